@@ -1,0 +1,288 @@
+"""Every decision of the coordinator, without I/O: who may land on what, with which weight, and what the gateway is.
+
+`CentralCoordinator` publishes an immutable mapping of experts. A change is worked out on a `Draft`, written to the
+journal by whoever owns one, and only then published; a draft that cannot be written is dropped and nothing happened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from fedmoe.errors import RefusedError
+from fedmoe.events import Event, ExpertRegistered, ExpertRolledBack, UpdateAccepted, WorkerRetracted
+from fedmoe.experts import ExpertModel
+from fedmoe.lora.adapter import Adapter, FloatVector
+from fedmoe.lora.codec import digest
+from fedmoe.lora.merge import STRATEGIES, Merged, merge
+from fedmoe.lora.update_rules import RULES, STALENESS, RuleState, UpdateRule
+from fedmoe.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregation:
+    """How updates are weighed and the gateway is made; `max_staleness` None accepts any age."""
+
+    server_learning_rate: float = 1.0
+    staleness: str = "polynomial"
+    max_staleness: int | None = None
+    server_optimizer: str = "sgd"
+    enable_gateway: bool = True
+    strategy: str = "weighted_average"
+    gateway_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for value, known, name in (
+            (self.staleness, STALENESS, "staleness"),
+            (self.server_optimizer, RULES, "server_optimizer"),
+            (self.strategy, STRATEGIES, "strategy"),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(sorted(known))}")
+
+    @property
+    def rule(self) -> UpdateRule:
+        return RULES[self.server_optimizer]
+
+    def coefficient(self, staleness: int) -> float:
+        """What a delta of this staleness is multiplied with, lr * s(tau)."""
+        return self.server_learning_rate * STALENESS[self.staleness](staleness)
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """An update as it arrives: who sent it, as which of their updates, and from which version it was made."""
+
+    expert: str
+    worker: str
+    epoch: str
+    sequence: int
+    base_version: int
+    digest: str
+    info: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GatewayModel:
+    """The model made of all experts: a view of `{expert: version}`, reproducible from them by hash."""
+
+    adapter: Adapter
+    version: int
+    sources: Mapping[str, int]
+    weights: Mapping[str, float]
+    strategy: str
+    truncation_error: float
+    digest: str
+
+    @classmethod
+    def build(cls, version: int, experts: Mapping[str, ExpertModel], aggregation: Aggregation) -> GatewayModel:
+        """Merge the experts as they are now; `gateway_rank` None keeps the merge exact."""
+        merged: Merged = merge(
+            {name: expert.adapter for name, expert in experts.items()},
+            aggregation.strategy,
+            rank=aggregation.gateway_rank,
+        )
+        sources = {name: experts[name].version for name in sorted(experts)}
+        return cls(
+            merged.adapter,
+            version,
+            MappingProxyType(sources),
+            MappingProxyType(dict(merged.weights)),
+            aggregation.strategy,
+            merged.truncation_error,
+            digest(merged.adapter),
+        )
+
+
+@dataclass
+class Draft:
+    """Changes under way: sees what is published plus what it has decided so far."""
+
+    aggregation: Aggregation
+    experts: dict[str, ExpertModel]
+    manifest: Manifest | None
+    gateway_version: int
+    events: list[Event] = field(default_factory=list)
+
+    def expert(self, name: str) -> ExpertModel:
+        """The expert, or a refusal that lists which there are."""
+        return _expert(self.experts, name)
+
+    def register(self, name: str, worker: str, manifest: Manifest, seed: int | None, at: float) -> ExpertModel:
+        """The expert of this name, made now if it is new; a manifest unlike the federation's is refused."""
+        if self.manifest is not None:
+            check_manifest(self.manifest, manifest)
+        if name in self.experts:
+            return self.experts[name]
+        chosen = seed if seed is not None else seed_of(name)
+        self.apply(ExpertRegistered(name, worker, manifest, chosen, at))
+        return self.experts[name]
+
+    def judge(self, submission: Submission, at: float) -> UpdateAccepted:
+        """What accepting this update would mean; refuses future and too stale base versions."""
+        expert = self.expert(submission.expert)
+        staleness = expert.staleness(submission.base_version)
+        limit = self.aggregation.max_staleness
+        if limit is not None and staleness > limit:
+            raise RefusedError(
+                "too_stale",
+                f"the update is {staleness} versions behind {expert.name} version {expert.version}; "
+                f"at most {limit} are accepted.",
+                "Pull the newest version, rebase the local weights onto it and push again.",
+                newest_version=expert.version,
+                staleness=staleness,
+            )
+        coefficient = self.aggregation.coefficient(staleness)
+        return UpdateAccepted(
+            submission.expert,
+            submission.worker,
+            submission.epoch,
+            submission.sequence,
+            submission.base_version,
+            submission.digest,
+            staleness,
+            coefficient,
+            expert.version + 1,
+            at,
+            submission.info,
+        )
+
+    def roll_back(self, name: str, to_version: int, state: RuleState, reason: str, at: float) -> ExpertRolledBack:
+        """The expert's next version gets `state`, rebuilt by the caller from version `to_version`."""
+        expert = self.expert(name)
+        event = ExpertRolledBack(name, to_version, expert.version + 1, reason, at)
+        self.apply(event, rebuilt=state)
+        return event
+
+    def retract(
+        self, name: str, worker: str, removed: int, state: RuleState, reason: str, at: float
+    ) -> WorkerRetracted:
+        """The expert's next version gets `state`, rebuilt by the caller without the worker's updates."""
+        expert = self.expert(name)
+        event = WorkerRetracted(name, worker, removed, expert.version + 1, reason, at)
+        self.apply(event, rebuilt=state)
+        return event
+
+    def apply(self, event: Event, delta: FloatVector | None = None, rebuilt: RuleState | None = None) -> None:
+        """Fold one event in: an update needs its delta, a rollback or retraction the rebuilt state."""
+        rule = self.aggregation.rule
+        match event:
+            case ExpertRegistered():
+                self.manifest = self.manifest or event.manifest
+                self.experts[event.expert] = ExpertModel.initial(event.expert, event.manifest, event.seed, rule)
+            case UpdateAccepted():
+                assert delta is not None, "an accepted update is applied with its delta"
+                self.experts[event.expert] = self.experts[event.expert].land(delta, event.coefficient, rule)
+            case ExpertRolledBack() | WorkerRetracted():
+                assert rebuilt is not None, "a rollback or retraction is applied with the rebuilt state"
+                self.experts[event.expert] = self.experts[event.expert].become(rebuilt)
+        self.gateway_version += 1
+        self.events.append(event)
+
+
+class CentralCoordinator:
+    """The experts of a federation and the gateway made of them, as one consistent view for any number of readers.
+
+    One writer at a time drafts and publishes; readers take `experts` or `gateway()` whenever they like.
+    """
+
+    def __init__(self, aggregation: Aggregation | None = None, enable_gateway: bool | None = None) -> None:
+        chosen = aggregation or Aggregation()
+        self.aggregation = chosen if enable_gateway is None else replace(chosen, enable_gateway=enable_gateway)
+        self.manifest: Manifest | None = None
+        self.experts: Mapping[str, ExpertModel] = MappingProxyType({})
+        self._version = 0
+        self._gateway: GatewayModel | None = None
+        self._building = threading.Lock()
+
+    def draft(self) -> Draft:
+        """A working copy to decide changes on."""
+        return Draft(self.aggregation, dict(self.experts), self.manifest, self._version)
+
+    def publish(self, draft: Draft) -> None:
+        """Make a draft what everybody sees."""
+        self.manifest = draft.manifest
+        with self._building:
+            self.experts, self._version = MappingProxyType(dict(draft.experts)), draft.gateway_version
+
+    def expert(self, name: str) -> ExpertModel:
+        """The expert, or a refusal that lists which there are."""
+        return _expert(self.experts, name)
+
+    def register_expert(self, name: str, manifest: Manifest, seed: int | None = None, at: float = 0.0) -> ExpertModel:
+        """Make an expert, or get the one there is; for use inside one process."""
+        draft = self.draft()
+        expert = draft.register(name, "local", manifest, seed, at)
+        self.publish(draft)
+        return expert
+
+    def push_update(self, submission: Submission, delta: FloatVector, at: float = 0.0) -> UpdateAccepted:
+        """Judge an update and land it; for use inside one process."""
+        draft = self.draft()
+        accepted = draft.judge(submission, at)
+        draft.apply(accepted, delta)
+        self.publish(draft)
+        return accepted
+
+    @property
+    def gateway_version(self) -> int:
+        """Rises with every accepted update, and with every other change of what the gateway is made of."""
+        return self._version
+
+    def gateway(self) -> GatewayModel:
+        """The gateway of the newest state, built when first asked for and kept until something changes."""
+        if not self.aggregation.enable_gateway:
+            raise RefusedError(
+                "gateway_disabled",
+                "this coordinator runs without a gateway (enable_gateway is off).",
+                "Start it with --enable-gateway, or pull the experts one by one.",
+            )
+        with self._building:
+            if not self.experts:
+                raise RefusedError(
+                    "gateway_not_initialised",
+                    "the gateway is made of experts and there is none yet.",
+                    "Start at least one worker, or register an expert with 'fedmoe experts create'.",
+                )
+            if self._gateway is None or self._gateway.version != self._version:
+                self._gateway = GatewayModel.build(self._version, self.experts, self.aggregation)
+            return self._gateway
+
+
+def _expert(experts: Mapping[str, ExpertModel], name: str) -> ExpertModel:
+    if name not in experts:
+        known = ", ".join(sorted(experts)) or "none"
+        raise RefusedError(
+            "unknown_expert", f"there is no expert {name!r}; registered: {known}.", "Register it first (workers do)."
+        )
+    return experts[name]
+
+
+def check_manifest(expected: Manifest, got: Manifest) -> None:
+    """Refuse a worker whose base model or LoRA configuration is not the federation's."""
+    found = expected.differences(got)
+    if not found:
+        return
+    shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+    if expected.base.weights_hash != got.base.weights_hash or expected.base.tokenizer_hash != got.base.tokenizer_hash:
+        raise RefusedError(
+            "base_mismatch",
+            f"all experts share one base model; {shown}.",
+            "Use the base model (and revision) the coordinator names.",
+            expected=expected.base.weights_hash,
+            got=got.base.weights_hash,
+        )
+    raise RefusedError(
+        "lora_mismatch",
+        f"all experts share one LoRA configuration; {shown}.",
+        "Start the worker with the same --lora-r, --lora-alpha and --target-modules.",
+    )
+
+
+def seed_of(name: str) -> int:
+    """The seed of an expert's first A: shared by all workers of an expert, different between experts."""
+    return int.from_bytes(hashlib.sha256(json.dumps(["fedmoe-initial-a", name]).encode()).digest()[:8], "little")

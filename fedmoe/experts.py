@@ -1,0 +1,59 @@
+"""One expert: its weights, its version, and how an update lands on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
+
+from fedmoe.errors import RefusedError
+from fedmoe.lora.adapter import Adapter, FloatVector
+from fedmoe.lora.codec import digest
+from fedmoe.lora.initial import initial_adapter
+from fedmoe.lora.update_rules import RuleState, UpdateRule
+from fedmoe.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class ExpertModel:
+    """A named LoRA adapter with a version that rises by one per change; a value, replaced and never altered."""
+
+    name: str
+    manifest: Manifest
+    version: int
+    state: RuleState
+
+    @classmethod
+    def initial(cls, name: str, manifest: Manifest, seed: int, rule: UpdateRule) -> Self:
+        """Version 0: A drawn from `seed`, B zero, so the expert starts as the base model."""
+        start = initial_adapter(manifest.layout, manifest.alpha, seed)
+        return cls(name, manifest, 0, rule.init(start.flat))
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        """The weights as an adapter."""
+        return Adapter(self.manifest.layout, self.manifest.alpha, self.state.weights)
+
+    @cached_property
+    def digest(self) -> str:
+        """The content hash of the weights, made when first asked for."""
+        return digest(self.adapter)
+
+    def staleness(self, base_version: int) -> int:
+        """Versions the expert moved on since `base_version` was downloaded."""
+        if base_version > self.version:
+            raise RefusedError(
+                "unknown_version",
+                f"the update is based on version {base_version} of {self.name}, which is at version {self.version}.",
+                "Pull the expert again; if the coordinator's state was replaced, restart the worker with a new state.",
+                newest_version=self.version,
+            )
+        return self.version - base_version
+
+    def land(self, delta: FloatVector, coefficient: float, rule: UpdateRule) -> Self:
+        """The next version: `weights + coefficient * delta` under the plain rule, whose coefficient is lr * s(tau)."""
+        return replace(self, version=self.version + 1, state=rule.update(self.state, delta, coefficient))
+
+    def become(self, state: RuleState) -> Self:
+        """The next version with a state rebuilt from the journal (rollback, retraction)."""
+        return replace(self, version=self.version + 1, state=state)

@@ -1,0 +1,113 @@
+"""How an update lands on an expert: staleness functions, and server optimizers as pairs of pure functions.
+
+A staleness function maps tau (versions the expert moved on since the worker downloaded it) to a weight in [0, 1];
+a fresh update (tau = 0) always weighs exactly 1. A rule folds one weighted delta into the expert's state. All arithmetic
+is elementwise float32 in a fixed order, so a replay of the same updates gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedmoe.lora.adapter import FloatVector
+
+# Elements handled at once: small enough to stay in the cache between the multiply and the add.
+_CHUNK = 1 << 16
+
+
+def constant(tau: int) -> float:
+    """s = 1 whatever the staleness."""
+    return 1.0
+
+
+def polynomial(tau: int, exponent: float = 0.5) -> float:
+    """s = (1 + tau)^-a (Xie et al. 2019, FedAsync)."""
+    return float((1.0 + tau) ** -exponent)
+
+
+def hinge(tau: int, slope: float = 10.0, free: int = 4) -> float:
+    """s = 1 up to `free` versions, then 1 / (slope * (tau - free) + 1) (Xie et al. 2019, FedAsync)."""
+    return 1.0 if tau <= free else 1.0 / (slope * (tau - free) + 1.0)
+
+
+def exponential(tau: int, rate: float = 0.1) -> float:
+    """s = e^(-rate * tau)."""
+    return math.exp(-rate * tau)
+
+
+#: Staleness function name -> function of tau.
+STALENESS: dict[str, Callable[[int], float]] = {
+    "constant": constant,
+    "polynomial": polynomial,
+    "hinge": hinge,
+    "exponential": exponential,
+}
+
+
+@dataclass(frozen=True)
+class RuleState:
+    """An expert's weights with what its update rule remembers: `moments` are vectors like `weights`, `count` updates."""
+
+    weights: FloatVector
+    moments: tuple[FloatVector, ...] = ()
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRule:
+    """A server optimizer: how many moment vectors it keeps, and how one delta with its coefficient is folded in."""
+
+    name: str
+    moments: int
+    update: Callable[[RuleState, FloatVector, float], RuleState]
+
+    def init(self, weights: FloatVector) -> RuleState:
+        return RuleState(weights, tuple(np.zeros_like(weights) for _ in range(self.moments)))
+
+
+def add_scaled(weights: FloatVector, delta: FloatVector, coefficient: float) -> FloatVector:
+    """A new vector `weights + coefficient * delta` in float32, chunk by chunk so that both passes hit the cache."""
+    result = np.empty_like(weights)
+    factor = np.float32(coefficient)
+    scratch = np.empty(min(_CHUNK, weights.size), np.float32)
+    for start in range(0, weights.size, _CHUNK):
+        part = slice(start, min(start + _CHUNK, weights.size))
+        term = scratch[: part.stop - start]
+        np.multiply(delta[part], factor, out=term)
+        np.add(weights[part], term, out=result[part])
+    return result
+
+
+def _sgd(state: RuleState, delta: FloatVector, coefficient: float) -> RuleState:
+    return replace(state, weights=add_scaled(state.weights, delta, coefficient), count=state.count + 1)
+
+
+def _nesterov(state: RuleState, delta: FloatVector, coefficient: float, momentum: float = 0.9) -> RuleState:
+    weighted = np.multiply(delta, np.float32(coefficient))
+    velocity = add_scaled(weighted, state.moments[0], momentum)
+    step = add_scaled(weighted, velocity, momentum)
+    # (1 - momentum) keeps the long-run step the size of plain SGD's, so one learning rate serves both rules.
+    weights = add_scaled(state.weights, step, 1.0 - momentum)
+    return RuleState(weights, (velocity,), state.count + 1)
+
+
+def _adam(state: RuleState, delta: FloatVector, coefficient: float) -> RuleState:
+    beta1, beta2, floor, rate = 0.9, 0.99, 1e-3, 1e-1
+    weighted = np.multiply(delta, np.float32(coefficient))
+    first = add_scaled(np.multiply(state.moments[0], np.float32(beta1)), weighted, 1.0 - beta1)
+    second = add_scaled(np.multiply(state.moments[1], np.float32(beta2)), np.square(weighted), 1.0 - beta2)
+    step = np.divide(first, np.sqrt(second) + np.float32(floor))
+    return RuleState(add_scaled(state.weights, step, rate), (first, second), state.count + 1)
+
+
+#: Rule name -> rule. `sgd` is the specified one, `expert += lr * s(tau) * delta`; `nesterov` is DiLoCo's outer optimizer
+#: (Douillard et al. 2023) and `adam` FedAdam with Flower's defaults (Reddi et al. 2021).
+RULES: dict[str, UpdateRule] = {
+    "sgd": UpdateRule("sgd", 0, _sgd),
+    "nesterov": UpdateRule("nesterov", 1, _nesterov),
+    "adam": UpdateRule("adam", 2, _adam),
+}

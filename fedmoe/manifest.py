@@ -1,0 +1,71 @@
+"""What all experts of one federation share: the base model and the LoRA configuration."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Self
+
+from fedmoe.lora.adapter import Layout, ModuleShape
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """Which base model: its name for people, the content hashes for machines."""
+
+    name: str
+    revision: str
+    weights_hash: str
+    tokenizer_hash: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The exact contract of an expert: base model, rank, alpha, and every adapted module with its shape."""
+
+    base: BaseModel
+    layout: Layout
+    alpha: float
+
+    def differences(self, other: Manifest) -> list[str]:
+        """How `other` differs from this one, in words; empty if they agree. Names for people do not count."""
+        found = []
+        for field in ("weights_hash", "tokenizer_hash"):
+            mine, theirs = getattr(self.base, field), getattr(other.base, field)
+            if mine != theirs:
+                found.append(f"base {field}: expected {mine} ({self.base.name}), got {theirs} ({other.base.name})")
+        if self.layout.rank != other.layout.rank:
+            found.append(f"rank: expected {self.layout.rank}, got {other.layout.rank}")
+        if self.alpha != other.alpha:
+            found.append(f"lora_alpha: expected {self.alpha:g}, got {other.alpha:g}")
+        return found + _module_differences(self.layout, other.layout)
+
+    def to_json(self) -> dict[str, object]:
+        """JSON types only; `from_json` gives an equal manifest back."""
+        return {
+            "base": asdict(self.base),
+            "rank": self.layout.rank,
+            "alpha": self.alpha,
+            "modules": [[module.name, module.in_features, module.out_features] for module in self.layout.modules],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, object]) -> Self:
+        """The manifest that `to_json` wrote; the caller has validated the types (see `wire.messages`)."""
+        modules = tuple(ModuleShape(name, n_in, n_out) for name, n_in, n_out in data["modules"])  # type: ignore[attr-defined]
+        layout = Layout(modules, data["rank"])  # type: ignore[arg-type]
+        return cls(BaseModel(**data["base"]), layout, float(data["alpha"]))  # type: ignore[arg-type]
+
+
+def _module_differences(mine: Layout, theirs: Layout) -> list[str]:
+    ours = {module.name: module for module in mine.modules}
+    others = {module.name: module for module in theirs.modules}
+    found = [f"module missing: {name}" for name in sorted(ours.keys() - others.keys())]
+    found += [f"module not expected: {name}" for name in sorted(others.keys() - ours.keys())]
+    for name in sorted(ours.keys() & others.keys()):
+        want, got = ours[name], others[name]
+        if want != got:
+            found.append(
+                f"{name}: expected {want.in_features} -> {want.out_features} features, "
+                f"got {got.in_features} -> {got.out_features}"
+            )
+    return found

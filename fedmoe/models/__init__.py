@@ -1,0 +1,1 @@
+"""The only place that loads a base model, chooses its device and puts adapters on it."""

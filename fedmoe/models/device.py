@@ -1,0 +1,92 @@
+"""The one place where device, dtype and threads are chosen."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from contextlib import AbstractContextManager
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class DeviceError(RuntimeError):
+    """A device or dtype that was asked for and is not there."""
+
+
+def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; a device that was asked for but is absent is an error.
+
+    `auto` takes CUDA, then MPS, then CPU. Without a number, CUDA takes the device of `local_rank`.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and (kind != "cuda" or not number.isdecimal())):
+        raise DeviceError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda":
+        return _cuda_device(int(number) if number else local_rank)
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device mps was asked for, but this PyTorch or machine has no MPS; use auto or cpu")
+    return torch.device(kind)
+
+
+def _cuda_device(index: int) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        raise DeviceError(
+            f"device cuda:{index} was asked for, but PyTorch {torch.__version__} sees {count} CUDA devices; "
+            "check the driver, CUDA_VISIBLE_DEVICES and the PyTorch build, or use auto or cpu"
+        )
+    return torch.device("cuda", index)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype for `auto`, `bf16`, `fp16` or `fp32`: `auto` takes what the device does well."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise DeviceError(f"unknown dtype {name!r}; use auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware (AMX or AVX512_BF16); emulated it is slower than fp32."""
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Mixed precision in `dtype`; with float32 it does nothing."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    context: AbstractContextManager[object] = torch.autocast(device.type, dtype)
+    return context
+
+
+def grad_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """The loss scaler: active for float16 only, whose small gradients would underflow; otherwise scale 1."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def pin_threads(threads: int | None = None) -> int:
+    """Set PyTorch's threads to `threads`, else to OMP_NUM_THREADS, else leave them; returns the number in force.
+
+    On shared cores two spinning threads can be ten times slower than one.
+    """
+    wanted = threads if threads is not None else _threads_from_environment()
+    if wanted is not None:
+        if wanted < 1:
+            raise DeviceError(f"the number of threads must be at least 1, got {wanted}")
+        torch.set_num_threads(wanted)
+    return int(torch.get_num_threads())
+
+
+def _threads_from_environment() -> int | None:
+    text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if text and not text.isdecimal():
+        raise DeviceError(f"OMP_NUM_THREADS must be a number, got {text!r}")
+    return int(text) if text else None
