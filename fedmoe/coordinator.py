@@ -194,20 +194,30 @@ class CentralCoordinator:
         chosen = aggregation or Aggregation()
         self.aggregation = chosen if enable_gateway is None else replace(chosen, enable_gateway=enable_gateway)
         self.manifest: Manifest | None = None
-        self.experts: Mapping[str, ExpertModel] = MappingProxyType({})
-        self._version = 0
+        # Experts and the version of the gateway they make, swapped together so that no reader sees half a change.
+        self._view: tuple[Mapping[str, ExpertModel], int] = (MappingProxyType({}), 0)
         self._gateway: GatewayModel | None = None
         self._building = threading.Lock()
 
+    @property
+    def experts(self) -> Mapping[str, ExpertModel]:
+        """All experts by name, as last published."""
+        return self._view[0]
+
+    @property
+    def gateway_version(self) -> int:
+        """Rises with every accepted update, and with every other change of what the gateway is made of."""
+        return self._view[1]
+
     def draft(self) -> Draft:
         """A working copy to decide changes on."""
-        return Draft(self.aggregation, dict(self.experts), self.manifest, self._version)
+        experts, version = self._view
+        return Draft(self.aggregation, dict(experts), self.manifest, version)
 
     def publish(self, draft: Draft) -> None:
         """Make a draft what everybody sees."""
         self.manifest = draft.manifest
-        with self._building:
-            self.experts, self._version = MappingProxyType(dict(draft.experts)), draft.gateway_version
+        self._view = (MappingProxyType(dict(draft.experts)), draft.gateway_version)
 
     def expert(self, name: str) -> ExpertModel:
         """The expert, or a refusal that lists which there are."""
@@ -228,11 +238,6 @@ class CentralCoordinator:
         self.publish(draft)
         return accepted
 
-    @property
-    def gateway_version(self) -> int:
-        """Rises with every accepted update, and with every other change of what the gateway is made of."""
-        return self._version
-
     def gateway(self) -> GatewayModel:
         """The gateway of the newest state, built when first asked for and kept until something changes."""
         if not self.aggregation.enable_gateway:
@@ -242,14 +247,15 @@ class CentralCoordinator:
                 "Start it with --enable-gateway, or pull the experts one by one.",
             )
         with self._building:
-            if not self.experts:
+            experts, version = self._view
+            if not experts:
                 raise RefusedError(
                     "gateway_not_initialised",
                     "the gateway is made of experts and there is none yet.",
                     "Start at least one worker, or register an expert with 'fedmoe experts create'.",
                 )
-            if self._gateway is None or self._gateway.version != self._version:
-                self._gateway = GatewayModel.build(self._version, self.experts, self.aggregation)
+            if self._gateway is None or self._gateway.version != version:
+                self._gateway = GatewayModel.build(version, experts, self.aggregation)
             return self._gateway
 
 

@@ -65,24 +65,67 @@ class WorkerRetracted:
 Event = ExpertRegistered | UpdateAccepted | ExpertRolledBack | WorkerRetracted
 
 
-def lineages(events: Iterable[Event]) -> dict[int, tuple[UpdateAccepted, ...]]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Lineage:
+    """The updates a version is made of, as a chain from the newest back; versions share what they have in common."""
+
+    update: UpdateAccepted
+    before: Lineage | None
+    length: int
+
+    @staticmethod
+    def extend(before: Lineage | None, update: UpdateAccepted) -> Lineage:
+        """One update more."""
+        return Lineage(update, before, 1 + (before.length if before else 0))
+
+    @staticmethod
+    def updates(chain: Lineage | None, after: Lineage | None = None) -> list[UpdateAccepted] | None:
+        """The updates in order; with `after`, those that follow it, or None if `after` is not part of the chain."""
+        found: list[UpdateAccepted] = []
+        node = chain
+        while node is not after:
+            if node is None:
+                return None
+            found.append(node.update)
+            node = node.before
+        return found[::-1]
+
+
+def lineages(events: Iterable[Event]) -> dict[int, Lineage | None]:
     """Version -> the updates that version is made of, for the events of ONE expert in order.
 
     Rollback takes an earlier version's updates, retraction filters the newest ones; both keep the order, so folding a
     lineage from version 0 rebuilds the weights bit for bit.
     """
-    found: dict[int, tuple[UpdateAccepted, ...]] = {}
+    found: dict[int, Lineage | None] = {0: None}
     newest = 0
     for event in events:
         match event:
             case ExpertRegistered():
-                found[0] = ()
                 continue
             case UpdateAccepted():
-                found[event.version] = (*found[newest], event)
+                found[event.version] = Lineage.extend(found[newest], event)
             case ExpertRolledBack():
                 found[event.version] = found[event.to_version]
             case WorkerRetracted():
-                found[event.version] = tuple(update for update in found[newest] if update.worker != event.worker)
+                found[event.version] = without_worker(found[newest], event.worker)
         newest = event.version
     return found
+
+
+def without_worker(chain: Lineage | None, worker: str) -> Lineage | None:
+    """The chain without one worker's updates; the part before the first of them is shared, not copied."""
+    kept: list[UpdateAccepted] = []
+    shared, node = chain, chain
+    pending: list[UpdateAccepted] = []
+    while node is not None:
+        if node.update.worker == worker:
+            kept, pending, shared = pending + kept, [], node.before
+            node = node.before
+            continue
+        pending.insert(0, node.update)
+        node = node.before
+    result = shared
+    for update in kept:
+        result = Lineage.extend(result, update)
+    return result

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import Self, TypedDict, cast
 
 from fedmoe.lora.adapter import Layout, ModuleShape
+
+
+class _BaseJson(TypedDict):
+    name: str
+    revision: str
+    weights_hash: str
+    tokenizer_hash: str
+
+
+class _ManifestJson(TypedDict):
+    base: _BaseJson
+    rank: int
+    alpha: float
+    modules: list[tuple[str, int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +58,16 @@ class Manifest:
         return {
             "base": asdict(self.base),
             "rank": self.layout.rank,
-            "alpha": self.alpha,
+            "alpha": float(self.alpha),
             "modules": [[module.name, module.in_features, module.out_features] for module in self.layout.modules],
         }
 
     @classmethod
     def from_json(cls, data: dict[str, object]) -> Self:
         """The manifest that `to_json` wrote; the caller has validated the types (see `wire.messages`)."""
-        modules = tuple(ModuleShape(name, n_in, n_out) for name, n_in, n_out in data["modules"])  # type: ignore[attr-defined]
-        layout = Layout(modules, data["rank"])  # type: ignore[arg-type]
-        return cls(BaseModel(**data["base"]), layout, float(data["alpha"]))  # type: ignore[arg-type]
+        fields = cast(_ManifestJson, data)
+        modules = tuple(ModuleShape(name, n_in, n_out) for name, n_in, n_out in fields["modules"])
+        return cls(BaseModel(**fields["base"]), Layout(modules, fields["rank"]), float(fields["alpha"]))
 
 
 def _module_differences(mine: Layout, theirs: Layout) -> list[str]:

@@ -7,6 +7,7 @@ hundreds of small arrays.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,7 +64,7 @@ class Layout:
         ordered = tuple(sorted(self.modules, key=lambda module: module.name))
         names = [module.name for module in ordered]
         if len(set(names)) != len(names):
-            repeated = sorted({name for name in names if names.count(name) > 1})
+            repeated = sorted(name for name, count in Counter(names).items() if count > 1)
             raise ShapeError(f"modules named more than once: {repeated[:5]}")
         object.__setattr__(self, "modules", ordered)
 
@@ -117,6 +118,7 @@ class Adapter:
             )
         if not np.isfinite(self.alpha) or self.alpha <= 0:
             raise ShapeError(f"alpha must be a positive number, got {self.alpha}")
+        object.__setattr__(self, "alpha", float(self.alpha))  # 16 and 16.0 must hash alike
         view = self.flat.view()
         view.flags.writeable = False
         object.__setattr__(self, "flat", view)
@@ -148,8 +150,15 @@ class Adapter:
         return cls(layout, alpha, np.zeros(layout.size, np.float32))
 
     @classmethod
-    def from_factors(cls, factors: Mapping[str, tuple[NDArray[np.floating], NDArray[np.floating]]], alpha: float) -> Adapter:
-        """An adapter from `{module: (A, B)}`, A r x in, B out x r, one rank for all."""
+    def from_factors(
+        cls, factors: Mapping[str, tuple[NDArray[np.floating], NDArray[np.floating]]], alpha: float
+    ) -> Adapter:
+        """An adapter from `{module: (A, B)}`, A r x in, B out x r, one rank for all; the numbers are copied."""
+        if not factors:
+            raise ShapeError("an adapter needs at least one module, got no factors")
+        flat_factors = [name for name, pair in factors.items() if any(factor.ndim != 2 for factor in pair)]
+        if flat_factors:
+            raise ShapeError(f"A and B must be matrices; they are not in modules {sorted(flat_factors)[:5]}")
         ranks = {a.shape[0] for a, _ in factors.values()} | {b.shape[1] for _, b in factors.values()}
         if len(ranks) != 1:
             raise ShapeError(f"all factors must share one rank, got ranks {sorted(ranks)}")

@@ -1,7 +1,7 @@
-"""Exact arithmetic on adapters as matrices: every operation acts on the product `scale * B @ A`, never on A and B apart.
+"""Exact arithmetic on adapters as matrices: operations act on the product `scale * B @ A`, never on A and B apart.
 
 Averaging the factors is not averaging the models: mean(B) mean(A) differs from mean(BA) by the covariance of B and A.
-Everything here works from stacked factors and R x R Gram matrices (R = sum of ranks), so no d x d matrix is ever formed.
+Everything here works from stacked factors and R x R Gram matrices (R = sum of ranks), so no d x d matrix is formed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import Adapter, FloatMatrix, Layout, ModuleShape, ShapeError
+from fedmoe.lora.adapter import Adapter, FloatMatrix, Layout, ShapeError
 
 Matrix64 = NDArray[np.float64]
 
@@ -23,9 +23,16 @@ _RELATIVE_FLOOR = 1e-15
 def scaled(adapter: Adapter, factor: float) -> Adapter:
     """The adapter whose product is `factor` times this one's; A and alpha stay, B carries the factor."""
     flat = adapter.flat.copy()
+    single = _single(factor)
     for _, _, b in adapter.layout.factors(flat):
-        b *= np.float32(factor)
+        b *= single
     return Adapter(adapter.layout, adapter.alpha, flat)
+
+
+def _single(factor: float) -> np.float32:
+    if not abs(factor) <= float(np.finfo(np.float32).max):
+        raise ValueError(f"a product can only be multiplied by a finite float32 number, got {factor}")
+    return np.float32(factor)
 
 
 def baked(adapter: Adapter) -> Adapter:
@@ -49,13 +56,14 @@ def stack(terms: Sequence[tuple[float, Adapter]]) -> Adapter:
             raise ShapeError("adapters with different modules cannot be stacked; they need one base and target_modules")
     layout = Layout(modules, sum(adapter.rank for _, adapter in terms))
     flat = np.empty(layout.size, np.float32)
+    scales = [_single(weight * adapter.scale) for weight, adapter in terms]
     for module, a, b in layout.factors(flat):
         row = 0
-        for weight, adapter in terms:
+        for scale, (_, adapter) in zip(scales, terms, strict=True):
             a_k, b_k = adapter.module(module.name)
             rows = slice(row, row + adapter.rank)
             a[rows] = a_k
-            np.multiply(b_k, np.float32(weight * adapter.scale), out=b[:, rows])
+            np.multiply(b_k, scale, out=b[:, rows])
             row += adapter.rank
     return Adapter(layout, float(layout.rank), flat)
 
@@ -74,19 +82,23 @@ class Recompressed:
 def recompress(adapter: Adapter, rank: int | None = None, energy: float | None = None) -> Recompressed:
     """The nearest adapter of a smaller rank in the Frobenius norm (Eckart-Young), module by module.
 
-    Give `rank`, or `energy`: the smallest rank that keeps this share of squared singular values in every module.
-    Rows of A come out orthonormal, B carries the singular values, the scale is 1.
+    Give `rank`, or `energy` in (0, 1]: the smallest rank that keeps this share of squared singular values in every
+    module. Rows of A come out orthonormal, B carries the singular values, the scale is 1.
     """
     if (rank is None) == (energy is None):
         raise ValueError("give either rank or energy")
-    cores = [_core(module, a, b, adapter.scale) for module, a, b in adapter.factors()]
-    chosen = rank if rank is not None else max(core.rank_for(energy or 1.0) for core in cores)
-    if chosen < 1:
-        raise ValueError(f"rank must be at least 1, got {chosen}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy is the share to keep, above 0 and at most 1, got {energy}")
+    cores = [_core(a, b, adapter.scale) for _, a, b in adapter.factors()]
+    chosen = rank if energy is None else max(core.rank_for(energy) for core in cores)
+    assert chosen is not None
     layout = adapter.layout.with_rank(min(chosen, adapter.rank))
     flat = np.zeros(layout.size, np.float32)
-    for (_, a, b), core in zip(layout.factors(flat), cores, strict=True):
-        core.write(a, b)
+    factors = zip(adapter.factors(), layout.factors(flat), cores, strict=True)
+    for (_, a, b), (_, new_a, new_b), core in factors:
+        core.write(a, b, new_a, new_b)
     total = sum(float(core.energies.sum()) for core in cores)
     lost = sum(float(core.energies[layout.rank :].sum()) for core in cores)
     return Recompressed(Adapter(layout, float(layout.rank), flat), float(np.sqrt(lost / total)) if total > 0 else 0.0)
@@ -98,10 +110,9 @@ class _Core:
 
     With G_B = B'B = H H', the product is Q (H'A) for an orthonormal Q, so H' G_A H = Y S^2 Y' gives the singular
     values, and A' = Z'A, B' = B G_A Z with Z = H Y / S are the right factor (orthonormal) and the left one (times S).
+    `energies` are S^2, falling; `into_a` is Z' and `into_b` is G_A Z, for the directions above rounding noise.
     """
 
-    a: Matrix64
-    b: Matrix64
     energies: Matrix64
     into_a: Matrix64
     into_b: Matrix64
@@ -113,29 +124,57 @@ class _Core:
         kept = np.cumsum(self.energies) / total
         return min(int(np.searchsorted(kept, energy - 1e-12)) + 1, len(self.energies))
 
-    def write(self, a: FloatMatrix, b: FloatMatrix) -> None:
-        rank = min(a.shape[0], self.into_a.shape[0])
-        a[:rank] = self.into_a[:rank] @ self.a
-        b[:, :rank] = self.b @ self.into_b[:, :rank]
+    def write(self, a: FloatMatrix, b: FloatMatrix, new_a: FloatMatrix, new_b: FloatMatrix) -> None:
+        rank = min(new_a.shape[0], self.into_a.shape[0])
+        new_a[:rank] = self.into_a[:rank] @ a.astype(np.float64)
+        new_b[:, :rank] = b.astype(np.float64) @ self.into_b[:, :rank]
 
 
-def _core(module: ModuleShape, a: FloatMatrix, b: FloatMatrix, scale: float) -> _Core:
-    a64, b64 = a.astype(np.float64), b.astype(np.float64) * scale
-    gram_a, gram_b = a64 @ a64.T, b64.T @ b64
-    values_b, vectors_b = np.linalg.eigh(gram_b)
-    h = vectors_b * np.sqrt(np.clip(values_b, 0.0, None))
+def _core(a: FloatMatrix, b: FloatMatrix, scale: float) -> _Core:
+    gram_a, gram_b = _gram(a.T), _gram(b) * scale**2
+    # A row of A may be huge where the column of B is tiny; levelling the two keeps such a direction above the rounding.
+    levels = _levels(np.diagonal(gram_a), np.diagonal(gram_b))
+    gram_a, gram_b = gram_a * np.outer(levels, levels), gram_b / np.outer(levels, levels)
+    h = _square_root(gram_b)
     energies, y = np.linalg.eigh(h.T @ gram_a @ h)
     energies, y = np.clip(energies[::-1], 0.0, None), y[:, ::-1]
-    real = energies > _RELATIVE_FLOOR * max(energies[0], np.finfo(np.float64).tiny)
-    z = (h @ y)[:, real] / np.sqrt(energies[real])
-    return _Core(a64, b64, energies, z.T, gram_a @ z)
+    real = energies > _RELATIVE_FLOOR * energies[0]
+    z = (h @ y[:, real]) / np.sqrt(energies[real])
+    return _Core(energies, (levels[:, None] * z).T, (scale / levels)[:, None] * (gram_a @ z))
+
+
+def _gram(tall: FloatMatrix) -> Matrix64:
+    wide = tall.astype(np.float64)
+    return wide.T @ wide
+
+
+def _levels(squares_a: Matrix64, squares_b: Matrix64) -> Matrix64:
+    """Per rank direction the power of two that brings the norms of A's row and B's column together."""
+    used = (squares_a > 0) & (squares_b > 0)
+    ratios = np.divide(squares_b, squares_a, out=np.ones_like(squares_a), where=used)
+    levels: Matrix64 = np.exp2(np.rint(np.log2(ratios) / 4))
+    return levels
+
+
+def _square_root(gram: Matrix64) -> Matrix64:
+    """H with H H' = gram: Cholesky where the directions are independent, the eigenvectors where they are not."""
+    try:
+        return np.asarray(np.linalg.cholesky(gram), np.float64)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(gram)
+        root: Matrix64 = vectors * np.sqrt(np.clip(values, 0.0, None))
+        return root
 
 
 def inner_product(left: Adapter, right: Adapter) -> float:
-    """<dW_left, dW_right> summed over modules, from r x r Gram matrices: s_l s_r tr(B_l'B_r A_r A_l')."""
+    """<dW_left, dW_right> summed over modules, from r x r Gram matrices: s_l s_r tr(B_l'B_r A_r A_l').
+
+    Raises `ShapeError` if the two adapt different modules; their ranks may differ.
+    """
+    if left.layout.modules != right.layout.modules:
+        raise ShapeError("adapters with different modules have no inner product; they need one base and target_modules")
     total = 0.0
-    for module, a, b in left.factors():
-        other_a, other_b = right.module(module.name)
+    for (_, a, b), (_, other_a, other_b) in zip(left.factors(), right.factors(), strict=True):
         gram_b = b.T.astype(np.float64) @ other_b.astype(np.float64)
         gram_a = a.astype(np.float64) @ other_a.T.astype(np.float64)
         total += float((gram_b * gram_a).sum())
@@ -144,4 +183,5 @@ def inner_product(left: Adapter, right: Adapter) -> float:
 
 def product_norm(adapter: Adapter) -> float:
     """Frobenius norm of all products together, sqrt(sum over modules of ||s B A||_F^2)."""
-    return float(np.sqrt(max(inner_product(adapter, adapter), 0.0)))
+    total = sum(float((_gram(b) * _gram(a.T)).sum()) for _, a, b in adapter.factors())
+    return adapter.scale * float(np.sqrt(max(total, 0.0)))

@@ -4,16 +4,40 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import zipfile
+from collections.abc import Mapping
 
 import numpy as np
 
 from fedmoe.lora.adapter import Adapter, FloatMatrix
 from fedmoe.lora.algebra import baked
-from fedmoe.lora.codec import MismatchError, encode_named, read_named
+from fedmoe.lora.container import CodecError, MalformedError, MismatchError, encode_named, read_named, shown
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
+_PEFT_KEY = re.compile(re.escape(_PEFT_PREFIX) + r"(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<factor>[AB])\.weight")
+# Options of PEFT 0.21's LoraConfig that change what the two factors mean, or add weights beside them.
+_NOT_PLAIN = (
+    "use_dora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
+# Starts that also change the base weights: the saved factors belong to that other base.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def peft_files(adapter: Adapter, base_model: str, revision: str | None = None) -> dict[str, bytes]:
@@ -54,22 +78,70 @@ def _peft_config(adapter: Adapter, base_model: str, revision: str | None) -> dic
     }
 
 
-def read_peft(files: dict[str, bytes]) -> Adapter:
-    """The adapter in the files of a PEFT folder; anything but plain LoRA at one rank and alpha is refused by name."""
-    config = json.loads(files[PEFT_CONFIG])
-    unsupported = [key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
+def read_peft(files: Mapping[str, bytes]) -> Adapter:
+    """The adapter in the files of a PEFT folder, by file name; rsLoRA's scale is turned into the alpha that gives it.
+
+    Anything but plain LoRA at one rank and alpha is refused: `MismatchError` names the option or tensor in the way,
+    `MalformedError` a file that is missing or cannot be read.
+    """
+    config = _read_config(files)
+    rank = _positive(config, "r")
+    alpha = _positive(config, "lora_alpha")
+    adapter = Adapter.from_factors(_peft_factors(read_named(_file(files, PEFT_WEIGHTS))), 1.0)
+    if adapter.rank != rank:
+        raise MismatchError("rank_mismatch", f"{PEFT_CONFIG} says r = {rank:g}, the tensors have rank {adapter.rank}")
+    return Adapter(adapter.layout, alpha * rank**0.5 if config.get("use_rslora") else alpha, adapter.flat)
+
+
+def _file(files: Mapping[str, bytes], name: str) -> bytes:
+    if name not in files:
+        raise MalformedError("malformed", f"a PEFT adapter needs {name}; got {shown(sorted(files)) or 'no file'}")
+    return files[name]
+
+
+def _read_config(files: Mapping[str, bytes]) -> dict[str, object]:
+    try:
+        config = json.loads(_file(files, PEFT_CONFIG))
+    except CodecError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise MalformedError("malformed", f"{PEFT_CONFIG} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise MalformedError("malformed", f"{PEFT_CONFIG} must be a JSON object, got {type(config).__name__}")
+    unsupported = [key for key in _NOT_PLAIN if config.get(key)]
+    if config.get("peft_type", "LORA") != "LORA":
+        unsupported.append("peft_type")
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
+    if str(config.get("init_lora_weights", True)).startswith(_CHANGES_BASE):
+        unsupported.append("init_lora_weights")
     if unsupported:
         raise MismatchError("not_plain_lora", f"only plain LoRA is read; this adapter uses {', '.join(unsupported)}")
-    tensors = read_named(files[PEFT_WEIGHTS])
-    names = {key.removeprefix(_PEFT_PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
-    factors = {
-        name: (tensors[f"{_PEFT_PREFIX}{name}.lora_A.weight"], tensors[f"{_PEFT_PREFIX}{name}.lora_B.weight"])
-        for name in names
-    }
-    alpha, rank = float(config["lora_alpha"]), int(config["r"])
-    return Adapter.from_factors(factors, alpha * rank**0.5 if config.get("use_rslora") else alpha)
+    return config
+
+
+def _positive(config: Mapping[str, object], key: str) -> float:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1 << 32:
+        raise MalformedError("malformed", f"{PEFT_CONFIG} needs a positive number as {key}")
+    return float(value)
+
+
+def _peft_factors(tensors: Mapping[str, FloatMatrix]) -> dict[str, tuple[FloatMatrix, FloatMatrix]]:
+    found: dict[str, dict[str, FloatMatrix]] = {}
+    for key, values in tensors.items():
+        match = _PEFT_KEY.fullmatch(key)
+        if match is None or values.ndim != 2 or 0 in values.shape:
+            raise MismatchError("not_plain_lora", f"{shown([key])} of shape {values.shape} is no factor of plain LoRA")
+        found.setdefault(match["module"], {})[match["factor"]] = values
+    halves = sorted(name for name, pair in found.items() if len(pair) != 2)
+    if halves or not found:
+        raise MismatchError("tensor_mismatch", f"every module needs lora_A and lora_B: {shown(halves) or 'no module'}")
+    factors = {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+    ranks = {a.shape[0] for a, _ in factors.values()} | {b.shape[1] for _, b in factors.values()}
+    if len(ranks) != 1:
+        raise MismatchError("rank_mismatch", f"all factors must share one rank, got {sorted(ranks)[:5]}")
+    return factors
 
 
 def npz_bytes(adapter: Adapter, version: int, sources: dict[str, int]) -> bytes:
@@ -90,19 +162,22 @@ def npz_bytes(adapter: Adapter, version: int, sources: dict[str, int]) -> bytes:
         modules=np.array([module.name for module, _, _ in parts]),
         in_offsets=np.cumsum([0, *(module.in_features for module, _, _ in parts)]),
         out_offsets=np.cumsum([0, *(module.out_features for module, _, _ in parts)]),
-        source_experts=np.array(sorted(sources)),
+        source_experts=np.array(sorted(sources), np.str_),
         source_versions=np.array([sources[name] for name in sorted(sources)], np.int64),
     )
     return buffer.getvalue()
 
 
 def read_npz(data: bytes) -> Adapter:
-    """The adapter that `npz_bytes` wrote."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        lora_a, lora_b = arrays["lora_A"], arrays["lora_B"]
-        ins, outs = arrays["in_offsets"], arrays["out_offsets"]
-        factors = {
-            str(name): (lora_a[:, ins[i] : ins[i + 1]], lora_b[outs[i] : outs[i + 1]])
-            for i, name in enumerate(arrays["modules"])
-        }
-        return Adapter.from_factors(factors, float(arrays["rank"]))
+    """The adapter that `npz_bytes` wrote; raises `MalformedError` for anything else."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            lora_a, lora_b = arrays["lora_A"], arrays["lora_B"]
+            ins, outs = arrays["in_offsets"], arrays["out_offsets"]
+            factors = {
+                str(name): (lora_a[:, ins[i] : ins[i + 1]], lora_b[outs[i] : outs[i + 1]])
+                for i, name in enumerate(arrays["modules"])
+            }
+            return Adapter.from_factors(factors, float(arrays["rank"]))
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise MalformedError("malformed", f"not a gateway as npz: {error}") from None

@@ -34,8 +34,10 @@ STRATEGIES: dict[str, Callable[[int], float]] = {"weighted_average": _equal_weig
 def plan_weights(
     names: list[str], strategy: str = "weighted_average", given: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """The weight of every expert, in name order; `given` weights are normalised for `weighted_average`, used as they are
-    for `sum`."""
+    """The weight of every expert, in name order.
+
+    `given` weights are normalised for `weighted_average` and used as they are for `sum`.
+    """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; known: {', '.join(sorted(STRATEGIES))}")
     if not names:
@@ -49,10 +51,11 @@ def plan_weights(
 def _given_weights(ordered: list[str], strategy: str, given: Mapping[str, float]) -> dict[str, float]:
     if set(given) != set(ordered):
         raise ValueError(f"weights name {sorted(given)}, the experts are {ordered}; name every expert once")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in given.values()) or sum(given.values()) <= 0:
-        raise ValueError(f"weights must be finite, not negative and not all zero, got {dict(given)}")
-    total = sum(given.values()) if strategy == "weighted_average" else 1.0
-    return {name: given[name] / total for name in ordered}
+    total = sum(given[name] for name in ordered)  # in name order: rounding must not depend on the mapping's order
+    if not all(given[name] >= 0 for name in ordered) or not 0 < total < math.inf:
+        raise ValueError(f"weights and their sum must be finite, not negative and not all zero, got {dict(given)}")
+    divisor = total if strategy == "weighted_average" else 1.0
+    return {name: given[name] / divisor for name in ordered}
 
 
 def merge(

@@ -1,8 +1,8 @@
 """How an update lands on an expert: staleness functions, and server optimizers as pairs of pure functions.
 
 A staleness function maps tau (versions the expert moved on since the worker downloaded it) to a weight in [0, 1];
-a fresh update (tau = 0) always weighs exactly 1. A rule folds one weighted delta into the expert's state. All arithmetic
-is elementwise float32 in a fixed order, so a replay of the same updates gives the same bits.
+a fresh update (tau = 0) always weighs exactly 1. A rule folds one weighted delta into the expert's state. All
+arithmetic is elementwise float32 in a fixed order, so a replay of the same updates gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedmoe.lora.adapter import FloatVector
+from fedmoe.lora.adapter import FloatVector, ShapeError
 
 # Elements handled at once: small enough to stay in the cache between the multiply and the add.
 _CHUNK = 1 << 16
@@ -50,7 +50,7 @@ STALENESS: dict[str, Callable[[int], float]] = {
 
 @dataclass(frozen=True)
 class RuleState:
-    """An expert's weights with what its update rule remembers: `moments` are vectors like `weights`, `count` updates."""
+    """An expert's weights with what its rule remembers: `moments` are vectors like `weights`, `count` of updates."""
 
     weights: FloatVector
     moments: tuple[FloatVector, ...] = ()
@@ -70,7 +70,12 @@ class UpdateRule:
 
 
 def add_scaled(weights: FloatVector, delta: FloatVector, coefficient: float) -> FloatVector:
-    """A new vector `weights + coefficient * delta` in float32, chunk by chunk so that both passes hit the cache."""
+    """A new vector `weights + coefficient * delta` in float32, chunk by chunk so that both passes hit the cache.
+
+    Raises `ShapeError` if the two differ in shape.
+    """
+    if weights.shape != delta.shape:
+        raise ShapeError(f"a delta of shape {delta.shape} cannot be added to weights of shape {weights.shape}")
     result = np.empty_like(weights)
     factor = np.float32(coefficient)
     scratch = np.empty(min(_CHUNK, weights.size), np.float32)
@@ -104,8 +109,9 @@ def _adam(state: RuleState, delta: FloatVector, coefficient: float) -> RuleState
     return RuleState(add_scaled(state.weights, step, rate), (first, second), state.count + 1)
 
 
-#: Rule name -> rule. `sgd` is the specified one, `expert += lr * s(tau) * delta`; `nesterov` is DiLoCo's outer optimizer
-#: (Douillard et al. 2023) and `adam` FedAdam with Flower's defaults (Reddi et al. 2021).
+#: Rule name -> rule. `sgd` is the specified one, `expert += lr * s(tau) * delta`; `nesterov` is DiLoCo's outer
+#: optimizer (Douillard et al. 2023) and `adam` FedAdam (Reddi et al. 2021) with a floor of 1e-3 under the root and
+#: moments that start at zero, without bias correction.
 RULES: dict[str, UpdateRule] = {
     "sgd": UpdateRule("sgd", 0, _sgd),
     "nesterov": UpdateRule("nesterov", 1, _nesterov),

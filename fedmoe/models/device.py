@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -67,9 +68,34 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return context
 
 
-def grad_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
-    """The loss scaler: active for float16 only, whose small gradients would underflow; otherwise scale 1."""
-    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+@dataclass(frozen=True, slots=True)
+class LossScale:
+    """The factor put on a float16 loss so that small gradients do not underflow (dynamic loss scaling).
+
+    It halves when a gradient overflows and doubles after 2000 steps without. `value` 1 and not `dynamic` for other
+    dtypes. As a value beside one flat gradient it needs less than PyTorch's GradScaler, and it goes into checkpoints.
+    """
+
+    value: float = 1.0
+    good_steps: int = 0
+    dynamic: bool = False
+
+    @classmethod
+    def start(cls, dtype: torch.dtype) -> LossScale:
+        """The first scale: 65536 for float16, otherwise 1 for good."""
+        return cls(65536.0, 0, True) if dtype == torch.float16 else cls()
+
+    def after_overflow(self) -> LossScale | None:
+        """The next scale to try, or None when the overflow is not the scale's doing."""
+        return replace(self, value=self.value / 2, good_steps=0) if self.dynamic and self.value > 1.0 else None
+
+    def after_step(self) -> LossScale:
+        """The scale after a good step."""
+        if not self.dynamic:
+            return self
+        if self.good_steps + 1 < 2000:
+            return replace(self, good_steps=self.good_steps + 1)
+        return replace(self, value=self.value * 2, good_steps=0)
 
 
 def pin_threads(threads: int | None = None) -> int:

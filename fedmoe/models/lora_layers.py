@@ -107,7 +107,7 @@ class AttachedAdapter:
         return Adapter(self.layout, self.alpha, self.read())
 
     def load(self, adapter: Adapter) -> None:
-        """Take over `adapter`, of any rank and alpha but exactly the same modules; another rank makes a new `parameter`."""
+        """Take over `adapter`, of any rank and alpha but the same modules; another rank makes a new `parameter`."""
         if adapter.layout.modules != self.layout.modules:
             raise ShapeError(_module_difference(self.layout, adapter.layout))
         if adapter.rank != self.layout.rank:

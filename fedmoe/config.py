@@ -1,0 +1,132 @@
+"""The parameters of every process: flag, else environment variable, else default; an unknown one is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from fedmoe.lora.codec import WireDtype
+from fedmoe.lora.merge import STRATEGIES
+from fedmoe.lora.update_rules import RULES, STALENESS
+from fedmoe.wire.messages import ExpertName, WorkerName
+
+#: The specification's default port.
+DEFAULT_PORT = 5000
+#: Seconds between two pushes of a worker; 5 to 30 are recommended, up to an hour is accepted.
+DEFAULT_SYNC_INTERVAL = 10.0
+MAX_SYNC_INTERVAL = 3600.0
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class CoordinatorConfig(BaseSettings):
+    """Parameters of a coordinator; environment variables are `FEDMOE_COORDINATOR_...`, and `FEDMOE_TOKEN`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="FEDMOE_COORDINATOR_", extra="forbid", frozen=True, populate_by_name=True
+    )
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
+    state_dir: str = "runs/coordinator"
+    enable_gateway: bool = True
+    strategy: str = "weighted_average"
+    gateway_rank: Annotated[int, Field(ge=1, le=4096)] | None = None
+    server_learning_rate: Positive = 1.0
+    server_optimizer: str = "sgd"
+    staleness: str = "polynomial"
+    max_staleness: Annotated[int, Field(ge=0)] | None = None
+    keep_updates: Annotated[int, Field(ge=1)] | None = None
+    min_sync_interval: Annotated[float, Field(ge=0, le=MAX_SYNC_INTERVAL, allow_inf_nan=False)] = 1.0
+    token: SecretStr | None = Field(None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
+    admin_token: SecretStr | None = Field(None, validation_alias=AliasChoices("admin_token", "FEDMOE_ADMIN_TOKEN"))
+    insecure: bool = False
+    tls_cert: str | None = None
+    tls_key: str | None = None
+
+    @field_validator("strategy", "server_optimizer", "staleness")
+    @classmethod
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        tables: dict[str, Mapping[str, object]] = {"strategy": STRATEGIES, "server_optimizer": RULES, "staleness": STALENESS}
+        known = tables[info.field_name or ""]
+        if value not in known:
+            raise ValueError(f"unknown value {value!r}; choose one of {', '.join(known)}")
+        return value
+
+    @field_validator("token", "admin_token")
+    @classmethod
+    def _not_empty(cls, value: SecretStr | None) -> SecretStr | None:
+        return _usable_token(value)
+
+    @model_validator(mode="after")
+    def _both_tls_files(self) -> CoordinatorConfig:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("TLS needs both --tls-cert and --tls-key")
+        return self
+
+
+class WorkerConfig(BaseSettings):
+    """Parameters of a worker; environment variables are `FEDMOE_WORKER_...`, and `FEDMOE_TOKEN`.
+
+    Training parameters carry the names of Hugging Face's TrainingArguments and LoraConfig.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="FEDMOE_WORKER_", extra="forbid", frozen=True, populate_by_name=True)
+
+    coordinator_url: str
+    worker_id: WorkerName
+    specialty: ExpertName
+    dataset: str
+    sync_interval: Annotated[float, Field(gt=0, le=MAX_SYNC_INTERVAL, allow_inf_nan=False)] = DEFAULT_SYNC_INTERVAL
+    base_model: str = "Qwen/Qwen2.5-0.5B-Instruct"
+    state_dir: str | None = None
+    max_steps: Annotated[int, Field(ge=0)] = 0
+    max_unsynced: Positive = 600.0
+    wire_dtype: WireDtype = "fp32"
+    device: str = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    max_length: Annotated[int, Field(ge=8, le=1 << 20)] = 256
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 2
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    gradient_checkpointing: bool = False
+    learning_rate: Positive = 1e-3
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_grad_norm: Positive = 1.0
+    lora_r: Annotated[int, Field(ge=1, le=1024)] = 16
+    lora_alpha: Positive = 32.0
+    lora_dropout: Ratio = 0.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+    seed: Annotated[int, Field(ge=0)] = 0
+    token: SecretStr | None = Field(None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
+
+    @field_validator("token")
+    @classmethod
+    def _not_empty(cls, value: SecretStr | None) -> SecretStr | None:
+        return _usable_token(value)
+
+    @field_validator("coordinator_url")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        if not value.startswith(("http://", "https://")):
+            raise ValueError(f"expected a URL like http://192.168.1.100:5000, got {value!r}")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _schedule_has_an_end(self) -> WorkerConfig:
+        if self.lr_scheduler_type != "constant" and self.max_steps == 0:
+            raise ValueError(
+                f"--lr-scheduler-type {self.lr_scheduler_type} needs --max-steps, the length of the schedule"
+            )
+        return self
+
+
+def _usable_token(value: SecretStr | None) -> SecretStr | None:
+    if value is not None and len(value.get_secret_value()) < 16:
+        raise ValueError("a token needs at least 16 characters; unset the variable or the flag to use none")
+    return value

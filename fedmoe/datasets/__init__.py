@@ -1,0 +1,1 @@
+"""From files to token batches: rows, formats, chat rendering, packing, and the three demo domains."""

@@ -1,0 +1,63 @@
+"""Rows of a Parquet file, through pyarrow, which comes with the extra `fedmoe[worker]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmoe.datasets.errors import DataError
+from fedmoe.datasets.lines import MAX_COLUMNS, Row, Rows
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+ROWS_AT_ONCE = 256
+MAX_ROW_GROUP_BYTES = 4 * 1024**3
+MAX_FOOTER_ITEMS = 1_000_000
+
+
+def read_parquet(path: Path, max_row_bytes: int) -> Rows:
+    """The rows in file order; raises `DataError` naming the row after which a file cannot be decoded."""
+    pyarrow_errors, file = _open(path)
+    number = 0
+    try:
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, use_threads=False):
+            for fields in batch.to_pylist():
+                number += 1
+                yield Row(number, fields)
+    except pyarrow_errors as error:
+        raise DataError(f"{path}: cannot be decoded after row {number:,}: {error}; write the file anew") from error
+    finally:
+        file.close()
+
+
+def _open(path: Path) -> tuple[tuple[type[Exception], ...], ParquetFile]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise DataError(
+            f"{path}: reading Parquet needs pyarrow; pip install 'fedmoe[worker]', or convert it to .jsonl"
+        ) from error
+    errors: tuple[type[Exception], ...] = (pa.ArrowException, OSError, ValueError)
+    try:
+        # The limits bound what a footer that lies about its own size can make the reader allocate.
+        file = pq.ParquetFile(
+            path,
+            thrift_string_size_limit=64 * 1024 * 1024,
+            thrift_container_size_limit=MAX_FOOTER_ITEMS,
+        )
+    except errors as error:
+        raise DataError(f"{path}: not a Parquet file: {error}; write the file anew") from error
+    _check_sizes(path, file)
+    return errors, file
+
+
+def _check_sizes(path: Path, file: ParquetFile) -> None:
+    metadata = file.metadata
+    if metadata.num_columns > MAX_COLUMNS:
+        raise DataError(f"{path}: {metadata.num_columns:,} columns, at most {MAX_COLUMNS} are read; keep those needed")
+    for index in range(metadata.num_row_groups):
+        size = metadata.row_group(index).total_byte_size
+        if size > MAX_ROW_GROUP_BYTES:
+            raise DataError(f"{path}: row group {index} holds {size:,} bytes; write smaller row groups")

@@ -1,0 +1,157 @@
+"""`DistributedCoordinator`: the coordinator as an HTTP service, from state directory to socket."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import socket
+import time
+from pathlib import Path
+
+import structlog
+import uvicorn
+
+from fedmoe.config import CoordinatorConfig
+from fedmoe.coordinator import Aggregation
+from fedmoe.server.history import History
+from fedmoe.server.protocol import GuardedProtocol
+from fedmoe.server.routes import create_app
+from fedmoe.server.security import TokenGate, new_token
+from fedmoe.server.service import CoordinatorService
+from fedmoe.storage.state_dir import StateDir
+
+_log = structlog.get_logger("fedmoe.coordinator")
+
+EXIT_PORT_IN_USE = 98
+EXIT_STORAGE_FAILED = 74
+_DRAIN_SECONDS = 30
+
+
+class PortInUseError(Exception):
+    """The address cannot be listened on; the message names it and the way out."""
+
+
+class DistributedCoordinator:
+    """Owns the state directory and the service; `app` is the HTTP application, `serve` runs it until it is stopped.
+
+    Opening recovers everything that was acknowledged before; tokens made at the first start are in `new_tokens`, and
+    nowhere else.
+    """
+
+    def __init__(self, config: CoordinatorConfig) -> None:
+        self.config = config
+        self._state = StateDir.open(Path(config.state_dir))
+        try:
+            self._open(config)
+        except BaseException:
+            self._state.close()
+            raise
+
+    def _open(self, config: CoordinatorConfig) -> None:
+        aggregation = Aggregation(
+            config.server_learning_rate,
+            config.staleness,
+            config.max_staleness,
+            config.server_optimizer,
+            config.enable_gateway,
+            config.strategy,
+            config.gateway_rank,
+        )
+        journal, blobs = self._state.journal, self._state.blobs
+        history = History(journal, blobs, aggregation, config.keep_updates)
+        started = time.perf_counter()
+        coordinator = history.recover()
+        versions = {name: expert.version for name, expert in coordinator.experts.items()}
+        seconds = round(time.perf_counter() - started, 3)
+        _log.info("recovered", state_dir=str(self._state.path), experts=versions, seconds=seconds)
+        self.service = CoordinatorService(coordinator, journal, blobs, history, config.min_sync_interval)
+        self.new_tokens = self._prepare_tokens(config)
+        self.app = create_app(self.service, self.gate, loopback=is_loopback(config.host))
+
+    def _prepare_tokens(self, config: CoordinatorConfig) -> dict[str, str]:
+        """Open the gate; on an address others can reach, make the tokens that are missing."""
+        given = {"join": config.token, "admin": config.admin_token}
+        required = (not is_loopback(config.host) or any(given.values())) and not config.insecure
+        self.gate = TokenGate(self._state.journal, required, time.time)
+        made: dict[str, str] = {}
+        for role, secret in given.items():
+            if secret is not None:
+                self.gate.add(secret.get_secret_value(), role)
+            elif required and not self.gate.has(role):
+                made[role] = new_token()
+                self.gate.add(made[role], role)
+        return made
+
+    def serve(self) -> int:
+        """Listen until SIGTERM or SIGINT; finishes requests under way, then returns the exit status."""
+        listener = _listen(self.config.host, self.config.port)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                self.app,
+                http=GuardedProtocol,
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=_DRAIN_SECONDS,
+                ssl_certfile=self.config.tls_cert,
+                ssl_keyfile=self.config.tls_key,
+            )
+        )
+        self.service.start()
+        _log.info("listening", host=self.config.host, port=listener.getsockname()[1], pid=os.getpid())
+        try:
+            asyncio.run(self._run(server, listener))
+        finally:
+            self.close()
+        if self.service.failed:
+            _log.error("stopped", reason=self.service.failed)
+            return EXIT_STORAGE_FAILED
+        _log.info("stopped")
+        return 0
+
+    async def _run(self, server: uvicorn.Server, listener: socket.socket) -> None:
+        watch = asyncio.create_task(self._stop_when_failed(server))
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            watch.cancel()
+
+    async def _stop_when_failed(self, server: uvicorn.Server) -> None:
+        """After a failed fsync nothing on this disk can be promised: answer 503 for a moment, then leave."""
+        while not self.service.failed:
+            await asyncio.sleep(0.2)
+        await asyncio.sleep(1.0)
+        server.should_exit = True
+
+    def close(self) -> None:
+        """Finish what was accepted and give the state directory back."""
+        self.service.close()
+        self._state.close()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise PortInUseError(
+            f"cannot listen on {host}:{port}: {error.strerror}. "
+            "Stop what holds the port (on macOS AirPlay uses 5000), or choose another --port."
+        ) from error
+    return listener

@@ -1,0 +1,281 @@
+"""QwenLoRAExpert: a base model, one adapter on it and its optimizer; it trains on packed batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig
+
+from fedmoe.datasets.packing import Batch, Block, collate
+from fedmoe.lora.adapter import Adapter, FloatVector
+from fedmoe.manifest import Manifest
+from fedmoe.models.base import LoadedBase
+from fedmoe.models.device import LossScale, autocast
+from fedmoe.models.lora_layers import attach
+from fedmoe.models.packed import check_model, count_targets, enable_checkpointing, token_losses
+from fedmoe.models.parallel import ProcessGroup
+from fedmoe.models.schedule import LoraConfig, ScheduleEnded, TrainingConfig, learning_rate_at
+
+__all__ = [
+    "Evaluation",
+    "LoraConfig",
+    "NonFiniteError",
+    "OptimizerState",
+    "QwenLoRAExpert",
+    "ScheduleEnded",
+    "StepResult",
+    "TrainingConfig",
+]
+
+OptimizerState = dict[str, NDArray[np.generic]]
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient that is not a number; the weights are as before the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One step: mean loss in nats per labelled token, tokens over all ranks, gradient norm before clipping, seconds."""
+
+    loss: float
+    tokens: int
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Mean loss in nats per predicted token, the number of those, and each block's own mean (NaN without labels)."""
+
+    loss: float
+    tokens: int
+    block_losses: tuple[float, ...]
+
+
+class QwenLoRAExpert:
+    """One expert on its base model. Any causal language model of transformers with sdpa attention will do.
+
+    With a ProcessGroup every rank makes the same calls, each with its own batches; all keep the same weights. Not
+    thread-safe: call everything from the thread that trains.
+    """
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        lora: LoraConfig | None = None,
+        training: TrainingConfig | None = None,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        check_model(base.model)
+        self.base = base
+        self.lora = lora or LoraConfig()
+        self.training = training or TrainingConfig()
+        self.group = group or ProcessGroup(device=base.device)
+        self.attached = attach(
+            base.model,
+            self.lora.target_modules,
+            self.lora.r,
+            self.lora.lora_alpha,
+            self.lora.lora_dropout,
+            self.lora.seed,
+        )
+        self.group.broadcast_(self.attached.parameter.data)
+        self.step = 0
+        self._scale = LossScale.start(base.dtype)
+        self._optimizer = self._new_optimizer()
+        if self.training.gradient_checkpointing:
+            enable_checkpointing(base.model)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What this expert's updates fit on."""
+        return Manifest(self.base.identity, self.attached.layout, float(self.attached.alpha))
+
+    @property
+    def finished(self) -> bool:
+        """Whether `max_steps` steps are done."""
+        return bool(self.training.max_steps) and self.step >= self.training.max_steps
+
+    def weights(self) -> FloatVector:
+        """A copy of the adapter's flat weights, float32."""
+        return self.attached.read()
+
+    def load_weights(self, flat: FloatVector) -> None:
+        """Replace the adapter's flat weights; the optimizer keeps its state."""
+        self.attached.write(flat)
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Take over an adapter for the same modules; one of another rank (a gateway) starts a new optimizer."""
+        before = self.attached.parameter
+        self.attached.load(adapter)
+        if self.attached.parameter is not before:
+            self._reset_optimizer()
+
+    def train_step(self, batches: Sequence[Batch]) -> StepResult:
+        """One optimizer step over all `batches` (micro-batches) of all ranks, each labelled token counting the same.
+
+        Raises NonFiniteError, with weights and optimizer unchanged, ScheduleEnded beyond `max_steps`, and ValueError
+        when no token is labelled.
+        """
+        started = time.perf_counter()
+        rate = learning_rate_at(self.training, self.step)
+        tokens = self._sum_over_ranks(sum(count_targets(batch) for batch in batches))
+        if tokens == 0:
+            raise ValueError("no token of this step is labelled; check the data and the masking of prompts")
+        self.base.model.train()
+        loss, norm = self._gradient(batches, tokens)
+        limit = self.training.max_grad_norm
+        if limit and norm > limit:
+            self.attached.grad.mul_(limit / norm)
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
+        self._scale = self._scale.after_step()
+        self.step += 1
+        return StepResult(loss, tokens, norm, rate, time.perf_counter() - started)
+
+    def evaluate(self, blocks: Sequence[Block], batch_size: int) -> Evaluation:
+        """The mean loss over `blocks`, in evaluation mode and without gradient; raises ValueError without labels."""
+        sums = np.zeros(len(blocks))
+        counts = np.zeros(len(blocks), np.int64)
+        self.base.model.eval()
+        with torch.no_grad(), autocast(self.base.device, self.base.dtype):
+            for start in range(0, len(blocks), batch_size):
+                losses, rows = token_losses(
+                    self.base.model, collate(blocks[start : start + batch_size]), self.base.device
+                )
+                np.add.at(sums, start + rows.cpu().numpy(), losses.double().cpu().numpy())
+                np.add.at(counts, start + rows.cpu().numpy(), 1)
+        tokens = int(counts.sum())
+        if tokens == 0:
+            raise ValueError(f"no token of these {len(blocks)} blocks is labelled; there is nothing to evaluate")
+        means = [float(total / count) if count else float("nan") for total, count in zip(sums, counts, strict=True)]
+        return Evaluation(float(sums.sum() / tokens), tokens, tuple(means))
+
+    def generate(self, prompt: str, max_new_tokens: int = 64, chat: bool = True) -> str:
+        """The greedy answer to `prompt` as a user turn of the chat template; without `chat`, its plain continuation."""
+        tokenizer, model = self.base.tokenizer, self.base.model
+        if chat and not tokenizer.chat_template:
+            raise ValueError(f"the tokenizer of {self.base.identity.name} has no chat template; pass chat=False")
+        text = prompt
+        if chat:
+            turn = [{"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(self.base.device)
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+        model.eval()
+        with torch.no_grad(), autocast(self.base.device, self.base.dtype):
+            output = model.generate(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
+            )
+        return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    def optimizer_state(self) -> OptimizerState:
+        """All that the next step depends on beside the weights, as arrays that safetensors can hold.
+
+        `exp_avg` and `exp_avg_sq` float32 (size,), `step` int64 (1,), `loss_scale` float64 (value, good steps), and
+        with dropout `random_state` uint8.
+        """
+        parameter = self.attached.parameter
+        state = self._optimizer.state.get(parameter, {})
+        moments = {
+            name: state.get(name, torch.zeros_like(parameter)).detach().cpu().numpy().copy()
+            for name in ("exp_avg", "exp_avg_sq")
+        }
+        counters: OptimizerState = {
+            "step": np.array([self.step], np.int64),
+            "loss_scale": np.array([self._scale.value, self._scale.good_steps], np.float64),
+        }
+        if self.lora.lora_dropout:
+            counters["random_state"] = self._random_state().cpu().numpy().copy()
+        return {**moments, **counters}
+
+    def load_optimizer_state(self, state: Mapping[str, NDArray[np.generic]]) -> None:
+        """Go on from what `optimizer_state` gave; raises ValueError when it is of another shape."""
+        parameter = self.attached.parameter
+        wanted = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": (1,), "loss_scale": (2,)}
+        for name, shape in wanted.items():
+            if name not in state or state[name].shape != tuple(shape):
+                got = state[name].shape if name in state else "nothing"
+                raise ValueError(f"optimizer state {name}: expected shape {tuple(shape)}, got {got}")
+        if self.lora.lora_dropout and "random_state" not in state:
+            raise ValueError("optimizer state has no random_state, which dropout needs to go on as before")
+        self._reset_optimizer()
+        self.step = int(state["step"][0])
+        value, good_steps = (float(number) for number in state["loss_scale"])
+        self._scale = LossScale(value, int(good_steps), self._scale.dynamic)
+        moments = {name: torch.tensor(state[name], device=parameter.device) for name in ("exp_avg", "exp_avg_sq")}
+        count = torch.tensor(float(self.step), dtype=torch.float32, device=parameter.device)
+        self._optimizer.state[parameter] = {"step": count, **moments}
+        if self.lora.lora_dropout:
+            self._set_random_state(torch.tensor(state["random_state"]))
+
+    def _reset_optimizer(self) -> None:
+        self.step = 0
+        self._scale = LossScale.start(self.base.dtype)
+        self._optimizer = self._new_optimizer()
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        return torch.optim.AdamW(
+            [self.attached.parameter],
+            lr=self.training.learning_rate,
+            weight_decay=self.training.weight_decay,
+            fused=True,
+        )
+
+    def _gradient(self, batches: Sequence[Batch], tokens: int) -> tuple[float, float]:
+        # Every rank sees the same summed loss and gradient, so all of them retry, go on or raise alike.
+        while True:
+            self.attached.zero_grad()
+            total = self.group.sum_(self._accumulate(batches, tokens))
+            gradient = self.group.sum_(self.attached.grad).div_(self._scale.value)
+            loss, norm = float(total.item()) / tokens, float(torch.linalg.vector_norm(gradient).item())
+            if np.isfinite(loss) and np.isfinite(norm):
+                return loss, norm
+            smaller = self._scale.after_overflow() if np.isfinite(loss) else None
+            if smaller is None:
+                self.attached.zero_grad()
+                raise NonFiniteError(
+                    f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the weights were not changed. "
+                    "Check the data of this step, lower learning_rate, or train in fp32"
+                )
+            self._scale = smaller
+
+    def _accumulate(self, batches: Sequence[Batch], tokens: int) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64 if self.base.device.type != "mps" else torch.float32)
+        total = total.to(self.base.device)
+        for batch in batches:
+            if count_targets(batch) == 0:
+                continue
+            with autocast(self.base.device, self.base.dtype):
+                losses, _ = token_losses(self.base.model, batch, self.base.device)
+            summed = losses.sum()
+            (summed * (self._scale.value / tokens)).backward()
+            total += summed.detach()
+        return total
+
+    def _sum_over_ranks(self, count: int) -> int:
+        if self.group.world_size == 1:
+            return count
+        return int(self.group.sum_(torch.tensor([count], dtype=torch.int64, device=self.base.device)).item())
+
+    def _random_state(self) -> torch.Tensor:
+        on_cuda = self.base.device.type == "cuda"
+        return torch.cuda.get_rng_state(self.base.device) if on_cuda else torch.get_rng_state()
+
+    def _set_random_state(self, state: torch.Tensor) -> None:
+        if self.base.device.type == "cuda":
+            torch.cuda.set_rng_state(state, self.base.device)
+        else:
+            torch.set_rng_state(state)

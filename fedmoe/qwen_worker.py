@@ -1,0 +1,187 @@
+"""QwenWorker: trains one expert on private blocks for an interval at a time; it knows no network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fedmoe.datasets.packing import Batch, BlockSampler, collate
+from fedmoe.lora.adapter import FloatVector, ShapeError
+from fedmoe.manifest import Manifest
+from fedmoe.models.worker_state import CheckpointError, State, has_state, load_state, save_state
+from fedmoe.qwen_finetune import QwenLoRAExpert
+
+__all__ = ["CheckpointError", "Companion", "IntervalResult", "QwenWorker", "StepRecord"]
+
+_OPTIMIZER = "optimizer."
+_VECTOR = "vector."
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step: its number counted from 1, mean loss in nats per token, tokens over all ranks, gradient norm, rate."""
+
+    step: int
+    loss: float
+    tokens: int
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class IntervalResult:
+    """An interval: steps and labelled tokens done, loss per token over all of them (NaN without steps), seconds."""
+
+    steps: int
+    tokens: int
+    mean_loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Companion:
+    """What a caller keeps beside the worker in the same atomic checkpoint: short texts and float32 vectors."""
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    vectors: Mapping[str, FloatVector] = field(default_factory=dict)
+
+
+class QwenWorker:
+    """Owns a `QwenLoRAExpert` and the sampler of this rank's blocks.
+
+    With several ranks all make the same calls; rank 0's clock, weights and `should_stop` count. `weights`, `rebase`,
+    `save` and `restore` may be called between steps only, from the thread that trains.
+    """
+
+    def __init__(
+        self, expert: QwenLoRAExpert, sampler: BlockSampler, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.expert = expert
+        self.sampler = sampler
+        self._clock = clock
+        self._group = expert.group
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, over all restarts."""
+        return self.expert.step
+
+    @property
+    def manifest(self) -> Manifest:
+        """What this worker's updates fit on."""
+        return self.expert.manifest
+
+    def train_for(
+        self,
+        seconds: float,
+        should_stop: Callable[[], bool],
+        on_step: Callable[[StepRecord], None],
+        max_steps: int | None = None,
+    ) -> IntervalResult:
+        """Train until `seconds` are over, `should_stop` says so, `max_steps` are done or the schedule ends.
+
+        Whether to go on is asked before each step, so a step is never cut short. `on_step` is called on every rank.
+        NonFiniteError passes through: that batch is used up, weights are unchanged, and training may be resumed.
+        """
+        started = self._clock()
+        steps, tokens, nats = 0, 0, 0.0
+        while not self._is_over(started + seconds, should_stop, max_steps, steps):
+            result = self.expert.train_step(self._next_batches())
+            steps, tokens, nats = steps + 1, tokens + result.tokens, nats + result.loss * result.tokens
+            on_step(
+                StepRecord(
+                    self.step, result.loss, result.tokens, result.grad_norm, result.learning_rate, result.seconds
+                )
+            )
+        return IntervalResult(steps, tokens, nats / tokens if tokens else float("nan"), self._clock() - started)
+
+    def weights(self) -> FloatVector:
+        """A copy of the local weights, float32 (size,), in the order of the manifest's layout."""
+        return self.expert.weights()
+
+    def rebase(self, new_base: FloatVector | None, sent_local: FloatVector | None) -> None:
+        """Move onto a new base and keep what was learned since: `local := new_base + (local - sent_local)`, float32.
+
+        `sent_local` is what `weights` gave when the update was made. All ranks call it; what ranks above 0 pass does
+        not count and may be None. Raises ShapeError, with nothing changed, for vectors that do not fit.
+        """
+        if self._group.rank == 0:
+            if new_base is None or sent_local is None:
+                raise ValueError("rank 0 must pass the new base and the weights that were sent")
+            self.expert.load_weights(self._rebased(new_base, sent_local))
+        self._group.broadcast_(self.expert.attached.parameter.data)
+
+    def load(self, weights: FloatVector | None) -> None:
+        """Replace the local weights by rank 0's `weights`, dropping what was learned; all ranks call it."""
+        if self._group.rank == 0:
+            if weights is None:
+                raise ValueError("rank 0 must pass the weights")
+            self.expert.load_weights(weights)
+        self._group.broadcast_(self.expert.attached.parameter.data)
+
+    def save(self, folder: Path, companion: Companion | None = None) -> Path:
+        """Write weights, optimizer, step counter and sampler cursor, atomically; returns this rank's file.
+
+        A crash at any moment leaves the previous checkpoint or the new one.
+        """
+        kept = companion or Companion()
+        arrays = {"weights": self.weights()}
+        arrays |= {_VECTOR + name: vector for name, vector in kept.vectors.items()}
+        state = State(
+            arrays | {_OPTIMIZER + name: array for name, array in self.expert.optimizer_state().items()},
+            {
+                "manifest": self.manifest.to_json(),
+                "sampler": self.sampler.state(),
+                "texts": dict(kept.texts),
+            },
+        )
+        return save_state(folder, state, self._group)
+
+    def restore(self, folder: Path) -> Companion | None:
+        """Go on from the newest checkpoint in `folder`, or return None when there is none yet.
+
+        Raises CheckpointError for a damaged one, one of another number of processes, or one of another manifest.
+        """
+        if not self._group.flag(has_state(folder)):
+            return None
+        state = load_state(folder, self._group)
+        saved = Manifest.from_json(dict(state.values["manifest"]))
+        differences = saved.differences(self.manifest)
+        if differences:
+            raise CheckpointError(f"{folder} was saved by another expert: " + "; ".join(differences[:5]))
+        self.sampler.restore({name: int(str(value)) for name, value in state.values["sampler"].items()})
+        self.expert.load_weights(np.asarray(state.arrays["weights"], np.float32))
+        self.expert.load_optimizer_state(_with_prefix(state, _OPTIMIZER))
+        vectors = {name: np.asarray(array, np.float32) for name, array in _with_prefix(state, _VECTOR).items()}
+        return Companion({name: str(text) for name, text in state.values["texts"].items()}, vectors)
+
+    def _rebased(self, new_base: FloatVector, sent_local: FloatVector) -> FloatVector:
+        local = self.weights()
+        for name, vector in (("new_base", new_base), ("sent_local", sent_local)):
+            if vector.dtype != np.float32 or vector.shape != local.shape:
+                raise ShapeError(
+                    f"{name}: expected {local.size} float32 numbers, got {vector.dtype} of shape {vector.shape}"
+                )
+        local -= sent_local
+        local += new_base
+        return local
+
+    def _is_over(self, deadline: float, should_stop: Callable[[], bool], max_steps: int | None, steps: int) -> bool:
+        over = self.expert.finished or (max_steps is not None and steps >= max_steps)
+        return self._group.flag(over or should_stop() or self._clock() >= deadline)
+
+    def _next_batches(self) -> list[Batch]:
+        training = self.expert.training
+        return [
+            collate(self.sampler.next(training.per_device_train_batch_size))
+            for _ in range(training.gradient_accumulation_steps)
+        ]
+
+
+def _with_prefix(state: State, prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in state.arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,101 @@
+"""Errors as answers: every refusal has one status, one code, and says what to do."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from fedmoe.errors import RefusedError
+from fedmoe.lora.codec import CodecError, MalformedError
+from fedmoe.storage.blobs import StorageFailedError
+from fedmoe.wire.messages import PROBLEM, Problem
+
+_log = structlog.get_logger("fedmoe.http")
+
+#: Code of a refusal -> HTTP status. Every code the coordinator can raise stands here; a test holds the table.
+STATUS: dict[str, int] = {
+    "unauthorised": 401,
+    "forbidden": 403,
+    "unknown_expert": 404,
+    "unknown_token": 404,
+    "gateway_disabled": 404,
+    "gateway_not_initialised": 404,
+    "unknown_version": 409,
+    "too_stale": 409,
+    "sequence_reused": 409,
+    "base_mismatch": 409,
+    "nothing_to_retract": 409,
+    "history_pruned": 410,
+    "too_large": 413,
+    "unsupported_type": 415,
+    "lora_mismatch": 422,
+    "not_finite": 422,
+    "invalid_request": 422,
+    "malformed": 400,
+    "digest_mismatch": 400,
+    "truncated": 400,
+    "too_slow": 408,
+    "busy": 503,
+    "disk_full": 507,
+}
+_RETRY_AFTER = {"busy": "2", "disk_full": "30"}
+
+
+def problem(code: str, status: int, detail: str, fix: str = "", **facts: object) -> JSONResponse:
+    """An RFC 9457 problem."""
+    content = Problem(title=HTTPStatus(status).phrase, status=status, code=code, detail=detail, fix=fix, **facts)  # type: ignore[arg-type]
+    headers = {"Retry-After": _RETRY_AFTER[code]} if code in _RETRY_AFTER else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    # A refused body may still be on its way; closing spares both sides from reading it.
+    if status in (401, 403, 408, 413, 415):
+        headers["Connection"] = "close"
+    return JSONResponse(content.model_dump(), status, headers, PROBLEM)
+
+
+def refusal(error: RefusedError) -> JSONResponse:
+    """The problem that a refusal is."""
+    return problem(error.code, STATUS[error.code], error.detail, error.fix, **error.facts)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the house as a problem; unknown ones are logged and say nothing of our insides."""
+
+    @app.exception_handler(RefusedError)
+    async def _refused(request: Request, error: RefusedError) -> Response:
+        return refusal(error)
+
+    @app.exception_handler(CodecError)
+    async def _codec(request: Request, error: CodecError) -> Response:
+        status = 400 if isinstance(error, MalformedError) else 422
+        return problem(error.code, status, str(error), "Nothing was stored.")
+
+    @app.exception_handler(StorageFailedError)
+    async def _storage(request: Request, error: StorageFailedError) -> Response:
+        _log.error("storage_failed", reason=str(error))
+        return problem("storage_failed", 503, f"{error}.", "The coordinator stops; its operator has to look.")
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        if first["type"] == "json_invalid":
+            return problem("malformed", 400, f"the body is not JSON: {first['ctx']['error']}.")
+        shown = repr(first.get("input"))[:80]
+        return problem("invalid_request", 422, f"{where}: {first['msg']}, got {shown}.", "See /openapi.json.")
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        codes = {400: "malformed", 404: "unknown_route", 405: "method_not_allowed", 413: "too_large"}
+        code = codes.get(error.status_code, "http_error")
+        return problem(code, error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> Response:
+        _log.error("unexpected", path=request.url.path, error=repr(error))
+        return problem("internal_error", 500, "an unexpected error; the coordinator's log has it.")

@@ -1,0 +1,295 @@
+"""One update's way through the house, and every other request to the coordinator, without HTTP.
+
+receive (capped, hashed, on disk) -> check against the manifest -> fsync and rename -> decide and journal -> publish ->
+answer. Each step either finishes or leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from fedmoe import __version__, failpoints
+from fedmoe.coordinator import CentralCoordinator, Draft, Submission
+from fedmoe.errors import RefusedError
+from fedmoe.events import UpdateAccepted
+from fedmoe.experts import ExpertModel
+from fedmoe.lora.adapter import FloatVector, Layout
+from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
+from fedmoe.lora.robust import first_not_finite
+from fedmoe.server.committer import Committer
+from fedmoe.server.history import History
+from fedmoe.server.receive import Expected, receive
+from fedmoe.server.roster import Roster
+from fedmoe.storage.blobs import BlobStore, BlobWriter, StorageFailedError
+from fedmoe.storage.journal import Journal, Statistic
+from fedmoe.wire.messages import (
+    ChangeResult,
+    FederationInfo,
+    ManifestMessage,
+    RegisterRequest,
+    RetractRequest,
+    RollbackRequest,
+    StatisticRequest,
+    UpdateHeader,
+    UpdateResult,
+)
+
+Result = TypeVar("Result")
+
+_log = structlog.get_logger("fedmoe.coordinator")
+
+# A body is the factors in float32 at most, plus the header of names.
+_CAP_SHARE = 1.05
+_CAP_BYTES = 1 << 20
+_THREADS = 4
+_MAX_UPLOADS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """An update's body on its way in: the chunks, the declared length if any, and the promised sha256 (hex)."""
+
+    chunks: AsyncIterator[bytes]
+    length: int | None
+    sha256: str
+
+
+class CoordinatorService:
+    """Everything the coordinator does for its callers; owns the threads, not the journal or the blobs."""
+
+    def __init__(
+        self,
+        coordinator: CentralCoordinator,
+        journal: Journal,
+        blobs: BlobStore,
+        history: History,
+        min_sync_interval: float = 1.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.coordinator = coordinator
+        self.journal = journal
+        self.roster = Roster(journal.events())
+        self._blobs = blobs
+        self._history = history
+        self._min_sync_interval = min_sync_interval
+        self._clock = clock
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
+        self._committer = Committer(coordinator, journal, self._after_commit)
+        self._uploads = 0
+        self._checking = asyncio.Semaphore(_THREADS)
+
+    def start(self) -> None:
+        self._committer.start()
+
+    def close(self) -> None:
+        """Finish what was accepted, then stop the threads."""
+        self._committer.close()
+        self._pool.shutdown()
+
+    @property
+    def failed(self) -> str | None:
+        """Why storage can no longer be trusted; None while all is well."""
+        return self._committer.failed
+
+    @property
+    def now(self) -> float:
+        return self._clock()
+
+    def federation(self) -> FederationInfo:
+        """What a worker must know before it loads a model."""
+        manifest = self.coordinator.manifest
+        return FederationInfo(
+            fedmoe=__version__,
+            manifest=ManifestMessage.of(manifest) if manifest else None,
+            min_sync_interval=self._min_sync_interval,
+            wire_dtypes=list(WIRE_DTYPES),
+        )
+
+    async def register(self, request: RegisterRequest) -> ExpertModel:
+        """Make the expert, or give the one there is."""
+        try:
+            manifest = request.manifest.manifest()
+        except ValueError as error:
+            raise RefusedError("lora_mismatch", f"the manifest contradicts itself: {error}.") from error
+
+        def decide(draft: Draft) -> ExpertModel:
+            return draft.register(request.expert, request.worker, manifest, request.seed, self.now)
+
+        expert = await self._decided(self._committer.submit(decide), ExpertModel)
+        _log.info("registered", expert=expert.name, worker=request.worker, version=expert.version)
+        return expert
+
+    async def push(self, header: UpdateHeader, body: Body) -> UpdateResult:
+        """Take one update in; answers the same to the same update however often it is sent."""
+        self._refuse_if_busy()
+        expert = self.coordinator.expert(header.expert)
+        self._uploads += 1
+        try:
+            writer = self._blobs.writer()
+            try:
+                return await self._take(header, body, expert.manifest.layout, writer)
+            finally:
+                writer.abort()
+        except (RefusedError, CodecError) as error:
+            code = getattr(error, "code", "refused")
+            _log.warning("refused", expert=header.expert, worker=header.worker, code=code, reason=str(error))
+            raise
+        finally:
+            self._uploads -= 1
+
+    async def _take(self, header: UpdateHeader, body: Body, layout: Layout, writer: BlobWriter) -> UpdateResult:
+        expected = Expected(int(layout.size * 4 * _CAP_SHARE) + _CAP_BYTES, body.length, body.sha256)
+        await receive(body.chunks, expected, writer, self._pool)
+        failpoints.reached("push.received")
+        async with self._checking:
+            delta = await self._in_thread(lambda: self._check(header, writer, layout))
+            failpoints.reached("push.checked")
+            digest = await self._in_thread(writer.commit)
+            failpoints.reached("push.stored")
+            submission = _submission(header, digest)
+            future = self._committer.submit(lambda draft: self._decide(draft, submission, delta))
+            result = await self._decided(future, UpdateResult)
+        failpoints.reached("push.answered")
+        _log.info(
+            "update",
+            expert=result.expert,
+            worker=header.worker,
+            sequence=header.sequence,
+            version=result.version,
+            staleness=result.staleness,
+            coefficient=round(result.coefficient, 6),
+            digest=result.digest[:12],
+            duplicate=result.duplicate,
+        )
+        return result
+
+    def _check(self, header: UpdateHeader, writer: BlobWriter, layout: Layout) -> FloatVector:
+        """The delta, if the body is exactly an update of this expert and it could land as things stand."""
+        if writer.size == 0:
+            raise MalformedError("malformed", "the body is empty")
+        flat = decode(writer.view(), layout).flat
+        bad = first_not_finite(layout, flat)
+        if bad is not None:
+            raise RefusedError(
+                "not_finite", f"{bad} holds a NaN or an infinity.", "Lower the learning rate; never push such weights."
+            )
+        # What cannot land is refused before it costs a write; the binding decision comes later, in order.
+        if self.journal.find_update(header.worker, header.epoch, header.sequence) is None:
+            self.coordinator.draft().judge(_submission(header, writer.digest), self.now)
+        return flat
+
+    def _decide(self, draft: Draft, submission: Submission, delta: FloatVector) -> UpdateResult:
+        """The binding decision, taken in the journal's order by the committer."""
+        earlier = self._earlier(draft, submission)
+        if earlier is None:
+            accepted = draft.judge(submission, self.now)
+            draft.apply(accepted, delta)
+            return _result(accepted, draft.gateway_version, duplicate=False)
+        if (earlier.digest, earlier.expert) != (submission.digest, submission.expert):
+            raise RefusedError(
+                "sequence_reused",
+                f"worker {submission.worker!r} already sent another update as number {submission.sequence}.",
+                "Every update needs its own number; a restored worker state needs a new epoch.",
+                accepted_digest=earlier.digest,
+            )
+        return _result(earlier, draft.gateway_version, duplicate=True)
+
+    def _earlier(self, draft: Draft, submission: Submission) -> UpdateAccepted | None:
+        key = (submission.worker, submission.epoch, submission.sequence)
+        for event in draft.events:
+            if isinstance(event, UpdateAccepted) and (event.worker, event.epoch, event.sequence) == key:
+                return event
+        return self.journal.find_update(*key)
+
+    async def roll_back(self, request: RollbackRequest) -> ChangeResult:
+        """The expert's next version gets the content of an earlier one."""
+
+        def decide(draft: Draft) -> ChangeResult:
+            rebuilt = self._history.at_version(draft.expert(request.expert), request.to_version)
+            draft.roll_back(request.expert, request.to_version, rebuilt.state, request.reason, self.now)
+            return _change(draft, request.expert, rebuilt.removed)
+
+        return await self._changed("rolled_back", self._committer.submit(decide, alone=True))
+
+    async def retract(self, request: RetractRequest) -> ChangeResult:
+        """The expert's next version is what it would be without one worker's updates."""
+
+        def decide(draft: Draft) -> ChangeResult:
+            rebuilt = self._history.without_worker(draft.expert(request.expert), request.worker)
+            draft.retract(request.expert, request.worker, rebuilt.removed, rebuilt.state, request.reason, self.now)
+            return _change(draft, request.expert, rebuilt.removed)
+
+        return await self._changed("retracted", self._committer.submit(decide, alone=True))
+
+    async def _changed(self, what: str, future: Future[object]) -> ChangeResult:
+        result = await self._decided(future, ChangeResult)
+        _log.warning(what, expert=result.expert, version=result.version, removed=result.removed)
+        return result
+
+    async def add_statistic(self, request: StatisticRequest) -> None:
+        """Keep a small fact a worker discloses."""
+        self.coordinator.expert(request.expert)
+        statistic = Statistic(request.expert, request.worker, request.kind, dict(request.values), self.now)
+        await self._in_thread(lambda: self.journal.add_statistic(statistic))
+
+    def _refuse_if_busy(self) -> None:
+        if self.failed:
+            raise StorageFailedError(self.failed)
+        if self._uploads >= _MAX_UPLOADS:
+            raise RefusedError("busy", f"{self._uploads} updates are being received.", "Retry after the time given.")
+
+    async def _decided(self, future: Future[object], kind: type[Result]) -> Result:
+        result = await asyncio.wrap_future(future)
+        assert isinstance(result, kind), f"a decision gave {type(result)}, expected {kind}"
+        return result
+
+    async def _in_thread(self, call: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+
+    def _after_commit(self, draft: Draft) -> None:
+        self.roster.observe(draft.events)
+        for name in {event.expert for event in draft.events}:
+            self._history.snapshot_if_due(self.coordinator.experts[name])
+
+
+def _submission(header: UpdateHeader, digest: str) -> Submission:
+    info = {"loss": header.loss, "steps": header.steps, "tokens": header.tokens}
+    return Submission(
+        header.expert,
+        header.worker,
+        header.epoch,
+        header.sequence,
+        header.base_version,
+        digest,
+        {key: float(value) for key, value in info.items() if value is not None},
+    )
+
+
+def _result(event: UpdateAccepted, gateway_version: int, duplicate: bool) -> UpdateResult:
+    return UpdateResult(
+        expert=event.expert,
+        version=event.version,
+        gateway_version=gateway_version,
+        staleness=event.staleness,
+        coefficient=event.coefficient,
+        digest=event.digest,
+        duplicate=duplicate,
+    )
+
+
+def _change(draft: Draft, name: str, removed: int) -> ChangeResult:
+    expert = draft.experts[name]
+    return ChangeResult(
+        expert=name,
+        version=expert.version,
+        gateway_version=draft.gateway_version,
+        removed=removed,
+        digest=expert.digest,
+    )

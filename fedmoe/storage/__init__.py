@@ -1,0 +1,1 @@
+"""What survives a crash: the journal of events and the blobs they name."""

@@ -1,0 +1,319 @@
+"""The journal: every event in order, durable before anybody is told about it.
+
+One writing connection, one transaction per batch of events, `synchronous=FULL`: when `append` returns, the events
+survive a power cut. Nothing is ever changed in place; rollback and retraction are events too.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.pool import StaticPool
+
+from fedmoe.errors import RefusedError
+from fedmoe.events import Event, ExpertRegistered, ExpertRolledBack, UpdateAccepted, WorkerRetracted
+from fedmoe.manifest import Manifest
+from fedmoe.storage.blobs import StorageFailedError
+
+SCHEMA_VERSION = 1
+_KINDS: dict[str, type[Event]] = {
+    "register": ExpertRegistered,
+    "update": UpdateAccepted,
+    "rollback": ExpertRolledBack,
+    "retract": WorkerRetracted,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+_tables = sa.MetaData()
+_meta = sa.Table("meta", _tables, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text))
+_events = sa.Table(
+    "events",
+    _tables,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("expert", sa.Text, nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("worker", sa.Text),
+    sa.Column("epoch", sa.Text),
+    sa.Column("sequence", sa.Integer),
+    sa.Column("digest", sa.Text),
+    sa.Column("payload", sa.Text, nullable=False),
+    # An update's identity: the same one can never be in the journal twice, whoever writes.
+    sa.UniqueConstraint("worker", "epoch", "sequence"),
+    sa.UniqueConstraint("expert", "version"),
+)
+_snapshots = sa.Table(
+    "snapshots",
+    _tables,
+    sa.Column("expert", sa.Text, primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("digest", sa.Text, nullable=False),
+)
+_statistics = sa.Table(
+    "statistics",
+    _tables,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("expert", sa.Text, nullable=False),
+    sa.Column("worker", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("payload", sa.Text, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+)
+_tokens = sa.Table(
+    "tokens",
+    _tables,
+    sa.Column("hash", sa.Text, primary_key=True),
+    sa.Column("role", sa.Text, nullable=False),
+    sa.Column("worker", sa.Text),
+    sa.Column("experts", sa.Text),
+    sa.Column("expires_at", sa.Float),
+    sa.Column("revoked", sa.Boolean, nullable=False, default=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """What the journal knows of a token: its hash and what it may do, never the token.
+
+    `worker` and `experts` None mean any; `expires_at` is seconds since 1970, None never.
+    """
+
+    hash: str
+    role: str
+    worker: str | None = None
+    experts: tuple[str, ...] | None = None
+    expires_at: float | None = None
+    revoked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """A small fact a worker chose to send (for example a held-out loss), kept like an update."""
+
+    expert: str
+    worker: str
+    kind: str
+    payload: Mapping[str, object]
+    at: float
+
+
+class DuplicateEventError(Exception):
+    """An event whose identity is already in the journal; the whole batch was refused."""
+
+
+class Journal(Protocol):
+    """The order of everything that happened, and the small tables that must survive with it."""
+
+    def append(self, events: Sequence[Event]) -> None:
+        """Make events durable, all or none; raises `DuplicateEventError` if one is there already."""
+        ...
+
+    def events(self, expert: str | None = None, after_version: int = -1) -> Iterator[Event]: ...
+
+    def count(self) -> int: ...
+
+    def find_update(self, worker: str, epoch: str, sequence: int) -> UpdateAccepted | None: ...
+
+    def add_snapshot(self, expert: str, version: int, digest: str) -> None: ...
+
+    def snapshots(self, expert: str) -> dict[int, str]:
+        """Version -> digest of the snapshots of one expert."""
+        ...
+
+    def drop_snapshot(self, expert: str, version: int) -> None: ...
+
+    def add_statistic(self, statistic: Statistic) -> None: ...
+
+    def statistics(self, expert: str | None = None) -> list[Statistic]: ...
+
+    def put_token(self, token: TokenRecord) -> None: ...
+
+    def tokens(self) -> list[TokenRecord]: ...
+
+    def meta(self, key: str) -> str | None: ...
+
+    def set_meta(self, key: str, value: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class SqlJournal:
+    """The journal in an SQL database; SQLite in a file (the embedded default) or in memory."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._where = str(path) if path else "memory"
+        self._lock = threading.Lock()
+        url = f"sqlite:///{path}" if path else "sqlite://"
+        self._engine = sa.create_engine(
+            url, poolclass=StaticPool, connect_args={"check_same_thread": False, "timeout": 5.0}
+        )
+        sa.event.listen(self._engine, "connect", _set_pragmas)
+        try:
+            self._connection = self._engine.connect()
+            self._prepare()
+        except sa.exc.DatabaseError as error:
+            raise StorageFailedError(
+                f"the journal {self._where} cannot be opened: {error.orig}. Restore it from a backup; "
+                "if it is not a FedMoE journal, choose another --state-dir."
+            ) from error
+
+    def _prepare(self) -> None:
+        _tables.create_all(self._connection)
+        self._connection.commit()
+        found = self.meta("schema_version")
+        if found is None:
+            self.set_meta("schema_version", str(SCHEMA_VERSION))
+        elif found != str(SCHEMA_VERSION):
+            raise StorageFailedError(
+                f"the journal {self._where} has schema {found}, this program reads {SCHEMA_VERSION}; "
+                "run the FedMoE version that wrote it"
+            )
+
+    def append(self, events: Sequence[Event]) -> None:
+        rows = [_row(event) for event in events]
+        try:
+            self._write(_events.insert(), rows)
+        except IntegrityError as error:
+            raise DuplicateEventError(str(error.orig)) from error
+
+    def _write(self, statement: sa.Executable, rows: list[dict[str, object]] | None = None) -> None:
+        with self._lock:
+            try:
+                self._connection.execute(statement, rows)
+                self._connection.commit()
+            except IntegrityError:
+                self._connection.rollback()
+                raise
+            except OperationalError as error:
+                self._connection.rollback()
+                raise _journal_problem(error, self._where) from error
+
+    def _read(self, statement: sa.Executable) -> list[sa.RowMapping]:
+        with self._lock:
+            rows = list(self._connection.execute(statement).mappings())
+            self._connection.rollback()
+            return rows
+
+    def events(self, expert: str | None = None, after_version: int = -1) -> Iterator[Event]:
+        query = sa.select(_events.c.kind, _events.c.payload).order_by(_events.c.id)
+        if expert is not None:
+            query = query.where(_events.c.expert == expert, _events.c.version > after_version)
+        for row in self._read(query):
+            yield _event(row["kind"], row["payload"])
+
+    def count(self) -> int:
+        query = sa.select(sa.func.count().label("events")).select_from(_events)
+        return int(self._read(query)[0]["events"])
+
+    def find_update(self, worker: str, epoch: str, sequence: int) -> UpdateAccepted | None:
+        query = sa.select(_events.c.payload).where(
+            _events.c.worker == worker, _events.c.epoch == epoch, _events.c.sequence == sequence
+        )
+        for row in self._read(query):
+            event = _event("update", row["payload"])
+            assert isinstance(event, UpdateAccepted)
+            return event
+        return None
+
+    def add_snapshot(self, expert: str, version: int, digest: str) -> None:
+        self._write(
+            _snapshots.insert().prefix_with("OR REPLACE"), [{"expert": expert, "version": version, "digest": digest}]
+        )
+
+    def snapshots(self, expert: str) -> dict[int, str]:
+        query = sa.select(_snapshots.c.version, _snapshots.c.digest).where(_snapshots.c.expert == expert)
+        return {row["version"]: row["digest"] for row in self._read(query)}
+
+    def drop_snapshot(self, expert: str, version: int) -> None:
+        self._write(_snapshots.delete().where(_snapshots.c.expert == expert, _snapshots.c.version == version))
+
+    def add_statistic(self, statistic: Statistic) -> None:
+        row = asdict(statistic) | {"payload": json.dumps(dict(statistic.payload), allow_nan=False)}
+        self._write(_statistics.insert(), [row])
+
+    def statistics(self, expert: str | None = None) -> list[Statistic]:
+        query = sa.select(_statistics).order_by(_statistics.c.id)
+        if expert is not None:
+            query = query.where(_statistics.c.expert == expert)
+        return [
+            Statistic(row["expert"], row["worker"], row["kind"], json.loads(row["payload"]), row["at"])
+            for row in self._read(query)
+        ]
+
+    def put_token(self, token: TokenRecord) -> None:
+        row = asdict(token) | {"experts": json.dumps(token.experts) if token.experts is not None else None}
+        self._write(_tokens.insert().prefix_with("OR REPLACE"), [row])
+
+    def tokens(self) -> list[TokenRecord]:
+        return [
+            TokenRecord(
+                row["hash"],
+                row["role"],
+                row["worker"],
+                tuple(json.loads(row["experts"])) if row["experts"] is not None else None,
+                row["expires_at"],
+                row["revoked"],
+            )
+            for row in self._read(sa.select(_tokens))
+        ]
+
+    def meta(self, key: str) -> str | None:
+        rows = self._read(sa.select(_meta.c.value).where(_meta.c.key == key))
+        return rows[0]["value"] if rows else None
+
+    def set_meta(self, key: str, value: str) -> None:
+        self._write(_meta.insert().prefix_with("OR REPLACE"), [{"key": key, "value": value}])
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+            self._engine.dispose()
+
+
+def _set_pragmas(connection: sqlite3.Connection, _: object) -> None:
+    cursor = connection.cursor()
+    # FULL makes every commit survive a power cut; WAL makes it one fsync. One connection only: no reader holds a lock.
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "trusted_schema=OFF"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _row(event: Event) -> dict[str, object]:
+    payload = asdict(event)
+    if isinstance(event, ExpertRegistered):
+        payload["manifest"] = event.manifest.to_json()
+    update = event if isinstance(event, UpdateAccepted) else None
+    return {
+        "kind": _NAMES[type(event)],
+        "expert": event.expert,
+        "version": 0 if isinstance(event, ExpertRegistered) else event.version,
+        "worker": update.worker if update else None,
+        "epoch": update.epoch if update else None,
+        "sequence": update.sequence if update else None,
+        "digest": update.digest if update else None,
+        "payload": json.dumps(payload, allow_nan=False),
+    }
+
+
+def _event(kind: str, payload: str) -> Event:
+    values = json.loads(payload)
+    if kind == "register":
+        values["manifest"] = Manifest.from_json(values["manifest"])
+    return _KINDS[kind](**values)
+
+
+def _journal_problem(error: OperationalError, where: str) -> Exception:
+    text = str(error.orig)
+    if "disk is full" in text or "database or disk is full" in text:
+        return RefusedError(
+            "disk_full", f"no space left for {where}.", "Free disk space; nothing was stored, retry later."
+        )
+    return StorageFailedError(f"the journal {where} failed: {text}")

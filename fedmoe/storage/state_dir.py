@@ -1,0 +1,60 @@
+"""The coordinator's state directory: one process owns it, and only its user can read it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmoe.storage.blobs import FolderBlobStore
+from fedmoe.storage.journal import SqlJournal
+
+
+class StateDirError(Exception):
+    """The state directory cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class StateDir:
+    """An open, locked state directory; the lock is held as long as the process lives or until `close`."""
+
+    path: Path
+    journal: SqlJournal
+    blobs: FolderBlobStore
+    lock: int
+
+    @classmethod
+    def open(cls, path: Path) -> StateDir:
+        """Create or open the folder and lock it; refuses one that another coordinator uses."""
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StateDirError(f"cannot create {path}: {error.strerror}; choose another --state-dir") from error
+        if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            raise StateDirError(f"{path} is not writable for this user; fix its owner or choose another --state-dir")
+        if path.stat().st_mode & 0o002:
+            raise StateDirError(f"anybody may write to {path}; run 'chmod 700 {path}' first")
+        lock = _lock(path / "lock")
+        return cls(path, SqlJournal(path / "journal.sqlite"), FolderBlobStore(path / "blobs"), lock)
+
+    def close(self) -> None:
+        """Close the journal and give the lock back."""
+        self.journal.close()
+        os.close(self.lock)
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise StateDirError(
+            f"{path.parent} is in use by the coordinator with process id {holder}; "
+            "stop it first or choose another --state-dir"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    return descriptor

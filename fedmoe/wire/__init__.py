@@ -1,0 +1,1 @@
+"""The HTTP contract, shared by the coordinator and everybody who talks to it."""

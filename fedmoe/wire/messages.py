@@ -1,0 +1,230 @@
+"""What travels: names, requests and answers, validated at the edge and typed inside."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from fedmoe.lora.adapter import Layout, ModuleShape
+from fedmoe.lora.codec import WireDtype
+from fedmoe.manifest import BaseModel as Base
+from fedmoe.manifest import Manifest
+
+SAFETENSORS = "application/vnd.safetensors"
+PROBLEM = "application/problem+json"
+
+# ASCII only, lower case, no dots, no separators: a name can never be a path, a twin of another name or a hidden file.
+ExpertName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+WorkerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
+EpochName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]{1,32}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+ShortText = Annotated[str, StringConstraints(max_length=200)]
+
+
+class Message(BaseModel):
+    """Base of all messages: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseModelMessage(Message):
+    """Which base model, by content."""
+
+    name: ShortText
+    revision: ShortText
+    weights_hash: Sha256
+    tokenizer_hash: Sha256
+
+
+class ManifestMessage(Message):
+    """The LoRA contract of a federation; `modules` are `[name, in_features, out_features]`."""
+
+    base: BaseModelMessage
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    alpha: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+    modules: Annotated[
+        list[tuple[ShortText, Annotated[int, Field(ge=1, le=1 << 24)], Annotated[int, Field(ge=1, le=1 << 24)]]],
+        Field(min_length=1, max_length=4096),
+    ]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        return cls.model_validate(manifest.to_json())
+
+    def manifest(self) -> Manifest:
+        layout = Layout(tuple(ModuleShape(*module) for module in self.modules), self.rank)
+        base = Base(self.base.name, self.base.revision, self.base.weights_hash, self.base.tokenizer_hash)
+        return Manifest(base, layout, self.alpha)
+
+
+class RegisterRequest(Message):
+    """A worker's wish that an expert exist; `seed` fixes its first A, by default it follows from the name."""
+
+    expert: ExpertName
+    worker: WorkerName
+    manifest: ManifestMessage
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+
+
+class ExpertRequest(Message):
+    """Which expert, and in which precision."""
+
+    expert: ExpertName
+    dtype: WireDtype = "fp32"
+
+
+class UpdateHeader(Message):
+    """What accompanies an update's bytes, as query parameters, so that it is judged before the body is read."""
+
+    expert: ExpertName
+    worker: WorkerName
+    epoch: EpochName
+    sequence: Count
+    base_version: Count
+    answer: Literal["result", "weights"] = "result"
+    loss: Finite | None = None
+    steps: Count | None = None
+    tokens: Count | None = None
+
+
+class UpdateResult(Message):
+    """What became of an update; the same for a repeated push, with `duplicate` set."""
+
+    expert: ExpertName
+    version: int
+    gateway_version: int
+    staleness: int
+    coefficient: float
+    digest: Sha256
+    duplicate: bool = False
+
+
+class ExpertInfo(Message):
+    """One expert in a listing; `digest` is the content hash of its weights."""
+
+    name: ExpertName
+    version: int
+    rank: int
+    alpha: float
+    parameters: int
+    base: str
+    digest: Sha256
+    workers: list[WorkerInfo] = []
+
+
+class WorkerInfo(Message):
+    """What the coordinator last heard from a worker of an expert; `seconds_ago` since its last accepted update."""
+
+    worker: WorkerName
+    updates: int
+    staleness: int
+    loss: float | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    seconds_ago: float
+
+
+class GatewayInfo(Message):
+    """The gateway: what it is made of and what a rank cut lost."""
+
+    version: int
+    strategy: str
+    rank: int
+    parameters: int
+    modules: int
+    lora_A_shape: tuple[int, int]
+    lora_B_shape: tuple[int, int]
+    sources: dict[str, int]
+    weights: dict[str, float]
+    truncation_error: float
+    digest: Sha256
+
+
+class Listing(Message):
+    """Every expert and the gateway; `gateway` is null while there is none or it is switched off."""
+
+    experts: list[ExpertInfo]
+    gateway: GatewayInfo | None
+    enable_gateway: bool
+
+
+class FederationInfo(Message):
+    """What a worker must know before it loads a model; `manifest` is null until the first expert is registered."""
+
+    fedmoe: str
+    manifest: ManifestMessage | None
+    min_sync_interval: float
+    wire_dtypes: list[str]
+
+
+class StatisticRequest(Message):
+    """A small fact a worker discloses of its own will, for example a held-out loss; kept like an update."""
+
+    expert: ExpertName
+    worker: WorkerName
+    kind: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
+    values: Annotated[dict[ShortText, Finite], Field(max_length=256)]
+
+
+class RollbackRequest(Message):
+    """Take an expert back to an earlier version."""
+
+    expert: ExpertName
+    to_version: Count
+    reason: ShortText = ""
+
+
+class RetractRequest(Message):
+    """Take one worker's contributions out of an expert."""
+
+    expert: ExpertName
+    worker: WorkerName
+    reason: ShortText = ""
+
+
+class ChangeResult(Message):
+    """An expert after a rollback or a retraction."""
+
+    expert: ExpertName
+    version: int
+    gateway_version: int
+    removed: int
+    digest: Sha256
+
+
+class TokenRequest(Message):
+    """A new token; `worker` and `experts` narrow what it may do, `expires_in` is seconds from now."""
+
+    role: Literal["worker", "join", "admin"] = "worker"
+    worker: WorkerName | None = None
+    experts: list[ExpertName] | None = None
+    expires_in: Annotated[float, Field(gt=0, le=10 * 365 * 86400, allow_inf_nan=False)] | None = None
+
+
+class TokenAnswer(Message):
+    """A token in clear, shown once; `hash` names it when it is to be revoked."""
+
+    token: str
+    hash: Sha256
+
+
+class RevokeRequest(Message):
+    """Which token to revoke, by its hash."""
+
+    hash: Sha256
+
+
+class Problem(BaseModel):
+    """An error as RFC 9457 problem details; `code` is for programs, `detail` and `fix` for people."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    code: str
+    detail: str
+    fix: str = ""

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lora_cases import laws
+from numpy.typing import NDArray
+
+from fedmoe.lora.adapter import ShapeError
+from fedmoe.lora.update_rules import _CHUNK, RULES, STALENESS, RuleState, add_scaled, hinge, polynomial
+
+Float64 = NDArray[np.float64]
+SIZES = [1, 7, _CHUNK - 1, _CHUNK, _CHUNK + 1, 2 * _CHUNK + 3]
+
+
+def vectors(count: int, size: int = 257, seed: int = 0) -> list[NDArray[np.float32]]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(size).astype(np.float32) for _ in range(count)]
+
+
+def folded(rule: str, weights: NDArray[np.float32], deltas: list[NDArray[np.float32]], rate: float) -> RuleState:
+    state = RULES[rule].init(weights)
+    for delta in deltas:
+        state = RULES[rule].update(state, delta, rate)
+    return state
+
+
+@pytest.mark.parametrize("name", sorted(STALENESS))
+def test_a_fresh_update_weighs_exactly_one_and_an_older_one_never_more(name: str) -> None:
+    weights = [STALENESS[name](tau) for tau in range(3000)]
+    assert weights[0] == 1.0
+    assert all(0 <= later <= earlier <= 1 for earlier, later in zip(weights, weights[1:], strict=False))
+    assert 0 <= STALENESS[name](10**9) <= weights[-1]
+
+
+@laws
+@given(st.integers(0, 10**6), st.floats(0.01, 3), st.floats(0.01, 50), st.integers(0, 100))
+def test_staleness_follows_its_formula(tau: int, exponent: float, slope: float, free: int) -> None:
+    assert polynomial(tau, exponent) == pytest.approx((1 + tau) ** -exponent)
+    assert hinge(tau, slope, free) == pytest.approx(1 if tau <= free else 1 / (slope * (tau - free) + 1))
+    assert STALENESS["exponential"](tau) == pytest.approx(np.exp(-0.1 * tau))
+    assert STALENESS["constant"](tau) == 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_adding_a_scaled_delta_is_one_multiply_and_one_add_per_number_whatever_the_size(size: int) -> None:
+    weights, delta = vectors(2, size)
+    before = weights.copy(), delta.copy()
+    result = add_scaled(weights, delta, 0.3)
+    np.testing.assert_array_equal(result, weights + np.float32(0.3) * delta)
+    assert result.dtype == np.float32
+    np.testing.assert_array_equal((weights, delta), before)
+
+
+def test_nothing_and_read_only_vectors_can_be_added() -> None:
+    assert add_scaled(np.zeros(0, np.float32), np.zeros(0, np.float32), 1.0).shape == (0,)
+    weights, delta = vectors(2, 5)
+    weights.flags.writeable = delta.flags.writeable = False
+    np.testing.assert_array_equal(add_scaled(weights, delta, 1.0), weights + delta)
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("size", [5, 9])
+def test_a_delta_of_another_size_is_refused(rule: str, size: int) -> None:
+    with pytest.raises(ShapeError, match="cannot be added"):
+        folded(rule, np.zeros(7, np.float32), [np.zeros(size, np.float32)], 1.0)
+
+
+def test_sgd_is_the_specified_formula() -> None:
+    weights, *deltas = vectors(6)
+    state = folded("sgd", weights, deltas, 0.7 * polynomial(3))
+    expected = weights.astype(np.float64) + 0.7 * 4**-0.5 * np.sum(deltas, axis=0, dtype=np.float64)
+    np.testing.assert_allclose(state.weights, expected, rtol=1e-5, atol=1e-5)
+    assert (state.count, state.moments) == (5, ())
+
+
+def nesterov_reference(weights: Float64, deltas: list[Float64], rate: float) -> Float64:
+    """torch.optim.SGD(lr=1 - 0.9, momentum=0.9, nesterov=True) on the gradient `-rate * delta`, written out."""
+    velocity = np.zeros_like(weights)
+    for delta in deltas:
+        velocity = 0.9 * velocity + rate * delta
+        weights = weights + (1 - 0.9) * (rate * delta + 0.9 * velocity)
+    return weights
+
+
+def adam_reference(weights: Float64, deltas: list[Float64], rate: float) -> Float64:
+    """FedAdam (Reddi et al. 2021, algorithm 2) with eta 0.1, betas 0.9 and 0.99, tau 1e-3, v_0 = 0, written out."""
+    first, second = np.zeros_like(weights), np.zeros_like(weights)
+    for delta in deltas:
+        first = 0.9 * first + 0.1 * rate * delta
+        second = 0.99 * second + 0.01 * (rate * delta) ** 2
+        weights = weights + 0.1 * first / (np.sqrt(second) + 1e-3)
+    return weights
+
+
+@pytest.mark.parametrize(("rule", "reference"), [("nesterov", nesterov_reference), ("adam", adam_reference)])
+def test_server_optimizers_follow_their_plain_float64_reference(rule: str, reference: object) -> None:
+    weights, *deltas = vectors(21)
+    assert callable(reference)
+    expected = reference(weights.astype(np.float64), [delta.astype(np.float64) for delta in deltas], 0.6)
+    state = folded(rule, weights, deltas, 0.6)
+    np.testing.assert_allclose(state.weights, expected, rtol=1e-4, atol=1e-5)
+    assert state.count == 20
+
+
+def test_nesterov_steps_are_in_the_long_run_as_large_as_plain_ones() -> None:
+    delta = np.ones(3, np.float32)
+    states = [folded("nesterov", np.zeros(3, np.float32), [delta] * count, 0.5) for count in (200, 201)]
+    np.testing.assert_allclose(states[1].weights - states[0].weights, 0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("size", [33, _CHUNK + 5])
+def test_a_replay_of_the_same_deltas_gives_the_same_bits(rule: str, size: int) -> None:
+    weights, *deltas = vectors(6, size)
+    once, again = (folded(rule, weights, [delta.copy() for delta in deltas], 0.37) for _ in range(2))
+    for left, right in zip((once.weights, *once.moments), (again.weights, *again.moments), strict=True):
+        assert left.tobytes() == right.tobytes()
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_an_update_leaves_the_state_before_it_untouched(rule: str) -> None:
+    weights, delta = vectors(2)
+    state = RULES[rule].update(RULES[rule].init(weights), delta, 1.0)
+    kept = [part.copy() for part in (state.weights, *state.moments)]
+    RULES[rule].update(state, delta, 1.0)
+    np.testing.assert_array_equal([state.weights, *state.moments], kept)
+    assert len(state.moments) == RULES[rule].moments
+    assert RULES[rule].name == rule
