@@ -51,7 +51,11 @@ class CoordinatorConfig(BaseSettings):
     @field_validator("strategy", "server_optimizer", "staleness")
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
-        tables: dict[str, Mapping[str, object]] = {"strategy": STRATEGIES, "server_optimizer": RULES, "staleness": STALENESS}
+        tables: dict[str, Mapping[str, object]] = {
+            "strategy": STRATEGIES,
+            "server_optimizer": RULES,
+            "staleness": STALENESS,
+        }
         known = tables[info.field_name or ""]
         if value not in known:
             raise ValueError(f"unknown value {value!r}; choose one of {', '.join(known)}")

@@ -98,6 +98,16 @@ class GatewayModel:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class DraftMark:
+    """A point in a draft to go back to."""
+
+    experts: dict[str, ExpertModel]
+    manifest: Manifest | None
+    gateway_version: int
+    events: int
+
+
 @dataclass
 class Draft:
     """Changes under way: sees what is published plus what it has decided so far."""
@@ -107,6 +117,15 @@ class Draft:
     manifest: Manifest | None
     gateway_version: int
     events: list[Event] = field(default_factory=list)
+
+    def mark(self) -> DraftMark:
+        """The point reached so far."""
+        return DraftMark(dict(self.experts), self.manifest, self.gateway_version, len(self.events))
+
+    def restore(self, mark: DraftMark) -> None:
+        """Forget everything since `mark`."""
+        self.experts, self.manifest, self.gateway_version = dict(mark.experts), mark.manifest, mark.gateway_version
+        del self.events[mark.events :]
 
     def expert(self, name: str) -> ExpertModel:
         """The expert, or a refusal that lists which there are."""

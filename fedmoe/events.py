@@ -76,19 +76,23 @@ class Lineage:
     @staticmethod
     def extend(before: Lineage | None, update: UpdateAccepted) -> Lineage:
         """One update more."""
-        return Lineage(update, before, 1 + (before.length if before else 0))
+        return Lineage(update, before, 1 + length(before))
 
     @staticmethod
     def updates(chain: Lineage | None, after: Lineage | None = None) -> list[UpdateAccepted] | None:
         """The updates in order; with `after`, those that follow it, or None if `after` is not part of the chain."""
         found: list[UpdateAccepted] = []
         node = chain
-        while node is not after:
-            if node is None:
-                return None
+        for _ in range(length(chain) - length(after)):
+            assert node is not None, "a chain has as many nodes as its length says"
             found.append(node.update)
             node = node.before
-        return found[::-1]
+        return found[::-1] if node is after else None
+
+
+def length(chain: Lineage | None) -> int:
+    """Updates in a chain; None is the chain of version 0."""
+    return chain.length if chain is not None else 0
 
 
 def lineages(events: Iterable[Event]) -> dict[int, Lineage | None]:
@@ -115,17 +119,15 @@ def lineages(events: Iterable[Event]) -> dict[int, Lineage | None]:
 
 def without_worker(chain: Lineage | None, worker: str) -> Lineage | None:
     """The chain without one worker's updates; the part before the first of them is shared, not copied."""
-    kept: list[UpdateAccepted] = []
     shared, node = chain, chain
-    pending: list[UpdateAccepted] = []
+    passed: list[UpdateAccepted] = []
+    kept = 0
     while node is not None:
         if node.update.worker == worker:
-            kept, pending, shared = pending + kept, [], node.before
-            node = node.before
-            continue
-        pending.insert(0, node.update)
+            shared, kept = node.before, len(passed)
+        else:
+            passed.append(node.update)
         node = node.before
-    result = shared
-    for update in kept:
-        result = Lineage.extend(result, update)
-    return result
+    for update in reversed(passed[:kept]):
+        shared = Lineage.extend(shared, update)
+    return shared

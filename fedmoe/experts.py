@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
+import numpy as np
+
 from fedmoe.errors import RefusedError
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import digest
 from fedmoe.lora.initial import initial_adapter
+from fedmoe.lora.robust import first_not_finite
 from fedmoe.lora.update_rules import RuleState, UpdateRule
 from fedmoe.manifest import Manifest
 
@@ -51,8 +54,21 @@ class ExpertModel:
         return self.version - base_version
 
     def land(self, delta: FloatVector, coefficient: float, rule: UpdateRule) -> Self:
-        """The next version: `weights + coefficient * delta` under the plain rule, whose coefficient is lr * s(tau)."""
-        return replace(self, version=self.version + 1, state=rule.update(self.state, delta, coefficient))
+        """The next version: `weights + coefficient * delta` under the plain rule, whose coefficient is lr * s(tau).
+
+        Raises `RefusedError` if a finite but huge delta would leave an infinity or a NaN behind.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            state = rule.update(self.state, delta, coefficient)
+        for vector in (state.weights, *state.moments):
+            bad = first_not_finite(self.manifest.layout, vector)
+            if bad is not None:
+                raise RefusedError(
+                    "not_finite",
+                    f"with this update {bad} of {self.name} would hold an infinity or a NaN.",
+                    "Lower the learning rate and restart the worker from the expert's newest version.",
+                )
+        return replace(self, version=self.version + 1, state=state)
 
     def become(self, state: RuleState) -> Self:
         """The next version with a state rebuilt from the journal (rollback, retraction)."""

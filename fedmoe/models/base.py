@@ -63,7 +63,9 @@ def load_base(name: str, device: str | torch.device = "auto", dtype: str | torch
         model = model.to(chosen_dtype)
     else:
         folder, revision = _locate(name)
-        identity = BaseModel(name.partition("@")[0], revision, weights_hash(folder), tokenizer_hash(folder))
+        # The identity travels to the coordinator: a local folder's path is nobody else's business.
+        shown = folder.resolve().name if revision == "local" else name.partition("@")[0]
+        identity = BaseModel(shown, revision, weights_hash(folder), tokenizer_hash(folder))
         model, tokenizer = _load_folder(folder, chosen_dtype)
     model = model.to(chosen_device).requires_grad_(False).eval()
     return LoadedBase(

@@ -6,6 +6,7 @@ import contextlib
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -56,8 +57,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bfloat16 in hardware (AMX or AVX512_BF16); emulated it is slower than fp32."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    wanted = {"amx_bf16", "avx512_bf16"}
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name) for name in wanted)
+    # PyTorch before that function: Linux tells the same flags.
+    information = Path("/proc/cpuinfo")
+    return information.is_file() and not wanted.isdisjoint(information.read_text("utf-8").split())
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

@@ -57,10 +57,15 @@ class Committer:
         self._queue.put(_Job(decide, alone, answer))
         return answer
 
+    def fail(self, reason: str) -> None:
+        """Accept nothing from now on; the first reason is kept, since later ones follow from it."""
+        self.failed = self.failed or reason
+
     def close(self) -> None:
-        """Finish what is queued and stop."""
-        self._queue.put(None)
-        self._thread.join()
+        """Finish what is queued and stop; safe to call before `start` and more than once."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
 
     def _run(self) -> None:
         held: _Job | None = None
@@ -90,14 +95,7 @@ class Committer:
 
     def _commit(self, group: list[_Job]) -> None:
         draft = self._coordinator.draft()
-        decided: list[tuple[_Job, object]] = []
-        for job in group:
-            try:
-                if self.failed:
-                    raise StorageFailedError(self.failed)
-                decided.append((job, job.decide(draft)))
-            except Exception as error:
-                job.answer.set_exception(error)
+        decided = self._decide(draft, group)
         try:
             if draft.events:
                 failpoints.reached("commit.before")
@@ -105,7 +103,7 @@ class Committer:
                 failpoints.reached("commit.after")
         except Exception as error:
             if isinstance(error, StorageFailedError):
-                self.failed = str(error)
+                self.fail(str(error))
             for job, _ in decided:
                 job.answer.set_exception(error)
             return
@@ -115,11 +113,28 @@ class Committer:
             job.answer.set_result(result)
         self._clean_up(draft)
 
+    def _decide(self, draft: Draft, group: list[_Job]) -> list[tuple[_Job, object]]:
+        """Work the group out on one draft; a decision that fails is answered at once and leaves nothing behind."""
+        decided: list[tuple[_Job, object]] = []
+        for job in group:
+            # From here on the future cannot be cancelled, so that answering it cannot fail.
+            if not job.answer.set_running_or_notify_cancel():
+                continue
+            before = draft.mark()
+            try:
+                if self.failed:
+                    raise StorageFailedError(self.failed)
+                decided.append((job, job.decide(draft)))
+            except Exception as error:
+                draft.restore(before)
+                job.answer.set_exception(error)
+        return decided
+
     def _clean_up(self, draft: Draft) -> None:
         """Snapshots and pruning: useful, but what was acknowledged does not depend on them."""
         try:
             self._after_commit(draft)
         except StorageFailedError as error:
-            self.failed = str(error)
+            self.fail(str(error))
         except Exception as error:
             _log.warning("snapshot_failed", error=str(error))

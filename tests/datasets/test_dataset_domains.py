@@ -122,7 +122,7 @@ def test_an_unknown_domain_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_without_pip_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("fedmoe.datasets.sources.importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match="ensurepip"):
         build_domains(tmp_path, ["sql"])
 

@@ -87,6 +87,15 @@ def norm(products: Dense) -> float:
     return float(np.sqrt(sum(float((product**2).sum()) for product in products.values())))
 
 
+def bulk(adapter: Adapter) -> float:
+    """Size of the product before anything cancels in it; rounding is relative to this, not to what is left over."""
+    bulks = [
+        (np.linalg.norm(a.astype(np.float64), axis=1) * np.linalg.norm(b.astype(np.float64), axis=0)).sum()
+        for _, a, b in adapter.factors()
+    ]
+    return adapter.alpha / adapter.rank * float(np.linalg.norm(bulks))
+
+
 def distance(left: Dense, right: Dense) -> float:
     assert left.keys() == right.keys()
     return norm({name: left[name] - right[name] for name in left})

@@ -12,6 +12,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_cases import entry, laws, raw_body
+from numpy.typing import NDArray
 
 from fedmoe.lora.container import (
     MAX_HEADER_BYTES,
@@ -160,7 +161,9 @@ def test_what_is_written_by_name_is_read_back_in_the_same_order(
 
 def test_the_safetensors_library_reads_ours_and_we_read_theirs() -> None:
     rng = np.random.default_rng(1)
-    tensors = {name: rng.standard_normal((3, size)).astype(np.float32) for name, size in (("b", 2), ("a", 5), ("c", 0))}
+    tensors: dict[str, NDArray[np.float32]] = {
+        name: rng.standard_normal((3, size)).astype(np.float32) for name, size in (("b", 2), ("a", 5), ("c", 0))
+    }
     for read in (safetensors.numpy.load(encode_named(tensors)), read_named(safetensors.numpy.save(tensors))):
         assert read.keys() == tensors.keys()
         for name, values in tensors.items():
@@ -169,7 +172,7 @@ def test_the_safetensors_library_reads_ours_and_we_read_theirs() -> None:
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_is_read_as_float32(stored: type) -> None:
-    values = np.array([[1.5, -0.0, np.inf]], stored)
+    values: NDArray[np.floating] = np.array([[1.5, -0.0, np.inf]], stored)
     read = read_named(safetensors.numpy.save({"a": values}))["a"]
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read, values.astype(np.float32))

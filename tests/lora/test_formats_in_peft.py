@@ -14,6 +14,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
 from fedmoe.lora.formats import PEFT_CONFIG, PEFT_WEIGHTS, peft_files, read_peft
 
+# PEFT 0.21 asks transformers 5 for a name that is on its way out; it is not ours to change.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -49,27 +51,29 @@ def write(files: dict[str, bytes], folder: Path) -> str:
     return str(folder)
 
 
-@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.as_tensor(model(TOKENS).logits)
+
+
 def logits_by_hand(adapter: Adapter) -> torch.Tensor:
     model = tiny_qwen2()
     weights = dict(model.named_parameters())
     for name, product in dense(adapter).items():
-        weights[f"{name}.weight"].add_(torch.from_numpy(product.astype(np.float32)))
-    return torch.as_tensor(model(TOKENS).logits)
+        weights[f"{name}.weight"].data.add_(torch.from_numpy(product.astype(np.float32)))
+    return logits(model)
 
 
 @pytest.mark.parametrize("alpha", [4.0, 10.0])
-@torch.no_grad()
 def test_peft_gives_the_logits_of_base_plus_b_a(alpha: float, tmp_path: Path) -> None:
     adapter = adapter_for(tiny_qwen2(), 4, alpha)
     loaded = PeftModel.from_pretrained(tiny_qwen2(), write(peft_files(adapter, "tiny"), tmp_path)).eval()
-    logits, expected = loaded(TOKENS).logits, logits_by_hand(adapter)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert float((tiny_qwen2()(TOKENS).logits - expected).abs().max()) > 0.1
+    expected = logits_by_hand(adapter)
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
+    assert float((logits(tiny_qwen2()) - expected).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@torch.no_grad()
 def test_a_folder_that_peft_saved_is_read_with_its_scale(rslora: bool, tmp_path: Path) -> None:
     config = LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, use_rslora=rslora, init_lora_weights=False)
     model = get_peft_model(tiny_qwen2(), config).eval()
@@ -77,6 +81,6 @@ def test_a_folder_that_peft_saved_is_read_with_its_scale(rslora: bool, tmp_path:
     adapter = read_peft({name: (tmp_path / name).read_bytes() for name in (PEFT_CONFIG, PEFT_WEIGHTS)})
     assert adapter.scale == pytest.approx(6 / (2 if rslora else 4))
     assert adapter.layout == adapter_for(tiny_qwen2(), 4, 1.0).layout
-    torch.testing.assert_close(model(TOKENS).logits, logits_by_hand(adapter), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model), logits_by_hand(adapter), rtol=1e-5, atol=1e-5)
     again = read_peft(peft_files(adapter, "tiny"))
     assert distance(dense(again), dense(adapter)) <= 1e-6 * norm(dense(adapter))

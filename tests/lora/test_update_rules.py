@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -30,7 +32,7 @@ def folded(rule: str, weights: NDArray[np.float32], deltas: list[NDArray[np.floa
 def test_a_fresh_update_weighs_exactly_one_and_an_older_one_never_more(name: str) -> None:
     weights = [STALENESS[name](tau) for tau in range(3000)]
     assert weights[0] == 1.0
-    assert all(0 <= later <= earlier <= 1 for earlier, later in zip(weights, weights[1:], strict=False))
+    assert all(0 <= later <= earlier <= 1 for earlier, later in pairwise(weights))
     assert 0 <= STALENESS[name](10**9) <= weights[-1]
 
 

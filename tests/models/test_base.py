@@ -44,6 +44,10 @@ def test_a_prepared_folder_is_the_same_model() -> None:
     assert torch.equal(made.model(tokens).logits, stored.model(tokens).logits)
 
 
+def test_the_identity_does_not_tell_where_a_folder_lies() -> None:
+    assert load_base(str(prepare_base("tiny")), "cpu", "fp32").identity.name == "tiny-1"
+
+
 def test_the_identity_does_not_depend_on_the_dtype_and_the_report_tells_it() -> None:
     folder = str(prepare_base("tiny"))
     for name in ("tiny", folder):

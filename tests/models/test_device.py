@@ -1,7 +1,17 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from fedmoe.models.device import DeviceError, LossScale, autocast, choose_device, choose_dtype, pin_threads
+from fedmoe.models.device import (
+    DeviceError,
+    LossScale,
+    autocast,
+    choose_device,
+    choose_dtype,
+    cpu_has_bf16,
+    pin_threads,
+)
 
 CPU = torch.device("cpu")
 
@@ -43,8 +53,16 @@ def test_local_rank_chooses_among_several_gpus(monkeypatch: pytest.MonkeyPatch) 
 def test_auto_dtype_on_cpu_follows_the_processor(
     monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool], dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
     assert choose_dtype("auto", CPU) == dtype
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="Linux tells the processor's flags here")
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="there is only one answer to compare")
+def test_an_older_pytorch_gives_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = cpu_has_bf16()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert cpu_has_bf16() == answer
 
 
 @pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])

@@ -1,0 +1,68 @@
+"""`fedmoe coordinator`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from fedmoe.cli.output import given
+from fedmoe.config import DEFAULT_PORT, CoordinatorConfig
+from fedmoe.logs import configure
+
+
+def coordinator(
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help=f"Port. [default: {DEFAULT_PORT}]")] = None,
+    state_dir: Annotated[str | None, typer.Option(help="Journal and blobs. [default: runs/coordinator]")] = None,
+    enable_gateway: Annotated[bool | None, typer.Option(help="Make a gateway of all experts. [default: on]")] = None,
+    strategy: Annotated[str | None, typer.Option(help="weighted_average (default) or sum.")] = None,
+    gateway_rank: Annotated[int | None, typer.Option(help="Cut the gateway to this rank. [default: exact]")] = None,
+    server_learning_rate: Annotated[float | None, typer.Option(help="lr of expert += lr * s(tau) * delta.")] = None,
+    server_optimizer: Annotated[str | None, typer.Option(help="sgd (default), nesterov or adam.")] = None,
+    staleness: Annotated[str | None, typer.Option(help="constant, polynomial (default), hinge or exponential.")] = None,
+    max_staleness: Annotated[int | None, typer.Option(help="Refuse updates older than this. [default: none]")] = None,
+    keep_updates: Annotated[
+        int | None, typer.Option(help="Updates per expert that stay undoable; older bytes go. [default: all]")
+    ] = None,
+    min_sync_interval: Annotated[float | None, typer.Option(help="Least seconds between a worker's pushes.")] = None,
+    token: Annotated[str | None, typer.Option(help="Join token; better as FEDMOE_TOKEN.", show_default=False)] = None,
+    admin_token: Annotated[
+        str | None, typer.Option(help="Admin token; better as FEDMOE_ADMIN_TOKEN.", show_default=False)
+    ] = None,
+    insecure: Annotated[bool | None, typer.Option("--insecure", help="Ask for no token, even off loopback.")] = None,
+    tls_cert: Annotated[str | None, typer.Option(help="TLS certificate chain (PEM).")] = None,
+    tls_key: Annotated[str | None, typer.Option(help="TLS private key (PEM).")] = None,
+) -> None:
+    """Start a coordinator: keeps the experts, lands updates on them, makes the gateway."""
+    config = CoordinatorConfig(**given(**locals()))  # type: ignore[arg-type]
+    configure()
+    from fedmoe.distributed_coordinator import DistributedCoordinator
+
+    running = DistributedCoordinator(config)
+    _announce(config, running.new_tokens)
+    status = running.serve()
+    if status:
+        raise typer.Exit(status)
+
+
+def _announce(config: CoordinatorConfig, tokens: dict[str, str]) -> None:
+    """Tokens in clear, once, on standard output; they are kept only as hashes."""
+    if config.insecure:
+        print("WARNING: --insecure: anybody who reaches this address can read and change every expert.", flush=True)
+    if not tokens:
+        return
+    scheme = "https" if config.tls_cert else "http"
+    print("These tokens are shown once; only their hashes are kept.")
+    for role, token in tokens.items():
+        print(f"  {role:5}  {token}")
+    if "join" in tokens:
+        print("Start a worker with:")
+        print(
+            f"  FEDMOE_TOKEN={tokens['join']} fedmoe worker --coordinator-url {scheme}://THIS-HOST:{config.port} "
+            "--worker-id NAME --specialty EXPERT --dataset FILE.jsonl"
+        )
+    if scheme == "http":
+        print("Tokens and weights travel in clear over http; use --tls-cert and --tls-key on a network you do not own.")
+    sys.stdout.flush()

@@ -1,0 +1,100 @@
+"""`fedmoe experts`, `fedmoe rollback`, `fedmoe retract`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
+from fedmoe.cli.output import CommandError, show_json, show_table
+from fedmoe.wire.messages import ChangeResult, Listing
+
+app = typer.Typer(help="List experts and make new ones.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_experts(coordinator_url: CoordinatorUrl = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """List every expert, its workers, and the gateway."""
+    with client(coordinator_url, token) as api:
+        listing = api.list_experts()
+    show_listing(listing, as_json)
+
+
+def show_listing(listing: Listing, as_json: bool) -> None:
+    """Print experts, workers and the gateway."""
+    if as_json:
+        show_json(listing)
+        return
+    rows = [(e.name, e.version, e.rank, f"{e.parameters:,}", e.base, e.digest[:12]) for e in listing.experts]
+    show_table("Experts", ("expert", "version", "rank", "parameters", "base model", "digest"), rows)
+    workers = [
+        (w.worker, e.name, w.updates, w.staleness, "-" if w.loss is None else f"{w.loss:.4f}", f"{w.seconds_ago:.0f} s")
+        for e in listing.experts
+        for w in e.workers
+    ]
+    if workers:
+        show_table("Workers", ("worker", "expert", "updates", "staleness", "loss", "last update"), workers)
+    if listing.gateway is not None:
+        sources = ", ".join(f"{name} v{version}" for name, version in listing.gateway.sources.items())
+        row = (listing.gateway.version, listing.gateway.strategy, listing.gateway.rank, sources)
+        show_table("Gateway", ("version", "strategy", "rank", "made of"), [row])
+    else:
+        print(
+            "No gateway: it is switched off."
+            if not listing.enable_gateway
+            else "No gateway yet: no expert is registered."
+        )
+
+
+@app.command()
+def create(
+    names: Annotated[list[str], typer.Argument(help="Names of the experts to make.")],
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make experts with the LoRA configuration of those there are (the first one is made by its first worker)."""
+    with client(coordinator_url, token) as api:
+        manifest = api.federation().manifest
+        if manifest is None:
+            raise CommandError("this federation has no LoRA configuration yet; start its first worker instead")
+        made = [api.register(name, "operator", manifest.manifest()) for name in names]
+    if as_json:
+        show_json([expert.model_dump(mode="json") for expert in made])
+    else:
+        for expert in made:
+            print(f"{expert.name} is at version {expert.version}")
+
+
+def rollback(
+    expert: Annotated[str, typer.Argument(help="Which expert.")],
+    to_version: Annotated[int, typer.Argument(help="The version whose content it gets.")],
+    reason: Annotated[str, typer.Option(help="Kept in the journal.")] = "",
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give an expert the content of an earlier version, as a new version."""
+    with client(coordinator_url, token) as api:
+        _show_change(api.roll_back(expert, to_version, reason), as_json)
+
+
+def retract(
+    expert: Annotated[str, typer.Argument(help="Which expert.")],
+    worker: Annotated[str, typer.Argument(help="Whose updates to take out.")],
+    reason: Annotated[str, typer.Option(help="Kept in the journal.")] = "",
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take all updates of one worker out of an expert, by replaying the journal without them."""
+    with client(coordinator_url, token) as api:
+        _show_change(api.retract(expert, worker, reason), as_json)
+
+
+def _show_change(change: ChangeResult, as_json: bool) -> None:
+    if as_json:
+        show_json(change)
+    else:
+        print(f"{change.expert} is now version {change.version}, {change.removed} updates fewer ({change.digest[:12]})")

@@ -1,0 +1,134 @@
+"""`fedmoe gateway` and the specification's `get_gateway_model.py`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedmoe.cli.experts import show_listing
+from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
+from fedmoe.cli.output import CommandError, show_json
+from fedmoe.files import write_atomic, write_folder_atomic
+from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.formats import npz_bytes, peft_files
+from fedmoe.wire.client import CoordinatorClient
+from fedmoe.wire.messages import GatewayInfo
+
+app = typer.Typer(help="Look at the gateway, save it, export it, try it.", no_args_is_help=True)
+
+GATEWAY = "gateway"
+
+
+class Format(StrEnum):
+    """What an export writes."""
+
+    peft = "peft"
+    npz = "npz"
+
+
+@app.command()
+def info(coordinator_url: CoordinatorUrl = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """Print the gateway's version, sources and shapes."""
+    with client(coordinator_url, token) as api:
+        _show_info(api.gateway_info(), as_json)
+
+
+def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
+    if as_json:
+        show_json(gateway)
+        return
+    sources = ", ".join(f"{name} v{v} (weight {gateway.weights[name]:.3g})" for name, v in gateway.sources.items())
+    print(f"gateway version {gateway.version}, {gateway.strategy} of {sources}")
+    print(f"  rank {gateway.rank}, {gateway.modules} modules, {gateway.parameters:,} parameters")
+    print(f"  lora_A {gateway.lora_A_shape}, lora_B {gateway.lora_B_shape}")
+    print(f"  truncation error {gateway.truncation_error:.2e}, digest {gateway.digest}")
+
+
+@app.command()
+def save(
+    file: Annotated[Path, typer.Argument(help="The npz file to write.")] = Path("gateway_model.npz"),
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: Token = None,
+) -> None:
+    """Save the gateway as npz: lora_A, lora_B, version, module names and offsets."""
+    with client(coordinator_url, token) as api:
+        _save(api, file)
+
+
+def _save(api: CoordinatorClient, file: Path) -> None:
+    pulled = api.pull_gateway()
+    assert pulled is not None, "without an ETag there is always an answer"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, npz_bytes(pulled.adapter, pulled.version, pulled.sources), 0o644)
+    print(f"saved gateway version {pulled.version} ({pulled.digest[:12]}) to {file}")
+
+
+@app.command()
+def export(
+    target: Annotated[Path, typer.Argument(help="Folder (peft) or file (npz) to write.")],
+    format: Annotated[Format, typer.Option("--format", help="peft: adapter folder; npz: arrays.")] = Format.peft,
+    expert: Annotated[str, typer.Option(help="An expert's name, or 'gateway'.")] = GATEWAY,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: Token = None,
+) -> None:
+    """Export the gateway or one expert for other tools."""
+    with client(coordinator_url, token) as api:
+        adapter, version, sources, base = _pull(api, expert)
+    if format is Format.npz:
+        if target.exists() and not force:
+            raise CommandError(f"{target} exists; choose another place or pass --force to replace it")
+        write_atomic(target, npz_bytes(adapter, version, sources), 0o644)
+    else:
+        write_folder_atomic(target, peft_files(adapter, base), force)
+    print(f"exported {expert} version {version} to {target}")
+
+
+def _pull(api: CoordinatorClient, name: str) -> tuple[Adapter, int, dict[str, int], str]:
+    if name == GATEWAY:
+        gateway = api.pull_gateway()
+        assert gateway is not None, "without an ETag there is always an answer"
+        return gateway.adapter, gateway.version, gateway.sources, gateway.base["name"]
+    pulled = api.pull_expert(name)
+    assert pulled is not None, "without an ETag there is always an answer"
+    return pulled.adapter, pulled.version, {name: pulled.version}, pulled.manifest.base.name
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    base_model: Annotated[str, typer.Option(help="The federation's base model: smollm2, a folder or a hub id.")],
+    expert: Annotated[str, typer.Option(help="An expert's name, or 'gateway'.")] = GATEWAY,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: Token = None,
+) -> None:
+    """Load the gateway (or an expert) on its base model and let it answer."""
+    with client(coordinator_url, token) as api:
+        adapter, *_ = _pull(api, expert)
+    try:
+        from fedmoe.worker.inference import answer
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
+    print(answer(adapter, base_model, device, prompt, max_new_tokens))
+
+
+def get_gateway_model(
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    save_gateway: Annotated[Path | None, typer.Option(help="Save the gateway to this npz file.")] = None,
+    list_experts: Annotated[bool, typer.Option("--list-experts", help="List every expert and the gateway.")] = False,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the gateway's version, sources and shapes; save it; list the experts."""
+    with client(coordinator_url, token) as api:
+        if list_experts:
+            show_listing(api.list_experts(), as_json)
+        if save_gateway is not None:
+            _save(api, save_gateway)
+        if not list_experts and save_gateway is None:
+            _show_info(api.gateway_info(), as_json)

@@ -1,0 +1,61 @@
+"""`fedmoe worker`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedmoe.cli.output import CommandError, given
+from fedmoe.config import DEFAULT_SYNC_INTERVAL, WorkerConfig
+from fedmoe.logs import configure
+
+
+def worker(
+    coordinator_url: Annotated[str, typer.Option(help="Where the coordinator listens, http://HOST:PORT.")],
+    worker_id: Annotated[str, typer.Option(help="This worker's name, for example Worker-1-Python.")],
+    specialty: Annotated[str, typer.Option(help="The expert to train, for example python_expert.")],
+    dataset: Annotated[str, typer.Option(help="Local data: .jsonl, .json, .csv or .parquet.")],
+    sync_interval: Annotated[
+        float | None,
+        typer.Option(help=f"Seconds between pushes, 5 to 30 recommended. [default: {DEFAULT_SYNC_INTERVAL}]"),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="smollm2, tiny, a folder or a hub id. [default: Qwen/Qwen2.5-0.5B-Instruct]")
+    ] = None,
+    state_dir: Annotated[str | None, typer.Option(help="Identity and checkpoints. [default: runs/workers/ID]")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps. [default: never]")] = None,
+    max_unsynced: Annotated[
+        float | None, typer.Option(help="Seconds to train on while the coordinator is away. [default: 600]")
+    ] = None,
+    wire_dtype: Annotated[str | None, typer.Option(help="Precision of updates: fp32 (default), bf16, int8.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (default), cpu, cuda, cuda:1, mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto (default), bf16, fp16, fp32.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens in a packed row. [default: 256]")] = None,
+    per_device_train_batch_size: Annotated[int | None, typer.Option(help="Rows per micro-batch. [default: 2]")] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(help="Micro-batches per step. [default: 1]")
+    ] = None,
+    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory, more time.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="[default: 1e-3]")] = None,
+    lr_scheduler_type: Annotated[str | None, typer.Option(help="constant (default), linear, cosine.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="[default: 5]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="[default: 0]")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="[default: 1]")] = None,
+    lora_r: Annotated[int | None, typer.Option(help="LoRA rank. [default: 16]")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha. [default: 32]")] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="[default: 0]")] = None,
+    target_modules: Annotated[
+        list[str] | None, typer.Option(help="Ends of module names, repeatable. [default: all-linear]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the order of the data. [default: 0]")] = None,
+    token: Annotated[str | None, typer.Option(help="Join token; better as FEDMOE_TOKEN.", show_default=False)] = None,
+) -> None:
+    """Train one expert on local data; the data never leaves this machine, only the expert's updates do."""
+    config = WorkerConfig(**given(**locals()))  # type: ignore[arg-type]
+    configure()
+    try:
+        from fedmoe.worker.setup import run_worker
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
+    run_worker(config)
