@@ -1,8 +1,8 @@
 """Measuring and writing down: what every benchmark here shares.
 
-A result is only worth what is known about how it came about, so each file carries the commit, the machine, the versions,
-the arguments and the spread. Import this before numpy and call `pin_threads` first: a library for linear algebra reads
-its number of threads once, when it is loaded.
+A result is only worth what is known about how it came about, so each file carries the commit, the machine, the
+versions, the arguments and the spread. Import this before numpy and call `pin_threads` first: a library for linear
+algebra reads its number of threads once, when it is loaded.
 """
 
 from __future__ import annotations

@@ -6,21 +6,25 @@ from the start, and an expert without one worker is the replay without that work
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+import structlog
 
 from fedmoe.coordinator import Aggregation, CentralCoordinator, Draft
 from fedmoe.errors import RefusedError
-from fedmoe.events import Event, ExpertRegistered, Lineage, UpdateAccepted, lineages, without_worker
+from fedmoe.events import Event, ExpertRegistered, Lineage, UpdateAccepted, length, lineages, without_worker
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.codec import decode
 from fedmoe.lora.container import encode_named, read_named
 from fedmoe.lora.update_rules import RuleState
 from fedmoe.manifest import Manifest
-from fedmoe.storage.blobs import BlobStore, MissingBlobError, put
+from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, StorageFailedError, put
 from fedmoe.storage.journal import Journal
 
 SNAPSHOT_EVERY = 50
+
+_log = structlog.get_logger("fedmoe.history")
 
 
 def snapshot_bytes(state: RuleState) -> bytes:
@@ -58,15 +62,14 @@ class History:
     def recover(self) -> CentralCoordinator:
         """The coordinator as it was when the last acknowledged event was written."""
         self._check_rule()
-        events = list(self._journal.events())
-        self._sweep(events)
-        experts = {}
-        for event in events:
-            if isinstance(event, ExpertRegistered):
-                experts[event.expert] = self._recover_expert(event, [e for e in events if e.expert == event.expert])
+        past: dict[str, list[Event]] = {}
+        for event in self._journal.events():
+            past.setdefault(event.expert, []).append(event)
+        self._sweep(past)
+        experts = {name: self._recover_expert(events) for name, events in past.items()}
         coordinator = CentralCoordinator(self._aggregation)
         manifest = next(iter(experts.values())).manifest if experts else None
-        coordinator.publish(Draft(self._aggregation, experts, manifest, len(events)))
+        coordinator.publish(Draft(self._aggregation, experts, manifest, sum(map(len, past.values()))))
         return coordinator
 
     def _check_rule(self) -> None:
@@ -81,18 +84,23 @@ class History:
                 f"Start with --server-optimizer {kept}, or choose another --state-dir.",
             )
 
-    def _sweep(self, events: Iterable[Event]) -> None:
+    def _sweep(self, past: Mapping[str, Iterable[Event]]) -> None:
         """Remove what a crash left half done: unfinished uploads, blobs that never reached the journal."""
-        referenced = {event.digest for event in events if isinstance(event, UpdateAccepted)}
-        for event in events:
-            if isinstance(event, ExpertRegistered):
-                referenced |= set(self._journal.snapshots(event.expert).values())
+        if not past and next(self._blobs.digests(), None) is not None:
+            # A registration is journalled before the first blob can arrive: this journal is not these blobs' own.
+            raise StorageFailedError(
+                "the journal is empty but there are blobs of updates, so the journal was lost or replaced. "
+                "Restore journal.sqlite from a backup, or choose another --state-dir."
+            )
+        referenced = {e.digest for events in past.values() for e in events if isinstance(e, UpdateAccepted)}
+        for name in past:
+            referenced |= set(self._journal.snapshots(name).values())
         self._blobs.sweep(referenced)
 
-    def _recover_expert(self, registered: ExpertRegistered, events: list[Event]) -> ExpertModel:
-        chains = lineages(events)
+    def _recover_expert(self, events: list[Event]) -> ExpertModel:
+        registered, chains = _registration(events), lineages(events)
         version = max(chains)
-        state = self._rebuild(registered.expert, registered.manifest, registered.seed, chains, chains[version])
+        state = self._rebuild(registered, chains, chains[version])
         return ExpertModel(registered.expert, registered.manifest, version, state)
 
     def at_version(self, expert: ExpertModel, version: int) -> Rebuilt:
@@ -104,46 +112,45 @@ class History:
                 f"{expert.name} is at version {expert.version}; there is no earlier version {version}.",
                 f"Choose a version from 0 to {expert.version - 1}.",
             )
-        state = self._rebuild(expert.name, expert.manifest, registered.seed, chains, chains[version])
-        return Rebuilt(state, _length(chains[expert.version]) - _length(chains[version]))
+        kept = set(map(_identity, Lineage.updates(chains[version]) or []))
+        removed = [u for u in Lineage.updates(chains[expert.version]) or [] if _identity(u) not in kept]
+        return Rebuilt(self._rebuild(registered, chains, chains[version]), len(removed))
 
     def without_worker(self, expert: ExpertModel, worker: str) -> Rebuilt:
         """The state the expert would have had the worker contributed nothing to its newest version."""
         registered, chains = self._past(expert)
         chain = without_worker(chains[expert.version], worker)
-        removed = _length(chains[expert.version]) - _length(chain)
+        removed = length(chains[expert.version]) - length(chain)
         if removed == 0:
             raise RefusedError(
                 "nothing_to_retract",
                 f"version {expert.version} of {expert.name} holds no update of worker {worker!r}.",
                 "Check the worker's name with 'fedmoe experts'.",
             )
-        state = self._rebuild(expert.name, expert.manifest, registered.seed, chains, chain)
-        return Rebuilt(state, removed)
+        return Rebuilt(self._rebuild(registered, chains, chain), removed)
 
     def _past(self, expert: ExpertModel) -> tuple[ExpertRegistered, dict[int, Lineage | None]]:
         events = list(self._journal.events(expert.name))
-        registered = events[0]
-        assert isinstance(registered, ExpertRegistered), "an expert's first event is its registration"
-        return registered, lineages(events)
+        return _registration(events), lineages(events)
 
     def _rebuild(
-        self,
-        name: str,
-        manifest: Manifest,
-        seed: int,
-        chains: dict[int, Lineage | None],
-        wanted: Lineage | None,
+        self, registered: ExpertRegistered, chains: Mapping[int, Lineage | None], wanted: Lineage | None
     ) -> RuleState:
-        """Fold `wanted` from the newest snapshot that is a beginning of it, or from version 0."""
+        """Fold `wanted` from the newest readable snapshot that is a beginning of it, or from version 0."""
+        snapshots = self._journal.snapshots(registered.expert)
+        while start := _start(snapshots, chains, wanted):
+            digest = snapshots.pop(start.version)
+            try:
+                body = self._blobs.read(digest)
+            except (MissingBlobError, CorruptBlobError) as error:
+                # A snapshot only saves time: what it holds is folded again from an older one.
+                _log.error("snapshot_lost", expert=registered.expert, version=start.version, reason=str(error))
+                continue
+            state = read_snapshot(body, length(chains[start.version]))
+            return self._fold(state, start.rest, registered.manifest)
         rule = self._aggregation.rule
-        for version, digest in sorted(self._journal.snapshots(name).items(), reverse=True):
-            rest = Lineage.updates(wanted, after=chains[version]) if chains[version] is not None else None
-            if rest is not None:
-                start = read_snapshot(self._blobs.read(digest), _length(chains[version]))
-                return self._fold(start, rest, manifest)
-        start = ExpertModel.initial(name, manifest, seed, rule).state
-        return self._fold(start, Lineage.updates(wanted) or [], manifest)
+        state = ExpertModel.initial(registered.expert, registered.manifest, registered.seed, rule).state
+        return self._fold(state, Lineage.updates(wanted) or [], registered.manifest)
 
     def _fold(self, state: RuleState, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
         for update in updates:
@@ -170,21 +177,54 @@ class History:
             self._prune(expert, self._keep_updates)
 
     def _prune(self, expert: ExpertModel, keep_updates: int) -> None:
-        """Drop the bytes of updates that the oldest snapshot still needed already contains."""
-        kept = self._journal.snapshots(expert.name)
-        horizon = max((version for version in kept if version <= expert.version - keep_updates), default=0)
-        if horizon == 0:
-            return
-        updates = [event for event in self._journal.events(expert.name) if isinstance(event, UpdateAccepted)]
-        needed = {update.digest for update in updates if update.version > horizon}
-        for update in updates:
-            if update.version <= horizon and update.digest not in needed:
-                self._blobs.delete(update.digest)
-        for version in kept:
-            if version < horizon:
-                self._blobs.delete(kept[version])
-                self._journal.drop_snapshot(expert.name, version)
+        """Drop what none of the last `keep_updates` changes needs to be undone."""
+        name = expert.name
+        events = list(self._journal.events(name))
+        updates, chains = [event for event in events if isinstance(event, UpdateAccepted)], lineages(events)
+        snapshots = self._journal.snapshots(name)
+        oldest = max(0, expert.version - keep_updates)
+        needed = {update.digest for update in updates if update.version > oldest}
+        bases: set[int] = set()
+        for version in range(oldest, expert.version + 1):
+            start = _start(snapshots, chains, chains[version])
+            bases |= {start.version} if start else set()
+            rest = start.rest if start else Lineage.updates(chains[version]) or []
+            needed |= {update.digest for update in rest}
+        unneeded = {update.digest for update in updates}
+        for version in snapshots.keys() - bases:
+            self._journal.drop_snapshot(name, version)
+            unneeded.add(snapshots[version])
+        unneeded -= needed | {snapshots[version] for version in bases}
+        # Equal bytes are one blob, whoever sent them.
+        for digest in unneeded - self._journal.named_elsewhere(name, unneeded):
+            self._blobs.delete(digest)
 
 
-def _length(chain: Lineage | None) -> int:
-    return chain.length if chain is not None else 0
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A snapshot to fold from, and the updates that follow it."""
+
+    version: int
+    rest: list[UpdateAccepted]
+
+
+def _start(snapshots: Mapping[int, str], chains: Mapping[int, Lineage | None], wanted: Lineage | None) -> _Start | None:
+    """The longest beginning of `wanted` that a snapshot holds."""
+    held = {id(chains[version]): version for version in snapshots}
+    rest: list[UpdateAccepted] = []
+    while wanted is not None:
+        if id(wanted) in held:
+            return _Start(held[id(wanted)], rest[::-1])
+        rest.append(wanted.update)
+        wanted = wanted.before
+    return None
+
+
+def _registration(events: list[Event]) -> ExpertRegistered:
+    registered = events[0]
+    assert isinstance(registered, ExpertRegistered), "an expert's first event is its registration"
+    return registered
+
+
+def _identity(update: UpdateAccepted) -> tuple[str, str, int]:
+    return update.worker, update.epoch, update.sequence

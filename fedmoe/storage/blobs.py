@@ -6,9 +6,12 @@ import errno
 import hashlib
 import mmap
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -17,6 +20,7 @@ from fedmoe.errors import RefusedError
 # Never fill the disk to the last byte: the journal must still be able to say that the disk is full.
 _RESERVE_SHARE = 0.02
 _RESERVE_BYTES = 256 << 20
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class BlobWriter(Protocol):
@@ -41,7 +45,7 @@ class BlobWriter(Protocol):
         ...
 
     def abort(self) -> None:
-        """Forget it; safe to call more than once and after `commit`."""
+        """Forget what was not committed; what was, may be deleted from now on. Safe to call more than once."""
         ...
 
 
@@ -54,7 +58,9 @@ class BlobStore(Protocol):
         """The bytes, checked against the digest; raises `CorruptBlobError` or `MissingBlobError`."""
         ...
 
-    def delete(self, digest: str) -> None: ...
+    def delete(self, digest: str) -> None:
+        """Remove a blob, unless it is missing or somebody who has just stored the same bytes still needs it."""
+        ...
 
     def digests(self) -> Iterator[str]: ...
 
@@ -81,24 +87,59 @@ def put(store: BlobStore, data: bytes) -> str:
         writer.abort()
 
 
+class Pins:
+    """Digests that must not be deleted: committed by a writer that is still open, so perhaps not yet journalled."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, digest: str) -> None:
+        with self._lock:
+            self._counts[digest] += 1
+
+    def remove(self, digest: str) -> None:
+        with self._lock:
+            self._counts[digest] -= 1
+            self._counts = +self._counts
+
+    def unless_pinned(self, digest: str, act: Callable[[], object]) -> None:
+        """Act, unless the digest is pinned; nobody can pin it meanwhile."""
+        with self._lock:
+            if digest not in self._counts:
+                act()
+
+
 class FolderBlobStore:
-    """Blobs as files in a folder of a local disk: written aside, fsynced, renamed, and the folder fsynced."""
+    """Blobs as files in a folder of a local disk: written aside, fsynced, renamed, and the folder fsynced.
+
+    After an I/O error it takes no more blobs: what the disk holds then is unknown, and a second fsync may lie.
+    """
 
     def __init__(self, folder: Path, reserve_bytes: int | None = None) -> None:
         self._folder = folder
         self._incoming = folder / "incoming"
         self._incoming.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # All shards at once: made on demand, a blob could be acknowledged while its shard's own name is not on disk.
+        for shard in range(256):
+            (folder / f"{shard:02x}").mkdir(exist_ok=True, mode=0o700)
+        fsync_folder(folder)
+        fsync_folder(folder.parent)
+        self.pins = Pins()
+        self.failed: str | None = None
         total = shutil.disk_usage(folder).total
         self._reserve = reserve_bytes if reserve_bytes is not None else min(int(total * _RESERVE_SHARE), _RESERVE_BYTES)
 
     def writer(self) -> FileBlobWriter:
+        if self.failed:
+            raise StorageFailedError(self.failed)
         if shutil.disk_usage(self._folder).free < self._reserve:
             raise disk_full(self._folder)
         return FileBlobWriter(self._incoming / secrets.token_hex(16), self)
 
     def path(self, digest: str) -> Path:
         """Where a blob lies; only hex digests become paths, never a name from outside."""
-        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        if not _DIGEST.fullmatch(digest):
             raise ValueError(f"not a sha256 digest: {digest!r}")
         return self._folder / digest[:2] / digest
 
@@ -117,12 +158,13 @@ class FolderBlobStore:
         return data
 
     def delete(self, digest: str) -> None:
-        self.path(digest).unlink(missing_ok=True)
+        path = self.path(digest)
+        self.pins.unless_pinned(digest, lambda: path.unlink(missing_ok=True))
 
     def digests(self) -> Iterator[str]:
         for shard in self._folder.iterdir():
             if len(shard.name) == 2:
-                yield from (entry.name for entry in shard.iterdir())
+                yield from (entry.name for entry in shard.iterdir() if _DIGEST.fullmatch(entry.name))
 
     def sweep(self, referenced: set[str]) -> int:
         removed = 0
@@ -135,6 +177,15 @@ class FolderBlobStore:
                 removed += 1
         return removed
 
+    def problem(self, error: OSError, where: Path) -> Exception:
+        """What an error while writing means: a refusal where more room helps, else the end of this store."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return disk_full(where.parent)
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return RefusedError("busy", "too many files are open.", "Retry later; raise the limit with 'ulimit -n'.")
+        self.failed = self.failed or f"writing {where} failed: {error.strerror or error}"
+        return StorageFailedError(self.failed)
+
 
 class FileBlobWriter:
     """One file being written under a random name; it gets its real name only once it is on disk."""
@@ -144,7 +195,11 @@ class FileBlobWriter:
         self._store = store
         self._hasher = hashlib.sha256()
         self._size = 0
-        self._descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        self._pinned: str | None = None
+        try:
+            self._descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise store.problem(error, temporary) from error
         self._open = True
 
     def __enter__(self) -> Self:
@@ -169,7 +224,7 @@ class FileBlobWriter:
             try:
                 written = os.write(self._descriptor, view)
             except OSError as error:
-                raise _storage_problem(error, self._temporary) from error
+                raise self._store.problem(error, self._temporary) from error
             view = view[written:]  # a short write is legal and happens when a disk fills up
 
     def view(self) -> memoryview:
@@ -180,15 +235,14 @@ class FileBlobWriter:
     def commit(self) -> str:
         digest = self.digest
         final = self._store.path(digest)
+        self._pinned = digest
+        self._store.pins.add(digest)
         try:
             os.fsync(self._descriptor)
-            if not final.parent.exists():
-                final.parent.mkdir(mode=0o700, exist_ok=True)
-                fsync_folder(final.parent.parent)
             os.rename(self._temporary, final)
             fsync_folder(final.parent)
         except OSError as error:
-            raise _storage_problem(error, final) from error
+            raise self._store.problem(error, final) from error
         self._close()
         return digest
 
@@ -196,6 +250,9 @@ class FileBlobWriter:
         if self._open:
             self._close()
             self._temporary.unlink(missing_ok=True)
+        if self._pinned is not None:
+            self._store.pins.remove(self._pinned)
+            self._pinned = None
 
     def _close(self) -> None:
         os.close(self._descriptor)
@@ -207,9 +264,10 @@ class MemoryBlobStore:
 
     def __init__(self) -> None:
         self._blobs: dict[str, bytes] = {}
+        self._pins = Pins()
 
     def writer(self) -> MemoryBlobWriter:
-        return MemoryBlobWriter(self._blobs)
+        return MemoryBlobWriter(self._blobs, self._pins)
 
     def read(self, digest: str) -> bytes:
         if digest not in self._blobs:
@@ -221,7 +279,7 @@ class MemoryBlobStore:
         return data
 
     def delete(self, digest: str) -> None:
-        self._blobs.pop(digest, None)
+        self._pins.unless_pinned(digest, lambda: self._blobs.pop(digest, None))
 
     def digests(self) -> Iterator[str]:
         yield from list(self._blobs)
@@ -236,8 +294,10 @@ class MemoryBlobStore:
 class MemoryBlobWriter:
     """Bytes gathered in memory."""
 
-    def __init__(self, blobs: dict[str, bytes]) -> None:
+    def __init__(self, blobs: dict[str, bytes], pins: Pins) -> None:
         self._blobs = blobs
+        self._pins = pins
+        self._pinned: str | None = None
         self._data = bytearray()
 
     @property
@@ -256,11 +316,16 @@ class MemoryBlobWriter:
 
     def commit(self) -> str:
         digest = self.digest
+        self._pinned = digest
+        self._pins.add(digest)
         self._blobs[digest] = bytes(self._data)
         return digest
 
     def abort(self) -> None:
         self._data = bytearray()
+        if self._pinned is not None:
+            self._pins.remove(self._pinned)
+            self._pinned = None
 
 
 def fsync_folder(folder: Path) -> None:
@@ -276,12 +341,6 @@ class StorageFailedError(Exception):
     """The disk reported an error after which nothing on it can be promised; the coordinator must stop accepting."""
 
 
-def disk_full(where: Path) -> RefusedError:
+def disk_full(where: Path | str) -> RefusedError:
     """The refusal for a disk without room; reads go on, and writes again once there is space."""
     return RefusedError("disk_full", f"no space left for {where}.", "Free disk space; nothing was stored, retry later.")
-
-
-def _storage_problem(error: OSError, where: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return disk_full(where)
-    return StorageFailedError(f"writing {where} failed: {error.strerror or error}")

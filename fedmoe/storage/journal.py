@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import DatabaseError, IntegrityError
 from sqlalchemy.pool import StaticPool
 
 from fedmoe.errors import RefusedError
 from fedmoe.events import Event, ExpertRegistered, ExpertRolledBack, UpdateAccepted, WorkerRetracted
 from fedmoe.manifest import Manifest
-from fedmoe.storage.blobs import StorageFailedError
+from fedmoe.storage.blobs import StorageFailedError, disk_full
 
 SCHEMA_VERSION = 1
 _KINDS: dict[str, type[Event]] = {
@@ -130,6 +130,10 @@ class Journal(Protocol):
 
     def drop_snapshot(self, expert: str, version: int) -> None: ...
 
+    def named_elsewhere(self, expert: str, digests: Collection[str]) -> set[str]:
+        """Those of `digests` that an update or snapshot of another expert names."""
+        ...
+
     def add_statistic(self, statistic: Statistic) -> None: ...
 
     def statistics(self, expert: str | None = None) -> list[Statistic]: ...
@@ -151,7 +155,7 @@ class SqlJournal:
     def __init__(self, path: Path | None) -> None:
         self._where = str(path) if path else "memory"
         self._lock = threading.Lock()
-        url = f"sqlite:///{path}" if path else "sqlite://"
+        url = sa.URL.create("sqlite", database=str(path) if path else None)
         self._engine = sa.create_engine(
             url, poolclass=StaticPool, connect_args={"check_same_thread": False, "timeout": 5.0}
         )
@@ -159,19 +163,24 @@ class SqlJournal:
         try:
             self._connection = self._engine.connect()
             self._prepare()
-        except sa.exc.DatabaseError as error:
+        except (DatabaseError, sqlite3.DatabaseError) as error:
+            self._engine.dispose()
+            reason = error.orig if isinstance(error, DatabaseError) else error
             raise StorageFailedError(
-                f"the journal {self._where} cannot be opened: {error.orig}. Restore it from a backup; "
+                f"the journal {self._where} cannot be opened: {reason}. Restore it from a backup; "
                 "if it is not a FedMoE journal, choose another --state-dir."
             ) from error
 
     def _prepare(self) -> None:
-        _tables.create_all(self._connection)
-        self._connection.commit()
-        found = self.meta("schema_version")
+        # The version is read before any table is made, so that another version's journal stays as it is.
+        found = self.meta("schema_version") if sa.inspect(self._connection).has_table(_meta.name) else None
+        self._connection.rollback()
         if found is None:
+            _tables.create_all(self._connection)
+            self._connection.commit()
             self.set_meta("schema_version", str(SCHEMA_VERSION))
         elif found != str(SCHEMA_VERSION):
+            self.close()
             raise StorageFailedError(
                 f"the journal {self._where} has schema {found}, this program reads {SCHEMA_VERSION}; "
                 "run the FedMoE version that wrote it"
@@ -192,15 +201,18 @@ class SqlJournal:
             except IntegrityError:
                 self._connection.rollback()
                 raise
-            except OperationalError as error:
+            except DatabaseError as error:
                 self._connection.rollback()
                 raise _journal_problem(error, self._where) from error
 
     def _read(self, statement: sa.Executable) -> list[sa.RowMapping]:
         with self._lock:
-            rows = list(self._connection.execute(statement).mappings())
-            self._connection.rollback()
-            return rows
+            try:
+                return list(self._connection.execute(statement).mappings())
+            except DatabaseError as error:
+                raise _journal_problem(error, self._where) from error
+            finally:
+                self._connection.rollback()
 
     def events(self, expert: str | None = None, after_version: int = -1) -> Iterator[Event]:
         query = sa.select(_events.c.kind, _events.c.payload).order_by(_events.c.id)
@@ -234,6 +246,11 @@ class SqlJournal:
 
     def drop_snapshot(self, expert: str, version: int) -> None:
         self._write(_snapshots.delete().where(_snapshots.c.expert == expert, _snapshots.c.version == version))
+
+    def named_elsewhere(self, expert: str, digests: Collection[str]) -> set[str]:
+        tables = (_events, _snapshots)
+        queries = [sa.select(table.c.digest).where(table.c.expert != expert).distinct() for table in tables]
+        return {row["digest"] for query in queries for row in self._read(query)} & set(digests)
 
     def add_statistic(self, statistic: Statistic) -> None:
         row = asdict(statistic) | {"payload": json.dumps(dict(statistic.payload), allow_nan=False)}
@@ -310,10 +327,11 @@ def _event(kind: str, payload: str) -> Event:
     return _KINDS[kind](**values)
 
 
-def _journal_problem(error: OperationalError, where: str) -> Exception:
-    text = str(error.orig)
-    if "disk is full" in text or "database or disk is full" in text:
-        return RefusedError(
-            "disk_full", f"no space left for {where}.", "Free disk space; nothing was stored, retry later."
-        )
-    return StorageFailedError(f"the journal {where} failed: {text}")
+def _journal_problem(error: DatabaseError, where: str) -> Exception:
+    # The extended codes carry the primary code in their lowest byte; see https://www.sqlite.org/rescode.html
+    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return disk_full(where)
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return RefusedError("busy", f"another program holds {where} locked.", "Nothing was stored, retry later.")
+    return StorageFailedError(f"the journal {where} failed: {error.orig}")

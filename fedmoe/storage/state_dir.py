@@ -36,7 +36,15 @@ class StateDir:
         if path.stat().st_mode & 0o002:
             raise StateDirError(f"anybody may write to {path}; run 'chmod 700 {path}' first")
         lock = _lock(path / "lock")
-        return cls(path, SqlJournal(path / "journal.sqlite"), FolderBlobStore(path / "blobs"), lock)
+        try:
+            journal = path / "journal.sqlite"
+            os.close(os.open(journal, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite itself would make it readable to others
+            return cls(path, SqlJournal(journal), FolderBlobStore(path / "blobs"), lock)
+        except BaseException as error:
+            os.close(lock)
+            if isinstance(error, OSError):
+                raise StateDirError(f"{path} cannot be used: {error}; fix it or choose another --state-dir") from error
+            raise
 
     def close(self) -> None:
         """Close the journal and give the lock back."""

@@ -1,0 +1,60 @@
+"""`fedmoe demo`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedmoe.cli.output import CommandError
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    data: Annotated[Path, typer.Option(help="Folder of the data.")] = Path("data/demo"),
+    base_model: Annotated[str, typer.Option(help="smollm2, a folder or a hub id.")] = "smollm2",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every worker.")] = 60,
+    sync_interval: Annotated[float, typer.Option(min=1.0, help="Seconds between pushes.")] = 10.0,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew; an earlier run is moved aside, not deleted.")
+    ] = False,
+) -> None:
+    """Run a whole federation on this machine: three experts of a real model, one gateway, measured.
+
+    Run again, it continues where it stopped; a finished run is measured again.
+    """
+    try:
+        from rich.console import Console
+
+        from fedmoe.demo.plan import DemoPlan
+        from fedmoe.demo.processes import ProcessFailedError
+        from fedmoe.demo.run import run_demo
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker,charts]'") from error
+    plan = DemoPlan(out, data, base_model, steps, sync_interval)
+    if fresh and out.exists():
+        aside = out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        out.rename(aside)
+        print(f"moved the earlier run to {aside}")
+    _check_same_plan(plan.folder, {"base_model": base_model, "steps": steps})
+    try:
+        run_demo(plan, Console())
+    except ProcessFailedError as error:
+        raise CommandError(str(error)) from error
+    except KeyboardInterrupt:
+        raise CommandError("stopped; run the same command again to continue") from None
+
+
+def _check_same_plan(folder: Path, plan: dict[str, object]) -> None:
+    """A run continues only with the plan it began with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "plan.json"
+    if not file.exists():
+        file.write_text(json.dumps(plan))
+        return
+    before = json.loads(file.read_text())
+    if before != plan:
+        raise CommandError(f"{folder} was begun with {before}, not {plan}; pass --fresh or choose another --out")

@@ -1,0 +1,84 @@
+"""What the demonstration does: three domains, three workers of different speed, one folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class DemoWorker:
+    """One worker: its name, its expert, the domain of its data, and how much it yields to others (nice)."""
+
+    name: str
+    expert: str
+    domain: str
+    niceness: int
+
+
+#: On two cores the niceness makes the machines' speeds differ, as they do in a real federation.
+WORKERS = (
+    DemoWorker("Worker-1-Python", "python_expert", "python", 0),
+    DemoWorker("Worker-2-SQL", "sql_expert", "sql", 3),
+    DemoWorker("Worker-3-Docs", "docs_expert", "docs", 6),
+)
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """Where the demonstration works and how long it trains; `held_out_blocks` are scored in every domain."""
+
+    folder: Path
+    data: Path
+    base_model: str = "smollm2"
+    steps: int = 60
+    sync_interval: float = 10.0
+    max_length: int = 256
+    batch_size: int = 2
+    learning_rate: float = 1e-3
+    held_out_blocks: int = 24
+    seed: int = 0
+
+    @property
+    def coordinator_dir(self) -> Path:
+        return self.folder / "coordinator"
+
+    def worker_dir(self, worker: DemoWorker) -> Path:
+        return self.folder / "workers" / worker.name
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.json"
+
+    def train_file(self, worker: DemoWorker) -> Path:
+        return self.data / worker.domain / "train.jsonl"
+
+    def test_file(self, worker: DemoWorker) -> Path:
+        return self.data / worker.domain / "test.jsonl"
+
+    def coordinator_command(self, port: int) -> list[str]:
+        """The options of `fedmoe` that start the coordinator."""
+        return ["coordinator", "--port", str(port), "--state-dir", str(self.coordinator_dir)]
+
+    def worker_command(self, worker: DemoWorker, url: str) -> list[str]:
+        """The options of `fedmoe` that start a worker."""
+        options = {
+            "--coordinator-url": url,
+            "--worker-id": worker.name,
+            "--specialty": worker.expert,
+            "--dataset": self.train_file(worker),
+            "--state-dir": self.worker_dir(worker),
+            "--base-model": self.base_model,
+            "--sync-interval": self.sync_interval,
+            "--max-steps": self.steps,
+            "--lr-scheduler-type": "linear",
+            "--learning-rate": self.learning_rate,
+            "--max-length": self.max_length,
+            "--per-device-train-batch-size": self.batch_size,
+            "--seed": self.seed,
+        }
+        return ["worker", *(str(part) for pair in options.items() for part in pair)]

@@ -1,0 +1,94 @@
+"""The demonstration's processes: started with a log each, watched, and ended by their own process id."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmoe.wire.client import CoordinatorClient
+
+_STOP_SECONDS = 90.0
+
+
+class ProcessFailedError(Exception):
+    """A process ended that should not have; the message shows the end of its log."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A started process and where its output goes."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def check(self) -> bool:
+        """Whether it is still running; raises if it ended with an error."""
+        status = self.process.poll()
+        if status is None:
+            return True
+        if status != 0:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-12:])
+            raise ProcessFailedError(f"{self.name} ended with status {status}; the end of {self.log}:\n{tail}")
+        return False
+
+    def stop(self) -> None:
+        """Ask it to stop, and insist after a while."""
+        if self.process.poll() is not None:
+            return
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def start(name: str, arguments: Sequence[str], log: Path, niceness: int = 0) -> Running:
+    """Start `fedmoe ARGUMENTS` in the background, with one torch thread, appending to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # One thread a process: on shared cores, spinning threads of several processes slow all of them down many times.
+    threads: Mapping[str, str] = {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [sys.executable, "-m", "fedmoe", *arguments]
+    if niceness:
+        command = ["nice", "-n", str(niceness), *command]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **threads},
+            start_new_session=True,  # Ctrl-C reaches the demonstration alone, which then stops them in order
+        )
+    return Running(name, process, log)
+
+
+def free_port() -> int:
+    """A port on loopback that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_healthy(coordinator: Running, url: str, seconds: float = 60.0) -> None:
+    """Return once the coordinator answers; raise if it ends or stays silent."""
+    deadline = time.monotonic() + seconds
+    with CoordinatorClient(url) as api:
+        while not api.healthy():
+            if not coordinator.check() or time.monotonic() > deadline:
+                raise ProcessFailedError(
+                    f"the coordinator did not answer within {seconds:.0f} s; see {coordinator.log}"
+                )
+            time.sleep(0.2)

@@ -1,0 +1,164 @@
+"""Running the demonstration: prepare, train three experts in a federation, stop, measure, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from fedmoe import __version__
+from fedmoe.datasets.check import load_rows
+from fedmoe.datasets.domains import build_domains
+from fedmoe.datasets.packing import Block, pack
+from fedmoe.datasets.render import tokenize_samples
+from fedmoe.demo.live import LiveView
+from fedmoe.demo.plan import WORKERS, DemoPlan
+from fedmoe.demo.processes import Running, free_port, start, wait_until_healthy
+from fedmoe.demo.report import GATEWAY, DomainResult, report_json, report_markdown, report_table, results
+from fedmoe.files import write_atomic, write_folder_atomic
+from fedmoe.gateway.evaluate import evaluate
+from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.formats import npz_bytes, peft_files, read_peft
+from fedmoe.models.base import LoadedBase, load_base, prepare_base
+from fedmoe.models.device import pin_threads
+from fedmoe.monitor.charts import loss_chart
+from fedmoe.record import Record, read_records
+from fedmoe.wire.client import CoordinatorClient
+
+_POLL_SECONDS = 0.5
+
+
+def run_demo(plan: DemoPlan, console: Console) -> dict[str, DomainResult]:
+    """The whole demonstration; continues where an earlier run of the same folder stopped."""
+    started = time.monotonic()
+    console.print(f"[bold]1/4[/] base model {plan.base_model} and data")
+    prepare_base(plan.base_model)
+    build_domains(plan.data, progress=lambda line: console.print(f"  {line}", highlight=False))
+    console.print(f"[bold]2/4[/] coordinator and {len(WORKERS)} workers on loopback, {plan.steps} steps each")
+    training = time.monotonic()
+    _train(plan, console)
+    trained = time.monotonic() - training
+    console.print("[bold]3/4[/] held-out losses")
+    domains = _measure(plan, console, trained)
+    console.print("[bold]4/4[/] report")
+    console.print(report_table(domains))
+    took = time.monotonic() - started
+    console.print(f"{plan.folder}/ holds the adapters, gateway_model.npz, metrics.jsonl and report.md ({took:.0f} s)")
+    return domains
+
+
+def _train(plan: DemoPlan, console: Console) -> None:
+    """Run coordinator and workers until every worker has done its steps; then save what they made and stop."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with _stopped_at_the_end() as running:
+        coordinator = start("coordinator", plan.coordinator_command(port), plan.logs / "coordinator.log")
+        running.append(coordinator)
+        wait_until_healthy(coordinator, url)
+        workers = [
+            start(worker.name, plan.worker_command(worker, url), plan.logs / f"{worker.name}.log", worker.niceness)
+            for worker in WORKERS
+        ]
+        running += workers
+        with LiveView(plan, console) as view:
+            while _any_running(workers) and coordinator.check():
+                view.refresh()
+                time.sleep(_POLL_SECONDS)
+        _save_models(plan, url)
+
+
+def _any_running(workers: list[Running]) -> bool:
+    """Whether a worker still runs; looks at all of them, so that a failure is seen while others run."""
+    running = [worker.check() for worker in workers]
+    return any(running)
+
+
+@contextmanager
+def _stopped_at_the_end() -> Iterator[list[Running]]:
+    """Stops what was started, the last first, whatever happens in between."""
+    running: list[Running] = []
+    try:
+        yield running
+    finally:
+        for process in reversed(running):
+            process.stop()
+
+
+def _save_models(plan: DemoPlan, url: str) -> None:
+    """Every expert and the gateway as PEFT folders, and the gateway as npz."""
+    with CoordinatorClient(url) as api:
+        gateway = api.pull_gateway()
+        assert gateway is not None, "without an ETag there is always an answer"
+        for worker in WORKERS:
+            pulled = api.pull_expert(worker.expert)
+            assert pulled is not None, "without an ETag there is always an answer"
+            _save_peft(plan, worker.expert, pulled.adapter, gateway.base)
+    _save_peft(plan, GATEWAY, gateway.adapter, gateway.base)
+    write_atomic(plan.folder / "gateway_model.npz", npz_bytes(gateway.adapter, gateway.version, gateway.sources), 0o644)
+    facts = {"gateway_version": gateway.version, "gateway_digest": gateway.digest, "sources": gateway.sources}
+    write_atomic(plan.folder / "models.json", json.dumps(facts, indent=2).encode(), 0o644)
+
+
+def _save_peft(plan: DemoPlan, name: str, adapter: Adapter, base: dict[str, str]) -> None:
+    files = peft_files(adapter, base["name"], base["revision"])
+    write_folder_atomic(plan.folder / "adapters" / name, files, force=True)
+
+
+def _measure(plan: DemoPlan, console: Console, trained: float) -> dict[str, DomainResult]:
+    """Score the saved models on the held-out files, with all cores now that training is over; write the report."""
+    pin_threads(os.cpu_count() or 1)
+    base = load_base(plan.base_model)
+    adapters = {name: _load_peft(plan, name) for name in (*(w.expert for w in WORKERS), GATEWAY)}
+    held_out = {worker.domain: _held_out(plan, plan.test_file(worker), base) for worker in WORKERS}
+    with console.status("") as status:
+        matrix = evaluate(base, adapters, held_out, progress=status.update)
+    domains = results(matrix)
+    facts = {
+        "fedmoe": __version__,
+        "base_model": base.identity.name,
+        "steps_per_worker": plan.steps,
+        "tokens_per_step": plan.batch_size * plan.max_length,
+        "sync_interval_seconds": plan.sync_interval,
+        "strategy": "weighted_average",
+        "training_seconds": round(trained, 1),
+        "dtype": str(base.dtype),
+        **json.loads((plan.folder / "models.json").read_bytes()),
+    }
+    _write_report(plan, domains, facts)
+    return domains
+
+
+def _load_peft(plan: DemoPlan, name: str) -> Adapter:
+    folder = plan.folder / "adapters" / name
+    return read_peft({path.name: path.read_bytes() for path in folder.iterdir()})
+
+
+def _held_out(plan: DemoPlan, file: Path, base: LoadedBase) -> list[Block]:
+    """The first blocks of the held-out file in a fixed, shuffled order, the same in every run."""
+    data = tokenize_samples(load_rows(file).samples, base.tokenizer, plan.max_length)
+    return pack(data.samples, plan.max_length, seed=0, pad_id=int(base.tokenizer.pad_token_id))[: plan.held_out_blocks]
+
+
+def _write_report(plan: DemoPlan, domains: dict[str, DomainResult], facts: dict[str, object]) -> None:
+    records = _all_records(plan)
+    held_out = {
+        name: {"base": result.base, "own expert": result.expert, "gateway": result.gateway}
+        for name, result in domains.items()
+    }
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomic(plan.folder / "metrics.jsonl", lines.encode(), 0o644)
+    write_atomic(plan.folder / "loss.png", loss_chart(records, held_out), 0o644)
+    write_atomic(plan.folder / "report.md", report_markdown(domains, facts).encode(), 0o644)
+    write_atomic(plan.report, report_json(domains, facts).encode(), 0o644)
+
+
+def _all_records(plan: DemoPlan) -> list[Record]:
+    """The records of all workers in the order of time."""
+    files = [plan.worker_dir(worker) / "metrics.jsonl" for worker in WORKERS]
+    records = [record for file in files if file.exists() for record in read_records(file)]
+    return sorted(records, key=lambda record: float(str(record["at"])))

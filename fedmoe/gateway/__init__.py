@@ -1,0 +1,1 @@
+"""What is done with a gateway: measured, exported, served."""

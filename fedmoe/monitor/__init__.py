@@ -1,0 +1,1 @@
+"""Showing what was recorded: charts and views that read records only."""
