@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedmoe.lora.codec import WireDtype
@@ -13,22 +18,58 @@ from fedmoe.lora.merge import STRATEGIES
 from fedmoe.lora.update_rules import RULES, STALENESS
 from fedmoe.wire.messages import ExpertName, WorkerName
 
+_TOKEN = re.compile(r"[\x21-\x7e]{16,4096}")
+_OF_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_")
 #: The specification's default port.
 DEFAULT_PORT = 5000
 #: Seconds between two pushes of a worker; 5 to 30 are recommended, up to an hour is accepted.
 DEFAULT_SYNC_INTERVAL = 10.0
+MIN_SYNC_INTERVAL = 0.01
 MAX_SYNC_INTERVAL = 3600.0
 
+
+def _seconds(value: object) -> float:
+    """A sync interval, or an error that names the range; NaN is in no range."""
+    try:
+        seconds = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        seconds = math.nan
+    if not MIN_SYNC_INTERVAL <= seconds <= MAX_SYNC_INTERVAL:
+        raise ValueError(
+            f"expected seconds from {MIN_SYNC_INTERVAL:g} to {MAX_SYNC_INTERVAL:g} (5 to 30 recommended), got {value!r}"
+        )
+    return seconds
+
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SyncInterval = Annotated[float, BeforeValidator(_seconds)]
 Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-class CoordinatorConfig(BaseSettings):
+class _ProcessConfig(BaseSettings):
+    """What the parameters of all processes have in common: a misspelt environment variable is an error too."""
+
+    # Errors do not show inputs: one of them could be a token.
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, populate_by_name=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_unknown_variable(cls, values: object) -> object:
+        prefix = str(cls.model_config["env_prefix"])
+        known = [prefix + name.upper() for name in cls.model_fields]
+        for variable in os.environ:
+            # Kubernetes announces a service called fedmoe-coordinator in variables that look like ours.
+            if variable.startswith(prefix) and variable not in known and not _OF_KUBERNETES.search(variable):
+                close = difflib.get_close_matches(variable, known, 1)
+                hint = f"did you mean {close[0]}?" if close else "unset it."
+                raise ValueError(f"the environment variable {variable} is not known; {hint}")
+        return values
+
+
+class CoordinatorConfig(_ProcessConfig):
     """Parameters of a coordinator; environment variables are `FEDMOE_COORDINATOR_...`, and `FEDMOE_TOKEN`."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="FEDMOE_COORDINATOR_", extra="forbid", frozen=True, populate_by_name=True
-    )
+    model_config = SettingsConfigDict(env_prefix="FEDMOE_COORDINATOR_")
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
@@ -36,7 +77,7 @@ class CoordinatorConfig(BaseSettings):
     enable_gateway: bool = True
     strategy: str = "weighted_average"
     gateway_rank: Annotated[int, Field(ge=1, le=4096)] | None = None
-    server_learning_rate: Positive = 1.0
+    server_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
     server_optimizer: str = "sgd"
     staleness: str = "polynomial"
     max_staleness: Annotated[int, Field(ge=0)] | None = None
@@ -72,20 +113,26 @@ class CoordinatorConfig(BaseSettings):
             raise ValueError("TLS needs both --tls-cert and --tls-key")
         return self
 
+    @model_validator(mode="after")
+    def _two_tokens(self) -> CoordinatorConfig:
+        if self.token is not None and self.token == self.admin_token:
+            raise ValueError("the join token and the admin token are the same: every worker would be an administrator")
+        return self
 
-class WorkerConfig(BaseSettings):
+
+class WorkerConfig(_ProcessConfig):
     """Parameters of a worker; environment variables are `FEDMOE_WORKER_...`, and `FEDMOE_TOKEN`.
 
     Training parameters carry the names of Hugging Face's TrainingArguments and LoraConfig.
     """
 
-    model_config = SettingsConfigDict(env_prefix="FEDMOE_WORKER_", extra="forbid", frozen=True, populate_by_name=True)
+    model_config = SettingsConfigDict(env_prefix="FEDMOE_WORKER_")
 
     coordinator_url: str
     worker_id: WorkerName
     specialty: ExpertName
     dataset: str
-    sync_interval: Annotated[float, Field(gt=0, le=MAX_SYNC_INTERVAL, allow_inf_nan=False)] = DEFAULT_SYNC_INTERVAL
+    sync_interval: SyncInterval = DEFAULT_SYNC_INTERVAL
     base_model: str = "Qwen/Qwen2.5-0.5B-Instruct"
     state_dir: str | None = None
     max_steps: Annotated[int, Field(ge=0)] = 0
@@ -117,7 +164,12 @@ class WorkerConfig(BaseSettings):
     @field_validator("coordinator_url")
     @classmethod
     def _is_http(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")):
+        try:
+            parts = urlsplit(value)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable or "@" in value or "?" in value or "#" in value or not value.isprintable() or " " in value:
             raise ValueError(f"expected a URL like http://192.168.1.100:5000, got {value!r}")
         return value.rstrip("/")
 
@@ -131,6 +183,10 @@ class WorkerConfig(BaseSettings):
 
 
 def _usable_token(value: SecretStr | None) -> SecretStr | None:
-    if value is not None and len(value.get_secret_value()) < 16:
-        raise ValueError("a token needs at least 16 characters; unset the variable or the flag to use none")
+    """Never shows the value: the message ends up in logs and terminals."""
+    if value is not None and not _TOKEN.fullmatch(value.get_secret_value()):
+        raise ValueError(
+            "a token needs at least 16 characters, printable ASCII without spaces; "
+            "unset the variable or the flag to use none"
+        )
     return value

@@ -17,8 +17,8 @@ import typer
 from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
 from fedmoe.cli.output import show_json
 
-# Below this SQLite has a rare WAL-reset corruption bug (https://www.sqlite.org/releaselog/3_51_3.html); it needs several
-# connections to one database to occur, and a coordinator has exactly one.
+# Below this SQLite has a rare WAL-reset corruption bug (https://www.sqlite.org/releaselog/3_51_3.html); it takes several
+# connections to one database, and a coordinator has exactly one.
 _SOUND_SQLITE = (3, 51, 3)
 _LEAST_DISK = 2 << 30
 

@@ -77,7 +77,9 @@ class LiveView:
             for cells in self._rows():
                 pairs = zip(_COLUMNS[1:], cells[1:], strict=True)
                 self._console.print(
-                    f"{cells[0]:16} " + "  ".join(f"{name} {cell}" for name, cell in pairs), highlight=False
+                    f"{cells[0]:16} " + "  ".join(f"{name} {cell}" for name, cell in pairs),
+                    highlight=False,
+                    soft_wrap=True,
                 )
 
     def _table(self) -> Table:

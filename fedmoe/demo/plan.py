@@ -36,7 +36,7 @@ class DemoPlan:
     max_length: int = 256
     batch_size: int = 2
     learning_rate: float = 1e-3
-    held_out_blocks: int = 24
+    held_out_blocks: int = 16
     seed: int = 0
 
     @property

@@ -70,7 +70,9 @@ def start(name: str, arguments: Sequence[str], log: Path, niceness: int = 0) -> 
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **threads},
-            start_new_session=True,  # Ctrl-C reaches the demonstration alone, which then stops them in order
+            # A group of its own: Ctrl-C reaches the demonstration alone, which then stops all in order. The same session:
+            # in a session of its own a process gets its own share of the cores, and niceness would mean nothing.
+            process_group=0,
         )
     return Running(name, process, log)
 

@@ -110,7 +110,8 @@ class _Core:
 
     With G_B = B'B = H H', the product is Q (H'A) for an orthonormal Q, so H' G_A H = Y S^2 Y' gives the singular
     values, and A' = Z'A, B' = B G_A Z with Z = H Y / S are the right factor (orthonormal) and the left one (times S).
-    `energies` are S^2, falling; `into_a` is Z' and `into_b` is G_A Z, for the directions above rounding noise.
+    `energies` are S^2 before the scale, falling; `into_a` is Z' and `into_b` is G_A Z times the scale, for the
+    directions above rounding noise.
     """
 
     energies: Matrix64
@@ -131,7 +132,7 @@ class _Core:
 
 
 def _core(a: FloatMatrix, b: FloatMatrix, scale: float) -> _Core:
-    gram_a, gram_b = _gram(a.T), _gram(b) * scale**2
+    gram_a, gram_b = _gram(a.T), _gram(b)
     # A row of A may be huge where the column of B is tiny; levelling the two keeps such a direction above the rounding.
     levels = _levels(np.diagonal(gram_a), np.diagonal(gram_b))
     gram_a, gram_b = gram_a * np.outer(levels, levels), gram_b / np.outer(levels, levels)

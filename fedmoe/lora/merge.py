@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fedmoe.lora.adapter import Adapter, ShapeError
-from fedmoe.lora.algebra import baked, recompress, stack
+from fedmoe.lora.algebra import recompress, stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +71,7 @@ def merge(
     planned = plan_weights(list(experts), strategy, weights)
     if rank is not None and rank < 1:
         raise ShapeError(f"the gateway's rank must be at least 1, got {rank}")
-    if len(planned) == 1:
-        (name, weight), *_ = planned.items()
-        exact = baked(experts[name]) if weight == 1.0 else stack([(weight, experts[name])])
-    else:
-        exact = stack([(weight, experts[name]) for name, weight in planned.items()])
+    exact = stack([(weight, experts[name]) for name, weight in planned.items()])
     if rank is None or rank >= exact.rank:
         return Merged(exact, planned, 0.0)
     cut = recompress(exact, rank)

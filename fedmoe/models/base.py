@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from fedmoe.manifest import BaseModel
 from fedmoe.models.cache import make_once
@@ -130,6 +131,7 @@ def _checked(folder: Path) -> Path:
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    disable_progress_bar()  # a bar in a log file is noise, and loading takes a second
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,

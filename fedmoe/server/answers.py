@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -13,50 +13,62 @@ from starlette.responses import Response, StreamingResponse
 
 from fedmoe.coordinator import GatewayModel
 from fedmoe.experts import ExpertModel
-from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
+from fedmoe.lora.adapter import Adapter, FloatMatrix
 from fedmoe.lora.codec import WireDtype, encode
+from fedmoe.lora.container import read_header
 from fedmoe.server.receive import content_digest
 from fedmoe.wire.messages import SAFETENSORS
 
 Info = Mapping[str, object]
+Part = bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Weights about to leave: the adapter, the content hash, and what accompanies them."""
+    """Weights about to leave: what accompanies them, and how to make their two forms."""
 
     name: str
     version: int
-    adapter: Adapter
     digest: str
     info: Info
+    encode: Callable[[WireDtype, EncodedCache], tuple[Part, ...]]
+    modules: Callable[[], Iterator[tuple[str, FloatMatrix, FloatMatrix]]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoded:
-    version: int
-    body: bytes
+class Encoded:
+    """A safetensors body in parts that follow each other, and the sha256 of the whole."""
+
+    of: tuple[int, str]
+    parts: tuple[Part, ...]
     sha256: bytes
+
+    @property
+    def size(self) -> int:
+        return sum(len(part) for part in self.parts)
 
 
 class EncodedCache:
     """The newest encoded body of every (name, dtype), so that many pulls of one version encode it once."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, WireDtype], _Encoded] = {}
+        self._kept: dict[tuple[str, WireDtype], Encoded] = {}
         self._locks: dict[tuple[str, WireDtype], threading.Lock] = {}
         self._guard = threading.Lock()
 
-    def get(self, name: str, version: int, dtype: WireDtype, make: Callable[[], bytes]) -> _Encoded:
-        """The body of this version, encoded now unless it is the one kept."""
-        key = (name, dtype)
+    def get(self, weights: Weights, dtype: WireDtype) -> Encoded:
+        """The body of exactly these weights, encoded now unless it is the one kept."""
+        key, wanted = (weights.name, dtype), (weights.version, weights.digest)
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
             kept = self._kept.get(key)
-            if kept is None or kept.version != version:
-                body = make()
-                kept = _Encoded(version, body, hashlib.sha256(body).digest())
+            if kept is None or kept.of != wanted:
+                parts = weights.encode(dtype, self)
+                hasher = hashlib.sha256()
+                for part in parts:
+                    hasher.update(part)
+                kept = Encoded(wanted, parts, hasher.digest())
                 self._kept[key] = kept
             return kept
 
@@ -69,7 +81,7 @@ def expert_weights(expert: ExpertModel) -> Weights:
         "digest": expert.digest,
         "manifest": expert.manifest.to_json(),
     }
-    return Weights(expert.name, expert.version, expert.adapter, expert.digest, info)
+    return _of_one(expert.name, expert.version, expert.adapter, expert.digest, info)
 
 
 def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -> Weights:
@@ -87,36 +99,61 @@ def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -
         "base": manifest.to_json()["base"],
     }
     # A gateway has no expert's name: "@" keeps the two apart in the cache.
-    return Weights("@gateway", gateway.version, gateway.adapter, gateway.digest, info)
+    return _of_one("@gateway", gateway.version, gateway.adapter, gateway.digest, info)
+
+
+def _of_one(name: str, version: int, adapter: Adapter, digest: str, info: Info) -> Weights:
+    def encoded(dtype: WireDtype, cache: EncodedCache) -> tuple[Part, ...]:
+        return (encode(adapter.layout, adapter.flat, dtype, {"fedmoe": json.dumps(info, separators=(",", ":"))}),)
+
+    def modules() -> Iterator[tuple[str, FloatMatrix, FloatMatrix]]:
+        return ((module.name, a, b) for module, a, b in adapter.factors())
+
+    return Weights(name, version, digest, info, encoded, modules)
 
 
 def all_weights(experts: Mapping[str, ExpertModel], version: int) -> Weights:
     """All experts as one set of tensors, each module's name prefixed with `EXPERT/`."""
     ordered = [experts[name] for name in sorted(experts)]
-    modules = tuple(
-        ModuleShape(f"{expert.name}/{module.name}", module.in_features, module.out_features)
-        for expert in ordered
-        for module in expert.manifest.layout.modules
-    )
-    factors = {
-        f"{expert.name}/{module.name}": (a, b) for expert in ordered for module, a, b in expert.adapter.factors()
-    }
-    layout = Layout(modules, ordered[0].manifest.layout.rank)
-    adapter = Adapter.from_factors(factors, ordered[0].manifest.alpha)
-    assert adapter.layout == layout, "prefixed modules keep their order"
-    digest = hashlib.sha256("".join(expert.digest for expert in ordered).encode()).hexdigest()
-    info = {
-        "version": version,
-        "digest": digest,
-        "manifest": ordered[0].manifest.to_json(),
-        "experts": {expert.name: {"version": expert.version, "digest": expert.digest} for expert in ordered},
-    }
-    return Weights("@all", version, adapter, digest, info)
+    listed = {expert.name: {"version": expert.version, "digest": expert.digest} for expert in ordered}
+    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    info = {"version": version, "digest": digest, "manifest": ordered[0].manifest.to_json(), "experts": listed}
+
+    def encoded(dtype: WireDtype, cache: EncodedCache) -> tuple[Part, ...]:
+        bodies = [(expert.name, cache.get(expert_weights(expert), dtype).parts[0]) for expert in ordered]
+        return _joined(bodies, {"fedmoe": json.dumps(info, separators=(",", ":"))})
+
+    def modules() -> Iterator[tuple[str, FloatMatrix, FloatMatrix]]:
+        return (
+            (f"{expert.name}/{module.name}", a, b) for expert in ordered for module, a, b in expert.adapter.factors()
+        )
+
+    return Weights("@all", version, digest, info, encoded, modules)
 
 
-def etag(weights: Weights, dtype: WireDtype) -> str:
-    """Names the content, not the place: the same weights have the same tag on every coordinator."""
-    return f'"{weights.version}-{weights.digest[:32]}-{dtype}"'
+def _joined(bodies: list[tuple[str, Part]], metadata: dict[str, str]) -> tuple[Part, ...]:
+    """Several safetensors bodies as one, their tensors prefixed; the numbers are shared, not copied.
+
+    The header is not held to our reader's cap: with many experts it outgrows it, and safetensors itself reads 100 MB.
+    """
+    header: dict[str, object] = {"__metadata__": metadata}
+    numbers: list[Part] = []
+    offset = 0
+    for name, body in bodies:
+        entries, _, data = read_header(body)
+        for tensor, entry in entries.items():
+            offsets = [offset + entry.start, offset + entry.stop]
+            header[f"{name}/{tensor}"] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+        offset += len(data)
+        numbers.append(data)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return (len(text).to_bytes(8, "little") + text, *numbers)
+
+
+def etag(weights: Weights, form: str) -> str:
+    """Names the content, not the place: the same weights in the same form have the same tag on every coordinator."""
+    return f'"{weights.version}-{weights.digest[:32]}-{form}"'
 
 
 def answer_weights(
@@ -125,38 +162,50 @@ def answer_weights(
     dtype: WireDtype,
     cache: EncodedCache,
     status: int = 200,
-    extra: Info | None = None,
+    result: Info | None = None,
 ) -> Response:
-    """304 if the caller has them, safetensors if the caller takes them, else JSON, streamed module by module."""
-    tag = etag(weights, dtype)
+    """304 if the caller has them, safetensors if the caller takes them, else JSON, streamed module by module.
+
+    JSON carries every number as it is, whatever `dtype`. `result` is what became of the push that is answered.
+    """
+    binary = SAFETENSORS in request.headers.get("accept", "")
+    tag = etag(weights, dtype if binary else "json")
     headers = {
         "ETag": tag,
         "Vary": "Accept",
         "FedMoE-Version": str(weights.version),
         "FedMoE-Digest": weights.digest,
     }
-    if extra is None and tag in [item.strip() for item in request.headers.get("if-none-match", "").split(",")]:
+    if result is None and tag in _tags(request.headers.get("if-none-match", "")):
         return Response(status_code=304, headers=headers)
-    if SAFETENSORS not in request.headers.get("accept", ""):
-        return StreamingResponse(_json(weights), status, headers, "application/json")
-    encoded = cache.get(weights.name, weights.version, dtype, lambda: _body(weights, dtype))
+    if not binary:
+        return StreamingResponse(_json(weights, result), status, headers, "application/json")
+    encoded = cache.get(weights, dtype)
     headers["Content-Digest"] = content_digest(encoded.sha256)
-    if extra is not None:
-        headers["FedMoE-Result"] = json.dumps(extra, separators=(",", ":"))
-    return Response(encoded.body, status, headers, SAFETENSORS)
+    if result is not None:
+        headers["FedMoE-Result"] = json.dumps(result, separators=(",", ":"))
+    if len(encoded.parts) == 1:
+        return Response(encoded.parts[0], status, headers, SAFETENSORS)
+    headers["Content-Length"] = str(encoded.size)
+    return StreamingResponse(_pieces(encoded), status, headers, SAFETENSORS)
 
 
-def _body(weights: Weights, dtype: WireDtype) -> bytes:
-    metadata = {"fedmoe": json.dumps(weights.info, separators=(",", ":"))}
-    return encode(weights.adapter.layout, weights.adapter.flat, dtype, metadata)
+def _tags(header: str) -> list[str]:
+    return [item.strip().removeprefix("W/") for item in header.split(",")]
 
 
-def _json(weights: Weights) -> Iterator[str]:
+async def _pieces(encoded: Encoded) -> AsyncIterator[Part]:
+    for part in encoded.parts:
+        yield part
+
+
+def _json(weights: Weights, result: Info | None) -> Iterator[str]:
     """One JSON object; numbers as Python prints float32 values in double precision, so none is lost."""
-    yield json.dumps(dict(weights.info))[:-1] + ', "modules": {'
+    head = dict(weights.info) if result is None else {"result": dict(result), **weights.info}
+    yield json.dumps(head)[:-1] + ', "modules": {'
     separator = ""
-    for module, a, b in weights.adapter.factors():
+    for name, a, b in weights.modules():
         factors = {"lora_A": a.tolist(), "lora_B": b.tolist()}
-        yield f"{separator}{json.dumps(module.name)}: {json.dumps(factors)}"
+        yield f"{separator}{json.dumps(name)}: {json.dumps(factors)}"
         separator = ", "
     yield "}}\n"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from fedmoe.errors import RefusedError
 from fedmoe.lora.codec import CodecError, MalformedError
@@ -21,6 +24,7 @@ _log = structlog.get_logger("fedmoe.http")
 STATUS: dict[str, int] = {
     "unauthorised": 401,
     "forbidden": 403,
+    "host_not_allowed": 421,
     "unknown_expert": 404,
     "unknown_token": 404,
     "gateway_disabled": 404,
@@ -33,7 +37,10 @@ STATUS: dict[str, int] = {
     "history_pruned": 410,
     "too_large": 413,
     "unsupported_type": 415,
+    "rule_mismatch": 409,
+    "token_revoked": 409,
     "lora_mismatch": 422,
+    "norm_too_large": 422,
     "not_finite": 422,
     "invalid_request": 422,
     "malformed": 400,
@@ -43,22 +50,27 @@ STATUS: dict[str, int] = {
     "busy": 503,
     "disk_full": 507,
 }
+_MAX_DETAIL = 2000
 _RETRY_AFTER = {"busy": "2", "disk_full": "30"}
 
 
-def problem(code: str, status: int, detail: str, fix: str = "", **facts: object) -> JSONResponse:
+def problem(code: str, status: int, detail: str, fix: str = "", **facts: object) -> Response:
     """An RFC 9457 problem."""
-    content = Problem(title=HTTPStatus(status).phrase, status=status, code=code, detail=detail, fix=fix, **facts)  # type: ignore[arg-type]
+    title = HTTPStatus(status).phrase
+    content = Problem(title=title, status=status, code=code, detail=_inert(detail), fix=fix, **facts)  # type: ignore[arg-type]
     headers = {"Retry-After": _RETRY_AFTER[code]} if code in _RETRY_AFTER else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    # A refused body may still be on its way; closing spares both sides from reading it.
-    if status in (401, 403, 408, 413, 415):
-        headers["Connection"] = "close"
-    return JSONResponse(content.model_dump(), status, headers, PROBLEM)
+    return Response(json.dumps(content.model_dump(), allow_nan=False), status, headers, PROBLEM)
 
 
-def refusal(error: RefusedError) -> JSONResponse:
+def _inert(text: str) -> str:
+    """What a sender wrote comes back in a detail: cut short, and without half surrogate pairs, which no UTF-8 holds."""
+    cut = text if len(text) <= _MAX_DETAIL else text[:_MAX_DETAIL] + "..."
+    return cut.encode("utf-8", "backslashreplace").decode()
+
+
+def refusal(error: RefusedError) -> Response:
     """The problem that a refusal is."""
     return problem(error.code, STATUS[error.code], error.detail, error.fix, **error.facts)
 
@@ -82,20 +94,28 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        if first["type"] == "json_invalid":
-            return problem("malformed", 400, f"the body is not JSON: {first['ctx']['error']}.")
-        shown = repr(first.get("input"))[:80]
-        return problem("invalid_request", 422, f"{where}: {first['msg']}, got {shown}.", "See /openapi.json.")
+        return _invalid_request(request, error.errors()[0])
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
         codes = {400: "malformed", 404: "unknown_route", 405: "method_not_allowed", 413: "too_large"}
         code = codes.get(error.status_code, "http_error")
-        return problem(code, error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
+        return problem(code, error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}.")
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> Response:
         _log.error("unexpected", path=request.url.path, error=repr(error))
         return problem("internal_error", 500, "an unexpected error; the coordinator's log has it.")
+
+
+def _invalid_request(request: Request, first: Mapping[str, Any]) -> Response:
+    """The first thing that is wrong with a request's parameters or JSON body, as pydantic tells it."""
+    if first["type"] == "json_invalid":
+        return problem("malformed", 400, f"the body is not JSON: {first['ctx']['error']}.")
+    content_type = request.headers.get("content-type", "")
+    if first["loc"] == ("body",) and "json" not in content_type.lower():
+        got = content_type[:80] or "no Content-Type"
+        return problem("unsupported_type", 415, f"a body is sent as application/json, got {got}.")
+    where = ".".join(str(part)[:80] for part in first["loc"][1:]) or "body"
+    shown = repr(first.get("input"))[:80]
+    return problem("invalid_request", 422, f"{where}: {first['msg']}, got {shown}.", "See /openapi.json.")

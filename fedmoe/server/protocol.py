@@ -1,84 +1,148 @@
 """Deadlines and limits that uvicorn does not have: on the head of a request, before any of our code runs.
 
-uvicorn waits for ever for a head that trickles in and takes heads of any size. This protocol closes a connection that
-has not delivered a complete head within `HEAD_SECONDS`, be it slow, silent or idle from the start, and answers 431
-to one that is too large.
+uvicorn waits for ever for a head that trickles in, takes heads of any size, and keeps an answer in memory for as long
+as its receiver does not read. This protocol closes a connection that has not delivered a complete head within
+`HEAD_SECONDS`, be it slow, silent or idle from the start, answers 431 to one that is too large, and drops receivers
+that read slower than `MIN_READ_BYTES_PER_SECOND`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 
+import structlog
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+_log = structlog.get_logger("fedmoe.http")
 
 HEAD_SECONDS = 10.0
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEAD_FIELDS = 128
+#: How often the progress of a receiver is looked at, and what it must read in between.
+WRITE_SECONDS = 20.0
+MIN_READ_BYTES_PER_SECOND = 16 << 10
+# After a refusal the rest of the head is thrown away this long; closing at once could destroy the answer on its way.
+_LINGER_SECONDS = 2.0
+_SLICE = 16 << 10
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
+class _TooManyFieldsError(Exception):
+    """Stops the parser in the middle of a head."""
+
+
 class GuardedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with a deadline and a cap on request heads."""
+    """uvicorn's protocol with deadlines and caps on request heads, and a least pace for whoever receives."""
 
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _in_head = True
+    _too_many_fields = False
+    _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        connection = transport.get_extra_info("socket")
+        if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
+            # Head and body of an answer are two writes; Nagle would hold the second for the peer's delayed ack, 40 ms.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self._stop_head_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._in_head:
-            if self._head_timer is None:
-                self._await_head()
-            self._head_bytes += len(data)
-            # One read may carry a head and the start of its body; only what cannot be a head is refused unparsed.
-            if self._head_bytes > MAX_HEAD_BYTES and b"\r\n\r\n" not in data[: MAX_HEAD_BYTES + 4]:
+        if self._refused:
+            return
+        rest = data
+        # A head is parsed slice by slice, so that its size is known to a slice wherever the body begins.
+        while self._in_head and rest and not self.transport.is_closing():
+            part, rest = rest[:_SLICE], rest[_SLICE:]
+            self._head_bytes += len(part)
+            super().data_received(part)
+            if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse()
                 return
-        super().data_received(data)
+        if rest and not self.transport.is_closing() and not self._refused:
+            super().data_received(rest)
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn answers to what its parser cannot read; 431 if it was us who stopped the parser."""
+        if self._too_many_fields:
+            self._refuse()
+            return
+        super().send_400_response(msg)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
+        if self._head_timer is None:
+            self._await_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if len(self.headers) < MAX_HEAD_FIELDS:
-            super().on_header(name, value)
-        else:
-            self._in_head = False
-            self._refuse()
+        if len(self.headers) >= MAX_HEAD_FIELDS:
+            self._too_many_fields = True
+            raise _TooManyFieldsError
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._stop_timer()
+        self._stop_head_timer()
         self._in_head = False
-        if not self.transport.is_closing():
-            super().on_headers_complete()
+        super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._in_head = True
         self._head_bytes = 0
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._watch_writing(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._stop_write_timer()
+        super().resume_writing()
+
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
 
     def _give_up(self) -> None:
+        self._head_timer = None
         if not self.transport.is_closing():
             self.transport.close()
+
+    def _watch_writing(self, unsent: int) -> None:
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self._check_writing, unsent)
+
+    def _check_writing(self, before: int) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        if before - unsent < WRITE_SECONDS * MIN_READ_BYTES_PER_SECOND:
+            _log.warning("receiver_too_slow", client=self.client, unsent_bytes=unsent)
+            self.transport.abort()
+        else:
+            self._watch_writing(unsent)
 
     def _refuse(self) -> None:
-        self._stop_timer()
-        if not self.transport.is_closing():
-            self.transport.write(_TOO_LARGE)
-            self.transport.close()
+        self._stop_head_timer()
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        self.transport.write(_TOO_LARGE)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._head_timer = self.loop.call_later(_LINGER_SECONDS, self._give_up)
 
-    def _stop_timer(self) -> None:
+    def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None

@@ -7,10 +7,7 @@ from typing import Annotated
 
 from fastapi import FastAPI, Query, Request
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedmoe import __version__
 from fedmoe.coordinator import GatewayModel
@@ -19,6 +16,7 @@ from fedmoe.experts import ExpertModel
 from fedmoe.lora.codec import WireDtype
 from fedmoe.server import problems
 from fedmoe.server.answers import EncodedCache, Weights, all_weights, answer_weights, expert_weights, gateway_weights
+from fedmoe.server.guard import BodyGuard, GateMiddleware, LoopbackHostMiddleware
 from fedmoe.server.receive import parse_content_digest
 from fedmoe.server.security import Principal, TokenGate, new_token
 from fedmoe.server.service import Body, CoordinatorService
@@ -26,6 +24,7 @@ from fedmoe.wire.messages import (
     SAFETENSORS,
     ChangeResult,
     ExpertInfo,
+    ExpertName,
     ExpertRequest,
     FederationInfo,
     GatewayInfo,
@@ -41,35 +40,12 @@ from fedmoe.wire.messages import (
     UpdateResult,
 )
 
-_MAX_JSON_BYTES = 4 << 20
-# Bodies of updates have a cap of their own that follows from the expert; this one only lifts the cap for JSON.
-_NO_CAP = 1 << 62
-_LOOPBACK_HOSTS = ["127.0.0.1", "localhost", "[::1]", "testserver"]
-
-
-class GateMiddleware:
-    """Asks for a token on every path but `/healthz`, before a byte of the body is read."""
-
-    def __init__(self, app: ASGIApp, gate: TokenGate) -> None:
-        self._app = app
-        self._gate = gate
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/healthz":
-            try:
-                principal = self._gate.admit(Headers(scope=scope).get("authorization"))
-            except RefusedError as error:
-                await problems.refusal(error)(scope, receive, send)
-                return
-            scope.setdefault("state", {})["principal"] = principal
-        await self._app(scope, receive, send)
+_PUSH = "/push_expert_update"
 
 
 def create_app(service: CoordinatorService, gate: TokenGate, loopback: bool = True) -> FastAPI:
     """The coordinator's HTTP application; without tokens only requests addressed to this machine are taken."""
-    app = FastAPI(
-        title="FedMoE coordinator", version=__version__, docs_url=None, redoc_url=None, max_body_size=_MAX_JSON_BYTES
-    )
+    app = FastAPI(title="FedMoE coordinator", version=__version__, docs_url=None, redoc_url=None)
     problems.install(app)
     cache = EncodedCache()
     _read_routes(app, service, cache)
@@ -77,8 +53,9 @@ def create_app(service: CoordinatorService, gate: TokenGate, loopback: bool = Tr
     _admin_routes(app, service, gate)
     app.add_middleware(GateMiddleware, gate=gate)
     if loopback and not gate.required:
-        # A web page that rebinds its name to 127.0.0.1 still sends its own name as Host.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_HOSTS)
+        app.add_middleware(LoopbackHostMiddleware)
+    # An update's cap follows from its expert, so the service sets it.
+    app.add_middleware(BodyGuard, caps={_PUSH: None})
     return app
 
 
@@ -109,10 +86,10 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
 
     @app.get("/get_all_expert_weights")
     def get_all_expert_weights(request: Request, dtype: WireDtype = "fp32") -> Response:
-        experts = coordinator.experts
-        if not experts:
+        view = coordinator.draft()  # experts and version of one moment
+        if not view.experts:
             raise RefusedError("unknown_expert", "no expert is registered yet.", "Start a worker first.")
-        return answer_weights(request, all_weights(experts, coordinator.gateway_version), dtype, cache)
+        return answer_weights(request, all_weights(view.experts, view.gateway_version), dtype, cache)
 
     @app.post("/get_expert_weights")
     def get_expert_weights(request: Request, wanted: ExpertRequest) -> Response:
@@ -124,7 +101,7 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
         return _gateway_info(coordinator.gateway())
 
     @app.get("/statistics")
-    def statistics(expert: str | None = None) -> list[dict[str, object]]:
+    def statistics(expert: ExpertName | None = None) -> list[dict[str, object]]:
         return [
             {"expert": s.expert, "worker": s.worker, "kind": s.kind, "values": dict(s.payload), "at": s.at}
             for s in service.journal.statistics(expert)
@@ -140,7 +117,7 @@ def _write_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache
         expert = await service.register(wanted)
         return await run_in_threadpool(_expert_info, expert, service)
 
-    @app.post("/push_expert_update", response_model=UpdateResult, max_body_size=_NO_CAP)
+    @app.post(_PUSH, response_model=UpdateResult)
     async def push_expert_update(request: Request, header: Annotated[UpdateHeader, Query()]) -> Response:
         principal = _principal(request)
         principal.require_worker(header.worker)
@@ -183,13 +160,13 @@ def _admin_routes(app: FastAPI, service: CoordinatorService, gate: TokenGate) ->
         _principal(request).require_admin()
         token = new_token()
         expires_at = time.time() + wanted.expires_in if wanted.expires_in is not None else None
-        record = gate.add(token, wanted.role, wanted.worker, wanted.experts, expires_at)
+        record = await run_in_threadpool(gate.add, token, wanted.role, wanted.worker, wanted.experts, expires_at)
         return TokenAnswer(token=token, hash=record.hash)
 
     @app.post("/tokens/revoke", status_code=204)
     async def revoke_token(request: Request, wanted: RevokeRequest) -> None:
         _principal(request).require_admin()
-        gate.revoke(wanted.hash)
+        await run_in_threadpool(gate.revoke, wanted.hash)
 
 
 def _principal(request: Request) -> Principal:
@@ -206,14 +183,14 @@ def _update_body(request: Request) -> Body:
             f"an update is sent as {SAFETENSORS}, got {content_type or 'no Content-Type'}.",
             "Pickle, .pt and .bin files are never read; convert to safetensors.",
         )
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
+    encoding = ", ".join(request.headers.getlist("content-encoding")) or "identity"
+    if encoding.lower() != "identity":
         raise RefusedError(
             "unsupported_type", f"Content-Encoding {encoding!r} is not taken.", "Send the bytes as they are."
         )
-    length = request.headers.get("content-length")
+    length = request.headers.get("content-length", "")
     digest = parse_content_digest(request.headers.get("content-digest"))
-    return Body(request.stream(), int(length) if length is not None else None, digest)
+    return Body(request.stream(), int(length) if length.isdecimal() else None, digest)
 
 
 def _expert_weights(service: CoordinatorService, name: str) -> Weights:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,16 @@ def new_token(prefix: str = "fmt") -> str:
     return f"{prefix}_{secrets.token_urlsafe(32)}"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class TokenGate:
     """Knows the tokens; read from the journal at start, changed through `add` and `revoke`."""
 
@@ -70,9 +81,14 @@ class TokenGate:
         experts: Sequence[str] | None = None,
         expires_at: float | None = None,
     ) -> TokenRecord:
-        """Keep a token's hash with what it may do."""
+        """Keep a token's hash with what it may do; a revoked token stays revoked whoever brings it back."""
         scope = tuple(experts) if experts is not None else None
         record = TokenRecord(hash_token(token), role, worker, scope, expires_at)
+        known = self._records.get(record.hash)
+        if known is not None and known.revoked:
+            raise RefusedError(
+                "token_revoked", f"the given {role} token was revoked.", "Take another one, or none to get a new one."
+            )
         self._journal.put_token(record)
         self._records[record.hash] = record
         return record
@@ -94,8 +110,9 @@ class TokenGate:
         if scheme.lower() != "bearer" or not token:
             raise _unauthorised("a token is needed and none was sent.")
         presented = hash_token(token.strip())
-        found = next((r for r in self._records.values() if hmac.compare_digest(r.hash, presented)), None)
-        if found is None:
+        # The look-up is by hash of 256 random bits: what its timing may tell about a hash leads to no token.
+        found = self._records.get(presented)
+        if found is None or not hmac.compare_digest(found.hash, presented):
             raise _unauthorised("this token is not known here.")
         if not self._usable(found):
             raise _unauthorised("this token was revoked." if found.revoked else "this token has expired.")

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import structlog
 
 from fedmoe import __version__, failpoints
@@ -25,7 +26,7 @@ from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
 from fedmoe.lora.robust import first_not_finite
 from fedmoe.server.committer import Committer
 from fedmoe.server.history import History
-from fedmoe.server.receive import Expected, receive
+from fedmoe.server.receive import Expected, receive, settled
 from fedmoe.server.roster import Roster
 from fedmoe.storage.blobs import BlobStore, BlobWriter, StorageFailedError
 from fedmoe.storage.journal import Journal, Statistic
@@ -48,6 +49,8 @@ _log = structlog.get_logger("fedmoe.coordinator")
 # A body is the factors in float32 at most, plus the header of names.
 _CAP_SHARE = 1.05
 _CAP_BYTES = 1 << 20
+#: The largest norm of an update. Far above any real one, and so small that no number of updates overflows an expert.
+MAX_NORM = 1e9
 _THREADS = 4
 _MAX_UPLOADS = 64
 
@@ -151,11 +154,12 @@ class CoordinatorService:
         async with self._checking:
             delta = await self._in_thread(lambda: self._check(header, writer, layout))
             failpoints.reached("push.checked")
-            digest = await self._in_thread(writer.commit)
-            failpoints.reached("push.stored")
-            submission = _submission(header, digest)
-            future = self._committer.submit(lambda draft: self._decide(draft, submission, delta))
-            result = await self._decided(future, UpdateResult)
+            submission = _submission(header, writer.digest)
+            if delta is not None:
+                await self._in_thread(writer.commit)
+                failpoints.reached("push.stored")
+        future = self._committer.submit(lambda draft: self._decide(draft, submission, delta))
+        result = await self._decided(future, UpdateResult)
         failpoints.reached("push.answered")
         _log.info(
             "update",
@@ -170,36 +174,33 @@ class CoordinatorService:
         )
         return result
 
-    def _check(self, header: UpdateHeader, writer: BlobWriter, layout: Layout) -> FloatVector:
-        """The delta, if the body is exactly an update of this expert and it could land as things stand."""
+    def _check(self, header: UpdateHeader, writer: BlobWriter, layout: Layout) -> FloatVector | None:
+        """The delta, if the body is exactly an update of this expert that could land; None if it did already.
+
+        What cannot land is refused before it costs a write; the binding decision comes later, in order.
+        """
+        submission = _submission(header, writer.digest)
+        earlier = self.journal.find_update(header.worker, header.epoch, header.sequence)
+        if earlier is not None:
+            _refuse_other_bytes(earlier, submission)
+            return None
         if writer.size == 0:
             raise MalformedError("malformed", "the body is empty")
         flat = decode(writer.view(), layout).flat
-        bad = first_not_finite(layout, flat)
-        if bad is not None:
-            raise RefusedError(
-                "not_finite", f"{bad} holds a NaN or an infinity.", "Lower the learning rate; never push such weights."
-            )
-        # What cannot land is refused before it costs a write; the binding decision comes later, in order.
-        if self.journal.find_update(header.worker, header.epoch, header.sequence) is None:
-            self.coordinator.draft().judge(_submission(header, writer.digest), self.now)
+        _refuse_unusable(layout, flat)
+        self.coordinator.draft().judge(submission, self.now)
         return flat
 
-    def _decide(self, draft: Draft, submission: Submission, delta: FloatVector) -> UpdateResult:
+    def _decide(self, draft: Draft, submission: Submission, delta: FloatVector | None) -> UpdateResult:
         """The binding decision, taken in the journal's order by the committer."""
         earlier = self._earlier(draft, submission)
-        if earlier is None:
-            accepted = draft.judge(submission, self.now)
-            draft.apply(accepted, delta)
-            return _result(accepted, draft.gateway_version, duplicate=False)
-        if (earlier.digest, earlier.expert) != (submission.digest, submission.expert):
-            raise RefusedError(
-                "sequence_reused",
-                f"worker {submission.worker!r} already sent another update as number {submission.sequence}.",
-                "Every update needs its own number; a restored worker state needs a new epoch.",
-                accepted_digest=earlier.digest,
-            )
-        return _result(earlier, draft.gateway_version, duplicate=True)
+        if earlier is not None:
+            _refuse_other_bytes(earlier, submission)
+            return _result(earlier, draft.gateway_version, duplicate=True)
+        assert delta is not None, "an update that is not in the journal was checked and has its numbers"
+        accepted = draft.judge(submission, self.now)
+        draft.apply(accepted, delta)
+        return _result(accepted, draft.gateway_version, duplicate=False)
 
     def _earlier(self, draft: Draft, submission: Submission) -> UpdateAccepted | None:
         key = (submission.worker, submission.epoch, submission.sequence)
@@ -246,17 +247,48 @@ class CoordinatorService:
             raise RefusedError("busy", f"{self._uploads} updates are being received.", "Retry after the time given.")
 
     async def _decided(self, future: Future[object], kind: type[Result]) -> Result:
-        result = await asyncio.wrap_future(future)
+        # A cancelled request must not cancel a decision that the committer is about to answer.
+        result = await asyncio.shield(asyncio.wrap_future(future))
         assert isinstance(result, kind), f"a decision gave {type(result)}, expected {kind}"
         return result
 
     async def _in_thread(self, call: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+        return await settled(asyncio.get_running_loop().run_in_executor(self._pool, call))
 
     def _after_commit(self, draft: Draft) -> None:
         self.roster.observe(draft.events)
         for name in {event.expert for event in draft.events}:
             self._history.snapshot_if_due(self.coordinator.experts[name])
+
+
+def _refuse_other_bytes(earlier: UpdateAccepted, submission: Submission) -> None:
+    """The same update again is fine; another one under its number is not."""
+    if (earlier.digest, earlier.expert) != (submission.digest, submission.expert):
+        raise RefusedError(
+            "sequence_reused",
+            f"worker {submission.worker!r} already sent another update as number {submission.sequence}.",
+            "Every update needs its own number; a restored worker state needs a new epoch.",
+            accepted_digest=earlier.digest,
+        )
+
+
+def _refuse_unusable(layout: Layout, flat: FloatVector) -> None:
+    """Refuse numbers that would break an expert: not finite, or so large that their sum could overflow float32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.dot(flat, flat) <= MAX_NORM**2:  # one pass decides the usual case; false for a NaN
+            return
+    bad = first_not_finite(layout, flat)
+    if bad is not None:
+        raise RefusedError(
+            "not_finite", f"{bad} holds a NaN or an infinity.", "Lower the learning rate; never push such weights."
+        )
+    norm = float(np.linalg.norm(flat.astype(np.float64)))
+    raise RefusedError(
+        "norm_too_large",
+        f"the update's norm is {norm:.3g}; at most {MAX_NORM:g} is taken, real ones are near 1.",
+        "Lower the learning rate or clip the gradients; never push such weights.",
+        norm=norm,
+    )
 
 
 def _submission(header: UpdateHeader, digest: str) -> Submission:

@@ -117,14 +117,12 @@ class FolderBlobStore:
     """
 
     def __init__(self, folder: Path, reserve_bytes: int | None = None) -> None:
-        self._folder = folder
+        self.folder = folder
         self._incoming = folder / "incoming"
-        self._incoming.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # All shards at once: made on demand, a blob could be acknowledged while its shard's own name is not on disk.
-        for shard in range(256):
-            (folder / f"{shard:02x}").mkdir(exist_ok=True, mode=0o700)
-        fsync_folder(folder)
-        fsync_folder(folder.parent)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._incoming.mkdir(exist_ok=True, mode=0o700)
+        for made in (folder, folder.parent):
+            fsync_folder(made)
         self.pins = Pins()
         self.failed: str | None = None
         total = shutil.disk_usage(folder).total
@@ -133,22 +131,22 @@ class FolderBlobStore:
     def writer(self) -> FileBlobWriter:
         if self.failed:
             raise StorageFailedError(self.failed)
-        if shutil.disk_usage(self._folder).free < self._reserve:
-            raise disk_full(self._folder)
+        if shutil.disk_usage(self.folder).free < self._reserve:
+            raise disk_full(self.folder)
         return FileBlobWriter(self._incoming / secrets.token_hex(16), self)
 
     def path(self, digest: str) -> Path:
         """Where a blob lies; only hex digests become paths, never a name from outside."""
         if not _DIGEST.fullmatch(digest):
             raise ValueError(f"not a sha256 digest: {digest!r}")
-        return self._folder / digest[:2] / digest
+        return self.folder / digest
 
     def read(self, digest: str) -> bytes:
         try:
             descriptor = os.open(self.path(digest), os.O_RDONLY | os.O_NOFOLLOW)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ELOOP):
-                raise MissingBlobError(f"blob {digest} is missing from {self._folder}") from None
+                raise MissingBlobError(f"blob {digest} is missing from {self.folder}") from None
             raise
         with open(descriptor, "rb") as file:
             data = file.read()
@@ -162,9 +160,8 @@ class FolderBlobStore:
         self.pins.unless_pinned(digest, lambda: path.unlink(missing_ok=True))
 
     def digests(self) -> Iterator[str]:
-        for shard in self._folder.iterdir():
-            if len(shard.name) == 2:
-                yield from (entry.name for entry in shard.iterdir() if _DIGEST.fullmatch(entry.name))
+        with os.scandir(self.folder) as entries:
+            yield from [entry.name for entry in entries if _DIGEST.fullmatch(entry.name)]
 
     def sweep(self, referenced: set[str]) -> int:
         removed = 0
@@ -180,7 +177,7 @@ class FolderBlobStore:
     def problem(self, error: OSError, where: Path) -> Exception:
         """What an error while writing means: a refusal where more room helps, else the end of this store."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return disk_full(where.parent)
+            return disk_full(self.folder)
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return RefusedError("busy", "too many files are open.", "Retry later; raise the limit with 'ulimit -n'.")
         self.failed = self.failed or f"writing {where} failed: {error.strerror or error}"
@@ -240,7 +237,7 @@ class FileBlobWriter:
         try:
             os.fsync(self._descriptor)
             os.rename(self._temporary, final)
-            fsync_folder(final.parent)
+            fsync_folder(self._store.folder)
         except OSError as error:
             raise self._store.problem(error, final) from error
         self._close()

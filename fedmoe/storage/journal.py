@@ -163,15 +163,17 @@ class SqlJournal:
         try:
             self._connection = self._engine.connect()
             self._prepare()
-        except (DatabaseError, sqlite3.DatabaseError) as error:
+        except BaseException as error:
             self._engine.dispose()
-            reason = error.orig if isinstance(error, DatabaseError) else error
-            raise StorageFailedError(
-                f"the journal {self._where} cannot be opened: {reason}. Restore it from a backup; "
-                "if it is not a FedMoE journal, choose another --state-dir."
-            ) from error
+            if isinstance(error, (DatabaseError, sqlite3.DatabaseError)):
+                reason = error.orig if isinstance(error, DatabaseError) else error
+                raise _unusable(self._where, str(reason)) from error
+            raise
 
     def _prepare(self) -> None:
+        damage = self._connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+        if damage != "ok":
+            raise _unusable(self._where, " ".join(str(damage).split()))
         # The version is read before any table is made, so that another version's journal stays as it is.
         found = self.meta("schema_version") if sa.inspect(self._connection).has_table(_meta.name) else None
         self._connection.rollback()
@@ -180,7 +182,6 @@ class SqlJournal:
             self._connection.commit()
             self.set_meta("schema_version", str(SCHEMA_VERSION))
         elif found != str(SCHEMA_VERSION):
-            self.close()
             raise StorageFailedError(
                 f"the journal {self._where} has schema {found}, this program reads {SCHEMA_VERSION}; "
                 "run the FedMoE version that wrote it"
@@ -188,6 +189,8 @@ class SqlJournal:
 
     def append(self, events: Sequence[Event]) -> None:
         rows = [_row(event) for event in events]
+        if not rows:
+            return
         try:
             self._write(_events.insert(), rows)
         except IntegrityError as error:
@@ -325,6 +328,13 @@ def _event(kind: str, payload: str) -> Event:
     if kind == "register":
         values["manifest"] = Manifest.from_json(values["manifest"])
     return _KINDS[kind](**values)
+
+
+def _unusable(where: str, reason: str) -> StorageFailedError:
+    return StorageFailedError(
+        f"the journal {where} cannot be opened: {reason}. Restore it from a backup; "
+        "if it is not a FedMoE journal, choose another --state-dir."
+    )
 
 
 def _journal_problem(error: DatabaseError, where: str) -> Exception:

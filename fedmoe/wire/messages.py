@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from fedmoe.lora.adapter import Layout, ModuleShape
 from fedmoe.lora.codec import WireDtype
@@ -21,7 +29,21 @@ EpochName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]{1,32}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-ShortText = Annotated[str, StringConstraints(max_length=200)]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("only printable characters are taken")
+    return text
+
+
+# Shown to people in logs, terminals and pages: nothing that moves a cursor or turns the reading direction.
+ShortText = Annotated[str, StringConstraints(max_length=200), AfterValidator(_printable)]
+ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
+#: Numbers in an adapter, 4 GiB as float32; more is a mistake, and would be memory taken by a message of a few bytes.
+MAX_PARAMETERS = 1 << 30
+# Every answer with weights carries the manifest, in the metadata that a safetensors header has room for.
+_MAX_MANIFEST_CHARACTERS = 60_000
 
 
 class Message(BaseModel):
@@ -46,9 +68,23 @@ class ManifestMessage(Message):
     rank: Annotated[int, Field(ge=1, le=1024)]
     alpha: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
     modules: Annotated[
-        list[tuple[ShortText, Annotated[int, Field(ge=1, le=1 << 24)], Annotated[int, Field(ge=1, le=1 << 24)]]],
+        list[tuple[ModuleName, Annotated[int, Field(ge=1, le=1 << 24)], Annotated[int, Field(ge=1, le=1 << 24)]]],
         Field(min_length=1, max_length=4096),
+        FailFast(),
     ]
+
+    @model_validator(mode="after")
+    def _can_be_kept_and_sent(self) -> Self:
+        parameters = self.rank * sum(n_in + n_out for _, n_in, n_out in self.modules)
+        if parameters > MAX_PARAMETERS:
+            raise ValueError(f"the adapter has {parameters} parameters; at most {MAX_PARAMETERS} are taken")
+        characters = len(self.model_dump_json())
+        if characters > _MAX_MANIFEST_CHARACTERS:
+            raise ValueError(
+                f"the manifest takes {characters} characters, at most {_MAX_MANIFEST_CHARACTERS} can be sent; "
+                "adapt fewer modules with --target-modules"
+            )
+        return self
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:

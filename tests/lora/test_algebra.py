@@ -85,6 +85,24 @@ def test_the_error_of_a_cut_stack_agrees_with_the_dense_one_to_five_digits(rank:
     assert result.truncation_error == pytest.approx(expected / norm(dense(stacked)), rel=1e-5, abs=1e-7)
 
 
+def test_directions_a_million_times_smaller_than_the_largest_are_kept() -> None:
+    turns = [np.linalg.qr(np.random.default_rng(seed).standard_normal((20, 4)))[0] for seed in range(2)]
+    values = np.array([1.0, 1e-2, 1e-4, 1e-6])
+    adapter = Adapter.from_factors({"m": ((turns[0] * values).T, turns[1])}, 4.0)
+    result = recompress(adapter, 4).adapter
+    np.testing.assert_allclose(np.linalg.norm(result.module("m")[1], axis=0), values, rtol=0.02)
+
+
+def test_an_empty_direction_does_not_hide_one_whose_factors_differ_in_size() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((3, 20)), rng.standard_normal((20, 3))
+    b[:, 1] = 0
+    levels = np.array([1.0, 1.0, 1e12])
+    adapter = Adapter.from_factors({"m": (a * levels[:, None], b / levels)}, 3.0)
+    result = recompress(adapter, 2).adapter
+    assert distance(dense(result), dense(adapter)) <= 1e-5 * norm(dense(adapter))
+
+
 def test_recompressed_factors_are_orthonormal_rows_and_columns_as_long_as_the_singular_values() -> None:
     stacked = stack([(1.0, random_adapter(Layout(MODULES, 2), seed)) for seed in range(3)])
     result = recompress(stacked, 4).adapter
