@@ -11,11 +11,12 @@ shapes of the attention are decomposed and the MLP's are extrapolated from `q_pr
 The adapters are random with falling singular values (direction i has size 1/i) and the same start of A in part, like
 experts that began from one seed. Time hardly depends on the numbers, the error does.
 
-What made `recompress` faster: Cholesky of B'B where it has full rank, instead of its eigenvectors (K = 10, SmolLM2:
-0.98 -> 0.69 s; K = 3: 0.11 -> 0.08 s). What was tried and did not help enough to keep: filling one float64 scratch per
-module instead of stacking first (4-14 % less time, two more code paths); deciding all ranks before writing in a second
-pass over that scratch (no gain). Float32 Gram matrices were ruled out: they lose half the digits of small directions.
-At K = 3 the Gram products are about half of the time, at K = 10 on SmolLM2 the 160 x 160 eigenvectors are two thirds.
+What made `recompress` faster: Cholesky of B'B where it has full rank, instead of its eigenvectors (SmolLM2, K = 10:
+0.98 -> 0.69 s; K = 3: 0.11 -> 0.08 s, both measured with the scratch described next). What was tried and did not help
+enough to keep: filling one float64 scratch per module instead of stacking first (4-14 % less time, at the price of a
+second code path; with two passes over it, nothing was left of that). Float32 Gram matrices were ruled out unmeasured:
+squaring leaves half of the seven digits to small directions. At K = 3 the Gram products and the R x R work weigh
+about the same; at K = 10 on SmolLM2 the 160 x 160 eigenvectors are two thirds, on Qwen2.5-7B the products are.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from fedmoe.lora.update_rules import RULES, STALENESS
 from fedmoe.wire.messages import ExpertName, WorkerName
 
 _TOKEN = re.compile(r"[\x21-\x7e]{16,4096}")
-_OF_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT_\d+_")
+# The commands' own variable, and what Kubernetes announces of a service called fedmoe-coordinator.
+_OF_OTHERS = re.compile(r"^FEDMOE_COORDINATOR_URL$|_SERVICE_(HOST|PORT)|_PORT_\d+_")
 #: The specification's default port.
 DEFAULT_PORT = 5000
 #: Seconds between two pushes of a worker; 5 to 30 are recommended, up to an hour is accepted.
@@ -58,8 +59,7 @@ class _ProcessConfig(BaseSettings):
         prefix = str(cls.model_config["env_prefix"])
         known = [prefix + name.upper() for name in cls.model_fields]
         for variable in os.environ:
-            # Kubernetes announces a service called fedmoe-coordinator in variables that look like ours.
-            if variable.startswith(prefix) and variable not in known and not _OF_KUBERNETES.search(variable):
+            if variable.startswith(prefix) and variable not in known and not _OF_OTHERS.search(variable):
                 close = difflib.get_close_matches(variable, known, 1)
                 hint = f"did you mean {close[0]}?" if close else "unset it."
                 raise ValueError(f"the environment variable {variable} is not known; {hint}")
@@ -79,6 +79,7 @@ class CoordinatorConfig(_ProcessConfig):
     gateway_rank: Annotated[int, Field(ge=1, le=4096)] | None = None
     server_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
     server_optimizer: str = "sgd"
+    buffer_size: Annotated[int, Field(ge=1, le=1024)] = 1
     staleness: str = "polynomial"
     max_staleness: Annotated[int, Field(ge=0)] | None = None
     keep_updates: Annotated[int, Field(ge=1)] | None = None

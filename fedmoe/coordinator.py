@@ -19,7 +19,7 @@ from fedmoe.experts import ExpertModel
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import digest
 from fedmoe.lora.merge import STRATEGIES, Merged, merge
-from fedmoe.lora.update_rules import RULES, STALENESS, RuleState, UpdateRule
+from fedmoe.lora.update_rules import RULES, STALENESS, RuleState, UpdateRule, buffered
 from fedmoe.manifest import Manifest
 
 
@@ -31,6 +31,7 @@ class Aggregation:
     staleness: str = "polynomial"
     max_staleness: int | None = None
     server_optimizer: str = "sgd"
+    buffer_size: int = 1
     enable_gateway: bool = True
     strategy: str = "weighted_average"
     gateway_rank: int | None = None
@@ -46,7 +47,7 @@ class Aggregation:
 
     @property
     def rule(self) -> UpdateRule:
-        return RULES[self.server_optimizer]
+        return buffered(RULES[self.server_optimizer], self.buffer_size)
 
     def coefficient(self, staleness: int) -> float:
         """What a delta of this staleness is multiplied with, lr * s(tau)."""

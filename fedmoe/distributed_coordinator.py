@@ -58,6 +58,7 @@ class DistributedCoordinator:
             config.staleness,
             config.max_staleness,
             config.server_optimizer,
+            config.buffer_size,
             config.enable_gateway,
             config.strategy,
             config.gateway_rank,

@@ -79,6 +79,7 @@ class DemoPlan:
             "--learning-rate": self.learning_rate,
             "--max-length": self.max_length,
             "--per-device-train-batch-size": self.batch_size,
+            "--wire-dtype": "bf16",
             "--seed": self.seed,
         }
         return ["worker", *(str(part) for pair in options.items() for part in pair)]

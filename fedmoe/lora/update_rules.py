@@ -101,17 +101,41 @@ def _nesterov(state: RuleState, delta: FloatVector, coefficient: float, momentum
 
 
 def _adam(state: RuleState, delta: FloatVector, coefficient: float) -> RuleState:
-    beta1, beta2, floor, rate = 0.9, 0.99, 1e-3, 1e-1
+    beta1, beta2, rate = 0.9, 0.99, 1e-3
+    count = state.count + 1
     weighted = np.multiply(delta, np.float32(coefficient))
     first = add_scaled(np.multiply(state.moments[0], np.float32(beta1)), weighted, 1.0 - beta1)
     second = add_scaled(np.multiply(state.moments[1], np.float32(beta2)), np.square(weighted), 1.0 - beta2)
-    step = np.divide(first, np.sqrt(second) + np.float32(floor))
-    return RuleState(add_scaled(state.weights, step, rate), (first, second), state.count + 1)
+    root = np.sqrt(np.divide(second, np.float32(1.0 - beta2**count)))
+    step = np.divide(first, (root + np.float32(rate)) * np.float32(1.0 - beta1**count)).astype(np.float32, copy=False)
+    return RuleState(add_scaled(state.weights, step, rate), (first, second), count)
+
+
+def buffered(rule: UpdateRule, size: int) -> UpdateRule:
+    """The rule fed with the mean of `size` weighted deltas at a time (FedBuff, Nguyen et al. 2022).
+
+    The weights stand still until a buffer is full; what is gathered so far is the last moment of the state.
+    """
+    if size < 1:
+        raise ValueError(f"a buffer holds at least 1 update, got {size}")
+    if size == 1:
+        return rule
+
+    def update(state: RuleState, delta: FloatVector, coefficient: float) -> RuleState:
+        *moments, gathered = state.moments
+        gathered, count = add_scaled(gathered, delta, coefficient), state.count + 1
+        if count % size:
+            return RuleState(state.weights, (*moments, gathered), count)
+        before = RuleState(state.weights, tuple(moments), state.count // size)
+        after = rule.update(before, gathered, 1.0 / size)
+        return RuleState(after.weights, (*after.moments, np.zeros_like(gathered)), count)
+
+    return UpdateRule(f"{rule.name}, buffer of {size}", rule.moments + 1, update)
 
 
 #: Rule name -> rule. `sgd` is the specified one, `expert += lr * s(tau) * delta`; `nesterov` is DiLoCo's outer
-#: optimizer (Douillard et al. 2023) and `adam` FedAdam (Reddi et al. 2021) with a floor of 1e-3 under the root and
-#: moments that start at zero, without bias correction.
+#: optimizer (Douillard et al. 2023); `adam` is FedAdam (Reddi et al. 2021) with bias correction and eta = tau = 1e-3: a
+#: number that moves much less than 1e-3 moves as it does under `sgd` on average, one that moves more at most 1e-3.
 RULES: dict[str, UpdateRule] = {
     "sgd": UpdateRule("sgd", 0, _sgd),
     "nesterov": UpdateRule("nesterov", 1, _nesterov),

@@ -74,14 +74,15 @@ class History:
 
     def _check_rule(self) -> None:
         """An expert's past was folded with one rule; another rule would rebuild other weights."""
-        chosen, kept = self._aggregation.server_optimizer, self._journal.meta("server_optimizer")
+        chosen, kept = self._aggregation.rule.name, self._journal.meta("update_rule")
         if kept is None:
-            self._journal.set_meta("server_optimizer", chosen)
+            self._journal.set_meta("update_rule", chosen)
         elif kept != chosen:
             raise RefusedError(
                 "rule_mismatch",
-                f"this state directory was made with server optimizer {kept!r}, started with {chosen!r}.",
-                f"Start with --server-optimizer {kept}, or choose another --state-dir.",
+                f"this state directory was made with the update rule {kept!r}, started with {chosen!r}.",
+                f"Start with --server-optimizer {kept.partition(',')[0]} and its --buffer-size (1 if none is named), or "
+                "choose another --state-dir.",
             )
 
     def _sweep(self, past: Mapping[str, Iterable[Event]]) -> None:

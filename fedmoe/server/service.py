@@ -85,7 +85,7 @@ class CoordinatorService:
         self._clock = clock
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
         self._committer = Committer(coordinator, journal, self._after_commit)
-        self._uploads = 0
+        self.uploads = 0
         self._checking = asyncio.Semaphore(_THREADS)
 
     def start(self) -> None:
@@ -133,7 +133,7 @@ class CoordinatorService:
         """Take one update in; answers the same to the same update however often it is sent."""
         self._refuse_if_busy()
         expert = self.coordinator.expert(header.expert)
-        self._uploads += 1
+        self.uploads += 1
         try:
             writer = self._blobs.writer()
             try:
@@ -145,7 +145,7 @@ class CoordinatorService:
             _log.warning("refused", expert=header.expert, worker=header.worker, code=code, reason=str(error))
             raise
         finally:
-            self._uploads -= 1
+            self.uploads -= 1
 
     async def _take(self, header: UpdateHeader, body: Body, layout: Layout, writer: BlobWriter) -> UpdateResult:
         expected = Expected(int(layout.size * 4 * _CAP_SHARE) + _CAP_BYTES, body.length, body.sha256)
@@ -243,8 +243,8 @@ class CoordinatorService:
     def _refuse_if_busy(self) -> None:
         if self.failed:
             raise StorageFailedError(self.failed)
-        if self._uploads >= _MAX_UPLOADS:
-            raise RefusedError("busy", f"{self._uploads} updates are being received.", "Retry after the time given.")
+        if self.uploads >= _MAX_UPLOADS:
+            raise RefusedError("busy", f"{self.uploads} updates are being received.", "Retry after the time given.")
 
     async def _decided(self, future: Future[object], kind: type[Result]) -> Result:
         # A cancelled request must not cancel a decision that the committer is about to answer.

@@ -93,14 +93,14 @@ def test_directions_a_million_times_smaller_than_the_largest_are_kept() -> None:
     np.testing.assert_allclose(np.linalg.norm(result.module("m")[1], axis=0), values, rtol=0.02)
 
 
-def test_an_empty_direction_does_not_hide_one_whose_factors_differ_in_size() -> None:
+@pytest.mark.parametrize("repeated", [False, True])
+def test_an_empty_or_repeated_direction_does_not_hide_those_whose_factors_differ_in_size(repeated: bool) -> None:
     rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((3, 20)), rng.standard_normal((20, 3))
-    b[:, 1] = 0
-    levels = np.array([1.0, 1.0, 1e12])
-    adapter = Adapter.from_factors({"m": (a * levels[:, None], b / levels)}, 3.0)
-    result = recompress(adapter, 2).adapter
-    assert distance(dense(result), dense(adapter)) <= 1e-5 * norm(dense(adapter))
+    a, b = rng.standard_normal((48, 60)), rng.standard_normal((60, 48))
+    levels = np.where(rng.random(48) < 0.5, 1.0, 1e8)
+    b[:, 1], levels[1] = b[:, 0] if repeated else 0, levels[0]
+    adapter = Adapter.from_factors({"m": (a * levels[:, None], b / levels)}, 48.0)
+    assert distance(dense(recompress(adapter, 48).adapter), dense(adapter)) <= 1e-6 * norm(dense(adapter))
 
 
 def test_recompressed_factors_are_orthonormal_rows_and_columns_as_long_as_the_singular_values() -> None:

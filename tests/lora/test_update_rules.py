@@ -10,7 +10,7 @@ from lora_cases import laws
 from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import ShapeError
-from fedmoe.lora.update_rules import _CHUNK, RULES, STALENESS, RuleState, add_scaled, hinge, polynomial
+from fedmoe.lora.update_rules import _CHUNK, RULES, STALENESS, RuleState, add_scaled, buffered, hinge, polynomial
 
 Float64 = NDArray[np.float64]
 SIZES = [1, 7, _CHUNK - 1, _CHUNK, _CHUNK + 1, 2 * _CHUNK + 3]
@@ -87,12 +87,13 @@ def nesterov_reference(weights: Float64, deltas: list[Float64], rate: float) -> 
 
 
 def adam_reference(weights: Float64, deltas: list[Float64], rate: float) -> Float64:
-    """FedAdam (Reddi et al. 2021, algorithm 2) with eta 0.1, betas 0.9 and 0.99, tau 1e-3, v_0 = 0, written out."""
+    """FedAdam (Reddi et al. 2021) with bias correction, eta = tau = 1e-3, betas 0.9 and 0.99, written out."""
     first, second = np.zeros_like(weights), np.zeros_like(weights)
-    for delta in deltas:
+    for count, delta in enumerate(deltas, start=1):
         first = 0.9 * first + 0.1 * rate * delta
         second = 0.99 * second + 0.01 * (rate * delta) ** 2
-        weights = weights + 0.1 * first / (np.sqrt(second) + 1e-3)
+        root = np.sqrt(second / (1 - 0.99**count))
+        weights = weights + 1e-3 * first / (1 - 0.9**count) / (root + 1e-3)
     return weights
 
 
@@ -130,3 +131,32 @@ def test_an_update_leaves_the_state_before_it_untouched(rule: str) -> None:
     np.testing.assert_array_equal([state.weights, *state.moments], kept)
     assert len(state.moments) == RULES[rule].moments
     assert RULES[rule].name == rule
+
+
+def test_adam_moves_small_deltas_as_plain_steps_and_bounds_large_ones() -> None:
+    small = folded("adam", np.zeros(3, np.float32), [np.full(3, 1e-6, np.float32)], 1.0)
+    np.testing.assert_allclose(small.weights, 1e-6, rtol=2e-3)
+    large = folded("adam", np.zeros(3, np.float32), [np.full(3, 10.0, np.float32)], 1.0)
+    assert np.abs(large.weights).max() <= 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_a_buffer_feeds_its_rule_with_means(name: str) -> None:
+    weights, *deltas = vectors(7)
+    rule = buffered(RULES[name], 3)
+    state = rule.init(weights)
+    for delta in deltas[:2]:
+        state = rule.update(state, delta, 0.5)
+    np.testing.assert_array_equal(state.weights, weights)
+    for delta in deltas[2:]:
+        state = rule.update(state, delta, 0.5)
+    means = [np.mean(deltas[start : start + 3], axis=0, dtype=np.float32) for start in (0, 3)]
+    np.testing.assert_allclose(state.weights, folded(name, weights, means, 0.5).weights, rtol=1e-4, atol=1e-5)
+    assert state.count == 6
+    assert len(state.moments) == rule.moments == RULES[name].moments + 1
+
+
+def test_a_buffer_of_one_is_the_rule_itself_and_none_is_refused() -> None:
+    assert buffered(RULES["sgd"], 1) is RULES["sgd"]
+    with pytest.raises(ValueError, match="at least 1"):
+        buffered(RULES["sgd"], 0)

@@ -1,0 +1,161 @@
+"""A coordinator with its HTTP routes for tests: the application in memory, or listening on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+from starlette.types import ASGIApp
+from support import MANIFEST
+
+from fedmoe.coordinator import Aggregation
+from fedmoe.manifest import Manifest
+from fedmoe.server.history import History
+from fedmoe.server.protocol import GuardedProtocol
+from fedmoe.server.routes import create_app
+from fedmoe.server.security import TokenGate
+from fedmoe.server.service import CoordinatorService
+from fedmoe.storage.blobs import FolderBlobStore
+from fedmoe.storage.journal import SqlJournal
+from fedmoe.wire.messages import SAFETENSORS, ManifestMessage, RegisterRequest
+
+JOIN, ADMIN = "join-token-of-32-characters-00000", "admin-token-of-32-characters-0000"
+
+
+@dataclass
+class House:
+    """Everything behind the routes, so that a test can look at what a request left behind."""
+
+    app: FastAPI
+    service: CoordinatorService
+    gate: TokenGate
+    journal: SqlJournal
+    blobs: FolderBlobStore
+    folder: Path
+
+    def register(self, *names: str, manifest: Manifest = MANIFEST) -> None:
+        """Make experts without the detour over HTTP."""
+        for name in names:
+            request = RegisterRequest(expert=name, worker="w1", manifest=ManifestMessage.of(manifest))
+            asyncio.run(self.service.register(request))
+
+    def kept(self) -> tuple[dict[str, int], int, list[str]]:
+        """Versions, journal length and every file of the blob store: what a refused request must not change."""
+        versions = {name: expert.version for name, expert in self.service.coordinator.experts.items()}
+        files = sorted(str(path) for path in self.folder.rglob("*") if path.is_file())
+        return versions, self.journal.count(), files
+
+    def client(self, token: str | None = None) -> TestClient:
+        """The application without a socket; errors of the house come as answers, not as exceptions."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return TestClient(self.app, base_url="http://127.0.0.1", headers=headers, raise_server_exceptions=False)
+
+
+@contextmanager
+def open_house(folder: Path, aggregation: Aggregation | None = None, tokens: bool = False) -> Iterator[House]:
+    """A coordinator on a folder; with `tokens` it asks for one, and knows `JOIN` and `ADMIN`."""
+    journal, blobs = SqlJournal(folder / "journal.sqlite"), FolderBlobStore(folder / "blobs", reserve_bytes=0)
+    history = History(journal, blobs, aggregation or Aggregation())
+    service = CoordinatorService(history.recover(), journal, blobs, history)
+    service.start()
+    gate = TokenGate(journal, tokens, time.time)
+    if tokens:
+        gate.add(JOIN, "join")
+        gate.add(ADMIN, "admin")
+    try:
+        yield House(create_app(service, gate), service, gate, journal, blobs, folder / "blobs")
+    finally:
+        service.close()
+        journal.close()
+
+
+def push_parameters(sequence: int = 0, base_version: int = 0, **others: str | int) -> dict[str, str | int]:
+    """Query parameters of a push of worker w1 to the expert `python`."""
+    fixed: dict[str, str | int] = {"expert": "python", "worker": "w1", "epoch": "e1"}
+    return fixed | {"sequence": sequence, "base_version": base_version} | others
+
+
+def content_digest(body: bytes) -> str:
+    return f"sha-256=:{base64.b64encode(hashlib.sha256(body).digest()).decode()}:"
+
+
+def push_headers(body: bytes) -> dict[str, str]:
+    """Headers of a correct push."""
+    return {"Content-Type": SAFETENSORS, "Content-Digest": content_digest(body)}
+
+
+@dataclass
+class LiveServer:
+    """A listening server in a thread."""
+
+    port: int
+    uvicorn: uvicorn.Server
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def connect(self, timeout: float = 10.0) -> socket.socket:
+        """A raw connection."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout)
+
+    def talk(self, parts: Sequence[bytes], timeout: float = 10.0) -> bytes:
+        """Send `parts` and read until the server closes; what the server no longer takes is not sent."""
+        with self.connect(timeout) as connection:
+            try:
+                for part in parts:
+                    connection.sendall(part)
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+            return read_all(connection)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Everything until the server closes or resets; raises `TimeoutError` if it does neither."""
+    received = b""
+    while True:
+        try:
+            part = connection.recv(1 << 16)
+        except ConnectionResetError:
+            return received
+        if not part:
+            return received
+        received += part
+
+
+@contextmanager
+def listening(app: ASGIApp, port: int = 0) -> Iterator[LiveServer]:
+    """Run the application as the coordinator does: uvicorn with our protocol, on a free port of this machine."""
+    listener = socket.create_server(("127.0.0.1", port))
+    config = uvicorn.Config(
+        app, http=GuardedProtocol, ws="none", log_config=None, access_log=False, lifespan="off", server_header=False
+    )
+    server = uvicorn.Server(config)
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(server.serve(sockets=[listener]))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server ended before it began"
+            time.sleep(0.002)
+        yield LiveServer(listener.getsockname()[1], server)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+        assert not thread.is_alive(), "the server did not stop"

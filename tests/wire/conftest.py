@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from live import House, LiveServer, listening, open_house
+
+from fedmoe.wire.client import CoordinatorClient
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    """An open coordinator on loopback, without tokens and without experts."""
+    with open_house(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def server(house: House) -> Iterator[LiveServer]:
+    """That coordinator on a socket."""
+    with listening(house.app) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: LiveServer) -> Iterator[CoordinatorClient]:
+    """A client of that coordinator; it tries everything once."""
+    with CoordinatorClient(server.url, attempts=1) as made:
+        yield made
