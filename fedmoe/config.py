@@ -84,8 +84,10 @@ class CoordinatorConfig(_ProcessConfig):
     max_staleness: Annotated[int, Field(ge=0)] | None = None
     keep_updates: Annotated[int, Field(ge=1)] | None = None
     min_sync_interval: Annotated[float, Field(ge=0, le=MAX_SYNC_INTERVAL, allow_inf_nan=False)] = 1.0
-    token: SecretStr | None = Field(None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
-    admin_token: SecretStr | None = Field(None, validation_alias=AliasChoices("admin_token", "FEDMOE_ADMIN_TOKEN"))
+    token: SecretStr | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
+    admin_token: SecretStr | None = Field(
+        default=None, validation_alias=AliasChoices("admin_token", "FEDMOE_ADMIN_TOKEN")
+    )
     insecure: bool = False
     tls_cert: str | None = None
     tls_key: str | None = None
@@ -155,7 +157,7 @@ class WorkerConfig(_ProcessConfig):
     lora_dropout: Ratio = 0.0
     target_modules: tuple[str, ...] = ("all-linear",)
     seed: Annotated[int, Field(ge=0)] = 0
-    token: SecretStr | None = Field(None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
+    token: SecretStr | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
 
     @field_validator("token")
     @classmethod

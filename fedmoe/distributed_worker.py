@@ -9,13 +9,14 @@
     answer there?  <---------------------------+
     rebase: local = newest + (local - what the coordinator now knows of it)
 
-One update is under way at a time. While it is, training goes on, at most `max_unsynced` seconds after the last answer.
-What the coordinator knows after an update is base + the delta as it travelled; measuring from there keeps what int8 or
-bf16 rounded away in the local weights, so the next delta carries it (error feedback without a buffer).
+One update is under way at a time. While it is, training goes on, at most `max_unsynced` seconds after the cut. What the
+coordinator knows after an update is base + the delta as it travelled; measuring from there keeps what int8 or bf16
+rounded away in the local weights, so the next delta carries it (error feedback without a buffer).
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -25,29 +26,32 @@ from pathlib import Path
 import numpy as np
 import structlog
 
-from fedmoe.errors import RefusedError
+from fedmoe import failpoints
+from fedmoe.datasets.errors import DataError
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.codec import WireDtype, decode, encode
-from fedmoe.lora.update_rules import add_scaled
 from fedmoe.qwen_finetune import NonFiniteError
-from fedmoe.qwen_worker import Companion, IntervalResult, QwenWorker, StepRecord
-from fedmoe.record import RecordWriter, Value
-from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, PulledExpert, TooStaleError
+from fedmoe.qwen_worker import Companion, QwenWorker, StepRecord
+from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, PulledExpert
 from fedmoe.wire.messages import UpdateHeader
 from fedmoe.worker.delivery import Answered, Delivery
-from fedmoe.worker.outbox import Outbox
+from fedmoe.worker.group import WorkerFailedError, on_rank_zero
+from fedmoe.worker.outbox import Outbox, Pending
+from fedmoe.worker.progress import Progress, SyncPoint
+from fedmoe.worker.pull import checked, pull
+from fedmoe.worker.report import SyncReport
+
+__all__ = ["DistributedWorker", "SyncSettings", "WorkerFailedError"]
 
 _log = structlog.get_logger("fedmoe.worker")
 
 _CHECKPOINT_SECONDS = 60.0
-_LAST_WAIT_SECONDS = 60.0
+# Supervisors kill half a minute after they asked to stop (torchrun, Kubernetes).
+_LAST_WAIT_SECONDS = 20.0
+_TICK_SECONDS = 0.2
 _NON_FINITE_LIMIT = 5
-# Refusals that a newer version cures: the local progress is kept and moved onto it.
-_CURED_BY_PULLING = frozenset({"too_stale", "unknown_version"})
-
-
-class WorkerFailedError(Exception):
-    """The worker cannot go on; its state is saved, and the message says what to do."""
+# Refusals of the numbers themselves: such an update must never be sent again, nor what was learned on top of it.
+_POISONED = frozenset({"not_finite", "norm_too_large"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,10 @@ class SyncSettings:
 
 
 class DistributedWorker:
-    """Trains one expert on local data and keeps it in step with the coordinator; rank 0 of several talks to it."""
+    """Trains one expert on local data and keeps it in step with the coordinator; rank 0 of several talks to it.
+
+    `state_dir` keeps identity, checkpoints and metrics; `outbox` is the one in that folder, None on ranks above 0.
+    """
 
     def __init__(
         self,
@@ -70,26 +77,28 @@ class DistributedWorker:
         client: CoordinatorClient,
         settings: SyncSettings,
         state_dir: Path,
+        outbox: Outbox | None,
         on_step: Callable[[StepRecord], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.worker = worker
         self._client = client
         self._settings = settings
+        self._state_dir = state_dir
+        self._checkpoints = state_dir / "checkpoint"
         self._group = worker.expert.group
         self._talks = self._group.rank == 0
-        self._checkpoints = state_dir / "checkpoint"
-        self._outbox = Outbox(state_dir, settings.worker, settings.expert) if self._talks else None
-        self._records = RecordWriter(state_dir / "metrics.jsonl") if self._talks else None
+        self._outbox = outbox
+        self._report = SyncReport(state_dir, settings.worker, settings.expert) if self._talks else None
         self._on_step = on_step
+        self._clock = clock
         self._stop = threading.Event()
         self._delivery: Delivery | None = None
         self._base: PulledExpert | None = None
         self._reference: FloatVector | None = None
         self._interval = settings.sync_interval
-        self._last_answer = time.monotonic()
-        self._last_checkpoint = time.monotonic()
-        self._progress = IntervalResult(0, 0, float("nan"), 0.0)
-        self._staleness = 0
+        self._cut_at = self._saved_at = clock()
+        self._progress = self._under_way = Progress()
         self._non_finite = 0
 
     def stop(self) -> None:
@@ -99,69 +108,132 @@ class DistributedWorker:
     def run(self) -> None:
         """Train and sync until `stop`, the end of the schedule, or a refusal that cannot be cured.
 
-        All ranks call it. Leaves the state directory such that the next start continues.
+        All ranks call it, once. Leaves the state directory such that the next start continues.
         """
-        self._join()
-        while not self._over():
+        try:
+            if self._join():
+                self._loop()
+                self._leave()
+        except OSError as error:
+            raise WorkerFailedError(f"{error.filename or self._state_dir}: {error.strerror or error}") from error
+        finally:
+            if self._delivery is not None:
+                self._delivery.close()
+            if self._report is not None:
+                self._report.close()
+
+    def _loop(self) -> None:
+        while not self._group.flag(self._stop.is_set() or self.worker.expert.finished):
             self._train()
-            self._exchange()
-            self._checkpoint_if_due()
-        self._leave()
+            self._take_in()
+            on_rank_zero(self._group, self._send_if_due)
+            if self._group.flag(self._clock() - self._saved_at > _CHECKPOINT_SECONDS):
+                self._save()
 
-    def _join(self) -> None:
-        """Register, deliver what an earlier run left, pull, and take up where the last checkpoint was."""
-        if self._talks:
-            federation = self._client.federation()
-            self._interval = max(self._interval, federation.min_sync_interval)
-            info = self._client.register(self._settings.expert, self._settings.worker, self.worker.manifest)
-            _log.info("registered", expert=info.name, version=info.version, digest=info.digest[:12])
-            self._deliver_leftover()
-        companion = self.worker.restore(self._checkpoints)
-        pulled, start = None, None
-        if self._talks:
-            pulled = self._pull()
-            start = self._starting_weights(pulled, companion)
-        self.worker.load(start)
-        if pulled is not None:
-            self._adopt(pulled)
+    def _join(self) -> bool:
+        """Register, take up where the last run was, deliver what it left, pull; False if told to stop meanwhile."""
+        on_rank_zero(self._group, self._register)
+        saved = self._restore()
+        answer = on_rank_zero(self._group, lambda: self._deliver_leftover(saved))
+        returned = answer is not None and not answer.landed
+        if self._group.flag(self._talks and self._box.pending is not None and not returned):
+            return False
+        newest = on_rank_zero(self._group, lambda: pull(self._client, self._settings.expert, self.worker.manifest))
+        self.worker.load(self._starting_weights(newest, saved, returned) if newest else None)
+        self._adopt(newest)
+        if self._group.flag(returned):
+            self._take_back()
+        self._cut_at = self._clock()
+        return True
 
-    def _deliver_leftover(self) -> None:
-        outbox = self._box
-        if outbox.pending is None:
-            return
-        _log.info("delivering", sequence=outbox.pending.header.sequence)
-        answer = Delivery(self._client, outbox.pending, self._report_trouble).wait(self._settings.max_unsynced)
+    def _register(self) -> None:
+        least = self._client.federation().min_sync_interval
+        if least > self._interval:
+            _log.warning("sync_interval_raised", asked=self._interval, least=least)
+            self._interval = least
+        info = self._client.register(self._settings.expert, self._settings.worker, self.worker.manifest)
+        _log.info("registered", expert=info.name, version=info.version, digest=info.digest[:12])
+
+    def _restore(self) -> SyncPoint | None:
+        try:
+            companion = self.worker.restore(self._checkpoints)
+        except DataError as error:
+            raise WorkerFailedError(
+                f"{error}: move {self._checkpoints} away to go on with the new data under the same identity, "
+                "or choose another --state-dir"
+            ) from error
+        if companion is not None:
+            _log.info("restored", step=self.worker.step)
+        return SyncPoint.of(companion)
+
+    def _deliver_leftover(self, saved: SyncPoint | None) -> Answered | None:
+        """What became of the update an earlier run left; None if it left none, or when told to stop meanwhile."""
+        pending = self._box.pending
+        if pending is None:
+            return None
+        if saved is not None and saved.absorbed == pending.header.sequence:
+            # Refused, and taken back into the checkpoint, just before that run was killed.
+            self._box.settle()
+            return None
+        _log.info("delivering", sequence=pending.header.sequence)
+        self._delivery = Delivery(self._client, pending, self._trouble)
+        answer = self._await_answer(self._settings.max_unsynced)
         if answer is None:
-            raise WorkerFailedError("the coordinator did not answer; the update of the earlier run is kept for later")
-        if answer.refused is not None and answer.refused.code not in _CURED_BY_PULLING:
+            self._report_undelivered()
+            return None
+        if answer.refused is not None and answer.newest is None:
+            self._drop_if_poisoned(answer)
             raise answer.refused
-        outbox.settle()
+        self._told(answer)
+        if answer.landed:
+            self._box.settle()
+        self._delivery = None
+        return answer
 
-    def _starting_weights(self, pulled: PulledExpert, companion: Companion | None) -> FloatVector:
-        """The newest version, plus what the checkpoint holds that no update has carried yet."""
-        if companion is None or companion.texts.get("next_sequence") != str(self._box.next_sequence):
-            return pulled.weights
-        unsent = self.worker.weights() - companion.vectors["reference"]
-        return add_scaled(pulled.weights, unsent, 1.0)
+    def _starting_weights(self, newest: PulledExpert, saved: SyncPoint | None, returned: bool) -> FloatVector:
+        """The newest version, plus what the checkpoint holds that no update has carried, plus a refused update."""
+        start = newest.weights
+        if saved is not None and saved.next_sequence == self._box.next_sequence:
+            start = start + (self.worker.weights() - saved.reference)
+            self._progress = saved.progress
+        if returned:
+            pending = self._require_pending()
+            start = start + decode(pending.body, self.worker.manifest.layout).flat
+            tokens = pending.header.tokens or 0
+            self._progress += Progress(1, tokens, (pending.header.loss or 0.0) * tokens)
+        return start
 
-    def _over(self) -> bool:
-        return self._group.flag(self._stop.is_set() or self.worker.expert.finished)
+    def _adopt(self, newest: PulledExpert | None) -> None:
+        self._base = newest
+        self._reference = newest.weights if newest else None
 
     def _train(self) -> None:
-        """One interval of training; while an answer is overdue, wait for it instead."""
-        if self._group.flag(self._overdue()):
+        """Train until a push is due, an answer has come, or training may not go on without one."""
+        if self._group.flag(self._must_wait()):
             if self._delivery is not None:
-                self._delivery.wait(1.0)
+                self._delivery.wait(_TICK_SECONDS)
             return
+        seconds = self._seconds_to_train()
+        # Where one step takes longer than the interval, there is still one step between two pushes.
+        one_step = self._group.flag(seconds <= 0)
         try:
-            result = self.worker.train_for(self._interval, self._stop.is_set, self._step_done)
+            self.worker.train_for(
+                math.inf if one_step else seconds, self._interrupted, self._step_done, 1 if one_step else None
+            )
         except NonFiniteError as error:
             self._skip_batch(error)
-            return
-        self._progress = _joined(self._progress, result)
 
-    def _overdue(self) -> bool:
-        return self._delivery is not None and time.monotonic() - self._last_answer > self._settings.max_unsynced
+    def _must_wait(self) -> bool:
+        return self._delivery is not None and self._clock() - self._cut_at >= self._settings.max_unsynced
+
+    def _seconds_to_train(self) -> float:
+        since_cut = self._clock() - self._cut_at
+        if self._delivery is None:
+            return self._interval - since_cut
+        return min(self._interval, self._settings.max_unsynced - since_cut)
+
+    def _interrupted(self) -> bool:
+        return self._stop.is_set() or (self._delivery is not None and self._delivery.over)
 
     def _skip_batch(self, error: NonFiniteError) -> None:
         self._non_finite += 1
@@ -175,70 +247,22 @@ class DistributedWorker:
 
     def _step_done(self, record: StepRecord) -> None:
         self._non_finite = 0
-        if self._records is not None:
-            self._records.write(
-                "step",
-                worker=self._settings.worker,
-                expert=self._settings.expert,
-                step=record.step,
-                loss=record.loss,
-                tokens=record.tokens,
-                tokens_per_second=record.tokens / record.seconds if record.seconds > 0 else None,
-                learning_rate=record.learning_rate,
-                grad_norm=record.grad_norm,
-                version=self._base.version if self._base else None,
-                staleness=self._staleness,
-            )
+        self._progress = self._progress.after(record)
+        if self._report is not None:
+            self._report.step(record, self._base.version if self._base else None)
         self._on_step(record)
 
-    def _exchange(self) -> None:
-        """Take in an answer if there is one; send what was learned if nothing is under way."""
-        answer = self._delivery.answer() if self._delivery is not None else None
-        self._take_in(answer)
-        if self._talks and self._delivery is None and self._progress.steps > 0:
+    def _send_if_due(self) -> None:
+        if self._delivery is None and self._progress.steps and self._clock() - self._cut_at >= self._interval:
             self._send()
 
-    def _take_in(self, answer: Answered | None) -> None:
-        """Rebase onto the newest version; collective, rank 0 decides whether there is one."""
-        if not self._group.flag(answer is not None):
-            return
-        newest, known = None, None
-        if answer is not None:
-            newest = self._newest(answer)
-            known = self._reference
-            self._box.settle()
-            self._delivery = None
-            self._last_answer = time.monotonic()
-        self.worker.rebase(newest.weights if newest else None, known)
-        if newest is not None:
-            self._adopt(newest)
-
-    def _newest(self, answer: Answered) -> PulledExpert:
-        if answer.refused is not None:
-            return self._after_refusal(answer.refused)
-        assert answer.pushed is not None, "an answer is a result or a refusal"
-        result = answer.pushed.result
-        self._staleness = result.staleness
-        newest = answer.pushed.newest or self._pull()
-        self._log_push(result.version, result.staleness, newest.digest, answer.seconds)
-        return newest
-
-    def _after_refusal(self, refused: RefusedError) -> PulledExpert:
-        if refused.code not in _CURED_BY_PULLING:
-            self._box.settle()
-            self._save()
-            raise refused
-        _log.warning("rebasing", code=refused.code, reason=refused.detail)
-        # The update never landed: all local progress since the old base still has to travel.
-        self._reference = self._require_base().weights
-        newest = refused.newest if isinstance(refused, TooStaleError) else None
-        return newest or self._pull()
-
     def _send(self) -> None:
-        base = self._require_base()
-        layout = self.worker.manifest.layout
-        body = encode(layout, self.worker.weights() - base.weights, self._settings.wire_dtype)
-        self._reference = base.weights + decode(body, layout).flat
+        """Cut an update of everything learned since the base and start its delivery."""
+        base, layout, local = self._require_base(), self.worker.manifest.layout, self.worker.weights()
+        delta = local - base.weights
+        if not np.isfinite(delta).all():
+            raise WorkerFailedError("the local weights are not finite; nothing was pushed. Lower --learning-rate")
+        body = encode(layout, delta, self._settings.wire_dtype)
         header = UpdateHeader(
             expert=self._settings.expert,
             worker=self._settings.worker,
@@ -246,85 +270,133 @@ class DistributedWorker:
             sequence=self._box.next_sequence,
             base_version=base.version,
             answer="weights",
-            loss=self._progress.mean_loss if np.isfinite(self._progress.mean_loss) else None,
+            loss=self._progress.mean_loss,
             steps=self.worker.step,
             tokens=self._progress.tokens,
         )
-        self._progress = IntervalResult(0, 0, float("nan"), 0.0)
-        self._delivery = Delivery(self._client, self._box.cut(header, body), self._report_trouble)
+        self._delivery = Delivery(self._client, self._box.cut(header, body), self._trouble)
+        # float32 carries everything; an expert trained by one worker then equals its local weights bit for bit.
+        exact = self._settings.wire_dtype == "fp32"
+        self._reference = local if exact else base.weights + decode(body, layout).flat
+        self._under_way, self._progress = self._progress, Progress()
+        self._cut_at = self._clock()
 
-    def _log_push(self, version: int, staleness: int, digest: str, seconds: float) -> None:
+    def _take_in(self) -> None:
+        """If the answer is there, rebase onto the newest version; all ranks."""
+        answer = on_rank_zero(self._group, self._usable_answer)
+        if not self._group.flag(answer is not None):
+            return
+        if self._group.flag(answer is not None and answer.newest is None):
+            self._give_up(answer)
+        returned = answer is not None and not answer.landed
+        # A refused update never landed: all that was learned since its base has still to travel.
+        known = self._base.weights if returned and self._base else self._reference
+        newest = answer.newest if answer else None
+        self.worker.rebase(newest.weights if newest else None, known)
+        self._adopt(newest)
+        if self._group.flag(returned):
+            self._progress += self._under_way
+            self._take_back()
+        elif self._talks:
+            self._box.settle()
+        self._delivery = None
+
+    def _usable_answer(self) -> Answered | None:
+        answer = self._delivery.answer() if self._delivery is not None else None
+        if answer is not None:
+            self._told(answer)
+            if answer.newest is not None:
+                checked(answer.newest, self.worker.manifest, self._client.url)
+        return answer
+
+    def _told(self, answer: Answered) -> None:
+        if self._report is not None:
+            self._report.answered(self._require_pending(), answer)
+
+    def _take_back(self) -> None:
+        """A refused update is local progress again: first on disk, then out of the outbox; all ranks."""
+        self._save(absorbed=True)
+        if self._talks:
+            self._box.settle()
+
+    def _give_up(self, answer: Answered | None) -> None:
+        """Refused for a reason a person has to see to; the update is kept for the next start; all ranks."""
+        refused = answer.refused if answer else None
+        if not self._group.flag(refused is not None and refused.code in _POISONED):
+            self._save()
+        if answer is not None:
+            self._drop_if_poisoned(answer)
+        raise refused or WorkerFailedError("process 0 of this group cannot go on; its message says why")
+
+    def _drop_if_poisoned(self, answer: Answered) -> None:
+        if answer.refused is not None and answer.refused.code in _POISONED:
+            self._box.settle()
+
+    def _leave(self) -> None:
+        """Save, deliver what is under way and what is left, within a bound; what is not answered waits on disk."""
+        self._save()
+        began = self._clock()
+        while self._delivered(began) and self._group.flag(self._progress.steps > 0 and self._left(began) > 0):
+            on_rank_zero(self._group, self._send)
+        self._save()
+        on_rank_zero(self._group, self._report_undelivered)
+
+    def _left(self, began: float) -> float:
+        patience = _LAST_WAIT_SECONDS if self._stop.is_set() else self._settings.max_unsynced
+        return began + patience - self._clock()
+
+    def _delivered(self, began: float) -> bool:
+        """Wait for the answer to the update under way and take it in; whether none is under way any more; all ranks."""
+        if self._delivery is not None:
+            self._await_answer(self._left(began))
+        self._take_in()
+        return self._group.flag(self._delivery is None)
+
+    def _await_answer(self, seconds: float) -> Answered | None:
+        """The answer to the update under way, waiting so long for it, less when told to stop."""
         assert self._delivery is not None
-        assert self._records is not None
-        pending = self._delivery.pending
-        loss = pending.header.loss
-        facts: dict[str, Value] = {
-            "sequence": pending.header.sequence,
-            "version": version,
-            "staleness": staleness,
-            "digest": digest[:12],
-            "bytes": len(pending.body),
-        }
-        _log.info("pushed", **facts, loss=round(loss, 4) if loss is not None else None, seconds=round(seconds, 3))
-        self._records.write(
-            "push", worker=self._settings.worker, expert=self._settings.expert, loss=loss, seconds=seconds, **facts
+        deadline = self._clock() + seconds
+        while (answer := self._delivery.wait(_TICK_SECONDS)) is None and self._clock() < deadline:
+            if self._stop.is_set():
+                deadline = min(deadline, self._clock() + _LAST_WAIT_SECONDS)
+        return answer
+
+    def _report_undelivered(self) -> None:
+        """One who was told to stop may leave an update for the next start; for a schedule's end it is a failure."""
+        if self._delivery is None:
+            _log.info("left", step=self.worker.step, version=self._require_base().version)
+            return
+        told = (
+            f"{self._client.url} did not answer; update {self._require_pending().header.sequence} is kept in "
+            f"{self._state_dir} and delivered at the next start"
         )
+        if not self._stop.is_set():
+            raise CoordinatorUnavailableError(told)
+        _log.warning("left_with_update", reason=told)
 
-    def _pull(self) -> PulledExpert:
-        pulled = self._client.pull_expert(self._settings.expert)
-        assert pulled is not None, "without an ETag there is always an answer"
-        _log.info("pulled", expert=pulled.name, version=pulled.version, digest=pulled.digest[:12])
-        return pulled
+    def _save(self, absorbed: bool = False) -> None:
+        """Write a checkpoint; `absorbed` says that the pending update's content is in it again; all ranks."""
+        companion = Companion()
+        if self._talks and self._reference is not None:
+            number = self._require_pending().header.sequence if absorbed else None
+            companion = SyncPoint(self._reference, self._box.next_sequence, self._progress, number).companion()
+        self.worker.save(self._checkpoints, companion)
+        failpoints.reached("worker.saved")
+        self._saved_at = self._clock()
 
-    def _adopt(self, pulled: PulledExpert) -> None:
-        self._base = pulled
-        self._reference = pulled.weights
+    def _trouble(self, error: CoordinatorUnavailableError) -> None:
+        if self._report is not None:
+            self._report.away(error)
 
     def _require_base(self) -> PulledExpert:
         assert self._base is not None, "the loop starts with a pull"
         return self._base
 
+    def _require_pending(self) -> Pending:
+        assert self._box.pending is not None, "there is an update under way"
+        return self._box.pending
+
     @property
     def _box(self) -> Outbox:
-        assert self._outbox is not None, "only rank 0 talks to the coordinator"
+        assert self._outbox is not None, "only rank 0 talks to the coordinator, and has an outbox"
         return self._outbox
-
-    def _report_trouble(self, error: CoordinatorUnavailableError) -> None:
-        waited = round(time.monotonic() - self._last_answer)
-        _log.warning("coordinator_away", reason=str(error), seconds_without_answer=waited)
-
-    def _checkpoint_if_due(self) -> None:
-        if self._group.flag(time.monotonic() - self._last_checkpoint > _CHECKPOINT_SECONDS):
-            self._save()
-
-    def _save(self) -> None:
-        companion = Companion()
-        if self._talks and self._reference is not None:
-            texts = {"next_sequence": str(self._box.next_sequence)}
-            companion = Companion(texts, {"reference": self._reference})
-        self.worker.save(self._checkpoints, companion)
-        self._last_checkpoint = time.monotonic()
-
-    def _leave(self) -> None:
-        """Deliver what is under way and what is left, within a bound; what cannot be delivered waits on disk."""
-        self._settle_delivery()
-        if self._group.flag(self._talks and self._delivery is None and self._progress.steps > 0):
-            if self._talks:
-                self._send()
-            self._settle_delivery()
-        self._save()
-        if self._talks and self._delivery is not None:
-            _log.warning("left_with_update", sequence=self._delivery.pending.header.sequence)
-
-    def _settle_delivery(self) -> None:
-        answer = None
-        if self._delivery is not None:
-            answer = self._delivery.wait(min(_LAST_WAIT_SECONDS, self._settings.max_unsynced))
-        self._take_in(answer)
-
-
-def _joined(first: IntervalResult, second: IntervalResult) -> IntervalResult:
-    tokens = first.tokens + second.tokens
-    nats = sum(part.mean_loss * part.tokens for part in (first, second) if part.tokens)
-    loss = nats / tokens if tokens else float("nan")
-    return IntervalResult(first.steps + second.steps, tokens, loss, first.seconds + second.seconds)

@@ -1,7 +1,8 @@
-"""Files that are whole or not there: written aside, fsynced, renamed."""
+"""Files that are whole or not there: written aside, fsynced, renamed; and folders that one process owns."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -9,9 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
+class FolderInUseError(Exception):
+    """Another process holds the folder; `holder` is its process id as far as it is known."""
+
+    def __init__(self, folder: Path, holder: str) -> None:
+        super().__init__(f"{folder} is in use by the process with id {holder}")
+        self.holder = holder
+
+
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file so that a crash leaves the old one or the new one; durable on return."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    """Write a file so that a crash leaves the old one or the new one; durable on return.
+
+    A process killed in between leaves a file named `.NAME-XXXXXXXX` behind, which owners of a folder sweep up.
+    """
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -30,28 +42,64 @@ def write_folder_atomic(folder: Path, files: Mapping[str, bytes], force: bool = 
     if folder.exists() and not force:
         raise FileExistsError(f"{folder} exists; choose another place or pass --force to replace it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
         for name, data in files.items():
             write_atomic(temporary / name, data, 0o644)
-        if folder.exists():
-            old = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.old")
-            os.rename(folder, old)
-            os.rename(temporary, folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, folder)
+        _replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_folder(folder.parent)
 
 
+def _replace_folder(new: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    old = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}-old")
+    os.rename(folder, old)
+    try:
+        os.rename(new, folder)
+    except BaseException:
+        os.rename(old, folder)
+        raise
+    shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames and new names inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _fsync(folder, os.O_DIRECTORY)
+
+
+def fsync_files(folder: Path) -> None:
+    """Make the content of every file of a folder, and their names, durable."""
+    for file in folder.iterdir():
+        _fsync(file)
+    fsync_folder(folder)
+
+
+def _fsync(path: Path, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_folder(folder: Path) -> int:
+    """Own a folder as long as this process lives or until the returned descriptor is closed.
+
+    Raises FolderInUseError when another process, or another part of this one, owns it.
+    """
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise FolderInUseError(folder, holder) from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    return descriptor

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 
+import stamina.instrumentation
 import structlog
 
 
@@ -26,5 +27,11 @@ def configure(level: int = logging.INFO) -> None:
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+    quiet_retries()
     # uvicorn speaks through logging; only what goes wrong there matters here.
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+def quiet_retries() -> None:
+    """Keep stamina from logging every try: who retries here says so in its own words."""
+    stamina.instrumentation.set_on_retry_hooks([])

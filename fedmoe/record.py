@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -16,22 +17,36 @@ Record = Mapping[str, Value]
 class RecordWriter:
     """Appends JSON lines to a file, one write each, so that a reader never sees half a line from one writer.
 
-    Every record carries `at` (seconds since 1970) and `kind`; numbers that JSON has no word for become null.
+    Every record carries `at` (seconds since 1970) and `kind`; numbers that JSON has no word for become null. Raises
+    OSError when the disk does not take a record whole.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._path = path
         self._clock = clock
+        self._end_cut_line()
 
     def write(self, kind: str, **values: Value) -> None:
         """Append one record."""
         record = {"at": round(self._clock(), 3), "kind": kind}
         record |= {key: _plain(value) for key, value in values.items()}
-        os.write(self._descriptor, (json.dumps(record, allow_nan=False) + "\n").encode())
+        self._append((json.dumps(record, allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
+        """Release the file."""
         os.close(self._descriptor)
+
+    def _append(self, line: bytes) -> None:
+        if os.write(self._descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+
+    def _end_cut_line(self) -> None:
+        """A crash of the machine can leave half a line: end it, so that it spoils itself only and not the next."""
+        size = os.fstat(self._descriptor).st_size
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+            self._append(b"\n")
 
 
 def _plain(value: Value) -> Value:
@@ -39,8 +54,17 @@ def _plain(value: Value) -> Value:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """All complete records of a file; a last line that is still being written is left out."""
+    """All whole records of a file; a line cut by a crash, or still being written, is left out."""
     with path.open("rb") as lines:
         for line in lines:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+            record = _parsed(line) if line.endswith(b"\n") else None
+            if record is not None:
+                yield record
+
+
+def _parsed(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

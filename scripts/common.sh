@@ -12,7 +12,7 @@ run_dir=${FEDMOE_RUN_DIR:-$root/run}
 log_dir=${FEDMOE_LOG_DIR:-$root/logs}
 # shellcheck disable=SC2034  # used by the scripts that source this
 start_seconds=${FEDMOE_START_SECONDS:-60}
-# A worker that is told to stop delivers its last update first, which may take a minute.
+# A worker that is told to stop finishes its step and delivers its last update first.
 stop_seconds=${FEDMOE_STOP_SECONDS:-90}
 
 python=$root/.venv/bin/python
@@ -155,7 +155,7 @@ stop_process() {
     while [[ $(running_pid "$name") == "$pid" ]]; do
         if ((waited >= stop_seconds * 5)); then
             echo "error: $name (process id $pid) still runs ${stop_seconds} s after SIGTERM; see $(info "$name" 3)." >&2
-            echo "error: wait and stop it again, or end it with: kill -KILL $pid (nothing acknowledged is lost)" >&2
+            echo "error: give it more time, or end it with: kill -KILL $pid (nothing acknowledged is lost)" >&2
             return 1
         fi
         sleep 0.2

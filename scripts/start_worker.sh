@@ -11,6 +11,7 @@ if wants_help "$@"; then
 fi
 
 id=$(option_value --worker-id "$@")
+id=${id:-${FEDMOE_WORKER_WORKER_ID:-}}
 [[ -n $id ]] || die "start_worker.sh needs --worker-id ID; it also names the pid file and the log" 2
 # The id becomes part of file names.
 [[ $id =~ ^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$ ]] || die "--worker-id: letters, digits, _ and - (at most 63), got '$id'" 2

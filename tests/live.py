@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import uvicorn
 from fastapi import FastAPI
@@ -52,6 +53,9 @@ class House:
 
     def kept(self) -> tuple[dict[str, int], int, list[str]]:
         """Versions, journal length and every file of the blob store: what a refused request must not change."""
+        deadline = time.monotonic() + 5
+        while self.service.uploads and time.monotonic() < deadline:
+            time.sleep(0.005)  # a connection that was cut is still being cleaned up
         versions = {name: expert.version for name, expert in self.service.coordinator.experts.items()}
         files = sorted(str(path) for path in self.folder.rglob("*") if path.is_file())
         return versions, self.journal.count(), files
@@ -80,9 +84,9 @@ def open_house(folder: Path, aggregation: Aggregation | None = None, tokens: boo
         journal.close()
 
 
-def push_parameters(sequence: int = 0, base_version: int = 0, **others: str | int) -> dict[str, str | int]:
+def push_parameters(sequence: int = 0, base_version: int = 0, **others: str | float) -> dict[str, str | float]:
     """Query parameters of a push of worker w1 to the expert `python`."""
-    fixed: dict[str, str | int] = {"expert": "python", "worker": "w1", "epoch": "e1"}
+    fixed: dict[str, str | float] = {"expert": "python", "worker": "w1", "epoch": "e1"}
     return fixed | {"sequence": sequence, "base_version": base_version} | others
 
 
@@ -134,12 +138,27 @@ def read_all(connection: socket.socket) -> bytes:
         received += part
 
 
+def _listener(port: int) -> socket.socket:
+    """As the coordinator listens; a socket whose protocol number is 0 gets no TCP_NODELAY from asyncio."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
+    return listener
+
+
 @contextmanager
-def listening(app: ASGIApp, port: int = 0) -> Iterator[LiveServer]:
+def listening(app: ASGIApp, port: int = 0, loop: Literal["auto", "asyncio"] = "auto") -> Iterator[LiveServer]:
     """Run the application as the coordinator does: uvicorn with our protocol, on a free port of this machine."""
-    listener = socket.create_server(("127.0.0.1", port))
+    listener = _listener(port)
     config = uvicorn.Config(
-        app, http=GuardedProtocol, ws="none", log_config=None, access_log=False, lifespan="off", server_header=False
+        app,
+        loop=loop,
+        http=GuardedProtocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
     )
     server = uvicorn.Server(config)
 

@@ -7,10 +7,10 @@ import pytest
 
 from fedmoe.datasets.packing import Block, BlockSampler, pack
 from fedmoe.datasets.render import TokenizedSample
+from fedmoe.files import write_atomic
 from fedmoe.lora.adapter import ShapeError
 from fedmoe.models import worker_state
 from fedmoe.models.base import load_base
-from fedmoe.models.cache import write_atomic
 from fedmoe.qwen_finetune import LoraConfig, NonFiniteError, QwenLoRAExpert, TrainingConfig
 from fedmoe.qwen_worker import CheckpointError, Companion, QwenWorker, StepRecord
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import ssl
 import sys
 from typing import Annotated
 
 import typer
 
-from fedmoe.cli.output import given
+from fedmoe.cli.output import CommandError, given
 from fedmoe.config import DEFAULT_PORT, CoordinatorConfig
 from fedmoe.logs import configure
 
@@ -21,6 +23,7 @@ def coordinator(
     gateway_rank: Annotated[int | None, typer.Option(help="Cut the gateway to this rank. [default: exact]")] = None,
     server_learning_rate: Annotated[float | None, typer.Option(help="lr of expert += lr * s(tau) * delta.")] = None,
     server_optimizer: Annotated[str | None, typer.Option(help="sgd (default), nesterov or adam.")] = None,
+    buffer_size: Annotated[int | None, typer.Option(help="Updates averaged into one step. [default: 1]")] = None,
     staleness: Annotated[str | None, typer.Option(help="constant, polynomial (default), hinge or exponential.")] = None,
     max_staleness: Annotated[int | None, typer.Option(help="Refuse updates older than this. [default: none]")] = None,
     keep_updates: Annotated[
@@ -37,6 +40,7 @@ def coordinator(
 ) -> None:
     """Start a coordinator: keeps the experts, lands updates on them, makes the gateway."""
     config = CoordinatorConfig(**given(**locals()))  # type: ignore[arg-type]
+    _check_tls(config.tls_cert, config.tls_key)
     configure()
     from fedmoe.distributed_coordinator import DistributedCoordinator
 
@@ -45,6 +49,19 @@ def coordinator(
     status = running.serve()
     if status:
         raise typer.Exit(status)
+
+
+def _check_tls(certificate: str | None, key: str | None) -> None:
+    """Find out about unusable TLS files now, not after tokens were made and shown."""
+    if certificate is None:
+        return
+    for option, file in (("--tls-cert", certificate), ("--tls-key", key)):
+        if file is None or not os.access(file, os.R_OK):
+            raise CommandError(f"{option} {file}: no such file, or this user may not read it")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        raise CommandError(f"{certificate} and {key} are no certificate chain and its key in PEM: {error}") from error
 
 
 def _announce(config: CoordinatorConfig, tokens: dict[str, str]) -> None:

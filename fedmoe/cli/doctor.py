@@ -16,9 +16,11 @@ import typer
 
 from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
 from fedmoe.cli.output import show_json
+from fedmoe.errors import RefusedError
+from fedmoe.wire.client import CoordinatorUnavailableError
 
-# Below this SQLite has a rare WAL-reset corruption bug (https://www.sqlite.org/releaselog/3_51_3.html); it takes several
-# connections to one database, and a coordinator has exactly one.
+# Below this SQLite has a rare WAL-reset corruption bug (https://www.sqlite.org/releaselog/3_51_3.html); it takes
+# several connections to one database, and a coordinator has exactly one.
 _SOUND_SQLITE = (3, 51, 3)
 _LEAST_DISK = 2 << 30
 
@@ -106,7 +108,12 @@ def _coordinator(url: str, token: str | None) -> Finding:
     with client(url, token) as api:
         if not api.healthy():
             return Finding("coordinator", "note", f"{url} does not answer", "start it with: fedmoe coordinator")
-        listing = api.list_experts()
+        try:
+            listing = api.list_experts()
+        except RefusedError as error:
+            return Finding("coordinator", "problem", f"{url} refuses: {error.detail}", error.fix)
+        except CoordinatorUnavailableError as error:
+            return Finding("coordinator", "problem", str(error), "see the coordinator's log")
     return Finding("coordinator", "ok", f"{url}, {len(listing.experts)} experts")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
+from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, Token, client
 from fedmoe.cli.output import CommandError, show_json, show_table
 from fedmoe.wire.messages import ChangeResult, Listing
 
@@ -72,7 +72,7 @@ def rollback(
     to_version: Annotated[int, typer.Argument(help="The version whose content it gets.")],
     reason: Annotated[str, typer.Option(help="Kept in the journal.")] = "",
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: Token = None,
+    token: AdminToken = None,
     as_json: AsJson = False,
 ) -> None:
     """Give an expert the content of an earlier version, as a new version."""
@@ -85,7 +85,7 @@ def retract(
     worker: Annotated[str, typer.Argument(help="Whose updates to take out.")],
     reason: Annotated[str, typer.Option(help="Kept in the journal.")] = "",
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: Token = None,
+    token: AdminToken = None,
     as_json: AsJson = False,
 ) -> None:
     """Take all updates of one worker out of an expert, by replaying the journal without them."""

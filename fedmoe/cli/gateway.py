@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -55,15 +56,15 @@ def save(
 ) -> None:
     """Save the gateway as npz: lora_A, lora_B, version, module names and offsets."""
     with client(coordinator_url, token) as api:
-        _save(api, file)
+        _save(api, file, sys.stdout)
 
 
-def _save(api: CoordinatorClient, file: Path) -> None:
+def _save(api: CoordinatorClient, file: Path, out: TextIO) -> None:
     pulled = api.pull_gateway()
     assert pulled is not None, "without an ETag there is always an answer"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, npz_bytes(pulled.adapter, pulled.version, pulled.sources), 0o644)
-    print(f"saved gateway version {pulled.version} ({pulled.digest[:12]}) to {file}")
+    print(f"saved gateway version {pulled.version} ({pulled.digest[:12]}) to {file}", file=out)
 
 
 @app.command()
@@ -129,6 +130,7 @@ def get_gateway_model(
         if list_experts:
             show_listing(api.list_experts(), as_json)
         if save_gateway is not None:
-            _save(api, save_gateway)
+            # Standard output belongs to the JSON document, if there is one.
+            _save(api, save_gateway, sys.stderr if as_json else sys.stdout)
         if not list_experts and save_gateway is None:
             _show_info(api.gateway_info(), as_json)

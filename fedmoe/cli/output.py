@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import typer
 from pydantic import BaseModel, ValidationError
-from rich.console import Console
-from rich.table import Table
+from typer.exceptions import TyperException
 
 from fedmoe.errors import RefusedError
+from fedmoe.wire.replies import CoordinatorUnavailableError
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_UNAVAILABLE = 69
+EXIT_STORAGE = 74
+EXIT_PORT_IN_USE = 98
 
 
 class CommandError(Exception):
@@ -25,26 +28,46 @@ class CommandError(Exception):
 def guarded(app: typer.Typer, arguments: list[str]) -> None:
     """Run an application; turn what may be expected to go wrong into one line on standard error and an exit status."""
     try:
-        app(arguments)
+        status = app(arguments, standalone_mode=False)
+    except TyperException as error:
+        _misused(error)
     except ValidationError as error:
         _fail("\n".join(_option_problem(problem) for problem in error.errors()), EXIT_USAGE)
     except RefusedError as error:
         _fail(f"{error} [{error.code}]", EXIT_ERROR)
+    except CoordinatorUnavailableError as error:
+        hint = (
+            "check --coordinator-url and that the coordinator runs there" if error.retry_after is None else "try again"
+        )
+        _fail(f"{error}; {hint}", EXIT_UNAVAILABLE)
     except Exception as error:
         status = _expected_status(error)
         if status is None:
             raise
         _fail(str(error), status)
+    else:
+        if status:
+            raise SystemExit(status)
+
+
+def _misused(error: TyperException) -> NoReturn:
+    """A command line that cannot be read; without any arguments the help is the answer."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        raise SystemExit(EXIT_USAGE)  # Typer has printed the help already
+    hint = f" (see: {context.command_path} --help)" if context is not None else ""
+    _fail(" ".join(error.format_message().split()) + hint, error.exit_code)
 
 
 def _expected_status(error: Exception) -> int | None:
     """The exit status of an error that users meet; None for our own bugs, which show their traceback."""
     statuses = {
         "CommandError": EXIT_ERROR,
-        "CoordinatorUnavailableError": EXIT_UNAVAILABLE,
         "StateDirError": EXIT_ERROR,
-        "StorageFailedError": 74,
-        "PortInUseError": 98,
+        "StorageFailedError": EXIT_STORAGE,
+        "MissingBlobError": EXIT_STORAGE,
+        "CorruptBlobError": EXIT_STORAGE,
+        "PortInUseError": EXIT_PORT_IN_USE,
         "DataError": EXIT_ERROR,
         "BaseModelError": EXIT_ERROR,
         "DeviceError": EXIT_ERROR,
@@ -53,26 +76,28 @@ def _expected_status(error: Exception) -> int | None:
         "CheckpointError": EXIT_ERROR,
         "OutboxError": EXIT_ERROR,
         "WorkerFailedError": EXIT_ERROR,
-        "FileExistsError": EXIT_ERROR,
-        "FileNotFoundError": EXIT_ERROR,
-        "PermissionError": EXIT_ERROR,
+        "OSError": EXIT_ERROR,
     }
     # By name, so that this table loads none of the heavy modules that define them.
     return next((statuses[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in statuses), None)
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
     for line in message.splitlines():
         print(f"error: {line}", file=sys.stderr)
     raise SystemExit(status)
 
 
 def _option_problem(problem: Mapping[str, object]) -> str:
-    place = problem["loc"]
-    name = "--" + str(place[0]).lower().replace("_", "-") if isinstance(place, tuple) and place else "options"
+    """One line on one value; never the value of a token, and none that the message shows already."""
+    place, message = problem["loc"], str(problem["msg"]).removeprefix("Value error, ")
+    if not isinstance(place, tuple) or not place:
+        return message
+    field = str(place[0]).removeprefix("FEDMOE_").lower()
+    name = "--" + {"experts": "expert"}.get(field, field).replace("_", "-")
     value = problem.get("input")
-    shown = "" if isinstance(value, dict) or "token" in name else f", got {value!r}"
-    return f"{name}: {str(problem['msg']).removeprefix('Value error, ')}{shown}"
+    hidden = isinstance(value, dict) or "token" in name or repr(value) in message
+    return f"{name}: {message}" + ("" if hidden else f", got {value!r}")
 
 
 def given(**options: object) -> dict[str, object]:
@@ -88,6 +113,9 @@ def show_json(value: BaseModel | Mapping[str, object] | Sequence[object]) -> Non
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from typing import Annotated
 
 import typer
 
-from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
+from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, client
 from fedmoe.cli.output import show_json
 from fedmoe.wire.messages import TokenRequest
 
@@ -20,12 +20,11 @@ def create(
     role: Annotated[str, typer.Option(help="worker, join or admin.")] = "worker",
     expires_in: Annotated[float | None, typer.Option(help="Seconds until it expires. [default: never]")] = None,
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: Token = None,
+    token: AdminToken = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a token; it is shown once."""
-    checked = cast(Literal["worker", "join", "admin"], role)
-    request = TokenRequest(role=checked, worker=worker, experts=expert, expires_in=expires_in)
+    request = TokenRequest.model_validate({"role": role, "worker": worker, "experts": expert, "expires_in": expires_in})
     with client(coordinator_url, token) as api:
         answer = api.make_token(request)
     if as_json:
@@ -38,7 +37,7 @@ def create(
 def revoke(
     token_hash: Annotated[str, typer.Argument(help="The hash shown when the token was made.")],
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: Token = None,
+    token: AdminToken = None,
 ) -> None:
     """Refuse a token from now on."""
     with client(coordinator_url, token) as api:

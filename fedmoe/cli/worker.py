@@ -12,13 +12,28 @@ from fedmoe.logs import configure
 
 
 def worker(
-    coordinator_url: Annotated[str, typer.Option(help="Where the coordinator listens, http://HOST:PORT.")],
-    worker_id: Annotated[str, typer.Option(help="This worker's name, for example Worker-1-Python.")],
-    specialty: Annotated[str, typer.Option(help="The expert to train, for example python_expert.")],
-    dataset: Annotated[str, typer.Option(help="Local data: .jsonl, .json, .csv or .parquet.")],
+    coordinator_url: Annotated[
+        str,
+        typer.Option(
+            envvar=["FEDMOE_WORKER_COORDINATOR_URL", "FEDMOE_COORDINATOR_URL"],
+            help="Where the coordinator listens, http://HOST:PORT.",
+        ),
+    ],
+    worker_id: Annotated[
+        str, typer.Option(envvar="FEDMOE_WORKER_WORKER_ID", help="This worker's name, for example Worker-1-Python.")
+    ],
+    specialty: Annotated[
+        str, typer.Option(envvar="FEDMOE_WORKER_SPECIALTY", help="The expert to train, for example python_expert.")
+    ],
+    dataset: Annotated[
+        str, typer.Option(envvar="FEDMOE_WORKER_DATASET", help="Local data: .jsonl, .json, .csv or .parquet.")
+    ],
+    # Text, so that one place judges it and names the range, whatever was given.
     sync_interval: Annotated[
-        float | None,
-        typer.Option(help=f"Seconds between pushes, 5 to 30 recommended. [default: {DEFAULT_SYNC_INTERVAL}]"),
+        str | None,
+        typer.Option(
+            metavar="SECONDS", help=f"Seconds between pushes, 5 to 30 recommended. [default: {DEFAULT_SYNC_INTERVAL}]"
+        ),
     ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="smollm2, tiny, a folder or a hub id. [default: Qwen/Qwen2.5-0.5B-Instruct]")

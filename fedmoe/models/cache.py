@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
+
+from fedmoe.files import fsync_files, fsync_folder
 
 
 def cache_root() -> Path:
@@ -34,40 +35,10 @@ def make_once(name: str, build: Callable[[Path], None]) -> Path:
         temporary.mkdir()
         try:
             build(temporary)
-            sync_folder(temporary)
+            fsync_files(temporary)
             os.rename(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _sync(cache_root())
+        fsync_folder(cache_root())
     return target
-
-
-def write_atomic(file: Path, data: bytes) -> None:
-    """Write `data` under a temporary name, make it durable, rename it: `file` is never half-written."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make every file of `folder` and the folder itself durable."""
-    for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,8 @@ import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fedmoe.models.cache import cache_root, write_atomic
+from fedmoe.files import write_atomic
+from fedmoe.models.cache import cache_root
 
 _READ = 1 << 22
 _HEADER_LIMIT = 100_000_000

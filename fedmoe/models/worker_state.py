@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedmoe.models.cache import write_atomic
+from fedmoe.files import write_atomic
 from fedmoe.models.parallel import ProcessGroup
 
 LATEST = "latest.json"

@@ -81,8 +81,8 @@ class History:
             raise RefusedError(
                 "rule_mismatch",
                 f"this state directory was made with the update rule {kept!r}, started with {chosen!r}.",
-                f"Start with --server-optimizer {kept.partition(',')[0]} and its --buffer-size (1 if none is named), or "
-                "choose another --state-dir.",
+                f"Start with --server-optimizer {kept.partition(',')[0]} and its --buffer-size (1 if none is named), "
+                "or choose another --state-dir.",
             )
 
     def _sweep(self, past: Mapping[str, Iterable[Event]]) -> None:
@@ -185,11 +185,13 @@ class History:
         snapshots = self._journal.snapshots(name)
         oldest = max(0, expert.version - keep_updates)
         needed = {update.digest for update in updates if update.version > oldest}
-        bases: set[int] = set()
-        for version in range(oldest, expert.version + 1):
-            start = _start(snapshots, chains, chains[version])
+        bases = {version for version in snapshots if version >= oldest}
+        # Rollbacks and retractions make new versions of old updates, so each version's own beginning is asked for.
+        beginnings = {_until(chains[version], oldest) for version in range(oldest, expert.version + 1)}
+        for beginning in beginnings:
+            start = _start(snapshots, chains, beginning)
             bases |= {start.version} if start else set()
-            rest = start.rest if start else Lineage.updates(chains[version]) or []
+            rest = start.rest if start else Lineage.updates(beginning) or []
             needed |= {update.digest for update in rest}
         unneeded = {update.digest for update in updates}
         for version in snapshots.keys() - bases:
@@ -219,6 +221,13 @@ def _start(snapshots: Mapping[int, str], chains: Mapping[int, Lineage | None], w
         rest.append(wanted.update)
         wanted = wanted.before
     return None
+
+
+def _until(chain: Lineage | None, version: int) -> Lineage | None:
+    """The beginning of a chain that only holds updates up to `version`."""
+    while chain is not None and chain.update.version > version:
+        chain = chain.before
+    return chain
 
 
 def _registration(events: list[Event]) -> ExpertRegistered:

@@ -56,12 +56,17 @@ _RETRY_AFTER = {"busy": "2", "disk_full": "30"}
 
 def problem(code: str, status: int, detail: str, fix: str = "", **facts: object) -> Response:
     """An RFC 9457 problem."""
-    title = HTTPStatus(status).phrase
-    content = Problem(title=title, status=status, code=code, detail=_inert(detail), fix=fix, **facts)  # type: ignore[arg-type]
     headers = {"Retry-After": _RETRY_AFTER[code]} if code in _RETRY_AFTER else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(json.dumps(content.model_dump(), allow_nan=False), status, headers, PROBLEM)
+    content = json.dumps(_content(code, status, detail, fix, facts), allow_nan=False)
+    return Response(content, status, headers, PROBLEM)
+
+
+def _content(code: str, status: int, detail: str, fix: str, facts: Mapping[str, object]) -> dict[str, object]:
+    title = HTTPStatus(status).phrase
+    told = Problem(title=title, status=status, code=code, detail=_inert(detail), fix=fix, **facts)  # type: ignore[arg-type]
+    return told.model_dump()
 
 
 def _inert(text: str) -> str:
@@ -73,6 +78,11 @@ def _inert(text: str) -> str:
 def refusal(error: RefusedError) -> Response:
     """The problem that a refusal is."""
     return problem(error.code, STATUS[error.code], error.detail, error.fix, **error.facts)
+
+
+def described(error: RefusedError) -> dict[str, object]:
+    """The same as JSON types, for an answer whose body is something else."""
+    return _content(error.code, STATUS[error.code], error.detail, error.fix, error.facts)
 
 
 def install(app: FastAPI) -> None:

@@ -25,6 +25,7 @@ MIN_READ_BYTES_PER_SECOND = 16 << 10
 # After a refusal the rest of the head is thrown away this long; closing at once could destroy the answer on its way.
 _LINGER_SECONDS = 2.0
 _SLICE = 16 << 10
+_TLS_HANDSHAKE = b"\x16\x03"
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
@@ -37,6 +38,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
+    _opening = b""
     _head_bytes = 0
     _in_head = True
     _too_many_fields = False
@@ -58,6 +60,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
+        self._opening = self._opening or data[: len(_TLS_HANDSHAKE)]
         rest = data
         # A head is parsed slice by slice, so that its size is known to a slice wherever the body begins.
         while self._in_head and rest and not self.transport.is_closing():
@@ -75,6 +78,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._too_many_fields:
             self._refuse()
             return
+        if self._opening.startswith(_TLS_HANDSHAKE):
+            _log.warning("tls_on_the_http_port", client=self.client, fix="use http://, or start with --tls-cert")
         super().send_400_response(msg)
 
     def on_message_begin(self) -> None:

@@ -56,10 +56,7 @@ async def receive(chunks: AsyncIterator[bytes], expected: Expected, writer: Blob
     """Write the body into `writer`, one piece behind the network, and check its size and hash."""
     if expected.length is not None and expected.length > expected.cap:
         raise _too_large(expected.length, expected.cap)
-    try:
-        await _copy(chunks, expected.cap, writer, pool)
-    except ClientDisconnect:
-        raise RefusedError("truncated", f"the connection closed after {writer.size} bytes of the body.") from None
+    await _copy(chunks, expected.cap, writer, pool)
     if expected.length is not None and writer.size != expected.length:
         raise RefusedError("truncated", f"Content-Length was {expected.length}, {writer.size} bytes arrived.")
     if writer.digest != expected.sha256:
@@ -85,6 +82,8 @@ async def _copy(chunks: AsyncIterator[bytes], cap: int, writer: BlobWriter, pool
                 if writing is not None:
                     await asyncio.shield(writing)
                 writing, piece, gathered = _start(pool, writer, piece), [], 0
+    except ClientDisconnect:
+        raise RefusedError("truncated", f"the connection closed after {total} bytes of the body.") from None
     finally:
         if writing is not None:
             await settled(writing)

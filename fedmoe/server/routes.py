@@ -129,7 +129,7 @@ def _write_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache
             if error.code != "too_stale" or header.answer != "weights":
                 raise
             # Whoever is too far behind gets the newest version in the same answer and can go on from it.
-            facts = {"code": error.code, "detail": error.detail, "fix": error.fix, **error.facts}
+            facts = problems.described(error)
             return await run_in_threadpool(_with_weights, request, service, header.expert, cache, 409, facts)
         if header.answer == "weights":
             facts = result.model_dump()

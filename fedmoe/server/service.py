@@ -85,6 +85,7 @@ class CoordinatorService:
         self._clock = clock
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
         self._committer = Committer(coordinator, journal, self._after_commit)
+        #: Updates on their way in.
         self.uploads = 0
         self._checking = asyncio.Semaphore(_THREADS)
 
@@ -144,6 +145,9 @@ class CoordinatorService:
             code = getattr(error, "code", "refused")
             _log.warning("refused", expert=header.expert, worker=header.worker, code=code, reason=str(error))
             raise
+        except StorageFailedError as error:
+            self._committer.fail(str(error))
+            raise
         finally:
             self.uploads -= 1
 
@@ -175,20 +179,17 @@ class CoordinatorService:
         return result
 
     def _check(self, header: UpdateHeader, writer: BlobWriter, layout: Layout) -> FloatVector | None:
-        """The delta, if the body is exactly an update of this expert that could land; None if it did already.
+        """The delta, if the body is exactly an update of this expert that could land; None if its number is taken.
 
         What cannot land is refused before it costs a write; the binding decision comes later, in order.
         """
-        submission = _submission(header, writer.digest)
-        earlier = self.journal.find_update(header.worker, header.epoch, header.sequence)
-        if earlier is not None:
-            _refuse_other_bytes(earlier, submission)
+        if self.journal.find_update(header.worker, header.epoch, header.sequence) is not None:
             return None
         if writer.size == 0:
             raise MalformedError("malformed", "the body is empty")
         flat = decode(writer.view(), layout).flat
         _refuse_unusable(layout, flat)
-        self.coordinator.draft().judge(submission, self.now)
+        self.coordinator.draft().judge(_submission(header, writer.digest), self.now)
         return flat
 
     def _decide(self, draft: Draft, submission: Submission, delta: FloatVector | None) -> UpdateResult:
@@ -247,8 +248,8 @@ class CoordinatorService:
             raise RefusedError("busy", f"{self.uploads} updates are being received.", "Retry after the time given.")
 
     async def _decided(self, future: Future[object], kind: type[Result]) -> Result:
-        # A cancelled request must not cancel a decision that the committer is about to answer.
-        result = await asyncio.shield(asyncio.wrap_future(future))
+        # A cancelled request still waits for its decision: the bytes it stored must stay until they are journalled.
+        result = await settled(asyncio.wrap_future(future))
         assert isinstance(result, kind), f"a decision gave {type(result)}, expected {kind}"
         return result
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from fedmoe.errors import RefusedError
+from fedmoe.files import fsync_folder
 
 # Never fill the disk to the last byte: the journal must still be able to say that the disk is full.
 _RESERVE_SHARE = 0.02
@@ -323,15 +324,6 @@ class MemoryBlobWriter:
         if self._pinned is not None:
             self._pins.remove(self._pinned)
             self._pinned = None
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames and new names inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class StorageFailedError(Exception):

@@ -174,13 +174,13 @@ class CoordinatorClient:
         headers = {"Accept": SAFETENSORS} | ({"If-None-Match": etag} if etag else {})
         body = {"expert": expert, "dtype": dtype}
         answer = self._retried("POST", "/get_expert_weights", json=body, headers=headers)
-        return None if answer.status == 304 else _pulled_expert(answer)
+        return None if answer.status == 304 and etag else _pulled_expert(answer)
 
     def pull_gateway(self, etag: str | None = None, dtype: WireDtype = "fp32") -> PulledGateway | None:
         """The newest gateway; None if it is still that of `etag`."""
         headers = {"Accept": SAFETENSORS} | ({"If-None-Match": etag} if etag else {})
         answer = self._retried("GET", "/get_gateway_weights", params={"dtype": dtype}, headers=headers)
-        return None if answer.status == 304 else _pulled_gateway(answer)
+        return None if answer.status == 304 and etag else _pulled_gateway(answer)
 
     def push(self, header: UpdateHeader, body: bytes) -> Pushed:
         """Send an update once; sending the same one again later is safe."""

@@ -2,82 +2,158 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import stamina
+from typing import TypeVar
 
 from fedmoe.errors import RefusedError
-from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, Pushed
+from fedmoe.wire.client import (
+    CoordinatorClient,
+    CoordinatorUnavailableError,
+    PulledExpert,
+    Pushed,
+    TooStaleError,
+)
+from fedmoe.wire.messages import UpdateResult
 from fedmoe.worker.outbox import Pending
 
+Result = TypeVar("Result")
+
+#: Refusals that a newer version cures: what was learned is kept and moved onto it.
+CURED_BY_PULLING = frozenset({"too_stale", "unknown_version"})
+# The coordinator got other bytes than were sent: a fault on the way, which the next try may not meet.
+_DAMAGED_ON_THE_WAY = frozenset({"digest_mismatch", "truncated"})
 _FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 15.0
+_LONGEST_ASKED = 60.0
 
 
 @dataclass(frozen=True)
 class Answered:
-    """The end of a delivery: what the coordinator made of the update, or why it refused it."""
+    """The end of a delivery: what became of the update, or why it was refused.
 
-    pushed: Pushed | None
+    `newest` is the version to go on from; there is none after a refusal that no newer version cures.
+    """
+
+    result: UpdateResult | None
     refused: RefusedError | None
+    newest: PulledExpert | None
     seconds: float
+
+    @property
+    def landed(self) -> bool:
+        return self.refused is None
 
 
 class Delivery:
     """Sends one pending update from a thread of its own; `answer` is there once the coordinator has spoken.
 
-    While the coordinator is away or sheds load, tries go on with exponential, jittered pauses up to 15 seconds, or what
-    it asked for. The thread is a daemon: a worker that must leave leaves, and sends the update after its restart.
+    While the coordinator is away or sheds load, tries go on, `pause_seconds` apart. The thread is a daemon: a worker
+    that must leave leaves, and sends the update after its restart.
     """
 
     def __init__(
-        self, client: CoordinatorClient, pending: Pending, on_trouble: Callable[[CoordinatorUnavailableError], None]
+        self,
+        client: CoordinatorClient,
+        pending: Pending,
+        on_trouble: Callable[[CoordinatorUnavailableError], None] = lambda _: None,
     ) -> None:
         self.pending = pending
         self._client = client
         self._on_trouble = on_trouble
         self._started = time.monotonic()
+        self._closed = threading.Event()
         self._done = threading.Event()
         self._answer: Answered | None = None
         self._failure: BaseException | None = None
         threading.Thread(target=self._run, name="fedmoe-delivery", daemon=True).start()
 
+    @property
+    def over(self) -> bool:
+        """Whether `answer` has something to say."""
+        return self._done.is_set()
+
     def answer(self) -> Answered | None:
-        """The answer, or None while the update is still on its way."""
+        """The answer, or None while the update is still on its way; raises what broke the delivery itself."""
+        if not self._done.is_set():
+            return None
         if self._failure is not None:
             raise self._failure
-        return self._answer if self._done.is_set() else None
+        return self._answer
 
     def wait(self, seconds: float) -> Answered | None:
         """The answer, waiting at most so long for it."""
         self._done.wait(seconds)
         return self.answer()
 
+    def close(self) -> None:
+        """Try no more; an update that was not answered stays in the outbox."""
+        self._closed.set()
+
     def _run(self) -> None:
         try:
-            self._answer = self._send()
+            self._answer = self._deliver()
         except BaseException as error:
             self._failure = error
         self._done.set()
 
-    def _send(self) -> Answered:
-        attempts = stamina.retry_context(
-            on=self._pause, attempts=None, timeout=None, wait_initial=_FIRST_PAUSE, wait_max=_LONGEST_PAUSE
-        )
-        for attempt in attempts:
-            with attempt:
-                try:
-                    pushed = self._client.push(self.pending.header, self.pending.body)
-                except RefusedError as error:
-                    return Answered(None, error, time.monotonic() - self._started)
-                return Answered(pushed, None, time.monotonic() - self._started)
-        raise AssertionError("tries go on until there is an answer")
+    def _deliver(self) -> Answered | None:
+        try:
+            pushed = self._persist(self._push)
+        except RefusedError as refused:
+            return self._after_refusal(refused)
+        if pushed is None:
+            return None
+        newest = pushed.newest or self._persist(self._pull)
+        return Answered(pushed.result, None, newest, self._seconds) if newest else None
 
-    def _pause(self, error: Exception) -> bool | float:
-        if not isinstance(error, CoordinatorUnavailableError):
-            return False
-        self._on_trouble(error)
-        return error.retry_after if error.retry_after is not None else True
+    def _after_refusal(self, refused: RefusedError) -> Answered | None:
+        if refused.code not in CURED_BY_PULLING:
+            return Answered(None, refused, None, self._seconds)
+        newest = refused.newest if isinstance(refused, TooStaleError) else None
+        newest = newest or self._persist(self._pull)
+        return Answered(None, refused, newest, self._seconds) if newest else None
+
+    def _persist(self, call: Callable[[], Result]) -> Result | None:
+        """The result of `call`, tried until it gives one; None once the delivery is closed."""
+        tries = 0
+        while not self._closed.is_set():
+            try:
+                return call()
+            except CoordinatorUnavailableError as error:
+                tries += 1
+                self._on_trouble(error)
+                # Pauses spread load, they are no secret.
+                self._closed.wait(pause_seconds(tries, error.retry_after, random.random()))  # noqa: S311
+        return None
+
+    def _push(self) -> Pushed:
+        try:
+            return self._client.push(self.pending.header, self.pending.body)
+        except RefusedError as error:
+            if error.code in _DAMAGED_ON_THE_WAY:
+                raise CoordinatorUnavailableError(f"{error.code}: {error}") from error
+            raise
+
+    def _pull(self) -> PulledExpert:
+        pulled = self._client.pull_expert(self.pending.header.expert)
+        assert pulled is not None, "without an ETag there is always an answer"
+        return pulled
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+
+def pause_seconds(tries: int, retry_after: float | None, chance: float) -> float:
+    """Seconds to wait after `tries` failures in a row; `chance` in [0, 1) spreads workers that failed together.
+
+    Doubles from half a second to 15, of which half is left to chance; or what the coordinator asked for (at most a
+    minute) and up to half as much again.
+    """
+    if retry_after is not None:
+        return min(max(retry_after, _FIRST_PAUSE), _LONGEST_ASKED) * (1 + chance / 2)
+    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(tries - 1, 10)) * (1 + chance) / 2

@@ -8,21 +8,26 @@ that was cut is sent until it is answered.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 import secrets
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedmoe import failpoints
-from fedmoe.files import write_atomic
+from fedmoe.files import FolderInUseError, lock_folder, write_atomic
 from fedmoe.wire.messages import UpdateHeader
 
 _IDENTITY = "identity.json"
+# Bodies of updates, and what a killed process was in the middle of writing.
+_OURS = re.compile(r"update-\d+\.safetensors|\.(update-\d+\.safetensors|identity\.json)-[0-9a-f]{8}")
 
 
 class OutboxError(Exception):
-    """The state directory belongs to somebody else or is damaged; the message says what to do."""
+    """The state directory belongs to somebody else, is in use or is damaged; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,31 +39,50 @@ class Pending:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Identity:
+class _Identity(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     worker: str
     expert: str
     epoch: str
-    next_sequence: int
-    pending_header: dict[str, object] | None = None
+    next_sequence: Annotated[int, Field(ge=0)] = 0
+    pending_header: UpdateHeader | None = None
     pending_sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _number_is_taken(self) -> Self:
+        pending = self.pending_header
+        if (pending is None) != (self.pending_sha256 is None):
+            raise ValueError("an update under way has a header and a hash")
+        if pending is not None and (pending.sequence != self.next_sequence - 1 or pending.epoch != self.epoch):
+            raise ValueError(f"update {pending.sequence} is under way, but the next number is {self.next_sequence}")
+        return self
 
 
 class Outbox:
-    """Identity, sequence numbers and the pending update of one worker, in a folder of its own."""
+    """Identity, sequence numbers and the pending update of one worker, in a folder that no other process may use.
+
+    Raises OutboxError if the folder is another worker's, in use, or damaged.
+    """
 
     def __init__(self, folder: Path, worker: str, expert: str) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
-        self._identity = self._load() or _Identity(worker, expert, secrets.token_hex(8), 0)
-        if (self._identity.worker, self._identity.expert) != (worker, expert):
-            raise OutboxError(
-                f"{folder} belongs to worker {self._identity.worker!r} training {self._identity.expert!r}, "
-                f"not to {worker!r} training {expert!r}; choose another --state-dir"
-            )
-        self._pending = self._load_pending()
-        self._sweep()
-        self._store(self._identity)
+        self._lock = self._locked()
+        try:
+            self._identity = self._load() or _Identity(worker=worker, expert=expert, epoch=secrets.token_hex(8))
+            self._refuse_another(worker, expert)
+            self._pending = self._load_pending()
+            self._sweep()
+            self._store(self._identity)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    @property
+    def folder(self) -> Path:
+        """The worker's state directory."""
+        return self._folder
 
     @property
     def epoch(self) -> str:
@@ -76,21 +100,14 @@ class Outbox:
         return self._pending
 
     def cut(self, header: UpdateHeader, body: bytes) -> Pending:
-        """Make an update durable under the next number; only then may it be sent."""
+        """Make an update durable under the next number, which the header gets; only then may it be sent."""
         if self._pending is not None:
             raise OutboxError("an update is still under way; it must be answered before another is cut")
         numbered = header.model_copy(update={"epoch": self.epoch, "sequence": self.next_sequence})
         sha256 = hashlib.sha256(body).hexdigest()
         write_atomic(self._body_path(self.next_sequence), body)
         failpoints.reached("worker.body_written")
-        self._store(
-            replace(
-                self._identity,
-                next_sequence=self.next_sequence + 1,
-                pending_header=numbered.model_dump(),
-                pending_sha256=sha256,
-            )
-        )
+        self._change(next_sequence=self.next_sequence + 1, pending_header=numbered, pending_sha256=sha256)
         failpoints.reached("worker.cut")
         self._pending = Pending(numbered, body, sha256)
         return self._pending
@@ -99,16 +116,50 @@ class Outbox:
         """The pending update was answered, one way or the other: forget it."""
         if self._pending is None:
             return
-        self._store(replace(self._identity, pending_header=None, pending_sha256=None))
+        self._change(next_sequence=self.next_sequence, pending_header=None, pending_sha256=None)
         failpoints.reached("worker.settled")
         self._body_path(self._pending.header.sequence).unlink(missing_ok=True)
         self._pending = None
 
+    def close(self) -> None:
+        """Give the folder back."""
+        os.close(self._lock)
+
+    def _locked(self) -> int:
+        try:
+            return lock_folder(self._folder)
+        except FolderInUseError as error:
+            raise OutboxError(
+                f"{self._folder} is in use by the worker with process id {error.holder}; "
+                "stop it first or choose another --state-dir"
+            ) from None
+
+    def _refuse_another(self, worker: str, expert: str) -> None:
+        mine = self._identity
+        if (mine.worker, mine.expert) != (worker, expert):
+            raise OutboxError(
+                f"{self._folder} belongs to worker {mine.worker!r} training {mine.expert!r}, "
+                f"not to {worker!r} training {expert!r}; choose another --state-dir"
+            )
+
     def _body_path(self, sequence: int) -> Path:
         return self._folder / f"update-{sequence}.safetensors"
 
+    def _change(self, next_sequence: int, pending_header: UpdateHeader | None, pending_sha256: str | None) -> None:
+        mine = self._identity
+        self._store(
+            _Identity(
+                worker=mine.worker,
+                expert=mine.expert,
+                epoch=mine.epoch,
+                next_sequence=next_sequence,
+                pending_header=pending_header,
+                pending_sha256=pending_sha256,
+            )
+        )
+
     def _store(self, identity: _Identity) -> None:
-        write_atomic(self._folder / _IDENTITY, json.dumps(asdict(identity), indent=1).encode())
+        write_atomic(self._folder / _IDENTITY, identity.model_dump_json(indent=1).encode())
         self._identity = identity
 
     def _load(self) -> _Identity | None:
@@ -116,26 +167,26 @@ class Outbox:
         if not path.exists():
             return None
         try:
-            return _Identity(**json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
+            return _Identity.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
             raise OutboxError(
-                f"{path} cannot be read ({error}); move the folder away to start with a new identity"
+                f"{path} cannot be read ({reason}); move the folder away to start with a new identity"
             ) from None
 
     def _load_pending(self) -> Pending | None:
         header, sha256 = self._identity.pending_header, self._identity.pending_sha256
         if header is None or sha256 is None:
             return None
-        numbered = UpdateHeader.model_validate(header)
-        path = self._body_path(numbered.sequence)
+        path = self._body_path(header.sequence)
         body = path.read_bytes() if path.exists() else b""
         if hashlib.sha256(body).hexdigest() != sha256:
             raise OutboxError(f"{path} is damaged or missing; move {self._folder} away to start with a new identity")
-        return Pending(numbered, body, sha256)
+        return Pending(header, body, sha256)
 
     def _sweep(self) -> None:
-        """Remove bodies that never got a number or were answered just before a crash."""
+        """Remove bodies that never got a number or were answered just before a crash, and half-written files."""
         keep = self._body_path(self._pending.header.sequence).name if self._pending else None
-        for path in self._folder.glob("update-*.safetensors*"):
-            if path.name != keep:
-                os.unlink(path)
+        for path in self._folder.iterdir():
+            if path.name != keep and _OURS.fullmatch(path.name):
+                path.unlink()

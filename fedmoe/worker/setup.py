@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import structlog
@@ -20,6 +19,9 @@ from fedmoe.models.schedule import LoraConfig, TrainingConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
 from fedmoe.qwen_worker import QwenWorker
 from fedmoe.wire.client import CoordinatorClient
+from fedmoe.worker.group import on_rank_zero
+from fedmoe.worker.outbox import Outbox
+from fedmoe.worker.signals import StopOnSignal
 
 _log = structlog.get_logger("fedmoe.worker")
 _PREVIEWS = 2
@@ -30,19 +32,24 @@ def run_worker(config: WorkerConfig) -> None:
     pin_threads()
     loaded = load_rows(Path(config.dataset))
     device = choose_device(config.device, local_rank())
+    state_dir = Path(config.state_dir or f"runs/workers/{config.worker_id}")
+    token = config.token.get_secret_value() if config.token else None
     group = join_group(device)
     try:
-        base = load_base(config.base_model, device, config.dtype)
-        _log.info("base_model", **base.report)
-        blocks = training_blocks(loaded, base, config, show=group.rank == 0)
-        token = config.token.get_secret_value() if config.token else None
         with CoordinatorClient(config.coordinator_url, token) as client:
-            worker = _build(config, base, blocks, group, client)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: worker.stop())
+            outbox = on_rank_zero(group, lambda: _ready(config, client, state_dir))
+            worker = _build(config, loaded, group, client, state_dir, outbox)
+            StopOnSignal(worker.stop).install()
             worker.run()
     finally:
         group.close()
+
+
+def _ready(config: WorkerConfig, client: CoordinatorClient, state_dir: Path) -> Outbox:
+    """The worker's state directory, locked; a wrong URL or token is told before a base model is loaded."""
+    outbox = Outbox(state_dir, config.worker_id, config.specialty)
+    client.federation()
+    return outbox
 
 
 def training_blocks(loaded: LoadedFile, base: LoadedBase, config: WorkerConfig, show: bool) -> list[Block]:
@@ -64,16 +71,36 @@ def _pad_id(base: LoadedBase) -> int:
 
 
 def _build(
-    config: WorkerConfig, base: LoadedBase, blocks: list[Block], group: ProcessGroup, client: CoordinatorClient
+    config: WorkerConfig,
+    loaded: LoadedFile,
+    group: ProcessGroup,
+    client: CoordinatorClient,
+    state_dir: Path,
+    outbox: Outbox | None,
 ) -> DistributedWorker:
-    lora = LoraConfig(
+    base = load_base(config.base_model, group.device, config.dtype)
+    _log.info("base_model", **base.report)
+    blocks = training_blocks(loaded, base, config, show=group.rank == 0)
+    expert = QwenLoRAExpert(base, _lora(config), _training(config), group)
+    sampler = BlockSampler(blocks, config.seed, group.rank, group.world_size)
+    settings = SyncSettings(
+        config.worker_id, config.specialty, config.sync_interval, config.max_unsynced, config.wire_dtype
+    )
+    return DistributedWorker(QwenWorker(expert, sampler), client, settings, state_dir, outbox)
+
+
+def _lora(config: WorkerConfig) -> LoraConfig:
+    return LoraConfig(
         config.lora_r,
         config.lora_alpha,
         config.lora_dropout,
         config.target_modules[0] if len(config.target_modules) == 1 else config.target_modules,
         seed_of(config.specialty) % 2**63,
     )
-    training = TrainingConfig(
+
+
+def _training(config: WorkerConfig) -> TrainingConfig:
+    return TrainingConfig(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -84,10 +111,3 @@ def _build(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    expert = QwenLoRAExpert(base, lora, training, group)
-    sampler = BlockSampler(blocks, config.seed, group.rank, group.world_size)
-    settings = SyncSettings(
-        config.worker_id, config.specialty, config.sync_interval, config.max_unsynced, config.wire_dtype
-    )
-    state_dir = Path(config.state_dir or f"runs/workers/{config.worker_id}")
-    return DistributedWorker(QwenWorker(expert, sampler), client, settings, state_dir)

@@ -101,7 +101,7 @@ def test_without_a_worker_the_others_stay_in_order_and_the_beginning_is_shared(
 
 
 def test_a_worker_is_retracted_from_the_version_there_is_after_a_rollback() -> None:
-    events = [
+    events: list[Event] = [
         registered(),
         accepted(1, "w1"),
         accepted(2, "w2"),

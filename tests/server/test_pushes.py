@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
+import os
 import threading
 
 import ml_dtypes
 import numpy as np
 import pytest
 from live import House, LiveServer, content_digest, push_headers, push_parameters
+from numpy.typing import NDArray
 from starlette.testclient import TestClient
 from support import LAYOUT, make_body, make_flat
 
@@ -17,21 +20,25 @@ from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.messages import SAFETENSORS, UpdateHeader
 
 Answer = tuple[int, str, str]
+Array = NDArray[np.generic]
+Named = dict[str, Array]
 
 
-def send(client: TestClient, body: bytes, sequence: int = 0, base: int = 0, **headers: str | None) -> Answer:
+def send(
+    client: TestClient, body: bytes, sequence: int = 0, base: int = 0, headers: dict[str, str | None] | None = None
+) -> Answer:
     """Push a body; status, code and detail of the answer. A header given as None is left out."""
-    given = {name.replace("_", "-").title(): value for name, value in headers.items()}
+    given = {name.replace("_", "-").title(): value for name, value in (headers or {}).items()}
     wanted = {name: value for name, value in (push_headers(body) | given).items() if value is not None}
     answer = client.post("/push_expert_update", params=push_parameters(sequence, base), content=body, headers=wanted)
     found = answer.json()
     return answer.status_code, found.get("code", "ok"), found.get("detail", "")
 
 
-def tensors(flat: FloatVector | None = None) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def tensors(flat: FloatVector | None = None) -> Named:
     """The tensors of a correct update by their names."""
     numbers = make_flat(1) if flat is None else flat
-    named = {}
+    named: Named = {}
     for module, a, b in LAYOUT.factors(numbers):
         named |= {f"{module.name}.lora_A": a, f"{module.name}.lora_B": b}
     return named
@@ -40,7 +47,7 @@ def tensors(flat: FloatVector | None = None) -> dict[str, np.ndarray]:  # type: 
 _FORMAT = {"float32": "F32", "float64": "F64", "int8": "I8", "float16": "F16", "bfloat16": "BF16"}
 
 
-def written(named: dict[str, np.ndarray]) -> bytes:  # type: ignore[type-arg]
+def written(named: Named) -> bytes:
     """Arrays as safetensors bytes, in the order given, of whatever type."""
     header: dict[str, object] = {}
     data = b""
@@ -91,13 +98,13 @@ MALFORMED = {
 def test_a_malformed_body_is_400_and_changes_nothing_26_to_31(house: House, http: TestClient, name: str) -> None:
     before = house.kept()
     status, code, detail = send(http, MALFORMED[name])
-    assert status == 400
-    assert code == ("duplicate_key" if name.startswith("30") else "malformed")
+    expected = {"30 duplicate key": "duplicate_key", "31 100,000 tensors": "too_large"}.get(name, "malformed")
+    assert (status, code) == (413 if expected == "too_large" else 400, expected)
     assert len(detail) < 2100
     assert house.kept() == before
 
 
-def changed(name: str, array: np.ndarray | None) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def changed(name: str, array: Array | None) -> Named:
     """A correct update with one tensor replaced, or dropped."""
     named = tensors()
     named.pop(name)
@@ -105,9 +112,13 @@ def changed(name: str, array: np.ndarray | None) -> dict[str, np.ndarray]:  # ty
 
 
 F32 = np.float32
-MISMATCHED = {
+MISMATCHED: dict[str, tuple[Named, str, list[str]]] = {
     "32 missing": (changed("layers.0.q.lora_A", None), "tensor_mismatch", ["missing", "layers.0.q.lora_A"]),
-    "32 extra": (changed("layers.0.q.lora_A", np.ones((2, 6), F32)) | {"x": np.ones(1, F32)}, "tensor_mismatch", ["'x'"]),
+    "32 extra": (
+        changed("layers.0.q.lora_A", np.ones((2, 6), F32)) | {"x": np.ones(1, F32)},
+        "tensor_mismatch",
+        ["'x'"],
+    ),
     "32 many others": (
         {f"wrong.{i}": np.ones(1, F32) for i in range(9)},
         "tensor_mismatch",
@@ -213,16 +224,17 @@ def test_wrong_types_encodings_and_digests_are_refused_24_25_42(
     house: House, http: TestClient, headers: dict[str, str | None], status: int, code: str
 ) -> None:
     before = house.kept()
-    assert send(http, make_body(1), **headers)[:2] == (status, code)
+    assert send(http, make_body(1), headers=headers)[:2] == (status, code)
     assert house.kept() == before
 
 
 def test_a_type_with_parameters_and_other_case_is_taken_24(http: TestClient) -> None:
-    assert send(http, make_body(1), content_type=f"{SAFETENSORS.upper()}; x=1", content_encoding="identity")[0] == 200
+    headers: dict[str, str | None] = {"content_type": f"{SAFETENSORS.upper()}; x=1", "content_encoding": "identity"}
+    assert send(http, make_body(1), headers=headers)[0] == 200
 
 
 def test_after_a_damaged_body_the_same_number_may_be_sent_again_25(http: TestClient) -> None:
-    assert send(http, make_body(1), content_digest=content_digest(b""))[1] == "digest_mismatch"
+    assert send(http, make_body(1), headers={"content_digest": content_digest(b"")})[1] == "digest_mismatch"
     assert send(http, make_body(1))[0] == 200
 
 
@@ -345,3 +357,19 @@ def test_more_uploads_than_fit_are_sent_away_with_a_time_to_come_back_65(
         second.sendall(body[10:])
         assert second.recv(100).startswith(b"HTTP/1.1 200")
     assert house.service.coordinator.expert("python").version == 3
+
+
+def test_after_an_io_error_on_disk_nothing_is_promised_any_more_9(
+    house: House, http: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", broken)
+        assert send(http, make_body(1))[:2] == (503, "storage_failed")
+    assert send(http, make_body(2), sequence=1)[:2] == (503, "storage_failed")
+    health = http.get("/healthz")
+    assert (health.status_code, health.json()["status"]) == (503, "failed")
+    assert house.service.coordinator.expert("python").version == 0
+    assert http.get("/list_experts").status_code == 200

@@ -19,7 +19,7 @@ from fedmoe.wire.messages import SAFETENSORS, ManifestMessage
 BINARY = {"Accept": SAFETENSORS}
 
 
-def push(client: TestClient, seed: int, sequence: int, base_version: int, **others: str | int) -> dict[str, object]:
+def push(client: TestClient, seed: int, sequence: int, base_version: int, **others: str | float) -> dict[str, object]:
     """A push that must be accepted."""
     body = make_body(seed)
     parameters = push_parameters(sequence, base_version, **others)
@@ -145,7 +145,9 @@ def test_all_experts_come_in_one_answer_b2(house: House, dtype: str) -> None:
     tensors = names_to_bytes(answer.content)
     assert {name.partition("/")[0] for name in tensors} == {"python", "law", "python-2"}
     expected = names_to_bytes(alone.content)
-    assert {name.removeprefix("python/"): raw for name, raw in tensors.items() if name.startswith("python/")} == expected
+    assert {
+        name.removeprefix("python/"): raw for name, raw in tensors.items() if name.startswith("python/")
+    } == expected
 
 
 def names_to_bytes(body: bytes) -> dict[str, bytes]:
@@ -190,6 +192,23 @@ def test_weights_that_the_caller_has_are_not_sent_again(http: TestClient, accept
     assert (status, newer != tag, len(body) > 0) == (200, True, True)
 
 
+def test_a_newer_version_is_never_answered_with_what_was_encoded_before(house: House, http: TestClient) -> None:
+    """Also not after a rollback, which brings the same numbers back as another version."""
+
+    def pull() -> tuple[int, bytes]:
+        body = http.post("/get_expert_weights", json={"expert": "python"}, headers=BINARY).content
+        got = decode(body, LAYOUT)
+        return json.loads(got.metadata["fedmoe"])["version"], got.flat.tobytes()
+
+    first = pull()
+    push(http, 1, 0, 0)
+    second = pull()
+    http.post("/rollback", json={"expert": "python", "to_version": 0})
+    third = pull()
+    assert [version for version, _ in (first, second, third)] == [0, 1, 2]
+    assert first[1] == third[1] != second[1]
+
+
 def test_every_form_of_the_same_weights_has_its_own_tag(http: TestClient) -> None:
     forms = [(BINARY, dtype) for dtype in WIRE_DTYPES] + [({}, "fp32")]
     tags = [http.get("/get_gateway_weights", params={"dtype": d}, headers=h).headers["etag"] for h, d in forms]
@@ -203,7 +222,9 @@ def test_a_push_can_be_answered_with_the_newest_weights(house: House, http: Test
     answer = http.post("/push_expert_update", params=parameters, content=body, headers=push_headers(body) | BINARY)
     result = json.loads(answer.headers["fedmoe-result"])
     assert (result["version"], result["staleness"]) == (2, 1)
-    np.testing.assert_array_equal(decode(answer.content, LAYOUT).flat, house.service.coordinator.expert("python").adapter.flat)
+    np.testing.assert_array_equal(
+        decode(answer.content, LAYOUT).flat, house.service.coordinator.expert("python").adapter.flat
+    )
     shown = http.post("/push_expert_update", params=parameters, content=body, headers=push_headers(body)).json()
     assert shown["result"]["duplicate"] is True
     assert set(shown["modules"]) == {module.name for module in LAYOUT.modules}

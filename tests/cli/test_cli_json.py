@@ -1,0 +1,128 @@
+"""What programs read: JSON documents with keys that stay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import Outcome
+from live import ADMIN, JOIN, House, LiveServer
+
+from fedmoe.lora.formats import read_npz
+
+Run = Callable[..., Outcome]
+
+GATEWAY = {
+    *("version", "strategy", "rank", "parameters", "modules", "lora_A_shape", "lora_B_shape", "sources", "weights"),
+    *("truncation_error", "digest"),
+}
+EXPERT = {"name", "version", "rank", "alpha", "parameters", "base", "digest", "workers"}
+WORKER = {"worker", "updates", "staleness", "loss", "steps", "tokens", "seconds_ago"}
+CHANGE = {"expert", "version", "gateway_version", "removed", "digest"}
+
+
+def test_gateway_info(server: LiveServer, fedmoe: Run) -> None:
+    """A3, D3: two registrations and three updates made the gateway's version 5."""
+    said = json.loads(fedmoe("gateway", "info", "--json", "--coordinator-url", server.url).out)
+    assert said.keys() == GATEWAY
+    assert (said["version"], said["sources"]) == (5, {"python": 3, "sql": 0})
+    assert said["weights"] == {"python": 0.5, "sql": 0.5}
+
+
+def test_experts_list(server: LiveServer, fedmoe: Run) -> None:
+    """A5."""
+    said = json.loads(fedmoe("experts", "list", "--json", "--coordinator-url", server.url).out)
+    assert said.keys() == {"experts", "gateway", "enable_gateway"}
+    assert said["gateway"].keys() == GATEWAY
+    python, sql = said["experts"]
+    assert python.keys() == sql.keys() == EXPERT
+    assert [(w["worker"], w["updates"]) for w in python["workers"]] == [("w1", 2), ("w2", 1)]
+    assert python["workers"][0].keys() == WORKER
+    assert sql["workers"] == []
+
+
+def test_experts_create(server: LiveServer, fedmoe: Run) -> None:
+    said = json.loads(fedmoe("experts", "create", "docs", "sql", "--json", "--coordinator-url", server.url).out)
+    assert [(expert["name"], expert["version"]) for expert in said] == [("docs", 0), ("sql", 0)]
+    assert said[0].keys() == EXPERT
+
+
+def test_rollback_and_retract(server: LiveServer, house: House, fedmoe: Run) -> None:
+    url = ("--coordinator-url", server.url)
+    second = json.loads(fedmoe("retract", "python", "w2", "--reason", "bad data", "--json", *url).out)
+    assert second.keys() == CHANGE
+    assert (second["version"], second["removed"]) == (4, 1)
+    back = json.loads(fedmoe("rollback", "python", "0", "--json", *url).out)
+    assert back.keys() == CHANGE
+    assert (back["version"], back["removed"]) == (5, 2)
+    assert house.service.coordinator.expert("python").digest == back["digest"]
+
+
+def test_token_create_and_revoke(locked_server: LiveServer, fedmoe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = ("--coordinator-url", locked_server.url)
+    # An administrator may have both set: the workers' token must not get in the way.
+    monkeypatch.setenv("FEDMOE_TOKEN", JOIN)
+    monkeypatch.setenv("FEDMOE_ADMIN_TOKEN", ADMIN)
+    made = json.loads(fedmoe("token", "create", "--worker", "w7", "--expert", "python", "--json", *url).out)
+    assert made.keys() == {"token", "hash"}
+    monkeypatch.setenv("FEDMOE_TOKEN", made["token"])
+    assert fedmoe("experts", "list", *url).status == 0
+    assert fedmoe("token", "revoke", made["hash"], *url).out == "revoked\n"
+    assert fedmoe("experts", "list", *url).status == 1
+
+
+def test_data_check(fedmoe: Run, tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b"}\nnot json\n')
+    outcome = fedmoe("data", "check", str(file), "--json")
+    said = json.loads(outcome.out)
+    assert {"path", "sha256", "format", "rows", "good", "bad"} <= said.keys()
+    assert (said["format"], said["rows"], said["good"]) == ("text", 3, 2)
+    assert outcome.status == 1  # a third of the rows is bad
+
+
+def test_doctor(server: LiveServer, fedmoe: Run, tmp_path: Path) -> None:
+    """D9: what is missing is told with what to do."""
+    file = tmp_path / "empty.jsonl"
+    file.touch()
+    outcome = fedmoe("doctor", "--json", "--dataset", str(file), "--coordinator-url", server.url)
+    said = json.loads(outcome.out)
+    assert all(finding.keys() == {"what", "state", "found", "fix"} for finding in said)
+    found = {finding["what"]: finding for finding in said}
+    assert {"Python", "SQLite", "disk", "memory", "torch", "transformers", "coordinator", "dataset"} <= found.keys()
+    assert found["coordinator"]["state"] == "ok"
+    assert found["dataset"]["state"] == "problem"
+    assert outcome.status == 1
+
+
+def test_doctor_goes_on_after_a_refusal(locked_server: LiveServer, fedmoe: Run) -> None:
+    outcome = fedmoe("doctor", "--json", "--coordinator-url", locked_server.url)
+    coordinator = next(finding for finding in json.loads(outcome.out) if finding["what"] == "coordinator")
+    assert coordinator["state"] == "problem"
+    assert "FEDMOE_TOKEN" in coordinator["fix"]
+
+
+def test_the_specified_tool_prints_one_document_whatever_it_saves(
+    server: LiveServer,
+    house: House,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A4, A5: `--save-gateway` and `--list-experts` together."""
+    from fedmoe.cli import get_gateway_model
+
+    file = tmp_path / "gateway_model.npz"
+    options = ["--coordinator-url", server.url, "--save-gateway", str(file), "--list-experts", "--json"]
+    monkeypatch.setattr("sys.argv", ["get_gateway_model.py", *options])
+    get_gateway_model()
+    said = capsys.readouterr()
+    assert json.loads(said.out)["gateway"]["version"] == 5
+    assert str(file) in said.err
+    saved, gateway = read_npz(file.read_bytes()), house.service.coordinator.gateway().adapter
+    for name in (module.name for module in gateway.layout.modules):
+        (a, b), (c, d) = saved.module(name), gateway.module(name)
+        np.testing.assert_allclose(b @ a * saved.scale, d @ c * gateway.scale, rtol=1e-6, atol=1e-9)

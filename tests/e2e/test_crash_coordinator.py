@@ -1,0 +1,186 @@
+"""A real coordinator process, killed without warning: what it acknowledged is there afterwards, exactly once."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from crash_load import Acknowledged, Pusher, blob_files, check_history, fold, named_blobs, pull, read_journal
+from support import EPOCH, MANIFEST, CoordinatorProcess, make_body, sha256
+
+from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
+from fedmoe.wire.messages import UpdateHeader, UpdateResult
+
+Start = Callable[..., CoordinatorProcess]
+EXPERTS = ["python", "sql"]
+
+
+def register(url: str, *names: str) -> None:
+    with CoordinatorClient(url) as client:
+        for name in names:
+            client.register(name, "w0", MANIFEST)
+
+
+def kill_under_load(coordinator: CoordinatorProcess, kills: int, seed: int) -> list[Acknowledged]:
+    """Four clients push while the process is killed at random moments; ends with it running and nobody waiting."""
+    moments = random.Random(seed)
+    coordinator.start()
+    register(coordinator.url, *EXPERTS)
+    stop = threading.Event()
+    pushers = [Pusher(coordinator.url, f"w{n}", EXPERTS[n % 2], n, stop) for n in range(4)]
+    try:
+        for _ in range(kills):
+            time.sleep(moments.uniform(0.05, 0.5))
+            coordinator.kill()
+            coordinator.start()
+    finally:
+        stop.set()
+        for pusher in pushers:
+            pusher.thread.join()
+    assert [pusher.problem for pusher in pushers] == [None] * len(pushers)
+    return [one for pusher in pushers for one in pusher.acknowledged]
+
+
+def check_all(coordinator: CoordinatorProcess, told: list[Acknowledged], keep_updates: int | None) -> None:
+    """The history, the weights before and after one more kill, and the files that are left."""
+    before = pull(coordinator.url, EXPERTS)
+    coordinator.kill()
+    coordinator.start()
+    after = pull(coordinator.url, EXPERTS)
+    assert coordinator.stop() == 0
+    state_dir = coordinator.state_dir
+    events = read_journal(state_dir)
+    check_history(events, told)
+    expected = fold(events, told)
+    for name in EXPERTS:
+        np.testing.assert_array_equal(before[name], expected[name])
+        np.testing.assert_array_equal(after[name], expected[name])
+    if keep_updates is None:
+        assert blob_files(state_dir) == named_blobs(state_dir)
+    else:
+        assert blob_files(state_dir) < named_blobs(state_dir)  # the bytes of old updates went, their events stay
+
+
+@pytest.mark.parametrize("keep_updates", [None, 20])
+def test_kill_9_under_load_loses_and_repeats_nothing(coordinator_process: Start, keep_updates: int | None) -> None:
+    check_kills(coordinator_process, 5, keep_updates)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_updates", [None, 20])
+def test_two_hundred_kills_under_load_lose_and_repeat_nothing(
+    coordinator_process: Start, keep_updates: int | None
+) -> None:
+    check_kills(coordinator_process, 100, keep_updates)
+
+
+def check_kills(start: Start, kills: int, keep_updates: int | None) -> None:
+    coordinator = start(["--keep-updates", str(keep_updates)] if keep_updates else [])
+    told = kill_under_load(coordinator, kills, seed=kills)
+    assert len(told) > 10 * kills, "hardly any load: the kills prove nothing"
+    assert any(one.attempts > 1 for one in told), "no push was ever interrupted: the kills prove nothing"
+    check_all(coordinator, told, keep_updates)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the process dies, and what is true by then; registering passes the commit's places once."""
+
+    failpoint: str
+    stored: bool
+    committed: bool
+
+
+PLACES = [
+    Place("push.received=1", stored=False, committed=False),
+    Place("push.checked=1", stored=False, committed=False),
+    Place("push.stored=1", stored=True, committed=False),
+    Place("commit.before=2", stored=True, committed=False),
+    Place("commit.after=2", stored=True, committed=True),
+    Place("commit.published=2", stored=True, committed=True),
+    Place("push.answered=1", stored=True, committed=True),
+]
+
+
+def push(url: str, sequence: int, base_version: int) -> UpdateResult:
+    header = UpdateHeader(expert="python", worker="w1", epoch=EPOCH, sequence=sequence, base_version=base_version)
+    with CoordinatorClient(url) as client:
+        return client.push(header, make_body(sequence)).result
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.failpoint)
+def test_killed_at_each_step_of_a_push_the_retry_is_accepted_once(coordinator_process: Start, place: Place) -> None:
+    coordinator: CoordinatorProcess = coordinator_process()
+    state_dir, digest = coordinator.state_dir, sha256(make_body(1))
+    coordinator.start(place.failpoint)
+    register(coordinator.url, "python")
+    with pytest.raises(CoordinatorUnavailableError):
+        push(coordinator.url, 1, 0)
+    assert coordinator.wait() == -signal.SIGKILL
+    left = blob_files(state_dir)
+    assert (digest in left) == place.stored
+    assert len(left) == 1  # the blob, or the upload it was to become
+    coordinator.start()
+    assert blob_files(state_dir) == ({digest} if place.committed else set())
+    for duplicate in (place.committed, True):
+        result = push(coordinator.url, 1, 0)
+        assert (result.version, result.gateway_version, result.duplicate) == (1, 2, duplicate)
+    told = [Acknowledged("w1", n, n - 1, n, push(coordinator.url, n, n - 1), 1) for n in (1, 2)]
+    weights = pull(coordinator.url, ["python"])
+    assert coordinator.stop() == 0
+    events = read_journal(state_dir)
+    check_history(events, told)
+    np.testing.assert_array_equal(weights["python"], fold(events, told)["python"])
+
+
+def test_a_kill_while_the_first_expert_is_registered_leaves_a_federation_without_experts(
+    coordinator_process: Start,
+) -> None:
+    coordinator: CoordinatorProcess = coordinator_process()
+    coordinator.start("commit.before=1")
+    with CoordinatorClient(coordinator.url, attempts=1) as client, pytest.raises(CoordinatorUnavailableError):
+        client.register("python", "w1", MANIFEST)
+    assert coordinator.wait() == -signal.SIGKILL
+    coordinator.start()
+    with CoordinatorClient(coordinator.url) as client:
+        assert client.list_experts().experts == []
+        assert client.register("python", "w1", MANIFEST).version == 0
+
+
+def test_a_second_coordinator_on_the_same_state_exits_naming_the_first(
+    coordinator_process: Start, tmp_path: Path
+) -> None:
+    coordinator: CoordinatorProcess = coordinator_process()
+    coordinator.start()
+    assert coordinator.process is not None
+    second = subprocess.run(
+        [sys.executable, "-m", "fedmoe", "coordinator", "--port", "0", "--state-dir", str(tmp_path / "state")],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert second.returncode != 0
+    assert f"process id {coordinator.process.pid}" in second.stderr
+    assert "Traceback" not in second.stderr
+    register(coordinator.url, "python")  # the first is not disturbed
+
+
+def test_sigterm_ends_with_status_0_and_everything_is_there_at_the_next_start(coordinator_process: Start) -> None:
+    coordinator: CoordinatorProcess = coordinator_process()
+    coordinator.start()
+    register(coordinator.url, "python")
+    push(coordinator.url, 1, 0)
+    weights = pull(coordinator.url, ["python"])
+    assert coordinator.stop() == 0
+    coordinator.start()
+    np.testing.assert_array_equal(pull(coordinator.url, ["python"])["python"], weights["python"])

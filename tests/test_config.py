@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from pydantic import ValidationError
+
+from fedmoe.config import MAX_SYNC_INTERVAL, MIN_SYNC_INTERVAL, CoordinatorConfig, WorkerConfig
+
+NEEDED = {"coordinator_url": "http://127.0.0.1:5000", "worker_id": "w1", "specialty": "python", "dataset": "a.jsonl"}
+SECRET = "a-token-that-nobody-may-read-0001"
+
+
+def worker(**parameters: object) -> WorkerConfig:
+    return WorkerConfig(**(NEEDED | parameters))  # type: ignore[arg-type]
+
+
+def coordinator(**parameters: object) -> CoordinatorConfig:
+    return CoordinatorConfig(**parameters)  # type: ignore[arg-type]
+
+
+def test_the_defaults_are_the_documents_ones_a1_a2_c7() -> None:
+    assert worker().sync_interval == 10.0
+    assert (coordinator().port, coordinator().host, coordinator().strategy) == (5000, "127.0.0.1", "weighted_average")
+    assert coordinator().enable_gateway
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, float("nan"), float("inf"), 1e-9, "5m", "", 10 * 365 * 86400, True, None, [5]]
+)
+def test_a_sync_interval_out_of_range_is_an_error_with_the_range_58(value: object) -> None:
+    with pytest.raises(ValidationError, match=r"expected seconds from 0\.01 to 3600 \(5 to 30 recommended\), got"):
+        worker(sync_interval=value)
+
+
+@pytest.mark.parametrize("value", [MIN_SYNC_INTERVAL, 5, "7.5", 30.0, MAX_SYNC_INTERVAL])
+def test_a_sync_interval_in_range_is_taken_58(value: object) -> None:
+    assert worker(sync_interval=value).sync_interval == float(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "word"),
+    [
+        ({"port": 70000}, "65535"),
+        ({"port": -1}, "0"),
+        ({"strategy": "average"}, "weighted_average, sum"),
+        ({"server_optimizer": "adamw"}, "sgd, nesterov, adam"),
+        ({"staleness": "none"}, "constant, polynomial, hinge, exponential"),
+        ({"server_learning_rate": 0}, "greater than 0"),
+        ({"server_learning_rate": float("nan")}, "finite"),
+        ({"server_learning_rate": 1e9}, "1000"),
+        ({"max_staleness": -1}, "greater than or equal to 0"),
+        ({"min_sync_interval": float("inf")}, "finite"),
+        ({"gateway_rank": 0}, "greater than or equal to 1"),
+        ({"tls_cert": "a.pem"}, "both --tls-cert and --tls-key"),
+        ({"tls_key": "a.pem"}, "both --tls-cert and --tls-key"),
+        ({"token": SECRET, "admin_token": SECRET}, "every worker would be an administrator"),
+        ({"prot": 1}, "prot"),
+    ],
+)
+def test_parameters_out_of_range_are_errors_that_name_the_range(parameters: dict[str, object], word: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(word)):
+        coordinator(**parameters)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "word"),
+    [
+        ({"coordinator_url": "127.0.0.1:5000"}, "http://192.168.1.100:5000"),
+        ({"coordinator_url": "http://"}, "http://192.168.1.100:5000"),
+        ({"coordinator_url": "ftp://host"}, "http://192.168.1.100:5000"),
+        ({"coordinator_url": "http://host:99999"}, "http://192.168.1.100:5000"),
+        ({"coordinator_url": "http://user:pass@host"}, "http://192.168.1.100:5000"),
+        ({"coordinator_url": "http://ho st"}, "http://192.168.1.100:5000"),
+        ({"specialty": "../x"}, "pattern"),
+        ({"worker_id": "a b"}, "pattern"),
+        ({"wire_dtype": "fp8"}, "'fp32', 'bf16' or 'int8'"),
+        ({"learning_rate": float("nan")}, "finite"),
+        ({"lora_dropout": 1.5}, "less than or equal to 1"),
+        ({"lr_scheduler_type": "cosine"}, "--max-steps"),
+        ({"sync_intervall": 3}, "sync_intervall"),
+    ],
+)
+def test_a_workers_parameters_are_checked_too(parameters: dict[str, object], word: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(word)):
+        worker(**parameters)
+
+
+def test_environment_variables_stand_in_for_flags_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDMOE_COORDINATOR_PORT", "6000")
+    monkeypatch.setenv("FEDMOE_WORKER_SYNC_INTERVAL", "7.5")
+    monkeypatch.setenv("FEDMOE_TOKEN", SECRET)
+    assert (coordinator().port, coordinator(port=7000).port) == (6000, 7000)
+    assert worker().sync_interval == 7.5
+    token = worker().token
+    assert token is not None
+    assert token.get_secret_value() == SECRET
+
+
+def test_a_misspelt_variable_is_an_error_with_a_suggestion_59(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDMOE_COORDINATOR_STATEDIR", "x")
+    with pytest.raises(ValidationError, match="did you mean FEDMOE_COORDINATOR_STATE_DIR"):
+        coordinator()
+    assert worker()
+
+
+@pytest.mark.parametrize(
+    "variable", ["FEDMOE_COORDINATOR_URL", "FEDMOE_COORDINATOR_SERVICE_HOST", "FEDMOE_COORDINATOR_PORT_5000_TCP_ADDR"]
+)
+def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "x")
+    assert coordinator()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        " ",
+        "short",
+        "a" * 15,
+        "with a space in the middle of it",
+        "line\nbreak-and-more-text",
+        "ümlaut-and-more-text-here",
+    ],
+)
+def test_a_token_that_is_empty_or_unusable_is_an_error_and_never_shown_60(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("FEDMOE_TOKEN", value)
+    for config in (coordinator, worker):
+        with pytest.raises(ValidationError, match="at least 16 characters") as told:
+            config()
+        assert len(value) < 3 or value not in str(told.value)
+
+
+def test_errors_elsewhere_do_not_show_a_token_60(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDMOE_TOKEN", SECRET)
+    with pytest.raises(ValidationError) as told:
+        coordinator(admin_token=SECRET, tls_cert="a.pem")
+    assert SECRET not in str(told.value)
+    assert SECRET not in repr(coordinator())
+
+
+def test_a_config_is_a_value() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        coordinator().port = 1

@@ -1,0 +1,259 @@
+"""The laws of the house, read from the source itself: who may import whom, and what nobody may import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import fedmoe
+
+ROOT = Path(fedmoe.__file__).parents[1]
+PACKAGE = ROOT / "fedmoe"
+
+#: Part of the house -> the parts it may import, from the ground floor up. A row names rows above it only, so there is
+#: no way back down. A row covers a module or a whole folder; the most exact row counts.
+LAYERS: dict[str, set[str]] = {
+    # Algebra, and words everybody uses.
+    "lora": set(),
+    "errors": set(),
+    "failpoints": set(),
+    "files": set(),
+    "record": set(),
+    "logs": set(),
+    # Decisions: no I/O.
+    "manifest": {"lora"},
+    "events": {"manifest"},
+    "experts": {"errors", "lora", "manifest"},
+    "coordinator": {"errors", "events", "experts", "lora", "manifest"},
+    # What survives a crash, and what travels.
+    "storage": {"errors", "events", "files", "manifest"},
+    "wire": {"errors", "lora", "manifest"},
+    "config": {"lora", "wire"},
+    # The server side: no torch.
+    "server": {
+        *("coordinator", "errors", "events", "experts", "failpoints"),
+        *("lora", "manifest", "storage", "wire"),
+    },
+    "distributed_coordinator": {"config", "coordinator", "server", "storage"},
+    # The worker side: never the server.
+    "datasets": set(),
+    "models": {"datasets", "files", "lora", "manifest"},
+    "qwen_finetune": {"datasets", "lora", "manifest", "models"},
+    "qwen_worker": {"datasets", "lora", "manifest", "models", "qwen_finetune"},
+    "worker.outbox": {"failpoints", "files", "wire"},
+    "worker.delivery": {"errors", "wire", "worker.outbox"},
+    "worker.group": {"models"},
+    "worker.pull": {"manifest", "wire", "worker.group"},
+    "worker.progress": {"lora", "qwen_worker"},
+    "worker.report": {"qwen_worker", "record", "wire", "worker.delivery", "worker.outbox"},
+    "worker.signals": set(),
+    "distributed_worker": {
+        *("datasets", "failpoints", "lora", "qwen_finetune", "qwen_worker", "wire"),
+        *("worker.delivery", "worker.group", "worker.outbox", "worker.progress", "worker.pull", "worker.report"),
+    },
+    "worker.setup": {
+        *("config", "coordinator", "datasets", "distributed_worker", "models", "qwen_finetune", "qwen_worker", "wire"),
+        *("worker.group", "worker.outbox", "worker.signals"),
+    },
+    "worker.inference": {"lora", "models", "qwen_finetune"},
+    "worker": set(),
+    # What is done with the result.
+    "gateway": {"datasets", "lora", "models", "qwen_finetune"},
+    "monitor": {"record"},
+    "demo": {"datasets", "files", "gateway", "lora", "models", "monitor", "record", "wire"},
+    # The composition root.
+    "cli": {
+        *("config", "datasets", "demo", "distributed_coordinator", "errors", "files", "logs", "lora", "models"),
+        *("wire", "worker.inference", "worker.setup"),
+    },
+    "__main__": {"cli"},
+}
+
+#: Parts that decide and do nothing else: time, randomness and bytes come in as arguments.
+PURE = ("lora", "errors", "manifest", "events", "experts", "coordinator")
+INPUT_AND_OUTPUT = {
+    *("asyncio", "datetime", "fastapi", "http", "httpx2", "logging", "multiprocessing", "os", "pathlib", "random"),
+    *("requests", "safetensors", "secrets", "shutil", "signal", "socket", "sqlalchemy", "sqlite3", "ssl", "starlette"),
+    *("structlog", "subprocess", "tempfile", "time", "torch", "transformers", "urllib", "uvicorn"),
+}
+
+#: Heavy library -> the parts that may import it, at all.
+HEAVY: dict[str, set[str]] = {
+    "torch": {"models", "qwen_finetune"},
+    "transformers": {"models", "qwen_finetune"},
+    "huggingface_hub": {"models"},
+    "tokenizers": {"models"},
+    "pyarrow": {"datasets"},
+    "matplotlib": {"monitor"},
+    "fastapi": {"server"},
+    "starlette": {"server"},
+    "uvicorn": {"distributed_coordinator", "server"},
+    "sqlalchemy": {"storage"},
+}
+
+#: What runs code that comes with data.
+UNSAFE_MODULES = {"cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "pickle", "shelve"}
+UNSAFE_CALLS = {("torch", "load"), ("torch", "save"), ("yaml", "load")}
+
+SERVER_SIDE = ("lora", "manifest", "events", "experts", "coordinator", "storage", "wire", "server", "config")
+WORKER_SIDE = ("distributed_worker", "models", "qwen_finetune", "qwen_worker", "worker")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imported_names(tree: ast.AST, package: str = "") -> Iterator[str]:
+    """Everything imported anywhere in a file, at its top or in a function; `from a import b` gives `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{package}: relative imports are not used"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@cache
+def imports_of(name: str) -> frozenset[str]:
+    """Our own modules that a module imports, by their full names."""
+    found = set()
+    for imported in imported_names(tree_of(MODULES[name]), name):
+        if imported.split(".")[0] == "fedmoe":
+            target = imported if imported in MODULES else imported.rpartition(".")[0]
+            assert target in MODULES, f"{name} imports {imported}, which is not there"
+            found.add(target)
+    return frozenset(found - {"fedmoe"})
+
+
+def part_of(module: str) -> str:
+    """The most exact row of the table that covers a module."""
+    inner = module.removeprefix("fedmoe.")
+    while inner not in LAYERS:
+        assert inner, f"{module} stands in no row of LAYERS; add one"
+        inner = inner.rpartition(".")[0]
+    return inner
+
+
+def modules_of(*parts: str) -> list[str]:
+    return [name for name in MODULES if any(f"{name}.".startswith(f"fedmoe.{part}.") for part in parts)]
+
+
+def reachable(starts: list[str]) -> set[str]:
+    """All modules of ours that importing `starts` can load."""
+    found: set[str] = set()
+    waiting = list(starts)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += imports_of(name)
+    return found
+
+
+OURS = [name for name in MODULES if name != "fedmoe"]
+
+
+def test_a_row_names_rows_above_it_only() -> None:
+    above: set[str] = set()
+    for part, allowed in LAYERS.items():
+        assert allowed <= above, f"{part} may import {sorted(allowed - above)}, which stand below it"
+        above.add(part)
+
+
+def test_every_row_covers_something() -> None:
+    assert {part_of(name) for name in OURS} == set(LAYERS)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_module_imports_what_its_row_allows(name: str) -> None:
+    part = part_of(name)
+    imported = {part_of(target) for target in imports_of(name)} - {part}
+    assert imported <= LAYERS[part], f"{name} may not import {sorted(imported - LAYERS[part])}"
+
+
+def test_no_module_imports_itself_on_a_detour() -> None:
+    for name in OURS:
+        assert name not in reachable(list(imports_of(name))), f"{name} is part of an import cycle"
+
+
+def test_server_and_workers_never_load_each_other() -> None:
+    server, worker = modules_of("server", "distributed_coordinator"), modules_of(*WORKER_SIDE)
+    assert server
+    assert worker
+    assert not reachable(server) & set(worker)
+    assert not reachable(worker) & {*server, *modules_of("storage")}
+
+
+def test_only_the_command_line_and_the_demonstration_show() -> None:
+    importers = {part_of(name) for name in OURS if any(part_of(target) == "monitor" for target in imports_of(name))}
+    assert importers - {"monitor"} <= {"cli", "demo"}
+
+
+def test_only_the_entry_points_import_the_command_line() -> None:
+    importers = {part_of(name) for name in OURS if any(part_of(target) == "cli" for target in imports_of(name))}
+    assert importers == {"cli", "__main__"}
+
+
+@pytest.mark.parametrize("name", modules_of(*PURE))
+def test_a_deciding_module_has_no_input_and_output(name: str) -> None:
+    roots = {imported.split(".")[0] for imported in imported_names(tree_of(MODULES[name]))}
+    assert not roots & INPUT_AND_OUTPUT
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_heavy_library_stays_in_its_place(name: str) -> None:
+    roots = {imported.split(".")[0] for imported in imported_names(tree_of(MODULES[name]))}
+    for library in roots & HEAVY.keys():
+        assert part_of(name) in HEAVY[library], f"{name} may not import {library}"
+
+
+def test_only_models_load_a_base_model() -> None:
+    for name in OURS:
+        attributes = {node.attr for node in ast.walk(tree_of(MODULES[name])) if isinstance(node, ast.Attribute)}
+        assert "from_pretrained" not in attributes or part_of(name) == "models"
+
+
+def test_the_server_side_loads_no_torch() -> None:
+    names = [*modules_of(*SERVER_SIDE), "fedmoe.distributed_coordinator", "fedmoe.cli"]
+    heavy = ["torch", "transformers", "tokenizers", "huggingface_hub", "peft", "pyarrow", "matplotlib"]
+    code = "\n".join(f"import {name}" for name in names)
+    code += f"\nimport sys; print(sorted(sys.modules.keys() & {set(heavy)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def sources() -> Mapping[str, Path]:
+    """Every Python file of the repository but the tests."""
+    others = [*ROOT.glob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "demo").rglob("*.py")]
+    return MODULES | {module_name(path): path for path in others}
+
+
+@pytest.mark.parametrize("name", sources())
+def test_nothing_runs_code_that_comes_with_data(name: str) -> None:
+    tree = tree_of(sources()[name])
+    assert not {imported.split(".")[0] for imported in imported_names(tree)} & UNSAFE_MODULES
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) not in UNSAFE_CALLS
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            assert isinstance(node.value, ast.Constant)
+            assert node.value.value is False
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
+            target = node.func.value
+            if isinstance(target, ast.Name) and target.id in ("np", "numpy"):
+                assert any(keyword.arg == "allow_pickle" for keyword in node.keywords)
