@@ -80,6 +80,7 @@ class CoordinatorConfig(_ProcessConfig):
     server_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
     server_optimizer: str = "sgd"
     buffer_size: Annotated[int, Field(ge=1, le=1024)] = 1
+    clip_norm: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     staleness: str = "polynomial"
     max_staleness: Annotated[int, Field(ge=0)] | None = None
     keep_updates: Annotated[int, Field(ge=1)] | None = None

@@ -19,19 +19,24 @@ from fedmoe.experts import ExpertModel
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import digest
 from fedmoe.lora.merge import STRATEGIES, Merged, merge
+from fedmoe.lora.robust import clip_factor
 from fedmoe.lora.update_rules import RULES, STALENESS, RuleState, UpdateRule, buffered
 from fedmoe.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
 class Aggregation:
-    """How updates are weighed and the gateway is made; `max_staleness` None accepts any age."""
+    """How updates are weighed and the gateway is made.
+
+    `max_staleness` None accepts any age; `clip_norm` scales an update down to so many times the usual norm, None never.
+    """
 
     server_learning_rate: float = 1.0
     staleness: str = "polynomial"
     max_staleness: int | None = None
     server_optimizer: str = "sgd"
     buffer_size: int = 1
+    clip_norm: float | None = None
     enable_gateway: bool = True
     strategy: str = "weighted_average"
     gateway_rank: int | None = None
@@ -56,7 +61,7 @@ class Aggregation:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """An update as it arrives: who sent it, as which of their updates, and from which version it was made."""
+    """An update as it arrives: who sent it, as which of their updates, from which version it was made, its L2 norm."""
 
     expert: str
     worker: str
@@ -65,6 +70,7 @@ class Submission:
     base_version: int
     digest: str
     info: dict[str, float] = field(default_factory=dict)
+    norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,9 @@ class Draft:
                 newest_version=expert.version,
                 staleness=staleness,
             )
-        coefficient = self.aggregation.coefficient(staleness)
+        clip, info = self._clip(expert, submission.norm), submission.info
+        if submission.norm is not None:
+            info = info | {"norm": submission.norm} | ({"clip": clip} if clip < 1 else {})
         return UpdateAccepted(
             submission.expert,
             submission.worker,
@@ -165,11 +173,16 @@ class Draft:
             submission.base_version,
             submission.digest,
             staleness,
-            coefficient,
+            clip * self.aggregation.coefficient(staleness),
             expert.version + 1,
             at,
-            submission.info,
+            info,
         )
+
+    def _clip(self, expert: ExpertModel, norm: float | None) -> float:
+        if self.aggregation.clip_norm is None or norm is None:
+            return 1.0
+        return clip_factor(norm, expert.norms, self.aggregation.clip_norm)
 
     def roll_back(self, name: str, to_version: int, state: RuleState, reason: str, at: float) -> ExpertRolledBack:
         """The expert's next version gets `state`, rebuilt by the caller from version `to_version`."""
@@ -196,7 +209,8 @@ class Draft:
                 self.experts[event.expert] = ExpertModel.initial(event.expert, event.manifest, event.seed, rule)
             case UpdateAccepted():
                 assert delta is not None, "an accepted update is applied with its delta"
-                self.experts[event.expert] = self.experts[event.expert].land(delta, event.coefficient, rule)
+                landed = self.experts[event.expert].land(delta, event.coefficient, rule)
+                self.experts[event.expert] = landed.remember(event.landed_norm)
             case ExpertRolledBack() | WorkerRetracted():
                 assert rebuilt is not None, "a rollback or retraction is applied with the rebuilt state"
                 self.experts[event.expert] = self.experts[event.expert].become(rebuilt)

@@ -59,6 +59,7 @@ class DistributedCoordinator:
             config.max_staleness,
             config.server_optimizer,
             config.buffer_size,
+            config.clip_norm,
             config.enable_gateway,
             config.strategy,
             config.gateway_rank,

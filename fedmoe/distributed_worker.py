@@ -50,8 +50,6 @@ _CHECKPOINT_SECONDS = 60.0
 _LAST_WAIT_SECONDS = 20.0
 _TICK_SECONDS = 0.2
 _NON_FINITE_LIMIT = 5
-# Refusals of the numbers themselves: such an update must never be sent again, nor what was learned on top of it.
-_POISONED = frozenset({"not_finite", "norm_too_large"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +180,8 @@ class DistributedWorker:
             self._report_undelivered()
             return None
         if answer.refused is not None and answer.newest is None:
-            self._drop_if_poisoned(answer)
+            if answer.poisoned:
+                self._box.settle()
             raise answer.refused
         self._told(answer)
         if answer.landed:
@@ -321,16 +320,12 @@ class DistributedWorker:
 
     def _give_up(self, answer: Answered | None) -> None:
         """Refused for a reason a person has to see to; the update is kept for the next start; all ranks."""
-        refused = answer.refused if answer else None
-        if not self._group.flag(refused is not None and refused.code in _POISONED):
+        if not self._group.flag(answer is not None and answer.poisoned):
             self._save()
-        if answer is not None:
-            self._drop_if_poisoned(answer)
-        raise refused or WorkerFailedError("process 0 of this group cannot go on; its message says why")
-
-    def _drop_if_poisoned(self, answer: Answered) -> None:
-        if answer.refused is not None and answer.refused.code in _POISONED:
+        elif self._talks:
             self._box.settle()
+        refused = answer.refused if answer else None
+        raise refused or WorkerFailedError("process 0 of this group cannot go on; its message says why")
 
     def _leave(self) -> None:
         """Save, deliver what is under way and what is left, within a bound; what is not answered waits on disk."""

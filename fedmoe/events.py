@@ -38,6 +38,12 @@ class UpdateAccepted:
     at: float
     info: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def landed_norm(self) -> float | None:
+        """The L2 norm of the delta after clipping, before learning rate and staleness; None if it is not known."""
+        norm = self.info.get("norm")
+        return None if norm is None else norm * self.info.get("clip", 1.0)
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertRolledBack:

@@ -12,19 +12,23 @@ from fedmoe.errors import RefusedError
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import digest
 from fedmoe.lora.initial import initial_adapter
-from fedmoe.lora.robust import first_not_finite
+from fedmoe.lora.robust import USUAL_WINDOW, first_not_finite
 from fedmoe.lora.update_rules import RuleState, UpdateRule
 from fedmoe.manifest import Manifest
 
 
 @dataclass(frozen=True)
 class ExpertModel:
-    """A named LoRA adapter with a version that rises by one per change; a value, replaced and never altered."""
+    """A named LoRA adapter with a version that rises by one per change; a value, replaced and never altered.
+
+    `norms` are the L2 norms of the last updates as they landed, the newest last: they say what is usual.
+    """
 
     name: str
     manifest: Manifest
     version: int
     state: RuleState
+    norms: tuple[float, ...] = ()
 
     @classmethod
     def initial(cls, name: str, manifest: Manifest, seed: int, rule: UpdateRule) -> Self:
@@ -69,6 +73,10 @@ class ExpertModel:
                     "Lower the learning rate and restart the worker from the expert's newest version.",
                 )
         return replace(self, version=self.version + 1, state=state)
+
+    def remember(self, norm: float | None) -> Self:
+        """The same version, with the norm of the update that made it among the usual ones."""
+        return self if norm is None else replace(self, norms=(*self.norms, norm)[-USUAL_WINDOW:])
 
     def become(self, state: RuleState) -> Self:
         """The next version with a state rebuilt from the journal (rollback, retraction)."""

@@ -24,6 +24,9 @@ def coordinator(
     server_learning_rate: Annotated[float | None, typer.Option(help="lr of expert += lr * s(tau) * delta.")] = None,
     server_optimizer: Annotated[str | None, typer.Option(help="sgd (default), nesterov or adam.")] = None,
     buffer_size: Annotated[int | None, typer.Option(help="Updates averaged into one step. [default: 1]")] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option(help="Scale an update down to so many times the usual norm. [default: never]")
+    ] = None,
     staleness: Annotated[str | None, typer.Option(help="constant, polynomial (default), hinge or exponential.")] = None,
     max_staleness: Annotated[int | None, typer.Option(help="Refuse updates older than this. [default: none]")] = None,
     keep_updates: Annotated[

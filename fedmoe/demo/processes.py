@@ -70,8 +70,8 @@ def start(name: str, arguments: Sequence[str], log: Path, niceness: int = 0) -> 
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **threads},
-            # A group of its own: Ctrl-C reaches the demonstration alone, which then stops all in order. The same session:
-            # in a session of its own a process gets its own share of the cores, and niceness would mean nothing.
+            # A group of its own: Ctrl-C reaches the demonstration alone, which then stops all in order. Not a session of
+            # its own: that would give every process an equal share of the cores, and niceness would mean nothing.
             process_group=0,
         )
     return Running(name, process, log)

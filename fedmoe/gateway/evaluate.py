@@ -29,18 +29,21 @@ def evaluate(
     batch_size: int = 4,
     progress: Callable[[str], None] = lambda _: None,
 ) -> LossMatrix:
-    """The loss of the base model and of every adapter on every domain, all on the same blocks."""
+    """The loss of the base model and of every adapter on every domain, all on the same blocks; leaves `base` bare."""
     first = next(iter(adapters.values()))
     targets = tuple(module.name for module in first.layout.modules)
     model = QwenLoRAExpert(base, LoraConfig(first.rank, first.alpha, target_modules=targets))
     losses: dict[str, dict[str, float]] = {}
     tokens: dict[str, int] = {}
-    # An adapter of zeros changes nothing, so the base model goes through the very same code.
-    for name, adapter in {BASE: Adapter.zeros(first.layout, first.alpha), **adapters}.items():
-        model.load_adapter(adapter)
-        losses[name] = {}
-        for domain, blocks in held_out.items():
-            progress(f"{name} on {domain}")
-            result = model.evaluate(blocks, batch_size)
-            losses[name][domain], tokens[domain] = result.loss, result.tokens
+    try:
+        # An adapter of zeros changes nothing, so the base model goes through the very same code.
+        for name, adapter in {BASE: Adapter.zeros(first.layout, first.alpha), **adapters}.items():
+            model.load_adapter(adapter)
+            losses[name] = {}
+            for domain, blocks in held_out.items():
+                progress(f"{name} on {domain}")
+                result = model.evaluate(blocks, batch_size)
+                losses[name][domain], tokens[domain] = result.loss, result.tokens
+    finally:
+        model.attached.detach()
     return LossMatrix(losses, tokens)

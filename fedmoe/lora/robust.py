@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
+
 import numpy as np
 
 from fedmoe.lora.adapter import FloatVector, Layout
@@ -21,3 +24,19 @@ def first_not_finite(layout: Layout, flat: FloatVector) -> str | None:
             if not np.isfinite(values).all():
                 return f"{module.name}.{factor}"
     return None
+
+
+#: How many of the last norms say what is usual, and how many are needed before anything is called unusual.
+USUAL_WINDOW = 32
+USUAL_LEAST = 5
+
+
+def clip_factor(norm: float, recent: Sequence[float], multiple: float) -> float:
+    """What to multiply an update with so that its norm is at most `multiple` times the median of the recent ones.
+
+    1 while fewer than `USUAL_LEAST` norms are known. Norm clipping bounds what one update can do; it is no defence
+    against many small ones (Shejwalkar et al. 2022).
+    """
+    if len(recent) < USUAL_LEAST or norm <= 0:
+        return 1.0
+    return min(1.0, multiple * statistics.median(recent) / norm)

@@ -17,6 +17,7 @@ from fedmoe.events import Event, ExpertRegistered, Lineage, UpdateAccepted, leng
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.codec import decode
 from fedmoe.lora.container import encode_named, read_named
+from fedmoe.lora.robust import USUAL_WINDOW
 from fedmoe.lora.update_rules import RuleState
 from fedmoe.manifest import Manifest
 from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, StorageFailedError, put
@@ -102,7 +103,11 @@ class History:
         registered, chains = _registration(events), lineages(events)
         version = max(chains)
         state = self._rebuild(registered, chains, chains[version])
-        return ExpertModel(registered.expert, registered.manifest, version, state)
+        expert = ExpertModel(registered.expert, registered.manifest, version, state)
+        for event in events[-USUAL_WINDOW:]:
+            if isinstance(event, UpdateAccepted):
+                expert = expert.remember(event.landed_norm)
+        return expert
 
     def at_version(self, expert: ExpertModel, version: int) -> Rebuilt:
         """The state the expert had at an earlier version."""

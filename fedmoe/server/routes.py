@@ -87,9 +87,10 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
     @app.get("/get_all_expert_weights")
     def get_all_expert_weights(request: Request, dtype: WireDtype = "fp32") -> Response:
         view = coordinator.draft()  # experts and version of one moment
-        if not view.experts:
-            raise RefusedError("unknown_expert", "no expert is registered yet.", "Start a worker first.")
-        return answer_weights(request, all_weights(view.experts, view.gateway_version), dtype, cache)
+        experts = {name: expert for name, expert in view.experts.items() if _principal(request).may_use(name)}
+        if not experts:
+            raise RefusedError("unknown_expert", "there is no expert yet that you may read.", "Start a worker first.")
+        return answer_weights(request, all_weights(experts, view.gateway_version), dtype, cache)
 
     @app.post("/get_expert_weights")
     def get_expert_weights(request: Request, wanted: ExpertRequest) -> Response:

@@ -31,9 +31,14 @@ class Principal:
         if self.worker is not None and worker != self.worker:
             raise _forbidden(f"this token belongs to worker {self.worker!r}, the request names {worker!r}.")
 
+    def may_use(self, expert: str) -> bool:
+        """Whether the expert is within this token's scope."""
+        return self.experts is None or expert in self.experts
+
     def require_expert(self, expert: str) -> None:
-        if self.experts is not None and expert not in self.experts:
-            raise _forbidden(f"this token may use {', '.join(self.experts)}; the request names {expert!r}.")
+        if not self.may_use(expert):
+            scope = ", ".join(self.experts or ())
+            raise _forbidden(f"this token may use {scope}; the request names {expert!r}.")
 
 
 #: Everybody, where no token is asked for (loopback, or --insecure).

@@ -7,6 +7,7 @@ answer. Each step either finishes or leaves nothing behind.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -156,9 +157,8 @@ class CoordinatorService:
         await receive(body.chunks, expected, writer, self._pool)
         failpoints.reached("push.received")
         async with self._checking:
-            delta = await self._in_thread(lambda: self._check(header, writer, layout))
+            submission, delta = await self._in_thread(lambda: self._check(header, writer, layout))
             failpoints.reached("push.checked")
-            submission = _submission(header, writer.digest)
             if delta is not None:
                 await self._in_thread(writer.commit)
                 failpoints.reached("push.stored")
@@ -178,19 +178,19 @@ class CoordinatorService:
         )
         return result
 
-    def _check(self, header: UpdateHeader, writer: BlobWriter, layout: Layout) -> FloatVector | None:
-        """The delta, if the body is exactly an update of this expert that could land; None if its number is taken.
+    def _check(self, header: UpdateHeader, writer: BlobWriter, layout: Layout) -> tuple[Submission, FloatVector | None]:
+        """The update and its delta, if the body is one that could land; no delta if its number is taken.
 
         What cannot land is refused before it costs a write; the binding decision comes later, in order.
         """
         if self.journal.find_update(header.worker, header.epoch, header.sequence) is not None:
-            return None
+            return _submission(header, writer.digest), None
         if writer.size == 0:
             raise MalformedError("malformed", "the body is empty")
         flat = decode(writer.view(), layout).flat
-        _refuse_unusable(layout, flat)
-        self.coordinator.draft().judge(_submission(header, writer.digest), self.now)
-        return flat
+        submission = _submission(header, writer.digest, _usable_norm(layout, flat))
+        self.coordinator.draft().judge(submission, self.now)
+        return submission, flat
 
     def _decide(self, draft: Draft, submission: Submission, delta: FloatVector | None) -> UpdateResult:
         """The binding decision, taken in the journal's order by the committer."""
@@ -273,11 +273,12 @@ def _refuse_other_bytes(earlier: UpdateAccepted, submission: Submission) -> None
         )
 
 
-def _refuse_unusable(layout: Layout, flat: FloatVector) -> None:
-    """Refuse numbers that would break an expert: not finite, or so large that their sum could overflow float32."""
+def _usable_norm(layout: Layout, flat: FloatVector) -> float:
+    """The L2 norm; refuses numbers that would break an expert: not finite, or a sum that could overflow float32."""
     with np.errstate(over="ignore", invalid="ignore"):
-        if np.dot(flat, flat) <= MAX_NORM**2:  # one pass decides the usual case; false for a NaN
-            return
+        squared = float(np.dot(flat, flat))
+    if squared <= MAX_NORM**2:  # one pass decides the usual case; false for a NaN
+        return math.sqrt(squared)
     bad = first_not_finite(layout, flat)
     if bad is not None:
         raise RefusedError(
@@ -292,7 +293,7 @@ def _refuse_unusable(layout: Layout, flat: FloatVector) -> None:
     )
 
 
-def _submission(header: UpdateHeader, digest: str) -> Submission:
+def _submission(header: UpdateHeader, digest: str, norm: float | None = None) -> Submission:
     info = {"loss": header.loss, "steps": header.steps, "tokens": header.tokens}
     return Submission(
         header.expert,
@@ -302,6 +303,7 @@ def _submission(header: UpdateHeader, digest: str) -> Submission:
         header.base_version,
         digest,
         {key: float(value) for key, value in info.items() if value is not None},
+        norm,
     )
 
 

@@ -26,6 +26,8 @@ Result = TypeVar("Result")
 CURED_BY_PULLING = frozenset({"too_stale", "unknown_version"})
 # The coordinator got other bytes than were sent: a fault on the way, which the next try may not meet.
 _DAMAGED_ON_THE_WAY = frozenset({"digest_mismatch", "truncated"})
+# Refusals of the numbers themselves.
+_POISONED = frozenset({"not_finite", "norm_too_large"})
 _FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 15.0
 _LONGEST_ASKED = 60.0
@@ -46,6 +48,11 @@ class Answered:
     @property
     def landed(self) -> bool:
         return self.refused is None
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether the update's numbers themselves were refused: it must never be sent again."""
+        return self.refused is not None and self.refused.code in _POISONED
 
 
 class Delivery:

@@ -3,15 +3,17 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from live import House, LiveServer, content_digest, push_headers, push_parameters
+from live import House, LiveServer, content_digest, open_house, push_headers, push_parameters
 from numpy.typing import NDArray
 from starlette.testclient import TestClient
 from support import LAYOUT, make_body, make_flat
 
+from fedmoe.coordinator import Aggregation
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.codec import encode
 from fedmoe.lora.container import header_bytes
@@ -373,3 +375,27 @@ def test_after_an_io_error_on_disk_nothing_is_promised_any_more_9(
     assert (health.status_code, health.json()["status"]) == (503, "failed")
     assert house.service.coordinator.expert("python").version == 0
     assert http.get("/list_experts").status_code == 200
+
+
+def test_an_update_far_above_the_usual_norm_is_scaled_down_visibly_and_for_ever_37(tmp_path: Path) -> None:
+    aggregation = Aggregation(staleness="constant", clip_norm=3.0)
+    with open_house(tmp_path, aggregation) as house, house.client() as http:
+        house.register("python")
+        for number in range(6):
+            assert send(http, make_body(number), sequence=number)[0] == 200
+        usual = sorted(float(np.linalg.norm(make_flat(number))) for number in range(6))
+        huge = 1e4 * make_flat(7)
+        answer = http.post(
+            "/push_expert_update",
+            params=push_parameters(6, 0),
+            content=(body := encode(LAYOUT, huge)),
+            headers=push_headers(body),
+        ).json()
+        expected = 3.0 * (usual[2] + usual[3]) / 2 / float(np.linalg.norm(huge))
+        assert answer["coefficient"] == pytest.approx(expected, rel=1e-5)
+        digest = house.service.coordinator.expert("python").digest
+    with open_house(tmp_path, aggregation) as again:
+        expert = again.service.coordinator.expert("python")
+        assert expert.digest == digest
+        assert expert.norms[-1] == pytest.approx(3.0 * (usual[2] + usual[3]) / 2, rel=1e-5)
+        assert len(expert.norms) == 7

@@ -135,6 +135,9 @@ def test_a_workers_token_is_good_for_its_worker_and_its_experts_only(locked_hous
         for expert, expected in (("python", 200), ("law", 403)):
             answer = client.post("/get_expert_weights", json={"expert": expert}, headers=bearer(token))
             assert answer.status_code == expected
+        listed = client.get("/get_all_expert_weights", headers=bearer(token)).json()
+        assert list(listed["experts"]) == ["python"]
+        assert list(client.get("/get_all_expert_weights", headers=bearer(JOIN)).json()["experts"]) == ["law", "python"]
     assert locked_house.kept() == before
 
 

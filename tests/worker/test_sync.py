@@ -130,6 +130,13 @@ def test_one_step_is_done_between_two_pushes_however_long_it_takes(house: Federa
     assert steps[-1] == 4
 
 
+def test_one_that_may_not_train_while_an_update_travels_still_trains_between_pushes(
+    house: Federation, tmp_path: Path
+) -> None:
+    Setup(house.url, tmp_path / "w1", steps=3, every=0.001, max_unsynced=1e-9, clock=None).run()
+    assert [update.info["steps"] for update in house.updates()] == [1, 2, 3]
+
+
 def test_the_coordinators_minimum_interval_is_obeyed(tmp_path: Path) -> None:
     with federation(tmp_path / "coordinator", min_sync_interval=5.0) as house:
         Setup(house.url, tmp_path / "w1", steps=10, every=1, after_step=wait_for_answer).run()
