@@ -221,3 +221,17 @@ def test_both_languages_of_the_readme_show_the_same_commands_and_numbers() -> No
     assert tables[0] == tables[1]
     options = [sorted(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) for text in (english, chinese)]
     assert set(options[0]) == set(options[1])
+
+
+FAULTS = re.findall(r"^\| ([\d-]+) \| .+ \| `([^`]+)` \|$", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE)
+
+
+def test_the_table_of_faults_is_read() -> None:
+    assert len(FAULTS) > 35
+
+
+@pytest.mark.parametrize(("fault", "test"), FAULTS)
+def test_every_fault_names_a_test_that_exists(fault: str, test: str) -> None:
+    file, _, name = test.partition("::")
+    assert (ROOT / file).exists()
+    assert not name or name in functions_of(ROOT / file)
