@@ -35,7 +35,7 @@ $(VENV)/.dev: $(VENV)/.demo
 install: $(VENV)/.dev
 
 demo: $(VENV)/.demo
-	OMP_NUM_THREADS= $(BIN)/fedmoe demo $(DEMO_FLAGS)
+	env -u OMP_NUM_THREADS $(BIN)/fedmoe demo $(DEMO_FLAGS)
 
 test: lint types unit
 

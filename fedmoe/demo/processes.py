@@ -70,7 +70,7 @@ def start(name: str, arguments: Sequence[str], log: Path, niceness: int = 0) -> 
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **threads},
-            # A group of its own: Ctrl-C reaches the demonstration alone, which then stops all in order. Not a session of
+            # A group of its own: Ctrl-C reaches the demonstration alone, which then stops all in order. No session of
             # its own: that would give every process an equal share of the cores, and niceness would mean nothing.
             process_group=0,
         )

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -40,11 +41,9 @@ def run_demo(plan: DemoPlan, console: Console) -> dict[str, DomainResult]:
     prepare_base(plan.base_model)
     build_domains(plan.data, progress=lambda line: console.print(f"  {line}", highlight=False))
     console.print(f"[bold]2/4[/] coordinator and {len(WORKERS)} workers on loopback, {plan.steps} steps each")
-    training = time.monotonic()
     _train(plan, console)
-    trained = time.monotonic() - training
     console.print("[bold]3/4[/] held-out losses")
-    domains = _measure(plan, console, trained)
+    domains = _measure(plan, console)
     console.print("[bold]4/4[/] report")
     console.print(report_table(domains))
     took = time.monotonic() - started
@@ -109,7 +108,7 @@ def _save_peft(plan: DemoPlan, name: str, adapter: Adapter, base: dict[str, str]
     write_folder_atomic(plan.folder / "adapters" / name, files, force=True)
 
 
-def _measure(plan: DemoPlan, console: Console, trained: float) -> dict[str, DomainResult]:
+def _measure(plan: DemoPlan, console: Console) -> dict[str, DomainResult]:
     """Score the saved models on the held-out files, with all cores now that training is over; write the report."""
     pin_threads(os.cpu_count() or 1)
     base = load_base(plan.base_model)
@@ -125,7 +124,7 @@ def _measure(plan: DemoPlan, console: Console, trained: float) -> dict[str, Doma
         "tokens_per_step": plan.batch_size * plan.max_length,
         "sync_interval_seconds": plan.sync_interval,
         "strategy": "weighted_average",
-        "training_seconds": round(trained, 1),
+        "training_seconds": round(training_seconds(_all_records(plan)), 1),
         "dtype": str(base.dtype),
         **json.loads((plan.folder / "models.json").read_bytes()),
     }
@@ -155,6 +154,13 @@ def _write_report(plan: DemoPlan, domains: dict[str, DomainResult], facts: dict[
     write_atomic(plan.folder / "loss.png", loss_chart(records, held_out), 0o644)
     write_atomic(plan.folder / "report.md", report_markdown(domains, facts).encode(), 0o644)
     write_atomic(plan.report, report_json(domains, facts).encode(), 0o644)
+
+
+def training_seconds(records: list[Record], pause: float = 60.0) -> float:
+    """Wall-clock seconds in which at least one worker trained; longer pauses, between two runs, do not count."""
+    moments = [float(str(record["at"])) for record in records]
+    gaps = [after - before for before, after in pairwise(moments)]
+    return sum(gap for gap in gaps if gap < pause)
 
 
 def _all_records(plan: DemoPlan) -> list[Record]:

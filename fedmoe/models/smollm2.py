@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from fedmoe.models.cache import cache_root, make_once
 from fedmoe.models.identity import BaseModelError
@@ -65,6 +66,7 @@ def _wheel(scratch: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
+    disable_progress_bar()  # three bars for three seconds are noise
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # A model that came from a GGUF believes that it is still quantised and refuses to be saved.
     del model.config.quantization_config

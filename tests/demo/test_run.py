@@ -78,3 +78,9 @@ def check_adapters(plan: DemoPlan) -> None:
     with np.load(plan.folder / "gateway_model.npz", allow_pickle=False) as arrays:
         assert arrays["lora_A"].ndim == arrays["lora_B"].ndim == 2
         assert int(arrays["version"]) > 0
+
+
+def test_the_time_between_two_runs_is_no_training_time() -> None:
+    records = [{"at": at, "kind": "step"} for at in (0.0, 4.0, 10.0, 500.0, 503.0)]
+    assert run.training_seconds(records) == 13.0
+    assert run.training_seconds([]) == 0.0
