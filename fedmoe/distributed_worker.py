@@ -175,7 +175,8 @@ class DistributedWorker:
             return None
         _log.info("delivering", sequence=pending.header.sequence)
         self._delivery = Delivery(self._client, pending, self._trouble)
-        answer = self._await_answer(self._settings.max_unsynced)
+        self._await_answer(self._settings.max_unsynced)
+        answer = self._delivery.answer()
         if answer is None:
             self._report_undelivered()
             return None
@@ -347,14 +348,13 @@ class DistributedWorker:
         self._take_in()
         return self._group.flag(self._delivery is None)
 
-    def _await_answer(self, seconds: float) -> Answered | None:
-        """The answer to the update under way, waiting so long for it, less when told to stop."""
+    def _await_answer(self, seconds: float) -> None:
+        """Wait for the answer to the update under way, so long, or less when told to stop."""
         assert self._delivery is not None
         deadline = self._clock() + seconds
-        while (answer := self._delivery.wait(_TICK_SECONDS)) is None and self._clock() < deadline:
+        while not self._delivery.wait(_TICK_SECONDS) and self._clock() < deadline:
             if self._stop.is_set():
                 deadline = min(deadline, self._clock() + _LAST_WAIT_SECONDS)
-        return answer
 
     def _report_undelivered(self) -> None:
         """One who was told to stop may leave an update for the next start; for a schedule's end it is a failure."""

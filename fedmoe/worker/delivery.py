@@ -91,10 +91,9 @@ class Delivery:
             raise self._failure
         return self._answer
 
-    def wait(self, seconds: float) -> Answered | None:
-        """The answer, waiting at most so long for it."""
-        self._done.wait(seconds)
-        return self.answer()
+    def wait(self, seconds: float) -> bool:
+        """Wait for the answer, at most so long; whether `answer` has something to say."""
+        return self._done.wait(seconds)
 
     def close(self) -> None:
         """Try no more; an update that was not answered stays in the outbox."""

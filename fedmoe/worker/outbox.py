@@ -68,7 +68,7 @@ class Outbox:
     def __init__(self, folder: Path, worker: str, expert: str) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
-        self._lock = self._locked()
+        self._lock: int | None = self._locked()
         try:
             self._identity = self._load() or _Identity(worker=worker, expert=expert, epoch=secrets.token_hex(8))
             self._refuse_another(worker, expert)
@@ -76,7 +76,7 @@ class Outbox:
             self._sweep()
             self._store(self._identity)
         except BaseException:
-            os.close(self._lock)
+            self.close()
             raise
 
     @property
@@ -122,8 +122,10 @@ class Outbox:
         self._pending = None
 
     def close(self) -> None:
-        """Give the folder back."""
-        os.close(self._lock)
+        """Give the folder back; a second time does nothing."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
 
     def _locked(self) -> int:
         try:

@@ -35,21 +35,19 @@ def run_worker(config: WorkerConfig) -> None:
     state_dir = Path(config.state_dir or f"runs/workers/{config.worker_id}")
     token = config.token.get_secret_value() if config.token else None
     group = join_group(device)
+    outbox: Outbox | None = None
     try:
         with CoordinatorClient(config.coordinator_url, token) as client:
-            outbox = on_rank_zero(group, lambda: _ready(config, client, state_dir))
+            outbox = on_rank_zero(group, lambda: Outbox(state_dir, config.worker_id, config.specialty))
+            # A wrong URL or token is told before a base model is loaded.
+            on_rank_zero(group, client.federation)
             worker = _build(config, loaded, group, client, state_dir, outbox)
             StopOnSignal(worker.stop).install()
             worker.run()
     finally:
+        if outbox is not None:
+            outbox.close()
         group.close()
-
-
-def _ready(config: WorkerConfig, client: CoordinatorClient, state_dir: Path) -> Outbox:
-    """The worker's state directory, locked; a wrong URL or token is told before a base model is loaded."""
-    outbox = Outbox(state_dir, config.worker_id, config.specialty)
-    client.federation()
-    return outbox
 
 
 def training_blocks(loaded: LoadedFile, base: LoadedBase, config: WorkerConfig, show: bool) -> list[Block]:

@@ -44,8 +44,10 @@ def test_a_busy_coordinator_is_given_the_time_it_asked_for(house: Federation, tm
         worker._report.away = lambda error: told.append(error.retry_after)  # type: ignore[method-assign]
 
     setup = Setup(house.url, tmp_path / "w1", steps=1, every=1, road=Road("busy"), after_step=wait_for_answer)
+    started = time.monotonic()
     worker = setup.run(listen)
     assert told == [2.0]
+    assert time.monotonic() - started >= 2.0
     assert numbers(house) == [0]
     assert worker._under_way.steps == 1
 
@@ -130,7 +132,11 @@ def test_the_last_update_of_a_schedule_lands_even_if_it_is_too_stale_at_first(tm
                 other.run()
 
         worker = Setup(house.url, tmp_path / "w1", steps=3, every=9, after_step=follow).run()
-        assert [(update.worker, update.sequence) for update in house.updates()] == [("other", 0), ("other", 1), ("w1", 1)]
+        assert [(update.worker, update.sequence) for update in house.updates()] == [
+            ("other", 0),
+            ("other", 1),
+            ("w1", 1),
+        ]
         np.testing.assert_array_equal(house.weights, local(worker))
 
 
@@ -271,6 +277,23 @@ def test_local_weights_that_are_not_finite_never_leave(house: Federation, tmp_pa
     assert numbers(house) == []
 
 
+def test_numbers_the_coordinator_refuses_are_never_sent_again(house: Federation, tmp_path: Path) -> None:
+    def explode(worker: DistributedWorker, record: StepRecord) -> None:
+        wait_for_answer(worker, record)
+        if record.step == 4:
+            worker.worker.load(local(worker) * np.float32(1e12))
+
+    setup = Setup(house.url, tmp_path / "w1", steps=8, every=2, after_step=explode)
+    with pytest.raises(RefusedError, match="the update's norm") as caught:
+        setup.run()
+    assert caught.value.code == "norm_too_large"
+    setup.after_step = wait_for_answer
+    worker = setup.run()
+    assert numbers(house) == [0, 2, 3, 4, 5]
+    assert np.abs(house.weights).max() < 10
+    np.testing.assert_array_equal(house.weights, local(worker))
+
+
 def test_a_full_disk_is_told_in_words(house: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
@@ -279,4 +302,3 @@ def test_a_full_disk_is_told_in_words(house: Federation, tmp_path: Path, monkeyp
     with pytest.raises(WorkerFailedError, match="w1: No space left on device"):
         setup.run(lambda _: monkeypatch.setattr("fedmoe.worker.outbox.write_atomic", full))
     assert numbers(house) == []
-

@@ -53,7 +53,7 @@ def first_weights(house: Federation) -> FloatVector:
     return house.house.service._history.at_version(house.expert, 0).state.weights
 
 
-@pytest.mark.parametrize("hit", [1, 2, 3])
+@pytest.mark.parametrize("hit", [1, 3])
 @pytest.mark.parametrize("name", FAILPOINTS)
 def test_a_kill_at_any_failpoint_loses_no_number_and_repeats_none(
     name: str, hit: int, house: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -92,13 +92,18 @@ def test_what_a_later_update_carried_is_not_taken_from_an_older_checkpoint_again
     np.testing.assert_array_equal(local(worker), learned)
 
 
-def uninterrupted(folder: Path, steps: int) -> FloatVector:
-    with federation(folder) as house:
-        return local(Setup(house.url, folder / "w1", steps=steps, every=3, after_step=wait_for_answer).run())
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> FloatVector:
+    """The weights after 8 steps in one go, without anything in between."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with federation(folder / "coordinator") as house:
+        return local(Setup(house.url, folder / "w1", steps=8, every=3, after_step=wait_for_answer).run())
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 4, 5])
-def test_a_stop_and_a_restart_train_what_one_run_would_have(stop_at: int, house: Federation, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_a_stop_and_a_restart_train_what_one_run_would_have(
+    stop_at: int, house: Federation, tmp_path: Path, uninterrupted: FloatVector
+) -> None:
     """Step counter, AdamW's moments and the place in the data go on: the weights come out the same."""
 
     def stop(worker: DistributedWorker, record: StepRecord) -> None:
@@ -106,21 +111,21 @@ def test_a_stop_and_a_restart_train_what_one_run_would_have(stop_at: int, house:
         if record.step == stop_at:
             worker.stop()
 
-    setup = Setup(house.url, tmp_path / "w1", steps=9, every=3, after_step=stop)
+    setup = Setup(house.url, tmp_path / "w1", steps=8, every=3, after_step=stop)
     first = setup.run()
     assert first.worker.step == stop_at
     np.testing.assert_array_equal(house.weights, local(first))
     setup.after_step = wait_for_answer
     worker = run_to_the_end(setup)
-    assert worker.worker.step == 9
+    assert worker.worker.step == 8
     assert len({update.epoch for update in house.updates()}) == 1
     assert sequences(house) == list(range(len(sequences(house))))
-    np.testing.assert_allclose(local(worker), uninterrupted(tmp_path / "other", 9), atol=1e-6)
+    np.testing.assert_allclose(local(worker), uninterrupted, atol=1e-6)
 
 
-@pytest.mark.parametrize("away_from", [1, 2, 3, 5])
+@pytest.mark.parametrize("away_from", [1, 3])
 def test_progress_that_could_not_be_delivered_is_delivered_once_after_a_restart(
-    away_from: int, house: Federation, tmp_path: Path
+    away_from: int, house: Federation, tmp_path: Path, uninterrupted: FloatVector
 ) -> None:
     road = Road()
 
@@ -130,17 +135,19 @@ def test_progress_that_could_not_be_delivered_is_delivered_once_after_a_restart(
         if not road.closed.is_set():
             wait_for_answer(worker, record)
 
-    setup = Setup(house.url, tmp_path / "w1", steps=7, every=0.001, max_unsynced=0.3, road=road, clock=None)
+    setup = Setup(house.url, tmp_path / "w1", steps=8, every=0.001, max_unsynced=0.3, road=road, clock=None)
     setup.after_step = leave
-    with pytest.raises(CoordinatorUnavailableError, match=r"update \d+ is kept in .*w1 and delivered at the next start"):
+    with pytest.raises(
+        CoordinatorUnavailableError, match=r"update \d+ is kept in .*w1 and delivered at the next start"
+    ):
         setup.run()
-    assert len(sequences(house)) < 7
+    assert len(sequences(house)) < 8
     road.closed.clear()
     worker = run_to_the_end(setup)
-    assert worker.worker.step == 7
+    assert worker.worker.step == 8
     assert sequences(house) == list(range(len(sequences(house))))
     np.testing.assert_array_equal(house.weights, local(worker))
-    np.testing.assert_allclose(local(worker), uninterrupted(tmp_path / "other", 7), atol=1e-6)
+    np.testing.assert_allclose(local(worker), uninterrupted, atol=1e-6)
 
 
 def test_told_to_stop_while_the_coordinator_is_away_it_saves_and_leaves_the_update_for_later(
@@ -205,13 +212,15 @@ def test_a_start_after_the_end_of_the_schedule_changes_nothing(house: Federation
     assert (house.expert.digest, house.expert.version) == (digest, version)
 
 
-def test_more_steps_may_be_asked_for_after_the_end(house: Federation, tmp_path: Path) -> None:
+def test_more_steps_may_be_asked_for_after_the_end(
+    house: Federation, tmp_path: Path, uninterrupted: FloatVector
+) -> None:
     setup = Setup(house.url, tmp_path / "w1", steps=4, every=2, after_step=wait_for_answer)
     setup.run()
     setup.steps = 8
     worker = run_to_the_end(setup)
     assert worker.worker.step == 8
-    np.testing.assert_allclose(local(worker), uninterrupted(tmp_path / "other", 8), atol=1e-6)
+    np.testing.assert_allclose(local(worker), uninterrupted, atol=1e-6)
 
 
 def test_told_to_stop_while_it_delivers_what_was_left_it_leaves_soon(

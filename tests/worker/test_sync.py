@@ -183,7 +183,7 @@ def test_two_workers_over_int8_taking_turns_equal_two_over_float32(tmp_path: Pat
             for turn in range(1, 6):
                 for seed, name in enumerate("ab"):
                     setup = Setup(house.url, tmp_path / f"{wire}-{name}", name, data=blocks(seed))
-                    setup.steps, setup.every, setup.wire = turn * 8, 4, wire  # type: ignore[assignment]
+                    setup.steps, setup.every, setup.wire = turn * 8, 4, wire
                     setup.after_step, setup.clock = wait_for_answer, StepClock()
                     worker = setup.run()
             losses[wire] = expert_loss(house, Setup("", tmp_path, data=blocks(0) + blocks(1)), worker)
