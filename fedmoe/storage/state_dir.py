@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedmoe.files import FolderInUseError, lock_folder
 from fedmoe.storage.blobs import FolderBlobStore
 from fedmoe.storage.journal import SqlJournal
 
@@ -35,7 +35,13 @@ class StateDir:
             raise StateDirError(f"{path} is not writable for this user; fix its owner or choose another --state-dir")
         if path.stat().st_mode & 0o002:
             raise StateDirError(f"anybody may write to {path}; run 'chmod 700 {path}' first")
-        lock = _lock(path / "lock")
+        try:
+            lock = lock_folder(path)
+        except FolderInUseError as error:
+            raise StateDirError(
+                f"{path} is in use by the coordinator with process id {error.holder}; "
+                "stop it first or choose another --state-dir"
+            ) from None
         try:
             journal = path / "journal.sqlite"
             os.close(os.open(journal, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite itself would make it readable to others
@@ -50,19 +56,3 @@ class StateDir:
         """Close the journal and give the lock back."""
         self.journal.close()
         os.close(self.lock)
-
-
-def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-        os.close(descriptor)
-        raise StateDirError(
-            f"{path.parent} is in use by the coordinator with process id {holder}; "
-            "stop it first or choose another --state-dir"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()}\n".encode())
-    return descriptor
