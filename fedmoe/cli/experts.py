@@ -10,7 +10,19 @@ from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, 
 from fedmoe.cli.output import CommandError, show_json, show_table
 from fedmoe.wire.messages import ChangeResult, Listing
 
-app = typer.Typer(help="List experts and make new ones.", no_args_is_help=True)
+app = typer.Typer()
+
+
+@app.callback(invoke_without_command=True)
+def experts(
+    context: typer.Context,
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """List experts and make new ones; without a further word it lists them."""
+    if context.invoked_subcommand is None:
+        list_experts(coordinator_url, token, as_json)
 
 
 @app.command("list")

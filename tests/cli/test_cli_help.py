@@ -46,7 +46,7 @@ print(sorted(sys.modules.keys() & set({HEAVY!r})), file=sys.stderr)
     assert time.monotonic() - started < 10
 
 
-@pytest.mark.parametrize("group", ["", "gateway", "experts", "data", "token"])
+@pytest.mark.parametrize("group", ["", "gateway", "data", "token"])
 def test_a_group_alone_shows_its_help_once(group: str, fedmoe: Callable[..., Outcome]) -> None:
     outcome = fedmoe(*filter(None, [group]))
     assert outcome.status == 2

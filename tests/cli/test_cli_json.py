@@ -44,6 +44,11 @@ def test_experts_list(server: LiveServer, fedmoe: Run) -> None:
     assert sql["workers"] == []
 
 
+def test_experts_alone_lists_them_too(server: LiveServer, fedmoe: Run) -> None:
+    said = json.loads(fedmoe("experts", "--json", "--coordinator-url", server.url).out)
+    assert [expert["name"] for expert in said["experts"]] == ["python", "sql"]
+
+
 def test_experts_create(server: LiveServer, fedmoe: Run) -> None:
     said = json.loads(fedmoe("experts", "create", "docs", "sql", "--json", "--coordinator-url", server.url).out)
     assert [(expert["name"], expert["version"]) for expert in said] == [("docs", 0), ("sql", 0)]
