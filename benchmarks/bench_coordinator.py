@@ -5,7 +5,7 @@
 A coordinator process on loopback takes rank-16 updates of SmolLM2-135M (19.5 MB in fp32, 9.8 in bf16, 5.0 in int8) from
 1, 4 and 16 workers, one expert each at most four experts in all. The workers are threads of one other process that send
 prepared bodies over keep-alive connections and wait for each answer: an answer means that the update is on disk, in the
-journal and applied. Every body differs in its last numbers, since bytes that are there already are not written again.
+journal and applied. Every body differs in its last numbers: bytes that are there already are not written again.
 
 The floor is what one update costs without any of our code between the parts: receive the same bytes from a socket
 (another process sends them), sha256, turn them into float32 and check that they are finite, write, fsync, rename, fsync
