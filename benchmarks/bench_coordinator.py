@@ -12,9 +12,9 @@ The floor is what one update costs without any of our code between the parts: re
 the folder, and add them to the weights; one after the other in one process. The coordinator may exceed it where it
 overlaps those parts over several updates.
 
-The disk of the machine behind the committed result gives a short burst and then about 400 MB/s, which is 20 fp32 updates
-per second: there the write is most of the floor. Tried on it and of no use: fallocate before the write, starting the
-write-back early with sync_file_range, fdatasync instead of fsync.
+The disk of the machine behind the committed result gives a short burst and then about 400 MB/s, which is 20 fp32
+updates per second: there the write is most of the floor. Tried on it and of no use: fallocate before the write,
+starting the write-back early with sync_file_range, fdatasync instead of fsync.
 
 Pulls: `pull` downloads the newest weights (each worker its own connection), `not modified` asks with the current ETag.
 """
