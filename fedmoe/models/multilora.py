@@ -1,0 +1,276 @@
+"""Many LoRA adapters on one base model, mixed row by row in one batch, forward and backward.
+
+Which adapter a row uses is an argument of the computation (`MultiLora.rows`), not a state of the model: two threads may
+compute at the same time, one sampling with frozen versions while the other trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
+from fedmoe.models.lora_layers import ALL_LINEAR, find_targets
+
+Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class UnknownAdapterError(KeyError):
+    """An adapter that is not there."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Slot:
+    """One adapter in the model: a flat tensor `parameter` (size,) on the model's device.
+
+    A trainable slot is a float32 leaf whose gradient is one flat vector; a frozen one is kept in the compute dtype.
+    """
+
+    def __init__(self, adapter: Adapter, device: torch.device, dtype: torch.dtype, trainable: bool) -> None:
+        if not np.isfinite(adapter.flat).all():
+            raise ShapeError("the adapter has numbers that are not finite; it would spoil every row of a batch")
+        self.layout = adapter.layout
+        self.alpha = adapter.alpha
+        self.trainable = trainable
+        flat = torch.tensor(adapter.flat, dtype=torch.float32 if trainable else dtype, device=device)
+        self.parameter = nn.Parameter(flat, requires_grad=trainable)
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.layout.rank
+
+    def adapter(self) -> Adapter:
+        """The present factors as a value (float32 copies)."""
+        flat = self.parameter.detach().to("cpu", torch.float32, copy=True).numpy()
+        return Adapter(self.layout, self.alpha, flat)
+
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """Module -> (A r x in, B out x r) in `dtype`: one cast and one split, so the backward pass is one of each."""
+        spans = [self.layout.spans[module.name] for module in self.layout.modules]
+        sizes = [size for span in spans for size in (span.middle - span.start, span.stop - span.middle)]
+        pieces = self.parameter.to(dtype).split(sizes)
+        return {
+            module.name: (
+                pieces[2 * index].view(self.layout.rank, module.in_features),
+                pieces[2 * index + 1].view(module.out_features, self.layout.rank),
+            )
+            for index, module in enumerate(self.layout.modules)
+        }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring rows [start, stop) with the same adapter."""
+
+    start: int
+    stop: int
+    scale: float
+    factors: Factors
+
+
+class _Runs:
+    """Each adapter multiplies its own rows: no work is wasted, whatever the ranks."""
+
+    def __init__(self, runs: Sequence[_Run], rows: int) -> None:
+        self.runs = runs
+        self.rows = rows
+
+    def keep(self, indices: torch.Tensor) -> None:
+        """Go on with some rows of a batch that has one adapter only."""
+        (run,) = self.runs
+        self.rows = len(indices)
+        self.runs = [replace(run, stop=self.rows)]
+
+    def add(self, module: str, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """base + scale * (x @ A^T) @ B^T, each run of rows with its own factors."""
+        parts, done = [], 0
+        for run in self.runs:
+            a, b = run.factors[module]
+            low_rank = functional.linear(functional.linear(x[run.start : run.stop], a), b)
+            if run.start > done:
+                parts.append(base[done : run.start])
+            parts.append(torch.add(base[run.start : run.stop], low_rank, alpha=run.scale))
+            done = run.stop
+        if done < self.rows:
+            parts.append(base[done:])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _Stack:
+    """All adapters' factors side by side, the ones that are not a row's own masked out: two products for all rows.
+
+    Wasteful for long inputs, but for one token a row the number of small operations is what counts.
+    """
+
+    def __init__(self, runs: Sequence[_Run], rows: int) -> None:
+        self.rows = rows
+        ranks = [next(iter(run.factors.values()))[0].shape[0] for run in runs]
+        first = next(iter(runs[0].factors.values()))[0]
+        self.other = torch.ones(rows, 1, sum(ranks), dtype=torch.bool, device=first.device)
+        begin = 0
+        for run, rank in zip(runs, ranks, strict=True):
+            self.other[run.start : run.stop, :, begin : begin + rank] = False
+            begin += rank
+        self.factors = {
+            module: (
+                torch.cat([run.factors[module][0] for run in runs]),
+                torch.cat([run.factors[module][1] * run.scale for run in runs], dim=1),
+            )
+            for module in runs[0].factors
+        }
+
+    def keep(self, indices: torch.Tensor) -> None:
+        """Go on with the rows at `indices`."""
+        self.other = self.other[indices]
+        self.rows = len(indices)
+
+    def add(self, module: str, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Adds to `base` in place."""
+        a, b = self.factors[module]
+        inner = functional.linear(x, a).masked_fill_(self.other, 0)
+        return base.add_(functional.linear(inner, b))
+
+
+_ACTIVE: ContextVar[_Runs | _Stack | None] = ContextVar("rows of the running batch", default=None)
+
+
+class DecodingRows:
+    """The rows of a batch that is being decoded; `keep` goes on with some of them."""
+
+    def __init__(self, rows: _Runs | _Stack | None) -> None:
+        self._rows = rows
+
+    def keep(self, indices: torch.Tensor) -> None:
+        """Go on with the rows at `indices`, int64 (k,), in that order."""
+        if self._rows is not None:
+            self._rows.keep(indices)
+
+
+class MultiLoraLinear(nn.Module):  # type: ignore[misc]
+    """A frozen linear layer whose rows get the low-rank term of their own adapter; outside `rows`, the base alone."""
+
+    def __init__(self, base_layer: nn.Linear, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.name = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (rows, ..., in) -> (rows, ..., out)."""
+        base = self.base_layer(x)
+        active = _ACTIVE.get()
+        if active is None:
+            return base
+        if x.shape[0] != active.rows:
+            raise ShapeError(f"the batch has {x.shape[0]} rows, adapters were named for {active.rows}")
+        return active.add(self.name, x, base)
+
+
+class MultiLora:
+    """Holds the adapters of one base model by name; ranks and scales may differ, the adapted modules may not."""
+
+    def __init__(self, model: nn.Module, target_modules: Sequence[str] | str = ALL_LINEAR) -> None:
+        found = find_targets(model, target_modules)
+        model.requires_grad_(False)
+        self.model = model
+        self.modules = tuple(sorted(ModuleShape(name, layer.in_features, layer.out_features) for name, layer in found))
+        self.device: torch.device = found[0][1].weight.device
+        self.dtype: torch.dtype = found[0][1].weight.dtype
+        self._slots: dict[str, Slot] = {}
+        self._bases = dict(found)
+        for name, layer in found:
+            _replace(model, name, MultiLoraLinear(layer, name))
+
+    def layout(self, rank: int) -> Layout:
+        """The layout of an adapter of this model at `rank`."""
+        return Layout(self.modules, rank)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that are there."""
+        return tuple(self._slots)
+
+    def add(self, name: str, adapter: Adapter, trainable: bool = False) -> Slot:
+        """Put an adapter in; raises ShapeError for other modules or a name that is taken."""
+        if name in self._slots:
+            raise ShapeError(f"adapter {name!r} is there already; remove it first or use another name")
+        return self._put(name, adapter, trainable)
+
+    def replace(self, name: str, adapter: Adapter) -> Slot:
+        """Put other factors, of any rank, under a name that is there; the old slot's tensors are left as they are."""
+        return self._put(name, adapter, self.slot(name).trainable)
+
+    def _put(self, name: str, adapter: Adapter, trainable: bool) -> Slot:
+        if adapter.layout.modules != self.modules:
+            raise ShapeError(f"adapter {name!r} adapts other modules than this model's {len(self.modules)}")
+        slot = Slot(adapter, self.device, self.dtype, trainable)
+        self._slots[name] = slot
+        return slot
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out; a batch that is being computed with it still ends with it."""
+        self.slot(name)
+        del self._slots[name]
+
+    def slot(self, name: str) -> Slot:
+        """The adapter of that name; raises UnknownAdapterError saying what is there."""
+        if name not in self._slots:
+            raise UnknownAdapterError(f"no adapter {name!r}; there are: {', '.join(sorted(self._slots)) or 'none'}")
+        return self._slots[name]
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Inside, row i of every batch goes through adapter `names[i]` (None: the base model alone).
+
+        The backward pass must run inside too when gradient checkpointing computes layers again. Rows of one adapter
+        should be neighbours: each change of adapter costs one more product a layer.
+        """
+        runs = self._runs(names)
+        token = _ACTIVE.set(_Runs(runs, len(names)) if runs else None)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+
+    @contextmanager
+    def decoding_rows(self, names: Sequence[str | None]) -> Iterator[DecodingRows]:
+        """As `rows`, for decoding: fast for one token a row, without gradients."""
+        with torch.no_grad():
+            runs = self._runs(names)
+            alone = len(runs) == 1 and runs[0].stop - runs[0].start == len(names)
+            rows = _Runs(runs, len(names)) if alone else _Stack(runs, len(names)) if runs else None
+            token = _ACTIVE.set(rows)
+            try:
+                yield DecodingRows(rows)
+            finally:
+                _ACTIVE.reset(token)
+
+    def _runs(self, names: Sequence[str | None]) -> list[_Run]:
+        cast = {name: self.slot(name).factors(self.dtype) for name in dict.fromkeys(names) if name is not None}
+        runs, start = [], 0
+        for name, group in groupby(names):
+            stop = start + len(list(group))
+            if name is not None:
+                runs.append(_Run(start, stop, self.slot(name).scale, cast[name]))
+            start = stop
+        return runs
+
+    def detach(self) -> None:
+        """Give the model its own linear layers back."""
+        for name, layer in self._bases.items():
+            _replace(self.model, name, layer)
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)

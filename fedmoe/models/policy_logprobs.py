@@ -1,0 +1,133 @@
+"""The log-probability of chosen tokens under many policies at once, with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from fedmoe.models.final_logits import logits_of
+from fedmoe.models.multilora import MultiLora
+from fedmoe.models.prefix_tree import Forest, batch_forests, grow_forests
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """Tokens after a prompt, under an adapter (None: the base model alone)."""
+
+    adapter: str | None
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that fit into memory together: a forest a row, rows of one adapter neighbours.
+
+    `members[row][k]` is the continuation (its index in what was given) of the row's k-th path.
+    """
+
+    adapters: tuple[str | None, ...]
+    forests: tuple[Forest, ...]
+
+    @property
+    def nodes(self) -> int:
+        """Padded size in tokens."""
+        return len(self.forests) * max(len(forest) for forest in self.forests)
+
+    def members(self) -> list[int]:
+        """The continuations in it, in the order `token_logprobs` gives their tokens."""
+        return [member for forest in self.forests for member in forest.members]
+
+
+def plan_micro_batches(continuations: Sequence[Continuation], max_tokens: int, max_row: int = 512) -> list[MicroBatch]:
+    """Pack continuations into micro-batches of at most `max_tokens` padded tokens, rows of at most `max_row`.
+
+    Common beginnings of one policy's sequences are computed once. A single longer sequence is a micro-batch of its own.
+    """
+    rows = sorted(_rows(continuations, min(max_row, max_tokens)), key=lambda row: -len(row[1]))
+    batches: list[list[tuple[str | None, Forest]]] = []
+    for row in rows:
+        # Rows come longest first, so the first row of a batch is its padded length.
+        if batches and (len(batches[-1]) + 1) * len(batches[-1][0][1]) <= max_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return [_ordered(batch) for batch in batches]
+
+
+def _rows(continuations: Sequence[Continuation], max_row: int) -> Iterator[tuple[str | None, Forest]]:
+    for adapter in dict.fromkeys(one.adapter for one in continuations):
+        members = [index for index, one in enumerate(continuations) if one.adapter == adapter]
+        # The last token predicts nothing, so it needs no node.
+        sequences = [continuations[index].prompt + continuations[index].tokens[:-1] for index in members]
+        for forest in grow_forests(sequences, max_row):
+            named = tuple(members[member] for member in forest.members)
+            yield adapter, Forest(forest.tokens, forest.parents, forest.depths, forest.paths, named)
+
+
+def _ordered(batch: Sequence[tuple[str | None, Forest]]) -> MicroBatch:
+    ordered = sorted(batch, key=lambda row: (row[0] is None, row[0] or ""))
+    return MicroBatch(tuple(row[0] for row in ordered), tuple(row[1] for row in ordered))
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """For every token of a micro-batch's continuations, one after the other: log-probability and entropy, float32 (n,).
+
+    `owners`: which continuation each token belongs to, int64 (n,). Entropy carries no gradient.
+    """
+
+    logprobs: torch.Tensor
+    entropies: torch.Tensor
+    owners: torch.Tensor
+
+
+def token_logprobs(
+    model: PreTrainedModel,
+    multi: MultiLora,
+    batch: MicroBatch,
+    continuations: Sequence[Continuation],
+    temperature: float = 1.0,
+) -> TokenLogprobs:
+    """Natural log-probabilities at `temperature` of the tokens of every continuation in `batch`, with gradients.
+
+    Call inside `multi.rows(batch.adapters)`.
+    """
+    device = multi.device
+    packed = batch_forests(batch.forests)
+    ids, positions, mask = (
+        torch.from_numpy(array).to(device) for array in (packed.input_ids, packed.position_ids, packed.mask)
+    )
+    decoder = model.get_decoder()
+    hidden = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+    predictors, targets, owners = _targets(batch, continuations, packed.input_ids.shape[1])
+    unique, inverse = np.unique(predictors, return_inverse=True)
+    chosen = hidden.flatten(0, 1)[torch.from_numpy(unique).to(device)]
+    logits = logits_of(model, chosen)
+    if temperature != 1.0:
+        logits = logits / temperature
+    normaliser = torch.logsumexp(logits, dim=-1)
+    places = torch.from_numpy(inverse).to(device)
+    logprobs = logits[places, torch.from_numpy(targets).to(device)] - normaliser[places]
+    with torch.no_grad():
+        detached = logits.detach()
+        entropy = normaliser.detach() - (torch.softmax(detached, dim=-1) * detached).sum(dim=-1)
+    return TokenLogprobs(logprobs, entropy[places], torch.from_numpy(owners).to(device))
+
+
+def _targets(
+    batch: MicroBatch, continuations: Sequence[Continuation], width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For every token: the flat place of the node that predicts it, the token itself, and its continuation."""
+    predictors, targets, owners = [], [], []
+    for row, forest in enumerate(batch.forests):
+        for member, path in zip(forest.members, forest.paths, strict=True):
+            one = continuations[member]
+            predictors.append(row * width + path[len(one.prompt) - 1 :])
+            targets.append(np.array(one.tokens, np.int64))
+            owners.append(np.full(len(one.tokens), member, np.int64))
+    return np.concatenate(predictors), np.concatenate(targets), np.concatenate(owners)

@@ -1,0 +1,277 @@
+"""Sampling from many adapters in one batch, with a key-value cache and shared prompts computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from fedmoe.models.final_logits import logits_of
+from fedmoe.models.multilora import MultiLora
+from fedmoe.models.prefix_tree import Forest, batch_forests, grow_forests
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One continuation to sample; `adapter` None is the base model. `temperature` 0 takes the likeliest token."""
+
+    adapter: str | None
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Tokens (a stop token included) and their log-probabilities at the temperature (1 where it is 0), float32 (T,)."""
+
+    tokens: tuple[int, ...]
+    logprobs: NDArray[np.float32]
+    stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingLimits:
+    """How much is computed at once: rows decoded together, and tokens of prompts read together."""
+
+    rows: int = 64
+    prompt_tokens: int = 4096
+    row_tokens: int = 1024
+
+
+class _FixedLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values in memory set aside beforehand: a token is written in place instead of copying all before it."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        super().__init__()
+        self._keys, self._values, self._length = keys, values, length
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = self._keys[:, :, : self._length], self._values[:, :, : self._length]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        stop = self._length + key_states.shape[-2]
+        self._keys[:, :, self._length : stop] = key_states
+        self._values[:, :, self._length : stop] = value_states
+        self._length = stop
+        self._show()
+        return self.keys, self.values
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self._keys, self._values = self._keys[rows], self._values[rows]
+        self._show()
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """What reading the prompts gave: a filled cache, which entries of it are real, and the first logits."""
+
+    cache: Cache
+    layers: Sequence[_FixedLayer]
+    looks: torch.Tensor
+    logits: torch.Tensor
+
+
+def sample(
+    model: PreTrainedModel,
+    multi: MultiLora,
+    wanted: Sequence[Wanted],
+    stop_tokens: frozenset[int],
+    limits: SamplingLimits = SamplingLimits(),
+) -> list[Sampled]:
+    """Sample every continuation; the same seed, prompt and weights give the same tokens.
+
+    (Up to rounding: the other rows of a batch can change the last bits of a row's logits.) Rows of equal adapter and
+    similar length are computed together.
+    """
+    order = sorted(range(len(wanted)), key=lambda index: (wanted[index].adapter or "", len(wanted[index].prompt)))
+    found: dict[int, Sampled] = {}
+    for start in range(0, len(order), limits.rows):
+        part = order[start : start + limits.rows]
+        found.update(zip(part, _sample_part(model, multi, [wanted[i] for i in part], stop_tokens, limits), strict=True))
+    return [found[index] for index in range(len(wanted))]
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _sample_part(
+    model: PreTrainedModel,
+    multi: MultiLora,
+    wanted: Sequence[Wanted],
+    stop_tokens: frozenset[int],
+    limits: SamplingLimits,
+) -> list[Sampled]:
+    room = max(one.max_new_tokens for one in wanted)
+    prompts = _read_prompts(model, multi, wanted, room, limits)
+    writers = [_Writer(one, stop_tokens) for one in wanted]
+    with multi.decoding_rows([one.adapter for one in wanted]) as rows:
+        active = list(range(len(wanted)))
+        logits, looks = prompts.logits, prompts.looks
+        positions = torch.tensor([len(one.prompt) for one in wanted], device=multi.device)
+        while True:
+            tokens = _draw(logits, [writers[row] for row in active])
+            going = [place for place, row in enumerate(active) if not writers[row].ended]
+            if not going:
+                return [writer.sampled() for writer in writers]
+            if len(going) < len(active):
+                kept = torch.tensor(going, device=multi.device)
+                rows.keep(kept)
+                for layer in prompts.layers:
+                    layer.keep(kept)
+                looks, positions, tokens = looks[kept], positions[kept], tokens[kept]
+                active = [active[place] for place in going]
+            looks = torch.cat([looks, looks.new_ones(len(active), 1)], dim=1)
+            hidden = model.get_decoder()(
+                input_ids=tokens[:, None],
+                attention_mask=looks[:, None, None, :],
+                position_ids=positions[:, None],
+                past_key_values=prompts.cache,
+                use_cache=True,
+            ).last_hidden_state
+            logits = logits_of(model, hidden[:, 0])
+            positions = positions + 1
+
+
+class _Writer:
+    """What one row has said so far."""
+
+    def __init__(self, wanted: Wanted, stop_tokens: frozenset[int]) -> None:
+        self.temperature = wanted.temperature
+        # All draws of a row come from its own seed, so its neighbours in the batch do not matter.
+        self.draws = np.random.default_rng(wanted.seed).random(wanted.max_new_tokens)
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self._stop_tokens = stop_tokens
+
+    @property
+    def draw(self) -> float:
+        return float(self.draws[len(self.tokens)])
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.tokens) and self.tokens[-1] in self._stop_tokens
+
+    @property
+    def ended(self) -> bool:
+        return self.stopped or len(self.tokens) == len(self.draws)
+
+    def sampled(self) -> Sampled:
+        return Sampled(tuple(self.tokens), np.array(self.logprobs, np.float32), self.stopped)
+
+
+def _draw(logits: torch.Tensor, writers: Sequence[_Writer]) -> torch.Tensor:
+    """One token a row by inverting its cumulative distribution; tells every writer, returns int64 (rows,)."""
+    temperatures = torch.tensor([writer.temperature for writer in writers], device=logits.device)
+    logprobs = torch.log_softmax(logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None], dim=-1)
+    cumulative = logprobs.exp().cumsum(dim=-1)
+    draws = torch.tensor([[writer.draw] for writer in writers], device=logits.device, dtype=cumulative.dtype)
+    # The sum is 1 up to rounding only; scaling the draw keeps it inside.
+    drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:]).clamp_(max=logits.shape[-1] - 1)[:, 0]
+    tokens = torch.where(temperatures > 0, drawn, logits.argmax(dim=-1))
+    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+    for writer, token, logprob in zip(writers, tokens.tolist(), chosen.tolist(), strict=True):
+        writer.tokens.append(token)
+        writer.logprobs.append(logprob)
+    return tokens
+
+
+def _read_prompts(
+    model: PreTrainedModel, multi: MultiLora, wanted: Sequence[Wanted], room: int, limits: SamplingLimits
+) -> _Prompts:
+    """Compute every distinct beginning once, then lay out the cache of every row."""
+    forests, adapters, rows_of = _prompt_forests(wanted, limits)
+    keys, values, hidden, starts = _read_forests(model, multi, forests, adapters, limits)
+    longest = max(len(one.prompt) for one in wanted)
+    nodes = torch.zeros(len(wanted), longest, dtype=torch.int64)
+    looks = torch.zeros(len(wanted), longest, dtype=torch.bool)
+    last = torch.zeros(len(wanted), dtype=torch.int64)
+    for row, (forest, path) in rows_of.items():
+        flat = torch.from_numpy(path) + starts[forest]
+        nodes[row, : len(path)], looks[row, : len(path)], last[row] = flat, True, flat[-1]
+    nodes, looks, last = nodes.to(multi.device), looks.to(multi.device), last.to(multi.device)
+    layers = [_layer(key, value, nodes, room) for key, value in zip(keys, values, strict=True)]
+    return _Prompts(Cache(layers=list(layers)), layers, looks, logits_of(model, hidden[last]))
+
+
+def _layer(keys: torch.Tensor, values: torch.Tensor, nodes: torch.Tensor, room: int) -> _FixedLayer:
+    """keys, values (all nodes, heads, width) -> a cache layer (rows, heads, longest + room, width)."""
+    rows, longest = nodes.shape
+    filled = []
+    for source in (keys, values):
+        buffer = source.new_empty(rows, source.shape[1], longest + room, source.shape[2])
+        buffer[:, :, :longest] = source[nodes].transpose(1, 2)
+        filled.append(buffer)
+    return _FixedLayer(filled[0], filled[1], longest)
+
+
+def _prompt_forests(
+    wanted: Sequence[Wanted], limits: SamplingLimits
+) -> tuple[list[Forest], list[str | None], dict[int, tuple[int, NDArray[np.int64]]]]:
+    """Forests of the distinct prompts of each adapter, and for every row its forest and path."""
+    forests: list[Forest] = []
+    adapters: list[str | None] = []
+    rows_of: dict[int, tuple[int, NDArray[np.int64]]] = {}
+    for adapter in dict.fromkeys(one.adapter for one in wanted):
+        members = [row for row, one in enumerate(wanted) if one.adapter == adapter]
+        for forest in grow_forests([wanted[row].prompt for row in members], limits.row_tokens):
+            for member, path in zip(forest.members, forest.paths, strict=True):
+                rows_of[members[member]] = (len(forests), path)
+            forests.append(forest)
+            adapters.append(adapter)
+    return forests, adapters, rows_of
+
+
+def _read_forests(
+    model: PreTrainedModel,
+    multi: MultiLora,
+    forests: Sequence[Forest],
+    adapters: Sequence[str | None],
+    limits: SamplingLimits,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, list[int]]:
+    """Per layer the keys and values of all nodes (nodes, heads, width), the hidden states (nodes, width), and where
+    each forest's nodes start."""
+    keys: list[list[torch.Tensor]] = []
+    values: list[list[torch.Tensor]] = []
+    hiddens: list[torch.Tensor] = []
+    starts: list[int] = []
+    done = 0
+    for part in _parts(forests, limits.prompt_tokens):
+        chosen = [forests[index] for index in part]
+        packed = batch_forests(chosen)
+        ids, positions, mask = (
+            torch.from_numpy(array).to(multi.device) for array in (packed.input_ids, packed.position_ids, packed.mask)
+        )
+        cache = DynamicCache(config=model.config)
+        with multi.rows([adapters[index] for index in part]):
+            output = model.get_decoder()(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+        keys.append([layer.keys.transpose(1, 2).flatten(0, 1) for layer in cache.layers])
+        values.append([layer.values.transpose(1, 2).flatten(0, 1) for layer in cache.layers])
+        hiddens.append(output.last_hidden_state.flatten(0, 1))
+        width = ids.shape[1]
+        starts += [done + place * width for place in range(len(part))]
+        done += len(part) * width
+    joined_keys, joined_values = ([torch.cat(layer) for layer in zip(*kind, strict=True)] for kind in (keys, values))
+    return joined_keys, joined_values, torch.cat(hiddens), starts
+
+
+def _parts(forests: Sequence[Forest], max_tokens: int) -> list[range]:
+    """Neighbouring forests that are read together, at most `max_tokens` padded tokens (or a single longer one)."""
+    parts: list[range] = []
+    start = 0
+    for stop in range(1, len(forests) + 1):
+        longest = max(len(forest) for forest in forests[start : stop + 1])
+        if stop == len(forests) or longest * (stop + 1 - start) > max_tokens:
+            parts.append(range(start, stop))
+            start = stop
+    return parts
