@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 Value = str | int | float | bool | None
@@ -15,7 +15,7 @@ Record = Mapping[str, Value]
 
 
 class RecordWriter:
-    """Appends JSON lines to a file, one write each, so that a reader never sees half a line from one writer.
+    """Appends JSON lines to a file, in one write, so that a reader never sees half a line from one writer.
 
     Every record carries `at` (seconds since 1970) and `kind`; numbers that JSON has no word for become null. Raises
     OSError when the disk does not take a record whole.
@@ -30,9 +30,21 @@ class RecordWriter:
 
     def write(self, kind: str, **values: Value) -> None:
         """Append one record."""
-        record = {"at": round(self._clock(), 3), "kind": kind}
-        record |= {key: _plain(value) for key, value in values.items()}
-        self._append((json.dumps(record, allow_nan=False) + "\n").encode())
+        self.write_many([self.stamped(kind, values)])
+
+    def stamped(self, kind: str, values: Record) -> Record:
+        """A record of this moment, to be written later with `write_many`."""
+        record: dict[str, Value] = {"at": round(self._clock(), 3), "kind": kind}
+        return record | {key: _plain(value) for key, value in values.items()}
+
+    def write_many(self, records: Iterable[Record]) -> None:
+        """Append records that `stamped` made, in one write."""
+        self._append("".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode())
+
+    def sync(self) -> int:
+        """Make everything written durable; returns the length of the file in bytes."""
+        os.fsync(self._descriptor)
+        return os.fstat(self._descriptor).st_size
 
     def close(self) -> None:
         """Release the file."""

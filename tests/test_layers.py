@@ -63,6 +63,86 @@ LAYERS: dict[str, set[str]] = {
     },
     "worker.inference": {"lora", "models", "qwen_finetune"},
     "worker": set(),
+    # The arena: values and decisions first.
+    "arena.task": set(),
+    "arena.control": set(),
+    "arena.environment": set(),
+    "arena.baselines": set(),
+    "arena.budget": set(),
+    "arena.strategy": {"arena.task"},
+    "arena.teams": set(),
+    "arena.switching": set(),
+    "arena.admission": set(),
+    "arena.loss": set(),
+    "arena.credit": {"arena.task"},
+    "arena.rating": set(),
+    "arena.packed_array": set(),
+    "arena.memory_pressure": set(),
+    "arena.engines.protocol": {"lora"},
+    "arena.engines.verify": {"arena.engines.protocol"},
+    "arena.trajectory": {"arena.engines.protocol", "arena.task"},
+    "arena.survival": {"lora", "arena.engines.protocol", "arena.rating"},
+    "arena.opponents": {"arena.engines.protocol", "arena.trajectory"},
+    "arena.adapt": {"lora", "arena.loss"},
+    "arena.society": {
+        *("arena.baselines", "arena.budget", "arena.opponents", "arena.rating", "arena.strategy", "arena.survival"),
+    },
+    "arena.modes": {
+        *("arena.baselines", "arena.budget", "arena.credit", "arena.society", "arena.strategy", "arena.survival"),
+        *("arena.switching", "arena.task", "arena.teams", "arena.trajectory"),
+    },
+    "arena.tasks": {"arena.task"},
+    "arena.chat": {"arena.task"},
+    # What it computes, keeps and says.
+    "arena.rollout": {"arena.chat", "arena.engines.protocol", "arena.task", "arena.trajectory"},
+    "arena.learner": {"lora", "models", "arena.loss", "arena.trajectory"},
+    "arena.policies": {
+        *("lora", "arena.adapt", "arena.admission", "arena.engines.protocol", "arena.learner", "arena.survival"),
+        "arena.trajectory",
+    },
+    "arena.evaluate": {"arena.chat", "arena.engines.protocol", "arena.rollout", "arena.task", "arena.trajectory"},
+    "arena.memory": {"models", "arena.control", "arena.memory_pressure"},
+    "arena.placement": {"models"},
+    "arena.records": {"record"},
+    "arena.checkpoint_parts": {"lora", "arena.packed_array"},
+    "arena.checkpoint": {
+        *("failpoints", "files", "lora", "arena.checkpoint_parts", "arena.packed_array", "arena.placement"),
+    },
+    "arena.run_records": {"record"},
+    "arena.results": {"files", "record", "arena.checkpoint", "arena.checkpoint_parts", "arena.run_records"},
+    "arena.run_logs": set(),
+    "arena.config": {"wire", "arena.loss"},
+    "arena.reporting": {
+        *("record", "arena.evaluate", "arena.learner", "arena.modes", "arena.policies", "arena.society"),
+        "arena.trajectory",
+    },
+    "arena.trainer": {
+        *("models", "arena.chat", "arena.config", "arena.engines.protocol", "arena.evaluate", "arena.learner"),
+        *("arena.loss", "arena.modes", "arena.policies", "arena.reporting", "arena.rollout", "arena.society"),
+        *("arena.task", "arena.trajectory"),
+    },
+    "arena.engines": {"files", "lora", "models", "arena.config", "arena.engines.protocol"},
+    "arena.areal": {
+        *("files", "lora", "models", "arena.chat", "arena.engines.protocol", "arena.learner", "arena.loss"),
+        *("arena.task", "arena.tasks", "arena.trajectory"),
+    },
+    "arena.federation_link": {
+        *("errors", "failpoints", "files", "lora", "manifest", "wire", "worker.delivery", "worker.outbox"),
+        "arena.config",
+    },
+    "arena.federation": {
+        *("errors", "files", "lora", "manifest", "models", "wire", "arena.adapt", "arena.config"),
+        *("arena.engines.protocol", "arena.federation_link", "arena.policies", "arena.society", "arena.trainer"),
+    },
+    "arena.run_engines": {"models", "arena.config", "arena.engines", "arena.engines.protocol"},
+    "arena.run": {
+        *("files", "lora", "models", "record", "arena.adapt", "arena.chat", "arena.checkpoint", "arena.config"),
+        *("arena.control", "arena.engines.protocol", "arena.environment", "arena.federation", "arena.learner"),
+        *("arena.loss", "arena.memory", "arena.modes", "arena.placement", "arena.policies", "arena.records"),
+        *("arena.results", "arena.rollout", "arena.run_engines", "arena.run_logs", "arena.run_records"),
+        *("arena.task", "arena.tasks", "arena.trainer"),
+    },
+    "arena": set(),
     # What is done with the result.
     "gateway": {"datasets", "lora", "models", "qwen_finetune"},
     "monitor": {"record"},
@@ -70,7 +150,8 @@ LAYERS: dict[str, set[str]] = {
     # The composition root.
     "cli": {
         *("config", "datasets", "demo", "distributed_coordinator", "errors", "files", "logs", "lora", "models"),
-        *("wire", "worker.inference", "worker.setup"),
+        *("monitor", "wire", "worker.inference", "worker.setup", "worker.signals"),
+        *("arena.config", "arena.modes", "arena.records", "arena.results", "arena.run", "arena.task", "arena.tasks"),
     },
     "__main__": {"cli"},
 }
@@ -85,8 +166,11 @@ INPUT_AND_OUTPUT = {
 
 #: Heavy library -> the parts that may import it, at all.
 HEAVY: dict[str, set[str]] = {
-    "torch": {"models", "qwen_finetune"},
-    "transformers": {"models", "qwen_finetune"},
+    "torch": {
+        *("models", "qwen_finetune", "arena.areal", "arena.engines", "arena.environment", "arena.learner"),
+        *("arena.loss", "arena.memory", "arena.placement", "arena.run_engines"),
+    },
+    "transformers": {"models", "qwen_finetune", "arena.areal", "arena.chat"},
     "huggingface_hub": {"models"},
     "tokenizers": {"models"},
     "pyarrow": {"datasets"},

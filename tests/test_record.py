@@ -76,3 +76,28 @@ def test_a_disk_that_takes_half_a_record_is_an_error(tmp_path: Path, monkeypatch
 def test_records_are_for_the_user_only(tmp_path: Path) -> None:
     RecordWriter(tmp_path / "metrics.jsonl").close()
     assert (tmp_path / "metrics.jsonl").stat().st_mode & 0o077 == 0
+
+
+def test_many_records_go_in_one_write_with_the_times_they_were_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([1.0, 2.0])
+    writer = RecordWriter(tmp_path / "metrics.jsonl", clock=lambda: next(times))
+    made = [writer.stamped("step", {"step": number, "loss": float("nan")}) for number in range(2)]
+    writes: list[bytes] = []
+    real = os.write
+
+    def write(descriptor: int, data: bytes) -> int:
+        writes.append(data)
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+    writer.write_many(made)
+    monkeypatch.undo()
+    assert len(writes) == 1
+    assert writer.sync() == (tmp_path / "metrics.jsonl").stat().st_size == len(writes[0])
+    writer.close()
+    assert [(record["at"], record["step"], record["loss"]) for record in read_records(tmp_path / "metrics.jsonl")] == [
+        (1.0, 0, None),
+        (2.0, 1, None),
+    ]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fedmoe import __version__
-from fedmoe.cli import coordinator, data, demo, doctor, experts, gateway, tokens, worker
+from fedmoe.cli import arena, coordinator, data, demo, doctor, experts, gateway, tokens, worker
 from fedmoe.cli.output import guarded
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("rollback")(experts.rollback)
 app.command("retract")(experts.retract)
 app.add_typer(data.app, name="data")
 app.add_typer(tokens.app, name="token")
+app.add_typer(arena.app, name="arena")
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
 from fedmoe.models.lora_layers import ALL_LINEAR, find_targets
+from fedmoe.models.low_rank import RowsTerm, linear_with_terms
 
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -92,19 +93,10 @@ class _Runs:
         self.rows = len(indices)
         self.runs = [replace(run, stop=self.rows)]
 
-    def add(self, module: str, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        """base + scale * (x @ A^T) @ B^T, each run of rows with its own factors."""
-        parts, done = [], 0
-        for run in self.runs:
-            a, b = run.factors[module]
-            low_rank = functional.linear(functional.linear(x[run.start : run.stop], a), b)
-            if run.start > done:
-                parts.append(base[done : run.start])
-            parts.append(torch.add(base[run.start : run.stop], low_rank, alpha=run.scale))
-            done = run.stop
-        if done < self.rows:
-            parts.append(base[done:])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def apply(self, module: str, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+        """layer(x) + scale * (x @ A^T) @ B^T, each run of rows with its own factors."""
+        terms = [RowsTerm(run.start, run.stop, run.scale, *run.factors[module]) for run in self.runs]
+        return linear_with_terms(x, layer.weight, layer.bias, terms)
 
 
 class _Stack:
@@ -115,17 +107,19 @@ class _Stack:
 
     def __init__(self, runs: Sequence[_Run], rows: int) -> None:
         self.rows = rows
-        ranks = [next(iter(run.factors.values()))[0].shape[0] for run in runs]
-        first = next(iter(runs[0].factors.values()))[0]
-        self.other = torch.ones(rows, 1, sum(ranks), dtype=torch.bool, device=first.device)
-        begin = 0
-        for run, rank in zip(runs, ranks, strict=True):
-            self.other[run.start : run.stop, :, begin : begin + rank] = False
-            begin += rank
+        distinct = {id(run.factors): run for run in runs}
+        ranks = {key: next(iter(run.factors.values()))[0].shape[0] for key, run in distinct.items()}
+        begins = dict(zip(ranks, accumulate(ranks.values(), initial=0), strict=False))
+        device = next(iter(runs[0].factors.values()))[0].device
+        other = np.ones((rows, 1, sum(ranks.values())), np.bool_)
+        for run in runs:
+            begin = begins[id(run.factors)]
+            other[run.start : run.stop, :, begin : begin + ranks[id(run.factors)]] = False
+        self.other = torch.from_numpy(other).to(device)
         self.factors = {
             module: (
-                torch.cat([run.factors[module][0] for run in runs]),
-                torch.cat([run.factors[module][1] * run.scale for run in runs], dim=1),
+                torch.cat([run.factors[module][0] for run in distinct.values()]),
+                torch.cat([run.factors[module][1] * run.scale for run in distinct.values()], dim=1),
             )
             for module in runs[0].factors
         }
@@ -135,11 +129,13 @@ class _Stack:
         self.other = self.other[indices]
         self.rows = len(indices)
 
-    def add(self, module: str, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        """Adds to `base` in place."""
+    def apply(self, module: str, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+        """The layer's output and every row's own low-rank term; x (rows, 1, in)."""
         a, b = self.factors[module]
+        out = functional.linear(x, layer.weight, layer.bias)
         inner = functional.linear(x, a).masked_fill_(self.other, 0)
-        return base.add_(functional.linear(inner, b))
+        out.flatten(0, -2).addmm_(inner.flatten(0, -2), b.t())
+        return out
 
 
 _ACTIVE: ContextVar[_Runs | _Stack | None] = ContextVar("rows of the running batch", default=None)
@@ -167,13 +163,13 @@ class MultiLoraLinear(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (rows, ..., in) -> (rows, ..., out)."""
-        base = self.base_layer(x)
         active = _ACTIVE.get()
         if active is None:
-            return base
+            found: torch.Tensor = self.base_layer(x)
+            return found
         if x.shape[0] != active.rows:
             raise ShapeError(f"the batch has {x.shape[0]} rows, adapters were named for {active.rows}")
-        return active.add(self.name, x, base)
+        return active.apply(self.name, x, self.base_layer)
 
 
 class MultiLora:

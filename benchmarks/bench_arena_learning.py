@@ -1,0 +1,165 @@
+"""Does learning show? Every mode from untrained adapters, several seeds, held-out episodes, 95 % intervals.
+
+    python benchmarks/bench_arena_learning.py [--seeds 0 1 2] [--iterations 16] [--modes competitive ...]
+
+One (mode, seed) run gives, for each of four policies: its score and the base model's on the same held-out problems,
+the paired difference, and the share of points against the frozen base. Beside that: what a deliberately useless
+team-mate earns by difference reward among the trained ones, and whether ratings put players of known strength in order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import pin_threads, write_result
+
+MODES = ("competitive", "cooperative", "team_battle", "mixed")
+TASK = {"name": "committee:chain_sum", "options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
+CHOICES = ("score", "low", "high", "base_score", "gain", "gain_low", "gain_high", "win_rate", "win_low", "win_high")
+
+
+def run_mode(mode: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
+    """One mode from untrained adapters; the last held-out comparison of every policy with the base model."""
+    from fedmoe.arena.config import ArenaConfig
+    from fedmoe.arena.run import METRICS, RunOptions, Stop, run_arena
+    from fedmoe.record import read_records
+
+    config = ArenaConfig.model_validate(
+        {
+            "seed": seed,
+            "task": TASK,
+            "learning": {"groups": options.groups, "samples": options.samples, "learning_rate": options.rate},
+            "evaluation": {"episodes": options.episodes},
+            "checkpoint": {"every": options.iterations},
+            "phases": [{"mode": mode, "iterations": options.iterations}],
+        }
+    )
+    with tempfile.TemporaryDirectory(prefix="arena-learning-") as folder:
+        run_arena(config, RunOptions(Path(folder)), Stop())
+        records = list(read_records(Path(folder) / METRICS))
+        useless = useless_team_mate(Path(folder), config, seed) if mode in ("cooperative", "team_battle") else None
+    last = {one["policy"]: one for one in records if one["kind"] == "evaluation" and one["opponent"] == "base"}
+    policies = {str(name): {key: one[key] for key in CHOICES} for name, one in last.items()}
+    found = {
+        "policies": policies,
+        "better_than_base": sum(float(one["gain_low"]) > 0 for one in policies.values()),
+        "beat_frozen_base": sum(float(one["win_low"]) > 0.5 for one in policies.values()),
+        "seconds": sum(float(str(one["iteration_seconds"])) for one in records if one["kind"] == "timing"),
+    }
+    return found if useless is None else {**found, "useless_team_mate": useless}
+
+
+def useless_team_mate(folder: Path, config: object, seed: int) -> dict[str, object]:
+    """A committee of three trained policies and one that guesses: the mean difference reward of each, on 60 problems."""
+    import numpy as np
+
+    from fedmoe.arena.chat import ChatCodec
+    from fedmoe.arena.checkpoint import load_newest
+    from fedmoe.arena.credit import decompose
+    from fedmoe.arena.engines.protocol import AdapterKey
+    from fedmoe.arena.engines.transformers_engine import TransformersEngine
+    from fedmoe.arena.evaluate import CHANCE, Interval
+    from fedmoe.arena.rollout import play
+    from fedmoe.arena.task import HELD_OUT, Lineup
+    from fedmoe.arena.tasks.registry import make_task
+    from fedmoe.arena.trajectory import EpisodePlan, Player
+    from fedmoe.models.base import load_base
+    from fedmoe.models.multilora import MultiLora
+
+    loaded = load_newest(folder / "checkpoints")
+    assert loaded is not None
+    base = load_base("smollm2")
+    engine = TransformersEngine(base, MultiLora(base.model))
+    newest: dict[str, AdapterKey] = {}
+    for text, adapter in loaded.state.adapters.items():
+        key = AdapterKey(text.rpartition("@")[0], int(text.rpartition("@")[2]))
+        engine.load(key, adapter)
+        newest[key.name] = max(newest.get(key.name, key), key)
+    team = [Player(name, key) for name, key in sorted(newest.items())[:3]]
+    task = make_task(str(TASK["name"]), TASK["options"])  # type: ignore[arg-type]
+    plans = [
+        EpisodePlan(HELD_OUT + 5000 + index, Lineup.together(4, "independent"), (*team, CHANCE), index)
+        for index in range(60)
+    ]
+    played = play(task, plans, engine, ChatCodec(base.tokenizer), seed)
+    parts = [decompose(one.outcome, one.plan.lineup) for one in played]
+    found: dict[str, object] = {}
+    for seat, player in enumerate((*team, CHANCE)):
+        values = np.array([part[seat].difference or 0.0 for part in parts])
+        interval = Interval.of(values)
+        found["useless" if player is CHANCE else player.name] = {
+            "difference": interval.mean,
+            "low": interval.low,
+            "high": interval.high,
+        }
+    engine.close()
+    return found
+
+
+def known_strengths(seeds: Sequence[int], games: int) -> dict[str, object]:
+    """Ratings of TicTacToe players that play the scripted move with probability 0, 1/3, 2/3, 1 and else at random."""
+    import numpy as np
+
+    from fedmoe.arena.rating import Ratings
+    from fedmoe.arena.task import Lineup
+    from fedmoe.arena.tasks.textarena_games import TextArenaTask
+
+    task = TextArenaTask("TicTacToe-v0")
+    players = {"random": 0.0, "one_third": 1 / 3, "two_thirds": 2 / 3, "scripted": 1.0}
+    right, tables = 0, []
+    for seed in seeds:
+        rng, ratings = np.random.default_rng(seed), Ratings()
+        for name in players:
+            ratings.ensure(name)
+        for game in range(games):
+            pair = [str(name) for name in rng.permutation(list(players))[:2]]
+            episode = task.start(int(rng.integers(1 << 30)), Lineup.alone(2))
+            while seats := episode.to_act():
+                chosen = {}
+                for seat in seats:
+                    scripted = rng.random() < players[pair[seat]]
+                    act = task.scripted_action if scripted else task.random_action
+                    chosen[seat] = act(episode, seat, rng)
+                episode.act(chosen)
+            ratings.rate([[pair[0]], [pair[1]]], episode.outcome().seat_scores)
+        order = [row.player for row in ratings.table()]
+        right += order == sorted(players, key=lambda name: -players[name])
+        tables.append({row.player: [round(row.mu, 2), round(row.sigma, 2)] for row in ratings.table()})
+    return {"games": games, "runs": len(seeds), "in_true_order": right, "ratings": tables}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--iterations", type=int, default=16)
+    parser.add_argument("--groups", type=int, default=6)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--episodes", type=int, default=150)
+    parser.add_argument("--name", default="arena_learning", help="name of the result file")
+    options = parser.parse_args()
+    pin_threads()
+    results: dict[str, object] = {"known_strengths": known_strengths(range(10), 200)}
+    for mode in options.modes:
+        for seed in options.seeds:
+            results[f"{mode}/{seed}"] = found = run_mode(mode, seed, options)
+            print(mode, seed, summary(found), flush=True)
+            # After every run: an hour's work must not hang on the last minute.
+            write_result(options.name, results, vars(options), options.seeds)
+
+
+def summary(found: Mapping[str, object]) -> str:
+    policies = found["policies"]
+    assert isinstance(policies, Mapping)
+    scores = ", ".join(f"{one['base_score']:.2f}->{one['score']:.2f}" for one in policies.values())
+    return f"better {found['better_than_base']}/4, beat base {found['beat_frozen_base']}/4: {scores}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The configuration of an arena run: a TOML file; an unknown key is an error."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedmoe.arena.loss import AGGREGATIONS, LOSSES
+from fedmoe.wire.messages import ExpertName
+
+Option = int | float | str | bool
+Whole = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ArenaConfigError(ValueError):
+    """A configuration that cannot be used; every problem is named with its key."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Phase(_Section):
+    """A stretch of iterations in one mode."""
+
+    mode: str
+    iterations: Whole
+
+
+class TaskSection(_Section):
+    """The environment. `options` are the task's own, for example a data set's settings."""
+
+    name: str = "committee:chain_sum"
+    options: dict[str, Option] = {}
+
+
+class PolicySection(_Section):
+    """The policies: how many, their LoRA shape and the names they get (policy_1, ... unless given)."""
+
+    count: Annotated[int, Field(ge=1, le=64)] = 4
+    names: tuple[ExpertName, ...] = ()
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    alpha: Rate | None = None
+    max_rank: Annotated[int, Field(ge=1, le=512)] = 64
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> PolicySection:
+        if self.names and len(set(self.names)) != self.count:
+            raise ValueError(f"count is {self.count}, but there are {len(set(self.names))} different names")
+        if self.max_rank < self.rank:
+            raise ValueError(f"max_rank {self.max_rank} is below rank {self.rank}")
+        return self
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """One name a policy."""
+        return self.names or tuple(f"policy_{number}" for number in range(1, self.count + 1))
+
+
+class LearningSection(_Section):
+    """How policies learn: `groups` problems an iteration, `samples` episodes of each; names as in the literature."""
+
+    groups: Whole = 8
+    samples: Annotated[int, Field(ge=2)] = 8
+    learning_rate: Rate = 5e-4
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_grad_norm: Rate = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 3
+    epochs: Whole = 1
+    temperature: Rate = 1.0
+    loss: str = "decoupled"
+    aggregation: str = "token_mean"
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Rate = 0.28
+    max_staleness: Annotated[int, Field(ge=0, le=8)] = 1
+    adapt: bool = True
+    micro_batch_tokens: Annotated[int, Field(ge=64)] = 2048
+    max_prompt_tokens: Annotated[int, Field(ge=16)] = 1024
+
+    @field_validator("loss")
+    @classmethod
+    def _loss_known(cls, value: str) -> str:
+        return _one_of("loss", value, LOSSES)
+
+    @field_validator("aggregation")
+    @classmethod
+    def _aggregation_known(cls, value: str) -> str:
+        return _one_of("aggregation", value, AGGREGATIONS)
+
+
+class EvaluationSection(_Section):
+    """Held-out episodes: at the start, the end of every phase, and every `every` iterations (0: not between)."""
+
+    episodes: Annotated[int, Field(ge=2)] = 100
+    every: Annotated[int, Field(ge=0)] = 0
+
+
+class CheckpointSection(_Section):
+    """`every` iterations (and at the end, and on SIGTERM); the newest `keep` stay."""
+
+    every: Whole = 5
+    keep: Whole = 3
+
+
+class EngineSection(_Section):
+    """Where rollouts are computed: `transformers`, or vLLM (a server's `url`, or `python` of its environment)."""
+
+    kind: Literal["transformers", "vllm"] = "transformers"
+    url: str | None = None
+    python: Path | None = None
+    rows: Annotated[int, Field(ge=1)] = 128
+
+    @model_validator(mode="after")
+    def _vllm_is_named(self) -> EngineSection:
+        if self.kind == "vllm" and (self.url is None) == (self.python is None):
+            raise ValueError("engine vllm needs either url (a running server) or python (of vLLM's own environment)")
+        return self
+
+
+class FederationSection(_Section):
+    """`url` of a coordinator: every policy is an expert there; `every` iterations updates go and come."""
+
+    url: str
+    worker_id: str = "arena"
+    every: Whole = 5
+    opponents: bool = True
+
+
+class ArenaConfig(_Section):
+    """Everything that decides what a run computes. Where and on what it runs are options of the command."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    base_model: str = "smollm2"
+    phases: tuple[Phase, ...] = (Phase(mode="mixed", iterations=30),)
+    task: TaskSection = TaskSection()
+    policies: PolicySection = PolicySection()
+    learning: LearningSection = LearningSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    engine: EngineSection = EngineSection()
+    federation: FederationSection | None = None
+
+    @field_validator("phases")
+    @classmethod
+    def _some_phase(cls, value: tuple[Phase, ...]) -> tuple[Phase, ...]:
+        if not value:
+            raise ValueError("at least one phase is needed, for example [[phases]] mode = 'mixed', iterations = 30")
+        return value
+
+    @property
+    def iterations(self) -> int:
+        """Of all phases."""
+        return sum(phase.iterations for phase in self.phases)
+
+    def phase_at(self, iteration: int) -> tuple[int, Phase]:
+        """The phase that iteration (from 0) belongs to, and its index."""
+        end = 0
+        for index, phase in enumerate(self.phases):
+            end += phase.iterations
+            if iteration < end:
+                return index, phase
+        raise IndexError(f"the run has {self.iterations} iterations, there is no iteration {iteration}")
+
+
+def read_config(path: Path) -> ArenaConfig:
+    """The configuration in a TOML file; raises ArenaConfigError naming the file, the key and what is allowed."""
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ArenaConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ArenaConfigError(f"{path} is not TOML: {error}") from error
+    try:
+        return ArenaConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
+        raise ArenaConfigError(f"{path}: " + "; ".join(lines)) from error
+
+
+def _one_of(what: str, value: str, names: object) -> str:
+    known = list(names)  # type: ignore[call-overload]
+    if value not in known:
+        raise ValueError(f"{what} must be one of {', '.join(known)}, got {value!r}")
+    return value

@@ -1,0 +1,1 @@
+"""Where sampled text comes from: one protocol, several back ends."""

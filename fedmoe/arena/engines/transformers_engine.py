@@ -1,0 +1,89 @@
+"""Rollouts by transformers, in this process, on the same base model that the learner trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fedmoe.arena.engines.protocol import AdapterKey, EngineError, FloatArray, Sample, SampleRequest
+from fedmoe.lora.adapter import Adapter
+from fedmoe.models.base import LoadedBase
+from fedmoe.models.final_logits import check_causal_model
+from fedmoe.models.multilora import MultiLora
+from fedmoe.models.policy_logprobs import Continuation, plan_micro_batches, token_logprobs
+from fedmoe.models.sampling import SamplingLimits, Wanted, sample
+
+
+class TransformersEngine:
+    """Samples from frozen copies of the policies' versions, kept in the compute dtype beside the live ones.
+
+    Several threads may use it at once; `limits` can be exchanged while it runs (the memory guard does).
+    """
+
+    def __init__(self, base: LoadedBase, multi: MultiLora, limits: SamplingLimits | None = None) -> None:
+        check_causal_model(base.model)
+        self._base = base
+        self._multi = multi
+        self._keys: dict[AdapterKey, str] = {}
+        self.limits = limits or SamplingLimits()
+        self._stop_tokens = stop_tokens(base)
+
+    def load(self, key: AdapterKey, adapter: Adapter) -> None:
+        """Make a version available."""
+        if key in self._keys:
+            raise EngineError(f"{key} is loaded already; a version is never loaded twice")
+        self._multi.add(str(key), adapter)
+        self._keys[key] = str(key)
+
+    def unload(self, key: AdapterKey) -> None:
+        """Let a version go."""
+        self._multi.remove(self._name(key) or "")
+        del self._keys[key]
+
+    def loaded(self) -> frozenset[AdapterKey]:
+        """What can be sampled from."""
+        return frozenset(self._keys)
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
+        """Answer all requests, in their order."""
+        wanted = [
+            Wanted(self._name(one.adapter), one.prompt, one.max_new_tokens, one.temperature, one.seed)
+            for one in requests
+        ]
+        if not wanted:
+            return []
+        found = sample(self._base.model, self._multi, wanted, self._stop_tokens, self.limits)
+        return [Sample(one.tokens, one.logprobs, one.stopped) for one in found]
+
+    def score(self, key: AdapterKey | None, prompt: Sequence[int], tokens: Sequence[int]) -> FloatArray:
+        """The log-probability of each of `tokens` after `prompt`."""
+        one = [Continuation(self._name(key), tuple(prompt), tuple(tokens))]
+        (batch,) = plan_micro_batches(one, len(prompt) + len(tokens), len(prompt) + len(tokens))
+        with torch.no_grad(), self._multi.rows(batch.adapters):
+            scored = token_logprobs(self._base.model, self._multi, batch, one)
+        return np.asarray(scored.logprobs.cpu().numpy(), np.float32)
+
+    def close(self) -> None:
+        """Let all versions go."""
+        for key in tuple(self._keys):
+            self.unload(key)
+
+    def _name(self, key: AdapterKey | None) -> str | None:
+        if key is None:
+            return None
+        if key not in self._keys:
+            there = ", ".join(sorted(map(str, self._keys))) or "none"
+            raise EngineError(f"{key} is not loaded; loaded are: {there}")
+        return self._keys[key]
+
+
+def stop_tokens(base: LoadedBase) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's and the generation settings' end-of-sequence tokens."""
+    configured = getattr(base.model.generation_config, "eos_token_id", None)
+    more = [configured] if isinstance(configured, int) else list(configured or [])
+    found = {token for token in [base.tokenizer.eos_token_id, *more] if token is not None}
+    if not found:
+        raise EngineError("the base model names no end-of-sequence token; answers could not end")
+    return frozenset(found)

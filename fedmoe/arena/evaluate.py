@@ -1,0 +1,130 @@
+"""Held-out episodes: is a policy better than the base model, by how much, and how sure is that?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmoe.arena.chat import Codec
+from fedmoe.arena.engines.protocol import Engine
+from fedmoe.arena.rollout import RolloutSettings, play
+from fedmoe.arena.task import HELD_OUT, Lineup, Task
+from fedmoe.arena.trajectory import RANDOM, EpisodePlan, Player
+
+BASE = Player("base", None)
+CHANCE = Player(RANDOM, None)
+_RESAMPLES = 2000
+_SEED = 20_011
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Scores) -> Interval:
+        """Resamples episodes 2000 times from a fixed seed (Efron 1979, percentile interval)."""
+        rng = np.random.default_rng(_SEED)
+        means = values[rng.integers(0, len(values), (_RESAMPLES, len(values)))].mean(axis=1)
+        low, high = np.percentile(means, [2.5, 97.5])
+        return cls(float(values.mean()), float(low), float(high))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A policy against the base model on the same held-out episodes.
+
+    `score`, `base`: own result on the task (a game: against the random player). `gain`: their paired difference.
+    `wins`: share of points of the policy when it meets `opponent` (1 win, 0.5 draw, 0 loss). `valid`: share of usable
+    actions, apart from winning.
+    """
+
+    policy: str
+    opponent: str
+    episodes: int
+    score: Interval
+    base: Interval
+    gain: Interval
+    wins: Interval
+    valid: float
+
+    @property
+    def better(self) -> bool:
+        """Whether the policy is significantly better than the base model on the task (95 %, paired)."""
+        return self.gain.low > 0
+
+    @property
+    def beats(self) -> bool:
+        """Whether it is significantly better than level against the opponent."""
+        return self.wins.low > 0.5
+
+
+@dataclass(frozen=True)
+class _Played:
+    scores: Scores
+    valid: float
+
+
+class Evaluator:
+    """Plays held-out episodes of one task; equal seeds for all players, and results are kept to compare with."""
+
+    def __init__(
+        self, task: Task, engine: Engine, codec: Codec, episodes: int, seed: int, settings: RolloutSettings
+    ) -> None:
+        self._task, self._engine, self._codec = task, engine, codec
+        self._episodes, self._seed, self._settings = episodes, seed, settings
+        self._base: _Played | None = None
+
+    def compare(self, player: Player, opponent: Player = BASE) -> Comparison:
+        """`player` beside the base model on the task, and against `opponent`."""
+        own, base = self._alone(player), self._of_base()
+        if self._task.zero_sum:
+            wins = self._match(player, opponent).scores
+        else:
+            other = base if opponent == BASE else self._alone(opponent)
+            wins = np.where(own.scores > other.scores, 1.0, np.where(own.scores < other.scores, 0.0, 0.5))
+        return Comparison(
+            player.name,
+            opponent.name,
+            len(own.scores),
+            Interval.of(own.scores),
+            Interval.of(base.scores),
+            Interval.of(own.scores - base.scores),
+            Interval.of(wins),
+            own.valid,
+        )
+
+    def _of_base(self) -> _Played:
+        if self._base is None:
+            self._base = self._alone(BASE)
+        return self._base
+
+    def _alone(self, player: Player) -> _Played:
+        return self._match(player, CHANCE) if self._task.zero_sum else self._episodes_of([player], alternate=False)
+
+    def _match(self, player: Player, opponent: Player) -> _Played:
+        return self._episodes_of([player, opponent], alternate=True)
+
+    def _episodes_of(self, players: Sequence[Player], alternate: bool) -> _Played:
+        """The first player's results; in games it takes both seats in turn."""
+        plans, seats = [], []
+        for index in range(self._episodes):
+            turned = alternate and index % 2 == 1
+            seated = tuple(reversed(players)) if turned else tuple(players)
+            seats.append(len(players) - 1 if turned else 0)
+            # Both seatings of a game get the same deal.
+            number = index // 2 if alternate else index
+            plans.append(EpisodePlan(HELD_OUT + number, Lineup.alone(len(seated)), seated, index))
+        played = play(self._task, plans, self._engine, self._codec, self._seed, self._settings)
+        scores = [one.outcome.seat_scores[seat] for one, seat in zip(played, seats, strict=True)]
+        valid = [one.outcome.valid[seat] for one, seat in zip(played, seats, strict=True)]
+        return _Played(np.array(scores, np.float64), float(np.mean(valid)))

@@ -1,0 +1,1 @@
+"""The modes: how seats are formed and how outcomes become rewards."""

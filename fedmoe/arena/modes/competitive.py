@@ -1,0 +1,109 @@
+"""Competitive mode: everybody for himself, rated, and the worst replaced when it is surely worse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fedmoe.arena.credit import Credit, weighted
+from fedmoe.arena.modes.judging import compared, credited, examples, rate, task_seeds
+from fedmoe.arena.modes.protocol import Decision, Judgement, ModeError, Planning
+from fedmoe.arena.society import Society
+from fedmoe.arena.survival import decide
+from fedmoe.arena.task import Lineup, Task
+from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode, Player
+
+#: Half for one's own result, half for being ahead of the others.
+WEIGHTS = Credit(individual=0.5, versus=0.5)
+#: The share of groups in which one frozen opponent sits at the table, so that rewards mean more than being better
+#: than present company.
+FROZEN_SHARE = 0.25
+
+
+class Competitive:
+    """Policies answer or play independently, against each other and against frozen opponents.
+
+    Tasks for many seats get all policies at one table; games for two get pairs. Survival of the fittest: after
+    `min_games` rated games and not within `cooldown` iterations of the last time.
+    """
+
+    name = "competitive"
+    playing = "competitive"
+
+    def __init__(self, weights: Credit = WEIGHTS, min_games: int = 60, cooldown: int = 10) -> None:
+        self._rule = weighted(weights)
+        self._min_games = min_games
+        self._cooldown = cooldown
+
+    def check(self, task: Task, policies: int) -> None:
+        """Two or more policies, and a task for two or more seats."""
+        if policies < 2 or task.seats[1] < 2:
+            raise ModeError(
+                f"{self.name} mode needs 2 policies or more and a task that seats rivals; got {policies} and "
+                f"{task.name}, which seats {task.seats[0]} to {task.seats[1]}"
+            )
+
+    def plan(self, society: Society, planning: Planning) -> list[EpisodePlan]:
+        """All policies at one table where they fit, else pairs; in some groups a frozen opponent."""
+        plans: list[EpisodePlan] = []
+        for group, seed in enumerate(task_seeds(planning)):
+            players = self._players(society, planning, group)
+            lineup = Lineup.alone(len(players))
+            plans += [EpisodePlan(seed, lineup, players, group, sample) for sample in range(planning.samples)]
+        return plans
+
+    def _players(self, society: Society, planning: Planning, group: int) -> tuple[Player, ...]:
+        rng, most = planning.rng, planning.task.seats[1]
+        frozen = rng.random() < FROZEN_SHARE
+        if most > len(planning.policies):
+            chosen = [planning.policies[index] for index in rng.permutation(len(planning.policies))]
+            return (*chosen, _frozen(society, chosen[0].name, rng)) if frozen else tuple(chosen)
+        # Everybody gets the same number of tables, whatever their rating.
+        first = planning.policies[group % len(planning.policies)]
+        if frozen:
+            rivals = [_frozen(society, first.name, rng)]
+        else:
+            others = [player for player in planning.policies if player.name != first.name]
+            rivals = [others[index] for index in rng.permutation(len(others))[: most - 1]]
+        seated = [first, *rivals]
+        return tuple(seated[index] for index in rng.permutation(len(seated)))
+
+    def judge(self, society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+        """Own result and lead over the rivals; ratings; perhaps a replacement."""
+        results = compared(society, planning, played, credited(self._rule, played))
+        rate(society, played)
+        _remember(society, played)
+        since = society.lineage.since_last(planning.iteration)
+        for name in planning.names:
+            society.ratings.ensure(name)
+        wanted = decide(
+            society.ratings, planning.names, min_games=self._min_games, cooldown=self._cooldown, since_last=since
+        )
+        if wanted is None:
+            return Judgement(examples(played, results), tuple(results))
+        decision = Decision("replace", wanted.worst, wanted.worst, f"changed copy of {wanted.best}", wanted.reason)
+        return Judgement(examples(played, results), tuple(results), (decision,), (wanted,))
+
+    def state(self) -> dict[str, object]:
+        """Nothing beyond the society."""
+        return {}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Nothing to take over."""
+
+
+def _frozen(society: Society, policy: str, rng: np.random.Generator) -> Player:
+    (opponent,) = society.opponents.sample(policy, 1, rng)
+    return opponent.player()
+
+
+def _remember(society: Society, played: Sequence[PlayedEpisode]) -> None:
+    """Enter results against frozen opponents, for choosing the next ones."""
+    known = {opponent.name for opponent in society.opponents.opponents()}
+    for episode in played:
+        scores = dict(zip(episode.plan.players, episode.outcome.seat_scores, strict=True))
+        for frozen in (player for player in scores if player.name in known):
+            for player in (player for player in scores if player.learning):
+                lead = scores[player] - scores[frozen]
+                society.opponents.record(player.name, frozen.name, 1.0 if lead > 0 else 0.0 if lead < 0 else 0.5)

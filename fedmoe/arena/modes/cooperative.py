@@ -1,0 +1,89 @@
+"""Cooperative mode: one team of all policies, a common reward, and what each adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedmoe.arena.budget import allocate
+from fedmoe.arena.credit import Credit, weighted
+from fedmoe.arena.modes.judging import compared, credited, examples, group_values, task_seeds
+from fedmoe.arena.modes.protocol import Decision, Judgement, ModeError, Planning
+from fedmoe.arena.society import Society
+from fedmoe.arena.task import Lineup, Task, Team
+from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode
+
+#: Common reward, what the team would miss without the seat, and a little of the seat's own answer: with the first two
+#: alone, nobody learns while the vote is hopeless whatever one seat does.
+WEIGHTS = Credit(individual=0.5, shared=0.5, difference=1.0)
+
+
+class Cooperative:
+    """All policies are one team; the seats' order changes from group to group.
+
+    Rollout budget moves to the ways of working together (the task's strategies) in which the rewards of a group still
+    differ: where they do not, there is nothing to learn.
+    """
+
+    name = "cooperative"
+    playing = "cooperative"
+
+    def __init__(self, weights: Credit = WEIGHTS) -> None:
+        self._rule = weighted(weights)
+        self._strategy_of: dict[int, str] = {}
+        self._spent: dict[str, int] = {}
+
+    def check(self, task: Task, policies: int) -> None:
+        """Two or more policies, and a task that seats them all in one team."""
+        if task.zero_sum or not task.seats[0] <= policies <= task.seats[1] or policies < 2:
+            raise ModeError(
+                f"{self.name} mode needs a task with room for one team of {policies} (2 or more), {task.name} seats "
+                f"{task.seats[0]} to {task.seats[1]}{' rivals' if task.zero_sum else ''}; take committee:<data set>"
+            )
+
+    def plan(self, society: Society, planning: Planning) -> list[EpisodePlan]:
+        """One line-up a group: all policies in one team, in a random speaking order."""
+        strategies = self._budget(society, planning)
+        plans: list[EpisodePlan] = []
+        self._strategy_of = dict(enumerate(strategies))
+        for group, (seed, strategy) in enumerate(zip(task_seeds(planning), strategies, strict=True)):
+            order = planning.rng.permutation(len(planning.policies))
+            seats = tuple(int(seat) for seat in planning.rng.permutation(len(planning.policies)))
+            players = tuple(planning.policies[index] for index in order)
+            lineup = Lineup((Team(seats, strategy),))
+            plans += [EpisodePlan(seed, lineup, players, group, sample) for sample in range(planning.samples)]
+        return plans
+
+    def _budget(self, society: Society, planning: Planning) -> list[str]:
+        strategies = planning.task.strategies or ("",)
+        names = strategies[: planning.groups]
+        counts = allocate(planning.groups, society.signal.deviations(names))
+        self._spent = counts
+        return [name for name in names for _ in range(counts[name])]
+
+    def judge(self, society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+        """Shared plus difference reward, compared within the group of one policy."""
+        results = compared(society, planning, played, credited(self._rule, played))
+        for strategy, rewards in group_values(played, results, self._strategy_of):
+            if len(rewards) > 1:
+                society.signal.observe(strategy, rewards)
+        return Judgement(examples(played, results), tuple(results), self._moved(society, planning))
+
+    def _moved(self, society: Society, planning: Planning) -> tuple[Decision, ...]:
+        strategies = (planning.task.strategies or ("",))[: planning.groups]
+        deviations = society.signal.deviations(strategies)
+        after = allocate(planning.groups, deviations)
+        if after == self._spent or len(strategies) < 2:
+            return ()
+        why = ", ".join(f"{name} {value:.3f}" for name, value in deviations.items())
+        return (Decision("budget", "", _shown(self._spent), _shown(after), f"reward deviation within groups: {why}"),)
+
+    def state(self) -> dict[str, object]:
+        """Nothing beyond the society."""
+        return {}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Nothing to take over."""
+
+
+def _shown(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name or 'plain'} {count}" for name, count in counts.items())

@@ -1,0 +1,104 @@
+"""From credits to examples: the steps that all modes share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from fedmoe.arena.baselines import BaselineKey, group_advantages
+from fedmoe.arena.credit import CreditRule
+from fedmoe.arena.modes.protocol import Planning, SeatResult
+from fedmoe.arena.society import Society
+from fedmoe.arena.task import HELD_OUT
+from fedmoe.arena.trajectory import Example, PlayedEpisode
+
+# What an action that cannot be used costs, on top of what it loses by the rules: a forfeit that an opponent's forfeit
+# made a win would otherwise teach nothing.
+_INVALID_COST = 0.5
+
+
+def task_seeds(planning: Planning) -> list[int]:
+    """One training seed a group, drawn from the planning's generator."""
+    return [int(seed) for seed in planning.rng.integers(0, HELD_OUT, planning.groups)]
+
+
+def credited(rule: CreditRule, played: Sequence[PlayedEpisode]) -> list[SeatResult]:
+    """What every learning seat earned; an invalid action costs `_INVALID_COST` times its share."""
+    results = []
+    for index, episode in enumerate(played):
+        credits = rule(episode.outcome, episode.plan.lineup)
+        for seat, (player, credit) in enumerate(zip(episode.plan.players, credits, strict=True)):
+            if player.learning:
+                reward = credit.reward - _INVALID_COST * (1.0 - episode.outcome.valid[seat])
+                results.append(SeatResult(player.name, index, seat, replace(credit, reward=reward)))
+    return results
+
+
+def compared(
+    society: Society, planning: Planning, played: Sequence[PlayedEpisode], results: Sequence[SeatResult]
+) -> list[SeatResult]:
+    """The advantages: within the group of one policy in one seat, or over a moving average in zero-sum games.
+
+    In a game the same line-up still meets other luck and another opponent's play each time, and self-play moves the
+    value of a seat slowly: the moving average per (task, role, policy) of SPIRAL. Everywhere else the group.
+    """
+    if planning.task.zero_sum:
+        return _over_average(society, planning, results)
+    names = {key: number for number, key in enumerate(dict.fromkeys(_group(played, result) for result in results))}
+    groups = [names[_group(played, result)] for result in results]
+    advantages = group_advantages([result.credit.reward for result in results], groups)
+    return [replace(result, advantage=float(value)) for result, value in zip(results, advantages, strict=True)]
+
+
+def _over_average(society: Society, planning: Planning, results: Sequence[SeatResult]) -> list[SeatResult]:
+    found: dict[tuple[int, int], float] = {}
+    for key in dict.fromkeys((result.seat, result.policy) for result in results):
+        members = [result for result in results if (result.seat, result.policy) == key]
+        name = BaselineKey(planning.task.name, f"seat {key[0]}", key[1])
+        rewards = [result.credit.reward for result in members]
+        for result, value in zip(members, society.baselines.advantage(name, rewards), strict=True):
+            found[(result.episode, result.seat)] = float(value)
+    return [replace(result, advantage=found[(result.episode, result.seat)]) for result in results]
+
+
+def _group(played: Sequence[PlayedEpisode], result: SeatResult) -> tuple[int, int, str]:
+    return (played[result.episode].plan.group, result.seat, result.policy)
+
+
+def examples(played: Sequence[PlayedEpisode], results: Sequence[SeatResult]) -> tuple[Example, ...]:
+    """Every turn of every seat that has an advantage; those without would only cost time."""
+    found = []
+    for result in results:
+        if abs(result.advantage) < 1e-9:
+            continue
+        for turn in played[result.episode].turns:
+            if turn.seat == result.seat:
+                found.append(Example(result.policy, turn, result.advantage, result.credit.reward))
+    return tuple(found)
+
+
+def rate(society: Society, played: Sequence[PlayedEpisode]) -> None:
+    """Enter every episode with at least two teams into the ratings."""
+    for episode in played:
+        lineup = episode.plan.lineup
+        names = [[episode.plan.players[seat].name for seat in team.seats] for team in lineup.teams]
+        everybody = [name for team in names for name in team]
+        if len(names) > 1 and len(set(everybody)) == len(everybody):
+            for name in everybody:
+                society.ratings.ensure(name)
+            society.ratings.rate(names, episode.outcome.team_scores)
+
+
+def group_values(
+    played: Sequence[PlayedEpisode], results: Sequence[SeatResult], key: Mapping[int, str]
+) -> list[tuple[str, list[float]]]:
+    """For every group: the key it was planned under, and the mean reward of each of its episodes."""
+    by_group: dict[int, dict[int, list[float]]] = {}
+    for result in results:
+        by_group.setdefault(played[result.episode].plan.group, {}).setdefault(result.episode, []).append(
+            result.credit.reward
+        )
+    return [
+        (key[group], [sum(rewards) / len(rewards) for rewards in episodes.values()])
+        for group, episodes in by_group.items()
+    ]

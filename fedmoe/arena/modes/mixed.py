@@ -1,0 +1,81 @@
+"""Mixed mode: cooperative, competitive and team battle in turns, as measured learning progress says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from fedmoe.arena.modes.competitive import Competitive
+from fedmoe.arena.modes.cooperative import Cooperative
+from fedmoe.arena.modes.protocol import Decision, Judgement, Mode, Planning
+from fedmoe.arena.modes.team_battle import TeamBattle
+from fedmoe.arena.society import Society
+from fedmoe.arena.switching import Measured, ModeSwitch, SwitchRules, agreement
+from fedmoe.arena.task import Task
+from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode
+
+
+class Mixed:
+    """Plays one of its parts and decides after every iteration which is next; baselines begin anew on a switch.
+
+    Every problem of training is drawn fresh, so the mean score on it measures progress without bias.
+    """
+
+    name = "mixed"
+
+    def __init__(self, rules: SwitchRules = SwitchRules()) -> None:  # noqa: B008 - a frozen value
+        parts: tuple[Mode, ...] = (Cooperative(), Competitive(), TeamBattle())
+        self._parts = {part.name: part for part in parts}
+        self._switch = ModeSwitch(rules, tuple(self._parts))
+
+    @property
+    def playing(self) -> str:
+        """The part being played."""
+        return self._switch.mode
+
+    def check(self, task: Task, policies: int) -> None:
+        """What all parts need."""
+        for part in self._parts.values():
+            part.check(task, policies)
+
+    def plan(self, society: Society, planning: Planning) -> list[EpisodePlan]:
+        """The present part's plan."""
+        return self._parts[self.playing].plan(society, planning)
+
+    def judge(self, society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+        """The present part's judgement, and which part is next."""
+        judged = self._parts[self.playing].judge(society, planning, played)
+        found = self._switch.step(_measured(society, planning, played))
+        if not found.switched:
+            return judged
+        forgotten = society.baselines.reset(found.reason)
+        reason = f"{found.trigger}: {found.reason}; {forgotten.forgotten} baselines begin anew"
+        decision = Decision("mode", "", found.before, found.after, reason)
+        return replace(judged, decisions=(*judged.decisions, decision))
+
+    def state(self) -> dict[str, object]:
+        """The switch."""
+        return {"switch": self._switch.state()}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Take over the switch."""
+        self._switch = ModeSwitch.from_state(state["switch"])  # type: ignore[arg-type]
+
+
+def _measured(society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Measured:
+    scores = [
+        score
+        for one in played
+        for player, score in zip(one.plan.players, one.outcome.seat_scores, strict=True)
+        if player.learning
+    ]
+    for name in planning.names:
+        society.ratings.ensure(name)
+    leader, lead = society.ratings.leader(planning.names)
+    return Measured(sum(scores) / len(scores), leader, lead, agreement([_answers(one) for one in played]))
+
+
+def _answers(episode: PlayedEpisode) -> list[str]:
+    """The last words of every learning seat."""
+    last = {turn.seat: turn.text.strip() for turn in episode.turns if turn.player.learning}
+    return [last[seat] for seat in sorted(last)]

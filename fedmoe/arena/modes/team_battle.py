@@ -1,0 +1,91 @@
+"""Team battle: two teams, zero-sum between them, what each member adds inside, and a way of working to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedmoe.arena.credit import Credit, weighted
+from fedmoe.arena.modes.judging import compared, credited, examples, rate, task_seeds
+from fedmoe.arena.modes.protocol import Decision, Judgement, ModeError, Planning
+from fedmoe.arena.society import Society
+from fedmoe.arena.strategy import Choice, team_options
+from fedmoe.arena.task import Lineup, Task
+from fedmoe.arena.teams import balanced_teams
+from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode
+
+#: Being ahead of the other team, what the team would miss without the seat, and a little of the seat's own answer.
+WEIGHTS = Credit(individual=0.5, difference=1.0, versus=0.5)
+TEAMS = 2
+
+
+class TeamBattle:
+    """Policies are divided into two teams of about equal rating, anew for every group.
+
+    Each team chooses how it works (which drafts are shared, who speaks first) by a bandit made for opponents that
+    adapt; the choice, its probability and what it earned are what the team learns from.
+    """
+
+    name = "team_battle"
+    playing = "team_battle"
+
+    def __init__(self, weights: Credit = WEIGHTS) -> None:
+        self._rule = weighted(weights)
+        self._choices: dict[tuple[int, int], tuple[str, Choice]] = {}
+
+    def check(self, task: Task, policies: int) -> None:
+        """An even number of policies from four on, and a task that seats them in teams."""
+        if task.zero_sum or policies < 2 * TEAMS or policies % TEAMS or policies > task.seats[1]:
+            raise ModeError(
+                f"{self.name} mode needs an even number of policies from {2 * TEAMS} on and a task that seats them in "
+                f"two teams; got {policies} and {task.name} ({task.seats[0]} to {task.seats[1]} seats); "
+                "take committee:<data set>"
+            )
+
+    def plan(self, society: Society, planning: Planning) -> list[EpisodePlan]:
+        """Two balanced teams a group, each with a strategy of its own choice."""
+        self._choices = {}
+        for name in planning.names:
+            society.ratings.ensure(name)
+        strength = {name: society.ratings[name].mu for name in planning.names}
+        plans: list[EpisodePlan] = []
+        for group, seed in enumerate(task_seeds(planning)):
+            split = balanced_teams(strength, TEAMS, planning.rng)
+            names = [name for team in split for name in team]
+            teams, start = [], 0
+            for index, members in enumerate(split):
+                seats = range(start, start + len(members))
+                options = team_options(planning.task.strategies, members, seats)
+                key = "+".join(sorted(members))
+                choice = society.strategies.choose(key, list(options), planning.rng)
+                self._choices[(group, index)] = (key, choice)
+                teams.append(options[choice.option])
+                start += len(members)
+            players = tuple(planning.player(name) for name in names)
+            lineup = Lineup(tuple(teams))
+            plans += [EpisodePlan(seed, lineup, players, group, sample) for sample in range(planning.samples)]
+        return plans
+
+    def judge(self, society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+        """Lead over the other team plus difference reward; ratings of teams; what each choice was worth."""
+        results = compared(society, planning, played, credited(self._rule, played))
+        rate(society, played)
+        return Judgement(examples(played, results), tuple(results), self._learn(society, played))
+
+    def _learn(self, society: Society, played: Sequence[PlayedEpisode]) -> tuple[Decision, ...]:
+        decisions = []
+        for (group, index), (key, choice) in self._choices.items():
+            scores = [one.outcome.team_scores for one in played if one.plan.group == group]
+            leads = [own[index] - own[1 - index] for own in scores]
+            # Zero-sum in [0, 1]: 0.5 is level.
+            reward = 0.5 + 0.5 * sum(leads) / len(leads)
+            society.strategies.learn(key, choice, reward)
+            reason = f"drawn with probability {choice.probability:.2f}; share of points {reward:.2f} in {len(leads)}"
+            decisions.append(Decision("strategy", key, "", choice.option, reason))
+        return tuple(decisions)
+
+    def state(self) -> dict[str, object]:
+        """Nothing beyond the society: choices are made again with the plan."""
+        return {}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Nothing to take over."""

@@ -1,0 +1,428 @@
+"""A whole run in its folder: started or resumed, logged, checkpointed, measured, and ended in order.
+
+RUN/metrics.jsonl                              every record, the source of all charts
+RUN/logs/training_runner.log, training.log     for people
+RUN/checkpoints/checkpoint_YYYYMMDD_HHMMSS/    see `checkpoint`
+RUN/multi_model_training_simple_results.json, run_report.json
+RUN/control.json                               what may be changed while it runs, see `control`
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from fedmoe.arena import checkpoint, results
+from fedmoe.arena.adapt import AdaptRules
+from fedmoe.arena.chat import ChatCodec
+from fedmoe.arena.checkpoint import ArenaState, Loaded
+from fedmoe.arena.config import ArenaConfig
+from fedmoe.arena.control import ControlFile
+from fedmoe.arena.engines.protocol import AdapterKey, Engine
+from fedmoe.arena.environment import environment
+from fedmoe.arena.federation import League, join_league, learning_rate_only
+from fedmoe.arena.learner import Learner, LearnerConfig, OptimizerState
+from fedmoe.arena.loss import LossConfig
+from fedmoe.arena.memory import MemoryGuard, MemoryLimitError, available_memory, choose_limit, limit_gpu, watched
+from fedmoe.arena.placement import check_file_system, make_temporary, place, remove_temporary
+from fedmoe.arena.policies import Policies
+from fedmoe.arena.records import BatchedRecords, truncate_records
+from fedmoe.arena.results import Ending
+from fedmoe.arena.run_engines import make_engine
+from fedmoe.arena.run_logs import RunLogs, log_files, run_logs
+from fedmoe.arena.run_records import sort_records
+from fedmoe.arena.tasks.registry import make_task
+from fedmoe.arena.trainer import Trainer
+from fedmoe.files import lock_folder
+from fedmoe.lora.codec import digest
+from fedmoe.lora.initial import initial_adapter
+from fedmoe.models.base import LoadedBase, load_base
+from fedmoe.models.multilora import MultiLora
+from fedmoe.record import RecordWriter, Value, read_records
+
+METRICS = "metrics.jsonl"
+RESULTS = "multi_model_training_simple_results.json"
+REPORT = "run_report.json"
+#: A micro-batch is never made smaller than this many tokens to save memory.
+_LEAST_TOKENS = 256
+#: Nats a token by which an update may move a policy before its rate is lowered: short answers of a small model learn
+#: well at about 0.05, measured.
+_KL_HIGH = 0.1
+
+
+class RunError(RuntimeError):
+    """A run that cannot begin where and as it was asked to."""
+
+
+class Watched(Protocol):
+    """A writer of records."""
+
+    def write(self, kind: str, **values: Value) -> None:
+        """Keep one record."""
+        ...
+
+    def close(self) -> None:
+        """Release what is held."""
+        ...
+
+
+#: Given the writer of records, the run's folder and its memory limit in bytes: the writer to use instead.
+Watch = Callable[[BatchedRecords, Path, Callable[[], int]], AbstractContextManager[Watched]]
+
+
+@contextmanager
+def unwatched(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Watched]:
+    """Nobody looks on."""
+    yield records
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Where and on what a run computes; nothing of it changes what is computed, but for the last bits.
+
+    `memory_limit_gb` None is the default of 32 GiB, or what there is. `resume` goes on from the newest checkpoint.
+    """
+
+    folder: Path
+    resume: bool = False
+    memory_limit_gb: float | None = None
+    gpu_memory_limit_gb: float | None = None
+    allow_network_fs: bool = False
+    rollout_device: str = "auto"
+    learner_device: str = "auto"
+    dtype: str = "auto"
+    token: str | None = None
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """What `run_arena` raises for causes outside of it, each with a message for people."""
+    from fedmoe.arena.checkpoint import CheckpointError
+    from fedmoe.arena.engines.protocol import EngineError
+    from fedmoe.arena.modes.protocol import ModeError
+    from fedmoe.arena.placement import PlacementError
+    from fedmoe.arena.rollout import RolloutError
+    from fedmoe.arena.task import TaskError
+    from fedmoe.files import FolderInUseError
+    from fedmoe.models.base import BaseModelError
+    from fedmoe.models.device import DeviceError
+
+    return (
+        *(RunError, TaskError, ModeError, EngineError, RolloutError, CheckpointError, MemoryLimitError),
+        *(PlacementError, FolderInUseError, BaseModelError, DeviceError, OSError),
+    )
+
+
+class Stop:
+    """The wish to end in order; the reason goes into the report."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def ask(self, reason: str) -> None:
+        """End after the iteration being made, with a checkpoint."""
+        self.reason = self.reason or reason
+
+
+@dataclass
+class _Run:
+    """What a run consists of once everything is loaded."""
+
+    config: ArenaConfig
+    options: RunOptions
+    base: LoadedBase
+    engine: Engine
+    learner: Learner
+    policies: Policies
+    trainer: Trainer
+    guard: MemoryGuard
+    records: BatchedRecords
+    writer: Watched
+    logs: RunLogs
+    league: League | None
+    started: float
+    resumed_from: str | None = None
+    control: ControlFile = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.control = ControlFile(self.options.folder)
+
+
+def run_arena(config: ArenaConfig, options: RunOptions, stop: Stop, watch: Watch = unwatched) -> Ending:
+    """Train until the configured iterations are done or `stop` is asked; returns how it ended.
+
+    Raises RunError for a folder that cannot be used, and what tasks, modes, models and the coordinator raise.
+    """
+    check_file_system(options.folder, options.allow_network_fs)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(_owned(options.folder))
+        logs = stack.enter_context(run_logs(options.folder))
+        found = _earlier(config, options, logs)
+        make_temporary(options.folder)
+        stack.callback(remove_temporary, options.folder)
+        run = _assemble(config, options, found, logs, stack, watch)
+        return _train(run, stop)
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    lock = lock_folder(folder)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _earlier(config: ArenaConfig, options: RunOptions, logs: RunLogs) -> Loaded | None:
+    """The checkpoint to go on from; refuses to write over another run or to go on with another configuration."""
+    folder = options.folder / "checkpoints"
+    if not options.resume:
+        if (options.folder / METRICS).exists():
+            raise RunError(f"{options.folder} holds a run already: pass --resume, --fresh or another --out")
+        return None
+    checkpoint.clean(folder)
+    found = checkpoint.load_newest(folder)
+    if found is None:
+        if (options.folder / METRICS).exists():
+            logs.runner.warning("no_checkpoint", reason="the run begins anew: it was ended before its first checkpoint")
+            truncate_records(options.folder / METRICS, 0)
+        return None
+    if found.state.config_digest != checkpoint.config_digest(_plain(config)):
+        raise RunError(f"{found.path} was made with another configuration; pass that one, --fresh or another --out")
+    truncate_records(options.folder / METRICS, found.state.records_bytes)
+    logs.runner.info("resumed", checkpoint=found.path.name, iteration=found.state.iteration)
+    return found
+
+
+def _assemble(
+    config: ArenaConfig, options: RunOptions, found: Loaded | None, logs: RunLogs, stack: ExitStack, watch: Watch
+) -> _Run:
+    started = time.time()
+    rollout, learner_device, plan = place(options.rollout_device, options.learner_device)
+    limit, sentence = choose_limit(options.memory_limit_gb, available_memory())
+    if options.gpu_memory_limit_gb is not None:
+        for device in dict.fromkeys((str(rollout), str(learner_device))):
+            logs.runner.info("gpu_memory", plan=limit_gpu(device, options.gpu_memory_limit_gb))
+    logs.runner.info("run_begins", devices=plan, memory=sentence, iterations=config.iterations, task=config.task.name)
+    task = make_task(config.task.name, config.task.options)
+    base = load_base(config.base_model, learner_device, options.dtype)
+    logs.runner.info("base_model", **base.report)
+    multi = MultiLora(base.model)
+    engine = stack.enter_context(make_engine(config, options.folder, base, multi, rollout))
+    learner = Learner(base, multi, _learner_config(config))
+    policies = Policies(learner, engine, config.learning.max_staleness, _adapt_rules(config))
+    codec = ChatCodec(base.tokenizer, config.learning.max_prompt_tokens)
+    guard = MemoryGuard(limit, learner.micro_batch_tokens, min(_LEAST_TOKENS, learner.micro_batch_tokens))
+    guard.register_cache("encoded prompts", codec.forget)
+    stack.enter_context(watched(guard))
+    records = BatchedRecords(RecordWriter(options.folder / METRICS))
+    writer = stack.enter_context(watch(records, options.folder, lambda: guard.limit))
+    stack.callback(records.close)
+    trainer = Trainer(config, task, policies, engine, codec, writer)
+    stack.callback(trainer.close)
+    league = _join(config, options, base, policies, stack) if config.federation else None
+    run = _Run(
+        *(config, options, base, engine, learner, policies, trainer, guard, records, writer, logs, league, started)
+    )
+    if league is not None:
+        trainer.may_sample_ahead = lambda following: not league.due(following)
+    _populate(run, found)
+    return run
+
+
+def _join(config: ArenaConfig, options: RunOptions, base: LoadedBase, policies: Policies, stack: ExitStack) -> League:
+    league = join_league(config, options.token, base, policies, options.folder / "federation")
+    stack.callback(league.close)
+    return league
+
+
+def _adapt_rules(config: ArenaConfig) -> AdaptRules | None:
+    if not config.learning.adapt:
+        return None
+    return (
+        learning_rate_only(config.policies)
+        if config.federation
+        else AdaptRules(max_rank=config.policies.max_rank, kl_high=_KL_HIGH)
+    )
+
+
+def _learner_config(config: ArenaConfig) -> LearnerConfig:
+    learning = config.learning
+    loss = LossConfig(learning.loss, learning.aggregation, learning.clip_low, learning.clip_high)
+    return LearnerConfig(
+        learning.learning_rate,
+        learning.weight_decay,
+        learning.max_grad_norm,
+        learning.epochs,
+        learning.warmup_steps,
+        learning.micro_batch_tokens,
+        learning.temperature,
+        loss,
+    )
+
+
+def _populate(run: _Run, found: Loaded | None) -> None:
+    """Policies from the coordinator, the checkpoint, or their seeds; every policy begins with an A of its own."""
+    config, multi = run.config, run.learner
+    shape = config.policies
+    layout = multi.layout(shape.rank)
+    alpha = shape.alpha if shape.alpha is not None else 2.0 * shape.rank
+    for index, name in enumerate(shape.all_names):
+        start = run.league.start(name) if run.league and found is None else None
+        run.policies.add(name, start or initial_adapter(layout, alpha, config.seed * 1009 + index))
+    if found is None:
+        _announce(run)
+        if run.league:
+            run.league.meet(run.trainer.society)
+        return
+    run.resumed_from = found.path.name
+    state = found.state.state
+    adapters = {_key(name): adapter for name, adapter in found.state.adapters.items()}
+    saved = state["policies"]
+    assert isinstance(saved, Mapping)
+    optimizers = {
+        name: OptimizerState(
+            found.state.arrays[f"{name}/first_moment"], found.state.arrays[f"{name}/second_moment"], one["steps"]
+        )
+        for name, one in saved.items()
+    }
+    run.policies.restore(saved, adapters, optimizers)
+    if run.league and run.league.rejoin(_mapping(state["league"])):
+        state = {**state, "sampling_with": None}  # what was sampled ahead came from weights that are gone
+    run.trainer.resume(state)
+
+
+def _announce(run: _Run) -> None:
+    run.writer.write(
+        "run",
+        task=run.config.task.name,
+        mode=", ".join(dict.fromkeys(phase.mode for phase in run.config.phases)),
+        seed=run.config.seed,
+        policies=",".join(run.config.policies.all_names),
+        base_model=run.base.identity.name,
+        iterations=run.config.iterations,
+        sample=False,
+    )
+
+
+def _keep_within_memory(run: _Run) -> None:
+    """Follow the control file and the memory guard; between iterations, so that stopping loses nothing."""
+    asked = run.control.changed()
+    if asked is not None:
+        run.guard.apply(asked)
+    run.learner.micro_batch_tokens = run.guard.check()
+
+
+def _train(run: _Run, stop: Stop) -> Ending:
+    """Iterations with evaluations and checkpoints between them, and the files at the end however it ends."""
+    ending = Ending("failed", "ended by an error; see logs/training_runner.log")
+    try:
+        if run.trainer.iteration == 0:
+            _evaluate(run)
+        while run.trainer.iteration < run.config.iterations and not stop.reason:
+            _iteration(run)
+        if run.league:
+            run.league.leave()
+        if stop.reason:
+            _save(run)
+            ending = Ending("stopped", stop.reason)
+        else:
+            ending = Ending("finished")
+    finally:
+        run.records.flush()
+        _write_results(run, ending)
+        run.logs.runner.info("run_ends", status=ending.status, reason=ending.reason, iteration=run.trainer.iteration)
+    return ending
+
+
+def _iteration(run: _Run) -> None:
+    trainer, config = run.trainer, run.config
+    trainer.iterate()
+    run.logs.training.info("iteration", number=trainer.iteration, of=config.iterations, mode=trainer.playing)
+    if run.league and run.league.due(trainer.iteration):
+        run.league.exchange(trainer)
+    ended = trainer.at_phase_end
+    if ended:
+        trainer.end_phase()
+    if ended or (config.evaluation.every and trainer.iteration % config.evaluation.every == 0):
+        _evaluate(run)
+    if ended or trainer.iteration % config.checkpoint.every == 0:
+        _save(run)
+    run.records.flush()
+
+
+def _evaluate(run: _Run) -> None:
+    for found in run.trainer.evaluate():
+        run.logs.training.info(
+            "evaluation",
+            policy=found.policy,
+            opponent=found.opponent,
+            score=round(found.score.mean, 4),
+            base=round(found.base.mean, 4),
+            wins=round(found.wins.mean, 4),
+            better=found.better,
+        )
+
+
+def _save(run: _Run) -> None:
+    """A checkpoint, with the result files and logs as they stand; older ones are pruned."""
+    folder = run.options.folder
+    length = run.records.sync()
+    _write_results(run, Ending("running"))
+    moments = {name: run.learner.optimizer_state(name) for name in run.policies.names}
+    arrays = {f"{name}/first_moment": one.first for name, one in moments.items()}
+    arrays |= {f"{name}/second_moment": one.second for name, one in moments.items()}
+    adapters = {str(key): adapter for key, adapter in run.policies.kept().items()}
+    values = run.trainer.state() | ({"league": run.league.state()} if run.league else {})
+    state = ArenaState(run.trainer.iteration, _plain(run.config), values, arrays, adapters, length)
+    copies = {RESULTS: folder / RESULTS, REPORT: folder / REPORT, **log_files(folder)}
+    found = sort_records(read_records(folder / METRICS))
+    path = checkpoint.save(
+        folder / "checkpoints",
+        state,
+        metrics=results.build_metrics(found),
+        base_model=run.base.identity.name,
+        now=time.time(),
+        copies=copies,
+    )
+    removed = checkpoint.prune(folder / "checkpoints", run.config.checkpoint.keep, path)
+    run.logs.runner.info("checkpoint", name=path.name, iteration=run.trainer.iteration, removed=len(removed))
+
+
+def _write_results(run: _Run, ending: Ending) -> None:
+    folder = run.options.folder
+    found = sort_records(read_records(folder / METRICS))
+    digests = {str(key): digest(adapter) for key, adapter in run.policies.kept().items()}
+    lineage = run.trainer.society.lineage.state()
+    results.write_json(folder / RESULTS, results.build_results(found, digests, lineage))
+    report = results.build_report(
+        found,
+        config=_plain(run.config),
+        environment={**environment(), **run.base.report},
+        started=run.started,
+        ended=time.time(),
+        ending=ending,
+        checkpoints=[path.name for path in checkpoint.checkpoints(folder / "checkpoints")],
+        resumed_from=run.resumed_from,
+    )
+    results.write_json(folder / REPORT, report)
+
+
+def _plain(config: ArenaConfig) -> dict[str, object]:
+    plain: dict[str, object] = config.model_dump(mode="json")
+    return plain
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    assert isinstance(value, Mapping)
+    return value
+
+
+def _key(text: str) -> AdapterKey:
+    name, _, version = text.rpartition("@")
+    return AdapterKey(name, int(version))

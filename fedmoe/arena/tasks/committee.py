@@ -1,0 +1,122 @@
+"""A committee over any verifiable problems: members draft, see drafts of their team, answer; the team votes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedmoe.arena.task import Episode, Lineup, Message, Outcome, TaskError, Team, check_actions, check_lineup
+from fedmoe.arena.tasks.problems import INSTRUCTION, Ballot, Problem, ProblemSet, quoted, read_answer
+
+#: How much of a draft is shown, in characters.
+DRAFT_CHARS = 80
+
+SHARED, INDEPENDENT, LEADER = "shared", "independent", "leader"
+
+
+class CommitteeEpisode:
+    """One problem in two rounds: drafts, then everybody's final answer."""
+
+    def __init__(self, problem: Problem, lineup: Lineup, problems: ProblemSet) -> None:
+        self._problem = problem
+        self._lineup = lineup
+        self._multiline = problems.multiline
+        self._examples = problems.examples
+        self._drafters = tuple(sorted(seat for team in lineup.teams for seat in _drafters(team)))
+        self._drafts: dict[int, str] = {}
+        # Who has no team-mate has nobody to draft for.
+        self._drafting = bool(self._drafters)
+        self._outcome: Outcome | None = None
+
+    def to_act(self) -> tuple[int, ...]:
+        """The drafters, then all."""
+        if self._outcome:
+            return ()
+        return self._drafters if self._drafting else tuple(range(self._lineup.seats))
+
+    def observe(self, seat: int) -> tuple[Message, ...]:
+        """The question; in the second round also the drafts that the seat may see."""
+        if not 0 <= seat < self._lineup.seats:
+            raise TaskError(f"there are seats 0 to {self._lineup.seats - 1}, got {seat}")
+        lines = [self._problem.question.strip()]
+        if seat in self._drafts:
+            lines.append(f"Your draft: {self._shown(seat)}")
+        team = self._lineup.teams[self._lineup.team_of(seat)]
+        others = [self._shown(other) for other in _visible(team) if other != seat and other in self._drafts]
+        if others:
+            lines.append(f"Drafts of your team: {'; '.join(others)}")
+        return (Message("system", INSTRUCTION), *self._examples, Message("user", "\n".join(lines)))
+
+    def act(self, actions: Mapping[int, str]) -> None:
+        """Take the drafts, then the final answers."""
+        check_actions(self.to_act(), actions)
+        answers = {seat: read_answer(text, self._multiline) for seat, text in actions.items()}
+        if self._drafting:
+            self._drafts, self._drafting = answers, False
+            return
+        finals = [answers[seat] for seat in range(self._lineup.seats)]
+        valid = tuple(self._valid(seat, final) for seat, final in enumerate(finals))
+        self._outcome = Ballot.of(self._problem, finals).outcome(self._lineup, valid)
+
+    def outcome(self) -> Outcome:
+        """The votes over the final answers."""
+        if self._outcome is None:
+            raise TaskError(f"the committee is not done: seats {self.to_act()} are to act")
+        return self._outcome
+
+    def _shown(self, seat: int) -> str:
+        return quoted(self._drafts[seat], DRAFT_CHARS) or "(none)"
+
+    def _valid(self, seat: int, final: str) -> float:
+        given = [final, *([self._drafts[seat]] if seat in self._drafts else [])]
+        return sum(bool(answer) for answer in given) / len(given)
+
+
+def _drafters(team: Team) -> tuple[int, ...]:
+    if len(team.seats) == 1:
+        return ()
+    return team.seats[:1] if team.strategy == LEADER else team.seats
+
+
+def _visible(team: Team) -> tuple[int, ...]:
+    """Whose drafts the members of a team see, in speaking order."""
+    return () if team.strategy == INDEPENDENT else _drafters(team)
+
+
+class CommitteeTask:
+    """Members of a team work on one problem together; several teams on the same problem make a team battle.
+
+    Round 1 is drafts, round 2 final answers, and the team's answer is the vote of its final answers (ties: the first
+    speaker among them). A team of one answers at once. What is seen in round 2, by strategy: `shared` all drafts of the
+    team, `independent` only one's own; with `leader` only the first speaker drafts, and the others see that draft
+    before their one answer. Teams never see each other. `seat_scores` are those of the seats' own final answers,
+    `without` is the vote without the seat's.
+    """
+
+    zero_sum = False
+    seats = (1, 16)
+    strategies: tuple[str, ...] = (SHARED, INDEPENDENT, LEADER)
+
+    def __init__(self, problems: ProblemSet) -> None:
+        """Any problems whose answers can be scored."""
+        self._problems = problems
+
+    @property
+    def name(self) -> str:
+        """`committee:<problems>`."""
+        return f"committee:{self._problems.name}"
+
+    @property
+    def max_action_tokens(self) -> int:
+        """Enough for one answer."""
+        return self._problems.max_answer_tokens
+
+    def start(self, seed: int, lineup: Lineup) -> CommitteeEpisode:
+        """The problem of `seed`, before the drafts."""
+        check_lineup(self, lineup)
+        return CommitteeEpisode(self._problems.draw(seed), lineup, self._problems)
+
+    def random_action(self, episode: Episode, seat: int, rng: np.random.Generator) -> str:
+        """A well-formed answer that knows nothing of the question."""
+        return self._problems.guess(rng)

@@ -1,0 +1,282 @@
+"""Reasoning-gym data sets as tasks: every seat answers the same problem once, a team answers by vote."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import math
+import random
+import re
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType, ModuleType
+from typing import Protocol, cast
+
+import numpy as np
+
+from fedmoe.arena.task import HELD_OUT, Episode, Lineup, Message, Outcome, TaskError, check_actions, check_lineup
+from fedmoe.arena.tasks.problems import INSTRUCTION, Ballot, Problem, ProblemSet, read_answer
+
+Option = int | float | str | bool
+NO_OPTIONS: Mapping[str, Option] = MappingProxyType({})
+
+#: Data sets that run the text of an answer as a program (Python's `eval`, sympy's `parse_expr`) to score it.
+EXECUTES_ANSWERS = frozenset(
+    {
+        "binary_matrix",
+        "countdown",
+        "intermediate_integration",
+        "n_queens",
+        "polynomial_multiplication",
+        "puzzle24",
+        "simple_integration",
+        "spiral_matrix",
+        "string_insertion",
+    }
+)
+
+# One question in five is held out, chosen by its text: then no training seed can ever draw it.
+_HELD_OUT_SHARE = 5
+_ATTEMPTS = 200
+#: Without an example a small model explains itself at length; with four it answers in the form asked for.
+_EXAMPLES = 4
+_SAMPLE = 4
+# Room for an end-of-sequence token, a leading line break and <answer></answer> around the answer.
+_SLACK_TOKENS = 12
+_NONSENSE = "(nothing)"
+# Scorers that compute with exact fractions would write out all digits of 1e999999999.
+_HUGE = re.compile(r"e[+-]?[\d_]{3}", re.IGNORECASE)
+_lock = threading.Lock()
+
+
+class _Dataset(Protocol):
+    seed: int
+
+    def __getitem__(self, index: int) -> Mapping[str, object]: ...
+
+    def score_answer(self, answer: str | None, entry: Mapping[str, object]) -> float: ...
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """One caller at a time, process-wide random states given back, and no warning of a data file left open."""
+    with _lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        ours, numpys = random.getstate(), np.random.get_state()
+        try:
+            yield
+        finally:
+            random.setstate(ours)
+            np.random.set_state(numpys)
+
+
+def _module(name: str) -> ModuleType:
+    # Imported on first use: it takes seconds.
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise TaskError(f"reasoning tasks need the package reasoning-gym ({error}); install fedmoe[arena]") from error
+
+
+def reasoning_datasets() -> tuple[str, ...]:
+    """The names of all data sets of the installed reasoning-gym, usable or not."""
+    with _undisturbed():
+        _module("reasoning_gym")
+        return tuple(sorted(_module("reasoning_gym.factory").DATASETS))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReasoningProblem:
+    """A problem of reasoning-gym; `score` is its own scorer (partial credit and all), 0 where that cannot parse."""
+
+    question: str
+    answer: str
+    dataset: _Dataset
+    entry: Mapping[str, object]
+
+    def score(self, answer: str) -> float:
+        """In [0, 1]."""
+        if _HUGE.search(answer) and answer != self.answer:
+            return 0.0
+        with _undisturbed():
+            try:
+                value = float(self.dataset.score_answer(answer, self.entry))
+            except Exception:  # scorers raise anything at all on text that they cannot parse: it is not an answer
+                return 0.0
+        return min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
+
+
+class ReasoningProblems:
+    """The problems of one reasoning-gym data set; `options` are the fields of its configuration, and `examples`.
+
+    `examples` (4 unless given) training problems are shown with their answers before every question.
+    """
+
+    def __init__(self, dataset: str, options: Mapping[str, Option] = NO_OPTIONS) -> None:
+        """Raises TaskError: no such data set or option, or one whose own answers do not score as right."""
+        known = reasoning_datasets()
+        if dataset not in known:
+            raise TaskError(f"reasoning-gym has no data set {dataset!r}; it has: {', '.join(known)}")
+        if dataset in EXECUTES_ANSWERS:
+            raise TaskError(f"{dataset} runs an answer's text as a program to score it, so it is no task for a model")
+        self.name = dataset
+        self._options = dict(options)
+        shown = self._options.pop("examples", _EXAMPLES)
+        self._check_options()
+        self._shared = self._shareable()
+        sample = [self.draw(seed) for seed in (*range(_SAMPLE), HELD_OUT)]
+        self._check_scores(sample)
+        self.multiline = any("\n" in problem.answer for problem in sample)
+        self.examples = self._shown(shown)
+        # No tokenizer makes more tokens than there are bytes.
+        self.max_answer_tokens = max(len(problem.answer.encode()) for problem in sample) + _SLACK_TOKENS
+
+    def _shown(self, count: Option) -> tuple[Message, ...]:
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= 32:
+            raise TaskError(f"examples must be a whole number from 0 to 32, got {count!r}")
+        problems = [self.draw(HELD_OUT - 1 - index) for index in range(count)]
+        return tuple(
+            message
+            for problem in problems
+            for message in (Message("user", problem.question.strip()), Message("assistant", problem.answer))
+        )
+
+    def _shareable(self) -> _Dataset | None:
+        """One data set object for all seeds, where a new seed afterwards is as good as a new object; found by trying.
+
+        Making an object can mean reading a word list.
+        """
+        with _undisturbed():
+            shared = self._made(0)
+            for seed in range(1, 1 + _SAMPLE):
+                shared.seed = seed
+                ours, fresh = shared[0], self._made(seed)[0]
+                if (ours["question"], ours["answer"]) != (fresh["question"], fresh["answer"]):
+                    return None
+        return shared
+
+    def _check_scores(self, sample: Sequence[ReasoningProblem]) -> None:
+        for problem in sample:
+            if problem.score(problem.answer) < 0.99:
+                raise TaskError(
+                    f"{self.name} scores its own answer {problem.answer!r} as wrong, so nothing can be learned from it;"
+                    " take another data set"
+                )
+        if any(problem.score(_NONSENSE) > 0.99 for problem in sample):
+            raise TaskError(f"{self.name} scores {_NONSENSE!r} as right, so it verifies nothing; take another data set")
+
+    def _check_options(self) -> None:
+        fields = {field.name for field in dataclasses.fields(_module("reasoning_gym.factory").DATASETS[self.name][1])}
+        allowed = sorted(fields - {"seed", "size"})
+        for option in self._options:
+            if option not in allowed:
+                raise TaskError(f"{self.name} has no option {option!r}; it has: {', '.join(['examples', *allowed])}")
+
+    def draw(self, seed: int) -> ReasoningProblem:
+        """The problem of `seed`; raises TaskError where the options leave too few different problems."""
+        if seed < 0:
+            raise TaskError(f"a seed is 0 or more, got {seed}")
+        for attempt in range(_ATTEMPTS):
+            problem = self._generate(int(np.random.SeedSequence([seed, attempt]).generate_state(1)[0]))
+            if _is_held_out(problem.question) == (seed >= HELD_OUT):
+                return problem
+        raise TaskError(
+            f"{self.name} with {self._options or 'its defaults'} has too few different problems to hold some out;"
+            " widen its options"
+        )
+
+    def _generate(self, seed: int) -> ReasoningProblem:
+        with _undisturbed():
+            dataset = self._shared or self._made(seed)
+            dataset.seed = seed
+            entry = dataset[0]
+        answer = entry["answer"]
+        return ReasoningProblem(str(entry["question"]), "" if answer is None else str(answer), dataset, entry)
+
+    def _made(self, seed: int) -> _Dataset:
+        create = _module("reasoning_gym").create_dataset
+        try:
+            # A data set of one, for each seed its own: in larger ones neighbouring seeds share problems.
+            return cast(_Dataset, create(self.name, seed=seed, size=1, **self._options))
+        except (AssertionError, TypeError, ValueError) as error:
+            raise TaskError(f"{self.name} refuses the options {self._options}: {error}") from error
+
+    def guess(self, rng: np.random.Generator) -> str:
+        """The right answer of another problem, drawn at random."""
+        return self.draw(int(rng.integers(HELD_OUT))).answer
+
+
+def _is_held_out(question: str) -> bool:
+    return hashlib.sha256(question.encode()).digest()[0] % _HELD_OUT_SHARE == 0
+
+
+class ReasoningEpisode:
+    """One problem, one answer a seat."""
+
+    def __init__(self, problem: Problem, lineup: Lineup, problems: ProblemSet) -> None:
+        self._problem = problem
+        self._lineup = lineup
+        self._multiline = problems.multiline
+        self._examples = problems.examples
+        self._outcome: Outcome | None = None
+
+    def to_act(self) -> tuple[int, ...]:
+        """Everybody, once."""
+        return () if self._outcome else tuple(range(self._lineup.seats))
+
+    def observe(self, seat: int) -> tuple[Message, ...]:
+        """The question."""
+        if not 0 <= seat < self._lineup.seats:
+            raise TaskError(f"there are seats 0 to {self._lineup.seats - 1}, got {seat}")
+        return (Message("system", INSTRUCTION), *self._examples, Message("user", self._problem.question.strip()))
+
+    def act(self, actions: Mapping[int, str]) -> None:
+        """Take everybody's answer."""
+        check_actions(self.to_act(), actions)
+        answers = [read_answer(actions[seat], self._multiline) for seat in range(self._lineup.seats)]
+        valid = tuple(float(bool(answer)) for answer in answers)
+        self._outcome = Ballot.of(self._problem, answers).outcome(self._lineup, valid)
+
+    def outcome(self) -> Outcome:
+        """The scores and votes."""
+        if self._outcome is None:
+            raise TaskError("the episode is not over: no answers yet")
+        return self._outcome
+
+
+class ReasoningTask:
+    """Every seat answers the same problem by itself, once; a team's answer is its vote.
+
+    `seat_scores` are the data set's own (some give partial credit, 0.01 or so, for any text); `without` is the vote
+    without that seat. How an answer is read: `problems.read_answer`. `valid` is 1 for an answer that is not empty.
+    """
+
+    zero_sum = False
+    seats = (1, 16)
+    strategies: tuple[str, ...] = ()
+
+    def __init__(self, dataset: str, options: Mapping[str, Option] = NO_OPTIONS) -> None:
+        """`options` are the fields of the data set's configuration; raises TaskError where it cannot be used."""
+        self.problems: ProblemSet = ReasoningProblems(dataset, options)
+
+    @property
+    def name(self) -> str:
+        """`reasoning:<dataset>`."""
+        return f"reasoning:{self.problems.name}"
+
+    @property
+    def max_action_tokens(self) -> int:
+        """Enough for the longest answer of a sample."""
+        return self.problems.max_answer_tokens
+
+    def start(self, seed: int, lineup: Lineup) -> ReasoningEpisode:
+        """The problem of `seed`, not yet answered."""
+        check_lineup(self, lineup)
+        return ReasoningEpisode(self.problems.draw(seed), lineup, self.problems)
+
+    def random_action(self, episode: Episode, seat: int, rng: np.random.Generator) -> str:
+        """The right answer of another problem: well formed, and as good as a guess."""
+        return self.problems.guess(rng)

@@ -1,0 +1,262 @@
+"""The training loop: sample, judge, learn, publish.
+
+    iteration t      judge t | learn t ---------> publish | records
+    sampler thread             sample t+1 ------------->
+
+While the learner computes on batch t, a second thread already samples batch t+1 with the versions from before the
+update. What is sampled with which weights depends on the iteration alone, never on which thread is faster, so a run
+that is killed and resumed computes the same numbers. With `max_staleness` 0 the two take turns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import structlog
+
+from fedmoe.arena.chat import Codec
+from fedmoe.arena.config import ArenaConfig
+from fedmoe.arena.engines.protocol import AdapterKey, Engine
+from fedmoe.arena.evaluate import BASE, CHANCE, Comparison, Evaluator
+from fedmoe.arena.learner import PolicyUpdate
+from fedmoe.arena.loss import gap_alarm
+from fedmoe.arena.modes.protocol import Decision, Judgement, Mode, Planning
+from fedmoe.arena.modes.registry import make_mode
+from fedmoe.arena.policies import Policies
+from fedmoe.arena.reporting import (
+    Records,
+    Report,
+    Timing,
+    accuracies,
+    write_comparison,
+    write_decision,
+    write_iteration,
+)
+from fedmoe.arena.rollout import RolloutSettings, play
+from fedmoe.arena.society import Society
+from fedmoe.arena.task import Task
+from fedmoe.arena.trajectory import PlayedEpisode, Player
+from fedmoe.models.device import pin_threads
+
+_log = structlog.get_logger("fedmoe.arena")
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One iteration's episodes, on their way or there."""
+
+    iteration: int
+    planning: Planning
+    played: Future[tuple[list[PlayedEpisode], float]]
+
+
+class Trainer:
+    """Runs iterations of the phases of a configuration; knows nothing of files.
+
+    `before_update` is called before every update with the learner's micro-batch in force and returns the one to use
+    (the memory guard's place). `may_sample_ahead`: whether an iteration may be sampled before those before it are over;
+    not when weights come from elsewhere in between.
+    """
+
+    def __init__(
+        self,
+        config: ArenaConfig,
+        task: Task,
+        policies: Policies,
+        engine: Engine,
+        codec: Codec,
+        records: Records,
+        society: Society | None = None,
+    ) -> None:
+        self.config = config
+        self.iteration = 0
+        self.society = society or Society()
+        self.policies = policies
+        self._task, self._engine, self._codec, self._records = task, engine, codec, records
+        self._modes = [make_mode(phase.mode) for phase in config.phases]
+        for mode in self._modes:
+            mode.check(task, config.policies.count)
+        self._settings = RolloutSettings(config.learning.temperature)
+        self._sampler = ThreadPoolExecutor(1, "sampler", initializer=pin_threads)
+        self._pending: _Batch | None = None
+        self._sampling_with: Mapping[str, int] | None = None
+        self.playing = ""
+        self.may_sample_ahead: Callable[[int], bool] = lambda iteration: True
+
+    @property
+    def mode(self) -> Mode:
+        """The mode of the iteration that is next."""
+        return self._mode_of(self.iteration)
+
+    def _mode_of(self, iteration: int) -> Mode:
+        return self._modes[self.config.phase_at(iteration)[0]]
+
+    def iterate(self) -> None:
+        """One iteration, with its records; the weights that come out are published."""
+        began = time.perf_counter()
+        batch = self._pending or self._start(self.iteration)
+        played, rollout_seconds = batch.played.result()
+        self.policies.accepted()
+        judged = self._judged(batch, played)
+        playing = self.playing
+        self._start_next()
+        learning = time.perf_counter()
+        updates = self.policies.learner.update(judged.examples, self._task.max_action_tokens)
+        learn_seconds = time.perf_counter() - learning
+        staleness = {
+            player.name: self.policies.version(player.name) - (player.key.version if player.key else 0)
+            for player in batch.planning.policies
+        }
+        changes = self.policies.learned(updates, accuracies(played), staleness)
+        self.let_go()
+        lanes = 2 if self._pending else 1
+        timing = Timing(rollout_seconds, learn_seconds, time.perf_counter() - began, lanes)
+        report = Report(self.iteration, playing, played, judged, updates, staleness, timing)
+        write_iteration(self._records, report, self.policies, self.society)
+        for name, made in changes.items():
+            for change in made:
+                decision = Decision(change.what, name, f"{change.before:g}", f"{change.after:g}", change.reason)
+                write_decision(self._records, self.iteration, playing, decision)
+        self._watch(updates, staleness)
+        self.iteration += 1
+
+    def _judged(self, batch: _Batch, played: Sequence[PlayedEpisode]) -> Judgement:
+        mode = self._mode_of(batch.iteration)
+        self.playing = mode.playing if mode.name == mode.playing else f"{mode.name}: {mode.playing}"
+        judged = mode.judge(self.society, batch.planning, played)
+        for wanted in judged.replacements:
+            rng = np.random.default_rng([self.config.seed, 3, batch.iteration])
+            self.policies.replace(wanted, self.society.lineage, batch.iteration, rng)
+            self.society.ratings.copy_of(wanted.worst, wanted.best)
+            self.society.opponents.forget(wanted.worst)
+        # What the replaced policy played, its successor has not said.
+        gone = {wanted.worst for wanted in judged.replacements}
+        return replace(judged, examples=tuple(one for one in judged.examples if one.policy not in gone))
+
+    def _start_next(self) -> None:
+        """Let the sampler go on with the next iteration, if the bound on staleness lets it and there is one."""
+        following = self.iteration + 1
+        self._pending = None
+        self._sampling_with = None
+        wanted = following < self.config.iterations and not self._ends_phase() and self.may_sample_ahead(following)
+        if wanted and self.policies.may_start():
+            self._sampling_with = {player.name: _version(player) for player in self.policies.players()}
+            self._pending = self._start(following)
+
+    def _ends_phase(self) -> bool:
+        """Whether this iteration is the last of its phase: then the mode and the baselines change before the next."""
+        following = self.iteration + 1
+        return (
+            following >= self.config.iterations
+            or self.config.phase_at(following)[0] != (self.config.phase_at(self.iteration)[0])
+        )
+
+    def _start(self, iteration: int, players: tuple[Player, ...] | None = None) -> _Batch:
+        learning = self.config.learning
+        planning = Planning(
+            iteration,
+            self._task,
+            players or self.policies.players(),
+            learning.groups,
+            learning.samples,
+            np.random.default_rng([self.config.seed, 1, iteration]),
+        )
+        plans = self._mode_of(iteration).plan(self.society, planning)
+        self.policies.started()
+
+        def work() -> tuple[list[PlayedEpisode], float]:
+            began = time.perf_counter()
+            seed = int(np.random.SeedSequence([self.config.seed, 2, iteration]).generate_state(1)[0])
+            played = play(self._task, plans, self._engine, self._codec, seed, self._settings)
+            return played, time.perf_counter() - began
+
+        return _Batch(iteration, planning, self._sampler.submit(work))
+
+    def let_go(self) -> None:
+        """Unload what neither is played with nor is an opponent."""
+        needed = [player.key for player in self._pending.planning.policies if player.key] if self._pending else []
+        needed += [one.key for one in self.society.opponents.opponents() if one.key]
+        self.policies.let_go(needed)
+
+    def _watch(self, updates: Mapping[str, PolicyUpdate], staleness: Mapping[str, int]) -> None:
+        """Sound the alarm when trainer and engine disagree about the same version (of a stale one they should)."""
+        for name, update in updates.items():
+            alarm = gap_alarm(update.statistics.gap_mean) if staleness[name] == 0 else None
+            if alarm:
+                _log.warning("logprob_gap", policy=name, reason=alarm)
+                write_decision(self._records, self.iteration, self.playing, Decision("alarm", name, "", "", alarm))
+
+    def evaluate(self) -> list[Comparison]:
+        """Every policy beside the base model on held-out episodes, and against frozen opponents; with records."""
+        evaluator = Evaluator(
+            self._task, self._engine, self._codec, self.config.evaluation.episodes, self.config.seed, self._settings
+        )
+        iteration = max(0, self.iteration - 1)
+        mode = self._mode_of(iteration).name
+        found = []
+        for player in self.policies.players():
+            for opponent in self._frozen(player.name):
+                one = evaluator.compare(player, opponent)
+                write_comparison(self._records, iteration, mode, one, self.policies.version(player.name))
+                found.append(one)
+        return found
+
+    def _frozen(self, policy: str) -> list[Player]:
+        """Whom a policy is measured against: the base model, chance in games, and the newest foreign or past player."""
+        pool = [one.player() for one in self.society.opponents.opponents() if one.key and one.key.name != policy]
+        return [BASE, *([CHANCE] if self._task.zero_sum else []), *pool[-1:]]
+
+    def end_phase(self) -> None:
+        """After the last iteration of a phase: the strongest becomes a frozen opponent, baselines begin anew."""
+        for name in self.policies.names:
+            self.society.ratings.ensure(name)
+        leader, _ = self.society.ratings.leader(self.policies.names)
+        key = self.policies.key(leader)
+        self.society.opponents.add_champion(key, self.society.ratings[leader].mu)
+        self.society.baselines.reset(f"phase {self.config.phase_at(self.iteration - 1)[0]} has ended")
+        self.let_go()
+
+    @property
+    def at_phase_end(self) -> bool:
+        """Whether the iteration just made was the last of its phase."""
+        done = self.iteration - 1
+        return done >= 0 and (
+            self.iteration >= self.config.iterations
+            or self.config.phase_at(self.iteration)[0] != self.config.phase_at(done)[0]
+        )
+
+    def state(self) -> dict[str, object]:
+        """Everything but weights and moments, as JSON."""
+        return {
+            "iteration": self.iteration,
+            "society": self.society.state(),
+            "modes": [mode.state() for mode in self._modes],
+            "policies": self.policies.state(),
+            "sampling_with": dict(self._sampling_with) if self._sampling_with is not None else None,
+        }
+
+    def resume(self, state: Mapping[str, object]) -> None:
+        """Go on after `state`; the policies have been restored. What was being sampled is sampled again."""
+        self.iteration = int(str(state["iteration"]))
+        society, modes, sampling = state["society"], state["modes"], state["sampling_with"]
+        assert isinstance(society, Mapping)
+        assert isinstance(modes, list)
+        self.society = Society.from_state(society)
+        for mode, saved in zip(self._modes, modes, strict=True):
+            mode.restore(saved)
+        if isinstance(sampling, Mapping):
+            self._sampling_with = {str(name): int(version) for name, version in sampling.items()}
+            players = tuple(Player(name, AdapterKey(name, v), True) for name, v in self._sampling_with.items())
+            self._pending = self._start(self.iteration, players)
+
+    def close(self) -> None:
+        """Let the sampler end; what it is sampling is thrown away."""
+        self._sampler.shutdown(wait=True, cancel_futures=True)
+
+
+def _version(player: Player) -> int:
+    return player.key.version if player.key else 0

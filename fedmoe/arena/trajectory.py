@@ -1,0 +1,81 @@
+"""What was played: the plan of an episode, and every turn of it with the three log-probabilities of each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fedmoe.arena.engines.protocol import AdapterKey, FloatArray
+from fedmoe.arena.task import Lineup, Outcome
+
+#: A seat filled by chance instead of by a model.
+RANDOM = "random"
+
+
+@dataclass(frozen=True, slots=True)
+class Player:
+    """Who fills a seat: a policy or a frozen adapter at a version, the base model alone (`key` None), or chance.
+
+    Only the turns of a `learning` player are trained on.
+    """
+
+    name: str
+    key: AdapterKey | None
+    learning: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodePlan:
+    """One episode to play. Episodes of equal `group` share seed and line-up: they compare like with like."""
+
+    seed: int
+    lineup: Lineup
+    players: tuple[Player, ...]
+    group: int
+    sample: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One action of one seat. `behaviour` are the log-probabilities under the weights that sampled it, float32 (T,)."""
+
+    seat: int
+    player: Player
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    text: str
+    behaviour: FloatArray
+    stopped: bool
+
+    @property
+    def version(self) -> int:
+        """The version that made every token of this turn; -1 where no adapter did."""
+        return self.player.key.version if self.player.key else -1
+
+
+@dataclass(frozen=True, slots=True)
+class PlayedEpisode:
+    """An episode with its turns, in the order they were taken, and its outcome."""
+
+    plan: EpisodePlan
+    turns: tuple[Turn, ...]
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One turn to learn from: every token of it gets `advantage` (or its own, float32 (T,), in `token_advantages`).
+
+    `proximal` are the log-probabilities under the weights before the update, filled in by the learner, float32 (T,).
+    """
+
+    policy: str
+    turn: Turn
+    advantage: float
+    reward: float
+    weight: float = 1.0
+    token_advantages: FloatArray | None = None
+    proximal: FloatArray | None = None
+
+    def with_proximal(self, proximal: FloatArray) -> Example:
+        """The same with the log-probabilities before the update."""
+        return replace(self, proximal=proximal)

@@ -1,0 +1,173 @@
+"""`fedmoe arena`: policies that learn with and against each other."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedmoe.cli.output import CommandError
+from fedmoe.logs import configure
+
+if TYPE_CHECKING:
+    from fedmoe.arena.config import ArenaConfig
+    from fedmoe.arena.results import Ending
+    from fedmoe.arena.run import RunOptions
+
+app = typer.Typer(help="Train several LoRA policies with and against each other in one task.", no_args_is_help=True)
+
+Config = Annotated[Path, typer.Argument(help="The run's configuration, a TOML file; see docs/arena.md.")]
+
+
+@app.command()
+def train(
+    config: Config,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/arena"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin anew; an earlier run is moved aside, not deleted.")
+    ] = False,
+    coordinator_url: Annotated[
+        str | None,
+        typer.Option(envvar="FEDMOE_COORDINATOR_URL", help="Every policy becomes an expert of this coordinator."),
+    ] = None,
+    token: Annotated[str | None, typer.Option(envvar="FEDMOE_TOKEN", help="Token, where one is asked for.")] = None,
+    memory_limit_gb: Annotated[
+        float | None, typer.Option(min=0.5, help="Memory limit in GiB; change it in OUT/control.json. [default: 32]")
+    ] = None,
+    gpu_memory_limit_gb: Annotated[float | None, typer.Option(min=0.5, help="Memory limit on every GPU.")] = None,
+    allow_network_fs: Annotated[
+        bool, typer.Option("--allow-network-fs", help="Accept a run folder on a network file system.")
+    ] = False,
+    rollout_device: Annotated[str, typer.Option(help="auto, cpu, cuda:N: where text is sampled.")] = "auto",
+    learner_device: Annotated[str, typer.Option(help="auto, cpu, cuda:N: where weights are trained.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16, fp32.")] = "auto",
+    prometheus_port: Annotated[int | None, typer.Option(help="Serve metrics on this port of 127.0.0.1.")] = None,
+    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard files to OUT/tensorboard.")] = True,
+    charts: Annotated[bool, typer.Option(help="Draw the charts at the end, to OUT/visualization_outputs.")] = True,
+) -> None:
+    """Train, evaluate on held-out episodes, checkpoint and report; SIGTERM and Ctrl-C end it in order."""
+    if resume and fresh:
+        raise CommandError("--resume goes on with a run and --fresh begins anew; pass one of them")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    configure()
+    run = _configured(config, coordinator_url)
+    if fresh:
+        _move_aside(out)
+    ending = _run(
+        run,
+        out,
+        prometheus_port,
+        tensorboard,
+        resume=resume,
+        token=token,
+        memory_limit_gb=memory_limit_gb,
+        gpu_memory_limit_gb=gpu_memory_limit_gb,
+        allow_network_fs=allow_network_fs,
+        rollout_device=rollout_device,
+        learner_device=learner_device,
+        dtype=dtype,
+    )
+    if charts:
+        _draw(out)
+    print(f"{ending.status}{f' ({ending.reason})' if ending.reason else ''}; everything is in {out}")
+
+
+@app.command()
+def check(config: Config) -> None:
+    """Read a configuration, try its task and modes, and say what a run would do; loads no model."""
+    from fedmoe.arena.modes.protocol import ModeError
+    from fedmoe.arena.modes.registry import make_mode
+    from fedmoe.arena.task import TaskError
+    from fedmoe.arena.tasks.registry import make_task
+
+    run = _configured(config, None)
+    try:
+        task = make_task(run.task.name, run.task.options)
+        for phase in run.phases:
+            make_mode(phase.mode).check(task, run.policies.count)
+    except (TaskError, ModeError) as error:
+        raise CommandError(str(error)) from error
+    learning = run.learning
+    print(f"task       {task.name}, {task.seats[0]} to {task.seats[1]} seats")
+    print(f"policies   {', '.join(run.policies.all_names)} (rank {run.policies.rank}) over {run.base_model}")
+    for phase in run.phases:
+        print(f"phase      {phase.mode}: {phase.iterations} iterations")
+    print(f"iteration  {learning.groups} groups of {learning.samples} episodes, at most {learning.max_staleness} stale")
+    print(f"engine     {run.engine.kind}")
+
+
+@app.command("charts")
+def charts_command(
+    out: Annotated[Path, typer.Argument(help="Folder of a run.")] = Path("runs/arena"),
+) -> None:
+    """Draw the charts of a run as it stands."""
+    _draw(out)
+
+
+def _configured(path: Path, coordinator_url: str | None) -> ArenaConfig:
+    try:
+        from fedmoe.arena.config import ArenaConfigError, FederationSection, read_config
+    except ModuleNotFoundError as error:
+        raise _missing(error) from error
+    try:
+        config = read_config(path)
+    except ArenaConfigError as error:
+        raise CommandError(str(error)) from error
+    if coordinator_url is None:
+        return config
+    federation = config.federation or FederationSection(url=coordinator_url)
+    return config.model_copy(update={"federation": federation.model_copy(update={"url": coordinator_url})})
+
+
+def _run(config: ArenaConfig, out: Path, prometheus_port: int | None, tensorboard: bool, **options: object) -> Ending:
+    try:
+        from fedmoe.arena.run import RunOptions, Stop, expected_errors, run_arena
+        from fedmoe.cli.arena_watch import ArenaWatch
+        from fedmoe.models.device import pin_threads
+        from fedmoe.worker.signals import StopOnSignal
+    except ModuleNotFoundError as error:
+        raise _missing(error) from error
+    pin_threads()
+    stop = Stop()
+    StopOnSignal(lambda: stop.ask("asked to stop by a signal")).install()
+    chosen: RunOptions = RunOptions(out, **options)  # type: ignore[arg-type]
+    try:
+        return run_arena(config, chosen, stop, ArenaWatch(config.iterations, prometheus_port, tensorboard))
+    except expected_errors() as error:
+        raise CommandError(str(error)) from error
+
+
+def _draw(out: Path) -> None:
+    from fedmoe.demo.arena_charts import ChartError, draw_charts, load_series
+
+    try:
+        for path in draw_charts(load_series(out / "metrics.jsonl"), out / "visualization_outputs"):
+            print(f"drew {path}")
+    except (ChartError, FileNotFoundError) as error:
+        raise CommandError(str(error)) from error
+
+
+#: What belongs to a run; anything else in its folder is left where it is.
+_OF_A_RUN = (
+    *("metrics.jsonl", "multi_model_training_simple_results.json", "run_report.json", "control.json"),
+    *("logs", "checkpoints", "tensorboard", "visualization_outputs", "federation", "vllm_adapters"),
+)
+
+
+def _move_aside(out: Path) -> None:
+    there = [out / name for name in _OF_A_RUN if (out / name).exists()]
+    if not there:
+        return
+    aside = out / "earlier" / time.strftime("%Y%m%d-%H%M%S")
+    aside.mkdir(parents=True)
+    for path in there:
+        path.rename(aside / path.name)
+    print(f"moved the earlier run to {aside}")
+
+
+def _missing(error: ModuleNotFoundError) -> CommandError:
+    return CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[arena]'")

@@ -1,0 +1,34 @@
+"""The six charts of an arena run. Importing this package loads matplotlib; nothing of its global state is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from matplotlib.figure import Figure
+
+from fedmoe.monitor.arena_charts.dashboard import comprehensive_dashboard
+from fedmoe.monitor.arena_charts.heatmap import performance_landscape
+from fedmoe.monitor.arena_charts.performance import model_performance
+from fedmoe.monitor.arena_charts.radar import model_capability
+from fedmoe.monitor.arena_charts.scatter import performance_scatter
+from fedmoe.monitor.arena_charts.style import png
+from fedmoe.monitor.arena_charts.trends import training_trends
+from fedmoe.monitor.arena_series import ArenaSeries
+
+__all__ = ["CHARTS", "arena_pictures", "png"]
+
+#: File name -> the function that draws it.
+CHARTS: dict[str, Callable[[ArenaSeries], Figure]] = {
+    "training_trends_line_chart.png": training_trends,
+    "model_performance_bar_chart.png": model_performance,
+    "model_capability_radar_chart.png": model_capability,
+    "3d_performance_heatmap.png": performance_landscape,
+    "performance_scatter_plot.png": performance_scatter,
+    "comprehensive_dashboard.png": comprehensive_dashboard,
+}
+
+
+def arena_pictures(series: ArenaSeries) -> Iterator[tuple[str, bytes]]:
+    """Every chart as (file name, PNG bytes), one at a time so that one figure is in memory."""
+    for name, draw in CHARTS.items():
+        yield name, png(draw(series))

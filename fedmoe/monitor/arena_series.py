@@ -1,0 +1,307 @@
+"""Records of an arena run -> tidy series and tables: what charts and views need, computed without drawing anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmoe.record import Record, Value
+
+FloatArray = npt.NDArray[np.float64]
+
+#: Kinds of records an arena run writes.
+KINDS = ("run", "policy", "team", "credit", "rating", "evaluation", "decision", "timing", "system")
+
+
+class NoRecordsError(ValueError):
+    """There is nothing to show: no record of an arena run was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Numbers over `x` (iterations, or seconds): float64 (n,), ascending; each column (n,), NaN where none came."""
+
+    x: FloatArray
+    columns: Mapping[str, FloatArray]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def column(self, name: str) -> FloatArray:
+        """One column, float64 (n,); all NaN when it was never recorded."""
+        return self.columns.get(name, np.full(len(self.x), np.nan))
+
+    def points(self, name: str) -> tuple[FloatArray, FloatArray]:
+        """The places and values where the column is a number, both (m,) with m <= n."""
+        values = self.column(name)
+        there = np.isfinite(values)
+        return self.x[there], values[there]
+
+    def recent(self, name: str) -> float:
+        """Mean of the column's last fifth (see `window`); NaN when there is none."""
+        values = self.points(name)[1]
+        return float(values[-window(len(values)) :].mean()) if len(values) else math.nan
+
+    def last(self, name: str) -> float:
+        """The newest number of the column; NaN when there is none."""
+        values = self.points(name)[1]
+        return float(values[-1]) if len(values) else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class ModeBand:
+    """A stretch of iterations, both ends included, that ran in one mode."""
+
+    first: float
+    last: float
+    mode: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Something that was changed while training, from what to what, and why; `policy` is "" for the whole run."""
+
+    iteration: float
+    mode: str
+    policy: str
+    what: str
+    before: str
+    after: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A measured value with the ends of its confidence interval; NaN where not recorded."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One measurement on held-out episodes: the policy, the base model alone on the same, and games won of all."""
+
+    iteration: float
+    mode: str
+    policy: str
+    opponent: str
+    score: Interval
+    base: Interval
+    win: Interval
+    episodes: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What ran. `sample` is true when any record is sample data: whoever shows the run must say so."""
+
+    task: str
+    mode: str
+    seed: str
+    base_model: str
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaSeries:
+    """Everything recorded of one run, by policy and by iteration; what was not recorded is empty.
+
+    `system` is a table over seconds since the first record; all other tables are over iterations.
+    """
+
+    facts: RunFacts
+    policies: tuple[str, ...]
+    tables: Mapping[str, Table]
+    credit: Mapping[str, Table]
+    rating: Mapping[str, Table]
+    team: Table
+    timing: Table
+    system: Table
+    evaluations: tuple[Evaluation, ...]
+    decisions: tuple[Decision, ...]
+    modes: tuple[ModeBand, ...]
+
+    @property
+    def iterations(self) -> tuple[float, float]:
+        """The first and the last iteration of any table; (0, 0) when there is none."""
+        found = [table.x for table in (*self.tables.values(), self.team, self.timing) if len(table)]
+        return (min(float(x[0]) for x in found), max(float(x[-1]) for x in found)) if found else (0.0, 0.0)
+
+    def final_evaluations(self) -> tuple[Evaluation, ...]:
+        """The newest evaluation of every policy against every opponent, in the order of `policies`."""
+        newest = {(found.policy, found.opponent): found for found in self.evaluations}
+        return tuple(found for policy in self.policies for key, found in newest.items() if key[0] == policy)
+
+
+def arena_series(records: Iterable[Record]) -> ArenaSeries:
+    """Sort the records of one run; a later record replaces an earlier one of the same policy and iteration.
+
+    Unknown kinds and fields are left out, missing ones give empty tables. Raises NoRecordsError when no record is one
+    of an arena run.
+    """
+    by_kind = _by_kind(records)
+    start = min((_number(record.get("at")) for found in by_kind.values() for record in found), default=0.0)
+    system = [{**record, "iteration": round(_number(record.get("at")) - start, 3)} for record in by_kind["system"]]
+    policies = _policies(by_kind)
+    return ArenaSeries(
+        facts=_facts(by_kind),
+        policies=policies,
+        tables=_tables(by_kind["policy"], policies),
+        credit=_tables(by_kind["credit"], policies),
+        rating=_tables(by_kind["rating"], policies),
+        team=_table(by_kind["team"]),
+        timing=_table(by_kind["timing"]),
+        system=_table(system),
+        evaluations=_evaluations(by_kind["evaluation"]),
+        decisions=_decisions(by_kind["decision"]),
+        modes=_modes([*by_kind["team"], *by_kind["policy"]]),
+    )
+
+
+def window(count: int) -> int:
+    """How many of `count` values are the recent ones: a fifth, or five where that is at most a third; at least one."""
+    return min(count, max(1, count // 5, min(5, count // 3)))
+
+
+def smoothed(values: FloatArray, span: float) -> FloatArray:
+    """Exponential moving average of about `span` values, (n,) -> (n,), without the usual pull towards the start.
+
+    Each value is the weighted mean of those up to it, with weights (1 - 2 / (span + 1)) ** age.
+    """
+    keep = 1 - 2 / (max(span, 1.0) + 1)
+    total = weight = 0.0
+    out = np.empty(len(values))
+    for index, value in enumerate(values):
+        total, weight = keep * total + value, keep * weight + 1
+        out[index] = total / weight
+    return out
+
+
+def smoothing_span(series: ArenaSeries) -> int:
+    """About how many iterations the bold curves average over: a fifteenth of the run, 3 to 25."""
+    first, last = series.iterations
+    return int(min(25, max(3, (last - first + 1) // 15)))
+
+
+def mode_spans(bands: Sequence[ModeBand]) -> list[tuple[float, float, str]]:
+    """Bands without gaps: each reaches to where the next one starts."""
+    ends = [band.first - 0.5 for band in bands[1:]] + [band.last + 0.5 for band in bands[-1:]]
+    return [(band.first - 0.5, end, band.mode) for band, end in zip(bands, ends, strict=True)]
+
+
+def _by_kind(records: Iterable[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {kind: [] for kind in KINDS}
+    others: set[str] = set()
+    for record in records:
+        kind = str(record.get("kind"))
+        if kind in found:
+            found[kind].append(record)
+        else:
+            others.add(kind)
+    if not any(found.values()):
+        got = f"only records of kind {', '.join(sorted(others))}" if others else "none"
+        raise NoRecordsError(f"no records of an arena run, got {got}; train one, or make sample data")
+    return found
+
+
+def _number(value: Value) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _text(value: Value) -> str:
+    """A word for people; a number short enough for a label."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def _facts(by_kind: Mapping[str, Sequence[Record]]) -> RunFacts:
+    run: Record = by_kind["run"][-1] if by_kind["run"] else {}
+    sample = any(record.get("sample") is True for found in by_kind.values() for record in found)
+    return RunFacts(
+        task=_text(run.get("task")),
+        mode=_text(run.get("mode")),
+        seed=_text(run.get("seed")),
+        base_model=_text(run.get("base_model")),
+        sample=sample,
+    )
+
+
+def _policies(by_kind: Mapping[str, Sequence[Record]]) -> tuple[str, ...]:
+    """In the order of the run's own list, then those that turned up later (copies made by selection)."""
+    named: dict[str, None] = {}
+    for run in by_kind["run"]:
+        named |= dict.fromkeys(name.strip() for name in _text(run.get("policies")).split(",") if name.strip())
+    for kind in ("policy", "rating", "credit", "evaluation"):
+        named |= dict.fromkeys(_text(record.get("policy")) for record in by_kind[kind] if record.get("policy"))
+    return tuple(named)
+
+
+def _tables(records: Sequence[Record], policies: Sequence[str]) -> dict[str, Table]:
+    return {policy: _table([record for record in records if record.get("policy") == policy]) for policy in policies}
+
+
+def _table(records: Iterable[Record]) -> Table:
+    rows: dict[float, dict[str, float]] = {}
+    for record in records:
+        iteration = _number(record.get("iteration"))
+        if math.isfinite(iteration):
+            # Field by field: two kinds of evaluation of one iteration may each carry half of the columns.
+            row = rows.setdefault(iteration, {})
+            row |= {key: _number(value) for key, value in record.items() if key not in ("at", "kind", "iteration")}
+    order = sorted(rows)
+    names = dict.fromkeys(name for iteration in order for name in rows[iteration])
+    columns = {name: np.array([rows[iteration].get(name, math.nan) for iteration in order]) for name in names}
+    return Table(np.array(order, dtype=np.float64), {name: c for name, c in columns.items() if np.isfinite(c).any()})
+
+
+def _evaluations(records: Iterable[Record]) -> tuple[Evaluation, ...]:
+    found = [
+        Evaluation(
+            iteration=_number(record.get("iteration")),
+            mode=_text(record.get("mode")),
+            policy=_text(record.get("policy")),
+            opponent=_text(record.get("opponent")),
+            score=_interval(record, "score", "low", "high"),
+            base=_interval(record, "base_score", "base_low", "base_high"),
+            win=_interval(record, "win_rate", "win_low", "win_high"),
+            episodes=_number(record.get("episodes")),
+        )
+        for record in records
+        if math.isfinite(_number(record.get("iteration")))
+    ]
+    return tuple(sorted(found, key=lambda evaluation: evaluation.iteration))
+
+
+def _interval(record: Record, value: str, low: str, high: str) -> Interval:
+    return Interval(_number(record.get(value)), _number(record.get(low)), _number(record.get(high)))
+
+
+def _decisions(records: Iterable[Record]) -> tuple[Decision, ...]:
+    found = [
+        Decision(
+            _number(record.get("iteration")),
+            *(_text(record.get(name)) for name in ("mode", "policy", "what", "before", "after", "reason")),
+        )
+        for record in records
+        if math.isfinite(_number(record.get("iteration")))
+    ]
+    return tuple(sorted(found, key=lambda decision: decision.iteration))
+
+
+def _modes(records: Iterable[Record]) -> tuple[ModeBand, ...]:
+    by_iteration = {_number(record.get("iteration")): _text(record.get("mode")) for record in records}
+    bands: list[ModeBand] = []
+    for iteration in sorted(place for place in by_iteration if math.isfinite(place)):
+        mode = by_iteration[iteration]
+        if bands and bands[-1].mode == mode:
+            bands[-1] = ModeBand(bands[-1].first, iteration, mode)
+        else:
+            bands.append(ModeBand(iteration, iteration, mode))
+    return tuple(band for band in bands if band.mode)

@@ -1,0 +1,171 @@
+"""Records shown elsewhere while they are written: TensorBoard, Prometheus, or whatever takes a record.
+
+A monitor that cannot be opened is an error; one that fails later is reported once and then left out, since showing a
+run must not end it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from fedmoe.monitor.event_file import EventFile
+from fedmoe.record import Record, Value
+
+if TYPE_CHECKING:
+    from prometheus_client import Gauge
+
+#: Kinds of records whose numbers are curves.
+_CURVES = ("policy", "team", "credit", "rating", "evaluation", "timing", "system")
+#: Fields that say what a record is about and are no curves themselves.
+_LABELS = ("at", "iteration", "policy", "mode", "opponent", "sample")
+
+
+class Sink(Protocol):
+    """Takes records one by one."""
+
+    def write(self, record: Record) -> None:
+        """Show one record."""
+        ...
+
+    def close(self) -> None:
+        """Release what is held."""
+        ...
+
+
+class Writer(Protocol):
+    """Keeps records, as `fedmoe.record.RecordWriter` does."""
+
+    def write(self, kind: str, **values: Value) -> None:
+        """Keep one record."""
+        ...
+
+    def close(self) -> None:
+        """Release what is held."""
+        ...
+
+
+class WatchedWriter:
+    """Keeps every record first, then shows it to all sinks; takes the place of a `RecordWriter`, from any thread.
+
+    What goes wrong while keeping is raised, as ever. A sink that fails is logged (`monitor_failed`) and left out.
+    """
+
+    def __init__(self, writer: Writer, sinks: Sequence[Sink], clock: Callable[[], float] = time.time) -> None:
+        self._writer = writer
+        self._sinks = list(sinks)
+        self._clock = clock
+        # Sinks are not asked to bear several threads; the sampler of the system has its own.
+        self._lock = threading.Lock()
+
+    def write(self, kind: str, **values: Value) -> None:
+        """Keep a record, then show it."""
+        self._writer.write(kind, **values)
+        record: Record = {"at": round(self._clock(), 3), "kind": kind, **values}
+        with self._lock:
+            self._each(lambda sink: sink.write(record))
+
+    def close(self) -> None:
+        """Close the writer and all sinks."""
+        self._writer.close()
+        with self._lock:
+            self._each(lambda sink: sink.close())
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                act(sink)
+            except Exception as error:
+                self._sinks.remove(sink)
+                name = type(sink).__name__
+                structlog.get_logger().warning("monitor_failed", monitor=name, reason=str(error), left_out=True)
+
+
+class TensorBoardSink:
+    """Writes every number of a record as a curve `kind/field/policy` into an event file in `folder`.
+
+    Steps are iterations; `system` records, which have none, are placed at the newest iteration seen. Raises OSError
+    when the file cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = EventFile(folder)
+        self._step = 0
+
+    def write(self, record: Record) -> None:
+        """Append the numbers of one record."""
+        iteration = record.get("iteration")
+        if isinstance(iteration, int | float):
+            self._step = int(iteration)
+        scalars = {
+            "/".join(part for part in (kind, field, *labels) if part): v for kind, field, labels, v in _values(record)
+        }
+        if scalars:
+            self._file.add(float(str(record["at"])), self._step, scalars)
+
+    def close(self) -> None:
+        """Release the file."""
+        self._file.close()
+
+
+class PrometheusSink:
+    """Serves the newest number of every curve as a gauge `fedmoe_arena_KIND_FIELD{policy=...,opponent=...}`.
+
+    Listens on `address` (this machine only, unless another is given); port 0 takes a free one, `port` says which. The
+    registry is its own. Raises OSError when the port is taken, ModuleNotFoundError without prometheus-client.
+    """
+
+    def __init__(self, port: int, address: str = "127.0.0.1") -> None:
+        from prometheus_client import CollectorRegistry, start_http_server
+
+        self._registry = CollectorRegistry()
+        self._gauges: dict[str, Gauge] = {}
+        self._server, self._thread = start_http_server(port, addr=address, registry=self._registry)
+        self.port = int(self._server.server_port)
+
+    def write(self, record: Record) -> None:
+        """Set the gauges of one record."""
+        iteration = record.get("iteration")
+        if record["kind"] == "policy" and isinstance(iteration, int | float):
+            self._gauge("run", "iteration", ()).set(float(iteration))
+        for kind, field, labels, value in _values(record):
+            gauge = self._gauge(kind, field, _label_names(kind))
+            (gauge.labels(*labels) if labels else gauge).set(value)
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _gauge(self, kind: str, field: str, labels: Sequence[str]) -> Gauge:
+        from prometheus_client import Gauge
+
+        name = f"fedmoe_arena_{kind}_{field}"
+        if name not in self._gauges:
+            text = f"{field.replace('_', ' ')} of the newest {kind} record; docs/metrics.md has formula and unit"
+            self._gauges[name] = Gauge(name, text, labels, registry=self._registry)
+        return self._gauges[name]
+
+
+def _label_names(kind: str) -> tuple[str, ...]:
+    if kind == "evaluation":
+        return ("policy", "opponent")
+    return ("policy",) if kind in ("policy", "credit", "rating") else ()
+
+
+def _values(record: Record) -> Iterator[tuple[str, str, tuple[str, ...], float]]:
+    """Kind, field, labels and value of every number of a record that is a curve."""
+    kind = str(record["kind"])
+    if kind not in _CURVES:
+        return
+    labels = tuple(str(record.get(name) or "") for name in _label_names(kind))
+    for field, value in record.items():
+        if field not in _LABELS and isinstance(value, int | float) and math.isfinite(value):
+            yield kind, field, labels, float(value)

@@ -1,0 +1,95 @@
+"""What all interactive figures are made of. A figure is Plotly's JSON, as plain values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedmoe.monitor.arena_series import ArenaSeries, FloatArray, mode_spans, smoothed, smoothing_span
+from fedmoe.monitor.palette import INK, MUTED, mode_tint
+
+Json = dict[str, object]
+_DECIMALS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class InteractiveFigure:
+    """One chart of the page: Plotly's traces and layout. `wide` ones take the whole width."""
+
+    name: str
+    title: str
+    data: Sequence[Json]
+    layout: Json
+    wide: bool = False
+
+
+def numbers(values: FloatArray) -> list[float | None]:
+    """For JSON: rounded, null where there is no number."""
+    return [round(float(value), _DECIMALS) if math.isfinite(value) else None for value in values]
+
+
+def axis(title: str) -> Json:
+    """An axis with a title, drawn lightly."""
+    return {"title": {"text": title}, "gridcolor": "#E4E7EB", "zeroline": False, "color": MUTED}
+
+
+def layout(x: str, y: str, shapes: Sequence[Json] = ()) -> Json:
+    """A plane chart with titled axes; the legend below, the values of all curves shown together."""
+    return {
+        "xaxis": axis(x) | {"automargin": True},
+        "yaxis": axis(y) | {"automargin": True},
+        "shapes": list(shapes),
+        "height": 360,
+        "hovermode": "x unified",
+        "legend": {"orientation": "h", "yanchor": "top", "y": -0.22},
+        "margin": {"l": 60, "r": 20, "t": 10, "b": 40},
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": INK},
+        "plot_bgcolor": "#FFFFFF",
+        "paper_bgcolor": "#FFFFFF",
+    }
+
+
+def mode_shapes(series: ArenaSeries) -> list[Json]:
+    """Tinted stretches behind the curves, each with its mode written at its foot."""
+    return [
+        {
+            "type": "rect",
+            "layer": "below",
+            "xref": "x",
+            "yref": "paper",
+            "x0": start,
+            "x1": end,
+            "y0": 0,
+            "y1": 1,
+            "fillcolor": mode_tint(mode),
+            "line": {"width": 0},
+            "label": {
+                "text": mode.replace("_", " "),
+                "textposition": "bottom left",
+                "font": {"size": 9, "color": MUTED},
+            },
+        }
+        for start, end, mode in mode_spans(series.modes)
+    ]
+
+
+def curve(x: FloatArray, y: FloatArray, name: str, colour: str, dash: str = "solid") -> Json:
+    """A line without points."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": name,
+        "legendgroup": name,
+        "x": numbers(x),
+        "y": numbers(y),
+        "line": {"color": colour, "width": 2.4, "dash": dash},
+    }
+
+
+def raw_and_smooth(series: ArenaSeries, points: tuple[FloatArray, FloatArray], name: str, colour: str) -> list[Json]:
+    """The numbers as recorded, thin and silent, and their moving average."""
+    x, y = points
+    thin = curve(x, y, name, colour) | {"opacity": 0.3, "showlegend": False, "hoverinfo": "skip"}
+    thin["line"] = {"color": colour, "width": 1}
+    return [thin, curve(x, smoothed(y, smoothing_span(series)), name, colour)]

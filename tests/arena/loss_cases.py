@@ -1,0 +1,57 @@
+"""Tokens to compute losses of: shared by the laws and by the comparison with other implementations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fedmoe.arena.loss import LOSSES, LossConfig, LossStatistics, Tokens
+
+
+def random_tokens(seed: int, count: int = 24, spread: float = 0.5, reference: bool = False) -> Tokens:
+    """Log-probabilities that lie `spread` nats apart, in float64; about one token in four is not learned from."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def noise() -> torch.Tensor:
+        return torch.randn(count, generator=draw, dtype=torch.float64)
+
+    behaviour = -noise().abs() - 0.1
+    proximal = behaviour + spread * noise()
+    current = (proximal + spread * noise()).requires_grad_()
+    return Tokens(
+        current=current,
+        proximal=proximal,
+        behaviour=behaviour,
+        advantages=2 * noise(),
+        mask=torch.rand(count, generator=draw) < 0.75,
+        weights=0.5 + torch.rand(count, generator=draw, dtype=torch.float64),
+        reference=behaviour + spread * noise() if reference else None,
+    )
+
+
+def part(tokens: Tokens, first: int, last: int) -> Tokens:
+    """Some of the tokens, as a micro-batch of their own on the same leaf."""
+    where = slice(first, last)
+    return Tokens(
+        current=tokens.current[where],
+        proximal=tokens.proximal[where],
+        behaviour=tokens.behaviour[where],
+        advantages=tokens.advantages[where],
+        mask=tokens.mask[where],
+        weights=tokens.weights[where],
+        reference=None if tokens.reference is None else tokens.reference[where],
+    )
+
+
+def fresh(tokens: Tokens) -> Tokens:
+    """The same numbers with a leaf of their own."""
+    return replace(tokens, current=tokens.current.detach().clone().requires_grad_())
+
+
+def computed(tokens: Tokens, config: LossConfig, denominator: float) -> tuple[float, torch.Tensor, LossStatistics]:
+    """Loss, its gradient by `current`, and the statistics."""
+    mine = fresh(tokens)
+    loss, statistics = LOSSES[config.loss](mine, config, denominator)
+    (gradient,) = torch.autograd.grad(loss, mine.current)
+    return loss.item(), gradient, statistics

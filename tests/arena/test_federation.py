@@ -1,0 +1,419 @@
+"""Arenas on several machines: policies are experts of one coordinator, and meet each other's as opponents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import combinations, count
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from league_sites import ALPHA, RANK, House, Letters, Site, running_house
+from structlog.testing import capture_logs
+
+from fedmoe import failpoints
+from fedmoe.arena import checkpoint, federation
+from fedmoe.arena.adapt import AdaptiveLora, Effect, Knobs
+from fedmoe.arena.config import ArenaConfig, PolicySection
+from fedmoe.arena.engines.protocol import AdapterKey
+from fedmoe.arena.federation import FederationError, learning_rate_only
+from fedmoe.arena.records import BatchedRecords
+from fedmoe.arena.run import RunOptions, Stop, Watched, run_arena
+from fedmoe.coordinator import seed_of
+from fedmoe.errors import RefusedError
+from fedmoe.lora.initial import initial_adapter
+from fedmoe.manifest import BaseModel, Manifest
+from fedmoe.models.base import load_base
+from fedmoe.models.schedule import LoraConfig, TrainingConfig
+from fedmoe.qwen_finetune import QwenLoRAExpert
+from fedmoe.record import Value
+from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    with running_house(tmp_path / "coordinator") as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmoe.worker.delivery._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("fedmoe.worker.delivery._LONGEST_PAUSE", 0.05)
+
+
+def foreign(site: Site) -> list[str]:
+    return [one.name for one in site.trainer.society.opponents.opponents() if one.kind == "foreign"]
+
+
+def loaded(site: Site) -> set[str]:
+    return {str(key) for key in site.engine.loaded()}
+
+
+def make_change(site: Site, name: str, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    return np.random.default_rng(seed).normal(0, 0.01, site.local(name).size).astype(np.float32)
+
+
+def test_a_policy_begins_with_the_a_that_the_coordinator_draws(house: House, tmp_path: Path) -> None:
+    site = Site(house.url, tmp_path / "a").open()
+    for name in site.names:
+        layout = site.policies.adapter(name).layout
+        np.testing.assert_array_equal(site.local(name), initial_adapter(layout, ALPHA, seed_of(name)).flat)
+    site.close()
+
+
+def test_an_ordinary_worker_may_train_the_same_expert(house: House, tmp_path: Path) -> None:
+    expert = QwenLoRAExpert(load_base("tiny", "cpu", "fp32"), LoraConfig(RANK, ALPHA), TrainingConfig())
+    with CoordinatorClient(house.url) as client:
+        client.register("solver", "worker", expert.manifest)
+    site = Site(house.url, tmp_path / "a").open()
+    assert house.coordinator.service.coordinator.manifest == expert.manifest
+    site.close()
+
+
+def test_training_reaches_the_coordinator_update_by_update(house: House, tmp_path: Path) -> None:
+    site = Site(house.url, tmp_path / "a").open()
+    before = {name: [site.local(name)] for name in site.names}
+    for _ in range(3):
+        site.iterate()
+        for name in site.names:
+            before[name].append(site.local(name))
+    for name in site.names:
+        weights, updates = before[name], [update for update in house.updates() if update.expert == name]
+        assert house.version(name) == len(updates) == 3
+        for update, old, new in zip(updates, weights, weights[1:], strict=False):
+            np.testing.assert_allclose(house.delta(update), new - old, atol=1e-7)
+        np.testing.assert_allclose(house.weights(name), weights[-1], atol=1e-7)
+        assert [update.info["steps"] for update in updates] == [1, 2, 3]
+    site.close()
+
+
+def test_two_sites_meet_each_others_experts(house: House, tmp_path: Path) -> None:
+    one = Site(house.url, tmp_path / "a", worker="one").open()
+    other = Site(house.url, tmp_path / "b", ("alpha", "beta"), worker="other").open()
+    one.iterate()
+    other.iterate()
+    assert foreign(other) == ["critic@1", "solver@1"]
+    one.iterate(6)
+    assert foreign(one) == ["alpha@1", "beta@1"]
+    np.testing.assert_array_equal(one.policies.kept()[AdapterKey("alpha", 1)].flat, house.weights("alpha"))
+    met = one.trainer.society.opponents.state()["results"]
+    assert {"alpha@1", "beta@1"} & {name for known in met.values() for name in known}  # type: ignore[attr-defined]
+    found = {(comparison.policy, comparison.opponent) for comparison in one.trainer.evaluate()}
+    assert found == {(name, rival) for name in one.names for rival in ("base", "beta@1")}
+    one.close()
+    other.close()
+
+
+def test_a_newer_version_takes_the_place_of_the_one_before(house: House, tmp_path: Path) -> None:
+    one = Site(house.url, tmp_path / "a", worker="one").open()
+    other = Site(house.url, tmp_path / "b", ("alpha", "beta"), worker="other").open()
+    other.iterate()
+    one.exchange()
+    ratings = one.trainer.society.ratings
+    ratings.ensure("alpha@1")
+    ratings.ensure("solver")
+    ratings.rate([["alpha@1"], ["solver"]], [1.0, 0.0])
+    strength = ratings["alpha@1"].mu
+    other.iterate()
+    one.exchange()
+    assert foreign(one) == ["alpha@2", "beta@2"]
+    assert loaded(one) == {"solver@0", "critic@0", "alpha@2", "beta@2"}
+    assert ("alpha@1" in ratings, ratings["alpha@2"].mu) == (False, strength)
+    one.close()
+    other.close()
+
+
+def test_an_expert_that_has_not_learned_is_no_opponent(house: House, tmp_path: Path) -> None:
+    other = Site(house.url, tmp_path / "b", ("alpha", "beta")).open()
+    site = Site(house.url, tmp_path / "a").open()
+    site.exchange()
+    assert foreign(site) == []
+    other.learn("beta", make_change(other, "beta", 1))
+    other.exchange()
+    site.league.meet(site.trainer.society)
+    assert foreign(site) == ["beta@1"]
+    site.close()
+    other.close()
+
+
+def test_those_who_do_not_fit_are_named(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(federation, "MOST_OPPONENTS", 2)
+    other = Site(house.url, tmp_path / "b", ("x", "y", "z")).open()
+    for name in ("z", "y"):
+        other.learn(name, make_change(other, name, 1))
+    other.exchange()
+    site = Site(house.url, tmp_path / "a").open()
+    site.exchange()
+    other.learn("x", make_change(other, "x", 1))
+    other.learn("y", make_change(other, "y", 2))
+    other.exchange()
+    with capture_logs() as lines:
+        site.exchange()
+        site.exchange()
+    assert foreign(site) == ["z@1", "y@2"]
+    assert [line["names"] for line in lines if line["event"] == "opponents_left_out"] == ["x"]
+    site.close()
+    other.close()
+
+
+def test_two_sites_that_train_one_expert_go_on_from_the_sum(house: House, tmp_path: Path) -> None:
+    one = Site(house.url, tmp_path / "a", worker="one").open()
+    other = Site(house.url, tmp_path / "b", worker="other").open()
+    start = one.local("solver")
+    changes = [make_change(one, "solver", seed) for seed in (1, 2)]
+    one.learn("solver", changes[0])
+    other.learn("solver", changes[1])
+    one.exchange()
+    other.exchange()
+    one.exchange()
+    stale = np.float32(2**-0.5)  # the second update was made from a version that is one behind
+    for weights in (house.weights("solver"), one.local("solver"), other.local("solver")):
+        np.testing.assert_allclose(weights, start + changes[0] + stale * changes[1], atol=1e-6)
+    one.close()
+    other.close()
+
+
+def test_training_and_taking_over_alternate_without_anything_sampled_in_between(house: House, tmp_path: Path) -> None:
+    one = Site(house.url, tmp_path / "a", worker="one", every=2, iterations=6).open()
+    other = Site(house.url, tmp_path / "b", worker="other", every=2, iterations=6).open()
+    for _ in range(3):
+        one.iterate(2)
+        other.iterate(2)
+    one.exchange()
+    for name in one.names:
+        assert house.version(name) == 6
+        np.testing.assert_allclose(one.local(name), other.local(name), atol=1e-6)
+        np.testing.assert_allclose(one.local(name), house.weights(name), atol=1e-6)
+        assert one.policies.version(name) > one.policies.updates(name) == 6
+    one.close()
+    other.close()
+
+
+def test_a_coordinator_that_is_away_is_told_once_and_gets_everything_later(house: House, tmp_path: Path) -> None:
+    site = Site(house.url, tmp_path / "a").open()
+    start = site.local("solver")
+    site.iterate()
+    site.road.closed = True
+    with capture_logs() as lines:
+        site.iterate(3)
+    assert [line["event"] for line in lines if line["log_level"] != "info"] == ["coordinator_away"]
+    assert (house.version("solver"), site.trainer.iteration) == (1, 4)
+    site.road.closed = False
+    with capture_logs() as lines:
+        site.iterate()
+    assert "coordinator_back" in [line["event"] for line in lines]
+    np.testing.assert_allclose(house.weights("solver"), site.local("solver"), atol=1e-6)
+    assert not np.array_equal(start, site.local("solver"))
+    site.close()
+
+
+def test_answers_that_are_lost_neither_stop_the_training_nor_count_twice(house: House, tmp_path: Path) -> None:
+    site = Site(house.url, tmp_path / "a", patience=0.2).open()
+    site.road.lose = 1000
+    site.iterate(2)
+    assert house.version("solver") == 1
+    site.road.lose = 0
+    site.iterate(2)
+    site.exchange()
+    np.testing.assert_allclose(house.weights("solver"), site.local("solver"), atol=1e-6)
+    site.close()
+
+
+def test_a_refused_expert_does_not_hold_up_the_others(house: House, tmp_path: Path) -> None:
+    site = Site(house.url, tmp_path / "a").open()
+    site.learn_numbers("solver", range(10), 1e12)
+    site.learn("critic", make_change(site, "critic", 1))
+    with capture_logs() as lines:
+        site.exchange()
+    refused = [(line["expert"], line["code"]) for line in lines if line["event"] == "federation_refused"]
+    assert refused == [("solver", "norm_too_large")]
+    assert (house.version("solver"), house.version("critic")) == (0, 1)
+    site.close()
+
+
+def test_the_least_interval_of_the_coordinator_is_kept(tmp_path: Path) -> None:
+    with running_house(tmp_path / "coordinator", min_sync_interval=3600.0) as house:
+        site = Site(house.url, tmp_path / "a", iterations=3).open()
+        site.iterate(2)
+        assert house.version("solver") == 1
+        site.iterate()  # the end, where nothing may be left behind
+        assert house.version("solver") == 2
+        site.close()
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_policies_of_another_kind_are_refused_before_anything_starts(house: House, tmp_path: Path, rank: int) -> None:
+    Site(house.url, tmp_path / "a").open().close()
+    with pytest.raises(FederationError, match=rf"rank: expected 2, got {rank}.*policies\.rank \(2\)"):
+        Site(house.url, tmp_path / "b", rank=rank).open()
+    assert not (tmp_path / "b").exists()
+
+
+def test_another_base_model_is_refused(house: House, tmp_path: Path) -> None:
+    tiny = load_base("tiny", "cpu", "fp32").identity
+    layout = QwenLoRAExpert(load_base("tiny", "cpu", "fp32"), LoraConfig(RANK, ALPHA), TrainingConfig()).manifest.layout
+    other = Manifest(BaseModel("other", "1", "a" * 64, tiny.tokenizer_hash), layout, ALPHA)
+    with CoordinatorClient(house.url) as client:
+        client.register("python", "worker", other)
+    with pytest.raises(FederationError, match=r"base weights_hash.*Set base_model \(other\)"):
+        Site(house.url, tmp_path / "a").open()
+
+
+def test_a_wrong_token_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with (
+        running_house(tmp_path / "c", token="join-token-of-32-characters-00000") as house,
+        pytest.raises(RefusedError, match="token"),
+    ):
+        Site(house.url, tmp_path / "a").open()
+
+
+def test_a_new_run_needs_the_coordinator(tmp_path: Path) -> None:
+    with pytest.raises(CoordinatorUnavailableError):
+        Site("http://127.0.0.1:9", tmp_path / "a").open()
+
+
+def test_a_checkpoint_that_is_up_to_date_goes_on_bit_for_bit(house: House, tmp_path: Path) -> None:
+    """Opponents come back with it, even while the coordinator is away."""
+    other = Site(house.url, tmp_path / "b", ("alpha", "beta"), every=2).open()
+    other.iterate(2)
+    site = Site(house.url, tmp_path / "a", every=3).open()
+    site.iterate(4)
+    saved = site.saved()
+    site.iterate()
+    expected = {name: site.local(name) for name in site.names}
+    site.close()
+    site.road.closed = True
+    site.open(saved)
+    assert foreign(site) == ["alpha@1", "beta@1"]
+    assert {"alpha@1", "beta@1"} < loaded(site)
+    site.iterate()
+    for name in site.names:
+        np.testing.assert_array_equal(site.local(name), expected[name])
+    site.close()
+    other.close()
+
+
+def test_a_checkpoint_that_is_behind_goes_on_from_what_was_handed_over(house: House, tmp_path: Path) -> None:
+    site = Site(house.url, tmp_path / "a").open()
+    site.iterate()
+    saved = site.saved()
+    site.learn_numbers("solver", range(5))
+    site.exchange()
+    site.close()
+    site.road.closed = True
+    site.open(saved)
+    np.testing.assert_array_equal(site.local("critic"), saved.adapters[AdapterKey("critic", 1)].flat)
+    site.learn_numbers("solver", range(5))  # what the checkpoint did not know is learned again
+    site.road.closed = False
+    site.exchange()
+    np.testing.assert_allclose(house.weights("solver")[:5], 1, atol=1e-6)
+    assert house.version("solver") == 2
+    site.close()
+
+
+def test_a_state_folder_that_is_not_the_checkpoints_is_refused(house: House, tmp_path: Path) -> None:
+    site = Site(house.url, tmp_path / "a").open()
+    older = site.saved()
+    site.iterate()
+    saved = site.saved()
+    site.close()
+    newer = dict(saved.league) | {"solver": [site.league.state()["solver"][0], 9, 9]}  # type: ignore[index]
+    with pytest.raises(FederationError, match="state folder of solver"):
+        site.open(replace(saved, league=newer))
+    site.league.close()
+    with pytest.raises(FederationError, match="state folder of solver"):
+        replace(site, folder=tmp_path / "lost").open(older)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)), max_size=60), st.sampled_from([1, 3, 16]))
+def test_in_a_federation_only_the_learning_rate_adapts(effects: list[tuple[float, float, float]], rank: int) -> None:
+    shape = PolicySection(rank=rank, alpha=5.0)
+    rules = replace(learning_rate_only(shape), patience=2, cooldown=0)
+    state = AdaptiveLora(rules, Knobs(1e-4, 5.0, rank))
+    for effect in effects:
+        state, change = state.observe(Effect(*effect))
+        assert change is None or change.what == "learning_rate"
+    assert (state.knobs.alpha, state.knobs.rank) == (5.0, rank)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+@pytest.mark.parametrize(
+    ("place", "time"), [("worker.cut", 4), ("league.answered", 4), ("league.recorded", 5), ("checkpoint.renamed", 1)]
+)
+def test_a_run_that_is_killed_and_resumed_pushes_nothing_twice(
+    place: str, time: int, house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole run with its checkpoints on disk: the checkpoint is of iteration 3, the kill in the exchange after 4."""
+    monkeypatch.setattr("fedmoe.arena.run.make_task", lambda name, options: Letters())
+    reached = count(1)
+
+    def die(name: str) -> None:
+        if name == place and next(reached) == time:
+            raise Killed(name)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(failpoints, "reached", die)
+        run_arena(run_config(house.url), options(tmp_path), Stop())
+    assert run_arena(run_config(house.url), options(tmp_path, resume=True), Stop()).status == "finished"
+    for name in ("solver", "critic"):
+        updates = [update for update in house.updates() if update.expert == name]
+        assert [update.sequence for update in updates] == list(range(len(updates)))
+        assert 3 <= len(updates) <= 4
+        for one, other in combinations([house.delta(update) for update in updates], 2):
+            # From the same weights a resumed run learns the same once more, bit for bit: that would be the same again.
+            assert np.dot(one, other) < 0.9 * np.linalg.norm(one) * np.linalg.norm(other)
+
+
+def options(tmp_path: Path, resume: bool = False) -> RunOptions:
+    return RunOptions(tmp_path / "run", resume=resume, dtype="fp32", learner_device="cpu", rollout_device="cpu")
+
+
+def run_config(url: str) -> ArenaConfig:
+    return ArenaConfig.model_validate(
+        {
+            "base_model": "tiny",
+            "phases": [{"mode": "competitive", "iterations": 6}],
+            "task": {"name": "letters"},
+            "policies": {"count": 2, "names": ["solver", "critic"], "rank": RANK, "alpha": ALPHA},
+            "learning": {"groups": 2, "samples": 2},
+            "evaluation": {"episodes": 2},
+            "checkpoint": {"every": 3},
+            "federation": {"url": url, "every": 2},
+        }
+    )
+
+
+def test_a_run_that_is_stopped_hands_over_what_it_has(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedmoe.arena.run.make_task", lambda name, options: Letters())
+    stop = Stop()
+
+    @contextmanager
+    def stop_in_the_third(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Watched]:
+        write = records.write
+
+        def watched(kind: str, **values: Value) -> None:
+            if values.get("iteration") == 2:
+                stop.ask("told to")
+            write(kind, **values)
+
+        monkeypatch.setattr(records, "write", watched)
+        yield records
+
+    assert run_arena(run_config(house.url), options(tmp_path), stop, stop_in_the_third).status == "stopped"
+    assert house.version("solver") == 2  # after two iterations, and what the third brought
+    assert run_arena(run_config(house.url), options(tmp_path, resume=True), Stop()).status == "finished"
+    assert [update.sequence for update in house.updates() if update.expert == "solver"] == [0, 1, 2]
+    found = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    newest = max((key for key in found.state.adapters if key.startswith("solver@")), key=lambda key: int(key[7:]))
+    np.testing.assert_allclose(house.weights("solver"), found.state.adapters[newest].flat, atol=1e-6)

@@ -1,0 +1,74 @@
+"""The live view shows what records say, on a terminal and where there is none (E23)."""
+
+from __future__ import annotations
+
+import io
+import math
+
+from arena_records import real
+from rich.console import Console
+
+from fedmoe.demo.arena_sample import sample_records
+from fedmoe.monitor.terminal import LiveView, sparkline
+from fedmoe.record import Record
+
+
+def shown(records: list[Record], terminal: bool, iterations: int = 0) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=140, height=60, color_system=None)
+    with LiveView(console, iterations) as view:
+        for record in records:
+            view.update(record)
+    return out.getvalue()
+
+
+def test_a_row_of_blocks_follows_the_numbers() -> None:
+    assert sparkline([0.0, 1.0, 0.5, math.nan]) == "▁█▅"
+    assert sparkline([3.0, 3.0]) == "▁▁"
+    assert sparkline([]) == ""
+    assert len(sparkline([float(i) for i in range(100)], width=10)) == 10
+
+
+def test_a_terminal_shows_progress_policies_machine_and_decisions() -> None:
+    """E23."""
+    records = sample_records(3, 40)
+    last = {str(record["policy"]): record for record in records if record["kind"] == "policy"}
+    text = shown(records, terminal=True, iterations=80)
+    picture = text[text.rindex("SAMPLE DATA") :]
+    assert "40 of 80 iterations" in picture
+    assert "min left" in picture
+    for policy, record in last.items():
+        assert policy in picture
+        assert f"{record['reward']:.3f}" in picture
+    assert "█" in picture
+    assert "CPU" in picture
+    assert "of 32" in picture
+    assert "mode cooperative" in picture or "→ cooperative" in picture
+
+
+def test_elsewhere_it_is_a_line_an_iteration() -> None:
+    records = real(sample_records(2, 5))
+    lines = shown(records, terminal=False, iterations=5).splitlines()
+    assert lines[0].startswith("task sample:arithmetic")
+    through = [line for line in lines if line.startswith("iteration ")]
+    assert [line.split()[1] for line in through] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+    assert all("solver reward" in line and "tokens/s" in line for line in through)
+    assert "\x1b" not in "".join(lines)
+    assert any("learning rate" in line for line in lines)
+
+
+def test_sample_data_is_marked_everywhere() -> None:
+    records = sample_records(1, 2)
+    for terminal in (True, False):
+        assert "SAMPLE DATA" in shown(records, terminal)
+        assert "SAMPLE DATA" not in shown(real(records), terminal)
+
+
+def test_missing_numbers_are_dashes_and_markup_is_text() -> None:
+    record: Record = {"at": 1.0, "kind": "policy", "policy": "[red]x", "iteration": 0, "reward": None, "mode": "[b]m"}
+    system: Record = {"at": 1.0, "kind": "system", "cpu_percent": 3.0, "gpu_percent": None}
+    text = shown([record, system], terminal=True)
+    assert "[red]x" in text
+    assert "[b]m" in text
+    assert "–" in text
+    assert "no GPU" in text
