@@ -10,12 +10,15 @@ export TOKENIZERS_PARALLELISM ?= false
 PYTEST := $(BIN)/python -m pytest
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint types unit test-slow bench install clean
+.PHONY: help arena arena-install demo test lint types unit test-slow test-vllm test-areal bench install clean
 
 help:
 	@echo "make demo       three experts of a real model trained in a federation, one gateway, measured (runs/demo)"
+	@echo "make arena      four policies learn with and against each other in all four modes (runs/arena)"
 	@echo "make test       style, types and tests"
 	@echo "make test-slow  the long tests: 200 crashes, real base model, real downloads"
+	@echo "make test-vllm  the vLLM engine against a live server (.venv-vllm)"
+	@echo "make test-areal the AReaL learner and workflow (.venv-areal)"
 	@echo "make bench      the benchmarks, results in benchmarks/results"
 	@echo "make install    the environment alone (.venv)"
 
@@ -28,7 +31,11 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[worker,charts]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.demo
+$(VENV)/.arena: $(VENV)/.demo
+	$(INSTALL) --editable '.[arena]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.arena
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
@@ -36,6 +43,11 @@ install: $(VENV)/.dev
 
 demo: $(VENV)/.demo
 	env -u OMP_NUM_THREADS $(BIN)/fedmoe demo $(DEMO_FLAGS)
+
+arena-install: $(VENV)/.arena
+
+arena: $(VENV)/.arena
+	$(BIN)/fedmoe arena train demo/arena.toml $(ARENA_FLAGS)
 
 test: lint types unit
 
@@ -48,6 +60,15 @@ types: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(PYTEST)
+
+# vLLM and AReaL pin other versions: environments of their own (3.5 GB, 2.3 GB), minutes to make.
+test-vllm: $(VENV)/.dev
+	PYTHON=$(PYTHON) scripts/setup_vllm.sh .venv-vllm
+	FEDMOE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PYTEST) -m 'vllm and not areal' tests/arena
+
+test-areal:
+	PYTHON=$(PYTHON) scripts/setup_areal.sh .venv-areal
+	.venv-areal/bin/python -m pytest --confcutdir=tests/arena -m 'areal and not vllm' tests/arena/areal tests/arena/test_loss_parity.py
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow

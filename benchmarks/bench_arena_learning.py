@@ -55,7 +55,7 @@ def run_mode(mode: str, seed: int, options: argparse.Namespace) -> dict[str, obj
 
 
 def useless_team_mate(folder: Path, config: object, seed: int) -> dict[str, object]:
-    """A committee of three trained policies and one that guesses: the mean difference reward of each, on 60 problems."""
+    """Three trained policies and one that guesses in a committee: the mean difference reward of each, 60 problems."""
     import numpy as np
 
     from fedmoe.arena.chat import ChatCodec
@@ -116,7 +116,7 @@ def known_strengths(seeds: Sequence[int], games: int) -> dict[str, object]:
         rng, ratings = np.random.default_rng(seed), Ratings()
         for name in players:
             ratings.ensure(name)
-        for game in range(games):
+        for _ in range(games):
             pair = [str(name) for name in rng.permutation(list(players))[:2]]
             episode = task.start(int(rng.integers(1 << 30)), Lineup.alone(2))
             while seats := episode.to_act():
@@ -137,15 +137,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--iterations", type=int, default=16)
+    parser.add_argument("--iterations", type=int, default=14)
     parser.add_argument("--groups", type=int, default=6)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--episodes", type=int, default=150)
+    parser.add_argument("--ratings", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--name", default="arena_learning", help="name of the result file")
     options = parser.parse_args()
     pin_threads()
-    results: dict[str, object] = {"known_strengths": known_strengths(range(10), 200)}
+    results: dict[str, object] = {"known_strengths": known_strengths(range(10), 200)} if options.ratings else {}
     for mode in options.modes:
         for seed in options.seeds:
             results[f"{mode}/{seed}"] = found = run_mode(mode, seed, options)

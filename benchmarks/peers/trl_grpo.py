@@ -1,7 +1,7 @@
 """TRL's side of `bench_arena_throughput.py`: GRPOTrainer with peft, one policy after another.
 
 One trainer stands for all of the policies: what it would cost to make or load P of them, and to hold their optimizers,
-is not counted. Gradient checkpointing, which is on by default there, is off: it would compute the forward pass twice.
+is not counted. Gradient checkpointing is on there by default, which computes the forward pass twice to save memory.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def rewards(completion_ids: Sequence[Sequence[int]], **_: object) -> list[float]
 
 def main() -> None:
     parser = arguments(__doc__ or "")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     chosen = parser.parse_args()
     import torch
     from datasets import Dataset
@@ -72,7 +73,7 @@ def main() -> None:
             lr_scheduler_type="constant",
             model_init_kwargs={"dtype": "float32"},
             bf16=False,
-            gradient_checkpointing=False,
+            gradient_checkpointing=chosen.checkpointing,
             use_cpu=True,
             use_vllm=False,
             shuffle_dataset=False,

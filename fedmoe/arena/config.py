@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedmoe.arena.loss import AGGREGATIONS, LOSSES
-from fedmoe.wire.messages import ExpertName
+from fedmoe.wire.messages import ExpertName, WorkerName
 
 Option = int | float | str | bool
 Whole = Annotated[int, Field(ge=1)]
@@ -49,11 +49,19 @@ class PolicySection(_Section):
 
     @model_validator(mode="after")
     def _names_fit(self) -> PolicySection:
-        if self.names and len(set(self.names)) != self.count:
-            raise ValueError(f"count is {self.count}, but there are {len(set(self.names))} different names")
+        if self.names and not len(self.names) == len(set(self.names)) == self.count:
+            raise ValueError(f"count is {self.count}, so as many different names are needed, got {list(self.names)}")
+        reserved = sorted({"base", "random"} & set(self.names))
+        if reserved:
+            raise ValueError(f"{', '.join(reserved)} means a frozen opponent; choose another name")
         if self.max_rank < self.rank:
             raise ValueError(f"max_rank {self.max_rank} is below rank {self.rank}")
         return self
+
+    @property
+    def scaled_alpha(self) -> float:
+        """alpha, or twice the rank."""
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
 
     @property
     def all_names(self) -> tuple[str, ...]:
@@ -107,9 +115,12 @@ class CheckpointSection(_Section):
 
 
 class EngineSection(_Section):
-    """Where rollouts are computed: `transformers`, or vLLM (a server's `url`, or `python` of its environment)."""
+    """Where rollouts are computed: `transformers`, or vLLM (a server's `url`, or `python` of its environment).
 
-    kind: Literal["transformers", "vllm"] = "transformers"
+    Installed packages can offer further kinds, see `run_engines`.
+    """
+
+    kind: str = "transformers"
     url: str | None = None
     python: Path | None = None
     rows: Annotated[int, Field(ge=1)] = 128
@@ -125,7 +136,7 @@ class FederationSection(_Section):
     """`url` of a coordinator: every policy is an expert there; `every` iterations updates go and come."""
 
     url: str
-    worker_id: str = "arena"
+    worker_id: WorkerName = "arena"
     every: Whole = 5
     opponents: bool = True
 

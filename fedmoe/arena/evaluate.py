@@ -41,7 +41,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A policy against the base model on the same held-out episodes.
+    """A policy beside the base model on the same held-out episodes.
 
     `score`, `base`: own result on the task (a game: against the random player). `gain`: their paired difference.
     `wins`: share of points of the policy when it meets `opponent` (1 win, 0.5 draw, 0 loss). `valid`: share of usable
@@ -109,6 +109,8 @@ class Evaluator:
         return self._base
 
     def _alone(self, player: Player) -> _Played:
+        if player.key is None and player.name != RANDOM and self._base is not None:
+            return self._base  # the base model by another name
         return self._match(player, CHANCE) if self._task.zero_sum else self._episodes_of([player], alternate=False)
 
     def _match(self, player: Player, opponent: Player) -> _Played:

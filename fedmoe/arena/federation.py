@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -252,14 +253,14 @@ def _behind(link: Link, saved: object) -> bool:
     return saved != link.mark
 
 
-def learning_rate_only(shape: PolicySection) -> AdaptRules:
-    """Rules under which rank and scale stay what they are: they are part of what all sites have agreed on."""
+def learning_rate_only(rules: AdaptRules, shape: PolicySection) -> AdaptRules:
+    """The same rules, but rank and scale stay what they are: they are part of what all sites have agreed on."""
     scale = _alpha(shape) / shape.rank
-    return AdaptRules(min_scale=scale, max_scale=scale, max_rank=shape.rank)
+    return replace(rules, min_scale=scale, max_scale=scale, max_rank=shape.rank)
 
 
 def _alpha(shape: PolicySection) -> float:
-    return shape.alpha if shape.alpha is not None else 2.0 * shape.rank
+    return shape.scaled_alpha
 
 
 def join_league(config: ArenaConfig, token: str | None, base: LoadedBase, policies: Policies, folder: Path) -> League:

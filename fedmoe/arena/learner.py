@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,10 +12,10 @@ from numpy.typing import NDArray
 
 from fedmoe.arena.loss import AGGREGATIONS, LOSSES, LossConfig, LossStatistics, Tokens, combined
 from fedmoe.arena.trajectory import Example
-from fedmoe.lora.adapter import Adapter, Layout
+from fedmoe.lora.adapter import Adapter, Layout, ShapeError
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.final_logits import check_causal_model
-from fedmoe.models.multilora import MultiLora
+from fedmoe.models.multilora import MultiLora, UnknownAdapterError
 from fedmoe.models.policy_logprobs import Continuation, MicroBatch, TokenLogprobs, plan_micro_batches, token_logprobs
 
 FloatVector = NDArray[np.float32]
@@ -25,7 +26,7 @@ class LearnerConfig:
     """How policies learn. `epochs`: steps made from the same examples; from the second on the ratio is clipped.
 
     `micro_batch_tokens` bounds what is computed at once (gradients accumulate over micro-batches). `warmup_steps`:
-    the learning rate rises over the first steps of a policy.
+    the learning rate rises over the first steps of a policy. `max_grad_norm` inf does not clip.
     """
 
     learning_rate: float = 3e-4
@@ -37,16 +38,28 @@ class LearnerConfig:
     temperature: float = 1.0
     loss: LossConfig = field(default_factory=LossConfig)
 
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "max_grad_norm", "temperature", "epochs", "micro_batch_tokens"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be below 0, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyUpdate:
-    """What one update did to one policy. `entropy` in nats a token, `gradient_norm` before clipping."""
+    """What one update did to one policy. `entropy` in nats a token, `gradient_norm` before clipping.
+
+    `moved`: k3 estimate of KL(weights that sampled || weights before the update), nats a token.
+    """
 
     loss: float
     entropy: float
     gradient_norm: float
     learning_rate: float
     tokens: int
+    moved: float
     statistics: LossStatistics
 
 
@@ -74,18 +87,21 @@ class _Policy:
     def _new_optimizer(self) -> None:
         self.parameter = self._multi.slot(self.name).parameter
         self.optimizer = torch.optim.AdamW(
-            [self.parameter], lr=self.rate, weight_decay=self._config.weight_decay, betas=(0.9, 0.95)
+            [self.parameter], lr=self.rate, weight_decay=self._config.weight_decay, betas=(0.9, 0.95), fused=True
         )
 
     def replace(self, adapter: Adapter, state: OptimizerState | None) -> None:
         """Other factors, of any rank; without `state` the optimizer starts anew."""
+        size = adapter.layout.size
+        if state and (state.first.shape, state.second.shape) != ((size,), (size,)):
+            raise ShapeError(f"policy {self.name}: moments of {state.first.shape} do not fit an adapter of {size}")
         self._multi.replace(self.name, adapter)
         self._new_optimizer()
         self.steps = state.steps if state else 0
         if state and state.steps:
             device = self.parameter.device
             self.optimizer.state[self.parameter] = {
-                "step": torch.tensor(float(state.steps)),
+                "step": torch.tensor(float(state.steps), device=device),
                 "exp_avg": torch.tensor(state.first, device=device),
                 "exp_avg_sq": torch.tensor(state.second, device=device),
             }
@@ -98,18 +114,25 @@ class _Policy:
         first, second = (found[name].to("cpu", copy=True).numpy() for name in ("exp_avg", "exp_avg_sq"))
         return OptimizerState(first, second, self.steps)
 
-    def step(self) -> tuple[float, float]:
-        """One step from the accumulated gradient; returns its norm and the learning rate used."""
+    def gradient_norm(self) -> float:
+        """The length of the accumulated gradient."""
+        gradient = self.parameter.grad
+        return 0.0 if gradient is None else float(torch.linalg.vector_norm(gradient))
+
+    def forget_gradient(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, norm: float) -> float:
+        """One step from the accumulated gradient of length `norm`; returns the learning rate used."""
         rate = self.rate * min(1.0, (self.steps + 1) / max(1, self._config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        norm = float(torch.nn.utils.clip_grad_norm_([self.parameter], self._config.max_grad_norm))
-        if not np.isfinite(norm):
-            raise FloatingPointError(f"policy {self.name}: the gradient is not finite; nothing was changed")
+        if self.parameter.grad is not None and norm > self._config.max_grad_norm:
+            self.parameter.grad.mul_(self._config.max_grad_norm / norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget_gradient()
         self.steps += 1
-        return norm, rate
+        return rate
 
 
 class Learner:
@@ -138,6 +161,14 @@ class Learner:
         """The live factors of a policy, copied."""
         return self._multi.slot(name).adapter()
 
+    def score(self, name: str, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> FloatVector:
+        """The live policy's log-probability (temperature 1) of each of `tokens` after `prompt`, float32 (T,)."""
+        one = [Continuation(name, prompt, tokens)]
+        (batch,) = plan_micro_batches(one, len(prompt) + len(tokens), len(prompt) + len(tokens))
+        with torch.no_grad(), self._multi.rows(batch.adapters):
+            scored = token_logprobs(self._model, self._multi, batch, one)
+        return np.asarray(scored.logprobs.cpu().numpy(), np.float32)
+
     def replace(self, name: str, adapter: Adapter, state: OptimizerState | None = None) -> None:
         """Give a policy other factors (a copy of a better one, a higher rank, a checkpoint)."""
         self._policies[name].replace(adapter, state)
@@ -159,8 +190,12 @@ class Learner:
     def update(self, examples: Sequence[Example], max_tokens: int) -> dict[str, PolicyUpdate]:
         """Train every policy that has examples; `max_tokens` is the limit of an action.
 
-        All weights change only after all gradients are there; a gradient that is not finite changes nothing.
+        All weights change only after all gradients are there: whatever fails, a gradient that is not finite too,
+        changes no policy (beyond the epochs already done).
         """
+        unknown = sorted({one.policy for one in examples} - set(self._policies))
+        if unknown:
+            raise UnknownAdapterError(f"no policies {unknown} to train; there are: {sorted(self._policies)}")
         if not examples:
             return {}
         reports: dict[str, PolicyUpdate] = {}
@@ -172,6 +207,22 @@ class Learner:
     def _epoch(
         self, examples: Sequence[Example], max_tokens: int, proximal: dict[int, FloatVector]
     ) -> dict[str, PolicyUpdate]:
+        try:
+            measured = self._accumulate(examples, max_tokens, proximal)
+            norms = {name: self._policies[name].gradient_norm() for name in measured}
+            broken = sorted(name for name, norm in norms.items() if not math.isfinite(norm))
+            if broken:
+                raise FloatingPointError(f"the gradients of {', '.join(broken)} are not finite; no policy was changed")
+        except BaseException:
+            # What has been accumulated so far would otherwise be part of the next update.
+            for one in self._policies.values():
+                one.forget_gradient()
+            raise
+        return {name: self._step(name, parts, norms[name]) for name, parts in measured.items()}
+
+    def _accumulate(
+        self, examples: Sequence[Example], max_tokens: int, proximal: dict[int, FloatVector]
+    ) -> dict[str, list[_Measured]]:
         continuations = [Continuation(one.policy, one.turn.prompt, one.turn.tokens) for one in examples]
         weighing = _weighing(examples, self.config.loss, max_tokens)
         measured: dict[str, list[_Measured]] = {}
@@ -182,7 +233,7 @@ class Learner:
                 torch.stack([loss for _, loss, _ in losses]).sum().backward()
             for name, _, one in losses:
                 measured.setdefault(name, []).append(one)
-        return {name: self._step(name, parts) for name, parts in measured.items()}
+        return measured
 
     def _losses(
         self,
@@ -193,32 +244,45 @@ class Learner:
         proximal: dict[int, FloatVector],
     ) -> Iterator[tuple[str, torch.Tensor, _Measured]]:
         """One loss a policy of the micro-batch; remembers the log-probabilities of the first pass as proximal."""
-        detached = scored.logprobs.detach()
-        owners = scored.owners.tolist()
+        values, owned = scored.logprobs.detach().cpu().numpy(), scored.owners.cpu().numpy()
+        owners = owned.tolist()
         for member in dict.fromkeys(owners):
             if member not in proximal:
-                proximal[member] = detached[scored.owners == member].cpu().numpy()
+                proximal[member] = values[owned == member]
         for name in dict.fromkeys(adapter for adapter in batch.adapters if adapter):
             members = [member for member in batch.members() if examples[member].policy == name]
-            own = torch.tensor([examples[owner].policy == name for owner in owners], device=detached.device)
+            own = torch.tensor([examples[owner].policy == name for owner in owners], device=scored.logprobs.device)
             tokens = _tokens(scored.logprobs[own], members, examples, weighing[name], proximal)
             loss, statistics = LOSSES[self.config.loss.loss](tokens, self.config.loss, weighing[name].denominator)
             entropy = float(scored.entropies[own].mean())
-            yield name, loss, _Measured(float(loss.detach()), entropy, statistics)
+            moved = _k3(tokens.proximal - tokens.behaviour)
+            yield name, loss, _Measured(float(loss.detach()), entropy, moved, statistics)
 
-    def _step(self, name: str, parts: Sequence[_Measured]) -> PolicyUpdate:
-        norm, rate = self._policies[name].step()
+    def _step(self, name: str, parts: Sequence[_Measured], norm: float) -> PolicyUpdate:
+        rate = self._policies[name].step(norm)
         statistics = combined([part.statistics for part in parts])
         counts = [part.statistics.tokens for part in parts]
-        entropy = sum(part.entropy * count for part, count in zip(parts, counts, strict=True)) / max(1, sum(counts))
-        return PolicyUpdate(sum(part.loss for part in parts), entropy, norm, rate, statistics.tokens, statistics)
+        entropy, moved = (np.average(values, weights=counts) for values in zip(*_means(parts), strict=True))
+        loss = sum(part.loss for part in parts)
+        return PolicyUpdate(loss, float(entropy), norm, rate, statistics.tokens, float(moved), statistics)
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
     loss: float
     entropy: float
+    moved: float
     statistics: LossStatistics
+
+
+def _means(parts: Sequence[_Measured]) -> list[tuple[float, float]]:
+    """What is averaged over the tokens of all micro-batches."""
+    return [(part.entropy, part.moved) for part in parts]
+
+
+def _k3(log_ratio: torch.Tensor) -> float:
+    """Mean of r - 1 - log r over tokens that were sampled under the denominator of r (Schulman)."""
+    return float((torch.expm1(log_ratio) - log_ratio).mean())
 
 
 @dataclass(frozen=True, slots=True)

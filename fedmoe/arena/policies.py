@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +39,8 @@ class Policies:
         self._adapts = rules is not None
         self._policies: dict[str, _Policy] = {}
         self._kept: dict[AdapterKey, Adapter] = {}
+        #: Called with every version that is published and the one before it where that has other weights.
+        self.after_publish: Callable[[AdapterKey, AdapterKey | None], None] = lambda key, previous: None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,10 +110,10 @@ class Policies:
             return []
         one = self._policies[name]
         statistics = update.statistics
-        # Of weights that are `staleness` versions old, the gap is how far the policy has moved since, once an update;
-        # of the same version it is the engine's error. With one step from a batch the step's own KL is not seen yet.
-        moved = statistics.kl_k3 if staleness == 0 else _kl_of(statistics.gap_mean) / staleness
-        effect = Effect(reward, moved, statistics.gap_mean if staleness == 0 else 0.0)
+        # With one step from a batch its own KL is seen with the next batch only, sampled `staleness` updates ago. The
+        # gap is the engine's error only where both had the same version.
+        moved = update.moved / staleness if staleness else statistics.kl_k3
+        effect = Effect(reward, moved, 0.0 if staleness else statistics.gap_mean)
         one.tuning, change = one.tuning.observe(effect)
         if change is None:
             return []
@@ -139,8 +140,8 @@ class Policies:
         one = self._policies[wanted.worst]
         one.version += 1
         one.updates += 1
-        # The new version has been sampled from for nothing yet: its share of batches goes on where the old one was.
-        one.admission = one.admission.resumed(one.version)
+        # Of the new version nothing was sampled; the batch that is being judged still waits to be learned from.
+        one.admission = one.admission.resumed(one.version, buffered=1)
         one.tuning = AdaptiveLora(self._rules, Knobs(one.tuning.knobs.learning_rate, child.alpha, child.rank))
         lineage.add(Birth(self.key(wanted.worst), parent, iteration, wanted.reason, PERTURBATION))
         self._publish(wanted.worst)
@@ -162,6 +163,9 @@ class Policies:
         key = self.key(name)
         self._kept[key] = self.learner.adapter(name)
         self.engine.load(key, self._kept[key])
+        before = AdapterKey(name, key.version - 1)
+        changed = before in self._kept and not np.array_equal(self._kept[before].flat, self._kept[key].flat)
+        self.after_publish(key, before if changed else None)
 
     def let_go(self, needed: Sequence[AdapterKey]) -> None:
         """Unload versions that neither are the newest nor in `needed`."""
@@ -215,11 +219,3 @@ class Policies:
         for key in tuple(self._kept):
             self.engine.unload(key)
             del self._kept[key]
-
-
-def _kl_of(gap: float) -> float:
-    """KL per token from a mean absolute log-ratio: small log-ratios are about normal, and KL is half their variance.
-
-    E|x| = s sqrt(2 / pi), so s^2 / 2 = gap^2 pi / 4.
-    """
-    return gap * gap * math.pi / 4

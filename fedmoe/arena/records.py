@@ -25,6 +25,7 @@ class BatchedRecords:
         self._writer = writer
         self._most = most
         self._waiting: list[Record] = []
+        self._closed = False
         self._lock = threading.Lock()
 
     def write(self, kind: str, **values: Value) -> None:
@@ -46,11 +47,15 @@ class BatchedRecords:
             return self._writer.sync()
 
     def close(self) -> None:
-        """Flush and release the file."""
-        try:
-            self.flush()
-        finally:
-            self._writer.close()
+        """Flush and release the file; does nothing the second time, since whoever watches a run closes it too."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._flush()
+            finally:
+                self._writer.close()
 
     def __enter__(self) -> Self:
         return self

@@ -137,7 +137,7 @@ def _write_policy(records: Records, report: Report, policies: Policies, name: st
     if update is not None:
         learned = {
             "loss": update.loss,
-            "kl": update.statistics.kl_k3,
+            "kl": update.moved,
             "entropy": update.entropy,
             "grad_norm": update.gradient_norm,
             "clip_fraction": update.statistics.clip_fraction,

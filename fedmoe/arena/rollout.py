@@ -60,10 +60,12 @@ def play(
     In each wave every seat that is to act, in every episode, is one request of the same batch.
     """
     running = [_Running(task, plan) for plan in plans]
-    for wave in range(settings.max_waves):
+    for wave in range(settings.max_waves + 1):
         due = [(one, seat) for one in running for seat in one.episode.to_act()]
         if not due:
             return [PlayedEpisode(one.plan, tuple(one.turns), one.episode.outcome()) for one in running]
+        if wave == settings.max_waves:
+            break
         _wave(task, due, engine, codec, _Draws(seed, wave), settings)
     raise RolloutError(f"{task.name} did not end within {settings.max_waves} waves of actions")
 

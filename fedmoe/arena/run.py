@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from fedmoe.arena import checkpoint, results
 from fedmoe.arena.adapt import AdaptRules
@@ -35,7 +34,9 @@ from fedmoe.arena.records import BatchedRecords, truncate_records
 from fedmoe.arena.results import Ending
 from fedmoe.arena.run_engines import make_engine
 from fedmoe.arena.run_logs import RunLogs, log_files, run_logs
+from fedmoe.arena.run_options import RunError, RunOptions, Stop, Watch, Watched, unwatched
 from fedmoe.arena.run_records import sort_records
+from fedmoe.arena.sync_check import SyncCheck, make_probes
 from fedmoe.arena.tasks.registry import make_task
 from fedmoe.arena.trainer import Trainer
 from fedmoe.files import lock_folder
@@ -43,7 +44,9 @@ from fedmoe.lora.codec import digest
 from fedmoe.lora.initial import initial_adapter
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.multilora import MultiLora
-from fedmoe.record import RecordWriter, Value, read_records
+from fedmoe.record import RecordWriter, read_records
+
+__all__ = ["METRICS", "REPORT", "RESULTS", "RunError", "RunOptions", "Stop", "run_arena"]
 
 METRICS = "metrics.jsonl"
 RESULTS = "multi_model_training_simple_results.json"
@@ -53,79 +56,6 @@ _LEAST_TOKENS = 256
 #: Nats a token by which an update may move a policy before its rate is lowered: short answers of a small model learn
 #: well at about 0.05, measured.
 _KL_HIGH = 0.1
-
-
-class RunError(RuntimeError):
-    """A run that cannot begin where and as it was asked to."""
-
-
-class Watched(Protocol):
-    """A writer of records."""
-
-    def write(self, kind: str, **values: Value) -> None:
-        """Keep one record."""
-        ...
-
-    def close(self) -> None:
-        """Release what is held."""
-        ...
-
-
-#: Given the writer of records, the run's folder and its memory limit in bytes: the writer to use instead.
-Watch = Callable[[BatchedRecords, Path, Callable[[], int]], AbstractContextManager[Watched]]
-
-
-@contextmanager
-def unwatched(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Watched]:
-    """Nobody looks on."""
-    yield records
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """Where and on what a run computes; nothing of it changes what is computed, but for the last bits.
-
-    `memory_limit_gb` None is the default of 32 GiB, or what there is. `resume` goes on from the newest checkpoint.
-    """
-
-    folder: Path
-    resume: bool = False
-    memory_limit_gb: float | None = None
-    gpu_memory_limit_gb: float | None = None
-    allow_network_fs: bool = False
-    rollout_device: str = "auto"
-    learner_device: str = "auto"
-    dtype: str = "auto"
-    token: str | None = None
-
-
-def expected_errors() -> tuple[type[Exception], ...]:
-    """What `run_arena` raises for causes outside of it, each with a message for people."""
-    from fedmoe.arena.checkpoint import CheckpointError
-    from fedmoe.arena.engines.protocol import EngineError
-    from fedmoe.arena.modes.protocol import ModeError
-    from fedmoe.arena.placement import PlacementError
-    from fedmoe.arena.rollout import RolloutError
-    from fedmoe.arena.task import TaskError
-    from fedmoe.files import FolderInUseError
-    from fedmoe.models.base import BaseModelError
-    from fedmoe.models.device import DeviceError
-
-    return (
-        *(RunError, TaskError, ModeError, EngineError, RolloutError, CheckpointError, MemoryLimitError),
-        *(PlacementError, FolderInUseError, BaseModelError, DeviceError, OSError),
-    )
-
-
-class Stop:
-    """The wish to end in order; the reason goes into the report."""
-
-    def __init__(self) -> None:
-        self.reason = ""
-
-    def ask(self, reason: str) -> None:
-        """End after the iteration being made, with a checkpoint."""
-        self.reason = self.reason or reason
 
 
 @dataclass
@@ -181,20 +111,21 @@ def _owned(folder: Path) -> Iterator[None]:
 def _earlier(config: ArenaConfig, options: RunOptions, logs: RunLogs) -> Loaded | None:
     """The checkpoint to go on from; refuses to write over another run or to go on with another configuration."""
     folder = options.folder / "checkpoints"
+    records = options.folder / METRICS
     if not options.resume:
-        if (options.folder / METRICS).exists():
+        # A start that was refused, for example for its mode, leaves an empty file of records.
+        if checkpoint.checkpoints(folder) or (records.exists() and records.stat().st_size):
             raise RunError(f"{options.folder} holds a run already: pass --resume, --fresh or another --out")
         return None
     checkpoint.clean(folder)
     found = checkpoint.load_newest(folder)
     if found is None:
-        if (options.folder / METRICS).exists():
+        if truncate_records(records, 0):
             logs.runner.warning("no_checkpoint", reason="the run begins anew: it was ended before its first checkpoint")
-            truncate_records(options.folder / METRICS, 0)
         return None
     if found.state.config_digest != checkpoint.config_digest(_plain(config)):
         raise RunError(f"{found.path} was made with another configuration; pass that one, --fresh or another --out")
-    truncate_records(options.folder / METRICS, found.state.records_bytes)
+    truncate_records(records, found.state.records_bytes)
     logs.runner.info("resumed", checkpoint=found.path.name, iteration=found.state.iteration)
     return found
 
@@ -217,12 +148,14 @@ def _assemble(
     learner = Learner(base, multi, _learner_config(config))
     policies = Policies(learner, engine, config.learning.max_staleness, _adapt_rules(config))
     codec = ChatCodec(base.tokenizer, config.learning.max_prompt_tokens)
+    if config.engine.kind != "transformers":
+        # Another process has its own copy of the weights: what it computes with is checked, never assumed.
+        policies.after_publish = SyncCheck(learner, engine, make_probes(task, engine, codec))
     guard = MemoryGuard(limit, learner.micro_batch_tokens, min(_LEAST_TOKENS, learner.micro_batch_tokens))
     guard.register_cache("encoded prompts", codec.forget)
     stack.enter_context(watched(guard))
-    records = BatchedRecords(RecordWriter(options.folder / METRICS))
+    records = stack.enter_context(BatchedRecords(RecordWriter(options.folder / METRICS)))
     writer = stack.enter_context(watch(records, options.folder, lambda: guard.limit))
-    stack.callback(records.close)
     trainer = Trainer(config, task, policies, engine, codec, writer)
     stack.callback(trainer.close)
     league = _join(config, options, base, policies, stack) if config.federation else None
@@ -244,11 +177,8 @@ def _join(config: ArenaConfig, options: RunOptions, base: LoadedBase, policies: 
 def _adapt_rules(config: ArenaConfig) -> AdaptRules | None:
     if not config.learning.adapt:
         return None
-    return (
-        learning_rate_only(config.policies)
-        if config.federation
-        else AdaptRules(max_rank=config.policies.max_rank, kl_high=_KL_HIGH)
-    )
+    rules = AdaptRules(max_rank=config.policies.max_rank, kl_high=_KL_HIGH)
+    return learning_rate_only(rules, config.policies) if config.federation else rules
 
 
 def _learner_config(config: ArenaConfig) -> LearnerConfig:
@@ -271,7 +201,7 @@ def _populate(run: _Run, found: Loaded | None) -> None:
     config, multi = run.config, run.learner
     shape = config.policies
     layout = multi.layout(shape.rank)
-    alpha = shape.alpha if shape.alpha is not None else 2.0 * shape.rank
+    alpha = shape.scaled_alpha
     for index, name in enumerate(shape.all_names):
         start = run.league.start(name) if run.league and found is None else None
         run.policies.add(name, start or initial_adapter(layout, alpha, config.seed * 1009 + index))
@@ -322,17 +252,22 @@ def _train(run: _Run, stop: Stop) -> Ending:
     """Iterations with evaluations and checkpoints between them, and the files at the end however it ends."""
     ending = Ending("failed", "ended by an error; see logs/training_runner.log")
     try:
-        if run.trainer.iteration == 0:
+        if run.resumed_from is None:
             _evaluate(run)
         while run.trainer.iteration < run.config.iterations and not stop.reason:
+            _keep_within_memory(run)
             _iteration(run)
         if run.league:
             run.league.leave()
-        if stop.reason:
+        if run.trainer.iteration < run.config.iterations:
             _save(run)
             ending = Ending("stopped", stop.reason)
         else:
             ending = Ending("finished")
+    except MemoryLimitError as error:
+        _save(run)
+        ending = Ending("stopped", str(error))
+        raise
     finally:
         run.records.flush()
         _write_results(run, ending)

@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
 
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.arena.engines.protocol import Engine
+from fedmoe.arena.engines.protocol import Engine, EngineError
 from fedmoe.arena.engines.transformers_engine import TransformersEngine, stop_tokens
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.sampling import SamplingLimits
+
+#: Entry points of this group add engines: name -> a callable like `make_engine`'s own parts, a context manager.
+ENTRY_POINTS = "fedmoe.engines"
+
+#: From configuration, run folder and base model to an engine that is closed at the end.
+EngineMaker = Callable[[ArenaConfig, Path, LoadedBase], AbstractContextManager[Engine]]
+
+
+def _installed(kind: str) -> EngineMaker:
+    points = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if kind not in points:
+        known = ", ".join(sorted({"transformers", "vllm", *points}))
+        raise EngineError(f"there is no engine {kind!r}; there are: {known}")
+    maker: EngineMaker = points[kind].load()
+    return maker
 
 
 @contextmanager
 def make_engine(
     config: ArenaConfig, folder: Path, base: LoadedBase, multi: MultiLora, device: torch.device
 ) -> Iterator[Engine]:
-    """Transformers on the learner's model, or on a copy of it where `device` is another one; or vLLM."""
+    """Transformers on the learner's model (a copy of it where `device` is another one), vLLM, or an installed one."""
     if config.engine.kind == "vllm":
         from fedmoe.arena.engines.vllm_start import vllm_engine
 
         with vllm_engine(config, folder, stop_tokens(base), base.dtype) as served:
             yield served
+        return
+    if config.engine.kind != "transformers":
+        with _installed(config.engine.kind)(config, folder, base) as offered:
+            yield offered
         return
     limits = SamplingLimits(rows=config.engine.rows)
     if device != base.device:

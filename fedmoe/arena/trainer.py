@@ -24,6 +24,7 @@ from fedmoe.arena.engines.protocol import AdapterKey, Engine
 from fedmoe.arena.evaluate import BASE, CHANCE, Comparison, Evaluator
 from fedmoe.arena.learner import PolicyUpdate
 from fedmoe.arena.loss import gap_alarm
+from fedmoe.arena.metrics import installed_metrics, measured
 from fedmoe.arena.modes.protocol import Decision, Judgement, Mode, Planning
 from fedmoe.arena.modes.registry import make_mode
 from fedmoe.arena.policies import Policies
@@ -40,6 +41,7 @@ from fedmoe.arena.rollout import RolloutSettings, play
 from fedmoe.arena.society import Society
 from fedmoe.arena.task import Task
 from fedmoe.arena.trajectory import PlayedEpisode, Player
+from fedmoe.lora.algebra import product_norm
 from fedmoe.models.device import pin_threads
 
 _log = structlog.get_logger("fedmoe.arena")
@@ -57,9 +59,8 @@ class _Batch:
 class Trainer:
     """Runs iterations of the phases of a configuration; knows nothing of files.
 
-    `before_update` is called before every update with the learner's micro-batch in force and returns the one to use
-    (the memory guard's place). `may_sample_ahead`: whether an iteration may be sampled before those before it are over;
-    not when weights come from elsewhere in between.
+    `may_sample_ahead`: whether an iteration may be sampled before those before it are over; not when weights come from
+    elsewhere in between.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class Trainer:
         for mode in self._modes:
             mode.check(task, config.policies.count)
         self._settings = RolloutSettings(config.learning.temperature)
+        self._metrics = installed_metrics()
+        self._evaluator = Evaluator(task, engine, codec, config.evaluation.episodes, config.seed, self._settings)
         self._sampler = ThreadPoolExecutor(1, "sampler", initializer=pin_threads)
         self._pending: _Batch | None = None
         self._sampling_with: Mapping[str, int] | None = None
@@ -101,22 +104,24 @@ class Trainer:
         batch = self._pending or self._start(self.iteration)
         played, rollout_seconds = batch.played.result()
         self.policies.accepted()
+        # Before judging: a policy that is replaced does not learn from what its predecessor played.
+        staleness = {
+            player.name: self.policies.version(player.name) - _version(player) for player in batch.planning.policies
+        }
         judged = self._judged(batch, played)
         playing = self.playing
         self._start_next()
         learning = time.perf_counter()
         updates = self.policies.learner.update(judged.examples, self._task.max_action_tokens)
         learn_seconds = time.perf_counter() - learning
-        staleness = {
-            player.name: self.policies.version(player.name) - (player.key.version if player.key else 0)
-            for player in batch.planning.policies
-        }
         changes = self.policies.learned(updates, accuracies(played), staleness)
         self.let_go()
         lanes = 2 if self._pending else 1
         timing = Timing(rollout_seconds, learn_seconds, time.perf_counter() - began, lanes)
         report = Report(self.iteration, playing, played, judged, updates, staleness, timing)
         write_iteration(self._records, report, self.policies, self.society)
+        for name, value in measured(self._metrics, played).items():
+            self._records.write("metric", iteration=self.iteration, mode=playing, metric=name, value=value)
         for name, made in changes.items():
             for change in made:
                 decision = Decision(change.what, name, f"{change.before:g}", f"{change.after:g}", change.reason)
@@ -192,16 +197,15 @@ class Trainer:
 
     def evaluate(self) -> list[Comparison]:
         """Every policy beside the base model on held-out episodes, and against frozen opponents; with records."""
-        evaluator = Evaluator(
-            self._task, self._engine, self._codec, self.config.evaluation.episodes, self.config.seed, self._settings
-        )
-        iteration = max(0, self.iteration - 1)
-        mode = self._mode_of(iteration).name
+        mode = self._mode_of(max(0, self.iteration - 1)).name
         found = []
         for player in self.policies.players():
+            # An adapter whose B is still zero is the base model: it need not be played to know how it plays.
+            untrained = product_norm(self.policies.adapter(player.name)) == 0.0
+            played = Player(player.name, None) if untrained else player
             for opponent in self._frozen(player.name):
-                one = evaluator.compare(player, opponent)
-                write_comparison(self._records, iteration, mode, one, self.policies.version(player.name))
+                one = self._evaluator.compare(played, opponent)
+                write_comparison(self._records, self.iteration, mode, one, self.policies.version(player.name))
                 found.append(one)
         return found
 
@@ -212,9 +216,10 @@ class Trainer:
 
     def end_phase(self) -> None:
         """After the last iteration of a phase: the strongest becomes a frozen opponent, baselines begin anew."""
-        for name in self.policies.names:
-            self.society.ratings.ensure(name)
-        leader, _ = self.society.ratings.leader(self.policies.names)
+        ratings, names = self.society.ratings, self.policies.names
+        for name in names:
+            ratings.ensure(name)
+        leader = ratings.leader(names)[0] if len(names) > 1 else names[0]
         key = self.policies.key(leader)
         self.society.opponents.add_champion(key, self.society.ratings[leader].mu)
         self.society.baselines.reset(f"phase {self.config.phase_at(self.iteration - 1)[0]} has ended")

@@ -15,7 +15,7 @@ from fedmoe.logs import configure
 if TYPE_CHECKING:
     from fedmoe.arena.config import ArenaConfig
     from fedmoe.arena.results import Ending
-    from fedmoe.arena.run import RunOptions
+    from fedmoe.arena.run_options import RunOptions
 
 app = typer.Typer(help="Train several LoRA policies with and against each other in one task.", no_args_is_help=True)
 
@@ -125,7 +125,8 @@ def _configured(path: Path, coordinator_url: str | None) -> ArenaConfig:
 
 def _run(config: ArenaConfig, out: Path, prometheus_port: int | None, tensorboard: bool, **options: object) -> Ending:
     try:
-        from fedmoe.arena.run import RunOptions, Stop, expected_errors, run_arena
+        from fedmoe.arena.run import run_arena
+        from fedmoe.arena.run_options import RunOptions, Stop, expected_errors
         from fedmoe.cli.arena_watch import ArenaWatch
         from fedmoe.models.device import pin_threads
         from fedmoe.worker.signals import StopOnSignal
@@ -162,11 +163,25 @@ def _move_aside(out: Path) -> None:
     there = [out / name for name in _OF_A_RUN if (out / name).exists()]
     if not there:
         return
-    aside = out / "earlier" / time.strftime("%Y%m%d-%H%M%S")
-    aside.mkdir(parents=True)
-    for path in there:
-        path.rename(aside / path.name)
+    lock = _locked(out)
+    try:
+        aside = out / "earlier" / time.strftime("%Y%m%d-%H%M%S")
+        aside.mkdir(parents=True)
+        for path in there:
+            path.rename(aside / path.name)
+    finally:
+        os.close(lock)
     print(f"moved the earlier run to {aside}")
+
+
+def _locked(out: Path) -> int:
+    """A run that is still going on must not lose its files."""
+    from fedmoe.files import FolderInUseError, lock_folder
+
+    try:
+        return lock_folder(out)
+    except FolderInUseError as error:
+        raise CommandError(str(error)) from error
 
 
 def _missing(error: ModuleNotFoundError) -> CommandError:

@@ -17,7 +17,8 @@ from fedmoe.files import write_atomic
 from fedmoe.monitor.arena_series import ArenaSeries, NoRecordsError, arena_series
 from fedmoe.record import read_records
 
-RUN_RECORDS = Path("runs/arena/metrics.jsonl")
+#: Where runs keep their records: that of demo/start_training.sh in the current folder, that of `fedmoe arena train`.
+RUN_RECORDS = (Path("metrics.jsonl"), Path("runs/arena/metrics.jsonl"))
 SAMPLE_RECORDS = Path("runs/arena-sample/metrics.jsonl")
 CHART_FOLDER = Path("visualization_outputs")
 
@@ -48,13 +49,18 @@ def choose_records(given: Path | None) -> Path:
 
     Raises ChartError when there is none.
     """
-    for path in (given,) if given is not None else (RUN_RECORDS, SAMPLE_RECORDS):
-        if path.is_file():
-            return path
     if given is not None:
+        if given.is_file():
+            return given
         raise ChartError(f"{given} is not there; pass the metrics.jsonl of a run with --records")
+    runs = [path for path in RUN_RECORDS if path.is_file()]
+    if runs:
+        return max(runs, key=lambda path: path.stat().st_mtime)
+    if SAMPLE_RECORDS.is_file():
+        return SAMPLE_RECORDS
     raise ChartError(
-        f"neither {RUN_RECORDS} nor {SAMPLE_RECORDS} is there; train first, or run: python demo/generate_test_data.py"
+        f"neither a run ({', '.join(map(str, RUN_RECORDS))}) nor {SAMPLE_RECORDS} is there; train first, or run: "
+        "python demo/generate_test_data.py"
     )
 
 

@@ -7,8 +7,8 @@ compute at the same time, one sampling with frozen versions while the other trai
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
-from fedmoe.models.lora_layers import ALL_LINEAR, find_targets
+from fedmoe.models.lora_layers import ALL_LINEAR, TargetError, find_targets
 from fedmoe.models.low_rank import RowsTerm, linear_with_terms
 
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -38,12 +38,13 @@ class Slot:
     """
 
     def __init__(self, adapter: Adapter, device: torch.device, dtype: torch.dtype, trainable: bool) -> None:
-        if not np.isfinite(adapter.flat).all():
-            raise ShapeError("the adapter has numbers that are not finite; it would spoil every row of a batch")
         self.layout = adapter.layout
         self.alpha = adapter.alpha
         self.trainable = trainable
         flat = torch.tensor(adapter.flat, dtype=torch.float32 if trainable else dtype, device=device)
+        # Numbers that only the compute dtype cannot hold are as bad: infinity times a masked 0 is no number.
+        if not (flat.to(dtype).abs().max() * self.scale).isfinite():
+            raise ShapeError(f"the adapter has numbers that are not finite in {dtype}; it would spoil whole batches")
         self.parameter = nn.Parameter(flat, requires_grad=trainable)
 
     @property
@@ -176,6 +177,8 @@ class MultiLora:
     """Holds the adapters of one base model by name; ranks and scales may differ, the adapted modules may not."""
 
     def __init__(self, model: nn.Module, target_modules: Sequence[str] | str = ALL_LINEAR) -> None:
+        if any(isinstance(module, MultiLoraLinear) for module in model.modules()):
+            raise TargetError("the model holds many adapters already; use its MultiLora, or detach that first")
         found = find_targets(model, target_modules)
         model.requires_grad_(False)
         self.model = model
@@ -228,15 +231,11 @@ class MultiLora:
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
         """Inside, row i of every batch goes through adapter `names[i]` (None: the base model alone).
 
-        The backward pass must run inside too when gradient checkpointing computes layers again. Rows of one adapter
-        should be neighbours: each change of adapter costs one more product a layer.
+        Rows of one adapter should be neighbours: each change of adapter costs more products a layer.
         """
         runs = self._runs(names)
-        token = _ACTIVE.set(_Runs(runs, len(names)) if runs else None)
-        try:
+        with _Active(_Runs(runs, len(names)) if runs else None):
             yield
-        finally:
-            _ACTIVE.reset(token)
 
     @contextmanager
     def decoding_rows(self, names: Sequence[str | None]) -> Iterator[DecodingRows]:
@@ -245,11 +244,8 @@ class MultiLora:
             runs = self._runs(names)
             alone = len(runs) == 1 and runs[0].stop - runs[0].start == len(names)
             rows = _Runs(runs, len(names)) if alone else _Stack(runs, len(names)) if runs else None
-            token = _ACTIVE.set(rows)
-            try:
+            with _Active(rows):
                 yield DecodingRows(rows)
-            finally:
-                _ACTIVE.reset(token)
 
     def _runs(self, names: Sequence[str | None]) -> list[_Run]:
         cast = {name: self.slot(name).factors(self.dtype) for name in dict.fromkeys(names) if name is not None}
@@ -261,10 +257,38 @@ class MultiLora:
             start = stop
         return runs
 
+    def enable_checkpointing(self) -> None:
+        """Keep each layer's input only and compute the rest again in the backward pass; acts in training mode.
+
+        In that mode the model has no key-value cache, so nothing can be sampled from it meanwhile.
+        """
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        # The older name, of transformers before 5.20, warns where the newer one exists.
+        (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False, "context_fn": _contexts})
+
     def detach(self) -> None:
         """Give the model its own linear layers back."""
         for name, layer in self._bases.items():
             _replace(self.model, name, layer)
+
+
+class _Active:
+    """Makes rows those of the running batch; can be entered again and again, in any thread."""
+
+    def __init__(self, rows: _Runs | _Stack | None) -> None:
+        self._rows = rows
+        self._tokens: list[Token[_Runs | _Stack | None]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_ACTIVE.set(self._rows))
+
+    def __exit__(self, *_: object) -> None:
+        _ACTIVE.reset(self._tokens.pop())
+
+
+def _contexts() -> tuple[AbstractContextManager[None], _Active]:
+    """For a layer's forward pass and its repetition, which may happen in another thread and outside `rows`."""
+    return nullcontext(), _Active(_ACTIVE.get())
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

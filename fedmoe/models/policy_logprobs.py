@@ -9,18 +9,22 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from fedmoe.models.final_logits import logits_of
+from fedmoe.models.final_logits import chosen_logprobs
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.prefix_tree import Forest, batch_forests, grow_forests
 
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """Tokens after a prompt, under an adapter (None: the base model alone)."""
+    """Tokens after a prompt, neither empty, under an adapter (None: the base model alone)."""
 
     adapter: str | None
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompt or not self.tokens:
+            raise ValueError(f"prompt and tokens must not be empty, got {len(self.prompt)} and {len(self.tokens)}")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ def plan_micro_batches(continuations: Sequence[Continuation], max_tokens: int, m
 
     Common beginnings of one policy's sequences are computed once. A single longer sequence is a micro-batch of its own.
     """
-    rows = sorted(_rows(continuations, min(max_row, max_tokens)), key=lambda row: -len(row[1]))
+    longest = max((len(one.prompt) + len(one.tokens) for one in continuations), default=0)
+    # A row must have room for a long prompt and several continuations of it, or the prompt would be computed for each.
+    rows = sorted(_rows(continuations, min(max(max_row, 2 * longest), max_tokens)), key=lambda row: -len(row[1]))
     batches: list[list[tuple[str | None, Forest]]] = []
     for row in rows:
         # Rows come longest first, so the first row of a batch is its padded length.
@@ -105,18 +111,12 @@ def token_logprobs(
     decoder = model.get_decoder()
     hidden = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
     predictors, targets, owners = _targets(batch, continuations, packed.input_ids.shape[1])
-    unique, inverse = np.unique(predictors, return_inverse=True)
-    chosen = hidden.flatten(0, 1)[torch.from_numpy(unique).to(device)]
-    logits = logits_of(model, chosen)
-    if temperature != 1.0:
-        logits = logits / temperature
-    normaliser = torch.logsumexp(logits, dim=-1)
-    places = torch.from_numpy(inverse).to(device)
-    logprobs = logits[places, torch.from_numpy(targets).to(device)] - normaliser[places]
-    with torch.no_grad():
-        detached = logits.detach()
-        entropy = normaliser.detach() - (torch.softmax(detached, dim=-1) * detached).sum(dim=-1)
-    return TokenLogprobs(logprobs, entropy[places], torch.from_numpy(owners).to(device))
+    nodes, places = np.unique(predictors, return_inverse=True)
+    order = np.argsort(places, kind="stable")
+    chosen = hidden.flatten(0, 1)[torch.from_numpy(nodes).to(device)]
+    logprobs, entropies = chosen_logprobs(model, chosen, places[order], targets[order], temperature)
+    back = torch.from_numpy(np.argsort(order)).to(device)
+    return TokenLogprobs(logprobs[back], entropies[back], torch.from_numpy(owners).to(device))
 
 
 def _targets(

@@ -87,7 +87,7 @@ def _shared(before: Sequence[int], sequence: Sequence[int]) -> int:
 
 
 def grow_forests(sequences: Sequence[Sequence[int]], max_nodes: int) -> list[Forest]:
-    """Pack sequences into forests of at most `max_nodes` nodes; a longer sequence gets a forest of its own.
+    """Pack sequences into forests of at most `max_nodes` nodes; a longer sequence (and its equals) gets its own.
 
     In lexical order, sequences with the longest common beginning are neighbours, so each is compared with one only.
     """
@@ -97,7 +97,8 @@ def grow_forests(sequences: Sequence[Sequence[int]], max_nodes: int) -> list[For
     growing = _Growing()
     for member in sorted(range(len(sequences)), key=lambda index: tuple(sequences[index])):
         sequence = sequences[member]
-        if growing.members and len(growing.tokens) + growing.cost(sequence) > max_nodes:
+        cost = growing.cost(sequence)
+        if growing.members and cost > 0 and len(growing.tokens) + cost > max_nodes:
             forests.append(growing.forest())
             growing = _Growing()
         growing.add(member, sequence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from fedmoe.models.final_logits import logits_of
+from fedmoe.models.final_logits import UnsupportedModelError, logits_of
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.prefix_tree import Forest, batch_forests, grow_forests
 
@@ -25,6 +26,14 @@ class Wanted:
     max_new_tokens: int
     temperature: float
     seed: int
+
+    def __post_init__(self) -> None:
+        if not self.prompt or self.max_new_tokens < 1:
+            raise ValueError(
+                f"a prompt of one token and one new token is the least, got {len(self.prompt)}, {self.max_new_tokens}"
+            )
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number from 0 on, got {self.temperature}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +101,10 @@ def sample(
     """Sample every continuation; the same seed, prompt and weights give the same tokens.
 
     (Up to rounding: the other rows of a batch can change the last bits of a row's logits.) Rows of equal adapter and
-    similar length are computed together.
+    similar length are computed together. Raises FloatingPointError when a model's logits are not finite.
     """
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise UnsupportedModelError("a model that trains with gradient checkpointing has no key-value cache; eval() it")
     order = sorted(range(len(wanted)), key=lambda index: (wanted[index].adapter or "", len(wanted[index].prompt)))
     found: dict[int, Sampled] = {}
     for start in range(0, len(order), limits.rows):
@@ -145,6 +156,7 @@ class _Writer:
     """What one row has said so far."""
 
     def __init__(self, wanted: Wanted, stop_tokens: frozenset[int]) -> None:
+        self.adapter = wanted.adapter
         self.temperature = wanted.temperature
         # All draws of a row come from its own seed, so its neighbours in the batch do not matter.
         self.draws = np.random.default_rng(wanted.seed).random(wanted.max_new_tokens)
@@ -164,6 +176,12 @@ class _Writer:
     def ended(self) -> bool:
         return self.stopped or len(self.tokens) == len(self.draws)
 
+    def write(self, token: int, logprob: float) -> None:
+        if not math.isfinite(logprob):
+            raise FloatingPointError(f"the model's numbers for adapter {self.adapter} are not finite; nothing to draw")
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+
     def sampled(self) -> Sampled:
         return Sampled(tuple(self.tokens), np.array(self.logprobs, np.float32), self.stopped)
 
@@ -171,16 +189,20 @@ class _Writer:
 def _draw(logits: torch.Tensor, writers: Sequence[_Writer]) -> torch.Tensor:
     """One token a row by inverting its cumulative distribution; tells every writer, returns int64 (rows,)."""
     temperatures = torch.tensor([writer.temperature for writer in writers], device=logits.device)
-    logprobs = torch.log_softmax(logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None], dim=-1)
-    cumulative = logprobs.exp().cumsum(dim=-1)
+    highest, likeliest = logits.max(dim=-1, keepdim=True)
+    logits = (logits - highest) / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
+    cumulative = logits.exp().cumsum(dim=-1)
+    total = cumulative[:, -1:]
     draws = torch.tensor([[writer.draw] for writer in writers], device=logits.device, dtype=cumulative.dtype)
-    # The sum is 1 up to rounding only; scaling the draw keeps it inside.
-    drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:]).clamp_(max=logits.shape[-1] - 1)[:, 0]
-    tokens = torch.where(temperatures > 0, drawn, logits.argmax(dim=-1))
-    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+    # In float32 a draw can become 1, which is beyond the last token; one below it times the total never rounds up.
+    draws = draws.clamp_(max=1 - 2**-24) * total
+    # The clamp is for rows that are not numbers, which are refused below.
+    drawn = torch.searchsorted(cumulative, draws, right=True).clamp_(max=logits.shape[-1] - 1)
+    tokens = torch.where(temperatures[:, None] > 0, drawn, likeliest)
+    chosen = (logits.gather(1, tokens) - total.log())[:, 0]
+    tokens = tokens[:, 0]
     for writer, token, logprob in zip(writers, tokens.tolist(), chosen.tolist(), strict=True):
-        writer.tokens.append(token)
-        writer.logprobs.append(logprob)
+        writer.write(token, logprob)
     return tokens
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 from live import listening
 from support import free_port
 
+from fedmoe.arena.adapt import AdaptRules
 from fedmoe.arena.chat import ChatCodec
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.engines.protocol import AdapterKey
@@ -174,7 +175,6 @@ class Site:
     worker: str = "site"
     patience: float = 5.0
     road: Road = field(default_factory=Road)
-    before_start: Callable[[], None] = lambda: None
 
     def open(self, saved: Saved | None = None) -> Site:
         """Begin, or go on after `saved`, as a run does."""
@@ -185,17 +185,24 @@ class Site:
         multi = MultiLora(base.model)
         self.engine = TransformersEngine(base, multi)
         learner = Learner(base, multi, LearnerConfig(learning_rate=5e-3, warmup_steps=1))
-        self.policies = Policies(learner, self.engine, 1, learning_rate_only(config.policies))
+        self.policies = Policies(learner, self.engine, 1, learning_rate_only(AdaptRules(), config.policies))
         self.trainer = Trainer(config, Letters(), self.policies, self.engine, ChatCodec(base.tokenizer), Forgetful())
         client = CoordinatorClient(self.url, transport=self.road, attempts=1)
         self.league: League = join_through(client, config, section, base, self.policies, self.folder, self.patience)
         self.trainer.may_sample_ahead = lambda following: not self.league.due(following)
-        layout = learner.layout(self.rank)
+        try:
+            self._populate(saved)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _populate(self, saved: Saved | None) -> None:
+        empty = Adapter.zeros(self.policies.learner.layout(self.rank), ALPHA)
         for name in self.names:
-            self.policies.add(name, Adapter.zeros(layout, ALPHA) if saved else self.league.start(name))
+            self.policies.add(name, empty if saved else self.league.start(name))
         if saved is not None:
             self._restore(saved)
-        return self
 
     def _config(self) -> ArenaConfig:
         return ArenaConfig.model_validate(
@@ -224,12 +231,13 @@ class Site:
     def exchange(self) -> None:
         self.league.exchange(self.trainer)
 
-    def iterate(self, count: int = 1) -> None:
+    def iterate(self, count: int = 1) -> Site:
         """Train as a run does, exchange included."""
         for _ in range(count):
             self.trainer.iterate()
             if self.league.due(self.trainer.iteration):
                 self.exchange()
+        return self
 
     def local(self, name: str) -> FloatVector:
         return self.policies.adapter(name).flat

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import combinations, count
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from league_sites import ALPHA, RANK, House, Letters, Site, running_house
+from league_sites import ALPHA, RANK, House, Site, running_house
 from structlog.testing import capture_logs
 
-from fedmoe import failpoints
-from fedmoe.arena import checkpoint, federation
-from fedmoe.arena.adapt import AdaptiveLora, Effect, Knobs
-from fedmoe.arena.config import ArenaConfig, PolicySection
-from fedmoe.arena.engines.protocol import AdapterKey
+from fedmoe.arena import federation
+from fedmoe.arena.adapt import AdaptiveLora, AdaptRules, Effect, Knobs
+from fedmoe.arena.config import PolicySection
+from fedmoe.arena.engines.protocol import AdapterKey, EngineError
 from fedmoe.arena.federation import FederationError, learning_rate_only
-from fedmoe.arena.records import BatchedRecords
-from fedmoe.arena.run import RunOptions, Stop, Watched, run_arena
 from fedmoe.coordinator import seed_of
 from fedmoe.errors import RefusedError
+from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.initial import initial_adapter
 from fedmoe.manifest import BaseModel, Manifest
 from fedmoe.models.base import load_base
 from fedmoe.models.schedule import LoraConfig, TrainingConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
-from fedmoe.record import Value
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 
 
@@ -54,7 +49,7 @@ def loaded(site: Site) -> set[str]:
     return {str(key) for key in site.engine.loaded()}
 
 
-def make_change(site: Site, name: str, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def make_change(site: Site, name: str, seed: int) -> FloatVector:
     return np.random.default_rng(seed).normal(0, 0.01, site.local(name).size).astype(np.float32)
 
 
@@ -159,6 +154,25 @@ def test_those_who_do_not_fit_are_named(house: House, tmp_path: Path, monkeypatc
     assert [line["names"] for line in lines if line["event"] == "opponents_left_out"] == ["x"]
     site.close()
     other.close()
+
+
+def test_an_opponent_for_whom_the_engine_has_no_room_is_left_out_with_a_warning(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Site(house.url, tmp_path / "b", ("alpha", "beta")).open().iterate().close()
+    site = Site(house.url, tmp_path / "a").open()
+
+    def load(key: AdapterKey, adapter: Adapter) -> None:
+        raise EngineError("full")
+
+    with monkeypatch.context() as patch, capture_logs() as lines:
+        patch.setattr(site.engine, "load", load)
+        site.exchange()
+    assert [line["expert"] for line in lines if line["event"] == "federation_refused"] == ["alpha", "beta"]
+    assert foreign(site) == []
+    site.exchange()
+    assert foreign(site) == ["alpha@1", "beta@1"]
+    site.close()
 
 
 def test_two_sites_that_train_one_expert_go_on_from_the_sum(house: House, tmp_path: Path) -> None:
@@ -277,6 +291,21 @@ def test_a_new_run_needs_the_coordinator(tmp_path: Path) -> None:
         Site("http://127.0.0.1:9", tmp_path / "a").open()
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_with_what_it_had(house: House, tmp_path: Path) -> None:
+    site = Site(house.url, tmp_path / "a").open()
+    site.learn_numbers("solver", range(5))
+    site.exchange()
+    expected = site.local("solver")
+    site.close()
+    site.road.closed = True
+    site.open()
+    np.testing.assert_array_equal(site.local("solver"), expected)
+    site.road.closed = False
+    site.exchange()
+    assert house.version("solver") == 1
+    site.close()
+
+
 def test_a_checkpoint_that_is_up_to_date_goes_on_bit_for_bit(house: House, tmp_path: Path) -> None:
     """Opponents come back with it, even while the coordinator is away."""
     other = Site(house.url, tmp_path / "b", ("alpha", "beta"), every=2).open()
@@ -298,21 +327,29 @@ def test_a_checkpoint_that_is_up_to_date_goes_on_bit_for_bit(house: House, tmp_p
     other.close()
 
 
-def test_a_checkpoint_that_is_behind_goes_on_from_what_was_handed_over(house: House, tmp_path: Path) -> None:
-    site = Site(house.url, tmp_path / "a").open()
+def test_a_checkpoint_that_is_behind_goes_on_from_what_was_handed_over_and_taken_in(
+    house: House, tmp_path: Path
+) -> None:
+    site = Site(house.url, tmp_path / "a", worker="one").open()
     site.iterate()
     saved = site.saved()
-    site.learn_numbers("solver", range(5))
+    other = Site(house.url, tmp_path / "b", worker="other").open()
+    other.learn_numbers("solver", range(5))
+    other.exchange()
+    other.close()
+    site.exchange()  # takes the five over
+    site.learn_numbers("solver", range(5, 9))
     site.exchange()
     site.close()
     site.road.closed = True
     site.open(saved)
     np.testing.assert_array_equal(site.local("critic"), saved.adapters[AdapterKey("critic", 1)].flat)
-    site.learn_numbers("solver", range(5))  # what the checkpoint did not know is learned again
+    np.testing.assert_allclose(site.local("solver")[:9], 1, atol=1e-6)
+    site.learn_numbers("solver", range(5, 9))  # what the checkpoint did not know is learned again
     site.road.closed = False
     site.exchange()
-    np.testing.assert_allclose(house.weights("solver")[:5], 1, atol=1e-6)
-    assert house.version("solver") == 2
+    np.testing.assert_allclose(house.weights("solver")[:9], 1, atol=1e-6)
+    assert house.version("solver") == 3
     site.close()
 
 
@@ -325,7 +362,6 @@ def test_a_state_folder_that_is_not_the_checkpoints_is_refused(house: House, tmp
     newer = dict(saved.league) | {"solver": [site.league.state()["solver"][0], 9, 9]}  # type: ignore[index]
     with pytest.raises(FederationError, match="state folder of solver"):
         site.open(replace(saved, league=newer))
-    site.league.close()
     with pytest.raises(FederationError, match="state folder of solver"):
         replace(site, folder=tmp_path / "lost").open(older)
 
@@ -333,87 +369,9 @@ def test_a_state_folder_that_is_not_the_checkpoints_is_refused(house: House, tmp
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)), max_size=60), st.sampled_from([1, 3, 16]))
 def test_in_a_federation_only_the_learning_rate_adapts(effects: list[tuple[float, float, float]], rank: int) -> None:
     shape = PolicySection(rank=rank, alpha=5.0)
-    rules = replace(learning_rate_only(shape), patience=2, cooldown=0)
+    rules = learning_rate_only(AdaptRules(patience=2, cooldown=0), shape)
     state = AdaptiveLora(rules, Knobs(1e-4, 5.0, rank))
     for effect in effects:
         state, change = state.observe(Effect(*effect))
         assert change is None or change.what == "learning_rate"
     assert (state.knobs.alpha, state.knobs.rank) == (5.0, rank)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL."""
-
-
-@pytest.mark.parametrize(
-    ("place", "time"), [("worker.cut", 4), ("league.answered", 4), ("league.recorded", 5), ("checkpoint.renamed", 1)]
-)
-def test_a_run_that_is_killed_and_resumed_pushes_nothing_twice(
-    place: str, time: int, house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The whole run with its checkpoints on disk: the checkpoint is of iteration 3, the kill in the exchange after 4."""
-    monkeypatch.setattr("fedmoe.arena.run.make_task", lambda name, options: Letters())
-    reached = count(1)
-
-    def die(name: str) -> None:
-        if name == place and next(reached) == time:
-            raise Killed(name)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(failpoints, "reached", die)
-        run_arena(run_config(house.url), options(tmp_path), Stop())
-    assert run_arena(run_config(house.url), options(tmp_path, resume=True), Stop()).status == "finished"
-    for name in ("solver", "critic"):
-        updates = [update for update in house.updates() if update.expert == name]
-        assert [update.sequence for update in updates] == list(range(len(updates)))
-        assert 3 <= len(updates) <= 4
-        for one, other in combinations([house.delta(update) for update in updates], 2):
-            # From the same weights a resumed run learns the same once more, bit for bit: that would be the same again.
-            assert np.dot(one, other) < 0.9 * np.linalg.norm(one) * np.linalg.norm(other)
-
-
-def options(tmp_path: Path, resume: bool = False) -> RunOptions:
-    return RunOptions(tmp_path / "run", resume=resume, dtype="fp32", learner_device="cpu", rollout_device="cpu")
-
-
-def run_config(url: str) -> ArenaConfig:
-    return ArenaConfig.model_validate(
-        {
-            "base_model": "tiny",
-            "phases": [{"mode": "competitive", "iterations": 6}],
-            "task": {"name": "letters"},
-            "policies": {"count": 2, "names": ["solver", "critic"], "rank": RANK, "alpha": ALPHA},
-            "learning": {"groups": 2, "samples": 2},
-            "evaluation": {"episodes": 2},
-            "checkpoint": {"every": 3},
-            "federation": {"url": url, "every": 2},
-        }
-    )
-
-
-def test_a_run_that_is_stopped_hands_over_what_it_has(
-    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fedmoe.arena.run.make_task", lambda name, options: Letters())
-    stop = Stop()
-
-    @contextmanager
-    def stop_in_the_third(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Watched]:
-        write = records.write
-
-        def watched(kind: str, **values: Value) -> None:
-            if values.get("iteration") == 2:
-                stop.ask("told to")
-            write(kind, **values)
-
-        monkeypatch.setattr(records, "write", watched)
-        yield records
-
-    assert run_arena(run_config(house.url), options(tmp_path), stop, stop_in_the_third).status == "stopped"
-    assert house.version("solver") == 2  # after two iterations, and what the third brought
-    assert run_arena(run_config(house.url), options(tmp_path, resume=True), Stop()).status == "finished"
-    assert [update.sequence for update in house.updates() if update.expert == "solver"] == [0, 1, 2]
-    found = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
-    assert found is not None
-    newest = max((key for key in found.state.adapters if key.startswith("solver@")), key=lambda key: int(key[7:]))
-    np.testing.assert_allclose(house.weights("solver"), found.state.adapters[newest].flat, atol=1e-6)

@@ -29,8 +29,8 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of ours catches it."""
 
 
-@pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
+@pytest.fixture(name="house")
+def _house(tmp_path: Path) -> Iterator[House]:
     with running_house(tmp_path / "coordinator") as running:
         yield running
 
@@ -178,7 +178,7 @@ def test_of_two_on_one_expert_each_goes_on_from_what_both_have_learned(house: Ho
     other.exchange()
     one.refresh()
     first, second = house.updates()
-    assert (first.coefficient, second.coefficient) == (1.0, pytest.approx(2**-0.5))
+    np.testing.assert_allclose([first.coefficient, second.coefficient], [1.0, 2**-0.5])
     summed = start + house.delta(first) + np.float32(second.coefficient) * house.delta(second)
     for weights in (house.weights(EXPERT), one.local, other.local):
         np.testing.assert_allclose(weights, summed, atol=1e-6)
@@ -237,7 +237,7 @@ OPERATIONS: dict[str, Callable[[Toy], None]] = {
 
 
 def test_what_was_learned_lands_once_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sites learn different numbers of one expert; each learned number is 1 in the end, never 2, never back to 0."""
+    """Two sites learn different numbers of one expert; each learned number is 1 in the end, never 2, nor 0 again."""
     monkeypatch.setattr("fedmoe.worker.delivery._FIRST_PAUSE", 0.001)
     monkeypatch.setattr("fedmoe.worker.delivery._LONGEST_PAUSE", 0.01)
     experts = (f"expert-{number}" for number in count())

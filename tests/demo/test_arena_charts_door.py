@@ -44,11 +44,11 @@ def test_a_real_run_comes_before_sample_data(tmp_path: Path, monkeypatch: pytest
         choose_records(None)
     write_sample(arena_charts.SAMPLE_RECORDS, 1, 2, 0)
     assert choose_records(None) == arena_charts.SAMPLE_RECORDS
-    writer = RecordWriter(arena_charts.RUN_RECORDS)
+    writer = RecordWriter(arena_charts.RUN_RECORDS[1])
     writer.write("policy", policy="a", iteration=0, reward=0.5, mode="cooperative")
     writer.close()
-    assert choose_records(None) == arena_charts.RUN_RECORDS
-    assert not load_series(arena_charts.RUN_RECORDS).facts.sample
+    assert choose_records(None) == arena_charts.RUN_RECORDS[1]
+    assert not load_series(arena_charts.RUN_RECORDS[1]).facts.sample
     assert choose_records(arena_charts.SAMPLE_RECORDS) == arena_charts.SAMPLE_RECORDS
     with pytest.raises(ChartError, match="elsewhere is not there"):
         choose_records(Path("elsewhere"))

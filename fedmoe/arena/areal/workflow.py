@@ -101,7 +101,8 @@ class ArenaWorkflow(RolloutWorkflow):  # type: ignore[misc]
     def _read(self, data: Mapping[str, object]) -> tuple[int, frozenset[int]]:
         every = range(self._lineup.seats)
         seed, seats = data.get(SEED), data.get(SEATS, every)
-        if not isinstance(seed, int) or seed < 0 or not isinstance(seats, Sequence) or not set(seats) & set(every):
+        known = isinstance(seats, Sequence) and len(seats) > 0 and set(seats) <= set(every)
+        if not isinstance(seed, int) or seed < 0 or not isinstance(seats, Sequence) or not known:
             raise ArealError(f"a row of data needs a {SEED} from 0 on and {SEATS} out of {[*every]}, got {dict(data)}")
         return seed, frozenset(seats)
 

@@ -54,7 +54,10 @@ class TransformersEngine:
         ]
         if not wanted:
             return []
-        found = sample(self._base.model, self._multi, wanted, self._stop_tokens, self.limits)
+        try:
+            found = sample(self._base.model, self._multi, wanted, self._stop_tokens, self.limits)
+        except FloatingPointError as error:
+            raise EngineError(str(error)) from error
         return [Sample(one.tokens, one.logprobs, one.stopped) for one in found]
 
     def score(self, key: AdapterKey | None, prompt: Sequence[int], tokens: Sequence[int]) -> FloatArray:

@@ -1,9 +1,12 @@
 """Rollouts on a live vLLM server: every version of every policy is an adapter of its own there, swapped while it runs.
 
-Two traps of vLLM shape this engine. Its prefix cache knows an adapter by name and path, so after weights were replaced
-in place it continues long prompts from the old ones (measured: 0.36 nats off), and a check of scores does not see it,
-since scoring goes round that cache. And a name loaded "in place" is read from disk again at every step. So every
+Three traps of vLLM 0.32 shape this engine. Its prefix cache knows an adapter by name and path, so after weights were
+replaced in place it continues long prompts from the old ones (measured: 0.36 nats off), and a check of scores does not
+see it, since scoring goes round that cache. A name loaded "in place" is read from disk again at every step. So every
 version gets a new name and a new folder, nothing is ever replaced, and a folder goes only when no request can name it.
+And on a CPU a request for the base model in one batch with adapters is computed with the weights in the last adapter
+slot, even unloaded ones (measured: 0.34 nats off; vllm-project/vllm#48421). So beside adapters the base model is asked
+for as an adapter of zeros, which takes one slot and gives exactly the base model's numbers.
 """
 
 from __future__ import annotations
@@ -41,13 +44,14 @@ from fedmoe.lora.formats import peft_files
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 # `name@version.random`, and what a write that was broken off leaves beside it: nothing else here is ever deleted.
 _OWN_FOLDER = re.compile(r"\.?[A-Za-z0-9][A-Za-z0-9_.-]*@\d+\.[0-9a-f]{8}(-[0-9a-f]{8}(-old)?)?")
+_ZEROS = "zeros"
 _PROBE_PROMPT = (1, 2, 3, 4, 5, 6, 7)
 _PROBE_TEMPERATURE = 2.0
 
 
 @dataclass
 class _Held:
-    """An adapter on the server: its name and folder there, and how many requests name it at this moment.
+    """A model on the server: its name and folder there, and how many requests name it at this moment.
 
     `lingering`: a request was given up while the server may still work on it, so its folder must outlive it.
     """
@@ -65,8 +69,8 @@ class VllmEngine:
     must be readable by the server under the same path. `stop_tokens` end a continuation beside the tokenizer's own
     end-of-sequence token, which the server knows. Requests run `concurrency` at a time, so that the server
     batches those of all policies together. The server needs --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=1,
-    --max-loras of at least policies x (staleness + 2), and --logprobs-mode processed_logprobs for temperatures other
-    than 0 and 1; what is missing is refused here, with EngineError. Safe to use from several threads.
+    --max-loras of at least policies x (staleness + 2) + 1, and --logprobs-mode processed_logprobs for temperatures
+    other than 0 and 1; what is missing is refused here, with EngineError. Safe to use from several threads.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class VllmEngine:
         self._stop_tokens = sorted(stop_tokens)
         self._timeout = timeout
         self._held: dict[AdapterKey, _Held] = {}
+        self._base = _Held(model, self._folder)
         self._changed = threading.Condition()
         self._changing = threading.Lock()
         self._closed = False
@@ -119,18 +124,9 @@ class VllmEngine:
             raise EngineError(f"{key} cannot name an adapter; use letters, digits, '_', '.', '-' and a version from 0")
         with self._changing:
             self._check_room(key)
-            # Keys may come back in another run on the same server; the server must never take one for the other.
-            name = f"{key}.{secrets.token_hex(4)}"
-            held = _Held(name, self._folder / name)
-            write_folder_atomic(held.folder, peft_files(adapter, self._model))
-            try:
-                self._client.load(name, str(held.folder))
-                self._check_served(held)
-            except BaseException:
-                with suppress(EngineError):
-                    self._client.unload(name)
-                shutil.rmtree(held.folder)
-                raise
+            if self._base.name == self._model:
+                self._replace_base(Adapter.zeros(adapter.layout.with_rank(1), 1.0))
+            held = self._put(key, adapter)
             with self._changed:
                 self._held[key] = held
 
@@ -157,10 +153,8 @@ class VllmEngine:
         for request in requests:
             check_request(request, self._processed)
         with self._naming([request.adapter for request in requests]) as held:
-            names = [self._name(adapter) for adapter in held]
-            bodies = [
-                completion_body(name, request, self._stop_tokens) for name, request in zip(names, requests, strict=True)
-            ]
+            pairs = zip(held, requests, strict=True)
+            bodies = [completion_body(one.name, request, self._stop_tokens) for one, request in pairs]
             choices = self._complete(held, bodies)
         return [sample_of(choice, request) for choice, request in zip(choices, requests, strict=True)]
 
@@ -169,7 +163,7 @@ class VllmEngine:
         if not prompt or not tokens:
             raise EngineError(f"scoring needs a prompt and tokens, got {len(prompt)} and {len(tokens)} token ids")
         with self._naming([key]) as held:
-            (choice,) = self._complete(held, [scoring_body(self._name(held[0]), prompt, tokens)])
+            (choice,) = self._complete(held, [scoring_body(held[0].name, prompt, tokens)])
         return scores_of(choice, len(prompt), tokens)
 
     def close(self) -> None:
@@ -180,8 +174,10 @@ class VllmEngine:
             for key in self.loaded():
                 # Whatever became of the server, the folders here must go.
                 with suppress(EngineError):
-                    held = self._retire(key)
-                    self._client.unload(held.name)
+                    self._client.unload(self._retire(key).name)
+            if self._base.name != self._model:
+                with suppress(EngineError):
+                    self._client.unload(self._base.name)
             self._give_back()
 
     def _give_back(self) -> None:
@@ -228,15 +224,38 @@ class VllmEngine:
         flattened = self._client.complete({**body, "temperature": _PROBE_TEMPERATURE})
         return logprobs_are_processed(plain, flattened, _PROBE_TEMPERATURE)
 
+    def _put(self, key: AdapterKey, adapter: Adapter) -> _Held:
+        # Keys may come back in another run on the same server; the server must never take one for the other.
+        name = f"{key}.{secrets.token_hex(4)}"
+        held = _Held(name, self._folder / name)
+        write_folder_atomic(held.folder, peft_files(adapter, self._model))
+        try:
+            self._client.load(name, str(held.folder))
+            self._check_served(held)
+        except BaseException:
+            with suppress(EngineError):
+                self._client.unload(name)
+            shutil.rmtree(held.folder)
+            raise
+        return held
+
+    def _replace_base(self, zeros: Adapter) -> None:
+        """From now on ask for the base model as an adapter of zeros; waits until nothing asks for it by its name."""
+        held = self._put(AdapterKey(_ZEROS, 0), zeros)
+        with self._changed:
+            plain, self._base = self._base, held
+            self._await_idle(plain)
+
     def _check_room(self, key: AdapterKey) -> None:
         if self._closed:
             raise EngineError("the engine is closed")
         if key in self.loaded():
             raise EngineError(f"{key} is loaded already; a version is loaded once and never changes")
-        if self._max_loras is not None and len(self.loaded()) >= self._max_loras:
+        if self._max_loras is not None and len(self.loaded()) + 1 >= self._max_loras:
             raise EngineError(
-                f"the server batches at most {self._max_loras} adapters and holds {len(self.loaded())}: unload old "
-                "versions, or start it with --max-loras of at least policies x (staleness + 2)"
+                f"the server batches at most {self._max_loras} adapters, one of them for the base model, and holds "
+                f"{len(self.loaded())} versions: unload old ones, or start it with --max-loras of at least "
+                "policies x (staleness + 2) + 1"
             )
 
     def _check_served(self, held: _Held) -> None:
@@ -250,37 +269,38 @@ class VllmEngine:
             held = self._held.pop(key, None)
             if held is None:
                 raise EngineError(f"{key} is not loaded; loaded: {_listed(self._held)}")
-            if not self._changed.wait_for(lambda: held.in_flight == 0, self._timeout):
+            try:
+                self._await_idle(held)
+            except EngineError:
                 self._held[key] = held
-                raise EngineError(f"{key} is still named by {held.in_flight} requests after {self._timeout:g} s")
+                raise
             return held
 
+    def _await_idle(self, held: _Held) -> None:
+        if not self._changed.wait_for(lambda: held.in_flight == 0, self._timeout):
+            raise EngineError(f"{held.name} is still named by {held.in_flight} requests after {self._timeout:g} s")
+
     @contextmanager
-    def _naming(self, keys: Sequence[AdapterKey | None]) -> Iterator[list[_Held | None]]:
-        """The adapters of `keys`, each kept from being unloaded until the block ends."""
+    def _naming(self, keys: Sequence[AdapterKey | None]) -> Iterator[list[_Held]]:
+        """What the server has for `keys`, each kept from being unloaded until the block ends."""
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is closed")
             unknown = {key for key in keys if key is not None and key not in self._held}
             if unknown:
                 raise EngineError(f"not loaded: {_listed(unknown)}; loaded: {_listed(self._held)}")
-            held = [None if key is None else self._held[key] for key in keys]
-            for adapter in held:
-                if adapter is not None:
-                    adapter.in_flight += 1
+            held = [self._base if key is None else self._held[key] for key in keys]
+            for one in held:
+                one.in_flight += 1
         try:
             yield held
         finally:
             with self._changed:
-                for adapter in held:
-                    if adapter is not None:
-                        adapter.in_flight -= 1
+                for one in held:
+                    one.in_flight -= 1
                 self._changed.notify_all()
 
-    def _name(self, held: _Held | None) -> str:
-        return self._model if held is None else held.name
-
-    def _complete(self, held: Sequence[_Held | None], bodies: Sequence[dict[str, object]]) -> list[Choice]:
+    def _complete(self, held: Sequence[_Held], bodies: Sequence[dict[str, object]]) -> list[Choice]:
         futures = [self._pool.submit(self._one, *pair) for pair in zip(held, bodies, strict=True)]
         wait(futures, return_when=FIRST_EXCEPTION)
         for future in futures:
@@ -288,12 +308,11 @@ class VllmEngine:
         wait(futures)
         return [future.result() for future in _failed_first(futures)]
 
-    def _one(self, held: _Held | None, body: dict[str, object]) -> Choice:
+    def _one(self, held: _Held, body: dict[str, object]) -> Choice:
         try:
             return self._client.complete(body)
         except ServerTimeoutError:
-            if held is not None:
-                held.lingering = True
+            held.lingering = True
             raise
 
 

@@ -49,8 +49,8 @@ class VllmSettings:
 
 
 def loras_needed(policies: int, max_staleness: int) -> int:
-    """How many adapters the server must batch: of each policy the versions still in use, and the one being loaded."""
-    return policies * (max_staleness + 2)
+    """How many adapters the server must batch: each policy's versions in use and its next, and one for the base."""
+    return policies * (max_staleness + 2) + 1
 
 
 def server_command(settings: VllmSettings, port: int) -> list[str]:

@@ -24,8 +24,8 @@ FROZEN_SHARE = 0.25
 class Competitive:
     """Policies answer or play independently, against each other and against frozen opponents.
 
-    Tasks for many seats get all policies at one table; games for two get pairs. Survival of the fittest: after
-    `min_games` rated games and not within `cooldown` iterations of the last time.
+    Tasks for more seats than policies get all policies at one table, others get full tables of some (games for two:
+    pairs). Survival of the fittest: after `min_games` rated games and not within `cooldown` iterations of the last.
     """
 
     name = "competitive"
@@ -37,15 +37,15 @@ class Competitive:
         self._cooldown = cooldown
 
     def check(self, task: Task, policies: int) -> None:
-        """Two or more policies, and a task for two or more seats."""
-        if policies < 2 or task.seats[1] < 2:
+        """Two or more policies, and a task for two or more seats that they can fill."""
+        if policies < 2 or task.seats[1] < 2 or policies < task.seats[0]:
             raise ModeError(
-                f"{self.name} mode needs 2 policies or more and a task that seats rivals; got {policies} and "
+                f"{self.name} mode needs 2 policies or more and a task that seats them as rivals; got {policies} and "
                 f"{task.name}, which seats {task.seats[0]} to {task.seats[1]}"
             )
 
     def plan(self, society: Society, planning: Planning) -> list[EpisodePlan]:
-        """All policies at one table where they fit, else pairs; in some groups a frozen opponent."""
+        """All policies at one table where there is room for a guest, else full tables; in some groups that guest."""
         plans: list[EpisodePlan] = []
         for group, seed in enumerate(task_seeds(planning)):
             players = self._players(society, planning, group)
@@ -61,11 +61,10 @@ class Competitive:
             return (*chosen, _frozen(society, chosen[0].name, rng)) if frozen else tuple(chosen)
         # Everybody gets the same number of tables, whatever their rating.
         first = planning.policies[group % len(planning.policies)]
+        others = [player for player in planning.policies if player.name != first.name]
+        rivals = [others[index] for index in rng.permutation(len(others))[: most - 1]]
         if frozen:
-            rivals = [_frozen(society, first.name, rng)]
-        else:
-            others = [player for player in planning.policies if player.name != first.name]
-            rivals = [others[index] for index in rng.permutation(len(others))[: most - 1]]
+            rivals[-1] = _frozen(society, first.name, rng)
         seated = [first, *rivals]
         return tuple(seated[index] for index in rng.permutation(len(seated)))
 

@@ -72,7 +72,8 @@ def _measured(society: Society, planning: Planning, played: Sequence[PlayedEpiso
     for name in planning.names:
         society.ratings.ensure(name)
     leader, lead = society.ratings.leader(planning.names)
-    return Measured(sum(scores) / len(scores), leader, lead, agreement([_answers(one) for one in played]))
+    answered = [answers for one in played if len(answers := _answers(one)) > 1]
+    return Measured(sum(scores) / len(scores), leader, lead, agreement(answered) if answered else 0.0)
 
 
 def _answers(episode: PlayedEpisode) -> list[str]:

@@ -22,12 +22,15 @@ MODES: Mapping[str, Callable[[], Mode]] = MappingProxyType(
 
 def make_mode(name: str) -> Mode:
     """A new mode of that name; raises ModeError when there is none, or more than one."""
-    plugins = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    if name in MODES and name in plugins:
-        raise ModeError(f"mode {name!r} is also defined by {plugins[name].value}; rename or uninstall one")
+    installed = tuple(entry_points(group=ENTRY_POINTS))
+    plugins = [point for point in installed if point.name == name]
+    if len(plugins) + (name in MODES) > 1:
+        places = ", ".join(point.value for point in plugins)
+        raise ModeError(f"mode {name!r} exists more than once (also in {places}); rename or uninstall one")
     if name in MODES:
         return MODES[name]()
-    if name not in plugins:
-        raise ModeError(f"mode {name!r} is not known; there are: {', '.join(sorted({*MODES, *plugins}))}")
-    made: Mode = plugins[name].load()()
+    if not plugins:
+        known = sorted({*MODES, *(point.name for point in installed)})
+        raise ModeError(f"mode {name!r} is not known; there are: {', '.join(known)}")
+    made: Mode = plugins[0].load()()
     return made

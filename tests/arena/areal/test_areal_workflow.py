@@ -136,7 +136,10 @@ def test_an_aborted_turn_rejects_the_episode() -> None:
     assert _episode(_workflow(), SayingEngine([3], "abort"), {"seed": 3}) is None
 
 
-@pytest.mark.parametrize("data", [{}, {"seed": -1}, {"seed": "3"}, {"seed": 3, "seats": []}, {"seed": 3, "seats": [4]}])
+@pytest.mark.parametrize(
+    "data",
+    [{}, {"seed": -1}, {"seed": "3"}, {"seed": 3, "seats": []}, {"seed": 3, "seats": [0, 4]}, {"seed": 3, "seats": 0}],
+)
 def test_rows_of_data_that_say_nothing_are_refused(data: dict[str, object]) -> None:
     with pytest.raises(ArealError, match="needs a seed"):
         _play(_workflow(), SayingEngine([3]), data)

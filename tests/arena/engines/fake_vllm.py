@@ -1,7 +1,8 @@
 """A vLLM server in memory: the routes, answers and refusals of version 0.32, over a language model of one table.
 
-It keeps vLLM's two traps: what it computes for an adapter is cached by (name, path), so weights replaced in place are
-not seen; and it reads an adapter's folder again when that has been pushed out of its slots.
+It keeps vLLM's traps: what it computes for an adapter is cached by (name, path), so weights replaced in place are not
+seen; a folder must be there while a request names it; and on a CPU a request for the base model that runs beside one
+for an adapter is computed with whatever weights lie in the last slot, which unloading does not empty.
 """
 
 from __future__ import annotations
@@ -77,7 +78,10 @@ class FakeVllm:
     started: threading.Event = field(default_factory=threading.Event)
     hold: threading.Event = field(default_factory=threading.Event)
     busiest: int = 0
-    _running: int = 0
+    _running: dict[int, str] = field(default_factory=dict)
+    _mixed: set[int] = field(default_factory=set)
+    _slots: dict[int, Logits] = field(default_factory=dict)
+    _loads: int = 0
     _cache: dict[tuple[str, str], Logits] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -138,7 +142,8 @@ class FakeVllm:
         adapter = _read(path)
         if adapter.rank > self.max_rank:
             return _refusal(500, f"LoRA rank {adapter.rank} is greater than max_lora_rank {self.max_rank}.")
-        self._cache.setdefault((name, path), _product(adapter))
+        self._slots[self._loads % self.max_loras] = self._cache.setdefault((name, path), _product(adapter))
+        self._loads += 1
         self.adapters[name] = path
         return httpx2.Response(200, text=f"Success: LoRA adapter '{name}' added successfully.")
 
@@ -150,9 +155,12 @@ class FakeVllm:
 
     def _completion_in_turn(self, body: Mapping[str, object]) -> httpx2.Response:
         with self._lock:
+            number = len(self.seen)
             self.seen.append(("/v1/completions", body))
-            self._running += 1
-            self.busiest = max(self.busiest, self._running)
+            self._running[number] = str(body["model"])
+            self.busiest = max(self.busiest, len(self._running))
+            if set(self._running.values()) != {MODEL}:
+                self._mixed |= {one for one, model in self._running.items() if model == MODEL}
             failure = self.failures.pop(0) if self.failures else None
         try:
             self.started.set()
@@ -161,12 +169,12 @@ class FakeVllm:
                 raise failure
             if failure is not None:
                 return _refusal(failure, "the server is overloaded or broken")
-            return self._completion(body)
+            return self._completion(body, number)
         finally:
             with self._lock:
-                self._running -= 1
+                del self._running[number]
 
-    def _completion(self, body: Mapping[str, object]) -> httpx2.Response:
+    def _completion(self, body: Mapping[str, object], number: int) -> httpx2.Response:
         name = str(body["model"])
         prompt = body["prompt"]
         assert isinstance(prompt, list)
@@ -174,7 +182,7 @@ class FakeVllm:
             return _refusal(404, f"The model `{name}` does not exist. Valid aliases: base.")
         if len(prompt) + int(str(body["max_tokens"])) > LIMIT:
             return _refusal(400, f"This model's maximum context length is {LIMIT} tokens.")
-        weights = None
+        weights = self._slots.get(self.max_loras - 1) if number in self._mixed else None
         if name != MODEL:
             path = self.adapters[name]
             assert Path(path).is_dir(), "the engine would die: an adapter's folder went while a request named it"

@@ -15,7 +15,7 @@ from fake_vllm import END, LIMIT, MODEL, FakeVllm, expected_scores, make_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.arena.engines.protocol import AdapterKey, EngineError, SampleRequest
+from fedmoe.arena.engines.protocol import AdapterKey, EngineError, Sample, SampleRequest
 from fedmoe.arena.engines.vllm_engine import VllmEngine
 from fedmoe.arena.engines.vllm_http import VllmClient
 from fedmoe.arena.engines.vllm_messages import Choice, logprobs_are_processed, read_metrics
@@ -64,15 +64,31 @@ def folders(tmp_path: Path, folder: str = "adapters") -> list[str]:
     return sorted(path.name for path in (tmp_path / folder).iterdir() if path.is_dir())
 
 
+def loads(fake: FakeVllm) -> list[str]:
+    """Every name that was loaded, in order."""
+    return [str(body["lora_name"]) for body in fake.bodies("/v1/load_lora_adapter") if body["lora_name"]]
+
+
+def served(fake: FakeVllm) -> list[str]:
+    """The keys of the policies' versions on the server."""
+    return [name.rpartition(".")[0] for name in fake.adapters if not name.startswith("zeros@")]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
 def test_every_version_has_a_name_and_a_folder_of_its_own(make: Make, tmp_path: Path) -> None:
     fake = FakeVllm()
     engine = make(fake)
     for version in range(3):
         engine.load(AdapterKey("poet", version), make_adapter(version))
-    names = [str(body["lora_name"]) for body in fake.bodies("/v1/load_lora_adapter") if body["lora_name"]]
+    names = [name for name in loads(fake) if not name.startswith("zeros@")]
     assert [name.rpartition(".")[0] for name in names] == ["poet@0", "poet@1", "poet@2"]
-    assert folders(tmp_path) == sorted(names)
-    assert [Path(path).name for path in fake.adapters.values()] == names
+    assert folders(tmp_path) == sorted(loads(fake))
+    assert {name: Path(path).name for name, path in fake.adapters.items()} == {name: name for name in loads(fake)}
     assert not any(body.get("load_inplace") for body in fake.bodies("/v1/load_lora_adapter"))
 
 
@@ -91,8 +107,8 @@ def test_unloading_takes_the_folder_away(make: Make, tmp_path: Path) -> None:
     engine.load(ONE, make_adapter(1))
     engine.load(TWO, make_adapter(2))
     engine.unload(ONE)
-    assert [name.rpartition(".")[0] for name in fake.adapters] == ["critic@0"]
-    assert folders(tmp_path) == list(fake.adapters)
+    assert served(fake) == ["critic@0"]
+    assert folders(tmp_path) == sorted(fake.adapters)
 
 
 def test_a_folder_stays_until_the_requests_that_name_it_are_answered(make: Make, tmp_path: Path) -> None:
@@ -107,18 +123,17 @@ def test_a_folder_stays_until_the_requests_that_name_it_are_answered(make: Make,
     assert fake.started.wait(10)
     unloading = threading.Thread(target=engine.unload, args=(ONE,))
     unloading.start()
-    while ONE in engine.loaded():
-        time.sleep(0.001)
+    wait_until(lambda: ONE not in engine.loaded())
     with pytest.raises(EngineError, match="not loaded: poet@0"):
         engine.sample([request(ONE)])
-    assert len(folders(tmp_path)) == 1
-    assert len(fake.adapters) == 1
+    assert "poet@0" in served(fake)
+    assert folders(tmp_path) == sorted(fake.adapters)
     fake.hold.set()
     sampling.join(10)
     unloading.join(10)
     assert sampled == [3]
-    assert folders(tmp_path) == []
-    assert fake.adapters == {}
+    assert served(fake) == []
+    assert folders(tmp_path) == sorted(fake.adapters)
 
 
 def test_a_folder_outlives_a_request_that_was_given_up(make: Make, tmp_path: Path) -> None:
@@ -129,7 +144,8 @@ def test_a_folder_outlives_a_request_that_was_given_up(make: Make, tmp_path: Pat
     with pytest.raises(EngineError, match="did not answer in time"):
         engine.sample([request(ONE)])
     engine.unload(ONE)
-    assert len(folders(tmp_path)) == 1
+    assert served(fake) == []
+    assert [name for name in folders(tmp_path) if name.startswith("poet@0.")]
     engine.close()
     assert folders(tmp_path) == []
 
@@ -143,7 +159,7 @@ def test_an_unload_that_waits_too_long_leaves_the_version_loaded(make: Make) -> 
     sampling = threading.Thread(target=engine.sample, args=([request(ONE)],))
     sampling.start()
     assert fake.started.wait(10)
-    with pytest.raises(EngineError, match=r"poet@0 is still named by 1 requests"):
+    with pytest.raises(EngineError, match=r"poet@0\.\w+ is still named by 1 requests"):
         engine.unload(ONE)
     assert engine.loaded() == {ONE}
     fake.hold.set()
@@ -160,14 +176,49 @@ def test_all_requests_of_a_call_are_on_their_way_together(make: Make) -> None:
     requests = [request(key, seed) for seed in range(8) for key in (ONE, TWO, None)]
     sampling = threading.Thread(target=engine.sample, args=(requests,))
     sampling.start()
-    deadline = time.monotonic() + 10
-    while fake.busiest < len(requests) and time.monotonic() < deadline:
-        time.sleep(0.001)
+    wait_until(lambda: fake.busiest == len(requests))
     fake.hold.set()
     sampling.join(10)
     assert fake.busiest == len(requests)
-    models = [str(body["model"]).rpartition(".")[0] or body["model"] for body in fake.bodies("/v1/completions")[-24:]]
-    assert {model: models.count(model) for model in models} == {"poet@0": 8, "critic@0": 8, "base": 8}
+    models = [str(body["model"]).rpartition(".")[0] for body in fake.bodies("/v1/completions")[-24:]]
+    assert {model: models.count(model) for model in models} == {"poet@0": 8, "critic@0": 8, "zeros@0": 8}
+
+
+def test_the_base_model_beside_adapters_is_never_computed_with_what_lies_in_a_slot(make: Make) -> None:
+    fake = FakeVllm(max_loras=3)
+    engine = make(fake)
+    for seed in range(5):
+        engine.load(ONE, make_adapter(seed))
+        engine.unload(ONE)
+    engine.load(ONE, make_adapter(1))
+    fake.hold.clear()
+    samples: list[Sample] = []
+    sampling = threading.Thread(target=lambda: samples.extend(engine.sample([request(ONE), request(None)])))
+    sampling.start()
+    wait_until(lambda: fake.busiest == 2)
+    fake.hold.set()
+    sampling.join(10)
+    for sample, weights in zip(samples, (make_adapter(1), None), strict=True):
+        np.testing.assert_allclose(sample.logprobs, expected_scores(weights, PROMPT, sample.tokens), atol=1e-5)
+
+
+def test_the_first_load_waits_for_requests_that_name_the_base_model_itself(make: Make) -> None:
+    fake = FakeVllm()
+    engine = make(fake)
+    fake.hold.clear()
+    sampling = threading.Thread(target=engine.sample, args=([request(None)],))
+    loading = threading.Thread(target=engine.load, args=(ONE, make_adapter(1)))
+    fake.started.clear()
+    sampling.start()
+    assert fake.started.wait(10)
+    loading.start()
+    wait_until(lambda: bool(loads(fake)))
+    time.sleep(0.05)
+    assert engine.loaded() == frozenset()
+    fake.hold.set()
+    sampling.join(10)
+    loading.join(10)
+    assert engine.loaded() == {ONE}
 
 
 def test_the_distribution_is_asked_for_outright(make: Make) -> None:
@@ -204,7 +255,7 @@ def test_one_failure_fails_the_call_and_nothing_stays_named(make: Make, tmp_path
     with pytest.raises(EngineError, match="answered 500: the server is overloaded or broken; see the server's log"):
         engine.sample([request(ONE, seed) for seed in range(6)])
     engine.unload(ONE)
-    assert folders(tmp_path) == []
+    assert folders(tmp_path) == sorted(fake.adapters)
 
 
 def test_a_server_that_does_not_answer_is_named(tmp_path: Path) -> None:
@@ -268,18 +319,20 @@ def test_what_a_killed_engine_left_is_cleared_and_nothing_else(make: Make, tmp_p
 
 
 def test_a_rank_above_the_servers_is_refused_and_leaves_nothing(make: Make, tmp_path: Path) -> None:
-    engine = make(FakeVllm(max_rank=4))
+    fake = FakeVllm(max_rank=4)
+    engine = make(fake)
     with pytest.raises(EngineError, match=r"rank 5 is greater than max_lora_rank 4.*--max-lora-rank"):
         engine.load(ONE, make_adapter(1, rank=5))
     assert engine.loaded() == frozenset()
-    assert folders(tmp_path) == []
+    assert served(fake) == []
+    assert folders(tmp_path) == sorted(fake.adapters)
 
 
 def test_more_adapters_than_a_batch_holds_are_refused(make: Make) -> None:
-    engine = make(FakeVllm(max_loras=2))
+    engine = make(FakeVllm(max_loras=3))
     engine.load(ONE, make_adapter(1))
     engine.load(TWO, make_adapter(2))
-    with pytest.raises(EngineError, match=r"at most 2 adapters and holds 2.*--max-loras"):
+    with pytest.raises(EngineError, match=r"at most 3 adapters, one of them for the base model, and holds 2.*--max-"):
         engine.load(AdapterKey("judge", 0), make_adapter(3))
     engine.unload(ONE)
     engine.load(AdapterKey("judge", 0), make_adapter(3))

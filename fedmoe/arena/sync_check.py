@@ -1,0 +1,49 @@
+"""After every published version: does a remote engine compute what the trainer computes?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedmoe.arena.chat import Codec
+from fedmoe.arena.engines.protocol import AdapterKey, Engine, FloatArray, SampleRequest
+from fedmoe.arena.engines.verify import Probe, verify_sync
+from fedmoe.arena.learner import Learner
+from fedmoe.arena.task import HELD_OUT, Lineup, Task
+
+#: Nats by which a single token may differ: two implementations in bfloat16 differ by up to about 0.1, measured.
+TOLERANCE = 0.5
+_MORE_THAN_ROUNDING = 0.05
+_PROBES = 2
+_TOKENS = 8
+
+
+def make_probes(task: Task, engine: Engine, codec: Codec) -> tuple[Probe, ...]:
+    """Prompts of held-out episodes, each continued by the base model's likeliest tokens."""
+    episodes = [task.start(HELD_OUT + index, Lineup.alone(max(1, task.seats[0]))) for index in range(_PROBES)]
+    prompts = [codec.prompt(episode.observe(episode.to_act()[0])) for episode in episodes]
+    requests = [SampleRequest(None, prompt, _TOKENS, 0.0, 0) for prompt in prompts]
+    samples = engine.sample(requests)
+    return tuple(Probe(prompt, sample.tokens) for prompt, sample in zip(prompts, samples, strict=True))
+
+
+class SyncCheck:
+    """Compares an engine's log-probabilities of fixed probes with the trainer's own; EngineError when they differ."""
+
+    def __init__(self, learner: Learner, engine: Engine, probes: tuple[Probe, ...]) -> None:
+        self._learner = learner
+        self._engine = engine
+        self._probes = probes
+        self._last: dict[str, list[FloatArray]] = {}
+
+    def __call__(self, key: AdapterKey, previous: AdapterKey | None) -> None:
+        """`key` was just published; `previous` is the version before it, if it has other weights and is still there.
+
+        The engine must have moved where the trainer moved by more than rounding.
+        """
+        references = [self._learner.score(key.name, probe.prompt, probe.tokens) for probe in self._probes]
+        before = self._last.get(key.name, references)
+        moved = max(float(np.abs(now - then).max()) for now, then in zip(references, before, strict=True))
+        self._last[key.name] = references
+        verify_sync(
+            self._engine, references, key, self._probes, TOLERANCE, previous if moved > _MORE_THAN_ROUNDING else None
+        )

@@ -1,0 +1,51 @@
+"""Metrics of installed packages (E21)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from fedmoe.arena import metrics
+from fedmoe.arena.trajectory import PlayedEpisode
+
+
+def how_many(played: Sequence[PlayedEpisode]) -> float:
+    return float(len(played))
+
+
+def not_a_number(played: Sequence[PlayedEpisode]) -> float:
+    return float("nan")
+
+
+def _offer(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    points = [EntryPoint(name, f"{__name__}:{name}", metrics.ENTRY_POINTS) for name in names]
+    monkeypatch.setattr(metrics, "entry_points", lambda group: points)
+
+
+def test_without_packages_there_are_no_further_metrics() -> None:
+    assert metrics.measured(metrics.installed_metrics(), []) == {}
+
+
+def test_a_metric_of_an_installed_package_is_measured_e21(monkeypatch: pytest.MonkeyPatch) -> None:
+    _offer(monkeypatch, "how_many")
+    assert metrics.measured(metrics.installed_metrics(), []) == {"how_many": 0.0}
+
+
+def test_two_metrics_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _offer(monkeypatch, "how_many", "how_many")
+    with pytest.raises(metrics.MetricError, match="offered twice"):
+        metrics.installed_metrics()
+
+
+def test_a_metric_must_give_a_finite_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    _offer(monkeypatch, "not_a_number")
+    with pytest.raises(metrics.MetricError, match="not_a_number"):
+        metrics.measured(metrics.installed_metrics(), [])
+
+
+def test_what_is_no_callable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _offer(monkeypatch, "__name__")
+    with pytest.raises(metrics.MetricError, match="not a callable"):
+        metrics.installed_metrics()
