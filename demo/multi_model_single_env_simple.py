@@ -7,4 +7,6 @@ from pathlib import Path
 from fedmoe.cli import main
 
 if __name__ == "__main__":
-    main(["arena", "train", *(sys.argv[1:] or [str(Path(__file__).with_name("arena.toml"))])])
+    given = sys.argv[1:]
+    config = [] if any(one.endswith(".toml") for one in given) else [str(Path(__file__).with_name("arena.toml"))]
+    main(["arena", "train", *config, *given])

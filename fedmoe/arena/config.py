@@ -86,7 +86,7 @@ class LearningSection(_Section):
     clip_high: Rate = 0.28
     max_staleness: Annotated[int, Field(ge=0, le=8)] = 1
     adapt: bool = True
-    micro_batch_tokens: Annotated[int, Field(ge=64)] = 2048
+    micro_batch_tokens: Annotated[int, Field(ge=64)] = 1024
     max_prompt_tokens: Annotated[int, Field(ge=16)] = 1024
 
     @field_validator("loss")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe.arena.chat import Codec
-from fedmoe.arena.engines.protocol import Engine
+from fedmoe.arena.engines.protocol import AdapterKey, Engine
 from fedmoe.arena.rollout import RolloutSettings, play
 from fedmoe.arena.task import HELD_OUT, Lineup, Task
 from fedmoe.arena.trajectory import RANDOM, EpisodePlan, Player
@@ -82,15 +82,16 @@ class Evaluator:
     ) -> None:
         self._task, self._engine, self._codec = task, engine, codec
         self._episodes, self._seed, self._settings = episodes, seed, settings
-        self._base: _Played | None = None
+        # A version never changes, and a champion is met by every policy.
+        self._played: dict[AdapterKey | None, _Played] = {}
 
     def compare(self, player: Player, opponent: Player = BASE) -> Comparison:
         """`player` beside the base model on the task, and against `opponent`."""
-        own, base = self._alone(player), self._of_base()
+        own, base = self._alone(player), self._alone(BASE)
         if self._task.zero_sum:
-            wins = self._match(player, opponent).scores
+            wins = own.scores if opponent == CHANCE else self._match(player, opponent).scores
         else:
-            other = base if opponent == BASE else self._alone(opponent)
+            other = self._alone(opponent)
             wins = np.where(own.scores > other.scores, 1.0, np.where(own.scores < other.scores, 0.0, 0.5))
         return Comparison(
             player.name,
@@ -103,15 +104,13 @@ class Evaluator:
             own.valid,
         )
 
-    def _of_base(self) -> _Played:
-        if self._base is None:
-            self._base = self._alone(BASE)
-        return self._base
-
     def _alone(self, player: Player) -> _Played:
-        if player.key is None and player.name != RANDOM and self._base is not None:
-            return self._base  # the base model by another name
-        return self._match(player, CHANCE) if self._task.zero_sum else self._episodes_of([player], alternate=False)
+        if player == CHANCE:
+            return self._episodes_of([player], alternate=False)
+        if player.key not in self._played:
+            alone = [player, CHANCE] if self._task.zero_sum else [player]
+            self._played[player.key] = self._episodes_of(alone, alternate=self._task.zero_sum)
+        return self._played[player.key]
 
     def _match(self, player: Player, opponent: Player) -> _Played:
         return self._episodes_of([player, opponent], alternate=True)

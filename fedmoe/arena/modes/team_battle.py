@@ -13,8 +13,8 @@ from fedmoe.arena.task import Lineup, Task
 from fedmoe.arena.teams import balanced_teams
 from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode
 
-#: Being ahead of the other team, what the team would miss without the seat, and a little of the seat's own answer.
-WEIGHTS = Credit(individual=0.5, difference=1.0, versus=0.5)
+#: Being ahead of the other team, what the team would miss without the seat, and the seat's own answer.
+WEIGHTS = Credit(individual=1.0, difference=1.0, versus=0.5)
 TEAMS = 2
 
 

@@ -25,7 +25,6 @@ class CommitteeEpisode:
         self._examples = problems.examples
         self._drafters = tuple(sorted(seat for team in lineup.teams for seat in _drafters(team)))
         self._drafts: dict[int, str] = {}
-        # Who has no team-mate has nobody to draft for.
         self._drafting = bool(self._drafters)
         self._outcome: Outcome | None = None
 
@@ -74,24 +73,24 @@ class CommitteeEpisode:
 
 
 def _drafters(team: Team) -> tuple[int, ...]:
-    if len(team.seats) == 1:
+    if len(team.seats) == 1 or team.strategy == INDEPENDENT:
         return ()
     return team.seats[:1] if team.strategy == LEADER else team.seats
 
 
 def _visible(team: Team) -> tuple[int, ...]:
     """Whose drafts the members of a team see, in speaking order."""
-    return () if team.strategy == INDEPENDENT else _drafters(team)
+    return _drafters(team)
 
 
 class CommitteeTask:
     """Members of a team work on one problem together; several teams on the same problem make a team battle.
 
     Round 1 is drafts, round 2 final answers, and the team's answer is the vote of its final answers (ties: the first
-    speaker among them). A team of one answers at once. What is seen in round 2, by strategy: `shared` all drafts of the
-    team, `independent` only one's own; with `leader` only the first speaker drafts, and the others see that draft
-    before their one answer. Teams never see each other. `seat_scores` are those of the seats' own final answers,
-    `without` is the vote without the seat's.
+    speaker among them). Who drafts, and is seen by the whole team in round 2, is the team's strategy: `shared`
+    everybody, `leader` the first speaker only, `independent` nobody: then, and in a team of one, all answer at once.
+    Teams never see each other. `seat_scores` are those of the seats' own final answers, `without` is the vote without
+    the seat's.
     """
 
     zero_sum = False
