@@ -14,12 +14,19 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import pin_threads, write_result
 
+if TYPE_CHECKING:
+    from fedmoe.arena.config import ArenaConfig
+
 MODES = ("competitive", "cooperative", "team_battle", "mixed")
-TASK = {"name": "committee:chain_sum", "options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
+TASKS = {
+    "letter_counting": {"min_words": 1, "max_words": 4},
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+}
 CHOICES = ("score", "low", "high", "base_score", "gain", "gain_low", "gain_high", "win_rate", "win_low", "win_high")
 
 
@@ -32,7 +39,7 @@ def run_mode(mode: str, seed: int, options: argparse.Namespace) -> dict[str, obj
     config = ArenaConfig.model_validate(
         {
             "seed": seed,
-            "task": TASK,
+            "task": {"name": f"committee:{options.task}", "options": TASKS[options.task]},
             "learning": {"groups": options.groups, "samples": options.samples, "learning_rate": options.rate},
             "evaluation": {"episodes": options.episodes},
             "checkpoint": {"every": options.iterations},
@@ -54,7 +61,7 @@ def run_mode(mode: str, seed: int, options: argparse.Namespace) -> dict[str, obj
     return found if useless is None else {**found, "useless_team_mate": useless}
 
 
-def useless_team_mate(folder: Path, config: object, seed: int) -> dict[str, object]:
+def useless_team_mate(folder: Path, config: ArenaConfig, seed: int) -> dict[str, object]:
     """Three trained policies and one that guesses in a committee: the mean difference reward of each, 60 problems."""
     import numpy as np
 
@@ -81,7 +88,7 @@ def useless_team_mate(folder: Path, config: object, seed: int) -> dict[str, obje
         engine.load(key, adapter)
         newest[key.name] = max(newest.get(key.name, key), key)
     team = [Player(name, key) for name, key in sorted(newest.items())[:3]]
-    task = make_task(str(TASK["name"]), TASK["options"])  # type: ignore[arg-type]
+    task = make_task(config.task.name, config.task.options)
     plans = [
         EpisodePlan(HELD_OUT + 5000 + index, Lineup.together(4, "independent"), (*team, CHANCE), index)
         for index in range(60)
@@ -137,7 +144,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--iterations", type=int, default=14)
+    parser.add_argument("--task", choices=TASKS, default="letter_counting", help="reasoning-gym data set")
+    parser.add_argument("--iterations", type=int, default=12)
     parser.add_argument("--groups", type=int, default=6)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--rate", type=float, default=5e-4)

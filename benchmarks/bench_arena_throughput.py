@@ -28,6 +28,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 from arena_workload import MARK, NEW_TOKENS, SAMPLES
@@ -125,12 +126,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def compared(rows: Mapping[str, Row]) -> Row:
     """What the rows mean beside each other: our throughput over the peers', and memory for each further policy."""
-    found: Row = {}
-    for ours in ("fedmoe-fp32", "fedmoe-bf16"):
-        for peer in ("trl", "trl-plain", "skyrl"):
-            # Precision of the peers is float32; a ratio of two precisions would say nothing.
-            if ours == "fedmoe-fp32":
-                found[f"{ours} over {peer}"] = dict(ratios(rows, ours, peer))
+    # The peers compute in float32; a ratio of two precisions would say nothing.
+    found: Row = {f"fedmoe-fp32 over {peer}": dict(ratios(rows, peer)) for peer in ("trl", "trl-plain", "skyrl")}
     for system in SYSTEMS:
         peaks = {row["policies"]: row["peak_bytes"] for key, row in rows.items() if key.startswith(f"{system}/")}
         if len(peaks) > 1:
@@ -138,10 +135,10 @@ def compared(rows: Mapping[str, Row]) -> Row:
     return found
 
 
-def ratios(rows: Mapping[str, Row], ours: str, peer: str) -> Iterator[tuple[str, dict[str, float]]]:
+def ratios(rows: Mapping[str, Row], peer: str) -> Iterator[tuple[str, dict[str, float]]]:
     """For every P that both were measured at: how much less time ours takes, by the wall clock and in CPU seconds."""
     for count in POLICIES:
-        one, two = rows.get(f"{ours}/{count}"), rows.get(f"{peer}/{count}")
+        one, two = rows.get(f"fedmoe-fp32/{count}"), rows.get(f"{peer}/{count}")
         if one and two:
             yield str(count), {kind: seconds(two, kind, peer) / seconds(one, kind, peer) for kind in ("wall", "cpu")}
 
@@ -160,7 +157,7 @@ def seconds(row: Row, kind: str, peer: str) -> float:
 def growth(peaks: Mapping[int, int]) -> dict[str, float]:
     """From each P to the next one measured, and from the first to the last."""
     order = sorted(peaks)
-    pairs = [*zip(order, order[1:], strict=False), (order[0], order[-1])]
+    pairs = [*pairwise(order), (order[0], order[-1])]
     return {f"{low} to {high}": (peaks[high] - peaks[low]) / (high - low) / ADAPTER_BYTES for low, high in pairs}
 
 

@@ -59,9 +59,10 @@ class LettersEpisode:
         scores = tuple(_share(self._said[seat]) for seat in range(self._lineup.seats))
         teams = tuple(max(scores[seat] for seat in team.seats) for team in self._lineup.teams)
         without = {
-            seat: max((scores[other] for other in team.seats if other != seat), default=0.0)
+            seat: max(scores[other] for other in team.seats if other != seat)
             for team in self._lineup.teams
             for seat in team.seats
+            if len(team.seats) > 1
         }
         return Outcome(scores, teams, tuple(1.0 for _ in scores), without=without)
 

@@ -1,4 +1,4 @@
-"""SkyRL's side of `bench_arena_throughput.py`: its JAX back end trains P adapters of one base model, training part only.
+"""SkyRL's side of `bench_arena_throughput.py`: its JAX back end trains P adapters of one base model, no sampling.
 
 The tokens are drawn at random: what they are does not change what is computed. The micro-batch is one policy's
 samples, as it is at ours: whole batches of four policies and more do not fit into this machine's memory.

@@ -17,6 +17,7 @@ from fedmoe.models.base import LoadedBase
 from fedmoe.models.final_logits import check_causal_model
 from fedmoe.models.multilora import MultiLora, UnknownAdapterError
 from fedmoe.models.policy_logprobs import Continuation, MicroBatch, TokenLogprobs, plan_micro_batches, token_logprobs
+from fedmoe.models.tree_attention import use_tree_attention
 
 FloatVector = NDArray[np.float32]
 
@@ -143,6 +144,8 @@ class Learner:
 
     def __init__(self, base: LoadedBase, multi: MultiLora, config: LearnerConfig) -> None:
         check_causal_model(base.model)
+        if (base.device.type, base.dtype) == ("cpu", torch.bfloat16):
+            use_tree_attention(base.model)
         self.config = config
         self.micro_batch_tokens = config.micro_batch_tokens
         self._model = base.model

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from fedmoe.models.tree_attention import TREE_ATTENTION
+
 #: How many logits are there at once (64 MB in float32); a whole batch of them would be larger than all the rest.
 _LOGITS_AT_ONCE = 1 << 24
 
@@ -26,7 +28,7 @@ def check_causal_model(model: PreTrainedModel) -> None:
     scaled = [name for name in _SCALED if getattr(config, name, None) not in (None, 0, 0.0, 1, 1.0)]
     if scaled:
         raise UnsupportedModelError(f"{type(model).__name__} changes its logits by {', '.join(scaled)}: not supported")
-    if config._attn_implementation != "sdpa":
+    if config._attn_implementation not in ("sdpa", TREE_ATTENTION):
         raise UnsupportedModelError(
             f"attention masks of trees need attn_implementation='sdpa', got {config._attn_implementation!r}"
         )

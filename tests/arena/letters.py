@@ -10,7 +10,7 @@ import numpy as np
 from fedmoe.arena.engines.protocol import AdapterKey
 from fedmoe.arena.modes.protocol import Planning
 from fedmoe.arena.task import Lineup, Message, Outcome, TaskError, check_actions, check_lineup
-from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode, Player, Turn
+from fedmoe.arena.trajectory import RANDOM, EpisodePlan, PlayedEpisode, Player, Turn
 
 
 class LettersEpisode:
@@ -85,11 +85,11 @@ def planned(
 
 
 def played(plan: EpisodePlan, score: Callable[[Player, int], float], valid: float = 1.0) -> PlayedEpisode:
-    """The episode in which every player scores `score(player, sample)`; each takes one turn."""
+    """The episode in which every player scores `score(player, sample)`; each takes one turn, chance none."""
     scores = [score(player, plan.sample) for player in plan.players]
     turns = tuple(
         Turn(seat, player, (1,), (2, 3), f"says {scores[seat]:g}", np.zeros(2, np.float32), True)
         for seat, player in enumerate(plan.players)
-        if player.key or player.learning
+        if player.name != RANDOM
     )
     return PlayedEpisode(plan, turns, made_outcome(plan.lineup, scores, [valid] * len(scores)))

@@ -240,14 +240,15 @@ def test_advantages_compare_a_policy_with_itself_within_its_group(mode: str) -> 
     for advantages in sums.values():
         assert len(advantages) == 3
         assert sum(advantages) == pytest.approx(0.0, abs=1e-9)
-        assert max(advantages) > 0.5
+        assert max(advantages) > 0.05
     assert found.examples
 
 
 @pytest.mark.parametrize("mode", sorted(MODES))
 def test_every_turn_of_a_learning_seat_is_an_example_and_of_no_other(mode: str) -> None:
     episodes, found = judged(make_mode(mode), Society(), make_planning(groups=12, samples=2), varied)
-    assert any(not turn.player.learning for one in episodes for turn in one.turns) is False or mode != "cooperative"
+    if mode == "competitive":
+        assert any(not turn.player.learning for one in episodes for turn in one.turns), "the base model played too"
     expected = [result for result in found.results if abs(result.advantage) > 1e-9]
     assert len(found.examples) == len(expected)
     for example, result in zip(found.examples, expected, strict=True):

@@ -14,8 +14,8 @@ from fedmoe.arena.survival import decide
 from fedmoe.arena.task import Lineup, Task
 from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode, Player
 
-#: Half for one's own result, half for being ahead of the others.
-WEIGHTS = Credit(individual=0.5, versus=0.5)
+#: One's own result, and being ahead of the others.
+WEIGHTS = Credit(individual=0.75, versus=0.25)
 #: The share of groups in which one frozen opponent sits at the table, so that rewards mean more than being better
 #: than present company.
 FROZEN_SHARE = 0.25

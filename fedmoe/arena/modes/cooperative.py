@@ -12,9 +12,10 @@ from fedmoe.arena.society import Society
 from fedmoe.arena.task import Lineup, Task, Team
 from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode
 
-#: Common reward, what the team would miss without the seat, and the seat's own answer: with the first two alone, or
-#: with half of the third, hardly anybody learned in 14 iterations; while most answers are wrong, a vote says little.
-WEIGHTS = Credit(individual=1.0, shared=0.5, difference=1.0)
+#: A little of the common reward, what the team would miss without the seat, and the seat's own answer. The difference
+#: already has the common reward's gradient for a final answer, without the others' luck (Wolpert & Tumer 2002); the
+#: common reward itself is what makes a draft that helps others worth something.
+WEIGHTS = Credit(individual=1.0, shared=0.25, difference=1.0)
 
 
 class Cooperative:

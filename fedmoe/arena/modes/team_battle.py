@@ -14,7 +14,7 @@ from fedmoe.arena.teams import balanced_teams
 from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode
 
 #: Being ahead of the other team, what the team would miss without the seat, and the seat's own answer.
-WEIGHTS = Credit(individual=1.0, difference=1.0, versus=0.5)
+WEIGHTS = Credit(individual=1.0, difference=1.0, versus=0.25)
 TEAMS = 2
 
 

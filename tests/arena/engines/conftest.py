@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_vllm import MODEL, FakeVllm
+from vllm_bench import POLICIES, RANK, STALENESS, Make
 
+from fedmoe.arena.engines.vllm_engine import VllmEngine
 from fedmoe.arena.engines.vllm_server import VllmServer, VllmSettings, loras_needed
-
-POLICIES, STALENESS, RANK = 3, 1, 8
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +25,34 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer
     )
     with VllmServer(settings, tmp_path_factory.mktemp("vllm") / "server.log") as server:
         yield server
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """Engines on a fake server, closed at the end."""
+    made: list[VllmEngine] = []
+
+    def engine(
+        fake: FakeVllm,
+        folder: str = "adapters",
+        token: str | None = None,
+        timeout: float = 10.0,
+        concurrency: int = 64,
+    ) -> VllmEngine:
+        made.append(
+            VllmEngine(
+                "http://fake",
+                MODEL,
+                tmp_path / folder,
+                token=token,
+                timeout=timeout,
+                concurrency=concurrency,
+                transport=fake.transport,
+                attempts=2,
+            )
+        )
+        return made[-1]
+
+    yield engine
+    for one in made:
+        one.close()

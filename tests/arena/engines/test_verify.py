@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe.arena.engines.protocol import AdapterKey, EngineError, FloatArray, Sample, SampleRequest
@@ -100,6 +100,7 @@ def test_a_check_that_could_not_fail_is_refused() -> None:
             verify_sync(engine, TRAINER, NEW, PROBES, tolerance)
 
 
+@settings(deadline=None)
 @given(gap=st.floats(-1.0, 1.0), tolerance=st.floats(0.01, 1.0))
 def test_exactly_the_gaps_above_the_tolerance_are_refused(gap: float, tolerance: float) -> None:
     engine = Scripted({NEW: shifted(gap)})

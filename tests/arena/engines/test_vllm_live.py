@@ -12,8 +12,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import POLICIES, RANK, STALENESS
 from test_engine_conformance import random_adapter, smollm2_layout
+from vllm_bench import POLICIES, RANK, STALENESS
 
 from fedmoe.arena.engines.protocol import AdapterKey, EngineError, FloatArray, SampleRequest
 from fedmoe.arena.engines.verify import Probe, verify_sync

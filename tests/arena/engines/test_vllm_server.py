@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedmoe
@@ -71,6 +71,7 @@ def gone(pid: int) -> bool:
     return gone_already(pid)
 
 
+@settings(deadline=None)
 @given(policies=st.integers(1, 32), staleness=st.integers(0, 8))
 def test_the_server_has_room_for_all_versions_in_use_and_the_next(policies: int, staleness: int) -> None:
     in_use = policies * (staleness + 1)
