@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MODES = ("competitive", "cooperative", "team_battle", "mixed")
 TASKS = {
     "letter_counting": {"min_words": 1, "max_words": 4},
+    "products": {"min_digits": 1, "max_digits": 1},
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
 }
 CHOICES = ("score", "low", "high", "base_score", "gain", "gain_low", "gain_high", "win_rate", "win_low", "win_high")
@@ -144,12 +145,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--task", choices=TASKS, default="letter_counting", help="reasoning-gym data set")
-    parser.add_argument("--iterations", type=int, default=12)
-    parser.add_argument("--groups", type=int, default=6)
+    parser.add_argument("--task", choices=TASKS, default="products", help="reasoning-gym data set")
+    parser.add_argument("--iterations", type=int, default=14)
+    parser.add_argument("--groups", type=int, default=5)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--episodes", type=int, default=150)
+    parser.add_argument("--episodes", type=int, default=120)
     parser.add_argument("--ratings", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--name", default="arena_learning", help="name of the result file")
     options = parser.parse_args()

@@ -36,7 +36,7 @@ if sys.version_info < (3, 12):
     import typing_extensions
 
     # pydantic refuses the standard library's own on these versions.
-    typing.TypedDict = typing_extensions.TypedDict  # type: ignore[assignment]
+    typing.TypedDict = typing_extensions.TypedDict
 
 
 def single_precision(model: Path, folder: Path) -> Path:

@@ -47,7 +47,7 @@ def main() -> None:
     torch.set_num_threads(1)
     measured: list[Spent] = []
 
-    class Stopwatch(TrainerCallback):
+    class Stopwatch(TrainerCallback):  # type: ignore[misc]
         """From the beginning of a step (before it samples) to its end (after the optimizer's step)."""
 
         def on_step_begin(self, *_: object, **__: object) -> None:

@@ -56,6 +56,8 @@ _LEAST_TOKENS = 256
 #: Nats a token by which an update may move a policy before its rate is lowered: short answers of a small model learn
 #: well at 0.05 to 0.15, and a rate halved for less hardly recovers, measured.
 _KL_HIGH = 0.25
+#: A fall of the score that lowers the rate: an iteration's few problems differ by about 0.1 in how hard they are.
+_MAX_DROP = 0.3
 
 
 @dataclass
@@ -177,7 +179,7 @@ def _join(config: ArenaConfig, options: RunOptions, base: LoadedBase, policies: 
 def _adapt_rules(config: ArenaConfig) -> AdaptRules | None:
     if not config.learning.adapt:
         return None
-    rules = AdaptRules(max_rank=config.policies.max_rank, kl_high=_KL_HIGH)
+    rules = AdaptRules(max_rank=config.policies.max_rank, kl_high=_KL_HIGH, max_drop=_MAX_DROP)
     return learning_rate_only(rules, config.policies) if config.federation else rules
 
 

@@ -73,6 +73,7 @@ class Outcome:
     `team_scores`: the joint outcome of each team of the line-up (for a team of one: its seat's score).
     `without`: seat -> its team's joint outcome without that seat, for seats where that can be scored again.
     `valid`: per seat the share of its actions that were legal or could be parsed, apart from winning.
+    `turn_scores`: seat -> what each of its actions achieved by itself, where the task scores actions one by one.
     `completed`: whether the episode came to a proper end (not broken off by an illegal move or a limit).
     """
 
@@ -81,6 +82,7 @@ class Outcome:
     valid: tuple[float, ...]
     completed: bool = True
     without: Mapping[int, float] = field(default_factory=dict)
+    turn_scores: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
 
 class Episode(Protocol):

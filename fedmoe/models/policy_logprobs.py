@@ -47,7 +47,7 @@ class MicroBatch:
         return [member for forest in self.forests for member in forest.members]
 
 
-def plan_micro_batches(continuations: Sequence[Continuation], max_tokens: int, max_row: int = 512) -> list[MicroBatch]:
+def plan_micro_batches(continuations: Sequence[Continuation], max_tokens: int, max_row: int = 256) -> list[MicroBatch]:
     """Pack continuations into micro-batches of at most `max_tokens` padded tokens, rows of at most `max_row`.
 
     Common beginnings of one policy's sequences are computed once. A single longer sequence is a micro-batch of its own.

@@ -1,3 +1,5 @@
+"""Learning rate, scale and rank follow the effect of training (E8)."""
+
 from __future__ import annotations
 
 import json

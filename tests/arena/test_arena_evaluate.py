@@ -1,4 +1,4 @@
-"""Held-out evaluation with an engine whose players are as strong as the test says."""
+"""Held-out evaluation with an engine whose players are as strong as the test says (E5)."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Whose doing it was (E11): what every rule pays, and rules of installed packages (E21)."""
+
 from __future__ import annotations
 
 from collections import Counter

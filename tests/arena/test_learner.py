@@ -1,4 +1,4 @@
-"""Policies learn from their rewards, each as if it were alone, and a step that cannot be made changes nothing."""
+"""Policies learn from their rewards (E1, E19), each as if alone, and a step that cannot be made changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The four modes (E2 to E5) on episodes made by hand: who sits where, what it earns, and what is decided."""
+"""The four modes (E2, E3, E4, E5) on episodes made by hand: who sits where, what it earns, and what is decided."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed arrays (E20): smaller, and the same bits again."""
+"""Packed arrays (E20, E22): smaller, and the same bits again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ratings: they find the true order, say how sure they are, and survive a checkpoint."""
+"""Ratings (E3): they find the true order, say how sure they are, and survive a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Episodes in lockstep: who is asked when, what each draw depends on, and what is written down."""
+"""Episodes in lockstep (E19): who is asked when, what each draw depends on, and what is written down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixed mode: every mode is tried, noise does not make it flap, and every decision says why in numbers."""
+"""Mixed mode (E5): every mode is tried, noise does not make it flap, and every decision says why in numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Committees: who sees which drafts, by strategy; and the vote of the final answers."""
+"""Committees (E2, E4): who sees which drafts, by strategy; and the vote of the final answers."""
 
 from __future__ import annotations
 

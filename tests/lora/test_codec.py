@@ -1,3 +1,5 @@
+"""Adapters on the wire, whole or compressed (E22): what comes back, and what is refused."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Training in several processes (E19) equals training in one."""
+
 import os
 import socket
 import subprocess

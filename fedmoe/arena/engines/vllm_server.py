@@ -102,7 +102,7 @@ class VllmServer:
     Starting raises EngineError with the end of the log when the server dies or is not ready after `deadline` seconds.
     """
 
-    def __init__(self, settings: VllmSettings, log: Path, deadline: float = 300.0) -> None:
+    def __init__(self, settings: VllmSettings, log: Path, deadline: float = 900.0) -> None:
         if not settings.python.is_file():
             raise EngineError(f"{settings.python} is not there; it must be the python of an environment with vLLM")
         port = _free_port()

@@ -30,6 +30,7 @@ class Cooperative:
 
     def __init__(self, weights: Credit = WEIGHTS) -> None:
         self._rule = weighted(weights)
+        self._individual = weights.individual or 0.0
         self._strategy_of: dict[int, str] = {}
         self._spent: dict[str, int] = {}
 
@@ -63,7 +64,7 @@ class Cooperative:
 
     def judge(self, society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
         """Shared plus difference reward, compared within the group of one policy."""
-        results = compared(society, planning, played, credited(self._rule, played))
+        results = compared(society, planning, played, credited(self._rule, played, self._individual))
         for strategy, rewards in group_values(played, results, self._strategy_of):
             if len(rewards) > 1:
                 society.signal.observe(strategy, rewards)

@@ -15,6 +15,7 @@ from fedmoe.arena.trajectory import Example, PlayedEpisode
 # What an action that cannot be used costs, on top of what it loses by the rules: a forfeit that an opponent's forfeit
 # made a win would otherwise teach nothing.
 _INVALID_COST = 0.5
+_NOTHING = 1e-9
 
 
 def task_seeds(planning: Planning) -> list[int]:
@@ -22,15 +23,24 @@ def task_seeds(planning: Planning) -> list[int]:
     return [int(seed) for seed in planning.rng.integers(0, HELD_OUT, planning.groups)]
 
 
-def credited(rule: CreditRule, played: Sequence[PlayedEpisode]) -> list[SeatResult]:
-    """What every learning seat earned; an invalid action costs `_INVALID_COST` times its share."""
+def credited(rule: CreditRule, played: Sequence[PlayedEpisode], individual: float = 0.0) -> list[SeatResult]:
+    """What every learning seat earned; an invalid action costs `_INVALID_COST` times its share.
+
+    `individual`: the weight of a seat's own score in the rule. Where the task scores actions one by one, each action
+    has its own score in that place: a right draft is right even where the final answer is not.
+    """
     results = []
     for index, episode in enumerate(played):
         credits = rule(episode.outcome, episode.plan.lineup)
         for seat, (player, credit) in enumerate(zip(episode.plan.players, credits, strict=True)):
             if player.learning:
                 reward = credit.reward - _INVALID_COST * (1.0 - episode.outcome.valid[seat])
-                results.append(SeatResult(player.name, index, seat, replace(credit, reward=reward)))
+                own = episode.outcome.seat_scores[seat]
+                turns = tuple(
+                    reward + individual * (score - own) for score in episode.outcome.turn_scores.get(seat, ())
+                )
+                found = SeatResult(player.name, index, seat, replace(credit, reward=reward), turn_rewards=turns)
+                results.append(found)
     return results
 
 
@@ -47,7 +57,23 @@ def compared(
     names = {key: number for number, key in enumerate(dict.fromkeys(_group(played, result) for result in results))}
     groups = [names[_group(played, result)] for result in results]
     advantages = group_advantages([result.credit.reward for result in results], groups)
-    return [replace(result, advantage=float(value)) for result, value in zip(results, advantages, strict=True)]
+    turns = _turn_advantages(results, groups)
+    return [
+        replace(result, advantage=float(value), turn_advantages=of_turns)
+        for result, value, of_turns in zip(results, advantages, turns, strict=True)
+    ]
+
+
+def _turn_advantages(results: Sequence[SeatResult], groups: Sequence[int]) -> list[tuple[float, ...]]:
+    """Each action compared with the same action of the group's other episodes."""
+    flat = [(number, turn) for number, result in enumerate(results) for turn in range(len(result.turn_rewards))]
+    names = {key: name for name, key in enumerate(dict.fromkeys((groups[number], turn) for number, turn in flat))}
+    rewards = [results[number].turn_rewards[turn] for number, turn in flat]
+    values = group_advantages(rewards, [names[(groups[number], turn)] for number, turn in flat])
+    found: list[list[float]] = [[] for _ in results]
+    for (number, _), value in zip(flat, values, strict=True):
+        found[number].append(float(value))
+    return [tuple(values) for values in found]
 
 
 def _over_average(society: Society, planning: Planning, results: Sequence[SeatResult]) -> list[SeatResult]:
@@ -69,11 +95,12 @@ def examples(played: Sequence[PlayedEpisode], results: Sequence[SeatResult]) -> 
     """Every turn of every seat that has an advantage; those without would only cost time."""
     found = []
     for result in results:
-        if abs(result.advantage) < 1e-9:
-            continue
-        for turn in played[result.episode].turns:
-            if turn.seat == result.seat:
-                found.append(Example(result.policy, turn, result.advantage, result.credit.reward))
+        turns = [turn for turn in played[result.episode].turns if turn.seat == result.seat]
+        advantages = result.turn_advantages or (result.advantage,) * len(turns)
+        rewards = result.turn_rewards or (result.credit.reward,) * len(turns)
+        for turn, advantage, reward in zip(turns, advantages, rewards, strict=True):
+            if abs(advantage) >= _NOTHING:
+                found.append(Example(result.policy, turn, advantage, reward))
     return tuple(found)
 
 

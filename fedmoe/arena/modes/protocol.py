@@ -57,13 +57,19 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class SeatResult:
-    """What one seat of one episode earned."""
+    """What one seat of one episode earned.
+
+    `turn_rewards`: of each of its actions, where the task scores them one by one; else empty, and every action gets
+    `advantage`. `turn_advantages` goes with it.
+    """
 
     policy: str
     episode: int
     seat: int
     credit: SeatCredit
     advantage: float = 0.0
+    turn_rewards: tuple[float, ...] = ()
+    turn_advantages: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class TeamBattle:
 
     def __init__(self, weights: Credit = WEIGHTS) -> None:
         self._rule = weighted(weights)
+        self._individual = weights.individual or 0.0
         self._choices: dict[tuple[int, int], tuple[str, Choice]] = {}
 
     def check(self, task: Task, policies: int) -> None:
@@ -67,7 +68,7 @@ class TeamBattle:
 
     def judge(self, society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
         """Lead over the other team plus difference reward; ratings of teams; what each choice was worth."""
-        results = compared(society, planning, played, credited(self._rule, played))
+        results = compared(society, planning, played, credited(self._rule, played, self._individual))
         rate(society, played)
         return Judgement(examples(played, results), tuple(results), self._learn(society, played))
 

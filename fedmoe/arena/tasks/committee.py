@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -56,7 +57,11 @@ class CommitteeEpisode:
             return
         finals = [answers[seat] for seat in range(self._lineup.seats)]
         valid = tuple(self._valid(seat, final) for seat, final in enumerate(finals))
-        self._outcome = Ballot.of(self._problem, finals).outcome(self._lineup, valid)
+        outcome = Ballot.of(self._problem, finals).outcome(self._lineup, valid)
+        drafted = {
+            seat: (self._problem.score(draft), outcome.seat_scores[seat]) for seat, draft in self._drafts.items()
+        }
+        self._outcome = replace(outcome, turn_scores=drafted)
 
     def outcome(self) -> Outcome:
         """The votes over the final answers."""

@@ -1,4 +1,4 @@
-"""AReaL's actor in a process of its own. Run with AReaL's environment: `make test-areal`."""
+"""AReaL's actor in a process of its own (E7). Run with AReaL's environment: `make test-areal`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our tasks on AReaL's own path. Run with AReaL's environment: `make test-areal`."""
+"""Our tasks on AReaL's own path (E7). Run with AReaL's environment: `make test-areal`."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""AReaL's packed sequences (E7): whoever sees another one, or a later token, is named."""
+
 from collections.abc import Sequence
 
 import numpy as np

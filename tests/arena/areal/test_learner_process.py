@@ -1,4 +1,4 @@
-"""The learner of another process, without AReaL: how it fails."""
+"""The learner of another process (E7), without AReaL: how it fails."""
 
 import sys
 from pathlib import Path

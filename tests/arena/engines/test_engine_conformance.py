@@ -1,4 +1,4 @@
-"""What every rollout engine does, whatever it runs on: one suite over all implementations."""
+"""What every rollout engine does (E6), whatever it runs on: one suite over all implementations."""
 
 from __future__ import annotations
 

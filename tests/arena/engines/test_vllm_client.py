@@ -1,4 +1,4 @@
-"""The vLLM engine against a server in memory: names, folders, batches, and what becomes of the requests."""
+"""The vLLM engine against a server in memory (E6): names, folders, batches, and what becomes of the requests."""
 
 from __future__ import annotations
 

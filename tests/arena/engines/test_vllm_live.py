@@ -1,4 +1,4 @@
-"""The engine on a real vLLM server with the embedded model: our own model's numbers, and no old weights ever."""
+"""The engine on a real vLLM server with the embedded model (E6, E8): our own numbers, and no old weights ever."""
 
 from __future__ import annotations
 
