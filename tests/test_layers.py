@@ -149,8 +149,17 @@ LAYERS: dict[str, set[str]] = {
     },
     "arena.run_engines": {"models", "arena.config", "arena.engines", "arena.engines.protocol"},
     "arena.run_options": {
-        *("files", "models", "record", "arena.checkpoint", "arena.engines.protocol", "arena.federation"),
-        *("arena.memory", "arena.modes", "arena.placement", "arena.records", "arena.rollout", "arena.task"),
+        *("files", "models", "record", "arena.checkpoint", "arena.credit", "arena.engines.protocol"),
+        *(
+            "arena.federation",
+            "arena.memory",
+            "arena.metrics",
+            "arena.modes",
+            "arena.placement",
+            "arena.records",
+            "arena.rollout",
+            "arena.task",
+        ),
     },
     "arena.run": {
         *("files", "lora", "models", "record", "arena.adapt", "arena.chat", "arena.checkpoint", "arena.config"),

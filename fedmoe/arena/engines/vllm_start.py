@@ -10,7 +10,7 @@ import torch
 
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.engines.vllm_engine import VllmEngine
-from fedmoe.arena.engines.vllm_server import VllmServer, VllmSettings, loras_needed
+from fedmoe.arena.engines.vllm_server import SERVED_NAME, VllmServer, VllmSettings, loras_needed
 from fedmoe.models.base import prepare_base
 
 
@@ -21,11 +21,12 @@ def vllm_engine(
     """An engine on a server with room for all policies at every version that a batch may name."""
     model = prepare_base(config.base_model).resolve()
     with ExitStack() as stack:
-        url = config.engine.url
+        url, name = config.engine.url, str(model)
         if url is None:
             settings = _settings(config, model, dtype)
             url = stack.enter_context(VllmServer(settings, folder / "logs" / "vllm.log")).url
-        yield stack.enter_context(VllmEngine(url, str(model), folder / "vllm_adapters", stop_tokens))
+            name = SERVED_NAME
+        yield stack.enter_context(VllmEngine(url, name, folder / "vllm_adapters", stop_tokens))
 
 
 def _settings(config: ArenaConfig, model: Path, dtype: torch.dtype) -> VllmSettings:
