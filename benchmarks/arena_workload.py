@@ -54,14 +54,6 @@ class Spent:
         self.wall[part] = self.wall.get(part, 0.0) + time.perf_counter() - wall
         self.cpu[part] = self.cpu.get(part, 0.0) + time.process_time() - cpu
 
-    def plus(self, other: Spent) -> Spent:
-        """Both together."""
-        wall, cpu = (
-            {name: one.get(name, 0.0) + two.get(name, 0.0) for name in one | two}
-            for one, two in ((self.wall, other.wall), (self.cpu, other.cpu))
-        )
-        return Spent(wall, cpu)
-
 
 def peak_memory() -> int:
     """The most memory this process has had at once, in bytes (Linux counts it in KiB)."""

@@ -8,7 +8,8 @@ The work is the same for all: SmolLM2-135M, rank 16 on all linear layers, one pr
 
 - `fedmoe-fp32`, `fedmoe-bf16`: sample, learn, publish the new versions to the engine, all policies in one batch.
 - `trl`: GRPOTrainer with peft, float32, as it comes. `trl-plain`: without gradient checkpointing, faster and larger.
-  One policy after another; making P trainers, and holding what belongs to the other policies, is not counted.
+  One trainer is measured and stands for P of them one after another: what is counted is P times its step. To make P
+  trainers, and to hold what belongs to the others, is left out.
 - `skyrl`: the JAX back end trains P adapters of one base model, float32. Only its training part is run, and compared
   with our `learn`. It fuses q, k, v and gate, up into one adapted layer each, and pads 71 tokens to 96.
 
@@ -45,12 +46,16 @@ Row = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One program to measure. `python`: the environment variable that names its interpreter (None: this one)."""
+    """One program to measure; `alone` if it trains one policy only.
+
+    `python`: the environment variable that names its interpreter (None: this one), `folder` where it is otherwise.
+    """
 
     script: Path
     arguments: tuple[str, ...]
     python: str | None = None
     folder: str = ""
+    alone: bool = False
 
     def interpreter(self) -> str:
         """The interpreter; raises SystemExit saying how to get one."""
@@ -68,8 +73,8 @@ _OURS = ("--micro-batch-tokens", "320")
 SYSTEMS = {
     "fedmoe-fp32": System(HERE / "arena_step.py", ("--dtype", "fp32", *_OURS)),
     "fedmoe-bf16": System(HERE / "arena_step.py", ("--dtype", "bf16", *_OURS)),
-    "trl": System(PEERS / "trl_grpo.py", ("--checkpointing",), "FEDMOE_TRL_PYTHON", ".venv-trl"),
-    "trl-plain": System(PEERS / "trl_grpo.py", (), "FEDMOE_TRL_PYTHON", ".venv-trl"),
+    "trl": System(PEERS / "trl_grpo.py", ("--checkpointing",), "FEDMOE_TRL_PYTHON", ".venv-trl", alone=True),
+    "trl-plain": System(PEERS / "trl_grpo.py", (), "FEDMOE_TRL_PYTHON", ".venv-trl", alone=True),
     "skyrl": System(PEERS / "skyrl_jax.py", (), "FEDMOE_SKYRL_PYTHON", ".venv-skyrl"),
 }
 
@@ -138,9 +143,14 @@ def compared(rows: Mapping[str, Row]) -> Row:
 def ratios(rows: Mapping[str, Row], peer: str) -> Iterator[tuple[str, dict[str, float]]]:
     """For every P that both were measured at: how much less time ours takes, by the wall clock and in CPU seconds."""
     for count in POLICIES:
-        one, two = rows.get(f"fedmoe-fp32/{count}"), rows.get(f"{peer}/{count}")
+        alone = SYSTEMS[peer].alone
+        one, two = rows.get(f"fedmoe-fp32/{count}"), rows.get(f"{peer}/{1 if alone else count}")
         if one and two:
-            yield str(count), {kind: seconds(two, kind, peer) / seconds(one, kind, peer) for kind in ("wall", "cpu")}
+            times = count if alone else 1
+            yield (
+                str(count),
+                {kind: times * seconds(two, kind, peer) / seconds(one, kind, peer) for kind in ("wall", "cpu")},
+            )
 
 
 def seconds(row: Row, kind: str, peer: str) -> float:
@@ -161,9 +171,9 @@ def growth(peaks: Mapping[int, int]) -> dict[str, float]:
     return {f"{low} to {high}": (peaks[high] - peaks[low]) / (high - low) / ADAPTER_BYTES for low, high in pairs}
 
 
-def earlier() -> dict[str, Row]:
+def earlier(name: str) -> dict[str, Row]:
     """The rows of the last result, to measure some of them again."""
-    path = RESULTS / f"{NAME}.json"
+    path = RESULTS / f"{name}.json"
     return dict(json.loads(path.read_text())["results"]["rows"]) if path.is_file() else {}
 
 
@@ -178,10 +188,10 @@ def main() -> None:
     for system in chosen.systems:
         SYSTEMS[system].interpreter()
     model = Path(os.environ.get("FEDMOE_BENCH_MODEL") or prepared())
-    rows = earlier() if chosen.keep else {}
+    rows = earlier(chosen.name) if chosen.keep else {}
     # Systems side by side at the same P: what else happens on the machine then touches all of them alike.
     for count in chosen.policies:
-        for system in chosen.systems:
+        for system in [name for name in chosen.systems if count == 1 or not SYSTEMS[name].alone]:
             rows[f"{system}/{count}"] = row = run(system, count, chosen.repeats, model)
             print(system, count, json.dumps(row), flush=True)
             write_result(chosen.name, {"rows": rows, "compared": compared(rows)}, vars(chosen), [0])

@@ -12,8 +12,6 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +26,11 @@ from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.engines.protocol import SampleRequest
 from fedmoe.arena.engines.transformers_engine import TransformersEngine
 from fedmoe.arena.learner import Learner, LearnerConfig, PolicyUpdate
-from fedmoe.arena.memory import GIB, available_memory, choose_limit
 from fedmoe.arena.modes import competitive, cooperative, team_battle
 from fedmoe.arena.placement import Mount, PlacementError
 from fedmoe.arena.policies import Policies
-from fedmoe.arena.records import BatchedRecords
 from fedmoe.arena.run import run_arena
-from fedmoe.arena.run_options import RunOptions, Stop, Watched
+from fedmoe.arena.run_options import RunOptions, Stop
 from fedmoe.arena.trajectory import Example, Player, Turn
 from fedmoe.lora.initial import initial_adapter
 from fedmoe.models.base import load_base
@@ -294,49 +290,8 @@ def test_e8_new_weights_are_served_beside_the_old_ones_and_lora_parameters_adapt
     assert engine.loaded() == {newest}
 
 
-#: Two rivals over the tiny model.
-SMALL = ArenaConfig.model_validate(
-    {
-        "base_model": "tiny",
-        "phases": [{"mode": "competitive", "iterations": 2}],
-        "policies": {"count": 2, "rank": 2},
-        "learning": {"groups": 2, "samples": 2},
-        "evaluation": {"episodes": 2},
-    }
-)
-
-
-def run_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunOptions:
-    """Options of a run in this process on the smallest task."""
-    monkeypatch.setattr("fedmoe.arena.run.make_task", lambda name, options: Letters())
-    return RunOptions(folder, dtype="fp32", learner_device="cpu", rollout_device="cpu")
-
-
-def test_e16_the_memory_limit_is_32_gib_and_changes_while_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limits: dict[Value, int] = {}
-
-    @contextmanager
-    def watch(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Watched]:
-        write = records.write
-
-        def watched(kind: str, **values: Value) -> None:
-            if kind == "timing":
-                limits[values["iteration"]] = limit()
-                (folder / "control.json").write_text('{"memory_limit_gb": 4}')
-            write(kind, **values)
-
-        monkeypatch.setattr(records, "write", watched)
-        yield records
-
-    run_arena(SMALL, run_here(tmp_path / "run", monkeypatch), Stop(), watch)
-    assert limits == {0: min(32 * GIB, choose_limit(None, available_memory())[0]), 1: 4 * GIB}
-    assert "memory_limit_changed" in (tmp_path / "run" / "logs" / "training_runner.log").read_text()
-
-
 def test_e17_a_run_never_begins_on_nas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "read_mounts", lambda: [Mount("/", "nfs4", "server:/share")])
     with pytest.raises(PlacementError, match="network file system nfs4"):
-        run_arena(SMALL, run_here(tmp_path / "run", monkeypatch), Stop())
+        run_arena(ArenaConfig(base_model="tiny"), RunOptions(tmp_path / "run"), Stop())
     assert list(tmp_path.iterdir()) == []

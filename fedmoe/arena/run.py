@@ -115,9 +115,9 @@ def _earlier(config: ArenaConfig, options: RunOptions, logs: RunLogs) -> Loaded 
     folder = options.folder / "checkpoints"
     records = options.folder / METRICS
     if not options.resume:
-        # A start that was refused, for example for its mode, leaves an empty file of records.
-        if checkpoint.checkpoints(folder) or (records.exists() and records.stat().st_size):
+        if checkpoint.checkpoints(folder) or _began(records):
             raise RunError(f"{options.folder} holds a run already: pass --resume, --fresh or another --out")
+        truncate_records(records, 0)
         return None
     checkpoint.clean(folder)
     found = checkpoint.load_newest(folder)
@@ -130,6 +130,11 @@ def _earlier(config: ArenaConfig, options: RunOptions, logs: RunLogs) -> Loaded 
     truncate_records(records, found.state.records_bytes)
     logs.runner.info("resumed", checkpoint=found.path.name, iteration=found.state.iteration)
     return found
+
+
+def _began(records: Path) -> bool:
+    """Whether a run was begun; one that was refused, for its mode for example, leaves at most records of the system."""
+    return records.exists() and any(record.get("kind") != "system" for record in read_records(records))
 
 
 def _assemble(

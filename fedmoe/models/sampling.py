@@ -187,11 +187,14 @@ class _Writer:
 
 
 def _draw(logits: torch.Tensor, writers: Sequence[_Writer]) -> torch.Tensor:
-    """One token a row by inverting its cumulative distribution; tells every writer, returns int64 (rows,)."""
+    """One token a row by inverting its cumulative distribution; tells every writer, returns int64 (rows,).
+
+    `logits` float32 (rows, vocabulary) are overwritten: at this size new memory costs more than the arithmetic.
+    """
     temperatures = torch.tensor([writer.temperature for writer in writers], device=logits.device)
     highest, likeliest = logits.max(dim=-1, keepdim=True)
-    logits = (logits - highest) / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
-    cumulative = logits.exp().cumsum(dim=-1)
+    logits.sub_(highest).div_(torch.where(temperatures > 0, temperatures, 1.0)[:, None])
+    cumulative = logits.exp().cumsum_(dim=-1)
     total = cumulative[:, -1:]
     draws = torch.tensor([[writer.draw] for writer in writers], device=logits.device, dtype=cumulative.dtype)
     # In float32 a draw can become 1, which is beyond the last token; one below it times the total never rounds up.

@@ -81,7 +81,7 @@ def planned(
     """What a trainer passes to a mode: every policy at the version of the iteration."""
     players = tuple(Player(name, AdapterKey(name, iteration), learning=True) for name in names)
     rng = np.random.default_rng([seed, iteration])
-    return Planning(iteration, task, players, groups, samples, rng)  # type: ignore[arg-type]
+    return Planning(iteration, task, players, groups, samples, rng)
 
 
 def played(plan: EpisodePlan, score: Callable[[Player, int], float], valid: float = 1.0) -> PlayedEpisode:

@@ -11,7 +11,7 @@ import pytest
 from letters import LettersEpisode, LettersTask, made_outcome
 
 from fedmoe.arena.engines.protocol import AdapterKey, Sample, SampleRequest
-from fedmoe.arena.evaluate import BASE, CHANCE, Comparison, Evaluator, Interval
+from fedmoe.arena.evaluate import CHANCE, Comparison, Evaluator, Interval
 from fedmoe.arena.rollout import RolloutSettings
 from fedmoe.arena.task import HELD_OUT, Lineup, Message, Outcome
 from fedmoe.arena.trajectory import Player
@@ -56,7 +56,7 @@ def evaluator(
     task: LettersTask | None = None, episodes: int = 60, engine: StrengthEngine | None = None, seed: int = 0
 ) -> Evaluator:
     return Evaluator(
-        task or LettersTask(),  # type: ignore[arg-type]
+        task or LettersTask(),
         engine or StrengthEngine(),  # type: ignore[arg-type]
         PlainCodec(),
         episodes,
@@ -136,8 +136,12 @@ def test_an_untrained_policy_is_the_base_model_also_when_it_comes_first() -> Non
 @pytest.mark.parametrize("task", [LettersTask(), DUEL], ids=["alone", "game"])
 @pytest.mark.parametrize(
     ("player", "opponent", "beats"),
-    [(GOOD, Player("bad@2", AdapterKey("bad", 2)), True), (BAD, Player("good@2", AdapterKey("good", 2)), False)]
-    + [(GOOD, CHANCE, True), (BAD, CHANCE, False)],
+    [
+        (GOOD, Player("bad@2", AdapterKey("bad", 2)), True),
+        (BAD, Player("good@2", AdapterKey("good", 2)), False),
+        (GOOD, CHANCE, True),
+        (BAD, CHANCE, False),
+    ],
 )
 def test_against_a_frozen_opponent_points_are_counted(
     player: Player, opponent: Player, beats: bool, task: LettersTask

@@ -18,7 +18,7 @@ from fedmoe.arena.modes import competitive, cooperative, registry, team_battle
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.cooperative import Cooperative
 from fedmoe.arena.modes.mixed import Mixed
-from fedmoe.arena.modes.protocol import Judgement, Mode, ModeError, Planning
+from fedmoe.arena.modes.protocol import Decision, Judgement, Mode, ModeError, Planning
 from fedmoe.arena.modes.registry import MODES, make_mode
 from fedmoe.arena.modes.team_battle import TeamBattle
 from fedmoe.arena.society import Society
@@ -90,13 +90,13 @@ def test_a_mode_refuses_what_it_cannot_be_played_with_and_says_what_it_got(
     mode: str, task: LettersTask, policies: int
 ) -> None:
     with pytest.raises(ModeError, match=rf"{policies} (.*){task.name}|{task.name}(.*){policies}|of {policies} "):
-        make_mode(mode).check(task, policies)  # type: ignore[arg-type]
+        make_mode(mode).check(task, policies)
 
 
 @pytest.mark.parametrize("mode", sorted(MODES))
 def test_four_policies_on_a_task_with_room_can_play_every_mode(mode: str) -> None:
     made = make_mode(mode)
-    made.check(TASK, 4)  # type: ignore[arg-type]
+    made.check(TASK, 4)
     assert made.name == mode
 
 
@@ -111,7 +111,7 @@ def test_groups_share_problem_and_line_up_and_every_policy_sits_once(mode: str) 
         assert len({(plan.seed, plan.lineup, plan.players) for plan in plans}) == 1
         (plan, *_) = plans
         assert 0 <= plan.seed < HELD_OUT
-        check_lineup(TASK, plan.lineup)  # type: ignore[arg-type]
+        check_lineup(TASK, plan.lineup)
         assert len(plan.players) == plan.lineup.seats
         assert sorted(player.name for player in plan.players if player.learning) == sorted(NAMES)
         assert all(player.key == AdapterKey(player.name, 0) for player in plan.players if player.learning)
@@ -147,7 +147,7 @@ def test_where_not_all_fit_everybody_gets_as_many_tables_and_both_seats() -> Non
 @pytest.mark.parametrize("seats", [(3, 3), (2, 3), (4, 4), (3, 4)])
 def test_a_table_that_policies_just_fill_is_full_with_a_frozen_guest_too(seats: tuple[int, int]) -> None:
     task = LettersTask(seats)
-    Competitive().check(task, 4)  # type: ignore[arg-type]
+    Competitive().check(task, 4)
     plans = Competitive().plan(Society(), make_planning(task=task, groups=60, samples=1))
     assert {plan.lineup.seats for plan in plans} == {seats[1]}
     assert {sum(player.learning for player in plan.players) for plan in plans} == {seats[1], seats[1] - 1}
@@ -347,7 +347,8 @@ def test_a_team_learns_which_way_of_working_wins() -> None:
 
 def test_cooperation_moves_episodes_to_the_ways_in_which_rewards_still_differ() -> None:
     society, mode = Society(), Cooperative()
-    counts, decisions = [], []
+    counts: list[Counter[str]] = []
+    decisions: list[Decision] = []
     for iteration in range(8):
         planning = make_planning(iteration, groups=8)
         plans = mode.plan(society, planning)
@@ -447,7 +448,7 @@ def test_mixed_mode_leaves_a_mode_that_one_policy_dominates() -> None:
 def test_mixed_mode_measures_agreement_on_tables_with_a_guest_too() -> None:
     society, mode = Society(), Mixed(SwitchRules(exploration=3, min_stay=1, window=3))
     task = LettersTask((1, 4))
-    mode.check(task, 4)  # type: ignore[arg-type]
+    mode.check(task, 4)
     for iteration in range(12):
         _, found = judged(mode, society, make_planning(iteration, task, groups=12), varied)
         assert found.results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,8 +25,10 @@ from fedmoe.record import Record, Value, read_records
 
 NAMES = ("ann", "bob", "cy", "dee")
 #: Fields that say when or how fast, and differ from run to run.
-TIMES = ("at", "efficiency_second", "utilisation", "rollout_seconds", "learn_seconds", "iteration_seconds")
-TIMES = (*TIMES, "tokens_per_second")
+TIMES = (
+    *("at", "efficiency_second", "utilisation", "rollout_seconds", "learn_seconds", "iteration_seconds"),
+    "tokens_per_second",
+)
 
 
 def tiny_config(
@@ -45,6 +48,23 @@ def tiny_config(
             "checkpoint": {"every": 2, "keep": 2},
         }
     )
+
+
+def write_config(path: Path, config: ArenaConfig) -> Path:
+    """The configuration as a file; keys that are not set are left out."""
+    values = config.model_dump(mode="json", exclude_none=True)
+    phases = values.pop("phases")
+    sections = {name: values.pop(name) for name in list(values) if isinstance(values[name], dict)}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    for name, section in sections.items():
+        plain = {key: value for key, value in section.items() if not isinstance(value, dict)}
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in plain.items())]
+        for key in section.keys() - plain.keys():
+            lines += [f"[{name}.{key}]", *(f"{inner} = {json.dumps(value)}" for inner, value in section[key].items())]
+    for phase in phases:
+        lines += ["[[phases]]", *(f"{key} = {json.dumps(value)}" for key, value in phase.items())]
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 @dataclass
@@ -79,7 +99,9 @@ class WatchedEngine(TransformersEngine):
 
     def versions(self, name: str) -> list[int]:
         """Which version of a policy each batch was sampled with."""
-        found = [{one.adapter.version for one in batch if one.adapter and one.adapter.name == name} for batch in self.asked]
+        found = [
+            {one.adapter.version for one in batch if one.adapter and one.adapter.name == name} for batch in self.asked
+        ]
         assert all(len(versions) <= 1 for versions in found)
         return [version for versions in found for version in versions]
 
@@ -115,7 +137,7 @@ def opened(config: ArenaConfig, task: LettersTask | None = None) -> Iterator[Are
     policies = Policies(learner, engine, learning.max_staleness, None)
     kept = Kept()
     found = task or LettersTask()
-    trainer = Trainer(config, found, policies, engine, ChatCodec(base.tokenizer), kept)  # type: ignore[arg-type]
+    trainer = Trainer(config, found, policies, engine, ChatCodec(base.tokenizer), kept)
     try:
         for index, name in enumerate(config.policies.all_names):
             policies.add(name, initial_adapter(multi.layout(config.policies.rank), 4.0, index))
