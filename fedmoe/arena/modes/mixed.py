@@ -14,6 +14,9 @@ from fedmoe.arena.switching import Measured, ModeSwitch, SwitchRules, agreement
 from fedmoe.arena.task import Task
 from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode
 
+#: Short stays: a run of a dozen iterations already visits all three parts.
+RULES = SwitchRules(exploration=9, min_stay=4, window=6)
+
 
 class Mixed:
     """Plays one of its parts and decides after every iteration which is next; baselines begin anew on a switch.
@@ -23,7 +26,7 @@ class Mixed:
 
     name = "mixed"
 
-    def __init__(self, rules: SwitchRules = SwitchRules()) -> None:  # noqa: B008 - a frozen value
+    def __init__(self, rules: SwitchRules = RULES) -> None:
         parts: tuple[Mode, ...] = (Cooperative(), Competitive(), TeamBattle())
         self._parts = {part.name: part for part in parts}
         self._switch = ModeSwitch(rules, tuple(self._parts))
