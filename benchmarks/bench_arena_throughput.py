@@ -7,7 +7,8 @@ The work is the same for all: SmolLM2-135M, rank 16 on all linear layers, one pr
 32 tokens each (never shorter), rewards compared within the 8, one optimizer step a policy; one thread.
 
 - `fedmoe-fp32`, `fedmoe-bf16`: sample, learn, publish the new versions to the engine, all policies in one batch.
-- `trl`: GRPOTrainer with peft, float32, as it comes. `trl-plain`: without gradient checkpointing, faster and larger.
+- `trl`: GRPOTrainer with peft, float32, as it comes. `trl-plain`: without gradient checkpointing, which
+  takes more memory. `trl-bf16`: the same in bfloat16.
   One trainer is measured and stands for P of them one after another: what is counted is P times its step. To make P
   trainers, and to hold what belongs to the others, is left out.
 - `skyrl`: the JAX back end trains P adapters of one base model, float32. Only its training part is run, and compared
@@ -75,8 +76,11 @@ SYSTEMS = {
     "fedmoe-bf16": System(HERE / "arena_step.py", ("--dtype", "bf16", *_OURS)),
     "trl": System(PEERS / "trl_grpo.py", ("--checkpointing",), "FEDMOE_TRL_PYTHON", ".venv-trl", alone=True),
     "trl-plain": System(PEERS / "trl_grpo.py", (), "FEDMOE_TRL_PYTHON", ".venv-trl", alone=True),
+    "trl-bf16": System(PEERS / "trl_grpo.py", ("--dtype", "bfloat16"), "FEDMOE_TRL_PYTHON", ".venv-trl", alone=True),
     "skyrl": System(PEERS / "skyrl_jax.py", (), "FEDMOE_SKYRL_PYTHON", ".venv-skyrl"),
 }
+# What is compared with what: only equal precision says anything.
+BESIDE = {"trl": "fedmoe-fp32", "trl-plain": "fedmoe-fp32", "skyrl": "fedmoe-fp32", "trl-bf16": "fedmoe-bf16"}
 
 
 def run(name: str, policies: int, repeats: int, model: Path) -> Row:
@@ -131,8 +135,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def compared(rows: Mapping[str, Row]) -> Row:
     """What the rows mean beside each other: our throughput over the peers', and memory for each further policy."""
-    # The peers compute in float32; a ratio of two precisions would say nothing.
-    found: Row = {f"fedmoe-fp32 over {peer}": dict(ratios(rows, peer)) for peer in ("trl", "trl-plain", "skyrl")}
+    found: Row = {f"{ours} over {peer}": dict(ratios(rows, ours, peer)) for peer, ours in BESIDE.items()}
     for system in SYSTEMS:
         peaks = {row["policies"]: row["peak_bytes"] for key, row in rows.items() if key.startswith(f"{system}/")}
         if len(peaks) > 1:
@@ -140,11 +143,11 @@ def compared(rows: Mapping[str, Row]) -> Row:
     return found
 
 
-def ratios(rows: Mapping[str, Row], peer: str) -> Iterator[tuple[str, dict[str, float]]]:
+def ratios(rows: Mapping[str, Row], ours: str, peer: str) -> Iterator[tuple[str, dict[str, float]]]:
     """For every P that both were measured at: how much less time ours takes, by the wall clock and in CPU seconds."""
     for count in POLICIES:
         alone = SYSTEMS[peer].alone
-        one, two = rows.get(f"fedmoe-fp32/{count}"), rows.get(f"{peer}/{1 if alone else count}")
+        one, two = rows.get(f"{ours}/{count}"), rows.get(f"{peer}/{1 if alone else count}")
         if one and two:
             times = count if alone else 1
             yield (

@@ -107,10 +107,11 @@ class DistributedCoordinator:
             )
         )
         self.service.start()
-        _log.info("listening", host=self.config.host, port=listener.getsockname()[1], pid=os.getpid())
         try:
             # uvicorn's own choice of loop: uvloop where there is one, which halves the time of a push.
             with _own_signals(server), asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+                # Said once a signal is answered: whoever reads it may send one at once.
+                _log.info("listening", host=self.config.host, port=listener.getsockname()[1], pid=os.getpid())
                 runner.run(self._run(server, listener))
         finally:
             self.close()

@@ -7,6 +7,7 @@ forward pass twice to save memory.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ def rewards(completion_ids: Sequence[Sequence[int]], **_: object) -> list[float]
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     chosen = parser.parse_args()
     if chosen.policies != 1:
         parser.error("one trainer trains one policy")
@@ -51,7 +53,7 @@ def main() -> None:
     steps = chosen.repeats + 1
     measured: list[Spent] = []
     with tempfile.TemporaryDirectory(prefix="trl-") as folder:
-        trainer = make_trainer(chosen.model, settings(folder, steps, chosen.checkpointing), measured)
+        trainer = make_trainer(chosen.model, settings(folder, steps, chosen), measured)
         trained = {name: one for name, one in trainer.model.named_parameters() if one.requires_grad}
         before = {name: one.detach().clone() for name, one in list(trained.items())[:50]}
         loaded = peak_memory()
@@ -67,7 +69,7 @@ def main() -> None:
     )
 
 
-def settings(folder: str, steps: int, checkpointing: bool) -> GRPOConfig:
+def settings(folder: str, steps: int, chosen: argparse.Namespace) -> GRPOConfig:
     """The same work as ours; what only costs time (logs, files) is off."""
     from trl import GRPOConfig
 
@@ -81,9 +83,9 @@ def settings(folder: str, steps: int, checkpointing: bool) -> GRPOConfig:
         beta=0.0,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
-        model_init_kwargs={"dtype": "float32"},
-        bf16=False,
-        gradient_checkpointing=checkpointing,
+        model_init_kwargs={"dtype": chosen.dtype},
+        bf16=chosen.dtype == "bfloat16",
+        gradient_checkpointing=chosen.checkpointing,
         use_cpu=True,
         use_vllm=False,
         logging_strategy="no",

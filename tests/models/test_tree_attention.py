@@ -14,19 +14,23 @@ from fedmoe.models.tiny import tiny_model
 from fedmoe.models.tree_attention import tree_attention, use_tree_attention
 
 SEQUENCES = [(1, 2, 3, 4), (1, 2, 5), (1, 9, 9, 9, 9), (7,), (7, 8, 8)]
+Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def tree_mask() -> torch.Tensor:
     return torch.from_numpy(batch_forests(grow_forests(SEQUENCES, 8)).mask)
 
 
-def parts(mask: torch.Tensor, heads: int, key_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def parts(mask: torch.Tensor, heads: int, key_heads: int, dtype: torch.dtype) -> Three:
     generator = torch.Generator().manual_seed(0)
     rows, size = mask.shape[0], mask.shape[-1]
-    # As a model makes them: heads inside positions, so nothing here is contiguous.
-    shapes = [(rows, size, count, 16) for count in (heads, key_heads, key_heads)]
-    made = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
-    return [one.transpose(1, 2).requires_grad_() for one in made]
+
+    def part(count: int) -> torch.Tensor:
+        # As a model makes them: heads inside positions, so nothing here is contiguous.
+        made = torch.randn(rows, size, count, 16, generator=generator, dtype=dtype)
+        return made.transpose(1, 2).requires_grad_()
+
+    return part(heads), part(key_heads), part(key_heads)
 
 
 def fused(
@@ -52,7 +56,8 @@ def test_values_and_gradients_are_pytorchs(heads: int, key_heads: int) -> None:
 def test_bfloat16_is_as_near_to_the_truth_as_pytorchs() -> None:
     mask = tree_mask()
     tensors = parts(mask, 6, 2, torch.bfloat16)
-    exact = [one.detach().double().requires_grad_() for one in tensors]
+    query, key, value = (one.detach().double().requires_grad_() for one in tensors)
+    exact = (query, key, value)
     truth = fused(*exact, mask, 0.25)
     expected = torch.autograd.grad(truth.sum(), exact)
     for attend in (tree_attention, fused):
