@@ -5,9 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import TextIO, cast
 
 import stamina.instrumentation
 import structlog
+
+
+class _StandardError:
+    """Standard error as it is when something is written: it may be exchanged after loggers were made."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def configure(level: int = logging.INFO) -> None:
@@ -24,12 +35,14 @@ def configure(level: int = logging.INFO) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _StandardError())),
         cache_logger_on_first_use=True,
     )
     quiet_retries()
     # uvicorn speaks through logging; only what goes wrong there matters here.
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        stream=cast(TextIO, _StandardError()), level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
 
 
 def quiet_retries() -> None:

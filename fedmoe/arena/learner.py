@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -140,6 +140,8 @@ class Learner:
     """Trains policies on examples, all of them in the same micro-batches; blind to tasks and modes.
 
     A policy trained beside others gets the gradient it would get alone: its loss is divided by its own constants.
+    `when_short` is told when memory ran out in the middle of an update and returns the `micro_batch_tokens` to try
+    again with, or raises; without it the error goes up.
     """
 
     def __init__(self, base: LoadedBase, multi: MultiLora, config: LearnerConfig) -> None:
@@ -148,6 +150,7 @@ class Learner:
             use_tree_attention(base.model)
         self.config = config
         self.micro_batch_tokens = config.micro_batch_tokens
+        self.when_short: Callable[[str], int] | None = None
         self._model = base.model
         self._multi = multi
         self._policies: dict[str, _Policy] = {}
@@ -204,8 +207,21 @@ class Learner:
         reports: dict[str, PolicyUpdate] = {}
         proximal: dict[int, FloatVector] = {}
         for _ in range(self.config.epochs):
-            reports = self._epoch(examples, max_tokens, proximal)
+            reports = self._fitting_epoch(examples, max_tokens, proximal)
         return reports
+
+    def _fitting_epoch(
+        self, examples: Sequence[Example], max_tokens: int, proximal: dict[int, FloatVector]
+    ) -> dict[str, PolicyUpdate]:
+        while True:
+            try:
+                return self._epoch(examples, max_tokens, proximal)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                if self.when_short is None:
+                    raise
+                reason = str(error).partition(". ")[0] or type(error).__name__
+            # Not inside the handler: the traceback holds the very tensors that did not fit.
+            self.micro_batch_tokens = self.when_short(reason)
 
     def _epoch(
         self, examples: Sequence[Example], max_tokens: int, proximal: dict[int, FloatVector]

@@ -160,6 +160,7 @@ def _assemble(
         policies.after_publish = SyncCheck(learner, engine, make_probes(task, engine, codec))
     guard = MemoryGuard(limit, learner.micro_batch_tokens, min(_LEAST_TOKENS, learner.micro_batch_tokens))
     guard.register_cache("encoded prompts", codec.forget)
+    learner.when_short = guard.failed
     stack.enter_context(watched(guard))
     records = stack.enter_context(BatchedRecords(RecordWriter(options.folder / METRICS)))
     writer = stack.enter_context(watch(records, options.folder, lambda: guard.limit))
@@ -252,7 +253,12 @@ def _keep_within_memory(run: _Run) -> None:
     asked = run.control.changed()
     if asked is not None:
         run.guard.apply(asked)
-    run.learner.micro_batch_tokens = run.guard.check()
+    try:
+        run.learner.micro_batch_tokens = run.guard.check()
+    except MemoryLimitError:
+        # Only here: in the middle of an iteration there is no state to go on from but that of the last checkpoint.
+        _save(run)
+        raise
 
 
 def _train(run: _Run, stop: Stop) -> Ending:
@@ -272,7 +278,6 @@ def _train(run: _Run, stop: Stop) -> Ending:
         else:
             ending = Ending("finished")
     except MemoryLimitError as error:
-        _save(run)
         ending = Ending("stopped", str(error))
         raise
     finally:

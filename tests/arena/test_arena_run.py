@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from letters import LettersTask
 from tiny_arena import NAMES, TIMES, curve, records_of, tiny_config
 
 from fedmoe.arena import checkpoint
 from fedmoe.arena.config import ArenaConfig
+from fedmoe.arena.learner import Learner
 from fedmoe.arena.memory import GIB, MemoryLimitError
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.protocol import ModeError
@@ -370,6 +372,52 @@ def test_a_memory_limit_that_is_too_low_ends_the_run_in_order_e16(tmp_path: Path
     assert "memory_limit_reached" in runner
     assert run(tmp_path, resume=True) == Ending("finished")
     assert curve(tmp_path) == curve(finished)
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Callable[[Learner], bool]) -> None:
+    """Updates find no memory unless `fits` says so."""
+    accumulate = Learner._accumulate
+
+    def limited(self: Learner, *arguments: Any) -> Any:
+        found = accumulate(self, *arguments)  # in the middle of it: gradients are there already
+        if not fits(self):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")
+        return found
+
+    monkeypatch.setattr(Learner, "_accumulate", limited)
+
+
+def test_an_update_that_does_not_fit_is_tried_again_with_a_smaller_batch_e16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config([("competitive", 2)], micro_batch_tokens=1024)
+    run(tmp_path / "whole", config)
+    short_of_memory(monkeypatch, lambda learner: learner.micro_batch_tokens <= 256)
+    assert run(tmp_path / "short", config) == Ending("finished")
+    runner = (tmp_path / "short" / "logs" / "training_runner.log").read_text()
+    for before, after_it in ((1024, 512), (512, 256)):
+        assert f'memory_batch_reduced before={before} after={after_it} reason="CUDA out of memory"' in runner
+    for one, other in zip(curve(tmp_path / "short"), curve(tmp_path / "whole"), strict=True):
+        assert {key: one[key] for key in one if not isinstance(one[key], float)} == {
+            key: other[key] for key in other if not isinstance(other[key], float)
+        }
+        numbers = {key: value for key, value in other.items() if isinstance(value, float)}
+        assert {key: one[key] for key in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-5)
+
+
+def test_an_update_that_never_fits_ends_the_run_where_it_can_go_on_exactly(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        seen: list[int] = []
+        short_of_memory(patch, lambda learner: seen.append(1) or len(seen) < 4)  # type: ignore[func-returns-value]
+        with pytest.raises(MemoryLimitError, match="CUDA out of memory, and the micro-batch is at its smallest"):
+            run(tmp_path)
+    assert report(tmp_path)["status"] == "stopped"
+    assert checkpoint.load(newest(tmp_path)).iteration == 3
+    assert run(tmp_path, resume=True) == Ending("finished")
+    assert curve(tmp_path) == curve(finished)
+    assert digests(tmp_path) == digests(finished)
 
 
 def test_the_memory_limit_and_the_batch_follow_control_json_while_running_e16(tmp_path: Path) -> None:
