@@ -28,6 +28,8 @@ _MOST_BYTES = 10 << 20
 _KEPT = 3
 _PLAIN = re.compile(r"[^\s\"'=\\\x00-\x1f\x7f]+")
 _LINE_ENDS = re.compile(r"[\x7f-\x9f\u2028\u2029]")  # JSON leaves them, but some readers begin a new line there
+# Loggers that warnings reach the file from. transformers does not hand its own on to the root logger.
+_SOURCES = (None, "transformers")
 _NAMED_FIRST = ("timestamp", "level", "event")
 
 EventDict = structlog.typing.EventDict
@@ -66,7 +68,8 @@ def run_logs(run_folder: Path, most_bytes: int = _MOST_BYTES, kept: int = _KEPT)
     processors = structlog.get_config()["processors"]
     tee = _Tee(runner_file)
     processors.insert(max(len(processors) - 1, 0), tee)
-    logging.getLogger().addHandler(runner_file)
+    for source in _SOURCES:
+        logging.getLogger(source).addHandler(runner_file)
     try:
         yield logs
     except KeyboardInterrupt:
@@ -77,13 +80,20 @@ def run_logs(run_folder: Path, most_bytes: int = _MOST_BYTES, kept: int = _KEPT)
         raise
     finally:
         processors.remove(tee)
-        logging.getLogger().removeHandler(runner_file)
+        for source in _SOURCES:
+            logging.getLogger(source).removeHandler(runner_file)
         for handler in (runner_file, training_file):
             handler.close()
 
 
 class _PrivateFile(RotatingFileHandler):
-    """A rotating log that only its owner can read."""
+    """A rotating log that only its owner can read, and that takes each record once."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        # A record passes here twice where its own logger and the root logger both have this handler.
+        again = self.baseFilename in record.__dict__
+        record.__dict__[self.baseFilename] = True
+        return not again and bool(super().filter(record))
 
     def _open(self) -> TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -58,17 +58,23 @@ def test_what_any_part_logs_is_in_the_runners_file_also_from_loggers_used_before
         "warning memory_batch_reduced part=memory before=8 after=4",
         "info checkpoint_saved name=checkpoint_20260131_120000",
     ]
-    shown = capsys.readouterr().out
+    shown = "".join(capsys.readouterr())  # standard error in a command, standard output where nothing was set up
     assert all(event in shown for event in ("before", "memory_batch_reduced", "checkpoint_saved", "after"))
 
 
-def test_warnings_of_other_libraries_are_in_the_runners_file_and_their_chatter_is_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("propagates", [True, False])
+@pytest.mark.parametrize("name", ["transformers", "peft"])
+def test_warnings_of_other_libraries_are_in_the_runners_file_once_and_their_chatter_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, propagates: bool
+) -> None:
+    # transformers stops handing its records on when it is first used; the others never do.
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", propagates)
     with run_logs(tmp_path):
-        logging.getLogger("transformers").warning("a token is %s", "missing")
-        logging.getLogger("transformers").info("chatter")
-    logging.getLogger("transformers").warning("later")
+        logging.getLogger(name).warning("a token is %s", "missing")
+        logging.getLogger(name).info("chatter")
+    logging.getLogger(name).warning("later")
     assert [without_time(line) for line in lines(tmp_path, "training_runner.log")] == [
-        'warning transformers message="a token is missing"'
+        f'warning {name} message="a token is missing"'
     ]
 
 
