@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints
 
 import numpy as np
@@ -272,6 +273,34 @@ def test_an_action_that_cannot_be_used_costs_a_half(mode: str) -> None:
     for one, other in zip(good.results, bad.results, strict=True):
         assert other.credit.reward == pytest.approx(one.credit.reward - 0.5)
         assert other.credit.parts == one.credit.parts
+
+
+@pytest.mark.parametrize("mode", sorted(MODES))
+def test_an_action_that_the_limit_cut_costs_a_half_of_its_share(mode: str) -> None:
+    def cut(plan: EpisodePlan) -> PlayedEpisode:
+        one = played(plan, varied)
+        return replace(one, turns=tuple(replace(turn, stopped=ended) for turn in one.turns for ended in (True, False)))
+
+    found = []
+    for play in (lambda plan: played(plan, varied), cut):
+        chosen, society, planning = make_mode(mode), Society(), make_planning()
+        found.append(chosen.judge(society, planning, [play(plan) for plan in chosen.plan(society, planning)]).results)
+    for one, other in zip(*found, strict=True):
+        assert other.credit.reward == pytest.approx(one.credit.reward - 0.25)
+        assert other.credit.parts == one.credit.parts
+
+
+def test_a_draft_that_the_limit_cut_costs_the_draft_and_not_the_answer() -> None:
+    mode, society, planning = Cooperative(), Society(), make_planning()
+    episodes = []
+    for plan in mode.plan(society, planning):
+        one = played(plan, lambda player, sample: 0.0)
+        drafts = dict.fromkeys(range(len(NAMES)), (0.0, 0.0))
+        turns = tuple(replace(turn, stopped=ended) for turn in one.turns for ended in (False, True))
+        episodes.append(replace(one, turns=turns, outcome=replace(one.outcome, turn_scores=drafts)))
+    for result in mode.judge(society, planning, episodes).results:
+        draft, answer = result.turn_rewards
+        assert draft == pytest.approx(answer - 0.5)
 
 
 def test_in_a_game_the_baseline_is_a_moving_average_of_policy_and_seat() -> None:

@@ -15,6 +15,9 @@ from fedmoe.arena.trajectory import Example, PlayedEpisode
 # What an action that cannot be used costs, on top of what it loses by the rules: a forfeit that an opponent's forfeit
 # made a win would otherwise teach nothing.
 _INVALID_COST = 0.5
+# What an action costs that did not end before the limit of tokens. A policy that is rarely right otherwise learns
+# nothing but the luck of others, and drifts into texts without an end (measured: 13 tokens where 3 answer).
+_UNENDED_COST = 0.5
 _NOTHING = 1e-9
 
 
@@ -24,7 +27,7 @@ def task_seeds(planning: Planning) -> list[int]:
 
 
 def credited(rule: CreditRule, played: Sequence[PlayedEpisode], individual: float = 0.0) -> list[SeatResult]:
-    """What every learning seat earned; an invalid action costs `_INVALID_COST` times its share.
+    """What every learning seat earned; invalid actions and those without an end cost by their share.
 
     `individual`: the weight of a seat's own score in the rule. Where the task scores actions one by one, each action
     has its own score in that place: a right draft is right even where the final answer is not.
@@ -34,14 +37,21 @@ def credited(rule: CreditRule, played: Sequence[PlayedEpisode], individual: floa
         credits = rule(episode.outcome, episode.plan.lineup)
         for seat, (player, credit) in enumerate(zip(episode.plan.players, credits, strict=True)):
             if player.learning:
-                reward = credit.reward - _INVALID_COST * (1.0 - episode.outcome.valid[seat])
-                own = episode.outcome.seat_scores[seat]
-                turns = tuple(
-                    reward + individual * (score - own) for score in episode.outcome.turn_scores.get(seat, ())
-                )
-                found = SeatResult(player.name, index, seat, replace(credit, reward=reward), turn_rewards=turns)
-                results.append(found)
+                reward, turns = _rewards(episode, seat, credit.reward, individual)
+                results.append(SeatResult(player.name, index, seat, replace(credit, reward=reward), turn_rewards=turns))
     return results
+
+
+def _rewards(episode: PlayedEpisode, seat: int, credited: float, individual: float) -> tuple[float, tuple[float, ...]]:
+    """The seat's reward after what its actions cost, and that of each action where the task scores them."""
+    outcome = episode.outcome
+    earned = credited - _INVALID_COST * (1.0 - outcome.valid[seat])
+    costs = [_UNENDED_COST * (not turn.stopped) for turn in episode.turns if turn.seat == seat]
+    reward = earned - sum(costs) / max(len(costs), 1)
+    if seat not in outcome.turn_scores:
+        return reward, ()
+    own, scored = outcome.seat_scores[seat], zip(outcome.turn_scores[seat], costs, strict=True)
+    return reward, tuple(earned - cost + individual * (score - own) for score, cost in scored)
 
 
 def compared(
