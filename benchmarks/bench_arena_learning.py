@@ -3,7 +3,8 @@
     python benchmarks/bench_arena_learning.py [--seeds 0 1 2] [--iterations 16] [--modes competitive ...]
 
 One (mode, seed) run gives, for each of four policies: its score and the base model's on the same held-out problems,
-the paired difference, and the share of points against the frozen base. Beside that: what a deliberately useless
+the paired difference, and the share of points against the frozen base. In games the score is the share of points
+against a player that moves at random, and `valid` the share of legal moves. Beside that: what a deliberately useless
 team-mate earns by difference reward among the trained ones, and whether ratings put players of known strength in order.
 """
 
@@ -23,12 +24,25 @@ if TYPE_CHECKING:
     from fedmoe.arena.config import ArenaConfig
 
 MODES = ("competitive", "cooperative", "team_battle", "mixed")
-TASKS = {
-    "letter_counting": {"min_words": 1, "max_words": 4},
-    "products": {"min_digits": 1, "max_digits": 1},
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+TASKS: dict[str, tuple[str, dict[str, int]]] = {
+    "products": ("committee:products", {"min_digits": 1, "max_digits": 1}),
+    "chain_sum": ("committee:chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),
+    "tictactoe": ("textarena:TicTacToe-v0", {}),
+    "pigdice": ("textarena:PigDice-v0-short", {}),
 }
-CHOICES = ("score", "low", "high", "base_score", "gain", "gain_low", "gain_high", "win_rate", "win_low", "win_high")
+CHOICES = (
+    "valid",
+    "score",
+    "low",
+    "high",
+    "base_score",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "win_rate",
+    "win_low",
+    "win_high",
+)
 
 
 def run_mode(mode: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
@@ -37,10 +51,11 @@ def run_mode(mode: str, seed: int, options: argparse.Namespace) -> dict[str, obj
     from fedmoe.arena.run import METRICS, RunOptions, Stop, run_arena
     from fedmoe.record import read_records
 
+    task, task_options = TASKS[options.task]
     config = ArenaConfig.model_validate(
         {
             "seed": seed,
-            "task": {"name": f"committee:{options.task}", "options": TASKS[options.task]},
+            "task": {"name": task, "options": task_options},
             "learning": {"groups": options.groups, "samples": options.samples, "learning_rate": options.rate},
             "evaluation": {"episodes": options.episodes},
             "checkpoint": {"every": options.iterations},
@@ -51,12 +66,15 @@ def run_mode(mode: str, seed: int, options: argparse.Namespace) -> dict[str, obj
         run_arena(config, RunOptions(Path(folder)), Stop())
         records = list(read_records(Path(folder) / METRICS))
         useless = useless_team_mate(Path(folder), config, seed) if mode in ("cooperative", "team_battle") else None
-    last = {one["policy"]: one for one in records if one["kind"] == "evaluation" and one["opponent"] == "base"}
+    against_base = [one for one in records if one["kind"] == "evaluation" and one["opponent"] == "base"]
+    last = {one["policy"]: one for one in against_base}
     policies = {str(name): {key: one[key] for key in CHOICES} for name, one in last.items()}
     found = {
         "policies": policies,
         "better_than_base": sum(float(one["gain_low"]) > 0 for one in policies.values()),
         "beat_frozen_base": sum(float(one["win_low"]) > 0.5 for one in policies.values()),
+        # A new adapter changes nothing, so the first evaluation's share of usable actions is the base model's.
+        "base_valid": against_base[0]["valid"],
         "seconds": sum(float(str(one["iteration_seconds"])) for one in records if one["kind"] == "timing"),
     }
     return found if useless is None else {**found, "useless_team_mate": useless}
@@ -145,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--task", choices=TASKS, default="products", help="reasoning-gym data set")
+    parser.add_argument("--task", choices=TASKS, default="products", help="what is played")
     parser.add_argument("--iterations", type=int, default=14)
     parser.add_argument("--groups", type=int, default=5)
     parser.add_argument("--samples", type=int, default=8)
