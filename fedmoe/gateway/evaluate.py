@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
-from fedmoe.datasets.packing import Block
+from fedmoe.datasets.check import load_rows
+from fedmoe.datasets.packing import Block, collate, pack
+from fedmoe.datasets.render import tokenize_samples
+from fedmoe.gateway.losses import BASE, LossMatrix
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import LoadedBase
+from fedmoe.models.packed import count_targets
 from fedmoe.models.schedule import LoraConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
 
-BASE = "base"
-
-
-@dataclass(frozen=True)
-class LossMatrix:
-    """Mean held-out loss in nats per predicted token: `losses[model][domain]`; `tokens[domain]` were predicted."""
-
-    losses: Mapping[str, Mapping[str, float]]
-    tokens: Mapping[str, int]
+__all__ = ["BASE", "LossMatrix", "evaluate", "held_out_blocks"]
 
 
 def evaluate(
@@ -33,8 +29,7 @@ def evaluate(
     first = next(iter(adapters.values()))
     targets = tuple(module.name for module in first.layout.modules)
     model = QwenLoRAExpert(base, LoraConfig(first.rank, first.alpha, target_modules=targets))
-    losses: dict[str, dict[str, float]] = {}
-    tokens: dict[str, int] = {}
+    losses: dict[str, dict[str, Sequence[float]]] = {}
     try:
         # An adapter of zeros changes nothing, so the base model goes through the very same code.
         for name, adapter in {BASE: Adapter.zeros(first.layout, first.alpha), **adapters}.items():
@@ -42,8 +37,19 @@ def evaluate(
             losses[name] = {}
             for domain, blocks in held_out.items():
                 progress(f"{name} on {domain}")
-                result = model.evaluate(blocks, batch_size)
-                losses[name][domain], tokens[domain] = result.loss, result.tokens
+                losses[name][domain] = model.evaluate(blocks, batch_size).block_losses
     finally:
         model.attached.detach()
-    return LossMatrix(losses, tokens)
+    tokens = {domain: [count_targets(collate([block])) for block in blocks] for domain, blocks in held_out.items()}
+    return LossMatrix.of_blocks(losses, tokens)
+
+
+def held_out_blocks(file: Path, base: LoadedBase, max_length: int, limit: int | None = None) -> list[Block]:
+    """A file read as a worker reads its data, packed in an order that is the same in every run; the first `limit`.
+
+    Raises DataError for a file that training would refuse.
+    """
+    data = tokenize_samples(load_rows(file).samples, base.tokenizer, max_length)
+    pad = base.tokenizer.pad_token_id
+    blocks = pack(data.samples, max_length, seed=0, pad_id=int(pad if pad is not None else base.tokenizer.eos_token_id))
+    return blocks[:limit]

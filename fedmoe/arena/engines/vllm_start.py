@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import structlog
 import torch
 
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.engines.vllm_engine import VllmEngine
 from fedmoe.arena.engines.vllm_server import SERVED_NAME, VllmServer, VllmSettings, loras_needed
 from fedmoe.models.base import prepare_base
+
+_log = structlog.get_logger("fedmoe.arena")
 
 
 @contextmanager
@@ -24,7 +27,9 @@ def vllm_engine(
         url, name = config.engine.url, str(model)
         if url is None:
             settings = _settings(config, model, dtype)
-            url = stack.enter_context(VllmServer(settings, folder / "logs" / "vllm.log")).url
+            log = folder / "logs" / "vllm.log"
+            _log.info("vllm_server_starts", note="takes half a minute to some minutes", log=str(log))
+            url = stack.enter_context(VllmServer(settings, log)).url
             name = SERVED_NAME
         yield stack.enter_context(VllmEngine(url, name, folder / "vllm_adapters", stop_tokens))
 
