@@ -34,8 +34,8 @@ def faded(colour: str, opacity: float) -> str:
 
 
 def mode_tint(mode: str) -> str:
-    """A light background colour for a mode; modes of one's own get one by their name."""
-    name = mode.replace("-", "_").replace(" ", "_").lower()
+    """A light background colour for a mode, whichever part of it is played; modes of one's own get one by their name."""
+    name = mode.partition(":")[0].replace("-", "_").replace(" ", "_").lower()
     return _TINTS.get(name) or _OTHER_TINTS[sum(name.encode()) % len(_OTHER_TINTS)]
 
 

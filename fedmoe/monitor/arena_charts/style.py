@@ -117,14 +117,14 @@ def shade_modes(axes: Axes, series: ArenaSeries) -> None:
 
 def mode_legend(figure: Figure, series: ArenaSeries) -> None:
     """Say in the head of the figure which tint stands for which mode."""
-    names = dict.fromkeys(band.mode for band in series.modes)
+    names = dict.fromkeys(band.mode.partition(":")[0] for band in series.modes)
     if names:
         handles = [Patch(color=mode_tint(name), label=plain(name.replace("_", " "))) for name in names]
         head_legend(figure, series, "mode", handles)
 
 
 def head_legend(figure: Figure, series: ArenaSeries, title: str, handles: Sequence[Artist]) -> None:
-    """A legend in one line at the right of the head."""
+    """A legend in one line at the right of the head, beside the title: the line below may be long."""
     width, height = figure.get_size_inches()
     top = height - (_BANNER_INCHES if series.facts.sample else 0.0)
     legend = figure.legend(
@@ -132,7 +132,7 @@ def head_legend(figure: Figure, series: ArenaSeries, title: str, handles: Sequen
         ncols=len(handles) + 1,
         frameon=False,
         loc="upper right",
-        bbox_to_anchor=(1 - 0.1 / width, (top - 0.42) / height),
+        bbox_to_anchor=(1 - 0.1 / width, (top - 0.14) / height),
         fontsize=9,
         borderaxespad=0.0,
         columnspacing=1.3,

@@ -1,4 +1,4 @@
-"""Training trends: reward, accuracy, KL divergence and entropy of every policy over the iterations."""
+"""Training trends: reward, accuracy, movement (KL) and entropy of every policy over the iterations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedmoe.monitor.palette import MUTED, policy_colour, policy_dash
 PANELS = (
     ("reward", "Reward", "mean reward per episode"),
     ("accuracy", "Accuracy", "mean seat score (0 to 1)"),
-    ("kl", "Distance from the base model", "KL divergence (nats per token)"),
+    ("kl", "Movement since sampling", "KL divergence (nats per token)"),
     ("entropy", "Entropy", "entropy (nats per token)"),
 )
 _MARKERS_UP_TO = 15
