@@ -25,7 +25,7 @@ from fedmoe.monitor.palette import INK, POLICY_COLOURS, faded, policy_colour
 _TRENDS = (
     ("reward", "Reward", "mean reward per episode"),
     ("accuracy", "Accuracy", "mean seat score (0 to 1)"),
-    ("kl", "Distance from the base model", "KL divergence (nats per token)"),
+    ("kl", "Movement since sampling", "KL divergence (nats per token)"),
     ("entropy", "Entropy", "entropy (nats per token)"),
 )
 _TEAM = ("team_score", "completion", "utilisation", "cooperation")
