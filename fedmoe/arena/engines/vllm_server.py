@@ -93,6 +93,8 @@ def server_environment(settings: VllmSettings, inherited: Mapping[str, str]) -> 
         environment["OMP_NUM_THREADS"] = str(settings.threads)
         # Without this the first completion waits 20 s for a kernel to be compiled that saves microseconds.
         environment["TORCHDYNAMO_DISABLE"] = "1"
+        # On busy cores a step takes minutes; after 300 s vLLM would take its own worker for dead and end.
+        environment["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = "3600"
     return environment
 
 
