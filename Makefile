@@ -64,7 +64,7 @@ unit: $(VENV)/.dev
 # vLLM and AReaL pin other versions: environments of their own (3.5 GB, 2.3 GB), minutes to make.
 test-vllm: $(VENV)/.dev
 	PYTHON=$(PYTHON) scripts/setup_vllm.sh .venv-vllm
-	FEDMOE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PYTEST) -m 'vllm and not areal' tests/arena
+	FEDMOE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PYTEST) -m 'vllm and not areal' tests/arena tests/gateway
 
 test-areal:
 	PYTHON=$(PYTHON) scripts/setup_areal.sh .venv-areal

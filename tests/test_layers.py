@@ -26,6 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "files": set(),
     "record": set(),
     "logs": set(),
+    "gateway.prompt_statistics": {"lora"},
     # Decisions: no I/O.
     "manifest": {"lora"},
     "events": {"manifest"},
@@ -62,6 +63,7 @@ LAYERS: dict[str, set[str]] = {
         *("worker.group", "worker.outbox", "worker.signals"),
     },
     "worker.inference": {"lora", "models", "qwen_finetune"},
+    "worker.statistics": {"datasets", "gateway.prompt_statistics", "lora", "models"},
     "worker": set(),
     # The arena: values and decisions first.
     "arena.task": set(),
@@ -177,13 +179,37 @@ LAYERS: dict[str, set[str]] = {
     },
     "arena": set(),
     # What is done with the result.
-    "gateway": {"datasets", "lora", "models", "qwen_finetune"},
+    "gateway": {"datasets", "files", "gateway.prompt_statistics", "lora", "manifest", "models", "qwen_finetune"},
+    "gateway.serve": {
+        *("errors", "files", "gateway", "lora", "manifest", "models", "server", "wire", "distributed_coordinator"),
+        *("arena.engines", "arena.engines.protocol", "arena.engines.verify"),
+    },
     "monitor": {"record"},
     "demo": {"datasets", "files", "gateway", "lora", "models", "monitor", "record", "wire"},
     # The composition root.
     "cli": {
-        *("config", "datasets", "demo", "distributed_coordinator", "errors", "files", "logs", "lora", "models"),
-        *("monitor", "wire", "worker.inference", "worker.setup", "worker.signals"),
+        *(
+            "config",
+            "datasets",
+            "demo",
+            "distributed_coordinator",
+            "errors",
+            "files",
+            "gateway",
+            "logs",
+            "lora",
+            "models",
+        ),
+        *(
+            "gateway.serve",
+            "manifest",
+            "monitor",
+            "server",
+            "wire",
+            "worker.inference",
+            "worker.setup",
+            "worker.signals",
+        ),
         *(
             "arena.config",
             "arena.modes",
@@ -199,7 +225,10 @@ LAYERS: dict[str, set[str]] = {
 }
 
 #: Parts that decide and do nothing else: time, randomness and bytes come in as arguments.
-PURE = ("lora", "errors", "manifest", "events", "experts", "coordinator")
+PURE = (
+    *("lora", "errors", "manifest", "events", "experts", "coordinator"),
+    *("gateway.gate", "gateway.losses", "gateway.prompt_statistics", "gateway.retained", "gateway.route"),
+)
 INPUT_AND_OUTPUT = {
     *("asyncio", "datetime", "fastapi", "http", "httpx2", "logging", "multiprocessing", "os", "pathlib", "random"),
     *("requests", "safetensors", "secrets", "shutil", "signal", "socket", "sqlalchemy", "sqlite3", "ssl", "starlette"),
@@ -210,16 +239,16 @@ INPUT_AND_OUTPUT = {
 HEAVY: dict[str, set[str]] = {
     "torch": {
         *("models", "qwen_finetune", "arena.areal", "arena.engines", "arena.environment", "arena.learner"),
-        *("arena.loss", "arena.memory", "arena.placement", "arena.run_engines"),
+        *("arena.loss", "arena.memory", "arena.placement", "arena.run_engines", "gateway.serve"),
     },
-    "transformers": {"models", "qwen_finetune", "arena.areal", "arena.chat"},
+    "transformers": {"models", "qwen_finetune", "arena.areal", "arena.chat", "gateway.serve"},
     "huggingface_hub": {"models"},
     "tokenizers": {"models"},
     "pyarrow": {"datasets"},
     "matplotlib": {"monitor"},
-    "fastapi": {"server"},
-    "starlette": {"server"},
-    "uvicorn": {"distributed_coordinator", "server"},
+    "fastapi": {"gateway.serve", "server"},
+    "starlette": {"gateway.serve", "server"},
+    "uvicorn": {"distributed_coordinator", "gateway.serve", "server"},
     "sqlalchemy": {"storage"},
 }
 

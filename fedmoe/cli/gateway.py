@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
 
 from fedmoe.cli.experts import show_listing
+from fedmoe.cli.gateway_evaluate import evaluate
+from fedmoe.cli.gateway_export import GATEWAY, export, pull
 from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
 from fedmoe.cli.output import CommandError, show_json
-from fedmoe.files import write_atomic, write_folder_atomic
-from fedmoe.lora.adapter import Adapter
-from fedmoe.lora.formats import npz_bytes, peft_files
+from fedmoe.files import write_atomic
+from fedmoe.lora.formats import npz_bytes
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.messages import GatewayInfo
 
 app = typer.Typer(help="Look at the gateway, save it, export it, try it.", no_args_is_help=True)
-
-GATEWAY = "gateway"
-
-
-class Format(StrEnum):
-    """What an export writes."""
-
-    peft = "peft"
-    npz = "npz"
 
 
 @app.command()
@@ -67,35 +58,8 @@ def _save(api: CoordinatorClient, file: Path, out: TextIO) -> None:
     print(f"saved gateway version {pulled.version} ({pulled.digest[:12]}) to {file}", file=out)
 
 
-@app.command()
-def export(
-    target: Annotated[Path, typer.Argument(help="Folder (peft) or file (npz) to write.")],
-    format: Annotated[Format, typer.Option("--format", help="peft: adapter folder; npz: arrays.")] = Format.peft,
-    expert: Annotated[str, typer.Option(help="An expert's name, or 'gateway'.")] = GATEWAY,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: Token = None,
-) -> None:
-    """Export the gateway or one expert for other tools."""
-    with client(coordinator_url, token) as api:
-        adapter, version, sources, base = _pull(api, expert)
-    if format is Format.npz:
-        if target.exists() and not force:
-            raise CommandError(f"{target} exists; choose another place or pass --force to replace it")
-        write_atomic(target, npz_bytes(adapter, version, sources), 0o644)
-    else:
-        write_folder_atomic(target, peft_files(adapter, base), force)
-    print(f"exported {expert} version {version} to {target}")
-
-
-def _pull(api: CoordinatorClient, name: str) -> tuple[Adapter, int, dict[str, int], str]:
-    if name == GATEWAY:
-        gateway = api.pull_gateway()
-        assert gateway is not None, "without an ETag there is always an answer"
-        return gateway.adapter, gateway.version, gateway.sources, gateway.base["name"]
-    pulled = api.pull_expert(name)
-    assert pulled is not None, "without an ETag there is always an answer"
-    return pulled.adapter, pulled.version, {name: pulled.version}, pulled.manifest.base.name
+app.command()(export)
+app.command()(evaluate)
 
 
 @app.command()
@@ -110,7 +74,7 @@ def generate(
 ) -> None:
     """Load the gateway (or an expert) on its base model and let it answer."""
     with client(coordinator_url, token) as api:
-        adapter, *_ = _pull(api, expert)
+        adapter = pull(api, expert).adapter
     try:
         from fedmoe.worker.inference import answer
     except ModuleNotFoundError as error:

@@ -1,0 +1,145 @@
+"""`fedmoe gateway evaluate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedmoe.cli.gateway_export import GATEWAY, base_of, pull
+from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
+from fedmoe.cli.output import CommandError, show_json, show_table
+from fedmoe.files import write_atomic
+from fedmoe.lora.adapter import Adapter
+from fedmoe.manifest import BaseModel
+from fedmoe.wire.client import CoordinatorClient
+
+if TYPE_CHECKING:
+    from fedmoe.gateway.losses import LossMatrix
+    from fedmoe.gateway.retained import Retained
+
+
+def evaluate(
+    base_model: Annotated[str, typer.Option(help="The federation's base model: smollm2, a folder or a hub id.")],
+    domains: Annotated[
+        list[str],
+        typer.Option(
+            "--domain",
+            metavar="NAME=FILE",
+            help="Held-out data; the expert NAME or NAME_expert is the domain's own. Repeat it for each domain.",
+        ),
+    ],
+    blocks: Annotated[int, typer.Option(min=2, help="At most so many blocks of each domain are scored.")] = 32,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens a block.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Blocks at once.")] = 4,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the results into this PNG file.")] = None,
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure base model, every expert and the gateway on every domain, and how much of each gain the gateway keeps."""
+    files = _files(domains)
+    with client(coordinator_url, token) as api:
+        adapters, identity = _models(api)
+    matrix = _measure(base_model, identity, adapters, files, (blocks, max_length, batch_size), device)
+    found = _retained(matrix, [name for name in adapters if name == GATEWAY])
+    if as_json:
+        from fedmoe.gateway.report import report_json
+
+        show_json(report_json(matrix, found))
+    else:
+        _show(matrix, found)
+    if plot is not None:
+        _draw(plot, matrix, found, identity.name)
+
+
+def _files(domains: Sequence[str]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for domain in domains:
+        name, separator, file = domain.partition("=")
+        if not (name and separator and file) or name in files:
+            raise CommandError(f"--domain takes NAME=FILE, every name once; got {domain!r}")
+        files[name] = Path(file)
+        if not files[name].is_file():
+            raise CommandError(f"--domain {name}: there is no file {file}")
+    return files
+
+
+def _models(api: CoordinatorClient) -> tuple[dict[str, Adapter], BaseModel]:
+    """Every expert, then the gateway where there is one, and the base model they belong on."""
+    listing = api.list_experts()
+    names = [expert.name for expert in listing.experts] + ([GATEWAY] if listing.gateway else [])
+    if not names:
+        raise CommandError("this federation has no experts yet; start a worker first")
+    pulled = {name: pull(api, name) for name in names}
+    return {name: found.adapter for name, found in pulled.items()}, base_of(pulled[names[0]])
+
+
+def _measure(
+    base_model: str,
+    identity: BaseModel,
+    adapters: Mapping[str, Adapter],
+    files: Mapping[str, Path],
+    sizes: tuple[int, int, int],
+    device: str,
+) -> LossMatrix:
+    try:
+        from fedmoe.gateway.evaluate import evaluate as measure
+        from fedmoe.gateway.evaluate import held_out_blocks
+        from fedmoe.models.base import load_base
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
+    limit, max_length, batch_size = sizes
+    base = load_base(base_model, device)
+    if base.identity.weights_hash != identity.weights_hash:
+        raise CommandError(
+            f"the experts were trained on {identity.name} (weights {identity.weights_hash[:12]}), but {base_model} has "
+            f"weights {base.identity.weights_hash[:12]}; name the federation's base model with --base-model"
+        )
+    held_out = {name: held_out_blocks(file, base, max_length, limit) for name, file in files.items()}
+    return measure(base, adapters, held_out, batch_size, lambda line: print(line, file=sys.stderr))
+
+
+def _retained(matrix: LossMatrix, models: Sequence[str]) -> Retained | None:
+    """What the models keep of the experts' gains; None without a model to judge or a domain with an own expert."""
+    from fedmoe.gateway.report import own_experts
+    from fedmoe.gateway.retained import retained
+
+    own = own_experts(matrix.domains, matrix.models)
+    return retained(matrix, own, models) if own and models else None
+
+
+def _show(matrix: LossMatrix, found: Retained | None) -> None:
+    from fedmoe.gateway.report import loss_table, retained_table
+
+    show_table("Held-out loss (nats per token)", *loss_table(matrix))
+    if found is not None:
+        show_table("Gain kept, with 95 % intervals", *retained_table(found))
+        for warning in found.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+
+
+def _draw(file: Path, matrix: LossMatrix, found: Retained | None, base: str) -> None:
+    try:
+        from fedmoe.monitor.gateway_charts import GatewayResults, Share, gateway_chart
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[charts]'") from error
+    domains = found.domains if found is not None else ()
+    kept = {
+        domain.domain: {name: Share(one.value, one.low, one.high) for name, one in domain.kept.items()}
+        for domain in domains
+    }
+    results = GatewayResults(
+        matrix.losses,
+        {domain.domain: domain.expert for domain in domains},
+        kept,
+        [domain.domain for domain in domains if domain.warning],
+        f"{base}  ·  held-out tokens: " + ", ".join(f"{name} {count:,}" for name, count in matrix.tokens.items()),
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, gateway_chart(results), 0o644)
+    print(f"drew {file}", file=sys.stderr)

@@ -1,0 +1,112 @@
+"""`fedmoe gateway export`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedmoe.cli.options import DEFAULT_URL, CoordinatorUrl, Token, client
+from fedmoe.cli.output import CommandError
+from fedmoe.manifest import BaseModel
+from fedmoe.wire.client import CoordinatorClient, PulledExpert, PulledGateway
+
+if TYPE_CHECKING:
+    from fedmoe.gateway.export import Exportable
+
+GATEWAY = "gateway"
+
+
+class Format(StrEnum):
+    """What an export writes."""
+
+    peft = "peft"
+    npz = "npz"
+    merged = "merged"
+    gguf_lora = "gguf-lora"
+
+
+def export(
+    target: Annotated[Path, typer.Argument(help="Folder (peft, merged) or file (npz, gguf-lora) to write.")],
+    format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="peft: adapter folder; npz: arrays; merged: the base model with the adapter in its weights; "
+            "gguf-lora: adapter for llama.cpp.",
+        ),
+    ] = Format.peft,
+    expert: Annotated[str, typer.Option(help="An expert's name, or 'gateway'.")] = GATEWAY,
+    base_model: Annotated[
+        str | None, typer.Option(help="The federation's base model, for merged and gguf-lora: a folder or a hub id.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: Token = None,
+) -> None:
+    """Export the gateway or one expert for other tools, with a manifest of what it was made of."""
+    with client(coordinator_url, token) as api:
+        source = _source(api, expert)
+    if format in (Format.merged, Format.gguf_lora) and base_model is None:
+        raise CommandError(f"--format {format} needs --base-model; {expert} belongs on {source.base.name}")
+    from fedmoe.gateway.export import ExportError
+
+    try:
+        facts = _write(source, format, target, base_model or "", force)
+    except ExportError as error:
+        raise CommandError(str(error)) from error
+    print(f"exported {expert} version {source.version} to {target}{facts}")
+
+
+def _write(source: Exportable, format: Format, target: Path, base_model: str, force: bool) -> str:
+    """Write one format; what there is to say about it."""
+    from fedmoe.gateway.export import export_npz, export_peft
+
+    if format is Format.npz:
+        export_npz(source, target, force)
+        return ""
+    if format is Format.peft:
+        export_peft(source, target, force)
+        return ""
+    try:
+        from fedmoe.gateway.export_gguf import export_gguf_lora
+        from fedmoe.gateway.export_merged import export_merged
+        from fedmoe.models.base import prepare_base
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
+    folder = prepare_base(base_model)
+    if format is Format.gguf_lora:
+        export_gguf_lora(source, folder, target, force)
+        return ""
+    rounding = export_merged(source, folder, target, force)
+    return f" (rounding to the base model's dtype changed the products by {100 * rounding.relative:.2g} %)"
+
+
+def _source(api: CoordinatorClient, name: str) -> Exportable:
+    from fedmoe.gateway.export import Exportable, Source
+
+    pulled = pull(api, name)
+    if isinstance(pulled, PulledExpert):
+        sources = {name: Source(pulled.version, pulled.digest)}
+        return Exportable(name, pulled.version, pulled.adapter, sources, pulled.manifest.base)
+    # An expert that has moved on since the gateway was made: its present digest is not that of the version in it.
+    digests = {(expert.name, expert.version): expert.digest for expert in api.list_experts().experts}
+    sources = {part: Source(version, digests.get((part, version))) for part, version in pulled.sources.items()}
+    return Exportable(name, pulled.version, pulled.adapter, sources, base_of(pulled))
+
+
+def pull(api: CoordinatorClient, name: str) -> PulledExpert | PulledGateway:
+    """The newest gateway, or the newest expert of this name."""
+    pulled = api.pull_gateway() if name == GATEWAY else api.pull_expert(name)
+    assert pulled is not None, "without an ETag there is always an answer"
+    return pulled
+
+
+def base_of(pulled: PulledExpert | PulledGateway) -> BaseModel:
+    """The base model that a downloaded model belongs on."""
+    if isinstance(pulled, PulledExpert):
+        return pulled.manifest.base
+    base = pulled.base
+    return BaseModel(base["name"], base["revision"], base["weights_hash"], base["tokenizer_hash"])

@@ -1,0 +1,232 @@
+"""The base model with an adapter's products added to its weights, as an ordinary checkpoint folder.
+
+The checkpoint's files are copied and the adapted weights changed in place, a band of rows at a time, so that memory
+holds one band and never the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from fedmoe.files import fsync_files, fsync_folder, write_atomic
+from fedmoe.gateway.export import (
+    MANIFEST_NAME,
+    Exportable,
+    ExportError,
+    check_base,
+    check_untied,
+    file_hashes,
+    read_config,
+)
+from fedmoe.lora.adapter import Adapter, FloatMatrix, ModuleShape
+from fedmoe.lora.algebra import baked
+from fedmoe.models.identity import checkpoint_files, weights_hash
+
+#: Rows are taken in bands of about this many numbers: 64 MB in float32.
+_BAND = 1 << 24
+_Stored = np.memmap[tuple[int, ...], np.dtype[np.floating]]
+_DTYPES: dict[str, np.dtype[np.floating]] = {
+    "F32": np.dtype("<f4"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype("<f2"),
+}
+#: What belongs to a checkpoint beside its weights; a base folder may hold other things, which nobody asked for.
+_BESIDE = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
+_OTHER_BITS = 1e-3
+_NOT_COPIED = (MANIFEST_NAME, "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a stored weight lies: file, dtype name of the format, shape, first byte."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What storing the sum in the base model's dtype lost: squared norms of the error and of the product."""
+
+    error: float = 0.0
+    product: float = 0.0
+
+    def __add__(self, other: Rounding) -> Rounding:
+        return Rounding(self.error + other.error, self.product + other.product)
+
+    @property
+    def relative(self) -> float:
+        """Norm of the error as a share of the norm of all products."""
+        return math.sqrt(self.error / self.product) if self.product > 0 else 0.0
+
+
+def export_merged(
+    source: Exportable,
+    base_folder: Path,
+    target: Path,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Rounding:
+    """Write the merged checkpoint: base dtype kept, sums in float32, config and tokenizer as they are.
+
+    Checked after writing. Raises ExportError when the base model is another one, its weights are not stored as
+    float32, bfloat16 or float16, or it lacks a module.
+    """
+    if target.exists() and not force:
+        raise FileExistsError(f"{target} exists; choose another place or pass --force to replace it")
+    if target.resolve() == base_folder.resolve():
+        raise ExportError(f"{target} is the base model itself; choose another place")
+    check_base(source, weights_hash(base_folder), str(base_folder))
+    check_untied(source, read_config(base_folder))
+    places = _places(source, base_folder)
+    with _whole_folder(target) as folder:
+        _copy(base_folder, folder)
+        rounding = Rounding()
+        adapter = baked(source.adapter)
+        for module, a, b in adapter.factors():
+            progress(module.name)
+            place = places[module.name]
+            rounding += _add(folder / place.file.name, place, a, b)
+        _check(folder, adapter, places)
+        libraries = ("numpy", "ml-dtypes", "safetensors")
+        facts = {"relative_rounding_error": rounding.relative}
+        manifest = source.manifest("merged", file_hashes(folder), libraries, **facts)
+        write_atomic(folder / MANIFEST_NAME, manifest, 0o644)
+    return rounding
+
+
+def _places(source: Exportable, base_folder: Path) -> dict[str, _Place]:
+    """Where each adapted module's weight lies; everything that could go wrong later is told here."""
+    stored = {name: place for file in checkpoint_files(base_folder) for name, place in _stored(file)}
+    places = {}
+    for module in source.adapter.layout.modules:
+        place = stored.get(f"{module.name}.weight")
+        if place is None:
+            raise ExportError(f"{base_folder} stores no {module.name}.weight; it cannot be merged, export it as peft")
+        if place.dtype not in _DTYPES:
+            raise ExportError(
+                f"{module.name}.weight is stored as {place.dtype}; products are added to {', '.join(_DTYPES)} only, "
+                "so merge into the model before it was quantised"
+            )
+        _check_shape(module, place)
+        places[module.name] = place
+    return places
+
+
+def _check_shape(module: ModuleShape, place: _Place) -> None:
+    if place.shape != (module.out_features, module.in_features):
+        raise ExportError(
+            f"{module.name}.weight has shape {place.shape}, the adapter fits {module.out_features, module.in_features}"
+        )
+
+
+def _stored(file: Path) -> Iterator[tuple[str, _Place]]:
+    """The tensors of a safetensors file; `weights_hash` has read the same header and found it whole."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            yield name, _Place(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+
+
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `target` when all went well and is gone when not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        fsync_files(temporary)
+        _replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_folder(target.parent)
+
+
+def _replace(new: Path, target: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    old = target.with_name(f".{target.name}-{secrets.token_hex(4)}-old")
+    target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def _copy(base_folder: Path, folder: Path) -> None:
+    files = {*checkpoint_files(base_folder), *(path for mask in _BESIDE for path in base_folder.glob(mask))}
+    for path in files:
+        if path.is_file() and path.name not in _NOT_COPIED:
+            # Contents only: the base may be read-only, or links into a cache.
+            shutil.copyfile(path, folder / path.name)
+
+
+def _open(file: Path, place: _Place, mode: Literal["r", "r+"]) -> _Stored:
+    opened: _Stored = np.memmap(file, _DTYPES[place.dtype], mode, place.offset, place.shape)
+    return opened
+
+
+def _add(file: Path, place: _Place, a: FloatMatrix, b: FloatMatrix) -> Rounding:
+    """W += B @ A, in float32 and then the stored dtype."""
+    weights = _open(file, place, "r+")
+    rounding = Rounding()
+    rows = _rows(a)
+    for start in range(0, len(b), rows):
+        band = slice(start, start + rows)
+        product: FloatMatrix = b[band] @ a
+        exact = weights[band].astype(np.float32) + product
+        stored = _narrowed(exact, weights.dtype, place)
+        weights[band] = stored
+        lost = stored.astype(np.float32) - exact
+        rounding += Rounding(float(np.vdot(lost, lost)), float(np.vdot(product, product)))
+    weights.flush()
+    return rounding
+
+
+def _rows(a: FloatMatrix) -> int:
+    """Rows of a band, for a module with the columns of A."""
+    return max(1, _BAND // int(a.shape[1]))
+
+
+def _narrowed(exact: FloatMatrix, dtype: np.dtype[np.floating], place: _Place) -> NDArray[np.floating]:
+    with np.errstate(over="ignore"):  # an overflow is told below, by name
+        stored = exact.astype(dtype)
+    if not np.isfinite(stored.astype(np.float32)).all():
+        raise ExportError(f"a merged weight does not fit into {place.dtype}: the largest is {np.abs(exact).max():g}")
+    return stored
+
+
+def _check(folder: Path, adapter: Adapter, places: Mapping[str, _Place]) -> None:
+    """Read the first band of one module back, by the format's own library, and compare it with base plus product."""
+    name = adapter.layout.modules[-1].name
+    place, (a, b) = places[name], adapter.module(name)
+    rows = min(_rows(a), len(b))
+    with safe_open(folder / place.file.name, "np") as reader:
+        stored = reader.get_slice(f"{name}.weight")[:rows]
+    before = _open(place.file, place, "r")[:rows]
+    expected = before.astype(np.float32) + b[:rows] @ a
+    # A product computed twice may round a last bit differently; what was not written differs nearly everywhere.
+    if np.mean(stored != expected.astype(before.dtype)) > _OTHER_BITS:
+        raise ExportError(f"{name}.weight was read back from {folder} and is not what was written; check the disk")

@@ -1,0 +1,176 @@
+"""`fedmoe gateway export` and `evaluate` on a federation of the tiny model: what is written, printed and refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import Outcome
+from live import LiveServer, listening, open_house
+from structlog.testing import capture_logs
+from support import make_push
+
+from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.codec import encode
+from fedmoe.lora.formats import read_npz
+from fedmoe.lora.initial import initial_adapter
+from fedmoe.manifest import Manifest
+
+Run = Callable[..., Outcome]
+
+MANIFEST = "fedmoe_export.json"
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Manifest]:
+    """Rank 2 on all linear layers of the tiny model, with a cache folder of the tests' own."""
+    from fedmoe.models.base import load_base
+    from fedmoe.models.lora_layers import ALL_LINEAR, attach
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        base = load_base("tiny", "cpu", "fp32")
+        yield Manifest(base.identity, attach(base.model, ALL_LINEAR, 2, 4.0).layout, 4.0)
+
+
+@pytest.fixture
+def tiny_server(tmp_path: Path, manifest: Manifest) -> Iterator[LiveServer]:
+    """Two experts on the tiny model, `sql_expert` with one update and `docs` as it began."""
+    (tmp_path / "house").mkdir()
+    with capture_logs(), open_house(tmp_path / "house") as house:
+        house.register("sql_expert", "docs", manifest=manifest)
+        delta = np.random.default_rng(0).normal(0, 0.05, manifest.layout.size).astype(np.float32)
+        asyncio.run(house.service.push(*make_push(encode(manifest.layout, delta), 0, 0, expert="sql_expert")))
+        with listening(house.app) as running:
+            yield running
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> list[str]:
+    """`--domain` options for two files of a few blocks each."""
+    options = []
+    for name, line in (("sql", "select {0} from numbers where n > {0};"), ("docs", "Chapter {0} is about {0}.")):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"text": line.format(number)}) + "\n" for number in range(40)))
+        options += ["--domain", f"{name}={file}"]
+    return options
+
+
+def test_merged_and_gguf_need_the_base_model(tiny_server: LiveServer, fedmoe: Run, tmp_path: Path) -> None:
+    for kind in ("merged", "gguf-lora"):
+        outcome = fedmoe(
+            "gateway", "export", str(tmp_path / "out"), "--format", kind, "--coordinator-url", tiny_server.url
+        )
+        assert outcome.status == 1
+        assert f"--format {kind} needs --base-model; gateway belongs on tiny" in outcome.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_every_format_is_written_with_its_manifest(tiny_server: LiveServer, fedmoe: Run, tmp_path: Path) -> None:
+    formats = {"peft": f"a/{MANIFEST}", "merged": f"b/{MANIFEST}", "npz": f"c.{MANIFEST}", "gguf-lora": f"d.{MANIFEST}"}
+    for (kind, place), target in zip(formats.items(), "abcd", strict=True):
+        options = ("--format", kind, "--base-model", "tiny", "--coordinator-url", tiny_server.url)
+        outcome = fedmoe("gateway", "export", str(tmp_path / target), *options)
+        assert outcome.status == 0, outcome.err
+        assert f"exported gateway version 3 to {tmp_path / target}" in outcome.out
+        said = json.loads((tmp_path / place).read_text())
+        assert (said["format"], said["model"], said["base"]["name"]) == (kind, "gateway", "tiny")
+        assert {name: source["version"] for name, source in said["sources"].items()} == {"sql_expert": 1, "docs": 0}
+        assert all(len(source["digest"]) == 64 for source in said["sources"].values())
+    assert (
+        "rounding"
+        in fedmoe(
+            *("gateway", "export", str(tmp_path / "b"), "--force", "--format", "merged", "--base-model", "tiny"),
+            *("--coordinator-url", tiny_server.url),
+        ).out
+    )
+
+
+def test_a_merged_export_is_a_base_model_that_answers(
+    tiny_server: LiveServer, fedmoe: Run, tmp_path: Path, manifest: Manifest
+) -> None:
+    from fedmoe.models.base import load_base
+
+    options = ("--format", "merged", "--base-model", "tiny", "--expert", "sql_expert")
+    target = tmp_path / "merged"
+    assert fedmoe("gateway", "export", str(target), *options, "--coordinator-url", tiny_server.url).status == 0
+    merged = load_base(str(target), "cpu", "fp32").model.state_dict()
+    base = load_base("tiny", "cpu", "fp32").model.state_dict()
+    changed = {name for name in base if not base[name].equal(merged[name])}
+    assert changed == {f"{module.name}.weight" for module in manifest.layout.modules}
+
+
+def test_an_experts_npz_is_the_expert(tiny_server: LiveServer, fedmoe: Run, tmp_path: Path, manifest: Manifest) -> None:
+    options = ("--format", "npz", "--expert", "docs", "--coordinator-url", tiny_server.url)
+    assert fedmoe("gateway", "export", str(tmp_path / "docs.npz"), *options).status == 0
+    found = read_npz((tmp_path / "docs.npz").read_bytes())
+    from fedmoe.coordinator import seed_of
+
+    start: Adapter = initial_adapter(manifest.layout, manifest.alpha, seed_of("docs"))
+    name = manifest.layout.modules[0].name
+    np.testing.assert_array_equal(found.module(name)[0], start.module(name)[0])
+
+
+def test_another_base_model_is_refused_without_a_traceback(
+    tiny_server: LiveServer, fedmoe: Run, tmp_path: Path, held_out: list[str]
+) -> None:
+    from fedmoe.models.tiny import save_tiny, tiny_model
+
+    other = tmp_path / "other"
+    save_tiny(other)
+    model = tiny_model()
+    model.get_input_embeddings().weight.data += 1
+    model.save_pretrained(other)
+    url = ("--coordinator-url", tiny_server.url)
+    export = ("gateway", "export", str(tmp_path / "out"), "--format", "merged", "--base-model", str(other))
+    for command in (export, ("gateway", "evaluate", "--base-model", str(other), "--device", "cpu", *held_out)):
+        outcome = fedmoe(*command, *url)
+        assert outcome.status == 1
+        assert "trained on tiny" in outcome.err
+        assert "--base-model" in outcome.err
+        assert "Traceback" not in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def evaluate(fedmoe: Run, server: LiveServer, *options: str) -> Outcome:
+    small = ("--base-model", "tiny", "--device", "cpu", "--blocks", "6", "--max-length", "96")
+    return fedmoe("gateway", "evaluate", *small, *options, "--coordinator-url", server.url)
+
+
+def test_an_evaluation_prints_losses_and_gain_kept_and_draws_them(
+    tiny_server: LiveServer, fedmoe: Run, tmp_path: Path, held_out: list[str]
+) -> None:
+    outcome = evaluate(fedmoe, tiny_server, *held_out, "--plot", str(tmp_path / "new" / "gateway.png"))
+    assert outcome.status == 0, outcome.err
+    for word in ("base", "sql_expert", "docs", "gateway", "Held-out loss", "Gain kept", "own expert"):
+        assert word in outcome.out
+    assert "warning: docs: the gain of docs may be none" in outcome.err
+    assert (tmp_path / "new" / "gateway.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_evaluation_as_json_has_every_block(tiny_server: LiveServer, fedmoe: Run, held_out: list[str]) -> None:
+    outcome = evaluate(fedmoe, tiny_server, *held_out, "--json")
+    said = json.loads(outcome.out)
+    assert list(said["losses"]) == ["base", "docs", "sql_expert", "gateway"]
+    assert said["retained"]["sql"]["expert"] == "sql_expert"
+    assert {name: len(blocks) for name, blocks in said["block_tokens"].items()} == {"sql": 6, "docs": 6}
+    # An expert without an update changes nothing.
+    assert said["losses"]["docs"] == pytest.approx(said["losses"]["base"], rel=1e-6)
+    assert said["losses"]["sql_expert"] != pytest.approx(said["losses"]["base"], rel=1e-6)
+
+
+@pytest.mark.parametrize("wrong", ["sql", "=x", "sql=", "sql=nowhere.jsonl"])
+def test_a_domain_without_a_file_is_named(tiny_server: LiveServer, fedmoe: Run, wrong: str) -> None:
+    outcome = evaluate(fedmoe, tiny_server, "--domain", wrong)
+    assert outcome.status == 1
+    assert "--domain" in outcome.err
+
+
+def test_a_domain_given_twice_is_refused(tiny_server: LiveServer, fedmoe: Run, held_out: list[str]) -> None:
+    outcome = evaluate(fedmoe, tiny_server, *held_out, *held_out[:2])
+    assert outcome.status == 1
+    assert "every name once" in outcome.err
