@@ -27,6 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "record": set(),
     "logs": set(),
     "gateway.prompt_statistics": {"lora"},
+    "gateway.route": {"gateway.prompt_statistics", "lora"},
     # Decisions: no I/O.
     "manifest": {"lora"},
     "events": {"manifest"},
@@ -179,7 +180,16 @@ LAYERS: dict[str, set[str]] = {
     },
     "arena": set(),
     # What is done with the result.
-    "gateway": {"datasets", "files", "gateway.prompt_statistics", "lora", "manifest", "models", "qwen_finetune"},
+    "gateway": {
+        "datasets",
+        "files",
+        "gateway.prompt_statistics",
+        "gateway.route",
+        "lora",
+        "manifest",
+        "models",
+        "qwen_finetune",
+    },
     "gateway.serve": {
         *("errors", "files", "gateway", "lora", "manifest", "models", "server", "wire", "distributed_coordinator"),
         *("arena.engines", "arena.engines.protocol", "arena.engines.verify"),

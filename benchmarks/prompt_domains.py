@@ -1,0 +1,85 @@
+"""Domains to route between: the demonstration's three, and nine cut from packages that are installed for the tests.
+
+Nothing is downloaded for the nine. Some are close on purpose: library code, stubs, tests and Cython; C, C++ and CUDA;
+manuals, package descriptions and doctests.
+"""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from fedmoe.datasets.chunks import prose_chunks
+from fedmoe.datasets.domains import DOMAINS, TEST, TRAIN, split_chunks
+from fedmoe.datasets.sources import Document
+
+Item = TypeVar("Item")
+
+_MOST_BYTES = 300_000
+_MOST_FILES = 150
+
+
+@dataclass(frozen=True)
+class PromptDomain:
+    """Texts to learn a domain from and texts of other files to test with."""
+
+    name: str
+    train: Sequence[str]
+    test: Sequence[str]
+
+
+def _ends(*endings: str, inside: str = "") -> Callable[[str], bool]:
+    return lambda path: path.endswith(endings) and inside in path
+
+
+#: Domain -> which files of the installed packages it is made of, from easy to hard.
+INSTALLED: dict[str, Callable[[str], bool]] = {
+    "cpp": _ends(".h", ".hpp", ".cc", ".cpp", inside="torch/include/"),
+    "c": _ends(".c"),
+    "stubs": _ends(".pyi", inside="mypy/typeshed/"),
+    "readmes": _ends(".dist-info/METADATA"),
+    "cython": _ends(".pyx", ".pxd", ".pxi"),
+    "doctests": _ends(".doctest"),
+    "tests": lambda path: "sympy/" in path and "/tests/test_" in path and path.endswith(".py"),
+    "cuda": _ends(".cuh"),
+    "cmake": _ends(".cmake"),
+}
+NAMES = (*DOMAINS, *INSTALLED)
+
+
+def load_domains(built: Path, names: Sequence[str], train: int, test: int) -> list[PromptDomain]:
+    """The named domains with at most so many texts; `built` is where `fedmoe data` wrote the first three."""
+    return [_built(built / name, train, test) if name in DOMAINS else _installed(name, train, test) for name in names]
+
+
+def _built(folder: Path, train: int, test: int) -> PromptDomain:
+    texts = [
+        [str(json.loads(line)["text"]) for line in (folder / file).read_text("utf-8").splitlines()]
+        for file in (TRAIN, TEST)
+    ]
+    return PromptDomain(folder.name, _spaced(texts[0], train), _spaced(texts[1], test))
+
+
+def _installed(name: str, train: int, test: int) -> PromptDomain:
+    root = Path(sysconfig.get_path("purelib"))
+    paths = [path for path in sorted(root.rglob("*")) if INSTALLED[name](path.relative_to(root).as_posix())]
+    chosen = [path for path in paths if path.is_file() and path.stat().st_size < _MOST_BYTES]
+    documents = [
+        Document(path.relative_to(root).as_posix(), path.read_text("utf-8", errors="replace"))
+        for path in _spaced(chosen, _MOST_FILES)
+    ]
+    rows, held_out, _ = split_chunks(documents, prose_chunks)
+    if not rows or not held_out:
+        raise SystemExit(f"domain {name}: nothing in {root}; install the project with its dev extra")
+    return PromptDomain(name, _spaced([row.text for row in rows], train), _spaced([row.text for row in held_out], test))
+
+
+def _spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` items, evenly spread: neighbours come from one file."""
+    if len(items) <= count:
+        return list(items)
+    return [items[place * len(items) // count] for place in range(count)]

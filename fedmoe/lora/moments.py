@@ -1,0 +1,267 @@
+"""Second moments of what goes into the adapted modules: what a site tells of its data so that experts merge well.
+
+For inputs x of one module, G = mean of x x' (n x n, n = in_features) is too large to keep or send. A site keeps its
+diagonal and a sketch G @ Omega (n x q) instead, both of which add up batch by batch. Omega is drawn from a seed and the
+module's name, so every site has the same and sketches can be averaged. From these numbers `approximate` rebuilds G as a
+low-rank part plus a diagonal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmoe.lora.adapter import FloatMatrix, FloatVector, ShapeError
+from fedmoe.lora.container import Buffer, MalformedError, MismatchError, encode_named, read_header, read_named, shown
+
+Matrix64 = NDArray[np.float64]
+
+# Directions in which Omega is a thousandth of what it is in others: their sketch is float32 rounding.
+_SOUND = 1e-6
+_KIND = "fedmoe-input-moments"
+_DIAGONAL, _SKETCH = ".diagonal", ".sketch"
+
+
+def omega(seed: int, module: str, features: int, columns: int) -> FloatMatrix:
+    """The test matrix of one module, (features, columns) float32: signs +1 and -1, the same at every site.
+
+    With `columns == features` it is the identity, so that the sketch is G itself; more columns are refused.
+    """
+    if seed < 0 or not 1 <= columns <= features:
+        raise ValueError(
+            f"Omega of {module!r} needs a seed of at least 0 and 1 to {features} columns, got {seed} and {columns}"
+        )
+    if columns == features:
+        return np.eye(features, dtype=np.float32)
+    key = hashlib.sha256(f"{seed}:{module}".encode()).digest()
+    count = features * columns
+    # numpy promises the same raw bits in every version; of its normal numbers it does not.
+    words = np.random.PCG64(int.from_bytes(key, "little")).random_raw(-(-count // 64)).astype("<u8")
+    bits = np.unpackbits(words.view(np.uint8), count=count)
+    return (bits.astype(np.float32) * 2 - 1).reshape(features, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleMoments:
+    """One module's moments: `diagonal` (n,) is the mean of x^2, `sketch` (n, q) is G @ Omega; float32, read-only.
+
+    q = n means that the sketch is G itself. Raises `ShapeError` for other shapes or types and `ValueError` for numbers
+    that no G can have.
+    """
+
+    diagonal: FloatVector
+    sketch: FloatMatrix
+
+    def __post_init__(self) -> None:
+        for name, values, dimensions in (("diagonal", self.diagonal, 1), ("sketch", self.sketch, 2)):
+            if values.dtype != np.float32 or values.ndim != dimensions:
+                raise ShapeError(
+                    f"the {name} must be float32 with {dimensions} axes, got {values.dtype} {values.shape}"
+                )
+            if not np.isfinite(values).all():
+                raise ValueError(f"the {name} holds a NaN or an infinity; leave out the batch that made it")
+            view = values.view()
+            view.flags.writeable = False
+            object.__setattr__(self, name, view)
+        if self.sketch.shape[0] != self.features or not 1 <= self.columns <= self.features:
+            raise ShapeError(
+                f"a sketch for {self.features} features has that many rows and at most as many columns, "
+                f"got {self.sketch.shape}"
+            )
+        if (self.diagonal < 0).any():
+            raise ValueError(f"the diagonal is a mean of squares, its least number is {self.diagonal.min():g}")
+
+    @property
+    def features(self) -> int:
+        """n, the module's in_features."""
+        return len(self.diagonal)
+
+    @property
+    def columns(self) -> int:
+        """q, the columns of the sketch."""
+        return int(self.sketch.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """A positive semidefinite matrix F F' + diag(d): `factor` F (n, k) and `diagonal` d (n,) >= 0, float64."""
+
+    factor: Matrix64
+    diagonal: Matrix64
+
+    @property
+    def features(self) -> int:
+        """n, rows and columns of the matrix."""
+        return len(self.diagonal)
+
+    def rows(self, left: Matrix64) -> Matrix64:
+        """left @ G for `left` (m, n); no n x n matrix is formed."""
+        return (left @ self.factor) @ self.factor.T + left * self.diagonal
+
+    @cached_property
+    def full_diagonal(self) -> Matrix64:
+        """The diagonal of the whole matrix, (n,)."""
+        squares: Matrix64 = np.square(self.factor).sum(axis=1)
+        return squares + self.diagonal
+
+    def dense(self) -> Matrix64:
+        """The n x n matrix, for small n."""
+        return self.factor @ self.factor.T + np.diag(self.diagonal)
+
+    def plus(self, ridge: float) -> Gram:
+        """G + ridge I."""
+        return Gram(self.factor, self.diagonal + ridge)
+
+    def solve(self, left: Matrix64) -> Matrix64:
+        """left @ G^-1 for `left` (m, n); every number of `diagonal` must be above 0.
+
+        By Woodbury's identity through a k x k matrix; where k >= n the n x n matrix is the smaller one.
+        """
+        if self.factor.shape[1] >= self.features:
+            return np.asarray(np.linalg.solve(self.dense(), left.T).T, np.float64)
+        scaled = self.factor / self.diagonal[:, None]
+        inner = np.eye(self.factor.shape[1]) + self.factor.T @ scaled
+        return left / self.diagonal - np.linalg.solve(inner, (left @ scaled).T).T @ scaled.T
+
+
+def sum_of_grams(terms: Sequence[tuple[float, Gram]]) -> Gram:
+    """sum_i w_i G_i for weights w_i >= 0; the factors are laid side by side."""
+    factor = np.hstack([np.sqrt(weight) * gram.factor for weight, gram in terms])
+    return Gram(factor, np.sum([weight * gram.diagonal for weight, gram in terms], axis=0))
+
+
+@dataclass(frozen=True, eq=False)
+class InputMoments:
+    """The moments of every adapted module over `tokens` inputs, with the seed that Omega was drawn from."""
+
+    modules: Mapping[str, ModuleMoments]
+    tokens: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise ShapeError("moments need at least one module, got none")
+        if self.tokens < 1 or self.seed < 0:
+            raise ValueError(f"moments need tokens >= 1 and a seed >= 0, got {self.tokens} and {self.seed}")
+        object.__setattr__(self, "modules", {name: self.modules[name] for name in sorted(self.modules)})
+
+    @cached_property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Modules by what goes into them: query, key and value of a layer have one input, so do gate and up.
+
+        Equal inputs have diagonals that are equal to the bit. Their sketches differ, because Omega does.
+        """
+        found: dict[bytes, list[str]] = {}
+        for name, module in self.modules.items():
+            found.setdefault(module.diagonal.tobytes(), []).append(name)
+        return tuple(tuple(names) for names in found.values())
+
+    def group_of(self, module: str) -> tuple[str, ...]:
+        """The modules with the same input as this one, itself among them; `KeyError` for a module that is not there."""
+        return self._group_of[module]
+
+    @cached_property
+    def _group_of(self) -> dict[str, tuple[str, ...]]:
+        return {name: group for group in self.groups for name in group}
+
+    def approximate(self, module: str) -> Gram:
+        """G of one module, rebuilt from the diagonal and the sketches of all modules with the same input.
+
+        Raises `KeyError` for a module that is not there.
+        """
+        group = [(name, self.modules[name]) for name in self.group_of(module)]
+        for name, found in group:
+            if found.columns == found.features:
+                group = [(name, found)]
+                break
+        tests = [omega(self.seed, name, found.features, found.columns) for name, found in group]
+        sketches = np.hstack([found.sketch for _, found in group])
+        return nystrom(self.modules[module].diagonal, sketches, np.hstack(tests))
+
+    def to_tensors(self) -> dict[str, NDArray[np.float32]]:
+        """`<module>.diagonal` and `<module>.sketch` for every module."""
+        tensors: dict[str, NDArray[np.float32]] = {}
+        for name, module in self.modules.items():
+            tensors[name + _DIAGONAL] = module.diagonal
+            tensors[name + _SKETCH] = module.sketch
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, NDArray[np.float32]], tokens: int, seed: int) -> InputMoments:
+        """What `to_tensors` gave; raises `MismatchError` for missing or foreign names."""
+        names = sorted({name.rpartition(".")[0] for name in tensors})
+        expected = {name + part for name in names for part in (_DIAGONAL, _SKETCH)}
+        if tensors.keys() != expected:
+            odd = sorted(tensors.keys() ^ expected)
+            raise MismatchError("tensor_mismatch", f"every module needs a diagonal and a sketch; see {shown(odd)}")
+        modules = {name: ModuleMoments(tensors[name + _DIAGONAL], tensors[name + _SKETCH]) for name in names}
+        return cls(modules, tokens, seed)
+
+    def to_bytes(self) -> bytes:
+        """As safetensors; tokens and seed are in the metadata."""
+        return encode_named(self.to_tensors(), {"format": _KIND, "tokens": str(self.tokens), "seed": str(self.seed)})
+
+    @classmethod
+    def from_bytes(cls, body: Buffer) -> InputMoments:
+        """What `to_bytes` wrote; raises `MalformedError`, `MismatchError`, `ShapeError` or `ValueError`."""
+        _, metadata, _ = read_header(body)
+        if metadata.get("format") != _KIND:
+            raise MismatchError("format", f"not a file of input moments: format is {metadata.get('format')!r}")
+        counts = [metadata.get(key, "") for key in ("tokens", "seed")]
+        if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in counts):
+            raise MalformedError("malformed", f"tokens and seed must be whole numbers, got {shown(counts)}")
+        return cls.from_tensors(read_named(body), int(counts[0]), int(counts[1]))
+
+
+def nystrom(diagonal: FloatVector, sketch: FloatMatrix, test: FloatMatrix) -> Gram:
+    """PSD G from its diagonal, Y = G Omega and Omega: Nystrom's Y (Omega' Y)^+ Y' plus what the diagonal has beyond it.
+
+    Stable with the shift of Tropp, Yurtsever, Udell and Cevher 2017 (Algorithm 3).
+    """
+    wide = test.astype(np.float64)
+    sizes, mix = np.linalg.eigh(wide.T @ wide)
+    sound = sizes > _SOUND * sizes[-1]
+    mix = mix[:, sound] / np.sqrt(sizes[sound])
+    basis, y = wide @ mix, sketch.astype(np.float64) @ mix
+    shift = float(np.finfo(np.float32).eps) * float(np.linalg.norm(y))
+    y += shift * basis
+    core = basis.T @ y
+    values, vectors = np.linalg.eigh((core + core.T) / 2)
+    real = values > shift
+    left = y @ (vectors[:, real] / np.sqrt(values[real]))
+    # Its singular values squared, less the shift, are the eigenvalues; what does not exceed the shift is rounding.
+    squares, turned = np.linalg.eigh(left.T @ left)
+    real = squares > shift
+    factor = left @ (turned[:, real] * np.sqrt((squares[real] - shift) / squares[real]))
+    remainder = diagonal.astype(np.float64) - np.einsum("ij,ij->i", factor, factor)
+    return Gram(factor, np.clip(remainder, 0.0, None))
+
+
+def merge_moments(parts: Sequence[InputMoments]) -> InputMoments:
+    """The moments of all inputs together: means weighted by tokens.
+
+    Raises `ShapeError` for parts with other modules, shapes or seeds: their Omega differs.
+    """
+    if not parts:
+        raise ShapeError("there are no moments to merge: at least one part is needed")
+    first = parts[0]
+    shapes = {name: module.sketch.shape for name, module in first.modules.items()}
+    for part in parts:
+        if part.seed != first.seed:
+            raise ShapeError(f"moments with seeds {first.seed} and {part.seed} have other sketches; use one seed")
+        if {name: module.sketch.shape for name, module in part.modules.items()} != shapes:
+            raise ShapeError("moments of other modules or sketch sizes cannot be merged; use one base and one size")
+    tokens = sum(part.tokens for part in parts)
+    shares = [part.tokens / tokens for part in parts]
+    modules = {}
+    for name in shapes:
+        pairs = [(share, part.modules[name]) for share, part in zip(shares, parts, strict=True)]
+        diagonal = sum((share * module.diagonal.astype(np.float64) for share, module in pairs), np.float64(0))
+        sketch = sum((share * module.sketch.astype(np.float64) for share, module in pairs), np.float64(0))
+        modules[name] = ModuleMoments(np.asarray(diagonal, np.float32), np.asarray(sketch, np.float32))
+    return InputMoments(modules, tokens, first.seed)

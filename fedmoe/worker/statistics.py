@@ -1,0 +1,144 @@
+"""What a worker tells of its data, besides updates, so that experts merge and route well. Off unless asked for.
+
+What is disclosed: of the prompts, in two halves, how many samples there were, the mean of their features on the base
+model, and of their covariance the 64 main directions and the diagonal of what is left (at most 66 d numbers a half); of
+the inputs of the adapted modules how many tokens, the mean of their squares and a random sketch of their second moment
+((q + 1) n numbers a module). No text, no token and no single prompt's features: every number is taken over at least
+half of `LEAST_PROMPTS` samples. That is no anonymity: the numbers tell what the data are about, whoever has a guess of
+a text can test whether it was likely among so few, and no noise is added. All of it is made on the public base model
+from a bounded sample, so it is made once and does not follow the training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedmoe.datasets.packing import Block, collate
+from fedmoe.datasets.render import MASKED, IntArray
+from fedmoe.gateway.prompt_statistics import PromptStatistics
+from fedmoe.lora.adapter import FloatMatrix
+from fedmoe.lora.moments import InputMoments
+from fedmoe.models.base import LoadedBase
+from fedmoe.models.input_moments import MomentsCollector
+from fedmoe.models.prompt_features import prefix_features
+
+#: Fewer samples than this say too much about each of them, and too little about the domain.
+LEAST_PROMPTS = 16
+#: Beginnings of a text that stand for prompts, in tokens; short ones are vaguer, and a router has to know that.
+PROMPT_LENGTHS = (8, 16, 32, 64)
+#: The longest prompt, in tokens, whose end is still looked at.
+LONGEST_PROMPT = 256
+# Samples between two looks at the clock.
+_SAMPLES_AT_ONCE = 16
+
+
+class TooLittleDataError(ValueError):
+    """Too few samples to disclose anything about them."""
+
+
+@dataclass(frozen=True, eq=False)
+class DataStatistics:
+    """What one worker discloses; `prompts` and `moments` each as bytes of a few MB at most."""
+
+    prompts: PromptStatistics
+    moments: InputMoments
+
+    def to_bytes(self) -> dict[str, bytes]:
+        """Kind of statistic -> safetensors."""
+        return {"prompts": self.prompts.to_bytes(), "moments": self.moments.to_bytes()}
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsBudget:
+    """At most about so many tokens through the base model for prompts, as many for moments, and so many seconds."""
+
+    tokens: int = 6_000
+    seconds: float = 120.0
+
+
+def data_statistics(
+    base: LoadedBase,
+    blocks: Sequence[Block],
+    targets: Sequence[str] | str,
+    budget: StatisticsBudget | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> DataStatistics:
+    """The statistics of packed training blocks on a bare base model (call it before an adapter is attached).
+
+    Blocks are taken in order until the budget is used up; `pack` has shuffled them. However slow the machine,
+    `LEAST_PROMPTS` prompts and one block are used. Raises `TooLittleDataError` for blocks with fewer samples.
+    """
+    allowed = budget or StatisticsBudget()
+    started = clock()
+    prompts = prompt_statistics(base, blocks, allowed.tokens, lambda: clock() - started > allowed.seconds / 2)
+    left = allowed.tokens
+    with MomentsCollector(base, targets) as collector:
+        for block in blocks:
+            collector.add(collate([block]))
+            left -= int(np.count_nonzero(block.segment_ids >= 0))
+            if left <= 0 or clock() - started > allowed.seconds:
+                break
+    return DataStatistics(prompts, collector.moments())
+
+
+def prompt_statistics(
+    base: LoadedBase, blocks: Sequence[Block], tokens: int, is_over: Callable[[], bool] = lambda: False
+) -> PromptStatistics:
+    """The statistics of the prompts in `blocks`, of about `tokens` tokens, fewer once `is_over` says so.
+
+    A sample whose beginning carries no loss (a question with its answer) gives that beginning, up to `LONGEST_PROMPT`
+    tokens. Other samples (running text) give their first 8, 16, 32 and 64 tokens, all out of one pass. Raises
+    `TooLittleDataError` where there are not `LEAST_PROMPTS` samples of at least two tokens.
+    """
+    chosen = _chosen(blocks, tokens)
+    if len(chosen) < LEAST_PROMPTS:
+        raise TooLittleDataError(
+            f"statistics are made of at least {LEAST_PROMPTS} samples of two tokens or more, there are {len(chosen)}; "
+            "give the worker more data, or let it send none"
+        )
+    parts: list[FloatMatrix] = []
+    of_row: list[int] = []
+    for start in range(0, len(chosen), _SAMPLES_AT_ONCE):
+        ids, lengths = zip(*chosen[start : start + _SAMPLES_AT_ONCE], strict=True)
+        parts.append(prefix_features(base, ids, lengths))
+        of_row += [start + place for place, wanted in enumerate(lengths) for _ in wanted]
+        if is_over():
+            break
+    return PromptStatistics.of(np.concatenate(parts), of_row)
+
+
+def _chosen(blocks: Sequence[Block], tokens: int) -> list[tuple[IntArray, tuple[int, ...]]]:
+    """Samples with the lengths of their prompts: until `tokens` are used, but not fewer than `LEAST_PROMPTS`."""
+    chosen: list[tuple[IntArray, tuple[int, ...]]] = []
+    used = 0
+    for ids, labels in _samples(blocks):
+        if used >= tokens and len(chosen) >= LEAST_PROMPTS:
+            break
+        if lengths := _prompt_lengths(labels):
+            chosen.append((ids, lengths))
+            used += lengths[-1]
+    return chosen
+
+
+def _samples(blocks: Sequence[Block]) -> Iterator[tuple[IntArray, IntArray]]:
+    """Tokens and labels of every sample, in the blocks' order."""
+    for block in blocks:
+        for segment in range(int(block.segment_ids.max()) + 1):
+            inside = block.segment_ids == segment
+            yield block.input_ids[inside], block.labels[inside]
+
+
+def _prompt_lengths(labels: IntArray) -> tuple[int, ...]:
+    """How many of a sample's first tokens are a prompt, rising; nothing for a sample too short to have one."""
+    learned = np.flatnonzero(labels != MASKED)
+    # The first token never carries loss, so in running text the second is the first that does.
+    asked = int(learned[0]) if learned.size else len(labels)
+    if asked > 1:
+        return (min(asked, LONGEST_PROMPT),)
+    if len(labels) < 2:
+        return ()
+    return tuple(length for length in PROMPT_LENGTHS if length <= len(labels)) or (len(labels),)

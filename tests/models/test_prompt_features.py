@@ -1,0 +1,146 @@
+"""Prompt features: what they are, that a batch changes nothing, and that the model is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from fedmoe.lora.adapter import FloatMatrix
+from fedmoe.models.base import LoadedBase, load_base
+from fedmoe.models.prompt_features import ALL_LAYERS, prefix_features, prompt_features, routing_layer, row_energies
+
+LENGTHS = (5, 1, 64, 2, 17, 40)
+
+
+@pytest.fixture(scope="module")
+def base() -> LoadedBase:
+    return load_base("tiny", "cpu", "fp32")
+
+
+def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[list[int]]:
+    draws = np.random.default_rng(seed)
+    return [draws.integers(0, 256, length).tolist() for length in lengths]
+
+
+def states(base: LoadedBase, ids: list[int], layer: int) -> torch.Tensor:
+    """Hidden states of one prompt as transformers gives them, after the last norm."""
+    with torch.no_grad():
+        found = base.model.base_model(torch.tensor([ids]), output_hidden_states=True)
+        if layer == ALL_LAYERS:
+            return found.last_hidden_state[0]
+        return base.model.base_model.norm(found.hidden_states[layer])[0]
+
+
+@pytest.mark.parametrize("layer", [1, ALL_LAYERS])
+def test_features_are_the_mean_state_without_the_first_position(base: LoadedBase, layer: int) -> None:
+    found = prompt_features(base, prompts(), layer)
+    assert found.dtype == np.float32
+    for row, ids in zip(found, prompts(), strict=True):
+        expected = states(base, ids, layer)
+        expected = expected[1:].mean(dim=0) if len(ids) > 1 else expected[0]
+        np.testing.assert_allclose(row, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_quarter_of_the_layers_is_the_default(base: LoadedBase) -> None:
+    assert routing_layer(base) == 1  # of two
+    np.testing.assert_array_equal(prompt_features(base, prompts()), prompt_features(base, prompts(), 1))
+
+
+def test_features_do_not_depend_on_the_batch(base: LoadedBase) -> None:
+    together = prompt_features(base, prompts(), ALL_LAYERS)
+    alone = np.concatenate([prompt_features(base, [ids], ALL_LAYERS) for ids in prompts()])
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+    turned = prompt_features(base, prompts()[::-1], ALL_LAYERS)[::-1]
+    np.testing.assert_allclose(together, turned, rtol=0, atol=1e-5)
+
+
+def test_many_prompts_are_cut_into_batches(base: LoadedBase) -> None:
+    many = prompts([300] * 20 + [3] * 5)
+    found = prompt_features(base, many)
+    np.testing.assert_allclose(found[[0, 19, 24]], prompt_features(base, [many[0], many[19], many[24]]), atol=1e-5)
+
+
+def test_beginnings_out_of_one_pass_are_the_features_of_the_beginnings(base: LoadedBase) -> None:
+    wanted = [(2, 5), (), (64, 1, 9), (2,), (16,), (1, 40)]
+    found = prefix_features(base, prompts(), wanted)
+    cut = [ids[:length] for ids, lengths in zip(prompts(), wanted, strict=True) for length in lengths]
+    np.testing.assert_allclose(found, prompt_features(base, cut), rtol=0, atol=1e-5)
+
+
+def hooks(base: LoadedBase) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in base.model.modules())
+
+
+def test_the_model_is_left_as_it_was(base: LoadedBase) -> None:
+    body = base.model.base_model
+    layers, logits, before = body.layers, base.model(torch.tensor([[1, 2, 3]])).logits, hooks(base)
+    prompt_features(base, prompts(), 1)
+    row_energies(base, prompts(), projections(base))
+    assert body.layers is layers
+    assert len(layers) == 2
+    assert hooks(base) == before
+    torch.testing.assert_close(base.model(torch.tensor([[1, 2, 3]])).logits, logits, rtol=0, atol=0)
+
+
+def test_a_bf16_base_gives_float32_features() -> None:
+    found = prompt_features(load_base("tiny", "cpu", "bf16"), prompts())
+    assert found.dtype == np.float32
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.gpu
+def test_features_on_a_gpu_are_those_of_the_processor(base: LoadedBase) -> None:
+    found = prompt_features(load_base("tiny", "cuda", "fp32"), prompts())
+    np.testing.assert_allclose(found, prompt_features(base, prompts()), rtol=1e-3, atol=1e-3)
+
+
+def test_no_prompt_gives_no_row(base: LoadedBase) -> None:
+    assert prompt_features(base, []).shape == (0, 64)
+
+
+def test_what_has_no_features_is_refused(base: LoadedBase) -> None:
+    with pytest.raises(ValueError, match="prompt 1 has 0 tokens"):
+        prompt_features(base, [[1], []])
+    with pytest.raises(ValueError, match=r"prompt 0 has 3 tokens; lengths must be 1 to that, got \[4\]"):
+        prefix_features(base, [[1, 2, 3]], [(4,)])
+    with pytest.raises(ValueError, match="1 prompts need as many lists of lengths, got 2"):
+        prefix_features(base, [[1, 2, 3]], [(1,), (2,)])
+    for layer in (0, 3, -2):
+        with pytest.raises(ValueError, match="layer must be 1 to 2"):
+            prompt_features(base, prompts(), layer)
+    with pytest.raises(ValueError, match="at least one token"):
+        row_energies(base, [[]], projections(base))
+
+
+def projections(base: LoadedBase, rows: int = 3) -> dict[str, FloatMatrix]:
+    draws = np.random.default_rng(5)
+    named = dict(base.model.named_modules())
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
+    return {name: draws.standard_normal((rows, named[name].in_features)).astype(np.float32) for name in names}
+
+
+def test_energies_of_rows_are_means_over_modules_and_positions(base: LoadedBase) -> None:
+    rows = projections(base)
+    found = row_energies(base, prompts(), rows)
+    assert found.shape == (len(LENGTHS), 3)
+    for place, ids in enumerate(prompts()):
+        np.testing.assert_allclose(found[place], plain_energies(base, ids, rows), rtol=1e-3)
+
+
+def plain_energies(base: LoadedBase, ids: list[int], rows: dict[str, FloatMatrix]) -> FloatMatrix:
+    heard: dict[str, torch.Tensor] = {}
+    for name in rows:
+        module = base.model.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, given, name=name: heard.__setitem__(name, given[0][0]))
+    base.model(torch.tensor([ids]))
+    for name in rows:
+        base.model.get_submodule(name)._forward_pre_hooks.clear()
+    found = []
+    for name, matrix in rows.items():
+        x = heard[name].numpy().astype(np.float64)
+        x = x[1:] if len(x) > 1 else x
+        found.append((np.square(x @ matrix.T) * x.shape[1] / np.square(x).sum(axis=1, keepdims=True)).mean(axis=0))
+    return np.asarray(np.mean(found, axis=0), np.float32)
