@@ -3,32 +3,77 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 
 from fedmoe.lora.adapter import Adapter, ShapeError
-from fedmoe.lora.algebra import recompress, stack
+from fedmoe.lora.algebra import Recompressed, recompress, stack
+from fedmoe.lora.audit import module_norms
+from fedmoe.lora.moments import InputMoments
+from fedmoe.lora.regmean import RANK_CAP, SCALE, regmean
+
+#: One scale for all experts where nothing better is known: between the best of two measurements, 0.5 and 0.75.
+DAMPING = 0.6
+
+NormCap = Literal["module", "whole"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Merged:
-    """A merged adapter with the weight of every source and what a rank cut lost (0 when nothing was cut)."""
+    """A merged adapter and how it was made.
+
+    The product is `scale` times the sum of `weights` times the experts' products, or what `regmean` makes of them.
+    `truncation_error` is what a rank cut lost, relative, 0 when nothing was cut (of outputs for `regmean`, else of the
+    product); `strategy` is the one that was used and `notes` say in words what else was done.
+    """
 
     adapter: Adapter
     weights: Mapping[str, float]
     truncation_error: float
+    strategy: str
+    scale: float = 1.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return self.adapter.rank
 
 
-def _equal_weights(count: int) -> float:
-    return 1.0 / count
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """What sets a strategy apart: the weight of each of `count` experts, and the scale for as many if it has one."""
+
+    weight: Callable[[int], float]
+    normalised: bool = False
+    scale: Callable[[int], float] | None = None
 
 
-def _unit_weights(count: int) -> float:
+def _unit(count: int) -> float:
     return 1.0
 
 
-#: Strategy name -> weight of each of `count` experts.
-STRATEGIES: dict[str, Callable[[int], float]] = {"weighted_average": _equal_weights, "sum": _unit_weights}
+def _equal(count: int) -> float:
+    return 1.0 / count
+
+
+def _scale_of_several(value: float) -> Callable[[int], float]:
+    return lambda count: value if count > 1 else 1.0
+
+
+#: Strategy name -> what it does, for those that need nothing but the experts. `concat` is `sum` by the name other tools
+#: give to the exact stack.
+STRATEGIES: dict[str, Strategy] = {
+    "weighted_average": Strategy(_equal, normalised=True),
+    "sum": Strategy(_unit),
+    "concat": Strategy(_unit),
+    "scaled": Strategy(_unit, scale=_scale_of_several(DAMPING)),
+}
+#: Those that need the input moments of every expert as well.
+STRATEGIES_WITH_MOMENTS: dict[str, Strategy] = {"regmean": Strategy(_unit, scale=_scale_of_several(SCALE))}
 
 
 def plan_weights(
@@ -36,25 +81,31 @@ def plan_weights(
 ) -> dict[str, float]:
     """The weight of every expert, in name order.
 
-    `given` weights are normalised for `weighted_average` and used as they are for `sum`.
+    `given` weights are normalised for `weighted_average` and used as they are for all others.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}; known: {', '.join(sorted(STRATEGIES))}")
+    chosen = _strategy(strategy)
     if not names:
         raise ValueError("there is no expert to merge yet; a worker has to register one first")
     ordered = sorted(names)
     if given is None:
-        return dict.fromkeys(ordered, STRATEGIES[strategy](len(ordered)))
-    return _given_weights(ordered, strategy, given)
+        return dict.fromkeys(ordered, chosen.weight(len(ordered)))
+    return _given_weights(ordered, chosen, given)
 
 
-def _given_weights(ordered: list[str], strategy: str, given: Mapping[str, float]) -> dict[str, float]:
+def _strategy(name: str) -> Strategy:
+    known = STRATEGIES | STRATEGIES_WITH_MOMENTS
+    if name not in known:
+        raise ValueError(f"unknown strategy {name!r}; known: {', '.join(sorted(known))}")
+    return known[name]
+
+
+def _given_weights(ordered: list[str], strategy: Strategy, given: Mapping[str, float]) -> dict[str, float]:
     if set(given) != set(ordered):
         raise ValueError(f"weights name {sorted(given)}, the experts are {ordered}; name every expert once")
     total = sum(given[name] for name in ordered)  # in name order: rounding must not depend on the mapping's order
     if not all(given[name] >= 0 for name in ordered) or not 0 < total < math.inf:
         raise ValueError(f"weights and their sum must be finite, not negative and not all zero, got {dict(given)}")
-    divisor = total if strategy == "weighted_average" else 1.0
+    divisor = total if strategy.normalised else 1.0
     return {name: given[name] / divisor for name in ordered}
 
 
@@ -63,16 +114,131 @@ def merge(
     strategy: str = "weighted_average",
     weights: Mapping[str, float] | None = None,
     rank: int | None = None,
+    *,
+    energy: float | None = None,
+    scale: float | None = None,
+    moments: Mapping[str, InputMoments] | None = None,
+    without_moments: str | None = None,
+    norm_cap: NormCap | None = None,
+    start: Adapter | None = None,
 ) -> Merged:
-    """Merge experts exactly in the product, sum_k w_k s_k B_k A_k; cut to `rank` only if asked.
+    """Merge experts exactly in the product, scale * sum_k w_k s_k B_k A_k, or by `regmean`; cut only if asked.
 
+    The result has the sum of ranks; or `rank`; or with `energy` in (0, 1] the smallest rank that keeps this share of
+    every module, at most `rank` (64 if not given). `scale` is for `scaled` and `regmean`. `without_moments` names the
+    strategy to take where `regmean` lacks the moments of an expert, which is an error otherwise. `norm_cap` shrinks
+    experts that are larger than the median one, whole or in each module. With `start`, from which all experts went on,
+    the deltas expert - start are merged and the start is added.
     The order of `experts` does not matter: sources are taken in name order, so the bytes are the same.
     """
-    planned = plan_weights(list(experts), strategy, weights)
+    used, notes = _strategy_in_reach(strategy, experts, moments or {}, without_moments)
+    planned = plan_weights(list(experts), used, weights)
     if rank is not None and rank < 1:
         raise ShapeError(f"the gateway's rank must be at least 1, got {rank}")
-    exact = stack([(weight, experts[name]) for name, weight in planned.items()])
-    if rank is None or rank >= exact.rank:
-        return Merged(exact, planned, 0.0)
-    cut = recompress(exact, rank)
-    return Merged(cut.adapter, planned, cut.truncation_error)
+    factor = _scale(used, scale if used == strategy else None, len(planned))
+    ordered = {name: experts[name] for name in planned}
+    if norm_cap is not None:
+        ordered, done = capped(ordered, norm_cap, start)
+        notes += done
+    if used in STRATEGIES_WITH_MOMENTS:
+        assert moments is not None
+        result = regmean(ordered, moments, factor, weights=planned, rank=rank, energy=energy, start=start)
+    else:
+        terms = [(factor * weight, ordered[name]) for name, weight in planned.items()]
+        rest = [] if start is None else [(1.0 - math.fsum(share for share, _ in terms), start)]
+        result = _cut(stack(terms + rest), rank, energy)
+    return Merged(result.adapter, planned, result.truncation_error, used, factor, notes)
+
+
+def _strategy_in_reach(
+    strategy: str,
+    experts: Mapping[str, Adapter],
+    moments: Mapping[str, InputMoments],
+    otherwise: str | None,
+) -> tuple[str, tuple[str, ...]]:
+    """The strategy asked for, or the one named for the case that moments are missing with a note that says so."""
+    _strategy(strategy)
+    missing = sorted(experts.keys() - moments.keys())
+    if strategy not in STRATEGIES_WITH_MOMENTS or not missing:
+        return strategy, ()
+    if otherwise is None:
+        raise ValueError(
+            f"{strategy} needs the input moments of every expert and has none of {missing}; collect them on the "
+            "experts' training text, or name a strategy to take without them"
+        )
+    if otherwise not in STRATEGIES:
+        raise ValueError(f"{otherwise!r} is no strategy without moments; choose from {', '.join(sorted(STRATEGIES))}")
+    return otherwise, (
+        f"{strategy} was asked for; without input moments of {', '.join(missing)} it became {otherwise}",
+    )
+
+
+def _scale(strategy: str, given: float | None, count: int) -> float:
+    default = _strategy(strategy).scale
+    if given is None:
+        return 1.0 if default is None else default(count)
+    if default is None:
+        raise ValueError(f"{strategy} has no scale; use the strategy 'scaled' for {given:g} times the sum")
+    if not 0 < given < math.inf:
+        raise ValueError(f"a scale is a positive number, got {given}")
+    return given
+
+
+def _cut(exact: Adapter, rank: int | None, energy: float | None) -> Recompressed:
+    if energy is None:
+        return Recompressed(exact, 0.0) if rank is None or rank >= exact.rank else recompress(exact, rank)
+    cut = recompress(exact, energy=energy)
+    limit = rank or RANK_CAP
+    return cut if cut.adapter.rank <= limit else recompress(exact, limit)
+
+
+def capped(
+    experts: Mapping[str, Adapter], unit: NormCap, start: Adapter | None = None
+) -> tuple[dict[str, Adapter], tuple[str, ...]]:
+    """The experts with no product larger than the median one, n_i = min(1, median_j |dW_j| / |dW_i|), and notes.
+
+    Per module, or for whole experts; experts that do nothing (in a module) do not count for the median. With `start`,
+    the deltas expert - start are measured and shrunk. Norms are Frobenius norms of the products.
+    """
+    norms = {name: _norms(experts[name], unit, start) for name in sorted(experts)}
+    modules = next(iter(norms.values()), {})
+    usual = {module: _median_of_used([found[module] for found in norms.values()]) for module in modules}
+    result, notes = {}, []
+    for name, found in norms.items():
+        factors = {module: usual[module] / norm for module, norm in found.items() if norm > usual[module]}
+        result[name] = _shrunk(experts[name], factors, start) if factors else experts[name]
+        if factors:
+            where = "" if unit == "whole" else f" in {len(factors)} of {len(modules)} modules"
+            least = min(factors.values())
+            notes.append(f"{name} was larger than the median expert{where}; shrunk to {least:.3g} of its size or more")
+    return result, tuple(notes)
+
+
+#: The name under which the norm of a whole adapter goes.
+_WHOLE = ""
+
+
+def _norms(expert: Adapter, unit: NormCap, start: Adapter | None) -> dict[str, float]:
+    found = module_norms(expert if start is None else stack([(1.0, expert), (-1.0, start)]))
+    return found if unit == "module" else {_WHOLE: math.hypot(*found.values())}
+
+
+def _median_of_used(norms: list[float]) -> float:
+    used = [norm for norm in norms if norm > 0]
+    return statistics.median(used) if used else 0.0
+
+
+def _shrunk(expert: Adapter, factors: Mapping[str, float], start: Adapter | None) -> Adapter:
+    """The expert, or its delta, times a factor per module; at the cost of the start's rank if there is one."""
+    shares = {module.name: factors.get(_WHOLE, factors.get(module.name, 1.0)) for module in expert.layout.modules}
+    smaller = _times(expert, shares)
+    if start is None:
+        return smaller
+    return stack([(1.0, smaller), (1.0, _times(start, {name: 1.0 - share for name, share in shares.items()}))])
+
+
+def _times(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
+    flat = adapter.flat.copy()
+    for module, _, b in adapter.layout.factors(flat):
+        b *= np.float32(factors[module.name])
+    return Adapter(adapter.layout, adapter.alpha, flat)

@@ -7,12 +7,31 @@ from hypothesis import strategies as st
 from lora_cases import adapters, bulk, dense, dense_sum, distance, laws, norm, random_adapter
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
-from fedmoe.lora.merge import STRATEGIES, merge, plan_weights
+from fedmoe.lora.algebra import product_norm, scaled, stack
+from fedmoe.lora.audit import module_norms
+from fedmoe.lora.merge import DAMPING, STRATEGIES, STRATEGIES_WITH_MOMENTS, NormCap, capped, merge, plan_weights
+from fedmoe.lora.moments import InputMoments, ModuleMoments, omega
+from fedmoe.lora.regmean import regmean
 
 LAYOUT = Layout((ModuleShape("q", 20, 12), ModuleShape("up", 9, 31)), 4)
 NAMES = ["python", "sql", "docs", "law"]
 names = st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True)
 strategies = st.sampled_from(sorted(STRATEGIES))
+
+
+def random_moments(seed: int) -> InputMoments:
+    rng = np.random.default_rng(seed)
+    modules = {}
+    for shape in LAYOUT.modules:
+        inputs = rng.standard_normal((50, shape.in_features))
+        gram = inputs.T @ inputs / 50
+        sketch = gram @ omega(0, shape.name, shape.in_features, 4)
+        modules[shape.name] = ModuleMoments(np.diagonal(gram).astype(np.float32), sketch.astype(np.float32))
+    return InputMoments(modules, 50, 0)
+
+
+MOMENTS = {name: random_moments(seed) for seed, name in enumerate(NAMES)}
+EXPERTS = {name: random_adapter(LAYOUT, seed) for seed, name in enumerate(NAMES)}
 
 
 @laws
@@ -21,12 +40,15 @@ def test_a_merge_without_a_cut_is_the_dense_weighted_sum(data: st.DataObject, na
     first = data.draw(adapters())
     experts = {name: data.draw(adapters(first.layout.modules)) for name in named}
     merged = merge(experts, strategy)
-    weight = 1.0 if strategy == "sum" else 1 / len(experts)
-    terms = [(weight, adapter) for adapter in experts.values()]
+    weight = 1 / len(experts) if strategy == "weighted_average" else 1.0
+    scale = DAMPING if strategy == "scaled" and len(experts) > 1 else 1.0
+    terms = [(scale * weight, adapter) for adapter in experts.values()]
     size = sum(weight * bulk(adapter) for adapter in experts.values())
     assert distance(dense(merged.adapter), dense_sum(terms)) <= 1e-5 * size
     assert merged.truncation_error == 0
     assert dict(merged.weights) == dict.fromkeys(experts, weight)
+    assert (merged.strategy, merged.scale, merged.notes) == (strategy, scale, ())
+    assert merged.rank == sum(adapter.rank for adapter in experts.values())
 
 
 @laws
@@ -106,9 +128,168 @@ def test_weights_that_make_no_sense_are_refused(given_weights: dict[str, float],
 
 
 def test_unknown_strategies_no_experts_and_no_rank_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown strategy 'mean'; known: sum, weighted_average"):
+    with pytest.raises(ValueError, match="unknown strategy 'mean'; known: concat, regmean, scaled, sum, weighted"):
         plan_weights(["a"], "mean")
     with pytest.raises(ValueError, match="no expert"):
         merge({})
     with pytest.raises(ShapeError, match="rank"):
         merge({"a": random_adapter(LAYOUT, 0)}, rank=0)
+
+
+def test_no_name_stands_for_two_strategies() -> None:
+    assert set(STRATEGIES) == {"weighted_average", "sum", "concat", "scaled"}
+    assert set(STRATEGIES_WITH_MOMENTS) == {"regmean"}
+
+
+def test_concat_is_the_sum_by_another_name() -> None:
+    assert merge(EXPERTS, "concat").adapter.flat.tobytes() == merge(EXPERTS, "sum").adapter.flat.tobytes()
+    exact = stack([(1.0, EXPERTS[name]) for name in sorted(EXPERTS)])
+    assert merge(EXPERTS, "concat").adapter.flat.tobytes() == exact.flat.tobytes()
+
+
+def test_a_scale_multiplies_the_whole_sum() -> None:
+    merged = merge(EXPERTS, "scaled", scale=0.25, weights={"python": 2.0, "sql": 1.0, "docs": 1.0, "law": 0.0})
+    terms = [(0.5, EXPERTS["python"]), (0.25, EXPERTS["sql"]), (0.25, EXPERTS["docs"])]
+    assert distance(dense(merged.adapter), dense_sum(terms)) <= 1e-6 * norm(dense(merged.adapter))
+    assert merged.scale == 0.25
+
+
+@pytest.mark.parametrize(
+    ("strategy", "scale", "said"),
+    [
+        ("sum", 0.5, "sum has no scale; use the strategy 'scaled'"),
+        ("weighted_average", 1.0, "has no scale"),
+        ("scaled", 0.0, "positive"),
+        ("scaled", float("nan"), "positive"),
+        ("regmean", float("inf"), "positive"),
+    ],
+)
+def test_scales_that_make_no_sense_are_refused(strategy: str, scale: float, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        merge(EXPERTS, strategy, scale=scale, moments=MOMENTS)
+
+
+def test_regmean_is_the_function_of_that_name() -> None:
+    start = random_adapter(LAYOUT, 9)
+    weights = {"python": 1.0, "sql": 3.0, "docs": 1.0, "law": 0.5}
+    for rank, energy in ((None, None), (6, None), (None, 0.8), (5, 0.99)):
+        merged = merge(EXPERTS, "regmean", weights, rank, energy=energy, scale=1.1, moments=MOMENTS, start=start)
+        direct = regmean(EXPERTS, MOMENTS, 1.1, weights=weights, rank=rank, energy=energy, start=start)
+        assert merged.adapter.flat.tobytes() == direct.adapter.flat.tobytes()
+        assert (merged.truncation_error, merged.scale) == (direct.truncation_error, 1.1)
+        assert merged.weights == dict(sorted(weights.items()))
+    assert (merge(EXPERTS, "regmean", moments=MOMENTS).scale, merge(EXPERTS, "regmean", moments=MOMENTS).rank) == (
+        1.2,
+        16,
+    )
+
+
+def test_regmean_without_moments_is_refused_unless_another_strategy_is_named() -> None:
+    some = {name: MOMENTS[name] for name in ("python", "docs")}
+    with pytest.raises(
+        ValueError, match=r"regmean needs the input moments of every expert and has none of \['law', 'sql'\]"
+    ):
+        merge(EXPERTS, "regmean", moments=some)
+    with pytest.raises(ValueError, match=r"none of \['docs', 'law', 'python', 'sql'\]"):
+        merge(EXPERTS, "regmean")
+    with pytest.raises(ValueError, match="'regmean' is no strategy without moments; choose from concat, scaled"):
+        merge(EXPERTS, "regmean", without_moments="regmean")
+    instead = merge(EXPERTS, "regmean", moments=some, scale=1.2, without_moments="scaled")
+    plain = merge(EXPERTS, "scaled")
+    assert instead.adapter.flat.tobytes() == plain.adapter.flat.tobytes()
+    assert (instead.strategy, instead.scale) == ("scaled", DAMPING)
+    assert instead.notes == ("regmean was asked for; without input moments of law, sql it became scaled",)
+    assert merge(EXPERTS, "regmean", moments=MOMENTS, without_moments="scaled").notes == ()
+
+
+@pytest.mark.parametrize("strategy", ["sum", "weighted_average", "scaled", "regmean"])
+def test_a_rank_by_energy_is_the_smallest_that_keeps_it_and_is_bounded(strategy: str) -> None:
+    exact = merge(EXPERTS, strategy, moments=MOMENTS)
+    chosen = merge(EXPERTS, strategy, energy=0.95, moments=MOMENTS)
+    assert 1 < chosen.rank < exact.rank
+    assert 0 < chosen.truncation_error <= 0.05**0.5
+    lower = merge(EXPERTS, strategy, energy=0.95, rank=2, moments=MOMENTS)
+    assert (lower.rank, lower.adapter.flat.tobytes()) == (
+        2,
+        merge(EXPERTS, strategy, rank=2, moments=MOMENTS).adapter.flat.tobytes(),
+    )
+    assert lower.truncation_error > chosen.truncation_error
+
+
+def test_a_rank_by_energy_is_at_most_64() -> None:
+    layout = Layout((ModuleShape("q", 80, 90),), 40)
+    experts = {name: random_adapter(layout, seed) for seed, name in enumerate("ab")}
+    assert merge(experts, "sum", energy=0.999999).rank == 64
+    assert merge(experts, "sum", energy=0.999999, rank=70).rank == 70
+    with pytest.raises(ValueError, match="energy"):
+        merge(experts, "sum", energy=1.5)
+
+
+@laws
+@given(st.permutations(NAMES), st.sampled_from(["module", "whole"]), st.sampled_from(["scaled", "regmean"]))
+def test_no_option_makes_the_order_matter(order: list[str], cap: NormCap, strategy: str) -> None:
+    experts = {**EXPERTS, "law": scaled(EXPERTS["law"], 5.0)}
+    start = random_adapter(LAYOUT, 9)
+    straight = merge(experts, strategy, energy=0.9, moments=MOMENTS, norm_cap=cap, start=start)
+    shuffled = {name: experts[name] for name in order}
+    mixed = merge(shuffled, strategy, energy=0.9, moments=MOMENTS, norm_cap=cap, start=start)
+    assert straight.adapter.flat.tobytes() == mixed.adapter.flat.tobytes()
+    assert straight.notes == mixed.notes != ()
+
+
+def test_an_outlier_is_shrunk_to_the_median_as_a_whole() -> None:
+    experts = {"a": EXPERTS["python"], "b": scaled(EXPERTS["sql"], 50.0), "c": EXPERTS["docs"]}
+    result, notes = capped(experts, "whole")
+    norms = {name: product_norm(expert) for name, expert in experts.items()}
+    median = sorted(norms.values())[1]
+    for name, expert in result.items():
+        assert product_norm(expert) == pytest.approx(min(norms[name], median), rel=1e-5)
+    assert distance(dense(result["b"]), dense(scaled(experts["b"], median / norms["b"]))) <= 1e-5 * median
+    assert notes == (f"b was larger than the median expert; shrunk to {median / norms['b']:.3g} of its size or more",)
+    merged = merge(experts, "sum", norm_cap="whole")
+    assert distance(dense(merged.adapter), dense_sum([(1.0, expert) for expert in result.values()])) <= 1e-5 * median
+    assert merged.notes == notes
+
+
+def test_an_outlier_in_one_module_is_shrunk_there() -> None:
+    flat = EXPERTS["sql"].flat.copy()
+    span = LAYOUT.spans["up"]
+    flat[span.middle : span.stop] *= 50
+    experts = {"a": EXPERTS["python"], "b": Adapter(LAYOUT, 16.0, flat), "c": EXPERTS["docs"]}
+    result, notes = capped(experts, "module")
+    before = {name: module_norms(expert) for name, expert in experts.items()}
+    for name, expert in result.items():
+        for module, found in module_norms(expert).items():
+            median = sorted(norms[module] for norms in before.values())[1]
+            assert found == pytest.approx(min(before[name][module], median), rel=1e-5)
+    assert any(note.startswith("b was larger than the median expert in") for note in notes)
+
+
+def test_experts_that_do_nothing_do_not_shrink_the_others() -> None:
+    idle = Adapter.zeros(LAYOUT, 16.0)
+    experts = {"a": EXPERTS["python"], "b": idle, "c": idle}
+    result, notes = capped(experts, "whole")
+    assert (result, notes) == (experts, ())
+    assert capped({"b": idle, "c": idle}, "module")[1] == ()
+
+
+@pytest.mark.parametrize("strategy", ["weighted_average", "sum", "scaled"])
+def test_with_a_start_the_deltas_are_merged(strategy: str) -> None:
+    start = random_adapter(LAYOUT, 9)
+    experts = {name: stack([(1.0, start), (0.2, expert)]) for name, expert in EXPERTS.items()}
+    merged = merge(experts, strategy, start=start)
+    weight = {"weighted_average": 0.25, "sum": 1.0, "scaled": DAMPING}[strategy]
+    expected = dense_sum([(1.0, start), *((0.2 * weight, expert) for expert in EXPERTS.values())])
+    assert distance(dense(merged.adapter), expected) <= 1e-5 * norm(expected)
+
+
+@pytest.mark.parametrize("cap", ["whole", "module"])
+def test_with_a_start_it_is_the_deltas_that_are_shrunk(cap: NormCap) -> None:
+    start = random_adapter(LAYOUT, 9)
+    deltas = {"a": EXPERTS["python"], "b": scaled(EXPERTS["sql"], 50.0), "c": EXPERTS["docs"]}
+    experts = {name: stack([(1.0, start), (1.0, delta)]) for name, delta in deltas.items()}
+    merged = merge(experts, "sum", norm_cap=cap, start=start)
+    alone = merge(deltas, "sum", norm_cap=cap)
+    expected = dense_sum([(1.0, start), (1.0, alone.adapter)])
+    assert distance(dense(merged.adapter), expected) <= 1e-4 * norm(expected)
+    assert len(merged.notes) == len(alone.notes) > 0

@@ -1,0 +1,239 @@
+"""RegMean for LoRA: the merge that changes least what each expert does with the inputs of its own domain.
+
+With W_i = s_i B_i A_i, second moments G_i of expert i's inputs and g_i = tr(W_i G_i W_i')^(-1/2), it solves
+
+    min_W  sum_i g_i tr((W - W_i) G_i (W - W_i)') + rho |W - 0.6 sum_i W_i|^2
+
+The answer W = sum_i W_i (g_i G_i + 0.6 rho I) M^-1, M = sum_j g_j G_j + rho I, keeps every B_i and changes only A: rank
+sum_i r_i, no product of B and A. Any other W costs |(W - answer) M^(1/2)|^2 more, so the best W of a smaller rank is
+the answer cut in the metric of M, and nothing is gained by alternating between the factors. RegMean: Jin et al. 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmoe.lora.adapter import Adapter, FloatMatrix, ShapeError
+from fedmoe.lora.algebra import Recompressed
+from fedmoe.lora.moments import Gram, InputMoments, sum_of_grams
+
+Matrix64 = NDArray[np.float64]
+Factors64 = tuple[Matrix64, Matrix64]
+
+#: Measured on three domains: a scale above 1 makes up for what experts take from each other; the ridge hardly matters.
+SCALE = 1.2
+RIDGE = 0.01
+#: The highest rank that is chosen by energy.
+RANK_CAP = 64
+_PRIOR = 0.6
+# Shares below which a number is rounding: of the largest eigenvalue of a float64 Gram matrix, and of what an expert's
+# factors would put out if none of it cancelled.
+_RELATIVE_FLOOR = 1e-14
+_SILENT = 1e-12
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is merged how; experts, moments and weights in one order."""
+
+    experts: Sequence[Adapter]
+    moments: Sequence[InputMoments]
+    weights: Sequence[float]
+    start: Adapter | None
+    scale: float
+    ridge: float
+
+    @property
+    def prior(self) -> float:
+        """How much of the plain sum stands where no expert has inputs."""
+        return _PRIOR if len(self.experts) > 1 else 1.0
+
+    @property
+    def rank(self) -> int:
+        """The rank at which nothing is cut."""
+        return sum(adapter.rank for adapter in self.experts) + (self.start.rank if self.start else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Solution:
+    """W = b @ a for one module, b out x R, a R x n; `image` is a @ M."""
+
+    a: Matrix64
+    b: Matrix64
+    image: Matrix64
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """The leading directions of one module's W in the metric of M, and the energies of all R, falling."""
+
+    a: FloatMatrix
+    b: FloatMatrix
+    energies: Matrix64
+
+    def rank_for(self, energy: float) -> int:
+        total = float(self.energies.sum())
+        if total == 0:
+            return 1
+        kept = np.cumsum(self.energies) / total
+        return min(int(np.searchsorted(kept, energy - 1e-12)) + 1, len(kept))
+
+
+def regmean(
+    experts: Mapping[str, Adapter],
+    moments: Mapping[str, InputMoments],
+    scale: float | None = None,
+    ridge: float = RIDGE,
+    weights: Mapping[str, float] | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    start: Adapter | None = None,
+) -> Recompressed:
+    """The experts merged in the metric of their own inputs; one expert alone comes back as it is.
+
+    `scale` multiplies the result (1.2 for several experts if not given), `weights` say how much each expert's inputs
+    count. The rank is the sum of ranks, or `rank`, or with `energy` the smallest that keeps this share in every module,
+    at most `rank` (64 if not given). With `start` the deltas expert - start are merged, and the start is added.
+    The truncation error is relative and in the metric of M, that is of outputs. Raises `ValueError` for experts without
+    moments and `ShapeError` for adapters or moments of other modules.
+    """
+    _check(experts, moments, start)
+    if not ridge > 0 or (energy is not None and not 0 < energy <= 1) or (rank is not None and rank < 1):
+        raise ValueError(f"ridge > 0, rank >= 1 and energy in (0, 1] are needed, got {ridge}, {rank} and {energy}")
+    names = sorted(experts)
+    plan = _Plan(
+        [experts[name] for name in names],
+        [moments[name] for name in names],
+        [1.0 if weights is None else weights[name] for name in names],
+        start,
+        scale if scale is not None else SCALE if len(names) > 1 else 1.0,
+        ridge,
+    )
+    limit = min(plan.rank, rank or (plan.rank if energy is None else RANK_CAP))
+    if energy is None and limit == plan.rank:
+        return Recompressed(_uncut(plan), 0.0)
+    return _cut_to(plan, limit, energy)
+
+
+def _check(experts: Mapping[str, Adapter], moments: Mapping[str, InputMoments], start: Adapter | None) -> None:
+    if not experts:
+        raise ValueError("there is no expert to merge yet; a worker has to register one first")
+    missing = sorted(experts.keys() - moments.keys())
+    if missing:
+        raise ValueError(
+            f"regmean needs the input moments of every expert and has none of {missing}; "
+            "collect them on the experts' own training text, or merge with another strategy"
+        )
+    modules = next(iter(experts.values())).layout.modules
+    for adapter in (*experts.values(), *([start] if start else [])):
+        if adapter.layout.modules != modules:
+            raise ShapeError("adapters with different modules cannot be merged; they need one base and target_modules")
+    for expert in experts:
+        for module in modules:
+            found = moments[expert].modules.get(module.name)
+            if found is None or found.features != module.in_features:
+                got = "none" if found is None else f"{found.features} features"
+                raise ShapeError(
+                    f"moments of {expert}: module {module.name} has {module.in_features} inputs, got {got}; "
+                    "collect them on the base model and target_modules of the experts"
+                )
+
+
+def _solutions(plan: _Plan) -> Iterator[tuple[str, _Solution]]:
+    """Every module, one at a time; those with one input come after each other, so that its G is rebuilt once."""
+    names = {module.name for module in plan.experts[0].layout.modules}
+    rebuilt: list[tuple[tuple[str, ...], Gram]] = []
+    for group in plan.moments[0].groups:
+        for name in (name for name in group if name in names):
+            if not rebuilt or any(name not in shared for shared, _ in rebuilt):
+                rebuilt = [(moments.group_of(name), moments.approximate(name)) for moments in plan.moments]
+            yield name, _solve(plan, name, [gram for _, gram in rebuilt])
+
+
+def _solve(plan: _Plan, name: str, grams: Sequence[Gram]) -> _Solution:
+    experts = [_wide(adapter, name) for adapter in plan.experts]
+    a_start, b_start = _wide(plan.start, name) if plan.start else (experts[0][0][:0], experts[0][1][:, :0])
+    images, shares = [], []
+    for (a, b), gram, weight in zip(experts, grams, plan.weights, strict=True):
+        image, loudness = _seen(np.vstack([a, a_start]), np.hstack([b, -b_start]), gram)
+        images.append(image)
+        shares.append(weight / loudness if loudness > 0 else 0.0)
+    metric = sum_of_grams(list(zip(shares, grams, strict=True)))
+    # Where no expert does anything, M may be any multiple of the identity.
+    rho = plan.ridge * float(metric.full_diagonal.mean()) or 1.0
+    rows = [
+        plan.scale * (share * image[: len(a)] + plan.prior * rho * a)
+        for (a, _), image, share in zip(experts, images, shares, strict=True)
+    ]
+    # start + scale * (deltas merged): the start's own rows of A times M, less what the deltas took off it.
+    below = (1 - plan.scale * plan.prior * len(experts)) * rho * a_start
+    for (a, _), image, share in zip(experts, images, shares, strict=True):
+        below = below + (1 - plan.scale) * share * image[len(a) :]
+    image = np.vstack([*rows, below])
+    metric = metric.plus(rho)
+    return _Solution(metric.solve(image), np.hstack([*(b for _, b in experts), b_start]), image)
+
+
+def _wide(adapter: Adapter, name: str) -> Factors64:
+    a, b = adapter.module(name)
+    return a.astype(np.float64), adapter.scale * b.astype(np.float64)
+
+
+def _seen(a: Matrix64, b: Matrix64, gram: Gram) -> tuple[Matrix64, float]:
+    """A G, and the root mean square of the outputs B A x; 0 if these are rounding."""
+    image = gram.rows(a)
+    energy = float(((b.T @ b) * (image @ a.T)).sum())
+    # Before anything cancels: an expert that has not moved is its start less its start, to rounding.
+    bulk = float((np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=0)).sum())
+    return image, float(np.sqrt(energy)) if energy > _SILENT * bulk**2 * float(gram.full_diagonal.mean()) else 0.0
+
+
+def _uncut(plan: _Plan) -> Adapter:
+    layout = plan.experts[0].layout.with_rank(plan.rank)
+    flat = np.empty(layout.size, np.float32)
+    result = Adapter(layout, float(layout.rank), flat)
+    views = {module.name: (a, b) for module, a, b in layout.factors(flat)}
+    for name, solution in _solutions(plan):
+        a, b = views[name]
+        a[...], b[...] = solution.a, solution.b
+    return result
+
+
+def _cut_to(plan: _Plan, limit: int, energy: float | None) -> Recompressed:
+    cuts = {name: _cut(solution, limit) for name, solution in _solutions(plan)}
+    rank = limit if energy is None else min(limit, max(cut.rank_for(energy) for cut in cuts.values()))
+    total = sum(float(cuts[name].energies.sum()) for name in sorted(cuts))
+    lost = sum(float(cuts[name].energies[rank:].sum()) for name in sorted(cuts))
+    layout = plan.experts[0].layout.with_rank(rank)
+    flat = np.zeros(layout.size, np.float32)
+    for module, a, b in layout.factors(flat):
+        cut = cuts.pop(module.name)  # let go of, so that both never lie in memory whole
+        kept = min(rank, len(cut.a))
+        basis, mix = np.linalg.qr(cut.a[:kept].T.astype(np.float64))
+        width = basis.shape[1]
+        a[:width], b[:, :width] = basis.T, cut.b[:, :kept] @ mix.T
+    return Recompressed(Adapter(layout, float(rank), flat), float(np.sqrt(lost / total)) if total > 0 else 0.0)
+
+
+def _cut(solution: _Solution, limit: int) -> _Cut:
+    """W's leading singular directions in the metric of M, as `algebra._core` finds them in the plain one."""
+    gram_a, gram_b = solution.image @ solution.a.T, solution.b.T @ solution.b
+    sizes = np.sqrt(np.clip(np.diagonal(gram_a), 0.0, None))
+    sizes[sizes == 0] = 1.0
+    gram_a, gram_b = (gram_a + gram_a.T) / 2 / np.outer(sizes, sizes), gram_b * np.outer(sizes, sizes)
+    values, vectors = np.linalg.eigh(gram_b)
+    root = vectors * np.sqrt(np.clip(values, 0.0, None))
+    energies, turned = np.linalg.eigh(root.T @ gram_a @ root)
+    energies, turned = np.clip(energies[::-1], 0.0, None), turned[:, ::-1]
+    real = energies[:limit] > _RELATIVE_FLOOR * energies[0]
+    z = (root @ turned[:, :limit][:, real]) / np.sqrt(energies[:limit][real])
+    a = (z / sizes[:, None]).T @ solution.a
+    b = solution.b @ (sizes[:, None] * (gram_a @ z))
+    # Rows of A come out of length 1 in the metric of M, whatever its unit; of length 1 they fit into float32.
+    lengths = np.linalg.norm(a, axis=1)
+    lengths[lengths == 0] = 1.0
+    return _Cut((a / lengths[:, None]).astype(np.float32), (b * lengths).astype(np.float32), energies)
