@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import structlog
 import uvicorn
@@ -19,6 +14,7 @@ import uvicorn
 from fedmoe.config import CoordinatorConfig
 from fedmoe.coordinator import Aggregation
 from fedmoe.server.history import History
+from fedmoe.server.listening import listen, own_signals
 from fedmoe.server.protocol import GuardedProtocol
 from fedmoe.server.routes import create_app
 from fedmoe.server.security import TokenGate, is_loopback, new_token
@@ -30,10 +26,6 @@ _log = structlog.get_logger("fedmoe.coordinator")
 EXIT_PORT_IN_USE = 98
 EXIT_STORAGE_FAILED = 74
 _DRAIN_SECONDS = 30
-
-
-class PortInUseError(Exception):
-    """The address cannot be listened on; the message names it and the way out."""
 
 
 class DistributedCoordinator:
@@ -91,7 +83,7 @@ class DistributedCoordinator:
 
     def serve(self) -> int:
         """Listen until SIGTERM or SIGINT; finishes requests under way, then returns the exit status."""
-        listener = _listen(self.config.host, self.config.port)
+        listener = listen(self.config.host, self.config.port)
         server = uvicorn.Server(
             uvicorn.Config(
                 self.app,
@@ -109,7 +101,7 @@ class DistributedCoordinator:
         self.service.start()
         try:
             # uvicorn's own choice of loop: uvloop where there is one, which halves the time of a push.
-            with _own_signals(server), asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            with own_signals(server), asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
                 # Said once a signal is answered: whoever reads it may send one at once.
                 _log.info("listening", host=self.config.host, port=listener.getsockname()[1], pid=os.getpid())
                 runner.run(self._run(server, listener))
@@ -139,36 +131,3 @@ class DistributedCoordinator:
         """Finish what was accepted and give the state directory back."""
         self.service.close()
         self._state.close()
-
-
-@contextmanager
-def _own_signals(server: uvicorn.Server) -> Iterator[None]:
-    """Let a stop end in our clean-up: uvicorn raises the signal again when it is done, which would end the process."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        server.should_exit = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise PortInUseError(
-            f"cannot listen on {host}:{port}: {error.strerror}. "
-            "Stop what holds the port (on macOS AirPlay uses 5000), or choose another --port."
-        ) from error
-    return listener

@@ -43,7 +43,7 @@ def coordinator(
 ) -> None:
     """Start a coordinator: keeps the experts, lands updates on them, makes the gateway."""
     config = CoordinatorConfig(**given(**locals()))  # type: ignore[arg-type]
-    _check_tls(config.tls_cert, config.tls_key)
+    check_tls(config.tls_cert, config.tls_key)
     configure()
     from fedmoe.distributed_coordinator import DistributedCoordinator
 
@@ -54,7 +54,7 @@ def coordinator(
         raise typer.Exit(status)
 
 
-def _check_tls(certificate: str | None, key: str | None) -> None:
+def check_tls(certificate: str | None, key: str | None) -> None:
     """Find out about unusable TLS files now, not after tokens were made and shown."""
     if certificate is None:
         return

@@ -13,6 +13,7 @@ from fedmoe.cli.gateway_evaluate import evaluate
 from fedmoe.cli.gateway_export import GATEWAY, export, pull
 from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
 from fedmoe.cli.output import CommandError, show_json
+from fedmoe.cli.serve import serve
 from fedmoe.files import write_atomic
 from fedmoe.lora.formats import npz_bytes
 from fedmoe.wire.client import CoordinatorClient
@@ -60,6 +61,7 @@ def _save(api: CoordinatorClient, file: Path, out: TextIO) -> None:
 
 app.command()(export)
 app.command()(evaluate)
+app.command()(serve)
 
 
 @app.command()

@@ -76,6 +76,10 @@ def _expected_status(error: Exception) -> int | None:
         "CheckpointError": EXIT_ERROR,
         "OutboxError": EXIT_ERROR,
         "WorkerFailedError": EXIT_ERROR,
+        "ServeError": EXIT_ERROR,
+        "RouterFilesError": EXIT_ERROR,
+        "BackendError": EXIT_ERROR,
+        "EngineError": EXIT_ERROR,
         "OSError": EXIT_ERROR,
     }
     # By name, so that this table loads none of the heavy modules that define them.

@@ -82,7 +82,7 @@ class _FixedLayer(DynamicLayer):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class _Prompts:
+class Prompts:
     """What reading the prompts gave: a filled cache, which entries of it are real, and the first logits."""
 
     cache: Cache
@@ -122,7 +122,7 @@ def _sample_part(
     limits: SamplingLimits,
 ) -> list[Sampled]:
     room = max(one.max_new_tokens for one in wanted)
-    prompts = _read_prompts(model, multi, wanted, room, limits)
+    prompts = read_prompts(model, multi, wanted, room, limits)
     writers = [_Writer(one, stop_tokens) for one in wanted]
     with multi.decoding_rows([one.adapter for one in wanted]) as rows:
         active = list(range(len(wanted)))
@@ -209,9 +209,9 @@ def _draw(logits: torch.Tensor, writers: Sequence[_Writer]) -> torch.Tensor:
     return tokens
 
 
-def _read_prompts(
+def read_prompts(
     model: PreTrainedModel, multi: MultiLora, wanted: Sequence[Wanted], room: int, limits: SamplingLimits
-) -> _Prompts:
+) -> Prompts:
     """Compute every distinct beginning once, then lay out the cache of every row."""
     forests, adapters, rows_of = _prompt_forests(wanted, limits)
     keys, values, hidden, starts = _read_forests(model, multi, forests, adapters, limits)
@@ -224,7 +224,7 @@ def _read_prompts(
         nodes[row, : len(path)], looks[row, : len(path)], last[row] = flat, True, flat[-1]
     nodes, looks, last = nodes.to(multi.device), looks.to(multi.device), last.to(multi.device)
     layers = [_layer(key, value, nodes, room) for key, value in zip(keys, values, strict=True)]
-    return _Prompts(Cache(layers=list(layers)), layers, looks, logits_of(model, hidden[last]))
+    return Prompts(Cache(layers=list(layers)), layers, looks, logits_of(model, hidden[last]))
 
 
 def _layer(keys: torch.Tensor, values: torch.Tensor, nodes: torch.Tensor, room: int) -> _FixedLayer:

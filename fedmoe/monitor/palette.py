@@ -34,7 +34,7 @@ def faded(colour: str, opacity: float) -> str:
 
 
 def mode_tint(mode: str) -> str:
-    """A light background colour for a mode, whichever part of it is played; modes of one's own get one by their name."""
+    """A light background colour for a mode, whichever part of it is played; modes of one's own get one by name."""
     name = mode.partition(":")[0].replace("-", "_").replace(" ", "_").lower()
     return _TINTS.get(name) or _OTHER_TINTS[sum(name.encode()) % len(_OTHER_TINTS)]
 

@@ -9,7 +9,8 @@ from live import push_headers, push_parameters
 from support import MANIFEST, CoordinatorProcess, make_body
 
 from fedmoe.config import CoordinatorConfig
-from fedmoe.distributed_coordinator import DistributedCoordinator, PortInUseError
+from fedmoe.distributed_coordinator import DistributedCoordinator
+from fedmoe.server.listening import PortInUseError
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.messages import UpdateHeader
 

@@ -50,7 +50,7 @@ _PROBE_TEMPERATURE = 2.0
 
 
 @dataclass
-class _Held:
+class Held:
     """A model on the server: its name and folder there, and how many requests name it at this moment.
 
     `lingering`: a request was given up while the server may still work on it, so its folder must outlive it.
@@ -87,10 +87,10 @@ class VllmEngine:
     ) -> None:
         self._model = model
         self._folder = adapters_dir.resolve()
-        self._stop_tokens = sorted(stop_tokens)
+        self.stop_tokens = sorted(stop_tokens)
         self._timeout = timeout
-        self._held: dict[AdapterKey, _Held] = {}
-        self._base = _Held(model, self._folder)
+        self._held: dict[AdapterKey, Held] = {}
+        self._base = Held(model, self._folder)
         self._changed = threading.Condition()
         self._changing = threading.Lock()
         self._closed = False
@@ -151,10 +151,10 @@ class VllmEngine:
     def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
         """Answer all requests at once, in their order; one failure fails them all, with EngineError."""
         for request in requests:
-            check_request(request, self._processed)
-        with self._naming([request.adapter for request in requests]) as held:
+            check_request(request, self.processed)
+        with self.naming([request.adapter for request in requests]) as held:
             pairs = zip(held, requests, strict=True)
-            bodies = [completion_body(one.name, request, self._stop_tokens) for one, request in pairs]
+            bodies = [completion_body(one.name, request, self.stop_tokens) for one, request in pairs]
             choices = self._complete(held, bodies)
         return [sample_of(choice, request) for choice, request in zip(choices, requests, strict=True)]
 
@@ -162,7 +162,7 @@ class VllmEngine:
         """The log-probability (temperature 1) of each of `tokens` after `prompt` (not empty), float32 (T,)."""
         if not prompt or not tokens:
             raise EngineError(f"scoring needs a prompt and tokens, got {len(prompt)} and {len(tokens)} token ids")
-        with self._naming([key]) as held:
+        with self.naming([key]) as held:
             (choice,) = self._complete(held, [scoring_body(held[0].name, prompt, tokens)])
         return scores_of(choice, len(prompt), tokens)
 
@@ -199,7 +199,7 @@ class VllmEngine:
         self._client.check_lora_routes()
         if self._client.facts().lora is False:
             raise EngineError("the vLLM server runs without adapters; start it with --enable-lora")
-        self._processed = self._probe_logprobs()
+        self.processed = self._probe_logprobs()
         facts = self._client.facts()  # again: the number of adapter slots shows only after a first request
         if facts.replicas is not None and facts.replicas > 1:
             raise EngineError(
@@ -224,10 +224,10 @@ class VllmEngine:
         flattened = self._client.complete({**body, "temperature": _PROBE_TEMPERATURE})
         return logprobs_are_processed(plain, flattened, _PROBE_TEMPERATURE)
 
-    def _put(self, key: AdapterKey, adapter: Adapter) -> _Held:
+    def _put(self, key: AdapterKey, adapter: Adapter) -> Held:
         # Keys may come back in another run on the same server; the server must never take one for the other.
         name = f"{key}.{secrets.token_hex(4)}"
-        held = _Held(name, self._folder / name)
+        held = Held(name, self._folder / name)
         write_folder_atomic(held.folder, peft_files(adapter, self._model))
         try:
             self._client.load(name, str(held.folder))
@@ -258,12 +258,12 @@ class VllmEngine:
                 "policies x (staleness + 2) + 1"
             )
 
-    def _check_served(self, held: _Held) -> None:
+    def _check_served(self, held: Held) -> None:
         served = self._client.models().get(held.name)
         if served != str(held.folder):
             raise EngineError(f"the server took {held.name} but lists it as {served!r}, expected {held.folder}")
 
-    def _retire(self, key: AdapterKey) -> _Held:
+    def _retire(self, key: AdapterKey) -> Held:
         """Take `key` out of use and wait until nothing names it."""
         with self._changed:
             held = self._held.pop(key, None)
@@ -276,12 +276,12 @@ class VllmEngine:
                 raise
             return held
 
-    def _await_idle(self, held: _Held) -> None:
+    def _await_idle(self, held: Held) -> None:
         if not self._changed.wait_for(lambda: held.in_flight == 0, self._timeout):
             raise EngineError(f"{held.name} is still named by {held.in_flight} requests after {self._timeout:g} s")
 
     @contextmanager
-    def _naming(self, keys: Sequence[AdapterKey | None]) -> Iterator[list[_Held]]:
+    def naming(self, keys: Sequence[AdapterKey | None]) -> Iterator[list[Held]]:
         """What the server has for `keys`, each kept from being unloaded until the block ends."""
         with self._changed:
             if self._closed:
@@ -300,7 +300,7 @@ class VllmEngine:
                     one.in_flight -= 1
                 self._changed.notify_all()
 
-    def _complete(self, held: Sequence[_Held], bodies: Sequence[dict[str, object]]) -> list[Choice]:
+    def _complete(self, held: Sequence[Held], bodies: Sequence[dict[str, object]]) -> list[Choice]:
         futures = [self._pool.submit(self._one, *pair) for pair in zip(held, bodies, strict=True)]
         wait(futures, return_when=FIRST_EXCEPTION)
         for future in futures:
@@ -308,7 +308,7 @@ class VllmEngine:
         wait(futures)
         return [future.result() for future in _failed_first(futures)]
 
-    def _one(self, held: _Held, body: dict[str, object]) -> Choice:
+    def _one(self, held: Held, body: dict[str, object]) -> Choice:
         try:
             return self._client.complete(body)
         except ServerTimeoutError:
@@ -322,5 +322,5 @@ def _failed_first(futures: Sequence[Future[Choice]]) -> list[Future[Choice]]:
     return failed[:1] or list(futures)
 
 
-def _listed(keys: Iterator[AdapterKey] | set[AdapterKey] | dict[AdapterKey, _Held]) -> str:
+def _listed(keys: Iterator[AdapterKey] | set[AdapterKey] | dict[AdapterKey, Held]) -> str:
     return ", ".join(str(key) for key in sorted(keys)) or "nothing"

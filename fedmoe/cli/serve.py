@@ -1,0 +1,115 @@
+"""`fedmoe gateway serve`."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedmoe.cli.coordinator import check_tls
+from fedmoe.cli.options import DEFAULT_URL, CoordinatorUrl, Token, client
+from fedmoe.cli.output import CommandError
+from fedmoe.logs import configure
+
+
+class BackendKind(StrEnum):
+    """Where tokens are computed."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+def serve(
+    base_model: Annotated[str, typer.Option(help="The federation's base model: smollm2, a folder or a hub id.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port.")] = 8080,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(help="File of API key hashes, one a line; made with one key if missing. [default: no keys]"),
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Ask for no API key, even off loopback.")] = False,
+    poll_interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks for versions.")] = 2.0,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 1024,
+    max_output_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
+    max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Answers computed at once.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=0, help="Answers that may wait; more are refused (429).")] = 128,
+    prompt_statistics: Annotated[
+        Path | None,
+        typer.Option(help="Folder with EXPERT.safetensors of what workers say of their prompts; makes the model auto."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16.")] = "auto",
+    backend: Annotated[BackendKind, typer.Option(help="Where tokens are computed.")] = BackendKind.transformers,
+    vllm_url: Annotated[str | None, typer.Option(help="The vLLM server, for --backend vllm.")] = None,
+    vllm_model: Annotated[str, typer.Option(help="The base model's name on the vLLM server.")] = "base",
+    vllm_adapters: Annotated[
+        Path, typer.Option(help="Our folder of adapters, which the vLLM server sees under the same path.")
+    ] = Path("runs/serve/vllm_adapters"),
+    vllm_token: Annotated[
+        str | None, typer.Option(envvar="FEDMOE_VLLM_TOKEN", help="The vLLM server's API key.")
+    ] = None,
+    tls_cert: Annotated[str | None, typer.Option(help="TLS certificate chain (PEM).")] = None,
+    tls_key: Annotated[str | None, typer.Option(help="TLS private key (PEM).")] = None,
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: Token = None,
+) -> None:
+    """Serve the gateway and every expert over an OpenAI-compatible interface; newer versions come by themselves."""
+    if (backend is BackendKind.vllm) != (vllm_url is not None):
+        raise CommandError("--backend vllm and --vllm-url URL belong together")
+    if (tls_cert is None) != (tls_key is None):
+        raise CommandError("TLS needs both --tls-cert and --tls-key")
+    check_tls(tls_cert, tls_key)
+    configure()
+    keys, loopback = _keys(host, api_keys, insecure)
+    try:
+        from fedmoe.gateway.serve import process
+        from fedmoe.gateway.serve.routing import read_router
+        from fedmoe.gateway.serve.service import Limits
+        from fedmoe.models.base import load_base
+        from fedmoe.models.device import pin_threads
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
+    pin_threads()
+    gate = process.Gate(host, port, keys, loopback, tls_cert, tls_key)
+    limits = Limits(max_prompt_tokens, max_output_tokens, max_batch + max_queue)
+    address = process.VllmAddress(vllm_url, vllm_model, vllm_adapters, vllm_token) if vllm_url is not None else None
+    with client(coordinator_url, token) as api:
+        manifest = api.federation().manifest
+        if manifest is None:
+            raise CommandError(
+                "the coordinator has no experts yet, so nobody knows what to serve; start a worker, or register an "
+                "expert with 'fedmoe experts create'"
+            )
+        base = load_base(base_model, device, dtype)
+        maker = process.backend_maker(max_batch, address)
+        router = read_router(base, prompt_statistics) if prompt_statistics is not None else None
+        with process.opened(api, manifest.manifest(), base, maker, limits, gate, poll_interval, router) as running:
+            process.listen(running, gate)
+
+
+def _keys(host: str, file: Path | None, insecure: bool) -> tuple[frozenset[str] | None, bool]:
+    """The hashes of the API keys (None: no key is asked for), and whether only this machine is answered."""
+    from fedmoe.gateway.serve.door import KeyFileError, read_keys
+    from fedmoe.server.security import is_loopback
+
+    loopback = is_loopback(host)
+    if file is None:
+        if not loopback and not insecure:
+            raise CommandError(
+                f"{host} can be reached by others: give a file with --api-keys FILE (made with one key if it is "
+                "missing), or answer everybody with --insecure"
+            )
+        return None, loopback and not insecure
+    if insecure:
+        raise CommandError("--api-keys and --insecure contradict each other; give one of them")
+    try:
+        keys, made = read_keys(file)
+    except KeyFileError as error:
+        raise CommandError(str(error)) from error
+    if made is not None:
+        print(f"This API key is shown once; {file} keeps only its hash.\n  {made}")
+        sys.stdout.flush()
+    return keys, loopback

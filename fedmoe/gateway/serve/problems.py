@@ -1,0 +1,111 @@
+"""Errors as the OpenAI interface tells them: `{"error": {"message", "type", "param", "code"}}` with a status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from fedmoe.errors import RefusedError
+from fedmoe.gateway.serve.protocol import BackendError
+
+_log = structlog.get_logger("fedmoe.serve")
+
+# Codes of the guard that stands before all our servers.
+_GUARD_STATUS = {"too_large": 413, "too_slow": 408}
+_SHOWN = 300
+
+
+class ApiError(Exception):
+    """A refusal or failure as the client sees it; `param` names the wrong field, `retry_after` is in seconds."""
+
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, object]:
+        """The JSON of the error."""
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
+        if self.status >= 500:
+            kind = "server_error"
+        message = self.message.encode("utf-8", "backslashreplace").decode()
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The whole answer."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers)
+
+
+def too_long(got: str, most: int, param: str) -> ApiError:
+    """A prompt above the limit."""
+    return ApiError(
+        400, "context_length_exceeded", f"a prompt may have {most} tokens here, got {got}; send a shorter one", param
+    )
+
+
+def of_backend(error: BackendError) -> ApiError:
+    """A generation that failed: nothing the client did."""
+    return ApiError(500, "generation_failed", str(error))
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error in this form; unknown ones are logged and say nothing of our insides."""
+
+    @app.exception_handler(ApiError)
+    async def _told(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(BackendError)
+    async def _backend(request: Request, error: BackendError) -> Response:
+        return of_backend(error).response()
+
+    @app.exception_handler(RefusedError)
+    async def _refused(request: Request, error: RefusedError) -> Response:
+        return ApiError(_GUARD_STATUS[error.code], error.code, str(error)).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        return _invalid_request(error.errors()[0]).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        codes = {404: "unknown_route", 405: "method_not_allowed"}
+        code = codes.get(error.status_code, "http_error")
+        where = f"{request.method} {request.url.path[:200]}"
+        return ApiError(error.status_code, code, f"{where}: {error.detail}").response()
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> Response:
+        _log.error("unexpected", path=request.url.path, error=repr(error))
+        return ApiError(500, "internal_error", "an unexpected error; the server's log has it").response()
+
+
+def _invalid_request(first: Mapping[str, object]) -> ApiError:
+    """The first thing that is wrong with a body, as pydantic tells it."""
+    if first["type"] == "json_invalid":
+        return ApiError(400, "malformed", f"the body is not JSON: {first['msg']}")
+    place = first["loc"]
+    assert isinstance(place, tuple)
+    names = [str(part)[:80] for part in place[1:]]
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "value_error" and not names:
+        return ApiError(400, "invalid_value", message)
+    if not names:
+        return ApiError(400, "malformed", "the body must be a JSON object, sent as application/json")
+    where, param = ".".join(names), names[0]
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, "unknown_parameter", f"{where} is not supported here; leave it out", param)
+    return ApiError(400, "invalid_value", f"{where}: {message}, got {repr(first.get('input'))[:_SHOWN]}", param)

@@ -1,0 +1,150 @@
+"""Requests of the OpenAI interface: what is supported, in which bounds. Nothing that is asked for is ignored.
+
+Fields that only describe the caller (`user`, `metadata`) are taken; fields for what this server does not do are taken
+at the values that ask for nothing, and refused otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+#: Continuations of one request: prompts times n.
+MOST_CHOICES = 16
+_Text = Annotated[str, StringConstraints(max_length=1 << 22)]
+_Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+_Token = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
+_Nothing = Annotated[dict[str, float], Field(max_length=0)] | None
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StreamOptions(_Strict):
+    """What comes with a stream."""
+
+    include_usage: bool = False
+
+
+class ResponseFormat(_Strict):
+    """Plain text is the only form there is."""
+
+    type: Literal["text"]
+
+
+class _Common(_Strict):
+    """What both kinds of request have."""
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=200)]
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    user: Annotated[str, StringConstraints(max_length=1000)] | None = None
+    # At these values only they ask for nothing.
+    frequency_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: _Nothing = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
+
+class TextPart(_Strict):
+    """A part of a message; text is the only kind there is."""
+
+    type: Literal["text"]
+    text: _Text
+
+
+class ChatMessage(_Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: _Text | Annotated[list[TextPart], Field(min_length=1)]
+    name: Annotated[str, StringConstraints(max_length=200)] | None = None
+    # A client that sends an answer back sends these along.
+    refusal: None = None
+    tool_calls: Annotated[list[str], Field(max_length=0)] | None = None
+    function_call: None = None
+    audio: None = None
+    annotations: Annotated[list[str], Field(max_length=0)] | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Role and text, as chat templates read them."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": content}
+
+
+class ChatRequest(_Common):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[str], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    store: Literal[False] | None = None
+    metadata: dict[str, str] | None = None
+
+    @property
+    def most_new_tokens(self) -> int | None:
+        """The limit the client set, if any."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """As in `Sampling`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _alternatives_of_something(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+
+class CompletionRequest(_Common):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        _Text
+        | Annotated[list[_Text], Field(min_length=1, max_length=MOST_CHOICES)]
+        | Annotated[list[_Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[_Token], Field(min_length=1)]], Field(min_length=1, max_length=MOST_CHOICES)]
+    )
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: Literal[False] | None = None
+    suffix: None = None
+    best_of: Literal[1] | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts one by one, as text or as tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return self.prompt

@@ -1,0 +1,132 @@
+"""Text to prompt tokens, and tokens back to text piece by piece, up to the first stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from fedmoe.gateway.serve.problems import ApiError, too_long
+
+#: No tokenizer makes fewer tokens of a text than one for so many characters, so longer ones are refused unread.
+_MOST_CHARACTERS_A_TOKEN = 64
+
+
+class Prompter:
+    """What the tokenizer does for the server; a prompt above `most` tokens is refused, never cut."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, most: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._most = most
+
+    def of_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """The prompt of a conversation by the base model's own chat template."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise ApiError(
+                400, "no_chat_template", "the base model has no chat template; use /v1/completions", param="messages"
+            )
+        self._check_characters(sum(len(message["content"]) for message in messages), "messages")
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ApiError(
+                400, "invalid_messages", f"the base model's chat template refuses these messages: {error}", "messages"
+            ) from error
+        return self._checked(self._tokenizer(text, add_special_tokens=False)["input_ids"], "messages")
+
+    def of_text(self, text: str) -> tuple[int, ...]:
+        """The prompt that a text is, with the special tokens the tokenizer puts around it."""
+        self._check_characters(len(text), "prompt")
+        return self._checked(self._tokenizer(text)["input_ids"], "prompt")
+
+    def of_tokens(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """A prompt that came as token ids."""
+        wrong = next((token for token in tokens if not 0 <= token < self._vocabulary), None)
+        if wrong is not None:
+            raise ApiError(
+                400, "invalid_token", f"token ids are from 0 to {self._vocabulary - 1}, got {wrong}", "prompt"
+            )
+        return self._checked(tokens, "prompt")
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without special tokens."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def shown(self, token: int) -> str:
+        """One token by itself, special or not."""
+        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+    def _check_characters(self, count: int, param: str) -> None:
+        if count > self._most * _MOST_CHARACTERS_A_TOKEN:
+            raise too_long(f"{count} characters", self._most, param)
+
+    def _checked(self, tokens: Sequence[int], param: str) -> tuple[int, ...]:
+        if not tokens:
+            raise ApiError(400, "empty_prompt", "the prompt has no tokens; there is nothing to continue", param)
+        if len(tokens) > self._most:
+            raise too_long(f"{len(tokens)} tokens", self._most, param)
+        return tuple(tokens)
+
+
+@dataclass
+class TextStream:
+    """Tokens to text as they come; the pieces joined are the text of all tokens.
+
+    A token can end in the middle of a letter, and some tokenizers write a word after a word otherwise than alone. So a
+    few tokens are decoded again with what follows, and nothing is given out before its last letter is whole.
+    """
+
+    prompter: Prompter
+    _tokens: list[int] = field(default_factory=list)
+    _again: int = 0
+    _given: int = 0
+
+    def add(self, token: int) -> str:
+        """The text that is certain now and was not before."""
+        self._tokens.append(token)
+        piece = self._pending()
+        if not piece or piece.endswith("\ufffd"):
+            return ""
+        self._again, self._given = self._given, len(self._tokens)
+        return piece
+
+    def end(self) -> str:
+        """What is left."""
+        return self._pending()
+
+    def _pending(self) -> str:
+        known = self.prompter.text(self._tokens[self._again : self._given])
+        return self.prompter.text(self._tokens[self._again :])[len(known) :]
+
+
+@dataclass
+class StopWatch:
+    """Finds the first stop string in a text that comes in pieces; holds back what may be the beginning of one."""
+
+    stops: tuple[str, ...]
+    _held: str = ""
+
+    def feed(self, piece: str) -> tuple[str, bool]:
+        """What may be shown, and whether a stop string was found; after that nothing more is shown."""
+        text = self._held + piece
+        # The one that is complete first: which one that is does not depend on the pieces.
+        found = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)[1]], True
+        kept = max((_beginning(text, stop) for stop in self.stops), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept], False
+
+    def end(self) -> str:
+        """What was held back and begins nothing after all."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _beginning(text: str, stop: str) -> int:
+    """How many letters at the end of `text` may be the beginning of `stop`."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

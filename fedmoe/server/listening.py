@@ -1,0 +1,50 @@
+"""A listening socket, and signals that end a server in order: what every server of ours begins with."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+
+
+class PortInUseError(Exception):
+    """The address cannot be listened on; the message names it and the way out."""
+
+
+@contextmanager
+def own_signals(server: uvicorn.Server) -> Iterator[None]:
+    """Let a stop end in our clean-up: uvicorn raises the signal again when it is done, which would end the process."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; raises `PortInUseError` where that is not to be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise PortInUseError(
+            f"cannot listen on {host}:{port}: {error.strerror}. "
+            "Stop what holds the port (on macOS AirPlay uses 5000), or choose another --port."
+        ) from error
+    return listener

@@ -1,0 +1,99 @@
+"""Versions arrive under load: nothing fails, nothing is mixed, and what is old is gone at the end."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from serve_house import EXPERTS, Alone, Client, Served, serving
+
+from fedmoe.gateway.serve.service import Limits
+
+REQUESTS, VERSIONS, CLIENTS, TOKENS = 200, 10, 8, 12
+
+
+def test_two_hundred_requests_while_ten_versions_arrive(tmp_path: Path) -> None:
+    with serving(tmp_path, Limits(64, 64, 64)) as served, served.client() as client:
+        done: list[tuple[str, dict[str, object], str]] = []
+        pushing = threading.Thread(target=push_versions, args=(served, done))
+        pushing.start()
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            # `map` raises what any of them raised: there are no errors.
+            for answer in pool.map(lambda index: ask(client, index), range(REQUESTS)):
+                done.append(answer)
+        pushing.join()
+        assert len(done) == REQUESTS
+        assert_not_mixed(served, done)
+        assert_old_versions_go(served)
+
+
+def push_versions(served: Served, done: list[tuple[str, dict[str, object], str]]) -> None:
+    """One after the other, spread over the requests."""
+    for version in range(VERSIONS):
+        while len(done) < version * REQUESTS // (VERSIONS + 1):
+            time.sleep(0.002)
+        served.push(EXPERTS[version % 2], 1000 + version)
+
+
+def ask(client: Client, index: int) -> tuple[str, dict[str, object], str]:
+    """One greedy answer, every other one streamed: its prompt, who the server says made it, its text."""
+    name = random.Random(index).choice(["gateway", *EXPERTS])
+    prompt = "ab" * (1 + index % 5)
+    if index % 2:
+        chunks = list(
+            client.completions.create(model=name, prompt=prompt, temperature=0, max_tokens=TOKENS, stream=True)
+        )
+        origin = (chunks[0].model_extra or {})["fedmoe"]
+        return prompt, origin, "".join(chunk.choices[0].text for chunk in chunks)
+    answer = client.completions.create(model=name, prompt=prompt, temperature=0, max_tokens=TOKENS)
+    return prompt, (answer.model_extra or {})["fedmoe"], answer.choices[0].text
+
+
+def assert_not_mixed(served: Served, done: list[tuple[str, dict[str, object], str]]) -> None:
+    """Every text is what the version it names says alone; other versions would have said something else."""
+    alone = Alone()
+    expected: dict[tuple[str, str], str] = {}
+    for prompt, origin, text in done:
+        digest = str(origin["digest"])
+        if (prompt, digest) not in expected:
+            tokens = alone.tokens(served.adapters[digest], alone.base.tokenizer(prompt)["input_ids"], TOKENS)
+            expected[prompt, digest] = alone.text(tokens)
+        assert text == expected[prompt, digest]
+    used = {digest for _, digest in expected}
+    assert len(used) > VERSIONS, "too few versions were met by a request: the test says little"
+    for prompt in {prompt for prompt, _ in expected}:
+        texts = [text for (asked, _), text in expected.items() if asked == prompt]
+        assert len(set(texts)) > len(texts) // 2
+
+
+def assert_old_versions_go(served: Served) -> None:
+    coordinator = served.house.service.coordinator
+    newest = {coordinator.gateway().digest, *(expert.digest for expert in coordinator.experts.values())}
+    deadline = time.monotonic() + 20
+    while {model.digest for model in served.backend.loaded()} != newest and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert {model.digest for model in served.backend.loaded()} == newest
+    assert {model.digest for model in served.service.catalogue.snapshot.models.values()} == newest
+
+
+def test_an_answer_ends_on_the_version_it_began_with(tmp_path: Path) -> None:
+    with serving(tmp_path, Limits(64, 256, 64)) as served, served.client() as client:
+        settings = {"model": "python", "prompt": "abc", "temperature": 0, "max_tokens": 256, "stream": True}
+        with client.completions.create(**settings) as stream:
+            chunks = iter(stream)
+            first = next(chunks)
+            before = str(first.model_extra["fedmoe"]["digest"])
+            served.push("python", 77)
+            while served.service.catalogue.snapshot.models["python"].digest == before:
+                time.sleep(0.002)
+            held, running = served.backend.loaded(), served.backend.busy()[0]
+            text = first.choices[0].text + "".join(chunk.choices[0].text for chunk in chunks)
+        alone = Alone()
+        tokens = alone.tokens(served.adapters[before], alone.base.tokenizer("abc")["input_ids"], 256)
+        assert text == alone.text(tokens)
+        assert running == 1, "it ended too soon to be overtaken"
+        assert before in {model.digest for model in held}
+        assert_old_versions_go(served)
