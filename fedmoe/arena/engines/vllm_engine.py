@@ -27,6 +27,7 @@ from typing import Self
 import httpx2
 
 from fedmoe.arena.engines.protocol import AdapterKey, EngineError, FloatArray, Sample, SampleRequest
+from fedmoe.arena.engines.turnstile import Turnstile
 from fedmoe.arena.engines.vllm_http import ServerTimeoutError, VllmClient
 from fedmoe.arena.engines.vllm_messages import (
     Choice,
@@ -92,6 +93,9 @@ class VllmEngine:
         self._held: dict[AdapterKey, Held] = {}
         self._base = Held(model, self._folder)
         self._changed = threading.Condition()
+        #: Whoever generates on this server is together here. vLLM 0.32 dies (on a CPU) where a prompt is scored in one
+        #: batch with other requests: it applies their rows' adapters to the prompt's logits.
+        self.turnstile = Turnstile()
         self._changing = threading.Lock()
         self._closed = False
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -162,8 +166,8 @@ class VllmEngine:
         """The log-probability (temperature 1) of each of `tokens` after `prompt` (not empty), float32 (T,)."""
         if not prompt or not tokens:
             raise EngineError(f"scoring needs a prompt and tokens, got {len(prompt)} and {len(tokens)} token ids")
-        with self.naming([key]) as held:
-            (choice,) = self._complete(held, [scoring_body(held[0].name, prompt, tokens)])
+        with self.naming([key]) as held, self.turnstile.alone():
+            choice = self._one(held[0], scoring_body(held[0].name, prompt, tokens))
         return scores_of(choice, len(prompt), tokens)
 
     def close(self) -> None:
@@ -301,12 +305,16 @@ class VllmEngine:
                 self._changed.notify_all()
 
     def _complete(self, held: Sequence[Held], bodies: Sequence[dict[str, object]]) -> list[Choice]:
-        futures = [self._pool.submit(self._one, *pair) for pair in zip(held, bodies, strict=True)]
+        futures = [self._pool.submit(self._one_of_many, *pair) for pair in zip(held, bodies, strict=True)]
         wait(futures, return_when=FIRST_EXCEPTION)
         for future in futures:
             future.cancel()  # does nothing to those that are done or under way
         wait(futures)
         return [future.result() for future in _failed_first(futures)]
+
+    def _one_of_many(self, held: Held, body: dict[str, object]) -> Choice:
+        with self.turnstile.together():
+            return self._one(held, body)
 
     def _one(self, held: Held, body: dict[str, object]) -> Choice:
         try:

@@ -181,12 +181,13 @@ class VllmBackend:
         with self._lock:
             self._running += 1
         try:
-            for step in self._steps(held, wanted):
-                if stop.is_set():
-                    # The server may still be at work on it: its folder must outlive that.
-                    held.lingering = True
-                    return
-                tell(step)
+            with self._engine.turnstile.together():
+                for step in self._steps(held, wanted):
+                    if stop.is_set():
+                        # The server may still be at work on it: its folder must outlive that.
+                        held.lingering = True
+                        return
+                    tell(step)
         except BackendError as error:
             tell(error)
         except (httpx2.HTTPError, ValidationError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,6 +138,24 @@ def test_every_synchronisation_is_verified_and_old_weights_never_come_out_of_the
         if previous is not None:
             engine.unload(previous)
         previous = key
+
+
+def test_a_prompt_is_scored_while_others_are_sampled(engine: VllmEngine, trainer: Trainer) -> None:
+    # In one batch with them it would end the server: "einsum(): subscript b has size ...".
+    engine.load(POET, adapter(1))
+    engine.load(CRITIC, adapter(2))
+    own = trainer.score(adapter(1), *astuple(PROBES[0]))
+    wanted = [request(key, LONG[start : start + 24], tokens=24) for start in range(0, 40, 4) for key in (POET, CRITIC)]
+    with ThreadPoolExecutor(1) as pool:
+        sampling = pool.submit(lambda: [engine.sample(wanted) for _ in range(3)])
+        scores = []
+        while not sampling.done():
+            scores.append(engine.score(POET, *astuple(PROBES[0])))
+        first, *others = sampling.result()
+    assert len(scores) >= 3
+    for score in scores:
+        np.testing.assert_allclose(score, own, atol=TOLERANCE, rtol=0)
+    assert all([one.tokens for one in other] == [one.tokens for one in first] for other in others)
 
 
 def test_weights_that_are_not_the_trainers_are_caught(engine: VllmEngine, trainer: Trainer) -> None:
