@@ -36,7 +36,8 @@ def configure(level: int = logging.INFO) -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _StandardError())),
-        cache_logger_on_first_use=True,
+        # Not cached: whoever configures again, or captures what is logged, means every logger.
+        cache_logger_on_first_use=False,
     )
     quiet_retries()
     # uvicorn speaks through logging; only what goes wrong there matters here.

@@ -4,7 +4,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import structlog
 from support import CoordinatorProcess
+
+
+@pytest.fixture(autouse=True)
+def logs_as_they_were() -> Iterator[None]:
+    """Commands that run in the tests' own process set up logging for it; the next test starts without."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -186,11 +186,13 @@ def test_e2_e3_e4_e5_every_mode_is_played_and_pays_in_its_own_way(run: Run) -> N
     assert played == ["cooperative", "competitive", "team_battle", "mixed: cooperative", "neighbours"]
 
     for mode, weights in {"cooperative": cooperative, "competitive": competitive, "team_battle": team_battle}.items():
-        rewards = {one["policy"]: number(one["reward"]) for one in run.of("policy", mode=mode)}
+        records = {one["policy"]: one for one in run.of("policy", mode=mode)}
         for credit in run.of("credit", iteration=MODES.index(mode)):
             parts = [(weight, credit[part]) for part, weight in weights.WEIGHTS.parts().items() if weight]
             earned = sum(number(weight) * number(value) for weight, value in parts)
-            assert rewards[credit["policy"]] == pytest.approx(earned, abs=1e-9)
+            record = records[credit["policy"]]
+            lost = 0.5 * (1 - number(record["valid"])) + 0.5 * (1 - number(record["ended"]))
+            assert number(record["reward"]) == pytest.approx(earned - lost, abs=1e-9)
     # One team has nobody to be ahead of; teams are rated, and choose how they work and who speaks first.
     assert {one["versus"] for one in run.of("credit", iteration=0)} == {None}
     assert all(number(one["games"]) > 0 for one in run.of("rating", iteration=1))

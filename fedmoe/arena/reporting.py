@@ -124,6 +124,12 @@ def accuracies(played: Sequence[PlayedEpisode]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
+def ended_share(episode: PlayedEpisode, seat: int) -> float:
+    """Which share of a seat's actions ended before the limit of tokens; 1 for a seat that did not act."""
+    ended = [turn.stopped for turn in episode.turns if turn.seat == seat]
+    return sum(ended) / len(ended) if ended else 1.0
+
+
 def _write_policy(records: Records, report: Report, policies: Policies, name: str) -> None:
     own = [result for result in report.judged.results if result.policy == name]
     if not own:
@@ -151,6 +157,7 @@ def _write_policy(records: Records, report: Report, policies: Policies, name: st
         reward=reward / len(own),
         accuracy=accuracies(report.played)[name],
         valid=_mean([episode.outcome.valid[seat] for episode, seat in seats]),
+        ended=_mean([ended_share(episode, seat) for episode, seat in seats]),
         episodes=len(own),
         turns=len(turns),
         tokens=tokens,

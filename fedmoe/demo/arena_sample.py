@@ -118,6 +118,7 @@ def _policy_record(
         "episodes": 64,
         "turns": 64,
         "accuracy": float(np.clip(reward + rng.normal(0.02, 0.02), 0, 1)),
+        "ended": float(np.clip(1 - 0.5 * math.exp(-5 * share), 0, 1)),
         "valid": float(np.clip(1 - 0.35 * math.exp(-7 * share) + rng.normal(0, 0.01), 0, 1)),
         "efficiency_second": reward / seconds,
         "efficiency_token": 1000 * reward / tokens,

@@ -112,7 +112,10 @@ def test_closing_tells_those_who_are_there_and_refuses_others() -> None:
         await asyncio.to_thread(backend.close)
         return list(await asyncio.gather(*tasks, return_exceptions=True))
 
-    assert all(isinstance(one, BackendError) and "stopping" in str(one) for one in asyncio.run(interrupted()))
+    # Two were in the batch, and may have ended by themselves; three waited.
+    told = [one for one in asyncio.run(interrupted()) if isinstance(one, BaseException)]
+    assert len(told) >= 3
+    assert all(isinstance(one, BackendError) and "stopping" in str(one) for one in told)
     with pytest.raises(BackendError, match="stopping"):
         asyncio.run(run(backend, wanted))
 
