@@ -64,14 +64,14 @@ unit: $(VENV)/.dev
 # vLLM and AReaL pin other versions: environments of their own (3.5 GB, 2.3 GB), minutes to make.
 test-vllm: $(VENV)/.dev
 	PYTHON=$(PYTHON) scripts/setup_vllm.sh .venv-vllm
-	FEDMOE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PYTEST) -m 'vllm and not areal' tests/arena tests/gateway
+	FEDMOE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PYTEST) --timeout 1800 -m 'vllm and not areal' tests/arena tests/gateway
 
 test-areal:
 	PYTHON=$(PYTHON) scripts/setup_areal.sh .venv-areal
-	.venv-areal/bin/python -m pytest --confcutdir=tests/arena -m 'areal and not vllm' tests/arena/areal tests/arena/test_loss_parity.py
+	.venv-areal/bin/python -m pytest --confcutdir=tests/arena --timeout 1800 -m 'areal and not vllm' tests/arena/areal tests/arena/test_loss_parity.py
 
 test-slow: $(VENV)/.dev
-	$(PYTEST) -m slow
+	$(PYTEST) --timeout 3600 -m slow
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_recompress.py
