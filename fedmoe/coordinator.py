@@ -107,8 +107,8 @@ class GatewayModel:
     strategy: str
     truncation_error: float
     digest: str
-    statistics: Mapping[str, str] = MappingProxyType({})
-    notes: tuple[str, ...] = ()
+    statistics: Mapping[str, str]
+    notes: tuple[str, ...]
 
     @classmethod
     def build(
