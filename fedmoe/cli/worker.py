@@ -69,7 +69,7 @@ def worker(
     ] = None,
     token: Annotated[str | None, typer.Option(help="Join token; better as FEDMOE_TOKEN.", show_default=False)] = None,
 ) -> None:
-    """Train one expert on local data; the data never leaves this machine, only the expert's updates do."""
+    """Train one expert on local data; the data stay on this machine, updates and statistics of them go."""
     config = WorkerConfig(**given(**locals()))  # type: ignore[arg-type]
     configure()
     try:

@@ -43,7 +43,8 @@ class Disclosure:
         self._closed.set()
 
     def _run(self) -> None:
-        for header, body in self._waiting:
+        while self._waiting:
+            header, body = self._waiting.pop(0)  # let go of once sent: as large as an adapter
             try:
                 self._send(header, body)
             except RefusedError as error:
