@@ -48,6 +48,11 @@ class Scripted:
         return started
 
 
+def logged(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was logged, wherever earlier tests have led the log."""
+    return "".join(capsys.readouterr())
+
+
 @pytest.fixture
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedmoe.worker.disclosure.pause_seconds", lambda *_: 0.001)
@@ -67,7 +72,7 @@ def test_a_refusal_ends_that_kind_and_is_logged(capsys: pytest.CaptureFixture[st
     scripted = Scripted([RefusedError("statistics_mismatch", "of another model")])
     scripted.disclosure().close(5)
     assert scripted.taken == [("moments", b"m")]
-    said = capsys.readouterr().out
+    said = logged(capsys)
     assert "statistics_refused" in said
     assert "of another model" in said
 
@@ -101,7 +106,7 @@ def test_nothing_is_made_where_it_is_not_wanted() -> None:
 
 def test_too_little_data_is_logged_and_not_fatal(capsys: pytest.CaptureFixture[str]) -> None:
     assert statistics_to_send(config(), tiny_base(), blocks(count=3)) == {}
-    assert "at least 16 samples" in capsys.readouterr().out
+    assert "at least 16 samples" in logged(capsys)
 
 
 # A whole worker.
