@@ -14,7 +14,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, Validation
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedmoe.lora.codec import WireDtype
-from fedmoe.lora.merge import STRATEGIES
+from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS
 from fedmoe.lora.update_rules import RULES, STALENESS
 from fedmoe.wire.messages import ExpertName, WorkerName
 
@@ -97,7 +97,7 @@ class CoordinatorConfig(_ProcessConfig):
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
         tables: dict[str, Mapping[str, object]] = {
-            "strategy": STRATEGIES,
+            "strategy": STRATEGIES | STRATEGIES_WITH_MOMENTS,
             "server_optimizer": RULES,
             "staleness": STALENESS,
         }
@@ -158,6 +158,7 @@ class WorkerConfig(_ProcessConfig):
     lora_dropout: Ratio = 0.0
     target_modules: tuple[str, ...] = ("all-linear",)
     seed: Annotated[int, Field(ge=0)] = 0
+    send_statistics: bool = True
     token: SecretStr | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
 
     @field_validator("token")

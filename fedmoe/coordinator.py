@@ -18,10 +18,16 @@ from fedmoe.events import Event, ExpertRegistered, ExpertRolledBack, UpdateAccep
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import digest
-from fedmoe.lora.merge import STRATEGIES, Merged, merge
+from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS, Merged, merge
+from fedmoe.lora.moments import InputMoments
 from fedmoe.lora.robust import clip_factor
 from fedmoe.lora.update_rules import RULES, STALENESS, RuleState, UpdateRule, buffered
 from fedmoe.manifest import Manifest
+
+#: What the gateway is made with while an expert lacks the input moments that the chosen strategy needs.
+WITHOUT_MOMENTS = "scaled"
+#: With moments and without a rank given, the gateway keeps this share of every module's energy, at rank 64 or less.
+ENERGY = 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,7 @@ class Aggregation:
         for value, known, name in (
             (self.staleness, STALENESS, "staleness"),
             (self.server_optimizer, RULES, "server_optimizer"),
-            (self.strategy, STRATEGIES, "strategy"),
+            (self.strategy, STRATEGIES | STRATEGIES_WITH_MOMENTS, "strategy"),
         ):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(sorted(known))}")
@@ -53,6 +59,11 @@ class Aggregation:
     @property
     def rule(self) -> UpdateRule:
         return buffered(RULES[self.server_optimizer], self.buffer_size)
+
+    @property
+    def uses_moments(self) -> bool:
+        """Whether the gateway is made with the input moments of its experts."""
+        return self.strategy in STRATEGIES_WITH_MOMENTS
 
     def coefficient(self, staleness: int) -> float:
         """What a delta of this staleness is multiplied with, lr * s(tau)."""
@@ -73,9 +84,21 @@ class Submission:
     norm: float | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class ExpertMoments:
+    """The input moments of all that an expert's workers train on, and the sha256 of their bytes as hex."""
+
+    moments: InputMoments
+    digest: str
+
+
 @dataclass(frozen=True)
 class GatewayModel:
-    """The model made of all experts: a view of `{expert: version}`, reproducible from them by hash."""
+    """The model made of all experts: a view of `{expert: version}`, reproducible from them by hash.
+
+    `statistics` are the digests of the input moments it was made with, by expert; `strategy` is the one that was used,
+    and `notes` say in words where that is not the one asked for.
+    """
 
     adapter: Adapter
     version: int
@@ -84,14 +107,31 @@ class GatewayModel:
     strategy: str
     truncation_error: float
     digest: str
+    statistics: Mapping[str, str]
+    notes: tuple[str, ...]
 
     @classmethod
-    def build(cls, version: int, experts: Mapping[str, ExpertModel], aggregation: Aggregation) -> GatewayModel:
-        """Merge the experts as they are now; `gateway_rank` None keeps the merge exact."""
+    def build(
+        cls,
+        version: int,
+        experts: Mapping[str, ExpertModel],
+        aggregation: Aggregation,
+        moments: Mapping[str, ExpertMoments] = MappingProxyType({}),
+    ) -> GatewayModel:
+        """Merge the experts as they are now.
+
+        `gateway_rank` None keeps the merge exact; one with moments keeps `ENERGY` of it. Where the strategy needs
+        `moments` and an expert has none, it is `WITHOUT_MOMENTS` instead, and `notes` say so.
+        """
+        known = {name: moments[name] for name in sorted(experts.keys() & moments.keys())}
+        with_moments = aggregation.uses_moments and known.keys() == experts.keys()
         merged: Merged = merge(
             {name: expert.adapter for name, expert in experts.items()},
             aggregation.strategy,
             rank=aggregation.gateway_rank,
+            energy=ENERGY if with_moments and aggregation.gateway_rank is None else None,
+            moments={name: found.moments for name, found in known.items()},
+            without_moments=WITHOUT_MOMENTS,
         )
         sources = {name: experts[name].version for name in sorted(experts)}
         return cls(
@@ -99,9 +139,11 @@ class GatewayModel:
             version,
             MappingProxyType(sources),
             MappingProxyType(dict(merged.weights)),
-            aggregation.strategy,
+            merged.strategy,
             merged.truncation_error,
             digest(merged.adapter),
+            MappingProxyType({name: found.digest for name, found in known.items()} if with_moments else {}),
+            merged.notes,
         )
 
 
@@ -113,6 +155,7 @@ class DraftMark:
     manifest: Manifest | None
     gateway_version: int
     events: int
+    moments: dict[str, ExpertMoments]
 
 
 @dataclass
@@ -124,15 +167,17 @@ class Draft:
     manifest: Manifest | None
     gateway_version: int
     events: list[Event] = field(default_factory=list)
+    moments: dict[str, ExpertMoments] = field(default_factory=dict)
 
     def mark(self) -> DraftMark:
         """The point reached so far."""
-        return DraftMark(dict(self.experts), self.manifest, self.gateway_version, len(self.events))
+        return DraftMark(dict(self.experts), self.manifest, self.gateway_version, len(self.events), dict(self.moments))
 
     def restore(self, mark: DraftMark) -> None:
         """Forget everything since `mark`."""
         self.experts, self.manifest, self.gateway_version = dict(mark.experts), mark.manifest, mark.gateway_version
         del self.events[mark.events :]
+        self.moments = dict(mark.moments)
 
     def expert(self, name: str) -> ExpertModel:
         """The expert, or a refusal that lists which there are."""
@@ -147,6 +192,12 @@ class Draft:
         chosen = seed if seed is not None else seed_of(name)
         self.apply(ExpertRegistered(name, worker, manifest, chosen, at))
         return self.experts[name]
+
+    def learn_moments(self, name: str, moments: ExpertMoments | None) -> None:
+        """New moments of an expert's inputs; None where the gateway is made without, and its version rises the same."""
+        if moments is not None:
+            self.moments[name] = moments
+        self.gateway_version += 1
 
     def judge(self, submission: Submission, at: float) -> UpdateAccepted:
         """What accepting this update would mean; refuses future and too stale base versions."""
@@ -228,8 +279,12 @@ class CentralCoordinator:
         chosen = aggregation or Aggregation()
         self.aggregation = chosen if enable_gateway is None else replace(chosen, enable_gateway=enable_gateway)
         self.manifest: Manifest | None = None
-        # Experts and the version of the gateway they make, swapped together so that no reader sees half a change.
-        self._view: tuple[Mapping[str, ExpertModel], int] = (MappingProxyType({}), 0)
+        # Experts, the gateway's version and the experts' moments, swapped together: no reader sees half a change.
+        self._view: tuple[Mapping[str, ExpertModel], int, Mapping[str, ExpertMoments]] = (
+            MappingProxyType({}),
+            0,
+            MappingProxyType({}),
+        )
         self._gateway: GatewayModel | None = None
         self._building = threading.Lock()
 
@@ -245,13 +300,14 @@ class CentralCoordinator:
 
     def draft(self) -> Draft:
         """A working copy to decide changes on."""
-        experts, version = self._view
-        return Draft(self.aggregation, dict(experts), self.manifest, version)
+        experts, version, moments = self._view
+        return Draft(self.aggregation, dict(experts), self.manifest, version, moments=dict(moments))
 
     def publish(self, draft: Draft) -> None:
         """Make a draft what everybody sees."""
         self.manifest = draft.manifest
-        self._view = (MappingProxyType(dict(draft.experts)), draft.gateway_version)
+        experts, moments = MappingProxyType(dict(draft.experts)), MappingProxyType(dict(draft.moments))
+        self._view = (experts, draft.gateway_version, moments)
 
     def expert(self, name: str) -> ExpertModel:
         """The expert, or a refusal that lists which there are."""
@@ -281,7 +337,7 @@ class CentralCoordinator:
                 "Start it with --enable-gateway, or pull the experts one by one.",
             )
         with self._building:
-            experts, version = self._view
+            experts, version, moments = self._view
             if not experts:
                 raise RefusedError(
                     "gateway_not_initialised",
@@ -289,7 +345,7 @@ class CentralCoordinator:
                     "Start at least one worker, or register an expert with 'fedmoe experts create'.",
                 )
             if self._gateway is None or self._gateway.version != version:
-                self._gateway = GatewayModel.build(version, experts, self.aggregation)
+                self._gateway = GatewayModel.build(version, experts, self.aggregation, moments)
             return self._gateway
 
 

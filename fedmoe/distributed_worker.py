@@ -77,6 +77,7 @@ class DistributedWorker:
         state_dir: Path,
         outbox: Outbox | None,
         on_step: Callable[[StepRecord], None] = lambda _: None,
+        on_registered: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.worker = worker
@@ -88,8 +89,7 @@ class DistributedWorker:
         self._talks = self._group.rank == 0
         self._outbox = outbox
         self._report = SyncReport(state_dir, settings.worker, settings.expert) if self._talks else None
-        self._on_step = on_step
-        self._clock = clock
+        self._on_step, self._on_registered, self._clock = on_step, on_registered, clock
         self._stop = threading.Event()
         self._delivery: Delivery | None = None
         self._base: PulledExpert | None = None
@@ -151,6 +151,7 @@ class DistributedWorker:
             self._interval = least
         info = self._client.register(self._settings.expert, self._settings.worker, self.worker.manifest)
         _log.info("registered", expert=info.name, version=info.version, digest=info.digest[:12])
+        self._on_registered()
 
     def _restore(self) -> SyncPoint | None:
         try:

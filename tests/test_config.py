@@ -43,7 +43,7 @@ def test_a_sync_interval_in_range_is_taken_58(value: object) -> None:
     [
         ({"port": 70000}, "65535"),
         ({"port": -1}, "0"),
-        ({"strategy": "average"}, "weighted_average, sum"),
+        ({"strategy": "average"}, "weighted_average, sum, concat, scaled, regmean"),
         ({"server_optimizer": "adamw"}, "sgd, nesterov, adam"),
         ({"staleness": "none"}, "constant, polynomial, hinge, exponential"),
         ({"server_learning_rate": 0}, "greater than 0"),

@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
     # The server side: no torch.
     "server": {
         *("coordinator", "errors", "events", "experts", "failpoints"),
-        *("lora", "manifest", "storage", "wire"),
+        *("gateway.prompt_statistics", "lora", "manifest", "storage", "wire"),
     },
     "distributed_coordinator": {"config", "coordinator", "server", "storage"},
     # The worker side: never the server.
@@ -50,6 +50,7 @@ LAYERS: dict[str, set[str]] = {
     "qwen_worker": {"datasets", "lora", "manifest", "models", "qwen_finetune"},
     "worker.outbox": {"failpoints", "files", "wire"},
     "worker.delivery": {"errors", "wire", "worker.outbox"},
+    "worker.disclosure": {"errors", "wire", "worker.delivery"},
     "worker.group": {"models"},
     "worker.pull": {"manifest", "wire", "worker.group"},
     "worker.progress": {"lora", "qwen_worker"},
@@ -59,12 +60,12 @@ LAYERS: dict[str, set[str]] = {
         *("datasets", "failpoints", "lora", "qwen_finetune", "qwen_worker", "wire"),
         *("worker.delivery", "worker.group", "worker.outbox", "worker.progress", "worker.pull", "worker.report"),
     },
+    "worker.statistics": {"datasets", "gateway.prompt_statistics", "lora", "models"},
     "worker.setup": {
         *("config", "coordinator", "datasets", "distributed_worker", "models", "qwen_finetune", "qwen_worker", "wire"),
-        *("worker.group", "worker.outbox", "worker.signals"),
+        *("worker.disclosure", "worker.group", "worker.outbox", "worker.signals", "worker.statistics"),
     },
     "worker.inference": {"lora", "models", "qwen_finetune"},
-    "worker.statistics": {"datasets", "gateway.prompt_statistics", "lora", "models"},
     "worker": set(),
     # The arena: values and decisions first.
     "arena.task": set(),

@@ -19,8 +19,12 @@ def coordinator(
     port: Annotated[int | None, typer.Option(help=f"Port. [default: {DEFAULT_PORT}]")] = None,
     state_dir: Annotated[str | None, typer.Option(help="Journal and blobs. [default: runs/coordinator]")] = None,
     enable_gateway: Annotated[bool | None, typer.Option(help="Make a gateway of all experts. [default: on]")] = None,
-    strategy: Annotated[str | None, typer.Option(help="weighted_average (default), sum, concat or scaled.")] = None,
-    gateway_rank: Annotated[int | None, typer.Option(help="Cut the gateway to this rank. [default: exact]")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="weighted_average (default), sum, concat, scaled or regmean.")
+    ] = None,
+    gateway_rank: Annotated[
+        int | None, typer.Option(help="Cut the gateway to this rank. [default: exact; regmean: by energy, up to 64]")
+    ] = None,
     server_learning_rate: Annotated[float | None, typer.Option(help="lr of expert += lr * s(tau) * delta.")] = None,
     server_optimizer: Annotated[str | None, typer.Option(help="sgd (default), nesterov or adam.")] = None,
     buffer_size: Annotated[int | None, typer.Option(help="Updates averaged into one step. [default: 1]")] = None,

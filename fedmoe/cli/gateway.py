@@ -38,6 +38,8 @@ def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
     print(f"  rank {gateway.rank}, {gateway.modules} modules, {gateway.parameters:,} parameters")
     print(f"  lora_A {gateway.lora_A_shape}, lora_B {gateway.lora_B_shape}")
     print(f"  truncation error {gateway.truncation_error:.2e}, digest {gateway.digest}")
+    for note in gateway.notes:
+        print(f"  note: {note}")
 
 
 @app.command()

@@ -64,9 +64,12 @@ def worker(
         list[str] | None, typer.Option(help="Ends of module names, repeatable. [default: all-linear]")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the order of the data. [default: 0]")] = None,
+    send_statistics: Annotated[
+        bool | None, typer.Option(help="Send statistics of the data for merging and routing. [default: on]")
+    ] = None,
     token: Annotated[str | None, typer.Option(help="Join token; better as FEDMOE_TOKEN.", show_default=False)] = None,
 ) -> None:
-    """Train one expert on local data; the data never leaves this machine, only the expert's updates do."""
+    """Train one expert on local data; the data stay on this machine, updates and statistics of them go."""
     config = WorkerConfig(**given(**locals()))  # type: ignore[arg-type]
     configure()
     try:

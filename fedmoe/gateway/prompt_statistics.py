@@ -53,7 +53,8 @@ class FeatureMoments:
             object.__setattr__(self, name, view)
         shapes = self.mean.shape, self.spread.shape, self.rest.shape
         width, most = self.mean.size, min(DIRECTIONS, self.mean.size)
-        if shapes != ((width,), (len(self.spread), width), (width,)) or not 1 <= len(self.spread) <= most:
+        rows = self.spread.shape[0] if self.spread.ndim else 0
+        if shapes != ((width,), (rows, width), (width,)) or not 1 <= rows <= most:
             raise ShapeError(f"mean (d,), spread (1 to {most}, d) and rest (d,) are needed, got shapes {shapes}")
         if self.count < 1 or (self.rest < 0).any():
             raise ValueError(

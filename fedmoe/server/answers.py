@@ -94,6 +94,8 @@ def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -
         "sources": dict(gateway.sources),
         "weights": dict(gateway.weights),
         "truncation_error": gateway.truncation_error,
+        "statistics": dict(gateway.statistics),
+        "notes": list(gateway.notes),
         "alpha": gateway.adapter.alpha,
         "rank": gateway.adapter.rank,
         "base": manifest.to_json()["base"],
@@ -176,7 +178,7 @@ def answer_weights(
         "FedMoE-Version": str(weights.version),
         "FedMoE-Digest": weights.digest,
     }
-    if result is None and tag in _tags(request.headers.get("if-none-match", "")):
+    if result is None and known(request, tag):
         return Response(status_code=304, headers=headers)
     if not binary:
         return StreamingResponse(_json(weights, result), status, headers, "application/json")
@@ -190,8 +192,20 @@ def answer_weights(
     return StreamingResponse(_pieces(encoded), status, headers, SAFETENSORS)
 
 
-def _tags(header: str) -> list[str]:
-    return [item.strip().removeprefix("W/") for item in header.split(",")]
+def known(request: Request, tag: str) -> bool:
+    """Whether the caller says it has what this ETag names."""
+    header = request.headers.get("if-none-match", "")
+    return tag in [item.strip().removeprefix("W/") for item in header.split(",")]
+
+
+def answer_statistics(request: Request, tag: str, read: Callable[[], bytes]) -> Response:
+    """Data statistics as safetensors; 304, and nothing read, if the caller has what `tag` names."""
+    headers = {"ETag": f'"{tag}"'}
+    if known(request, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    body = read()
+    headers["Content-Digest"] = content_digest(hashlib.sha256(body).digest())
+    return Response(body, 200, headers, SAFETENSORS)
 
 
 async def _pieces(encoded: Encoded) -> AsyncIterator[Part]:

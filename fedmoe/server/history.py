@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from fedmoe.coordinator import Aggregation, CentralCoordinator, Draft
+from fedmoe.coordinator import Aggregation, CentralCoordinator, Draft, ExpertMoments
 from fedmoe.errors import RefusedError
 from fedmoe.events import Event, ExpertRegistered, Lineage, UpdateAccepted, length, lineages, without_worker
 from fedmoe.experts import ExpertModel
@@ -20,6 +20,7 @@ from fedmoe.lora.container import encode_named, read_named
 from fedmoe.lora.robust import USUAL_WINDOW
 from fedmoe.lora.update_rules import RuleState
 from fedmoe.manifest import Manifest
+from fedmoe.server.data_statistics import KeptStatistics
 from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, StorageFailedError, put
 from fedmoe.storage.journal import Journal
 
@@ -59,6 +60,7 @@ class History:
         self._blobs = blobs
         self._aggregation = aggregation
         self._keep_updates = keep_updates
+        self._statistics = KeptStatistics(journal, blobs)
 
     def recover(self) -> CentralCoordinator:
         """The coordinator as it was when the last acknowledged event was written."""
@@ -70,8 +72,14 @@ class History:
         experts = {name: self._recover_expert(events) for name, events in past.items()}
         coordinator = CentralCoordinator(self._aggregation)
         manifest = next(iter(experts.values())).manifest if experts else None
-        coordinator.publish(Draft(self._aggregation, experts, manifest, sum(map(len, past.values()))))
+        version = sum(map(len, past.values())) + self._statistics.moments_arrived()
+        coordinator.publish(Draft(self._aggregation, experts, manifest, version, moments=self._moments(experts)))
         return coordinator
+
+    def _moments(self, experts: Iterable[str]) -> dict[str, ExpertMoments]:
+        """Those the gateway is made with; nothing where it is made without."""
+        found = {name: self._statistics.moments(name) for name in experts if self._aggregation.uses_moments}
+        return {name: moments for name, moments in found.items() if moments is not None}
 
     def _check_rule(self) -> None:
         """An expert's past was folded with one rule; another rule would rebuild other weights."""
@@ -97,7 +105,7 @@ class History:
         referenced = {e.digest for events in past.values() for e in events if isinstance(e, UpdateAccepted)}
         for name in past:
             referenced |= set(self._journal.snapshots(name).values())
-        self._blobs.sweep(referenced)
+        self._blobs.sweep(referenced | self._statistics.digests())
 
     def _recover_expert(self, events: list[Event]) -> ExpertModel:
         registered, chains = _registration(events), lineages(events)

@@ -117,6 +117,6 @@ async def settled(work: asyncio.Future[Result]) -> Result:
 def _too_large(size: int, cap: int) -> RefusedError:
     return RefusedError(
         "too_large",
-        f"the body has {size} bytes or more; an update of this expert has at most {cap}.",
+        f"the body has {size} bytes or more; at most {cap} are read here for this expert.",
         "Check that the worker's LoRA configuration is the federation's.",
     )

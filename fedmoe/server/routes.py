@@ -15,7 +15,15 @@ from fedmoe.errors import RefusedError
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.codec import WireDtype
 from fedmoe.server import problems
-from fedmoe.server.answers import EncodedCache, Weights, all_weights, answer_weights, expert_weights, gateway_weights
+from fedmoe.server.answers import (
+    EncodedCache,
+    Weights,
+    all_weights,
+    answer_statistics,
+    answer_weights,
+    expert_weights,
+    gateway_weights,
+)
 from fedmoe.server.guard import BodyGuard, GateMiddleware, LoopbackHostMiddleware
 from fedmoe.server.receive import parse_content_digest
 from fedmoe.server.security import Principal, TokenGate, new_token
@@ -23,6 +31,9 @@ from fedmoe.server.service import Body, CoordinatorService
 from fedmoe.wire.messages import (
     SAFETENSORS,
     ChangeResult,
+    DataStatisticsHeader,
+    DataStatisticsRequest,
+    DataStatisticsResult,
     ExpertInfo,
     ExpertName,
     ExpertRequest,
@@ -41,6 +52,7 @@ from fedmoe.wire.messages import (
 )
 
 _PUSH = "/push_expert_update"
+_PUSH_STATISTICS = "/push_data_statistics"
 
 
 def create_app(service: CoordinatorService, gate: TokenGate, loopback: bool = True) -> FastAPI:
@@ -54,8 +66,8 @@ def create_app(service: CoordinatorService, gate: TokenGate, loopback: bool = Tr
     app.add_middleware(GateMiddleware, gate=gate)
     if loopback and not gate.required:
         app.add_middleware(LoopbackHostMiddleware)
-    # An update's cap follows from its expert, so the service sets it.
-    app.add_middleware(BodyGuard, caps={_PUSH: None})
+    # These caps follow from the expert, so the service sets them.
+    app.add_middleware(BodyGuard, caps={_PUSH: None, _PUSH_STATISTICS: None})
     return app
 
 
@@ -75,13 +87,13 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
     def list_experts() -> Listing:
         experts = coordinator.experts
         enabled = coordinator.aggregation.enable_gateway
-        gateway = _gateway_info(coordinator.gateway()) if enabled and experts else None
+        gateway = _gateway_info(service.gateway()) if enabled and experts else None
         infos = [_expert_info(experts[name], service) for name in sorted(experts)]
         return Listing(experts=infos, gateway=gateway, enable_gateway=enabled)
 
     @app.get("/get_gateway_weights")
     def get_gateway_weights(request: Request, dtype: WireDtype = "fp32") -> Response:
-        weights = gateway_weights(coordinator.gateway(), coordinator.experts)
+        weights = gateway_weights(service.gateway(), coordinator.experts)
         return answer_weights(request, weights, dtype, cache)
 
     @app.get("/get_all_expert_weights")
@@ -99,7 +111,7 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
 
     @app.get("/get_gateway_info")
     def get_gateway_info() -> GatewayInfo:
-        return _gateway_info(coordinator.gateway())
+        return _gateway_info(service.gateway())
 
     @app.get("/statistics")
     def statistics(expert: ExpertName | None = None) -> list[dict[str, object]]:
@@ -107,6 +119,13 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
             {"expert": s.expert, "worker": s.worker, "kind": s.kind, "values": dict(s.payload), "at": s.at}
             for s in service.journal.statistics(expert)
         ]
+
+    @app.get("/data_statistics")
+    def data_statistics(request: Request, wanted: Annotated[DataStatisticsRequest, Query()]) -> Response:
+        _principal(request).require_expert(wanted.expert)
+        coordinator.expert(wanted.expert)
+        kept, named = service.statistics, (wanted.expert, wanted.kind)
+        return answer_statistics(request, kept.tag(*named), lambda: kept.merged(*named))
 
 
 def _write_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache) -> None:
@@ -123,7 +142,7 @@ def _write_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache
         principal = _principal(request)
         principal.require_worker(header.worker)
         principal.require_expert(header.expert)
-        body = _update_body(request)
+        body = _tensor_body(request)
         try:
             result = await service.push(header, body)
         except RefusedError as error:
@@ -143,6 +162,15 @@ def _write_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache
         principal.require_expert(wanted.expert)
         principal.require_worker(wanted.worker)
         await service.add_statistic(wanted)
+
+    @app.post(_PUSH_STATISTICS)
+    async def push_data_statistics(
+        request: Request, header: Annotated[DataStatisticsHeader, Query()]
+    ) -> DataStatisticsResult:
+        principal = _principal(request)
+        principal.require_worker(header.worker)
+        principal.require_expert(header.expert)
+        return await service.push_data_statistics(header, _tensor_body(request))
 
 
 def _admin_routes(app: FastAPI, service: CoordinatorService, gate: TokenGate) -> None:
@@ -176,12 +204,12 @@ def _principal(request: Request) -> Principal:
     return principal
 
 
-def _update_body(request: Request) -> Body:
+def _tensor_body(request: Request) -> Body:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != SAFETENSORS:
         raise RefusedError(
             "unsupported_type",
-            f"an update is sent as {SAFETENSORS}, got {content_type or 'no Content-Type'}.",
+            f"numbers are sent as {SAFETENSORS}, got {content_type or 'no Content-Type'}.",
             "Pickle, .pt and .bin files are never read; convert to safetensors.",
         )
     encoding = ", ".join(request.headers.getlist("content-encoding")) or "identity"
@@ -231,4 +259,6 @@ def _gateway_info(gateway: GatewayModel) -> GatewayInfo:
         weights=dict(gateway.weights),
         truncation_error=gateway.truncation_error,
         digest=gateway.digest,
+        statistics=dict(gateway.statistics),
+        notes=list(gateway.notes),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,7 +18,7 @@ import numpy as np
 import structlog
 
 from fedmoe import __version__, failpoints
-from fedmoe.coordinator import CentralCoordinator, Draft, Submission
+from fedmoe.coordinator import CentralCoordinator, Draft, GatewayModel, Submission
 from fedmoe.errors import RefusedError
 from fedmoe.events import UpdateAccepted
 from fedmoe.experts import ExpertModel
@@ -26,6 +26,7 @@ from fedmoe.lora.adapter import FloatVector, Layout
 from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
 from fedmoe.lora.robust import first_not_finite
 from fedmoe.server.committer import Committer
+from fedmoe.server.data_statistics import KeptStatistics, most_bytes
 from fedmoe.server.history import History
 from fedmoe.server.receive import Expected, receive, settled
 from fedmoe.server.roster import Roster
@@ -33,6 +34,8 @@ from fedmoe.storage.blobs import BlobStore, BlobWriter, StorageFailedError
 from fedmoe.storage.journal import Journal, Statistic
 from fedmoe.wire.messages import (
     ChangeResult,
+    DataStatisticsHeader,
+    DataStatisticsResult,
     FederationInfo,
     ManifestMessage,
     RegisterRequest,
@@ -80,6 +83,7 @@ class CoordinatorService:
         self.coordinator = coordinator
         self.journal = journal
         self.roster = Roster(journal.events())
+        self.statistics = KeptStatistics(journal, blobs)
         self._blobs = blobs
         self._history = history
         self._min_sync_interval = min_sync_interval
@@ -89,6 +93,7 @@ class CoordinatorService:
         #: Updates on their way in.
         self.uploads = 0
         self._checking = asyncio.Semaphore(_THREADS)
+        self._noted: tuple[str, ...] = ()
 
     def start(self) -> None:
         self._committer.start()
@@ -131,15 +136,36 @@ class CoordinatorService:
         _log.info("registered", expert=expert.name, worker=request.worker, version=expert.version)
         return expert
 
+    def gateway(self) -> GatewayModel:
+        """The gateway of the newest state; says in the log where it was not made as told."""
+        gateway = self.coordinator.gateway()
+        if gateway.notes != self._noted:
+            for note in gateway.notes:
+                _log.warning("gateway", version=gateway.version, strategy=gateway.strategy, note=note)
+            self._noted = gateway.notes
+        return gateway
+
     async def push(self, header: UpdateHeader, body: Body) -> UpdateResult:
         """Take one update in; answers the same to the same update however often it is sent."""
+        return await self._received(header, lambda layout, writer: self._take(header, body, layout, writer))
+
+    async def push_data_statistics(self, header: DataStatisticsHeader, body: Body) -> DataStatisticsResult:
+        """Take in what a worker tells of its data; the same bytes again change nothing."""
+        return await self._received(header, lambda layout, writer: self._take_statistics(header, body, layout, writer))
+
+    async def _received(
+        self,
+        header: UpdateHeader | DataStatisticsHeader,
+        take: Callable[[Layout, BlobWriter], Awaitable[Result]],
+    ) -> Result:
+        """What `take` makes of a body that arrives for an expert; nothing is left of one that is refused."""
         self._refuse_if_busy()
         expert = self.coordinator.expert(header.expert)
         self.uploads += 1
         try:
             writer = self._blobs.writer()
             try:
-                return await self._take(header, body, expert.manifest.layout, writer)
+                return await take(expert.manifest.layout, writer)
             finally:
                 writer.abort()
         except (RefusedError, CodecError) as error:
@@ -176,6 +202,24 @@ class CoordinatorService:
             digest=result.digest[:12],
             duplicate=result.duplicate,
         )
+        return result
+
+    async def _take_statistics(
+        self, header: DataStatisticsHeader, body: Body, layout: Layout, writer: BlobWriter
+    ) -> DataStatisticsResult:
+        await receive(
+            body.chunks, Expected(most_bytes(header.kind, layout), body.length, body.sha256), writer, self._pool
+        )
+        async with self._checking:
+            if writer.size == 0:
+                raise MalformedError("malformed", "the body is empty")
+            await self._in_thread(lambda: self.statistics.check(header, writer.view(), layout))
+            digest = await self._in_thread(writer.commit)
+        future = self._committer.submit(
+            lambda draft: self.statistics.keep(draft, header, digest, writer.size, self.now), alone=True
+        )
+        result = await self._decided(future, DataStatisticsResult)
+        _log.info("statistics", worker=header.worker, **result.model_dump(exclude={"gateway_version"}))
         return result
 
     def _check(self, header: UpdateHeader, writer: BlobWriter, layout: Layout) -> tuple[Submission, FloatVector | None]:

@@ -67,6 +67,17 @@ _statistics = sa.Table(
     sa.Column("payload", sa.Text, nullable=False),
     sa.Column("at", sa.Float, nullable=False),
 )
+_data_statistics = sa.Table(
+    "data_statistics",
+    _tables,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("expert", sa.Text, nullable=False),
+    sa.Column("worker", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("size", sa.Integer, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+)
 _tokens = sa.Table(
     "tokens",
     _tables,
@@ -105,6 +116,21 @@ class Statistic:
     at: float
 
 
+@dataclass(frozen=True, slots=True)
+class DataStatistic:
+    """What a worker tells of its data (`kind` is prompts or moments): the digest of the blob that holds it, its bytes.
+
+    A later one of the same expert, worker and kind takes the place of an earlier one.
+    """
+
+    expert: str
+    worker: str
+    kind: str
+    digest: str
+    size: int
+    at: float
+
+
 class DuplicateEventError(Exception):
     """An event whose identity is already in the journal; the whole batch was refused."""
 
@@ -137,6 +163,12 @@ class Journal(Protocol):
     def add_statistic(self, statistic: Statistic) -> None: ...
 
     def statistics(self, expert: str | None = None) -> list[Statistic]: ...
+
+    def add_data_statistic(self, statistic: DataStatistic) -> None: ...
+
+    def data_statistics(self) -> list[DataStatistic]:
+        """All there ever were, in order."""
+        ...
 
     def put_token(self, token: TokenRecord) -> None: ...
 
@@ -186,6 +218,9 @@ class SqlJournal:
                 f"the journal {self._where} has schema {found}, this program reads {SCHEMA_VERSION}; "
                 "run the FedMoE version that wrote it"
             )
+        # A table that came later; a program from before leaves it alone.
+        _data_statistics.create(self._connection, checkfirst=True)
+        self._connection.commit()
 
     def append(self, events: Sequence[Event]) -> None:
         rows = [_row(event) for event in events]
@@ -267,6 +302,14 @@ class SqlJournal:
             Statistic(row["expert"], row["worker"], row["kind"], json.loads(row["payload"]), row["at"])
             for row in self._read(query)
         ]
+
+    def add_data_statistic(self, statistic: DataStatistic) -> None:
+        self._write(_data_statistics.insert(), [asdict(statistic)])
+
+    def data_statistics(self) -> list[DataStatistic]:
+        columns = [column for column in _data_statistics.c if column.name != "id"]
+        rows = self._read(sa.select(*columns).order_by(_data_statistics.c.id))
+        return [DataStatistic(**row) for row in rows]
 
     def put_token(self, token: TokenRecord) -> None:
         row = asdict(token) | {"experts": json.dumps(token.experts) if token.experts is not None else None}

@@ -22,6 +22,8 @@ from fedmoe.wire.messages import (
     PROBLEM,
     SAFETENSORS,
     ChangeResult,
+    DataStatisticsHeader,
+    DataStatisticsResult,
     ExpertInfo,
     FederationInfo,
     GatewayInfo,
@@ -29,6 +31,7 @@ from fedmoe.wire.messages import (
     ManifestMessage,
     RegisterRequest,
     StatisticRequest,
+    StatisticsKind,
     TokenAnswer,
     TokenRequest,
     UpdateHeader,
@@ -49,6 +52,7 @@ __all__ = [
     "CoordinatorUnavailableError",
     "PulledExpert",
     "PulledGateway",
+    "PulledStatistics",
     "Pushed",
     "TooStaleError",
 ]
@@ -84,6 +88,14 @@ class PulledGateway:
     sources: dict[str, int]
     base: dict[str, str]
     info: dict[str, object]
+    etag: str
+
+
+@dataclass(frozen=True)
+class PulledStatistics:
+    """Data statistics as downloaded, the bytes checked against the answer's digest; `etag` names them."""
+
+    body: bytes
     etag: str
 
 
@@ -184,8 +196,7 @@ class CoordinatorClient:
 
     def push(self, header: UpdateHeader, body: bytes) -> Pushed:
         """Send an update once; sending the same one again later is safe."""
-        digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
-        headers = {"Content-Type": SAFETENSORS, "Content-Digest": f"sha-256=:{digest}:", "Accept": SAFETENSORS}
+        headers = _describing(body) | {"Accept": SAFETENSORS}
         params = header.model_dump(exclude_none=True)
         answer = self._once("POST", "/push_expert_update", params=params, content=body, headers=headers)
         if answer.type != SAFETENSORS:
@@ -201,6 +212,25 @@ class CoordinatorClient:
     def push_statistic(self, statistic: StatisticRequest) -> None:
         """Disclose a small fact, for example a held-out loss."""
         expect_nothing(self._post("/push_statistics", statistic))
+
+    def push_data_statistics(self, header: DataStatisticsHeader, body: bytes) -> DataStatisticsResult:
+        """Disclose statistics of a worker's data, once; sending the same ones again later is safe."""
+        params, headers = header.model_dump(), _describing(body)
+        answer = self._once("POST", "/push_data_statistics", params=params, content=body, headers=headers)
+        return parsed(answer, DataStatisticsResult)
+
+    def data_statistics(self, expert: str, kind: StatisticsKind, etag: str | None = None) -> PulledStatistics | None:
+        """What all workers of an expert tell of their data, merged; None if it is still that of `etag`.
+
+        Raises `RefusedError` with the code `no_statistics` where no worker has sent any.
+        """
+        headers = {"Accept": SAFETENSORS} | ({"If-None-Match": etag} if etag else {})
+        params = {"expert": expert, "kind": kind}
+        answer = self._retried("GET", "/data_statistics", params=params, headers=headers)
+        if answer.status == 304 and etag:
+            return None
+        _check_promise(answer)
+        return PulledStatistics(bytes(answer.body), answer.headers.get("etag", ""))
 
     def roll_back(self, expert: str, to_version: int, reason: str = "") -> ChangeResult:
         """Give the expert the content of an earlier version, as a new version."""
@@ -267,14 +297,23 @@ def _raise_for_refusal(answer: Answer) -> None:
     raise error
 
 
-def _info(answer: Answer) -> dict[str, object]:
-    """What accompanies weights, once the body has the digest the answer promises."""
+def _describing(body: bytes | bytearray) -> dict[str, str]:
+    """Headers of a safetensors body."""
+    digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
+    return {"Content-Type": SAFETENSORS, "Content-Digest": f"sha-256=:{digest}:"}
+
+
+def _check_promise(answer: Answer) -> None:
+    """The body must be safetensors, and have the digest the answer promises."""
     if answer.type != SAFETENSORS:
         raise foreign(answer)
-    promised = answer.headers.get("content-digest", "")
-    digest = base64.b64encode(hashlib.sha256(answer.body).digest()).decode()
-    if promised != f"sha-256=:{digest}:":
+    if answer.headers.get("content-digest", "") != _describing(answer.body)["Content-Digest"]:
         raise CoordinatorUnavailableError("the weights were damaged on their way (digest mismatch)")
+
+
+def _info(answer: Answer) -> dict[str, object]:
+    """What accompanies weights, once the body has the digest the answer promises."""
+    _check_promise(answer)
     try:
         _, metadata, _ = read_header(answer.body)
         info = json.loads(metadata["fedmoe"])

@@ -27,6 +27,7 @@ ExpertName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62
 WorkerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
 EpochName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]{1,32}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+StatisticsKind = Literal["prompts", "moments"]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -164,7 +165,11 @@ class WorkerInfo(Message):
 
 
 class GatewayInfo(Message):
-    """The gateway: what it is made of and what a rank cut lost."""
+    """The gateway: what it is made of and what a rank cut lost.
+
+    `statistics` are the sha256 of the input moments it was made with, by expert; `notes` say where it was not made as
+    the coordinator was told to.
+    """
 
     version: int
     strategy: str
@@ -177,6 +182,8 @@ class GatewayInfo(Message):
     weights: dict[str, float]
     truncation_error: float
     digest: Sha256
+    statistics: dict[str, Sha256] = {}
+    notes: list[str] = []
 
 
 class Listing(Message):
@@ -194,6 +201,31 @@ class FederationInfo(Message):
     manifest: ManifestMessage | None
     min_sync_interval: float
     wire_dtypes: list[str]
+
+
+class DataStatisticsHeader(Message):
+    """Whose data the statistics in the body are of: `prompts` to route by, or the `moments` of the modules' inputs."""
+
+    expert: ExpertName
+    worker: WorkerName
+    kind: StatisticsKind
+
+
+class DataStatisticsResult(Message):
+    """What became of data statistics; `duplicate` if these very bytes were there already."""
+
+    expert: ExpertName
+    kind: StatisticsKind
+    digest: Sha256
+    gateway_version: int
+    duplicate: bool = False
+
+
+class DataStatisticsRequest(Message):
+    """Which statistics, of all workers of an expert together."""
+
+    expert: ExpertName
+    kind: StatisticsKind
 
 
 class StatisticRequest(Message):

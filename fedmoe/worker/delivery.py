@@ -24,8 +24,8 @@ Result = TypeVar("Result")
 
 #: Refusals that a newer version cures: what was learned is kept and moved onto it.
 CURED_BY_PULLING = frozenset({"too_stale", "unknown_version"})
-# The coordinator got other bytes than were sent: a fault on the way, which the next try may not meet.
-_DAMAGED_ON_THE_WAY = frozenset({"digest_mismatch", "truncated"})
+#: The coordinator got other bytes than were sent: a fault on the way, which the next try may not meet.
+DAMAGED_ON_THE_WAY = frozenset({"digest_mismatch", "truncated"})
 # Refusals of the numbers themselves.
 _POISONED = frozenset({"not_finite", "norm_too_large"})
 _FIRST_PAUSE = 0.5
@@ -140,7 +140,7 @@ class Delivery:
         try:
             return self._client.push(self.pending.header, self.pending.body)
         except RefusedError as error:
-            if error.code in _DAMAGED_ON_THE_WAY:
+            if error.code in DAMAGED_ON_THE_WAY:
                 raise CoordinatorUnavailableError(f"{error.code}: {error}") from error
             raise
 

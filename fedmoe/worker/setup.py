@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import structlog
@@ -19,12 +20,17 @@ from fedmoe.models.schedule import LoraConfig, TrainingConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
 from fedmoe.qwen_worker import QwenWorker
 from fedmoe.wire.client import CoordinatorClient
+from fedmoe.wire.messages import StatisticsKind
+from fedmoe.worker.disclosure import Disclosure
 from fedmoe.worker.group import on_rank_zero
 from fedmoe.worker.outbox import Outbox
 from fedmoe.worker.signals import StopOnSignal
+from fedmoe.worker.statistics import data_statistics
 
 _log = structlog.get_logger("fedmoe.worker")
 _PREVIEWS = 2
+# Of a worker that ends, for statistics that are still on their way.
+_LAST_WAIT_SECONDS = 5.0
 
 
 def run_worker(config: WorkerConfig) -> None:
@@ -36,15 +42,23 @@ def run_worker(config: WorkerConfig) -> None:
     token = config.token.get_secret_value() if config.token else None
     group = join_group(device)
     outbox: Outbox | None = None
+    disclosure: Disclosure | None = None
     try:
         with CoordinatorClient(config.coordinator_url, token) as client:
             outbox = on_rank_zero(group, lambda: Outbox(state_dir, config.worker_id, config.specialty))
             # A wrong URL or token is told before a base model is loaded.
             on_rank_zero(group, client.federation)
-            worker = _build(config, loaded, group, client, state_dir, outbox)
+            base, blocks = _base_and_blocks(config, loaded, group)
+            # On the bare base model, so before an adapter is attached.
+            disclosure = on_rank_zero(group, lambda: _disclosure(config, base, blocks, client))
+            worker = _build(config, base, blocks, group, client, state_dir, outbox, disclosure)
             StopOnSignal(worker.stop).install()
             worker.run()
+            if disclosure is not None:
+                disclosure.close(_LAST_WAIT_SECONDS)
     finally:
+        if disclosure is not None:
+            disclosure.close()
         if outbox is not None:
             outbox.close()
         group.close()
@@ -68,23 +82,52 @@ def _pad_id(base: LoadedBase) -> int:
     return int(pad if pad is not None else base.tokenizer.eos_token_id)
 
 
+def _base_and_blocks(config: WorkerConfig, loaded: LoadedFile, group: ProcessGroup) -> tuple[LoadedBase, list[Block]]:
+    base = load_base(config.base_model, group.device, config.dtype)
+    _log.info("base_model", **base.report)
+    return base, training_blocks(loaded, base, config, show=group.rank == 0)
+
+
+def _disclosure(
+    config: WorkerConfig, base: LoadedBase, blocks: list[Block], client: CoordinatorClient
+) -> Disclosure | None:
+    statistics = statistics_to_send(config, base, blocks)
+    return Disclosure(client, config.specialty, config.worker_id, statistics) if statistics else None
+
+
+def statistics_to_send(config: WorkerConfig, base: LoadedBase, blocks: list[Block]) -> dict[StatisticsKind, bytes]:
+    """What the worker discloses of its data, by kind; nothing where it may not or cannot be told of these data."""
+    if not config.send_statistics:
+        return {}
+    started = time.monotonic()
+    try:
+        found = data_statistics(base, blocks, _targets(config))
+    except ValueError as error:  # too little data, or a base model that has no such numbers: training needs neither
+        _log.warning("no_statistics", reason=str(error))
+        return {}
+    seconds = round(time.monotonic() - started, 1)
+    _log.info("statistics", prompts=found.prompts.count, tokens=found.moments.tokens, seconds=seconds)
+    return {"prompts": found.prompts.to_bytes(), "moments": found.moments.to_bytes()}
+
+
 def _build(
     config: WorkerConfig,
-    loaded: LoadedFile,
+    base: LoadedBase,
+    blocks: list[Block],
     group: ProcessGroup,
     client: CoordinatorClient,
     state_dir: Path,
     outbox: Outbox | None,
+    disclosure: Disclosure | None,
 ) -> DistributedWorker:
-    base = load_base(config.base_model, group.device, config.dtype)
-    _log.info("base_model", **base.report)
-    blocks = training_blocks(loaded, base, config, show=group.rank == 0)
     expert = QwenLoRAExpert(base, _lora(config), _training(config), group)
     sampler = BlockSampler(blocks, config.seed, group.rank, group.world_size)
     settings = SyncSettings(
         config.worker_id, config.specialty, config.sync_interval, config.max_unsynced, config.wire_dtype
     )
-    return DistributedWorker(QwenWorker(expert, sampler), client, settings, state_dir, outbox)
+    worker = QwenWorker(expert, sampler)
+    on_registered = disclosure.start if disclosure is not None else lambda: None
+    return DistributedWorker(worker, client, settings, state_dir, outbox, on_registered=on_registered)
 
 
 def _lora(config: WorkerConfig) -> LoraConfig:
@@ -92,9 +135,13 @@ def _lora(config: WorkerConfig) -> LoraConfig:
         config.lora_r,
         config.lora_alpha,
         config.lora_dropout,
-        config.target_modules[0] if len(config.target_modules) == 1 else config.target_modules,
+        _targets(config),
         seed_of(config.specialty) % 2**63,
     )
+
+
+def _targets(config: WorkerConfig) -> str | tuple[str, ...]:
+    return config.target_modules[0] if len(config.target_modules) == 1 else config.target_modules
 
 
 def _training(config: WorkerConfig) -> TrainingConfig:

@@ -1,4 +1,4 @@
-"""What a worker tells of its data, besides updates, so that experts merge and route well. Off unless asked for.
+"""What a worker tells of its data, besides updates, so that experts merge and route well.
 
 What is disclosed: of the prompts, in two halves, how many samples there were, the mean of their features on the base
 model, and of their covariance the 64 main directions and the diagonal of what is left (at most 66 d numbers a half); of

@@ -14,6 +14,7 @@ from live import LiveServer, listening, open_house
 from structlog.testing import capture_logs
 from support import make_push
 
+from fedmoe.coordinator import Aggregation
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.codec import encode
 from fedmoe.lora.formats import read_npz
@@ -47,6 +48,16 @@ def tiny_server(tmp_path: Path, manifest: Manifest) -> Iterator[LiveServer]:
         asyncio.run(house.service.push(*make_push(encode(manifest.layout, delta), 0, 0, expert="sql_expert")))
         with listening(house.app) as running:
             yield running
+
+
+def test_info_says_where_the_gateway_is_not_the_one_asked_for(tmp_path: Path, fedmoe: Run) -> None:
+    (tmp_path / "house").mkdir()
+    with capture_logs(), open_house(tmp_path / "house", Aggregation(strategy="regmean")) as house:
+        house.register("docs")
+        with listening(house.app) as running:
+            said = fedmoe("gateway", "info", "--coordinator-url", running.url).out
+    assert "gateway version 1, scaled of docs v0" in said
+    assert "note: regmean was asked for; without input moments of docs it became scaled" in said
 
 
 @pytest.fixture

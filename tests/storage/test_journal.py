@@ -12,7 +12,7 @@ from support import accepted, registered
 from fedmoe.errors import RefusedError
 from fedmoe.events import Event, ExpertRolledBack, WorkerRetracted
 from fedmoe.storage.blobs import StorageFailedError
-from fedmoe.storage.journal import DuplicateEventError, Journal, SqlJournal, Statistic, TokenRecord
+from fedmoe.storage.journal import DataStatistic, DuplicateEventError, Journal, SqlJournal, Statistic, TokenRecord
 
 EVENTS: list[Event] = [
     registered(),
@@ -156,6 +156,13 @@ def test_statistics_in_order(journal: Journal) -> None:
     assert journal.statistics("a") == [kept[0], kept[2]]
 
 
+def test_data_statistics_in_order(journal: Journal) -> None:
+    kept = [DataStatistic("a", worker, "moments", digest, 7, 0.5) for worker, digest in (("w2", "x"), ("w1", "y"))]
+    for statistic in [*kept, kept[0]]:
+        journal.add_data_statistic(statistic)
+    assert journal.data_statistics() == [*kept, kept[0]]
+
+
 def test_tokens_are_replaced_by_hash(journal: Journal) -> None:
     token = TokenRecord("h1", "worker", "w1", ("a", "b"), 12.5)
     journal.put_token(token)
@@ -201,6 +208,15 @@ def test_everything_is_there_after_reopening(path: Path, opened: Callable[[], Sq
     assert list(again.events()) == EVENTS
     assert (again.snapshots("python"), again.meta("rule")) == ({2: "a"}, "sgd")
     assert query(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_a_journal_from_before_data_statistics_gets_their_table(path: Path, opened: Callable[[], SqlJournal]) -> None:
+    first = opened()
+    first.append(EVENTS)
+    first.close()
+    query(path, "DROP TABLE data_statistics")
+    again = opened()
+    assert (again.data_statistics(), list(again.events())) == ([], EVENTS)
 
 
 def test_a_commit_survives_a_power_cut(opened: Callable[[], SqlJournal]) -> None:

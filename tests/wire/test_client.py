@@ -12,9 +12,17 @@ from support import LAYOUT, MANIFEST, make_body, make_flat
 
 from fedmoe.coordinator import Aggregation
 from fedmoe.errors import RefusedError
+from fedmoe.gateway.prompt_statistics import PromptStatistics, add_statistics
 from fedmoe.lora.codec import WIRE_DTYPES, WireDtype, encode
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, TooStaleError
-from fedmoe.wire.messages import PROBLEM, SAFETENSORS, StatisticRequest, TokenRequest, UpdateHeader
+from fedmoe.wire.messages import (
+    PROBLEM,
+    SAFETENSORS,
+    DataStatisticsHeader,
+    StatisticRequest,
+    TokenRequest,
+    UpdateHeader,
+)
 
 
 def header(sequence: int = 0, base_version: int = 0, answer: str = "result") -> UpdateHeader:
@@ -36,6 +44,21 @@ def test_a_worker_registers_pulls_trains_pushes_and_pulls_again_d1(client: Coord
     assert newer is not None
     np.testing.assert_array_equal(newer.weights, pulled.weights + make_flat(1))
     assert newer.adapter.alpha == MANIFEST.alpha
+
+
+def test_data_statistics_travel_both_ways(client: CoordinatorClient) -> None:
+    client.register("python", "w1", MANIFEST)
+    bodies = [PromptStatistics.of(np.eye(4, dtype=np.float32) + seed).to_bytes() for seed in range(2)]
+    for worker, body in zip(("w1", "w2"), bodies, strict=True):
+        told = client.push_data_statistics(DataStatisticsHeader(expert="python", worker=worker, kind="prompts"), body)
+        assert (told.expert, told.kind, told.duplicate) == ("python", "prompts", False)
+    pulled = client.data_statistics("python", "prompts")
+    assert pulled is not None
+    assert pulled.body == add_statistics([PromptStatistics.from_bytes(body) for body in bodies]).to_bytes()
+    assert client.data_statistics("python", "prompts", pulled.etag) is None
+    with pytest.raises(RefusedError, match="no worker of 'python'") as refused:
+        client.data_statistics("python", "moments")
+    assert refused.value.code == "no_statistics"
 
 
 @pytest.mark.parametrize("dtype", WIRE_DTYPES)

@@ -1,0 +1,174 @@
+"""What a worker tells of its data reaches the coordinator, whatever happens on the way, and holds up nothing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import pytest
+from workers import Federation, blocks, tiny_base
+
+from fedmoe.cli import main
+from fedmoe.config import WorkerConfig
+from fedmoe.errors import RefusedError
+from fedmoe.gateway.prompt_statistics import PromptStatistics
+from fedmoe.lora.moments import InputMoments
+from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
+from fedmoe.wire.messages import DataStatisticsHeader
+from fedmoe.worker.disclosure import Disclosure
+from fedmoe.worker.setup import statistics_to_send
+from fedmoe.worker.signals import StopOnSignal
+from fedmoe.worker.statistics import data_statistics
+
+BODIES = {"prompts": b"p", "moments": b"m"}
+AWAY = CoordinatorUnavailableError("away")
+
+
+@dataclass
+class Scripted:
+    """A coordinator whose answers to statistics fail as told, in turn, and then succeed."""
+
+    failures: list[Exception] = field(default_factory=list)
+    taken: list[tuple[str, bytes]] = field(default_factory=list)
+    asked: threading.Event = field(default_factory=threading.Event)
+
+    def push_data_statistics(self, header: DataStatisticsHeader, body: bytes) -> None:
+        self.asked.set()
+        if self.failures:
+            raise self.failures.pop(0)
+        self.taken.append((header.kind, body))
+
+    def disclosure(self) -> Disclosure:
+        started = Disclosure(cast(CoordinatorClient, self), "python", "w1", {"prompts": b"p", "moments": b"m"})
+        started.start()
+        return started
+
+
+def logged(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was logged, wherever earlier tests have led the log."""
+    return "".join(capsys.readouterr())
+
+
+@pytest.fixture
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmoe.worker.disclosure.pause_seconds", lambda *_: 0.001)
+
+
+@pytest.mark.usefixtures("_short_pauses")
+@pytest.mark.parametrize(
+    "failure", [AWAY, RefusedError("digest_mismatch", "damaged"), RefusedError("truncated", "cut")]
+)
+def test_what_passes_by_itself_is_tried_again(failure: Exception) -> None:
+    scripted = Scripted([failure] * 3)
+    scripted.disclosure().close(5)
+    assert scripted.taken == list(BODIES.items())
+
+
+def test_a_refusal_ends_that_kind_and_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    scripted = Scripted([RefusedError("statistics_mismatch", "of another model")])
+    scripted.disclosure().close(5)
+    assert scripted.taken == [("moments", b"m")]
+    said = logged(capsys)
+    assert "statistics_refused" in said
+    assert "of another model" in said
+
+
+def test_closing_gives_up_on_a_coordinator_that_stays_away() -> None:
+    scripted = Scripted([AWAY] * 1000)
+    disclosure = scripted.disclosure()
+    assert scripted.asked.wait(5)
+    disclosure.close()
+    disclosure._thread.join(5)
+    assert not disclosure._thread.is_alive()
+    assert scripted.taken == []
+
+
+# What is disclosed.
+
+
+def config(**others: object) -> WorkerConfig:
+    fixed = {"coordinator_url": "http://h", "worker_id": "w1", "specialty": "python", "dataset": "d.jsonl"}
+    return WorkerConfig(**fixed | others)  # type: ignore[arg-type]
+
+
+def test_the_statistics_of_the_training_blocks_are_sent() -> None:
+    found = statistics_to_send(config(), tiny_base(), blocks())
+    assert found == data_statistics(tiny_base(), blocks(), "all-linear").to_bytes()
+
+
+def test_nothing_is_made_where_it_is_not_wanted() -> None:
+    assert statistics_to_send(config(send_statistics=False), tiny_base(), blocks()) == {}
+
+
+def test_too_little_data_is_logged_and_not_fatal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert statistics_to_send(config(), tiny_base(), blocks(count=3)) == {}
+    assert "at least 16 samples" in logged(capsys)
+
+
+# A whole worker.
+
+
+@pytest.fixture
+def worked(tmp_path: Path, house: Federation, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs `fedmoe worker` for two steps on so many samples."""
+    monkeypatch.setattr("fedmoe.cli.worker.configure", lambda: None)
+    monkeypatch.setattr(StopOnSignal, "install", lambda self: None)
+    monkeypatch.delenv("FEDMOE_TOKEN", raising=False)
+
+    def run(samples: int, *options: str) -> None:
+        rows = [f'{{"prompt": "{n} and one is ", "completion": "{n + 1}"}}\n' for n in range(samples)]
+        (tmp_path / "d.jsonl").write_text("".join(rows))
+        fixed = ["--coordinator-url", house.url, "--worker-id", "w1", "--specialty", "python", "--base-model", "tiny"]
+        state = ["--state-dir", str(tmp_path / "w1"), "--dtype", "fp32", "--device", "cpu", "--max-steps", "2"]
+        main(["worker", *fixed, *state, "--lora-r", "4", "--dataset", str(tmp_path / "d.jsonl"), *options])
+
+    return run
+
+
+def kinds(house: Federation) -> list[str]:
+    assert house.house is not None
+    return [found.kind for found in house.house.service.journal.data_statistics()]
+
+
+def test_a_worker_sends_its_statistics_once_and_the_coordinator_can_use_them(
+    worked: Callable[..., None], house: Federation
+) -> None:
+    worked(20)
+    assert [update.info["steps"] for update in house.updates()] == [2]
+    assert kinds(house) == ["prompts", "moments"]
+    with CoordinatorClient(house.url) as client:
+        prompts, moments = client.data_statistics("python", "prompts"), client.data_statistics("python", "moments")
+    assert prompts is not None
+    assert moments is not None
+    assert PromptStatistics.from_bytes(prompts.body).count == 20
+    assert set(InputMoments.from_bytes(moments.body).modules) == {m.name for m in house.expert.manifest.layout.modules}
+    worked(20)
+    assert kinds(house) == ["prompts", "moments"]
+
+
+@pytest.mark.parametrize(("samples", "options"), [(20, ["--no-send-statistics"]), (5, [])])
+def test_a_worker_trains_without_statistics(
+    worked: Callable[..., None], house: Federation, samples: int, options: list[str]
+) -> None:
+    worked(samples, *options)
+    assert [update.info["steps"] for update in house.updates()] == [2]
+    assert kinds(house) == []
+
+
+def test_a_worker_trains_on_while_its_statistics_find_no_way(
+    worked: Callable[..., None], house: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise AWAY
+
+    monkeypatch.setattr(CoordinatorClient, "push_data_statistics", away)
+    monkeypatch.setattr("fedmoe.worker.setup._LAST_WAIT_SECONDS", 0.1)
+    began = time.monotonic()
+    worked(20)
+    assert time.monotonic() - began < 20
+    assert [update.info["steps"] for update in house.updates()] == [2]
+    assert kinds(house) == []
