@@ -145,7 +145,7 @@ def test_a_prompt_is_scored_while_others_are_sampled(engine: VllmEngine, trainer
     engine.load(POET, adapter(1))
     engine.load(CRITIC, adapter(2))
     own = trainer.score(adapter(1), *astuple(PROBES[0]))
-    wanted = [request(key, LONG[start : start + 24], tokens=24) for start in range(0, 40, 4) for key in (POET, CRITIC)]
+    wanted = [request(key, LONG[start : start + 24]) for start in range(0, 16, 4) for key in (POET, CRITIC)]
     with ThreadPoolExecutor(1) as pool:
         sampling = pool.submit(lambda: [engine.sample(wanted) for _ in range(3)])
         scores = []
