@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 from harness import pin_threads, write_result
 
@@ -36,11 +37,12 @@ from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
 from fedmoe.gateway.report import report_json  # noqa: E402
 from fedmoe.gateway.retained import Retained, retained  # noqa: E402
 from fedmoe.gateway.route import SequenceRouter  # noqa: E402
+from fedmoe.lora import regmean as regmean_module  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.lora.formats import PEFT_CONFIG, PEFT_WEIGHTS, read_peft  # noqa: E402
 from fedmoe.lora.merge import merge  # noqa: E402
-from fedmoe.lora.moments import InputMoments  # noqa: E402
-from fedmoe.lora.regmean import regmean  # noqa: E402
+from fedmoe.lora.moments import Gram, InputMoments  # noqa: E402
+from fedmoe.lora.regmean import Matrix64, regmean  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
 from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.packed import count_targets  # noqa: E402
@@ -61,9 +63,8 @@ class Bench:
     experts: Mapping[str, Adapter]
     blocks: Mapping[str, int]
 
-    def moments(self, columns: int = COLUMNS, tokens: int = TOKENS) -> dict[str, InputMoments]:
-        targets = tuple(module.name for module in next(iter(self.experts.values())).layout.modules)
-        return {domain: self.work.moments(domain, targets, columns, tokens) for domain in self.experts}
+    def moments(self, columns: int = COLUMNS, tokens: int = TOKENS, on_expert: bool = False) -> dict[str, InputMoments]:
+        return {domain: self.work.moments(domain, columns, tokens, on_expert) for domain in self.experts}
 
     def row(self, adapter: Adapter, half: str) -> dict[str, list[float]]:
         """An adapter's block losses on every domain."""
@@ -175,19 +176,31 @@ def routed_row(
     return row
 
 
-def variants(bench: Bench) -> dict[str, Callable[[], Adapter]]:
-    """Regmean at scale 1 with one thing changed at a time."""
-    experts = bench.experts
+def variants(bench: Bench, worst: str) -> dict[str, Callable[[], Adapter]]:
+    """Regmean at scale 1 with one thing changed at a time; `worst` is the domain that keeps least."""
+    experts, known = bench.experts, bench.moments
 
-    def of(columns: int = COLUMNS, tokens: int = TOKENS, ridge: float = 0.01) -> Callable[[], Adapter]:
-        return lambda: regmean(experts, bench.moments(columns, tokens), 1.0, ridge).adapter
+    def loudness(power: float) -> Adapter:
+        seen = regmean_module._seen
 
+        def changed(a: Matrix64, b: Matrix64, gram: Gram) -> tuple[Matrix64, float]:
+            image, root = seen(a, b, gram)
+            return image, root**power
+
+        with patch.object(regmean_module, "_seen", changed):
+            return regmean(experts, known(), 1.0).adapter
+
+    heavier = {domain: 1.5 if domain == worst else 1.0 for domain in experts}
     return {
-        "as tested": of(),
-        "96 columns": of(columns=96),
-        "20,000 tokens": of(tokens=20_000),
-        "ridge 0.001": of(ridge=0.001),
-        "ridge 0.1": of(ridge=0.1),
+        "as tested": lambda: regmean(experts, known(), 1.0).adapter,
+        "96 columns": lambda: regmean(experts, known(columns=96), 1.0).adapter,
+        "g = tr^-1": lambda: loudness(2.0),
+        "g = 1": lambda: loudness(0.0),
+        "ridge 0.001": lambda: regmean(experts, known(), 1.0, 0.001).adapter,
+        "ridge 0.1": lambda: regmean(experts, known(), 1.0, 0.1).adapter,
+        f"weight 1.5 for {worst}": lambda: regmean(experts, known(), 1.0, weights=heavier).adapter,
+        "moments on the experts": lambda: regmean(experts, known(on_expert=True), 1.0).adapter,
+        "12,000 tokens": lambda: regmean(experts, known(tokens=12_000), 1.0).adapter,
     }
 
 
@@ -209,8 +222,12 @@ def measured(bench: Bench, explore: bool) -> dict[str, object]:
         "test": report_json(matrix, kept(matrix)),
     }
     if explore:
-        tried = {name: times(make(), scale) for name, make in variants(bench).items()}
-        result["explored_on_validation"] = bench.shares(tried, "validation")
+        shares = validation[regmean_name(scale)]
+        worst = min(DOMAINS, key=lambda domain: shares[domain])
+        result["explored_on_validation"] = {
+            name: bench.shares({name: times(make(), scale)}, "validation")[name]
+            for name, make in variants(bench, worst).items()
+        }
     return result
 
 

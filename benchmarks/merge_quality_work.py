@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from fedmoe.datasets.check import load_rows
 from fedmoe.datasets.domains import DOMAINS, TEST, TRAIN, build_domains
@@ -81,12 +84,21 @@ class Work:
     def adapter_folder(self, domain: str) -> Path:
         return self.folder / f"experts-{self.seed}" / domain
 
-    def moments(self, domain: str, targets: Sequence[str], columns: int, tokens: int) -> InputMoments:
-        """Input moments over the first blocks of the training text that hold about `tokens` tokens."""
-        file = self.folder / f"experts-{self.seed}" / f"{domain}-q{columns}-{tokens}.safetensors"
+    def moments(self, domain: str, columns: int, tokens: int, on_expert: bool = False) -> InputMoments:
+        """Input moments over the first blocks of the training text that hold about `tokens` tokens.
+
+        On the base model, or with `on_expert` while the domain's expert is at work.
+        """
+        model = "-on-expert" if on_expert else ""
+        file = self.folder / f"experts-{self.seed}" / f"{domain}-q{columns}-{tokens}{model}.safetensors"
         if not file.exists():
+            expert = self.expert(domain)
+            targets = tuple(module.name for module in expert.layout.modules)
             blocks = self.training_blocks(domain)[: round(tokens / LENGTH)]
-            with MomentsCollector(self.base, targets, columns) as collector:
+            with (
+                folded(self.base, expert) if on_expert else nullcontext(),
+                MomentsCollector(self.base, targets, columns) as collector,
+            ):
                 for start in range(0, len(blocks), 4):
                     collector.add(collate(blocks[start : start + 4]))
             write_atomic(file, collector.moments().to_bytes(), 0o644)
@@ -122,6 +134,21 @@ class Work:
             return Adapter(model.attached.layout, float(model.attached.alpha), model.weights())
         finally:
             model.attached.detach()
+
+
+@contextmanager
+def folded(base: LoadedBase, adapter: Adapter) -> Iterator[None]:
+    """The adapter added to the base model's weights, in their precision, and taken out again."""
+    kept: dict[str, torch.Tensor] = {}
+    try:
+        for module, a, b in adapter.factors():
+            weight = base.model.get_submodule(module.name).weight
+            kept[module.name] = weight.data.clone()
+            weight.data += (adapter.scale * torch.from_numpy(b @ a)).to(weight.dtype)
+        yield
+    finally:
+        for name, before in kept.items():
+            base.model.get_submodule(name).weight.data.copy_(before)
 
 
 def _half_of(file: str) -> str:
