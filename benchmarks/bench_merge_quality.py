@@ -10,8 +10,8 @@ Data, experts, moments and losses stay in `--work` and are used again.
 
 `kept` is (base - x) / (base - own expert) with 95 % intervals from a paired bootstrap over blocks, which know nothing
 of other seeds. `peft ties` is PEFT's `add_weighted_adapter`, density 0.5, weights 1. `routed` gives each block to the
-model that `SequenceRouter` chooses by the first 32 tokens, the chosen regmean where it is not sure. With `--explore`
-regmean's other knobs are tried one by one, on the validation half only.
+model that `SequenceRouter` chooses by the first 32 tokens, the chosen regmean where it is not sure. `--explore`
+names other settings of regmean to try one by one, on the validation half only.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ def routed_row(
     return row
 
 
-def variants(bench: Bench, worst: str) -> dict[str, Callable[[], Adapter]]:
-    """Regmean at scale 1 with one thing changed at a time; `worst` is the domain that keeps least."""
+def variants(bench: Bench, scale: float, worst: str) -> dict[str, Callable[[], Adapter]]:
+    """Regmean with one thing changed at a time, to be multiplied by `scale`; `worst` is the domain that keeps least."""
     experts, known = bench.experts, bench.moments
 
     def loudness(power: float) -> Adapter:
@@ -192,42 +192,42 @@ def variants(bench: Bench, worst: str) -> dict[str, Callable[[], Adapter]]:
 
     heavier = {domain: 1.5 if domain == worst else 1.0 for domain in experts}
     return {
-        "as tested": lambda: regmean(experts, known(), 1.0).adapter,
+        "scale +0.1": lambda: regmean(experts, known(), 1.0 + 0.1 / scale).adapter,
+        "scale +0.2": lambda: regmean(experts, known(), 1.0 + 0.2 / scale).adapter,
+        "64 columns": lambda: regmean(experts, known(columns=64), 1.0).adapter,
         "96 columns": lambda: regmean(experts, known(columns=96), 1.0).adapter,
         "g = tr^-1": lambda: loudness(2.0),
         "g = 1": lambda: loudness(0.0),
         "ridge 0.001": lambda: regmean(experts, known(), 1.0, 0.001).adapter,
         "ridge 0.1": lambda: regmean(experts, known(), 1.0, 0.1).adapter,
-        f"weight 1.5 for {worst}": lambda: regmean(experts, known(), 1.0, weights=heavier).adapter,
+        "worst domain's weight 1.5": lambda: regmean(experts, known(), 1.0, weights=heavier).adapter,
         "moments on the experts": lambda: regmean(experts, known(on_expert=True), 1.0).adapter,
         "12,000 tokens": lambda: regmean(experts, known(tokens=12_000), 1.0).adapter,
     }
 
 
-def measured(bench: Bench, explore: bool) -> dict[str, object]:
+def measured(bench: Bench, explore: Sequence[str]) -> dict[str, object]:
     """Everything of one seed."""
     uncut = merge(bench.experts, "regmean", moments=bench.moments(), scale=1.0).adapter
     validation = bench.shares({regmean_name(scale): times(uncut, scale) for scale in SCALES}, "validation")
     scale = max(SCALES, key=lambda scale: validation[regmean_name(scale)]["worst"])
     print("validation", validation, "chosen", scale, flush=True)
-    made = merges(bench, scale)
-    matrix = bench.matrix(made, "test")
+    merged = merges(bench, scale)
+    matrix = bench.matrix(merged, "test")
     choices = routes(bench, "test")
     matrix = matrix.with_rows({"routed": routed_row(bench, matrix, choices, regmean_name(scale))})
     result: dict[str, object] = {
         "scale_chosen_on_validation": scale,
         "validation": validation,
-        "ranks": {name: adapter.rank for name, adapter in made.items()},
+        "ranks": {name: adapter.rank for name, adapter in merged.items()},
         "routed_to": {domain: [name or "merged" for name in names] for domain, names in choices.items()},
         "test": report_json(matrix, kept(matrix)),
     }
-    if explore:
-        shares = validation[regmean_name(scale)]
-        worst = min(DOMAINS, key=lambda domain: shares[domain])
-        result["explored_on_validation"] = {
-            name: bench.shares({name: times(make(), scale)}, "validation")[name]
-            for name, make in variants(bench, worst).items()
-        }
+    shares = validation[regmean_name(scale)]
+    made = variants(bench, scale, min(DOMAINS, key=lambda domain: shares[domain]))
+    result["explored_on_validation"] = {
+        name: bench.shares({name: times(made[name](), scale)}, "validation")[name] for name in explore
+    }
     return result
 
 
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--validation-blocks", type=int, default=8)
     parser.add_argument("--test-blocks", type=int, default=12)
-    parser.add_argument("--explore", action="store_true", help="also try regmean's other knobs, on validation blocks")
+    parser.add_argument("--explore", nargs="*", default=[], help="names in `variants` to try on the validation blocks")
     parser.add_argument("--name", default="merge_quality", help="of the result's file")
     chosen = parser.parse_args()
     pin_torch(1)
