@@ -10,8 +10,8 @@ Data, experts, moments and losses stay in `--work` and are used again.
 
 `kept` is (base - x) / (base - own expert) with 95 % intervals from a paired bootstrap over blocks, which know nothing
 of other seeds. `peft ties` is PEFT's `add_weighted_adapter`, density 0.5, weights 1. `routed` gives each block to the
-model that `SequenceRouter` chooses by the first 32 tokens, the chosen regmean where it is not sure. `--explore`
-names other settings of regmean to try one by one, on the validation half only.
+model that `SequenceRouter` chooses by the first 32 tokens, the chosen regmean where it is not sure. With `--explore`
+only the settings of regmean that it names (see `variants`) are tried, one by one, on the validation half.
 """
 
 from __future__ import annotations
@@ -207,28 +207,32 @@ def variants(bench: Bench, scale: float, worst: str) -> dict[str, Callable[[], A
 
 
 def measured(bench: Bench, explore: Sequence[str]) -> dict[str, object]:
-    """Everything of one seed."""
+    """Everything of one seed, or with `explore` what these variants keep on the validation half."""
     uncut = merge(bench.experts, "regmean", moments=bench.moments(), scale=1.0).adapter
     validation = bench.shares({regmean_name(scale): times(uncut, scale) for scale in SCALES}, "validation")
     scale = max(SCALES, key=lambda scale: validation[regmean_name(scale)]["worst"])
     print("validation", validation, "chosen", scale, flush=True)
+    result = {"scale_chosen_on_validation": scale, "validation": validation}
+    if explore:
+        shares = validation[regmean_name(scale)]
+        made = variants(bench, scale, min(DOMAINS, key=lambda domain: shares[domain]))
+        for name in explore:
+            validation |= bench.shares({name: times(made[name](), scale)}, "validation")
+        return result
+    return result | tested(bench, scale)
+
+
+def tested(bench: Bench, scale: float) -> dict[str, object]:
+    """Every merge and the router on the test half."""
     merged = merges(bench, scale)
     matrix = bench.matrix(merged, "test")
     choices = routes(bench, "test")
     matrix = matrix.with_rows({"routed": routed_row(bench, matrix, choices, regmean_name(scale))})
-    result: dict[str, object] = {
-        "scale_chosen_on_validation": scale,
-        "validation": validation,
+    return {
         "ranks": {name: adapter.rank for name, adapter in merged.items()},
         "routed_to": {domain: [name or "merged" for name in names] for domain, names in choices.items()},
         "test": report_json(matrix, kept(matrix)),
     }
-    shares = validation[regmean_name(scale)]
-    made = variants(bench, scale, min(DOMAINS, key=lambda domain: shares[domain]))
-    result["explored_on_validation"] = {
-        name: bench.shares({name: times(made[name](), scale)}, "validation")[name] for name in explore
-    }
-    return result
 
 
 def main() -> None:
