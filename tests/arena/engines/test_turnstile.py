@@ -65,6 +65,27 @@ def test_newcomers_wait_for_one_that_waits_to_be_alone() -> None:
     assert order == ["alone", "newcomer"]
 
 
+def test_one_that_wants_to_be_alone_again_and_again_lets_the_others_through() -> None:
+    stile, through = Turnstile(), threading.Event()
+
+    def alone() -> None:
+        while not through.is_set():
+            with stile.alone():
+                pass
+
+    def others() -> None:
+        for _ in range(50):
+            with stile.together():
+                pass
+
+    with ThreadPoolExecutor(4) as pool:
+        busy = pool.submit(alone)
+        for future in [pool.submit(others) for _ in range(3)]:
+            future.result(60)
+        through.set()
+        busy.result()
+
+
 def test_an_error_inside_lets_the_next_one_in() -> None:
     stile = Turnstile()
     for block in (stile.alone, stile.together):
