@@ -42,7 +42,7 @@ class TooLittleDataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class DataStatistics:
-    """What one worker discloses; `prompts` and `moments` each as bytes of a few MB at most."""
+    """What one worker discloses; as bytes: `prompts` some MB at most, `moments` about as many as the expert."""
 
     prompts: PromptStatistics
     moments: InputMoments
