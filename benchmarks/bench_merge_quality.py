@@ -1,70 +1,74 @@
-"""How much of every expert's own gain one merged adapter keeps: SmolLM2-135M, three domains, held-out text.
+"""How much of every expert's own gain one merged adapter keeps: SmolLM2-135M, held-out text.
 
-    python benchmarks/bench_merge_quality.py --work FOLDER [--seeds 0] [--validation-blocks 8] [--test-blocks 12]
+    python benchmarks/bench_merge_quality.py --work FOLDER [--domains demo|unseen|ten] [--seeds 0 1 2]
 
-For each seed three experts (rank 16, all linear layers, 40 steps of 2 x 256 tokens, the same first A) are trained on
-the demonstration's domains, their input moments are taken on the base model over about 6,000 of the training tokens,
-and every merge is scored on the same held-out blocks. Held-out rows are split by file: the scale of `regmean` is chosen
-on the validation half, by the highest share that the worst domain keeps, and what is reported is of the test half.
-Data, experts, moments and losses stay in `--work` and are used again.
+For each seed experts (rank 16, all linear layers, 40 steps of 2 x 256 tokens, the same first A) are trained on the
+domains of `merge_domains.py`, their input moments are taken on the base model over about 6,000 of the training tokens,
+and every merge is scored on the same held-out blocks. Held-out rows are split by file: scale and weights of `regmean`
+are chosen on the validation half, by the highest share that the worst domain keeps, and what is reported is of the test
+half. Data, experts, moments and losses stay in `--work` and are used again.
 
 `kept` is (base - x) / (base - own expert) with 95 % intervals from a paired bootstrap over blocks, which know nothing
-of other seeds. `peft ties` is PEFT's `add_weighted_adapter`, density 0.5, weights 1. `routed` gives each block to the
-model that `SequenceRouter` chooses by the first 32 tokens, the chosen regmean where it is not sure. With `--explore`
-only the settings of regmean that it names (see `variants`) are tried, one by one, on the validation half.
+of other seeds. `routed` gives each block to the model that `SequenceRouter` chooses by the first 32 tokens, the chosen
+regmean where it is not sure.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 from harness import pin_threads, write_result
 
 pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
+from merge_domains import DEMO, FURTHER, UNSEEN  # noqa: E402
 from merge_quality_work import Work  # noqa: E402
-from peft import PeftModel  # noqa: E402
 
-from fedmoe.datasets.domains import DOMAINS  # noqa: E402
 from fedmoe.datasets.packing import collate  # noqa: E402
 from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
 from fedmoe.gateway.report import report_json  # noqa: E402
 from fedmoe.gateway.retained import Retained, retained  # noqa: E402
 from fedmoe.gateway.route import SequenceRouter  # noqa: E402
-from fedmoe.lora import regmean as regmean_module  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
-from fedmoe.lora.formats import PEFT_CONFIG, PEFT_WEIGHTS, read_peft  # noqa: E402
 from fedmoe.lora.merge import merge  # noqa: E402
-from fedmoe.lora.moments import Gram, InputMoments  # noqa: E402
-from fedmoe.lora.regmean import Matrix64, regmean  # noqa: E402
+from fedmoe.lora.moments import InputMoments  # noqa: E402
+from fedmoe.lora.regmean import regmean  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
 from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.packed import count_targets  # noqa: E402
 from fedmoe.models.prompt_features import prompt_features  # noqa: E402
 from fedmoe.worker.statistics import prompt_statistics  # noqa: E402
 
-SCALES = (1.0, 1.1, 1.2)
-COLUMNS, TOKENS = 32, 6_000
+#: Name -> domains, and the highest rank of a merged adapter.
+SETS = {"demo": (DEMO, 64), "unseen": (UNSEEN, 64), "ten": ((*DEMO, *FURTHER), 128)}
+SCALES = (1.1, 1.2, 1.3, 1.4)
+#: How much the worst domain's weight is raised at a time, and how often at most.
+HEAVIER, ROUNDS = 1.3, 4
+TOKENS = 6_000
 PROMPT = 32
 OWN = "own expert"
+
+Weights = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The experts of one seed, and the held-out blocks to score on: `blocks[half]` of each domain."""
+    """The experts of one seed, their moments, and the held-out blocks to score on: `blocks[half]` of each domain."""
 
     work: Work
     experts: Mapping[str, Adapter]
+    moments: Mapping[str, InputMoments]
     blocks: Mapping[str, int]
+    rank: int
 
-    def moments(self, columns: int = COLUMNS, tokens: int = TOKENS, on_expert: bool = False) -> dict[str, InputMoments]:
-        return {domain: self.work.moments(domain, columns, tokens, on_expert) for domain in self.experts}
+    def regmean(self, weights: Weights, rank: int | None = None) -> Adapter:
+        """At scale 1; uncut where the rank allows it."""
+        limit = min(rank or self.rank, sum(expert.rank for expert in self.experts.values()))
+        return regmean(self.experts, self.moments, 1.0, weights=weights, rank=limit).adapter
 
     def row(self, adapter: Adapter, half: str) -> dict[str, list[float]]:
         """An adapter's block losses on every domain."""
@@ -89,22 +93,15 @@ class Bench:
         tokens = {domain: [count_targets(collate([block])) for block in blocks] for domain, blocks in held_out.items()}
         return LossMatrix.of_blocks(rows, tokens)
 
-    def shares(self, adapters: Mapping[str, Adapter], half: str) -> dict[str, dict[str, float]]:
-        """Adapter -> the share kept on each domain, the worst and the mean."""
-        found = kept(self.matrix(adapters, half))
-        return {
-            name: {
-                **{one.domain: round(one.kept[name].value, 4) for one in found.domains},
-                "worst": round(found.summaries[name].worst.value, 4),
-                "mean": round(found.summaries[name].mean.value, 4),
-            }
-            for name in adapters
-        }
+    def shares(self, adapter: Adapter, half: str) -> dict[str, float]:
+        """The share that the adapter keeps on each domain."""
+        found = kept(self.matrix({"x": adapter}, half))
+        return {one.domain: round(one.kept["x"].value, 4) for one in found.domains}
 
 
 def kept(matrix: LossMatrix) -> Retained:
     names = [name for name in matrix.models if name not in (BASE, OWN)]
-    return retained(matrix, dict.fromkeys(DOMAINS, OWN), names)
+    return retained(matrix, dict.fromkeys(matrix.domains, OWN), names)
 
 
 def times(adapter: Adapter, factor: float) -> Adapter:
@@ -112,48 +109,13 @@ def times(adapter: Adapter, factor: float) -> Adapter:
     return Adapter(adapter.layout, adapter.alpha * factor, adapter.flat)
 
 
-def peft_ties(work: Work) -> Adapter:
-    """PEFT's own merge of the experts' folders, on a model of its own."""
-    first, *others = DOMAINS
-    model = PeftModel.from_pretrained(load_base("smollm2", "cpu").model, work.adapter_folder(first), adapter_name=first)
-    for domain in others:
-        model.load_adapter(work.adapter_folder(domain), adapter_name=domain)
-    model.add_weighted_adapter(list(DOMAINS), [1.0] * len(DOMAINS), "ties", combination_type="ties", density=0.5)
-    with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch, selected_adapters=["ties"])
-        return read_peft({name: (Path(scratch) / "ties" / name).read_bytes() for name in (PEFT_CONFIG, PEFT_WEIGHTS)})
-
-
-def regmean_name(scale: float, cut: str = "uncut") -> str:
-    return f"regmean x{scale:g}, {cut}"
-
-
-def merges(bench: Bench, scale: float) -> dict[str, Adapter]:
-    """Every merge that is tested, by name; regmean at the scale chosen is cut too, at the other scales it is not."""
-    experts, known = bench.experts, bench.moments()
-
-    def regular(rank: int | None = None, energy: float | None = None) -> Adapter:
-        return merge(experts, "regmean", rank=rank, energy=energy, scale=1.0, moments=known).adapter
-
-    uncut = regular()
-    return {
-        regmean_name(scale): times(uncut, scale),
-        **{name: merge(experts, name).adapter for name in ("weighted_average", "sum", "scaled")},
-        "peft ties": peft_ties(bench.work),
-        regmean_name(scale, "energy 0.99"): times(regular(64, 0.99), scale),
-        regmean_name(scale, "rank 32"): times(regular(32), scale),
-        regmean_name(scale, "rank 16"): times(regular(16), scale),
-        **{regmean_name(other): times(uncut, other) for other in SCALES if other != scale},
-    }
-
-
 def routes(bench: Bench, half: str) -> dict[str, tuple[str | None, ...]]:
     """For every block the expert for its first 32 tokens, None where the router is not sure."""
     work = bench.work
-    known = {domain: prompt_statistics(work.base, work.training_blocks(domain), TOKENS) for domain in DOMAINS}
+    known = {domain: prompt_statistics(work.base, work.training_blocks(domain), TOKENS) for domain in bench.experts}
     router = SequenceRouter.fit(known)
     choices = {}
-    for domain in DOMAINS:
+    for domain in bench.experts:
         blocks = work.held_out(half, domain, bench.blocks[half])
         prompts = [block.input_ids[block.segment_ids == 0][:PROMPT] for block in blocks]
         choices[domain] = router.route(prompt_features(work.base, prompts)).names
@@ -176,85 +138,97 @@ def routed_row(
     return row
 
 
-def variants(bench: Bench, scale: float, worst: str) -> dict[str, Callable[[], Adapter]]:
-    """Regmean with one thing changed at a time, to be multiplied by `scale`; `worst` is the domain that keeps least."""
-    experts, known = bench.experts, bench.moments
+@dataclass(frozen=True)
+class Chosen:
+    """Scale and weights of regmean, the shares they keep on the validation half, and all that was tried."""
 
-    def loudness(power: float) -> Adapter:
-        seen = regmean_module._seen
+    scale: float
+    weights: Weights
+    tried: list[dict[str, object]]
 
-        def changed(a: Matrix64, b: Matrix64, gram: Gram) -> tuple[Matrix64, float]:
-            image, root = seen(a, b, gram)
-            return image, root**power
 
-        with patch.object(regmean_module, "_seen", changed):
-            return regmean(experts, known(), 1.0).adapter
+def choose(bench: Bench) -> Chosen:
+    """First the scale, then again and again more weight for the domain that keeps least, while that helps it."""
+    tried: list[dict[str, object]] = []
 
-    heavier = {domain: 1.5 if domain == worst else 1.0 for domain in experts}
-    return {
-        "scale +0.1": lambda: regmean(experts, known(), 1.0 + 0.1 / scale).adapter,
-        "scale +0.2": lambda: regmean(experts, known(), 1.0 + 0.2 / scale).adapter,
-        "64 columns": lambda: regmean(experts, known(columns=64), 1.0).adapter,
-        "96 columns": lambda: regmean(experts, known(columns=96), 1.0).adapter,
-        "g = tr^-1": lambda: loudness(2.0),
-        "g = 1": lambda: loudness(0.0),
-        "ridge 0.001": lambda: regmean(experts, known(), 1.0, 0.001).adapter,
-        "ridge 0.1": lambda: regmean(experts, known(), 1.0, 0.1).adapter,
-        "worst domain's weight 1.5": lambda: regmean(experts, known(), 1.0, weights=heavier).adapter,
-        "moments on the experts": lambda: regmean(experts, known(on_expert=True), 1.0).adapter,
-        "12,000 tokens": lambda: regmean(experts, known(tokens=12_000), 1.0).adapter,
+    def best_of(weights: Weights, scales: Sequence[float]) -> tuple[float, dict[str, float]]:
+        adapter = bench.regmean(weights)
+        found = {scale: bench.shares(times(adapter, scale), "validation") for scale in scales}
+        tried.extend({"scale": scale, "weights": dict(weights), "kept": shares} for scale, shares in found.items())
+        scale = max(found, key=lambda scale: min(found[scale].values()))
+        return scale, found[scale]
+
+    weights = dict.fromkeys(bench.experts, 1.0)
+    scale, shares = best_of(weights, SCALES)
+    for _ in range(ROUNDS):
+        worst = min(shares, key=lambda domain: shares[domain])
+        heavier = weights | {worst: weights[worst] * HEAVIER}
+        next_scale, next_shares = best_of(heavier, (scale,))
+        if min(next_shares.values()) <= min(shares.values()):
+            break
+        weights, scale, shares = heavier, next_scale, next_shares
+    return Chosen(scale, weights, tried)
+
+
+def merges(bench: Bench, chosen: Chosen) -> dict[str, Adapter]:
+    """Every merge that is tested, by name."""
+    equal = dict.fromkeys(bench.experts, 1.0)
+    made: dict[str, Callable[[], Adapter]] = {
+        "regmean, chosen": lambda: times(bench.regmean(chosen.weights), chosen.scale),
+        "regmean, equal weights": lambda: times(bench.regmean(equal), chosen.scale),
+        "regmean, chosen, rank 32": lambda: times(bench.regmean(chosen.weights, 32), chosen.scale),
+        "regmean, chosen, rank 16": lambda: times(bench.regmean(chosen.weights, 16), chosen.scale),
+        **{name: lambda name=name: merge(bench.experts, name).adapter for name in ("weighted_average", "scaled")},  # type: ignore[misc]
     }
+    return {name: make() for name, make in made.items()}
 
 
-def measured(bench: Bench, explore: Sequence[str]) -> dict[str, object]:
-    """Everything of one seed, or with `explore` what these variants keep on the validation half."""
-    uncut = merge(bench.experts, "regmean", moments=bench.moments(), scale=1.0).adapter
-    validation = bench.shares({regmean_name(scale): times(uncut, scale) for scale in SCALES}, "validation")
-    scale = max(SCALES, key=lambda scale: validation[regmean_name(scale)]["worst"])
-    print("validation", validation, "chosen", scale, flush=True)
-    result = {"scale_chosen_on_validation": scale, "validation": validation}
-    if explore:
-        shares = validation[regmean_name(scale)]
-        made = variants(bench, scale, min(DOMAINS, key=lambda domain: shares[domain]))
-        for name in explore:
-            validation |= bench.shares({name: times(made[name](), scale)}, "validation")
-        return result
-    return result | tested(bench, scale)
-
-
-def tested(bench: Bench, scale: float) -> dict[str, object]:
-    """Every merge and the router on the test half."""
-    merged = merges(bench, scale)
+def measured(bench: Bench) -> dict[str, object]:
+    """Everything of one seed."""
+    chosen = choose(bench)
+    print("chosen", chosen.scale, chosen.weights, flush=True)
+    merged = merges(bench, chosen)
     matrix = bench.matrix(merged, "test")
     choices = routes(bench, "test")
-    matrix = matrix.with_rows({"routed": routed_row(bench, matrix, choices, regmean_name(scale))})
+    matrix = matrix.with_rows({"routed": routed_row(bench, matrix, choices, "regmean, chosen")})
+    found = kept(matrix)
+    for name, summary in found.summaries.items():
+        print(name, "worst", round(summary.worst.value, 3), "mean", round(summary.mean.value, 3), flush=True)
     return {
+        "scale": chosen.scale,
+        "weights": dict(chosen.weights),
+        "validation": chosen.tried,
         "ranks": {name: adapter.rank for name, adapter in merged.items()},
         "routed_to": {domain: [name or "merged" for name in names] for domain, names in choices.items()},
-        "test": report_json(matrix, kept(matrix)),
+        "test": report_json(matrix, found),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data, experts, moments and losses")
+    parser.add_argument("--domains", choices=SETS, default="demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--columns", type=int, default=64, help="of the sketches of input moments")
     parser.add_argument("--validation-blocks", type=int, default=8)
     parser.add_argument("--test-blocks", type=int, default=12)
-    parser.add_argument("--explore", nargs="*", default=[], help="names in `variants` to try on the validation blocks")
-    parser.add_argument("--name", default="merge_quality", help="of the result's file")
-    chosen = parser.parse_args()
+    asked = parser.parse_args()
     pin_torch(1)
     base = load_base("smollm2", "cpu")
-    blocks = {"validation": chosen.validation_blocks, "test": chosen.test_blocks}
+    domains, rank = SETS[asked.domains]
+    blocks = {"validation": asked.validation_blocks, "test": asked.test_blocks}
     by_seed: dict[str, object] = {}
-    for seed in chosen.seeds:
-        work = Work(chosen.work, base, seed)
-        work.build()
-        bench = Bench(work, {domain: work.expert(domain) for domain in DOMAINS}, blocks)
-        by_seed[str(seed)] = measured(bench, chosen.explore)
-        arguments = {name: str(value) for name, value in vars(chosen).items() if name != "work"}
-        print(write_result(chosen.name, by_seed, {**arguments, "dtype": str(base.dtype)}, chosen.seeds), flush=True)
+    for seed in asked.seeds:
+        work = Work(asked.work, base, seed)
+        work.build(domains)
+        experts = {domain: work.expert(domain) for domain in domains}
+        moments = {domain: work.moments(domain, asked.columns, TOKENS) for domain in domains}
+        by_seed[str(seed)] = measured(Bench(work, experts, moments, blocks, rank))
+        arguments = {name: str(value) for name, value in vars(asked).items() if name != "work"}
+        result = write_result(
+            f"merge_quality_{asked.domains}", by_seed, {**arguments, "dtype": str(base.dtype)}, asked.seeds
+        )
+        print(result, flush=True)
 
 
 if __name__ == "__main__":

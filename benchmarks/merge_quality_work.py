@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from merge_domains import DEMO, build
 
 from fedmoe.datasets.check import load_rows
-from fedmoe.datasets.domains import DOMAINS, TEST, TRAIN, build_domains
+from fedmoe.datasets.domains import TEST, TRAIN
 from fedmoe.datasets.packing import Block, BlockSampler, collate, pack
 from fedmoe.datasets.render import tokenize_samples
 from fedmoe.files import write_atomic, write_folder_atomic
@@ -47,10 +46,10 @@ class Work:
     seed: int = 0
     _packed: dict[tuple[str, str, int], list[Block]] = field(default_factory=dict, repr=False)
 
-    def build(self) -> None:
-        """Data of the three domains; the held-out rows are split by file, one half to choose with, one to test."""
-        build_domains(self.folder / "data", progress=lambda line: print(line, flush=True))
-        for domain in DOMAINS:
+    def build(self, domains: Sequence[str] = DEMO) -> None:
+        """Data of the domains; the held-out rows are split by file, one half to choose with, one to test."""
+        build(self.folder / "data", domains)
+        for domain in domains:
             for half in ("validation", "test"):
                 file = self._held_out_file(domain, half)
                 if not file.exists():
@@ -84,23 +83,14 @@ class Work:
     def adapter_folder(self, domain: str) -> Path:
         return self.folder / f"experts-{self.seed}" / domain
 
-    def moments(self, domain: str, columns: int, tokens: int, on_expert: bool = False) -> InputMoments:
-        """Input moments over the first blocks of the training text that hold about `tokens` tokens.
-
-        On the base model, or with `on_expert` while the domain's expert is at work.
-        """
-        model = "-on-expert" if on_expert else ""
-        file = self.folder / f"experts-{self.seed}" / f"{domain}-q{columns}-{tokens}{model}.safetensors"
+    def moments(self, domain: str, columns: int, tokens: int) -> InputMoments:
+        """Input moments on the base model over the first training blocks that hold about `tokens` tokens."""
+        file = self.folder / f"experts-{self.seed}" / f"{domain}-q{columns}-{tokens}-weighted.safetensors"
         if not file.exists():
-            expert = self.expert(domain)
-            targets = tuple(module.name for module in expert.layout.modules)
-            blocks = self.training_blocks(domain)[: round(tokens / LENGTH)]
-            with (
-                folded(self.base, expert) if on_expert else nullcontext(),
-                MomentsCollector(self.base, targets, columns) as collector,
-            ):
-                for start in range(0, len(blocks), 4):
-                    collector.add(collate(blocks[start : start + 4]))
+            targets = tuple(module.name for module in self.expert(domain).layout.modules)
+            with MomentsCollector(self.base, targets, columns) as collector:
+                for block in self.training_blocks(domain)[: round(tokens / LENGTH)]:
+                    collector.add(collate([block]))
             write_atomic(file, collector.moments().to_bytes(), 0o644)
         return InputMoments.from_bytes(file.read_bytes())
 
@@ -134,21 +124,6 @@ class Work:
             return Adapter(model.attached.layout, float(model.attached.alpha), model.weights())
         finally:
             model.attached.detach()
-
-
-@contextmanager
-def folded(base: LoadedBase, adapter: Adapter) -> Iterator[None]:
-    """The adapter added to the base model's weights, in their precision, and taken out again."""
-    kept: dict[str, torch.Tensor] = {}
-    try:
-        for module, a, b in adapter.factors():
-            weight = base.model.get_submodule(module.name).weight
-            kept[module.name] = weight.data.clone()
-            weight.data += (adapter.scale * torch.from_numpy(b @ a)).to(weight.dtype)
-        yield
-    finally:
-        for name, before in kept.items():
-            base.model.get_submodule(name).weight.data.copy_(before)
 
 
 def _half_of(file: str) -> str:

@@ -64,17 +64,21 @@ def _built(folder: Path, train: int, test: int) -> PromptDomain:
     return PromptDomain(folder.name, _spaced(texts[0], train), _spaced(texts[1], test))
 
 
-def _installed(name: str, train: int, test: int) -> PromptDomain:
+def installed_documents(name: str) -> list[Document]:
+    """The files that a domain of `INSTALLED` is made of, at most 150 of them."""
     root = Path(sysconfig.get_path("purelib"))
     paths = [path for path in sorted(root.rglob("*")) if INSTALLED[name](path.relative_to(root).as_posix())]
     chosen = [path for path in paths if path.is_file() and path.stat().st_size < _MOST_BYTES]
-    documents = [
+    if not chosen:
+        raise SystemExit(f"domain {name}: nothing in {root}; install the project with its dev extra")
+    return [
         Document(path.relative_to(root).as_posix(), path.read_text("utf-8", errors="replace"))
         for path in _spaced(chosen, _MOST_FILES)
     ]
-    rows, held_out, _ = split_chunks(documents, prose_chunks)
-    if not rows or not held_out:
-        raise SystemExit(f"domain {name}: nothing in {root}; install the project with its dev extra")
+
+
+def _installed(name: str, train: int, test: int) -> PromptDomain:
+    rows, held_out, _ = split_chunks(installed_documents(name), prose_chunks)
     return PromptDomain(name, _spaced([row.text for row in rows], train), _spaced([row.text for row in held_out], test))
 
 

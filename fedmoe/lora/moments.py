@@ -1,9 +1,10 @@
 """Second moments of what goes into the adapted modules: what a site tells of its data so that experts merge well.
 
-For inputs x of one module, G = mean of x x' (n x n, n = in_features) is too large to keep or send. A site keeps its
-diagonal and a sketch G @ Omega (n x q) instead, both of which add up batch by batch. Omega is drawn from a seed and the
-module's name, so every site has the same and sketches can be averaged. From these numbers `approximate` rebuilds G as a
-low-rank part plus a diagonal.
+For inputs x of one module, G = mean of w x x' (n x n, n = in_features) is too large to keep or send; w says how much
+the loss cares for this input (`models/input_moments.py`), in any unit. A site keeps G's diagonal and a sketch
+G @ Omega (n x q) instead, both of which add up batch by batch. Omega is drawn from a seed and the module's name, so
+every site has the same and sketches can be averaged. From these numbers `approximate` rebuilds G as a low-rank part plus
+a diagonal.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Matrix64 = NDArray[np.float64]
 
 # Directions in which Omega is a thousandth of what it is in others: their sketch is float32 rounding.
 _SOUND = 1e-6
-_KIND = "fedmoe-input-moments"
+_KIND = "fedmoe-weighted-input-moments"
 _DIAGONAL, _SKETCH = ".diagonal", ".sketch"
 
 
@@ -48,7 +49,7 @@ def omega(seed: int, module: str, features: int, columns: int) -> FloatMatrix:
 
 @dataclass(frozen=True, eq=False)
 class ModuleMoments:
-    """One module's moments: `diagonal` (n,) is the mean of x^2, `sketch` (n, q) is G @ Omega; float32, read-only.
+    """One module's moments: `diagonal` (n,) is the mean of w x^2, `sketch` (n, q) is G @ Omega; float32, read-only.
 
     q = n means that the sketch is G itself. Raises `ShapeError` for other shapes or types and `ValueError` for numbers
     that no G can have.

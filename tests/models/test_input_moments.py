@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fedmoe.datasets.packing import Block, collate, pack
 from fedmoe.datasets.render import TokenizedSample
@@ -42,16 +43,23 @@ def gathered(base: LoadedBase, batches: list[list[Block]], sketch_size: int = 8,
 
 
 def grams(base: LoadedBase, name: str) -> NDArray[np.float64]:
-    """The mean of x x' over all tokens of `samples`, each sample run alone: no packing, no padding."""
-    heard: list[torch.Tensor] = []
-    module = base.model.get_submodule(name)
-    hook = module.register_forward_pre_hook(lambda _, given: heard.append(given[0][0]))
-    with torch.no_grad():
-        for sample in samples():
-            base.model(torch.from_numpy(sample.input_ids)[None])
+    """The weighted mean of x x' over all tokens of `samples`, each sample run alone: no packing, no padding."""
+    inputs: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+
+    def hear(_: nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        inputs.append(given[0][0].detach())
+        output.register_hook(lambda gradient: gradients.append(gradient[0]))
+
+    hook = base.model.get_submodule(name).register_forward_hook(hear)
+    for sample in samples():
+        ids = torch.from_numpy(sample.input_ids)[None]
+        embedded = base.model.get_input_embeddings()(ids).requires_grad_()
+        (base.model(inputs_embeds=embedded, labels=ids).loss * (ids.shape[1] - 1)).backward()
     hook.remove()
-    x = torch.cat(heard).numpy().astype(np.float64)
-    return np.asarray(x.T @ x / len(x), np.float64)
+    x, g = (torch.cat(parts).numpy().astype(np.float64) for parts in (inputs, gradients))
+    weights = np.square(g).sum(axis=1)
+    return np.asarray((x.T * weights) @ x / len(x), np.float64)
 
 
 @pytest.mark.parametrize("name", [Q0, DOWN1])
@@ -117,7 +125,7 @@ def hooks(base: LoadedBase) -> int:
 
 def test_no_hook_is_left_even_after_an_error(base: LoadedBase) -> None:
     with MomentsCollector(base, TARGETS) as collector:
-        assert hooks(base) == 4
+        assert hooks(base) == 5  # two layers of each of two targets, and the embeddings
         collector.add(collate(blocks()))
     assert hooks(base) == 0
     with pytest.raises(KeyError), MomentsCollector(base, TARGETS):
@@ -143,7 +151,7 @@ def test_a_collector_is_used_in_its_context(base: LoadedBase) -> None:
     collector = MomentsCollector(base, TARGETS)
     with pytest.raises(RuntimeError, match="inside its context"):
         collector.add(collate(blocks()))
-    with pytest.raises(ValueError, match="no token was added"):
+    with pytest.raises(ValueError, match="no labelled token was added"):
         collector.moments()
 
 
