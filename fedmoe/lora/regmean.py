@@ -25,7 +25,7 @@ Matrix64 = NDArray[np.float64]
 Factors64 = tuple[Matrix64, Matrix64]
 
 #: Measured on three domains: a scale above 1 makes up for what experts take from each other; the ridge hardly matters.
-SCALE = 1.2
+SCALE = 1.3
 RIDGE = 0.01
 #: The highest rank that is chosen by energy.
 RANK_CAP = 64
@@ -95,7 +95,7 @@ def regmean(
 ) -> Recompressed:
     """The experts merged in the metric of their own inputs; one expert alone comes back as it is.
 
-    `scale` multiplies the result (1.2 for several experts if not given), `weights` say how much each expert's inputs
+    `scale` multiplies the result (1.3 for several experts if not given), `weights` say how much each expert's inputs
     count. The rank is the sum of ranks, or `rank`, or with `energy` the smallest that keeps this share in every module,
     at most `rank` (64 if not given). With `start` the deltas expert - start are merged, and the start is added.
     The truncation error is relative and in the metric of M, that is of outputs. Raises `ValueError` for experts without
