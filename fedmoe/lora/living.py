@@ -4,10 +4,10 @@ Expert e left a gateway with product W_s and now has W_e. Its delta D_e = W_e - 
 
     W <- W + sum_e w_e c D_e (g_e G_e + 0.6 rho I) M^-1,    M = sum_j g_j G_j + rho I
 
-with M over *all* experts, ready or not (`fedmoe.lora.regmean` has where this comes from). It is linear in the deltas, so
-folds one by one come to what one fold of all comes to. g_j = (mean of x^2 over expert j's inputs)^(-1/2) does not depend
-on who is ready. The sum is cut back to the gateway's rank in the metric of M, and of all factors with that product those
-are taken that are nearest to where the experts took theirs, so that an optimizer's state still fits.
+with M over *all* experts, ready or not (`fedmoe.lora.regmean` has where this comes from). It is linear in the deltas,
+so folds one by one come to what one fold of all comes to. g_j = (mean of x^2 over expert j's inputs)^(-1/2) does not
+depend on who is ready. The sum is cut back to the gateway's rank in the metric of M, and of all factors with that
+product those are taken that are nearest to where the experts took theirs, so that an optimizer's state still fits.
 """
 
 from __future__ import annotations
@@ -164,15 +164,13 @@ def _fold_module(plan: _Plan, name: str, grams: Mapping[str, Gram]) -> _Part | N
     a_gateway, b_gateway = _wide(plan.gateway, name)
     images, columns = [], [b_gateway]
     for expert, ((a_start, b_start), (a, b), weight) in moved.items():
-        # B A - B_s A_s = (B - B_s) A + B_s (A - A_s): both terms are as small as what was learned.
-        rows = np.vstack([a, a - a_start])
+        rows = np.vstack([a, a_start])
         images.append(plan.scale * (shares[expert] * grams[expert].rows(rows) + plan.prior * rho * rows))
-        columns += [weight * (b - b_start), weight * b_start]
+        columns += [weight * b, -weight * b_start]
     learned = metric.solve(np.vstack(images))
-    target = a_gateway + sum(
-        weight * learned[(2 * place + 1) * len(a_gateway) : (2 * place + 2) * len(a_gateway)]
-        for place, (_, _, weight) in enumerate(moved.values())
-    )
+    target = a_gateway.copy()
+    for (*_, weight), (a, a_start) in zip(moved.values(), learned.reshape(len(moved), 2, *target.shape), strict=True):
+        target += weight * (a - a_start)
     whole = _Solution(np.vstack([a_gateway, learned]), np.hstack(columns), np.vstack([metric.rows(a_gateway), *images]))
     cut = _cut(whole, plan.gateway.rank)
     a_new, b_new = nearest_factors(cut.a, cut.b, target)
