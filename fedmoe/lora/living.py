@@ -26,8 +26,8 @@ Matrix64 = NDArray[np.float64]
 
 #: What the folded deltas are multiplied with where several experts share the gateway.
 SCALE = 1.2
-# Below this share of the largest singular value a direction of the old factors does not steer the new ones.
-_STEERS = 1e-2
+# The least length of a direction of A, as a share of the largest: below, B would have to be too large for float32.
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,23 +189,28 @@ def _share(gram: Gram) -> float:
 
 
 def nearest_factors(a: FloatMatrix, b: FloatMatrix, target: Matrix64) -> tuple[Matrix64, Matrix64]:
-    """Factors of the product b @ a, as many rows of A as `target` (r x n) has, with A the least squares next to it.
+    """Factors of the product b @ a with A as near to `target` (r x n) as can be while A A' = target target'.
 
-    a is k x n and b out x k with k <= r. Directions that the product lacks are filled up from `target`, with B = 0, so
-    that they can be learned in. Where `target` says too little of a direction, A is the nearest with orthogonal rows of
-    the length of target's (Procrustes).
+    a is k x n and b out x k with k <= r. With T = S X, S = (T T')^(1/2), and rows Q that span those of a, A = S U Q for
+    the orthogonal U next to X Q' (Procrustes). Least squares, which would let A A' go, makes rows of A short that
+    turned away from the target, and B large: training on from such factors diverged. Directions that the product lacks
+    are filled up from the target, with B = 0, so that they can be learned in.
     """
     rank = len(target)
     basis, mix = np.linalg.qr(a.T.astype(np.float64))
     product = b.astype(np.float64) @ mix.T
-    rest = target - (target @ basis) @ basis.T
     missing = min(rank, target.shape[1]) - basis.shape[1]
     if missing > 0:
+        rest = target - (target @ basis) @ basis.T
         basis = np.hstack([basis, np.linalg.svd(rest, full_matrices=False)[2][:missing].T])
         product = np.hstack([product, np.zeros((len(product), missing))])
-    steer = target @ basis
-    left, sizes, right = np.linalg.svd(steer, full_matrices=False)
-    if sizes[-1] <= _STEERS * sizes[0]:
-        sizes = np.full_like(sizes, float(np.sqrt(np.square(target).sum() / rank)) or 1.0)
-    turned = (left * sizes) @ right
-    return turned @ basis.T, product @ (right.T / sizes) @ left.T
+    left, sizes, right = np.linalg.svd(target, full_matrices=False)
+    sizes = np.maximum(sizes, _LEAST * sizes[0]) if sizes[0] > 0 else np.ones_like(sizes)
+    turn = _orthogonal(right @ basis)
+    return (left * sizes) @ turn @ basis.T, product @ (turn.T / sizes) @ left.T
+
+
+def _orthogonal(square: Matrix64) -> Matrix64:
+    """The orthogonal matrix next to this one."""
+    left, _, right = np.linalg.svd(square)
+    return np.asarray(left @ right, np.float64)
