@@ -12,7 +12,7 @@ product those are taken that are nearest to where the experts took theirs, so th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import Adapter, FloatMatrix, ShapeError
 from fedmoe.lora.moments import Gram, InputMoments, sum_of_grams
-from fedmoe.lora.regmean import _PRIOR, RIDGE, _cut, _Solution, _wide
+from fedmoe.lora.regmean import PRIOR, RIDGE, Solution, check_moments, cut_in_metric, rebuilt, wide
 
 Matrix64 = NDArray[np.float64]
 
@@ -67,8 +67,9 @@ def fold(
     flat = gateway.flat.copy()
     views = {module.name: (a, b) for module, a, b in gateway.layout.factors(flat)}
     kept = lost = 0.0
-    for name, grams in _modules(plan):
-        part = _fold_module(plan, name, grams)
+    experts = sorted(moments)
+    for name, grams in rebuilt([moments[expert] for expert in experts], gateway.layout.modules):
+        part = _fold_module(plan, name, dict(zip(experts, grams, strict=True)))
         if part is None:
             continue
         a, b = views[name]
@@ -88,7 +89,7 @@ class _Plan:
 
     @property
     def prior(self) -> float:
-        return _PRIOR if len(self.moments) > 1 else 1.0
+        return PRIOR if len(self.moments) > 1 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,58 +125,42 @@ def _check(
                     f"{name} has rank {adapter.rank} and {len(adapter.layout.modules)} modules, not the gateway's rank "
                     f"{gateway.rank} and modules; experts go on from the gateway at its own rank"
                 )
-    for name, found in moments.items():
-        for module in gateway.layout.modules:
-            known = found.modules.get(module.name)
-            if known is None or known.features != module.in_features:
-                got = "none" if known is None else f"{known.features} features"
-                raise ShapeError(
-                    f"moments of {name}: module {module.name} has {module.in_features} inputs, got {got}; "
-                    "collect them on the base model and target_modules of the gateway"
-                )
-
-
-def _modules(plan: _Plan) -> Iterator[tuple[str, Mapping[str, Gram]]]:
-    """Every module with the experts' G; those with one input come after each other, so that G is rebuilt once."""
-    names = {module.name for module in plan.gateway.layout.modules}
-    experts = sorted(plan.moments)
-    rebuilt: list[tuple[tuple[str, ...], Gram]] = []
-    for group in plan.moments[experts[0]].groups:
-        for name in (name for name in group if name in names):
-            if not rebuilt or any(name not in shared for shared, _ in rebuilt):
-                found = [plan.moments[expert] for expert in experts]
-                rebuilt = [(moments.group_of(name), moments.approximate(name)) for moments in found]
-            yield name, dict(zip(experts, (gram for _, gram in rebuilt), strict=True))
+    check_moments(moments, gateway.layout.modules)
 
 
 def _fold_module(plan: _Plan, name: str, grams: Mapping[str, Gram]) -> _Part | None:
     """The module's next factors; None where no expert has moved."""
     moved = {
-        expert: (_wide(departed.start, name), _wide(departed.now, name), departed.weight)
+        expert: departed
         for expert, departed in sorted(plan.ready.items())
         if departed.weight > 0 and not _same(departed.start, departed.now, name)
     }
     if not moved:
         return None
+    a_gateway, b_gateway = wide(plan.gateway, name)
     shares = {expert: _share(gram) for expert, gram in grams.items()}
     metric = sum_of_grams([(shares[expert], gram) for expert, gram in grams.items()])
     rho = plan.ridge * float(metric.full_diagonal.mean()) or 1.0
     metric = metric.plus(rho)
-    a_gateway, b_gateway = _wide(plan.gateway, name)
-    images, columns = [], [b_gateway]
-    for expert, ((a_start, b_start), (a, b), weight) in moved.items():
+    images, columns = [metric.rows(a_gateway)], [b_gateway]
+    for expert, departed in moved.items():
+        (a_start, b_start), (a, b) = wide(departed.start, name), wide(departed.now, name)
         rows = np.vstack([a, a_start])
         images.append(plan.scale * (shares[expert] * grams[expert].rows(rows) + plan.prior * rho * rows))
-        columns += [weight * b, -weight * b_start]
-    learned = metric.solve(np.vstack(images))
-    target = a_gateway.copy()
-    for (*_, weight), (a, a_start) in zip(moved.values(), learned.reshape(len(moved), 2, *target.shape), strict=True):
-        target += weight * (a - a_start)
-    whole = _Solution(np.vstack([a_gateway, learned]), np.hstack(columns), np.vstack([metric.rows(a_gateway), *images]))
-    cut = _cut(whole, plan.gateway.rank)
-    a_new, b_new = nearest_factors(cut.a, cut.b, target)
-    rank = plan.gateway.rank
-    return _Part(a_new, b_new, float(cut.energies[:rank].sum()), float(cut.energies[rank:].sum()))
+        columns += [departed.weight * b, -departed.weight * b_start]
+    learned = metric.solve(np.vstack(images[1:]))
+    whole = Solution(np.vstack([a_gateway, learned]), np.hstack(columns), np.vstack(images))
+    cut = cut_in_metric(whole, plan.gateway.rank)
+    weights = [departed.weight for departed in moved.values()]
+    a_new, b_new = nearest_factors(cut.a, cut.b, _as_learned(a_gateway, learned, weights))
+    kept, lost = cut.energies[: plan.gateway.rank], cut.energies[plan.gateway.rank :]
+    return _Part(a_new, b_new, float(kept.sum()), float(lost.sum()))
+
+
+def _as_learned(a_gateway: Matrix64, learned: Matrix64, weights: Sequence[float]) -> Matrix64:
+    """The gateway's A with what each expert's own A learned: `learned` has all that is folded of A and of A's start."""
+    after, before = learned.reshape(len(weights), 2, *a_gateway.shape).swapaxes(0, 1)
+    return a_gateway + np.tensordot(np.asarray(weights), after - before, 1)
 
 
 def _same(left: Adapter, right: Adapter, name: str) -> bool:

@@ -197,11 +197,15 @@ def test_directions_that_the_product_lacks_stay_open_to_learning() -> None:
     np.testing.assert_allclose(b, np.outer(np.ones(5), [1, 0, 0]), atol=1e-4)
 
 
-def test_a_target_that_says_nothing_of_the_product_gives_rows_of_its_length() -> None:
-    target = np.eye(2, 6)
-    a, b = nearest_factors(np.eye(2, 6, 3, dtype=np.float32), np.ones((5, 2), np.float32), target)
-    np.testing.assert_allclose(a @ a.T, np.eye(2), atol=1e-6)
-    np.testing.assert_allclose(b @ a, np.ones((5, 2)) @ np.eye(2, 6, 3), atol=1e-6)
+@pytest.mark.parametrize("turned", [0.1, 1.0, 10.0])
+def test_factors_keep_the_shape_of_the_target_however_far_the_product_turned(turned: float) -> None:
+    rng = np.random.default_rng(0)
+    target, b = rng.standard_normal((3, 40)), rng.standard_normal((5, 3))
+    a = target + turned * rng.standard_normal((3, 40))
+    new_a, new_b = nearest_factors(a.astype(np.float32), b.astype(np.float32), target)
+    np.testing.assert_allclose(new_a @ new_a.T, target @ target.T, atol=1e-4)
+    shortest = np.linalg.svd(target, compute_uv=False)[-1]
+    assert np.linalg.norm(new_b) <= 1.001 * np.linalg.norm(b @ a) / shortest
 
 
 def test_what_does_not_fit_is_refused() -> None:
