@@ -144,16 +144,19 @@ def gains(matrix: LossMatrix, model: str) -> dict[str, float]:
 
 
 def compared(matrix: LossMatrix, time: int, machine: str) -> dict[str, object]:
-    """The gateway's gain as a share of the pooled one's, with intervals; the mean is of gains, not of shares."""
+    """The gateway's gain as a share of the pooled one's, with intervals; the mean is of gains, not of shares.
+
+    No share is given where the pooled gain may be none.
+    """
     ours, theirs = living_name(time), pooled_name(steps_of(machine, time))
     found = retained(matrix, dict.fromkeys(DOMAINS, theirs), [ours])
-    shares = {one.domain: [round(part, 4) for part in interval(one.kept[ours])] for one in found.domains}
+    shares = {one.domain: None if one.warning else rounded(one.kept[ours]) for one in found.domains}
     mean = gains(matrix, ours)["mean"] / gains(matrix, theirs)["mean"]
     return {"pooled_steps": steps_of(machine, time), "share": shares, "share_of_mean_gain": round(mean, 4)}
 
 
-def interval(found: Interval) -> tuple[float, float, float]:
-    return found.value, found.low, found.high
+def rounded(found: Interval) -> list[float]:
+    return [round(part, 4) for part in (found.value, found.low, found.high)]
 
 
 def trained(run: Run, rules: Rules, scale: float) -> tuple[Rows, list[dict[str, object]]]:
