@@ -45,7 +45,7 @@ SPEEDS = dict(zip(DOMAINS, (1, 2, 4), strict=True))
 TOTAL = sum(SPEEDS.values())
 #: What one machine with the pooled data does in a unit of time: each worker's, the mean and what all do together.
 MACHINES = {"speed 1": 1.0, "speed 2": 2.0, "mean speed 7/3": TOTAL / 3, "speed 4": 4.0, "all steps": float(TOTAL)}
-COLUMNS, TOKENS = 32, 6_000
+TOKENS = 6_000
 
 Rows = dict[str, dict[str, list[float]]]
 
@@ -58,13 +58,14 @@ class Run:
     half: str
     blocks: int
     horizon: int
+    columns: int
 
     def streams(self) -> dict[str, list[Block]]:
         """What each worker trains on until the horizon, in order."""
         return {name: self.work.training_blocks(name, BATCH * speed * self.horizon) for name, speed in SPEEDS.items()}
 
     def moments(self) -> dict[str, InputMoments]:
-        return {domain: self.work.moments(domain, COLUMNS, TOKENS) for domain in DOMAINS}
+        return {domain: self.work.moments(domain, self.columns, TOKENS) for domain in DOMAINS}
 
     def row(self, adapter: Adapter) -> dict[str, list[float]]:
         """An adapter's block losses on every domain."""
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument("--horizon", type=int, default=30, help="units of virtual time, a multiple of 6")
     parser.add_argument("--merge-after", type=int, default=10, help="steps from one fold of an expert to the next")
     parser.add_argument("--scale", type=float, default=1.0, help="what the deltas are multiplied with")
+    parser.add_argument("--columns", type=int, default=32, help="of the sketch of the input moments")
     parser.add_argument("--staleness", choices=sorted(STALENESS), default="constant")
     parser.add_argument("--fresh-optimizer", action="store_true", help="a new optimizer, and warm-up, after every fold")
     parser.add_argument("--half", choices=("validation", "test"), default="test")
@@ -207,7 +209,7 @@ def main() -> None:
     for seed in chosen.seeds:
         work = Work(chosen.work, base, seed)
         work.build()
-        run = Run(work, chosen.half, chosen.blocks, chosen.horizon)
+        run = Run(work, chosen.half, chosen.blocks, chosen.horizon, chosen.columns)
         rows, folds = trained(run, rules, chosen.scale)
         matrix = run.matrix(rows)
         gains_by_seed.append({name: gains(matrix, name) for name in rows})
