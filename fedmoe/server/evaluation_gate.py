@@ -76,6 +76,8 @@ class EvaluationGate:
         # The state that the newest verdict was about: nothing new to score until the gateway's version has risen.
         self._judged = int(str(newest.payload["version"])) if newest else 0
         self._given_up = ""
+        # A set is made when somebody asks and none is open, so that it is of the newest state.
+        self._asked = False
         if coordinator.manifest is not None:
             publications.recover(coordinator.manifest.layout)
         self._wake = threading.Event()
@@ -128,6 +130,7 @@ class EvaluationGate:
                 offer = None  # an expert that came later; the next set has it
             left = offer.opened_at + self._policy.seconds - now if offer is not None else 0.0
             status = self._status(now)
+            self._asked = self._asked or self._open is None
         self._wake.set()
         return offer, left, status
 
@@ -217,10 +220,8 @@ class EvaluationGate:
         return None
 
     def _wanted(self) -> bool:
-        now = self._clock()
         with self._lock:
-            active = any(now - at < self._policy.seconds for at in self._heard.values())
-            return self._open is None and active and self._coordinator.gateway_version > self._judged
+            return self._asked and self._open is None and self._coordinator.gateway_version > self._judged
 
     def _make(self) -> None:
         view = self._coordinator.draft()  # experts, version and moments of one moment
@@ -238,7 +239,7 @@ class EvaluationGate:
         for expert in offer.experts.values():
             _ = expert.digest  # made here once, not in a request
         with self._lock:
-            self._open, self._scores, self._given_up = offer, {}, ""
+            self._open, self._scores, self._given_up, self._asked = offer, {}, "", False
         names = [candidate.name for candidate in candidates]
         _log.info("candidates", set=offer.id, version=offer.version, experts=offer.sources, candidates=names)
 
