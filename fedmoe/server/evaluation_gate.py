@@ -220,8 +220,10 @@ class EvaluationGate:
         return None
 
     def _wanted(self) -> bool:
+        """Whether somebody asked for a set since the last one was made, and there is something new to make it of."""
         with self._lock:
-            return self._asked and self._open is None and self._coordinator.gateway_version > self._judged
+            wanted, self._asked = self._asked and self._open is None, False
+        return wanted and self._coordinator.gateway_version > self._judged
 
     def _make(self) -> None:
         view = self._coordinator.draft()  # experts, version and moments of one moment
@@ -239,7 +241,7 @@ class EvaluationGate:
         for expert in offer.experts.values():
             _ = expert.digest  # made here once, not in a request
         with self._lock:
-            self._open, self._scores, self._given_up, self._asked = offer, {}, "", False
+            self._open, self._scores, self._given_up = offer, {}, ""
         names = [candidate.name for candidate in candidates]
         _log.info("candidates", set=offer.id, version=offer.version, experts=offer.sources, candidates=names)
 
