@@ -3,10 +3,10 @@
     python benchmarks/bench_evaluation_gate.py [--work FOLDER] [--blocks 16] [--state FOLDER]
 
 A coordinator process with `--evaluation-gate --strategy regmean`, and one `fedmoe evaluator` process for each of three
-domains (`merge_quality_work.py`: experts of 40 steps, their input moments, held-out text split by file). Then, one after
-the other: the experts are pushed and a first gateway goes out; the python expert is spoilt (its learned part times -1)
-and the gate must keep the gateway; the python expert is mended and a gateway goes out again. Last, updates are pushed
-while candidates are being merged, and their latency is compared with that of updates before.
+domains (`merge_quality_work.py`: experts of 40 steps, their input moments, held-out text split by file). One after the
+other: the experts are pushed and a first gateway goes out; the python expert is spoilt (its product times -1) and
+the gate must keep the gateway; the python expert is mended and a gateway goes out again. Last, updates are pushed while
+candidates are being merged, and their latency is compared with that of updates before.
 """
 
 from __future__ import annotations
@@ -128,18 +128,25 @@ def _measured(client: CoordinatorClient, owners: Sequence[Owner]) -> dict[str, o
     python = next(owner for owner in owners if owner.domain == "python")
     learned = client.pull_expert("python")
     assert learned is not None, "without an ETag there is always an answer"
-    change = np.zeros_like(python.start.flat)
-    change[:] = learned.weights - python.start.flat
+    spoil = _turned_round(learned.adapter)
     steps = {"first": _verdict(client, 0)}
-    steps["python_spoilt"] = _verdict(client, python.push(-2 * change))
+    steps["python_spoilt"] = _verdict(client, python.push(spoil))
     served = client.gateway_info()
-    steps["python_mended"] = _verdict(client, python.push(2 * change))
+    steps["python_mended"] = _verdict(client, python.push(-spoil))
     quiet = list(python.seconds)
     return {
         **{name: _told(*step) for name, step in steps.items()},
         "served_while_spoilt": {"version": served.version, "strategy": served.strategy, "scale": served.scale},
         "push_seconds": {"quiet": quiet, "while_merging": _pushed_while_merging(client, python)},
     }
+
+
+def _turned_round(adapter: Adapter) -> FloatVector:
+    """The change that turns an adapter's product into its negative: B - 2 B."""
+    change = np.zeros_like(adapter.flat)
+    for (_, _, target), (_, _, b) in zip(adapter.layout.factors(change), adapter.factors(), strict=True):
+        target[:] = -2 * b
+    return change
 
 
 def _verdict(client: CoordinatorClient, version: int) -> tuple[VerdictInfo, float]:

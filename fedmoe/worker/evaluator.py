@@ -15,6 +15,7 @@ from pathlib import Path
 import structlog
 
 from fedmoe.config import EvaluatorConfig
+from fedmoe.datasets.check import load_rows
 from fedmoe.datasets.packing import Block
 from fedmoe.errors import RefusedError
 from fedmoe.gateway.evaluate import held_out_blocks
@@ -111,7 +112,7 @@ class Evaluator:
             except RefusedError as error:
                 if error.code not in _PASSING:
                     raise
-                _log.warning("not_scored", code=error.code, reason=str(error))
+                self._say("not_scored", str(error))
             self._stopped.wait(pause)
 
     def score_once(self) -> bool:
@@ -121,9 +122,7 @@ class Evaluator:
         """
         answer = self._client.gateway_candidates(self._request)
         if answer.open is None:
-            if answer.status != self._status:
-                _log.info("nothing_to_score", status=answer.status)
-            self._status = answer.status
+            self._say("nothing_to_score", answer.status)
             return False
         scores = self._scores(answer.open)
         result = self._client.push_gateway_scores(scores)
@@ -138,6 +137,12 @@ class Evaluator:
             waiting_for=result.waiting_for,
         )
         return True
+
+    def _say(self, event: str, reason: str) -> None:
+        """Log why nothing was scored, once: the same answer comes again with every question."""
+        if reason != self._status:
+            _log.info(event, reason=reason)
+        self._status = reason
 
     def _scores(self, offer: CandidateSetInfo) -> GatewayScores:
         # Own expert first: of all adapters it is the smallest, and the base model is measured in its shape.
@@ -186,9 +191,10 @@ class Evaluator:
 def run_evaluator(config: EvaluatorConfig) -> None:
     """Run an evaluator until it is told to stop (SIGTERM, SIGINT)."""
     pin_threads()
+    load_rows(Path(config.held_out))  # a file that cannot be used is told before a base model is loaded
     token = config.token.get_secret_value() if config.token else None
     with CoordinatorClient(config.coordinator_url, token) as client:
-        # A wrong URL, token or a coordinator without a gate is told before a base model is loaded.
+        # So is a wrong URL or token, and a coordinator without a gate.
         client.gateway_verdicts(1)
         base = load_base(config.base_model, choose_device(config.device), config.dtype)
         blocks = held_out_blocks(Path(config.held_out), base, config.max_length, config.held_out_blocks)
