@@ -35,6 +35,10 @@ _log = structlog.get_logger("fedmoe.evaluator")
 _PASSING = frozenset({"candidates_closed", "unknown_candidate", "scores_mismatch", "unknown_expert"})
 
 
+class _StoppedError(Exception):
+    """The evaluator was told to stop while it scored."""
+
+
 class BaseMismatchError(ValueError):
     """The federation's base model is not the one that was loaded."""
 
@@ -93,7 +97,7 @@ class Evaluator:
         self._status = ""
 
     def stop(self) -> None:
-        """Stop after the set under way."""
+        """Stop after the adapter that is being scored; its set is left to the others."""
         self._stopped.set()
 
     def run(self) -> None:
@@ -105,6 +109,8 @@ class Evaluator:
                 if self.score_once():
                     pause = 0.0
                 tries = 0
+            except _StoppedError:
+                return
             except CoordinatorUnavailableError as error:
                 tries += 1
                 pause = pause_seconds(tries, error.retry_after, random.random())  # noqa: S311
@@ -148,11 +154,11 @@ class Evaluator:
         # Own expert first: of all adapters it is the smallest, and the base model is measured in its shape.
         own = self._pull(offer, offer.own)
         base = self._scorer.loss_of_base(own.adapter)
-        own_loss = self._scorer.loss_of(offer.own, own.adapter).loss
+        own_loss = self._loss(offer.own, own.adapter).loss
         published = None
         if offer.published is not None:
             known = self._scorer.known(offer.published)
-            found = known or self._scorer.loss_of(offer.published, self._pull(offer, offer.published).adapter)
+            found = known or self._loss(offer.published, self._pull(offer, offer.published).adapter)
             published = found.loss
         losses = self._candidates(offer)
         self._scorer.forget_all_but({offer.own} | ({offer.published} if offer.published else set()))
@@ -174,8 +180,13 @@ class Evaluator:
             adapter = self._pull(offer, digest).adapter
             for candidate in offer.candidates:
                 if candidate.digest == digest:
-                    losses[candidate.name] = self._scorer.loss_of(digest, adapter, candidate.scale).loss
+                    losses[candidate.name] = self._loss(digest, adapter, candidate.scale).loss
         return losses
+
+    def _loss(self, digest: str, adapter: Adapter, scale: float = 1.0) -> Evaluation:
+        if self._stopped.is_set():
+            raise _StoppedError
+        return self._scorer.loss_of(digest, adapter, scale)
 
     def _pull(self, offer: CandidateSetInfo, digest: str) -> PulledGateway:
         pulled = self._client.pull_candidate(CandidateWeightsRequest(set=offer.id, digest=digest))

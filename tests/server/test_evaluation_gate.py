@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from support import make_body
 from test_data_statistics import body_of, send
 
 from fedmoe.coordinator import Aggregation
+from fedmoe.server import evaluation_gate
 from fedmoe.server.evaluation_gate import GatePolicy
+from fedmoe.storage.blobs import StorageFailedError
 from fedmoe.wire.messages import SAFETENSORS
 
 GATED = Aggregation(evaluation_gate=True)
@@ -322,6 +325,32 @@ def timed(folder: Path, clock: Clock) -> Iterator[tuple[House, TestClient]]:
         yield house, client
 
 
+def test_while_candidates_are_merged_and_judged_everybody_else_is_answered(
+    two: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge_all(two)
+    push(two, "sql", 1, 3)
+    for place in ("make_candidates", "decide"):
+        real, go_on, there = getattr(evaluation_gate, place), threading.Event(), threading.Event()
+
+        def slow(*given: object, real: Callable[..., object] = real, **named: object) -> object:
+            there.set()  # noqa: B023  # each place is left before the next begins
+            assert go_on.wait(20)  # noqa: B023
+            return real(*given, **named)
+
+        monkeypatch.setattr(evaluation_gate, place, slow)
+        ask(two, "python")
+        if place == "decide":
+            two.post("/push_gateway_scores", json=scores(open_set(two, "python"), "python"))
+            two.post("/push_gateway_scores", json=scores(open_set(two, "sql"), "sql"))
+        assert there.wait(20)
+        assert ask(two, "python") == {"open": None, "status": "candidates are being made or judged"}
+        push(two, "sql", 2 if place == "make_candidates" else 3, 4)
+        assert gateway_bytes(two)
+        assert two.get("/get_gateway_info").is_success
+        go_on.set()
+
+
 # What is taken back.
 
 
@@ -403,6 +432,23 @@ def test_a_full_disk_leaves_the_old_gateway_and_the_next_change_is_tried_again(
         assert gateway_bytes(client) == before
         push(client, "sql", 2, 6)
         assert judge_all(client, 1, kept=0.9)["published"] == "scaled x0.4"
+
+
+def test_a_journal_that_fails_ends_the_coordinator_and_publishes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(verdict: object) -> None:
+        raise StorageFailedError("the journal failed")
+
+    with trained(tmp_path) as (house, client):
+        monkeypatch.setattr(house.journal, "add_verdict", broken)
+        for expert in ("python", "sql"):
+            ask(client, expert)
+        for expert in ("python", "sql"):
+            client.post("/push_gateway_scores", json=scores(open_set(client, expert), expert))
+        eventually(lambda: house.service.failed, "the failure")
+        assert client.get("/get_gateway_info").json()["code"] == "gateway_not_published"
+        assert client.get("/healthz").status_code == 503
 
 
 def test_a_verdict_is_plain_json_with_what_it_was_made_of(tmp_path: Path) -> None:

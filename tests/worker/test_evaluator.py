@@ -241,6 +241,26 @@ def test_base_and_published_gateway_are_measured_once(
     assert len(measured) == 11 + (1 if published else 0) + 4
 
 
+def test_an_evaluator_that_is_stopped_leaves_its_set_to_the_others(
+    house: Federation, client: CoordinatorClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in DOMAINS:
+        Trainer(client, name).learn(3)
+    evaluator = Evaluator(client, scorer("up"), "e1", "up", 0.01)
+    measure, measured = HeldOutScorer._measure, [0]
+
+    def stopped_at_the_third(self: HeldOutScorer, adapter: Adapter) -> object:
+        measured[0] += 1
+        if measured[0] == 3:
+            evaluator.stop()
+        return measure(self, adapter)
+
+    monkeypatch.setattr(HeldOutScorer, "_measure", stopped_at_the_third)
+    evaluator.run()
+    assert measured == [3]
+    assert client.gateway_verdicts() == []
+
+
 def test_another_base_model_is_named_and_nothing_is_sent(
     house: Federation, client: CoordinatorClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
