@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +75,7 @@ def process(*arguments: str) -> Iterator[None]:
         yield
     finally:
         running.terminate()
-        running.wait(60)
+        running.wait(120)
 
 
 def main() -> None:
@@ -94,10 +94,13 @@ def main() -> None:
         coordinator = ["coordinator", "--port", str(PORT), "--state-dir", str(arguments.state), *options]
         stack.enter_context(process(*coordinator))
         client = stack.enter_context(CoordinatorClient(url, attempts=10))
-        owners = [_owner(client, work, domain) for domain in DOMAINS]
-        for domain in DOMAINS:
-            stack.enter_context(_evaluator(url, work, domain, arguments.blocks))
-        found = _measured(client, owners)
+        owners = {domain: _owner(client, work, domain) for domain in DOMAINS}
+        with ExitStack() as evaluators:
+            for domain in DOMAINS:
+                evaluators.enter_context(_evaluator(url, work, domain, arguments.blocks))
+            found = _measured(client, owners["python"])
+        quiet = list(owners["python"].seconds)
+        found["push_seconds"] = {"quiet": quiet, "while_merging": _pushed_while_merging(client, owners["python"])}
     shown = {"blocks": arguments.blocks, "tokens_a_block": LENGTH, "domains": list(DOMAINS)}
     print(write_result("evaluation_gate", found, shown, seeds=[work.seed]))
 
@@ -124,8 +127,7 @@ def _evaluator(url: str, work: Work, domain: str, blocks: int) -> Iterator[None]
         yield
 
 
-def _measured(client: CoordinatorClient, owners: Sequence[Owner]) -> dict[str, object]:
-    python = next(owner for owner in owners if owner.domain == "python")
+def _measured(client: CoordinatorClient, python: Owner) -> dict[str, object]:
     learned = client.pull_expert("python")
     assert learned is not None, "without an ETag there is always an answer"
     spoil = _turned_round(learned.adapter)
@@ -133,11 +135,9 @@ def _measured(client: CoordinatorClient, owners: Sequence[Owner]) -> dict[str, o
     steps["python_spoilt"] = _verdict(client, python.push(spoil))
     served = client.gateway_info()
     steps["python_mended"] = _verdict(client, python.push(-spoil))
-    quiet = list(python.seconds)
     return {
         **{name: _told(*step) for name, step in steps.items()},
         "served_while_spoilt": {"version": served.version, "strategy": served.strategy, "scale": served.scale},
-        "push_seconds": {"quiet": quiet, "while_merging": _pushed_while_merging(client, python)},
     }
 
 

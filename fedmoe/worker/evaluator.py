@@ -20,6 +20,8 @@ from fedmoe.datasets.packing import Block
 from fedmoe.errors import RefusedError
 from fedmoe.gateway.evaluate import held_out_blocks
 from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.algebra import scaled
+from fedmoe.lora.codec import digest
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.device import choose_device, pin_threads
 from fedmoe.models.schedule import LoraConfig
@@ -50,7 +52,8 @@ class HeldOutScorer:
     base: LoadedBase
     blocks: Sequence[Block]
     batch_size: int = 4
-    _known: dict[tuple[str, float], Evaluation] = field(default_factory=dict)
+    _known: dict[str, Evaluation] = field(default_factory=dict)
+    _used: set[str] = field(default_factory=set)
     _base_loss: Evaluation | None = None
     _model: QwenLoRAExpert | None = None
 
@@ -60,20 +63,25 @@ class HeldOutScorer:
             self._base_loss = self._measure(Adapter.zeros(like.layout, like.alpha))
         return self._base_loss
 
-    def loss_of(self, name: str, adapter: Adapter, scale: float = 1.0) -> Evaluation:
-        """The loss with `scale` times the adapter's product; `name` is its digest."""
-        key = (name, scale)
-        if key not in self._known:
-            self._known[key] = self._measure(Adapter(adapter.layout, adapter.alpha * scale, adapter.flat))
-        return self._known[key]
+    def loss_of(self, adapter: Adapter, scale: float = 1.0) -> Evaluation:
+        """The loss with `scale` times the adapter's product.
 
-    def known(self, name: str, scale: float = 1.0) -> Evaluation | None:
-        """A loss that was measured before."""
-        return self._known.get((name, scale))
+        The factor goes into B, as it does when a candidate is published: in low precision another place would give
+        another loss, and a candidate that goes out is the very adapter that was scored.
+        """
+        measured = adapter if scale == 1.0 else scaled(adapter, scale)
+        name = digest(measured)
+        return self.known(name) or self._known.setdefault(name, self._measure(measured))
 
-    def forget_all_but(self, names: set[str]) -> None:
-        """Keep only losses of adapters with these digests."""
-        self._known = {key: found for key, found in self._known.items() if key[0] in names}
+    def known(self, name: str) -> Evaluation | None:
+        """The loss of the adapter with this digest, if it was measured before."""
+        self._used.add(name)
+        return self._known.get(name)
+
+    def forget_unused(self) -> None:
+        """Keep what was asked for since the last call: one of these may be the next published gateway."""
+        self._known = {name: found for name, found in self._known.items() if name in self._used}
+        self._used = set()
 
     def _measure(self, adapter: Adapter) -> Evaluation:
         if self._model is None:
@@ -154,14 +162,14 @@ class Evaluator:
         # Own expert first: of all adapters it is the smallest, and the base model is measured in its shape.
         own = self._pull(offer, offer.own)
         base = self._scorer.loss_of_base(own.adapter)
-        own_loss = self._loss(offer.own, own.adapter).loss
+        own_loss = self._loss(own.adapter).loss
         published = None
         if offer.published is not None:
             known = self._scorer.known(offer.published)
-            found = known or self._loss(offer.published, self._pull(offer, offer.published).adapter)
+            found = known or self._loss(self._pull(offer, offer.published).adapter)
             published = found.loss
         losses = self._candidates(offer)
-        self._scorer.forget_all_but({offer.own} | ({offer.published} if offer.published else set()))
+        self._scorer.forget_unused()
         return GatewayScores(
             set=offer.id,
             evaluator=self._request.evaluator,
@@ -176,20 +184,20 @@ class Evaluator:
     def _candidates(self, offer: CandidateSetInfo) -> dict[str, float]:
         """Loss by name; an adapter that several candidates share is downloaded once and held only meanwhile."""
         losses = {}
-        for digest in dict.fromkeys(candidate.digest for candidate in offer.candidates):
-            adapter = self._pull(offer, digest).adapter
+        for shared in dict.fromkeys(candidate.digest for candidate in offer.candidates):
+            adapter = self._pull(offer, shared).adapter
             for candidate in offer.candidates:
-                if candidate.digest == digest:
-                    losses[candidate.name] = self._loss(digest, adapter, candidate.scale).loss
+                if candidate.digest == shared:
+                    losses[candidate.name] = self._loss(adapter, candidate.scale).loss
         return losses
 
-    def _loss(self, digest: str, adapter: Adapter, scale: float = 1.0) -> Evaluation:
+    def _loss(self, adapter: Adapter, scale: float = 1.0) -> Evaluation:
         if self._stopped.is_set():
             raise _StoppedError
-        return self._scorer.loss_of(digest, adapter, scale)
+        return self._scorer.loss_of(adapter, scale)
 
-    def _pull(self, offer: CandidateSetInfo, digest: str) -> PulledGateway:
-        pulled = self._client.pull_candidate(CandidateWeightsRequest(set=offer.id, digest=digest))
+    def _pull(self, offer: CandidateSetInfo, name: str) -> PulledGateway:
+        pulled = self._client.pull_candidate(CandidateWeightsRequest(set=offer.id, digest=name))
         expected, loaded = pulled.base["weights_hash"], self._scorer.base.identity
         if loaded.weights_hash != expected:
             raise BaseMismatchError(

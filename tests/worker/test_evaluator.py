@@ -213,7 +213,7 @@ def test_the_losses_are_those_of_the_evaluation_command(house: Federation, clien
     assert found.tokens == matrix.tokens["up"]
 
 
-def test_base_and_published_gateway_are_measured_once(
+def test_base_own_expert_and_what_went_out_are_measured_once(
     house: Federation, client: CoordinatorClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     up, down = Trainer(client, "up"), Trainer(client, "down")
@@ -229,16 +229,36 @@ def test_base_and_published_gateway_are_measured_once(
     monkeypatch.setattr(HeldOutScorer, "_measure", counted)
     evaluator = Evaluator(client, scorer("up"), "e1", "up", 1.0)
     until(evaluator.score_once)
-    verdicts(client, 1)
     assert len(measured) == 2 + 4  # base model, own expert, four scales
-    down.push(np.full(down.known.size, 1e-6, np.float32))
-    until(evaluator.score_once)
-    assert len(measured) == 6 + 1 + 4  # the published gateway; own expert and base model are known
-    verdicts(client, 2)
-    down.push(np.full(down.known.size, 0.2, np.float32))
-    until(evaluator.score_once)
-    published = verdicts(client, 3)[1].published
-    assert len(measured) == 11 + (1 if published else 0) + 4
+    for count, size in ((1, 1e-6), (2, 0.2)):
+        before = verdicts(client, count)[0]
+        assert before.published is not None or count == 2
+        down.push(np.full(down.known.size, size, np.float32))
+        until(evaluator.score_once)
+        assert len(measured) == 6 + 4 * count  # the new candidates; what went out was a candidate, so it is known
+
+
+def test_a_candidate_that_went_out_has_the_very_loss_it_was_chosen_for(
+    house: Federation, client: CoordinatorClient
+) -> None:
+    trainers = [Trainer(client, domain) for domain in DOMAINS]
+    for trainer in trainers:
+        trainer.learn(15)
+
+    def scored_anew() -> None:
+        """Both score the open set, and know of nothing."""
+        for domain in DOMAINS:
+            client.gateway_candidates(CandidatesRequest(evaluator=f"e-{domain}", expert=domain))
+        for domain in DOMAINS:
+            until(Evaluator(client, scorer(domain), f"e-{domain}", domain, 1.0).score_once)
+
+    scored_anew()
+    chosen = verdicts(client, 1)[0]
+    assert chosen.published not in (None, "scaled x1")
+    trainers[0].push(np.full(trainers[0].known.size, 1e-6, np.float32))
+    scored_anew()
+    again = {found.expert: found.published for found in verdicts(client, 2)[0].scores}
+    assert again == {found.expert: found.candidates[str(chosen.published)] for found in chosen.scores}
 
 
 def test_an_evaluator_that_is_stopped_leaves_its_set_to_the_others(
