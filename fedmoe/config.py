@@ -77,6 +77,9 @@ class CoordinatorConfig(_ProcessConfig):
     enable_gateway: bool = True
     strategy: str = "weighted_average"
     gateway_rank: Annotated[int, Field(ge=1, le=4096)] | None = None
+    evaluation_gate: bool = False
+    gate_tolerance: Ratio = 0.01
+    gate_seconds: Annotated[float, Field(ge=1, le=86_400, allow_inf_nan=False)] = 300.0
     server_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
     server_optimizer: str = "sgd"
     buffer_size: Annotated[int, Field(ge=1, le=1024)] = 1
@@ -112,6 +115,12 @@ class CoordinatorConfig(_ProcessConfig):
         return _usable_token(value)
 
     @model_validator(mode="after")
+    def _gate_has_a_gateway(self) -> CoordinatorConfig:
+        if self.evaluation_gate and not self.enable_gateway:
+            raise ValueError("--evaluation-gate decides on the gateway, which --no-enable-gateway switches off")
+        return self
+
+    @model_validator(mode="after")
     def _both_tls_files(self) -> CoordinatorConfig:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("TLS needs both --tls-cert and --tls-key")
@@ -124,7 +133,41 @@ class CoordinatorConfig(_ProcessConfig):
         return self
 
 
-class WorkerConfig(_ProcessConfig):
+class _CallerConfig(_ProcessConfig):
+    """What processes that call a coordinator have in common."""
+
+    coordinator_url: str
+    token: SecretStr | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
+
+    @field_validator("token")
+    @classmethod
+    def _not_empty(cls, value: SecretStr | None) -> SecretStr | None:
+        return _usable_token(value)
+
+    @field_validator("coordinator_url")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        return _usable_url(value)
+
+
+class EvaluatorConfig(_CallerConfig):
+    """Parameters of an evaluator; environment variables are `FEDMOE_EVALUATOR_...`, and `FEDMOE_TOKEN`."""
+
+    model_config = SettingsConfigDict(env_prefix="FEDMOE_EVALUATOR_")
+
+    evaluator_id: WorkerName
+    expert: ExpertName
+    held_out: str
+    held_out_blocks: Annotated[int, Field(ge=1, le=1 << 20)] = 16
+    max_length: Annotated[int, Field(ge=8, le=1 << 20)] = 256
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    poll_interval: SyncInterval = DEFAULT_SYNC_INTERVAL
+    base_model: str = "Qwen/Qwen2.5-0.5B-Instruct"
+    device: str = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+
+class WorkerConfig(_CallerConfig):
     """Parameters of a worker; environment variables are `FEDMOE_WORKER_...`, and `FEDMOE_TOKEN`.
 
     Training parameters carry the names of Hugging Face's TrainingArguments and LoraConfig.
@@ -132,7 +175,6 @@ class WorkerConfig(_ProcessConfig):
 
     model_config = SettingsConfigDict(env_prefix="FEDMOE_WORKER_")
 
-    coordinator_url: str
     worker_id: WorkerName
     specialty: ExpertName
     dataset: str
@@ -159,24 +201,6 @@ class WorkerConfig(_ProcessConfig):
     target_modules: tuple[str, ...] = ("all-linear",)
     seed: Annotated[int, Field(ge=0)] = 0
     send_statistics: bool = True
-    token: SecretStr | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
-
-    @field_validator("token")
-    @classmethod
-    def _not_empty(cls, value: SecretStr | None) -> SecretStr | None:
-        return _usable_token(value)
-
-    @field_validator("coordinator_url")
-    @classmethod
-    def _is_http(cls, value: str) -> str:
-        try:
-            parts = urlsplit(value)
-            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            usable = False
-        if not usable or "@" in value or "?" in value or "#" in value or not value.isprintable() or " " in value:
-            raise ValueError(f"expected a URL like http://192.168.1.100:5000, got {value!r}")
-        return value.rstrip("/")
 
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> WorkerConfig:
@@ -185,6 +209,18 @@ class WorkerConfig(_ProcessConfig):
                 f"--lr-scheduler-type {self.lr_scheduler_type} needs --max-steps, the length of the schedule"
             )
         return self
+
+
+def _usable_url(value: str) -> str:
+    """The URL without a slash at its end; nothing in it may be a secret or confuse a terminal."""
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or "@" in value or "?" in value or "#" in value or not value.isprintable() or " " in value:
+        raise ValueError(f"expected a URL like http://192.168.1.100:5000, got {value!r}")
+    return value.rstrip("/")
 
 
 def _usable_token(value: SecretStr | None) -> SecretStr | None:

@@ -35,6 +35,7 @@ class Aggregation:
     """How updates are weighed and the gateway is made.
 
     `max_staleness` None accepts any age; `clip_norm` scales an update down to so many times the usual norm, None never.
+    With `evaluation_gate` the gateway is not a view of the newest experts but what held-out losses let through.
     """
 
     server_learning_rate: float = 1.0
@@ -46,6 +47,7 @@ class Aggregation:
     enable_gateway: bool = True
     strategy: str = "weighted_average"
     gateway_rank: int | None = None
+    evaluation_gate: bool = False
 
     def __post_init__(self) -> None:
         for value, known, name in (
@@ -62,8 +64,8 @@ class Aggregation:
 
     @property
     def uses_moments(self) -> bool:
-        """Whether the gateway is made with the input moments of its experts."""
-        return self.strategy in STRATEGIES_WITH_MOMENTS
+        """Whether a gateway is made with the input moments of its experts; the gate tries such a strategy as well."""
+        return self.evaluation_gate or self.strategy in STRATEGIES_WITH_MOMENTS
 
     def coefficient(self, staleness: int) -> float:
         """What a delta of this staleness is multiplied with, lr * s(tau)."""
@@ -96,8 +98,9 @@ class ExpertMoments:
 class GatewayModel:
     """The model made of all experts: a view of `{expert: version}`, reproducible from them by hash.
 
-    `statistics` are the digests of the input moments it was made with, by expert; `strategy` is the one that was used,
-    and `notes` say in words where that is not the one asked for.
+    `scale` is the factor on the whole product, where the strategy has one; `statistics` are the digests of the input
+    moments it was made with, by expert; `strategy` is the one that was used, and `notes` say in words where that is not
+    the one asked for.
     """
 
     adapter: Adapter
@@ -109,6 +112,7 @@ class GatewayModel:
     digest: str
     statistics: Mapping[str, str]
     notes: tuple[str, ...]
+    scale: float = 1.0
 
     @classmethod
     def build(
@@ -117,19 +121,22 @@ class GatewayModel:
         experts: Mapping[str, ExpertModel],
         aggregation: Aggregation,
         moments: Mapping[str, ExpertMoments] = MappingProxyType({}),
+        scale: float | None = None,
     ) -> GatewayModel:
         """Merge the experts as they are now.
 
         `gateway_rank` None keeps the merge exact; one with moments keeps `ENERGY` of it. Where the strategy needs
-        `moments` and an expert has none, it is `WITHOUT_MOMENTS` instead, and `notes` say so.
+        `moments` and an expert has none, it is `WITHOUT_MOMENTS` instead, and `notes` say so. `scale` None is the
+        strategy's own.
         """
         known = {name: moments[name] for name in sorted(experts.keys() & moments.keys())}
-        with_moments = aggregation.uses_moments and known.keys() == experts.keys()
+        with_moments = aggregation.strategy in STRATEGIES_WITH_MOMENTS and known.keys() == experts.keys()
         merged: Merged = merge(
             {name: expert.adapter for name, expert in experts.items()},
             aggregation.strategy,
             rank=aggregation.gateway_rank,
             energy=ENERGY if with_moments and aggregation.gateway_rank is None else None,
+            scale=scale,
             moments={name: found.moments for name, found in known.items()},
             without_moments=WITHOUT_MOMENTS,
         )
@@ -144,6 +151,7 @@ class GatewayModel:
             digest(merged.adapter),
             MappingProxyType({name: found.digest for name, found in known.items()} if with_moments else {}),
             merged.notes,
+            merged.scale,
         )
 
 

@@ -13,6 +13,7 @@ import uvicorn
 
 from fedmoe.config import CoordinatorConfig
 from fedmoe.coordinator import Aggregation
+from fedmoe.server.evaluation_gate import GatePolicy
 from fedmoe.server.history import History
 from fedmoe.server.listening import listen, own_signals
 from fedmoe.server.protocol import GuardedProtocol
@@ -55,6 +56,7 @@ class DistributedCoordinator:
             config.enable_gateway,
             config.strategy,
             config.gateway_rank,
+            config.evaluation_gate,
         )
         journal, blobs = self._state.journal, self._state.blobs
         history = History(journal, blobs, aggregation, config.keep_updates)
@@ -63,7 +65,14 @@ class DistributedCoordinator:
         versions = {name: expert.version for name, expert in coordinator.experts.items()}
         seconds = round(time.perf_counter() - started, 3)
         _log.info("recovered", state_dir=str(self._state.path), experts=versions, seconds=seconds)
-        self.service = CoordinatorService(coordinator, journal, blobs, history, config.min_sync_interval)
+        self.service = CoordinatorService(
+            coordinator,
+            journal,
+            blobs,
+            history,
+            config.min_sync_interval,
+            gate_policy=GatePolicy(config.gate_tolerance, config.gate_seconds),
+        )
         self.new_tokens = self._prepare_tokens(config)
         self.app = create_app(self.service, self.gate, loopback=is_loopback(config.host))
 

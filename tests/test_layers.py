@@ -28,6 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "logs": set(),
     "gateway.prompt_statistics": {"lora"},
     "gateway.route": {"gateway.prompt_statistics", "lora"},
+    "gateway.gate": set(),
     # Decisions: no I/O.
     "manifest": {"lora"},
     "events": {"manifest"},
@@ -40,7 +41,7 @@ LAYERS: dict[str, set[str]] = {
     # The server side: no torch.
     "server": {
         *("coordinator", "errors", "events", "experts", "failpoints"),
-        *("gateway.prompt_statistics", "lora", "manifest", "storage", "wire"),
+        *("gateway.gate", "gateway.prompt_statistics", "lora", "manifest", "storage", "wire"),
     },
     "distributed_coordinator": {"config", "coordinator", "server", "storage"},
     # The worker side: never the server.
@@ -206,6 +207,10 @@ LAYERS: dict[str, set[str]] = {
         ),
         *("arena.engines", "arena.engines.protocol", "arena.engines.verify"),
     },
+    "worker.evaluator": {
+        *("config", "datasets", "errors", "gateway", "lora", "models", "qwen_finetune", "wire"),
+        *("worker.delivery", "worker.signals"),
+    },
     "monitor": {"record"},
     "demo": {"datasets", "files", "gateway", "lora", "models", "monitor", "record", "wire"},
     # The composition root.
@@ -228,6 +233,7 @@ LAYERS: dict[str, set[str]] = {
             "monitor",
             "server",
             "wire",
+            "worker.evaluator",
             "worker.inference",
             "worker.setup",
             "worker.signals",

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fedmoe import __version__
-from fedmoe.cli import arena, coordinator, data, demo, doctor, experts, gateway, tokens, worker
+from fedmoe.cli import arena, coordinator, data, demo, doctor, evaluator, experts, gateway, tokens, worker
 from fedmoe.cli.output import guarded
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("coordinator")(coordinator.coordinator)
 app.command("worker")(worker.worker)
+app.command("evaluator")(evaluator.evaluator)
 app.add_typer(gateway.app, name="gateway")
 app.add_typer(experts.app, name="experts")
 app.command("rollback")(experts.rollback)

@@ -25,6 +25,15 @@ def coordinator(
     gateway_rank: Annotated[
         int | None, typer.Option(help="Cut the gateway to this rank. [default: exact; regmean: by energy, up to 64]")
     ] = None,
+    evaluation_gate: Annotated[
+        bool | None, typer.Option(help="Publish a gateway only if evaluators' held-out losses allow it. [default: off]")
+    ] = None,
+    gate_tolerance: Annotated[
+        float | None, typer.Option(help="Share of its gain that the worst domain may lose. [default: 0.01]")
+    ] = None,
+    gate_seconds: Annotated[
+        float | None, typer.Option(help="Seconds that evaluators have to score candidates. [default: 300]")
+    ] = None,
     server_learning_rate: Annotated[float | None, typer.Option(help="lr of expert += lr * s(tau) * delta.")] = None,
     server_optimizer: Annotated[str | None, typer.Option(help="sgd (default), nesterov or adam.")] = None,
     buffer_size: Annotated[int | None, typer.Option(help="Updates averaged into one step. [default: 1]")] = None,

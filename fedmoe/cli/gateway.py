@@ -34,12 +34,16 @@ def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
         show_json(gateway)
         return
     sources = ", ".join(f"{name} v{v} (weight {gateway.weights[name]:.3g})" for name, v in gateway.sources.items())
-    print(f"gateway version {gateway.version}, {gateway.strategy} of {sources}")
+    scale = f" x{gateway.scale:.3g}" if gateway.scale != 1 else ""
+    print(f"gateway version {gateway.version}, {gateway.strategy}{scale} of {sources}")
     print(f"  rank {gateway.rank}, {gateway.modules} modules, {gateway.parameters:,} parameters")
     print(f"  lora_A {gateway.lora_A_shape}, lora_B {gateway.lora_B_shape}")
     print(f"  truncation error {gateway.truncation_error:.2e}, digest {gateway.digest}")
     for note in gateway.notes:
         print(f"  note: {note}")
+    if gateway.gate is not None:
+        print(f"  gate: {gateway.gate.reason}")
+        print(f"  gate: {gateway.gate.status}; evaluators: {', '.join(gateway.gate.evaluators) or 'none'}")
 
 
 @app.command()

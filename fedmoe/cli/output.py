@@ -70,6 +70,7 @@ def _expected_status(error: Exception) -> int | None:
         "PortInUseError": EXIT_PORT_IN_USE,
         "DataError": EXIT_ERROR,
         "BaseModelError": EXIT_ERROR,
+        "BaseMismatchError": EXIT_ERROR,
         "DeviceError": EXIT_ERROR,
         "TargetError": EXIT_ERROR,
         "ParallelError": EXIT_ERROR,

@@ -1,6 +1,8 @@
 """Whether a new gateway goes out: decided on held-out losses alone, which several evaluators may have measured.
 
-A gateway is as good as its worst domain: the least share of an own expert's gain that it keeps.
+A gateway is as good as its worst domain: the least share of a domain's gain that it keeps. A domain's gain is what its
+own expert gains on the base model, or the published gateway where that gains more: an expert that got worse must not
+make its domain count for less.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-#: Below this gain of the own expert, in nats per token, a share of it says nothing.
+#: Below this gain of a domain, in nats per token, a share of it says nothing.
 SMALLEST_GAIN = 0.01
 #: No evaluator counts for more than this many times the median of its domain, whatever number of tokens it claims.
 _LARGEST_WEIGHT = 4.0
@@ -40,7 +42,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The gateway to serve from now on (None: none can be), why, and what each gateway keeps, domain by domain."""
+    """The gateway to serve from now on (None: none can be), why, and what each gateway keeps of every domain's gain."""
 
     serve: str | None
     reason: str
@@ -52,14 +54,14 @@ def judge(
 ) -> Verdict:
     """The candidate with the best worst domain, if that is not more than `tolerance` below the published one's.
 
-    `tolerance` is a share of the own expert's gain (0.01: one point). Scores that lack one of the gateways are left
-    out, as only the same tokens compare; domains whose own expert gains less than `SMALLEST_GAIN` are not judged. With
-    nothing to judge, or no candidate good enough, the published gateway stays.
+    `tolerance` is a share of a domain's gain (0.01: one point). Scores that lack one of the gateways are left out, as
+    only the same tokens compare; domains that gain less than `SMALLEST_GAIN` are not judged. With nothing to judge, or
+    no candidate good enough, the published gateway stays.
     """
     if not candidates:
         return Verdict(published, "there is no candidate")
     names = [*dict.fromkeys([*([published] if published else []), *candidates])]
-    kept = _kept(scores, names)
+    kept = _kept(scores, names, published)
     if not kept[names[0]]:
         return Verdict(published, _nothing_to_judge(scores, names))
     worst = {name: min(shares.items(), key=lambda item: item[1]) for name, shares in kept.items()}
@@ -68,25 +70,27 @@ def judge(
     rest = sorted({found.domain for found in scores} - kept[best].keys())
     unjudged = f"; not judged: {', '.join(rest)}" if rest else ""
     if published is None:
-        return Verdict(best, f"{told}; there was no gateway before{unjudged}", kept)
+        return Verdict(best, f"{told}; there is none to compare with{unjudged}", kept)
     before = f"{published} keeps {_percent(worst[published][1])} on its worst, {worst[published][0]}"
     if worst[best][1] < worst[published][1] - tolerance:
         return Verdict(published, f"{told}, but {before}: more than {_percent(tolerance)} lower{unjudged}", kept)
     return Verdict(best, f"{told}; {before}{unjudged}", kept)
 
 
-def _kept(scores: Sequence[Scores], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """gateway -> domain -> share of the own expert's gain, over all evaluators that measured every gateway."""
+def _kept(scores: Sequence[Scores], names: Sequence[str], published: str | None) -> dict[str, dict[str, float]]:
+    """gateway -> domain -> share of the domain's gain, over all evaluators that measured every gateway."""
     kept: dict[str, dict[str, float]] = {name: {} for name in names}
     complete = [found for found in scores if found.gateways.keys() >= set(names)]
     for domain in dict.fromkeys(found.domain for found in complete):
         here = [found for found in complete if found.domain == domain]
         weights = _weights([found.tokens for found in here])
         base = _mean([found.base for found in here], weights)
-        gain = base - _mean([found.expert for found in here], weights)
+        gains = {name: base - _mean([found.gateways[name] for found in here], weights) for name in names}
+        own = base - _mean([found.expert for found in here], weights)
+        gain = own if published is None else max(own, gains[published])
         if gain >= SMALLEST_GAIN:
             for name in names:
-                kept[name][domain] = (base - _mean([found.gateways[name] for found in here], weights)) / gain
+                kept[name][domain] = gains[name] / gain
     return kept
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -16,6 +16,7 @@ from fedmoe.experts import ExpertModel
 from fedmoe.lora.adapter import Adapter, FloatMatrix
 from fedmoe.lora.codec import WireDtype, encode
 from fedmoe.lora.container import read_header
+from fedmoe.manifest import BaseModel
 from fedmoe.server.receive import content_digest
 from fedmoe.wire.messages import SAFETENSORS
 
@@ -96,12 +97,28 @@ def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -
         "truncation_error": gateway.truncation_error,
         "statistics": dict(gateway.statistics),
         "notes": list(gateway.notes),
+        "scale": gateway.scale,
         "alpha": gateway.adapter.alpha,
         "rank": gateway.adapter.rank,
         "base": manifest.to_json()["base"],
     }
     # A gateway has no expert's name: "@" keeps the two apart in the cache.
     return _of_one("@gateway", gateway.version, gateway.adapter, gateway.digest, info)
+
+
+def adapter_weights(
+    version: int, adapter: Adapter, digest: str, sources: Mapping[str, int], base: BaseModel
+) -> Weights:
+    """Any adapter's weights in the form of a gateway's: an adapter to be scored."""
+    info = {
+        "version": version,
+        "digest": digest,
+        "sources": dict(sources),
+        "alpha": adapter.alpha,
+        "rank": adapter.rank,
+        "base": asdict(base),
+    }
+    return _of_one("@candidate", version, adapter, digest, info)
 
 
 def _of_one(name: str, version: int, adapter: Adapter, digest: str, info: Info) -> Weights:

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedmoe.errors import RefusedError
 from fedmoe.server import problems
-from fedmoe.server.security import TokenGate, is_loopback
+from fedmoe.server.security import Principal, TokenGate, is_loopback
 
 #: No body may pause longer than this, or stay longer behind `MIN_BYTES_PER_SECOND`.
 IDLE_SECONDS = 20.0
@@ -22,6 +23,13 @@ MIN_BYTES_PER_SECOND = 16 << 10
 MAX_JSON_BYTES = 4 << 20
 #: Whoever is refused while still sending gets this long to read the answer before the connection closes.
 LINGER_SECONDS = 2.0
+
+
+def principal_of(request: Request) -> Principal:
+    """Who sent a request that came through `GateMiddleware`."""
+    principal = request.scope["state"]["principal"]
+    assert isinstance(principal, Principal), "the gate runs before every route"
+    return principal
 
 
 class GateMiddleware:

@@ -21,6 +21,7 @@ from fedmoe.lora.robust import USUAL_WINDOW
 from fedmoe.lora.update_rules import RuleState
 from fedmoe.manifest import Manifest
 from fedmoe.server.data_statistics import KeptStatistics
+from fedmoe.server.publication import published_blobs
 from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, StorageFailedError, put
 from fedmoe.storage.journal import Journal
 
@@ -105,7 +106,7 @@ class History:
         referenced = {e.digest for events in past.values() for e in events if isinstance(e, UpdateAccepted)}
         for name in past:
             referenced |= set(self._journal.snapshots(name).values())
-        self._blobs.sweep(referenced | self._statistics.digests())
+        self._blobs.sweep(referenced | self._statistics.digests() | published_blobs(self._journal))
 
     def _recover_expert(self, events: list[Event]) -> ExpertModel:
         registered, chains = _registration(events), lineages(events)

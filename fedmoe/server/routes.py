@@ -10,7 +10,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from fedmoe import __version__
-from fedmoe.coordinator import GatewayModel
 from fedmoe.errors import RefusedError
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.codec import WireDtype
@@ -24,9 +23,10 @@ from fedmoe.server.answers import (
     expert_weights,
     gateway_weights,
 )
-from fedmoe.server.guard import BodyGuard, GateMiddleware, LoopbackHostMiddleware
+from fedmoe.server.gate_routes import gate_routes
+from fedmoe.server.guard import BodyGuard, GateMiddleware, LoopbackHostMiddleware, principal_of
 from fedmoe.server.receive import parse_content_digest
-from fedmoe.server.security import Principal, TokenGate, new_token
+from fedmoe.server.security import TokenGate, new_token
 from fedmoe.server.service import Body, CoordinatorService
 from fedmoe.wire.messages import (
     SAFETENSORS,
@@ -62,6 +62,7 @@ def create_app(service: CoordinatorService, gate: TokenGate, loopback: bool = Tr
     cache = EncodedCache()
     _read_routes(app, service, cache)
     _write_routes(app, service, cache)
+    gate_routes(app, service)
     _admin_routes(app, service, gate)
     app.add_middleware(GateMiddleware, gate=gate)
     if loopback and not gate.required:
@@ -87,7 +88,7 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
     def list_experts() -> Listing:
         experts = coordinator.experts
         enabled = coordinator.aggregation.enable_gateway
-        gateway = _gateway_info(service.gateway()) if enabled and experts else None
+        gateway = _gateway_info(service) if enabled and experts and service.has_gateway else None
         infos = [_expert_info(experts[name], service) for name in sorted(experts)]
         return Listing(experts=infos, gateway=gateway, enable_gateway=enabled)
 
@@ -99,19 +100,19 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
     @app.get("/get_all_expert_weights")
     def get_all_expert_weights(request: Request, dtype: WireDtype = "fp32") -> Response:
         view = coordinator.draft()  # experts and version of one moment
-        experts = {name: expert for name, expert in view.experts.items() if _principal(request).may_use(name)}
+        experts = {name: expert for name, expert in view.experts.items() if principal_of(request).may_use(name)}
         if not experts:
             raise RefusedError("unknown_expert", "there is no expert yet that you may read.", "Start a worker first.")
         return answer_weights(request, all_weights(experts, view.gateway_version), dtype, cache)
 
     @app.post("/get_expert_weights")
     def get_expert_weights(request: Request, wanted: ExpertRequest) -> Response:
-        _principal(request).require_expert(wanted.expert)
+        principal_of(request).require_expert(wanted.expert)
         return answer_weights(request, _expert_weights(service, wanted.expert), wanted.dtype, cache)
 
     @app.get("/get_gateway_info")
     def get_gateway_info() -> GatewayInfo:
-        return _gateway_info(service.gateway())
+        return _gateway_info(service)
 
     @app.get("/statistics")
     def statistics(expert: ExpertName | None = None) -> list[dict[str, object]]:
@@ -122,7 +123,7 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
 
     @app.get("/data_statistics")
     def data_statistics(request: Request, wanted: Annotated[DataStatisticsRequest, Query()]) -> Response:
-        _principal(request).require_expert(wanted.expert)
+        principal_of(request).require_expert(wanted.expert)
         coordinator.expert(wanted.expert)
         kept, named = service.statistics, (wanted.expert, wanted.kind)
         return answer_statistics(request, kept.tag(*named), lambda: kept.merged(*named))
@@ -131,7 +132,7 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
 def _write_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache) -> None:
     @app.post("/register_expert")
     async def register_expert(request: Request, wanted: RegisterRequest) -> ExpertInfo:
-        principal = _principal(request)
+        principal = principal_of(request)
         principal.require_expert(wanted.expert)
         principal.require_worker(wanted.worker)
         expert = await service.register(wanted)
@@ -139,7 +140,7 @@ def _write_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache
 
     @app.post(_PUSH, response_model=UpdateResult)
     async def push_expert_update(request: Request, header: Annotated[UpdateHeader, Query()]) -> Response:
-        principal = _principal(request)
+        principal = principal_of(request)
         principal.require_worker(header.worker)
         principal.require_expert(header.expert)
         body = _tensor_body(request)
@@ -158,7 +159,7 @@ def _write_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache
 
     @app.post("/push_statistics", status_code=204)
     async def push_statistics(request: Request, wanted: StatisticRequest) -> None:
-        principal = _principal(request)
+        principal = principal_of(request)
         principal.require_expert(wanted.expert)
         principal.require_worker(wanted.worker)
         await service.add_statistic(wanted)
@@ -167,7 +168,7 @@ def _write_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache
     async def push_data_statistics(
         request: Request, header: Annotated[DataStatisticsHeader, Query()]
     ) -> DataStatisticsResult:
-        principal = _principal(request)
+        principal = principal_of(request)
         principal.require_worker(header.worker)
         principal.require_expert(header.expert)
         return await service.push_data_statistics(header, _tensor_body(request))
@@ -176,17 +177,17 @@ def _write_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache
 def _admin_routes(app: FastAPI, service: CoordinatorService, gate: TokenGate) -> None:
     @app.post("/rollback")
     async def rollback(request: Request, wanted: RollbackRequest) -> ChangeResult:
-        _principal(request).require_admin()
+        principal_of(request).require_admin()
         return await service.roll_back(wanted)
 
     @app.post("/retract")
     async def retract(request: Request, wanted: RetractRequest) -> ChangeResult:
-        _principal(request).require_admin()
+        principal_of(request).require_admin()
         return await service.retract(wanted)
 
     @app.post("/tokens")
     async def make_token(request: Request, wanted: TokenRequest) -> TokenAnswer:
-        _principal(request).require_admin()
+        principal_of(request).require_admin()
         token = new_token()
         expires_at = time.time() + wanted.expires_in if wanted.expires_in is not None else None
         record = await run_in_threadpool(gate.add, token, wanted.role, wanted.worker, wanted.experts, expires_at)
@@ -194,14 +195,8 @@ def _admin_routes(app: FastAPI, service: CoordinatorService, gate: TokenGate) ->
 
     @app.post("/tokens/revoke", status_code=204)
     async def revoke_token(request: Request, wanted: RevokeRequest) -> None:
-        _principal(request).require_admin()
+        principal_of(request).require_admin()
         await run_in_threadpool(gate.revoke, wanted.hash)
-
-
-def _principal(request: Request) -> Principal:
-    principal = request.scope["state"]["principal"]
-    assert isinstance(principal, Principal), "the gate runs before every route"
-    return principal
 
 
 def _tensor_body(request: Request) -> Body:
@@ -245,7 +240,8 @@ def _expert_info(expert: ExpertModel, service: CoordinatorService) -> ExpertInfo
     )
 
 
-def _gateway_info(gateway: GatewayModel) -> GatewayInfo:
+def _gateway_info(service: CoordinatorService) -> GatewayInfo:
+    gateway = service.gateway()
     layout = gateway.adapter.layout
     return GatewayInfo(
         version=gateway.version,
@@ -261,4 +257,6 @@ def _gateway_info(gateway: GatewayModel) -> GatewayInfo:
         digest=gateway.digest,
         statistics=dict(gateway.statistics),
         notes=list(gateway.notes),
+        scale=gateway.scale,
+        gate=service.evaluation_gate.info() if service.evaluation_gate is not None else None,
     )

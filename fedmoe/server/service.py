@@ -27,7 +27,9 @@ from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
 from fedmoe.lora.robust import first_not_finite
 from fedmoe.server.committer import Committer
 from fedmoe.server.data_statistics import KeptStatistics, most_bytes
+from fedmoe.server.evaluation_gate import EvaluationGate, GatePolicy
 from fedmoe.server.history import History
+from fedmoe.server.publication import Publications
 from fedmoe.server.receive import Expected, receive, settled
 from fedmoe.server.roster import Roster
 from fedmoe.storage.blobs import BlobStore, BlobWriter, StorageFailedError
@@ -79,6 +81,7 @@ class CoordinatorService:
         history: History,
         min_sync_interval: float = 1.0,
         clock: Callable[[], float] = time.time,
+        gate_policy: GatePolicy | None = None,
     ) -> None:
         self.coordinator = coordinator
         self.journal = journal
@@ -90,6 +93,14 @@ class CoordinatorService:
         self._clock = clock
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
         self._committer = Committer(coordinator, journal, self._after_commit)
+        #: What decides which gateway goes out; None where every one does.
+        self.evaluation_gate = (
+            EvaluationGate(
+                coordinator, journal, Publications(journal, blobs), gate_policy or GatePolicy(), clock, self.fail
+            )
+            if coordinator.aggregation.evaluation_gate
+            else None
+        )
         #: Updates on their way in.
         self.uploads = 0
         self._checking = asyncio.Semaphore(_THREADS)
@@ -97,9 +108,13 @@ class CoordinatorService:
 
     def start(self) -> None:
         self._committer.start()
+        if self.evaluation_gate is not None:
+            self.evaluation_gate.start()
 
     def close(self) -> None:
         """Finish what was accepted, then stop the threads."""
+        if self.evaluation_gate is not None:
+            self.evaluation_gate.close()
         self._committer.close()
         self._pool.shutdown()
 
@@ -107,6 +122,10 @@ class CoordinatorService:
     def failed(self) -> str | None:
         """Why storage can no longer be trusted; None while all is well."""
         return self._committer.failed
+
+    def fail(self, reason: str) -> None:
+        """Accept nothing from now on."""
+        self._committer.fail(reason)
 
     @property
     def now(self) -> float:
@@ -136,9 +155,14 @@ class CoordinatorService:
         _log.info("registered", expert=expert.name, worker=request.worker, version=expert.version)
         return expert
 
+    @property
+    def has_gateway(self) -> bool:
+        """Whether there is one to serve; with an evaluation gate there is none before it let one out."""
+        return self.evaluation_gate is None or self.evaluation_gate.has_published
+
     def gateway(self) -> GatewayModel:
-        """The gateway of the newest state; says in the log where it was not made as told."""
-        gateway = self.coordinator.gateway()
+        """The published gateway, or without a gate that of the newest state; says where it was not made as told."""
+        gateway = self.coordinator.gateway() if self.evaluation_gate is None else self.evaluation_gate.published()
         if gateway.notes != self._noted:
             for note in gateway.notes:
                 _log.warning("gateway", version=gateway.version, strategy=gateway.strategy, note=note)
@@ -173,7 +197,7 @@ class CoordinatorService:
             _log.warning("refused", expert=header.expert, worker=header.worker, code=code, reason=str(error))
             raise
         except StorageFailedError as error:
-            self._committer.fail(str(error))
+            self.fail(str(error))
             raise
         finally:
             self.uploads -= 1

@@ -18,10 +18,11 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError, IntegrityError
 from sqlalchemy.pool import StaticPool
 
-from fedmoe.errors import RefusedError
 from fedmoe.events import Event, ExpertRegistered, ExpertRolledBack, UpdateAccepted, WorkerRetracted
 from fedmoe.manifest import Manifest
-from fedmoe.storage.blobs import StorageFailedError, disk_full
+from fedmoe.storage.blobs import StorageFailedError
+from fedmoe.storage.sqlite import journal_problem, set_pragmas, unusable
+from fedmoe.storage.verdicts import VERDICTS, Verdict, newest_verdicts
 
 SCHEMA_VERSION = 1
 _KINDS: dict[str, type[Event]] = {
@@ -170,6 +171,12 @@ class Journal(Protocol):
         """All there ever were, in order."""
         ...
 
+    def add_verdict(self, verdict: Verdict) -> None: ...
+
+    def verdicts(self, limit: int, published_only: bool = False) -> list[Verdict]:
+        """The newest first."""
+        ...
+
     def put_token(self, token: TokenRecord) -> None: ...
 
     def tokens(self) -> list[TokenRecord]: ...
@@ -191,7 +198,7 @@ class SqlJournal:
         self._engine = sa.create_engine(
             url, poolclass=StaticPool, connect_args={"check_same_thread": False, "timeout": 5.0}
         )
-        sa.event.listen(self._engine, "connect", _set_pragmas)
+        sa.event.listen(self._engine, "connect", set_pragmas)
         try:
             self._connection = self._engine.connect()
             self._prepare()
@@ -199,13 +206,13 @@ class SqlJournal:
             self._engine.dispose()
             if isinstance(error, (DatabaseError, sqlite3.DatabaseError)):
                 reason = error.orig if isinstance(error, DatabaseError) else error
-                raise _unusable(self._where, str(reason)) from error
+                raise unusable(self._where, str(reason)) from error
             raise
 
     def _prepare(self) -> None:
         damage = self._connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
         if damage != "ok":
-            raise _unusable(self._where, " ".join(str(damage).split()))
+            raise unusable(self._where, " ".join(str(damage).split()))
         # The version is read before any table is made, so that another version's journal stays as it is.
         found = self.meta("schema_version") if sa.inspect(self._connection).has_table(_meta.name) else None
         self._connection.rollback()
@@ -218,8 +225,9 @@ class SqlJournal:
                 f"the journal {self._where} has schema {found}, this program reads {SCHEMA_VERSION}; "
                 "run the FedMoE version that wrote it"
             )
-        # A table that came later; a program from before leaves it alone.
-        _data_statistics.create(self._connection, checkfirst=True)
+        # Tables that came later; a program from before leaves them alone.
+        for table in (_data_statistics, VERDICTS):
+            table.create(self._connection, checkfirst=True)
         self._connection.commit()
 
     def append(self, events: Sequence[Event]) -> None:
@@ -241,14 +249,14 @@ class SqlJournal:
                 raise
             except DatabaseError as error:
                 self._connection.rollback()
-                raise _journal_problem(error, self._where) from error
+                raise journal_problem(error, self._where) from error
 
     def _read(self, statement: sa.Executable) -> list[sa.RowMapping]:
         with self._lock:
             try:
                 return list(self._connection.execute(statement).mappings())
             except DatabaseError as error:
-                raise _journal_problem(error, self._where) from error
+                raise journal_problem(error, self._where) from error
             finally:
                 self._connection.rollback()
 
@@ -311,6 +319,12 @@ class SqlJournal:
         rows = self._read(sa.select(*columns).order_by(_data_statistics.c.id))
         return [DataStatistic(**row) for row in rows]
 
+    def add_verdict(self, verdict: Verdict) -> None:
+        self._write(VERDICTS.insert(), [verdict.to_row()])
+
+    def verdicts(self, limit: int, published_only: bool = False) -> list[Verdict]:
+        return [Verdict.of_row(row) for row in self._read(newest_verdicts(limit, published_only))]
+
     def put_token(self, token: TokenRecord) -> None:
         row = asdict(token) | {"experts": json.dumps(token.experts) if token.experts is not None else None}
         self._write(_tokens.insert().prefix_with("OR REPLACE"), [row])
@@ -341,14 +355,6 @@ class SqlJournal:
             self._engine.dispose()
 
 
-def _set_pragmas(connection: sqlite3.Connection, _: object) -> None:
-    cursor = connection.cursor()
-    # FULL makes every commit survive a power cut; WAL makes it one fsync. One connection only: no reader holds a lock.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "trusted_schema=OFF"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
 def _row(event: Event) -> dict[str, object]:
     payload = asdict(event)
     if isinstance(event, ExpertRegistered):
@@ -371,20 +377,3 @@ def _event(kind: str, payload: str) -> Event:
     if kind == "register":
         values["manifest"] = Manifest.from_json(values["manifest"])
     return _KINDS[kind](**values)
-
-
-def _unusable(where: str, reason: str) -> StorageFailedError:
-    return StorageFailedError(
-        f"the journal {where} cannot be opened: {reason}. Restore it from a backup; "
-        "if it is not a FedMoE journal, choose another --state-dir."
-    )
-
-
-def _journal_problem(error: DatabaseError, where: str) -> Exception:
-    # The extended codes carry the primary code in their lowest byte; see https://www.sqlite.org/rescode.html
-    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
-    if code == sqlite3.SQLITE_FULL:
-        return disk_full(where)
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return RefusedError("busy", f"another program holds {where} locked.", "Nothing was stored, retry later.")
-    return StorageFailedError(f"the journal {where} failed: {error.orig}")

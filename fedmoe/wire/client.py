@@ -18,6 +18,15 @@ from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape
 from fedmoe.lora.codec import CodecError, WireDtype, decode
 from fedmoe.lora.container import read_header
 from fedmoe.manifest import Manifest
+from fedmoe.wire.gate_messages import (
+    CandidatesAnswer,
+    CandidatesRequest,
+    CandidateWeightsRequest,
+    GatewayScores,
+    ScoresResult,
+    VerdictInfo,
+    VerdictsAnswer,
+)
 from fedmoe.wire.messages import (
     PROBLEM,
     SAFETENSORS,
@@ -231,6 +240,23 @@ class CoordinatorClient:
             return None
         _check_promise(answer)
         return PulledStatistics(bytes(answer.body), answer.headers.get("etag", ""))
+
+    def gateway_candidates(self, request: CandidatesRequest) -> CandidatesAnswer:
+        """The gateways that wait for this evaluator's scores."""
+        return parsed(self._retried("GET", "/gateway_candidates", params=request.model_dump()), CandidatesAnswer)
+
+    def pull_candidate(self, request: CandidateWeightsRequest) -> PulledGateway:
+        """An adapter of the open set, at scale 1; refused with `candidates_closed` once the set is not open."""
+        headers, params = {"Accept": SAFETENSORS}, request.model_dump()
+        return _pulled_gateway(self._retried("GET", "/gateway_candidate_weights", params=params, headers=headers))
+
+    def push_gateway_scores(self, scores: GatewayScores) -> ScoresResult:
+        """Send held-out losses of everything in the open set; sending them again is safe."""
+        return parsed(self._post("/push_gateway_scores", scores), ScoresResult)
+
+    def gateway_verdicts(self, limit: int = 20) -> list[VerdictInfo]:
+        """The newest verdicts of the evaluation gate, the newest first."""
+        return parsed(self._retried("GET", "/gateway_verdicts", params={"limit": limit}), VerdictsAnswer).verdicts
 
     def roll_back(self, expert: str, to_version: int, reason: str = "") -> ChangeResult:
         """Give the expert the content of an earlier version, as a new version."""

@@ -164,11 +164,23 @@ class WorkerInfo(Message):
     seconds_ago: float
 
 
+class GateInfo(Message):
+    """The evaluation gate: why the newest verdict was as it was (empty: none yet), when, and what it waits for now.
+
+    `at` is seconds since 1970; `evaluators` are those heard of lately, as EVALUATOR/EXPERT.
+    """
+
+    reason: str
+    at: float | None
+    status: str
+    evaluators: list[str]
+
+
 class GatewayInfo(Message):
     """The gateway: what it is made of and what a rank cut lost.
 
     `statistics` are the sha256 of the input moments it was made with, by expert; `notes` say where it was not made as
-    the coordinator was told to.
+    the coordinator was told to; `gate` is null without an evaluation gate.
     """
 
     version: int
@@ -184,6 +196,8 @@ class GatewayInfo(Message):
     digest: Sha256
     statistics: dict[str, Sha256] = {}
     notes: list[str] = []
+    scale: float = 1.0
+    gate: GateInfo | None = None
 
 
 class Listing(Message):

@@ -45,7 +45,7 @@ def test_a_worst_domain_may_fall_by_the_tolerance_and_no_more() -> None:
 def test_without_a_gateway_before_the_best_candidate_goes_out() -> None:
     verdict = judge([scores("sql", {"a": -0.5, "b": -0.2})], ["a", "b"])
     assert verdict.serve == "b"
-    assert "no gateway before" in verdict.reason
+    assert "none to compare with" in verdict.reason
 
 
 def test_evaluators_of_a_domain_count_by_their_tokens() -> None:
@@ -83,6 +83,17 @@ def test_a_gain_of_nothing_is_not_divided_by() -> None:
     nothing = judge(given_scores[1:], ["new"], "old")
     assert nothing.serve == "old"
     assert "no own expert gains" in nothing.reason
+
+
+def test_an_own_expert_that_broke_does_not_excuse_its_domain() -> None:
+    """The published gateway gains 0.4 there, the broken expert 0.001 or 0.02 and the new gateway as little."""
+    fine = scores("sql", {"old": 0.9, "new": 1.0})
+    for left in (0.001, 0.02):
+        broken = Scores("w2", "python", 1000, 3.0, 3.0 - left, {"old": 2.6, "new": 3.0 - left})
+        verdict = judge([fine, broken], ["new"], "old")
+        assert verdict.serve == "old"
+        assert verdict.kept["old"]["python"] == 1.0
+        assert "on its worst domain, python" in verdict.reason
 
 
 def test_without_candidates_all_stays() -> None:

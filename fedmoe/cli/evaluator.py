@@ -1,0 +1,53 @@
+"""`fedmoe evaluator`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedmoe.cli.output import CommandError, given
+from fedmoe.config import DEFAULT_SYNC_INTERVAL, EvaluatorConfig
+from fedmoe.logs import configure
+
+
+def evaluator(
+    coordinator_url: Annotated[
+        str,
+        typer.Option(
+            envvar=["FEDMOE_EVALUATOR_COORDINATOR_URL", "FEDMOE_COORDINATOR_URL"],
+            help="Where the coordinator listens, http://HOST:PORT.",
+        ),
+    ],
+    evaluator_id: Annotated[str, typer.Option(envvar="FEDMOE_EVALUATOR_EVALUATOR_ID", help="This evaluator's name.")],
+    expert: Annotated[
+        str, typer.Option(envvar="FEDMOE_EVALUATOR_EXPERT", help="The expert whose domain the held-out data are of.")
+    ],
+    held_out: Annotated[
+        str,
+        typer.Option(
+            envvar="FEDMOE_EVALUATOR_HELD_OUT", help="Data nobody trains on: .jsonl, .json, .csv or .parquet."
+        ),
+    ],
+    held_out_blocks: Annotated[int | None, typer.Option(help="Score at most so many blocks. [default: 16]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a block. [default: 256]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Blocks at once. [default: 4]")] = None,
+    poll_interval: Annotated[
+        str | None,
+        typer.Option(metavar="SECONDS", help=f"Seconds between two questions. [default: {DEFAULT_SYNC_INTERVAL}]"),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="smollm2, tiny, a folder or a hub id. [default: Qwen/Qwen2.5-0.5B-Instruct]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto (default), cpu, cuda, cuda:1, mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto (default), bf16, fp16, fp32.")] = None,
+    token: Annotated[str | None, typer.Option(help="Join token; better as FEDMOE_TOKEN.", show_default=False)] = None,
+) -> None:
+    """Score candidate gateways on held-out data that stay on this machine; losses go, nothing else."""
+    config = EvaluatorConfig(**given(**locals()))  # type: ignore[arg-type]
+    configure()
+    try:
+        from fedmoe.worker.evaluator import run_evaluator
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
+    run_evaluator(config)

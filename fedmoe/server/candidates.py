@@ -1,0 +1,138 @@
+"""Sets of candidate gateways: what is offered for scoring, when a set is judged, and what the scores then say."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fedmoe.coordinator import Aggregation, ExpertMoments, GatewayModel
+from fedmoe.experts import ExpertModel
+from fedmoe.gateway.gate import Scores, Verdict, judge
+from fedmoe.lora.algebra import scaled
+from fedmoe.lora.codec import digest
+from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS
+from fedmoe.manifest import BaseModel
+from fedmoe.wire.gate_messages import GatewayScores
+
+#: Scales that are tried, by strategy: between the mean and the sum for the plain stack, around the measured best for
+#: regmean. Each one costs every owner a pass over the held-out data, so there are few.
+SCALES: dict[str, tuple[float, ...]] = {"scaled": (0.4, 0.6, 0.8), "regmean": (1.0, 1.2, 1.4)}
+
+#: An evaluator and the expert whose domain it scores.
+Evaluator = tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A gateway to score: `model` has scale 1, and the candidate is `scale` times its product."""
+
+    name: str
+    model: GatewayModel
+    scale: float
+
+    def gateway(self) -> GatewayModel:
+        """The candidate as a gateway of its own: the factor goes into B, so alpha stays the rank."""
+        if self.scale == 1.0:
+            return self.model
+        adapter = scaled(self.model.adapter, self.scale)
+        return replace(self.model, adapter=adapter, digest=digest(adapter), scale=self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateSet:
+    """What evaluators score together: the experts of one moment, what can be made of them, and what is out now."""
+
+    id: str
+    opened_at: float
+    version: int
+    experts: Mapping[str, ExpertModel]
+    candidates: tuple[Candidate, ...]
+    published: GatewayModel | None
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """Expert -> version."""
+        return {name: self.experts[name].version for name in sorted(self.experts)}
+
+    @property
+    def base(self) -> BaseModel:
+        """The base model that all of it belongs on."""
+        return next(iter(self.experts.values())).manifest.base
+
+
+def offered(aggregation: Aggregation, count: int, with_moments: bool) -> list[tuple[str, tuple[float, ...]]]:
+    """The strategies to try and their scales: the plain stack of `count` experts, regmean where moments are there.
+
+    The strategy asked for is always among them, `weighted_average` and `sum` as scales of the stack. One expert alone
+    is the gateway by every strategy.
+    """
+    if count == 1:
+        return [("scaled", (1.0,))]
+    own = {"weighted_average": 1.0 / count, "sum": 1.0, "concat": 1.0}.get(aggregation.strategy)
+    plain = {*SCALES["scaled"]} | ({own} if own is not None else set())
+    found = [("scaled", tuple(sorted(plain)))]
+    return found + ([(name, SCALES[name]) for name in STRATEGIES_WITH_MOMENTS] if with_moments else [])
+
+
+def make_candidates(
+    version: int,
+    experts: Mapping[str, ExpertModel],
+    aggregation: Aggregation,
+    moments: Mapping[str, ExpertMoments],
+) -> tuple[Candidate, ...]:
+    """All candidates of one state: a merge for each strategy, shared by its scales."""
+    made = []
+    for strategy, scales in offered(aggregation, len(experts), moments.keys() >= experts.keys()):
+        chosen = replace(aggregation, strategy=strategy)
+        model = GatewayModel.build(version, experts, chosen, moments, scale=1.0)
+        made += [Candidate(f"{strategy} x{scale:.3g}", model, scale) for scale in scales]
+    return tuple(made)
+
+
+def outcome(
+    opened_at: float, now: float, seconds: float, scored: Collection[Evaluator], heard: Mapping[Evaluator, float]
+) -> Literal["wait", "judge", "give up"]:
+    """What becomes of an open set: judged once all active evaluators have scored or after `seconds`, if any has.
+
+    `heard` says when each evaluator was last heard of; one is active for as long as a set may stay open.
+    """
+    late = now - opened_at >= seconds
+    if scored and (late or not waiting_for(now, seconds, scored, heard)):
+        return "judge"
+    return "give up" if late else "wait"
+
+
+def waiting_for(
+    now: float, seconds: float, scored: Collection[Evaluator], heard: Mapping[Evaluator, float]
+) -> list[Evaluator]:
+    """Active evaluators without scores, in name order."""
+    return sorted(one for one, at in heard.items() if now - at < seconds and one not in scored)
+
+
+def decide(
+    offer: CandidateSet, scores: Sequence[GatewayScores], tolerance: float, taken_back: Collection[str] = ()
+) -> Verdict:
+    """Which candidate goes out, if any; the name served is the published gateway's where it stays.
+
+    Experts in `taken_back` were rolled back or retracted from after the published gateway was made: it then counts for
+    nothing, and the best candidate takes its place.
+    """
+    before = None if offer.published is None else f"version {offer.published.version}"
+    compared = None if taken_back else before
+    measured, names = [_scores(found, before) for found in scores], [candidate.name for candidate in offer.candidates]
+    verdict = judge(measured, names, compared, tolerance)
+    reason = verdict.reason
+    if taken_back and before is not None:
+        reason += f"; {before} does not count: it holds what was taken back from {', '.join(sorted(taken_back))}"
+    unheard = sorted(offer.experts.keys() - {found.expert for found in scores})
+    if unheard:
+        reason += f"; without an evaluator's scores: {', '.join(unheard)}"
+    return Verdict(verdict.serve or before, reason, verdict.kept)
+
+
+def _scores(found: GatewayScores, published: str | None) -> Scores:
+    gateways = dict(found.candidates)
+    if published is not None and found.published is not None:
+        gateways[published] = found.published
+    return Scores(found.evaluator, found.expert, found.tokens, found.base, found.own, gateways)

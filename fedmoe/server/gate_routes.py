@@ -1,0 +1,92 @@
+"""The routes of the evaluation gate: thin doors to it, as those in `routes` are to the service."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import FastAPI, Query, Request
+from starlette.responses import Response
+
+from fedmoe.errors import RefusedError
+from fedmoe.server.answers import EncodedCache, adapter_weights, answer_weights
+from fedmoe.server.candidates import CandidateSet
+from fedmoe.server.evaluation_gate import EvaluationGate
+from fedmoe.server.guard import principal_of
+from fedmoe.server.service import CoordinatorService
+from fedmoe.storage.verdicts import Verdict
+from fedmoe.wire.gate_messages import (
+    CandidateInfo,
+    CandidatesAnswer,
+    CandidateSetInfo,
+    CandidatesRequest,
+    CandidateWeightsRequest,
+    GatewayScores,
+    ScoresResult,
+    VerdictInfo,
+    VerdictsAnswer,
+    VerdictsRequest,
+)
+
+
+def gate_routes(app: FastAPI, service: CoordinatorService) -> None:
+    """Add the routes; without a gate they refuse."""
+
+    @app.get("/gateway_candidates")
+    def gateway_candidates(request: Request, wanted: Annotated[CandidatesRequest, Query()]) -> CandidatesAnswer:
+        _require_evaluator(request, wanted.evaluator, wanted.expert)
+        offer, left, status = _gate(service).ask(wanted)
+        told = None if offer is None else _set_info(offer, wanted.expert, left)
+        return CandidatesAnswer(open=told, status=status)
+
+    @app.get("/gateway_candidate_weights")
+    def gateway_candidate_weights(request: Request, wanted: Annotated[CandidateWeightsRequest, Query()]) -> Response:
+        offer, adapter, expert = _gate(service).adapter(wanted.set, wanted.digest)
+        if expert is not None:
+            principal_of(request).require_expert(expert)
+        weights = adapter_weights(offer.version, adapter, wanted.digest, offer.sources, offer.base)
+        # Few ask for it and once each, so it is not kept.
+        return answer_weights(request, weights, "fp32", EncodedCache())
+
+    @app.post("/push_gateway_scores")
+    def push_gateway_scores(request: Request, scores: GatewayScores) -> ScoresResult:
+        _require_evaluator(request, scores.evaluator, scores.expert)
+        return ScoresResult(waiting_for=_gate(service).take(scores))
+
+    @app.get("/gateway_verdicts")
+    def gateway_verdicts(wanted: Annotated[VerdictsRequest, Query()]) -> VerdictsAnswer:
+        _gate(service)
+        return VerdictsAnswer(verdicts=[_verdict_info(found) for found in service.journal.verdicts(wanted.limit)])
+
+
+def _verdict_info(found: Verdict) -> VerdictInfo:
+    told = {key: found.payload[key] for key in ("version", "reason", "kept", "scores")}
+    return VerdictInfo.model_validate({**told, "at": found.at, "published": found.payload["candidate"]})
+
+
+def _gate(service: CoordinatorService) -> EvaluationGate:
+    if service.evaluation_gate is None:
+        raise RefusedError(
+            "gate_disabled", "this coordinator publishes every gateway.", "Start it with --evaluation-gate."
+        )
+    return service.evaluation_gate
+
+
+def _require_evaluator(request: Request, evaluator: str, expert: str) -> None:
+    principal = principal_of(request)
+    principal.require_worker(evaluator)
+    principal.require_expert(expert)
+
+
+def _set_info(offer: CandidateSet, expert: str, seconds_left: float) -> CandidateSetInfo:
+    return CandidateSetInfo(
+        id=offer.id,
+        version=offer.version,
+        sources=offer.sources,
+        own=offer.experts[expert].digest,
+        published=offer.published.digest if offer.published is not None else None,
+        candidates=[
+            CandidateInfo(name=c.name, strategy=c.model.strategy, scale=c.scale, digest=c.model.digest)
+            for c in offer.candidates
+        ],
+        seconds_left=max(0.0, seconds_left),
+    )
