@@ -55,6 +55,7 @@ class DistributedCoordinator:
             config.enable_gateway,
             config.strategy,
             config.gateway_rank,
+            config.merge_after if config.start_from == "gateway" else None,
         )
         journal, blobs = self._state.journal, self._state.blobs
         history = History(journal, blobs, aggregation, config.keep_updates)

@@ -25,6 +25,12 @@ def coordinator(
     gateway_rank: Annotated[
         int | None, typer.Option(help="Cut the gateway to this rank. [default: exact; regmean: by energy, up to 64]")
     ] = None,
+    start_from: Annotated[
+        str | None, typer.Option(help="Experts start from: initial (default), or gateway, again after every merge.")
+    ] = None,
+    merge_after: Annotated[
+        int | None, typer.Option(help="Steps before an expert is merged and goes on from the gateway. [default: 20]")
+    ] = None,
     server_learning_rate: Annotated[float | None, typer.Option(help="lr of expert += lr * s(tau) * delta.")] = None,
     server_optimizer: Annotated[str | None, typer.Option(help="sgd (default), nesterov or adam.")] = None,
     buffer_size: Annotated[int | None, typer.Option(help="Updates averaged into one step. [default: 1]")] = None,

@@ -13,6 +13,7 @@ from fedmoe import __version__
 from fedmoe.coordinator import GatewayModel
 from fedmoe.errors import RefusedError
 from fedmoe.experts import ExpertModel
+from fedmoe.living import LivingGateway
 from fedmoe.lora.codec import WireDtype
 from fedmoe.server import problems
 from fedmoe.server.answers import (
@@ -34,12 +35,14 @@ from fedmoe.wire.messages import (
     DataStatisticsHeader,
     DataStatisticsRequest,
     DataStatisticsResult,
+    DepartureInfo,
     ExpertInfo,
     ExpertName,
     ExpertRequest,
     FederationInfo,
     GatewayInfo,
     Listing,
+    LivingInfo,
     RegisterRequest,
     RetractRequest,
     RevokeRequest,
@@ -261,4 +264,17 @@ def _gateway_info(gateway: GatewayModel) -> GatewayInfo:
         digest=gateway.digest,
         statistics=dict(gateway.statistics),
         notes=list(gateway.notes),
+        living=_living_info(gateway.living) if gateway.living is not None else None,
+    )
+
+
+def _living_info(living: LivingGateway) -> LivingInfo:
+    return LivingInfo(
+        folds=living.number,
+        staleness=dict(living.last.staleness) if living.last else {},
+        seconds=living.last.seconds if living.last else 0.0,
+        departures={
+            name: DepartureInfo(gateway=found.gateway, version=found.version, steps=found.steps)
+            for name, found in sorted(living.departures.items())
+        },
     )

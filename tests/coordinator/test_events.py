@@ -29,7 +29,7 @@ def retracted(worker: str, version: int) -> WorkerRetracted:
 
 
 def numbers(chain: Lineage | None) -> list[int]:
-    return [update.version for update in Lineage.updates(chain) or []]
+    return [update.version for update in Lineage.updates(chain)]
 
 
 @st.composite
@@ -80,7 +80,7 @@ def test_the_updates_after_another_version_complete_it_or_there_are_none(
 ) -> None:
     chains = lineages(events)
     one, other = (data.draw(st.sampled_from(sorted(chains))) for _ in range(2))
-    rest = Lineage.updates(chains[one], after=chains[other])
+    rest = Lineage.updates_after(chains[one], chains[other])
     if rest is not None:
         assert naive(events)[other] + rest == naive(events)[one]
     elif all(isinstance(event, UpdateAccepted) for event in events[1:]):
@@ -94,7 +94,7 @@ def test_without_a_worker_the_others_stay_in_order_and_the_beginning_is_shared(
 ) -> None:
     chain = lineages(events)[max(lineages(events))]
     kept = without_worker(chain, worker)
-    updates = Lineage.updates(chain) or []
+    updates = Lineage.updates(chain)
     assert Lineage.updates(kept) == [update for update in updates if update.worker != worker]
     if worker not in {update.worker for update in updates}:
         assert kept is chain
@@ -128,6 +128,6 @@ def test_a_hundred_thousand_updates_are_no_deep_recursion() -> None:
     events: list[Event] = [registered(), *(accepted(v, WORKERS[v % 2], digest="d") for v in range(1, 100_001))]
     chains = lineages([*events, retracted("w1", 100_001)])
     assert length(chains[100_001]) == 50_000
-    assert Lineage.updates(chains[100_000], after=chains[99_990]) == events[-10:]
+    assert Lineage.updates_after(chains[100_000], chains[99_990]) == events[-10:]
     del chains
     gc.collect()
