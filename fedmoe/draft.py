@@ -16,7 +16,7 @@ from fedmoe.events import (
     WorkerRetracted,
 )
 from fedmoe.experts import GATEWAY_SEED, ExpertModel, expert_named, seed_of
-from fedmoe.living import LivingGateway
+from fedmoe.living import LivingGateway, Trained
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.robust import clip_factor
 from fedmoe.lora.update_rules import RuleState
@@ -146,21 +146,28 @@ class Draft:
         return clip_factor(norm, expert.norms, self.aggregation.clip_norm)
 
     def roll_back(
-        self, name: str, to_version: int, state: RuleState, reason: str, at: float, steps: int = 0
+        self, name: str, to_version: int, state: RuleState, reason: str, at: float, since: tuple[Trained, ...] = ()
     ) -> ExpertRolledBack:
-        """The expert's next version gets `state`, rebuilt by the caller from version `to_version`, of so many steps."""
+        """The expert's next version gets `state`, rebuilt by the caller from version `to_version`; see `apply`."""
         expert = self.expert(name)
         event = ExpertRolledBack(name, to_version, expert.version + 1, reason, at)
-        self.apply(event, rebuilt=state, steps=steps)
+        self.apply(event, rebuilt=state, since=since)
         return event
 
     def retract(
-        self, name: str, worker: str, removed: int, state: RuleState, reason: str, at: float, steps: int = 0
+        self,
+        name: str,
+        worker: str,
+        removed: int,
+        state: RuleState,
+        reason: str,
+        at: float,
+        since: tuple[Trained, ...] = (),
     ) -> WorkerRetracted:
-        """The expert's next version gets `state`, rebuilt by the caller without the worker, of so many steps."""
+        """The expert's next version gets `state`, rebuilt by the caller without the worker's updates; see `apply`."""
         expert = self.expert(name)
         event = WorkerRetracted(name, worker, removed, expert.version + 1, reason, at)
-        self.apply(event, rebuilt=state, steps=steps)
+        self.apply(event, rebuilt=state, since=since)
         return event
 
     def apply(
@@ -169,11 +176,11 @@ class Draft:
         delta: FloatVector | None = None,
         rebuilt: RuleState | None = None,
         gateway: Adapter | None = None,
-        steps: int = 0,
+        since: tuple[Trained, ...] = (),
     ) -> None:
         """Apply one event: an update needs its delta, a fold the new gateway, any other change the rebuilt state.
 
-        `steps` is what an expert with a rebuilt state has trained since it left the gateway.
+        `since` is what an expert with a rebuilt state is made of from where it left the gateway, if experts do.
         """
         rule = self.aggregation.rule
         match event:
@@ -191,6 +198,6 @@ class Draft:
             case GatewayFolded():
                 pass
         if self.living is not None:
-            self.living = self.living.after(event, gateway, steps)
+            self.living = self.living.after(event, gateway, since)
         self.gateway_version += 1
         self.events.append(event)

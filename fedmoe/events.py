@@ -134,17 +134,6 @@ class Lineage:
             chain = chain.before
         return found[::-1]
 
-    @staticmethod
-    def updates_after(chain: Lineage | None, after: Lineage | None) -> list[UpdateAccepted] | None:
-        """The updates that follow `after` in order, or None if it is not a beginning of the chain."""
-        found: list[UpdateAccepted] = []
-        for _ in range(length(chain) - length(after)):
-            assert chain is not None, "a chain has as many nodes as its length says"
-            assert chain.update is not None, "only its end has no update"
-            found.append(chain.update)
-            chain = chain.before
-        return found[::-1] if chain is after else None
-
 
 def length(chain: Lineage | None) -> int:
     """Updates in a chain; None is the chain of version 0."""

@@ -5,7 +5,7 @@ All is decided here, on values; the computing is `fedmoe.lora.living`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -27,15 +27,44 @@ from fedmoe.lora.moments import InputMoments
 
 
 @dataclass(frozen=True, slots=True)
+class Trained:
+    """An update, and the steps its worker did for it."""
+
+    update: UpdateAccepted
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class Departure:
-    """Where an expert left the gateway: after which fold, as which version, and the steps all its workers did since.
+    """Where an expert left the gateway, None for the one before any fold, and what landed on it since, in order."""
 
-    Fold 0 is the gateway before any fold, which does what the base model does.
-    """
+    left: ExpertWentOn | None = None
+    since: tuple[Trained, ...] = ()
 
-    gateway: int = 0
-    version: int = 0
-    steps: int = 0
+    @property
+    def gateway(self) -> int:
+        """Number of the fold that made the gateway it left."""
+        return self.left.gateway if self.left is not None else 0
+
+    @property
+    def version(self) -> int:
+        """The expert's version when it left."""
+        return self.left.version if self.left is not None else 0
+
+    @property
+    def steps(self) -> int:
+        """What its workers trained since."""
+        return sum(one.steps for one in self.since)
+
+    def unseen(self, folded: Departure, buffer_size: int) -> tuple[Trained, ...] | None:
+        """What a fold of the expert as it was then does not hold: what landed since, or only waited in the buffer.
+
+        None if the expert has not only trained on: it was rolled back, or a worker retracted from it.
+        """
+        seen = len(folded.since)
+        if self.left != folded.left or self.since[:seen] != folded.since:
+            return None
+        return self.since[seen - seen % buffer_size :]
 
 
 @dataclass(frozen=True)
@@ -64,21 +93,22 @@ class LivingGateway:
         """Before any fold."""
         return cls(adapter, digest(adapter))
 
-    def after(self, event: Event, adapter: Adapter | None, steps: int) -> LivingGateway:
-        """With one event: a fold needs the new `adapter`; `steps` is what an expert has trained after a change."""
+    def after(self, event: Event, adapter: Adapter | None, since: tuple[Trained, ...]) -> LivingGateway:
+        """With one event: a fold needs the new `adapter`; `since` is what a changed expert is made of."""
         match event:
             case ExpertRegistered():
                 return self._departed(event.expert, Departure())
             case UpdateAccepted():
                 key = (event.expert, event.worker)
                 before, told = self.departures[event.expert], told_steps(event)
-                landed = replace(before, steps=before.steps + trained(self.told.get(key), told))
+                landed = Trained(event, steps_between(self.told.get(key), told))
                 counters = {} if told is None else {key: told}
-                return replace(self._departed(event.expert, landed), told=MappingProxyType({**self.told, **counters}))
+                with_it = self._departed(event.expert, replace(before, since=(*before.since, landed)))
+                return replace(with_it, told=MappingProxyType({**self.told, **counters}))
             case ExpertRolledBack() | WorkerRetracted():
-                return self._departed(event.expert, replace(self.departures[event.expert], steps=steps))
+                return self._departed(event.expert, replace(self.departures[event.expert], since=since))
             case ExpertWentOn():
-                return self._departed(event.expert, Departure(event.gateway, event.version, steps))
+                return self._departed(event.expert, Departure(event, since))
             case GatewayFolded():
                 assert adapter is not None, "a fold is applied with its adapter"
                 return self.folded(event).holding(adapter)
@@ -90,9 +120,8 @@ class LivingGateway:
         """With other weights."""
         return replace(self, adapter=adapter, digest=digest(adapter))
 
-    def recovered(self, expert: str, left: ExpertWentOn | None, steps: int, told: Mapping[str, int]) -> LivingGateway:
-        """With an expert that left the gateway there, trained so many steps, and has workers with these counters."""
-        departure = Departure(left.gateway, left.version, steps) if left is not None else Departure(steps=steps)
+    def recovered(self, expert: str, departure: Departure, told: Mapping[str, int]) -> LivingGateway:
+        """With an expert that left the gateway there, and whose workers have these step counters."""
         counters = {(expert, worker): steps for worker, steps in told.items()}
         return replace(self._departed(expert, departure), told=MappingProxyType({**self.told, **counters}))
 
@@ -112,24 +141,24 @@ def told_steps(update: UpdateAccepted) -> int | None:
     return None if steps is None else int(steps)
 
 
-def trained(before: int | None, told: int | None) -> int:
+def steps_between(before: int | None, told: int | None) -> int:
     """Steps between two counters of a worker; one that starts anew counts from 0, one that tells nothing counts 1."""
     if told is None:
         return 1
     return told - before if before is not None and told >= before else told
 
 
-def steps_of(events: Iterable[Event]) -> dict[tuple[str, str, int], int]:
-    """The steps in every update of ONE expert, by worker, epoch and sequence number."""
-    found: dict[tuple[str, str, int], int] = {}
+def trained(events: Iterable[Event], updates: Sequence[UpdateAccepted]) -> tuple[Trained, ...]:
+    """Some `updates` of ONE expert with the steps in each, which follow from all of its events."""
+    found: dict[int, int] = {}
     before: dict[str, int] = {}
     for event in events:
         if isinstance(event, UpdateAccepted):
             told = told_steps(event)
-            found[event.worker, event.epoch, event.sequence] = trained(before.get(event.worker), told)
+            found[event.version] = steps_between(before.get(event.worker), told)
             if told is not None:
                 before[event.worker] = told
-    return found
+    return tuple(Trained(update, found[update.version]) for update in updates)
 
 
 def counters(events: Iterable[Event]) -> dict[str, int]:

@@ -118,8 +118,9 @@ class Folding:
         )
 
     def _compute(self, plan: FoldPlan) -> Folded:
+        left = plan.gateway.departures
         try:
-            starts = {name: self._history.departed_from(expert) for name, expert in plan.experts.items()}
+            starts = {name: self._history.departed_from(expert, left[name]) for name, expert in plan.experts.items()}
         except (MissingBlobError, CorruptBlobError) as error:
             raise FoldFailedError(f"where an expert left the gateway cannot be read: {error}") from error
         folded = plan.compute(starts)
@@ -136,7 +137,7 @@ class Folding:
             digest = writer.commit()
             failpoints.reached("fold.stored")
             seen = _Computed(plan, folded, digest, seconds)
-            event = self._committer.submit(lambda draft: self._decide(draft, seen), alone=True).result()
+            event = self._committer.submit(lambda draft: self._decide(draft, seen)).result()
         finally:
             writer.abort()
         assert isinstance(event, GatewayFolded)
@@ -156,14 +157,21 @@ class Folding:
     def _decide(self, draft: Draft, computed: _Computed) -> GatewayFolded:
         """The fold and where its experts go on, in the journal's order; refused if one did not only train meanwhile."""
         event = computed.event(draft.gateway_version + 1, self._clock())
-        moved = []
+        assert draft.living is not None, "only a gateway that lives is folded into"
+        departures = draft.living.departures
+        draft.apply(event, gateway=computed.folded.adapter)
         for name, version in event.sources.items():
             expert = draft.expert(name)
-            again, rebuilt = self._history.from_gateway(expert, version, computed.folded.adapter.flat)
-            moved.append((ExpertWentOn(name, event.number, event.digest, again, expert.version + 1, event.at), rebuilt))
-        draft.apply(event, gateway=computed.folded.adapter)
-        for went_on, rebuilt in moved:
-            draft.apply(went_on, rebuilt=rebuilt.state, steps=rebuilt.steps)
+            rest = departures[name].unseen(computed.plan.gateway.departures[name], draft.aggregation.buffer_size)
+            if rest is None:
+                raise RefusedError(
+                    "fold_overtaken",
+                    f"{name} changed from version {version} to {expert.version} by more than updates.",
+                )
+            updates = [one.update for one in rest]
+            state = self._history.from_gateway(computed.folded.adapter.flat, updates, expert.manifest)
+            went_on = ExpertWentOn(name, event.number, event.digest, len(rest), expert.version + 1, event.at)
+            draft.apply(went_on, rebuilt=state, since=rest)
         return event
 
 

@@ -16,6 +16,7 @@ from fedmoe.errors import RefusedError
 from fedmoe.events import (
     Event,
     ExpertRegistered,
+    ExpertWentOn,
     GatewayFolded,
     Lineage,
     UpdateAccepted,
@@ -25,7 +26,7 @@ from fedmoe.events import (
     without_worker,
 )
 from fedmoe.experts import ExpertModel
-from fedmoe.living import LivingGateway, counters, steps_of
+from fedmoe.living import Departure, LivingGateway, Trained, counters, trained
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import decode
 from fedmoe.lora.container import encode_named, read_named
@@ -59,12 +60,12 @@ def read_snapshot(data: bytes, count: int) -> RuleState:
 class Rebuilt:
     """A state rebuilt from the journal, and how many updates of the newest version it lacks.
 
-    `steps` is what it was trained since the expert left the gateway, and `note` what could not be taken back.
+    `since` is what it is made of from where the expert left the gateway, and `note` what could not be taken back.
     """
 
     state: RuleState
     removed: int
-    steps: int
+    since: tuple[Trained, ...]
     note: str = ""
 
 
@@ -116,8 +117,8 @@ class History:
         for name, events in past.items():
             chains = lineages(events)
             newest = chains[max(chains)]
-            steps = _steps(events, Lineage.updates(newest))
-            living = living.recovered(name, start(newest), steps, counters(events))
+            departure = Departure(start(newest), trained(events, Lineage.updates(newest)))
+            living = living.recovered(name, departure, counters(events))
         return living
 
     def _gateway_weights(self, digest: str, manifest: Manifest) -> FloatVector:
@@ -195,7 +196,7 @@ class History:
         kept = set(map(_identity, updates))
         removed = [u for u in Lineage.updates(chains[expert.version]) if _identity(u) not in kept]
         state = self._rebuild(registered, chains, chains[version])
-        return Rebuilt(state, len(removed), _steps(events, updates))
+        return Rebuilt(state, len(removed), trained(events, updates))
 
     def without_worker(self, expert: ExpertModel, worker: str) -> Rebuilt:
         """The state the expert would have had the worker contributed nothing to its newest version."""
@@ -210,32 +211,19 @@ class History:
                 note or "Check the worker's name with 'fedmoe experts'.",
             )
         state = self._rebuild(_registration(events), chains, chain)
-        return Rebuilt(state, removed, _steps(events, Lineage.updates(chain)), note)
+        return Rebuilt(state, removed, trained(events, Lineage.updates(chain)), note)
 
-    def from_gateway(self, expert: ExpertModel, folded_version: int, gateway: FloatVector) -> tuple[int, Rebuilt]:
-        """The expert on the gateway its `folded_version` was folded into: how many updates land again, and its state.
+    def from_gateway(self, weights: FloatVector, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
+        """The state of an expert that goes on from a gateway with these updates, its server optimizer begun anew."""
+        return self._land(self._aggregation.rule.init(weights), updates, manifest)
 
-        Those are the updates after that version, and those that it only held in its buffer. Raises `RefusedError` if
-        the expert was rolled back, or a worker retracted from it, such that it does not follow from that version.
-        """
-        events, chains = self._past(expert)
-        seen, newest = chains[folded_version], chains[expert.version]
-        rest = Lineage.updates_after(newest, seen)
-        if rest is None or start(newest) is not start(seen):
-            raise RefusedError(
-                "fold_overtaken",
-                f"{expert.name} changed from version {folded_version} to {expert.version} by more than updates.",
-            )
-        again = len(rest) + length(seen) % self._aggregation.buffer_size
-        updates = Lineage.updates(newest)[length(newest) - again :]
-        state = self._land(self._aggregation.rule.init(gateway), updates, expert.manifest)
-        return again, Rebuilt(state, 0, _steps(events, updates))
-
-    def departed_from(self, expert: ExpertModel) -> Adapter:
-        """Where the expert last left the gateway, or began."""
-        events, chains = self._past(expert)
-        state = self._beginning(_registration(events), chains[expert.version])
-        return Adapter(expert.manifest.layout, expert.manifest.alpha, state.weights)
+    def departed_from(self, expert: ExpertModel, departure: Departure) -> Adapter:
+        """Where the expert left the gateway, or began."""
+        if departure.left is not None:
+            weights = self._gateway_weights(departure.left.digest, expert.manifest)
+        else:
+            weights = self._beginning(_registration(self._journal.events(expert.name)), None).weights
+        return Adapter(expert.manifest.layout, expert.manifest.alpha, weights)
 
     def _past(self, expert: ExpertModel) -> tuple[list[Event], dict[int, Lineage | None]]:
         events = list(self._journal.events(expert.name))
@@ -256,12 +244,12 @@ class History:
                 continue
             state = read_snapshot(body, length(chains[found.version]))
             return self._land(state, found.rest, registered.manifest)
-        state = self._beginning(registered, wanted)
+        state = self._beginning(registered, start(wanted))
         return self._land(state, Lineage.updates(wanted), registered.manifest)
 
-    def _beginning(self, registered: ExpertRegistered, chain: Lineage | None) -> RuleState:
-        """Before the first update of a chain: the gateway it starts from, or the expert's first weights."""
-        rule, left = self._aggregation.rule, start(chain)
+    def _beginning(self, registered: ExpertRegistered, left: ExpertWentOn | None) -> RuleState:
+        """Where updates begin to land: the gateway the expert went on from, or its first weights."""
+        rule = self._aggregation.rule
         if left is not None:
             return rule.init(self._gateway_weights(left.digest, registered.manifest))
         return ExpertModel.initial(registered.expert, registered.manifest, registered.seed, rule).state
@@ -357,16 +345,10 @@ def _until(chain: Lineage | None, version: int) -> Lineage | None:
     return chain
 
 
-def _registration(events: list[Event]) -> ExpertRegistered:
-    registered = events[0]
+def _registration(events: Iterable[Event]) -> ExpertRegistered:
+    registered = next(iter(events))
     assert isinstance(registered, ExpertRegistered), "an expert's first event is its registration"
     return registered
-
-
-def _steps(events: Iterable[Event], updates: Iterable[UpdateAccepted]) -> int:
-    """Steps in `updates`, which are some of an expert's events."""
-    found = steps_of(events)
-    return sum(found[_identity(update)] for update in updates)
 
 
 def _left_in_the_gateway(events: Iterable[Event], newest: Lineage | None, worker: str) -> str:

@@ -267,7 +267,7 @@ class CoordinatorService:
         def decide(draft: Draft) -> ChangeResult:
             rebuilt = self._history.at_version(draft.expert(request.expert), request.to_version)
             named = (request.expert, request.to_version, rebuilt.state, request.reason, self.now)
-            draft.roll_back(*named, steps=rebuilt.steps)
+            draft.roll_back(*named, since=rebuilt.since)
             return _change(draft, request.expert, rebuilt)
 
         return await self._changed("rolled_back", self._committer.submit(decide, alone=True))
@@ -278,7 +278,7 @@ class CoordinatorService:
         def decide(draft: Draft) -> ChangeResult:
             rebuilt = self._history.without_worker(draft.expert(request.expert), request.worker)
             named = (request.expert, request.worker, rebuilt.removed, rebuilt.state, request.reason, self.now)
-            draft.retract(*named, steps=rebuilt.steps)
+            draft.retract(*named, since=rebuilt.since)
             return _change(draft, request.expert, rebuilt)
 
         return await self._changed("retracted", self._committer.submit(decide, alone=True))
@@ -314,7 +314,8 @@ class CoordinatorService:
         for name in {event.expert for event in draft.events if not isinstance(event, GatewayFolded)}:
             self._history.snapshot_if_due(self.coordinator.experts[name])
         if draft.living is not None:
-            self._history.prune_gateways(draft.living)
+            if any(isinstance(event, GatewayFolded) for event in draft.events):
+                self._history.prune_gateways(draft.living)
             self._folding.wake()
 
 

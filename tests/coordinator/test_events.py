@@ -74,20 +74,6 @@ def test_a_lineage_holds_the_updates_its_version_is_made_of_in_order(events: lis
 
 
 @settings(deadline=None)
-@given(histories(), st.data())
-def test_the_updates_after_another_version_complete_it_or_there_are_none(
-    events: list[Event], data: st.DataObject
-) -> None:
-    chains = lineages(events)
-    one, other = (data.draw(st.sampled_from(sorted(chains))) for _ in range(2))
-    rest = Lineage.updates_after(chains[one], chains[other])
-    if rest is not None:
-        assert naive(events)[other] + rest == naive(events)[one]
-    elif all(isinstance(event, UpdateAccepted) for event in events[1:]):
-        assert other > one
-
-
-@settings(deadline=None)
 @given(histories(), st.sampled_from(WORKERS))
 def test_without_a_worker_the_others_stay_in_order_and_the_beginning_is_shared(
     events: list[Event], worker: str
@@ -128,6 +114,6 @@ def test_a_hundred_thousand_updates_are_no_deep_recursion() -> None:
     events: list[Event] = [registered(), *(accepted(v, WORKERS[v % 2], digest="d") for v in range(1, 100_001))]
     chains = lineages([*events, retracted("w1", 100_001)])
     assert length(chains[100_001]) == 50_000
-    assert Lineage.updates_after(chains[100_000], chains[99_990]) == events[-10:]
+    assert Lineage.updates(chains[100_000])[-10:] == events[-10:]
     del chains
     gc.collect()

@@ -19,7 +19,6 @@ from fedmoe.coordinator import Aggregation
 from fedmoe.errors import RefusedError
 from fedmoe.events import GatewayFolded, UpdateAccepted
 from fedmoe.experts import GATEWAY_SEED
-from fedmoe.living import Departure
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.initial import initial_adapter
 from fedmoe.lora.living import Departed
@@ -261,8 +260,9 @@ class FoldingMachine(RuleBasedStateMachine):
 
     @invariant()
     def it_is_known_how_far_each_expert_is_from_the_gateway(self) -> None:
-        expected = {n: Departure(v[-1].fold, v[-1].since, v[-1].steps) for n, v in self.model.experts.items()}
-        assert living(self.house).departures == expected
+        expected = {n: (v[-1].fold, v[-1].since, v[-1].steps) for n, v in self.model.experts.items()}
+        found = living(self.house).departures
+        assert {name: (left.gateway, left.version, left.steps) for name, left in found.items()} == expected
         assert living(self.house).told == self.model.counters
 
     @invariant()
