@@ -65,11 +65,11 @@ class Work:
             self._packed[key] = held_out_blocks(self._held_out_file(domain, half), self.base, LENGTH, limit)
         return self._packed[key]
 
-    def training_blocks(self, domain: str) -> list[Block]:
-        """The blocks that the expert of this domain is trained on, in order: STEPS x BATCH of them."""
+    def training_blocks(self, domain: str, count: int = STEPS * BATCH) -> list[Block]:
+        """The first `count` blocks that an expert of this domain is trained on, in order."""
         data = tokenize_samples(load_rows(self.folder / "data" / domain / TRAIN).samples, self.base.tokenizer, LENGTH)
         blocks = pack(data.samples, LENGTH, seed=self.seed, pad_id=int(self.base.tokenizer.pad_token_id))
-        return BlockSampler(blocks, self.seed).next(STEPS * BATCH)
+        return BlockSampler(blocks, self.seed).next(count)
 
     def expert(self, domain: str) -> Adapter:
         """The domain's expert, trained if it is not there yet."""

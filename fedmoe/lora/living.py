@@ -4,15 +4,15 @@ Expert e left a gateway with product W_s and now has W_e. Its delta D_e = W_e - 
 
     W <- W + sum_e w_e c D_e (g_e G_e + 0.6 rho I) M^-1,    M = sum_j g_j G_j + rho I
 
-with M over *all* experts, ready or not (`fedmoe.lora.regmean` has where this comes from). It is linear in the deltas, so
-folds one by one come to what one fold of all comes to. g_j = (mean of x^2 over expert j's inputs)^(-1/2) does not depend
-on who is ready. The sum is cut back to the gateway's rank in the metric of M, and of all factors with that product those
-are taken that are nearest to where the experts took theirs, so that an optimizer's state still fits.
+with M over *all* experts, ready or not (`fedmoe.lora.regmean` has where this comes from). It is linear in the deltas,
+so folds one by one come to what one fold of all comes to. g_j = (mean of x^2 over expert j's inputs)^(-1/2) does not
+depend on who is ready. The sum is cut back to the gateway's rank in the metric of M, and of all factors with that
+product those are taken that are nearest to where the experts took theirs, so that an optimizer's state still fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import Adapter, FloatMatrix, ShapeError
 from fedmoe.lora.moments import Gram, InputMoments, sum_of_grams
-from fedmoe.lora.regmean import _PRIOR, RIDGE, _cut, _Solution, _wide
+from fedmoe.lora.regmean import PRIOR, RIDGE, Solution, check_moments, cut_in_metric, rebuilt, wide
 
 Matrix64 = NDArray[np.float64]
 
 #: What the folded deltas are multiplied with where several experts share the gateway.
 SCALE = 1.2
-# Below this share of the largest singular value a direction of the old factors does not steer the new ones.
-_STEERS = 1e-2
+# The least length of a direction of A, as a share of the largest: below, B would have to be too large for float32.
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,9 @@ def fold(
     flat = gateway.flat.copy()
     views = {module.name: (a, b) for module, a, b in gateway.layout.factors(flat)}
     kept = lost = 0.0
-    for name, grams in _modules(plan):
-        part = _fold_module(plan, name, grams)
+    experts = sorted(moments)
+    for name, grams in rebuilt([moments[expert] for expert in experts], gateway.layout.modules):
+        part = _fold_module(plan, name, dict(zip(experts, grams, strict=True)))
         if part is None:
             continue
         a, b = views[name]
@@ -88,7 +89,7 @@ class _Plan:
 
     @property
     def prior(self) -> float:
-        return _PRIOR if len(self.moments) > 1 else 1.0
+        return PRIOR if len(self.moments) > 1 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,60 +125,42 @@ def _check(
                     f"{name} has rank {adapter.rank} and {len(adapter.layout.modules)} modules, not the gateway's rank "
                     f"{gateway.rank} and modules; experts go on from the gateway at its own rank"
                 )
-    for name, found in moments.items():
-        for module in gateway.layout.modules:
-            known = found.modules.get(module.name)
-            if known is None or known.features != module.in_features:
-                got = "none" if known is None else f"{known.features} features"
-                raise ShapeError(
-                    f"moments of {name}: module {module.name} has {module.in_features} inputs, got {got}; "
-                    "collect them on the base model and target_modules of the gateway"
-                )
-
-
-def _modules(plan: _Plan) -> Iterator[tuple[str, Mapping[str, Gram]]]:
-    """Every module with the experts' G; those with one input come after each other, so that G is rebuilt once."""
-    names = {module.name for module in plan.gateway.layout.modules}
-    experts = sorted(plan.moments)
-    rebuilt: list[tuple[tuple[str, ...], Gram]] = []
-    for group in plan.moments[experts[0]].groups:
-        for name in (name for name in group if name in names):
-            if not rebuilt or any(name not in shared for shared, _ in rebuilt):
-                found = [plan.moments[expert] for expert in experts]
-                rebuilt = [(moments.group_of(name), moments.approximate(name)) for moments in found]
-            yield name, dict(zip(experts, (gram for _, gram in rebuilt), strict=True))
+    check_moments(moments, gateway.layout.modules)
 
 
 def _fold_module(plan: _Plan, name: str, grams: Mapping[str, Gram]) -> _Part | None:
     """The module's next factors; None where no expert has moved."""
     moved = {
-        expert: (_wide(departed.start, name), _wide(departed.now, name), departed.weight)
+        expert: departed
         for expert, departed in sorted(plan.ready.items())
         if departed.weight > 0 and not _same(departed.start, departed.now, name)
     }
     if not moved:
         return None
+    a_gateway, b_gateway = wide(plan.gateway, name)
     shares = {expert: _share(gram) for expert, gram in grams.items()}
     metric = sum_of_grams([(shares[expert], gram) for expert, gram in grams.items()])
     rho = plan.ridge * float(metric.full_diagonal.mean()) or 1.0
     metric = metric.plus(rho)
-    a_gateway, b_gateway = _wide(plan.gateway, name)
-    images, columns = [], [b_gateway]
-    for expert, ((a_start, b_start), (a, b), weight) in moved.items():
-        # B A - B_s A_s = (B - B_s) A + B_s (A - A_s): both terms are as small as what was learned.
-        rows = np.vstack([a, a - a_start])
+    images, columns = [metric.rows(a_gateway)], [b_gateway]
+    for expert, departed in moved.items():
+        (a_start, b_start), (a, b) = wide(departed.start, name), wide(departed.now, name)
+        rows = np.vstack([a, a_start])
         images.append(plan.scale * (shares[expert] * grams[expert].rows(rows) + plan.prior * rho * rows))
-        columns += [weight * (b - b_start), weight * b_start]
-    learned = metric.solve(np.vstack(images))
-    target = a_gateway + sum(
-        weight * learned[(2 * place + 1) * len(a_gateway) : (2 * place + 2) * len(a_gateway)]
-        for place, (_, _, weight) in enumerate(moved.values())
-    )
-    whole = _Solution(np.vstack([a_gateway, learned]), np.hstack(columns), np.vstack([metric.rows(a_gateway), *images]))
-    cut = _cut(whole, plan.gateway.rank)
-    a_new, b_new = nearest_factors(cut.a, cut.b, target)
-    rank = plan.gateway.rank
-    return _Part(a_new, b_new, float(cut.energies[:rank].sum()), float(cut.energies[rank:].sum()))
+        columns += [departed.weight * b, -departed.weight * b_start]
+    learned = metric.solve(np.vstack(images[1:]))
+    whole = Solution(np.vstack([a_gateway, learned]), np.hstack(columns), np.vstack(images))
+    cut = cut_in_metric(whole, plan.gateway.rank)
+    weights = [departed.weight for departed in moved.values()]
+    a_new, b_new = nearest_factors(cut.a, cut.b, _as_learned(a_gateway, learned, weights))
+    kept, lost = cut.energies[: plan.gateway.rank], cut.energies[plan.gateway.rank :]
+    return _Part(a_new, b_new, float(kept.sum()), float(lost.sum()))
+
+
+def _as_learned(a_gateway: Matrix64, learned: Matrix64, weights: Sequence[float]) -> Matrix64:
+    """The gateway's A with what each expert's own A learned: `learned` has all that is folded of A and of A's start."""
+    after, before = learned.reshape(len(weights), 2, *a_gateway.shape).swapaxes(0, 1)
+    return a_gateway + np.tensordot(np.asarray(weights), after - before, 1)
 
 
 def _same(left: Adapter, right: Adapter, name: str) -> bool:
@@ -191,23 +174,28 @@ def _share(gram: Gram) -> float:
 
 
 def nearest_factors(a: FloatMatrix, b: FloatMatrix, target: Matrix64) -> tuple[Matrix64, Matrix64]:
-    """Factors of the product b @ a, as many rows of A as `target` (r x n) has, with A the least squares next to it.
+    """Factors of the product b @ a with A as near to `target` (r x n) as can be while A A' = target target'.
 
-    a is k x n and b out x k with k <= r. Directions that the product lacks are filled up from `target`, with B = 0, so
-    that they can be learned in. Where `target` says too little of a direction, A is the nearest with orthogonal rows of
-    the length of target's (Procrustes).
+    a is k x n and b out x k with k <= r. With T = S X, S = (T T')^(1/2), and rows Q that span those of a, A = S U Q for
+    the orthogonal U next to X Q' (Procrustes). Least squares, which would let A A' go, makes rows of A short that
+    turned away from the target, and B large: training on from such factors diverged. Directions that the product lacks
+    are filled up from the target, with B = 0, so that they can be learned in.
     """
     rank = len(target)
     basis, mix = np.linalg.qr(a.T.astype(np.float64))
     product = b.astype(np.float64) @ mix.T
-    rest = target - (target @ basis) @ basis.T
     missing = min(rank, target.shape[1]) - basis.shape[1]
     if missing > 0:
+        rest = target - (target @ basis) @ basis.T
         basis = np.hstack([basis, np.linalg.svd(rest, full_matrices=False)[2][:missing].T])
         product = np.hstack([product, np.zeros((len(product), missing))])
-    steer = target @ basis
-    left, sizes, right = np.linalg.svd(steer, full_matrices=False)
-    if sizes[-1] <= _STEERS * sizes[0]:
-        sizes = np.full_like(sizes, float(np.sqrt(np.square(target).sum() / rank)) or 1.0)
-    turned = (left * sizes) @ right
-    return turned @ basis.T, product @ (right.T / sizes) @ left.T
+    left, sizes, right = np.linalg.svd(target, full_matrices=False)
+    sizes = np.maximum(sizes, _LEAST * sizes[0]) if sizes[0] > 0 else np.ones_like(sizes)
+    turn = _orthogonal(right @ basis)
+    return (left * sizes) @ turn @ basis.T, product @ (turn.T / sizes) @ left.T
+
+
+def _orthogonal(square: Matrix64) -> Matrix64:
+    """The orthogonal matrix next to this one."""
+    left, _, right = np.linalg.svd(square)
+    return np.asarray(left @ right, np.float64)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import Adapter, FloatMatrix, ShapeError
+from fedmoe.lora.adapter import Adapter, FloatMatrix, ModuleShape, ShapeError
 from fedmoe.lora.algebra import Recompressed
 from fedmoe.lora.moments import Gram, InputMoments, sum_of_grams
 
@@ -29,7 +29,8 @@ SCALE = 1.2
 RIDGE = 0.01
 #: The highest rank that is chosen by energy.
 RANK_CAP = 64
-_PRIOR = 0.6
+#: How much of the plain sum of several stands where none has inputs.
+PRIOR = 0.6
 # Shares below which a number is rounding: of the largest eigenvalue of a float64 Gram matrix, and of what an expert's
 # factors would put out if none of it cancelled.
 _RELATIVE_FLOOR = 1e-14
@@ -50,7 +51,7 @@ class _Plan:
     @property
     def prior(self) -> float:
         """How much of the plain sum stands where no expert has inputs."""
-        return _PRIOR if len(self.experts) > 1 else 1.0
+        return PRIOR if len(self.experts) > 1 else 1.0
 
     @property
     def rank(self) -> int:
@@ -59,7 +60,7 @@ class _Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Solution:
+class Solution:
     """W = b @ a for one module, b out x R, a R x n; `image` is a @ M."""
 
     a: Matrix64
@@ -132,9 +133,14 @@ def _check(experts: Mapping[str, Adapter], moments: Mapping[str, InputMoments], 
     for adapter in (*experts.values(), *([start] if start else [])):
         if adapter.layout.modules != modules:
             raise ShapeError("adapters with different modules cannot be merged; they need one base and target_modules")
-    for expert in experts:
+    check_moments({name: moments[name] for name in experts}, modules)
+
+
+def check_moments(moments: Mapping[str, InputMoments], modules: Sequence[ModuleShape]) -> None:
+    """Raises `ShapeError` for moments that lack a module or have another number of inputs for it."""
+    for expert, known in moments.items():
         for module in modules:
-            found = moments[expert].modules.get(module.name)
+            found = known.modules.get(module.name)
             if found is None or found.features != module.in_features:
                 got = "none" if found is None else f"{found.features} features"
                 raise ShapeError(
@@ -143,20 +149,25 @@ def _check(experts: Mapping[str, Adapter], moments: Mapping[str, InputMoments], 
                 )
 
 
-def _solutions(plan: _Plan) -> Iterator[tuple[str, _Solution]]:
-    """Every module, one at a time; those with one input come after each other, so that its G is rebuilt once."""
-    names = {module.name for module in plan.experts[0].layout.modules}
-    rebuilt: list[tuple[tuple[str, ...], Gram]] = []
-    for group in plan.moments[0].groups:
+def rebuilt(moments: Sequence[InputMoments], modules: Sequence[ModuleShape]) -> Iterator[tuple[str, list[Gram]]]:
+    """Every module with its G of all `moments`; those with one input come after each other, so G is rebuilt once."""
+    names = {module.name for module in modules}
+    known: list[tuple[tuple[str, ...], Gram]] = []
+    for group in moments[0].groups:
         for name in (name for name in group if name in names):
-            if not rebuilt or any(name not in shared for shared, _ in rebuilt):
-                rebuilt = [(moments.group_of(name), moments.approximate(name)) for moments in plan.moments]
-            yield name, _solve(plan, name, [gram for _, gram in rebuilt])
+            if not known or any(name not in shared for shared, _ in known):
+                known = [(one.group_of(name), one.approximate(name)) for one in moments]
+            yield name, [gram for _, gram in known]
 
 
-def _solve(plan: _Plan, name: str, grams: Sequence[Gram]) -> _Solution:
-    experts = [_wide(adapter, name) for adapter in plan.experts]
-    a_start, b_start = _wide(plan.start, name) if plan.start else (experts[0][0][:0], experts[0][1][:, :0])
+def _solutions(plan: _Plan) -> Iterator[tuple[str, Solution]]:
+    for name, grams in rebuilt(plan.moments, plan.experts[0].layout.modules):
+        yield name, _solve(plan, name, grams)
+
+
+def _solve(plan: _Plan, name: str, grams: Sequence[Gram]) -> Solution:
+    experts = [wide(adapter, name) for adapter in plan.experts]
+    a_start, b_start = wide(plan.start, name) if plan.start else (experts[0][0][:0], experts[0][1][:, :0])
     images, shares = [], []
     for (a, b), gram, weight in zip(experts, grams, plan.weights, strict=True):
         image, loudness = _seen(np.vstack([a, a_start]), np.hstack([b, -b_start]), gram)
@@ -175,10 +186,11 @@ def _solve(plan: _Plan, name: str, grams: Sequence[Gram]) -> _Solution:
         below = below + (1 - plan.scale) * share * image[len(a) :]
     image = np.vstack([*rows, below])
     metric = metric.plus(rho)
-    return _Solution(metric.solve(image), np.hstack([*(b for _, b in experts), b_start]), image)
+    return Solution(metric.solve(image), np.hstack([*(b for _, b in experts), b_start]), image)
 
 
-def _wide(adapter: Adapter, name: str) -> Factors64:
+def wide(adapter: Adapter, name: str) -> Factors64:
+    """A and scale * B of one module in float64."""
     a, b = adapter.module(name)
     return a.astype(np.float64), adapter.scale * b.astype(np.float64)
 
@@ -204,7 +216,7 @@ def _uncut(plan: _Plan) -> Adapter:
 
 
 def _cut_to(plan: _Plan, limit: int, energy: float | None) -> Recompressed:
-    cuts = {name: _cut(solution, limit) for name, solution in _solutions(plan)}
+    cuts = {name: cut_in_metric(solution, limit) for name, solution in _solutions(plan)}
     rank = limit if energy is None else min(limit, max(cut.rank_for(energy) for cut in cuts.values()))
     total = sum(float(cuts[name].energies.sum()) for name in sorted(cuts))
     lost = sum(float(cuts[name].energies[rank:].sum()) for name in sorted(cuts))
@@ -219,7 +231,7 @@ def _cut_to(plan: _Plan, limit: int, energy: float | None) -> Recompressed:
     return Recompressed(Adapter(layout, float(rank), flat), float(np.sqrt(lost / total)) if total > 0 else 0.0)
 
 
-def _cut(solution: _Solution, limit: int) -> _Cut:
+def cut_in_metric(solution: Solution, limit: int) -> _Cut:
     """W's leading singular directions in the metric of M, as `algebra._core` finds them in the plain one."""
     gram_a, gram_b = solution.image @ solution.a.T, solution.b.T @ solution.b
     sizes = np.sqrt(np.clip(np.diagonal(gram_a), 0.0, None))
