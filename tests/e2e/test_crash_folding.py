@@ -1,4 +1,4 @@
-"""A real coordinator whose gateway lives, killed without warning: no update is lost, no fold is there twice or by half."""
+"""A real coordinator whose gateway lives, killed without warning: no update is lost, no fold is there twice or half."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def quiet(url: str) -> GatewayInfo:
 
 
 def check_events(events: Sequence[Event], told: Sequence[Acknowledged]) -> None:
-    """Every acknowledged update is there once, versions have no gap, and every fold came with all its experts' moves."""
+    """Every acknowledged update is there once, versions have no gap, every fold came with all its experts' moves."""
     updates = {(e.worker, e.sequence): e for e in events if isinstance(e, UpdateAccepted)}
     assert updates.keys() == {(one.worker, one.sequence) for one in told}
     for one in told:
