@@ -18,7 +18,6 @@ import structlog
 
 from fedmoe import failpoints
 from fedmoe.coordinator import CentralCoordinator, Draft
-from fedmoe.errors import RefusedError
 from fedmoe.events import ExpertWentOn, GatewayFolded
 from fedmoe.living import FoldPlan, plan_fold
 from fedmoe.lora.codec import encode
@@ -36,6 +35,10 @@ _LAST_WAIT_SECONDS = 5.0
 
 class FoldFailedError(Exception):
     """The next gateway cannot be made of these experts; nothing was changed."""
+
+
+class FoldOvertakenError(Exception):
+    """An expert was rolled back, or a worker retracted from it, while its fold was computed; nothing was changed."""
 
 
 class Folding:
@@ -100,9 +103,7 @@ class Folding:
             folded = self._compute(plan)
             if not self._closing.is_set():
                 self._publish(plan, folded, time.perf_counter() - began)
-        except RefusedError as error:
-            if error.code != "fold_overtaken":
-                raise
+        except FoldOvertakenError as error:
             _log.warning("fold_dropped", reason=str(error))
         return True
 
@@ -164,8 +165,7 @@ class Folding:
             expert = draft.expert(name)
             rest = departures[name].unseen(computed.plan.gateway.departures[name], draft.aggregation.buffer_size)
             if rest is None:
-                raise RefusedError(
-                    "fold_overtaken",
+                raise FoldOvertakenError(
                     f"{name} changed from version {version} to {expert.version} by more than updates.",
                 )
             updates = [one.update for one in rest]

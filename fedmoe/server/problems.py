@@ -36,7 +36,6 @@ STATUS: dict[str, int] = {
     "base_mismatch": 409,
     "start_mismatch": 409,
     "folded": 409,
-    "fold_overtaken": 409,
     "nothing_to_retract": 409,
     "history_pruned": 410,
     "too_large": 413,
