@@ -85,7 +85,7 @@ def steps_of(machine: str, time: int) -> int:
     return round(MACHINES[machine] * time)
 
 
-def living_rows(run: Run, trainer: Trainer, rules: Rules, scale: float | None, rows: Rows) -> list[dict[str, object]]:
+def living_rows(run: Run, trainer: Trainer, rules: Rules, scale: float, rows: Rows) -> list[dict[str, object]]:
     """Adds the gateway at every mark to `rows`; gives every fold."""
     moments = run.moments()
 
@@ -156,7 +156,7 @@ def interval(found: Interval) -> tuple[float, float, float]:
     return found.value, found.low, found.high
 
 
-def trained(run: Run, rules: Rules, scale: float | None) -> tuple[Rows, list[dict[str, object]]]:
+def trained(run: Run, rules: Rules, scale: float) -> tuple[Rows, list[dict[str, object]]]:
     """One seed: the block losses of all that is compared, and every fold."""
     trainer = Trainer(run.work, Kept(run.work.folder / "living"))
     first = trainer.first()
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--horizon", type=int, default=30, help="units of virtual time, a multiple of 6")
     parser.add_argument("--merge-after", type=int, default=10, help="steps from one fold of an expert to the next")
-    parser.add_argument("--scale", type=float, help="what deltas are multiplied with, if not as `fold` has it")
+    parser.add_argument("--scale", type=float, default=1.0, help="what the deltas are multiplied with")
     parser.add_argument("--staleness", choices=sorted(STALENESS), default="constant")
     parser.add_argument("--fresh-optimizer", action="store_true", help="a new optimizer, and warm-up, after every fold")
     parser.add_argument("--half", choices=("validation", "test"), default="test")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from test_regmean import moments_of, random_moments
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
-from fedmoe.lora.living import SCALE, Departed, fold, nearest_factors
+from fedmoe.lora.living import Departed, fold, nearest_factors
 from fedmoe.lora.moments import InputMoments
 
 LAYOUT = Layout((ModuleShape("q", 20, 12), ModuleShape("k", 20, 5), ModuleShape("up", 9, 31)), 3)
@@ -40,7 +40,7 @@ def moments_of_all(layout: Layout) -> dict[str, InputMoments]:
 
 
 def dense_fold(
-    gateway: Adapter, ready: Mapping[str, Departed], moments: Mapping[str, InputMoments], scale: float = SCALE
+    gateway: Adapter, ready: Mapping[str, Departed], moments: Mapping[str, InputMoments], scale: float = 1.0
 ) -> tuple[Dense, Dense]:
     """The formula of the module, word by word, on dense matrices: the products before the cut, and M."""
     products, metrics = dense(gateway), {}
@@ -160,7 +160,7 @@ def test_inputs_of_one_expert_alone_are_left_to_it() -> None:
     halves = {"a": np.array([1, 1, 0, 0.0]), "b": np.array([0, 0, 1, 1.0])}
     moments = {name: diagonal_moments(half) for name, half in halves.items()}
     ready = {name: Departed(gateway, near(gateway, seed, 1.0)) for seed, name in enumerate("ab", 2)}
-    folded = dense(fold(gateway, ready, moments, scale=1.0, ridge=1e-6).adapter)["q"]
+    folded = dense(fold(gateway, ready, moments, ridge=1e-6).adapter)["q"]
     for name, columns in (("a", slice(0, 2)), ("b", slice(2, 4))):
         np.testing.assert_allclose(folded[:, columns], dense(ready[name].now)["q"][:, columns], atol=1e-3)
 
