@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from fedmoe.lora.codec import WireDtype
 from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS
 from fedmoe.lora.update_rules import RULES, STALENESS
-from fedmoe.wire.messages import ExpertName, WorkerName
+from fedmoe.wire.messages import ExpertName, StartFrom, WorkerName
 
 _TOKEN = re.compile(r"[\x21-\x7e]{16,4096}")
 # The commands' own variable, and what Kubernetes announces of a service called fedmoe-coordinator.
@@ -80,6 +80,8 @@ class CoordinatorConfig(_ProcessConfig):
     evaluation_gate: bool = False
     gate_tolerance: Ratio = 0.01
     gate_seconds: Annotated[float, Field(ge=1, le=86_400, allow_inf_nan=False)] = 300.0
+    start_from: StartFrom = "initial"
+    merge_after: Annotated[int, Field(ge=1, le=1_000_000)] = 20
     server_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
     server_optimizer: str = "sgd"
     buffer_size: Annotated[int, Field(ge=1, le=1024)] = 1
@@ -124,6 +126,20 @@ class CoordinatorConfig(_ProcessConfig):
     def _both_tls_files(self) -> CoordinatorConfig:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("TLS needs both --tls-cert and --tls-key")
+        return self
+
+    @model_validator(mode="after")
+    def _one_kind_of_gateway(self) -> CoordinatorConfig:
+        given = self.model_fields_set
+        if self.start_from == "gateway" and not self.enable_gateway:
+            raise ValueError("--start-from gateway needs the gateway; drop --no-enable-gateway")
+        if self.start_from == "gateway" and given & {"strategy", "gateway_rank"}:
+            raise ValueError(
+                "with --start-from gateway the gateway is folded at the experts' rank; "
+                "drop --strategy and --gateway-rank"
+            )
+        if self.start_from == "initial" and "merge_after" in given:
+            raise ValueError("--merge-after is for experts that go on from the gateway; add --start-from gateway")
         return self
 
     @model_validator(mode="after")
@@ -184,6 +200,7 @@ class WorkerConfig(_CallerConfig):
     max_steps: Annotated[int, Field(ge=0)] = 0
     max_unsynced: Positive = 600.0
     wire_dtype: WireDtype = "fp32"
+    start_from: StartFrom | None = None
     device: str = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     max_length: Annotated[int, Field(ge=8, le=1 << 20)] = 256

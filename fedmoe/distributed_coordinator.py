@@ -56,6 +56,7 @@ class DistributedCoordinator:
             config.enable_gateway,
             config.strategy,
             config.gateway_rank,
+            config.merge_after if config.start_from == "gateway" else None,
             config.evaluation_gate,
         )
         journal, blobs = self._state.journal, self._state.blobs

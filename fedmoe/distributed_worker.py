@@ -33,7 +33,7 @@ from fedmoe.lora.codec import WireDtype, decode, encode
 from fedmoe.qwen_finetune import NonFiniteError
 from fedmoe.qwen_worker import Companion, QwenWorker, StepRecord
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, PulledExpert
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.messages import StartFrom, UpdateHeader
 from fedmoe.worker.delivery import Answered, Delivery
 from fedmoe.worker.group import WorkerFailedError, on_rank_zero
 from fedmoe.worker.outbox import Outbox, Pending
@@ -54,13 +54,14 @@ _NON_FINITE_LIMIT = 5
 
 @dataclass(frozen=True, slots=True)
 class SyncSettings:
-    """How a worker syncs: seconds between pushes, how long it trains on without an answer, and the wire's precision."""
+    """How a worker syncs: seconds between pushes, how long it trains on unanswered, wire precision, start asked for."""
 
     worker: str
     expert: str
     sync_interval: float = 10.0
     max_unsynced: float = 600.0
     wire_dtype: WireDtype = "fp32"
+    start_from: StartFrom | None = None
 
 
 class DistributedWorker:
@@ -149,7 +150,8 @@ class DistributedWorker:
         if least > self._interval:
             _log.warning("sync_interval_raised", asked=self._interval, least=least)
             self._interval = least
-        info = self._client.register(self._settings.expert, self._settings.worker, self.worker.manifest)
+        asked = self._settings
+        info = self._client.register(asked.expert, asked.worker, self.worker.manifest, start_from=asked.start_from)
         _log.info("registered", expert=info.name, version=info.version, digest=info.digest[:12])
         self._on_registered()
 

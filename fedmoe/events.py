@@ -68,32 +68,71 @@ class WorkerRetracted:
     at: float
 
 
-Event = ExpertRegistered | UpdateAccepted | ExpertRolledBack | WorkerRetracted
+@dataclass(frozen=True, slots=True)
+class GatewayFolded:
+    """What experts had learned since they left the gateway became part of it; `number` counts these folds.
+
+    `version` is the gateway's version from then on, `digest` names the blob that holds it. By expert: `sources` is the
+    version that was folded, `staleness` the folds between the one it had left from and this one, `weights` what its
+    delta was multiplied with.
+    """
+
+    number: int
+    version: int
+    digest: str
+    sources: dict[str, int]
+    staleness: dict[str, int]
+    weights: dict[str, float]
+    truncation_error: float
+    seconds: float
+    notes: tuple[str, ...]
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWentOn:
+    """The expert's next version is the gateway after fold `gateway`, blob `digest`, and what that fold had not seen.
+
+    That is its last `again` updates, landed on the gateway once more in their order.
+    """
+
+    expert: str
+    gateway: int
+    digest: str
+    again: int
+    version: int
+    at: float
+
+
+Event = ExpertRegistered | UpdateAccepted | ExpertRolledBack | WorkerRetracted | GatewayFolded | ExpertWentOn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lineage:
-    """The updates a version is made of, as a chain from the newest back; versions share what they have in common."""
+    """The updates a version is made of, as a chain from the newest back; versions share what they have in common.
 
-    update: UpdateAccepted
+    `start` is where the expert went on from the gateway, None where it began at version 0. The end of a chain that
+    starts from the gateway is a node without an update.
+    """
+
+    update: UpdateAccepted | None
     before: Lineage | None
     length: int
+    start: ExpertWentOn | None
 
     @staticmethod
     def extend(before: Lineage | None, update: UpdateAccepted) -> Lineage:
         """One update more."""
-        return Lineage(update, before, 1 + length(before))
+        return Lineage(update, before, 1 + length(before), start(before))
 
     @staticmethod
-    def updates(chain: Lineage | None, after: Lineage | None = None) -> list[UpdateAccepted] | None:
-        """The updates in order; with `after`, those that follow it, or None if `after` is not part of the chain."""
+    def updates(chain: Lineage | None) -> list[UpdateAccepted]:
+        """The updates in order, from where the chain starts."""
         found: list[UpdateAccepted] = []
-        node = chain
-        for _ in range(length(chain) - length(after)):
-            assert node is not None, "a chain has as many nodes as its length says"
-            found.append(node.update)
-            node = node.before
-        return found[::-1] if node is after else None
+        while chain is not None and chain.update is not None:
+            found.append(chain.update)
+            chain = chain.before
+        return found[::-1]
 
 
 def length(chain: Lineage | None) -> int:
@@ -101,17 +140,22 @@ def length(chain: Lineage | None) -> int:
     return chain.length if chain is not None else 0
 
 
+def start(chain: Lineage | None) -> ExpertWentOn | None:
+    """Where the expert last went on from the gateway before the chain's updates; None if it began at version 0."""
+    return chain.start if chain is not None else None
+
+
 def lineages(events: Iterable[Event]) -> dict[int, Lineage | None]:
     """Version -> the updates that version is made of, for the events of ONE expert in order.
 
-    Rollback takes an earlier version's updates, retraction filters the newest ones; both keep the order, so folding a
-    lineage from version 0 rebuilds the weights bit for bit.
+    Rollback takes an earlier version's updates, retraction filters the newest ones, going on from the gateway keeps the
+    last few; all keep the order, so landing a lineage's updates on its start rebuilds the weights bit for bit.
     """
     found: dict[int, Lineage | None] = {0: None}
     newest = 0
     for event in events:
         match event:
-            case ExpertRegistered():
+            case ExpertRegistered() | GatewayFolded():
                 continue
             case UpdateAccepted():
                 found[event.version] = Lineage.extend(found[newest], event)
@@ -119,7 +163,18 @@ def lineages(events: Iterable[Event]) -> dict[int, Lineage | None]:
                 found[event.version] = found[event.to_version]
             case WorkerRetracted():
                 found[event.version] = without_worker(found[newest], event.worker)
+            case ExpertWentOn():
+                found[event.version] = from_gateway(found[newest], event)
         newest = event.version
+    return found
+
+
+def from_gateway(chain: Lineage | None, event: ExpertWentOn) -> Lineage:
+    """The chain that starts from the gateway and holds the last updates of `chain` again."""
+    updates = Lineage.updates(chain)
+    found = Lineage(None, None, 0, event)
+    for update in updates[len(updates) - event.again :]:
+        found = Lineage.extend(found, update)
     return found
 
 
@@ -128,7 +183,7 @@ def without_worker(chain: Lineage | None, worker: str) -> Lineage | None:
     shared, node = chain, chain
     passed: list[UpdateAccepted] = []
     kept = 0
-    while node is not None:
+    while node is not None and node.update is not None:
         if node.update.worker == worker:
             shared, kept = node.before, len(passed)
         else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -81,3 +84,22 @@ class ExpertModel:
     def become(self, state: RuleState) -> Self:
         """The next version with a state rebuilt from the journal (rollback, retraction)."""
         return replace(self, version=self.version + 1, state=state)
+
+
+def expert_named(experts: Mapping[str, ExpertModel], name: str) -> ExpertModel:
+    """The expert, or a refusal that lists which there are."""
+    if name not in experts:
+        known = ", ".join(sorted(experts)) or "none"
+        raise RefusedError(
+            "unknown_expert", f"there is no expert {name!r}; registered: {known}.", "Register it first (workers do)."
+        )
+    return experts[name]
+
+
+def seed_of(name: str) -> int:
+    """The seed of an expert's first A: shared by all workers of an expert, different between experts."""
+    return int.from_bytes(hashlib.sha256(json.dumps(["fedmoe-initial-a", name]).encode()).digest()[:8], "little")
+
+
+#: The seed of the first A of all experts that go on from the gateway; no expert has this name.
+GATEWAY_SEED = seed_of("@gateway")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Self, TypedDict, cast
 
+from fedmoe.errors import RefusedError
 from fedmoe.lora.adapter import Layout, ModuleShape
 
 
@@ -83,3 +84,24 @@ def _module_differences(mine: Layout, theirs: Layout) -> list[str]:
                 f"got {got.in_features} -> {got.out_features}"
             )
     return found
+
+
+def check_manifest(expected: Manifest, got: Manifest) -> None:
+    """Refuse a worker whose base model or LoRA configuration is not the federation's."""
+    found = expected.differences(got)
+    if not found:
+        return
+    shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+    if expected.base.weights_hash != got.base.weights_hash or expected.base.tokenizer_hash != got.base.tokenizer_hash:
+        raise RefusedError(
+            "base_mismatch",
+            f"all experts share one base model; {shown}.",
+            "Use the base model (and revision) the coordinator names.",
+            expected=expected.base.weights_hash,
+            got=got.base.weights_hash,
+        )
+    raise RefusedError(
+        "lora_mismatch",
+        f"all experts share one LoRA configuration; {shown}.",
+        "Start the worker with the same --lora-r, --lora-alpha and --target-modules.",
+    )

@@ -81,13 +81,32 @@ class EagerHistory(History):
 
 
 def open_service(
-    journal: Journal, blobs: BlobStore, aggregation: Aggregation | None = None, keep_updates: int | None = None
+    journal: Journal,
+    blobs: BlobStore,
+    aggregation: Aggregation | None = None,
+    keep_updates: int | None = None,
+    folds_by_itself: bool = True,
 ) -> CoordinatorService:
-    """A started service on what the journal and the blobs hold, with a snapshot every three versions."""
+    """A started service on what the journal and the blobs hold, with a snapshot every three versions.
+
+    One that does not fold by itself is asked to with `fold`, so that a test knows when.
+    """
     history = EagerHistory(journal, blobs, aggregation or Aggregation(), keep_updates)
     service = CoordinatorService(history.recover(), journal, blobs, history, clock=lambda: 1000.0)
-    service.start()
+    if folds_by_itself:
+        service.start()
+    else:
+        service._committer.start()
     return service
+
+
+def fold(service: CoordinatorService) -> int:
+    """Fold until nobody is ready; how many folds there are then."""
+    while service._folding.fold_ready():
+        pass
+    living = service.coordinator.draft().living
+    assert living is not None
+    return living.number
 
 
 async def chunks(data: bytes) -> AsyncIterator[bytes]:
@@ -95,11 +114,16 @@ async def chunks(data: bytes) -> AsyncIterator[bytes]:
 
 
 def make_push(
-    data: bytes, base_version: int, sequence: int, worker: str = "w1", expert: str = "python"
+    data: bytes,
+    base_version: int,
+    sequence: int,
+    worker: str = "w1",
+    expert: str = "python",
+    steps: int | None = None,
 ) -> tuple[UpdateHeader, Body]:
     """The arguments of `CoordinatorService.push`."""
     header = UpdateHeader(
-        expert=expert, worker=worker, epoch=EPOCH, sequence=sequence, base_version=base_version, loss=1.0
+        expert=expert, worker=worker, epoch=EPOCH, sequence=sequence, base_version=base_version, loss=1.0, steps=steps
     )
     return header, Body(chunks(data), len(data), sha256(data))
 

@@ -66,6 +66,22 @@ def test_parameters_out_of_range_are_errors_that_name_the_range(parameters: dict
 @pytest.mark.parametrize(
     ("parameters", "word"),
     [
+        ({"start_from": "scratch"}, "'initial' or 'gateway'"),
+        ({"start_from": "gateway", "merge_after": 0}, "greater than or equal to 1"),
+        ({"start_from": "gateway", "enable_gateway": False}, "drop --no-enable-gateway"),
+        ({"start_from": "gateway", "strategy": "sum"}, "drop --strategy"),
+        ({"start_from": "gateway", "gateway_rank": 8}, "drop --strategy and --gateway-rank"),
+        ({"merge_after": 10}, "add --start-from gateway"),
+    ],
+)
+def test_a_gateway_that_lives_excludes_what_is_for_one_that_is_merged(parameters: dict[str, object], word: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(word)):
+        coordinator(**parameters)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "word"),
+    [
         ({"coordinator_url": "127.0.0.1:5000"}, "http://192.168.1.100:5000"),
         ({"coordinator_url": "http://"}, "http://192.168.1.100:5000"),
         ({"coordinator_url": "ftp://host"}, "http://192.168.1.100:5000"),

@@ -30,17 +30,20 @@ LAYERS: dict[str, set[str]] = {
     "gateway.route": {"gateway.prompt_statistics", "lora"},
     "gateway.gate": set(),
     # Decisions: no I/O.
-    "manifest": {"lora"},
+    "manifest": {"errors", "lora"},
     "events": {"manifest"},
     "experts": {"errors", "lora", "manifest"},
-    "coordinator": {"errors", "events", "experts", "lora", "manifest"},
+    "living": {"events", "experts", "lora"},
+    "aggregation": {"errors", "experts", "living", "lora", "manifest"},
+    "draft": {"aggregation", "errors", "events", "experts", "living", "lora", "manifest"},
+    "coordinator": {"aggregation", "draft", "errors", "events", "experts", "living", "lora", "manifest"},
     # What survives a crash, and what travels.
     "storage": {"errors", "events", "files", "manifest"},
     "wire": {"errors", "lora", "manifest"},
     "config": {"lora", "wire"},
     # The server side: no torch.
     "server": {
-        *("coordinator", "errors", "events", "experts", "failpoints"),
+        *("coordinator", "errors", "events", "experts", "failpoints", "living"),
         *("gateway.gate", "gateway.prompt_statistics", "lora", "manifest", "storage", "wire"),
     },
     "distributed_coordinator": {"config", "coordinator", "server", "storage"},

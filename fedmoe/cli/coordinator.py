@@ -34,6 +34,12 @@ def coordinator(
     gate_seconds: Annotated[
         float | None, typer.Option(help="Seconds that evaluators have to score candidates. [default: 300]")
     ] = None,
+    start_from: Annotated[
+        str | None, typer.Option(help="Experts start from: initial (default), or gateway, again after every merge.")
+    ] = None,
+    merge_after: Annotated[
+        int | None, typer.Option(help="Steps before an expert is merged and goes on from the gateway. [default: 20]")
+    ] = None,
     server_learning_rate: Annotated[float | None, typer.Option(help="lr of expert += lr * s(tau) * delta.")] = None,
     server_optimizer: Annotated[str | None, typer.Option(help="sgd (default), nesterov or adam.")] = None,
     buffer_size: Annotated[int | None, typer.Option(help="Updates averaged into one step. [default: 1]")] = None,

@@ -110,3 +110,5 @@ def _show_change(change: ChangeResult, as_json: bool) -> None:
         show_json(change)
     else:
         print(f"{change.expert} is now version {change.version}, {change.removed} updates fewer ({change.digest[:12]})")
+        if change.note:
+            print(change.note)

@@ -44,6 +44,9 @@ def worker(
         float | None, typer.Option(help="Seconds to train on while the coordinator is away. [default: 600]")
     ] = None,
     wire_dtype: Annotated[str | None, typer.Option(help="Precision of updates: fp32 (default), bf16, int8.")] = None,
+    start_from: Annotated[
+        str | None, typer.Option(help="Refuse to join unless experts start from: initial or gateway. [default: any]")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto (default), cpu, cuda, cuda:1, mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (default), bf16, fp16, fp32.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens in a packed row. [default: 256]")] = None,

@@ -3,8 +3,8 @@
 For inputs x of one module, G = mean of w x x' (n x n, n = in_features) is too large to keep or send; w says how much
 the loss cares for this input (`models/input_moments.py`), in any unit. A site keeps G's diagonal and a sketch
 G @ Omega (n x q) instead, both of which add up batch by batch. Omega is drawn from a seed and the module's name, so
-every site has the same and sketches can be averaged. From these numbers `approximate` rebuilds G as a low-rank part plus
-a diagonal.
+every site has the same and sketches can be averaged. From these numbers `approximate` rebuilds G as a low-rank part
+plus a diagonal.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from fedmoe.models.device import autocast
 from fedmoe.models.lora_layers import TargetError, find_targets
 from fedmoe.models.packed import check_model, count_targets, token_losses
 
-
 # Gradients of single tokens are small for float16.
 _LOSS_SCALE = 256.0
 

@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fedmoe.coordinator import Aggregation, ExpertMoments, GatewayModel
+from fedmoe.coordinator import LIVING, Aggregation, ExpertMoments, GatewayModel
 from fedmoe.experts import ExpertModel
 from fedmoe.gateway.gate import Scores, Verdict, judge
+from fedmoe.living import LivingGateway
 from fedmoe.lora.algebra import scaled
 from fedmoe.lora.codec import digest
 from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS
@@ -17,7 +18,7 @@ from fedmoe.wire.gate_messages import GatewayScores
 
 #: Scales that are tried, by strategy: between the mean and the sum for the plain stack, around the measured best for
 #: regmean. Each one costs every owner a pass over the held-out data, so there are few.
-SCALES: dict[str, tuple[float, ...]] = {"scaled": (0.4, 0.6, 0.8), "regmean": (1.0, 1.2, 1.4)}
+SCALES: dict[str, tuple[float, ...]] = {"scaled": (0.4, 0.6, 0.8), "regmean": (1.1, 1.3, 1.5)}
 
 #: An evaluator and the expert whose domain it scores.
 Evaluator = tuple[str, str]
@@ -80,8 +81,11 @@ def make_candidates(
     experts: Mapping[str, ExpertModel],
     aggregation: Aggregation,
     moments: Mapping[str, ExpertMoments],
+    living: LivingGateway | None = None,
 ) -> tuple[Candidate, ...]:
-    """All candidates of one state: a merge for each strategy, shared by its scales."""
+    """All candidates of one state: a merge for each strategy, shared by its scales; or the one gateway that lives."""
+    if living is not None:
+        return (Candidate(LIVING, replace(GatewayModel.of_living(living, version), living=None), 1.0),)
     made = []
     for strategy, scales in offered(aggregation, len(experts), moments.keys() >= experts.keys()):
         chosen = replace(aggregation, strategy=strategy)

@@ -229,14 +229,19 @@ class EvaluationGate:
         view = self._coordinator.draft()  # experts, version and moments of one moment
         if not view.experts:
             return
-        candidates = make_candidates(view.gateway_version, view.experts, view.aggregation, view.moments)
+        candidates = make_candidates(view.gateway_version, view.experts, view.aggregation, view.moments, view.living)
+        out = self._publications.current
+        if out is not None and {candidate.model.digest for candidate in candidates} == {out.digest}:
+            with self._lock:
+                self._judged = view.gateway_version  # experts learned, but nothing was folded since
+            return
         offer = CandidateSet(
             secrets.token_hex(8),
             self._clock(),
             view.gateway_version,
             dict(view.experts),
             candidates,
-            self._publications.current,
+            out,
         )
         for expert in offer.experts.values():
             _ = expert.digest  # made here once, not in a request

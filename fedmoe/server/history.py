@@ -13,8 +13,21 @@ import structlog
 
 from fedmoe.coordinator import Aggregation, CentralCoordinator, Draft, ExpertMoments
 from fedmoe.errors import RefusedError
-from fedmoe.events import Event, ExpertRegistered, Lineage, UpdateAccepted, length, lineages, without_worker
+from fedmoe.events import (
+    Event,
+    ExpertRegistered,
+    ExpertWentOn,
+    GatewayFolded,
+    Lineage,
+    UpdateAccepted,
+    length,
+    lineages,
+    start,
+    without_worker,
+)
 from fedmoe.experts import ExpertModel
+from fedmoe.living import Departure, LivingGateway, Trained, counters, trained
+from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import decode
 from fedmoe.lora.container import encode_named, read_named
 from fedmoe.lora.robust import USUAL_WINDOW
@@ -23,6 +36,7 @@ from fedmoe.manifest import Manifest
 from fedmoe.server.data_statistics import KeptStatistics
 from fedmoe.server.publication import published_blobs
 from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, StorageFailedError, put
+from fedmoe.storage.event_rows import GATEWAY
 from fedmoe.storage.journal import Journal
 
 SNAPSHOT_EVERY = 50
@@ -45,10 +59,15 @@ def read_snapshot(data: bytes, count: int) -> RuleState:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A state rebuilt from the journal, and how many updates of the newest version it lacks."""
+    """A state rebuilt from the journal, and how many updates of the newest version it lacks.
+
+    `since` is what it is made of from where the expert left the gateway, and `note` what could not be taken back.
+    """
 
     state: RuleState
     removed: int
+    since: tuple[Trained, ...]
+    note: str = ""
 
 
 class History:
@@ -67,15 +86,53 @@ class History:
         """The coordinator as it was when the last acknowledged event was written."""
         self._check_rule()
         past: dict[str, list[Event]] = {}
+        folds: list[GatewayFolded] = []
         for event in self._journal.events():
-            past.setdefault(event.expert, []).append(event)
-        self._sweep(past)
+            if isinstance(event, GatewayFolded):
+                folds.append(event)
+            else:
+                past.setdefault(event.expert, []).append(event)
+        self._check_mode(folds)
+        self._sweep(past, folds)
         experts = {name: self._recover_expert(events) for name, events in past.items()}
         coordinator = CentralCoordinator(self._aggregation)
         manifest = next(iter(experts.values())).manifest if experts else None
-        version = sum(map(len, past.values())) + self._statistics.moments_arrived()
-        coordinator.publish(Draft(self._aggregation, experts, manifest, version, moments=self._moments(experts)))
+        living = self._recover_gateway(manifest, past, folds) if manifest else None
+        version = sum(map(len, past.values())) + len(folds) + self._statistics.moments_arrived()
+        moments = self._moments(experts)
+        coordinator.publish(Draft(self._aggregation, experts, manifest, version, [], moments, living))
         return coordinator
+
+    def _recover_gateway(
+        self, manifest: Manifest, past: Mapping[str, list[Event]], folds: list[GatewayFolded]
+    ) -> LivingGateway | None:
+        """The gateway that experts go on from, if they do: its last fold's blob, and how far each expert is from it."""
+        living = self._aggregation.first_gateway(manifest)
+        if living is None:
+            return None
+        for fold in folds:
+            living = living.folded(fold)
+        if folds:
+            weights = self._gateway_weights(folds[-1].digest, manifest)
+            living = living.holding(Adapter(manifest.layout, manifest.alpha, weights))
+        for name, events in past.items():
+            chains = lineages(events)
+            newest = chains[max(chains)]
+            departure = Departure(start(newest), trained(events, Lineage.updates(newest)))
+            living = living.recovered(name, departure, counters(events))
+        return living
+
+    def _gateway_weights(self, digest: str, manifest: Manifest) -> FloatVector:
+        return decode(self._blobs.read(digest), manifest.layout).flat
+
+    def _check_mode(self, folds: list[GatewayFolded]) -> None:
+        """Merged anew, experts that went on from one gateway would count it once each."""
+        if folds and self._aggregation.merge_after is None:
+            raise RefusedError(
+                "start_mismatch",
+                f"the experts of this state directory went on from their gateway, last after fold {folds[-1].number}.",
+                "Start with --start-from gateway, or choose another --state-dir.",
+            )
 
     def _moments(self, experts: Iterable[str]) -> dict[str, ExpertMoments]:
         """Those the gateway is made with; nothing where it is made without."""
@@ -95,7 +152,7 @@ class History:
                 "or choose another --state-dir.",
             )
 
-    def _sweep(self, past: Mapping[str, Iterable[Event]]) -> None:
+    def _sweep(self, past: Mapping[str, Iterable[Event]], folds: Iterable[GatewayFolded]) -> None:
         """Remove what a crash left half done: unfinished uploads, blobs that never reached the journal."""
         if not past and next(self._blobs.digests(), None) is not None:
             # A registration is journalled before the first blob can arrive: this journal is not these blobs' own.
@@ -104,6 +161,7 @@ class History:
                 "Restore journal.sqlite from a backup, or choose another --state-dir."
             )
         referenced = {e.digest for events in past.values() for e in events if isinstance(e, UpdateAccepted)}
+        referenced |= {fold.digest for fold in folds}
         for name in past:
             referenced |= set(self._journal.snapshots(name).values())
         self._blobs.sweep(referenced | self._statistics.digests() | published_blobs(self._journal))
@@ -113,61 +171,91 @@ class History:
         version = max(chains)
         state = self._rebuild(registered, chains, chains[version])
         expert = ExpertModel(registered.expert, registered.manifest, version, state)
-        for event in events[-USUAL_WINDOW:]:
-            if isinstance(event, UpdateAccepted):
-                expert = expert.remember(event.landed_norm)
+        for update in [event for event in events if isinstance(event, UpdateAccepted)][-USUAL_WINDOW:]:
+            expert = expert.remember(update.landed_norm)
         return expert
 
     def at_version(self, expert: ExpertModel, version: int) -> Rebuilt:
         """The state the expert had at an earlier version."""
-        registered, chains = self._past(expert)
+        events, chains = self._past(expert)
+        registered = _registration(events)
         if version not in chains or version >= expert.version:
             raise RefusedError(
                 "unknown_version",
                 f"{expert.name} is at version {expert.version}; there is no earlier version {version}.",
                 f"Choose a version from 0 to {expert.version - 1}.",
             )
-        kept = set(map(_identity, Lineage.updates(chains[version]) or []))
-        removed = [u for u in Lineage.updates(chains[expert.version]) or [] if _identity(u) not in kept]
-        return Rebuilt(self._rebuild(registered, chains, chains[version]), len(removed))
+        left = start(chains[expert.version])
+        if left is not None and start(chains[version]) is not left:
+            raise RefusedError(
+                "folded",
+                f"what {expert.name} was at version {version} is part of the gateway since, and it went on from there "
+                f"as version {left.version}.",
+                f"A fold cannot be undone for one expert; choose version {left.version} or a later one.",
+            )
+        updates = Lineage.updates(chains[version])
+        kept = set(map(_identity, updates))
+        removed = [u for u in Lineage.updates(chains[expert.version]) if _identity(u) not in kept]
+        state = self._rebuild(registered, chains, chains[version])
+        return Rebuilt(state, len(removed), trained(events, updates))
 
     def without_worker(self, expert: ExpertModel, worker: str) -> Rebuilt:
         """The state the expert would have had the worker contributed nothing to its newest version."""
-        registered, chains = self._past(expert)
+        events, chains = self._past(expert)
         chain = without_worker(chains[expert.version], worker)
         removed = length(chains[expert.version]) - length(chain)
+        note = _left_in_the_gateway(events, chains[expert.version], worker)
         if removed == 0:
             raise RefusedError(
                 "nothing_to_retract",
                 f"version {expert.version} of {expert.name} holds no update of worker {worker!r}.",
-                "Check the worker's name with 'fedmoe experts'.",
+                note or "Check the worker's name with 'fedmoe experts'.",
             )
-        return Rebuilt(self._rebuild(registered, chains, chain), removed)
+        state = self._rebuild(_registration(events), chains, chain)
+        return Rebuilt(state, removed, trained(events, Lineage.updates(chain)), note)
 
-    def _past(self, expert: ExpertModel) -> tuple[ExpertRegistered, dict[int, Lineage | None]]:
+    def from_gateway(self, weights: FloatVector, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
+        """The state of an expert that goes on from a gateway with these updates, its server optimizer begun anew."""
+        return self._land(self._aggregation.rule.init(weights), updates, manifest)
+
+    def departed_from(self, expert: ExpertModel, departure: Departure) -> Adapter:
+        """Where the expert left the gateway, or began."""
+        if departure.left is not None:
+            weights = self._gateway_weights(departure.left.digest, expert.manifest)
+        else:
+            weights = self._beginning(_registration(self._journal.events(expert.name)), None).weights
+        return Adapter(expert.manifest.layout, expert.manifest.alpha, weights)
+
+    def _past(self, expert: ExpertModel) -> tuple[list[Event], dict[int, Lineage | None]]:
         events = list(self._journal.events(expert.name))
-        return _registration(events), lineages(events)
+        return events, lineages(events)
 
     def _rebuild(
         self, registered: ExpertRegistered, chains: Mapping[int, Lineage | None], wanted: Lineage | None
     ) -> RuleState:
-        """Fold `wanted` from the newest readable snapshot that is a beginning of it, or from version 0."""
+        """Fold `wanted` from the newest readable snapshot that is a beginning of it, or from where it starts."""
         snapshots = self._journal.snapshots(registered.expert)
-        while start := _start(snapshots, chains, wanted):
-            digest = snapshots.pop(start.version)
+        while found := _snapshot(snapshots, chains, wanted):
+            digest = snapshots.pop(found.version)
             try:
                 body = self._blobs.read(digest)
             except (MissingBlobError, CorruptBlobError) as error:
                 # A snapshot only saves time: what it holds is folded again from an older one.
-                _log.error("snapshot_lost", expert=registered.expert, version=start.version, reason=str(error))
+                _log.error("snapshot_lost", expert=registered.expert, version=found.version, reason=str(error))
                 continue
-            state = read_snapshot(body, length(chains[start.version]))
-            return self._fold(state, start.rest, registered.manifest)
-        rule = self._aggregation.rule
-        state = ExpertModel.initial(registered.expert, registered.manifest, registered.seed, rule).state
-        return self._fold(state, Lineage.updates(wanted) or [], registered.manifest)
+            state = read_snapshot(body, length(chains[found.version]))
+            return self._land(state, found.rest, registered.manifest)
+        state = self._beginning(registered, start(wanted))
+        return self._land(state, Lineage.updates(wanted), registered.manifest)
 
-    def _fold(self, state: RuleState, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
+    def _beginning(self, registered: ExpertRegistered, left: ExpertWentOn | None) -> RuleState:
+        """Where updates begin to land: the gateway the expert went on from, or its first weights."""
+        rule = self._aggregation.rule
+        if left is not None:
+            return rule.init(self._gateway_weights(left.digest, registered.manifest))
+        return ExpertModel.initial(registered.expert, registered.manifest, registered.seed, rule).state
+
+    def _land(self, state: RuleState, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
         for update in updates:
             try:
                 body = self._blobs.read(update.digest)
@@ -191,6 +279,16 @@ class History:
         if self._keep_updates is not None:
             self._prune(expert, self._keep_updates)
 
+    def prune_gateways(self, living: LivingGateway) -> None:
+        """Drop the gateways that no expert goes on from any more, unless all of the past is kept."""
+        if self._keep_updates is None:
+            return
+        needed = {living.number} | {departure.gateway for departure in living.departures.values()}
+        folds = [event for event in self._journal.events(GATEWAY) if isinstance(event, GatewayFolded)]
+        unneeded = {fold.digest for fold in folds} - {fold.digest for fold in folds if fold.number in needed}
+        for digest in unneeded - self._journal.named_elsewhere(GATEWAY, unneeded):
+            self._blobs.delete(digest)
+
     def _prune(self, expert: ExpertModel, keep_updates: int) -> None:
         """Drop what none of the last `keep_updates` changes needs to be undone."""
         name = expert.name
@@ -203,9 +301,9 @@ class History:
         # Rollbacks and retractions make new versions of old updates, so each version's own beginning is asked for.
         beginnings = {_until(chains[version], oldest) for version in range(oldest, expert.version + 1)}
         for beginning in beginnings:
-            start = _start(snapshots, chains, beginning)
-            bases |= {start.version} if start else set()
-            rest = start.rest if start else Lineage.updates(beginning) or []
+            found = _snapshot(snapshots, chains, beginning)
+            bases |= {found.version} if found else set()
+            rest = found.rest if found else Lineage.updates(beginning)
             needed |= {update.digest for update in rest}
         unneeded = {update.digest for update in updates}
         for version in snapshots.keys() - bases:
@@ -218,20 +316,24 @@ class History:
 
 
 @dataclass(frozen=True, slots=True)
-class _Start:
+class _Snapshot:
     """A snapshot to fold from, and the updates that follow it."""
 
     version: int
     rest: list[UpdateAccepted]
 
 
-def _start(snapshots: Mapping[int, str], chains: Mapping[int, Lineage | None], wanted: Lineage | None) -> _Start | None:
+def _snapshot(
+    snapshots: Mapping[int, str], chains: Mapping[int, Lineage | None], wanted: Lineage | None
+) -> _Snapshot | None:
     """The longest beginning of `wanted` that a snapshot holds."""
     held = {id(chains[version]): version for version in snapshots}
     rest: list[UpdateAccepted] = []
     while wanted is not None:
         if id(wanted) in held:
-            return _Start(held[id(wanted)], rest[::-1])
+            return _Snapshot(held[id(wanted)], rest[::-1])
+        if wanted.update is None:
+            return None
         rest.append(wanted.update)
         wanted = wanted.before
     return None
@@ -239,15 +341,24 @@ def _start(snapshots: Mapping[int, str], chains: Mapping[int, Lineage | None], w
 
 def _until(chain: Lineage | None, version: int) -> Lineage | None:
     """The beginning of a chain that only holds updates up to `version`."""
-    while chain is not None and chain.update.version > version:
+    while chain is not None and chain.update is not None and chain.update.version > version:
         chain = chain.before
     return chain
 
 
-def _registration(events: list[Event]) -> ExpertRegistered:
-    registered = events[0]
+def _registration(events: Iterable[Event]) -> ExpertRegistered:
+    registered = next(iter(events))
     assert isinstance(registered, ExpertRegistered), "an expert's first event is its registration"
     return registered
+
+
+def _left_in_the_gateway(events: Iterable[Event], newest: Lineage | None, worker: str) -> str:
+    """What of a worker's updates cannot be retracted, in words; nothing where all can."""
+    left = start(newest)
+    own = {_identity(e) for e in events if isinstance(e, UpdateAccepted) and e.worker == worker}
+    if left is None or own <= set(map(_identity, Lineage.updates(newest))):
+        return ""
+    return f"What {worker!r} gave before the expert went on as version {left.version} stays in the gateway."
 
 
 def _identity(update: UpdateAccepted) -> tuple[str, str, int]:

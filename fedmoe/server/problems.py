@@ -38,6 +38,8 @@ STATUS: dict[str, int] = {
     "too_stale": 409,
     "sequence_reused": 409,
     "base_mismatch": 409,
+    "start_mismatch": 409,
+    "folded": 409,
     "nothing_to_retract": 409,
     "history_pruned": 410,
     "too_large": 413,

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from fedmoe import __version__
 from fedmoe.errors import RefusedError
 from fedmoe.experts import ExpertModel
+from fedmoe.living import LivingGateway
 from fedmoe.lora.codec import WireDtype
 from fedmoe.server import problems
 from fedmoe.server.answers import (
@@ -34,12 +35,14 @@ from fedmoe.wire.messages import (
     DataStatisticsHeader,
     DataStatisticsRequest,
     DataStatisticsResult,
+    DepartureInfo,
     ExpertInfo,
     ExpertName,
     ExpertRequest,
     FederationInfo,
     GatewayInfo,
     Listing,
+    LivingInfo,
     RegisterRequest,
     RetractRequest,
     RevokeRequest,
@@ -259,4 +262,17 @@ def _gateway_info(service: CoordinatorService) -> GatewayInfo:
         notes=list(gateway.notes),
         scale=gateway.scale,
         gate=service.evaluation_gate.info() if service.evaluation_gate is not None else None,
+        living=_living_info(gateway.living) if gateway.living is not None else None,
+    )
+
+
+def _living_info(living: LivingGateway) -> LivingInfo:
+    return LivingInfo(
+        folds=living.number,
+        staleness=dict(living.last.staleness) if living.last else {},
+        seconds=living.last.seconds if living.last else 0.0,
+        departures={
+            name: DepartureInfo(gateway=found.gateway, version=found.version, steps=found.steps)
+            for name, found in sorted(living.departures.items())
+        },
     )

@@ -20,7 +20,7 @@ import structlog
 from fedmoe import __version__, failpoints
 from fedmoe.coordinator import CentralCoordinator, Draft, GatewayModel, Submission
 from fedmoe.errors import RefusedError
-from fedmoe.events import UpdateAccepted
+from fedmoe.events import GatewayFolded, UpdateAccepted
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.adapter import FloatVector, Layout
 from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
@@ -28,7 +28,8 @@ from fedmoe.lora.robust import first_not_finite
 from fedmoe.server.committer import Committer
 from fedmoe.server.data_statistics import KeptStatistics, most_bytes
 from fedmoe.server.evaluation_gate import EvaluationGate, GatePolicy
-from fedmoe.server.history import History
+from fedmoe.server.folding import Folding
+from fedmoe.server.history import History, Rebuilt
 from fedmoe.server.publication import Publications
 from fedmoe.server.receive import Expected, receive, settled
 from fedmoe.server.roster import Roster
@@ -93,6 +94,7 @@ class CoordinatorService:
         self._clock = clock
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
         self._committer = Committer(coordinator, journal, self._after_commit)
+        self._folding = Folding(coordinator, history, blobs, self._committer, clock)
         #: What decides which gateway goes out; None where every one does.
         self.evaluation_gate = (
             EvaluationGate(
@@ -108,6 +110,7 @@ class CoordinatorService:
 
     def start(self) -> None:
         self._committer.start()
+        self._folding.start()
         if self.evaluation_gate is not None:
             self.evaluation_gate.start()
 
@@ -115,6 +118,7 @@ class CoordinatorService:
         """Finish what was accepted, then stop the threads."""
         if self.evaluation_gate is not None:
             self.evaluation_gate.close()
+        self._folding.close()
         self._committer.close()
         self._pool.shutdown()
 
@@ -139,6 +143,8 @@ class CoordinatorService:
             manifest=ManifestMessage.of(manifest) if manifest else None,
             min_sync_interval=self._min_sync_interval,
             wire_dtypes=list(WIRE_DTYPES),
+            start_from=self.coordinator.aggregation.start_from,
+            merge_after=self.coordinator.aggregation.merge_after,
         )
 
     async def register(self, request: RegisterRequest) -> ExpertModel:
@@ -149,6 +155,7 @@ class CoordinatorService:
             raise RefusedError("lora_mismatch", f"the manifest contradicts itself: {error}.") from error
 
         def decide(draft: Draft) -> ExpertModel:
+            draft.aggregation.check_start(request.start_from)
             return draft.register(request.expert, request.worker, manifest, request.seed, self.now)
 
         expert = await self._decided(self._committer.submit(decide), ExpertModel)
@@ -283,8 +290,9 @@ class CoordinatorService:
 
         def decide(draft: Draft) -> ChangeResult:
             rebuilt = self._history.at_version(draft.expert(request.expert), request.to_version)
-            draft.roll_back(request.expert, request.to_version, rebuilt.state, request.reason, self.now)
-            return _change(draft, request.expert, rebuilt.removed)
+            named = (request.expert, request.to_version, rebuilt.state, request.reason, self.now)
+            draft.roll_back(*named, since=rebuilt.since)
+            return _change(draft, request.expert, rebuilt)
 
         return await self._changed("rolled_back", self._committer.submit(decide, alone=True))
 
@@ -293,8 +301,9 @@ class CoordinatorService:
 
         def decide(draft: Draft) -> ChangeResult:
             rebuilt = self._history.without_worker(draft.expert(request.expert), request.worker)
-            draft.retract(request.expert, request.worker, rebuilt.removed, rebuilt.state, request.reason, self.now)
-            return _change(draft, request.expert, rebuilt.removed)
+            named = (request.expert, request.worker, rebuilt.removed, rebuilt.state, request.reason, self.now)
+            draft.retract(*named, since=rebuilt.since)
+            return _change(draft, request.expert, rebuilt)
 
         return await self._changed("retracted", self._committer.submit(decide, alone=True))
 
@@ -326,8 +335,12 @@ class CoordinatorService:
 
     def _after_commit(self, draft: Draft) -> None:
         self.roster.observe(draft.events)
-        for name in {event.expert for event in draft.events}:
+        for name in {event.expert for event in draft.events if not isinstance(event, GatewayFolded)}:
             self._history.snapshot_if_due(self.coordinator.experts[name])
+        if draft.living is not None:
+            if any(isinstance(event, GatewayFolded) for event in draft.events):
+                self._history.prune_gateways(draft.living)
+            self._folding.wake()
 
 
 def _refuse_other_bytes(earlier: UpdateAccepted, submission: Submission) -> None:
@@ -387,12 +400,13 @@ def _result(event: UpdateAccepted, gateway_version: int, duplicate: bool) -> Upd
     )
 
 
-def _change(draft: Draft, name: str, removed: int) -> ChangeResult:
+def _change(draft: Draft, name: str, rebuilt: Rebuilt) -> ChangeResult:
     expert = draft.experts[name]
     return ChangeResult(
         expert=name,
         version=expert.version,
         gateway_version=draft.gateway_version,
-        removed=removed,
+        removed=rebuilt.removed,
         digest=expert.digest,
+        note=rebuilt.note,
     )

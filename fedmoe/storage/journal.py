@@ -18,21 +18,13 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError, IntegrityError
 from sqlalchemy.pool import StaticPool
 
-from fedmoe.events import Event, ExpertRegistered, ExpertRolledBack, UpdateAccepted, WorkerRetracted
-from fedmoe.manifest import Manifest
+from fedmoe.events import Event, UpdateAccepted
 from fedmoe.storage.blobs import StorageFailedError
+from fedmoe.storage.event_rows import event_of, row_of
 from fedmoe.storage.sqlite import journal_problem, set_pragmas, unusable
 from fedmoe.storage.verdicts import VERDICTS, Verdict, newest_verdicts
 
 SCHEMA_VERSION = 1
-_KINDS: dict[str, type[Event]] = {
-    "register": ExpertRegistered,
-    "update": UpdateAccepted,
-    "rollback": ExpertRolledBack,
-    "retract": WorkerRetracted,
-}
-_NAMES = {kind: name for name, kind in _KINDS.items()}
-
 _tables = sa.MetaData()
 _meta = sa.Table("meta", _tables, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text))
 _events = sa.Table(
@@ -231,7 +223,7 @@ class SqlJournal:
         self._connection.commit()
 
     def append(self, events: Sequence[Event]) -> None:
-        rows = [_row(event) for event in events]
+        rows = [row_of(event) for event in events]
         if not rows:
             return
         try:
@@ -265,7 +257,7 @@ class SqlJournal:
         if expert is not None:
             query = query.where(_events.c.expert == expert, _events.c.version > after_version)
         for row in self._read(query):
-            yield _event(row["kind"], row["payload"])
+            yield event_of(row["kind"], row["payload"])
 
     def count(self) -> int:
         query = sa.select(sa.func.count().label("events")).select_from(_events)
@@ -276,7 +268,7 @@ class SqlJournal:
             _events.c.worker == worker, _events.c.epoch == epoch, _events.c.sequence == sequence
         )
         for row in self._read(query):
-            event = _event("update", row["payload"])
+            event = event_of("update", row["payload"])
             assert isinstance(event, UpdateAccepted)
             return event
         return None
@@ -353,27 +345,3 @@ class SqlJournal:
         with self._lock:
             self._connection.close()
             self._engine.dispose()
-
-
-def _row(event: Event) -> dict[str, object]:
-    payload = asdict(event)
-    if isinstance(event, ExpertRegistered):
-        payload["manifest"] = event.manifest.to_json()
-    update = event if isinstance(event, UpdateAccepted) else None
-    return {
-        "kind": _NAMES[type(event)],
-        "expert": event.expert,
-        "version": 0 if isinstance(event, ExpertRegistered) else event.version,
-        "worker": update.worker if update else None,
-        "epoch": update.epoch if update else None,
-        "sequence": update.sequence if update else None,
-        "digest": update.digest if update else None,
-        "payload": json.dumps(payload, allow_nan=False),
-    }
-
-
-def _event(kind: str, payload: str) -> Event:
-    values = json.loads(payload)
-    if kind == "register":
-        values["manifest"] = Manifest.from_json(values["manifest"])
-    return _KINDS[kind](**values)

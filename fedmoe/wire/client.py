@@ -39,6 +39,7 @@ from fedmoe.wire.messages import (
     Listing,
     ManifestMessage,
     RegisterRequest,
+    StartFrom,
     StatisticRequest,
     StatisticsKind,
     TokenAnswer,
@@ -185,9 +186,18 @@ class CoordinatorClient:
         """The gateway without its weights."""
         return parsed(self._get("/get_gateway_info"), GatewayInfo)
 
-    def register(self, expert: str, worker: str, manifest: Manifest, seed: int | None = None) -> ExpertInfo:
-        """Make the expert, or confirm that it is there with this manifest."""
-        message = RegisterRequest(expert=expert, worker=worker, manifest=ManifestMessage.of(manifest), seed=seed)
+    def register(
+        self,
+        expert: str,
+        worker: str,
+        manifest: Manifest,
+        seed: int | None = None,
+        start_from: StartFrom | None = None,
+    ) -> ExpertInfo:
+        """Make the expert, or confirm that it is there with this manifest, and starts from where it should."""
+        message = RegisterRequest(
+            expert=expert, worker=worker, manifest=ManifestMessage.of(manifest), seed=seed, start_from=start_from
+        )
         return parsed(self._post("/register_expert", message), ExpertInfo)
 
     def pull_expert(self, expert: str, etag: str | None = None, dtype: WireDtype = "fp32") -> PulledExpert | None:

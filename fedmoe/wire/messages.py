@@ -28,6 +28,8 @@ WorkerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-
 EpochName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]{1,32}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 StatisticsKind = Literal["prompts", "moments"]
+#: Where experts start: each from first weights of its own, or from the gateway, and from its next version again.
+StartFrom = Literal["initial", "gateway"]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -98,12 +100,16 @@ class ManifestMessage(Message):
 
 
 class RegisterRequest(Message):
-    """A worker's wish that an expert exist; `seed` fixes its first A, by default it follows from the name."""
+    """A worker's wish that an expert exist; `seed` fixes its first A, by default it follows from the name.
+
+    `start_from` is what the worker counts on, refused if experts here start otherwise; null counts on none.
+    """
 
     expert: ExpertName
     worker: WorkerName
     manifest: ManifestMessage
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    start_from: StartFrom | None = None
 
 
 class ExpertRequest(Message):
@@ -176,6 +182,26 @@ class GateInfo(Message):
     evaluators: list[str]
 
 
+class DepartureInfo(Message):
+    """Where an expert left the gateway: after which fold, as which version, and the steps trained since."""
+
+    gateway: int
+    version: int
+    steps: int
+
+
+class LivingInfo(Message):
+    """A gateway that experts go on from: its folds so far, what the last one took, and how far each expert is from it.
+
+    `staleness` is how many folds behind each expert of the last fold was, `seconds` what computing it took.
+    """
+
+    folds: int
+    staleness: dict[str, int]
+    seconds: float
+    departures: dict[str, DepartureInfo]
+
+
 class GatewayInfo(Message):
     """The gateway: what it is made of and what a rank cut lost.
 
@@ -198,6 +224,7 @@ class GatewayInfo(Message):
     notes: list[str] = []
     scale: float = 1.0
     gate: GateInfo | None = None
+    living: LivingInfo | None = None
 
 
 class Listing(Message):
@@ -209,12 +236,17 @@ class Listing(Message):
 
 
 class FederationInfo(Message):
-    """What a worker must know before it loads a model; `manifest` is null until the first expert is registered."""
+    """What a worker must know before it loads a model; `manifest` is null until the first expert is registered.
+
+    Where experts start from the gateway, each goes on from its next version after `merge_after` steps.
+    """
 
     fedmoe: str
     manifest: ManifestMessage | None
     min_sync_interval: float
     wire_dtypes: list[str]
+    start_from: StartFrom = "initial"
+    merge_after: int | None = None
 
 
 class DataStatisticsHeader(Message):
@@ -268,13 +300,14 @@ class RetractRequest(Message):
 
 
 class ChangeResult(Message):
-    """An expert after a rollback or a retraction."""
+    """An expert after a rollback or a retraction; `note` says what could not be taken back."""
 
     expert: ExpertName
     version: int
     gateway_version: int
     removed: int
     digest: Sha256
+    note: str = ""
 
 
 class TokenRequest(Message):

@@ -123,7 +123,12 @@ def _build(
     expert = QwenLoRAExpert(base, _lora(config), _training(config), group)
     sampler = BlockSampler(blocks, config.seed, group.rank, group.world_size)
     settings = SyncSettings(
-        config.worker_id, config.specialty, config.sync_interval, config.max_unsynced, config.wire_dtype
+        config.worker_id,
+        config.specialty,
+        config.sync_interval,
+        config.max_unsynced,
+        config.wire_dtype,
+        config.start_from,
     )
     worker = QwenWorker(expert, sampler)
     on_registered = disclosure.start if disclosure is not None else lambda: None

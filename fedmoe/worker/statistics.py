@@ -2,11 +2,12 @@
 
 What is disclosed: of the prompts, in two halves, how many samples there were, the mean of their features on the base
 model, and of their covariance the 64 main directions and the diagonal of what is left (at most 66 d numbers a half); of
-the inputs of the adapted modules how many tokens, and, each input weighted by the squared gradient of the loss, the mean
-of their squares and a random sketch of their second moment ((q + 1) n numbers a module, q = 64). No text, no token and no single prompt's features: every number is taken over at least
-half of `LEAST_PROMPTS` samples. That is no anonymity: the numbers tell what the data are about, whoever has a guess of
-a text can test whether it was likely among so few, and no noise is added. All of it is made on the public base model
-from a bounded sample, so it is made once and does not follow the training.
+the inputs of the adapted modules how many tokens, and, each input weighted by the squared gradient of the loss, the
+mean of their squares and a random sketch of their second moment ((q + 1) n numbers a module, q = 64). No text, no token
+and no single prompt's features: every number is taken over at least half of `LEAST_PROMPTS` samples. That is no
+anonymity: the numbers tell what the data are about, whoever has a guess of a text can test whether it was likely among
+so few, and no noise is added. All of it is made on the public base model from a bounded sample, so it is made once and
+does not follow the training.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from command import Outcome
 from live import LiveServer, listening, open_house
 from structlog.testing import capture_logs
-from support import make_push
+from support import make_body, make_push
 
 from fedmoe.coordinator import Aggregation
 from fedmoe.lora.adapter import Adapter
@@ -58,6 +59,25 @@ def test_info_says_where_the_gateway_is_not_the_one_asked_for(tmp_path: Path, fe
             said = fedmoe("gateway", "info", "--coordinator-url", running.url).out
     assert "gateway version 1, scaled of docs v0" in said
     assert "note: regmean was asked for; without input moments of docs it became scaled" in said
+
+
+def test_info_tells_the_folds_of_a_gateway_that_lives(tmp_path: Path, fedmoe: Run) -> None:
+    (tmp_path / "house").mkdir()
+    with capture_logs(), open_house(tmp_path / "house", Aggregation(merge_after=2)) as house:
+        house.register("docs", "sql")
+        with listening(house.app) as running:
+            before = fedmoe("gateway", "info", "--coordinator-url", running.url).out
+            asyncio.run(house.service.push(*make_push(make_body(1), 0, 0, expert="docs", steps=3)))
+            deadline = time.monotonic() + 20
+            while " 1 folds" not in (said := fedmoe("gateway", "info", "--coordinator-url", running.url).out):
+                assert time.monotonic() < deadline, said
+    assert "gateway version 2, living of no expert yet" in before
+    assert "  0 folds\n" in before
+    assert "gateway version 4, living of docs v1 (weight 1)" in said
+    assert "1 folds, the last of docs (staleness 0) in 0." in said
+    assert "docs left after fold 1 as v2, 0 steps since" in said
+    assert "sql left after fold 0 as v0, 0 steps since" in said
+    assert "note: without input moments of docs the deltas were added as they are, scaled" in said
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support import LAYOUT, MANIFEST, make_adapter, make_flat, make_submission
 
-from fedmoe.coordinator import Aggregation, CentralCoordinator, GatewayModel, check_manifest, seed_of
+from fedmoe.coordinator import Aggregation, CentralCoordinator, GatewayModel, seed_of
 from fedmoe.errors import RefusedError
 from fedmoe.events import ExpertRegistered, UpdateAccepted
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
 from fedmoe.lora.codec import digest
 from fedmoe.lora.update_rules import RULES
-from fedmoe.manifest import Manifest
+from fedmoe.manifest import Manifest, check_manifest
 
 Dense = dict[str, NDArray[np.float64]]
 

@@ -29,7 +29,7 @@ def retracted(worker: str, version: int) -> WorkerRetracted:
 
 
 def numbers(chain: Lineage | None) -> list[int]:
-    return [update.version for update in Lineage.updates(chain) or []]
+    return [update.version for update in Lineage.updates(chain)]
 
 
 @st.composite
@@ -74,27 +74,13 @@ def test_a_lineage_holds_the_updates_its_version_is_made_of_in_order(events: lis
 
 
 @settings(deadline=None)
-@given(histories(), st.data())
-def test_the_updates_after_another_version_complete_it_or_there_are_none(
-    events: list[Event], data: st.DataObject
-) -> None:
-    chains = lineages(events)
-    one, other = (data.draw(st.sampled_from(sorted(chains))) for _ in range(2))
-    rest = Lineage.updates(chains[one], after=chains[other])
-    if rest is not None:
-        assert naive(events)[other] + rest == naive(events)[one]
-    elif all(isinstance(event, UpdateAccepted) for event in events[1:]):
-        assert other > one
-
-
-@settings(deadline=None)
 @given(histories(), st.sampled_from(WORKERS))
 def test_without_a_worker_the_others_stay_in_order_and_the_beginning_is_shared(
     events: list[Event], worker: str
 ) -> None:
     chain = lineages(events)[max(lineages(events))]
     kept = without_worker(chain, worker)
-    updates = Lineage.updates(chain) or []
+    updates = Lineage.updates(chain)
     assert Lineage.updates(kept) == [update for update in updates if update.worker != worker]
     if worker not in {update.worker for update in updates}:
         assert kept is chain
@@ -128,6 +114,6 @@ def test_a_hundred_thousand_updates_are_no_deep_recursion() -> None:
     events: list[Event] = [registered(), *(accepted(v, WORKERS[v % 2], digest="d") for v in range(1, 100_001))]
     chains = lineages([*events, retracted("w1", 100_001)])
     assert length(chains[100_001]) == 50_000
-    assert Lineage.updates(chains[100_000], after=chains[99_990]) == events[-10:]
+    assert Lineage.updates(chains[100_000])[-10:] == events[-10:]
     del chains
     gc.collect()

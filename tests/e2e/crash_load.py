@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 import threading
 import time
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from support import EPOCH, LAYOUT, MANIFEST, make_body, make_flat, sha256
+from support import EPOCH, LAYOUT, MANIFEST, CoordinatorProcess, make_body, make_flat, sha256
 
 from fedmoe.coordinator import seed_of
 from fedmoe.events import ExpertRegistered, UpdateAccepted
@@ -19,6 +20,8 @@ from fedmoe.lora.initial import initial_adapter
 from fedmoe.storage.journal import SqlJournal
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.messages import UpdateHeader, UpdateResult
+
+EXPERTS = ["python", "sql"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,32 @@ class Pusher:
             except CoordinatorUnavailableError:
                 time.sleep(0.01)
         raise AssertionError(f"{self.worker} could not deliver update {sequence}")
+
+
+def register(url: str, *names: str) -> None:
+    with CoordinatorClient(url) as client:
+        for name in names:
+            client.register(name, "w0", MANIFEST)
+
+
+def kill_under_load(coordinator: CoordinatorProcess, kills: int, seed: int) -> list[Acknowledged]:
+    """Four clients push while the process is killed at random moments; ends with it running and nobody waiting."""
+    moments = random.Random(seed)
+    coordinator.start()
+    register(coordinator.url, *EXPERTS)
+    stop = threading.Event()
+    pushers = [Pusher(coordinator.url, f"w{n}", EXPERTS[n % 2], n, stop) for n in range(4)]
+    try:
+        for _ in range(kills):
+            time.sleep(moments.uniform(0.05, 0.5))
+            coordinator.kill()
+            coordinator.start()
+    finally:
+        stop.set()
+        for pusher in pushers:
+            pusher.thread.join()
+    assert [pusher.problem for pusher in pushers] == [None] * len(pushers)
+    return [one for pusher in pushers for one in pusher.acknowledged]
 
 
 def read_journal(state_dir: Path) -> list[ExpertRegistered | UpdateAccepted]:

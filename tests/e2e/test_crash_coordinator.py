@@ -2,52 +2,33 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from crash_load import Acknowledged, Pusher, blob_files, check_history, fold, named_blobs, pull, read_journal
+from crash_load import (
+    EXPERTS,
+    Acknowledged,
+    blob_files,
+    check_history,
+    fold,
+    kill_under_load,
+    named_blobs,
+    pull,
+    read_journal,
+    register,
+)
 from support import EPOCH, MANIFEST, CoordinatorProcess, make_body, sha256
 
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.messages import UpdateHeader, UpdateResult
 
 Start = Callable[..., CoordinatorProcess]
-EXPERTS = ["python", "sql"]
-
-
-def register(url: str, *names: str) -> None:
-    with CoordinatorClient(url) as client:
-        for name in names:
-            client.register(name, "w0", MANIFEST)
-
-
-def kill_under_load(coordinator: CoordinatorProcess, kills: int, seed: int) -> list[Acknowledged]:
-    """Four clients push while the process is killed at random moments; ends with it running and nobody waiting."""
-    moments = random.Random(seed)
-    coordinator.start()
-    register(coordinator.url, *EXPERTS)
-    stop = threading.Event()
-    pushers = [Pusher(coordinator.url, f"w{n}", EXPERTS[n % 2], n, stop) for n in range(4)]
-    try:
-        for _ in range(kills):
-            time.sleep(moments.uniform(0.05, 0.5))
-            coordinator.kill()
-            coordinator.start()
-    finally:
-        stop.set()
-        for pusher in pushers:
-            pusher.thread.join()
-    assert [pusher.problem for pusher in pushers] == [None] * len(pushers)
-    return [one for pusher in pushers for one in pusher.acknowledged]
 
 
 def check_all(coordinator: CoordinatorProcess, told: list[Acknowledged], keep_updates: int | None) -> None:

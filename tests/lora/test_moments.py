@@ -15,6 +15,8 @@ from fedmoe.lora.moments import Gram, InputMoments, ModuleMoments, merge_moments
 
 Matrix = NDArray[np.float64]
 
+KIND = "fedmoe-weighted-input-moments"
+
 
 def gram_of(inputs: Matrix) -> Matrix:
     product: Matrix = inputs.T @ inputs / len(inputs)
@@ -182,11 +184,15 @@ def test_moments_come_back_from_bytes() -> None:
     [
         (None, MismatchError, "not a file of input moments"),
         ({"format": "pt"}, MismatchError, "not a file of input moments"),
-        ({"format": "fedmoe-weighted-input-moments", "tokens": "5"}, MalformedError, "whole numbers"),
-        ({"format": "fedmoe-weighted-input-moments", "tokens": "5.5", "seed": "0"}, MalformedError, "whole numbers"),
-        ({"format": "fedmoe-weighted-input-moments", "tokens": "9" * 5000, "seed": "0"}, MalformedError, "whole numbers"),
-        ({"format": "fedmoe-weighted-input-moments", "tokens": "²", "seed": "0"}, MalformedError, "whole numbers"),
-        ({"format": "fedmoe-weighted-input-moments", "tokens": "0", "seed": "0"}, ValueError, "tokens >= 1"),
+        ({"format": KIND, "tokens": "5"}, MalformedError, "whole numbers"),
+        ({"format": KIND, "tokens": "5.5", "seed": "0"}, MalformedError, "whole numbers"),
+        (
+            {"format": KIND, "tokens": "9" * 5000, "seed": "0"},
+            MalformedError,
+            "whole numbers",
+        ),
+        ({"format": KIND, "tokens": "²", "seed": "0"}, MalformedError, "whole numbers"),
+        ({"format": KIND, "tokens": "0", "seed": "0"}, ValueError, "tokens >= 1"),
     ],
 )
 def test_bytes_of_something_else_are_refused(

@@ -30,28 +30,40 @@ class House:
     aggregation: Aggregation
     keep_updates: int | None
     service: CoordinatorService
+    folds_by_itself: bool = True
 
     @classmethod
     def open(
-        cls, aggregation: Aggregation | None = None, keep_updates: int | None = None, blobs: BlobStore | None = None
+        cls,
+        aggregation: Aggregation | None = None,
+        keep_updates: int | None = None,
+        blobs: BlobStore | None = None,
+        folds_by_itself: bool = True,
     ) -> House:
         journal, store, chosen = SqlJournal(None), blobs or MemoryBlobStore(), aggregation or Aggregation()
-        return cls(journal, store, chosen, keep_updates, open_service(journal, store, chosen, keep_updates))
+        service = open_service(journal, store, chosen, keep_updates, folds_by_itself)
+        return cls(journal, store, chosen, keep_updates, service, folds_by_itself)
 
     def crash(self) -> None:
         """Drop everything that is in memory and recover."""
         self.service.close()
-        self.service = open_service(self.journal, self.blobs, self.aggregation, self.keep_updates)
+        self.service = open_service(self.journal, self.blobs, self.aggregation, self.keep_updates, self.folds_by_itself)
 
     def register(self, name: str = "python", seed: int | None = None) -> None:
         request = RegisterRequest(expert=name, worker="w1", manifest=ManifestMessage.of(MANIFEST), seed=seed)
         asyncio.run(self.service.register(request))
 
     def push(
-        self, data: bytes, sequence: int, worker: str = "w1", expert: str = "python", behind: int = 0
+        self,
+        data: bytes,
+        sequence: int,
+        worker: str = "w1",
+        expert: str = "python",
+        behind: int = 0,
+        steps: int | None = None,
     ) -> UpdateResult:
         base = max(0, self.service.coordinator.expert(expert).version - behind)
-        return asyncio.run(self.service.push(*make_push(data, base, sequence, worker, expert)))
+        return asyncio.run(self.service.push(*make_push(data, base, sequence, worker, expert, steps)))
 
     def train(self, workers: Sequence[str], expert: str = "python") -> None:
         """One update from each worker named, with content that follows from the version it is made from."""

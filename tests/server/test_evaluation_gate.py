@@ -464,9 +464,9 @@ def test_the_gate_tries_regmean_once_every_expert_has_told_of_its_inputs(tmp_pat
         for expert in ("python", "sql"):
             assert send(client, "moments", body_of("moments", 1), expert=expert)[0] == 200
         names = [candidate["name"] for candidate in open_set(client, "python")["candidates"]]  # type: ignore[attr-defined]
-        assert names[-3:] == ["regmean x1", "regmean x1.2", "regmean x1.4"]
-        judge_all(client, best="regmean x1.2")
+        assert names[-3:] == ["regmean x1.1", "regmean x1.3", "regmean x1.5"]
+        judge_all(client, best="regmean x1.3")
         info = client.get("/get_gateway_info").json()
-        assert (info["strategy"], info["scale"], sorted(info["statistics"])) == ("regmean", 1.2, ["python", "sql"])
+        assert (info["strategy"], info["scale"], sorted(info["statistics"])) == ("regmean", 1.3, ["python", "sql"])
     with open_house(tmp_path, replace(GATED, strategy="sum")) as house:
         assert house.service.gateway().statistics == MappingProxyType(info["statistics"])

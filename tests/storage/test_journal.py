@@ -10,8 +10,9 @@ import pytest
 from support import accepted, registered
 
 from fedmoe.errors import RefusedError
-from fedmoe.events import Event, ExpertRolledBack, WorkerRetracted
+from fedmoe.events import Event, ExpertRolledBack, ExpertWentOn, GatewayFolded, WorkerRetracted
 from fedmoe.storage.blobs import StorageFailedError
+from fedmoe.storage.event_rows import GATEWAY
 from fedmoe.storage.journal import DataStatistic, DuplicateEventError, Journal, SqlJournal, Statistic, TokenRecord
 
 EVENTS: list[Event] = [
@@ -23,6 +24,10 @@ EVENTS: list[Event] = [
     ExpertRolledBack("python", 1, 3, 'told to: "x" \N{SNOWMAN}', 1.5),
     WorkerRetracted("python", "w1", 1, 4, "", 2.5),
 ]
+
+
+FOLD = GatewayFolded(1, 9, "a" * 64, {"python": 4}, {"python": 0}, {"python": 1.0}, 0.1 + 0.2, 0.5, ("one", "two"), 3.5)
+WENT_ON = ExpertWentOn("python", 1, "a" * 64, 2, 5, 3.5)
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -90,6 +95,17 @@ def test_an_update_is_found_by_its_identity(journal: Journal) -> None:
     assert journal.find_update("w2", "e1", 2**53) == EVENTS[4]
     assert journal.find_update("w2", "e1", 7) is None
     assert journal.find_update("w2", "e2", 2**53) is None
+
+
+def test_a_fold_and_the_experts_that_go_on_come_back_as_they_were_and_only_once(journal: Journal) -> None:
+    journal.append([*EVENTS, FOLD, WENT_ON])
+    assert list(journal.events()) == [*EVENTS, FOLD, WENT_ON]
+    assert list(journal.events("python"))[-1] == WENT_ON
+    assert list(journal.events(GATEWAY)) == [FOLD]
+    assert journal.named_elsewhere("python", {FOLD.digest, "b" * 64}) == {FOLD.digest}
+    for again in (FOLD, replace(FOLD, version=20), WENT_ON, replace(WENT_ON, gateway=2)):
+        with pytest.raises(DuplicateEventError):
+            journal.append([again])
 
 
 @pytest.mark.parametrize(

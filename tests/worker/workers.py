@@ -29,7 +29,7 @@ from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert, TrainingConfig
 from fedmoe.qwen_worker import QwenWorker, StepRecord
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import PROBLEM
+from fedmoe.wire.messages import PROBLEM, StartFrom
 from fedmoe.worker.outbox import Outbox
 
 EXPERT = "python"
@@ -152,11 +152,12 @@ class StepClock:
         return self.now
 
 
-def blocks(seed: int = 0, count: int = 24) -> list[Block]:
-    """Sequences that count up byte by byte: something a model can learn."""
+def blocks(seed: int = 0, count: int = 24, step: int = 1) -> list[Block]:
+    """Sequences that count up byte by byte, or by `step`: something a model can learn."""
     random = np.random.default_rng(seed)
     starts = random.integers(0, 200, count)
-    return pack([TokenizedSample(ids, ids) for ids in (np.arange(s, s + 20) % 256 for s in starts)], 32, 0)
+    counted = (np.arange(s, s + 20 * step, step) % 256 for s in starts)
+    return pack([TokenizedSample(ids, ids) for ids in counted], 32, 0)
 
 
 def tiny_base() -> LoadedBase:
@@ -178,18 +179,21 @@ class Setup:
     data: list[Block] = field(default_factory=blocks)
     rank: int = 4
     clock: StepClock | None = field(default_factory=StepClock)
+    expert: str = EXPERT
+    start_from: StartFrom | None = None
+    on_registered: Callable[[], None] = lambda: None
     after_step: Callable[[DistributedWorker, StepRecord], None] = lambda worker, record: None
     _closing: list[Callable[[], None]] = field(default_factory=list)
 
     def build(self) -> DistributedWorker:
         """A worker; `close` when it is done with."""
         training = TrainingConfig(learning_rate=5e-3, max_steps=self.steps, warmup_steps=2)
-        expert = QwenLoRAExpert(tiny_base(), LoraConfig(self.rank, 8, seed=seed_of(EXPERT) % 2**63), training)
+        expert = QwenLoRAExpert(tiny_base(), LoraConfig(self.rank, 8, seed=seed_of(self.expert) % 2**63), training)
         sampler = BlockSampler(self.data, seed=1)
         clocks = {"clock": self.clock} if self.clock else {}
-        settings = SyncSettings(self.name, EXPERT, self.every, self.max_unsynced, self.wire)
+        settings = SyncSettings(self.name, self.expert, self.every, self.max_unsynced, self.wire, self.start_from)
         client = CoordinatorClient(self.url, transport=self.road, attempts=1)
-        outbox = Outbox(self.state_dir, self.name, EXPERT)
+        outbox = Outbox(self.state_dir, self.name, self.expert)
 
         def on_step(record: StepRecord) -> None:
             if self.clock:
@@ -197,7 +201,14 @@ class Setup:
             self.after_step(worker, record)
 
         worker = DistributedWorker(
-            QwenWorker(expert, sampler, **clocks), client, settings, self.state_dir, outbox, on_step, **clocks
+            QwenWorker(expert, sampler, **clocks),
+            client,
+            settings,
+            self.state_dir,
+            outbox,
+            on_step,
+            self.on_registered,
+            **clocks,
         )
         self._closing = [outbox.close, client.close]
         self.last = worker

@@ -1,0 +1,203 @@
+"""A draft: changes of a federation being worked out, before they are journalled and published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fedmoe.aggregation import Aggregation, ExpertMoments
+from fedmoe.errors import RefusedError
+from fedmoe.events import (
+    Event,
+    ExpertRegistered,
+    ExpertRolledBack,
+    ExpertWentOn,
+    GatewayFolded,
+    UpdateAccepted,
+    WorkerRetracted,
+)
+from fedmoe.experts import GATEWAY_SEED, ExpertModel, expert_named, seed_of
+from fedmoe.living import LivingGateway, Trained
+from fedmoe.lora.adapter import Adapter, FloatVector
+from fedmoe.lora.robust import clip_factor
+from fedmoe.lora.update_rules import RuleState
+from fedmoe.manifest import Manifest, check_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """An update as it arrives: who sent it, as which of their updates, from which version it was made, its L2 norm."""
+
+    expert: str
+    worker: str
+    epoch: str
+    sequence: int
+    base_version: int
+    digest: str
+    info: dict[str, float] = field(default_factory=dict)
+    norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DraftMark:
+    """A point in a draft to go back to."""
+
+    experts: dict[str, ExpertModel]
+    manifest: Manifest | None
+    gateway_version: int
+    events: int
+    moments: dict[str, ExpertMoments]
+    living: LivingGateway | None
+
+
+@dataclass
+class Draft:
+    """Changes under way: sees what is published plus what it has decided so far."""
+
+    aggregation: Aggregation
+    experts: dict[str, ExpertModel]
+    manifest: Manifest | None
+    gateway_version: int
+    events: list[Event] = field(default_factory=list)
+    moments: dict[str, ExpertMoments] = field(default_factory=dict)
+    living: LivingGateway | None = None
+
+    def mark(self) -> DraftMark:
+        """The point reached so far."""
+        experts, moments = dict(self.experts), dict(self.moments)
+        return DraftMark(experts, self.manifest, self.gateway_version, len(self.events), moments, self.living)
+
+    def restore(self, mark: DraftMark) -> None:
+        """Forget everything since `mark`."""
+        self.experts, self.manifest, self.gateway_version = dict(mark.experts), mark.manifest, mark.gateway_version
+        del self.events[mark.events :]
+        self.moments, self.living = dict(mark.moments), mark.living
+
+    def expert(self, name: str) -> ExpertModel:
+        """The expert, or a refusal that lists which there are."""
+        return expert_named(self.experts, name)
+
+    def register(self, name: str, worker: str, manifest: Manifest, seed: int | None, at: float) -> ExpertModel:
+        """The expert of this name, made now if it is new; a manifest unlike the federation's is refused."""
+        if self.manifest is not None:
+            check_manifest(self.manifest, manifest)
+        if name in self.experts:
+            return self.experts[name]
+        if self.aggregation.merge_after is not None:
+            self._register_from_gateway(name, worker, manifest, seed, at)
+        else:
+            chosen = seed if seed is not None else seed_of(name)
+            self.apply(ExpertRegistered(name, worker, manifest, chosen, at))
+        return self.experts[name]
+
+    def _register_from_gateway(self, name: str, worker: str, manifest: Manifest, seed: int | None, at: float) -> None:
+        if seed is not None:
+            raise RefusedError(
+                "start_mismatch",
+                f"experts of this federation start from its gateway; got a seed for the first weights of {name}.",
+                "Register it without a seed.",
+            )
+        self.apply(ExpertRegistered(name, worker, manifest, GATEWAY_SEED, at))
+        assert self.living is not None, "there is a gateway once there is a manifest"
+        if self.living.last is not None:
+            start = self.aggregation.rule.init(self.living.adapter.flat)
+            event = ExpertWentOn(name, self.living.number, self.living.last.digest, 0, 1, at)
+            self.apply(event, rebuilt=start)
+
+    def learn_moments(self, name: str, moments: ExpertMoments | None) -> None:
+        """New moments of an expert's inputs; None where the gateway is made without, and its version rises the same."""
+        if moments is not None:
+            self.moments[name] = moments
+        self.gateway_version += 1
+
+    def judge(self, submission: Submission, at: float) -> UpdateAccepted:
+        """What accepting this update would mean; refuses future and too stale base versions."""
+        expert = self.expert(submission.expert)
+        staleness = expert.staleness(submission.base_version)
+        limit = self.aggregation.max_staleness
+        if limit is not None and staleness > limit:
+            raise RefusedError(
+                "too_stale",
+                f"the update is {staleness} versions behind {expert.name} version {expert.version}; "
+                f"at most {limit} are accepted.",
+                "Pull the newest version, rebase the local weights onto it and push again.",
+                newest_version=expert.version,
+                staleness=staleness,
+            )
+        clip, info = self._clip(expert, submission.norm), submission.info
+        if submission.norm is not None:
+            info = info | {"norm": submission.norm} | ({"clip": clip} if clip < 1 else {})
+        return UpdateAccepted(
+            submission.expert,
+            submission.worker,
+            submission.epoch,
+            submission.sequence,
+            submission.base_version,
+            submission.digest,
+            staleness,
+            clip * self.aggregation.coefficient(staleness),
+            expert.version + 1,
+            at,
+            info,
+        )
+
+    def _clip(self, expert: ExpertModel, norm: float | None) -> float:
+        if self.aggregation.clip_norm is None or norm is None:
+            return 1.0
+        return clip_factor(norm, expert.norms, self.aggregation.clip_norm)
+
+    def roll_back(
+        self, name: str, to_version: int, state: RuleState, reason: str, at: float, since: tuple[Trained, ...] = ()
+    ) -> ExpertRolledBack:
+        """The expert's next version gets `state`, rebuilt by the caller from version `to_version`; see `apply`."""
+        expert = self.expert(name)
+        event = ExpertRolledBack(name, to_version, expert.version + 1, reason, at)
+        self.apply(event, rebuilt=state, since=since)
+        return event
+
+    def retract(
+        self,
+        name: str,
+        worker: str,
+        removed: int,
+        state: RuleState,
+        reason: str,
+        at: float,
+        since: tuple[Trained, ...] = (),
+    ) -> WorkerRetracted:
+        """The expert's next version gets `state`, rebuilt by the caller without the worker's updates; see `apply`."""
+        expert = self.expert(name)
+        event = WorkerRetracted(name, worker, removed, expert.version + 1, reason, at)
+        self.apply(event, rebuilt=state, since=since)
+        return event
+
+    def apply(
+        self,
+        event: Event,
+        delta: FloatVector | None = None,
+        rebuilt: RuleState | None = None,
+        gateway: Adapter | None = None,
+        since: tuple[Trained, ...] = (),
+    ) -> None:
+        """Apply one event: an update needs its delta, a fold the new gateway, any other change the rebuilt state.
+
+        `since` is what an expert with a rebuilt state is made of from where it left the gateway, if experts do.
+        """
+        rule = self.aggregation.rule
+        match event:
+            case ExpertRegistered():
+                if self.manifest is None:
+                    self.manifest, self.living = event.manifest, self.aggregation.first_gateway(event.manifest)
+                self.experts[event.expert] = ExpertModel.initial(event.expert, event.manifest, event.seed, rule)
+            case UpdateAccepted():
+                assert delta is not None, "an accepted update is applied with its delta"
+                landed = self.experts[event.expert].land(delta, event.coefficient, rule)
+                self.experts[event.expert] = landed.remember(event.landed_norm)
+            case ExpertRolledBack() | WorkerRetracted() | ExpertWentOn():
+                assert rebuilt is not None, "such a change is applied with the rebuilt state"
+                self.experts[event.expert] = self.experts[event.expert].become(rebuilt)
+            case GatewayFolded():
+                pass
+        if self.living is not None:
+            self.living = self.living.after(event, gateway, since)
+        self.gateway_version += 1
+        self.events.append(event)

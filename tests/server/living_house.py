@@ -1,0 +1,64 @@
+"""A house whose gateway lives, and what tests ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from crash_house import House
+from test_data_statistics import moments as input_moments
+
+from fedmoe.coordinator import Aggregation, Draft, ExpertMoments, GatewayModel
+from fedmoe.events import GatewayFolded
+from fedmoe.living import LivingGateway
+from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.algebra import product_norm, stack
+
+LIVING = Aggregation(merge_after=3)
+
+
+def open_living(aggregation: Aggregation = LIVING, **options: object) -> House:
+    opened = House.open(aggregation, folds_by_itself=False, **options)  # type: ignore[arg-type]
+    opened.register("python")
+    opened.register("sql")
+    return opened
+
+
+def living(house: House) -> LivingGateway:
+    found = house.service.coordinator.draft().living
+    assert found is not None
+    return found
+
+
+def gateway(house: House) -> GatewayModel:
+    return house.service.gateway()
+
+
+def moments(seed: int) -> ExpertMoments:
+    return ExpertMoments(input_moments(seed), str(seed))
+
+
+def folds(house: House) -> list[GatewayFolded]:
+    return [event for event in house.journal.events() if isinstance(event, GatewayFolded)]
+
+
+def difference(left: Adapter, right: Adapter) -> float:
+    """The norm of the difference of two products, relative to the left one's."""
+    return product_norm(stack([(1.0, left), (-1.0, right)])) / product_norm(left)
+
+
+def interrupted_fold(house: House, meanwhile: Callable[[], object]) -> None:
+    """A fold during which something happens between the computing and the decision."""
+    folding = house.service._folding
+    plan = folding._plan()
+    assert plan is not None
+    folded = folding._compute(plan)
+    meanwhile()
+    folding._publish(plan, folded, 0.5)
+
+
+def learn(house: House, **told: ExpertMoments) -> None:
+    def decide(draft: Draft) -> None:
+        for name, found in told.items():
+            draft.learn_moments(name, found)
+
+    house.service._committer.submit(decide).result(10)

@@ -1,0 +1,229 @@
+"""A gateway that lives: who trained enough is folded into it and goes on from it, and a crash changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from crash_house import House, assert_same_state
+from living_house import LIVING, difference, folds, gateway, interrupted_fold, learn, living, moments, open_living
+from support import fold, make_body, make_flat
+
+from fedmoe.coordinator import Aggregation
+from fedmoe.errors import RefusedError
+from fedmoe.events import ExpertWentOn
+from fedmoe.lora.algebra import product_norm
+from fedmoe.lora.living import Departed
+from fedmoe.lora.living import fold as fold_with_moments
+from fedmoe.lora.living_sum import fold_sum
+from fedmoe.server.folding import FoldOvertakenError
+from fedmoe.wire.messages import RetractRequest
+
+
+@pytest.fixture
+def house() -> Iterator[House]:
+    """Folds when told to; two experts."""
+    with_two = open_living()
+    yield with_two
+    with_two.service.close()
+
+
+def test_all_experts_start_from_one_first_gateway_that_does_nothing(house: House) -> None:
+    np.testing.assert_array_equal(house.expert("python").state.weights, house.expert("sql").state.weights)
+    assert gateway(house).sources == {}
+    assert product_norm(gateway(house).adapter) == 0
+
+
+def test_one_expert_alone_is_the_gateway_and_goes_on_from_itself() -> None:
+    house = House.open(LIVING, folds_by_itself=False)
+    house.register()
+    house.train(["w1"] * 3)
+    trained = house.expert().adapter
+    assert fold(house.service) == 1
+    assert difference(trained, gateway(house).adapter) < 1e-5
+    assert house.expert().version == 4
+    np.testing.assert_array_equal(house.expert().state.weights, gateway(house).adapter.flat)
+    house.service.close()
+
+
+def test_who_is_ready_is_folded_and_nobody_waits(house: House) -> None:
+    house.train(["w1"] * 3, "python")
+    house.train(["w2"] * 2, "sql")
+    before = house.expert("sql").state
+    assert fold(house.service) == 1
+    assert house.expert("sql").state is before
+    assert gateway(house).sources == {"python": 3}
+    house.train(["w2"], "sql")
+    assert fold(house.service) == 2
+    assert [event.staleness for event in folds(house)] == [{"python": 0}, {"sql": 1}]
+    assert folds(house)[1].weights == {"sql": pytest.approx(2**-0.5)}
+    assert gateway(house).sources == {"python": 3, "sql": 3}
+    np.testing.assert_array_equal(house.expert("sql").state.weights, gateway(house).adapter.flat)
+
+
+def test_a_crash_gives_the_same_gateway_experts_and_distances(house: House) -> None:
+    for _ in range(3):
+        house.train(["w1", "w2"], "python")
+        house.train(["w3"], "sql")
+        fold(house.service)
+    house.train(["w1"], "python")
+    before, seen = gateway(house), living(house)
+    house.same_after_a_crash("python")
+    house.same_after_a_crash("sql")
+    after = gateway(house)
+    assert (after.version, after.digest, after.sources, after.weights) == (
+        before.version,
+        before.digest,
+        before.sources,
+        before.weights,
+    )
+    assert living(house).departures == seen.departures
+    assert living(house).told == seen.told
+    assert house.service.coordinator.gateway_version == house.journal.count()
+
+
+def test_what_lands_while_a_fold_is_computed_lands_on_the_gateway_once_more(house: House) -> None:
+    house.train(["w1"] * 3)
+    interrupted_fold(house, lambda: house.train(["w1", "w2"]))
+    assert gateway(house).sources == {"python": 3}
+    assert house.expert().version == 6
+    expected = gateway(house).adapter.flat
+    for version in (3, 4):  # the seed of an update of `train` is the version it was made from
+        expected = expected + make_flat(version)
+    np.testing.assert_array_equal(house.expert().state.weights, expected)
+    assert living(house).departures["python"].steps == 2
+    house.same_after_a_crash()
+
+
+@pytest.mark.parametrize("change", ["rollback", "retract"])
+def test_a_fold_of_an_expert_that_was_changed_meanwhile_is_dropped_and_done_anew(house: House, change: str) -> None:
+    house.train(["w1", "w2", "w1", "w1", "w1"])
+    with pytest.raises(FoldOvertakenError, match="by more than updates"):
+        interrupted_fold(house, lambda: house.roll_back(4) if change == "rollback" else house.retract("w2"))
+    assert (living(house).number, gateway(house).sources) == (0, {})
+    changed = house.expert().adapter
+    assert fold(house.service) == 1
+    assert difference(changed, gateway(house).adapter) < 1e-5
+    house.same_after_a_crash()
+
+
+def test_a_rollback_to_the_folded_version_and_on_is_no_obstacle(house: House) -> None:
+    """The version that was folded is again what the expert is made of: nothing that was folded was taken back."""
+    house.train(["w1"] * 3)
+
+    def there_and_back() -> None:
+        house.train(["w1"])
+        house.roll_back(3)
+
+    interrupted_fold(house, there_and_back)
+    np.testing.assert_array_equal(house.expert().state.weights, gateway(house).adapter.flat)
+    house.same_after_a_crash()
+
+
+def test_an_expert_cannot_be_rolled_back_behind_a_fold_only_to_where_it_went_on(house: House) -> None:
+    house.train(["w1"] * 3)
+    fold(house.service)
+    house.train(["w1"] * 2)
+    with pytest.raises(RefusedError, match="choose version 4 or a later one") as refused:
+        house.roll_back(3)
+    assert refused.value.code == "folded"
+    assert house.roll_back(4) == 2
+    np.testing.assert_array_equal(house.expert().state.weights, gateway(house).adapter.flat)
+    assert living(house).departures["python"].steps == 0
+    house.same_after_a_crash()
+
+
+def test_retracting_a_worker_says_what_stays_in_the_gateway(house: House) -> None:
+    house.train(["w1", "w2", "w1"])
+    fold(house.service)
+    house.train(["w2", "w1", "w3"])
+    request = RetractRequest(expert="python", worker="w2")
+    result = asyncio.run(house.service.retract(request))
+    assert (result.removed, result.note) == (
+        1,
+        "What 'w2' gave before the expert went on as version 4 stays in the gateway.",
+    )
+    assert living(house).departures["python"].steps == 2
+    house.same_after_a_crash()
+    with pytest.raises(RefusedError, match="stays in the gateway") as refused:
+        house.retract("w2")
+    assert refused.value.code == "nothing_to_retract"
+    assert asyncio.run(house.service.retract(RetractRequest(expert="python", worker="w3"))).note == ""
+
+
+def test_steps_are_counted_as_the_workers_tell_them(house: House) -> None:
+    for sequence, (worker, steps) in enumerate([("w1", 2), ("w2", 700), ("w1", 2), ("w2", 1)]):
+        house.push(make_body(sequence), sequence, worker, steps=steps)
+    # w2 tells 700 at first, then starts anew with 1.
+    assert living(house).departures["python"].steps == 2 + 700 + 0 + 1
+    house.roll_back(1)
+    assert living(house).departures["python"].steps == 2
+    house.crash()
+    assert living(house).departures["python"].steps == 2
+    house.push(make_body(9), 9, "w1", steps=3)
+    assert living(house).departures["python"].steps == 3
+
+
+@pytest.mark.parametrize("optimizer", ["nesterov", "adam"])
+def test_a_server_optimizer_begins_anew_on_the_gateway(optimizer: str) -> None:
+    house = open_living(Aggregation(server_optimizer=optimizer, merge_after=3))
+    house.train(["w1"] * 3)
+    interrupted_fold(house, lambda: house.train(["w1"]))
+    rule = house.aggregation.rule
+    assert_same_state(house.expert().state, rule.update(rule.init(gateway(house).adapter.flat), make_flat(3), 1.0))
+    house.same_after_a_crash()
+    house.service.close()
+
+
+def test_what_waits_in_a_buffer_is_not_lost_by_a_fold() -> None:
+    """Of three updates two have landed and one waits; that one, and what comes meanwhile, wait again."""
+    house = open_living(Aggregation(buffer_size=2, merge_after=3))
+    house.train(["w1"] * 3)
+    landed = house.expert().adapter
+    interrupted_fold(house, lambda: house.push(make_body(50), 50))
+    assert folds(house)[0].sources == {"python": 3}
+    assert [e.again for e in house.journal.events("python") if isinstance(e, ExpertWentOn)] == [2]
+    assert difference(landed, gateway(house).adapter) < 1e-5
+    rule = house.aggregation.rule
+    expected = rule.init(gateway(house).adapter.flat)
+    for flat in (make_flat(2), make_flat(50)):
+        expected = rule.update(expected, flat, 1.0)
+    assert_same_state(house.expert().state, expected)
+    house.same_after_a_crash()
+    house.service.close()
+
+
+def test_an_expert_whose_buffer_was_never_full_has_nothing_to_fold() -> None:
+    house = open_living(Aggregation(buffer_size=8, merge_after=3))
+    house.train(["w1"] * 7)
+    assert fold(house.service) == 0
+    house.train(["w1"])
+    assert fold(house.service) == 1
+    assert fold(house.service) == 1
+    house.service.close()
+
+
+def test_without_all_input_moments_the_sum_is_taken_and_said(house: House) -> None:
+    house.train(["w1"] * 3, "python")
+    house.train(["w2"] * 3, "sql")
+    learn(house, python=moments(1))
+    first = living(house).adapter
+    starts = {name: Departed(first, house.expert(name).adapter) for name in ("python", "sql")}
+    fold(house.service)
+    np.testing.assert_array_equal(gateway(house).adapter.flat, fold_sum(first, starts, several=True).adapter.flat)
+    assert gateway(house).notes == ("without input moments of sql the deltas were added as they are, scaled",)
+    assert house.service.coordinator.gateway().strategy == "living"
+
+
+def test_with_all_input_moments_they_decide(house: House) -> None:
+    house.train(["w1"] * 3, "python")
+    house.train(["w2"] * 1, "sql")
+    learn(house, python=moments(1), sql=moments(2))
+    first = living(house).adapter
+    ready = {"python": Departed(first, house.expert("python").adapter)}
+    fold(house.service)
+    expected = fold_with_moments(first, ready, {"python": moments(1).moments, "sql": moments(2).moments})
+    np.testing.assert_array_equal(gateway(house).adapter.flat, expected.adapter.flat)
+    assert gateway(house).notes == ()
