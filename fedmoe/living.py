@@ -25,7 +25,6 @@ from fedmoe.lora.living import Departed, Folded, fold
 from fedmoe.lora.living_sum import fold_sum
 from fedmoe.lora.moments import InputMoments
 
-
 # What others fold meanwhile does not spoil a delta, since folds are linear: with three workers of speeds 1, 2 and 4,
 # decay from the first fold on cost a tenth of the gain. So an expert may be this many times slower than the others.
 _LAPS = 4
@@ -208,8 +207,8 @@ def plan_fold(
 ) -> FoldPlan | None:
     """A fold of all experts that trained `merge_after` steps or more since they left; None while there is none.
 
-    `weight` gives what a delta counts by its staleness, the folds beyond `_LAPS` of every expert; of fewer updates than `least_updates`, the size of the
-    buffer, none has landed yet. An expert shares the gateway once it trains.
+    `weight` gives what a delta counts by its staleness, the folds beyond `_LAPS` of every expert. Of fewer updates than
+    `least_updates`, the size of the buffer, none has landed yet. An expert shares the gateway once it trains.
     """
     departures = gateway.departures
     ready = [
