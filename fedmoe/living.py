@@ -25,10 +25,6 @@ from fedmoe.lora.living import Departed, Folded, fold
 from fedmoe.lora.living_sum import fold_sum
 from fedmoe.lora.moments import InputMoments
 
-# What others fold meanwhile does not spoil a delta, since folds are linear: with three workers of speeds 1, 2 and 4,
-# decay from the first fold on cost a tenth of the gain. So an expert may be this many times slower than the others.
-_LAPS = 4
-
 
 @dataclass(frozen=True, slots=True)
 class Trained:
@@ -207,8 +203,8 @@ def plan_fold(
 ) -> FoldPlan | None:
     """A fold of all experts that trained `merge_after` steps or more since they left; None while there is none.
 
-    `weight` gives what a delta counts by its staleness, the folds beyond `_LAPS` of every expert. Of fewer updates than
-    `least_updates`, the size of the buffer, none has landed yet. An expert shares the gateway once it trains.
+    `weight` gives what a delta counts by its staleness in folds; of fewer updates than `least_updates`, the size of the
+    buffer, none has landed yet. An expert shares the gateway once it trains.
     """
     departures = gateway.departures
     ready = [
@@ -226,7 +222,7 @@ def plan_fold(
         gateway,
         {name: experts[name] for name in ready},
         staleness,
-        {name: weight(max(0, tau - _LAPS * len(departures))) for name, tau in staleness.items()},
+        {name: weight(tau) for name, tau in staleness.items()},
         None if missing else {name: moments[name] for name in sorted(moments.keys() & departures.keys())},
         len(sharing) > 1,
         (note,) if missing else (),

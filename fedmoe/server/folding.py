@@ -113,7 +113,7 @@ class Folding:
         if view.living is None or aggregation.merge_after is None:
             return None
         moments = {name: found.moments for name, found in view.moments.items()}
-        weight = STALENESS[aggregation.staleness]
+        weight = STALENESS[aggregation.fold_staleness]
         return plan_fold(
             view.living, view.experts, moments, aggregation.merge_after, weight, least_updates=aggregation.buffer_size
         )

@@ -122,18 +122,7 @@ def test_staleness_is_the_folds_since_an_expert_left() -> None:
     plan = plan_fold(living(draft), draft.experts, {}, 5, polynomial)
     assert plan is not None
     assert plan.staleness == {"docs": 1, "python": 3}
-    assert plan.weights == {"docs": 1.0, "python": 1.0}
-
-
-def test_what_is_many_laps_behind_counts_less() -> None:
-    draft = drafted(docs=5, python=5)
-    for number in range(1, 13):
-        event = GatewayFolded(number, number, "0" * 64, {"docs": number}, {}, {"docs": 1.0}, 0.0, 0.0, (), 0.0)
-        draft.apply(event, gateway=living(draft).adapter)
-    plan = plan_fold(living(draft), draft.experts, {}, 5, polynomial)
-    assert plan is not None
-    assert plan.staleness["python"] == 12
-    assert plan.weights["python"] == polynomial(12 - 4 * 2)
+    assert plan.weights == {"docs": 2**-0.5, "python": 0.5}
 
 
 def test_the_first_gateway_does_nothing_and_its_version_follows_the_federation() -> None:

@@ -13,7 +13,7 @@ from fedmoe.living import LivingGateway
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.algebra import product_norm, stack
 
-LIVING = Aggregation(merge_after=3)
+LIVING = Aggregation(merge_after=3, fold_staleness="polynomial")
 
 
 def open_living(aggregation: Aggregation = LIVING, **options: object) -> House:

@@ -58,9 +58,21 @@ def test_who_is_ready_is_folded_and_nobody_waits(house: House) -> None:
     house.train(["w2"], "sql")
     assert fold(house.service) == 2
     assert [event.staleness for event in folds(house)] == [{"python": 0}, {"sql": 1}]
-    assert folds(house)[1].weights == {"sql": 1.0}
+    assert folds(house)[1].weights == {"sql": pytest.approx(2**-0.5)}
     assert gateway(house).sources == {"python": 3, "sql": 3}
     np.testing.assert_array_equal(house.expert("sql").state.weights, gateway(house).adapter.flat)
+
+
+def test_a_stale_expert_counts_in_full_unless_told_otherwise() -> None:
+    house = open_living(Aggregation(merge_after=3))
+    for name in ("python", "sql"):
+        house.train(["w1"] * 3, name)
+        fold(house.service)
+    assert [(event.staleness, event.weights) for event in folds(house)] == [
+        ({"python": 0}, {"python": 1.0}),
+        ({"sql": 1}, {"sql": 1.0}),
+    ]
+    house.service.close()
 
 
 def test_a_crash_gives_the_same_gateway_experts_and_distances(house: House) -> None:

@@ -130,7 +130,12 @@ class FoldingMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        aggregation = Aggregation(server_optimizer=self.optimizer, buffer_size=self.buffer, merge_after=MERGE_AFTER)
+        aggregation = Aggregation(
+            server_optimizer=self.optimizer,
+            buffer_size=self.buffer,
+            merge_after=MERGE_AFTER,
+            fold_staleness="polynomial",
+        )
         self.house = House.open(aggregation, self.keep, folds_by_itself=False)
         first = initial_adapter(LAYOUT, MANIFEST.alpha, GATEWAY_SEED).flat
         self.model = Model(buffered(RULES[self.optimizer], self.buffer), self.buffer, first)
