@@ -21,8 +21,8 @@ class Aggregation:
 
     `max_staleness` None accepts any age; `clip_norm` scales an update down to so many times the usual norm, None never.
     With `merge_after` experts go on from the gateway, each once it has trained so many steps; None merges it anew each
-    time, and experts never take from it. With `evaluation_gate` the gateway is what held-out losses let
-    through, no view of the newest experts.
+    time, and experts never take from it. `fold_staleness` is the decay by the folds since an expert left. With
+    `evaluation_gate` the gateway is what held-out losses let through, no view of the newest experts.
     """
 
     server_learning_rate: float = 1.0
@@ -35,11 +35,13 @@ class Aggregation:
     strategy: str = "weighted_average"
     gateway_rank: int | None = None
     merge_after: int | None = None
+    fold_staleness: str = "constant"
     evaluation_gate: bool = False
 
     def __post_init__(self) -> None:
         for value, known, name in (
             (self.staleness, STALENESS, "staleness"),
+            (self.fold_staleness, STALENESS, "fold_staleness"),
             (self.server_optimizer, RULES, "server_optimizer"),
             (self.strategy, STRATEGIES | STRATEGIES_WITH_MOMENTS, "strategy"),
         ):

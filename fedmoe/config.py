@@ -81,7 +81,8 @@ class CoordinatorConfig(_ProcessConfig):
     gate_tolerance: Ratio = 0.01
     gate_seconds: Annotated[float, Field(ge=1, le=86_400, allow_inf_nan=False)] = 300.0
     start_from: StartFrom = "initial"
-    merge_after: Annotated[int, Field(ge=1, le=1_000_000)] = 20
+    merge_after: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    fold_staleness: str = "constant"
     server_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
     server_optimizer: str = "sgd"
     buffer_size: Annotated[int, Field(ge=1, le=1024)] = 1
@@ -98,13 +99,14 @@ class CoordinatorConfig(_ProcessConfig):
     tls_cert: str | None = None
     tls_key: str | None = None
 
-    @field_validator("strategy", "server_optimizer", "staleness")
+    @field_validator("strategy", "server_optimizer", "staleness", "fold_staleness")
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
         tables: dict[str, Mapping[str, object]] = {
             "strategy": STRATEGIES | STRATEGIES_WITH_MOMENTS,
             "server_optimizer": RULES,
             "staleness": STALENESS,
+            "fold_staleness": STALENESS,
         }
         known = tables[info.field_name or ""]
         if value not in known:
@@ -138,8 +140,11 @@ class CoordinatorConfig(_ProcessConfig):
                 "with --start-from gateway the gateway is folded at the experts' rank; "
                 "drop --strategy and --gateway-rank"
             )
-        if self.start_from == "initial" and "merge_after" in given:
-            raise ValueError("--merge-after is for experts that go on from the gateway; add --start-from gateway")
+        if self.start_from == "initial" and given & {"merge_after", "fold_staleness"}:
+            raise ValueError(
+                "--merge-after and --fold-staleness are for experts that go on from the gateway; "
+                "add --start-from gateway"
+            )
         return self
 
     @model_validator(mode="after")

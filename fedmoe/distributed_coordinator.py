@@ -57,6 +57,7 @@ class DistributedCoordinator:
             config.strategy,
             config.gateway_rank,
             config.merge_after if config.start_from == "gateway" else None,
+            config.fold_staleness,
             config.evaluation_gate,
         )
         journal, blobs = self._state.journal, self._state.blobs

@@ -71,7 +71,9 @@ def test_parameters_out_of_range_are_errors_that_name_the_range(parameters: dict
         ({"start_from": "gateway", "enable_gateway": False}, "drop --no-enable-gateway"),
         ({"start_from": "gateway", "strategy": "sum"}, "drop --strategy"),
         ({"start_from": "gateway", "gateway_rank": 8}, "drop --strategy and --gateway-rank"),
+        ({"start_from": "gateway", "fold_staleness": "linear"}, "choose one of constant"),
         ({"merge_after": 10}, "add --start-from gateway"),
+        ({"fold_staleness": "hinge"}, "add --start-from gateway"),
     ],
 )
 def test_a_gateway_that_lives_excludes_what_is_for_one_that_is_merged(parameters: dict[str, object], word: str) -> None:

@@ -38,7 +38,10 @@ def coordinator(
         str | None, typer.Option(help="Experts start from: initial (default), or gateway, again after every merge.")
     ] = None,
     merge_after: Annotated[
-        int | None, typer.Option(help="Steps before an expert is merged and goes on from the gateway. [default: 20]")
+        int | None, typer.Option(help="Steps before an expert is merged and goes on from the gateway. [default: 10]")
+    ] = None,
+    fold_staleness: Annotated[
+        str | None, typer.Option(help="Decay of what is merged so, by merges since it left. [default: constant, none]")
     ] = None,
     server_learning_rate: Annotated[float | None, typer.Option(help="lr of expert += lr * s(tau) * delta.")] = None,
     server_optimizer: Annotated[str | None, typer.Option(help="sgd (default), nesterov or adam.")] = None,
