@@ -110,10 +110,18 @@ class KeptStatistics:
 
     def tag(self, expert: str, kind: StatisticsKind) -> str:
         """Names what `merged` gives, without reading it; raises `RefusedError` where there is nothing."""
-        parts = {found.worker: found.digest for found in self._of(expert, kind)}
-        if not parts:
+        tags = self.tags(kind)
+        if expert not in tags:
             raise _nothing(expert, kind)
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return tags[expert]
+
+    def tags(self, kind: StatisticsKind) -> dict[str, str]:
+        """The `tag` of every expert that has statistics of a kind."""
+        parts: dict[str, dict[str, str]] = {}
+        for found in newest(self._journal.data_statistics()):
+            if found.kind == kind:
+                parts.setdefault(found.expert, {})[found.worker] = found.digest
+        return {expert: hashlib.sha256(json.dumps(mine).encode()).hexdigest() for expert, mine in parts.items()}
 
     def merged(self, expert: str, kind: StatisticsKind) -> bytes:
         """The statistics of all workers of an expert as one; raises `RefusedError` where there is nothing."""
