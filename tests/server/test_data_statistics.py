@@ -163,7 +163,7 @@ BAD = {
     "a negative square": ("moments", tampered("layers.0.q.diagonal", [-1] * 6), 422, "statistics_mismatch"),
     "absurd numbers": ("moments", tampered("layers.0.q.diagonal", [1e30] * 6), 422, "statistics_mismatch"),
     "a number for a matrix": ("prompts", scalar_spread(), 422, "statistics_mismatch"),
-    "too many bytes": ("prompts", bytes((8 << 20) + 1), 413, "too_large"),
+    "too many bytes": ("prompts", bytes((32 << 20) + 1), 413, "too_large"),
     "moments beyond their cap": ("moments", bytes(2 << 20), 413, "too_large"),
 }
 

@@ -11,7 +11,8 @@ from fedmoe.gateway.prompt_statistics import PromptStatistics
 from fedmoe.gateway.route import Router, SequenceRouter
 from fedmoe.lora.codec import CodecError
 from fedmoe.models.base import LoadedBase
-from fedmoe.models.prompt_features import prompt_features
+from fedmoe.models.chat_frame import ChatFrame
+from fedmoe.models.prompt_features import features_width, prompt_features
 from fedmoe.wire.client import CoordinatorUnavailableError
 
 _log = structlog.get_logger("fedmoe.serve")
@@ -26,7 +27,8 @@ class PromptRouter:
 
     def __init__(self, base: LoadedBase, router: Router | None = None) -> None:
         self._base = base
-        self._width = int(base.model.config.get_text_config().hidden_size)
+        self._width = features_width(base)
+        self._frame = ChatFrame.of(base.tokenizer)
         self._router = router
         self._known: dict[str, tuple[str, PromptStatistics]] = {}
 
@@ -38,7 +40,9 @@ class PromptRouter:
     def route(self, prompt: Sequence[int]) -> str | None:
         """The name of an expert, or None for the gateway where no expert is likely enough."""
         router = self._router
-        return router.route(prompt_features(self._base, [prompt])).names[0] if router is not None else None
+        if router is None:
+            return None
+        return router.route(prompt_features(self._base, [self._frame.removed(prompt)])).names[0]
 
     def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:
         """Route from now on by the statistics named in `listed`, expert -> tag; returns who is left out, and why.
