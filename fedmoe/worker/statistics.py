@@ -1,12 +1,13 @@
 """What a worker tells of its data, besides updates, so that experts merge and route well.
 
 What is disclosed: of the prompts, in two halves, how many samples there were, the mean of their features on the base
-model (hidden states after four numbers of layers, d numbers in all), and of their covariance the 64 main directions and
-the diagonal of what is left (at most 66 d numbers a half); of the inputs of the adapted modules how many tokens, the mean of their squares and a random sketch of their second moment
-((q + 1) n numbers a module). No text, no token and no single prompt's features: every number is taken over at least
-half of `LEAST_PROMPTS` samples. That is no anonymity: the numbers tell what the data are about, whoever has a guess of
-a text can test whether it was likely among so few, and no noise is added. All of it is made on the public base model
-from a bounded sample, so it is made once and does not follow the training.
+model (hidden states after up to four numbers of layers, d numbers in all), and of their covariance the 64 main
+directions and the diagonal of what is left (at most 66 d numbers a half); of the inputs of the adapted modules how many
+tokens, the mean of their squares and a random sketch of their second moment ((q + 1) n numbers a module). No text, no
+token and no single prompt's features: every number is taken over at least half of `LEAST_PROMPTS` samples. That is no
+anonymity: the numbers tell what the data are about, whoever has a guess of a text can test whether it was likely among
+so few, and no noise is added. All of it is made on the public base model from a bounded sample, so it is made once and
+does not follow the training.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def _samples(blocks: Sequence[Block]) -> Iterator[tuple[IntArray, IntArray]]:
 
 
 def _prompts(ids: IntArray, labels: IntArray, frame: ChatFrame) -> tuple[Sequence[int], tuple[int, ...]]:
-    """A sample's tokens and how many of the first are a prompt, rising; no number for a sample too short to have one."""
+    """A sample's tokens, and how many of the first are a prompt, rising; no number for a sample that is too short."""
     learned = np.flatnonzero(labels != MASKED)
     # The first token never carries loss, so in running text the second is the first that does.
     asked = int(learned[0]) if learned.size else len(labels)
