@@ -3,9 +3,9 @@
     fedmoe data build               # the demonstration's three domains
     python benchmarks/bench_routing.py [--data data/demo] [--train 500] [--test 200] [--base smollm2]
 
-No expert is trained: routing needs the base model's features only. Each domain gives up to `--train` texts, of which the
-statistics of one worker are made as it makes them (their first 8 to 128 tokens, at most 64,000 tokens of a domain), and
-up to `--test` texts of other files, routed by their first 8 to 256 tokens, or all there are. Two more domains
+No expert is trained: routing needs the base model's features only. Each domain gives up to `--train` texts, of which
+the statistics of one worker are made as it makes them (their first 8 to 128 tokens, at most 64,000 tokens of a domain),
+and up to `--test` texts of other files, routed by their first 8 to 256 tokens, or all there are. Two more domains
 (`prompt_domains.RESERVED`), which no decision was based on, are added to the twelve.
 
 Routers: `sequence` is the gateway's; `sequence, few texts` has statistics of 96 texts; `linear`, softmax regression,

@@ -1,7 +1,7 @@
 """Domains to route between: the demonstration's three, and nine cut from packages that are installed for the tests.
 
-Nothing is downloaded for the nine. Two more, `RESERVED`, were used for no decision: they are there for the report only. Some are close on purpose: library code, stubs, tests and Cython; C, C++ and CUDA;
-manuals, package descriptions and doctests.
+Nothing is downloaded for the nine. Some are close on purpose: library code, stubs, tests and Cython; C, C++ and CUDA;
+manuals, package descriptions and doctests. Two more, `RESERVED`, were used for no decision, only to report.
 """
 
 from __future__ import annotations
