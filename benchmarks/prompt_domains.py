@@ -1,7 +1,7 @@
 """Domains to route between: the demonstration's three, and nine cut from packages that are installed for the tests.
 
 Nothing is downloaded for the nine. Some are close on purpose: library code, stubs, tests and Cython; C, C++ and CUDA;
-manuals, package descriptions and doctests.
+manuals, package descriptions and doctests. Two more, `RESERVED`, were used for no decision, only to report.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import sysconfig
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from fedmoe.datasets.chunks import prose_chunks
-from fedmoe.datasets.domains import DOMAINS, TEST, TRAIN, split_chunks
-from fedmoe.datasets.sources import Document
+from fedmoe.datasets.domains import DOMAINS, RECIPES, TEST, TRAIN, Recipe, build_domains, split_chunks
+from fedmoe.datasets.sources import Document, Package
 
 Item = TypeVar("Item")
 
@@ -51,9 +51,23 @@ INSTALLED: dict[str, Callable[[str], bool]] = {
 NAMES = (*DOMAINS, *INSTALLED)
 
 
+def _of_django(accepts: Callable[[PurePosixPath], bool]) -> Recipe:
+    source = RECIPES["docs"].source
+    assert isinstance(source, Package)
+    return Recipe(replace(source, accepts=accepts), prose_chunks)
+
+
+#: Other files of the archive that `docs` is from.
+RESERVED: dict[str, Recipe] = {
+    "javascript": _of_django(lambda path: path.suffix == ".js" and ".min" not in path.suffixes),
+    "templates": _of_django(lambda path: path.suffix == ".html"),
+}
+
+
 def load_domains(built: Path, names: Sequence[str], train: int, test: int) -> list[PromptDomain]:
     """The named domains with at most so many texts; `built` is where `fedmoe data` wrote the first three."""
-    return [_built(built / name, train, test) if name in DOMAINS else _installed(name, train, test) for name in names]
+    build_domains(built, [name for name in names if name in RESERVED], recipes=RESERVED)
+    return [_installed(name, train, test) if name in INSTALLED else _built(built / name, train, test) for name in names]
 
 
 def _built(folder: Path, train: int, test: int) -> PromptDomain:

@@ -226,6 +226,8 @@ LAYERS: dict[str, set[str]] = {
             "errors",
             "files",
             "gateway",
+            "gateway.prompt_statistics",
+            "gateway.route",
             "logs",
             "lora",
             "models",

@@ -9,6 +9,7 @@ from typing import Annotated, TextIO
 import typer
 
 from fedmoe.cli.experts import show_listing
+from fedmoe.cli.gateway_audit import audit
 from fedmoe.cli.gateway_evaluate import evaluate
 from fedmoe.cli.gateway_export import GATEWAY, export, pull
 from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
@@ -74,6 +75,7 @@ def _save(api: CoordinatorClient, file: Path, out: TextIO) -> None:
     print(f"saved gateway version {pulled.version} ({pulled.digest[:12]}) to {file}", file=out)
 
 
+app.command()(audit)
 app.command()(export)
 app.command()(evaluate)
 app.command()(serve)

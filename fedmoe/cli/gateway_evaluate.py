@@ -12,14 +12,21 @@ import typer
 from fedmoe.cli.gateway_export import GATEWAY, base_of, pull
 from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
 from fedmoe.cli.output import CommandError, show_json, show_table
+from fedmoe.errors import RefusedError
 from fedmoe.files import write_atomic
+from fedmoe.gateway.prompt_statistics import PromptStatistics
+from fedmoe.gateway.route import SequenceRouter
 from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.codec import CodecError
 from fedmoe.manifest import BaseModel
 from fedmoe.wire.client import CoordinatorClient
 
 if TYPE_CHECKING:
     from fedmoe.gateway.losses import LossMatrix
     from fedmoe.gateway.retained import Retained
+
+#: The row of the routed gateway.
+ROUTED = "routed"
 
 
 def evaluate(
@@ -41,12 +48,17 @@ def evaluate(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure base model, every expert and the gateway on every domain, and how much of each gain the gateway keeps."""
+    """Measure base model, every expert and the gateway on every domain, and how much of each gain the gateway keeps.
+
+    Where the workers of two experts have told of their prompts, the routed gateway too: every block by the expert that
+    its first 32 tokens are routed to.
+    """
     files = _files(domains)
     with client(coordinator_url, token) as api:
         adapters, identity = _models(api)
-    matrix = _measure(base_model, identity, adapters, files, (blocks, max_length, batch_size), device)
-    found = _retained(matrix, [name for name in adapters if name == GATEWAY])
+        prompts = _prompt_statistics(api) if GATEWAY in adapters else {}
+    matrix = _measure(base_model, identity, adapters, files, (blocks, max_length, batch_size), device, prompts)
+    found = _retained(matrix, [name for name in (GATEWAY, ROUTED) if name in matrix.models])
     if as_json:
         from fedmoe.gateway.report import report_json
 
@@ -79,6 +91,23 @@ def _models(api: CoordinatorClient) -> tuple[dict[str, Adapter], BaseModel]:
     return {name: found.adapter for name, found in pulled.items()}, base_of(pulled[names[0]])
 
 
+def _prompt_statistics(api: CoordinatorClient) -> dict[str, PromptStatistics]:
+    """What the workers tell of their prompts, by expert; empty where there are not two to choose between."""
+    found = {}
+    for expert in api.list_experts().experts:
+        if expert.prompts is None:
+            continue
+        try:
+            pulled = api.data_statistics(expert.name, "prompts")
+            assert pulled is not None, "without an ETag there is always an answer"
+            found[expert.name] = PromptStatistics.from_bytes(pulled.body)
+        except (CodecError, RefusedError) as error:
+            print(f"warning: nothing is routed to {expert.name}: {error}", file=sys.stderr)
+    if len(found) < 2:
+        print("not routed: fewer than two experts have prompt statistics", file=sys.stderr)
+    return found if len(found) > 1 else {}
+
+
 def _measure(
     base_model: str,
     identity: BaseModel,
@@ -86,10 +115,11 @@ def _measure(
     files: Mapping[str, Path],
     sizes: tuple[int, int, int],
     device: str,
+    prompts: Mapping[str, PromptStatistics],
 ) -> LossMatrix:
     try:
         from fedmoe.gateway.evaluate import evaluate as measure
-        from fedmoe.gateway.evaluate import held_out_blocks
+        from fedmoe.gateway.evaluate import held_out_blocks, routed_to
         from fedmoe.models.base import load_base
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
@@ -101,7 +131,11 @@ def _measure(
             f"weights {base.identity.weights_hash[:12]}; name the federation's base model with --base-model"
         )
     held_out = {name: held_out_blocks(file, base, max_length, limit) for name, file in files.items()}
-    return measure(base, adapters, held_out, batch_size, lambda line: print(line, file=sys.stderr))
+    matrix = measure(base, adapters, held_out, batch_size, lambda line: print(line, file=sys.stderr))
+    if not prompts:
+        return matrix
+    choices = routed_to(base, SequenceRouter.fit(prompts), held_out, GATEWAY)
+    return matrix.with_rows({ROUTED: matrix.routed(choices)})
 
 
 def _retained(matrix: LossMatrix, models: Sequence[str]) -> Retained | None:

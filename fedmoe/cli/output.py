@@ -78,7 +78,6 @@ def _expected_status(error: Exception) -> int | None:
         "OutboxError": EXIT_ERROR,
         "WorkerFailedError": EXIT_ERROR,
         "ServeError": EXIT_ERROR,
-        "RouterFilesError": EXIT_ERROR,
         "BackendError": EXIT_ERROR,
         "EngineError": EXIT_ERROR,
         "OSError": EXIT_ERROR,

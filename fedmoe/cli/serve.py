@@ -36,10 +36,6 @@ def serve(
     max_output_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
     max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Answers computed at once.")] = 16,
     max_queue: Annotated[int, typer.Option(min=0, help="Answers that may wait; more are refused (429).")] = 128,
-    prompt_statistics: Annotated[
-        Path | None,
-        typer.Option(help="Folder with EXPERT.safetensors of what workers say of their prompts; makes the model auto."),
-    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16.")] = "auto",
     backend: Annotated[BackendKind, typer.Option(help="Where tokens are computed.")] = BackendKind.transformers,
@@ -66,7 +62,6 @@ def serve(
     keys, loopback = _keys(host, api_keys, insecure)
     try:
         from fedmoe.gateway.serve import process
-        from fedmoe.gateway.serve.routing import read_router
         from fedmoe.gateway.serve.service import Limits
         from fedmoe.models.base import load_base
         from fedmoe.models.device import pin_threads
@@ -85,8 +80,7 @@ def serve(
             )
         base = load_base(base_model, device, dtype)
         maker = process.backend_maker(max_batch, address)
-        router = read_router(base, prompt_statistics) if prompt_statistics is not None else None
-        with process.opened(api, manifest.manifest(), base, maker, limits, gate, poll_interval, router) as running:
+        with process.opened(api, manifest.manifest(), base, maker, limits, gate, poll_interval) as running:
             process.listen(running, gate)
 
 

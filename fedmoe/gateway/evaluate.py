@@ -9,13 +9,18 @@ from fedmoe.datasets.check import load_rows
 from fedmoe.datasets.packing import Block, collate, pack
 from fedmoe.datasets.render import tokenize_samples
 from fedmoe.gateway.losses import BASE, LossMatrix
+from fedmoe.gateway.route import Router
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.packed import count_targets
+from fedmoe.models.prompt_features import prompt_features
 from fedmoe.models.schedule import LoraConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
 
-__all__ = ["BASE", "LossMatrix", "evaluate", "held_out_blocks"]
+__all__ = ["BASE", "ROUTED_BY", "LossMatrix", "evaluate", "held_out_blocks", "routed_to"]
+
+#: A block is routed by so many of its first tokens, as if they were the prompt.
+ROUTED_BY = 32
 
 
 def evaluate(
@@ -53,3 +58,17 @@ def held_out_blocks(file: Path, base: LoadedBase, max_length: int, limit: int | 
     pad = base.tokenizer.pad_token_id
     blocks = pack(data.samples, max_length, seed=0, pad_id=int(pad if pad is not None else base.tokenizer.eos_token_id))
     return blocks[:limit]
+
+
+def routed_to(
+    base: LoadedBase, router: Router, held_out: Mapping[str, Sequence[Block]], merged: str
+) -> dict[str, list[str]]:
+    """domain -> for each block the expert that the router chooses by its first `ROUTED_BY` tokens, or `merged`.
+
+    For `LossMatrix.routed`; `base` must be bare.
+    """
+    found: dict[str, list[str]] = {}
+    for domain, blocks in held_out.items():
+        prompts = [block.input_ids[block.segment_ids >= 0][:ROUTED_BY].tolist() for block in blocks]
+        found[domain] = [name or merged for name in router.route(prompt_features(base, prompts)).names]
+    return found

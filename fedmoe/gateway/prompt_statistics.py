@@ -23,6 +23,8 @@ Matrix64 = NDArray[np.float64]
 DIRECTIONS = 64
 
 _KIND = "fedmoe-prompt-statistics"
+#: What the features are; raised when routers could no longer compare older ones. 1 was the state at one depth.
+_VERSION = "2"
 _HALVES, _PARTS = ("first", "second"), ("mean", "spread", "rest")
 # Directions with less than this share of the largest variance are rounding noise of float32 features.
 _RELATIVE_FLOOR = 1e-12
@@ -143,7 +145,12 @@ class PromptStatistics:
         tensors: dict[str, NDArray[np.float32]] = {}
         for name, half in zip(_HALVES, (self.first, self.second), strict=True):
             tensors |= {f"{name}.mean": half.mean, f"{name}.spread": half.spread, f"{name}.rest": half.rest}
-        metadata = {"format": _KIND, "first": str(self.first.count), "second": str(self.second.count)}
+        metadata = {
+            "format": _KIND,
+            "version": _VERSION,
+            "first": str(self.first.count),
+            "second": str(self.second.count),
+        }
         return encode_named(tensors, metadata)
 
     @classmethod
@@ -152,6 +159,12 @@ class PromptStatistics:
         entries, metadata, _ = read_header(body)
         if metadata.get("format") != _KIND:
             raise MismatchError("format", f"not prompt statistics: format is {shown([metadata.get('format', '')])}")
+        if (version := metadata.get("version", "1")) != _VERSION:
+            raise MismatchError(
+                "version",
+                f"prompt statistics of version {shown([version])} cannot be compared with those of version {_VERSION}; "
+                "start the worker with the same fedmoe as the gateway, it sends new ones",
+            )
         if entries.keys() != {f"{half}.{part}" for half in _HALVES for part in _PARTS}:
             raise MismatchError("tensor_mismatch", f"each half needs {', '.join(_PARTS)}; got {shown(entries)}")
         counts = [metadata.get(half, "") for half in _HALVES]

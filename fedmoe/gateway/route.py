@@ -299,12 +299,6 @@ class SpectralRouter:
         found: FloatMatrix = np.add.reduceat(_wide(rows, self.width), self.starts[:-1], axis=1).astype(np.float32)
         return found
 
-    def token_weights(self, module: str, x: FloatMatrix, top: int = 2) -> FloatMatrix:
-        """The weights of the `top` loudest experts for each token x (tokens, n) of one module: rows add up to 1."""
-        energies = self.energies(np.square(x @ self.projections[module].T))
-        kept = energies >= np.partition(energies, -min(top, len(self.names)), axis=1)[:, [-min(top, len(self.names))]]
-        return np.asarray(_softmax(np.where(kept, _logarithm(energies), -np.inf)), np.float32)
-
     def probabilities(self, features: FloatMatrix) -> Matrix64:
         return _softmax((self._levels(features) - self.centre) / self.spread)
 

@@ -6,7 +6,7 @@ compute at the same time, one sampling with frozen versions while the other trai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
@@ -22,6 +22,8 @@ from fedmoe.models.lora_layers import ALL_LINEAR, TargetError, find_targets
 from fedmoe.models.low_rank import RowsTerm, linear_with_terms
 
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+#: Module, its inputs (rows, positions, in) -> the weight of every expert for every token (rows, positions, experts).
+TokenWeights = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class UnknownAdapterError(KeyError):
@@ -139,7 +141,35 @@ class _Stack:
         return out
 
 
-_ACTIVE: ContextVar[_Runs | _Stack | None] = ContextVar("rows of the running batch", default=None)
+class _Mixture:
+    """Every token its own sum of adapters: all factors side by side, and between them the tokens' weights."""
+
+    def __init__(self, slots: Sequence[Slot], dtype: torch.dtype, weights: TokenWeights, rows: int) -> None:
+        factors = [slot.factors(dtype) for slot in slots]
+        self.rows = rows
+        self.weights = weights
+        self.ranks = torch.tensor([slot.layout.rank for slot in slots], device=slots[0].parameter.device)
+        self.factors = {
+            module: (
+                torch.cat([own[module][0] for own in factors]),
+                torch.cat([own[module][1] * slot.scale for own, slot in zip(factors, slots, strict=True)], dim=1),
+            )
+            for module in factors[0]
+        }
+
+    def apply(self, module: str, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+        """layer(x) + sum_e weights[..., e] * scale_e * (x @ A_e^T) @ B_e^T; x (rows, positions, in)."""
+        a, b = self.factors[module]
+        weights = self.weights(module, x)
+        if weights.shape != (*x.shape[:-1], len(self.ranks)):
+            raise ShapeError(
+                f"{module} needs a weight for each of {len(self.ranks)} experts and token, got {weights.shape}"
+            )
+        inner = functional.linear(x, a) * weights.to(x.dtype).repeat_interleave(self.ranks, dim=-1)
+        return functional.linear(x, layer.weight, layer.bias) + functional.linear(inner, b)
+
+
+_ACTIVE: ContextVar[_Runs | _Stack | _Mixture | None] = ContextVar("rows of the running batch", default=None)
 
 
 class DecodingRows:
@@ -247,6 +277,16 @@ class MultiLora:
             with _Active(rows):
                 yield DecodingRows(rows)
 
+    @contextmanager
+    def mixed(self, names: Sequence[str], weights: TokenWeights, rows: int) -> Iterator[None]:
+        """Inside, every token of a batch of `rows` rows goes through all adapters in `names`, each times its weight.
+
+        `weights` is asked in every module, so that tokens can be routed by what that module sees. Weights of 1 for one
+        adapter and 0 for the others are what `rows` does with it. Without gradients.
+        """
+        with torch.no_grad(), _Active(_Mixture([self.slot(name) for name in names], self.dtype, weights, rows)):
+            yield
+
     def _runs(self, names: Sequence[str | None]) -> list[_Run]:
         cast = {name: self.slot(name).factors(self.dtype) for name in dict.fromkeys(names) if name is not None}
         runs, start = [], 0
@@ -272,12 +312,15 @@ class MultiLora:
             _replace(self.model, name, layer)
 
 
+_Rows = _Runs | _Stack | _Mixture
+
+
 class _Active:
     """Makes rows those of the running batch; can be entered again and again, in any thread."""
 
-    def __init__(self, rows: _Runs | _Stack | None) -> None:
+    def __init__(self, rows: _Rows | None) -> None:
         self._rows = rows
-        self._tokens: list[Token[_Runs | _Stack | None]] = []
+        self._tokens: list[Token[_Rows | None]] = []
 
     def __enter__(self) -> None:
         self._tokens.append(_ACTIVE.set(self._rows))

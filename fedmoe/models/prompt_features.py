@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from fedmoe.lora.adapter import FloatMatrix
@@ -19,64 +21,97 @@ from fedmoe.models.base import LoadedBase
 
 TokenIds = Sequence[int] | NDArray[np.int64]
 
-#: Run every layer.
-ALL_LAYERS = -1
 # Positions of one batch, padding included: enough to keep a processor busy, little beside the model itself.
 _BATCH_POSITIONS = 4096
 
 
-def routing_layer(base: LoadedBase) -> int:
-    """How many layers tell prompts apart best for their price: a quarter, which routes better than all (SmolLM2)."""
-    layers = base.model.base_model
-    return max(1, round(len(layers.layers) / 4)) if isinstance(getattr(layers, "layers", None), nn.ModuleList) else -1
+def routing_depths(base: LoadedBase) -> tuple[int, ...]:
+    """After how many layers a prompt is looked at: at four even steps up to a quarter of the layers.
+
+    Early layers still have the words, later ones what they are about; together they route better than any one of them,
+    and a quarter of the layers better than all (SmolLM2). Fewer steps where a quarter has fewer than four layers.
+    """
+    quarter = max(1, round(len(_layers(base)) / 4))
+    return tuple(sorted({-(-quarter * step // 4) for step in (1, 2, 3, 4)}))
 
 
-def prompt_features(base: LoadedBase, token_id_lists: Sequence[TokenIds], layer: int | None = None) -> FloatMatrix:
-    """The mean hidden state of each prompt, float32 (rows, hidden), in the order given.
+def features_width(base: LoadedBase) -> int:
+    """Numbers in one prompt's features at `routing_depths`."""
+    return len(routing_depths(base)) * int(base.model.config.get_text_config().hidden_size)
 
-    States are those after `layer` layers and the model's last norm; the layers above are not run. None takes
-    `routing_layer`, -1 all. Position 0 is left out: its activations are huge and the same for every text; a prompt of
+
+def prompt_features(
+    base: LoadedBase, token_id_lists: Sequence[TokenIds], depths: Sequence[int] | None = None
+) -> FloatMatrix:
+    """The mean hidden states of each prompt, float32 (rows, depths x hidden), in the order given.
+
+    States are those after each of `depths` layers (None: `routing_depths`), every position scaled to mean square 1; the
+    layers above are not run. Position 0 is left out: its activations are huge and the same for every text; a prompt of
     one token has nothing else and uses it. The result does not depend on which prompts share a batch, up to rounding.
     No state of the model is touched, so other threads may use it meanwhile. Raises ValueError for an empty prompt.
     """
-    return prefix_features(base, token_id_lists, [(len(ids),) for ids in token_id_lists], layer)
+    return prefix_features(base, token_id_lists, [(len(ids),) for ids in token_id_lists], depths)
 
 
 def prefix_features(
-    base: LoadedBase, token_id_lists: Sequence[TokenIds], lengths: Sequence[Sequence[int]], layer: int | None = None
+    base: LoadedBase,
+    token_id_lists: Sequence[TokenIds],
+    lengths: Sequence[Sequence[int]],
+    depths: Sequence[int] | None = None,
 ) -> FloatMatrix:
     """`prompt_features` of beginnings: the first n tokens of prompt i for every n in `lengths[i]`, in that order.
 
     A causal model's states of a beginning are those of the whole, so all beginnings of a text cost one pass. float32
-    (sum of the numbers of lengths, hidden); raises ValueError for a length outside 1 to the prompt's own.
+    (sum of the numbers of lengths, depths x hidden); raises ValueError for a length outside 1 to the prompt's own.
     """
     if len(lengths) != len(token_id_lists):
         raise ValueError(f"{len(token_id_lists)} prompts need as many lists of lengths, got {len(lengths)}")
     for place, (ids, wanted) in enumerate(zip(token_id_lists, lengths, strict=True)):
         if not all(1 <= length <= len(ids) for length in wanted):
             raise ValueError(f"prompt {place} has {len(ids)} tokens; lengths must be 1 to that, got {list(wanted)}")
-    trunk = _trunk(base, routing_layer(base) if layer is None else layer)
+    looked = routing_depths(base) if depths is None else depths
     starts = np.cumsum([0, *map(len, lengths)])
-    rows = np.empty((int(starts[-1]), base.model.config.get_text_config().hidden_size), np.float32)
+    hidden = int(base.model.config.get_text_config().hidden_size)
+    rows = np.empty((int(starts[-1]), len(looked) * hidden), np.float32)
     for places in _batches([max(wanted, default=0) for wanted in lengths]):
         ids_of_batch = [token_id_lists[place][: max(lengths[place])] for place in places]
-        for place, states in zip(places, _hidden_states(trunk, ids_of_batch, base.device), strict=True):
+        for place, states in zip(places, _hidden_states(base, ids_of_batch, looked), strict=True):
             rows[starts[place] : starts[place + 1]] = _means(states, lengths[place])
     return rows
 
 
-def _trunk(base: LoadedBase, layer: int) -> nn.Module:
-    """The model, weights shared, without layers above `layer` and the output head (a fifth of a small one's work)."""
-    body = base.model.base_model
-    if layer == ALL_LAYERS:
-        return body
-    count = len(body.layers) if isinstance(getattr(body, "layers", None), nn.ModuleList) else 0
-    if not 1 <= layer <= count:
-        raise ValueError(f"layer must be 1 to {count}, or {ALL_LAYERS} for all of them, got {layer}")
-    trunk = copy.copy(body)
-    trunk.__dict__["_modules"] = dict(body._modules)
-    trunk.layers = body.layers[:layer]
+def _layers(base: LoadedBase) -> nn.ModuleList:
+    layers = getattr(base.model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(base.model).__name__} keeps its layers elsewhere than in a list `layers`; no routing")
+    return layers
+
+
+def _trunk(base: LoadedBase, depths: Sequence[int], heard: dict[int, torch.Tensor]) -> nn.Module:
+    """The model, weights shared, without layers above the last depth and the output head (a fifth of a small one's).
+
+    It fills `heard`, depth -> states. Its layers are copies, so that the model's own are hooked by nobody.
+    """
+    layers = _layers(base)
+    if not depths or not all(1 <= depth <= len(layers) for depth in depths):
+        raise ValueError(f"depths must be 1 to {len(layers)}, at least one, got {list(depths)}")
+    trunk = copy.copy(base.model.base_model)
+    trunk.__dict__["_modules"] = dict(trunk._modules)
+    trunk.layers = nn.ModuleList(
+        _heard(layer, place + 1, heard) if place + 1 in depths else layer
+        for place, layer in enumerate(layers[: max(depths)])
+    )
     return trunk
+
+
+def _heard(layer: nn.Module, depth: int, heard: dict[int, torch.Tensor]) -> nn.Module:
+    def hear(_: nn.Module, __: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        heard[depth] = output[0] if isinstance(output, tuple) else output
+
+    copied = copy.copy(layer)
+    copied.__dict__["_forward_hooks"] = OrderedDict(layer._forward_hooks)
+    copied.register_forward_hook(hear)
+    return copied
 
 
 def _batches(sizes: Sequence[int]) -> Iterator[list[int]]:
@@ -92,20 +127,25 @@ def _batches(sizes: Sequence[int]) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]
-def _hidden_states(trunk: nn.Module, token_id_lists: Sequence[TokenIds], device: torch.device) -> list[torch.Tensor]:
-    """The states of each prompt, (its tokens, hidden), from one pass padded on the right."""
+def _hidden_states(base: LoadedBase, ids: Sequence[TokenIds], depths: Sequence[int]) -> list[torch.Tensor]:
+    """The states of each prompt, float32 (its tokens, depths x hidden), mean square 1 at every depth, from one pass."""
+    heard: dict[int, torch.Tensor] = {}
+    _pass(_trunk(base, depths, heard), ids, base.device)
+    states = [functional.rms_norm(heard[depth].float(), heard[depth].shape[-1:]) for depth in depths]
+    return [state[: len(row)] for state, row in zip(torch.cat(states, dim=-1), ids, strict=True)]
+
+
+def _pass(body: nn.Module, token_id_lists: Sequence[TokenIds], device: torch.device) -> None:
+    """One pass over prompts, padded on the right."""
     rows = [torch.tensor(np.asarray(ids, np.int64), device=device) for ids in token_id_lists]
-    inputs = pad_sequence(rows, batch_first=True)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    states = trunk(input_ids=inputs, attention_mask=mask, use_cache=False).last_hidden_state
-    return [state[: len(row)] for state, row in zip(states, rows, strict=True)]
+    body(input_ids=pad_sequence(rows, batch_first=True), attention_mask=mask, use_cache=False)
 
 
 def _means(states: torch.Tensor, lengths: Sequence[int]) -> FloatMatrix:
     """Means over positions 1 to n - 1 for every n, in float32; position 0 where there is no other."""
-    wide = states.float()
-    sums = torch.cumsum(wide[1:], dim=0)
-    means = [sums[length - 2] / (length - 1) if length > 1 else wide[0] for length in lengths]
+    sums = torch.cumsum(states[1:], dim=0)
+    means = [sums[length - 2] / (length - 1) if length > 1 else states[0] for length in lengths]
     found: FloatMatrix = torch.stack(means).cpu().numpy()
     return found
 
@@ -145,6 +185,7 @@ def _batch_energies(base: LoadedBase, ids: Sequence[TokenIds], projections: Mapp
         for name, rows in projections.items():
             hook = partial(hear, rows=torch.from_numpy(rows).to(base.device))
             hooks.callback(base.model.get_submodule(name).register_forward_pre_hook(hook).remove)
-        _hidden_states(base.model.base_model, ids, base.device)
+        with torch.inference_mode():
+            _pass(base.model.base_model, ids, base.device)
     means: FloatMatrix = (torch.stack(sums).mean(dim=0) / counted.sum(dim=1, keepdim=True)).cpu().numpy()
     return means

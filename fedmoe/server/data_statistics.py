@@ -24,7 +24,7 @@ from fedmoe.wire.messages import DataStatisticsHeader, DataStatisticsResult, Sta
 
 _log = structlog.get_logger("fedmoe.coordinator")
 
-_MAX_PROMPT_BYTES = 8 << 20
+_MAX_PROMPT_BYTES = 32 << 20
 # Sketches of so many columns fit, however small the experts' rank.
 _COLUMNS = 64
 _HEADER_BYTES = 1 << 20
@@ -33,7 +33,7 @@ MAX_MOMENT = 1e15
 
 
 def most_bytes(kind: StatisticsKind, layout: Layout) -> int:
-    """The largest body of a kind: 8 MiB for prompts, for moments twice an expert or a sketch of 64 columns."""
+    """The largest body of a kind: 32 MiB for prompts, for moments twice an expert or a sketch of 64 columns."""
     if kind == "prompts":
         return _MAX_PROMPT_BYTES
     numbers = sum((min(_COLUMNS, module.in_features) + 1) * module.in_features for module in layout.modules)
@@ -110,10 +110,18 @@ class KeptStatistics:
 
     def tag(self, expert: str, kind: StatisticsKind) -> str:
         """Names what `merged` gives, without reading it; raises `RefusedError` where there is nothing."""
-        parts = {found.worker: found.digest for found in self._of(expert, kind)}
-        if not parts:
+        tags = self.tags(kind)
+        if expert not in tags:
             raise _nothing(expert, kind)
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return tags[expert]
+
+    def tags(self, kind: StatisticsKind) -> dict[str, str]:
+        """The `tag` of every expert that has statistics of a kind."""
+        parts: dict[str, dict[str, str]] = {}
+        for found in newest(self._journal.data_statistics()):
+            if found.kind == kind:
+                parts.setdefault(found.expert, {})[found.worker] = found.digest
+        return {expert: hashlib.sha256(json.dumps(mine).encode()).hexdigest() for expert, mine in parts.items()}
 
     def merged(self, expert: str, kind: StatisticsKind) -> bytes:
         """The statistics of all workers of an expert as one; raises `RefusedError` where there is nothing."""
@@ -175,8 +183,11 @@ class KeptStatistics:
 
     def _read(self, found: DataStatistic) -> bytes | None:
         try:
-            return self._blobs.read(found.digest)
-        except (MissingBlobError, CorruptBlobError) as error:
+            body = self._blobs.read(found.digest)
+            if found.kind == "prompts":
+                PromptStatistics.from_bytes(body)  # those of an older fedmoe are as good as none
+            return body
+        except (MissingBlobError, CorruptBlobError, CodecError) as error:
             facts = {"expert": found.expert, "worker": found.worker, "kind": found.kind}
             _log.error("statistics_lost", **facts, reason=str(error))
             return None

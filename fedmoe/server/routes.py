@@ -92,7 +92,8 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
         experts = coordinator.experts
         enabled = coordinator.aggregation.enable_gateway
         gateway = _gateway_info(service) if enabled and experts and service.has_gateway else None
-        infos = [_expert_info(experts[name], service) for name in sorted(experts)]
+        prompts = service.statistics.tags("prompts")
+        infos = [_expert_info(experts[name], service, prompts.get(name)) for name in sorted(experts)]
         return Listing(experts=infos, gateway=gateway, enable_gateway=enabled)
 
     @app.get("/get_gateway_weights")
@@ -139,7 +140,8 @@ def _write_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache
         principal.require_expert(wanted.expert)
         principal.require_worker(wanted.worker)
         expert = await service.register(wanted)
-        return await run_in_threadpool(_expert_info, expert, service)
+        prompts = await run_in_threadpool(service.statistics.tags, "prompts")
+        return await run_in_threadpool(_expert_info, expert, service, prompts.get(expert.name))
 
     @app.post(_PUSH, response_model=UpdateResult)
     async def push_expert_update(request: Request, header: Annotated[UpdateHeader, Query()]) -> Response:
@@ -230,7 +232,7 @@ def _with_weights(
     return answer_weights(request, _expert_weights(service, name), "fp32", cache, status, facts)
 
 
-def _expert_info(expert: ExpertModel, service: CoordinatorService) -> ExpertInfo:
+def _expert_info(expert: ExpertModel, service: CoordinatorService, prompts: str | None) -> ExpertInfo:
     return ExpertInfo(
         name=expert.name,
         version=expert.version,
@@ -240,6 +242,7 @@ def _expert_info(expert: ExpertModel, service: CoordinatorService) -> ExpertInfo
         base=expert.manifest.base.name,
         digest=expert.digest,
         workers=service.roster.workers(expert.name, service.now),
+        prompts=prompts,
     )
 
 

@@ -146,7 +146,10 @@ class UpdateResult(Message):
 
 
 class ExpertInfo(Message):
-    """One expert in a listing; `digest` is the content hash of its weights."""
+    """One expert in a listing; `digest` is the content hash of its weights.
+
+    `prompts` names the prompt statistics that `GET /data_statistics` gives for it; null while no worker has sent any.
+    """
 
     name: ExpertName
     version: int
@@ -156,6 +159,7 @@ class ExpertInfo(Message):
     base: str
     digest: Sha256
     workers: list[WorkerInfo] = []
+    prompts: Sha256 | None = None
 
 
 class WorkerInfo(Message):

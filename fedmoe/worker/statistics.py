@@ -1,10 +1,11 @@
 """What a worker tells of its data, besides updates, so that experts merge and route well.
 
 What is disclosed: of the prompts, in two halves, how many samples there were, the mean of their features on the base
-model, and of their covariance the 64 main directions and the diagonal of what is left (at most 66 d numbers a half); of
-the inputs of the adapted modules how many tokens, and, each input weighted by the squared gradient of the loss, the
-mean of their squares and a random sketch of their second moment ((q + 1) n numbers a module, q = 64). No text, no token
-and no single prompt's features: every number is taken over at least half of `LEAST_PROMPTS` samples. That is no
+model (hidden states after up to four numbers of layers, d numbers in all), and of their covariance the 64 main
+directions and the diagonal of what is left (at most 66 d numbers a half); of the inputs of the adapted modules how many
+tokens, and, each input weighted by the squared gradient of the loss, the mean of their squares and a random sketch of
+their second moment ((q + 1) n numbers a module, q = 64). No text, no token and no single prompt's features: every
+number is taken over at least half of `LEAST_PROMPTS` samples. That is no
 anonymity: the numbers tell what the data are about, whoever has a guess of a text can test whether it was likely among
 so few, and no noise is added. All of it is made on the public base model from a bounded sample, so it is made once and
 does not follow the training.
@@ -24,13 +25,14 @@ from fedmoe.gateway.prompt_statistics import PromptStatistics
 from fedmoe.lora.adapter import FloatMatrix
 from fedmoe.lora.moments import InputMoments
 from fedmoe.models.base import LoadedBase
+from fedmoe.models.chat_frame import ChatFrame
 from fedmoe.models.input_moments import MomentsCollector
 from fedmoe.models.prompt_features import prefix_features
 
 #: Fewer samples than this say too much about each of them, and too little about the domain.
 LEAST_PROMPTS = 16
 #: Beginnings of a text that stand for prompts, in tokens; short ones are vaguer, and a router has to know that.
-PROMPT_LENGTHS = (8, 16, 32, 64)
+PROMPT_LENGTHS = (8, 16, 32, 64, 128)
 #: The longest prompt, in tokens, whose end is still looked at.
 LONGEST_PROMPT = 256
 # Samples between two looks at the clock.
@@ -55,8 +57,9 @@ class DataStatistics:
 
 @dataclass(frozen=True, slots=True)
 class StatisticsBudget:
-    """At most about so many tokens through the base model for prompts, as many for moments, and so many seconds."""
+    """At most about so many tokens for prompts, a quarter of whose layers are run, and for moments; so many seconds."""
 
+    prompt_tokens: int = 64_000
     tokens: int = 6_000
     seconds: float = 120.0
 
@@ -75,7 +78,7 @@ def data_statistics(
     """
     allowed = budget or StatisticsBudget()
     started = clock()
-    prompts = prompt_statistics(base, blocks, allowed.tokens, lambda: clock() - started > allowed.seconds / 2)
+    prompts = prompt_statistics(base, blocks, allowed.prompt_tokens, lambda: clock() - started > allowed.seconds / 2)
     left = allowed.tokens
     with MomentsCollector(base, targets) as collector:
         for block in blocks:
@@ -92,10 +95,10 @@ def prompt_statistics(
     """The statistics of the prompts in `blocks`, of about `tokens` tokens, fewer once `is_over` says so.
 
     A sample whose beginning carries no loss (a question with its answer) gives that beginning, up to `LONGEST_PROMPT`
-    tokens. Other samples (running text) give their first 8, 16, 32 and 64 tokens, all out of one pass. Raises
-    `TooLittleDataError` where there are not `LEAST_PROMPTS` samples of at least two tokens.
+    tokens and without the chat template's frame. Other samples (running text) give their first `PROMPT_LENGTHS` tokens,
+    all out of one pass. Raises `TooLittleDataError` where there are not `LEAST_PROMPTS` samples of at least two tokens.
     """
-    chosen = _chosen(blocks, tokens)
+    chosen = _chosen(base, blocks, tokens)
     if len(chosen) < LEAST_PROMPTS:
         raise TooLittleDataError(
             f"statistics are made of at least {LEAST_PROMPTS} samples of two tokens or more, there are {len(chosen)}; "
@@ -112,15 +115,17 @@ def prompt_statistics(
     return PromptStatistics.of(np.concatenate(parts), of_row)
 
 
-def _chosen(blocks: Sequence[Block], tokens: int) -> list[tuple[IntArray, tuple[int, ...]]]:
+def _chosen(base: LoadedBase, blocks: Sequence[Block], tokens: int) -> list[tuple[Sequence[int], tuple[int, ...]]]:
     """Samples with the lengths of their prompts: until `tokens` are used, but not fewer than `LEAST_PROMPTS`."""
-    chosen: list[tuple[IntArray, tuple[int, ...]]] = []
+    chosen: list[tuple[Sequence[int], tuple[int, ...]]] = []
+    frame = ChatFrame.of(base.tokenizer)
     used = 0
     for ids, labels in _samples(blocks):
         if used >= tokens and len(chosen) >= LEAST_PROMPTS:
             break
-        if lengths := _prompt_lengths(labels):
-            chosen.append((ids, lengths))
+        prompt, lengths = _prompts(ids, labels, frame)
+        if lengths:
+            chosen.append((prompt, lengths))
             used += lengths[-1]
     return chosen
 
@@ -133,13 +138,13 @@ def _samples(blocks: Sequence[Block]) -> Iterator[tuple[IntArray, IntArray]]:
             yield block.input_ids[inside], block.labels[inside]
 
 
-def _prompt_lengths(labels: IntArray) -> tuple[int, ...]:
-    """How many of a sample's first tokens are a prompt, rising; nothing for a sample too short to have one."""
+def _prompts(ids: IntArray, labels: IntArray, frame: ChatFrame) -> tuple[Sequence[int], tuple[int, ...]]:
+    """A sample's tokens, and how many of the first are a prompt, rising; no number for a sample that is too short."""
     learned = np.flatnonzero(labels != MASKED)
     # The first token never carries loss, so in running text the second is the first that does.
     asked = int(learned[0]) if learned.size else len(labels)
     if asked > 1:
-        return (min(asked, LONGEST_PROMPT),)
-    if len(labels) < 2:
-        return ()
-    return tuple(length for length in PROMPT_LENGTHS if length <= len(labels)) or (len(labels),)
+        prompt = frame.removed(ids[:asked].tolist())[:LONGEST_PROMPT]
+        return prompt, (len(prompt),)
+    lengths = tuple(length for length in PROMPT_LENGTHS if length <= len(labels))
+    return ids.tolist(), lengths or ((len(labels),) if len(labels) > 1 else ())

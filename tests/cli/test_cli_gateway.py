@@ -16,11 +16,14 @@ from structlog.testing import capture_logs
 from support import make_body, make_push
 
 from fedmoe.coordinator import Aggregation
+from fedmoe.gateway.prompt_statistics import PromptStatistics
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.codec import encode
 from fedmoe.lora.formats import read_npz
 from fedmoe.lora.initial import initial_adapter
 from fedmoe.manifest import Manifest
+from fedmoe.wire.client import CoordinatorClient
+from fedmoe.wire.messages import DataStatisticsHeader
 
 Run = Callable[..., Outcome]
 
@@ -194,6 +197,26 @@ def test_an_evaluation_as_json_has_every_block(tiny_server: LiveServer, fedmoe: 
     assert said["losses"]["sql_expert"] != pytest.approx(said["losses"]["base"], rel=1e-6)
 
 
+def test_an_evaluation_routes_where_two_experts_have_prompt_statistics(
+    tiny_server: LiveServer, fedmoe: Run, held_out: list[str]
+) -> None:
+    from fedmoe.models.base import load_base
+    from fedmoe.models.prompt_features import prompt_features
+
+    base = load_base("tiny", "cpu", "fp32")
+    assert "not routed" in evaluate(fedmoe, tiny_server, *held_out, "--json").err
+    with CoordinatorClient(tiny_server.url, attempts=1) as api:
+        for expert, line in (("sql_expert", "select {0} from numbers where n > {0};"), ("docs", "Chapter {0} is.")):
+            ids = [base.tokenizer(line.format(number))["input_ids"] for number in range(40)]
+            body = PromptStatistics.of(prompt_features(base, ids)).to_bytes()
+            api.push_data_statistics(DataStatisticsHeader(expert=expert, worker="w", kind="prompts"), body)
+    said = json.loads(evaluate(fedmoe, tiny_server, *held_out, "--json").out)
+    for domain, expert in (("sql", "sql_expert"), ("docs", "docs")):
+        assert said["block_losses"]["routed"][domain] == said["block_losses"][expert][domain]
+    assert said["retained"]["sql"]["kept"]["routed"]["value"] == pytest.approx(1)
+    assert set(said["summary"]) <= {"gateway", "routed"}
+
+
 @pytest.mark.parametrize("wrong", ["sql", "=x", "sql=", "sql=nowhere.jsonl"])
 def test_a_domain_without_a_file_is_named(tiny_server: LiveServer, fedmoe: Run, wrong: str) -> None:
     outcome = evaluate(fedmoe, tiny_server, "--domain", wrong)
@@ -205,3 +228,21 @@ def test_a_domain_given_twice_is_refused(tiny_server: LiveServer, fedmoe: Run, h
     outcome = evaluate(fedmoe, tiny_server, *held_out, *held_out[:2])
     assert outcome.status == 1
     assert "every name once" in outcome.err
+
+
+def test_an_audit_says_how_large_the_experts_are_and_which_rank_they_need(tiny_server: LiveServer, fedmoe: Run) -> None:
+    outcome = fedmoe("gateway", "audit", "--coordinator-url", tiny_server.url)
+    assert outcome.status == 0, outcome.err
+    assert "their sum has rank 4; rank 2 keeps 99 % of the energy" in outcome.out
+    said = json.loads(fedmoe("gateway", "audit", "--json", "--coordinator-url", tiny_server.url).out)
+    assert said["norms"]["docs"] == 0  # an expert begins with B = 0
+    assert said["norms"]["sql_expert"] > 0
+    assert [(pair["first"], pair["second"]) for pair in said["pairs"]] == [("docs", "sql_expert")]
+
+
+def test_an_audit_of_nobody_says_what_to_do(tmp_path: Path, fedmoe: Run) -> None:
+    (tmp_path / "house").mkdir()
+    with capture_logs(), open_house(tmp_path / "house") as house, listening(house.app) as running:
+        outcome = fedmoe("gateway", "audit", "--coordinator-url", running.url)
+    assert outcome.status == 1
+    assert "no experts yet; start a worker" in outcome.err

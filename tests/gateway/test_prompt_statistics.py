@@ -129,7 +129,7 @@ def body(change: dict[str, object], metadata: dict[str, str] | None = None) -> b
             del tensors[name]
         else:
             tensors[name] = np.asarray(values, np.float32)
-    known = {"format": "fedmoe-prompt-statistics", "first": "3", "second": "3"}
+    known = {"format": "fedmoe-prompt-statistics", "version": "2", "first": "3", "second": "3"}
     return encode_named(tensors, known | (metadata or {}))
 
 
@@ -138,6 +138,7 @@ def body(change: dict[str, object], metadata: dict[str, str] | None = None) -> b
     [
         (b"not safetensors", CodecError, "header claims"),
         (body({}, {"format": "another"}), MismatchError, "not prompt statistics"),
+        (body({}, {"version": "1"}), MismatchError, "version '1' cannot be compared with those of version 2"),
         (body({"first.mean": None}), MismatchError, "each half needs"),
         (body({"extra": [1.0]}), MismatchError, "each half needs"),
         (body({}, {"first": "-3"}), MalformedError, "whole numbers"),

@@ -287,17 +287,6 @@ def test_a_reference_takes_out_that_one_expert_is_louder_on_everything() -> None
     assert set(SpectralRouter.of(adapters, reference, 0.0).route(features).names) == {"law"}
 
 
-def test_token_weights_are_shared_by_the_loudest_experts() -> None:
-    router = SpectralRouter.of({name: random_adapter(place) for place, name in enumerate(NAMES)})
-    x = np.random.default_rng(1).standard_normal((9, 10)).astype(np.float32)
-    energies = router.energies(np.square(x @ router.projections["a"].T))
-    for top in (1, 2, 3, 5):
-        weights = router.token_weights("a", x, top)
-        np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)
-        assert ((weights > 0).sum(axis=1) == min(top, 3)).all()
-        np.testing.assert_array_equal(weights.argmax(axis=1), energies.argmax(axis=1))
-
-
 def test_an_adapter_of_zeros_is_silent() -> None:
     router = SpectralRouter.of({"art": random_adapter(1), "law": Adapter.zeros(LAYOUT, 4.0)}, threshold=0.0)
     x = np.random.default_rng(1).standard_normal((5, 10)).astype(np.float32)

@@ -10,7 +10,7 @@ import torch
 
 from fedmoe.lora.adapter import FloatMatrix
 from fedmoe.models.base import LoadedBase, load_base
-from fedmoe.models.prompt_features import ALL_LAYERS, prefix_features, prompt_features, routing_layer, row_energies
+from fedmoe.models.prompt_features import features_width, prefix_features, prompt_features, routing_depths, row_energies
 
 LENGTHS = (5, 1, 64, 2, 17, 40)
 
@@ -25,35 +25,47 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[list[int]]:
     return [draws.integers(0, 256, length).tolist() for length in lengths]
 
 
-def states(base: LoadedBase, ids: list[int], layer: int) -> torch.Tensor:
-    """Hidden states of one prompt as transformers gives them, after the last norm."""
+def states(base: LoadedBase, ids: list[int], depths: Sequence[int]) -> torch.Tensor:
+    """Hidden states of one prompt after so many layers, every position scaled to mean square 1."""
+    heard: list[torch.Tensor] = []
+    hooks = [layer.register_forward_hook(lambda *of: heard.append(of[2])) for layer in base.model.base_model.layers]
     with torch.no_grad():
-        found = base.model.base_model(torch.tensor([ids]), output_hidden_states=True)
-        if layer == ALL_LAYERS:
-            return found.last_hidden_state[0]
-        return base.model.base_model.norm(found.hidden_states[layer])[0]
+        base.model.base_model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    raw = [heard[depth - 1][0] for depth in depths]
+    return torch.cat([state / state.square().mean(dim=-1, keepdim=True).sqrt() for state in raw], dim=-1)
 
 
-@pytest.mark.parametrize("layer", [1, ALL_LAYERS])
-def test_features_are_the_mean_state_without_the_first_position(base: LoadedBase, layer: int) -> None:
-    found = prompt_features(base, prompts(), layer)
+@pytest.mark.parametrize("depths", [(1,), (2,), (1, 2)])
+def test_features_are_the_mean_states_without_the_first_position(base: LoadedBase, depths: tuple[int, ...]) -> None:
+    found = prompt_features(base, prompts(), depths)
     assert found.dtype == np.float32
     for row, ids in zip(found, prompts(), strict=True):
-        expected = states(base, ids, layer)
+        expected = states(base, ids, depths)
         expected = expected[1:].mean(dim=0) if len(ids) > 1 else expected[0]
         np.testing.assert_allclose(row, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("layers", "depths"), [(2, (1,)), (8, (1, 2)), (12, (1, 2, 3)), (24, (2, 3, 5, 6)), (30, (2, 4, 6, 8))]
+)
+def test_prompts_are_looked_at_up_to_a_quarter_of_the_layers(layers: int, depths: tuple[int, ...]) -> None:
+    base = load_base("tiny", "cpu", "fp32")
+    base.model.base_model.layers = torch.nn.ModuleList([base.model.base_model.layers[0]] * layers)
+    assert routing_depths(base) == depths
+    assert features_width(base) == 64 * len(depths)
+
+
 def test_a_quarter_of_the_layers_is_the_default(base: LoadedBase) -> None:
-    assert routing_layer(base) == 1  # of two
-    np.testing.assert_array_equal(prompt_features(base, prompts()), prompt_features(base, prompts(), 1))
+    np.testing.assert_array_equal(prompt_features(base, prompts()), prompt_features(base, prompts(), (1,)))
 
 
 def test_features_do_not_depend_on_the_batch(base: LoadedBase) -> None:
-    together = prompt_features(base, prompts(), ALL_LAYERS)
-    alone = np.concatenate([prompt_features(base, [ids], ALL_LAYERS) for ids in prompts()])
+    together = prompt_features(base, prompts(), (1, 2))
+    alone = np.concatenate([prompt_features(base, [ids], (1, 2)) for ids in prompts()])
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
-    turned = prompt_features(base, prompts()[::-1], ALL_LAYERS)[::-1]
+    turned = prompt_features(base, prompts()[::-1], (1, 2))[::-1]
     np.testing.assert_allclose(together, turned, rtol=0, atol=1e-5)
 
 
@@ -77,7 +89,7 @@ def hooks(base: LoadedBase) -> int:
 def test_the_model_is_left_as_it_was(base: LoadedBase) -> None:
     body = base.model.base_model
     layers, logits, before = body.layers, base.model(torch.tensor([[1, 2, 3]])).logits, hooks(base)
-    prompt_features(base, prompts(), 1)
+    prompt_features(base, prompts(), (1, 2))
     row_energies(base, prompts(), projections(base))
     assert body.layers is layers
     assert len(layers) == 2
@@ -108,9 +120,9 @@ def test_what_has_no_features_is_refused(base: LoadedBase) -> None:
         prefix_features(base, [[1, 2, 3]], [(4,)])
     with pytest.raises(ValueError, match="1 prompts need as many lists of lengths, got 2"):
         prefix_features(base, [[1, 2, 3]], [(1,), (2,)])
-    for layer in (0, 3, -2):
-        with pytest.raises(ValueError, match="layer must be 1 to 2"):
-            prompt_features(base, prompts(), layer)
+    for depths in ((0,), (1, 3), (-1,), ()):
+        with pytest.raises(ValueError, match="depths must be 1 to 2"):
+            prompt_features(base, prompts(), depths)
     with pytest.raises(ValueError, match="at least one token"):
         row_energies(base, [[]], projections(base))
 

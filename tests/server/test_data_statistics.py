@@ -17,7 +17,7 @@ from support import LAYOUT, make_body
 from fedmoe.coordinator import Aggregation, GatewayModel
 from fedmoe.gateway.prompt_statistics import PromptStatistics, add_statistics
 from fedmoe.lora.adapter import FloatMatrix
-from fedmoe.lora.container import encode_named
+from fedmoe.lora.container import encode_named, read_named
 from fedmoe.lora.moments import InputMoments, ModuleMoments, merge_moments, omega
 from fedmoe.lora.regmean import regmean
 from fedmoe.server.data_statistics import newest
@@ -163,7 +163,7 @@ BAD = {
     "a negative square": ("moments", tampered("layers.0.q.diagonal", [-1] * 6), 422, "statistics_mismatch"),
     "absurd numbers": ("moments", tampered("layers.0.q.diagonal", [1e30] * 6), 422, "statistics_mismatch"),
     "a number for a matrix": ("prompts", scalar_spread(), 422, "statistics_mismatch"),
-    "too many bytes": ("prompts", bytes((8 << 20) + 1), 413, "too_large"),
+    "too many bytes": ("prompts", bytes((32 << 20) + 1), 413, "too_large"),
     "moments beyond their cap": ("moments", bytes(2 << 20), 413, "too_large"),
 }
 
@@ -331,3 +331,40 @@ def test_of_every_expert_worker_and_kind_the_last_counts(keys: list[tuple[str, s
     assert [(one.expert, one.kind, one.worker) for one in found] == sorted(
         (expert, kind, worker) for expert, worker, kind in last
     )
+
+
+# What a listing says, and what an older fedmoe left.
+
+
+def listed(client: TestClient) -> dict[str, str | None]:
+    return {expert["name"]: expert["prompts"] for expert in client.get("/list_experts").json()["experts"]}
+
+
+def test_a_listing_names_the_prompt_statistics_of_every_expert(two: House) -> None:
+    with two.client() as client:
+        assert listed(client) == {"python": None, "sql": None}
+        send(client, "moments", body_of("moments", 1))
+        send(client, "prompts", body_of("prompts", 1))
+        before = listed(client)
+        tag = client.get(GET, params={"expert": "python", "kind": "prompts"}).headers["etag"].strip('"')
+        assert before == {"python": tag, "sql": None}
+        send(client, "prompts", body_of("prompts", 1))
+        assert listed(client) == before
+        send(client, "prompts", body_of("prompts", 2), "w2")
+        assert listed(client)["python"] not in (None, tag)
+
+
+def test_statistics_of_an_older_version_count_as_none(two: House) -> None:
+    old = encode_named(
+        dict(read_named(body_of("prompts", 1))), {"format": "fedmoe-prompt-statistics", "first": "10", "second": "10"}
+    )
+    writer = two.service._blobs.writer()
+    writer.write(old)
+    digest = writer.commit()
+    two.service.journal.add_data_statistic(DataStatistic("python", "old", "prompts", digest, len(old), 1.0))
+    with two.client() as client:
+        assert client.get(GET, params={"expert": "python", "kind": "prompts"}).json()["code"] == "no_statistics"
+        assert send(client, "prompts", body_of("prompts", 2))[0] == 200
+        assert fetched(client, "prompts") == body_of("prompts", 2)
+        status, told = send(client, "prompts", old, "w2")
+        assert (status, told["code"]) == (422, "version")

@@ -17,6 +17,7 @@ from fedmoe.models.prompt_features import prefix_features, prompt_features
 from fedmoe.worker.statistics import (
     LEAST_PROMPTS,
     LONGEST_PROMPT,
+    PROMPT_LENGTHS,
     StatisticsBudget,
     TooLittleDataError,
     data_statistics,
@@ -68,7 +69,7 @@ def test_running_text_gives_its_beginnings_of_several_lengths(base: LoadedBase) 
     packed = blocks([text(length, length) for length in (5, 8, 20, 70, 100, *range(30, 42))])
     found = prompt_statistics(base, packed, 10_000)
     ids = [row for row, _ in in_order(packed)]
-    lengths = [tuple(n for n in (8, 16, 32, 64) if n <= len(row)) or (len(row),) for row in ids]
+    lengths = [tuple(n for n in PROMPT_LENGTHS if n <= len(row)) or (len(row),) for row in ids]
     of_row = [place for place, wanted in enumerate(lengths) for _ in wanted]
     expected = PromptStatistics.of(prefix_features(base, ids, lengths), of_row)
     alike(found.first, expected.first)
@@ -97,7 +98,7 @@ def test_tokens_are_bounded_but_a_few_prompts_there_are(base: LoadedBase) -> Non
     packed = blocks([text(64, seed) for seed in range(60)])
     assert prompt_statistics(base, packed, 64 * 20).count == 20
     assert prompt_statistics(base, packed, 1).count == LEAST_PROMPTS
-    found = data_statistics(base, packed, "q_proj", StatisticsBudget(tokens=64 * 20))
+    found = data_statistics(base, packed, "q_proj", StatisticsBudget(prompt_tokens=64 * 20, tokens=64 * 20))
     assert found.prompts.count == 20
     assert 64 * 20 <= found.moments.tokens < 64 * 20 + 300
 

@@ -12,11 +12,11 @@ import structlog
 
 from fedmoe.errors import RefusedError
 from fedmoe.gateway.serve.catalogue import GATEWAY, RESERVED, Catalogue
-from fedmoe.gateway.serve.protocol import Backend, BackendError, ServedModel
+from fedmoe.gateway.serve.protocol import Backend, BackendError, Router, ServedModel
 from fedmoe.lora.adapter import Adapter
 from fedmoe.manifest import BaseModel
-from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert, PulledGateway
-from fedmoe.wire.messages import Listing
+from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert, PulledGateway, PulledStatistics
+from fedmoe.wire.messages import Listing, StatisticsKind
 
 _log = structlog.get_logger("fedmoe.serve")
 
@@ -36,6 +36,10 @@ class Source(Protocol):
 
     def pull_gateway(self) -> PulledGateway | None:
         """The newest gateway."""
+        ...
+
+    def data_statistics(self, expert: str, kind: StatisticsKind) -> PulledStatistics | None:
+        """What an expert's workers tell of their data."""
         ...
 
 
@@ -59,7 +63,8 @@ class Health:
 class Follower:
     """Keeps a catalogue up to date, in a thread of its own after `start`; unloads what nobody uses any more.
 
-    `base` is the base model served: weights for another one are refused. `poll_seconds` lie between two questions.
+    `base` is the base model served: weights for another one are refused. `poll_seconds` lie between two questions. A
+    `router` gets the prompt statistics of the experts that are served.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Follower:
         base: BaseModel,
         poll_seconds: float = 2.0,
         clock: Callable[[], float] = time.time,
+        router: Router | None = None,
     ) -> None:
         self._source = source
         self._catalogue = catalogue
@@ -77,6 +83,10 @@ class Follower:
         self._base = base
         self._poll_seconds = poll_seconds
         self._clock = clock
+        self._router = router
+        self._prompts: dict[str, str] = {}
+        self._unrouted: Mapping[str, str] = {}
+        self._route_again = 0.0
         self._failures: dict[str, Failure] = {}
         self._answered = clock()
         self._unreachable: str | None = None
@@ -97,14 +107,16 @@ class Follower:
 
     def health(self) -> Health:
         """How well the coordinator is followed."""
-        behind = {name: failure.why for name, failure in self._failures.items()}
+        behind = {f"prompts of {name}": why for name, why in self._unrouted.items()}
+        behind |= {name: failure.why for name, failure in self._failures.items()}
         if self._unreachable is not None:
             behind["coordinator"] = self._unreachable
         return Health(self._clock() - self._answered, behind)
 
     def poll(self) -> None:
         """Ask once and serve what is new; raises what the coordinator's client raises when the listing fails."""
-        listed = self._listed()
+        listing = self._source.list_experts()
+        listed = self._listed(listing)
         self._answered = self._clock()
         changed = self._catalogue.snapshot.changed(listed)
         loaded = {name: model for name in changed if (model := self._brought_up(name)) is not None}
@@ -115,6 +127,7 @@ class Follower:
         if models != before:
             self._catalogue.publish(models, self._clock())
             _log.info("serving", **{name: str(model) for name, model in sorted(loaded.items())})
+        self._follow_prompts(listing)
         self.sweep()
 
     def sweep(self) -> None:
@@ -125,8 +138,23 @@ class Follower:
             except BackendError as error:
                 _log.error("unload_failed", model=str(model), reason=str(error))
 
-    def _listed(self) -> dict[str, tuple[int, str]]:
-        listing = self._source.list_experts()
+    def _follow_prompts(self, listing: Listing) -> None:
+        """Give the router the statistics of the experts that are served, where they changed or could not be had."""
+        if self._router is None:
+            return
+        served = self._catalogue.snapshot.models
+        wanted = {e.name: e.prompts for e in listing.experts if e.prompts is not None and e.name in served}
+        if wanted == self._prompts and not (self._unrouted and self._clock() >= self._route_again):
+            return
+        self._unrouted = self._router.follow(wanted, self._prompt_statistics)
+        self._prompts, self._route_again = wanted, self._clock() + _LONGEST_PAUSE
+
+    def _prompt_statistics(self, expert: str) -> bytes:
+        pulled = self._source.data_statistics(expert, "prompts")
+        assert pulled is not None, "without an ETag there is always an answer"
+        return pulled.body
+
+    def _listed(self, listing: Listing) -> dict[str, tuple[int, str]]:
         found = {e.name: (e.version, e.digest) for e in listing.experts if e.name not in RESERVED}
         reserved = RESERVED & {expert.name for expert in listing.experts}
         if reserved - self._reserved:

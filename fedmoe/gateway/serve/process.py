@@ -22,6 +22,7 @@ from fedmoe.gateway.serve.catalogue import Catalogue
 from fedmoe.gateway.serve.follow import Follower, Source
 from fedmoe.gateway.serve.protocol import Backend, Router
 from fedmoe.gateway.serve.routes import create_app
+from fedmoe.gateway.serve.routing import PromptRouter
 from fedmoe.gateway.serve.scheduler import TransformersBackend
 from fedmoe.gateway.serve.service import Limits, Service
 from fedmoe.gateway.serve.text import Prompter
@@ -87,14 +88,18 @@ def opened(
     poll_seconds: float,
     router: Router | None = None,
 ) -> Iterator[Running]:
-    """Everything but the socket: the newest versions loaded, the coordinator followed; closed on leaving."""
+    """Everything but the socket: the newest versions loaded, the coordinator followed; closed on leaving.
+
+    Without a `router`, prompts to `auto` are routed by the statistics that the coordinator has.
+    """
     check_base(base, manifest)
     limits = within_context(limits, base)
     with ExitStack() as stack:
         backend = make_backend(base, manifest)
         stack.callback(backend.close)
         catalogue = Catalogue()
-        follower = Follower(source, catalogue, backend, base.identity, poll_seconds)
+        router = router or PromptRouter(base)
+        follower = Follower(source, catalogue, backend, base.identity, poll_seconds, router=router)
         stack.callback(follower.close)
         follower.poll()
         follower.start()

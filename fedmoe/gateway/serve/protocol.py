@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -108,8 +108,21 @@ class Backend(Protocol):
 
 
 class Router(Protocol):
-    """Chooses who answers a request to the model `auto`."""
+    """Chooses who answers a request to the model `auto`; any thread may ask while another brings it up to date."""
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts it chooses between; fewer than two: there is no model `auto`."""
+        ...
 
     def route(self, prompt: Sequence[int]) -> str | None:
         """The name of an expert, or None for the gateway; may take as long as a pass over the prompt."""
+        ...
+
+    def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:
+        """Choose from now on between the experts in `listed`, by the prompt statistics that the values name.
+
+        `fetch` gets an expert's, and is asked for new ones only. Returns why an expert is left out, by name; what
+        `fetch` raises for an expert leaves that one out.
+        """
         ...

@@ -2,53 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
+import structlog
+
+from fedmoe.errors import RefusedError
 from fedmoe.gateway.prompt_statistics import PromptStatistics
-from fedmoe.gateway.route import SequenceRouter
-from fedmoe.lora.adapter import ShapeError
+from fedmoe.gateway.route import Router, SequenceRouter
 from fedmoe.lora.codec import CodecError
 from fedmoe.models.base import LoadedBase
-from fedmoe.models.prompt_features import prompt_features
+from fedmoe.models.chat_frame import ChatFrame
+from fedmoe.models.prompt_features import features_width, prompt_features
+from fedmoe.wire.client import CoordinatorUnavailableError
 
-_SUFFIX = ".safetensors"
-
-
-class RouterFilesError(ValueError):
-    """Prompt statistics that cannot be read or do not fit; the message names the file and what to do."""
+_log = structlog.get_logger("fedmoe.serve")
 
 
 class PromptRouter:
-    """A `Router` by the base model's features of the prompt; any thread may ask while the model generates."""
+    """Routes by the base model's features of the prompt and the prompt statistics that a coordinator has.
 
-    def __init__(self, base: LoadedBase, router: SequenceRouter) -> None:
-        width = int(base.model.config.get_text_config().hidden_size)
-        if router.width != width:
-            raise RouterFilesError(
-                f"the prompt statistics have {router.width} numbers, this base model's features {width}; "
-                "make them with the federation's base model"
-            )
+    Any thread may ask while the model generates and while `follow` makes another router: a prompt is routed by one
+    router from beginning to end.
+    """
+
+    def __init__(self, base: LoadedBase, router: Router | None = None) -> None:
         self._base = base
+        self._width = features_width(base)
+        self._frame = ChatFrame.of(base.tokenizer)
         self._router = router
+        self._known: dict[str, tuple[str, PromptStatistics]] = {}
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts it chooses between, none while fewer than two have statistics."""
+        return self._router.names if self._router is not None else ()
 
     def route(self, prompt: Sequence[int]) -> str | None:
         """The name of an expert, or None for the gateway where no expert is likely enough."""
-        return self._router.route(prompt_features(self._base, [prompt])).names[0]
+        router = self._router
+        if router is None:
+            return None
+        return router.route(prompt_features(self._base, [self._frame.removed(prompt)])).names[0]
 
+    def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:
+        """Route from now on by the statistics named in `listed`, expert -> tag; returns who is left out, and why.
 
-def read_router(base: LoadedBase, folder: Path) -> PromptRouter:
-    """The router of the statistics in `folder`, one file `EXPERT.safetensors` each; raises RouterFilesError."""
-    files = sorted(folder.glob(f"*{_SUFFIX}")) if folder.is_dir() else []
-    if not files:
-        raise RouterFilesError(f"{folder} has no file EXPERT{_SUFFIX}; put every expert's prompt statistics there")
-    found: dict[str, PromptStatistics] = {}
-    for file in files:
+        An expert whose new statistics cannot be had keeps its old ones.
+        """
+        known = {name: found for name, found in self._known.items() if name in listed}
+        failed: dict[str, str] = {}
+        for name, tag in listed.items():
+            if name not in known or known[name][0] != tag:
+                try:
+                    known[name] = tag, self._read(fetch(name))
+                except (CodecError, CoordinatorUnavailableError, RefusedError, ValueError) as error:
+                    failed[name] = str(error)
+                    _log.warning("prompt_statistics_not_taken", expert=name, reason=str(error))
+        if known == self._known:
+            return failed
         try:
-            found[file.name.removesuffix(_SUFFIX)] = PromptStatistics.from_bytes(file.read_bytes())
-        except (CodecError, ValueError) as error:
-            raise RouterFilesError(f"{file} holds no prompt statistics: {error}") from error
-    try:
-        return PromptRouter(base, SequenceRouter.fit(found))
-    except (ShapeError, ValueError) as error:
-        raise RouterFilesError(f"no router can be made of {folder}: {error}") from error
+            self._router = _fitted({name: statistics for name, (_, statistics) in known.items()})
+        except ValueError as error:
+            return dict.fromkeys(known, str(error)) | failed
+        self._known = known
+        _log.info("routing", experts=list(self.experts))
+        return failed
+
+    def _read(self, body: bytes) -> PromptStatistics:
+        found = PromptStatistics.from_bytes(body)
+        if found.width != self._width:
+            raise ValueError(
+                f"the prompt statistics have {found.width} numbers, this base model's features {self._width}; "
+                "make them with the federation's base model"
+            )
+        return found
+
+
+def _fitted(statistics: Mapping[str, PromptStatistics]) -> SequenceRouter | None:
+    return SequenceRouter.fit(statistics) if len(statistics) > 1 else None

@@ -93,7 +93,7 @@ class Usage:
 class Service:
     """Answers requests from what the catalogue serves; `random_seed` is asked where a request brings none.
 
-    Without a `router` there is no model `auto`.
+    Where the `router` has no two experts to choose between there is no model `auto`.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Service:
         prompter: Prompter,
         base: BaseModel,
         limits: Limits,
-        router: Router | None,
+        router: Router,
         random_seed: Callable[[], int],
     ) -> None:
         self.backend = backend
@@ -119,8 +119,11 @@ class Service:
     def names(self) -> list[str]:
         """Everything that can be asked for."""
         served = self.catalogue.snapshot.models
-        routed = [AUTO] if self._router is not None else []
+        routed = [AUTO] if self._routes() else []
         return [*routed, BASE, *sorted(served)]
+
+    def _routes(self) -> bool:
+        return len(self._router.experts) > 1
 
     @contextmanager
     def _place(self, choices: int) -> Iterator[None]:
@@ -149,7 +152,7 @@ class Service:
         return answering
 
     async def _routed(self, asked: Asked) -> str:
-        if asked.model != AUTO or self._router is None:
+        if asked.model != AUTO or not self._routes():
             return asked.model
         if len(asked.prompts) != 1:
             raise ApiError(400, "one_prompt_only", "a request to auto has one prompt; send one request each", "prompt")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +16,8 @@ from fedmoe.gateway.serve.follow import Follower
 from fedmoe.gateway.serve.protocol import BackendError, ServedModel
 from fedmoe.lora.adapter import Adapter
 from fedmoe.manifest import BaseModel, Manifest
-from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert, PulledGateway
-from fedmoe.wire.messages import ExpertInfo, GatewayInfo, Listing
+from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert, PulledGateway, PulledStatistics
+from fedmoe.wire.messages import ExpertInfo, GatewayInfo, Listing, StatisticsKind
 
 OTHER_BASE = Manifest(BaseModel("other", "main", "e" * 64, "f" * 64), LAYOUT, 4.0)
 
@@ -32,6 +32,7 @@ class FakeSource:
     lost: bool = False
     broken: set[str] = field(default_factory=set)
     pulls: list[str] = field(default_factory=list)
+    prompts: dict[str, str] = field(default_factory=dict)
 
     def digest(self, name: str, version: int) -> str:
         return f"{abs(hash((name, version))):064x}"[:64]
@@ -41,7 +42,15 @@ class FakeSource:
             raise CoordinatorUnavailableError("no answer")
         experts = [
             ExpertInfo(
-                name=n, version=v, rank=2, alpha=4.0, parameters=1, base="b", digest=self.digest(n, v), workers=[]
+                name=n,
+                version=v,
+                rank=2,
+                alpha=4.0,
+                parameters=1,
+                base="b",
+                digest=self.digest(n, v),
+                workers=[],
+                prompts=self.prompts.get(n),
             )
             for n, v in self.experts.items()
         ]
@@ -74,6 +83,9 @@ class FakeSource:
             expert, version, self.digest(expert, version), self.manifest, make_adapter(version).flat, ""
         )
 
+    def data_statistics(self, expert: str, kind: StatisticsKind) -> PulledStatistics | None:
+        return PulledStatistics(f"{kind} of {expert}".encode(), self.prompts[expert])
+
     def pull_gateway(self) -> PulledGateway | None:
         assert self.gateway is not None
         base = {"weights_hash": self.manifest.base.weights_hash, "tokenizer_hash": self.manifest.base.tokenizer_hash}
@@ -103,10 +115,32 @@ class FakeBackend:
 
 
 @dataclass
+class FakeRouter:
+    """Remembers what it was told to route by; leaves out whom it is told to."""
+
+    told: list[dict[str, str]] = field(default_factory=list)
+    fetched: dict[str, bytes] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return tuple(self.told[-1]) if self.told else ()
+
+    def route(self, prompt: object) -> str | None:
+        raise AssertionError("nobody asks")
+
+    def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:
+        self.told.append(dict(listed))
+        self.fetched |= {name: fetch(name) for name in listed}
+        return dict.fromkeys(self.refused & set(listed), "too little")
+
+
+@dataclass
 class House:
     source: FakeSource = field(default_factory=lambda: FakeSource({"python": 1, "sql": 1}, 2))
     backend: FakeBackend = field(default_factory=FakeBackend)
     catalogue: Catalogue = field(default_factory=Catalogue)
+    router: FakeRouter = field(default_factory=FakeRouter)
     now: float = 100.0
 
     def __post_init__(self) -> None:
@@ -117,6 +151,7 @@ class House:
             MANIFEST.base,
             poll_seconds=1.0,
             clock=lambda: self.now,
+            router=self.router,
         )
 
     def served(self) -> dict[str, int]:
@@ -154,6 +189,41 @@ def test_a_lost_coordinator_leaves_everything_and_is_said() -> None:
     house.follower._poll_and_say()
     assert house.follower.health().behind == {}
     assert house.follower.health().seconds_since_answer == 0.0
+
+
+def tag(mark: str) -> str:
+    return mark * 64
+
+
+def test_the_router_gets_the_statistics_of_what_is_served_when_they_change() -> None:
+    house = House()
+    house.follower.poll()
+    assert house.router.told == []
+    house.source.prompts = {"python": tag("a"), "sql": tag("b")}
+    house.source.experts["law"], house.source.broken = 1, {"law"}
+    house.source.prompts["law"] = tag("c")
+    house.follower.poll()
+    house.follower.poll()
+    assert house.router.told == [{"python": tag("a"), "sql": tag("b")}]
+    assert house.router.fetched == {"python": b"prompts of python", "sql": b"prompts of sql"}
+    house.source.prompts["sql"] = tag("d")
+    del house.source.experts["law"], house.source.experts["python"]
+    house.follower.poll()
+    assert house.router.told[1:] == [{"sql": tag("d")}]
+
+
+def test_statistics_that_cannot_be_used_are_said_and_tried_again_later() -> None:
+    house = House()
+    house.source.prompts, house.router.refused = {"python": tag("a"), "sql": tag("b")}, {"sql"}
+    house.follower.poll()
+    assert house.follower.health().behind == {"prompts of sql": "too little"}
+    house.now += 59
+    house.follower.poll()
+    assert len(house.router.told) == 1
+    house.router.refused, house.now = set(), house.now + 1
+    house.follower.poll()
+    assert house.router.told[0] == house.router.told[1]
+    assert house.follower.health().behind == {}
 
 
 def test_without_a_coordinator_there_is_no_start() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
@@ -24,9 +24,14 @@ HELLO = [{"role": "user", "content": "Hello"}]
 class FirstLetter:
     """Routes by the last token of the prompt."""
 
+    experts = EXPERTS
+
     def route(self, prompt: object) -> str | None:
         assert isinstance(prompt, tuple)
         return {ord("p"): "python", ord("n"): "nobody"}.get(Alone().base.tokenizer.decode(prompt[-1:]).encode()[0])
+
+    def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:
+        return {}
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pytest
-from serve_house import tiny
+from live import push_headers
+from serve_house import Served, serving, tiny
 
+from fedmoe.errors import RefusedError
 from fedmoe.gateway.prompt_statistics import PromptStatistics
 from fedmoe.gateway.route import SequenceRouter
-from fedmoe.gateway.serve.routing import PromptRouter, RouterFilesError, read_router
+from fedmoe.gateway.serve.routing import PromptRouter
+from fedmoe.gateway.serve.service import Limits
 from fedmoe.models.prompt_features import prompt_features
 
-LETTERS = {"python": range(97, 107), "sql": range(48, 58)}
+LETTERS = {"python": range(97, 107), "sql": range(48, 58), "law": range(65, 75)}
 
 
 def prompts(expert: str, seed: int, count: int) -> list[list[int]]:
@@ -21,17 +26,38 @@ def prompts(expert: str, seed: int, count: int) -> list[list[int]]:
     return [rng.choice(list(LETTERS[expert]), 24).tolist() for _ in range(count)]
 
 
-def write_statistics(folder: Path) -> None:
-    for seed, expert in enumerate(LETTERS):
-        found = PromptStatistics.of(prompt_features(tiny(), prompts(expert, seed, 64)))
-        (folder / f"{expert}.safetensors").write_bytes(found.to_bytes())
+def statistics(expert: str, seed: int = 0) -> bytes:
+    return PromptStatistics.of(prompt_features(tiny(), prompts(expert, seed, 64))).to_bytes()
 
 
-def test_prompts_find_their_expert(tmp_path: Path) -> None:
-    write_statistics(tmp_path)
-    router = read_router(tiny(), tmp_path)
-    for expert in LETTERS:
-        assert [router.route(tuple(prompt)) for prompt in prompts(expert, 9, 10)].count(expert) >= 9
+@dataclass
+class Shelf:
+    """Statistics to fetch, by expert; remembers who asked."""
+
+    bodies: dict[str, bytes] = field(default_factory=dict)
+    fetched: list[str] = field(default_factory=list)
+
+    def fetch(self, expert: str) -> bytes:
+        self.fetched.append(expert)
+        if expert not in self.bodies:
+            raise RefusedError("forbidden", "this token may not read it.")
+        return self.bodies[expert]
+
+
+def followed(*experts: str) -> tuple[PromptRouter, Shelf]:
+    router, shelf = PromptRouter(tiny()), Shelf({expert: statistics(expert) for expert in experts})
+    assert router.follow(dict.fromkeys(experts, "1"), shelf.fetch) == {}
+    return router, shelf
+
+
+def share_found(router: PromptRouter, expert: str) -> float:
+    return float(np.mean([router.route(tuple(prompt)) == expert for prompt in prompts(expert, 9, 10)]))
+
+
+def test_prompts_find_their_expert() -> None:
+    router, _ = followed("python", "sql")
+    assert router.experts == ("python", "sql")
+    assert all(share_found(router, expert) >= 0.9 for expert in router.experts)
 
 
 def test_prompts_that_fit_nobody_well_enough_are_the_gateways() -> None:
@@ -39,23 +65,85 @@ def test_prompts_that_fit_nobody_well_enough_are_the_gateways() -> None:
     assert PromptRouter(tiny(), undecided).route((97, 98, 99)) is None
 
 
-def test_a_folder_without_statistics_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RouterFilesError, match="no file EXPERT"):
-        read_router(tiny(), tmp_path)
-    with pytest.raises(RouterFilesError, match="no file EXPERT"):
-        read_router(tiny(), tmp_path / "missing")
+def test_one_expert_is_nothing_to_choose_between() -> None:
+    router, _ = followed("python")
+    assert router.experts == ()
 
 
-def test_a_file_that_is_something_else_is_named(tmp_path: Path) -> None:
-    write_statistics(tmp_path)
-    (tmp_path / "law.safetensors").write_bytes(b"not statistics")
-    with pytest.raises(RouterFilesError, match=r"law\.safetensors"):
-        read_router(tiny(), tmp_path)
+def test_an_expert_that_arrives_is_routed_to_and_one_that_leaves_is_not() -> None:
+    router, shelf = followed("python", "sql")
+    shelf.bodies["law"] = statistics("law")
+    router.follow({"python": "1", "sql": "1", "law": "1"}, shelf.fetch)
+    assert share_found(router, "law") >= 0.9
+    router.follow({"python": "1", "sql": "1"}, shelf.fetch)
+    assert router.experts == ("python", "sql")
+    router.follow({"sql": "1"}, shelf.fetch)
+    assert router.experts == ()
 
 
-def test_statistics_of_another_base_model_are_refused(tmp_path: Path) -> None:
-    for seed, expert in enumerate(LETTERS):
-        features = np.random.default_rng(seed).normal(size=(64, 7)).astype(np.float32)
-        (tmp_path / f"{expert}.safetensors").write_bytes(PromptStatistics.of(features).to_bytes())
-    with pytest.raises(RouterFilesError, match="7 numbers, this base model's features 64"):
-        read_router(tiny(), tmp_path)
+def test_only_statistics_that_changed_are_fetched() -> None:
+    router, shelf = followed("python", "sql")
+    router.follow({"python": "1", "sql": "2"}, shelf.fetch)
+    assert shelf.fetched == ["python", "sql", "sql"]
+
+
+def test_statistics_that_cannot_be_had_leave_the_old_ones() -> None:
+    router, shelf = followed("python", "sql")
+    del shelf.bodies["sql"]
+    failed = router.follow({"python": "1", "sql": "2", "law": "1"}, shelf.fetch)
+    assert failed == dict.fromkeys(("sql", "law"), "this token may not read it.")
+    assert router.experts == ("python", "sql")
+    shelf.bodies["sql"] = statistics("law")
+    assert router.follow({"python": "1", "sql": "2"}, shelf.fetch) == {}
+    assert [router.route(tuple(prompt)) for prompt in prompts("law", 9, 10)].count("sql") >= 9
+
+
+def refused(body: bytes) -> str:
+    router, shelf = followed("python", "sql")
+    shelf.bodies["law"] = body
+    failed: Mapping[str, str] = router.follow({"python": "1", "sql": "1", "law": "1"}, shelf.fetch)
+    assert router.experts == ("python", "sql")
+    assert set(failed) == {"law"}
+    return failed["law"]
+
+
+def test_what_is_no_statistics_is_left_out_and_said() -> None:
+    assert refused(b"not statistics")
+
+
+def test_statistics_of_another_base_model_are_left_out_and_said() -> None:
+    features = np.random.default_rng(0).normal(size=(64, 7)).astype(np.float32)
+    assert "7 numbers, this base model's features 64" in refused(PromptStatistics.of(features).to_bytes())
+
+
+def test_statistics_that_make_no_router_leave_the_old_one() -> None:
+    router, shelf = followed("python", "sql")
+    same = PromptStatistics.of(np.ones((4, 64), np.float32)).to_bytes()
+    shelf.bodies = {"python": same, "sql": same}
+    failed = router.follow({"python": "2", "sql": "2"}, shelf.fetch)
+    assert all("no expert has two prompts that differ" in why for why in failed.values())
+    assert share_found(router, "python") >= 0.9
+
+
+def send(served: Served, expert: str) -> None:
+    """A worker of the expert discloses what its prompts are like."""
+    body = statistics(expert)
+    with served.house.client() as http:
+        sent = {"expert": expert, "worker": "w1", "kind": "prompts"}
+        answer = http.post("/push_data_statistics", params=sent, content=body, headers=push_headers(body))
+    assert answer.status_code == 200, answer.text
+
+
+def test_auto_is_there_once_the_workers_of_two_experts_have_told_of_their_prompts(tmp_path: Path) -> None:
+    with serving(tmp_path, Limits(256, 64, 16)) as served, served.client() as client:
+        send(served, "python")
+        served.follower.poll()
+        assert "auto" not in [card.id for card in client.models.list()]
+        send(served, "sql")
+        deadline = time.monotonic() + 20
+        while "auto" not in [card.id for card in client.models.list()]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for expert in ("python", "sql"):
+            (prompt,) = prompts(expert, 9, 1)
+            assert client.completions.create(model="auto", prompt=prompt, max_tokens=2).model == expert

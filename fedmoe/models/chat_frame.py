@@ -1,0 +1,56 @@
+"""What a chat template puts around every conversation, and prompts without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from transformers import PreTrainedTokenizerBase
+
+# Two things to say that have nothing in common: what renders alike around both is the template's.
+_SAID = ("0", "Why")
+# A text may begin with the template's first token by chance, or because the tokenizer puts it there.
+_NO_CHANCE = 2
+
+
+@dataclass(frozen=True)
+class ChatFrame:
+    """The tokens that a chat template puts before (with its own system prompt) and after what a user says."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
+        """That of the tokenizer's template; empty where there is none."""
+        if not getattr(tokenizer, "chat_template", None):
+            return cls((), ())
+        first, second = (_rendered(tokenizer, said) for said in _SAID)
+        start = _common(first, second)
+        end = _common(first[start:][::-1], second[start:][::-1])
+        return cls(first[:start], first[len(first) - end :])
+
+    def removed(self, prompt: Sequence[int]) -> Sequence[int]:
+        """A rendered conversation without the frame; any other prompt, and an empty conversation, as it is.
+
+        Routers compare what users say with texts that workers have: a frame that every prompt shares would drown short
+        prompts, and no running text has it. Of a conversation with a system prompt of its own that prompt stays.
+        """
+        start = _common(prompt, self.before)
+        if start < _NO_CHANCE:
+            return prompt
+        ends = bool(self.after) and tuple(prompt[-len(self.after) :]) == self.after
+        stop = len(prompt) - len(self.after) * ends
+        return prompt[start:stop] if start < stop else prompt
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, said: str) -> tuple[int, ...]:
+    turns = [{"role": "user", "content": said}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
