@@ -470,3 +470,45 @@ def test_the_gate_tries_regmean_once_every_expert_has_told_of_its_inputs(tmp_pat
         assert (info["strategy"], info["scale"], sorted(info["statistics"])) == ("regmean", 1.3, ["python", "sql"])
     with open_house(tmp_path, replace(GATED, strategy="sum")) as house:
         assert house.service.gateway().statistics == MappingProxyType(info["statistics"])
+
+
+def push_steps(client: TestClient, expert: str, sequence: int, steps: int) -> None:
+    body = make_body(sequence)
+    parameters = push_parameters(sequence, expert=expert, worker=f"w-{expert}", steps=steps)
+    answer = client.post("/push_expert_update", params=parameters, content=body, headers=push_headers(body))
+    assert answer.is_success, answer.text
+
+
+def folds(client: TestClient, house: House) -> int:
+    found = house.service.coordinator.draft().living
+    return found.number if found is not None else 0
+
+
+def test_of_a_gateway_that_lives_a_copy_goes_out_and_experts_go_on_all_the_same(tmp_path: Path) -> None:
+    with trained(tmp_path, Aggregation(evaluation_gate=True, merge_after=3)) as (house, client):
+        push_steps(client, "python", 1, 3)
+        eventually(lambda: folds(client, house) == 1, "the first fold")
+        assert [c["name"] for c in open_set(client, "python")["candidates"]] == ["living"]  # type: ignore[attr-defined]
+        assert judge_all(client)["published"] == "living"
+        out, info = gateway_bytes(client), client.get("/get_gateway_info").json()
+        assert (info["strategy"], info["sources"]) == ("living", {"python": 2})
+        push_steps(client, "sql", 1, 3)
+        eventually(lambda: folds(client, house) == 2, "the second fold")
+        newer = house.service.coordinator.gateway()
+        assert house.service.coordinator.experts["sql"].digest == newer.digest
+        assert judge_all(client, 1, kept=0.3, published=0.5)["published"] is None
+        assert gateway_bytes(client) == out
+    with open_house(tmp_path, Aggregation(evaluation_gate=True, merge_after=3)) as house, house.client() as client:
+        assert gateway_bytes(client) == out
+        assert house.service.coordinator.gateway().digest == newer.digest
+
+
+def test_without_a_fold_a_gateway_that_lives_is_not_scored_again(tmp_path: Path) -> None:
+    with trained(tmp_path, Aggregation(evaluation_gate=True, merge_after=3)) as (house, client):
+        push_steps(client, "python", 1, 3)
+        eventually(lambda: folds(client, house) == 1, "the first fold")
+        judge_all(client)
+        push_steps(client, "python", 2, 4)
+        ask(client, "python")
+        told = eventually(lambda: "nothing has changed" in str(ask(client, "python")["status"]), "the status")
+        assert told and ask(client, "python")["open"] is None
