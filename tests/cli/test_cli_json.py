@@ -17,11 +17,11 @@ Run = Callable[..., Outcome]
 
 GATEWAY = {
     *("version", "strategy", "rank", "parameters", "modules", "lora_A_shape", "lora_B_shape", "sources", "weights"),
-    *("truncation_error", "digest", "statistics", "notes"),
+    *("truncation_error", "digest", "statistics", "notes", "scale", "gate", "living"),
 }
-EXPERT = {"name", "version", "rank", "alpha", "parameters", "base", "digest", "workers"}
+EXPERT = {"name", "version", "rank", "alpha", "parameters", "base", "digest", "workers", "prompts"}
 WORKER = {"worker", "updates", "staleness", "loss", "steps", "tokens", "seconds_ago"}
-CHANGE = {"expert", "version", "gateway_version", "removed", "digest"}
+CHANGE = {"expert", "version", "gateway_version", "removed", "digest", "note"}
 
 
 def test_gateway_info(server: LiveServer, fedmoe: Run) -> None:
