@@ -16,8 +16,9 @@ from fedmoe.lora.audit import module_norms
 from fedmoe.lora.moments import InputMoments
 from fedmoe.lora.regmean import RANK_CAP, SCALE, regmean
 
-#: One scale for all experts where nothing better is known: between the best of two measurements, 0.5 and 0.75.
-DAMPING = 0.6
+# How much more than the mean of the experts where nothing better is known: with three the best of two measurements were
+# 1.5 and 2.25. A share of the sum would not do: with ten experts 0.6 of it left less than the base model.
+_OVER_MEAN = 1.8
 
 NormCap = Literal["module", "whole"]
 
@@ -60,6 +61,11 @@ def _equal(count: int) -> float:
     return 1.0 / count
 
 
+def damping(count: int) -> float:
+    """What `scaled` multiplies the sum of `count` experts with: 1.8 times the mean, but never more than the sum."""
+    return min(1.0, _OVER_MEAN / count)
+
+
 def _scale_of_several(value: float) -> Callable[[int], float]:
     return lambda count: value if count > 1 else 1.0
 
@@ -70,7 +76,7 @@ STRATEGIES: dict[str, Strategy] = {
     "weighted_average": Strategy(_equal, normalised=True),
     "sum": Strategy(_unit),
     "concat": Strategy(_unit),
-    "scaled": Strategy(_unit, scale=_scale_of_several(DAMPING)),
+    "scaled": Strategy(_unit, scale=damping),
 }
 #: Those that need the input moments of every expert as well.
 STRATEGIES_WITH_MOMENTS: dict[str, Strategy] = {"regmean": Strategy(_unit, scale=_scale_of_several(SCALE))}

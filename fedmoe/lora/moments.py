@@ -125,9 +125,11 @@ class Gram:
         """
         if self.factor.shape[1] >= self.features:
             return np.asarray(np.linalg.solve(self.dense(), left.T).T, np.float64)
-        scaled = self.factor / self.diagonal[:, None]
-        inner = np.eye(self.factor.shape[1]) + self.factor.T @ scaled
-        return left / self.diagonal - np.linalg.solve(inner, (left @ scaled).T).T @ scaled.T
+        root = np.sqrt(self.diagonal)
+        half, halved = self.factor / root[:, None], left / root
+        # A matrix times its own transpose: numpy takes the symmetric product, which is half the work.
+        inner = np.eye(half.shape[1]) + half.T @ half
+        return np.asarray((halved - np.linalg.solve(inner, (halved @ half).T).T @ half.T) / root, np.float64)
 
 
 def sum_of_grams(terms: Sequence[tuple[float, Gram]]) -> Gram:

@@ -16,9 +16,9 @@ from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS
 from fedmoe.manifest import BaseModel
 from fedmoe.wire.gate_messages import GatewayScores
 
-#: Scales that are tried, by strategy: between the mean and the sum for the plain stack, around the measured best for
-#: regmean. Each one costs every owner a pass over the held-out data, so there are few.
-SCALES: dict[str, tuple[float, ...]] = {"scaled": (0.4, 0.6, 0.8), "regmean": (1.1, 1.3, 1.5)}
+#: Scales that are tried, by strategy: multiples of the mean for the plain stack, around the measured best for regmean.
+#: Each one costs every owner a pass over the held-out data, so there are few.
+SCALES: dict[str, tuple[float, ...]] = {"scaled": (1.2, 1.8, 2.4), "regmean": (1.1, 1.3, 1.5)}
 
 #: An evaluator and the expert whose domain it scores.
 Evaluator = tuple[str, str]
@@ -71,7 +71,7 @@ def offered(aggregation: Aggregation, count: int, with_moments: bool) -> list[tu
     if count == 1:
         return [("scaled", (1.0,))]
     own = {"weighted_average": 1.0 / count, "sum": 1.0, "concat": 1.0}.get(aggregation.strategy)
-    plain = {*SCALES["scaled"]} | ({own} if own is not None else set())
+    plain = {round(min(1.0, over / count), 6) for over in SCALES["scaled"]} | ({own} if own is not None else set())
     found = [("scaled", tuple(sorted(plain)))]
     return found + ([(name, SCALES[name]) for name in STRATEGIES_WITH_MOMENTS] if with_moments else [])
 

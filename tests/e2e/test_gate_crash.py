@@ -98,17 +98,17 @@ def test_a_kill_while_publishing_leaves_the_old_gateway_or_the_new_one(
         before = published(client, 1)
         train(client, 1)
         with contextlib.suppress(CoordinatorUnavailableError):  # killed before the last answer was out
-            score(client, "scaled x0.8", 0.95)
+            score(client, "scaled x0.9", 0.95)
         assert running.wait() == -9
         running.start()
         after = client.gateway_info()
         assert (after.sources, after.scale) == (
-            ({"python": 2, "sql": 2}, 0.8) if comes_out else ({"python": 1, "sql": 1}, 0.6)
+            ({"python": 2, "sql": 2}, 0.9) if comes_out else ({"python": 1, "sql": 1}, 0.6)
         )
         assert (served(running.url) == before) == (not comes_out)
         blobs = {file.name for file in (running.state_dir / "blobs").iterdir() if file.is_file()}
         assert len(blobs) == 5  # four updates and the one gateway that is served
         if not comes_out:  # the lost set is offered anew
-            score(client, "scaled x0.8", 0.95)
+            score(client, "scaled x0.9", 0.95)
             published(client, 2)
-            assert client.gateway_info().scale == 0.8
+            assert client.gateway_info().scale == 0.9

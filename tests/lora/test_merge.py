@@ -9,9 +9,9 @@ from lora_cases import adapters, bulk, dense, dense_sum, distance, laws, norm, r
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
 from fedmoe.lora.algebra import product_norm, scaled, stack
 from fedmoe.lora.audit import module_norms
-from fedmoe.lora.merge import DAMPING, STRATEGIES, STRATEGIES_WITH_MOMENTS, NormCap, capped, merge, plan_weights
+from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS, NormCap, capped, damping, merge, plan_weights
 from fedmoe.lora.moments import InputMoments, ModuleMoments, omega
-from fedmoe.lora.regmean import regmean
+from fedmoe.lora.regmean import SCALE, regmean
 
 LAYOUT = Layout((ModuleShape("q", 20, 12), ModuleShape("up", 9, 31)), 4)
 NAMES = ["python", "sql", "docs", "law"]
@@ -41,7 +41,7 @@ def test_a_merge_without_a_cut_is_the_dense_weighted_sum(data: st.DataObject, na
     experts = {name: data.draw(adapters(first.layout.modules)) for name in named}
     merged = merge(experts, strategy)
     weight = 1 / len(experts) if strategy == "weighted_average" else 1.0
-    scale = DAMPING if strategy == "scaled" and len(experts) > 1 else 1.0
+    scale = damping(len(experts)) if strategy == "scaled" else 1.0
     terms = [(scale * weight, adapter) for adapter in experts.values()]
     size = sum(weight * bulk(adapter) for adapter in experts.values())
     assert distance(dense(merged.adapter), dense_sum(terms)) <= 1e-5 * size
@@ -179,7 +179,7 @@ def test_regmean_is_the_function_of_that_name() -> None:
         assert (merged.truncation_error, merged.scale) == (direct.truncation_error, 1.1)
         assert merged.weights == dict(sorted(weights.items()))
     assert (merge(EXPERTS, "regmean", moments=MOMENTS).scale, merge(EXPERTS, "regmean", moments=MOMENTS).rank) == (
-        1.2,
+        SCALE,
         16,
     )
 
@@ -197,7 +197,7 @@ def test_regmean_without_moments_is_refused_unless_another_strategy_is_named() -
     instead = merge(EXPERTS, "regmean", moments=some, scale=1.2, without_moments="scaled")
     plain = merge(EXPERTS, "scaled")
     assert instead.adapter.flat.tobytes() == plain.adapter.flat.tobytes()
-    assert (instead.strategy, instead.scale) == ("scaled", DAMPING)
+    assert (instead.strategy, instead.scale) == ("scaled", damping(len(EXPERTS)))
     assert instead.notes == ("regmean was asked for; without input moments of law, sql it became scaled",)
     assert merge(EXPERTS, "regmean", moments=MOMENTS, without_moments="scaled").notes == ()
 
@@ -278,7 +278,7 @@ def test_with_a_start_the_deltas_are_merged(strategy: str) -> None:
     start = random_adapter(LAYOUT, 9)
     experts = {name: stack([(1.0, start), (0.2, expert)]) for name, expert in EXPERTS.items()}
     merged = merge(experts, strategy, start=start)
-    weight = {"weighted_average": 0.25, "sum": 1.0, "scaled": DAMPING}[strategy]
+    weight = {"weighted_average": 0.25, "sum": 1.0, "scaled": damping(len(EXPERTS))}[strategy]
     expected = dense_sum([(1.0, start), *((0.2 * weight, expert) for expert in EXPERTS.values())])
     assert distance(dense(merged.adapter), expected) <= 1e-5 * norm(expected)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
 from fedmoe.lora.algebra import recompress, scaled
 from fedmoe.lora.moments import InputMoments, ModuleMoments, omega
-from fedmoe.lora.regmean import regmean
+from fedmoe.lora.regmean import SCALE, regmean
 
 Matrix = NDArray[np.float64]
 LAYOUT = Layout((ModuleShape("q", 20, 12), ModuleShape("k", 20, 5), ModuleShape("up", 9, 31)), 3)
@@ -56,7 +56,7 @@ def module_bulk(adapter: Adapter | None, name: str) -> float:
 def dense_regmean(
     experts: Mapping[str, Adapter],
     moments: Mapping[str, InputMoments],
-    scale: float = 1.2,
+    scale: float = SCALE,
     start: Adapter | None = None,
 ) -> tuple[Dense, Dense]:
     """The formula of the module, word by word, on dense matrices: the merged products, and M."""

@@ -147,7 +147,7 @@ def tampered(part: str, values: object) -> bytes:
 def scalar_spread() -> bytes:
     named = {f"{half}.{part}": np.zeros(3, np.float32) for half in ("first", "second") for part in ("mean", "rest")}
     named |= {f"{half}.spread": np.zeros((), np.float32) for half in ("first", "second")}
-    return encode_named(named, {"format": "fedmoe-prompt-statistics", "first": "1", "second": "1"})
+    return encode_named(named, {"format": "fedmoe-prompt-statistics", "version": "2", "first": "1", "second": "1"})
 
 
 NAN = [[np.nan] * 3] * 6

@@ -148,7 +148,7 @@ def test_a_coordinator_without_a_gate_says_so(tmp_path: Path) -> None:
 def test_a_set_names_what_is_to_be_scored_and_every_adapter_can_be_had(two: TestClient) -> None:
     offer = open_set(two, "python")
     assert offer["sources"] == {"python": 1, "sql": 1}
-    assert [c["name"] for c in offer["candidates"]] == ["scaled x0.4", "scaled x0.5", "scaled x0.6", "scaled x0.8"]  # type: ignore[attr-defined]
+    assert [c["name"] for c in offer["candidates"]] == ["scaled x0.5", "scaled x0.6", "scaled x0.9", "scaled x1"]  # type: ignore[attr-defined]
     digests = {str(offer["own"])} | {str(c["digest"]) for c in offer["candidates"]}  # type: ignore[attr-defined]
     assert len(digests) == 2
     for digest in digests:
@@ -185,7 +185,7 @@ def test_a_gateway_that_is_worse_stays_inside_and_the_old_bytes_are_served(two: 
     told = two.get("/get_gateway_info").json()["gate"]
     assert (told["reason"], told["status"]) == (verdict["reason"], "nothing has changed since the last verdict")
     push(two, "sql", 2, 6)
-    assert judge_all(two, 2, kept=0.6, published=0.5)["published"] == "scaled x0.4"
+    assert judge_all(two, 2, kept=0.6, published=0.5)["published"] == "scaled x0.5"
     assert gateway_bytes(two) != before
 
 
@@ -215,7 +215,7 @@ def test_who_has_scored_is_not_asked_again_and_may_correct_the_scores(two: TestC
     two.post("/push_gateway_scores", json=scores(offer, "python", kept=0.9))
     two.post("/push_gateway_scores", json=scores(offer, "sql", kept=0.9))
     kept = judged(two)["kept"]
-    assert kept["scaled x0.4"] == pytest.approx({"python": 0.9, "sql": 0.9})  # type: ignore[index]
+    assert kept["scaled x0.5"] == pytest.approx({"python": 0.9, "sql": 0.9})  # type: ignore[index]
 
 
 def test_an_expert_that_came_later_waits_for_the_next_set_and_holds_nobody_up(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_an_expert_that_came_later_waits_for_the_next_set_and_holds_nobody_up(tm
         ({"base": -0.1}, 422, "invalid_request"),
         ({"own": "NaN"}, 422, "invalid_request"),
         ({"own": 1e9}, 422, "invalid_request"),
-        ({"candidates": {"scaled x0.4": 1.0}}, 422, "scores_mismatch"),
+        ({"candidates": {"scaled x0.5": 1.0}}, 422, "scores_mismatch"),
         ({"candidates": {"mine": 1.0}}, 422, "scores_mismatch"),
         ({"published": 1.0}, 422, "scores_mismatch"),
         ({"expert": "docs"}, 422, "scores_mismatch"),
@@ -299,7 +299,7 @@ def test_a_silent_evaluator_delays_a_verdict_until_the_deadline_and_no_longer(tm
         assert client.get("/gateway_verdicts").json() == {"verdicts": []}
         clock.now += 1
         gate.step()
-        assert judged(client)["published"] == "scaled x0.4"
+        assert judged(client)["published"] == "scaled x0.5"
 
 
 def test_a_set_that_nobody_scores_makes_room_for_a_newer_one_and_the_status_says_why(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_after_a_retraction_the_published_gateway_does_not_hold_its_place(two: T
     judge_all(two)
     assert two.post("/retract", json={"expert": "python", "worker": "w-python"}).status_code == 200
     verdict = judge_all(two, 1, kept=0.1, published=0.9)
-    assert verdict["published"] == "scaled x0.4"
+    assert verdict["published"] == "scaled x0.5"
     assert "taken back from python" in str(verdict["reason"])
     assert two.get("/get_gateway_info").json()["sources"] == {"python": 2, "sql": 1}
 
@@ -411,7 +411,7 @@ def test_a_published_gateway_whose_bytes_are_lost_is_told_and_the_next_verdict_m
     (tmp_path / "blobs" / lost).write_bytes(b"damaged")
     with open_house(tmp_path, GATED) as house, house.client() as client:
         assert client.get("/get_gateway_info").json()["code"] == "gateway_not_published"
-        assert judge_all(client, 1)["published"] == "scaled x0.4"
+        assert judge_all(client, 1)["published"] == "scaled x0.5"
 
 
 def test_a_full_disk_leaves_the_old_gateway_and_the_next_change_is_tried_again(
@@ -431,7 +431,7 @@ def test_a_full_disk_leaves_the_old_gateway_and_the_next_change_is_tried_again(
             eventually(lambda: "no space left" in str(ask(client, "python")["status"]), "the reason")
         assert gateway_bytes(client) == before
         push(client, "sql", 2, 6)
-        assert judge_all(client, 1, kept=0.9)["published"] == "scaled x0.4"
+        assert judge_all(client, 1, kept=0.9)["published"] == "scaled x0.5"
 
 
 def test_a_journal_that_fails_ends_the_coordinator_and_publishes_nothing(
@@ -456,7 +456,7 @@ def test_a_verdict_is_plain_json_with_what_it_was_made_of(tmp_path: Path) -> Non
         judge_all(client)
         (verdict,) = house.journal.verdicts(5)
     published = json.loads(json.dumps(verdict.payload))["published"]
-    assert (published["sources"], published["scale"]) == ({"python": 1, "sql": 1}, 0.4)
+    assert (published["sources"], published["scale"]) == ({"python": 1, "sql": 1}, 0.5)
 
 
 def test_the_gate_tries_regmean_once_every_expert_has_told_of_its_inputs(tmp_path: Path) -> None:
@@ -511,4 +511,5 @@ def test_without_a_fold_a_gateway_that_lives_is_not_scored_again(tmp_path: Path)
         push_steps(client, "python", 2, 4)
         ask(client, "python")
         told = eventually(lambda: "nothing has changed" in str(ask(client, "python")["status"]), "the status")
-        assert told and ask(client, "python")["open"] is None
+        assert told
+        assert ask(client, "python")["open"] is None

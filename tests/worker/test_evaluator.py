@@ -177,7 +177,7 @@ def _all_scales(client: CoordinatorClient) -> dict[float, float]:
         pulled = client.pull_expert(name)
         assert pulled is not None
         own[name] = pulled.adapter
-    scales = (0.4, 0.6, 0.8, 1.0)
+    scales = (0.6, 0.9, 1.0)
     adapter = gateway.adapter
     kept = worst_kept({str(s): Adapter(adapter.layout, adapter.alpha * s / unit, adapter.flat) for s in scales}, own)
     return {float(scale): share for scale, share in kept.items()}
@@ -229,7 +229,7 @@ def test_base_own_expert_and_what_went_out_are_measured_once(
     monkeypatch.setattr(HeldOutScorer, "_measure", counted)
     evaluator = Evaluator(client, scorer("up"), "e1", "up", 1.0)
     until(evaluator.score_once)
-    assert len(measured) == 2 + 4  # base model, own expert, four scales
+    assert len(measured) == 2 + 3  # base model, own expert, three scales
     for count, size in ((1, 1e-6), (2, 0.2)):
         before = verdicts(client, count)[0]
         assert before.published is not None or count == 2
