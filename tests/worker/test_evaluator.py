@@ -235,7 +235,7 @@ def test_base_own_expert_and_what_went_out_are_measured_once(
         assert before.published is not None or count == 2
         down.push(np.full(down.known.size, size, np.float32))
         until(evaluator.score_once)
-        assert len(measured) == 6 + 4 * count  # the new candidates; what went out was a candidate, so it is known
+        assert len(measured) == 5 + 3 * count  # the new candidates; what went out was a candidate, so it is known
 
 
 def test_a_candidate_that_went_out_has_the_very_loss_it_was_chosen_for(
