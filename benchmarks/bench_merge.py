@@ -11,7 +11,7 @@ The dense way forms `W = B @ A` for every module and decomposes it with `np.lina
 SmolLM2 are run once and counted as often as the model has them. Of Qwen2.5-7B only `k_proj` is run, and extrapolated to
 the other shapes by m n min(m, n): `dense.extrapolated` names them. `bench_recompress.py` runs larger ones.
 
-Experts are those of `bench_recompress.py`. Moments are of random inputs with falling variances, a sketch of 32 columns
+Experts are those of `bench_recompress.py`. Moments are of random inputs with falling variances, a sketch of 64 columns
 a module; query, key and value have one input, so have gate and up. Time hardly depends on the numbers.
 """
 
@@ -37,7 +37,7 @@ from fedmoe.lora.audit import audit  # noqa: E402
 from fedmoe.lora.merge import Merged, merge  # noqa: E402
 from fedmoe.lora.moments import InputMoments, ModuleMoments, omega  # noqa: E402
 
-COLUMNS = 32
+COLUMNS = 64
 MOST_RANK = 64
 DENSE_WITHIN = 1536
 #: Modules that are fed by the same input, by the name of the first.

@@ -182,7 +182,7 @@ def bench(asked: Asked, count: int) -> dict[str, object]:
     for name in (*OURS, *PEFT):
         with tempfile.TemporaryDirectory() as folder:
             costs[name] = in_own_process(asked, name, Path(folder))
-            adapter = read_peft({path.name: path.read_bytes() for path in Path(folder).iterdir()})
+            adapter = read_peft({name: (Path(folder) / name).read_bytes() for name in (PEFT_CONFIG, PEFT_WEIGHTS)})
         costs[name]["rank"] = adapter.rank
         rows[name] = row(adapter)
         print(name, costs[name], {domain: round(float(np.mean(x)), 4) for domain, x in rows[name].items()}, flush=True)
