@@ -7,14 +7,12 @@ answer. Each step either finishes or leaves nothing behind.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 import structlog
 
 from fedmoe import __version__, failpoints
@@ -24,7 +22,6 @@ from fedmoe.events import GatewayFolded, UpdateAccepted
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.adapter import FloatVector, Layout
 from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
-from fedmoe.lora.robust import first_not_finite
 from fedmoe.server.committer import Committer
 from fedmoe.server.data_statistics import KeptStatistics, most_bytes
 from fedmoe.server.evaluation_gate import EvaluationGate, GatePolicy
@@ -33,6 +30,7 @@ from fedmoe.server.history import History, Rebuilt
 from fedmoe.server.publication import Publications
 from fedmoe.server.receive import Expected, receive, settled
 from fedmoe.server.roster import Roster
+from fedmoe.server.submission import refuse_other_bytes, submission_of, usable_norm
 from fedmoe.storage.blobs import BlobStore, BlobWriter, StorageFailedError
 from fedmoe.storage.journal import Journal, Statistic
 from fedmoe.wire.messages import (
@@ -56,8 +54,6 @@ _log = structlog.get_logger("fedmoe.coordinator")
 # A body is the factors in float32 at most, plus the header of names.
 _CAP_SHARE = 1.05
 _CAP_BYTES = 1 << 20
-#: The largest norm of an update. Far above any real one, and so small that no number of updates overflows an expert.
-MAX_NORM = 1e9
 _THREADS = 4
 _MAX_UPLOADS = 64
 
@@ -259,11 +255,11 @@ class CoordinatorService:
         What cannot land is refused before it costs a write; the binding decision comes later, in order.
         """
         if self.journal.find_update(header.worker, header.epoch, header.sequence) is not None:
-            return _submission(header, writer.digest), None
+            return submission_of(header, writer.digest), None
         if writer.size == 0:
             raise MalformedError("malformed", "the body is empty")
         flat = decode(writer.view(), layout).flat
-        submission = _submission(header, writer.digest, _usable_norm(layout, flat))
+        submission = submission_of(header, writer.digest, usable_norm(layout, flat))
         self.coordinator.draft().judge(submission, self.now)
         return submission, flat
 
@@ -271,7 +267,7 @@ class CoordinatorService:
         """The binding decision, taken in the journal's order by the committer."""
         earlier = self._earlier(draft, submission)
         if earlier is not None:
-            _refuse_other_bytes(earlier, submission)
+            refuse_other_bytes(earlier, submission)
             return _result(earlier, draft.gateway_version, duplicate=True)
         assert delta is not None, "an update that is not in the journal was checked and has its numbers"
         accepted = draft.judge(submission, self.now)
@@ -341,51 +337,6 @@ class CoordinatorService:
             if any(isinstance(event, GatewayFolded) for event in draft.events):
                 self._history.prune_gateways(draft.living)
             self._folding.wake()
-
-
-def _refuse_other_bytes(earlier: UpdateAccepted, submission: Submission) -> None:
-    """The same update again is fine; another one under its number is not."""
-    if (earlier.digest, earlier.expert) != (submission.digest, submission.expert):
-        raise RefusedError(
-            "sequence_reused",
-            f"worker {submission.worker!r} already sent another update as number {submission.sequence}.",
-            "Every update needs its own number; a restored worker state needs a new epoch.",
-            accepted_digest=earlier.digest,
-        )
-
-
-def _usable_norm(layout: Layout, flat: FloatVector) -> float:
-    """The L2 norm; refuses numbers that would break an expert: not finite, or a sum that could overflow float32."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        squared = float(np.dot(flat, flat))
-    if squared <= MAX_NORM**2:  # one pass decides the usual case; false for a NaN
-        return math.sqrt(squared)
-    bad = first_not_finite(layout, flat)
-    if bad is not None:
-        raise RefusedError(
-            "not_finite", f"{bad} holds a NaN or an infinity.", "Lower the learning rate; never push such weights."
-        )
-    norm = float(np.linalg.norm(flat.astype(np.float64)))
-    raise RefusedError(
-        "norm_too_large",
-        f"the update's norm is {norm:.3g}; at most {MAX_NORM:g} is taken, real ones are near 1.",
-        "Lower the learning rate or clip the gradients; never push such weights.",
-        norm=norm,
-    )
-
-
-def _submission(header: UpdateHeader, digest: str, norm: float | None = None) -> Submission:
-    info = {"loss": header.loss, "steps": header.steps, "tokens": header.tokens}
-    return Submission(
-        header.expert,
-        header.worker,
-        header.epoch,
-        header.sequence,
-        header.base_version,
-        digest,
-        {key: float(value) for key, value in info.items() if value is not None},
-        norm,
-    )
 
 
 def _result(event: UpdateAccepted, gateway_version: int, duplicate: bool) -> UpdateResult:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,9 +12,7 @@ import stamina
 from pydantic import BaseModel
 
 from fedmoe.errors import RefusedError
-from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape
-from fedmoe.lora.codec import CodecError, WireDtype, decode
-from fedmoe.lora.container import read_header
+from fedmoe.lora.codec import WireDtype
 from fedmoe.manifest import Manifest
 from fedmoe.wire.gate_messages import (
     CandidatesAnswer,
@@ -47,6 +43,15 @@ from fedmoe.wire.messages import (
     UpdateHeader,
     UpdateResult,
 )
+from fedmoe.wire.pulled import (
+    PulledExpert,
+    PulledGateway,
+    PulledStatistics,
+    check_promise,
+    describing,
+    pulled_expert,
+    pulled_gateway,
+)
 from fedmoe.wire.replies import (
     Answer,
     CoordinatorUnavailableError,
@@ -70,43 +75,6 @@ __all__ = [
 # Answers of a coordinator under load that a later try may not get.
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
 _LONGEST_WAIT = 60.0
-
-
-@dataclass(frozen=True)
-class PulledExpert:
-    """An expert's weights as downloaded: float32, checked against the answer's digest, with the version they are."""
-
-    name: str
-    version: int
-    digest: str
-    manifest: Manifest
-    weights: FloatVector
-    etag: str
-
-    @property
-    def adapter(self) -> Adapter:
-        return Adapter(self.manifest.layout, self.manifest.alpha, self.weights)
-
-
-@dataclass(frozen=True)
-class PulledGateway:
-    """The gateway as downloaded, with what it is made of and the base model it belongs on."""
-
-    version: int
-    digest: str
-    adapter: Adapter
-    sources: dict[str, int]
-    base: dict[str, str]
-    info: dict[str, object]
-    etag: str
-
-
-@dataclass(frozen=True)
-class PulledStatistics:
-    """Data statistics as downloaded, the bytes checked against the answer's digest; `etag` names them."""
-
-    body: bytes
-    etag: str
 
 
 @dataclass(frozen=True)
@@ -205,22 +173,22 @@ class CoordinatorClient:
         headers = {"Accept": SAFETENSORS} | ({"If-None-Match": etag} if etag else {})
         body = {"expert": expert, "dtype": dtype}
         answer = self._retried("POST", "/get_expert_weights", json=body, headers=headers)
-        return None if answer.status == 304 and etag else _pulled_expert(answer)
+        return None if answer.status == 304 and etag else pulled_expert(answer)
 
     def pull_gateway(self, etag: str | None = None, dtype: WireDtype = "fp32") -> PulledGateway | None:
         """The newest gateway; None if it is still that of `etag`."""
         headers = {"Accept": SAFETENSORS} | ({"If-None-Match": etag} if etag else {})
         answer = self._retried("GET", "/get_gateway_weights", params={"dtype": dtype}, headers=headers)
-        return None if answer.status == 304 and etag else _pulled_gateway(answer)
+        return None if answer.status == 304 and etag else pulled_gateway(answer)
 
     def push(self, header: UpdateHeader, body: bytes) -> Pushed:
         """Send an update once; sending the same one again later is safe."""
-        headers = _describing(body) | {"Accept": SAFETENSORS}
+        headers = describing(body) | {"Accept": SAFETENSORS}
         params = header.model_dump(exclude_none=True)
         answer = self._once("POST", "/push_expert_update", params=params, content=body, headers=headers)
         if answer.type != SAFETENSORS:
             return Pushed(parsed(answer, UpdateResult), None)
-        newest = _pulled_expert(answer)
+        newest = pulled_expert(answer)
         if answer.status == 409:
             told = parsed_problem(answer, answer.headers.get("fedmoe-result", ""))
             error = TooStaleError(told.code, told.detail, told.fix)
@@ -234,7 +202,7 @@ class CoordinatorClient:
 
     def push_data_statistics(self, header: DataStatisticsHeader, body: bytes) -> DataStatisticsResult:
         """Disclose statistics of a worker's data, once; sending the same ones again later is safe."""
-        params, headers = header.model_dump(), _describing(body)
+        params, headers = header.model_dump(), describing(body)
         answer = self._once("POST", "/push_data_statistics", params=params, content=body, headers=headers)
         return parsed(answer, DataStatisticsResult)
 
@@ -248,7 +216,7 @@ class CoordinatorClient:
         answer = self._retried("GET", "/data_statistics", params=params, headers=headers)
         if answer.status == 304 and etag:
             return None
-        _check_promise(answer)
+        check_promise(answer)
         return PulledStatistics(bytes(answer.body), answer.headers.get("etag", ""))
 
     def gateway_candidates(self, request: CandidatesRequest) -> CandidatesAnswer:
@@ -258,7 +226,7 @@ class CoordinatorClient:
     def pull_candidate(self, request: CandidateWeightsRequest) -> PulledGateway:
         """An adapter of the open set, at scale 1; refused with `candidates_closed` once the set is not open."""
         headers, params = {"Accept": SAFETENSORS}, request.model_dump()
-        return _pulled_gateway(self._retried("GET", "/gateway_candidate_weights", params=params, headers=headers))
+        return pulled_gateway(self._retried("GET", "/gateway_candidate_weights", params=params, headers=headers))
 
     def push_gateway_scores(self, scores: GatewayScores) -> ScoresResult:
         """Send held-out losses of everything in the open set; sending them again is safe."""
@@ -331,78 +299,3 @@ def _raise_for_refusal(answer: Answer) -> None:
     error = kind(told.code, told.detail, told.fix)
     error.facts = dict(told.model_extra or {})
     raise error
-
-
-def _describing(body: bytes | bytearray) -> dict[str, str]:
-    """Headers of a safetensors body."""
-    digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
-    return {"Content-Type": SAFETENSORS, "Content-Digest": f"sha-256=:{digest}:"}
-
-
-def _check_promise(answer: Answer) -> None:
-    """The body must be safetensors, and have the digest the answer promises."""
-    if answer.type != SAFETENSORS:
-        raise foreign(answer)
-    if answer.headers.get("content-digest", "") != _describing(answer.body)["Content-Digest"]:
-        raise CoordinatorUnavailableError("the weights were damaged on their way (digest mismatch)")
-
-
-def _info(answer: Answer) -> dict[str, object]:
-    """What accompanies weights, once the body has the digest the answer promises."""
-    _check_promise(answer)
-    try:
-        _, metadata, _ = read_header(answer.body)
-        info = json.loads(metadata["fedmoe"])
-    except (CodecError, KeyError, ValueError):
-        raise foreign(answer) from None
-    if not isinstance(info, dict):
-        raise foreign(answer)
-    return info
-
-
-def _pulled_expert(answer: Answer) -> PulledExpert:
-    info = _info(answer)
-    try:
-        manifest = ManifestMessage.model_validate(info["manifest"]).manifest()
-        weights = decode(answer.body, manifest.layout).flat
-        etag = answer.headers.get("etag", "")
-        return PulledExpert(
-            str(info["expert"]), int(str(info["version"])), str(info["digest"]), manifest, weights, etag
-        )
-    except (KeyError, ValueError) as error:
-        raise foreign(answer) from error
-
-
-def _pulled_gateway(answer: Answer) -> PulledGateway:
-    info = _info(answer)
-    try:
-        layout = _layout_of(answer.body)
-        adapter = Adapter(layout, float(str(info["alpha"])), decode(answer.body, layout).flat)
-        sources = {str(name): int(str(version)) for name, version in _mapping(info["sources"]).items()}
-        base = {str(key): str(value) for key, value in _mapping(info["base"]).items()}
-        etag = answer.headers.get("etag", "")
-        return PulledGateway(int(str(info["version"])), str(info["digest"]), adapter, sources, base, info, etag)
-    except (KeyError, ValueError) as error:
-        raise foreign(answer) from error
-
-
-def _mapping(value: object) -> dict[object, object]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {type(value)}")
-    return value
-
-
-def _layout_of(body: bytes | bytearray) -> Layout:
-    """The layout that a body's own tensors describe; a gateway's rank is not known beforehand."""
-    entries, _, _ = read_header(body)
-    modules = []
-    ranks = set()
-    for name, entry in entries.items():
-        if name.endswith(".lora_A"):
-            module = name.removesuffix(".lora_A")
-            (rank, n_in), (n_out, _) = entry.shape, entries[f"{module}.lora_B"].shape
-            ranks.add(rank)
-            modules.append(ModuleShape(module, n_in, n_out))
-    if len(ranks) != 1:
-        raise ValueError(f"the gateway's factors have ranks {sorted(ranks)}, expected one")
-    return Layout(tuple(modules), ranks.pop())

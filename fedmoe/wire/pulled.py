@@ -1,0 +1,127 @@
+"""Weights and statistics as they come from a coordinator: checked against what the answer promises, then read."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from dataclasses import dataclass
+
+from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape
+from fedmoe.lora.codec import CodecError, decode
+from fedmoe.lora.container import read_header
+from fedmoe.manifest import Manifest
+from fedmoe.wire.messages import SAFETENSORS, ManifestMessage
+from fedmoe.wire.replies import Answer, CoordinatorUnavailableError, foreign
+
+
+@dataclass(frozen=True)
+class PulledExpert:
+    """An expert's weights as downloaded: float32, checked against the answer's digest, with the version they are."""
+
+    name: str
+    version: int
+    digest: str
+    manifest: Manifest
+    weights: FloatVector
+    etag: str
+
+    @property
+    def adapter(self) -> Adapter:
+        return Adapter(self.manifest.layout, self.manifest.alpha, self.weights)
+
+
+@dataclass(frozen=True)
+class PulledGateway:
+    """The gateway as downloaded, with what it is made of and the base model it belongs on."""
+
+    version: int
+    digest: str
+    adapter: Adapter
+    sources: dict[str, int]
+    base: dict[str, str]
+    info: dict[str, object]
+    etag: str
+
+
+@dataclass(frozen=True)
+class PulledStatistics:
+    """Data statistics as downloaded, the bytes checked against the answer's digest; `etag` names them."""
+
+    body: bytes
+    etag: str
+
+
+def describing(body: bytes | bytearray) -> dict[str, str]:
+    """Headers of a safetensors body."""
+    digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
+    return {"Content-Type": SAFETENSORS, "Content-Digest": f"sha-256=:{digest}:"}
+
+
+def check_promise(answer: Answer) -> None:
+    """The body must be safetensors, and have the digest the answer promises."""
+    if answer.type != SAFETENSORS:
+        raise foreign(answer)
+    if answer.headers.get("content-digest", "") != describing(answer.body)["Content-Digest"]:
+        raise CoordinatorUnavailableError("the weights were damaged on their way (digest mismatch)")
+
+
+def _info(answer: Answer) -> dict[str, object]:
+    """What accompanies weights, once the body has the digest the answer promises."""
+    check_promise(answer)
+    try:
+        _, metadata, _ = read_header(answer.body)
+        info = json.loads(metadata["fedmoe"])
+    except (CodecError, KeyError, ValueError):
+        raise foreign(answer) from None
+    if not isinstance(info, dict):
+        raise foreign(answer)
+    return info
+
+
+def pulled_expert(answer: Answer) -> PulledExpert:
+    info = _info(answer)
+    try:
+        manifest = ManifestMessage.model_validate(info["manifest"]).manifest()
+        weights = decode(answer.body, manifest.layout).flat
+        etag = answer.headers.get("etag", "")
+        return PulledExpert(
+            str(info["expert"]), int(str(info["version"])), str(info["digest"]), manifest, weights, etag
+        )
+    except (KeyError, ValueError) as error:
+        raise foreign(answer) from error
+
+
+def pulled_gateway(answer: Answer) -> PulledGateway:
+    info = _info(answer)
+    try:
+        layout = _layout_of(answer.body)
+        adapter = Adapter(layout, float(str(info["alpha"])), decode(answer.body, layout).flat)
+        sources = {str(name): int(str(version)) for name, version in _mapping(info["sources"]).items()}
+        base = {str(key): str(value) for key, value in _mapping(info["base"]).items()}
+        etag = answer.headers.get("etag", "")
+        return PulledGateway(int(str(info["version"])), str(info["digest"]), adapter, sources, base, info, etag)
+    except (KeyError, ValueError) as error:
+        raise foreign(answer) from error
+
+
+def _mapping(value: object) -> dict[object, object]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value)}")
+    return value
+
+
+def _layout_of(body: bytes | bytearray) -> Layout:
+    """The layout that a body's own tensors describe; a gateway's rank is not known beforehand."""
+    entries, _, _ = read_header(body)
+    modules = []
+    ranks = set()
+    for name, entry in entries.items():
+        if name.endswith(".lora_A"):
+            module = name.removesuffix(".lora_A")
+            (rank, n_in), (n_out, _) = entry.shape, entries[f"{module}.lora_B"].shape
+            ranks.add(rank)
+            modules.append(ModuleShape(module, n_in, n_out))
+    if len(ranks) != 1:
+        raise ValueError(f"the gateway's factors have ranks {sorted(ranks)}, expected one")
+    return Layout(tuple(modules), ranks.pop())
