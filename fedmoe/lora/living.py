@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import Adapter, FloatMatrix, ShapeError
 from fedmoe.lora.moments import Gram, InputMoments, sum_of_grams
-from fedmoe.lora.regmean import PRIOR, RIDGE, Solution, check_moments, cut_in_metric, rebuilt, wide
+from fedmoe.lora.regmean import PRIOR, RIDGE, Solution, check_moments, cut_in_metric, loudness, rebuilt, wide
 
 Matrix64 = NDArray[np.float64]
 
@@ -66,13 +66,14 @@ def fold(
     views = {module.name: (a, b) for module, a, b in gateway.layout.factors(flat)}
     kept = lost = 0.0
     experts = sorted(moments)
-    for name, grams in rebuilt([moments[expert] for expert in experts], gateway.layout.modules):
-        part = _fold_module(plan, name, dict(zip(experts, grams, strict=True)))
-        if part is None:
-            continue
-        a, b = views[name]
-        a[...], b[...] = part.a, part.b / gateway.scale
-        kept, lost = kept + part.kept, lost + part.lost
+    for names, grams in rebuilt([moments[expert] for expert in experts], gateway.layout.modules):
+        for name in names:
+            part = _fold_module(plan, name, dict(zip(experts, grams, strict=True)))
+            if part is None:
+                continue
+            a, b = views[name]
+            a[...], b[...] = part.a, part.b / gateway.scale
+            kept, lost = kept + part.kept, lost + part.lost
     error = float(np.sqrt(lost / (kept + lost))) if lost > 0 else 0.0
     return Folded(Adapter(gateway.layout, gateway.alpha, flat), error)
 
@@ -136,7 +137,7 @@ def _fold_module(plan: _Plan, name: str, grams: Mapping[str, Gram]) -> _Part | N
     if not moved:
         return None
     a_gateway, b_gateway = wide(plan.gateway, name)
-    shares = {expert: _share(gram) for expert, gram in grams.items()}
+    shares = {expert: loudness(gram) for expert, gram in grams.items()}
     metric = sum_of_grams([(shares[expert], gram) for expert, gram in grams.items()])
     rho = plan.ridge * float(metric.full_diagonal.mean()) or 1.0
     metric = metric.plus(rho)
@@ -164,11 +165,6 @@ def _as_learned(a_gateway: Matrix64, learned: Matrix64, weights: Sequence[float]
 def _same(left: Adapter, right: Adapter, name: str) -> bool:
     pairs = zip(left.module(name), right.module(name), strict=True)
     return left.alpha == right.alpha and all(np.array_equal(one, other) for one, other in pairs)
-
-
-def _share(gram: Gram) -> float:
-    mean = float(gram.full_diagonal.mean())
-    return mean**-0.5 if mean > 0 else 0.0
 
 
 def nearest_factors(a: FloatMatrix, b: FloatMatrix, target: Matrix64) -> tuple[Matrix64, Matrix64]:

@@ -1,6 +1,6 @@
 """RegMean for LoRA: the merge that changes least what each expert does with the inputs of its own domain.
 
-With W_i = s_i B_i A_i, second moments G_i of expert i's inputs and g_i = tr(W_i G_i W_i')^(-1/2), it solves
+With W_i = s_i B_i A_i, second moments G_i (n x n) of expert i's inputs and g_i = (tr G_i / n)^(-1/2), it solves
 
     min_W  sum_i g_i tr((W - W_i) G_i (W - W_i)') + rho |W - 0.6 sum_i W_i|^2
 
@@ -149,44 +149,81 @@ def check_moments(moments: Mapping[str, InputMoments], modules: Sequence[ModuleS
                 )
 
 
-def rebuilt(moments: Sequence[InputMoments], modules: Sequence[ModuleShape]) -> Iterator[tuple[str, list[Gram]]]:
-    """Every module with its G of all `moments`; those with one input come after each other, so G is rebuilt once."""
+def rebuilt(moments: Sequence[InputMoments], modules: Sequence[ModuleShape]) -> Iterator[tuple[list[str], list[Gram]]]:
+    """The modules that share an input, and its G of all `moments`; each G is rebuilt once."""
     names = {module.name for module in modules}
     known: list[tuple[tuple[str, ...], Gram]] = []
-    for group in moments[0].groups:
-        for name in (name for name in group if name in names):
-            if not known or any(name not in shared for shared, _ in known):
-                known = [(one.group_of(name), one.approximate(name)) for one in moments]
-            yield name, [gram for _, gram in known]
+    alike: list[str] = []
+    for name in (name for group in moments[0].groups for name in group if name in names):
+        if not known or any(name not in shared for shared, _ in known):
+            if alike:
+                yield alike, [gram for _, gram in known]
+            known, alike = [(one.group_of(name), one.approximate(name)) for one in moments], []
+        alike.append(name)
+    if alike:
+        yield alike, [gram for _, gram in known]
+
+
+def loudness(gram: Gram) -> float:
+    """g: what makes inputs of any size count alike, the root of their mean square inverted; 0 without inputs."""
+    mean = float(gram.full_diagonal.mean())
+    return mean**-0.5 if mean > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """One module's factors, A_i G_i of each expert (with the start's rows below), and which experts do anything."""
+
+    experts: Sequence[Factors64]
+    start: Factors64
+    images: Sequence[Matrix64]
+    moved: tuple[bool, ...]
 
 
 def _solutions(plan: _Plan) -> Iterator[tuple[str, Solution]]:
-    for name, grams in rebuilt(plan.moments, plan.experts[0].layout.modules):
-        yield name, _solve(plan, name, grams)
+    for names, grams in rebuilt(plan.moments, plan.experts[0].layout.modules):
+        alike = {name: _module(plan, name, grams) for name in names}
+        for moved in dict.fromkeys(module.moved for module in alike.values()):
+            yield from _solve(plan, {n: module for n, module in alike.items() if module.moved == moved}, grams)
 
 
-def _solve(plan: _Plan, name: str, grams: Sequence[Gram]) -> Solution:
+def _module(plan: _Plan, name: str, grams: Sequence[Gram]) -> _Module:
     experts = [wide(adapter, name) for adapter in plan.experts]
-    a_start, b_start = wide(plan.start, name) if plan.start else (experts[0][0][:0], experts[0][1][:, :0])
-    images, shares = [], []
-    for (a, b), gram, weight in zip(experts, grams, plan.weights, strict=True):
-        image, loudness = _seen(np.vstack([a, a_start]), np.hstack([b, -b_start]), gram)
+    start = wide(plan.start, name) if plan.start else (experts[0][0][:0], experts[0][1][:, :0])
+    images, moved = [], []
+    for (a, b), gram in zip(experts, grams, strict=True):
+        image, does = _seen(np.vstack([a, start[0]]), np.hstack([b, -start[1]]), gram)
         images.append(image)
-        shares.append(weight / loudness if loudness > 0 else 0.0)
+        moved.append(does)
+    return _Module(experts, start, images, tuple(moved))
+
+
+def _solve(plan: _Plan, alike: Mapping[str, _Module], grams: Sequence[Gram]) -> Iterator[tuple[str, Solution]]:
+    """Modules with one input and one M, which is solved with once."""
+    moved = next(iter(alike.values())).moved
+    shares = [
+        weight * loudness(gram) if does else 0.0 for weight, gram, does in zip(plan.weights, grams, moved, strict=True)
+    ]
     metric = sum_of_grams(list(zip(shares, grams, strict=True)))
     # Where no expert does anything, M may be any multiple of the identity.
     rho = plan.ridge * float(metric.full_diagonal.mean()) or 1.0
+    images = [_image(plan, module, shares, rho) for module in alike.values()]
+    solved = np.split(metric.plus(rho).solve(np.vstack(images)), np.cumsum([len(image) for image in images])[:-1])
+    for (name, module), a, image in zip(alike.items(), solved, images, strict=True):
+        yield name, Solution(a, np.hstack([*(b for _, b in module.experts), module.start[1]]), image)
+
+
+def _image(plan: _Plan, module: _Module, shares: Sequence[float], rho: float) -> Matrix64:
+    """The answer's rows of A times M."""
     rows = [
         plan.scale * (share * image[: len(a)] + plan.prior * rho * a)
-        for (a, _), image, share in zip(experts, images, shares, strict=True)
+        for (a, _), image, share in zip(module.experts, module.images, shares, strict=True)
     ]
     # start + scale * (deltas merged): the start's own rows of A times M, less what the deltas took off it.
-    below = (1 - plan.scale * plan.prior * len(experts)) * rho * a_start
-    for (a, _), image, share in zip(experts, images, shares, strict=True):
+    below = (1 - plan.scale * plan.prior * len(module.experts)) * rho * module.start[0]
+    for (a, _), image, share in zip(module.experts, module.images, shares, strict=True):
         below = below + (1 - plan.scale) * share * image[len(a) :]
-    image = np.vstack([*rows, below])
-    metric = metric.plus(rho)
-    return Solution(metric.solve(image), np.hstack([*(b for _, b in experts), b_start]), image)
+    return np.vstack([*rows, below])
 
 
 def wide(adapter: Adapter, name: str) -> Factors64:
@@ -195,13 +232,13 @@ def wide(adapter: Adapter, name: str) -> Factors64:
     return a.astype(np.float64), adapter.scale * b.astype(np.float64)
 
 
-def _seen(a: Matrix64, b: Matrix64, gram: Gram) -> tuple[Matrix64, float]:
-    """A G, and the root mean square of the outputs B A x; 0 if these are rounding."""
+def _seen(a: Matrix64, b: Matrix64, gram: Gram) -> tuple[Matrix64, bool]:
+    """A G, and whether there are outputs B A x that are more than rounding."""
     image = gram.rows(a)
     energy = float(((b.T @ b) * (image @ a.T)).sum())
     # Before anything cancels: an expert that has not moved is its start less its start, to rounding.
     bulk = float((np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=0)).sum())
-    return image, float(np.sqrt(energy)) if energy > _SILENT * bulk**2 * float(gram.full_diagonal.mean()) else 0.0
+    return image, energy > _SILENT * bulk**2 * float(gram.full_diagonal.mean())
 
 
 def _uncut(plan: _Plan) -> Adapter:

@@ -67,7 +67,7 @@ def dense_regmean(
         grams = [moments[name].approximate(module.name).dense() for name in experts]
         bulks = [module_bulk(expert, module.name) + module_bulk(start, module.name) for expert in experts.values()]
         shares = [
-            energy**-0.5 if (energy := np.trace(w @ g @ w.T)) > 1e-12 * size**2 * np.diagonal(g).mean() else 0.0
+            np.diagonal(g).mean() ** -0.5 if np.trace(w @ g @ w.T) > 1e-12 * size**2 * np.diagonal(g).mean() else 0.0
             for w, g, size in zip(products, grams, bulks, strict=True)
         ]
         total = np.sum([share * gram for share, gram in zip(shares, grams, strict=True)], axis=0)
