@@ -61,10 +61,12 @@ types: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(PYTEST)
 
+VLLM_TESTS ?= tests/arena tests/gateway
+
 # vLLM and AReaL pin other versions: environments of their own (3.5 GB, 2.3 GB), minutes to make.
 test-vllm: $(VENV)/.dev
 	PYTHON=$(PYTHON) scripts/setup_vllm.sh .venv-vllm
-	FEDMOE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PYTEST) --timeout 1800 -m 'vllm and not areal' tests/arena tests/gateway
+	FEDMOE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(PYTEST) --timeout 1800 -m 'vllm and not areal' $(VLLM_TESTS)
 
 test-areal:
 	PYTHON=$(PYTHON) scripts/setup_areal.sh .venv-areal

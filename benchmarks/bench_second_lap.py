@@ -1,0 +1,98 @@
+"""What a gateway of rank 16 keeps of every expert after all have gone on from it once: SmolLM2-135M, held-out text.
+
+    python benchmarks/bench_second_lap.py --work FOLDER [--domains demo|unseen] [--steps 20] [--seeds 0]
+
+The experts of `bench_merge_quality.py` (40 steps each) are folded into a gateway (`fedmoe.lora.living`), each goes on
+from it for `--steps` steps of 2 x 256 tokens of its own further text with a new optimizer, and what they learned is
+folded in again. `kept` is (base - gateway) / (base - the expert of 40 steps), on the same test blocks as there; 1 means
+as good as every expert on its own domain, at once, for so many more steps of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from harness import pin_threads, write_result
+
+pin_threads(1)
+
+from bench_merge_quality import OWN, SETS, TOKENS  # noqa: E402  # threads are pinned first
+from merge_quality_work import BATCH, LORA, STEPS, TRAINING, Work  # noqa: E402
+
+from fedmoe.datasets.packing import collate  # noqa: E402
+from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
+from fedmoe.gateway.report import report_json  # noqa: E402
+from fedmoe.gateway.retained import retained  # noqa: E402
+from fedmoe.lora.adapter import Adapter  # noqa: E402
+from fedmoe.lora.living import Departed, fold  # noqa: E402
+from fedmoe.models.base import load_base  # noqa: E402
+from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
+from fedmoe.models.packed import count_targets  # noqa: E402
+from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert  # noqa: E402
+
+
+def first_adapter(work: Work) -> Adapter:
+    """Where the experts of this seed began: B = 0."""
+    model = QwenLoRAExpert(work.base, LoraConfig(**LORA, seed=work.seed))
+    try:
+        return Adapter(model.attached.layout, float(model.attached.alpha), model.weights())
+    finally:
+        model.attached.detach()
+
+
+def gone_on(work: Work, domain: str, gateway: Adapter, steps: int) -> Adapter:
+    """An expert that trains on from the gateway, on blocks that it has not seen."""
+    blocks = work.training_blocks(domain, (STEPS + steps) * BATCH)[STEPS * BATCH :]
+    model = QwenLoRAExpert(work.base, LoraConfig(**LORA, seed=work.seed), replace(TRAINING, max_steps=steps))
+    try:
+        model.load_adapter(gateway)
+        for step in range(steps):
+            done = model.train_step([collate(blocks[step * BATCH : (step + 1) * BATCH])])
+            print(f"{domain} step {step + 1} loss {done.loss:.3f} {done.seconds:.1f} s", flush=True)
+        return Adapter(model.attached.layout, float(model.attached.alpha), model.weights())
+    finally:
+        model.attached.detach()
+
+
+def measured(work: Work, domains: tuple[str, ...], steps: int, count: int) -> dict[str, object]:
+    """One seed: the gateway after the first fold, and after the second."""
+    work.build(domains)
+    experts = {domain: work.expert(domain) for domain in domains}
+    moments = {domain: work.moments(domain, 64, TOKENS) for domain in domains}
+    start = first_adapter(work)
+    first = fold(start, {domain: Departed(start, expert) for domain, expert in experts.items()}, moments).adapter
+    later = {domain: gone_on(work, domain, first, steps) for domain in domains}
+    second = fold(first, {domain: Departed(first, expert) for domain, expert in later.items()}, moments).adapter
+    rows = {
+        name: {domain: work.block_losses(adapter, "test", domain, count) for domain in domains}
+        for name, adapter in ((BASE, Adapter.zeros(start.layout, start.alpha)), ("first", first), ("second", second))
+    }
+    rows[OWN] = {domain: work.block_losses(experts[domain], "test", domain, count) for domain in domains}
+    blocks = {domain: work.held_out("test", domain, count) for domain in domains}
+    tokens = {domain: [count_targets(collate([block])) for block in found] for domain, found in blocks.items()}
+    matrix = LossMatrix.of_blocks(rows, tokens)
+    return {"test": report_json(matrix, retained(matrix, dict.fromkeys(domains, OWN), ["first", "second"]))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of bench_merge_quality.py")
+    parser.add_argument("--domains", choices=["demo", "unseen"], default="demo")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--test-blocks", type=int, default=12)
+    asked = parser.parse_args()
+    pin_torch(1)
+    base = load_base("smollm2", "cpu")
+    domains = tuple(SETS[asked.domains][0])
+    by_seed = {}
+    for seed in asked.seeds:
+        by_seed[str(seed)] = measured(Work(asked.work, base, seed), domains, asked.steps, asked.test_blocks)
+        arguments = {name: str(value) for name, value in vars(asked).items() if name != "work"}
+        print(write_result(f"second_lap_{asked.domains}", by_seed, arguments, asked.seeds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
