@@ -116,7 +116,11 @@ class MomentsCollector:
         for name, inputs in self._inputs.items():
             shared.setdefault((inputs.data_ptr(), inputs.shape), []).append(name)
         for names in shared.values():
-            weights = torch.stack([self._weights[name] for name in names if name in self._weights]).sum(dim=0)
+            weights = torch.zeros(real.shape, device=real.device)
+            for name in names:
+                # A layer whose output the loss does not depend on gets no gradient, and gives its input no weight.
+                if name in self._weights:
+                    weights = weights + self._weights[name]
             for name in names:
                 self._sums[name].add(self._inputs[name][real], weights[real])
 

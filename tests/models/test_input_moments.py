@@ -73,6 +73,16 @@ def test_moments_are_those_of_every_sample_run_alone(base: LoadedBase, name: str
     np.testing.assert_allclose(found.sketch, sketch, rtol=1e-4, atol=1e-4 * size)
 
 
+def test_layers_with_one_input_share_its_weight_and_their_sketches_add_up(base: LoadedBase) -> None:
+    names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    with MomentsCollector(base, ("q_proj", "k_proj", "v_proj", "o_proj"), 8) as collector:
+        collector.add(collate(blocks()))
+    moments = collector.moments()
+    assert set(moments.group_of(names[0])) == set(names)
+    own = np.sum([np.diag(grams(base, name)) for name in names], axis=0)
+    np.testing.assert_allclose(moments.modules[names[0]].diagonal, own, rtol=1e-3, atol=1e-5 * float(own.max()))
+
+
 def test_a_sketch_as_wide_as_the_module_is_the_whole_matrix(base: LoadedBase) -> None:
     moments = gathered(base, [blocks()], sketch_size=64)
     expected = grams(base, Q0)
