@@ -1,16 +1,17 @@
-"""What a gateway of rank 16 keeps of every expert after all have gone on from it once: SmolLM2-135M, held-out text.
+"""What a gateway of rank 16 keeps of every expert after all have gone on from it: SmolLM2-135M, held-out text.
 
-    python benchmarks/bench_second_lap.py --work FOLDER [--domains demo|unseen] [--steps 20] [--seeds 0]
+    python benchmarks/bench_second_lap.py --work FOLDER [--domains demo|unseen|ten] [--laps 1] [--steps 20]
 
 The experts of `bench_merge_quality.py` (40 steps each) are folded into a gateway (`fedmoe.lora.living`), each goes on
 from it for `--steps` steps of 2 x 256 tokens of its own further text with a new optimizer, and what they learned is
-folded in again. `kept` is (base - gateway) / (base - the expert of 40 steps), on the same test blocks as there; 1 means
-as good as every expert on its own domain, at once, for so many more steps of each.
+folded in again, `--laps` times. `kept` is (base - gateway) / (base - the expert of 40 steps), on the same test blocks
+as there; 1 means as good as every expert on its own domain, at once, for so many more steps of each.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,9 @@ from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.packed import count_targets  # noqa: E402
 from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert  # noqa: E402
 
+#: What the gateway is called after each fold.
+FOLDS = ("first", "second", "third")
+
 
 def first_adapter(work: Work) -> Adapter:
     """Where the experts of this seed began: B = 0."""
@@ -42,45 +46,55 @@ def first_adapter(work: Work) -> Adapter:
         model.attached.detach()
 
 
-def gone_on(work: Work, domain: str, gateway: Adapter, steps: int) -> Adapter:
-    """An expert that trains on from the gateway, on blocks that it has not seen."""
-    blocks = work.training_blocks(domain, (STEPS + steps) * BATCH)[STEPS * BATCH :]
+def gone_on(work: Work, domain: str, gateway: Adapter, done: int, steps: int) -> Adapter:
+    """An expert that trains on from the gateway, on the blocks that come after those of its `done` steps."""
+    blocks = work.training_blocks(domain, (done + steps) * BATCH)[done * BATCH :]
     model = QwenLoRAExpert(work.base, LoraConfig(**LORA, seed=work.seed), replace(TRAINING, max_steps=steps))
     try:
         model.load_adapter(gateway)
         for step in range(steps):
-            done = model.train_step([collate(blocks[step * BATCH : (step + 1) * BATCH])])
-            print(f"{domain} step {step + 1} loss {done.loss:.3f} {done.seconds:.1f} s", flush=True)
+            report = model.train_step([collate(blocks[step * BATCH : (step + 1) * BATCH])])
+            print(f"{domain} step {done + step + 1} loss {report.loss:.3f} {report.seconds:.1f} s", flush=True)
         return Adapter(model.attached.layout, float(model.attached.alpha), model.weights())
     finally:
         model.attached.detach()
 
 
-def measured(work: Work, domains: tuple[str, ...], steps: int, count: int) -> dict[str, object]:
-    """One seed: the gateway after the first fold, and after the second."""
+def gateways(work: Work, experts: Mapping[str, Adapter], steps: int, laps: int) -> dict[str, Adapter]:
+    """The gateway after the first fold, and after every lap."""
+    moments = {domain: work.moments(domain, 64, TOKENS) for domain in experts}
+    gateway = start = first_adapter(work)
+    found: dict[str, Adapter] = {}
+    for lap in range(laps + 1):
+        done = STEPS + (lap - 1) * steps
+        now = {domain: gone_on(work, domain, gateway, done, steps) for domain in experts} if lap else experts
+        gateway = fold(gateway, {domain: Departed(gateway, expert) for domain, expert in now.items()}, moments).adapter
+        found[FOLDS[lap]] = gateway
+    return {BASE: Adapter.zeros(start.layout, start.alpha), **found}
+
+
+def measured(work: Work, domains: tuple[str, ...], steps: int, laps: int, count: int) -> dict[str, object]:
+    """One seed: what the gateway keeps after every fold."""
     work.build(domains)
     experts = {domain: work.expert(domain) for domain in domains}
-    moments = {domain: work.moments(domain, 64, TOKENS) for domain in domains}
-    start = first_adapter(work)
-    first = fold(start, {domain: Departed(start, expert) for domain, expert in experts.items()}, moments).adapter
-    later = {domain: gone_on(work, domain, first, steps) for domain in domains}
-    second = fold(first, {domain: Departed(first, expert) for domain, expert in later.items()}, moments).adapter
+    found = gateways(work, experts, steps, laps)
     rows = {
         name: {domain: work.block_losses(adapter, "test", domain, count) for domain in domains}
-        for name, adapter in ((BASE, Adapter.zeros(start.layout, start.alpha)), ("first", first), ("second", second))
+        for name, adapter in found.items()
     }
     rows[OWN] = {domain: work.block_losses(experts[domain], "test", domain, count) for domain in domains}
     blocks = {domain: work.held_out("test", domain, count) for domain in domains}
     tokens = {domain: [count_targets(collate([block])) for block in found] for domain, found in blocks.items()}
     matrix = LossMatrix.of_blocks(rows, tokens)
-    return {"test": report_json(matrix, retained(matrix, dict.fromkeys(domains, OWN), ["first", "second"]))}
+    return {"test": report_json(matrix, retained(matrix, dict.fromkeys(domains, OWN), FOLDS[: laps + 1]))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of bench_merge_quality.py")
-    parser.add_argument("--domains", choices=["demo", "unseen"], default="demo")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--domains", choices=["demo", "unseen", "ten"], default="demo")
+    parser.add_argument("--laps", type=int, choices=range(1, len(FOLDS)), default=1)
+    parser.add_argument("--steps", type=int, default=20, help="of every expert in a lap")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--test-blocks", type=int, default=12)
     asked = parser.parse_args()
@@ -89,7 +103,7 @@ def main() -> None:
     domains = tuple(SETS[asked.domains][0])
     by_seed = {}
     for seed in asked.seeds:
-        by_seed[str(seed)] = measured(Work(asked.work, base, seed), domains, asked.steps, asked.test_blocks)
+        by_seed[str(seed)] = measured(Work(asked.work, base, seed), domains, asked.steps, asked.laps, asked.test_blocks)
         arguments = {name: str(value) for name, value in vars(asked).items() if name != "work"}
         print(write_result(f"second_lap_{asked.domains}", by_seed, arguments, asked.seeds), flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,8 @@ class DemoPlan:
 
     def coordinator_command(self, port: int) -> list[str]:
         """The options of `fedmoe` that start the coordinator."""
-        return ["coordinator", "--port", str(port), "--state-dir", str(self.coordinator_dir)]
+        options = {"--port": port, "--state-dir": self.coordinator_dir, "--strategy": "regmean"}
+        return ["coordinator", *_words(options)]
 
     def worker_command(self, worker: DemoWorker, url: str) -> list[str]:
         """The options of `fedmoe` that start a worker."""
@@ -82,5 +84,8 @@ class DemoPlan:
             "--wire-dtype": "bf16",
             "--seed": self.seed,
         }
-        # The mean needs no statistics of the data, and taking them costs a minute of this machine for every worker.
-        return ["worker", "--no-send-statistics", *(str(part) for pair in options.items() for part in pair)]
+        return ["worker", *_words(options)]
+
+
+def _words(options: Mapping[str, object]) -> list[str]:
+    return [str(part) for pair in options.items() for part in pair]

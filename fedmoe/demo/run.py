@@ -99,7 +99,13 @@ def _save_models(plan: DemoPlan, url: str) -> None:
             _save_peft(plan, worker.expert, pulled.adapter, gateway.base)
     _save_peft(plan, GATEWAY, gateway.adapter, gateway.base)
     write_atomic(plan.folder / "gateway_model.npz", npz_bytes(gateway.adapter, gateway.version, gateway.sources), 0o644)
-    facts = {"gateway_version": gateway.version, "gateway_digest": gateway.digest, "sources": gateway.sources}
+    facts = {
+        "gateway_version": gateway.version,
+        "gateway_digest": gateway.digest,
+        "sources": gateway.sources,
+        # What was done, which is another strategy than the one asked for while an expert lacks input moments.
+        **{key: gateway.info[key] for key in ("strategy", "notes")},
+    }
     write_atomic(plan.folder / "models.json", json.dumps(facts, indent=2).encode(), 0o644)
 
 
@@ -123,7 +129,6 @@ def _measure(plan: DemoPlan, console: Console) -> dict[str, DomainResult]:
         "steps_per_worker": plan.steps,
         "tokens_per_step": plan.batch_size * plan.max_length,
         "sync_interval_seconds": plan.sync_interval,
-        "strategy": "weighted_average",
         "training_seconds": round(training_seconds(_all_records(plan)), 1),
         "dtype": str(base.dtype),
         **json.loads((plan.folder / "models.json").read_bytes()),
