@@ -69,6 +69,8 @@ class VllmBackend:
         self._serials = count()
         self._lock = threading.Lock()
         self._keys: dict[ServedModel, AdapterKey] = {}
+        self._adapters: dict[ServedModel, Adapter] = {}
+        self._our_turn = threading.Lock()
         self._verified: dict[str, tuple[AdapterKey, Sequence[FloatArray]]] = {}
         self._running = self._submitted = 0
         self._http = httpx2.Client(
@@ -98,12 +100,13 @@ class VllmBackend:
         except EngineError as error:
             raise BackendError(f"{model} cannot be served: {error}") from error
         with self._lock:
-            self._keys[model] = key
+            self._keys[model], self._adapters[model] = key, adapter
 
     def unload(self, model: ServedModel) -> None:
         """Let a version go once no stream names it."""
         with self._lock:
             key = self._keys.pop(model, None)
+            self._adapters.pop(model, None)
         if key is None:
             raise BackendError(f"{model} is not loaded")
         try:
@@ -115,6 +118,18 @@ class VllmBackend:
         """What can be generated with."""
         with self._lock:
             return frozenset(self._keys)
+
+    def log_likelihoods(self, text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
+        """By our own model: the server would hold up all streams to score a prompt."""
+        if len(text) == 1:
+            return [0.0] * len(models)
+        with self._lock:
+            missing = [str(model) for model in models if model not in self._adapters]
+            adapters = [self._adapters[model] for model in models if model in self._adapters]
+        if missing:
+            raise BackendError(f"{', '.join(missing)} not loaded")
+        probe = Probe(tuple(text[:1]), tuple(text[1:]))
+        return [float(self._own_scores(adapter, [probe])[0].sum(dtype=np.float64)) for adapter in adapters]
 
     def busy(self) -> tuple[int, int]:
         """How many streams are under way, and how many wait for a thread."""
@@ -216,9 +231,14 @@ class VllmBackend:
         raise BackendError("the vLLM server's answer ended before its text did; see its log")
 
     def _verify(self, key: AdapterKey, adapter: Adapter) -> None:
-        references = self._reference(adapter, self._probes)
+        references = self._own_scores(adapter, self._probes)
         verify_sync(self._engine, references, key, self._probes, TOLERANCE, self._previous(key.name, references))
         self._verified[key.name] = key, references
+
+    def _own_scores(self, adapter: Adapter | None, probes: Sequence[Probe]) -> Sequence[FloatArray]:
+        """One after the other: our own model has one place for an adapter."""
+        with self._our_turn:
+            return self._reference(adapter, probes)
 
     def _previous(self, name: str, references: Sequence[FloatArray]) -> AdapterKey | None:
         """The version before this one, if it is still there and our own model tells it from the new one."""
@@ -228,7 +248,7 @@ class VllmBackend:
 
     def _check_base(self) -> None:
         try:
-            own = self._reference(None, self._probes)
+            own = self._own_scores(None, self._probes)
             for probe, reference in zip(self._probes, own, strict=True):
                 gap = float(np.abs(self._engine.score(None, probe.prompt, probe.tokens) - reference).max())
                 if not gap <= TOLERANCE:
