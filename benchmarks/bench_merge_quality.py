@@ -49,6 +49,8 @@ SCALES = (1.1, 1.2, 1.3, 1.4)
 #: How much the worst domain's weight is raised at a time, and how often at most.
 HEAVIER, ROUNDS = 1.3, 4
 TOKENS = 6_000
+#: Training blocks that prompt statistics are taken of: as many tokens as a worker looks at.
+BLOCKS = 250
 OWN, MERGED = "own expert", "merged"
 
 Weights = Mapping[str, float]
@@ -111,7 +113,9 @@ def times(adapter: Adapter, factor: float) -> Adapter:
 def routes(bench: Bench, merged: Adapter) -> dict[str, list[str]]:
     """Who gets each test block by its first 32 tokens: an expert, or `MERGED`."""
     work, budget = bench.work, StatisticsBudget().prompt_tokens
-    known = {domain: prompt_statistics(work.base, work.training_blocks(domain), budget) for domain in bench.experts}
+    known = {
+        domain: prompt_statistics(work.base, work.training_blocks(domain, BLOCKS), budget) for domain in bench.experts
+    }
     held_out = {domain: work.held_out("test", domain, bench.blocks["test"]) for domain in bench.experts}
     return routed_to(work.base, SequenceRouter.fit(known), {**bench.experts, MERGED: merged}, held_out, MERGED)
 
