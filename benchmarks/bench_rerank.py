@@ -3,9 +3,9 @@
     python benchmarks/bench_rerank.py --work FOLDER [--prompts 24] [--half test|choice]
 
 The experts of `bench_merge_quality.py` (seed 0), all thirteen; the first 3, 6, 10 or 12 of them have an expert and are
-merged by `regmean`, the others are foreign. A text's first 8 to 64 tokens are the prompt. It goes to an expert or to the
-merged adapter, once by the router alone (the likeliest expert, the merged adapter below a confidence of 0.9), once as
-the server does it (`fedmoe.gateway.rerank`), and whoever got it is scored on the rest of the text, up to 128 tokens.
+merged by `regmean`, the others are foreign. A text's first 8 to 64 tokens are the prompt. It goes to an expert or to
+the merged adapter, once by the router alone (the likeliest expert, the merged adapter below a confidence of 0.9), once
+as the server does it (`fedmoe.gateway.rerank`), and whoever got it is scored on the rest of the text, up to 128 tokens.
 
 `right` is the share of prompts whose own expert is the best of the experts; `to_gateway` the share that the merged
 adapter gets; `kept` the share of the own expert's gain on the rest, (base - chosen) / (base - own), worst and mean over
@@ -171,6 +171,42 @@ def compared(measured: Measured, statistics: Mapping[str, PromptStatistics], nam
     return found
 
 
+def prompts_of(work: Work, count: int, half: str) -> tuple[list[list[int]], list[str]]:
+    """Texts and whose they are."""
+    texts = {name: held_out_texts(work, name, count, half) for name in NAMES}
+    return [row for name in NAMES for row in texts[name]], [name for name in NAMES for _ in texts[name]]
+
+
+def features_of(work: Work, rows: Sequence[Sequence[int]]) -> dict[int, NDArray[np.float32]]:
+    """What the router sees, by the length of the prompt."""
+    found = prefix_features(work.base, rows, [LENGTHS] * len(rows)).reshape(len(rows), len(LENGTHS), -1)
+    return {length: found[:, place] for place, length in enumerate(LENGTHS)}
+
+
+def merged_of(work: Work, names: Sequence[str]) -> Adapter:
+    """Their gateway."""
+    moments = {name: work.moments(name, 64, TOKENS) for name in names}
+    rank = min(16 * len(names), 128)
+    return regmean({name: work.expert(name) for name in names}, moments, 1.3, rank=rank).adapter
+
+
+def results(work: Work, count: int, half: str) -> dict[str, object]:
+    """All numbers with each count of experts."""
+    rows, owners = prompts_of(work, count, half)
+    budget = StatisticsBudget().prompt_tokens
+    statistics = {name: prompt_statistics(work.base, work.training_blocks(name, BLOCKS), budget) for name in NAMES}
+    features = features_of(work, rows)
+    first = work.expert(NAMES[0])
+    losses = {BASE: token_losses(work, Adapter.zeros(first.layout, first.alpha), rows)}
+    losses |= {name: token_losses(work, work.expert(name), rows) for name in NAMES}
+    found: dict[str, object] = {}
+    for experts in COUNTS:
+        names = NAMES[:experts]
+        measured = Measured({**losses, GATEWAY: token_losses(work, merged_of(work, names), rows)}, features, owners)
+        found[f"{experts} experts"] = compared(measured, statistics, names)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of bench_merge_quality.py")
@@ -180,29 +216,7 @@ def main() -> None:
     pin_torch(1)
     work = Work(asked.work, load_base("smollm2", "cpu"))
     work.build(NAMES)
-    experts = {name: work.expert(name) for name in NAMES}
-    moments = {name: work.moments(name, 64, TOKENS) for name in NAMES}
-    texts = {name: held_out_texts(work, name, asked.prompts, asked.half) for name in NAMES}
-    rows = [row for name in NAMES for row in texts[name]]
-    owners = [name for name in NAMES for _ in texts[name]]
-    budget = StatisticsBudget().prompt_tokens
-    statistics = {name: prompt_statistics(work.base, work.training_blocks(name, BLOCKS), budget) for name in NAMES}
-    at_lengths = prefix_features(work.base, rows, [LENGTHS] * len(rows)).reshape(len(rows), len(LENGTHS), -1)
-    features = {length: at_lengths[:, place] for place, length in enumerate(LENGTHS)}
-    first = experts[NAMES[0]]
-    losses = {BASE: token_losses(work, Adapter.zeros(first.layout, first.alpha), rows)}
-    losses |= {name: token_losses(work, expert, rows) for name, expert in experts.items()}
-    found: dict[str, object] = {}
-    for count in COUNTS:
-        names = NAMES[:count]
-        merged = regmean(
-            {name: experts[name] for name in names},
-            {name: moments[name] for name in names},
-            1.3,
-            rank=min(16 * count, 128),
-        ).adapter
-        measured = Measured({**losses, GATEWAY: token_losses(work, merged, rows)}, features, owners)
-        found[f"{count} experts"] = compared(measured, statistics, names)
+    found = results(work, asked.prompts, asked.half)
     settings = {"trust": str(TRUST), "merged_prior": str(MERGED_PRIOR), "least": str(LEAST), "half": asked.half}
     print(write_result("rerank", found, {**settings, "prompts": str(asked.prompts), "dtype": str(work.base.dtype)}))
 
