@@ -76,8 +76,8 @@ def token_losses(work: Work, adapter: Adapter, texts: Sequence[Sequence[int]]) -
         found = [_losses_of(work, multi, texts[start : start + 8]) for start in range(0, len(texts), 8)]
         multi.detach()
         file.parent.mkdir(exist_ok=True)
-        np.save(file, np.concatenate(found))
-    losses: Array = np.load(file).astype(np.float64)
+        np.save(file, np.concatenate(found), allow_pickle=False)
+    losses: Array = np.load(file, allow_pickle=False).astype(np.float64)
     return losses
 
 

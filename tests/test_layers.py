@@ -66,9 +66,11 @@ LAYERS: dict[str, set[str]] = {
         *("worker.delivery", "worker.group", "worker.outbox", "worker.progress", "worker.pull", "worker.report"),
     },
     "worker.statistics": {"datasets", "gateway.prompt_statistics", "lora", "models"},
+    "worker.kept_statistics": {"datasets", "files", "models", "wire"},
     "worker.setup": {
         *("config", "coordinator", "datasets", "distributed_worker", "models", "qwen_finetune", "qwen_worker", "wire"),
-        *("worker.disclosure", "worker.group", "worker.outbox", "worker.signals", "worker.statistics"),
+        *("worker.disclosure", "worker.group", "worker.kept_statistics", "worker.outbox", "worker.signals"),
+        "worker.statistics",
     },
     "worker.inference": {"lora", "models", "qwen_finetune"},
     "worker": set(),

@@ -23,6 +23,7 @@ from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.messages import StatisticsKind
 from fedmoe.worker.disclosure import Disclosure
 from fedmoe.worker.group import on_rank_zero
+from fedmoe.worker.kept_statistics import keep, read_kept, statistics_key
 from fedmoe.worker.outbox import Outbox
 from fedmoe.worker.signals import StopOnSignal
 from fedmoe.worker.statistics import data_statistics
@@ -50,7 +51,7 @@ def run_worker(config: WorkerConfig) -> None:
             on_rank_zero(group, client.federation)
             base, blocks = _base_and_blocks(config, loaded, group)
             # On the bare base model, so before an adapter is attached.
-            disclosure = on_rank_zero(group, lambda: _disclosure(config, base, blocks, client))
+            disclosure = on_rank_zero(group, lambda: _disclosure(config, base, blocks, client, state_dir))
             worker = _build(config, base, blocks, group, client, state_dir, outbox, disclosure)
             StopOnSignal(worker.stop).install()
             worker.run()
@@ -89,16 +90,25 @@ def _base_and_blocks(config: WorkerConfig, loaded: LoadedFile, group: ProcessGro
 
 
 def _disclosure(
-    config: WorkerConfig, base: LoadedBase, blocks: list[Block], client: CoordinatorClient
+    config: WorkerConfig, base: LoadedBase, blocks: list[Block], client: CoordinatorClient, state_dir: Path
 ) -> Disclosure | None:
-    statistics = statistics_to_send(config, base, blocks)
+    statistics = statistics_to_send(config, base, blocks, state_dir / "statistics")
     return Disclosure(client, config.specialty, config.worker_id, statistics) if statistics else None
 
 
-def statistics_to_send(config: WorkerConfig, base: LoadedBase, blocks: list[Block]) -> dict[StatisticsKind, bytes]:
-    """What the worker discloses of its data, by kind; nothing where it may not or cannot be told of these data."""
+def statistics_to_send(
+    config: WorkerConfig, base: LoadedBase, blocks: list[Block], folder: Path
+) -> dict[StatisticsKind, bytes]:
+    """What the worker discloses of its data, by kind; nothing where it may not or cannot be told of these data.
+
+    What was made of the same data before is in `folder`.
+    """
     if not config.send_statistics:
         return {}
+    key = statistics_key(base, blocks, _targets(config))
+    if kept := read_kept(folder, key):
+        _log.info("statistics_kept", folder=str(folder))
+        return kept
     started = time.monotonic()
     try:
         found = data_statistics(base, blocks, _targets(config))
@@ -107,7 +117,9 @@ def statistics_to_send(config: WorkerConfig, base: LoadedBase, blocks: list[Bloc
         return {}
     seconds = round(time.monotonic() - started, 1)
     _log.info("statistics", prompts=found.prompts.count, tokens=found.moments.tokens, seconds=seconds)
-    return {"prompts": found.prompts.to_bytes(), "moments": found.moments.to_bytes()}
+    bodies: dict[StatisticsKind, bytes] = {"prompts": found.prompts.to_bytes(), "moments": found.moments.to_bytes()}
+    keep(folder, key, bodies)
+    return bodies
 
 
 def _build(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -14,15 +14,17 @@ from workers import Federation, blocks, tiny_base
 
 from fedmoe.cli import main
 from fedmoe.config import WorkerConfig
+from fedmoe.datasets.packing import Block
 from fedmoe.errors import RefusedError
 from fedmoe.gateway.prompt_statistics import PromptStatistics
 from fedmoe.lora.moments import InputMoments
+from fedmoe.models.base import LoadedBase
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.messages import DataStatisticsHeader
 from fedmoe.worker.disclosure import Disclosure
 from fedmoe.worker.setup import statistics_to_send
 from fedmoe.worker.signals import StopOnSignal
-from fedmoe.worker.statistics import data_statistics
+from fedmoe.worker.statistics import DataStatistics, data_statistics
 
 BODIES = {"prompts": b"p", "moments": b"m"}
 AWAY = CoordinatorUnavailableError("away")
@@ -95,18 +97,69 @@ def config(**others: object) -> WorkerConfig:
     return WorkerConfig(**fixed | others)  # type: ignore[arg-type]
 
 
-def test_the_statistics_of_the_training_blocks_are_sent() -> None:
-    found = statistics_to_send(config(), tiny_base(), blocks())
+def test_the_statistics_of_the_training_blocks_are_sent(tmp_path: Path) -> None:
+    found = statistics_to_send(config(), tiny_base(), blocks(), tmp_path)
     assert found == data_statistics(tiny_base(), blocks(), "all-linear").to_bytes()
 
 
-def test_nothing_is_made_where_it_is_not_wanted() -> None:
-    assert statistics_to_send(config(send_statistics=False), tiny_base(), blocks()) == {}
+def test_nothing_is_made_where_it_is_not_wanted(tmp_path: Path) -> None:
+    assert statistics_to_send(config(send_statistics=False), tiny_base(), blocks(), tmp_path) == {}
 
 
-def test_too_little_data_is_logged_and_not_fatal(capsys: pytest.CaptureFixture[str]) -> None:
-    assert statistics_to_send(config(), tiny_base(), blocks(count=3)) == {}
+def test_too_little_data_is_logged_and_not_fatal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert statistics_to_send(config(), tiny_base(), blocks(count=3), tmp_path) == {}
     assert "at least 16 samples" in logged(capsys)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many blocks statistics were made of, each time."""
+    counts: list[int] = []
+
+    def counted(base: LoadedBase, found: Sequence[Block], targets: Sequence[str] | str) -> DataStatistics:
+        counts.append(len(found))
+        return data_statistics(base, found, targets)
+
+    monkeypatch.setattr("fedmoe.worker.setup.data_statistics", counted)
+    return counts
+
+
+def test_the_same_data_are_looked_at_once(tmp_path: Path, made: list[int]) -> None:
+    folder = tmp_path / "statistics"
+    first = statistics_to_send(config(), tiny_base(), blocks(), folder)
+    assert statistics_to_send(config(), tiny_base(), blocks(), folder) == first
+    assert len(made) == 1
+
+
+def test_other_data_or_other_modules_are_looked_at_and_only_the_newest_are_kept(
+    tmp_path: Path, made: list[int]
+) -> None:
+    folder = tmp_path / "statistics"
+    first = statistics_to_send(config(), tiny_base(), blocks(), folder)
+    fewer = statistics_to_send(config(), tiny_base(), blocks()[1:], folder)
+    assert fewer != first
+    statistics_to_send(config(target_modules=("q_proj",)), tiny_base(), blocks(), folder)
+    assert len(made) == 3
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_kept_statistics_that_were_damaged_are_made_anew(
+    tmp_path: Path, made: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = statistics_to_send(config(), tiny_base(), blocks(), tmp_path)
+    damaged = min(tmp_path.glob("moments-*"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
+    assert statistics_to_send(config(), tiny_base(), blocks(), tmp_path) == first
+    assert len(made) == 2
+    assert "kept_statistics_damaged" in logged(capsys)
+
+
+def test_a_folder_that_cannot_be_written_is_logged_and_not_fatal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert statistics_to_send(config(), tiny_base(), blocks(), tmp_path / "file") != {}
+    assert "statistics_not_kept" in logged(capsys)
 
 
 # A whole worker.
