@@ -40,7 +40,7 @@ _log = structlog.get_logger("fedmoe.serve")
 #: What is under way when the server is told to stop gets this long.
 _DRAIN_SECONDS = 30
 # What vLLM continues for us to compare.
-_PROMPTS = ("The capital of France is", "def add(a, b):\n")
+_PROMPTS = ("The capital of France is", "def add(a, b):\n", "Dear Sir or Madam,", "SELECT name FROM")
 
 
 class ServeError(Exception):

@@ -22,7 +22,7 @@ TOLERANCE = 0.5
 _MORE_THAN_ROUNDING = 0.05
 # What stands still moves by the rounding of another batch only.
 _STANDS_STILL = 0.1
-_TOKENS = 8
+_TOKENS = 4
 
 #: The log-probabilities that our own model gives tokens after prompts with an adapter (None: the base model alone).
 Reference = Callable[[Adapter | None, Sequence[Probe]], Sequence[FloatArray]]
