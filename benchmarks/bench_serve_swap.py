@@ -68,7 +68,7 @@ _LONGEST_SWEEP = 60.0
 @dataclass(frozen=True)
 class Measurement:
     """What was seen: the load without and with versions arriving, every adapter there was, and what was left loaded:
-    in the backend, and on the vLLM server (beside the base model; None without one)."""
+    in the backend, and on the vLLM server (beside the base model; None without one), whose version it was."""
 
     quiet: Load
     quiet_seconds: float
@@ -77,6 +77,7 @@ class Measurement:
     adapters: dict[str, Adapter]
     left: int
     left_on_vllm: int | None
+    vllm_version: str | None
 
 
 @contextmanager
@@ -118,7 +119,8 @@ def measure(base: LoadedBase, options: argparse.Namespace) -> Measurement:
         quiet_seconds = quiet.run(options.clients)
         load = Load(port, prompts, options.tokens, options.requests)
         swaps = swap_while_loaded(load, options.clients, pusher, running, (options.requests, options.versions))
-        return Measurement(quiet, quiet_seconds, load, swaps, pusher.adapters, *left(running, address))
+        version = str(httpx2.get(f"{address.url}/version").json()["version"]) if address else None
+        return Measurement(quiet, quiet_seconds, load, swaps, pusher.adapters, *left(running, address), version)
 
 
 def left(running: Running, address: VllmAddress | None) -> tuple[int, int | None]:
@@ -158,6 +160,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         **asdict(verdict),
         "models_loaded_at_the_end": found.left,
         "models_on_vllm_at_the_end": found.left_on_vllm,
+        "vllm_version": found.vllm_version,
         "under_swaps": latencies(answers, found.swaps.seconds),
         "quiet": latencies(found.quiet.answers, found.quiet_seconds),
         "swap_delay": milliseconds(found.swaps.delays),
