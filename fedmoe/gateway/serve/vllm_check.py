@@ -1,8 +1,8 @@
-"""Does the vLLM server compute what our own model computes? It is asked like by any client, beside everybody else.
+"""Does the vLLM server compute what our own model computes? Asked as any client asks, beside everybody else.
 
 The server continues a few prompts under a version, and our own model says how likely each of these tokens is under it.
-The other way round, given tokens scored by the server, would need it alone: vLLM dies on a CPU where a prompt is scored
-beside other requests, so every answer under way would have to end first while new ones wait, for every version. And
+The other way round, scoring given tokens on the server, needs it alone: on a CPU vLLM dies where a prompt is scored
+beside other requests. For every version all answers under way would have to end first, while new ones wait. And
 scoring goes round the server's prefix cache, which answers do not.
 """
 
@@ -45,7 +45,7 @@ class Compared:
 class VersionCheck:
     """Compares versions on `engine` with our own model, and each with the one of its name before it.
 
-    All raise EngineError where the server does not compute what we do, and remember only what was right.
+    Both checks raise EngineError where the server does not compute what we do; only what was right is remembered.
     """
 
     def __init__(self, engine: Engine, reference: Reference, prompts: Sequence[tuple[int, ...]]) -> None:
