@@ -9,8 +9,8 @@ are chosen on the validation half, by the highest share that the worst domain ke
 half. Data, experts, moments and losses stay in `--work` and are used again.
 
 `kept` is (base - x) / (base - own expert) with 95 % intervals from a paired bootstrap over blocks, which know nothing
-of other seeds. `routed` gives each block to the model that `SequenceRouter` chooses by the first 32 tokens, the chosen
-regmean where it is not sure.
+of other seeds. `routed` gives each block to an expert or to the chosen regmean by its first 32 tokens, as the server
+would (`fedmoe.gateway.evaluate.routed_to`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from merge_domains import DEMO, FURTHER, UNSEEN  # noqa: E402
 from merge_quality_work import Work  # noqa: E402
 
 from fedmoe.datasets.packing import collate  # noqa: E402
+from fedmoe.gateway.evaluate import routed_to  # noqa: E402
 from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
 from fedmoe.gateway.report import report_json  # noqa: E402
 from fedmoe.gateway.retained import Retained, retained  # noqa: E402
@@ -40,8 +41,7 @@ from fedmoe.lora.regmean import regmean  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
 from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.packed import count_targets  # noqa: E402
-from fedmoe.models.prompt_features import prompt_features  # noqa: E402
-from fedmoe.worker.statistics import prompt_statistics  # noqa: E402
+from fedmoe.worker.statistics import StatisticsBudget, prompt_statistics  # noqa: E402
 
 #: Name -> domains, and the highest rank of a merged adapter.
 SETS = {"demo": (DEMO, 64), "unseen": (UNSEEN, 64), "ten": ((*DEMO, *FURTHER), 128)}
@@ -49,8 +49,9 @@ SCALES = (1.1, 1.2, 1.3, 1.4)
 #: How much the worst domain's weight is raised at a time, and how often at most.
 HEAVIER, ROUNDS = 1.3, 4
 TOKENS = 6_000
-PROMPT = 32
-OWN = "own expert"
+#: Training blocks that prompt statistics are taken of: as many tokens as a worker looks at.
+BLOCKS = 250
+OWN, MERGED = "own expert", "merged"
 
 Weights = Mapping[str, float]
 
@@ -109,31 +110,27 @@ def times(adapter: Adapter, factor: float) -> Adapter:
     return Adapter(adapter.layout, adapter.alpha * factor, adapter.flat)
 
 
-def routes(bench: Bench, half: str) -> dict[str, tuple[str | None, ...]]:
-    """For every block the expert for its first 32 tokens, None where the router is not sure."""
-    work = bench.work
-    known = {domain: prompt_statistics(work.base, work.training_blocks(domain), TOKENS) for domain in bench.experts}
-    router = SequenceRouter.fit(known)
-    choices = {}
-    for domain in bench.experts:
-        blocks = work.held_out(half, domain, bench.blocks[half])
-        prompts = [block.input_ids[block.segment_ids == 0][:PROMPT] for block in blocks]
-        choices[domain] = router.route(prompt_features(work.base, prompts)).names
-    return choices
+def routes(bench: Bench, merged: Adapter) -> dict[str, list[str]]:
+    """Who gets each test block by its first 32 tokens: an expert, or `MERGED`."""
+    work, budget = bench.work, StatisticsBudget().prompt_tokens
+    known = {
+        domain: prompt_statistics(work.base, work.training_blocks(domain, BLOCKS), budget) for domain in bench.experts
+    }
+    held_out = {domain: work.held_out("test", domain, bench.blocks["test"]) for domain in bench.experts}
+    return routed_to(work.base, SequenceRouter.fit(known), {**bench.experts, MERGED: merged}, held_out, MERGED)
 
 
 def routed_row(
-    bench: Bench, matrix: LossMatrix, choices: Mapping[str, Sequence[str | None]], otherwise: str
+    bench: Bench, matrix: LossMatrix, choices: Mapping[str, Sequence[str]], otherwise: str
 ) -> dict[str, list[float]]:
     """The block losses of whom each block was given to; a foreign expert is scored only where it was chosen."""
     row: dict[str, list[float]] = {}
     for domain, names in choices.items():
         foreign = {
             name: bench.work.block_losses(bench.experts[name], "test", domain, bench.blocks["test"])
-            for name in set(names) - {None, domain}
-            if name is not None
+            for name in set(names) - {MERGED, domain}
         }
-        known = {**foreign, domain: matrix.block_losses[OWN][domain], None: matrix.block_losses[otherwise][domain]}
+        known = {**foreign, domain: matrix.block_losses[OWN][domain], MERGED: matrix.block_losses[otherwise][domain]}
         row[domain] = [known[name][place] for place, name in enumerate(names)]
     return row
 
@@ -189,7 +186,7 @@ def measured(bench: Bench) -> dict[str, object]:
     print("chosen", chosen.scale, chosen.weights, flush=True)
     merged = merges(bench, chosen)
     matrix = bench.matrix(merged, "test")
-    choices = routes(bench, "test")
+    choices = routes(bench, merged["regmean, chosen"])
     matrix = matrix.with_rows({"routed": routed_row(bench, matrix, choices, "regmean, chosen")})
     found = kept(matrix)
     for name, summary in found.summaries.items():
@@ -199,7 +196,7 @@ def measured(bench: Bench) -> dict[str, object]:
         "weights": dict(chosen.weights),
         "validation": chosen.tried,
         "ranks": {name: adapter.rank for name, adapter in merged.items()},
-        "routed_to": {domain: [name or "merged" for name in names] for domain, names in choices.items()},
+        "routed_to": choices,
         "test": report_json(matrix, found),
     }
 

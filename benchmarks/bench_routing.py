@@ -13,8 +13,8 @@ sees every single feature; `token pairs` is naive Bayes on tokens and pairs of n
 alone tell the domains apart, no router of ours, since it would disclose them.
 
 `accuracy` is the mean over domains of the likeliest expert being right; `confidence` is what the router thinks it is;
-`taken` is the share above the default threshold (the others go to the merged adapter) and `accuracy_of_taken` how often
-those are right; `foreign_taken` is the share taken of the prompts of domains that have no expert; `confused` counts the
+`taken` is the share of which it is sure (0.9) and `accuracy_of_taken` how often it is right there; `foreign_taken` is
+the share of which it is sure of the prompts of domains that have no expert; `confused` counts the
 commonest mistakes. `chat` routes the same prompts as a chat template renders them, with its frame taken off and not.
 """
 
@@ -36,7 +36,7 @@ import numpy as np  # noqa: E402  # threads are pinned first
 from numpy.typing import NDArray  # noqa: E402
 
 from fedmoe.gateway.prompt_statistics import PromptStatistics  # noqa: E402
-from fedmoe.gateway.route import THRESHOLD, LinearRouter, Router, SequenceRouter  # noqa: E402
+from fedmoe.gateway.route import LinearRouter, Router, SequenceRouter, likeliest  # noqa: E402
 from fedmoe.lora.adapter import FloatMatrix  # noqa: E402
 from fedmoe.models.base import LoadedBase, load_base  # noqa: E402
 from fedmoe.models.chat_frame import ChatFrame  # noqa: E402
@@ -47,6 +47,8 @@ from fedmoe.worker.statistics import PROMPT_LENGTHS, StatisticsBudget  # noqa: E
 LENGTHS = (*PROMPT_LENGTHS, 256)
 COUNTS = (3, 6, 12, 14)
 FEW = 96
+#: What counts as sure.
+SURE = 0.9
 _CHAT_LENGTH = 32
 
 
@@ -152,7 +154,7 @@ def measured(
         sure.append(probabilities.max(axis=1))
         hit.append(hits)
     confidence, hits = np.concatenate(sure), np.concatenate(hit)
-    taken = confidence >= THRESHOLD
+    taken = confidence >= SURE
     strange = [scores(found, length).max(axis=1) for found in foreign.values()]
     return {
         "accuracy": round(float(np.mean(list(right.values()))), 4),
@@ -160,7 +162,7 @@ def measured(
         "confidence": round(float(confidence.mean()), 4),
         "taken": round(float(taken.mean()), 4),
         "accuracy_of_taken": round(float(hits[taken].mean()), 4) if taken.any() else None,
-        "foreign_taken": round(float((np.concatenate(strange) >= THRESHOLD).mean()), 4) if strange else None,
+        "foreign_taken": round(float((np.concatenate(strange) >= SURE).mean()), 4) if strange else None,
         "accuracy_by_domain": right,
         "confused": dict(mistakes.most_common(5)),
     }
@@ -213,7 +215,7 @@ def microseconds_a_token(base: LoadedBase, domains: Mapping[str, Domain]) -> dic
     for length in LENGTHS:
         started = time.process_time()
         for row in rows:
-            router.route(prompt_features(base, [row[:length]]))
+            likeliest(router, prompt_features(base, [row[:length]]))
         found[str(length)] = round((time.process_time() - started) / len(rows) / length * 1e6)
     return found
 

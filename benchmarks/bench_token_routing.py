@@ -34,7 +34,7 @@ from merge_quality_work import Work  # noqa: E402
 from fedmoe.datasets.domains import DOMAINS  # noqa: E402
 from fedmoe.datasets.packing import Block, collate  # noqa: E402
 from fedmoe.gateway.evaluate import ROUTED_BY  # noqa: E402
-from fedmoe.gateway.route import SequenceRouter, SpectralRouter  # noqa: E402
+from fedmoe.gateway.route import SequenceRouter, SpectralRouter, likeliest  # noqa: E402
 from fedmoe.models.base import LoadedBase, load_base  # noqa: E402
 from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.multilora import MultiLora, TokenWeights  # noqa: E402
@@ -103,13 +103,13 @@ def choices_by_block(
     """Way -> domain -> the expert of each block."""
     budget = StatisticsBudget().prompt_tokens
     told = {domain: prompt_statistics(base, work.training_blocks(domain), budget) for domain in held_out}
-    sequence = SequenceRouter.fit(told, threshold=0.0)
+    sequence = SequenceRouter.fit(told)
     found: dict[str, dict[str, Sequence[str | None]]] = {"sequence": {}, "spectral, sequence": {}}
     for domain, blocks in held_out.items():
         prompts = [block.input_ids[:ROUTED_BY].tolist() for block in blocks]
-        found["sequence"][domain] = sequence.route(prompt_features(base, prompts)).names
+        found["sequence"][domain] = likeliest(sequence, prompt_features(base, prompts))
         energies = row_energies(base, prompts, spectral.projections)
-        found["spectral, sequence"][domain] = spectral.route(energies).names
+        found["spectral, sequence"][domain] = likeliest(spectral, energies)
     return found
 
 
@@ -158,7 +158,7 @@ def main() -> None:
     work.build()
     experts = {domain: work.expert(domain) for domain in DOMAINS}
     held_out = {domain: work.held_out("test", domain, asked.blocks) for domain in DOMAINS}
-    spectral = SpectralRouter.of(experts, threshold=0.0)
+    spectral = SpectralRouter.of(experts)
     chosen = choices_by_block(base, work, spectral, held_out)
     multi = MultiLora(base.model, [module.name for module in experts[DOMAINS[0]].layout.modules])
     for name, expert in experts.items():

@@ -5,6 +5,7 @@ All is decided here, on values; the computing is `fedmoe.lora.living`'s.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -55,6 +56,11 @@ class Departure:
     def steps(self) -> int:
         """What its workers trained since."""
         return sum(one.steps for one in self.since)
+
+    def ready(self, merge_after: int, resting_since: float) -> bool:
+        """Whether its workers trained enough, or anything and then nothing after `resting_since`, seconds."""
+        trained = self.steps
+        return trained >= merge_after or (trained > 0 and self.since[-1].update.at <= resting_since)
 
     def unseen(self, folded: Departure, buffer_size: int) -> tuple[Trained, ...] | None:
         """What a fold of the expert as it was then does not hold: what landed since, or only waited in the buffer.
@@ -200,9 +206,11 @@ def plan_fold(
     merge_after: int,
     weight: Callable[[int], float],
     least_updates: int = 1,
+    resting_since: float = -math.inf,
 ) -> FoldPlan | None:
     """A fold of all experts that trained `merge_after` steps or more since they left; None while there is none.
 
+    Of experts that nobody trains any more, those whose last update came at `resting_since` or before, fewer will do.
     `weight` gives what a delta counts by its staleness in folds; of fewer updates than `least_updates`, the size of the
     buffer, none has landed yet. An expert shares the gateway once it trains.
     """
@@ -210,7 +218,7 @@ def plan_fold(
     ready = [
         name
         for name in sorted(departures)
-        if departures[name].steps >= merge_after and experts[name].state.count >= least_updates
+        if departures[name].ready(merge_after, resting_since) and experts[name].state.count >= least_updates
     ]
     if not ready:
         return None

@@ -28,6 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "logs": set(),
     "gateway.prompt_statistics": {"lora"},
     "gateway.route": {"gateway.prompt_statistics", "lora"},
+    "gateway.rerank": {"lora"},
     "gateway.gate": set(),
     # Decisions: no I/O.
     "manifest": {"errors", "lora"},
@@ -189,6 +190,7 @@ LAYERS: dict[str, set[str]] = {
         "datasets",
         "files",
         "gateway.prompt_statistics",
+        "gateway.rerank",
         "gateway.route",
         "lora",
         "manifest",
@@ -201,6 +203,7 @@ LAYERS: dict[str, set[str]] = {
             "files",
             "gateway",
             "gateway.prompt_statistics",
+            "gateway.rerank",
             "gateway.route",
             "lora",
             "manifest",
@@ -260,7 +263,8 @@ LAYERS: dict[str, set[str]] = {
 #: Parts that decide and do nothing else: time, randomness and bytes come in as arguments.
 PURE = (
     *("lora", "errors", "manifest", "events", "experts", "coordinator"),
-    *("gateway.gate", "gateway.losses", "gateway.prompt_statistics", "gateway.retained", "gateway.route"),
+    *("gateway.gate", "gateway.losses", "gateway.prompt_statistics", "gateway.rerank", "gateway.retained"),
+    "gateway.route",
 )
 INPUT_AND_OUTPUT = {
     *("asyncio", "datetime", "fastapi", "http", "httpx2", "logging", "multiprocessing", "os", "pathlib", "random"),

@@ -134,7 +134,7 @@ def _measure(
     matrix = measure(base, adapters, held_out, batch_size, lambda line: print(line, file=sys.stderr))
     if not prompts:
         return matrix
-    choices = routed_to(base, SequenceRouter.fit(prompts), held_out, GATEWAY)
+    choices = routed_to(base, SequenceRouter.fit(prompts), adapters, held_out, GATEWAY)
     return matrix.with_rows({ROUTED: matrix.routed(choices)})
 
 

@@ -9,12 +9,15 @@ from fedmoe.datasets.check import load_rows
 from fedmoe.datasets.packing import Block, collate, pack
 from fedmoe.datasets.render import tokenize_samples
 from fedmoe.gateway.losses import BASE, LossMatrix
+from fedmoe.gateway.rerank import Candidates, candidates, chosen
 from fedmoe.gateway.route import Router
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import LoadedBase
+from fedmoe.models.multilora import MultiLora
 from fedmoe.models.packed import count_targets
 from fedmoe.models.prompt_features import prompt_features
 from fedmoe.models.schedule import LoraConfig
+from fedmoe.models.text_likelihood import log_likelihoods
 from fedmoe.qwen_finetune import QwenLoRAExpert
 
 __all__ = ["BASE", "ROUTED_BY", "LossMatrix", "evaluate", "held_out_blocks", "routed_to"]
@@ -61,14 +64,38 @@ def held_out_blocks(file: Path, base: LoadedBase, max_length: int, limit: int | 
 
 
 def routed_to(
-    base: LoadedBase, router: Router, held_out: Mapping[str, Sequence[Block]], merged: str
+    base: LoadedBase,
+    router: Router,
+    adapters: Mapping[str, Adapter],
+    held_out: Mapping[str, Sequence[Block]],
+    merged: str,
 ) -> dict[str, list[str]]:
-    """domain -> for each block the expert that the router chooses by its first `ROUTED_BY` tokens, or `merged`.
+    """domain -> for each block the model that its first `ROUTED_BY` tokens are given to: an expert, or `merged`.
 
-    For `LossMatrix.routed`; `base` must be bare.
+    As the server does it: the router's likely experts and the merged adapter, ranked again by how well each explains
+    those tokens. `adapters` has all of them by name. For `LossMatrix.routed`; leaves `base` bare, as it must be.
     """
-    found: dict[str, list[str]] = {}
-    for domain, blocks in held_out.items():
-        prompts = [block.input_ids[block.segment_ids >= 0][:ROUTED_BY].tolist() for block in blocks]
-        found[domain] = [name or merged for name in router.route(prompt_features(base, prompts)).names]
-    return found
+    prompts = {
+        domain: [block.input_ids[block.segment_ids >= 0][:ROUTED_BY].tolist() for block in blocks]
+        for domain, blocks in held_out.items()
+    }
+    likely = {
+        domain: [
+            candidates(text, router.names, row)
+            for text, row in zip(texts, router.probabilities(prompt_features(base, texts)), strict=True)
+        ]
+        for domain, texts in prompts.items()
+    }
+    multi = MultiLora(base.model, [module.name for module in adapters[merged].layout.modules])
+    try:
+        for name, adapter in adapters.items():
+            multi.add(name, adapter)
+        return {domain: [_chosen(base, multi, one, merged) for one in found] for domain, found in likely.items()}
+    finally:
+        multi.detach()
+
+
+def _chosen(base: LoadedBase, multi: MultiLora, found: Candidates, merged: str) -> str:
+    names = [*found.log_priors, merged]
+    likelihoods = log_likelihoods(base.model, multi, found.text, names)
+    return chosen(found, dict(zip(names, likelihoods, strict=True)), merged)

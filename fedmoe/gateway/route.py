@@ -1,8 +1,8 @@
 """Which expert a prompt belongs to, decided on numbers that the base model gives: no router is trained.
 
-A router turns feature vectors, one row a prompt, into a probability for every expert, and leaves prompts that fit none
-well enough to the merged adapter. `SequenceRouter` needs a few numbers from each expert's workers, `SpectralRouter`
-nothing but the adapters, `LinearRouter` labelled prompts.
+A router turns feature vectors, one row a prompt, into a probability for every expert; `fedmoe.gateway.rerank` decides
+between the likely ones and the merged adapter. `SequenceRouter` needs a few numbers from each expert's workers,
+`SpectralRouter` nothing but the adapters, `LinearRouter` labelled prompts.
 """
 
 from __future__ import annotations
@@ -15,20 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe.gateway.prompt_statistics import FeatureMoments, PromptStatistics, orthogonal_rows
-from fedmoe.lora.adapter import Adapter, FloatMatrix, FloatVector, ShapeError
+from fedmoe.lora.adapter import Adapter, FloatMatrix, ShapeError
 from fedmoe.lora.algebra import Matrix64
-
-#: Below this probability a prompt goes to the merged adapter. Of the right expert's gain a wrong one has about w = 0.16
-#: and a good merge m = 0.92 (SmolLM2, three domains), so an expert is worth the risk above (m - w) / (1 - w) = 0.9.
-THRESHOLD = 0.9
-
-
-@dataclass(frozen=True, eq=False)
-class Routed:
-    """For every prompt the expert's name, None for the merged adapter, and the probability of the likeliest expert."""
-
-    names: tuple[str | None, ...]
-    confidences: FloatVector
 
 
 class Router(Protocol):
@@ -48,9 +36,10 @@ class Router(Protocol):
         """features (prompts, width) -> (prompts, experts), rows that add up to 1; raises `ShapeError`."""
         ...
 
-    def route(self, features: FloatMatrix) -> Routed:
-        """The likeliest expert of every prompt, or the merged adapter where even that one is not likely enough."""
-        ...
+
+def likeliest(router: Router, features: FloatMatrix) -> tuple[str, ...]:
+    """The likeliest expert of every prompt, however unsure; raises as `Router.probabilities` does."""
+    return tuple(router.names[place] for place in router.probabilities(features).argmax(axis=1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +49,9 @@ class _Linear:
     names: tuple[str, ...]
     weights: Matrix64
     offsets: Matrix64
-    threshold: float = THRESHOLD
 
     def __post_init__(self) -> None:
-        _check(self.names, self.threshold)
+        _check(self.names)
         if self.weights.ndim != 2 or {self.weights.shape[1:], self.offsets.shape} != {(len(self.names),)}:
             raise ShapeError(
                 f"{len(self.names)} experts need a column of weights and an offset each, "
@@ -77,17 +65,12 @@ class _Linear:
     def probabilities(self, features: FloatMatrix) -> Matrix64:
         return _softmax(_wide(features, self.width) @ self.weights + self.offsets)
 
-    def route(self, features: FloatMatrix) -> Routed:
-        return _routed(self.names, self.probabilities(features), self.threshold)
-
 
 class SequenceRouter(_Linear):
     """Linear discriminant analysis: a centroid for every expert and one covariance for all."""
 
     @classmethod
-    def fit(
-        cls, statistics: Mapping[str, PromptStatistics], shrinkage: float | None = None, threshold: float = THRESHOLD
-    ) -> SequenceRouter:
+    def fit(cls, statistics: Mapping[str, PromptStatistics], shrinkage: float | None = None) -> SequenceRouter:
         """The router of these experts, in closed form: another expert is another centroid, the others send nothing new.
 
         The covariance is the pooled one with every feature scaled to variance 1, shrunk towards the identity: (1 -
@@ -98,7 +81,7 @@ class SequenceRouter(_Linear):
         of different width and `ValueError` where no expert has two prompts that differ.
         """
         names = tuple(sorted(statistics))
-        _check(names, threshold)
+        _check(names)
         if len({part.width for part in statistics.values()}) != 1:
             got = {name: statistics[name].width for name in names}
             raise ShapeError(f"prompt features must have one width, of one base model; got {got}")
@@ -106,14 +89,14 @@ class SequenceRouter(_Linear):
         second = [statistics[name].second for name in names]
         warmth = _temperature([(first, second), (second, first)], shrinkage) if len(names) > 1 else 1.0
         weights, offsets = _discriminants([statistics[name].together() for name in names], shrinkage)
-        return cls(names, weights / warmth, offsets / warmth, threshold)
+        return cls(names, weights / warmth, offsets / warmth)
 
 
 class LinearRouter(_Linear):
     """Softmax regression on labelled prompts, for a gateway that has some of its own."""
 
     @classmethod
-    def fit(cls, features: Mapping[str, FloatMatrix], threshold: float = THRESHOLD) -> LinearRouter:
+    def fit(cls, features: Mapping[str, FloatMatrix]) -> LinearRouter:
         """The router of these experts from prompt features (prompts, d) of each, every expert counting the same.
 
         Features are scaled to variance 1; the sum of squared weights costs `_DECAY` / 2. Full-batch gradient descent
@@ -121,7 +104,7 @@ class LinearRouter(_Linear):
         for features of different width and ValueError for an expert without prompts.
         """
         names = tuple(sorted(features))
-        _check(names, threshold)
+        _check(names)
         empty = [name for name in names if features[name].ndim != 2 or not len(features[name])]
         if empty:
             raise ValueError(f"every expert needs a matrix with a row for each prompt; not so: {empty[:5]}")
@@ -132,7 +115,7 @@ class LinearRouter(_Linear):
         centre, scale = x.mean(axis=0), x.std(axis=0)
         scale = np.maximum(scale, 1e-3 * np.sqrt(np.square(scale).mean()) + np.finfo(np.float64).tiny)
         weights = _softmax_regression((x - centre) / scale, labels, len(names)) / scale[:, None]
-        return cls(names, weights, -centre @ weights, threshold)
+        return cls(names, weights, -centre @ weights)
 
 
 def _discriminants(parts: Sequence[FeatureMoments], shrinkage: float | None) -> tuple[Matrix64, Matrix64]:
@@ -263,23 +246,20 @@ class SpectralRouter:
     starts: tuple[int, ...]
     centre: Matrix64
     spread: Matrix64
-    threshold: float = THRESHOLD
 
     @property
     def width(self) -> int:
         return self.starts[-1]
 
     @classmethod
-    def of(
-        cls, adapters: Mapping[str, Adapter], reference: FloatMatrix | None = None, threshold: float = THRESHOLD
-    ) -> SpectralRouter:
+    def of(cls, adapters: Mapping[str, Adapter], reference: FloatMatrix | None = None) -> SpectralRouter:
         """The router of these adapters, all for the same modules; raises `ShapeError` otherwise.
 
         An expert may be louder than another on every text. `reference`, energies (prompts, R) of text of no domain in
         particular, takes that out: scores are then standard deviations above the reference.
         """
         names = tuple(sorted(adapters))
-        _check(names, threshold)
+        _check(names)
         if len({adapters[name].layout.modules for name in names}) != 1:
             raise ShapeError("adapters for different modules cannot be compared; they need one base and target_modules")
         modules = adapters[names[0]].layout.modules
@@ -288,7 +268,7 @@ class SpectralRouter:
             for module in modules
         }
         starts = (0, *np.cumsum([adapters[name].rank for name in names]).tolist())
-        router = cls(names, projections, starts, np.zeros(len(names)), np.ones(len(names)), threshold)
+        router = cls(names, projections, starts, np.zeros(len(names)), np.ones(len(names)))
         if reference is None:
             return router
         loud = router._levels(reference)
@@ -301,9 +281,6 @@ class SpectralRouter:
 
     def probabilities(self, features: FloatMatrix) -> Matrix64:
         return _softmax((self._levels(features) - self.centre) / self.spread)
-
-    def route(self, features: FloatMatrix) -> Routed:
-        return _routed(self.names, self.probabilities(features), self.threshold)
 
     def _levels(self, features: FloatMatrix) -> Matrix64:
         return _logarithm(self.energies(features))
@@ -322,11 +299,9 @@ def _logarithm(energies: FloatMatrix) -> Matrix64:
     return found
 
 
-def _check(names: Sequence[str], threshold: float) -> None:
+def _check(names: Sequence[str]) -> None:
     if not names:
         raise ValueError("a router needs at least one expert, got none")
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"the threshold is a probability, got {threshold}")
 
 
 def _wide(features: FloatMatrix, width: int) -> Matrix64:
@@ -341,12 +316,3 @@ def _softmax(scores: Matrix64) -> Matrix64:
     powers = np.exp(scores - scores.max(axis=1, keepdims=True))
     found: Matrix64 = powers / powers.sum(axis=1, keepdims=True)
     return found
-
-
-def _routed(names: Sequence[str], probabilities: Matrix64, threshold: float) -> Routed:
-    best = probabilities.argmax(axis=1)
-    confidences = probabilities.max(axis=1).astype(np.float32)
-    chosen = tuple(
-        names[place] if confidence >= threshold else None for place, confidence in zip(best, confidences, strict=True)
-    )
-    return Routed(chosen, confidences)

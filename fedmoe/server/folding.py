@@ -29,6 +29,10 @@ from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, 
 
 _log = structlog.get_logger("fedmoe.folding")
 
+#: An expert that nobody has trained for so long is folded with the few steps that it has: more may never come. Far
+#: above any sync interval, so that an expert under way is not folded step by step.
+REST_SECONDS = 300.0
+_LOOK_SECONDS = 30.0
 # Of a fold under way when the coordinator is told to stop; it is computed anew after the next start.
 _LAST_WAIT_SECONDS = 5.0
 
@@ -42,7 +46,7 @@ class FoldOvertakenError(Exception):
 
 
 class Folding:
-    """The thread that folds; idle until `wake`, and for good where experts do not go on from the gateway."""
+    """The thread that folds, after `wake` and for whoever came to rest; idle where nobody goes on from the gateway."""
 
     def __init__(
         self,
@@ -80,7 +84,7 @@ class Folding:
 
     def _run(self) -> None:
         while True:
-            self._due.wait()
+            self._due.wait(_LOOK_SECONDS)
             self._due.clear()
             if self._closing.is_set():
                 return
@@ -115,7 +119,13 @@ class Folding:
         moments = {name: found.moments for name, found in view.moments.items()}
         weight = STALENESS[aggregation.fold_staleness]
         return plan_fold(
-            view.living, view.experts, moments, aggregation.merge_after, weight, least_updates=aggregation.buffer_size
+            view.living,
+            view.experts,
+            moments,
+            aggregation.merge_after,
+            weight,
+            least_updates=aggregation.buffer_size,
+            resting_since=self._clock() - REST_SECONDS,
         )
 
     def _compute(self, plan: FoldPlan) -> Folded:

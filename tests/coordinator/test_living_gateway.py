@@ -98,6 +98,16 @@ def test_only_who_trained_enough_is_folded() -> None:
     assert plan_fold(living(draft), draft.experts, {}, 5, polynomial, least_updates=2) is None
 
 
+def test_an_expert_that_nobody_trains_any_more_is_folded_with_what_it_has() -> None:
+    draft = drafted(docs=4, python=0, sql=9)
+    ended = living(draft).departures["docs"].since[-1].update.at
+    assert plan_fold(living(draft), draft.experts, {}, 10, polynomial, resting_since=ended - 1) is None
+    plan = plan_fold(living(draft), draft.experts, {}, 10, polynomial, resting_since=ended)
+    assert plan is not None
+    assert "docs" in plan.experts
+    assert "python" not in plan.experts  # it did no step, so there is nothing of it to fold
+
+
 def test_moments_are_needed_of_all_that_have_trained_and_used_of_all() -> None:
     draft = drafted(docs=1, python=5, sql=0)
     known = {"python": moments(1), "sql": moments(2)}

@@ -19,7 +19,7 @@ from fedmoe.living import FoldPlan
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.codec import encode
 from fedmoe.lora.living import Folded
-from fedmoe.server.folding import FoldFailedError
+from fedmoe.server.folding import REST_SECONDS, FoldFailedError
 from fedmoe.storage.blobs import disk_full, put
 from fedmoe.wire.messages import ManifestMessage, RegisterRequest
 
@@ -128,6 +128,19 @@ def test_a_coordinator_folds_by_itself_as_soon_as_somebody_is_ready() -> None:
     house.crash()
     assert gateway(house).version == folds(house)[0].version
     house.service.close()
+
+
+def test_the_last_steps_of_an_expert_are_folded_once_it_rests(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.train(["w1"] * 2)
+    trained = house.expert().adapter
+    assert fold(house.service) == 0
+    ended = house.service._folding._clock()
+    monkeypatch.setattr(house.service._folding, "_clock", lambda: ended + REST_SECONDS)
+    assert fold(house.service) == 1
+    assert folds(house)[0].sources == {"python": 2}
+    assert difference(trained, gateway(house).adapter) < 1e-5
+    assert fold(house.service) == 1  # nothing is left
+    house.same_after_a_crash()
 
 
 def test_what_was_ready_before_a_restart_is_folded_after_it(house: House) -> None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from fedmoe.gateway.rerank import Candidates
 from fedmoe.lora.adapter import Adapter
 
 Finish = Literal["stop", "length"]
@@ -98,6 +99,13 @@ class Backend(Protocol):
         """
         ...
 
+    def log_likelihoods(self, text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
+        """ln p(text[1:] | text[0]) in nats under each model; may take as long as a pass over the text for each.
+
+        Raises BackendError for a version that is not loaded; it must stay loaded meanwhile.
+        """
+        ...
+
     def busy(self) -> tuple[int, int]:
         """How many generations are computed now, and how many wait."""
         ...
@@ -108,15 +116,15 @@ class Backend(Protocol):
 
 
 class Router(Protocol):
-    """Chooses who answers a request to the model `auto`; any thread may ask while another brings it up to date."""
+    """Knows who may answer a request to the model `auto`; any thread may ask while another brings it up to date."""
 
     @property
     def experts(self) -> tuple[str, ...]:
         """The experts it chooses between; fewer than two: there is no model `auto`."""
         ...
 
-    def route(self, prompt: Sequence[int]) -> str | None:
-        """The name of an expert, or None for the gateway; may take as long as a pass over the prompt."""
+    def candidates(self, prompt: Sequence[int]) -> Candidates | None:
+        """The likely experts, None while there are not two; may take as long as a pass over the prompt."""
         ...
 
     def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:

@@ -8,6 +8,7 @@ import structlog
 
 from fedmoe.errors import RefusedError
 from fedmoe.gateway.prompt_statistics import PromptStatistics
+from fedmoe.gateway.rerank import Candidates, candidates
 from fedmoe.gateway.route import Router, SequenceRouter
 from fedmoe.lora.codec import CodecError
 from fedmoe.models.base import LoadedBase
@@ -37,12 +38,13 @@ class PromptRouter:
         """The experts it chooses between, none while fewer than two have statistics."""
         return self._router.names if self._router is not None else ()
 
-    def route(self, prompt: Sequence[int]) -> str | None:
-        """The name of an expert, or None for the gateway where no expert is likely enough."""
+    def candidates(self, prompt: Sequence[int]) -> Candidates | None:
+        """The likely experts of a prompt, looked at without the chat template's frame."""
         router = self._router
         if router is None:
             return None
-        return router.route(prompt_features(self._base, [self._frame.removed(prompt)])).names[0]
+        text = self._frame.removed(prompt)
+        return candidates(text, router.names, router.probabilities(prompt_features(self._base, [text]))[0])
 
     def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:
         """Route from now on by the statistics named in `listed`, expert -> tag; returns who is left out, and why.

@@ -22,8 +22,9 @@ from fedmoe.gateway.serve.slots import Slots, closed_ranks
 from fedmoe.lora.adapter import Adapter, ShapeError
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.final_logits import check_causal_model, logits_of
-from fedmoe.models.multilora import DecodingRows, MultiLora
+from fedmoe.models.multilora import DecodingRows, MultiLora, UnknownAdapterError
 from fedmoe.models.sampling import SamplingLimits, Wanted, read_prompts
+from fedmoe.models.text_likelihood import log_likelihoods
 
 _log = structlog.get_logger("fedmoe.serve")
 
@@ -89,6 +90,14 @@ class TransformersBackend:
         """What can be generated with."""
         with self._changed:
             return frozenset(self._loaded)
+
+    def log_likelihoods(self, text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
+        """One batch, beside the one in which the model generates."""
+        try:
+            found: list[float] = log_likelihoods(self._model, self._multi, text, [str(model) for model in models])
+        except UnknownAdapterError as error:
+            raise BackendError(str(error)) from error
+        return found
 
     def busy(self) -> tuple[int, int]:
         """How many rows are in the batch, and how many wait."""

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
+from fedmoe.gateway.rerank import chosen
 from fedmoe.gateway.serve.catalogue import AUTO, BASE, GATEWAY, Catalogue
 from fedmoe.gateway.serve.counters import Counters
 from fedmoe.gateway.serve.problems import ApiError
-from fedmoe.gateway.serve.protocol import Backend, Finish, Generation, Router, Sampling, ServedModel, Step
+from fedmoe.gateway.serve.protocol import Backend, BackendError, Finish, Generation, Router, Sampling, ServedModel, Step
 from fedmoe.gateway.serve.text import Prompter, StopWatch, TextStream
 from fedmoe.manifest import BaseModel
 
@@ -156,14 +157,29 @@ class Service:
             return asked.model
         if len(asked.prompts) != 1:
             raise ApiError(400, "one_prompt_only", "a request to auto has one prompt; send one request each", "prompt")
-        name = await asyncio.to_thread(self._router.route, asked.prompts[0]) or GATEWAY
-        if name not in self.catalogue.snapshot.models:
-            raise ApiError(
-                503,
-                "routed_model_missing",
-                f"this prompt belongs to {name!r}, which is not served now; there are: {', '.join(self.names())}",
-            )
-        return name
+        return await asyncio.to_thread(self._chosen, asked.prompts[0])
+
+    def _chosen(self, prompt: tuple[int, ...]) -> str:
+        """Who answers this prompt: one of the likely experts, or the gateway where there is one."""
+        found = self._router.candidates(prompt)
+        if found is None:  # the experts have gone since the request was taken in
+            return AUTO
+        merged = [GATEWAY] if GATEWAY in self.catalogue.snapshot.models else []
+        names = [*found.log_priors, *merged]
+        with ExitStack() as held:
+            try:
+                models = [held.enter_context(self.catalogue.lease(name))[0] for name in names]
+            except KeyError as error:
+                raise ApiError(
+                    503,
+                    "routed_model_missing",
+                    f"this prompt may belong to {error}, which is not served now; there are: {', '.join(self.names())}",
+                ) from None
+            likelihoods = self.backend.log_likelihoods(found.text, models) if len(models) > 1 else [0.0]
+        try:
+            return chosen(found, dict(zip(names, likelihoods, strict=True)), GATEWAY)
+        except ValueError as error:
+            raise BackendError(f"this prompt cannot be routed: {error}; somebody's weights have overflowed") from error
 
     def _origin(self, name: str, stack: AsyncExitStack) -> tuple[ServedModel | None, Origin]:
         snapshot = self.catalogue.snapshot

@@ -16,9 +16,11 @@ from itertools import count
 from typing import Literal
 
 import httpx2
+import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from fedmoe.arena.engines.protocol import AdapterKey, EngineError, SampleRequest
+from fedmoe.arena.engines.protocol import AdapterKey, EngineError, FloatArray, SampleRequest
+from fedmoe.arena.engines.verify import Probe
 from fedmoe.arena.engines.vllm_engine import Held, VllmEngine
 from fedmoe.arena.engines.vllm_messages import TokenLogprobs, completion_body
 from fedmoe.gateway.serve.protocol import BackendError, Generation, Likelihood, Sampling, ServedModel, Step
@@ -58,10 +60,13 @@ class VllmBackend:
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self._engine = engine
-        self._check = VersionCheck(engine, reference, prompts)
+        self._reference = reference
+        self._our_turn = threading.Lock()
+        self._check = VersionCheck(engine, self._own_scores, prompts)
         self._serials = count()
         self._lock = threading.Lock()
         self._keys: dict[ServedModel, AdapterKey] = {}
+        self._adapters: dict[ServedModel, Adapter] = {}
         self._running = self._submitted = 0
         self._http = httpx2.Client(
             base_url=url,
@@ -94,12 +99,13 @@ class VllmBackend:
         except EngineError as error:
             raise BackendError(f"{model} cannot be served: {error}") from error
         with self._lock:
-            self._keys[model] = key
+            self._keys[model], self._adapters[model] = key, adapter
 
     def unload(self, model: ServedModel) -> None:
         """Let a version go once no stream names it."""
         with self._lock:
             key = self._keys.pop(model, None)
+            self._adapters.pop(model, None)
         if key is None:
             raise BackendError(f"{model} is not loaded")
         try:
@@ -111,6 +117,18 @@ class VllmBackend:
         """What can be generated with."""
         with self._lock:
             return frozenset(self._keys)
+
+    def log_likelihoods(self, text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
+        """By our own model: the server would hold up all streams to score a prompt."""
+        if len(text) == 1:
+            return [0.0] * len(models)
+        with self._lock:
+            missing = [str(model) for model in models if model not in self._adapters]
+            adapters = [self._adapters[model] for model in models if model in self._adapters]
+        if missing:
+            raise BackendError(f"{', '.join(missing)} not loaded")
+        probe = Probe(tuple(text[:1]), tuple(text[1:]))
+        return [float(self._own_scores(adapter, [probe])[0].sum(dtype=np.float64)) for adapter in adapters]
 
     def busy(self) -> tuple[int, int]:
         """How many streams are under way, and how many wait for a thread."""
@@ -210,6 +228,11 @@ class VllmBackend:
                     if steps and steps[-1].finish is not None:
                         return
         raise BackendError("the vLLM server's answer ended before its text did; see its log")
+
+    def _own_scores(self, adapter: Adapter | None, probes: Sequence[Probe]) -> Sequence[FloatArray]:
+        """One after the other: our own model has one place for an adapter."""
+        with self._our_turn:
+            return self._reference(adapter, probes)
 
 
 def _plain(sampling: Sampling) -> bool:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import fake_vllm
@@ -126,6 +127,24 @@ def test_a_backend_holds_what_was_loaded_until_it_is_unloaded(bench: Bench) -> N
     assert bench.backend.loaded() == {ONE, TWO}
     bench.backend.unload(ONE)
     assert bench.backend.loaded() == {TWO}
+
+
+def test_how_likely_a_text_is_under_each_model_is_what_its_tokens_are_together(bench: Bench) -> None:
+    bench.load(ONE, TWO)
+    text = bench.prompts[0]
+    first, second, again = bench.backend.log_likelihoods(text, [ONE, TWO, ONE])
+    assert first == pytest.approx(again, abs=bench.tolerance)
+    assert abs(first - second) > 100 * bench.tolerance
+    parts = [bench.backend.log_likelihoods(text[: end + 1], [ONE])[0] for end in range(len(text))]
+    assert parts[0] == 0.0
+    assert all(later < before for before, later in pairwise(parts))
+    assert parts[-1] == pytest.approx(first, abs=bench.tolerance)
+
+
+def test_the_likelihood_under_a_version_that_is_not_loaded_is_refused(bench: Bench) -> None:
+    bench.load(ONE)
+    with pytest.raises(BackendError, match="sql@1"):
+        bench.backend.log_likelihoods(bench.prompts[0], [ONE, TWO])
 
 
 def test_a_version_is_loaded_once_and_unloaded_once(bench: Bench) -> None:

@@ -126,7 +126,7 @@ class FakeRouter:
     def experts(self) -> tuple[str, ...]:
         return tuple(self.told[-1]) if self.told else ()
 
-    def route(self, prompt: object) -> str | None:
+    def candidates(self, prompt: object) -> None:
         raise AssertionError("nobody asks")
 
     def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:

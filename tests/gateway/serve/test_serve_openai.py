@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
@@ -14,6 +14,7 @@ import pytest
 from pydantic import BaseModel
 from serve_house import EXPERTS, Alone, Client, Served, serving, tiny_layout
 
+from fedmoe.gateway.rerank import Candidates
 from fedmoe.gateway.serve.protocol import ServedModel
 from fedmoe.gateway.serve.service import Limits
 from fedmoe.lora.adapter import Adapter
@@ -26,9 +27,12 @@ class FirstLetter:
 
     experts = EXPERTS
 
-    def route(self, prompt: object) -> str | None:
-        assert isinstance(prompt, tuple)
-        return {ord("p"): "python", ord("n"): "nobody"}.get(Alone().base.tokenizer.decode(prompt[-1:]).encode()[0])
+    def candidates(self, prompt: Sequence[int]) -> Candidates | None:
+        letter = Alone().base.tokenizer.decode(prompt[-1:])
+        if letter == "t":
+            # So unlikely that the gateway answers, whatever the likelihoods are.
+            return Candidates(tuple(prompt), {"python": -1e6, "sql": -1e6})
+        return Candidates(tuple(prompt), {{"p": "python", "n": "nobody"}[letter]: 1e6})
 
     def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:
         return {}
