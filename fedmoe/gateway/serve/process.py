@@ -39,7 +39,8 @@ _log = structlog.get_logger("fedmoe.serve")
 
 #: What is under way when the server is told to stop gets this long.
 _DRAIN_SECONDS = 30
-_PROBE_TEXTS = ("The capital of France is Paris.", "def add(a, b):\n    return a + b")
+# What vLLM continues for us to compare.
+_PROMPTS = ("The capital of France is", "def add(a, b):\n", "Dear Sir or Madam,", "SELECT name FROM")
 
 
 class ServeError(Exception):
@@ -142,7 +143,7 @@ def _vllm(base: LoadedBase, modules: Sequence[str], rows: int, address: VllmAddr
     """A running vLLM server, every version of which is compared with our own model here."""
     engine = VllmEngine(address.url, address.model, address.folder, stop_tokens(base), address.token)
     own = TransformersEngine(base, MultiLora(base.model, modules))
-    probes = [_probe(base.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in _PROBE_TEXTS]
+    prompts = [tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in _PROMPTS]
 
     def reference(adapter: Adapter | None, wanted: Sequence[Probe]) -> list[FloatArray]:
         key = None if adapter is None else AdapterKey("reference", 0)
@@ -154,12 +155,7 @@ def _vllm(base: LoadedBase, modules: Sequence[str], rows: int, address: VllmAddr
             if key is not None:
                 own.unload(key)
 
-    return VllmBackend(address.url, engine, reference, probes, address.token, rows)
-
-
-def _probe(tokens: Sequence[int]) -> Probe:
-    half = len(tokens) // 2
-    return Probe(tuple(tokens[:half]), tuple(tokens[half:]))
+    return VllmBackend(address.url, engine, reference, prompts, address.token, rows)
 
 
 def listen(running: Running, gate: Gate) -> None:

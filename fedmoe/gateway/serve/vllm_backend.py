@@ -20,20 +20,15 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from fedmoe.arena.engines.protocol import AdapterKey, EngineError, FloatArray, SampleRequest
-from fedmoe.arena.engines.verify import Probe, verify_sync
+from fedmoe.arena.engines.verify import Probe
 from fedmoe.arena.engines.vllm_engine import Held, VllmEngine
 from fedmoe.arena.engines.vllm_messages import TokenLogprobs, completion_body
 from fedmoe.gateway.serve.protocol import BackendError, Generation, Likelihood, Sampling, ServedModel, Step
+from fedmoe.gateway.serve.vllm_check import Reference, VersionCheck
 from fedmoe.lora.adapter import Adapter
 
-#: Nats by which one token may differ: two implementations in bfloat16 differ by up to about 0.2, measured.
-TOLERANCE = 0.5
-_MORE_THAN_ROUNDING = 0.05
 # Seconds without a token after which a stream is given up.
 _LONGEST_SILENCE = 300.0
-
-#: The log-probabilities that our own model gives the probes with an adapter (None: the base model alone).
-Reference = Callable[[Adapter | None, Sequence[Probe]], Sequence[FloatArray]]
 
 
 class _Part(BaseModel):
@@ -50,7 +45,8 @@ class _Event(BaseModel):
 class VllmBackend:
     """A `Backend` over one vLLM server, which `engine` watches; at most `rows` generations are under way there.
 
-    Every version is verified by log-probabilities of `probes` before `load` returns, the base model at the start.
+    What every version says to `prompts` is verified by log-probabilities before `load` returns, the base model's at the
+    start.
     """
 
     def __init__(
@@ -58,20 +54,19 @@ class VllmBackend:
         url: str,
         engine: VllmEngine,
         reference: Reference,
-        probes: Sequence[Probe],
+        prompts: Sequence[tuple[int, ...]],
         token: str | None = None,
         rows: int = 64,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self._engine = engine
         self._reference = reference
-        self._probes = probes
+        self._our_turn = threading.Lock()
+        self._check = VersionCheck(engine, self._own_scores, prompts)
         self._serials = count()
         self._lock = threading.Lock()
         self._keys: dict[ServedModel, AdapterKey] = {}
         self._adapters: dict[ServedModel, Adapter] = {}
-        self._our_turn = threading.Lock()
-        self._verified: dict[str, tuple[AdapterKey, Sequence[FloatArray]]] = {}
         self._running = self._submitted = 0
         self._http = httpx2.Client(
             base_url=url,
@@ -81,7 +76,11 @@ class VllmBackend:
             transport=transport,
         )
         self._pool = ThreadPoolExecutor(rows, thread_name_prefix="vllm-stream")
-        self._check_base()
+        try:
+            self._check.base()
+        except BaseException:
+            self.close()
+            raise
 
     def load(self, model: ServedModel, adapter: Adapter) -> None:
         """Make a version available once it computes what our own model computes."""
@@ -93,7 +92,7 @@ class VllmBackend:
         try:
             self._engine.load(key, adapter)
             try:
-                self._verify(key, adapter)
+                self._check.version(key, adapter)
             except BaseException:
                 self._engine.unload(key)
                 raise
@@ -230,34 +229,10 @@ class VllmBackend:
                         return
         raise BackendError("the vLLM server's answer ended before its text did; see its log")
 
-    def _verify(self, key: AdapterKey, adapter: Adapter) -> None:
-        references = self._own_scores(adapter, self._probes)
-        verify_sync(self._engine, references, key, self._probes, TOLERANCE, self._previous(key.name, references))
-        self._verified[key.name] = key, references
-
     def _own_scores(self, adapter: Adapter | None, probes: Sequence[Probe]) -> Sequence[FloatArray]:
         """One after the other: our own model has one place for an adapter."""
         with self._our_turn:
             return self._reference(adapter, probes)
-
-    def _previous(self, name: str, references: Sequence[FloatArray]) -> AdapterKey | None:
-        """The version before this one, if it is still there and our own model tells it from the new one."""
-        former, before = self._verified.get(name, (None, references))
-        moved = max(float(np.abs(now - then).max()) for now, then in zip(references, before, strict=True))
-        return former if former in self._engine.loaded() and moved > _MORE_THAN_ROUNDING else None
-
-    def _check_base(self) -> None:
-        try:
-            own = self._own_scores(None, self._probes)
-            for probe, reference in zip(self._probes, own, strict=True):
-                gap = float(np.abs(self._engine.score(None, probe.prompt, probe.tokens) - reference).max())
-                if not gap <= TOLERANCE:
-                    raise EngineError(
-                        f"the server's base model is up to {gap:.3g} nats a token off ours: it serves another model"
-                    )
-        except BaseException:
-            self.close()
-            raise
 
 
 def _plain(sampling: Sampling) -> bool:

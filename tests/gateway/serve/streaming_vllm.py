@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httpx2
 from fake_vllm import FakeVllm
@@ -12,15 +13,25 @@ from fake_vllm import FakeVllm
 
 @dataclass
 class StreamingFakeVllm(FakeVllm):
-    """`say` replaces the model named in streams; `cut` ends streams after so many events, without a finish."""
+    """`say` replaces the model named in streams; `cut` ends streams after so many events, without a finish.
+
+    Streams wait while `flowing` is clear.
+    """
 
     say: str | None = None
     cut: int | None = None
+    flowing: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.flowing.set()
 
     def _completion(self, body: Mapping[str, object], number: int) -> httpx2.Response:
         plain = {**body, "logprobs": body["logprobs"] if body["logprobs"] is not None else 0}
         if body.get("top_p") != 1.0 and float(str(body["top_p"])) < 0.01:
             plain["temperature"] = 0.0  # the likeliest token alone is in so small a nucleus
+        if body.get("stream"):
+            assert self.flowing.wait(20), "a test kept a stream waiting for ever"
         answer = super()._completion(plain, number)
         if not body.get("stream") or answer.status_code != 200:
             return answer

@@ -30,6 +30,7 @@ from fedmoe.manifest import Manifest
 from fedmoe.models.base import load_base
 from fedmoe.models.lora_layers import ALL_LINEAR, find_targets
 
+PROMPTS = ((3, 1, 4), (2, 7))
 ONE, TWO = ServedModel("python", 3, "a" * 64), ServedModel("sql", 1, "b" * 64)
 GREEDY = Sampling(8, temperature=0.0)
 
@@ -66,19 +67,18 @@ class Bench:
 
 def fake_bench(folder: Path) -> Bench:
     fake = StreamingFakeVllm(logprobs_mode="raw_logprobs")
-    probes = [Probe((3, 1, 4), (1, 5, 9)), Probe((2, 7), (1, 8, 2))]
-    backend = fake_backend(fake, folder, probes)
+    backend = fake_backend(fake, folder)
     misfit = fake_vllm.make_adapter(1, rank=fake.max_rank + 1)
     return Bench(backend, fake_vllm.make_adapter, ((3, 1, 4, 1, 5), (9, 2, 6, 5, 3, 5), (8, 9, 7)), 1e-4, misfit)
 
 
-def fake_backend(fake: StreamingFakeVllm, folder: Path, probes: Sequence[Probe]) -> VllmBackend:
+def fake_backend(fake: StreamingFakeVllm, folder: Path) -> VllmBackend:
     engine = VllmEngine("http://fake", fake_vllm.MODEL, folder, transport=fake.transport)
 
     def reference(adapter: Adapter | None, wanted: Sequence[Probe]) -> list[FloatArray]:
         return [fake_vllm.expected_scores(adapter, probe.prompt, probe.tokens) for probe in wanted]
 
-    return VllmBackend("http://fake", engine, reference, probes, rows=4, transport=fake.transport)
+    return VllmBackend("http://fake", engine, reference, PROMPTS, rows=4, transport=fake.transport)
 
 
 def transformers_bench() -> Bench:
