@@ -6,7 +6,8 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -41,12 +42,20 @@ def write_folder_atomic(folder: Path, files: Mapping[str, bytes], force: bool = 
     """Write a folder of files so that it is there complete or not at all; an existing one only goes with `force`."""
     if folder.exists() and not force:
         raise FileExistsError(f"{folder} exists; choose another place or pass --force to replace it")
+    with whole_folder(folder) as temporary:
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` when all went well and is gone when not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
-        for name, data in files.items():
-            write_atomic(temporary / name, data, 0o644)
+        yield temporary
+        fsync_files(temporary)
         _replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

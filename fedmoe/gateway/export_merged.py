@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from fedmoe.files import fsync_files, fsync_folder, write_atomic
+from fedmoe.files import whole_folder, write_atomic
 from fedmoe.gateway.export import (
     MANIFEST_NAME,
     Exportable,
@@ -94,7 +92,7 @@ def export_merged(
     check_base(source, weights_hash(base_folder), str(base_folder))
     check_untied(source, read_config(base_folder))
     places = _places(source, base_folder)
-    with _whole_folder(target) as folder:
+    with whole_folder(target) as folder:
         _copy(base_folder, folder)
         rounding = Rounding()
         adapter = baked(source.adapter)
@@ -143,36 +141,6 @@ def _stored(file: Path) -> Iterator[tuple[str, _Place]]:
     for name, entry in header.items():
         if name != "__metadata__":
             yield name, _Place(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-
-
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `target` when all went well and is gone when not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        fsync_files(temporary)
-        _replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    fsync_folder(target.parent)
-
-
-def _replace(new: Path, target: Path) -> None:
-    if not target.exists():
-        new.rename(target)
-        return
-    old = target.with_name(f".{target.name}-{secrets.token_hex(4)}-old")
-    target.rename(old)
-    try:
-        new.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def _copy(base_folder: Path, folder: Path) -> None:
