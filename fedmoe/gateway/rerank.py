@@ -21,9 +21,9 @@ SEEN = 128
 #: What a nat of log-likelihood counts beside a nat of the router's: tokens of one text say the same again and again,
 #: and experts are no calibrated models of their domains.
 TRUST = 0.2
-#: What the merged adapter starts with: beside a sure router it has to explain a prompt better by ln(2) / TRUST = 3.5
-#: nats to get it.
-MERGED_PRIOR = 0.5
+#: What the merged adapter starts with: beside a sure router it has to explain a prompt better by -ln(0.8) / TRUST = 1.1
+#: nats to get it, and where the router knows nothing it gets the prompt unless an expert explains it better by far.
+MERGED_PRIOR = 0.8
 
 
 @dataclass(frozen=True, slots=True)
