@@ -1,12 +1,13 @@
 """One request's way: a place in the house, a version, its generations, and everything given back at the end.
 
-Everything here runs in the event loop, so nothing needs a lock.
+Everything here runs in the event loop, so nothing needs a lock; only prompts to `auto` are looked at in a thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -116,6 +117,13 @@ class Service:
         self._router = router
         self._random_seed = random_seed
         self._in_house = 0
+        # One prompt after the other: a pass over it takes memory and processors from the answers under way, and how
+        # much must not depend on how many ask.
+        self._routing = ThreadPoolExecutor(1, thread_name_prefix="routing")
+
+    def close(self) -> None:
+        """Let no prompt be looked at any more; waits for the one that is."""
+        self._routing.shutdown(cancel_futures=True)
 
     def names(self) -> list[str]:
         """Everything that can be asked for."""
@@ -143,7 +151,10 @@ class Service:
             self._in_house -= choices
 
     async def begin(self, asked: Asked) -> Answering:
-        """Take the request in: from now on it has a place and a version; use the result as a context."""
+        """Take the request in: from now on it has a place and a version; use the result as a context.
+
+        A request that is cancelled while others are routed before it is not routed any more.
+        """
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place(asked.choices))
             name = await self._routed(asked)
@@ -157,7 +168,7 @@ class Service:
             return asked.model
         if len(asked.prompts) != 1:
             raise ApiError(400, "one_prompt_only", "a request to auto has one prompt; send one request each", "prompt")
-        return await asyncio.to_thread(self._chosen, asked.prompts[0])
+        return await asyncio.get_running_loop().run_in_executor(self._routing, self._chosen, asked.prompts[0])
 
     def _chosen(self, prompt: tuple[int, ...]) -> str:
         """Who answers this prompt: one of the likely experts, or the gateway where there is one."""
