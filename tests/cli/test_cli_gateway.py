@@ -217,6 +217,23 @@ def test_an_evaluation_routes_where_two_experts_have_prompt_statistics(
     assert set(said["summary"]) <= {"gateway", "routed"}
 
 
+def test_experts_named_like_a_row_of_the_evaluation_take_nobodys_place(
+    tmp_path: Path, manifest: Manifest, fedmoe: Run, held_out: list[str]
+) -> None:
+    (tmp_path / "named").mkdir()
+    with capture_logs(), open_house(tmp_path / "named") as house:
+        house.register("base", "gateway", "routed", "sql", manifest=manifest)
+        delta = np.random.default_rng(0).normal(0, 0.05, manifest.layout.size).astype(np.float32)
+        asyncio.run(house.service.push(*make_push(encode(manifest.layout, delta), 0, 0, expert="base")))
+        with listening(house.app) as running:
+            outcome = evaluate(fedmoe, running, *held_out, "--json")
+    losses = json.loads(outcome.out)["losses"]
+    assert list(losses) == ["base", "sql", "gateway"]
+    # The base model's, not those of the expert `base`, which has learned something.
+    assert losses["base"] == pytest.approx(losses["sql"], rel=1e-6)
+    assert all(f"the expert {name} is left out" in outcome.err for name in ("base", "gateway", "routed"))
+
+
 @pytest.mark.parametrize("wrong", ["sql", "=x", "sql=", "sql=nowhere.jsonl"])
 def test_a_domain_without_a_file_is_named(tiny_server: LiveServer, fedmoe: Run, wrong: str) -> None:
     outcome = evaluate(fedmoe, tiny_server, "--domain", wrong)
