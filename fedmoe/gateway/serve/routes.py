@@ -135,6 +135,7 @@ async def _answered(
         service.counters.refused[of_backend(error).code] += 1
         raise
     if answering is None:
+        service.counters.refused["client_gone"] += 1
         return Response(status_code=_GONE)
     form = Form(kind, uuid.uuid4().hex, int(time.time()), answering.origin, service.prompter, asked.alternatives)
     if wanted.stream:

@@ -91,6 +91,7 @@ def test_nobody_is_routed_who_went_away_before_it_was_his_turn(served: Served, r
             with pytest.raises(httpx2.ReadTimeout):
                 impatient.post("/v1/completions", json=body)
     until(lambda: served.service._in_house == 0)
+    assert served.service.counters.refused == {"client_gone": 3}
     router.go.set()
     assert ask(served) == "python"
     # The first was being looked at when its client went.
