@@ -158,7 +158,10 @@ class Service:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place(asked.choices))
             name = await self._routed(asked)
-            model, origin = self._origin(name, stack)
+            try:
+                model, origin = self._origin(name, stack)
+            except KeyError:
+                raise self._missing(asked.model, name) from None
             answering = Answering(self, asked, origin, model, stack.pop_all())
         self.counters.prompt_tokens += answering.usage.prompt
         return answering
@@ -181,27 +184,27 @@ class Service:
             try:
                 models = [held.enter_context(self.catalogue.lease(name))[0] for name in names]
             except KeyError as error:
-                raise ApiError(
-                    503,
-                    "routed_model_missing",
-                    f"this prompt may belong to {error}, which is not served now; there are: {', '.join(self.names())}",
-                ) from None
+                raise self._missing(AUTO, error.args[0]) from None
             likelihoods = self.backend.log_likelihoods(found.text, models) if len(models) > 1 else [0.0]
         try:
             return chosen(found, dict(zip(names, likelihoods, strict=True)), GATEWAY)
         except ValueError as error:
             raise BackendError(f"this prompt cannot be routed: {error}; somebody's weights have overflowed") from error
 
+    def _missing(self, asked: str, name: str) -> ApiError:
+        """What to say where `name` is not served: a client that asked `auto` did not choose it, and may ask again."""
+        there = ", ".join(self.names())
+        if asked == name:
+            return ApiError(404, "model_not_found", f"there is no model {name!r}; there are: {there}", "model")
+        why = f"this prompt may belong to {name!r}, which is not served now; there are: {there}"
+        return ApiError(503, "routed_model_missing", why)
+
     def _origin(self, name: str, stack: AsyncExitStack) -> tuple[ServedModel | None, Origin]:
+        """Who answers, kept in `stack`; raises KeyError for a name that is not served."""
         snapshot = self.catalogue.snapshot
         if name == BASE:
             return None, Origin(BASE, 0, self.base.weights_hash, self.base.weights_hash, snapshot.gateway_version)
-        try:
-            model, snapshot = stack.enter_context(self.catalogue.lease(name))
-        except KeyError:
-            raise ApiError(
-                404, "model_not_found", f"there is no model {name!r}; there are: {', '.join(self.names())}", "model"
-            ) from None
+        model, snapshot = stack.enter_context(self.catalogue.lease(name))
         return model, Origin(name, model.version, model.digest, self.base.weights_hash, snapshot.gateway_version)
 
 

@@ -111,3 +111,22 @@ def test_a_prompt_that_cannot_be_routed_is_told_and_counted(
         ask(served)
     assert served.service.counters.refused == {"generation_failed": 1}
     assert served.service._in_house == 0
+
+
+def test_who_is_routed_to_an_expert_that_has_just_gone_may_ask_again(
+    served: Served, router: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router.go.set()
+    served.follower.close()
+    catalogue = served.service.catalogue
+
+    def gone(text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
+        left = {name: model for name, model in catalogue.snapshot.models.items() if name != "python"}
+        catalogue.publish(left, 1.0)
+        return [0.0] * len(models)
+
+    monkeypatch.setattr(served.backend, "log_likelihoods", gone)
+    with pytest.raises(openai.InternalServerError, match="'python', which is not served now") as error:
+        ask(served)
+    assert (error.value.status_code, error.value.code) == (503, "routed_model_missing")
+    assert served.service._in_house == 0
