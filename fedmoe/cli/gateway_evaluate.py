@@ -58,7 +58,7 @@ def evaluate(
     files = _files(domains)
     with client(coordinator_url, token) as api:
         adapters, identity = _models(api)
-        prompts = _prompt_statistics(api, adapters.keys() - _RESERVED) if GATEWAY in adapters else {}
+        prompts = _prompt_statistics(api, adapters.keys())
     matrix = _measure(base_model, identity, adapters, files, (blocks, max_length, batch_size), device, prompts)
     found = _retained(matrix, [name for name in (GATEWAY, ROUTED) if name in matrix.models])
     if as_json:
@@ -96,11 +96,14 @@ def _models(api: CoordinatorClient) -> tuple[dict[str, Adapter], BaseModel]:
     return {name: found.adapter for name, found in pulled.items()}, base_of(pulled[names[0]])
 
 
-def _prompt_statistics(api: CoordinatorClient, experts: Set[str]) -> dict[str, PromptStatistics]:
-    """What the workers of `experts` tell of their prompts; empty where there are not two to choose between."""
+def _prompt_statistics(api: CoordinatorClient, models: Set[str]) -> dict[str, PromptStatistics]:
+    """What the workers of the experts in `models` tell of their prompts; empty where nothing can be routed."""
+    if GATEWAY not in models:
+        print("not routed: this federation has no gateway", file=sys.stderr)
+        return {}
     found = {}
     for expert in api.list_experts().experts:
-        if expert.prompts is None or expert.name not in experts:
+        if expert.prompts is None or expert.name not in models - _RESERVED:
             continue
         try:
             pulled = api.data_statistics(expert.name, "prompts")

@@ -219,6 +219,18 @@ def test_an_evaluation_routes_where_two_experts_have_prompt_statistics(
     assert set(said["summary"]) <= {"gateway", "routed"}
 
 
+def test_without_a_gateway_an_evaluation_says_that_nothing_is_routed(
+    tmp_path: Path, manifest: Manifest, fedmoe: Run, held_out: list[str]
+) -> None:
+    (tmp_path / "apart").mkdir()
+    with capture_logs(), open_house(tmp_path / "apart", Aggregation(enable_gateway=False)) as house:
+        house.register("docs", "sql", manifest=manifest)
+        with listening(house.app) as running:
+            outcome = evaluate(fedmoe, running, *held_out, "--json")
+    assert list(json.loads(outcome.out)["losses"]) == ["base", "docs", "sql"]
+    assert "not routed: this federation has no gateway" in outcome.err
+
+
 def test_experts_named_like_a_row_of_the_evaluation_take_nobodys_place(
     tmp_path: Path, manifest: Manifest, fedmoe: Run, held_out: list[str]
 ) -> None:
