@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,13 +86,14 @@ def open_service(
     aggregation: Aggregation | None = None,
     keep_updates: int | None = None,
     folds_by_itself: bool = True,
+    clock: Callable[[], float] = lambda: 1000.0,
 ) -> CoordinatorService:
     """A started service on what the journal and the blobs hold, with a snapshot every three versions.
 
     One that does not fold by itself is asked to with `fold`, so that a test knows when.
     """
     history = EagerHistory(journal, blobs, aggregation or Aggregation(), keep_updates)
-    service = CoordinatorService(history.recover(), journal, blobs, history, clock=lambda: 1000.0)
+    service = CoordinatorService(history.recover(), journal, blobs, history, clock=clock)
     if folds_by_itself:
         service.start()
     else:

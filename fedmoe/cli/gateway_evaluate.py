@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: The row of the routed gateway.
 ROUTED = "routed"
+# Rows with a meaning of their own; an expert of such a name would take their place.
+_RESERVED = frozenset({"base", GATEWAY, ROUTED})
 
 
 def evaluate(
@@ -56,7 +58,7 @@ def evaluate(
     files = _files(domains)
     with client(coordinator_url, token) as api:
         adapters, identity = _models(api)
-        prompts = _prompt_statistics(api) if GATEWAY in adapters else {}
+        prompts = _prompt_statistics(api, adapters.keys())
     matrix = _measure(base_model, identity, adapters, files, (blocks, max_length, batch_size), device, prompts)
     found = _retained(matrix, [name for name in (GATEWAY, ROUTED) if name in matrix.models])
     if as_json:
@@ -84,18 +86,24 @@ def _files(domains: Sequence[str]) -> dict[str, Path]:
 def _models(api: CoordinatorClient) -> tuple[dict[str, Adapter], BaseModel]:
     """Every expert, then the gateway where there is one, and the base model they belong on."""
     listing = api.list_experts()
-    names = [expert.name for expert in listing.experts] + ([GATEWAY] if listing.gateway else [])
+    experts = [expert.name for expert in listing.experts]
+    for name in sorted(_RESERVED.intersection(experts)):
+        print(f"warning: the expert {name} is left out: here {name} means something else", file=sys.stderr)
+    names = [name for name in experts if name not in _RESERVED] + ([GATEWAY] if listing.gateway else [])
     if not names:
         raise CommandError("this federation has no experts yet; start a worker first")
     pulled = {name: pull(api, name) for name in names}
     return {name: found.adapter for name, found in pulled.items()}, base_of(pulled[names[0]])
 
 
-def _prompt_statistics(api: CoordinatorClient) -> dict[str, PromptStatistics]:
-    """What the workers tell of their prompts, by expert; empty where there are not two to choose between."""
+def _prompt_statistics(api: CoordinatorClient, models: Set[str]) -> dict[str, PromptStatistics]:
+    """What the workers of the experts in `models` tell of their prompts; empty where nothing can be routed."""
+    if GATEWAY not in models:
+        print("not routed: this federation has no gateway", file=sys.stderr)
+        return {}
     found = {}
     for expert in api.list_experts().experts:
-        if expert.prompts is None:
+        if expert.prompts is None or expert.name not in models - _RESERVED:
             continue
         try:
             pulled = api.data_statistics(expert.name, "prompts")

@@ -13,6 +13,7 @@ from fedmoe.gateway.rerank import Candidates, candidates, chosen
 from fedmoe.gateway.route import Router
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import LoadedBase
+from fedmoe.models.chat_frame import ChatFrame
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.packed import count_targets
 from fedmoe.models.prompt_features import prompt_features
@@ -72,11 +73,13 @@ def routed_to(
 ) -> dict[str, list[str]]:
     """domain -> for each block the model that its first `ROUTED_BY` tokens are given to: an expert, or `merged`.
 
-    As the server does it: the router's likely experts and the merged adapter, ranked again by how well each explains
-    those tokens. `adapters` has all of them by name. For `LossMatrix.routed`; leaves `base` bare, as it must be.
+    As the server does it: without what the chat template puts before a conversation, the router's likely experts and
+    the merged adapter, ranked again by how well each explains those tokens. `adapters` has all of them by name. For
+    `LossMatrix.routed`; leaves `base` bare, as it must be.
     """
+    frame = ChatFrame.of(base.tokenizer)
     prompts = {
-        domain: [block.input_ids[block.segment_ids >= 0][:ROUTED_BY].tolist() for block in blocks]
+        domain: [list(frame.removed(block.input_ids[block.segment_ids >= 0].tolist())[:ROUTED_BY]) for block in blocks]
         for domain, blocks in held_out.items()
     }
     likely = {

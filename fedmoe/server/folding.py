@@ -8,6 +8,7 @@ makes the fold void; the next one is planned at once.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +31,8 @@ from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, 
 _log = structlog.get_logger("fedmoe.folding")
 
 #: An expert that nobody has trained for so long is folded with the few steps that it has: more may never come. Far
-#: above any sync interval, so that an expert under way is not folded step by step.
+#: above the sync intervals that are recommended, so that an expert under way is not folded update by update; one whose
+#: workers push even less often is.
 REST_SECONDS = 300.0
 _LOOK_SECONDS = 30.0
 # Of a fold under way when the coordinator is told to stop; it is computed anew after the next start.
@@ -61,6 +63,7 @@ class Folding:
         self._blobs = blobs
         self._committer = committer
         self._clock = clock
+        self._heard_since = clock()
         self._due = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fedmoe-folding", daemon=True)
@@ -125,8 +128,13 @@ class Folding:
             aggregation.merge_after,
             weight,
             least_updates=aggregation.buffer_size,
-            resting_since=self._clock() - REST_SECONDS,
+            resting_since=self._resting_since(),
         )
+
+    def _resting_since(self) -> float:
+        """Who last sent something then or before is at rest. While the coordinator was away nobody could send."""
+        now = self._clock()
+        return now - REST_SECONDS if now - self._heard_since >= REST_SECONDS else -math.inf
 
     def _compute(self, plan: FoldPlan) -> Folded:
         left = plan.gateway.departures

@@ -30,11 +30,15 @@ def statistics_key(base: LoadedBase, blocks: Sequence[Block], targets: Sequence[
 
 
 def read_kept(folder: Path, key: str) -> dict[StatisticsKind, bytes]:
-    """What was kept under this key, by kind; empty unless all of it is there and undamaged."""
+    """What was kept under this key, by kind; empty unless all of it is there, can be read and is undamaged."""
     found: dict[StatisticsKind, bytes] = {}
     for kind in _KINDS:
         for file in folder.glob(f"{kind}-{key}-*.safetensors"):
-            body = file.read_bytes()
+            try:
+                body = file.read_bytes()
+            except OSError as error:
+                _log.warning("kept_statistics_unreadable", file=str(file), reason=str(error))
+                continue
             if file.name == _name(kind, key, body):
                 found[kind] = body
             else:

@@ -198,11 +198,13 @@ def test_an_evaluation_as_json_has_every_block(tiny_server: LiveServer, fedmoe: 
 
 
 def test_an_evaluation_routes_where_two_experts_have_prompt_statistics(
-    tiny_server: LiveServer, fedmoe: Run, held_out: list[str]
+    tiny_server: LiveServer, fedmoe: Run, held_out: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedmoe.models.base import load_base
     from fedmoe.models.prompt_features import prompt_features
 
+    # By the statistics alone: one expert is noise and the other nothing, so what they explain says little.
+    monkeypatch.setattr("fedmoe.gateway.rerank.TRUST", 0.0)
     base = load_base("tiny", "cpu", "fp32")
     assert "not routed" in evaluate(fedmoe, tiny_server, *held_out, "--json").err
     with CoordinatorClient(tiny_server.url, attempts=1) as api:
@@ -215,6 +217,35 @@ def test_an_evaluation_routes_where_two_experts_have_prompt_statistics(
         assert said["block_losses"]["routed"][domain] == said["block_losses"][expert][domain]
     assert said["retained"]["sql"]["kept"]["routed"]["value"] == pytest.approx(1)
     assert set(said["summary"]) <= {"gateway", "routed"}
+
+
+def test_without_a_gateway_an_evaluation_says_that_nothing_is_routed(
+    tmp_path: Path, manifest: Manifest, fedmoe: Run, held_out: list[str]
+) -> None:
+    (tmp_path / "apart").mkdir()
+    with capture_logs(), open_house(tmp_path / "apart", Aggregation(enable_gateway=False)) as house:
+        house.register("docs", "sql", manifest=manifest)
+        with listening(house.app) as running:
+            outcome = evaluate(fedmoe, running, *held_out, "--json")
+    assert list(json.loads(outcome.out)["losses"]) == ["base", "docs", "sql"]
+    assert "not routed: this federation has no gateway" in outcome.err
+
+
+def test_experts_named_like_a_row_of_the_evaluation_take_nobodys_place(
+    tmp_path: Path, manifest: Manifest, fedmoe: Run, held_out: list[str]
+) -> None:
+    (tmp_path / "named").mkdir()
+    with capture_logs(), open_house(tmp_path / "named") as house:
+        house.register("base", "gateway", "routed", "sql", manifest=manifest)
+        delta = np.random.default_rng(0).normal(0, 0.05, manifest.layout.size).astype(np.float32)
+        asyncio.run(house.service.push(*make_push(encode(manifest.layout, delta), 0, 0, expert="base")))
+        with listening(house.app) as running:
+            outcome = evaluate(fedmoe, running, *held_out, "--json")
+    losses = json.loads(outcome.out)["losses"]
+    assert list(losses) == ["base", "sql", "gateway"]
+    # The base model's, not those of the expert `base`, which has learned something.
+    assert losses["base"] == pytest.approx(losses["sql"], rel=1e-6)
+    assert all(f"the expert {name} is left out" in outcome.err for name in ("base", "gateway", "routed"))
 
 
 @pytest.mark.parametrize("wrong", ["sql", "=x", "sql=", "sql=nowhere.jsonl"])

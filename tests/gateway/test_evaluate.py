@@ -10,11 +10,13 @@ import pytest
 
 from fedmoe.datasets.packing import Block, pack
 from fedmoe.datasets.render import TokenizedSample
-from fedmoe.gateway.evaluate import BASE, evaluate, held_out_blocks
+from fedmoe.gateway.evaluate import BASE, ROUTED_BY, evaluate, held_out_blocks, routed_to
 from fedmoe.gateway.retained import retained
+from fedmoe.gateway.route import SequenceRouter
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.algebra import stack
 from fedmoe.models.base import LoadedBase, load_base
+from fedmoe.models.prompt_features import features_width
 from fedmoe.models.schedule import LoraConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
 
@@ -78,3 +80,24 @@ def test_held_out_data_is_read_as_training_data_is(base: LoadedBase, tmp_path: P
     assert all(line["text"] in text for line in lines)
     again = held_out_blocks(file, base, 64, limit=2)
     assert [block.input_ids.tolist() for block in again] == [block.input_ids.tolist() for block in blocks[:2]]
+
+
+def test_blocks_are_routed_by_what_was_said_and_not_by_the_chat_templates_frame(
+    base: LoadedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [f"{number} times {number} is how much, and why is it not {number + 1}?" for number in range(10, 16)]
+    turns = [[{"role": "user", "content": one}, {"role": "assistant", "content": "Because."}] for one in said]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": one}) for one in turns))
+    seen: list[str] = []
+
+    def heard(model: object, multi: object, text: list[int], adapters: list[str]) -> list[float]:
+        seen.append(base.tokenizer.decode(text))
+        return [0.0] * len(adapters)
+
+    monkeypatch.setattr("fedmoe.gateway.evaluate.log_likelihoods", heard)
+    one, two = random_adapters(base)
+    undecided = SequenceRouter(("one", "two"), np.zeros((features_width(base), 2)), np.zeros(2))
+    blocks = {"chat": held_out_blocks(file, base, 96)}
+    routed_to(base, undecided, {"one": one, "two": two, "gateway": one}, blocks, "gateway")
+    assert sorted(seen) == [text[:ROUTED_BY] for text in said]

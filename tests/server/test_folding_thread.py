@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from crash_house import House
 from living_house import LIVING, difference, folds, gateway, living, open_living
-from support import LAYOUT, MANIFEST, fold, make_flat
+from support import LAYOUT, MANIFEST, fold, make_flat, open_service
 
 from fedmoe.coordinator import Aggregation
 from fedmoe.errors import RefusedError
@@ -141,6 +141,18 @@ def test_the_last_steps_of_an_expert_are_folded_once_it_rests(house: House, monk
     assert difference(trained, gateway(house).adapter) < 1e-5
     assert fold(house.service) == 1  # nothing is left
     house.same_after_a_crash()
+
+
+def test_nobody_is_at_rest_because_the_coordinator_was_away(house: House) -> None:
+    house.train(["w1"] * 2)
+    house.service.close()
+    now = house.service._folding._clock() + 10 * REST_SECONDS
+    house.service = open_service(
+        house.journal, house.blobs, house.aggregation, house.keep_updates, folds_by_itself=False, clock=lambda: now
+    )
+    assert fold(house.service) == 0
+    now += REST_SECONDS
+    assert fold(house.service) == 1
 
 
 def test_what_was_ready_before_a_restart_is_folded_after_it(house: House) -> None:

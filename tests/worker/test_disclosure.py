@@ -154,6 +154,18 @@ def test_kept_statistics_that_were_damaged_are_made_anew(
     assert "kept_statistics_damaged" in logged(capsys)
 
 
+def test_kept_statistics_that_cannot_be_read_are_made_anew(
+    tmp_path: Path, made: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = statistics_to_send(config(), tiny_base(), blocks(), tmp_path)
+    unreadable = min(tmp_path.glob("prompts-*"))
+    unreadable.unlink()
+    unreadable.mkdir()
+    assert statistics_to_send(config(), tiny_base(), blocks(), tmp_path) == first
+    assert len(made) == 2
+    assert "kept_statistics_unreadable" in logged(capsys)
+
+
 def test_a_folder_that_cannot_be_written_is_logged_and_not_fatal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ class Counters:
 
     def page(self, snapshot: Snapshot, health: Health, running: int, waiting: int) -> str:
         """All counts and the present state in the text format of Prometheus."""
-        lines = _counter("requests_total", "Requests answered, by model asked for and how they ended.")
+        lines = _counter("requests_total", "Requests answered, by the model that answered and how they ended.")
         for (model, ended), count in sorted(self.requests.items()):
             lines.append(_line("requests_total", count, {"model": model, "ended": ended}))
         lines += _counter("refused_total", "Requests that were not begun, by code.")

@@ -142,7 +142,7 @@ class Follower:
         """Give the router the statistics of the experts that are served, where they changed or could not be had."""
         if self._router is None:
             return
-        served = self._catalogue.snapshot.models
+        served = self._catalogue.snapshot.models.keys() - RESERVED
         wanted = {e.name: e.prompts for e in listing.experts if e.prompts is not None and e.name in served}
         if wanted == self._prompts and not (self._unrouted and self._clock() >= self._route_again):
             return

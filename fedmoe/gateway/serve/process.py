@@ -107,6 +107,7 @@ def opened(
         vocabulary = int(base.model.config.get_text_config().vocab_size)
         prompter = Prompter(base.tokenizer, vocabulary, limits.prompt_tokens)
         service = Service(backend, catalogue, prompter, base.identity, limits, router, lambda: secrets.randbits(62))
+        stack.callback(service.close)
         app = create_app(service, follower.health, gate.keys, gate.loopback_only)
         yield Running(app, service, follower)
 

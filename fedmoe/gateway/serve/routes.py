@@ -126,10 +126,17 @@ async def _answered(
     request: Request, service: Service, wanted: ChatRequest | CompletionRequest, asked: Asked, kind: Kind
 ) -> Response:
     try:
-        answering = await service.begin(asked)
+        # A prompt to `auto` waits here until it is routed; nobody else does.
+        answering = await _unless_gone(request.receive, service.begin(asked))
     except ApiError as error:
         service.counters.refused[error.code] += 1
         raise
+    except BackendError as error:
+        service.counters.refused[of_backend(error).code] += 1
+        raise
+    if answering is None:
+        service.counters.refused["client_gone"] += 1
+        return Response(status_code=_GONE)
     form = Form(kind, uuid.uuid4().hex, int(time.time()), answering.origin, service.prompter, asked.alternatives)
     if wanted.stream:
         return EventStream(answering, form, wanted.include_usage)

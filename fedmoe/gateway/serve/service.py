@@ -1,12 +1,13 @@
 """One request's way: a place in the house, a version, its generations, and everything given back at the end.
 
-Everything here runs in the event loop, so nothing needs a lock.
+Everything here runs in the event loop, so nothing needs a lock; only prompts to `auto` are looked at in a thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -116,6 +117,13 @@ class Service:
         self._router = router
         self._random_seed = random_seed
         self._in_house = 0
+        # One prompt after the other: a pass over it takes memory and processors from the answers under way, and how
+        # much must not depend on how many ask.
+        self._routing = ThreadPoolExecutor(1, thread_name_prefix="routing")
+
+    def close(self) -> None:
+        """Let no prompt be looked at any more; waits for the one that is."""
+        self._routing.shutdown(cancel_futures=True)
 
     def names(self) -> list[str]:
         """Everything that can be asked for."""
@@ -143,11 +151,17 @@ class Service:
             self._in_house -= choices
 
     async def begin(self, asked: Asked) -> Answering:
-        """Take the request in: from now on it has a place and a version; use the result as a context."""
+        """Take the request in: from now on it has a place and a version; use the result as a context.
+
+        A request that is cancelled while others are routed before it is not routed any more.
+        """
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place(asked.choices))
             name = await self._routed(asked)
-            model, origin = self._origin(name, stack)
+            try:
+                model, origin = self._origin(name, stack)
+            except KeyError:
+                raise self._missing(asked.model, name) from None
             answering = Answering(self, asked, origin, model, stack.pop_all())
         self.counters.prompt_tokens += answering.usage.prompt
         return answering
@@ -157,7 +171,7 @@ class Service:
             return asked.model
         if len(asked.prompts) != 1:
             raise ApiError(400, "one_prompt_only", "a request to auto has one prompt; send one request each", "prompt")
-        return await asyncio.to_thread(self._chosen, asked.prompts[0])
+        return await asyncio.get_running_loop().run_in_executor(self._routing, self._chosen, asked.prompts[0])
 
     def _chosen(self, prompt: tuple[int, ...]) -> str:
         """Who answers this prompt: one of the likely experts, or the gateway where there is one."""
@@ -170,27 +184,27 @@ class Service:
             try:
                 models = [held.enter_context(self.catalogue.lease(name))[0] for name in names]
             except KeyError as error:
-                raise ApiError(
-                    503,
-                    "routed_model_missing",
-                    f"this prompt may belong to {error}, which is not served now; there are: {', '.join(self.names())}",
-                ) from None
+                raise self._missing(AUTO, error.args[0]) from None
             likelihoods = self.backend.log_likelihoods(found.text, models) if len(models) > 1 else [0.0]
         try:
             return chosen(found, dict(zip(names, likelihoods, strict=True)), GATEWAY)
         except ValueError as error:
             raise BackendError(f"this prompt cannot be routed: {error}; somebody's weights have overflowed") from error
 
+    def _missing(self, asked: str, name: str) -> ApiError:
+        """What to say where `name` is not served: a client that asked `auto` did not choose it, and may ask again."""
+        there = ", ".join(self.names())
+        if asked == name:
+            return ApiError(404, "model_not_found", f"there is no model {name!r}; there are: {there}", "model")
+        why = f"this prompt may belong to {name!r}, which is not served now; there are: {there}"
+        return ApiError(503, "routed_model_missing", why)
+
     def _origin(self, name: str, stack: AsyncExitStack) -> tuple[ServedModel | None, Origin]:
+        """Who answers, kept in `stack`; raises KeyError for a name that is not served."""
         snapshot = self.catalogue.snapshot
         if name == BASE:
             return None, Origin(BASE, 0, self.base.weights_hash, self.base.weights_hash, snapshot.gateway_version)
-        try:
-            model, snapshot = stack.enter_context(self.catalogue.lease(name))
-        except KeyError:
-            raise ApiError(
-                404, "model_not_found", f"there is no model {name!r}; there are: {', '.join(self.names())}", "model"
-            ) from None
+        model, snapshot = stack.enter_context(self.catalogue.lease(name))
         return model, Origin(name, model.version, model.digest, self.base.weights_hash, snapshot.gateway_version)
 
 

@@ -25,7 +25,7 @@ from fedmoe.arena.engines.vllm_engine import Held, VllmEngine
 from fedmoe.arena.engines.vllm_messages import TokenLogprobs, completion_body
 from fedmoe.gateway.serve.protocol import BackendError, Generation, Likelihood, Sampling, ServedModel, Step
 from fedmoe.gateway.serve.vllm_check import Reference, VersionCheck
-from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.adapter import Adapter, ShapeError
 
 # Seconds without a token after which a stream is given up.
 _LONGEST_SILENCE = 300.0
@@ -96,7 +96,7 @@ class VllmBackend:
             except BaseException:
                 self._engine.unload(key)
                 raise
-        except EngineError as error:
+        except (EngineError, ShapeError) as error:  # the latter: numbers that our own model's precision cannot hold
             raise BackendError(f"{model} cannot be served: {error}") from error
         with self._lock:
             self._keys[model], self._adapters[model] = key, adapter

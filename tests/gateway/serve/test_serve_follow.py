@@ -291,6 +291,14 @@ def test_experts_with_a_reserved_name_are_left_out() -> None:
     assert house.served() == {"law": 3}
 
 
+def test_nothing_is_routed_to_an_expert_that_is_named_like_the_gateway() -> None:
+    house = House(FakeSource({"gateway": 1, "law": 3, "sql": 1}, gateway=2))
+    house.source.prompts = {"gateway": tag("a"), "law": tag("b"), "sql": tag("c")}
+    house.follower.poll()
+    assert house.served() == {"gateway": 2, "law": 3, "sql": 1}
+    assert house.router.told == [{"law": tag("b"), "sql": tag("c")}]
+
+
 def test_the_thread_goes_on_and_unloads_when_the_last_lease_ends() -> None:
     house = House()
     house.follower._poll_seconds = 0.01

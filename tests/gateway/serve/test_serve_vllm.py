@@ -20,7 +20,7 @@ from fedmoe.arena.engines.verify import Probe
 from fedmoe.arena.engines.vllm_engine import VllmEngine
 from fedmoe.gateway.serve.protocol import BackendError, Generation, Sampling, ServedModel, Step
 from fedmoe.gateway.serve.vllm_backend import VllmBackend
-from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.adapter import Adapter, ShapeError
 
 PYTHON = ServedModel("python", 1, "a" * 64)
 
@@ -59,6 +59,23 @@ def test_weights_that_do_not_compute_as_ours_are_not_served(tmp_path: Path) -> N
 
     backend = VllmBackend("http://fake", engine, mistaken, PROMPTS, transport=fake.transport)
     with pytest.raises(BackendError, match=r"python@1.* nats off"):
+        backend.load(PYTHON, make_adapter(1))
+    assert backend.loaded() == frozenset()
+    assert not [name for name in fake.adapters if name.startswith("python")]
+    backend.close()
+
+
+def test_a_version_that_our_own_model_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    fake = StreamingFakeVllm()
+    engine = VllmEngine("http://fake", MODEL, tmp_path, transport=fake.transport)
+
+    def narrow(adapter: Adapter | None, probes: Sequence[Probe]) -> list[FloatArray]:
+        if adapter is not None:
+            raise ShapeError("the adapter has numbers that are not finite in torch.float16")
+        return [expected_scores(None, probe.prompt, probe.tokens) for probe in probes]
+
+    backend = VllmBackend("http://fake", engine, narrow, PROMPTS, transport=fake.transport)
+    with pytest.raises(BackendError, match=r"python@1.* not finite in torch.float16"):
         backend.load(PYTHON, make_adapter(1))
     assert backend.loaded() == frozenset()
     assert not [name for name in fake.adapters if name.startswith("python")]

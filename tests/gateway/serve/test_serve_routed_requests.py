@@ -1,0 +1,132 @@
+"""Many requests to `auto` at once: routing is bounded as generation is, and nobody routes for who has gone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from serve_house import EXPERTS, Served, serving
+
+from fedmoe.gateway.rerank import Candidates
+from fedmoe.gateway.serve.protocol import ServedModel
+from fedmoe.gateway.serve.service import Limits
+
+
+class Waiting:
+    """Routes to `python` once it is let, and counts who is routed, and how many at once."""
+
+    experts = EXPERTS
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.routed = self.most = self._now = 0
+        self._lock = threading.Lock()
+
+    def candidates(self, prompt: Sequence[int]) -> Candidates | None:
+        with self._lock:
+            self.routed += 1
+            self._now += 1
+            self.most = max(self.most, self._now)
+        assert self.go.wait(20)
+        time.sleep(0.01)
+        with self._lock:
+            self._now -= 1
+        return Candidates(tuple(prompt), {"python": 1e6})
+
+    def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:
+        return {}
+
+
+@pytest.fixture
+def router() -> Iterator[Waiting]:
+    made = Waiting()
+    yield made
+    made.go.set()
+
+
+@pytest.fixture
+def served(tmp_path: Path, router: Waiting) -> Iterator[Served]:
+    with serving(tmp_path, Limits(prompt_tokens=64, output_tokens=64, generations=8), router=router) as running:
+        yield running
+
+
+def until(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def ask(served: Served) -> str:
+    with served.client() as client:
+        return str(client.completions.create(model="auto", prompt="abc", max_tokens=2).model)
+
+
+def test_prompts_are_routed_one_after_the_other_and_wait_in_the_places_of_their_requests(
+    served: Served, router: Waiting
+) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, served) for _ in range(8)]
+        until(lambda: served.service._in_house == 8)
+        with pytest.raises(openai.RateLimitError):
+            ask(served)
+        with served.client() as client:
+            client.models.list()  # the event loop waits for none of them
+        router.go.set()
+        assert {one.result() for one in asked} == {"python"}
+    assert (router.routed, router.most) == (8, 1)
+
+
+def test_nobody_is_routed_who_went_away_before_it_was_his_turn(served: Served, router: Waiting) -> None:
+    body = {"model": "auto", "prompt": "abc", "max_tokens": 64}
+    with httpx2.Client(base_url=served.url, timeout=0.2) as impatient:
+        for _ in range(3):
+            with pytest.raises(httpx2.ReadTimeout):
+                impatient.post("/v1/completions", json=body)
+    until(lambda: served.service._in_house == 0)
+    assert served.service.counters.refused == {"client_gone": 3}
+    router.go.set()
+    assert ask(served) == "python"
+    # The first was being looked at when its client went.
+    assert router.routed == 2
+
+
+def test_a_prompt_that_cannot_be_routed_is_told_and_counted(
+    served: Served, router: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router.go.set()
+
+    def overflowed(text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
+        return [float(np.nan)] * len(models)
+
+    monkeypatch.setattr(served.backend, "log_likelihoods", overflowed)
+    with pytest.raises(openai.InternalServerError, match=r"there is none of .*gateway.*overflowed"):
+        ask(served)
+    assert served.service.counters.refused == {"generation_failed": 1}
+    assert served.service._in_house == 0
+
+
+def test_who_is_routed_to_an_expert_that_has_just_gone_may_ask_again(
+    served: Served, router: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router.go.set()
+    served.follower.close()
+    catalogue = served.service.catalogue
+
+    def gone(text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
+        left = {name: model for name, model in catalogue.snapshot.models.items() if name != "python"}
+        catalogue.publish(left, 1.0)
+        return [0.0] * len(models)
+
+    monkeypatch.setattr(served.backend, "log_likelihoods", gone)
+    with pytest.raises(openai.InternalServerError, match="'python', which is not served now") as error:
+        ask(served)
+    assert (error.value.status_code, error.value.code) == (503, "routed_model_missing")
+    assert served.service._in_house == 0
