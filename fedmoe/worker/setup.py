@@ -118,7 +118,8 @@ def statistics_to_send(
     seconds = round(time.monotonic() - started, 1)
     _log.info("statistics", prompts=found.prompts.count, tokens=found.moments.tokens, seconds=seconds)
     bodies: dict[StatisticsKind, bytes] = {"prompts": found.prompts.to_bytes(), "moments": found.moments.to_bytes()}
-    keep(folder, key, bodies)
+    if not found.cut_short:  # a machine that has more time next time makes better ones
+        keep(folder, key, bodies)
     return bodies
 
 

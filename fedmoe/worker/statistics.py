@@ -45,10 +45,14 @@ class TooLittleDataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class DataStatistics:
-    """What one worker discloses; as bytes: `prompts` some MB at most, `moments` about as many as the expert."""
+    """What one worker discloses; as bytes: `prompts` some MB at most, `moments` about as many as the expert.
+
+    `cut_short`: the time was over before as many tokens were used as were allowed.
+    """
 
     prompts: PromptStatistics
     moments: InputMoments
+    cut_short: bool = False
 
     def to_bytes(self) -> dict[str, bytes]:
         """Kind of statistic -> safetensors."""
@@ -79,14 +83,16 @@ def data_statistics(
     allowed = budget or StatisticsBudget()
     started = clock()
     prompts = prompt_statistics(base, blocks, allowed.prompt_tokens, lambda: clock() - started > allowed.seconds / 2)
+    cut_short = clock() - started > allowed.seconds / 2
     left = allowed.tokens
     with MomentsCollector(base, targets) as collector:
         for block in blocks:
             collector.add(collate([block]))
             left -= int(np.count_nonzero(block.segment_ids >= 0))
             if left <= 0 or clock() - started > allowed.seconds:
+                cut_short |= left > 0
                 break
-    return DataStatistics(prompts, collector.moments())
+    return DataStatistics(prompts, collector.moments(), cut_short)
 
 
 def prompt_statistics(

@@ -24,7 +24,7 @@ from fedmoe.wire.messages import DataStatisticsHeader
 from fedmoe.worker.disclosure import Disclosure
 from fedmoe.worker.setup import statistics_to_send
 from fedmoe.worker.signals import StopOnSignal
-from fedmoe.worker.statistics import DataStatistics, data_statistics
+from fedmoe.worker.statistics import DataStatistics, StatisticsBudget, data_statistics
 
 BODIES = {"prompts": b"p", "moments": b"m"}
 AWAY = CoordinatorUnavailableError("away")
@@ -141,6 +141,18 @@ def test_other_data_or_other_modules_are_looked_at_and_only_the_newest_are_kept(
     statistics_to_send(config(target_modules=("q_proj",)), tiny_base(), blocks(), folder)
     assert len(made) == 3
     assert len(list(folder.iterdir())) == 2
+
+
+def test_statistics_that_the_clock_cut_short_are_sent_but_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurried = StatisticsBudget(seconds=0.0)
+    short = data_statistics(tiny_base(), blocks(), "all-linear", hurried)
+    assert short.cut_short
+    assert not data_statistics(tiny_base(), blocks(), "all-linear").cut_short
+    monkeypatch.setattr("fedmoe.worker.setup.data_statistics", lambda *_: short)
+    assert statistics_to_send(config(), tiny_base(), blocks(), tmp_path) == short.to_bytes()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_kept_statistics_that_were_damaged_are_made_anew(
