@@ -34,7 +34,7 @@ from fedmoe.models.packed import count_targets  # noqa: E402
 from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert  # noqa: E402
 
 #: What the gateway is called after each fold.
-FOLDS = ("first", "second", "third")
+FOLDS = ("first", "second", "third", "fourth")
 
 
 def first_adapter(work: Work) -> Adapter:

@@ -30,6 +30,7 @@ WAYS = {
     "regmean": ("merge_quality", "regmean, chosen", "#0072B2"),
     "one lap later, rank 16": ("second_lap", "second", "#009E73"),
     "two laps later, rank 16": ("second_lap", "third", "#009E73"),
+    "three laps later, rank 16": ("second_lap", "fourth", "#009E73"),
     "routed": ("merge_quality", "routed", "#D55E00"),
 }
 Shares = Mapping[str, float]
