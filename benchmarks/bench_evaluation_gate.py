@@ -41,7 +41,7 @@ from fedmoe.wire.gate_messages import CandidatesRequest, VerdictInfo  # noqa: E4
 from fedmoe.wire.messages import DataStatisticsHeader, UpdateHeader  # noqa: E402
 
 PORT = 5871
-COLUMNS, TOKENS = 32, 6000
+COLUMNS, TOKENS = 64, 6000
 PATIENCE_SECONDS = 3600.0
 
 
