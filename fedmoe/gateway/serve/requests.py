@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 #: Continuations of one request: prompts times n.
 MOST_CHOICES = 16
@@ -139,6 +148,17 @@ class CompletionRequest(_Common):
     echo: Literal[False] | None = None
     suffix: None = None
     best_of: Literal[1] | None = None
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _one_of_four_kinds(cls, value: object, check: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return check(value)
+        except ValidationError:
+            # Of a union, pydantic would tell what each kind lacks, one after the other.
+            raise ValueError(
+                f"a prompt is a text or a list of token ids, neither empty, or a list of at most {MOST_CHOICES} of them"
+            ) from None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -277,6 +277,16 @@ def test_what_asks_for_nothing_is_taken(client: Client) -> None:
     assert answer.choices[0].message.content == plain.choices[0].message.content
 
 
+@pytest.mark.parametrize("prompt", [[], [[]], [-1], {"a": 1}, ["a", 5], ["a"] * 17])
+def test_what_is_no_prompt_is_told_what_one_is(served: Served, prompt: object) -> None:
+    with httpx2.Client(base_url=served.url) as http:
+        answer = http.post("/v1/completions", json={"model": "python", "prompt": prompt})
+    assert answer.status_code == 400
+    told = answer.json()["error"]
+    assert told["param"] == "prompt"
+    assert told["message"].startswith("prompt: a prompt is a text or a list of token ids, neither empty, or a list of")
+
+
 @pytest.mark.parametrize("prompt", [[5, 300], "", []])
 def test_prompts_that_are_none_are_refused(client: Client, prompt: object) -> None:
     with pytest.raises(openai.BadRequestError) as error:
