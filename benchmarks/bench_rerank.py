@@ -7,11 +7,12 @@ merged by `regmean`, the others are foreign. A text's first 8 to 64 tokens are t
 the merged adapter, once by the router alone (the likeliest expert, the merged adapter below a confidence of 0.9), once
 as the server does it (`fedmoe.gateway.rerank`), and whoever got it is scored on the rest of the text, up to 128 tokens.
 
-`right` is the share of prompts whose own expert is the best of the experts; `to_gateway` the share that the merged
+`right` is the share of prompts whose own expert is the best of the experts, by the router, by likelihood alone and by
+both; `to_gateway` the share that the merged
 adapter gets; `kept` the share of the own expert's gain on the rest, (base - chosen) / (base - own), worst and mean over
 domains; `gain` of foreign prompts is base - chosen in nats a token. Held-out texts of `--half choice` are those that
 `TRUST` and `MERGED_PRIOR` were chosen on; those of `test`, between them, were used for nothing else. All token losses
-stay in `--work`.
+stay in `--work`. `milliseconds` is the processor time of the likelihoods of one prompt, by its tokens and candidates.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,7 @@ from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.final_logits import chosen_logprobs  # noqa: E402
 from fedmoe.models.multilora import MultiLora  # noqa: E402
 from fedmoe.models.prompt_features import prefix_features  # noqa: E402
+from fedmoe.models.text_likelihood import log_likelihoods  # noqa: E402
 from fedmoe.worker.statistics import StatisticsBudget, prompt_statistics  # noqa: E402
 
 Array = NDArray[np.float64]
@@ -104,7 +107,7 @@ class Measured:
 def decisions(measured: Measured, router: SequenceRouter, length: int) -> dict[str, list[str]]:
     """Way -> who gets each text; `experts only` is the best expert as the server ranks them, without the gateway."""
     probabilities = router.probabilities(measured.features[length])
-    found: dict[str, list[str]] = {"router": [], "reranked": [], "likeliest": [], "experts only": []}
+    found: dict[str, list[str]] = {"router": [], "reranked": [], "likeliest": [], "experts only": [], "likelihood": []}
     for place, row in enumerate(probabilities):
         top = router.names[int(row.argmax())]
         found["likeliest"].append(top)
@@ -114,6 +117,7 @@ def decisions(measured: Measured, router: SequenceRouter, length: int) -> dict[s
             name: -float(measured.losses[name][place, : length - 1].sum()) for name in (*likely.log_priors, GATEWAY)
         }
         found["reranked"].append(chosen(likely, heard, GATEWAY))
+        found["likelihood"].append(min(router.names, key=lambda name: measured.losses[name][place, : length - 1].sum()))
         found["experts only"].append(chosen(likely, {name: heard[name] for name in likely.log_priors}, GATEWAY))
     return found
 
@@ -152,7 +156,7 @@ def compared(measured: Measured, statistics: Mapping[str, PromptStatistics], nam
         found[str(length)] = {
             "right": {
                 way: round(float(np.mean([ways[of][place] == measured.owners[place] for place in own])), 4)
-                for way, of in (("router", "likeliest"), ("reranked", "experts only"))
+                for way, of in (("router", "likeliest"), ("likelihood", "likelihood"), ("reranked", "experts only"))
             },
             "to_gateway": {
                 way: round(float(np.mean([ways[way][place] == GATEWAY for place in own])), 4)
@@ -199,11 +203,29 @@ def results(work: Work, count: int, half: str) -> dict[str, object]:
     first = work.expert(NAMES[0])
     losses = {BASE: token_losses(work, Adapter.zeros(first.layout, first.alpha), rows)}
     losses |= {name: token_losses(work, work.expert(name), rows) for name in NAMES}
-    found: dict[str, object] = {}
+    found: dict[str, object] = {"milliseconds": milliseconds(work, rows)}
     for experts in COUNTS:
         names = NAMES[:experts]
         measured = Measured({**losses, GATEWAY: token_losses(work, merged_of(work, names), rows)}, features, owners)
         found[f"{experts} experts"] = compared(measured, statistics, names)
+    return found
+
+
+def milliseconds(work: Work, rows: Sequence[Sequence[int]]) -> dict[str, float]:
+    """The median of eight prompts."""
+    adapters = {name: work.expert(name) for name in NAMES[:4]}
+    multi = MultiLora(work.base.model, [module.name for module in adapters[NAMES[0]].layout.modules])
+    for name, adapter in adapters.items():
+        multi.add(name, adapter)
+    found: dict[str, float] = {}
+    for length, count in ((32, 2), (32, 4), (WHOLE, 2), (WHOLE, 4)):
+        times = []
+        for row in rows[:8]:
+            started = time.process_time()
+            log_likelihoods(work.base.model, multi, row[:length], NAMES[:count])
+            times.append(time.process_time() - started)
+        found[f"{length} tokens, {count} candidates"] = round(1e3 * float(np.median(times)))
+    multi.detach()
     return found
 
 
