@@ -9,7 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from workers import Federation, Road, Setup, StepClock, blocks, federation, local, wait_for_answer
+from workers import (
+    Federation,
+    Road,
+    Setup,
+    StepClock,
+    answered_after_a_step,
+    blocks,
+    federation,
+    local,
+    set_patience,
+    wait_for_answer,
+)
 
 from fedmoe import failpoints
 from fedmoe.distributed_worker import DistributedWorker, WorkerFailedError
@@ -74,14 +85,18 @@ def test_what_a_later_update_carried_is_not_taken_from_an_older_checkpoint_again
     """The checkpoint is of step 3, which number 1 carried, cut after step 4; the kill comes in step 5."""
     monkeypatch.setattr("fedmoe.distributed_worker._CHECKPOINT_SECONDS", 0.5)
 
+    setup = Setup(house.url, tmp_path / "w1", steps=9, every=2)
+    after_step = answered_after_a_step(setup)
+
     def follow(worker: DistributedWorker, record: StepRecord) -> None:
-        wait_for_answer(worker, record)
+        after_step(worker, record)
         if record.step == 4:
             monkeypatch.setattr("fedmoe.distributed_worker._CHECKPOINT_SECONDS", 1e9)
         if record.step == 5:
+            setup.road.open_for_pushes.set()
             raise Killed
 
-    setup = Setup(house.url, tmp_path / "w1", steps=9, every=2, after_step=follow)
+    setup.after_step = follow
     with pytest.raises(Killed):
         setup.run()
     learned = house.weights
@@ -134,8 +149,10 @@ def test_progress_that_could_not_be_delivered_is_delivered_once_after_a_restart(
             road.closed.set()
         if not road.closed.is_set():
             wait_for_answer(worker, record)
+        if record.step == 8:
+            set_patience(worker, 0.2)
 
-    setup = Setup(house.url, tmp_path / "w1", steps=8, every=0.001, max_unsynced=0.3, road=road, clock=None)
+    setup = Setup(house.url, tmp_path / "w1", steps=8, every=0.001, road=road, clock=None)
     setup.after_step = leave
     with pytest.raises(
         CoordinatorUnavailableError, match=r"update \d+ is kept in .*w1 and delivered at the next start"
@@ -183,8 +200,10 @@ def test_an_update_refused_after_a_restart_is_taken_back_and_lands_on_the_newest
         def away(worker: DistributedWorker, record: StepRecord) -> None:
             if record.step == 2:
                 road.closed.set()
+            if record.step == 5:
+                set_patience(worker, 0.2)
 
-        setup = Setup(house.url, tmp_path / "w1", steps=5, every=0.001, max_unsynced=0.2, road=road, clock=None)
+        setup = Setup(house.url, tmp_path / "w1", steps=5, every=0.001, road=road, clock=None)
         setup.after_step = away
         with pytest.raises(CoordinatorUnavailableError):
             setup.run()

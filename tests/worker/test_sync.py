@@ -8,7 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from workers import EXPERT, Federation, Road, Setup, StepClock, blocks, federation, local, replayed, wait_for_answer
+from workers import (
+    EXPERT,
+    Federation,
+    Road,
+    Setup,
+    StepClock,
+    answered_after_a_step,
+    blocks,
+    federation,
+    local,
+    replayed,
+    set_patience,
+    wait_for_answer,
+)
 
 from fedmoe.distributed_worker import DistributedWorker
 from fedmoe.lora.adapter import FloatVector
@@ -35,7 +48,9 @@ def test_an_expert_trained_by_one_worker_is_that_worker_bit_for_bit(house: Feder
 
 
 def test_every_step_and_push_is_recorded_with_the_version_it_used(house: Federation, tmp_path: Path) -> None:
-    Setup(house.url, tmp_path / "w1", steps=6, every=2, after_step=wait_for_answer).run()
+    setup = Setup(house.url, tmp_path / "w1", steps=6, every=2)
+    setup.after_step = answered_after_a_step(setup)
+    setup.run()
     records = list(read_records(tmp_path / "w1" / "metrics.jsonl"))
     steps = [record for record in records if record["kind"] == "step"]
     pushes = [record for record in records if record["kind"] == "push"]
@@ -133,7 +148,11 @@ def test_one_step_is_done_between_two_pushes_however_long_it_takes(house: Federa
 def test_one_that_may_not_train_while_an_update_travels_still_trains_between_pushes(
     house: Federation, tmp_path: Path
 ) -> None:
-    Setup(house.url, tmp_path / "w1", steps=3, every=0.001, max_unsynced=1e-9, clock=None).run()
+    def follow(worker: DistributedWorker, record: StepRecord) -> None:
+        if record.step == 3:
+            set_patience(worker, 20.0)  # with the last update, which nothing is trained after
+
+    Setup(house.url, tmp_path / "w1", steps=3, every=0.001, max_unsynced=1e-9, clock=None, after_step=follow).run()
     assert [update.info["steps"] for update in house.updates()] == [1, 2, 3]
 
 

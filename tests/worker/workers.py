@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx2
@@ -232,10 +232,30 @@ class Setup:
 
 
 def wait_for_answer(worker: DistributedWorker, record: StepRecord) -> None:
-    """After each step, until no update is under way: makes the moment of a rebase the same in every run."""
+    """After each step, until no update is under way: an answer is taken in one step after the cut at the latest."""
     delivery = worker._delivery
     if delivery is not None:
         delivery.wait(20)
+
+
+def answered_after_a_step(setup: Setup) -> Callable[[DistributedWorker, StepRecord], None]:
+    """Like `wait_for_answer`, and no update travels before the next step is done, or all are: the moment of a rebase
+    is the same in every run, however quick the coordinator is."""
+    gate = setup.road.open_for_pushes
+    gate.clear()
+
+    def after_step(worker: DistributedWorker, record: StepRecord) -> None:
+        gate.set()
+        wait_for_answer(worker, record)
+        if record.step < setup.steps:
+            gate.clear()
+
+    return after_step
+
+
+def set_patience(worker: DistributedWorker, seconds: float) -> None:
+    """From now on it goes on without an answer for so long only."""
+    worker._settings = replace(worker._settings, max_unsynced=seconds)
 
 
 def local(worker: DistributedWorker) -> FloatVector:
