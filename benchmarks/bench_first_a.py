@@ -26,7 +26,7 @@ pin_threads(1)
 import numpy as np  # noqa: E402  # threads are pinned first
 from bench_merge_quality import OWN, SETS, TOKENS, Bench, kept  # noqa: E402
 from bench_second_lap import gone_on  # noqa: E402
-from merge_quality_work import LORA, STEPS, Work  # noqa: E402
+from merge_quality_work import STEPS, Work  # noqa: E402
 
 from fedmoe.files import write_folder_atomic  # noqa: E402
 from fedmoe.gateway.losses import BASE  # noqa: E402
@@ -38,22 +38,22 @@ from fedmoe.lora.merge import merge  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
 from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 
-First = Callable[[Layout, int, int], Adapter]
+First = Callable[[Layout, float, int, int], Adapter]
 
 
-def independent(layout: Layout, seed: int, place: int) -> Adapter:
+def independent(layout: Layout, alpha: float, seed: int, place: int) -> Adapter:
     """A drawn for the domain at this place in the list."""
-    return initial_adapter(layout, LORA["lora_alpha"], 1_000 * (place + 1) + seed)
+    return initial_adapter(layout, alpha, 1_000 * (place + 1) + seed)
 
 
-def slots(layout: Layout, seed: int, place: int) -> Adapter:
+def slots(layout: Layout, alpha: float, seed: int, place: int) -> Adapter:
     """The domain's own rows of one orthogonal matrix a module, each of the length that a drawn row has on average."""
     flat = np.zeros(layout.size, np.float32)
     for number, (module, a, _) in enumerate(layout.factors(flat)):
         random = np.random.default_rng([seed, number])
         basis, _ = np.linalg.qr(random.standard_normal((module.in_features, module.in_features)))
         a[...] = basis[:, place * len(a) : (place + 1) * len(a)].T / np.sqrt(3)
-    return Adapter(layout, LORA["lora_alpha"], flat)
+    return Adapter(layout, alpha, flat)
 
 
 VARIANTS: Mapping[str, First | None] = {"shared": None, "independent": independent, "slots": slots}
@@ -66,7 +66,7 @@ def expert(work: Work, variant: str, domains: Sequence[str], domain: str) -> Ada
         return shared
     folder = work.folder / f"experts-{work.seed}-{variant}" / domain
     if not folder.is_dir():
-        start = first(shared.layout, work.seed, list(domains).index(domain))
+        start = first(shared.layout, shared.alpha, work.seed, list(domains).index(domain))
         identity = work.base.identity
         folder.parent.mkdir(parents=True, exist_ok=True)
         found = gone_on(work, domain, start, 0, STEPS)

@@ -1,6 +1,6 @@
-"""What a gateway of rank 16 keeps of every expert after all have gone on from it: SmolLM2-135M, held-out text.
+"""What a gateway of the experts' rank keeps of every one after all have gone on from it: SmolLM2-135M, held-out text.
 
-    python benchmarks/bench_second_lap.py --work FOLDER [--domains demo|unseen|ten] [--laps 1] [--steps 20]
+    python benchmarks/bench_second_lap.py --work FOLDER [--domains demo|unseen|ten] [--laps 1] [--steps 20] [--rank 16]
 
 The experts of `bench_merge_quality.py` (40 steps each) are folded into a gateway (`fedmoe.lora.living`), each goes on
 from it for `--steps` steps of 2 x 256 tokens of its own further text with a new optimizer, and what they learned is
@@ -20,7 +20,7 @@ from harness import pin_threads, write_result
 pin_threads(1)
 
 from bench_merge_quality import OWN, SETS, TOKENS  # noqa: E402  # threads are pinned first
-from merge_quality_work import BATCH, LORA, STEPS, TRAINING, Work  # noqa: E402
+from merge_quality_work import BATCH, RANK, STEPS, TRAINING, Work  # noqa: E402
 
 from fedmoe.datasets.packing import collate  # noqa: E402
 from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
@@ -31,7 +31,7 @@ from fedmoe.lora.living import Departed, fold  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
 from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.packed import count_targets  # noqa: E402
-from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert  # noqa: E402
+from fedmoe.qwen_finetune import QwenLoRAExpert  # noqa: E402
 
 #: What the gateway is called after each fold.
 FOLDS = ("first", "second", "third", "fourth")
@@ -39,7 +39,7 @@ FOLDS = ("first", "second", "third", "fourth")
 
 def first_adapter(work: Work) -> Adapter:
     """Where the experts of this seed began: B = 0."""
-    model = QwenLoRAExpert(work.base, LoraConfig(**LORA, seed=work.seed))
+    model = QwenLoRAExpert(work.base, work.lora)
     try:
         return Adapter(model.attached.layout, float(model.attached.alpha), model.weights())
     finally:
@@ -49,7 +49,7 @@ def first_adapter(work: Work) -> Adapter:
 def gone_on(work: Work, domain: str, gateway: Adapter, done: int, steps: int) -> Adapter:
     """An expert that trains on from the gateway, on the blocks that come after those of its `done` steps."""
     blocks = work.training_blocks(domain, (done + steps) * BATCH)[done * BATCH :]
-    model = QwenLoRAExpert(work.base, LoraConfig(**LORA, seed=work.seed), replace(TRAINING, max_steps=steps))
+    model = QwenLoRAExpert(work.base, work.lora, replace(TRAINING, max_steps=steps))
     try:
         model.load_adapter(gateway)
         for step in range(steps):
@@ -95,17 +95,20 @@ def main() -> None:
     parser.add_argument("--domains", choices=["demo", "unseen", "ten"], default="demo")
     parser.add_argument("--laps", type=int, choices=range(1, len(FOLDS)), default=1)
     parser.add_argument("--steps", type=int, default=20, help="of every expert in a lap")
+    parser.add_argument("--rank", type=int, default=RANK, help="of the experts and the gateway")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--test-blocks", type=int, default=12)
     asked = parser.parse_args()
     pin_torch(1)
     base = load_base("smollm2", "cpu")
     domains = tuple(SETS[asked.domains][0])
+    result = f"second_lap_{asked.domains}" + ("" if asked.rank == RANK else f"_rank{asked.rank}")
     by_seed = {}
     for seed in asked.seeds:
-        by_seed[str(seed)] = measured(Work(asked.work, base, seed), domains, asked.steps, asked.laps, asked.test_blocks)
+        work = Work(asked.work, base, seed, asked.rank)
+        by_seed[str(seed)] = measured(work, domains, asked.steps, asked.laps, asked.test_blocks)
         arguments = {name: str(value) for name, value in vars(asked).items() if name != "work"}
-        print(write_result(f"second_lap_{asked.domains}", by_seed, arguments, asked.seeds), flush=True)
+        print(write_result(result, by_seed, arguments, asked.seeds), flush=True)
 
 
 if __name__ == "__main__":

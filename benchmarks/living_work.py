@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from merge_quality_work import BATCH, LORA, Work
+from merge_quality_work import BATCH, Work
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from fedmoe.datasets.packing import Block, collate
 from fedmoe.files import write_atomic
-from fedmoe.lora.adapter import Adapter, FloatVector, Layout
+from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.living import Departed
-from fedmoe.models.schedule import LoraConfig, TrainingConfig
+from fedmoe.models.schedule import TrainingConfig
 from fedmoe.qwen_finetune import OptimizerState, QwenLoRAExpert
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -90,7 +90,7 @@ class Trainer:
 
     def _attached(self) -> QwenLoRAExpert:
         if self._model is None:
-            self._model = QwenLoRAExpert(self.work.base, LoraConfig(**LORA, seed=self.work.seed), TRAINING)
+            self._model = QwenLoRAExpert(self.work.base, self.work.lora, TRAINING)
             self._zero = self._model.weights()
             self._fresh = self._model.optimizer_state()
         return self._model
@@ -154,12 +154,12 @@ def live(
 
 def pooled(trainer: Trainer, blocks: Sequence[Block], marks: Sequence[int]) -> Iterator[tuple[int, Adapter]]:
     """One LoRA on `blocks`, told after each number of steps in `marks`, rising."""
-    layout: Layout = trainer.first().layout
-    weights, state, done = trainer.first().flat, None, 0
+    first = trainer.first()
+    weights, state, done = first.flat, None, 0
     for mark in marks:
         weights, state = trainer.leg("pooled", blocks[done * BATCH : mark * BATCH], weights, state)
         done = mark
-        yield mark, Adapter(layout, float(LORA["lora_alpha"]), weights)
+        yield mark, Adapter(first.layout, first.alpha, weights)
 
 
 def mixed(streams: Mapping[str, Sequence[Block]], seed: int) -> list[Block]:

@@ -27,7 +27,7 @@ from fedmoe.qwen_finetune import QwenLoRAExpert
 LENGTH = 256
 BATCH = 2
 STEPS = 40
-LORA = {"r": 16, "lora_alpha": 32.0}
+RANK = 16
 TRAINING = TrainingConfig(
     learning_rate=1e-3,
     warmup_steps=5,
@@ -44,7 +44,13 @@ class Work:
     folder: Path
     base: LoadedBase
     seed: int = 0
+    rank: int = RANK
     _packed: dict[tuple[str, str, int], list[Block]] = field(default_factory=dict, repr=False)
+
+    @property
+    def lora(self) -> LoraConfig:
+        """Of the experts: scale alpha / r is 2 at rank 16, and falls with the root of the rank (rsLoRA)."""
+        return LoraConfig(self.rank, 2 * (RANK * self.rank) ** 0.5, seed=self.seed)
 
     def build(self, domains: Sequence[str] = DEMO) -> None:
         """Data of the domains; the held-out rows are split by file, one half to choose with, one to test."""
@@ -81,7 +87,8 @@ class Work:
         return read_peft({path.name: path.read_bytes() for path in folder.iterdir()})
 
     def adapter_folder(self, domain: str) -> Path:
-        return self.folder / f"experts-{self.seed}" / domain
+        other = "" if self.rank == RANK else f"-rank-{self.rank}"
+        return self.folder / f"experts-{self.seed}{other}" / domain
 
     def moments(self, domain: str, columns: int, tokens: int) -> InputMoments:
         """Input moments on the base model over the first training blocks that hold about `tokens` tokens."""
@@ -116,7 +123,7 @@ class Work:
 
     def _train(self, domain: str) -> Adapter:
         blocks = self.training_blocks(domain)
-        model = QwenLoRAExpert(self.base, LoraConfig(**LORA, seed=self.seed), TRAINING)
+        model = QwenLoRAExpert(self.base, self.lora, TRAINING)
         try:
             for step in range(STEPS):
                 done = model.train_step([collate(blocks[step * BATCH : (step + 1) * BATCH])])
