@@ -45,7 +45,13 @@ def test_a_process_that_does_not_answer_is_ended(config: ArealConfig, tmp_path: 
 
 
 def test_a_process_of_another_version_is_refused(config: ArealConfig, tmp_path: Path) -> None:
-    script = "import socket\nsocket.socket(fileno=int(sys.argv[-1])).sendall(b'HTTP/1.1 200 OK and so on')"
+    # It listens until we hang up: one that left at once would be gone while the request is still being sent.
+    script = """
+import socket
+channel = socket.socket(fileno=int(sys.argv[-1]))
+channel.sendall(b'HTTP/1.1 200 OK and so on')
+while channel.recv(1 << 16):
+    pass"""
     with pytest.raises(ArealError, match="both sides must have one version"):
         ArealLearner(config, tmp_path, python=_python(tmp_path, script))
 
