@@ -73,7 +73,7 @@ def chart() -> bytes:
         axes.axvline(aim, color="#444444", linewidth=0.8, linestyle=":")
         seeds = len(rows[name][0].by_seed)
         axes.set_title(f"{title}  ({seeds} seed{'s' if seeds > 1 else ''})", loc="left", fontsize=10)
-        axes.set_xlim(25, 114)
+        axes.set_xlim(25, 118)
         axes.grid(axis="x", alpha=0.25)
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].invert_yaxis()
