@@ -82,9 +82,9 @@ def test_a_refusal_ends_that_kind_and_is_logged(capsys: pytest.CaptureFixture[st
 def test_closing_gives_up_on_a_coordinator_that_stays_away() -> None:
     scripted = Scripted([AWAY] * 1000)
     disclosure = scripted.disclosure()
-    assert scripted.asked.wait(5)
+    assert scripted.asked.wait(30)
     disclosure.close()
-    disclosure._thread.join(5)
+    disclosure._thread.join(30)
     assert not disclosure._thread.is_alive()
     assert scripted.taken == []
 
