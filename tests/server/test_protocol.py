@@ -56,9 +56,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def stays_quick(server: LiveServer) -> Iterator[None]:
-    """Ask for `/healthz` all the while: most answers must not take as long as the deadlines of `short`, which is how
-    long they would if they waited for somebody slow. Single ones may: a busy machine stalls now and then."""
+def stays_quick(server: LiveServer, most: float = 1.0) -> Iterator[None]:
+    """Ask for `/healthz` all the while; no answer may take longer than `most` seconds (median far below)."""
     stop, times = threading.Event(), []
 
     def ask() -> None:
@@ -76,7 +75,8 @@ def stays_quick(server: LiveServer) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-    assert sorted(times)[len(times) // 2] < 0.2
+    assert max(times) < most
+    assert sorted(times)[len(times) // 2] < 0.1
 
 
 def lengthy(length: int) -> bytes:
@@ -144,8 +144,10 @@ def test_a_body_over_the_cap_is_413_at_once_19_20(house: House, server: LiveServ
     """The answer comes before the body: nothing but the head was sent."""
     before = house.kept()
     with server.connect() as connection:
+        started = time.perf_counter()
         connection.sendall(head(lengthy(length)))
         answer = connection.recv(4096)
+        assert time.perf_counter() - started < 1.0
     assert status(answer) == 413
     assert b"connection: close" in answer
     assert house.kept() == before
@@ -349,7 +351,7 @@ def test_a_body_that_waits_for_100_continue_is_never_asked_for_when_refused(serv
 
 
 def test_answers_are_not_held_back_for_the_peers_delayed_ack(house: House) -> None:
-    """Head and body are two writes: with Nagle's algorithm the second always waits 40 ms, on loops that leave it on."""
+    """Head and body are two writes: with Nagle's algorithm the second waits 40 ms, on loops that leave it on."""
     times = []
     with listening(house.app, loop="asyncio") as server, server.connect() as connection:
         for _ in range(10):
@@ -359,4 +361,4 @@ def test_answers_are_not_held_back_for_the_peers_delayed_ack(house: House) -> No
             while b"ok" not in answer:
                 answer += connection.recv(4096)
             times.append(time.perf_counter() - started)
-    assert min(times) < 0.03
+    assert sorted(times)[5] < 0.03

@@ -130,9 +130,9 @@ def test_a_closed_delivery_ends_soon_without_an_answer(monkeypatch: pytest.Monke
     assert delivery.answer() is None
     delivery.close()
     started = time.monotonic()
-    assert delivery.wait(25)
+    assert delivery.wait(10)
     assert delivery.answer() is None
-    assert time.monotonic() - started < 25  # the pause would have been 30 s or more
+    assert time.monotonic() - started < 5
 
 
 @given(st.integers(1, 10**6), st.none() | st.floats(0, 1e6), st.floats(0, 1, exclude_max=True))
