@@ -284,6 +284,7 @@ HEAVY: dict[str, set[str]] = {
     "huggingface_hub": {"models"},
     "tokenizers": {"models"},
     "pyarrow": {"datasets"},
+    "datasets": {"datasets"},
     "matplotlib": {"monitor"},
     "fastapi": {"gateway.serve", "server"},
     "starlette": {"gateway.serve", "server"},

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedmoe.datasets.data_source import open_source
 from fedmoe.datasets.errors import DataError
 from fedmoe.datasets.formats import RowFormat, Sample, accepted_shapes, detect_format, ignored_keys, normalise
-from fedmoe.datasets.rows import BadRow, Row, read_rows
+from fedmoe.datasets.rows import BadRow, Row
 
 MAX_BAD_FRACTION = 0.01
 BAD_ROWS_KEPT = 100
@@ -67,14 +67,14 @@ class CheckReport:
             "rows": self.rows,
             "good": self.good,
             "bad_count": self.bad_count,
-            "bad": [{"line": row.line, "reason": row.reason} for row in self.bad],
+            "bad": [{"file": row.file, "line": row.line, "reason": row.reason} for row in self.bad],
             "ignored": list(self.ignored),
             "ok": self.problem is None,
             "problem": self.problem,
         }
 
     def _bad_lines(self) -> str:
-        lines = [f"\n  line {row.line}: {row.reason}" for row in self.bad[:BAD_ROWS_SHOWN]]
+        lines = [f"\n  {row.place}: {row.reason}" for row in self.bad[:BAD_ROWS_SHOWN]]
         more = self.bad_count - len(lines)
         return "".join(lines) + (f"\n  and {more:,} more" if more > 0 else "")
 
@@ -128,24 +128,25 @@ class _Scan:
         self.first_keys = self.first_keys or tuple(str(key)[:40] for key in list(row.fields)[:8])
         self.format = self.format or detect_format(row)
         if self.format is None:
-            return BadRow(row.line, "no known format")
+            return BadRow(row.line, "no known format", row.file)
         if len(self.ignored) < IGNORED_KEPT:
             self.ignored |= ignored_keys(self.format, row)
-        return normalise(self.format, row)
+        sample = normalise(self.format, row)
+        return replace(sample, file=row.file) if isinstance(sample, BadRow) else sample
 
 
 def _scan(path: Path, max_bad_fraction: float, keep: list[Sample] | None) -> CheckReport:
     if not 0 <= max_bad_fraction < 1:
         raise DataError(f"max_bad_fraction must be at least 0 and below 1, got {max_bad_fraction}")
     scan = _Scan()
-    rows = read_rows(path)
-    for row in rows:
+    source = open_source(path)
+    for row in source.rows():
         sample = scan.take(row)
         if sample is not None and keep is not None:
             keep.append(sample)
     return CheckReport(
         path=str(path),
-        sha256=file_sha256(path),
+        sha256=source.fingerprint(),
         format=scan.format.name if scan.format else None,
         rows=scan.rows,
         good=scan.good,
@@ -154,9 +155,3 @@ def _scan(path: Path, max_bad_fraction: float, keep: list[Sample] | None) -> Che
         first_keys=scan.first_keys,
         max_bad_fraction=max_bad_fraction,
     )
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

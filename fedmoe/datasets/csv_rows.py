@@ -1,4 +1,4 @@
-"""Rows of a CSV file: UTF-8, comma-separated, the first line names the columns, RFC 4180 quotes."""
+"""Rows of a CSV file (UTF-8, the first line names the columns, RFC 4180 quotes), or of one separated by tabs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from fedmoe.datasets.compressed import open_plain
 from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.lines import MAX_COLUMNS, BadRow, Row, Rows, bounded_lines, too_long
+from fedmoe.datasets.lines import MAX_COLUMNS, BadRow, Reading, Row, Rows, bounded_lines, too_long
+
+NUL = "\0"
+SEMICOLONS_TO_COMMAS = (
+    """python3 -c "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter=';'))" """
+)
 
 
 class _Lines:
@@ -40,14 +46,23 @@ class _Lines:
             raise csv.Error(f"not UTF-8 at byte {error.start} of line {self.number}") from None
 
 
-def read_csv(path: Path, max_row_bytes: int) -> Rows:
-    """The rows below the header; a row with too few or too many cells is a `BadRow`."""
+def read_csv(path: Path, reading: Reading) -> Rows:
+    """The rows below the header, separated by commas; a row with too few or too many cells is a `BadRow`."""
+    return _read(path, reading.max_row_bytes, ",")
+
+
+def read_tsv(path: Path, reading: Reading) -> Rows:
+    """As `read_csv`, separated by tabs."""
+    return _read(path, reading.max_row_bytes, "\t")
+
+
+def _read(path: Path, max_row_bytes: int, delimiter: str) -> Rows:
     # The csv module has one limit for the whole process and it is smaller than our rows; it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), max_row_bytes))
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         lines = _Lines(file, max_row_bytes)
-        reader = csv.reader(lines, strict=True)
-        header = _header(path, reader)
+        reader = csv.reader(lines, strict=True, delimiter=delimiter)
+        header = _header(path, reader, delimiter)
         while True:
             lines.start_row()
             first = lines.number + 1
@@ -59,10 +74,10 @@ def read_csv(path: Path, max_row_bytes: int) -> Rows:
                 yield BadRow(first, str(error))
                 continue
             if cells:
-                yield _row(first, header, cells)
+                yield _row(first, header, cells, delimiter)
 
 
-def _header(path: Path, reader: Iterator[list[str]]) -> list[str]:
+def _header(path: Path, reader: Iterator[list[str]], delimiter: str) -> list[str]:
     try:
         header = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
@@ -72,10 +87,34 @@ def _header(path: Path, reader: Iterator[list[str]]) -> list[str]:
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
         raise DataError(f"{path}: columns named more than once: {repeated[:5]}; name each column once")
+    if any(NUL in name for name in header):
+        raise DataError(f"{path}: the header holds NUL bytes: is the file UTF-16? save it as UTF-8")
+    if len(header) == 1:
+        _check_delimiter(path, header[0], delimiter)
     return header
 
 
-def _row(line: int, header: list[str], cells: list[str]) -> Row | BadRow:
+def _check_delimiter(path: Path, only: str, delimiter: str) -> None:
+    """A header of one column that holds another separator is a file of another kind, not one long column name."""
+    if ";" in only:
+        raise DataError(
+            f"{path}: the header {only[:80]!r} is separated by semicolons, not by {_name(delimiter)}; save it with "
+            f"commas:\n  {SEMICOLONS_TO_COMMAS}< {path.name} > commas.csv"
+        )
+    other = "\t" if delimiter == "," else ","
+    if other in only:
+        suffix = ".tsv" if other == "\t" else ".csv"
+        raise DataError(f"{path}: the header {only[:80]!r} is separated by {_name(other)}; rename the file to {suffix}")
+
+
+def _name(delimiter: str) -> str:
+    return {",": "commas", "\t": "tabs"}[delimiter]
+
+
+def _row(line: int, header: list[str], cells: list[str], delimiter: str) -> Row | BadRow:
     if len(cells) != len(header):
-        return BadRow(line, f"{len(cells)} cells, but the header has {len(header)}; quote cells that hold commas")
+        quote = f"quote cells that hold {_name(delimiter)}"
+        return BadRow(line, f"{len(cells)} cells, but the header has {len(header)}; {quote}")
+    if any(NUL in cell for cell in cells):
+        return BadRow(line, "a cell holds a NUL byte; remove it, or save the file as UTF-8 if it is UTF-16")
     return Row(line, dict(zip(header, cells, strict=True)))

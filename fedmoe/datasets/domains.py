@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from fedmoe.datasets.check import file_sha256
 from fedmoe.datasets.chunks import prose_chunks, python_functions, sql_chunks
+from fedmoe.datasets.data_source import file_sha256
 from fedmoe.datasets.errors import DataError
 from fedmoe.datasets.sources import Document, Package, Progress, StandardLibrary, fetch_documents
 

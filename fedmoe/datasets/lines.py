@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 MAX_ROW_BYTES = 16 * 1024 * 1024
@@ -13,21 +13,59 @@ UTF8_BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: `line` counts from 1 (the line in JSONL and CSV, the item in a JSON array, the row in Parquet)."""
+    """One row; `line` counts from 1.
+
+    It is the line in JSONL and CSV, the item in a JSON array, the row in Parquet and Arrow.
+    `file` is its file's path inside a folder, empty for a single file. A field that is null in the file is not there.
+    """
 
     line: int
     fields: Mapping[str, object]
+    file: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where the row stands, for people: `line 3`, or `part-2.jsonl line 3`."""
+        return place(self.file, self.line)
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that training cannot use, and why; `line` counts like `Row.line`."""
+    """A row that training cannot use, and why; `line` and `file` are those of `Row`."""
 
     line: int
     reason: str
+    file: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where the row stands, for people: `line 3`, or `part-2.jsonl line 3`."""
+        return place(self.file, self.line)
 
 
 Rows = Iterator[Row | BadRow]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a file is read: the columns wanted of Parquet and Arrow (None: all), and the limit of one row's bytes.
+
+    `unread` is filled while reading: the columns that were there and not wanted.
+    """
+
+    columns: Collection[str] | None = None
+    max_row_bytes: int = MAX_ROW_BYTES
+    unread: set[str] = field(default_factory=set)
+
+
+def place(file: str, line: int) -> str:
+    """`line 3`, or `part-2.jsonl line 3` inside a folder."""
+    return f"{file} line {line}" if file else f"line {line}"
+
+
+def without_nulls(fields: Mapping[str, object]) -> dict[str, object]:
+    """The fields that hold something: a null says that a column of a union of data sets is not there."""
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def bounded_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None, bool]]:

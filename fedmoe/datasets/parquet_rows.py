@@ -5,26 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmoe.datasets.arrow_values import ROWS_AT_ONCE, rows_of_batch, wanted_columns
 from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.lines import MAX_COLUMNS, Row, Rows
+from fedmoe.datasets.lines import MAX_COLUMNS, Reading, Row, Rows
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-ROWS_AT_ONCE = 256
 MAX_ROW_GROUP_BYTES = 4 * 1024**3
 MAX_FOOTER_ITEMS = 1_000_000
 
 
-def read_parquet(path: Path, max_row_bytes: int) -> Rows:
-    """The rows in file order; raises `DataError` naming the row after which a file cannot be decoded."""
+def read_parquet(path: Path, reading: Reading) -> Rows:
+    """The rows in file order, of the wanted columns; `DataError` names the row after which a file cannot be decoded."""
     pyarrow_errors, file = _open(path)
     number = 0
     try:
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, use_threads=False):
-            for fields in batch.to_pylist():
-                number += 1
-                yield Row(number, fields)
+        wanted = wanted_columns(file.schema_arrow.names, reading.columns, reading.unread)
+        _check_sizes(path, file, set(wanted))
+        if not wanted:
+            yield from (Row(line, {}) for line in range(1, file.metadata.num_rows + 1))
+            return
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted, use_threads=False):
+            # A column called `a.b` comes along with a wanted `a`.
+            yield from rows_of_batch(batch.select(wanted), number + 1)
+            number += batch.num_rows
+    except DataError:
+        raise
     except pyarrow_errors as error:
         raise DataError(f"{path}: cannot be decoded after row {number:,}: {error}; write the file anew") from error
     finally:
@@ -49,14 +56,15 @@ def _open(path: Path) -> tuple[tuple[type[Exception], ...], ParquetFile]:
         )
     except errors as error:
         raise DataError(f"{path}: not a Parquet file: {error}; write the file anew") from error
-    _check_sizes(path, file)
     return errors, file
 
 
-def _check_sizes(path: Path, file: ParquetFile) -> None:
+def _check_sizes(path: Path, file: ParquetFile, wanted: set[str]) -> None:
     metadata = file.metadata
-    if metadata.num_columns > MAX_COLUMNS:
-        raise DataError(f"{path}: {metadata.num_columns:,} columns, at most {MAX_COLUMNS} are read; keep those needed")
+    paths = (metadata.schema.column(index).path for index in range(metadata.num_columns))
+    count = sum(name in wanted or name.partition(".")[0] in wanted for name in paths)
+    if count > MAX_COLUMNS:
+        raise DataError(f"{path}: {count:,} columns, at most {MAX_COLUMNS} are read; keep those needed")
     for index in range(metadata.num_row_groups):
         size = metadata.row_group(index).total_byte_size
         if size > MAX_ROW_GROUP_BYTES:

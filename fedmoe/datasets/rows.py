@@ -1,4 +1,4 @@
-"""Rows out of JSONL, JSON, CSV and Parquet files, one at a time and in bounded memory.
+"""Rows out of one data file, one at a time and in bounded memory.
 
 A row that cannot be read becomes a `BadRow` with its line and a reason, so that one broken line neither stops the
 reader nor goes unseen. A file that cannot be read at all raises `DataError`.
@@ -6,136 +6,137 @@ reader nor goes unseen. A file that cannot be read at all raises `DataError`.
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import NoReturn
+import os
+import zipfile
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path, PurePath
 
-from fedmoe.datasets.csv_rows import read_csv
+from fedmoe.datasets.arrow_rows import FILE_MAGIC, read_arrow
+from fedmoe.datasets.compressed import STREAM_ERRORS, bare_name, compression_of, head, reason_of
+from fedmoe.datasets.csv_rows import read_csv, read_tsv
 from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.lines import MAX_ROW_BYTES, UTF8_BOM, BadRow, Row, Rows, bounded_lines, too_long
+from fedmoe.datasets.json_rows import decode_json, read_json, read_jsonl
+from fedmoe.datasets.lines import MAX_ROW_BYTES, BadRow, Reading, Row, Rows
 from fedmoe.datasets.parquet_rows import read_parquet
 
-__all__ = ["READERS", "BadRow", "Row", "Rows", "decode_json", "read_rows"]
+__all__ = ["READERS", "BadRow", "Row", "Rows", "decode_json", "is_data_name", "read_file", "read_rows"]
 
-MAX_ARRAY_BYTES = 512 * 1024 * 1024
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+PARQUET_MAGIC = b"PAR1"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+COLUMNAR = (".parquet", ".arrow", ".feather")
+LINES_TO_JSON = (
+    'python3 -c "import json, sys; '
+    "[print(json.dumps({'text': line.strip()})) for line in sys.stdin if line.strip()]\" "
+)
 
 
-def read_rows(path: Path, max_row_bytes: int = MAX_ROW_BYTES) -> Rows:
-    """The rows of a .jsonl, .json, .csv or .parquet file in order; blank lines are skipped.
+def read_rows(path: Path, max_row_bytes: int = MAX_ROW_BYTES, columns: Collection[str] | None = None) -> Rows:
+    """The rows of one data file in order; blank lines are skipped, of Parquet and Arrow only `columns` are read.
 
     Raises `DataError` at once if the file is missing, empty or of an unknown kind, and while reading if it turns out
-    to hold no row at all, or (Parquet) cannot be decoded.
+    to hold no row at all, changes, or cannot be unpacked or decoded.
     """
-    suffix = path.suffix.lower()
-    if suffix not in READERS:
-        kinds = ", ".join(READERS)
-        raise DataError(f"{path}: cannot tell how to read {suffix or 'a name without suffix'!r}; rename it to {kinds}")
-    _check_readable(path)
-    return _at_least_one(path, READERS[suffix](path, max_row_bytes))
+    return read_file(path, Reading(columns, max_row_bytes))
 
 
-def decode_json(text: str) -> object:
-    """The value of a JSON text; NaN, infinities and numbers that overflow are errors (`ValueError`)."""
-    try:
-        return json.loads(text, parse_constant=_not_a_number, parse_float=_finite)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+def read_file(path: Path, reading: Reading) -> Rows:
+    """As `read_rows`, with what was not read noted in `reading.unread`."""
+    _check_regular(path)
+    reader = READERS[_kind(path)]
+    return _watched(path, reader(path, reading))
 
 
-def _check_readable(path: Path) -> None:
+def is_data_name(name: str) -> bool:
+    """Whether a file of this name is read as data, compressed or not."""
+    return PurePath(bare_name(name)).suffix.lower() in READERS
+
+
+def _check_regular(path: Path) -> None:
     if not path.exists():
         raise DataError(f"{path}: no such file; check the path, it is relative to {Path.cwd()}")
     if not path.is_file():
-        raise DataError(f"{path}: not a file; give one data file, not a folder")
+        raise DataError(f"{path}: not a file; give one data file, or a folder of them")
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(64)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
+        raise DataError(f"{path}: cannot be read: {reason_of(error)}; check its permissions") from error
     if not start:
         raise DataError(f"{path}: the file is empty (0 bytes); write at least one row")
-    if start.startswith(UTF16_BOMS):
+    if start.startswith(LFS_POINTER):
+        raise DataError(f"{path}: only a pointer of Git LFS, not the data; fetch them: git lfs pull")
+
+
+def _kind(path: Path) -> str:
+    """The suffix that tells the reader: by the content where that is sure, else by the name."""
+    compression = compression_of(path)
+    start = head(path)
+    suffix = Path(bare_name(path.name)).suffix.lower()
+    if start.startswith(PARQUET_MAGIC):
+        suffix = ".parquet"
+    elif start.startswith(FILE_MAGIC):
+        suffix = ".arrow"
+    if suffix not in READERS:
+        raise DataError(_unknown(path, suffix, start))
+    if compression is not None and suffix in COLUMNAR:
+        raise DataError(
+            f"{path}: {suffix} inside {compression.name}; unpack it first: {compression.unpack} {path.name}"
+        )
+    if not start:
+        raise DataError(f"{path}: the file is empty once it is unpacked; write at least one row")
+    if suffix not in COLUMNAR and start.startswith(UTF16_BOMS):
         raise DataError(f"{path}: the file is UTF-16; save it as UTF-8")
+    return suffix
 
 
-def _at_least_one(path: Path, rows: Rows) -> Rows:
-    empty = True
-    for row in rows:
-        empty = False
-        yield row
-    if empty:
+def _unknown(path: Path, suffix: str, start: bytes) -> str:
+    if suffix in (".xlsx", ".xls", ".ods"):
+        return f"{path}: a spreadsheet; save it as CSV (UTF-8, commas)"
+    if suffix in (".tar", ".tgz") or zipfile.is_zipfile(path) or start[257:262] == b"ustar":
+        return f"{path}: an archive of files; unpack it and give the folder"
+    if suffix == ".txt":
+        return (
+            f"{path}: a .txt file does not say where a row ends; if every line is a row, write it as JSON lines:\n"
+            f"  {LINES_TO_JSON}< {path.name} > {path.stem}.jsonl"
+        )
+    kinds = ", ".join(READERS)
+    return f"{path}: cannot tell how to read {suffix or 'a name without suffix'!r}; convert or rename it to {kinds}"
+
+
+def _watched(path: Path, rows: Rows) -> Rows:
+    """The rows; a file that breaks, changes or turns out to hold none raises `DataError`."""
+    before = _state(path)
+    line = 0
+    try:
+        for row in rows:
+            line = row.line
+            yield row
+    except STREAM_ERRORS as error:
+        where = f"after row {line:,}" if line else "before the first row"
+        raise DataError(f"{path}: cannot be read {where}: {reason_of(error)}; get the file anew, whole") from error
+    if _state(path) != before:
+        raise DataError(f"{path}: the file changed while it was read; start again when it is written")
+    if not line:
         raise DataError(f"{path}: the file holds no rows, only blank lines or a header; write at least one row")
 
 
-def _read_jsonl(path: Path, max_row_bytes: int) -> Rows:
-    with path.open("rb") as file:
-        for number, line, ended in bounded_lines(file, max_row_bytes):
-            if line is None:
-                yield BadRow(number, too_long(max_row_bytes))
-            elif line.strip():
-                yield _json_row(number, line, ended)
-
-
-def _json_row(number: int, line: bytes, ended: bool) -> Row | BadRow:
+def _state(path: Path) -> tuple[int, int, int]:
     try:
-        return _as_row(number, decode_json(line.decode("utf-8")))
-    except UnicodeDecodeError as error:
-        return BadRow(number, f"not UTF-8 at byte {error.start}")
-    except ValueError as error:
-        cut = "" if ended else " (the last line has no newline: was the file cut off?)"
-        return BadRow(number, f"not JSON: {error}{cut}")
+        found = os.stat(path)
+    except OSError:
+        return (-1, 0, 0)
+    return (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-def _as_row(number: int, value: object) -> Row | BadRow:
-    if isinstance(value, dict):
-        return Row(number, value)
-    return BadRow(number, f"expected an object like {{...}}, got {_kind(value)}")
-
-
-def _read_json(path: Path, max_row_bytes: int) -> Rows:
-    """An array of objects; a .json file that does not start with `[` is read as JSON lines."""
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(UTF8_BOM).lstrip()
-    if not start.startswith(b"["):
-        yield from _read_jsonl(path, max_row_bytes)
-        return
-    if (size := path.stat().st_size) > MAX_ARRAY_BYTES:
-        raise DataError(f"{path}: a JSON array of {size:,} bytes must be held whole; convert it to .jsonl")
-    try:
-        values = decode_json(path.read_bytes().removeprefix(UTF8_BOM).decode("utf-8"))
-    except json.JSONDecodeError as error:
-        yield BadRow(error.lineno, f"not JSON: {error}; nothing of this array can be read")
-        return
-    except ValueError as error:
-        yield BadRow(1, f"not a JSON array in UTF-8: {error}")
-        return
-    assert isinstance(values, list)
-    for number, value in enumerate(values, start=1):
-        yield _as_row(number, value)
-
-
-def _kind(value: object) -> str:
-    names: dict[type, str] = {list: "a list", str: "a string", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _not_a_number(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not allowed")
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if not math.isfinite(number):
-        raise ValueError(f"the number {digits[:20]} is too large")
-    return number
-
-
-READERS: Mapping[str, Callable[[Path, int], Rows]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
+READERS: Mapping[str, Callable[[Path, Reading], Rows]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".jsonlines": read_jsonl,
+    ".json": read_json,
     ".csv": read_csv,
+    ".tsv": read_tsv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".feather": read_arrow,
 }

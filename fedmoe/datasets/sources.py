@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fedmoe.datasets.check import file_sha256
+from fedmoe.datasets.data_source import file_sha256
 from fedmoe.datasets.errors import DataError
 
 MAX_DOCUMENT_BYTES = 2 * 1024 * 1024
