@@ -10,10 +10,9 @@ from pathlib import Path
 
 from merge_domains import DEMO, build
 
-from fedmoe.datasets.check import load_rows
 from fedmoe.datasets.domains import TEST, TRAIN
 from fedmoe.datasets.packing import Block, BlockSampler, collate, pack
-from fedmoe.datasets.render import tokenize_samples
+from fedmoe.datasets.prepare import prepare_samples
 from fedmoe.files import write_atomic, write_folder_atomic
 from fedmoe.gateway.evaluate import held_out_blocks
 from fedmoe.lora.adapter import Adapter
@@ -72,7 +71,7 @@ class Work:
 
     def training_blocks(self, domain: str, count: int = STEPS * BATCH) -> list[Block]:
         """The first `count` blocks that an expert of this domain is trained on, in order."""
-        data = tokenize_samples(load_rows(self.folder / "data" / domain / TRAIN).samples, self.base.tokenizer, LENGTH)
+        data = prepare_samples(self.folder / "data" / domain / TRAIN, self.base.tokenizer, LENGTH)
         blocks = pack(data.samples, LENGTH, seed=self.seed, pad_id=int(self.base.tokenizer.pad_token_id))
         return BlockSampler(blocks, self.seed).next(count)
 

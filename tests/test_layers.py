@@ -49,7 +49,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "distributed_coordinator": {"config", "coordinator", "server", "storage"},
     # The worker side: never the server.
-    "datasets": set(),
+    "datasets": {"files"},
     "models": {"datasets", "files", "lora", "manifest"},
     "qwen_finetune": {"datasets", "lora", "manifest", "models"},
     "qwen_worker": {"datasets", "lora", "manifest", "models", "qwen_finetune"},

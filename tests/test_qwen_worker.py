@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedmoe.datasets.packing import Block, BlockSampler, pack
-from fedmoe.datasets.render import TokenizedSample
+from fedmoe.datasets.tokenized import TokenizedSample
 from fedmoe.files import write_atomic
 from fedmoe.lora.adapter import ShapeError
 from fedmoe.models import worker_state

@@ -81,9 +81,9 @@ def test_c3_the_distributed_coordinator_keeps_what_it_accepted(tmp_path: Path) -
 
 def test_c4_c5_c6_the_worker_side_is_there_under_its_names() -> None:
     pytest.importorskip("torch")
-    from fedmoe.datasets.formats import Text
     from fedmoe.datasets.packing import BlockSampler, pack
-    from fedmoe.datasets.render import tokenize_samples
+    from fedmoe.datasets.samples import Text
+    from fedmoe.datasets.tokenization import tokenize_samples
     from fedmoe.distributed_worker import DistributedWorker
     from fedmoe.models.base import load_base
     from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert

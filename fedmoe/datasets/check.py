@@ -1,157 +1,146 @@
-"""Is this file fit for training? Answered from the file alone, before any model is loaded."""
+"""Rows to samples, with an account of every row: what format it has, and why it is not used if it is not."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from fedmoe.datasets.data_source import open_source
+from fedmoe.datasets.data_source import Source, open_source
 from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.formats import RowFormat, Sample, accepted_shapes, detect_format, ignored_keys, normalise
+from fedmoe.datasets.formats import (
+    KNOWN_COLUMNS,
+    LeftOutRow,
+    RowFormat,
+    detect_format,
+    keys_not_used,
+    keys_obeyed,
+    no_known_format,
+    normalise,
+)
+from fedmoe.datasets.report import BAD_ROWS_KEPT, MAX_BAD_FRACTION, DataReport, RowCounts
 from fedmoe.datasets.rows import BadRow, Row
+from fedmoe.datasets.samples import Sample
 
-MAX_BAD_FRACTION = 0.01
-BAD_ROWS_KEPT = 100
-BAD_ROWS_SHOWN = 10
-IGNORED_KEPT = 32
+_KEYS_KEPT = 32
 
 
-@dataclass(frozen=True)
-class CheckReport:
-    """What was found in one data file; `bad` holds the first `BAD_ROWS_KEPT` of `bad_count` bad rows."""
+@dataclass(frozen=True, slots=True)
+class RowOptions:
+    """How rows are read: columns under other names, as `(column, name)`, and the share of rows that may be bad."""
 
-    path: str
-    sha256: str
-    format: str | None
-    rows: int
-    good: int
-    bad: tuple[BadRow, ...]
-    ignored: tuple[str, ...]
-    first_keys: tuple[str, ...]
-    max_bad_fraction: float
+    columns: tuple[tuple[str, str], ...] = ()
+    max_bad_fraction: float = MAX_BAD_FRACTION
 
-    @property
-    def bad_count(self) -> int:
-        return self.rows - self.good
-
-    @property
-    def problem(self) -> str | None:
-        """Why training refuses the file and what to do, or None if it is fit."""
-        if self.format is None:
-            keys = f"the first row has {list(self.first_keys)}" if self.first_keys else "no row could be read"
-            return f"{self.path}: no known row format ({keys}); accepted are\n{accepted_shapes()}{self._bad_lines()}"
-        if not self.good:
-            return f"{self.path}: not one of {self.rows:,} rows can be used{self._bad_lines()}"
-        if self.bad_count > self.max_bad_fraction * self.rows:
-            share = self.bad_count / self.rows
-            return (
-                f"{self.path}: {self.bad_count:,} of {self.rows:,} rows are bad ({share:.1%}, allowed are "
-                f"{self.max_bad_fraction:.1%}); mend or remove them{self._bad_lines()}"
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_fraction < 1:
+            raise DataError(f"max_bad_fraction must be at least 0 and below 1, got {self.max_bad_fraction}")
+        columns, names = [one for one, _ in self.columns], [name for _, name in self.columns]
+        if unknown := sorted(set(names) - KNOWN_COLUMNS):
+            raise DataError(
+                f"--map gives a column the name {unknown[0]!r}, which no format has; names are "
+                f"{', '.join(sorted(KNOWN_COLUMNS))}"
             )
-        return None
-
-    @property
-    def text(self) -> str:
-        """The report for people."""
-        if self.problem:
-            return self.problem
-        ignored = f"\n  not used: {', '.join(self.ignored)}" if self.ignored else ""
-        return f"{self.path}: {self.good:,} of {self.rows:,} rows fit, format {self.format}{ignored}{self._bad_lines()}"
-
-    def to_json(self) -> dict[str, object]:
-        """JSON types only."""
-        return {
-            "path": self.path,
-            "sha256": self.sha256,
-            "format": self.format,
-            "rows": self.rows,
-            "good": self.good,
-            "bad_count": self.bad_count,
-            "bad": [{"file": row.file, "line": row.line, "reason": row.reason} for row in self.bad],
-            "ignored": list(self.ignored),
-            "ok": self.problem is None,
-            "problem": self.problem,
-        }
-
-    def _bad_lines(self) -> str:
-        lines = [f"\n  {row.place}: {row.reason}" for row in self.bad[:BAD_ROWS_SHOWN]]
-        more = self.bad_count - len(lines)
-        return "".join(lines) + (f"\n  and {more:,} more" if more > 0 else "")
+        for what, given in (("column", columns), ("name", names)):
+            if doubled := sorted({one for one in given if given.count(one) > 1}):
+                raise DataError(f"--map has the {what} {doubled[0]!r} twice; map each once")
 
 
-@dataclass(frozen=True)
-class LoadedFile:
-    """The usable samples of a file, in its order, and the report that names what was left out."""
-
-    samples: tuple[Sample, ...]
-    report: CheckReport
-
-
-def check_file(path: Path, max_bad_fraction: float = MAX_BAD_FRACTION) -> CheckReport:
-    """The report on one file; raises `DataError` only where there is nothing to report on (missing, empty, ...)."""
-    return _scan(path, max_bad_fraction, None)
+def check_file(name: str | Path, options: RowOptions | None = None) -> DataReport:
+    """The report on data without a tokenizer; raises `DataError` where there is nothing to report on."""
+    scan = RowScan(name, options or RowOptions())
+    for _ in scan.samples():
+        pass
+    return scan.report()
 
 
-def load_rows(path: Path, max_bad_fraction: float = MAX_BAD_FRACTION) -> LoadedFile:
-    """The samples of a file; raises `DataError` if none is usable or more than `max_bad_fraction` are bad."""
-    samples: list[Sample] = []
-    report = _scan(path, max_bad_fraction, samples)
-    if report.problem:
-        raise DataError(report.problem)
-    return LoadedFile(tuple(samples), report)
+class RowScan:
+    """One pass over the rows of a source. The first row with known keys sets the format; others may have their own."""
 
+    def __init__(self, name: str | Path, options: RowOptions) -> None:
+        self._options = options
+        self._names = dict(options.columns)
+        self.source: Source = open_source(name, KNOWN_COLUMNS | set(self._names))
+        #: File and line of every sample given out, in order.
+        self.places: list[tuple[str, int]] = []
+        self._format: RowFormat | None = None
+        self._rows = self._rejected = self._bad_count = 0
+        self._formats: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
+        self._bad: list[BadRow] = []
+        self._ignored: set[str] = set()
+        self._obeyed: set[str] = set()
+        self._first_keys: tuple[str, ...] = ()
+        self._mapped: set[str] = set()
 
-class _Scan:
-    """The state of one pass: the file's format is that of its first row with known keys."""
+    def samples(self) -> Iterator[Sample]:
+        """The usable rows as samples, in their order."""
+        for row in self.source.rows():
+            self._rows += 1
+            result = self._result(row)
+            if isinstance(result, BadRow):
+                self._bad_count += 1
+                if len(self._bad) < BAD_ROWS_KEPT:
+                    self._bad.append(result)
+            elif isinstance(result, LeftOutRow):
+                self._left_out[result.reason] += 1
+            else:
+                self.places.append((result.file, result.line))
+                yield result
+        if missing := sorted(set(self._names) - self._mapped):
+            keys = f"the first row has {list(self._first_keys)}" if self._first_keys else "no row could be read"
+            raise DataError(f"{self.source.name}: --map names the column {missing[0]!r}, which no row has; {keys}")
 
-    def __init__(self) -> None:
-        self.format: RowFormat | None = None
-        self.rows = 0
-        self.good = 0
-        self.bad: list[BadRow] = []
-        self.ignored: set[str] = set()
-        self.first_keys: tuple[str, ...] = ()
+    def counts(self, refused: tuple[BadRow, ...] = ()) -> RowCounts:
+        """The account so far; `refused` rows, which passed the scan, count as bad."""
+        bad = sorted((*self._bad, *refused), key=lambda row: (row.file, row.line))
+        unread = self.source.unread - KNOWN_COLUMNS
+        return RowCounts(
+            rows=self._rows,
+            formats=dict(self._formats),
+            bad=tuple(bad[:BAD_ROWS_KEPT]),
+            bad_count=self._bad_count + len(refused),
+            left_out=dict(self._left_out),
+            ignored=tuple(sorted(self._ignored | unread)[:_KEYS_KEPT]),
+            obeyed=tuple(sorted(self._obeyed)),
+            rejected=self._rejected,
+            first_keys=self._first_keys,
+        )
 
-    def take(self, row: Row | BadRow) -> Sample | None:
-        self.rows += 1
-        result = self._result(row)
-        if isinstance(result, BadRow):
-            if len(self.bad) < BAD_ROWS_KEPT:
-                self.bad.append(result)
-            return None
-        self.good += 1
-        return result
+    def report(self) -> DataReport:
+        """The report on the rows alone."""
+        return DataReport(
+            str(self.source.name),
+            self.source.fingerprint(),
+            len(self.source.files),
+            self.counts(),
+            self._options.max_bad_fraction,
+            notes=self.source.left_out,
+        )
 
-    def _result(self, row: Row | BadRow) -> Sample | BadRow:
+    def _result(self, row: Row | BadRow) -> Sample | BadRow | LeftOutRow:
         if isinstance(row, BadRow):
             return row
-        self.first_keys = self.first_keys or tuple(str(key)[:40] for key in list(row.fields)[:8])
-        self.format = self.format or detect_format(row)
-        if self.format is None:
-            return BadRow(row.line, "no known format", row.file)
-        if len(self.ignored) < IGNORED_KEPT:
-            self.ignored |= ignored_keys(self.format, row)
-        sample = normalise(self.format, row)
-        return replace(sample, file=row.file) if isinstance(sample, BadRow) else sample
+        self._first_keys = self._first_keys or tuple(str(key)[:40] for key in list(row.fields)[:8])
+        row = self._renamed(row)
+        shape = self._format if self._format and self._format.fits(row) else detect_format(row)
+        if shape is None:
+            return no_known_format(row)
+        self._format = self._format or shape
+        if len(self._ignored) < _KEYS_KEPT:
+            self._ignored |= keys_not_used(shape, row)
+        self._obeyed |= keys_obeyed(shape, row)
+        self._formats[shape.name] += 1
+        result = normalise(shape, row)
+        if not isinstance(result, BadRow):
+            self._rejected += row.fields.get("rejected") is not None and shape.name == "preference"
+        return result
 
-
-def _scan(path: Path, max_bad_fraction: float, keep: list[Sample] | None) -> CheckReport:
-    if not 0 <= max_bad_fraction < 1:
-        raise DataError(f"max_bad_fraction must be at least 0 and below 1, got {max_bad_fraction}")
-    scan = _Scan()
-    source = open_source(path)
-    for row in source.rows():
-        sample = scan.take(row)
-        if sample is not None and keep is not None:
-            keep.append(sample)
-    return CheckReport(
-        path=str(path),
-        sha256=source.fingerprint(),
-        format=scan.format.name if scan.format else None,
-        rows=scan.rows,
-        good=scan.good,
-        bad=tuple(scan.bad),
-        ignored=tuple(sorted(scan.ignored)[:IGNORED_KEPT]),
-        first_keys=scan.first_keys,
-        max_bad_fraction=max_bad_fraction,
-    )
+    def _renamed(self, row: Row) -> Row:
+        if not self._names:
+            return row
+        self._mapped |= self._names.keys() & row.fields.keys()
+        taken = set(self._names.values())
+        kept = {key: value for key, value in row.fields.items() if key not in taken or key in self._names}
+        return Row(row.line, {self._names.get(key, key): value for key, value in kept.items()}, row.file)

@@ -1,54 +1,36 @@
-"""The five row shapes, recognised by their keys, and what a row of each becomes."""
+"""The row shapes of public data, recognised by their keys, and what a row of each becomes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fedmoe.datasets.rows import BadRow, Row, decode_json
+from fedmoe.datasets import preferences
+from fedmoe.datasets.rows import BadRow, Row
+from fedmoe.datasets.samples import Chat, Completion, Message, Sample, Text
+from fedmoe.datasets.turns import (
+    MEDIA_KEYS,
+    TURN_MARKS,
+    alternating,
+    history_messages,
+    message,
+    pair_messages,
+    template_keys,
+    tool_definition,
+    unused_keys,
+)
+from fedmoe.datasets.values import RowError, RowLeftOutError, items, mark, some_keys, string
+
+__all__ = ["FORMATS", "KNOWN_COLUMNS", "Chat", "Completion", "LeftOutRow", "Message", "Sample", "Text"]
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """Plain text: every token is learned. `line` is where it came from."""
+class LeftOutRow:
+    """A sound row that its own marks keep out of the training."""
 
     line: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A prompt and what follows it: only the completion is learned."""
-
-    line: int
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation; `role` is one of `ROLES`."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation: only the assistant's turns are learned, and only those that answer something."""
-
-    line: int
-    messages: tuple[Message, ...]
-
-
-Sample = Text | Completion | Chat
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
-
-
-class RowError(ValueError):
-    """A row whose content does not fit its format."""
+    reason: str
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,7 +44,8 @@ class RowFormat:
     optional: tuple[str, ...] = ()
 
     def fits(self, row: Row) -> bool:
-        return all(key in row.fields for key in self.keys)
+        """Whether the row has the keys, none of them null."""
+        return all(row.fields.get(key) is not None for key in self.keys)
 
 
 def detect_format(row: Row) -> RowFormat | None:
@@ -70,20 +53,29 @@ def detect_format(row: Row) -> RowFormat | None:
     return next((shape for shape in FORMATS if shape.fits(row)), None)
 
 
-def normalise(shape: RowFormat, row: Row) -> Sample | BadRow:
-    """The sample of a row in the file's format, or what is wrong with it."""
-    missing = [key for key in shape.keys if key not in row.fields]
-    if missing:
-        return BadRow(row.line, f"keys missing for format {shape.name}: {missing}; found {_some(row.fields)}")
+def normalise(shape: RowFormat, row: Row) -> Sample | BadRow | LeftOutRow:
+    """The sample of a row in this format, what is wrong with it, or which of its marks keeps it out."""
     try:
-        return shape.convert(row)
+        _check_row_marks(row.fields)
+        sample = shape.convert(row)
+    except RowLeftOutError as left_out:
+        return LeftOutRow(row.line, str(left_out), row.file)
     except RowError as error:
-        return BadRow(row.line, str(error))
+        return BadRow(row.line, str(error), row.file)
+    return sample
 
 
-def ignored_keys(shape: RowFormat, row: Row) -> frozenset[str]:
-    """Keys of the row that the format does not use."""
-    return frozenset(row.fields) - set(shape.keys) - set(shape.optional)
+def keys_not_used(shape: RowFormat, row: Row) -> frozenset[str]:
+    """Keys of the row, and of its turns as `messages[].key`, that hold something and are not used."""
+    used = {*shape.keys, *shape.optional, *_ROW_KEYS}
+    row_keys = {key for key, value in row.fields.items() if value is not None} - used
+    return frozenset(row_keys | _in_turns(row, unused_keys))
+
+
+def keys_obeyed(shape: RowFormat, row: Row) -> frozenset[str]:
+    """Keys with a meaning of their own that the row holds: for the chat template, or for what is learned."""
+    own = {key for key in ("tools", "functions", "chat_template_kwargs", *TURN_MARKS) if row.fields.get(key)}
+    return frozenset((own & {*shape.optional, *_ROW_KEYS}) | _in_turns(row, template_keys))
 
 
 def accepted_shapes() -> str:
@@ -92,113 +84,202 @@ def accepted_shapes() -> str:
     return "\n".join(f"  {shape.name:<{width}}  {shape.example}" for shape in FORMATS)
 
 
+def _in_turns(row: Row, keys_of: Callable[[list[object]], frozenset[str]]) -> set[str]:
+    found: set[str] = set()
+    for column in ("messages", "conversations", "conversation", "prompt", "completion", "chosen"):
+        value = row.fields.get(column)
+        if isinstance(value, list):
+            found |= {f"{column}[].{key}" for key in keys_of(value)}
+    return found
+
+
+def _check_row_marks(fields: Mapping[str, object]) -> None:
+    for key in MEDIA_KEYS:
+        if fields.get(key):
+            raise RowError(f"the row holds {key!r}: only text can be learned")
+    for key in ("weight", "train"):
+        if fields.get(key) is not None and not mark(key, fields[key]):
+            raise RowLeftOutError(f"{key!r} of the row says that it is not to be learned")
+
+
 def _text(row: Row) -> Sample:
-    return Text(row.line, _string(row.fields, "text"))
+    return Text(row.line, string(row.fields, "text"), row.file)
 
 
 def _completion(row: Row) -> Sample:
-    prompt = _string(row.fields, "prompt", may_be_empty=True)
-    return Completion(row.line, prompt, _string(row.fields, "completion"))
+    _refuse_unwanted(row)
+    if isinstance(row.fields["prompt"], list) or isinstance(row.fields["completion"], list):
+        asked = _turns_or_text(row.fields, "prompt", "user")
+        # TRL's conversational prompt is context, whoever spoke in it.
+        context = [preferences.as_context(turn) for turn in asked]
+        return _chat(row, [*context, *_turns_or_text(row.fields, "completion", "assistant")])
+    prompt = string(row.fields, "prompt", may_be_empty=True)
+    return Completion(row.line, prompt, string(row.fields, "completion"), row.file)
 
 
-def _alpaca(row: Row) -> Sample:
-    question = _string(row.fields, "instruction")
-    extra = _string(row.fields, "input", may_be_empty=True)
-    user = Message("user", f"{question}\n\n{extra}" if extra.strip() else question)
-    return _chat(row, [user, Message("assistant", _string(row.fields, "output"))])
+def _turns_or_text(fields: Mapping[str, object], key: str, role: str) -> list[Message]:
+    if isinstance(fields[key], str):
+        return [Message(role, string(fields, key))]
+    return [message(item) for item in items(fields, key)]
 
 
-def _messages(row: Row) -> Sample:
-    return _chat(row, [_message(item, "role", "content") for item in _list(row.fields, "messages")])
+def _pair(question: str, answer: str, extra: str = "") -> Callable[[Row], Sample]:
+    """A question and its answer under these keys, with what the question is about under `extra`."""
+
+    def convert(row: Row) -> Sample:
+        _refuse_unwanted(row)
+        return _chat(row, [_question(row, question, extra), Message("assistant", string(row.fields, answer))])
+
+    return convert
 
 
-def _sharegpt(row: Row) -> Sample:
-    items = _list(row.fields, "conversations")
-    return _chat(row, [_message(item, *(_sharegpt_keys(item))) for item in items])
+def _question(row: Row, question: str, extra: str) -> Message:
+    asked = string(row.fields, question)
+    about = string(row.fields, extra, may_be_empty=True) if extra else ""
+    return Message("user", f"{asked}\n\n{about}" if about.strip() else asked)
 
 
-def _sharegpt_keys(item: object) -> tuple[str, str]:
-    # Many files that call the list "conversations" use the keys of "messages" inside.
-    return ("role", "content") if isinstance(item, dict) and "role" in item else ("from", "value")
+def _messages(column: str) -> Callable[[Row], Sample]:
+    def convert(row: Row) -> Sample:
+        _refuse_unwanted(row)
+        turns = items(row.fields, column)
+        if column == "data" and isinstance(turns[0], str):
+            return _chat(row, alternating(turns))
+        found: list[Message] = []
+        for turn in turns:
+            in_pairs = isinstance(turn, Mapping) and not {"role", "from", "content", "value"} & set(turn)
+            found += pair_messages(turn) if in_pairs and isinstance(turn, Mapping) else [message(turn)]
+        return _chat(row, found)
+
+    return convert
+
+
+def _preference(row: Row) -> Sample:
+    chosen = preferences.chosen(row)
+    if isinstance(chosen, list):
+        return _chat(row, chosen)
+    return chosen
+
+
+def _refuse_unwanted(row: Row) -> None:
+    for key in ("label", "kto_tag"):
+        if row.fields.get(key) is False:
+            raise RowLeftOutError(f"{key!r} false marks an answer that is not wanted")
 
 
 def _chat(row: Row, messages: list[Message]) -> Chat:
-    system = _string(row.fields, "system", may_be_empty=True)
-    if system.strip() and messages and messages[0].role != "system":
+    messages = [*history_messages(items(row.fields, "history", may_be_empty=True)), *messages]
+    system = next((string(row.fields, key) for key in _SYSTEM_KEYS if _is_said(row.fields.get(key))), "")
+    if system and messages and messages[0].role not in ("system", "developer"):
         messages = [Message("system", system), *messages]
-    first = next((i for i, message in enumerate(messages) if message.role != "assistant"), len(messages))
-    if not any(message.role == "assistant" for message in messages[first:]):
+    first = next((i for i, turn in enumerate(messages) if turn.role != "assistant"), len(messages))
+    answers = [turn for turn in messages[first:] if turn.role == "assistant"]
+    if not answers:
         raise RowError("no assistant turn that answers something: there is nothing to learn from")
-    return Chat(row.line, tuple(messages))
+    if not any(turn.learned for turn in answers):
+        raise RowLeftOutError("every answer is marked as not to be learned")
+    tools = items(row.fields, "tools", may_be_empty=True) or items(row.fields, "functions", may_be_empty=True)
+    variables = row.fields.get("chat_template_kwargs") or {}
+    if not isinstance(variables, Mapping):
+        raise RowError(f"'chat_template_kwargs' must be an object, got {type(variables).__name__}")
+    return Chat(row.line, tuple(messages), tuple(tool_definition(tool) for tool in tools), variables, row.file)
 
 
-def _message(item: object, role_key: str, content_key: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise RowError(f"a turn must be an object with {role_key!r} and {content_key!r}, got {type(item).__name__}")
-    role = _string(item, role_key)
-    role = SHAREGPT_ROLES.get(role, role)
-    if role not in ROLES:
-        raise RowError(f"unknown role {role[:40]!r}; known are {', '.join((*ROLES, *SHAREGPT_ROLES))}")
-    if item.get("tool_calls"):
-        raise RowError("turns with tool_calls are not supported; write the call into the content")
-    return Message(role, _string(item, content_key, may_be_empty=role != "assistant"))
+def _is_said(value: object) -> bool:
+    return value is not None and not (isinstance(value, str) and not value.strip())
 
 
-def _list(fields: Mapping[str, object], key: str) -> list[object]:
-    value = fields[key]
-    if isinstance(value, str):  # a CSV cell can hold a list only as JSON
-        try:
-            value = decode_json(value)
-        except ValueError as error:
-            raise RowError(f"{key!r} must be a list or the JSON of one: {error}") from None
-    if not isinstance(value, list):
-        raise RowError(f"{key!r} must be a list, got {type(value).__name__}")
-    if not value:
-        raise RowError(f"{key!r} is empty")
-    return value
+_SYSTEM_KEYS = ("system", "system_prompt")
+#: Keys that any conversation may have beside its own.
+_OF_CHATS = (*_SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs", "label", "kto_tag")
+#: Keys that any row may have.
+_ROW_KEYS = (*MEDIA_KEYS, "weight", "train")
 
-
-def _string(fields: Mapping[str, object], key: str, *, may_be_empty: bool = False) -> str:
-    value = fields.get(key)
-    if value is None and may_be_empty:
-        return ""
-    if not isinstance(value, str):
-        raise RowError(f"{key!r} must be a string, got {'nothing' if value is None else type(value).__name__}")
-    if not may_be_empty and not value.strip():
-        raise RowError(f"{key!r} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RowError(f"{key!r} holds half of a surrogate pair (an escape such as \\ud83d alone)") from None
-    return value
-
-
-def _some(fields: Mapping[str, object]) -> list[str]:
-    return [str(key)[:40] for key in list(fields)[:8]]
-
+_CHOSEN = '{"prompt": "...", "chosen": "...", "rejected": "..."}; the chosen answer is learned'
 
 FORMATS = (
     RowFormat(
         "messages",
         ("messages",),
         '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
-        _messages,
-        ("system",),
+        _messages("messages"),
+        _OF_CHATS,
+    ),
+    RowFormat(
+        "preference",
+        ("chosen",),
+        _CHOSEN,
+        _preference,
+        ("rejected", "conversations", *preferences.PROMPT_KEYS, "input", *_OF_CHATS),
     ),
     RowFormat(
         "sharegpt",
         ("conversations",),
         '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
-        _sharegpt,
-        ("system",),
+        _messages("conversations"),
+        _OF_CHATS,
     ),
-    RowFormat("prompt+completion", ("prompt", "completion"), '{"prompt": "...", "completion": "..."}', _completion),
+    RowFormat(
+        "conversation",
+        ("conversation",),
+        '{"conversation": [{"human": "...", "assistant": "..."}]}',
+        _messages("conversation"),
+        _OF_CHATS,
+    ),
+    RowFormat(
+        "prompt+completion",
+        ("prompt", "completion"),
+        '{"prompt": "...", "completion": "..."}',
+        _completion,
+        _OF_CHATS,
+    ),
     RowFormat(
         "alpaca",
         ("instruction", "output"),
         '{"instruction": "...", "input": "may be empty", "output": "..."}',
-        _alpaca,
-        ("input", "system"),
+        _pair("instruction", "output", "input"),
+        ("input", *_OF_CHATS),
     ),
+    RowFormat(
+        "dolly",
+        ("instruction", "response"),
+        '{"instruction": "...", "context": "may be empty", "response": "..."}',
+        _pair("instruction", "response", "context"),
+        ("context", *_OF_CHATS),
+    ),
+    RowFormat(
+        "question+answer",
+        ("question", "answer"),
+        '{"question": "...", "answer": "..."}',
+        _pair("question", "answer", "context"),
+        ("context", *_OF_CHATS),
+    ),
+    *(
+        RowFormat(
+            f"{question}+{answer}",
+            (question, answer),
+            f'{{"{question}": "...", "{answer}": "..."}}',
+            _pair(question, answer),
+            _OF_CHATS,
+        )
+        for question, answer in (
+            ("question", "response"),
+            ("query", "response"),
+            ("query", "answer"),
+            ("prompt", "response"),
+            ("problem", "solution"),
+            ("user", "assistant"),
+            ("input", "output"),
+        )
+    ),
+    RowFormat("data", ("data",), '{"data": ["question", "answer", ...]}', _messages("data"), _OF_CHATS),
     RowFormat("text", ("text",), '{"text": "..."}', _text),
 )
+
+#: Every column that some format looks at; readers need no other.
+KNOWN_COLUMNS = frozenset(key for shape in FORMATS for key in (*shape.keys, *shape.optional)) | frozenset(_ROW_KEYS)
+
+
+def no_known_format(row: Row) -> BadRow:
+    """A row without the keys of any format."""
+    return BadRow(row.line, f"no known format; found the keys {some_keys(row.fields)}", row.file)

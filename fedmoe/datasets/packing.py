@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.render import MASKED, IntArray, TokenizedSample
+from fedmoe.datasets.tokenized import MASKED, IntArray, TokenizedSample
 
 PADDING_SEGMENT = -1
 

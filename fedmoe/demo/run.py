@@ -13,16 +13,14 @@ from pathlib import Path
 from rich.console import Console
 
 from fedmoe import __version__
-from fedmoe.datasets.check import load_rows
 from fedmoe.datasets.domains import build_domains
-from fedmoe.datasets.packing import Block, pack
-from fedmoe.datasets.render import tokenize_samples
+from fedmoe.datasets.packing import Block
 from fedmoe.demo.live import LiveView
 from fedmoe.demo.plan import WORKERS, DemoPlan
 from fedmoe.demo.processes import Running, free_port, start, wait_until_healthy
 from fedmoe.demo.report import GATEWAY, DomainResult, report_json, report_markdown, report_table, results
 from fedmoe.files import write_atomic, write_folder_atomic
-from fedmoe.gateway.evaluate import evaluate
+from fedmoe.gateway.evaluate import evaluate, held_out_blocks
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.formats import npz_bytes, peft_files, read_peft
 from fedmoe.models.base import LoadedBase, load_base, prepare_base
@@ -144,8 +142,7 @@ def _load_peft(plan: DemoPlan, name: str) -> Adapter:
 
 def _held_out(plan: DemoPlan, file: Path, base: LoadedBase) -> list[Block]:
     """The first blocks of the held-out file in a fixed, shuffled order, the same in every run."""
-    data = tokenize_samples(load_rows(file).samples, base.tokenizer, plan.max_length)
-    return pack(data.samples, plan.max_length, seed=0, pad_id=int(base.tokenizer.pad_token_id))[: plan.held_out_blocks]
+    return held_out_blocks(file, base, plan.max_length, plan.held_out_blocks)
 
 
 def _write_report(plan: DemoPlan, domains: dict[str, DomainResult], facts: dict[str, object]) -> None:

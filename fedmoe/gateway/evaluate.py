@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fedmoe.datasets.check import load_rows
 from fedmoe.datasets.packing import Block, collate, pack
-from fedmoe.datasets.render import tokenize_samples
+from fedmoe.datasets.prepare import DataOptions, prepare_samples
+from fedmoe.datasets.report import DataReport
 from fedmoe.gateway.losses import BASE, LossMatrix
 from fedmoe.gateway.rerank import Candidates, candidates, chosen
 from fedmoe.gateway.route import Router
@@ -53,12 +53,20 @@ def evaluate(
     return LossMatrix.of_blocks(losses, tokens)
 
 
-def held_out_blocks(file: Path, base: LoadedBase, max_length: int, limit: int | None = None) -> list[Block]:
-    """A file read as a worker reads its data, packed in an order that is the same in every run; the first `limit`.
+def held_out_blocks(
+    file: str | Path,
+    base: LoadedBase,
+    max_length: int,
+    limit: int | None = None,
+    options: DataOptions | None = None,
+    report: Callable[[DataReport], None] = lambda _: None,
+) -> list[Block]:
+    """Data read as a worker reads them, packed in an order that is the same in every run; the first `limit`.
 
-    Raises DataError for a file that training would refuse.
+    `report` is told what the rows became. Raises DataError for data that training would refuse.
     """
-    data = tokenize_samples(load_rows(file).samples, base.tokenizer, max_length)
+    data = prepare_samples(file, base.tokenizer, max_length, options)
+    report(data.report)
     pad = base.tokenizer.pad_token_id
     blocks = pack(data.samples, max_length, seed=0, pad_id=int(pad if pad is not None else base.tokenizer.eos_token_id))
     return blocks[:limit]

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fedmoe.datasets.packing import Batch
-from fedmoe.datasets.render import MASKED
+from fedmoe.datasets.tokenized import MASKED
 
 
 def attention_mask(segment_ids: torch.Tensor) -> torch.Tensor:

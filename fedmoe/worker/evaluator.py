@@ -10,13 +10,13 @@ import random
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import structlog
 
 from fedmoe.config import EvaluatorConfig
-from fedmoe.datasets.check import load_rows
+from fedmoe.datasets.check import check_file
 from fedmoe.datasets.packing import Block
+from fedmoe.datasets.report import DataReport
 from fedmoe.errors import RefusedError
 from fedmoe.gateway.evaluate import held_out_blocks
 from fedmoe.lora.adapter import Adapter
@@ -207,16 +207,26 @@ class Evaluator:
         return pulled
 
 
+def _log_report(report: DataReport) -> None:
+    _log.info("dataset", **report.summary)
+
+
 def run_evaluator(config: EvaluatorConfig) -> None:
     """Run an evaluator until it is told to stop (SIGTERM, SIGINT)."""
     pin_threads()
-    load_rows(Path(config.held_out))  # a file that cannot be used is told before a base model is loaded
+    check_file(config.held_out).raise_problem()  # data that cannot be used are told before a base model is loaded
     token = config.token.get_secret_value() if config.token else None
     with CoordinatorClient(config.coordinator_url, token) as client:
         # So is a wrong URL or token, and a coordinator without a gate.
         client.gateway_verdicts(1)
         base = load_base(config.base_model, choose_device(config.device), config.dtype)
-        blocks = held_out_blocks(Path(config.held_out), base, config.max_length, config.held_out_blocks)
+        blocks = held_out_blocks(
+            config.held_out,
+            base,
+            config.max_length,
+            config.held_out_blocks,
+            report=lambda found: _log.info("dataset", **found.summary),
+        )
         _log.info("held_out", file=config.held_out, blocks=len(blocks))
         scorer = HeldOutScorer(base, blocks, config.batch_size)
         evaluator = Evaluator(client, scorer, config.evaluator_id, config.expert, config.poll_interval)

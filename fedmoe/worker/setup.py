@@ -9,9 +9,9 @@ import structlog
 
 from fedmoe.config import WorkerConfig
 from fedmoe.coordinator import seed_of
-from fedmoe.datasets.check import LoadedFile, load_rows
+from fedmoe.datasets.check import check_file
 from fedmoe.datasets.packing import Block, BlockSampler, pack
-from fedmoe.datasets.render import rendered_preview, tokenize_samples
+from fedmoe.datasets.prepare import prepare_samples
 from fedmoe.distributed_worker import DistributedWorker, SyncSettings
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.device import choose_device, pin_threads
@@ -29,7 +29,6 @@ from fedmoe.worker.signals import StopOnSignal
 from fedmoe.worker.statistics import data_statistics
 
 _log = structlog.get_logger("fedmoe.worker")
-_PREVIEWS = 2
 # Of a worker that ends, for statistics that are still on their way.
 _LAST_WAIT_SECONDS = 5.0
 
@@ -37,7 +36,7 @@ _LAST_WAIT_SECONDS = 5.0
 def run_worker(config: WorkerConfig) -> None:
     """Run a worker until its schedule ends or it is told to stop (SIGTERM, SIGINT)."""
     pin_threads()
-    loaded = load_rows(Path(config.dataset))
+    check_file(config.dataset).raise_problem()
     device = choose_device(config.device, local_rank())
     state_dir = Path(config.state_dir or f"runs/workers/{config.worker_id}")
     token = config.token.get_secret_value() if config.token else None
@@ -49,7 +48,7 @@ def run_worker(config: WorkerConfig) -> None:
             outbox = on_rank_zero(group, lambda: Outbox(state_dir, config.worker_id, config.specialty))
             # A wrong URL or token is told before a base model is loaded.
             on_rank_zero(group, client.federation)
-            base, blocks = _base_and_blocks(config, loaded, group)
+            base, blocks = _base_and_blocks(config, group)
             # On the bare base model, so before an adapter is attached.
             disclosure = on_rank_zero(group, lambda: _disclosure(config, base, blocks, client, state_dir))
             worker = _build(config, base, blocks, group, client, state_dir, outbox, disclosure)
@@ -65,16 +64,13 @@ def run_worker(config: WorkerConfig) -> None:
         group.close()
 
 
-def training_blocks(loaded: LoadedFile, base: LoadedBase, config: WorkerConfig, show: bool) -> list[Block]:
+def training_blocks(base: LoadedBase, config: WorkerConfig, show: bool) -> list[Block]:
     """The data as packed blocks; shows two samples as the model will see them."""
-    data = tokenize_samples(loaded.samples, base.tokenizer, config.max_length)
+    data = prepare_samples(config.dataset, base.tokenizer, config.max_length)
     blocks = pack(data.samples, config.max_length, config.seed, _pad_id(base))
     if show:
-        tokens = sum(int((block.segment_ids >= 0).sum()) for block in blocks)
-        _log.info("dataset", file=config.dataset, format=loaded.report.format, blocks=len(blocks), tokens=tokens)
-        if loaded.report.bad_count or data.unlearnable_lines:
-            _log.warning("rows_left_out", bad=loaded.report.bad_count, nothing_to_learn=len(data.unlearnable_lines))
-        print(rendered_preview(data.samples, base.tokenizer, _PREVIEWS), flush=True)
+        _log.info("dataset", blocks=len(blocks), **data.report.summary)
+        print(data.report.text, *data.report.previews, sep="\n", flush=True)
     return blocks
 
 
@@ -83,10 +79,10 @@ def _pad_id(base: LoadedBase) -> int:
     return int(pad if pad is not None else base.tokenizer.eos_token_id)
 
 
-def _base_and_blocks(config: WorkerConfig, loaded: LoadedFile, group: ProcessGroup) -> tuple[LoadedBase, list[Block]]:
+def _base_and_blocks(config: WorkerConfig, group: ProcessGroup) -> tuple[LoadedBase, list[Block]]:
     base = load_base(config.base_model, group.device, config.dtype)
     _log.info("base_model", **base.report)
-    return base, training_blocks(loaded, base, config, show=group.rank == 0)
+    return base, training_blocks(base, config, show=group.rank == 0)
 
 
 def _disclosure(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmoe.datasets.packing import Block, collate
-from fedmoe.datasets.render import MASKED, IntArray
+from fedmoe.datasets.tokenized import MASKED, IntArray
 from fedmoe.gateway.prompt_statistics import PromptStatistics
 from fedmoe.lora.adapter import FloatMatrix
 from fedmoe.lora.moments import InputMoments

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.datasets.check import check_file, load_rows
+from fedmoe.datasets.check import RowOptions, RowScan, check_file
 from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.formats import Chat, Completion, Message, Sample, Text
+from fedmoe.datasets.samples import Chat, Completion, Message, Sample, Text
 
 USER_ASSISTANT = (Message("user", "hi"), Message("assistant", "ho"))
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -18,6 +18,10 @@ TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
 def write(path: Path, *rows: object) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def samples_of(path: Path, *columns: tuple[str, str]) -> tuple[Sample, ...]:
+    return tuple(RowScan(path, RowOptions(columns)).samples())
 
 
 @pytest.mark.parametrize(
@@ -45,9 +49,9 @@ def write(path: Path, *rows: object) -> Path:
     ],
 )
 def test_each_shape_is_recognised(tmp_path: Path, row: dict[str, object], name: str, sample: Sample) -> None:
-    loaded = load_rows(write(tmp_path / "a.jsonl", row))
-    assert loaded.report.format == name
-    assert loaded.samples == (sample,)
+    file = write(tmp_path / "a.jsonl", row)
+    assert check_file(file).format == name
+    assert samples_of(file) == (sample,)
 
 
 @pytest.mark.parametrize(
@@ -64,57 +68,96 @@ def test_each_shape_is_recognised(tmp_path: Path, row: dict[str, object], name: 
         ({"messages": [TURNS[0], {"role": "assistant", "content": " "}]}, "'content' is empty"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": 3}]}, "must be a string"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": "a", "tool_calls": [1]}]}, "tool_calls"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": "a", "weight": 0.5}]}, "'weight' must be 0, 1"),
+        ({"messages": [{**TURNS[0], "train": True}, TURNS[1]]}, "asks to learn a turn of 'user'"),
+        ({"messages": [{**TURNS[0], "image": "x.png"}, TURNS[1]]}, "only text can be learned"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}, "only text can be learned"),
+        ({"messages": TURNS, "images": ["x.png"]}, "only text can be learned"),
+        ({"messages": [TURNS[0], {**TURNS[1], "mask": 1}]}, "'mask' of a turn"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": "\ud83d"}]}, "surrogate"),
-        ({"text": "a"}, "keys missing for format messages"),
+        ({"id": 7}, "no known format; found the keys ['id']"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named(tmp_path: Path, row: dict[str, object], reason: str) -> None:
-    report = check_file(write(tmp_path / "a.jsonl", {"messages": TURNS}, row), max_bad_fraction=0.5)
+    report = check_file(write(tmp_path / "a.jsonl", {"messages": TURNS}, row), RowOptions(max_bad_fraction=0.5))
     assert (report.rows, report.good, report.bad_count) == (2, 1, 1)
-    assert report.bad[0].line == 2
-    assert reason in report.bad[0].reason
+    assert report.counts.bad[0].line == 2
+    assert reason in report.counts.bad[0].reason
     assert report.problem is None
 
 
 def test_one_bad_row_in_a_hundred_is_tolerated_and_reported_two_are_not(tmp_path: Path) -> None:
     good = [{"text": f"row {i}"} for i in range(99)]
-    loaded = load_rows(write(tmp_path / "a.jsonl", *good, {"text": ""}))
-    assert len(loaded.samples) == 99
-    assert "line 100: 'text' is empty" in loaded.report.text
+    report = check_file(write(tmp_path / "a.jsonl", *good, {"text": ""}))
+    assert report.good == 99
+    assert report.problem is None
+    assert "line 100: 'text' is empty" in report.text
+    worse = check_file(write(tmp_path / "b.jsonl", *good[:98], {"text": ""}, {"text": " "}))
     with pytest.raises(
         DataError, match=r"2 of 100 rows are bad \(2\.0%, allowed are 1\.0%\)[^$]*line 99:[^$]*line 100:"
     ):
-        load_rows(write(tmp_path / "b.jsonl", *good[:98], {"text": ""}, {"text": None}))
+        worse.raise_problem()
 
 
-def test_wrong_keys_list_the_accepted_shapes(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", {"question": "a", "answer": "b"})
-    with pytest.raises(DataError, match=r"\['question', 'answer'\][^$]*messages[^$]*sharegpt[^$]*alpaca"):
-        load_rows(path)
-    assert check_file(path).to_json()["ok"] is False
+def test_wrong_keys_list_the_accepted_shapes_and_the_advice_works(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"frage": "a", "antwort": "b"})
+    report = check_file(path)
+    assert report.to_json()["ok"] is False
+    for part in (
+        "['frage', 'antwort']",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "--map question=prompt --map answer=completion",
+    ):
+        assert part in str(report.problem)
+    assert samples_of(path, ("frage", "prompt"), ("antwort", "completion")) == (Completion(1, "a", "b"),)
+
+
+def test_a_map_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"text": "a"})
+    with pytest.raises(DataError, match="'wort', which no row has; the first row has \\['text'\\]"):
+        check_file(path, RowOptions((("wort", "text"),)))
+    with pytest.raises(DataError, match="the name 'antwort', which no format has"):
+        RowOptions((("text", "antwort"),))
+    with pytest.raises(DataError, match="the column 'text' twice"):
+        RowOptions((("text", "prompt"), ("text", "completion")))
+
+
+def test_a_mapped_column_takes_the_place_of_one_of_that_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"text": "a rendering", "prompt": "p", "raw": "what is meant"})
+    assert samples_of(path, ("raw", "text")) == (Text(1, "what is meant"),)
+
+
+def test_rows_of_several_formats_are_each_read_by_their_own_and_said(tmp_path: Path) -> None:
+    union = {"messages": None, "prompt": None, "completion": None, "text": None}
+    rows = [union | {"messages": TURNS}, union | {"prompt": "p", "completion": "c"}, union | {"text": "t"}]
+    path = write(tmp_path / "a.jsonl", *rows)
+    assert samples_of(path) == (Chat(1, USER_ASSISTANT), Completion(2, "p", "c"), Text(3, "t"))
+    assert "formats messages (1 rows), prompt+completion (1 rows), text (1 rows)" in check_file(path).text
 
 
 def test_a_file_without_a_readable_row_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("not json\n")
-    with pytest.raises(DataError, match=r"no row could be read[^$]*line 1: not JSON"):
-        load_rows(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"no row was read[^$]*line 1: not JSON"):
+        check_file(tmp_path / "a.jsonl").raise_problem()
 
 
 def test_a_file_with_only_bad_rows_is_refused_whatever_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not one of 1 rows"):
-        load_rows(write(tmp_path / "a.jsonl", {"text": ""}), max_bad_fraction=0.99)
+    report = check_file(write(tmp_path / "a.jsonl", {"text": ""}), RowOptions(max_bad_fraction=0.99))
+    assert "1 of 1 rows are bad" in str(report.problem)
 
 
 def test_many_bad_rows_are_counted_but_not_all_kept(tmp_path: Path) -> None:
     report = check_file(write(tmp_path / "a.jsonl", *([{"text": ""}] * 500)))
     assert report.bad_count == 500
-    assert len(report.bad) == 100
+    assert len(report.counts.bad) == 100
     assert "and 490 more" in report.text
 
 
 def test_columns_that_are_not_used_are_reported(tmp_path: Path) -> None:
     report = check_file(write(tmp_path / "a.jsonl", {"text": "a", "license": "MIT"}))
-    assert report.ignored == ("license",)
+    assert report.counts.ignored == ("license",)
     assert "not used: license" in report.text
 
 
@@ -126,7 +169,7 @@ def test_the_report_is_json_and_knows_the_file_by_content(tmp_path: Path) -> Non
     assert json.loads(json.dumps(one.to_json()))["ok"] is True
 
 
-def test_an_impossible_share_of_bad_rows_is_refused(tmp_path: Path) -> None:
+def test_an_impossible_share_of_bad_rows_is_refused() -> None:
     for share in (-0.1, 1.0, float("nan")):
         with pytest.raises(DataError, match="max_bad_fraction"):
-            check_file(write(tmp_path / "a.jsonl", {"text": "a"}), share)
+            RowOptions(max_bad_fraction=share)

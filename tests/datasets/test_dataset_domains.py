@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from fedmoe.datasets import sources
-from fedmoe.datasets.check import load_rows
+from fedmoe.datasets.check import check_file
 from fedmoe.datasets.chunks import prose_chunks, python_functions, sql_chunks
 from fedmoe.datasets.domains import RECIPES, Recipe, build_domains, is_test, split_chunks
 from fedmoe.datasets.errors import DataError
@@ -44,10 +44,10 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_a_domain_is_built_split_by_file_and_fit_for_training(tmp_path: Path, recipe: Recipe) -> None:
     summary = build_domains(tmp_path / "out", ["d"], archives=tmp_path / "archives", recipes={"d": recipe})["d"]
-    train, test = (load_rows(summary.folder / name) for name in ("train.jsonl", "test.jsonl"))
+    train, test = (check_file(summary.folder / name) for name in ("train.jsonl", "test.jsonl"))
     rows = [json.loads(line) for line in (summary.folder / "test.jsonl").read_text().splitlines()]
-    assert len(train.samples) == summary.train.rows
-    assert len(test.samples) == summary.test.rows == len(rows)
+    assert train.good == summary.train.rows
+    assert test.good == summary.test.rows == len(rows)
     assert all(is_test(row["file"]) for row in rows)
     assert summary.train.files + summary.test.files == 60
     origin = json.loads((summary.folder / "sources.json").read_text())["source"]
@@ -216,7 +216,7 @@ def test_the_python_domain_builds_from_the_running_interpreter(tmp_path: Path) -
     summary = build_domains(tmp_path, ["python"])["python"]
     assert summary.test.files >= 20
     assert summary.train.chars > 1_000_000
-    assert load_rows(summary.folder / "test.jsonl").report.bad_count == 0
+    assert check_file(summary.folder / "test.jsonl").bad_count == 0
 
 
 @pytest.mark.slow
@@ -225,4 +225,4 @@ def test_the_packaged_domains_build_from_the_index(tmp_path: Path, name: str) ->
     summary = build_domains(tmp_path, [name])[name]
     assert summary.test.files >= 20
     assert summary.train.chars > 1_000_000
-    assert load_rows(summary.folder / "train.jsonl").report.bad_count == 0
+    assert check_file(summary.folder / "train.jsonl").bad_count == 0

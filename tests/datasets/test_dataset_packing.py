@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedmoe.datasets.errors import DataError
 from fedmoe.datasets.packing import PADDING_SEGMENT, Block, BlockSampler, collate, pack
-from fedmoe.datasets.render import MASKED, TokenizedSample
+from fedmoe.datasets.tokenized import MASKED, TokenizedSample
 
 
 def sample_of(ids: list[int], masks: list[bool]) -> TokenizedSample:

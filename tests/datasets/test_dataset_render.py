@@ -6,16 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import CHATML, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from fedmoe.datasets.chat_template import TemplateRefusalError
 from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.formats import Chat, Completion, Message, Text
-from fedmoe.datasets.render import MASKED, TokenizedSample, render_sample, rendered_preview, tokenize_samples
+from fedmoe.datasets.render import render, render_sample
+from fedmoe.datasets.samples import Chat, Completion, Message, Text
+from fedmoe.datasets.tokenization import tokenize_samples
+from fedmoe.datasets.tokenized import MASKED, TokenizedSample, previews
 
 REASONING = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -23,8 +25,9 @@ REASONING = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-OTHER_PROMPT = (
-    "{% for message in messages %}{{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}>>{% endif %}"
+COUNTING = (
+    "{{ messages[-1]['content'] | length }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}>>{% endif %}"
 )
 SHARED = make_tokenizer()
 REFUSING = "{{ raise_exception('roles must alternate') }}"
@@ -117,17 +120,22 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_sample_for_each_answer
     assert "U2" not in tokenizer.decode(first.input_ids.tolist())
 
 
+def test_conversations_without_a_template_are_an_error() -> None:
+    with pytest.raises(DataError, match=r"no chat template[^$]*--chat-template FILE"):
+        tokenize_samples([chat(("user", "U"), ("assistant", "A"), line=7)], make_tokenizer(None), 64)
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
-    [
-        (None, "no chat template"),
-        (OTHER_PROMPT, "line 7: the answer in turn 2 cannot be found"),
-        (REFUSING, "line 7: the chat template refuses .*must alternate"),
-    ],
+    [(COUNTING, "the answer in turn 2 cannot be found"), (REFUSING, "the chat template refuses .*must alternate")],
 )
-def test_a_template_that_cannot_be_used_is_an_error(template: str | None, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        tokenize_samples([chat(("user", "U"), ("assistant", "A"), line=7)], make_tokenizer(template), 64)
+def test_a_row_that_the_template_refuses_is_named_and_the_others_are_learned(template: str, message: str) -> None:
+    refused = chat(("user", "U"), ("assistant", "A"))
+    with pytest.raises(TemplateRefusalError, match=message):
+        render_sample(refused, make_tokenizer(template))
+    found = tokenize_samples([Text(1, "a"), refused, Text(3, "b")], make_tokenizer(template), 64)
+    assert [one.number for one in found.refused] == [1]
+    assert found.row_of == [0, 2]
 
 
 def test_a_tokenizer_without_end_token_is_an_error() -> None:
@@ -137,55 +145,104 @@ def test_a_tokenizer_without_end_token_is_an_error() -> None:
         render_sample(Text(1, "a"), tokenizer)
 
 
-def test_long_text_is_split_without_loss(tokenizer: PreTrainedTokenizerFast) -> None:
-    data = tokenize_samples([Text(1, "abcdefghij" * 10)], tokenizer, 32)
-    assert [len(sample.input_ids) for sample in data.samples] == [32, 32, 32, 5]
-    joined = np.concatenate([sample.input_ids for sample in data.samples])
-    assert tokenizer.decode(joined.tolist()) == "abcdefghij" * 10 + "<|im_end|>"
-    assert data.truncated == 0
+def test_what_a_row_already_holds_is_not_added_again(tokenizer: PreTrainedTokenizerFast) -> None:
+    for text in ("a<|im_end|>", "a<|im_end|>\n"):
+        (sample,) = render_sample(Text(1, text), tokenizer)
+        assert tokenizer.decode(sample.input_ids.tolist()) == text
+        (sample,) = render_sample(Completion(1, "p", text), tokenizer)
+        assert learned_text(sample, tokenizer) == text
+    (sample,) = render_sample(Text(1, "a<|im_end|>b"), tokenizer)
+    assert tokenizer.decode(sample.input_ids.tolist()) == "a<|im_end|>b<|im_end|>"
 
 
-def test_a_long_conversation_is_cut_around_its_answer(tokenizer: PreTrainedTokenizerFast) -> None:
-    turns = (("user", "x" * 200), ("assistant", "the answer"), ("user", "y" * 200), ("assistant", "no"))
-    data = tokenize_samples([chat(*turns)], tokenizer, 40)
-    (sample,) = data.samples
-    assert len(sample.input_ids) == 40
-    assert learned_text(sample, tokenizer) == "the answer<|im_end|>"
-    assert sample.learned == 11
-    assert data.truncated == 1
+def test_a_start_token_of_the_row_is_not_doubled() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<|bos|>"
+    bos = tokenizer.convert_tokens_to_ids("<|bos|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
+    )
+    for sample in (Text(1, "<|bos|>a"), Text(1, "a"), Completion(1, "<|bos|>", "a"), Completion(1, "", "<|bos|>a")):
+        (found,) = render_sample(sample, tokenizer)
+        assert tokenizer.decode(found.input_ids.tolist()) == "<|bos|>a<|im_end|>"
 
 
-def test_without_any_token_to_learn_from_there_is_an_error_before_the_first_step(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    # "é" is one character of two tokens, and eos follows: a window of two still learns one token, so nothing less.
-    assert tokenize_samples([Text(1, "é")], tokenizer, 2).samples
-    with pytest.raises(DataError, match="no token to learn from"):
-        tokenize_samples([], tokenizer, 64)
+def test_calls_that_the_template_does_not_render_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    called = Chat(1, (Message("user", "U"), Message("assistant", "", extras={"tool_calls": [call]})))
+    with pytest.raises(TemplateRefusalError, match=r"does not render tool_calls .*'weather'"):
+        render_sample(called, tokenizer)
+    # The name in the question is not the call.
+    named = Chat(1, (Message("user", "weather?"), Message("assistant", "", extras={"tool_calls": [call]})))
+    with pytest.raises(TemplateRefusalError):
+        render_sample(named, tokenizer)
+
+
+def test_what_a_template_leaves_out_is_said(tokenizer: PreTrainedTokenizerFast) -> None:
+    tool = {"type": "function", "function": {"name": "weather"}}
+    thought = Message("assistant", "A", extras={"reasoning_content": "because"})
+    notes = render(Chat(1, (Message("user", "U"), thought), (tool,)), tokenizer).notes
+    assert notes == (
+        "the chat template does not render tools",
+        "the chat template leaves out the reasoning of an answer",
+    )
+    deaf = make_tokenizer("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    assert render(chat(("system", "S"), ("user", "U"), ("assistant", "A")), deaf).notes == (
+        "the chat template leaves out or changes what system says",
+    )
+
+
+def test_turns_that_are_not_to_be_learned_are_context(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = (
+        Message("user", "U"),
+        Message("assistant", "bad", False),
+        Message("user", "?"),
+        Message("assistant", "good"),
+    )
+    (sample,) = render_sample(Chat(1, turns), tokenizer)
+    assert learned_text(sample, tokenizer) == "good<|im_end|>"
+    assert "bad<|im_end|>" in tokenizer.decode(sample.input_ids.tolist())
+
+
+def test_variables_of_a_row_reach_the_template() -> None:
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] }}{{ mood }}<|im_end|>{% endfor %}")
+    asked = (Message("user", "U"), Message("assistant", "A"))
+    (sample,) = render_sample(Chat(1, asked, template_kwargs={"mood": "!"}), tokenizer)
+    assert learned_text(sample, tokenizer) == "A!<|im_end|>"
+    with pytest.raises(TemplateRefusalError, match="may not set"):
+        render_sample(Chat(1, asked, template_kwargs={"tokenize": True}), tokenizer)
+
+
+def test_samples_without_a_token_to_learn_are_numbered() -> None:
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    # The answer renders to nothing beyond blanks, so that no token of it is left to learn.
+    empty = chat(("user", "hello"), ("assistant", "\n"), line=9)
+    found = tokenize_samples([Text(3, "abc"), empty], tokenizer, 16)
+    assert found.empty == [1]
+    assert found.row_of == [0]
     with pytest.raises(DataError, match="max_length"):
         tokenize_samples([Text(1, "a")], tokenizer, 1)
 
 
-def test_samples_that_lost_all_their_learned_tokens_are_named() -> None:
-    tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    # The answer renders to nothing beyond blanks, so that no token of it is left to learn.
-    empty = chat(("user", "hello"), ("assistant", "\n"), line=9)
-    data = tokenize_samples([Text(3, "abc"), empty], tokenizer, 16)
-    assert data.unlearnable_lines == (9,)
-    with pytest.raises(DataError, match=r"no token to learn from .*\[9\]"):
-        tokenize_samples([empty], tokenizer, 16)
+def test_answers_that_end_without_an_end_mark_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    asked = chat(("user", "U"), ("assistant", "A"))
+    assert tokenize_samples([asked], tokenizer, 99).counts["endless"] == 0
+    plain = make_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    assert tokenize_samples([asked], plain, 99).counts["endless"] == 1
 
 
 def test_the_preview_marks_what_is_learned_and_disarms_escapes(tokenizer: PreTrainedTokenizerFast) -> None:
     samples = tokenize_samples(
         [chat(("user", "U\x1b[31m"), ("assistant", "A")), Text(2, "t" * 50), Text(3, "never shown")], tokenizer, 128
     ).samples
-    preview = rendered_preview(samples, tokenizer, max_chars=60)
+    preview = "\n".join(previews(samples, tokenizer, max_chars=60))
     assert preview.count("--- sample") == 2
     assert "never shown" not in preview
     assert "\x1b" not in preview
     assert "more characters" in preview
-    assert "assistant\n>>>A<|im_end|><<<\n" in rendered_preview(samples, tokenizer)
+    assert "assistant\n>>>A<|im_end|><<<\n" in previews(samples, tokenizer)[0]
 
 
 def test_the_package_needs_neither_torch_nor_transformers() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedmoe.datasets.packing import Block, pack
-from fedmoe.datasets.render import TokenizedSample
+from fedmoe.datasets.tokenized import TokenizedSample
 from fedmoe.gateway.evaluate import BASE, ROUTED_BY, evaluate, held_out_blocks, routed_to
 from fedmoe.gateway.retained import retained
 from fedmoe.gateway.route import SequenceRouter

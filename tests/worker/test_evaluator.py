@@ -17,7 +17,7 @@ from workers import Federation, federation, tiny_base
 
 from fedmoe.coordinator import seed_of
 from fedmoe.datasets.packing import Block, collate, pack
-from fedmoe.datasets.render import TokenizedSample
+from fedmoe.datasets.tokenized import TokenizedSample
 from fedmoe.gateway.evaluate import evaluate
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import encode

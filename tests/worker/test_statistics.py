@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedmoe.datasets.packing import Block, pack
-from fedmoe.datasets.render import MASKED, TokenizedSample
+from fedmoe.datasets.tokenized import MASKED, TokenizedSample
 from fedmoe.gateway.prompt_statistics import FeatureMoments, PromptStatistics
 from fedmoe.gateway.route import SequenceRouter, likeliest
 from fedmoe.lora.moments import InputMoments

@@ -18,7 +18,7 @@ from support import free_port
 from fedmoe.config import CoordinatorConfig
 from fedmoe.coordinator import seed_of
 from fedmoe.datasets.packing import Block, BlockSampler, pack
-from fedmoe.datasets.render import TokenizedSample
+from fedmoe.datasets.tokenized import TokenizedSample
 from fedmoe.distributed_coordinator import DistributedCoordinator
 from fedmoe.distributed_worker import DistributedWorker, SyncSettings
 from fedmoe.events import UpdateAccepted

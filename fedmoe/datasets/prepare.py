@@ -1,0 +1,110 @@
+"""From a source of data to tokenised samples and one report; kept for the next start where a folder is given."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from fedmoe.datasets.check import RowOptions, RowScan
+from fedmoe.datasets.errors import DataError
+from fedmoe.datasets.long_samples import LONG_ROWS, LongRows
+from fedmoe.datasets.report import DataReport, TokenCounts
+from fedmoe.datasets.rows import BadRow
+from fedmoe.datasets.token_cache import KeptTokens, TokenCache
+from fedmoe.datasets.tokenization import Progress, Tokenized, tokenize_samples
+from fedmoe.datasets.tokenized import IntArray, TokenizedSample, Tokenizer, previews
+
+
+@dataclass(frozen=True, slots=True)
+class DataOptions:
+    """How data become samples: how rows are read, and what becomes of a prompt with an answer that does not fit."""
+
+    rows: RowOptions = field(default_factory=RowOptions)
+    long_rows: LongRows = "truncate"
+
+    def __post_init__(self) -> None:
+        if self.long_rows not in LONG_ROWS:
+            raise DataError(f"long_rows must be one of {', '.join(LONG_ROWS)}, got {self.long_rows!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Samples to train on; `row_of[i]` numbers the row of sample `i`, so that a row can be kept on one side of a split.
+
+    `kept`: they were tokenised at an earlier start.
+    """
+
+    samples: tuple[TokenizedSample, ...]
+    row_of: IntArray
+    report: DataReport
+    kept: bool = False
+
+
+def prepare_samples(
+    name: str | Path,
+    tokenizer: Tokenizer,
+    max_length: int,
+    options: DataOptions | None = None,
+    *,
+    cache: Path | None = None,
+    processes: int = 1,
+    progress: Progress = lambda done: None,
+) -> Prepared:
+    """The samples of a file, folder or hub data set; raises `DataError` with the report where they are not fit."""
+    prepared = examine(name, tokenizer, max_length, options, cache=cache, processes=processes, progress=progress)
+    if prepared.report.problem:
+        raise DataError(prepared.report.problem)
+    return prepared
+
+
+def examine(
+    name: str | Path,
+    tokenizer: Tokenizer,
+    max_length: int,
+    options: DataOptions | None = None,
+    *,
+    cache: Path | None = None,
+    processes: int = 1,
+    progress: Progress = lambda done: None,
+) -> Prepared:
+    """As `prepare_samples`, but data that are not fit have a report too."""
+    chosen = options or DataOptions()
+    scan = RowScan(name, chosen.rows)
+    kept = TokenCache.of(cache, tokenizer, [scan.source.fingerprint(), max_length, asdict(chosen)])
+    if kept and (found := kept.read()):
+        return _prepared(found, kept=True, source=str(name))
+    done = tokenize_samples(scan.samples(), tokenizer, max_length, chosen.long_rows, processes, progress)
+    report = _report(scan, done, tokenizer, max_length, chosen)
+    if kept and not report.problem:
+        kept.write(KeptTokens.of(done.samples, done.row_of, report))
+    return Prepared(tuple(done.samples), np.array(done.row_of, np.int64), report)
+
+
+def _prepared(found: KeptTokens, kept: bool, source: str) -> Prepared:
+    return Prepared(tuple(found.samples()), found.row_of, replace(found.report, source=source), kept)
+
+
+def _report(scan: RowScan, done: Tokenized, tokenizer: Tokenizer, max_length: int, options: DataOptions) -> DataReport:
+    refused = tuple(BadRow(scan.places[one.number][1], one.reason, scan.places[one.number][0]) for one in done.refused)
+    tokens = TokenCounts(
+        max_length=max_length,
+        long_rows=options.long_rows,
+        samples=len(done.samples),
+        tokens=sum(len(sample.input_ids) for sample in done.samples),
+        learned=sum(sample.learned for sample in done.samples),
+        median=int(median(done.lengths)) if done.lengths else 0,
+        longest=max(done.lengths, default=0),
+        cut=done.counts["cut"],
+        split=done.counts["split"],
+        lost=done.counts["lost"],
+        too_long=len(done.too_long),
+        empty=len(done.empty),
+        refused=len(refused),
+        endless=done.counts["endless"],
+        notes=dict(done.notes),
+        previews=previews(done.samples, tokenizer),
+    )
+    return replace(scan.report(), counts=scan.counts(refused), tokens=tokens)

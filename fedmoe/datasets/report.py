@@ -1,0 +1,218 @@
+"""The report on data before the first step: what they are, what is learned, and what is not, with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from fedmoe.datasets.errors import DataError
+from fedmoe.datasets.formats import accepted_shapes
+from fedmoe.datasets.rows import BadRow
+
+MAX_BAD_FRACTION = 0.01
+BAD_ROWS_KEPT = 100
+_BAD_ROWS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What the rows are, before any tokenizer is known; `bad` holds the first `BAD_ROWS_KEPT` of `bad_count`.
+
+    `formats`: rows by format; `left_out`: rows that their own marks keep out, by reason; `ignored`: keys that hold
+    something and are not used; `obeyed`: keys with a meaning that are; `rejected`: answers of preference data that
+    are not learned.
+    """
+
+    rows: int
+    formats: Mapping[str, int]
+    bad: tuple[BadRow, ...] = ()
+    bad_count: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    obeyed: tuple[str, ...] = ()
+    rejected: int = 0
+    first_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """What the rows become for one base model.
+
+    `samples` go into training (a row can give several), `tokens` and `learned` count them, `previews` are the first
+    ones as text. `median` and `longest` are full lengths of rows in tokens, before anything is cut to `max_length`.
+    `cut`, `split`, `lost`, `too_long`, `empty`, `endless`: see `Tokenized`; `refused` rows count as bad too.
+    """
+
+    max_length: int
+    long_rows: str
+    samples: int
+    tokens: int
+    learned: int
+    median: int
+    longest: int
+    cut: int
+    split: int
+    lost: int
+    too_long: int
+    empty: int
+    refused: int
+    endless: int
+    notes: Mapping[str, int]
+    previews: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The report on one source of data; `tokens` is None where no base model was named."""
+
+    source: str
+    sha256: str
+    files: int
+    counts: RowCounts
+    max_bad_fraction: float
+    tokens: TokenCounts | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """All rows, bad ones included."""
+        return self.counts.rows
+
+    @property
+    def bad_count(self) -> int:
+        """Rows that cannot be used: unreadable, unfit for their format, or refused by the chat template."""
+        return self.counts.bad_count
+
+    @property
+    def format(self) -> str | None:
+        """The formats found, the most frequent first."""
+        names = sorted(self.counts.formats, key=lambda name: -self.counts.formats[name])
+        return ", ".join(names) or None
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Sound rows of which nothing is learned, by reason."""
+        found = dict(self.counts.left_out)
+        if self.tokens and self.tokens.too_long:
+            found[f"no part of an answer fits {self.tokens.max_length:,} tokens"] = self.tokens.too_long
+        if self.tokens and self.tokens.empty:
+            found["no token to learn"] = self.tokens.empty
+        return found
+
+    @property
+    def good(self) -> int:
+        """Rows of which something is learned."""
+        return self.rows - self.bad_count - sum(self.left_out.values())
+
+    @property
+    def problem(self) -> str | None:
+        """Why training refuses the data and what to do, or None if they are fit."""
+        if not self.counts.formats:
+            keys = f"the first row has {list(self.counts.first_keys)}" if self.counts.first_keys else "no row was read"
+            return (
+                f"{self.source}: no known row format ({keys}); rename columns with --map COLUMN=NAME, for example "
+                f"--map question=prompt --map answer=completion; accepted are\n{accepted_shapes()}{self._bad_lines()}"
+            )
+        if self.bad_count > self.max_bad_fraction * self.rows:
+            share = self.bad_count / self.rows
+            return (
+                f"{self.source}: {self.bad_count:,} of {self.rows:,} rows are bad ({share:.1%}, allowed are "
+                f"{self.max_bad_fraction:.1%}); mend or remove them{self._bad_lines()}"
+            )
+        if self.good < 1:
+            reasons = "; ".join(f"{count:,} rows: {reason}" for reason, count in self.left_out.items())
+            return (
+                f"{self.source}: not one of {self.rows:,} rows can be learned from ({reasons or 'all are bad'}); raise "
+                f"--max-length, or check that the rows hold answers{self._bad_lines()}"
+            )
+        return None
+
+    def raise_problem(self) -> None:
+        """Raise `DataError` for data that are not fit."""
+        if self.problem:
+            raise DataError(self.problem)
+
+    @property
+    def previews(self) -> tuple[str, ...]:
+        """The first samples as the model will see them."""
+        return self.tokens.previews if self.tokens else ()
+
+    @property
+    def summary(self) -> dict[str, object]:
+        """The report as a line of a log: every number that says what is learned and what is not."""
+        found = self.tokens
+        line: dict[str, object] = {"file": self.source, "format": self.format, "rows": self.rows, "bad": self.bad_count}
+        if found:
+            names = ("tokens", "learned", "median", "longest", "max_length", "cut", "split", "too_long", "empty")
+            line |= {name: getattr(found, name) for name in names} | {"lost_tokens": found.lost}
+        return line | {"left_out": self.rows - self.good}
+
+    @property
+    def text(self) -> str:
+        """The report for people, without the samples."""
+        if self.problem:
+            return self.problem
+        lines = [f"{self.source}: {self.good:,} of {self.rows:,} rows fit, {self._formats()}", *self._token_lines()]
+        lines += [f"left out: {count:,} rows, {reason}" for reason, count in self.left_out.items()]
+        if self.counts.rejected:
+            lines.append(f"preference data: {self.counts.rejected:,} rejected answers are not learned")
+        if self.counts.obeyed:
+            lines.append(f"obeyed: {', '.join(self.counts.obeyed)}")
+        if self.counts.ignored:
+            lines.append(f"not used: {', '.join(self.counts.ignored)}")
+        return "\n  ".join([*lines, *(f"note: {note}" for note in self.notes)]) + self._bad_lines()
+
+    def to_json(self) -> dict[str, object]:
+        """JSON types only."""
+        return {
+            "path": self.source,
+            "sha256": self.sha256,
+            "files": self.files,
+            "format": self.format,
+            "formats": dict(self.counts.formats),
+            "rows": self.rows,
+            "good": self.good,
+            "bad_count": self.bad_count,
+            "bad": [{"file": row.file, "line": row.line, "reason": row.reason} for row in self.counts.bad],
+            "left_out": dict(self.left_out),
+            "rejected": self.counts.rejected,
+            "obeyed": list(self.counts.obeyed),
+            "ignored": list(self.counts.ignored),
+            "tokens": asdict(self.tokens) if self.tokens else None,
+            "notes": list(self.notes),
+            "ok": self.problem is None,
+            "problem": self.problem,
+        }
+
+    def _formats(self) -> str:
+        counts = self.counts.formats
+        if len(counts) == 1:
+            return f"format {next(iter(counts))}"
+        return "formats " + ", ".join(f"{name} ({count:,} rows)" for name, count in counts.items())
+
+    def _token_lines(self) -> Sequence[str]:
+        found = self.tokens
+        if found is None:
+            return ()
+        lines = [
+            f"tokens: {found.tokens:,}, {found.learned:,} of them learned; rows have {found.median:,} (median) to "
+            f"{found.longest:,} (longest); at most {found.max_length:,} are used at once"
+        ]
+        if found.cut:
+            lines.append(
+                f"cut: {found.cut:,} rows lose the tail of an answer, {found.lost:,} tokens in all; a larger "
+                "--max-length, --long-rows split or --long-rows drop does not"
+            )
+        if found.split:
+            lines.append(f"split: {found.split:,} rows are longer and go into several samples")
+        if found.endless:
+            lines.append(
+                f"no end mark: the answers of {found.endless:,} rows end without one; the model will not learn to stop"
+            )
+        return [*lines, *(f"{note} ({count:,} rows)" for note, count in found.notes.items())]
+
+    def _bad_lines(self) -> str:
+        shown = self.counts.bad[:_BAD_ROWS_SHOWN]
+        lines = [f"\n  {row.place}: {row.reason}" for row in shown]
+        more = self.bad_count - len(lines)
+        return "".join(lines) + (f"\n  and {more:,} more" if more > 0 else "")

@@ -1,0 +1,168 @@
+"""One report before the first step, the same for any number of processes, and tokens that are kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_tokenizer import make_tokenizer
+
+from fedmoe.datasets import tokenization
+from fedmoe.datasets.check import RowOptions
+from fedmoe.datasets.errors import DataError
+from fedmoe.datasets.prepare import DataOptions, Prepared, examine, prepare_samples
+
+TOKENIZER = make_tokenizer()
+STRICT = make_tokenizer(
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat(*contents: str) -> dict[str, object]:
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]}
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def same(left: Prepared, right: Prepared) -> bool:
+    return (
+        left.report == right.report
+        and left.row_of.tolist() == right.row_of.tolist()
+        and all(
+            np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.labels, b.labels)
+            for a, b in zip(left.samples, right.samples, strict=True)
+        )
+    )
+
+
+def test_one_refused_row_of_two_hundred_is_named_and_ends_nothing(tmp_path: Path) -> None:
+    rows = [chat(f"q {i}", f"a {i}") for i in range(200)]
+    rows[137] = {"messages": [{"role": "user", "content": "hello?"}, *rows[137]["messages"]]}  # type: ignore[misc]
+    found = prepare_samples(write(tmp_path / "a.jsonl", *rows), STRICT, 128)
+    assert len(found.samples) == found.report.good == 199
+    assert sorted(set(range(200)) - set(found.row_of.tolist())) == [137]
+    assert "line 138: the chat template refuses the turns" in found.report.text
+    assert found.report.summary["bad"] == 1
+
+
+def test_refused_and_unreadable_rows_share_one_budget(tmp_path: Path) -> None:
+    good = [chat("q", "a")] * 98
+    twice = {"messages": [{"role": "user", "content": "?"}, *good[0]["messages"]]}  # type: ignore[misc]
+    with pytest.raises(
+        DataError, match=r"2 of 100 rows are bad[^$]*line 99: 'messages'[^$]*line 100: the chat template"
+    ):
+        prepare_samples(write(tmp_path / "a.jsonl", *good, {"messages": []}, twice), STRICT, 128)
+
+
+def test_the_report_counts_what_is_learned_and_what_is_not(tmp_path: Path) -> None:
+    rows = [chat("q", "a"), chat("q", "b" * 100), chat("q" * 100, "a"), chat("q", "c" * 30)]
+    file = write(tmp_path / "a.jsonl", *rows)
+    report = prepare_samples(file, TOKENIZER, 80).report
+    assert report.tokens is not None
+    assert (report.good, report.tokens.cut, report.tokens.too_long, report.tokens.samples) == (3, 1, 1, 3)
+    assert report.tokens.longest > report.tokens.median > 80
+    assert report.tokens.lost + report.tokens.learned == 2 + 101 + 31
+    assert "cut: 1 rows lose the tail of an answer" in report.text
+    assert "left out: 1 rows, no part of an answer fits 80 tokens" in report.text
+    assert report.summary["cut"] == 1
+    assert report.summary["left_out"] == 1
+    assert json.loads(json.dumps(report.to_json()))["tokens"]["cut"] == 1
+    split = prepare_samples(file, TOKENIZER, 80, DataOptions(long_rows="split")).report
+    assert split.tokens is not None
+    assert (split.tokens.cut, split.tokens.split, split.tokens.lost) == (0, 1, 0)
+    dropped = prepare_samples(file, TOKENIZER, 80, DataOptions(long_rows="drop"))
+    assert sorted(set(dropped.row_of.tolist())) == [0, 3]
+
+
+def test_data_of_which_nothing_can_be_learned_are_refused_with_the_reason(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", chat("q" * 100, "a"))
+    with pytest.raises(
+        DataError, match=r"not one of 1 rows .*1 rows: no part of an answer fits 60 tokens.*--max-length"
+    ):
+        prepare_samples(file, TOKENIZER, 60)
+    assert prepare_samples(file, TOKENIZER, 200).report.good == 1
+
+
+def test_several_processes_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [chat(f"question {i}", f"answer {i} " * (i % 40)) if i % 40 else {"text": f"text {i}"} for i in range(300)]
+    rows[7] = {"id": 1}
+    file = write(tmp_path / "a.jsonl", *rows)
+    alone = prepare_samples(file, TOKENIZER, 200)
+    monkeypatch.setattr(tokenization, "PARALLEL_FROM", 100)
+    monkeypatch.setattr(tokenization, "_CHUNK", 32)
+    told: list[int] = []
+    several = prepare_samples(file, TOKENIZER, 200, processes=2, progress=told.append)
+    assert same(alone, several)
+    assert told == sorted(told)
+    assert told[-1] == 299
+    assert len(told) > 3
+
+
+def test_tokens_are_kept_for_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * i) for i in range(1, 60)])
+    first = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
+    assert not first.kept
+    monkeypatch.setattr("fedmoe.datasets.prepare.tokenize_samples", None)  # not called again
+    again = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
+    assert again.kept
+    assert same(first, again)
+    moved = file.rename(tmp_path / "b.jsonl")
+    assert prepare_samples(moved, TOKENIZER, 64, cache=tmp_path / "kept").report.source == str(moved)
+
+
+def test_other_data_options_lengths_and_templates_are_tokenised_anew(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    file = write(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * 99) for i in range(9)])
+    assert not examine(file, TOKENIZER, 64, cache=kept).kept
+    assert not examine(file, TOKENIZER, 65, cache=kept).kept
+    assert not examine(file, TOKENIZER, 64, DataOptions(long_rows="split"), cache=kept).kept
+    assert not examine(file, TOKENIZER, 64, DataOptions(RowOptions(max_bad_fraction=0.5)), cache=kept).kept
+    assert not examine(file, STRICT, 64, cache=kept).kept
+    write(file, chat("q", "other"))
+    assert not examine(file, TOKENIZER, 64, cache=kept).kept
+
+
+def test_a_template_that_looks_at_the_clock_is_never_kept(tmp_path: Path) -> None:
+    clock = make_tokenizer("{{ strftime_now('%Y') }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    file = write(tmp_path / "a.jsonl", *[chat("q", "a")] * 3)
+    examine(file, clock, 64, cache=tmp_path / "kept")
+    assert not examine(file, clock, 64, cache=tmp_path / "kept").kept
+
+
+def test_damaged_kept_tokens_are_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * 20) for i in range(30)])
+    first = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
+    (kept,) = (tmp_path / "kept").iterdir()
+    whole = kept.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+        kept.write_bytes(damaged)
+        found = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
+        assert not found.kept
+        assert same(first, found)
+        assert "made anew" in caplog.text
+        caplog.clear()
+
+
+def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    file = write(tmp_path / "a.jsonl", chat("q", "a"))
+    assert prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "file" / "below").samples
+
+
+def test_few_files_are_kept(tmp_path: Path) -> None:
+    for number in range(12):
+        prepare_samples(write(tmp_path / "a.jsonl", chat("q", f"a {number}")), TOKENIZER, 64, cache=tmp_path / "kept")
+    assert len(list((tmp_path / "kept").iterdir())) == 8
+
+
+def test_kept_tokens_are_for_their_owner_alone(tmp_path: Path) -> None:
+    prepare_samples(write(tmp_path / "a.jsonl", chat("q", "a")), TOKENIZER, 64, cache=tmp_path / "kept")
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert kept.stat().st_mode & 0o077 == 0
