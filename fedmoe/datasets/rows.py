@@ -40,11 +40,11 @@ def read_rows(path: Path, max_row_bytes: int = MAX_ROW_BYTES, columns: Collectio
     return read_file(path, Reading(columns, max_row_bytes))
 
 
-def read_file(path: Path, reading: Reading) -> Rows:
-    """As `read_rows`, with what was not read noted in `reading.unread`."""
+def read_file(path: Path, reading: Reading, *, may_be_empty: bool = False) -> Rows:
+    """As `read_rows`, with what was not read noted in `reading.unread`; one part of many may hold no row."""
     _check_regular(path)
-    reader = READERS[_kind(path)]
-    return _watched(path, reader(path, reading))
+    reader = READERS[_kind(path, may_be_empty)]
+    return _watched(path, reader(path, reading), may_be_empty)
 
 
 def is_data_name(name: str) -> bool:
@@ -68,7 +68,7 @@ def _check_regular(path: Path) -> None:
         raise DataError(f"{path}: only a pointer of Git LFS, not the data; fetch them: git lfs pull")
 
 
-def _kind(path: Path) -> str:
+def _kind(path: Path, may_be_empty: bool) -> str:
     """The suffix that tells the reader: by the content where that is sure, else by the name."""
     compression = compression_of(path)
     start = head(path)
@@ -83,7 +83,7 @@ def _kind(path: Path) -> str:
         raise DataError(
             f"{path}: {suffix} inside {compression.name}; unpack it first: {compression.unpack} {path.name}"
         )
-    if not start:
+    if not start and not may_be_empty:
         raise DataError(f"{path}: the file is empty once it is unpacked; write at least one row")
     if suffix not in COLUMNAR and start.startswith(UTF16_BOMS):
         raise DataError(f"{path}: the file is UTF-16; save it as UTF-8")
@@ -104,7 +104,7 @@ def _unknown(path: Path, suffix: str, start: bytes) -> str:
     return f"{path}: cannot tell how to read {suffix or 'a name without suffix'!r}; convert or rename it to {kinds}"
 
 
-def _watched(path: Path, rows: Rows) -> Rows:
+def _watched(path: Path, rows: Rows, may_be_empty: bool) -> Rows:
     """The rows; a file that breaks, changes or turns out to hold none raises `DataError`."""
     before = _state(path)
     line = 0
@@ -117,7 +117,7 @@ def _watched(path: Path, rows: Rows) -> Rows:
         raise DataError(f"{path}: cannot be read {where}: {reason_of(error)}; get the file anew, whole") from error
     if _state(path) != before:
         raise DataError(f"{path}: the file changed while it was read; start again when it is written")
-    if not line:
+    if not line and not may_be_empty:
         raise DataError(f"{path}: the file holds no rows, only blank lines or a header; write at least one row")
 
 
