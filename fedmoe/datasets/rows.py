@@ -7,7 +7,6 @@ reader nor goes unseen. A file that cannot be read at all raises `DataError`.
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePath
 
@@ -23,7 +22,9 @@ __all__ = ["READERS", "BadRow", "Row", "Rows", "decode_json", "is_data_name", "r
 
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 PARQUET_MAGIC = b"PAR1"
+ZIP_MAGIC = b"PK\x03\x04"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+PACKED = (".lz4", ".br", ".7z", ".rar", ".z", ".lzma", ".lzo", ".snappy")
 COLUMNAR = (".parquet", ".arrow", ".feather")
 LINES_TO_JSON = (
     'python3 -c "import json, sys; '
@@ -77,7 +78,7 @@ def _kind(path: Path, may_be_empty: bool) -> str:
         suffix = ".parquet"
     elif start.startswith(FILE_MAGIC):
         suffix = ".arrow"
-    if suffix not in READERS:
+    if suffix not in READERS or start.startswith(ZIP_MAGIC):
         raise DataError(_unknown(path, suffix, start))
     if compression is not None and suffix in COLUMNAR:
         raise DataError(
@@ -93,15 +94,19 @@ def _kind(path: Path, may_be_empty: bool) -> str:
 def _unknown(path: Path, suffix: str, start: bytes) -> str:
     if suffix in (".xlsx", ".xls", ".ods"):
         return f"{path}: a spreadsheet; save it as CSV (UTF-8, commas)"
-    if suffix in (".tar", ".tgz") or zipfile.is_zipfile(path) or start[257:262] == b"ustar":
+    if suffix in PACKED:
+        return f"{path}: packed in a way that is not read; unpack it first, or pack it as .gz"
+    if suffix in (".tar", ".tgz") or start.startswith(ZIP_MAGIC) or start[257:262] == b"ustar":
         return f"{path}: an archive of files; unpack it and give the folder"
     if suffix == ".txt":
         return (
             f"{path}: a .txt file does not say where a row ends; if every line is a row, write it as JSON lines:\n"
             f"  {LINES_TO_JSON}< {path.name} > {path.stem}.jsonl"
         )
+    what = repr(suffix) if suffix else "a name without suffix"
+    rename = "" if b"\0" in start else "if it holds JSON lines, rename it to .jsonl; else "
     kinds = ", ".join(READERS)
-    return f"{path}: cannot tell how to read {suffix or 'a name without suffix'!r}; convert or rename it to {kinds}"
+    return f"{path}: cannot tell how to read {what}; {rename}convert it to one of {kinds}"
 
 
 def _watched(path: Path, rows: Rows, may_be_empty: bool) -> Rows:

@@ -96,6 +96,12 @@ def test_what_a_folder_is_refused_for_is_chosen_by_the_name_that_is_named(
     assert texts(chosen) == [files[0]]
 
 
+def test_json_lines_under_another_name_are_renamed(tmp_path: Path) -> None:
+    (tmp_path / "a.data").write_text('{"text": "a"}\n')
+    assert "rename it to .jsonl" in advice(tmp_path / "a.data")
+    assert texts((tmp_path / "a.data").rename(tmp_path / "a.jsonl")) == ["a"]
+
+
 def test_a_pointer_of_git_lfs_names_the_command(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "git lfs pull" in advice(tmp_path / "a.jsonl")

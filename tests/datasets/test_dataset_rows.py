@@ -188,6 +188,9 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16"),
         ("a.xlsx", b"x", "save it as CSV"),
         ("a.data", b"x", r"rename it to \.jsonl"),
+        ("a.data", b"\0", r"'\.data'; convert it to one of"),
+        ("a.jsonl.lz4", b"x", "unpack it first"),
+        ("a.jsonl", b"PK\x03\x04", "unpack it and give the folder"),
         ("a", b"x", "without suffix"),
     ],
 )
