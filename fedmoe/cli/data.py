@@ -37,7 +37,7 @@ def build(
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="A .jsonl, .json, .csv or .parquet file.")], as_json: AsJson = False
+    file: Annotated[Path, typer.Argument(help="A data file, a folder of them, or a hub id.")], as_json: AsJson = False
 ) -> None:
     """Check a file before training: what format it has, and which lines are bad and why."""
     from fedmoe.datasets.check import check_file

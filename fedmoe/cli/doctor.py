@@ -36,7 +36,7 @@ class Finding:
 
 
 def doctor(
-    dataset: Annotated[Path | None, typer.Option(help="Also check this data file.")] = None,
+    dataset: Annotated[Path | None, typer.Option(help="Also check these data: a file, a folder or a hub id.")] = None,
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
     token: Token = None,
     as_json: AsJson = False,

@@ -26,7 +26,7 @@ def worker(
         str, typer.Option(envvar="FEDMOE_WORKER_SPECIALTY", help="The expert to train, for example python_expert.")
     ],
     dataset: Annotated[
-        str, typer.Option(envvar="FEDMOE_WORKER_DATASET", help="Local data: .jsonl, .json, .csv or .parquet.")
+        str, typer.Option(envvar="FEDMOE_WORKER_DATASET", help="A data file, a folder of them, or a hub id.")
     ],
     # Text, so that one place judges it and names the range, whatever was given.
     sync_interval: Annotated[

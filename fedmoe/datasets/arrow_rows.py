@@ -1,4 +1,4 @@
-"""Rows of an Arrow file (Feather) or stream (what `datasets` writes), memory-mapped through pyarrow."""
+"""Rows of an Arrow file (Feather) or stream (what `datasets` writes), through pyarrow."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def _batches(path: Path, reading: Reading) -> Iterator[RecordBatch]:
         raise ValueError("the old Feather version 1; write it as version 2 or as Parquet")
     whole_file = start == FILE_MAGIC
     opened = pa.ipc.open_file if whole_file else pa.ipc.open_stream
-    with pa.memory_map(str(path)) as source, opened(source) as reader:
+    with pa.OSFile(str(path)) as source, opened(source) as reader:
         names = reader.schema.names
     wanted = wanted_columns(names, reading.columns, reading.unread)
     if len(wanted) > MAX_COLUMNS:
         raise DataError(f"{path}: {len(wanted):,} columns, at most {MAX_COLUMNS} are read; keep those needed")
     # Without a wanted column one is read all the same, to count the rows.
     options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in wanted] or [0], use_threads=False)
-    with pa.memory_map(str(path)) as source, opened(source, options=options) as reader:
+    with pa.OSFile(str(path)) as source, opened(source, options=options) as reader:
         if whole_file:
             for index in range(reader.num_record_batches):
                 yield reader.get_batch(index).select(wanted)

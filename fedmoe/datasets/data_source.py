@@ -33,7 +33,7 @@ class Source:
     def rows(self) -> Iterator[Row | BadRow]:
         """The rows of all files in order; of several files each row carries its file's name.
 
-        Raises `DataError` as `read_rows` does; an empty file among others is one too.
+        Raises `DataError` as `read_rows` does; a part of a folder may be without rows, not the whole.
         """
         reading = Reading(self.columns, self.max_row_bytes, self.unread)
         if self.folder is None:
@@ -41,14 +41,20 @@ class Source:
         return self._rows_of_files(reading)
 
     def _rows_of_files(self, reading: Reading) -> Rows:
+        empty = True
         for path in self.files:
             name = self.name_inside(path)
-            for row in read_file(path, reading):
+            for row in read_file(path, reading, may_be_empty=True):
+                empty = False
                 yield replace(row, file=name)
+        if empty:
+            raise DataError(f"{self.name}: not one of {len(self.files):,} files holds a row; write at least one row")
 
     def name_inside(self, path: Path) -> str:
         """The file's name inside the folder, with `/` on every system."""
-        return path.relative_to(self.folder).as_posix() if self.folder is not None else path.name
+        if self.folder is None or not path.is_relative_to(self.folder):
+            return path.name
+        return path.relative_to(self.folder).as_posix()
 
     def fingerprint(self) -> str:
         """SHA-256 of the content in hexadecimal: of a file its bytes, of a folder its files' names and digests."""
@@ -66,9 +72,15 @@ def open_source(name: str | Path, columns: Collection[str] | None = None, max_ro
     """
     text = str(name)
     path = Path(name)
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a folder above that may not be entered, a name that is too long
+        raise DataError(
+            f"{text[:200]}: cannot be looked at: {error.strerror}; check the path and its permissions"
+        ) from None
+    if is_folder:
         return _folder(text, path, None, columns, max_row_bytes)
-    if not path.exists():
+    if not exists:
         before, colon, split = text.rpartition(":")
         if colon and Path(before).is_dir():
             return _folder(text, Path(before), split, columns, max_row_bytes)

@@ -106,8 +106,16 @@ def _walk(folder: Path) -> Iterator[tuple[PurePosixPath, list[str]]]:
         count += len(entries)
         if count > MAX_FILES:
             raise DataError(f"{folder}: more than {MAX_FILES:,} files below it; give the folder that holds the data")
-        waiting += [inner / entry.name for entry in entries if entry.is_dir()]
-        yield inner, [entry.name for entry in entries if not entry.is_dir()]
+        folders = [entry.name for entry in entries if _is_folder(entry)]
+        waiting += [inner / name for name in folders]
+        yield inner, [entry.name for entry in entries if entry.name not in folders]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _saved_to_disk(folder: Path) -> list[str] | None:
@@ -124,14 +132,14 @@ def _saved_to_disk(folder: Path) -> list[str] | None:
 
 
 def _is_data(path: Path) -> bool:
-    if path.name.lower() in METADATA or not is_data_name(path.name):
+    if path.name.lower() in METADATA or not is_data_name(path.name) or (path.is_file() and not path.stat().st_size):
         return False
     return PurePosixPath(bare_name(path.name)).suffix.lower() != ".json" or _holds_rows(path)
 
 
 def _holds_rows(path: Path) -> bool:
     """Whether a .json file is an array or lines of objects, and not one object over several lines."""
-    if not path.is_file() or not path.stat().st_size:
+    if not path.is_file():
         return False
     start = head(path).removeprefix(UTF8_BOM).lstrip()
     first, newline, _ = start.partition(b"\n")

@@ -52,6 +52,8 @@ def fetch(hub_id: HubId) -> tuple[tuple[Path, ...], tuple[str, ...]]:
         ) from error
     split = _split(hub_id, splits)
     others = tuple(f"{name}: not trained on, beside {split}" for name in splits if name != split)
+    if not splits[split]:
+        raise DataError(f"{hub_id.name}: `datasets` keeps it in memory; unset HF_DATASETS_IN_MEMORY_MAX_SIZE")
     return tuple(Path(file) for file in splits[split]), others
 
 

@@ -7,7 +7,6 @@ reader nor goes unseen. A file that cannot be read at all raises `DataError`.
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePath
 
@@ -23,7 +22,9 @@ __all__ = ["READERS", "BadRow", "Row", "Rows", "decode_json", "is_data_name", "r
 
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 PARQUET_MAGIC = b"PAR1"
+ZIP_MAGIC = b"PK\x03\x04"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+PACKED = (".lz4", ".br", ".7z", ".rar", ".z", ".lzma", ".lzo", ".snappy")
 COLUMNAR = (".parquet", ".arrow", ".feather")
 LINES_TO_JSON = (
     'python3 -c "import json, sys; '
@@ -40,11 +41,11 @@ def read_rows(path: Path, max_row_bytes: int = MAX_ROW_BYTES, columns: Collectio
     return read_file(path, Reading(columns, max_row_bytes))
 
 
-def read_file(path: Path, reading: Reading) -> Rows:
-    """As `read_rows`, with what was not read noted in `reading.unread`."""
+def read_file(path: Path, reading: Reading, *, may_be_empty: bool = False) -> Rows:
+    """As `read_rows`, with what was not read noted in `reading.unread`; one part of many may hold no row."""
     _check_regular(path)
-    reader = READERS[_kind(path)]
-    return _watched(path, reader(path, reading))
+    reader = READERS[_kind(path, may_be_empty)]
+    return _watched(path, reader(path, reading), may_be_empty)
 
 
 def is_data_name(name: str) -> bool:
@@ -68,7 +69,7 @@ def _check_regular(path: Path) -> None:
         raise DataError(f"{path}: only a pointer of Git LFS, not the data; fetch them: git lfs pull")
 
 
-def _kind(path: Path) -> str:
+def _kind(path: Path, may_be_empty: bool) -> str:
     """The suffix that tells the reader: by the content where that is sure, else by the name."""
     compression = compression_of(path)
     start = head(path)
@@ -77,13 +78,13 @@ def _kind(path: Path) -> str:
         suffix = ".parquet"
     elif start.startswith(FILE_MAGIC):
         suffix = ".arrow"
-    if suffix not in READERS:
+    if suffix not in READERS or start.startswith(ZIP_MAGIC):
         raise DataError(_unknown(path, suffix, start))
     if compression is not None and suffix in COLUMNAR:
         raise DataError(
             f"{path}: {suffix} inside {compression.name}; unpack it first: {compression.unpack} {path.name}"
         )
-    if not start:
+    if not start and not may_be_empty:
         raise DataError(f"{path}: the file is empty once it is unpacked; write at least one row")
     if suffix not in COLUMNAR and start.startswith(UTF16_BOMS):
         raise DataError(f"{path}: the file is UTF-16; save it as UTF-8")
@@ -93,18 +94,22 @@ def _kind(path: Path) -> str:
 def _unknown(path: Path, suffix: str, start: bytes) -> str:
     if suffix in (".xlsx", ".xls", ".ods"):
         return f"{path}: a spreadsheet; save it as CSV (UTF-8, commas)"
-    if suffix in (".tar", ".tgz") or zipfile.is_zipfile(path) or start[257:262] == b"ustar":
+    if suffix in PACKED:
+        return f"{path}: packed in a way that is not read; unpack it first, or pack it as .gz"
+    if suffix in (".tar", ".tgz") or start.startswith(ZIP_MAGIC) or start[257:262] == b"ustar":
         return f"{path}: an archive of files; unpack it and give the folder"
     if suffix == ".txt":
         return (
             f"{path}: a .txt file does not say where a row ends; if every line is a row, write it as JSON lines:\n"
             f"  {LINES_TO_JSON}< {path.name} > {path.stem}.jsonl"
         )
+    what = repr(suffix) if suffix else "a name without suffix"
+    rename = "" if b"\0" in start else "if it holds JSON lines, rename it to .jsonl; else "
     kinds = ", ".join(READERS)
-    return f"{path}: cannot tell how to read {suffix or 'a name without suffix'!r}; convert or rename it to {kinds}"
+    return f"{path}: cannot tell how to read {what}; {rename}convert it to one of {kinds}"
 
 
-def _watched(path: Path, rows: Rows) -> Rows:
+def _watched(path: Path, rows: Rows, may_be_empty: bool) -> Rows:
     """The rows; a file that breaks, changes or turns out to hold none raises `DataError`."""
     before = _state(path)
     line = 0
@@ -117,7 +122,7 @@ def _watched(path: Path, rows: Rows) -> Rows:
         raise DataError(f"{path}: cannot be read {where}: {reason_of(error)}; get the file anew, whole") from error
     if _state(path) != before:
         raise DataError(f"{path}: the file changed while it was read; start again when it is written")
-    if not line:
+    if not line and not may_be_empty:
         raise DataError(f"{path}: the file holds no rows, only blank lines or a header; write at least one row")
 
 

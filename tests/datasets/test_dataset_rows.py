@@ -130,6 +130,20 @@ def test_a_csv_with_too_many_or_repeated_columns_is_refused(tmp_path: Path) -> N
         rows_of(tmp_path / "b.csv", b"text,text\na,b\n")
 
 
+def test_a_table_separated_by_tabs_is_read(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "a.tsv", b'text\tn\na, b\t1\n"c\td"\t2\n')
+    assert rows == [Row(2, {"text": "a, b", "n": "1"}), Row(3, {"text": "c\td", "n": "2"})]
+
+
+def test_nul_bytes_in_a_table_are_named(tmp_path: Path) -> None:
+    good, bad = rows_of(tmp_path / "a.csv", b"text,n\na,\nb\0,2\n")
+    assert good == Row(2, {"text": "a", "n": ""})  # an empty cell is an empty string
+    assert isinstance(bad, BadRow)
+    assert "NUL" in bad.reason
+    with pytest.raises(DataError, match="UTF-16"):
+        rows_of(tmp_path / "b.csv", "text,n\na,b\n".encode("utf-16-le"))
+
+
 def test_parquet_gives_nested_rows(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -174,6 +188,9 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16"),
         ("a.xlsx", b"x", "save it as CSV"),
         ("a.data", b"x", r"rename it to \.jsonl"),
+        ("a.data", b"\0", r"'\.data'; convert it to one of"),
+        ("a.jsonl.lz4", b"x", "unpack it first"),
+        ("a.jsonl", b"PK\x03\x04", "unpack it and give the folder"),
         ("a", b"x", "without suffix"),
     ],
 )
@@ -202,7 +219,7 @@ def test_what_json_writes_is_read_back(
     ]
 
 
-@given(st.binary(max_size=300), st.sampled_from([".jsonl", ".json", ".csv"]))
+@given(st.binary(max_size=300), st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".arrow", ".parquet"]))
 def test_any_bytes_give_rows_bad_rows_or_a_data_error(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str
 ) -> None:
