@@ -65,7 +65,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        names = _names_in(index)
     for name in names:
         if Path(name).name != name:
             raise BaseModelError(f"{index} names {name!r}, which is not a file of its own folder")
@@ -74,7 +74,23 @@ def checkpoint_files(folder: Path) -> list[Path]:
                 f"{folder / name} is missing; a base model is stored as safetensors (no pickle files), "
                 "so complete the download or convert it with save_pretrained"
             )
+    single = folder / "model.safetensors"
+    if single.is_file() and single.name not in names:
+        raise BaseModelError(
+            f"{single} and {index} are two sets of weights in one folder ({index.name} names {', '.join(names[:3])}); "
+            "remove one of them"
+        )
     return [folder / name for name in names]
+
+
+def _names_in(index: Path) -> list[str]:
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelError(f"{index} is no index of weights ({error!r}); download it again") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise BaseModelError(f"{index} names no files of weights; download it again")
+    return sorted(names)
 
 
 def _stored_tensors(file: Path) -> list[tuple[str, str, list[int], Iterator[bytes]]]:

@@ -22,7 +22,7 @@ from fedmoe.gateway.evaluate import held_out_blocks
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.algebra import scaled
 from fedmoe.lora.codec import digest
-from fedmoe.models.base import LoadedBase, load_base
+from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
 from fedmoe.models.device import choose_device, pin_threads
 from fedmoe.models.schedule import LoraConfig
 from fedmoe.qwen_finetune import Evaluation, QwenLoRAExpert
@@ -210,12 +210,15 @@ class Evaluator:
 def run_evaluator(config: EvaluatorConfig) -> None:
     """Run an evaluator until it is told to stop (SIGTERM, SIGINT)."""
     pin_threads()
+    chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
     load_rows(Path(config.held_out))  # a file that cannot be used is told before a base model is loaded
     token = config.token.get_secret_value() if config.token else None
     with CoordinatorClient(config.coordinator_url, token) as client:
         # So is a wrong URL or token, and a coordinator without a gate.
         client.gateway_verdicts(1)
-        base = load_base(config.base_model, choose_device(config.device), config.dtype)
+        base = load_base(config.base_model, choose_device(config.device), config.dtype, chat)
+        for note in base.notes:
+            _log.warning("base_model_note", note=note)
         blocks = held_out_blocks(Path(config.held_out), base, config.max_length, config.held_out_blocks)
         _log.info("held_out", file=config.held_out, blocks=len(blocks))
         scorer = HeldOutScorer(base, blocks, config.batch_size)
