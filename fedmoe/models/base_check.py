@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedmoe.models.chat_template import rendered, templates_of, variables
+from fedmoe.models.chat_template import OTHER_TEMPLATE, rendered, templates_of, variables
 from fedmoe.models.identity import BaseModelError
 from fedmoe.models.stopping import context_of, end_marks, special_tokens, stops_of
 
@@ -98,7 +98,7 @@ def template_findings(where: str, tokenizer: PreTrainedTokenizerBase) -> tuple[l
     if not parts[1]:
         return [
             f"{where}: the chat template does not show what was said: of a question and an answer it makes "
-            f"{shown[:120]!r}; give another with --chat-template FILE"
+            f"{shown[:120]!r}; {OTHER_TEMPLATE}"
         ], []
     split = [mark for mark in dict.fromkeys(_MARK.findall("".join(parts))) if _pieces(tokenizer, mark) > 1]
     ends = [mark for mark in split if mark in tail]

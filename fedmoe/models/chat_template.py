@@ -21,6 +21,8 @@ from fedmoe.models.identity import BaseModelError
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
+#: Advice where a template is the trouble.
+OTHER_TEMPLATE = "give one with --chat-template FILE (in an arena's configuration: chat_template)"
 # What rows and callers decide; a fixed value would overrule them without a word.
 _NOT_FIXED = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
 _OWN_NAMES = frozenset({"raise_exception", "strftime_now", "bos_token", "eos_token", "pad_token", "unk_token"})
@@ -44,7 +46,6 @@ class ChatTemplate:
 
     text: str | None = None
     kwargs: Mapping[str, Json] = field(default_factory=dict)
-    source: str = "--chat-template"
 
     @classmethod
     def given(cls, file: str | Path | None, kwargs: str | Mapping[str, Json] | None) -> ChatTemplate:
@@ -52,10 +53,12 @@ class ChatTemplate:
         values = _arguments(kwargs) if isinstance(kwargs, str) else dict(kwargs or {})
         for name in values:
             if name in _NOT_FIXED or not _NAME.fullmatch(name):
-                raise BaseModelError(f"--chat-template-kwargs cannot set {name!r}: every conversation decides it")
+                raise BaseModelError(
+                    f"the chat template's arguments cannot set {name!r}: every conversation decides it"
+                )
         if file is None:
             return cls(None, values)
-        return cls(_read(Path(file).expanduser()), values, str(file))
+        return cls(_read(Path(file).expanduser()), values)
 
     def apply(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         """Make it the tokenizer's template; `where` names the tokenizer in errors.
@@ -70,17 +73,13 @@ class ChatTemplate:
         own = tokenizer.chat_template
         texts = own if isinstance(own, dict) else {"default": own} if own else {}
         if not texts:
-            raise BaseModelError(
-                f"{where} has no chat template that --chat-template-kwargs could speak to; give one with "
-                "--chat-template FILE"
-            )
+            raise BaseModelError(f"{where} has no chat template that the arguments could go to; {OTHER_TEMPLATE}")
         used = frozenset().union(*(variables(text, where) for text in texts.values()))
         unknown = sorted(self.kwargs.keys() - used)
         if unknown:
             asked = ", ".join(sorted(used - _NOT_FIXED - _OWN_NAMES)) or "none"
             raise BaseModelError(
-                f"--chat-template-kwargs sets {', '.join(unknown)}, which the chat template of {where} never asks for; "
-                f"it asks for: {asked}"
+                f"the chat template of {where} never asks for the argument {', '.join(unknown)}; it asks for: {asked}"
             )
         # The newline ends with the block and leaves the template's own first line at the start of a line.
         head = "".join(f"{{% set {name} = {_literal(value)} %}}" for name, value in self.kwargs.items()) + "\n"
@@ -100,8 +99,7 @@ def variables(template: str, where: str) -> frozenset[str]:
         line = getattr(error, "lineno", None)
         place = f" (line {line})" if line else ""
         raise BaseModelError(
-            f"the chat template of {where} is no Jinja template: {error}{place}; mend it, or give another with "
-            "--chat-template FILE"
+            f"the chat template of {where} is no Jinja template: {error}{place}; mend it, or {OTHER_TEMPLATE}"
         ) from error
 
 
@@ -147,22 +145,22 @@ def _read(file: Path) -> str:
     try:
         text = file.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise BaseModelError(f"--chat-template {file} is not UTF-8 text; give a Jinja file") from error
+        raise BaseModelError(f"the chat template file {file} is not UTF-8 text; give a Jinja file") from error
     except OSError as error:
-        raise BaseModelError(f"--chat-template {file} cannot be read: {error.strerror}") from error
+        raise BaseModelError(f"the chat template file {file} cannot be read: {error.strerror}") from error
     try:
         is_json = isinstance(json.loads(text), dict | list | str)
     except ValueError:
         is_json = False
     if is_json:
         raise BaseModelError(
-            f"--chat-template {file} is JSON; give the template itself in a file of its own, such as a model's "
+            f"the chat template file {file} is JSON; give the template itself in a file of its own, such as a model's "
             "chat_template.jinja"
         )
     if "messages" not in variables(text, str(file)):
         raise BaseModelError(
-            f"--chat-template {file} never asks for `messages`, so every conversation would read alike; give a Jinja "
-            "template such as a model's chat_template.jinja"
+            f"the chat template file {file} never asks for `messages`, so every conversation would read alike; give a "
+            "Jinja template such as a model's chat_template.jinja"
         )
     return text
 

@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fedmoe.files import write_atomic
 from fedmoe.models.cache import cache_root
@@ -57,7 +58,10 @@ def tokenizer_hash(folder: Path) -> str:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise BaseModelError(f"{file} is missing; a base model needs a fast tokenizer stored as tokenizer.json")
-    return canonical_tokenizer_hash(file.read_text("utf-8"))
+    try:
+        return canonical_tokenizer_hash(file.read_text("utf-8"))
+    except ValueError as error:
+        raise BaseModelError(f"{file} is not JSON ({error}); download it again") from error
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -99,7 +103,7 @@ def _stored_tensors(file: Path) -> list[tuple[str, str, list[int], Iterator[byte
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
         if not 0 < length <= min(_HEADER_LIMIT, os.path.getsize(file) - 8):
             raise BaseModelError(f"{file} is not a safetensors file or is cut short; download it again")
-        header = json.loads(stream.read(length))
+        header = _header(file, stream.read(length))
     start = 8 + length
     if max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0) > (
         os.path.getsize(file) - start
@@ -115,6 +119,20 @@ def _stored_tensors(file: Path) -> list[tuple[str, str, list[int], Iterator[byte
         for name, entry in header.items()
         if name != "__metadata__"
     ]
+
+
+def _header(file: Path, text: bytes) -> dict[str, dict[str, Any]]:
+    try:
+        header = json.loads(text)
+        well_formed = all(
+            name == "__metadata__" or {"dtype", "shape", "data_offsets"} <= entry.keys()
+            for name, entry in header.items()
+        )
+    except (ValueError, AttributeError):
+        well_formed = False
+    if not well_formed:
+        raise BaseModelError(f"{file} is not a safetensors file; download it again")
+    return dict(header)
 
 
 def _read_range(file: Path, start: int, stop: int) -> Iterator[bytes]:
