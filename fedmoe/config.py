@@ -184,6 +184,8 @@ class EvaluatorConfig(_CallerConfig):
     batch_size: Annotated[int, Field(ge=1)] = 4
     poll_interval: SyncInterval = DEFAULT_SYNC_INTERVAL
     base_model: str = "Qwen/Qwen2.5-0.5B-Instruct"
+    chat_template: str | None = None
+    chat_template_kwargs: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
@@ -201,6 +203,8 @@ class WorkerConfig(_CallerConfig):
     dataset: str
     sync_interval: SyncInterval = DEFAULT_SYNC_INTERVAL
     base_model: str = "Qwen/Qwen2.5-0.5B-Instruct"
+    chat_template: str | None = None
+    chat_template_kwargs: str | None = None
     state_dir: str | None = None
     max_steps: Annotated[int, Field(ge=0)] = 0
     max_unsynced: Positive = 600.0

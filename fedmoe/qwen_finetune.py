@@ -14,12 +14,13 @@ from transformers import GenerationConfig
 from fedmoe.datasets.packing import Batch, Block, collate
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.manifest import Manifest
-from fedmoe.models.base import LoadedBase
+from fedmoe.models.base import LoadedBase, stop_tokens
 from fedmoe.models.device import LossScale, autocast
 from fedmoe.models.lora_layers import attach
 from fedmoe.models.packed import check_model, count_targets, enable_checkpointing, token_losses
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.schedule import LoraConfig, ScheduleEnded, TrainingConfig, learning_rate_at
+from fedmoe.models.stopping import without_stops
 
 __all__ = [
     "Evaluation",
@@ -168,18 +169,20 @@ class QwenLoRAExpert:
             turn = [{"role": "user", "content": prompt}]
             text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(self.base.device)
+        stops = stop_tokens(self.base)
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            eos_token_id=sorted(stops),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops),
         )
         model.eval()
         with torch.no_grad(), autocast(self.base.device, self.base.dtype):
             output = model.generate(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
             )
-        return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        said = without_stops(output[0, inputs["input_ids"].shape[1] :].tolist(), stops)
+        return str(tokenizer.decode(said, skip_special_tokens=True))
 
     def optimizer_state(self) -> OptimizerState:
         """All that the next step depends on beside the weights, as arrays that safetensors can hold.

@@ -104,7 +104,7 @@ LAYERS: dict[str, set[str]] = {
         *("arena.switching", "arena.task", "arena.teams", "arena.trajectory"),
     },
     "arena.tasks": {"arena.task"},
-    "arena.chat": {"arena.task"},
+    "arena.chat": {"arena.task", "models"},
     # What it computes, keeps and says.
     "arena.rollout": {"arena.chat", "arena.engines.protocol", "arena.task", "arena.trajectory"},
     "arena.learner": {"lora", "models", "arena.loss", "arena.trajectory"},

@@ -8,6 +8,7 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from fedmoe.arena.task import Message, TaskError
+from fedmoe.models.stopping import end_marks, without_stops
 
 
 class Codec(Protocol):
@@ -30,6 +31,7 @@ class ChatCodec:
             raise TaskError("the base model's tokenizer has no chat template; the arena needs an instruction model")
         self._tokenizer = tokenizer
         self._max = max_prompt_tokens
+        self._stops = frozenset(end_marks(tokenizer))
         self._known: dict[tuple[Message, ...], tuple[int, ...]] = {}
 
     def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
@@ -44,8 +46,8 @@ class ChatCodec:
         return found
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of an answer, without special tokens."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        """The text of an answer, without special tokens and the mark that ends it."""
+        return str(self._tokenizer.decode(without_stops(tokens, self._stops), skip_special_tokens=True))
 
     def forget(self) -> None:
         """Drop the cache of encoded prompts."""

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from fedmoe.arena.loss import AGGREGATIONS, LOSSES
 from fedmoe.wire.messages import ExpertName, WorkerName
@@ -146,6 +146,8 @@ class ArenaConfig(_Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     base_model: str = "smollm2"
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, JsonValue] = {}
     phases: tuple[Phase, ...] = (Phase(mode="mixed", iterations=30),)
     task: TaskSection = TaskSection()
     policies: PolicySection = PolicySection()

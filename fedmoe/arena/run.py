@@ -42,7 +42,7 @@ from fedmoe.arena.trainer import Trainer
 from fedmoe.files import lock_folder
 from fedmoe.lora.codec import digest
 from fedmoe.lora.initial import initial_adapter
-from fedmoe.models.base import LoadedBase, load_base
+from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
 from fedmoe.models.multilora import MultiLora
 from fedmoe.record import RecordWriter, read_records
 
@@ -141,6 +141,7 @@ def _assemble(
     config: ArenaConfig, options: RunOptions, found: Loaded | None, logs: RunLogs, stack: ExitStack, watch: Watch
 ) -> _Run:
     started = time.time()
+    chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
     rollout, learner_device, plan = place(options.rollout_device, options.learner_device)
     limit, sentence = choose_limit(options.memory_limit_gb, available_memory())
     if options.gpu_memory_limit_gb is not None:
@@ -148,8 +149,10 @@ def _assemble(
             logs.runner.info("gpu_memory", plan=limit_gpu(device, options.gpu_memory_limit_gb))
     logs.runner.info("run_begins", devices=plan, memory=sentence, iterations=config.iterations, task=config.task.name)
     task = make_task(config.task.name, config.task.options)
-    base = load_base(config.base_model, learner_device, options.dtype)
+    base = load_base(config.base_model, learner_device, options.dtype, chat)
     logs.runner.info("base_model", **base.report)
+    for note in base.notes:
+        logs.runner.warning("base_model_note", note=note)
     multi = MultiLora(base.model)
     engine = stack.enter_context(make_engine(config, options.folder, base, multi, rollout))
     learner = Learner(base, multi, _learner_config(config))

@@ -11,8 +11,8 @@ import torch
 
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.engines.protocol import Engine, EngineError
-from fedmoe.arena.engines.transformers_engine import TransformersEngine, stop_tokens
-from fedmoe.models.base import LoadedBase, load_base
+from fedmoe.arena.engines.transformers_engine import TransformersEngine
+from fedmoe.models.base import ChatTemplate, LoadedBase, load_base, stop_tokens
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.sampling import SamplingLimits
 
@@ -49,7 +49,8 @@ def make_engine(
         return
     limits = SamplingLimits(rows=config.engine.rows)
     if device != base.device:
-        base = load_base(config.base_model, device, base.dtype)
+        chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
+        base = load_base(config.base_model, device, base.dtype, chat)
         multi = MultiLora(base.model)
     engine = TransformersEngine(base, multi, limits)
     try:

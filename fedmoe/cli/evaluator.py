@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fedmoe.cli.options import ChatTemplateFile, ChatTemplateKwargs
 from fedmoe.cli.output import CommandError, given
 from fedmoe.config import DEFAULT_SYNC_INTERVAL, EvaluatorConfig
 from fedmoe.logs import configure
@@ -39,6 +40,8 @@ def evaluator(
     base_model: Annotated[
         str | None, typer.Option(help="smollm2, tiny, a folder or a hub id. [default: Qwen/Qwen2.5-0.5B-Instruct]")
     ] = None,
+    chat_template: ChatTemplateFile = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     device: Annotated[str | None, typer.Option(help="auto (default), cpu, cuda, cuda:1, mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (default), bf16, fp16, fp32.")] = None,
     token: Annotated[str | None, typer.Option(help="Join token; better as FEDMOE_TOKEN.", show_default=False)] = None,

@@ -8,12 +8,21 @@ from typing import Annotated, TextIO
 
 import typer
 
+from fedmoe.cli.base_model import given_template, loaded
 from fedmoe.cli.experts import show_listing
 from fedmoe.cli.gateway_audit import audit
 from fedmoe.cli.gateway_evaluate import evaluate
 from fedmoe.cli.gateway_export import GATEWAY, export, pull
-from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
-from fedmoe.cli.output import CommandError, show_json
+from fedmoe.cli.options import (
+    DEFAULT_URL,
+    AsJson,
+    ChatTemplateFile,
+    ChatTemplateKwargs,
+    CoordinatorUrl,
+    Token,
+    client,
+)
+from fedmoe.cli.output import show_json
 from fedmoe.cli.serve import serve
 from fedmoe.files import write_atomic
 from fedmoe.lora.formats import npz_bytes
@@ -88,17 +97,18 @@ def generate(
     expert: Annotated[str, typer.Option(help="An expert's name, or 'gateway'.")] = GATEWAY,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    chat_template: ChatTemplateFile = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
     token: Token = None,
 ) -> None:
     """Load the gateway (or an expert) on its base model and let it answer."""
+    chat = given_template(chat_template, chat_template_kwargs)
     with client(coordinator_url, token) as api:
         adapter = pull(api, expert).adapter
-    try:
-        from fedmoe.worker.inference import answer
-    except ModuleNotFoundError as error:
-        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
-    print(answer(adapter, base_model, device, prompt, max_new_tokens))
+    from fedmoe.worker.inference import answer
+
+    print(answer(adapter, loaded(base_model, device, chat), prompt, max_new_tokens))
 
 
 def get_gateway_model(

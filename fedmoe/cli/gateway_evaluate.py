@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedmoe.cli.base_model import given_template, loaded
 from fedmoe.cli.gateway_export import GATEWAY, base_of, pull
-from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
+from fedmoe.cli.options import (
+    DEFAULT_URL,
+    AsJson,
+    ChatTemplateFile,
+    ChatTemplateKwargs,
+    CoordinatorUrl,
+    Token,
+    client,
+)
 from fedmoe.cli.output import CommandError, show_json, show_table
 from fedmoe.errors import RefusedError
 from fedmoe.files import write_atomic
@@ -24,6 +33,7 @@ from fedmoe.wire.client import CoordinatorClient
 if TYPE_CHECKING:
     from fedmoe.gateway.losses import LossMatrix
     from fedmoe.gateway.retained import Retained
+    from fedmoe.models.base import LoadedBase
 
 #: The row of the routed gateway.
 ROUTED = "routed"
@@ -45,6 +55,8 @@ def evaluate(
     max_length: Annotated[int, typer.Option(min=8, help="Tokens a block.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Blocks at once.")] = 4,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    chat_template: ChatTemplateFile = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the results into this PNG file.")] = None,
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
     token: Token = None,
@@ -56,10 +68,12 @@ def evaluate(
     its first 32 tokens are routed to.
     """
     files = _files(domains)
+    chat = given_template(chat_template, chat_template_kwargs)
     with client(coordinator_url, token) as api:
         adapters, identity = _models(api)
         prompts = _prompt_statistics(api, adapters.keys())
-    matrix = _measure(base_model, identity, adapters, files, (blocks, max_length, batch_size), device, prompts)
+    base = loaded(base_model, device, chat)
+    matrix = _measure(base, identity, adapters, files, (blocks, max_length, batch_size), prompts)
     found = _retained(matrix, [name for name in (GATEWAY, ROUTED) if name in matrix.models])
     if as_json:
         from fedmoe.gateway.report import report_json
@@ -117,26 +131,22 @@ def _prompt_statistics(api: CoordinatorClient, models: Set[str]) -> dict[str, Pr
 
 
 def _measure(
-    base_model: str,
+    base: LoadedBase,
     identity: BaseModel,
     adapters: Mapping[str, Adapter],
     files: Mapping[str, Path],
     sizes: tuple[int, int, int],
-    device: str,
     prompts: Mapping[str, PromptStatistics],
 ) -> LossMatrix:
-    try:
-        from fedmoe.gateway.evaluate import evaluate as measure
-        from fedmoe.gateway.evaluate import held_out_blocks, routed_to
-        from fedmoe.models.base import load_base
-    except ModuleNotFoundError as error:
-        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
+    from fedmoe.gateway.evaluate import evaluate as measure
+    from fedmoe.gateway.evaluate import held_out_blocks, routed_to
+
     limit, max_length, batch_size = sizes
-    base = load_base(base_model, device)
     if base.identity.weights_hash != identity.weights_hash:
         raise CommandError(
-            f"the experts were trained on {identity.name} (weights {identity.weights_hash[:12]}), but {base_model} has "
-            f"weights {base.identity.weights_hash[:12]}; name the federation's base model with --base-model"
+            f"the experts were trained on {identity.name} (weights {identity.weights_hash[:12]}), but "
+            f"{base.identity.name} has weights {base.identity.weights_hash[:12]}; name the federation's base "
+            "model with --base-model"
         )
     held_out = {name: held_out_blocks(file, base, max_length, limit) for name, file in files.items()}
     matrix = measure(base, adapters, held_out, batch_size, lambda line: print(line, file=sys.stderr))

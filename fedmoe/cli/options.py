@@ -22,6 +22,13 @@ AdminToken = Annotated[
     str | None,
     typer.Option("--token", envvar=["FEDMOE_ADMIN_TOKEN", "FEDMOE_TOKEN"], help="Admin token, where one is asked for."),
 ]
+# Text, so that one place judges them, the one that loads the base model.
+ChatTemplateFile = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Jinja file to use instead of the base model's chat template.")
+]
+ChatTemplateKwargs = Annotated[
+    str | None, typer.Option(metavar="JSON", help='Arguments of the chat template, such as {"enable_thinking": false}.')
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
+from fedmoe.cli.base_model import given_template, loaded
 from fedmoe.cli.coordinator import check_tls
-from fedmoe.cli.options import DEFAULT_URL, CoordinatorUrl, Token, client
+from fedmoe.cli.options import DEFAULT_URL, ChatTemplateFile, ChatTemplateKwargs, CoordinatorUrl, Token, client
 from fedmoe.cli.output import CommandError
 from fedmoe.logs import configure
 
@@ -38,6 +39,8 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=0, help="Answers that may wait; more are refused (429).")] = 128,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16.")] = "auto",
+    chat_template: ChatTemplateFile = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     backend: Annotated[BackendKind, typer.Option(help="Where tokens are computed.")] = BackendKind.transformers,
     vllm_url: Annotated[str | None, typer.Option(help="The vLLM server, for --backend vllm.")] = None,
     vllm_model: Annotated[str, typer.Option(help="The base model's name on the vLLM server.")] = "base",
@@ -59,11 +62,11 @@ def serve(
         raise CommandError("TLS needs both --tls-cert and --tls-key")
     check_tls(tls_cert, tls_key)
     configure()
+    chat = given_template(chat_template, chat_template_kwargs)
     keys, loopback = _keys(host, api_keys, insecure)
     try:
         from fedmoe.gateway.serve import process
         from fedmoe.gateway.serve.service import Limits
-        from fedmoe.models.base import load_base
         from fedmoe.models.device import pin_threads
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
@@ -78,7 +81,7 @@ def serve(
                 "the coordinator has no experts yet, so nobody knows what to serve; start a worker, or register an "
                 "expert with 'fedmoe experts create'"
             )
-        base = load_base(base_model, device, dtype)
+        base = loaded(base_model, device, chat, dtype)
         maker = process.backend_maker(max_batch, address)
         with process.opened(api, manifest.manifest(), base, maker, limits, gate, poll_interval) as running:
             process.listen(running, gate)

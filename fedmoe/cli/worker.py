@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fedmoe.cli.options import ChatTemplateFile, ChatTemplateKwargs
 from fedmoe.cli.output import CommandError, given
 from fedmoe.config import DEFAULT_SYNC_INTERVAL, WorkerConfig
 from fedmoe.logs import configure
@@ -38,6 +39,8 @@ def worker(
     base_model: Annotated[
         str | None, typer.Option(help="smollm2, tiny, a folder or a hub id. [default: Qwen/Qwen2.5-0.5B-Instruct]")
     ] = None,
+    chat_template: ChatTemplateFile = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     state_dir: Annotated[str | None, typer.Option(help="Identity and checkpoints. [default: runs/workers/ID]")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps. [default: never]")] = None,
     max_unsynced: Annotated[

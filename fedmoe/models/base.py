@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,14 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from fedmoe.manifest import BaseModel
+from fedmoe.models.base_check import LoadedWeights, check_loaded, check_settings, refuse, stored_template_findings
 from fedmoe.models.cache import make_once
+from fedmoe.models.chat_template import ChatTemplate, template_hash
 from fedmoe.models.device import choose_device, choose_dtype
 from fedmoe.models.identity import BaseModelError, checkpoint_files, tokenizer_hash, weights_hash
 from fedmoe.models.smollm2 import REVISION as SMOLLM2_REVISION
 from fedmoe.models.smollm2 import prepare_smollm2
+from fedmoe.models.stopping import context_of, stops_of
 from fedmoe.models.tiny import save_tiny, tiny_hashes, tiny_model, tiny_tokenizer
 
-__all__ = ["BaseModelError", "LoadedBase", "load_base", "prepare_base"]
+__all__ = ["BaseModelError", "ChatTemplate", "LoadedBase", "context_length", "load_base", "prepare_base", "stop_tokens"]
 
 _TINY_REVISION = "1"
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w.-]+)?$")
@@ -32,7 +35,10 @@ _HUB_FILES += ["special_tokens_map.json", "vocab.json", "merges.txt", "chat_temp
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A frozen base model on its device, its tokenizer, its identity, and a `report` of how it was loaded."""
+    """A frozen base model on its device, its tokenizer, its identity, and a `report` of how it was loaded.
+
+    `notes` are what its parts do that users should know of.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -40,6 +46,17 @@ class LoadedBase:
     device: torch.device
     dtype: torch.dtype
     report: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def stop_tokens(base: LoadedBase) -> frozenset[int]:
+    """The tokens that end an answer wherever one is generated: see `stops_of`."""
+    return stops_of(base.tokenizer, base.model.generation_config)
+
+
+def context_length(base: LoadedBase) -> int:
+    """How many tokens the model has room for: see `context_of`."""
+    return context_of(base.model.config, base.tokenizer)[0]
 
 
 def prepare_base(name: str) -> Path:
@@ -51,37 +68,62 @@ def prepare_base(name: str) -> Path:
     return _locate(name)[0]
 
 
-def load_base(name: str, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> LoadedBase:
+def load_base(
+    name: str,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    chat: ChatTemplate | None = None,
+) -> LoadedBase:
     """Load a base model (names as in `prepare_base`) frozen, in evaluation mode, on one device.
 
-    Its identity is that of the stored checkpoint and does not depend on device or dtype.
+    Its identity is that of the stored checkpoint and does not depend on device, dtype or `chat`. Raises BaseModelError
+    where its parts do not fit together, see `base_check`.
     """
     chosen_device = choose_device(device) if isinstance(device, str) else device
     chosen_dtype = choose_dtype(dtype, chosen_device) if isinstance(dtype, str) else dtype
+    chat = chat or ChatTemplate()
     if name == "tiny":
         model, tokenizer = tiny_model(), tiny_tokenizer()
         identity = BaseModel("tiny", _TINY_REVISION, *tiny_hashes(model, tokenizer))
-        model = model.to(chosen_dtype)
+        model, notes = model.to(chosen_dtype), _check(name, model, tokenizer, LoadedWeights(), chat)
     else:
         folder, revision = _locate(name)
         # The identity travels to the coordinator: a local folder's path is nobody else's business.
         shown = folder.resolve().name if revision == "local" else name.partition("@")[0]
+        check_settings(folder)
         identity = BaseModel(shown, revision, weights_hash(folder), tokenizer_hash(folder))
-        model, tokenizer = _load_folder(folder, chosen_dtype)
+        model, tokenizer, notes = _load_folder(folder, chosen_dtype, chat)
     model = model.to(chosen_device).requires_grad_(False).eval()
-    return LoadedBase(
-        model, tokenizer, identity, chosen_device, chosen_dtype, _report(identity, chosen_device, chosen_dtype)
-    )
+    base = LoadedBase(model, tokenizer, identity, chosen_device, chosen_dtype, {}, notes)
+    return replace(base, report=_report(base, chat))
 
 
-def _report(identity: BaseModel, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def _check(
+    where: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: LoadedWeights,
+    chat: ChatTemplate,
+) -> tuple[str, ...]:
+    """Give the tokenizer its chat template, then compare all parts; the notes."""
+    chat.apply(tokenizer, where)
+    return check_loaded(where, model, tokenizer, weights)
+
+
+def _report(base: LoadedBase, chat: ChatTemplate) -> dict[str, str]:
+    identity, tokenizer = base.identity, base.tokenizer
+    length, source = context_of(base.model.config, tokenizer)
+    template = template_hash(tokenizer)
     return {
         "base": identity.name,
         "revision": identity.revision,
         "weights_hash": identity.weights_hash,
         "tokenizer_hash": identity.tokenizer_hash,
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "chat_template_hash": template if chat == ChatTemplate() else f"{template} (not the model's own)",
+        "stop_tokens": ", ".join(repr(tokenizer.decode([token])) for token in sorted(stop_tokens(base))),
+        "context": f"{length} ({source})",
+        "device": str(base.device),
+        "dtype": str(base.dtype).removeprefix("torch."),
     }
 
 
@@ -130,18 +172,33 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_folder(
+    folder: Path, dtype: torch.dtype, chat: ChatTemplate
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tuple[str, ...]]:
     disable_progress_bar()  # a bar in a log file is noise, and loading takes a second
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             attn_implementation="sdpa",
+            # What is missing or of another shape is told by us, with both values.
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the libraries raise whatever a file makes them stumble over
         raise BaseModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
-    return model, tokenizer
+    weights = LoadedWeights(
+        found["missing_keys"],
+        found["unexpected_keys"],
+        [(name, tuple(stored), tuple(wanted)) for name, stored, wanted in found["mismatched_keys"]],
+    )
+    stored: tuple[list[str], list[str]] = ([], [])
+    if chat.text is None:
+        stored = stored_template_findings(folder, tokenizer)
+    refuse(stored[0])
+    notes = _check(str(folder), model, tokenizer, weights, chat)
+    return model, tokenizer, (*stored[1], *notes)

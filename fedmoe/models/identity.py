@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fedmoe.files import write_atomic
 from fedmoe.models.cache import cache_root
@@ -57,7 +58,10 @@ def tokenizer_hash(folder: Path) -> str:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise BaseModelError(f"{file} is missing; a base model needs a fast tokenizer stored as tokenizer.json")
-    return canonical_tokenizer_hash(file.read_text("utf-8"))
+    try:
+        return canonical_tokenizer_hash(file.read_text("utf-8"))
+    except ValueError as error:
+        raise BaseModelError(f"{file} is not JSON ({error}); download it again") from error
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -65,7 +69,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        names = _names_in(index)
     for name in names:
         if Path(name).name != name:
             raise BaseModelError(f"{index} names {name!r}, which is not a file of its own folder")
@@ -74,7 +78,23 @@ def checkpoint_files(folder: Path) -> list[Path]:
                 f"{folder / name} is missing; a base model is stored as safetensors (no pickle files), "
                 "so complete the download or convert it with save_pretrained"
             )
+    single = folder / "model.safetensors"
+    if single.is_file() and single.name not in names:
+        raise BaseModelError(
+            f"{single} and {index} are two sets of weights in one folder ({index.name} names {', '.join(names[:3])}); "
+            "remove one of them"
+        )
     return [folder / name for name in names]
+
+
+def _names_in(index: Path) -> list[str]:
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelError(f"{index} is no index of weights ({error!r}); download it again") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise BaseModelError(f"{index} names no files of weights; download it again")
+    return sorted(names)
 
 
 def _stored_tensors(file: Path) -> list[tuple[str, str, list[int], Iterator[bytes]]]:
@@ -83,7 +103,7 @@ def _stored_tensors(file: Path) -> list[tuple[str, str, list[int], Iterator[byte
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
         if not 0 < length <= min(_HEADER_LIMIT, os.path.getsize(file) - 8):
             raise BaseModelError(f"{file} is not a safetensors file or is cut short; download it again")
-        header = json.loads(stream.read(length))
+        header = _header(file, stream.read(length))
     start = 8 + length
     if max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0) > (
         os.path.getsize(file) - start
@@ -99,6 +119,20 @@ def _stored_tensors(file: Path) -> list[tuple[str, str, list[int], Iterator[byte
         for name, entry in header.items()
         if name != "__metadata__"
     ]
+
+
+def _header(file: Path, text: bytes) -> dict[str, dict[str, Any]]:
+    try:
+        header = json.loads(text)
+        well_formed = all(
+            name == "__metadata__" or {"dtype", "shape", "data_offsets"} <= entry.keys()
+            for name, entry in header.items()
+        )
+    except (ValueError, AttributeError):
+        well_formed = False
+    if not well_formed:
+        raise BaseModelError(f"{file} is not a safetensors file; download it again")
+    return dict(header)
 
 
 def _read_range(file: Path, start: int, stop: int) -> Iterator[bytes]:

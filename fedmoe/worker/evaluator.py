@@ -16,13 +16,12 @@ import structlog
 from fedmoe.config import EvaluatorConfig
 from fedmoe.datasets.check import check_file
 from fedmoe.datasets.packing import Block
-from fedmoe.datasets.report import DataReport
 from fedmoe.errors import RefusedError
 from fedmoe.gateway.evaluate import held_out_blocks
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.algebra import scaled
 from fedmoe.lora.codec import digest
-from fedmoe.models.base import LoadedBase, load_base
+from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
 from fedmoe.models.device import choose_device, pin_threads
 from fedmoe.models.schedule import LoraConfig
 from fedmoe.qwen_finetune import Evaluation, QwenLoRAExpert
@@ -207,19 +206,18 @@ class Evaluator:
         return pulled
 
 
-def _log_report(report: DataReport) -> None:
-    _log.info("dataset", **report.summary)
-
-
 def run_evaluator(config: EvaluatorConfig) -> None:
     """Run an evaluator until it is told to stop (SIGTERM, SIGINT)."""
     pin_threads()
+    chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
     check_file(config.held_out).raise_problem()  # data that cannot be used are told before a base model is loaded
     token = config.token.get_secret_value() if config.token else None
     with CoordinatorClient(config.coordinator_url, token) as client:
         # So is a wrong URL or token, and a coordinator without a gate.
         client.gateway_verdicts(1)
-        base = load_base(config.base_model, choose_device(config.device), config.dtype)
+        base = load_base(config.base_model, choose_device(config.device), config.dtype, chat)
+        for note in base.notes:
+            _log.warning("base_model_note", note=note)
         blocks = held_out_blocks(
             config.held_out,
             base,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from fedmoe.lora.adapter import Adapter
-from fedmoe.models.base import load_base
+from fedmoe.models.base import LoadedBase
 from fedmoe.models.schedule import LoraConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
 
 
-def answer(adapter: Adapter, base_model: str, device: str, prompt: str, max_new_tokens: int) -> str:
-    """The greedy answer of `base_model` with `adapter` to one prompt."""
+def answer(adapter: Adapter, base: LoadedBase, prompt: str, max_new_tokens: int) -> str:
+    """The greedy answer of `base` with `adapter` to one prompt."""
     targets = tuple(sorted({module.name for module in adapter.layout.modules}))
-    base = load_base(base_model, device)
     expert = QwenLoRAExpert(base, LoraConfig(adapter.rank, adapter.alpha, target_modules=targets))
     expert.load_adapter(adapter)
     return expert.generate(prompt, max_new_tokens)

@@ -13,7 +13,7 @@ from fedmoe.datasets.check import check_file
 from fedmoe.datasets.packing import Block, BlockSampler, pack
 from fedmoe.datasets.prepare import prepare_samples
 from fedmoe.distributed_worker import DistributedWorker, SyncSettings
-from fedmoe.models.base import LoadedBase, load_base
+from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
 from fedmoe.models.device import choose_device, pin_threads
 from fedmoe.models.parallel import ProcessGroup, join_group, local_rank
 from fedmoe.models.schedule import LoraConfig, TrainingConfig
@@ -36,6 +36,7 @@ _LAST_WAIT_SECONDS = 5.0
 def run_worker(config: WorkerConfig) -> None:
     """Run a worker until its schedule ends or it is told to stop (SIGTERM, SIGINT)."""
     pin_threads()
+    chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
     check_file(config.dataset).raise_problem()
     device = choose_device(config.device, local_rank())
     state_dir = Path(config.state_dir or f"runs/workers/{config.worker_id}")
@@ -48,7 +49,7 @@ def run_worker(config: WorkerConfig) -> None:
             outbox = on_rank_zero(group, lambda: Outbox(state_dir, config.worker_id, config.specialty))
             # A wrong URL or token is told before a base model is loaded.
             on_rank_zero(group, client.federation)
-            base, blocks = _base_and_blocks(config, group)
+            base, blocks = _base_and_blocks(config, group, chat)
             # On the bare base model, so before an adapter is attached.
             disclosure = on_rank_zero(group, lambda: _disclosure(config, base, blocks, client, state_dir))
             worker = _build(config, base, blocks, group, client, state_dir, outbox, disclosure)
@@ -79,9 +80,11 @@ def _pad_id(base: LoadedBase) -> int:
     return int(pad if pad is not None else base.tokenizer.eos_token_id)
 
 
-def _base_and_blocks(config: WorkerConfig, group: ProcessGroup) -> tuple[LoadedBase, list[Block]]:
-    base = load_base(config.base_model, group.device, config.dtype)
+def _base_and_blocks(config: WorkerConfig, group: ProcessGroup, chat: ChatTemplate) -> tuple[LoadedBase, list[Block]]:
+    base = load_base(config.base_model, group.device, config.dtype, chat)
     _log.info("base_model", **base.report)
+    for note in base.notes:
+        _log.warning("base_model_note", note=note)
     return base, training_blocks(base, config, show=group.rank == 0)
 
 

@@ -9,11 +9,13 @@ import torch
 
 from fedmoe.arena.engines.protocol import AdapterKey, EngineError, FloatArray, Sample, SampleRequest
 from fedmoe.lora.adapter import Adapter
-from fedmoe.models.base import LoadedBase
+from fedmoe.models.base import LoadedBase, stop_tokens
 from fedmoe.models.final_logits import check_causal_model
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.policy_logprobs import Continuation, plan_micro_batches, token_logprobs
 from fedmoe.models.sampling import SamplingLimits, Wanted, sample
+
+__all__ = ["TransformersEngine", "stop_tokens"]
 
 
 class TransformersEngine:
@@ -80,13 +82,3 @@ class TransformersEngine:
             there = ", ".join(sorted(map(str, self._keys))) or "none"
             raise EngineError(f"{key} is not loaded; loaded are: {there}")
         return self._keys[key]
-
-
-def stop_tokens(base: LoadedBase) -> frozenset[int]:
-    """The tokens that end an answer: the tokenizer's and the generation settings' end-of-sequence tokens."""
-    configured = getattr(base.model.generation_config, "eos_token_id", None)
-    more = [configured] if isinstance(configured, int) else list(configured or [])
-    found = {token for token in [base.tokenizer.eos_token_id, *more] if token is not None}
-    if not found:
-        raise EngineError("the base model names no end-of-sequence token; answers could not end")
-    return frozenset(found)

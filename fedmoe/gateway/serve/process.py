@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fedmoe.arena.engines.protocol import AdapterKey, FloatArray
-from fedmoe.arena.engines.transformers_engine import TransformersEngine, stop_tokens
+from fedmoe.arena.engines.transformers_engine import TransformersEngine
 from fedmoe.arena.engines.verify import Probe
 from fedmoe.arena.engines.vllm_engine import VllmEngine
 from fedmoe.gateway.serve.catalogue import Catalogue
@@ -29,7 +29,7 @@ from fedmoe.gateway.serve.text import Prompter
 from fedmoe.gateway.serve.vllm_backend import VllmBackend
 from fedmoe.lora.adapter import Adapter
 from fedmoe.manifest import Manifest
-from fedmoe.models.base import LoadedBase
+from fedmoe.models.base import LoadedBase, context_length, stop_tokens
 from fedmoe.models.multilora import MultiLora
 from fedmoe.server.listening import listen as listen_on
 from fedmoe.server.listening import own_signals
@@ -105,7 +105,7 @@ def opened(
         follower.poll()
         follower.start()
         vocabulary = int(base.model.config.get_text_config().vocab_size)
-        prompter = Prompter(base.tokenizer, vocabulary, limits.prompt_tokens)
+        prompter = Prompter(base.tokenizer, vocabulary, limits.prompt_tokens, stop_tokens(base))
         service = Service(backend, catalogue, prompter, base.identity, limits, router, lambda: secrets.randbits(62))
         stack.callback(service.close)
         app = create_app(service, follower.health, gate.keys, gate.loopback_only)
@@ -121,8 +121,8 @@ def check_base(base: LoadedBase, manifest: Manifest) -> None:
 
 def within_context(limits: Limits, base: LoadedBase) -> Limits:
     """The limits, if prompt and answer together fit into the model's context; ServeError otherwise."""
-    most = int(getattr(base.model.config.get_text_config(), "max_position_embeddings", 0) or 0)
-    if most and limits.prompt_tokens + limits.output_tokens > most:
+    most = context_length(base)
+    if limits.prompt_tokens + limits.output_tokens > most:
         raise ServeError(
             f"{limits.prompt_tokens} prompt and {limits.output_tokens} output tokens do not fit into the model's "
             f"context of {most}; lower --max-prompt-tokens or --max-output-tokens"

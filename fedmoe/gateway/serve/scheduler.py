@@ -15,12 +15,11 @@ from contextlib import suppress
 import structlog
 import torch
 
-from fedmoe.arena.engines.transformers_engine import stop_tokens
 from fedmoe.gateway.serve.drawing import Row, draw
 from fedmoe.gateway.serve.protocol import BackendError, Generation, ServedModel, Step
 from fedmoe.gateway.serve.slots import Slots, closed_ranks
 from fedmoe.lora.adapter import Adapter, ShapeError
-from fedmoe.models.base import LoadedBase
+from fedmoe.models.base import LoadedBase, stop_tokens
 from fedmoe.models.final_logits import check_causal_model, logits_of
 from fedmoe.models.multilora import DecodingRows, MultiLora, UnknownAdapterError
 from fedmoe.models.sampling import SamplingLimits, Wanted, read_prompts

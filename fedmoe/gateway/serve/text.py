@@ -9,18 +9,25 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedmoe.gateway.serve.problems import ApiError, too_long
+from fedmoe.models.stopping import without_stops
 
 #: No tokenizer makes fewer tokens of a text than one for so many characters, so longer ones are refused unread.
 _MOST_CHARACTERS_A_TOKEN = 64
 
 
 class Prompter:
-    """What the tokenizer does for the server; a prompt above `most` tokens is refused, never cut."""
+    """What the tokenizer does for the server; a prompt above `most` tokens is refused, never cut.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, most: int) -> None:
+    `stops` end answers and are no part of their text.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, most: int, stops: frozenset[int] = frozenset()
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._most = most
+        self._stops = stops
 
     def of_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """The prompt of a conversation by the base model's own chat template."""
@@ -52,8 +59,9 @@ class Prompter:
         return self._checked(tokens, "prompt")
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special tokens."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        """The text of tokens, without special tokens and those that end an answer."""
+        kept = without_stops(tokens, self._stops)
+        return str(self._tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def shown(self, token: int) -> str:
         """One token by itself, special or not."""

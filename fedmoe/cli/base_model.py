@@ -1,0 +1,30 @@
+"""The base model as commands load it: its chat template judged before anything slow, its notes on standard error."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from fedmoe.cli.output import CommandError
+
+if TYPE_CHECKING:
+    from fedmoe.models.base import ChatTemplate, LoadedBase
+
+
+def given_template(file: str | None, kwargs: str | None) -> ChatTemplate:
+    """What --chat-template and --chat-template-kwargs say; raises BaseModelError for what cannot be used."""
+    try:
+        from fedmoe.models.base import ChatTemplate
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
+    return ChatTemplate.given(file, kwargs)
+
+
+def loaded(base_model: str, device: str, chat: ChatTemplate, dtype: str = "auto") -> LoadedBase:
+    """The base model; what users should know of it goes to standard error."""
+    from fedmoe.models.base import load_base
+
+    base = load_base(base_model, device, dtype, chat)
+    for note in base.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return base
