@@ -14,6 +14,7 @@ from fedmoe.gateway.route import Router
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.chat_frame import ChatFrame
+from fedmoe.models.context import context_of, resolve_max_length
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.packed import count_targets
 from fedmoe.models.prompt_features import prompt_features
@@ -53,14 +54,16 @@ def evaluate(
     return LossMatrix.of_blocks(losses, tokens)
 
 
-def held_out_blocks(file: Path, base: LoadedBase, max_length: int, limit: int | None = None) -> list[Block]:
+def held_out_blocks(file: Path, base: LoadedBase, max_length: int | None, limit: int | None = None) -> list[Block]:
     """A file read as a worker reads its data, packed in an order that is the same in every run; the first `limit`.
 
-    Raises DataError for a file that training would refuse.
+    `max_length` None is 1024 tokens, or the model's context if that is shorter. Raises DataError for a file that
+    training would refuse, and LengthError for a length beyond the context.
     """
-    data = tokenize_samples(load_rows(file).samples, base.tokenizer, max_length)
+    length = resolve_max_length(max_length, context_of(base.model))
+    data = tokenize_samples(load_rows(file).samples, base.tokenizer, length)
     pad = base.tokenizer.pad_token_id
-    blocks = pack(data.samples, max_length, seed=0, pad_id=int(pad if pad is not None else base.tokenizer.eos_token_id))
+    blocks = pack(data.samples, length, seed=0, pad_id=int(pad if pad is not None else base.tokenizer.eos_token_id))
     return blocks[:limit]
 
 

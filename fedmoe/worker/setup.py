@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -10,11 +11,15 @@ import structlog
 from fedmoe.config import WorkerConfig
 from fedmoe.coordinator import seed_of
 from fedmoe.datasets.check import LoadedFile, load_rows
+from fedmoe.datasets.formats import Sample
 from fedmoe.datasets.packing import Block, BlockSampler, pack
 from fedmoe.datasets.render import rendered_preview, tokenize_samples
+from fedmoe.datasets.split import split_rows
 from fedmoe.distributed_worker import DistributedWorker, SyncSettings
 from fedmoe.models.base import LoadedBase, load_base
+from fedmoe.models.context import context_of, resolve_max_length
 from fedmoe.models.device import choose_device, pin_threads
+from fedmoe.models.held_out import HeldOutPlan
 from fedmoe.models.parallel import ProcessGroup, join_group, local_rank
 from fedmoe.models.schedule import LoraConfig, TrainingConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
@@ -24,6 +29,14 @@ from fedmoe.wire.messages import StatisticsKind
 from fedmoe.worker.disclosure import Disclosure
 from fedmoe.worker.group import on_rank_zero
 from fedmoe.worker.kept_statistics import keep, read_kept, statistics_key
+from fedmoe.worker.options import (
+    block_sampler,
+    check_base,
+    check_processes,
+    held_out_plan,
+    tell_held_out,
+    training_config,
+)
 from fedmoe.worker.outbox import Outbox
 from fedmoe.worker.signals import StopOnSignal
 from fedmoe.worker.statistics import data_statistics
@@ -34,44 +47,119 @@ _PREVIEWS = 2
 _LAST_WAIT_SECONDS = 5.0
 
 
+@dataclass(frozen=True, eq=False)
+class WorkerData:
+    """A worker's data, packed: blocks to train on, this rank's sampler of them, what is held out, and the schedule."""
+
+    blocks: list[Block]
+    sampler: BlockSampler
+    held_out: HeldOutPlan | None
+    training: TrainingConfig
+
+
 def run_worker(config: WorkerConfig) -> None:
     """Run a worker until its schedule ends or it is told to stop (SIGTERM, SIGINT)."""
     pin_threads()
-    loaded = load_rows(Path(config.dataset))
+    check_processes(config)
+    rows = load_sides(config)
     device = choose_device(config.device, local_rank())
     state_dir = Path(config.state_dir or f"runs/workers/{config.worker_id}")
     token = config.token.get_secret_value() if config.token else None
     group = join_group(device)
     outbox: Outbox | None = None
-    disclosure: Disclosure | None = None
     try:
         with CoordinatorClient(config.coordinator_url, token) as client:
             outbox = on_rank_zero(group, lambda: Outbox(state_dir, config.worker_id, config.specialty))
             # A wrong URL or token is told before a base model is loaded.
             on_rank_zero(group, client.federation)
-            base, blocks = _base_and_blocks(config, loaded, group)
-            # On the bare base model, so before an adapter is attached.
-            disclosure = on_rank_zero(group, lambda: _disclosure(config, base, blocks, client, state_dir))
-            worker = _build(config, base, blocks, group, client, state_dir, outbox, disclosure)
-            StopOnSignal(worker.stop).install()
-            worker.run()
-            if disclosure is not None:
-                disclosure.close(_LAST_WAIT_SECONDS)
+            base = load_base(config.base_model, group.device, config.dtype)
+            _log.info("base_model", **base.report)
+            data = worker_data(config, rows, base, group)
+            _train(config, base, data, group, client, state_dir, outbox)
     finally:
-        if disclosure is not None:
-            disclosure.close()
         if outbox is not None:
             outbox.close()
         group.close()
 
 
-def training_blocks(loaded: LoadedFile, base: LoadedBase, config: WorkerConfig, show: bool) -> list[Block]:
+def _train(
+    config: WorkerConfig,
+    base: LoadedBase,
+    data: WorkerData,
+    group: ProcessGroup,
+    client: CoordinatorClient,
+    state_dir: Path,
+    outbox: Outbox | None,
+) -> None:
+    # On the bare base model, so before an adapter is attached.
+    disclosure = on_rank_zero(group, lambda: _disclosure(config, base, data.blocks, client, state_dir))
+    try:
+        worker = _build(config, base, data, group, client, state_dir, outbox, disclosure)
+        StopOnSignal(worker.stop).install()
+        worker.run()
+        if disclosure is not None:
+            disclosure.close(_LAST_WAIT_SECONDS)
+    finally:
+        # Before the client goes: its thread may be in the middle of a call.
+        if disclosure is not None:
+            disclosure.close()
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The rows of the data file, and the samples on each side: to train on, and held out (maybe none)."""
+
+    loaded: LoadedFile
+    train: tuple[Sample, ...]
+    held_out: tuple[Sample, ...]
+
+
+def load_sides(config: WorkerConfig) -> Sides:
+    """Read the files and split them, before any model is loaded; raises `DataError`."""
+    loaded = load_rows(Path(config.dataset))
+    if config.eval_split is not None:
+        return Sides(loaded, *split_rows(loaded.samples, config.eval_split))
+    held_out = load_rows(Path(config.eval_dataset)).samples if config.eval_dataset is not None else ()
+    return Sides(loaded, loaded.samples, held_out)
+
+
+def worker_data(config: WorkerConfig, rows: Sides, base: LoadedBase, group: ProcessGroup) -> WorkerData:
+    """All that can be refused about options, data and this machine is refused here, before the long work."""
+    length = resolve_max_length(config.max_length, context_of(base.model))
+    check_base(config, base, _targets(config), length)
+    blocks = training_blocks(rows, base, config, length, show=group.rank == 0)
+    sampler = block_sampler(blocks, config, group.rank, group.world_size)
+    held_out = _held_out(config, rows, base, length, blocks, show=group.rank == 0)
+    return WorkerData(blocks, sampler, held_out, training_config(config, sampler.shard))
+
+
+def _held_out(
+    config: WorkerConfig, rows: Sides, base: LoadedBase, length: int, train: list[Block], show: bool
+) -> HeldOutPlan | None:
+    if not rows.held_out:
+        return None
+    samples = tokenize_samples(rows.held_out, base.tokenizer, length).samples
+    # A fixed seed: whoever measures on the same rows measures on the same blocks.
+    plan = held_out_plan(config, pack(samples, length, 0, _pad_id(base)))
+    if show:
+        tell_held_out(plan, len(rows.held_out), samples, train)
+    return plan
+
+
+def training_blocks(rows: Sides, base: LoadedBase, config: WorkerConfig, max_length: int, show: bool) -> list[Block]:
     """The data as packed blocks; shows two samples as the model will see them."""
-    data = tokenize_samples(loaded.samples, base.tokenizer, config.max_length)
-    blocks = pack(data.samples, config.max_length, config.seed, _pad_id(base))
+    data, loaded = tokenize_samples(rows.train, base.tokenizer, max_length), rows.loaded
+    blocks = pack(data.samples, max_length, config.seed, _pad_id(base))
     if show:
         tokens = sum(int((block.segment_ids >= 0).sum()) for block in blocks)
-        _log.info("dataset", file=config.dataset, format=loaded.report.format, blocks=len(blocks), tokens=tokens)
+        _log.info(
+            "dataset",
+            file=config.dataset,
+            format=loaded.report.format,
+            blocks=len(blocks),
+            tokens=tokens,
+            max_length=max_length,
+        )
         if loaded.report.bad_count or data.unlearnable_lines:
             _log.warning("rows_left_out", bad=loaded.report.bad_count, nothing_to_learn=len(data.unlearnable_lines))
         print(rendered_preview(data.samples, base.tokenizer, _PREVIEWS), flush=True)
@@ -81,12 +169,6 @@ def training_blocks(loaded: LoadedFile, base: LoadedBase, config: WorkerConfig, 
 def _pad_id(base: LoadedBase) -> int:
     pad = base.tokenizer.pad_token_id
     return int(pad if pad is not None else base.tokenizer.eos_token_id)
-
-
-def _base_and_blocks(config: WorkerConfig, loaded: LoadedFile, group: ProcessGroup) -> tuple[LoadedBase, list[Block]]:
-    base = load_base(config.base_model, group.device, config.dtype)
-    _log.info("base_model", **base.report)
-    return base, training_blocks(loaded, base, config, show=group.rank == 0)
 
 
 def _disclosure(
@@ -126,15 +208,14 @@ def statistics_to_send(
 def _build(
     config: WorkerConfig,
     base: LoadedBase,
-    blocks: list[Block],
+    data: WorkerData,
     group: ProcessGroup,
     client: CoordinatorClient,
     state_dir: Path,
     outbox: Outbox | None,
     disclosure: Disclosure | None,
 ) -> DistributedWorker:
-    expert = QwenLoRAExpert(base, _lora(config), _training(config), group)
-    sampler = BlockSampler(blocks, config.seed, group.rank, group.world_size)
+    expert = QwenLoRAExpert(base, _lora(config), data.training, group)
     settings = SyncSettings(
         config.worker_id,
         config.specialty,
@@ -142,8 +223,9 @@ def _build(
         config.max_unsynced,
         config.wire_dtype,
         config.start_from,
+        config.allow_changed_data,
     )
-    worker = QwenWorker(expert, sampler)
+    worker = QwenWorker(expert, data.sampler, held_out=data.held_out)
     on_registered = disclosure.start if disclosure is not None else lambda: None
     return DistributedWorker(worker, client, settings, state_dir, outbox, on_registered=on_registered)
 
@@ -160,17 +242,3 @@ def _lora(config: WorkerConfig) -> LoraConfig:
 
 def _targets(config: WorkerConfig) -> str | tuple[str, ...]:
     return config.target_modules[0] if len(config.target_modules) == 1 else config.target_modules
-
-
-def _training(config: WorkerConfig) -> TrainingConfig:
-    return TrainingConfig(
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        warmup_steps=config.warmup_steps,
-        lr_scheduler_type=config.lr_scheduler_type,
-        max_steps=config.max_steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
