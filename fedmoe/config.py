@@ -180,7 +180,7 @@ class EvaluatorConfig(_CallerConfig):
     expert: ExpertName
     held_out: str
     held_out_blocks: Annotated[int, Field(ge=1, le=1 << 20)] = 16
-    max_length: Annotated[int, Field(ge=8, le=1 << 20)] = 256
+    max_length: Annotated[int, Field(ge=8, le=1 << 20)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 4
     poll_interval: SyncInterval = DEFAULT_SYNC_INTERVAL
     base_model: str = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -206,13 +206,22 @@ class WorkerConfig(_CallerConfig):
     chat_template: str | None = None
     chat_template_kwargs: str | None = None
     state_dir: str | None = None
+    allow_changed_data: bool = False
+    columns: tuple[str, ...] = ()
+    long_rows: Literal["truncate", "split", "drop"] = "truncate"
+    eval_dataset: str | None = None
+    eval_split: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
+    eval_steps: Annotated[int, Field(ge=1)] = 50
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    early_stopping_threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_steps: Annotated[int, Field(ge=0)] = 0
+    num_train_epochs: Positive | None = None
     max_unsynced: Positive = 600.0
     wire_dtype: WireDtype = "fp32"
     start_from: StartFrom | None = None
     device: str = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    max_length: Annotated[int, Field(ge=8, le=1 << 20)] = 256
+    max_length: Annotated[int, Field(ge=8, le=1 << 20)] | None = None
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 2
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
     gradient_checkpointing: bool = False
@@ -222,17 +231,49 @@ class WorkerConfig(_CallerConfig):
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_grad_norm: Positive = 1.0
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 16
-    lora_alpha: Positive = 32.0
-    lora_dropout: Ratio = 0.0
-    target_modules: tuple[str, ...] = ("all-linear",)
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 32.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = Field(("all-linear",), min_length=1)
     seed: Annotated[int, Field(ge=0)] = 0
     send_statistics: bool = True
 
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> WorkerConfig:
-        if self.lr_scheduler_type != "constant" and self.max_steps == 0:
+        scheduler = f"--lr-scheduler-type {self.lr_scheduler_type}"
+        if self.max_steps and self.num_train_epochs is not None:
+            raise ValueError("--max-steps and --num-train-epochs both say when training ends; give one of them")
+        if self.lr_scheduler_type == "constant" or self.num_train_epochs is not None:
+            return self
+        if self.max_steps == 0:
+            raise ValueError(f"{scheduler} needs --max-steps or --num-train-epochs, the length of the schedule")
+        if self.max_steps <= self.warmup_steps:
             raise ValueError(
-                f"--lr-scheduler-type {self.lr_scheduler_type} needs --max-steps, the length of the schedule"
+                f"{scheduler} falls after the warm-up, but --warmup-steps {self.warmup_steps} leaves nothing of "
+                f"--max-steps {self.max_steps}; give --warmup-steps {self.max_steps - 1} or less, or more --max-steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_measure_on(self) -> WorkerConfig:
+        given = self.model_fields_set
+        if self.eval_dataset is not None and self.eval_split is not None:
+            raise ValueError("--eval-dataset and --eval-split both say what is held out; give one of them")
+        if self.early_stopping_patience is None and "early_stopping_threshold" in given:
+            raise ValueError("--early-stopping-threshold needs --early-stopping-patience")
+        if self.eval_dataset is not None or self.eval_split is not None:
+            return self
+        for name in ("early_stopping_patience", "eval_steps"):
+            if name in given and getattr(self, name) is not None:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} needs held-out data: --eval-dataset FILE or --eval-split FRACTION")
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_is_not_trained_on(self) -> WorkerConfig:
+        if self.eval_dataset is not None and os.path.realpath(self.eval_dataset) == os.path.realpath(self.dataset):
+            raise ValueError(
+                "--eval-dataset is the file of --dataset: its loss would not be of held-out data; give another file, "
+                "or --eval-split FRACTION"
             )
         return self
 

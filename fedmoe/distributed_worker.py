@@ -27,11 +27,10 @@ import numpy as np
 import structlog
 
 from fedmoe import failpoints
-from fedmoe.datasets.errors import DataError
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.codec import WireDtype, decode, encode
 from fedmoe.qwen_finetune import NonFiniteError
-from fedmoe.qwen_worker import Companion, QwenWorker, StepRecord
+from fedmoe.qwen_worker import Companion, EvaluationRecord, QwenWorker, StepRecord
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, PulledExpert
 from fedmoe.wire.messages import StartFrom, UpdateHeader
 from fedmoe.worker.delivery import Answered, Delivery
@@ -40,6 +39,7 @@ from fedmoe.worker.outbox import Outbox, Pending
 from fedmoe.worker.progress import Progress, SyncPoint
 from fedmoe.worker.pull import checked, pull
 from fedmoe.worker.report import SyncReport
+from fedmoe.worker.restart import take_up
 
 __all__ = ["DistributedWorker", "SyncSettings", "WorkerFailedError"]
 
@@ -62,6 +62,7 @@ class SyncSettings:
     max_unsynced: float = 600.0
     wire_dtype: WireDtype = "fp32"
     start_from: StartFrom | None = None
+    allow_changed_data: bool = False
 
 
 class DistributedWorker:
@@ -122,7 +123,7 @@ class DistributedWorker:
                 self._report.close()
 
     def _loop(self) -> None:
-        while not self._group.flag(self._stop.is_set() or self.worker.expert.finished):
+        while not self._group.flag(self._stop.is_set() or self.worker.finished):
             self._train()
             self._take_in()
             on_rank_zero(self._group, self._send_if_due)
@@ -132,7 +133,7 @@ class DistributedWorker:
     def _join(self) -> bool:
         """Register, take up where the last run was, deliver what it left, pull; False if told to stop meanwhile."""
         on_rank_zero(self._group, self._register)
-        saved = self._restore()
+        saved = take_up(self.worker, self._checkpoints, self._settings.allow_changed_data)
         answer = on_rank_zero(self._group, lambda: self._deliver_leftover(saved))
         returned = answer is not None and not answer.landed
         if self._group.flag(self._talks and self._box.pending is not None and not returned):
@@ -154,18 +155,6 @@ class DistributedWorker:
         info = self._client.register(asked.expert, asked.worker, self.worker.manifest, start_from=asked.start_from)
         _log.info("registered", expert=info.name, version=info.version, digest=info.digest[:12])
         self._on_registered()
-
-    def _restore(self) -> SyncPoint | None:
-        try:
-            companion = self.worker.restore(self._checkpoints)
-        except DataError as error:
-            raise WorkerFailedError(
-                f"{error}: move {self._checkpoints} away to go on with the new data under the same identity, "
-                "or choose another --state-dir"
-            ) from error
-        if companion is not None:
-            _log.info("restored", step=self.worker.step)
-        return SyncPoint.of(companion)
 
     def _deliver_leftover(self, saved: SyncPoint | None) -> Answered | None:
         """What became of the update an earlier run left; None if it left none, or when told to stop meanwhile."""
@@ -220,9 +209,8 @@ class DistributedWorker:
         # Where one step takes longer than the interval, there is still one step between two pushes.
         one_step = self._group.flag(seconds <= 0)
         try:
-            self.worker.train_for(
-                math.inf if one_step else seconds, self._interrupted, self._step_done, 1 if one_step else None
-            )
+            limits = (math.inf, 1) if one_step else (seconds, None)
+            self.worker.train_for(limits[0], self._interrupted, self._step_done, limits[1], self._evaluated)
         except NonFiniteError as error:
             self._skip_batch(error)
 
@@ -255,6 +243,10 @@ class DistributedWorker:
             self._report.step(record, self._base.version if self._base else None)
         self._on_step(record)
 
+    def _evaluated(self, record: EvaluationRecord) -> None:
+        if self._report is not None:
+            self._report.evaluated(record, self._base.version if self._base else None, self.worker.stopped_early)
+
     def _send_if_due(self) -> None:
         if self._delivery is None and self._progress.steps and self._clock() - self._cut_at >= self._interval:
             self._send()
@@ -277,7 +269,8 @@ class DistributedWorker:
             steps=self.worker.step,
             tokens=self._progress.tokens,
         )
-        self._delivery = Delivery(self._client, self._box.cut(header, body), self._trouble)
+        fact = self._report.fact() if self._report else None
+        self._delivery = Delivery(self._client, self._box.cut(header, body), self._trouble, fact)
         # float32 carries everything; an expert trained by one worker then equals its local weights bit for bit.
         exact = self._settings.wire_dtype == "fp32"
         self._reference = local if exact else base.weights + decode(body, layout).flat

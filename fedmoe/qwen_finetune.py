@@ -159,6 +159,19 @@ class QwenLoRAExpert:
         means = [float(total / count) if count else float("nan") for total, count in zip(sums, counts, strict=True)]
         return Evaluation(float(sums.sum() / tokens), tokens, tuple(means))
 
+    def evaluate_ranks(self, blocks: Sequence[Block], batch_size: int) -> Evaluation:
+        """The mean loss over the blocks of all ranks, each with its own (maybe none); `block_losses` are this rank's.
+
+        Nothing that training depends on changes: no weight, no gradient, no random state.
+        """
+        mine = self.evaluate(blocks, batch_size) if blocks else Evaluation(0.0, 0, ())
+        if self.group.world_size == 1:
+            return mine
+        dtype = torch.float64 if self.base.device.type != "mps" else torch.float32
+        sums = torch.tensor([mine.loss * mine.tokens, mine.tokens], dtype=dtype, device=self.base.device)
+        nats, tokens = self.group.sum_(sums).tolist()
+        return Evaluation(nats / tokens, int(tokens), mine.block_losses)
+
     def generate(self, prompt: str, max_new_tokens: int = 64, chat: bool = True) -> str:
         """The greedy answer to `prompt` as a user turn of the chat template; without `chat`, its plain continuation."""
         tokenizer, model = self.base.tokenizer, self.base.model

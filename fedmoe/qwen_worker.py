@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
+from fedmoe.datasets.contents import DataChange, digest_of, sample_hashes
+from fedmoe.datasets.errors import DataError
 from fedmoe.datasets.packing import Batch, BlockSampler, collate
 from fedmoe.lora.adapter import FloatVector, ShapeError
 from fedmoe.manifest import Manifest
+from fedmoe.models.held_out import HeldOutPlan, HeldOutState
+from fedmoe.models.kept_data import DIGEST, forget_other_hashes, judge_change, write_hashes
 from fedmoe.models.worker_state import CheckpointError, State, has_state, load_state, save_state
 from fedmoe.qwen_finetune import QwenLoRAExpert
 
-__all__ = ["CheckpointError", "Companion", "IntervalResult", "QwenWorker", "StepRecord"]
+__all__ = ["CheckpointError", "Companion", "EvaluationRecord", "IntervalResult", "QwenWorker", "StepRecord"]
 
 _OPTIMIZER = "optimizer."
 _VECTOR = "vector."
@@ -31,6 +35,23 @@ class StepRecord:
     grad_norm: float
     learning_rate: float
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """The held-out loss after a step (0: before the first): nats per token over `tokens` tokens of all ranks.
+
+    `first` and `best` are the first and the lowest loss on these data, `worse` the measurements in a row without
+    improvement.
+    """
+
+    step: int
+    loss: float
+    tokens: int
+    seconds: float
+    first: float
+    best: float
+    worse: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +80,38 @@ class QwenWorker:
     """
 
     def __init__(
-        self, expert: QwenLoRAExpert, sampler: BlockSampler, clock: Callable[[], float] = time.monotonic
+        self,
+        expert: QwenLoRAExpert,
+        sampler: BlockSampler,
+        clock: Callable[[], float] = time.monotonic,
+        held_out: HeldOutPlan | None = None,
     ) -> None:
         self.expert = expert
         self.sampler = sampler
+        self.held_out = held_out
+        self.measured = HeldOutState(held_out.digest if held_out else "")
+        #: How the data differ from those of the checkpoint that `restore` took; None where they do not, or unknown.
+        self.data_change: DataChange | None = None
+        #: Whether `restore` began a new epoch, since data or their order were others.
+        self.new_order = False
         self._clock = clock
         self._group = expert.group
+        self._hashes = sample_hashes(sampler.blocks)
 
     @property
     def step(self) -> int:
         """Optimizer steps done, over all restarts."""
         return self.expert.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether the schedule is at its end, or the held-out loss no longer falls."""
+        return self.expert.finished or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the patience of the held-out plan is over."""
+        return self.held_out is not None and self.held_out.exhausted(self.measured)
 
     @property
     def manifest(self) -> Manifest:
@@ -82,15 +124,20 @@ class QwenWorker:
         should_stop: Callable[[], bool],
         on_step: Callable[[StepRecord], None],
         max_steps: int | None = None,
+        on_evaluation: Callable[[EvaluationRecord], None] = lambda _: None,
     ) -> IntervalResult:
         """Train until `seconds` are over, `should_stop` says so, `max_steps` are done or the schedule ends.
 
-        Whether to go on is asked before each step, so a step is never cut short. `on_step` is called on every rank.
+        Whether to go on is asked before each step, so a step is never cut short. `on_step` is called on every rank,
+        and so is `on_evaluation` where a held-out plan asks for a measurement.
         NonFiniteError passes through: that batch is used up, weights are unchanged, and training may be resumed.
         """
         started = self._clock()
         steps, tokens, nats = 0, 0, 0.0
-        while not self._is_over(started + seconds, should_stop, max_steps, steps):
+        while True:
+            self._evaluate_if_due(should_stop, on_evaluation)
+            if self._is_over(started + seconds, should_stop, max_steps, steps):
+                break
             result = self.expert.train_step(self._next_batches())
             steps, tokens, nats = steps + 1, tokens + result.tokens, nats + result.loss * result.tokens
             on_step(
@@ -130,6 +177,9 @@ class QwenWorker:
         A crash at any moment leaves the previous checkpoint or the new one.
         """
         kept = companion or Companion()
+        if self._group.rank == 0:
+            write_hashes(folder, self._hashes)
+        digest = digest_of(self._hashes)
         arrays = {"weights": self.weights()}
         arrays |= {_VECTOR + name: vector for name, vector in kept.vectors.items()}
         state = State(
@@ -137,15 +187,23 @@ class QwenWorker:
             {
                 "manifest": self.manifest.to_json(),
                 "sampler": self.sampler.state(),
+                "data": {DIGEST: digest},
+                "held_out": self.measured.to_json(),
                 "texts": dict(kept.texts),
             },
         )
-        return save_state(folder, state, self._group)
+        file = save_state(folder, state, self._group)
+        if self._group.rank == 0:
+            forget_other_hashes(folder, digest)
+        return file
 
-    def restore(self, folder: Path) -> Companion | None:
+    def restore(self, folder: Path, allow_changed_data: bool = False) -> Companion | None:
         """Go on from the newest checkpoint in `folder`, or return None when there is none yet.
 
-        Raises CheckpointError for a damaged one, one of another number of processes, or one of another manifest.
+        Weights, optimizer and step are always taken over. On the same data in the same order so is the place in them;
+        on data that grew, or in another order, a new epoch begins, which `new_order` and `data_change` tell.
+        Raises CheckpointError for a damaged one, one of another number of processes, or one of another manifest, and
+        DataError where samples are gone or changed, unless `allow_changed_data`.
         """
         if not self._group.flag(has_state(folder)):
             return None
@@ -154,11 +212,45 @@ class QwenWorker:
         differences = saved.differences(self.manifest)
         if differences:
             raise CheckpointError(f"{folder} was saved by another expert: " + "; ".join(differences[:5]))
-        self.sampler.restore({name: int(str(value)) for name, value in state.values["sampler"].items()})
+        self._restore_place(folder, state, allow_changed_data)
+        if self.held_out is not None:
+            self.measured = HeldOutState.of(state.values.get("held_out", {}), self.held_out.digest)
         self.expert.load_weights(np.asarray(state.arrays["weights"], np.float32))
         self.expert.load_optimizer_state(_with_prefix(state, _OPTIMIZER))
         vectors = {name: np.asarray(array, np.float32) for name, array in _with_prefix(state, _VECTOR).items()}
         return Companion({name: str(text) for name, text in state.values["texts"].items()}, vectors)
+
+    def _restore_place(self, folder: Path, state: State, allow_changed: bool) -> None:
+        """All ranks come to the same decision, also where the data of only one of them changed."""
+        saved = {name: int(str(value)) for name, value in state.values["sampler"].items()}
+        self.new_order = self._group.any_flag(not self.sampler.fits(saved))
+        if not self.new_order:
+            self.sampler.restore(saved)
+            return
+        problem: DataError | None = None
+        try:
+            self.data_change = judge_change(folder, state.values.get("data", {}), self._hashes, allow_changed)
+        except DataError as error:
+            problem = error
+        if self._group.any_flag(problem is not None):
+            raise problem or DataError("another process of this group found other data; its message says more")
+        self.sampler.start_anew(saved)
+
+    def _evaluate_if_due(
+        self, should_stop: Callable[[], bool], on_evaluation: Callable[[EvaluationRecord], None]
+    ) -> None:
+        plan = self.held_out
+        due = plan is not None and plan.due(self.measured, self.step, self.expert.finished)
+        if plan is None or not self._group.flag(due and not should_stop()):
+            return
+        started = self._clock()
+        mine = plan.blocks[self._group.rank :: self._group.world_size]
+        found = self.expert.evaluate_ranks(mine, self.expert.training.per_device_train_batch_size)
+        self.measured = state = self.measured.after(self.step, found.loss, plan.threshold)
+        seconds = self._clock() - started
+        on_evaluation(
+            EvaluationRecord(self.step, found.loss, found.tokens, seconds, state.first, state.best, state.worse)
+        )
 
     def _rebased(self, new_base: FloatVector, sent_local: FloatVector) -> FloatVector:
         local = self.weights()
@@ -172,7 +264,7 @@ class QwenWorker:
         return local
 
     def _is_over(self, deadline: float, should_stop: Callable[[], bool], max_steps: int | None, steps: int) -> bool:
-        over = self.expert.finished or (max_steps is not None and steps >= max_steps)
+        over = self.finished or (max_steps is not None and steps >= max_steps)
         return self._group.flag(over or should_stop() or self._clock() >= deadline)
 
     def _next_batches(self) -> list[Batch]:

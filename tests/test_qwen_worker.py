@@ -4,15 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from fedmoe.datasets.contents import DataChange
+from fedmoe.datasets.errors import DataError
 from fedmoe.datasets.packing import Block, BlockSampler, pack
 from fedmoe.datasets.tokenized import TokenizedSample
 from fedmoe.files import write_atomic
-from fedmoe.lora.adapter import ShapeError
+from fedmoe.lora.adapter import FloatVector, ShapeError
 from fedmoe.models import worker_state
 from fedmoe.models.base import load_base
+from fedmoe.models.held_out import HeldOutPlan
+from fedmoe.models.parallel import ProcessGroup
 from fedmoe.qwen_finetune import LoraConfig, NonFiniteError, QwenLoRAExpert, TrainingConfig
-from fedmoe.qwen_worker import CheckpointError, Companion, QwenWorker, StepRecord
+from fedmoe.qwen_worker import CheckpointError, Companion, EvaluationRecord, QwenWorker, StepRecord
 
 
 class Clock:
@@ -33,12 +38,16 @@ def blocks(seed: int = 0) -> list[Block]:
 
 
 def worker_with(
-    clock: Callable[[], float] | None = None, rank: int = 4, data: list[Block] | None = None, **training: float | str
+    clock: Callable[[], float] | None = None,
+    rank: int = 4,
+    data: list[Block] | None = None,
+    held_out: HeldOutPlan | None = None,
+    **training: float | str,
 ) -> QwenWorker:
     lora = LoraConfig(r=rank, lora_alpha=8)
     expert = QwenLoRAExpert(load_base("tiny", "cpu", "fp32"), lora, TrainingConfig(**training))  # type: ignore[arg-type]
     sampler = BlockSampler(blocks() if data is None else data, seed=1)
-    return QwenWorker(expert, sampler, clock or Clock())
+    return QwenWorker(expert, sampler, clock or Clock(), held_out)
 
 
 def never() -> bool:
@@ -171,7 +180,8 @@ def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
     for _ in range(3):
         run(worker, 1)
         newest = worker.save(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [newest.name, "latest.json"]
+    names = sorted(file.name for file in tmp_path.iterdir() if not file.name.startswith("data-"))
+    assert names == [newest.name, "latest.json"]
     fresh = worker_with()
     fresh.restore(tmp_path)
     assert fresh.step == 3
@@ -232,10 +242,166 @@ def test_a_checkpoint_of_other_data_changes_nothing(tmp_path: Path) -> None:
     worker.save(tmp_path)
     other = worker_with(data=blocks(seed=9))
     before = other.weights()
-    with pytest.raises(ValueError, match="other data"):
+    with pytest.raises(DataError, match=r"30 of 30 samples are gone or changed, 30 are new.*--allow-changed-data"):
         other.restore(tmp_path)
     np.testing.assert_array_equal(other.weights(), before)
     assert other.step == 0
+
+
+def samples(count: int = 30) -> list[TokenizedSample]:
+    random = np.random.default_rng(3)
+    return [TokenizedSample(ids, ids) for ids in (random.integers(0, 256, 12) for _ in range(count))]
+
+
+def data_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*data-*"))
+
+
+def test_data_that_grew_keep_weights_moments_and_step_and_begin_a_new_epoch(tmp_path: Path) -> None:
+    worker = worker_with(data=pack(samples(30), 32, 0))
+    run(worker, 3)
+    worker.save(tmp_path)
+    grown = worker_with(data=pack(samples(37), 32, 0))
+    assert grown.restore(tmp_path) == Companion()
+    assert (grown.step, grown.new_order, grown.data_change) == (3, True, DataChange(kept=30, gone=0, new=7))
+    np.testing.assert_array_equal(grown.weights(), worker.weights())
+    before, after = worker.expert.optimizer_state(), grown.expert.optimizer_state()
+    np.testing.assert_array_equal(after["exp_avg_sq"], before["exp_avg_sq"])
+    assert (grown.sampler.epoch, grown.sampler.state()["position"]) == (1, 0)
+    run(grown, 2)
+    grown.save(tmp_path)
+    assert len(data_files(tmp_path)) == 1
+    again = worker_with(data=pack(samples(37), 32, 0))
+    again.restore(tmp_path)
+    assert (again.new_order, again.data_change) == (False, None)
+    assert run(again, 3) == run(grown, 3)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_same_data_in_another_order_are_the_same_data(tmp_path: Path, seed: int) -> None:
+    worker = worker_with(data=pack(samples(), 32, 0))
+    run(worker, 2)
+    worker.save(tmp_path)
+    other = worker_with(data=pack(samples()[::-1], 32, seed))
+    other.restore(tmp_path)
+    assert other.new_order
+    assert other.data_change == DataChange(kept=30, gone=0, new=0)
+
+
+def test_changed_data_go_on_likewise_if_that_is_allowed(tmp_path: Path) -> None:
+    worker = worker_with(data=pack(samples(30), 32, 0))
+    run(worker, 2)
+    worker.save(tmp_path)
+    fewer = worker_with(data=pack(samples(25), 32, 0))
+    with pytest.raises(DataError, match="5 of 30 samples are gone or changed, 0 are new"):
+        fewer.restore(tmp_path)
+    assert fewer.step == 0
+    fewer.restore(tmp_path, allow_changed_data=True)
+    assert (fewer.step, fewer.data_change) == (2, DataChange(kept=25, gone=5, new=0))
+
+
+def test_a_crash_before_the_checkpoint_names_them_leaves_the_old_list_of_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_with(data=pack(samples(30), 32, 0))
+    run(worker, 1)
+    worker.save(tmp_path)
+    grown = worker_with(data=pack(samples(33), 32, 0))
+    grown.restore(tmp_path)
+    monkeypatch.setattr(worker_state, "write_atomic", lambda file, data: (_ for _ in ()).throw(OSError("power cut")))
+    with pytest.raises(OSError, match="power cut"):
+        grown.save(tmp_path)
+    monkeypatch.undo()
+    assert len(data_files(tmp_path)) == 2
+    later = worker_with(data=pack(samples(35), 32, 0))
+    later.restore(tmp_path)
+    assert later.data_change == DataChange(kept=30, gone=0, new=5)
+    later.save(tmp_path)
+    assert len(data_files(tmp_path)) == 1
+
+
+def without_list_of_samples(folder: Path) -> None:
+    """As a checkpoint was before it named its data."""
+    state = worker_state.load_state(folder, ProcessGroup())
+    old = {name: value for name, value in state.values.items() if name not in ("data", "held_out")}
+    worker_state.save_state(folder, worker_state.State(state.arrays, old), ProcessGroup())
+    for file in data_files(folder):
+        file.unlink()
+
+
+def test_a_checkpoint_without_a_list_of_samples_is_good_for_the_same_data_only(tmp_path: Path) -> None:
+    worker = worker_with(data=pack(samples(30), 32, 0))
+    run(worker, 2)
+    worker.save(tmp_path)
+    without_list_of_samples(tmp_path)
+    same = worker_with(data=pack(samples(30), 32, 0))
+    same.restore(tmp_path)
+    assert (same.step, same.new_order) == (2, False)
+    grown = worker_with(data=pack(samples(31), 32, 0))
+    with pytest.raises(DataError, match=r"whether the 31 of now only grew cannot be told.*--allow-changed-data"):
+        grown.restore(tmp_path)
+    grown.restore(tmp_path, allow_changed_data=True)
+    assert (grown.step, grown.new_order, grown.data_change) == (2, True, None)
+
+
+def plan(every: int = 2, patience: int | None = None, threshold: float = 0.0, seed: int = 7) -> HeldOutPlan:
+    return HeldOutPlan(blocks(seed)[:3], f"seed {seed}", every, patience, threshold)
+
+
+def measured(worker: QwenWorker, steps: int) -> list[EvaluationRecord]:
+    records: list[EvaluationRecord] = []
+    worker.train_for(1e9, never, ignore, steps, records.append)
+    return records
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_measuring_changes_nothing_of_training(dropout: float, checkpointing: bool) -> None:
+    def trained(held_out: HeldOutPlan | None) -> tuple[FloatVector, list[float]]:
+        torch.manual_seed(5)
+        expert = QwenLoRAExpert(
+            load_base("tiny", "cpu", "fp32"),
+            LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout),
+            TrainingConfig(learning_rate=5e-3, gradient_checkpointing=checkpointing),
+        )
+        worker = QwenWorker(expert, BlockSampler(blocks(), seed=1), Clock(), held_out)
+        losses = run(worker, 6)
+        return worker.weights(), losses
+
+    weights, losses = trained(None)
+    with_measuring, same = trained(plan(every=1))
+    np.testing.assert_array_equal(with_measuring, weights)
+    assert same == losses
+
+
+def test_the_loss_is_measured_before_the_first_step_every_so_often_and_after_the_last() -> None:
+    worker = worker_with(max_steps=5, held_out=plan(every=2))
+    records = measured(worker, 9)
+    assert [record.step for record in records] == [0, 2, 4, 5]
+    expected = worker.expert.evaluate(plan().blocks, 2)
+    assert (records[-1].loss, records[-1].tokens) == (expected.loss, expected.tokens)
+    assert records[-1].first == records[0].loss
+    assert measured(worker, 9) == []
+
+
+def test_training_ends_when_the_held_out_loss_no_longer_falls_and_a_restart_knows_it(tmp_path: Path) -> None:
+    """A threshold that no step reaches: every measurement after the first counts."""
+    ends = plan(every=1, patience=3, threshold=100.0)
+    worker = worker_with(held_out=ends)
+    assert [record.worse for record in measured(worker, 2)] == [0, 1, 2]
+    worker.save(tmp_path)
+    again = worker_with(held_out=ends)
+    again.restore(tmp_path)
+    assert not again.finished
+    assert [record.worse for record in measured(again, 50)] == [3]
+    assert (again.step, again.stopped_early, again.finished) == (3, True, True)
+    again.save(tmp_path)
+    third = worker_with(held_out=ends)
+    third.restore(tmp_path)
+    assert run(third, 50) == []
+    other = worker_with(held_out=plan(every=1, patience=3, threshold=100.0, seed=8))
+    other.restore(tmp_path)
+    assert not other.finished, "losses on other data cannot be compared"
 
 
 def test_a_step_that_is_not_finite_passes_through_and_training_can_go_on() -> None:

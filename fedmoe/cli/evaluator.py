@@ -31,7 +31,9 @@ def evaluator(
         ),
     ],
     held_out_blocks: Annotated[int | None, typer.Option(help="Score at most so many blocks. [default: 16]")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens a block. [default: 256]")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens a block. [default: 1024, or the model's context if shorter]")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Blocks at once. [default: 4]")] = None,
     poll_interval: Annotated[
         str | None,

@@ -8,7 +8,7 @@ import typer
 
 from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, Token, client
 from fedmoe.cli.output import CommandError, show_json, show_table
-from fedmoe.wire.messages import ChangeResult, Listing
+from fedmoe.wire.messages import ChangeResult, HeldOutInfo, Listing
 
 app = typer.Typer()
 
@@ -41,12 +41,14 @@ def show_listing(listing: Listing, as_json: bool) -> None:
     rows = [(e.name, e.version, e.rank, f"{e.parameters:,}", e.base, e.digest[:12]) for e in listing.experts]
     show_table("Experts", ("expert", "version", "rank", "parameters", "base model", "digest"), rows)
     workers = [
-        (w.worker, e.name, w.updates, w.staleness, "-" if w.loss is None else f"{w.loss:.4f}", f"{w.seconds_ago:.0f} s")
+        (w.worker, e.name, w.updates, w.staleness, _loss(w.loss), _held_out(w.held_out), f"{w.seconds_ago:.0f} s")
         for e in listing.experts
         for w in e.workers
     ]
     if workers:
-        show_table("Workers", ("worker", "expert", "updates", "staleness", "loss", "last update"), workers)
+        show_table(
+            "Workers", ("worker", "expert", "updates", "staleness", "loss", "held-out loss", "last update"), workers
+        )
     if listing.gateway is not None:
         sources = ", ".join(f"{name} v{version}" for name, version in listing.gateway.sources.items())
         row = (listing.gateway.version, listing.gateway.strategy, listing.gateway.rank, sources)
@@ -57,6 +59,15 @@ def show_listing(listing: Listing, as_json: bool) -> None:
             if not listing.enable_gateway
             else "No gateway yet: no expert is registered."
         )
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _held_out(told: HeldOutInfo | None) -> str:
+    """First and newest loss, for example `1.9312 -> 1.2044 (step 150)`."""
+    return "-" if told is None else f"{_loss(told.first)} -> {_loss(told.loss)} (step {told.step})"
 
 
 @app.command()

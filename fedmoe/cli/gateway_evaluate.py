@@ -52,7 +52,9 @@ def evaluate(
         ),
     ],
     blocks: Annotated[int, typer.Option(min=2, help="At most so many blocks of each domain are scored.")] = 32,
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens a block.")] = 256,
+    max_length: Annotated[
+        int | None, typer.Option(min=8, help="Tokens a block. [default: 1024, or the model's context if shorter]")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Blocks at once.")] = 4,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     chat_template: ChatTemplateFile = None,
@@ -135,7 +137,7 @@ def _measure(
     identity: BaseModel,
     adapters: Mapping[str, Adapter],
     files: Mapping[str, Path],
-    sizes: tuple[int, int, int],
+    sizes: tuple[int, int | None, int],
     prompts: Mapping[str, PromptStatistics],
 ) -> LossMatrix:
     from fedmoe.gateway.evaluate import evaluate as measure

@@ -69,6 +69,8 @@ def _expected_status(error: Exception) -> int | None:
         "CorruptBlobError": EXIT_STORAGE,
         "PortInUseError": EXIT_PORT_IN_USE,
         "DataError": EXIT_ERROR,
+        "OptionError": EXIT_ERROR,
+        "LengthError": EXIT_ERROR,
         "BaseModelError": EXIT_ERROR,
         "BaseMismatchError": EXIT_ERROR,
         "DeviceError": EXIT_ERROR,

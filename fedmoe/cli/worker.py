@@ -42,7 +42,24 @@ def worker(
     chat_template: ChatTemplateFile = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     state_dir: Annotated[str | None, typer.Option(help="Identity and checkpoints. [default: runs/workers/ID]")] = None,
+    allow_changed_data: Annotated[
+        bool | None, typer.Option(help="Go on where it was even if samples are gone or changed. [default: refuse]")
+    ] = None,
+    eval_dataset: Annotated[str | None, typer.Option(help="Held-out data to measure the loss on.")] = None,
+    eval_split: Annotated[
+        float | None, typer.Option(metavar="FRACTION", help="Hold out this share of the rows of --dataset instead.")
+    ] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="Measure every so many steps. [default: 50]")] = None,
+    early_stopping_patience: Annotated[
+        int | None, typer.Option(help="Stop after so many held-out losses without improvement. [default: never]")
+    ] = None,
+    early_stopping_threshold: Annotated[
+        float | None, typer.Option(help="An improvement is more than this, in nats. [default: 0]")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps. [default: never]")] = None,
+    num_train_epochs: Annotated[
+        float | None, typer.Option(help="Stop after so many passes over the data, instead of --max-steps.")
+    ] = None,
     max_unsynced: Annotated[
         float | None, typer.Option(help="Seconds to train on while the coordinator is away. [default: 600]")
     ] = None,
@@ -52,7 +69,9 @@ def worker(
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto (default), cpu, cuda, cuda:1, mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (default), bf16, fp16, fp32.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens in a packed row. [default: 256]")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens in a packed row. [default: 1024, or the model's context if shorter]")
+    ] = None,
     per_device_train_batch_size: Annotated[int | None, typer.Option(help="Rows per micro-batch. [default: 2]")] = None,
     gradient_accumulation_steps: Annotated[
         int | None, typer.Option(help="Micro-batches per step. [default: 1]")

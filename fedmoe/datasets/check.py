@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from fedmoe.datasets.data_source import Source, open_source
@@ -22,8 +23,10 @@ from fedmoe.datasets.formats import (
 from fedmoe.datasets.report import BAD_ROWS_KEPT, MAX_BAD_FRACTION, DataReport, RowCounts
 from fedmoe.datasets.rows import BadRow, Row
 from fedmoe.datasets.samples import Sample
+from fedmoe.datasets.split import row_hash
 
 _KEYS_KEPT = 32
+_FIRST_ROWS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,15 @@ class RowOptions:
 
     columns: tuple[tuple[str, str], ...] = ()
     max_bad_fraction: float = MAX_BAD_FRACTION
+
+    @classmethod
+    def mapping(cls, columns: Sequence[str]) -> RowOptions:
+        """Columns under other names, each as `COLUMN=NAME`; raises `DataError` for one that is written otherwise."""
+        pairs = [text.rpartition("=") for text in columns]
+        for text, (column, _, name) in zip(columns, pairs, strict=True):
+            if not column or not name:
+                raise DataError(f"--map takes COLUMN=NAME, for example question=prompt; got {text!r}")
+        return cls(tuple((column, name) for column, _, name in pairs))
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_fraction < 1:
@@ -55,6 +67,13 @@ def check_file(name: str | Path, options: RowOptions | None = None) -> DataRepor
     return scan.report()
 
 
+def check_beginning(name: str | Path, options: RowOptions | None = None) -> None:
+    """Raise `DataError` for data of which no row among the first `_FIRST_ROWS` can be used; quick, however large."""
+    scan = RowScan(name, options or RowOptions())
+    if next(scan.samples(_FIRST_ROWS), None) is None:
+        scan.report().raise_problem()
+
+
 class RowScan:
     """One pass over the rows of a source. The first row with known keys sets the format; others may have their own."""
 
@@ -62,8 +81,9 @@ class RowScan:
         self._options = options
         self._names = dict(options.columns)
         self.source: Source = open_source(name, KNOWN_COLUMNS | set(self._names))
-        #: File and line of every sample given out, in order.
+        #: File and line of every sample given out, and what it holds as a number, in order.
         self.places: list[tuple[str, int]] = []
+        self.hashes: list[int] = []
         self._format: RowFormat | None = None
         self._rows = self._rejected = self._bad_count = 0
         self._formats: Counter[str] = Counter()
@@ -74,9 +94,9 @@ class RowScan:
         self._first_keys: tuple[str, ...] = ()
         self._mapped: set[str] = set()
 
-    def samples(self) -> Iterator[Sample]:
-        """The usable rows as samples, in their order."""
-        for row in self.source.rows():
+    def samples(self, rows: int | None = None) -> Iterator[Sample]:
+        """The usable ones among the first `rows` rows (None: all) as samples, in their order."""
+        for row in islice(self.source.rows(), rows):
             self._rows += 1
             result = self._result(row)
             if isinstance(result, BadRow):
@@ -87,6 +107,7 @@ class RowScan:
                 self._left_out[result.reason] += 1
             else:
                 self.places.append((result.file, result.line))
+                self.hashes.append(row_hash(result))
                 yield result
         if missing := sorted(set(self._names) - self._mapped):
             keys = f"the first row has {list(self._first_keys)}" if self._first_keys else "no row could be read"

@@ -136,6 +136,16 @@ class BlockSampler:
         self._order = self._draw()
 
     @property
+    def blocks(self) -> Sequence[Block]:
+        """All blocks, those of other shards too."""
+        return self._blocks
+
+    @property
+    def shard(self) -> int:
+        """Blocks that this rank is given in an epoch."""
+        return len(self._order)
+
+    @property
     def epoch(self) -> int:
         """Times the whole shard has been given out."""
         return self._epoch
@@ -150,15 +160,26 @@ class BlockSampler:
         """Where the sampler stands, and of what data; `restore` takes it back."""
         return {**self._identity, "epoch": self._epoch, "position": self._position}
 
+    def fits(self, state: Mapping[str, int]) -> bool:
+        """Whether `state` was taken of the same data in the same order, by the same shard."""
+        return all(state.get(key) == now for key, now in self._identity.items())
+
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on exactly where `state` was taken; raises `DataError` if it came from other data or another shard."""
-        changed = [f"{key} {state.get(key)} -> {now}" for key, now in self._identity.items() if state.get(key) != now]
-        if changed:
+        """Go on exactly where `state` was taken; raises `DataError` if it does not fit."""
+        if not self.fits(state):
+            changed = [
+                f"{key} {state.get(key)} -> {now}" for key, now in self._identity.items() if state.get(key) != now
+            ]
             raise DataError(f"the saved position is of other data ({', '.join(changed)}); start afresh")
         epoch, position = state.get("epoch", -1), state.get("position", -1)
         if epoch < 0 or not 0 <= position < len(self._order):
             raise DataError(f"the saved position is not valid: epoch {epoch}, position {position}; start afresh")
         self._epoch, self._position = epoch, position
+        self._order = self._draw()
+
+    def start_anew(self, state: Mapping[str, int]) -> None:
+        """Begin the epoch after that of `state`, which was taken of other data or another order."""
+        self._epoch, self._position = max(0, state.get("epoch", 0)) + 1, 0
         self._order = self._draw()
 
     def _one(self) -> Block:

@@ -13,9 +13,10 @@ from fedmoe.datasets.errors import DataError
 from fedmoe.datasets.long_samples import LONG_ROWS, LongRows
 from fedmoe.datasets.report import DataReport, TokenCounts
 from fedmoe.datasets.rows import BadRow
+from fedmoe.datasets.split import RowHashes
 from fedmoe.datasets.token_cache import KeptTokens, TokenCache
 from fedmoe.datasets.tokenization import Progress, Tokenized, tokenize_samples
-from fedmoe.datasets.tokenized import IntArray, TokenizedSample, Tokenizer, previews
+from fedmoe.datasets.tokenized import TokenizedSample, Tokenizer, previews
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,13 @@ class DataOptions:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Samples to train on; `row_of[i]` numbers the row of sample `i`, so that a row can be kept on one side of a split.
+    """Samples to train on; `row_hashes[i]` is of the row of sample `i`, so that a row stays on one side of a split.
 
     `kept`: they were tokenised at an earlier start.
     """
 
     samples: tuple[TokenizedSample, ...]
-    row_of: IntArray
+    row_hashes: RowHashes
     report: DataReport
     kept: bool = False
 
@@ -78,13 +79,14 @@ def examine(
         return _prepared(found, kept=True, source=str(name))
     done = tokenize_samples(scan.samples(), tokenizer, max_length, chosen.long_rows, processes, progress)
     report = _report(scan, done, tokenizer, max_length, chosen)
+    hashes = np.array([scan.hashes[number] for number in done.row_of], np.uint64)
     if kept and not report.problem:
-        kept.write(KeptTokens.of(done.samples, done.row_of, report))
-    return Prepared(tuple(done.samples), np.array(done.row_of, np.int64), report)
+        kept.write(KeptTokens.of(done.samples, hashes, report))
+    return Prepared(tuple(done.samples), hashes, report)
 
 
 def _prepared(found: KeptTokens, kept: bool, source: str) -> Prepared:
-    return Prepared(tuple(found.samples()), found.row_of, replace(found.report, source=source), kept)
+    return Prepared(tuple(found.samples()), found.row_hashes, replace(found.report, source=source), kept)
 
 
 def _report(scan: RowScan, done: Tokenized, tokenizer: Tokenizer, max_length: int, options: DataOptions) -> DataReport:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedmoe.datasets.report import DataReport
+from fedmoe.datasets.split import RowHashes
 from fedmoe.datasets.tokenized import MASKED, IntArray, TokenizedSample, Tokenizer
 from fedmoe.files import write_atomic
 
@@ -30,22 +31,22 @@ _FILES_KEPT = 8
 
 @dataclass(frozen=True, eq=False)
 class KeptTokens:
-    """Samples in few arrays: all token ids, whether each is learned, the length of each sample, and its row."""
+    """Samples in few arrays: all token ids, whether each is learned, each sample's length and the hash of its row."""
 
     ids: NDArray[np.int32]
     learned: NDArray[np.bool_]
     sizes: IntArray
-    row_of: IntArray
+    row_hashes: RowHashes
     report: DataReport
 
     @classmethod
-    def of(cls, samples: Sequence[TokenizedSample], row_of: Sequence[int], report: DataReport) -> KeptTokens:
+    def of(cls, samples: Sequence[TokenizedSample], row_hashes: RowHashes, report: DataReport) -> KeptTokens:
         """What is kept of these samples."""
         return cls(
             np.concatenate([np.empty(0, np.int32), *(sample.input_ids.astype(np.int32) for sample in samples)]),
             np.concatenate([np.empty(0, np.bool_), *(sample.labels != MASKED for sample in samples)]),
             np.array([len(sample.input_ids) for sample in samples], np.int64),
-            np.array(row_of, np.int64),
+            row_hashes,
             report,
         )
 
@@ -89,7 +90,7 @@ class TokenCache:
                 arrays["ids"].astype(np.int32),
                 arrays["learned"].astype(np.bool_),
                 arrays["sizes"].astype(np.int64),
-                arrays["row_of"].astype(np.int64),
+                arrays["row_hashes"].astype(np.uint64),
                 report,
             )
         except (OSError, SafetensorError, ValidationError, ValueError, KeyError) as error:
@@ -102,7 +103,7 @@ class TokenCache:
             "ids": tokens.ids,
             "learned": tokens.learned.astype(np.uint8),
             "sizes": tokens.sizes,
-            "row_of": tokens.row_of,
+            "row_hashes": tokens.row_hashes,
         }
         metadata = {"report": _REPORT.dump_json(tokens.report).decode(), "digest": _digest(arrays)}
         try:

@@ -12,8 +12,9 @@ from fedmoe.gateway.losses import BASE, LossMatrix
 from fedmoe.gateway.rerank import Candidates, candidates, chosen
 from fedmoe.gateway.route import Router
 from fedmoe.lora.adapter import Adapter
-from fedmoe.models.base import LoadedBase
+from fedmoe.models.base import LoadedBase, context_length
 from fedmoe.models.chat_frame import ChatFrame
+from fedmoe.models.context import resolve_max_length
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.packed import count_targets
 from fedmoe.models.prompt_features import prompt_features
@@ -56,19 +57,21 @@ def evaluate(
 def held_out_blocks(
     file: str | Path,
     base: LoadedBase,
-    max_length: int,
+    max_length: int | None,
     limit: int | None = None,
     options: DataOptions | None = None,
     report: Callable[[DataReport], None] = lambda _: None,
 ) -> list[Block]:
     """Data read as a worker reads them, packed in an order that is the same in every run; the first `limit`.
 
-    `report` is told what the rows became. Raises DataError for data that training would refuse.
+    `max_length` None is 1024 tokens, or the model's context if that is shorter. `report` is told what the rows became.
+    Raises DataError for data that training would refuse, and LengthError for a length beyond the context.
     """
-    data = prepare_samples(file, base.tokenizer, max_length, options)
+    length = resolve_max_length(max_length, context_length(base))
+    data = prepare_samples(file, base.tokenizer, length, options)
     report(data.report)
     pad = base.tokenizer.pad_token_id
-    blocks = pack(data.samples, max_length, seed=0, pad_id=int(pad if pad is not None else base.tokenizer.eos_token_id))
+    blocks = pack(data.samples, length, seed=0, pad_id=int(pad if pad is not None else base.tokenizer.eos_token_id))
     return blocks[:limit]
 
 

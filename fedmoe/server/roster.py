@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from fedmoe.events import Event, UpdateAccepted
-from fedmoe.wire.messages import WorkerInfo
+from fedmoe.storage.journal import Statistic
+from fedmoe.wire.messages import HELD_OUT, HeldOutInfo, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +19,26 @@ class _Seen:
 
 
 class Roster:
-    """Counts accepted updates per expert and worker; filled from the journal at start, then by every commit."""
+    """Counts accepted updates per expert and worker; filled from the journal at start, then by every commit.
 
-    def __init__(self, events: Iterable[Event]) -> None:
+    Of the held-out losses that workers tell it keeps the newest of each.
+    """
+
+    def __init__(self, events: Iterable[Event], statistics: Iterable[Statistic] = ()) -> None:
         self._seen: dict[tuple[str, str], _Seen] = {}
+        self._held_out: dict[tuple[str, str], HeldOutInfo] = {}
         self.observe(events)
+        for statistic in statistics:
+            self.hear(statistic)
+
+    def hear(self, statistic: Statistic) -> None:
+        """Take note of a held-out loss; what is none, or lacks a number, is somebody else's."""
+        if statistic.kind != HELD_OUT:
+            return
+        try:
+            self._held_out[(statistic.expert, statistic.worker)] = HeldOutInfo.model_validate(dict(statistic.payload))
+        except ValidationError:
+            return
 
     def observe(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -29,12 +47,13 @@ class Roster:
                 before = self._seen.get(key)
                 self._seen[key] = _Seen((before.updates if before else 0) + 1, event)
 
-    def workers(self, expert: str, now: float) -> list[WorkerInfo]:
+    def workers(self, expert: str, now: float, held_out: bool = False) -> list[WorkerInfo]:
         """The workers of one expert in name order; `now` is seconds since 1970."""
-        return [_info(worker, seen, now) for (name, worker), seen in sorted(self._seen.items()) if name == expert]
+        told = self._held_out if held_out else {}
+        return [_info(key[1], seen, now, told.get(key)) for key, seen in sorted(self._seen.items()) if key[0] == expert]
 
 
-def _info(worker: str, seen: _Seen, now: float) -> WorkerInfo:
+def _info(worker: str, seen: _Seen, now: float, held_out: HeldOutInfo | None) -> WorkerInfo:
     info = seen.last.info
     return WorkerInfo(
         worker=worker,
@@ -44,4 +63,5 @@ def _info(worker: str, seen: _Seen, now: float) -> WorkerInfo:
         steps=int(info["steps"]) if "steps" in info else None,
         tokens=int(info["tokens"]) if "tokens" in info else None,
         seconds_ago=max(0.0, now - seen.last.at),
+        held_out=held_out,
     )

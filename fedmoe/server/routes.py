@@ -88,12 +88,12 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
         return service.federation()
 
     @app.get("/list_experts")
-    def list_experts() -> Listing:
+    def list_experts(held_out: bool = False) -> Listing:
         experts = coordinator.experts
         enabled = coordinator.aggregation.enable_gateway
         gateway = _gateway_info(service) if enabled and experts and service.has_gateway else None
         prompts = service.statistics.tags("prompts")
-        infos = [_expert_info(experts[name], service, prompts.get(name)) for name in sorted(experts)]
+        infos = [_expert_info(experts[name], service, prompts.get(name), held_out) for name in sorted(experts)]
         return Listing(experts=infos, gateway=gateway, enable_gateway=enabled)
 
     @app.get("/get_gateway_weights")
@@ -232,7 +232,9 @@ def _with_weights(
     return answer_weights(request, _expert_weights(service, name), "fp32", cache, status, facts)
 
 
-def _expert_info(expert: ExpertModel, service: CoordinatorService, prompts: str | None) -> ExpertInfo:
+def _expert_info(
+    expert: ExpertModel, service: CoordinatorService, prompts: str | None, held_out: bool = False
+) -> ExpertInfo:
     return ExpertInfo(
         name=expert.name,
         version=expert.version,
@@ -241,7 +243,7 @@ def _expert_info(expert: ExpertModel, service: CoordinatorService, prompts: str 
         parameters=expert.manifest.layout.size,
         base=expert.manifest.base.name,
         digest=expert.digest,
-        workers=service.roster.workers(expert.name, service.now),
+        workers=service.roster.workers(expert.name, service.now, held_out),
         prompts=prompts,
     )
 

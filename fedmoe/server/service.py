@@ -82,7 +82,7 @@ class CoordinatorService:
     ) -> None:
         self.coordinator = coordinator
         self.journal = journal
-        self.roster = Roster(journal.events())
+        self.roster = Roster(journal.events(), journal.statistics())
         self.statistics = KeptStatistics(journal, blobs)
         self._blobs = blobs
         self._history = history
@@ -313,6 +313,7 @@ class CoordinatorService:
         self.coordinator.expert(request.expert)
         statistic = Statistic(request.expert, request.worker, request.kind, dict(request.values), self.now)
         await self._in_thread(lambda: self.journal.add_statistic(statistic))
+        self.roster.hear(statistic)
 
     def _refuse_if_busy(self) -> None:
         if self.failed:

@@ -147,8 +147,8 @@ class CoordinatorClient:
         return parsed(self._get("/federation"), FederationInfo)
 
     def list_experts(self) -> Listing:
-        """Every expert and the gateway."""
-        return parsed(self._get("/list_experts"), Listing)
+        """Every expert and the gateway, with the held-out losses that workers told."""
+        return parsed(self._retried("GET", "/list_experts", params={"held_out": True}), Listing)
 
     def gateway_info(self) -> GatewayInfo:
         """The gateway without its weights."""

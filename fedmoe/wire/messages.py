@@ -10,7 +10,9 @@ from pydantic import (
     ConfigDict,
     FailFast,
     Field,
+    SerializerFunctionWrapHandler,
     StringConstraints,
+    model_serializer,
     model_validator,
 )
 
@@ -27,6 +29,8 @@ ExpertName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62
 WorkerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
 EpochName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]{1,32}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+#: The kind of a statistic that tells a worker's held-out loss, with the numbers of `HeldOutInfo`.
+HELD_OUT = "held_out"
 StatisticsKind = Literal["prompts", "moments"]
 #: Where experts start: each from first weights of its own, or from the gateway, and from its next version again.
 StartFrom = Literal["initial", "gateway"]
@@ -162,8 +166,22 @@ class ExpertInfo(Message):
     prompts: Sha256 | None = None
 
 
+class HeldOutInfo(Message):
+    """A worker's loss on held-out data of its own, nats per token: after which step, the first one, the lowest."""
+
+    step: int
+    loss: float
+    first: float
+    best: float
+    tokens: int
+
+
 class WorkerInfo(Message):
-    """What the coordinator last heard from a worker of an expert; `seconds_ago` since its last accepted update."""
+    """What the coordinator last heard from a worker of an expert; `seconds_ago` since its last accepted update.
+
+    `held_out` is there if the caller asked for it and the worker measures itself; without one the key is not sent,
+    since programs older than it refuse keys that they do not know.
+    """
 
     worker: WorkerName
     updates: int
@@ -172,6 +190,14 @@ class WorkerInfo(Message):
     steps: int | None = None
     tokens: int | None = None
     seconds_ago: float
+    held_out: HeldOutInfo | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_nobody_told(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        values: dict[str, object] = handler(self)
+        if self.held_out is None:
+            values.pop("held_out", None)
+        return values
 
 
 class GateInfo(Message):

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import structlog
+
 from fedmoe.errors import RefusedError
 from fedmoe.wire.client import (
     CoordinatorClient,
@@ -17,10 +19,11 @@ from fedmoe.wire.client import (
     Pushed,
     TooStaleError,
 )
-from fedmoe.wire.messages import UpdateResult
+from fedmoe.wire.messages import StatisticRequest, UpdateResult
 from fedmoe.worker.outbox import Pending
 
 Result = TypeVar("Result")
+_log = structlog.get_logger("fedmoe.worker")
 
 #: Refusals that a newer version cures: what was learned is kept and moved onto it.
 CURED_BY_PULLING = frozenset({"too_stale", "unknown_version"})
@@ -59,7 +62,8 @@ class Delivery:
     """Sends one pending update from a thread of its own; `answer` is there once the coordinator has spoken.
 
     While the coordinator is away or sheds load, tries go on, `pause_seconds` apart. The thread is a daemon: a worker
-    that must leave leaves, and sends the update after its restart.
+    that must leave leaves, and sends the update after its restart. `fact` is told after an update that landed, once:
+    a newer one follows with the next.
     """
 
     def __init__(
@@ -67,8 +71,10 @@ class Delivery:
         client: CoordinatorClient,
         pending: Pending,
         on_trouble: Callable[[CoordinatorUnavailableError], None] = lambda _: None,
+        fact: StatisticRequest | None = None,
     ) -> None:
         self.pending = pending
+        self._fact = fact
         self._client = client
         self._on_trouble = on_trouble
         self._started = time.monotonic()
@@ -114,7 +120,16 @@ class Delivery:
         if pushed is None:
             return None
         newest = pushed.newest or self._persist(self._pull)
+        self._tell_fact()
         return Answered(pushed.result, None, newest, self._seconds) if newest else None
+
+    def _tell_fact(self) -> None:
+        if self._fact is None:
+            return
+        try:
+            self._client.push_statistic(self._fact)
+        except (CoordinatorUnavailableError, RefusedError) as error:
+            _log.warning("not_told", kind=self._fact.kind, reason=str(error))
 
     def _after_refusal(self, refused: RefusedError) -> Answered | None:
         if refused.code not in CURED_BY_PULLING:

@@ -49,6 +49,11 @@ class Disclosure:
                 self._send(header, body)
             except RefusedError as error:
                 _log.warning("statistics_refused", kind=header.kind, code=error.code, reason=str(error))
+            except Exception as error:
+                # The client may be closed under a call that was on its way when the worker left.
+                if not self._closed.is_set():
+                    _log.warning("statistics_not_sent", kind=header.kind, reason=repr(error))
+                return
 
     def _send(self, header: DataStatisticsHeader, body: bytes) -> None:
         tries = 0

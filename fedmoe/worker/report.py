@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import structlog
 
-from fedmoe.qwen_worker import StepRecord
+from fedmoe.qwen_worker import EvaluationRecord, StepRecord
 from fedmoe.record import RecordWriter
 from fedmoe.wire.client import CoordinatorUnavailableError
+from fedmoe.wire.messages import HELD_OUT, StatisticRequest
 from fedmoe.worker.delivery import Answered
 from fedmoe.worker.outbox import Pending
 
@@ -23,6 +25,8 @@ class SyncReport:
         self._worker = worker
         self._expert = expert
         self._staleness = 0
+        self._newest: EvaluationRecord | None = None
+        self._under_way: EvaluationRecord | None = None
 
     def close(self) -> None:
         self._records.close()
@@ -43,6 +47,40 @@ class SyncReport:
             staleness=self._staleness,
         )
 
+    def evaluated(self, record: EvaluationRecord, version: int | None, stopped: bool) -> None:
+        """The held-out loss of the weights on top of `version`; `stopped` says that it ends the training."""
+        self._newest = record
+        shown = {"loss": round(record.loss, 4), "first": round(record.first, 4), "best": round(record.best, 4)}
+        _log.info("held_out", step=record.step, **shown, tokens=record.tokens, seconds=round(record.seconds, 2))
+        if stopped:
+            _log.info(
+                "stopped_early", step=record.step, reason=f"held-out loss not lower {record.worse} times in a row"
+            )
+        self._records.write(
+            "held_out",
+            worker=self._worker,
+            expert=self._expert,
+            step=record.step,
+            loss=record.loss,
+            first=record.first,
+            best=record.best,
+            worse=record.worse,
+            tokens=record.tokens,
+            seconds=record.seconds,
+            version=version,
+            stopped=stopped,
+        )
+
+    def fact(self) -> StatisticRequest | None:
+        """The newest held-out loss as the coordinator is told of it, with an update that lands; None without one."""
+        self._under_way = record = self._newest
+        if record is None or not math.isfinite(record.loss):
+            return None
+        values = {"step": record.step, "loss": record.loss, "first": record.first, "best": record.best}
+        numbers = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        numbers |= {"tokens": float(record.tokens)}
+        return StatisticRequest(expert=self._expert, worker=self._worker, kind=HELD_OUT, values=numbers)
+
     def answered(self, pending: Pending, answer: Answered) -> None:
         """What became of an update."""
         sequence, loss = pending.header.sequence, pending.header.loss
@@ -51,6 +89,8 @@ class SyncReport:
             _log.warning("refused", sequence=sequence, code=refused and refused.code, reason=str(refused))
             return
         self._staleness = result.staleness
+        if self._newest is self._under_way:
+            self._newest = None
         digest = (answer.newest.digest if answer.newest else result.digest)[:12]
         _log.info(
             "pushed",

@@ -9,14 +9,12 @@ import structlog
 
 from fedmoe.config import WorkerConfig
 from fedmoe.coordinator import seed_of
-from fedmoe.datasets.check import check_file
-from fedmoe.datasets.packing import Block, BlockSampler, pack
-from fedmoe.datasets.prepare import prepare_samples
+from fedmoe.datasets.packing import Block
 from fedmoe.distributed_worker import DistributedWorker, SyncSettings
 from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
 from fedmoe.models.device import choose_device, pin_threads
 from fedmoe.models.parallel import ProcessGroup, join_group, local_rank
-from fedmoe.models.schedule import LoraConfig, TrainingConfig
+from fedmoe.models.schedule import LoraConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
 from fedmoe.qwen_worker import QwenWorker
 from fedmoe.wire.client import CoordinatorClient
@@ -24,9 +22,11 @@ from fedmoe.wire.messages import StatisticsKind
 from fedmoe.worker.disclosure import Disclosure
 from fedmoe.worker.group import on_rank_zero
 from fedmoe.worker.kept_statistics import keep, read_kept, statistics_key
+from fedmoe.worker.options import check_processes
 from fedmoe.worker.outbox import Outbox
 from fedmoe.worker.signals import StopOnSignal
 from fedmoe.worker.statistics import data_statistics
+from fedmoe.worker.training_data import WorkerData, check_sources, worker_data
 
 _log = structlog.get_logger("fedmoe.worker")
 # Of a worker that ends, for statistics that are still on their way.
@@ -35,57 +35,53 @@ _LAST_WAIT_SECONDS = 5.0
 
 def run_worker(config: WorkerConfig) -> None:
     """Run a worker until its schedule ends or it is told to stop (SIGTERM, SIGINT)."""
-    pin_threads()
+    processes = pin_threads()
+    check_processes(config)
     chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
-    check_file(config.dataset).raise_problem()
+    check_sources(config)
     device = choose_device(config.device, local_rank())
     state_dir = Path(config.state_dir or f"runs/workers/{config.worker_id}")
     token = config.token.get_secret_value() if config.token else None
     group = join_group(device)
     outbox: Outbox | None = None
-    disclosure: Disclosure | None = None
     try:
         with CoordinatorClient(config.coordinator_url, token) as client:
             outbox = on_rank_zero(group, lambda: Outbox(state_dir, config.worker_id, config.specialty))
             # A wrong URL or token is told before a base model is loaded.
             on_rank_zero(group, client.federation)
-            base, blocks = _base_and_blocks(config, group, chat)
-            # On the bare base model, so before an adapter is attached.
-            disclosure = on_rank_zero(group, lambda: _disclosure(config, base, blocks, client, state_dir))
-            worker = _build(config, base, blocks, group, client, state_dir, outbox, disclosure)
-            StopOnSignal(worker.stop).install()
-            worker.run()
-            if disclosure is not None:
-                disclosure.close(_LAST_WAIT_SECONDS)
+            base = load_base(config.base_model, group.device, config.dtype, chat)
+            _log.info("base_model", **base.report)
+            for note in base.notes:
+                _log.warning("base_model_note", note=note)
+            data = worker_data(config, base, _targets(config), group, processes)
+            _train(config, base, data, group, client, state_dir, outbox)
     finally:
-        if disclosure is not None:
-            disclosure.close()
         if outbox is not None:
             outbox.close()
         group.close()
 
 
-def training_blocks(base: LoadedBase, config: WorkerConfig, show: bool) -> list[Block]:
-    """The data as packed blocks; shows two samples as the model will see them."""
-    data = prepare_samples(config.dataset, base.tokenizer, config.max_length)
-    blocks = pack(data.samples, config.max_length, config.seed, _pad_id(base))
-    if show:
-        _log.info("dataset", blocks=len(blocks), **data.report.summary)
-        print(data.report.text, *data.report.previews, sep="\n", flush=True)
-    return blocks
-
-
-def _pad_id(base: LoadedBase) -> int:
-    pad = base.tokenizer.pad_token_id
-    return int(pad if pad is not None else base.tokenizer.eos_token_id)
-
-
-def _base_and_blocks(config: WorkerConfig, group: ProcessGroup, chat: ChatTemplate) -> tuple[LoadedBase, list[Block]]:
-    base = load_base(config.base_model, group.device, config.dtype, chat)
-    _log.info("base_model", **base.report)
-    for note in base.notes:
-        _log.warning("base_model_note", note=note)
-    return base, training_blocks(base, config, show=group.rank == 0)
+def _train(
+    config: WorkerConfig,
+    base: LoadedBase,
+    data: WorkerData,
+    group: ProcessGroup,
+    client: CoordinatorClient,
+    state_dir: Path,
+    outbox: Outbox | None,
+) -> None:
+    # On the bare base model, so before an adapter is attached.
+    disclosure = on_rank_zero(group, lambda: _disclosure(config, base, data.blocks, client, state_dir))
+    try:
+        worker = _build(config, base, data, group, client, state_dir, outbox, disclosure)
+        StopOnSignal(worker.stop).install()
+        worker.run()
+        if disclosure is not None:
+            disclosure.close(_LAST_WAIT_SECONDS)
+    finally:
+        # Before the client goes: its thread may be in the middle of a call.
+        if disclosure is not None:
+            disclosure.close()
 
 
 def _disclosure(
@@ -125,15 +121,14 @@ def statistics_to_send(
 def _build(
     config: WorkerConfig,
     base: LoadedBase,
-    blocks: list[Block],
+    data: WorkerData,
     group: ProcessGroup,
     client: CoordinatorClient,
     state_dir: Path,
     outbox: Outbox | None,
     disclosure: Disclosure | None,
 ) -> DistributedWorker:
-    expert = QwenLoRAExpert(base, _lora(config), _training(config), group)
-    sampler = BlockSampler(blocks, config.seed, group.rank, group.world_size)
+    expert = QwenLoRAExpert(base, _lora(config), data.training, group)
     settings = SyncSettings(
         config.worker_id,
         config.specialty,
@@ -141,8 +136,9 @@ def _build(
         config.max_unsynced,
         config.wire_dtype,
         config.start_from,
+        config.allow_changed_data,
     )
-    worker = QwenWorker(expert, sampler)
+    worker = QwenWorker(expert, data.sampler, held_out=data.held_out)
     on_registered = disclosure.start if disclosure is not None else lambda: None
     return DistributedWorker(worker, client, settings, state_dir, outbox, on_registered=on_registered)
 
@@ -159,17 +155,3 @@ def _lora(config: WorkerConfig) -> LoraConfig:
 
 def _targets(config: WorkerConfig) -> str | tuple[str, ...]:
     return config.target_modules[0] if len(config.target_modules) == 1 else config.target_modules
-
-
-def _training(config: WorkerConfig) -> TrainingConfig:
-    return TrainingConfig(
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        warmup_steps=config.warmup_steps,
-        lr_scheduler_type=config.lr_scheduler_type,
-        max_steps=config.max_steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 from workers import (
     Federation,
     Road,
@@ -262,13 +263,40 @@ def test_other_data_under_an_old_state_is_refused_with_the_ways_out(house: Feder
     setup = Setup(house.url, tmp_path / "w1", steps=4, every=2, after_step=wait_for_answer)
     setup.run()
     setup.data, setup.steps = blocks(9), 8
-    with pytest.raises(WorkerFailedError, match=r"other data .*move .*checkpoint away .*--state-dir"):
+    with pytest.raises(
+        WorkerFailedError, match=r"24 of 24 samples .*--allow-changed-data .*move .*checkpoint away .*--state-dir"
+    ):
         setup.run()
     (tmp_path / "w1" / "checkpoint").rename(tmp_path / "old")
     worker = run_to_the_end(setup)
     assert worker.worker.step == 8
     assert sequences(house) == list(range(len(sequences(house))))
     assert len({update.epoch for update in house.updates()}) == 1
+
+
+def test_changed_data_go_on_with_the_flag_that_the_message_names(house: Federation, tmp_path: Path) -> None:
+    setup = Setup(house.url, tmp_path / "w1", steps=4, every=2, after_step=wait_for_answer)
+    setup.run()
+    setup.data, setup.steps, setup.allow_changed_data = blocks(9), 8, True
+    with capture_logs() as logs:
+        worker = run_to_the_end(setup)
+    assert worker.worker.step == 8
+    (told,) = (line for line in logs if line["event"] == "data_changed")
+    assert (told["log_level"], told["kept"], told["gone"], told["new"]) == ("warning", 0, 24, 24)
+
+
+def test_data_that_grew_go_on_and_say_so(house: Federation, tmp_path: Path) -> None:
+    setup = Setup(house.url, tmp_path / "w1", steps=4, every=2, after_step=wait_for_answer)
+    setup.data = blocks(count=20)
+    setup.run()
+    setup.data, setup.steps = blocks(count=24), 8
+    with capture_logs() as logs:
+        worker = run_to_the_end(setup)
+    assert worker.worker.step == 8
+    told = {line["event"]: line for line in logs}
+    assert told["restored"]["step"] == 4
+    assert (told["data_changed"]["kept"], told["data_changed"]["gone"], told["data_changed"]["new"]) == (20, 0, 4)
+    np.testing.assert_array_equal(house.weights, local(worker))
 
 
 def test_a_state_directory_is_used_by_one_worker_at_a_time(house: Federation, tmp_path: Path) -> None:

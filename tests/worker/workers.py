@@ -26,6 +26,7 @@ from fedmoe.experts import ExpertModel
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.codec import WireDtype, decode
 from fedmoe.models.base import LoadedBase, load_base
+from fedmoe.models.held_out import HeldOutPlan
 from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert, TrainingConfig
 from fedmoe.qwen_worker import QwenWorker, StepRecord
 from fedmoe.wire.client import CoordinatorClient
@@ -181,6 +182,8 @@ class Setup:
     clock: StepClock | None = field(default_factory=StepClock)
     expert: str = EXPERT
     start_from: StartFrom | None = None
+    allow_changed_data: bool = False
+    held_out: HeldOutPlan | None = None
     on_registered: Callable[[], None] = lambda: None
     after_step: Callable[[DistributedWorker, StepRecord], None] = lambda worker, record: None
     _closing: list[Callable[[], None]] = field(default_factory=list)
@@ -191,7 +194,8 @@ class Setup:
         expert = QwenLoRAExpert(tiny_base(), LoraConfig(self.rank, 8, seed=seed_of(self.expert) % 2**63), training)
         sampler = BlockSampler(self.data, seed=1)
         clocks = {"clock": self.clock} if self.clock else {}
-        settings = SyncSettings(self.name, self.expert, self.every, self.max_unsynced, self.wire, self.start_from)
+        start = (self.start_from, self.allow_changed_data)
+        settings = SyncSettings(self.name, self.expert, self.every, self.max_unsynced, self.wire, *start)
         client = CoordinatorClient(self.url, transport=self.road, attempts=1)
         outbox = Outbox(self.state_dir, self.name, self.expert)
 
@@ -201,7 +205,7 @@ class Setup:
             self.after_step(worker, record)
 
         worker = DistributedWorker(
-            QwenWorker(expert, sampler, **clocks),
+            QwenWorker(expert, sampler, held_out=self.held_out, **clocks),
             client,
             settings,
             self.state_dir,

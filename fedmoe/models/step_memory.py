@@ -1,0 +1,112 @@
+"""What one training step needs of memory, estimated before the first, and what would fit where it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from fedmoe.models.context import LengthError
+
+_GIB = 2**30
+_SHORTEST = 8
+#: Runtime and allocator, whatever the model.
+_FIXED_BYTES = 16 << 20
+#: Logits in float32, those of the chosen tokens, their log-probabilities, and gradients of them.
+_LOGIT_COPIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What the memory of a step depends on: sizes of the model, parameters of the adapter, and the batch.
+
+    `width` is heads times head size, `inner` the feed-forward size in use for a token, `item` the bytes of an
+    activation.
+    """
+
+    layers: int
+    hidden: int
+    width: int
+    inner: int
+    vocabulary: int
+    adapter: int
+    rank: int
+    length: int
+    batch: int
+    item: int = 4
+    checkpointing: bool = False
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, adapter: int, rank: int, length: int, batch: int, checkpointing: bool) -> Self:
+        """From a transformers model's configuration; raises AttributeError for one that does not name its sizes."""
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        inner *= getattr(config, "num_experts_per_tok", None) or 1
+        item = 4 if model.dtype == torch.float32 else 2
+        sizes = (config.num_hidden_layers, config.hidden_size, heads * head, inner, config.vocab_size)
+        return cls(*sizes, adapter, rank, length, batch, item, checkpointing)
+
+
+def step_bytes(shape: StepShape) -> int:
+    """The peak of a training step in bytes, beside the base model's weights; meant to be at most a third too much.
+
+    Adapter, gradient and two moments in float32; for every token what the layers keep for the backward pass, or only
+    each layer's input with checkpointing; a float mask of length x length a row, which attention keeps for each layer;
+    logits as if every token were learned.
+    """
+    tokens = shape.length * shape.batch
+    layer = (4 * shape.hidden + 4 * shape.width + 4 * shape.inner + 7 * shape.rank) * shape.item
+    mask = shape.length * shape.length * shape.batch * shape.item
+    kept = shape.layers * (tokens * layer + mask)
+    if shape.checkpointing:
+        # One layer is computed again, with gradients of about its own size.
+        kept = shape.layers * tokens * shape.hidden * shape.item + 2 * (tokens * layer + mask)
+    logits = _LOGIT_COPIES * tokens * shape.vocabulary * 4
+    return 16 * shape.adapter + kept + logits + _FIXED_BYTES
+
+
+def largest_length(shape: StepShape, available: int) -> int | None:
+    """The longest row, up to that of `shape`, with which a step fits; None if none does."""
+    if step_bytes(replace(shape, length=_SHORTEST)) > available:
+        return None
+    fits, most = _SHORTEST, shape.length + 1
+    while most - fits > 1:
+        middle = (fits + most) // 2
+        fits, most = (middle, most) if step_bytes(replace(shape, length=middle)) <= available else (fits, middle)
+    return fits
+
+
+def check_memory(shape: StepShape, available: int) -> None:
+    """Raises LengthError where a step does not fit into `available` bytes, naming what would fit."""
+    needed = step_bytes(shape)
+    if needed <= available:
+        return
+    length = largest_length(shape, available)
+    choices = [f"--max-length {length}"] if length is not None else []
+    if shape.batch > 1:
+        batches = range(shape.batch - 1, 0, -1)
+        fitting = next((size for size in batches if step_bytes(replace(shape, batch=size)) <= available), None)
+        choices += [f"--per-device-train-batch-size {fitting}"] if fitting is not None else []
+    if not shape.checkpointing and step_bytes(replace(shape, checkpointing=True)) <= available:
+        choices.append("--gradient-checkpointing")
+    advice = f"give {', or '.join(choices)}" if choices else "no shorter row fits: free memory, or take a smaller model"
+    raise LengthError(
+        f"a training step of {shape.batch} rows of {shape.length} tokens takes about {needed / _GIB:.2g} GiB beside "
+        f"the base model, {available / _GIB:.2g} GiB are there; {advice}"
+    )
+
+
+def free_memory(device: torch.device, processes: int = 1) -> int:
+    """Bytes that one of `processes` on this machine may still take for a step on `device`.
+
+    CUDA: what the driver says is free, and what PyTorch holds unused. Elsewhere the machine's available memory.
+    """
+    if device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(device)[0])
+        return free + int(torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return int(psutil.virtual_memory().available) // processes

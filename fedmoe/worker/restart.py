@@ -1,0 +1,42 @@
+"""Taking up training where an earlier run left it, and saying so where the data are no longer the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import structlog
+
+from fedmoe.datasets.errors import DataError
+from fedmoe.qwen_worker import QwenWorker
+from fedmoe.worker.group import WorkerFailedError
+from fedmoe.worker.progress import SyncPoint
+
+_log = structlog.get_logger("fedmoe.worker")
+
+
+def take_up(worker: QwenWorker, checkpoints: Path, allow_changed_data: bool) -> SyncPoint | None:
+    """Restore the newest checkpoint, if there is one, and tell of other data; all ranks call it."""
+    try:
+        companion = worker.restore(checkpoints, allow_changed_data)
+    except DataError as error:
+        raise WorkerFailedError(
+            f"{error}. Or move {checkpoints} away to begin anew under the same identity, or choose another --state-dir"
+        ) from error
+    if companion is not None:
+        _log.info("restored", step=worker.step)
+    if worker.new_order:
+        _tell(worker)
+    return SyncPoint.of(companion)
+
+
+def _tell(worker: QwenWorker) -> None:
+    change = worker.data_change
+    if change is None:
+        counts: dict[str, int] = {}
+        what = "they cannot be compared with those of the checkpoint"
+    else:
+        counts = {"kept": change.kept, "new": change.new, "gone": change.gone}
+        what = "samples are gone or changed" if change.gone else "they grew" if change.new else "another order"
+    _log.warning(
+        "data_changed", what=what, **counts, step=worker.step, note="weights, moments and step are kept; a new epoch"
+    )

@@ -1,0 +1,122 @@
+"""A worker's data: read, reported on, split and packed; what cannot be trained on is refused before the long work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from fedmoe.config import WorkerConfig
+from fedmoe.datasets.check import RowOptions, check_beginning
+from fedmoe.datasets.packing import Block, BlockSampler, pack
+from fedmoe.datasets.prepare import DataOptions, Prepared, prepare_samples
+from fedmoe.datasets.split import held_out_rows
+from fedmoe.datasets.tokenized import TokenizedSample
+from fedmoe.models.base import LoadedBase, context_length
+from fedmoe.models.cache import cache_root
+from fedmoe.models.context import resolve_max_length
+from fedmoe.models.held_out import HeldOutPlan
+from fedmoe.models.parallel import ProcessGroup
+from fedmoe.models.schedule import TrainingConfig
+from fedmoe.worker.options import (
+    block_sampler,
+    check_base,
+    held_out_plan,
+    tell_held_out,
+    training_config,
+)
+
+_log = structlog.get_logger("fedmoe.worker")
+# Samples between two lines that tell how far tokenising is.
+_TOLD_EVERY = 20_000
+
+
+@dataclass(frozen=True, eq=False)
+class WorkerData:
+    """A worker's data, packed: blocks to train on, this rank's sampler of them, what is held out, and the schedule."""
+
+    blocks: list[Block]
+    sampler: BlockSampler
+    held_out: HeldOutPlan | None
+    training: TrainingConfig
+
+
+def data_options(config: WorkerConfig) -> DataOptions:
+    """How this worker's files become samples; raises `DataError` for columns that cannot be mapped so."""
+    return DataOptions(RowOptions.mapping(config.columns), config.long_rows)
+
+
+def check_sources(config: WorkerConfig) -> None:
+    """Look at the first rows of every file, before any model is loaded; raises `DataError`."""
+    for name in (config.dataset, config.eval_dataset):
+        if name is not None:
+            check_beginning(name, data_options(config).rows)
+
+
+def worker_data(
+    config: WorkerConfig, base: LoadedBase, targets: str | tuple[str, ...], group: ProcessGroup, processes: int
+) -> WorkerData:
+    """The data, by up to `processes` processes; what options, data or this machine cannot do is refused."""
+    length = resolve_max_length(config.max_length, context_length(base))
+    check_base(config, base, targets, length)
+    data = _prepared(config, config.dataset, base, length, processes)
+    if group.rank == 0:
+        _tell(data)
+    train, held_out = _sides(config, data, base, length, processes)
+    blocks = pack(train, length, config.seed, _pad_id(base))
+    sampler = block_sampler(blocks, config, group.rank, group.world_size)
+    plan = None
+    if held_out:
+        # A fixed seed: whoever measures on the same rows measures on the same blocks.
+        plan = held_out_plan(config, pack(held_out, length, 0, _pad_id(base)))
+        if group.rank == 0:
+            tell_held_out(plan, held_out, blocks)
+    return WorkerData(blocks, sampler, plan, training_config(config, sampler.shard))
+
+
+def _sides(
+    config: WorkerConfig, data: Prepared, base: LoadedBase, length: int, processes: int
+) -> tuple[Sequence[TokenizedSample], Sequence[TokenizedSample]]:
+    """The samples to train on, and those held out (maybe none)."""
+    if config.eval_split is not None:
+        held_out = held_out_rows(data.row_hashes, config.eval_split)
+        sides: tuple[list[TokenizedSample], list[TokenizedSample]] = ([], [])
+        for sample, is_held_out in zip(data.samples, held_out.tolist(), strict=True):
+            sides[is_held_out].append(sample)
+        return sides
+    if config.eval_dataset is None:
+        return data.samples, ()
+    measured = _prepared(config, config.eval_dataset, base, length, processes)
+    _log.info("eval_dataset", **measured.report.summary)
+    return data.samples, measured.samples
+
+
+def _prepared(config: WorkerConfig, name: str, base: LoadedBase, length: int, processes: int) -> Prepared:
+    told = 0
+
+    def progress(done: int) -> None:
+        nonlocal told
+        if done - told >= _TOLD_EVERY:
+            told = done
+            _log.info("tokenizing", file=name, rows_done=done)
+
+    return prepare_samples(
+        name,
+        base.tokenizer,
+        length,
+        data_options(config),
+        cache=cache_root() / "tokens",
+        processes=processes,
+        progress=progress,
+    )
+
+
+def _tell(data: Prepared) -> None:
+    _log.info("dataset", **data.report.summary, kept=data.kept)
+    print(data.report.text, *data.report.previews, sep="\n", flush=True)
+
+
+def _pad_id(base: LoadedBase) -> int:
+    pad = base.tokenizer.pad_token_id
+    return int(pad if pad is not None else base.tokenizer.eos_token_id)
