@@ -35,6 +35,7 @@ from fedmoe.worker.options import (
     check_processes,
     held_out_plan,
     tell_held_out,
+    tokens_per_step,
     training_config,
 )
 from fedmoe.worker.outbox import Outbox
@@ -159,6 +160,7 @@ def training_blocks(rows: Sides, base: LoadedBase, config: WorkerConfig, max_len
             blocks=len(blocks),
             tokens=tokens,
             max_length=max_length,
+            tokens_per_step=tokens_per_step(config, max_length),
         )
         if loaded.report.bad_count or data.unlearnable_lines:
             _log.warning("rows_left_out", bad=loaded.report.bad_count, nothing_to_learn=len(data.unlearnable_lines))
