@@ -222,7 +222,7 @@ class WorkerConfig(_CallerConfig):
     device: str = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     max_length: Annotated[int, Field(ge=8, le=1 << 20)] | None = None
-    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 2
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 1
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
     gradient_checkpointing: bool = False
     learning_rate: Positive = 1e-3
@@ -249,7 +249,7 @@ class WorkerConfig(_CallerConfig):
         if self.max_steps <= self.warmup_steps:
             raise ValueError(
                 f"{scheduler} falls after the warm-up, but --warmup-steps {self.warmup_steps} leaves nothing of "
-                f"--max-steps {self.max_steps}; give --warmup-steps {self.max_steps - 1} or less, or more --max-steps"
+                f"--max-steps {self.max_steps}; give --warmup-steps at most {self.max_steps - 1}, or more --max-steps"
             )
         return self
 

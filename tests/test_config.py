@@ -6,6 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from fedmoe.config import MAX_SYNC_INTERVAL, MIN_SYNC_INTERVAL, CoordinatorConfig, WorkerConfig
+from fedmoe.models.schedule import TrainingConfig
+from fedmoe.worker.options import training_config
 
 NEEDED = {"coordinator_url": "http://127.0.0.1:5000", "worker_id": "w1", "specialty": "python", "dataset": "a.jsonl"}
 SECRET = "a-token-that-nobody-may-read-0001"
@@ -94,14 +96,54 @@ def test_a_gateway_that_lives_excludes_what_is_for_one_that_is_merged(parameters
         ({"worker_id": "a b"}, "pattern"),
         ({"wire_dtype": "fp8"}, "'fp32', 'bf16' or 'int8'"),
         ({"learning_rate": float("nan")}, "finite"),
-        ({"lora_dropout": 1.5}, "less than or equal to 1"),
-        ({"lr_scheduler_type": "cosine"}, "--max-steps"),
+        ({"lora_dropout": 1}, "less than 1"),
+        ({"lora_alpha": 1e7}, "less than or equal to 1000000"),
+        ({"target_modules": ()}, "at least 1"),
+        ({"target_modules": ("",)}, "at least 1"),
+        ({"max_length": 4}, "greater than or equal to 8"),
+        ({"lr_scheduler_type": "cosine"}, "--max-steps or --num-train-epochs"),
+        ({"lr_scheduler_type": "linear", "max_steps": 3}, "give --warmup-steps at most 2, or more --max-steps"),
+        ({"lr_scheduler_type": "cosine", "max_steps": 9, "warmup_steps": 9}, "--warmup-steps at most 8"),
+        ({"max_steps": 3, "num_train_epochs": 1}, "--max-steps and --num-train-epochs both"),
+        ({"num_train_epochs": 0}, "greater than 0"),
+        ({"num_train_epochs": float("inf")}, "finite"),
+        ({"eval_split": 0}, "greater than 0"),
+        ({"eval_split": 1}, "less than 1"),
+        ({"eval_split": 0.1, "eval_dataset": "b.jsonl"}, "--eval-dataset and --eval-split both"),
+        ({"eval_dataset": "./a.jsonl"}, "--eval-dataset is the file of --dataset"),
+        ({"eval_steps": 5}, "--eval-steps needs held-out data: --eval-dataset FILE or --eval-split FRACTION"),
+        ({"early_stopping_patience": 3}, "--early-stopping-patience needs held-out data"),
+        (
+            {"eval_split": 0.1, "early_stopping_threshold": 0.1},
+            "--early-stopping-threshold needs --early-stopping-patience",
+        ),
         ({"sync_intervall": 3}, "sync_intervall"),
     ],
 )
 def test_a_workers_parameters_are_checked_too(parameters: dict[str, object], word: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(word)):
         worker(**parameters)
+
+
+def test_what_is_refused_together_goes_once_the_advice_is_followed() -> None:
+    assert worker(lr_scheduler_type="linear", max_steps=3, warmup_steps=2)
+    assert worker(lr_scheduler_type="linear", num_train_epochs=0.5)
+    assert worker(max_steps=3).warmup_steps == 5
+    assert worker(eval_split=0.1, early_stopping_patience=3, early_stopping_threshold=0.01, eval_steps=7)
+    assert worker(eval_dataset="b.jsonl", early_stopping_patience=3)
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("steps", [0, 1, 5, 6, 50])
+def test_what_training_would_refuse_is_refused_as_a_parameter(scheduler: str, steps: int) -> None:
+    """The rules of TrainingConfig, which is made long after the base model is loaded."""
+    try:
+        accepted = worker(lr_scheduler_type=scheduler, max_steps=steps)
+    except ValidationError:
+        with pytest.raises(ValueError):
+            TrainingConfig(lr_scheduler_type=scheduler, max_steps=steps)
+    else:
+        assert training_config(accepted, 10).max_steps == steps
 
 
 def test_environment_variables_stand_in_for_flags_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:

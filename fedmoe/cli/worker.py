@@ -72,7 +72,7 @@ def worker(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens in a packed row. [default: 1024, or the model's context if shorter]")
     ] = None,
-    per_device_train_batch_size: Annotated[int | None, typer.Option(help="Rows per micro-batch. [default: 2]")] = None,
+    per_device_train_batch_size: Annotated[int | None, typer.Option(help="Rows per micro-batch. [default: 1]")] = None,
     gradient_accumulation_steps: Annotated[
         int | None, typer.Option(help="Micro-batches per step. [default: 1]")
     ] = None,

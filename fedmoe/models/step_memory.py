@@ -60,7 +60,7 @@ def step_bytes(shape: StepShape) -> int:
     logits as if every token were learned.
     """
     tokens = shape.length * shape.batch
-    layer = (4 * shape.hidden + 4 * shape.width + 4 * shape.inner + 7 * shape.rank) * shape.item
+    layer = (6 * shape.hidden + 6 * shape.width + 6 * shape.inner + 7 * shape.rank) * shape.item
     mask = shape.length * shape.length * shape.batch * shape.item
     kept = shape.layers * (tokens * layer + mask)
     if shape.checkpointing:

@@ -81,7 +81,7 @@ def training_config(config: WorkerConfig, blocks: int) -> TrainingConfig:
             raise OptionError(
                 f"--num-train-epochs {config.num_train_epochs:g} are {steps} steps of these data, and --warmup-steps "
                 f"{config.warmup_steps} leave nothing for --lr-scheduler-type {config.lr_scheduler_type}; give "
-                f"--warmup-steps {steps - 1} or less, or more epochs"
+                f"--warmup-steps at most {steps - 1}, or more epochs"
             )
         _log.info("epochs", num_train_epochs=config.num_train_epochs, blocks=blocks, max_steps=steps)
     return TrainingConfig(
@@ -95,6 +95,11 @@ def training_config(config: WorkerConfig, blocks: int) -> TrainingConfig:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=config.gradient_checkpointing,
     )
+
+
+def tokens_per_step(config: WorkerConfig, max_length: int) -> int:
+    """Tokens of an optimizer step and process, padding included."""
+    return max_length * config.per_device_train_batch_size * config.gradient_accumulation_steps
 
 
 def steps_of(epochs: float, blocks: int, config: WorkerConfig) -> int:

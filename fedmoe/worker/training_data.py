@@ -24,6 +24,7 @@ from fedmoe.worker.options import (
     check_base,
     held_out_plan,
     tell_held_out,
+    tokens_per_step,
     training_config,
 )
 
@@ -62,7 +63,8 @@ def worker_data(
     check_base(config, base, targets, length)
     data = _prepared(config, config.dataset, base, length, processes)
     if group.rank == 0:
-        _tell(data)
+        _log.info("dataset", **data.report.summary, kept=data.kept, tokens_per_step=tokens_per_step(config, length))
+        print(data.report.text, *data.report.previews, sep="\n", flush=True)
     train, held_out = _sides(config, data, base, length, processes)
     blocks = pack(train, length, config.seed, _pad_id(base))
     sampler = block_sampler(blocks, config, group.rank, group.world_size)
@@ -110,11 +112,6 @@ def _prepared(config: WorkerConfig, name: str, base: LoadedBase, length: int, pr
         processes=processes,
         progress=progress,
     )
-
-
-def _tell(data: Prepared) -> None:
-    _log.info("dataset", **data.report.summary, kept=data.kept)
-    print(data.report.text, *data.report.previews, sep="\n", flush=True)
 
 
 def _pad_id(base: LoadedBase) -> int:

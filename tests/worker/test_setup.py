@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 from live import JOIN, listening, open_house
 from support import free_port
-from workers import Federation
+from workers import Federation, blocks
 
 from fedmoe.cli import main
-from fedmoe.models.base import LoadedBase
+from fedmoe.config import WorkerConfig
+from fedmoe.models.base import LoadedBase, load_base
+from fedmoe.worker import options as worker_options
 from fedmoe.worker import setup
 from fedmoe.worker.signals import StopOnSignal
 
 Told = Callable[..., str]
+NEEDED = {"coordinator_url": "http://127.0.0.1:5000", "worker_id": "w1", "specialty": "python", "dataset": "a.jsonl"}
 GOOD = [{"prompt": f"{n} and one is ", "completion": f"{n + 1}"} for n in range(20)]
 
 
@@ -33,7 +36,9 @@ def told(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
     def run(status: int, dataset: Path, *options: str, url: str = f"http://127.0.0.1:{free_port()}") -> str:
         fixed = ["--coordinator-url", url, "--worker-id", "w1", "--specialty", "python", "--base-model", "tiny"]
-        state = ["--state-dir", str(tmp_path / "w1"), "--dtype", "fp32", "--device", "cpu", "--max-steps", "2"]
+        state = ["--state-dir", str(tmp_path / "w1"), "--dtype", "fp32", "--device", "cpu"]
+        if "--num-train-epochs" not in options:
+            state += ["--max-steps", "2"]
         with pytest.raises(SystemExit) as left:
             main(["worker", *fixed, *state, "--dataset", str(dataset), *options])
         assert left.value.code == status
@@ -138,6 +143,80 @@ def test_a_state_directory_that_cannot_be_made_is_told(told: Told, tmp_path: Pat
     file = write(tmp_path / "d.jsonl", GOOD)
     (tmp_path / "w1").write_text("a file")
     assert "w1" in told(1, file, url=house.url)
+
+
+@pytest.fixture
+def _no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError("the long work began before the options were found fit")
+
+    monkeypatch.setattr(setup, "data_statistics", fail)
+    monkeypatch.setattr(setup, "QwenLoRAExpert", fail)
+
+
+@pytest.mark.usefixtures("_no_training")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--target-modules", "q_proj", "--target-modules", "wq"],
+            ["--target-modules: no linear layer is named 'wq'", "q_proj", "all-linear"],
+        ),
+        (["--max-length", "4096"], ["--max-length 4096", "context of 2048", "give 2048 or less"]),
+        (
+            ["--lr-scheduler-type", "linear", "--num-train-epochs", "1", "--max-length", "2048"],
+            ["--num-train-epochs 1 are 1 steps", "--warmup-steps at most 0"],
+        ),
+        (["--eval-split", "0.000001"], ["--eval-split 1e-06 leaves no row held out of 20 rows"]),
+    ],
+)
+def test_options_that_do_not_fit_are_told_by_their_flag_before_the_long_work(
+    options: list[str], words: list[str], told: Told, tmp_path: Path, house: Federation
+) -> None:
+    said = told(1, write(tmp_path / "d.jsonl", GOOD), *options, url=house.url)
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.usefixtures("_no_training")
+def test_a_step_without_room_is_refused_with_what_fits(
+    told: Told, tmp_path: Path, house: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_options, "free_memory", lambda device, processes: 60 << 20)
+    batch = ("--per-device-train-batch-size", "4")
+    said = told(1, write(tmp_path / "d.jsonl", GOOD), *batch, url=house.url)
+    assert "a training step of 4 rows of 1024 tokens takes about 0.12 GiB" in said
+    length = said.partition("--max-length ")[2].partition(",")[0]
+    fits = WorkerConfig(**NEEDED, max_length=int(length), per_device_train_batch_size=4)  # type: ignore[arg-type]
+    worker_options.check_base(fits, load_base("tiny", "cpu", "fp32"), "all-linear", int(length))
+    assert "--per-device-train-batch-size 1" in said
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "mps"])
+def test_one_device_for_several_processes_is_refused(
+    device: str, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = told(1, write(tmp_path / "d.jsonl", GOOD), "--device", device)
+    assert f"--device {device} names one device, but WORLD_SIZE is 2" in said
+
+
+def test_fewer_blocks_than_processes_is_refused_by_the_flag() -> None:
+    config = WorkerConfig(**NEEDED)  # type: ignore[arg-type]
+    with pytest.raises(worker_options.OptionError, match=r"--dataset makes 3 blocks, which 4 processes .*--max-length"):
+        worker_options.block_sampler(blocks(count=3), config, 0, 4)
+    assert worker_options.block_sampler(blocks(count=3), config, 0, 3).shard == 1
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2.5, 7), (0.01, 1), (3, 8)])
+def test_epochs_are_passes_over_the_data_in_steps(epochs: float, steps: int) -> None:
+    config = WorkerConfig(
+        **NEEDED,  # type: ignore[arg-type]
+        num_train_epochs=epochs,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
+    assert worker_options.training_config(config, 10).max_steps == steps
 
 
 def test_values_may_come_from_the_environment(
