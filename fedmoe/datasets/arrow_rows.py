@@ -51,7 +51,7 @@ def _batches(path: Path, reading: Reading) -> Iterator[RecordBatch]:
     opened = pa.ipc.open_file if whole_file else pa.ipc.open_stream
     with pa.OSFile(str(path)) as source, opened(source) as reader:
         names = reader.schema.names
-    wanted = wanted_columns(names, reading.columns, reading.unread)
+    wanted = wanted_columns(path, names, reading)
     if len(wanted) > MAX_COLUMNS:
         raise DataError(f"{path}: {len(wanted):,} columns, at most {MAX_COLUMNS} are read; keep those needed")
     # Without a wanted column one is read all the same, to count the rows.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import decimal
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmoe.datasets.lines import BadRow, Row, Rows
+from fedmoe.datasets.errors import DataError
+from fedmoe.datasets.lines import BadRow, Reading, Row, Rows
 
 if TYPE_CHECKING:
     from pyarrow import Array, DataType, RecordBatch
@@ -16,12 +18,13 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 256
 
 
-def wanted_columns(names: Sequence[str], columns: Collection[str] | None, unread: set[str]) -> list[str]:
-    """The names to read, in the file's order; the others go to `unread`."""
-    if columns is None:
-        return list(names)
-    unread.update(name for name in names if name not in columns)
-    return [name for name in names if name in columns]
+def wanted_columns(path: Path, names: Sequence[str], reading: Reading) -> list[str]:
+    """The names to read, in the file's order; the others go to `reading.unread`."""
+    wanted = [name for name in names if reading.columns is None or name in reading.columns]
+    reading.unread.update(set(names).difference(wanted))
+    if repeated := sorted({name for name in wanted if wanted.count(name) > 1}):
+        raise DataError(f"{path}: columns named more than once: {repeated[:5]}; name each column once")
+    return wanted
 
 
 def rows_of_batch(batch: RecordBatch, first: int) -> Rows:

@@ -39,7 +39,7 @@ def fetch(hub_id: HubId) -> tuple[tuple[Path, ...], tuple[str, ...]]:
         from datasets import load_dataset
     except ImportError as error:
         raise DataError(
-            f"{hub_id.name}: no such file or folder here; to fetch it from a hub install pip install 'fedmoe[hub]'"
+            f"{hub_id.name}: no such file or folder here; to fetch it from a hub: pip install 'fedmoe[hub]'"
         ) from error
     try:
         found = load_dataset(hub_id.name, name=hub_id.config, revision=hub_id.revision)

@@ -21,7 +21,7 @@ def read_parquet(path: Path, reading: Reading) -> Rows:
     pyarrow_errors, file = _open(path)
     number = 0
     try:
-        wanted = wanted_columns(file.schema_arrow.names, reading.columns, reading.unread)
+        wanted = wanted_columns(path, file.schema_arrow.names, reading)
         _check_sizes(path, file, set(wanted))
         if not wanted:
             yield from (Row(line, {}) for line in range(1, file.metadata.num_rows + 1))

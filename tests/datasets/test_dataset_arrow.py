@@ -114,6 +114,19 @@ def test_a_value_that_python_has_not_is_a_bad_row_and_its_neighbours_are_read(pa
     assert "'when' (timestamp[ms]) cannot be read" in rows[1].reason
 
 
+def test_columns_of_one_name_are_refused_where_they_are_wanted(path: Path) -> None:
+    write(path, pa.table([["a"], [1], [2]], names=["text", "n", "n"]))
+    assert list(open_source(path, columns={"text"}).rows()) == [Row(1, {"text": "a"})]
+    with pytest.raises(DataError, match=r"more than once: \['n'\]"):
+        list(read_rows(path))
+
+
+def test_text_that_is_not_utf_8_is_a_bad_row(tmp_path: Path) -> None:
+    text = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
+    rows = list(read_rows(write(tmp_path / "a.parquet", pa.table({"text": text}))))
+    assert [type(row) for row in rows] == [Row, BadRow, Row]
+
+
 def test_rows_keep_their_numbers_over_batches(tmp_path: Path) -> None:
     table = pa.table({"text": [str(number) for number in range(1, 1501)]})
     for name in ("a.arrow", "a.stream.arrow"):
