@@ -207,7 +207,7 @@ class WorkerConfig(_CallerConfig):
     chat_template_kwargs: str | None = None
     state_dir: str | None = None
     allow_changed_data: bool = False
-    columns: tuple[str, ...] = ()
+    map: tuple[str, ...] = ()
     long_rows: Literal["truncate", "split", "drop"] = "truncate"
     eval_dataset: str | None = None
     eval_split: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None

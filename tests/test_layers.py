@@ -70,10 +70,11 @@ LAYERS: dict[str, set[str]] = {
     },
     "worker.statistics": {"datasets", "gateway.prompt_statistics", "lora", "models"},
     "worker.kept_statistics": {"datasets", "files", "models", "wire"},
+    "worker.training_data": {"config", "datasets", "models", "worker.options"},
     "worker.setup": {
         *("config", "coordinator", "datasets", "distributed_worker", "models", "qwen_finetune", "qwen_worker", "wire"),
         *("worker.disclosure", "worker.group", "worker.kept_statistics", "worker.options", "worker.outbox"),
-        *("worker.signals", "worker.statistics"),
+        *("worker.signals", "worker.statistics", "worker.training_data"),
     },
     "worker.inference": {"lora", "models", "qwen_finetune"},
     "worker": set(),

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmoe.cli.options import AsJson
-from fedmoe.cli.output import show_json, show_table
+from fedmoe.cli.base_model import given_template
+from fedmoe.cli.options import AsJson, ChatTemplateFile, ChatTemplateKwargs, DataMap, LongRows
+from fedmoe.cli.output import CommandError, show_json, show_table
+
+if TYPE_CHECKING:
+    from fedmoe.datasets.check import RowOptions
+    from fedmoe.datasets.report import DataReport
+
+_SHOWN_FROM = 2_000
 
 app = typer.Typer(help="Make the demo's data, and check your own.", no_args_is_help=True)
 
@@ -37,15 +45,68 @@ def build(
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="A data file, a folder of them, or a hub id.")], as_json: AsJson = False
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A data file, a folder of them, or a hub id.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="Count tokens and show samples for smollm2, tiny, a folder or a hub id.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=8, help="Tokens in a row. [default: 1024, or the model's context if shorter]")
+    ] = None,
+    map: DataMap = None,
+    long_rows: LongRows = None,
+    chat_template: ChatTemplateFile = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Check a file before training: what format it has, and which lines are bad and why."""
-    from fedmoe.datasets.check import check_file
+    """Check data before training: what becomes of every row, what is learned, and which rows are bad and why.
 
-    report = check_file(file)
+    With a base model it is the report that a worker prints before its first step, two samples included.
+    """
+    from fedmoe.datasets.check import RowOptions, check_file
+
+    rows = RowOptions.mapping(map or ())
+    if base_model is None:
+        needing = {"--max-length": max_length, "--long-rows": long_rows, "--chat-template": chat_template}
+        for flag in (flag for flag, value in needing.items() if value is not None):
+            raise CommandError(f"{flag} needs --base-model: without one there are no tokens to count")
+        report = check_file(file, rows)
+    else:
+        report = _report_for(base_model, file, max_length, rows, long_rows, chat_template, chat_template_kwargs)
     if as_json:
         show_json(report.to_json())
     else:
-        print(report.text)
+        print(report.text, *report.previews, sep="\n")
     if report.problem:
         raise typer.Exit(1)
+
+
+def _report_for(
+    base_model: str,
+    file: str,
+    max_length: int | None,
+    rows: RowOptions,
+    long_rows: str | None,
+    chat_template: str | None,
+    chat_template_kwargs: str | None,
+) -> DataReport:
+    chat = given_template(chat_template, chat_template_kwargs)
+    from fedmoe.datasets.check import check_beginning
+    from fedmoe.datasets.prepare import DataOptions, examine
+    from fedmoe.models.base import load_tokenizer
+    from fedmoe.models.cache import cache_root
+    from fedmoe.models.context import resolve_max_length
+    from fedmoe.models.device import pin_threads
+
+    options = DataOptions.of(rows, long_rows)
+    check_beginning(file, rows)
+    tokenizer, context = load_tokenizer(base_model, chat)
+    length = resolve_max_length(max_length, context)
+    cache = cache_root() / "tokens"
+    found = examine(file, tokenizer, length, options, cache=cache, processes=pin_threads(), progress=_show_progress)
+    return found.report
+
+
+def _show_progress(done: int) -> None:
+    # A counter on one line for people; nothing in files and pipes.
+    if sys.stderr.isatty() and done >= _SHOWN_FROM:
+        print(f"\rtokenizing: {done:,} rows", end="", file=sys.stderr, flush=True)

@@ -29,6 +29,14 @@ ChatTemplateFile = Annotated[
 ChatTemplateKwargs = Annotated[
     str | None, typer.Option(metavar="JSON", help='Arguments of the chat template, such as {"enable_thinking": false}.')
 ]
+DataMap = Annotated[
+    list[str] | None,
+    typer.Option("--map", metavar="COLUMN=NAME", help="Take a column under another name, repeatable: question=prompt."),
+]
+LongRows = Annotated[
+    str | None,
+    typer.Option(help="Answers beyond --max-length: truncate (default), split into samples, or drop the row."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedmoe.cli.options import ChatTemplateFile, ChatTemplateKwargs
+from fedmoe.cli.options import ChatTemplateFile, ChatTemplateKwargs, DataMap, LongRows
 from fedmoe.cli.output import CommandError, given
 from fedmoe.config import DEFAULT_SYNC_INTERVAL, WorkerConfig
 from fedmoe.logs import configure
@@ -29,6 +29,8 @@ def worker(
     dataset: Annotated[
         str, typer.Option(envvar="FEDMOE_WORKER_DATASET", help="A data file, a folder of them, or a hub id.")
     ],
+    map: DataMap = None,
+    long_rows: LongRows = None,
     # Text, so that one place judges it and names the range, whatever was given.
     sync_interval: Annotated[
         str | None,

@@ -68,9 +68,13 @@ def check_file(name: str | Path, options: RowOptions | None = None) -> DataRepor
 
 
 def check_beginning(name: str | Path, options: RowOptions | None = None) -> None:
-    """Raise `DataError` for data of which no row among the first `_FIRST_ROWS` can be used; quick, however large."""
+    """Raise `DataError` where the first rows show that data are not fit; quick, however large they are.
+
+    Small data are judged whole; of larger ones it is enough that one of the first rows can be used.
+    """
     scan = RowScan(name, options or RowOptions())
-    if next(scan.samples(_FIRST_ROWS), None) is None:
+    usable = sum(1 for _ in scan.samples(_FIRST_ROWS))
+    if not usable or scan.rows < _FIRST_ROWS:
         scan.report().raise_problem()
 
 
@@ -109,9 +113,15 @@ class RowScan:
                 self.places.append((result.file, result.line))
                 self.hashes.append(row_hash(result))
                 yield result
-        if missing := sorted(set(self._names) - self._mapped):
+        missing = sorted(set(self._names) - self._mapped)
+        if missing and (rows is None or self._rows < rows):
             keys = f"the first row has {list(self._first_keys)}" if self._first_keys else "no row could be read"
             raise DataError(f"{self.source.name}: --map names the column {missing[0]!r}, which no row has; {keys}")
+
+    @property
+    def rows(self) -> int:
+        """Rows seen so far."""
+        return self._rows
 
     def counts(self, refused: tuple[BadRow, ...] = ()) -> RowCounts:
         """The account so far; `refused` rows, which passed the scan, count as bad."""
@@ -126,7 +136,7 @@ class RowScan:
             ignored=tuple(sorted(self._ignored | unread)[:_KEYS_KEPT]),
             obeyed=tuple(sorted(self._obeyed)),
             rejected=self._rejected,
-            first_keys=self._first_keys,
+            first_keys=self._first_keys or tuple(sorted(self.source.unread)[:8]),
         )
 
     def report(self) -> DataReport:

@@ -26,9 +26,15 @@ class DataOptions:
     rows: RowOptions = field(default_factory=RowOptions)
     long_rows: LongRows = "truncate"
 
-    def __post_init__(self) -> None:
-        if self.long_rows not in LONG_ROWS:
-            raise DataError(f"long_rows must be one of {', '.join(LONG_ROWS)}, got {self.long_rows!r}")
+    @classmethod
+    def of(cls, rows: RowOptions, long_rows: str | None) -> DataOptions:
+        """With the way of long rows as text, None for the default; raises `DataError` for an unknown one."""
+        if long_rows is None:
+            return cls(rows)
+        for known in LONG_ROWS:
+            if known == long_rows:
+                return cls(rows, known)
+        raise DataError(f"--long-rows must be one of {', '.join(LONG_ROWS)}, got {long_rows!r}")
 
 
 @dataclass(frozen=True, eq=False)

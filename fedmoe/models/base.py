@@ -11,11 +11,18 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from fedmoe.manifest import BaseModel
-from fedmoe.models.base_check import LoadedWeights, check_loaded, check_settings, refuse, stored_template_findings
+from fedmoe.models.base_check import (
+    LoadedWeights,
+    check_loaded,
+    check_settings,
+    refuse,
+    stored_template_findings,
+    template_findings,
+)
 from fedmoe.models.cache import make_once
 from fedmoe.models.chat_template import ChatTemplate, template_hash
 from fedmoe.models.device import choose_device, choose_dtype
@@ -25,7 +32,16 @@ from fedmoe.models.smollm2 import prepare_smollm2
 from fedmoe.models.stopping import context_of, stops_of
 from fedmoe.models.tiny import save_tiny, tiny_hashes, tiny_model, tiny_tokenizer
 
-__all__ = ["BaseModelError", "ChatTemplate", "LoadedBase", "context_length", "load_base", "prepare_base", "stop_tokens"]
+__all__ = [
+    "BaseModelError",
+    "ChatTemplate",
+    "LoadedBase",
+    "context_length",
+    "load_base",
+    "load_tokenizer",
+    "prepare_base",
+    "stop_tokens",
+]
 
 _TINY_REVISION = "1"
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w.-]+)?$")
@@ -98,6 +114,27 @@ def load_base(
     return replace(base, report=_report(base, chat))
 
 
+def load_tokenizer(name: str, chat: ChatTemplate | None = None) -> tuple[PreTrainedTokenizerBase, int]:
+    """A base model's tokenizer with its chat template, and its context in tokens; the weights are not loaded.
+
+    Names and errors as in `load_base`, as far as tokenizer and template go.
+    """
+    chat = chat or ChatTemplate()
+    if name == "tiny":
+        tokenizer, config = tiny_tokenizer(), tiny_model().config
+    else:
+        folder, _ = _locate(name, weights=False)
+        check_settings(folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # the libraries raise whatever a file makes them stumble over
+            raise BaseModelError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
+    chat.apply(tokenizer, name)
+    refuse(template_findings(name, tokenizer)[0])
+    return tokenizer, context_of(config, tokenizer)[0]
+
+
 def _check(
     where: str,
     model: PreTrainedModel,
@@ -127,25 +164,28 @@ def _report(base: LoadedBase, chat: ChatTemplate) -> dict[str, str]:
     }
 
 
-def _locate(name: str) -> tuple[Path, str]:
+def _locate(name: str, weights: bool = True) -> tuple[Path, str]:
     if name == "smollm2":
         return prepare_smollm2(), SMOLLM2_REVISION
     if name == "tiny":
         return make_once(f"tiny-{_TINY_REVISION}", save_tiny), _TINY_REVISION
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _checked(folder), "local"
+        return _checked(folder, weights), "local"
     if folder.is_absolute() or name.startswith((".", "~")) or not _HUB_NAME.match(name):
         raise BaseModelError(f"base model folder {name} does not exist; use a folder, a hub id, smollm2 or tiny")
-    return _from_hub(name)
+    return _from_hub(name, weights)
 
 
-def _from_hub(name: str) -> tuple[Path, str]:
+def _from_hub(name: str, weights: bool) -> tuple[Path, str]:
     repository, _, revision = name.partition("@")
     offline = _is_offline()
     try:
         found = snapshot_download(
-            repository, revision=revision or None, allow_patterns=_HUB_FILES, local_files_only=offline
+            repository,
+            revision=revision or None,
+            allow_patterns=[file for file in _HUB_FILES if weights or not file.endswith(".safetensors")],
+            local_files_only=offline,
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         why = "HF_HUB_OFFLINE is set and it is not in the hub cache" if offline else f"{type(error).__name__}: {error}"
@@ -154,7 +194,7 @@ def _from_hub(name: str) -> tuple[Path, str]:
             "model.safetensors, tokenizer.json) here and name the folder, or use the embedded model smollm2."
         ) from error
     folder = Path(found)
-    return _checked(folder), folder.name
+    return _checked(folder, weights), folder.name
 
 
 def _is_offline() -> bool:
@@ -164,11 +204,12 @@ def _is_offline() -> bool:
     )
 
 
-def _checked(folder: Path) -> Path:
+def _checked(folder: Path, weights: bool) -> Path:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise BaseModelError(f"{folder / name} is missing; the base model's folder or download is incomplete")
-    checkpoint_files(folder)
+    if weights:
+        checkpoint_files(folder)
     return folder
 
 

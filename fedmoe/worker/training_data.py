@@ -45,7 +45,7 @@ class WorkerData:
 
 def data_options(config: WorkerConfig) -> DataOptions:
     """How this worker's files become samples; raises `DataError` for columns that cannot be mapped so."""
-    return DataOptions(RowOptions.mapping(config.columns), config.long_rows)
+    return DataOptions(RowOptions.mapping(config.map), config.long_rows)
 
 
 def check_sources(config: WorkerConfig) -> None:

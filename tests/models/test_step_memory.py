@@ -75,10 +75,10 @@ def test_a_refusal_names_everything_that_fits_and_nothing_that_does_not() -> Non
 
 @pytest.mark.parametrize(
     ("wanted", "context", "length"),
-    [(None, None, DEFAULT_MAX_LENGTH), (None, 512, 512), (None, 8192, 1024), (256, 512, 256), (512, 512, 512)],
+    [(None, 1 << 30, DEFAULT_MAX_LENGTH), (None, 512, 512), (None, 8192, 1024), (256, 512, 256), (512, 512, 512)],
 )
 def test_the_length_is_what_was_asked_for_or_1024_within_the_context(
-    wanted: int | None, context: int | None, length: int
+    wanted: int | None, context: int, length: int
 ) -> None:
     assert resolve_max_length(wanted, context) == length
 

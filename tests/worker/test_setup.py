@@ -167,7 +167,7 @@ def _no_training(monkeypatch: pytest.MonkeyPatch) -> None:
             ["--lr-scheduler-type", "linear", "--num-train-epochs", "1", "--max-length", "2048"],
             ["--num-train-epochs 1 are 1 steps", "--warmup-steps at most 0"],
         ),
-        (["--eval-split", "0.000001"], ["--eval-split 1e-06 leaves no row held out of 20 rows"]),
+        (["--eval-split", "0.000001"], ["--eval-split 1e-06 leaves no row held out of 20 different rows"]),
     ],
 )
 def test_options_that_do_not_fit_are_told_by_their_flag_before_the_long_work(
