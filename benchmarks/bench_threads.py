@@ -1,0 +1,201 @@
+"""What a step costs workers that share a machine, started as the README says and with nothing set.
+
+Processor seconds a training step of one, two and four workers beside each other, all on one coordinator and the
+embedded base model. Seconds of the processor, not of the clock: what else runs on the machine changes the clock first.
+With `--before COMMIT` the same is measured with the package of that commit.
+
+    python benchmarks/bench_threads.py --before HEAD
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from harness import ROOT, write_result
+
+_SET_BY_USERS = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "TOKENIZERS_", "FEDMOE_")
+_POLL_SECONDS = 0.1
+_START_SECONDS = 400.0
+
+
+@dataclass
+class Worker:
+    """A running worker, and the processor seconds it had used when each of its steps was seen to be done."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    used: list[float] = field(default_factory=list)
+
+    def look(self) -> None:
+        """Note the seconds used if a step was done since the last look."""
+        if self.process.poll() is not None:
+            raise SystemExit(f"a worker ended:\n{(self.folder / 'log').read_text(errors='replace')[-2000:]}")
+        file = self.folder / "metrics.jsonl"
+        steps = file.read_text().count('"kind": "step"') if file.exists() else 0
+        if steps > len(self.used):
+            times = psutil.Process(self.process.pid).cpu_times()
+            self.used += [times.user + times.system] * (steps - len(self.used))
+
+    def threads(self) -> str:
+        """What the worker says it computes with; a version that does not say it took what PyTorch takes."""
+        lines = [json.loads(line) for line in (self.folder / "log").read_text().splitlines() if line.startswith("{")]
+        return next(
+            (line["threads"] for line in lines if line.get("event") == "base_model" and "threads" in line), "all"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--steps", type=int, default=3, help="steps of every worker that count")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--before", help="a commit to measure too")
+    parser.add_argument("--before-workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--before-repeats", type=int, default=1)
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--name", default="threads")
+    arguments = parser.parse_args()
+    results: dict[str, object] = {"now": _measured(ROOT, arguments.workers, arguments.repeats, arguments)}
+    if arguments.before:
+        with tempfile.TemporaryDirectory(prefix="before-") as folder:
+            archive = subprocess.run(
+                ["git", "archive", arguments.before, "fedmoe"], cwd=ROOT, capture_output=True, check=True
+            )
+            subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+            commit = subprocess.run(
+                ["git", "rev-parse", arguments.before], cwd=ROOT, capture_output=True, text=True, check=True
+            )
+            before = _measured(Path(folder), arguments.before_workers, arguments.before_repeats, arguments)
+            results["before"] = {"commit": commit.stdout.strip(), **before}
+    print(json.dumps(results, indent=2))
+    print(write_result(arguments.name, results, vars(arguments)))
+
+
+def _measured(source: Path, counts: Sequence[int], repeats: int, arguments: argparse.Namespace) -> dict[str, object]:
+    """Median and spread over all workers of all repeats, for every number of workers; repeats outside, for fairness."""
+    seconds: dict[int, list[float]] = {count: [] for count in counts}
+    threads: dict[int, list[str]] = {count: [] for count in counts}
+    beside: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(repeats):
+        for count in counts:
+            beside[count].append(round(os.getloadavg()[0], 1))
+            for worker_seconds, worker_threads in _run(source, count, arguments):
+                seconds[count].append(worker_seconds)
+                threads[count].append(worker_threads)
+            print(f"{count} workers: {', '.join(f'{one:.2f}' for one in seconds[count])}", file=sys.stderr, flush=True)
+    alone = statistics.median(seconds[counts[0]])
+    return {
+        str(count): {
+            "cpu_seconds_a_step": {
+                "median": round(statistics.median(found), 3),
+                "minimum": round(min(found), 3),
+                "maximum": round(max(found), 3),
+                "workers": len(found),
+            },
+            "times_alone": round(statistics.median(found) / alone, 3),
+            "threads": threads[count],
+            "load_average_before": beside[count],
+        }
+        for count, found in seconds.items()
+    }
+
+
+def _run(source: Path, count: int, arguments: argparse.Namespace) -> Iterator[tuple[float, str]]:
+    """Processor seconds a step and threads of each of `count` workers, while all of them train."""
+    with tempfile.TemporaryDirectory(prefix="threads-") as name, _stopped() as started:
+        folder = Path(name)
+        url = _coordinator(source, folder, started)
+        workers = [
+            _worker(source, folder / f"w{number}", url, arguments.max_length, started) for number in range(count)
+        ]
+        _until(workers, lambda worker: len(worker.used) >= 1, _START_SECONDS)
+        first = [len(worker.used) - 1 for worker in workers]
+        wanted = dict(zip(map(id, workers), first, strict=True))
+        _until(workers, lambda worker: len(worker.used) > wanted[id(worker)] + arguments.steps, 100.0 * arguments.steps)
+        for worker, start in zip(workers, first, strict=True):
+            yield (worker.used[-1] - worker.used[start]) / (len(worker.used) - 1 - start), worker.threads()
+
+
+def _until(workers: Sequence[Worker], done: object, seconds: float) -> None:
+    assert callable(done)
+    deadline = time.monotonic() + seconds
+    while not all(done(worker) for worker in workers):
+        if time.monotonic() > deadline:
+            raise SystemExit("the workers are too slow for this benchmark")
+        for worker in workers:
+            worker.look()
+        time.sleep(_POLL_SECONDS)
+
+
+def _coordinator(source: Path, folder: Path, started: list[subprocess.Popen[bytes]]) -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    _start(source, folder, ["coordinator", "--port", str(port), "--state-dir", str(folder / "state")], started)
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return f"http://127.0.0.1:{port}"
+        time.sleep(_POLL_SECONDS)
+
+
+def _worker(source: Path, folder: Path, url: str, max_length: int, started: list[subprocess.Popen[bytes]]) -> Worker:
+    folder.mkdir()
+    rows = (
+        {"question": f"What is {a} plus {b}, and how do you find it?", "answer": f"Add {a} and {b}: it is {a + b}."}
+        for a in range(20, 40)
+        for b in range(30, 60)
+    )
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["worker", "--coordinator-url", url, "--worker-id", folder.name, "--specialty", f"{folder.name}_expert"]
+    command += ["--dataset", str(folder / "data.jsonl"), "--base-model", "smollm2", "--state-dir", str(folder)]
+    command += ["--max-length", str(max_length), "--no-send-statistics", "--device", "cpu"]
+    return Worker(_start(source, folder, command, started), folder)
+
+
+def _start(
+    source: Path, folder: Path, arguments: Sequence[str], started: list[subprocess.Popen[bytes]]
+) -> subprocess.Popen[bytes]:
+    environment: Mapping[str, str] = {
+        name: value for name, value in os.environ.items() if not name.startswith(_SET_BY_USERS)
+    }
+    with (folder / "log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedmoe", *arguments],
+            cwd=folder,
+            env={**environment, "PYTHONPATH": str(source)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    started.append(process)
+    return process
+
+
+@contextmanager
+def _stopped() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Ends what was started, whatever happens."""
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        yield started
+    finally:
+        for process in reversed(started):
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    main()
