@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from harness import ROOT, write_result
 _SET_BY_USERS = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "TOKENIZERS_", "FEDMOE_")
 _POLL_SECONDS = 0.1
 _START_SECONDS = 400.0
+_STEP_SECONDS = 150.0
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Worker:
     process: subprocess.Popen[bytes]
     folder: Path
     used: list[float] = field(default_factory=list)
+    steps: int = 0
 
     def look(self) -> None:
         """Note the seconds used if a step was done since the last look."""
@@ -45,9 +47,10 @@ class Worker:
             raise SystemExit(f"a worker ended:\n{(self.folder / 'log').read_text(errors='replace')[-2000:]}")
         file = self.folder / "metrics.jsonl"
         steps = file.read_text().count('"kind": "step"') if file.exists() else 0
-        if steps > len(self.used):
+        if steps > self.steps:
             times = psutil.Process(self.process.pid).cpu_times()
-            self.used += [times.user + times.system] * (steps - len(self.used))
+            self.used += [times.user + times.system] * (steps - self.steps)
+            self.steps = steps
 
     def threads(self) -> str:
         """What the worker says it computes with; a version that does not say it took what PyTorch takes."""
@@ -122,15 +125,14 @@ def _run(source: Path, count: int, arguments: argparse.Namespace) -> Iterator[tu
             _worker(source, folder / f"w{number}", url, arguments.max_length, started) for number in range(count)
         ]
         _until(workers, lambda worker: len(worker.used) >= 1, _START_SECONDS)
-        first = [len(worker.used) - 1 for worker in workers]
-        wanted = dict(zip(map(id, workers), first, strict=True))
-        _until(workers, lambda worker: len(worker.used) > wanted[id(worker)] + arguments.steps, 100.0 * arguments.steps)
-        for worker, start in zip(workers, first, strict=True):
-            yield (worker.used[-1] - worker.used[start]) / (len(worker.used) - 1 - start), worker.threads()
+        for worker in workers:
+            worker.used = worker.used[-1:]  # from here on all of them train
+        _until(workers, lambda worker: len(worker.used) > arguments.steps, _STEP_SECONDS * arguments.steps)
+        for worker in workers:
+            yield (worker.used[-1] - worker.used[0]) / (len(worker.used) - 1), worker.threads()
 
 
-def _until(workers: Sequence[Worker], done: object, seconds: float) -> None:
-    assert callable(done)
+def _until(workers: Sequence[Worker], done: Callable[[Worker], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not all(done(worker) for worker in workers):
         if time.monotonic() > deadline:
@@ -155,7 +157,7 @@ def _coordinator(source: Path, folder: Path, started: list[subprocess.Popen[byte
 def _worker(source: Path, folder: Path, url: str, max_length: int, started: list[subprocess.Popen[bytes]]) -> Worker:
     folder.mkdir()
     rows = (
-        {"question": f"What is {a} plus {b}, and how do you find it?", "answer": f"Add {a} and {b}: it is {a + b}."}
+        {"prompt": f"What is {a} plus {b}, and how do you find it?", "completion": f"Add {a} and {b}: it is {a + b}."}
         for a in range(20, 40)
         for b in range(30, 60)
     )

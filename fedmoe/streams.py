@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 #: The exit status of a program whose reader went away, as shells count it: 128 and the number of SIGPIPE.
@@ -23,16 +24,23 @@ def printing_safely() -> Iterator[None]:
     streams = _escape_what_does_not_fit()
     try:
         yield
-        for stream in streams:
-            stream.flush()
     except BrokenPipeError:
         if not _reader_is_gone(streams):
             raise  # some other pipe
+        _give_up(streams)
         raise SystemExit(EXIT_READER_GONE) from None
-    except SystemExit:
-        if _reader_is_gone(streams):
+    except SystemExit as left:
+        failed = _give_up(streams)
+        # Libraries for command lines and tables make an exit of it themselves.
+        if isinstance(left.__context__ or failed, BrokenPipeError):
             raise SystemExit(EXIT_READER_GONE) from None
         raise
+    failed = _give_up(streams)
+    if isinstance(failed, BrokenPipeError):
+        raise SystemExit(EXIT_READER_GONE)
+    if failed is not None:
+        print(f"error: standard output: {failed}", file=streams[1])
+        raise SystemExit(1)
 
 
 def _escape_what_does_not_fit() -> tuple[TextIO, TextIO]:
@@ -46,16 +54,27 @@ def _escape_what_does_not_fit() -> tuple[TextIO, TextIO]:
     return sys.stdout, sys.stderr
 
 
-def _reader_is_gone(streams: tuple[TextIO, TextIO]) -> bool:
-    """Whether standard output or error is a pipe without a reader; from then on that stream goes nowhere."""
-    gone = False
-    for stream in streams:
+def _give_up(streams: tuple[TextIO, TextIO]) -> OSError | None:
+    """Write what still waits; a stream that does not take it goes nowhere from now on, and why is returned."""
+    failed = None
+    for stream in reversed(streams):
         try:
             stream.flush()
-        except BrokenPipeError:
-            gone = True
+        except OSError as error:
+            failed = error
             # What waits in the buffer must not be tried, and complained about, once more when Python ends.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
-    return gone
+    return failed
+
+
+def _reader_is_gone(streams: tuple[TextIO, TextIO]) -> bool:
+    """Whether one of the streams is a pipe whose other end is closed; where it cannot be told, yes."""
+    if not hasattr(select, "poll"):
+        return True
+    watched = select.poll()
+    for stream in streams:
+        with suppress(OSError, ValueError):  # a stream of tests has no number
+            watched.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(0))

@@ -93,8 +93,8 @@ def surroundings(environment: Mapping[str, str]) -> Surroundings:
     """Look at the machine for a quarter of a second."""
     text = environment.get("LOCAL_WORLD_SIZE", "1")
     ranks = max(1, int(text)) if text.isdecimal() else 1
-    others = _other_processes(in_a_group=ranks > 1)
-    return Surroundings(len(bound_cores()), busy_cores(_SAMPLE_SECONDS), usable_cores(), others, ranks)
+    others = other_processes(in_a_group=ranks > 1)
+    return Surroundings(len(bound_cores()), busy_cores(_SAMPLE_SECONDS), usable_cores(), len(others), ranks)
 
 
 def waiting(environment: Mapping[str, str]) -> dict[str, str]:
@@ -134,18 +134,19 @@ def command_of(command_line: Sequence[str]) -> list[str] | None:
     return None
 
 
-def _other_processes(in_a_group: bool) -> int:
-    """How many processes of FedMoE on this machine compute; a process and what it started count once.
+def other_processes(in_a_group: bool = False) -> set[int]:
+    """The ids of FedMoE's other processes on this machine that compute; one and what it started count once.
 
     `in_a_group`: those that the same launcher started are this run's own ranks and do not count.
     """
-    running = {process.pid: process.info for process in psutil.process_iter(["cmdline", "ppid"])}
-    computing = {
-        number: info["ppid"]
-        for number, info in running.items()
-        if (command := command_of(info["cmdline"] or ())) is not None and teams_of(command) is not None
-    }
+    computing: dict[int, int] = {}
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        command = command_of(process.info["cmdline"] or ())
+        if command is not None and teams_of(command) is not None:
+            computing[process.pid] = process.info["ppid"]
     launcher = os.getppid() if in_a_group else None
-    return sum(
-        number != os.getpid() and parent not in computing and parent != launcher for number, parent in computing.items()
-    )
+    return {
+        number
+        for number, parent in computing.items()
+        if number != os.getpid() and parent not in computing and parent != launcher
+    }
