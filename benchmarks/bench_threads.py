@@ -122,7 +122,7 @@ def _measured(source: Path, counts: Sequence[int], repeats: int, arguments: argp
 
 
 def _median(steps: Sequence[Sequence[float]]) -> float:
-    """The worker in the middle, by its mean over its steps: some steps send an update, and that is part of the price."""
+    """The worker in the middle, by its mean over its steps: some send an update, and that is part of the price."""
     return statistics.median(map(statistics.mean, steps))
 
 

@@ -7,9 +7,11 @@ stand in for such characters, and where none can, one line says what to install.
 from __future__ import annotations
 
 import io
+import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,8 +31,8 @@ CHINESE_FONTS = (
 )
 ADVICE = (
     "some characters are drawn as boxes; install a font that has them: apt-get install fonts-noto-cjk (Debian, "
-    "Ubuntu), dnf install "
-    "google-noto-sans-cjk-fonts (Fedora), or any .ttf or .otf with Chinese in ~/.fonts; then draw again"
+    "Ubuntu), dnf install google-noto-sans-cjk-fonts (Fedora), or any .ttf or .otf with Chinese in ~/.fonts; then "
+    "draw again"
 )
 _MISSING = re.compile(r"Glyph \d+ .* missing from font")
 
@@ -45,16 +47,28 @@ class Font:
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file at its own resolution."""
-    show_all_characters(figure)
     buffer = io.BytesIO()
-    with warnings.catch_warnings(record=True) as caught:
+    with _quiet_fonts(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        show_all_characters(figure)
         FigureCanvasAgg(figure).print_png(buffer)
     for warning in caught:
         # One for each character of each chart; what to do about them has been said once.
         if not _MISSING.match(str(warning.message)):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return buffer.getvalue()
+
+
+@contextmanager
+def _quiet_fonts() -> Iterator[None]:
+    """That a stand-in has no bold is of no use to anybody."""
+    log = logging.getLogger("matplotlib.font_manager")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def show_all_characters(figure: Figure) -> None:
@@ -106,9 +120,12 @@ def shown_by(file: str, characters: frozenset[str]) -> frozenset[str]:
 
 
 def installed_fonts() -> list[Font]:
-    """The upright, regular fonts that matplotlib knows."""
-    entries = font_manager.fontManager.ttflist
-    return [Font(one.name, one.fname) for one in entries if one.style == "normal" and str(one.weight) != "bold"]
+    """The upright, regular fonts that matplotlib knows, without the one whose every character is a box."""
+    return [
+        Font(one.name, one.fname)
+        for one in font_manager.fontManager.ttflist
+        if one.style == "normal" and str(one.weight) != "bold" and not one.name.startswith("Last Resort")
+    ]
 
 
 @cache

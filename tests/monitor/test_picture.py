@@ -36,6 +36,12 @@ def test_no_font_is_named_twice() -> None:
     assert len(set(CHINESE_FONTS)) == len(CHINESE_FONTS)
 
 
+def test_a_font_of_boxes_shows_nothing() -> None:
+    known = {font.family for font in picture.installed_fonts()}
+    assert "DejaVu Sans" in known
+    assert not any("Last Resort" in family for family in known)
+
+
 def test_a_file_that_is_no_font_shows_nothing(tmp_path: Path) -> None:
     (tmp_path / "bad.ttf").write_bytes(b"no font")
     assert shown_by(str(tmp_path / "bad.ttf"), frozenset("a")) == frozenset()
