@@ -3,11 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One torch thread a process: spinning threads on shared cores cost many times what they bring.
-export OMP_NUM_THREADS ?= 1
-export OMP_WAIT_POLICY ?= PASSIVE
-export TOKENIZERS_PARALLELISM ?= false
-PYTEST := $(BIN)/python -m pytest
+# Tests load torch themselves and run beside each other: one thread each. The commands choose theirs.
+OMP_NUM_THREADS ?= 1
+PYTEST := env OMP_NUM_THREADS=$(OMP_NUM_THREADS) OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help arena arena-install demo test lint types unit test-slow test-vllm test-areal bench install clean
@@ -42,7 +40,7 @@ $(VENV)/.dev: $(VENV)/.arena
 install: $(VENV)/.dev
 
 demo: $(VENV)/.demo
-	env -u OMP_NUM_THREADS $(BIN)/fedmoe demo $(DEMO_FLAGS)
+	$(BIN)/fedmoe demo $(DEMO_FLAGS)
 
 arena-install: $(VENV)/.arena
 

@@ -49,3 +49,10 @@ def configure(level: int = logging.INFO) -> None:
 def quiet_retries() -> None:
     """Keep stamina from logging every try: who retries here says so in its own words."""
     stamina.instrumentation.set_on_retry_hooks([])
+
+
+def warn(event: str, **facts: object) -> None:
+    """Log a warning; a command that has set up no logs does so first, for standard output is not theirs."""
+    if not structlog.is_configured():
+        configure()
+    structlog.get_logger().warning(event, **facts)

@@ -26,6 +26,11 @@ LAYERS: dict[str, set[str]] = {
     "files": set(),
     "record": set(),
     "logs": set(),
+    # The process and its machine.
+    "machine": set(),
+    "threads": {"machine"},
+    "streams": set(),
+    "cache": {"files", "logs"},
     "gateway.prompt_statistics": {"lora"},
     "gateway.route": {"gateway.prompt_statistics", "lora"},
     "gateway.rerank": {"lora"},
@@ -50,7 +55,7 @@ LAYERS: dict[str, set[str]] = {
     "distributed_coordinator": {"config", "coordinator", "server", "storage"},
     # The worker side: never the server.
     "datasets": {"files"},
-    "models": {"datasets", "files", "lora", "manifest"},
+    "models": {"cache", "datasets", "files", "lora", "machine", "manifest"},
     "qwen_finetune": {"datasets", "lora", "manifest", "models"},
     "qwen_worker": {"datasets", "lora", "manifest", "models", "qwen_finetune"},
     "worker.options": {"config", "datasets", "lora", "models", "wire"},
@@ -70,7 +75,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "worker.statistics": {"datasets", "gateway.prompt_statistics", "lora", "models"},
     "worker.kept_statistics": {"datasets", "files", "models", "wire"},
-    "worker.training_data": {"config", "datasets", "models", "worker.options"},
+    "worker.training_data": {"cache", "config", "datasets", "models", "worker.options"},
     "worker.setup": {
         *("config", "coordinator", "datasets", "distributed_worker", "models", "qwen_finetune", "qwen_worker", "wire"),
         *("worker.disclosure", "worker.group", "worker.kept_statistics", "worker.options", "worker.outbox"),
@@ -81,7 +86,7 @@ LAYERS: dict[str, set[str]] = {
     # The arena: values and decisions first.
     "arena.task": set(),
     "arena.control": set(),
-    "arena.environment": set(),
+    "arena.environment": {"machine"},
     "arena.baselines": set(),
     "arena.budget": set(),
     "arena.strategy": {"arena.task"},
@@ -117,7 +122,7 @@ LAYERS: dict[str, set[str]] = {
         "arena.trajectory",
     },
     "arena.evaluate": {"arena.chat", "arena.engines.protocol", "arena.rollout", "arena.task", "arena.trajectory"},
-    "arena.memory": {"models", "arena.control", "arena.memory_pressure"},
+    "arena.memory": {"machine", "models", "arena.control", "arena.memory_pressure"},
     "arena.placement": {"models"},
     "arena.records": {"record"},
     "arena.checkpoint_parts": {"lora", "arena.packed_array"},
@@ -177,7 +182,17 @@ LAYERS: dict[str, set[str]] = {
         ),
     },
     "arena.run": {
-        *("files", "lora", "models", "record", "arena.adapt", "arena.chat", "arena.checkpoint", "arena.config"),
+        *(
+            "files",
+            "lora",
+            "machine",
+            "models",
+            "record",
+            "arena.adapt",
+            "arena.chat",
+            "arena.checkpoint",
+            "arena.config",
+        ),
         *("arena.control", "arena.engines.protocol", "arena.environment", "arena.federation", "arena.learner"),
         *("arena.loss", "arena.memory", "arena.modes", "arena.placement", "arena.policies", "arena.records"),
         *(
@@ -223,8 +238,10 @@ LAYERS: dict[str, set[str]] = {
         *("config", "datasets", "errors", "gateway", "lora", "models", "qwen_finetune", "wire"),
         *("worker.delivery", "worker.signals"),
     },
-    "monitor": {"record"},
-    "demo": {"datasets", "files", "gateway", "lora", "models", "monitor", "record", "wire"},
+    "monitor": {"logs", "machine", "record"},
+    "demo": {
+        *("datasets", "files", "gateway", "lora", "models", "monitor", "record", "streams", "threads", "wire"),
+    },
     # The composition root.
     "cli": {
         *(
@@ -239,7 +256,10 @@ LAYERS: dict[str, set[str]] = {
             "gateway.route",
             "logs",
             "lora",
+            "machine",
             "models",
+            "streams",
+            "threads",
         ),
         *(
             "gateway.serve",
@@ -428,7 +448,7 @@ def test_only_models_load_a_base_model() -> None:
 
 
 def test_the_server_side_loads_no_torch() -> None:
-    names = [*modules_of(*SERVER_SIDE), "fedmoe.distributed_coordinator", "fedmoe.cli"]
+    names = [*modules_of(*SERVER_SIDE), "fedmoe.distributed_coordinator", "fedmoe.cli.commands"]
     heavy = ["torch", "transformers", "tokenizers", "huggingface_hub", "peft", "pyarrow", "matplotlib"]
     code = "\n".join(f"import {name}" for name in names)
     code += f"\nimport sys; print(sorted(sys.modules.keys() & {set(heavy)!r}))"

@@ -8,9 +8,8 @@ import platform
 import re
 from pathlib import Path
 
-import psutil
-
 from fedmoe import __version__
+from fedmoe.machine import memory, usable_cores
 
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "textarena", "reasoning-gym", "openskill", "vllm")
 _CPU_INFORMATION = Path("/proc/cpuinfo")
@@ -24,9 +23,9 @@ def environment() -> dict[str, object]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
         "processor": processor_name(_CPU_INFORMATION.read_text("utf-8") if _CPU_INFORMATION.is_file() else ""),
-        "cores": _usable_cores(),
+        "cores": usable_cores(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": memory().total,
         "gpus": _gpus(),
     }
 
@@ -42,11 +41,6 @@ def processor_name(information: str) -> str:
     """The processor's name in the text of /proc/cpuinfo, or its architecture."""
     match = re.search(r"^model name\s*:\s*(.+)$", information, re.MULTILINE)
     return match[1].strip() if match else platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int:
-    """The cores this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[dict[str, object]]:

@@ -11,20 +11,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
 
 import psutil
 import structlog
 
 from fedmoe.arena.control import Control
 from fedmoe.arena.memory_pressure import Pressure, after_failure, pressure
+from fedmoe.machine import memory
 
 GIB = 1 << 30
 DEFAULT_LIMIT_GB = 32.0
 #: The share of what the machine or container has that may be used: its last bytes are the kernel's to kill for.
 USABLE = 0.95
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN_CGROUP = Path("/proc/self/cgroup")
 _log = structlog.get_logger("fedmoe.arena")
 
 
@@ -48,45 +46,6 @@ def choose_limit(wanted_gb: float | None, available: int) -> tuple[int, str]:
         f"memory limit {usable / GIB:.1f} GiB, {USABLE:.0%} of the {available / GIB:.1f} GiB of this machine or "
         f"container, instead of {asked:g} GiB ({origin})"
     )
-
-
-def available_memory() -> int:
-    """The bytes this process may use at all: those of the machine, or of its container where that has fewer."""
-    limits = [psutil.virtual_memory().total]
-    if _OWN_CGROUP.is_file():
-        for file in cgroup_files(_OWN_CGROUP.read_text("utf-8"), _CGROUPS):
-            limit = parse_cgroup_limit(file.read_text("utf-8")) if file.is_file() else None
-            limits += [limit] if limit is not None else []
-    return int(min(limits))
-
-
-def cgroup_files(own: str, root: Path) -> list[Path]:
-    """The files that may limit a process, by the text of its /proc/self/cgroup: its group's and those of all above it.
-
-    Inside a container the path may be that of the host; the mounted root then is the own group, and always asked.
-    """
-    files: list[Path] = []
-    for line in own.splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number == "0" and not controllers:
-            folder, name = root, "memory.max"
-        elif "memory" in controllers.split(","):
-            folder, name = root / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        group = PurePosixPath(path.removesuffix(" (deleted)"))
-        below = [part.relative_to("/") for part in (group, *group.parents)] if group.is_absolute() else []
-        files += [folder / part / name for part in below if ".." not in part.parts]
-    return files
-
-
-def parse_cgroup_limit(text: str) -> int | None:
-    """The limit in such a file in bytes, or None where there is none (version 1 writes a huge number for that)."""
-    value = text.strip()
-    if not value.isdecimal() or int(value) >= 1 << 60:
-        return None
-    return int(value)
 
 
 def used_memory() -> int:
@@ -131,7 +90,7 @@ class MemoryGuard:
         self.peak = 0
         self._state = Pressure(batch, batch, least)
         self._used = used
-        self._available = available_memory() if available is None else available
+        self._available = memory().total if available is None else available
         self._caches: dict[str, Callable[[], None]] = {}
         self._most_since_check = 0
 

@@ -27,7 +27,7 @@ from fedmoe.arena.environment import environment
 from fedmoe.arena.federation import League, join_league, learning_rate_only
 from fedmoe.arena.learner import Learner, LearnerConfig, OptimizerState
 from fedmoe.arena.loss import LossConfig
-from fedmoe.arena.memory import MemoryGuard, MemoryLimitError, available_memory, choose_limit, limit_gpu, watched
+from fedmoe.arena.memory import MemoryGuard, MemoryLimitError, choose_limit, limit_gpu, watched
 from fedmoe.arena.placement import check_file_system, make_temporary, place, remove_temporary
 from fedmoe.arena.policies import Policies
 from fedmoe.arena.records import BatchedRecords, truncate_records
@@ -42,6 +42,7 @@ from fedmoe.arena.trainer import Trainer
 from fedmoe.files import lock_folder
 from fedmoe.lora.codec import digest
 from fedmoe.lora.initial import initial_adapter
+from fedmoe.machine import memory
 from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
 from fedmoe.models.multilora import MultiLora
 from fedmoe.record import RecordWriter, read_records
@@ -143,7 +144,7 @@ def _assemble(
     started = time.time()
     chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
     rollout, learner_device, plan = place(options.rollout_device, options.learner_device)
-    limit, sentence = choose_limit(options.memory_limit_gb, available_memory())
+    limit, sentence = choose_limit(options.memory_limit_gb, memory().total)
     if options.gpu_memory_limit_gb is not None:
         for device in dict.fromkeys((str(rollout), str(learner_device))):
             logs.runner.info("gpu_memory", plan=limit_gpu(device, options.gpu_memory_limit_gb))

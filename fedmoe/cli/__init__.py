@@ -1,52 +1,34 @@
-"""The `fedmoe` command: the composition root. Heavy modules are imported by the command that needs them."""
+"""The `fedmoe` command: the composition root.
+
+What a process is given at its start, threads and standard output, is settled before the commands are imported: they
+bring numpy, which keeps what it finds when it is loaded.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
 
-import typer
-
-from fedmoe import __version__
-from fedmoe.cli import arena, coordinator, data, demo, doctor, evaluator, experts, gateway, tokens, worker
-from fedmoe.cli.output import guarded
-
-app = typer.Typer(
-    name="fedmoe",
-    help="Train LoRA experts where the data lives, and make one gateway model of them.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
-app.command("coordinator")(coordinator.coordinator)
-app.command("worker")(worker.worker)
-app.command("evaluator")(evaluator.evaluator)
-app.add_typer(gateway.app, name="gateway")
-app.add_typer(experts.app, name="experts")
-app.command("rollback")(experts.rollback)
-app.command("retract")(experts.retract)
-app.add_typer(data.app, name="data")
-app.add_typer(tokens.app, name="token")
-app.add_typer(arena.app, name="arena")
-app.command("doctor")(doctor.doctor)
-app.command("demo")(demo.demo)
-
-
-@app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
+from fedmoe.streams import printing_safely
+from fedmoe.threads import prepare
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; expected errors end with one clear message and a non-zero status, never a traceback."""
-    guarded(app, list(sys.argv[1:] if arguments is None else arguments))
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    prepare(words)
+    with printing_safely():
+        from fedmoe.cli.commands import app
+        from fedmoe.cli.output import guarded
+
+        guarded(app, words)
 
 
 def get_gateway_model() -> None:
     """Run `get_gateway_model.py`, the specification's name for the gateway tool."""
-    single = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    single.command()(gateway.get_gateway_model)
-    guarded(single, sys.argv[1:])
+    prepare([])
+    with printing_safely():
+        from fedmoe.cli.commands import gateway_tool
+        from fedmoe.cli.output import guarded
+
+        guarded(gateway_tool, sys.argv[1:])

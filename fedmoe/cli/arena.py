@@ -52,7 +52,6 @@ def train(
     """Train, evaluate on held-out episodes, checkpoint and report; SIGTERM and Ctrl-C end it in order."""
     if resume and fresh:
         raise CommandError("--resume goes on with a run and --fresh begins anew; pass one of them")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     configure()
     run = _configured(config, coordinator_url)
     if fresh:

@@ -90,10 +90,10 @@ def _report_for(
     chat_template_kwargs: str | None,
 ) -> DataReport:
     chat = given_template(chat_template, chat_template_kwargs)
+    from fedmoe.cache import cache_folder
     from fedmoe.datasets.check import check_beginning
     from fedmoe.datasets.prepare import DataOptions, examine
     from fedmoe.models.base import load_tokenizer
-    from fedmoe.models.cache import cache_root
     from fedmoe.models.context import resolve_max_length
     from fedmoe.models.device import pin_threads
 
@@ -101,7 +101,7 @@ def _report_for(
     check_beginning(file, rows)
     tokenizer, context = load_tokenizer(base_model, chat)
     length = resolve_max_length(max_length, context)
-    cache = cache_root() / "tokens"
+    cache = cache_folder("tokens")
     found = examine(file, tokenizer, length, options, cache=cache, processes=pin_threads(), progress=_show_progress)
     return found.report
 

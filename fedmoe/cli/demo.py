@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -27,8 +26,6 @@ def demo(
 
     Run again, it continues where it stopped; a finished run is measured again.
     """
-    # Read by OpenMP when torch is loaded: threads that wait must not spin on cores that others need.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from rich.console import Console
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import sqlite3
 import sys
@@ -11,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import typer
 
 from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
 from fedmoe.cli.output import show_json
 from fedmoe.errors import RefusedError
+from fedmoe.machine import memory
+from fedmoe.threads import look
 from fedmoe.wire.client import CoordinatorUnavailableError
 
 # Below this SQLite has a rare WAL-reset corruption bug (https://www.sqlite.org/releaselog/3_51_3.html); it takes
@@ -41,12 +43,13 @@ def doctor(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check this machine: Python, packages, disk, memory, GPU, coordinator, data; every problem comes with its fix."""
+    """Check machine, packages, memory, threads, GPU, coordinator and data; every problem comes with its fix."""
     checks: list[Callable[[], Finding]] = [
         _python,
         _sqlite,
         _disk,
         _memory,
+        _threads,
         lambda: _package("torch", "pip install 'fedmoe[worker]'"),
         lambda: _package("transformers", "pip install 'fedmoe[worker]'"),
         _device,
@@ -84,8 +87,16 @@ def _disk() -> Finding:
 
 
 def _memory() -> Finding:
-    memory = psutil.virtual_memory()
-    return Finding("memory", "ok", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available")
+    found = memory()
+    return Finding("memory", "ok", f"{found.available / 2**30:.1f} of {found.total / 2**30:.1f} GiB available")
+
+
+def _threads() -> Finding:
+    """What a worker started now would choose."""
+    chosen = look(os.environ)
+    if chosen.count:
+        return Finding("threads", "ok", f"{chosen.count} for a worker ({chosen.reason})")
+    return Finding("threads", "problem", f"{chosen.reason} is no number of threads", "unset it, or set it to 1 or more")
 
 
 def _package(name: str, fix: str) -> Finding:

@@ -40,6 +40,8 @@ def guarded(app: typer.Typer, arguments: list[str]) -> None:
             "check --coordinator-url and that the coordinator runs there" if error.retry_after is None else "try again"
         )
         _fail(f"{error}; {hint}", EXIT_UNAVAILABLE)
+    except BrokenPipeError:
+        raise  # a reader that went away is no error to be told of
     except Exception as error:
         status = _expected_status(error)
         if status is None:

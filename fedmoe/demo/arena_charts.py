@@ -16,6 +16,7 @@ from fedmoe.demo.arena_sample import sample_records
 from fedmoe.files import write_atomic
 from fedmoe.monitor.arena_series import ArenaSeries, NoRecordsError, arena_series
 from fedmoe.record import read_records
+from fedmoe.streams import printing_safely
 
 #: Where runs keep their records: that of demo/start_training.sh in the current folder, that of `fedmoe arena train`.
 RUN_RECORDS = (Path("metrics.jsonl"), Path("runs/arena/metrics.jsonl"))
@@ -133,7 +134,8 @@ def _reported() -> Iterator[None]:
 def _run(command: Callable[..., None], arguments: Sequence[str] | None) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
-    app(list(sys.argv[1:] if arguments is None else arguments))
+    with printing_safely():
+        app(list(sys.argv[1:] if arguments is None else arguments))
 
 
 def generate_main(arguments: Sequence[str] | None = None) -> None:

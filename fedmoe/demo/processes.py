@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +54,6 @@ class Running:
 def start(name: str, arguments: Sequence[str], log: Path, niceness: int = 0) -> Running:
     """Start `fedmoe ARGUMENTS` in the background, with one torch thread, appending to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    # One thread a process: on shared cores, spinning threads of several processes slow all of them down many times.
-    threads: Mapping[str, str] = {
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
     command = [sys.executable, "-m", "fedmoe", *arguments]
     if niceness:
         command = ["nice", "-n", str(niceness), *command]
@@ -69,7 +63,8 @@ def start(name: str, arguments: Sequence[str], log: Path, niceness: int = 0) -> 
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **threads},
+            # One thread a process: they all compute at the same time, and the last bits are the same on every machine.
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             # A group of its own: Ctrl-C reaches the demonstration alone, which then stops all in order. No session of
             # its own: that would give every process an equal share of the cores, and niceness would mean nothing.
             process_group=0,

@@ -27,6 +27,7 @@ from fedmoe.models.base import LoadedBase, load_base, prepare_base
 from fedmoe.models.device import pin_threads
 from fedmoe.monitor.charts import loss_chart
 from fedmoe.record import Record, read_records
+from fedmoe.threads import look
 from fedmoe.wire.client import CoordinatorClient
 
 _POLL_SECONDS = 0.5
@@ -113,8 +114,8 @@ def _save_peft(plan: DemoPlan, name: str, adapter: Adapter, base: dict[str, str]
 
 
 def _measure(plan: DemoPlan, console: Console) -> dict[str, DomainResult]:
-    """Score the saved models on the held-out files, with all cores now that training is over; write the report."""
-    pin_threads(os.cpu_count() or 1)
+    """Score the saved models on the held-out files, with what cores are free after training; write the report."""
+    pin_threads(look(os.environ).count or None)
     base = load_base(plan.base_model)
     adapters = {name: _load_peft(plan, name) for name in (*(w.expert for w in WORKERS), GATEWAY)}
     held_out = {worker.domain: _held_out(plan, plan.test_file(worker), base) for worker in WORKERS}

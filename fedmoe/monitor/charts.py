@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -13,16 +12,15 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 def loss_chart(records: Iterable[Record], held_out: Mapping[str, Mapping[str, float]]) -> bytes:
     """Training loss over time for every worker, beside held-out bars of `held_out[domain][model]`, as PNG bytes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from fedmoe.monitor.picture import png
 
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
     _curves(curves, records)
     _bars(bars, held_out)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _curves(axes: object, records: Iterable[Record]) -> None:

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
 
-from fedmoe.monitor.arena_charts.style import DPI, dress, plain, png, say_empty
+from fedmoe.monitor.arena_charts.style import DPI, dress, plain, say_empty
 from fedmoe.monitor.palette import INK, MUTED, POLICY_COLOURS
+from fedmoe.monitor.picture import png
 
 _GAIN = LinearSegmentedColormap.from_list("gain", ["#D55E00", "#FFFFFF", "#0072B2"])
 _HEAD_INCHES = 0.8

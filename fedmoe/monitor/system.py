@@ -13,6 +13,7 @@ from typing import Protocol, Self
 import psutil
 import structlog
 
+from fedmoe.machine import memory
 from fedmoe.record import Value
 
 
@@ -26,8 +27,9 @@ class WriteRecord(Protocol):
 class SystemSample:
     """One look at the machine; the fields of a `system` record.
 
-    `cpu_percent`: of all cores together since the look before, 0 to 100. `memory_percent`: of the machine's memory.
-    `process_bytes`: resident memory of this process and all it started. `memory_limit_bytes`: what the run may take.
+    `cpu_percent`: of all cores together since the look before, 0 to 100. `memory_percent`: of the memory of the
+    machine or its container. `process_bytes`: resident memory of this process and all it started.
+    `memory_limit_bytes`: what the run may take.
     `gpu_percent`: mean over the GPUs of the share of time one was busy; `gpu_memory_bytes`: sum over the GPUs of what
     all processes hold; both None without an NVIDIA GPU. `disk_percent` (used), `disk_free_bytes`: of the run's disk.
     """
@@ -52,11 +54,11 @@ class GpuReader(Protocol):
 
 def sample(folder: Path, gpus: GpuReader, memory_limit_bytes: int | None = None) -> SystemSample:
     """Look at the machine once; `folder` lies on the disk that is looked at. Raises OSError when it is not there."""
-    memory, disk = psutil.virtual_memory(), psutil.disk_usage(str(folder))
+    disk = psutil.disk_usage(str(folder))
     busy = gpus.read()
     return SystemSample(
         cpu_percent=float(psutil.cpu_percent(interval=None)),
-        memory_percent=float(memory.percent),
+        memory_percent=memory().percent,
         process_bytes=_family_bytes(psutil.Process()),
         memory_limit_bytes=memory_limit_bytes,
         gpu_percent=busy[0] if busy else None,

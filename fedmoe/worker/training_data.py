@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from fedmoe.cache import cache_folder
 from fedmoe.config import WorkerConfig
 from fedmoe.datasets.check import RowOptions, check_beginning
 from fedmoe.datasets.packing import Block, BlockSampler, pack
@@ -14,7 +15,6 @@ from fedmoe.datasets.prepare import DataOptions, Prepared, prepare_samples
 from fedmoe.datasets.split import held_out_rows
 from fedmoe.datasets.tokenized import TokenizedSample
 from fedmoe.models.base import LoadedBase, context_length
-from fedmoe.models.cache import cache_root
 from fedmoe.models.context import resolve_max_length
 from fedmoe.models.held_out import HeldOutPlan
 from fedmoe.models.parallel import ProcessGroup
@@ -108,7 +108,7 @@ def _prepared(config: WorkerConfig, name: str, base: LoadedBase, length: int, pr
         base.tokenizer,
         length,
         data_options(config),
-        cache=cache_root() / "tokens",
+        cache=cache_folder("tokens"),
         processes=processes,
         progress=progress,
     )

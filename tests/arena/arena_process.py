@@ -20,7 +20,7 @@ from tiny_arena import write_config
 from fedmoe.arena.config import ArenaConfig
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tiny_arena", "fedmoe.cli", "fedmoe.arena.run", "fedmoe.cli.arena_watch"])
+_FORKS.set_forkserver_preload(["tiny_arena", "fedmoe.cli.commands", "fedmoe.arena.run", "fedmoe.cli.arena_watch"])
 
 
 def train(arguments: Sequence[str], log: str) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol, cast
 
 import typer
 
-from fedmoe.cli import app
+from fedmoe.cli.commands import app
 from fedmoe.cli.gateway import get_gateway_model
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ from support import CoordinatorProcess
 from fedmoe.events import UpdateAccepted
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["fedmoe.cli", "fedmoe.worker.setup"])
+_FORKS.set_forkserver_preload(["fedmoe.cli.commands", "fedmoe.worker.setup"])
 Line = dict[str, object]
 
 

@@ -15,9 +15,10 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from fedmoe.demo.arena_sample import sample_records
-from fedmoe.monitor.arena_charts import CHARTS, arena_pictures, png
+from fedmoe.monitor.arena_charts import CHARTS, arena_pictures
 from fedmoe.monitor.arena_charts.style import DPI, plain
 from fedmoe.monitor.arena_series import KINDS, ArenaSeries, arena_series
+from fedmoe.monitor.picture import png
 from fedmoe.record import Record
 
 NAMES = sorted(CHARTS)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import psutil
 import pytest
 from structlog.testing import capture_logs
 
+from fedmoe.machine import memory
 from fedmoe.monitor.system import NoGpus, SystemSampler, find_gpus, sample
 from fedmoe.record import RecordWriter, Value, read_records
 
@@ -48,7 +48,7 @@ def test_a_sample_has_the_machines_numbers(tmp_path: Path) -> None:
     found = sample(tmp_path, TwoGpus(), memory_limit_bytes=32 * 2**30)
     assert 0 <= found.cpu_percent <= 100
     assert 0 < found.memory_percent < 100
-    assert 10 * 2**20 < found.process_bytes < psutil.virtual_memory().total
+    assert 10 * 2**20 < found.process_bytes < memory().total
     assert found.memory_limit_bytes == 32 * 2**30
     assert (found.gpu_percent, found.gpu_memory_bytes) == (35.0, 3_000_000_000)
     assert 0 <= found.disk_percent <= 100

@@ -1,4 +1,4 @@
-"""The six charts of an arena run. Importing this package loads matplotlib; nothing of its global state is touched."""
+"""The six charts of an arena run. Importing this package loads matplotlib."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fedmoe.monitor.arena_charts.heatmap import performance_landscape
 from fedmoe.monitor.arena_charts.performance import model_performance
 from fedmoe.monitor.arena_charts.radar import model_capability
 from fedmoe.monitor.arena_charts.scatter import performance_scatter
-from fedmoe.monitor.arena_charts.style import png
 from fedmoe.monitor.arena_charts.trends import training_trends
 from fedmoe.monitor.arena_series import ArenaSeries
+from fedmoe.monitor.picture import png
 
-__all__ = ["CHARTS", "arena_pictures", "png"]
+__all__ = ["CHARTS", "arena_pictures"]
 
 #: File name -> the function that draws it.
 CHARTS: dict[str, Callable[[ArenaSeries], Figure]] = {

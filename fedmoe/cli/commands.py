@@ -1,0 +1,42 @@
+"""All commands of `fedmoe`. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedmoe import __version__
+from fedmoe.cli import arena, coordinator, data, demo, doctor, evaluator, experts, gateway, tokens, worker
+
+app = typer.Typer(
+    name="fedmoe",
+    help="Train LoRA experts where the data lives, and make one gateway model of them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("coordinator")(coordinator.coordinator)
+app.command("worker")(worker.worker)
+app.command("evaluator")(evaluator.evaluator)
+app.add_typer(gateway.app, name="gateway")
+app.add_typer(experts.app, name="experts")
+app.command("rollback")(experts.rollback)
+app.command("retract")(experts.retract)
+app.add_typer(data.app, name="data")
+app.add_typer(tokens.app, name="token")
+app.add_typer(arena.app, name="arena")
+app.command("doctor")(doctor.doctor)
+app.command("demo")(demo.demo)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+#: `get_gateway_model.py`, the specification's name for the gateway tool.
+gateway_tool = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+gateway_tool.command()(gateway.get_gateway_model)
