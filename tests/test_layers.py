@@ -244,6 +244,7 @@ LAYERS: dict[str, set[str]] = {
     },
     # The composition root.
     "cli": {
+        "cache",
         *(
             "config",
             "datasets",
