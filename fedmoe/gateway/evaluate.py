@@ -12,7 +12,7 @@ from fedmoe.gateway.losses import BASE, LossMatrix
 from fedmoe.gateway.rerank import Candidates, candidates, chosen
 from fedmoe.gateway.route import Router
 from fedmoe.lora.adapter import Adapter
-from fedmoe.models.base import LoadedBase
+from fedmoe.models.base import LoadedBase, pad_token
 from fedmoe.models.chat_frame import ChatFrame
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.packed import count_targets
@@ -59,9 +59,7 @@ def held_out_blocks(file: Path, base: LoadedBase, max_length: int, limit: int | 
     Raises DataError for a file that training would refuse.
     """
     data = tokenize_samples(load_rows(file).samples, base.tokenizer, max_length)
-    pad = base.tokenizer.pad_token_id
-    blocks = pack(data.samples, max_length, seed=0, pad_id=int(pad if pad is not None else base.tokenizer.eos_token_id))
-    return blocks[:limit]
+    return pack(data.samples, max_length, seed=0, pad_id=pad_token(base))[:limit]
 
 
 def routed_to(

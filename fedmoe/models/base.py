@@ -25,7 +25,16 @@ from fedmoe.models.smollm2 import prepare_smollm2
 from fedmoe.models.stopping import context_of, stops_of
 from fedmoe.models.tiny import save_tiny, tiny_hashes, tiny_model, tiny_tokenizer
 
-__all__ = ["BaseModelError", "ChatTemplate", "LoadedBase", "context_length", "load_base", "prepare_base", "stop_tokens"]
+__all__ = [
+    "BaseModelError",
+    "ChatTemplate",
+    "LoadedBase",
+    "context_length",
+    "load_base",
+    "pad_token",
+    "prepare_base",
+    "stop_tokens",
+]
 
 _TINY_REVISION = "1"
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w.-]+)?$")
@@ -52,6 +61,12 @@ class LoadedBase:
 def stop_tokens(base: LoadedBase) -> frozenset[int]:
     """The tokens that end an answer wherever one is generated: see `stops_of`."""
     return stops_of(base.tokenizer, base.model.generation_config)
+
+
+def pad_token(base: LoadedBase) -> int:
+    """The token that fills up rows; nothing attends to it, so one that ends answers will do where none is named."""
+    named = base.tokenizer.pad_token_id
+    return int(named) if named is not None else min(stop_tokens(base))
 
 
 def context_length(base: LoadedBase) -> int:

@@ -13,7 +13,7 @@ from fedmoe.datasets.check import LoadedFile, load_rows
 from fedmoe.datasets.packing import Block, BlockSampler, pack
 from fedmoe.datasets.render import rendered_preview, tokenize_samples
 from fedmoe.distributed_worker import DistributedWorker, SyncSettings
-from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
+from fedmoe.models.base import ChatTemplate, LoadedBase, load_base, pad_token
 from fedmoe.models.device import choose_device, pin_threads
 from fedmoe.models.parallel import ProcessGroup, join_group, local_rank
 from fedmoe.models.schedule import LoraConfig, TrainingConfig
@@ -69,7 +69,7 @@ def run_worker(config: WorkerConfig) -> None:
 def training_blocks(loaded: LoadedFile, base: LoadedBase, config: WorkerConfig, show: bool) -> list[Block]:
     """The data as packed blocks; shows two samples as the model will see them."""
     data = tokenize_samples(loaded.samples, base.tokenizer, config.max_length)
-    blocks = pack(data.samples, config.max_length, config.seed, _pad_id(base))
+    blocks = pack(data.samples, config.max_length, config.seed, pad_token(base))
     if show:
         tokens = sum(int((block.segment_ids >= 0).sum()) for block in blocks)
         _log.info("dataset", file=config.dataset, format=loaded.report.format, blocks=len(blocks), tokens=tokens)
@@ -77,11 +77,6 @@ def training_blocks(loaded: LoadedFile, base: LoadedBase, config: WorkerConfig, 
             _log.warning("rows_left_out", bad=loaded.report.bad_count, nothing_to_learn=len(data.unlearnable_lines))
         print(rendered_preview(data.samples, base.tokenizer, _PREVIEWS), flush=True)
     return blocks
-
-
-def _pad_id(base: LoadedBase) -> int:
-    pad = base.tokenizer.pad_token_id
-    return int(pad if pad is not None else base.tokenizer.eos_token_id)
 
 
 def _base_and_blocks(
