@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from fedmoe.datasets.packing import Batch, Block, collate
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.manifest import Manifest
-from fedmoe.models.base import LoadedBase, stop_tokens
+from fedmoe.models.base import LoadedBase, pad_token, stop_tokens
 from fedmoe.models.device import LossScale, autocast
 from fedmoe.models.lora_layers import attach
 from fedmoe.models.packed import check_model, count_targets, enable_checkpointing, token_losses
@@ -187,7 +187,7 @@ class QwenLoRAExpert:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=sorted(stops),
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops),
+            pad_token_id=pad_token(self.base),
         )
         model.eval()
         with torch.no_grad(), autocast(self.base.device, self.base.dtype):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedmoe.cli.base_model import given_template
 from fedmoe.cli.output import CommandError
 from fedmoe.logs import configure
 
@@ -84,6 +85,7 @@ def check(config: Config) -> None:
     from fedmoe.arena.tasks.registry import make_task
 
     run = _configured(config, None)
+    given_template(run.chat_template, run.chat_template_kwargs)
     try:
         task = make_task(run.task.name, run.task.options)
         for phase in run.phases:

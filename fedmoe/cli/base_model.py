@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fedmoe.cli.output import CommandError
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from fedmoe.models.base import ChatTemplate, LoadedBase
 
 
-def given_template(file: str | None, kwargs: str | None) -> ChatTemplate:
+def given_template(file: str | None, kwargs: str | Mapping[str, object] | None) -> ChatTemplate:
     """What --chat-template and --chat-template-kwargs say; raises BaseModelError for what cannot be used."""
     try:
         from fedmoe.models.base import ChatTemplate

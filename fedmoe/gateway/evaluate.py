@@ -12,7 +12,7 @@ from fedmoe.gateway.losses import BASE, LossMatrix
 from fedmoe.gateway.rerank import Candidates, candidates, chosen
 from fedmoe.gateway.route import Router
 from fedmoe.lora.adapter import Adapter
-from fedmoe.models.base import LoadedBase, context_length
+from fedmoe.models.base import LoadedBase, context_length, pad_token
 from fedmoe.models.chat_frame import ChatFrame
 from fedmoe.models.context import resolve_max_length
 from fedmoe.models.multilora import MultiLora
@@ -70,9 +70,7 @@ def held_out_blocks(
     length = resolve_max_length(max_length, context_length(base))
     data = prepare_samples(file, base.tokenizer, length, options)
     report(data.report)
-    pad = base.tokenizer.pad_token_id
-    blocks = pack(data.samples, length, seed=0, pad_id=int(pad if pad is not None else base.tokenizer.eos_token_id))
-    return blocks[:limit]
+    return pack(data.samples, length, seed=0, pad_id=pad_token(base))[:limit]
 
 
 def routed_to(

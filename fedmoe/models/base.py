@@ -41,6 +41,7 @@ __all__ = [
     "context_length",
     "load_base",
     "load_tokenizer",
+    "pad_token",
     "prepare_base",
     "stop_tokens",
 ]
@@ -70,6 +71,12 @@ class LoadedBase:
 def stop_tokens(base: LoadedBase) -> frozenset[int]:
     """The tokens that end an answer wherever one is generated: see `stops_of`."""
     return stops_of(base.tokenizer, base.model.generation_config)
+
+
+def pad_token(base: LoadedBase) -> int:
+    """The token that fills up rows; nothing attends to it, so one that ends answers will do where none is named."""
+    named = base.tokenizer.pad_token_id
+    return int(named) if named is not None else min(stop_tokens(base))
 
 
 def context_length(base: LoadedBase) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +18,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from fedmoe.models.identity import BaseModelError
-
-Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
 #: Advice where a template is the trouble.
 OTHER_TEMPLATE = "give one with --chat-template FILE (in an arena's configuration: chat_template)"
@@ -45,10 +43,10 @@ class ChatTemplate:
     """A template to use instead of the tokenizer's own (None: that one), and arguments that it always gets."""
 
     text: str | None = None
-    kwargs: Mapping[str, Json] = field(default_factory=dict)
+    kwargs: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
-    def given(cls, file: str | Path | None, kwargs: str | Mapping[str, Json] | None) -> ChatTemplate:
+    def given(cls, file: str | Path | None, kwargs: str | Mapping[str, object] | None) -> ChatTemplate:
         """From the options: a Jinja file, and a JSON object as text or as it is; BaseModelError for what is neither."""
         values = _arguments(kwargs) if isinstance(kwargs, str) else dict(kwargs or {})
         for name in values:
@@ -165,7 +163,7 @@ def _read(file: Path) -> str:
     return text
 
 
-def _arguments(text: str) -> dict[str, Json]:
+def _arguments(text: str) -> dict[str, object]:
     try:
         values = json.loads(text, parse_constant=_no_constant)
     except ValueError as error:
@@ -181,7 +179,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _literal(value: Json) -> str:
+def _literal(value: object) -> str:
     """A JSON value as Jinja writes it."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
@@ -193,4 +191,6 @@ def _literal(value: Json) -> str:
         return repr(value)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_literal(str(name))}: {_literal(one)}" for name, one in value.items()) + "}"
-    return "[" + ", ".join(_literal(one) for one in value) + "]"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_literal(one) for one in value) + "]"
+    raise BaseModelError(f"the chat template's arguments hold a {type(value).__name__}, which is no JSON value")

@@ -14,7 +14,7 @@ from fedmoe.datasets.packing import Block, BlockSampler, pack
 from fedmoe.datasets.prepare import DataOptions, Prepared, prepare_samples
 from fedmoe.datasets.split import held_out_rows
 from fedmoe.datasets.tokenized import TokenizedSample
-from fedmoe.models.base import LoadedBase, context_length
+from fedmoe.models.base import LoadedBase, context_length, pad_token
 from fedmoe.models.context import resolve_max_length
 from fedmoe.models.held_out import HeldOutPlan
 from fedmoe.models.parallel import ProcessGroup
@@ -66,12 +66,12 @@ def worker_data(
         _log.info("dataset", **data.report.summary, kept=data.kept, tokens_per_step=tokens_per_step(config, length))
         print(data.report.text, *data.report.previews, sep="\n", flush=True)
     train, held_out = _sides(config, data, base, length, processes)
-    blocks = pack(train, length, config.seed, _pad_id(base))
+    blocks = pack(train, length, config.seed, pad_token(base))
     sampler = block_sampler(blocks, config, group.rank, group.world_size)
     plan = None
     if held_out:
         # A fixed seed: whoever measures on the same rows measures on the same blocks.
-        plan = held_out_plan(config, pack(held_out, length, 0, _pad_id(base)))
+        plan = held_out_plan(config, pack(held_out, length, 0, pad_token(base)))
         if group.rank == 0:
             tell_held_out(plan, held_out, blocks)
     return WorkerData(blocks, sampler, plan, training_config(config, sampler.shard))
@@ -112,8 +112,3 @@ def _prepared(config: WorkerConfig, name: str, base: LoadedBase, length: int, pr
         processes=processes,
         progress=progress,
     )
-
-
-def _pad_id(base: LoadedBase) -> int:
-    pad = base.tokenizer.pad_token_id
-    return int(pad if pad is not None else base.tokenizer.eos_token_id)

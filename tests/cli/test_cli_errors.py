@@ -57,6 +57,27 @@ def test_a_wrong_option_is_named_with_what_would_be_right(arguments: list[str], 
     assert_refused(fedmoe(*arguments), 2, *words)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*WORKER, "--dataset", "d"],
+        ["evaluator", "--evaluator-id", "e", "--expert", "x", "--held-out", "d"],
+        ["gateway", "generate", "hi", "--base-model", "tiny"],
+        ["gateway", "serve", "--base-model", "tiny"],
+    ],
+)
+def test_a_chat_template_that_is_none_is_told_before_anything_else(
+    command: list[str], fedmoe: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "letter.jinja"
+    file.write_text("Dear reader")
+    url = ["--coordinator-url", f"http://127.0.0.1:{free_port()}"] if command[0] == "evaluator" else []
+    given = [*command, *url, "--chat-template"]
+    assert_refused(fedmoe(*given, str(file)), 1, "letter.jinja never asks for `messages`")
+    assert_refused(fedmoe(*given, str(tmp_path / "none.jinja")), 1, "none.jinja cannot be read")
+    assert_refused(fedmoe(*command, *url, "--chat-template-kwargs", "thinking=no"), 1, "no JSON")
+
+
 def test_several_wrong_options_take_a_line_each(fedmoe: Run) -> None:
     outcome = fedmoe("coordinator", "--port", "99999", "--strategy", "median")
     assert outcome.status == 2

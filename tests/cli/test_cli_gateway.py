@@ -197,6 +197,20 @@ def test_an_evaluation_as_json_has_every_block(tiny_server: LiveServer, fedmoe: 
     assert said["losses"]["sql_expert"] != pytest.approx(said["losses"]["base"], rel=1e-6)
 
 
+def test_generate_and_evaluate_speak_by_the_template_that_is_given(
+    tiny_server: LiveServer, fedmoe: Run, held_out: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ lead }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    options = ("--base-model", "tiny", "--max-new-tokens", "2", "--chat-template", str(file))
+    url = ("--coordinator-url", tiny_server.url)
+    assert fedmoe("gateway", "generate", "hi", *options, "--chat-template-kwargs", '{"lead": "L"}', *url).status == 0
+    refused = fedmoe("gateway", "generate", "hi", *options, "--chat-template-kwargs", '{"load": "L"}', *url)
+    assert (refused.status, "it asks for: lead" in refused.err) == (1, True)
+    refused = evaluate(fedmoe, tiny_server, *held_out, "--chat-template", str(tmp_path))
+    assert (refused.status, "cannot be read" in refused.err) == (1, True)
+
+
 def test_an_evaluation_routes_where_two_experts_have_prompt_statistics(
     tiny_server: LiveServer, fedmoe: Run, held_out: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from fedmoe.arena.engines import transformers_engine
 from fedmoe.datasets.formats import Chat, Message
 from fedmoe.datasets.render import MASKED, render_sample
 from fedmoe.gateway.serve.text import Prompter, TextStream
-from fedmoe.models.base import LoadedBase, load_base, stop_tokens
+from fedmoe.models.base import LoadedBase, load_base, pad_token, stop_tokens
 from fedmoe.models.stopping import end_marks, stops_of
 from fedmoe.models.tiny import tiny_tokenizer
 from fedmoe.qwen_finetune import QwenLoRAExpert
@@ -104,6 +104,14 @@ def base() -> LoadedBase:
 def test_everybody_asks_the_same_function(base: LoadedBase) -> None:
     assert transformers_engine.stop_tokens is stop_tokens
     assert stop_tokens(base) == {256, 258}
+
+
+def test_a_row_is_filled_up_by_the_padding_token_or_one_that_ends(base: LoadedBase) -> None:
+    assert pad_token(base) == 256
+    base.tokenizer.pad_token = None
+    base.tokenizer.eos_token = None
+    base.model.generation_config.eos_token_id = None
+    assert pad_token(base) == 258
 
 
 def saying(base: LoadedBase, text: str) -> LoadedBase:

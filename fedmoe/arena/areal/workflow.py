@@ -28,6 +28,7 @@ from fedmoe.arena.areal.tensors import Row
 from fedmoe.arena.chat import ChatCodec
 from fedmoe.arena.task import Episode, Lineup, Message, Task, check_lineup
 from fedmoe.arena.tasks.registry import make_task
+from fedmoe.models.stopping import end_marks
 
 #: Plays the seats that the policy does not: from task, episode, seat and random state to an action.
 Opponent = Callable[[Task, Episode, int, np.random.Generator], Awaitable[str]]
@@ -72,9 +73,10 @@ class ArenaWorkflow(RolloutWorkflow):  # type: ignore[misc]
         self._reward = reward
         self._opponent = opponent
         limit = min(gconfig.max_new_tokens, self._task.max_action_tokens)
-        self._generation = gconfig.new_with_stop_and_pad_token_ids(self._tokenizer).new(
-            n_samples=1, max_new_tokens=limit
-        )
+        generation = gconfig.new_with_stop_and_pad_token_ids(self._tokenizer)
+        # The mark that conversations teach ends an answer here as it does in every other engine.
+        stops = sorted({*generation.stop_token_ids, *end_marks(self._tokenizer)})
+        self._generation = generation.new(n_samples=1, max_new_tokens=limit, stop_token_ids=stops)
 
     async def arun_episode(self, engine: InferenceEngine, data: Mapping[str, object]) -> Row | None:
         """One episode as padded tensors, a row a turn of the policy; None (rejected) when the engine gave up a turn.
