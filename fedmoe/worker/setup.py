@@ -16,6 +16,7 @@ from fedmoe.datasets.packing import Block, BlockSampler, pack
 from fedmoe.datasets.render import rendered_preview, tokenize_samples
 from fedmoe.datasets.split import split_rows
 from fedmoe.distributed_worker import DistributedWorker, SyncSettings
+from fedmoe.lora.adapter import Layout
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.context import context_of, resolve_max_length
 from fedmoe.models.device import choose_device, pin_threads
@@ -30,8 +31,10 @@ from fedmoe.worker.disclosure import Disclosure
 from fedmoe.worker.group import on_rank_zero
 from fedmoe.worker.kept_statistics import keep, read_kept, statistics_key
 from fedmoe.worker.options import (
+    adapter_layout,
     block_sampler,
-    check_base,
+    check_federation,
+    check_memory_of_step,
     check_processes,
     held_out_plan,
     tell_held_out,
@@ -72,10 +75,13 @@ def run_worker(config: WorkerConfig) -> None:
         with CoordinatorClient(config.coordinator_url, token) as client:
             outbox = on_rank_zero(group, lambda: Outbox(state_dir, config.worker_id, config.specialty))
             # A wrong URL or token is told before a base model is loaded.
-            on_rank_zero(group, client.federation)
+            federation = on_rank_zero(group, client.federation)
             base = load_base(config.base_model, group.device, config.dtype)
             _log.info("base_model", **base.report)
-            data = worker_data(config, rows, base, group)
+            layout = adapter_layout(config, base, _targets(config))
+            theirs = federation.manifest if federation is not None else None
+            on_rank_zero(group, lambda: check_federation(config, base, layout, theirs.manifest() if theirs else None))
+            data = worker_data(config, rows, base, layout, group)
             _train(config, base, data, group, client, state_dir, outbox)
     finally:
         if outbox is not None:
@@ -124,10 +130,10 @@ def load_sides(config: WorkerConfig) -> Sides:
     return Sides(loaded, loaded.samples, held_out)
 
 
-def worker_data(config: WorkerConfig, rows: Sides, base: LoadedBase, group: ProcessGroup) -> WorkerData:
+def worker_data(config: WorkerConfig, rows: Sides, base: LoadedBase, layout: Layout, group: ProcessGroup) -> WorkerData:
     """All that can be refused about options, data and this machine is refused here, before the long work."""
     length = resolve_max_length(config.max_length, context_of(base.model))
-    check_base(config, base, _targets(config), length)
+    check_memory_of_step(config, base, layout, length)
     blocks = training_blocks(rows, base, config, length, show=group.rank == 0)
     sampler = block_sampler(blocks, config, group.rank, group.world_size)
     held_out = _held_out(config, rows, base, length, blocks, show=group.rank == 0)
