@@ -94,6 +94,8 @@ class QwenWorker:
         self.data_change: DataChange | None = None
         #: Whether `restore` began a new epoch, since data or their order were others.
         self.new_order = False
+        #: Whether the held-out data are others than those of the checkpoint, so that its losses do not count.
+        self.measured_anew = False
         self._clock = clock
         self._group = expert.group
         self._hashes = sample_hashes(sampler.blocks)
@@ -105,8 +107,17 @@ class QwenWorker:
 
     @property
     def finished(self) -> bool:
-        """Whether the schedule is at its end, or the held-out loss no longer falls."""
+        """Whether the schedule is at its end and its result measured, or the held-out loss no longer falls."""
+        return self._ended and not self._due
+
+    @property
+    def _ended(self) -> bool:
         return self.expert.finished or self.stopped_early
+
+    @property
+    def _due(self) -> bool:
+        plan = self.held_out
+        return plan is not None and plan.due(self.measured, self.step, self._ended)
 
     @property
     def stopped_early(self) -> bool:
@@ -214,7 +225,9 @@ class QwenWorker:
             raise CheckpointError(f"{folder} was saved by another expert: " + "; ".join(differences[:5]))
         self._restore_place(folder, state, allow_changed_data)
         if self.held_out is not None:
-            self.measured = HeldOutState.of(state.values.get("held_out", {}), self.held_out.digest)
+            saved_losses = state.values.get("held_out", {})
+            self.measured = HeldOutState.of(saved_losses, self.held_out.digest)
+            self.measured_anew = self.measured.step is None and saved_losses.get("step") is not None
         self.expert.load_weights(np.asarray(state.arrays["weights"], np.float32))
         self.expert.load_optimizer_state(_with_prefix(state, _OPTIMIZER))
         vectors = {name: np.asarray(array, np.float32) for name, array in _with_prefix(state, _VECTOR).items()}
@@ -240,8 +253,7 @@ class QwenWorker:
         self, should_stop: Callable[[], bool], on_evaluation: Callable[[EvaluationRecord], None]
     ) -> None:
         plan = self.held_out
-        due = plan is not None and plan.due(self.measured, self.step, self.expert.finished)
-        if plan is None or not self._group.flag(due and not should_stop()):
+        if plan is None or not self._group.flag(self._due and not should_stop()):
             return
         started = self._clock()
         mine = plan.blocks[self._group.rank :: self._group.world_size]
@@ -264,7 +276,7 @@ class QwenWorker:
         return local
 
     def _is_over(self, deadline: float, should_stop: Callable[[], bool], max_steps: int | None, steps: int) -> bool:
-        over = self.finished or (max_steps is not None and steps >= max_steps)
+        over = self._ended or (max_steps is not None and steps >= max_steps)
         return self._group.flag(over or should_stop() or self._clock() >= deadline)
 
     def _next_batches(self) -> list[Batch]:

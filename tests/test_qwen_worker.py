@@ -384,6 +384,17 @@ def test_the_loss_is_measured_before_the_first_step_every_so_often_and_after_the
     assert measured(worker, 9) == []
 
 
+def test_a_result_that_could_not_be_measured_is_measured_before_the_worker_is_finished() -> None:
+    """An answer of the coordinator ends an interval right after the last step."""
+    worker = worker_with(max_steps=3, held_out=plan(every=2))
+    records: list[EvaluationRecord] = []
+    worker.train_for(1e9, lambda: worker.step == 3, ignore, None, records.append)
+    assert (worker.step, worker.finished) == (3, False)
+    worker.train_for(1e9, never, ignore, None, records.append)
+    assert [record.step for record in records] == [0, 2, 3]
+    assert worker.finished
+
+
 def test_training_ends_when_the_held_out_loss_no_longer_falls_and_a_restart_knows_it(tmp_path: Path) -> None:
     """A threshold that no step reaches: every measurement after the first counts."""
     ends = plan(every=1, patience=3, threshold=100.0)
@@ -402,6 +413,7 @@ def test_training_ends_when_the_held_out_loss_no_longer_falls_and_a_restart_know
     other = worker_with(held_out=plan(every=1, patience=3, threshold=100.0, seed=8))
     other.restore(tmp_path)
     assert not other.finished, "losses on other data cannot be compared"
+    assert (third.measured_anew, other.measured_anew) == (False, True)
 
 
 def test_a_step_that_is_not_finite_passes_through_and_training_can_go_on() -> None:

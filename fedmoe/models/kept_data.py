@@ -66,7 +66,7 @@ def judge_change(folder: Path, saved: Mapping[str, object], now: Hashes, allow_c
         else f"it has no list of their samples, so whether the {now.size} of now only grew cannot be told"
     )
     raise DataError(
-        f"the checkpoint is of other data: {what}. Give the earlier data (and --max-length) again, or add "
+        f"the checkpoint is of other data: {what}. Give the earlier data, --max-length and --eval-split again, or add "
         "--allow-changed-data to keep weights, moments and step and go on with these"
     )
 

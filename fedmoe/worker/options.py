@@ -14,6 +14,7 @@ from fedmoe.datasets.errors import DataError
 from fedmoe.datasets.packing import Block, BlockSampler
 from fedmoe.datasets.tokenized import TokenizedSample
 from fedmoe.lora.adapter import Layout, ModuleShape
+from fedmoe.manifest import Manifest
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.held_out import HeldOutPlan, bounded
 from fedmoe.models.lora_layers import TargetError, find_targets
@@ -39,8 +40,8 @@ def check_processes(config: WorkerConfig) -> None:
         )
 
 
-def check_base(config: WorkerConfig, base: LoadedBase, targets: str | tuple[str, ...], length: int) -> None:
-    """Refuse modules that the model does not have, an adapter that cannot travel, and a step without room."""
+def adapter_layout(config: WorkerConfig, base: LoadedBase, targets: str | tuple[str, ...]) -> Layout:
+    """The shape of the adapter that these options make; raises TargetError, or OptionError if it cannot travel."""
     try:
         found = find_targets(base.model, targets)
     except TargetError as error:
@@ -51,6 +52,21 @@ def check_base(config: WorkerConfig, base: LoadedBase, targets: str | tuple[str,
             f"--lora-r {config.lora_r} on {len(found)} modules makes an adapter of {layout.size:,} parameters; at most "
             f"{MAX_PARAMETERS:,} can travel: give a smaller --lora-r or fewer --target-modules"
         )
+    return layout
+
+
+def check_federation(config: WorkerConfig, base: LoadedBase, layout: Layout, theirs: Manifest | None) -> None:
+    """Refuse an adapter unlike those that the federation has, as the coordinator would when it is registered."""
+    differences = theirs.differences(Manifest(base.identity, layout, config.lora_alpha)) if theirs else []
+    if differences:
+        raise OptionError(
+            f"all experts share one LoRA configuration; {'; '.join(differences[:5])}. Give --base-model, --lora-r, "
+            "--lora-alpha and --target-modules as the federation's first worker did"
+        )
+
+
+def check_memory_of_step(config: WorkerConfig, base: LoadedBase, layout: Layout, length: int) -> None:
+    """Refuse a step that does not fit into memory; raises LengthError with what fits."""
     batch, checkpointing = config.per_device_train_batch_size, config.gradient_checkpointing
     try:
         shape = StepShape.of(base.model, layout.size, config.lora_r, length, batch, checkpointing)

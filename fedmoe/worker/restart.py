@@ -24,8 +24,10 @@ def take_up(worker: QwenWorker, checkpoints: Path, allow_changed_data: bool) -> 
         ) from error
     if companion is not None:
         _log.info("restored", step=worker.step)
-    if worker.new_order:
+    if worker.new_order and worker.expert.group.rank == 0:
         _tell(worker)
+    if worker.measured_anew and worker.expert.group.rank == 0:
+        _log.warning("held_out_changed", note="first and lowest loss, and the count of early stopping, begin anew")
     return SyncPoint.of(companion)
 
 

@@ -22,7 +22,7 @@ from fedmoe.wire.messages import StatisticsKind
 from fedmoe.worker.disclosure import Disclosure
 from fedmoe.worker.group import on_rank_zero
 from fedmoe.worker.kept_statistics import keep, read_kept, statistics_key
-from fedmoe.worker.options import check_processes
+from fedmoe.worker.options import adapter_layout, check_federation, check_processes
 from fedmoe.worker.outbox import Outbox
 from fedmoe.worker.signals import StopOnSignal
 from fedmoe.worker.statistics import data_statistics
@@ -48,12 +48,15 @@ def run_worker(config: WorkerConfig) -> None:
         with CoordinatorClient(config.coordinator_url, token) as client:
             outbox = on_rank_zero(group, lambda: Outbox(state_dir, config.worker_id, config.specialty))
             # A wrong URL or token is told before a base model is loaded.
-            on_rank_zero(group, client.federation)
+            federation = on_rank_zero(group, client.federation)
             base = load_base(config.base_model, group.device, config.dtype, chat)
             _log.info("base_model", **base.report)
             for note in base.notes:
                 _log.warning("base_model_note", note=note)
-            data = worker_data(config, base, _targets(config), group, processes)
+            layout = adapter_layout(config, base, _targets(config))
+            theirs = federation.manifest if federation is not None else None
+            on_rank_zero(group, lambda: check_federation(config, base, layout, theirs.manifest() if theirs else None))
+            data = worker_data(config, base, layout, group, processes)
             _train(config, base, data, group, client, state_dir, outbox)
     finally:
         if outbox is not None:

@@ -14,6 +14,7 @@ from fedmoe.datasets.packing import Block, BlockSampler, pack
 from fedmoe.datasets.prepare import DataOptions, Prepared, prepare_samples
 from fedmoe.datasets.split import held_out_rows
 from fedmoe.datasets.tokenized import TokenizedSample
+from fedmoe.lora.adapter import Layout
 from fedmoe.models.base import LoadedBase, context_length, pad_token
 from fedmoe.models.context import resolve_max_length
 from fedmoe.models.held_out import HeldOutPlan
@@ -21,7 +22,7 @@ from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.schedule import TrainingConfig
 from fedmoe.worker.options import (
     block_sampler,
-    check_base,
+    check_memory_of_step,
     held_out_plan,
     tell_held_out,
     tokens_per_step,
@@ -56,11 +57,11 @@ def check_sources(config: WorkerConfig) -> None:
 
 
 def worker_data(
-    config: WorkerConfig, base: LoadedBase, targets: str | tuple[str, ...], group: ProcessGroup, processes: int
+    config: WorkerConfig, base: LoadedBase, layout: Layout, group: ProcessGroup, processes: int
 ) -> WorkerData:
     """The data, by up to `processes` processes; what options, data or this machine cannot do is refused."""
     length = resolve_max_length(config.max_length, context_length(base))
-    check_base(config, base, targets, length)
+    check_memory_of_step(config, base, layout, length)
     data = _prepared(config, config.dataset, base, length, processes)
     if group.rank == 0:
         _log.info("dataset", **data.report.summary, kept=data.kept, tokens_per_step=tokens_per_step(config, length))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support import CoordinatorProcess, free_port
-from worker_process import WorkerProcess, assert_exactly_once
+from worker_process import WorkerProcess, assert_exactly_once, write_dataset
 
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.wire.client import CoordinatorClient
@@ -75,6 +75,42 @@ def test_two_processes_are_one_worker(worker: WorkerProcess) -> None:
     np.testing.assert_array_equal(pulled.weights, weights_of(worker, 0))
     worker.coordinator.stop()
     assert_exactly_once([worker], worker.coordinator.state_dir)
+
+
+def test_two_processes_go_on_with_data_that_grew_and_measure_themselves_together(worker: WorkerProcess) -> None:
+    worker.options = ["--eval-split", "0.3", "--eval-steps", "3"]
+    worker.steps = 4
+    for rank in two_ranks(worker):
+        rank.join(60)
+    write_dataset(worker.dataset, rows=60)
+    worker.steps = 8
+    ranks = two_ranks(worker)
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0], worker.log.read_text()[-3000:]
+    (told,) = worker.lines("data_changed")
+    assert (told["step"], told["gone"]) == (4, 0)
+    assert [line["step"] for line in worker.lines("held_out")] == [0, 3, 4, 4, 6, 8]
+    np.testing.assert_array_equal(weights_of(worker, 0), weights_of(worker, 1))
+
+
+def test_changed_data_end_both_processes_with_the_flag_named(worker: WorkerProcess) -> None:
+    worker.steps = 2
+    for rank in two_ranks(worker):
+        rank.join(60)
+    write_dataset(worker.dataset, rows=30)
+    worker.steps = 4
+    ranks = two_ranks(worker)
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [1, 1]
+    assert "10 of 40 samples are gone or changed, 0 are new" in worker.log.read_text()
+    worker.options = ["--allow-changed-data"]
+    ranks = two_ranks(worker)
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert [line["step"] for line in worker.lines("left")] == [2, 4]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from fedmoe.models.context import DEFAULT_MAX_LENGTH, LengthError, resolve_max_l
 from fedmoe.models.step_memory import StepShape, check_memory, free_memory, largest_length, step_bytes
 
 MIB = 2**20
-TINY = StepShape(2, 64, 64, 128, 259, 33_792, 16, 256, 1)
+TINY = StepShape(2, 64, 64, 128, 259, 32_768, 16, 256, 1)
 SMOLLM2 = StepShape(30, 576, 576, 1536, 49_152, 4_884_480, 16, 256, 1)
 
 #: length, batch, checkpointing -> MiB that the peak of the resident set rose by during a step, adapter and gradient
@@ -46,8 +46,8 @@ def test_the_estimate_is_at_least_what_was_measured_and_at_most_a_third_more(
 
 def test_the_shape_is_read_from_the_model() -> None:
     base = load_base("tiny", "cpu", "fp32")
-    assert StepShape.of(base.model, 33_792, 16, 256, 1, False) == TINY
-    assert StepShape.of(base.model.to(torch.bfloat16), 33_792, 16, 256, 1, False).item == 2
+    assert StepShape.of(base.model, 32_768, 16, 256, 1, False) == TINY
+    assert StepShape.of(base.model.to(torch.bfloat16), 32_768, 16, 256, 1, False).item == 2
     assert context_length(base) == 2048
 
 

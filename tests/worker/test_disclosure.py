@@ -89,6 +89,26 @@ def test_closing_gives_up_on_a_coordinator_that_stays_away() -> None:
     assert scripted.taken == []
 
 
+def test_a_client_that_closes_under_a_call_shows_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    """What httpx raises then is of no kind that the client knows; a thread that died of it would fail this test."""
+    waiting = threading.Event()
+
+    class Closing(Scripted):
+        def push_data_statistics(self, header: DataStatisticsHeader, body: bytes) -> None:
+            self.asked.set()
+            assert waiting.wait(30)
+            raise RuntimeError("Cannot send a request, as the client has been closed.")
+
+    scripted = Closing()
+    disclosure = scripted.disclosure()
+    assert scripted.asked.wait(30)
+    disclosure.close()
+    waiting.set()
+    disclosure._thread.join(30)
+    assert not disclosure._thread.is_alive()
+    assert "client has been closed" not in logged(capsys)
+
+
 # What is disclosed.
 
 

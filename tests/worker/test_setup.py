@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from live import JOIN, listening, open_house
 from support import free_port
-from workers import Federation, blocks
+from workers import Federation, Setup, blocks
 
 from fedmoe.cli import main
 from fedmoe.config import WorkerConfig
@@ -188,8 +188,19 @@ def test_a_step_without_room_is_refused_with_what_fits(
     assert "a training step of 4 rows of 1024 tokens takes about 0.12 GiB" in said
     length = said.partition("--max-length ")[2].partition(",")[0]
     fits = WorkerConfig(**NEEDED, max_length=int(length), per_device_train_batch_size=4)  # type: ignore[arg-type]
-    worker_options.check_base(fits, load_base("tiny", "cpu", "fp32"), "all-linear", int(length))
+    base = load_base("tiny", "cpu", "fp32")
+    layout = worker_options.adapter_layout(fits, base, "all-linear")
+    worker_options.check_memory_of_step(fits, base, layout, int(length))
     assert "--per-device-train-batch-size 1" in said
+
+
+def test_an_adapter_unlike_the_federations_is_refused_before_the_long_work(
+    told: Told, tmp_path: Path, house: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Setup(house.url, tmp_path / "w2", name="w2", steps=1).run()
+    monkeypatch.setattr(setup, "tokenize_samples", None)
+    said = told(1, write(tmp_path / "d.jsonl", GOOD), "--lora-r", "8", "--lora-alpha", "8", url=house.url)
+    assert "all experts share one LoRA configuration; rank: expected 4, got 8. Give --base-model, --lora-r" in said
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
