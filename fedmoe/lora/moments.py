@@ -24,8 +24,17 @@ Matrix64 = NDArray[np.float64]
 
 # Directions in which Omega is a thousandth of what it is in others: their sketch is float32 rounding.
 _SOUND = 1e-6
+#: Moments of fewer tokens than this are thin: what a merge keeps of the expert falls (`benchmarks/README.md`).
+LEAST_TOKENS = 1_024
 _KIND = "fedmoe-weighted-input-moments"
 _DIAGONAL, _SKETCH = ".diagonal", ".sketch"
+
+
+def thin(tokens: int) -> str:
+    """In words that moments of so many tokens are thin; empty where they are not."""
+    if tokens >= LEAST_TOKENS:
+        return ""
+    return f"input moments of {tokens:,} tokens only, fewer than {LEAST_TOKENS:,}"
 
 
 def omega(seed: int, module: str, features: int, columns: int) -> FloatMatrix:

@@ -177,11 +177,13 @@ class WorkerInfo(Message):
 class GateInfo(Message):
     """The evaluation gate: why the newest verdict was as it was (empty: none yet), when, and what it waits for now.
 
-    `at` is seconds since 1970; `evaluators` are those heard of lately, as EVALUATOR/EXPERT.
+    `undecided`: time was over before all scores were there, so the old gateway stayed. `at` is seconds since 1970;
+    `evaluators` are those heard of lately, as EVALUATOR/EXPERT.
     """
 
     reason: str
     at: float | None
+    undecided: bool = False
     status: str
     evaluators: list[str]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fedmoe.datasets.check import LoadedFile, load_rows
 from fedmoe.datasets.packing import Block, BlockSampler, pack
 from fedmoe.datasets.render import rendered_preview, tokenize_samples
 from fedmoe.distributed_worker import DistributedWorker, SyncSettings
+from fedmoe.lora.moments import thin
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.device import choose_device, pin_threads
 from fedmoe.models.parallel import ProcessGroup, join_group, local_rank
@@ -25,13 +27,12 @@ from fedmoe.worker.disclosure import Disclosure
 from fedmoe.worker.group import on_rank_zero
 from fedmoe.worker.kept_statistics import keep, read_kept, statistics_key
 from fedmoe.worker.outbox import Outbox
+from fedmoe.worker.phases import PhaseLog, say
 from fedmoe.worker.signals import StopOnSignal
-from fedmoe.worker.statistics import data_statistics
+from fedmoe.worker.statistics import DataStatistics, data_statistics
 
 _log = structlog.get_logger("fedmoe.worker")
 _PREVIEWS = 2
-# Of a worker that ends, for statistics that are still on their way.
-_LAST_WAIT_SECONDS = 5.0
 
 
 def run_worker(config: WorkerConfig) -> None:
@@ -53,10 +54,12 @@ def run_worker(config: WorkerConfig) -> None:
             # On the bare base model, so before an adapter is attached.
             disclosure = on_rank_zero(group, lambda: _disclosure(config, base, blocks, client, state_dir))
             worker = _build(config, base, blocks, group, client, state_dir, outbox, disclosure)
-            StopOnSignal(worker.stop).install()
+            stopped = _stopped_by_signal(worker)
+            if group.rank == 0:
+                say("training")
             worker.run()
             if disclosure is not None:
-                disclosure.close(_LAST_WAIT_SECONDS)
+                disclosure.finish(config.max_unsynced, stopped.is_set)
     finally:
         if disclosure is not None:
             disclosure.close()
@@ -65,9 +68,22 @@ def run_worker(config: WorkerConfig) -> None:
         group.close()
 
 
+def _stopped_by_signal(worker: DistributedWorker) -> threading.Event:
+    """Stop the worker on SIGTERM and SIGINT; the event is set once one came."""
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        worker.stop()
+
+    StopOnSignal(stop).install()
+    return stopped
+
+
 def training_blocks(loaded: LoadedFile, base: LoadedBase, config: WorkerConfig, show: bool) -> list[Block]:
     """The data as packed blocks; shows two samples as the model will see them."""
-    data = tokenize_samples(loaded.samples, base.tokenizer, config.max_length)
+    samples = PhaseLog("preparing data").over(loaded.samples) if show else loaded.samples
+    data = tokenize_samples(samples, base.tokenizer, config.max_length)
     blocks = pack(data.samples, config.max_length, config.seed, _pad_id(base))
     if show:
         tokens = sum(int((block.segment_ids >= 0).sum()) for block in blocks)
@@ -84,6 +100,8 @@ def _pad_id(base: LoadedBase) -> int:
 
 
 def _base_and_blocks(config: WorkerConfig, loaded: LoadedFile, group: ProcessGroup) -> tuple[LoadedBase, list[Block]]:
+    if group.rank == 0:
+        say("loading the base model")
     base = load_base(config.base_model, group.device, config.dtype)
     _log.info("base_model", **base.report)
     return base, training_blocks(loaded, base, config, show=group.rank == 0)
@@ -111,16 +129,28 @@ def statistics_to_send(
         return kept
     started = time.monotonic()
     try:
-        found = data_statistics(base, blocks, _targets(config))
+        found = data_statistics(base, blocks, _targets(config), progress=PhaseLog("statistics of the data").at)
     except ValueError as error:  # too little data, or a base model that has no such numbers: training needs neither
         _log.warning("no_statistics", reason=str(error))
         return {}
-    seconds = round(time.monotonic() - started, 1)
-    _log.info("statistics", prompts=found.prompts.count, tokens=found.moments.tokens, seconds=seconds)
+    _tell(found, round(time.monotonic() - started, 1))
     bodies: dict[StatisticsKind, bytes] = {"prompts": found.prompts.to_bytes(), "moments": found.moments.to_bytes()}
-    if not found.cut_short:  # a machine that has more time next time makes better ones
-        keep(folder, key, bodies)
+    keep(folder, key, bodies)
     return bodies
+
+
+def _tell(found: DataStatistics, seconds: float) -> None:
+    """Log what the statistics rest on and what the data hold."""
+    _log.info(
+        "statistics",
+        prompts=found.prompts.count,
+        of_samples=found.samples,
+        tokens=found.moments.tokens,
+        of_tokens=found.tokens,
+        seconds=seconds,
+    )
+    if note := thin(found.moments.tokens):
+        _log.warning("thin_statistics", reason=f"the data give {note}")
 
 
 def _build(
