@@ -85,7 +85,7 @@ def make_candidates(
 ) -> tuple[Candidate, ...]:
     """All candidates of one state: a merge for each strategy, shared by its scales; or the one gateway that lives."""
     if living is not None:
-        return (Candidate(LIVING, replace(GatewayModel.of_living(living, version), living=None), 1.0),)
+        return (Candidate(LIVING, replace(GatewayModel.of_living(living, version, moments), living=None), 1.0),)
     made = []
     for strategy, scales in offered(aggregation, len(experts), moments.keys() >= experts.keys()):
         chosen = replace(aggregation, strategy=strategy)

@@ -211,8 +211,8 @@ class LivingInfo(Message):
 class GatewayInfo(Message):
     """The gateway: what it is made of and what a rank cut lost.
 
-    `statistics` are the sha256 of the input moments it was made with, by expert; `notes` say where it was not made as
-    the coordinator was told to; `gate` is null without an evaluation gate.
+    `statistics` are the sha256 of the input moments it was made with, by expert, `statistics_tokens` how many tokens
+    those of each expert rest on; `notes` say where it was not made as the coordinator was told to; `gate` is null without an evaluation gate.
     """
 
     version: int
@@ -227,6 +227,7 @@ class GatewayInfo(Message):
     truncation_error: float
     digest: Sha256
     statistics: dict[str, Sha256] = {}
+    statistics_tokens: dict[str, int] = {}
     notes: list[str] = []
     scale: float = 1.0
     gate: GateInfo | None = None
