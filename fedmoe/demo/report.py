@@ -134,9 +134,7 @@ def report_table(domains: Mapping[str, DomainResult], general: GeneralResult) ->
     return table
 
 
-def report_markdown(
-    domains: Mapping[str, DomainResult], general: GeneralResult, facts: Mapping[str, object]
-) -> str:
+def report_markdown(domains: Mapping[str, DomainResult], general: GeneralResult, facts: Mapping[str, object]) -> str:
     """The report for people."""
     lines = ["# FedMoE demonstration", "", "Held-out loss in nats per token; lower is better.", ""]
     lines += ["| " + " | ".join(_HEAD) + " |", "|" + " --- |" * len(_HEAD)]
