@@ -47,8 +47,9 @@ class GatewayModel:
     """The model made of all experts: a view of `{expert: version}`, reproducible from them by hash.
 
     `scale` is the factor on the whole product, where the strategy has one; `statistics` are the digests of the input
-    moments it was made with, by expert, and `statistics_tokens` how many tokens those of each expert rest on; `strategy` is the one that was used, and `notes` say in words where that is not
-    the one asked for. `living` is set where experts go on from it.
+    moments it was made with, by expert, and `statistics_tokens` how many tokens those of each expert rest on;
+    `strategy` is the one that was used, and `notes` say in words where that is not the one asked for, or where moments
+    are thin. `living` is set where experts go on from it.
     """
 
     adapter: Adapter

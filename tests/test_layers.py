@@ -61,6 +61,7 @@ LAYERS: dict[str, set[str]] = {
     "worker.progress": {"lora", "qwen_worker"},
     "worker.report": {"qwen_worker", "record", "wire", "worker.delivery", "worker.outbox"},
     "worker.signals": set(),
+    "worker.phases": set(),
     "distributed_worker": {
         *("datasets", "failpoints", "lora", "qwen_finetune", "qwen_worker", "wire"),
         *("worker.delivery", "worker.group", "worker.outbox", "worker.progress", "worker.pull", "worker.report"),
@@ -69,8 +70,8 @@ LAYERS: dict[str, set[str]] = {
     "worker.kept_statistics": {"datasets", "files", "models", "wire"},
     "worker.setup": {
         *("config", "coordinator", "datasets", "distributed_worker", "models", "qwen_finetune", "qwen_worker", "wire"),
-        *("worker.disclosure", "worker.group", "worker.kept_statistics", "worker.outbox", "worker.signals"),
-        "worker.statistics",
+        *("worker.disclosure", "worker.group", "worker.kept_statistics", "worker.outbox", "worker.phases"),
+        *("lora", "worker.signals", "worker.statistics"),
     },
     "worker.inference": {"lora", "models", "qwen_finetune"},
     "worker": set(),

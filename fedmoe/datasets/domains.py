@@ -142,10 +142,8 @@ def _domain(folder: Path, recipe: Recipe, say: Progress, force: bool, archives: 
         return there
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         sourced = fetch_documents(recipe.source, Path(scratch), archives, say)
-        if recipe.held_out:
-            train, test, dropped = [], held_out_chunks(sourced.documents, recipe.chunks), 0
-        else:
-            train, test, dropped = split_chunks(sourced.documents, recipe.chunks)
+        split = held_out_chunks if recipe.held_out else split_chunks
+        train, test, dropped = split(sourced.documents, recipe.chunks)
         if not test or not (train or recipe.held_out):
             raise DataError(f"{folder.name}: {len(train)} train and {len(test)} test rows; the source is too small")
         fresh = Path(scratch) / "fresh"
@@ -180,9 +178,13 @@ def split_chunks(
     return unique_train, clean_test, len(train) + len(test) - len(unique_train) - len(clean_test)
 
 
-def held_out_chunks(documents: Sequence[Document], cut: Callable[[str], list[str]]) -> list[Chunk]:
-    """All rows of all documents, in their order."""
-    return _unique([Chunk(text, document.path) for document in documents for text in cut(document.text)], set())
+def held_out_chunks(
+    documents: Sequence[Document], cut: Callable[[str], list[str]]
+) -> tuple[list[Chunk], list[Chunk], int]:
+    """No train rows, all rows as test rows, and how many were dropped as duplicates."""
+    rows = [Chunk(text, document.path) for document in documents for text in cut(document.text)]
+    unique = _unique(rows, set())
+    return [], unique, len(rows) - len(unique)
 
 
 def is_test(path: str) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-
 #: The row of text that nobody trains on.
 GENERAL = "general"
 

@@ -159,12 +159,12 @@ def filled_up(grams: Sequence[Gram], tokens: Sequence[int]) -> list[Gram]:
         return list(grams)
     sizes = [float(gram.full_diagonal.mean()) for gram in grams]
     heard = [(1.0 / size, gram) for size, gram in zip(sizes, grams, strict=True) if size > 0]
-    mean = sum_of_grams([(weight / len(heard), gram) for weight, gram in heard]) if heard else None
     filled = []
     for gram, size, count in zip(grams, sizes, tokens, strict=True):
         share = min(1.0, count / LEAST_TOKENS)
-        thin_one = share < 1.0 and size > 0 and mean is not None
-        filled.append(sum_of_grams([(share, gram), ((1.0 - share) * size, mean)]) if thin_one else gram)
+        missing = (1.0 - share) * size / max(1, len(heard))
+        parts = [(share, gram), *((missing * weight, other) for weight, other in heard)]
+        filled.append(sum_of_grams(parts) if missing > 0 else gram)
     return filled
 
 

@@ -4,9 +4,10 @@ With W_i = s_i B_i A_i, second moments G_i (n x n) of expert i's inputs and g_i 
 
     min_W  sum_i g_i tr((W - W_i) G_i (W - W_i)') + rho |W - 0.6 sum_i W_i|^2
 
-Where an expert's moments rest on few tokens its G is filled up (`filled_up`). The answer W = sum_i W_i (g_i G_i + 0.6 rho I) M^-1, M = sum_j g_j G_j + rho I, keeps every B_i and changes only A: rank
+The answer W = sum_i W_i (g_i G_i + 0.6 rho I) M^-1, M = sum_j g_j G_j + rho I, keeps every B_i and changes only A: rank
 sum_i r_i, no product of B and A. Any other W costs |(W - answer) M^(1/2)|^2 more, so the best W of a smaller rank is
 the answer cut in the metric of M, and nothing is gained by alternating between the factors. RegMean: Jin et al. 2023.
+A G of few tokens is filled up first (`fedmoe.lora.moments.filled_up`).
 """
 
 from __future__ import annotations

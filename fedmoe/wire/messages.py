@@ -212,7 +212,8 @@ class GatewayInfo(Message):
     """The gateway: what it is made of and what a rank cut lost.
 
     `statistics` are the sha256 of the input moments it was made with, by expert, `statistics_tokens` how many tokens
-    those of each expert rest on; `notes` say where it was not made as the coordinator was told to; `gate` is null without an evaluation gate.
+    those of each expert rest on; `notes` say where it was not made as the coordinator was told to; `gate` is null
+    without an evaluation gate.
     """
 
     version: int
