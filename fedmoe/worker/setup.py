@@ -14,7 +14,7 @@ from fedmoe.datasets.check import LoadedFile, load_rows
 from fedmoe.datasets.packing import Block, BlockSampler, pack
 from fedmoe.datasets.render import rendered_preview, tokenize_samples
 from fedmoe.distributed_worker import DistributedWorker, SyncSettings
-from fedmoe.lora.moments import thin
+from fedmoe.lora.moments import InputMoments, thin
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.device import choose_device, pin_threads
 from fedmoe.models.parallel import ProcessGroup, join_group, local_rank
@@ -125,7 +125,9 @@ def statistics_to_send(
         return {}
     key = statistics_key(base, blocks, _targets(config))
     if kept := read_kept(folder, key):
-        _log.info("statistics_kept", folder=str(folder))
+        tokens = InputMoments.from_bytes(kept["moments"]).tokens
+        _log.info("statistics_kept", folder=str(folder), tokens=tokens)
+        _warn_if_thin(tokens)
         return kept
     started = time.monotonic()
     try:
@@ -149,7 +151,11 @@ def _tell(found: DataStatistics, seconds: float) -> None:
         of_tokens=found.tokens,
         seconds=seconds,
     )
-    if note := thin(found.moments.tokens):
+    _warn_if_thin(found.moments.tokens)
+
+
+def _warn_if_thin(tokens: int) -> None:
+    if note := thin(tokens):
         _log.warning("thin_statistics", reason=f"the data give {note}")
 
 

@@ -171,8 +171,11 @@ def test_the_log_says_what_the_statistics_rest_on_and_that_they_are_thin(
     lines = logged(capsys)
     assert "of_samples=24" in lines
     assert "of_tokens=480" in lines
-    assert "thin_statistics" in lines
     assert "fewer than 1,024" in lines
+    for _ in ("of a first start", "of one that finds them kept"):
+        assert "thin_statistics" in lines
+        statistics_to_send(config(), tiny_base(), blocks(), tmp_path)
+        lines = logged(capsys)
 
 
 def test_enough_tokens_are_not_called_thin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
