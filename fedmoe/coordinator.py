@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from fedmoe.aggregation import Aggregation, ExpertMoments
@@ -47,8 +47,9 @@ class GatewayModel:
     """The model made of all experts: a view of `{expert: version}`, reproducible from them by hash.
 
     `scale` is the factor on the whole product, where the strategy has one; `statistics` are the digests of the input
-    moments it was made with, by expert; `strategy` is the one that was used, and `notes` say in words where that is not
-    the one asked for. `living` is set where experts go on from it.
+    moments it was made with, by expert, and `statistics_tokens` how many tokens those of each expert rest on;
+    `strategy` is the one that was used, and `notes` say in words where that is not the one asked for, or where moments
+    are thin. `living` is set where experts go on from it.
     """
 
     adapter: Adapter
@@ -62,6 +63,7 @@ class GatewayModel:
     notes: tuple[str, ...]
     scale: float = 1.0
     living: LivingGateway | None = None
+    statistics_tokens: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
     def build(
@@ -101,10 +103,13 @@ class GatewayModel:
             MappingProxyType({name: found.digest for name, found in known.items()} if with_moments else {}),
             merged.notes,
             merged.scale,
+            statistics_tokens=_tokens(known),
         )
 
     @classmethod
-    def of_living(cls, gateway: LivingGateway, version: int) -> GatewayModel:
+    def of_living(
+        cls, gateway: LivingGateway, version: int, moments: Mapping[str, ExpertMoments] = MappingProxyType({})
+    ) -> GatewayModel:
         """The gateway that experts go on from, as it is after its last fold, with the version of that fold.
 
         Before the first one it does what the base model does, and its version is the one given.
@@ -121,7 +126,12 @@ class GatewayModel:
             MappingProxyType({}),
             last.notes if last else (),
             living=gateway,
+            statistics_tokens=_tokens(moments),
         )
+
+
+def _tokens(moments: Mapping[str, ExpertMoments]) -> Mapping[str, int]:
+    return MappingProxyType({name: moments[name].moments.tokens for name in sorted(moments)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +145,7 @@ class _View:
 
     def gateway(self, aggregation: Aggregation) -> GatewayModel:
         if self.living is not None:
-            return GatewayModel.of_living(self.living, self.gateway_version)
+            return GatewayModel.of_living(self.living, self.gateway_version, self.moments)
         return GatewayModel.build(self.gateway_version, self.experts, aggregation, self.moments)
 
 

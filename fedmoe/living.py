@@ -24,7 +24,7 @@ from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.codec import digest
 from fedmoe.lora.living import Departed, Folded, fold
 from fedmoe.lora.living_sum import fold_sum
-from fedmoe.lora.moments import InputMoments
+from fedmoe.lora.moments import InputMoments, thin_notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,13 +225,19 @@ def plan_fold(
     sharing = {name for name, found in departures.items() if found.steps > 0} | gateway.sources.keys()
     missing = sorted(sharing - moments.keys())
     staleness = {name: gateway.number - departures[name].gateway for name in ready}
+    known = {name: moments[name] for name in sorted(moments.keys() & departures.keys())}
+    early = tuple(
+        f"{name} was folded after {departures[name].steps} of {merge_after} steps: nobody had trained it for a while"
+        for name in ready
+        if departures[name].steps < merge_after
+    )
     note = f"without input moments of {', '.join(missing)} the deltas were added as they are, scaled"
     return FoldPlan(
         gateway,
         {name: experts[name] for name in ready},
         staleness,
         {name: weight(tau) for name, tau in staleness.items()},
-        None if missing else {name: moments[name] for name in sorted(moments.keys() & departures.keys())},
+        None if missing else known,
         len(sharing) > 1,
-        (note,) if missing else (),
+        early + ((note,) if missing else thin_notes({name: found.tokens for name, found in known.items()})),
     )

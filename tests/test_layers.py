@@ -68,6 +68,7 @@ LAYERS: dict[str, set[str]] = {
     "worker.report": {"qwen_worker", "record", "wire", "worker.delivery", "worker.outbox"},
     "worker.restart": {"datasets", "qwen_worker", "worker.group", "worker.progress"},
     "worker.signals": set(),
+    "worker.phases": set(),
     "distributed_worker": {
         *("failpoints", "lora", "qwen_finetune", "qwen_worker", "wire"),
         *("worker.delivery", "worker.group", "worker.outbox", "worker.progress", "worker.pull", "worker.report"),
@@ -75,11 +76,11 @@ LAYERS: dict[str, set[str]] = {
     },
     "worker.statistics": {"datasets", "gateway.prompt_statistics", "lora", "models"},
     "worker.kept_statistics": {"datasets", "files", "models", "wire"},
-    "worker.training_data": {"cache", "config", "datasets", "lora", "models", "worker.options"},
+    "worker.training_data": {"cache", "config", "datasets", "lora", "models", "worker.options", "worker.phases"},
     "worker.setup": {
         *("config", "coordinator", "datasets", "distributed_worker", "lora", "models", "qwen_finetune", "qwen_worker"),
         *("wire", "worker.disclosure", "worker.group", "worker.kept_statistics", "worker.options", "worker.outbox"),
-        *("worker.signals", "worker.statistics", "worker.training_data"),
+        *("worker.phases", "worker.signals", "worker.statistics", "worker.training_data"),
     },
     "worker.inference": {"lora", "models", "qwen_finetune"},
     "worker": set(),

@@ -49,6 +49,9 @@ def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
     print(f"  rank {gateway.rank}, {gateway.modules} modules, {gateway.parameters:,} parameters")
     print(f"  lora_A {gateway.lora_A_shape}, lora_B {gateway.lora_B_shape}")
     print(f"  truncation error {gateway.truncation_error:.2e}, digest {gateway.digest}")
+    if gateway.statistics_tokens:
+        told = ", ".join(f"{name} {tokens:,}" for name, tokens in gateway.statistics_tokens.items())
+        print(f"  input moments of so many tokens: {told}")
     if gateway.living is not None:
         _show_living(gateway.living)
     for note in gateway.notes:

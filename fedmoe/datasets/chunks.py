@@ -14,12 +14,25 @@ SMALLEST_CHARS = 200
 FUNCTION_CHARS = (200, 4000)
 
 _DOLLAR_QUOTE = re.compile(r"\$[A-Za-z_]*\$")
+_BOOK_STARTS = re.compile(r"^\*\*\* ?START OF .*$", re.MULTILINE)
+_BOOK_ENDS = re.compile(r"^\*\*\* ?END OF .*$", re.MULTILINE)
 _COPY_DATA = re.compile(r"^\s*copy\b.*\bfrom\s+stdin\b", re.IGNORECASE)
 
 
 def prose_chunks(text: str) -> list[str]:
     """Whole paragraphs, joined up to `TARGET_CHARS`."""
     return _join(re.split(r"(?<=\n)(?=\n*\S)(?<=\n\n)", text))
+
+
+def book_chunks(text: str) -> list[str]:
+    """The paragraphs of a Project Gutenberg file's book, each on one line, joined up to `TARGET_CHARS`.
+
+    What stands before and after the book (about the file, its licence) is left out; a text without the marks is a book.
+    """
+    after_start = _BOOK_STARTS.split(text, maxsplit=1)[-1]
+    book = _BOOK_ENDS.split(after_start, maxsplit=1)[0]
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", book))
+    return prose_chunks("\n\n".join(filter(None, paragraphs)))
 
 
 def sql_chunks(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from fedmoe.datasets.chunks import prose_chunks, python_functions, sql_chunks
+from fedmoe.datasets.chunks import book_chunks, prose_chunks, python_functions, sql_chunks
 from fedmoe.datasets.data_source import file_sha256
 from fedmoe.datasets.errors import DataError
 from fedmoe.datasets.sources import Document, Package, Progress, StandardLibrary, fetch_documents
@@ -25,10 +25,11 @@ TRAIN, TEST, SOURCES = "train.jsonl", "test.jsonl", "sources.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a domain is made: from which source, and how a document is cut."""
+    """How a domain is made: from which source, how a document is cut, and whether all of it is held out."""
 
     source: Package | StandardLibrary
     chunks: Callable[[str], list[str]]
+    held_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,21 @@ RECIPES: Mapping[str, Recipe] = {
     ),
 }
 DOMAINS = tuple(RECIPES)
+#: Text of none of the domains, all of it held out: what training on a domain does to everything else shows here.
+GENERAL_RECIPES: Mapping[str, Recipe] = {
+    "general": Recipe(
+        Package(
+            name="reasoning-gym",
+            version="0.1.25",
+            archive="reasoning_gym-0.1.25.tar.gz",
+            sha256="932247c760dd23e09fb14d013d29ec4c8804e62846bd50473f6915dc854adad2",
+            licence='public domain ("In the Year 2889" by Jules and Michel Verne, 1889)',
+            accepts=lambda path: path.name == "in_the_year_2889.txt",
+        ),
+        book_chunks,
+        held_out=True,
+    )
+}
 
 
 def build_domains(
@@ -126,8 +142,9 @@ def _domain(folder: Path, recipe: Recipe, say: Progress, force: bool, archives: 
         return there
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         sourced = fetch_documents(recipe.source, Path(scratch), archives, say)
-        train, test, dropped = split_chunks(sourced.documents, recipe.chunks)
-        if not train or not test:
+        split = held_out_chunks if recipe.held_out else split_chunks
+        train, test, dropped = split(sourced.documents, recipe.chunks)
+        if not test or not (train or recipe.held_out):
             raise DataError(f"{folder.name}: {len(train)} train and {len(test)} test rows; the source is too small")
         fresh = Path(scratch) / "fresh"
         fresh.mkdir()
@@ -159,6 +176,15 @@ def split_chunks(
     known = {line for chunk in unique_train for line in _telling_lines(chunk.text)}
     clean_test = [chunk for chunk in unique_test if _overlap(chunk.text, known) <= MAX_OVERLAP]
     return unique_train, clean_test, len(train) + len(test) - len(unique_train) - len(clean_test)
+
+
+def held_out_chunks(
+    documents: Sequence[Document], cut: Callable[[str], list[str]]
+) -> tuple[list[Chunk], list[Chunk], int]:
+    """No train rows, all rows as test rows, and how many were dropped as duplicates."""
+    rows = [Chunk(text, document.path) for document in documents for text in cut(document.text)]
+    unique = _unique(rows, set())
+    return [], unique, len(rows) - len(unique)
 
 
 def is_test(path: str) -> bool:

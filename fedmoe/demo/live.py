@@ -16,41 +16,77 @@ from fedmoe.demo.plan import WORKERS, DemoPlan
 from fedmoe.record import Record
 
 _PRINT_SECONDS = 15.0
-_COLUMNS = ("worker", "step", "loss", "tokens/s", "version", "staleness", "pushes")
+#: Before a worker logs anything, and once its steps are what there is to show.
+STARTING, TRAINING = "starting", "training"
+_COLUMNS = ("worker", "phase", "step", "loss", "tokens/s", "version", "staleness", "pushes")
 
 
 class _Tail:
-    """The newest step and the number of pushes in a metrics file that is being written."""
+    """What is new in a file that is being written, line by line; half a line waits until it is whole."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, position: int = 0) -> None:
         self._path = path
-        self._position = 0
+        self._position = position
         self._rest = b""
-        self.step: Record | None = None
-        self.pushes = 0
 
-    def read(self) -> None:
+    def lines(self) -> list[bytes]:
         if not self._path.exists():
-            return
+            return []
         with self._path.open("rb") as file:
             file.seek(self._position)
             data = self._rest + file.read()
             self._position = file.tell()
         *lines, self._rest = data.split(b"\n")
-        for line in lines:
+        return lines
+
+
+class _Shown:
+    """What there is to show of one worker: the phase that it logs, its newest step, the number of its pushes."""
+
+    def __init__(self, records: Path, log: Path) -> None:
+        self._records = _Tail(records)
+        # What an earlier run of the same folder logged is over.
+        self._log = _Tail(log, log.stat().st_size if log.exists() else 0)
+        self.phase = STARTING
+        self.step: Record | None = None
+        self.pushes = 0
+
+    def read(self) -> None:
+        for line in self._records.lines():
             record = json.loads(line)
             if record["kind"] == "step":
                 self.step = record
             self.pushes += record["kind"] == "push"
+        for line in self._log.lines():
+            self.phase = _phase(line) or self.phase
+
+
+def _phase(line: bytes) -> str:
+    """The phase that a line of a worker's log tells of; empty for any other line."""
+    if not line.startswith(b"{"):
+        return ""
+    try:
+        told = json.loads(line)
+    except ValueError:
+        return ""
+    if told.get("event") != "phase":
+        return ""
+    progress = f" {told['done']:,}/{told['total']:,}" if "total" in told else ""
+    return f"{told['phase']}{progress}"
 
 
 class LiveView:
-    """Shows what the workers' records say; `refresh` is called a few times a second."""
+    """Shows what the workers' records and logs say; `refresh` is called a few times a second.
+
+    Made before the workers start: of their logs, what is there already is of an earlier run.
+    """
 
     def __init__(self, plan: DemoPlan, console: Console) -> None:
         self._plan = plan
         self._console = console
-        self._tails = {worker.name: _Tail(plan.worker_dir(worker) / "metrics.jsonl") for worker in WORKERS}
+        self._workers = {
+            worker.name: _Shown(plan.worker_dir(worker) / "metrics.jsonl", plan.log(worker)) for worker in WORKERS
+        }
         self._live = Live(console=console, refresh_per_second=2) if console.is_terminal else None
         self._printed = 0.0
 
@@ -68,8 +104,8 @@ class LiveView:
 
     def refresh(self, force: bool = False) -> None:
         """Read what is new and show it."""
-        for tail in self._tails.values():
-            tail.read()
+        for worker in self._workers.values():
+            worker.read()
         if self._live is not None:
             self._live.update(self._table())
         elif force or time.monotonic() - self._printed >= _PRINT_SECONDS:
@@ -90,20 +126,22 @@ class LiveView:
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = []
-        for name, tail in self._tails.items():
-            step = tail.step
-            if step is None:
-                rows.append((name, f"0/{self._plan.steps}", "-", "-", "-", "-", str(tail.pushes)))
+        for name, worker in self._workers.items():
+            step = worker.step
+            done = step["step"] if step is not None else 0
+            if step is None or worker.phase != TRAINING:
+                rows.append((name, worker.phase, f"{done}/{self._plan.steps}", "-", "-", "-", "-", str(worker.pushes)))
                 continue
             rows.append(
                 (
                     name,
-                    f"{step['step']}/{self._plan.steps}",
+                    worker.phase,
+                    f"{done}/{self._plan.steps}",
                     f"{step['loss']:.3f}",
                     f"{step['tokens_per_second'] or 0:.0f}",
                     str(step["version"]),
                     str(step["staleness"]),
-                    str(tail.pushes),
+                    str(worker.pushes),
                 )
             )
         return rows

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+#: The row of text that nobody trains on.
+GENERAL = "general"
+
 
 @dataclass(frozen=True, slots=True)
 class DemoWorker:
@@ -25,9 +28,16 @@ WORKERS = (
 )
 
 
+#: Steps in which the learning rate rises, where a run has more than that.
+WARMUP_STEPS = 5
+
+
 @dataclass(frozen=True)
 class DemoPlan:
-    """Where the demonstration works and how long it trains; `held_out_blocks` are scored in every domain."""
+    """Where the demonstration works and how long it trains; `held_out_blocks` are scored in every domain.
+
+    Nothing of it but `sync_interval` is a time: a busy machine trains the same steps on the same tokens.
+    """
 
     folder: Path
     data: Path
@@ -61,6 +71,14 @@ class DemoPlan:
     def test_file(self, worker: DemoWorker) -> Path:
         return self.data / worker.domain / "test.jsonl"
 
+    @property
+    def general_file(self) -> Path:
+        """Text that nobody trains on."""
+        return self.data / GENERAL / "test.jsonl"
+
+    def log(self, worker: DemoWorker) -> Path:
+        return self.logs / f"{worker.name}.log"
+
     def coordinator_command(self, port: int) -> list[str]:
         """The options of `fedmoe` that start the coordinator."""
         options = {"--port": port, "--state-dir": self.coordinator_dir, "--strategy": "regmean"}
@@ -78,6 +96,8 @@ class DemoPlan:
             "--sync-interval": self.sync_interval,
             "--max-steps": self.steps,
             "--lr-scheduler-type": "linear",
+            # A rate that falls over the steps needs at least one that the warm-up leaves.
+            "--warmup-steps": min(WARMUP_STEPS, self.steps - 1),
             "--learning-rate": self.learning_rate,
             "--max-length": self.max_length,
             "--per-device-train-batch-size": self.batch_size,

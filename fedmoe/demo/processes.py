@@ -79,8 +79,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until_healthy(coordinator: Running, url: str, seconds: float = 60.0) -> None:
-    """Return once the coordinator answers; raise if it ends or stays silent."""
+def wait_until_healthy(coordinator: Running, url: str, seconds: float = 600.0) -> None:
+    """Return once the coordinator answers; raise if it ends or stays silent, far longer than a busy machine takes."""
     deadline = time.monotonic() + seconds
     with CoordinatorClient(url) as api:
         while not api.healthy():

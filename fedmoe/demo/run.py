@@ -13,12 +13,21 @@ from pathlib import Path
 from rich.console import Console
 
 from fedmoe import __version__
-from fedmoe.datasets.domains import build_domains
+from fedmoe.datasets.domains import GENERAL_RECIPES, build_domains
 from fedmoe.datasets.packing import Block
 from fedmoe.demo.live import LiveView
-from fedmoe.demo.plan import WORKERS, DemoPlan
+from fedmoe.demo.plan import GENERAL, WORKERS, DemoPlan
 from fedmoe.demo.processes import Running, free_port, start, wait_until_healthy
-from fedmoe.demo.report import GATEWAY, DomainResult, report_json, report_markdown, report_table, results
+from fedmoe.demo.report import (
+    GATEWAY,
+    DomainResult,
+    GeneralResult,
+    general_result,
+    report_json,
+    report_markdown,
+    report_table,
+    results,
+)
 from fedmoe.files import write_atomic, write_folder_atomic
 from fedmoe.gateway.evaluate import evaluate, held_out_blocks
 from fedmoe.lora.adapter import Adapter
@@ -38,16 +47,26 @@ def run_demo(plan: DemoPlan, console: Console) -> dict[str, DomainResult]:
     started = time.monotonic()
     console.print(f"[bold]1/4[/] base model {plan.base_model} and data")
     prepare_base(plan.base_model)
-    build_domains(plan.data, progress=lambda line: console.print(f"  {line}", highlight=False))
+    _build_data(plan, console)
     console.print(f"[bold]2/4[/] coordinator and {len(WORKERS)} workers on loopback, {plan.steps} steps each")
     _train(plan, console)
     console.print("[bold]3/4[/] held-out losses")
-    domains = _measure(plan, console)
+    domains, general = _measure(plan, console)
     console.print("[bold]4/4[/] report")
-    console.print(report_table(domains))
+    console.print(report_table(domains, general))
     took = time.monotonic() - started
     console.print(f"{plan.folder}/ holds the adapters, gateway_model.npz, metrics.jsonl and report.md ({took:.0f} s)")
     return domains
+
+
+def _build_data(plan: DemoPlan, console: Console) -> None:
+    """The three domains and the text that nobody trains on, whatever of them is not there yet."""
+
+    def say(line: str) -> None:
+        console.print(f"  {line}", highlight=False)
+
+    build_domains(plan.data, progress=say)
+    build_domains(plan.data, [GENERAL], say, recipes=GENERAL_RECIPES)
 
 
 def _train(plan: DemoPlan, console: Console) -> None:
@@ -58,12 +77,13 @@ def _train(plan: DemoPlan, console: Console) -> None:
         coordinator = start("coordinator", plan.coordinator_command(port), plan.logs / "coordinator.log")
         running.append(coordinator)
         wait_until_healthy(coordinator, url)
+        view = LiveView(plan, console)  # looks at what is logged from now on
         workers = [
-            start(worker.name, plan.worker_command(worker, url), plan.logs / f"{worker.name}.log", worker.niceness)
+            start(worker.name, plan.worker_command(worker, url), plan.log(worker), worker.niceness)
             for worker in WORKERS
         ]
         running += workers
-        with LiveView(plan, console) as view:
+        with view:
             while _any_running(workers) and coordinator.check():
                 view.refresh()
                 time.sleep(_POLL_SECONDS)
@@ -103,7 +123,7 @@ def _save_models(plan: DemoPlan, url: str) -> None:
         "gateway_digest": gateway.digest,
         "sources": gateway.sources,
         # What was done, which is another strategy than the one asked for while an expert lacks input moments.
-        **{key: gateway.info[key] for key in ("strategy", "notes")},
+        **{key: gateway.info[key] for key in ("strategy", "notes", "statistics_tokens")},
     }
     write_atomic(plan.folder / "models.json", json.dumps(facts, indent=2).encode(), 0o644)
 
@@ -113,15 +133,16 @@ def _save_peft(plan: DemoPlan, name: str, adapter: Adapter, base: dict[str, str]
     write_folder_atomic(plan.folder / "adapters" / name, files, force=True)
 
 
-def _measure(plan: DemoPlan, console: Console) -> dict[str, DomainResult]:
+def _measure(plan: DemoPlan, console: Console) -> tuple[dict[str, DomainResult], GeneralResult]:
     """Score the saved models on the held-out files, with what cores are free after training; write the report."""
     pin_threads(look(os.environ).count or None)
     base = load_base(plan.base_model)
     adapters = {name: _load_peft(plan, name) for name in (*(w.expert for w in WORKERS), GATEWAY)}
     held_out = {worker.domain: _held_out(plan, plan.test_file(worker), base) for worker in WORKERS}
+    held_out[GENERAL] = _held_out(plan, plan.general_file, base)
     with console.status("") as status:
         matrix = evaluate(base, adapters, held_out, progress=status.update)
-    domains = results(matrix)
+    domains, general = results(matrix), general_result(matrix)
     facts = {
         "fedmoe": __version__,
         "base_model": base.identity.name,
@@ -132,8 +153,8 @@ def _measure(plan: DemoPlan, console: Console) -> dict[str, DomainResult]:
         "dtype": str(base.dtype),
         **json.loads((plan.folder / "models.json").read_bytes()),
     }
-    _write_report(plan, domains, facts)
-    return domains
+    _write_report(plan, domains, general, facts)
+    return domains, general
 
 
 def _load_peft(plan: DemoPlan, name: str) -> Adapter:
@@ -146,7 +167,9 @@ def _held_out(plan: DemoPlan, file: Path, base: LoadedBase) -> list[Block]:
     return held_out_blocks(file, base, plan.max_length, plan.held_out_blocks)
 
 
-def _write_report(plan: DemoPlan, domains: dict[str, DomainResult], facts: dict[str, object]) -> None:
+def _write_report(
+    plan: DemoPlan, domains: dict[str, DomainResult], general: GeneralResult, facts: dict[str, object]
+) -> None:
     records = _all_records(plan)
     held_out = {
         name: {"base": result.base, "own expert": result.expert, "gateway": result.gateway}
@@ -155,8 +178,8 @@ def _write_report(plan: DemoPlan, domains: dict[str, DomainResult], facts: dict[
     lines = "".join(json.dumps(record) + "\n" for record in records)
     write_atomic(plan.folder / "metrics.jsonl", lines.encode(), 0o644)
     write_atomic(plan.folder / "loss.png", loss_chart(records, held_out), 0o644)
-    write_atomic(plan.folder / "report.md", report_markdown(domains, facts).encode(), 0o644)
-    write_atomic(plan.report, report_json(domains, facts).encode(), 0o644)
+    write_atomic(plan.folder / "report.md", report_markdown(domains, general, facts).encode(), 0o644)
+    write_atomic(plan.report, report_json(domains, general, facts).encode(), 0o644)
 
 
 def training_seconds(records: list[Record], pause: float = 60.0) -> float:

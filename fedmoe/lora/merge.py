@@ -13,7 +13,7 @@ import numpy as np
 from fedmoe.lora.adapter import Adapter, ShapeError
 from fedmoe.lora.algebra import Recompressed, recompress, stack
 from fedmoe.lora.audit import module_norms
-from fedmoe.lora.moments import InputMoments
+from fedmoe.lora.moments import InputMoments, thin_notes
 from fedmoe.lora.regmean import RANK_CAP, SCALE, regmean
 
 # How much more than the mean of the experts where nothing better is known: with three the best of two measurements were
@@ -148,6 +148,7 @@ def merge(
         notes += done
     if used in STRATEGIES_WITH_MOMENTS:
         assert moments is not None
+        notes += thin_notes({name: moments[name].tokens for name in ordered})
         result = regmean(ordered, moments, factor, weights=planned, rank=rank, energy=energy, start=start)
     else:
         terms = [(factor * weight, ordered[name]) for name, weight in planned.items()]

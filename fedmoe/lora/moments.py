@@ -24,8 +24,25 @@ Matrix64 = NDArray[np.float64]
 
 # Directions in which Omega is a thousandth of what it is in others: their sketch is float32 rounding.
 _SOUND = 1e-6
+#: Moments of fewer tokens than this are thin: alone they cost the expert in a merge (`benchmarks/README.md`).
+LEAST_TOKENS = 1_024
 _KIND = "fedmoe-weighted-input-moments"
 _DIAGONAL, _SKETCH = ".diagonal", ".sketch"
+
+
+def thin(tokens: int) -> str:
+    """In words that moments of so many tokens are thin; empty where they are not."""
+    if tokens >= LEAST_TOKENS:
+        return ""
+    return f"input moments of {tokens:,} tokens only, fewer than {LEAST_TOKENS:,}"
+
+
+def thin_notes(tokens: Mapping[str, int]) -> tuple[str, ...]:
+    """What is said of a merge with thin moments: one note for each such expert, in name order; one alone needs none."""
+    if len(tokens) < 2:
+        return ()
+    told = ((name, thin(tokens[name])) for name in sorted(tokens))
+    return tuple(f"{name} has {few}; the rest is taken from the mean of all experts'" for name, few in told if few)
 
 
 def omega(seed: int, module: str, features: int, columns: int) -> FloatMatrix:
@@ -130,6 +147,25 @@ class Gram:
         # A matrix times its own transpose: numpy takes the symmetric product, which is half the work.
         inner = np.eye(half.shape[1]) + half.T @ half
         return np.asarray((halved - np.linalg.solve(inner, (halved @ half).T).T @ half.T) / root, np.float64)
+
+
+def filled_up(grams: Sequence[Gram], tokens: Sequence[int]) -> list[Gram]:
+    """The matrices of several experts, of which those of few tokens are filled up to `LEAST_TOKENS` with their mean.
+
+    In a merge the inputs that an expert's few tokens happen not to hold would count as nobody's, and go to the others:
+    so what is missing is taken to look like all experts' inputs together, each matrix of one mean diagonal.
+    """
+    if len(grams) == 1 or min(tokens) >= LEAST_TOKENS:
+        return list(grams)
+    sizes = [float(gram.full_diagonal.mean()) for gram in grams]
+    heard = [(1.0 / size, gram) for size, gram in zip(sizes, grams, strict=True) if size > 0]
+    filled = []
+    for gram, size, count in zip(grams, sizes, tokens, strict=True):
+        share = min(1.0, count / LEAST_TOKENS)
+        missing = (1.0 - share) * size / max(1, len(heard))
+        parts = [(share, gram), *((missing * weight, other) for weight, other in heard)]
+        filled.append(sum_of_grams(parts) if missing > 0 else gram)
+    return filled
 
 
 def sum_of_grams(terms: Sequence[tuple[float, Gram]]) -> Gram:

@@ -7,6 +7,7 @@ With W_i = s_i B_i A_i, second moments G_i (n x n) of expert i's inputs and g_i 
 The answer W = sum_i W_i (g_i G_i + 0.6 rho I) M^-1, M = sum_j g_j G_j + rho I, keeps every B_i and changes only A: rank
 sum_i r_i, no product of B and A. Any other W costs |(W - answer) M^(1/2)|^2 more, so the best W of a smaller rank is
 the answer cut in the metric of M, and nothing is gained by alternating between the factors. RegMean: Jin et al. 2023.
+A G of few tokens is filled up first (`fedmoe.lora.moments.filled_up`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import Adapter, FloatMatrix, ModuleShape, ShapeError
 from fedmoe.lora.algebra import Recompressed
-from fedmoe.lora.moments import Gram, InputMoments, sum_of_grams
+from fedmoe.lora.moments import Gram, InputMoments, filled_up, sum_of_grams
 
 Matrix64 = NDArray[np.float64]
 Factors64 = tuple[Matrix64, Matrix64]
@@ -150,18 +151,19 @@ def check_moments(moments: Mapping[str, InputMoments], modules: Sequence[ModuleS
 
 
 def rebuilt(moments: Sequence[InputMoments], modules: Sequence[ModuleShape]) -> Iterator[tuple[list[str], list[Gram]]]:
-    """The modules that share an input, and its G of all `moments`; each G is rebuilt once."""
+    """The modules that share an input, and its G of all `moments`; each G is rebuilt once, thin ones are filled up."""
     names = {module.name for module in modules}
     known: list[tuple[tuple[str, ...], Gram]] = []
     alike: list[str] = []
+    tokens = [one.tokens for one in moments]
     for name in (name for group in moments[0].groups for name in group if name in names):
         if not known or any(name not in shared for shared, _ in known):
             if alike:
-                yield alike, [gram for _, gram in known]
+                yield alike, filled_up([gram for _, gram in known], tokens)
             known, alike = [(one.group_of(name), one.approximate(name)) for one in moments], []
         alike.append(name)
     if alike:
-        yield alike, [gram for _, gram in known]
+        yield alike, filled_up([gram for _, gram in known], tokens)
 
 
 def loudness(gram: Gram) -> float:

@@ -96,6 +96,7 @@ def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -
         "weights": dict(gateway.weights),
         "truncation_error": gateway.truncation_error,
         "statistics": dict(gateway.statistics),
+        "statistics_tokens": dict(gateway.statistics_tokens),
         "notes": list(gateway.notes),
         "scale": gateway.scale,
         "alpha": gateway.adapter.alpha,

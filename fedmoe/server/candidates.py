@@ -85,7 +85,7 @@ def make_candidates(
 ) -> tuple[Candidate, ...]:
     """All candidates of one state: a merge for each strategy, shared by its scales; or the one gateway that lives."""
     if living is not None:
-        return (Candidate(LIVING, replace(GatewayModel.of_living(living, version), living=None), 1.0),)
+        return (Candidate(LIVING, replace(GatewayModel.of_living(living, version, moments), living=None), 1.0),)
     made = []
     for strategy, scales in offered(aggregation, len(experts), moments.keys() >= experts.keys()):
         chosen = replace(aggregation, strategy=strategy)
@@ -96,22 +96,22 @@ def make_candidates(
 
 def outcome(
     opened_at: float, now: float, seconds: float, scored: Collection[Evaluator], heard: Mapping[Evaluator, float]
-) -> Literal["wait", "judge", "give up"]:
-    """What becomes of an open set: judged once all active evaluators have scored or after `seconds`, if any has.
-
-    `heard` says when each evaluator was last heard of; one is active for as long as a set may stay open.
-    """
-    late = now - opened_at >= seconds
-    if scored and (late or not waiting_for(now, seconds, scored, heard)):
+) -> Literal["wait", "judge", "undecided"]:
+    """What becomes of an open set: judged once all who are waited for have scored, undecided after `seconds`."""
+    if scored and not waiting_for(opened_at, seconds, scored, heard):
         return "judge"
-    return "give up" if late else "wait"
+    return "undecided" if now - opened_at >= seconds else "wait"
 
 
 def waiting_for(
-    now: float, seconds: float, scored: Collection[Evaluator], heard: Mapping[Evaluator, float]
+    opened_at: float, seconds: float, scored: Collection[Evaluator], heard: Mapping[Evaluator, float]
 ) -> list[Evaluator]:
-    """Active evaluators without scores, in name order."""
-    return sorted(one for one, at in heard.items() if now - at < seconds and one not in scored)
+    """Who has still to score a set, in name order: whoever was heard of since it was opened, or shortly before.
+
+    `heard` says when each evaluator was last heard of; shortly is as long as a set may stay open. So nobody drops out
+    of a set because its scores take long.
+    """
+    return sorted(one for one, at in heard.items() if opened_at - at < seconds and one not in scored)
 
 
 def decide(

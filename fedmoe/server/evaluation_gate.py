@@ -48,6 +48,22 @@ class GatePolicy:
     seconds: float = 300.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Closed:
+    """A set that was closed with the scores that came; `late` if time was over before those of `missing` came."""
+
+    offer: CandidateSet
+    scores: list[GatewayScores]
+    late: bool
+    missing: list[str]
+
+    def reason(self, seconds: float) -> str:
+        """Why a late one is undecided, and what to do."""
+        who = f"{', '.join(self.missing)} had scored" if self.missing else "anybody had scored"
+        advice = "raise --gate-seconds of the coordinator or lower --held-out-blocks of the evaluators"
+        return f"undecided: --gate-seconds ({seconds:g}) were over before {who}; {advice}"
+
+
 class EvaluationGate:
     """Offers candidates, takes scores, publishes; `fail` is told when storage can no longer be trusted."""
 
@@ -73,8 +89,9 @@ class EvaluationGate:
         newest = next(iter(journal.verdicts(1)), None)
         self._reason = str(newest.payload["reason"]) if newest else ""
         self._at = newest.at if newest else None
+        self._undecided = bool(newest and newest.payload.get("undecided"))
         # The state that the newest verdict was about: nothing new to score until the gateway's version has risen.
-        self._judged = int(str(newest.payload["version"])) if newest else 0
+        self._judged = int(str(newest.payload["version"])) if newest and not self._undecided else 0
         self._given_up = ""
         # A set is made when somebody asks and none is open, so that it is of the newest state.
         self._asked = False
@@ -117,7 +134,13 @@ class EvaluationGate:
         now = self._clock()
         with self._lock:
             active = sorted(one for one, at in self._heard.items() if now - at < self._policy.seconds)
-            return GateInfo(reason=self._reason, at=self._at, status=self._status(now), evaluators=_named(active))
+            return GateInfo(
+                reason=self._reason,
+                at=self._at,
+                undecided=self._undecided,
+                status=self._status(now),
+                evaluators=_named(active),
+            )
 
     def ask(self, request: CandidatesRequest) -> tuple[CandidateSet | None, float, str]:
         """The open set if this evaluator has not scored it yet, the seconds left for it, and the state in words."""
@@ -158,16 +181,18 @@ class EvaluationGate:
             _check_complete(offer, scores)
             self._hear(sender, now)
             self._scores[sender] = scores
-            missing = waiting_for(now, self._policy.seconds, self._scores, self._able(offer))
+            missing = waiting_for(offer.opened_at, self._policy.seconds, self._scores, self._able(offer))
         self._wake.set()
         _log.info("scores", evaluator=scores.evaluator, expert=scores.expert, set=scores.set, tokens=scores.tokens)
         return _named(missing)
 
     def step(self) -> None:
-        """Do what is due now: judge the open set, give it up, or make the next one. For one thread at a time."""
+        """Do what is due now: judge the open set, leave it undecided, or make the next. For one thread at a time."""
         closed = self._closed_if_due()
-        if closed is not None:
-            self._judge(*closed)
+        if closed is not None and closed.late:
+            self._leave_undecided(closed)
+        elif closed is not None:
+            self._judge(closed.offer, closed.scores)
         elif self._wanted():
             self._make()
 
@@ -205,19 +230,20 @@ class EvaluationGate:
             )
         return self._open
 
-    def _closed_if_due(self) -> tuple[CandidateSet, list[GatewayScores]] | None:
+    def _closed_if_due(self) -> _Closed | None:
         now, seconds = self._clock(), self._policy.seconds
         with self._lock:
             offer = self._open
-            found = "wait" if offer is None else outcome(offer.opened_at, now, seconds, self._scores, self._able(offer))
-            if offer is None or found == "wait":
+            if offer is None:
                 return None
-            scores, self._open, self._scores = list(self._scores.values()), None, {}
-            if found == "judge":
-                return offer, scores
-            self._given_up = f"nobody scored the last set within {seconds:g} s (--gate-seconds)"
-        _log.warning("candidates_given_up", set=offer.id, version=offer.version, reason=self._given_up)
-        return None
+            able = self._able(offer)
+            found = outcome(offer.opened_at, now, seconds, self._scores, able)
+            if found == "wait":
+                return None
+            missing = _named(waiting_for(offer.opened_at, seconds, self._scores, able))
+            closed = _Closed(offer, list(self._scores.values()), found == "undecided", missing)
+            self._open, self._scores = None, {}
+        return closed
 
     def _wanted(self) -> bool:
         """Whether somebody asked for a set since the last one was made, and there is something new to make it of."""
@@ -259,20 +285,30 @@ class EvaluationGate:
             return
         verdict = decide(offer, scores, self._policy.tolerance, self._publications.taken_back())
         chosen = next((one for one in offer.candidates if one.name == verdict.serve), None)
-        at, told = self._clock(), _told(offer, scores, verdict, chosen.name if chosen else None)
+        at, told = self._clock(), _told(offer, scores, verdict, chosen.name if chosen else None, undecided=False)
         if chosen is not None:
             self._publications.publish(chosen.gateway(), told, at)
         else:
             self._publications.keep(told, at)
         with self._lock:
-            self._judged, self._reason, self._at = offer.version, verdict.reason, at
+            self._judged, self._reason, self._at, self._undecided = offer.version, verdict.reason, at, False
         event = "gateway_published" if chosen is not None else "gateway_kept"
         _log.info(event, version=offer.version, candidate=chosen.name if chosen else None, reason=verdict.reason)
+
+    def _leave_undecided(self, closed: _Closed) -> None:
+        """Note that time was over: what is out stays, and the same state is offered again to whoever asks."""
+        reason = closed.reason(self._policy.seconds)
+        at, offer = self._clock(), closed.offer
+        self._publications.keep(_told(offer, closed.scores, Verdict(None, reason), None, undecided=True), at)
+        with self._lock:
+            self._reason, self._at, self._undecided = reason, at, True
+            self._given_up = "the next set is made as soon as an evaluator asks"
+        _log.warning("gateway_undecided", set=offer.id, version=offer.version, reason=reason)
 
     def _status(self, now: float) -> str:
         seconds = self._policy.seconds
         if self._open is not None:
-            missing = waiting_for(now, seconds, self._scores, self._able(self._open))
+            missing = waiting_for(self._open.opened_at, seconds, self._scores, self._able(self._open))
             left = max(0.0, self._open.opened_at + seconds - now)
             if missing:
                 return f"waiting up to {left:.0f} s for scores from {', '.join(_named(missing))}"
@@ -306,12 +342,13 @@ def _check_complete(offer: CandidateSet, scores: GatewayScores) -> None:
 
 
 def _told(
-    offer: CandidateSet, scores: list[GatewayScores], verdict: Verdict, published: str | None
+    offer: CandidateSet, scores: list[GatewayScores], verdict: Verdict, published: str | None, *, undecided: bool
 ) -> dict[str, object]:
     """A verdict as the journal keeps it."""
     return {
         "version": offer.version,
         "candidate": published,
+        "undecided": undecided,
         "reason": verdict.reason,
         "kept": {name: dict(kept) for name, kept in verdict.kept.items()},
         "scores": [found.model_dump() for found in scores],

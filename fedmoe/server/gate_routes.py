@@ -60,7 +60,8 @@ def gate_routes(app: FastAPI, service: CoordinatorService) -> None:
 
 def _verdict_info(found: Verdict) -> VerdictInfo:
     told = {key: found.payload[key] for key in ("version", "reason", "kept", "scores")}
-    return VerdictInfo.model_validate({**told, "at": found.at, "published": found.payload["candidate"]})
+    published, undecided = found.payload["candidate"], found.payload.get("undecided", False)
+    return VerdictInfo.model_validate({**told, "at": found.at, "published": published, "undecided": undecided})
 
 
 def _gate(service: CoordinatorService) -> EvaluationGate:

@@ -6,7 +6,7 @@ What is published is frozen: after a crash the very same bytes are served again,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import structlog
@@ -40,6 +40,7 @@ class _Described:
     notes: tuple[str, ...]
     rank: int
     alpha: float
+    statistics_tokens: dict[str, int] = field(default_factory=dict)
 
 
 _described = TypeAdapter(_Described)
@@ -121,6 +122,7 @@ def _description(gateway: GatewayModel) -> dict[str, object]:
         gateway.notes,
         gateway.adapter.rank,
         gateway.adapter.alpha,
+        dict(gateway.statistics_tokens),
     )
     return dict(_described.dump_python(described, mode="json"))
 
@@ -137,6 +139,7 @@ def _gateway(described: _Described, adapter: Adapter) -> GatewayModel:
         MappingProxyType(described.statistics),
         described.notes,
         described.scale,
+        statistics_tokens=MappingProxyType(described.statistics_tokens),
     )
 
 

@@ -264,6 +264,7 @@ def _gateway_info(service: CoordinatorService) -> GatewayInfo:
         truncation_error=gateway.truncation_error,
         digest=gateway.digest,
         statistics=dict(gateway.statistics),
+        statistics_tokens=dict(gateway.statistics_tokens),
         notes=list(gateway.notes),
         scale=gateway.scale,
         gate=service.evaluation_gate.info() if service.evaluation_gate is not None else None,

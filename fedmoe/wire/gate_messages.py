@@ -36,7 +36,7 @@ class CandidateInfo(Message):
 class CandidateSetInfo(Message):
     """What is to be scored together: base model, own expert, published gateway (null: none) and candidates.
 
-    Every adapter is named by its digest; `seconds_left` until the set is judged with the scores that are there.
+    Every adapter is named by its digest; `seconds_left` until the set is left undecided.
     """
 
     id: SetId
@@ -90,13 +90,14 @@ class VerdictsRequest(Message):
 class VerdictInfo(Message):
     """One verdict: what the set was made of, what each gateway keeps of every domain's gain, and the scores.
 
-    `published` is the name of the candidate that went out, null where the old gateway stayed; `at` is seconds since
-    1970.
+    `published` is the name of the candidate that went out, null where the old gateway stayed; `undecided` says that it
+    stayed because time was over before all scores were there. `at` is seconds since 1970.
     """
 
     at: float
     version: int
     published: str | None
+    undecided: bool = False
     reason: str
     kept: dict[str, dict[str, float]]
     scores: list[GatewayScores]

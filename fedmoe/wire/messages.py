@@ -203,11 +203,13 @@ class WorkerInfo(Message):
 class GateInfo(Message):
     """The evaluation gate: why the newest verdict was as it was (empty: none yet), when, and what it waits for now.
 
-    `at` is seconds since 1970; `evaluators` are those heard of lately, as EVALUATOR/EXPERT.
+    `undecided`: time was over before all scores were there, so the old gateway stayed. `at` is seconds since 1970;
+    `evaluators` are those heard of lately, as EVALUATOR/EXPERT.
     """
 
     reason: str
     at: float | None
+    undecided: bool = False
     status: str
     evaluators: list[str]
 
@@ -235,8 +237,9 @@ class LivingInfo(Message):
 class GatewayInfo(Message):
     """The gateway: what it is made of and what a rank cut lost.
 
-    `statistics` are the sha256 of the input moments it was made with, by expert; `notes` say where it was not made as
-    the coordinator was told to; `gate` is null without an evaluation gate.
+    `statistics` are the sha256 of the input moments it was made with, by expert, `statistics_tokens` how many tokens
+    those of each expert rest on; `notes` say where it was not made as the coordinator was told to; `gate` is null
+    without an evaluation gate.
     """
 
     version: int
@@ -251,6 +254,7 @@ class GatewayInfo(Message):
     truncation_error: float
     digest: Sha256
     statistics: dict[str, Sha256] = {}
+    statistics_tokens: dict[str, int] = {}
     notes: list[str] = []
     scale: float = 1.0
     gate: GateInfo | None = None

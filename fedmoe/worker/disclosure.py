@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 import structlog
 
@@ -14,6 +15,10 @@ from fedmoe.wire.messages import DataStatisticsHeader, StatisticsKind
 from fedmoe.worker.delivery import DAMAGED_ON_THE_WAY, pause_seconds
 
 _log = structlog.get_logger("fedmoe.worker")
+
+# Of a worker that was told to stop, for statistics that are still on their way.
+_LAST_WAIT_SECONDS = 5.0
+_TICK_SECONDS = 0.2
 
 
 class Disclosure:
@@ -36,10 +41,22 @@ class Disclosure:
         """Begin to send; the expert must be registered."""
         self._thread.start()
 
-    def close(self, seconds: float = 0.0) -> None:
-        """Wait so long for what is on its way, then try no more."""
+    def finish(self, seconds: float, stopped: Callable[[], bool]) -> None:
+        """Wait for what is on its way, then try no more: `seconds`, as for an update, or little once `stopped`.
+
+        What was not taken by then is logged: the gateway is made without it.
+        """
+        deadline = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            self._thread.join(_TICK_SECONDS)
+            if stopped():
+                deadline = min(deadline, time.monotonic() + _LAST_WAIT_SECONDS)
         if self._thread.is_alive():
-            self._thread.join(seconds)
+            _log.warning("statistics_not_sent", reason="the coordinator did not take them; the next start sends them")
+        self.close()
+
+    def close(self) -> None:
+        """Try no more."""
         self._closed.set()
 
     def _run(self) -> None:

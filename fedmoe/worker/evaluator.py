@@ -161,11 +161,11 @@ class Evaluator:
         # Own expert first: of all adapters it is the smallest, and the base model is measured in its shape.
         own = self._pull(offer, offer.own)
         base = self._scorer.loss_of_base(own.adapter)
-        own_loss = self._loss(own.adapter).loss
+        own_loss = self._loss(offer, own.adapter).loss
         published = None
         if offer.published is not None:
             known = self._scorer.known(offer.published)
-            found = known or self._loss(self._pull(offer, offer.published).adapter)
+            found = known or self._loss(offer, self._pull(offer, offer.published).adapter)
             published = found.loss
         losses = self._candidates(offer)
         self._scorer.forget_unused()
@@ -187,12 +187,20 @@ class Evaluator:
             adapter = self._pull(offer, shared).adapter
             for candidate in offer.candidates:
                 if candidate.digest == shared:
-                    losses[candidate.name] = self._loss(adapter, candidate.scale).loss
+                    losses[candidate.name] = self._loss(offer, adapter, candidate.scale).loss
         return losses
 
-    def _loss(self, adapter: Adapter, scale: float = 1.0) -> Evaluation:
+    def _loss(self, offer: CandidateSetInfo, adapter: Adapter, scale: float = 1.0) -> Evaluation:
+        """The loss, after a word to the coordinator: so it knows that this evaluator is at work and no set is over."""
         if self._stopped.is_set():
             raise _StoppedError
+        still = self._client.gateway_candidates(self._request).open
+        if still is None or still.id != offer.id:
+            raise RefusedError(
+                "candidates_closed",
+                f"the set {offer.id} was closed before it was scored.",
+                "Lower --held-out-blocks, or raise the coordinator's --gate-seconds.",
+            )
         return self._scorer.loss_of(adapter, scale)
 
     def _pull(self, offer: CandidateSetInfo, name: str) -> PulledGateway:

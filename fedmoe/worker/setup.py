@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fedmoe.config import WorkerConfig
 from fedmoe.coordinator import seed_of
 from fedmoe.datasets.packing import Block
 from fedmoe.distributed_worker import DistributedWorker, SyncSettings
+from fedmoe.lora.moments import InputMoments, thin
 from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
 from fedmoe.models.device import choose_device, pin_threads
 from fedmoe.models.parallel import ProcessGroup, join_group, local_rank
@@ -24,13 +26,12 @@ from fedmoe.worker.group import on_rank_zero
 from fedmoe.worker.kept_statistics import keep, read_kept, statistics_key
 from fedmoe.worker.options import adapter_layout, check_federation, check_processes
 from fedmoe.worker.outbox import Outbox
+from fedmoe.worker.phases import PhaseLog, say
 from fedmoe.worker.signals import StopOnSignal
-from fedmoe.worker.statistics import data_statistics
+from fedmoe.worker.statistics import DataStatistics, data_statistics
 from fedmoe.worker.training_data import WorkerData, check_sources, worker_data
 
 _log = structlog.get_logger("fedmoe.worker")
-# Of a worker that ends, for statistics that are still on their way.
-_LAST_WAIT_SECONDS = 5.0
 
 
 def run_worker(config: WorkerConfig) -> None:
@@ -49,6 +50,8 @@ def run_worker(config: WorkerConfig) -> None:
             outbox = on_rank_zero(group, lambda: Outbox(state_dir, config.worker_id, config.specialty))
             # A wrong URL or token is told before a base model is loaded.
             federation = on_rank_zero(group, client.federation)
+            if group.rank == 0:
+                say("loading the base model")
             base = load_base(config.base_model, group.device, config.dtype, chat)
             _log.info("base_model", **base.report)
             for note in base.notes:
@@ -77,14 +80,28 @@ def _train(
     disclosure = on_rank_zero(group, lambda: _disclosure(config, base, data.blocks, client, state_dir))
     try:
         worker = _build(config, base, data, group, client, state_dir, outbox, disclosure)
-        StopOnSignal(worker.stop).install()
+        stopped = _stopped_by_signal(worker)
+        if group.rank == 0:
+            say("training")
         worker.run()
         if disclosure is not None:
-            disclosure.close(_LAST_WAIT_SECONDS)
+            disclosure.finish(config.max_unsynced, stopped.is_set)
     finally:
         # Before the client goes: its thread may be in the middle of a call.
         if disclosure is not None:
             disclosure.close()
+
+
+def _stopped_by_signal(worker: DistributedWorker) -> threading.Event:
+    """Stop the worker on SIGTERM and SIGINT; the event is set once one came."""
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        worker.stop()
+
+    StopOnSignal(stop).install()
+    return stopped
 
 
 def _disclosure(
@@ -105,20 +122,38 @@ def statistics_to_send(
         return {}
     key = statistics_key(base, blocks, _targets(config))
     if kept := read_kept(folder, key):
-        _log.info("statistics_kept", folder=str(folder))
+        tokens = InputMoments.from_bytes(kept["moments"]).tokens
+        _log.info("statistics_kept", folder=str(folder), tokens=tokens)
+        _warn_if_thin(tokens)
         return kept
     started = time.monotonic()
     try:
-        found = data_statistics(base, blocks, _targets(config))
+        found = data_statistics(base, blocks, _targets(config), progress=PhaseLog("statistics of the data").at)
     except ValueError as error:  # too little data, or a base model that has no such numbers: training needs neither
         _log.warning("no_statistics", reason=str(error))
         return {}
-    seconds = round(time.monotonic() - started, 1)
-    _log.info("statistics", prompts=found.prompts.count, tokens=found.moments.tokens, seconds=seconds)
+    _tell(found, round(time.monotonic() - started, 1))
     bodies: dict[StatisticsKind, bytes] = {"prompts": found.prompts.to_bytes(), "moments": found.moments.to_bytes()}
-    if not found.cut_short:  # a machine that has more time next time makes better ones
-        keep(folder, key, bodies)
+    keep(folder, key, bodies)
     return bodies
+
+
+def _tell(found: DataStatistics, seconds: float) -> None:
+    """Log what the statistics rest on and what the data hold."""
+    _log.info(
+        "statistics",
+        prompts=found.prompts.count,
+        of_samples=found.samples,
+        tokens=found.moments.tokens,
+        of_tokens=found.tokens,
+        seconds=seconds,
+    )
+    _warn_if_thin(found.moments.tokens)
+
+
+def _warn_if_thin(tokens: int) -> None:
+    if note := thin(tokens):
+        _log.warning("thin_statistics", reason=f"the data give {note}")
 
 
 def _build(

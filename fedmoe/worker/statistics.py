@@ -7,13 +7,12 @@ tokens, and, each input weighted by the squared gradient of the loss, the mean o
 their second moment ((q + 1) n numbers a module, q = 64). No text, no token and no single prompt's features: every
 number is taken over at least half of `LEAST_PROMPTS` samples. That is no
 anonymity: the numbers tell what the data are about, whoever has a guess of a text can test whether it was likely among
-so few, and no noise is added. All of it is made on the public base model from a bounded sample, so it is made once and
-does not follow the training.
+so few, and no noise is added. All of it is made on the public base model from a sample that is bounded in tokens and
+never in time, so it is made once, does not follow the training, and is the same on a fast and on a busy machine.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,8 +34,13 @@ LEAST_PROMPTS = 16
 PROMPT_LENGTHS = (8, 16, 32, 64, 128)
 #: The longest prompt, in tokens, whose end is still looked at.
 LONGEST_PROMPT = 256
-# Samples between two looks at the clock.
+# Samples between two reports of progress.
 _SAMPLES_AT_ONCE = 16
+
+#: Told how far the work is: tokens looked at so far, and tokens that will be.
+Progress = Callable[[int, int], None]
+# Tokens of a sample, and how many of the first are a prompt, rising.
+_Prompt = tuple[Sequence[int], tuple[int, ...]]
 
 
 class TooLittleDataError(ValueError):
@@ -47,12 +51,13 @@ class TooLittleDataError(ValueError):
 class DataStatistics:
     """What one worker discloses; as bytes: `prompts` some MB at most, `moments` about as many as the expert.
 
-    `cut_short`: the time was over before as many tokens were used as were allowed.
+    `samples` and `tokens` are what the data hold, of which the statistics rest on `prompts.count` and `moments.tokens`.
     """
 
     prompts: PromptStatistics
     moments: InputMoments
-    cut_short: bool = False
+    samples: int
+    tokens: int
 
     def to_bytes(self) -> dict[str, bytes]:
         """Kind of statistic -> safetensors."""
@@ -61,11 +66,13 @@ class DataStatistics:
 
 @dataclass(frozen=True, slots=True)
 class StatisticsBudget:
-    """At most about so many tokens for prompts, a quarter of whose layers are run, and for moments; so many seconds."""
+    """At most about so many tokens for prompts, which a quarter of the layers are run for, and for moments.
+
+    Both are measured (`benchmarks/README.md`): a token of moments costs about ten of prompts.
+    """
 
     prompt_tokens: int = 64_000
-    tokens: int = 6_000
-    seconds: float = 120.0
+    tokens: int = 2_048
 
 
 def data_statistics(
@@ -73,57 +80,62 @@ def data_statistics(
     blocks: Sequence[Block],
     targets: Sequence[str] | str,
     budget: StatisticsBudget | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    progress: Progress = lambda done, total: None,
 ) -> DataStatistics:
     """The statistics of packed training blocks on a bare base model (call it before an adapter is attached).
 
-    Blocks are taken in order until the budget is used up; `pack` has shuffled them. However slow the machine,
-    `LEAST_PROMPTS` prompts and one block are used. Raises `TooLittleDataError` for blocks with fewer samples.
+    Blocks are taken in order until the budget is used up; `pack` has shuffled them. `LEAST_PROMPTS` prompts and one
+    block are used, however small the budget. Raises `TooLittleDataError` for blocks with fewer samples.
     """
     allowed = budget or StatisticsBudget()
-    started = clock()
-    prompts = prompt_statistics(base, blocks, allowed.prompt_tokens, lambda: clock() - started > allowed.seconds / 2)
-    cut_short = clock() - started > allowed.seconds / 2
-    left = allowed.tokens
+    tokens = sum(map(_tokens, blocks))
+    chosen = _chosen(base, blocks, allowed.prompt_tokens)
+    of_prompts, of_moments = sum(lengths[-1] for _, lengths in chosen), min(tokens, allowed.tokens)
+    total = of_prompts + of_moments
+    prompts = _prompt_statistics(base, chosen, lambda done: progress(done, total))
+    used = 0
     with MomentsCollector(base, targets) as collector:
         for block in blocks:
             collector.add(collate([block]))
-            left -= int(np.count_nonzero(block.segment_ids >= 0))
-            if left <= 0 or clock() - started > allowed.seconds:
-                cut_short |= left > 0
+            used += _tokens(block)
+            progress(of_prompts + min(used, of_moments), total)
+            if used >= allowed.tokens:
                 break
-    return DataStatistics(prompts, collector.moments(), cut_short)
+    return DataStatistics(prompts, collector.moments(), sum(1 for _ in _samples(blocks)), tokens)
 
 
-def prompt_statistics(
-    base: LoadedBase, blocks: Sequence[Block], tokens: int, is_over: Callable[[], bool] = lambda: False
-) -> PromptStatistics:
-    """The statistics of the prompts in `blocks`, of about `tokens` tokens, fewer once `is_over` says so.
+def prompt_statistics(base: LoadedBase, blocks: Sequence[Block], tokens: int) -> PromptStatistics:
+    """The statistics of the prompts in `blocks`, of about `tokens` tokens.
 
     A sample whose beginning carries no loss (a question with its answer) gives that beginning, up to `LONGEST_PROMPT`
     tokens and without the chat template's frame. Other samples (running text) give their first `PROMPT_LENGTHS` tokens,
     all out of one pass. Raises `TooLittleDataError` where there are not `LEAST_PROMPTS` samples of at least two tokens.
     """
-    chosen = _chosen(base, blocks, tokens)
-    if len(chosen) < LEAST_PROMPTS:
-        raise TooLittleDataError(
-            f"statistics are made of at least {LEAST_PROMPTS} samples of two tokens or more, there are {len(chosen)}; "
-            "give the worker more data, or let it send none"
-        )
+    return _prompt_statistics(base, _chosen(base, blocks, tokens), lambda done: None)
+
+
+def _prompt_statistics(
+    base: LoadedBase, chosen: Sequence[_Prompt], progress: Callable[[int], None]
+) -> PromptStatistics:
     parts: list[FloatMatrix] = []
     of_row: list[int] = []
+    used = 0
     for start in range(0, len(chosen), _SAMPLES_AT_ONCE):
         ids, lengths = zip(*chosen[start : start + _SAMPLES_AT_ONCE], strict=True)
         parts.append(prefix_features(base, ids, lengths))
         of_row += [start + place for place, wanted in enumerate(lengths) for _ in wanted]
-        if is_over():
-            break
+        used += sum(wanted[-1] for wanted in lengths)
+        progress(used)
     return PromptStatistics.of(np.concatenate(parts), of_row)
 
 
-def _chosen(base: LoadedBase, blocks: Sequence[Block], tokens: int) -> list[tuple[Sequence[int], tuple[int, ...]]]:
+def _tokens(block: Block) -> int:
+    return int(np.count_nonzero(block.segment_ids >= 0))
+
+
+def _chosen(base: LoadedBase, blocks: Sequence[Block], tokens: int) -> list[_Prompt]:
     """Samples with the lengths of their prompts: until `tokens` are used, but not fewer than `LEAST_PROMPTS`."""
-    chosen: list[tuple[Sequence[int], tuple[int, ...]]] = []
+    chosen: list[_Prompt] = []
     frame = ChatFrame.of(base.tokenizer)
     used = 0
     for ids, labels in _samples(blocks):
@@ -133,6 +145,11 @@ def _chosen(base: LoadedBase, blocks: Sequence[Block], tokens: int) -> list[tupl
         if lengths:
             chosen.append((prompt, lengths))
             used += lengths[-1]
+    if len(chosen) < LEAST_PROMPTS:
+        raise TooLittleDataError(
+            f"statistics are made of at least {LEAST_PROMPTS} samples of two tokens or more, there are {len(chosen)}; "
+            "give the worker more data, or let it send none"
+        )
     return chosen
 
 

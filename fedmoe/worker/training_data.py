@@ -28,6 +28,7 @@ from fedmoe.worker.options import (
     tokens_per_step,
     training_config,
 )
+from fedmoe.worker.phases import say
 
 _log = structlog.get_logger("fedmoe.worker")
 # Samples between two lines that tell how far tokenising is.
@@ -62,6 +63,8 @@ def worker_data(
     """The data, by up to `processes` processes; what options, data or this machine cannot do is refused."""
     length = resolve_max_length(config.max_length, context_length(base))
     check_memory_of_step(config, base, layout, length)
+    if group.rank == 0:
+        say("preparing data")
     data = _prepared(config, config.dataset, base, length, processes)
     if group.rank == 0:
         _log.info("dataset", **data.report.summary, kept=data.kept, tokens_per_step=tokens_per_step(config, length))

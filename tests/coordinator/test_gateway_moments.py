@@ -17,7 +17,7 @@ def moments(seed: int) -> ExpertMoments:
     """Moments of random inputs; the sketches are the whole matrices."""
     x = np.random.default_rng(seed).normal(size=(40, 6)).astype(np.float32)
     one = ModuleMoments(np.square(x).mean(axis=0), x.T @ x / len(x))
-    return ExpertMoments(InputMoments({module.name: one for module in LAYOUT.modules}, 40, 0), f"{seed}" * 64)
+    return ExpertMoments(InputMoments({module.name: one for module in LAYOUT.modules}, 4_000, 0), f"{seed}" * 64)
 
 
 def trained(aggregation: Aggregation = REGMEAN) -> CentralCoordinator:
@@ -41,6 +41,7 @@ def test_with_moments_of_every_expert_it_is_their_regmean() -> None:
     gateway = coordinator.gateway()
     assert (gateway.strategy, gateway.notes, gateway.version) == ("regmean", (), 6)
     assert gateway.statistics == {"python": "1" * 64, "sql": "2" * 64}
+    assert gateway.statistics_tokens == {"python": 4_000, "sql": 4_000}
     expected = merge(
         {name: expert.adapter for name, expert in coordinator.experts.items()},
         "regmean",
@@ -48,6 +49,17 @@ def test_with_moments_of_every_expert_it_is_their_regmean() -> None:
         moments={"python": moments(1).moments, "sql": moments(2).moments},
     )
     np.testing.assert_array_equal(gateway.adapter.flat, expected.adapter.flat)
+
+
+def test_moments_of_few_tokens_are_filled_up_and_the_gateway_says_of_how_many() -> None:
+    coordinator, usual = trained(), trained()
+    few = ExpertMoments(InputMoments(moments(2).moments.modules, 417, 0), "2" * 64)
+    learn(coordinator, python=moments(1), sql=few)
+    learn(usual, python=moments(1), sql=moments(2))
+    gateway = coordinator.gateway()
+    assert gateway.statistics_tokens == {"python": 4_000, "sql": 417}
+    assert [note.partition(" only")[0] for note in gateway.notes] == ["sql has input moments of 417 tokens"]
+    assert gateway.digest != usual.gateway().digest
 
 
 def test_without_moments_of_one_expert_it_is_exactly_the_scaled_sum() -> None:

@@ -48,7 +48,7 @@ def moments(seed: int) -> InputMoments:
     for module in LAYOUT.modules:
         x = random.normal(size=(50, module.in_features)).astype(np.float32)
         parts[module.name] = ModuleMoments(np.square(x).mean(axis=0), (x.T @ x / 50)[:, :3].copy())
-    return InputMoments(parts, 50, 0)
+    return InputMoments(parts, 5_000, 0)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,7 @@ def test_an_expert_that_nobody_trains_any_more_is_folded_with_what_it_has() -> N
     assert plan is not None
     assert "docs" in plan.experts
     assert "python" not in plan.experts  # it did no step, so there is nothing of it to fold
+    assert plan.notes[0] == "docs was folded after 4 of 10 steps: nobody had trained it for a while"
 
 
 def test_moments_are_needed_of_all_that_have_trained_and_used_of_all() -> None:
@@ -119,6 +120,14 @@ def test_moments_are_needed_of_all_that_have_trained_and_used_of_all() -> None:
     assert whole is not None
     assert whole.moments is not None
     assert (whole.moments.keys(), whole.notes) == ({"docs", "python", "sql"}, ())
+
+
+def test_a_fold_with_thin_moments_says_so() -> None:
+    draft = drafted(docs=5, python=5)
+    few = InputMoments(moments(1).modules, 417, 0)
+    plan = plan_fold(living(draft), draft.experts, {"docs": few, "python": moments(2)}, 5, polynomial)
+    assert plan is not None
+    assert [note.partition(" only")[0] for note in plan.notes] == ["docs has input moments of 417 tokens"]
 
 
 def test_staleness_is_the_folds_since_an_expert_left() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedmoe.datasets.contents import DataChange, change_between, digest_of, sample_hashes
 from fedmoe.datasets.packing import Block, pack
-from fedmoe.datasets.render import MASKED, TokenizedSample
+from fedmoe.datasets.tokenized import MASKED, TokenizedSample
 
 rows = st.lists(st.integers(0, 5), max_size=12)
 

@@ -13,8 +13,8 @@ import pytest
 
 from fedmoe.datasets import sources
 from fedmoe.datasets.check import check_file
-from fedmoe.datasets.chunks import prose_chunks, python_functions, sql_chunks
-from fedmoe.datasets.domains import RECIPES, Recipe, build_domains, is_test, split_chunks
+from fedmoe.datasets.chunks import book_chunks, prose_chunks, python_functions, sql_chunks
+from fedmoe.datasets.domains import GENERAL_RECIPES, RECIPES, Recipe, build_domains, is_test, split_chunks
 from fedmoe.datasets.errors import DataError
 from fedmoe.datasets.sources import Document, Package, StandardLibrary, read_archive
 
@@ -55,6 +55,21 @@ def test_a_domain_is_built_split_by_file_and_fit_for_training(tmp_path: Path, re
     assert isinstance(recipe.source, Package)
     assert origin["sha256"] == recipe.source.sha256
     assert {entry.name for entry in (tmp_path / "out").iterdir()} == {"d"}
+
+
+def test_text_that_nobody_trains_on_is_held_out_whole(tmp_path: Path, recipe: Recipe) -> None:
+    held_out = {"d": replace(recipe, held_out=True)}
+    for built in (True, False):
+        summary = build_domains(tmp_path / "out", ["d"], archives=tmp_path / "archives", recipes=held_out)["d"]
+        assert (summary.train.rows, summary.test.files, summary.built) == (0, 60, built)
+    split = build_domains(tmp_path / "split", ["d"], archives=tmp_path / "archives", recipes={"d": recipe})["d"]
+    assert summary.test.rows >= split.train.rows + split.test.rows
+
+
+def test_general_text_is_of_a_source_that_no_domain_has() -> None:
+    sources = [recipe.source for recipe in RECIPES.values()]
+    assert all(recipe.held_out and recipe.source not in sources for recipe in GENERAL_RECIPES.values())
+    assert not GENERAL_RECIPES.keys() & RECIPES.keys()
 
 
 def test_building_twice_changes_nothing_unless_forced(tmp_path: Path, recipe: Recipe) -> None:
@@ -187,6 +202,16 @@ def test_sql_chunks_end_at_statements_and_hold_no_data() -> None:
     assert all("-- a comment" in chunk.splitlines()[-1] for chunk in chunks[1:])
     assert sum(chunk.count("some_table") for chunk in chunks) == 40
     assert sql_chunks("INSERT INTO t VALUES (" + "1234567890, " * 30 + "1);\n") == []
+
+
+def test_a_book_is_what_stands_between_the_marks_with_its_lines_joined() -> None:
+    story = "It was a dark\nand stormy night.\n\n\n  Rain fell\nin torrents.\n"
+    file = f"About this file.\n\n*** START OF THE EBOOK X ***\n\n{story}\n*** END OF THE EBOOK X ***\n\nLicence.\n"
+    padded = file.replace("torrents.", "torrents. " + "More rain. " * 20)
+    (chunk,) = book_chunks(padded)
+    assert chunk.startswith("It was a dark and stormy night.\n\nRain fell in torrents. More")
+    assert "Licence" not in chunk
+    assert book_chunks(story * 9)[0].startswith("It was a dark and stormy night.")
 
 
 def test_prose_chunks_are_whole_paragraphs() -> None:

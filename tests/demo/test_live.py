@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from structlog.testing import capture_logs
 
 from fedmoe.demo.live import LiveView
 from fedmoe.demo.plan import WORKERS, DemoPlan
 from fedmoe.record import RecordWriter
+from fedmoe.worker.phases import PhaseLog
 
 
 def written(plan: DemoPlan, index: int) -> RecordWriter:
     return RecordWriter(plan.worker_dir(WORKERS[index]) / "metrics.jsonl")
 
 
-def shown(plan: DemoPlan) -> str:
+def shown(plan: DemoPlan, then: Callable[[], None] = lambda: None) -> str:
+    """What is shown last, of what there is and of what `then` adds."""
     out = io.StringIO()
-    with LiveView(plan, Console(file=out, force_terminal=False, width=200)):
+    view = LiveView(plan, Console(file=out, force_terminal=False, width=200))
+    then()
+    with view:
         pass
     return out.getvalue()
+
+
+def said(plan: DemoPlan, index: int, **told: object) -> None:
+    """A line of a worker's log, as `fedmoe.worker.phases` has it written."""
+    file = plan.log(WORKERS[index])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as log:
+        log.write(json.dumps({"level": "info", **told}) + "\n")
 
 
 def step(writer: RecordWriter, number: int) -> None:
@@ -33,11 +48,48 @@ def test_one_line_a_worker_with_step_loss_speed_version_and_staleness(tmp_path: 
     step(writer, 1)
     step(writer, 2)
     writer.write("push", sequence=0)
-    lines = shown(plan).splitlines()
+    lines = shown(plan, lambda: said(plan, 0, event="phase", phase="training")).splitlines()
     assert len(lines) == len(WORKERS)
     for part in ("Worker-1-Python", "step 2/9", "loss 2.500", "tokens/s 130", "version 3", "staleness 1", "pushes 1"):
         assert part in lines[0]
     assert "step 0/9" in lines[1]
+
+
+def test_before_the_first_step_the_phase_is_shown_with_how_far_it_is(tmp_path: Path) -> None:
+    plan = DemoPlan(tmp_path, tmp_path / "data", steps=9)
+
+    def start() -> None:
+        said(plan, 0, event="phase", phase="loading the base model")
+        said(plan, 1, event="phase", phase="preparing data", done=1200, total=4227)
+        with plan.log(WORKERS[1]).open("a") as log:
+            log.write("-- sample 1, what is learned --\n{not JSON\n")
+
+    lines = shown(plan, start).splitlines()
+    assert "phase loading the base model" in lines[0]
+    assert "phase preparing data 1,200/4,227" in lines[1]
+    assert "phase starting" in lines[2]
+
+
+def test_the_phase_of_an_earlier_run_is_over(tmp_path: Path) -> None:
+    plan = DemoPlan(tmp_path, tmp_path / "data", steps=9)
+    step(written(plan, 0), 4)
+    said(plan, 0, event="phase", phase="training")
+    lines = shown(plan).splitlines()
+    assert "phase starting" in lines[0]
+    assert "step 4/9" in lines[0]
+
+
+def test_what_a_worker_logs_is_what_is_shown(tmp_path: Path) -> None:
+    plan = DemoPlan(tmp_path, tmp_path / "data", steps=9)
+
+    def start() -> None:
+        with capture_logs() as lines:
+            for _ in PhaseLog("preparing data").over(range(7)):
+                pass
+        for line in lines[:-1]:
+            said(plan, 0, **line)
+
+    assert "phase preparing data 6/7" in shown(plan, start)
 
 
 def test_half_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:

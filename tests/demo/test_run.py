@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from fedmoe.demo import run
-from fedmoe.demo.plan import WORKERS, DemoPlan
+from fedmoe.demo.plan import GENERAL, WORKERS, DemoPlan
 from fedmoe.demo.report import GATEWAY
 from fedmoe.lora.formats import read_peft
 
@@ -28,6 +28,9 @@ def write_data(folder: Path) -> None:
         for split, rows in (("train", 40), ("test", 12)):
             lines = [json.dumps({"text": text * (1 + number % 5)}) for number in range(rows)]
             (folder / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / GENERAL).mkdir()
+    rows = [json.dumps({"text": f"Number {number} of the stories was told by the fire."}) for number in range(20)]
+    (folder / GENERAL / "test.jsonl").write_text("\n".join(rows) + "\n")
 
 
 @pytest.fixture

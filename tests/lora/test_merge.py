@@ -27,7 +27,7 @@ def random_moments(seed: int) -> InputMoments:
         gram = inputs.T @ inputs / 50
         sketch = gram @ omega(0, shape.name, shape.in_features, 4)
         modules[shape.name] = ModuleMoments(np.diagonal(gram).astype(np.float32), sketch.astype(np.float32))
-    return InputMoments(modules, 50, 0)
+    return InputMoments(modules, 5_000, 0)
 
 
 MOMENTS = {name: random_moments(seed) for seed, name in enumerate(NAMES)}

@@ -11,7 +11,18 @@ from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import ShapeError
 from fedmoe.lora.container import MalformedError, MismatchError, encode_named
-from fedmoe.lora.moments import Gram, InputMoments, ModuleMoments, merge_moments, omega, sum_of_grams
+from fedmoe.lora.moments import (
+    LEAST_TOKENS,
+    Gram,
+    InputMoments,
+    ModuleMoments,
+    filled_up,
+    merge_moments,
+    omega,
+    sum_of_grams,
+    thin,
+    thin_notes,
+)
 
 Matrix = NDArray[np.float64]
 
@@ -244,3 +255,39 @@ def test_moments_are_values() -> None:
         InputMoments({}, 1, 0)
     with pytest.raises(ValueError, match="seed >= 0"):
         InputMoments({"m": known}, 1, -1)
+
+
+# Few tokens.
+
+
+def test_matrices_of_enough_tokens_are_left_as_they_are() -> None:
+    grams = [moments(decaying(30, 1.0, seed), ["m"], 8).approximate("m") for seed in range(3)]
+    assert filled_up(grams, [LEAST_TOKENS, 5_000, 90_000]) == grams
+    assert filled_up(grams[:1], [3]) == grams[:1]
+
+
+def test_what_few_tokens_lack_is_taken_from_the_mean_of_all_in_the_matrix_own_size() -> None:
+    grams = [moments(decaying(30, 1.0, seed) * (1 + seed), ["m"], 8).approximate("m") for seed in range(3)]
+    filled = filled_up(grams, [LEAST_TOKENS // 4, 5_000, 5_000])
+    assert filled[1:] == grams[1:]
+    sizes = [np.diagonal(gram.dense()).mean() for gram in grams]
+    mean = np.mean([gram.dense() / size for gram, size in zip(grams, sizes, strict=True)], axis=0)
+    np.testing.assert_allclose(filled[0].dense(), 0.25 * grams[0].dense() + 0.75 * sizes[0] * mean, rtol=1e-9)
+    assert np.diagonal(filled[0].dense()).mean() == pytest.approx(sizes[0])
+
+
+def test_an_input_that_was_never_heard_stays_silent() -> None:
+    loud = moments(decaying(30, 1.0, 0), ["m"], 8).approximate("m")
+    silent = moments(np.zeros_like(decaying(30, 1.0, 0)), ["m"], 8).approximate("m")
+    filled = filled_up([silent, loud, loud], [5, 5, 5_000])
+    assert np.abs(filled[0].dense()).max() == 0
+    np.testing.assert_allclose(filled[1].dense(), loud.dense(), rtol=1e-9)
+    assert filled_up([silent, silent], [5, 5]) == [silent, silent]
+
+
+def test_thin_moments_are_named_with_how_thin_they_are() -> None:
+    assert (thin(LEAST_TOKENS), thin(417)) == ("", "input moments of 417 tokens only, fewer than 1,024")
+    assert thin_notes({"sql": 5_000, "docs": 417}) == (
+        "docs has input moments of 417 tokens only, fewer than 1,024; the rest is taken from the mean of all experts'",
+    )
+    assert thin_notes({"docs": 3}) == ()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
 from fedmoe.lora.algebra import recompress, scaled
-from fedmoe.lora.moments import InputMoments, ModuleMoments, omega
+from fedmoe.lora.moments import LEAST_TOKENS, InputMoments, ModuleMoments, omega
 from fedmoe.lora.regmean import SCALE, regmean
 
 Matrix = NDArray[np.float64]
@@ -32,7 +32,7 @@ def moments_of(grams: Mapping[str, Matrix], columns: int | None = None) -> Input
     for name, gram in grams.items():
         sketch = gram @ omega(0, name, len(gram), min(columns or len(gram), len(gram)))
         modules[name] = ModuleMoments(np.diagonal(gram).astype(np.float32), sketch.astype(np.float32))
-    return InputMoments(modules, 60, 0)
+    return InputMoments(modules, 6_000, 0)
 
 
 def random_moments(layout: Layout, seed: int, columns: int | None = None) -> InputMoments:
@@ -178,6 +178,23 @@ def test_experts_whose_inputs_lie_apart_all_stay_what_they_are() -> None:
     for name, space in spaces.items():
         wanted = dense(experts[name])["q"] @ space
         assert np.linalg.norm(merged @ space - wanted) < 1e-4 * np.linalg.norm(wanted)
+
+
+def test_an_expert_with_few_tokens_keeps_more_when_they_are_filled_up() -> None:
+    """Its inputs look like those of all, but its moments hold three of them: the rest must not count as nobody's."""
+    layout = Layout((ModuleShape("m", 24, 6),), 3)
+    rng = np.random.default_rng(5)
+    true = {name: gram_of(24, seed) for seed, name in enumerate(NAMES)}
+    few = rng.standard_normal((3, 24)) @ np.linalg.cholesky(true["a"]).T
+    experts = {name: random_adapter(layout, seed) for seed, name in enumerate(NAMES)}
+
+    def lost(tokens: int) -> float:
+        known = {name: moments_of({"m": gram}) for name, gram in true.items()}
+        known["a"] = InputMoments(moments_of({"m": few.T @ few / 3}).modules, tokens, 0)
+        change = dense(regmean(experts, known).adapter)["m"] - dense(experts["a"])["m"]
+        return float(np.trace(change @ true["a"] @ change.T))
+
+    assert lost(3) < 0.8 * lost(LEAST_TOKENS)
 
 
 @laws

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedmoe.datasets.packing import Block, pack
-from fedmoe.datasets.render import TokenizedSample
+from fedmoe.datasets.tokenized import TokenizedSample
 from fedmoe.models.held_out import HeldOutPlan, HeldOutState, bounded
 
 

@@ -22,7 +22,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from fedmoe.arena.chat import ChatCodec
 from fedmoe.arena.engines import transformers_engine
 from fedmoe.datasets.formats import Chat, Message
-from fedmoe.datasets.render import MASKED, render_sample
+from fedmoe.datasets.render import render_sample
+from fedmoe.datasets.tokenized import MASKED
 from fedmoe.gateway.serve.text import Prompter, TextStream
 from fedmoe.models.base import LoadedBase, load_base, pad_token, stop_tokens
 from fedmoe.models.stopping import end_marks, stops_of

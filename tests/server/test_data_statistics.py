@@ -36,7 +36,7 @@ def inputs(seed: int, features: int = 6, rows: int = 50) -> FloatMatrix:
     return drawn
 
 
-def moments(seed: int, sizes: Sizes = SIZES, columns: int = 3, tokens: int = 50) -> InputMoments:
+def moments(seed: int, sizes: Sizes = SIZES, columns: int = 3, tokens: int = 5_000) -> InputMoments:
     """Moments of random inputs, the same for every module of a size, as those of query and value are."""
     modules = {}
     for name, features in sizes.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from test_data_statistics import body_of, send
 
 from fedmoe.coordinator import Aggregation
 from fedmoe.server import evaluation_gate
-from fedmoe.server.evaluation_gate import GatePolicy
+from fedmoe.server.evaluation_gate import EvaluationGate, GatePolicy
 from fedmoe.storage.blobs import StorageFailedError
 from fedmoe.wire.messages import SAFETENSORS
 
@@ -286,41 +287,107 @@ def test_a_token_of_one_expert_scores_no_other(tmp_path: Path) -> None:
 # Time.
 
 
-def test_a_silent_evaluator_delays_a_verdict_until_the_deadline_and_no_longer(tmp_path: Path) -> None:
+def test_a_set_that_time_ends_is_undecided_and_what_is_out_stays(tmp_path: Path) -> None:
     clock = Clock()
     with timed(tmp_path, clock) as (house, client):
-        gate = house.service.evaluation_gate
-        assert gate is not None
+        gate = gate_of(house)
+        judge_all(client)
+        before = gateway_bytes(client)
+        push(client, "python", 1, 7)
         ask(client, "sql")
         offer = open_set(client, "python")
-        client.post("/push_gateway_scores", json=scores(offer, "python"))
+        client.post("/push_gateway_scores", json=scores(offer, "python", kept=0.9))
         clock.now += 29
         gate.step()
-        assert client.get("/gateway_verdicts").json() == {"verdicts": []}
+        assert len(client.get("/gateway_verdicts").json()["verdicts"]) == 1
         clock.now += 1
         gate.step()
-        assert judged(client)["published"] == "scaled x0.5"
+        verdict = judged(client, 1)
+        assert (verdict["published"], verdict["undecided"]) == (None, True)
+        assert "undecided: --gate-seconds (30) were over before e-sql/sql had scored" in str(verdict["reason"])
+        assert [found["expert"] for found in verdict["scores"]] == ["python"]  # type: ignore[attr-defined]
+        assert gateway_bytes(client) == before
+        told = client.get("/get_gateway_info").json()["gate"]
+        assert (told["reason"], told["undecided"]) == (verdict["reason"], True)
 
 
-def test_a_set_that_nobody_scores_makes_room_for_a_newer_one_and_the_status_says_why(tmp_path: Path) -> None:
+def test_an_undecided_state_is_offered_again_and_judged_once_all_have_scored_also_after_a_restart(
+    tmp_path: Path,
+) -> None:
     clock = Clock()
     with timed(tmp_path, clock) as (house, client):
-        gate = house.service.evaluation_gate
-        assert gate is not None
+        ask(client, "sql")
+        offer = open_set(client, "python")
+        clock.now += 30
+        gate_of(house).step()
+        assert judged(client)["undecided"] is True
+        again = open_set(client, "python")
+        assert (again["id"] != offer["id"], again["sources"]) == (True, offer["sources"])
+    with open_house(tmp_path, GATED) as house, house.client() as client:
+        assert gate_of(house).info().undecided
+        verdict = judge_all(client, 1)
+        assert (verdict["published"], verdict["undecided"]) == ("scaled x0.5", False)
+        assert not gate_of(house).info().undecided
+
+
+def test_a_verdict_of_before_undecided_ones_were_kept_can_be_read(two: TestClient, tmp_path: Path) -> None:
+    judge_all(two)
+    with sqlite3.connect(next(tmp_path.rglob("*.sqlite*"))) as journal:
+        journal.execute("UPDATE gateway_verdicts SET payload = json_remove(payload, '$.undecided')")
+    assert judged(two)["undecided"] is False
+
+
+def test_an_evaluator_that_went_away_holds_up_one_set_and_not_the_next(tmp_path: Path) -> None:
+    clock = Clock()
+    with timed(tmp_path, clock) as (house, client):
+        ask(client, "sql")
+        client.post("/push_gateway_scores", json=scores(open_set(client, "python"), "python"))
+        clock.now += 30
+        gate_of(house).step()
+        assert judged(client)["undecided"] is True
+        clock.now += 1
+        client.post("/push_gateway_scores", json=scores(open_set(client, "python"), "python"))
+        verdict = judged(client, 1)
+        assert verdict["published"] == "scaled x0.5"
+        assert "without an evaluator's scores: sql" in str(verdict["reason"])
+
+
+def test_an_evaluator_that_is_still_at_work_is_waited_for_in_the_next_set_too(tmp_path: Path) -> None:
+    clock = Clock()
+    with timed(tmp_path, clock) as (house, client):
+        ask(client, "sql")
+        open_set(client, "python")
+        clock.now += 29
+        ask(client, "sql")  # as evaluators do between two adapters
+        clock.now += 1
+        gate_of(house).step()
+        answer = client.post("/push_gateway_scores", json=scores(open_set(client, "python"), "python"))
+        assert answer.json() == {"waiting_for": ["e-sql/sql"]}
+
+
+def test_a_set_that_nobody_scores_makes_room_for_a_newer_one_and_the_reason_says_why(tmp_path: Path) -> None:
+    clock = Clock()
+    with timed(tmp_path, clock) as (house, client):
+        gate = gate_of(house)
         first = open_set(client, "python")
         push(client, "python", 1, 7)
         clock.now += 30
         gate.step()
-        assert "nobody scored the last set within 30 s" in gate.info().status
+        assert "(30) were over before e-python/python had scored" in gate.info().reason
         second = open_set(client, "python")
         assert (second["id"] != first["id"], second["sources"]) == (True, {"python": 2, "sql": 1})
+
+
+def gate_of(house: House) -> EvaluationGate:
+    gate = house.service.evaluation_gate
+    assert gate is not None
+    return gate
 
 
 @contextmanager
 def timed(folder: Path, clock: Clock) -> Iterator[tuple[House, TestClient]]:
     with trained(folder) as (house, client):
-        gate = house.service.evaluation_gate
-        assert gate is not None
+        gate = gate_of(house)
         gate._clock, gate._policy = clock, GatePolicy(seconds=30.0)
         yield house, client
 

@@ -24,7 +24,7 @@ from fedmoe.wire.messages import DataStatisticsHeader
 from fedmoe.worker.disclosure import Disclosure
 from fedmoe.worker.setup import statistics_to_send
 from fedmoe.worker.signals import StopOnSignal
-from fedmoe.worker.statistics import DataStatistics, StatisticsBudget, data_statistics
+from fedmoe.worker.statistics import DataStatistics, Progress, data_statistics
 
 BODIES = {"prompts": b"p", "moments": b"m"}
 AWAY = CoordinatorUnavailableError("away")
@@ -66,13 +66,13 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_passes_by_itself_is_tried_again(failure: Exception) -> None:
     scripted = Scripted([failure] * 3)
-    scripted.disclosure().close(5)
+    scripted.disclosure().finish(30, lambda: False)
     assert scripted.taken == list(BODIES.items())
 
 
 def test_a_refusal_ends_that_kind_and_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
     scripted = Scripted([RefusedError("statistics_mismatch", "of another model")])
-    scripted.disclosure().close(5)
+    scripted.disclosure().finish(30, lambda: False)
     assert scripted.taken == [("moments", b"m")]
     said = logged(capsys)
     assert "statistics_refused" in said
@@ -109,6 +109,25 @@ def test_a_client_that_closes_under_a_call_shows_no_traceback(capsys: pytest.Cap
     assert "client has been closed" not in logged(capsys)
 
 
+def test_what_is_on_its_way_at_the_end_is_waited_for_and_what_is_not_taken_is_logged(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scripted = Scripted([AWAY] * 1000)
+    disclosure = scripted.disclosure()
+    disclosure.finish(0.0, lambda: False)
+    assert "statistics_not_sent" in logged(capsys)
+    disclosure._thread.join(30)
+    assert not disclosure._thread.is_alive()
+
+
+def test_who_was_told_to_stop_waits_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmoe.worker.disclosure._LAST_WAIT_SECONDS", 0.1)
+    disclosure = Scripted([AWAY] * 1000).disclosure()
+    began = time.monotonic()
+    disclosure.finish(3600.0, lambda: True)
+    assert time.monotonic() - began < 60
+
+
 # What is disclosed.
 
 
@@ -136,9 +155,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many blocks statistics were made of, each time."""
     counts: list[int] = []
 
-    def counted(base: LoadedBase, found: Sequence[Block], targets: Sequence[str] | str) -> DataStatistics:
+    def counted(
+        base: LoadedBase, found: Sequence[Block], targets: Sequence[str] | str, progress: Progress
+    ) -> DataStatistics:
         counts.append(len(found))
-        return data_statistics(base, found, targets)
+        return data_statistics(base, found, targets, progress=progress)
 
     monkeypatch.setattr("fedmoe.worker.setup.data_statistics", counted)
     return counts
@@ -163,16 +184,23 @@ def test_other_data_or_other_modules_are_looked_at_and_only_the_newest_are_kept(
     assert len(list(folder.iterdir())) == 2
 
 
-def test_statistics_that_the_clock_cut_short_are_sent_but_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_log_says_what_the_statistics_rest_on_and_that_they_are_thin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hurried = StatisticsBudget(seconds=0.0)
-    short = data_statistics(tiny_base(), blocks(), "all-linear", hurried)
-    assert short.cut_short
-    assert not data_statistics(tiny_base(), blocks(), "all-linear").cut_short
-    monkeypatch.setattr("fedmoe.worker.setup.data_statistics", lambda *_: short)
-    assert statistics_to_send(config(), tiny_base(), blocks(), tmp_path) == short.to_bytes()
-    assert list(tmp_path.iterdir()) == []
+    statistics_to_send(config(), tiny_base(), blocks(), tmp_path)
+    lines = logged(capsys)
+    assert "of_samples=24" in lines
+    assert "of_tokens=480" in lines
+    assert "fewer than 1,024" in lines
+    for _ in ("of a first start", "of one that finds them kept"):
+        assert "thin_statistics" in lines
+        statistics_to_send(config(), tiny_base(), blocks(), tmp_path)
+        lines = logged(capsys)
+
+
+def test_enough_tokens_are_not_called_thin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    statistics_to_send(config(), tiny_base(), blocks(count=120), tmp_path)
+    assert "thin_statistics" not in logged(capsys)
 
 
 def test_kept_statistics_that_were_damaged_are_made_anew(
@@ -263,9 +291,8 @@ def test_a_worker_trains_on_while_its_statistics_find_no_way(
         raise AWAY
 
     monkeypatch.setattr(CoordinatorClient, "push_data_statistics", away)
-    monkeypatch.setattr("fedmoe.worker.setup._LAST_WAIT_SECONDS", 0.1)
     began = time.monotonic()
-    worked(20)
+    worked(20, "--max-unsynced", "1")
     assert time.monotonic() - began < 20
     assert [update.info["steps"] for update in house.updates()] == [2]
     assert kinds(house) == []

@@ -18,10 +18,12 @@ from workers import Federation, federation, tiny_base
 from fedmoe.coordinator import seed_of
 from fedmoe.datasets.packing import Block, collate, pack
 from fedmoe.datasets.tokenized import TokenizedSample
+from fedmoe.errors import RefusedError
 from fedmoe.gateway.evaluate import evaluate
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import encode
 from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert, TrainingConfig
+from fedmoe.server.evaluation_gate import GatePolicy
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.gate_messages import CandidatesRequest, VerdictInfo
 from fedmoe.wire.messages import UpdateHeader
@@ -279,6 +281,34 @@ def test_an_evaluator_that_is_stopped_leaves_its_set_to_the_others(
     evaluator.run()
     assert measured == [3]
     assert client.gateway_verdicts() == []
+
+
+def test_a_set_that_is_closed_while_it_is_scored_is_left_and_what_was_measured_is_known(
+    house: Federation, client: CoordinatorClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in DOMAINS:
+        Trainer(client, name).learn(3)
+    gate = house.house.service.evaluation_gate if house.house else None
+    assert gate is not None
+    measure, measured = HeldOutScorer._measure, [0]
+
+    def closed_at_the_third(self: HeldOutScorer, adapter: Adapter) -> object:
+        measured[0] += 1
+        if measured[0] == 3:
+            monkeypatch.setattr(gate, "_policy", GatePolicy(seconds=0.0))
+            until(client.gateway_verdicts)
+            monkeypatch.setattr(gate, "_policy", GatePolicy())
+        return measure(self, adapter)
+
+    monkeypatch.setattr(HeldOutScorer, "_measure", closed_at_the_third)
+    evaluator = Evaluator(client, scorer("up"), "e1", "up", 1.0)
+    until(lambda: client.gateway_candidates(CandidatesRequest(evaluator="e1", expert="up")).open)
+    with pytest.raises(RefusedError, match="closed before it was scored"):
+        evaluator.score_once()
+    assert verdicts(client, 1)[0].undecided
+    assert measured == [3]
+    until(evaluator.score_once)
+    assert measured == [2 + 3]  # base, own expert and three scales, each once
 
 
 def test_another_base_model_is_named_and_nothing_is_sent(

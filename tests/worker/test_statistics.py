@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -103,12 +104,33 @@ def test_tokens_are_bounded_but_a_few_prompts_there_are(base: LoadedBase) -> Non
     assert 64 * 20 <= found.moments.tokens < 64 * 20 + 300
 
 
-def test_a_slow_machine_stops_early(base: LoadedBase) -> None:
+def test_what_the_data_hold_is_told_beside_what_was_used(base: LoadedBase) -> None:
     packed = blocks([text(64, seed) for seed in range(60)])
-    ticks = itertools.count(0.0, 100.0)
-    found = data_statistics(base, packed, "q_proj", StatisticsBudget(), clock=lambda: next(ticks))
-    assert found.prompts.count == LEAST_PROMPTS
-    assert found.moments.tokens == int((packed[0].segment_ids >= 0).sum())
+    found = data_statistics(base, packed, "q_proj", StatisticsBudget(prompt_tokens=64 * 20, tokens=64 * 20))
+    assert (found.samples, found.tokens) == (60, 60 * 64)
+    assert found.prompts.count < found.samples
+    assert found.moments.tokens < found.tokens
+
+
+def test_progress_rises_to_all_of_it(base: LoadedBase) -> None:
+    told: list[tuple[int, int]] = []
+    packed = blocks([text(64, seed) for seed in range(60)])
+    budget = StatisticsBudget(prompt_tokens=64 * 40, tokens=64 * 20)
+    data_statistics(base, packed, "q_proj", budget, lambda done, total: told.append((done, total)))
+    assert {total for _, total in told} == {64 * 40 + 64 * 20}
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1] == (64 * 60, 64 * 60)
+
+
+def test_statistics_do_not_depend_on_time(base: LoadedBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which every look at the clock finds an hour gone gives the very same bytes."""
+    packed = blocks([text(64, seed) for seed in range(60)])
+    budget = StatisticsBudget(prompt_tokens=64 * 40, tokens=64 * 30)
+    usual = data_statistics(base, packed, "q_proj", budget).to_bytes()
+    hours = itertools.count(0.0, 3600.0)
+    for clock in ("time", "monotonic", "perf_counter"):
+        monkeypatch.setattr(time, clock, lambda: next(hours))
+    assert data_statistics(base, packed, "q_proj", budget).to_bytes() == usual
 
 
 def test_too_few_samples_tell_too_much(base: LoadedBase) -> None:

@@ -184,6 +184,19 @@ def test_narrow_wires_reach_the_loss_of_float32_within_one_per_cent(tmp_path: Pa
         assert sizes[wire][0] < share * sizes["fp32"][0]
 
 
+def test_how_fast_the_machine_is_changes_what_one_worker_makes_by_rounding_only(tmp_path: Path) -> None:
+    """A busy machine does fewer steps between two pushes: once after every step, once after all of them."""
+    learned = []
+    for every in (1, 30):
+        with federation(tmp_path / f"coordinator-{every}") as house:
+            Setup(
+                house.url, tmp_path / f"w-{every}", steps=20, every=every, wire="bf16", after_step=wait_for_answer
+            ).run()
+            assert len(house.updates()) == (20 if every == 1 else 1)
+            learned.append(house.weights - start_of(house))
+    assert np.linalg.norm(learned[0] - learned[1]) < 0.005 * np.linalg.norm(learned[1])
+
+
 def test_what_int8_rounded_away_travels_with_the_next_update(house: Federation, tmp_path: Path) -> None:
     """Without it the difference would grow with every update; with it, it is one rounding of the last update."""
     worker = Setup(house.url, tmp_path / "w1", steps=60, every=2, wire="int8", after_step=wait_for_answer).run()
