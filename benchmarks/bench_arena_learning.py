@@ -32,6 +32,7 @@ TASKS: dict[str, tuple[str, dict[str, int]]] = {
 }
 CHOICES = (
     "valid",
+    "questions",
     "score",
     "low",
     "high",
@@ -89,7 +90,8 @@ def useless_team_mate(folder: Path, config: ArenaConfig, seed: int) -> dict[str,
     from fedmoe.arena.credit import decompose
     from fedmoe.arena.engines.protocol import AdapterKey
     from fedmoe.arena.engines.transformers_engine import TransformersEngine
-    from fedmoe.arena.evaluate import CHANCE, Interval
+    from fedmoe.arena.evaluate import CHANCE
+    from fedmoe.arena.interval import Interval
     from fedmoe.arena.rollout import play
     from fedmoe.arena.task import HELD_OUT, Lineup
     from fedmoe.arena.tasks.registry import make_task
@@ -117,7 +119,7 @@ def useless_team_mate(folder: Path, config: ArenaConfig, seed: int) -> dict[str,
     found: dict[str, object] = {}
     for seat, player in enumerate((*team, CHANCE)):
         values = np.array([part[seat].difference or 0.0 for part in parts])
-        interval = Interval.of(values)
+        interval = Interval.of(values, [one.question for one in played], (-1.0, 1.0))
         found["useless" if player is CHANCE else player.name] = {
             "difference": interval.mean,
             "low": interval.low,

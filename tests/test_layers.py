@@ -112,7 +112,10 @@ LAYERS: dict[str, set[str]] = {
         *("lora", "arena.adapt", "arena.admission", "arena.engines.protocol", "arena.learner", "arena.survival"),
         "arena.trajectory",
     },
-    "arena.evaluate": {"arena.chat", "arena.engines.protocol", "arena.rollout", "arena.task", "arena.trajectory"},
+    "arena.interval": set(),
+    "arena.evaluate": {
+        *("arena.chat", "arena.engines.protocol", "arena.interval", "arena.rollout", "arena.task", "arena.trajectory"),
+    },
     "arena.memory": {"models", "arena.control", "arena.memory_pressure"},
     "arena.placement": {"models"},
     "arena.records": {"record"},
@@ -174,8 +177,16 @@ LAYERS: dict[str, set[str]] = {
     },
     "arena.run": {
         *("files", "lora", "models", "record", "arena.adapt", "arena.chat", "arena.checkpoint", "arena.config"),
-        *("arena.control", "arena.engines.protocol", "arena.environment", "arena.federation", "arena.learner"),
-        *("arena.loss", "arena.memory", "arena.modes", "arena.placement", "arena.policies", "arena.records"),
+        *("arena.control", "arena.engines.protocol", "arena.environment", "arena.federation", "arena.interval"),
+        *(
+            "arena.learner",
+            "arena.loss",
+            "arena.memory",
+            "arena.modes",
+            "arena.placement",
+            "arena.policies",
+            "arena.records",
+        ),
         *(
             "arena.results",
             "arena.rollout",

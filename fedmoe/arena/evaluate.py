@@ -6,37 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedmoe.arena.chat import Codec
 from fedmoe.arena.engines.protocol import AdapterKey, Engine
+from fedmoe.arena.interval import FEW_QUESTIONS, Interval, Scores
 from fedmoe.arena.rollout import RolloutSettings, play
 from fedmoe.arena.task import HELD_OUT, Lineup, Task
 from fedmoe.arena.trajectory import RANDOM, EpisodePlan, Player
 
 BASE = Player("base", None)
 CHANCE = Player(RANDOM, None)
-_RESAMPLES = 2000
-_SEED = 20_011
-
-Scores = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Scores) -> Interval:
-        """Resamples episodes 2000 times from a fixed seed (Efron 1979, percentile interval)."""
-        rng = np.random.default_rng(_SEED)
-        means = values[rng.integers(0, len(values), (_RESAMPLES, len(values)))].mean(axis=1)
-        low, high = np.percentile(means, [2.5, 97.5])
-        return cls(float(values.mean()), float(low), float(high))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +24,8 @@ class Comparison:
 
     `score`, `base`: own result on the task (a game: against the random player). `gain`: their paired difference.
     `wins`: share of points of the policy when it meets `opponent` (1 win, 0.5 draw, 0 loss). `valid`: share of usable
-    actions, apart from winning.
+    actions, apart from winning. `questions`: how many different ones the episodes were about (in games: deals); they,
+    not the episodes, make an interval narrow.
     """
 
     policy: str
@@ -56,6 +36,12 @@ class Comparison:
     gain: Interval
     wins: Interval
     valid: float
+    questions: int
+
+    @property
+    def few(self) -> bool:
+        """Whether there are too few different questions to say much of others."""
+        return self.questions < FEW_QUESTIONS
 
     @property
     def better(self) -> bool:
@@ -72,6 +58,7 @@ class Comparison:
 class _Played:
     scores: Scores
     valid: float
+    questions: tuple[str, ...]
 
 
 class Evaluator:
@@ -93,15 +80,17 @@ class Evaluator:
         else:
             other = self._alone(opponent)
             wins = np.where(own.scores > other.scores, 1.0, np.where(own.scores < other.scores, 0.0, 0.5))
+        gain = own.scores - base.scores
         return Comparison(
             player.name,
             opponent.name,
             len(own.scores),
-            Interval.of(own.scores),
-            Interval.of(base.scores),
-            Interval.of(own.scores - base.scores),
-            Interval.of(wins),
+            Interval.of(own.scores, own.questions),
+            Interval.of(base.scores, own.questions),
+            Interval.of(gain, own.questions, (-1.0, 1.0)),
+            Interval.of(wins, own.questions),
             own.valid,
+            len(set(own.questions)),
         )
 
     def _alone(self, player: Player) -> _Played:
@@ -128,4 +117,5 @@ class Evaluator:
         played = play(self._task, plans, self._engine, self._codec, self._seed, self._settings)
         scores = [one.outcome.seat_scores[seat] for one, seat in zip(played, seats, strict=True)]
         valid = [one.outcome.valid[seat] for one, seat in zip(played, seats, strict=True)]
-        return _Played(np.array(scores, np.float64), float(np.mean(valid)))
+        questions = tuple(one.question for one in played)
+        return _Played(np.array(scores, np.float64), float(np.mean(valid)), questions)

@@ -90,6 +90,7 @@ def write_comparison(records: Records, iteration: int, mode: str, found: Compari
         version=version,
         opponent=found.opponent,
         episodes=found.episodes,
+        questions=found.questions,
         valid=found.valid,
         score=found.score.mean,
         low=found.score.low,

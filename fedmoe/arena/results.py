@@ -22,9 +22,9 @@ _CURVE = ("mode", "reward", "accuracy", "valid", "efficiency_second", "efficienc
 _TEAM = ("mode", "cooperation", "completion", "utilisation", "team_score")
 _CREDIT = ("iteration", "shared", "difference", "individual", "versus")
 _RATING = ("mu", "sigma", "games")
-_HELD_OUT = ("iteration", "mode", "score", "low", "high", "episodes")
+_HELD_OUT = ("iteration", "mode", "score", "low", "high", "episodes", "questions")
 _BASE = ("base_score", "base_low", "base_high")
-_WIN = ("iteration", "mode", "opponent", "win_rate", "win_low", "win_high", "episodes")
+_WIN = ("iteration", "mode", "opponent", "win_rate", "win_low", "win_high", "episodes", "questions")
 _TIMING = ("rollout_seconds", "learn_seconds", "iteration_seconds", "tokens", "tokens_per_second")
 _NOT_MEASURES = ("at", "kind", "policy")
 

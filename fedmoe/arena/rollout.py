@@ -9,7 +9,7 @@ import numpy as np
 
 from fedmoe.arena.chat import Codec
 from fedmoe.arena.engines.protocol import Engine, SampleRequest
-from fedmoe.arena.task import Episode, Task
+from fedmoe.arena.task import Episode, Task, question_of
 from fedmoe.arena.trajectory import RANDOM, EpisodePlan, PlayedEpisode, Player, Turn
 
 
@@ -33,7 +33,12 @@ class _Running:
             raise RolloutError(f"{plan.lineup.seats} seats need as many players, got {len(plan.players)}")
         self.plan = plan
         self.episode: Episode = task.start(plan.seed, plan.lineup)
+        self.question = question_of(task, self.episode, plan.seed)
         self.turns: list[Turn] = []
+
+    def played(self) -> PlayedEpisode:
+        """What became of it."""
+        return PlayedEpisode(self.plan, tuple(self.turns), self.episode.outcome(), self.question)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ def play(
     for wave in range(settings.max_waves + 1):
         due = [(one, seat) for one in running for seat in one.episode.to_act()]
         if not due:
-            return [PlayedEpisode(one.plan, tuple(one.turns), one.episode.outcome()) for one in running]
+            return [one.played() for one in running]
         if wave == settings.max_waves:
             break
         _wave(task, due, engine, codec, _Draws(seed, wave), settings)

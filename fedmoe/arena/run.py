@@ -25,6 +25,7 @@ from fedmoe.arena.control import ControlFile
 from fedmoe.arena.engines.protocol import AdapterKey, Engine
 from fedmoe.arena.environment import environment
 from fedmoe.arena.federation import League, join_league, learning_rate_only
+from fedmoe.arena.interval import few_questions
 from fedmoe.arena.learner import Learner, LearnerConfig, OptimizerState
 from fedmoe.arena.loss import LossConfig
 from fedmoe.arena.memory import MemoryGuard, MemoryLimitError, available_memory, choose_limit, limit_gpu, watched
@@ -304,7 +305,8 @@ def _iteration(run: _Run) -> None:
 
 
 def _evaluate(run: _Run) -> None:
-    for found in run.trainer.evaluate():
+    compared = run.trainer.evaluate()
+    for found in compared:
         run.logs.training.info(
             "evaluation",
             policy=found.policy,
@@ -313,7 +315,11 @@ def _evaluate(run: _Run) -> None:
             base=round(found.base.mean, 4),
             wins=round(found.wins.mean, 4),
             better=found.better,
+            questions=found.questions,
         )
+    few = min((found.questions for found in compared if found.few), default=None)
+    if few is not None:
+        run.logs.training.warning("few_questions", questions=few, reason=few_questions(few))
 
 
 def _save(run: _Run) -> None:

@@ -90,6 +90,7 @@ def test_a_policys_scores_have_their_intervals_and_the_gain_between_first_and_la
         "low": 0.44,
         "high": 0.56,
         "episodes": None,
+        "questions": None,
     }
     assert held_out["base_model"] == {"base_score": 0.24, "base_low": 0.2, "base_high": 0.3}
     assert held_out["gain"] == 0.25
