@@ -124,7 +124,9 @@ LAYERS: dict[str, set[str]] = {
         *("failpoints", "files", "lora", "arena.checkpoint_parts", "arena.packed_array", "arena.placement"),
     },
     "arena.run_records": {"record"},
-    "arena.results": {"files", "record", "arena.checkpoint", "arena.checkpoint_parts", "arena.run_records"},
+    "arena.results": {
+        *("files", "record", "arena.checkpoint", "arena.checkpoint_parts", "arena.interval", "arena.run_records"),
+    },
     "arena.run_logs": set(),
     "arena.config": {"wire", "arena.loss"},
     "arena.reporting": {
@@ -175,6 +177,7 @@ LAYERS: dict[str, set[str]] = {
             "arena.task",
         ),
     },
+    "arena.resuming": {"arena.checkpoint_parts", "arena.run_options"},
     "arena.run": {
         *("files", "lora", "models", "record", "arena.adapt", "arena.chat", "arena.checkpoint", "arena.config"),
         *("arena.control", "arena.engines.protocol", "arena.environment", "arena.federation", "arena.interval"),
@@ -186,9 +189,11 @@ LAYERS: dict[str, set[str]] = {
             "arena.placement",
             "arena.policies",
             "arena.records",
+            "arena.reporting",
         ),
         *(
             "arena.results",
+            "arena.resuming",
             "arena.rollout",
             "arena.run_engines",
             "arena.run_logs",

@@ -12,7 +12,7 @@ from letters import LettersEpisode, LettersTask, made_outcome
 
 from fedmoe.arena.engines.protocol import AdapterKey, Sample, SampleRequest
 from fedmoe.arena.evaluate import CHANCE, Comparison, Evaluator, Interval
-from fedmoe.arena.rollout import RolloutSettings
+from fedmoe.arena.rollout import RolloutError, RolloutSettings
 from fedmoe.arena.task import HELD_OUT, Lineup, Message, Outcome
 from fedmoe.arena.trajectory import Player
 
@@ -225,3 +225,40 @@ def test_nobody_is_asked_for_what_chance_plays_and_nothing_is_played_twice() -> 
     assert engine.players() == {"good": 6, "base": 6}
     found.compare(GOOD)
     assert engine.players() == {"good": 12, "base": 12}, "only the match between the two was new"
+
+
+def test_the_best_is_named_only_where_it_is_apart_from_every_other() -> None:
+    found = evaluator()
+    leader = found.leader({"bad": BAD, "good": GOOD, "equal": EQUAL})
+    assert (leader.policy, leader.rival, leader.apart, leader.questions) == ("good", "equal", True, 60)
+    assert leader.lead.mean == pytest.approx(found.compare(GOOD).score.mean - found.compare(EQUAL).score.mean)
+    twins = found.leader({"one": EQUAL, "other": Player("other", None), "bad": BAD})
+    assert (twins.apart, twins.lead.mean) == (False, 0.0)
+
+
+class SomeFail(LettersTask):
+    """Every third episode breaks when it is scored."""
+
+    def start(self, seed: int, lineup: Lineup) -> LettersEpisode:
+        return (_Broken if seed % 3 == 0 else LettersEpisode)(self, seed, lineup)
+
+
+class _Broken(LettersEpisode):
+    def outcome(self) -> Outcome:
+        raise ZeroDivisionError("no score")
+
+
+def test_episodes_that_fail_are_left_out_of_both_sides_and_counted() -> None:
+    found = evaluator(SomeFail(), episodes=30).compare(GOOD)
+    assert (found.episodes, found.questions, found.failed) == (20, 20, 10)
+    assert "no score" in found.reason
+    assert found.gain.mean > 0
+
+
+def test_where_all_held_out_episodes_fail_the_reason_is_told() -> None:
+    class AllFail(SomeFail):
+        def start(self, seed: int, lineup: Lineup) -> LettersEpisode:
+            return _Broken(self, seed, lineup)
+
+    with pytest.raises(RolloutError, match=r"no held-out episode of test:letters came to its end.*no score"):
+        evaluator(AllFail(), episodes=4).compare(GOOD)
