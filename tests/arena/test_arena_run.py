@@ -343,10 +343,8 @@ def test_another_configuration_cannot_go_on_with_a_run(tmp_path: Path) -> None:
 def test_more_iterations_and_another_evaluation_may_go_on_and_are_told(tmp_path: Path) -> None:
     config = run_config()
     assert run(tmp_path, config) == Ending("finished")
-    phases = (
-        *config.phases[:-1],
-        config.phases[-1].model_copy(update={"iterations": config.phases[-1].iterations + 1}),
-    )
+    last = config.phases[-1]
+    phases = (*config.phases[:-1], last.model_copy(update={"iterations": last.iterations + 1}))
     more = config.model_copy(
         update={"phases": phases, "evaluation": config.evaluation.model_copy(update={"episodes": 9})}
     )

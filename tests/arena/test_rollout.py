@@ -322,9 +322,8 @@ def test_a_prompt_without_room_for_an_answer_fails_and_a_long_one_gets_what_is_l
     found = attempt(CountingTask(), [plan(0, (ALICE,))], engine, LetterCodec(), 1, RolloutSettings(context=length + 2))
     assert not found.failed
     assert [one.max_new_tokens for one in engine.batches[0]] == [2]
-    found = attempt(
-        CountingTask(), [plan(0, (ALICE,))], FakeEngine(), LetterCodec(), 1, RolloutSettings(context=length)
-    )
+    full = RolloutSettings(context=length)
+    found = attempt(CountingTask(), [plan(0, (ALICE,))], FakeEngine(), LetterCodec(), 1, full)
     assert "6 tokens, the model and its engine take 6" in found.reason
 
 
