@@ -56,6 +56,13 @@ class Table:
         above, below = self.column(name)[there][recent].sum(), self.column(per)[there][recent].sum()
         return float(above / below) if below else math.nan
 
+    def weighted(self, name: str, by: str) -> float:
+        """Of the last fifth the mean of one column, weighed by another: of ratios that of their sums; NaN without."""
+        there = np.isfinite(self.column(name)) & np.isfinite(self.column(by))
+        recent = slice(-window(int(there.sum())), None)
+        weights = self.column(by)[there][recent]
+        return float((self.column(name)[there][recent] * weights).sum() / weights.sum()) if weights.sum() else math.nan
+
     def last(self, name: str) -> float:
         """The newest number of the column; NaN when there is none."""
         values = self.points(name)[1]
@@ -265,7 +272,7 @@ def _policies(by_kind: Mapping[str, Sequence[Record]]) -> tuple[str, ...]:
     named: dict[str, None] = {}
     for run in by_kind["run"]:
         named |= dict.fromkeys(name.strip() for name in _text(run.get("policies")).split(",") if name.strip())
-    for kind in ("policy", "rating", "credit", "evaluation"):
+    for kind in ("policy", "rating", "credit", "evaluation", "leader"):
         named |= dict.fromkeys(_text(record.get("policy")) for record in by_kind[kind] if record.get("policy"))
     return tuple(named)
 
