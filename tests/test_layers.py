@@ -122,7 +122,10 @@ LAYERS: dict[str, set[str]] = {
         *("lora", "arena.adapt", "arena.admission", "arena.engines.protocol", "arena.learner", "arena.survival"),
         "arena.trajectory",
     },
-    "arena.evaluate": {"arena.chat", "arena.engines.protocol", "arena.rollout", "arena.task", "arena.trajectory"},
+    "arena.interval": set(),
+    "arena.evaluate": {
+        *("arena.chat", "arena.engines.protocol", "arena.interval", "arena.rollout", "arena.task", "arena.trajectory"),
+    },
     "arena.memory": {"machine", "models", "arena.control", "arena.memory_pressure"},
     "arena.placement": {"models"},
     "arena.records": {"record"},
@@ -131,7 +134,9 @@ LAYERS: dict[str, set[str]] = {
         *("failpoints", "files", "lora", "arena.checkpoint_parts", "arena.packed_array", "arena.placement"),
     },
     "arena.run_records": {"record"},
-    "arena.results": {"files", "record", "arena.checkpoint", "arena.checkpoint_parts", "arena.run_records"},
+    "arena.results": {
+        *("files", "record", "arena.checkpoint", "arena.checkpoint_parts", "arena.interval", "arena.run_records"),
+    },
     "arena.run_logs": set(),
     "arena.config": {"wire", "arena.loss"},
     "arena.reporting": {
@@ -182,6 +187,7 @@ LAYERS: dict[str, set[str]] = {
             "arena.task",
         ),
     },
+    "arena.resuming": {"arena.checkpoint_parts", "arena.run_options"},
     "arena.run": {
         *(
             "files",
@@ -194,10 +200,20 @@ LAYERS: dict[str, set[str]] = {
             "arena.checkpoint",
             "arena.config",
         ),
-        *("arena.control", "arena.engines.protocol", "arena.environment", "arena.federation", "arena.learner"),
-        *("arena.loss", "arena.memory", "arena.modes", "arena.placement", "arena.policies", "arena.records"),
+        *("arena.control", "arena.engines.protocol", "arena.environment", "arena.federation", "arena.interval"),
+        *(
+            "arena.learner",
+            "arena.loss",
+            "arena.memory",
+            "arena.modes",
+            "arena.placement",
+            "arena.policies",
+            "arena.records",
+            "arena.reporting",
+        ),
         *(
             "arena.results",
+            "arena.resuming",
             "arena.rollout",
             "arena.run_engines",
             "arena.run_logs",

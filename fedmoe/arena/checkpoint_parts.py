@@ -46,14 +46,14 @@ def plain_json(values: Json, where: str) -> dict[str, object]:
     return {_text(key, where): _plain(value, f"{where}.{key}") for key, value in values.items()}
 
 
-def config_differences(saved: Json, now: Json) -> list[str]:
-    """How a configuration differs from that of a checkpoint, key by key in words; empty if they agree."""
+def config_differences(saved: Json, now: Json) -> dict[str, str]:
+    """How a configuration differs from that of a checkpoint: the dotted key, and both values in words."""
     before, after = (dict(_leaves(plain_json(values, "config"), "")) for values in (saved, now))
-    return [
-        f"{name}: {_shown(before, name)} in the checkpoint, {_shown(after, name)} now"
+    return {
+        name: f"{name}: {_shown(before, name)} in the checkpoint, {_shown(after, name)} now"
         for name in sorted(before.keys() | after.keys())
         if _shown(before, name) != _shown(after, name)
-    ]
+    }
 
 
 def _leaves(values: Json, prefix: str) -> Iterator[tuple[str, object]]:

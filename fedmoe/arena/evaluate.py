@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedmoe.arena.chat import Codec
 from fedmoe.arena.engines.protocol import AdapterKey, Engine
-from fedmoe.arena.rollout import RolloutSettings, play
+from fedmoe.arena.interval import FEW_QUESTIONS, Interval, Scores
+from fedmoe.arena.rollout import RolloutError, RolloutSettings, attempt
 from fedmoe.arena.task import HELD_OUT, Lineup, Task
 from fedmoe.arena.trajectory import RANDOM, EpisodePlan, Player
 
 BASE = Player("base", None)
 CHANCE = Player(RANDOM, None)
-_RESAMPLES = 2000
-_SEED = 20_011
-
-Scores = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Scores) -> Interval:
-        """Resamples episodes 2000 times from a fixed seed (Efron 1979, percentile interval)."""
-        rng = np.random.default_rng(_SEED)
-        means = values[rng.integers(0, len(values), (_RESAMPLES, len(values)))].mean(axis=1)
-        low, high = np.percentile(means, [2.5, 97.5])
-        return cls(float(values.mean()), float(low), float(high))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +24,9 @@ class Comparison:
 
     `score`, `base`: own result on the task (a game: against the random player). `gain`: their paired difference.
     `wins`: share of points of the policy when it meets `opponent` (1 win, 0.5 draw, 0 loss). `valid`: share of usable
-    actions, apart from winning.
+    actions, apart from winning. `questions`: how many different ones the episodes were about (in games: deals); they,
+    not the episodes, make an interval narrow. `failed`: episodes left out, since one of those compared did not come to
+    its end in them; `reason`: why the first of them did not.
     """
 
     policy: str
@@ -56,6 +37,14 @@ class Comparison:
     gain: Interval
     wins: Interval
     valid: float
+    questions: int
+    failed: int = 0
+    reason: str = ""
+
+    @property
+    def few(self) -> bool:
+        """Whether there are too few different questions to say much of others."""
+        return self.questions < FEW_QUESTIONS
 
     @property
     def better(self) -> bool:
@@ -68,10 +57,29 @@ class Comparison:
         return self.wins.low > 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Leader:
+    """The policy with the best held-out score, and its lead over the rival from which it is least surely apart."""
+
+    policy: str
+    rival: str
+    lead: Interval
+    questions: int
+
+    @property
+    def apart(self) -> bool:
+        """Whether it is surely ahead of every other policy (95 %, paired over questions); only then is it the best."""
+        return self.lead.low > 0
+
+
 @dataclass(frozen=True)
 class _Played:
+    """The score and question of every episode, in their order: NaN where it failed, for the reason."""
+
     scores: Scores
     valid: float
+    questions: tuple[str, ...]
+    reason: str = ""
 
 
 class Evaluator:
@@ -89,20 +97,44 @@ class Evaluator:
         """`player` beside the base model on the task, and against `opponent`."""
         own, base = self._alone(player), self._alone(BASE)
         if self._task.zero_sum:
-            wins = own.scores if opponent == CHANCE else self._match(player, opponent).scores
+            met = own if opponent == CHANCE else self._match(player, opponent)
+            wins = met.scores
         else:
-            other = self._alone(opponent)
-            wins = np.where(own.scores > other.scores, 1.0, np.where(own.scores < other.scores, 0.0, 0.5))
+            met = self._alone(opponent)
+            wins = np.where(own.scores > met.scores, 1.0, np.where(own.scores < met.scores, 0.0, 0.5))
+        there = np.isfinite(own.scores) & np.isfinite(base.scores) & np.isfinite(met.scores)
+        reason = own.reason or base.reason or met.reason
+        if not there.any():
+            raise RolloutError(f"no held-out episode of {self._task.name} came to its end, the first by {reason}")
+        questions = [question for question, kept in zip(own.questions, there, strict=True) if kept]
+        mine, others = own.scores[there], base.scores[there]
         return Comparison(
             player.name,
             opponent.name,
-            len(own.scores),
-            Interval.of(own.scores),
-            Interval.of(base.scores),
-            Interval.of(own.scores - base.scores),
-            Interval.of(wins),
+            len(questions),
+            Interval.of(mine, questions),
+            Interval.of(others, questions),
+            Interval.of(mine - others, questions, (-1.0, 1.0)),
+            Interval.of(wins[there], questions),
             own.valid,
+            len(set(questions)),
+            int((~there).sum()),
+            reason,
         )
+
+    def leader(self, players: Mapping[str, Player]) -> Leader:
+        """Who of two or more is ahead on the task, over the same questions; `players` by the name of their policy."""
+        scores = {name: float(np.nanmean(self._alone(player).scores)) for name, player in players.items()}
+        first = max(scores, key=lambda name: scores[name])
+        leads = {name: self._lead(players[first], other) for name, other in players.items() if name != first}
+        rival = min(leads, key=lambda name: leads[name][0].low)
+        return Leader(first, rival, *leads[rival])
+
+    def _lead(self, player: Player, other: Player) -> tuple[Interval, int]:
+        own, its = self._alone(player), self._alone(other)
+        there = np.isfinite(own.scores) & np.isfinite(its.scores)
+        questions = [question for question, kept in zip(own.questions, there, strict=True) if kept]
+        return Interval.of((own.scores - its.scores)[there], questions, (-1.0, 1.0)), len(set(questions))
 
     def _alone(self, player: Player) -> _Played:
         if player == CHANCE:
@@ -125,7 +157,10 @@ class Evaluator:
             # Both seatings of a game get the same deal.
             number = index // 2 if alternate else index
             plans.append(EpisodePlan(HELD_OUT + number, Lineup.alone(len(seated)), seated, index))
-        played = play(self._task, plans, self._engine, self._codec, self._seed, self._settings)
-        scores = [one.outcome.seat_scores[seat] for one, seat in zip(played, seats, strict=True)]
-        valid = [one.outcome.valid[seat] for one, seat in zip(played, seats, strict=True)]
-        return _Played(np.array(scores, np.float64), float(np.mean(valid)))
+        found = attempt(self._task, plans, self._engine, self._codec, self._seed, self._settings)
+        there = {one.plan.group: one for one in found.played}
+        ended = [(there.get(index), seat) for index, seat in enumerate(seats)]
+        scores = [one.outcome.seat_scores[seat] if one else np.nan for one, seat in ended]
+        valid = [one.outcome.valid[seat] for one, seat in ended if one]
+        questions = tuple(one.question if one else "" for one, _ in ended)
+        return _Played(np.array(scores, np.float64), float(np.mean(valid)) if valid else 0.0, questions, found.reason)

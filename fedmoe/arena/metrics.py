@@ -6,7 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 
+import structlog
+
 from fedmoe.arena.trajectory import PlayedEpisode
+
+_log = structlog.get_logger("fedmoe.arena")
 
 #: Entry points of this group add metrics: name -> a callable from an iteration's episodes to a number.
 ENTRY_POINTS = "fedmoe.metrics"
@@ -15,7 +19,7 @@ Metric = Callable[[Sequence[PlayedEpisode]], float]
 
 
 class MetricError(ValueError):
-    """A metric that is no callable or gives no finite number."""
+    """A metric that is no callable, or one of two with the same name."""
 
 
 def installed_metrics() -> dict[str, Metric]:
@@ -31,10 +35,18 @@ def installed_metrics() -> dict[str, Metric]:
     return found
 
 
-def measured(metrics: Mapping[str, Metric], played: Sequence[PlayedEpisode]) -> dict[str, float]:
-    """Every metric's number for one iteration."""
-    values = {name: float(metric(played)) for name, metric in metrics.items()}
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise MetricError(f"metric {name!r} gave {value}; a metric must give a finite number")
-    return values
+def measured(metrics: Mapping[str, Metric], played: Sequence[PlayedEpisode]) -> dict[str, float | None]:
+    """Every metric's number for one iteration; None, with a warning, where it raises or gives no finite number."""
+    return {name: _measured(name, metric, played) for name, metric in metrics.items()}
+
+
+def _measured(name: str, metric: Metric, played: Sequence[PlayedEpisode]) -> float | None:
+    try:
+        value = float(metric(played))
+    except Exception as error:  # a plug-in's code: it may raise anything
+        _log.warning("metric_missing", metric=name, reason=f"it raised {type(error).__name__}: {error}")
+        return None
+    if not math.isfinite(value):
+        _log.warning("metric_missing", metric=name, reason=f"it gave {value}")
+        return None
+    return value

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedmoe.arena.evaluate import Comparison
+from fedmoe.arena.evaluate import Comparison, Leader
 from fedmoe.arena.learner import PolicyUpdate
 from fedmoe.arena.modes.protocol import Decision, Judgement, SeatResult
 from fedmoe.arena.policies import Policies
@@ -25,12 +25,17 @@ class Records(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of an iteration: sampling (perhaps beside the one before), learning, and all of it on the wall."""
+    """Seconds of an iteration: sampling (perhaps beside the one before), learning, and all of it on the wall.
+
+    `tokens` were sampled for it; `pace` is that of the latest iterations in tokens a second.
+    """
 
     rollout: float
     learn: float
     iteration: float
     lanes: int
+    tokens: int
+    pace: float | None
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,27 @@ def write_decision(records: Records, iteration: int, mode: str, decision: Decisi
     )
 
 
+def write_leader(records: Records, iteration: int, mode: str, found: Leader) -> None:
+    """Whose held-out score is the best, and whether it is surely so."""
+    records.write(
+        "leader",
+        iteration=iteration,
+        mode=mode,
+        policy=found.policy,
+        apart=found.apart,
+        rival=found.rival,
+        lead=found.lead.mean,
+        lead_low=found.lead.low,
+        lead_high=found.lead.high,
+        questions=found.questions,
+    )
+
+
+def write_skipped(records: Records, iteration: int, where: str, episodes: int, reason: str) -> None:
+    """How many episodes of an iteration or of an evaluation failed and were left out, and why the first did."""
+    records.write("skipped", iteration=iteration, where=where, episodes=episodes, reason=reason)
+
+
 def write_comparison(records: Records, iteration: int, mode: str, found: Comparison, version: int) -> None:
     """One held-out comparison."""
     records.write(
@@ -90,6 +116,9 @@ def write_comparison(records: Records, iteration: int, mode: str, found: Compari
         version=version,
         opponent=found.opponent,
         episodes=found.episodes,
+        questions=found.questions,
+        few=found.few,
+        failed=found.failed,
         valid=found.valid,
         score=found.score.mean,
         low=found.score.low,
@@ -122,6 +151,20 @@ def accuracies(played: Sequence[PlayedEpisode]) -> dict[str, float]:
             if player.learning:
                 found.setdefault(player.name, []).append(score)
     return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def sampled_tokens(played: Sequence[PlayedEpisode]) -> int:
+    """How many tokens all players sampled."""
+    return sum(len(turn.tokens) for episode in played for turn in episode.turns)
+
+
+def pace(iterations: Sequence[tuple[int, float]]) -> float | None:
+    """Tokens a second over iterations of so many tokens and seconds: the ratio of the sums.
+
+    A mean of ratios is that of the shortest iteration, whose episodes were sampled beside the one before.
+    """
+    seconds = sum(one for _, one in iterations)
+    return sum(tokens for tokens, _ in iterations) / seconds if seconds else None
 
 
 def ended_share(episode: PlayedEpisode, seat: int) -> float:
@@ -188,7 +231,6 @@ def _write_credit(records: Records, report: Report, name: str) -> None:
 def _write_whole(records: Records, report: Report) -> None:
     outcomes = [episode.outcome for episode in report.played]
     timing = report.timing
-    tokens = sum(len(turn.tokens) for episode in report.played for turn in episode.turns)
     busy = (timing.rollout + timing.learn) / (timing.iteration * timing.lanes) if timing.iteration else 0.0
     records.write(
         "team",
@@ -205,8 +247,8 @@ def _write_whole(records: Records, report: Report) -> None:
         rollout_seconds=timing.rollout,
         learn_seconds=timing.learn,
         iteration_seconds=timing.iteration,
-        tokens=tokens,
-        tokens_per_second=tokens / timing.iteration if timing.iteration else None,
+        tokens=timing.tokens,
+        tokens_per_second=timing.pace,
     )
 
 

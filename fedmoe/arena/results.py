@@ -11,6 +11,7 @@ from typing import Literal
 
 from fedmoe.arena.checkpoint import config_digest
 from fedmoe.arena.checkpoint_parts import Json
+from fedmoe.arena.interval import FEW_QUESTIONS, few_questions
 from fedmoe.arena.run_records import PolicyRecords, RunRecords, Step
 from fedmoe.files import write_atomic
 from fedmoe.record import Record, Value
@@ -22,9 +23,10 @@ _CURVE = ("mode", "reward", "accuracy", "valid", "efficiency_second", "efficienc
 _TEAM = ("mode", "cooperation", "completion", "utilisation", "team_score")
 _CREDIT = ("iteration", "shared", "difference", "individual", "versus")
 _RATING = ("mu", "sigma", "games")
-_HELD_OUT = ("iteration", "mode", "score", "low", "high", "episodes")
+_HELD_OUT = ("iteration", "mode", "score", "low", "high", "episodes", "questions")
 _BASE = ("base_score", "base_low", "base_high")
-_WIN = ("iteration", "mode", "opponent", "win_rate", "win_low", "win_high", "episodes")
+_WIN = ("iteration", "mode", "opponent", "win_rate", "win_low", "win_high", "episodes", "questions")
+_LEADER = ("iteration", "mode", "apart", "rival", "lead", "lead_low", "lead_high", "questions")
 _TIMING = ("rollout_seconds", "learn_seconds", "iteration_seconds", "tokens", "tokens_per_second")
 _NOT_MEASURES = ("at", "kind", "policy")
 
@@ -56,6 +58,7 @@ def build_results(
         "seed": found.run.get("seed"),
         "sample": bool(found.run.get("sample", False)),
         "iterations": found.iterations,
+        "best": _best(found),
         "policies": policies,
         "cooperation": _curve(found.teams, _TEAM),
         "decisions": [_without(record, "at", "kind") for record in found.decisions],
@@ -76,6 +79,14 @@ def _policy_results(name: str, policy: PolicyRecords, adapters: Mapping[str, str
         "totals": {what: policy.total(what) for what in ("episodes", "turns", "tokens")},
         "over_time": _curve(policy.turns, _CURVE),
     }
+
+
+def _best(found: RunRecords) -> dict[str, object] | None:
+    """The policy that is surely ahead of every other on held-out questions; None by name where none is."""
+    if found.leader is None:
+        return None
+    apart = found.leader.get("apart") is True
+    return {"policy": found.leader.get("policy") if apart else None, **_chosen(found.leader, _LEADER)}
 
 
 def _held_out(policy: PolicyRecords) -> dict[str, object] | None:
@@ -166,6 +177,7 @@ def build_report(
         "config_digest": config_digest(config),
         "environment": dict(environment),
         "work": _work(found),
+        "warnings": _warnings(found),
         "peaks": dict(found.peaks),
         "checkpoints": list(checkpoints),
         "decisions": [_without(record, "kind") for record in found.decisions],
@@ -179,10 +191,27 @@ def _work(found: RunRecords) -> dict[str, object]:
     return {
         "iterations": found.iterations,
         "episodes": sum(policy.total("episodes") for policy in found.policies.values()),
+        "skipped_episodes": sum(number(record.get("episodes")) for record in found.skipped),
         "weight_updates": sum(number(policy.last.get("weight_updates")) for policy in found.policies.values()),
         **sums,
         "tokens_per_second": sums["tokens"] / seconds if seconds else None,
     }
+
+
+def _warnings(found: RunRecords) -> list[str]:
+    """What a reader of the results must know: episodes that were left out, and comparisons over few questions."""
+    said = []
+    for where in ("training", "evaluation"):
+        records = [record for record in found.skipped if record.get("where") == where]
+        if records:
+            count = sum(int(number(record.get("episodes"))) for record in records)
+            reason = records[-1].get("reason")
+            said.append(f"{count} episodes of {where} failed and were left out, the last by {reason}")
+    newest = [list(policy.evaluations.values())[-1] for policy in found.policies.values() if policy.evaluations]
+    questions = [asked for record in newest if isinstance(asked := record.get("questions"), int)]
+    if questions and min(questions) < FEW_QUESTIONS:
+        said.append(few_questions(min(questions)))
+    return said
 
 
 def _iso(seconds: float) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedmoe.arena.chat import Codec
 from fedmoe.arena.engines.protocol import Engine, SampleRequest
-from fedmoe.arena.task import Episode, Task
+from fedmoe.arena.task import Episode, Task, question_of
 from fedmoe.arena.trajectory import RANDOM, EpisodePlan, PlayedEpisode, Player, Turn
 
 
@@ -19,10 +20,42 @@ class RolloutError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class RolloutSettings:
-    """How actions are sampled. `max_waves` breaks off a task that never ends, with an error."""
+    """How actions are sampled. `max_waves` breaks off an episode that never ends.
+
+    `context`: the most tokens of prompt and answer together, where there is a limit. What a prompt leaves of it is the
+    room for the answer; one that leaves none fails its episode.
+    """
 
     temperature: float = 1.0
     max_waves: int = 400
+    context: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An episode that its task or a prompt without room broke off, and by what."""
+
+    plan: EpisodePlan
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Attempted:
+    """Which episodes came to their end, and which did not, each in the order of their plans."""
+
+    played: list[PlayedEpisode]
+    failed: list[Failed]
+
+    @property
+    def reason(self) -> str:
+        """Why the first that failed did, in words; "" where none did."""
+        error = self.failed[0].error if self.failed else None
+        return f"{type(error).__name__}: {error}"[:300] if error else ""
+
+    def check_some(self, task: str) -> None:
+        """Refuse to go on where not a single episode came to its end, with RolloutError."""
+        if self.failed and not self.played:
+            raise RolloutError(f"all {len(self.failed)} episodes of {task} failed, the first by {self.reason}")
 
 
 class _Running:
@@ -32,8 +65,34 @@ class _Running:
         if len(plan.players) != plan.lineup.seats:
             raise RolloutError(f"{plan.lineup.seats} seats need as many players, got {len(plan.players)}")
         self.plan = plan
-        self.episode: Episode = task.start(plan.seed, plan.lineup)
+        self.error: Exception | None = None
         self.turns: list[Turn] = []
+        with self.guarded():
+            self.episode: Episode = task.start(plan.seed, plan.lineup)
+            self.question = question_of(task, self.episode, plan.seed)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Whatever a task raises ends this episode and no other; but a machine without memory is no episode's fault."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:  # a plug-in's code: it may raise anything
+            self.error = self.error or error
+
+    def to_act(self) -> tuple[int, ...]:
+        """Who is to act; nobody where it failed."""
+        with self.guarded():
+            return () if self.error else self.episode.to_act()
+        return ()
+
+    def played(self) -> PlayedEpisode | None:
+        """What became of it, if it came to its end."""
+        with self.guarded():
+            if not self.error:
+                return PlayedEpisode(self.plan, tuple(self.turns), self.episode.outcome(), self.question)
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +106,34 @@ class _Draws:
         return [self.seed, one.plan.seed, one.plan.group, one.plan.sample, seat, self.wave]
 
 
+def attempt(
+    task: Task,
+    plans: Sequence[EpisodePlan],
+    engine: Engine,
+    codec: Codec,
+    seed: int,
+    settings: RolloutSettings = RolloutSettings(),
+) -> Attempted:
+    """Play all planned episodes to their end; equal arguments and weights give equal episodes.
+
+    In each wave every seat that is to act, in every episode, is one request of the same batch. An episode that fails
+    ends alone. Raises what the engine raises, and RolloutError for a plan with other players than seats.
+    """
+    running = [_Running(task, plan) for plan in plans]
+    for wave in range(settings.max_waves + 1):
+        due = [(one, seat) for one in running for seat in one.to_act()]
+        if not due:
+            break
+        if wave == settings.max_waves:
+            late = RolloutError(f"{task.name} did not end within {settings.max_waves} waves of actions")
+            for one, _ in due:
+                one.error = late
+            break
+        _wave(task, due, engine, codec, _Draws(seed, wave), settings)
+    played = [found for one in running if (found := one.played())]
+    return Attempted(played, [Failed(one.plan, one.error) for one in running if one.error])
+
+
 def play(
     task: Task,
     plans: Sequence[EpisodePlan],
@@ -55,19 +142,11 @@ def play(
     seed: int,
     settings: RolloutSettings = RolloutSettings(),
 ) -> list[PlayedEpisode]:
-    """Play all planned episodes to their end; equal arguments and weights give equal episodes.
-
-    In each wave every seat that is to act, in every episode, is one request of the same batch.
-    """
-    running = [_Running(task, plan) for plan in plans]
-    for wave in range(settings.max_waves + 1):
-        due = [(one, seat) for one in running for seat in one.episode.to_act()]
-        if not due:
-            return [PlayedEpisode(one.plan, tuple(one.turns), one.episode.outcome()) for one in running]
-        if wave == settings.max_waves:
-            break
-        _wave(task, due, engine, codec, _Draws(seed, wave), settings)
-    raise RolloutError(f"{task.name} did not end within {settings.max_waves} waves of actions")
+    """As `attempt`, where every episode must come to its end: raises what the first that failed raised."""
+    found = attempt(task, plans, engine, codec, seed, settings)
+    if found.failed:
+        raise found.failed[0].error
+    return found.played
 
 
 def _wave(
@@ -78,20 +157,26 @@ def _wave(
     draws: _Draws,
     settings: RolloutSettings,
 ) -> None:
-    asked = [(one, seat) for one, seat in due if _player(one, seat).name != RANDOM]
-    requests = [_request(one, seat, codec, draws, task.max_action_tokens, settings) for one, seat in asked]
+    asked: list[tuple[_Running, int, SampleRequest]] = []
+    for one, seat in due:
+        if _player(one, seat).name != RANDOM:
+            with one.guarded():
+                asked.append((one, seat, _request(one, seat, codec, draws, task.max_action_tokens, settings)))
+    asked = [(one, seat, request) for one, seat, request in asked if not one.error]
     actions: dict[int, dict[int, str]] = {id(one): {} for one, _ in due}
     turns: list[tuple[_Running, Turn]] = []
-    for (one, seat), request, sample in zip(asked, requests, engine.sample(requests), strict=True):
+    samples = engine.sample([request for _, _, request in asked])
+    for (one, seat, request), sample in zip(asked, samples, strict=True):
         text = codec.text(sample.tokens)
         player = _player(one, seat)
         turn = Turn(seat, player, request.prompt, sample.tokens, text, sample.logprobs, sample.stopped)
         turns.append((one, turn))
         actions[id(one)][seat] = text
     for one, seat in due:
-        if _player(one, seat).name == RANDOM:
-            rng = np.random.default_rng(draws.key(one, seat))
-            actions[id(one)][seat] = task.random_action(one.episode, seat, rng)
+        if _player(one, seat).name == RANDOM and not one.error:
+            with one.guarded():
+                rng = np.random.default_rng(draws.key(one, seat))
+                actions[id(one)][seat] = task.random_action(one.episode, seat, rng)
     _act(due, actions)
     for one, turn in turns:
         one.turns.append(turn)
@@ -99,7 +184,9 @@ def _wave(
 
 def _act(due: Sequence[tuple[_Running, int]], actions: Mapping[int, Mapping[int, str]]) -> None:
     for one in dict.fromkeys(one for one, _ in due):
-        one.episode.act(actions[id(one)])
+        if not one.error:
+            with one.guarded():
+                one.episode.act(actions[id(one)])
 
 
 def _request(
@@ -107,7 +194,13 @@ def _request(
 ) -> SampleRequest:
     drawn = int(np.random.SeedSequence(draws.key(one, seat)).generate_state(1, np.uint32)[0])
     prompt = codec.prompt(one.episode.observe(seat))
-    return SampleRequest(_player(one, seat).key, prompt, max_tokens, settings.temperature, drawn)
+    room = max_tokens if settings.context is None else min(max_tokens, settings.context - len(prompt))
+    if room < 1:
+        raise RolloutError(
+            f"a prompt has {len(prompt)} tokens, the model and its engine take {settings.context} with the answer; "
+            "take a task with shorter observations"
+        )
+    return SampleRequest(_player(one, seat).key, prompt, room, settings.temperature, drawn)
 
 
 def _player(one: _Running, seat: int) -> Player:

@@ -25,13 +25,17 @@ from fedmoe.arena.control import ControlFile
 from fedmoe.arena.engines.protocol import AdapterKey, Engine
 from fedmoe.arena.environment import environment
 from fedmoe.arena.federation import League, join_league, learning_rate_only
+from fedmoe.arena.interval import few_questions
 from fedmoe.arena.learner import Learner, LearnerConfig, OptimizerState
 from fedmoe.arena.loss import LossConfig
 from fedmoe.arena.memory import MemoryGuard, MemoryLimitError, choose_limit, limit_gpu, watched
+from fedmoe.arena.modes.protocol import Decision
 from fedmoe.arena.placement import check_file_system, make_temporary, place, remove_temporary
 from fedmoe.arena.policies import Policies
 from fedmoe.arena.records import BatchedRecords, truncate_records
+from fedmoe.arena.reporting import write_decision
 from fedmoe.arena.results import Ending
+from fedmoe.arena.resuming import accepted_changes
 from fedmoe.arena.run_engines import make_engine
 from fedmoe.arena.run_logs import RunLogs, log_files, run_logs
 from fedmoe.arena.run_options import RunError, RunOptions, Stop, Watch, Watched, unwatched
@@ -126,8 +130,8 @@ def _earlier(config: ArenaConfig, options: RunOptions, logs: RunLogs) -> Loaded 
         if truncate_records(records, 0):
             logs.runner.warning("no_checkpoint", reason="the run begins anew: it was ended before its first checkpoint")
         return None
-    if found.state.config_digest != checkpoint.config_digest(_plain(config)):
-        raise RunError(f"{found.path} was made with another configuration; pass that one, --fresh or another --out")
+    for change in accepted_changes(found.state.config, _plain(config), found.state.iteration, str(found.path)):
+        logs.runner.info("setting_changed", change=change)
     truncate_records(records, found.state.records_bytes)
     logs.runner.info("resumed", checkpoint=found.path.name, iteration=found.state.iteration)
     return found
@@ -223,6 +227,7 @@ def _populate(run: _Run, found: Loaded | None) -> None:
             run.league.meet(run.trainer.society)
         return
     run.resumed_from = found.path.name
+    _tell_changes(run, found)
     state = found.state.state
     adapters = {_key(name): adapter for name, adapter in found.state.adapters.items()}
     saved = state["policies"]
@@ -237,6 +242,16 @@ def _populate(run: _Run, found: Loaded | None) -> None:
     if run.league and run.league.rejoin(_mapping(state["league"])):
         state = {**state, "sampling_with": None}  # what was sampled ahead came from weights that are gone
     run.trainer.resume(state)
+
+
+def _tell_changes(run: _Run, found: Loaded) -> None:
+    """Record settings that are not those of the checkpoint: a reader of the curve sees where they changed."""
+    changes = accepted_changes(found.state.config, _plain(run.config), found.state.iteration, str(found.path))
+    for change in changes:
+        decision = Decision("configuration", "", "", change, "resumed with another setting")
+        write_decision(run.writer, found.state.iteration, "", decision)
+    if changes:
+        _announce(run)
 
 
 def _announce(run: _Run) -> None:
@@ -308,7 +323,8 @@ def _iteration(run: _Run) -> None:
 
 
 def _evaluate(run: _Run) -> None:
-    for found in run.trainer.evaluate():
+    compared = run.trainer.evaluate()
+    for found in compared:
         run.logs.training.info(
             "evaluation",
             policy=found.policy,
@@ -317,7 +333,11 @@ def _evaluate(run: _Run) -> None:
             base=round(found.base.mean, 4),
             wins=round(found.wins.mean, 4),
             better=found.better,
+            questions=found.questions,
         )
+    few = min((found.questions for found in compared if found.few), default=None)
+    if few is not None:
+        run.logs.training.warning("few_questions", questions=few, reason=few_questions(few))
 
 
 def _save(run: _Run) -> None:

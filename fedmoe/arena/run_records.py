@@ -43,6 +43,8 @@ class RunRecords:
     teams: dict[Step, Record] = field(default_factory=dict)
     timings: dict[Step, Record] = field(default_factory=dict)
     decisions: list[Record] = field(default_factory=list)
+    skipped: list[Record] = field(default_factory=list)
+    leader: Record | None = None
     system: Record = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
     _steps: dict[Step, None] = field(default_factory=dict)
@@ -83,6 +85,10 @@ class RunRecords:
             self.timings[step] = record
         elif kind == "decision":
             self.decisions.append(record)
+        elif kind == "skipped":
+            self.skipped.append(record)
+        elif kind == "leader":
+            self.leader = record
         elif kind == "system":
             self.system = record
             self._raise_peaks(record)

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
+
 import numpy as np
 
 from fedmoe.arena.chat import Codec
-from fedmoe.arena.engines.protocol import AdapterKey, Engine, FloatArray, SampleRequest
+from fedmoe.arena.engines.protocol import AdapterKey, Engine, FloatArray, SampleRequest, context_of
 from fedmoe.arena.engines.verify import Probe, verify_sync
 from fedmoe.arena.learner import Learner
-from fedmoe.arena.task import HELD_OUT, Lineup, Task
+from fedmoe.arena.task import HELD_OUT, Lineup, Task, TaskError
 
 #: Nats by which a single token may differ: two implementations in bfloat16 differ by up to about 0.1, measured.
 TOLERANCE = 0.5
 _MORE_THAN_ROUNDING = 0.05
 _PROBES = 2
+_ATTEMPTS = 100
 _TOKENS = 8
 
 
 def make_probes(task: Task, engine: Engine, codec: Codec) -> tuple[Probe, ...]:
-    """Prompts of held-out episodes, each continued by the base model's likeliest tokens."""
-    episodes = [task.start(HELD_OUT + index, Lineup.alone(max(1, task.seats[0]))) for index in range(_PROBES)]
-    prompts = [codec.prompt(episode.observe(episode.to_act()[0])) for episode in episodes]
+    """Prompts of held-out episodes, each continued by the base model's likeliest tokens.
+
+    Raises TaskError where none of a hundred episodes has a prompt that fits.
+    """
+    context = context_of(engine) or math.inf
+    prompts: list[tuple[int, ...]] = []
+    for index in range(_ATTEMPTS):
+        with suppress(TaskError):  # a prompt beyond max_prompt_tokens ends one episode only, in training too
+            episode = task.start(HELD_OUT + index, Lineup.alone(max(1, task.seats[0])))
+            prompt = codec.prompt(episode.observe(episode.to_act()[0]))
+            prompts += [prompt] if len(prompt) + _TOKENS <= context else []
+        if len(prompts) == _PROBES:
+            break
+    if not prompts:
+        raise TaskError(
+            f"none of {_ATTEMPTS} first prompts of {task.name} fits; raise max_prompt_tokens (the engine takes "
+            f"{context} tokens) or take a task with shorter observations"
+        )
     requests = [SampleRequest(None, prompt, _TOKENS, 0.0, 0) for prompt in prompts]
     samples = engine.sample(requests)
     return tuple(Probe(prompt, sample.tokens) for prompt, sample in zip(prompts, samples, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -105,6 +105,16 @@ class Episode(Protocol):
         ...
 
 
+@runtime_checkable
+class Asking(Protocol):
+    """An episode that knows what its question is about; for tasks whose questions may be put in several ways."""
+
+    @property
+    def content(self) -> str:
+        """Equal for questions that differ in order or wording only; such are never both trained on and held out."""
+        ...
+
+
 class Task(Protocol):
     """A kind of episode. Equal seeds give equal episodes; seeds from `HELD_OUT` on are never trained on."""
 
@@ -144,6 +154,20 @@ class Task(Protocol):
 
 #: Seeds of held-out episodes start here; training draws from [0, HELD_OUT).
 HELD_OUT = 1_000_000_000
+
+
+def question_of(task: Task, episode: Episode, seed: int) -> str:
+    """Which question an episode that has just begun is about: episodes of one question are no independent evidence.
+
+    Its `content` where it is `Asking`; in a game for two the deal, that is the seed; else what its seats see at first,
+    whatever the case and white space.
+    """
+    if isinstance(episode, Asking):
+        return episode.content
+    if task.zero_sum:
+        return f"deal {seed}"
+    seen = [message.text for seat in episode.to_act() for message in episode.observe(seat)]
+    return " ".join(" ".join(seen).casefold().split())
 
 
 def check_lineup(task: Task, lineup: Lineup) -> None:

@@ -11,6 +11,7 @@ that is killed and resumed computes the same numbers. With `max_staleness` 0 the
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import structlog
 
 from fedmoe.arena.chat import Codec
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.arena.engines.protocol import AdapterKey, Engine
+from fedmoe.arena.engines.protocol import AdapterKey, Engine, context_of
 from fedmoe.arena.evaluate import BASE, CHANCE, Comparison, Evaluator
 from fedmoe.arena.learner import PolicyUpdate
 from fedmoe.arena.loss import gap_alarm
@@ -33,11 +34,15 @@ from fedmoe.arena.reporting import (
     Report,
     Timing,
     accuracies,
+    pace,
+    sampled_tokens,
     write_comparison,
     write_decision,
     write_iteration,
+    write_leader,
+    write_skipped,
 )
-from fedmoe.arena.rollout import RolloutSettings, play
+from fedmoe.arena.rollout import Attempted, RolloutSettings, attempt
 from fedmoe.arena.society import Society
 from fedmoe.arena.task import Task
 from fedmoe.arena.trajectory import PlayedEpisode, Player
@@ -46,6 +51,9 @@ from fedmoe.models.device import pin_threads
 
 _log = structlog.get_logger("fedmoe.arena")
 
+#: Iterations over which the pace is taken: one of them alone says little, since its episodes are sampled beside others.
+_PACE = 10
+
 
 @dataclass(frozen=True)
 class _Batch:
@@ -53,7 +61,7 @@ class _Batch:
 
     iteration: int
     planning: Planning
-    played: Future[tuple[list[PlayedEpisode], float]]
+    played: Future[tuple[Attempted, float]]
 
 
 class Trainer:
@@ -81,12 +89,13 @@ class Trainer:
         self._modes = [make_mode(phase.mode) for phase in config.phases]
         for mode in self._modes:
             mode.check(task, config.policies.count)
-        self._settings = RolloutSettings(config.learning.temperature)
+        self._settings = RolloutSettings(config.learning.temperature, context=context_of(engine))
         self._metrics = installed_metrics()
         self._evaluator = Evaluator(task, engine, codec, config.evaluation.episodes, config.seed, self._settings)
         self._sampler = ThreadPoolExecutor(1, "sampler", initializer=pin_threads)
         self._pending: _Batch | None = None
         self._sampling_with: Mapping[str, int] | None = None
+        self._pace: deque[tuple[int, float]] = deque(maxlen=_PACE)
         self.playing = ""
         self.may_sample_ahead: Callable[[int], bool] = lambda iteration: True
 
@@ -102,7 +111,9 @@ class Trainer:
         """One iteration, with its records; the weights that come out are published."""
         began = time.perf_counter()
         batch = self._pending or self._start(self.iteration)
-        played, rollout_seconds = batch.played.result()
+        attempted, rollout_seconds = batch.played.result()
+        attempted.check_some(self._task.name)
+        played = attempted.played
         self.policies.accepted()
         # Before judging: a policy that is replaced does not learn from what its predecessor played.
         staleness = {
@@ -117,9 +128,13 @@ class Trainer:
         changes = self.policies.learned(updates, accuracies(played), staleness)
         self.let_go()
         lanes = 2 if self._pending else 1
-        timing = Timing(rollout_seconds, learn_seconds, time.perf_counter() - began, lanes)
+        tokens, seconds = sampled_tokens(played), time.perf_counter() - began
+        self._pace.append((tokens, seconds))
+        timing = Timing(rollout_seconds, learn_seconds, seconds, lanes, tokens, pace(self._pace))
         report = Report(self.iteration, playing, played, judged, updates, staleness, timing)
         write_iteration(self._records, report, self.policies, self.society)
+        if attempted.failed:
+            self._skipped("training", len(attempted.failed), attempted.reason)
         for name, value in measured(self._metrics, played).items():
             self._records.write("metric", iteration=self.iteration, mode=playing, metric=name, value=value)
         for name, made in changes.items():
@@ -173,11 +188,11 @@ class Trainer:
         plans = self._mode_of(iteration).plan(self.society, planning)
         self.policies.started()
 
-        def work() -> tuple[list[PlayedEpisode], float]:
+        def work() -> tuple[Attempted, float]:
             began = time.perf_counter()
             seed = int(np.random.SeedSequence([self.config.seed, 2, iteration]).generate_state(1)[0])
-            played = play(self._task, plans, self._engine, self._codec, seed, self._settings)
-            return played, time.perf_counter() - began
+            found = attempt(self._task, plans, self._engine, self._codec, seed, self._settings)
+            return found, time.perf_counter() - began
 
         return _Batch(iteration, planning, self._sampler.submit(work))
 
@@ -195,18 +210,28 @@ class Trainer:
                 _log.warning("logprob_gap", policy=name, reason=alarm)
                 write_decision(self._records, self.iteration, self.playing, Decision("alarm", name, "", "", alarm))
 
+    def _skipped(self, where: str, episodes: int, reason: str) -> None:
+        """Say how many episodes failed: they are left out, and the run goes on."""
+        _log.warning("episodes_skipped", where=where, iteration=self.iteration, episodes=episodes, reason=reason)
+        write_skipped(self._records, self.iteration, where, episodes, reason)
+
     def evaluate(self) -> list[Comparison]:
         """Every policy beside the base model on held-out episodes, and against frozen opponents; with records."""
         mode = self._mode_of(max(0, self.iteration - 1)).name
-        found = []
+        found, players = [], {}
         for player in self.policies.players():
             # An adapter whose B is still zero is the base model: it need not be played to know how it plays.
             untrained = product_norm(self.policies.adapter(player.name)) == 0.0
-            played = Player(player.name, None) if untrained else player
+            players[player.name] = Player(player.name, None) if untrained else player
             for opponent in self._frozen(player.name):
-                one = self._evaluator.compare(played, opponent)
+                one = self._evaluator.compare(players[player.name], opponent)
                 write_comparison(self._records, self.iteration, mode, one, self.policies.version(player.name))
                 found.append(one)
+        if len(players) > 1:
+            write_leader(self._records, self.iteration, mode, self._evaluator.leader(players))
+        worst = max(found, key=lambda one: one.failed)
+        if worst.failed:
+            self._skipped("evaluation", worst.failed, worst.reason)
         return found
 
     def _frozen(self, policy: str) -> list[Player]:
@@ -251,9 +276,11 @@ class Trainer:
         assert isinstance(society, Mapping)
         assert isinstance(modes, list)
         self.society = Society.from_state(society)
-        for mode, saved in zip(self._modes, modes, strict=True):
+        # Phases that have not begun have no state yet, and there may be other ones than before.
+        begun = 1 + self.config.phase_at(max(0, self.iteration - 1))[0]
+        for mode, saved in zip(self._modes[:begun], modes, strict=False):
             mode.restore(saved)
-        if isinstance(sampling, Mapping):
+        if isinstance(sampling, Mapping) and self.iteration < self.config.iterations:
             self._sampling_with = {str(name): int(version) for name, version in sampling.items()}
             players = tuple(Player(name, AdapterKey(name, v), True) for name, v in self._sampling_with.items())
             self._pending = self._start(self.iteration, players)

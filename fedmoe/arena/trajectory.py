@@ -54,11 +54,15 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class PlayedEpisode:
-    """An episode with its turns, in the order they were taken, and its outcome."""
+    """An episode with its turns, in the order they were taken, and its outcome.
+
+    `question`: equal for episodes about the same question, see `task.question_of`.
+    """
 
     plan: EpisodePlan
     turns: tuple[Turn, ...]
     outcome: Outcome
+    question: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,8 @@ def _iteration(players: list[_Policy], iteration: int, iterations: int, rng: np.
     yield from _decisions(players, iteration, iterations, head)
     if iteration % _EVALUATE_EVERY == _EVALUATE_EVERY - 1 or iteration == iterations - 1:
         yield from ({**head, "kind": "evaluation", **_evaluation(player, share, rng)} for player in players)
+        if len(players) > 1:
+            yield {**head, "kind": "leader", **_leader(players, share)}
 
 
 def _reward(player: _Policy, share: float, rng: np.random.Generator) -> float:
@@ -191,6 +193,8 @@ def _evaluation(player: _Policy, share: float, rng: np.random.Generator) -> dict
         "policy": player.name,
         "opponent": "base model",
         "episodes": _EPISODES,
+        "questions": _EPISODES,
+        "few": False,
         "score": score[0],
         "low": score[1],
         "high": score[2],
@@ -200,6 +204,20 @@ def _evaluation(player: _Policy, share: float, rng: np.random.Generator) -> dict
         "win_rate": win[0],
         "win_low": win[1],
         "win_high": win[2],
+    }
+
+
+def _leader(players: list[_Policy], share: float) -> dict[str, Value]:
+    first, second = sorted(players, key=lambda player: -player.skill(share))[:2]
+    lead, half = first.skill(share) - second.skill(share), 1.96 * math.sqrt(0.5 / _EPISODES)
+    return {
+        "policy": first.name,
+        "apart": lead > half,
+        "rival": second.name,
+        "lead": lead,
+        "lead_low": lead - half,
+        "lead_high": lead + half,
+        "questions": _EPISODES,
     }
 
 

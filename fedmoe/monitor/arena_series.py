@@ -14,7 +14,7 @@ from fedmoe.record import Record, Value
 FloatArray = npt.NDArray[np.float64]
 
 #: Kinds of records an arena run writes.
-KINDS = ("run", "policy", "team", "credit", "rating", "evaluation", "decision", "timing", "system")
+KINDS = ("run", "policy", "team", "credit", "rating", "evaluation", "leader", "decision", "timing", "system")
 
 
 class NoRecordsError(ValueError):
@@ -45,6 +45,23 @@ class Table:
         """Mean of the column's last fifth (see `window`); NaN when there is none."""
         values = self.points(name)[1]
         return float(values[-window(len(values)) :].mean()) if len(values) else math.nan
+
+    def rate(self, name: str, per: str) -> float:
+        """Of the last fifth the sum of one column over that of another, where both are there; NaN when there is none.
+
+        Not the mean of the ratios, which a single short iteration would decide.
+        """
+        there = np.isfinite(self.column(name)) & np.isfinite(self.column(per))
+        recent = slice(-window(int(there.sum())), None)
+        above, below = self.column(name)[there][recent].sum(), self.column(per)[there][recent].sum()
+        return float(above / below) if below else math.nan
+
+    def weighted(self, name: str, by: str) -> float:
+        """Of the last fifth the mean of one column, weighed by another: of ratios that of their sums; NaN without."""
+        there = np.isfinite(self.column(name)) & np.isfinite(self.column(by))
+        recent = slice(-window(int(there.sum())), None)
+        weights = self.column(by)[there][recent]
+        return float((self.column(name)[there][recent] * weights).sum() / weights.sum()) if weights.sum() else math.nan
 
     def last(self, name: str) -> float:
         """The newest number of the column; NaN when there is none."""
@@ -85,7 +102,10 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One measurement on held-out episodes: the policy, the base model alone on the same, and games won of all."""
+    """One measurement on held-out episodes: the policy, the base model alone on the same, and games won of all.
+
+    `questions`: how many different ones the episodes were about; `few` where they are too few to say much of others.
+    """
 
     iteration: float
     mode: str
@@ -95,6 +115,18 @@ class Evaluation:
     base: Interval
     win: Interval
     episodes: float
+    questions: float = math.nan
+    few: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Leader:
+    """Whose held-out score is the best; only where it is `apart` from every other is it surely the best policy."""
+
+    policy: str
+    apart: bool
+    rival: str
+    lead: Interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +156,7 @@ class ArenaSeries:
     timing: Table
     system: Table
     evaluations: tuple[Evaluation, ...]
+    leader: Leader | None
     decisions: tuple[Decision, ...]
     modes: tuple[ModeBand, ...]
 
@@ -159,6 +192,7 @@ def arena_series(records: Iterable[Record]) -> ArenaSeries:
         timing=_table(by_kind["timing"]),
         system=_table(system),
         evaluations=_evaluations(by_kind["evaluation"]),
+        leader=_leader(by_kind["leader"]),
         decisions=_decisions(by_kind["decision"]),
         modes=_modes([*by_kind["team"], *by_kind["policy"]]),
     )
@@ -238,7 +272,7 @@ def _policies(by_kind: Mapping[str, Sequence[Record]]) -> tuple[str, ...]:
     named: dict[str, None] = {}
     for run in by_kind["run"]:
         named |= dict.fromkeys(name.strip() for name in _text(run.get("policies")).split(",") if name.strip())
-    for kind in ("policy", "rating", "credit", "evaluation"):
+    for kind in ("policy", "rating", "credit", "evaluation", "leader"):
         named |= dict.fromkeys(_text(record.get("policy")) for record in by_kind[kind] if record.get("policy"))
     return tuple(named)
 
@@ -272,11 +306,21 @@ def _evaluations(records: Iterable[Record]) -> tuple[Evaluation, ...]:
             base=_interval(record, "base_score", "base_low", "base_high"),
             win=_interval(record, "win_rate", "win_low", "win_high"),
             episodes=_number(record.get("episodes")),
+            questions=_number(record.get("questions")),
+            few=record.get("few") is True,
         )
         for record in records
         if math.isfinite(_number(record.get("iteration")))
     ]
     return tuple(sorted(found, key=lambda evaluation: evaluation.iteration))
+
+
+def _leader(records: Sequence[Record]) -> Leader | None:
+    if not records:
+        return None
+    newest = records[-1]
+    names = _text(newest.get("policy")), _text(newest.get("rival"))
+    return Leader(names[0], newest.get("apart") is True, names[1], _interval(newest, "lead", "lead_low", "lead_high"))
 
 
 def _interval(record: Record, value: str, low: str, high: str) -> Interval:

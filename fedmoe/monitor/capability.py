@@ -25,7 +25,7 @@ _BETA = 25 / 6
 def capabilities(series: ArenaSeries) -> dict[str, dict[str, float]]:
     """policy -> ability -> value in [0, 1], NaN where it was not recorded; `AXES` has the formulas."""
     recent = {policy: table.recent for policy, table in series.tables.items()}
-    efficiency = {policy: recent[policy]("efficiency_token") for policy in series.policies}
+    efficiency = {policy: series.tables[policy].weighted("efficiency_token", "tokens") for policy in series.policies}
     credit = {policy: table.recent("difference") for policy, table in series.credit.items()}
     return {
         policy: {

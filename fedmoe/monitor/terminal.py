@@ -46,6 +46,8 @@ class LiveView:
         self._run: Record = {}
         self._newest: dict[tuple[str, str], Record] = {}
         self._rewards: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_SPARKS))
+        self._skipped = 0
+        self._leader: Record = {}
         self._decisions: deque[Record] = deque(maxlen=_DECISIONS)
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
 
@@ -78,6 +80,10 @@ class LiveView:
             self._rewards[policy].append(_number(record, "reward"))
         elif kind == "decision":
             self._decisions.append(record)
+        elif kind == "leader":
+            self._leader = record
+        elif kind == "skipped":
+            self._skipped += int(_number(record, "episodes"))
         if self._live is not None:
             self._live.update(self._picture())
         else:
@@ -92,6 +98,12 @@ class LiveView:
             lines = [self._line(record)]
         elif kind == "decision":
             lines = [f"  {_decision(record)}"]
+        elif kind == "skipped":
+            lines = [f"  {_skipped(record)}"]
+        elif kind == "evaluation":
+            lines = [f"  {_evaluation(record)}"]
+        elif kind == "leader":
+            lines = [f"  {_leader(record)}"]
         for line in lines:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -112,6 +124,12 @@ class LiveView:
         if self._run:
             parts.append(Text(_head(self._run), style="bold"))
         parts += [self._progress(), self._policies(), Text(self._system(), style="dim")]
+        held_out = [record for (kind, _), record in self._newest.items() if kind == "evaluation"]
+        parts += [Text(_evaluation(record)) for record in held_out]
+        parts += [Text(_leader(self._leader))] if self._leader else []
+        if self._skipped:
+            newest = _skipped(self._newest["skipped", ""])
+            parts.append(Text(f"{self._skipped} episodes skipped so far; {newest}", style="red"))
         parts += [Text(_decision(decision)) for decision in self._decisions]
         return Group(*parts)
 
@@ -168,6 +186,32 @@ class LiveView:
         gpu = f"GPU {_show(record, 'gpu_percent', 0)} %" if record.get("gpu_percent") is not None else "no GPU"
         disk = f"disk {_show(record, 'disk_percent', 0)} %"
         return f"CPU {_show(record, 'cpu_percent', 0)} %   {memory}   {gpu}   {disk}"
+
+
+def _skipped(record: Record) -> str:
+    return f"{_show(record, 'episodes', 0)} episodes of {record.get('where')} skipped: {record.get('reason')}"
+
+
+def _evaluation(record: Record) -> str:
+    """A held-out comparison with what it rests on, and a warning where that is little."""
+    said = (
+        f"{record.get('policy')} held out {_show(record, 'score')} [{_show(record, 'low')}, {_show(record, 'high')}], "
+        f"base {_show(record, 'base_score')}"
+    )
+    questions = _number(record, "questions")
+    if not math.isfinite(questions):
+        return said
+    few = " only: too few to say much of others" if record.get("few") is True else ""
+    return f"{said}, {questions:.0f} different questions{few}"
+
+
+def _leader(record: Record) -> str:
+    """Who is the best, if anybody surely is."""
+    policy, rival = record.get("policy"), record.get("rival")
+    lead = f"{_show(record, 'lead')} [{_show(record, 'lead_low')}, {_show(record, 'lead_high')}]"
+    if record.get("apart") is True:
+        return f"best policy {policy}, ahead of {rival} by {lead}"
+    return f"the best policies are not told apart: {policy} is ahead of {rival} by {lead}"
 
 
 def _number(record: Record, field: str) -> float:

@@ -26,7 +26,7 @@ class LettersEpisode:
         return () if self._said else tuple(range(self._lineup.seats))
 
     def observe(self, seat: int) -> tuple[Message, ...]:
-        return (Message("user", f"Say letters, number {self._seed % 7}."),)
+        return (Message("user", f"Say letters, number {self._seed}."),)
 
     def act(self, actions: Mapping[int, str]) -> None:
         check_actions(self.to_act(), actions)

@@ -12,7 +12,7 @@ from letters import LettersEpisode, LettersTask, made_outcome
 
 from fedmoe.arena.engines.protocol import AdapterKey, Sample, SampleRequest
 from fedmoe.arena.evaluate import CHANCE, Comparison, Evaluator, Interval
-from fedmoe.arena.rollout import RolloutSettings
+from fedmoe.arena.rollout import RolloutError, RolloutSettings
 from fedmoe.arena.task import HELD_OUT, Lineup, Message, Outcome
 from fedmoe.arena.trajectory import Player
 
@@ -63,19 +63,6 @@ def evaluator(
         seed,
         RolloutSettings(),
     )
-
-
-def test_a_constant_has_an_interval_of_no_width() -> None:
-    assert Interval.of(np.full(7, 0.25)) == Interval(0.25, 0.25, 0.25)
-
-
-def test_an_interval_is_as_wide_as_the_binomial_says() -> None:
-    values = np.repeat([0.0, 1.0], 200)
-    found = Interval.of(values)
-    half = 1.96 * 0.5 / np.sqrt(400)
-    assert found.mean == 0.5
-    assert found.low == pytest.approx(0.5 - half, abs=0.01)
-    assert found.high == pytest.approx(0.5 + half, abs=0.01)
 
 
 @pytest.mark.parametrize("task", [LettersTask(), DUEL], ids=["alone", "game"])
@@ -176,7 +163,7 @@ def test_games_alternate_seats_on_the_same_deal() -> None:
     task = FirstWins()
     found = evaluator(task, episodes=20).compare(GOOD)
     assert (found.score.mean, found.wins.mean, found.valid) == (0.5, 0.5, 0.75)
-    assert found.wins.low < 0.5 < found.wins.high
+    assert (found.wins.low, found.wins.high) == (0.5, 0.5), "every deal was even"
     one_match = Counter(task.seeds[:20])
     assert one_match == {HELD_OUT + number: 2 for number in range(10)}
     assert set(task.seeds) == set(one_match), "every match has the same deals"
@@ -195,12 +182,40 @@ def test_only_held_out_problems_are_asked() -> None:
 
 def test_a_comparison_says_what_is_significant() -> None:
     def made(gain: Interval, wins: Interval) -> Comparison:
-        return Comparison("p", "base", 10, Interval(0.5, 0.4, 0.6), Interval(0.5, 0.4, 0.6), gain, wins, 1.0)
+        return Comparison("p", "base", 10, Interval(0.5, 0.4, 0.6), Interval(0.5, 0.4, 0.6), gain, wins, 1.0, 10)
 
     above, across = Interval(0.1, 0.01, 0.2), Interval(0.1, 0.0, 0.2)
     won, level = Interval(0.7, 0.51, 0.9), Interval(0.6, 0.5, 0.7)
     assert (made(above, level).better, made(above, level).beats) == (True, False)
     assert (made(across, won).better, made(across, won).beats) == (False, True)
+
+
+@dataclass(frozen=True)
+class SevenQuestions(LettersTask):
+    """Whatever the seed, one of seven questions, each put in two ways; every answer to one is the same."""
+
+    contents: bool = True
+
+    def start(self, seed: int, lineup: Lineup) -> LettersEpisode:
+        return (_Asking if self.contents else LettersEpisode)(self, seed % 7, lineup)
+
+
+class _Asking(LettersEpisode):
+    @property
+    def content(self) -> str:
+        return str(self._seed // 2)
+
+
+@pytest.mark.parametrize(("contents", "questions"), [(True, 4), (False, 7)])
+def test_episodes_about_the_same_question_count_once(contents: bool, questions: int) -> None:
+    found = evaluator(SevenQuestions(contents=contents), episodes=140).compare(GOOD)
+    assert (found.episodes, found.questions, found.few) == (140, questions, True)
+    many = evaluator(episodes=140).compare(GOOD)
+    assert (many.questions, many.few) == (140, False)
+
+
+def test_both_seatings_of_a_deal_are_one_question() -> None:
+    assert evaluator(DUEL, episodes=20).compare(GOOD).questions == 10
 
 
 def test_nobody_is_asked_for_what_chance_plays_and_nothing_is_played_twice() -> None:
@@ -210,3 +225,40 @@ def test_nobody_is_asked_for_what_chance_plays_and_nothing_is_played_twice() -> 
     assert engine.players() == {"good": 6, "base": 6}
     found.compare(GOOD)
     assert engine.players() == {"good": 12, "base": 12}, "only the match between the two was new"
+
+
+def test_the_best_is_named_only_where_it_is_apart_from_every_other() -> None:
+    found = evaluator()
+    leader = found.leader({"bad": BAD, "good": GOOD, "equal": EQUAL})
+    assert (leader.policy, leader.rival, leader.apart, leader.questions) == ("good", "equal", True, 60)
+    assert leader.lead.mean == pytest.approx(found.compare(GOOD).score.mean - found.compare(EQUAL).score.mean)
+    twins = found.leader({"one": EQUAL, "other": Player("other", None), "bad": BAD})
+    assert (twins.apart, twins.lead.mean) == (False, 0.0)
+
+
+class SomeFail(LettersTask):
+    """Every third episode breaks when it is scored."""
+
+    def start(self, seed: int, lineup: Lineup) -> LettersEpisode:
+        return (_Broken if seed % 3 == 0 else LettersEpisode)(self, seed, lineup)
+
+
+class _Broken(LettersEpisode):
+    def outcome(self) -> Outcome:
+        raise ZeroDivisionError("no score")
+
+
+def test_episodes_that_fail_are_left_out_of_both_sides_and_counted() -> None:
+    found = evaluator(SomeFail(), episodes=30).compare(GOOD)
+    assert (found.episodes, found.questions, found.failed) == (20, 20, 10)
+    assert "no score" in found.reason
+    assert found.gain.mean > 0
+
+
+def test_where_all_held_out_episodes_fail_the_reason_is_told() -> None:
+    class AllFail(SomeFail):
+        def start(self, seed: int, lineup: Lineup) -> LettersEpisode:
+            return _Broken(self, seed, lineup)
+
+    with pytest.raises(RolloutError, match=r"no held-out episode of test:letters came to its end.*no score"):
+        evaluator(AllFail(), episodes=4).compare(GOOD)

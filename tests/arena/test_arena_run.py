@@ -334,9 +334,26 @@ def test_another_configuration_cannot_go_on_with_a_run(tmp_path: Path) -> None:
     stopped_after(tmp_path, 2)
     before = (tmp_path / METRICS).read_bytes()
     other = run_config().model_copy(update={"seed": 4})
-    with pytest.raises(RunError, match="was made with another configuration; pass that one, --fresh or another --out"):
+    advice = "seed: 3 in the checkpoint, 4 now. Set these back, or begin anew with --fresh or another --out"
+    with pytest.raises(RunError, match=f"was made with another configuration, after 2 iterations: {advice}"):
         run(tmp_path, other, resume=True)
     assert (tmp_path / METRICS).read_bytes() == before
+
+
+def test_more_iterations_and_another_evaluation_may_go_on_and_are_told(tmp_path: Path) -> None:
+    config = run_config()
+    assert run(tmp_path, config) == Ending("finished")
+    last = config.phases[-1]
+    phases = (*config.phases[:-1], last.model_copy(update={"iterations": last.iterations + 1}))
+    more = config.model_copy(
+        update={"phases": phases, "evaluation": config.evaluation.model_copy(update={"episodes": 9})}
+    )
+    assert run(tmp_path, more, resume=True) == Ending("finished")
+    told = [str(record["after"]) for record in of_kind(tmp_path, "decision") if record["what"] == "configuration"]
+    assert len(told) == 2
+    assert "evaluation.episodes: 6 in the checkpoint, 9 now" in told
+    newest = [record for record in of_kind(tmp_path, "evaluation") if record["iteration"] == more.iterations]
+    assert {record["episodes"] for record in newest} == {9}
 
 
 def test_a_start_that_was_refused_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,14 +285,14 @@ def test_the_digest_of_a_configuration_knows_no_order_but_every_value() -> None:
 def test_another_configuration_is_told_key_by_key(tmp_path: Path) -> None:
     kept = load(saved(tmp_path)).config
     now = {"seed": 8, "task": "reasoning:chain_sum", "policies": {"solver": {"rank": 8}}}
-    assert config_differences(kept, now) == [
-        "policies.solver.rank: absent in the checkpoint, 8 now",
-        "seed: 7 in the checkpoint, 8 now",
-    ]
-    assert config_differences(kept, {"seed": 7, "task": "reasoning:chain_sum"}) == []
-    assert config_differences({"names": ("a", "b"), "on": 1}, {"names": ["a", "b"], "on": True}) == [
-        "on: 1 in the checkpoint, true now"
-    ]
+    assert config_differences(kept, now) == {
+        "policies.solver.rank": "policies.solver.rank: absent in the checkpoint, 8 now",
+        "seed": "seed: 7 in the checkpoint, 8 now",
+    }
+    assert config_differences(kept, {"seed": 7, "task": "reasoning:chain_sum"}) == {}
+    assert config_differences({"names": ("a", "b"), "on": 1}, {"names": ["a", "b"], "on": True}) == {
+        "on": "on: 1 in the checkpoint, true now"
+    }
 
 
 def test_a_state_says_how_much_room_it_needs(tmp_path: Path) -> None:

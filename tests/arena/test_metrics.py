@@ -19,6 +19,14 @@ def not_a_number(played: Sequence[PlayedEpisode]) -> float:
     return float("nan")
 
 
+def infinite(played: Sequence[PlayedEpisode]) -> float:
+    return float("inf")
+
+
+def broken(played: Sequence[PlayedEpisode]) -> float:
+    return sum(episode.outcome.seat_scores[0] for episode in played) / len(played)
+
+
 def _offer(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     points = [EntryPoint(name, f"{__name__}:{name}", metrics.ENTRY_POINTS) for name in names]
     monkeypatch.setattr(metrics, "entry_points", lambda group: points)
@@ -39,10 +47,13 @@ def test_two_metrics_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         metrics.installed_metrics()
 
 
-def test_a_metric_must_give_a_finite_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    _offer(monkeypatch, "not_a_number")
-    with pytest.raises(metrics.MetricError, match="not_a_number"):
-        metrics.measured(metrics.installed_metrics(), [])
+@pytest.mark.parametrize("name", ["not_a_number", "infinite", "broken"])
+def test_a_metric_without_a_number_is_missing_and_the_others_are_measured(
+    monkeypatch: pytest.MonkeyPatch, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _offer(monkeypatch, name, "how_many")
+    assert metrics.measured(metrics.installed_metrics(), []) == {name: None, "how_many": 0.0}
+    assert name in capsys.readouterr().out
 
 
 def test_what_is_no_callable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,7 @@ def test_a_policys_scores_have_their_intervals_and_the_gain_between_first_and_la
         "low": 0.44,
         "high": 0.56,
         "episodes": None,
+        "questions": None,
     }
     assert held_out["base_model"] == {"base_score": 0.24, "base_low": 0.2, "base_high": 0.3}
     assert held_out["gain"] == 0.25
@@ -204,6 +205,7 @@ def test_the_report_says_when_on_what_how_much_how_fast_and_how_it_ended_e12() -
     assert built["work"] == {
         "iterations": 2,
         "episodes": 8,
+        "skipped_episodes": 0,
         "weight_updates": 2,
         "rollout_seconds": 3.0,
         "learn_seconds": 1.5,
@@ -303,3 +305,26 @@ def test_the_environment_names_versions_and_hardware_but_no_machine_and_no_perso
 def test_the_processor_is_named_or_else_its_architecture() -> None:
     assert processor_name("processor : 0\nmodel name\t: Fast CPU 9000\nflags: a b\n") == "Fast CPU 9000"
     assert processor_name("") != ""
+
+
+def test_the_best_policy_has_a_name_only_where_it_is_apart() -> None:
+    leader: Record = {"kind": "leader", "policy": "a", "rival": "b", "lead": 0.1, "lead_low": 0.02, "questions": 60}
+    best = build_results(sort_records([{**leader, "apart": True}]))["best"]
+    assert isinstance(best, dict)
+    assert (best["policy"], best["rival"], best["lead_low"]) == ("a", "b", 0.02)
+    best = build_results(sort_records([{**leader, "apart": False}]))["best"]
+    assert isinstance(best, dict)
+    assert (best["policy"], best["apart"]) == (None, False)
+    assert build_results(sort_records([]))["best"] is None
+
+
+def test_the_report_warns_of_skipped_episodes_and_few_questions() -> None:
+    skipped: Record = {"kind": "skipped", "where": "training", "episodes": 3, "reason": "a bug"}
+    records = [skipped, {**skipped, "iteration": 1}, evaluation(0, "solver", score=0.5, questions=18)]
+    report = build_report(
+        sort_records(records), config={}, environment={}, started=0.0, ended=1.0, ending=Ending("finished")
+    )
+    first, second = report["warnings"]  # type: ignore[misc]
+    assert first == "6 episodes of training failed and were left out, the last by a bug"
+    assert "over 18 different questions only" in second
+    assert report["work"]["skipped_episodes"] == 6  # type: ignore[index]

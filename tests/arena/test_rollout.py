@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe.arena.engines.protocol import AdapterKey, EngineError, Sample, SampleRequest
-from fedmoe.arena.rollout import RolloutError, RolloutSettings, play
+from fedmoe.arena.rollout import RolloutError, RolloutSettings, attempt, play
 from fedmoe.arena.task import Episode, Lineup, Message, Outcome, TaskError, check_actions
 from fedmoe.arena.trajectory import RANDOM, EpisodePlan, PlayedEpisode, Player
 from fedmoe.lora.adapter import Adapter
@@ -265,3 +265,72 @@ def test_what_the_engine_refuses_is_not_hidden() -> None:
 
     with pytest.raises(EngineError, match="alice@3"):
         play(CountingTask(), [plan(0)], Refusing(), LetterCodec(), 1)
+
+
+class FragileTask(CountingTask):
+    """Breaks in one place for odd seeds."""
+
+    name = "fragile"
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place = place
+
+    def start(self, seed: int, lineup: Lineup) -> Episode:
+        if seed % 2 and self.place == "start":
+            raise KeyError("no such level")
+        episode = super().start(seed, lineup)
+        if seed % 2 and self.place != "random_action":
+            setattr(episode, self.place, self._broken)
+        return episode
+
+    def random_action(self, episode: Episode, seat: int, rng: np.random.Generator) -> str:
+        if self.place == "random_action" and self.started[-1].seed % 2:
+            raise KeyError("no such level")
+        return super().random_action(episode, seat, rng)
+
+    def _broken(self, *arguments: object) -> None:
+        raise KeyError("no such level")
+
+
+@pytest.mark.parametrize("place", ["start", "to_act", "observe", "act", "outcome"])
+def test_an_episode_that_fails_ends_alone_and_is_counted(place: str) -> None:
+    plans = [plan(0), plan(1), plan(2), plan(3, sample=1)]
+    found = attempt(FragileTask(place), plans, FakeEngine(), LetterCodec(), 1)
+    assert [one.plan for one in found.failed] == [plans[1], plans[3]]
+    assert found.reason == "KeyError: 'no such level'"
+    whole = play(CountingTask(), [plans[0], plans[2]], FakeEngine(), LetterCodec(), 1)
+    assert [said(one) for one in found.played] == [said(one) for one in whole]
+    found.check_some("fragile")
+    with pytest.raises(KeyError, match="no such level"):
+        play(FragileTask(place), plans, FakeEngine(), LetterCodec(), 1)
+
+
+def test_chance_that_fails_ends_its_episode_only() -> None:
+    found = attempt(FragileTask("random_action"), [plan(0), plan(1, (CHANCE, BOB))], FakeEngine(), LetterCodec(), 1)
+    assert ([one.plan.seed for one in found.played], [one.plan.seed for one in found.failed]) == ([0], [1])
+
+
+def test_where_every_episode_fails_the_reason_is_told() -> None:
+    found = attempt(FragileTask("act"), [plan(1), plan(3)], FakeEngine(), LetterCodec(), 1)
+    with pytest.raises(RolloutError, match="all 2 episodes of fragile failed, the first by KeyError: 'no such level'"):
+        found.check_some("fragile")
+
+
+def test_a_prompt_without_room_for_an_answer_fails_and_a_long_one_gets_what_is_left() -> None:
+    engine, length = FakeEngine(), len("0 0 []")
+    found = attempt(CountingTask(), [plan(0, (ALICE,))], engine, LetterCodec(), 1, RolloutSettings(context=length + 2))
+    assert not found.failed
+    assert [one.max_new_tokens for one in engine.batches[0]] == [2]
+    full = RolloutSettings(context=length)
+    found = attempt(CountingTask(), [plan(0, (ALICE,))], FakeEngine(), LetterCodec(), 1, full)
+    assert "6 tokens, the model and its engine take 6" in found.reason
+
+
+def test_a_machine_without_memory_is_no_episodes_fault() -> None:
+    class Full(FragileTask):
+        def _broken(self, *arguments: object) -> None:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        attempt(Full("act"), [plan(0), plan(1)], FakeEngine(), LetterCodec(), 1)

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from letters import LettersTask
+from letters import LettersEpisode, LettersTask
 from tiny_arena import NAMES, Arena, opened, tiny_config
 
 from fedmoe.arena.config import EvaluationSection
@@ -16,7 +16,9 @@ from fedmoe.arena.learner import Learner, PolicyUpdate
 from fedmoe.arena.modes import competitive
 from fedmoe.arena.policies import PERTURBATION
 from fedmoe.arena.rating import Rating
+from fedmoe.arena.rollout import RolloutError
 from fedmoe.arena.survival import Replacement
+from fedmoe.arena.task import Lineup, Outcome
 from fedmoe.arena.trajectory import Example, Turn
 from fedmoe.lora.adapter import Adapter
 
@@ -72,6 +74,40 @@ def test_training_finds_what_is_rewarded() -> None:
         found = {one.policy: one for one in arena.trainer.evaluate() if one.opponent == "base"}
         gains = {name: one.gain for name, one in found.items()}
         assert sum(gain.low > 0 for gain in gains.values()) >= 3, gains
+
+
+class _Broken(LettersEpisode):
+    def outcome(self) -> Outcome:
+        raise ZeroDivisionError("no score")
+
+
+class SomeFail(LettersTask):
+    """Every second seed breaks when it is scored; with `every` all do."""
+
+    every = False
+
+    def start(self, seed: int, lineup: Lineup) -> LettersEpisode:
+        return (_Broken if seed % 2 or self.every else LettersEpisode)(self, seed, lineup)
+
+
+@pytest.mark.parametrize("mode", ["cooperative", "team_battle", "mixed"])
+def test_episodes_that_fail_are_left_out_counted_and_end_nothing(mode: str) -> None:
+    with opened(tiny_config([(mode, 2)], groups=6), SomeFail()) as arena:
+        arena.trainer.evaluate()
+        arena.iterate(2)
+        skipped = arena.kept.of("skipped")
+        assert {record["where"] for record in skipped} == {"training", "evaluation"}
+        assert all("no score" in str(record["reason"]) and record["episodes"] for record in skipped)
+        assert [arena.policies.version(name) for name in NAMES] == [2] * 4
+
+
+def test_an_iteration_of_which_every_episode_fails_ends_the_run_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SomeFail, "every", True)
+    reason = "episodes of test:letters failed, the first by ZeroDivisionError"
+    with opened(tiny_config([("competitive", 2)]), SomeFail()) as arena, pytest.raises(RolloutError, match=reason):
+        arena.trainer.iterate()
 
 
 @pytest.mark.parametrize("bound", [0, 1])

@@ -16,6 +16,7 @@ from matplotlib.text import Text
 
 from fedmoe.demo.arena_sample import sample_records
 from fedmoe.monitor.arena_charts import CHARTS, arena_pictures
+from fedmoe.monitor.arena_charts.dashboard import tiles
 from fedmoe.monitor.arena_charts.style import DPI, plain
 from fedmoe.monitor.arena_series import KINDS, ArenaSeries, arena_series
 from fedmoe.monitor.picture import png
@@ -150,3 +151,15 @@ def test_equal_records_give_equal_pictures(name: str) -> None:
 def test_text_of_records_is_one_short_line_and_no_formula() -> None:
     assert plain("a\n b $x$") == r"a b \$x\$"
     assert plain("abcdefghij", 7) == "abc…hij"
+
+
+@pytest.mark.parametrize(("apart", "number"), [(True, "a"), (False, "not told apart")])
+def test_the_dashboard_names_a_best_policy_only_where_it_is_apart(apart: bool, number: str) -> None:
+    leader: Record = {"at": 1.0, "kind": "leader", "policy": "a", "rival": "b", "iteration": 3, "apart": apart}
+    label, shown, *_ = tiles(arena_series([leader]))[0]
+    assert (label, shown) == ("Best policy, held out", number)
+
+
+def test_without_a_comparison_there_is_no_best_policy() -> None:
+    policy: Record = {"at": 1.0, "kind": "policy", "policy": "a", "iteration": 3, "reward": 0.9}
+    assert tiles(arena_series([policy]))[0][1] == "–"

@@ -122,3 +122,26 @@ def test_the_recent_values_are_some_but_not_most(count: int) -> None:
 def test_an_average_over_one_value_changes_nothing() -> None:
     values = series_of().tables["solver"].column("reward")
     assert smoothed(values, 1.0) == pytest.approx(values)
+
+
+def test_a_rate_is_that_of_the_sums_and_no_short_iteration_decides_it() -> None:
+    seconds = [10.0] * 27 + [0.1] + [10.0] * 2
+    records: list[Record] = [
+        {"at": 1.0, "kind": "timing", "iteration": number, "tokens": 3000, "iteration_seconds": one}
+        for number, one in enumerate(seconds)
+    ]
+    timing = arena_series(records).timing
+    assert timing.rate("tokens", "iteration_seconds") == pytest.approx(6 * 3000 / 50.1)
+    assert math.isnan(timing.rate("tokens", "nothing"))
+    ratios: list[Record] = [
+        {"at": 1.0, "kind": "policy", "policy": "a", "iteration": number, "tokens": tokens, "efficiency_token": ratio}
+        for number, (tokens, ratio) in enumerate([(100, 1.0), (900, 2.0)] * 15)
+    ]
+    assert arena_series(ratios).tables["a"].weighted("efficiency_token", "tokens") == pytest.approx(1.9)
+
+
+def test_who_is_the_best_is_known_as_recorded() -> None:
+    leader: Record = {"at": 1.0, "kind": "leader", "policy": "a", "rival": "b", "iteration": 3, "apart": True}
+    found = arena_series([{**leader, "apart": False}, leader]).leader
+    assert found is not None
+    assert (found.policy, found.rival, found.apart) == ("a", "b", True)

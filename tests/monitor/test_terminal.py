@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 
+import pytest
 from arena_records import real
 from rich.console import Console
 
@@ -72,3 +73,39 @@ def test_missing_numbers_are_dashes_and_markup_is_text() -> None:
     assert "[b]m" in text
     assert "–" in text
     assert "no GPU" in text
+
+
+HELD_OUT: Record = {
+    "kind": "evaluation",
+    "policy": "a",
+    "opponent": "base",
+    "iteration": 3,
+    "at": 1.0,
+    "questions": 18,
+    "few": True,
+    "score": 0.5,
+    "low": 0.4,
+    "high": 0.6,
+    "base_score": 0.3,
+}
+LEADER: Record = {
+    "kind": "leader",
+    "policy": "a",
+    "rival": "b",
+    "iteration": 3,
+    "at": 1.0,
+    "apart": False,
+    "lead": 0.1,
+    "lead_low": -0.02,
+    "lead_high": 0.22,
+}
+SKIPPED: Record = {"kind": "skipped", "at": 1.0, "iteration": 3, "where": "training", "episodes": 4, "reason": "a bug"}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_comparisons_say_what_they_rest_on_and_skipped_episodes_why(terminal: bool) -> None:
+    text = shown([HELD_OUT, LEADER, SKIPPED], terminal)
+    assert "a held out 0.50 [0.40, 0.60], base 0.30, 18 different questions only: too few" in text
+    assert "the best policies are not told apart: a is ahead of b by 0.10 [-0.02, 0.22]" in text
+    assert "4 episodes of training skipped: a bug" in text
+    assert "best policy a, ahead of b" in shown([{**LEADER, "apart": True}], terminal)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +57,10 @@ class Sample:
 
 
 class Engine(Protocol):
-    """A source of samples that holds several adapters at once."""
+    """A source of samples that holds several adapters at once.
+
+    It may have a `context`: the most tokens of prompt and answer together, see `context_of`.
+    """
 
     def load(self, key: AdapterKey, adapter: Adapter) -> None:
         """Make one version of one policy available; loading a key again is an error."""
@@ -82,3 +85,18 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give back what the engine holds."""
         ...
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """An engine that knows how long a request may be."""
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens of prompt and answer together; None where it is not known."""
+        ...
+
+
+def context_of(engine: Engine) -> int | None:
+    """The most tokens of prompt and answer together that the engine takes, if it knows."""
+    return engine.context if isinstance(engine, Bounded) else None

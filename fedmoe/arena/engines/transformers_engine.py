@@ -32,6 +32,12 @@ class TransformersEngine:
         self.limits = limits or SamplingLimits()
         self._stop_tokens = stop_tokens(base)
 
+    @property
+    def context(self) -> int | None:
+        """The positions that the base model was made for, if its configuration names them."""
+        found = getattr(self._base.model.config, "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
+
     def load(self, key: AdapterKey, adapter: Adapter) -> None:
         """Make a version available."""
         if key in self._keys:

@@ -96,6 +96,8 @@ class VllmEngine:
         #: Whoever generates on this server is together here. vLLM 0.32 dies (on a CPU) where a prompt is scored in one
         #: batch with other requests: it applies their rows' adapters to the prompt's logits.
         self.turnstile = Turnstile()
+        #: The most tokens of prompt and answer together, if the server says so.
+        self.context: int | None = None
         self._changing = threading.Lock()
         self._closed = False
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -200,6 +202,7 @@ class VllmEngine:
         served = self._client.models()
         if self._model not in served:
             raise EngineError(f"the server has no model {self._model!r}; it serves {', '.join(sorted(served))}")
+        self.context = self._client.context(self._model)
         self._client.check_lora_routes()
         if self._client.facts().lora is False:
             raise EngineError("the vLLM server runs without adapters; start it with --enable-lora")

@@ -12,7 +12,7 @@ import stamina
 from pydantic import BaseModel, ValidationError
 
 from fedmoe.arena.engines.protocol import EngineError
-from fedmoe.arena.engines.vllm_messages import Choice, Completion, ModelList, ServerFacts, read_metrics
+from fedmoe.arena.engines.vllm_messages import Choice, Completion, ModelCard, ModelList, ServerFacts, read_metrics
 
 Message = TypeVar("Message", bound=BaseModel)
 
@@ -76,9 +76,16 @@ class VllmClient:
 
     def models(self) -> dict[str, str]:
         """Everything served, base model and adapters: name -> path it was loaded from."""
+        return {card.id: card.root or "" for card in self._cards()}
+
+    def context(self, model: str) -> int | None:
+        """The most tokens of prompt and answer together that the server takes, if it says so."""
+        return next((card.max_model_len for card in self._cards() if card.id == model), None)
+
+    def _cards(self) -> list[ModelCard]:
         with _explaining():
             answer = self._retried("GET", "/v1/models")
-        return {card.id: card.root or "" for card in _parsed(answer, ModelList).data}
+        return _parsed(answer, ModelList).data
 
     def facts(self) -> ServerFacts:
         """What the server's metrics tell about it; nothing where it has none."""

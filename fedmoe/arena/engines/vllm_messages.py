@@ -31,10 +31,11 @@ _WRONG_MODE = "start the server with --logprobs-mode processed_logprobs"
 
 
 class ModelCard(BaseModel):
-    """A model or adapter being served; `root` is the path it was loaded from."""
+    """A model or adapter being served; `root` is the path it was loaded from, `max_model_len` the context in tokens."""
 
     id: str
     root: str | None = None
+    max_model_len: int | None = None
 
 
 class ModelList(BaseModel):

@@ -76,6 +76,8 @@ class TeamBattle:
         decisions = []
         for (group, index), (key, choice) in self._choices.items():
             scores = [one.outcome.team_scores for one in played if one.plan.group == group]
+            if not scores:  # every episode of the group failed: the choice has earned nothing yet
+                continue
             leads = [own[index] - own[1 - index] for own in scores]
             # Zero-sum in [0, 1]: 0.5 is level.
             reward = 0.5 + 0.5 * sum(leads) / len(leads)

@@ -29,6 +29,11 @@ class CommitteeEpisode:
         self._drafting = bool(self._drafters)
         self._outcome: Outcome | None = None
 
+    @property
+    def content(self) -> str:
+        """What the question is about: equal for questions that differ in order and wording only."""
+        return self._problem.content
+
     def to_act(self) -> tuple[int, ...]:
         """The drafters, then all."""
         if self._outcome:

@@ -31,6 +31,11 @@ class Problem(Protocol):
         """The stored right answer (there may be others)."""
         ...
 
+    @property
+    def content(self) -> str:
+        """What is asked apart from how: equal where operands are swapped or only the wording differs."""
+        ...
+
     def score(self, answer: str) -> float:
         """How right `answer` is, in [0, 1]; never raises, whatever the text."""
         ...
@@ -60,7 +65,7 @@ class ProblemSet(Protocol):
         ...
 
     def draw(self, seed: int) -> Problem:
-        """The problem of `seed`; no problem of a seed from `HELD_OUT` on is ever drawn by a seed below."""
+        """The problem of `seed`; no content of a seed from `HELD_OUT` on is ever drawn by a seed below."""
         ...
 
     def guess(self, rng: np.random.Generator) -> str:

@@ -18,6 +18,7 @@ from typing import Protocol, cast
 import numpy as np
 
 from fedmoe.arena.task import HELD_OUT, Episode, Lineup, Message, Outcome, TaskError, check_actions, check_lineup
+from fedmoe.arena.tasks.content import Reading
 from fedmoe.arena.tasks.problems import INSTRUCTION, Ballot, Problem, ProblemSet, read_answer
 
 Option = int | float | str | bool
@@ -38,17 +39,24 @@ EXECUTES_ANSWERS = frozenset(
     }
 )
 
-# One question in five is held out, chosen by its text: then no training seed can ever draw it.
+# One content in five is held out, chosen by itself: then no training seed can ever draw it, however it is put.
 _HELD_OUT_SHARE = 5
 _ATTEMPTS = 200
 #: Without an example a small model explains itself at length; with four it answers in the form asked for.
 _EXAMPLES = 4
 _SAMPLE = 4
+#: So many draws say what of a question is its content, and how long answers are; a quarter more is left as room.
+_SURVEY = 512
+#: Fewer draws of data sets that take a fifth of a second to five seconds for one.
+_SLOW: Mapping[str, int] = {"futoshiki": 16, "knight_swap": 16, "sokoban": 16, "sudoku": 64, "zebra_puzzles": 16}
+_MARGIN = 1.25
+_MOST_TOKENS = 32768
 # Room for an end-of-sequence token, a leading line break and <answer></answer> around the answer.
 _SLACK_TOKENS = 12
 _NONSENSE = "(nothing)"
 # Scorers that compute with exact fractions would write out all digits of 1e999999999.
 _HUGE = re.compile(r"e[+-]?[\d_]{3}", re.IGNORECASE)
+_OWN_OPTIONS = ("examples", "max_answer_tokens")
 _lock = threading.Lock()
 
 
@@ -94,6 +102,7 @@ class ReasoningProblem:
 
     question: str
     answer: str
+    content: str
     dataset: _Dataset
     entry: Mapping[str, object]
 
@@ -109,10 +118,24 @@ class ReasoningProblem:
         return min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Survey:
+    """What many problems say of a data set: its content, the bytes of its longest answer, answers of several lines."""
+
+    reading: Reading
+    longest: int
+    multiline: bool
+
+
+_surveys: dict[tuple[str, tuple[tuple[str, Option], ...]], _Survey] = {}
+
+
 class ReasoningProblems:
-    """The problems of one reasoning-gym data set; `options` are the fields of its configuration, and `examples`.
+    """The problems of one reasoning-gym data set; `options` are the fields of its configuration, and two more.
 
     `examples` (4 unless given) training problems are shown with their answers before every question.
+    `max_answer_tokens`: how many tokens an answer may have; else a quarter more than the bytes of the longest answer
+    of 512 problems (fewer where one takes long), and 12: no tokenizer makes more tokens than bytes.
     """
 
     def __init__(self, dataset: str, options: Mapping[str, Option] = NO_OPTIONS) -> None:
@@ -125,14 +148,28 @@ class ReasoningProblems:
         self.name = dataset
         self._options = dict(options)
         shown = self._options.pop("examples", _EXAMPLES)
+        room = self._options.pop("max_answer_tokens", None)
         self._check_options()
         self._shared = self._shareable()
-        sample = [self.draw(seed) for seed in (*range(_SAMPLE), HELD_OUT)]
-        self._check_scores(sample)
-        self.multiline = any("\n" in problem.answer for problem in sample)
+        survey = self._surveyed()
+        self._reading, self.multiline = survey.reading, survey.multiline
+        self._check_scores([self.draw(seed) for seed in (*range(_SAMPLE), HELD_OUT)])
         self.examples = self._shown(shown)
-        # No tokenizer makes more tokens than there are bytes.
-        self.max_answer_tokens = max(len(problem.answer.encode()) for problem in sample) + _SLACK_TOKENS
+        self.max_answer_tokens = math.ceil(survey.longest * _MARGIN) + _SLACK_TOKENS if room is None else _room(room)
+
+    def _surveyed(self) -> _Survey:
+        """Known for the rest of the process, since it takes seconds."""
+        key = (self.name, tuple(sorted(self._options.items())))
+        if key not in _surveys:
+            seeds = np.random.SeedSequence(_SURVEY).generate_state(_SLOW.get(self.name, _SURVEY))
+            drawn = [self._entry(int(seed))[1] for seed in seeds]
+            answers = [_answer(entry) for entry in drawn]
+            _surveys[key] = _Survey(
+                Reading.of([str(entry["question"]) for entry in drawn]),
+                max(len(answer.encode()) for answer in answers),
+                any("\n" in answer for answer in answers),
+            )
+        return _surveys[key]
 
     def _shown(self, count: Option) -> tuple[Message, ...]:
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= 32:
@@ -173,7 +210,7 @@ class ReasoningProblems:
         allowed = sorted(fields - {"seed", "size"})
         for option in self._options:
             if option not in allowed:
-                raise TaskError(f"{self.name} has no option {option!r}; it has: {', '.join(['examples', *allowed])}")
+                raise TaskError(f"{self.name} has no option {option!r}; it has: {', '.join([*_OWN_OPTIONS, *allowed])}")
 
     def draw(self, seed: int) -> ReasoningProblem:
         """The problem of `seed`; raises TaskError where the options leave too few different problems."""
@@ -181,7 +218,7 @@ class ReasoningProblems:
             raise TaskError(f"a seed is 0 or more, got {seed}")
         for attempt in range(_ATTEMPTS):
             problem = self._generate(int(np.random.SeedSequence([seed, attempt]).generate_state(1)[0]))
-            if _is_held_out(problem.question) == (seed >= HELD_OUT):
+            if _is_held_out(problem.content) == (seed >= HELD_OUT):
                 return problem
         raise TaskError(
             f"{self.name} with {self._options or 'its defaults'} has too few different problems to hold some out;"
@@ -189,12 +226,15 @@ class ReasoningProblems:
         )
 
     def _generate(self, seed: int) -> ReasoningProblem:
+        dataset, entry = self._entry(seed)
+        question = str(entry["question"])
+        return ReasoningProblem(question, _answer(entry), self._reading.key(question), dataset, entry)
+
+    def _entry(self, seed: int) -> tuple[_Dataset, Mapping[str, object]]:
         with _undisturbed():
             dataset = self._shared or self._made(seed)
             dataset.seed = seed
-            entry = dataset[0]
-        answer = entry["answer"]
-        return ReasoningProblem(str(entry["question"]), "" if answer is None else str(answer), dataset, entry)
+            return dataset, dataset[0]
 
     def _made(self, seed: int) -> _Dataset:
         create = _module("reasoning_gym").create_dataset
@@ -209,8 +249,19 @@ class ReasoningProblems:
         return self.draw(int(rng.integers(HELD_OUT))).answer
 
 
-def _is_held_out(question: str) -> bool:
-    return hashlib.sha256(question.encode()).digest()[0] % _HELD_OUT_SHARE == 0
+def _answer(entry: Mapping[str, object]) -> str:
+    answer = entry["answer"]
+    return "" if answer is None else str(answer)
+
+
+def _room(tokens: Option) -> int:
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= _MOST_TOKENS:
+        raise TaskError(f"max_answer_tokens must be a whole number from 1 to {_MOST_TOKENS}, got {tokens!r}")
+    return tokens
+
+
+def _is_held_out(content: str) -> bool:
+    return hashlib.sha256(content.encode()).digest()[0] % _HELD_OUT_SHARE == 0
 
 
 class ReasoningEpisode:
@@ -222,6 +273,11 @@ class ReasoningEpisode:
         self._multiline = problems.multiline
         self._examples = problems.examples
         self._outcome: Outcome | None = None
+
+    @property
+    def content(self) -> str:
+        """What the question is about: equal for questions that differ in order and wording only."""
+        return self._problem.content
 
     def to_act(self) -> tuple[int, ...]:
         """Everybody, once."""
@@ -269,7 +325,7 @@ class ReasoningTask:
 
     @property
     def max_action_tokens(self) -> int:
-        """Enough for the longest answer of a sample."""
+        """Enough for the longest answer of many, or what the options say."""
         return self.problems.max_answer_tokens
 
     def start(self, seed: int, lineup: Lineup) -> ReasoningEpisode:

@@ -55,16 +55,12 @@ def tiles(series: ArenaSeries) -> list[tuple[str, str, str, str]]:
     rewards = {
         policy: value for policy in series.policies if math.isfinite(value := series.tables[policy].recent("reward"))
     }
-    best = max(rewards, key=lambda policy: rewards[policy]) if rewards else ""
     first, last = series.iterations
     tokens = [float(np.nansum(table.column("tokens"))) for table in series.tables.values()]
     updates = [value for table in series.tables.values() if math.isfinite(value := table.last("weight_updates"))]
     seconds = series.timing.points("iteration_seconds")[1]
     return [
-        (
-            *("Best policy, by recent reward", plain(best, 16) or "–"),
-            *(f"reward {short(rewards[best])}" if best else "", policy_colour(series, best) if best else INK),
-        ),
+        ("Best policy, held out", *_best(series)),
         ("Reward, mean of policies", *_change(series, "reward"), INK),
         ("Accuracy, mean of policies", *_change(series, "accuracy"), INK),
         ("Iterations", f"{last - first + 1:.0f}" if rewards else "–", _duration(float(seconds.sum())), INK),
@@ -72,6 +68,17 @@ def tiles(series: ArenaSeries) -> list[tuple[str, str, str, str]]:
         ("Weight updates", f"{sum(updates):.0f}" if updates else "–", "of all policies", INK),
         ("Decisions", str(len(series.decisions)), "changes made while training", INK),
     ]
+
+
+def _best(series: ArenaSeries) -> tuple[str, str, str]:
+    """A policy's name only where it is surely ahead of every other."""
+    found = series.leader
+    if found is None:
+        return "–", "not compared on held-out questions", INK
+    lead = f"{found.lead.value:+.2f} [{found.lead.low:.2f}, {found.lead.high:.2f}]"
+    if found.apart:
+        return plain(found.policy, 16), f"{lead} on {plain(found.rival, 12)}", policy_colour(series, found.policy)
+    return "not told apart", f"{plain(found.policy, 12)} {lead} on {plain(found.rival, 12)}", INK
 
 
 def _change(series: ArenaSeries, column: str) -> tuple[str, str]:

@@ -89,7 +89,7 @@ def speed(axes: Axes, series: ArenaSeries, inches: float) -> None:
     if not len(x):
         say_empty(axes, "Time per iteration", "no timing recorded")
         return
-    rate = series.timing.recent("tokens_per_second")
+    rate = series.timing.rate("tokens", "iteration_seconds")
     about = f", now {rate:,.0f} tokens per second" if np.isfinite(rate) else ""
     dress(axes, f"Time per iteration{about}", "iteration", "seconds")
     there = np.isfinite(series.timing.column("iteration_seconds"))

@@ -62,7 +62,11 @@ def _episodes(final: Sequence[Evaluation]) -> str:
     if not counts:
         return ""
     span = f"{counts[0]:.0f}" if counts[0] == counts[-1] else f"{counts[0]:.0f}–{counts[-1]:.0f}"
-    return f"evaluated on {span} episodes each"
+    questions = min((found.questions for found in final if math.isfinite(found.questions)), default=math.nan)
+    if not math.isfinite(questions):
+        return f"evaluated on {span} episodes each"
+    few = ": too few to say much of others" if any(found.few for found in final) else ""
+    return f"evaluated on {span} episodes each, about {questions:.0f} different questions{few}"
 
 
 def _pairs(axes: Axes, series: ArenaSeries, rows: Sequence[tuple[str, Interval, Interval]]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from fake_vllm import LIMIT, MODEL, FakeVllm, expected_scores, make_adapter
 from vllm_bench import ONE, PROMPT, TWO, Make, folders, request, served
 
-from fedmoe.arena.engines.protocol import AdapterKey, EngineError
+from fedmoe.arena.engines.protocol import AdapterKey, EngineError, context_of
 from fedmoe.arena.engines.vllm_engine import VllmEngine
 from fedmoe.arena.engines.vllm_http import VllmClient
 
@@ -46,6 +46,10 @@ def test_a_refused_engine_lets_its_folder_go(make: Make) -> None:
 def test_a_model_that_is_not_served_is_refused_with_those_that_are(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"no model 'other'; it serves base"):
         VllmEngine("http://fake", "other", tmp_path, transport=FakeVllm().transport)
+
+
+def test_the_servers_context_is_known_so_that_longer_prompts_are_never_sent(make: Make) -> None:
+    assert context_of(make(FakeVllm())) == LIMIT
 
 
 def test_a_token_is_sent_along(make: Make) -> None:
