@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--name", default="threads")
     arguments = parser.parse_args()
     results: dict[str, object] = {"now": _measured(ROOT, arguments.workers, arguments.repeats, arguments)}
+    write_result(arguments.name, results, vars(arguments))  # what follows may take long: threads spin there
     if arguments.before:
         with tempfile.TemporaryDirectory(prefix="before-") as folder:
             archive = subprocess.run(

@@ -23,7 +23,7 @@ def environment() -> dict[str, object]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
         "processor": processor_name(_CPU_INFORMATION.read_text("utf-8") if _CPU_INFORMATION.is_file() else ""),
-        "cores": usable_cores(),
+        "cores": max(1, int(usable_cores())),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "memory_bytes": memory().total,
         "gpus": _gpus(),
