@@ -11,6 +11,7 @@ import structlog
 from fedmoe.config import WorkerConfig
 from fedmoe.coordinator import seed_of
 from fedmoe.datasets.check import LoadedFile, load_rows
+from fedmoe.datasets.contents import Hashes, sample_hashes
 from fedmoe.datasets.formats import Sample
 from fedmoe.datasets.packing import Block, BlockSampler, pack
 from fedmoe.datasets.render import rendered_preview, tokenize_samples
@@ -42,6 +43,7 @@ from fedmoe.worker.options import (
     training_config,
 )
 from fedmoe.worker.outbox import Outbox
+from fedmoe.worker.restart import check_data
 from fedmoe.worker.signals import StopOnSignal
 from fedmoe.worker.statistics import data_statistics
 
@@ -53,9 +55,11 @@ _LAST_WAIT_SECONDS = 5.0
 
 @dataclass(frozen=True, eq=False)
 class WorkerData:
-    """A worker's data, packed: blocks to train on, this rank's sampler of them, what is held out, and the schedule."""
+    """A worker's data, packed: blocks to train on, hashes of their samples, this rank's sampler of them, what is held
+    out, and the schedule."""
 
     blocks: list[Block]
+    hashes: Hashes
     sampler: BlockSampler
     held_out: HeldOutPlan | None
     training: TrainingConfig
@@ -98,6 +102,8 @@ def _train(
     state_dir: Path,
     outbox: Outbox | None,
 ) -> None:
+    checkpoints, allowed = state_dir / "checkpoint", config.allow_changed_data
+    on_rank_zero(group, lambda: check_data(checkpoints, data.sampler, data.hashes, allowed, group))
     # On the bare base model, so before an adapter is attached.
     disclosure = on_rank_zero(group, lambda: _disclosure(config, base, data.blocks, client, state_dir))
     try:
@@ -136,12 +142,13 @@ def worker_data(config: WorkerConfig, rows: Sides, base: LoadedBase, layout: Lay
     check_memory_of_step(config, base, layout, length)
     blocks = training_blocks(rows, base, config, length, show=group.rank == 0)
     sampler = block_sampler(blocks, config, group.rank, group.world_size)
-    held_out = _held_out(config, rows, base, length, blocks, show=group.rank == 0)
-    return WorkerData(blocks, sampler, held_out, training_config(config, sampler.shard))
+    hashes = sample_hashes(blocks)
+    held_out = _held_out(config, rows, base, length, hashes, show=group.rank == 0)
+    return WorkerData(blocks, hashes, sampler, held_out, training_config(config, sampler.shard))
 
 
 def _held_out(
-    config: WorkerConfig, rows: Sides, base: LoadedBase, length: int, train: list[Block], show: bool
+    config: WorkerConfig, rows: Sides, base: LoadedBase, length: int, train: Hashes, show: bool
 ) -> HeldOutPlan | None:
     if not rows.held_out:
         return None
@@ -233,7 +240,7 @@ def _build(
         config.start_from,
         config.allow_changed_data,
     )
-    worker = QwenWorker(expert, data.sampler, held_out=data.held_out)
+    worker = QwenWorker(expert, data.sampler, held_out=data.held_out, hashes=data.hashes)
     on_registered = disclosure.start if disclosure is not None else lambda: None
     return DistributedWorker(worker, client, settings, state_dir, outbox, on_registered=on_registered)
 
