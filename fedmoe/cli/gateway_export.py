@@ -40,7 +40,8 @@ def export(
     ] = Format.peft,
     expert: Annotated[str, typer.Option(help="An expert's name, or 'gateway'.")] = GATEWAY,
     base_model: Annotated[
-        str | None, typer.Option(help="The federation's base model, for merged and gguf-lora: a folder or a hub id.")
+        str | None,
+        typer.Option(help="The federation's base model, for merged and gguf-lora; for peft a folder to name."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
@@ -68,7 +69,7 @@ def _write(source: Exportable, format: Format, target: Path, base_model: str, fo
         export_npz(source, target, force)
         return ""
     if format is Format.peft:
-        export_peft(source, target, force)
+        export_peft(source, target, force, _own_folder(source, base_model) if base_model else None)
         return ""
     try:
         from fedmoe.gateway.export_gguf import export_gguf_lora
@@ -82,6 +83,25 @@ def _write(source: Exportable, format: Format, target: Path, base_model: str, fo
         return ""
     rounding = export_merged(source, folder, target, force)
     return f" (rounding to the base model's dtype changed the products by {100 * rounding.relative:.2g} %)"
+
+
+def _own_folder(source: Exportable, base_model: str) -> Path | None:
+    """The folder that an adapter's readers find its base model in; None for a name that they know by themselves."""
+    folder = Path(base_model).expanduser()
+    if not folder.is_dir():
+        return None
+    try:
+        from fedmoe.models.base import prepare_base
+        from fedmoe.models.identity import weights_hash
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
+    found, wanted = weights_hash(prepare_base(base_model)), source.base.weights_hash
+    if found != wanted:
+        raise CommandError(
+            f"{source.name} was trained on {source.base.name} (weights {wanted[:12]}), but {base_model} has weights "
+            f"{found[:12]}; name the federation's base model with --base-model"
+        )
+    return folder
 
 
 def _source(api: CoordinatorClient, name: str) -> Exportable:

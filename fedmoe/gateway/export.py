@@ -61,9 +61,15 @@ class Exportable:
         return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
-def export_peft(source: Exportable, target: Path, force: bool = False) -> None:
-    """A PEFT adapter folder, which transformers, vLLM and llama.cpp's converter read too; scale baked into B."""
-    files = peft_files(source.adapter, source.base.name, source.base.revision or None)
+def export_peft(source: Exportable, target: Path, force: bool = False, base_folder: Path | None = None) -> None:
+    """A PEFT adapter folder, which transformers, vLLM and llama.cpp's converter read too; scale baked into B.
+
+    Readers load the base model that it names: `base_folder`, or else the federation's name for it.
+    """
+    # `local` is no revision that a hub knows: a reader who asked for it would get nothing.
+    revision = source.base.revision if source.base.revision not in ("", "local") else None
+    named = (source.base.name, revision) if base_folder is None else (str(base_folder.resolve()), None)
+    files = peft_files(source.adapter, *named)
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     manifest = source.manifest("peft", hashes, ("numpy",))
     write_folder_atomic(target, {**files, MANIFEST_NAME: manifest}, force)

@@ -98,6 +98,8 @@ def test_check_prints_the_plan_of_the_demo(fedmoe: Run) -> None:
         ("task = { name = 'committee:gcd', options = { terms = 2 } }", ["gcd has no option 'terms'", "min_numbers"]),
         ("policies = { count = 3 }", ["mixed", "team_battle mode needs an even number", "got 3"]),
         ("speed =", ["is not TOML"]),
+        ("chat_template = 'nowhere.jinja'", ["nowhere.jinja cannot be read"]),
+        ("[chat_template_kwargs]\nmessages = 'x'", ["cannot set 'messages'"]),
     ],
 )
 def test_a_configuration_that_cannot_be_is_told_in_one_line(

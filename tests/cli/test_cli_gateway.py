@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from command import Outcome
 from live import LiveServer, listening, open_house
+from safetensors.numpy import save_file
 from structlog.testing import capture_logs
 from support import make_body, make_push
 
@@ -22,6 +24,7 @@ from fedmoe.lora.codec import encode
 from fedmoe.lora.formats import read_npz
 from fedmoe.lora.initial import initial_adapter
 from fedmoe.manifest import Manifest
+from fedmoe.models.tiny import save_tiny
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.messages import DataStatisticsHeader
 
@@ -136,6 +139,19 @@ def test_a_merged_export_is_a_base_model_that_answers(
     base = load_base("tiny", "cpu", "fp32").model.state_dict()
     changed = {name for name in base if not base[name].equal(merged[name])}
     assert changed == {f"{module.name}.weight" for module in manifest.layout.modules}
+
+
+def test_a_peft_folder_names_the_base_that_it_is_told(tiny_server: LiveServer, fedmoe: Run, tmp_path: Path) -> None:
+    base, other = tmp_path / "own-base", tmp_path / "other"
+    save_tiny(base)
+    shutil.copytree(base, other)
+    save_file({"x": np.zeros(3, np.float32)}, other / "model.safetensors")
+    options = ("gateway", "export", str(tmp_path / "out"), "--coordinator-url", tiny_server.url, "--base-model")
+    refused = fedmoe(*options, str(other))
+    assert (refused.status, "was trained on" in refused.err, (tmp_path / "out").exists()) == (1, True, False)
+    assert fedmoe(*options, str(base)).status == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(base), None)
 
 
 def test_an_experts_npz_is_the_expert(tiny_server: LiveServer, fedmoe: Run, tmp_path: Path, manifest: Manifest) -> None:
