@@ -54,6 +54,8 @@ def run_demo(plan: DemoPlan, console: Console) -> dict[str, DomainResult]:
     domains, general = _measure(plan, console)
     console.print("[bold]4/4[/] report")
     console.print(report_table(domains, general))
+    for line in _merged_how(plan):
+        console.print(line, highlight=False)
     took = time.monotonic() - started
     console.print(f"{plan.folder}/ holds the adapters, gateway_model.npz, metrics.jsonl and report.md ({took:.0f} s)")
     return domains
@@ -126,6 +128,13 @@ def _save_models(plan: DemoPlan, url: str) -> None:
         **{key: gateway.info[key] for key in ("strategy", "notes", "statistics_tokens")},
     }
     write_atomic(plan.folder / "models.json", json.dumps(facts, indent=2).encode(), 0o644)
+
+
+def _merged_how(plan: DemoPlan) -> list[str]:
+    """What the gateway's statistics rest on, and what was not done as it was asked for."""
+    facts = json.loads((plan.folder / "models.json").read_bytes())
+    tokens = ", ".join(f"{name} {count:,}" for name, count in facts["statistics_tokens"].items())
+    return [f"input moments of so many tokens: {tokens}", *(f"note: {note}" for note in facts["notes"])]
 
 
 def _save_peft(plan: DemoPlan, name: str, adapter: Adapter, base: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from fedmoe.demo import run
 from fedmoe.demo.plan import GENERAL, WORKERS, DemoPlan
 from fedmoe.demo.report import GATEWAY
 from fedmoe.lora.formats import read_peft
+from fedmoe.lora.moments import LEAST_TOKENS
 
 TEXTS = {
     "python": "def add(left, right):\n    return left + right\n",
@@ -51,7 +52,9 @@ def run_quietly(plan: DemoPlan) -> str:
 
 
 def test_the_demonstration_trains_merges_measures_and_can_be_run_again(plan: DemoPlan) -> None:
-    assert "gain kept" in run_quietly(plan)
+    said = run_quietly(plan)
+    for part in ("gain kept", "general", "phase starting", "input moments of so many tokens: docs_expert"):
+        assert part in said
     first = check_run(plan)
     assert "gain kept" in run_quietly(plan)
     again = check_run(plan)
@@ -67,6 +70,11 @@ def check_run(plan: DemoPlan) -> dict[str, object]:
     domains = report["domains"]
     assert isinstance(domains, dict)
     assert domains.keys() == TEXTS.keys()
+    general, tokens = report["general"], report["statistics_tokens"]
+    assert isinstance(general, dict)
+    assert general["experts"].keys() == {worker.expert for worker in WORKERS}
+    assert isinstance(tokens, dict)
+    assert all(count >= LEAST_TOKENS for count in tokens.values())
     for losses in domains.values():
         assert losses["expert"] < losses["base"]
     for name in ("metrics.jsonl", "report.md", "loss.png", "gateway_model.npz"):

@@ -14,6 +14,7 @@ from live import JOIN, House, content_digest, open_house, push_headers, push_par
 from starlette.testclient import TestClient
 from support import LAYOUT, make_body
 
+from fedmoe.cli.gateway import _show_info
 from fedmoe.coordinator import Aggregation, GatewayModel
 from fedmoe.gateway.prompt_statistics import PromptStatistics, add_statistics
 from fedmoe.lora.adapter import FloatMatrix
@@ -22,7 +23,7 @@ from fedmoe.lora.moments import InputMoments, ModuleMoments, merge_moments, omeg
 from fedmoe.lora.regmean import regmean
 from fedmoe.server.data_statistics import newest
 from fedmoe.storage.journal import DataStatistic
-from fedmoe.wire.messages import SAFETENSORS
+from fedmoe.wire.messages import SAFETENSORS, GatewayInfo
 
 PUSH, GET = "/push_data_statistics", "/data_statistics"
 REGMEAN = Aggregation(strategy="regmean")
@@ -252,6 +253,21 @@ def test_regmean_falls_back_until_every_expert_has_moments_and_says_so(
     assert after["digest"] != before["digest"]
     sent = {"python": body_of("moments", 1), "sql": body_of("moments", 2)}
     assert after["statistics"] == {name: hashlib.sha256(body).hexdigest() for name, body in sent.items()}
+    assert after["statistics_tokens"] == {"python": 5_000, "sql": 5_000}
+
+
+def test_the_command_shows_of_how_many_tokens_moments_are_and_that_they_are_thin(
+    two: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with two.client() as client:
+        send(client, "moments", body_of("moments", 1))
+        send(client, "moments", moments(2, tokens=417).to_bytes(), expert="sql")
+        told = GatewayInfo.model_validate(client.get("/get_gateway_info").json())
+    capsys.readouterr()
+    _show_info(told, as_json=False)
+    shown = capsys.readouterr().out
+    assert "input moments of so many tokens: python 5,000, sql 417" in shown
+    assert "note: sql has input moments of 417 tokens only, fewer than 1,024" in shown
 
 
 def test_a_regmean_gateway_is_what_its_experts_and_the_served_moments_make(two: House) -> None:

@@ -42,7 +42,8 @@ def setup_of(house: Federation, folder: Path, expert: str, steps: int, pause: fl
 
     data = blocks(seed=DOMAINS[expert], step=DOMAINS[expert])
     with MomentsCollector(tiny_base(), "all-linear") as collector:
-        collector.add(collate(data))
+        for _ in range(3):  # so that they are not too few to count
+            collector.add(collate(data))
         moments = collector.moments().to_bytes()
 
     def tell() -> None:
