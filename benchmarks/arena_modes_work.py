@@ -20,7 +20,7 @@ from fedmoe.arena.evaluate import CHANCE
 from fedmoe.arena.records import BatchedRecords
 from fedmoe.arena.rollout import RolloutSettings, play
 from fedmoe.arena.run import RunOptions, Stop, run_arena
-from fedmoe.arena.task import HELD_OUT, Lineup, Task
+from fedmoe.arena.task import HELD_OUT, Lineup, Task, question_of
 from fedmoe.arena.tasks.registry import make_task
 from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode, Player
 from fedmoe.models.base import load_base
@@ -106,9 +106,9 @@ def different_questions(task: Task, wanted: int) -> list[int]:
     seeds: dict[str, int] = {}
     fruitless = 0
     for seed in range(HELD_OUT, HELD_OUT + wanted * _SEARCH):
-        text = task.start(seed, Lineup.alone(1)).observe(0)[-1].text
-        fruitless = fruitless + 1 if text in seeds else 0
-        seeds.setdefault(text, seed)
+        question = question_of(task, task.start(seed, Lineup.alone(1)), seed)
+        fruitless = fruitless + 1 if question in seeds else 0
+        seeds.setdefault(question, seed)
         if len(seeds) == wanted or fruitless == _SEARCH * 2:
             break
     return list(seeds.values())

@@ -74,11 +74,11 @@ def finished(work: Path, seeds: Sequence[int]) -> dict[tuple[str, int], Run]:
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
-def over_questions(values: NDArray) -> list[float]:  # type: ignore[type-arg]
-    """Mean and 95 % interval over one number a question, rounded."""
-    from fedmoe.arena.evaluate import Interval
+def over_questions(values: NDArray, least: float = 0.0) -> list[float]:  # type: ignore[type-arg]
+    """Mean and 95 % interval over one number a question, from `least` to 1, rounded."""
+    from fedmoe.arena.interval import Interval
 
-    found = Interval.of(values)
+    found = Interval.of(values, range(len(values)), (least, 1.0))
     return [round(value, 3) for value in (found.mean, found.low, found.high)]
 
 
@@ -106,7 +106,7 @@ def beside_base(run: Run, base: Run) -> dict[str, object]:
             {
                 "policy": name,
                 "score": over_questions(mine),
-                "gain": over_questions(mine - theirs),
+                "gain": over_questions(mine - theirs, -1.0),
                 "win_rate": over_questions(wins),
             }
         )
@@ -145,7 +145,7 @@ def _row(what: str, own: Mapping[int, Mapping], control: Mapping[int, Mapping]) 
     if control and len(control) == len(own):
         differences = [own[seed][what] - control[seed][what] for seed in own]
         signs = {np.sign(difference.mean()) for difference in differences}
-        total = over_questions(np.mean(differences, axis=0))
+        total = over_questions(np.mean(differences, axis=0), -1.0)
         row["over_independent"] = total
         row["over_independent_seeds"] = [round(float(difference.mean()), 3) for difference in differences]
         # An interval over questions knows nothing of the luck of a run: all seeds must say the same, too.
@@ -168,7 +168,9 @@ def report(work: Path, options: argparse.Namespace, config: ArenaConfig) -> None
     }
     first = next(iter(runs.values()))
     results = {
-        "config": config.model_dump(mode="json"),
+        "task": config.task.model_dump(),
+        "policies": config.policies.model_dump(),
+        "learning": config.learning.model_dump(),
         "test_questions": len(first["vote"]),  # type: ignore[arg-type]
         "validation_questions": len(first["validation"][0]),  # type: ignore[index]
         "settings": summary(runs),

@@ -1,4 +1,4 @@
-"""Independent mode: every policy learns alone, as if it had a run of its own; what the other modes are compared with."""
+"""Independent mode: every policy learns alone, as if it had a run of its own; the other modes are compared with it."""
 
 from __future__ import annotations
 
