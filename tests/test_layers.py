@@ -133,6 +133,7 @@ LAYERS: dict[str, set[str]] = {
         *("record", "arena.evaluate", "arena.learner", "arena.modes", "arena.policies", "arena.society"),
         "arena.trajectory",
     },
+    "arena.episodes": {"files", "arena.reporting", "arena.trajectory"},
     "arena.trainer": {
         "lora",
         *("models", "arena.chat", "arena.config", "arena.engines.protocol", "arena.evaluate", "arena.learner"),
@@ -180,8 +181,9 @@ LAYERS: dict[str, set[str]] = {
     "arena.resuming": {"arena.checkpoint_parts", "arena.run_options"},
     "arena.run": {
         *("files", "lora", "models", "record", "arena.adapt", "arena.chat", "arena.checkpoint", "arena.config"),
-        *("arena.control", "arena.engines.protocol", "arena.environment", "arena.federation", "arena.interval"),
+        *("arena.control", "arena.engines.protocol", "arena.environment", "arena.episodes", "arena.federation"),
         *(
+            "arena.interval",
             "arena.learner",
             "arena.loss",
             "arena.memory",
@@ -266,6 +268,7 @@ LAYERS: dict[str, set[str]] = {
         ),
         *(
             "arena.config",
+            "arena.episodes",
             "arena.modes",
             "arena.records",
             "arena.results",

@@ -169,7 +169,8 @@ def _wave(
     for (one, seat, request), sample in zip(asked, samples, strict=True):
         text = codec.text(sample.tokens)
         player = _player(one, seat)
-        turn = Turn(seat, player, request.prompt, sample.tokens, text, sample.logprobs, sample.stopped)
+        saw = one.episode.observe(seat)[-1].text
+        turn = Turn(seat, player, request.prompt, sample.tokens, text, sample.logprobs, sample.stopped, saw)
         turns.append((one, turn))
         actions[id(one)][seat] = text
     for one, seat in due:

@@ -36,7 +36,10 @@ class EpisodePlan:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One action of one seat. `behaviour` are the log-probabilities under the weights that sampled it, float32 (T,)."""
+    """One action of one seat. `behaviour` are the log-probabilities under the weights that sampled it, float32 (T,).
+
+    `saw`: the last message that the seat saw before it acted.
+    """
 
     seat: int
     player: Player
@@ -45,6 +48,7 @@ class Turn:
     text: str
     behaviour: FloatArray
     stopped: bool
+    saw: str = ""
 
     @property
     def version(self) -> int:
