@@ -39,7 +39,7 @@ _SEARCH = 100
 @dataclass(frozen=True)
 class Measures:
     """What is measured: `tokens` sampled a run; different `questions` of which `validation` only choose the best
-    policy; `game`, a TextArena id, with `deals` played in both seatings against the player that moves at random.
+    policy and `drafted` others are also voted on after drafts; `game`, a TextArena id, with `deals` played in both seatings against the player that moves at random.
 
     Moves are sampled at `game_temperature`: at 1, as it was trained, the untrained model hardly makes a legal move, so
     there would be nothing that training could spoil.
@@ -48,6 +48,7 @@ class Measures:
     tokens: int
     questions: int
     validation: int
+    drafted: int
     game: str
     deals: int
     game_temperature: float = 0.1
@@ -143,7 +144,7 @@ class Examination:
                 "tokens_an_answer": _tokens_an_answer(alone),
             }
             if "shared" in task.strategies:
-                drafted = self._answers(task, seeds[cut:], players, "shared")
+                drafted = self._answers(task, seeds[cut:][: self.measures.drafted], players, "shared")
                 found["drafted_vote"] = [one.outcome.team_scores[0] for one in drafted]
             found |= self._games(list(dict.fromkeys(players)))
         finally:

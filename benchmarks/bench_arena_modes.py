@@ -205,11 +205,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--config", type=Path, default=ROOT / "demo" / "arena.toml", help="task and learning")
-    parser.add_argument("--tokens", type=int, default=9_000, help="sampled tokens of a run")
+    parser.add_argument("--tokens", type=int, default=8_000, help="sampled tokens of a run")
     parser.add_argument("--questions", type=int, default=200, help="different held-out questions")
     parser.add_argument("--validation", type=int, default=50, help="how many of them only choose the best policy")
+    parser.add_argument("--drafted", type=int, default=60, help="questions that are also voted on after drafts")
     parser.add_argument("--game", default="TicTacToe-v0", help="a TextArena game for two that nobody trains on")
-    parser.add_argument("--deals", type=int, default=10, help="deals of the game, each in both seatings")
+    parser.add_argument("--deals", type=int, default=6, help="deals of the game, each in both seatings")
     parser.add_argument("--name", default="arena_modes", help="name of the result file")
     options = parser.parse_args()
     pin_threads()
@@ -220,7 +221,9 @@ def main() -> None:
 
     configure()
     config = read_config(options.config)
-    measures = Measures(options.tokens, options.questions, options.validation, options.game, options.deals)
+    measures = Measures(
+        *(options.tokens, options.questions, options.validation, options.drafted), options.game, options.deals
+    )
     prepared(options.work, config, measures)
     options.all_seeds = sorted(set(options.seeds))
     for seed in options.seeds:
