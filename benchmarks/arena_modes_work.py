@@ -38,8 +38,9 @@ _SEARCH = 100
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured: `tokens` sampled a run; different `questions` of which `validation` only choose the best
-    policy and `drafted` others are also voted on after drafts; `game`, a TextArena id, with `deals` played in both seatings against the player that moves at random.
+    """What is measured: `tokens` sampled a run; different `questions`, of which `validation` only choose the best
+    policy and `drafted` others are also voted on after drafts; `game`, a TextArena id, with `deals` played in both
+    seatings against the player that moves at random.
 
     Moves are sampled at `game_temperature`: at 1, as it was trained, the untrained model hardly makes a legal move, so
     there would be nothing that training could spoil.

@@ -116,6 +116,9 @@ LAYERS: dict[str, set[str]] = {
     "arena.evaluate": {
         *("arena.chat", "arena.engines.protocol", "arena.interval", "arena.rollout", "arena.task", "arena.trajectory"),
     },
+    "arena.tournament": {
+        *("arena.chat", "arena.engines.protocol", "arena.interval", "arena.rollout", "arena.task", "arena.trajectory"),
+    },
     "arena.memory": {"models", "arena.control", "arena.memory_pressure"},
     "arena.placement": {"models"},
     "arena.records": {"record"},
@@ -129,6 +132,9 @@ LAYERS: dict[str, set[str]] = {
     },
     "arena.run_logs": set(),
     "arena.config": {"wire", "arena.loss"},
+    "arena.entrants": {
+        *("lora", "arena.checkpoint", "arena.checkpoint_parts", "arena.config", "arena.engines.protocol"),
+    },
     "arena.reporting": {
         *("record", "arena.evaluate", "arena.learner", "arena.modes", "arena.policies", "arena.society"),
         "arena.trajectory",
@@ -267,14 +273,22 @@ LAYERS: dict[str, set[str]] = {
             "worker.signals",
         ),
         *(
+            "arena.chat",
             "arena.config",
+            "arena.engines",
+            "arena.entrants",
             "arena.episodes",
+            "arena.evaluate",
+            "arena.interval",
             "arena.modes",
             "arena.records",
             "arena.results",
+            "arena.rollout",
             "arena.run",
             "arena.run_options",
             "arena.task",
+            "arena.tournament",
+            "arena.trajectory",
         ),
         "arena.tasks",
     },

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmoe.cli.arena_episodes import episodes
+from fedmoe.cli.arena_tournament import tournament
 from fedmoe.cli.output import CommandError
 from fedmoe.logs import configure
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Train several LoRA policies with and against each other in one task.", no_args_is_help=True)
 
 app.command()(episodes)
+app.command()(tournament)
 
 Config = Annotated[Path, typer.Argument(help="The run's configuration, a TOML file; see docs/arena.md.")]
 

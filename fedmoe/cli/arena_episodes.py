@@ -12,7 +12,7 @@ from fedmoe.cli.options import AsJson
 from fedmoe.cli.output import CommandError, show_json
 
 if TYPE_CHECKING:
-    from fedmoe.arena.episodes import EpisodeRow, SeatRow
+    from fedmoe.arena.episodes import EpisodeRow, Order, SeatRow
 
 
 def episodes(
@@ -33,7 +33,7 @@ def episodes(
 
     rows = _rows(run)
     _check(rows, policy, iteration)
-    order = "lowest" if lowest_reward else "highest" if highest_reward else "newest"
+    order: Order = "lowest" if lowest_reward else "highest" if highest_reward else "newest"
     found = select(rows, limit, order, policy, iteration)
     if as_json:
         show_json(found)
