@@ -133,7 +133,7 @@ LAYERS: dict[str, set[str]] = {
     "arena.run_logs": set(),
     "arena.config": {"wire", "arena.loss"},
     "arena.entrants": {
-        *("lora", "arena.checkpoint", "arena.checkpoint_parts", "arena.config", "arena.engines.protocol"),
+        *("lora", "arena.checkpoint", "arena.config", "arena.engines.protocol"),
     },
     "arena.reporting": {
         *("record", "arena.evaluate", "arena.learner", "arena.modes", "arena.policies", "arena.society"),

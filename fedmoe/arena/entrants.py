@@ -9,8 +9,7 @@ from pathlib import Path
 
 from fedmoe.arena import checkpoint
 from fedmoe.arena.checkpoint import MANIFEST, ArenaState
-from fedmoe.arena.checkpoint_parts import config_differences
-from fedmoe.arena.config import ArenaConfig
+from fedmoe.arena.config import ArenaConfig, TaskSection
 from fedmoe.arena.engines.protocol import AdapterKey
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.container import CodecError
@@ -90,21 +89,18 @@ def _state(path: Path) -> ArenaState | None:
 def _check_alike(configs: Mapping[Path, ArenaConfig]) -> None:
     first, *others = configs
     for other in others:
-        for what, get in (("base models", _base), ("tasks", _task)):
-            different = config_differences(get(configs[first]), get(configs[other]))
-            if different:
-                told = (
-                    "; ".join(different.values()).replace(" in the checkpoint", f" in {first}").replace(" now", f" in {other}")
-                )
-                raise EntrantError(f"players of different {what} cannot meet: {told}")
+        one, two = configs[first], configs[other]
+        for what, mine, theirs in (
+            ("base models", one.base_model, two.base_model),
+            ("tasks", _told(one.task), _told(two.task)),
+        ):
+            if mine != theirs:
+                raise EntrantError(f"players of different {what} cannot meet: {first} has {mine}, {other} has {theirs}")
 
 
-def _base(config: ArenaConfig) -> Mapping[str, object]:
-    return {"base_model": config.base_model}
-
-
-def _task(config: ArenaConfig) -> Mapping[str, object]:
-    return {"name": config.task.name, "options": config.task.options}
+def _told(task: TaskSection) -> str:
+    options = ", ".join(f"{name} = {value}" for name, value in sorted(task.options.items()))
+    return f"{task.name} ({options})" if options else task.name
 
 
 def _policies(path: Path, label: str, state: ArenaState) -> Iterator[Entrant]:
