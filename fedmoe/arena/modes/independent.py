@@ -29,7 +29,8 @@ class Independent:
         """A task that one seat can play alone."""
         if task.seats[0] > 1:
             raise ModeError(
-                f"{self.name} mode needs a task for one seat, {task.name} needs {task.seats[0]}; take competitive mode"
+                f"{self.name} mode needs a task for one seat; got {policies} policies and {task.name}, which needs "
+                f"{task.seats[0]} seats; take competitive mode"
             )
 
     def plan(self, society: Society, planning: Planning) -> list[EpisodePlan]:
