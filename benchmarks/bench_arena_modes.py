@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--config", type=Path, default=ROOT / "demo" / "arena.toml", help="task and learning")
-    parser.add_argument("--tokens", type=int, default=8_000, help="sampled tokens of a run")
+    parser.add_argument("--tokens", type=int, default=10_000, help="sampled tokens of a run")
     parser.add_argument("--questions", type=int, default=200, help="different held-out questions")
     parser.add_argument("--validation", type=int, default=50, help="how many of them only choose the best policy")
     parser.add_argument("--drafted", type=int, default=60, help="questions that are also voted on after drafts")
