@@ -1,4 +1,4 @@
-"""The modes (E2, E3, E4, E5) and learning alone on episodes made by hand: who sits where, what it earns, and what is decided."""
+"""Modes (E2, E3, E4, E5) on episodes made by hand: who sits where, what it earns, and what is decided."""
 
 from __future__ import annotations
 
