@@ -114,6 +114,13 @@ class CheckpointSection(_Section):
     keep: Whole = 3
 
 
+class EpisodesSection(_Section):
+    """`per_iteration` episodes of every iteration are kept to be read (0: none), the newest within `megabytes`."""
+
+    per_iteration: Annotated[int, Field(ge=0)] = 4
+    megabytes: Annotated[float, Field(gt=0, le=1 << 20)] = 16.0
+
+
 class EngineSection(_Section):
     """Where rollouts are computed: `transformers`, or vLLM (a server's `url`, or `python` of its environment).
 
@@ -154,6 +161,7 @@ class ArenaConfig(_Section):
     learning: LearningSection = LearningSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    episodes: EpisodesSection = EpisodesSection()
     engine: EngineSection = EngineSection()
     federation: FederationSection | None = None
 

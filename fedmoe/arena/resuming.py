@@ -13,6 +13,7 @@ _MAY_CHANGE = frozenset(
         *("evaluation.episodes", "evaluation.every", "checkpoint.every", "checkpoint.keep"),
         *("engine.url", "engine.python", "engine.rows", "federation.url", "policies.max_rank"),
         *("learning.micro_batch_tokens", "learning.max_prompt_tokens"),
+        *("episodes.per_iteration", "episodes.megabytes"),
     }
 )
 _Phase = Mapping[str, object]

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedmoe.arena.chat import Codec
 from fedmoe.arena.engines.protocol import Engine, SampleRequest
-from fedmoe.arena.task import Episode, Task, question_of
+from fedmoe.arena.task import Episode, Scripted, Task, question_of
 from fedmoe.arena.trajectory import RANDOM, EpisodePlan, PlayedEpisode, Player, Turn
 
 
@@ -157,29 +157,39 @@ def _wave(
     draws: _Draws,
     settings: RolloutSettings,
 ) -> None:
-    asked: list[tuple[_Running, int, SampleRequest]] = []
+    asked: list[tuple[_Running, int, str, SampleRequest]] = []
     for one, seat in due:
-        if _player(one, seat).name != RANDOM:
+        if not _player(one, seat).by_rule:
             with one.guarded():
-                asked.append((one, seat, _request(one, seat, codec, draws, task.max_action_tokens, settings)))
-    asked = [(one, seat, request) for one, seat, request in asked if not one.error]
+                seen = one.episode.observe(seat)
+                request = _request(one, seat, codec.prompt(seen), draws, task.max_action_tokens, settings)
+                asked.append((one, seat, seen[-1].text, request))
+    asked = [one for one in asked if not one[0].error]
     actions: dict[int, dict[int, str]] = {id(one): {} for one, _ in due}
     turns: list[tuple[_Running, Turn]] = []
-    samples = engine.sample([request for _, _, request in asked])
-    for (one, seat, request), sample in zip(asked, samples, strict=True):
+    samples = engine.sample([request for *_, request in asked])
+    for (one, seat, saw, request), sample in zip(asked, samples, strict=True):
         text = codec.text(sample.tokens)
         player = _player(one, seat)
-        turn = Turn(seat, player, request.prompt, sample.tokens, text, sample.logprobs, sample.stopped)
+        turn = Turn(seat, player, request.prompt, sample.tokens, text, sample.logprobs, sample.stopped, saw)
         turns.append((one, turn))
         actions[id(one)][seat] = text
     for one, seat in due:
-        if _player(one, seat).name == RANDOM and not one.error:
+        if _player(one, seat).by_rule and not one.error:
             with one.guarded():
                 rng = np.random.default_rng(draws.key(one, seat))
-                actions[id(one)][seat] = task.random_action(one.episode, seat, rng)
+                actions[id(one)][seat] = _by_rule(task, one, seat, rng)
     _act(due, actions)
     for one, turn in turns:
         one.turns.append(turn)
+
+
+def _by_rule(task: Task, one: _Running, seat: int, rng: np.random.Generator) -> str:
+    if _player(one, seat).name == RANDOM:
+        return task.random_action(one.episode, seat, rng)
+    if not isinstance(task, Scripted):
+        raise RolloutError(f"{task.name} has no scripted player")
+    return task.scripted_action(one.episode, seat, rng)
 
 
 def _act(due: Sequence[tuple[_Running, int]], actions: Mapping[int, Mapping[int, str]]) -> None:
@@ -190,10 +200,9 @@ def _act(due: Sequence[tuple[_Running, int]], actions: Mapping[int, Mapping[int,
 
 
 def _request(
-    one: _Running, seat: int, codec: Codec, draws: _Draws, max_tokens: int, settings: RolloutSettings
+    one: _Running, seat: int, prompt: tuple[int, ...], draws: _Draws, max_tokens: int, settings: RolloutSettings
 ) -> SampleRequest:
     drawn = int(np.random.SeedSequence(draws.key(one, seat)).generate_state(1, np.uint32)[0])
-    prompt = codec.prompt(one.episode.observe(seat))
     room = max_tokens if settings.context is None else min(max_tokens, settings.context - len(prompt))
     if room < 1:
         raise RolloutError(

@@ -4,6 +4,7 @@ RUN/metrics.jsonl                              every record, the source of all c
 RUN/logs/training_runner.log, training.log     for people
 RUN/checkpoints/checkpoint_YYYYMMDD_HHMMSS/    see `checkpoint`
 RUN/multi_model_training_simple_results.json, run_report.json
+RUN/episodes.jsonl                             some episodes of every iteration, see `episodes`
 RUN/control.json                               what may be changed while it runs, see `control`
 """
 
@@ -24,6 +25,7 @@ from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.control import ControlFile
 from fedmoe.arena.engines.protocol import AdapterKey, Engine
 from fedmoe.arena.environment import environment
+from fedmoe.arena.episodes import EPISODES, EpisodeLog
 from fedmoe.arena.federation import League, join_league, learning_rate_only
 from fedmoe.arena.interval import few_questions
 from fedmoe.arena.learner import Learner, LearnerConfig, OptimizerState
@@ -173,6 +175,7 @@ def _assemble(
     records = stack.enter_context(BatchedRecords(RecordWriter(options.folder / METRICS)))
     writer = stack.enter_context(watch(records, options.folder, lambda: guard.limit))
     trainer = Trainer(config, task, policies, engine, codec, writer)
+    trainer.after_iteration = _episode_log(config, options.folder, found).write
     stack.callback(trainer.close)
     league = _join(config, options, base, policies, stack) if config.federation else None
     run = _Run(
@@ -182,6 +185,13 @@ def _assemble(
         trainer.may_sample_ahead = lambda following: not league.due(following)
     _populate(run, found)
     return run
+
+
+def _episode_log(config: ArenaConfig, folder: Path, found: Loaded | None) -> EpisodeLog:
+    wanted, iteration = config.episodes, found.state.iteration if found else 0
+    return EpisodeLog(
+        folder / EPISODES, wanted.per_iteration, int(wanted.megabytes * (1 << 20)), config.seed, iteration
+    )
 
 
 def _join(config: ArenaConfig, options: RunOptions, base: LoadedBase, policies: Policies, stack: ExitStack) -> League:

@@ -115,6 +115,20 @@ class Asking(Protocol):
         ...
 
 
+@runtime_checkable
+class Scripted(Protocol):
+    """A task that may have a player of known, high strength beside the random one."""
+
+    @property
+    def scripted(self) -> bool:
+        """Whether there is one."""
+        ...
+
+    def scripted_action(self, episode: Episode, seat: int, rng: np.random.Generator) -> str:
+        """Its action; raises TaskError where there is none."""
+        ...
+
+
 class Task(Protocol):
     """A kind of episode. Equal seeds give equal episodes; seeds from `HELD_OUT` on are never trained on."""
 

@@ -98,6 +98,8 @@ class Trainer:
         self._pace: deque[tuple[int, float]] = deque(maxlen=_PACE)
         self.playing = ""
         self.may_sample_ahead: Callable[[int], bool] = lambda iteration: True
+        #: Called with everything there is to say about an iteration, after its records.
+        self.after_iteration: Callable[[Report], None] = lambda report: None
 
     @property
     def mode(self) -> Mode:
@@ -135,6 +137,7 @@ class Trainer:
         write_iteration(self._records, report, self.policies, self.society)
         if attempted.failed:
             self._skipped("training", len(attempted.failed), attempted.reason)
+        self.after_iteration(report)
         for name, value in measured(self._metrics, played).items():
             self._records.write("metric", iteration=self.iteration, mode=playing, metric=name, value=value)
         for name, made in changes.items():

@@ -9,11 +9,13 @@ from fedmoe.arena.task import Lineup, Outcome
 
 #: A seat filled by chance instead of by a model.
 RANDOM = "random"
+#: A seat filled by the task's player of known strength, for tasks that are `task.Scripted`.
+SCRIPTED = "scripted"
 
 
 @dataclass(frozen=True, slots=True)
 class Player:
-    """Who fills a seat: a policy or a frozen adapter at a version, the base model alone (`key` None), or chance.
+    """Who fills a seat: a policy or a frozen adapter at a version, the base model alone (`key` None), or a rule.
 
     Only the turns of a `learning` player are trained on.
     """
@@ -21,6 +23,11 @@ class Player:
     name: str
     key: AdapterKey | None
     learning: bool = False
+
+    @property
+    def by_rule(self) -> bool:
+        """Whether no model is asked: chance, or the task's scripted player."""
+        return self.key is None and self.name in (RANDOM, SCRIPTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +43,10 @@ class EpisodePlan:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One action of one seat. `behaviour` are the log-probabilities under the weights that sampled it, float32 (T,)."""
+    """One action of one seat. `behaviour` are the log-probabilities under the weights that sampled it, float32 (T,).
+
+    `saw`: the last message that the seat saw before it acted.
+    """
 
     seat: int
     player: Player
@@ -45,6 +55,7 @@ class Turn:
     text: str
     behaviour: FloatArray
     stopped: bool
+    saw: str = ""
 
     @property
     def version(self) -> int:

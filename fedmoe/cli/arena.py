@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedmoe.cli.arena_episodes import episodes
+from fedmoe.cli.arena_tournament import tournament
 from fedmoe.cli.base_model import given_template
 from fedmoe.cli.output import CommandError
 from fedmoe.logs import configure
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from fedmoe.arena.run_options import RunOptions
 
 app = typer.Typer(help="Train several LoRA policies with and against each other in one task.", no_args_is_help=True)
+
+app.command()(episodes)
+app.command()(tournament)
 
 Config = Annotated[Path, typer.Argument(help="The run's configuration, a TOML file; see docs/arena.md.")]
 
@@ -155,7 +160,7 @@ def _draw(out: Path) -> None:
 
 #: What belongs to a run; anything else in its folder is left where it is.
 _OF_A_RUN = (
-    *("metrics.jsonl", "multi_model_training_simple_results.json", "run_report.json", "control.json"),
+    *("metrics.jsonl", "episodes.jsonl", "multi_model_training_simple_results.json", "run_report.json", "control.json"),
     *("logs", "checkpoints", "tensorboard", "visualization_outputs", "federation", "vllm_adapters"),
 )
 

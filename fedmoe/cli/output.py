@@ -116,7 +116,8 @@ def given(**options: object) -> dict[str, object]:
 def show_json(value: BaseModel | Mapping[str, object] | Sequence[object]) -> None:
     """Print one JSON document on standard output."""
     content = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    print(json.dumps(content, indent=2, allow_nan=False))
+    # JSON escapes all other control characters; this one stands in texts only.
+    print(json.dumps(content, indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

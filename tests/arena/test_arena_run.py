@@ -17,6 +17,7 @@ from tiny_arena import NAMES, TIMES, curve, records_of, tiny_config
 
 from fedmoe.arena import checkpoint
 from fedmoe.arena.config import ArenaConfig
+from fedmoe.arena.episodes import EPISODES, read_episodes
 from fedmoe.arena.learner import Learner
 from fedmoe.arena.memory import GIB, MemoryLimitError
 from fedmoe.arena.modes.competitive import Competitive
@@ -130,10 +131,11 @@ def of_kind(folder: Path, kind: str, **values: Value) -> list[Record]:
 
 def test_a_run_leaves_every_promised_file_and_nothing_else_e12_e13_e14(finished: Path) -> None:
     assert sorted(path.name for path in finished.iterdir()) == sorted(
-        [METRICS, RESULTS, REPORT, "checkpoints", "lock", "logs"]
+        [METRICS, RESULTS, REPORT, EPISODES, "checkpoints", "lock", "logs"]
     )
     assert sorted(path.name for path in (finished / "logs").iterdir()) == ["training.log", "training_runner.log"]
     found = checkpoint.checkpoints(finished / "checkpoints")
+    assert {row["iteration"] for row in read_episodes(finished / EPISODES)} == set(range(5))
     assert len(found) == 2, "only so many are kept"
     assert len(list((finished / "checkpoints").iterdir())) == 2
     for path in found:

@@ -15,6 +15,7 @@ from arena_process import ArenaProcess
 from tiny_arena import curve, tiny_config
 
 from fedmoe.arena import checkpoint
+from fedmoe.arena.episodes import EPISODES
 from fedmoe.lora.codec import digest
 
 PHASES = (("competitive", 5), ("team_battle", 4), ("cooperative", 5))
@@ -39,6 +40,7 @@ def digests(run: ArenaProcess) -> dict[str, str]:
 def assert_same_run(killed: ArenaProcess, whole: ArenaProcess) -> None:
     assert curve(killed.folder) == curve(whole.folder)
     assert digests(killed) == digests(whole)
+    assert (killed.folder / EPISODES).read_bytes() == (whole.folder / EPISODES).read_bytes()
     found = json.loads((killed.folder / "run_report.json").read_text())
     assert found["status"] == "finished"
     left = [path.name for path in killed.folder.rglob(".*")] + [path.name for path in killed.folder.glob("tmp")]

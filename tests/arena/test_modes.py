@@ -1,4 +1,4 @@
-"""The four modes (E2, E3, E4, E5) on episodes made by hand: who sits where, what it earns, and what is decided."""
+"""Modes (E2, E3, E4, E5) on episodes made by hand: who sits where, what it earns, and what is decided."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ def groups_of(plans: Sequence[EpisodePlan]) -> dict[int, list[EpisodePlan]]:
         ("team_battle", DUEL, 4),
         ("mixed", LettersTask(), 5),
         ("mixed", DUEL, 4),
+        ("independent", DUEL, 4),
     ],
 )
 def test_a_mode_refuses_what_it_cannot_be_played_with_and_says_what_it_got(
@@ -101,7 +102,7 @@ def test_four_policies_on_a_task_with_room_can_play_every_mode(mode: str) -> Non
     assert made.name == mode
 
 
-@pytest.mark.parametrize("mode", sorted(MODES))
+@pytest.mark.parametrize("mode", sorted(MODES.keys() - {"independent"}))
 def test_groups_share_problem_and_line_up_and_every_policy_sits_once(mode: str) -> None:
     made, planning = make_mode(mode), make_planning(groups=12, samples=3)
     groups = groups_of(made.plan(Society(), planning))
@@ -116,6 +117,22 @@ def test_groups_share_problem_and_line_up_and_every_policy_sits_once(mode: str) 
         assert len(plan.players) == plan.lineup.seats
         assert sorted(player.name for player in plan.players if player.learning) == sorted(NAMES)
         assert all(player.key == AdapterKey(player.name, 0) for player in plan.players if player.learning)
+
+
+def test_independent_policies_share_neither_table_nor_problem_and_earn_what_they_achieve() -> None:
+    mode, planning = make_mode("independent"), make_planning(groups=3, samples=2)
+    groups = groups_of(mode.plan(Society(), planning))
+    assert Counter(plans[0].players[0].name for plans in groups.values()) == dict.fromkeys(NAMES, 3)
+    assert len({plans[0].seed for plans in groups.values()}) == 12, "everybody has problems of its own"
+    for plans in groups.values():
+        assert [(plan.sample, plan.lineup.seats) for plan in plans] == [(0, 1), (1, 1)]
+        assert len({(plan.seed, plan.players) for plan in plans}) == 1
+    society = Society()
+    episodes, found = judged(mode, society, planning, varied)
+    for result in found.results:
+        assert result.credit.reward == episodes[result.episode].outcome.seat_scores[0]
+    assert society.ratings.table() == (), "nobody met anybody"
+    make_mode("independent").check(TASK, 1)
 
 
 def test_cooperation_is_one_team_of_all_with_changing_order_and_strategy() -> None:

@@ -249,3 +249,84 @@ def test_the_training_server_goes_on_with_the_demo_in_the_current_folder_unless_
     monkeypatch.setattr(sys, "argv", ["run_training_server.py", *given])
     runpy.run_path(str(ROOT / "demo" / "run_training_server.py"), run_name="__main__")
     assert called == [["arena", "train", *expected]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the tiny model that is over."""
+    folder = tmp_path_factory.mktemp("arena")
+    (folder / "tiny.toml").write_text(TINY + PHASES)
+    done = run_script(
+        *("-m", "fedmoe", "arena", "train", str(folder / "tiny.toml"), "--out", str(folder / "run")),
+        *("--no-charts", "--no-tensorboard"),
+    )
+    assert done.status == 0, done.err
+    return folder / "run"
+
+
+def test_episodes_are_shown_and_given_as_json(fedmoe: Run, trained: Path) -> None:
+    shown = fedmoe("arena", "episodes", str(trained), "--policy", "policy_2", "--lowest-reward", "--limit", "2")
+    assert shown.status == 0, shown.err
+    assert shown.out.count("iteration ") == 2
+    assert "policy_2@" in shown.out
+    found = json.loads(fedmoe("arena", "episodes", str(trained), "--iteration", "1", "--limit", "9", "--json").out)
+    assert {row["iteration"] for row in found} == {1}
+    assert len(found) == 4
+    assert {"policy", "score", "reward", "valid", "version"} <= found[0]["seats"][0].keys()
+    assert found[0]["seats"][0]["turns"][0]["saw"]
+
+
+def test_what_a_model_says_never_reaches_the_terminal_as_control_characters(fedmoe: Run, tmp_path: Path) -> None:
+    text = "\x1b[2Jgone\x07\u202e\x9b\r\x7f 东京\nnext"
+    turn = {"saw": text, "said": text, "tokens": 3, "ended": True, "cut": False}
+    seat = {"policy": "ann", "version": 1, "team": 0, "strategy": "", "score": 1.0, "valid": 1.0, "reward": 1.0}
+    row = {"iteration": 0, "mode": "mixed", "episode": 0, "chosen": "drawn", "question": text, "completed": True}
+    (tmp_path / "episodes.jsonl").write_text(json.dumps({**row, "seats": [{**seat, "turns": [turn]}]}) + "\n")
+    for extra in ((), ("--json",)):
+        shown = fedmoe("arena", "episodes", str(tmp_path), *extra)
+        assert shown.status == 0, shown.err
+        assert not [char for char in shown.out if not char.isprintable() and char != "\n"]
+    assert json.loads(shown.out)[0]["seats"][0]["turns"][0]["said"] == text
+    plain = fedmoe("arena", "episodes", str(tmp_path)).out
+    assert "\\x1b[2Jgone" in plain
+    assert "东京" in plain
+
+
+def test_episodes_that_are_not_there_are_refused_with_what_is(fedmoe: Run, trained: Path, tmp_path: Path) -> None:
+    assert_one_line(fedmoe("arena", "episodes", str(tmp_path)), "has no episodes.jsonl", "per_iteration = 0")
+    assert_one_line(fedmoe("arena", "episodes", str(trained), "--policy", "nobody"), "'nobody'", "policy_1, policy_2")
+    assert_one_line(fedmoe("arena", "episodes", str(trained), "--iteration", "9"), "iteration 9", "0 to 2")
+    both = fedmoe("arena", "episodes", str(trained), "--lowest-reward", "--highest-reward")
+    assert_one_line(both, "opposites", "pass one of them")
+
+
+def test_a_tournament_gives_the_same_table_twice_and_leaves_the_runs_alone(fedmoe: Run, trained: Path) -> None:
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    pool = next((trained / "checkpoints").iterdir())
+    first, second = (
+        fedmoe("arena", "tournament", str(trained), "--pool", str(pool), "--deals", "5", "--json") for _ in range(2)
+    )
+    assert first.status == 0, first.err
+    assert first.out == second.out
+    found = json.loads(first.out)
+    names = {row["player"] for row in found["rows"]}
+    assert {"base", "random", "run/policy_1@3", f"{pool.name}/policy_1@{_version(pool)}"} <= names
+    assert len(found["pairs"]) == len(names) * (len(names) - 1) // 2
+    assert {"wins_by_play", "wins_by_errors"} <= found["rows"][0]["tally"].keys()
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+    shown = fedmoe("arena", "tournament", str(trained), "--deals", "3", "--seed", "4")
+    assert shown.status == 0, shown.err
+    assert sum(line.split()[0] == "policy_1@3" for line in shown.out.splitlines()) == 1
+    assert "raise --deals" in shown.out
+
+
+def _version(found: Path) -> int:
+    from fedmoe.arena.checkpoint import load
+
+    policies = load(found).state["policies"]
+    assert isinstance(policies, dict)
+    return int(policies["policy_1"]["version"])
+
+
+def test_a_tournament_of_nobody_is_refused(fedmoe: Run, tmp_path: Path) -> None:
+    assert_one_line(fedmoe("arena", "tournament", str(tmp_path)), "holds no checkpoint of a run", "--pool")

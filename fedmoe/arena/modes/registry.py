@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.cooperative import Cooperative
+from fedmoe.arena.modes.independent import Independent
 from fedmoe.arena.modes.mixed import Mixed
 from fedmoe.arena.modes.protocol import Mode, ModeError
 from fedmoe.arena.modes.team_battle import TeamBattle
@@ -16,7 +17,13 @@ from fedmoe.arena.modes.team_battle import TeamBattle
 ENTRY_POINTS = "fedmoe.modes"
 
 MODES: Mapping[str, Callable[[], Mode]] = MappingProxyType(
-    {"cooperative": Cooperative, "competitive": Competitive, "team_battle": TeamBattle, "mixed": Mixed}
+    {
+        "cooperative": Cooperative,
+        "competitive": Competitive,
+        "team_battle": TeamBattle,
+        "mixed": Mixed,
+        "independent": Independent,
+    }
 )
 
 

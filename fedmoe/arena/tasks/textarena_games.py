@@ -280,6 +280,11 @@ class TextArenaTask:
         """Enough for every legal move of the known games; 64 for others."""
         return (self._game or _UNKNOWN).max_action_tokens
 
+    @property
+    def scripted(self) -> bool:
+        """Whether there is a player of known strength, see `scripted_action`."""
+        return self._game is not None and self._game.scripted is not None
+
     def start(self, seed: int, lineup: Lineup) -> GameEpisode:
         """A new game."""
         check_lineup(self, lineup)

@@ -1,0 +1,56 @@
+"""Independent mode: every policy learns alone, as if it had a run of its own; the other modes are compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedmoe.arena.credit import Credit, weighted
+from fedmoe.arena.modes.judging import compared, credited, examples, task_seeds
+from fedmoe.arena.modes.protocol import Judgement, ModeError, Planning
+from fedmoe.arena.society import Society
+from fedmoe.arena.task import Lineup, Task
+from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode
+
+#: One's own result and nothing else: GRPO (Shao et al. 2024, 2402.03300).
+WEIGHTS = Credit(individual=1.0)
+
+
+class Independent:
+    """One policy at a table, `groups` problems of its own and `samples` answers to each; no ratings, no team."""
+
+    name = "independent"
+    playing = "independent"
+
+    def __init__(self, weights: Credit = WEIGHTS) -> None:
+        self._rule = weighted(weights)
+        self._individual = weights.individual or 0.0
+
+    def check(self, task: Task, policies: int) -> None:
+        """A task that one seat can play alone."""
+        if task.seats[0] > 1:
+            raise ModeError(
+                f"{self.name} mode needs a task for one seat; got {policies} policies and {task.name}, which needs "
+                f"{task.seats[0]} seats; take competitive mode"
+            )
+
+    def plan(self, society: Society, planning: Planning) -> list[EpisodePlan]:
+        """Groups of one policy each; no two policies share one."""
+        lineup, samples = Lineup.alone(1), range(planning.samples)
+        tables = [(player, seed) for player in planning.policies for seed in task_seeds(planning)]
+        return [
+            EpisodePlan(seed, lineup, (player,), group, sample)
+            for group, (player, seed) in enumerate(tables)
+            for sample in samples
+        ]
+
+    def judge(self, society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+        """Own result, compared within the group."""
+        results = compared(society, planning, played, credited(self._rule, played, self._individual))
+        return Judgement(examples(played, results), tuple(results))
+
+    def state(self) -> dict[str, object]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Nothing to take over."""
