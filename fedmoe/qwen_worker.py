@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmoe.datasets.contents import DataChange, digest_of, sample_hashes
+from fedmoe.datasets.contents import DataChange, Hashes, digest_of, sample_hashes
 from fedmoe.datasets.errors import DataError
 from fedmoe.datasets.packing import Batch, BlockSampler, collate
 from fedmoe.lora.adapter import FloatVector, ShapeError
@@ -73,7 +73,7 @@ class Companion:
 
 
 class QwenWorker:
-    """Owns a `QwenLoRAExpert` and the sampler of this rank's blocks.
+    """Owns a `QwenLoRAExpert` and the sampler of this rank's blocks; `hashes` are those of all their samples, if known.
 
     With several ranks all make the same calls; rank 0's clock, weights and `should_stop` count. `weights`, `rebase`,
     `save` and `restore` may be called between steps only, from the thread that trains.
@@ -85,6 +85,7 @@ class QwenWorker:
         sampler: BlockSampler,
         clock: Callable[[], float] = time.monotonic,
         held_out: HeldOutPlan | None = None,
+        hashes: Hashes | None = None,
     ) -> None:
         self.expert = expert
         self.sampler = sampler
@@ -98,7 +99,7 @@ class QwenWorker:
         self.measured_anew = False
         self._clock = clock
         self._group = expert.group
-        self._hashes = sample_hashes(sampler.blocks)
+        self._hashes = sample_hashes(sampler.blocks) if hashes is None else hashes
 
     @property
     def step(self) -> int:

@@ -66,7 +66,7 @@ LAYERS: dict[str, set[str]] = {
     "worker.pull": {"manifest", "wire", "worker.group"},
     "worker.progress": {"lora", "qwen_worker"},
     "worker.report": {"qwen_worker", "record", "wire", "worker.delivery", "worker.outbox"},
-    "worker.restart": {"datasets", "qwen_worker", "worker.group", "worker.progress"},
+    "worker.restart": {"datasets", "models", "qwen_worker", "worker.group", "worker.progress"},
     "worker.signals": set(),
     "worker.phases": set(),
     "distributed_worker": {
@@ -80,7 +80,7 @@ LAYERS: dict[str, set[str]] = {
     "worker.setup": {
         *("config", "coordinator", "datasets", "distributed_worker", "lora", "models", "qwen_finetune", "qwen_worker"),
         *("wire", "worker.disclosure", "worker.group", "worker.kept_statistics", "worker.options", "worker.outbox"),
-        *("worker.phases", "worker.signals", "worker.statistics", "worker.training_data"),
+        *("worker.phases", "worker.restart", "worker.signals", "worker.statistics", "worker.training_data"),
     },
     "worker.inference": {"lora", "models", "qwen_finetune"},
     "worker": set(),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import structlog
 
 from fedmoe.config import WorkerConfig
-from fedmoe.datasets.contents import change_between, digest_of, sample_hashes
+from fedmoe.datasets.contents import Hashes, change_between, digest_of, sample_hashes
 from fedmoe.datasets.errors import DataError
 from fedmoe.datasets.packing import Block, BlockSampler
 from fedmoe.datasets.tokenized import TokenizedSample
@@ -137,8 +137,8 @@ def held_out_plan(config: WorkerConfig, blocks: Sequence[Block]) -> HeldOutPlan:
     )
 
 
-def tell_held_out(plan: HeldOutPlan, samples: Sequence[TokenizedSample], train: Sequence[Block]) -> None:
-    """Say what is measured, how much of it is left out, and what of it is trained on too."""
+def tell_held_out(plan: HeldOutPlan, samples: Sequence[TokenizedSample], train: Hashes) -> None:
+    """Say what is measured, of how much, and what of it is in the samples trained on, `train`, too."""
     measured = sample_hashes(plan.blocks)
     _log.info(
         "held_out_data",
@@ -147,6 +147,6 @@ def tell_held_out(plan: HeldOutPlan, samples: Sequence[TokenizedSample], train: 
         blocks=len(plan.blocks),
         eval_steps=plan.eval_steps,
     )
-    trained = change_between(measured, sample_hashes(train)).kept
+    trained = change_between(measured, train).kept
     if trained:
         _log.warning("held_out_is_trained_on", samples=trained, of=len(measured))

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import structlog
 
+from fedmoe.datasets.contents import Hashes
 from fedmoe.datasets.errors import DataError
+from fedmoe.datasets.packing import BlockSampler
+from fedmoe.models.kept_data import judge_change
+from fedmoe.models.parallel import ProcessGroup
+from fedmoe.models.worker_state import has_state, load_state
 from fedmoe.qwen_worker import QwenWorker
 from fedmoe.worker.group import WorkerFailedError
 from fedmoe.worker.progress import SyncPoint
@@ -14,14 +19,33 @@ from fedmoe.worker.progress import SyncPoint
 _log = structlog.get_logger("fedmoe.worker")
 
 
+def check_data(
+    checkpoints: Path, sampler: BlockSampler, hashes: Hashes, allow_changed_data: bool, group: ProcessGroup
+) -> None:
+    """Refuse changed data before the long work, by what the checkpoint of this process says; as `take_up` would."""
+    if not has_state(checkpoints):
+        return
+    values = load_state(checkpoints, group).values
+    if sampler.fits({name: int(str(value)) for name, value in values["sampler"].items()}):
+        return
+    try:
+        judge_change(checkpoints, values.get("data", {}), hashes, allow_changed_data)
+    except DataError as error:
+        raise _refusal(error, checkpoints) from error
+
+
+def _refusal(error: DataError, checkpoints: Path) -> WorkerFailedError:
+    return WorkerFailedError(
+        f"{error}. Or move {checkpoints} away to begin anew under the same identity, or choose another --state-dir"
+    )
+
+
 def take_up(worker: QwenWorker, checkpoints: Path, allow_changed_data: bool) -> SyncPoint | None:
     """Restore the newest checkpoint, if there is one, and tell of other data; all ranks call it."""
     try:
         companion = worker.restore(checkpoints, allow_changed_data)
     except DataError as error:
-        raise WorkerFailedError(
-            f"{error}. Or move {checkpoints} away to begin anew under the same identity, or choose another --state-dir"
-        ) from error
+        raise _refusal(error, checkpoints) from error
     if companion is not None:
         _log.info("restored", step=worker.step)
     if worker.new_order and worker.expert.group.rank == 0:

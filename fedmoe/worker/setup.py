@@ -27,6 +27,7 @@ from fedmoe.worker.kept_statistics import keep, read_kept, statistics_key
 from fedmoe.worker.options import adapter_layout, check_federation, check_processes
 from fedmoe.worker.outbox import Outbox
 from fedmoe.worker.phases import PhaseLog, say
+from fedmoe.worker.restart import check_data
 from fedmoe.worker.signals import StopOnSignal
 from fedmoe.worker.statistics import DataStatistics, data_statistics
 from fedmoe.worker.training_data import WorkerData, check_sources, worker_data
@@ -76,6 +77,8 @@ def _train(
     state_dir: Path,
     outbox: Outbox | None,
 ) -> None:
+    checkpoints, allowed = state_dir / "checkpoint", config.allow_changed_data
+    on_rank_zero(group, lambda: check_data(checkpoints, data.sampler, data.hashes, allowed, group))
     # On the bare base model, so before an adapter is attached.
     disclosure = on_rank_zero(group, lambda: _disclosure(config, base, data.blocks, client, state_dir))
     try:
@@ -176,7 +179,7 @@ def _build(
         config.start_from,
         config.allow_changed_data,
     )
-    worker = QwenWorker(expert, data.sampler, held_out=data.held_out)
+    worker = QwenWorker(expert, data.sampler, held_out=data.held_out, hashes=data.hashes)
     on_registered = disclosure.start if disclosure is not None else lambda: None
     return DistributedWorker(worker, client, settings, state_dir, outbox, on_registered=on_registered)
 

@@ -10,6 +10,7 @@ import structlog
 from fedmoe.cache import cache_folder
 from fedmoe.config import WorkerConfig
 from fedmoe.datasets.check import RowOptions, check_beginning
+from fedmoe.datasets.contents import Hashes, sample_hashes
 from fedmoe.datasets.packing import Block, BlockSampler, pack
 from fedmoe.datasets.prepare import DataOptions, Prepared, prepare_samples
 from fedmoe.datasets.split import held_out_rows
@@ -37,9 +38,12 @@ _TOLD_EVERY = 20_000
 
 @dataclass(frozen=True, eq=False)
 class WorkerData:
-    """A worker's data, packed: blocks to train on, this rank's sampler of them, what is held out, and the schedule."""
+    """A worker's data, packed: blocks to train on, hashes of their samples, this rank's sampler of them, what is held
+    out, and the schedule.
+    """
 
     blocks: list[Block]
+    hashes: Hashes
     sampler: BlockSampler
     held_out: HeldOutPlan | None
     training: TrainingConfig
@@ -72,13 +76,13 @@ def worker_data(
     train, held_out = _sides(config, data, base, length, processes)
     blocks = pack(train, length, config.seed, pad_token(base))
     sampler = block_sampler(blocks, config, group.rank, group.world_size)
-    plan = None
+    hashes, plan = sample_hashes(blocks), None
     if held_out:
         # A fixed seed: whoever measures on the same rows measures on the same blocks.
         plan = held_out_plan(config, pack(held_out, length, 0, pad_token(base)))
         if group.rank == 0:
-            tell_held_out(plan, held_out, blocks)
-    return WorkerData(blocks, sampler, plan, training_config(config, sampler.shard))
+            tell_held_out(plan, held_out, hashes)
+    return WorkerData(blocks, hashes, sampler, plan, training_config(config, sampler.shard))
 
 
 def _sides(

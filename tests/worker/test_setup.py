@@ -203,6 +203,23 @@ def test_an_adapter_unlike_the_federations_is_refused_before_the_long_work(
     assert "all experts share one LoRA configuration; rank: expected 4, got 8. Give --base-model, --lora-r" in said
 
 
+def test_changed_data_are_refused_before_the_long_work(
+    told: Told, tmp_path: Path, house: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedmoe.cli.worker.configure", lambda: None)
+    monkeypatch.setattr(StopOnSignal, "install", lambda self: None)
+    fixed = ["--coordinator-url", house.url, "--worker-id", "w1", "--specialty", "python", "--base-model", "tiny"]
+    state = ["--state-dir", str(tmp_path / "w1"), "--dtype", "fp32", "--device", "cpu", "--no-send-statistics"]
+    data = write(tmp_path / "d.jsonl", GOOD)
+    main(["worker", *fixed, *state, "--dataset", str(data), "--max-steps", "1"])
+    monkeypatch.setattr(setup, "data_statistics", None)
+    said = told(1, write(tmp_path / "d.jsonl", GOOD[3:]), url=house.url)
+    assert "the checkpoint is of other data: 3 of 20 samples are gone or changed, 0 are new" in said
+    assert "--allow-changed-data" in said
+    main(["worker", *fixed, *state, "--dataset", str(data), "--max-steps", "2", "--allow-changed-data"])
+    assert [update.info["steps"] for update in house.updates()] == [1, 2]
+
+
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
 def test_one_device_for_several_processes_is_refused(
     device: str, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
