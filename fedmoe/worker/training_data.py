@@ -38,8 +38,9 @@ _TOLD_EVERY = 20_000
 
 @dataclass(frozen=True, eq=False)
 class WorkerData:
-    """A worker's data, packed: blocks to train on, hashes of their samples, this rank's sampler, what is held out, and
-    the schedule."""
+    """A worker's data, packed: blocks to train on, hashes of their samples, this rank's sampler of them, what is held
+    out, and the schedule.
+    """
 
     blocks: list[Block]
     hashes: Hashes
@@ -75,8 +76,7 @@ def worker_data(
     train, held_out = _sides(config, data, base, length, processes)
     blocks = pack(train, length, config.seed, pad_token(base))
     sampler = block_sampler(blocks, config, group.rank, group.world_size)
-    hashes = sample_hashes(blocks)
-    plan = None
+    hashes, plan = sample_hashes(blocks), None
     if held_out:
         # A fixed seed: whoever measures on the same rows measures on the same blocks.
         plan = held_out_plan(config, pack(held_out, length, 0, pad_token(base)))

@@ -198,7 +198,7 @@ def test_an_adapter_unlike_the_federations_is_refused_before_the_long_work(
     told: Told, tmp_path: Path, house: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Setup(house.url, tmp_path / "w2", name="w2", steps=1).run()
-    monkeypatch.setattr(setup, "tokenize_samples", None)
+    monkeypatch.setattr(setup, "worker_data", None)
     said = told(1, write(tmp_path / "d.jsonl", GOOD), "--lora-r", "8", "--lora-alpha", "8", url=house.url)
     assert "all experts share one LoRA configuration; rank: expected 4, got 8. Give --base-model, --lora-r" in said
 
