@@ -71,8 +71,9 @@ def _phase(line: bytes) -> str:
         return ""
     if told.get("event") != "phase":
         return ""
-    progress = f" {told['done']:,}/{told['total']:,}" if "total" in told else ""
-    return f"{told['phase']}{progress}"
+    done = f" {told['done']:,}" if "done" in told else ""
+    total = f"/{told['total']:,}" if "total" in told else ""
+    return f"{told['phase']}{done}{total}"
 
 
 class LiveView:

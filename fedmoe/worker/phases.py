@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import structlog
 
-Item = TypeVar("Item")
 Phase = Literal["loading the base model", "preparing data", "statistics of the data", "training"]
 
 _log = structlog.get_logger("fedmoe.worker")
@@ -29,14 +27,7 @@ class PhaseLog:
             self._told = tenth
             _log.info(EVENT, phase=self._phase, done=done, total=total)
 
-    def over(self, items: Sequence[Item]) -> Iterator[Item]:
-        """The items one by one, told of as they are taken."""
-        for done, item in enumerate(items):
-            self.at(done, len(items))
-            yield item
-        self.at(len(items), len(items))
 
-
-def say(phase: Phase) -> None:
-    """A phase begins of which nobody knows how long it is."""
-    _log.info(EVENT, phase=phase)
+def say(phase: Phase, done: int | None = None) -> None:
+    """A phase of which nobody knows how long it is begins, or so much of it is done."""
+    _log.info(EVENT, phase=phase, **({} if done is None else {"done": done}))

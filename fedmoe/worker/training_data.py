@@ -32,8 +32,8 @@ from fedmoe.worker.options import (
 from fedmoe.worker.phases import say
 
 _log = structlog.get_logger("fedmoe.worker")
-# Samples between two lines that tell how far tokenising is.
-_TOLD_EVERY = 20_000
+# Samples until the first line that tells how far tokenising is, and between two lines at most; first they double.
+_TOLD_FIRST, _TOLD_EVERY = 500, 20_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +107,9 @@ def _prepared(config: WorkerConfig, name: str, base: LoadedBase, length: int, pr
 
     def progress(done: int) -> None:
         nonlocal told
-        if done - told >= _TOLD_EVERY:
+        if done - told >= min(max(told, _TOLD_FIRST), _TOLD_EVERY):
             told = done
-            _log.info("tokenizing", file=name, rows_done=done)
+            say("preparing data", done)
 
     return prepare_samples(
         name,

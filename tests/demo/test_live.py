@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from fedmoe.demo.live import LiveView
 from fedmoe.demo.plan import WORKERS, DemoPlan
 from fedmoe.record import RecordWriter
-from fedmoe.worker.phases import PhaseLog
+from fedmoe.worker.phases import PhaseLog, say
 
 
 def written(plan: DemoPlan, index: int) -> RecordWriter:
@@ -84,12 +84,17 @@ def test_what_a_worker_logs_is_what_is_shown(tmp_path: Path) -> None:
 
     def start() -> None:
         with capture_logs() as lines:
-            for _ in PhaseLog("preparing data").over(range(7)):
-                pass
-        for line in lines[:-1]:
+            say("preparing data", 1200)
+            for done in range(7):
+                PhaseLog("statistics of the data").at(done, 7)
+        for line in lines[:1]:
             said(plan, 0, **line)
+        for line in lines:
+            said(plan, 1, **line)
 
-    assert "phase preparing data 6/7" in shown(plan, start)
+    lines = shown(plan, start).splitlines()
+    assert "phase preparing data 1,200  step" in lines[0]
+    assert "phase statistics of the data 6/7" in lines[1]
 
 
 def test_half_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
