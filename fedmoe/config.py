@@ -179,6 +179,7 @@ class EvaluatorConfig(_CallerConfig):
     evaluator_id: WorkerName
     expert: ExpertName
     held_out: str
+    map: tuple[str, ...] = ()
     held_out_blocks: Annotated[int, Field(ge=1, le=1 << 20)] = 16
     max_length: Annotated[int, Field(ge=8, le=1 << 20)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 4

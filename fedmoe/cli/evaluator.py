@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedmoe.cli.options import ChatTemplateFile, ChatTemplateKwargs
+from fedmoe.cli.options import ChatTemplateFile, ChatTemplateKwargs, DataMap
 from fedmoe.cli.output import CommandError, given
 from fedmoe.config import DEFAULT_SYNC_INTERVAL, EvaluatorConfig
 from fedmoe.logs import configure
@@ -27,9 +27,10 @@ def evaluator(
     held_out: Annotated[
         str,
         typer.Option(
-            envvar="FEDMOE_EVALUATOR_HELD_OUT", help="Data nobody trains on: .jsonl, .json, .csv or .parquet."
+            envvar="FEDMOE_EVALUATOR_HELD_OUT", help="Data nobody trains on: a data file, a folder or a hub id."
         ),
     ],
+    map: DataMap = None,
     held_out_blocks: Annotated[int | None, typer.Option(help="Score at most so many blocks. [default: 16]")] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens a block. [default: 1024, or the model's context if shorter]")

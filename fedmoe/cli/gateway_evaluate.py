@@ -17,6 +17,7 @@ from fedmoe.cli.options import (
     ChatTemplateFile,
     ChatTemplateKwargs,
     CoordinatorUrl,
+    DataMap,
     Token,
     client,
 )
@@ -31,6 +32,8 @@ from fedmoe.manifest import BaseModel
 from fedmoe.wire.client import CoordinatorClient
 
 if TYPE_CHECKING:
+    from fedmoe.datasets.check import RowOptions
+    from fedmoe.datasets.report import DataReport
     from fedmoe.gateway.losses import LossMatrix
     from fedmoe.gateway.retained import Retained
     from fedmoe.models.base import LoadedBase
@@ -51,6 +54,7 @@ def evaluate(
             help="Held-out data; the expert NAME or NAME_expert is the domain's own. Repeat it for each domain.",
         ),
     ],
+    map: DataMap = None,
     blocks: Annotated[int, typer.Option(min=2, help="At most so many blocks of each domain are scored.")] = 32,
     max_length: Annotated[
         int | None, typer.Option(min=8, help="Tokens a block. [default: 1024, or the model's context if shorter]")
@@ -69,13 +73,16 @@ def evaluate(
     Where the workers of two experts have told of their prompts, the routed gateway too: every block by the expert that
     its first 32 tokens are routed to.
     """
-    files = _files(domains)
+    from fedmoe.datasets.check import RowOptions
+
+    rows = RowOptions.mapping(map or ())
+    files = _files(domains, rows)
     chat = given_template(chat_template, chat_template_kwargs)
     with client(coordinator_url, token) as api:
         adapters, identity = _models(api)
         prompts = _prompt_statistics(api, adapters.keys())
     base = loaded(base_model, device, chat)
-    matrix = _measure(base, identity, adapters, files, (blocks, max_length, batch_size), prompts)
+    matrix = _measure(base, identity, adapters, (files, rows), (blocks, max_length, batch_size), prompts)
     found = _retained(matrix, [name for name in (GATEWAY, ROUTED) if name in matrix.models])
     if as_json:
         from fedmoe.gateway.report import report_json
@@ -87,15 +94,21 @@ def evaluate(
         _draw(plot, matrix, found, identity.name)
 
 
-def _files(domains: Sequence[str]) -> dict[str, Path]:
-    files: dict[str, Path] = {}
+def _files(domains: Sequence[str], rows: RowOptions) -> dict[str, str]:
+    """Domain -> its data, of which the first rows have been looked at."""
+    from fedmoe.datasets.check import check_beginning
+    from fedmoe.datasets.errors import DataError
+
+    files: dict[str, str] = {}
     for domain in domains:
         name, separator, file = domain.partition("=")
         if not (name and separator and file) or name in files:
             raise CommandError(f"--domain takes NAME=FILE, every name once; got {domain!r}")
-        files[name] = Path(file)
-        if not files[name].is_file():
-            raise CommandError(f"--domain {name}: there is no file {file}")
+        try:
+            check_beginning(file, rows)
+        except DataError as error:
+            raise CommandError(f"--domain {name}: {error}") from error
+        files[name] = file
     return files
 
 
@@ -136,10 +149,11 @@ def _measure(
     base: LoadedBase,
     identity: BaseModel,
     adapters: Mapping[str, Adapter],
-    files: Mapping[str, Path],
+    data: tuple[Mapping[str, str], RowOptions],
     sizes: tuple[int, int | None, int],
     prompts: Mapping[str, PromptStatistics],
 ) -> LossMatrix:
+    from fedmoe.datasets.prepare import DataOptions
     from fedmoe.gateway.evaluate import evaluate as measure
     from fedmoe.gateway.evaluate import held_out_blocks, routed_to
 
@@ -150,12 +164,19 @@ def _measure(
             f"{base.identity.name} has weights {base.identity.weights_hash[:12]}; name the federation's base "
             "model with --base-model"
         )
-    held_out = {name: held_out_blocks(file, base, max_length, limit) for name, file in files.items()}
+    files, rows = data
+    held_out = {
+        name: held_out_blocks(file, base, max_length, limit, DataOptions(rows), _tell) for name, file in files.items()
+    }
     matrix = measure(base, adapters, held_out, batch_size, lambda line: print(line, file=sys.stderr))
     if not prompts:
         return matrix
     choices = routed_to(base, SequenceRouter.fit(prompts), adapters, held_out, GATEWAY)
     return matrix.with_rows({ROUTED: matrix.routed(choices)})
+
+
+def _tell(report: DataReport) -> None:
+    print(report.text, file=sys.stderr)
 
 
 def _retained(matrix: LossMatrix, models: Sequence[str]) -> Retained | None:

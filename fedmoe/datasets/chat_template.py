@@ -164,7 +164,10 @@ def _check_rendered(message: Message, answer: _Answer) -> None:
     for call in calls if isinstance(calls, list) else []:
         name = call["function"]["name"]
         if name not in rendered:
-            raise TemplateRefusalError(f"the chat template does not render tool_calls (here a call of {name[:40]!r})")
+            raise TemplateRefusalError(
+                f"the chat template does not render tool_calls (here a call of {name[:40]!r}); "
+                "take a base model whose template does, or give one with --chat-template FILE"
+            )
     _, said = _reasoning(message)
     if said.strip() and said.strip() not in rendered:
         raise TemplateRefusalError("the chat template does not render the answer as it stands in the row")

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import structlog
 
 from fedmoe.config import EvaluatorConfig
-from fedmoe.datasets.check import check_file
+from fedmoe.datasets.check import RowOptions, check_file
 from fedmoe.datasets.packing import Block
+from fedmoe.datasets.prepare import DataOptions
 from fedmoe.errors import RefusedError
 from fedmoe.gateway.evaluate import held_out_blocks
 from fedmoe.lora.adapter import Adapter
@@ -218,7 +219,8 @@ def run_evaluator(config: EvaluatorConfig) -> None:
     """Run an evaluator until it is told to stop (SIGTERM, SIGINT)."""
     pin_threads()
     chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
-    check_file(config.held_out).raise_problem()  # data that cannot be used are told before a base model is loaded
+    rows = RowOptions.mapping(config.map)
+    check_file(config.held_out, rows).raise_problem()  # unfit data are told before a base model is loaded
     token = config.token.get_secret_value() if config.token else None
     with CoordinatorClient(config.coordinator_url, token) as client:
         # So is a wrong URL or token, and a coordinator without a gate.
@@ -231,6 +233,7 @@ def run_evaluator(config: EvaluatorConfig) -> None:
             base,
             config.max_length,
             config.held_out_blocks,
+            DataOptions(rows),
             report=lambda found: _log.info("dataset", **found.summary),
         )
         _log.info("held_out", file=config.held_out, blocks=len(blocks))
