@@ -120,7 +120,7 @@ class DataReport:
                 f"{self.max_bad_fraction:.1%}); mend or remove them{self._bad_lines()}"
             )
         if self.good < 1:
-            reasons = "; ".join(f"{count:,} rows: {reason}" for reason, count in self.left_out.items())
+            reasons = "; ".join(f"{_rows(count)}: {reason}" for reason, count in self.left_out.items())
             return (
                 f"{self.source}: not one of {self.rows:,} rows can be learned from ({reasons or 'all are bad'}); raise "
                 f"--max-length, or check that the rows hold answers{self._bad_lines()}"
@@ -153,7 +153,7 @@ class DataReport:
         if self.problem:
             return self.problem
         lines = [f"{self.source}: {self.good:,} of {self.rows:,} rows fit, {self._formats()}", *self._token_lines()]
-        lines += [f"left out: {count:,} rows, {reason}" for reason, count in self.left_out.items()]
+        lines += [f"left out: {_rows(count)}, {reason}" for reason, count in self.left_out.items()]
         if self.counts.rejected:
             lines.append(f"preference data: {self.counts.rejected:,} rejected answers are not learned")
         if self.counts.obeyed:
@@ -188,7 +188,7 @@ class DataReport:
         counts = self.counts.formats
         if len(counts) == 1:
             return f"format {next(iter(counts))}"
-        return "formats " + ", ".join(f"{name} ({count:,} rows)" for name, count in counts.items())
+        return "formats " + ", ".join(f"{name} ({_rows(count)})" for name, count in counts.items())
 
     def _token_lines(self) -> Sequence[str]:
         found = self.tokens
@@ -200,19 +200,23 @@ class DataReport:
         ]
         if found.cut:
             lines.append(
-                f"cut: {found.cut:,} rows lose the tail of an answer, {found.lost:,} tokens in all; a larger "
-                "--max-length, --long-rows split or --long-rows drop does not"
+                f"cut: in {_rows(found.cut)} the tail of an answer is not learned, {found.lost:,} tokens in all; "
+                "a larger --max-length or --long-rows split learns it"
             )
         if found.split:
-            lines.append(f"split: {found.split:,} rows are longer and go into several samples")
+            lines.append(f"split: {_rows(found.split)} beyond that length, into several samples")
         if found.endless:
             lines.append(
-                f"no end mark: the answers of {found.endless:,} rows end without one; the model will not learn to stop"
+                f"no end mark: in {_rows(found.endless)} an answer ends without one; the model will not learn to stop"
             )
-        return [*lines, *(f"{note} ({count:,} rows)" for note, count in found.notes.items())]
+        return [*lines, *(f"{note} ({_rows(count)})" for note, count in found.notes.items())]
 
     def _bad_lines(self) -> str:
         shown = self.counts.bad[:_BAD_ROWS_SHOWN]
         lines = [f"\n  {row.place}: {row.reason}" for row in shown]
         more = self.bad_count - len(lines)
         return "".join(lines) + (f"\n  and {more:,} more" if more > 0 else "")
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" if count == 1 else f"{count:,} rows"

@@ -27,8 +27,8 @@ def test_with_a_base_model_tokens_are_counted_and_two_samples_shown(fedmoe: Run,
     rows = [{"messages": TURNS}] * 3 + [{"text": "x" * 100}]
     outcome = fedmoe("data", "check", write(tmp_path / "a.jsonl", *rows), "--base-model", "tiny", "--max-length", "64")
     assert outcome.status == 0
-    assert "4 of 4 rows fit, formats messages (3 rows), text (1 rows)" in outcome.out
-    assert "split: 1 rows are longer" in outcome.out
+    assert "4 of 4 rows fit, formats messages (3 rows), text (1 row)" in outcome.out
+    assert "split: 1 row beyond that length" in outcome.out
     assert "assistant\n>>>So.<|im_end|><<<" in outcome.out
     assert outcome.out.count("--- sample") == 2
 
@@ -79,9 +79,9 @@ def test_long_rows_are_cut_split_or_dropped_as_asked(fedmoe: Run, tmp_path: Path
     long = {"messages": [TURNS[0], {"role": "assistant", "content": "so " * 100}]}
     file = write(tmp_path / "a.jsonl", long, {"messages": TURNS})
     check = ("data", "check", file, "--base-model", "tiny", "--max-length", "100")
-    assert "cut: 1 rows lose the tail of an answer" in fedmoe(*check).out
-    assert "split: 1 rows are longer" in fedmoe(*check, "--long-rows", "split").out
-    assert "left out: 1 rows, no part of an answer fits 100 tokens" in fedmoe(*check, "--long-rows", "drop").out
+    assert "cut: in 1 row the tail of an answer" in fedmoe(*check).out
+    assert "split: 1 row beyond that length" in fedmoe(*check, "--long-rows", "split").out
+    assert "left out: 1 row, no part of an answer fits 100 tokens" in fedmoe(*check, "--long-rows", "drop").out
     refused = fedmoe(*check, "--long-rows", "cut")
     assert refused.status != 0
     assert "--long-rows must be one of truncate, split, drop, got 'cut'" in refused.err

@@ -134,7 +134,7 @@ def test_rows_of_several_formats_are_each_read_by_their_own_and_said(tmp_path: P
     rows = [union | {"messages": TURNS}, union | {"prompt": "p", "completion": "c"}, union | {"text": "t"}]
     path = write(tmp_path / "a.jsonl", *rows)
     assert samples_of(path) == (Chat(1, USER_ASSISTANT), Completion(2, "p", "c"), Text(3, "t"))
-    assert "formats messages (1 rows), prompt+completion (1 rows), text (1 rows)" in check_file(path).text
+    assert "formats messages (1 row), prompt+completion (1 row), text (1 row)" in check_file(path).text
 
 
 def test_a_file_without_a_readable_row_says_so(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_a_row_whose_marks_keep_it_out_is_left_out_and_counted(
     report = check_file(file)
     assert report.problem is None
     assert (report.good, report.bad_count, dict(report.left_out)) == (1, 0, {reason: 1})
-    assert f"left out: 1 rows, {reason}" in report.text
+    assert f"left out: 1 row, {reason}" in report.text
 
 
 def test_a_label_of_plain_text_is_no_mark(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def test_the_report_counts_what_is_learned_and_what_is_not(tmp_path: Path) -> No
     assert (report.good, report.tokens.cut, report.tokens.too_long, report.tokens.samples) == (3, 1, 1, 3)
     assert report.tokens.longest > report.tokens.median > 80
     assert report.tokens.lost + report.tokens.learned == 2 + 101 + 31
-    assert "cut: 1 rows lose the tail of an answer" in report.text
-    assert "left out: 1 rows, no part of an answer fits 80 tokens" in report.text
+    assert "cut: in 1 row the tail of an answer" in report.text
+    assert "left out: 1 row, no part of an answer fits 80 tokens" in report.text
     assert report.summary["cut"] == 1
     assert report.summary["left_out"] == 1
     assert json.loads(json.dumps(report.to_json()))["tokens"]["cut"] == 1
@@ -84,7 +84,7 @@ def test_the_report_counts_what_is_learned_and_what_is_not(tmp_path: Path) -> No
 def test_data_of_which_nothing_can_be_learned_are_refused_with_the_reason(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", chat("q" * 100, "a"))
     with pytest.raises(
-        DataError, match=r"not one of 1 rows .*1 rows: no part of an answer fits 60 tokens.*--max-length"
+        DataError, match=r"not one of 1 rows .*1 row: no part of an answer fits 60 tokens.*--max-length"
     ):
         prepare_samples(file, TOKENIZER, 60)
     assert prepare_samples(file, TOKENIZER, 200).report.good == 1
