@@ -23,7 +23,7 @@ from fedmoe.arena.run import RunOptions, Stop, run_arena
 from fedmoe.arena.task import HELD_OUT, Lineup, Task, question_of
 from fedmoe.arena.tasks.registry import make_task
 from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode, Player
-from fedmoe.models.base import load_base
+from fedmoe.models.base import ChatTemplate, load_base
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.sampling import SamplingLimits
 from fedmoe.record import Value
@@ -126,7 +126,8 @@ class Examination:
 
     def of(self, checkpoint: Path | None) -> dict[str, object]:
         """The scores of the four policies of a run folder, or of four draws of the base model."""
-        base = load_base(self.config.base_model)
+        chat = ChatTemplate.given(self.config.chat_template, self.config.chat_template_kwargs)
+        base = load_base(self.config.base_model, chat=chat)
         engine = TransformersEngine(base, MultiLora(base.model), SamplingLimits(rows=self.config.engine.rows))
         self._engine, self._codec = engine, ChatCodec(base.tokenizer, self.config.learning.max_prompt_tokens)
         count = self.config.policies.count

@@ -293,6 +293,7 @@ LAYERS: dict[str, set[str]] = {
             "arena.chat",
             "arena.config",
             "arena.engines",
+            "arena.engines.protocol",
             "arena.entrants",
             "arena.episodes",
             "arena.evaluate",

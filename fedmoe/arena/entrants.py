@@ -93,9 +93,15 @@ def _check_alike(configs: Mapping[Path, ArenaConfig]) -> None:
         for what, mine, theirs in (
             ("base models", one.base_model, two.base_model),
             ("tasks", _told(one.task), _told(two.task)),
+            ("chat templates", _template(one), _template(two)),
         ):
             if mine != theirs:
                 raise EntrantError(f"players of different {what} cannot meet: {first} has {mine}, {other} has {theirs}")
+
+
+def _template(config: ArenaConfig) -> str:
+    own = config.chat_template or "the base model's own"
+    return f"{own} with {config.chat_template_kwargs}"
 
 
 def _told(task: TaskSection) -> str:

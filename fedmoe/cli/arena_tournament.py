@@ -32,7 +32,7 @@ def tournament(
     from fedmoe.arena.run_options import expected_errors
     from fedmoe.models.device import pin_threads
 
-    pin_threads()
+    pin_threads(1)  # sums over several threads differ in the last bit, and with it a sampled word and the table
     try:
         field, table = _play(runs, pool or [], deals, seed)
     except (*expected_errors(), *_own_errors()) as error:
@@ -56,6 +56,7 @@ def _own_errors() -> tuple[type[Exception], ...]:
 
 def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[Field, Table]:
     from fedmoe.arena.chat import ChatCodec
+    from fedmoe.arena.engines.protocol import context_of
     from fedmoe.arena.engines.transformers_engine import TransformersEngine
     from fedmoe.arena.entrants import EntrantError, read_field
     from fedmoe.arena.evaluate import BASE, CHANCE
@@ -65,7 +66,7 @@ def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[F
     from fedmoe.arena.tournament import check_players, run_tournament
     from fedmoe.arena.trajectory import SCRIPTED, Player
     from fedmoe.lora.adapter import ShapeError
-    from fedmoe.models.base import load_base
+    from fedmoe.models.base import ChatTemplate, load_base
     from fedmoe.models.multilora import MultiLora
 
     field = read_field(runs, pools)
@@ -74,7 +75,7 @@ def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[F
     rules = [Player(SCRIPTED, None)] if isinstance(task, Scripted) and task.scripted else []
     players = [*(Player(one.shown, one.key) for one in field.entrants), BASE, CHANCE, *rules]
     check_players(task, players)
-    base = load_base(config.base_model)
+    base = load_base(config.base_model, chat=ChatTemplate.given(config.chat_template, config.chat_template_kwargs))
     field.check_base([config.base_model, base.identity.name])
     engine = TransformersEngine(base, MultiLora(base.model))
     try:
@@ -84,7 +85,7 @@ def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[F
             except ShapeError as error:
                 raise EntrantError(f"{one.folder} does not fit {config.base_model}: {error}") from error
         codec = ChatCodec(base.tokenizer, config.learning.max_prompt_tokens)
-        settings = RolloutSettings(config.learning.temperature)
+        settings = RolloutSettings(config.learning.temperature, context=context_of(engine))
         return field, run_tournament(task, players, engine, codec, deals, seed, settings)
     finally:
         engine.close()

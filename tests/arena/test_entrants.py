@@ -22,11 +22,20 @@ def made_adapter(value: float) -> Adapter:
 
 
 def made_run(
-    folder: Path, base: str = "tiny", task: str = "committee:products", terms: int = 1, versions: tuple[int, ...] = (3,)
+    folder: Path,
+    base: str = "tiny",
+    task: str = "committee:products",
+    terms: int = 1,
+    versions: tuple[int, ...] = (3,),
+    chat_template: str | None = None,
 ) -> Path:
     """A run whose checkpoints hold ann and bob at these versions, and an older champion."""
     config = ArenaConfig.model_validate(
-        {"base_model": base, "task": {"name": task, "options": {"min_digits": terms, "max_digits": terms}}}
+        {
+            "base_model": base,
+            "chat_template": chat_template,
+            "task": {"name": task, "options": {"min_digits": terms, "max_digits": terms}},
+        }
     )
     for version in versions:
         adapters = {f"{name}@{version}": made_adapter(version + place) for place, name in enumerate(("ann", "bob"))}
@@ -92,6 +101,12 @@ def test_runs_of_different_base_models_or_tasks_are_refused_with_both_values(tmp
         read_field([one], [made_run(tmp_path / "task", task="reasoning:products")])
     with pytest.raises(EntrantError, match=r"different tasks.*max_digits = 1, .*digits has .*max_digits = 2"):
         read_field([one, made_run(tmp_path / "digits", terms=2)])
+
+
+def test_runs_that_put_questions_into_different_templates_are_refused(tmp_path: Path) -> None:
+    one, other = made_run(tmp_path / "one"), made_run(tmp_path / "two", chat_template="own.jinja")
+    with pytest.raises(EntrantError, match=r"different chat templates.*two has own.jinja with"):
+        read_field([one, other])
 
 
 def test_an_adapter_for_another_base_model_is_refused_with_both_names(tmp_path: Path) -> None:
