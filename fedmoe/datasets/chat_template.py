@@ -92,9 +92,16 @@ class _Turns:
     def __init__(self, chat: Chat, tokenizer: ChatTokenizer) -> None:
         self._chat, self._tokenizer = chat, tokenizer
         self._dicts = [_turn(message) for message in chat.messages]
+        self._rendered: dict[tuple[int, bool], str] = {}
 
-    def text(self, turns: int, ask: bool = False, last: Mapping[str, object] | None = None) -> str:
-        """The first `turns` turns, then perhaps `last`, perhaps with the beginning of the answer to come."""
+    def text(self, turns: int, ask: bool = False) -> str:
+        """The first `turns` turns, perhaps with the beginning of the answer to come."""
+        key = (turns, ask)
+        if key not in self._rendered:  # the last answer's end is the whole
+            self._rendered[key] = self._render(turns, ask)
+        return self._rendered[key]
+
+    def _render(self, turns: int, ask: bool = False, last: Mapping[str, object] | None = None) -> str:
         dicts = [*self._dicts[:turns], *([dict(last)] if last else [])]
         variables = dict(self._chat.template_kwargs)
         if taken := sorted(_OWN_VARIABLES & set(variables)):
@@ -123,7 +130,7 @@ class _Turns:
 
     def _around(self, index: int, upto: str) -> tuple[str, str]:
         """The text before the answer and the text after it, found by a mark that stands in its place."""
-        marked = self.text(index, last={"role": "assistant", "content": _MARK})
+        marked = self._render(index, last={"role": "assistant", "content": _MARK})
         header, found, tail = marked.partition(_MARK)
         if not found or not upto.startswith(header):
             got = upto[-90:]

@@ -73,6 +73,7 @@ def test_each_shape_is_recognised(tmp_path: Path, row: dict[str, object], name: 
         ({"messages": [{**TURNS[0], "image": "x.png"}, TURNS[1]]}, "only text can be learned"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}, "only text can be learned"),
         ({"messages": TURNS, "images": ["x.png"]}, "only text can be learned"),
+        ({"messages": [{"role": "user", "content": {"degrees": 12}}, TURNS[1]]}, "has no 'text', but the keys"),
         ({"messages": [TURNS[0], {**TURNS[1], "mask": 1}]}, "'mask' of a turn"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": "\ud83d"}]}, "surrogate"),
         ({"id": 7}, "no known format; found the keys ['id']"),
