@@ -107,8 +107,8 @@ def filling_up_to(tokens: int) -> Iterator[None]:
         moments_module.LEAST_TOKENS = least
 
 
-def measured(bench: Bench, budgets: Sequence[int], fill: Sequence[int], samples: int) -> dict[str, object]:
-    """Every row of one seed."""
+def measured(bench: Bench, budgets: Sequence[int], fill: Sequence[int], samples: int) -> Iterator[dict[str, object]]:
+    """Every row of one seed, as far as they are there: after each sample and at the end."""
     first = next(iter(bench.experts.values()))
     base = Adapter.zeros(first.layout, first.alpha)
     rows = {
@@ -124,26 +124,25 @@ def measured(bench: Bench, budgets: Sequence[int], fill: Sequence[int], samples:
             if limit == 1 or count < limit:
                 with filling_up_to(limit):
                     rows[f"one {count}{_filled(limit)}{named}"] = bench.one_row(count, sample)
-        _print(bench, rows)
+        yield _results(bench, rows)
     for count in (count for count in budgets if max(fill) // 2 <= count < most):
         with filling_up_to(1):
             rows[f"all {count}"] = bench.all_row(count)
-    matrix = _print(bench, rows)
-    return {"test": report_json(matrix, kept(matrix))}
+    yield _results(bench, rows)
 
 
 def _filled(limit: int) -> str:
     return "" if limit == 1 else f" filled up to {limit}"
 
 
-def _print(bench: Bench, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> LossMatrix:
+def _results(bench: Bench, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, object]:
     held_out = {domain: bench.work.held_out("test", domain, bench.blocks) for domain in bench.experts}
     tokens = {domain: [count_targets(collate([block])) for block in blocks] for domain, blocks in held_out.items()}
     matrix = LossMatrix.of_blocks(rows, tokens)
     for name in (one for one in matrix.models if one not in (BASE, OWN)):
         shares = {one.domain: round(100 * one.kept[name].value, 1) for one in kept(matrix).domains}
         print(f"seed {bench.work.seed} {name:28} {shares}", flush=True)
-    return matrix
+    return {"test": report_json(matrix, kept(matrix))}
 
 
 def main() -> None:
@@ -174,11 +173,11 @@ def main() -> None:
             for sample in range(asked.samples)
             for count, found in gathered(work, domain, budgets if sample == 0 else budgets[:-1], sample).items()
         }
-        by_seed[str(seed)] = measured(
-            Bench(work, experts, moments, asked.test_blocks), budgets, asked.fill, asked.samples
-        )
-        name = f"statistics_budget_{asked.domains}"
-        print(write_result(name, by_seed, {**arguments, "dtype": str(base.dtype)}, asked.seeds), flush=True)
+        bench = Bench(work, experts, moments, asked.test_blocks)
+        for found in measured(bench, budgets, asked.fill, asked.samples):
+            by_seed[str(seed)] = found
+            name = f"statistics_budget_{asked.domains}"
+            print(write_result(name, by_seed, {**arguments, "dtype": str(base.dtype)}, asked.seeds), flush=True)
 
 
 if __name__ == "__main__":
