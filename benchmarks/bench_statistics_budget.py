@@ -4,9 +4,9 @@
 
 The experts of `bench_merge_quality.py`, merged at the default scale with equal weights; nothing is chosen on held-out
 text. `all` rows: every expert's moments rest on so many tokens. `one` rows: on each domain those of its own expert rest
-on so many, those of the others on the most that is measured, which is what a busy machine did to a worker. Moments of
-fewer than `LEAST_TOKENS` are filled up with the mean of all experts' (`fedmoe.lora.moments.filled_up`); rows that end
-with `as they are` were merged without that. `--samples` repeats the `one` rows with moments of other training blocks.
+on so many, those of the others on the most that is measured, which is what a busy machine did to a worker. `filled up`:
+with the mean of all experts', to so many tokens (`fedmoe.lora.moments.filled_up`); in all other rows moments are taken
+as they are. `--samples` repeats the `one` rows with moments of other training blocks.
 
 `kept` is (base - merged) / (base - own expert) with 95 % intervals from a paired bootstrap over blocks, which know
 nothing of other seeds or samples. Data, experts, moments and losses stay in `--work` and are used again.
@@ -33,7 +33,7 @@ from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
 from fedmoe.gateway.report import report_json  # noqa: E402
 from fedmoe.lora import moments as moments_module  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
-from fedmoe.lora.moments import LEAST_TOKENS, InputMoments  # noqa: E402
+from fedmoe.lora.moments import InputMoments  # noqa: E402
 from fedmoe.lora.regmean import regmean  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
 from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
@@ -41,7 +41,6 @@ from fedmoe.models.input_moments import MomentsCollector  # noqa: E402
 from fedmoe.models.packed import count_targets  # noqa: E402
 
 COLUMNS = 64
-AS_THEY_ARE = "as they are"
 #: Domain -> how many tokens the moments of its expert rest on.
 Tokens = Mapping[str, int]
 
@@ -98,51 +97,52 @@ def _file(work: Work, domain: str, count: int, sample: int) -> Path:
 
 
 @contextmanager
-def as_they_are() -> Iterator[None]:
-    """Merges inside take thin moments for good ones."""
+def filling_up_to(tokens: int) -> Iterator[None]:
+    """Merges inside fill moments of fewer tokens up."""
     least = moments_module.LEAST_TOKENS
-    moments_module.LEAST_TOKENS = 1
+    moments_module.LEAST_TOKENS = tokens
     try:
         yield
     finally:
         moments_module.LEAST_TOKENS = least
 
 
-def measured(bench: Bench, budgets: Sequence[int], samples: int) -> dict[str, object]:
-    """Every row of one seed."""
+def measured(bench: Bench, budgets: Sequence[int], fill: Sequence[int], samples: int) -> Iterator[dict[str, object]]:
+    """Every row of one seed, as far as they are there: after each sample and at the end."""
     first = next(iter(bench.experts.values()))
     base = Adapter.zeros(first.layout, first.alpha)
     rows = {
         BASE: {domain: bench.losses(base, domain) for domain in bench.experts},
         OWN: {domain: bench.losses(expert, domain) for domain, expert in bench.experts.items()},
     }
-    most, thin = max(budgets), [count for count in budgets if count < LEAST_TOKENS]
-    rows[f"all {most}"] = bench.all_row(most)
+    most = max(budgets)
+    with filling_up_to(1):
+        rows[f"all {most}"] = bench.all_row(most)
     for sample in range(samples):
         named = "" if sample == 0 else f", sample {sample}"
-        for count in (one for one in budgets if one < most):
-            rows[f"one {count}{named}"] = bench.one_row(count, sample)
-        for count in thin:
-            with as_they_are():
-                rows[f"one {count} {AS_THEY_ARE}{named}"] = bench.one_row(count, sample)
-        _print(bench, rows)
-    for count in (one for one in budgets if one < most):
-        rows[f"all {count}"] = bench.all_row(count)
-    for count in thin:
-        with as_they_are():
-            rows[f"all {count} {AS_THEY_ARE}"] = bench.all_row(count)
-    matrix = _print(bench, rows)
-    return {"test": report_json(matrix, kept(matrix))}
+        for count, limit in ((count, limit) for limit in (1, *fill) for count in budgets if count < most):
+            if limit == 1 or count < limit:
+                with filling_up_to(limit):
+                    rows[f"one {count}{_filled(limit)}{named}"] = bench.one_row(count, sample)
+        yield _results(bench, rows)
+    for count in (count for count in budgets if max(fill) // 2 <= count < most):
+        with filling_up_to(1):
+            rows[f"all {count}"] = bench.all_row(count)
+    yield _results(bench, rows)
 
 
-def _print(bench: Bench, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> LossMatrix:
+def _filled(limit: int) -> str:
+    return "" if limit == 1 else f" filled up to {limit}"
+
+
+def _results(bench: Bench, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, object]:
     held_out = {domain: bench.work.held_out("test", domain, bench.blocks) for domain in bench.experts}
     tokens = {domain: [count_targets(collate([block])) for block in blocks] for domain, blocks in held_out.items()}
     matrix = LossMatrix.of_blocks(rows, tokens)
     for name in (one for one in matrix.models if one not in (BASE, OWN)):
         shares = {one.domain: round(100 * one.kept[name].value, 1) for one in kept(matrix).domains}
         print(f"seed {bench.work.seed} {name:28} {shares}", flush=True)
-    return matrix
+    return {"test": report_json(matrix, kept(matrix))}
 
 
 def main() -> None:
@@ -152,6 +152,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=1, help="how often thin moments are drawn from other blocks")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1_024, 2_048, 4_096])
+    parser.add_argument(
+        "--fill", type=int, nargs="+", default=[1_024, 2_048], help="tokens that thin ones are filled up to"
+    )
     parser.add_argument("--test-blocks", type=int, default=12)
     asked = parser.parse_args()
     pin_torch(1)
@@ -170,9 +173,11 @@ def main() -> None:
             for sample in range(asked.samples)
             for count, found in gathered(work, domain, budgets if sample == 0 else budgets[:-1], sample).items()
         }
-        by_seed[str(seed)] = measured(Bench(work, experts, moments, asked.test_blocks), budgets, asked.samples)
-        name = f"statistics_budget_{asked.domains}"
-        print(write_result(name, by_seed, {**arguments, "dtype": str(base.dtype)}, asked.seeds), flush=True)
+        bench = Bench(work, experts, moments, asked.test_blocks)
+        for found in measured(bench, budgets, asked.fill, asked.samples):
+            by_seed[str(seed)] = found
+            name = f"statistics_budget_{asked.domains}"
+            print(write_result(name, by_seed, {**arguments, "dtype": str(base.dtype)}, asked.seeds), flush=True)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,8 @@ def _prompt_statistics(
 
 
 def _tokens(block: Block) -> int:
-    return int(np.count_nonzero(block.segment_ids >= 0))
+    """Tokens that moments are made of: none of a block without a label, which has no gradient."""
+    return int(np.count_nonzero(block.segment_ids >= 0)) if (block.labels != MASKED).any() else 0
 
 
 def _chosen(base: LoadedBase, blocks: Sequence[Block], tokens: int) -> list[_Prompt]:
