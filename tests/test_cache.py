@@ -119,7 +119,7 @@ def test_a_hub_model_is_loaded_into_a_folder_of_this_run(closed: Path, monkeypat
     monkeypatch.setattr(base, "snapshot_download", download)
     monkeypatch.setattr(base, "HF_HUB_CACHE", str(closed / "file" / "hub"))
     with capture_logs() as logs:
-        found = base._download("owner/model", None, offline=False)
+        found = base._download("owner/model", None, offline=False, weights=True)
     assert found == str(asked[1][0] / "owner/model")
     assert asked[0] == (closed / "file" / "hub", True)
     assert asked[1][0].parent.is_dir()

@@ -120,7 +120,9 @@ def _part(key: str, part: object) -> str:
     if kind not in ("text", "input_text", "output_text") or any(part.get(media) for media in MEDIA_KEYS):
         raise RowError(f"a part of {key!r} is {str(kind)[:40]!r}: only text can be learned")
     if part.get("text") is None:
-        raise RowError(f"a part of {key!r} has no 'text', but the keys {some_keys(part)}; write its content as a string")
+        raise RowError(
+            f"a part of {key!r} has no 'text', but the keys {some_keys(part)}; write its content as a string"
+        )
     return string(part, "text", may_be_empty=True)
 
 

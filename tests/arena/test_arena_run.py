@@ -196,7 +196,7 @@ def test_the_results_are_the_numbers_of_the_records_e12(finished: Path) -> None:
         scores = of_kind(finished, "evaluation", policy=name, opponent="base")
         for place, record in (("initial", scores[0]), ("final", scores[-1])):
             assert found["held_out"][place] == {
-                key: record[key] for key in ("iteration", "mode", "score", "low", "high", "episodes")
+                key: record[key] for key in ("iteration", "mode", "score", "low", "high", "episodes", "questions")
             }
         assert found["held_out"]["gain"] == pytest.approx(
             float(str(scores[-1]["score"])) - float(str(scores[0]["score"]))

@@ -83,8 +83,11 @@ def register(url: str, *names: str) -> None:
             client.register(name, "w0", MANIFEST)
 
 
-def kill_under_load(coordinator: CoordinatorProcess, kills: int, seed: int) -> list[Acknowledged]:
-    """Four clients push while the process is killed at random moments; ends with it running and nobody waiting."""
+def kill_under_load(coordinator: CoordinatorProcess, kills: int, seed: int, pushes: int = 0) -> list[Acknowledged]:
+    """Four clients push while the process is killed at random moments; ends with it running and nobody waiting.
+
+    However slow the machine, at least about `pushes` updates are acknowledged.
+    """
     moments = random.Random(seed)
     coordinator.start()
     register(coordinator.url, *EXPERTS)
@@ -95,6 +98,9 @@ def kill_under_load(coordinator: CoordinatorProcess, kills: int, seed: int) -> l
             time.sleep(moments.uniform(0.05, 0.5))
             coordinator.kill()
             coordinator.start()
+        waiting = time.monotonic() + 200
+        while sum(len(pusher.acknowledged) for pusher in pushers) < pushes and time.monotonic() < waiting:
+            time.sleep(0.05)
     finally:
         stop.set()
         for pusher in pushers:

@@ -26,7 +26,8 @@ def test_every_ability_is_a_share() -> None:
 
 
 def test_the_most_efficient_policy_has_one() -> None:
-    records = rewards("thrifty", [1.0] * 9, efficiency_token=0.4) + rewards("lavish", [1.0] * 9, efficiency_token=0.1)
+    thrifty = rewards("thrifty", [1.0] * 9, efficiency_token=0.4, tokens=50)
+    records = thrifty + rewards("lavish", [1.0] * 9, efficiency_token=0.1, tokens=200)
     found = capabilities(arena_series(records))
     assert found["thrifty"]["efficiency"] == 1
     assert found["lavish"]["efficiency"] == pytest.approx(0.25)

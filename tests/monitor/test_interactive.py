@@ -65,6 +65,7 @@ def test_a_missing_kind_leaves_out_its_charts_only(kind: str) -> None:
         "credit": {"credit"},
         "rating": {"rating"},
         "evaluation": {"performance"},
+        "leader": set[str](),
         "decision": {"decisions"},
         "timing": {"timing"},
         "system": {"system"},
