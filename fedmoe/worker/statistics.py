@@ -71,7 +71,7 @@ class StatisticsBudget:
     Both are measured (`benchmarks/README.md`): a token of moments costs about ten of prompts.
     """
 
-    prompt_tokens: int = 64_000
+    prompt_tokens: int = 32_000
     tokens: int = 2_048
 
 
