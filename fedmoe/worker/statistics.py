@@ -68,7 +68,8 @@ class DataStatistics:
 class StatisticsBudget:
     """At most about so many tokens for prompts, which a quarter of the layers are run for, and for moments.
 
-    Both are measured (`benchmarks/README.md`): a token of moments costs about ten of prompts.
+    Tokens of moments are measured, a budget of prompts lies between two that are (about 250 texts beside 96 and 500);
+    see `benchmarks/README.md`. A token of moments costs about ten of prompts.
     """
 
     prompt_tokens: int = 32_000
