@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmoe.datasets.errors import DataError
+from fedmoe.datasets.json_rows import decode_json
 from fedmoe.datasets.lines import BadRow, Reading, Row, Rows
 
 if TYPE_CHECKING:
     from pyarrow import Array, DataType, RecordBatch
 
 ROWS_AT_ONCE = 256
+_EXTENSION_OF_JSON = "extension<arrow.json>"
 
 
 def wanted_columns(path: Path, names: Sequence[str], reading: Reading) -> list[str]:
@@ -40,7 +42,7 @@ def rows_of_batch(batch: RecordBatch, first: int) -> Rows:
             yield _one_row(batch.slice(index, 1), first + index)
         return
     for index, fields in enumerate(values):
-        yield Row(first + index, _plain_fields(fields))
+        yield Row(first + index, fields)
 
 
 def _one_row(batch: RecordBatch, number: int) -> Row | BadRow:
@@ -50,7 +52,7 @@ def _one_row(batch: RecordBatch, number: int) -> Row | BadRow:
             fields |= _to_python(batch.select([name]))[0]
         except Exception as error:
             return BadRow(number, f"{name!r} ({batch.schema.field(name).type}) cannot be read: {error}")
-    return Row(number, _plain_fields(fields))
+    return Row(number, fields)
 
 
 def _to_python(batch: RecordBatch) -> list[dict[str, object]]:
@@ -58,8 +60,29 @@ def _to_python(batch: RecordBatch) -> list[dict[str, object]]:
 
     arrays = [_in_microseconds(column) for column in batch.columns]
     plain = pa.RecordBatch.from_arrays(arrays, names=batch.schema.names) if arrays else batch
-    found: list[dict[str, object]] = plain.to_pylist(maps_as_pydicts="strict")
+    found = [_plain_fields(fields) for fields in plain.to_pylist(maps_as_pydicts="strict")]
+    # After the nulls: those inside of JSON were written by somebody and are no gaps of a schema.
+    for field in batch.schema:
+        if _EXTENSION_OF_JSON in str(field.type):
+            found = [
+                {**row, field.name: _decoded(row[field.name], field.type)} if field.name in row else row
+                for row in found
+            ]
     return found
+
+
+def _decoded(value: object, kind: DataType) -> object:
+    """A value in which texts of Arrow's type for JSON are what they say: `datasets` writes turns with calls so."""
+    import pyarrow as pa
+    import pyarrow.types as types
+
+    if isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.json" and isinstance(value, str):
+        return decode_json(value)
+    if isinstance(value, list) and (types.is_list(kind) or types.is_large_list(kind)):
+        return [_decoded(item, kind.value_type) for item in value]
+    if isinstance(value, dict) and types.is_struct(kind):
+        return {name: _decoded(item, kind.field(name).type) for name, item in value.items()}
+    return value
 
 
 def _in_microseconds(column: Array) -> Array:

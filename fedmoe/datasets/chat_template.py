@@ -2,13 +2,16 @@
 
 Templates need no `{% generation %}` marks: an answer is what the template adds to the turns before it. Templates of
 reasoning models open a thought (`<think>`) for the answer to come but leave it out of answered turns; there the
-beginning of an answer is found by rendering a mark in its place.
+beginning of an answer is found by rendering a mark in its place. Templates differ in how they want a thought (in a key
+of its own or in the content) and the arguments of calls (object or text): the way that loses nothing is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import numpy as np
@@ -20,6 +23,7 @@ from fedmoe.datasets.tokenized import MASKED, Rendering, TokenizedSample, Tokeni
 # No text holds it, and no template changes it.
 _MARK = "fedmoe0answer0mark"
 _THINK, _END_THINK = "<think>", "</think>"
+_NO_REASONING = "the chat template leaves out the reasoning of an answer"
 _OWN_VARIABLES = frozenset({"tokenize", "add_generation_prompt", "conversation", "chat_template"})
 
 
@@ -39,17 +43,21 @@ class TemplateRefusalError(DataError):
 class _Answer:
     """One answer: the text before it, and that with the answer and its end mark (without the blank after it).
 
-    `opening` is what the template puts before an answer to come and leaves out of an answered turn.
+    `note` says where `before` is not the prompt that the template makes for an answer to come.
     """
 
     before: str
     upto: str
-    opening: str = ""
+    note: str = ""
 
     @property
     def span(self) -> tuple[int, int]:
         """The learned characters."""
         return len(self.before), len(self.upto)
+
+
+#: The whole conversation, its answers, and notes.
+_Rendered = tuple[str, list[_Answer], tuple[str, ...]]
 
 
 def render_chat(chat: Chat, tokenizer: Tokenizer) -> Rendering:
@@ -59,13 +67,81 @@ def render_chat(chat: Chat, tokenizer: Tokenizer) -> Rendering:
     tokenizer has no usable template at all.
     """
     _check_template(tokenizer)
-    turns = _Turns(chat, cast(ChatTokenizer, tokenizer))
-    answers = [turns.answer(index) for index in _answers(chat)]
-    whole = turns.text(len(chat.messages))
-    notes = _notes(chat, whole, answers)
+    whole, answers, notes = _best(chat, cast(ChatTokenizer, tokenizer))
     if all(whole.startswith(answer.upto) for answer in answers):
         return Rendering((_learn(whole, [answer.span for answer in answers], tokenizer),), notes)
     return Rendering(tuple(_learn(answer.upto, [answer.span], tokenizer) for answer in answers), notes)
+
+
+def _best(chat: Chat, tokenizer: ChatTokenizer) -> _Rendered:
+    """The first way to say the conversation in which the template keeps all, or else the first that it takes."""
+    refusals: list[TemplateRefusalError] = []
+    taken: list[_Rendered] = []
+    for way in _ways(chat):
+        try:
+            rendered = _rendered(chat, _Turns(way, tokenizer))
+        except TemplateRefusalError as error:
+            refusals.append(error)
+            continue
+        if _NO_REASONING not in rendered[2]:
+            return rendered
+        taken.append(rendered)
+    if not taken:
+        raise refusals[0]
+    return taken[0]
+
+
+def _rendered(chat: Chat, turns: _Turns) -> _Rendered:
+    answers = [turns.answer(index) for index in _answers(chat)]
+    for index, answer in zip(_answers(chat), answers, strict=True):
+        _check_rendered(chat.messages[index], answer)
+    whole = turns.text(len(chat.messages))
+    return whole, answers, _notes(chat, turns, [whole, *(answer.upto for answer in answers)], answers)
+
+
+def _ways(chat: Chat) -> Iterator[Chat]:
+    """The conversation said in the ways that templates want.
+
+    A thought stands in a key of its own, then where the row has it, and is left out at last (a prompt may close it);
+    the arguments of calls are objects, then text.
+    """
+    seen: list[Chat] = []
+    says: tuple[Callable[[Message], Message], ...] = (_thought_apart, _as_it_stands, _without_thought)
+    for say in says:
+        for call in (_as_it_stands, _arguments_as_text):
+            way = replace(chat, messages=tuple(_spoken(message, say, call) for message in chat.messages))
+            if way not in seen:
+                seen.append(way)
+                yield way
+
+
+def _spoken(message: Message, say: Callable[[Message], Message], call: Callable[[Message], Message]) -> Message:
+    return call(say(message)) if message.role == "assistant" else message
+
+
+def _as_it_stands(message: Message) -> Message:
+    return message
+
+
+def _thought_apart(message: Message) -> Message:
+    thought, said = _reasoning(message)
+    if not thought or "reasoning_content" in message.extras:
+        return message
+    return replace(message, content=said, extras={**message.extras, "reasoning_content": thought})
+
+
+def _without_thought(message: Message) -> Message:
+    kept = {key: value for key, value in message.extras.items() if key != "reasoning_content"}
+    thought, said = _reasoning(message)
+    return replace(message, content=said if thought else message.content, extras=kept)
+
+
+def _arguments_as_text(message: Message) -> Message:
+    calls = _calls(message)
+    if not calls:
+        return message
+    said = [{**call, "function": {**call["function"], "arguments": _json(_arguments(call))}} for call in calls]
+    return replace(message, extras={**message.extras, "tool_calls": said})
 
 
 def _check_template(tokenizer: Tokenizer) -> None:
@@ -101,12 +177,18 @@ class _Turns:
             self._rendered[key] = self._render(turns, ask)
         return self._rendered[key]
 
-    def _render(self, turns: int, ask: bool = False, last: Mapping[str, object] | None = None) -> str:
+    def without_tools(self) -> str:
+        """All turns, as they are without definitions of tools."""
+        return self._render(len(self._dicts), tools=False)
+
+    def _render(
+        self, turns: int, ask: bool = False, last: Mapping[str, object] | None = None, tools: bool = True
+    ) -> str:
         dicts = [*self._dicts[:turns], *([dict(last)] if last else [])]
         variables = dict(self._chat.template_kwargs)
         if taken := sorted(_OWN_VARIABLES & set(variables)):
             raise TemplateRefusalError(f"'chat_template_kwargs' of the row may not set {taken}")
-        if self._chat.tools:
+        if self._chat.tools and tools:
             variables["tools"] = [dict(tool) for tool in self._chat.tools]
         try:
             return str(
@@ -120,18 +202,31 @@ class _Turns:
         """The answer in turn `index`, where the template puts it."""
         asked, upto = self.text(index, ask=True), self.text(index + 1)
         if upto.startswith(asked):
-            found = _Answer(asked, asked + upto[len(asked) :].rstrip())
-        else:
-            header, tail = self._around(index, upto)
-            plain = _Answer(header, header + upto[len(header) :].rstrip(), asked.removeprefix(header))
-            found = self._thought(index, asked, header, tail) or plain
-        _check_rendered(self._chat.messages[index], found)
-        return found
-
-    def _around(self, index: int, upto: str) -> tuple[str, str]:
-        """The text before the answer and the text after it, found by a mark that stands in its place."""
+            return _Answer(asked, asked + upto[len(asked) :].rstrip())
+        # Without the turn's own thought and calls: only the mark tells what of the text is the answer.
         marked = self._render(index, last={"role": "assistant", "content": _MARK})
-        header, found, tail = marked.partition(_MARK)
+        if moved := self._after_prompt(index, asked, upto, marked):
+            return moved
+        header = self._header(index, upto, marked)
+        plain = _Answer(header, header + upto[len(header) :].rstrip(), _unlike(asked, header))
+        return self._thought(index, asked, header, upto) or plain
+
+    def _after_prompt(self, index: int, asked: str, upto: str, marked: str) -> _Answer | None:
+        """The answer after the prompt that the model really sees, where the template changes the turns before it.
+
+        Some drop the thoughts of earlier turns only once the last is answered, some have the system prompt only
+        before an answer to come. The answer then begins after the last words of the prompt.
+        """
+        said = str(self._dicts[index - 1]["content"]).strip()
+        begin = asked[_alike(asked, self.text(index)) :] or (asked.rpartition(said)[2] if said else "")
+        place = upto.rfind(begin, 0, _alike(marked, upto)) if begin.strip() else -1
+        if place < _alike(asked, upto):
+            return None
+        return _Answer(asked, asked + upto[place + len(begin) :].rstrip())
+
+    def _header(self, index: int, upto: str, marked: str) -> str:
+        """The text before the answer, found by a mark that stands in its place."""
+        header, found, _ = marked.partition(_MARK)
         if not found or not upto.startswith(header):
             got = upto[-90:]
             raise TemplateRefusalError(
@@ -139,16 +234,33 @@ class _Turns:
                 f"{header[-60:]!r} but renders the answered conversation as {got!r}; give another one by "
                 "--chat-template FILE, in which the prompt is a prefix of the answered conversation"
             )
-        return header, tail
+        return header
 
-    def _thought(self, index: int, asked: str, header: str, tail: str) -> _Answer | None:
+    def _thought(self, index: int, asked: str, header: str, upto: str) -> _Answer | None:
         """The answer with its reasoning, where the template opens a thought that it leaves out of answered turns."""
         opened = asked[len(header) :] if asked.startswith(header) else ""
-        reasoning, said = _reasoning(self._chat.messages[index])
+        reasoning, _ = _reasoning(self._chat.messages[index])
         if not reasoning or _THINK not in opened:
             return None
-        learned = f"{reasoning}\n{_END_THINK}\n\n{said}{tail.rstrip()}"
-        return _Answer(asked, asked + learned)
+        body = upto[len(header) :].rstrip()
+        _, ended, said = body.partition(_END_THINK)
+        return _Answer(asked, f"{asked}{reasoning}\n{_END_THINK}\n\n{(said if ended else body).lstrip()}")
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    shorter = min(len(one), len(other))
+    return next((place for place in range(shorter) if one[place] != other[place]), shorter)
+
+
+def _unlike(asked: str, header: str) -> str:
+    """What is said where an answered turn begins otherwise than the prompt; short, as it is counted over all rows."""
+    opening, instead = (text[_alike(asked, header) :] for text in (asked, header))
+    if len(opening) > 60 or len(instead) > 60 or _END_THINK in instead:
+        return "the chat template begins answered turns otherwise than the prompt for an answer"
+    if opening:
+        return f"the chat template opens an answer with {opening!r}, which answered turns do not have"
+    return f"the chat template puts {instead!r} before an answer, which its prompt does not have" if instead else ""
 
 
 def _reasoning(message: Message) -> tuple[str, str]:
@@ -167,40 +279,72 @@ def _turn(message: Message) -> dict[str, object]:
 def _check_rendered(message: Message, answer: _Answer) -> None:
     """Calls and answers that the template leaves out would teach an empty answer."""
     rendered = answer.upto[len(answer.before) :]
-    calls = message.extras.get("tool_calls")
-    for call in calls if isinstance(calls, list) else []:
-        name = call["function"]["name"]
-        if name not in rendered:
+    calls = _calls(message)
+    for name, count in Counter(str(call["function"]["name"]) for call in calls).items():
+        if rendered.count(name) < count:
             raise TemplateRefusalError(
                 f"the chat template does not render tool_calls (here a call of {name[:40]!r}); "
                 "take a base model whose template does, or give one with --chat-template FILE"
             )
+    for call in calls:
+        _check_arguments(_arguments(call), rendered)
     _, said = _reasoning(message)
     if said.strip() and said.strip() not in rendered:
         raise TemplateRefusalError("the chat template does not render the answer as it stands in the row")
 
 
-def _notes(chat: Chat, whole: str, answers: list[_Answer]) -> tuple[str, ...]:
+def _check_arguments(arguments: Mapping[str, object], rendered: str) -> None:
+    text = _json(arguments)
+    if str(arguments) != text and str(arguments) in rendered:
+        raise TemplateRefusalError(f"the chat template renders arguments of calls as Python, not JSON: {text[:40]}")
+    if arguments and (_json(text) in rendered or json.dumps(text) in rendered):
+        raise TemplateRefusalError(f"the chat template renders arguments of calls as quoted text: {text[:40]}")
+    for value in _strings(arguments):
+        if not any(
+            form in rendered for form in (value, _json(value)[1:-1], json.dumps(value)[1:-1], repr(value)[1:-1])
+        ):
+            raise TemplateRefusalError(f"the chat template does not render the argument {value[:40]!r} of a call")
+
+
+def _strings(value: object) -> list[str]:
+    """All strings inside of a value, without the blanks around them."""
+    if isinstance(value, str):
+        return [value.strip()]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [text for part in parts for text in _strings(part)]
+
+
+def _calls(message: Message) -> list[dict[str, Mapping[str, object]]]:
+    calls = message.extras.get("tool_calls")
+    return cast(list[dict[str, Mapping[str, object]]], calls) if isinstance(calls, list) else []
+
+
+def _arguments(call: Mapping[str, Mapping[str, object]]) -> Mapping[str, object]:
+    return cast(Mapping[str, object], call["function"].get("arguments", {}))
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _notes(chat: Chat, turns: _Turns, texts: Sequence[str], answers: list[_Answer]) -> tuple[str, ...]:
     """What of the row the template leaves out without changing what an answer means."""
     notes = []
     for message in chat.messages:
-        if message.role != "assistant" and message.content.strip() and message.content.strip() not in whole:
+        said = message.content.strip()
+        if message.role != "assistant" and said and not any(said in text for text in texts):
             notes.append(f"the chat template leaves out or changes what {message.role} says")
-    if chat.tools and not any(str(tool["function"]["name"]) in whole for tool in _named(chat)):
+    if chat.tools and texts[0] == turns.without_tools():
         notes.append("the chat template does not render tools")
-    learned = [chat.messages[index] for index in _answers(chat)]
-    for message, answer in zip(learned, answers, strict=True):
-        reasoning, _ = _reasoning(message)
-        if reasoning and reasoning not in answer.upto[len(answer.before) :]:
-            notes.append("the chat template leaves out the reasoning of an answer")
-        if answer.opening:
-            notes.append(f"the chat template opens an answer with {answer.opening!r}, which answered turns do not have")
+    for message, answer in zip((chat.messages[index] for index in _answers(chat)), answers, strict=True):
+        reasoning, said = _reasoning(message)
+        rendered = answer.upto[len(answer.before) :]
+        if reasoning and reasoning not in rendered:
+            notes.append(_NO_REASONING)
+        if said[:1].isspace() and said.rstrip() not in rendered:
+            notes.append("the chat template cuts the white space before an answer")
+        notes += [answer.note] if answer.note else []
     return tuple(dict.fromkeys(notes))
-
-
-def _named(chat: Chat) -> list[Mapping[str, Mapping[str, object]]]:
-    tools = [cast(Mapping[str, Mapping[str, object]], tool) for tool in chat.tools]
-    return [tool for tool in tools if "name" in tool["function"]]
 
 
 def _learn(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer) -> TokenizedSample:

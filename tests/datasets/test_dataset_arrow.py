@@ -55,6 +55,25 @@ def test_without_a_wanted_column_the_rows_are_counted(path: Path) -> None:
     assert source.unread == {"question"}
 
 
+def test_json_is_read_as_what_it_says(path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": None}}]},
+    ]
+    storage = pa.array([[json.dumps(turn) for turn in turns], None], pa.list_(pa.string()))
+    table = pa.table({"messages": storage.cast(pa.list_(pa.json_())), "text": ["{}", '"b"']})
+    rows = list(open_source(write(path, table)).rows())
+    assert rows == [Row(1, {"messages": turns, "text": "{}"}), Row(2, {"text": '"b"'})]
+
+
+def test_json_that_is_none_is_a_bad_row_that_names_its_column(path: Path) -> None:
+    storage = pa.array([["{"], ['{"role": "user"}']], pa.list_(pa.string()))
+    rows = list(open_source(write(path, pa.table({"messages": storage.cast(pa.list_(pa.json_()))}))).rows())
+    assert isinstance(rows[0], BadRow)
+    assert "'messages'" in rows[0].reason
+    assert rows[1] == Row(2, {"messages": [{"role": "user"}]})
+
+
 def test_nulls_are_not_there_at_any_depth(path: Path) -> None:
     call = pa.struct({"name": pa.string(), "arguments": pa.string()})
     turn = pa.struct({"role": pa.string(), "content": pa.string(), "call": call})
