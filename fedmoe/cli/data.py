@@ -67,6 +67,7 @@ def check(
     rows = RowOptions.mapping(map or ())
     if base_model is None:
         needing = {"--max-length": max_length, "--long-rows": long_rows, "--chat-template": chat_template}
+        needing |= {"--chat-template-kwargs": chat_template_kwargs}
         for flag in (flag for flag, value in needing.items() if value is not None):
             raise CommandError(f"{flag} needs --base-model: without one there are no tokens to count")
         report = check_file(file, rows)

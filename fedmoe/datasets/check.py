@@ -13,7 +13,6 @@ from fedmoe.datasets.errors import DataError
 from fedmoe.datasets.formats import (
     KNOWN_COLUMNS,
     LeftOutRow,
-    RowFormat,
     detect_format,
     keys_not_used,
     keys_obeyed,
@@ -24,6 +23,7 @@ from fedmoe.datasets.report import BAD_ROWS_KEPT, MAX_BAD_FRACTION, DataReport, 
 from fedmoe.datasets.rows import BadRow, Row
 from fedmoe.datasets.samples import Sample
 from fedmoe.datasets.split import row_hash
+from fedmoe.datasets.turns import with_decoded_turns
 
 _KEYS_KEPT = 32
 _FIRST_ROWS = 1000
@@ -79,7 +79,7 @@ def check_beginning(name: str | Path, options: RowOptions | None = None) -> None
 
 
 class RowScan:
-    """One pass over the rows of a source. The first row with known keys sets the format; others may have their own."""
+    """One pass over the rows of a source, each read by its own keys."""
 
     def __init__(self, name: str | Path, options: RowOptions) -> None:
         self._options = options
@@ -88,7 +88,6 @@ class RowScan:
         #: File and line of every sample given out, and what it holds as a number, in order.
         self.places: list[tuple[str, int]] = []
         self.hashes: list[int] = []
-        self._format: RowFormat | None = None
         self._rows = self._rejected = self._bad_count = 0
         self._formats: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
@@ -155,10 +154,10 @@ class RowScan:
             return row
         self._first_keys = self._first_keys or tuple(str(key)[:40] for key in list(row.fields)[:8])
         row = self._renamed(row)
-        shape = self._format if self._format and self._format.fits(row) else detect_format(row)
+        row = Row(row.line, with_decoded_turns(row.fields), row.file)
+        shape = detect_format(row, self._names.values())
         if shape is None:
             return no_known_format(row)
-        self._format = self._format or shape
         if len(self._ignored) < _KEYS_KEPT:
             self._ignored |= keys_not_used(shape, row)
         self._obeyed |= keys_obeyed(shape, row)
@@ -171,7 +170,10 @@ class RowScan:
     def _renamed(self, row: Row) -> Row:
         if not self._names:
             return row
-        self._mapped |= self._names.keys() & row.fields.keys()
-        taken = set(self._names.values())
-        kept = {key: value for key, value in row.fields.items() if key not in taken or key in self._names}
+        mapped = self._names.keys() & row.fields.keys()
+        self._mapped |= mapped
+        taken = {self._names[key] for key in mapped} - mapped
+        # A row without the mapped column keeps its own of that name: a file may be made of several data sets.
+        self._ignored |= taken & row.fields.keys()
+        kept = {key: value for key, value in row.fields.items() if key not in taken}
         return Row(row.line, {self._names.get(key, key): value for key, value in kept.items()}, row.file)

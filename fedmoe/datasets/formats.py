@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from fedmoe.datasets import preferences
@@ -10,13 +10,14 @@ from fedmoe.datasets.rows import BadRow, Row
 from fedmoe.datasets.samples import Chat, Completion, Message, Sample, Text
 from fedmoe.datasets.turns import (
     MEDIA_KEYS,
+    TURN_COLUMNS,
     TURN_MARKS,
     alternating,
     history_messages,
     message,
-    pair_messages,
     template_keys,
     tool_definition,
+    turns_of,
     unused_keys,
 )
 from fedmoe.datasets.values import RowError, RowLeftOutError, items, mark, some_keys, string
@@ -48,9 +49,13 @@ class RowFormat:
         return all(row.fields.get(key) is not None for key in self.keys)
 
 
-def detect_format(row: Row) -> RowFormat | None:
-    """The format whose keys the row has; chat shapes win over `text`, which may be a rendering of them."""
-    return next((shape for shape in FORMATS if shape.fits(row)), None)
+def detect_format(row: Row, mapped: Collection[str] = ()) -> RowFormat | None:
+    """The format whose keys the row has, first by how many of the `mapped` names it uses.
+
+    Chat shapes win over `text`, which may be a rendering of them.
+    """
+    fitting = [shape for shape in FORMATS if shape.fits(row)]
+    return max(fitting, key=lambda shape: sum(key in mapped for key in shape.keys), default=None)
 
 
 def normalise(shape: RowFormat, row: Row) -> Sample | BadRow | LeftOutRow:
@@ -67,7 +72,8 @@ def normalise(shape: RowFormat, row: Row) -> Sample | BadRow | LeftOutRow:
 
 def keys_not_used(shape: RowFormat, row: Row) -> frozenset[str]:
     """Keys of the row, and of its turns as `messages[].key`, that hold something and are not used."""
-    used = {*shape.keys, *shape.optional, *_ROW_KEYS}
+    no_marks = {key for key in _WANTED_KEYS if _wanted(row.fields.get(key)) is None}
+    used = {*shape.keys, *shape.optional, *_ROW_KEYS} - no_marks
     row_keys = {key for key, value in row.fields.items() if value is not None} - used
     return frozenset(row_keys | _in_turns(row, unused_keys))
 
@@ -86,7 +92,7 @@ def accepted_shapes() -> str:
 
 def _in_turns(row: Row, keys_of: Callable[[list[object]], frozenset[str]]) -> set[str]:
     found: set[str] = set()
-    for column in ("messages", "conversations", "conversation", "prompt", "completion", "chosen"):
+    for column in TURN_COLUMNS:
         value = row.fields.get(column)
         if isinstance(value, list):
             found |= {f"{column}[].{key}" for key in keys_of(value)}
@@ -98,7 +104,7 @@ def _check_row_marks(fields: Mapping[str, object]) -> None:
         if fields.get(key):
             raise RowError(f"the row holds {key!r}: only text can be learned")
     for key in ("weight", "train"):
-        if fields.get(key) is not None and not mark(key, fields[key]):
+        if _is_said(fields.get(key)) and not mark(key, fields[key]):
             raise RowLeftOutError(f"{key!r} of the row says that it is not to be learned")
 
 
@@ -114,7 +120,15 @@ def _completion(row: Row) -> Sample:
         context = [preferences.as_context(turn) for turn in asked]
         return _chat(row, [*context, *_turns_or_text(row.fields, "completion", "assistant")])
     prompt = string(row.fields, "prompt", may_be_empty=True)
-    return Completion(row.line, prompt, string(row.fields, "completion"), row.file)
+    return _plain_or_chat(row, Completion(row.line, prompt, string(row.fields, "completion"), row.file))
+
+
+def _plain_or_chat(row: Row, plain: Completion) -> Sample:
+    """A prompt with its completion; a conversation where the row has a system prompt, a history or tools beside it."""
+    if not any(_is_said(row.fields.get(key)) and row.fields[key] not in ([], {}, "[]") for key in _CHAT_KEYS):
+        return plain
+    asked = [Message("user", plain.prompt)] if plain.prompt.strip() else []
+    return _chat(row, [*asked, Message("assistant", plain.completion)])
 
 
 def _turns_or_text(fields: Mapping[str, object], key: str, role: str) -> list[Message]:
@@ -143,13 +157,9 @@ def _messages(column: str) -> Callable[[Row], Sample]:
     def convert(row: Row) -> Sample:
         _refuse_unwanted(row)
         turns = items(row.fields, column)
-        if column == "data" and isinstance(turns[0], str):
+        if isinstance(turns[0], str):
             return _chat(row, alternating(turns))
-        found: list[Message] = []
-        for turn in turns:
-            in_pairs = isinstance(turn, Mapping) and not {"role", "from", "content", "value"} & set(turn)
-            found += pair_messages(turn) if in_pairs and isinstance(turn, Mapping) else [message(turn)]
-        return _chat(row, found)
+        return _chat(row, [found for turn in turns for found in turns_of(turn)])
 
     return convert
 
@@ -158,20 +168,26 @@ def _preference(row: Row) -> Sample:
     chosen = preferences.chosen(row)
     if isinstance(chosen, list):
         return _chat(row, chosen)
-    return chosen
+    return _plain_or_chat(row, chosen)
 
 
 def _refuse_unwanted(row: Row) -> None:
-    for key in ("label", "kto_tag"):
-        if row.fields.get(key) is False:
+    for key in _WANTED_KEYS:
+        if _wanted(row.fields.get(key)) is False:
             raise RowLeftOutError(f"{key!r} false marks an answer that is not wanted")
 
 
+def _wanted(value: object) -> bool | None:
+    """Whether a mark says that an answer is wanted; None for what is no such mark (a class, a category)."""
+    if isinstance(value, str):
+        return _WANTED_WORDS.get(value.strip().casefold())
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
+
+
 def _chat(row: Row, messages: list[Message]) -> Chat:
-    messages = [*history_messages(items(row.fields, "history", may_be_empty=True)), *messages]
-    system = next((string(row.fields, key) for key in _SYSTEM_KEYS if _is_said(row.fields.get(key))), "")
-    if system and messages and messages[0].role not in ("system", "developer"):
-        messages = [Message("system", system), *messages]
+    history = history_messages(items(row.fields, "history", may_be_empty=True))
+    system, messages = _system(row, messages)
+    messages = [*system, *history, *messages]
     first = next((i for i, turn in enumerate(messages) if turn.role != "assistant"), len(messages))
     answers = [turn for turn in messages[first:] if turn.role == "assistant"]
     if not answers:
@@ -185,13 +201,29 @@ def _chat(row: Row, messages: list[Message]) -> Chat:
     return Chat(row.line, tuple(messages), tuple(tool_definition(tool) for tool in tools), variables, row.file)
 
 
+def _system(row: Row, messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The system prompt, of the row or of its first turn, and the other turns; two different ones are an error."""
+    own = [turn for turn in messages[:1] if turn.role in ("system", "developer")]
+    said = [Message("system", string(row.fields, key)) for key in _SYSTEM_KEYS if _is_said(row.fields.get(key))]
+    prompts = {turn.content.strip() for turn in (*own, *said)} - {""}
+    if len(prompts) > 1:
+        raise RowError("the row has two different system prompts, in columns or a column and its turns; keep one")
+    spoken = [turn for turn in own if turn.content.strip()]
+    return spoken or said[:1] or own, messages[len(own) :]
+
+
 def _is_said(value: object) -> bool:
     return value is not None and not (isinstance(value, str) and not value.strip())
 
 
 _SYSTEM_KEYS = ("system", "system_prompt")
+#: Keys that make a conversation of a prompt with its completion.
+_CHAT_KEYS = (*_SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs")
+#: Keys that say whether an answer is wanted (KTO in TRL and LLaMA-Factory).
+_WANTED_KEYS = ("label", "kto_tag")
+_WANTED_WORDS = {"true": True, "1": True, "desirable": True, "false": False, "0": False, "undesirable": False}
 #: Keys that any conversation may have beside its own.
-_OF_CHATS = (*_SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs", "label", "kto_tag")
+_OF_CHATS = (*_CHAT_KEYS, *_WANTED_KEYS)
 #: Keys that any row may have.
 _ROW_KEYS = (*MEDIA_KEYS, "weight", "train")
 
@@ -199,18 +231,18 @@ _CHOSEN = '{"prompt": "...", "chosen": "...", "rejected": "..."}; the chosen ans
 
 FORMATS = (
     RowFormat(
+        "preference",
+        ("chosen",),
+        _CHOSEN,
+        _preference,
+        ("rejected", *preferences.TURN_KEYS, *preferences.PROMPT_KEYS, *_OF_CHATS),
+    ),
+    RowFormat(
         "messages",
         ("messages",),
         '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
         _messages("messages"),
         _OF_CHATS,
-    ),
-    RowFormat(
-        "preference",
-        ("chosen",),
-        _CHOSEN,
-        _preference,
-        ("rejected", "conversations", *preferences.PROMPT_KEYS, "input", *_OF_CHATS),
     ),
     RowFormat(
         "sharegpt",

@@ -11,8 +11,10 @@ from fedmoe.datasets.samples import Completion, Message
 from fedmoe.datasets.turns import message
 from fedmoe.datasets.values import RowError, items, string
 
-#: Columns that may hold what the answers answer.
-PROMPT_KEYS = ("prompt", "question", "instruction")
+#: Columns that may hold what the answers answer, as text.
+PROMPT_KEYS = ("prompt", "question", "instruction", "query", "input")
+#: Columns that may hold it as turns, as a list under `prompt` may.
+TURN_KEYS = ("conversations", "messages")
 
 # Anthropic's HH-RLHF writes a whole conversation as one string.
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):", re.ASCII)
@@ -24,28 +26,27 @@ def chosen(row: Row) -> list[Message] | Completion:
     value = fields["chosen"]
     if isinstance(value, list):
         turns = [message(item) for item in items(fields, "chosen")]
-        return _context(fields, turns) + _beyond(turns, fields.get("rejected"))
+        return _joined(_context(fields, turns), _beyond(turns, fields.get("rejected")))
     if isinstance(value, Mapping):
-        return [*_context(fields, []), message(value)]
+        return _joined(_context(fields, []), [message(value)])
     answer = string(fields, "chosen")
-    if fields.get("conversations") is not None or isinstance(fields.get("prompt"), list):
-        return [*_context(fields, []), Message("assistant", answer)]
+    if _turn_column(fields):
+        return _joined(_context(fields, []), [Message("assistant", answer)])
     if _SPEAKER.match(answer):
         return _transcript(answer)
-    if fields.get("prompt") is not None:
+    asked = _prompt_key(fields)
+    if asked is None:
+        return _implicit_prompt(row, answer)
+    if asked == "prompt":
         return Completion(row.line, string(fields, "prompt", may_be_empty=True), answer, row.file)
-    asked = next((key for key in ("question", "instruction") if fields.get(key) is not None), None)
-    if asked:
-        about = string(fields, "input", may_be_empty=True)
-        question = string(fields, asked)
-        return [Message("user", f"{question}\n\n{about}" if about.strip() else question), Message("assistant", answer)]
-    return _implicit_prompt(row, answer)
+    return [_question(fields, asked), Message("assistant", answer)]
 
 
 def _beyond(turns: list[Message], rejected: object) -> list[Message]:
     """The chosen turns, of which those that the rejected ones share are context."""
     other = [message(item) for item in rejected] if isinstance(rejected, list) else []
-    shared = next((i for i, pair in enumerate(zip(turns, other, strict=False)) if pair[0] != pair[1]), 0)
+    beginning = len(other) if len(other) < len(turns) else 0
+    shared = next((i for i, pair in enumerate(zip(turns, other, strict=False)) if pair[0] != pair[1]), beginning)
     return [as_context(turn) for turn in turns[:shared]] + turns[shared:]
 
 
@@ -54,24 +55,43 @@ def as_context(turn: Message) -> Message:
     return Message(turn.role, turn.content, False, turn.extras)
 
 
+def _turn_column(fields: Mapping[str, object]) -> str | None:
+    column = next((key for key in TURN_KEYS if fields.get(key)), None)
+    return column or ("prompt" if isinstance(fields.get("prompt"), list) else None)
+
+
+def _prompt_key(fields: Mapping[str, object]) -> str | None:
+    return next((key for key in PROMPT_KEYS if fields.get(key) is not None), None)
+
+
+def _question(fields: Mapping[str, object], asked: str) -> Message:
+    question = string(fields, asked)
+    about = string(fields, "input", may_be_empty=True) if asked in ("question", "instruction") else ""
+    return Message("user", f"{question}\n\n{about}" if about.strip() else question)
+
+
 def _context(fields: Mapping[str, object], answer: list[Message]) -> list[Message]:
-    """The turns before the answer, unless the answer repeats them; none of them is learned."""
-    if fields.get("conversations") is not None:
-        turns = [message(item) for item in items(fields, "conversations")]
-    elif isinstance(fields.get("prompt"), list):
-        turns = [message(item) for item in items(fields, "prompt")]
-    else:
-        asked = next((key for key in PROMPT_KEYS if fields.get(key) is not None), None)
-        answers_only = not answer or answer[0].role == "assistant"
-        turns = [Message("user", string(fields, asked))] if asked and answers_only else []
-    if answer and turns and answer[0] == turns[0]:
-        return []
-    return [as_context(turn) for turn in turns]
+    """The turns before the answer; a question as text is one of them unless the answer begins with its own."""
+    if column := _turn_column(fields):
+        return [message(item) for item in items(fields, column)]
+    asked = _prompt_key(fields)
+    answers_only = not answer or answer[0].role == "assistant"
+    return [_question(fields, asked)] if asked and answers_only else []
+
+
+def _joined(context: list[Message], answer: list[Message]) -> list[Message]:
+    """Context, which is not learned, and answer; turns that both of them hold stand once."""
+    said = [(turn.role, turn.content) for turn in context]
+    answered = [(turn.role, turn.content) for turn in answer]
+    both = next(n for n in range(min(len(said), len(answered)), -1, -1) if said[len(said) - n :] == answered[:n])
+    return [as_context(turn) for turn in context[: len(said) - both]] + answer
 
 
 def _transcript(text: str) -> list[Message]:
     parts = _SPEAKER.split(text)[1:]
     speakers, said = parts[::2], [part.strip() for part in parts[1::2]]
+    if speakers[-1] != "Assistant" or not said[-1]:
+        raise RowError("'chosen' does not end with an answer of the assistant")
     turns = [
         Message("user" if speaker == "Human" else "assistant", words)
         for speaker, words in zip(speakers, said, strict=True)

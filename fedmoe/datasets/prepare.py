@@ -9,6 +9,7 @@ from statistics import median
 import numpy as np
 
 from fedmoe.datasets.check import RowOptions, RowScan
+from fedmoe.datasets.compressed import bare_name
 from fedmoe.datasets.errors import DataError
 from fedmoe.datasets.long_samples import LONG_ROWS, LongRows
 from fedmoe.datasets.report import DataReport, TokenCounts
@@ -80,19 +81,19 @@ def examine(
     """As `prepare_samples`, but data that are not fit have a report too."""
     chosen = options or DataOptions()
     scan = RowScan(name, chosen.rows)
-    kept = TokenCache.of(cache, tokenizer, [scan.source.fingerprint(), max_length, asdict(chosen)])
+    # The name's end tells how the bytes are read: the same ones are other rows as .csv and as .tsv.
+    kinds = sorted({bare_name(path.name).rpartition(".")[2].lower() for path in scan.source.files})
+    kept = TokenCache.of(cache, tokenizer, [scan.source.fingerprint(), kinds, max_length, asdict(chosen)])
     if kept and (found := kept.read()):
-        return _prepared(found, kept=True, source=str(name))
+        # What of a folder is not read is no part of what the tokens follow from.
+        report = replace(found.report, source=str(name), notes=scan.source.left_out)
+        return Prepared(tuple(found.samples()), found.row_hashes, report, kept=True)
     done = tokenize_samples(scan.samples(), tokenizer, max_length, chosen.long_rows, processes, progress)
     report = _report(scan, done, tokenizer, max_length, chosen)
     hashes = np.array([scan.hashes[number] for number in done.row_of], np.uint64)
     if kept and not report.problem:
         kept.write(KeptTokens.of(done.samples, hashes, report))
     return Prepared(tuple(done.samples), hashes, report)
-
-
-def _prepared(found: KeptTokens, kept: bool, source: str) -> Prepared:
-    return Prepared(tuple(found.samples()), found.row_hashes, replace(found.report, source=source), kept)
 
 
 def _report(scan: RowScan, done: Tokenized, tokenizer: Tokenizer, max_length: int, options: DataOptions) -> DataReport:

@@ -18,16 +18,21 @@ _ALIASES = {
     **dict.fromkeys(("function", "observation", "tool_response", "function_response", "ipython"), "tool"),
     **dict.fromkeys(("tool_result", "function_result", "tool_output"), "tool"),
 }
-#: Keys that say whether an assistant's turn is learned (OpenAI, Mistral: weight; axolotl: train; ms-swift: loss).
-TURN_MARKS = ("weight", "train", "training", "trainable", "loss")
+#: Keys that say whether an assistant's turn is learned (OpenAI, Mistral: weight; axolotl: train; ms-swift: loss;
+#: XTuner: output_with_loss).
+TURN_MARKS = ("weight", "train", "training", "trainable", "loss", "output_with_loss")
 #: Keys that would change what is learned of a turn in a way that is not supported.
-_REFUSED = ("train_detail", "mask", "masked")
+_REFUSED = ("train_detail", "mask", "masked", "loss_mask")
 MEDIA_KEYS = ("image", "image_url", "images", "audio", "audios", "input_audio", "video", "videos", "video_url")
+#: Columns that may hold turns.
+TURN_COLUMNS = ("messages", "conversations", "conversation", "data", "prompt", "completion", "chosen", "rejected")
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "text")
 #: Keys of a turn that go to the chat template.
 TEMPLATE_KEYS = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tool_call_id", "name")
 _USED = frozenset((*_ROLE_KEYS, *_CONTENT_KEYS, *TURN_MARKS, *TEMPLATE_KEYS))
+#: A turn may hold a question and its answer; then these keys are used, with `system` and the marks.
+_PAIRS = (("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("input", "output"))
 
 
 def message(item: object) -> Message:
@@ -42,9 +47,22 @@ def message(item: object) -> Message:
     if named.casefold() in _CALL_ROLES and (calls := _calls_in(content)):
         content, extras = "", {**extras, "tool_calls": calls}
     learned = _learned(item, role)
-    if role == "assistant" and learned and not content.strip() and "tool_calls" not in extras:
+    must_speak = role == "user" or (role == "assistant" and learned and "tool_calls" not in extras)
+    if must_speak and not content.strip():
         raise RowError(f"{_key_of(item, _CONTENT_KEYS)!r} is empty")
     return Message(role, content, learned, extras)
+
+
+def turns_of(item: object) -> list[Message]:
+    """The turns that one item of a conversation holds: one, or a question with its answer."""
+    if isinstance(item, Mapping) and is_pair(item):
+        return pair_messages(item)
+    return [message(item)]
+
+
+def is_pair(item: Mapping[str, object]) -> bool:
+    """Whether it has no role and no content of its own."""
+    return not {"role", "from", "content", "value"} & set(item)
 
 
 def unused_keys(turns: Sequence[object]) -> frozenset[str]:
@@ -54,8 +72,17 @@ def unused_keys(turns: Sequence[object]) -> frozenset[str]:
         for turn in turns
         if isinstance(turn, Mapping)
         for key, value in turn.items()
-        if key not in _USED and value is not None
+        if key not in _used_keys(turn) and value is not None
     )
+
+
+def _used_keys(turn: Mapping[str, object]) -> frozenset[str]:
+    pair = _pair_of(turn) if is_pair(turn) else None
+    return frozenset((*pair, "system", *TURN_MARKS)) if pair else _USED
+
+
+def _pair_of(item: Mapping[str, object]) -> tuple[str, str] | None:
+    return next((pair for pair in _PAIRS if all(key in item for key in pair)), None)
 
 
 def template_keys(turns: Sequence[object]) -> frozenset[str]:
@@ -198,7 +225,7 @@ def history_messages(pairs: Sequence[object]) -> list[Message]:
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise RowError(f"'history' must hold pairs of strings, got {str(pair)[:60]}")
-        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
+        turns += alternating(pair)
     return turns
 
 
@@ -206,12 +233,38 @@ def alternating(texts: Sequence[object]) -> list[Message]:
     """Strings that take turns, the user first (UltraChat's `data`)."""
     if not all(isinstance(text, str) for text in texts):
         raise RowError("a conversation as strings must hold strings only")
+    if not all(str(text).strip() for text in texts):
+        raise RowError("a turn of a conversation as strings is empty")
     return [Message("user" if index % 2 == 0 else "assistant", str(text)) for index, text in enumerate(texts)]
 
 
 def pair_messages(item: Mapping[str, object]) -> list[Message]:
-    """A turn that holds a question and its answer, `{"human": ..., "assistant": ...}`."""
-    for question, answer in (("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("input", "output")):
-        if question in item and answer in item:
-            return [Message("user", string(item, question)), Message("assistant", string(item, answer))]
-    raise RowError(f"a turn must have 'role' and 'content', got the keys {some_keys(item)}")
+    """A turn that holds a question and its answer, `{"human": ..., "assistant": ...}`, perhaps with a `system`."""
+    pair = _pair_of(item)
+    if pair is None:
+        raise RowError(f"a turn must have 'role' and 'content', got the keys {some_keys(item)}")
+    _refuse(item)
+    system = string(item, "system", may_be_empty=True)
+    said = [Message("system", system)] if system.strip() else []
+    learned = _learned(item, "assistant")
+    return [*said, Message("user", string(item, pair[0])), Message("assistant", string(item, pair[1]), learned)]
+
+
+def with_decoded_turns(fields: Mapping[str, object]) -> Mapping[str, object]:
+    """The row with cells that are the JSON of turns as these turns: CSV has no other way to hold them."""
+    decoded = {key: _turns_in(fields[key]) for key in TURN_COLUMNS if isinstance(fields.get(key), str)}
+    found = {key: turns for key, turns in decoded.items() if turns is not None}
+    return {**fields, **found} if found else fields
+
+
+def _turns_in(cell: object) -> object:
+    """The turns that a text holds as JSON, one or a list; None if it is other text."""
+    if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        value = decode_json(cell)
+    except ValueError:
+        return None
+    turns = value if isinstance(value, list) else [value]
+    are_turns = bool(turns) and all(isinstance(turn, Mapping) and {"role", "from"} & set(turn) for turn in turns)
+    return value if are_turns else None

@@ -87,7 +87,15 @@ def test_long_rows_are_cut_split_or_dropped_as_asked(fedmoe: Run, tmp_path: Path
     assert "--long-rows must be one of truncate, split, drop, got 'cut'" in refused.err
 
 
-@pytest.mark.parametrize("option", [("--max-length", "64"), ("--long-rows", "drop"), ("--chat-template", "x.jinja")])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--max-length", "64"),
+        ("--long-rows", "drop"),
+        ("--chat-template", "x.jinja"),
+        ("--chat-template-kwargs", '{"enable_thinking": false}'),
+    ],
+)
 def test_options_about_tokens_need_a_base_model(option: tuple[str, str], fedmoe: Run, tmp_path: Path) -> None:
     outcome = fedmoe("data", "check", write(tmp_path / "a.jsonl", {"text": "a"}), *option)
     assert outcome.status == 1

@@ -60,7 +60,7 @@ def test_each_shape_is_recognised(tmp_path: Path, row: dict[str, object], name: 
         ({"messages": []}, "empty"),
         ({"messages": "no list"}, "JSON of one"),
         ({"messages": {"role": "user"}}, "must be a list"),
-        ({"messages": ["hi"]}, "must be an object"),
+        ({"messages": [3]}, "must be an object"),
         ({"messages": TURNS[:1]}, "no assistant turn"),
         ({"messages": TURNS[1:]}, "no assistant turn"),
         ({"messages": TURNS[::-1]}, "no assistant turn"),

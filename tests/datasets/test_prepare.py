@@ -129,6 +129,25 @@ def test_other_data_options_lengths_and_templates_are_tokenised_anew(tmp_path: P
     assert not examine(file, TOKENIZER, 64, cache=kept).kept
 
 
+def test_the_same_bytes_under_another_suffix_are_read_anew(tmp_path: Path) -> None:
+    rows = "text\nonce upon a time\n" + "a,b\n" * 3
+    (tmp_path / "a.tsv").write_text(rows, encoding="utf-8")
+    (tmp_path / "a.csv").write_text(rows, encoding="utf-8")
+    assert examine(tmp_path / "a.tsv", TOKENIZER, 128, cache=tmp_path / "kept").report.bad_count == 0
+    assert examine(tmp_path / "a.csv", TOKENIZER, 128, cache=tmp_path / "kept").report.bad_count == 3
+
+
+def test_what_of_a_folder_is_not_read_is_said_beside_kept_tokens_too(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "train.jsonl", {"text": "once"})
+    first = examine(folder, TOKENIZER, 128, cache=tmp_path / "kept")
+    write(folder / "test.jsonl", {"text": "twice"})
+    again = examine(folder, TOKENIZER, 128, cache=tmp_path / "kept")
+    assert (first.report.notes, again.kept) == ((), True)
+    assert "test: not trained on" in again.report.text
+
+
 def test_a_template_that_looks_at_the_clock_is_never_kept(tmp_path: Path) -> None:
     clock = make_tokenizer("{{ strftime_now('%Y') }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
     file = write(tmp_path / "a.jsonl", *[chat("q", "a")] * 3)
