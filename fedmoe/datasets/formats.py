@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmoe.datasets import preferences
@@ -137,20 +137,19 @@ def _turns_or_text(fields: Mapping[str, object], key: str, role: str) -> list[Me
     return [message(item) for item in items(fields, key)]
 
 
-def _pair(question: str, answer: str, extra: str = "") -> Callable[[Row], Sample]:
-    """A question and its answer under these keys, with what the question is about under `extra`."""
+def _pair(question: str, answer: str, *about: str) -> Callable[[Row], Sample]:
+    """A question and its answer under these keys, with what the question is about under `about`."""
 
     def convert(row: Row) -> Sample:
         _refuse_unwanted(row)
-        return _chat(row, [_question(row, question, extra), Message("assistant", string(row.fields, answer))])
+        return _chat(row, [_question(row, question, about), Message("assistant", string(row.fields, answer))])
 
     return convert
 
 
-def _question(row: Row, question: str, extra: str) -> Message:
-    asked = string(row.fields, question)
-    about = string(row.fields, extra, may_be_empty=True) if extra else ""
-    return Message("user", f"{asked}\n\n{about}" if about.strip() else asked)
+def _question(row: Row, question: str, about: Sequence[str]) -> Message:
+    said = [string(row.fields, key, may_be_empty=True) for key in about]
+    return Message("user", "\n\n".join([string(row.fields, question), *(text for text in said if text.strip())]))
 
 
 def _messages(column: str) -> Callable[[Row], Sample]:
@@ -269,15 +268,15 @@ FORMATS = (
         "alpaca",
         ("instruction", "output"),
         '{"instruction": "...", "input": "may be empty", "output": "..."}',
-        _pair("instruction", "output", "input"),
-        ("input", *_OF_CHATS),
+        _pair("instruction", "output", "input", "context"),
+        ("input", "context", *_OF_CHATS),
     ),
     RowFormat(
         "dolly",
         ("instruction", "response"),
         '{"instruction": "...", "context": "may be empty", "response": "..."}',
-        _pair("instruction", "response", "context"),
-        ("context", *_OF_CHATS),
+        _pair("instruction", "response", "input", "context"),
+        ("input", "context", *_OF_CHATS),
     ),
     RowFormat(
         "question+answer",
@@ -291,8 +290,8 @@ FORMATS = (
             f"{question}+{answer}",
             (question, answer),
             f'{{"{question}": "...", "{answer}": "..."}}',
-            _pair(question, answer),
-            _OF_CHATS,
+            _pair(question, answer, "context"),
+            ("context", *_OF_CHATS),
         )
         for question, answer in (
             ("question", "response"),

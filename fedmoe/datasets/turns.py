@@ -168,21 +168,28 @@ def _extras(item: Mapping[str, object]) -> dict[str, object]:
     reasoning = next((item[key] for key in ("reasoning_content", "reasoning", "thinking") if item.get(key)), None)
     if reasoning is not None:
         extras["reasoning_content"] = string({"reasoning_content": reasoning}, "reasoning_content")
-    calls = item.get("tool_calls")
-    if isinstance(calls, str):
-        calls = _decoded("tool_calls", calls) if calls.strip() else None
-    if calls:
-        if not isinstance(calls, list):
-            raise RowError(f"'tool_calls' must be a list, got {type(calls).__name__}")
-        extras["tool_calls"] = [_call("tool_calls", call) for call in calls]
-    if item.get("function_call"):
-        value = item["function_call"]
-        call = _decoded("function_call", value) if isinstance(value, str) else value
-        extras["tool_calls"] = [_call("function_call", call)]
+    if calls := _called(item):
+        extras["tool_calls"] = calls
     for key in ("tool_call_id", "name"):
         if item.get(key):
             extras[key] = string(item, key)
     return extras
+
+
+def _called(item: Mapping[str, object]) -> list[dict[str, object]]:
+    """The calls of a turn, in OpenAI's shape or its older one."""
+    calls, older = item.get("tool_calls"), item.get("function_call")
+    if isinstance(calls, str):
+        calls = _decoded("tool_calls", calls) if calls.strip() else None
+    if calls and not isinstance(calls, list):
+        raise RowError(f"'tool_calls' must be a list, got {type(calls).__name__}")
+    found = [_call("tool_calls", call) for call in calls] if isinstance(calls, list) else []
+    if not older:
+        return found
+    called = _call("function_call", _decoded("function_call", older) if isinstance(older, str) else older)
+    if found and [call["function"] for call in found] != [called["function"]]:
+        raise RowError("'tool_calls' and 'function_call' of one turn differ; keep one")
+    return found or [called]
 
 
 def _call(key: str, call: object) -> dict[str, object]:

@@ -120,13 +120,27 @@ def test_marks_of_pairs_are_obeyed_and_their_keys_used(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": None}, SAID]},
         {"messages": [{"role": "user", "question": "Hi"}, SAID]},
         {"messages": [ASKED, {**SAID, "loss_mask": 0}]},
+        {"messages": [ASKED, {**SAID, "tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}]},
     ],
 )
-def test_empty_questions_and_answers_and_masks_of_another_kind_are_bad_rows(
+def test_empty_turns_masks_of_another_kind_and_two_different_calls_are_bad_rows(
     row: dict[str, object], tmp_path: Path
 ) -> None:
     samples, counts = read(tmp_path, row)
     assert (samples, counts.bad_count) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "becomes"),
+    [
+        ({"instruction": "Who?", "context": "Ann came.", "output": "Ann"}, "u:Who?\n\nAnn came. *a:Ann"),
+        ({"instruction": "Who?", "input": "Ann came.", "response": "Ann"}, "u:Who?\n\nAnn came. *a:Ann"),
+        ({"context": "Ann came.", "query": "Who?", "response": "Ann"}, "u:Who?\n\nAnn came. *a:Ann"),
+    ],
+)
+def test_what_a_question_is_about_stays_with_it(row: dict[str, object], becomes: str, tmp_path: Path) -> None:
+    samples, counts = read(tmp_path, row)
+    assert (samples, counts.ignored) == ([becomes], ())
 
 
 def test_a_conversation_may_be_a_list_of_strings(tmp_path: Path) -> None:
