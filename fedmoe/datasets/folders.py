@@ -23,8 +23,11 @@ METADATA = frozenset(
 )
 MAX_FILES = 100_000
 NAMES_SHOWN = 5
-_WORDS = r"(?P<train>train|training)|test|testing|eval|evaluation|valid|validation|val|dev|heldout|held[-_]out"
-_SPLIT = re.compile(rf"(?<![a-z])(?:{_WORDS})(?![a-z])", re.IGNORECASE)
+_TRAIN = r"(?P<train>train(?:ing)?(?:[-_]?set)?)"
+_HELD_OUT = r"(?:test|dev|val|valid|eval)(?:[-_]?set)?|tests|testing|evals|evaluation|validation|validate|h[eo]ld[-_]?out"
+# Words end where letters do, or where a small one meets a capital (`myTest`).
+_EDGE = r"(?<=(?-i:[a-z]))(?=(?-i:[A-Z]))"
+_SPLIT = re.compile(rf"(?:(?<![a-z])|{_EDGE})(?:{_TRAIN}|{_HELD_OUT})(?:(?![a-z])|{_EDGE})", re.IGNORECASE)
 _SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")
 _PART = re.compile(r"[-_.](?:(?:part|shard)[-_.]?)?[0-9]+(?:-of-[0-9]+)?$", re.IGNORECASE)
 

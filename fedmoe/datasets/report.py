@@ -145,7 +145,7 @@ class DataReport:
         if found:
             names = ("tokens", "learned", "median", "longest", "max_length", "cut", "split", "too_long", "empty")
             line |= {name: getattr(found, name) for name in names} | {"lost_tokens": found.lost}
-        return line | {"left_out": self.rows - self.good}
+        return line | {"left_out": sum(self.left_out.values())}
 
     @property
     def text(self) -> str:

@@ -60,6 +60,11 @@ def test_what_is_no_data_is_left_out_and_named(tmp_path: Path) -> None:
         (("rows.jsonl", "eval_rows.jsonl"), ["rows.jsonl"], "eval_rows"),
         (("train_code.jsonl", "train_maths.jsonl", "val.jsonl"), ["train_code.jsonl", "train_maths.jsonl"], "val"),
         (("train.jsonl", "extra.jsonl", "test.jsonl"), ["train.jsonl"], "extra.jsonl"),
+        (("trainset.jsonl", "testset.jsonl"), ["trainset.jsonl"], "testset"),
+        (("myTrain.jsonl", "myTestRows.jsonl"), ["myTrain.jsonl"], "TestRows"),
+        (("rows.jsonl", "tests.jsonl"), ["rows.jsonl"], "tests"),
+        (("rows.jsonl", "hold_out.jsonl"), ["rows.jsonl"], "hold_out"),
+        (("rows.jsonl", "validate.jsonl"), ["rows.jsonl"], "validate"),
     ],
 )
 def test_held_out_rows_are_never_trained_on_in_silence(
