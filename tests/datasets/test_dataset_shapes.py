@@ -126,8 +126,25 @@ SHAPES: dict[str, tuple[dict[str, object], str]] = {
         {"prompt": "Weather in Bern?", "prompt_id": "1", "messages": [ASKED, {"role": "assistant", "content": "12"}]},
         "user: Weather in Bern? | *assistant: 12",
     ),
+    "strings that take turns (LIMA)": (
+        {"conversations": ["Hi", "Ho"], "source": "x"},
+        "user: Hi | *assistant: Ho",
+    ),
     "UltraChat, a list of strings": ({"id": "1", "data": ["Hi", "Ho"]}, "user: Hi | *assistant: Ho"),
     "pairs of turns": ({"conversation": [{"human": "Hi", "assistant": "Ho"}]}, "user: Hi | *assistant: Ho"),
+    "pairs of turns with marks (XTuner)": (
+        {
+            "conversation": [
+                {"system": "S", "input": "Hi", "output": "Hm", "output_with_loss": False},
+                {"input": "Hi", "output": "Ho"},
+            ]
+        },
+        "system: S | user: Hi | assistant: Hm | user: Hi | *assistant: Ho",
+    ),
+    "prompt and completion with a system prompt": (
+        {"system": "S", "prompt": "Hi", "completion": "Ho"},
+        "system: S | user: Hi | *assistant: Ho",
+    ),
     "preference, strings (TRL)": ({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, "2+2= *4"),
     "preference, implicit prompt (TRL)": (
         {"chosen": "The sky is blue.", "rejected": "The sky is green."},
@@ -148,6 +165,22 @@ SHAPES: dict[str, tuple[dict[str, object], str]] = {
             "rejected": {"from": "gpt", "value": "Go away"},
         },
         "user: Hi | *assistant: Ho",
+    ),
+    "preference, system and input (distilabel)": (
+        {"system": "S", "input": "Hi", "chosen": "Ho there", "rejected": "Ho hum", "rating": 9},
+        "system: S | user: Hi | *assistant: Ho there",
+    ),
+    "preference, messages before the answers": (
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Ho"},
+                {"role": "user", "content": "How?"},
+            ],
+            "chosen": "Well.",
+            "rejected": "Bah.",
+        },
+        "user: Hi | assistant: Ho | user: How? | *assistant: Well.",
     ),
     "preference, HH-RLHF": (
         {
