@@ -15,6 +15,7 @@ NUL = "\0"
 SEMICOLONS_TO_COMMAS = (
     """python3 -c "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter=';'))" """
 )
+CR_TO_LF = "tr '\\r' '\\n' "
 
 
 class _Lines:
@@ -81,6 +82,11 @@ def _header(path: Path, reader: Iterator[list[str]], delimiter: str) -> list[str
     try:
         header = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
+        if "new-line character" in str(error):
+            raise DataError(
+                f"{path}: its lines end with CR alone, not with LF; write it anew:\n"
+                f"  {CR_TO_LF}< {path.name} > lines.csv"
+            ) from error
         raise DataError(f"{path}: the header cannot be read: {error}") from error
     if len(header) > MAX_COLUMNS:
         raise DataError(f"{path}: {len(header):,} columns, at most {MAX_COLUMNS} are read; keep those needed")

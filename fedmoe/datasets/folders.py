@@ -24,7 +24,9 @@ METADATA = frozenset(
 MAX_FILES = 100_000
 NAMES_SHOWN = 5
 _TRAIN = r"(?P<train>train(?:ing)?(?:[-_]?set)?)"
-_HELD_OUT = r"(?:test|dev|val|valid|eval)(?:[-_]?set)?|tests|testing|evals|evaluation|validation|validate|h[eo]ld[-_]?out"
+_HELD_OUT = (
+    r"(?:test|dev|val|valid|eval)(?:[-_]?set)?|tests|testing|evals|evaluation|validation|validate|h[eo]ld[-_]?out"
+)
 # Words end where letters do, or where a small one meets a capital (`myTest`).
 _EDGE = r"(?<=(?-i:[a-z]))(?=(?-i:[A-Z]))"
 _SPLIT = re.compile(rf"(?:(?<![a-z])|{_EDGE})(?:{_TRAIN}|{_HELD_OUT})(?:(?![a-z])|{_EDGE})", re.IGNORECASE)

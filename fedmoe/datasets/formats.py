@@ -14,6 +14,7 @@ from fedmoe.datasets.turns import (
     TURN_MARKS,
     alternating,
     history_messages,
+    is_pair,
     message,
     template_keys,
     tool_definition,
@@ -158,6 +159,8 @@ def _messages(column: str) -> Callable[[Row], Sample]:
         turns = items(row.fields, column)
         if isinstance(turns[0], str):
             return _chat(row, alternating(turns))
+        if column == "data" and any(isinstance(turn, Mapping) and is_pair(turn) for turn in turns):
+            raise RowError("'data' holds rows, not turns of one conversation; write its list alone, or a row a line")
         return _chat(row, [found for turn in turns for found in turns_of(turn)])
 
     return convert

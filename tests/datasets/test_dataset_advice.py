@@ -47,6 +47,12 @@ def test_semicolons_become_commas_by_the_command_that_is_named(tmp_path: Path) -
     assert texts(tmp_path / "commas.csv") == TEXTS
 
 
+def test_lines_that_end_with_cr_become_lines_by_the_command_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'n,text\r1,"a, b"\r2,"say ""c"""\r3,d;e\r')
+    follow(advice(tmp_path / "a.csv"), tmp_path)
+    assert texts(tmp_path / "lines.csv") == TEXTS
+
+
 @pytest.mark.parametrize(("given", "other", "separator"), [(".csv", ".tsv", "\t"), (".tsv", ".csv", ",")])
 def test_a_table_with_another_separator_is_renamed(tmp_path: Path, given: str, other: str, separator: str) -> None:
     path = tmp_path / f"a{given}"

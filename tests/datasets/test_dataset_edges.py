@@ -113,6 +113,7 @@ def test_marks_of_pairs_are_obeyed_and_their_keys_used(tmp_path: Path) -> None:
     "row",
     [
         {"data": ["Hi", ""]},
+        {"data": [{"input": "Hi", "output": "Ho"}, {"input": "A", "output": "B"}]},
         {"conversations": ["", "Ho"]},
         {"instruction": "Hi", "output": "Ho", "history": [["A", " "]]},
         {"chosen": "\n\nHuman: Hi\n\nAssistant:", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
@@ -123,7 +124,7 @@ def test_marks_of_pairs_are_obeyed_and_their_keys_used(tmp_path: Path) -> None:
         {"messages": [ASKED, {**SAID, "tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}]},
     ],
 )
-def test_empty_turns_masks_of_another_kind_and_two_different_calls_are_bad_rows(
+def test_empty_turns_rows_inside_of_a_row_other_masks_and_two_calls_are_bad_rows(
     row: dict[str, object], tmp_path: Path
 ) -> None:
     samples, counts = read(tmp_path, row)
