@@ -125,8 +125,11 @@ def _completion(row: Row) -> Sample:
 
 
 def _plain_or_chat(row: Row, plain: Completion) -> Sample:
-    """A prompt with its completion; a conversation where the row has a system prompt, a history or tools beside it."""
-    if not any(_is_said(row.fields.get(key)) and row.fields[key] not in ([], {}, "[]") for key in _CHAT_KEYS):
+    """A prompt with its completion; a conversation where the row has a system prompt, a history or tools beside it.
+
+    Empty ones count too, so that all rows of a data set with such a column are read alike.
+    """
+    if all(row.fields.get(key) is None for key in _CHAT_KEYS):
         return plain
     asked = [Message("user", plain.prompt)] if plain.prompt.strip() else []
     return _chat(row, [*asked, Message("assistant", plain.completion)])

@@ -121,9 +121,10 @@ class DataReport:
             )
         if self.good < 1:
             reasons = "; ".join(f"{_rows(count)}: {reason}" for reason, count in self.left_out.items())
+            longer = "raise --max-length, or " if self.tokens and self.tokens.too_long else ""
             return (
-                f"{self.source}: not one of {self.rows:,} rows can be learned from ({reasons or 'all are bad'}); raise "
-                f"--max-length, or check that the rows hold answers{self._bad_lines()}"
+                f"{self.source}: not one of {self.rows:,} rows can be learned from ({reasons or 'all are bad'}); "
+                f"{longer}check that the rows hold answers which are to be learned{self._bad_lines()}"
             )
         return None
 
@@ -199,9 +200,10 @@ class DataReport:
             f"{found.longest:,} (longest); at most {found.max_length:,} are used at once"
         ]
         if found.cut:
+            more = "a larger --max-length" + ("" if found.long_rows == "split" else " or --long-rows split")
             lines.append(
                 f"cut: in {_rows(found.cut)} the tail of an answer is not learned, {found.lost:,} tokens in all; "
-                "a larger --max-length or --long-rows split learns it"
+                f"{more} learns it"
             )
         if found.split:
             lines.append(f"split: {_rows(found.split)} beyond that length, into several samples")

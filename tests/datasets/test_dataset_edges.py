@@ -39,7 +39,7 @@ def shown(sample: Sample) -> str:
         ({"system": "S", "prompt": "Hi", "completion": "Ho"}, "s:S u:Hi *a:Ho"),
         ({"prompt": "Hi", "completion": "Ho", "history": [["A", "B"]]}, "u:A *a:B u:Hi *a:Ho"),
         ({"prompt": "Hi", "completion": "Ho", "tools": '[{"name": "f"}]'}, "u:Hi *a:Ho tool:f"),
-        ({"prompt": "Hi", "completion": "Ho", "tools": "[]", "history": [], "system": " "}, "Hi *Ho"),
+        ({"prompt": "Hi", "completion": "Ho", "tools": "[]", "history": [], "system": " "}, "u:Hi *a:Ho"),
         ({"system": "S", "conversations": [{"from": "system", "value": ""}, ASKED, SAID]}, "s:S u:Hi *a:Ho"),
         ({"history": [["A", "B"]], "messages": [{"role": "system", "content": "S"}, ASKED, SAID]},
          "s:S u:A *a:B u:Hi *a:Ho"),

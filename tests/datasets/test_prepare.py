@@ -77,6 +77,8 @@ def test_the_report_counts_what_is_learned_and_what_is_not(tmp_path: Path) -> No
     split = prepare_samples(file, TOKENIZER, 80, DataOptions(long_rows="split")).report
     assert split.tokens is not None
     assert (split.tokens.cut, split.tokens.split, split.tokens.lost) == (0, 1, 0)
+    short = prepare_samples(file, TOKENIZER, 42, DataOptions(long_rows="split")).report.text
+    assert "tokens in all; a larger --max-length learns it" in short
     dropped = prepare_samples(file, TOKENIZER, 80, DataOptions(long_rows="drop"))
     assert [len(sample.input_ids) for sample in dropped.samples] == [41, 70]
 
@@ -88,6 +90,14 @@ def test_data_of_which_nothing_can_be_learned_are_refused_with_the_reason(tmp_pa
     ):
         prepare_samples(file, TOKENIZER, 60)
     assert prepare_samples(file, TOKENIZER, 200).report.good == 1
+
+
+def test_where_marks_keep_all_rows_out_a_larger_length_is_not_advised(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", {"prompt": "q", "completion": "a", "label": False})
+    problem = examine(file, TOKENIZER, 60).report.problem
+    assert problem is not None
+    assert "'label' false" in problem
+    assert "--max-length" not in problem
 
 
 def test_several_processes_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
