@@ -264,8 +264,8 @@ def with_decoded_turns(fields: Mapping[str, object]) -> Mapping[str, object]:
     return {**fields, **found} if found else fields
 
 
-def _turns_in(cell: object) -> object:
-    """The turns that a text holds as JSON, one or a list; None if it is other text."""
+def _turns_in(cell: object) -> list[object] | None:
+    """The turns that a text holds as JSON, one or a list; None if it is other text, or JSON of something else."""
     if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{")):
         return None
     try:
@@ -273,5 +273,9 @@ def _turns_in(cell: object) -> object:
     except ValueError:
         return None
     turns = value if isinstance(value, list) else [value]
-    are_turns = bool(turns) and all(isinstance(turn, Mapping) and {"role", "from"} & set(turn) for turn in turns)
-    return value if are_turns else None
+    return turns if turns and all(isinstance(turn, Mapping) and _is_turn(turn) for turn in turns) else None
+
+
+def _is_turn(item: Mapping[str, object]) -> bool:
+    said = (*_CONTENT_KEYS, "tool_calls", "function_call")
+    return any(key in item for key in _ROLE_KEYS) and any(key in item for key in said)

@@ -86,8 +86,8 @@ def test_of_preference_data_the_chosen_answer_is_learned_after_its_whole_context
 
 def test_turns_written_as_json_in_a_cell_are_turns_and_their_keys_are_named(tmp_path: Path) -> None:
     row = {"prompt": json.dumps([ASKED]), "completion": json.dumps([{**SAID, "weight": 1, "score": 3}])}
-    samples, counts = read(tmp_path, row, {"prompt": "List?", "completion": '[{"name": "f"}]'})
-    assert samples == ["u:Hi *a:Ho", 'List? *[{"name": "f"}]']
+    samples, counts = read(tmp_path, row, {"prompt": "List?", "completion": '[{"name": "f", "role": "admin"}]'})
+    assert samples == ["u:Hi *a:Ho", 'List? *[{"name": "f", "role": "admin"}]']
     assert (counts.obeyed, counts.ignored) == (("completion[].weight",), ("completion[].score",))
 
 
