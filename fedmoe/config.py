@@ -91,6 +91,7 @@ class CoordinatorConfig(_ProcessConfig):
     max_staleness: Annotated[int, Field(ge=0)] | None = None
     keep_updates: Annotated[int, Field(ge=1)] | None = None
     min_sync_interval: Annotated[float, Field(ge=0, le=MAX_SYNC_INTERVAL, allow_inf_nan=False)] = 1.0
+    json_limit: Annotated[int, Field(ge=0)] = 8_000_000
     token: SecretStr | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
     admin_token: SecretStr | None = Field(
         default=None, validation_alias=AliasChoices("admin_token", "FEDMOE_ADMIN_TOKEN")

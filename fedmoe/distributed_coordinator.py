@@ -15,6 +15,7 @@ from fedmoe.config import CoordinatorConfig
 from fedmoe.coordinator import Aggregation
 from fedmoe.server.evaluation_gate import GatePolicy
 from fedmoe.server.history import History
+from fedmoe.server.json_weights import JsonPolicy
 from fedmoe.server.listening import listen, own_signals
 from fedmoe.server.protocol import GuardedProtocol
 from fedmoe.server.routes import create_app
@@ -76,7 +77,7 @@ class DistributedCoordinator:
             gate_policy=GatePolicy(config.gate_tolerance, config.gate_seconds),
         )
         self.new_tokens = self._prepare_tokens(config)
-        self.app = create_app(self.service, self.gate, loopback=is_loopback(config.host))
+        self.app = create_app(self.service, self.gate, is_loopback(config.host), JsonPolicy(config.json_limit))
 
     def _prepare_tokens(self, config: CoordinatorConfig) -> dict[str, str]:
         """Open the gate; on an address others can reach, make the tokens that are missing."""

@@ -55,6 +55,9 @@ def coordinator(
         int | None, typer.Option(help="Updates per expert that stay undoable; older bytes go. [default: all]")
     ] = None,
     min_sync_interval: Annotated[float | None, typer.Option(help="Least seconds between a worker's pushes.")] = None,
+    json_limit: Annotated[
+        int | None, typer.Option(help="Most numbers of an answer in JSON; more only as safetensors. [default: 8000000]")
+    ] = None,
     token: Annotated[str | None, typer.Option(help="Join token; better as FEDMOE_TOKEN.", show_default=False)] = None,
     admin_token: Annotated[
         str | None, typer.Option(help="Admin token; better as FEDMOE_ADMIN_TOKEN.", show_default=False)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -17,6 +17,8 @@ from fedmoe.lora.adapter import Adapter, FloatMatrix
 from fedmoe.lora.codec import WireDtype, encode
 from fedmoe.lora.container import read_header
 from fedmoe.manifest import BaseModel
+from fedmoe.server.health import is_head
+from fedmoe.server.json_weights import JsonPolicy, JsonWeights
 from fedmoe.server.receive import content_digest
 from fedmoe.wire.messages import SAFETENSORS
 
@@ -26,12 +28,13 @@ Part = bytes | memoryview
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Weights about to leave: what accompanies them, and how to make their two forms."""
+    """Weights about to leave: what accompanies them, how many numbers they are, and how to make their two forms."""
 
     name: str
     version: int
     digest: str
     info: Info
+    size: int
     encode: Callable[[WireDtype, EncodedCache], tuple[Part, ...]]
     modules: Callable[[], Iterator[tuple[str, FloatMatrix, FloatMatrix]]]
 
@@ -129,7 +132,7 @@ def _of_one(name: str, version: int, adapter: Adapter, digest: str, info: Info) 
     def modules() -> Iterator[tuple[str, FloatMatrix, FloatMatrix]]:
         return ((module.name, a, b) for module, a, b in adapter.factors())
 
-    return Weights(name, version, digest, info, encoded, modules)
+    return Weights(name, version, digest, info, adapter.layout.size, encoded, modules)
 
 
 def all_weights(experts: Mapping[str, ExpertModel], version: int) -> Weights:
@@ -148,7 +151,8 @@ def all_weights(experts: Mapping[str, ExpertModel], version: int) -> Weights:
             (f"{expert.name}/{module.name}", a, b) for expert in ordered for module, a, b in expert.adapter.factors()
         )
 
-    return Weights("@all", version, digest, info, encoded, modules)
+    size = sum(expert.manifest.layout.size for expert in ordered)
+    return Weights("@all", version, digest, info, size, encoded, modules)
 
 
 def _joined(bodies: list[tuple[str, Part]], metadata: dict[str, str]) -> tuple[Part, ...]:
@@ -176,38 +180,61 @@ def etag(weights: Weights, form: str) -> str:
     return f'"{weights.version}-{weights.digest[:32]}-{form}"'
 
 
-def answer_weights(
-    request: Request,
-    weights: Weights,
-    dtype: WireDtype,
-    cache: EncodedCache,
-    status: int = 200,
-    result: Info | None = None,
-) -> Response:
-    """304 if the caller has them, safetensors if the caller takes them, else JSON, streamed module by module.
+@dataclass(frozen=True)
+class WeightAnswers:
+    """Answers with weights: the bodies that are kept encoded, and what answers in JSON may cost."""
 
-    JSON carries every number as it is, whatever `dtype`. `result` is what became of the push that is answered.
-    """
-    binary = SAFETENSORS in request.headers.get("accept", "")
-    tag = etag(weights, dtype if binary else "json")
-    headers = {
-        "ETag": tag,
-        "Vary": "Accept",
-        "FedMoE-Version": str(weights.version),
-        "FedMoE-Digest": weights.digest,
-    }
-    if result is None and known(request, tag):
-        return Response(status_code=304, headers=headers)
-    if not binary:
-        return StreamingResponse(_json(weights, result), status, headers, "application/json")
-    encoded = cache.get(weights, dtype)
-    headers["Content-Digest"] = content_digest(encoded.sha256)
-    if result is not None:
-        headers["FedMoE-Result"] = json.dumps(result, separators=(",", ":"))
-    if len(encoded.parts) == 1:
-        return Response(encoded.parts[0], status, headers, SAFETENSORS)
-    headers["Content-Length"] = str(encoded.size)
-    return StreamingResponse(_pieces(encoded), status, headers, SAFETENSORS)
+    json: JsonPolicy
+    cache: EncodedCache = field(default_factory=EncodedCache)
+
+    def check(self, request: Request, numbers: int) -> None:
+        """Refuse a caller who does not take safetensors and asks for more numbers than are written as JSON."""
+        if not takes_safetensors(request):
+            self.json.check(numbers)
+
+    def answer(
+        self,
+        request: Request,
+        weights: Weights,
+        dtype: WireDtype,
+        status: int = 200,
+        result: Info | None = None,
+        keep: bool = True,
+    ) -> Response:
+        """304 if the caller has them, safetensors if the caller takes them, else JSON, streamed in pieces.
+
+        JSON carries every number as it is, whatever `dtype`. `result` is what became of the push that is answered;
+        with `keep` the encoded body is kept for the next who asks.
+        """
+        binary = takes_safetensors(request)
+        tag = etag(weights, dtype if binary else "json")
+        headers = {
+            "ETag": tag,
+            "Vary": "Accept",
+            "FedMoE-Version": str(weights.version),
+            "FedMoE-Digest": weights.digest,
+        }
+        if result is None and known(request, tag):
+            return Response(status_code=304, headers=headers)
+        if is_head(request):
+            return Response(None, status, headers, SAFETENSORS if binary else "application/json")
+        if not binary:
+            self.json.check(weights.size)
+            head = dict(weights.info) if result is None else {"result": dict(result), **weights.info}
+            return JsonWeights(head, weights.modules(), self.json, status, headers, waits=result is not None)
+        encoded = (self.cache if keep else EncodedCache()).get(weights, dtype)
+        headers["Content-Digest"] = content_digest(encoded.sha256)
+        if result is not None:
+            headers["FedMoE-Result"] = json.dumps(result, separators=(",", ":"))
+        if len(encoded.parts) == 1:
+            return Response(encoded.parts[0], status, headers, SAFETENSORS)
+        headers["Content-Length"] = str(encoded.size)
+        return StreamingResponse(_pieces(encoded), status, headers, SAFETENSORS)
+
+
+def takes_safetensors(request: Request) -> bool:
+    """Whether the caller names safetensors among what it takes."""
+    return SAFETENSORS in request.headers.get("accept", "")
 
 
 def known(request: Request, tag: str) -> bool:
@@ -229,15 +256,3 @@ def answer_statistics(request: Request, tag: str, read: Callable[[], bytes]) -> 
 async def _pieces(encoded: Encoded) -> AsyncIterator[Part]:
     for part in encoded.parts:
         yield part
-
-
-def _json(weights: Weights, result: Info | None) -> Iterator[str]:
-    """One JSON object; numbers as Python prints float32 values in double precision, so none is lost."""
-    head = dict(weights.info) if result is None else {"result": dict(result), **weights.info}
-    yield json.dumps(head)[:-1] + ', "modules": {'
-    separator = ""
-    for name, a, b in weights.modules():
-        factors = {"lora_A": a.tolist(), "lora_B": b.tolist()}
-        yield f"{separator}{json.dumps(name)}: {json.dumps(factors)}"
-        separator = ", "
-    yield "}}\n"

@@ -51,6 +51,11 @@ class Committer:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def running(self) -> bool:
+        """Whether decisions are taken."""
+        return self._thread.is_alive()
+
     def submit(self, decide: Decision, alone: bool = False) -> Future[object]:
         """Queue a decision; its future holds the result once it is durable and published."""
         answer: Future[object] = Future()

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from fedmoe.errors import RefusedError
-from fedmoe.server.answers import EncodedCache, adapter_weights, answer_weights
+from fedmoe.server.answers import WeightAnswers, adapter_weights
 from fedmoe.server.candidates import CandidateSet
 from fedmoe.server.evaluation_gate import EvaluationGate
 from fedmoe.server.guard import principal_of
@@ -28,7 +28,7 @@ from fedmoe.wire.gate_messages import (
 )
 
 
-def gate_routes(app: FastAPI, service: CoordinatorService) -> None:
+def gate_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswers) -> None:
     """Add the routes; without a gate they refuse."""
 
     @app.get("/gateway_candidates")
@@ -45,7 +45,7 @@ def gate_routes(app: FastAPI, service: CoordinatorService) -> None:
             principal_of(request).require_expert(expert)
         weights = adapter_weights(offer.version, adapter, wanted.digest, offer.sources, offer.base)
         # Few ask for it and once each, so it is not kept.
-        return answer_weights(request, weights, "fp32", EncodedCache())
+        return answers.answer(request, weights, "fp32", keep=False)
 
     @app.post("/push_gateway_scores")
     def push_gateway_scores(request: Request, scores: GatewayScores) -> ScoresResult:

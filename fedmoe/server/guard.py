@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedmoe.errors import RefusedError
 from fedmoe.server import problems
+from fedmoe.server.health import is_open
 from fedmoe.server.security import Principal, TokenGate, is_loopback
 
 #: No body may pause longer than this, or stay longer behind `MIN_BYTES_PER_SECOND`.
@@ -33,14 +34,14 @@ def principal_of(request: Request) -> Principal:
 
 
 class GateMiddleware:
-    """Asks for a token on everything but `GET /healthz`, before a byte of the body is read."""
+    """Asks for a token on everything but the open paths, before a byte of the body is read."""
 
     def __init__(self, app: ASGIApp, gate: TokenGate) -> None:
         self._app = app
         self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (scope["path"], scope["method"]) != ("/healthz", "GET"):
+        if scope["type"] == "http" and not is_open(scope):
             try:
                 principal = self._gate.admit(Headers(scope=scope).get("authorization"))
             except RefusedError as error:

@@ -33,6 +33,7 @@ STATUS: dict[str, int] = {
     "gateway_not_published": 404,
     "gate_disabled": 404,
     "unknown_candidate": 404,
+    "not_acceptable": 406,
     "candidates_closed": 409,
     "unknown_version": 409,
     "too_stale": 409,
@@ -56,11 +57,12 @@ STATUS: dict[str, int] = {
     "digest_mismatch": 400,
     "truncated": 400,
     "too_slow": 408,
+    "json_busy": 429,
     "busy": 503,
     "disk_full": 507,
 }
 _MAX_DETAIL = 2000
-_RETRY_AFTER = {"busy": "2", "disk_full": "30"}
+_RETRY_AFTER = {"busy": "2", "json_busy": "5", "disk_full": "30"}
 
 
 def problem(code: str, status: int, detail: str, fix: str = "", **facts: object) -> Response:
@@ -119,12 +121,22 @@ def install(app: FastAPI) -> None:
     async def _http(request: Request, error: HTTPException) -> Response:
         codes = {400: "malformed", 404: "unknown_route", 405: "method_not_allowed", 413: "too_large"}
         code = codes.get(error.status_code, "http_error")
-        return problem(code, error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}.")
+        told = problem(code, error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}.")
+        told.headers.update(allowed(error.headers))
+        return told
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> Response:
         _log.error("unexpected", path=request.url.path, error=repr(error))
         return problem("internal_error", 500, "an unexpected error; the coordinator's log has it.")
+
+
+def allowed(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """The headers of a refusal; a route that takes GET takes HEAD too."""
+    found = dict(headers or {})
+    if "GET" in found.get("Allow", "").split(", "):
+        found["Allow"] += ", HEAD"
+    return found
 
 
 def _invalid_request(request: Request, first: Mapping[str, Any]) -> Response:

@@ -16,16 +16,17 @@ from fedmoe.living import LivingGateway
 from fedmoe.lora.codec import WireDtype
 from fedmoe.server import problems
 from fedmoe.server.answers import (
-    EncodedCache,
+    WeightAnswers,
     Weights,
     all_weights,
     answer_statistics,
-    answer_weights,
     expert_weights,
     gateway_weights,
 )
 from fedmoe.server.gate_routes import gate_routes
 from fedmoe.server.guard import BodyGuard, GateMiddleware, LoopbackHostMiddleware, principal_of
+from fedmoe.server.health import HeadMiddleware, readiness
+from fedmoe.server.json_weights import JsonPolicy
 from fedmoe.server.receive import parse_content_digest
 from fedmoe.server.security import TokenGate, new_token
 from fedmoe.server.service import Body, CoordinatorService
@@ -58,30 +59,37 @@ _PUSH = "/push_expert_update"
 _PUSH_STATISTICS = "/push_data_statistics"
 
 
-def create_app(service: CoordinatorService, gate: TokenGate, loopback: bool = True) -> FastAPI:
+def create_app(
+    service: CoordinatorService, gate: TokenGate, loopback: bool = True, json: JsonPolicy | None = None
+) -> FastAPI:
     """The coordinator's HTTP application; without tokens only requests addressed to this machine are taken."""
     app = FastAPI(title="FedMoE coordinator", version=__version__, docs_url=None, redoc_url=None)
     problems.install(app)
-    cache = EncodedCache()
-    _read_routes(app, service, cache)
-    _write_routes(app, service, cache)
-    gate_routes(app, service)
+    answers = WeightAnswers(json or JsonPolicy())
+    _read_routes(app, service, answers)
+    _write_routes(app, service, answers)
+    gate_routes(app, service, answers)
     _admin_routes(app, service, gate)
     app.add_middleware(GateMiddleware, gate=gate)
     if loopback and not gate.required:
         app.add_middleware(LoopbackHostMiddleware)
     # These caps follow from the expert, so the service sets them.
     app.add_middleware(BodyGuard, caps={_PUSH: None, _PUSH_STATISTICS: None})
+    app.add_middleware(HeadMiddleware)
     return app
 
 
-def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache) -> None:
+def _read_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswers) -> None:
     coordinator = service.coordinator
 
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
         failed = service.failed is not None
         return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        return readiness(service.not_ready)
 
     @app.get("/federation")
     async def federation() -> FederationInfo:
@@ -99,7 +107,7 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
     @app.get("/get_gateway_weights")
     def get_gateway_weights(request: Request, dtype: WireDtype = "fp32") -> Response:
         weights = gateway_weights(service.gateway(), coordinator.experts)
-        return answer_weights(request, weights, dtype, cache)
+        return answers.answer(request, weights, dtype)
 
     @app.get("/get_all_expert_weights")
     def get_all_expert_weights(request: Request, dtype: WireDtype = "fp32") -> Response:
@@ -107,12 +115,12 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
         experts = {name: expert for name, expert in view.experts.items() if principal_of(request).may_use(name)}
         if not experts:
             raise RefusedError("unknown_expert", "there is no expert yet that you may read.", "Start a worker first.")
-        return answer_weights(request, all_weights(experts, view.gateway_version), dtype, cache)
+        return answers.answer(request, all_weights(experts, view.gateway_version), dtype)
 
     @app.post("/get_expert_weights")
     def get_expert_weights(request: Request, wanted: ExpertRequest) -> Response:
         principal_of(request).require_expert(wanted.expert)
-        return answer_weights(request, _expert_weights(service, wanted.expert), wanted.dtype, cache)
+        return answers.answer(request, _expert_weights(service, wanted.expert), wanted.dtype)
 
     @app.get("/get_gateway_info")
     def get_gateway_info() -> GatewayInfo:
@@ -133,7 +141,7 @@ def _read_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache)
         return answer_statistics(request, kept.tag(*named), lambda: kept.merged(*named))
 
 
-def _write_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache) -> None:
+def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswers) -> None:
     @app.post("/register_expert")
     async def register_expert(request: Request, wanted: RegisterRequest) -> ExpertInfo:
         principal = principal_of(request)
@@ -149,6 +157,8 @@ def _write_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache
         principal.require_worker(header.worker)
         principal.require_expert(header.expert)
         body = _tensor_body(request)
+        if header.answer == "weights":  # refused before the push changes anything
+            answers.check(request, service.coordinator.expert(header.expert).manifest.layout.size)
         try:
             result = await service.push(header, body)
         except RefusedError as error:
@@ -156,10 +166,10 @@ def _write_routes(app: FastAPI, service: CoordinatorService, cache: EncodedCache
                 raise
             # Whoever is too far behind gets the newest version in the same answer and can go on from it.
             facts = problems.described(error)
-            return await run_in_threadpool(_with_weights, request, service, header.expert, cache, 409, facts)
+            return await run_in_threadpool(_with_weights, request, service, header.expert, answers, 409, facts)
         if header.answer == "weights":
             facts = result.model_dump()
-            return await run_in_threadpool(_with_weights, request, service, header.expert, cache, 200, facts)
+            return await run_in_threadpool(_with_weights, request, service, header.expert, answers, 200, facts)
         return JSONResponse(result.model_dump())
 
     @app.post("/push_statistics", status_code=204)
@@ -227,9 +237,14 @@ def _expert_weights(service: CoordinatorService, name: str) -> Weights:
 
 
 def _with_weights(
-    request: Request, service: CoordinatorService, name: str, cache: EncodedCache, status: int, facts: dict[str, object]
+    request: Request,
+    service: CoordinatorService,
+    name: str,
+    answers: WeightAnswers,
+    status: int,
+    facts: dict[str, object],
 ) -> Response:
-    return answer_weights(request, _expert_weights(service, name), "fp32", cache, status, facts)
+    return answers.answer(request, _expert_weights(service, name), "fp32", status, facts)
 
 
 def _expert_info(

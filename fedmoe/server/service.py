@@ -123,6 +123,13 @@ class CoordinatorService:
         """Why storage can no longer be trusted; None while all is well."""
         return self._committer.failed
 
+    @property
+    def not_ready(self) -> str | None:
+        """Why nothing can be pushed, in words for anybody; None while it can."""
+        if self.failed:
+            return "storage failed; the coordinator's log says why"
+        return None if self._committer.running else "the coordinator is starting or stopping"
+
     def fail(self, reason: str) -> None:
         """Accept nothing from now on."""
         self._committer.fail(reason)

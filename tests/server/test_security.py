@@ -38,7 +38,7 @@ def made(client: TestClient, **request: object) -> tuple[str, str]:
     return answer.json()["token"], answer.json()["hash"]
 
 
-def test_every_route_and_method_but_healthz_asks_for_a_token(locked_house: House) -> None:
+def test_every_route_and_method_but_the_open_ones_asks_for_a_token(locked_house: House) -> None:
     open_to_all = []
     with locked_house.client() as client:
         for path in [
@@ -55,7 +55,9 @@ def test_every_route_and_method_but_healthz_asks_for_a_token(locked_house: House
                     open_to_all.append((method, path, answer.status_code))
                 else:
                     assert answer.headers["www-authenticate"] == "Bearer"
-    assert open_to_all == [("GET", "/healthz", 200)]
+    assert sorted(open_to_all) == [
+        (method, path, 200) for method in ("GET", "HEAD") for path in ("/healthz", "/readyz")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedmoe.files import write_atomic
 from fedmoe.gateway.serve.problems import ApiError
+from fedmoe.server.health import is_open
 from fedmoe.server.security import hash_token, is_loopback, new_token
 
 _HEXADECIMAL = frozenset("0123456789abcdef")
@@ -45,7 +46,7 @@ def read_keys(file: Path) -> tuple[frozenset[str], str | None]:
 
 
 class DoorMiddleware:
-    """Asks for a key on everything but `GET /healthz`, before a byte of the body is read.
+    """Asks for a key on everything but the open paths, before a byte of the body is read.
 
     `keys` None asks for none; `loopback_only` then takes only requests whose Host is this machine: a web page that
     rebinds its name still sends it as Host.
@@ -73,7 +74,7 @@ class DoorMiddleware:
                 f"without API keys only requests addressed to this machine are taken, got Host {host[:80]!r}; "
                 "use http://127.0.0.1, or start the server with --api-keys",
             )
-        if self._keys is None or (scope["path"], scope["method"]) == ("/healthz", "GET"):
+        if self._keys is None or is_open(scope):
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():

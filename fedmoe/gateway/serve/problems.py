@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from fedmoe.errors import RefusedError
 from fedmoe.gateway.serve.protocol import BackendError
+from fedmoe.server.problems import allowed
 
 _log = structlog.get_logger("fedmoe.serve")
 
@@ -85,7 +86,9 @@ def install(app: FastAPI) -> None:
         codes = {404: "unknown_route", 405: "method_not_allowed"}
         code = codes.get(error.status_code, "http_error")
         where = f"{request.method} {request.url.path[:200]}"
-        return ApiError(error.status_code, code, f"{where}: {error.detail}").response()
+        told = ApiError(error.status_code, code, f"{where}: {error.detail}").response()
+        told.headers.update(allowed(error.headers))
+        return told
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> Response:

@@ -25,6 +25,7 @@ from fedmoe.gateway.serve.protocol import BackendError
 from fedmoe.gateway.serve.requests import MOST_CHOICES, ChatRequest, CompletionRequest
 from fedmoe.gateway.serve.service import Answering, Asked, Piece, Service, together
 from fedmoe.server.guard import BodyGuard
+from fedmoe.server.health import HeadMiddleware, readiness
 
 MAX_BODY_BYTES = 1 << 20
 #: What the OpenAI interface generates for a text when nothing is said.
@@ -44,6 +45,7 @@ def create_app(
     _answer_routes(app, service)
     app.add_middleware(DoorMiddleware, keys=keys, loopback_only=loopback_only)
     app.add_middleware(BodyGuard, caps=dict.fromkeys(("/v1/chat/completions", "/v1/completions"), MAX_BODY_BYTES))
+    app.add_middleware(HeadMiddleware)
     return app
 
 
@@ -54,6 +56,10 @@ def _look_routes(app: FastAPI, service: Service, health: Callable[[], Health]) -
         seconds = round(found.seconds_since_answer, 1)
         status = "behind" if found.behind else "ok"
         return JSONResponse({"status": status, "coordinator_silent_seconds": seconds})
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        return readiness(_not_ready(service, health()))
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -70,6 +76,15 @@ def _look_routes(app: FastAPI, service: Service, health: Callable[[], Health]) -
             there = ", ".join(service.names())
             raise ApiError(404, "model_not_found", f"there is no model {name[:80]!r}; there are: {there}", "model")
         return JSONResponse(_card(service, name))
+
+
+def _not_ready(service: Service, health: Health) -> str | None:
+    """Why the federation's models cannot be asked for; a coordinator that is away takes back none that is loaded."""
+    served = service.catalogue.snapshot.models
+    if not served and health.behind:
+        return "no model of the federation is served yet; the server's log says why"
+    missing = set(served.values()) - service.backend.loaded()
+    return f"not loaded: {', '.join(sorted(model.name for model in missing))}" if missing else None
 
 
 def _card(service: Service, name: str) -> Json:

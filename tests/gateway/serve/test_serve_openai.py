@@ -363,6 +363,8 @@ def test_health_and_counters(served: Served, client: Client) -> None:
     with httpx2.Client(base_url=served.url) as http:
         health = http.get("/healthz")
         assert health.json()["status"] == "ok"
+        assert http.head("/healthz").status_code == http.head("/readyz").status_code == 200
+        assert http.get("/readyz").json() == {"status": "ready"}
         page = http.get("/metrics").text
     lines = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
     assert float(lines['fedmoe_serve_requests_total{model="sql",ended="complete"}']) >= 1
