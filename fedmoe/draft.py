@@ -60,6 +60,8 @@ class Draft:
     events: list[Event] = field(default_factory=list)
     moments: dict[str, ExpertMoments] = field(default_factory=dict)
     living: LivingGateway | None = None
+    #: The content hash of the weights that each of `events` leaves behind, see `_digest_after`.
+    version_digests: list[str | None] = field(default_factory=list)
 
     def mark(self) -> DraftMark:
         """The point reached so far."""
@@ -70,6 +72,7 @@ class Draft:
         """Forget everything since `mark`."""
         self.experts, self.manifest, self.gateway_version = dict(mark.experts), mark.manifest, mark.gateway_version
         del self.events[mark.events :]
+        del self.version_digests[mark.events :]
         self.moments, self.living = dict(mark.moments), mark.living
 
     def expert(self, name: str) -> ExpertModel:
@@ -201,3 +204,14 @@ class Draft:
             self.living = self.living.after(event, gateway, since)
         self.gateway_version += 1
         self.events.append(event)
+        self.version_digests.append(self._digest_after(event))
+
+    def _digest_after(self, event: Event) -> str | None:
+        """The content hash of the version that an event made; None where it made none, or an expert's first one."""
+        match event:
+            case UpdateAccepted() | ExpertRolledBack() | WorkerRetracted() | ExpertWentOn():
+                return self.experts[event.expert].digest
+            case GatewayFolded():
+                return self.living.digest if self.living is not None else None
+            case _:
+                return None

@@ -44,7 +44,7 @@ LAYERS: dict[str, set[str]] = {
     "draft": {"aggregation", "errors", "events", "experts", "living", "lora", "manifest"},
     "coordinator": {"aggregation", "draft", "errors", "events", "experts", "living", "lora", "manifest"},
     # What survives a crash, and what travels.
-    "storage": {"errors", "events", "files", "manifest"},
+    "storage": {"errors", "events", "failpoints", "files", "manifest"},
     "wire": {"errors", "lora", "manifest"},
     "config": {"lora", "wire"},
     # The server side: no torch.

@@ -104,7 +104,7 @@ class Committer:
         try:
             if draft.events:
                 failpoints.reached("commit.before")
-                self._journal.append(draft.events)
+                self._journal.append(draft.events, draft.version_digests)
                 failpoints.reached("commit.after")
         except Exception as error:
             if isinstance(error, StorageFailedError):

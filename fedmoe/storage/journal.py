@@ -19,68 +19,21 @@ from sqlalchemy.exc import DatabaseError, IntegrityError
 from sqlalchemy.pool import StaticPool
 
 from fedmoe.events import Event, UpdateAccepted
-from fedmoe.storage.blobs import StorageFailedError
+from fedmoe.storage.chain import COLUMNS, BrokenChainError, Link, check, link
 from fedmoe.storage.event_rows import event_of, row_of
-from fedmoe.storage.sqlite import journal_problem, set_pragmas, unusable
+from fedmoe.storage.incarnation import INCARNATION, INCARNATIONS_BEFORE, Ended, new_incarnation, of_text, to_text
+from fedmoe.storage.sqlite import changed_outside, journal_problem, other_schema, set_pragmas, unusable
+from fedmoe.storage.tables import (
+    DATA_STATISTICS,
+    EVENTS,
+    META,
+    SCHEMA_VERSION,
+    SNAPSHOTS,
+    STATISTICS,
+    TABLES,
+    TOKENS,
+)
 from fedmoe.storage.verdicts import VERDICTS, Verdict, newest_verdicts
-
-SCHEMA_VERSION = 1
-_tables = sa.MetaData()
-_meta = sa.Table("meta", _tables, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text))
-_events = sa.Table(
-    "events",
-    _tables,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("expert", sa.Text, nullable=False),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("worker", sa.Text),
-    sa.Column("epoch", sa.Text),
-    sa.Column("sequence", sa.Integer),
-    sa.Column("digest", sa.Text),
-    sa.Column("payload", sa.Text, nullable=False),
-    # An update's identity: the same one can never be in the journal twice, whoever writes.
-    sa.UniqueConstraint("worker", "epoch", "sequence"),
-    sa.UniqueConstraint("expert", "version"),
-)
-_snapshots = sa.Table(
-    "snapshots",
-    _tables,
-    sa.Column("expert", sa.Text, primary_key=True),
-    sa.Column("version", sa.Integer, primary_key=True),
-    sa.Column("digest", sa.Text, nullable=False),
-)
-_statistics = sa.Table(
-    "statistics",
-    _tables,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("expert", sa.Text, nullable=False),
-    sa.Column("worker", sa.Text, nullable=False),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("payload", sa.Text, nullable=False),
-    sa.Column("at", sa.Float, nullable=False),
-)
-_data_statistics = sa.Table(
-    "data_statistics",
-    _tables,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("expert", sa.Text, nullable=False),
-    sa.Column("worker", sa.Text, nullable=False),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("digest", sa.Text, nullable=False),
-    sa.Column("size", sa.Integer, nullable=False),
-    sa.Column("at", sa.Float, nullable=False),
-)
-_tokens = sa.Table(
-    "tokens",
-    _tables,
-    sa.Column("hash", sa.Text, primary_key=True),
-    sa.Column("role", sa.Text, nullable=False),
-    sa.Column("worker", sa.Text),
-    sa.Column("experts", sa.Text),
-    sa.Column("expires_at", sa.Float),
-    sa.Column("revoked", sa.Boolean, nullable=False, default=False),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +84,18 @@ class DuplicateEventError(Exception):
 class Journal(Protocol):
     """The order of everything that happened, and the small tables that must survive with it."""
 
-    def append(self, events: Sequence[Event]) -> None:
-        """Make events durable, all or none; raises `DuplicateEventError` if one is there already."""
+    def append(self, events: Sequence[Event], version_digests: Sequence[str | None] | None = None) -> None:
+        """Make events durable, all or none; raises `DuplicateEventError` if one is there already.
+
+        `version_digests` are the content hashes of the weights that each of them leaves behind, where known.
+        """
+        ...
+
+    def version_digest(self, expert: str, version: int) -> str | None:
+        """The content hash that the weights of an expert's version had; None where it is not known.
+
+        It is not for version 0, and for what was journalled by schema 1.
+        """
         ...
 
     def events(self, expert: str | None = None, after_version: int = -1) -> Iterator[Event]: ...
@@ -177,6 +140,10 @@ class Journal(Protocol):
 
     def set_meta(self, key: str, value: str) -> None: ...
 
+    def begin_incarnation(self) -> str:
+        """The history goes on as another one; the name of the one before is kept with its count of events."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -206,42 +173,67 @@ class SqlJournal:
         if damage != "ok":
             raise unusable(self._where, " ".join(str(damage).split()))
         # The version is read before any table is made, so that another version's journal stays as it is.
-        found = self.meta("schema_version") if sa.inspect(self._connection).has_table(_meta.name) else None
+        found = self.meta("schema_version") if sa.inspect(self._connection).has_table(META.name) else None
         self._connection.rollback()
         if found is None:
-            _tables.create_all(self._connection)
+            TABLES.create_all(self._connection)
+            made = {"schema_version": str(SCHEMA_VERSION), INCARNATION: new_incarnation()}
+            self._connection.execute(META.insert(), [{"key": key, "value": value} for key, value in made.items()])
             self._connection.commit()
-            self.set_meta("schema_version", str(SCHEMA_VERSION))
         elif found != str(SCHEMA_VERSION):
-            raise StorageFailedError(
-                f"the journal {self._where} has schema {found}, this program reads {SCHEMA_VERSION}; "
-                "run the FedMoE version that wrote it"
-            )
+            raise other_schema(self._where, found)
         # Tables that came later; a program from before leaves them alone.
-        for table in (_data_statistics, VERDICTS):
+        for table in (DATA_STATISTICS, VERDICTS):
             table.create(self._connection, checkfirst=True)
         self._connection.commit()
+        self._end = self._checked_chain()
 
-    def append(self, events: Sequence[Event]) -> None:
-        rows = [row_of(event) for event in events]
-        if not rows:
-            return
+    def _checked_chain(self) -> Link:
+        """The end of the chain, once every row of it was looked at."""
+        columns = [EVENTS.c[name] for name in (*COLUMNS, "chain")]
         try:
-            self._write(_events.insert(), rows)
-        except IntegrityError as error:
-            raise DuplicateEventError(str(error.orig)) from error
+            return check(self._connection.execute(sa.select(*columns).order_by(EVENTS.c.id)))
+        except BrokenChainError as error:
+            raise changed_outside(self._where, str(error)) from error
+        finally:
+            self._connection.rollback()
+
+    def append(self, events: Sequence[Event], version_digests: Sequence[str | None] | None = None) -> None:
+        if not events:
+            return
+        digests = version_digests if version_digests is not None else [None] * len(events)
+        rows = [row_of(event) | {"version_digest": digest} for event, digest in zip(events, digests, strict=True)]
+        with self._lock:
+            end = self._end
+            for row in rows:
+                row["id"] = end.row + 1
+                row["chain"] = link(end.chain, [row[name] for name in COLUMNS])
+                end = Link(end.row + 1, str(row["chain"]))
+            try:
+                self._write_locked(EVENTS.insert(), rows)
+            except IntegrityError as error:
+                raise DuplicateEventError(str(error.orig)) from error
+            self._end = end
+
+    def version_digest(self, expert: str, version: int) -> str | None:
+        query = sa.select(EVENTS.c.version_digest).where(EVENTS.c.expert == expert, EVENTS.c.version == version)
+        rows = self._read(query)
+        return rows[0]["version_digest"] if rows else None
 
     def _write(self, statement: sa.Executable, rows: list[dict[str, object]] | None = None) -> None:
         with self._lock:
-            try:
-                self._connection.execute(statement, rows)
-                self._connection.commit()
-            except IntegrityError:
-                self._connection.rollback()
-                raise
-            except DatabaseError as error:
-                self._connection.rollback()
-                raise journal_problem(error, self._where) from error
+            self._write_locked(statement, rows)
+
+    def _write_locked(self, statement: sa.Executable, rows: list[dict[str, object]] | None = None) -> None:
+        try:
+            self._connection.execute(statement, rows)
+            self._connection.commit()
+        except IntegrityError:
+            self._connection.rollback()
+            raise
+        except DatabaseError as error:
+            self._connection.rollback()
+            raise journal_problem(error, self._where) from error
 
     def _read(self, statement: sa.Executable) -> list[sa.RowMapping]:
         with self._lock:
@@ -253,19 +245,19 @@ class SqlJournal:
                 self._connection.rollback()
 
     def events(self, expert: str | None = None, after_version: int = -1) -> Iterator[Event]:
-        query = sa.select(_events.c.kind, _events.c.payload).order_by(_events.c.id)
+        query = sa.select(EVENTS.c.kind, EVENTS.c.payload).order_by(EVENTS.c.id)
         if expert is not None:
-            query = query.where(_events.c.expert == expert, _events.c.version > after_version)
+            query = query.where(EVENTS.c.expert == expert, EVENTS.c.version > after_version)
         for row in self._read(query):
             yield event_of(row["kind"], row["payload"])
 
     def count(self) -> int:
-        query = sa.select(sa.func.count().label("events")).select_from(_events)
+        query = sa.select(sa.func.count().label("events")).select_from(EVENTS)
         return int(self._read(query)[0]["events"])
 
     def find_update(self, worker: str, epoch: str, sequence: int) -> UpdateAccepted | None:
-        query = sa.select(_events.c.payload).where(
-            _events.c.worker == worker, _events.c.epoch == epoch, _events.c.sequence == sequence
+        query = sa.select(EVENTS.c.payload).where(
+            EVENTS.c.worker == worker, EVENTS.c.epoch == epoch, EVENTS.c.sequence == sequence
         )
         for row in self._read(query):
             event = event_of("update", row["payload"])
@@ -275,40 +267,40 @@ class SqlJournal:
 
     def add_snapshot(self, expert: str, version: int, digest: str) -> None:
         self._write(
-            _snapshots.insert().prefix_with("OR REPLACE"), [{"expert": expert, "version": version, "digest": digest}]
+            SNAPSHOTS.insert().prefix_with("OR REPLACE"), [{"expert": expert, "version": version, "digest": digest}]
         )
 
     def snapshots(self, expert: str) -> dict[int, str]:
-        query = sa.select(_snapshots.c.version, _snapshots.c.digest).where(_snapshots.c.expert == expert)
+        query = sa.select(SNAPSHOTS.c.version, SNAPSHOTS.c.digest).where(SNAPSHOTS.c.expert == expert)
         return {row["version"]: row["digest"] for row in self._read(query)}
 
     def drop_snapshot(self, expert: str, version: int) -> None:
-        self._write(_snapshots.delete().where(_snapshots.c.expert == expert, _snapshots.c.version == version))
+        self._write(SNAPSHOTS.delete().where(SNAPSHOTS.c.expert == expert, SNAPSHOTS.c.version == version))
 
     def named_elsewhere(self, expert: str, digests: Collection[str]) -> set[str]:
-        tables = (_events, _snapshots)
+        tables = (EVENTS, SNAPSHOTS)
         queries = [sa.select(table.c.digest).where(table.c.expert != expert).distinct() for table in tables]
         return {row["digest"] for query in queries for row in self._read(query)} & set(digests)
 
     def add_statistic(self, statistic: Statistic) -> None:
         row = asdict(statistic) | {"payload": json.dumps(dict(statistic.payload), allow_nan=False)}
-        self._write(_statistics.insert(), [row])
+        self._write(STATISTICS.insert(), [row])
 
     def statistics(self, expert: str | None = None) -> list[Statistic]:
-        query = sa.select(_statistics).order_by(_statistics.c.id)
+        query = sa.select(STATISTICS).order_by(STATISTICS.c.id)
         if expert is not None:
-            query = query.where(_statistics.c.expert == expert)
+            query = query.where(STATISTICS.c.expert == expert)
         return [
             Statistic(row["expert"], row["worker"], row["kind"], json.loads(row["payload"]), row["at"])
             for row in self._read(query)
         ]
 
     def add_data_statistic(self, statistic: DataStatistic) -> None:
-        self._write(_data_statistics.insert(), [asdict(statistic)])
+        self._write(DATA_STATISTICS.insert(), [asdict(statistic)])
 
     def data_statistics(self) -> list[DataStatistic]:
-        columns = [column for column in _data_statistics.c if column.name != "id"]
-        rows = self._read(sa.select(*columns).order_by(_data_statistics.c.id))
+        columns = [column for column in DATA_STATISTICS.c if column.name != "id"]
+        rows = self._read(sa.select(*columns).order_by(DATA_STATISTICS.c.id))
         return [DataStatistic(**row) for row in rows]
 
     def add_verdict(self, verdict: Verdict) -> None:
@@ -319,7 +311,7 @@ class SqlJournal:
 
     def put_token(self, token: TokenRecord) -> None:
         row = asdict(token) | {"experts": json.dumps(token.experts) if token.experts is not None else None}
-        self._write(_tokens.insert().prefix_with("OR REPLACE"), [row])
+        self._write(TOKENS.insert().prefix_with("OR REPLACE"), [row])
 
     def tokens(self) -> list[TokenRecord]:
         return [
@@ -331,15 +323,25 @@ class SqlJournal:
                 row["expires_at"],
                 row["revoked"],
             )
-            for row in self._read(sa.select(_tokens))
+            for row in self._read(sa.select(TOKENS))
         ]
 
     def meta(self, key: str) -> str | None:
-        rows = self._read(sa.select(_meta.c.value).where(_meta.c.key == key))
+        rows = self._read(sa.select(META.c.value).where(META.c.key == key))
         return rows[0]["value"] if rows else None
 
     def set_meta(self, key: str, value: str) -> None:
-        self._write(_meta.insert().prefix_with("OR REPLACE"), [{"key": key, "value": value}])
+        self._write(META.insert().prefix_with("OR REPLACE"), [{"key": key, "value": value}])
+
+    def begin_incarnation(self) -> str:
+        before = of_text(self.meta(INCARNATIONS_BEFORE))
+        current, name = self.meta(INCARNATION), new_incarnation()
+        if current is not None:
+            before.append(Ended(current, self.count()))
+        changed = {INCARNATION: name, INCARNATIONS_BEFORE: to_text(before)}
+        rows: list[dict[str, object]] = [{"key": key, "value": value} for key, value in changed.items()]
+        self._write(META.insert().prefix_with("OR REPLACE"), rows)
+        return name
 
     def close(self) -> None:
         with self._lock:

@@ -8,6 +8,7 @@ from sqlalchemy.exc import DatabaseError
 
 from fedmoe.errors import RefusedError
 from fedmoe.storage.blobs import StorageFailedError, disk_full
+from fedmoe.storage.tables import SCHEMA_VERSION
 
 
 def set_pragmas(connection: sqlite3.Connection, _: object) -> None:
@@ -24,6 +25,27 @@ def unusable(where: str, reason: str) -> StorageFailedError:
     return StorageFailedError(
         f"the journal {where} cannot be opened: {reason}. Restore it from a backup; "
         "if it is not a FedMoE journal, choose another --state-dir."
+    )
+
+
+def other_schema(where: str, found: str) -> StorageFailedError:
+    """The error for a journal of another version of this program."""
+    older = found.isdecimal() and int(found) < SCHEMA_VERSION
+    what_to_do = (
+        "start 'fedmoe coordinator' on its state directory, which brings it to this schema and keeps a copy"
+        if older
+        else "run the FedMoE version that wrote it, or a newer one"
+    )
+    return StorageFailedError(
+        f"the journal {where} has schema {found}, this program reads {SCHEMA_VERSION}; {what_to_do}."
+    )
+
+
+def changed_outside(where: str, what: str) -> StorageFailedError:
+    """The error for a journal that SQLite can read and that is not what was written."""
+    return StorageFailedError(
+        f"the journal {where} was damaged or changed: {what}. Restore the state directory from a backup with "
+        "'fedmoe state restore BACKUP --state-dir DIR'; 'fedmoe state verify --state-dir DIR' lists what is wrong."
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from fedmoe.files import FolderInUseError, lock_folder
 from fedmoe.storage.blobs import FolderBlobStore
 from fedmoe.storage.journal import SqlJournal
+from fedmoe.storage.migration import migrate
 
 
 class StateDirError(Exception):
@@ -45,6 +46,7 @@ class StateDir:
         try:
             journal = path / "journal.sqlite"
             os.close(os.open(journal, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite itself would make it readable to others
+            migrate(journal)
             return cls(path, SqlJournal(journal), FolderBlobStore(path / "blobs"), lock)
         except BaseException as error:
             os.close(lock)

@@ -26,12 +26,12 @@ class Gate:
         self.failure: Exception | None = None
         self.open.set()
 
-    def append(self, events: Sequence[Event]) -> None:
+    def append(self, events: Sequence[Event], version_digests: Sequence[str | None] | None = None) -> None:
         self.entered.release()
         assert self.open.wait(10)
         if self.failure is not None:
             raise self.failure
-        self.journal.append(events)
+        self.journal.append(events, version_digests)
         self.batches.append(len(events))
 
 

@@ -13,6 +13,7 @@ from fedmoe.errors import RefusedError
 from fedmoe.events import Event, ExpertRolledBack, ExpertWentOn, GatewayFolded, WorkerRetracted
 from fedmoe.storage.blobs import StorageFailedError
 from fedmoe.storage.event_rows import GATEWAY
+from fedmoe.storage.incarnation import Ended, of_text
 from fedmoe.storage.journal import DataStatistic, DuplicateEventError, Journal, SqlJournal, Statistic, TokenRecord
 
 EVENTS: list[Event] = [
@@ -211,6 +212,25 @@ def test_many_threads_append_and_read(journal: Journal) -> None:
     assert [event.version for event in journal.events("expert-w2")] == list(range(1, 21))  # type: ignore[union-attr]
 
 
+def test_the_digest_of_a_version_is_kept_with_the_event_that_made_it(journal: Journal) -> None:
+    journal.append([registered(), accepted(1)], [None, "a" * 64])
+    journal.append([accepted(2)])
+    assert [journal.version_digest("python", version) for version in range(4)] == [None, "a" * 64, None, None]
+    assert journal.version_digest("sql", 1) is None
+    with pytest.raises(ValueError, match="zip"):
+        journal.append([accepted(3)], [])
+
+
+def test_a_new_incarnation_has_a_name_of_its_own_and_the_one_before_is_kept(journal: Journal) -> None:
+    first = journal.meta("incarnation")
+    journal.append(EVENTS)
+    second = journal.begin_incarnation()
+    third = journal.begin_incarnation()
+    assert len({first, second, third}) == 3
+    assert journal.meta("incarnation") == third
+    assert of_text(journal.meta("incarnations_before")) == [Ended(first or "", 7), Ended(second, 7)]
+
+
 # What a journal in a file must do beyond that.
 
 
@@ -250,13 +270,17 @@ def test_any_file_name_will_do(tmp_path: Path, name: str) -> None:
     assert {entry.name for entry in tmp_path.iterdir()} == {name}
 
 
-def test_another_schema_is_refused_and_left_alone(path: Path, opened: Callable[[], SqlJournal]) -> None:
+@pytest.mark.parametrize(
+    ("schema", "what_to_do"),
+    [("3", "run the FedMoE version that wrote it"), ("1", "'fedmoe coordinator'"), ("x", "run the FedMoE version")],
+)
+def test_another_schema_is_refused_and_left_alone(
+    path: Path, opened: Callable[[], SqlJournal], schema: str, what_to_do: str
+) -> None:
     opened().close()
-    query(path, "UPDATE meta SET value = '2' WHERE key = 'schema_version'")
+    query(path, f"UPDATE meta SET value = '{schema}' WHERE key = 'schema_version'")
     query(path, "DROP TABLE statistics")
-    with pytest.raises(
-        StorageFailedError, match=r"schema 2, this program reads 1; run the FedMoE version that wrote it"
-    ):
+    with pytest.raises(StorageFailedError, match=rf"schema {schema}, this program reads 2; .*{what_to_do}"):
         opened()
     assert ("statistics",) not in query(path, "SELECT name FROM sqlite_master")
 
