@@ -13,14 +13,18 @@ import uvicorn
 
 from fedmoe.config import CoordinatorConfig
 from fedmoe.coordinator import Aggregation
+from fedmoe.errors import RefusedError
+from fedmoe.server.browser import is_loopback
 from fedmoe.server.evaluation_gate import GatePolicy
 from fedmoe.server.history import History
 from fedmoe.server.json_weights import JsonPolicy
 from fedmoe.server.listening import listen, own_signals
 from fedmoe.server.protocol import GuardedProtocol
 from fedmoe.server.routes import create_app
-from fedmoe.server.security import TokenGate, is_loopback, new_token
+from fedmoe.server.security import new_token
 from fedmoe.server.service import CoordinatorService
+from fedmoe.server.tokens import TokenGate
+from fedmoe.storage.blobs import StorageFailedError
 from fedmoe.storage.state_dir import StateDir
 
 _log = structlog.get_logger("fedmoe.coordinator")
@@ -28,6 +32,8 @@ _log = structlog.get_logger("fedmoe.coordinator")
 EXIT_PORT_IN_USE = 98
 EXIT_STORAGE_FAILED = 74
 _DRAIN_SECONDS = 30
+# A machine's clock that is further behind than this was set back.
+_CLOCK_BEHIND = 5.0
 
 
 class DistributedCoordinator:
@@ -80,17 +86,21 @@ class DistributedCoordinator:
         self.app = create_app(self.service, self.gate, is_loopback(config.host), JsonPolicy(config.json_limit))
 
     def _prepare_tokens(self, config: CoordinatorConfig) -> dict[str, str]:
-        """Open the gate; on an address others can reach, make the tokens that are missing."""
-        given = {"join": config.token, "admin": config.admin_token}
-        required = (not is_loopback(config.host) or any(given.values())) and not config.insecure
-        self.gate = TokenGate(self._state.journal, required, time.time)
-        made: dict[str, str] = {}
-        for role, secret in given.items():
-            if secret is not None:
-                self.gate.add(secret.get_secret_value(), role)
-            elif required and not self.gate.has(role):
-                made[role] = new_token()
-                self.gate.add(made[role], role)
+        """Open the gate; on an address others can reach, and where there ever were tokens, make those missing."""
+        secrets = {"join": config.token, "admin": config.admin_token}
+        given = {role: secret.get_secret_value() for role, secret in secrets.items() if secret is not None}
+        self.gate = TokenGate(self._state.journal, False, time.time)
+        needed = not is_loopback(config.host) or bool(given) or self.gate.ever_had_tokens
+        self.gate.required = needed and not config.insecure
+        for record in self.gate.adopt(given):
+            _log.warning("token_replaced", role=record.role, hash=record.hash[:12], reason="another one was given")
+        if config.insecure:
+            _log.warning("insecure", tokens_not_asked_for=len(self.gate.known()))
+        if self.gate.clock_behind > _CLOCK_BEHIND:
+            _log.warning("clock_behind", seconds=round(self.gate.clock_behind))
+        made = {role: new_token() for role in secrets if self.gate.required and not self.gate.has(role)}
+        for role, token in made.items():
+            self.gate.add(token, role, label=f"{role} token made at a start", origin="start")
         return made
 
     def serve(self) -> int:
@@ -126,11 +136,25 @@ class DistributedCoordinator:
         return 0
 
     async def _run(self, server: uvicorn.Server, listener: socket.socket) -> None:
-        watch = asyncio.create_task(self._stop_when_failed(server))
+        watches = [asyncio.create_task(self._stop_when_failed(server)), asyncio.create_task(self._keep_tokens())]
         try:
             await server.serve(sockets=[listener])
         finally:
-            watch.cancel()
+            for watch in watches:
+                watch.cancel()
+
+    async def _keep_tokens(self) -> None:
+        """Make durable, beside the requests, when tokens were used and that one has ended."""
+        while True:
+            await asyncio.sleep(1.0)
+            if self.gate.keeping_is_due:
+                await asyncio.to_thread(self._keep)
+
+    def _keep(self) -> None:
+        try:
+            self.gate.keep()
+        except (RefusedError, StorageFailedError) as error:
+            _log.warning("token_uses_not_kept", reason=str(error))
 
     async def _stop_when_failed(self, server: uvicorn.Server) -> None:
         """After a failed fsync nothing on this disk can be promised: answer 503 for a moment, then leave."""
@@ -142,4 +166,5 @@ class DistributedCoordinator:
     def close(self) -> None:
         """Finish what was accepted and give the state directory back."""
         self.service.close()
+        self._keep()
         self._state.close()

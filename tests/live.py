@@ -25,8 +25,8 @@ from fedmoe.manifest import Manifest
 from fedmoe.server.history import History
 from fedmoe.server.protocol import GuardedProtocol
 from fedmoe.server.routes import create_app
-from fedmoe.server.security import TokenGate
 from fedmoe.server.service import CoordinatorService
+from fedmoe.server.tokens import TokenGate
 from fedmoe.storage.blobs import FolderBlobStore
 from fedmoe.storage.journal import SqlJournal
 from fedmoe.wire.messages import SAFETENSORS, ManifestMessage, RegisterRequest

@@ -52,7 +52,7 @@ LAYERS: dict[str, set[str]] = {
         *("coordinator", "errors", "events", "experts", "failpoints", "living"),
         *("gateway.gate", "gateway.prompt_statistics", "lora", "manifest", "storage", "wire"),
     },
-    "distributed_coordinator": {"config", "coordinator", "server", "storage"},
+    "distributed_coordinator": {"config", "coordinator", "errors", "server", "storage"},
     # The worker side: never the server.
     "datasets": {"files"},
     "models": {"cache", "datasets", "files", "lora", "machine", "manifest"},

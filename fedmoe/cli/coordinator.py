@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import ssl
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedmoe.cli.output import CommandError, given
 from fedmoe.config import DEFAULT_PORT, CoordinatorConfig
 from fedmoe.logs import configure
+
+if TYPE_CHECKING:
+    from fedmoe.distributed_coordinator import DistributedCoordinator
 
 
 def coordinator(
@@ -73,7 +76,7 @@ def coordinator(
     from fedmoe.distributed_coordinator import DistributedCoordinator
 
     running = DistributedCoordinator(config)
-    _announce(config, running.new_tokens)
+    _announce(config, running)
     status = running.serve()
     if status:
         raise typer.Exit(status)
@@ -92,10 +95,13 @@ def check_tls(certificate: str | None, key: str | None) -> None:
         raise CommandError(f"{certificate} and {key} are no certificate chain and its key in PEM: {error}") from error
 
 
-def _announce(config: CoordinatorConfig, tokens: dict[str, str]) -> None:
+def _announce(config: CoordinatorConfig, running: DistributedCoordinator) -> None:
     """Tokens in clear, once, on standard output; they are kept only as hashes."""
+    tokens = running.new_tokens
     if config.insecure:
         print("WARNING: --insecure: anybody who reaches this address can read and change every expert.", flush=True)
+        if running.gate.ever_had_tokens:
+            print(f"WARNING: --insecure: none of the tokens of {config.state_dir} is asked for.", flush=True)
     if not tokens:
         return
     scheme = "https" if config.tls_cert else "http"

@@ -90,7 +90,7 @@ def serve(
 def _keys(host: str, file: Path | None, insecure: bool) -> tuple[frozenset[str] | None, bool]:
     """The hashes of the API keys (None: no key is asked for), and whether only this machine is answered."""
     from fedmoe.gateway.serve.door import KeyFileError, read_keys
-    from fedmoe.server.security import is_loopback
+    from fedmoe.server.browser import is_loopback
 
     loopback = is_loopback(host)
     if file is None:

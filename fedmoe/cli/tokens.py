@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
 from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, client
-from fedmoe.cli.output import show_json
-from fedmoe.wire.messages import TokenRequest
+from fedmoe.cli.output import CommandError, show_json, show_table
+from fedmoe.wire.client import CoordinatorClient
+from fedmoe.wire.token_messages import TokenInfo, TokenRequest
 
-app = typer.Typer(help="Make and revoke tokens (needs an admin token).", no_args_is_help=True)
+app = typer.Typer(help="Make, list and revoke tokens (needs an admin token).", no_args_is_help=True)
+
+_WHOLE_HASH = 64
+_SHOWN_HASH = 8
 
 
 @app.command()
@@ -19,12 +24,14 @@ def create(
     expert: Annotated[list[str] | None, typer.Option(help="Only for these experts, repeatable.")] = None,
     role: Annotated[str, typer.Option(help="worker, join or admin.")] = "worker",
     expires_in: Annotated[float | None, typer.Option(help="Seconds until it expires. [default: never]")] = None,
+    label: Annotated[str, typer.Option(help="What people call it, shown in lists and logs.")] = "",
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
     token: AdminToken = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a token; it is shown once."""
-    request = TokenRequest.model_validate({"role": role, "worker": worker, "experts": expert, "expires_in": expires_in})
+    wanted = {"role": role, "worker": worker, "experts": expert, "expires_in": expires_in, "label": label}
+    request = TokenRequest.model_validate(wanted)
     with client(coordinator_url, token) as api:
         answer = api.make_token(request)
     if as_json:
@@ -33,13 +40,68 @@ def create(
         print(f"token  {answer.token}\nhash   {answer.hash}  (to revoke it)")
 
 
+@app.command("list")
+def list_tokens(
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: AdminToken = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show all tokens: whose they are, what they may do, when they were used. What they are is not kept."""
+    with client(coordinator_url, token) as api:
+        listing = api.tokens()
+    if as_json:
+        show_json(listing)
+        return
+    columns = ("hash", "label", "role", "for", "made", "last used", "state")
+    show_table(f"Tokens of {coordinator_url}", columns, [_row(one) for one in listing.tokens])
+
+
 @app.command()
 def revoke(
-    token_hash: Annotated[str, typer.Argument(help="The hash shown when the token was made.")],
+    token_hash: Annotated[str, typer.Argument(help="The token's hash, or its beginning, as 'token list' shows it.")],
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
     token: AdminToken = None,
 ) -> None:
-    """Refuse a token from now on."""
+    """Refuse a token from now on, and stop what is under way with it."""
     with client(coordinator_url, token) as api:
-        api.revoke_token(token_hash)
+        api.revoke_token(token_hash if len(token_hash) >= _WHOLE_HASH else _completed(api, token_hash))
     print("revoked")
+
+
+def _completed(api: CoordinatorClient, beginning: str) -> str:
+    """The one hash that begins so."""
+    found = [one.hash for one in api.tokens().tokens if one.hash.startswith(beginning)]
+    if len(found) != 1 or not beginning:
+        raise CommandError(f"{len(found)} tokens have a hash that begins with {beginning!r}; see 'fedmoe token list'")
+    return found[0]
+
+
+def _row(token: TokenInfo) -> tuple[str, ...]:
+    experts = ", ".join(token.experts) if token.experts is not None else "all experts"
+    source = f" from {token.used_from}" if token.used_from else ""
+    return (
+        token.hash[:_SHOWN_HASH],
+        token.label,
+        token.role,
+        f"{token.worker or 'any worker'}, {experts}",
+        _time(token.made_at, "unknown"),
+        _time(token.used_at, "never") + source,
+        _state(token),
+    )
+
+
+def _state(token: TokenInfo) -> str:
+    if token.revoked:
+        return "revoked"
+    if token.expires_at is None:
+        return "usable"
+    return f"{'usable until' if token.usable else 'expired at'} {_time(token.expires_at, '')}"
+
+
+def _time(at: float | None, otherwise: str) -> str:
+    if at is None:
+        return otherwise
+    try:
+        return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
+    except (ValueError, OverflowError, OSError):
+        return f"{at:g} s"

@@ -15,8 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedmoe.errors import RefusedError
 from fedmoe.server import problems
+from fedmoe.server.browser import foreign_host, foreign_page
 from fedmoe.server.health import is_open
-from fedmoe.server.security import Principal, TokenGate, is_loopback
+from fedmoe.server.security import Principal
+from fedmoe.server.tokens import TokenGate
 
 #: No body may pause longer than this, or stay longer behind `MIN_BYTES_PER_SECOND`.
 IDLE_SECONDS = 20.0
@@ -33,6 +35,12 @@ def principal_of(request: Request) -> Principal:
     return principal
 
 
+def address_of(scope: Scope) -> str | None:
+    """The address a request comes from: the peer's, which may be a proxy."""
+    client = scope.get("client")
+    return str(client[0]) if client else None
+
+
 class GateMiddleware:
     """Asks for a token on everything but the open paths, before a byte of the body is read."""
 
@@ -43,7 +51,7 @@ class GateMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not is_open(scope):
             try:
-                principal = self._gate.admit(Headers(scope=scope).get("authorization"))
+                principal = self._gate.admit(Headers(scope=scope).get("authorization"), address_of(scope))
             except RefusedError as error:
                 await problems.refusal(error)(scope, receive, send)
                 return
@@ -51,30 +59,32 @@ class GateMiddleware:
         await self._app(scope, receive, send)
 
 
-class LoopbackHostMiddleware:
-    """Takes requests addressed to this machine only: a web page that rebinds its name still sends it as Host."""
+class BrowserMiddleware:
+    """For a coordinator without tokens: takes nothing that a page of another site makes a browser send.
 
-    def __init__(self, app: ASGIApp) -> None:
+    With `loopback_only` requests must be addressed to this machine as well.
+    """
+
+    def __init__(self, app: ASGIApp, loopback_only: bool) -> None:
         self._app = app
+        self._loopback_only = loopback_only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            host = Headers(scope=scope).get("host", "")
-            if not is_loopback(_without_port(host)):
-                refused = RefusedError(
-                    "host_not_allowed",
-                    f"without tokens only requests addressed to this machine are taken, got Host {host[:80]!r}.",
-                    "Use http://127.0.0.1, or start the coordinator with --host and tokens.",
-                )
+            refused = self._refusal(Headers(scope=scope))
+            if refused is not None:
                 await problems.refusal(refused)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
+    def _refusal(self, headers: Headers) -> RefusedError | None:
+        host = headers.get("host", "")
+        if self._loopback_only and (foreign := foreign_host(host)):
+            fix = "Use http://127.0.0.1, or start the coordinator with --host and tokens."
+            return RefusedError("host_not_allowed", foreign.detail, fix)
+        if foreign := foreign_page(host, headers.getlist("sec-fetch-site"), headers.getlist("origin")):
+            return RefusedError("cross_site", foreign.detail, "Ask from a program, not from a web page.")
+        return None
 
 
 class BodyGuard:

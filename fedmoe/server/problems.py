@@ -24,6 +24,7 @@ _log = structlog.get_logger("fedmoe.http")
 STATUS: dict[str, int] = {
     "unauthorised": 401,
     "forbidden": 403,
+    "cross_site": 403,
     "host_not_allowed": 421,
     "unknown_expert": 404,
     "unknown_token": 404,
@@ -47,6 +48,7 @@ STATUS: dict[str, int] = {
     "unsupported_type": 415,
     "rule_mismatch": 409,
     "token_revoked": 409,
+    "token_mismatch": 409,
     "lora_mismatch": 422,
     "norm_too_large": 422,
     "statistics_mismatch": 422,

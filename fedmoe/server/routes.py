@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Request
@@ -24,12 +23,13 @@ from fedmoe.server.answers import (
     gateway_weights,
 )
 from fedmoe.server.gate_routes import gate_routes
-from fedmoe.server.guard import BodyGuard, GateMiddleware, LoopbackHostMiddleware, principal_of
+from fedmoe.server.guard import BodyGuard, BrowserMiddleware, GateMiddleware, principal_of
 from fedmoe.server.health import HeadMiddleware, readiness
 from fedmoe.server.json_weights import JsonPolicy
 from fedmoe.server.receive import parse_content_digest
-from fedmoe.server.security import TokenGate, new_token
 from fedmoe.server.service import Body, CoordinatorService
+from fedmoe.server.token_routes import token_routes
+from fedmoe.server.tokens import TokenGate
 from fedmoe.wire.messages import (
     SAFETENSORS,
     ChangeResult,
@@ -46,11 +46,8 @@ from fedmoe.wire.messages import (
     LivingInfo,
     RegisterRequest,
     RetractRequest,
-    RevokeRequest,
     RollbackRequest,
     StatisticRequest,
-    TokenAnswer,
-    TokenRequest,
     UpdateHeader,
     UpdateResult,
 )
@@ -69,10 +66,11 @@ def create_app(
     _read_routes(app, service, answers)
     _write_routes(app, service, answers)
     gate_routes(app, service, answers)
-    _admin_routes(app, service, gate)
+    _admin_routes(app, service)
+    token_routes(app, gate)
     app.add_middleware(GateMiddleware, gate=gate)
-    if loopback and not gate.required:
-        app.add_middleware(LoopbackHostMiddleware)
+    if not gate.required:
+        app.add_middleware(BrowserMiddleware, loopback_only=loopback)
     # These caps follow from the expert, so the service sets them.
     app.add_middleware(BodyGuard, caps={_PUSH: None, _PUSH_STATISTICS: None})
     app.add_middleware(HeadMiddleware)
@@ -189,7 +187,7 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
         return await service.push_data_statistics(header, _tensor_body(request))
 
 
-def _admin_routes(app: FastAPI, service: CoordinatorService, gate: TokenGate) -> None:
+def _admin_routes(app: FastAPI, service: CoordinatorService) -> None:
     @app.post("/rollback")
     async def rollback(request: Request, wanted: RollbackRequest) -> ChangeResult:
         principal_of(request).require_admin()
@@ -199,19 +197,6 @@ def _admin_routes(app: FastAPI, service: CoordinatorService, gate: TokenGate) ->
     async def retract(request: Request, wanted: RetractRequest) -> ChangeResult:
         principal_of(request).require_admin()
         return await service.retract(wanted)
-
-    @app.post("/tokens")
-    async def make_token(request: Request, wanted: TokenRequest) -> TokenAnswer:
-        principal_of(request).require_admin()
-        token = new_token()
-        expires_at = time.time() + wanted.expires_in if wanted.expires_in is not None else None
-        record = await run_in_threadpool(gate.add, token, wanted.role, wanted.worker, wanted.experts, expires_at)
-        return TokenAnswer(token=token, hash=record.hash)
-
-    @app.post("/tokens/revoke", status_code=204)
-    async def revoke_token(request: Request, wanted: RevokeRequest) -> None:
-        principal_of(request).require_admin()
-        await run_in_threadpool(gate.revoke, wanted.hash)
 
 
 def _tensor_body(request: Request) -> Body:

@@ -33,6 +33,7 @@ from fedmoe.storage.tables import (
     TABLES,
     TOKENS,
 )
+from fedmoe.storage.token_facts import TOKEN_FACTS, TokenFacts
 from fedmoe.storage.verdicts import VERDICTS, Verdict, newest_verdicts
 
 
@@ -136,6 +137,10 @@ class Journal(Protocol):
 
     def tokens(self) -> list[TokenRecord]: ...
 
+    def put_token_facts(self, facts: Sequence[TokenFacts]) -> None: ...
+
+    def token_facts(self) -> list[TokenFacts]: ...
+
     def meta(self, key: str) -> str | None: ...
 
     def set_meta(self, key: str, value: str) -> None: ...
@@ -183,7 +188,7 @@ class SqlJournal:
         elif found != str(SCHEMA_VERSION):
             raise other_schema(self._where, found)
         # Tables that came later; a program from before leaves them alone.
-        for table in (DATA_STATISTICS, VERDICTS):
+        for table in (DATA_STATISTICS, VERDICTS, TOKEN_FACTS):
             table.create(self._connection, checkfirst=True)
         self._connection.commit()
         self._end = self._checked_chain()
@@ -325,6 +330,13 @@ class SqlJournal:
             )
             for row in self._read(sa.select(TOKENS))
         ]
+
+    def put_token_facts(self, facts: Sequence[TokenFacts]) -> None:
+        if facts:
+            self._write(TOKEN_FACTS.insert().prefix_with("OR REPLACE"), [one.to_row() for one in facts])
+
+    def token_facts(self) -> list[TokenFacts]:
+        return [TokenFacts(**row) for row in self._read(sa.select(TOKEN_FACTS))]
 
     def meta(self, key: str) -> str | None:
         rows = self._read(sa.select(META.c.value).where(META.c.key == key))

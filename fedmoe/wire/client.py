@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from fedmoe.errors import RefusedError
 from fedmoe.lora.codec import WireDtype
 from fedmoe.manifest import Manifest
+from fedmoe.wire.clocks import clock_difference
 from fedmoe.wire.gate_messages import (
     CandidatesAnswer,
     CandidatesRequest,
@@ -38,8 +40,6 @@ from fedmoe.wire.messages import (
     StartFrom,
     StatisticRequest,
     StatisticsKind,
-    TokenAnswer,
-    TokenRequest,
     UpdateHeader,
     UpdateResult,
 )
@@ -61,6 +61,7 @@ from fedmoe.wire.replies import (
     parsed_problem,
     read,
 )
+from fedmoe.wire.token_messages import TokenAnswer, TokenListing, TokenRequest
 
 __all__ = [
     "CoordinatorClient",
@@ -250,6 +251,10 @@ class CoordinatorClient:
         """A new token; shown once."""
         return parsed(self._once("POST", "/tokens", json=request.model_dump()), TokenAnswer)
 
+    def tokens(self) -> TokenListing:
+        """All tokens, without what they are."""
+        return parsed(self._get("/tokens"), TokenListing)
+
     def revoke_token(self, token_hash: str) -> None:
         """Refuse a token from now on."""
         expect_nothing(self._once("POST", "/tokens/revoke", json={"hash": token_hash}))
@@ -296,6 +301,8 @@ def _raise_for_refusal(answer: Answer) -> None:
         seconds = float(retry_after) if retry_after.isdecimal() else None
         raise CoordinatorUnavailableError(f"{told.code}: {told.detail} {told.fix}".strip(), seconds)
     kind = TooStaleError if told.code == "too_stale" else RefusedError
-    error = kind(told.code, told.detail, told.fix)
-    error.facts = dict(told.model_extra or {})
+    facts = dict(told.model_extra or {})
+    clocks = clock_difference(facts.get("coordinator_time"), time.time()) if answer.status == 401 else ""
+    error = kind(told.code, f"{told.detail} {clocks}".strip(), told.fix)
+    error.facts = facts
     raise error

@@ -38,14 +38,15 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """The text itself, if it holds nothing that a terminal obeys; raises ValueError otherwise."""
     if not text.isprintable():
         raise ValueError("only printable characters are taken")
     return text
 
 
 # Shown to people in logs, terminals and pages: nothing that moves a cursor or turns the reading direction.
-ShortText = Annotated[str, StringConstraints(max_length=200), AfterValidator(_printable)]
+ShortText = Annotated[str, StringConstraints(max_length=200), AfterValidator(printable)]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
 #: Numbers in an adapter, 4 GiB as float32; more is a mistake, and would be memory taken by a message of a few bytes.
 MAX_PARAMETERS = 1 << 30
@@ -342,28 +343,6 @@ class ChangeResult(Message):
     removed: int
     digest: Sha256
     note: str = ""
-
-
-class TokenRequest(Message):
-    """A new token; `worker` and `experts` narrow what it may do, `expires_in` is seconds from now."""
-
-    role: Literal["worker", "join", "admin"] = "worker"
-    worker: WorkerName | None = None
-    experts: list[ExpertName] | None = None
-    expires_in: Annotated[float, Field(gt=0, le=10 * 365 * 86400, allow_inf_nan=False)] | None = None
-
-
-class TokenAnswer(Message):
-    """A token in clear, shown once; `hash` names it when it is to be revoked."""
-
-    token: str
-    hash: Sha256
-
-
-class RevokeRequest(Message):
-    """Which token to revoke, by its hash."""
-
-    hash: Sha256
 
 
 class Problem(BaseModel):

@@ -14,7 +14,9 @@ from support import MANIFEST, make_body
 from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
 from fedmoe.errors import RefusedError
-from fedmoe.server.security import TokenGate, hash_token, is_loopback, new_token
+from fedmoe.server.browser import is_loopback
+from fedmoe.server.security import hash_token, new_token
+from fedmoe.server.tokens import TokenGate
 from fedmoe.storage.journal import SqlJournal
 from fedmoe.wire.messages import ManifestMessage
 
@@ -120,6 +122,34 @@ def test_admin_routes_refuse_every_other_role(locked_house: House, path: str) ->
     assert locked_house.gate.admit(f"Bearer {ADMIN}").role == "admin"
 
 
+def test_only_administrators_see_the_list_of_tokens_and_nobody_sees_a_token(locked_house: House) -> None:
+    with locked_house.client() as client:
+        token, token_hash = made(client, worker="w1", experts=["python"], expires_in=60, label="site A")
+        for other in (JOIN, token):
+            assert client.get("/tokens", headers=bearer(other)).status_code == 403
+        answer = client.get("/tokens", headers=bearer(ADMIN))
+    (found,) = [one for one in answer.json()["tokens"] if one["hash"] == token_hash]
+    assert {key: found[key] for key in ("label", "role", "worker", "experts", "origin", "revoked", "usable")} == {
+        "label": "site A",
+        "role": "worker",
+        "worker": "w1",
+        "experts": ["python"],
+        "origin": "created",
+        "revoked": False,
+        "usable": True,
+    }
+    assert found["expires_at"] == pytest.approx(found["made_at"] + 60)
+    assert (found["used_from"], found["used_at"] >= found["made_at"]) == ("testclient", True)
+    for clear in (token, JOIN, ADMIN):
+        assert clear not in answer.text
+
+
+@pytest.mark.parametrize("label", ["x" * 61, "line\nbreak", "\x1b[31mred", "\u202eturned"])
+def test_a_label_that_is_no_label_is_refused(locked_house: House, label: str) -> None:
+    with locked_house.client(ADMIN) as client:
+        assert client.post("/tokens", json={"label": label}).status_code == 422
+
+
 def test_a_workers_token_is_good_for_its_worker_and_its_experts_only(locked_house: House) -> None:
     locked_house.register("python", "law")
     before = locked_house.kept()
@@ -188,13 +218,13 @@ def test_tokens_survive_a_restart_and_a_revoked_one_stays_revoked(tmp_path: Path
     journal = SqlJournal(tmp_path / "journal.sqlite")
     gate = TokenGate(journal, True, time.time)
     good, bad = new_token(), new_token()
-    gate.add(good, "worker", "w1", ["python"], expires_at=time.time() + 60)
+    gate.add(good, "worker", "w1", ["python"], expires_in=60)
     gate.revoke(gate.add(bad, "join").hash)
     reopened = TokenGate(journal, True, time.time)
     assert reopened.admit(f"Bearer {good}").experts == ("python",)
     with pytest.raises(RefusedError, match="revoked"):
         reopened.admit(f"Bearer {bad}")
-    with pytest.raises(RefusedError, match="Take another one") as refused:
+    with pytest.raises(RefusedError, match="Give another one") as refused:
         reopened.add(bad, "join")  # as a start with the old FEDMOE_TOKEN would
     assert refused.value.code == "token_revoked"
     journal.close()
@@ -246,7 +276,7 @@ def test_a_page_of_another_site_cannot_read_answers(house: House) -> None:
         answer = client.get("/list_experts", headers={"Origin": "http://evil.example"})
         preflight = client.options("/tokens", headers={"Origin": "http://evil.example"})
     assert not [name for name in [*answer.headers, *preflight.headers] if name.startswith("access-control")]
-    assert preflight.status_code == 405
+    assert (answer.status_code, preflight.status_code) == (403, 403)
 
 
 def opened(folder: Path, **parameters: object) -> DistributedCoordinator:

@@ -20,9 +20,9 @@ from fedmoe.wire.messages import (
     SAFETENSORS,
     DataStatisticsHeader,
     StatisticRequest,
-    TokenRequest,
     UpdateHeader,
 )
+from fedmoe.wire.token_messages import TokenRequest
 
 
 def header(sequence: int = 0, base_version: int = 0, answer: str = "result") -> UpdateHeader:

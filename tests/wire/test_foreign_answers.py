@@ -12,7 +12,8 @@ from support import MANIFEST
 
 from fedmoe.wire import replies
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.messages import PROBLEM, SAFETENSORS, StatisticRequest, TokenRequest, UpdateHeader
+from fedmoe.wire.messages import PROBLEM, SAFETENSORS, StatisticRequest, UpdateHeader
+from fedmoe.wire.token_messages import TokenRequest
 
 TOKEN = "secret-token-of-some-length-000"
 

@@ -12,10 +12,10 @@ from fedmoe.wire.messages import (
     MAX_PARAMETERS,
     ExpertName,
     ManifestMessage,
-    TokenRequest,
     UpdateHeader,
     WorkerName,
 )
+from fedmoe.wire.token_messages import TokenRequest
 
 names = st.from_regex(r"[A-Za-z0-9_.-]{1,40}", fullmatch=True)
 manifests = st.builds(

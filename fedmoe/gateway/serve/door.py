@@ -9,8 +9,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedmoe.files import write_atomic
 from fedmoe.gateway.serve.problems import ApiError
+from fedmoe.server.browser import foreign_host, foreign_page
 from fedmoe.server.health import is_open
-from fedmoe.server.security import hash_token, is_loopback, new_token
+from fedmoe.server.security import hash_token, new_token
 
 _HEXADECIMAL = frozenset("0123456789abcdef")
 
@@ -48,42 +49,40 @@ def read_keys(file: Path) -> tuple[frozenset[str], str | None]:
 class DoorMiddleware:
     """Asks for a key on everything but the open paths, before a byte of the body is read.
 
-    `keys` None asks for none; `loopback_only` then takes only requests whose Host is this machine: a web page that
-    rebinds its name still sends it as Host.
+    `keys` None asks for none, and takes nothing that a page of another site makes a browser send; with `loopback_only`
+    requests must then be addressed to this machine as well.
     """
 
     def __init__(self, app: ASGIApp, keys: frozenset[str] | None, loopback_only: bool) -> None:
         self._app = app
         self._keys = keys
-        self._loopback_only = loopback_only and keys is None
+        self._loopback_only = loopback_only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            refusal = self._refusal(scope, Headers(scope=scope))
+            headers = Headers(scope=scope)
+            refusal = self._without_keys(headers) if self._keys is None else self._refusal(scope, headers, self._keys)
             if refusal is not None:
                 await refusal.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+    def _without_keys(self, headers: Headers) -> ApiError | None:
         host = headers.get("host", "")
-        if self._loopback_only and not is_loopback(_without_port(host)):
-            return ApiError(
-                421,
-                "host_not_allowed",
-                f"without API keys only requests addressed to this machine are taken, got Host {host[:80]!r}; "
-                "use http://127.0.0.1, or start the server with --api-keys",
-            )
-        if self._keys is None or is_open(scope):
+        if self._loopback_only and (foreign := foreign_host(host)):
+            fix = "use http://127.0.0.1, or start the server with --api-keys"
+            return ApiError(foreign.status, foreign.code, f"{foreign.detail} {fix}")
+        if foreign := foreign_page(host, headers.getlist("sec-fetch-site"), headers.getlist("origin")):
+            return ApiError(foreign.status, foreign.code, f"{foreign.detail} Ask from a program, not from a web page.")
+        return None
+
+    def _refusal(self, scope: Scope, headers: Headers, keys: frozenset[str]) -> ApiError | None:
+        if is_open(scope):
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             return ApiError(401, "no_api_key", "an API key is needed and none was sent: Authorization: Bearer KEY")
         # The look-up is by hash of 256 random bits: what its timing may tell about a hash leads to no key.
-        if hash_token(key.strip()) not in self._keys:
+        if hash_token(key.strip()) not in keys:
             return ApiError(401, "invalid_api_key", "this API key is not known here")
         return None
-
-
-def _without_port(host: str) -> str:
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]

@@ -53,6 +53,18 @@ def test_without_keys_others_are_not(host: str) -> None:
     assert client(None).get("/v1/models", headers={"Host": host}).status_code == 421
 
 
+@pytest.mark.parametrize("headers", [{"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "same-site"}])
+@pytest.mark.parametrize("loopback_only", [True, False])
+def test_without_keys_no_method_takes_what_a_page_of_another_site_sends(
+    headers: dict[str, str], loopback_only: bool
+) -> None:
+    for method in ("GET", "HEAD", "POST", "OPTIONS"):
+        answer = client(None, loopback_only).request(method, "/v1/models", headers=headers)
+        assert answer.status_code == 403
+    told = client(None, loopback_only).get("/healthz", headers=headers).json()["error"]
+    assert told["code"] == "cross_site"
+
+
 def test_everybody_is_answered_where_that_was_asked_for() -> None:
     assert client(None, loopback_only=False).get("/v1/models", headers={"Host": "evil.example"}).text == "in"
 

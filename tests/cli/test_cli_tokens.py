@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from live import ADMIN, JOIN, LiveServer
+from support import CoordinatorProcess
+
+from fedmoe.cli import main
+from fedmoe.errors import RefusedError
+from fedmoe.wire.client import CoordinatorClient
+
+
+@pytest.fixture
+def token(locked_server: LiveServer, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `fedmoe token ...` as the administrator; what it printed."""
+
+    def run(*arguments: str) -> str:
+        main(["token", *arguments, "--coordinator-url", locked_server.url, "--token", ADMIN])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_token_is_made_listed_by_its_label_and_revoked_by_the_beginning_of_its_hash(
+    token: Callable[..., str], locked_server: LiveServer
+) -> None:
+    made = json.loads(
+        token("create", "--worker", "w1", "--expert", "python", "--label", "site A", "--expires-in", "60", "--json")
+    )
+    with CoordinatorClient(locked_server.url, made["token"]) as client:
+        client.federation()
+    (found,) = [one for one in json.loads(token("list", "--json"))["tokens"] if one["label"] == "site A"]
+    assert (found["hash"], found["worker"], found["experts"]) == (made["hash"], "w1", ["python"])
+    assert found["used_at"] >= found["made_at"]
+    shown = token("list")
+    assert made["hash"][:8] in shown
+    assert "site A" in shown
+    assert made["token"] not in shown
+    assert token("revoke", made["hash"][:8]) == "revoked\n"
+    (found,) = [one for one in json.loads(token("list", "--json"))["tokens"] if one["label"] == "site A"]
+    assert (found["revoked"], found["usable"]) == (True, False)
+    with CoordinatorClient(locked_server.url, made["token"]) as client, pytest.raises(RefusedError, match="revoked"):
+        client.federation()
+
+
+@pytest.mark.parametrize("beginning", ["", "zz"])
+def test_a_beginning_that_names_no_token_or_several_revokes_none(
+    token: Callable[..., str], beginning: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        token("revoke", beginning)
+    assert "see 'fedmoe token list'" in capsys.readouterr().err
+    assert not any(one["revoked"] for one in json.loads(token("list", "--json"))["tokens"])
+
+
+def allowed(url: str, token: str | None) -> bool:
+    try:
+        with CoordinatorClient(url, token) as client:
+            client.federation()
+    except RefusedError:
+        return False
+    return True
+
+
+def test_a_start_with_another_token_of_the_environment_ends_the_one_before(
+    coordinator_process: Callable[..., CoordinatorProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = "another-join-token-of-32-characters"
+    monkeypatch.setenv("FEDMOE_ADMIN_TOKEN", ADMIN)
+    monkeypatch.setenv("FEDMOE_TOKEN", JOIN)
+    running = coordinator_process()
+    running.start()
+    assert [allowed(running.url, token) for token in (JOIN, other, ADMIN, None)] == [True, False, True, False]
+    running.stop()
+    monkeypatch.setenv("FEDMOE_TOKEN", other)
+    running.start()
+    assert [allowed(running.url, token) for token in (JOIN, other, ADMIN, None)] == [False, True, True, False]
+    running.kill()
+    monkeypatch.delenv("FEDMOE_TOKEN")
+    monkeypatch.delenv("FEDMOE_ADMIN_TOKEN")
+    running.start()
+    assert [allowed(running.url, token) for token in (JOIN, other, ADMIN, None)] == [False, True, True, False]
+    running.stop()
+    running.arguments = ["--insecure"]
+    running.log.unlink()
+    running.start()
+    assert allowed(running.url, None)
+    said = running.log.read_text()
+    assert f"WARNING: --insecure: none of the tokens of {running.state_dir} is asked for." in said
+    assert '"event": "insecure"' in said
