@@ -49,7 +49,8 @@ class GatewayModel:
     `scale` is the factor on the whole product, where the strategy has one; `statistics` are the digests of the input
     moments it was made with, by expert, and `statistics_tokens` how many tokens those of each expert rest on;
     `strategy` is the one that was used, and `notes` say in words where that is not the one asked for, or where moments
-    are thin. `living` is set where experts go on from it.
+    are thin. `living` is set where experts go on from it; `source_digests` are the content hashes of the `sources`,
+    where they are known.
     """
 
     adapter: Adapter
@@ -64,6 +65,7 @@ class GatewayModel:
     scale: float = 1.0
     living: LivingGateway | None = None
     statistics_tokens: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    source_digests: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
     def build(
@@ -104,6 +106,7 @@ class GatewayModel:
             merged.notes,
             merged.scale,
             statistics_tokens=_tokens(known),
+            source_digests=MappingProxyType({name: experts[name].digest for name in sorted(experts)}),
         )
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
@@ -34,6 +35,8 @@ EXIT_STORAGE_FAILED = 74
 _DRAIN_SECONDS = 30
 # A machine's clock that is further behind than this was set back.
 _CLOCK_BEHIND = 5.0
+# So long it says that its storage failed before it leaves, so that whoever watches /healthz sees why.
+_FAILED_SECONDS = 3.0
 
 
 class DistributedCoordinator:
@@ -81,6 +84,7 @@ class DistributedCoordinator:
             history,
             config.min_sync_interval,
             gate_policy=GatePolicy(config.gate_tolerance, config.gate_seconds),
+            storage_problem=self._state.problem,
         )
         self.new_tokens = self._prepare_tokens(config)
         self.app = create_app(self.service, self.gate, is_loopback(config.host), JsonPolicy(config.json_limit))
@@ -157,10 +161,12 @@ class DistributedCoordinator:
             _log.warning("token_uses_not_kept", reason=str(error))
 
     async def _stop_when_failed(self, server: uvicorn.Server) -> None:
-        """After a failed fsync nothing on this disk can be promised: answer 503 for a moment, then leave."""
+        """After a failed fsync, or without its folder, nothing can be promised: answer 503 for a moment, then leave."""
         while not self.service.failed:
             await asyncio.sleep(0.2)
-        await asyncio.sleep(1.0)
+            with contextlib.suppress(StorageFailedError):
+                await asyncio.to_thread(self.service.check_storage)
+        await asyncio.sleep(_FAILED_SECONDS)
         server.should_exit = True
 
     def close(self) -> None:

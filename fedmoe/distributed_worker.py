@@ -38,7 +38,7 @@ from fedmoe.worker.group import WorkerFailedError, on_rank_zero
 from fedmoe.worker.outbox import Outbox, Pending
 from fedmoe.worker.progress import Progress, SyncPoint
 from fedmoe.worker.pull import checked, pull
-from fedmoe.worker.report import SyncReport
+from fedmoe.worker.report import SyncReport, tell_of_a_restart
 from fedmoe.worker.restart import take_up
 
 __all__ = ["DistributedWorker", "SyncSettings", "WorkerFailedError"]
@@ -186,6 +186,7 @@ class DistributedWorker:
         """The newest version, plus what the checkpoint holds that no update has carried, plus a refused update."""
         start = newest.weights
         if saved is not None and saved.next_sequence == self._box.next_sequence:
+            tell_of_a_restart(saved, newest)
             start = start + (self.worker.weights() - saved.reference)
             self._progress = saved.progress
         if returned:
@@ -264,6 +265,8 @@ class DistributedWorker:
             epoch=self._box.epoch,
             sequence=self._box.next_sequence,
             base_version=base.version,
+            base_digest=base.digest,
+            incarnation=base.incarnation,
             answer="weights",
             loss=self._progress.mean_loss,
             steps=self.worker.step,
@@ -370,7 +373,9 @@ class DistributedWorker:
         companion = Companion()
         if self._talks and self._reference is not None:
             number = self._require_pending().header.sequence if absorbed else None
-            companion = SyncPoint(self._reference, self._box.next_sequence, self._progress, number).companion()
+            incarnation = self._base.incarnation if self._base else None
+            point = SyncPoint(self._reference, self._box.next_sequence, self._progress, number, incarnation)
+            companion = point.companion()
         self.worker.save(self._checkpoints, companion)
         failpoints.reached("worker.saved")
         self._saved_at = self._clock()

@@ -65,7 +65,7 @@ LAYERS: dict[str, set[str]] = {
     "worker.group": {"models"},
     "worker.pull": {"manifest", "wire", "worker.group"},
     "worker.progress": {"lora", "qwen_worker"},
-    "worker.report": {"qwen_worker", "record", "wire", "worker.delivery", "worker.outbox"},
+    "worker.report": {"qwen_worker", "record", "wire", "worker.delivery", "worker.outbox", "worker.progress"},
     "worker.restart": {"datasets", "models", "qwen_worker", "worker.group", "worker.progress"},
     "worker.signals": set(),
     "worker.phases": set(),

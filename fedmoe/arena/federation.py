@@ -27,6 +27,7 @@ from fedmoe.arena.society import Society
 from fedmoe.arena.trainer import Trainer
 from fedmoe.errors import RefusedError
 from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.codec import digest
 from fedmoe.manifest import Manifest
 from fedmoe.models.base import LoadedBase
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
@@ -75,6 +76,7 @@ class League:
         self._telling = threading.Lock()
         self._leaving = False
         self._left_out: set[str] = set()
+        self._digests: dict[AdapterKey, str] = {}
 
     def due(self, iteration: int) -> bool:
         """Whether updates go and come once `iteration` iterations are done: every so many, and at the end."""
@@ -171,19 +173,33 @@ class League:
         listed = [one for one in self._client.list_experts().experts if one.name not in self._links and one.version]
         chosen = sorted(listed, key=lambda one: (one.name not in known, one.name))
         for one in chosen[:MOST_OPPONENTS]:
-            if one.name not in known or one.version > known[one.name].version:
+            held = known.get(one.name)
+            # By content: a coordinator that was restored gives numbers it gave before to other weights.
+            if held is None or self._digest(held) != one.digest:
                 with _Tolerance(one.name):
-                    self._take_opponent(society, one.name)
+                    self._take_opponent(society, one.name, held)
         left_out = {one.name for one in chosen[MOST_OPPONENTS:]}
         if left_out - self._left_out:
             _log.warning("opponents_left_out", most=MOST_OPPONENTS, names=", ".join(sorted(left_out)))
         self._left_out |= left_out
 
-    def _take_opponent(self, society: Society, name: str) -> None:
+    def _digest(self, key: AdapterKey) -> str | None:
+        """The content hash of an opponent's weights; None where they are not held."""
+        adapter = self._policies.kept().get(key)
+        if adapter is None:
+            return None
+        if key not in self._digests:
+            self._digests[key] = digest(adapter)
+        return self._digests[key]
+
+    def _take_opponent(self, society: Society, name: str, held: AdapterKey | None) -> None:
         pulled = self._client.pull_expert(name)
         assert pulled is not None, "without an ETag there is always an answer"
         checked(pulled, self._manifest, self._client.url)
-        key = AdapterKey(name, pulled.version)
+        # A key is never used for other weights, so its number rises even where the coordinator's went back.
+        key = AdapterKey(name, max(pulled.version, held.version + 1 if held else 0))
+        if held is not None:
+            self._digests.pop(held, None)
         self._policies.hold(key, pulled.adapter)
         for earlier in society.opponents.add_foreign(key):
             # A little stronger or weaker than before, so its games still say something; `let_go` unloads it.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -45,7 +45,8 @@ class Point:
 
     `base`: the expert as downloaded, at `version`; `local`: the policy from then on (the base and what has still to
     travel); both float32 (size,). `answered`: the number of the newest update whose answer is part of it, -1 for none;
-    `count`: how many such moments there were before.
+    `count`: how many such moments there were before. `digest` and `incarnation` say which version and of which history
+    the base is; None in a point of an older program.
     """
 
     base: FloatVector
@@ -53,11 +54,20 @@ class Point:
     version: int
     answered: int = -1
     count: int = 0
+    digest: str | None = None
+    incarnation: str | None = None
+
+    @classmethod
+    def of(cls, pulled: PulledExpert, local: FloatVector, answered: int = -1, count: int = 0) -> Self:
+        """The moment at which an expert was downloaded and the policy became `local`."""
+        named = (pulled.version, answered, count, pulled.digest, pulled.incarnation)
+        return cls(pulled.weights, local, *named)
 
     def encoded(self) -> bytes:
         """As safetensors."""
         counts = {"version": self.version, "answered": self.answered, "count": self.count}
-        return encode_named({"base": self.base, "local": self.local}, {"fedmoe": json.dumps(counts)})
+        told = counts | {"digest": self.digest, "incarnation": self.incarnation}
+        return encode_named({"base": self.base, "local": self.local}, {"fedmoe": json.dumps(told)})
 
     @classmethod
     def decoded(cls, data: bytes, size: int) -> Self:
@@ -67,11 +77,12 @@ class Point:
         try:
             base, local = vectors["base"], vectors["local"]
             version, answered, count = (int(counts[name]) for name in ("version", "answered", "count"))
+            digest, incarnation = (counts.get(name) for name in ("digest", "incarnation"))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{error} is missing") from error
         if base.shape != (size,) or local.shape != (size,):
             raise ValueError(f"it holds {base.size} and {local.size} numbers, expected {size}")
-        return cls(base, local, version, answered, count)
+        return cls(base, local, version, answered, count, digest, incarnation)
 
 
 class Link:
@@ -154,7 +165,7 @@ class Link:
         """The weights to start with: the expert's, or those this folder was left with."""
         if self._point is None:
             pulled = self._checked(client.pull_expert(self.expert), client.url)
-            self._record(Point(pulled.weights, pulled.weights, pulled.version))
+            self._record(Point.of(pulled, pulled.weights))
         return self.newest_local()
 
     def newest_local(self) -> FloatVector:
@@ -187,6 +198,8 @@ class Link:
             epoch=self._outbox.epoch,
             sequence=self._outbox.next_sequence,
             base_version=point.version,
+            base_digest=point.digest,
+            incarnation=point.incarnation,
             answer="weights",
             steps=steps,
         )
@@ -222,7 +235,7 @@ class Link:
         assert answer.refused is not None, "only a refusal comes without the newest version"
         if answer.poisoned:
             point = self._require_point()
-            self._record(Point(point.base, local, point.version, sequence, point.count + 1))
+            self._record(replace(point, local=local, answered=sequence, count=point.count + 1))
             self._settle()
         raise answer.refused
 
@@ -242,8 +255,9 @@ class Link:
         changed = not np.array_equal(newest.weights, reference)
         merged = newest.weights + (local - reference) if changed else local
         before = self._require_point()
-        if changed or answered != before.answered or newest.version != before.version:
-            self._record(Point(newest.weights, merged, newest.version, answered, before.count + 1))
+        here, there = (newest.version, newest.incarnation), (before.version, before.incarnation)
+        if changed or answered != before.answered or here != there:
+            self._record(Point.of(newest, merged, answered, before.count + 1))
             self._settle()
         self._etag = newest.etag
         return merged if changed else None

@@ -111,9 +111,8 @@ def _source(api: CoordinatorClient, name: str) -> Exportable:
     if isinstance(pulled, PulledExpert):
         sources = {name: Source(pulled.version, pulled.digest)}
         return Exportable(name, pulled.version, pulled.adapter, sources, pulled.manifest.base)
-    # An expert that has moved on since the gateway was made: its present digest is not that of the version in it.
-    digests = {(expert.name, expert.version): expert.digest for expert in api.list_experts().experts}
-    sources = {part: Source(version, digests.get((part, version))) for part, version in pulled.sources.items()}
+    digests = pulled.source_digests
+    sources = {part: Source(version, digests.get(part)) for part, version in pulled.sources.items()}
     return Exportable(name, pulled.version, pulled.adapter, sources, base_of(pulled))
 
 

@@ -96,6 +96,7 @@ def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -
         "digest": gateway.digest,
         "strategy": gateway.strategy,
         "sources": dict(gateway.sources),
+        "source_digests": dict(gateway.source_digests),
         "weights": dict(gateway.weights),
         "truncation_error": gateway.truncation_error,
         "statistics": dict(gateway.statistics),

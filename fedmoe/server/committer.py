@@ -39,11 +39,16 @@ class Committer:
     """Takes decisions in order, durably; `failed` holds the reason once storage can no longer be trusted."""
 
     def __init__(
-        self, coordinator: CentralCoordinator, journal: Journal, after_commit: Callable[[Draft], None]
+        self,
+        coordinator: CentralCoordinator,
+        journal: Journal,
+        after_commit: Callable[[Draft], None],
+        storage_problem: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._coordinator = coordinator
         self._journal = journal
         self._after_commit = after_commit
+        self._storage_problem = storage_problem
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="fedmoe-committer", daemon=True)
         self.failed: str | None = None
@@ -61,6 +66,14 @@ class Committer:
         answer: Future[object] = Future()
         self._queue.put(_Job(decide, alone, answer))
         return answer
+
+    def check_storage(self) -> None:
+        """Raise `StorageFailedError`, now and from now on, if what is written is no longer where it can be found."""
+        problem = None if self.failed else self._storage_problem()
+        if problem is not None:
+            self.fail(problem)
+        if self.failed:
+            raise StorageFailedError(self.failed)
 
     def fail(self, reason: str) -> None:
         """Accept nothing from now on; the first reason is kept, since later ones follow from it."""
@@ -106,6 +119,7 @@ class Committer:
                 failpoints.reached("commit.before")
                 self._journal.append(draft.events, draft.version_digests)
                 failpoints.reached("commit.after")
+                self.check_storage()  # what went into a folder that is gone meanwhile is not acknowledged
         except Exception as error:
             if isinstance(error, StorageFailedError):
                 self.fail(str(error))
@@ -127,8 +141,7 @@ class Committer:
                 continue
             before = draft.mark()
             try:
-                if self.failed:
-                    raise StorageFailedError(self.failed)
+                self.check_storage()
                 decided.append((job, job.decide(draft)))
             except Exception as error:
                 draft.restore(before)

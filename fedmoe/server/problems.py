@@ -39,6 +39,7 @@ STATUS: dict[str, int] = {
     "unknown_version": 409,
     "too_stale": 409,
     "sequence_reused": 409,
+    "other_history": 409,
     "base_mismatch": 409,
     "start_mismatch": 409,
     "folded": 409,

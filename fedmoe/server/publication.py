@@ -41,6 +41,7 @@ class _Described:
     rank: int
     alpha: float
     statistics_tokens: dict[str, int] = field(default_factory=dict)
+    source_digests: dict[str, str] = field(default_factory=dict)
 
 
 _described = TypeAdapter(_Described)
@@ -123,6 +124,7 @@ def _description(gateway: GatewayModel) -> dict[str, object]:
         gateway.adapter.rank,
         gateway.adapter.alpha,
         dict(gateway.statistics_tokens),
+        dict(gateway.source_digests),
     )
     return dict(_described.dump_python(described, mode="json"))
 
@@ -140,6 +142,7 @@ def _gateway(described: _Described, adapter: Adapter) -> GatewayModel:
         described.notes,
         described.scale,
         statistics_tokens=MappingProxyType(described.statistics_tokens),
+        source_digests=MappingProxyType(described.source_digests),
     )
 
 

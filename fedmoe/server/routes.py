@@ -26,6 +26,7 @@ from fedmoe.server.gate_routes import gate_routes
 from fedmoe.server.guard import BodyGuard, BrowserMiddleware, GateMiddleware, principal_of
 from fedmoe.server.health import HeadMiddleware, readiness
 from fedmoe.server.json_weights import JsonPolicy
+from fedmoe.server.histories import IncarnationHeader
 from fedmoe.server.receive import parse_content_digest
 from fedmoe.server.service import Body, CoordinatorService
 from fedmoe.server.token_routes import token_routes
@@ -54,6 +55,7 @@ from fedmoe.wire.messages import (
 
 _PUSH = "/push_expert_update"
 _PUSH_STATISTICS = "/push_data_statistics"
+_ANSWERED_WITH_WEIGHTS = ("too_stale", "other_history")
 
 
 def create_app(
@@ -68,6 +70,7 @@ def create_app(
     gate_routes(app, service, answers)
     _admin_routes(app, service)
     token_routes(app, gate)
+    app.add_middleware(IncarnationHeader, incarnation=service.current.incarnation)
     app.add_middleware(GateMiddleware, gate=gate)
     if not gate.required:
         app.add_middleware(BrowserMiddleware, loopback_only=loopback)
@@ -160,9 +163,9 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
         try:
             result = await service.push(header, body)
         except RefusedError as error:
-            if error.code != "too_stale" or header.answer != "weights":
+            if error.code not in _ANSWERED_WITH_WEIGHTS or header.answer != "weights":
                 raise
-            # Whoever is too far behind gets the newest version in the same answer and can go on from it.
+            # Whoever is too far behind, or of another history, gets the newest version in the same answer.
             facts = problems.described(error)
             return await run_in_threadpool(_with_weights, request, service, header.expert, answers, 409, facts)
         if header.answer == "weights":
@@ -245,6 +248,7 @@ def _expert_info(
         digest=expert.digest,
         workers=service.roster.workers(expert.name, service.now, held_out),
         prompts=prompts,
+        incarnation=service.current.incarnation,
     )
 
 
@@ -269,6 +273,8 @@ def _gateway_info(service: CoordinatorService) -> GatewayInfo:
         scale=gateway.scale,
         gate=service.evaluation_gate.info() if service.evaluation_gate is not None else None,
         living=_living_info(gateway.living) if gateway.living is not None else None,
+        source_digests=dict(gateway.source_digests),
+        incarnation=service.current.incarnation,
     )
 
 

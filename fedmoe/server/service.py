@@ -26,6 +26,7 @@ from fedmoe.server.committer import Committer
 from fedmoe.server.data_statistics import KeptStatistics, most_bytes
 from fedmoe.server.evaluation_gate import EvaluationGate, GatePolicy
 from fedmoe.server.folding import Folding
+from fedmoe.server.histories import CurrentHistory, incarnation_of
 from fedmoe.server.history import History, Rebuilt
 from fedmoe.server.publication import Publications
 from fedmoe.server.receive import Expected, receive, settled
@@ -79,17 +80,20 @@ class CoordinatorService:
         min_sync_interval: float = 1.0,
         clock: Callable[[], float] = time.time,
         gate_policy: GatePolicy | None = None,
+        storage_problem: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.coordinator = coordinator
         self.journal = journal
         self.roster = Roster(journal.events(), journal.statistics())
         self.statistics = KeptStatistics(journal, blobs)
+        #: Which history this is, so that an update of another one is not taken for one of it.
+        self.current = CurrentHistory(incarnation_of(journal), _no_digest)
         self._blobs = blobs
         self._history = history
         self._min_sync_interval = min_sync_interval
         self._clock = clock
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
-        self._committer = Committer(coordinator, journal, self._after_commit)
+        self._committer = Committer(coordinator, journal, self._after_commit, storage_problem)
         self._folding = Folding(coordinator, history, blobs, self._committer, clock)
         #: What decides which gateway goes out; None where every one does.
         self.evaluation_gate = (
@@ -130,6 +134,10 @@ class CoordinatorService:
             return "storage failed; the coordinator's log says why"
         return None if self._committer.running else "the coordinator is starting or stopping"
 
+    def check_storage(self) -> None:
+        """Raise `StorageFailedError`, now and from now on, if the state is no longer where it was opened."""
+        self._committer.check_storage()
+
     def fail(self, reason: str) -> None:
         """Accept nothing from now on."""
         self._committer.fail(reason)
@@ -148,6 +156,7 @@ class CoordinatorService:
             wire_dtypes=list(WIRE_DTYPES),
             start_from=self.coordinator.aggregation.start_from,
             merge_after=self.coordinator.aggregation.merge_after,
+            incarnation=self.current.incarnation,
         )
 
     async def register(self, request: RegisterRequest) -> ExpertModel:
@@ -222,7 +231,7 @@ class CoordinatorService:
             if delta is not None:
                 await self._in_thread(writer.commit)
                 failpoints.reached("push.stored")
-        future = self._committer.submit(lambda draft: self._decide(draft, submission, delta))
+        future = self._committer.submit(lambda draft: self._decide(draft, header, submission, delta))
         result = await self._decided(future, UpdateResult)
         failpoints.reached("push.answered")
         _log.info(
@@ -265,21 +274,25 @@ class CoordinatorService:
             return submission_of(header, writer.digest), None
         if writer.size == 0:
             raise MalformedError("malformed", "the body is empty")
+        self.current.check_update(header, self.coordinator.expert(header.expert))
         flat = decode(writer.view(), layout).flat
         submission = submission_of(header, writer.digest, usable_norm(layout, flat))
         self.coordinator.draft().judge(submission, self.now)
         return submission, flat
 
-    def _decide(self, draft: Draft, submission: Submission, delta: FloatVector | None) -> UpdateResult:
+    def _decide(
+        self, draft: Draft, header: UpdateHeader, submission: Submission, delta: FloatVector | None
+    ) -> UpdateResult:
         """The binding decision, taken in the journal's order by the committer."""
         earlier = self._earlier(draft, submission)
         if earlier is not None:
             refuse_other_bytes(earlier, submission)
-            return _result(earlier, draft.gateway_version, duplicate=True)
+            return self._result(earlier, draft.gateway_version, duplicate=True)
+        self.current.check_update(header, draft.expert(header.expert))
         assert delta is not None, "an update that is not in the journal was checked and has its numbers"
         accepted = draft.judge(submission, self.now)
         draft.apply(accepted, delta)
-        return _result(accepted, draft.gateway_version, duplicate=False)
+        return self._result(accepted, draft.gateway_version, duplicate=False)
 
     def _earlier(self, draft: Draft, submission: Submission) -> UpdateAccepted | None:
         key = (submission.worker, submission.epoch, submission.sequence)
@@ -292,10 +305,12 @@ class CoordinatorService:
         """The expert's next version gets the content of an earlier one."""
 
         def decide(draft: Draft) -> ChangeResult:
-            rebuilt = self._history.at_version(draft.expert(request.expert), request.to_version)
+            expert = draft.expert(request.expert)
+            rebuilt = self._history.at_version(expert, request.to_version)
+            self.current.check_rollback(request, expert, expert.become(rebuilt.state).digest)
             named = (request.expert, request.to_version, rebuilt.state, request.reason, self.now)
             draft.roll_back(*named, since=rebuilt.since)
-            return _change(draft, request.expert, rebuilt)
+            return self._change(draft, request.expert, rebuilt)
 
         return await self._changed("rolled_back", self._committer.submit(decide, alone=True))
 
@@ -306,7 +321,7 @@ class CoordinatorService:
             rebuilt = self._history.without_worker(draft.expert(request.expert), request.worker)
             named = (request.expert, request.worker, rebuilt.removed, rebuilt.state, request.reason, self.now)
             draft.retract(*named, since=rebuilt.since)
-            return _change(draft, request.expert, rebuilt)
+            return self._change(draft, request.expert, rebuilt)
 
         return await self._changed("retracted", self._committer.submit(decide, alone=True))
 
@@ -318,13 +333,13 @@ class CoordinatorService:
     async def add_statistic(self, request: StatisticRequest) -> None:
         """Keep a small fact a worker discloses."""
         self.coordinator.expert(request.expert)
+        self.check_storage()
         statistic = Statistic(request.expert, request.worker, request.kind, dict(request.values), self.now)
         await self._in_thread(lambda: self.journal.add_statistic(statistic))
         self.roster.hear(statistic)
 
     def _refuse_if_busy(self) -> None:
-        if self.failed:
-            raise StorageFailedError(self.failed)
+        self.check_storage()
         if self.uploads >= _MAX_UPLOADS:
             raise RefusedError("busy", f"{self.uploads} updates are being received.", "Retry after the time given.")
 
@@ -346,26 +361,30 @@ class CoordinatorService:
                 self._history.prune_gateways(draft.living)
             self._folding.wake()
 
+    def _result(self, event: UpdateAccepted, gateway_version: int, duplicate: bool) -> UpdateResult:
+        return UpdateResult(
+            expert=event.expert,
+            version=event.version,
+            gateway_version=gateway_version,
+            staleness=event.staleness,
+            coefficient=event.coefficient,
+            digest=event.digest,
+            duplicate=duplicate,
+            incarnation=self.current.incarnation,
+        )
 
-def _result(event: UpdateAccepted, gateway_version: int, duplicate: bool) -> UpdateResult:
-    return UpdateResult(
-        expert=event.expert,
-        version=event.version,
-        gateway_version=gateway_version,
-        staleness=event.staleness,
-        coefficient=event.coefficient,
-        digest=event.digest,
-        duplicate=duplicate,
-    )
+    def _change(self, draft: Draft, name: str, rebuilt: Rebuilt) -> ChangeResult:
+        expert = draft.experts[name]
+        return ChangeResult(
+            expert=name,
+            version=expert.version,
+            gateway_version=draft.gateway_version,
+            removed=rebuilt.removed,
+            digest=expert.digest,
+            note=rebuilt.note,
+            incarnation=self.current.incarnation,
+        )
 
 
-def _change(draft: Draft, name: str, rebuilt: Rebuilt) -> ChangeResult:
-    expert = draft.experts[name]
-    return ChangeResult(
-        expert=name,
-        version=expert.version,
-        gateway_version=draft.gateway_version,
-        removed=rebuilt.removed,
-        digest=expert.digest,
-        note=rebuilt.note,
-    )
+def _no_digest(expert: str, version: int) -> str | None:
+    return None

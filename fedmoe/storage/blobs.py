@@ -22,6 +22,8 @@ from fedmoe.files import fsync_folder
 _RESERVE_SHARE = 0.02
 _RESERVE_BYTES = 256 << 20
 _DIGEST = re.compile("[0-9a-f]{64}")
+#: Errors of a disk, or a quota, that is full.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BlobWriter(Protocol):
@@ -132,7 +134,11 @@ class FolderBlobStore:
     def writer(self) -> FileBlobWriter:
         if self.failed:
             raise StorageFailedError(self.failed)
-        if shutil.disk_usage(self.folder).free < self._reserve:
+        try:
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise self.problem(error, self.folder) from error
+        if free < self._reserve:
             raise disk_full(self.folder)
         return FileBlobWriter(self._incoming / secrets.token_hex(16), self)
 
@@ -177,7 +183,7 @@ class FolderBlobStore:
 
     def problem(self, error: OSError, where: Path) -> Exception:
         """What an error while writing means: a refusal where more room helps, else the end of this store."""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in NO_ROOM:
             return disk_full(self.folder)
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return RefusedError("busy", "too many files are open.", "Retry later; raise the limit with 'ulimit -n'.")
@@ -333,3 +339,12 @@ class StorageFailedError(Exception):
 def disk_full(where: Path | str) -> RefusedError:
     """The refusal for a disk without room; reads go on, and writes again once there is space."""
     return RefusedError("disk_full", f"no space left for {where}.", "Free disk space; nothing was stored, retry later.")
+
+
+def no_room_to_start(where: Path | str) -> RefusedError:
+    """The refusal to start on a disk without room; nothing is damaged by that."""
+    return RefusedError(
+        "disk_full",
+        f"the disk of {where} is full, and opening the state needs some room.",
+        "What was acknowledged is safe: free disk space and start again.",
+    )

@@ -22,7 +22,7 @@ from fedmoe.events import Event, UpdateAccepted
 from fedmoe.storage.chain import COLUMNS, BrokenChainError, Link, check, link
 from fedmoe.storage.event_rows import event_of, row_of
 from fedmoe.storage.incarnation import INCARNATION, INCARNATIONS_BEFORE, Ended, new_incarnation, of_text, to_text
-from fedmoe.storage.sqlite import changed_outside, journal_problem, other_schema, set_pragmas, unusable
+from fedmoe.storage.sqlite import changed_outside, journal_problem, opening_problem, other_schema, set_pragmas, unusable
 from fedmoe.storage.tables import (
     DATA_STATISTICS,
     EVENTS,
@@ -170,7 +170,7 @@ class SqlJournal:
             self._engine.dispose()
             if isinstance(error, (DatabaseError, sqlite3.DatabaseError)):
                 reason = error.orig if isinstance(error, DatabaseError) else error
-                raise unusable(self._where, str(reason)) from error
+                raise opening_problem(reason or error, path) from error
             raise
 
     def _prepare(self) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
+from pathlib import Path
 
 from sqlalchemy.exc import DatabaseError
 
 from fedmoe.errors import RefusedError
-from fedmoe.storage.blobs import StorageFailedError, disk_full
+from fedmoe.storage.blobs import StorageFailedError, disk_full, no_room_to_start
 from fedmoe.storage.tables import SCHEMA_VERSION
+
+_PERHAPS_FULL = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
+# The file beside the journal that maps its log has 32 KiB.
+_LEAST_ROOM = 64 << 10
 
 
 def set_pragmas(connection: sqlite3.Connection, _: object) -> None:
@@ -18,6 +24,22 @@ def set_pragmas(connection: sqlite3.Connection, _: object) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "trusted_schema=OFF"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def opening_problem(error: Exception, path: Path | None) -> Exception:
+    """What an error while opening a journal means: a full disk, or a journal that cannot be used."""
+    # SQLite says "disk I/O error" or "unable to open" where the file it maps its log with cannot grow.
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if path is not None and (code == sqlite3.SQLITE_FULL or (code in _PERHAPS_FULL and _is_full(path.parent))):
+        return no_room_to_start(path.parent)
+    return unusable(str(path) if path else "memory", str(error))
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < _LEAST_ROOM
+    except OSError:
+        return False
 
 
 def unusable(where: str, reason: str) -> StorageFailedError:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedmoe.files import FolderInUseError, lock_folder
-from fedmoe.storage.blobs import FolderBlobStore
+from fedmoe.storage.blobs import NO_ROOM, FolderBlobStore, no_room_to_start
 from fedmoe.storage.journal import SqlJournal
 from fedmoe.storage.migration import migrate
 
@@ -24,6 +25,7 @@ class StateDir:
     journal: SqlJournal
     blobs: FolderBlobStore
     lock: int
+    opened: Mapping[Path, tuple[int, int]]
 
     @classmethod
     def open(cls, path: Path) -> StateDir:
@@ -47,14 +49,36 @@ class StateDir:
             journal = path / "journal.sqlite"
             os.close(os.open(journal, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite itself would make it readable to others
             migrate(journal)
-            return cls(path, SqlJournal(journal), FolderBlobStore(path / "blobs"), lock)
+            opened, blobs = SqlJournal(journal), FolderBlobStore(path / "blobs")
+            return cls(path, opened, blobs, lock, {file: _identity(file) for file in (path, journal, blobs.folder)})
         except BaseException as error:
             os.close(lock)
             if isinstance(error, OSError):
+                if error.errno in NO_ROOM:
+                    raise no_room_to_start(path) from error
                 raise StateDirError(f"{path} cannot be used: {error}; fix it or choose another --state-dir") from error
             raise
+
+    def problem(self) -> str | None:
+        """Why what is written now would be lost: the folder, or a part of it, is no longer the one that was opened.
+
+        SQLite and open files would not notice: they write on into what nobody can reach any more.
+        """
+        for file, identity in self.opened.items():
+            try:
+                found = _identity(file)
+            except OSError as error:
+                return f"{file} is gone: {error.strerror}"
+            if found != identity:
+                return f"{file} was replaced by another one"
+        return None
 
     def close(self) -> None:
         """Close the journal and give the lock back."""
         self.journal.close()
         os.close(self.lock)
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_dev, found.st_ino

@@ -23,12 +23,18 @@ from fedmoe.manifest import Manifest
 
 SAFETENSORS = "application/vnd.safetensors"
 PROBLEM = "application/problem+json"
+#: Every answer of a coordinator says in this header which history it is of.
+INCARNATION_HEADER = "FedMoE-Incarnation"
 
 # ASCII only, lower case, no dots, no separators: a name can never be a path, a twin of another name or a hidden file.
 ExpertName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 WorkerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
 EpochName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]{1,32}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+#: A content hash, or the beginning of one as people see it.
+DigestStart = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{12,64}$")]
+#: Names one history of a coordinator; one that was restored or made anew has another.
+Incarnation = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]{1,32}$")]
 #: The kind of a statistic that tells a worker's held-out loss, with the numbers of `HeldOutInfo`.
 HELD_OUT = "held_out"
 StatisticsKind = Literal["prompts", "moments"]
@@ -125,13 +131,19 @@ class ExpertRequest(Message):
 
 
 class UpdateHeader(Message):
-    """What accompanies an update's bytes, as query parameters, so that it is judged before the body is read."""
+    """What accompanies an update's bytes, as query parameters, so that it is judged before the body is read.
+
+    `incarnation` and `base_digest` (the content hash of version `base_version`) say in which history it was made; an
+    update of another history is refused, one without them is taken at its version's number.
+    """
 
     expert: ExpertName
     worker: WorkerName
     epoch: EpochName
     sequence: Count
     base_version: Count
+    base_digest: Sha256 | None = None
+    incarnation: Incarnation | None = None
     answer: Literal["result", "weights"] = "result"
     loss: Finite | None = None
     steps: Count | None = None
@@ -148,6 +160,7 @@ class UpdateResult(Message):
     coefficient: float
     digest: Sha256
     duplicate: bool = False
+    incarnation: Incarnation | None = None
 
 
 class ExpertInfo(Message):
@@ -165,6 +178,7 @@ class ExpertInfo(Message):
     digest: Sha256
     workers: list[WorkerInfo] = []
     prompts: Sha256 | None = None
+    incarnation: Incarnation | None = None
 
 
 class HeldOutInfo(Message):
@@ -240,7 +254,7 @@ class GatewayInfo(Message):
 
     `statistics` are the sha256 of the input moments it was made with, by expert, `statistics_tokens` how many tokens
     those of each expert rest on; `notes` say where it was not made as the coordinator was told to; `gate` is null
-    without an evaluation gate.
+    without an evaluation gate. `source_digests` are the content hashes of the `sources`, where they are known.
     """
 
     version: int
@@ -260,6 +274,8 @@ class GatewayInfo(Message):
     scale: float = 1.0
     gate: GateInfo | None = None
     living: LivingInfo | None = None
+    source_digests: dict[str, Sha256] = {}
+    incarnation: Incarnation | None = None
 
 
 class Listing(Message):
@@ -282,6 +298,7 @@ class FederationInfo(Message):
     wire_dtypes: list[str]
     start_from: StartFrom = "initial"
     merge_after: int | None = None
+    incarnation: Incarnation | None = None
 
 
 class DataStatisticsHeader(Message):
@@ -319,10 +336,12 @@ class StatisticRequest(Message):
 
 
 class RollbackRequest(Message):
-    """Take an expert back to an earlier version."""
+    """Take an expert back to an earlier version; with its digest or the incarnation, only if that is the one meant."""
 
     expert: ExpertName
     to_version: Count
+    to_digest: DigestStart | None = None
+    incarnation: Incarnation | None = None
     reason: ShortText = ""
 
 
@@ -343,6 +362,7 @@ class ChangeResult(Message):
     removed: int
     digest: Sha256
     note: str = ""
+    incarnation: Incarnation | None = None
 
 
 class Problem(BaseModel):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape
 from fedmoe.lora.codec import CodecError, decode
 from fedmoe.lora.container import read_header
 from fedmoe.manifest import Manifest
-from fedmoe.wire.messages import SAFETENSORS, ManifestMessage
+from fedmoe.wire.messages import INCARNATION_HEADER, SAFETENSORS, ManifestMessage
 from fedmoe.wire.replies import Answer, CoordinatorUnavailableError, foreign
+
+_INCARNATION = re.compile(r"[a-z0-9]{1,32}")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class PulledExpert:
     manifest: Manifest
     weights: FloatVector
     etag: str
+    #: The history it is of; None where the coordinator does not say.
+    incarnation: str | None = None
 
     @property
     def adapter(self) -> Adapter:
@@ -42,6 +47,13 @@ class PulledGateway:
     base: dict[str, str]
     info: dict[str, object]
     etag: str
+    incarnation: str | None = None
+
+    @property
+    def source_digests(self) -> dict[str, str]:
+        """The content hashes of its sources, where they are known."""
+        told = self.info.get("source_digests")
+        return {str(name): str(digest) for name, digest in told.items()} if isinstance(told, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -84,10 +96,9 @@ def pulled_expert(answer: Answer) -> PulledExpert:
     try:
         manifest = ManifestMessage.model_validate(info["manifest"]).manifest()
         weights = decode(answer.body, manifest.layout).flat
-        etag = answer.headers.get("etag", "")
-        return PulledExpert(
-            str(info["expert"]), int(str(info["version"])), str(info["digest"]), manifest, weights, etag
-        )
+        etag, incarnation = answer.headers.get("etag", ""), incarnation_of(answer)
+        named = (str(info["expert"]), int(str(info["version"])), str(info["digest"]))
+        return PulledExpert(*named, manifest, weights, etag, incarnation)
     except (KeyError, ValueError) as error:
         raise foreign(answer) from error
 
@@ -100,9 +111,16 @@ def pulled_gateway(answer: Answer) -> PulledGateway:
         sources = {str(name): int(str(version)) for name, version in _mapping(info["sources"]).items()}
         base = {str(key): str(value) for key, value in _mapping(info["base"]).items()}
         etag = answer.headers.get("etag", "")
-        return PulledGateway(int(str(info["version"])), str(info["digest"]), adapter, sources, base, info, etag)
+        named = (int(str(info["version"])), str(info["digest"]))
+        return PulledGateway(*named, adapter, sources, base, info, etag, incarnation_of(answer))
     except (KeyError, ValueError) as error:
         raise foreign(answer) from error
+
+
+def incarnation_of(answer: Answer) -> str | None:
+    """Which history an answer is of; None for a coordinator that does not say, or says nothing that can be one."""
+    told = answer.headers.get(INCARNATION_HEADER)
+    return told if told is not None and _INCARNATION.fullmatch(told) else None
 
 
 def _mapping(value: object) -> dict[object, object]:

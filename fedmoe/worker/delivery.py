@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 _log = structlog.get_logger("fedmoe.worker")
 
 #: Refusals that a newer version cures: what was learned is kept and moved onto it.
-CURED_BY_PULLING = frozenset({"too_stale", "unknown_version"})
+CURED_BY_PULLING = frozenset({"too_stale", "unknown_version", "other_history"})
 #: The coordinator got other bytes than were sent: a fault on the way, which the next try may not meet.
 DAMAGED_ON_THE_WAY = frozenset({"digest_mismatch", "truncated"})
 # Refusals of the numbers themselves.

@@ -37,13 +37,15 @@ class SyncPoint:
     """Where the sync stands in a checkpoint: what no update has carried is the local weights minus `reference`.
 
     That holds while the next update's number is `next_sequence`; a later update carried it. `absorbed` is the number
-    of a refused update whose content is part of the local weights again.
+    of a refused update whose content is part of the local weights again. `incarnation` names the history that
+    `reference` is of; None in a checkpoint of an older program.
     """
 
     reference: FloatVector
     next_sequence: int
     progress: Progress
     absorbed: int | None = None
+    incarnation: str | None = None
 
     def companion(self) -> Companion:
         """As a checkpoint keeps it."""
@@ -56,6 +58,8 @@ class SyncPoint:
         }
         if self.absorbed is not None:
             texts["absorbed"] = str(self.absorbed)
+        if self.incarnation is not None:
+            texts["incarnation"] = self.incarnation
         return Companion(texts, {_REFERENCE: self.reference})
 
     @classmethod
@@ -66,4 +70,5 @@ class SyncPoint:
         texts = companion.texts
         progress = Progress(int(texts["steps"]), int(texts["tokens"]), float.fromhex(texts["nats"]))
         absorbed = int(texts["absorbed"]) if "absorbed" in texts else None
-        return cls(companion.vectors[_REFERENCE], int(texts["next_sequence"]), progress, absorbed)
+        incarnation = texts.get("incarnation")
+        return cls(companion.vectors[_REFERENCE], int(texts["next_sequence"]), progress, absorbed, incarnation)

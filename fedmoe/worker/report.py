@@ -9,10 +9,11 @@ import structlog
 
 from fedmoe.qwen_worker import EvaluationRecord, StepRecord
 from fedmoe.record import RecordWriter
-from fedmoe.wire.client import CoordinatorUnavailableError
-from fedmoe.wire.messages import HELD_OUT, StatisticRequest
+from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert
+from fedmoe.wire.messages import HELD_OUT, StatisticRequest, UpdateHeader
 from fedmoe.worker.delivery import Answered
 from fedmoe.worker.outbox import Pending
+from fedmoe.worker.progress import SyncPoint
 
 _log = structlog.get_logger("fedmoe.worker")
 
@@ -87,6 +88,7 @@ class SyncReport:
         result, refused = answer.result, answer.refused
         if result is None:
             _log.warning("refused", sequence=sequence, code=refused and refused.code, reason=str(refused))
+            _tell_of_another_history(pending.header, answer)
             return
         self._staleness = result.staleness
         if self._newest is self._under_way:
@@ -119,3 +121,26 @@ class SyncReport:
     def away(self, error: CoordinatorUnavailableError) -> None:
         """A try that was not answered; called from the delivery's thread."""
         _log.warning("coordinator_away", reason=str(error), retry_after=error.retry_after)
+
+
+def tell_of_a_restart(saved: SyncPoint, newest: PulledExpert) -> None:
+    """Say so if a checkpoint was made in another history than the one that its worker now goes on with."""
+    if saved.incarnation is None or saved.incarnation == newest.incarnation:
+        return
+    again = f"{saved.progress.steps} steps, {saved.progress.tokens} tokens that no update has carried"
+    told = {"was": saved.incarnation, "now": newest.incarnation, "goes_on_from": newest.version}
+    _log.warning("other_history", expert=newest.name, **told, sends_again=again)
+
+
+def _tell_of_another_history(header: UpdateHeader, answer: Answered) -> None:
+    if answer.refused is None or answer.refused.code != "other_history" or answer.newest is None:
+        return
+    again = f"all that was learned since version {header.base_version} and not acknowledged"
+    _log.warning(
+        "other_history",
+        expert=header.expert,
+        was=header.incarnation,
+        now=answer.newest.incarnation,
+        goes_on_from=answer.newest.version,
+        sends_again=again + (f", {header.tokens} tokens of update {header.sequence}" if header.tokens else ""),
+    )
