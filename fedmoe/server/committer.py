@@ -69,11 +69,15 @@ class Committer:
 
     def check_storage(self) -> None:
         """Raise `StorageFailedError`, now and from now on, if what is written is no longer where it can be found."""
-        problem = None if self.failed else self._storage_problem()
-        if problem is not None:
-            self.fail(problem)
         if self.failed:
             raise StorageFailedError(self.failed)
+        self._refuse_if_lost()
+
+    def _refuse_if_lost(self) -> None:
+        problem = self._storage_problem()
+        if problem is not None:
+            self.fail(problem)
+            raise StorageFailedError(problem)
 
     def fail(self, reason: str) -> None:
         """Accept nothing from now on; the first reason is kept, since later ones follow from it."""
@@ -119,7 +123,7 @@ class Committer:
                 failpoints.reached("commit.before")
                 self._journal.append(draft.events, draft.version_digests)
                 failpoints.reached("commit.after")
-                self.check_storage()  # what went into a folder that is gone meanwhile is not acknowledged
+                self._refuse_if_lost()  # what went into a folder that is gone meanwhile is not acknowledged
         except Exception as error:
             if isinstance(error, StorageFailedError):
                 self.fail(str(error))
