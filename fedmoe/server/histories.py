@@ -6,8 +6,7 @@ of the lost history would be taken for one of this.
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from starlette.datastructures import MutableHeaders
@@ -15,21 +14,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedmoe.errors import RefusedError
 from fedmoe.experts import ExpertModel
+from fedmoe.storage.incarnation import INCARNATION
 from fedmoe.storage.journal import Journal
 from fedmoe.wire.messages import INCARNATION_HEADER, RollbackRequest, UpdateHeader
 
 #: The content digest of a version of an expert, None where it is not known.
 DigestOf = Callable[[str, int], str | None]
-_INCARNATION = "incarnation"
 
 
-def incarnation_of(journal: Journal) -> str:
-    """The name of the history in a journal; a state that was restored or made anew has another one."""
-    found = journal.meta(_INCARNATION)
-    if found is None:
-        found = secrets.token_hex(16)
-        journal.set_meta(_INCARNATION, found)
-    return found
+def current_history(journal: Journal) -> CurrentHistory:
+    """The history in a journal."""
+    return CurrentHistory(journal.meta(INCARNATION) or "", journal.version_digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +33,11 @@ class CurrentHistory:
 
     incarnation: str
     digest_of: DigestOf
+
+    def digests(self, versions: Mapping[str, int]) -> dict[str, str]:
+        """The content digests of versions of experts, of those that are known."""
+        found = {name: self.digest_of(name, version) for name, version in versions.items()}
+        return {name: digest for name, digest in found.items() if digest is not None}
 
     def check_update(self, header: UpdateHeader, expert: ExpertModel) -> None:
         """Refuse an update that says it was made in another history; one that says nothing is taken at its number."""

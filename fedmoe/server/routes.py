@@ -25,8 +25,8 @@ from fedmoe.server.answers import (
 from fedmoe.server.gate_routes import gate_routes
 from fedmoe.server.guard import BodyGuard, BrowserMiddleware, GateMiddleware, principal_of
 from fedmoe.server.health import HeadMiddleware, readiness
-from fedmoe.server.json_weights import JsonPolicy
 from fedmoe.server.histories import IncarnationHeader
+from fedmoe.server.json_weights import JsonPolicy
 from fedmoe.server.receive import parse_content_digest
 from fedmoe.server.service import Body, CoordinatorService
 from fedmoe.server.token_routes import token_routes

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import structlog
@@ -26,7 +26,7 @@ from fedmoe.server.committer import Committer
 from fedmoe.server.data_statistics import KeptStatistics, most_bytes
 from fedmoe.server.evaluation_gate import EvaluationGate, GatePolicy
 from fedmoe.server.folding import Folding
-from fedmoe.server.histories import CurrentHistory, incarnation_of
+from fedmoe.server.histories import current_history
 from fedmoe.server.history import History, Rebuilt
 from fedmoe.server.publication import Publications
 from fedmoe.server.receive import Expected, receive, settled
@@ -87,7 +87,7 @@ class CoordinatorService:
         self.roster = Roster(journal.events(), journal.statistics())
         self.statistics = KeptStatistics(journal, blobs)
         #: Which history this is, so that an update of another one is not taken for one of it.
-        self.current = CurrentHistory(incarnation_of(journal), _no_digest)
+        self.current = current_history(journal)
         self._blobs = blobs
         self._history = history
         self._min_sync_interval = min_sync_interval
@@ -182,6 +182,8 @@ class CoordinatorService:
     def gateway(self) -> GatewayModel:
         """The published gateway, or without a gate that of the newest state; says where it was not made as told."""
         gateway = self.coordinator.gateway() if self.evaluation_gate is None else self.evaluation_gate.published()
+        if gateway.sources and not gateway.source_digests:
+            gateway = replace(gateway, source_digests=self.current.digests(gateway.sources))
         if gateway.notes != self._noted:
             for note in gateway.notes:
                 _log.warning("gateway", version=gateway.version, strategy=gateway.strategy, note=note)
@@ -384,7 +386,3 @@ class CoordinatorService:
             note=rebuilt.note,
             incarnation=self.current.incarnation,
         )
-
-
-def _no_digest(expert: str, version: int) -> str | None:
-    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from fedmoe.files import FolderInUseError, lock_folder
 from fedmoe.storage.blobs import NO_ROOM, FolderBlobStore, no_room_to_start
 from fedmoe.storage.journal import SqlJournal
 from fedmoe.storage.migration import migrate
+from fedmoe.storage.sqlite import opening_problem
 
 
 class StateDirError(Exception):
@@ -57,6 +59,8 @@ class StateDir:
                 if error.errno in NO_ROOM:
                     raise no_room_to_start(path) from error
                 raise StateDirError(f"{path} cannot be used: {error}; fix it or choose another --state-dir") from error
+            if isinstance(error, sqlite3.Error):
+                raise opening_problem(error, path / "journal.sqlite") from error
             raise
 
     def problem(self) -> str | None:

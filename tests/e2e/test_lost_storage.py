@@ -1,4 +1,4 @@
-"""A real coordinator whose state folder vanishes, is replaced or lies on a full disk: it says so and promises nothing."""
+"""A real coordinator whose state folder vanishes, is replaced or lies on a full disk: it says so."""
 
 from __future__ import annotations
 

@@ -12,10 +12,16 @@ from starlette.testclient import TestClient
 from support import LAYOUT, make_body
 
 from fedmoe.lora.codec import decode
-from fedmoe.server.histories import incarnation_of
+from fedmoe.storage.journal import SqlJournal
 from fedmoe.wire.messages import INCARNATION_HEADER, SAFETENSORS
 
 LOST = "0123456789abcdef"
+
+
+def incarnation_of(journal: SqlJournal) -> str:
+    name = journal.meta("incarnation")
+    assert name is not None
+    return name
 
 
 @pytest.fixture
@@ -79,6 +85,15 @@ def test_a_base_version_with_other_weights_than_here_is_another_history(house: H
     assert digest(client)[:12] in refused.json()["detail"]
     assert house.kept() == before
     assert push(client, 2, 1, 1, base_digest=digest(client)).json()["version"] == 2
+
+
+def test_older_versions_are_known_by_their_digests_too(client: TestClient) -> None:
+    push(client, 1, 0, 0)
+    first = digest(client)
+    push(client, 2, 1, 1)
+    push(client, 3, 2, 2)
+    assert push(client, 4, 3, 1, base_digest=digest(client)).json()["code"] == "other_history"
+    assert push(client, 4, 3, 1, base_digest=first).json()["version"] == 4
 
 
 def test_what_another_history_has_not_landed_here_is_refused_before_its_version_is_looked_at(
