@@ -14,7 +14,7 @@ help:
 	@echo "make demo       three experts of a real model trained in a federation, one gateway, measured (runs/demo)"
 	@echo "make arena      four policies learn with and against each other in all four modes (runs/arena)"
 	@echo "make test       style, types and tests"
-	@echo "make test-slow  the long tests: 200 crashes, real base model, real downloads"
+	@echo "make test-slow  the long tests: crashes by the hundred, real base model, real downloads"
 	@echo "make test-vllm  the vLLM engine against a live server (.venv-vllm)"
 	@echo "make test-areal the AReaL learner and workflow (.venv-areal)"
 	@echo "make bench      the benchmarks, results in benchmarks/results"

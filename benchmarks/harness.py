@@ -84,6 +84,19 @@ def write_result(
     return path
 
 
+def add_run(path: Path, report: Mapping[str, object]) -> None:
+    """Add one run to a file of runs that are added up, with what `write_result` says of a result."""
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    about = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "git": _git(),
+        "hardware": hardware(),
+        "versions": _versions(),
+    }
+    path.write_text(json.dumps({"name": path.stem, "runs": [*runs, {**about, **report}]}, indent=2) + "\n")
+
+
 def hardware() -> dict[str, object]:
     """Processor, cores, memory in GiB, threads in use, and how busy the machine was (load average over a minute)."""
     return {

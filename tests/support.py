@@ -152,14 +152,20 @@ class CoordinatorProcess:
     def log(self) -> Path:
         return self.state_dir.parent / "coordinator.log"
 
-    def start(self, failpoints: str = "") -> None:
-        """Start it and wait until it answers."""
+    def command(self) -> list[str]:
+        """What is run."""
         command = [sys.executable, "-m", "fedmoe", "coordinator", "--port", str(self.port)]
+        return [*command, "--state-dir", str(self.state_dir), *self.arguments]
+
+    def launch(self, failpoints: str) -> subprocess.Popen[bytes]:
+        """Start it, and do not wait."""
         environment = os.environ | {"FEDMOE_FAILPOINTS": failpoints, "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "--state-dir", str(self.state_dir), *self.arguments], stdout=log, stderr=log, env=environment
-            )
+            return subprocess.Popen(self.command(), stdout=log, stderr=log, env=environment)
+
+    def start(self, failpoints: str = "") -> None:
+        """Start it and wait until it answers."""
+        self.process = self.launch(failpoints)
         deadline = time.monotonic() + 30
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Clients that push until they are acknowledged, and the checker of what they were told (after the idea of etcd's)."""
+"""Clients that push, pull and write down what they were told, while the coordinator they talk to is disturbed."""
 
 from __future__ import annotations
 
@@ -7,74 +7,115 @@ import sqlite3
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from push_histories import Answer, Identity, Landed, Push, Read
 from support import EPOCH, LAYOUT, MANIFEST, CoordinatorProcess, make_body, make_flat, sha256
 
 from fedmoe.coordinator import seed_of
+from fedmoe.errors import RefusedError
 from fedmoe.events import ExpertRegistered, UpdateAccepted
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.initial import initial_adapter
 from fedmoe.storage.journal import SqlJournal
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.messages import UpdateHeader, UpdateResult
+from fedmoe.wire.messages import UpdateHeader
 
 EXPERTS = ["python", "sql"]
 
 
 @dataclass(frozen=True)
-class Acknowledged:
-    """An update as its sender knows it: what it sent, what it was told, and how often it had to ask."""
+class Told:
+    """What all clients sent and were told; `seeds` makes an update's bytes again."""
 
-    worker: str
-    sequence: int
-    base_version: int
-    seed: int
-    result: UpdateResult
-    attempts: int
+    pushes: list[Push]
+    reads: list[Read]
+    seeds: dict[Identity, int]
 
 
 @dataclass
 class Pusher:
-    """One client thread; it never gives an update up and never sends the next one before the last is acknowledged."""
+    """One client thread, one push after the other; each is sent again until it is answered.
+
+    Unless `steady`, it now and then gives an unanswered push up for good, so that nobody knows what became of it, and
+    repeats one that was acknowledged.
+    """
 
     url: str
     worker: str
     expert: str
     number: int
     stop: threading.Event
-    acknowledged: list[Acknowledged] = field(default_factory=list)
+    steady: bool = False
+    timeout: float = 10.0
+    pushes: list[Push] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    seeds: dict[Identity, int] = field(default_factory=dict)
     problem: BaseException | None = None
 
     def __post_init__(self) -> None:
+        self.moods = random.Random(self.number)
         self.thread = threading.Thread(target=self._run, name=self.worker)
         self.thread.start()
 
     def _run(self) -> None:
         try:
-            with CoordinatorClient(self.url, timeout=10.0) as client:
+            with CoordinatorClient(self.url, timeout=self.timeout, attempts=1) as client:
                 version, sequence = 0, 0
                 while not self.stop.is_set():
                     # Every third update is made from an old version, every fifth has the bytes of the one before.
                     base = max(0, version - 3 * (sequence % 3 == 0))
                     seed = 1_000_000 * self.number + sequence - (sequence % 5 == 0)
-                    one = self._deliver(client, sequence, base, max(0, seed))
-                    self.acknowledged.append(one)
-                    version, sequence = one.result.version, sequence + 1
+                    one = self._deliver(client, self._new(sequence, base, max(0, seed)))
+                    self.pushes.append(one)
+                    version, sequence = one.version or version, sequence + 1
+                    if sequence % 4 == 0:
+                        self._look(client)
         except BaseException as error:
             self.problem = error
 
-    def _deliver(self, client: CoordinatorClient, sequence: int, base: int, seed: int) -> Acknowledged:
-        header = UpdateHeader(expert=self.expert, worker=self.worker, epoch=EPOCH, sequence=sequence, base_version=base)
-        for attempt in range(1, 5000):
-            try:
-                result = client.push(header, make_body(seed)).result
-                return Acknowledged(self.worker, sequence, base, seed, result, attempt)
-            except CoordinatorUnavailableError:
-                time.sleep(0.01)
-        raise AssertionError(f"{self.worker} could not deliver update {sequence}")
+    def _new(self, sequence: int, base: int, seed: int) -> Push:
+        identity = (self.worker, EPOCH, sequence)
+        self.seeds[identity] = seed
+        return Push(self.expert, identity, base, sha256(make_body(seed)), time.monotonic(), attempts=0)
+
+    def _deliver(self, client: CoordinatorClient, one: Push) -> Push:
+        answers = 1 if self.steady or self.moods.random() < 0.95 else 2
+        gives_up = not self.steady and self.moods.random() < 0.05
+        for _ in range(3 if gives_up else 5000):
+            one = self._try(client, one)
+            if one.refused or len(one.answers) == answers:
+                return one
+            if not one.answers:
+                time.sleep(0.02)
+        assert gives_up, f"{one} could not be delivered"
+        return one
+
+    def _try(self, client: CoordinatorClient, one: Push) -> Push:
+        worker, epoch, sequence = one.identity
+        header = UpdateHeader(
+            expert=one.expert, worker=worker, epoch=epoch, sequence=sequence, base_version=one.base_version
+        )
+        one = replace(one, attempts=one.attempts + 1)
+        try:
+            told = client.push(header, make_body(self.seeds[one.identity])).result
+        except CoordinatorUnavailableError:
+            return one
+        except RefusedError as error:
+            return replace(one, refused=error.code)
+        answer = Answer(time.monotonic(), told.version, told.duplicate, told.staleness, told.coefficient)
+        return replace(one, answers=(*one.answers, answer))
+
+    def _look(self, client: CoordinatorClient) -> None:
+        invoked = time.monotonic()
+        try:
+            seen = client.pull_expert(self.expert)
+        except CoordinatorUnavailableError:
+            return
+        assert seen is not None
+        self.reads.append(Read(self.expert, seen.version, seen.digest, invoked, time.monotonic()))
 
 
 def register(url: str, *names: str) -> None:
@@ -83,30 +124,38 @@ def register(url: str, *names: str) -> None:
             client.register(name, "w0", MANIFEST)
 
 
-def kill_under_load(coordinator: CoordinatorProcess, kills: int, seed: int, pushes: int = 0) -> list[Acknowledged]:
-    """Four clients push while the process is killed at random moments; ends with it running and nobody waiting.
+def start_pushers(url: str, stop: threading.Event, steady: bool = False, timeout: float = 10.0) -> list[Pusher]:
+    """Four clients, two on each expert."""
+    return [Pusher(url, f"w{n}", EXPERTS[n % 2], n, stop, steady, timeout) for n in range(4)]
 
-    However slow the machine, at least about `pushes` updates are acknowledged.
-    """
+
+def gather(pushers: Sequence[Pusher]) -> Told:
+    """Wait for clients that were told to stop; what went wrong in one is raised here."""
+    for pusher in pushers:
+        pusher.thread.join()
+    assert [pusher.problem for pusher in pushers] == [None] * len(pushers)
+    return Told(
+        [one for pusher in pushers for one in pusher.pushes],
+        [one for pusher in pushers for one in pusher.reads],
+        {identity: seed for pusher in pushers for identity, seed in pusher.seeds.items()},
+    )
+
+
+def kill_under_load(coordinator: CoordinatorProcess, kills: int, seed: int) -> Told:
+    """Four steady clients push while the process is killed at random moments; ends with it running, nobody waiting."""
     moments = random.Random(seed)
     coordinator.start()
     register(coordinator.url, *EXPERTS)
     stop = threading.Event()
-    pushers = [Pusher(coordinator.url, f"w{n}", EXPERTS[n % 2], n, stop) for n in range(4)]
+    pushers = start_pushers(coordinator.url, stop, steady=True)
     try:
         for _ in range(kills):
             time.sleep(moments.uniform(0.05, 0.5))
             coordinator.kill()
             coordinator.start()
-        waiting = time.monotonic() + 200
-        while sum(len(pusher.acknowledged) for pusher in pushers) < pushes and time.monotonic() < waiting:
-            time.sleep(0.05)
     finally:
         stop.set()
-        for pusher in pushers:
-            pusher.thread.join()
-    assert [pusher.problem for pusher in pushers] == [None] * len(pushers)
-    return [one for pusher in pushers for one in pusher.acknowledged]
+    return gather(pushers)
 
 
 def read_journal(state_dir: Path) -> list[ExpertRegistered | UpdateAccepted]:
@@ -121,38 +170,31 @@ def read_journal(state_dir: Path) -> list[ExpertRegistered | UpdateAccepted]:
     return events
 
 
-def check_history(events: Sequence[ExpertRegistered | UpdateAccepted], told: Sequence[Acknowledged]) -> None:
-    """Every acknowledged update is there exactly once, as acknowledged; nothing else is; versions have no gap."""
-    updates = [event for event in events if isinstance(event, UpdateAccepted)]
-    found = {(event.worker, event.sequence): event for event in updates}
-    assert len(found) == len(updates), "an update is in the journal twice"
-    assert found.keys() == {(one.worker, one.sequence) for one in told}
-    for one in told:
-        event, result = found[one.worker, one.sequence], one.result
-        assert (event.version, event.staleness, event.coefficient, event.digest) == (
-            result.version,
-            result.staleness,
-            result.coefficient,
-            sha256(make_body(one.seed)),
+def landed(events: Sequence[ExpertRegistered | UpdateAccepted]) -> list[Landed]:
+    """The updates among events, as the checker of histories takes them."""
+    return [
+        Landed(
+            event.expert,
+            (event.worker, event.epoch, event.sequence),
+            event.version,
+            event.base_version,
+            event.digest,
+            event.staleness,
+            event.coefficient,
         )
-        assert event.base_version == one.base_version == event.version - 1 - event.staleness
-    for expert in {event.expert for event in events}:
-        versions = [event.version for event in updates if event.expert == expert]
-        assert versions == list(range(1, len(versions) + 1))
-    for worker in {one.worker for one in told}:
-        seen = [one.result.version for one in told if one.worker == worker]
-        assert seen == sorted(set(seen)), "a client saw a version go back"
+        for event in events
+        if isinstance(event, UpdateAccepted)
+    ]
 
 
-def fold(events: Sequence[ExpertRegistered | UpdateAccepted], told: Sequence[Acknowledged]) -> dict[str, FloatVector]:
+def fold(events: Sequence[ExpertRegistered | UpdateAccepted], seeds: Mapping[Identity, int]) -> dict[str, FloatVector]:
     """Every expert by the specified rule, `expert += lr * s(tau) * delta`, from the bytes the clients sent."""
-    seeds = {(one.worker, one.sequence): one.seed for one in told}
     experts: dict[str, FloatVector] = {}
     for event in events:
         if isinstance(event, ExpertRegistered):
             experts[event.expert] = initial_adapter(LAYOUT, MANIFEST.alpha, seed_of(event.expert)).flat
         else:
-            delta = make_flat(seeds[event.worker, event.sequence])
+            delta = make_flat(seeds[event.worker, event.epoch, event.sequence])
             experts[event.expert] = experts[event.expert] + np.float32(event.coefficient) * delta
     return experts
 

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from crash_load import EXPERTS, Acknowledged, kill_under_load, pull, register
-from support import EPOCH, LAYOUT, MANIFEST, CoordinatorProcess, make_body, make_flat, sha256
+from crash_load import EXPERTS, Told, kill_under_load, pull, register
+from support import EPOCH, LAYOUT, MANIFEST, CoordinatorProcess, make_body, make_flat
 
 from fedmoe.events import (
     Event,
@@ -145,13 +145,13 @@ def quiet(url: str) -> GatewayInfo:
             time.sleep(0.01)
 
 
-def check_events(events: Sequence[Event], told: Sequence[Acknowledged]) -> None:
+def check_events(events: Sequence[Event], told: Told) -> None:
     """Every acknowledged update is there once, versions have no gap, every fold came with all its experts' moves."""
-    updates = {(e.worker, e.sequence): e for e in events if isinstance(e, UpdateAccepted)}
-    assert updates.keys() == {(one.worker, one.sequence) for one in told}
-    for one in told:
-        event = updates[one.worker, one.sequence]
-        assert (event.version, event.digest) == (one.result.version, sha256(make_body(one.seed)))
+    updates = {(e.worker, e.epoch, e.sequence): e for e in events if isinstance(e, UpdateAccepted)}
+    assert updates.keys() == {one.identity for one in told.pushes}
+    for one in told.pushes:
+        event = updates[one.identity]
+        assert (event.version, event.digest) == (one.version, one.digest)
     for name in EXPERTS:
         versions = [e.version for e in events if isinstance(e, UpdateAccepted | ExpertWentOn) and e.expert == name]
         assert versions == list(range(1, len(versions) + 1))
@@ -162,11 +162,8 @@ def check_events(events: Sequence[Event], told: Sequence[Acknowledged]) -> None:
         assert {(e.expert, e.digest) for e in moved} == {(name, fold.digest) for name in fold.sources}
 
 
-def rebuilt(
-    coordinator: CoordinatorProcess, events: Sequence[Event], told: Sequence[Acknowledged]
-) -> dict[str, FloatVector]:
+def rebuilt(coordinator: CoordinatorProcess, events: Sequence[Event], told: Told) -> dict[str, FloatVector]:
     """Every expert by the rule in words: what landed since it left the gateway, on the gateway it left."""
-    seeds = {(one.worker, one.sequence): one.seed for one in told}
     weights = dict.fromkeys(EXPERTS, initial_adapter(LAYOUT, MANIFEST.alpha, GATEWAY_SEED).flat)
     since: dict[str, list[UpdateAccepted]] = {name: [] for name in EXPERTS}
     for event in events:
@@ -181,6 +178,6 @@ def rebuilt(
             continue
         since[event.expert] = again if isinstance(event, ExpertWentOn) else [*since[event.expert], event]
         for update in again:
-            delta = make_flat(seeds[update.worker, update.sequence])
+            delta = make_flat(told.seeds[update.worker, update.epoch, update.sequence])
             weights[event.expert] = weights[event.expert] + np.float32(update.coefficient) * delta
     return weights
