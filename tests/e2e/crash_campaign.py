@@ -14,7 +14,6 @@ import argparse
 import random
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -94,7 +93,7 @@ class Campaign:
         self.coordinator.start()
         register(self.coordinator.url, *EXPERTS)
         stop = threading.Event()
-        pushers = start_pushers(self.coordinator.url, stop, timeout=CLIENT_TIMEOUT)
+        pushers = self.pushers = start_pushers(self.coordinator.url, stop, timeout=CLIENT_TIMEOUT)
         try:
             while self.outcome.kills < self.plan.kills:
                 self._disturb()
@@ -113,7 +112,19 @@ class Campaign:
             self.outcome.done["clock jumps"] += 1
         if moments.random() < 0.2:
             self._pause(moments.choice([0.05, 0.3, 1.3 * CLIENT_TIMEOUT]))
-        time.sleep(moments.uniform(0.05, 0.5))
+        # So much more load, however busy the machine is, and then some moment.
+        self._until_more(moments.randint(0, 12))
+        time.sleep(moments.uniform(0.0, 0.1))
+
+    def _until_more(self, pushes: int, seconds: float = 20.0) -> None:
+        """Wait until the clients are done with so many more pushes, or the coordinator is gone."""
+        process, enough, until = self.coordinator.process, self._pushed() + pushes, time.monotonic() + seconds
+        assert process is not None
+        while self._pushed() < enough and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.005)
+
+    def _pushed(self) -> int:
+        return sum(len(pusher.pushes) for pusher in self.pushers)
 
     def _pause(self, seconds: float) -> None:
         process = self.coordinator.process
@@ -141,9 +152,8 @@ class Campaign:
         try:
             coordinator.start(place)
             assert coordinator.process is not None
-            coordinator.process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            return True
+            self._until_more(30)
+            return coordinator.process.poll() is None
         except AssertionError:
             assert coordinator.process is not None
             if coordinator.process.poll() != -signal.SIGKILL:

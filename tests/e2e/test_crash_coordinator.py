@@ -37,7 +37,7 @@ def test_two_hundred_kills_under_load_lose_and_repeat_nothing(tmp_path: Path, ke
 def check_kills(folder: Path, kills: int, keep_updates: Sequence[str]) -> None:
     outcome = run(Plan(seed=kills, kills=kills, arguments=keep_updates), folder)
     assert outcome.faults == []
-    assert len(outcome.told.pushes) > 5 * kills, "hardly any load: the kills prove nothing"
+    assert len(outcome.told.pushes) > 3 * kills, "hardly any load: the kills prove nothing"
     assert any(one.attempts > 1 for one in outcome.told.pushes), "no push was interrupted: the kills prove nothing"
     state_dir = folder / "state"
     assert blob_files(state_dir) <= named_blobs(state_dir)
