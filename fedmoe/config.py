@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from fedmoe.lora.codec import WireDtype
 from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS
 from fedmoe.lora.update_rules import RULES, STALENESS
-from fedmoe.wire.messages import ExpertName, StartFrom, WorkerName
+from fedmoe.wire.messages import MAX_PARAMETERS, ExpertName, StartFrom, WorkerName
 
 _TOKEN = re.compile(r"[\x21-\x7e]{16,4096}")
 # The commands' own variable, and what Kubernetes announces of a service called fedmoe-coordinator.
@@ -90,6 +90,8 @@ class CoordinatorConfig(_ProcessConfig):
     staleness: str = "polynomial"
     max_staleness: Annotated[int, Field(ge=0)] | None = None
     keep_updates: Annotated[int, Field(ge=1)] | None = None
+    max_parameters: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)] = 1 << 28
+    max_experts: Annotated[int, Field(ge=1, le=100_000)] = 1024
     min_sync_interval: Annotated[float, Field(ge=0, le=MAX_SYNC_INTERVAL, allow_inf_nan=False)] = 1.0
     json_limit: Annotated[int, Field(ge=0)] = 8_000_000
     token: SecretStr | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))

@@ -16,8 +16,9 @@ from fedmoe.draft import Draft, DraftMark, Submission
 from fedmoe.errors import RefusedError
 from fedmoe.events import UpdateAccepted
 from fedmoe.experts import ExpertModel, expert_named, seed_of
+from fedmoe.gateway_members import left_out, left_out_of_living, members
 from fedmoe.living import LivingGateway
-from fedmoe.lora.adapter import Adapter, FloatVector
+from fedmoe.lora.adapter import Adapter, FloatVector, Layout
 from fedmoe.lora.codec import digest
 from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS, Merged, merge
 from fedmoe.manifest import Manifest
@@ -50,7 +51,7 @@ class GatewayModel:
     moments it was made with, by expert, and `statistics_tokens` how many tokens those of each expert rest on;
     `strategy` is the one that was used, and `notes` say in words where that is not the one asked for, or where moments
     are thin. `living` is set where experts go on from it; `source_digests` are the content hashes of the `sources`,
-    where they are known.
+    where they are known; `left_out` says why an expert is no part of it, by name.
     """
 
     adapter: Adapter
@@ -66,6 +67,24 @@ class GatewayModel:
     living: LivingGateway | None = None
     statistics_tokens: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     source_digests: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    left_out: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @classmethod
+    def of_base(cls, version: int, layout: Layout, strategy: str, left_out: Mapping[str, str]) -> GatewayModel:
+        """The gateway while no expert has learned anything: it does what the base model does."""
+        adapter = Adapter.zeros(layout, layout.rank)
+        return cls(
+            adapter,
+            version,
+            MappingProxyType({}),
+            MappingProxyType({}),
+            strategy,
+            0.0,
+            digest(adapter),
+            MappingProxyType({}),
+            (),
+            left_out=left_out,
+        )
 
     @classmethod
     def build(
@@ -76,12 +95,17 @@ class GatewayModel:
         moments: Mapping[str, ExpertMoments] = MappingProxyType({}),
         scale: float | None = None,
     ) -> GatewayModel:
-        """Merge the experts as they are now.
+        """Merge the experts as they are now, those that learned something.
 
         `gateway_rank` None keeps the merge exact; one with moments keeps `ENERGY` of it. Where the strategy needs
         `moments` and an expert has none, it is `WITHOUT_MOMENTS` instead, and `notes` say so. `scale` None is the
         strategy's own.
         """
+        without = left_out(experts, aggregation.buffer_size)
+        if len(without) == len(experts):
+            layout = next(iter(experts.values())).manifest.layout
+            return cls.of_base(version, layout, aggregation.strategy, without)
+        experts = members(experts, aggregation.buffer_size)
         known = {name: moments[name] for name in sorted(experts.keys() & moments.keys())}
         with_moments = aggregation.strategy in STRATEGIES_WITH_MOMENTS and known.keys() == experts.keys()
         merged: Merged = merge(
@@ -107,6 +131,7 @@ class GatewayModel:
             merged.scale,
             statistics_tokens=_tokens(known),
             source_digests=MappingProxyType({name: experts[name].digest for name in sorted(experts)}),
+            left_out=without,
         )
 
     @classmethod
@@ -148,7 +173,8 @@ class _View:
 
     def gateway(self, aggregation: Aggregation) -> GatewayModel:
         if self.living is not None:
-            return GatewayModel.of_living(self.living, self.gateway_version, self.moments)
+            made = GatewayModel.of_living(self.living, self.gateway_version, self.moments)
+            return replace(made, left_out=left_out_of_living(self.experts, self.living))
         return GatewayModel.build(self.gateway_version, self.experts, aggregation, self.moments)
 
 

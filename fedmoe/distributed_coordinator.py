@@ -21,6 +21,7 @@ from fedmoe.server.history import History
 from fedmoe.server.json_weights import JsonPolicy
 from fedmoe.server.listening import listen, own_signals
 from fedmoe.server.protocol import GuardedProtocol
+from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.routes import create_app
 from fedmoe.server.security import new_token
 from fedmoe.server.service import CoordinatorService
@@ -85,6 +86,7 @@ class DistributedCoordinator:
             config.min_sync_interval,
             gate_policy=GatePolicy(config.gate_tolerance, config.gate_seconds),
             storage_problem=self._state.problem,
+            limits=RegistrationLimits(config.max_parameters, config.max_experts),
         )
         self.new_tokens = self._prepare_tokens(config)
         self.app = create_app(self.service, self.gate, is_loopback(config.host), JsonPolicy(config.json_limit))

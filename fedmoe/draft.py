@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedmoe.aggregation import Aggregation, ExpertMoments
 from fedmoe.errors import RefusedError
@@ -15,7 +15,7 @@ from fedmoe.events import (
     UpdateAccepted,
     WorkerRetracted,
 )
-from fedmoe.experts import GATEWAY_SEED, ExpertModel, expert_named, seed_of
+from fedmoe.experts import GATEWAY_SEED, ExpertModel, Registrant, expert_named, seed_of
 from fedmoe.living import LivingGateway, Trained
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.robust import clip_factor
@@ -79,27 +79,31 @@ class Draft:
         """The expert, or a refusal that lists which there are."""
         return expert_named(self.experts, name)
 
-    def register(self, name: str, worker: str, manifest: Manifest, seed: int | None, at: float) -> ExpertModel:
+    def register(
+        self, name: str, worker: str, manifest: Manifest, seed: int | None, at: float, token: str = ""
+    ) -> ExpertModel:
         """The expert of this name, made now if it is new; a manifest unlike the federation's is refused."""
         if self.manifest is not None:
             check_manifest(self.manifest, manifest)
         if name in self.experts:
             return self.experts[name]
         if self.aggregation.merge_after is not None:
-            self._register_from_gateway(name, worker, manifest, seed, at)
+            self._register_from_gateway(name, worker, manifest, seed, at, token)
         else:
             chosen = seed if seed is not None else seed_of(name)
-            self.apply(ExpertRegistered(name, worker, manifest, chosen, at))
+            self.apply(ExpertRegistered(name, worker, manifest, chosen, at, token))
         return self.experts[name]
 
-    def _register_from_gateway(self, name: str, worker: str, manifest: Manifest, seed: int | None, at: float) -> None:
+    def _register_from_gateway(
+        self, name: str, worker: str, manifest: Manifest, seed: int | None, at: float, token: str
+    ) -> None:
         if seed is not None:
             raise RefusedError(
                 "start_mismatch",
                 f"experts of this federation start from its gateway; got a seed for the first weights of {name}.",
                 "Register it without a seed.",
             )
-        self.apply(ExpertRegistered(name, worker, manifest, GATEWAY_SEED, at))
+        self.apply(ExpertRegistered(name, worker, manifest, GATEWAY_SEED, at, token))
         assert self.living is not None, "there is a gateway once there is a manifest"
         if self.living.last is not None:
             start = self.aggregation.rule.init(self.living.adapter.flat)
@@ -190,7 +194,8 @@ class Draft:
             case ExpertRegistered():
                 if self.manifest is None:
                     self.manifest, self.living = event.manifest, self.aggregation.first_gateway(event.manifest)
-                self.experts[event.expert] = ExpertModel.initial(event.expert, event.manifest, event.seed, rule)
+                expert = ExpertModel.initial(event.expert, self.manifest.shared_by(event.manifest), event.seed, rule)
+                self.experts[event.expert] = replace(expert, registrant=Registrant(event.worker, event.token))
             case UpdateAccepted():
                 assert delta is not None, "an accepted update is applied with its delta"
                 landed = self.experts[event.expert].land(delta, event.coefficient, rule)

@@ -10,13 +10,17 @@ from fedmoe.manifest import Manifest
 
 @dataclass(frozen=True, slots=True)
 class ExpertRegistered:
-    """An expert came to be, with the seed its first weights were drawn from."""
+    """An expert came to be, with the seed its first weights were drawn from.
+
+    `token` is the hash of the token it was registered with, empty where none was asked for.
+    """
 
     expert: str
     worker: str
     manifest: Manifest
     seed: int
     at: float
+    token: str = ""
 
 
 @dataclass(frozen=True, slots=True)

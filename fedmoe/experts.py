@@ -21,25 +21,60 @@ from fedmoe.manifest import Manifest
 
 
 @dataclass(frozen=True)
+class Beginning:
+    """First weights, a function of their seed: made whenever they are asked for and kept by nobody."""
+
+    seed: int
+    rule: UpdateRule
+
+    def state(self, manifest: Manifest) -> RuleState:
+        """A drawn from the seed, B zero, so that an expert starts as the base model."""
+        return self.rule.init(initial_adapter(manifest.layout, manifest.alpha, self.seed).flat)
+
+
+@dataclass(frozen=True)
+class Registrant:
+    """Who registered an expert: the worker, and the hash of its token, empty where none was asked for."""
+
+    worker: str
+    token: str = ""
+
+
+@dataclass(frozen=True)
 class ExpertModel:
     """A named LoRA adapter with a version that rises by one per change; a value, replaced and never altered.
 
-    `norms` are the L2 norms of the last updates as they landed, the newest last: they say what is usual.
+    `held` is what memory holds of it: nothing but a seed until something lands. `norms` are the L2 norms of the last
+    updates as they landed, the newest last: they say what is usual.
     """
 
     name: str
     manifest: Manifest
     version: int
-    state: RuleState
+    held: RuleState | Beginning
     norms: tuple[float, ...] = ()
+    registrant: Registrant = Registrant("")
 
     @classmethod
     def initial(cls, name: str, manifest: Manifest, seed: int, rule: UpdateRule) -> Self:
         """Version 0: A drawn from `seed`, B zero, so the expert starts as the base model."""
-        start = initial_adapter(manifest.layout, manifest.alpha, seed)
-        return cls(name, manifest, 0, rule.init(start.flat))
+        return cls(name, manifest, 0, Beginning(seed, rule))
 
-    @cached_property
+    @property
+    def state(self) -> RuleState:
+        """The weights with what the rule remembers; made anew at each call while nothing has landed."""
+        return self.held if isinstance(self.held, RuleState) else self.held.state(self.manifest)
+
+    @property
+    def updates(self) -> int:
+        """Updates that its weights hold."""
+        return self.held.count if isinstance(self.held, RuleState) else 0
+
+    def untrained(self, buffer_size: int = 1) -> bool:
+        """Whether its weights are still those it began with; of a buffer that is not full nothing has landed."""
+        return self.updates < buffer_size
+
+    @property
     def adapter(self) -> Adapter:
         """The weights as an adapter."""
         return Adapter(self.manifest.layout, self.manifest.alpha, self.state.weights)
@@ -75,7 +110,7 @@ class ExpertModel:
                     f"with this update {bad} of {self.name} would hold an infinity or a NaN.",
                     "Lower the learning rate and restart the worker from the expert's newest version.",
                 )
-        return replace(self, version=self.version + 1, state=state)
+        return replace(self, version=self.version + 1, held=state)
 
     def remember(self, norm: float | None) -> Self:
         """The same version, with the norm of the update that made it among the usual ones."""
@@ -83,7 +118,7 @@ class ExpertModel:
 
     def become(self, state: RuleState) -> Self:
         """The next version with a state rebuilt from the journal (rollback, retraction)."""
-        return replace(self, version=self.version + 1, state=state)
+        return replace(self, version=self.version + 1, held=state)
 
 
 def expert_named(experts: Mapping[str, ExpertModel], name: str) -> ExpertModel:

@@ -218,14 +218,14 @@ def plan_fold(
     ready = [
         name
         for name in sorted(departures)
-        if departures[name].ready(merge_after, resting_since) and experts[name].state.count >= least_updates
+        if departures[name].ready(merge_after, resting_since) and experts[name].updates >= least_updates
     ]
     if not ready:
         return None
     sharing = {name for name, found in departures.items() if found.steps > 0} | gateway.sources.keys()
     missing = sorted(sharing - moments.keys())
     staleness = {name: gateway.number - departures[name].gateway for name in ready}
-    known = {name: moments[name] for name in sorted(moments.keys() & departures.keys())}
+    known = {name: moments[name] for name in sorted(moments.keys() & sharing)}
     early = tuple(
         f"{name} was folded after {departures[name].steps} of {merge_after} steps: nobody had trained it for a while"
         for name in ready

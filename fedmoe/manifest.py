@@ -54,6 +54,10 @@ class Manifest:
             found.append(f"lora_alpha: expected {self.alpha:g}, got {other.alpha:g}")
         return found + _module_differences(self.layout, other.layout)
 
+    def shared_by(self, other: Manifest) -> Manifest:
+        """An agreeing manifest on this one's layout, so that the modules of many experts are in memory once."""
+        return Manifest(other.base, self.layout, self.alpha)
+
     def to_json(self) -> dict[str, object]:
         """JSON types only; `from_json` gives an equal manifest back."""
         return {

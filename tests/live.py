@@ -24,6 +24,7 @@ from fedmoe.coordinator import Aggregation
 from fedmoe.manifest import Manifest
 from fedmoe.server.history import History
 from fedmoe.server.protocol import GuardedProtocol
+from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.routes import create_app
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.tokens import TokenGate
@@ -67,11 +68,16 @@ class House:
 
 
 @contextmanager
-def open_house(folder: Path, aggregation: Aggregation | None = None, tokens: bool = False) -> Iterator[House]:
+def open_house(
+    folder: Path,
+    aggregation: Aggregation | None = None,
+    tokens: bool = False,
+    limits: RegistrationLimits | None = None,
+) -> Iterator[House]:
     """A coordinator on a folder; with `tokens` it asks for one, and knows `JOIN` and `ADMIN`."""
     journal, blobs = SqlJournal(folder / "journal.sqlite"), FolderBlobStore(folder / "blobs", reserve_bytes=0)
     history = History(journal, blobs, aggregation or Aggregation())
-    service = CoordinatorService(history.recover(), journal, blobs, history)
+    service = CoordinatorService(history.recover(), journal, blobs, history, limits=limits)
     service.start()
     gate = TokenGate(journal, tokens, time.time)
     if tokens:

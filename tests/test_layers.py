@@ -42,14 +42,17 @@ LAYERS: dict[str, set[str]] = {
     "living": {"events", "experts", "lora"},
     "aggregation": {"errors", "experts", "living", "lora", "manifest"},
     "draft": {"aggregation", "errors", "events", "experts", "living", "lora", "manifest"},
-    "coordinator": {"aggregation", "draft", "errors", "events", "experts", "living", "lora", "manifest"},
+    "gateway_members": {"experts", "living"},
+    "coordinator": {
+        *("aggregation", "draft", "errors", "events", "experts", "gateway_members", "living", "lora", "manifest"),
+    },
     # What survives a crash, and what travels.
     "storage": {"errors", "events", "failpoints", "files", "manifest"},
     "wire": {"errors", "lora", "manifest"},
     "config": {"lora", "wire"},
     # The server side: no torch.
     "server": {
-        *("coordinator", "errors", "events", "experts", "failpoints", "living"),
+        *("coordinator", "errors", "events", "experts", "failpoints", "gateway_members", "living"),
         *("gateway.gate", "gateway.prompt_statistics", "lora", "manifest", "storage", "wire"),
     },
     "distributed_coordinator": {"config", "coordinator", "errors", "server", "storage"},

@@ -57,6 +57,12 @@ def coordinator(
     keep_updates: Annotated[
         int | None, typer.Option(help="Updates per expert that stay undoable; older bytes go. [default: all]")
     ] = None,
+    max_parameters: Annotated[
+        int | None, typer.Option(help="Parameters that an expert may have. [default: 268435456, 1 GiB in fp32]")
+    ] = None,
+    max_experts: Annotated[
+        int | None, typer.Option(help="Experts that there may be, retired ones not counted. [default: 1024]")
+    ] = None,
     min_sync_interval: Annotated[float | None, typer.Option(help="Least seconds between a worker's pushes.")] = None,
     json_limit: Annotated[
         int | None, typer.Option(help="Most numbers of an answer in JSON; more only as safetensors. [default: 8000000]")

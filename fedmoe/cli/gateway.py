@@ -56,6 +56,8 @@ def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
         _show_living(gateway.living)
     for note in gateway.notes:
         print(f"  note: {note}")
+    for name, reason in gateway.left_out.items():
+        print(f"  left out: {name} ({reason})")
     if gateway.gate is not None:
         print(f"  gate: {gateway.gate.reason}")
         print(f"  gate: {gateway.gate.status}; evaluators: {', '.join(gateway.gate.evaluators) or 'none'}")

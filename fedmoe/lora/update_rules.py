@@ -66,7 +66,8 @@ class UpdateRule:
     update: Callable[[RuleState, FloatVector, float], RuleState]
 
     def init(self, weights: FloatVector) -> RuleState:
-        return RuleState(weights, tuple(np.zeros_like(weights) for _ in range(self.moments)))
+        # Not `zeros_like`: memory that nobody has written to yet costs nothing.
+        return RuleState(weights, tuple(np.zeros(weights.shape, weights.dtype) for _ in range(self.moments)))
 
 
 def add_scaled(weights: FloatVector, delta: FloatVector, coefficient: float) -> FloatVector:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
@@ -53,10 +54,14 @@ class Encoded:
 
 
 class EncodedCache:
-    """The newest encoded body of every (name, dtype), so that many pulls of one version encode it once."""
+    """The newest encoded body of every (name, dtype), so that many pulls of one version encode it once.
 
-    def __init__(self) -> None:
-        self._kept: dict[tuple[str, WireDtype], Encoded] = {}
+    Those asked for last are kept, up to `most_bytes` in all, and the very last one however large it is.
+    """
+
+    def __init__(self, most_bytes: int = 256 << 20) -> None:
+        self._most_bytes = most_bytes
+        self._kept: OrderedDict[tuple[str, WireDtype], Encoded] = OrderedDict()
         self._locks: dict[tuple[str, WireDtype], threading.Lock] = {}
         self._guard = threading.Lock()
 
@@ -66,15 +71,24 @@ class EncodedCache:
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
-            kept = self._kept.get(key)
+            with self._guard:
+                kept = self._kept.get(key)
             if kept is None or kept.of != wanted:
                 parts = weights.encode(dtype, self)
                 hasher = hashlib.sha256()
                 for part in parts:
                     hasher.update(part)
                 kept = Encoded(wanted, parts, hasher.digest())
-                self._kept[key] = kept
+            self._keep(key, kept)
             return kept
+
+    def _keep(self, key: tuple[str, WireDtype], encoded: Encoded) -> None:
+        with self._guard:
+            self._kept[key] = encoded
+            self._kept.move_to_end(key)
+            size = sum(kept.size for kept in self._kept.values())
+            while size > self._most_bytes and len(self._kept) > 1:
+                size -= self._kept.popitem(last=False)[1].size
 
 
 def expert_weights(expert: ExpertModel) -> Weights:
@@ -85,7 +99,7 @@ def expert_weights(expert: ExpertModel) -> Weights:
         "digest": expert.digest,
         "manifest": expert.manifest.to_json(),
     }
-    return _of_one(expert.name, expert.version, expert.adapter, expert.digest, info)
+    return _of_one(expert.name, expert.version, lambda: expert.adapter, expert.digest, info)
 
 
 def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -> Weights:
@@ -108,7 +122,7 @@ def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -
         "base": manifest.to_json()["base"],
     }
     # A gateway has no expert's name: "@" keeps the two apart in the cache.
-    return _of_one("@gateway", gateway.version, gateway.adapter, gateway.digest, info)
+    return _of_one("@gateway", gateway.version, lambda: gateway.adapter, gateway.digest, info)
 
 
 def adapter_weights(
@@ -123,15 +137,18 @@ def adapter_weights(
         "rank": adapter.rank,
         "base": asdict(base),
     }
-    return _of_one("@candidate", version, adapter, digest, info)
+    return _of_one("@candidate", version, lambda: adapter, digest, info)
 
 
-def _of_one(name: str, version: int, adapter: Adapter, digest: str, info: Info) -> Weights:
+def _of_one(name: str, version: int, made: Callable[[], Adapter], digest: str, info: Info) -> Weights:
+    """`made` gives the adapter, when its numbers are needed: an expert that nothing landed on keeps none."""
+
     def encoded(dtype: WireDtype, cache: EncodedCache) -> tuple[Part, ...]:
+        adapter = made()
         return (encode(adapter.layout, adapter.flat, dtype, {"fedmoe": json.dumps(info, separators=(",", ":"))}),)
 
     def modules() -> Iterator[tuple[str, FloatMatrix, FloatMatrix]]:
-        return ((module.name, a, b) for module, a, b in adapter.factors())
+        return ((module.name, a, b) for module, a, b in made().factors())
 
     return Weights(name, version, digest, info, adapter.layout.size, encoded, modules)
 

@@ -9,6 +9,7 @@ from typing import Literal
 from fedmoe.coordinator import LIVING, Aggregation, ExpertMoments, GatewayModel
 from fedmoe.experts import ExpertModel
 from fedmoe.gateway.gate import Scores, Verdict, judge
+from fedmoe.gateway_members import members
 from fedmoe.living import LivingGateway
 from fedmoe.lora.algebra import scaled
 from fedmoe.lora.codec import digest
@@ -66,9 +67,9 @@ def offered(aggregation: Aggregation, count: int, with_moments: bool) -> list[tu
     """The strategies to try and their scales: the plain stack of `count` experts, regmean where moments are there.
 
     The strategy asked for is always among them, `weighted_average` and `sum` as scales of the stack. One expert alone
-    is the gateway by every strategy.
+    is the gateway by every strategy, and so is the base model while there is none.
     """
-    if count == 1:
+    if count <= 1:
         return [("scaled", (1.0,))]
     own = {"weighted_average": 1.0 / count, "sum": 1.0, "concat": 1.0}.get(aggregation.strategy)
     plain = {round(min(1.0, over / count), 6) for over in SCALES["scaled"]} | ({own} if own is not None else set())
@@ -86,8 +87,8 @@ def make_candidates(
     """All candidates of one state: a merge for each strategy, shared by its scales; or the one gateway that lives."""
     if living is not None:
         return (Candidate(LIVING, replace(GatewayModel.of_living(living, version, moments), living=None), 1.0),)
-    made = []
-    for strategy, scales in offered(aggregation, len(experts), moments.keys() >= experts.keys()):
+    made, trained = [], members(experts, aggregation.buffer_size)
+    for strategy, scales in offered(aggregation, len(trained), moments.keys() >= trained.keys()):
         chosen = replace(aggregation, strategy=strategy)
         model = GatewayModel.build(version, experts, chosen, moments, scale=1.0)
         made += [Candidate(f"{strategy} x{scale:.3g}", model, scale) for scale in scales]

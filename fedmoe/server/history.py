@@ -7,7 +7,7 @@ from the start, and an expert without one worker is the replay without that work
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -25,7 +25,7 @@ from fedmoe.events import (
     start,
     without_worker,
 )
-from fedmoe.experts import ExpertModel
+from fedmoe.experts import Beginning, ExpertModel, Registrant
 from fedmoe.living import Departure, LivingGateway, Trained, counters, trained
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import decode
@@ -87,11 +87,15 @@ class History:
         self._check_rule()
         past: dict[str, list[Event]] = {}
         folds: list[GatewayFolded] = []
+        shared: Manifest | None = None
         for event in self._journal.events():
             if isinstance(event, GatewayFolded):
                 folds.append(event)
-            else:
-                past.setdefault(event.expert, []).append(event)
+                continue
+            if isinstance(event, ExpertRegistered):
+                shared = shared or event.manifest
+                event = replace(event, manifest=shared.shared_by(event.manifest))
+            past.setdefault(event.expert, []).append(event)
         self._check_mode(folds)
         self._sweep(past, folds)
         experts = {name: self._recover_expert(events) for name, events in past.items()}
@@ -169,8 +173,10 @@ class History:
     def _recover_expert(self, events: list[Event]) -> ExpertModel:
         registered, chains = _registration(events), lineages(events)
         version = max(chains)
-        state = self._rebuild(registered, chains, chains[version])
-        expert = ExpertModel(registered.expert, registered.manifest, version, state)
+        newest, rule = chains[version], self._aggregation.rule
+        held = Beginning(registered.seed, rule) if newest is None else self._rebuild(registered, chains, newest)
+        by = Registrant(registered.worker, registered.token)
+        expert = ExpertModel(registered.expert, registered.manifest, version, held, registrant=by)
         for update in [event for event in events if isinstance(event, UpdateAccepted)][-USUAL_WINDOW:]:
             expert = expert.remember(update.landed_norm)
         return expert

@@ -42,6 +42,8 @@ STATUS: dict[str, int] = {
     "other_history": 409,
     "base_mismatch": 409,
     "start_mismatch": 409,
+    "too_many_experts": 409,
+    "expert_too_large": 422,
     "folded": 409,
     "nothing_to_retract": 409,
     "history_pruned": 410,

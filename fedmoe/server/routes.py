@@ -148,7 +148,7 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
         principal = principal_of(request)
         principal.require_expert(wanted.expert)
         principal.require_worker(wanted.worker)
-        expert = await service.register(wanted)
+        expert = await service.register(wanted, principal)
         prompts = await run_in_threadpool(service.statistics.tags, "prompts")
         return await run_in_threadpool(_expert_info, expert, service, prompts.get(expert.name))
 
@@ -275,6 +275,7 @@ def _gateway_info(service: CoordinatorService) -> GatewayInfo:
         living=_living_info(gateway.living) if gateway.living is not None else None,
         source_digests=dict(gateway.source_digests),
         incarnation=service.current.incarnation,
+        left_out=dict(gateway.left_out),
     )
 
 

@@ -19,7 +19,7 @@ from fedmoe import __version__, failpoints
 from fedmoe.coordinator import CentralCoordinator, Draft, GatewayModel, Submission
 from fedmoe.errors import RefusedError
 from fedmoe.events import GatewayFolded, UpdateAccepted
-from fedmoe.experts import ExpertModel
+from fedmoe.experts import ExpertModel, Registrant
 from fedmoe.lora.adapter import FloatVector, Layout
 from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
 from fedmoe.server.committer import Committer
@@ -30,7 +30,9 @@ from fedmoe.server.histories import current_history
 from fedmoe.server.history import History, Rebuilt
 from fedmoe.server.publication import Publications
 from fedmoe.server.receive import Expected, receive, settled
+from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.roster import Roster
+from fedmoe.server.security import ANYBODY, Principal
 from fedmoe.server.submission import refuse_other_bytes, submission_of, usable_norm
 from fedmoe.storage.blobs import BlobStore, BlobWriter, StorageFailedError
 from fedmoe.storage.journal import Journal, Statistic
@@ -81,6 +83,7 @@ class CoordinatorService:
         clock: Callable[[], float] = time.time,
         gate_policy: GatePolicy | None = None,
         storage_problem: Callable[[], str | None] = lambda: None,
+        limits: RegistrationLimits | None = None,
     ) -> None:
         self.coordinator = coordinator
         self.journal = journal
@@ -91,6 +94,7 @@ class CoordinatorService:
         self._blobs = blobs
         self._history = history
         self._min_sync_interval = min_sync_interval
+        self._limits = limits or RegistrationLimits()
         self._clock = clock
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
         self._committer = Committer(coordinator, journal, self._after_commit, storage_problem)
@@ -159,8 +163,8 @@ class CoordinatorService:
             incarnation=self.current.incarnation,
         )
 
-    async def register(self, request: RegisterRequest) -> ExpertModel:
-        """Make the expert, or give the one there is."""
+    async def register(self, request: RegisterRequest, principal: Principal = ANYBODY) -> ExpertModel:
+        """Make the expert, or give the one there is; `principal` is who asks, and may not have too many."""
         try:
             manifest = request.manifest.manifest()
         except ValueError as error:
@@ -168,7 +172,9 @@ class CoordinatorService:
 
         def decide(draft: Draft) -> ExpertModel:
             draft.aggregation.check_start(request.start_from)
-            return draft.register(request.expert, request.worker, manifest, request.seed, self.now)
+            by = Registrant(request.worker, principal.token)
+            self._limits.check(draft.experts, request.expert, manifest, by, principal.role == "admin")
+            return draft.register(request.expert, by.worker, manifest, request.seed, self.now, by.token)
 
         expert = await self._decided(self._committer.submit(decide), ExpertModel)
         _log.info("registered", expert=expert.name, worker=request.worker, version=expert.version)

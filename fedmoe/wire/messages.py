@@ -254,7 +254,8 @@ class GatewayInfo(Message):
 
     `statistics` are the sha256 of the input moments it was made with, by expert, `statistics_tokens` how many tokens
     those of each expert rest on; `notes` say where it was not made as the coordinator was told to; `gate` is null
-    without an evaluation gate. `source_digests` are the content hashes of the `sources`, where they are known.
+    without an evaluation gate. `source_digests` are the content hashes of the `sources`, where they are known;
+    `left_out` says of experts that are no part of it why not.
     """
 
     version: int
@@ -276,6 +277,7 @@ class GatewayInfo(Message):
     living: LivingInfo | None = None
     source_digests: dict[str, Sha256] = {}
     incarnation: Incarnation | None = None
+    left_out: dict[str, str] = {}
 
 
 class Listing(Message):

@@ -17,7 +17,7 @@ Run = Callable[..., Outcome]
 
 GATEWAY = {
     *("version", "strategy", "rank", "parameters", "modules", "lora_A_shape", "lora_B_shape", "sources", "weights"),
-    *("truncation_error", "digest", "statistics", "statistics_tokens", "notes", "scale", "gate", "living"),
+    *("truncation_error", "digest", "statistics", "statistics_tokens", "notes", "scale", "gate", "living", "left_out"),
 }
 EXPERT = {"name", "version", "rank", "alpha", "parameters", "base", "digest", "workers", "prompts"}
 WORKER = {"worker", "updates", "staleness", "loss", "steps", "tokens", "seconds_ago"}
@@ -28,8 +28,8 @@ def test_gateway_info(server: LiveServer, fedmoe: Run) -> None:
     """A3, D3: two registrations and three updates made the gateway's version 5."""
     said = json.loads(fedmoe("gateway", "info", "--json", "--coordinator-url", server.url).out)
     assert said.keys() == GATEWAY
-    assert (said["version"], said["sources"]) == (5, {"python": 3, "sql": 0})
-    assert said["weights"] == {"python": 0.5, "sql": 0.5}
+    assert (said["version"], said["sources"], said["weights"]) == (5, {"python": 3}, {"python": 1.0})
+    assert said["left_out"] == {"sql": "no update has landed on it yet"}
 
 
 def test_experts_list(server: LiveServer, fedmoe: Run) -> None:

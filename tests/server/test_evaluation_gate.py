@@ -434,9 +434,9 @@ def test_after_a_retraction_the_published_gateway_does_not_hold_its_place(two: T
     judge_all(two)
     assert two.post("/retract", json={"expert": "python", "worker": "w-python"}).status_code == 200
     verdict = judge_all(two, 1, kept=0.1, published=0.9)
-    assert verdict["published"] == "scaled x0.5"
+    assert verdict["published"] == "scaled x1"
     assert "taken back from python" in str(verdict["reason"])
-    assert two.get("/get_gateway_info").json()["sources"] == {"python": 2, "sql": 1}
+    assert two.get("/get_gateway_info").json()["sources"] == {"sql": 1}
 
 
 # After a restart.

@@ -260,7 +260,7 @@ def test_a_gateway_is_reproducible_by_hash_from_names_and_versions(house: House)
         gateways.append(house.service.coordinator.gateway())
     house.crash()
     history = History(house.journal, house.blobs, house.aggregation)
-    for gateway in gateways[:-1]:
+    for gateway in filter(lambda one: one.sources, gateways[:-1]):
         experts = {}
         for name, version in gateway.sources.items():
             now = house.expert(name)

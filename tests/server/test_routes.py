@@ -129,6 +129,8 @@ def test_the_strategy_sum_gives_every_expert_its_whole_weight_d5(tmp_path: Path)
     with open_house(tmp_path, Aggregation(strategy="sum")) as house:
         house.register("python", "law")
         with house.client() as client:
+            push(client, 1, 0, 0, expert="python")
+            push(client, 2, 1, 0, expert="law")
             info = client.get("/get_gateway_info").json()
     assert (info["strategy"], info["weights"]) == ("sum", {"law": 1.0, "python": 1.0})
 

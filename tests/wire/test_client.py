@@ -78,9 +78,11 @@ def test_every_precision_travels_both_ways(client: CoordinatorClient, dtype: Wir
 def test_the_gateway_comes_with_what_it_is_made_of_d8(client: CoordinatorClient) -> None:
     client.register("python", "w1", MANIFEST)
     client.register("law", "w2", MANIFEST)
+    client.push(header(), make_body(1))
+    client.push(header(sequence=1).model_copy(update={"expert": "law"}), make_body(2))
     pulled = client.pull_gateway()
     assert pulled is not None
-    assert pulled.sources == {"law": 0, "python": 0}
+    assert pulled.sources == {"law": 1, "python": 1}
     assert pulled.adapter.rank == 2 * LAYOUT.rank
     assert pulled.base["weights_hash"] == MANIFEST.base.weights_hash
     assert (pulled.version, pulled.digest) == (client.gateway_info().version, client.gateway_info().digest)

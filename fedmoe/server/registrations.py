@@ -1,0 +1,66 @@
+"""How much may be registered: an expert is made by a few hundred bytes, and is there for all until it is retired."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedmoe.errors import RefusedError
+from fedmoe.experts import ExpertModel, Registrant
+from fedmoe.manifest import Manifest
+
+_RETIRE = "Retire experts that nobody trains ('fedmoe experts retire NAME', an administrator's)"
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrationLimits:
+    """`parameters` an expert may have, and `experts` there may be that are not retired.
+
+    Of those on which nothing has landed yet, one token and one worker may have so many; administrators any.
+    """
+
+    parameters: int = 1 << 28
+    experts: int = 1024
+    untrained_by_token: int = 64
+    untrained_by_worker: int = 16
+
+    def check(
+        self, experts: Mapping[str, ExpertModel], name: str, manifest: Manifest, by: Registrant, admin: bool
+    ) -> None:
+        """Refuse an expert of this name that would be one too many, or too large; one that is there is neither."""
+        if name in experts:
+            return
+        size = manifest.layout.size
+        if size > self.parameters:
+            raise RefusedError(
+                "expert_too_large",
+                f"{name} would have {size} parameters; at most {self.parameters} are taken here.",
+                "Lower --lora-r or adapt fewer --target-modules, or start the coordinator with a larger "
+                "--max-parameters.",
+            )
+        if len(experts) >= self.experts:
+            raise _too_many(
+                f"there are {len(experts)} experts; at most {self.experts} are kept here.",
+                f"{_RETIRE}, or start the coordinator with a larger --max-experts.",
+            )
+        if not admin:
+            self._check_share(experts, by)
+
+    def _check_share(self, experts: Mapping[str, ExpertModel], by: Registrant) -> None:
+        waiting = [expert.registrant for expert in experts.values() if expert.untrained()]
+        with_token = sum(other.token == by.token for other in waiting)
+        if with_token >= self.untrained_by_token:
+            raise _too_many(
+                f"{with_token} experts were registered with this token and nothing has landed on them yet.",
+                f"Train one of them first. {_RETIRE}.",
+            )
+        of_worker = sum(other == by for other in waiting)
+        if of_worker >= self.untrained_by_worker:
+            raise _too_many(
+                f"worker {by.worker!r} registered {of_worker} experts on which nothing has landed yet.",
+                f"Train one of them first. {_RETIRE}.",
+            )
+
+
+def _too_many(detail: str, fix: str) -> RefusedError:
+    return RefusedError("too_many_experts", detail, fix)
