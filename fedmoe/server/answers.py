@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 
 from fedmoe.coordinator import GatewayModel
 from fedmoe.experts import ExpertModel
-from fedmoe.lora.adapter import Adapter, FloatMatrix
+from fedmoe.lora.adapter import Adapter, FloatMatrix, Layout
 from fedmoe.lora.codec import WireDtype, encode
 from fedmoe.lora.container import read_header
 from fedmoe.manifest import BaseModel
@@ -99,7 +99,7 @@ def expert_weights(expert: ExpertModel) -> Weights:
         "digest": expert.digest,
         "manifest": expert.manifest.to_json(),
     }
-    return _of_one(expert.name, expert.version, lambda: expert.adapter, expert.digest, info)
+    return _of_one(expert.name, expert.version, expert.manifest.layout, lambda: expert.adapter, expert.digest, info)
 
 
 def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -> Weights:
@@ -122,7 +122,7 @@ def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -
         "base": manifest.to_json()["base"],
     }
     # A gateway has no expert's name: "@" keeps the two apart in the cache.
-    return _of_one("@gateway", gateway.version, lambda: gateway.adapter, gateway.digest, info)
+    return _of_one("@gateway", gateway.version, gateway.adapter.layout, lambda: gateway.adapter, gateway.digest, info)
 
 
 def adapter_weights(
@@ -137,10 +137,10 @@ def adapter_weights(
         "rank": adapter.rank,
         "base": asdict(base),
     }
-    return _of_one("@candidate", version, lambda: adapter, digest, info)
+    return _of_one("@candidate", version, adapter.layout, lambda: adapter, digest, info)
 
 
-def _of_one(name: str, version: int, made: Callable[[], Adapter], digest: str, info: Info) -> Weights:
+def _of_one(name: str, version: int, layout: Layout, made: Callable[[], Adapter], digest: str, info: Info) -> Weights:
     """`made` gives the adapter, when its numbers are needed: an expert that nothing landed on keeps none."""
 
     def encoded(dtype: WireDtype, cache: EncodedCache) -> tuple[Part, ...]:
@@ -150,7 +150,7 @@ def _of_one(name: str, version: int, made: Callable[[], Adapter], digest: str, i
     def modules() -> Iterator[tuple[str, FloatMatrix, FloatMatrix]]:
         return ((module.name, a, b) for module, a, b in made().factors())
 
-    return Weights(name, version, digest, info, adapter.layout.size, encoded, modules)
+    return Weights(name, version, digest, info, layout.size, encoded, modules)
 
 
 def all_weights(experts: Mapping[str, ExpertModel], version: int) -> Weights:
