@@ -22,7 +22,7 @@ class RegistrationLimits:
     parameters: int = 1 << 28
     experts: int = 1024
     untrained_by_token: int = 64
-    untrained_by_worker: int = 16
+    untrained_by_worker: int = 32
 
     def check(
         self, experts: Mapping[str, ExpertModel], name: str, manifest: Manifest, by: Registrant, admin: bool
