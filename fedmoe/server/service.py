@@ -32,7 +32,7 @@ from fedmoe.server.publication import Publications
 from fedmoe.server.receive import Expected, receive, settled
 from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.roster import Roster
-from fedmoe.server.security import ANYBODY, Principal
+from fedmoe.server.security import Principal
 from fedmoe.server.submission import refuse_other_bytes, submission_of, usable_norm
 from fedmoe.storage.blobs import BlobStore, BlobWriter, StorageFailedError
 from fedmoe.storage.journal import Journal, Statistic
@@ -59,6 +59,8 @@ _CAP_SHARE = 1.05
 _CAP_BYTES = 1 << 20
 _THREADS = 4
 _MAX_UPLOADS = 64
+# Who calls the service itself, without a request.
+_OPERATOR = Principal("admin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ class CoordinatorService:
             incarnation=self.current.incarnation,
         )
 
-    async def register(self, request: RegisterRequest, principal: Principal = ANYBODY) -> ExpertModel:
+    async def register(self, request: RegisterRequest, principal: Principal = _OPERATOR) -> ExpertModel:
         """Make the expert, or give the one there is; `principal` is who asks, and may not have too many."""
         try:
             manifest = request.manifest.manifest()
