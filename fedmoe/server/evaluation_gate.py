@@ -26,6 +26,7 @@ from fedmoe.server.candidates import (
     outcome,
     waiting_for,
 )
+from fedmoe.server.evaluators import Evaluators
 from fedmoe.server.publication import Publications, taken_back
 from fedmoe.storage.blobs import StorageFailedError
 from fedmoe.storage.journal import Journal
@@ -34,8 +35,6 @@ from fedmoe.wire.messages import GateInfo
 
 _log = structlog.get_logger("fedmoe.gate")
 
-# Evaluators that are remembered; beyond them, new ones have to wait.
-_MAX_EVALUATORS = 256
 # A deadline is noticed so late at most.
 _TICK_SECONDS = 1.0
 
@@ -55,11 +54,11 @@ class _Closed:
     offer: CandidateSet
     scores: list[GatewayScores]
     late: bool
-    missing: list[str]
+    missing: list[Evaluator]
 
     def reason(self, seconds: float) -> str:
         """Why a late one is undecided, and what to do."""
-        who = f"{', '.join(self.missing)} had scored" if self.missing else "anybody had scored"
+        who = f"{', '.join(_named(self.missing))} had scored" if self.missing else "anybody had scored"
         advice = "raise --gate-seconds of the coordinator or lower --held-out-blocks of the evaluators"
         return f"undecided: --gate-seconds ({seconds:g}) were over before {who}; {advice}"
 
@@ -85,7 +84,7 @@ class EvaluationGate:
         self._lock = threading.Lock()
         self._open: CandidateSet | None = None
         self._scores: dict[Evaluator, GatewayScores] = {}
-        self._heard: dict[Evaluator, float] = {}
+        self._evaluators = Evaluators()
         newest = next(iter(journal.verdicts(1)), None)
         self._reason = str(newest.payload["reason"]) if newest else ""
         self._at = newest.at if newest else None
@@ -133,21 +132,25 @@ class EvaluationGate:
         """What the gate decided last, and what it waits for."""
         now = self._clock()
         with self._lock:
-            active = sorted(one for one, at in self._heard.items() if now - at < self._policy.seconds)
             return GateInfo(
                 reason=self._reason,
                 at=self._at,
                 undecided=self._undecided,
                 status=self._status(now),
-                evaluators=_named(active),
+                evaluators=_named(self._evaluators.active(now, self._policy.seconds)),
             )
+
+    def announce(self, request: CandidatesRequest, token: str = "") -> None:
+        """Take note of an evaluator at work; sets wait for it from now on. `token` is the hash of the one shown."""
+        self._coordinator.expert(request.expert)
+        with self._lock:
+            self._evaluators.hear((request.evaluator, request.expert), token, self._clock(), self._policy.seconds)
 
     def ask(self, request: CandidatesRequest) -> tuple[CandidateSet | None, float, str]:
         """The open set if this evaluator has not scored it yet, the seconds left for it, and the state in words."""
         self._coordinator.expert(request.expert)
         now, asker = self._clock(), (request.evaluator, request.expert)
         with self._lock:
-            self._hear(asker, now)
             offer = self._open if asker not in self._scores else None
             if offer is not None and request.expert not in offer.experts:
                 offer = None  # an expert that came later; the next set has it
@@ -173,15 +176,15 @@ class EvaluationGate:
             "unknown_candidate", f"set {set_id} has no adapter with digest {digest}.", "Ask for the open set again."
         )
 
-    def take(self, scores: GatewayScores) -> list[str]:
+    def take(self, scores: GatewayScores, token: str = "") -> list[str]:
         """Keep an evaluator's scores for the open set, in place of earlier ones; who is still waited for."""
         now, sender = self._clock(), (scores.evaluator, scores.expert)
         with self._lock:
             offer = self._the_open(scores.set)
             _check_complete(offer, scores)
-            self._hear(sender, now)
+            self._evaluators.score(sender, token, now, self._policy.seconds)
             self._scores[sender] = scores
-            missing = waiting_for(offer.opened_at, self._policy.seconds, self._scores, self._able(offer))
+            missing = self._missing(offer)
         self._wake.set()
         _log.info("scores", evaluator=scores.evaluator, expert=scores.expert, set=scores.set, tokens=scores.tokens)
         return _named(missing)
@@ -212,16 +215,10 @@ class EvaluationGate:
                     self._judged = self._coordinator.gateway_version
                 _log.error("gate_failed", error=repr(error))
 
-    def _hear(self, evaluator: Evaluator, now: float) -> None:
-        if evaluator not in self._heard and len(self._heard) >= _MAX_EVALUATORS:
-            self._heard = {one: at for one, at in self._heard.items() if now - at < self._policy.seconds}
-            if len(self._heard) >= _MAX_EVALUATORS:
-                raise RefusedError("busy", f"{_MAX_EVALUATORS} evaluators are at work.", "Retry later.")
-        self._heard[evaluator] = now
-
-    def _able(self, offer: CandidateSet) -> dict[Evaluator, float]:
-        """Evaluators that can score this set: an expert that came later is not in it."""
-        return {one: at for one, at in self._heard.items() if one[1] in offer.experts}
+    def _missing(self, offer: CandidateSet) -> list[Evaluator]:
+        """Who is waited for and has not scored; an expert that came later is not in the set."""
+        awaited = self._evaluators.awaited(offer.experts)
+        return waiting_for(offer.opened_at, self._policy.seconds, self._scores, awaited)
 
     def _the_open(self, set_id: str) -> CandidateSet:
         if self._open is None or self._open.id != set_id:
@@ -236,11 +233,11 @@ class EvaluationGate:
             offer = self._open
             if offer is None:
                 return None
-            able = self._able(offer)
-            found = outcome(offer.opened_at, now, seconds, self._scores, able)
+            missing = self._missing(offer)
+            found = outcome(offer.opened_at, now, seconds, self._scores, self._evaluators.awaited(offer.experts))
             if found == "wait":
                 return None
-            missing = _named(waiting_for(offer.opened_at, seconds, self._scores, able))
+            self._evaluators.miss(missing)
             closed = _Closed(offer, list(self._scores.values()), found == "undecided", missing)
             self._open, self._scores = None, {}
         return closed
@@ -308,7 +305,7 @@ class EvaluationGate:
     def _status(self, now: float) -> str:
         seconds = self._policy.seconds
         if self._open is not None:
-            missing = waiting_for(self._open.opened_at, seconds, self._scores, self._able(self._open))
+            missing = self._missing(self._open)
             left = max(0.0, self._open.opened_at + seconds - now)
             if missing:
                 return f"waiting up to {left:.0f} s for scores from {', '.join(_named(missing))}"
@@ -316,7 +313,7 @@ class EvaluationGate:
                 return f"a set is open for {left:.0f} s more and no evaluator is active"
         if self._given_up:
             return self._given_up
-        if not any(now - at < seconds for at in self._heard.values()):
+        if not self._evaluators.active(now, seconds):
             return f"no evaluator has asked in the last {seconds:g} s; start one with 'fedmoe evaluator'"
         if self._coordinator.gateway_version <= self._judged:
             return "nothing has changed since the last verdict"

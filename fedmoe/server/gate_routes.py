@@ -12,6 +12,7 @@ from fedmoe.server.answers import WeightAnswers, adapter_weights
 from fedmoe.server.candidates import CandidateSet
 from fedmoe.server.evaluation_gate import EvaluationGate
 from fedmoe.server.guard import principal_of
+from fedmoe.server.security import Principal
 from fedmoe.server.service import CoordinatorService
 from fedmoe.storage.verdicts import Verdict
 from fedmoe.wire.gate_messages import (
@@ -34,9 +35,13 @@ def gate_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswer
     @app.get("/gateway_candidates")
     def gateway_candidates(request: Request, wanted: Annotated[CandidatesRequest, Query()]) -> CandidatesAnswer:
         _require_evaluator(request, wanted.evaluator, wanted.expert)
-        offer, left, status = _gate(service).ask(wanted)
-        told = None if offer is None else _set_info(offer, wanted.expert, left)
-        return CandidatesAnswer(open=told, status=status)
+        return _asked(_gate(service), wanted)
+
+    @app.post("/gateway_candidates")
+    def announce_evaluator(request: Request, wanted: CandidatesRequest) -> CandidatesAnswer:
+        principal = _require_evaluator(request, wanted.evaluator, wanted.expert)
+        _gate(service).announce(wanted, principal.token)
+        return _asked(_gate(service), wanted)
 
     @app.get("/gateway_candidate_weights")
     def gateway_candidate_weights(request: Request, wanted: Annotated[CandidateWeightsRequest, Query()]) -> Response:
@@ -49,19 +54,29 @@ def gate_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswer
 
     @app.post("/push_gateway_scores")
     def push_gateway_scores(request: Request, scores: GatewayScores) -> ScoresResult:
-        _require_evaluator(request, scores.evaluator, scores.expert)
-        return ScoresResult(waiting_for=_gate(service).take(scores))
+        principal = _require_evaluator(request, scores.evaluator, scores.expert)
+        return ScoresResult(waiting_for=_gate(service).take(scores, principal.token))
 
     @app.get("/gateway_verdicts")
-    def gateway_verdicts(wanted: Annotated[VerdictsRequest, Query()]) -> VerdictsAnswer:
+    def gateway_verdicts(request: Request, wanted: Annotated[VerdictsRequest, Query()]) -> VerdictsAnswer:
         _gate(service)
-        return VerdictsAnswer(verdicts=[_verdict_info(found) for found in service.journal.verdicts(wanted.limit)])
+        principal = principal_of(request)
+        found = [_verdict_info(one, principal) for one in service.journal.verdicts(wanted.limit)]
+        return VerdictsAnswer(verdicts=found)
 
 
-def _verdict_info(found: Verdict) -> VerdictInfo:
+def _asked(gate: EvaluationGate, wanted: CandidatesRequest) -> CandidatesAnswer:
+    offer, left, status = gate.ask(wanted)
+    told = None if offer is None else _set_info(offer, wanted.expert, left)
+    return CandidatesAnswer(open=told, status=status)
+
+
+def _verdict_info(found: Verdict, principal: Principal) -> VerdictInfo:
+    """A verdict with the scores of the experts that the asker's token may use."""
     told = {key: found.payload[key] for key in ("version", "reason", "kept", "scores")}
     published, undecided = found.payload["candidate"], found.payload.get("undecided", False)
-    return VerdictInfo.model_validate({**told, "at": found.at, "published": published, "undecided": undecided})
+    info = VerdictInfo.model_validate({**told, "at": found.at, "published": published, "undecided": undecided})
+    return info.model_copy(update={"scores": [one for one in info.scores if principal.may_use(one.expert)]})
 
 
 def _gate(service: CoordinatorService) -> EvaluationGate:
@@ -72,10 +87,11 @@ def _gate(service: CoordinatorService) -> EvaluationGate:
     return service.evaluation_gate
 
 
-def _require_evaluator(request: Request, evaluator: str, expert: str) -> None:
+def _require_evaluator(request: Request, evaluator: str, expert: str) -> Principal:
     principal = principal_of(request)
     principal.require_worker(evaluator)
     principal.require_expert(expert)
+    return principal
 
 
 def _set_info(offer: CandidateSet, expert: str, seconds_left: float) -> CandidateSetInfo:

@@ -221,8 +221,14 @@ class CoordinatorClient:
         return PulledStatistics(bytes(answer.body), answer.headers.get("etag", ""))
 
     def gateway_candidates(self, request: CandidatesRequest) -> CandidatesAnswer:
-        """The gateways that wait for this evaluator's scores."""
-        return parsed(self._retried("GET", "/gateway_candidates", params=request.model_dump()), CandidatesAnswer)
+        """The gateways that wait for this evaluator's scores; from now on sets wait for them."""
+        try:
+            return parsed(self._post("/gateway_candidates", request), CandidatesAnswer)
+        except RefusedError as error:
+            if error.code != "method_not_allowed":
+                raise
+            # A coordinator of before waits for whoever asks.
+            return parsed(self._retried("GET", "/gateway_candidates", params=request.model_dump()), CandidatesAnswer)
 
     def pull_candidate(self, request: CandidateWeightsRequest) -> PulledGateway:
         """An adapter of the open set, at scale 1; refused with `candidates_closed` once the set is not open."""

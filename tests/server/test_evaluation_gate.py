@@ -46,7 +46,7 @@ def push(client: TestClient, expert: str, sequence: int, seed: int) -> None:
 
 
 def ask(client: TestClient, expert: str, evaluator: str | None = None) -> dict[str, object]:
-    answer = client.get("/gateway_candidates", params={"evaluator": evaluator or f"e-{expert}", "expert": expert})
+    answer = client.post("/gateway_candidates", json={"evaluator": evaluator or f"e-{expert}", "expert": expert})
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
 
