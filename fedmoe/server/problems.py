@@ -43,6 +43,7 @@ STATUS: dict[str, int] = {
     "base_mismatch": 409,
     "start_mismatch": 409,
     "too_many_experts": 409,
+    "too_many_statistics": 429,
     "expert_too_large": 422,
     "folded": 409,
     "nothing_to_retract": 409,
@@ -67,7 +68,7 @@ STATUS: dict[str, int] = {
     "disk_full": 507,
 }
 _MAX_DETAIL = 2000
-_RETRY_AFTER = {"busy": "2", "json_busy": "5", "disk_full": "30"}
+_RETRY_AFTER = {"busy": "2", "too_many_statistics": "600", "json_busy": "5", "disk_full": "30"}
 
 
 def problem(code: str, status: int, detail: str, fix: str = "", **facts: object) -> Response:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from fedmoe.events import Event, UpdateAccepted
-from fedmoe.storage.journal import Statistic
+from fedmoe.storage.told_statistics import Statistic
 from fedmoe.wire.messages import HELD_OUT, HeldOutInfo, WorkerInfo
+
+# Workers whose newest held-out loss is shown; names cost their inventor nothing.
+_MOST_TOLD = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +39,14 @@ class Roster:
         if statistic.kind != HELD_OUT:
             return
         try:
-            self._held_out[(statistic.expert, statistic.worker)] = HeldOutInfo.model_validate(dict(statistic.payload))
+            told = HeldOutInfo.model_validate(dict(statistic.payload))
         except ValidationError:
             return
+        key = (statistic.expert, statistic.worker)
+        self._held_out.pop(key, None)
+        self._held_out[key] = told
+        if len(self._held_out) > _MOST_TOLD:
+            del self._held_out[next(iter(self._held_out))]
 
     def observe(self, events: Iterable[Event]) -> None:
         for event in events:

@@ -31,6 +31,7 @@ from fedmoe.server.receive import parse_content_digest
 from fedmoe.server.service import Body, CoordinatorService
 from fedmoe.server.token_routes import token_routes
 from fedmoe.server.tokens import TokenGate
+from fedmoe.storage.told_statistics import KeptStatistic
 from fedmoe.wire.messages import (
     SAFETENSORS,
     ChangeResult,
@@ -39,7 +40,6 @@ from fedmoe.wire.messages import (
     DataStatisticsResult,
     DepartureInfo,
     ExpertInfo,
-    ExpertName,
     ExpertRequest,
     FederationInfo,
     GatewayInfo,
@@ -49,6 +49,7 @@ from fedmoe.wire.messages import (
     RetractRequest,
     RollbackRequest,
     StatisticRequest,
+    StatisticsRequest,
     UpdateHeader,
     UpdateResult,
 )
@@ -128,11 +129,10 @@ def _read_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswe
         return _gateway_info(service)
 
     @app.get("/statistics")
-    def statistics(expert: ExpertName | None = None) -> list[dict[str, object]]:
-        return [
-            {"expert": s.expert, "worker": s.worker, "kind": s.kind, "values": dict(s.payload), "at": s.at}
-            for s in service.journal.statistics(expert)
-        ]
+    def statistics(request: Request, wanted: Annotated[StatisticsRequest, Query()]) -> Response:
+        rows, following = service.told.page(principal_of(request), **wanted.model_dump())
+        headers = {} if following is None else {"FedMoE-Next": str(following)}
+        return JSONResponse([_statistic(row) for row in rows], headers=headers)
 
     @app.get("/data_statistics")
     def data_statistics(request: Request, wanted: Annotated[DataStatisticsRequest, Query()]) -> Response:
@@ -200,6 +200,12 @@ def _admin_routes(app: FastAPI, service: CoordinatorService) -> None:
     async def retract(request: Request, wanted: RetractRequest) -> ChangeResult:
         principal_of(request).require_admin()
         return await service.retract(wanted)
+
+
+def _statistic(row: KeptStatistic) -> dict[str, object]:
+    told = row.told
+    facts = {"expert": told.expert, "worker": told.worker, "kind": told.kind, "values": dict(told.payload)}
+    return {"id": row.id, **facts, "at": told.at}
 
 
 def _tensor_body(request: Request) -> Body:

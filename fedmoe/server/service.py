@@ -34,8 +34,10 @@ from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.roster import Roster
 from fedmoe.server.security import Principal
 from fedmoe.server.submission import refuse_other_bytes, submission_of, usable_norm
+from fedmoe.server.told_statistics import ToldStatistics
 from fedmoe.storage.blobs import BlobStore, BlobWriter, StorageFailedError
-from fedmoe.storage.journal import Journal, Statistic
+from fedmoe.storage.journal import Journal
+from fedmoe.storage.told_statistics import Statistic
 from fedmoe.wire.messages import (
     ChangeResult,
     DataStatisticsHeader,
@@ -90,6 +92,7 @@ class CoordinatorService:
         self.coordinator = coordinator
         self.journal = journal
         self.roster = Roster(journal.events(), journal.statistics())
+        self.told = ToldStatistics(journal)
         self.statistics = KeptStatistics(journal, blobs)
         #: Which history this is, so that an update of another one is not taken for one of it.
         self.current = current_history(journal)
@@ -345,7 +348,7 @@ class CoordinatorService:
         self.coordinator.expert(request.expert)
         self.check_storage()
         statistic = Statistic(request.expert, request.worker, request.kind, dict(request.values), self.now)
-        await self._in_thread(lambda: self.journal.add_statistic(statistic))
+        await self._in_thread(lambda: self.told.add(statistic))
         self.roster.hear(statistic)
 
     def _refuse_if_busy(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -34,6 +34,7 @@ from fedmoe.storage.tables import (
     TOKENS,
 )
 from fedmoe.storage.token_facts import TOKEN_FACTS, TokenFacts
+from fedmoe.storage.told_statistics import KeptStatistic, Statistic, dropping, statistics_query
 from fedmoe.storage.verdicts import VERDICTS, Verdict, newest_verdicts
 
 
@@ -53,17 +54,6 @@ class TokenRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Statistic:
-    """A small fact a worker chose to send (for example a held-out loss), kept like an update."""
-
-    expert: str
-    worker: str
-    kind: str
-    payload: Mapping[str, object]
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
 class DataStatistic:
     """What a worker tells of its data (`kind` is prompts or moments): the digest of the blob that holds it, its bytes.
 
@@ -76,6 +66,10 @@ class DataStatistic:
     digest: str
     size: int
     at: float
+
+
+# Rows that one statement names; SQLite takes 32,766 parameters.
+_MOST_NAMED = 10_000
 
 
 class DuplicateEventError(Exception):
@@ -117,9 +111,15 @@ class Journal(Protocol):
         """Those of `digests` that an update or snapshot of another expert names."""
         ...
 
-    def add_statistic(self, statistic: Statistic) -> None: ...
+    def add_statistic(self, statistic: Statistic) -> KeptStatistic: ...
 
     def statistics(self, expert: str | None = None) -> list[Statistic]: ...
+
+    def kept_statistics(self, ids: Collection[int] | None = None) -> list[KeptStatistic]:
+        """In order, those with these numbers if any are given."""
+        ...
+
+    def drop_statistics(self, ids: Collection[int]) -> None: ...
 
     def add_data_statistic(self, statistic: DataStatistic) -> None: ...
 
@@ -287,18 +287,24 @@ class SqlJournal:
         queries = [sa.select(table.c.digest).where(table.c.expert != expert).distinct() for table in tables]
         return {row["digest"] for query in queries for row in self._read(query)} & set(digests)
 
-    def add_statistic(self, statistic: Statistic) -> None:
-        row = asdict(statistic) | {"payload": json.dumps(dict(statistic.payload), allow_nan=False)}
-        self._write(STATISTICS.insert(), [row])
+    def add_statistic(self, statistic: Statistic) -> KeptStatistic:
+        with self._lock:
+            self._write_locked(STATISTICS.insert(), [statistic.to_row()])
+            newest = self._connection.execute(sa.select(STATISTICS).order_by(STATISTICS.c.id.desc()).limit(1))
+            kept = KeptStatistic.of_row(newest.mappings().one())
+            self._connection.rollback()
+            return kept
 
     def statistics(self, expert: str | None = None) -> list[Statistic]:
-        query = sa.select(STATISTICS).order_by(STATISTICS.c.id)
-        if expert is not None:
-            query = query.where(STATISTICS.c.expert == expert)
-        return [
-            Statistic(row["expert"], row["worker"], row["kind"], json.loads(row["payload"]), row["at"])
-            for row in self._read(query)
-        ]
+        return [KeptStatistic.of_row(row).told for row in self._read(statistics_query(expert))]
+
+    def kept_statistics(self, ids: Collection[int] | None = None) -> list[KeptStatistic]:
+        return [KeptStatistic.of_row(row) for row in self._read(statistics_query(ids=ids))]
+
+    def drop_statistics(self, ids: Collection[int]) -> None:
+        ordered = sorted(ids)
+        for start in range(0, len(ordered), _MOST_NAMED):
+            self._write(dropping(ordered[start : start + _MOST_NAMED]))
 
     def add_data_statistic(self, statistic: DataStatistic) -> None:
         self._write(DATA_STATISTICS.insert(), [asdict(statistic)])

@@ -337,6 +337,16 @@ class StatisticRequest(Message):
     values: Annotated[dict[ShortText, Finite], Field(max_length=256)]
 
 
+class StatisticsRequest(Message):
+    """Which statistics: from the one after number `after` on, at most `limit`."""
+
+    expert: ExpertName | None = None
+    worker: WorkerName | None = None
+    kind: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")] | None = None
+    after: Count = 0
+    limit: Annotated[int, Field(ge=1, le=1000)] = 1000
+
+
 class RollbackRequest(Message):
     """Take an expert back to an earlier version; with its digest or the incarnation, only if that is the one meant."""
 

@@ -14,7 +14,8 @@ from fedmoe.events import Event, ExpertRolledBack, ExpertWentOn, GatewayFolded, 
 from fedmoe.storage.blobs import StorageFailedError
 from fedmoe.storage.event_rows import GATEWAY
 from fedmoe.storage.incarnation import Ended, of_text
-from fedmoe.storage.journal import DataStatistic, DuplicateEventError, Journal, SqlJournal, Statistic, TokenRecord
+from fedmoe.storage.journal import DataStatistic, DuplicateEventError, Journal, SqlJournal, TokenRecord
+from fedmoe.storage.told_statistics import Statistic
 
 EVENTS: list[Event] = [
     registered(),
