@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, astuple
+from typing import cast
 
 from fedmoe.events import (
     Event,
@@ -15,6 +16,8 @@ from fedmoe.events import (
     WorkerRetracted,
 )
 from fedmoe.manifest import Manifest
+from fedmoe.storage.blobs import StorageFailedError
+from fedmoe.storage.row_values import check_values, parse_payload
 
 _KINDS: dict[str, type[Event]] = {
     "register": ExpertRegistered,
@@ -60,10 +63,32 @@ def _place(event: Event) -> tuple[str, int]:
 
 
 def event_of(kind: str, payload: str) -> Event:
-    """The event that `row_of` wrote."""
-    values = json.loads(payload)
-    if kind == "register":
-        values["manifest"] = Manifest.from_json(values["manifest"])
-    if kind == "fold":
-        values["notes"] = tuple(values["notes"])
-    return _KINDS[kind](**values)
+    """The event that `row_of` wrote; raises `StorageFailedError` for a row that it cannot have written."""
+    try:
+        found = _KINDS.get(kind)
+        if found is None:
+            raise ValueError(f"its kind is {kind!r}, which this version does not know")
+        values = parse_payload(payload)
+        check_values(found, values)
+        if kind == "register":
+            values["manifest"] = _manifest(values["manifest"])
+        if kind == "fold":
+            values["notes"] = tuple(cast(list[str], values["notes"]))
+        return found(**values)  # type: ignore[arg-type]  # check_values has looked
+    except ValueError as error:
+        raise StorageFailedError(
+            f"a row of the journal cannot be read: {error}. "
+            "Start the version that wrote it, or restore the state directory from a backup."
+        ) from error
+
+
+def _manifest(value: object) -> Manifest:
+    try:
+        manifest = Manifest.from_json(cast(dict[str, object], value))
+        numbers = [manifest.layout.rank, *(n for m in manifest.layout.modules for n in (m.in_features, m.out_features))]
+        names = [*astuple(manifest.base), *(module.name for module in manifest.layout.modules)]
+        if not all(type(number) is int for number in numbers) or not all(type(name) is str for name in names):
+            raise TypeError("a size is no count, or a name no text")
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise ValueError(f"its manifest is none: {error!r}") from error
+    return manifest
