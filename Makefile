@@ -8,7 +8,11 @@ OMP_NUM_THREADS ?= 1
 PYTEST := env OMP_NUM_THREADS=$(OMP_NUM_THREADS) OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help arena arena-install demo test lint types unit test-slow test-vllm test-areal bench install clean
+# Which build of torch `make install-locked` takes: cpu or cuda.
+TORCH ?= cpu
+
+.PHONY: help arena arena-install demo test lint types unit test-slow test-vllm test-areal bench install clean \
+	fuzz install-locked lock sbom
 
 help:
 	@echo "make demo       three experts of a real model trained in a federation, one gateway, measured (runs/demo)"
@@ -19,6 +23,10 @@ help:
 	@echo "make test-areal the AReaL learner and workflow (.venv-areal)"
 	@echo "make bench      the benchmarks, results in benchmarks/results"
 	@echo "make install    the environment alone (.venv)"
+	@echo "make install-locked TORCH=cpu|cuda   an environment of which every package is known by its hash (.venv-locked)"
+	@echo "make sbom       what that environment is made of: CycloneDX and licences (dist)"
+	@echo "make lock       write the lock files anew"
+	@echo "make fuzz       fuzz every reader of bytes from outside, 10 CPU minutes each"
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FedMoE needs Python 3.11 or later; run: make PYTHON=python3.11 ...")'
@@ -76,6 +84,18 @@ test-slow: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_recompress.py
 	$(BIN)/python benchmarks/bench_coordinator.py
+
+fuzz: $(VENV)/.dev
+	scripts/fuzz.sh $(FUZZ_FLAGS)
+
+install-locked:
+	PYTHON=$(PYTHON) scripts/install_locked.sh $(TORCH)
+
+lock:
+	PYTHON=$(PYTHON) scripts/lock.sh
+
+sbom:
+	PYTHON=$(PYTHON) scripts/sbom.sh
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
