@@ -14,6 +14,10 @@ from fedmoe.lora.moments import InputMoments
 from fedmoe.lora.update_rules import RULES, STALENESS, UpdateRule, buffered
 from fedmoe.manifest import Manifest
 
+#: An update that would land with so many times the usual norm is held. After an outage an update holds many intervals
+#: of learning: ten of them were 11 times the usual norm, 48 times in a long warm-up (`benchmarks/bench_update_norms`).
+HOLD_NORM = 50.0
+
 
 @dataclass(frozen=True, slots=True)
 class Aggregation:
@@ -22,7 +26,8 @@ class Aggregation:
     `max_staleness` None accepts any age; `clip_norm` scales an update down to so many times the usual norm, None never.
     With `merge_after` experts go on from the gateway, each once it has trained so many steps; None merges it anew each
     time, and experts never take from it. `fold_staleness` is the decay by the folds since an expert left. With
-    `evaluation_gate` the gateway is what held-out losses let through, no view of the newest experts.
+    `evaluation_gate` the gateway is what held-out losses let through, no view of the newest experts. An update that
+    would land with more than `hold_norm` times the usual norm is held back; 0 holds none.
     """
 
     server_learning_rate: float = 1.0
@@ -37,6 +42,7 @@ class Aggregation:
     merge_after: int | None = None
     fold_staleness: str = "constant"
     evaluation_gate: bool = False
+    hold_norm: float = HOLD_NORM
 
     def __post_init__(self) -> None:
         for value, known, name in (

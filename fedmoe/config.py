@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedmoe.lora.codec import WireDtype
@@ -40,6 +49,13 @@ def _seconds(value: object) -> float:
             f"expected seconds from {MIN_SYNC_INTERVAL:g} to {MAX_SYNC_INTERVAL:g} (5 to 30 recommended), got {value!r}"
         )
     return seconds
+
+
+def _factor(value: float) -> float:
+    """A multiple of the usual norm; below 2 every second update would be held."""
+    if not (value == 0 or 2 <= value <= 1e9):
+        raise ValueError(f"expected 0 (hold nothing) or a multiple from 2 to 1e9, got {value!r}")
+    return value
 
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -87,6 +103,7 @@ class CoordinatorConfig(_ProcessConfig):
     server_optimizer: str = "sgd"
     buffer_size: Annotated[int, Field(ge=1, le=1024)] = 1
     clip_norm: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    hold_norm: Annotated[float, AfterValidator(_factor)] = 50.0
     staleness: str = "polynomial"
     max_staleness: Annotated[int, Field(ge=0)] | None = None
     keep_updates: Annotated[int, Field(ge=1)] | None = None

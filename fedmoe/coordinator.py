@@ -22,6 +22,7 @@ from fedmoe.lora.adapter import Adapter, FloatVector, Layout
 from fedmoe.lora.codec import digest
 from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS, Merged, merge
 from fedmoe.manifest import Manifest
+from fedmoe.quarantine import Quarantine
 
 __all__ = [
     "LIVING",
@@ -170,6 +171,7 @@ class _View:
     gateway_version: int
     moments: Mapping[str, ExpertMoments]
     living: LivingGateway | None
+    quarantine: Quarantine
 
     def gateway(self, aggregation: Aggregation) -> GatewayModel:
         if self.living is not None:
@@ -189,7 +191,7 @@ class CentralCoordinator:
         self.aggregation = chosen if enable_gateway is None else replace(chosen, enable_gateway=enable_gateway)
         self.manifest: Manifest | None = None
         # Swapped as one: no reader sees half a change.
-        self._view = _View(MappingProxyType({}), 0, MappingProxyType({}), None)
+        self._view = _View(MappingProxyType({}), 0, MappingProxyType({}), None, Quarantine())
         self._gateway: GatewayModel | None = None
         self._building = threading.Lock()
 
@@ -203,17 +205,23 @@ class CentralCoordinator:
         """Rises with every accepted update, and with every other change of what the gateway is made of."""
         return self._view.gateway_version
 
+    @property
+    def quarantine(self) -> Quarantine:
+        """What is held back, as last published."""
+        return self._view.quarantine
+
     def draft(self) -> Draft:
         """A working copy to decide changes on."""
         view = self._view
         experts, moments = dict(view.experts), dict(view.moments)
-        return Draft(self.aggregation, experts, self.manifest, view.gateway_version, [], moments, view.living)
+        version, living, quarantine = view.gateway_version, view.living, view.quarantine
+        return Draft(self.aggregation, experts, self.manifest, version, [], moments, living, quarantine=quarantine)
 
     def publish(self, draft: Draft) -> None:
         """Make a draft what everybody sees."""
         self.manifest = draft.manifest
         experts, moments = MappingProxyType(dict(draft.experts)), MappingProxyType(dict(draft.moments))
-        self._view = _View(experts, draft.gateway_version, moments, draft.living)
+        self._view = _View(experts, draft.gateway_version, moments, draft.living, draft.quarantine)
 
     def expert(self, name: str) -> ExpertModel:
         """The expert, or a refusal that lists which there are."""

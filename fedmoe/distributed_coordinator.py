@@ -70,6 +70,7 @@ class DistributedCoordinator:
             config.merge_after if config.start_from == "gateway" else None,
             config.fold_staleness,
             config.evaluation_gate,
+            config.hold_norm,
         )
         journal, blobs = self._state.journal, self._state.blobs
         history = History(journal, blobs, aggregation, config.keep_updates)

@@ -135,7 +135,7 @@ class DistributedWorker:
         on_rank_zero(self._group, self._register)
         saved = take_up(self.worker, self._checkpoints, self._settings.allow_changed_data)
         answer = on_rank_zero(self._group, lambda: self._deliver_leftover(saved))
-        returned = answer is not None and not answer.landed
+        returned = answer is not None and answer.returned
         if self._group.flag(self._talks and self._box.pending is not None and not returned):
             return False
         newest = on_rank_zero(self._group, lambda: pull(self._client, self._settings.expert, self.worker.manifest))
@@ -177,7 +177,7 @@ class DistributedWorker:
                 self._box.settle()
             raise answer.refused
         self._told(answer)
-        if answer.landed:
+        if not answer.returned:
             self._box.settle()
         self._delivery = None
         return answer
@@ -287,8 +287,9 @@ class DistributedWorker:
             return
         if self._group.flag(answer is not None and answer.newest is None):
             self._give_up(answer)
-        returned = answer is not None and not answer.landed
-        # A refused update never landed: all that was learned since its base has still to travel.
+        returned = answer is not None and answer.returned
+        # A returned update never landed: all that was learned since its base has still to travel. One that is held
+        # travels no more: it comes back with a pull once it is released.
         known = self._base.weights if returned and self._base else self._reference
         newest = answer.newest if answer else None
         self.worker.rebase(newest.weights if newest else None, known)

@@ -12,15 +12,19 @@ from fedmoe.events import (
     ExpertRolledBack,
     ExpertWentOn,
     GatewayFolded,
+    HeldUpdateRejected,
+    QuarantineEvent,
     UpdateAccepted,
+    UpdateHeld,
     WorkerRetracted,
 )
 from fedmoe.experts import GATEWAY_SEED, ExpertModel, Registrant, expert_named, seed_of
 from fedmoe.living import LivingGateway, Trained
 from fedmoe.lora.adapter import Adapter, FloatVector
-from fedmoe.lora.robust import clip_factor
+from fedmoe.lora.robust import clip_factor, times_usual
 from fedmoe.lora.update_rules import RuleState
 from fedmoe.manifest import Manifest, check_manifest
+from fedmoe.quarantine import Quarantine
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class DraftMark:
     events: int
     moments: dict[str, ExpertMoments]
     living: LivingGateway | None
+    quarantine: Quarantine
 
 
 @dataclass
@@ -62,18 +67,20 @@ class Draft:
     living: LivingGateway | None = None
     #: The content hash of the weights that each of `events` leaves behind, see `_digest_after`.
     version_digests: list[str | None] = field(default_factory=list)
+    quarantine: Quarantine = field(default_factory=Quarantine)
 
     def mark(self) -> DraftMark:
         """The point reached so far."""
-        experts, moments = dict(self.experts), dict(self.moments)
-        return DraftMark(experts, self.manifest, self.gateway_version, len(self.events), moments, self.living)
+        experts, moments, events = dict(self.experts), dict(self.moments), len(self.events)
+        named = (experts, self.manifest, self.gateway_version, events, moments, self.living)
+        return DraftMark(*named, self.quarantine)
 
     def restore(self, mark: DraftMark) -> None:
         """Forget everything since `mark`."""
         self.experts, self.manifest, self.gateway_version = dict(mark.experts), mark.manifest, mark.gateway_version
         del self.events[mark.events :]
         del self.version_digests[mark.events :]
-        self.moments, self.living = dict(mark.moments), mark.living
+        self.moments, self.living, self.quarantine = dict(mark.moments), mark.living, mark.quarantine
 
     def expert(self, name: str) -> ExpertModel:
         """The expert, or a refusal that lists which there are."""
@@ -133,6 +140,7 @@ class Draft:
         clip, info = self._clip(expert, submission.norm), submission.info
         if submission.norm is not None:
             info = info | {"norm": submission.norm} | ({"clip": clip} if clip < 1 else {})
+            info |= {"low": 1.0} if self._is_low(expert, submission.norm) else {}
         return UpdateAccepted(
             submission.expert,
             submission.worker,
@@ -151,6 +159,55 @@ class Draft:
         if self.aggregation.clip_norm is None or norm is None:
             return 1.0
         return clip_factor(norm, expert.norms, self.aggregation.clip_norm)
+
+    def _is_low(self, expert: ExpertModel, norm: float) -> bool:
+        """Whether the norm is so far below the usual that it must not become usual: then all others would be held."""
+        times, most = times_usual(norm, expert.norms), self.aggregation.hold_norm
+        return times is not None and most > 0 and times < 1 / most
+
+    def hold(self, update: UpdateAccepted, size: int, token: str, suspicion: str = "") -> UpdateHeld | None:
+        """The update as it waits for an administrator; None if it may land as it is.
+
+        It waits if it would land with more than `hold_norm` times the usual norm, or for another `suspicion`. Raises
+        RefusedError if too many wait already.
+        """
+        reason = suspicion or self._unusual(update)
+        if not reason:
+            return None
+        held = UpdateHeld(
+            self.quarantine.number + 1,
+            update.expert,
+            update.worker,
+            update.epoch,
+            update.sequence,
+            update.base_version,
+            update.digest,
+            size,
+            self.expert(update.expert).version,
+            update.staleness,
+            reason,
+            token,
+            update.at,
+            update.info,
+        )
+        self.quarantine.check_room(held)
+        return held
+
+    def _unusual(self, update: UpdateAccepted) -> str:
+        """Why the update's norm is unusual, in words; empty if it is not."""
+        norm, most = update.info.get("norm", 0.0) * update.info.get("clip", 1.0), self.aggregation.hold_norm
+        times = times_usual(norm, self.expert(update.expert).norms)
+        if times is None or most <= 0 or times <= most:
+            return ""
+        return f"its norm {norm:.4g} is {times:.4g} times the usual one of {update.expert}; held above {most:g} times"
+
+    def reject(self, number: int, reason: str, at: float) -> HeldUpdateRejected:
+        """The held update of this number will never land."""
+        held = self.quarantine.numbered(number)
+        named = (held.expert, held.worker, held.epoch, held.sequence, held.digest)
+        event = HeldUpdateRejected(self.quarantine.number + 1, number, *named, reason, at)
+        self.apply(event)
+        return event
 
     def roll_back(
         self, name: str, to_version: int, state: RuleState, reason: str, at: float, since: tuple[Trained, ...] = ()
@@ -189,6 +246,9 @@ class Draft:
 
         `since` is what an expert with a rebuilt state is made of from where it left the gateway, if experts do.
         """
+        if isinstance(event, QuarantineEvent):
+            self._note(event)
+            return
         rule = self.aggregation.rule
         match event:
             case ExpertRegistered():
@@ -208,6 +268,10 @@ class Draft:
         if self.living is not None:
             self.living = self.living.after(event, gateway, since)
         self.gateway_version += 1
+        self._note(event)
+
+    def _note(self, event: Event) -> None:
+        self.quarantine = self.quarantine.after(event)
         self.events.append(event)
         self.version_digests.append(self._digest_after(event))
 

@@ -43,10 +43,18 @@ class UpdateAccepted:
     info: dict[str, float] = field(default_factory=dict)
 
     @property
+    def identity(self) -> tuple[str, str, int]:
+        """Names the update, once and for all."""
+        return self.worker, self.epoch, self.sequence
+
+    @property
     def landed_norm(self) -> float | None:
-        """The L2 norm of the delta after clipping, before learning rate and staleness; None if it is not known."""
+        """The L2 norm of the delta after clipping, before learning rate and staleness, if it says what is usual.
+
+        None if it is not known, and of an update that changes nothing or far less than others do (`low`).
+        """
         norm = self.info.get("norm")
-        return None if norm is None else norm * self.info.get("clip", 1.0)
+        return None if not norm or self.info.get("low") else norm * self.info.get("clip", 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +116,66 @@ class ExpertWentOn:
     at: float
 
 
-Event = ExpertRegistered | UpdateAccepted | ExpertRolledBack | WorkerRetracted | GatewayFolded | ExpertWentOn
+@dataclass(frozen=True, slots=True)
+class UpdateHeld:
+    """An update waits for an administrator's word, and nothing of it has landed; `number` names it for people.
+
+    `newest_version` and `staleness` are what its sender was told; `token` is the hash of the token it came with, empty
+    where none is asked for. If it is released, an `UpdateAccepted` with its identity follows.
+    """
+
+    number: int
+    expert: str
+    worker: str
+    epoch: str
+    sequence: int
+    base_version: int
+    digest: str
+    size: int
+    newest_version: int
+    staleness: int
+    reason: str
+    token: str
+    at: float
+    info: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> tuple[str, str, int]:
+        """Names the update, once and for all."""
+        return self.worker, self.epoch, self.sequence
+
+
+@dataclass(frozen=True, slots=True)
+class HeldUpdateRejected:
+    """The held update with the number `held` will never land; `number` follows those of held updates."""
+
+    number: int
+    held: int
+    expert: str
+    worker: str
+    epoch: str
+    sequence: int
+    digest: str
+    reason: str
+    at: float
+
+    @property
+    def identity(self) -> tuple[str, str, int]:
+        """Names the update, once and for all."""
+        return self.worker, self.epoch, self.sequence
+
+
+#: What happens beside the experts: none of it changes one, or a gateway.
+QuarantineEvent = UpdateHeld | HeldUpdateRejected
+Event = (
+    ExpertRegistered
+    | UpdateAccepted
+    | ExpertRolledBack
+    | WorkerRetracted
+    | GatewayFolded
+    | ExpertWentOn
+    | QuarantineEvent
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,7 +226,7 @@ def lineages(events: Iterable[Event]) -> dict[int, Lineage | None]:
     newest = 0
     for event in events:
         match event:
-            case ExpertRegistered() | GatewayFolded():
+            case ExpertRegistered() | GatewayFolded() | UpdateHeld() | HeldUpdateRejected():
                 continue
             case UpdateAccepted():
                 found[event.version] = Lineage.extend(found[newest], event)

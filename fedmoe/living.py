@@ -16,7 +16,9 @@ from fedmoe.events import (
     ExpertRolledBack,
     ExpertWentOn,
     GatewayFolded,
+    HeldUpdateRejected,
     UpdateAccepted,
+    UpdateHeld,
     WorkerRetracted,
 )
 from fedmoe.experts import ExpertModel
@@ -118,6 +120,8 @@ class LivingGateway:
             case GatewayFolded():
                 assert adapter is not None, "a fold is applied with its adapter"
                 return self.folded(event).holding(adapter)
+            case UpdateHeld() | HeldUpdateRejected():
+                return self
 
     def _departed(self, expert: str, departure: Departure) -> LivingGateway:
         return replace(self, departures=MappingProxyType({**self.departures, expert: departure}))
@@ -142,9 +146,12 @@ class LivingGateway:
 
 
 def told_steps(update: UpdateAccepted) -> int | None:
-    """The step counter a worker told with its update, over all its restarts; None if it told none."""
+    """The step counter a worker told with its update, over all its restarts; None if it told none.
+
+    Nor does an update that was held for a while: its worker went on counting, and the next one tells of those steps.
+    """
     steps = update.info.get("steps")
-    return None if steps is None else int(steps)
+    return None if steps is None or "held" in update.info else int(steps)
 
 
 def steps_between(before: int | None, told: int | None) -> int:

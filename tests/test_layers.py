@@ -40,11 +40,13 @@ LAYERS: dict[str, set[str]] = {
     "events": {"manifest"},
     "experts": {"errors", "lora", "manifest"},
     "living": {"events", "experts", "lora"},
+    "quarantine": {"errors", "events"},
     "aggregation": {"errors", "experts", "living", "lora", "manifest"},
-    "draft": {"aggregation", "errors", "events", "experts", "living", "lora", "manifest"},
+    "draft": {"aggregation", "errors", "events", "experts", "living", "lora", "manifest", "quarantine"},
     "gateway_members": {"experts", "living"},
     "coordinator": {
         *("aggregation", "draft", "errors", "events", "experts", "gateway_members", "living", "lora", "manifest"),
+        "quarantine",
     },
     # What survives a crash, and what travels.
     "storage": {"errors", "events", "failpoints", "files", "manifest"},
@@ -52,7 +54,8 @@ LAYERS: dict[str, set[str]] = {
     "config": {"lora", "wire"},
     # The server side: no torch.
     "server": {
-        *("coordinator", "errors", "events", "experts", "failpoints", "gateway_members", "living"),
+        *("coordinator", "draft", "errors", "events", "experts", "failpoints", "gateway_members", "living"),
+        "quarantine",
         *("gateway.gate", "gateway.prompt_statistics", "lora", "manifest", "storage", "wire"),
     },
     "distributed_coordinator": {"config", "coordinator", "errors", "server", "storage"},

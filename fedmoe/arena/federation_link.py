@@ -226,8 +226,8 @@ class Link:
             return None
         _tell(self.expert, sequence, answer)
         newest = self._checked(answer.newest, url)
-        # A refused update never landed: all that was learned since the base has still to travel.
-        reference = self._reference if answer.landed else self._require_point().base
+        # A returned update never landed: all that was learned since the base has still to travel.
+        reference = self._require_point().base if answer.returned else self._reference
         assert reference is not None
         return self._move(newest, local, reference, sequence)
 
@@ -309,6 +309,9 @@ def _tell(expert: str, sequence: int, answer: Answered) -> None:
         _log.warning("update_refused", expert=expert, sequence=sequence, code=code, reason=str(answer.refused))
         return
     result = answer.result
+    if answer.held:
+        _log.warning("update_quarantined", expert=expert, sequence=sequence, held=result.held, reason=result.note)
+        return
     _log.info(
         "update_landed",
         expert=expert,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fedmoe import __version__
-from fedmoe.cli import arena, coordinator, data, demo, doctor, evaluator, experts, gateway, tokens, worker
+from fedmoe.cli import arena, coordinator, data, demo, doctor, evaluator, experts, gateway, quarantine, tokens, worker
 
 app = typer.Typer(
     name="fedmoe",
@@ -23,6 +23,7 @@ app.add_typer(gateway.app, name="gateway")
 app.add_typer(experts.app, name="experts")
 app.command("rollback")(experts.rollback)
 app.command("retract")(experts.retract)
+app.add_typer(quarantine.app, name="quarantine")
 app.add_typer(data.app, name="data")
 app.add_typer(tokens.app, name="token")
 app.add_typer(arena.app, name="arena")

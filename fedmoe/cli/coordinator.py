@@ -52,6 +52,10 @@ def coordinator(
     clip_norm: Annotated[
         float | None, typer.Option(help="Scale an update down to so many times the usual norm. [default: never]")
     ] = None,
+    hold_norm: Annotated[
+        float | None,
+        typer.Option(help="Hold updates above so many times the usual norm for an admin; 0 none. [default: 50]"),
+    ] = None,
     staleness: Annotated[str | None, typer.Option(help="constant, polynomial (default), hinge or exponential.")] = None,
     max_staleness: Annotated[int | None, typer.Option(help="Refuse updates older than this. [default: none]")] = None,
     keep_updates: Annotated[

@@ -31,12 +31,22 @@ USUAL_WINDOW = 32
 USUAL_LEAST = 5
 
 
+def usual_norm(recent: Sequence[float]) -> float | None:
+    """The median of the recent norms; None while fewer than `USUAL_LEAST` are known."""
+    return statistics.median(recent) if len(recent) >= USUAL_LEAST else None
+
+
 def clip_factor(norm: float, recent: Sequence[float], multiple: float) -> float:
     """What to multiply an update with so that its norm is at most `multiple` times the median of the recent ones.
 
     1 while fewer than `USUAL_LEAST` norms are known. Norm clipping bounds what one update can do; it is no defence
     against many small ones (Shejwalkar et al. 2022).
     """
-    if len(recent) < USUAL_LEAST or norm <= 0:
-        return 1.0
-    return min(1.0, multiple * statistics.median(recent) / norm)
+    usual = usual_norm(recent)
+    return 1.0 if usual is None or norm <= 0 else min(1.0, multiple * usual / norm)
+
+
+def times_usual(norm: float, recent: Sequence[float]) -> float | None:
+    """How many times the median of the recent norms this one is; None while nothing is known to be usual."""
+    usual = usual_norm(recent)
+    return norm / usual if usual else None

@@ -6,6 +6,7 @@ from the start, and an expert without one worker is the replay without that work
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from fedmoe.events import (
     ExpertWentOn,
     GatewayFolded,
     Lineage,
+    QuarantineEvent,
     UpdateAccepted,
     length,
     lineages,
@@ -33,10 +35,11 @@ from fedmoe.lora.container import encode_named, read_named
 from fedmoe.lora.robust import USUAL_WINDOW
 from fedmoe.lora.update_rules import RuleState
 from fedmoe.manifest import Manifest
+from fedmoe.quarantine import Quarantine
 from fedmoe.server.data_statistics import KeptStatistics
 from fedmoe.server.publication import published_blobs
 from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, StorageFailedError, put
-from fedmoe.storage.event_rows import GATEWAY
+from fedmoe.storage.event_rows import GATEWAY, QUARANTINE
 from fedmoe.storage.journal import Journal
 
 SNAPSHOT_EVERY = 50
@@ -81,6 +84,7 @@ class History:
         self._aggregation = aggregation
         self._keep_updates = keep_updates
         self._statistics = KeptStatistics(journal, blobs)
+        self._recovered: CentralCoordinator | None = None
 
     def recover(self) -> CentralCoordinator:
         """The coordinator as it was when the last acknowledged event was written."""
@@ -88,7 +92,12 @@ class History:
         past: dict[str, list[Event]] = {}
         folds: list[GatewayFolded] = []
         shared: Manifest | None = None
+        quarantine = Quarantine()
         for event in self._journal.events():
+            if quarantine.held or isinstance(event, QuarantineEvent):
+                quarantine = quarantine.after(event)
+            if isinstance(event, QuarantineEvent):
+                continue
             if isinstance(event, GatewayFolded):
                 folds.append(event)
                 continue
@@ -97,15 +106,28 @@ class History:
                 event = replace(event, manifest=shared.shared_by(event.manifest))
             past.setdefault(event.expert, []).append(event)
         self._check_mode(folds)
-        self._sweep(past, folds)
+        self._sweep(past, folds, quarantine.digests())
         experts = {name: self._recover_expert(events) for name, events in past.items()}
         coordinator = CentralCoordinator(self._aggregation)
         manifest = next(iter(experts.values())).manifest if experts else None
         living = self._recover_gateway(manifest, past, folds) if manifest else None
         version = sum(map(len, past.values())) + len(folds) + self._statistics.moments_arrived()
         moments = self._moments(experts)
-        coordinator.publish(Draft(self._aggregation, experts, manifest, version, [], moments, living))
+        coordinator.publish(
+            Draft(self._aggregation, experts, manifest, version, [], moments, living, quarantine=quarantine)
+        )
+        self._recovered = coordinator
         return coordinator
+
+    def _held_back(self) -> set[str]:
+        """Blobs of updates that wait in quarantine."""
+        return self._recovered.quarantine.digests() if self._recovered is not None else set()
+
+    def let_go(self, digest: str) -> None:
+        """Delete the bytes of a rejected update, unless something else needs the same; for the committer's thread."""
+        needed = self._held_back() | self._statistics.digests() | published_blobs(self._journal)
+        if digest not in needed | self._journal.named_elsewhere(QUARANTINE, {digest}):
+            self._blobs.delete(digest)
 
     def _recover_gateway(
         self, manifest: Manifest, past: Mapping[str, list[Event]], folds: list[GatewayFolded]
@@ -156,7 +178,7 @@ class History:
                 "or choose another --state-dir.",
             )
 
-    def _sweep(self, past: Mapping[str, Iterable[Event]], folds: Iterable[GatewayFolded]) -> None:
+    def _sweep(self, past: Mapping[str, Iterable[Event]], folds: Iterable[GatewayFolded], held: set[str]) -> None:
         """Remove what a crash left half done: unfinished uploads, blobs that never reached the journal."""
         if not past and next(self._blobs.digests(), None) is not None:
             # A registration is journalled before the first blob can arrive: this journal is not these blobs' own.
@@ -165,7 +187,7 @@ class History:
                 "Restore journal.sqlite from a backup, or choose another --state-dir."
             )
         referenced = {e.digest for events in past.values() for e in events if isinstance(e, UpdateAccepted)}
-        referenced |= {fold.digest for fold in folds}
+        referenced |= held | {fold.digest for fold in folds}
         for name in past:
             referenced |= set(self._journal.snapshots(name).values())
         self._blobs.sweep(referenced | self._statistics.digests() | published_blobs(self._journal))
@@ -177,9 +199,9 @@ class History:
         held = Beginning(registered.seed, rule) if newest is None else self._rebuild(registered, chains, newest)
         by = Registrant(registered.worker, registered.token)
         expert = ExpertModel(registered.expert, registered.manifest, version, held, registrant=by)
-        for update in [event for event in events if isinstance(event, UpdateAccepted)][-USUAL_WINDOW:]:
-            expert = expert.remember(update.landed_norm)
-        return expert
+        norms = (event.landed_norm for event in reversed(events) if isinstance(event, UpdateAccepted))
+        usual = itertools.islice((norm for norm in norms if norm is not None), USUAL_WINDOW)
+        return replace(expert, norms=tuple(usual)[::-1])
 
     def at_version(self, expert: ExpertModel, version: int) -> Rebuilt:
         """The state the expert had at an earlier version."""
@@ -292,7 +314,7 @@ class History:
         needed = {living.number} | {departure.gateway for departure in living.departures.values()}
         folds = [event for event in self._journal.events(GATEWAY) if isinstance(event, GatewayFolded)]
         unneeded = {fold.digest for fold in folds} - {fold.digest for fold in folds if fold.number in needed}
-        for digest in unneeded - self._journal.named_elsewhere(GATEWAY, unneeded):
+        for digest in unneeded - self._held_back() - self._journal.named_elsewhere(GATEWAY, unneeded):
             self._blobs.delete(digest)
 
     def _prune(self, expert: ExpertModel, keep_updates: int) -> None:
@@ -317,7 +339,7 @@ class History:
             unneeded.add(snapshots[version])
         unneeded -= needed | {snapshots[version] for version in bases}
         # Equal bytes are one blob, whoever sent them.
-        for digest in unneeded - self._journal.named_elsewhere(name, unneeded):
+        for digest in unneeded - self._held_back() - self._journal.named_elsewhere(name, unneeded):
             self._blobs.delete(digest)
 
 

@@ -40,6 +40,8 @@ STATUS: dict[str, int] = {
     "too_stale": 409,
     "sequence_reused": 409,
     "other_history": 409,
+    "update_rejected": 409,
+    "not_held": 409,
     "base_mismatch": 409,
     "start_mismatch": 409,
     "too_many_experts": 409,
@@ -48,6 +50,7 @@ STATUS: dict[str, int] = {
     "folded": 409,
     "nothing_to_retract": 409,
     "history_pruned": 410,
+    "held_lost": 410,
     "too_large": 413,
     "unsupported_type": 415,
     "rule_mismatch": 409,
@@ -64,11 +67,18 @@ STATUS: dict[str, int] = {
     "truncated": 400,
     "too_slow": 408,
     "json_busy": 429,
+    "quarantine_full": 429,
     "busy": 503,
     "disk_full": 507,
 }
 _MAX_DETAIL = 2000
-_RETRY_AFTER = {"busy": "2", "too_many_statistics": "600", "json_busy": "5", "disk_full": "30"}
+_RETRY_AFTER = {
+    "busy": "2",
+    "too_many_statistics": "600",
+    "json_busy": "5",
+    "quarantine_full": "60",
+    "disk_full": "30",
+}
 
 
 def problem(code: str, status: int, detail: str, fix: str = "", **facts: object) -> Response:

@@ -27,6 +27,7 @@ from fedmoe.server.guard import BodyGuard, BrowserMiddleware, GateMiddleware, pr
 from fedmoe.server.health import HeadMiddleware, readiness
 from fedmoe.server.histories import IncarnationHeader
 from fedmoe.server.json_weights import JsonPolicy
+from fedmoe.server.quarantine_routes import quarantine_routes
 from fedmoe.server.receive import parse_content_digest
 from fedmoe.server.service import Body, CoordinatorService
 from fedmoe.server.token_routes import token_routes
@@ -69,6 +70,7 @@ def create_app(
     _read_routes(app, service, answers)
     _write_routes(app, service, answers)
     gate_routes(app, service, answers)
+    quarantine_routes(app, service)
     _admin_routes(app, service)
     token_routes(app, gate)
     app.add_middleware(IncarnationHeader, incarnation=service.current.incarnation)
@@ -161,17 +163,18 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
         if header.answer == "weights":  # refused before the push changes anything
             answers.check(request, service.coordinator.expert(header.expert).manifest.layout.size)
         try:
-            result = await service.push(header, body)
+            result = await service.push(header, body, principal.token)
         except RefusedError as error:
             if error.code not in _ANSWERED_WITH_WEIGHTS or header.answer != "weights":
                 raise
             # Whoever is too far behind, or of another history, gets the newest version in the same answer.
             facts = problems.described(error)
             return await run_in_threadpool(_with_weights, request, service, header.expert, answers, 409, facts)
+        status = 202 if result.status == "quarantined" else 200
         if header.answer == "weights":
             facts = result.model_dump()
-            return await run_in_threadpool(_with_weights, request, service, header.expert, answers, 200, facts)
-        return JSONResponse(result.model_dump())
+            return await run_in_threadpool(_with_weights, request, service, header.expert, answers, status, facts)
+        return JSONResponse(result.model_dump(), status)
 
     @app.post("/push_statistics", status_code=204)
     async def push_statistics(request: Request, wanted: StatisticRequest) -> None:

@@ -16,9 +16,9 @@ from typing import TypeVar
 import structlog
 
 from fedmoe import __version__, failpoints
-from fedmoe.coordinator import CentralCoordinator, Draft, GatewayModel, Submission
+from fedmoe.coordinator import CentralCoordinator, Draft, GatewayModel
 from fedmoe.errors import RefusedError
-from fedmoe.events import GatewayFolded, UpdateAccepted
+from fedmoe.events import GatewayFolded, HeldUpdateRejected, QuarantineEvent
 from fedmoe.experts import ExpertModel, Registrant
 from fedmoe.lora.adapter import FloatVector, Layout
 from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
@@ -28,14 +28,15 @@ from fedmoe.server.evaluation_gate import EvaluationGate, GatePolicy
 from fedmoe.server.folding import Folding
 from fedmoe.server.histories import current_history
 from fedmoe.server.history import History, Rebuilt
+from fedmoe.server.landing import Arrived, Landing, retract_held
 from fedmoe.server.publication import Publications
 from fedmoe.server.receive import Expected, receive, settled
 from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.roster import Roster
 from fedmoe.server.security import Principal
-from fedmoe.server.submission import refuse_other_bytes, submission_of, usable_norm
+from fedmoe.server.submission import submission_of, usable_norm
 from fedmoe.server.told_statistics import ToldStatistics
-from fedmoe.storage.blobs import BlobStore, BlobWriter, StorageFailedError
+from fedmoe.storage.blobs import BlobStore, BlobWriter, CorruptBlobError, MissingBlobError, StorageFailedError
 from fedmoe.storage.journal import Journal
 from fedmoe.storage.told_statistics import Statistic
 from fedmoe.wire.messages import (
@@ -51,6 +52,7 @@ from fedmoe.wire.messages import (
     UpdateHeader,
     UpdateResult,
 )
+from fedmoe.wire.quarantine_messages import RejectRequest, ReleaseRequest
 
 Result = TypeVar("Result")
 
@@ -96,6 +98,7 @@ class CoordinatorService:
         self.statistics = KeptStatistics(journal, blobs)
         #: Which history this is, so that an update of another one is not taken for one of it.
         self.current = current_history(journal)
+        self._landing = Landing(journal, self.current)
         self._blobs = blobs
         self._history = history
         self._min_sync_interval = min_sync_interval
@@ -201,9 +204,12 @@ class CoordinatorService:
             self._noted = gateway.notes
         return gateway
 
-    async def push(self, header: UpdateHeader, body: Body) -> UpdateResult:
-        """Take one update in; answers the same to the same update however often it is sent."""
-        return await self._received(header, lambda layout, writer: self._take(header, body, layout, writer))
+    async def push(self, header: UpdateHeader, body: Body, token: str = "") -> UpdateResult:
+        """Take one update in; answers the same to the same update however often it is sent.
+
+        `token` is the hash of the sender's token: what is held of the updates that came with one is bounded.
+        """
+        return await self._received(header, lambda layout, writer: self._take(header, body, layout, writer, token))
 
     async def push_data_statistics(self, header: DataStatisticsHeader, body: Body) -> DataStatisticsResult:
         """Take in what a worker tells of its data; the same bytes again change nothing."""
@@ -234,19 +240,25 @@ class CoordinatorService:
         finally:
             self.uploads -= 1
 
-    async def _take(self, header: UpdateHeader, body: Body, layout: Layout, writer: BlobWriter) -> UpdateResult:
+    async def _take(
+        self, header: UpdateHeader, body: Body, layout: Layout, writer: BlobWriter, token: str
+    ) -> UpdateResult:
         expected = Expected(int(layout.size * 4 * _CAP_SHARE) + _CAP_BYTES, body.length, body.sha256)
         await receive(body.chunks, expected, writer, self._pool)
         failpoints.reached("push.received")
         async with self._checking:
-            submission, delta = await self._in_thread(lambda: self._check(header, writer, layout))
+            arrived = await self._in_thread(lambda: self._check(header, writer, layout, token))
             failpoints.reached("push.checked")
-            if delta is not None:
+            if arrived.delta is not None:
                 await self._in_thread(writer.commit)
                 failpoints.reached("push.stored")
-        future = self._committer.submit(lambda draft: self._decide(draft, header, submission, delta))
+        future = self._committer.submit(lambda draft: self._landing.land(draft, arrived, self.now))
         result = await self._decided(future, UpdateResult)
         failpoints.reached("push.answered")
+        if result.status != "landed":
+            named = {"expert": result.expert, "worker": header.worker, "sequence": header.sequence}
+            _log.warning(result.status, **named, held=result.held, reason=result.note, duplicate=result.duplicate)
+            return result
         _log.info(
             "update",
             expert=result.expert,
@@ -278,41 +290,48 @@ class CoordinatorService:
         _log.info("statistics", worker=header.worker, **result.model_dump(exclude={"gateway_version"}))
         return result
 
-    def _check(self, header: UpdateHeader, writer: BlobWriter, layout: Layout) -> tuple[Submission, FloatVector | None]:
+    def _check(self, header: UpdateHeader, writer: BlobWriter, layout: Layout, token: str) -> Arrived:
         """The update and its delta, if the body is one that could land; no delta if its number is taken.
 
         What cannot land is refused before it costs a write; the binding decision comes later, in order.
         """
-        if self.journal.find_update(header.worker, header.epoch, header.sequence) is not None:
-            return submission_of(header, writer.digest), None
+        identity = (header.worker, header.epoch, header.sequence)
+        if self.coordinator.quarantine.knows(identity) or self.journal.find_update(*identity) is not None:
+            return Arrived(header, submission_of(header, writer.digest), None, writer.size, token)
         if writer.size == 0:
             raise MalformedError("malformed", "the body is empty")
         self.current.check_update(header, self.coordinator.expert(header.expert))
         flat = decode(writer.view(), layout).flat
         submission = submission_of(header, writer.digest, usable_norm(layout, flat))
-        self.coordinator.draft().judge(submission, self.now)
-        return submission, flat
+        draft = self.coordinator.draft()
+        draft.hold(draft.judge(submission, self.now), writer.size, token)
+        return Arrived(header, submission, flat, writer.size, token)
 
-    def _decide(
-        self, draft: Draft, header: UpdateHeader, submission: Submission, delta: FloatVector | None
-    ) -> UpdateResult:
-        """The binding decision, taken in the journal's order by the committer."""
-        earlier = self._earlier(draft, submission)
-        if earlier is not None:
-            refuse_other_bytes(earlier, submission)
-            return self._result(earlier, draft.gateway_version, duplicate=True)
-        self.current.check_update(header, draft.expert(header.expert))
-        assert delta is not None, "an update that is not in the journal was checked and has its numbers"
-        accepted = draft.judge(submission, self.now)
-        draft.apply(accepted, delta)
-        return self._result(accepted, draft.gateway_version, duplicate=False)
+    async def release(self, request: ReleaseRequest) -> UpdateResult:
+        """Let a held update land, as if it had arrived now."""
+        delta = await self._in_thread(lambda: self._read_held(request.number))
+        future = self._committer.submit(lambda draft: self._landing.release(draft, request.number, delta, self.now))
+        result = await self._decided(future, UpdateResult)
+        _log.warning("released", held=request.number, expert=result.expert, version=result.version)
+        return result
 
-    def _earlier(self, draft: Draft, submission: Submission) -> UpdateAccepted | None:
-        key = (submission.worker, submission.epoch, submission.sequence)
-        for event in draft.events:
-            if isinstance(event, UpdateAccepted) and (event.worker, event.epoch, event.sequence) == key:
-                return event
-        return self.journal.find_update(*key)
+    async def reject(self, request: RejectRequest) -> None:
+        """A held update never lands; its sender is told, and its bytes go."""
+        future = self._committer.submit(lambda draft: draft.reject(request.number, request.reason, self.now))
+        event = await self._decided(future, HeldUpdateRejected)
+        _log.warning("rejected", held=event.held, expert=event.expert, worker=event.worker, sequence=event.sequence)
+
+    def _read_held(self, number: int) -> FloatVector:
+        held = self.coordinator.quarantine.numbered(number)
+        layout = self.coordinator.expert(held.expert).manifest.layout
+        try:
+            flat = decode(self._blobs.read(held.digest), layout).flat
+        except (MissingBlobError, CorruptBlobError) as error:
+            raise RefusedError(
+                "held_lost", f"what update {number} holds cannot be read: {error}.", "Restore a backup, or reject it."
+            ) from error
+        usable_norm(layout, flat)
+        return flat
 
     async def roll_back(self, request: RollbackRequest) -> ChangeResult:
         """The expert's next version gets the content of an earlier one."""
@@ -334,6 +353,8 @@ class CoordinatorService:
             rebuilt = self._history.without_worker(draft.expert(request.expert), request.worker)
             named = (request.expert, request.worker, rebuilt.removed, rebuilt.state, request.reason, self.now)
             draft.retract(*named, since=rebuilt.since)
+            rejected = retract_held(draft, request.expert, request.worker, request.reason, self.now)
+            rebuilt = replace(rebuilt, note=f"{rebuilt.note} {rejected}".strip())
             return self._change(draft, request.expert, rebuilt)
 
         return await self._changed("retracted", self._committer.submit(decide, alone=True))
@@ -367,24 +388,14 @@ class CoordinatorService:
 
     def _after_commit(self, draft: Draft) -> None:
         self.roster.observe(draft.events)
-        for name in {event.expert for event in draft.events if not isinstance(event, GatewayFolded)}:
+        for rejected in [event for event in draft.events if isinstance(event, HeldUpdateRejected)]:
+            self._history.let_go(rejected.digest)
+        for name in {event.expert for event in draft.events if not isinstance(event, GatewayFolded | QuarantineEvent)}:
             self._history.snapshot_if_due(self.coordinator.experts[name])
         if draft.living is not None:
             if any(isinstance(event, GatewayFolded) for event in draft.events):
                 self._history.prune_gateways(draft.living)
             self._folding.wake()
-
-    def _result(self, event: UpdateAccepted, gateway_version: int, duplicate: bool) -> UpdateResult:
-        return UpdateResult(
-            expert=event.expert,
-            version=event.version,
-            gateway_version=gateway_version,
-            staleness=event.staleness,
-            coefficient=event.coefficient,
-            digest=event.digest,
-            duplicate=duplicate,
-            incarnation=self.current.incarnation,
-        )
 
     def _change(self, draft: Draft, name: str, rebuilt: Rebuilt) -> ChangeResult:
         expert = draft.experts[name]

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedmoe.coordinator import Submission
 from fedmoe.errors import RefusedError
-from fedmoe.events import UpdateAccepted
+from fedmoe.events import HeldUpdateRejected, UpdateAccepted, UpdateHeld
 from fedmoe.lora.adapter import FloatVector, Layout
 from fedmoe.lora.robust import first_not_finite
 from fedmoe.wire.messages import UpdateHeader
@@ -17,7 +17,7 @@ from fedmoe.wire.messages import UpdateHeader
 MAX_NORM = 1e9
 
 
-def refuse_other_bytes(earlier: UpdateAccepted, submission: Submission) -> None:
+def refuse_other_bytes(earlier: UpdateAccepted | UpdateHeld | HeldUpdateRejected, submission: Submission) -> None:
     """The same update again is fine; another one under its number is not."""
     if (earlier.digest, earlier.expert) != (submission.digest, submission.expert):
         raise RefusedError(

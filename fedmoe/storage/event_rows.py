@@ -12,7 +12,9 @@ from fedmoe.events import (
     ExpertRolledBack,
     ExpertWentOn,
     GatewayFolded,
+    HeldUpdateRejected,
     UpdateAccepted,
+    UpdateHeld,
     WorkerRetracted,
 )
 from fedmoe.manifest import Manifest
@@ -26,10 +28,14 @@ _KINDS: dict[str, type[Event]] = {
     "retract": WorkerRetracted,
     "fold": GatewayFolded,
     "go_on": ExpertWentOn,
+    "hold": UpdateHeld,
+    "reject": HeldUpdateRejected,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 #: Stands for an expert where an event is of the gateway; no expert can have this name.
 GATEWAY = "@gateway"
+#: The same for what is held: such a row has no columns of an update, since the one that lands it has them.
+QUARANTINE = "@quarantine"
 
 
 def row_of(event: Event) -> dict[str, object]:
@@ -58,6 +64,8 @@ def _place(event: Event) -> tuple[str, int]:
             return event.expert, 0
         case GatewayFolded():
             return GATEWAY, event.number
+        case UpdateHeld() | HeldUpdateRejected():
+            return QUARANTINE, event.number
         case _:
             return event.expert, event.version
 

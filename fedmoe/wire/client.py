@@ -52,6 +52,7 @@ from fedmoe.wire.pulled import (
     pulled_expert,
     pulled_gateway,
 )
+from fedmoe.wire.quarantine_messages import HeldUpdateInfo, QuarantineListing
 from fedmoe.wire.replies import (
     Answer,
     CoordinatorUnavailableError,
@@ -253,6 +254,18 @@ class CoordinatorClient:
         body = {"expert": expert, "worker": worker, "reason": reason}
         return parsed(self._once("POST", "/retract", json=body), ChangeResult)
 
+    def quarantine(self) -> list[HeldUpdateInfo]:
+        """The updates that wait for an administrator, the oldest first."""
+        return parsed(self._get("/quarantine"), QuarantineListing).held
+
+    def release_held(self, number: int) -> UpdateResult:
+        """Let a held update land."""
+        return parsed(self._once("POST", "/quarantine/release", json={"number": number}), UpdateResult)
+
+    def reject_held(self, number: int, reason: str = "") -> None:
+        """Never let a held update land."""
+        expect_nothing(self._once("POST", "/quarantine/reject", json={"number": number, "reason": reason}))
+
     def make_token(self, request: TokenRequest) -> TokenAnswer:
         """A new token; shown once."""
         return parsed(self._once("POST", "/tokens", json=request.model_dump()), TokenAnswer)
@@ -297,7 +310,7 @@ def _wait_hint(error: Exception) -> bool | float:
 
 
 def _raise_for_refusal(answer: Answer) -> None:
-    if answer.status in (200, 204, 304) or (answer.status == 409 and answer.type == SAFETENSORS):
+    if answer.status in (200, 202, 204, 304) or (answer.status == 409 and answer.type == SAFETENSORS):
         return
     if answer.type != PROBLEM:
         raise foreign(answer)

@@ -20,6 +20,7 @@ from fedmoe.lora.adapter import Layout, ModuleShape
 from fedmoe.lora.codec import WireDtype
 from fedmoe.manifest import BaseModel as Base
 from fedmoe.manifest import Manifest
+from fedmoe.wire.held_outcome import HeldOutcome
 
 SAFETENSORS = "application/vnd.safetensors"
 PROBLEM = "application/problem+json"
@@ -151,7 +152,12 @@ class UpdateHeader(Message):
 
 
 class UpdateResult(Message):
-    """What became of an update; the same for a repeated push, with `duplicate` set."""
+    """What became of an update; the same for a repeated push, with `duplicate` set.
+
+    A `quarantined` one has not landed: `version` is the expert's, which it did not change, `held` its number and `note`
+    the reason. `outcomes` are what became of those that were held of the same worker and epoch, the newest last. None
+    of this is sent of a worker of which nothing was held: programs older than it refuse keys that they do not know.
+    """
 
     expert: ExpertName
     version: int
@@ -161,6 +167,20 @@ class UpdateResult(Message):
     digest: Sha256
     duplicate: bool = False
     incarnation: Incarnation | None = None
+    status: Literal["landed", "quarantined"] = "landed"
+    held: int | None = None
+    note: str = ""
+    outcomes: list[HeldOutcome] = []
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        values: dict[str, object] = handler(self)
+        if self.status == "landed":
+            for name in ("status", "held", "note"):
+                values.pop(name, None)
+        if not self.outcomes:
+            values.pop("outcomes", None)
+        return values
 
 
 class ExpertInfo(Message):

@@ -29,6 +29,8 @@ _log = structlog.get_logger("fedmoe.worker")
 CURED_BY_PULLING = frozenset({"too_stale", "unknown_version", "other_history"})
 #: The coordinator got other bytes than were sent: a fault on the way, which the next try may not meet.
 DAMAGED_ON_THE_WAY = frozenset({"digest_mismatch", "truncated"})
+#: An administrator's word on an update that was held: it is over, and what it brought must not be sent again.
+REJECTED = "update_rejected"
 # Refusals of the numbers themselves.
 _POISONED = frozenset({"not_finite", "norm_too_large"})
 _FIRST_PAUSE = 0.5
@@ -49,8 +51,17 @@ class Answered:
     seconds: float
 
     @property
-    def landed(self) -> bool:
-        return self.refused is None
+    def returned(self) -> bool:
+        """Whether what the update brought is local progress again: it was refused, and a newer version cures that.
+
+        One that is held stays with the coordinator, one that was rejected is given up.
+        """
+        return self.refused is not None and self.refused.code in CURED_BY_PULLING
+
+    @property
+    def held(self) -> bool:
+        """Whether the coordinator holds the update for an administrator."""
+        return self.result is not None and self.result.status == "quarantined"
 
     @property
     def poisoned(self) -> bool:
@@ -120,7 +131,8 @@ class Delivery:
         if pushed is None:
             return None
         newest = pushed.newest or self._persist(self._pull)
-        self._tell_fact()
+        if pushed.result.status == "landed":
+            self._tell_fact()
         return Answered(pushed.result, None, newest, self._seconds) if newest else None
 
     def _tell_fact(self) -> None:
@@ -132,7 +144,7 @@ class Delivery:
             _log.warning("not_told", kind=self._fact.kind, reason=str(error))
 
     def _after_refusal(self, refused: RefusedError) -> Answered | None:
-        if refused.code not in CURED_BY_PULLING:
+        if refused.code not in CURED_BY_PULLING | {REJECTED}:
             return Answered(None, refused, None, self._seconds)
         newest = refused.newest if isinstance(refused, TooStaleError) else None
         newest = newest or self._persist(self._pull)

@@ -10,12 +10,13 @@ import structlog
 from fedmoe.qwen_worker import EvaluationRecord, StepRecord
 from fedmoe.record import RecordWriter
 from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert
-from fedmoe.wire.messages import HELD_OUT, StatisticRequest, UpdateHeader
+from fedmoe.wire.messages import HELD_OUT, StatisticRequest, UpdateHeader, UpdateResult
 from fedmoe.worker.delivery import Answered
 from fedmoe.worker.outbox import Pending
 from fedmoe.worker.progress import SyncPoint
 
 _log = structlog.get_logger("fedmoe.worker")
+_HELD = "the coordinator keeps it until an administrator decides; training goes on without it and nothing is sent twice"
 
 
 class SyncReport:
@@ -28,6 +29,7 @@ class SyncReport:
         self._staleness = 0
         self._newest: EvaluationRecord | None = None
         self._under_way: EvaluationRecord | None = None
+        self._told: dict[int, str] = {}
 
     def close(self) -> None:
         self._records.close()
@@ -90,6 +92,10 @@ class SyncReport:
             _log.warning("refused", sequence=sequence, code=refused and refused.code, reason=str(refused))
             _tell_of_another_history(pending.header, answer)
             return
+        self._tell_outcomes(result)
+        if answer.held:
+            _log.warning("quarantined", sequence=sequence, held=result.held, reason=result.note, meaning=_HELD)
+            return
         self._staleness = result.staleness
         if self._newest is self._under_way:
             self._newest = None
@@ -117,6 +123,15 @@ class SyncReport:
             loss=loss,
             seconds=answer.seconds,
         )
+
+    def _tell_outcomes(self, result: UpdateResult) -> None:
+        """What became of updates that were held, each once."""
+        for outcome in result.outcomes:
+            if self._told.get(outcome.held) != outcome.status:
+                self._told[outcome.held] = outcome.status
+                told = outcome.model_dump(include={"sequence", "held", "version", "reason"}, exclude_none=True)
+                if outcome.status != "held":
+                    _log.warning(f"held_update_{outcome.status}", **told)
 
     def away(self, error: CoordinatorUnavailableError) -> None:
         """A try that was not answered; called from the delivery's thread."""

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from command import Outcome
 from live import ADMIN, JOIN, House, LiveServer
+from support import LAYOUT, make_flat
 
+from fedmoe.lora.codec import encode
 from fedmoe.lora.formats import read_npz
+from fedmoe.wire.client import CoordinatorClient
+from fedmoe.wire.messages import UpdateHeader
 
 Run = Callable[..., Outcome]
 
@@ -64,6 +68,23 @@ def test_rollback_and_retract(server: LiveServer, house: House, fedmoe: Run) -> 
     assert back.keys() == CHANGE
     assert (back["version"], back["removed"]) == (5, 2)
     assert house.service.coordinator.expert("python").digest == back["digest"]
+
+
+def test_quarantine_lists_releases_and_rejects(server: LiveServer, fedmoe: Run) -> None:
+    url = ("--coordinator-url", server.url)
+    with CoordinatorClient(server.url) as worker:
+        for number in range(20, 27):
+            size = 1.0 if number < 25 else 1e6
+            body = encode(LAYOUT, np.float32(size) * make_flat(number))
+            header = UpdateHeader(expert="python", worker="w3", epoch="e1", sequence=number, base_version=3)
+            assert worker.push(header, body).result.status == ("landed" if number < 25 else "quarantined")
+    listed = json.loads(fedmoe("quarantine", "--json", *url).out)["held"]
+    assert [(u["number"], u["worker"], u["sequence"]) for u in listed] == [(1, "w3", 25), (2, "w3", 26)]
+    assert "held above 50" in fedmoe("quarantine", *url).out
+    released = json.loads(fedmoe("quarantine", "release", "1", "--json", *url).out)
+    assert (released["expert"], released["version"]) == ("python", 9)
+    assert "held update 2 was rejected" in fedmoe("quarantine", "reject", "2", "--reason", "no", *url).out
+    assert fedmoe("quarantine", "list", *url).out == "No update is held.\n"
 
 
 def test_token_create_and_revoke(locked_server: LiveServer, fedmoe: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def test_a_refusal_says_what_is_wrong_what_to_do_and_the_facts() -> None:
 
 def test_only_what_passes_by_itself_has_a_retry_after() -> None:
     later = {code for code in STATUS if "retry-after" in refusal(RefusedError(code, "x")).headers}
-    assert later == {"busy", "disk_full", "json_busy", "too_many_statistics"}
+    assert later == {"busy", "disk_full", "json_busy", "quarantine_full", "too_many_statistics"}
 
 
 def test_what_a_sender_wrote_comes_back_inert_and_short() -> None:

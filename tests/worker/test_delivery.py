@@ -73,14 +73,14 @@ def test_the_same_bytes_are_sent_until_there_is_an_answer() -> None:
     there = Scripted([AWAY, AWAY, Pushed(RESULT, NEWEST)])
     answer = there.answer()
     assert answer is not None
-    assert (answer.result, answer.newest, answer.landed, answer.poisoned) == (RESULT, NEWEST, True, False)
+    assert (answer.result, answer.newest, answer.returned, answer.poisoned) == (RESULT, NEWEST, False, False)
     assert there.seen == [(HEADER, b"bytes")] * 3
 
 
 def test_an_answer_without_weights_is_completed_by_a_pull() -> None:
     answer = Scripted([Pushed(RESULT, None)], [AWAY, NEWEST]).answer()
     assert answer is not None
-    assert answer.landed
+    assert answer.refused is None
     assert answer.newest is NEWEST
 
 
@@ -88,7 +88,7 @@ def test_an_answer_without_weights_is_completed_by_a_pull() -> None:
 def test_a_refusal_that_a_pull_cures_brings_the_newest_version(refusal: RefusedError) -> None:
     answer = Scripted([refusal], [AWAY, NEWEST]).answer()
     assert answer is not None
-    assert (answer.landed, answer.refused, answer.newest) == (False, refusal, NEWEST)
+    assert (answer.returned, answer.refused, answer.newest) == (True, refusal, NEWEST)
 
 
 def test_the_newest_version_in_the_refusal_itself_is_taken() -> None:
@@ -101,7 +101,7 @@ def test_the_newest_version_in_the_refusal_itself_is_taken() -> None:
 def test_a_refusal_that_no_pull_cures_ends_the_delivery(code: str, poisoned: bool) -> None:
     answer = Scripted([RefusedError(code, "no.")]).answer()
     assert answer is not None
-    assert (answer.landed, answer.newest, answer.poisoned) == (False, None, poisoned)
+    assert (answer.returned, answer.newest, answer.poisoned) == (False, None, poisoned)
 
 
 @pytest.mark.parametrize("code", ["digest_mismatch", "truncated"])
@@ -109,7 +109,7 @@ def test_bytes_damaged_on_the_way_are_sent_again(code: str) -> None:
     there = Scripted([RefusedError(code, "damaged."), Pushed(RESULT, NEWEST)])
     answer = there.answer()
     assert answer is not None
-    assert answer.landed
+    assert answer.refused is None
 
 
 def test_a_fault_of_our_own_comes_out_where_the_answer_is_asked_for() -> None:

@@ -1,0 +1,69 @@
+"""`fedmoe quarantine`: updates that wait for an administrator."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, client
+from fedmoe.cli.output import show_json, show_table
+from fedmoe.wire.quarantine_messages import QuarantineListing
+
+app = typer.Typer()
+Number = Annotated[int, typer.Argument(help="The number of the held update, as the list shows it.", min=1)]
+
+
+@app.callback(invoke_without_command=True)
+def quarantine(
+    context: typer.Context,
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: AdminToken = None,
+    as_json: AsJson = False,
+) -> None:
+    """List updates that are held back, release or reject them (needs an admin token)."""
+    if context.invoked_subcommand is None:
+        list_held(coordinator_url, token, as_json)
+
+
+@app.command("list")
+def list_held(coordinator_url: CoordinatorUrl = DEFAULT_URL, token: AdminToken = None, as_json: AsJson = False) -> None:
+    """List the updates that wait, with the reason."""
+    with client(coordinator_url, token) as api:
+        held = api.quarantine()
+    if as_json:
+        show_json(QuarantineListing(held=held))
+        return
+    if not held:
+        print("No update is held.")
+        return
+    rows = [
+        (u.number, u.expert, u.worker, u.sequence, f"{u.bytes:,}", f"{u.seconds_ago:.0f} s", u.reason) for u in held
+    ]
+    show_table("Held updates", ("number", "expert", "worker", "sequence", "bytes", "since", "reason"), rows)
+
+
+@app.command()
+def release(
+    number: Number, coordinator_url: CoordinatorUrl = DEFAULT_URL, token: AdminToken = None, as_json: AsJson = False
+) -> None:
+    """Let a held update land, as if it had arrived now."""
+    with client(coordinator_url, token) as api:
+        result = api.release_held(number)
+    if as_json:
+        show_json(result)
+    else:
+        print(f"{result.expert} is now version {result.version} (staleness {result.staleness})")
+
+
+@app.command()
+def reject(
+    number: Number,
+    reason: Annotated[str, typer.Option(help="Kept in the journal, and told to the worker.")] = "",
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: AdminToken = None,
+) -> None:
+    """Never let a held update land, and delete its bytes; its worker is told."""
+    with client(coordinator_url, token) as api:
+        api.reject_held(number, reason)
+    print(f"held update {number} was rejected")

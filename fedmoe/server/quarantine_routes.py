@@ -1,0 +1,48 @@
+"""The HTTP routes of the quarantine: what is held, and an administrator's word on it."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+
+from fedmoe.events import UpdateHeld
+from fedmoe.server.guard import principal_of
+from fedmoe.server.service import CoordinatorService
+from fedmoe.wire.messages import UpdateResult
+from fedmoe.wire.quarantine_messages import HeldUpdateInfo, QuarantineListing, RejectRequest, ReleaseRequest
+
+
+def quarantine_routes(app: FastAPI, service: CoordinatorService) -> None:
+    """Add the routes."""
+
+    @app.get("/quarantine")
+    def quarantine(request: Request) -> QuarantineListing:
+        principal_of(request).require_admin()
+        held = sorted(service.coordinator.quarantine.held.values(), key=lambda update: update.number)
+        return QuarantineListing(held=[_info(update, service.now) for update in held])
+
+    @app.post("/quarantine/release")
+    async def release(request: Request, wanted: ReleaseRequest) -> UpdateResult:
+        principal_of(request).require_admin()
+        return await service.release(wanted)
+
+    @app.post("/quarantine/reject", status_code=204)
+    async def reject(request: Request, wanted: RejectRequest) -> None:
+        principal_of(request).require_admin()
+        await service.reject(wanted)
+
+
+def _info(held: UpdateHeld, now: float) -> HeldUpdateInfo:
+    return HeldUpdateInfo(
+        number=held.number,
+        expert=held.expert,
+        worker=held.worker,
+        epoch=held.epoch,
+        sequence=held.sequence,
+        base_version=held.base_version,
+        digest=held.digest,
+        bytes=held.size,
+        norm=held.info.get("norm"),
+        reason=held.reason,
+        at=held.at,
+        seconds_ago=max(0.0, now - held.at),
+    )
