@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 import uvicorn
 
+from fedmoe.allocator import trim
 from fedmoe.config import CoordinatorConfig
 from fedmoe.coordinator import Aggregation
 from fedmoe.errors import RefusedError
@@ -38,6 +39,7 @@ _DRAIN_SECONDS = 30
 _CLOCK_BEHIND = 5.0
 # So long it says that its storage failed before it leaves, so that whoever watches /healthz sees why.
 _FAILED_SECONDS = 3.0
+_TIDY_SECONDS = 1.0
 
 
 class DistributedCoordinator:
@@ -143,7 +145,8 @@ class DistributedCoordinator:
         return 0
 
     async def _run(self, server: uvicorn.Server, listener: socket.socket) -> None:
-        watches = [asyncio.create_task(self._stop_when_failed(server)), asyncio.create_task(self._keep_tokens())]
+        beside = (self._stop_when_failed(server), self._keep_tokens(), self._tidy())
+        watches = [asyncio.create_task(watch) for watch in beside]
         try:
             await server.serve(sockets=[listener])
         finally:
@@ -162,6 +165,15 @@ class DistributedCoordinator:
             self.gate.keep()
         except (RefusedError, StorageFailedError) as error:
             _log.warning("token_uses_not_kept", reason=str(error))
+
+    async def _tidy(self) -> None:
+        """Give back the memory of uploads once they are over."""
+        used = False
+        while True:
+            await asyncio.sleep(_TIDY_SECONDS)
+            if used and not self.service.uploads:
+                await asyncio.to_thread(trim)
+            used = self.service.uploads > 0
 
     async def _stop_when_failed(self, server: uvicorn.Server) -> None:
         """After a failed fsync, or without its folder, nothing can be promised: answer 503 for a moment, then leave."""

@@ -30,6 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "machine": set(),
     "threads": {"machine"},
     "streams": set(),
+    "allocator": set(),
     "cache": {"files", "logs"},
     "gateway.prompt_statistics": {"lora"},
     "gateway.route": {"gateway.prompt_statistics", "lora"},
@@ -58,7 +59,7 @@ LAYERS: dict[str, set[str]] = {
         "quarantine",
         *("gateway.gate", "gateway.prompt_statistics", "lora", "manifest", "storage", "wire"),
     },
-    "distributed_coordinator": {"config", "coordinator", "errors", "server", "storage"},
+    "distributed_coordinator": {"allocator", "config", "coordinator", "errors", "server", "storage"},
     # The worker side: never the server.
     "datasets": {"files"},
     "models": {"cache", "datasets", "files", "lora", "machine", "manifest"},
@@ -266,6 +267,7 @@ LAYERS: dict[str, set[str]] = {
     },
     # The composition root.
     "cli": {
+        "allocator",
         "cache",
         *(
             "config",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedmoe.allocator import give_back_freed_memory
 from fedmoe.cli.output import CommandError, given
 from fedmoe.config import DEFAULT_PORT, CoordinatorConfig
 from fedmoe.logs import configure
@@ -83,6 +84,7 @@ def coordinator(
     config = CoordinatorConfig(**given(**locals()))  # type: ignore[arg-type]
     check_tls(config.tls_cert, config.tls_key)
     configure()
+    give_back_freed_memory()
     from fedmoe.distributed_coordinator import DistributedCoordinator
 
     running = DistributedCoordinator(config)

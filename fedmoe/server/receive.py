@@ -13,11 +13,12 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect
 
 from fedmoe.errors import RefusedError
-from fedmoe.storage.blobs import BlobWriter
+from fedmoe.storage.blobs import BlobStore, BlobWriter
 
 Result = TypeVar("Result")
 
-_PIECE = 1 << 20
+#: What a request gathers before it is written.
+_PIECE = 128 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,19 @@ def content_digest(sha256: bytes) -> str:
     return f"sha-256=:{base64.b64encode(sha256).decode()}:"
 
 
+async def opened_writer(blobs: BlobStore, pool: Executor) -> BlobWriter:
+    """A file to write a body into; made in a thread, since it waits where others force theirs onto the disk."""
+    making = asyncio.get_running_loop().run_in_executor(pool, blobs.writer)
+    try:
+        return await settled(making)
+    except asyncio.CancelledError:
+        if not making.cancelled() and making.exception() is None:
+            making.result().abort()
+        raise
+
+
 async def receive(chunks: AsyncIterator[bytes], expected: Expected, writer: BlobWriter, pool: Executor) -> None:
-    """Write the body into `writer`, one piece behind the network, and check its size and hash."""
+    """Write the body into `writer` piece by piece, and check its size and hash."""
     if expected.length is not None and expected.length > expected.cap:
         raise _too_large(expected.length, expected.cap)
     await _copy(chunks, expected.cap, writer, pool)
@@ -68,9 +80,9 @@ async def receive(chunks: AsyncIterator[bytes], expected: Expected, writer: Blob
 
 
 async def _copy(chunks: AsyncIterator[bytes], cap: int, writer: BlobWriter, pool: Executor) -> None:
+    """Nothing more is taken while a piece is written: what arrives meanwhile waits in the connection's own buffer."""
     total, gathered = 0, 0
     piece: list[bytes] = []
-    writing: asyncio.Future[None] | None = None
     try:
         async for chunk in chunks:
             total += len(chunk)
@@ -79,14 +91,10 @@ async def _copy(chunks: AsyncIterator[bytes], cap: int, writer: BlobWriter, pool
             piece.append(chunk)
             gathered += len(chunk)
             if gathered >= _PIECE:
-                if writing is not None:
-                    await asyncio.shield(writing)
-                writing, piece, gathered = _start(pool, writer, piece), [], 0
+                await settled(_start(pool, writer, piece))
+                piece, gathered = [], 0
     except ClientDisconnect:
         raise RefusedError("truncated", f"the connection closed after {total} bytes of the body.") from None
-    finally:
-        if writing is not None:
-            await settled(writing)
     if piece:
         await settled(_start(pool, writer, piece))
 

@@ -29,8 +29,9 @@ from fedmoe.server.folding import Folding
 from fedmoe.server.histories import current_history
 from fedmoe.server.history import History, Rebuilt
 from fedmoe.server.landing import Arrived, Landing, retract_held
+from fedmoe.server.memory_budget import MemoryBudget
 from fedmoe.server.publication import Publications
-from fedmoe.server.receive import Expected, receive, settled
+from fedmoe.server.receive import Expected, opened_writer, receive, settled
 from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.roster import Roster
 from fedmoe.server.security import Principal
@@ -65,6 +66,8 @@ _THREADS = 4
 _MAX_UPLOADS = 64
 # Who calls the service itself, without a request.
 _OPERATOR = Principal("admin")
+#: Updates being checked and decided at once, as float32: four of rank 16 for SmolLM2-135M, or one that is larger.
+_CHECKED_BYTES = 80 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,7 @@ class CoordinatorService:
         )
         #: Updates on their way in.
         self.uploads = 0
-        self._checking = asyncio.Semaphore(_THREADS)
+        self._memory = MemoryBudget(_CHECKED_BYTES)
         self._noted: tuple[str, ...] = ()
 
     def start(self) -> None:
@@ -225,11 +228,11 @@ class CoordinatorService:
         expert = self.coordinator.expert(header.expert)
         self.uploads += 1
         try:
-            writer = self._blobs.writer()
+            writer = await opened_writer(self._blobs, self._pool)
             try:
                 return await take(expert.manifest.layout, writer)
             finally:
-                writer.abort()
+                await self._in_thread(writer.abort)
         except (RefusedError, CodecError) as error:
             code = getattr(error, "code", "refused")
             _log.warning("refused", expert=header.expert, worker=header.worker, code=code, reason=str(error))
@@ -246,14 +249,8 @@ class CoordinatorService:
         expected = Expected(int(layout.size * 4 * _CAP_SHARE) + _CAP_BYTES, body.length, body.sha256)
         await receive(body.chunks, expected, writer, self._pool)
         failpoints.reached("push.received")
-        async with self._checking:
-            arrived = await self._in_thread(lambda: self._check(header, writer, layout, token))
-            failpoints.reached("push.checked")
-            if arrived.delta is not None:
-                await self._in_thread(writer.commit)
-                failpoints.reached("push.stored")
-        future = self._committer.submit(lambda draft: self._landing.land(draft, arrived, self.now))
-        result = await self._decided(future, UpdateResult)
+        async with self._memory.of(layout.size * 4):
+            result = await self._judged(header, writer, layout, token)
         failpoints.reached("push.answered")
         if result.status != "landed":
             named = {"expert": result.expert, "worker": header.worker, "sequence": header.sequence}
@@ -272,13 +269,23 @@ class CoordinatorService:
         )
         return result
 
+    async def _judged(self, header: UpdateHeader, writer: BlobWriter, layout: Layout, token: str) -> UpdateResult:
+        """Check, store and decide on an update that has arrived; from here to the end its numbers are in memory."""
+        arrived = await self._in_thread(lambda: self._check(header, writer, layout, token))
+        failpoints.reached("push.checked")
+        if arrived.delta is not None:
+            await self._in_thread(writer.commit)
+            failpoints.reached("push.stored")
+        future = self._committer.submit(lambda draft: self._landing.land(draft, arrived, self.now))
+        return await self._decided(future, UpdateResult)
+
     async def _take_statistics(
         self, header: DataStatisticsHeader, body: Body, layout: Layout, writer: BlobWriter
     ) -> DataStatisticsResult:
         await receive(
             body.chunks, Expected(most_bytes(header.kind, layout), body.length, body.sha256), writer, self._pool
         )
-        async with self._checking:
+        async with self._memory.of(writer.size):
             if writer.size == 0:
                 raise MalformedError("malformed", "the body is empty")
             await self._in_thread(lambda: self.statistics.check(header, writer.view(), layout))
