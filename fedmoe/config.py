@@ -36,6 +36,8 @@ DEFAULT_PORT = 5000
 DEFAULT_SYNC_INTERVAL = 10.0
 MIN_SYNC_INTERVAL = 0.01
 MAX_SYNC_INTERVAL = 3600.0
+#: What a coordinator advises where it was not told to enforce anything.
+ADVISED_SYNC_INTERVAL = 1.0
 
 
 def _seconds(value: object) -> float:
@@ -109,7 +111,8 @@ class CoordinatorConfig(_ProcessConfig):
     keep_updates: Annotated[int, Field(ge=1)] | None = None
     max_parameters: Annotated[int, Field(ge=1, le=MAX_PARAMETERS)] = 1 << 28
     max_experts: Annotated[int, Field(ge=1, le=100_000)] = 1024
-    min_sync_interval: Annotated[float, Field(ge=0, le=MAX_SYNC_INTERVAL, allow_inf_nan=False)] = 1.0
+    min_sync_interval: Annotated[float, Field(ge=0, le=MAX_SYNC_INTERVAL, allow_inf_nan=False)] | None = None
+    requests_per_second: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 100.0
     json_limit: Annotated[int, Field(ge=0)] = 8_000_000
     token: SecretStr | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
     admin_token: SecretStr | None = Field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import socket
 import time
@@ -13,7 +14,7 @@ import structlog
 import uvicorn
 
 from fedmoe.allocator import trim
-from fedmoe.config import CoordinatorConfig
+from fedmoe.config import ADVISED_SYNC_INTERVAL, CoordinatorConfig
 from fedmoe.coordinator import Aggregation
 from fedmoe.errors import RefusedError
 from fedmoe.server.browser import is_loopback
@@ -22,11 +23,13 @@ from fedmoe.server.history import History
 from fedmoe.server.json_weights import JsonPolicy
 from fedmoe.server.listening import listen, own_signals
 from fedmoe.server.protocol import GuardedProtocol
+from fedmoe.server.quotas import Rate
 from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.routes import create_app
 from fedmoe.server.security import new_token
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.tokens import TokenGate
+from fedmoe.server.uploads import Admission
 from fedmoe.storage.blobs import StorageFailedError
 from fedmoe.storage.state_dir import StateDir
 
@@ -86,13 +89,21 @@ class DistributedCoordinator:
             journal,
             blobs,
             history,
-            config.min_sync_interval,
+            ADVISED_SYNC_INTERVAL if config.min_sync_interval is None else config.min_sync_interval,
             gate_policy=GatePolicy(config.gate_tolerance, config.gate_seconds),
             storage_problem=self._state.problem,
             limits=RegistrationLimits(config.max_parameters, config.max_experts),
         )
         self.new_tokens = self._prepare_tokens(config)
-        self.app = create_app(self.service, self.gate, is_loopback(config.host), JsonPolicy(config.json_limit))
+        rate = config.requests_per_second
+        self.app = create_app(
+            self.service,
+            self.gate,
+            is_loopback(config.host),
+            JsonPolicy(config.json_limit),
+            Admission(config.min_sync_interval, self.service.knows),
+            Rate(rate, math.ceil(2 * rate)) if rate else None,
+        )
 
     def _prepare_tokens(self, config: CoordinatorConfig) -> dict[str, str]:
         """Open the gate; on an address others can reach, and where there ever were tokens, make those missing."""

@@ -24,10 +24,12 @@ from fedmoe.coordinator import Aggregation
 from fedmoe.manifest import Manifest
 from fedmoe.server.history import History
 from fedmoe.server.protocol import GuardedProtocol
+from fedmoe.server.quotas import Rate, UploadLimits
 from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.routes import create_app
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.tokens import TokenGate
+from fedmoe.server.uploads import Admission
 from fedmoe.storage.blobs import FolderBlobStore
 from fedmoe.storage.journal import SqlJournal
 from fedmoe.wire.messages import SAFETENSORS, ManifestMessage, RegisterRequest
@@ -45,6 +47,7 @@ class House:
     journal: SqlJournal
     blobs: FolderBlobStore
     folder: Path
+    admission: Admission
 
     def register(self, *names: str, manifest: Manifest = MANIFEST) -> None:
         """Make experts without the detour over HTTP."""
@@ -73,6 +76,9 @@ def open_house(
     aggregation: Aggregation | None = None,
     tokens: bool = False,
     limits: RegistrationLimits | None = None,
+    uploads: UploadLimits | None = None,
+    min_sync_interval: float | None = None,
+    token_rate: Rate | None = None,
 ) -> Iterator[House]:
     """A coordinator on a folder; with `tokens` it asks for one, and knows `JOIN` and `ADMIN`."""
     journal, blobs = SqlJournal(folder / "journal.sqlite"), FolderBlobStore(folder / "blobs", reserve_bytes=0)
@@ -84,7 +90,9 @@ def open_house(
         gate.add(JOIN, "join")
         gate.add(ADMIN, "admin")
     try:
-        yield House(create_app(service, gate), service, gate, journal, blobs, folder / "blobs")
+        admission = Admission(min_sync_interval, service.knows, uploads)
+        app = create_app(service, gate, admission=admission, token_rate=token_rate)
+        yield House(app, service, gate, journal, blobs, folder / "blobs", admission)
     finally:
         service.close()
         journal.close()

@@ -68,7 +68,13 @@ def coordinator(
     max_experts: Annotated[
         int | None, typer.Option(help="Experts that there may be, retired ones not counted. [default: 1024]")
     ] = None,
-    min_sync_interval: Annotated[float | None, typer.Option(help="Least seconds between a worker's pushes.")] = None,
+    min_sync_interval: Annotated[
+        float | None,
+        typer.Option(help="Refuse a worker's pushes to an expert that are closer in seconds. [default: advise 1]"),
+    ] = None,
+    requests_per_second: Annotated[
+        float | None, typer.Option(help="Of one token, as a rule; 0 for no limit. [default: 100]")
+    ] = None,
     json_limit: Annotated[
         int | None, typer.Option(help="Most numbers of an answer in JSON; more only as safetensors. [default: 8000000]")
     ] = None,

@@ -1,4 +1,4 @@
-"""What stands before every route: the address, the token, and a cap and a deadline on the body.
+"""What stands before every route: where a request is addressed to, and a cap and a deadline on the body.
 
 All of it works on the bare ASGI messages, so that nothing of a request is read before its sender is known.
 """
@@ -16,9 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fedmoe.errors import RefusedError
 from fedmoe.server import problems
 from fedmoe.server.browser import foreign_host, foreign_page
-from fedmoe.server.health import is_open
 from fedmoe.server.security import Principal
-from fedmoe.server.tokens import TokenGate
 
 #: No body may pause longer than this, or stay longer behind `MIN_BYTES_PER_SECOND`.
 IDLE_SECONDS = 20.0
@@ -33,30 +31,6 @@ def principal_of(request: Request) -> Principal:
     principal = request.scope["state"]["principal"]
     assert isinstance(principal, Principal), "the gate runs before every route"
     return principal
-
-
-def address_of(scope: Scope) -> str | None:
-    """The address a request comes from: the peer's, which may be a proxy."""
-    client = scope.get("client")
-    return str(client[0]) if client else None
-
-
-class GateMiddleware:
-    """Asks for a token on everything but the open paths, before a byte of the body is read."""
-
-    def __init__(self, app: ASGIApp, gate: TokenGate) -> None:
-        self._app = app
-        self._gate = gate
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_open(scope):
-            try:
-                principal = self._gate.admit(Headers(scope=scope).get("authorization"), address_of(scope))
-            except RefusedError as error:
-                await problems.refusal(error)(scope, receive, send)
-                return
-            scope.setdefault("state", {})["principal"] = principal
-        await self._app(scope, receive, send)
 
 
 class BrowserMiddleware:
@@ -106,7 +80,7 @@ class BodyGuard:
         await self._app(scope, body.receive, body.send)
 
 
-class _BodyRefusedError(RefusedError, HTTPException):
+class BodyRefusedError(RefusedError, HTTPException):
     """A refusal that FastAPI lets out of its reading of a body; any other error there becomes a plain 400."""
 
 
@@ -146,7 +120,7 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             self._given_up = True
-            raise _BodyRefusedError(
+            raise BodyRefusedError(
                 "too_slow",
                 f"the body stopped at {self._size} bytes; at least {MIN_BYTES_PER_SECOND} bytes/s are needed.",
                 "Send it again over a better connection, an update with a smaller --wire-dtype.",
@@ -179,6 +153,6 @@ class _Body:
 
 
 def _too_large(size: int, cap: int) -> RefusedError:
-    return _BodyRefusedError(
+    return BodyRefusedError(
         "too_large", f"the body has {size} bytes or more; at most {cap} are read here.", "Send less in one request."
     )

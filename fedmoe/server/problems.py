@@ -66,7 +66,11 @@ STATUS: dict[str, int] = {
     "digest_mismatch": 400,
     "truncated": 400,
     "too_slow": 408,
+    "gave_way": 408,
     "json_busy": 429,
+    "quota_exceeded": 429,
+    "too_many_requests": 429,
+    "too_soon": 429,
     "quarantine_full": 429,
     "busy": 503,
     "disk_full": 507,
@@ -84,6 +88,8 @@ _RETRY_AFTER = {
 def problem(code: str, status: int, detail: str, fix: str = "", **facts: object) -> Response:
     """An RFC 9457 problem."""
     headers = {"Retry-After": _RETRY_AFTER[code]} if code in _RETRY_AFTER else {}
+    if "retry_after" in facts:
+        headers["Retry-After"] = str(facts["retry_after"])
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     content = json.dumps(_content(code, status, detail, fix, facts), allow_nan=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Request
@@ -23,15 +24,19 @@ from fedmoe.server.answers import (
     gateway_weights,
 )
 from fedmoe.server.gate_routes import gate_routes
-from fedmoe.server.guard import BodyGuard, BrowserMiddleware, GateMiddleware, principal_of
+from fedmoe.server.guard import BodyGuard, BrowserMiddleware, principal_of
 from fedmoe.server.health import HeadMiddleware, readiness
 from fedmoe.server.histories import IncarnationHeader
 from fedmoe.server.json_weights import JsonPolicy
 from fedmoe.server.quarantine_routes import quarantine_routes
+from fedmoe.server.quotas import Rate
 from fedmoe.server.receive import parse_content_digest
 from fedmoe.server.service import Body, CoordinatorService
+from fedmoe.server.token_gate import GateMiddleware
 from fedmoe.server.token_routes import token_routes
 from fedmoe.server.tokens import TokenGate
+from fedmoe.server.turns import TOKEN_RATE
+from fedmoe.server.uploads import Admission
 from fedmoe.storage.told_statistics import KeptStatistic
 from fedmoe.wire.messages import (
     SAFETENSORS,
@@ -61,20 +66,25 @@ _ANSWERED_WITH_WEIGHTS = ("too_stale", "other_history")
 
 
 def create_app(
-    service: CoordinatorService, gate: TokenGate, loopback: bool = True, json: JsonPolicy | None = None
+    service: CoordinatorService,
+    gate: TokenGate,
+    loopback: bool = True,
+    json: JsonPolicy | None = None,
+    admission: Admission | None = None,
+    token_rate: Rate | None = TOKEN_RATE,
 ) -> FastAPI:
     """The coordinator's HTTP application; without tokens only requests addressed to this machine are taken."""
     app = FastAPI(title="FedMoE coordinator", version=__version__, docs_url=None, redoc_url=None)
     problems.install(app)
     answers = WeightAnswers(json or JsonPolicy())
     _read_routes(app, service, answers)
-    _write_routes(app, service, answers)
+    _write_routes(app, service, answers, admission or Admission(None, service.knows))
     gate_routes(app, service, answers)
     quarantine_routes(app, service)
     _admin_routes(app, service)
     token_routes(app, gate)
     app.add_middleware(IncarnationHeader, incarnation=service.current.incarnation)
-    app.add_middleware(GateMiddleware, gate=gate)
+    app.add_middleware(GateMiddleware, gate=gate, token_rate=token_rate)
     if not gate.required:
         app.add_middleware(BrowserMiddleware, loopback_only=loopback)
     # These caps follow from the expert, so the service sets them.
@@ -144,7 +154,7 @@ def _read_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswe
         return answer_statistics(request, kept.tag(*named), lambda: kept.merged(*named))
 
 
-def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswers) -> None:
+def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswers, admission: Admission) -> None:
     @app.post("/register_expert")
     async def register_expert(request: Request, wanted: RegisterRequest) -> ExpertInfo:
         principal = principal_of(request)
@@ -163,7 +173,8 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
         if header.answer == "weights":  # refused before the push changes anything
             answers.check(request, service.coordinator.expert(header.expert).manifest.layout.size)
         try:
-            result = await service.push(header, body, principal.token)
+            async with admission.push(principal.token, header, body.chunks) as chunks:
+                result = await service.push(header, replace(body, chunks=chunks), principal.token)
         except RefusedError as error:
             if error.code not in _ANSWERED_WITH_WEIGHTS or header.answer != "weights":
                 raise
@@ -190,7 +201,9 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
         principal = principal_of(request)
         principal.require_worker(header.worker)
         principal.require_expert(header.expert)
-        return await service.push_data_statistics(header, _tensor_body(request))
+        body = _tensor_body(request)
+        async with admission.places.one(principal.token, header.worker, body.chunks) as chunks:
+            return await service.push_data_statistics(header, replace(body, chunks=chunks))
 
 
 def _admin_routes(app: FastAPI, service: CoordinatorService) -> None:

@@ -63,7 +63,6 @@ _log = structlog.get_logger("fedmoe.coordinator")
 _CAP_SHARE = 1.05
 _CAP_BYTES = 1 << 20
 _THREADS = 4
-_MAX_UPLOADS = 64
 # Who calls the service itself, without a request.
 _OPERATOR = Principal("admin")
 #: Updates being checked and decided at once, as float32: four of rank 16 for SmolLM2-135M, or one that is larger.
@@ -207,6 +206,11 @@ class CoordinatorService:
             self._noted = gateway.notes
         return gateway
 
+    def knows(self, header: UpdateHeader) -> bool:
+        """Whether this very update has been taken in before."""
+        identity = (header.worker, header.epoch, header.sequence)
+        return self.coordinator.quarantine.knows(identity) or self.journal.find_update(*identity) is not None
+
     async def push(self, header: UpdateHeader, body: Body, token: str = "") -> UpdateResult:
         """Take one update in; answers the same to the same update however often it is sent.
 
@@ -224,7 +228,7 @@ class CoordinatorService:
         take: Callable[[Layout, BlobWriter], Awaitable[Result]],
     ) -> Result:
         """What `take` makes of a body that arrives for an expert; nothing is left of one that is refused."""
-        self._refuse_if_busy()
+        self.check_storage()
         expert = self.coordinator.expert(header.expert)
         self.uploads += 1
         try:
@@ -378,11 +382,6 @@ class CoordinatorService:
         statistic = Statistic(request.expert, request.worker, request.kind, dict(request.values), self.now)
         await self._in_thread(lambda: self.told.add(statistic))
         self.roster.hear(statistic)
-
-    def _refuse_if_busy(self) -> None:
-        self.check_storage()
-        if self.uploads >= _MAX_UPLOADS:
-            raise RefusedError("busy", f"{self.uploads} updates are being received.", "Retry after the time given.")
 
     async def _decided(self, future: Future[object], kind: type[Result]) -> Result:
         # A cancelled request still waits for its decision: the bytes it stored must stay until they are journalled.

@@ -189,17 +189,20 @@ class TokenGate:
         found = self._records.get(presented)
         if found is None or not hmac.compare_digest(found.hash, presented):
             raise self._unauthorised("this token is not known here.")
-        self.require_usable(presented)
+        if not self._usable(found):
+            raise self.ended(presented)
         self._used[presented] = (self._wall(), address)
         return Principal(found.role, found.worker, found.experts, presented)
 
-    def require_usable(self, token_hash: str) -> None:
-        """Raise if a token that was admitted has been revoked or has ended since; an empty hash is nobody's."""
-        if not token_hash:
-            return
-        record = self._records[token_hash]
-        if not self._usable(record):
-            raise self._unauthorised("this token was revoked." if record.revoked else "this token has expired.")
+    def ended(self, token_hash: str) -> RefusedError:
+        """The refusal of a token that was revoked or has expired."""
+        revoked = self._records[token_hash].revoked
+        return self._unauthorised("this token was revoked." if revoked else "this token has expired.")
+
+    def seconds_left(self, token_hash: str) -> float | None:
+        """Until a token that was admitted ends; None for one without an end."""
+        expires_at = self._records[token_hash].expires_at
+        return None if expires_at is None else max(0.0, expires_at - self.now)
 
     def _usable(self, record: TokenRecord) -> bool:
         return not record.revoked and (record.expires_at is None or record.expires_at > self.now)

@@ -21,7 +21,7 @@ def raised_codes() -> dict[str, list[str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
                 continue
-            if node.func.id not in ("RefusedError", "_BodyRefusedError", "TooStaleError"):
+            if node.func.id not in ("RefusedError", "BodyRefusedError", "TooStaleError"):
                 continue
             if isinstance(node.args[0], ast.Constant):
                 found.setdefault(str(node.args[0].value), []).append(path.name)

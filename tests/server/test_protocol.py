@@ -284,14 +284,16 @@ def test_a_refused_body_does_not_keep_its_connection_for_ever_21(server: LiveSer
 def test_whoever_does_not_read_the_answer_is_dropped_21(tmp_path: Path, short: None) -> None:
     wide = Layout((ModuleShape("layers.0.q", 1 << 20, 1 << 20),), 4)
     request = head(b"Accept: application/vnd.safetensors\r\n", b"/get_all_expert_weights", b"GET")
-    with open_house(tmp_path) as house, listening(house.app) as server, server.connect() as connection:
+    with open_house(tmp_path) as house, listening(house.app) as server:
         house.register("wide", manifest=Manifest(MANIFEST.base, wide, 1.0))
+        connection = server.connect()
         connection.sendall(request)
         assert status(connection.recv(4096)) == 200
         deadline = time.monotonic() + 5
         while server.uvicorn.server_state.connections and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not server.uvicorn.server_state.connections
+        connection.close()
 
 
 def test_a_slow_but_steady_reader_gets_everything_21(tmp_path: Path, short: None) -> None:

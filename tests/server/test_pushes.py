@@ -17,8 +17,7 @@ from fedmoe.coordinator import Aggregation
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.codec import encode
 from fedmoe.lora.container import header_bytes
-from fedmoe.server import service as service_module
-from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
+from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.messages import SAFETENSORS, UpdateHeader
 
 Answer = tuple[int, str, str]
@@ -332,33 +331,6 @@ def test_the_same_push_on_many_connections_at_once_lands_once_46(house: House, s
     assert sorted(result.duplicate for result in results) == [False] + [True] * 5
     versions, events, files = house.kept()
     assert (versions, events, len(files)) == ({"python": 1}, 2, 1)
-
-
-def test_more_uploads_than_fit_are_sent_away_with_a_time_to_come_back_65(
-    house: House, server: LiveServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service_module, "_MAX_UPLOADS", 2)
-    body = make_body(1)
-    head = (
-        b"POST /push_expert_update?expert=python&worker=%s&epoch=e1&sequence=0&base_version=0 HTTP/1.1\r\n"
-        b"Host: 127.0.0.1\r\nContent-Type: application/vnd.safetensors\r\nContent-Digest: "
-        + content_digest(body).encode()
-        + b"\r\nContent-Length: %d\r\n\r\n" % len(body)
-    )
-    with server.connect() as first, server.connect() as second, CoordinatorClient(server.url) as client:
-        for name, connection in ((b"slow1", first), (b"slow2", second)):
-            connection.sendall(head % name + body[:10])
-        while house.service.uploads < 2:
-            pass
-        with pytest.raises(CoordinatorUnavailableError, match="busy") as refused:
-            client.push(header(), body)
-        assert refused.value.retry_after == 2.0
-        first.sendall(body[10:])
-        assert first.recv(100).startswith(b"HTTP/1.1 200")
-        assert client.push(header(), body).result.version == 2
-        second.sendall(body[10:])
-        assert second.recv(100).startswith(b"HTTP/1.1 200")
-    assert house.service.coordinator.expert("python").version == 3
 
 
 def test_after_an_io_error_on_disk_nothing_is_promised_any_more_9(

@@ -156,7 +156,9 @@ def test_one_that_may_not_train_while_an_update_travels_still_trains_between_pus
     assert [update.info["steps"] for update in house.updates()] == [1, 2, 3]
 
 
-def test_the_coordinators_minimum_interval_is_obeyed(tmp_path: Path) -> None:
+def test_the_coordinators_minimum_interval_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # This worker counts steps for seconds; the coordinator, which does not, must not wait for it.
+    monkeypatch.setattr("fedmoe.server.uploads.seconds_early", lambda *_: 0.0)
     with federation(tmp_path / "coordinator", min_sync_interval=5.0) as house:
         Setup(house.url, tmp_path / "w1", steps=10, every=1, after_step=wait_for_answer).run()
         assert [update.info["steps"] for update in house.updates()] == [5, 10]
