@@ -28,8 +28,9 @@ from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.routes import create_app
 from fedmoe.server.security import new_token
 from fedmoe.server.service import CoordinatorService
-from fedmoe.server.tokens import TokenGate
+from fedmoe.server.tokens import KEEP_SECONDS, TokenGate
 from fedmoe.server.uploads import Admission
+from fedmoe.storage.audit import AuditHead, AuditLog
 from fedmoe.storage.blobs import StorageFailedError
 from fedmoe.storage.state_dir import StateDir
 
@@ -38,6 +39,8 @@ _log = structlog.get_logger("fedmoe.coordinator")
 EXIT_PORT_IN_USE = 98
 EXIT_STORAGE_FAILED = 74
 _DRAIN_SECONDS = 30
+# Under this key the journal holds where the audit log was when somebody last looked.
+_AUDIT_HEAD = "audit_head"
 # A machine's clock that is further behind than this was set back.
 _CLOCK_BEHIND = 5.0
 # So long it says that its storage failed before it leaves, so that whoever watches /healthz sees why.
@@ -54,10 +57,13 @@ class DistributedCoordinator:
 
     def __init__(self, config: CoordinatorConfig) -> None:
         self.config = config
+        self._audit: AuditLog | None = None
         self._state = StateDir.open(Path(config.state_dir))
         try:
             self._open(config)
         except BaseException:
+            if self._audit is not None:
+                self._audit.close()
             self._state.close()
             raise
 
@@ -94,7 +100,11 @@ class DistributedCoordinator:
             storage_problem=self._state.problem,
             limits=RegistrationLimits(config.max_parameters, config.max_experts),
         )
+        self._noted = AuditHead.of_text(journal.meta(_AUDIT_HEAD))
+        self._audit = AuditLog(self._state.path, time.time, self._noted)
         self.new_tokens = self._prepare_tokens(config)
+        made = ", ".join(self.new_tokens)
+        self._audit.write(what="start", asks_for_tokens=self.gate.required, address=config.host, tokens_made=made)
         rate = config.requests_per_second
         self.app = create_app(
             self.service,
@@ -103,6 +113,7 @@ class DistributedCoordinator:
             JsonPolicy(config.json_limit),
             Admission(config.min_sync_interval, self.service.knows),
             Rate(rate, math.ceil(2 * rate)) if rate else None,
+            self._audit,
         )
 
     def _prepare_tokens(self, config: CoordinatorConfig) -> dict[str, str]:
@@ -114,6 +125,8 @@ class DistributedCoordinator:
         self.gate.required = needed and not config.insecure
         for record in self.gate.adopt(given):
             _log.warning("token_replaced", role=record.role, hash=record.hash[:12], reason="another one was given")
+            if self._audit is not None:
+                self._audit.write(what="token replaced at start", named=record.hash[:12], role=record.role)
         if config.insecure:
             _log.warning("insecure", tokens_not_asked_for=len(self.gate.known()))
         if self.gate.clock_behind > _CLOCK_BEHIND:
@@ -156,7 +169,7 @@ class DistributedCoordinator:
         return 0
 
     async def _run(self, server: uvicorn.Server, listener: socket.socket) -> None:
-        beside = (self._stop_when_failed(server), self._keep_tokens(), self._tidy())
+        beside = (self._stop_when_failed(server), self._keep_notes(), self._tidy())
         watches = [asyncio.create_task(watch) for watch in beside]
         try:
             await server.serve(sockets=[listener])
@@ -164,18 +177,26 @@ class DistributedCoordinator:
             for watch in watches:
                 watch.cancel()
 
-    async def _keep_tokens(self) -> None:
-        """Make durable, beside the requests, when tokens were used and that one has ended."""
+    async def _keep_notes(self) -> None:
+        """Make durable, beside the requests, when tokens were used, that one has ended, and where the audit log is."""
+        audit_kept = time.monotonic()
         while True:
             await asyncio.sleep(1.0)
-            if self.gate.keeping_is_due:
+            due = time.monotonic() - audit_kept >= KEEP_SECONDS
+            if due:
+                audit_kept = time.monotonic()
+            if due or self.gate.keeping_is_due:
                 await asyncio.to_thread(self._keep)
 
-    def _keep(self) -> None:
+    def _keep(self, at_the_end: bool = False) -> None:
         try:
-            self.gate.keep()
+            if at_the_end or self.gate.keeping_is_due:
+                self.gate.keep()
+            if self._audit is not None and self._audit.head != self._noted:
+                self._noted = self._audit.head
+                self._state.journal.set_meta(_AUDIT_HEAD, str(self._noted))
         except (RefusedError, StorageFailedError) as error:
-            _log.warning("token_uses_not_kept", reason=str(error))
+            _log.warning("notes_not_kept", reason=str(error))
 
     async def _tidy(self) -> None:
         """Give back the memory of uploads once they are over."""
@@ -198,5 +219,8 @@ class DistributedCoordinator:
     def close(self) -> None:
         """Finish what was accepted and give the state directory back."""
         self.service.close()
-        self._keep()
+        if self._audit is not None:
+            self._audit.write(what="stop")
+            self._audit.close()
+        self._keep(at_the_end=True)
         self._state.close()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
+import traceback
+from types import TracebackType
 from typing import TextIO, cast
 
 import stamina.instrumentation
@@ -32,6 +35,7 @@ def configure(level: int = logging.INFO) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _inert_facts,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -40,10 +44,56 @@ def configure(level: int = logging.INFO) -> None:
         cache_logger_on_first_use=False,
     )
     quiet_retries()
-    # uvicorn speaks through logging; only what goes wrong there matters here.
-    logging.basicConfig(
-        stream=cast(TextIO, _StandardError()), level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    # uvicorn, asyncio and the like speak through logging; only what goes wrong there matters here.
+    logging.basicConfig(handlers=[_InOurWords()], level=logging.WARNING)
+
+
+class _InOurWords(logging.Handler):
+    """What libraries log, as events of this log: a traceback is a fact of one line, not lines of their own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        facts = {"logger": record.name}
+        if record.exc_info and record.exc_info[0] is not None:
+            facts["exception"] = "".join(traceback.format_exception(*record.exc_info))
+        structlog.get_logger().log(max(record.levelno, logging.WARNING), record.getMessage().strip(), **facts)
+
+
+def log_what_nobody_caught() -> None:
+    """Log errors that end this process or one of its threads, and warnings of Python, like everything else.
+
+    For services, whose log is read by programs; a command shows its traceback as Python does.
+    """
+
+    def ends_process(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            return
+        told = "".join(traceback.format_exception(kind, error, trace))
+        structlog.get_logger().critical("uncaught", error=repr(error), exception=told)
+
+    def ends_thread(ended: threading.ExceptHookArgs) -> None:
+        told = "".join(traceback.format_exception(ended.exc_type, ended.exc_value, ended.exc_traceback))
+        name = ended.thread.name if ended.thread is not None else ""
+        structlog.get_logger().critical("uncaught", error=repr(ended.exc_value), thread=name, exception=told)
+
+    if not sys.stderr.isatty():
+        sys.excepthook, threading.excepthook = ends_process, ends_thread
+        logging.captureWarnings(True)
+
+
+def inert(text: str) -> str:
+    """Text with everything escaped that a terminal might obey: control characters, turns of the reading direction."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char == "\n" else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode()
+
+
+def _inert_facts(_: object, __: str, facts: structlog.types.EventDict) -> structlog.types.EventDict:
+    """What others wrote (names, messages, paths) reaches no terminal raw, neither now nor when a log is looked at."""
+    return {name: inert(value) if isinstance(value, str) else value for name, value in facts.items()}
 
 
 def quiet_retries() -> None:

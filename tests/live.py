@@ -30,6 +30,7 @@ from fedmoe.server.routes import create_app
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.tokens import TokenGate
 from fedmoe.server.uploads import Admission
+from fedmoe.storage.audit import AuditLog
 from fedmoe.storage.blobs import FolderBlobStore
 from fedmoe.storage.journal import SqlJournal
 from fedmoe.wire.messages import SAFETENSORS, ManifestMessage, RegisterRequest
@@ -79,6 +80,7 @@ def open_house(
     uploads: UploadLimits | None = None,
     min_sync_interval: float | None = None,
     token_rate: Rate | None = None,
+    audit: AuditLog | None = None,
 ) -> Iterator[House]:
     """A coordinator on a folder; with `tokens` it asks for one, and knows `JOIN` and `ADMIN`."""
     journal, blobs = SqlJournal(folder / "journal.sqlite"), FolderBlobStore(folder / "blobs", reserve_bytes=0)
@@ -91,7 +93,7 @@ def open_house(
         gate.add(ADMIN, "admin")
     try:
         admission = Admission(min_sync_interval, service.knows, uploads)
-        app = create_app(service, gate, admission=admission, token_rate=token_rate)
+        app = create_app(service, gate, admission=admission, token_rate=token_rate, audit=audit)
         yield House(app, service, gate, journal, blobs, folder / "blobs", admission)
     finally:
         service.close()

@@ -12,7 +12,7 @@ import typer
 from fedmoe.allocator import give_back_freed_memory
 from fedmoe.cli.output import CommandError, given
 from fedmoe.config import DEFAULT_PORT, CoordinatorConfig
-from fedmoe.logs import configure
+from fedmoe.logs import configure, log_what_nobody_caught
 
 if TYPE_CHECKING:
     from fedmoe.distributed_coordinator import DistributedCoordinator
@@ -90,6 +90,7 @@ def coordinator(
     config = CoordinatorConfig(**given(**locals()))  # type: ignore[arg-type]
     check_tls(config.tls_cert, config.tls_key)
     configure()
+    log_what_nobody_caught()
     give_back_freed_memory()
     from fedmoe.distributed_coordinator import DistributedCoordinator
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from typer.exceptions import TyperException
 
 from fedmoe.errors import RefusedError
+from fedmoe.logs import inert
 from fedmoe.wire.replies import CoordinatorUnavailableError
 
 EXIT_ERROR = 1
@@ -92,7 +93,7 @@ def _expected_status(error: Exception) -> int | None:
 
 def _fail(message: str, status: int) -> NoReturn:
     for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {inert(line)}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -129,5 +130,5 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(inert(str(cell)) for cell in row))
     Console().print(table)

@@ -23,6 +23,7 @@ from fedmoe.server.answers import (
     expert_weights,
     gateway_weights,
 )
+from fedmoe.server.audited import AuditMiddleware
 from fedmoe.server.gate_routes import gate_routes
 from fedmoe.server.guard import BodyGuard, BrowserMiddleware, principal_of
 from fedmoe.server.health import HeadMiddleware, readiness
@@ -37,6 +38,7 @@ from fedmoe.server.token_routes import token_routes
 from fedmoe.server.tokens import TokenGate
 from fedmoe.server.turns import TOKEN_RATE
 from fedmoe.server.uploads import Admission
+from fedmoe.storage.audit import AuditLog
 from fedmoe.storage.told_statistics import KeptStatistic
 from fedmoe.wire.messages import (
     SAFETENSORS,
@@ -72,6 +74,7 @@ def create_app(
     json: JsonPolicy | None = None,
     admission: Admission | None = None,
     token_rate: Rate | None = TOKEN_RATE,
+    audit: AuditLog | None = None,
 ) -> FastAPI:
     """The coordinator's HTTP application; without tokens only requests addressed to this machine are taken."""
     app = FastAPI(title="FedMoE coordinator", version=__version__, docs_url=None, redoc_url=None)
@@ -87,6 +90,8 @@ def create_app(
     app.add_middleware(GateMiddleware, gate=gate, token_rate=token_rate)
     if not gate.required:
         app.add_middleware(BrowserMiddleware, loopback_only=loopback)
+    if audit is not None:
+        app.add_middleware(AuditMiddleware, log=audit, gate=gate)
     # These caps follow from the expert, so the service sets them.
     app.add_middleware(BodyGuard, caps={_PUSH: None, _PUSH_STATISTICS: None})
     app.add_middleware(HeadMiddleware)
@@ -209,12 +214,12 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
 def _admin_routes(app: FastAPI, service: CoordinatorService) -> None:
     @app.post("/rollback")
     async def rollback(request: Request, wanted: RollbackRequest) -> ChangeResult:
-        principal_of(request).require_admin()
+        principal_of(request).require_admin(expert=wanted.expert)
         return await service.roll_back(wanted)
 
     @app.post("/retract")
     async def retract(request: Request, wanted: RetractRequest) -> ChangeResult:
-        principal_of(request).require_admin()
+        principal_of(request).require_admin(expert=wanted.expert, worker=wanted.worker)
         return await service.retract(wanted)
 
 

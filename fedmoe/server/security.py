@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedmoe.errors import RefusedError
 
@@ -16,18 +16,22 @@ class Principal:
     """Who a request comes from; `worker` and `experts` None mean any.
 
     `token` is the hash of the token that was shown, empty where none is asked for: there everybody is an administrator.
+    `named` is what the request turns out to be about, for the audit log.
     """
 
     role: str
     worker: str | None = None
     experts: tuple[str, ...] | None = None
     token: str = ""
+    named: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
-    def require_admin(self) -> None:
+    def require_admin(self, **named: str) -> None:
+        self.named.update(named)
         if self.role != "admin":
             raise _forbidden(f"this needs an admin token, got one with role {self.role!r}.")
 
     def require_worker(self, worker: str) -> None:
+        self.named["worker"] = worker
         if self.worker is not None and worker != self.worker:
             raise _forbidden(f"this token belongs to worker {self.worker!r}, the request names {worker!r}.")
 
@@ -36,6 +40,7 @@ class Principal:
         return self.experts is None or expert in self.experts
 
     def require_expert(self, expert: str) -> None:
+        self.named["expert"] = expert
         if not self.may_use(expert):
             scope = ", ".join(self.experts or ())
             raise _forbidden(f"this token may use {scope}; the request names {expert!r}.")

@@ -21,15 +21,17 @@ def token_routes(app: FastAPI, gate: TokenGate) -> None:
 
     @app.post("/tokens")
     async def make_token(request: Request, wanted: TokenRequest) -> TokenAnswer:
-        principal_of(request).require_admin()
+        principal = principal_of(request)
+        principal.require_admin(named_label=wanted.label, worker=wanted.worker or "")
         token = new_token()
         scope = (wanted.role, wanted.worker, wanted.experts, wanted.expires_in, wanted.label)
         record = await run_in_threadpool(gate.add, token, *scope)
+        principal.named["named"] = record.hash[:12]
         return TokenAnswer(token=token, hash=record.hash)
 
     @app.post("/tokens/revoke", status_code=204)
     async def revoke_token(request: Request, wanted: RevokeRequest) -> None:
-        principal_of(request).require_admin()
+        principal_of(request).require_admin(named=wanted.hash[:12])
         await run_in_threadpool(gate.revoke, wanted.hash)
 
 
