@@ -18,6 +18,7 @@ from fedmoe.config import ADVISED_SYNC_INTERVAL, CoordinatorConfig
 from fedmoe.coordinator import Aggregation
 from fedmoe.errors import RefusedError
 from fedmoe.server.browser import is_loopback
+from fedmoe.server.descriptors import few_left, in_use, raise_limit
 from fedmoe.server.evaluation_gate import GatePolicy
 from fedmoe.server.history import History
 from fedmoe.server.json_weights import JsonPolicy
@@ -58,6 +59,8 @@ class DistributedCoordinator:
     def __init__(self, config: CoordinatorConfig) -> None:
         self.config = config
         self._audit: AuditLog | None = None
+        self._descriptors = raise_limit()
+        self._few_descriptors = False
         self._state = StateDir.open(Path(config.state_dir))
         try:
             self._open(config)
@@ -182,11 +185,21 @@ class DistributedCoordinator:
         audit_kept = time.monotonic()
         while True:
             await asyncio.sleep(1.0)
+            self._watch_descriptors()
             due = time.monotonic() - audit_kept >= KEEP_SECONDS
             if due:
                 audit_kept = time.monotonic()
             if due or self.gate.keeping_is_due:
                 await asyncio.to_thread(self._keep)
+
+    def _watch_descriptors(self) -> None:
+        """Say that descriptors run out, once each time: new connections are closed at once then."""
+        used = in_use()
+        few = few_left(used, self._descriptors)
+        if few and not self._few_descriptors:
+            fix = "raise 'ulimit -n'"
+            _log.error("few_file_descriptors", used=used, limit=self._descriptors, fix=fix)
+        self._few_descriptors = few
 
     def _keep(self, at_the_end: bool = False) -> None:
         try:

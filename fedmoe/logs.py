@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO, cast
 
@@ -15,13 +16,19 @@ import structlog
 
 
 class _StandardError:
-    """Standard error as it is when something is written: it may be exchanged after loggers were made."""
+    """Standard error as it is when something is written: it may be exchanged after loggers were made.
+
+    Where it leads nowhere any more (a closed terminal, a reader that left), what is logged is lost and work goes on.
+    """
 
     def write(self, text: str) -> int:
-        return sys.stderr.write(text)
+        with suppress(OSError):
+            return sys.stderr.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
 
 
 def configure(level: int = logging.INFO) -> None:

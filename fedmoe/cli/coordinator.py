@@ -12,7 +12,7 @@ import typer
 from fedmoe.allocator import give_back_freed_memory
 from fedmoe.cli.output import CommandError, given
 from fedmoe.config import DEFAULT_PORT, CoordinatorConfig
-from fedmoe.logs import configure, log_what_nobody_caught
+from fedmoe.logs import configure, log_what_nobody_caught, warn
 
 if TYPE_CHECKING:
     from fedmoe.distributed_coordinator import DistributedCoordinator
@@ -112,6 +112,8 @@ def check_tls(certificate: str | None, key: str | None) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
     except ssl.SSLError as error:
         raise CommandError(f"{certificate} and {key} are no certificate chain and its key in PEM: {error}") from error
+    if key is not None and os.stat(key).st_mode & 0o077:
+        warn("key_readable_by_others", file=key, fix=f"chmod 600 {key}")
 
 
 def _announce(config: CoordinatorConfig, running: DistributedCoordinator) -> None:

@@ -11,6 +11,8 @@ from types import FrameType
 
 import uvicorn
 
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 class PortInUseError(Exception):
     """The address cannot be listened on; the message names it and the way out."""
@@ -18,15 +20,22 @@ class PortInUseError(Exception):
 
 @contextmanager
 def own_signals(server: uvicorn.Server) -> Iterator[None]:
-    """Let a stop end in our clean-up: uvicorn raises the signal again when it is done, which would end the process."""
+    """Let a stop end in our clean-up: the first signal finishes what is under way, the second ends it at once.
+
+    A terminal that is closed is a stop too, unless whoever started this process said otherwise (`nohup`). uvicorn's own
+    handler would raise the signal again when it is done, which would end the process.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        server.force_exit = server.should_exit
         server.should_exit = True
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    server.handle_exit = stop  # type: ignore[method-assign, assignment]
+    stops = [number for number in _STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in stops}
     try:
         yield
     finally:

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from command import Outcome
 from live import ADMIN, JOIN, LiveServer
+from structlog.testing import capture_logs
 from support import CoordinatorProcess
 
 from fedmoe.cli import main
+from fedmoe.cli.coordinator import check_tls
 from fedmoe.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient
 
@@ -90,3 +95,41 @@ def test_a_start_with_another_token_of_the_environment_ends_the_one_before(
     said = running.log.read_text()
     assert f"WARNING: --insecure: none of the tokens of {running.state_dir} is asked for." in said
     assert '"event": "insecure"' in said
+
+
+@pytest.mark.parametrize("variable", ["FEDMOE_TOKEN", "FEDMOE_ADMIN_TOKEN"])
+def test_a_token_variable_that_is_set_but_empty_is_an_error_60(
+    variable: str, fedmoe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(variable, "")
+    outcome = fedmoe("coordinator", "--state-dir", str(tmp_path / "state"))
+    assert outcome.status == 2
+    assert "unset the variable or the flag to use none" in outcome.err
+    assert not (tmp_path / "state").exists()
+
+
+def test_the_same_secret_for_both_roles_is_an_error(
+    fedmoe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for variable in ("FEDMOE_TOKEN", "FEDMOE_ADMIN_TOKEN"):
+        monkeypatch.setenv(variable, JOIN)
+    outcome = fedmoe("coordinator", "--state-dir", str(tmp_path / "state"))
+    assert outcome.status == 2
+    assert "every worker would be an administrator" in outcome.err
+    assert JOIN not in outcome.err
+
+
+@pytest.mark.parametrize(("mode", "told"), [(0o644, True), (0o640, True), (0o600, False)])
+def test_a_key_that_others_may_read_is_told_with_what_to_do_60(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, told: bool
+) -> None:
+    key = tmp_path / "key.pem"
+    key.write_text("secret")
+    key.chmod(mode)
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", lambda *_: None)
+    with capture_logs() as lines:
+        check_tls(str(key), str(key))
+    assert [line["event"] for line in lines] == (["key_readable_by_others"] if told else [])
+    if told:
+        assert lines[0]["fix"] == f"chmod 600 {key}"
+    assert "secret" not in str(lines)
