@@ -119,6 +119,9 @@ class CoordinatorConfig(_ProcessConfig):
         default=None, validation_alias=AliasChoices("admin_token", "FEDMOE_ADMIN_TOKEN")
     )
     insecure: bool = False
+    accept_older_journal: bool = False
+    skip_damaged: bool = False
+    allow_network_fs: bool = False
     tls_cert: str | None = None
     tls_key: str | None = None
 

@@ -61,7 +61,9 @@ class DistributedCoordinator:
         self._audit: AuditLog | None = None
         self._descriptors = raise_limit()
         self._few_descriptors = False
-        self._state = StateDir.open(Path(config.state_dir))
+        self._state = StateDir.open(
+            Path(config.state_dir), config.accept_older_journal, config.skip_damaged, config.allow_network_fs
+        )
         try:
             self._open(config)
         except BaseException:
@@ -87,7 +89,7 @@ class DistributedCoordinator:
             config.hold_norm,
         )
         journal, blobs = self._state.journal, self._state.blobs
-        history = History(journal, blobs, aggregation, config.keep_updates)
+        history = History(journal, blobs, aggregation, config.keep_updates, skip_damaged=config.skip_damaged)
         started = time.perf_counter()
         coordinator = history.recover()
         versions = {name: expert.version for name, expert in coordinator.experts.items()}

@@ -16,6 +16,7 @@ from fedmoe.events import (
     QuarantineEvent,
     UpdateAccepted,
     UpdateHeld,
+    UpdateLost,
     WorkerRetracted,
 )
 from fedmoe.experts import GATEWAY_SEED, ExpertModel, Registrant, expert_named, seed_of
@@ -260,7 +261,7 @@ class Draft:
                 assert delta is not None, "an accepted update is applied with its delta"
                 landed = self.experts[event.expert].land(delta, event.coefficient, rule)
                 self.experts[event.expert] = landed.remember(event.landed_norm)
-            case ExpertRolledBack() | WorkerRetracted() | ExpertWentOn():
+            case ExpertRolledBack() | WorkerRetracted() | UpdateLost() | ExpertWentOn():
                 assert rebuilt is not None, "such a change is applied with the rebuilt state"
                 self.experts[event.expert] = self.experts[event.expert].become(rebuilt)
             case GatewayFolded():
@@ -278,7 +279,7 @@ class Draft:
     def _digest_after(self, event: Event) -> str | None:
         """The content hash of the version that an event made; None where it made none, or an expert's first one."""
         match event:
-            case UpdateAccepted() | ExpertRolledBack() | WorkerRetracted() | ExpertWentOn():
+            case UpdateAccepted() | ExpertRolledBack() | WorkerRetracted() | UpdateLost() | ExpertWentOn():
                 return self.experts[event.expert].digest
             case GatewayFolded():
                 return self.living.digest if self.living is not None else None

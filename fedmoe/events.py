@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from fedmoe.manifest import Manifest
@@ -75,6 +75,24 @@ class WorkerRetracted:
     expert: str
     worker: str
     removed: int
+    version: int
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateLost:
+    """The expert's next version is what it would be without one update, whose bytes `digest` can no longer be read.
+
+    `(worker, epoch, sequence)` names the update, which made version `made`.
+    """
+
+    expert: str
+    worker: str
+    epoch: str
+    sequence: int
+    digest: str
+    made: int
     version: int
     reason: str
     at: float
@@ -172,6 +190,7 @@ Event = (
     | UpdateAccepted
     | ExpertRolledBack
     | WorkerRetracted
+    | UpdateLost
     | GatewayFolded
     | ExpertWentOn
     | QuarantineEvent
@@ -234,6 +253,8 @@ def lineages(events: Iterable[Event]) -> dict[int, Lineage | None]:
                 found[event.version] = found[event.to_version]
             case WorkerRetracted():
                 found[event.version] = without_worker(found[newest], event.worker)
+            case UpdateLost():
+                found[event.version] = without_update(found[newest], event)
             case ExpertWentOn():
                 found[event.version] = from_gateway(found[newest], event)
         newest = event.version
@@ -251,11 +272,21 @@ def from_gateway(chain: Lineage | None, event: ExpertWentOn) -> Lineage:
 
 def without_worker(chain: Lineage | None, worker: str) -> Lineage | None:
     """The chain without one worker's updates; the part before the first of them is shared, not copied."""
+    return _without(chain, lambda update: update.worker == worker)
+
+
+def without_update(chain: Lineage | None, lost: UpdateLost) -> Lineage | None:
+    """The chain without one update; the part before it is shared, not copied."""
+    name = (lost.worker, lost.epoch, lost.sequence)
+    return _without(chain, lambda update: (update.worker, update.epoch, update.sequence) == name)
+
+
+def _without(chain: Lineage | None, left_out: Callable[[UpdateAccepted], bool]) -> Lineage | None:
     shared, node = chain, chain
     passed: list[UpdateAccepted] = []
     kept = 0
     while node is not None and node.update is not None:
-        if node.update.worker == worker:
+        if left_out(node.update):
             shared, kept = node.before, len(passed)
         else:
             passed.append(node.update)

@@ -19,6 +19,7 @@ from fedmoe.events import (
     HeldUpdateRejected,
     UpdateAccepted,
     UpdateHeld,
+    UpdateLost,
     WorkerRetracted,
 )
 from fedmoe.experts import ExpertModel
@@ -113,7 +114,7 @@ class LivingGateway:
                 counters = {} if told is None else {key: told}
                 with_it = self._departed(event.expert, replace(before, since=(*before.since, landed)))
                 return replace(with_it, told=MappingProxyType({**self.told, **counters}))
-            case ExpertRolledBack() | WorkerRetracted():
+            case ExpertRolledBack() | WorkerRetracted() | UpdateLost():
                 return self._departed(event.expert, replace(self.departures[event.expert], since=since))
             case ExpertWentOn():
                 return self._departed(event.expert, Departure(event, since))

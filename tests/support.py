@@ -166,7 +166,7 @@ class CoordinatorProcess:
     def start(self, failpoints: str = "") -> None:
         """Start it and wait until it answers."""
         self.process = self.launch(failpoints)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120  # a busy machine takes its time
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"the coordinator did not start: {self.log.read_text()[-2000:]}")

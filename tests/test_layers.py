@@ -28,6 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "logs": set(),
     # The process and its machine.
     "machine": set(),
+    "mounts": set(),
     "threads": {"machine"},
     "streams": set(),
     "allocator": set(),
@@ -50,7 +51,7 @@ LAYERS: dict[str, set[str]] = {
         "quarantine",
     },
     # What survives a crash, and what travels.
-    "storage": {"errors", "events", "failpoints", "files", "manifest"},
+    "storage": {"errors", "events", "failpoints", "files", "manifest", "mounts"},
     "wire": {"errors", "lora", "manifest"},
     "config": {"lora", "wire"},
     # The server side: no torch.
@@ -137,7 +138,7 @@ LAYERS: dict[str, set[str]] = {
         *("arena.chat", "arena.engines.protocol", "arena.interval", "arena.rollout", "arena.task", "arena.trajectory"),
     },
     "arena.memory": {"machine", "models", "arena.control", "arena.memory_pressure"},
-    "arena.placement": {"models"},
+    "arena.placement": {"models", "mounts"},
     "arena.records": {"record"},
     "arena.checkpoint_parts": {"lora", "arena.packed_array"},
     "arena.checkpoint": {

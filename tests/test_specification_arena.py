@@ -27,7 +27,7 @@ from fedmoe.arena.engines.protocol import SampleRequest
 from fedmoe.arena.engines.transformers_engine import TransformersEngine
 from fedmoe.arena.learner import Learner, LearnerConfig, PolicyUpdate
 from fedmoe.arena.modes import competitive, cooperative, team_battle
-from fedmoe.arena.placement import Mount, PlacementError
+from fedmoe.arena.placement import PlacementError
 from fedmoe.arena.policies import Policies
 from fedmoe.arena.run import run_arena
 from fedmoe.arena.run_options import RunOptions, Stop
@@ -35,6 +35,7 @@ from fedmoe.arena.trajectory import Example, Player, Turn
 from fedmoe.lora.initial import initial_adapter
 from fedmoe.models.base import load_base
 from fedmoe.models.multilora import MultiLora
+from fedmoe.mounts import Mount
 from fedmoe.record import Record, Value, read_records
 
 ROOT = Path(__file__).parents[1]

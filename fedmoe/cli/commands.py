@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from fedmoe import __version__
-from fedmoe.cli import arena, coordinator, data, demo, doctor, evaluator, experts, gateway, quarantine, tokens, worker
+from fedmoe.cli import (
+    arena,
+    coordinator,
+    data,
+    demo,
+    doctor,
+    evaluator,
+    experts,
+    gateway,
+    quarantine,
+    state,
+    tokens,
+    worker,
+)
 
 app = typer.Typer(
     name="fedmoe",
@@ -26,6 +39,7 @@ app.command("retract")(experts.retract)
 app.add_typer(quarantine.app, name="quarantine")
 app.add_typer(data.app, name="data")
 app.add_typer(tokens.app, name="token")
+app.add_typer(state.app, name="state")
 app.add_typer(arena.app, name="arena")
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

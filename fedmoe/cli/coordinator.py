@@ -83,6 +83,17 @@ def coordinator(
         str | None, typer.Option(help="Admin token; better as FEDMOE_ADMIN_TOKEN.", show_default=False)
     ] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Ask for no token, even off loopback.")] = None,
+    allow_network_fs: Annotated[
+        bool | None, typer.Option("--allow-network-fs", help="Accept a state directory on a network file system.")
+    ] = None,
+    skip_damaged: Annotated[
+        bool | None,
+        typer.Option("--skip-damaged", help="Go on without updates and rows whose bytes are damaged, once."),
+    ] = None,
+    accept_older_journal: Annotated[
+        bool | None,
+        typer.Option("--accept-older-journal", help="Go on from a journal that lacks acknowledged updates, once."),
+    ] = None,
     tls_cert: Annotated[str | None, typer.Option(help="TLS certificate chain (PEM).")] = None,
     tls_key: Annotated[str | None, typer.Option(help="TLS private key (PEM).")] = None,
 ) -> None:

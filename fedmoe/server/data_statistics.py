@@ -18,7 +18,7 @@ from fedmoe.gateway.prompt_statistics import PromptStatistics, add_statistics
 from fedmoe.lora.adapter import Layout
 from fedmoe.lora.container import Buffer, CodecError
 from fedmoe.lora.moments import InputMoments, merge_moments
-from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError
+from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, Named
 from fedmoe.storage.journal import DataStatistic, Journal
 from fedmoe.wire.messages import DataStatisticsHeader, DataStatisticsResult, StatisticsKind
 
@@ -100,9 +100,10 @@ class KeptStatistics:
         self._journal = journal
         self._blobs = blobs
 
-    def digests(self) -> set[str]:
-        """The blobs that are needed."""
-        return {found.digest for found in newest(self._journal.data_statistics())}
+    def blobs(self) -> Named:
+        """The blobs that are needed, and those that others took the place of."""
+        arrived = self._journal.data_statistics()
+        return Named({found.digest for found in newest(arrived)}, {found.digest for found in arrived})
 
     def moments_arrived(self) -> int:
         """How often moments came, replaced ones counted: so often they raised the gateway's version."""

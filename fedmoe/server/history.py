@@ -7,8 +7,10 @@ from the start, and an expert without one worker is the replay without that work
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 
 import structlog
 
@@ -22,6 +24,7 @@ from fedmoe.events import (
     Lineage,
     QuarantineEvent,
     UpdateAccepted,
+    UpdateLost,
     length,
     lineages,
     start,
@@ -31,33 +34,22 @@ from fedmoe.experts import Beginning, ExpertModel, Registrant
 from fedmoe.living import Departure, LivingGateway, Trained, counters, trained
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import decode
-from fedmoe.lora.container import encode_named, read_named
 from fedmoe.lora.robust import USUAL_WINDOW
 from fedmoe.lora.update_rules import RuleState
 from fedmoe.manifest import Manifest
 from fedmoe.quarantine import Quarantine
+from fedmoe.server.damage import DamagedUpdateError, told
 from fedmoe.server.data_statistics import KeptStatistics
+from fedmoe.server.past import identity, left_in_the_gateway, registration, until
 from fedmoe.server.publication import published_blobs
-from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, StorageFailedError, put
-from fedmoe.storage.event_rows import GATEWAY, QUARANTINE
+from fedmoe.server.snapshots import best_snapshot, read_snapshot, snapshot_bytes
+from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, Named, StorageFailedError, put
+from fedmoe.storage.event_rows import GATEWAY, QUARANTINE, blob_of
 from fedmoe.storage.journal import Journal
 
 SNAPSHOT_EVERY = 50
 
 _log = structlog.get_logger("fedmoe.history")
-
-
-def snapshot_bytes(state: RuleState) -> bytes:
-    """An expert's state as safetensors; `read_snapshot` gives it back bit for bit."""
-    tensors = {"weights": state.weights} | {f"moment.{i}": moment for i, moment in enumerate(state.moments)}
-    return encode_named(tensors, {"count": str(state.count)})
-
-
-def read_snapshot(data: bytes, count: int) -> RuleState:
-    """The state that `snapshot_bytes` wrote; `count` is how many updates it holds."""
-    tensors = read_named(data)
-    moments = tuple(tensors[f"moment.{i}"] for i in range(len(tensors) - 1))
-    return RuleState(tensors["weights"], moments, count)
 
 
 @dataclass(frozen=True)
@@ -77,23 +69,42 @@ class History:
     """Reads and writes the past of all experts in a journal and its blobs."""
 
     def __init__(
-        self, journal: Journal, blobs: BlobStore, aggregation: Aggregation, keep_updates: int | None = None
+        self,
+        journal: Journal,
+        blobs: BlobStore,
+        aggregation: Aggregation,
+        keep_updates: int | None = None,
+        clock: Callable[[], float] = time.time,
+        skip_damaged: bool = False,
     ) -> None:
         self._journal = journal
         self._blobs = blobs
         self._aggregation = aggregation
         self._keep_updates = keep_updates
+        self._clock = clock
+        self._skip_damaged = skip_damaged
+        self._read: list[Event] | None = None
+        self._lost: list[UpdateLost] = []
         self._statistics = KeptStatistics(journal, blobs)
         self._recovered: CentralCoordinator | None = None
 
+    def events_at_start(self) -> Iterable[Event]:
+        """Every event there is, in order: those that `recover` has just read, given away, or read now."""
+        read, self._read = self._read, None
+        return read if read is not None else self._journal.events()
+
     def recover(self) -> CentralCoordinator:
-        """The coordinator as it was when the last acknowledged event was written."""
+        """The coordinator as it was when the last acknowledged event was written.
+
+        Raises StorageFailedError where what is on disk does not give what was journalled.
+        """
         self._check_rule()
+        self._read = list(self._journal.events())
         past: dict[str, list[Event]] = {}
         folds: list[GatewayFolded] = []
         shared: Manifest | None = None
         quarantine = Quarantine()
-        for event in self._journal.events():
+        for event in self._read:
             if quarantine.held or isinstance(event, QuarantineEvent):
                 quarantine = quarantine.after(event)
             if isinstance(event, QuarantineEvent):
@@ -107,7 +118,8 @@ class History:
             past.setdefault(event.expert, []).append(event)
         self._check_mode(folds)
         self._sweep(past, folds, quarantine.digests())
-        experts = {name: self._recover_expert(events) for name, events in past.items()}
+        experts = {name: self._recover_whole(events) for name, events in past.items()}
+        self._journal_lost(experts)
         coordinator = CentralCoordinator(self._aggregation)
         manifest = next(iter(experts.values())).manifest if experts else None
         living = self._recover_gateway(manifest, past, folds) if manifest else None
@@ -125,7 +137,7 @@ class History:
 
     def let_go(self, digest: str) -> None:
         """Delete the bytes of a rejected update, unless something else needs the same; for the committer's thread."""
-        needed = self._held_back() | self._statistics.digests() | published_blobs(self._journal)
+        needed = self._held_back() | self._statistics.blobs().needed | published_blobs(self._journal).needed
         if digest not in needed | self._journal.named_elsewhere(QUARANTINE, {digest}):
             self._blobs.delete(digest)
 
@@ -179,21 +191,22 @@ class History:
             )
 
     def _sweep(self, past: Mapping[str, Iterable[Event]], folds: Iterable[GatewayFolded], held: set[str]) -> None:
-        """Remove what a crash left half done: unfinished uploads, blobs that never reached the journal."""
-        if not past and next(self._blobs.digests(), None) is not None:
-            # A registration is journalled before the first blob can arrive: this journal is not these blobs' own.
-            raise StorageFailedError(
-                "the journal is empty but there are blobs of updates, so the journal was lost or replaced. "
-                "Restore journal.sqlite from a backup, or choose another --state-dir."
-            )
-        referenced = {e.digest for events in past.values() for e in events if isinstance(e, UpdateAccepted)}
-        referenced |= held | {fold.digest for fold in folds}
+        """Remove unfinished uploads and what the journal needs no more; what it never named waits in the trash."""
+        blobs = (blob_of(event) for event in (*itertools.chain.from_iterable(past.values()), *folds))
+        needed = held | {digest for digest in blobs if digest is not None}
         for name in past:
-            referenced |= set(self._journal.snapshots(name).values())
-        self._blobs.sweep(referenced | self._statistics.digests() | published_blobs(self._journal))
+            needed |= set(self._journal.snapshots(name).values())
+        others = (self._statistics.blobs(), published_blobs(self._journal))
+        needed = needed.union(*(named.needed for named in others))
+        once = {blob_of(event) for event in self._read or ()}
+        replaced = {digest for digest in once if digest is not None}.union(*(named.replaced for named in others))
+        newest = max((event.at for events in past.values() for event in events), default=0.0)
+        swept = self._blobs.sweep(Named(needed, replaced), self._clock(), newest)
+        if swept.to_trash or swept.taken_back:
+            _log.warning("unnamed_blobs", **asdict(swept))
 
     def _recover_expert(self, events: list[Event]) -> ExpertModel:
-        registered, chains = _registration(events), lineages(events)
+        registered, chains = registration(events), lineages(events)
         version = max(chains)
         newest, rule = chains[version], self._aggregation.rule
         held = Beginning(registered.seed, rule) if newest is None else self._rebuild(registered, chains, newest)
@@ -203,10 +216,38 @@ class History:
         usual = itertools.islice((norm for norm in norms if norm is not None), USUAL_WINDOW)
         return replace(expert, norms=tuple(usual)[::-1])
 
+    def _recover_whole(self, events: list[Event]) -> ExpertModel:
+        """The expert, held against the digest that its version had; updates that cannot be read go if they may."""
+        while True:
+            try:
+                expert = self._recover_expert(events)
+                break
+            except DamagedUpdateError as error:
+                if not self._skip_damaged:
+                    raise
+                self._lost.append(error.left_out(max(lineages(events)) + 1, self._clock()))
+                events.append(self._lost[-1])
+        expected = self._journal.version_digest(expert.name, expert.version)
+        if expected is not None and expert.digest != expected:
+            raise StorageFailedError(
+                f"version {expert.version} of {expert.name} was rebuilt with the digest {expert.digest}, journalled is "
+                f"{expected}: what it is made of, or the program that rebuilds it, is not what it was. Restore the "
+                "state directory from a backup, or run the version of FedMoE and numpy that wrote it."
+            )
+        return expert
+
+    def _journal_lost(self, experts: Mapping[str, ExpertModel]) -> None:
+        """Make it known for ever, once all experts could be rebuilt, which updates they were rebuilt without."""
+        newest = {(expert.name, expert.version): expert.digest for expert in experts.values() if expert.version}
+        self._journal.append(self._lost, [newest.get((lost.expert, lost.version)) for lost in self._lost])
+        for lost in self._lost:
+            _log.error("update_lost", expert=lost.expert, made=lost.made, version=lost.version, digest=lost.digest)
+        self._lost = []
+
     def at_version(self, expert: ExpertModel, version: int) -> Rebuilt:
         """The state the expert had at an earlier version."""
         events, chains = self._past(expert)
-        registered = _registration(events)
+        registered = registration(events)
         if version not in chains or version >= expert.version:
             raise RefusedError(
                 "unknown_version",
@@ -222,9 +263,10 @@ class History:
                 f"A fold cannot be undone for one expert; choose version {left.version} or a later one.",
             )
         updates = Lineage.updates(chains[version])
-        kept = set(map(_identity, updates))
-        removed = [u for u in Lineage.updates(chains[expert.version]) if _identity(u) not in kept]
-        state = self._rebuild(registered, chains, chains[version])
+        kept = set(map(identity, updates))
+        removed = [u for u in Lineage.updates(chains[expert.version]) if identity(u) not in kept]
+        with self._pruned_in_words():
+            state = self._rebuild(registered, chains, chains[version])
         return Rebuilt(state, len(removed), trained(events, updates))
 
     def without_worker(self, expert: ExpertModel, worker: str) -> Rebuilt:
@@ -232,14 +274,15 @@ class History:
         events, chains = self._past(expert)
         chain = without_worker(chains[expert.version], worker)
         removed = length(chains[expert.version]) - length(chain)
-        note = _left_in_the_gateway(events, chains[expert.version], worker)
+        note = left_in_the_gateway(events, chains[expert.version], worker)
         if removed == 0:
             raise RefusedError(
                 "nothing_to_retract",
                 f"version {expert.version} of {expert.name} holds no update of worker {worker!r}.",
                 note or "Check the worker's name with 'fedmoe experts'.",
             )
-        state = self._rebuild(_registration(events), chains, chain)
+        with self._pruned_in_words():
+            state = self._rebuild(registration(events), chains, chain)
         return Rebuilt(state, removed, trained(events, Lineage.updates(chain)), note)
 
     def from_gateway(self, weights: FloatVector, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
@@ -251,8 +294,22 @@ class History:
         if departure.left is not None:
             weights = self._gateway_weights(departure.left.digest, expert.manifest)
         else:
-            weights = self._beginning(_registration(self._journal.events(expert.name)), None).weights
+            weights = self._beginning(registration(self._journal.events(expert.name)), None).weights
         return Adapter(expert.manifest.layout, expert.manifest.alpha, weights)
+
+    @contextmanager
+    def _pruned_in_words(self) -> Iterator[None]:
+        """What is no longer there because of `keep_updates` is a refusal, not damage."""
+        try:
+            yield
+        except DamagedUpdateError as error:
+            if self._keep_updates is None or not error.missing:
+                raise
+            raise RefusedError(
+                "history_pruned",
+                f"the update that made version {error.update.version} of {error.update.expert} is no longer kept.",
+                f"Only the last {self._keep_updates} updates can be undone (--keep-updates).",
+            ) from None
 
     def _past(self, expert: ExpertModel) -> tuple[list[Event], dict[int, Lineage | None]]:
         events = list(self._journal.events(expert.name))
@@ -263,7 +320,7 @@ class History:
     ) -> RuleState:
         """Fold `wanted` from the newest readable snapshot that is a beginning of it, or from where it starts."""
         snapshots = self._journal.snapshots(registered.expert)
-        while found := _snapshot(snapshots, chains, wanted):
+        while found := best_snapshot(snapshots, chains, wanted):
             digest = snapshots.pop(found.version)
             try:
                 body = self._blobs.read(digest)
@@ -284,17 +341,11 @@ class History:
         return ExpertModel.initial(registered.expert, registered.manifest, registered.seed, rule).state
 
     def _land(self, state: RuleState, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
-        for update in updates:
+        for update in told(updates):
             try:
                 body = self._blobs.read(update.digest)
-            except MissingBlobError:
-                if self._keep_updates is None:
-                    raise
-                raise RefusedError(
-                    "history_pruned",
-                    f"the update that made version {update.version} of {update.expert} is no longer kept.",
-                    f"Only the last {self._keep_updates} updates can be undone (--keep-updates).",
-                ) from None
+            except (MissingBlobError, CorruptBlobError) as error:
+                raise DamagedUpdateError(update, str(error), isinstance(error, MissingBlobError)) from error
             state = self._aggregation.rule.update(state, decode(body, manifest.layout).flat, update.coefficient)
         return state
 
@@ -327,9 +378,9 @@ class History:
         needed = {update.digest for update in updates if update.version > oldest}
         bases = {version for version in snapshots if version >= oldest}
         # Rollbacks and retractions make new versions of old updates, so each version's own beginning is asked for.
-        beginnings = {_until(chains[version], oldest) for version in range(oldest, expert.version + 1)}
+        beginnings = {until(chains[version], oldest) for version in range(oldest, expert.version + 1)}
         for beginning in beginnings:
-            found = _snapshot(snapshots, chains, beginning)
+            found = best_snapshot(snapshots, chains, beginning)
             bases |= {found.version} if found else set()
             rest = found.rest if found else Lineage.updates(beginning)
             needed |= {update.digest for update in rest}
@@ -341,53 +392,3 @@ class History:
         # Equal bytes are one blob, whoever sent them.
         for digest in unneeded - self._held_back() - self._journal.named_elsewhere(name, unneeded):
             self._blobs.delete(digest)
-
-
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    """A snapshot to fold from, and the updates that follow it."""
-
-    version: int
-    rest: list[UpdateAccepted]
-
-
-def _snapshot(
-    snapshots: Mapping[int, str], chains: Mapping[int, Lineage | None], wanted: Lineage | None
-) -> _Snapshot | None:
-    """The longest beginning of `wanted` that a snapshot holds."""
-    held = {id(chains[version]): version for version in snapshots}
-    rest: list[UpdateAccepted] = []
-    while wanted is not None:
-        if id(wanted) in held:
-            return _Snapshot(held[id(wanted)], rest[::-1])
-        if wanted.update is None:
-            return None
-        rest.append(wanted.update)
-        wanted = wanted.before
-    return None
-
-
-def _until(chain: Lineage | None, version: int) -> Lineage | None:
-    """The beginning of a chain that only holds updates up to `version`."""
-    while chain is not None and chain.update is not None and chain.update.version > version:
-        chain = chain.before
-    return chain
-
-
-def _registration(events: Iterable[Event]) -> ExpertRegistered:
-    registered = next(iter(events))
-    assert isinstance(registered, ExpertRegistered), "an expert's first event is its registration"
-    return registered
-
-
-def _left_in_the_gateway(events: Iterable[Event], newest: Lineage | None, worker: str) -> str:
-    """What of a worker's updates cannot be retracted, in words; nothing where all can."""
-    left = start(newest)
-    own = {_identity(e) for e in events if isinstance(e, UpdateAccepted) and e.worker == worker}
-    if left is None or own <= set(map(_identity, Lineage.updates(newest))):
-        return ""
-    return f"What {worker!r} gave before the expert went on as version {left.version} stays in the gateway."
-
-
-def _identity(update: UpdateAccepted) -> tuple[str, str, int]:
-    return update.worker, update.epoch, update.sequence

@@ -5,6 +5,7 @@ What is published is frozen: after a crash the very same bytes are served again,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from fedmoe.events import ExpertRolledBack, WorkerRetracted
 from fedmoe.lora.adapter import Adapter, Layout
 from fedmoe.lora.codec import decode, encode
 from fedmoe.lora.container import CodecError
-from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, put
+from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, Named, put
 from fedmoe.storage.journal import Journal
 from fedmoe.storage.verdicts import Verdict
 
@@ -99,9 +100,11 @@ def taken_back(journal: Journal, expert: str, version: int) -> bool:
     return any(isinstance(event, ExpertRolledBack | WorkerRetracted) for event in later)
 
 
-def published_blobs(journal: Journal) -> set[str]:
-    """The blob that must be kept."""
-    return {found.digest for found in journal.verdicts(1, published_only=True) if found.digest is not None}
+def published_blobs(journal: Journal) -> Named:
+    """The blob that must be kept, and those of the gateways that were published before."""
+    published = journal.verdicts(sys.maxsize, published_only=True)
+    digests = [found.digest for found in published if found.digest is not None]
+    return Named(set(digests[:1]), set(digests))
 
 
 def _body(gateway: GatewayModel) -> bytes:

@@ -95,7 +95,7 @@ class CoordinatorService:
     ) -> None:
         self.coordinator = coordinator
         self.journal = journal
-        self.roster = Roster(journal.events(), journal.statistics())
+        self.roster = Roster(history.events_at_start(), journal.statistics())
         self.told = ToldStatistics(journal)
         self.statistics = KeptStatistics(journal, blobs)
         #: Which history this is, so that an update of another one is not taken for one of it.

@@ -11,12 +11,14 @@ import secrets
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
 from fedmoe.errors import RefusedError
 from fedmoe.files import fsync_folder
+from fedmoe.storage.trash import UNNAMED_SECONDS, Trash
 
 # Never fill the disk to the last byte: the journal must still be able to say that the disk is full.
 _RESERVE_SHARE = 0.02
@@ -67,9 +69,30 @@ class BlobStore(Protocol):
 
     def digests(self) -> Iterator[str]: ...
 
-    def sweep(self, referenced: set[str]) -> int:
-        """Remove unfinished writes and blobs that nothing refers to; returns how many."""
+    def sweep(self, named: Named, now: float, newest: float) -> Swept:
+        """Remove unfinished writes and what was named once; what no journal ever named goes to the trash after a day.
+
+        What the trash holds of what is needed comes back. `now` and `newest`, of the newest event, are seconds since
+        1970.
+        """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """The digests that a journal needs, and those it named before and needs no longer."""
+
+    needed: Set[str]
+    replaced: Set[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """How many files a sweep removed for good, moved to the trash, took back from it."""
+
+    removed: int = 0
+    to_trash: int = 0
+    taken_back: int = 0
 
 
 class MissingBlobError(Exception):
@@ -170,16 +193,18 @@ class FolderBlobStore:
         with os.scandir(self.folder) as entries:
             yield from [entry.name for entry in entries if _DIGEST.fullmatch(entry.name)]
 
-    def sweep(self, referenced: set[str]) -> int:
-        removed = 0
-        for entry in self._incoming.iterdir():
-            entry.unlink()
-            removed += 1
-        for digest in list(self.digests()):
-            if digest not in referenced:
-                self.delete(digest)
-                removed += 1
-        return removed
+    def sweep(self, named: Named, now: float, newest: float) -> Swept:
+        trash, there = Trash(self.folder / "trash"), set(self.digests())
+        unfinished, replaced = list(self._incoming.iterdir()), there & named.replaced - named.needed
+        for path in (*unfinished, *map(self.path, replaced)):
+            path.unlink()
+        taken_back = [name for name in trash.names() & named.needed - there if trash.take_back(name, self.path(name))]
+        unnamed = [self.path(digest) for digest in there - named.needed - named.replaced]
+        old = [path for path in unnamed if path.lstat().st_mtime < now - UNNAMED_SECONDS]
+        for path in old:
+            trash.add(path, now)
+        removed = len(unfinished) + len(replaced) + trash.empty(min(now, newest))
+        return Swept(removed, len(old), len(taken_back))
 
     def problem(self, error: OSError, where: Path) -> Exception:
         """What an error while writing means: a refusal where more room helps, else the end of this store."""
@@ -288,11 +313,11 @@ class MemoryBlobStore:
     def digests(self) -> Iterator[str]:
         yield from list(self._blobs)
 
-    def sweep(self, referenced: set[str]) -> int:
-        orphans = [digest for digest in self._blobs if digest not in referenced]
-        for digest in orphans:
+    def sweep(self, named: Named, now: float, newest: float) -> Swept:
+        replaced = self._blobs.keys() & named.replaced - named.needed
+        for digest in replaced:
             del self._blobs[digest]
-        return len(orphans)
+        return Swept(removed=len(replaced))
 
 
 class MemoryBlobWriter:

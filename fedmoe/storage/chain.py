@@ -35,10 +35,15 @@ def link(before: str, row: Sequence[object]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """The end of a chain: the id of its last row, and the chain's value there."""
+    """The end of a chain: the id of its last row, the chain's value there, and how many rows it has."""
 
     row: int = 0
     chain: str = GENESIS
+    rows: int = 0
+
+    def then(self, row: int, content: Sequence[object]) -> Link:
+        """The end with one row more; see `link`."""
+        return Link(row, link(self.chain, content), self.rows + 1)
 
 
 class BrokenChainError(Exception):
@@ -52,13 +57,14 @@ class BrokenChainError(Exception):
 
 def check(rows: Iterable[Sequence[object]], start: Link = Link()) -> Link:
     """Follow rows of `COLUMNS` and their chain value to the end; BrokenChainError at the first that breaks it."""
-    end = start
-    for number, row in enumerate(rows, 1):
+    chain, last, number = start.chain, start.row, start.rows
+    for row in rows:
+        number += 1
         try:
-            expected = link(end.chain, row[:-1])
+            chain = link(chain, row[:-1])
         except ValueError:
-            expected = ""
-        if row[-1] != expected or not isinstance(row[0], int):
+            chain = ""
+        if row[-1] != chain or not isinstance(row[0], int):
             raise BrokenChainError(row[0], number, row[2], row[3])
-        end = Link(row[0], expected)
-    return end
+        last = row[0]
+    return Link(last, chain, number)

@@ -15,6 +15,7 @@ from fedmoe.events import (
     HeldUpdateRejected,
     UpdateAccepted,
     UpdateHeld,
+    UpdateLost,
     WorkerRetracted,
 )
 from fedmoe.manifest import Manifest
@@ -30,6 +31,7 @@ _KINDS: dict[str, type[Event]] = {
     "go_on": ExpertWentOn,
     "hold": UpdateHeld,
     "reject": HeldUpdateRejected,
+    "lost": UpdateLost,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 #: Stands for an expert where an event is of the gateway; no expert can have this name.
@@ -52,9 +54,14 @@ def row_of(event: Event) -> dict[str, object]:
         "worker": update.worker if update else None,
         "epoch": update.epoch if update else None,
         "sequence": update.sequence if update else None,
-        "digest": event.digest if isinstance(event, (UpdateAccepted, GatewayFolded)) else None,
+        "digest": blob_of(event) if isinstance(event, (UpdateAccepted, GatewayFolded)) else None,
         "payload": json.dumps(payload, allow_nan=False),
     }
+
+
+def blob_of(event: Event) -> str | None:
+    """The digest of the blob that an event names."""
+    return getattr(event, "digest", None)
 
 
 def _place(event: Event) -> tuple[str, int]:

@@ -10,7 +10,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,24 +18,20 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError, IntegrityError
 from sqlalchemy.pool import StaticPool
 
+from fedmoe import failpoints
 from fedmoe.events import Event, UpdateAccepted
-from fedmoe.storage.chain import COLUMNS, BrokenChainError, Link, check, link
+from fedmoe.storage.acknowledged import AcknowledgedFile, Head
+from fedmoe.storage.chain import COLUMNS, GENESIS, Link
 from fedmoe.storage.event_rows import event_of, row_of
 from fedmoe.storage.incarnation import INCARNATION, INCARNATIONS_BEFORE, Ended, new_incarnation, of_text, to_text
-from fedmoe.storage.sqlite import changed_outside, journal_problem, opening_problem, other_schema, set_pragmas, unusable
-from fedmoe.storage.tables import (
-    DATA_STATISTICS,
-    EVENTS,
-    META,
-    SCHEMA_VERSION,
-    SNAPSHOTS,
-    STATISTICS,
-    TABLES,
-    TOKENS,
-)
+from fedmoe.storage.opening import HEAD, check_rows, checked_chain, checked_head, driver, make_tables
+from fedmoe.storage.sqlite import journal_problem, opening_problem, set_pragmas
+from fedmoe.storage.tables import DATA_STATISTICS, EVENTS, META, SNAPSHOTS, STATISTICS, TOKENS
 from fedmoe.storage.token_facts import TOKEN_FACTS, TokenFacts
 from fedmoe.storage.told_statistics import KeptStatistic, Statistic, dropping, statistics_query
 from fedmoe.storage.verdicts import VERDICTS, Verdict, newest_verdicts
+
+_put_meta = META.insert().prefix_with("OR REPLACE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +149,17 @@ class Journal(Protocol):
 
 
 class SqlJournal:
-    """The journal in an SQL database; SQLite in a file (the embedded default) or in memory."""
+    """The journal in an SQL database; SQLite in a file (the embedded default) or in memory.
 
-    def __init__(self, path: Path | None) -> None:
+    With an `acknowledged` file every commit is noted there before the call returns. With `skip_damaged` rows beside
+    the events that are not as they were written are left out.
+    """
+
+    def __init__(
+        self, path: Path | None, acknowledged: AcknowledgedFile | None = None, skip_damaged: bool = False
+    ) -> None:
         self._where = str(path) if path else "memory"
+        self._acknowledged = acknowledged
         self._lock = threading.Lock()
         url = sa.URL.create("sqlite", database=str(path) if path else None)
         self._engine = sa.create_engine(
@@ -165,7 +168,7 @@ class SqlJournal:
         sa.event.listen(self._engine, "connect", set_pragmas)
         try:
             self._connection = self._engine.connect()
-            self._prepare()
+            self._prepare(skip_damaged)
         except BaseException as error:
             self._engine.dispose()
             if isinstance(error, (DatabaseError, sqlite3.DatabaseError)):
@@ -173,35 +176,24 @@ class SqlJournal:
                 raise opening_problem(reason or error, path) from error
             raise
 
-    def _prepare(self) -> None:
-        damage = self._connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
-        if damage != "ok":
-            raise unusable(self._where, " ".join(str(damage).split()))
-        # The version is read before any table is made, so that another version's journal stays as it is.
-        found = self.meta("schema_version") if sa.inspect(self._connection).has_table(META.name) else None
-        self._connection.rollback()
-        if found is None:
-            TABLES.create_all(self._connection)
-            made = {"schema_version": str(SCHEMA_VERSION), INCARNATION: new_incarnation()}
-            self._connection.execute(META.insert(), [{"key": key, "value": value} for key, value in made.items()])
-            self._connection.commit()
-        elif found != str(SCHEMA_VERSION):
-            raise other_schema(self._where, found)
-        # Tables that came later; a program from before leaves them alone.
-        for table in (DATA_STATISTICS, VERDICTS, TOKEN_FACTS):
-            table.create(self._connection, checkfirst=True)
-        self._connection.commit()
-        self._end = self._checked_chain()
+    def _prepare(self, skip_damaged: bool) -> None:
+        make_tables(self._connection, self._where, (DATA_STATISTICS, VERDICTS, TOKEN_FACTS))
+        check_rows(self._connection, self._where, skip_damaged)
+        self._end = checked_chain(self._connection, self._where)
+        self._head = checked_head(self._connection, self._where, self._end)
 
-    def _checked_chain(self) -> Link:
-        """The end of the chain, once every row of it was looked at."""
-        columns = [EVENTS.c[name] for name in (*COLUMNS, "chain")]
-        try:
-            return check(self._connection.execute(sa.select(*columns).order_by(EVENTS.c.id)))
-        except BrokenChainError as error:
-            raise changed_outside(self._where, str(error)) from error
-        finally:
-            self._connection.rollback()
+    @property
+    def head(self) -> Head:
+        """How far the journal has come."""
+        return self._head
+
+    def chain_at(self, events: int) -> str | None:
+        """The chain's value after so many events; None where there are fewer."""
+        if events == 0:
+            return GENESIS
+        query = sa.select(EVENTS.c.chain).order_by(EVENTS.c.id).limit(1).offset(events - 1)
+        rows = self._read(query)
+        return rows[0]["chain"] if rows else None
 
     def append(self, events: Sequence[Event], version_digests: Sequence[str | None] | None = None) -> None:
         if not events:
@@ -212,13 +204,12 @@ class SqlJournal:
             end = self._end
             for row in rows:
                 row["id"] = end.row + 1
-                row["chain"] = link(end.chain, [row[name] for name in COLUMNS])
-                end = Link(end.row + 1, str(row["chain"]))
+                end = end.then(end.row + 1, [row[name] for name in COLUMNS])
+                row["chain"] = end.chain
             try:
-                self._write_locked(EVENTS.insert(), rows)
+                self._write_locked(EVENTS.insert(), rows, replace(self._head, events=end.rows, chain=end.chain), end)
             except IntegrityError as error:
                 raise DuplicateEventError(str(error.orig)) from error
-            self._end = end
 
     def version_digest(self, expert: str, version: int) -> str | None:
         query = sa.select(EVENTS.c.version_digest).where(EVENTS.c.expert == expert, EVENTS.c.version == version)
@@ -229,9 +220,17 @@ class SqlJournal:
         with self._lock:
             self._write_locked(statement, rows)
 
-    def _write_locked(self, statement: sa.Executable, rows: list[dict[str, object]] | None = None) -> None:
+    def _write_locked(
+        self,
+        statement: sa.Executable,
+        rows: list[dict[str, object]] | None,
+        head: Head | None = None,
+        end: Link | None = None,
+    ) -> None:
+        head = replace(head or self._head, changes=self._head.changes + 1)
         try:
             self._connection.execute(statement, rows)
+            self._connection.execute(_put_meta, [{"key": HEAD, "value": head.to_text()}])
             self._connection.commit()
         except IntegrityError:
             self._connection.rollback()
@@ -239,6 +238,11 @@ class SqlJournal:
         except DatabaseError as error:
             self._connection.rollback()
             raise journal_problem(error, self._where) from error
+        self._head, self._end = head, end or self._end
+        failpoints.reached("journal.committed")
+        if self._acknowledged is not None:
+            self._acknowledged.write(head)
+            failpoints.reached("journal.counted")
 
     def _read(self, statement: sa.Executable) -> list[sa.RowMapping]:
         with self._lock:
@@ -249,12 +253,24 @@ class SqlJournal:
             finally:
                 self._connection.rollback()
 
+    def _fetch(self, query: str, values: Sequence[str | int] = ()) -> list[tuple[str, ...]]:
+        """Many rows, as tuples: an object for each would take longer than to read them."""
+        with self._lock:
+            try:
+                return driver(self._connection).execute(query, values).fetchall()
+            except sqlite3.DatabaseError as error:
+                raise journal_problem(error, self._where) from error
+            finally:
+                self._connection.rollback()
+
     def events(self, expert: str | None = None, after_version: int = -1) -> Iterator[Event]:
-        query = sa.select(EVENTS.c.kind, EVENTS.c.payload).order_by(EVENTS.c.id)
-        if expert is not None:
-            query = query.where(EVENTS.c.expert == expert, EVENTS.c.version > after_version)
-        for row in self._read(query):
-            yield event_of(row["kind"], row["payload"])
+        wanted = "" if expert is None else "WHERE expert = ? AND version > ?"
+        rows = self._fetch(
+            f"SELECT kind, payload FROM events {wanted} ORDER BY id",  # noqa: S608  # no text from outside
+            () if expert is None else (expert, after_version),
+        )
+        for kind, payload in rows:
+            yield event_of(kind, payload)
 
     def count(self) -> int:
         query = sa.select(sa.func.count().label("events")).select_from(EVENTS)
@@ -349,7 +365,7 @@ class SqlJournal:
         return rows[0]["value"] if rows else None
 
     def set_meta(self, key: str, value: str) -> None:
-        self._write(META.insert().prefix_with("OR REPLACE"), [{"key": key, "value": value}])
+        self._write(_put_meta, [{"key": key, "value": value}])
 
     def begin_incarnation(self) -> str:
         before = of_text(self.meta(INCARNATIONS_BEFORE))
@@ -358,7 +374,8 @@ class SqlJournal:
             before.append(Ended(current, self.count()))
         changed = {INCARNATION: name, INCARNATIONS_BEFORE: to_text(before)}
         rows: list[dict[str, object]] = [{"key": key, "value": value} for key, value in changed.items()]
-        self._write(META.insert().prefix_with("OR REPLACE"), rows)
+        with self._lock:
+            self._write_locked(_put_meta, rows, replace(self._head, incarnation=name))
         return name
 
     def close(self) -> None:

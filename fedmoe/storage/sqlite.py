@@ -71,12 +71,20 @@ def changed_outside(where: str, what: str) -> StorageFailedError:
     )
 
 
-def journal_problem(error: DatabaseError, where: str) -> Exception:
+def damaged_rows_problem(where: str, damage: list[str], tables: list[str]) -> StorageFailedError:
+    """The error for rows beside the events that are not as they were written."""
+    others = f", and {len(damage) - 1} more" if len(damage) > 1 else ""
+    hint = "" if "meta" in tables else " To go on without such rows, start once with --skip-damaged."
+    return StorageFailedError(f"{changed_outside(where, damage[0] + others)}{hint}")
+
+
+def journal_problem(error: DatabaseError | sqlite3.Error, where: str) -> Exception:
     """What an error of the database means: a refusal where waiting or room helps, else the end of this journal."""
     # The extended codes carry the primary code in their lowest byte; see https://www.sqlite.org/rescode.html
-    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+    cause = error.orig if isinstance(error, DatabaseError) else error
+    code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_FULL:
         return disk_full(where)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return RefusedError("busy", f"another program holds {where} locked.", "Nothing was stored, retry later.")
-    return StorageFailedError(f"the journal {where} failed: {error.orig}")
+    return StorageFailedError(f"the journal {where} failed: {cause}")

@@ -5,14 +5,22 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from fedmoe.files import FolderInUseError, lock_folder
-from fedmoe.storage.blobs import NO_ROOM, FolderBlobStore, no_room_to_start
+from fedmoe.mounts import mount_of, read_mounts
+from fedmoe.storage.acknowledged import AcknowledgedFile, behind
+from fedmoe.storage.blobs import NO_ROOM, FolderBlobStore, StorageFailedError, no_room_to_start
+from fedmoe.storage.incarnation import INCARNATIONS_BEFORE
 from fedmoe.storage.journal import SqlJournal
 from fedmoe.storage.migration import migrate
 from fedmoe.storage.sqlite import opening_problem
+
+_log = structlog.get_logger("fedmoe.journal")
 
 
 class StateDirError(Exception):
@@ -26,12 +34,23 @@ class StateDir:
     path: Path
     journal: SqlJournal
     blobs: FolderBlobStore
+    acknowledged: AcknowledgedFile
     lock: int
     opened: Mapping[Path, tuple[int, int]]
 
     @classmethod
-    def open(cls, path: Path) -> StateDir:
-        """Create or open the folder and lock it; refuses one that another coordinator uses."""
+    def open(
+        cls,
+        path: Path,
+        accept_older_journal: bool = False,
+        skip_damaged: bool = False,
+        allow_network_fs: bool = False,
+    ) -> StateDir:
+        """Create or open the folder and lock it; refuses one that another coordinator uses.
+
+        A journal that lacks what was acknowledged is refused with StorageFailedError, or accepted as a new incarnation.
+        """
+        _check_file_system(path, allow_network_fs)
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
@@ -40,21 +59,24 @@ class StateDir:
             raise StateDirError(f"{path} is not writable for this user; fix its owner or choose another --state-dir")
         if path.stat().st_mode & 0o002:
             raise StateDirError(f"anybody may write to {path}; run 'chmod 700 {path}' first")
+        lock = lock_state(path)
+        opened = ExitStack()
+        opened.callback(os.close, lock)
         try:
-            lock = lock_folder(path)
-        except FolderInUseError as error:
-            raise StateDirError(
-                f"{path} is in use by the coordinator with process id {error.holder}; "
-                "stop it first or choose another --state-dir"
-            ) from None
-        try:
-            journal = path / "journal.sqlite"
-            os.close(os.open(journal, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite itself would make it readable to others
-            migrate(journal)
-            opened, blobs = SqlJournal(journal), FolderBlobStore(path / "blobs")
-            return cls(path, opened, blobs, lock, {file: _identity(file) for file in (path, journal, blobs.folder)})
+            file = path / "journal.sqlite"
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite itself would make it readable to others
+            migrate(file)
+            acknowledged = AcknowledgedFile(path / "acknowledged")
+            opened.callback(acknowledged.close)
+            journal, blobs = SqlJournal(file, acknowledged, skip_damaged), FolderBlobStore(path / "blobs")
+            opened.callback(journal.close)
+            identities = {part: _identity(part) for part in (path, file, blobs.folder)}
+            state = cls(path, journal, blobs, acknowledged, lock, identities)
+            state._check_whole(accept_older_journal)
+            opened.pop_all()
+            return state
         except BaseException as error:
-            os.close(lock)
+            opened.close()
             if isinstance(error, OSError):
                 if error.errno in NO_ROOM:
                     raise no_room_to_start(path) from error
@@ -80,7 +102,60 @@ class StateDir:
     def close(self) -> None:
         """Close the journal and give the lock back."""
         self.journal.close()
+        self.acknowledged.close()
         os.close(self.lock)
+
+    def _check_whole(self, accept: bool) -> None:
+        """Refuse a journal that lacks what was acknowledged, or let another incarnation begin with it."""
+        noted, head = self.acknowledged.read(), self.journal.head
+        lacking = behind(noted, head, self.journal.chain_at(noted.events if noted else 0)) or self._blobs_alone()
+        if lacking is None:
+            if noted is None and head.changes:
+                _log.warning("acknowledged_unknown", file=str(self.acknowledged.path), events=head.events)
+            if accept:
+                _log.warning("option_not_needed", option="--accept-older-journal", events=head.events)
+        elif accept:
+            self.journal.begin_incarnation()
+            _log.warning("older_journal_accepted", reason=lacking, incarnation=self.journal.head.incarnation)
+        else:
+            raise StorageFailedError(
+                f"the journal in {self.path} is not the newest: {lacking}. An older journal.sqlite was put there, or "
+                "its journal.sqlite-wal is gone. Put the right one back, or 'fedmoe state restore BACKUP --state-dir "
+                f"{self.path}'. To go on without what it lacks, start once with --accept-older-journal: a new "
+                "incarnation begins, and blobs that it does not name are moved to blobs/trash after a day."
+            )
+        self.acknowledged.start_anew(self.journal.head)
+
+    def _blobs_alone(self) -> str | None:
+        """A registration is journalled before the first blob can arrive: blobs without one are of another journal."""
+        if self.journal.head.events or self.journal.meta(INCARNATIONS_BEFORE) is not None:
+            return None
+        return "it is empty but there are blobs of updates" if next(self.blobs.digests(), None) is not None else None
+
+
+def lock_state(path: Path) -> int:
+    """Own a state directory until the returned descriptor is closed; raises StateDirError while a coordinator does."""
+    try:
+        return lock_folder(path)
+    except FolderInUseError as error:
+        raise StateDirError(
+            f"{path} is in use by the coordinator with process id {error.holder}; "
+            "stop it first or choose another --state-dir"
+        ) from None
+
+
+def _check_file_system(path: Path, allow: bool) -> None:
+    """SQLite's locks and fsync do not hold on network file systems; the folder need not exist yet."""
+    mount = mount_of(str(path.resolve()), read_mounts())
+    if mount is None or not mount.network:
+        return
+    if not allow:
+        raise StateDirError(
+            f"{path} lies on the network file system {mount.kind} ({mount.source} at {mount.point}), where what was "
+            "acknowledged may be lost in a crash. Choose a --state-dir on a local disk, or pass --allow-network-fs to "
+            "use it all the same"
+        )
+    _log.warning("network_file_system", state_dir=str(path), type=mount.kind, mount=mount.point)
 
 
 def _identity(file: Path) -> tuple[int, int]:

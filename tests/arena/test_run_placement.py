@@ -13,18 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmoe.arena.placement import (
-    Mount,
     PlacementError,
     check_file_system,
     make_temporary,
-    mount_of,
-    parse_mounts,
     place,
     plan_devices,
-    read_mounts,
     remove_temporary,
     require_space,
 )
+from fedmoe.mounts import Mount, mount_of, parse_mounts, read_mounts
 
 MOUNTINFO = """\
 22 27 0:21 / /proc rw,relatime - proc proc rw

@@ -40,7 +40,19 @@ class House:
         blobs: BlobStore | None = None,
         folds_by_itself: bool = True,
     ) -> House:
-        journal, store, chosen = SqlJournal(None), blobs or MemoryBlobStore(), aggregation or Aggregation()
+        store, chosen = blobs or MemoryBlobStore(), aggregation or Aggregation()
+        return cls.on(SqlJournal(None), store, chosen, keep_updates, folds_by_itself)
+
+    @classmethod
+    def on(
+        cls,
+        journal: Journal,
+        store: BlobStore,
+        chosen: Aggregation,
+        keep_updates: int | None = None,
+        folds_by_itself: bool = True,
+    ) -> House:
+        """On a journal and blobs there are."""
         service = open_service(journal, store, chosen, keep_updates, folds_by_itself)
         return cls(journal, store, chosen, keep_updates, service, folds_by_itself)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +17,16 @@ from fedmoe.experts import ExpertModel
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.codec import decode, encode
 from fedmoe.lora.update_rules import RULES, RuleState
-from fedmoe.server.history import History, read_snapshot, snapshot_bytes
+from fedmoe.server.damage import DamagedUpdateError
+from fedmoe.server.history import History
+from fedmoe.server.snapshots import read_snapshot, snapshot_bytes
 from fedmoe.storage.blobs import (
     BlobStore,
-    CorruptBlobError,
     FolderBlobStore,
     MemoryBlobStore,
-    MissingBlobError,
-    StorageFailedError,
     put,
 )
-from fedmoe.storage.journal import Journal, SqlJournal
+from fedmoe.storage.journal import Journal
 
 
 @pytest.fixture(
@@ -99,28 +100,31 @@ def test_a_restart_gives_everything_back(house: House) -> None:
     assert house.service.roster.workers("python", 2000.0) == roster
 
 
-def test_recovery_removes_blobs_the_journal_does_not_name(house: House) -> None:
+def test_recovery_keeps_blobs_the_journal_does_not_name_and_moves_them_out_of_the_way_after_a_day_2(
+    tmp_path: Path,
+) -> None:
+    blobs = FolderBlobStore(tmp_path, 0)
+    house = House.open(blobs=blobs)
+    house.register()
     house.train(["w1"] * 4)
-    named = set(house.blobs.digests())
-    put(house.blobs, b"stored, but the process died before the journal was written")
+    named = set(blobs.digests())
+    orphan = put(blobs, b"stored, but the process died before the journal was written")
     house.crash()
-    assert set(house.blobs.digests()) == named
-
-
-def test_blobs_without_any_journal_are_not_swept_away() -> None:
-    """A lost journal.sqlite must not cost the updates as well."""
-    blobs = MemoryBlobStore()
-    put(blobs, b"an update")
-    with pytest.raises(StorageFailedError, match=r"journal was lost.*Restore journal.sqlite"):
-        open_service(SqlJournal(None), blobs)
-    assert len(list(blobs.digests())) == 1
+    assert set(blobs.digests()) == named | {orphan}
+    a_day_before = time.time() - 86_401
+    for digest in blobs.digests():
+        os.utime(blobs.path(digest), (a_day_before, a_day_before))
+    house.crash()
+    assert set(blobs.digests()) == named
+    assert [path.name for path in (tmp_path / "trash").rglob("*") if path.is_file()] == [orphan]
+    house.service.close()
 
 
 def test_a_missing_update_stops_the_recovery(house: House) -> None:
     result = house.push(make_body(1), 1)
     house.blobs.delete(result.digest)
     house.service.close()
-    with pytest.raises(MissingBlobError, match=result.digest):
+    with pytest.raises(DamagedUpdateError, match=rf"version 1 of python.*{result.digest}.*--skip-damaged"):
         open_service(house.journal, house.blobs, house.aggregation)
 
 
@@ -131,7 +135,7 @@ def test_a_damaged_update_stops_the_recovery(tmp_path: Path) -> None:
     result = house.push(make_body(1), 1)
     house.service.close()
     blobs.path(result.digest).write_bytes(make_body(2))
-    with pytest.raises(CorruptBlobError, match=result.digest):
+    with pytest.raises(DamagedUpdateError, match=rf"version 1 of python.*{result.digest}.*--skip-damaged"):
         open_service(house.journal, blobs)
 
 

@@ -62,7 +62,7 @@ def test_a_row_is_hashed_with_the_row_before() -> None:
     row = (1, "update", "python", 1, "w1", "e1", 0, "a", "{}", None)
     assert link(GENESIS, row) == sha256((GENESIS + json.dumps(list(row), separators=(",", ":"))).encode())
     assert link("1" * 64, row) != link(GENESIS, row)
-    assert check([(*row, link(GENESIS, row))]) == Link(1, link(GENESIS, row))
+    assert check([(*row, link(GENESIS, row))]) == Link(1, link(GENESIS, row), 1)
     assert check([]) == Link()
 
 

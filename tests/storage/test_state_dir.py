@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support import registered
 
+from fedmoe.mounts import Mount
 from fedmoe.storage.blobs import StorageFailedError, put
 from fedmoe.storage.state_dir import StateDir, StateDirError
 
@@ -98,3 +99,23 @@ def test_a_file_in_the_blobs_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state" / "blobs").write_text("a file")
     with pytest.raises(StateDirError, match="blobs"):
         StateDir.open(tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"), [("nfs4", "server:/home"), ("cifs", "//server/share"), ("fuse.sshfs", "a:/b")]
+)
+def test_a_state_dir_on_a_network_file_system_is_refused_before_anything_is_written_73(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, source: str
+) -> None:
+    mounts = [Mount("/", "ext4", "/dev/vda"), Mount(str(tmp_path.resolve()), kind, source)]
+    monkeypatch.setattr("fedmoe.storage.state_dir.read_mounts", lambda: mounts)
+    path = tmp_path / "state"
+    with pytest.raises(StateDirError, match=rf"network file system {kind} .*--allow-network-fs"):
+        StateDir.open(path)
+    assert not path.exists()
+    StateDir.open(path, allow_network_fs=True).close()
+
+
+def test_a_parallel_file_system_is_none_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmoe.storage.state_dir.read_mounts", lambda: [Mount("/", "lustre", "a@tcp:/scratch")])
+    StateDir.open(tmp_path / "state").close()

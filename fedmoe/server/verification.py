@@ -1,0 +1,157 @@
+"""Is a state directory what was written? Everything in it is read and held against its hash, and every version rebuilt.
+
+Nothing is changed. The coordinator must not run on it meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedmoe.coordinator import Aggregation
+from fedmoe.events import Event, ExpertRegistered, GatewayFolded, Lineage, lineages
+from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.codec import CodecError, digest
+from fedmoe.lora.update_rules import RuleState
+from fedmoe.server.history import History
+from fedmoe.server.past import registration
+from fedmoe.server.publication import published_blobs
+from fedmoe.storage.acknowledged import behind, read_acknowledged
+from fedmoe.storage.blobs import CorruptBlobError, FolderBlobStore, MissingBlobError, StorageFailedError
+from fedmoe.storage.event_rows import blob_of
+from fedmoe.storage.journal import SqlJournal
+from fedmoe.storage.opening import problems
+from fedmoe.storage.state_dir import StateDirError, lock_state
+
+
+@dataclass
+class Verified:
+    """What was looked at, and `findings`: what is not as it was written, in words.
+
+    `absent` blobs are named and not there, as after `--keep-updates`; `unproven` versions could not be rebuilt for
+    that reason or have no digest, as those of schema 1.
+    """
+
+    events: int = 0
+    versions: int = 0
+    unproven: int = 0
+    blobs: int = 0
+    absent: int = 0
+    unnamed: int = 0
+    incarnation: str = ""
+    findings: list[str] = field(default_factory=list)
+
+
+def verify_state(path: Path) -> Verified:
+    """Look at everything in a state directory; raises StateDirError for one that is in use or not there."""
+    if not (path / "journal.sqlite").is_file():
+        raise StateDirError(f"{path} is no state directory: there is no journal.sqlite in it")
+    lock = lock_state(path)
+    try:
+        return _verify(path)
+    finally:
+        os.close(lock)
+
+
+def _verify(path: Path) -> Verified:
+    found = Verified()
+    blobs = FolderBlobStore(path / "blobs")
+    try:
+        damage = problems(path / "journal.sqlite")
+        found.findings += damage
+        _check_blobs(blobs, found)
+        if damage:
+            return found  # a journal that is not as it was written says nothing about the rest
+        with closing(SqlJournal(path / "journal.sqlite")) as journal:
+            _check_count(path, journal, found)
+            _Replay(journal, blobs, found).run()
+    except (StorageFailedError, sqlite3.Error) as error:
+        found.findings.append(str(error))
+    return found
+
+
+def _check_blobs(blobs: FolderBlobStore, found: Verified) -> None:
+    """Read every blob."""
+    for name in sorted(blobs.digests()):
+        found.blobs += 1
+        try:
+            blobs.read(name)
+        except (CorruptBlobError, MissingBlobError, OSError) as error:
+            found.findings.append(str(error))
+
+
+def _check_count(path: Path, journal: SqlJournal, found: Verified) -> None:
+    noted, head = read_acknowledged(path / "acknowledged"), journal.head
+    found.events, found.incarnation = head.events, head.incarnation
+    lacking = behind(noted, head, journal.chain_at(noted.events if noted else 0))
+    if lacking is not None:
+        found.findings.append(f"the journal is not the newest: {lacking}")
+
+
+class _Replay(History):
+    """Rebuilds every version in order and holds it against the digest that was journalled with it."""
+
+    def __init__(self, journal: SqlJournal, blobs: FolderBlobStore, found: Verified) -> None:
+        optimizer, _, size = (journal.meta("update_rule") or "sgd").partition(", buffer of ")
+        super().__init__(journal, blobs, Aggregation(server_optimizer=optimizer, buffer_size=int(size or 1)))
+        self._found = found
+
+    def run(self) -> None:
+        past: dict[str, list[Event]] = {}
+        named: set[str | None] = set(self._statistics.blobs().replaced | published_blobs(self._journal).replaced)
+        for event in self._journal.events():
+            named.add(blob_of(event))
+            if not isinstance(event, GatewayFolded):
+                past.setdefault(event.expert, []).append(event)
+        there = set(self._blobs.digests())
+        self._found.absent = len(named - {None} - there)
+        for name in past:
+            named |= set(self._journal.snapshots(name).values())
+        self._found.unnamed = len(there - named)
+        for events in past.values():
+            self._check_expert(events)
+
+    def _check_expert(self, events: list[Event]) -> None:
+        registered, chains = registration(events), lineages(events)
+        state: RuleState | None = self._beginning(registered, None)
+        problem = ""
+        for version in range(1, max(chains) + 1):
+            try:
+                state = self._next(state, registered, chains, version)
+            except (MissingBlobError, CorruptBlobError, CodecError) as error:
+                state, problem = None, str(error)
+            self._check_version(registered, version, state)
+        if state is None:
+            self._found.findings.append(
+                f"{registered.expert} cannot be rebuilt at its newest version {max(chains)}: {problem}"
+            )
+
+    def _next(
+        self,
+        before: RuleState | None,
+        registered: ExpertRegistered,
+        chains: Mapping[int, Lineage | None],
+        version: int,
+    ) -> RuleState:
+        """The state of a version, from that of the version before where it is an update more."""
+        chain = chains[version]
+        update = chain.update if chain is not None else None
+        if before is not None and update is not None and update.version == version:
+            return self._land(before, [update], registered.manifest)
+        return self._rebuild(registered, chains, chain)
+
+    def _check_version(self, registered: ExpertRegistered, version: int, state: RuleState | None) -> None:
+        self._found.versions += 1
+        expected = self._journal.version_digest(registered.expert, version)
+        if state is None or expected is None:
+            self._found.unproven += 1
+            return
+        manifest = registered.manifest
+        rebuilt = digest(Adapter(manifest.layout, manifest.alpha, state.weights))
+        if rebuilt != expected:
+            made = f"version {version} of {registered.expert}"
+            self._found.findings.append(f"{made} was rebuilt with the digest {rebuilt}, journalled is {expected}")

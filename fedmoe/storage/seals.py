@@ -1,0 +1,132 @@
+"""A seal for every row of the journal's small tables: what changes one behind the journal's back is found.
+
+Rows of events are chained; other tables change in place, so each of their rows has a seal, a hash of its content, in a
+table of its own. Triggers of the journal's own connection keep the seals, whatever writes through it, and exist nowhere
+else: a row that was edited, put in or taken out by anything but the journal does not fit its seal.
+"""
+
+# ruff: noqa: S608  # the names in statements are those of the journal's own tables
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+#: Tables with seals or a chain of their own.
+_UNSEALED = {"events", "seals"}
+_CREATE = (
+    "CREATE TABLE IF NOT EXISTS seals (place TEXT NOT NULL, row TEXT NOT NULL, seal TEXT NOT NULL, "
+    "PRIMARY KEY (place, row)) WITHOUT ROWID"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedRow:
+    """A row that does not fit its seal; `row` is its primary key as JSON, `problem` says what is wrong in words."""
+
+    table: str
+    row: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"row {self.row} of {self.table} {self.problem}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Sealed:
+    """A table with the columns of its primary key and all of its columns."""
+
+    name: str
+    key: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    def of(self, row: str) -> str:
+        """SQL for the key and the seal of OLD or NEW."""
+        return f"{self.key_of(row)}, fedmoe_seal({_listed(row, self.columns)})"
+
+    def key_of(self, row: str) -> str:
+        return f"fedmoe_key({_listed(row, self.key)})"
+
+
+def _listed(row: str, columns: Iterable[str]) -> str:
+    return ", ".join(f'{row}."{name}"' for name in columns)
+
+
+def keep_seals(connection: sqlite3.Connection) -> None:
+    """Make the seals of tables that have none yet, and keep all of them from now on; leaves a transaction open."""
+    connection.create_function("fedmoe_key", -1, _key, deterministic=True)
+    connection.create_function("fedmoe_seal", -1, _seal, deterministic=True)
+    # REPLACE deletes a row first, and only with this its triggers run.
+    connection.execute("PRAGMA recursive_triggers=ON")
+    connection.execute(_CREATE)
+    known = {place for (place,) in connection.execute("SELECT place FROM seals WHERE row = ''")}
+    for table in _tables(connection):
+        if table.name not in known:
+            connection.execute("INSERT INTO seals VALUES (?, '', '')", [table.name])
+            connection.execute(f"INSERT INTO seals SELECT '{table.name}', {table.of('t')} FROM \"{table.name}\" AS t")
+        for statement in _triggers(table):
+            connection.execute(statement)
+
+
+def damaged_rows(connection: sqlite3.Connection) -> list[DamagedRow]:
+    """Every row that is not as the journal wrote it; of tables that have seals."""
+    known = {place for (place,) in connection.execute("SELECT place FROM seals WHERE row = ''")}
+    tables = [table for table in _tables(connection) if table.name in known]
+    gone = [DamagedRow(name, "", "is gone with its table") for name in known - {table.name for table in tables}]
+    return gone + [damage for table in tables for damage in _damaged(connection, table)]
+
+
+def drop_damaged(connection: sqlite3.Connection, damage: Iterable[DamagedRow]) -> None:
+    """Take rows that are not as they were written out of their tables; leaves a transaction open."""
+    tables = {table.name: table for table in _tables(connection)}
+    for one in damage:
+        if one.table in tables:
+            key = tables[one.table].key_of("t")
+            connection.execute(f'DELETE FROM "{one.table}" AS t WHERE {key} = ?', [one.row])
+        connection.execute("DELETE FROM seals WHERE place = ? AND row = ?", [one.table, one.row])
+
+
+def _damaged(connection: sqlite3.Connection, table: _Sealed) -> Iterator[DamagedRow]:
+    query = "SELECT row, seal FROM seals WHERE place = ? AND row != ''"
+    seals = dict(connection.execute(query, [table.name]).fetchall())
+    columns = _listed("t", (*table.key, *table.columns))
+    for row in connection.execute(f'SELECT {columns} FROM "{table.name}" AS t'):
+        key, seal = _key(*row[: len(table.key)]), _seal(*row[len(table.key) :])
+        expected = seals.pop(key, None)
+        if expected is None:
+            yield DamagedRow(table.name, key, "was not written by the journal")
+        elif expected != seal:
+            yield DamagedRow(table.name, key, "is not as it was written")
+    yield from (DamagedRow(table.name, key, "is gone") for key in seals)
+
+
+def _tables(connection: sqlite3.Connection) -> list[_Sealed]:
+    names = connection.execute("SELECT name FROM main.sqlite_master WHERE type = 'table' ORDER BY name").fetchall()
+    wanted = [
+        name for (name,) in names if name not in _UNSEALED and name.isidentifier() and not name.startswith("sqlite_")
+    ]
+    found = []
+    for name in wanted:
+        columns = connection.execute(f'PRAGMA main.table_info("{name}")').fetchall()
+        key = tuple(column[1] for column in sorted(columns, key=lambda column: column[5]) if column[5])
+        found.append(_Sealed(name, key, tuple(column[1] for column in columns)))
+    return found
+
+
+def _triggers(table: _Sealed) -> Iterator[str]:
+    name, forget = table.name, f"DELETE FROM seals WHERE place = '{table.name}' AND row = "
+    drop, keep = f"{forget}{table.key_of('OLD')};", f"INSERT INTO seals VALUES ('{name}', {table.of('NEW')});"
+    instead = f"{forget}{table.key_of('NEW')};"
+    for event, actions in (("INSERT", instead + keep), ("UPDATE", drop + instead + keep), ("DELETE", drop)):
+        trigger = f'"seal_{name}_{event.lower()}"'
+        yield f'CREATE TEMP TRIGGER IF NOT EXISTS {trigger} AFTER {event} ON main."{name}" BEGIN {actions} END'
+
+
+def _key(*values: object) -> str:
+    return json.dumps(values, default=repr)
+
+
+def _seal(*values: object) -> str:
+    return hashlib.sha256(json.dumps(values, default=repr).encode()).hexdigest()
