@@ -11,6 +11,9 @@ from fedmoe.events import UpdateAccepted, UpdateLost
 from fedmoe.storage.blobs import CorruptBlobError
 
 _log = structlog.get_logger("fedmoe.history")
+#: Updates of an expert that may be left out. Where more are missing a snapshot is lost and the bytes before it were let
+#: go of: what could be made of the rest is not the expert.
+MOST_LEFT_OUT = 16
 _TELL_SECONDS = 5.0
 
 

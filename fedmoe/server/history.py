@@ -38,7 +38,7 @@ from fedmoe.lora.robust import USUAL_WINDOW
 from fedmoe.lora.update_rules import RuleState
 from fedmoe.manifest import Manifest
 from fedmoe.quarantine import Quarantine
-from fedmoe.server.damage import DamagedUpdateError, told
+from fedmoe.server.damage import MOST_LEFT_OUT, DamagedUpdateError, told
 from fedmoe.server.data_statistics import KeptStatistics
 from fedmoe.server.past import identity, left_in_the_gateway, registration, until
 from fedmoe.server.publication import published_blobs
@@ -223,7 +223,8 @@ class History:
                 expert = self._recover_expert(events)
                 break
             except DamagedUpdateError as error:
-                if not self._skip_damaged:
+                left_out = sum(isinstance(event, UpdateLost) for event in events)
+                if not self._skip_damaged or left_out >= MOST_LEFT_OUT:
                     raise
                 self._lost.append(error.left_out(max(lineages(events)) + 1, self._clock()))
                 events.append(self._lost[-1])

@@ -156,3 +156,17 @@ def test_a_long_replay_says_how_long_it_takes(
     assert "replaying" in said.out + said.err
     assert "seconds_left" in said.out + said.err
     house.service.close()
+
+
+def test_an_expert_is_not_made_of_the_few_updates_that_are_left() -> None:
+    house = House.open()
+    house.register()
+    house.train(["w1"] * 20)
+    house.service.close()
+    without_snapshots(house)
+    for update in [e for e in house.journal.events() if isinstance(e, UpdateAccepted)][:18]:
+        house.blobs.delete(update.digest)
+    count = house.journal.count()
+    with pytest.raises(DamagedUpdateError, match="version 17 of python"):
+        recover(house, skip_damaged=True)
+    assert house.journal.count() == count

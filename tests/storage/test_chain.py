@@ -161,3 +161,72 @@ def test_a_batch_that_is_refused_leaves_no_gap_in_the_chain(tmp_path: Path) -> N
     journal.append([accepted(8, sequence=78)])
     journal.close()
     SqlJournal(path).close()
+
+
+WORKERS = st.sampled_from(["w1", "w2", "w3"])
+
+
+@st.composite
+def pasts(draw: st.DrawFn) -> list[list[Event]]:
+    """Batches of events as a federation may bring them about: what lands on which expert, in which order."""
+    versions = {"python": 0, "sql": 0}
+    events: list[Event] = [registered(), registered("sql")]
+    for number in range(draw(st.integers(1, 12))):
+        name = draw(st.sampled_from(sorted(versions)))
+        newest, at = versions[name], float(number)
+        versions[name] += 1
+        kind = draw(st.sampled_from(["update", "update", "update", "rollback", "retract"]))
+        if kind == "update" or newest == 0:
+            update = accepted(newest + 1, draw(WORKERS), name, sequence=number)
+            events.append(replace(update, coefficient=draw(st.floats(0.01, 1)), staleness=draw(st.integers(0, 9))))
+        elif kind == "rollback":
+            events.append(ExpertRolledBack(name, draw(st.integers(0, newest - 1)), newest + 1, draw(st.text()), at))
+        else:
+            events.append(WorkerRetracted(name, draw(WORKERS), 1, newest + 1, "", at))
+    cuts = sorted(draw(st.sets(st.integers(1, len(events) - 1), max_size=4)))
+    return [events[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(events)], strict=True)]
+
+
+@given(batches=pasts(), data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_whatever_is_done_to_the_rows_of_any_past_is_found(batches: list[list[Event]], data: st.DataObject) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "journal.sqlite"
+        journal = SqlJournal(path)
+        for batch in batches:
+            journal.append(batch, [sha256(repr(event).encode()) for event in batch])
+        journal.close()
+        count = sum(map(len, batches))
+        one, other = (data.draw(st.integers(1, count), label="row") for _ in range(2))
+        take, move = "DELETE FROM events WHERE id = ?", "UPDATE events SET id = ? WHERE id = ?"
+        copy = "UPDATE events SET payload = (SELECT payload FROM events WHERE id = ?) WHERE id = ?"
+        digit = "UPDATE events SET payload = replace(payload, ?, ?) WHERE id = ?"
+        match data.draw(st.sampled_from(["take", "cut", "swap", "copy", "digit", "again"])):
+            case "take":
+                edit(path, (take, (one,)))
+            case "cut":
+                edit(path, ("DELETE FROM events WHERE id >= ?", (one,)))
+            case "swap" if one != other:
+                edit(path, (move, (count + 9, one)), (move, (one, other)), (move, (other, count + 9)))
+            case "copy" if one != other:
+                edit(path, (copy, (one, other)))
+            case "digit":
+                payload = read_payload(path, one)
+                place = data.draw(st.sampled_from([i for i, sign in enumerate(payload) if sign.isdigit()]))
+                changed = payload[:place] + str((int(payload[place]) + 1) % 10) + payload[place + 1 :]
+                edit(path, (digit, (payload, changed, one)))
+            case "again":
+                columns = "kind, expert || 'x', version, payload, version_digest, chain"
+                names = "kind, expert, version, payload, version_digest, chain"
+                edit(path, (f"INSERT INTO events ({names}) SELECT {columns} FROM events WHERE id = ?", (one,)))
+            case _:
+                return
+        refused(path)
+
+
+def read_payload(path: Path, row: int) -> str:
+    connection = sqlite3.connect(path)
+    try:
+        return str(connection.execute("SELECT payload FROM events WHERE id = ?", (row,)).fetchone()[0])
+    finally:
+        connection.close()
