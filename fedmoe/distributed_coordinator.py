@@ -19,6 +19,7 @@ from fedmoe.coordinator import Aggregation
 from fedmoe.errors import RefusedError
 from fedmoe.server.browser import is_loopback
 from fedmoe.server.descriptors import few_left, in_use, raise_limit
+from fedmoe.server.disk import DiskReport
 from fedmoe.server.evaluation_gate import GatePolicy
 from fedmoe.server.history import History
 from fedmoe.server.json_weights import JsonPolicy
@@ -26,6 +27,7 @@ from fedmoe.server.listening import listen, own_signals
 from fedmoe.server.protocol import GuardedProtocol
 from fedmoe.server.quotas import Rate
 from fedmoe.server.registrations import RegistrationLimits
+from fedmoe.server.retention import kept_bytes
 from fedmoe.server.routes import create_app
 from fedmoe.server.security import new_token
 from fedmoe.server.service import CoordinatorService
@@ -105,6 +107,7 @@ class DistributedCoordinator:
             storage_problem=self._state.problem,
             limits=RegistrationLimits(config.max_parameters, config.max_experts),
         )
+        self._bound_bytes(config)
         self._noted = AuditHead.of_text(journal.meta(_AUDIT_HEAD))
         self._audit = AuditLog(self._state.path, time.time, self._noted)
         self.new_tokens = self._prepare_tokens(config)
@@ -140,6 +143,17 @@ class DistributedCoordinator:
         for role, token in made.items():
             self.gate.add(token, role, label=f"{role} token made at a start", origin="start")
         return made
+
+    def _bound_bytes(self, config: CoordinatorConfig) -> None:
+        """Bound the bytes of updates, and say how fast they grow: now, or once there is an expert."""
+        blobs, kept = self._state.blobs, kept_bytes(config.keep_gb, self._state.journal, self._state.blobs)
+        self.service.keep_below(kept.most, blobs)
+        say = DiskReport(self._state.journal, blobs, config.min_sync_interval or ADVISED_SYNC_INTERVAL, kept)
+        experts = self.service.coordinator.experts
+        if experts:
+            say(experts.values())
+        else:
+            self.service.on_first_expert = lambda expert: say([expert])
 
     def serve(self) -> int:
         """Listen until SIGTERM or SIGINT; finishes requests under way, then returns the exit status."""

@@ -89,6 +89,11 @@ def fsync_files(folder: Path) -> None:
     fsync_folder(folder)
 
 
+def fsync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    _fsync(path)
+
+
 def _fsync(path: Path, flags: int = 0) -> None:
     descriptor = os.open(path, os.O_RDONLY | flags)
     try:

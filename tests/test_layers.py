@@ -292,6 +292,7 @@ LAYERS: dict[str, set[str]] = {
             "manifest",
             "monitor",
             "server",
+            "storage",
             "wire",
             "worker.evaluator",
             "worker.inference",

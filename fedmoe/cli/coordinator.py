@@ -68,6 +68,10 @@ def coordinator(
     max_experts: Annotated[
         int | None, typer.Option(help="Experts that there may be, retired ones not counted. [default: 1024]")
     ] = None,
+    keep_gb: Annotated[
+        float | None,
+        typer.Option(help="GB of updates' bytes to keep. [default: half of what was free at the first start]"),
+    ] = None,
     min_sync_interval: Annotated[
         float | None,
         typer.Option(help="Refuse a worker's pushes to an expert that are closer in seconds. [default: advise 1]"),

@@ -93,6 +93,9 @@ def create(
 def rollback(
     expert: Annotated[str, typer.Argument(help="Which expert.")],
     to_version: Annotated[int, typer.Argument(help="The version whose content it gets.")],
+    digest: Annotated[
+        str | None, typer.Option(help="Its digest (12 digits or more): refused if that version is another one here.")
+    ] = None,
     reason: Annotated[str, typer.Option(help="Kept in the journal.")] = "",
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
     token: AdminToken = None,
@@ -100,12 +103,15 @@ def rollback(
 ) -> None:
     """Give an expert the content of an earlier version, as a new version."""
     with client(coordinator_url, token) as api:
-        _show_change(api.roll_back(expert, to_version, reason), as_json)
+        _show_change(api.roll_back(expert, to_version, reason, digest), as_json)
 
 
 def retract(
     expert: Annotated[str, typer.Argument(help="Which expert.")],
     worker: Annotated[str, typer.Argument(help="Whose updates to take out.")],
+    erase: Annotated[
+        bool, typer.Option("--erase", help="Remove their bytes, and what the worker told of its data, for good.")
+    ] = False,
     reason: Annotated[str, typer.Option(help="Kept in the journal.")] = "",
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
     token: AdminToken = None,
@@ -113,7 +119,7 @@ def retract(
 ) -> None:
     """Take all updates of one worker out of an expert, by replaying the journal without them."""
     with client(coordinator_url, token) as api:
-        _show_change(api.retract(expert, worker, reason), as_json)
+        _show_change(api.retract(expert, worker, reason, erase), as_json)
 
 
 def _show_change(change: ChangeResult, as_json: bool) -> None:

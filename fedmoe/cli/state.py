@@ -1,10 +1,67 @@
-"""`fedmoe state`: verify."""
+"""`fedmoe state`: backup, restore, verify."""
 
 from __future__ import annotations
 
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
+from fedmoe.cli.options import AsJson
+from fedmoe.cli.output import show_json
 from fedmoe.cli.state_verify import verify
 
 app = typer.Typer(help="Look after a coordinator's state directory.", no_args_is_help=True)
 app.command()(verify)
+
+StateDirectory = Annotated[
+    Path, typer.Option("--state-dir", envvar="FEDMOE_COORDINATOR_STATE_DIR", help="The coordinator's state directory.")
+]
+DEFAULT_STATE_DIR = Path("runs/coordinator")
+
+
+@app.command()
+def backup(
+    dest: Annotated[Path, typer.Argument(help="The new folder to make; best on another disk.")],
+    state_dir: StateDirectory = DEFAULT_STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Make a verified backup of a state directory, while its coordinator runs or not."""
+    from fedmoe.storage.backup import make_backup
+
+    made = make_backup(state_dir, dest, time.time())
+    if as_json:
+        show_json(asdict(made))
+        return
+    print(f"{dest} holds {made.events} events and {made.blobs} blobs, {made.size / 1e6:.1f} MB, every one checked.")
+    if made.linked:
+        print(
+            f"{made.linked} blobs are hard links: safe from deletion, not from this disk. Copy {dest} to another one."
+        )
+    if made.absent:
+        print(f"{made.absent} older blobs were let go of before and are not in it.")
+
+
+@app.command()
+def restore(
+    backup: Annotated[Path, typer.Argument(help="A folder that 'fedmoe state backup' made.")],
+    state_dir: StateDirectory = DEFAULT_STATE_DIR,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Move what is in the state directory aside, into a folder inside it.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a state directory of a backup; its history goes on as another incarnation."""
+    from fedmoe.storage.restore import restore as restore_backup
+
+    made = restore_backup(backup, state_dir, replace)
+    if as_json:
+        show_json({**asdict(made), "moved": str(made.moved) if made.moved else None})
+        return
+    print(f"{state_dir} holds the {made.events} events of {backup}, as incarnation {made.incarnation}.")
+    if made.moved:
+        print(f"What was there lies in {made.moved}; delete it when nobody needs it.")
+    print("Updates made from the history before are refused by name, and their workers send again what they can.")
+    print("Tokens are those of the backup: revoke again what was revoked since ('fedmoe token revoke').")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import structlog
 
@@ -88,9 +89,9 @@ def together(kind: StatisticsKind, bodies: Mapping[str, bytes]) -> bytes:
 
 
 def newest(arrived: Iterable[DataStatistic]) -> list[DataStatistic]:
-    """The one that counts of every expert, kind and worker, in the order of these names."""
+    """The one that counts of every expert, kind and worker, in the order of these names; none where it was erased."""
     kept = {(found.expert, found.kind, found.worker): found for found in arrived}
-    return [kept[key] for key in sorted(kept)]
+    return [kept[key] for key in sorted(kept) if kept[key].size]
 
 
 class KeptStatistics:
@@ -172,6 +173,24 @@ class KeptStatistics:
             gateway_version=draft.gateway_version,
             duplicate=duplicate,
         )
+
+    def erase(self, draft: Draft, expert: str, worker: str, at: float) -> int:
+        """Remove what a worker told of its data for good; how many bodies. For the committer, in a group of its own.
+
+        A row without a size takes the place of what was told, so that the gateway's version still counts all of them.
+        """
+        arrived = self._journal.data_statistics()
+        for found in newest(arrived):
+            if (found.expert, found.worker) == (expert, worker):
+                self._journal.add_data_statistic(replace(found, size=0, at=at))
+                if found.kind == "moments":
+                    draft.moments.pop(expert, None)
+                    draft.learn_moments(expert, self.moments(expert) if draft.aggregation.uses_moments else None)
+        mine = {found.digest for found in arrived if (found.expert, found.worker) == (expert, worker)}
+        gone = mine - {found.digest for found in newest(self._journal.data_statistics())}
+        for digest in gone:
+            self._blobs.delete(digest)
+        return len(gone)
 
     def _of(self, expert: str, kind: StatisticsKind) -> list[DataStatistic]:
         found = newest(self._journal.data_statistics())

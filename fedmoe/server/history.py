@@ -40,12 +40,14 @@ from fedmoe.manifest import Manifest
 from fedmoe.quarantine import Quarantine
 from fedmoe.server.damage import MOST_LEFT_OUT, DamagedUpdateError, told
 from fedmoe.server.data_statistics import KeptStatistics
-from fedmoe.server.past import identity, left_in_the_gateway, registration, until
+from fedmoe.server.past import identity, left_in_the_gateway, registration
+from fedmoe.server.pruning import unneeded
 from fedmoe.server.publication import published_blobs
 from fedmoe.server.snapshots import best_snapshot, read_snapshot, snapshot_bytes
 from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, Named, StorageFailedError, put
 from fedmoe.storage.event_rows import GATEWAY, QUARANTINE, blob_of
 from fedmoe.storage.journal import Journal
+from fedmoe.storage.let_go import noted, undo_ends
 
 SNAPSHOT_EVERY = 50
 
@@ -131,13 +133,13 @@ class History:
         self._recovered = coordinator
         return coordinator
 
-    def _held_back(self) -> set[str]:
+    def held_back(self) -> set[str]:
         """Blobs of updates that wait in quarantine."""
         return self._recovered.quarantine.digests() if self._recovered is not None else set()
 
     def let_go(self, digest: str) -> None:
         """Delete the bytes of a rejected update, unless something else needs the same; for the committer's thread."""
-        needed = self._held_back() | self._statistics.blobs().needed | published_blobs(self._journal).needed
+        needed = self.held_back() | self._statistics.blobs().needed | published_blobs(self._journal).needed
         if digest not in needed | self._journal.named_elsewhere(QUARANTINE, {digest}):
             self._blobs.delete(digest)
 
@@ -304,12 +306,13 @@ class History:
         try:
             yield
         except DamagedUpdateError as error:
-            if self._keep_updates is None or not error.missing:
+            fix = self._why_let_go(error.update) if error.missing else None
+            if fix is None:
                 raise
             raise RefusedError(
                 "history_pruned",
                 f"the update that made version {error.update.version} of {error.update.expert} is no longer kept.",
-                f"Only the last {self._keep_updates} updates can be undone (--keep-updates).",
+                fix,
             ) from None
 
     def _past(self, expert: ExpertModel) -> tuple[list[Event], dict[int, Lineage | None]]:
@@ -350,14 +353,30 @@ class History:
             state = self._aggregation.rule.update(state, decode(body, manifest.layout).flat, update.coefficient)
         return state
 
+    def _why_let_go(self, update: UpdateAccepted) -> str | None:
+        """Why an update's bytes are not there and what can be done; None if they should be."""
+        for one in noted(self._journal):
+            if one.expert == update.expert and one.through >= update.version and one.worker in (None, update.worker):
+                if one.worker is not None:
+                    return f"What {one.worker!r} gave was erased; versions made of it are gone for good."
+                return f"Choose version {undo_ends(self._journal, update.expert)} or a later one (--keep-gb)."
+        if self._keep_updates is not None:
+            return f"Only the last {self._keep_updates} updates can be undone (--keep-updates)."
+        return None
+
     def snapshot_if_due(self, expert: ExpertModel, every: int = SNAPSHOT_EVERY) -> None:
         """Keep the expert's state every so many versions, so that recovery reads few updates; then prune."""
         kept = self._journal.snapshots(expert.name)
         if expert.version - max(kept, default=0) < every:
             return
-        self._journal.add_snapshot(expert.name, expert.version, put(self._blobs, snapshot_bytes(expert.state)))
+        self.snapshot(expert)
         if self._keep_updates is not None:
             self._prune(expert, self._keep_updates)
+
+    def snapshot(self, expert: ExpertModel) -> int:
+        """Keep the expert's state, so that recovery needs nothing older; the version that it is."""
+        self._journal.add_snapshot(expert.name, expert.version, put(self._blobs, snapshot_bytes(expert.state)))
+        return expert.version
 
     def prune_gateways(self, living: LivingGateway) -> None:
         """Drop the gateways that no expert goes on from any more, unless all of the past is kept."""
@@ -366,30 +385,19 @@ class History:
         needed = {living.number} | {departure.gateway for departure in living.departures.values()}
         folds = [event for event in self._journal.events(GATEWAY) if isinstance(event, GatewayFolded)]
         unneeded = {fold.digest for fold in folds} - {fold.digest for fold in folds if fold.number in needed}
-        for digest in unneeded - self._held_back() - self._journal.named_elsewhere(GATEWAY, unneeded):
+        for digest in unneeded - self.held_back() - self._journal.named_elsewhere(GATEWAY, unneeded):
             self._blobs.delete(digest)
 
     def _prune(self, expert: ExpertModel, keep_updates: int) -> None:
         """Drop what none of the last `keep_updates` changes needs to be undone."""
         name = expert.name
-        events = list(self._journal.events(name))
-        updates, chains = [event for event in events if isinstance(event, UpdateAccepted)], lineages(events)
         snapshots = self._journal.snapshots(name)
         oldest = max(0, expert.version - keep_updates)
-        needed = {update.digest for update in updates if update.version > oldest}
-        bases = {version for version in snapshots if version >= oldest}
-        # Rollbacks and retractions make new versions of old updates, so each version's own beginning is asked for.
-        beginnings = {until(chains[version], oldest) for version in range(oldest, expert.version + 1)}
-        for beginning in beginnings:
-            found = best_snapshot(snapshots, chains, beginning)
-            bases |= {found.version} if found else set()
-            rest = found.rest if found else Lineage.updates(beginning)
-            needed |= {update.digest for update in rest}
-        unneeded = {update.digest for update in updates}
-        for version in snapshots.keys() - bases:
+        found = unneeded(list(self._journal.events(name)), snapshots, expert.version, oldest)
+        for version in found.snapshots:
             self._journal.drop_snapshot(name, version)
-            unneeded.add(snapshots[version])
-        unneeded -= needed | {snapshots[version] for version in bases}
+        digests = found.updates | {snapshots[version] for version in found.snapshots}
+        digests -= {snapshots[version] for version in snapshots.keys() - found.snapshots}
         # Equal bytes are one blob, whoever sent them.
-        for digest in unneeded - self._held_back() - self._journal.named_elsewhere(name, unneeded):
+        for digest in digests - self.held_back() - self._journal.named_elsewhere(name, digests):
             self._blobs.delete(digest)

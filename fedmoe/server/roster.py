@@ -48,6 +48,10 @@ class Roster:
         if len(self._held_out) > _MOST_TOLD:
             del self._held_out[next(iter(self._held_out))]
 
+    def forget(self, expert: str, worker: str) -> None:
+        """What a worker told of an expert was erased."""
+        self._held_out.pop((expert, worker), None)
+
     def observe(self, events: Iterable[Event]) -> None:
         for event in events:
             if isinstance(event, UpdateAccepted):

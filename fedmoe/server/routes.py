@@ -220,7 +220,7 @@ def _admin_routes(app: FastAPI, service: CoordinatorService) -> None:
     @app.post("/retract")
     async def retract(request: Request, wanted: RetractRequest) -> ChangeResult:
         principal_of(request).require_admin(expert=wanted.expert, worker=wanted.worker)
-        return await service.retract(wanted)
+        return await (service.withdraw(wanted) if wanted.erase else service.retract(wanted))
 
 
 def _statistic(row: KeptStatistic) -> dict[str, object]:

@@ -24,6 +24,7 @@ from fedmoe.lora.adapter import FloatVector, Layout
 from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
 from fedmoe.server.committer import Committer
 from fedmoe.server.data_statistics import KeptStatistics, most_bytes
+from fedmoe.server.erasure import Erased, Erasure
 from fedmoe.server.evaluation_gate import EvaluationGate, GatePolicy
 from fedmoe.server.folding import Folding
 from fedmoe.server.histories import current_history
@@ -33,11 +34,19 @@ from fedmoe.server.memory_budget import MemoryBudget
 from fedmoe.server.publication import Publications
 from fedmoe.server.receive import Expected, opened_writer, receive, settled
 from fedmoe.server.registrations import RegistrationLimits
+from fedmoe.server.retention import Retention
 from fedmoe.server.roster import Roster
 from fedmoe.server.security import Principal
 from fedmoe.server.submission import submission_of, usable_norm
 from fedmoe.server.told_statistics import ToldStatistics
-from fedmoe.storage.blobs import BlobStore, BlobWriter, CorruptBlobError, MissingBlobError, StorageFailedError
+from fedmoe.storage.blobs import (
+    BlobStore,
+    BlobWriter,
+    CorruptBlobError,
+    FolderBlobStore,
+    MissingBlobError,
+    StorageFailedError,
+)
 from fedmoe.storage.journal import Journal
 from fedmoe.storage.told_statistics import Statistic
 from fedmoe.wire.messages import (
@@ -101,6 +110,7 @@ class CoordinatorService:
         #: Which history this is, so that an update of another one is not taken for one of it.
         self.current = current_history(journal)
         self._landing = Landing(journal, self.current)
+        self._erasure = Erasure(journal, blobs, history, self.statistics, self.told, self.roster)
         self._blobs = blobs
         self._history = history
         self._min_sync_interval = min_sync_interval
@@ -117,14 +127,26 @@ class CoordinatorService:
             if coordinator.aggregation.evaluation_gate
             else None
         )
+        #: What bounds the bytes of updates; None where nothing does.
+        self.retention: Retention | None = None
+        #: Told of the first expert there is, once.
+        self.on_first_expert: Callable[[ExpertModel], None] | None = None
         #: Updates on their way in.
         self.uploads = 0
         self._memory = MemoryBudget(_CHECKED_BYTES)
         self._noted: tuple[str, ...] = ()
 
+    def keep_below(self, most: int, blobs: FolderBlobStore) -> None:
+        """Let the oldest updates' bytes go, from `start` on, so that they are at most so many."""
+        self.retention = Retention(
+            self.coordinator, self.journal, blobs, self._history, self._committer, most, self._clock
+        )
+
     def start(self) -> None:
         self._committer.start()
         self._folding.start()
+        if self.retention is not None:
+            self.retention.start()
         if self.evaluation_gate is not None:
             self.evaluation_gate.start()
 
@@ -133,6 +155,8 @@ class CoordinatorService:
         if self.evaluation_gate is not None:
             self.evaluation_gate.close()
         self._folding.close()
+        if self.retention is not None:
+            self.retention.close()
         self._committer.close()
         self._pool.shutdown()
 
@@ -188,6 +212,9 @@ class CoordinatorService:
 
         expert = await self._decided(self._committer.submit(decide), ExpertModel)
         _log.info("registered", expert=expert.name, worker=request.worker, version=expert.version)
+        tell, self.on_first_expert = self.on_first_expert, None
+        if tell is not None:
+            tell(expert)
         return expert
 
     @property
@@ -370,6 +397,20 @@ class CoordinatorService:
 
         return await self._changed("retracted", self._committer.submit(decide, alone=True))
 
+    async def withdraw(self, request: RetractRequest) -> ChangeResult:
+        """Retract a worker, if that is not done yet, and remove its bytes for good."""
+        try:
+            result = await self.retract(request)
+        except RefusedError as error:
+            view = self.coordinator.draft()
+            if error.code != "nothing_to_retract" or not self._erasure.gave(view, request.expert, request.worker):
+                raise
+            result = self._change(view, request.expert, Rebuilt(view.experts[request.expert].state, 0, ()))
+        erased = await self._decided(
+            self._committer.submit(lambda draft: self._erasure.erase(draft, request, self.now), alone=True), Erased
+        )
+        return result.model_copy(update={"note": f"{result.note} {erased.in_words()}".strip()})
+
     async def _changed(self, what: str, future: Future[object]) -> ChangeResult:
         result = await self._decided(future, ChangeResult)
         _log.warning(what, expert=result.expert, version=result.version, removed=result.removed)
@@ -394,6 +435,8 @@ class CoordinatorService:
 
     def _after_commit(self, draft: Draft) -> None:
         self.roster.observe(draft.events)
+        if self.retention is not None:
+            self.retention.observe(draft.events)
         for rejected in [event for event in draft.events if isinstance(event, HeldUpdateRejected)]:
             self._history.let_go(rejected.digest)
         for name in {event.expert for event in draft.events if not isinstance(event, GatewayFolded | QuarantineEvent)}:

@@ -96,6 +96,15 @@ class ToldStatistics:
             if gone:
                 self._journal.drop_statistics(gone)
 
+    def erase(self, expert: str, worker: str) -> int:
+        """Remove all that a worker told of an expert; how many rows that were."""
+        with self._lock:
+            gone = set(self._of.get((expert, worker), {}))
+            self._drop(gone)
+            if gone:
+                self._journal.drop_statistics(gone)
+        return len(gone)
+
     def page(
         self,
         principal: Principal,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import mmap
@@ -192,6 +193,23 @@ class FolderBlobStore:
     def digests(self) -> Iterator[str]:
         with os.scandir(self.folder) as entries:
             yield from [entry.name for entry in entries if _DIGEST.fullmatch(entry.name)]
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every blob."""
+        found = {}
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if _DIGEST.fullmatch(entry.name):
+                    with contextlib.suppress(FileNotFoundError):
+                        found[entry.name] = entry.stat(follow_symlinks=False).st_size
+        return found
+
+    def size(self, digest: str) -> int:
+        """The bytes of a blob, 0 for one that is not there."""
+        try:
+            return self.path(digest).lstat().st_size
+        except FileNotFoundError:
+            return 0
 
     def sweep(self, named: Named, now: float, newest: float) -> Swept:
         trash, there = Trash(self.folder / "trash"), set(self.digests())

@@ -24,6 +24,7 @@ from fedmoe.storage.acknowledged import AcknowledgedFile, Head
 from fedmoe.storage.chain import COLUMNS, GENESIS, Link
 from fedmoe.storage.event_rows import event_of, row_of
 from fedmoe.storage.incarnation import INCARNATION, INCARNATIONS_BEFORE, Ended, new_incarnation, of_text, to_text
+from fedmoe.storage.let_go_table import LET_GO
 from fedmoe.storage.opening import HEAD, check_rows, checked_chain, checked_head, driver, make_tables
 from fedmoe.storage.sqlite import journal_problem, opening_problem, set_pragmas
 from fedmoe.storage.tables import DATA_STATISTICS, EVENTS, META, SNAPSHOTS, STATISTICS, TOKENS
@@ -53,7 +54,7 @@ class TokenRecord:
 class DataStatistic:
     """What a worker tells of its data (`kind` is prompts or moments): the digest of the blob that holds it, its bytes.
 
-    A later one of the same expert, worker and kind takes the place of an earlier one.
+    A later one of the same expert, worker and kind takes the place of an earlier one; one of no size erased it.
     """
 
     expert: str
@@ -145,6 +146,14 @@ class Journal(Protocol):
         """The history goes on as another one; the name of the one before is kept with its count of events."""
         ...
 
+    def query(self, statement: sa.Executable) -> list[sa.RowMapping]:
+        """Rows of a table that a module of its own keeps."""
+        ...
+
+    def change(self, statement: sa.Executable, rows: list[dict[str, object]] | None = None) -> None:
+        """Change such a table, durably."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -177,7 +186,7 @@ class SqlJournal:
             raise
 
     def _prepare(self, skip_damaged: bool) -> None:
-        make_tables(self._connection, self._where, (DATA_STATISTICS, VERDICTS, TOKEN_FACTS))
+        make_tables(self._connection, self._where, (DATA_STATISTICS, VERDICTS, TOKEN_FACTS, LET_GO))
         check_rows(self._connection, self._where, skip_damaged)
         self._end = checked_chain(self._connection, self._where)
         self._head = checked_head(self._connection, self._where, self._end)
@@ -252,6 +261,12 @@ class SqlJournal:
                 raise journal_problem(error, self._where) from error
             finally:
                 self._connection.rollback()
+
+    def query(self, statement: sa.Executable) -> list[sa.RowMapping]:
+        return self._read(statement)
+
+    def change(self, statement: sa.Executable, rows: list[dict[str, object]] | None = None) -> None:
+        self._write(statement, rows)
 
     def _fetch(self, query: str, values: Sequence[str | int] = ()) -> list[tuple[str, ...]]:
         """Many rows, as tuples: an object for each would take longer than to read them."""

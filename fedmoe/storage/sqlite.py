@@ -21,7 +21,7 @@ def set_pragmas(connection: sqlite3.Connection, _: object) -> None:
     """Prepare a connection for a journal."""
     cursor = connection.cursor()
     # FULL makes every commit survive a power cut; WAL makes it one fsync. One connection only: no reader holds a lock.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "trusted_schema=OFF"):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "trusted_schema=OFF", "secure_delete=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

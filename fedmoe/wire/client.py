@@ -244,14 +244,15 @@ class CoordinatorClient:
         """The newest verdicts of the evaluation gate, the newest first."""
         return parsed(self._retried("GET", "/gateway_verdicts", params={"limit": limit}), VerdictsAnswer).verdicts
 
-    def roll_back(self, expert: str, to_version: int, reason: str = "") -> ChangeResult:
-        """Give the expert the content of an earlier version, as a new version."""
+    def roll_back(self, expert: str, to_version: int, reason: str = "", to_digest: str | None = None) -> ChangeResult:
+        """Give the expert the content of an earlier version, as a new version; with its digest, only if it is that."""
         body = {"expert": expert, "to_version": to_version, "reason": reason}
+        body |= {"to_digest": to_digest} if to_digest is not None else {}
         return parsed(self._once("POST", "/rollback", json=body), ChangeResult)
 
-    def retract(self, expert: str, worker: str, reason: str = "") -> ChangeResult:
-        """Take one worker's updates out of the expert, as a new version."""
-        body = {"expert": expert, "worker": worker, "reason": reason}
+    def retract(self, expert: str, worker: str, reason: str = "", erase: bool = False) -> ChangeResult:
+        """Take one worker's updates out of the expert, as a new version; with `erase` their bytes go for good."""
+        body = {"expert": expert, "worker": worker, "reason": reason} | ({"erase": True} if erase else {})
         return parsed(self._once("POST", "/retract", json=body), ChangeResult)
 
     def quarantine(self) -> list[HeldUpdateInfo]:

@@ -378,11 +378,12 @@ class RollbackRequest(Message):
 
 
 class RetractRequest(Message):
-    """Take one worker's contributions out of an expert."""
+    """Take one worker's contributions out of an expert; with `erase` their bytes go for good too."""
 
     expert: ExpertName
     worker: WorkerName
     reason: ShortText = ""
+    erase: bool = False
 
 
 class ChangeResult(Message):
