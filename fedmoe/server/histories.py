@@ -84,6 +84,15 @@ def _unlike(expert: ExpertModel, version: int, told: str, here: str) -> str:
     )
 
 
+def answers_with_new_keys(headers: Mapping[str, str]) -> bool:
+    """Whether a caller takes keys in an answer that it may not know.
+
+    Workers from before there were protocol numbers refuse them. They are known by their HTTP library, which names
+    itself where they do not; the header of every answer tells them no less.
+    """
+    return "fedmoe-protocol" in headers or not headers.get("user-agent", "").startswith("python-httpx")
+
+
 class IncarnationHeader:
     """Every answer says which history it is of, in a header, so that weights stay the same bytes in all of them."""
 

@@ -104,7 +104,6 @@ class Landing:
             coefficient=update.coefficient,
             digest=update.digest,
             duplicate=duplicate,
-            incarnation=self.current.incarnation,
         )
 
     def _quarantined(self, held: UpdateHeld, gateway_version: int, duplicate: bool) -> UpdateResult:
@@ -116,7 +115,6 @@ class Landing:
             coefficient=0.0,
             digest=held.digest,
             duplicate=duplicate,
-            incarnation=self.current.incarnation,
             status="quarantined",
             held=held.number,
             note=held.reason,

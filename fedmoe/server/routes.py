@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import FastAPI, Query, Request
 from starlette.concurrency import run_in_threadpool
@@ -27,7 +27,7 @@ from fedmoe.server.audited import AuditMiddleware
 from fedmoe.server.gate_routes import gate_routes
 from fedmoe.server.guard import BodyGuard, BrowserMiddleware, principal_of
 from fedmoe.server.health import HeadMiddleware, readiness
-from fedmoe.server.histories import IncarnationHeader
+from fedmoe.server.histories import IncarnationHeader, answers_with_new_keys
 from fedmoe.server.json_weights import JsonPolicy
 from fedmoe.server.quarantine_routes import quarantine_routes
 from fedmoe.server.quotas import Rate
@@ -65,6 +65,8 @@ from fedmoe.wire.messages import (
 _PUSH = "/push_expert_update"
 _PUSH_STATISTICS = "/push_data_statistics"
 _ANSWERED_WITH_WEIGHTS = ("too_stale", "other_history")
+
+NamedAnswer = TypeVar("NamedAnswer", ExpertInfo, FederationInfo, UpdateResult, ChangeResult)
 
 
 def create_app(
@@ -111,8 +113,8 @@ def _read_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswe
         return readiness(service.not_ready)
 
     @app.get("/federation")
-    async def federation() -> FederationInfo:
-        return service.federation()
+    async def federation(request: Request) -> FederationInfo:
+        return _named(request, service, service.federation())
 
     @app.get("/list_experts")
     def list_experts(held_out: bool = False) -> Listing:
@@ -167,7 +169,9 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
         principal.require_worker(wanted.worker)
         expert = await service.register(wanted, principal)
         prompts = await run_in_threadpool(service.statistics.tags, "prompts")
-        return await run_in_threadpool(_expert_info, expert, service, prompts.get(expert.name))
+        return _named(
+            request, service, await run_in_threadpool(_expert_info, expert, service, prompts.get(expert.name))
+        )
 
     @app.post(_PUSH, response_model=UpdateResult)
     async def push_expert_update(request: Request, header: Annotated[UpdateHeader, Query()]) -> Response:
@@ -179,7 +183,8 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
             answers.check(request, service.coordinator.expert(header.expert).manifest.layout.size)
         try:
             async with admission.push(principal.token, header, body.chunks) as chunks:
-                result = await service.push(header, replace(body, chunks=chunks), principal.token)
+                landed = await service.push(header, replace(body, chunks=chunks), principal.token)
+            result = _named(request, service, landed)
         except RefusedError as error:
             if error.code not in _ANSWERED_WITH_WEIGHTS or header.answer != "weights":
                 raise
@@ -215,12 +220,12 @@ def _admin_routes(app: FastAPI, service: CoordinatorService) -> None:
     @app.post("/rollback")
     async def rollback(request: Request, wanted: RollbackRequest) -> ChangeResult:
         principal_of(request).require_admin(expert=wanted.expert)
-        return await service.roll_back(wanted)
+        return _named(request, service, await service.roll_back(wanted))
 
     @app.post("/retract")
     async def retract(request: Request, wanted: RetractRequest) -> ChangeResult:
         principal_of(request).require_admin(expert=wanted.expert, worker=wanted.worker)
-        return await (service.withdraw(wanted) if wanted.erase else service.retract(wanted))
+        return _named(request, service, await (service.withdraw(wanted) if wanted.erase else service.retract(wanted)))
 
 
 def _statistic(row: KeptStatistic) -> dict[str, object]:
@@ -251,6 +256,12 @@ def _expert_weights(service: CoordinatorService, name: str) -> Weights:
     return expert_weights(service.coordinator.expert(name))
 
 
+def _named(request: Request, service: CoordinatorService, answer: NamedAnswer) -> NamedAnswer:
+    """The answer with the history it is of, where its caller takes that."""
+    name = service.current.incarnation if answers_with_new_keys(request.headers) else None
+    return answer.model_copy(update={"incarnation": name})
+
+
 def _with_weights(
     request: Request,
     service: CoordinatorService,
@@ -275,7 +286,6 @@ def _expert_info(
         digest=expert.digest,
         workers=service.roster.workers(expert.name, service.now, held_out),
         prompts=prompts,
-        incarnation=service.current.incarnation,
     )
 
 

@@ -194,7 +194,6 @@ class CoordinatorService:
             wire_dtypes=list(WIRE_DTYPES),
             start_from=self.coordinator.aggregation.start_from,
             merge_after=self.coordinator.aggregation.merge_after,
-            incarnation=self.current.incarnation,
         )
 
     async def register(self, request: RegisterRequest, principal: Principal = _OPERATOR) -> ExpertModel:
@@ -455,5 +454,4 @@ class CoordinatorService:
             removed=rebuilt.removed,
             digest=expert.digest,
             note=rebuilt.note,
-            incarnation=self.current.incarnation,
         )

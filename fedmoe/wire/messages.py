@@ -67,6 +67,19 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class OfHistory(Message):
+    """An answer that names the history it is of; without a name the key is not sent, see `answers_with_new_keys`."""
+
+    incarnation: Incarnation | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_named(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        values: dict[str, object] = handler(self)
+        if self.incarnation is None:
+            values.pop("incarnation", None)
+        return values
+
+
 class BaseModelMessage(Message):
     """Which base model, by content."""
 
@@ -180,10 +193,12 @@ class UpdateResult(Message):
                 values.pop(name, None)
         if not self.outcomes:
             values.pop("outcomes", None)
+        if self.incarnation is None:
+            values.pop("incarnation", None)
         return values
 
 
-class ExpertInfo(Message):
+class ExpertInfo(OfHistory):
     """One expert in a listing; `digest` is the content hash of its weights.
 
     `prompts` names the prompt statistics that `GET /data_statistics` gives for it; null while no worker has sent any.
@@ -198,7 +213,6 @@ class ExpertInfo(Message):
     digest: Sha256
     workers: list[WorkerInfo] = []
     prompts: Sha256 | None = None
-    incarnation: Incarnation | None = None
 
 
 class HeldOutInfo(Message):
@@ -308,7 +322,7 @@ class Listing(Message):
     enable_gateway: bool
 
 
-class FederationInfo(Message):
+class FederationInfo(OfHistory):
     """What a worker must know before it loads a model; `manifest` is null until the first expert is registered.
 
     Where experts start from the gateway, each goes on from its next version after `merge_after` steps.
@@ -320,7 +334,6 @@ class FederationInfo(Message):
     wire_dtypes: list[str]
     start_from: StartFrom = "initial"
     merge_after: int | None = None
-    incarnation: Incarnation | None = None
 
 
 class DataStatisticsHeader(Message):
@@ -386,7 +399,7 @@ class RetractRequest(Message):
     erase: bool = False
 
 
-class ChangeResult(Message):
+class ChangeResult(OfHistory):
     """An expert after a rollback or a retraction; `note` says what could not be taken back."""
 
     expert: ExpertName
@@ -395,7 +408,6 @@ class ChangeResult(Message):
     removed: int
     digest: Sha256
     note: str = ""
-    incarnation: Incarnation | None = None
 
 
 class Problem(BaseModel):

@@ -9,11 +9,11 @@ import httpx2
 import pytest
 from live import House, open_house, push_headers, push_parameters
 from starlette.testclient import TestClient
-from support import LAYOUT, make_body
+from support import LAYOUT, MANIFEST, make_body
 
 from fedmoe.lora.codec import decode
 from fedmoe.storage.journal import SqlJournal
-from fedmoe.wire.messages import INCARNATION_HEADER, SAFETENSORS
+from fedmoe.wire.messages import INCARNATION_HEADER, SAFETENSORS, ManifestMessage
 
 LOST = "0123456789abcdef"
 
@@ -54,6 +54,24 @@ def test_every_answer_of_a_coordinator_says_which_history_it_is_of(house: House,
     ]
     assert [answer.headers[INCARNATION_HEADER] for answer in answers] == [name] * len(answers)
     assert [answers[0].json()["incarnation"], answers[1].json()["incarnation"]] == [name, name]
+
+
+def test_workers_from_before_there_were_names_get_no_keys_that_they_refuse(house: House, client: TestClient) -> None:
+    old = {"User-Agent": "python-httpx2/2.16.2"}
+    body, manifest = make_body(1), ManifestMessage.of(MANIFEST).model_dump(mode="json")
+    message = {"expert": "python", "worker": "w1", "manifest": manifest}
+    parameters, headers = push_parameters(0, 0), push_headers(body) | old
+    answers = [
+        client.get("/federation", headers=old),
+        client.post("/register_expert", json=message, headers=old),
+        client.post("/push_expert_update", params=parameters, content=body, headers=headers),
+        client.post("/rollback", json={"expert": "python", "to_version": 0}, headers=old),
+    ]
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert not [answer.json() for answer in answers if "incarnation" in answer.json()]
+    assert {answer.headers[INCARNATION_HEADER] for answer in answers} == {incarnation_of(house.journal)}
+    newer = client.get("/federation", headers=old | {"FedMoE-Protocol": "2"})
+    assert newer.json()["incarnation"] == incarnation_of(house.journal)
 
 
 def test_the_name_of_a_history_stays_over_restarts_and_is_another_in_another_state(tmp_path: Path) -> None:
