@@ -123,6 +123,29 @@ def test_a_newer_version_takes_the_place_of_the_one_before(house: House, tmp_pat
     other.close()
 
 
+def test_other_weights_under_a_number_that_was_met_are_another_opponent(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator that was restored gives numbers once more."""
+    one = Site(house.url, tmp_path / "a", worker="one").open()
+    other = Site(house.url, tmp_path / "b", ("alpha", "beta"), worker="other").open()
+    other.iterate()
+    one.exchange()
+    client = one.league._client
+    listing, pulled = client.list_experts(), client.pull_expert("alpha")
+    assert pulled is not None
+    changed = replace(pulled, weights=pulled.weights + np.float32(1), digest="9" * 64)
+    experts = [e.model_copy(update={"digest": "9" * 64}) if e.name == "alpha" else e for e in listing.experts]
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "list_experts", lambda: listing.model_copy(update={"experts": experts}))
+        patch.setattr(client, "pull_expert", lambda *_, **__: changed)
+        one.league.meet(one.trainer.society)
+    assert foreign(one) == ["beta@1", "alpha@2"]
+    np.testing.assert_array_equal(one.policies.kept()[AdapterKey("alpha", 2)].flat, changed.weights)
+    one.close()
+    other.close()
+
+
 def test_an_expert_that_has_not_learned_is_no_opponent(house: House, tmp_path: Path) -> None:
     other = Site(house.url, tmp_path / "b", ("alpha", "beta")).open()
     site = Site(house.url, tmp_path / "a").open()

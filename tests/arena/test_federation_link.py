@@ -305,3 +305,27 @@ def _settle(toys: list[Toy]) -> None:
             toy.exchange()
             if toy.link.wait(0):
                 toy.refresh()
+
+
+def test_what_was_made_in_a_lost_history_is_moved_onto_the_one_there_is(tmp_path: Path) -> None:
+    """The coordinator's state is lost, and another site's update has the number that this one's base had."""
+    with running_house(tmp_path / "lost") as lost:
+        toy = Toy(lost.url, tmp_path / "w1").start()
+        toy.learn(slice(0, 5))
+        toy.exchange()
+        toy.end()
+    with running_house(tmp_path / "new") as house:
+        other = Toy(house.url, tmp_path / "w2", "w2").start()
+        other.learn(slice(10, 15))
+        other.exchange()
+        toy.url = house.url
+        toy.start().learn(slice(5, 9))
+        toy.exchange()
+        assert [update.worker for update in house.updates()] == ["w2"], "it was made from version 1 of the lost history"
+        toy.exchange()
+        assert [(update.worker, update.base_version) for update in house.updates()] == [("w2", 0), ("w1", 1)]
+        np.testing.assert_allclose(house.weights(EXPERT)[5:9], 1, atol=1e-6)
+        np.testing.assert_allclose(house.weights(EXPERT)[10:15], 1, atol=1e-6)
+        np.testing.assert_allclose(house.weights(EXPERT), toy.local, atol=1e-6)
+        toy.end()
+        other.end()
