@@ -29,9 +29,10 @@ def backup(
     as_json: AsJson = False,
 ) -> None:
     """Make a verified backup of a state directory, while its coordinator runs or not."""
+    from fedmoe.server.verification import check_start
     from fedmoe.storage.backup import make_backup
 
-    made = make_backup(state_dir, dest, time.time())
+    made = make_backup(state_dir, dest, time.time(), check_start)
     if as_json:
         show_json(asdict(made))
         return
@@ -40,6 +41,8 @@ def backup(
         print(
             f"{made.linked} blobs are hard links: safe from deletion, not from this disk. Copy {dest} to another one."
         )
+    if made.damaged:
+        print(f"{made.damaged} damaged blobs that no start needs are left out; 'fedmoe state verify' names them.")
     if made.absent:
         print(f"{made.absent} older blobs were let go of before and are not in it.")
 

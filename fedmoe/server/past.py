@@ -7,13 +7,6 @@ from collections.abc import Iterable
 from fedmoe.events import Event, ExpertRegistered, Lineage, UpdateAccepted, start
 
 
-def until(chain: Lineage | None, version: int) -> Lineage | None:
-    """The beginning of a chain that only holds updates up to `version`."""
-    while chain is not None and chain.update is not None and chain.update.version > version:
-        chain = chain.before
-    return chain
-
-
 def registration(events: Iterable[Event]) -> ExpertRegistered:
     """An expert's first event."""
     registered = next(iter(events))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.events import Event, ExpertRegistered, GatewayFolded, Lineage, lineages
+from fedmoe.events import Event, ExpertRegistered, GatewayFolded, Lineage, QuarantineEvent, lineages
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.codec import CodecError, digest
 from fedmoe.lora.update_rules import RuleState
@@ -55,6 +55,15 @@ def verify_state(path: Path) -> Verified:
         return _verify(path)
     finally:
         os.close(lock)
+
+
+def check_start(path: Path) -> None:
+    """Raise what a coordinator's start on a state directory that nobody uses would: no version but the newest is read.
+
+    Raises StorageFailedError or CorruptBlobError.
+    """
+    with closing(SqlJournal(path / "journal.sqlite")) as journal:
+        _Replay(journal, FolderBlobStore(path / "blobs"), Verified()).recover_newest()
 
 
 def _verify(path: Path) -> Verified:
@@ -105,7 +114,7 @@ class _Replay(History):
         named: set[str | None] = set(self._statistics.blobs().replaced | published_blobs(self._journal).replaced)
         for event in self._journal.events():
             named.add(blob_of(event))
-            if not isinstance(event, GatewayFolded):
+            if not isinstance(event, GatewayFolded | QuarantineEvent):
                 past.setdefault(event.expert, []).append(event)
         there = set(self._blobs.digests())
         self._found.absent = len(named - {None} - there)
@@ -114,6 +123,15 @@ class _Replay(History):
         self._found.unnamed = len(there - named)
         for events in past.values():
             self._check_expert(events)
+
+    def recover_newest(self) -> None:
+        """Rebuild every expert as a start does."""
+        past: dict[str, list[Event]] = {}
+        for event in self._journal.events():
+            if not isinstance(event, GatewayFolded | QuarantineEvent):
+                past.setdefault(event.expert, []).append(event)
+        for events in past.values():
+            self._recover_whole(events)
 
     def _check_expert(self, events: list[Event]) -> None:
         registered, chains = registration(events), lineages(events)

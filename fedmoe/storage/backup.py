@@ -39,8 +39,8 @@ _TRIES = 5
 class Backup:
     """What a backup holds: `events` of the journal, `blobs` of `size` bytes in all, `linked` of them by hard links.
 
-    `at` is seconds since 1970. `absent` blobs are named by the journal and were let go of before. The two hashes are
-    of the journal's file and of the blobs' names.
+    `at` is seconds since 1970. `absent` blobs are named by the journal and were let go of before; `damaged` ones were
+    left out, since no start needs them. The two hashes are of the journal's file and of the blobs' names.
     """
 
     fedmoe: str
@@ -51,6 +51,7 @@ class Backup:
     size: int
     linked: int
     absent: int
+    damaged: int
     journal_sha256: str
     names_sha256: str
 
@@ -58,22 +59,27 @@ class Backup:
 def make_backup(state: Path, target: Path, at: float, check: Callable[[Path], None] = lambda folder: None) -> Backup:
     """Make a backup of a state directory, in use or not, as the new folder `target`.
 
-    `check` looks at the whole of it before it gets its name, and raises for what must not be one. Raises StateDirError
-    or StorageFailedError, and leaves nothing behind then.
+    `check` looks at the whole of it before it gets its name, and raises for what a coordinator would not start on.
+    Raises that, StateDirError or StorageFailedError, and leaves nothing behind then.
     """
     _refuse_target(state, target)
     unfinished = target.with_name(f".{target.name}.unfinished")
     with _said_in_words(target), _own(unfinished):
         (unfinished / BLOBS).mkdir(mode=0o700)
         linked, absent = _copy(state, unfinished)
-        size = check_blobs(unfinished / BLOBS)
+        damaged = _damaged(unfinished / BLOBS)
+        for name in damaged:
+            (unfinished / BLOBS / name).unlink()
         with closing(SqlJournal(unfinished / JOURNAL)) as journal:
             incarnation, events = journal.meta(INCARNATION) or "", journal.count()
-        _complete_in_itself(unfinished / JOURNAL)
         check(unfinished)
+        _complete_in_itself(unfinished / JOURNAL)
+        remove(unfinished, keep={JOURNAL, BLOBS, _LOCK})
         names = _names(unfinished / BLOBS)
+        size = sum((unfinished / BLOBS / name).stat().st_size for name in names)
+        counts = (len(names), size, len(linked - damaged), absent, len(damaged))
         hashes = (_sha256(unfinished / JOURNAL), _of_names(names))
-        backup = Backup(__version__, at, incarnation, events, len(names), size, len(linked), absent, *hashes)
+        backup = Backup(__version__, at, incarnation, events, *counts, *hashes)
         failpoints.reached("backup.before_note")
         write_atomic(unfinished / NOTE, json.dumps(asdict(backup), indent=1).encode())
         fsync_folder(unfinished / BLOBS)
@@ -108,19 +114,14 @@ def check_backup(folder: Path) -> Backup:
         raise StorageFailedError(f"{folder / JOURNAL} is damaged: it is not the file that was backed up")
     if _of_names(names) != backup.names_sha256:
         raise StorageFailedError(f"{folder / BLOBS} holds {len(names)} blobs, {backup.blobs} others were backed up")
-    check_blobs(folder / BLOBS)
+    for name in sorted(_damaged(folder / BLOBS)):
+        raise StorageFailedError(f"{folder / BLOBS / name} is damaged; take another backup")
     return backup
 
 
-def check_blobs(folder: Path) -> int:
-    """The bytes of all blobs in a folder; raises StorageFailedError for one that is not what its name says."""
-    size = 0
-    for name in sorted(_names(folder)):
-        path = folder / name
-        if path.is_symlink() or _sha256(path) != name:
-            raise StorageFailedError(f"the blob {name} is damaged; 'fedmoe state verify' says what rests on it")
-        size += path.stat().st_size
-    return size
+def _damaged(folder: Path) -> set[str]:
+    """The blobs in a folder that are not what their names say."""
+    return {name for name in _names(folder) if (folder / name).is_symlink() or _sha256(folder / name) != name}
 
 
 def place(source: Path, target: Path) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedmoe import failpoints
 from fedmoe.files import FolderInUseError, fsync_folder, lock_folder, write_atomic
+from fedmoe.storage.acknowledged import AcknowledgedFile
 from fedmoe.storage.backup import BLOBS, JOURNAL, check_backup, place_all, remove
 from fedmoe.storage.journal import SqlJournal
 from fedmoe.storage.state_dir import StateDirError
@@ -96,7 +97,9 @@ def _fill(backup: Path, state: Path) -> str:
     failpoints.reached("restore.blobs_placed")
     write_atomic(state / _NEW_JOURNAL, (backup / JOURNAL).read_bytes())
     with closing(SqlJournal(state / _NEW_JOURNAL)) as journal:
-        incarnation = journal.begin_incarnation()
+        incarnation, head = journal.begin_incarnation(), journal.head
+    with closing(AcknowledgedFile(state / "acknowledged")) as acknowledged:
+        acknowledged.start_anew(head)
     failpoints.reached("restore.before_journal")
     os.rename(state / _NEW_JOURNAL, state / JOURNAL)
     (state / _MARK).unlink()

@@ -17,7 +17,10 @@ from fedmoe import failpoints
 from fedmoe.errors import RefusedError
 from fedmoe.lora.codec import encode
 from fedmoe.server.snapshots import snapshot_bytes
+from fedmoe.server.verification import check_start, verify_state
+from fedmoe.storage.backup import make_backup
 from fedmoe.storage.blobs import put
+from fedmoe.storage.restore import restore
 from fedmoe.wire.messages import RetractRequest
 
 TOLD = "a-fact-that-only-w1-tells"
@@ -186,3 +189,15 @@ def test_updates_of_it_that_are_held_go_too(house: House, client: TestClient) ->
     erase(client)
     house.service._committer.submit(lambda draft: None).result(10)
     assert sha256(body) not in set(house.blobs.digests())
+
+
+def test_a_state_with_an_erasure_verifies_and_backs_up(tmp_path: Path, house: House, client: TestClient) -> None:
+    erase(client)
+    house.service.close()
+    house.journal.close()
+    found = verify_state(tmp_path)
+    assert (found.findings, found.absent) == ([], 4)
+    make_backup(tmp_path, tmp_path.with_name("backup"), 0.0, check_start)
+    restored = tmp_path.with_name("again")
+    restore(tmp_path.with_name("backup"), restored)
+    assert verify_state(restored).findings == []

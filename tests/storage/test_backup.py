@@ -185,12 +185,23 @@ def test_places_where_no_backup_can_be_made_are_refused(state: StateDir, tmp_pat
     assert files(tmp_path) == before
 
 
-def test_a_damaged_blob_is_named_and_no_backup_is_made(state: StateDir, tmp_path: Path) -> None:
+def test_damaged_blobs_are_left_out_and_counted_and_what_no_start_can_do_without_is_no_backup(
+    state: StateDir, tmp_path: Path
+) -> None:
     digest = sha256(BODIES[1])
     (state.path / "blobs" / digest).write_bytes(b"other")
-    with pytest.raises(StorageFailedError, match=f"the blob {digest} is damaged"):
-        make_backup(state.path, tmp_path / "backup", 0.0)
+
+    def needs_it(folder: Path) -> None:
+        if not (folder / BLOBS / digest).exists():
+            raise StorageFailedError("it is needed")
+
+    with pytest.raises(StorageFailedError, match="it is needed"):
+        make_backup(state.path, tmp_path / "backup", 0.0, needs_it)
     assert {entry.name for entry in tmp_path.iterdir()} == {"state"}
+    made = make_backup(state.path, tmp_path / "backup", 0.0)
+    assert (made.blobs, made.damaged) == (2, 1)
+    restore(tmp_path / "backup", tmp_path / "again")
+    assert contents(tmp_path / "again")[1] == {BODIES[0], BODIES[2]}
 
 
 def damage_a_blob(backup: Path) -> None:
