@@ -4,7 +4,7 @@ set -euo pipefail
 # shellcheck source=scripts/tools.sh
 source "$(dirname "${BASH_SOURCE[0]}")/tools.sh"
 
-readers=(container codec journal_rows jsonl json_array csv parquet arrow)
+readers=(container codec npz journal_rows jsonl json_array csv parquet arrow)
 if [[ ${1-} == --help || ${1-} == -h ]]; then
     echo "Usage: fuzz.sh [MINUTES] [READER...]"
     echo "MINUTES of processor time each (default 10); readers: ${readers[*]} (default all)."

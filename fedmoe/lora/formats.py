@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
+from typing import IO
 
 import numpy as np
+from numpy.lib import format as npy
 
 from fedmoe.lora.adapter import Adapter, FloatMatrix
 from fedmoe.lora.algebra import baked
@@ -171,6 +175,7 @@ def npz_bytes(adapter: Adapter, version: int, sources: dict[str, int]) -> bytes:
 def read_npz(data: bytes) -> Adapter:
     """The adapter that `npz_bytes` wrote; raises `MalformedError` for anything else."""
     try:
+        _check_members(data)
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             lora_a, lora_b = arrays["lora_A"], arrays["lora_B"]
             ins, outs = arrays["in_offsets"], arrays["out_offsets"]
@@ -179,5 +184,38 @@ def read_npz(data: bytes) -> Adapter:
                 for i, name in enumerate(arrays["modules"])
             }
             return Adapter.from_factors(factors, float(arrays["rank"]))
-    except (ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except _NO_NPZ as error:
         raise MalformedError("malformed", f"not a gateway as npz: {error}") from None
+
+
+# What zipfile and numpy raise for bytes that are none: also encrypted members and sizes beyond the machine's.
+_NO_NPZ = (
+    *(ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, OverflowError),
+    *(struct.error, zipfile.BadZipFile),
+)
+
+
+def _check_members(data: bytes) -> None:
+    """Raise `ValueError` for an archive that would be more than its bytes: packed, or an array that lies about itself.
+
+    `np.load` allocates what an array's header says before it has read a byte of it.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = archive.infolist()
+        for member in members:
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+                raise ValueError(f"{shown([member.filename])} is compressed; arrays lie in it as they are")
+        if sum(member.file_size for member in members) > len(data):
+            raise ValueError("its members overlap")
+        for member in members:
+            with archive.open(member) as file:
+                _check_array(member, file)
+
+
+def _check_array(member: zipfile.ZipInfo, file: IO[bytes]) -> None:
+    header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(npy.read_magic(file))
+    if header is None:
+        raise ValueError(f"{shown([member.filename])} is of an unknown version of npy")
+    shape, _, dtype = header(file)
+    if file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+        raise ValueError(f"{shown([member.filename])} says it has shape {shape}, and has {member.file_size} bytes")

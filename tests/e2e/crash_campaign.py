@@ -3,8 +3,9 @@
     python tests/e2e/crash_campaign.py --seed 1 --kills 250 --results benchmarks/results/crashes.json
 
 Kills fall on random moments and on named places (`fedmoe.failpoints`); between them the process is stopped and goes on
-(SIGSTOP, longer than clients wait), and its clock jumps by up to two days. Four clients record every push and pull;
-`push_histories.faults_of` checks the records against the model and the journal.
+(SIGSTOP, longer than clients wait), its clock jumps by up to two days, backups are taken and now and then one is
+restored. Four clients record every push and pull; `push_histories` checks the records of each incarnation against the
+model and the journal.
 The seed fixes what is done and in which order; how far the load has come by then depends on the machine.
 """
 
@@ -28,9 +29,9 @@ if __name__ == "__main__":
     sys.path[1:1] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402  # found beside this file
-from crash_load import EXPERTS, Told, fold, gather, landed, pull, read_journal, register, start_pushers  # noqa: E402
+from crash_load import EXPERTS, Told, fold, gather, pull, read_journal, register, start_pushers  # noqa: E402
+from eras import Eras  # noqa: E402
 from forked_coordinator import ForkedCoordinator  # noqa: E402
-from push_histories import client_faults, faults_of  # noqa: E402
 
 #: Less than the longest stop, so that some pushes are answered to nobody.
 CLIENT_TIMEOUT = 2.0
@@ -38,11 +39,12 @@ CLIENT_TIMEOUT = 2.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done to the coordinator; everything follows from `seed`."""
+    """What is done to the coordinator, and how often it is restored from a backup; everything follows from `seed`."""
 
     seed: int
     kills: int
     arguments: Sequence[str] = ()
+    restores: float = 0.1
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Outcome:
             "acknowledged": sum(bool(one.answers) for one in pushes),
             "never_answered": sum(not one.answers and not one.refused for one in pushes),
             "sent_again": sum(one.attempts > 1 for one in pushes),
+            "of_another_history": sum(bool(one.turned_away) for one in pushes),
             "reads": len(self.told.reads),
             "faults": self.faults,
         }
@@ -92,6 +95,7 @@ class Campaign:
         self.moments = random.Random(self.plan.seed)
         self.coordinator.start()
         register(self.coordinator.url, *EXPERTS)
+        self.eras = Eras(self.coordinator.state_dir)
         stop = threading.Event()
         pushers = self.pushers = start_pushers(self.coordinator.url, stop, timeout=CLIENT_TIMEOUT)
         try:
@@ -112,6 +116,8 @@ class Campaign:
             self.outcome.done["clock jumps"] += 1
         if moments.random() < 0.2:
             self._pause(moments.choice([0.05, 0.3, 1.3 * CLIENT_TIMEOUT]))
+        if moments.random() < 2 * self.plan.restores:
+            self.outcome.done["backups"] += self.eras.back_up()
         # So much more load, however busy the machine is, and then some moment.
         self._until_more(moments.randint(0, 12))
         time.sleep(moments.uniform(0.0, 0.1))
@@ -144,6 +150,8 @@ class Campaign:
             lives = self._lives(f"{place}={self.moments.randint(1, 30)}")
             self.outcome.done["kills at random moments" if lives else f"kills at {place}"] += 1
             self.coordinator.kill()
+        if self.moments.random() < self.plan.restores:
+            self.outcome.done["restores"] += self.eras.restore(self.moments)
         self.coordinator.start()
 
     def _lives(self, place: str) -> bool:
@@ -171,9 +179,7 @@ class Campaign:
         if (status := coordinator.stop()) != 0:
             faults.append(f"the coordinator ended with status {status}")
         events = read_journal(coordinator.state_dir)
-        faults += faults_of(told.pushes, told.reads)
-        faults += faults_of(told.pushes, told.reads, landed(events))
-        faults += client_faults(told.pushes)
+        faults += self.eras.faults(told)
         expected = fold(events, told.seeds)
         for name in EXPERTS:
             for moment, weights in (("before", before[name]), ("after", after[name])):

@@ -54,6 +54,8 @@ class Pusher:
     reads: list[Read] = field(default_factory=list)
     seeds: dict[Identity, int] = field(default_factory=dict)
     problem: BaseException | None = None
+    incarnation: str = ""
+    version: int = 0
 
     def __post_init__(self) -> None:
         self.moods = random.Random(self.number)
@@ -63,15 +65,20 @@ class Pusher:
     def _run(self) -> None:
         try:
             with CoordinatorClient(self.url, timeout=self.timeout, attempts=1) as client:
-                version, sequence = 0, 0
+                sequence = 0
                 while not self.stop.is_set():
+                    if not self.incarnation and not self._look(client):
+                        time.sleep(0.02)
+                        continue
                     # Every third update is made from an old version, every fifth has the bytes of the one before.
-                    base = max(0, version - 3 * (sequence % 3 == 0))
+                    base = max(0, self.version - 3 * (sequence % 3 == 0))
                     seed = 1_000_000 * self.number + sequence - (sequence % 5 == 0)
                     one = self._deliver(client, self._new(sequence, base, max(0, seed)))
                     self.pushes.append(one)
-                    version, sequence = one.version or version, sequence + 1
-                    if sequence % 4 == 0:
+                    self.version, sequence = one.version or self.version, sequence + 1
+                    if one.turned_away:
+                        self.incarnation = ""  # go on from what is there now
+                    elif sequence % 4 == 0:
                         self._look(client)
         except BaseException as error:
             self.problem = error
@@ -79,14 +86,15 @@ class Pusher:
     def _new(self, sequence: int, base: int, seed: int) -> Push:
         identity = (self.worker, EPOCH, sequence)
         self.seeds[identity] = seed
-        return Push(self.expert, identity, base, sha256(make_body(seed)), time.monotonic(), attempts=0)
+        body = sha256(make_body(seed))
+        return Push(self.expert, identity, base, body, time.monotonic(), attempts=0, incarnation=self.incarnation)
 
     def _deliver(self, client: CoordinatorClient, one: Push) -> Push:
         answers = 1 if self.steady or self.moods.random() < 0.95 else 2
         gives_up = not self.steady and self.moods.random() < 0.05
         for _ in range(3 if gives_up else 5000):
             one = self._try(client, one)
-            if one.refused or len(one.answers) == answers:
+            if one.refused or one.turned_away or len(one.answers) == answers:
                 return one
             if not one.answers:
                 time.sleep(0.02)
@@ -96,7 +104,12 @@ class Pusher:
     def _try(self, client: CoordinatorClient, one: Push) -> Push:
         worker, epoch, sequence = one.identity
         header = UpdateHeader(
-            expert=one.expert, worker=worker, epoch=epoch, sequence=sequence, base_version=one.base_version
+            expert=one.expert,
+            worker=worker,
+            epoch=epoch,
+            sequence=sequence,
+            base_version=one.base_version,
+            incarnation=one.incarnation,
         )
         one = replace(one, attempts=one.attempts + 1)
         try:
@@ -104,18 +117,25 @@ class Pusher:
         except CoordinatorUnavailableError:
             return one
         except RefusedError as error:
+            if error.code == "other_history":
+                return replace(one, turned_away=str(error.facts["incarnation"]))
             return replace(one, refused=error.code)
         answer = Answer(time.monotonic(), told.version, told.duplicate, told.staleness, told.coefficient)
         return replace(one, answers=(*one.answers, answer))
 
-    def _look(self, client: CoordinatorClient) -> None:
+    def _look(self, client: CoordinatorClient) -> bool:
+        """Pull the expert; a client that knows no history goes on with what it sees."""
         invoked = time.monotonic()
         try:
             seen = client.pull_expert(self.expert)
         except CoordinatorUnavailableError:
-            return
+            return False
         assert seen is not None
-        self.reads.append(Read(self.expert, seen.version, seen.digest, invoked, time.monotonic()))
+        incarnation = seen.incarnation or ""
+        self.reads.append(Read(self.expert, seen.version, seen.digest, invoked, time.monotonic(), incarnation))
+        if not self.incarnation:
+            self.incarnation, self.version = incarnation, seen.version
+        return True
 
 
 def register(url: str, *names: str) -> None:

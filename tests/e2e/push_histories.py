@@ -31,7 +31,8 @@ class Answer:
 class Push:
     """An update as its client knows it: when it was first sent, how often, and every answer; no answer: nobody knows.
 
-    `refused` is the code of an answer that says it did not land; `incarnation` names the history it was made for.
+    `refused` is the code of an answer that says it did not land; `incarnation` names the history it was made for, and
+    `turned_away` another one, in which it was refused for that reason: whether it landed in its own stays open.
     """
 
     expert: str
@@ -43,6 +44,7 @@ class Push:
     answers: tuple[Answer, ...] = ()
     refused: str = ""
     incarnation: str = ""
+    turned_away: str = ""
 
     @property
     def version(self) -> int | None:
@@ -97,12 +99,12 @@ def faults_of(
 ) -> list[str]:
     """What is wrong with the history of one incarnation; empty: the model explains all of it.
 
-    Without `journal` only the clients are believed: a version that nobody was told of must then be a push that nobody
-    was answered. `began_with` are the versions that an incarnation made from a backup began with.
+    `journal` is what landed in it; without one only the clients are believed: a version that nobody was told of must
+    then be a push that nobody was answered. `began_with` are the versions that one made from a backup began with.
     """
-    found = [*_wrong_answers(pushes), *_contents(reads)]
-    known = list(pushes) if journal is None else _with_journal(pushes, journal, found)
     begins = dict(began_with or {})
+    found = [*_wrong_answers(pushes), *_contents(reads)]
+    known = list(pushes) if journal is None else _with_journal(pushes, journal, begins, found)
     for expert in sorted({one.expert for one in (*pushes, *reads)}):
         mine = [push for push in known if push.expert == expert]
         seen = [read for read in reads if read.expert == expert]
@@ -124,8 +126,9 @@ def restore_faults(pushes: Sequence[Push], backup: Backup) -> list[str]:
     return found
 
 
-def landed_faults(journal: Sequence[Landed]) -> list[str]:
+def landed_faults(journal: Sequence[Landed], began_with: Mapping[str, int] | None = None) -> list[str]:
     """What is wrong with a journal by itself: a version missing or twice, an identity twice, a staleness miscounted."""
+    begins = began_with or {}
     found = [
         f"{_identity(identity)} landed {count} times"
         for identity, count in Counter(one.identity for one in journal).items()
@@ -137,9 +140,10 @@ def landed_faults(journal: Sequence[Landed]) -> list[str]:
         if one.base_version != one.version - 1 - one.staleness:
             found.append(f"{_identity(one.identity)}: version {one.version} with staleness {one.staleness}")
     for expert, versions in by_expert.items():
-        gap = next((n for n, version in enumerate(versions, 1) if n != version), None)
-        if gap is not None:
-            found.append(f"{expert}: version {versions[gap - 1]} stands where version {gap} should")
+        expected = range(begins.get(expert, 0) + 1, begins.get(expert, 0) + len(versions) + 1)
+        wrong = next((pair for pair in zip(versions, expected, strict=True) if pair[0] != pair[1]), None)
+        if wrong is not None:
+            found.append(f"{expert}: version {wrong[0]} stands where version {wrong[1]} should")
     return found
 
 
@@ -169,9 +173,11 @@ def _contents(reads: Iterable[Read]) -> Iterator[str]:
             yield f"{read.expert} version {read.version} was read with two contents"
 
 
-def _with_journal(pushes: Sequence[Push], journal: Sequence[Landed], found: list[str]) -> list[Push]:
+def _with_journal(
+    pushes: Sequence[Push], journal: Sequence[Landed], begins: Mapping[str, int], found: list[str]
+) -> list[Push]:
     """The pushes, those without an answer with the version that the journal gives them; adds what does not fit."""
-    found += landed_faults(journal)
+    found += landed_faults(journal, begins)
     landed = {one.identity: one for one in journal}
     sent = {push.identity for push in pushes}
     found += [f"{_identity(one.identity)} landed, and nobody sent it" for one in journal if one.identity not in sent]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[1:1] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
-NAMES = ("container", "codec", "journal_rows", "jsonl", "json_array", "csv", "parquet", "arrow")
+NAMES = ("container", "codec", "npz", "journal_rows", "jsonl", "json_array", "csv", "parquet", "arrow")
 _PIECE_SECONDS = 120
 
 

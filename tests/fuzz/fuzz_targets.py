@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from support import LAYOUT, accepted, make_flat, registered
+from support import LAYOUT, accepted, make_adapter, make_flat, registered
 
 from fedmoe.datasets.check import check_file
 from fedmoe.datasets.errors import DataError
@@ -25,6 +25,7 @@ from fedmoe.datasets.rows import read_file
 from fedmoe.events import ExpertRolledBack, ExpertWentOn, GatewayFolded, WorkerRetracted
 from fedmoe.lora.codec import WIRE_DTYPES, decode, encode
 from fedmoe.lora.container import CodecError, encode_named, read_header, read_named
+from fedmoe.lora.formats import npz_bytes, read_npz
 from fedmoe.storage.blobs import StorageFailedError
 from fedmoe.storage.event_rows import event_of, row_of
 
@@ -50,6 +51,12 @@ def codec(data: bytes) -> None:
         assert decoded.flat.shape == (LAYOUT.size,)
         again = decode(encode(LAYOUT, decoded.flat), LAYOUT).flat
         assert again.tobytes() == decoded.flat.tobytes()
+
+
+def npz(data: bytes) -> None:
+    """A gateway as npz."""
+    with suppress(CodecError):
+        read_npz(data)
 
 
 def journal_rows(data: bytes) -> None:
@@ -124,6 +131,7 @@ def arrow(data: bytes) -> None:
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     "container": container,
     "codec": codec,
+    "npz": npz,
     "journal_rows": journal_rows,
     "jsonl": jsonl,
     "json_array": json_array,
@@ -139,6 +147,8 @@ def seeds(name: str) -> list[bytes]:
         return [encode_named({"a": np.ones((2, 3), np.float32)}, {"k": "v"}), encode_named({}), b"\2\0\0\0\0\0\0\0{}"]
     if name == "codec":
         return [encode(LAYOUT, make_flat(1), dtype) for dtype in WIRE_DTYPES]
+    if name == "npz":
+        return [npz_bytes(make_adapter(1), 3, {"python": 2})]
     if name == "journal_rows":
         events = [
             registered(),

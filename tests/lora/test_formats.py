@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 
 import numpy as np
@@ -183,7 +184,26 @@ def other_npz(**arrays: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def npz_of(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def lying_npy(shape: str) -> bytes:
+    head = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head.encode() + bytes(64)
+
+
+#: 41: an archive that unpacks to far more than it is, arrays larger than the file, names that are paths.
 NOT_NPZ = {
+    "bomb": npz_of({"lora_A.npy": bytes(1 << 26)}, zipfile.ZIP_DEFLATED),
+    "terabytes": npz_of({"lora_A.npy": lying_npy("(1099511627776, 8)")}),
+    "less than nothing": npz_of({"lora_A.npy": lying_npy("(-8, -1)")}),
+    "a path": npz_of({"../../lora_A.npy": plain_npy(), "/lora_B.npy": plain_npy()}),
+    "another version": npz_of({"lora_A.npy": b"\x93NUMPY\x09\x00"}),
     "empty": b"",
     "text": b"hello",
     "pickle": pickle.dumps([1]),
@@ -195,7 +215,7 @@ NOT_NPZ = {
 
 
 @pytest.mark.parametrize("fault", sorted(NOT_NPZ))
-def test_what_is_not_a_gateway_npz_is_malformed_and_never_unpickled(fault: str) -> None:
+def test_what_is_not_a_gateway_npz_is_malformed_and_never_unpickled_41(fault: str) -> None:
     with pytest.raises(CodecError) as caught:
         read_npz(NOT_NPZ[fault])
     assert caught.value.code == "malformed"
