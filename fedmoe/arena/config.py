@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
@@ -190,16 +191,37 @@ class ArenaConfig(_Section):
 def read_config(path: Path) -> ArenaConfig:
     """The configuration in a TOML file; raises ArenaConfigError naming the file, the key and what is allowed."""
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
+        values = tomllib.loads(path.read_text("utf-8-sig"))  # editors of some systems begin a file with a mark
     except OSError as error:
         raise ArenaConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ArenaConfigError(f"{path} is not TOML: {error}") from error
+    if not values:
+        raise ArenaConfigError(f"{path} sets nothing; begin with a copy of demo/arena.toml")
     try:
         return ArenaConfig.model_validate(values)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
+        lines = [_problem(one["loc"], one["type"], one["msg"]) for one in error.errors(include_url=False)]
         raise ArenaConfigError(f"{path}: " + "; ".join(lines)) from error
+
+
+def _problem(place: tuple[int | str, ...], kind: str, message: str) -> str:
+    where = ".".join(map(str, place))
+    if kind != "extra_forbidden":
+        return f"{where}: {message}"
+    close = difflib.get_close_matches(str(place[-1]), _known_keys(place[:-1]), 1)
+    return f"{where}: there is no such key" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _known_keys(section: tuple[int | str, ...]) -> list[str]:
+    """The keys of a section of the file, by its place."""
+    model: type[BaseModel] = ArenaConfig
+    for name in section:
+        field = model.model_fields.get(str(name))
+        # A section is a model, perhaps one of several or none: tuple[Phase, ...], FederationSection | None.
+        inner = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        model = next((one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)), model)
+    return list(model.model_fields)
 
 
 def _one_of(what: str, value: str, names: object) -> str:

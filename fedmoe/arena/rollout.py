@@ -10,7 +10,7 @@ import numpy as np
 
 from fedmoe.arena.chat import Codec
 from fedmoe.arena.engines.protocol import Engine, SampleRequest
-from fedmoe.arena.task import Episode, Scripted, Task, question_of
+from fedmoe.arena.task import Episode, Scripted, Task, check_outcome, question_of
 from fedmoe.arena.trajectory import RANDOM, EpisodePlan, PlayedEpisode, Player, Turn
 
 
@@ -91,7 +91,8 @@ class _Running:
         """What became of it, if it came to its end."""
         with self.guarded():
             if not self.error:
-                return PlayedEpisode(self.plan, tuple(self.turns), self.episode.outcome(), self.question)
+                outcome = check_outcome(self.episode.outcome(), self.plan.lineup)
+                return PlayedEpisode(self.plan, tuple(self.turns), outcome, self.question)
         return None
 
 

@@ -15,6 +15,10 @@ class TaskError(ValueError):
     """A task, line-up or action that cannot be used; says what was got and what would do."""
 
 
+#: What sums of weights may miss 1 by.
+_ROUNDING = 1e-6
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message of what a seat sees, in chat form."""
@@ -83,6 +87,22 @@ class Outcome:
     completed: bool = True
     without: Mapping[int, float] = field(default_factory=dict)
     turn_scores: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+
+
+def check_outcome(outcome: Outcome, lineup: Lineup) -> Outcome:
+    """The outcome, if it is one of this line-up; raises `TaskError` for a score that is missing or not in [0, 1]."""
+    counts = (len(outcome.seat_scores), len(outcome.team_scores), len(outcome.valid))
+    if counts != (lineup.seats, len(lineup.teams), lineup.seats):
+        raise TaskError(f"an outcome has {counts} scores of seats, teams and validity; {lineup} is asked for")
+    seats = {*outcome.without, *outcome.turn_scores}
+    if not seats <= set(range(lineup.seats)):
+        raise TaskError(f"an outcome scores seats {sorted(seats)}, there are {lineup.seats}")
+    scores = [*outcome.seat_scores, *outcome.team_scores, *outcome.valid, *outcome.without.values()]
+    scores += [score for some in outcome.turn_scores.values() for score in some]
+    wrong = [score for score in scores if not -_ROUNDING <= score <= 1 + _ROUNDING]  # true for a NaN too
+    if wrong:
+        raise TaskError(f"a score is {wrong[0]}; every one is between 0 and 1")
+    return outcome
 
 
 class Episode(Protocol):

@@ -306,6 +306,31 @@ def test_an_episode_that_fails_ends_alone_and_is_counted(place: str) -> None:
         play(FragileTask(place), plans, FakeEngine(), LetterCodec(), 1)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Outcome((1e30, 0.0), (0.0, 0.0), (1.0, 1.0)),
+        Outcome((float("nan"), 0.0), (0.0, 0.0), (1.0, 1.0)),
+        Outcome((0.0, 0.0), (-1.0, 0.0), (1.0, 1.0)),
+        Outcome((0.0,), (0.0, 0.0), (1.0, 1.0)),
+        Outcome((0.0, 0.0), (0.0, 0.0), (1.0, 1.0), without={0: float("inf")}),
+        Outcome((0.0, 0.0), (0.0, 0.0), (1.0, 1.0), without={5: 0.5}),
+        Outcome((0.0, 0.0), (0.0, 0.0), (1.0, 1.0), turn_scores={0: (0.5, 2.0)}),
+    ],
+)
+def test_an_episode_with_a_score_that_is_none_fails_alone_and_is_never_a_zero_83(wrong: Outcome) -> None:
+    class Lying(CountingTask):
+        def start(self, seed: int, lineup: Lineup) -> Episode:
+            episode = super().start(seed, lineup)
+            if seed % 2:
+                episode.outcome = lambda: wrong  # type: ignore[method-assign]
+            return episode
+
+    found = attempt(Lying(), [plan(0), plan(1)], FakeEngine(), LetterCodec(), 1)
+    assert ([one.plan.seed for one in found.played], [one.plan.seed for one in found.failed]) == ([0], [1])
+    assert "score" in found.reason
+
+
 def test_chance_that_fails_ends_its_episode_only() -> None:
     found = attempt(FragileTask("random_action"), [plan(0), plan(1, (CHANCE, BOB))], FakeEngine(), LetterCodec(), 1)
     assert ([one.plan.seed for one in found.played], [one.plan.seed for one in found.failed]) == ([0], [1])

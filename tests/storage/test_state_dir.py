@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,7 @@ def test_a_state_dir_that_cannot_be_opened_is_not_left_locked(tmp_path: Path) ->
 
 
 def test_a_world_writable_state_dir_is_refused(tmp_path: Path) -> None:
+    """12"""
     path = tmp_path / "state"
     path.mkdir()
     path.chmod(0o777)
@@ -80,12 +83,34 @@ def test_a_world_writable_state_dir_is_refused(tmp_path: Path) -> None:
         StateDir.open(path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_state_dir_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "state"
-    path.mkdir(mode=0o500)
-    with pytest.raises(StateDirError, match="not writable"):
-        StateDir.open(path)
+@pytest.fixture
+def somebody() -> Iterator[None]:
+    """Somebody who is not root, who may write everywhere."""
+    if os.geteuid() != 0:
+        yield
+        return
+    nobody = 65534
+    os.setresuid(nobody, nobody, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody may enter, unlike pytest's own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "state").mkdir(mode=0o500)
+        yield folder
+
+
+def test_a_read_only_state_dir_or_one_of_somebody_else_is_refused(open_folder: Path, somebody: None) -> None:
+    """12: for root's tests it is another owner's, for all others it is read-only."""
+    with pytest.raises(StateDirError, match=r"not writable for this user; fix its owner or choose another --state-dir"):
+        StateDir.open(open_folder / "state")
 
 
 def test_a_file_in_the_state_dirs_place_is_refused(tmp_path: Path) -> None:
