@@ -222,15 +222,19 @@ def test_both_languages_of_the_readme_show_the_same_commands_and_numbers() -> No
     assert set(options[0]) == set(options[1])
 
 
-FAULTS = re.findall(r"^\| ([\d-]+) \| .+ \| `([^`]+)` \|$", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE)
+FAULT_ROWS = [
+    (int(number), cells)
+    for number, cells in re.findall(r"^\| (\d+) \| (.+) \|$", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE)
+]
+#: Faults of parts that are not there yet, and what the document says of them instead of a test.
+PARTS_TO_COME = {75: "with object storage", 79: "with the page"}
 
 
-def test_the_table_of_faults_is_read() -> None:
-    assert len(FAULTS) > 35
-
-
-@pytest.mark.parametrize(("fault", "test"), FAULTS)
-def test_every_fault_names_a_test_that_exists(fault: str, test: str) -> None:
-    file, _, name = test.partition("::")
-    assert (ROOT / file).exists()
-    assert not name or name in functions_of(ROOT / file)
+@pytest.mark.parametrize(("fault", "cells"), FAULT_ROWS)
+def test_every_fault_names_tests_that_exist(fault: int, cells: str) -> None:
+    named = re.findall(r"`(tests/[^`]+)`", cells.rpartition(" | ")[2])
+    assert named or PARTS_TO_COME[fault] in cells
+    for test in named:
+        file, _, name = test.partition("::")
+        assert (ROOT / file).exists(), test
+        assert not name or name in functions_of(ROOT / file), test
