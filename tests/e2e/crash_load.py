@@ -120,7 +120,8 @@ class Pusher:
             if error.code == "other_history":
                 return replace(one, turned_away=str(error.facts["incarnation"]))
             return replace(one, refused=error.code)
-        answer = Answer(time.monotonic(), told.version, told.duplicate, told.staleness, told.coefficient)
+        known = (told.version, told.duplicate, told.staleness, told.coefficient, told.incarnation or "")
+        answer = Answer(time.monotonic(), *known)
         return replace(one, answers=(*one.answers, answer))
 
     def _look(self, client: CoordinatorClient) -> bool:

@@ -18,13 +18,14 @@ Identity = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Answer:
-    """An acknowledgement: when it came, with which version, and whether it was that of a repeated push."""
+    """An acknowledgement: when it came, with which version, whether it was that of a repeated push, from whom."""
 
     at: float
     version: int
     duplicate: bool
     staleness: int
     coefficient: float = 1.0
+    incarnation: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ def _wrong_answers(pushes: Iterable[Push]) -> Iterator[str]:
             yield f"{_name(push)} was called a repetition of what was never sent"
         if any(not one.duplicate for one in push.answers[1:]):
             yield f"{_name(push)} was acknowledged as new twice"
+        if any(one.incarnation != push.incarnation for one in push.answers):
+            yield f"{_name(push)} was made in the history {push.incarnation} and taken in another one"
         for one in push.answers[:1]:
             if one.staleness != one.version - 1 - push.base_version or one.staleness < 0:
                 yield f"{_name(push)}: version {one.version} from {push.base_version} with staleness {one.staleness}"

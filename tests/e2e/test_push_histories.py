@@ -192,6 +192,7 @@ def test_two_acknowledgements_in_the_wrong_order_are_found(seed: int, data: st.D
             "several outcomes",
         ),
         ([replace(push(0, 1), answers=(Answer(2, 1, False, 0), Answer(3, 1, False, 0)))], [], "as new twice"),
+        ([replace(push(0, 1, 2, 1), incarnation="lost")], [], "taken in another one"),
     ],
 )
 def test_each_kind_of_fault_is_named(pushes: list[Push], reads: list[Read], says: str) -> None:
