@@ -211,6 +211,7 @@ def test_replacing_without_moments_starts_anew_also_with_another_rank() -> None:
 
 @pytest.mark.parametrize("limit", [4096, 1])
 def test_a_gradient_that_is_not_finite_changes_no_policy(limit: int) -> None:
+    """Fault 83."""
     learner, untouched = make_learner(), make_learner()
     good = [one for name in ("a", "b") for one in make_examples(learner, name)]
     for one in (learner, untouched):

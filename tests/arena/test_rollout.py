@@ -295,6 +295,7 @@ class FragileTask(CountingTask):
 
 @pytest.mark.parametrize("place", ["start", "to_act", "observe", "act", "outcome"])
 def test_an_episode_that_fails_ends_alone_and_is_counted(place: str) -> None:
+    """Fault 83."""
     plans = [plan(0), plan(1), plan(2), plan(3, sample=1)]
     found = attempt(FragileTask(place), plans, FakeEngine(), LetterCodec(), 1)
     assert [one.plan for one in found.failed] == [plans[1], plans[3]]

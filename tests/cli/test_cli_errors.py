@@ -194,6 +194,7 @@ def taken_port() -> Iterator[int]:
 
 
 def test_a_port_in_use_is_status_98(taken_port: int, tmp_path: Path) -> None:
+    """Fault 14."""
     outcome = run_script("run_coordinator.py", "--port", str(taken_port), "--state-dir", str(tmp_path / "state"))
     assert outcome.status == 98
     assert f"error: cannot listen on 127.0.0.1:{taken_port}" in outcome.err

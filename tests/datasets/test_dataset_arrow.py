@@ -171,6 +171,7 @@ def test_a_damaged_arrow_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_offsets_that_point_elsewhere_are_not_followed(tmp_path: Path) -> None:
+    """Fault 62."""
     path = write(tmp_path / "a.arrow", pa.table({"text": ["aaaa", "bbbb", "cccc"]}))
     offsets = b"".join(number.to_bytes(4, "little") for number in (0, 4, 8, 12))
     whole = path.read_bytes()

@@ -140,6 +140,7 @@ def test_a_fingerprint_knows_names_and_content(tmp_path: Path) -> None:
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    """Fault 63."""
     path = folder_of(tmp_path, "a.jsonl") / "a.jsonl"
     rows = open_source(path).rows()
     next(rows)

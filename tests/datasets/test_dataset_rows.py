@@ -41,6 +41,7 @@ def test_jsonl_survives_bom_crlf_and_blank_lines(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_line_is_named_and_its_neighbours_are_read(tmp_path: Path, line: bytes, reason: str) -> None:
+    """Fault 61."""
     before, bad, after = rows_of(tmp_path / "a.jsonl", b'{"a": 1}\n' + line + b'\n{"b": 2}\n', max_row_bytes=150_000)
     assert (before, after) == (Row(1, {"a": 1}), Row(3, {"b": 2}))
     assert isinstance(bad, BadRow)
@@ -109,6 +110,7 @@ def test_csv_reads_quoted_cells_over_several_lines(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_csv_row_is_named_and_its_neighbours_are_read(tmp_path: Path, line: bytes, reason: str) -> None:
+    """Fault 62."""
     before, bad, after = rows_of(tmp_path / "a.csv", b"text,n\na,1\n" + line + b"\nb,2\n")
     assert (before, after) == (Row(2, {"text": "a", "n": "1"}), Row(4, {"text": "b", "n": "2"}))
     assert isinstance(bad, BadRow)
@@ -153,6 +155,7 @@ def test_parquet_gives_nested_rows(tmp_path: Path) -> None:
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
+    """Fault 62."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"

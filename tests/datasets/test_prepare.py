@@ -84,6 +84,7 @@ def test_the_report_counts_what_is_learned_and_what_is_not(tmp_path: Path) -> No
 
 
 def test_data_of_which_nothing_can_be_learned_are_refused_with_the_reason(tmp_path: Path) -> None:
+    """Fault 64."""
     file = write(tmp_path / "a.jsonl", chat("q" * 100, "a"))
     with pytest.raises(
         DataError, match=r"not one of 1 rows .*1 row: no part of an answer fits 60 tokens.*--max-length"

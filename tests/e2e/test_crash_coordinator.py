@@ -31,6 +31,7 @@ def test_kill_9_under_load_loses_and_repeats_nothing(tmp_path: Path, keep_update
 @pytest.mark.slow
 @pytest.mark.parametrize("keep_updates", [(), ("--keep-updates", "20")])
 def test_two_hundred_kills_under_load_lose_and_repeat_nothing(tmp_path: Path, keep_updates: Sequence[str]) -> None:
+    """Fault 7."""
     check_kills(tmp_path, 100, keep_updates)
 
 
@@ -73,6 +74,7 @@ def push(url: str, sequence: int, base_version: int) -> UpdateResult:
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.failpoint)
 def test_killed_at_each_step_of_a_push_the_retry_is_accepted_once(coordinator_process: Start, place: Place) -> None:
+    """Faults 1, 2, 3."""
     coordinator: CoordinatorProcess = coordinator_process()
     state_dir, digest = coordinator.state_dir, sha256(make_body(1))
     coordinator.start(place.failpoint)
@@ -115,6 +117,7 @@ def test_a_kill_while_the_first_expert_is_registered_leaves_a_federation_without
 def test_a_second_coordinator_on_the_same_state_exits_naming_the_first(
     coordinator_process: Start, tmp_path: Path
 ) -> None:
+    """Fault 13."""
     coordinator: CoordinatorProcess = coordinator_process()
     coordinator.start()
     assert coordinator.process is not None

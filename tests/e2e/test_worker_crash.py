@@ -82,6 +82,7 @@ def test_fifty_kills_at_random_moments(worker: WorkerProcess, coordinator: Coord
 
 
 def test_a_kill_at_every_failpoint(worker: WorkerProcess, coordinator: CoordinatorProcess) -> None:
+    """Fault 6."""
     for kill in KILLS:
         process = worker.fork(kill)
         process.join(60)

@@ -33,7 +33,7 @@ def mutated(moves: random.Random, data: bytes, other: bytes) -> bytes:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_any_bytes_are_read_or_refused_in_words(name: str) -> None:
-    """26 to 34, 61, 62, 73: no exception but the documented refusals."""
+    """Fault 29. 26 to 34, 61, 62, 73: no exception but the documented refusals."""
     moves, target = random.Random(name), TARGETS[name]
     kept = [path.read_bytes() for path in sorted((CORPUS / name).glob("*"))]
     inputs = [*seeds(name), *kept, b""]

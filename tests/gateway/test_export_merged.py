@@ -86,6 +86,7 @@ def test_the_base_folder_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_there_goes_only_with_force(tmp_path: Path) -> None:
+    """Fault 84."""
     base, target = save_llama(tmp_path / "base"), tmp_path / "merged"
     target.mkdir()
     (target / "mine").write_text("mine")
@@ -98,6 +99,7 @@ def test_a_folder_that_is_there_goes_only_with_force(tmp_path: Path) -> None:
 
 
 def test_a_failure_in_between_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 84."""
     base, target = save_llama(tmp_path / "base"), tmp_path / "merged"
 
     def broken(*_: object) -> None:

@@ -89,6 +89,7 @@ DUPLICATES = {
 
 @pytest.mark.parametrize("fault", sorted(MALFORMED))
 def test_a_malformed_body_is_refused_as_malformed(fault: str) -> None:
+    """Fault 39."""
     with pytest.raises(MalformedError) as caught:
         read_header(MALFORMED[fault])
     assert caught.value.code == "malformed"
@@ -97,6 +98,7 @@ def test_a_malformed_body_is_refused_as_malformed(fault: str) -> None:
 
 @pytest.mark.parametrize("fault", sorted(DUPLICATES))
 def test_a_repeated_key_is_refused(fault: str) -> None:
+    """Fault 30."""
     with pytest.raises(MalformedError) as caught:
         read_header(raw_body(DUPLICATES[fault], bytes(4)))
     assert caught.value.code == "duplicate_key"
@@ -104,6 +106,7 @@ def test_a_repeated_key_is_refused(fault: str) -> None:
 
 
 def test_a_hundred_thousand_tensors_do_not_fit_under_the_header_limit() -> None:
+    """Fault 31."""
     tensors = {f"{number:x}": entry("I8", [], number, number + 1) for number in range(100_000)}
     with pytest.raises(MalformedError, match="at most 1048576 are read"):
         read_header(raw_body(tensors, bytes(100_000)))
@@ -113,6 +116,7 @@ def test_a_hundred_thousand_tensors_do_not_fit_under_the_header_limit() -> None:
 
 @pytest.mark.parametrize("name", ["\x00", "../../etc/passwd", "a\nb\x1b[31m", "x" * 100_000, "ä€😀", ""])
 def test_a_name_is_only_a_name_and_never_shown_raw(name: str) -> None:
+    """Fault 39."""
     entries, _, _ = read_header(raw_body({name: ONE}, bytes(4)))
     assert list(entries) == [name]
     with pytest.raises(MalformedError) as caught:

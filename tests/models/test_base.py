@@ -112,6 +112,7 @@ def test_the_tokenizer_hash_does_not_depend_on_formatting() -> None:
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_missing_file_is_named(tmp_path: Path, missing: str) -> None:
+    """Fault 78."""
     folder = tmp_path / "copy"
     shutil.copytree(prepare_base("tiny"), folder)
     (folder / missing).unlink()
@@ -120,6 +121,7 @@ def test_a_missing_file_is_named(tmp_path: Path, missing: str) -> None:
 
 
 def test_a_file_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    """Fault 78."""
     folder = tmp_path / "copy"
     shutil.copytree(prepare_base("tiny"), folder)
     file = folder / "model.safetensors"

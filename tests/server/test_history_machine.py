@@ -1,4 +1,4 @@
-"""A random walk through everything that changes an expert, held after every step against a model of plain lists."""
+"""A random walk through everything that changes an expert, held after every step against a model of plain lists (4)."""
 
 from __future__ import annotations
 

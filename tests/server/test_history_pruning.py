@@ -31,6 +31,7 @@ def test_pruning_drops_what_undoing_the_last_changes_does_not_need(pruned: House
 
 @pytest.mark.parametrize("updates", range(13, 20))
 def test_the_last_changes_can_be_undone_and_earlier_ones_are_refused(pruned: House, updates: int) -> None:
+    """Fault 49."""
     states = [pruned.expert().state]
     for number in range(updates):
         pruned.train([f"w{number}"])

@@ -63,6 +63,7 @@ def test_only_what_passes_by_itself_has_a_retry_after() -> None:
 
 
 def test_what_a_sender_wrote_comes_back_inert_and_short() -> None:
+    """Fault 56."""
     answer = problem("malformed", 400, "\ud800 \u202e <script> \x1b[31m " + "x" * 10_000)
     text = bytes(answer.body).decode()
     assert text.isascii()

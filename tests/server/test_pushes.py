@@ -224,6 +224,7 @@ def test_an_update_that_could_overflow_an_expert_is_refused_37(house: House, htt
 def test_wrong_types_encodings_and_digests_are_refused_24_25_42(
     house: House, http: TestClient, headers: dict[str, str | None], status: int, code: str
 ) -> None:
+    """Fault 40."""
     before = house.kept()
     assert send(http, make_body(1), headers=headers)[:2] == (status, code)
     assert house.kept() == before

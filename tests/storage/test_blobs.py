@@ -212,6 +212,7 @@ def test_a_foreign_file_neither_counts_as_a_blob_nor_stops_a_sweep(folder_store:
 
 
 def test_short_writes_are_continued(folder_store: FolderBlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 11."""
     write, sizes = os.write, []
 
     def a_few_bytes(descriptor: int, data: memoryview) -> int:
@@ -237,6 +238,7 @@ def failing(number: int) -> Callable[..., int]:
 def test_a_full_disk_refuses_leaves_nothing_and_recovers_by_itself(
     folder_store: FolderBlobStore, folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
+    """Fault 10."""
     earlier = put(folder_store, b"earlier")
     monkeypatch.setattr(os, call, failing(number))
     with pytest.raises(RefusedError, match="no space left") as refused:
@@ -303,7 +305,7 @@ def test_too_many_open_files_pass(folder_store: FolderBlobStore, monkeypatch: py
 def test_bytes_and_name_are_on_disk_before_a_commit_returns(
     folder_store: FolderBlobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """File fsync, then rename, then fsync of the folder that holds the name: no other order survives a power cut."""
+    """8: fsync of the file, rename, fsync of the folder that holds the name: no other order survives a power cut."""
     steps: list[str] = []
     fsync, rename = os.fsync, os.rename
 

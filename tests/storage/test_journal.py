@@ -355,6 +355,7 @@ def test_a_full_disk_refuses_and_recovers(opened: Callable[[], SqlJournal]) -> N
 def test_a_journal_that_another_program_holds_is_busy_and_not_failed(
     path: Path, opened: Callable[[], SqlJournal]
 ) -> None:
+    """Fault 72."""
     journal = opened()
     journal._connection.exec_driver_sql("PRAGMA busy_timeout = 50")
     journal._connection.rollback()

@@ -132,6 +132,7 @@ def test_the_token_never_follows_a_redirect_69(status: int) -> None:
 
 
 def test_a_bomb_in_an_answer_is_not_unpacked_69() -> None:
+    """Fault 40."""
     bomb = gzip.compress(b"\x00" * (64 << 20))
     transport = answers(200, bomb, content_type="application/json", content_encoding="gzip")
     with (

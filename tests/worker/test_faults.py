@@ -83,6 +83,7 @@ def test_while_the_coordinator_is_away_it_trains_on_up_to_the_bound_and_delivers
 
 
 def test_a_coordinator_restarted_in_the_middle_of_a_push_takes_it_once(house: Federation, tmp_path: Path) -> None:
+    """Fault 66."""
     road = Road("", "answer_lost")
 
     def follow(worker: DistributedWorker, record: StepRecord) -> None:
@@ -170,6 +171,7 @@ def test_a_worker_of_another_rank_is_refused_and_both_ranks_are_named(house: Fed
 
 
 def test_a_worker_on_another_base_model_is_refused(house: Federation, tmp_path: Path) -> None:
+    """Fault 35."""
     Setup(house.url, tmp_path / "w1", steps=1).run()
 
     def other_base(worker: DistributedWorker) -> None:
@@ -242,6 +244,7 @@ def poison(worker: DistributedWorker, bad_steps: set[int]) -> None:
 
 
 def test_a_batch_that_gives_nan_is_skipped_and_nothing_of_it_is_pushed(house: Federation, tmp_path: Path) -> None:
+    """Fault 77."""
     setup = Setup(house.url, tmp_path / "w1", steps=8, every=2, after_step=wait_for_answer)
     worker = setup.run(lambda worker: poison(worker, {2, 5, 6, 7, 8}))
     assert worker.worker.step == 8
@@ -253,6 +256,7 @@ def test_a_batch_that_gives_nan_is_skipped_and_nothing_of_it_is_pushed(house: Fe
 
 
 def test_five_bad_batches_in_a_row_stop_the_worker_with_what_was_good_saved(house: Federation, tmp_path: Path) -> None:
+    """Fault 77."""
     setup = Setup(house.url, tmp_path / "w1", steps=20, every=4, after_step=wait_for_answer)
     with pytest.raises(WorkerFailedError, match=r"5 batches in a row .* nothing of them was pushed.*--learning-rate"):
         setup.run(lambda worker: poison(worker, set(range(7, 30))))

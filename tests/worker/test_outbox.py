@@ -127,6 +127,7 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(reopen: Opener, tm
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from(["cut", "settle", "restart"]), max_size=25))
 def test_a_number_never_stands_for_two_updates(tmp_path_factory: pytest.TempPathFactory, acts: list[str]) -> None:
+    """Fault 6."""
     folder = tmp_path_factory.mktemp("outbox")
     outbox, sent = Outbox(folder, "w1", "python"), dict[int, bytes]()
     for turn, act in enumerate(acts):

@@ -260,6 +260,7 @@ def test_told_to_stop_while_it_delivers_what_was_left_it_leaves_soon(
 
 
 def test_other_data_under_an_old_state_is_refused_with_the_ways_out(house: Federation, tmp_path: Path) -> None:
+    """Fault 63."""
     setup = Setup(house.url, tmp_path / "w1", steps=4, every=2, after_step=wait_for_answer)
     setup.run()
     setup.data, setup.steps = blocks(9), 8

@@ -25,6 +25,7 @@ def restored(backup: Path, state: Path) -> None:
 
 
 def test_an_update_of_the_lost_history_is_refused_and_its_learning_travels_again(tmp_path: Path) -> None:
+    """Fault 47."""
     with federation(tmp_path / "first") as house:
         lost = house.house
         assert lost is not None

@@ -222,6 +222,7 @@ def test_a_router_that_names_nobody_is_an_error(client: Client) -> None:
 
 
 def test_an_unknown_model_is_not_found_and_says_what_there_is(client: Client) -> None:
+    """Fault 80."""
     with pytest.raises(openai.NotFoundError, match="gateway, python, sql") as error:
         client.chat.completions.create(model="gpt-4", messages=HELLO)
     assert (error.value.code, error.value.param) == ("model_not_found", "model")
@@ -253,6 +254,7 @@ def test_an_unknown_model_is_not_found_and_says_what_there_is(client: Client) ->
     ],
 )
 def test_what_is_not_supported_is_refused_and_named(client: Client, wrong: dict[str, object], says: str) -> None:
+    """Fault 80."""
     with pytest.raises(openai.BadRequestError, match=says) as error:
         client.chat.completions.create(**{"model": "gateway", "messages": HELLO, **wrong})
     assert error.value.type == "invalid_request_error"
@@ -312,6 +314,7 @@ def test_errors_outside_the_interface_have_its_form(served: Served) -> None:
 
 def test_more_than_fits_is_refused_and_comes_again_later(served: Served, client: Client) -> None:
     # 16 choices fill the house; the next request finds no place while they are under way.
+    """Fault 80."""
     with client.completions.create(model="base", prompt="abc", n=16, max_tokens=64, stream=True) as stream:
         next(iter(stream))
         with pytest.raises(openai.RateLimitError, match="at most 16 may") as error:
@@ -323,6 +326,7 @@ def test_more_than_fits_is_refused_and_comes_again_later(served: Served, client:
 
 
 def test_a_client_that_goes_away_gives_its_place_back(served: Served, client: Client) -> None:
+    """Fault 80."""
     with client.completions.create(model="python", prompt="abc", n=8, max_tokens=64, stream=True) as stream:
         next(iter(stream))
     assert_idle(served)

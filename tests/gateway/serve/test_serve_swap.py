@@ -83,6 +83,7 @@ def assert_old_versions_go(served: Served) -> None:
 
 
 def test_an_answer_ends_on_the_version_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 81."""
     overtaken, steps, draw = threading.Event(), count(), scheduler.draw
 
     def waiting_draw(*given: object) -> object:
