@@ -57,6 +57,8 @@ class Eras:
 
     def back_up(self) -> int:
         """Take a backup; how many were taken."""
+        if make_backup is None:
+            return 0
         folder = self.state_dir.parent / f"backup-{len(self.eras)}-{len(self.copies)}"
         began = time.monotonic()
         make_backup(self.state_dir, folder, time.time())
