@@ -10,8 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crash_load import Told, landed, read_journal
-from fedmoe.storage.backup import make_backup
-from fedmoe.storage.restore import restore
+
+try:
+    from fedmoe.storage.backup import make_backup
+    from fedmoe.storage.restore import restore
+except ImportError:  # not there yet: one era, no backups
+    make_backup = None
 from push_histories import Backup, Landed, client_faults, faults_of, restore_faults
 
 from fedmoe.storage.journal import SqlJournal
