@@ -120,7 +120,9 @@ class Pusher:
             if error.code == "other_history":
                 return replace(one, turned_away=str(error.facts["incarnation"]))
             return replace(one, refused=error.code)
-        known = (told.version, told.duplicate, told.staleness, told.coefficient, told.incarnation or "")
+        # An answer names its history only to clients that know that key.
+        incarnation = told.incarnation or one.incarnation
+        known = (told.version, told.duplicate, told.staleness, told.coefficient, incarnation)
         answer = Answer(time.monotonic(), *known)
         return replace(one, answers=(*one.answers, answer))
 

@@ -10,15 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crash_load import Told, landed, read_journal
-
-try:
-    from fedmoe.storage.backup import make_backup
-    from fedmoe.storage.restore import restore
-except ImportError:  # not there yet: one era, no backups
-    make_backup = None
 from push_histories import Backup, Landed, client_faults, faults_of, restore_faults
 
+from fedmoe.storage.backup import make_backup
 from fedmoe.storage.journal import SqlJournal
+from fedmoe.storage.restore import restore
 
 
 @dataclass
@@ -61,8 +57,6 @@ class Eras:
 
     def back_up(self) -> int:
         """Take a backup; how many were taken."""
-        if make_backup is None:
-            return 0
         folder = self.state_dir.parent / f"backup-{len(self.eras)}-{len(self.copies)}"
         began = time.monotonic()
         make_backup(self.state_dir, folder, time.time())
