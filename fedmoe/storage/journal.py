@@ -22,7 +22,7 @@ from fedmoe import failpoints
 from fedmoe.events import Event, UpdateAccepted
 from fedmoe.storage.acknowledged import AcknowledgedFile, Head
 from fedmoe.storage.chain import COLUMNS, GENESIS, Link
-from fedmoe.storage.event_rows import event_of, row_of
+from fedmoe.storage.event_rows import chained_event_of, event_of, row_of
 from fedmoe.storage.incarnation import INCARNATION, INCARNATIONS_BEFORE, Ended, new_incarnation, of_text, to_text
 from fedmoe.storage.let_go_table import LET_GO
 from fedmoe.storage.opening import HEAD, check_rows, checked_chain, checked_head, driver, make_tables
@@ -284,8 +284,9 @@ class SqlJournal:
             f"SELECT kind, payload FROM events {wanted} ORDER BY id",  # noqa: S608  # no text from outside
             () if expert is None else (expert, after_version),
         )
+        read = chained_event_of if expert is None else event_of
         for kind, payload in rows:
-            yield event_of(kind, payload)
+            yield read(kind, payload)
 
     def count(self) -> int:
         query = sa.select(sa.func.count().label("events")).select_from(EVENTS)
