@@ -14,15 +14,16 @@ from pathlib import Path
 
 from fedmoe.coordinator import Aggregation
 from fedmoe.events import Event, ExpertRegistered, GatewayFolded, Lineage, QuarantineEvent, lineages
-from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import CodecError, digest
 from fedmoe.lora.update_rules import RuleState
+from fedmoe.manifest import Manifest
 from fedmoe.server.history import History
 from fedmoe.server.past import registration
 from fedmoe.server.publication import published_blobs
 from fedmoe.storage.acknowledged import behind, read_acknowledged
 from fedmoe.storage.blobs import CorruptBlobError, FolderBlobStore, MissingBlobError, StorageFailedError
-from fedmoe.storage.event_rows import blob_of
+from fedmoe.storage.event_rows import GATEWAY, blob_of
 from fedmoe.storage.journal import SqlJournal
 from fedmoe.storage.opening import problems
 from fedmoe.storage.state_dir import StateDirError, lock_state
@@ -114,7 +115,9 @@ class _Replay(History):
         named: set[str | None] = set(self._statistics.blobs().replaced | published_blobs(self._journal).replaced)
         for event in self._journal.events():
             named.add(blob_of(event))
-            if not isinstance(event, GatewayFolded | QuarantineEvent):
+            if isinstance(event, GatewayFolded):
+                self._check_fold(event, registration(next(iter(past.values()))).manifest)
+            elif not isinstance(event, QuarantineEvent):
                 past.setdefault(event.expert, []).append(event)
         there = set(self._blobs.digests())
         self._found.absent = len(named - {None} - there)
@@ -133,6 +136,13 @@ class _Replay(History):
         for events in past.values():
             self._recover_whole(events)
 
+    def _check_fold(self, fold: GatewayFolded, manifest: Manifest) -> None:
+        try:
+            weights: FloatVector | None = self._gateway_weights(fold.digest, manifest)
+        except (MissingBlobError, CorruptBlobError, CodecError):
+            weights = None  # one that no expert goes on from may be gone; a damaged one is told with the blobs
+        self._check_version(GATEWAY, fold.number, manifest, weights)
+
     def _check_expert(self, events: list[Event]) -> None:
         registered, chains = registration(events), lineages(events)
         state: RuleState | None = self._beginning(registered, None)
@@ -142,7 +152,7 @@ class _Replay(History):
                 state = self._next(state, registered, chains, version)
             except (MissingBlobError, CorruptBlobError, CodecError) as error:
                 state, problem = None, str(error)
-            self._check_version(registered, version, state)
+            self._check_version(registered.expert, version, registered.manifest, state.weights if state else None)
         if state is None:
             self._found.findings.append(
                 f"{registered.expert} cannot be rebuilt at its newest version {max(chains)}: {problem}"
@@ -162,14 +172,13 @@ class _Replay(History):
             return self._land(before, [update], registered.manifest)
         return self._rebuild(registered, chains, chain)
 
-    def _check_version(self, registered: ExpertRegistered, version: int, state: RuleState | None) -> None:
+    def _check_version(self, name: str, version: int, manifest: Manifest, weights: FloatVector | None) -> None:
         self._found.versions += 1
-        expected = self._journal.version_digest(registered.expert, version)
-        if state is None or expected is None:
+        expected = self._journal.version_digest(name, version)
+        if weights is None or expected is None:
             self._found.unproven += 1
             return
-        manifest = registered.manifest
-        rebuilt = digest(Adapter(manifest.layout, manifest.alpha, state.weights))
+        rebuilt = digest(Adapter(manifest.layout, manifest.alpha, weights))
         if rebuilt != expected:
-            made = f"version {version} of {registered.expert}"
+            made = f"version {version} of {name}"
             self._found.findings.append(f"{made} was rebuilt with the digest {rebuilt}, journalled is {expected}")

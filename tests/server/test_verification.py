@@ -16,7 +16,7 @@ from crash_house import House
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from state_fixture import unpacked
-from support import make_body
+from support import fold, make_body
 from typer.testing import CliRunner
 
 from fedmoe.cli.commands import app
@@ -182,3 +182,19 @@ def test_versions_whose_bytes_were_let_go_of_are_unproven_and_no_finding(tmp_pat
     assert found.findings == []
     assert found.absent > 0
     assert 0 < found.unproven < found.versions
+
+
+def test_gateways_that_experts_went_on_from_are_held_against_their_digests(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    state = StateDir.open(path)
+    house = House.on(state.journal, state.blobs, Aggregation(merge_after=20), folds_by_itself=False)
+    house.register()
+    for number in range(4):
+        house.push(make_body(number), number, steps=10 * (number + 1))
+    assert fold(house.service) > 0
+    assert state.journal.version_digest("@gateway", 1) is not None
+    house.service.close()
+    state.close()
+    found = verify_state(path)
+    assert (found.findings, found.unproven) == ([], 0)
+    assert found.versions == found.events - 1
