@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
-import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +10,8 @@ from workers import Federation, Setup, federation, local, wait_for_answer
 
 from fedmoe.distributed_worker import DistributedWorker
 from fedmoe.qwen_worker import StepRecord
-
-
-def restored(backup: Path, state: Path) -> None:
-    """The state in `backup` as one that goes on under another name, as a restore leaves it."""
-    shutil.copytree(backup, state)
-    connection = sqlite3.connect(state / "journal.sqlite")
-    connection.execute("UPDATE meta SET value = ? WHERE key = 'incarnation'", [secrets.token_hex(16)])
-    connection.commit()
-    connection.close()
+from fedmoe.storage.backup import make_backup
+from fedmoe.storage.restore import restore
 
 
 def test_an_update_of_the_lost_history_is_refused_and_its_learning_travels_again(tmp_path: Path) -> None:
@@ -35,13 +25,11 @@ def test_an_update_of_the_lost_history_is_refused_and_its_learning_travels_again
         def follow(worker: DistributedWorker, record: StepRecord) -> None:
             wait_for_answer(worker, record)
             if record.step == 3:
-                house.stop()
-                shutil.copytree(house.folder, tmp_path / "backup")
-                house.start()
+                make_backup(house.folder, tmp_path / "backup", 0.0)
             if record.step == 5:
                 # Version 2 is lost, and another worker's update takes its number.
                 house.stop()
-                restored(tmp_path / "backup", back.folder)
+                restore(tmp_path / "backup", back.folder)
                 back.start()
                 Setup(house.url, tmp_path / "o", "other", steps=1, every=9).run()
                 assert back.expert.version == 2
@@ -76,7 +64,8 @@ def test_a_worker_that_starts_again_says_that_the_history_is_another_one(tmp_pat
         setup.max_unsynced = 0.1
         setup.run(lambda worker: setattr(worker, "_left", lambda began: -1.0))
         back = Federation(tmp_path / "second", port=house.port)
-        restored(house.folder, back.folder)
+        make_backup(house.folder, tmp_path / "backup", 0.0)
+        restore(tmp_path / "backup", back.folder)
         back.start()
         try:
             with capture_logs() as lines:
