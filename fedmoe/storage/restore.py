@@ -7,6 +7,7 @@ does not start on it, and the same command goes on where it was.
 from __future__ import annotations
 
 import os
+import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def restore(backup: Path, state: Path, replace: bool = False) -> Restored:
 def _make_room(state: Path, replace: bool, name: str) -> Path | None:
     """Leave the folder empty; where what was in it went."""
     there = {entry.name for entry in state.iterdir()} - _NOTHING
-    if _MARK in there and JOURNAL not in there:
+    if _MARK in there and not _holds_events(state / JOURNAL):
         remove(state, keep=_NOTHING | {entry for entry in there if entry.startswith("before-restore-")})
         return None
     if not there:
@@ -86,6 +87,17 @@ def _make_room(state: Path, replace: bool, name: str) -> Path | None:
             os.rename(state / entry, moved / entry)
     fsync_folder(moved)
     return moved
+
+
+def _holds_events(journal: Path) -> bool:
+    """Whether a journal is there and not the empty one that a start on half a restore makes before it is refused."""
+    if not journal.exists():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{journal.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            return bool(connection.execute("SELECT count(*) FROM events").fetchone()[0])
+    except sqlite3.Error:
+        return journal.stat().st_size > 0
 
 
 def _fill(backup: Path, state: Path) -> str:

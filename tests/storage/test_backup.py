@@ -271,6 +271,8 @@ def test_a_killed_restore_starts_nothing_and_the_same_command_ends_it(
         with pytest.raises(Killed):
             restore(tmp_path / "backup", tmp_path / "again")
     assert not (tmp_path / "again" / JOURNAL).exists()
+    with pytest.raises(StorageFailedError, match="is not the newest: it (is empty|holds 0 events)"):
+        StateDir.open(tmp_path / "again")
     restore(tmp_path / "backup", tmp_path / "again")
     assert contents(tmp_path / "again")[:2] == (4, set(BODIES[:3]))
     assert {entry.name for entry in (tmp_path / "again").iterdir()} >= {JOURNAL, BLOBS}
