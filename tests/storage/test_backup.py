@@ -112,7 +112,7 @@ def test_what_is_let_go_of_while_it_is_copied_does_not_make_a_backup_with_holes(
     state: StateDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the blobs and the journal an update lands and goes again, as with --keep-updates."""
-    passes = []
+    passes: list[str] = []
 
     def reached(place: str) -> None:
         if place == "backup.blobs_placed" and not passes:
@@ -271,7 +271,7 @@ def test_a_killed_restore_starts_nothing_and_the_same_command_ends_it(
         with pytest.raises(Killed):
             restore(tmp_path / "backup", tmp_path / "again")
     assert not (tmp_path / "again" / JOURNAL).exists()
-    with pytest.raises(StorageFailedError, match="is not the newest: it (is empty|holds 0 events)"):
+    with pytest.raises(StorageFailedError, match=r"is not the newest: it (is empty|holds 0 events)"):
         StateDir.open(tmp_path / "again")
     restore(tmp_path / "backup", tmp_path / "again")
     assert contents(tmp_path / "again")[:2] == (4, set(BODIES[:3]))
