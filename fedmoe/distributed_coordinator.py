@@ -22,6 +22,7 @@ from fedmoe.server.descriptors import few_left, in_use, raise_limit
 from fedmoe.server.disk import DiskReport
 from fedmoe.server.evaluation_gate import GatePolicy
 from fedmoe.server.history import History
+from fedmoe.server.in_flight import InFlight
 from fedmoe.server.json_weights import JsonPolicy
 from fedmoe.server.listening import listen, own_signals
 from fedmoe.server.protocol import GuardedProtocol
@@ -106,6 +107,7 @@ class DistributedCoordinator:
             gate_policy=GatePolicy(config.gate_tolerance, config.gate_seconds),
             storage_problem=self._state.problem,
             limits=RegistrationLimits(config.max_parameters, config.max_experts),
+            in_flight=InFlight(self._state.path / "in_flight"),
         )
         self._bound_bytes(config)
         self._noted = AuditHead.of_text(journal.meta(_AUDIT_HEAD))

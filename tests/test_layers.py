@@ -43,6 +43,7 @@ LAYERS: dict[str, set[str]] = {
     "experts": {"errors", "lora", "manifest"},
     "living": {"events", "experts", "lora"},
     "quarantine": {"errors", "events"},
+    "leases": {"errors"},
     "aggregation": {"errors", "experts", "living", "lora", "manifest"},
     "draft": {"aggregation", "errors", "events", "experts", "living", "lora", "manifest", "quarantine"},
     "gateway_members": {"experts", "living"},
@@ -57,7 +58,7 @@ LAYERS: dict[str, set[str]] = {
     # The server side: no torch.
     "server": {
         *("coordinator", "draft", "errors", "events", "experts", "failpoints", "gateway_members", "living"),
-        "quarantine",
+        *("leases", "quarantine"),
         *("gateway.gate", "gateway.prompt_statistics", "lora", "manifest", "storage", "wire"),
     },
     "distributed_coordinator": {"allocator", "config", "coordinator", "errors", "server", "storage"},

@@ -49,6 +49,8 @@ def show_listing(listing: Listing, as_json: bool) -> None:
         show_table(
             "Workers", ("worker", "expert", "updates", "staleness", "loss", "held-out loss", "last update"), workers
         )
+    for flag in [f"{w.worker} of {e.name}: {flag}" for e in listing.experts for w in e.workers for flag in w.flags]:
+        print(f"LOOK AT {flag}")
     if listing.gateway is not None:
         sources = ", ".join(f"{name} v{version}" for name, version in listing.gateway.sources.items())
         row = (listing.gateway.version, listing.gateway.strategy, listing.gateway.rank, sources)

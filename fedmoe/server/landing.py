@@ -26,7 +26,7 @@ _MOST_OUTCOMES = 8
 class Arrived:
     """An update whose bytes are here: what it says of itself, its numbers, its size, the hash of its sender's token.
 
-    There is no `delta` where its number is taken.
+    There is no `delta` where its number is taken, or where a `suspicion` says why it is held without being read.
     """
 
     header: UpdateHeader
@@ -34,6 +34,7 @@ class Arrived:
     delta: FloatVector | None
     size: int
     token: str
+    suspicion: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Landing:
     def _decided(self, draft: Draft, arrived: Arrived, at: float) -> UpdateResult:
         self.current.check_update(arrived.header, draft.expert(arrived.header.expert))
         update = draft.judge(arrived.submission, at)
-        held = draft.hold(update, arrived.size, arrived.token)
+        held = draft.hold(update, arrived.size, arrived.token, arrived.suspicion)
         if held is not None:
             draft.apply(held)
             return self._quarantined(held, draft.gateway_version, duplicate=False)

@@ -41,6 +41,8 @@ STATUS: dict[str, int] = {
     "sequence_reused": 409,
     "other_history": 409,
     "update_rejected": 409,
+    "lease_held": 409,
+    "lease_lost": 409,
     "not_held": 409,
     "base_mismatch": 409,
     "start_mismatch": 409,

@@ -21,14 +21,14 @@ def quarantine_routes(app: FastAPI, service: CoordinatorService) -> None:
         return QuarantineListing(held=[_info(update, service.now) for update in held])
 
     @app.post("/quarantine/release")
-    async def release(request: Request, wanted: ReleaseRequest) -> UpdateResult:
+    def release(request: Request, wanted: ReleaseRequest) -> UpdateResult:
         principal_of(request).require_admin()
-        return await service.release(wanted)
+        return service.held.release(wanted.number)
 
     @app.post("/quarantine/reject", status_code=204)
-    async def reject(request: Request, wanted: RejectRequest) -> None:
+    def reject(request: Request, wanted: RejectRequest) -> None:
         principal_of(request).require_admin()
-        await service.reject(wanted)
+        service.held.reject(wanted.number, wanted.reason)
 
 
 def _info(held: UpdateHeld, now: float) -> HeldUpdateInfo:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -11,6 +11,8 @@ from fedmoe.events import Event, UpdateAccepted
 from fedmoe.storage.told_statistics import Statistic
 from fedmoe.wire.messages import HELD_OUT, HeldOutInfo, WorkerInfo
 
+#: A worker of which so many updates in a row changed nothing is shown as not learning.
+NOT_LEARNING = 5
 # Workers whose newest held-out loss is shown; names cost their inventor nothing.
 _MOST_TOLD = 10_000
 
@@ -19,6 +21,8 @@ _MOST_TOLD = 10_000
 class _Seen:
     updates: int
     last: UpdateAccepted
+    #: So many of the last updates in a row changed nothing, or were the same bytes again.
+    idle: int
 
 
 class Roster:
@@ -57,18 +61,39 @@ class Roster:
             if isinstance(event, UpdateAccepted):
                 key = (event.expert, event.worker)
                 before = self._seen.get(key)
-                self._seen[key] = _Seen((before.updates if before else 0) + 1, event)
+                self._seen[key] = _Seen((before.updates if before else 0) + 1, event, _idle(before, event))
 
-    def workers(self, expert: str, now: float, held_out: bool = False) -> list[WorkerInfo]:
-        """The workers of one expert in name order; `now` is seconds since 1970."""
+    def workers(
+        self,
+        expert: str,
+        now: float,
+        held_out: bool = False,
+        warning: Callable[[str, str], str] | None = None,
+    ) -> list[WorkerInfo]:
+        """The workers of one expert in name order; `now` is seconds since 1970.
+
+        With a `warning`, that of an expert's worker is among its flags, beside those that follow from its updates.
+        """
         told = self._held_out if held_out else {}
-        return [_info(key[1], seen, now, told.get(key)) for key, seen in sorted(self._seen.items()) if key[0] == expert]
+        mine = [(key, seen) for key, seen in sorted(self._seen.items()) if key[0] == expert]
+        return [_info(seen, now, told.get(key), _flags(seen, warning(*key)) if warning else []) for key, seen in mine]
 
 
-def _info(worker: str, seen: _Seen, now: float, held_out: HeldOutInfo | None) -> WorkerInfo:
+def _idle(before: _Seen | None, update: UpdateAccepted) -> int:
+    """How many updates in a row changed nothing or repeated the one before, with this one."""
+    repeated = before is not None and before.last.digest == update.digest
+    return (before.idle if before else 0) + 1 if repeated or update.info.get("norm") == 0 else 0
+
+
+def _flags(seen: _Seen, warning: str) -> list[str]:
+    idle = f"not learning: its last {seen.idle} updates changed nothing or were the same again"
+    return [text for text in (idle if seen.idle >= NOT_LEARNING else "", warning) if text]
+
+
+def _info(seen: _Seen, now: float, held_out: HeldOutInfo | None, flags: list[str]) -> WorkerInfo:
     info = seen.last.info
     return WorkerInfo(
-        worker=worker,
+        worker=seen.last.worker,
         updates=seen.updates,
         staleness=seen.last.staleness,
         loss=info.get("loss"),
@@ -76,4 +101,5 @@ def _info(worker: str, seen: _Seen, now: float, held_out: HeldOutInfo | None) ->
         tokens=int(info["tokens"]) if "tokens" in info else None,
         seconds_ago=max(0.0, now - seen.last.at),
         held_out=held_out,
+        flags=flags,
     )

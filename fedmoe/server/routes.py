@@ -117,12 +117,13 @@ def _read_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswe
         return _named(request, service, service.federation())
 
     @app.get("/list_experts")
-    def list_experts(held_out: bool = False) -> Listing:
+    def list_experts(held_out: bool = False, flags: bool = False) -> Listing:
         experts = coordinator.experts
         enabled = coordinator.aggregation.enable_gateway
         gateway = _gateway_info(service) if enabled and experts and service.has_gateway else None
         prompts = service.statistics.tags("prompts")
-        infos = [_expert_info(experts[name], service, prompts.get(name), held_out) for name in sorted(experts)]
+        told = (held_out, flags)
+        infos = [_expert_info(experts[name], service, prompts.get(name), *told) for name in sorted(experts)]
         return Listing(experts=infos, gateway=gateway, enable_gateway=enabled)
 
     @app.get("/get_gateway_weights")
@@ -274,8 +275,9 @@ def _with_weights(
 
 
 def _expert_info(
-    expert: ExpertModel, service: CoordinatorService, prompts: str | None, held_out: bool = False
+    expert: ExpertModel, service: CoordinatorService, prompts: str | None, held_out: bool = False, flags: bool = False
 ) -> ExpertInfo:
+    warning = service.leases.warning if flags else None
     return ExpertInfo(
         name=expert.name,
         version=expert.version,
@@ -284,7 +286,7 @@ def _expert_info(
         parameters=expert.manifest.layout.size,
         base=expert.manifest.base.name,
         digest=expert.digest,
-        workers=service.roster.workers(expert.name, service.now, held_out),
+        workers=service.roster.workers(expert.name, service.now, held_out, warning),
         prompts=prompts,
     )
 

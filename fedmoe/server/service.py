@@ -20,15 +20,17 @@ from fedmoe.coordinator import CentralCoordinator, Draft, GatewayModel
 from fedmoe.errors import RefusedError
 from fedmoe.events import GatewayFolded, HeldUpdateRejected, QuarantineEvent
 from fedmoe.experts import ExpertModel, Registrant
-from fedmoe.lora.adapter import FloatVector, Layout
+from fedmoe.lora.adapter import Layout
 from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
 from fedmoe.server.committer import Committer
 from fedmoe.server.data_statistics import KeptStatistics, most_bytes
 from fedmoe.server.erasure import Erased, Erasure
 from fedmoe.server.evaluation_gate import EvaluationGate, GatePolicy
 from fedmoe.server.folding import Folding
+from fedmoe.server.held_updates import HeldUpdates
 from fedmoe.server.histories import current_history
 from fedmoe.server.history import History, Rebuilt
+from fedmoe.server.in_flight import InFlight, Processed
 from fedmoe.server.landing import Arrived, Landing, retract_held
 from fedmoe.server.memory_budget import MemoryBudget
 from fedmoe.server.publication import Publications
@@ -37,16 +39,10 @@ from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.retention import Retention
 from fedmoe.server.roster import Roster
 from fedmoe.server.security import Principal
-from fedmoe.server.submission import submission_of, usable_norm
+from fedmoe.server.submission import log_update, submission_of, usable_norm
 from fedmoe.server.told_statistics import ToldStatistics
-from fedmoe.storage.blobs import (
-    BlobStore,
-    BlobWriter,
-    CorruptBlobError,
-    FolderBlobStore,
-    MissingBlobError,
-    StorageFailedError,
-)
+from fedmoe.server.worker_leases import WorkerLeases
+from fedmoe.storage.blobs import BlobStore, BlobWriter, FolderBlobStore, StorageFailedError
 from fedmoe.storage.journal import Journal
 from fedmoe.storage.told_statistics import Statistic
 from fedmoe.wire.messages import (
@@ -62,7 +58,6 @@ from fedmoe.wire.messages import (
     UpdateHeader,
     UpdateResult,
 )
-from fedmoe.wire.quarantine_messages import RejectRequest, ReleaseRequest
 
 Result = TypeVar("Result")
 
@@ -101,10 +96,14 @@ class CoordinatorService:
         gate_policy: GatePolicy | None = None,
         storage_problem: Callable[[], str | None] = lambda: None,
         limits: RegistrationLimits | None = None,
+        in_flight: InFlight | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.coordinator = coordinator
         self.journal = journal
-        self.roster = Roster(history.events_at_start(), journal.statistics())
+        #: Who pushes under which worker's id.
+        self.leases = WorkerLeases(monotonic)
+        self.roster = Roster(self.leases.following(history.events_at_start()), journal.statistics())
         self.told = ToldStatistics(journal)
         self.statistics = KeptStatistics(journal, blobs)
         #: Which history this is, so that an update of another one is not taken for one of it.
@@ -118,6 +117,8 @@ class CoordinatorService:
         self._clock = clock
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
         self._committer = Committer(coordinator, journal, self._after_commit, storage_problem)
+        self._in_flight = in_flight or InFlight(None)
+        self.held = HeldUpdates(coordinator, blobs, self._committer, self._landing, self._in_flight, clock)
         self._folding = Folding(coordinator, history, blobs, self._committer, clock)
         #: What decides which gateway goes out; None where every one does.
         self.evaluation_gate = (
@@ -242,7 +243,17 @@ class CoordinatorService:
 
         `token` is the hash of the sender's token: what is held of the updates that came with one is bounded.
         """
-        return await self._received(header, lambda layout, writer: self._take(header, body, layout, writer, token))
+        self.leases.check(header, token)
+        try:
+            result = await self._received(
+                header, lambda layout, writer: self._take(header, body, layout, writer, token)
+            )
+        except RefusedError as error:
+            if error.code == "sequence_reused":
+                self.leases.cloned(header)
+            raise
+        note = self.leases.warning(header.expert, header.worker)
+        return result.model_copy(update={"note": f"{result.note} {note}".strip()}) if note else result
 
     async def push_data_statistics(self, header: DataStatisticsHeader, body: Body) -> DataStatisticsResult:
         """Take in what a worker tells of its data; the same bytes again change nothing."""
@@ -279,31 +290,20 @@ class CoordinatorService:
         expected = Expected(int(layout.size * 4 * _CAP_SHARE) + _CAP_BYTES, body.length, body.sha256)
         await receive(body.chunks, expected, writer, self._pool)
         failpoints.reached("push.received")
+        marked = Processed(writer.digest, header.expert, header.worker, header.sequence, writer.size)
         async with self._memory.of(layout.size * 4):
-            result = await self._judged(header, writer, layout, token)
+            with self._in_flight.processing(marked):
+                result = await self._judged(header, writer, layout, token)
         failpoints.reached("push.answered")
-        if result.status != "landed":
-            named = {"expert": result.expert, "worker": header.worker, "sequence": header.sequence}
-            _log.warning(result.status, **named, held=result.held, reason=result.note, duplicate=result.duplicate)
-            return result
-        _log.info(
-            "update",
-            expert=result.expert,
-            worker=header.worker,
-            sequence=header.sequence,
-            version=result.version,
-            staleness=result.staleness,
-            coefficient=round(result.coefficient, 6),
-            digest=result.digest[:12],
-            duplicate=result.duplicate,
-        )
+        self.leases.pushed(header, token)
+        log_update(header, result)
         return result
 
     async def _judged(self, header: UpdateHeader, writer: BlobWriter, layout: Layout, token: str) -> UpdateResult:
         """Check, store and decide on an update that has arrived; from here to the end its numbers are in memory."""
         arrived = await self._in_thread(lambda: self._check(header, writer, layout, token))
         failpoints.reached("push.checked")
-        if arrived.delta is not None:
+        if arrived.delta is not None or arrived.suspicion:
             await self._in_thread(writer.commit)
             failpoints.reached("push.stored")
         future = self._committer.submit(lambda draft: self._landing.land(draft, arrived, self.now))
@@ -338,37 +338,16 @@ class CoordinatorService:
         if writer.size == 0:
             raise MalformedError("malformed", "the body is empty")
         self.current.check_update(header, self.coordinator.expert(header.expert))
-        flat = decode(writer.view(), layout).flat
-        submission = submission_of(header, writer.digest, usable_norm(layout, flat))
+        suspicion = self._in_flight.suspicion(writer.digest)
+        if suspicion:
+            submission, flat = submission_of(header, writer.digest), None
+        else:
+            failpoints.reached("push.checking")
+            flat = decode(writer.view(), layout).flat
+            submission = submission_of(header, writer.digest, usable_norm(layout, flat))
         draft = self.coordinator.draft()
-        draft.hold(draft.judge(submission, self.now), writer.size, token)
-        return Arrived(header, submission, flat, writer.size, token)
-
-    async def release(self, request: ReleaseRequest) -> UpdateResult:
-        """Let a held update land, as if it had arrived now."""
-        delta = await self._in_thread(lambda: self._read_held(request.number))
-        future = self._committer.submit(lambda draft: self._landing.release(draft, request.number, delta, self.now))
-        result = await self._decided(future, UpdateResult)
-        _log.warning("released", held=request.number, expert=result.expert, version=result.version)
-        return result
-
-    async def reject(self, request: RejectRequest) -> None:
-        """A held update never lands; its sender is told, and its bytes go."""
-        future = self._committer.submit(lambda draft: draft.reject(request.number, request.reason, self.now))
-        event = await self._decided(future, HeldUpdateRejected)
-        _log.warning("rejected", held=event.held, expert=event.expert, worker=event.worker, sequence=event.sequence)
-
-    def _read_held(self, number: int) -> FloatVector:
-        held = self.coordinator.quarantine.numbered(number)
-        layout = self.coordinator.expert(held.expert).manifest.layout
-        try:
-            flat = decode(self._blobs.read(held.digest), layout).flat
-        except (MissingBlobError, CorruptBlobError) as error:
-            raise RefusedError(
-                "held_lost", f"what update {number} holds cannot be read: {error}.", "Restore a backup, or reject it."
-            ) from error
-        usable_norm(layout, flat)
-        return flat
+        draft.hold(draft.judge(submission, self.now), writer.size, token, suspicion)
+        return Arrived(header, submission, flat, writer.size, token, suspicion)
 
     async def roll_back(self, request: RollbackRequest) -> ChangeResult:
         """The expert's next version gets the content of an earlier one."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import structlog
 
 from fedmoe.coordinator import Submission
 from fedmoe.errors import RefusedError
 from fedmoe.events import HeldUpdateRejected, UpdateAccepted, UpdateHeld
 from fedmoe.lora.adapter import FloatVector, Layout
 from fedmoe.lora.robust import first_not_finite
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.messages import UpdateHeader, UpdateResult
+
+_log = structlog.get_logger("fedmoe.coordinator")
 
 #: The largest norm of an update. Far above any real one, and so small that no number of updates overflows an expert.
 MAX_NORM = 1e9
@@ -62,4 +65,21 @@ def submission_of(header: UpdateHeader, digest: str, norm: float | None = None) 
         digest,
         {key: float(value) for key, value in info.items() if value is not None},
         norm,
+    )
+
+
+def log_update(header: UpdateHeader, result: UpdateResult) -> None:
+    """Say what became of an update."""
+    named = {"expert": result.expert, "worker": header.worker, "sequence": header.sequence}
+    if result.status != "landed":
+        _log.warning(result.status, **named, held=result.held, reason=result.note, duplicate=result.duplicate)
+        return
+    _log.info(
+        "update",
+        **named,
+        version=result.version,
+        staleness=result.staleness,
+        coefficient=round(result.coefficient, 6),
+        digest=result.digest[:12],
+        duplicate=result.duplicate,
     )

@@ -150,7 +150,7 @@ class CoordinatorClient:
 
     def list_experts(self) -> Listing:
         """Every expert and the gateway, with the held-out losses that workers told."""
-        return parsed(self._retried("GET", "/list_experts", params={"held_out": True}), Listing)
+        return parsed(self._retried("GET", "/list_experts", params={"held_out": True, "flags": True}), Listing)
 
     def gateway_info(self) -> GatewayInfo:
         """The gateway without its weights."""

@@ -167,9 +167,9 @@ class UpdateHeader(Message):
 class UpdateResult(Message):
     """What became of an update; the same for a repeated push, with `duplicate` set.
 
-    A `quarantined` one has not landed: `version` is the expert's, which it did not change, `held` its number and `note`
-    the reason. `outcomes` are what became of those that were held of the same worker and epoch, the newest last. None
-    of this is sent of a worker of which nothing was held: programs older than it refuse keys that they do not know.
+    A `quarantined` one, `held` under a number, has not landed: `version` is the expert's, unchanged, and `note` the
+    reason. A `note` also warns of an id that is used in two places. `outcomes` tell of what was held of this worker and
+    epoch, the newest last. Keys without news are not sent: older programs refuse keys that they do not know.
     """
 
     expert: ExpertName
@@ -189,8 +189,10 @@ class UpdateResult(Message):
     def _without_what_is_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
         values: dict[str, object] = handler(self)
         if self.status == "landed":
-            for name in ("status", "held", "note"):
-                values.pop(name, None)
+            values.pop("status", None)
+            values.pop("held", None)
+        if not self.note:
+            values.pop("note", None)
         if not self.outcomes:
             values.pop("outcomes", None)
         if self.incarnation is None:
@@ -228,8 +230,8 @@ class HeldOutInfo(Message):
 class WorkerInfo(Message):
     """What the coordinator last heard from a worker of an expert; `seconds_ago` since its last accepted update.
 
-    `held_out` is there if the caller asked for it and the worker measures itself; without one the key is not sent,
-    since programs older than it refuse keys that they do not know.
+    `held_out` is there if the caller asked for it and the worker measures itself, `flags` if the caller asked and an
+    administrator should look; else these keys are not sent, since older programs refuse keys that they do not know.
     """
 
     worker: WorkerName
@@ -240,12 +242,15 @@ class WorkerInfo(Message):
     tokens: int | None = None
     seconds_ago: float
     held_out: HeldOutInfo | None = None
+    flags: list[str] = []
 
     @model_serializer(mode="wrap")
     def _without_what_nobody_told(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
         values: dict[str, object] = handler(self)
         if self.held_out is None:
             values.pop("held_out", None)
+        if not self.flags:
+            values.pop("flags", None)
         return values
 
 

@@ -31,6 +31,8 @@ CURED_BY_PULLING = frozenset({"too_stale", "unknown_version", "other_history"})
 DAMAGED_ON_THE_WAY = frozenset({"digest_mismatch", "truncated"})
 #: An administrator's word on an update that was held: it is over, and what it brought must not be sent again.
 REJECTED = "update_rejected"
+#: Another worker of this id pushes; when it is silent for long enough, this one takes over.
+_HELD_ELSEWHERE = "lease_held"
 # Refusals of the numbers themselves.
 _POISONED = frozenset({"not_finite", "norm_too_large"})
 _FIRST_PAUSE = 0.5
@@ -169,6 +171,8 @@ class Delivery:
         except RefusedError as error:
             if error.code in DAMAGED_ON_THE_WAY:
                 raise CoordinatorUnavailableError(f"{error.code}: {error}") from error
+            if error.code == _HELD_ELSEWHERE:
+                raise CoordinatorUnavailableError(f"{error.code}: {error}", _seconds_left(error)) from error
             raise
 
     def _pull(self) -> PulledExpert:
@@ -179,6 +183,11 @@ class Delivery:
     @property
     def _seconds(self) -> float:
         return time.monotonic() - self._started
+
+
+def _seconds_left(error: RefusedError) -> float | None:
+    seconds = error.facts.get("seconds_left")
+    return float(seconds) if isinstance(seconds, int | float) else None
 
 
 def pause_seconds(tries: int, retry_after: float | None, chance: float) -> float:

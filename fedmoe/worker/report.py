@@ -30,6 +30,7 @@ class SyncReport:
         self._newest: EvaluationRecord | None = None
         self._under_way: EvaluationRecord | None = None
         self._told: dict[int, str] = {}
+        self._noted: set[str] = set()
 
     def close(self) -> None:
         self._records.close()
@@ -96,6 +97,9 @@ class SyncReport:
         if answer.held:
             _log.warning("quarantined", sequence=sequence, held=result.held, reason=result.note, meaning=_HELD)
             return
+        if result.note and result.note not in self._noted:
+            self._noted.add(result.note)
+            _log.warning("coordinator_warns", sequence=sequence, note=result.note)
         self._staleness = result.staleness
         if self._newest is self._under_way:
             self._newest = None

@@ -1,0 +1,118 @@
+"""What is being processed, on disk: whatever killed the process is named at the next start and not tried for ever.
+
+A small file is written before a body is decoded and removed once it was answered. Files that a start finds are of
+bodies that were in flight when the process ended; the count of such ends is kept in them. It need not survive a power
+cut: that is no body's fault.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import structlog
+
+#: A body that was in flight at so many ends of the process is not processed again.
+MOST_CRASHES = 3
+# What nobody sent again for so long is forgotten.
+_KEPT_SECONDS = 7 * 86400.0
+_NAME = re.compile("[0-9a-f]{64}")
+_log = structlog.get_logger("fedmoe.coordinator")
+
+
+@dataclass(frozen=True, slots=True)
+class Processed:
+    """A body that is processed: the sha256 of its bytes, and whose it is."""
+
+    digest: str
+    expert: str
+    worker: str
+    sequence: int
+    size: int
+
+
+class InFlight:
+    """The markers in a folder; None keeps none."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._crashes: dict[str, int] = {}
+        self._running: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        if folder is not None:
+            folder.mkdir(exist_ok=True, mode=0o700)
+            self._read(folder)
+
+    def _read(self, folder: Path) -> None:
+        for path in sorted(folder.iterdir()):
+            if not _NAME.fullmatch(path.name):
+                continue
+            told = _told(path)
+            crashes, running = int(told.get("crashes", 0)), bool(told.get("running", True))
+            if not running and time.time() - path.stat().st_mtime > _KEPT_SECONDS:
+                path.unlink()
+                continue
+            self._crashes[path.name] = crashes + running
+            if running:
+                told |= {"crashes": crashes + 1, "running": False}
+                path.write_text(json.dumps(told))
+                shown = {key: told[key] for key in ("expert", "worker", "sequence", "size") if key in told}
+                _log.warning("was_in_flight", **shown, digest=path.name[:12], crashes=crashes + 1)
+
+    def suspicion(self, digest: str) -> str:
+        """Why these bytes must not be processed, in words; empty if they may be."""
+        crashes = self._crashes.get(digest, 0)
+        if crashes < MOST_CRASHES:
+            return ""
+        return f"the coordinator was killed {crashes} times while it processed these bytes, so they were not read again"
+
+    @contextmanager
+    def processing(self, body: Processed) -> Iterator[None]:
+        """Mark a body while it is processed; one under suspicion is not, and keeps its count."""
+        if self._folder is None or self.suspicion(body.digest):
+            yield
+            return
+        self._begin(self._folder, body)
+        try:
+            yield
+        finally:
+            self._end(self._folder, body.digest)
+
+    def forget(self, digest: str) -> None:
+        """These bytes were processed after all: nothing speaks against them any more."""
+        if self._folder is not None and self._crashes.pop(digest, 0):
+            (self._folder / digest).unlink(missing_ok=True)
+
+    def _begin(self, folder: Path, body: Processed) -> None:
+        with self._lock:
+            self._running[body.digest] += 1
+            told = asdict(body) | {"crashes": self._crashes.get(body.digest, 0), "running": True}
+            try:
+                (folder / body.digest).write_text(json.dumps(told))
+            except OSError as error:
+                # Whether the disk is full is for those to say who need it; without a marker a crash is not counted.
+                _log.warning("not_marked", digest=body.digest[:12], reason=error.strerror)
+
+    def _end(self, folder: Path, digest: str) -> None:
+        """A body was answered, whatever the answer."""
+        with self._lock:
+            self._running[digest] -= 1
+            self._running = +self._running
+            if digest not in self._running:
+                self._crashes.pop(digest, None)
+                (folder / digest).unlink(missing_ok=True)
+
+
+def _told(path: Path) -> dict[str, int | str | bool]:
+    try:
+        told = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
