@@ -1,4 +1,4 @@
-"""A random walk through everything that changes an expert, held after every step against a model of plain lists (4)."""
+"""A random walk through everything that changes an expert, held after every step against a model of plain lists."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support import LAYOUT, MANIFEST, make_body, make_flat, make_push, open_service, sha256
+from support import LAYOUT, MANIFEST, make_flat, make_push, open_service, sha256
 
 from fedmoe.coordinator import Aggregation
 from fedmoe.errors import RefusedError
 from fedmoe.events import UpdateAccepted
 from fedmoe.lora.adapter import FloatVector
+from fedmoe.lora.codec import encode
 from fedmoe.lora.initial import initial_adapter
+from fedmoe.lora.robust import USUAL_LEAST
+from fedmoe.quarantine import MOST_OF_A_WORKER
 from fedmoe.server.service import CoordinatorService
 from fedmoe.storage.blobs import BlobStore, FolderBlobStore, MemoryBlobStore, put
 from fedmoe.storage.journal import Journal, SqlJournal
@@ -43,6 +46,8 @@ from fedmoe.wire.messages import (
 )
 
 EXPERTS = ["python", "sql"]
+#: Seeds of updates far above the usual norm.
+HUGE = 50
 WORKERS = ["w1", "w2", "w3"]
 KEEP = 4
 
@@ -85,12 +90,20 @@ class Model:
         weights, velocity = self.start.copy(), np.zeros_like(self.start)
         point_nine = np.float32(0.9)
         for landed in self.versions[version]:
-            step = make_flat(landed.seed) * np.float32(landed.coefficient)
+            step = sized(landed.seed) * np.float32(landed.coefficient)
             if self.momentum:
                 velocity = step + velocity * point_nine
                 step = (step + velocity * point_nine) * np.float32(1.0 - 0.9)
             weights = weights + step
         return weights
+
+
+def sized(seed: int) -> FloatVector:
+    return make_flat(seed) * np.float32(1e4 if HUGE <= seed < 90 else 1)
+
+
+def make_body(seed: int) -> bytes:
+    return encode(LAYOUT, sized(seed))
 
 
 def attempt(call: Coroutine[object, object, ChangeResult]) -> ChangeResult | RefusedError:
@@ -120,6 +133,9 @@ class Machine(RuleBasedStateMachine):
         self.numbers = itertools.count()
         self.highest = 0
         self.pending: list[tuple[str, Landed]] = []
+        self.held: dict[int, Push] = {}
+        self.rejected: list[Push] = []
+        self.about_held = 0
 
     def open_storage(self) -> tuple[Journal, BlobStore]:
         if self.folder is None:
@@ -206,7 +222,8 @@ class Machine(RuleBasedStateMachine):
         if first is not None:
             assert isinstance(answer, UpdateResult)
             assert answer.duplicate
-            assert answer.model_copy(update={"duplicate": False, "gateway_version": first.gateway_version}) == first
+            beside = {name: getattr(first, name) for name in ("duplicate", "gateway_version", "note", "outcomes")}
+            assert answer.model_copy(update=beside) == first
         elif isinstance(answer, UpdateResult):
             self.acknowledge(push, answer)
             self.check_refusals([push])
@@ -232,6 +249,60 @@ class Machine(RuleBasedStateMachine):
         assert len({result.version for result in results}) == 1
         self.acknowledge(one, next(result for result in results if not result.duplicate))
         self.check_refusals([one])
+
+    @rule(data=st.data(), worker=st.sampled_from(WORKERS), seed=st.integers(HUGE, HUGE + 2))
+    def push_a_huge_one(self, data: st.DataObject, worker: str, seed: int) -> None:
+        """It waits once there is something usual; before that it would land, so none is sent."""
+        name = data.draw(st.sampled_from(sorted(self.models)))
+        if len(self.service.coordinator.expert(name).norms) < USUAL_LEAST:
+            return
+        one = Push(name, worker, next(self.numbers), self.models[name].version, seed)
+        waiting = sum(push.worker == worker for push in self.held.values())
+        answer = self.send([one])[0]
+        if waiting >= MOST_OF_A_WORKER:
+            assert isinstance(answer, RefusedError)
+            assert answer.code == "quarantine_full"
+            return
+        assert isinstance(answer, UpdateResult)
+        assert (answer.status, answer.version) == ("quarantined", self.models[name].version)
+        assert answer.held is not None
+        self.held[answer.held] = one
+        self.about_held += 1
+        again = self.send([one])[0]
+        assert isinstance(again, UpdateResult)
+        assert (again.status, again.held, again.duplicate) == ("quarantined", answer.held, True)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(sorted(self.held)))
+        push = self.held[number]
+        if self.models[push.expert].version - push.base_version > 5:
+            with pytest.raises(RefusedError, match="versions behind"):
+                self.service.held.release(number)
+            return
+        answer = self.service.held.release(number)
+        del self.held[number]
+        self.acknowledge(push, answer)
+        self.check_refusals([push])
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def reject(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(sorted(self.held)))
+        self.service.held.reject(number, "no")
+        self.forget_rejected([number])
+
+    def forget_rejected(self, numbers: list[int]) -> None:
+        self.rejected += [self.held.pop(number) for number in numbers]
+        self.about_held += len(numbers)
+
+    @precondition(lambda self: self.rejected)
+    @rule(data=st.data())
+    def repeat_a_rejected_one(self, data: st.DataObject) -> None:
+        answer = self.send([data.draw(st.sampled_from(self.rejected))])[0]
+        assert isinstance(answer, RefusedError)
+        assert answer.code == "update_rejected"
 
     @rule(data=st.data(), back=st.integers(1, 8))
     def roll_back(self, data: st.DataObject, back: int) -> None:
@@ -262,6 +333,8 @@ class Machine(RuleBasedStateMachine):
             assert answer.code == ("nothing_to_retract" if kept == newest else "history_pruned" if pruned else "")
             return
         assert answer.removed == len(newest) - len(kept) > 0
+        held = [number for number, push in self.held.items() if (push.expert, push.worker) == (name, worker)]
+        self.forget_rejected(sorted(held))
         model.versions.append(kept)
         self.events += 1
 
@@ -307,7 +380,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def the_gateways_version_counts_the_journal_and_only_rises(self) -> None:
         version = self.service.coordinator.gateway_version
-        assert version == self.journal.count() == self.events >= self.highest
+        assert version == self.journal.count() - self.about_held == self.events >= self.highest
         self.highest = version
 
     @invariant()
@@ -316,6 +389,16 @@ class Machine(RuleBasedStateMachine):
         found = [(event.worker, event.sequence, event.version, event.digest) for event in updates]
         expected = [(w, s, answer.version, answer.digest) for (w, s), answer in self.acknowledged.items()]
         assert sorted(found) == sorted(expected)
+
+    @invariant()
+    def what_is_held_is_there_with_its_bytes(self) -> None:
+        self.settle()
+        quarantine = self.service.coordinator.quarantine
+        found = {held.number: (held.expert, held.worker, held.sequence) for held in quarantine.held.values()}
+        assert found == {number: (push.expert, push.worker, push.sequence) for number, push in self.held.items()}
+        assert len(quarantine.rejected) == len(self.rejected)
+        stored = set(self.blobs.digests())
+        assert {sha256(make_body(push.seed)) for push in self.held.values()} <= stored
 
     @invariant()
     def the_roster_counts_what_was_accepted(self) -> None:
