@@ -15,7 +15,7 @@ from fedmoe.lora.update_rules import RULES, STALENESS, UpdateRule, buffered
 from fedmoe.manifest import Manifest
 
 #: An update that would land with so many times the usual norm is held. After an outage an update holds many intervals
-#: of learning: ten of them were 11 times the usual norm, 48 times in a long warm-up (`benchmarks/bench_update_norms`).
+#: of learning: ten were up to 11 times the usual norm, 49 times in a long warm-up (`benchmarks/bench_update_norms.py`).
 HOLD_NORM = 50.0
 
 
