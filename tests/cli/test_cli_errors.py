@@ -172,6 +172,7 @@ def test_a_join_token_may_not_roll_back(
 
 @pytest.mark.parametrize("content", [None, "not a certificate"])
 def test_unusable_tls_files_are_found_before_tokens_are_made(content: str | None, fedmoe: Run, tmp_path: Path) -> None:
+    """Fault 60."""
     file = tmp_path / "cert.pem"
     if content is not None:
         file.write_text(content)

@@ -34,6 +34,7 @@ def state_command(*arguments: object) -> dict[str, object]:
 def test_what_was_acknowledged_before_a_backup_is_there_after_a_restore_73(
     keep_updates: int | None, tmp_path: Path
 ) -> None:
+    """Fault 72."""
     arguments = () if keep_updates is None else ("--keep-updates", str(keep_updates))
     coordinator = CoordinatorProcess(tmp_path / "state", arguments=arguments)
     restored = CoordinatorProcess(tmp_path / "again", arguments=arguments)

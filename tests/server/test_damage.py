@@ -43,6 +43,7 @@ def without_snapshots(house: House) -> None:
 
 @pytest.mark.parametrize("how", ["damaged", "missing"])
 def test_a_damaged_update_costs_its_version_only_when_told_and_then_for_ever(house: House, how: str) -> None:
+    """Fault 74."""
     house.train(["w1", "w2", "w1", "w3", "w2"])
     house.service.close()
     without_snapshots(house)

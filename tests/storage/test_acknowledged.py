@@ -138,6 +138,7 @@ def before_a_token_was_revoked(path: Path) -> None:
 def test_a_journal_that_lacks_what_was_acknowledged_is_refused_and_nothing_is_deleted(
     tmp_path: Path, lose: Callable[[Path], None]
 ) -> None:
+    """Fault 73."""
     path = tmp_path / "state"
     lose(path)
     blobs = {name: data for name, data in content(path).items() if name.startswith("blobs")}

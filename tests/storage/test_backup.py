@@ -156,6 +156,7 @@ def test_an_interrupted_backup_leaves_nothing_that_could_be_taken_for_one(
 def test_a_killed_backup_is_not_taken_for_one_and_the_next_one_takes_its_place(
     place: str, state: StateDir, tmp_path: Path
 ) -> None:
+    """Fault 73."""
     target = tmp_path / "backup"
     code = (
         "import sys; from pathlib import Path; from fedmoe.storage.backup import make_backup\n"
@@ -230,6 +231,7 @@ def lose_the_note(backup: Path) -> None:
 def test_a_backup_that_is_not_as_it_was_made_is_not_restored(
     damage: Callable[[Path], None], state: StateDir, tmp_path: Path
 ) -> None:
+    """Fault 73."""
     make_backup(state.path, tmp_path / "backup", 0.0)
     damage(tmp_path / "backup")
     with pytest.raises((StorageFailedError, StateDirError)):
@@ -260,6 +262,7 @@ def test_a_folder_with_something_in_it_is_only_restored_into_when_told_so(state:
 def test_a_killed_restore_starts_nothing_and_the_same_command_ends_it(
     place: str, state: StateDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Fault 73."""
     make_backup(state.path, tmp_path / "backup", 0.0)
 
     def reached(name: str) -> None:

@@ -107,6 +107,7 @@ COLUMNS = {
 )
 @settings(max_examples=60, deadline=None)
 def test_any_other_value_in_any_field_is_found(row: int, change: tuple[str, object]) -> None:
+    """Fault 73."""
     name, value = change
     with TemporaryDirectory() as folder:
         path = written(Path(folder))
