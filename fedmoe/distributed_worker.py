@@ -34,10 +34,11 @@ from fedmoe.qwen_worker import Companion, EvaluationRecord, QwenWorker, StepReco
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, PulledExpert
 from fedmoe.wire.messages import StartFrom, UpdateHeader
 from fedmoe.worker.delivery import Answered, Delivery
-from fedmoe.worker.group import WorkerFailedError, on_rank_zero
+from fedmoe.worker.device_failure import device_failure
+from fedmoe.worker.group import DivergedError, WorkerFailedError, on_rank_zero
 from fedmoe.worker.outbox import Outbox, Pending
 from fedmoe.worker.progress import Progress, SyncPoint
-from fedmoe.worker.pull import checked, pull
+from fedmoe.worker.pull import pull
 from fedmoe.worker.report import SyncReport, tell_of_a_restart
 from fedmoe.worker.restart import take_up
 
@@ -166,7 +167,7 @@ class DistributedWorker:
             self._box.settle()
             return None
         _log.info("delivering", sequence=pending.header.sequence)
-        self._delivery = Delivery(self._client, pending, self._trouble)
+        self._delivery = Delivery(self._client, pending, self._trouble, manifest=self.worker.manifest)
         self._await_answer(self._settings.max_unsynced)
         answer = self._delivery.answer()
         if answer is None:
@@ -214,6 +215,9 @@ class DistributedWorker:
             self.worker.train_for(limits[0], self._interrupted, self._step_done, limits[1], self._evaluated)
         except NonFiniteError as error:
             self._skip_batch(error)
+        except (RuntimeError, MemoryError) as failed:
+            save = self._save if self._group.world_size == 1 else None
+            raise device_failure(failed, self.worker.step, save) from failed
 
     def _must_wait(self) -> bool:
         return self._delivery is not None and self._clock() - self._cut_at >= self._settings.max_unsynced
@@ -232,7 +236,7 @@ class DistributedWorker:
         _log.warning("not_finite", reason=str(error), in_a_row=self._non_finite)
         if self._non_finite >= _NON_FINITE_LIMIT:
             self._save()
-            raise WorkerFailedError(
+            raise DivergedError(
                 f"{self._non_finite} batches in a row gave a loss or gradient that is not finite; nothing of them was "
                 "pushed. Lower --learning-rate or use --dtype fp32, and check the data"
             ) from error
@@ -257,7 +261,7 @@ class DistributedWorker:
         base, layout, local = self._require_base(), self.worker.manifest.layout, self.worker.weights()
         delta = local - base.weights
         if not np.isfinite(delta).all():
-            raise WorkerFailedError("the local weights are not finite; nothing was pushed. Lower --learning-rate")
+            raise DivergedError("the local weights are not finite; nothing was pushed. Lower --learning-rate")
         body = encode(layout, delta, self._settings.wire_dtype)
         header = UpdateHeader(
             expert=self._settings.expert,
@@ -273,7 +277,7 @@ class DistributedWorker:
             tokens=self._progress.tokens,
         )
         fact = self._report.fact() if self._report else None
-        self._delivery = Delivery(self._client, self._box.cut(header, body), self._trouble, fact)
+        self._delivery = Delivery(self._client, self._box.cut(header, body), self._trouble, fact, self.worker.manifest)
         # float32 carries everything; an expert trained by one worker then equals its local weights bit for bit.
         exact = self._settings.wire_dtype == "fp32"
         self._reference = local if exact else base.weights + decode(body, layout).flat
@@ -305,8 +309,6 @@ class DistributedWorker:
         answer = self._delivery.answer() if self._delivery is not None else None
         if answer is not None:
             self._told(answer)
-            if answer.newest is not None:
-                checked(answer.newest, self.worker.manifest, self._client.url)
         return answer
 
     def _told(self, answer: Answered) -> None:

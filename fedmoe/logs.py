@@ -14,6 +14,8 @@ from typing import TextIO, cast
 import stamina.instrumentation
 import structlog
 
+from fedmoe.inert import inert
+
 
 class _StandardError:
     """Standard error as it is when something is written: it may be exchanged after loggers were made.
@@ -87,20 +89,9 @@ def log_what_nobody_caught() -> None:
         logging.captureWarnings(True)
 
 
-def inert(text: str) -> str:
-    """Text with everything escaped that a terminal might obey: control characters, turns of the reading direction."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() or char == "\n" else _escaped(char) for char in text)
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape").decode()
-
-
 def _inert_facts(_: object, __: str, facts: structlog.types.EventDict) -> structlog.types.EventDict:
     """What others wrote (names, messages, paths) reaches no terminal raw, neither now nor when a log is looked at."""
-    return {name: inert(value) if isinstance(value, str) else value for name, value in facts.items()}
+    return {name: inert(value, keep="\n") if isinstance(value, str) else value for name, value in facts.items()}
 
 
 def quiet_retries() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig
@@ -16,6 +17,7 @@ from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.manifest import Manifest
 from fedmoe.models.base import LoadedBase, pad_token, stop_tokens
 from fedmoe.models.device import LossScale, autocast
+from fedmoe.models.device_faults import free_unused, halved, is_out_of_memory
 from fedmoe.models.lora_layers import attach
 from fedmoe.models.packed import check_model, count_targets, enable_checkpointing, token_losses
 from fedmoe.models.parallel import ProcessGroup
@@ -33,6 +35,7 @@ __all__ = [
     "TrainingConfig",
 ]
 
+_log = structlog.get_logger("fedmoe.worker")
 OptimizerState = dict[str, NDArray[np.generic]]
 
 
@@ -89,6 +92,8 @@ class QwenLoRAExpert:
         )
         self.group.broadcast_(self.attached.parameter.data)
         self.step = 0
+        #: Whether micro-batches are half as large as asked for, since memory once ran out.
+        self.halves = False
         self._scale = LossScale.start(base.dtype)
         self._optimizer = self._new_optimizer()
         if self.training.gradient_checkpointing:
@@ -253,8 +258,7 @@ class QwenLoRAExpert:
     def _gradient(self, batches: Sequence[Batch], tokens: int) -> tuple[float, float]:
         # Every rank sees the same summed loss and gradient, so all of them retry, go on or raise alike.
         while True:
-            self.attached.zero_grad()
-            total = self.group.sum_(self._accumulate(batches, tokens))
+            total = self.group.sum_(self._accumulated(batches, tokens))
             gradient = self.group.sum_(self.attached.grad).div_(self._scale.value)
             loss, norm = float(total.item()) / tokens, float(torch.linalg.vector_norm(gradient).item())
             if np.isfinite(loss) and np.isfinite(norm):
@@ -267,6 +271,26 @@ class QwenLoRAExpert:
                     "Check the data of this step, lower learning_rate, or train in fp32"
                 )
             self._scale = smaller
+
+    def _accumulated(self, batches: Sequence[Batch], tokens: int) -> torch.Tensor:
+        """The summed loss, with its gradient; where memory runs out, from now on in micro-batches half as large, once.
+
+        All ranks decide alike. Raises what the device raised where that was done before or cannot be done.
+        """
+        problem: BaseException | None = None
+        try:
+            self.attached.zero_grad()
+            total = self._accumulate(halved(batches) or batches if self.halves else batches, tokens)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or self.halves or halved(batches) is None:
+                raise
+            problem = error.with_traceback(None)  # frames hold the tensors that took the room
+        if not self.group.any_flag(problem is not None):
+            return total
+        self.halves = True
+        _log.warning("smaller_micro_batches", reason=str(problem or "another process had no memory left")[:300])
+        free_unused()
+        return self._accumulated(batches, tokens)
 
     def _accumulate(self, batches: Sequence[Batch], tokens: int) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64 if self.base.device.type != "mps" else torch.float32)

@@ -25,7 +25,8 @@ LAYERS: dict[str, set[str]] = {
     "failpoints": set(),
     "files": set(),
     "record": set(),
-    "logs": set(),
+    "inert": set(),
+    "logs": {"inert"},
     # The process and its machine.
     "machine": set(),
     "mounts": set(),
@@ -53,7 +54,7 @@ LAYERS: dict[str, set[str]] = {
     },
     # What survives a crash, and what travels.
     "storage": {"errors", "events", "failpoints", "files", "manifest", "mounts"},
-    "wire": {"errors", "lora", "manifest"},
+    "wire": {"errors", "inert", "logs", "lora", "manifest"},
     "config": {"lora", "wire"},
     # The server side: no torch.
     "server": {
@@ -69,17 +70,18 @@ LAYERS: dict[str, set[str]] = {
     "qwen_worker": {"datasets", "lora", "manifest", "models", "qwen_finetune"},
     "worker.options": {"config", "datasets", "lora", "manifest", "models", "wire"},
     "worker.outbox": {"failpoints", "files", "wire"},
-    "worker.delivery": {"errors", "wire", "worker.outbox"},
+    "worker.delivery": {"errors", "manifest", "wire", "worker.outbox"},
     "worker.disclosure": {"errors", "wire", "worker.delivery"},
     "worker.group": {"models"},
-    "worker.pull": {"manifest", "wire", "worker.group"},
+    "worker.device_failure": {"models", "worker.group"},
+    "worker.pull": {"manifest", "wire"},
     "worker.progress": {"lora", "qwen_worker"},
     "worker.report": {"qwen_worker", "record", "wire", "worker.delivery", "worker.outbox", "worker.progress"},
     "worker.restart": {"datasets", "models", "qwen_worker", "worker.group", "worker.progress"},
     "worker.signals": set(),
     "worker.phases": set(),
     "distributed_worker": {
-        *("failpoints", "lora", "qwen_finetune", "qwen_worker", "wire"),
+        *("failpoints", "lora", "qwen_finetune", "qwen_worker", "wire", "worker.device_failure"),
         *("worker.delivery", "worker.group", "worker.outbox", "worker.progress", "worker.pull", "worker.report"),
         "worker.restart",
     },
@@ -203,7 +205,7 @@ LAYERS: dict[str, set[str]] = {
             "arena.task",
         ),
     },
-    "arena.resuming": {"arena.checkpoint_parts", "arena.run_options"},
+    "arena.resuming": {"arena.checkpoint_parts", "arena.config", "arena.run_options"},
     "arena.run": {
         *("files", "lora", "machine", "models", "record", "arena.adapt", "arena.chat", "arena.checkpoint"),
         *("arena.config", "arena.control", "arena.engines.protocol", "arena.environment", "arena.episodes"),
@@ -281,6 +283,7 @@ LAYERS: dict[str, set[str]] = {
             "gateway",
             "gateway.prompt_statistics",
             "gateway.route",
+            "inert",
             "logs",
             "lora",
             "machine",

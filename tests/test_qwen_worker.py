@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import structlog
 import torch
 
 from fedmoe.datasets.contents import DataChange
@@ -174,14 +175,15 @@ def test_no_checkpoint_yet_is_not_an_error(tmp_path: Path) -> None:
     assert worker_with().restore(tmp_path / "new") is None
 
 
-def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_and_the_one_before_it_are_kept(tmp_path: Path) -> None:
     worker = worker_with()
     (tmp_path / ".checkpoint-00000001-rank-0.safetensors-killed").write_bytes(b"half")
+    saved = []
     for _ in range(3):
         run(worker, 1)
-        newest = worker.save(tmp_path)
+        saved.append(worker.save(tmp_path).name)
     names = sorted(file.name for file in tmp_path.iterdir() if not file.name.startswith("data-"))
-    assert names == [newest.name, "latest.json"]
+    assert names == [*saved[1:], "latest.json"]
     fresh = worker_with()
     fresh.restore(tmp_path)
     assert fresh.step == 3
@@ -225,6 +227,52 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, keep: int) -> None:
     (tmp_path / "latest.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"latest\.json is missing or damaged"):
         worker_with().restore(tmp_path)
+
+
+def flipped(file: Path, place: float) -> None:
+    data = bytearray(file.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.001, 0.02, 0.5, 1.0])
+def test_a_flipped_bit_is_named_and_the_older_checkpoint_is_taken_6(tmp_path: Path, place: float) -> None:
+    worker = worker_with()
+    run(worker, 2)
+    older = worker.save(tmp_path)
+    before = worker.weights()
+    run(worker, 1)
+    newest = worker.save(tmp_path)
+    flipped(newest, place)
+    fresh = worker_with()
+    with structlog.testing.capture_logs() as said:
+        fresh.restore(tmp_path)
+    (warned,) = [line for line in said if line["event"] == "older_checkpoint"]
+    assert newest.name in str(warned["reason"])
+    assert fresh.step == 2
+    np.testing.assert_array_equal(fresh.weights(), before)
+    flipped(older, place)
+    untouched = worker_with()
+    start = untouched.weights()
+    with pytest.raises(
+        CheckpointError, match=rf"{newest.name}.*no older checkpoint is whole. Move .* away to begin anew"
+    ):
+        untouched.restore(tmp_path)
+    np.testing.assert_array_equal(untouched.weights(), start)
+    tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}-away"))
+    assert untouched.restore(tmp_path) is None, "as the advice says"
+
+
+def test_a_checkpoint_of_an_older_version_has_no_hash_in_its_name_and_is_read(tmp_path: Path) -> None:
+    worker = worker_with()
+    run(worker, 2)
+    file = worker.save(tmp_path)
+    file.rename(tmp_path / "checkpoint-00000001-rank-0.safetensors")
+    fresh = worker_with()
+    fresh.restore(tmp_path)
+    assert fresh.step == 2
+    run(fresh, 1)
+    assert fresh.save(tmp_path).name.startswith("checkpoint-00000002-rank-0-")
 
 
 def test_a_checkpoint_of_another_expert_or_group_is_refused(tmp_path: Path) -> None:

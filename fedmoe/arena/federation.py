@@ -21,7 +21,7 @@ import structlog
 from fedmoe.arena.adapt import AdaptRules
 from fedmoe.arena.config import ArenaConfig, FederationSection, PolicySection
 from fedmoe.arena.engines.protocol import AdapterKey, EngineError
-from fedmoe.arena.federation_link import FederationError, Link, checked
+from fedmoe.arena.federation_link import FederationError, Link
 from fedmoe.arena.policies import Policies
 from fedmoe.arena.society import Society
 from fedmoe.arena.trainer import Trainer
@@ -30,7 +30,7 @@ from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.codec import digest
 from fedmoe.manifest import Manifest
 from fedmoe.models.base import LoadedBase
-from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
+from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, Expected
 
 __all__ = ["MOST_OPPONENTS", "FederationError", "League", "join_league", "learning_rate_only"]
 
@@ -138,7 +138,7 @@ class League:
         for name, link in self._links.items():
             local = self._policies.adapter(name).flat
             with _Tolerance(name):
-                newest = link.refresh(self._client, local) if name in idle else link.take_in(self._client.url, local)
+                newest = link.refresh(self._client, local) if name in idle else link.take_in(local)
                 if newest is not None:
                     self._policies.adopt(name, link.adapter(newest))
         self._meet(trainer.society)
@@ -193,9 +193,8 @@ class League:
         return self._digests[key]
 
     def _take_opponent(self, society: Society, name: str, held: AdapterKey | None) -> None:
-        pulled = self._client.pull_expert(name)
+        pulled = self._client.pull_expert(name, expected=Expected(self._manifest))
         assert pulled is not None, "without an ETag there is always an answer"
-        checked(pulled, self._manifest, self._client.url)
         # A key is never used for other weights, so its number rises even where the coordinator's went back.
         key = AdapterKey(name, max(pulled.version, held.version + 1 if held else 0))
         if held is not None:

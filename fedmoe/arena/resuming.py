@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from pydantic import ValidationError
+
 from fedmoe.arena.checkpoint_parts import Json, config_differences
+from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.run_options import RunError
 
 _MAY_CHANGE = frozenset(
@@ -26,7 +29,7 @@ def accepted_changes(saved: Json, now: Json, done: int, where: str) -> list[str]
     takes is free. Raises RunError naming every other setting that differs, with both values and what to do.
     """
     before, after = (cast(Sequence[_Phase], values.get("phases", ())) for values in (saved, now))
-    found = config_differences(_without_phases(saved), _without_phases(now))
+    found = config_differences(_without_phases(_completed(saved)), _without_phases(now))
     refused = [words for name, words in found.items() if name not in _MAY_CHANGE]
     changed = [words for name, words in found.items() if name in _MAY_CHANGE]
     if _shown(before) != _shown(after):
@@ -39,6 +42,14 @@ def accepted_changes(saved: Json, now: Json, done: int, where: str) -> list[str]
             "may change"
         )
     return changed
+
+
+def _completed(saved: Json) -> Json:
+    """The settings of a checkpoint with those that were not there yet when it was made, at their defaults."""
+    try:
+        return ArenaConfig.model_validate(saved).model_dump(mode="json")
+    except ValidationError:  # of a later version, or of none: what differs is told as it is
+        return saved
 
 
 def _goes_on(before: Sequence[_Phase], after: Sequence[_Phase], done: int) -> bool:

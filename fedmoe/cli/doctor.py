@@ -4,67 +4,64 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import resource
 import shutil
 import sqlite3
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 
-from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
+from fedmoe.cli import doctor_network
+from fedmoe.cli.doctor_network import coordinator_findings
+from fedmoe.cli.findings import Finding
+from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token
 from fedmoe.cli.output import show_json
-from fedmoe.errors import RefusedError
-from fedmoe.machine import memory
+from fedmoe.inert import inert
+from fedmoe.machine import memory, usable_cores
 from fedmoe.threads import look
-from fedmoe.wire.client import CoordinatorUnavailableError
 
 # Below this SQLite has a rare WAL-reset corruption bug (https://www.sqlite.org/releaselog/3_51_3.html); it takes
 # several connections to one database, and a coordinator has exactly one.
 _SOUND_SQLITE = (3, 51, 3)
 _LEAST_DISK = 2 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing looked at: `state` is ok, note or problem; `fix` says what to do."""
-
-    what: str
-    state: str
-    found: str
-    fix: str = ""
+_LEAST_MEMORY = 1 << 30
+_LEAST_FILES = 1024
 
 
 def doctor(
     dataset: Annotated[Path | None, typer.Option(help="Also check these data: a file, a folder or a hub id.")] = None,
+    hub: Annotated[bool, typer.Option("--hub", help="Also check that models and data can be fetched.")] = False,
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check machine, packages, memory, threads, GPU, coordinator and data; every problem comes with its fix."""
+    """Check machine, packages, GPU, and the way to the coordinator; every problem comes with its fix."""
     checks: list[Callable[[], Finding]] = [
         _python,
         _sqlite,
         _disk,
         _memory,
+        _limits,
         _threads,
         lambda: _package("torch", "pip install 'fedmoe[worker]'"),
         lambda: _package("transformers", "pip install 'fedmoe[worker]'"),
         _device,
-        lambda: _coordinator(coordinator_url, token),
     ]
+    findings = [*(check() for check in checks), *coordinator_findings(coordinator_url, token)]
+    if hub:
+        findings.append(doctor_network.hub())
     if dataset is not None:
-        checks.append(lambda: _dataset(dataset))
-    findings = [check() for check in checks]
+        findings.append(_dataset(dataset))
     if as_json:
         show_json([{"what": f.what, "state": f.state, "found": f.found, "fix": f.fix} for f in findings])
     else:
         for finding in findings:
-            print(
-                f"[{finding.state:7}] {finding.what}: {finding.found}" + (f"  -> {finding.fix}" if finding.fix else "")
-            )
+            fix = f"  -> {finding.fix}" if finding.fix else ""
+            print(f"[{finding.state:7}] {finding.what}: {inert(finding.found)}{fix}")
     if any(finding.state == "problem" for finding in findings):
         raise typer.Exit(1)
 
@@ -88,7 +85,24 @@ def _disk() -> Finding:
 
 def _memory() -> Finding:
     found = memory()
-    return Finding("memory", "ok", f"{found.available / 2**30:.1f} of {found.total / 2**30:.1f} GiB available")
+    shown = f"{found.available / 2**30:.1f} of {found.total / 2**30:.1f} GiB available"
+    machine = psutil.virtual_memory().total
+    if found.total < machine:
+        shown += f" to this container, of a machine with {machine / 2**30:.1f} GiB"
+    if found.available >= _LEAST_MEMORY:
+        return Finding("memory", "ok", shown)
+    fix = "end other programs, or give the container more (docker run --memory); a coordinator needs about 0.5 GiB"
+    return Finding("memory", "note", shown, fix)
+
+
+def _limits() -> Finding:
+    """What this process may use of the machine, by its container and its shell."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    shown = f"{usable_cores():g} of {os.cpu_count() or 1} cores, {files} open files"
+    if files == resource.RLIM_INFINITY or files >= _LEAST_FILES:
+        return Finding("limits", "ok", shown)
+    fix = f"raise it before the start: ulimit -n {_LEAST_FILES}; each connection of a coordinator takes one"
+    return Finding("limits", "note", shown, fix)
 
 
 def _threads() -> Finding:
@@ -108,24 +122,22 @@ def _package(name: str, fix: str) -> Finding:
 
 def _device() -> Finding:
     try:
-        from fedmoe.models.device import choose_device, choose_dtype
+        from fedmoe.models.device import choose_device, choose_dtype, free_and_total
+        from fedmoe.models.device_faults import device_fault
     except ModuleNotFoundError:
         return Finding("device", "note", "unknown without torch")
-    device = choose_device("auto")
-    return Finding("device", "ok", f"{device}, trains in {str(choose_dtype('auto', device)).removeprefix('torch.')}")
-
-
-def _coordinator(url: str, token: str | None) -> Finding:
-    with client(url, token) as api:
-        if not api.healthy():
-            return Finding("coordinator", "note", f"{url} does not answer", "start it with: fedmoe coordinator")
-        try:
-            listing = api.list_experts()
-        except RefusedError as error:
-            return Finding("coordinator", "problem", f"{url} refuses: {error.detail}", error.fix)
-        except CoordinatorUnavailableError as error:
-            return Finding("coordinator", "problem", str(error), "see the coordinator's log")
-    return Finding("coordinator", "ok", f"{url}, {len(listing.experts)} experts")
+    try:
+        device = choose_device("auto")
+        shown = f"{device}, trains in {str(choose_dtype('auto', device)).removeprefix('torch.')}"
+        free = free_and_total(device)
+    except RuntimeError as error:
+        return Finding("device", "problem", device_fault(error) or str(error))
+    if free is None:
+        return Finding("device", "ok", shown)
+    shown += f", {free[0] / 2**30:.1f} of {free[1] / 2**30:.1f} GiB free"
+    if free[0] >= _LEAST_MEMORY:
+        return Finding("device", "ok", shown)
+    return Finding("device", "note", shown, "nvidia-smi shows what holds it; end that, or choose another with --device")
 
 
 def _dataset(path: Path) -> Finding:

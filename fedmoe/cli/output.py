@@ -12,12 +12,14 @@ from pydantic import BaseModel, ValidationError
 from typer.exceptions import TyperException
 
 from fedmoe.errors import RefusedError
-from fedmoe.logs import inert
+from fedmoe.inert import inert
 from fedmoe.wire.replies import CoordinatorUnavailableError
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_UNAVAILABLE = 69
+EXIT_DIVERGED = 70
+EXIT_DEVICE = 71
 EXIT_STORAGE = 74
 EXIT_PORT_IN_USE = 98
 
@@ -37,10 +39,9 @@ def guarded(app: typer.Typer, arguments: list[str]) -> None:
     except RefusedError as error:
         _fail(f"{error} [{error.code}]", EXIT_ERROR)
     except CoordinatorUnavailableError as error:
-        hint = (
-            "check --coordinator-url and that the coordinator runs there" if error.retry_after is None else "try again"
-        )
-        _fail(f"{error}; {hint}", EXIT_UNAVAILABLE)
+        hint = "check --coordinator-url and that the coordinator runs there"
+        hint = "" if error.advised else f"; {hint}" if error.retry_after is None else "; try again"
+        _fail(f"{error}{hint}", EXIT_UNAVAILABLE)
     except BrokenPipeError:
         raise  # a reader that went away is no error to be told of
     except Exception as error:
@@ -66,6 +67,7 @@ def _expected_status(error: Exception) -> int | None:
     """The exit status of an error that users meet; None for our own bugs, which show their traceback."""
     statuses = {
         "CommandError": EXIT_ERROR,
+        "ConnectionSettingError": EXIT_USAGE,
         "StateDirError": EXIT_ERROR,
         "StorageFailedError": EXIT_STORAGE,
         "MissingBlobError": EXIT_STORAGE,
@@ -82,6 +84,8 @@ def _expected_status(error: Exception) -> int | None:
         "CheckpointError": EXIT_ERROR,
         "OutboxError": EXIT_ERROR,
         "WorkerFailedError": EXIT_ERROR,
+        "DivergedError": EXIT_DIVERGED,
+        "DeviceFailedError": EXIT_DEVICE,
         "ServeError": EXIT_ERROR,
         "BackendError": EXIT_ERROR,
         "EngineError": EXIT_ERROR,
@@ -125,10 +129,12 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     """Print a table on standard output."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(inert(str(cell)) for cell in row))
+        # As text: brackets in a name are no markup.
+        table.add_row(*(Text(inert(str(cell), keep="\n")) for cell in row))
     Console().print(table)

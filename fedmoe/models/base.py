@@ -213,6 +213,8 @@ def _from_hub(name: str, weights: bool) -> tuple[Path, str]:
         found = _download(repository, revision or None, offline, weights)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         why = "HF_HUB_OFFLINE is set and it is not in the hub cache" if offline else f"{type(error).__name__}: {error}"
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
+            why = f"it answered {error.response.status_code}: check the name, and HF_TOKEN where it is private or gated"
         raise BaseModelError(
             f"base model {name} cannot be had from the hub: {why}\nOffline: copy its folder (config.json, "
             "model.safetensors, tokenizer.json) here and name the folder, or use the embedded model smollm2."

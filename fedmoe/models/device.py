@@ -44,6 +44,11 @@ def _cuda_device(index: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def free_and_total(device: torch.device) -> tuple[int, int] | None:
+    """Free and total memory of a CUDA device in bytes; None where the device's memory is the machine's."""
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute dtype for `auto`, `bf16`, `fp16` or `fp32`: `auto` takes what the device does well."""
     if name != "auto":

@@ -1,14 +1,16 @@
 """A worker's checkpoint on disk: one safetensors file per rank and one small JSON file that names the newest set.
 
     latest.json                        {"serial": 3, "world_size": 2}: the commit point
-    checkpoint-00000003-rank-0.safetensors   tensors, and one JSON object in the header's metadata
+    checkpoint-00000003-rank-0-<sha256>.safetensors   tensors, and one JSON object in the header's metadata
 
 Every file is written under a temporary name, made durable and renamed. A set counts only when latest.json names it,
-and that is written after every rank has its file; so a crash at any moment leaves the old set or the new one.
+and that is written after every rank has its file; so a crash at any moment leaves the old set or the new one. The set
+before the newest is kept: a file whose bytes are not those its name promises is never loaded, the older set is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
@@ -25,8 +28,10 @@ from fedmoe.files import write_atomic
 from fedmoe.models.parallel import ProcessGroup
 
 LATEST = "latest.json"
-_FILE = re.compile(r"^checkpoint-(\d{8})-rank-\d+\.safetensors$")
+# Without a hash: of a version before hashes were kept.
+_FILE = re.compile(r"^checkpoint-(\d{8})-rank-(\d+)(?:-([0-9a-f]{32}))?\.safetensors$")
 _KEY = "fedmoe"
+_log = structlog.get_logger("fedmoe.worker")
 
 
 class CheckpointError(RuntimeError):
@@ -45,31 +50,84 @@ def save_state(folder: Path, state: State, group: ProcessGroup) -> Path:
     """Write this rank's state as part of a new set and make the set the newest; all ranks must call it."""
     folder.mkdir(parents=True, exist_ok=True)
     serial = group.number(_newest(folder)[0] + 1 if (folder / LATEST).exists() else 1)
-    file = _file(folder, serial, group.rank)
     tensors = {name: np.ascontiguousarray(array) for name, array in state.arrays.items()}
-    write_atomic(file, save(tensors, {_KEY: json.dumps(dict(state.values))}))
+    data = save(tensors, {_KEY: json.dumps(dict(state.values))})
+    for left in _files(folder, serial, group.rank):
+        left.unlink()  # of a save that was killed before it counted
+    file = folder / f"checkpoint-{serial:08d}-rank-{group.rank}-{_hash(data)}.safetensors"
+    write_atomic(file, data)
     group.barrier()
     if group.rank == 0:
         write_atomic(folder / LATEST, json.dumps({"serial": serial, "world_size": group.world_size}).encode())
-        for old in folder.iterdir():
-            match = _FILE.match(old.name)
-            # A process that was killed while it wrote leaves its temporary file behind.
-            if (match and int(match[1]) != serial) or old.name.startswith(".checkpoint-"):
-                old.unlink()
+        _sweep(folder, serial)
     group.barrier()
     return file
 
 
+def _sweep(folder: Path, serial: int) -> None:
+    """Keep the newest set and the one before it."""
+    for old in folder.iterdir():
+        match = _FILE.match(old.name)
+        # A process that was killed while it wrote leaves its temporary file behind.
+        if (match and int(match[1]) not in (serial, serial - 1)) or old.name.startswith(".checkpoint-"):
+            old.unlink()
+
+
 def load_state(folder: Path, group: ProcessGroup) -> State:
-    """This rank's part of the newest set; raises CheckpointError when there is none, or for another number of ranks."""
-    serial, world_size = _newest(folder)
+    """This rank's part of the newest set that is whole on all ranks, which call it together.
+
+    Where a file of the newest is damaged it is logged, and the set before is taken. Raises CheckpointError when there
+    is none, none is whole, or another number of ranks saved it.
+    """
+    newest, world_size = _newest(folder)
     if world_size != group.world_size:
         raise CheckpointError(
             f"{folder} was saved by {world_size} processes, this run has {group.world_size}; start as many again"
         )
-    file = _file(folder, serial, group.rank)
+    first: CheckpointError | None = None
+    for serial in (newest, newest - 1):
+        problem: CheckpointError | None = None
+        state: State | None = None
+        try:
+            state = _read(folder, serial, group.rank)
+        except CheckpointError as error:
+            problem = error
+            first = first or error
+        if not _anywhere(group, problem is not None):
+            assert state is not None
+            if serial != newest:
+                _log.warning("older_checkpoint", reason=str(first), then="the one before it is taken")
+            return state
+    raise CheckpointError(
+        f"{first or 'another process of this group found damage; its message says more'}, and no older checkpoint is "
+        f"whole. Move {folder} away to begin anew under the same identity, or bring back a copy of it"
+    )
+
+
+def peek_values(folder: Path, rank: int) -> Mapping[str, Mapping[str, object]]:
+    """The JSON objects that `load_state` would give this rank, as far as it alone can tell; None is loaded.
+
+    Raises CheckpointError where no set is whole.
+    """
+    newest, _ = _newest(folder)
+    try:
+        return _read(folder, newest, rank).values
+    except CheckpointError:
+        return _read(folder, newest - 1, rank).values
+
+
+def _anywhere(group: ProcessGroup, flag: bool) -> bool:
+    return flag if group.world_size == 1 else group.any_flag(flag)
+
+
+def _read(folder: Path, serial: int, rank: int) -> State:
+    """A file whose bytes have the hash in its name; raises CheckpointError otherwise, naming it."""
+    file = next(iter(_files(folder, serial, rank)), folder / f"checkpoint-{serial:08d}-rank-{rank}-*.safetensors")
     try:
         data = file.read_bytes()
+        match = _FILE.match(file.name)
+        if match and match[3] and match[3] != _hash(data):
+            raise ValueError("its bytes are not those that were saved")
         arrays = load(data)
         length = struct.unpack("<Q", data[:8])[0]
         values = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_KEY])
@@ -89,8 +147,15 @@ def _newest(folder: Path) -> tuple[int, int]:
         record = json.loads(file.read_text("utf-8"))
         return int(record["serial"]), int(record["world_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+        raise CheckpointError(
+            f"{file} is missing or damaged: {error}. Move {folder} away to begin anew under the same identity"
+        ) from error
 
 
-def _file(folder: Path, serial: int, rank: int) -> Path:
-    return folder / f"checkpoint-{serial:08d}-rank-{rank}.safetensors"
+def _files(folder: Path, serial: int, rank: int) -> list[Path]:
+    """This rank's file of a set: one, or none."""
+    return sorted(folder.glob(f"checkpoint-{serial:08d}-rank-{rank}[-.]*safetensors"))
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]

@@ -54,6 +54,7 @@ STATUS: dict[str, int] = {
     "history_pruned": 410,
     "held_lost": 410,
     "too_large": 413,
+    "upgrade_required": 426,
     "unsupported_type": 415,
     "rule_mismatch": 409,
     "token_revoked": 409,

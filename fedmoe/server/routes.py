@@ -38,6 +38,7 @@ from fedmoe.server.token_routes import token_routes
 from fedmoe.server.tokens import TokenGate
 from fedmoe.server.turns import TOKEN_RATE
 from fedmoe.server.uploads import Admission
+from fedmoe.server.versions import ProtocolMiddleware
 from fedmoe.storage.audit import AuditLog
 from fedmoe.storage.told_statistics import KeptStatistic
 from fedmoe.wire.messages import (
@@ -92,6 +93,7 @@ def create_app(
     app.add_middleware(GateMiddleware, gate=gate, token_rate=token_rate)
     if not gate.required:
         app.add_middleware(BrowserMiddleware, loopback_only=loopback)
+    app.add_middleware(ProtocolMiddleware, server="this coordinator", answer=problems.refusal)
     if audit is not None:
         app.add_middleware(AuditMiddleware, log=audit, gate=gate)
     # These caps follow from the expert, so the service sets them.

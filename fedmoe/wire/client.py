@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Self
 
@@ -12,10 +13,12 @@ import httpx2
 import stamina
 from pydantic import BaseModel
 
+from fedmoe import __version__ as _OURS
 from fedmoe.errors import RefusedError
 from fedmoe.lora.codec import WireDtype
 from fedmoe.manifest import Manifest
 from fedmoe.wire.clocks import clock_difference
+from fedmoe.wire.foreign import seconds_asked
 from fedmoe.wire.gate_messages import (
     CandidatesAnswer,
     CandidatesRequest,
@@ -43,7 +46,10 @@ from fedmoe.wire.messages import (
     UpdateHeader,
     UpdateResult,
 )
+from fedmoe.wire.proxy import ConnectionSettingError
 from fedmoe.wire.pulled import (
+    ANY,
+    Expected,
     PulledExpert,
     PulledGateway,
     PulledStatistics,
@@ -55,6 +61,7 @@ from fedmoe.wire.pulled import (
 from fedmoe.wire.quarantine_messages import HeldUpdateInfo, QuarantineListing
 from fedmoe.wire.replies import (
     Answer,
+    Bounds,
     CoordinatorUnavailableError,
     expect_nothing,
     foreign,
@@ -63,10 +70,16 @@ from fedmoe.wire.replies import (
     read,
 )
 from fedmoe.wire.token_messages import TokenAnswer, TokenListing, TokenRequest
+from fedmoe.wire.transport import check_url, proxy_of, transport_for
+from fedmoe.wire.unreachable import unreachable
+from fedmoe.wire.versions import PROTOCOL, PROTOCOL_HEADER, mismatch
 
 __all__ = [
+    "ANOTHER_HISTORY",
+    "ConnectionSettingError",
     "CoordinatorClient",
     "CoordinatorUnavailableError",
+    "Expected",
     "PulledExpert",
     "PulledGateway",
     "PulledStatistics",
@@ -77,6 +90,13 @@ __all__ = [
 # Answers of a coordinator under load that a later try may not get.
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
 _LONGEST_WAIT = 60.0
+#: Refusals of a coordinator whose history is another than that of the base: only it may be at an earlier version.
+ANOTHER_HISTORY = frozenset({"unknown_version", "other_history"})
+# Between two pushes; no coordinator can be started that asks for more.
+_LONGEST_INTERVAL = 3600.0
+_JSON = Bounds()
+# Every expert with its workers.
+_LISTING = Bounds(json=32 << 20)
 
 
 @dataclass(frozen=True)
@@ -108,21 +128,20 @@ class CoordinatorClient:
         timeout: float = 60.0,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        try:
-            # No redirects: a token must not follow one to another host.
-            self._http = httpx2.Client(
-                base_url=url,
-                headers=headers,
-                timeout=httpx2.Timeout(timeout, connect=10.0),
-                follow_redirects=False,
-                transport=transport,
-            )
-        except httpx2.InvalidURL as error:
-            raise ValueError(
-                f"{url!r} is not a usable URL ({error}); expected one like http://10.0.0.1:5000"
-            ) from error
+        headers = {"Accept-Encoding": "identity", PROTOCOL_HEADER: str(PROTOCOL)}
+        headers |= {"Authorization": f"Bearer {token}"} if token else {}
+        check_url(url)
+        self._proxy = proxy_of(url, token) if transport is None else None
+        # No redirects: a token must not follow one to another host.
+        self._http = httpx2.Client(
+            base_url=url,
+            headers=headers,
+            timeout=httpx2.Timeout(timeout, connect=10.0),
+            follow_redirects=False,
+            transport=transport or transport_for(url, self._proxy),
+        )
         self._attempts = attempts
+        self._answered = False
         self.url = url
 
     def __enter__(self) -> Self:
@@ -144,13 +163,28 @@ class CoordinatorClient:
         except (CoordinatorUnavailableError, RefusedError, ValueError, KeyError, TypeError):
             return False
 
+    def date(self) -> float | None:
+        """The coordinator's clock, seconds since 1970; None where it does not say. One try."""
+        told = str(self._once("GET", "/healthz", timeout=5.0).headers.get("date", ""))
+        try:
+            return parsedate_to_datetime(told).timestamp()
+        except ValueError:
+            return None
+
     def federation(self) -> FederationInfo:
         """The federation's manifest and limits."""
-        return parsed(self._get("/federation"), FederationInfo)
+        answer = self._get("/federation")
+        info = parsed(answer, FederationInfo)
+        if not 0 <= info.min_sync_interval <= _LONGEST_INTERVAL:
+            raise foreign(
+                answer, f"it asks for {info.min_sync_interval} seconds between pushes; no worker can keep that"
+            )
+        return info
 
     def list_experts(self) -> Listing:
         """Every expert and the gateway, with the held-out losses that workers told."""
-        return parsed(self._retried("GET", "/list_experts", params={"held_out": True, "flags": True}), Listing)
+        answer = self._retried("GET", "/list_experts", _LISTING, params={"held_out": True, "flags": True})
+        return parsed(answer, Listing)
 
     def gateway_info(self) -> GatewayInfo:
         """The gateway without its weights."""
@@ -170,33 +204,40 @@ class CoordinatorClient:
         )
         return parsed(self._post("/register_expert", message), ExpertInfo)
 
-    def pull_expert(self, expert: str, etag: str | None = None, dtype: WireDtype = "fp32") -> PulledExpert | None:
-        """The expert's newest weights; None if they are still those of `etag`."""
+    def pull_expert(
+        self, expert: str, etag: str | None = None, dtype: WireDtype = "fp32", expected: Expected = ANY
+    ) -> PulledExpert | None:
+        """The expert's newest weights, as `expected`; None if they are still those of `etag`."""
         headers = {"Accept": SAFETENSORS} | ({"If-None-Match": etag} if etag else {})
-        body = {"expert": expert, "dtype": dtype}
-        answer = self._retried("POST", "/get_expert_weights", json=body, headers=headers)
-        return None if answer.status == 304 and etag else pulled_expert(answer)
+        body, bounds = {"expert": expert, "dtype": dtype}, Bounds.of(expected.manifest)
+        answer = self._retried("POST", "/get_expert_weights", bounds, json=body, headers=headers)
+        return None if answer.status == 304 and etag else pulled_expert(answer, expert, expected, dtype)
 
     def pull_gateway(self, etag: str | None = None, dtype: WireDtype = "fp32") -> PulledGateway | None:
         """The newest gateway; None if it is still that of `etag`."""
         headers = {"Accept": SAFETENSORS} | ({"If-None-Match": etag} if etag else {})
         answer = self._retried("GET", "/get_gateway_weights", params={"dtype": dtype}, headers=headers)
-        return None if answer.status == 304 and etag else pulled_gateway(answer)
+        return None if answer.status == 304 and etag else pulled_gateway(answer, dtype)
 
-    def push(self, header: UpdateHeader, body: bytes) -> Pushed:
-        """Send an update once; sending the same one again later is safe."""
+    def push(self, header: UpdateHeader, body: bytes, manifest: Manifest | None = None) -> Pushed:
+        """Send an update once; sending the same one again later is safe.
+
+        `manifest` is the one the expert was registered with: newest weights of another are refused.
+        """
         headers = describing(body) | {"Accept": SAFETENSORS}
-        params = header.model_dump(exclude_none=True)
-        answer = self._once("POST", "/push_expert_update", params=params, content=body, headers=headers)
+        params, bounds = header.model_dump(exclude_none=True), Bounds.of(manifest)
+        answer = self._once("POST", "/push_expert_update", bounds, params=params, content=body, headers=headers)
         if answer.type != SAFETENSORS:
-            return Pushed(parsed(answer, UpdateResult), None)
-        newest = pulled_expert(answer)
+            return Pushed(_result(answer, header), None)
         if answer.status == 409:
             told = parsed_problem(answer, answer.headers.get("fedmoe-result", ""))
             error = TooStaleError(told.code, told.detail, told.fix)
-            error.facts, error.newest = dict(told.model_extra or {}), newest
+            least = 0 if told.code in ANOTHER_HISTORY else header.base_version
+            error.facts = dict(told.model_extra or {})
+            error.newest = pulled_expert(answer, header.expert, Expected(manifest, least))
             raise error
-        return Pushed(parsed(answer, UpdateResult, answer.headers.get("fedmoe-result", "")), newest)
+        newest = pulled_expert(answer, header.expert, Expected(manifest, header.base_version))
+        return Pushed(_result(answer, header, answer.headers.get("fedmoe-result", ""), newest.version), newest)
 
     def push_statistic(self, statistic: StatisticRequest) -> None:
         """Disclose a small fact, for example a held-out loss."""
@@ -285,22 +326,42 @@ class CoordinatorClient:
     def _post(self, path: str, message: BaseModel) -> Answer:
         return self._retried("POST", path, json=message.model_dump(mode="json"))
 
-    def _retried(self, method: str, path: str, **options: object) -> Answer:
+    def _retried(self, method: str, path: str, bounds: Bounds = _JSON, **options: object) -> Answer:
         for attempt in stamina.retry_context(
             on=_wait_hint, attempts=self._attempts, timeout=None, wait_initial=0.2, wait_max=5.0, wait_jitter=0.5
         ):
             with attempt:
-                return self._once(method, path, **options)
+                return self._once(method, path, bounds, **options)
         raise AssertionError("the last attempt returns or raises")
 
-    def _once(self, method: str, path: str, **options: object) -> Answer:
+    def _once(self, method: str, path: str, bounds: Bounds = _JSON, **options: object) -> Answer:
+        content = options.get("content")
+        sent = content if isinstance(content, bytes) else b""
         try:
             with self._http.stream(method, path, **options) as response:  # type: ignore[arg-type]
-                answer = read(response)
+                answer = read(response, bounds, self._proxy.shown if self._proxy else "", sent)
         except httpx2.HTTPError as error:
-            raise CoordinatorUnavailableError(f"{self.url} does not answer: {error!r}") from error
+            raise unreachable(self.url, error, self._proxy, len(sent), self._answered) from error
+        self._answered = True
+        told = answer.headers.get(PROTOCOL_HEADER)
+        if (refused := mismatch(told, "this program", f"the coordinator {self.url}", _OURS)) is not None:
+            raise refused
         _raise_for_refusal(answer)
         return answer
+
+
+def _result(answer: Answer, header: UpdateHeader, text: str | None = None, newest: int | None = None) -> UpdateResult:
+    """What became of an update, if it can be: of this expert, not older than its base nor newer than the weights."""
+    result = parsed(answer, UpdateResult, text)
+    usual = result.expert == header.expert and result.version >= header.base_version
+    if not usual or (newest is not None and newest < result.version):
+        with_weights = "" if newest is None else f" with weights of version {newest}"
+        raise foreign(
+            answer,
+            f"it answered an update of {header.expert} from version {header.base_version} with version "
+            f"{result.version} of {result.expert}{with_weights}; nothing of it was taken",
+        )
+    return result
 
 
 def _wait_hint(error: Exception) -> bool | float:
@@ -317,8 +378,7 @@ def _raise_for_refusal(answer: Answer) -> None:
         raise foreign(answer)
     told = parsed_problem(answer)
     if answer.status in _PASSING:
-        retry_after = answer.headers.get("retry-after", "")
-        seconds = float(retry_after) if retry_after.isdecimal() else None
+        seconds = seconds_asked(answer)
         raise CoordinatorUnavailableError(f"{told.code}: {told.detail} {told.fix}".strip(), seconds)
     kind = TooStaleError if told.code == "too_stale" else RefusedError
     facts = dict(told.model_extra or {})

@@ -5,17 +5,23 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
+from fedmoe.inert import inert, inert_json, shortened
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape
-from fedmoe.lora.codec import CodecError, decode
+from fedmoe.lora.codec import CodecError, WireDtype, decode, digest
 from fedmoe.lora.container import read_header
 from fedmoe.manifest import Manifest
 from fedmoe.wire.messages import INCARNATION_HEADER, SAFETENSORS, ManifestMessage
 from fedmoe.wire.replies import Answer, CoordinatorUnavailableError, foreign
 
 _INCARNATION = re.compile(r"[a-z0-9]{1,32}")
+#: The largest number of an adapter; real ones are near 1, and a coordinator takes no update of a norm above it.
+LARGEST_NUMBER = 1e9
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,18 @@ class PulledExpert:
     @property
     def adapter(self) -> Adapter:
         return Adapter(self.manifest.layout, self.manifest.alpha, self.weights)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What weights have to be: of this manifest if one is given, and of no earlier version than `least_version`."""
+
+    manifest: Manifest | None = None
+    least_version: int = 0
+
+
+#: Any expert, of any version that there can be.
+ANY = Expected()
 
 
 @dataclass(frozen=True)
@@ -88,33 +106,68 @@ def _info(answer: Answer) -> dict[str, object]:
         raise foreign(answer) from None
     if not isinstance(info, dict):
         raise foreign(answer)
-    return info
+    return {inert(str(key)): inert_json(value) for key, value in info.items()}
 
 
-def pulled_expert(answer: Answer) -> PulledExpert:
+def pulled_expert(answer: Answer, expert: str, expected: Expected = ANY, dtype: WireDtype = "fp32") -> PulledExpert:
+    """An expert's weights in an answer; raises what `foreign` gives for weights that cannot be those asked for."""
     info = _info(answer)
     try:
-        manifest = ManifestMessage.model_validate(info["manifest"]).manifest()
+        manifest = ManifestMessage.model_validate(info["manifest"], extra="ignore").manifest()
+        name, version = str(info["expert"]), int(str(info["version"]))
+        if problem := _mistaken(expert, expected, name, version, manifest):
+            raise foreign(answer, problem)
         weights = decode(answer.body, manifest.layout).flat
         etag, incarnation = answer.headers.get("etag", ""), incarnation_of(answer)
-        named = (str(info["expert"]), int(str(info["version"])), str(info["digest"]))
-        return PulledExpert(*named, manifest, weights, etag, incarnation)
-    except (KeyError, ValueError) as error:
+        pulled = PulledExpert(name, version, str(info["digest"]), manifest, weights, etag, incarnation)
+    except (KeyError, ValueError, RecursionError) as error:
         raise foreign(answer) from error
+    _check_numbers(answer, pulled.adapter, pulled.digest, exact=dtype == "fp32")
+    return pulled
 
 
-def pulled_gateway(answer: Answer) -> PulledGateway:
+def _mistaken(expert: str, expected: Expected, name: str, version: int, manifest: Manifest) -> str:
+    """Why these are not the weights that were asked for; empty if they are."""
+    if name != expert:
+        return f"it sent the expert '{shortened(name, 80)}' instead of '{expert}'; nothing of it was taken"
+    if version < max(0, expected.least_version):
+        return (
+            f"it sent version {version} of {expert}, though version {max(0, expected.least_version)} was there before; "
+            "nothing of it was taken"
+        )
+    differences = expected.manifest.differences(manifest) if expected.manifest is not None else []
+    if differences:
+        return f"it sent another kind of expert than was registered: {'; '.join(differences[:5])}"
+    return ""
+
+
+def _check_numbers(answer: Answer, adapter: Adapter, told: str, exact: bool) -> None:
+    """Refuse numbers no adapter can be made of, and others than those whose digest the coordinator names."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest = float(np.abs(adapter.flat).max(initial=0.0))
+    if not largest <= LARGEST_NUMBER:
+        kind = f"as large as {largest:.3g}" if math.isfinite(largest) else "that are not finite"
+        raise foreign(answer, f"it sent weights {kind}; nothing of them was taken. Roll the expert back there")
+    if exact and digest(adapter) != told:
+        raise foreign(answer, "it sent other weights than its digest names; nothing of them was taken")
+
+
+def pulled_gateway(answer: Answer, dtype: WireDtype = "fp32") -> PulledGateway:
+    """A gateway's weights in an answer, or a candidate's."""
     info = _info(answer)
     try:
         layout = _layout_of(answer.body)
         adapter = Adapter(layout, float(str(info["alpha"])), decode(answer.body, layout).flat)
         sources = {str(name): int(str(version)) for name, version in _mapping(info["sources"]).items()}
         base = {str(key): str(value) for key, value in _mapping(info["base"]).items()}
-        etag = answer.headers.get("etag", "")
-        named = (int(str(info["version"])), str(info["digest"]))
-        return PulledGateway(*named, adapter, sources, base, info, etag, incarnation_of(answer))
-    except (KeyError, ValueError) as error:
+        version = int(str(info["version"]))
+        if version < 0 or not 0 < adapter.alpha < math.inf:
+            raise ValueError(f"no gateway has version {version} and alpha {adapter.alpha}")
+    except (KeyError, ValueError, RecursionError, OverflowError) as error:
         raise foreign(answer) from error
+    _check_numbers(answer, adapter, str(info["digest"]), exact=dtype == "fp32")
+    named, etag = (version, str(info["digest"])), answer.headers.get("etag", "")
+    return PulledGateway(*named, adapter, sources, base, info, etag, incarnation_of(answer))
 
 
 def incarnation_of(answer: Answer) -> str | None:

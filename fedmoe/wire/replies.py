@@ -1,105 +1,106 @@
-"""Answers as they come over the wire: read whole, bounded, never unpacked, and known for ours or foreign."""
+"""Answers as they come over the wire: read in pieces, bounded, never unpacked, and known for ours or foreign."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeVar
+import json
+from dataclasses import dataclass, replace
+from typing import Literal, Self, TypeVar
 
 import httpx2
 from pydantic import BaseModel, ValidationError
 
+from fedmoe.inert import inert_json, shortened
+from fedmoe.lora.container import MAX_HEADER_BYTES
+from fedmoe.manifest import Manifest
+from fedmoe.wire.answer import Answer, CoordinatorUnavailableError, media_type
+from fedmoe.wire.foreign import foreign
 from fedmoe.wire.messages import SAFETENSORS, Problem
 
-_MAX_JSON_BYTES = 64 << 20
-# A gateway of many experts; the float32 factors of one expert are 4 GiB at most.
-_MAX_WEIGHT_BYTES = 64 << 30
+__all__ = [
+    "Answer",
+    "Bounds",
+    "CoordinatorUnavailableError",
+    "expect_nothing",
+    "foreign",
+    "parsed",
+    "parsed_problem",
+    "read",
+]
 
 Message = TypeVar("Message", bound=BaseModel)
+# Length and padding of a safetensors header.
+_HEADER_SLACK = 64
+_ASK = "this is not a FedMoE coordinator's answer: check the URL, and whether a proxy stands in between"
 
 
-class CoordinatorUnavailableError(Exception):
-    """No usable answer: not reachable, shedding load, or something in between answered; try again later.
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The largest body that is read, in bytes: of JSON, and of weights (by default a gateway of many experts)."""
 
-    `retry_after` is what the server asked to wait, in seconds.
+    json: int = 4 << 20
+    weights: int = 64 << 30
+
+    @classmethod
+    def of(cls, manifest: Manifest | None) -> Self:
+        """What the float32 weights of one expert of this kind take at most."""
+        return cls() if manifest is None else cls(weights=4 * manifest.layout.size + MAX_HEADER_BYTES + _HEADER_SLACK)
+
+
+def read(response: httpx2.Response, bounds: Bounds, via: str = "", sent: bytes = b"") -> Answer:
+    """The whole answer, within `bounds`; its body is not decoded.
+
+    A coordinator never compresses, and a bomb must not be unpacked. Memory grows with what arrives, not with what is
+    announced.
     """
-
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A complete answer, its body as it travelled."""
-
-    host: str
-    status: int
-    headers: httpx2.Headers
-    body: bytes | bytearray
-
-    @property
-    def type(self) -> str:
-        return str(self.headers.get("content-type", "")).partition(";")[0].strip().lower()
-
-
-def read(response: httpx2.Response) -> Answer:
-    """The whole answer, its body not decoded: a coordinator never compresses, and a bomb must not be unpacked."""
     headers = response.headers
-    host = response.request.url.host
+    empty = Answer(response.request.url.host, response.status_code, headers, b"", via, len(sent), _numbers(sent))
     if headers.get("content-encoding", "identity") != "identity":
-        raise foreign(Answer(host, response.status_code, headers, b""))
-    weights = headers.get("content-type") == SAFETENSORS
-    length = headers.get("content-length", "")
-    in_one_piece = weights and length.isdecimal() and int(length) <= _MAX_WEIGHT_BYTES
-    body = _into_one_buffer(response, int(length)) if in_one_piece else _gathered(response, _MAX_JSON_BYTES)
-    if body is None:
-        raise foreign(Answer(host, response.status_code, headers, b""))
-    return Answer(host, response.status_code, headers, body)
-
-
-def _into_one_buffer(response: httpx2.Response, length: int) -> bytearray | None:
-    body = bytearray(length)
-    position = 0
+        raise foreign(empty)
+    bound = bounds.weights if media_type(headers) == SAFETENSORS else bounds.json
+    announced = _announced(headers)
+    if announced is not None and announced > bound:
+        raise foreign(empty, f"a body of {announced:,} bytes is announced, at most {bound:,} are expected; {_ASK}")
+    body = bytearray()
     for chunk in response.iter_raw():
-        body[position : position + len(chunk)] = chunk
-        position += len(chunk)
-    return body if position == length == len(body) else None
+        body += chunk
+        if len(body) > bound:
+            raise foreign(empty, f"the body goes on after {bound:,} bytes, and no more are expected; {_ASK}")
+    if announced is not None and announced != len(body):
+        raise foreign(empty)
+    return replace(empty, body=body)
 
 
-def _gathered(response: httpx2.Response, most: int) -> bytes | None:
-    chunks: list[bytes] = []
-    size = 0
-    for chunk in response.iter_raw():
-        size += len(chunk)
-        if size > most:
-            return None
-        chunks.append(chunk)
-    return b"".join(chunks)
+def _numbers(body: bytes) -> int:
+    """The bytes of a safetensors body behind its header."""
+    return max(0, len(body) - 8 - int.from_bytes(body[:8], "little"))
+
+
+def _announced(headers: httpx2.Headers) -> int | None:
+    length = str(headers.get("content-length", ""))
+    return int(length) if length.isdecimal() and len(length) < 20 else None
 
 
 def parsed(answer: Answer, kind: type[Message], text: str | None = None) -> Message:
-    """The message in an answer's body, or in `text` where a header carries it."""
+    """The message in an answer's body, or in `text` where a header carries it.
+
+    Keys that this version does not know are left out: a newer coordinator may say more. Texts come out inert.
+    """
+    unknown: Literal["allow", "ignore"] = "allow" if kind is Problem else "ignore"
     try:
-        return kind.model_validate_json(answer.body if text is None else text)
-    except ValidationError as error:
+        return kind.model_validate(inert_json(json.loads(answer.body if text is None else text)), extra=unknown)
+    except (ValidationError, ValueError, RecursionError) as error:
         raise foreign(answer) from error
 
 
 def parsed_problem(answer: Answer, text: str | None = None) -> Problem:
-    """The problem an error's body describes, or `text` where a header carries it."""
-    return parsed(answer, Problem, text)
+    """The problem an error's body describes, or `text` where a header carries it; its texts are inert and not long."""
+    told = parsed(answer, Problem, text)
+    return told.model_copy(
+        update={"code": shortened(told.code, 80), "detail": shortened(told.detail), "fix": shortened(told.fix)}
+    )
 
 
 def expect_nothing(answer: Answer) -> None:
     """Raise unless the answer says that the work was done and there is nothing to tell."""
     if answer.status != 204:
         raise foreign(answer)
-
-
-def foreign(answer: Answer) -> CoordinatorUnavailableError:
-    """The error for an answer that no coordinator gives."""
-    kind = answer.headers.get("content-type", "no content type")[:80]
-    return CoordinatorUnavailableError(
-        f"{answer.host} answered {answer.status} ({kind}), which is not a FedMoE coordinator's "
-        "answer; check the URL, and whether a proxy stands in between"
-    )

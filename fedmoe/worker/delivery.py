@@ -12,9 +12,12 @@ from typing import TypeVar
 import structlog
 
 from fedmoe.errors import RefusedError
+from fedmoe.manifest import Manifest
 from fedmoe.wire.client import (
+    ANOTHER_HISTORY,
     CoordinatorClient,
     CoordinatorUnavailableError,
+    Expected,
     PulledExpert,
     Pushed,
     TooStaleError,
@@ -76,7 +79,7 @@ class Delivery:
 
     While the coordinator is away or sheds load, tries go on, `pause_seconds` apart. The thread is a daemon: a worker
     that must leave leaves, and sends the update after its restart. `fact` is told after an update that landed, once:
-    a newer one follows with the next.
+    a newer one follows with the next. Newest weights have to be of `manifest`; others are waited out.
     """
 
     def __init__(
@@ -85,8 +88,10 @@ class Delivery:
         pending: Pending,
         on_trouble: Callable[[CoordinatorUnavailableError], None] = lambda _: None,
         fact: StatisticRequest | None = None,
+        manifest: Manifest | None = None,
     ) -> None:
         self.pending = pending
+        self._manifest = manifest
         self._fact = fact
         self._client = client
         self._on_trouble = on_trouble
@@ -132,7 +137,7 @@ class Delivery:
             return self._after_refusal(refused)
         if pushed is None:
             return None
-        newest = pushed.newest or self._persist(self._pull)
+        newest = pushed.newest or self._persist(lambda: self._pull(pushed.result.version))
         if pushed.result.status == "landed":
             self._tell_fact()
         return Answered(pushed.result, None, newest, self._seconds) if newest else None
@@ -149,7 +154,8 @@ class Delivery:
         if refused.code not in CURED_BY_PULLING | {REJECTED}:
             return Answered(None, refused, None, self._seconds)
         newest = refused.newest if isinstance(refused, TooStaleError) else None
-        newest = newest or self._persist(self._pull)
+        least = 0 if refused.code in ANOTHER_HISTORY else self.pending.header.base_version
+        newest = newest or self._persist(lambda: self._pull(least))
         return Answered(None, refused, newest, self._seconds) if newest else None
 
     def _persist(self, call: Callable[[], Result]) -> Result | None:
@@ -167,7 +173,7 @@ class Delivery:
 
     def _push(self) -> Pushed:
         try:
-            return self._client.push(self.pending.header, self.pending.body)
+            return self._client.push(self.pending.header, self.pending.body, self._manifest)
         except RefusedError as error:
             if error.code in DAMAGED_ON_THE_WAY:
                 raise CoordinatorUnavailableError(f"{error.code}: {error}") from error
@@ -175,8 +181,9 @@ class Delivery:
                 raise CoordinatorUnavailableError(f"{error.code}: {error}", _seconds_left(error)) from error
             raise
 
-    def _pull(self) -> PulledExpert:
-        pulled = self._client.pull_expert(self.pending.header.expert)
+    def _pull(self, least_version: int) -> PulledExpert:
+        expected = Expected(self._manifest, least_version)
+        pulled = self._client.pull_expert(self.pending.header.expert, expected=expected)
         assert pulled is not None, "without an ETag there is always an answer"
         return pulled
 

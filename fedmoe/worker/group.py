@@ -14,6 +14,14 @@ class WorkerFailedError(Exception):
     """The worker cannot go on; what it learned is saved, and the message says what to do."""
 
 
+class DeviceFailedError(WorkerFailedError):
+    """The device has no memory left or is broken."""
+
+
+class DivergedError(WorkerFailedError):
+    """Training gave numbers that are none, again and again."""
+
+
 def on_rank_zero(group: ProcessGroup, act: Callable[[], Result]) -> Result | None:
     """What `act` gives on rank 0, None elsewhere; all ranks call it, and all raise if `act` fails on rank 0."""
     result, failure = None, None

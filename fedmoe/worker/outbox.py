@@ -8,9 +8,11 @@ that was cut is sent until it is answered.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self
@@ -22,6 +24,7 @@ from fedmoe.files import FolderInUseError, lock_folder, write_atomic
 from fedmoe.wire.messages import UpdateHeader
 
 _IDENTITY = "identity.json"
+_CHECKSUM = "sha256"
 # Bodies of updates, and what a killed process was in the middle of writing.
 _OURS = re.compile(r"update-\d+\.safetensors|\.(update-\d+\.safetensors|identity\.json)-[0-9a-f]{8}")
 
@@ -57,6 +60,22 @@ class _Identity(BaseModel):
         if pending is not None and (pending.sequence != self.next_sequence - 1 or pending.epoch != self.epoch):
             raise ValueError(f"update {pending.sequence} is under way, but the next number is {self.next_sequence}")
         return self
+
+
+def _read_identity(data: bytes) -> _Identity:
+    """What the file says; raises ValueError where it is not what was written. Older versions wrote no checksum."""
+    kept = json.loads(data)
+    if not isinstance(kept, dict):
+        raise ValueError("it is no JSON object")
+    checksum = kept.pop(_CHECKSUM, None)
+    identity = _Identity.model_validate(kept)
+    if checksum is not None and checksum != _checksum(kept):
+        raise ValueError("its checksum is another: it is damaged, or was edited")
+    return identity
+
+
+def _checksum(kept: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 class Outbox:
@@ -161,7 +180,8 @@ class Outbox:
         )
 
     def _store(self, identity: _Identity) -> None:
-        write_atomic(self._folder / _IDENTITY, identity.model_dump_json(indent=1).encode())
+        kept = identity.model_dump(mode="json")
+        write_atomic(self._folder / _IDENTITY, json.dumps(kept | {_CHECKSUM: _checksum(kept)}, indent=1).encode())
         self._identity = identity
 
     def _load(self) -> _Identity | None:
@@ -169,12 +189,12 @@ class Outbox:
         if not path.exists():
             return None
         try:
-            return _Identity.model_validate_json(path.read_bytes())
+            return _read_identity(path.read_bytes())
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
-            raise OutboxError(
-                f"{path} cannot be read ({reason}); move the folder away to start with a new identity"
-            ) from None
+        except ValueError as error:
+            reason = str(error)
+        raise OutboxError(f"{path} cannot be read ({reason}); move {self._folder} away to start with a new identity")
 
     def _load_pending(self) -> Pending | None:
         header, sha256 = self._identity.pending_header, self._identity.pending_sha256

@@ -11,7 +11,7 @@ from fedmoe.datasets.errors import DataError
 from fedmoe.datasets.packing import BlockSampler
 from fedmoe.models.kept_data import judge_change
 from fedmoe.models.parallel import ProcessGroup
-from fedmoe.models.worker_state import has_state, load_state
+from fedmoe.models.worker_state import has_state, peek_values
 from fedmoe.qwen_worker import QwenWorker
 from fedmoe.worker.group import WorkerFailedError
 from fedmoe.worker.progress import SyncPoint
@@ -25,7 +25,7 @@ def check_data(
     """Refuse changed data before the long work, by what the checkpoint of this process says; as `take_up` would."""
     if not has_state(checkpoints):
         return
-    values = load_state(checkpoints, group).values
+    values = peek_values(checkpoints, group.rank)
     if sampler.fits({name: int(str(value)) for name, value in values["sampler"].items()}):
         return
     try:

@@ -18,6 +18,7 @@ from support import LAYOUT, MANIFEST, make_flat
 from fedmoe import failpoints
 from fedmoe.arena.federation_link import FederationError, Link, Point
 from fedmoe.lora.adapter import FloatVector
+from fedmoe.lora.container import encode_named
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 
 EXPERT = "solver"
@@ -82,7 +83,7 @@ class Toy:
         self.link.send(self.client, self.local, 1, lambda error: None)
         while not self.link.wait(0.01) and not self.road.closed:
             pass
-        newest = self.link.take_in(self.url, self.local)
+        newest = self.link.take_in(self.local)
         self.local = self.local if newest is None else newest
 
     def refresh(self) -> None:
@@ -329,3 +330,18 @@ def test_what_was_made_in_a_lost_history_is_moved_onto_the_one_there_is(tmp_path
         np.testing.assert_allclose(house.weights(EXPERT), toy.local, atol=1e-6)
         toy.end()
         other.end()
+
+
+@pytest.mark.parametrize("place", [0.0, 0.001, 0.3, 0.7, 1.0])
+def test_a_flipped_bit_in_a_point_is_named_and_never_learned_from(place: float) -> None:
+    data = bytearray(Point(make_flat(1), make_flat(2), 3, 4, 5).encoded())
+    data[int(place * (len(data) - 1))] ^= 4
+    with pytest.raises(ValueError):
+        Point.decoded(bytes(data), LAYOUT.size)
+
+
+def test_a_point_of_an_older_version_has_no_checksum_and_is_read() -> None:
+    counts = '{"version": 3, "answered": 4, "count": 5}'
+    old = encode_named({"base": make_flat(1), "local": make_flat(2)}, {"fedmoe": counts})
+    read = Point.decoded(old, LAYOUT.size)
+    assert (read.version, read.answered, read.count) == (3, 4, 5)

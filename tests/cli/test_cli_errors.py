@@ -227,3 +227,31 @@ def test_a_damaged_journal_is_told_and_left_alone(tmp_path: Path) -> None:
     assert outcome.status == 74
     assert "Traceback" not in outcome.err
     assert (state / "journal.sqlite").read_bytes() == b"no database at all" * 100
+
+
+@pytest.mark.parametrize("kind", ["npz", "peft"])
+def test_an_export_onto_a_full_disk_leaves_nothing_and_what_was_there_stays_84(
+    kind: str, server: LiveServer, fedmoe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "out" / f"adapter-{kind}"
+    target.parent.mkdir()
+    exporting = ("gateway", "export", str(target), "--format", kind, "--coordinator-url", server.url)
+    with monkeypatch.context() as disk:
+        disk.setattr("fedmoe.files.os.fsync", full)
+        assert_refused(fedmoe(*exporting), 1, "No space left on device")
+    assert list(target.parent.iterdir()) == []
+    assert fedmoe(*exporting).status == 0
+    before = _contents(target.parent)
+    assert_refused(fedmoe(*exporting), 1, "exists", "--force")
+    with monkeypatch.context() as disk:
+        disk.setattr("fedmoe.files.os.fsync", full)
+        assert_refused(fedmoe(*exporting, "--force"), 1, "No space left on device")
+    assert _contents(target.parent) == before
+    assert fedmoe(*exporting, "--force").status == 0
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 from fedmoe.models import cache, identity, smollm2
@@ -149,6 +151,30 @@ def test_a_folder_that_does_not_exist_is_named(name: str) -> None:
 def test_a_hub_model_that_is_not_cached_says_what_to_do_offline() -> None:
     with pytest.raises(BaseModelError, match=r"some-owner/some-model.*HF_HUB_OFFLINE(.|\n)*smollm2"):
         prepare_base("some-owner/some-model")
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_hub_that_refuses_says_so_with_the_token_to_set_78(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> str:
+        request = httpx2.Request("GET", "https://hub.example/api/models/owner/model")
+        raise HfHubHTTPError("refused", response=httpx2.Response(status, request=request))
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    monkeypatch.setattr("fedmoe.models.base.snapshot_download", refuse)
+    with pytest.raises(BaseModelError, match=rf"owner/model .* it answered {status}: check the name, and HF_TOKEN"):
+        load_base("owner/model")
+
+
+def test_a_hub_that_cannot_be_reached_says_what_to_do_without_one_78(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*arguments: object, **options: object) -> str:
+        raise OSError("[Errno -2] Name or service not known")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    monkeypatch.setattr("fedmoe.models.base.snapshot_download", unreachable)
+    with pytest.raises(BaseModelError, match=r"(?s)Name or service not known.*copy its folder .* and name the folder"):
+        load_base("owner/model")
 
 
 def test_a_build_that_fails_leaves_nothing_behind(own_cache: Path) -> None:

@@ -41,8 +41,8 @@ def _pump(source: socket.socket, target: socket.socket, weather: Weather, way: s
             if way == "down" and weather.swallow:
                 continue
             part = data if left is None else data[:left]
+            weather.passed[way] += len(part)  # before the receiver can go on
             target.sendall(part)
-            weather.passed[way] += len(part)
             if left is not None and (left := left - len(part)) <= 0:
                 # A reset, not an orderly end: nothing that is still on its way arrives.
                 for end in (source, target):

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from support import LAYOUT, MANIFEST
 
 from fedmoe.errors import RefusedError
-from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, PulledExpert, Pushed, TooStaleError
+from fedmoe.manifest import Manifest
+from fedmoe.wire.client import (
+    CoordinatorClient,
+    CoordinatorUnavailableError,
+    Expected,
+    PulledExpert,
+    Pushed,
+    TooStaleError,
+)
 from fedmoe.wire.messages import UpdateHeader, UpdateResult
 from fedmoe.worker.delivery import Answered, Delivery, pause_seconds
 from fedmoe.worker.outbox import Pending
@@ -35,14 +43,14 @@ class Scripted:
     pulls: list[PulledExpert | Exception] = field(default_factory=list)
     seen: list[tuple[UpdateHeader, bytes]] = field(default_factory=list)
 
-    def push(self, header: UpdateHeader, body: bytes) -> Pushed:
+    def push(self, header: UpdateHeader, body: bytes, manifest: Manifest | None) -> Pushed:
         self.seen.append((header, body))
         answer = self.pushes.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def pull_expert(self, expert: str) -> PulledExpert:
+    def pull_expert(self, expert: str, expected: Expected) -> PulledExpert:
         answer = self.pulls.pop(0)
         if isinstance(answer, Exception):
             raise answer

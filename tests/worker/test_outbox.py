@@ -96,12 +96,55 @@ def test_a_damaged_identity_is_refused_and_not_replaced(
     file = tmp_path / "w1" / "identity.json"
     damaged = json.dumps(change(json.loads(file.read_bytes())))
     file.write_text(damaged)
-    with pytest.raises(OutboxError, match=r"identity.json cannot be read .* move the folder away"):
+    with pytest.raises(OutboxError, match=r"identity.json cannot be read .* move .*w1 away"):
         reopen()
     assert file.read_text() == damaged
     file.write_bytes(b"{")
     with pytest.raises(OutboxError, match="cannot be read"):
         reopen()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 7))
+def test_a_flipped_bit_in_an_identity_is_named_and_never_believed(
+    tmp_path_factory: pytest.TempPathFactory, place: int, bit: int
+) -> None:
+    folder = tmp_path_factory.mktemp("outbox")
+    outbox = Outbox(folder, "w1", "python")
+    pending, epoch = outbox.cut(header(), b"bytes"), outbox.epoch
+    outbox.close()
+    file = folder / "identity.json"
+    data = bytearray(file.read_bytes())
+    data[place % len(data)] ^= 1 << bit
+    file.write_bytes(data)
+    try:
+        again = Outbox(folder, "w1", "python")
+    except OutboxError as error:
+        told = str(error)
+        assert "identity.json cannot be read" in told or "belongs to" in told
+        assert file.read_bytes() == data
+    else:  # white space, or a character's other spelling
+        assert (again.epoch, again.next_sequence, again.pending) == (epoch, 1, pending)
+        again.close()
+
+
+def test_an_identity_of_an_older_version_has_no_checksum_and_is_read(reopen: Opener, tmp_path: Path) -> None:
+    cut = reopen().cut(header(), b"bytes")
+    file = tmp_path / "w1" / "identity.json"
+    kept = json.loads(file.read_bytes())
+    assert len(kept.pop("sha256")) == 64
+    file.write_text(json.dumps(kept))
+    assert reopen().pending == cut
+    assert len(json.loads(file.read_bytes())["sha256"]) == 64
+
+
+def test_a_new_folder_is_a_new_identity_as_the_advice_says(reopen: Opener, tmp_path: Path) -> None:
+    epoch = reopen().epoch
+    (tmp_path / "w1" / "identity.json").write_bytes(b"{")
+    with pytest.raises(OutboxError, match="away to start with a new identity"):
+        reopen()
+    (tmp_path / "w1").rename(tmp_path / "away")
+    assert reopen().epoch != epoch
 
 
 @pytest.mark.parametrize("content", [None, b"", b"other"])

@@ -119,7 +119,7 @@ class Follower:
         listed = self._listed(listing)
         self._answered = self._clock()
         changed = self._catalogue.snapshot.changed(listed)
-        loaded = {name: model for name in changed if (model := self._brought_up(name)) is not None}
+        loaded = {name: model for name in changed if (model := self._brought_up(name, listed[name][0])) is not None}
         behind = set(changed) - loaded.keys()
         self._failures = {name: failure for name, failure in self._failures.items() if name in behind}
         before = self._catalogue.snapshot.models
@@ -164,13 +164,13 @@ class Follower:
             found[GATEWAY] = (listing.gateway.version, listing.gateway.digest)
         return found
 
-    def _brought_up(self, name: str) -> ServedModel | None:
-        """The newest version of `name`, loaded; None if that failed, which is noted and tried again later."""
+    def _brought_up(self, name: str, version: int) -> ServedModel | None:
+        """The newest version of `name`, at least `version`, loaded; None if that failed, which is tried again later."""
         failure = self._failures.get(name)
         if failure is not None and self._clock() < failure.retry_at:
             return None
         try:
-            model, adapter = self._pulled(name)
+            model, adapter = self._pulled(name, version)
             if model not in self._backend.loaded():
                 self._backend.load(model, adapter)
         except (BackendError, CoordinatorUnavailableError, RefusedError) as error:
@@ -179,7 +179,7 @@ class Follower:
             return None
         return model
 
-    def _pulled(self, name: str) -> tuple[ServedModel, Adapter]:
+    def _pulled(self, name: str, version: int) -> tuple[ServedModel, Adapter]:
         pulled: PulledGateway | PulledExpert | None
         if name == GATEWAY:
             pulled = self._source.pull_gateway()
@@ -189,6 +189,8 @@ class Follower:
             pulled = self._source.pull_expert(name)
             assert pulled is not None, "without an ETag there is always an answer"
             base = pulled.manifest.base.weights_hash, pulled.manifest.base.tokenizer_hash
+        if pulled.version < version:
+            raise BackendError(f"the coordinator lists {name} at version {version} and sent {pulled.version}")
         if base != (self._base.weights_hash, self._base.tokenizer_hash):
             raise BackendError(
                 f"{name} version {pulled.version} belongs on the base model {str(base[0])[:16]}, served is "

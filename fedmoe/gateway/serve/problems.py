@@ -50,6 +50,11 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
+def upgrade_required(error: RefusedError) -> Response:
+    """The answer to a client of another protocol."""
+    return ApiError(426, error.code, str(error)).response()
+
+
 def too_long(got: str, most: int, param: str) -> ApiError:
     """A prompt above the limit."""
     return ApiError(

@@ -26,6 +26,7 @@ from fedmoe.gateway.serve.requests import MOST_CHOICES, ChatRequest, CompletionR
 from fedmoe.gateway.serve.service import Answering, Asked, Piece, Service, together
 from fedmoe.server.guard import BodyGuard
 from fedmoe.server.health import HeadMiddleware, readiness
+from fedmoe.server.versions import ProtocolMiddleware
 
 MAX_BODY_BYTES = 1 << 20
 #: What the OpenAI interface generates for a text when nothing is said.
@@ -44,6 +45,7 @@ def create_app(
     _look_routes(app, service, health)
     _answer_routes(app, service)
     app.add_middleware(DoorMiddleware, keys=keys, loopback_only=loopback_only)
+    app.add_middleware(ProtocolMiddleware, server="this gateway server", answer=problems.upgrade_required)
     app.add_middleware(BodyGuard, caps=dict.fromkeys(("/v1/chat/completions", "/v1/completions"), MAX_BODY_BYTES))
     app.add_middleware(HeadMiddleware)
     return app

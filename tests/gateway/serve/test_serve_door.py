@@ -12,7 +12,10 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from fedmoe.gateway.serve.door import DoorMiddleware, KeyFileError, read_keys
+from fedmoe.gateway.serve.problems import upgrade_required
 from fedmoe.server.security import hash_token
+from fedmoe.server.versions import ProtocolMiddleware
+from fedmoe.wire.versions import PROTOCOL, PROTOCOL_HEADER
 
 KEYS = frozenset({hash_token("right")})
 
@@ -37,6 +40,18 @@ def test_without_the_right_key_nobody_comes_in(sent: str | None) -> None:
 def test_the_right_key_opens_from_any_host() -> None:
     answer = client(KEYS, host="gateway.example").get("/v1/models", headers={"Authorization": "Bearer right"})
     assert answer.text == "in"
+
+
+def test_a_client_of_another_protocol_is_told_so_as_the_openai_interface_tells_errors_71() -> None:
+    app = client(None).app
+    assert isinstance(app, Starlette)
+    app.add_middleware(ProtocolMiddleware, server="this gateway server", answer=upgrade_required)
+    asked = TestClient(app, base_url="http://127.0.0.1")
+    answer = asked.get("/v1/models", headers={PROTOCOL_HEADER: "99"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (426, "upgrade_required")
+    assert "Upgrade this gateway server" in answer.json()["error"]["message"]
+    plain = asked.get("/v1/models")
+    assert (plain.text, plain.headers[PROTOCOL_HEADER]) == ("in", str(PROTOCOL))
 
 
 def test_health_is_for_everybody() -> None:

@@ -1,0 +1,125 @@
+"""Why a coordinator was not reached, in words: the network, its certificate, or a port that speaks otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import ssl
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import httpx2
+
+from fedmoe.errors import RefusedError
+from fedmoe.inert import shortened
+from fedmoe.wire.answer import CoordinatorUnavailableError
+from fedmoe.wire.proxy import ProxyChoice
+
+_PROBE_SECONDS = 2.0
+# What OpenSSL says of bytes that are no TLS.
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
+# X509_V_ERR_* of OpenSSL, https://docs.openssl.org/3.0/man3/X509_STORE_CTX_get_error/.
+_NOT_YET_VALID, _EXPIRED, _SELF_SIGNED, _SELF_SIGNED_IN_CHAIN = 9, 10, 18, 19
+_WRONG_HOST, _WRONG_ADDRESS = 62, 64
+_TRUST = "set SSL_CERT_FILE to a PEM file with the certificate of its authority, or of the coordinator itself"
+#: A certificate's verification error of OpenSSL -> what is wrong, and what to do.
+_CERTIFICATE = {
+    _NOT_YET_VALID: ("is not valid yet", "set this machine's clock, or make a new certificate"),
+    _EXPIRED: ("expired", "make a new one for the coordinator and restart it, or set this machine's clock"),
+    _SELF_SIGNED: ("not trusted: it is self-signed", _TRUST),
+    _SELF_SIGNED_IN_CHAIN: ("not trusted: its authority is not known here", _TRUST),
+    _WRONG_HOST: ("is for another host", "use a name or address that is in it, or make one that has this one"),
+    _WRONG_ADDRESS: ("is for another address", "use a name or address that is in it, or make one that has this one"),
+}
+
+
+def unreachable(
+    url: str, error: httpx2.HTTPError, proxy: ProxyChoice | None, sent: int, answered: bool = False
+) -> Exception:
+    """The error to raise for one of the transport; it tells whose fault it probably is and what to do.
+
+    `answered` says that this port has answered before, so that it surely speaks what is asked in.
+
+    A CoordinatorUnavailableError, or a RefusedError where only another setting helps: a proxy's password.
+    """
+    if isinstance(error, httpx2.ProxyError) and proxy is not None:
+        return _refused_by(proxy, shortened(str(error), 120))
+    through = f"through the proxy {proxy.shown}" if proxy is not None else ""
+    told = _certificate(url, error) or (None if answered else _wrong_protocol(url, error, proxy))
+    if told is not None:
+        return CoordinatorUnavailableError(f"{url}: {told}", advised=True)
+    reason = _reason(error)
+    if sent and isinstance(error, httpx2.ReadError | httpx2.WriteError | httpx2.RemoteProtocolError):
+        reason += f" (a body of {sent:,} bytes was sent; a proxy's size limit can end like this)"
+    return CoordinatorUnavailableError(" ".join(f"{url} does not answer {through}".split()) + f": {reason}")
+
+
+def _refused_by(proxy: ProxyChoice, told: str) -> Exception:
+    said = f"the proxy {proxy.shown} answered {told}"
+    if told.startswith("407"):
+        return RefusedError(
+            "proxy_authentication",
+            f"{said}: it wants a user and a password.",
+            f"Write them into {proxy.variable} as http://USER:PASSWORD@HOST:PORT.",
+        )
+    advice = "let its operator allow the coordinator's host and port, or put the host into NO_PROXY"
+    return CoordinatorUnavailableError(f"{said}, so the coordinator was not reached; {advice}", advised=True)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it came from, the outermost first."""
+    cause: BaseException | None = error
+    for _ in range(8):
+        if cause is None:
+            return
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _certificate(url: str, error: httpx2.HTTPError) -> str | None:
+    found = next((one for one in _causes(error) if isinstance(one, ssl.SSLCertVerificationError)), None)
+    if found is None:
+        return None
+    what, advice = _CERTIFICATE.get(found.verify_code, ("not trusted", _TRUST))
+    detail = shortened(found.verify_message or str(found), 200)
+    return f"certificate {what} ({detail}): {advice}. `fedmoe doctor --coordinator-url {url}` shows the certificate"
+
+
+def _wrong_protocol(url: str, error: httpx2.HTTPError, proxy: ProxyChoice | None) -> str | None:
+    parts = urlsplit(url)
+    spoken = next((one for one in _causes(error) if isinstance(one, ssl.SSLError)), None)
+    if parts.scheme == "https" and spoken is not None and any(word in str(spoken) for word in _NOT_TLS):
+        return "this port speaks http, not https: write http:// in the URL, or start the coordinator with --tls-cert"
+    if parts.scheme != "http" or proxy is not None:
+        return None
+    ended = isinstance(error, httpx2.RemoteProtocolError | httpx2.ReadError)
+    if ended and speaks_tls(parts.hostname or "", parts.port or 80):
+        return "this port speaks https: write https:// in the URL"
+    return None
+
+
+def speaks_tls(host: str, port: int) -> bool:
+    """Whether somebody shakes hands in TLS there, whatever the certificate; nothing is sent."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with (
+        contextlib.suppress(OSError, ValueError),
+        socket.create_connection((host, port), _PROBE_SECONDS) as plain,
+        context.wrap_socket(plain, server_hostname=host),
+    ):
+        return True
+    return False
+
+
+def _reason(error: httpx2.HTTPError) -> str:
+    cause = next((one for one in _causes(error) if isinstance(one, OSError)), None)
+    if isinstance(error, httpx2.ConnectTimeout):
+        return "no connection in time; a firewall may drop it, or the address is wrong"
+    if isinstance(error, httpx2.TimeoutException):
+        return shortened(str(error), 200) or "no answer in time"
+    if isinstance(cause, socket.gaierror):
+        return f"its name is not known ({cause.strerror})"
+    if cause is not None and cause.errno == errno.ECONNREFUSED:
+        return "nothing listens on that port (connection refused)"
+    return shortened(str(error) or type(error).__name__, 300)
