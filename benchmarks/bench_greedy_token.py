@@ -1,6 +1,6 @@
 """What an honest worker keeps of its rate beside one token that takes all it can get.
 
-    python benchmarks/bench_greedy_token.py [--seconds 6] [--windows 3]
+    python benchmarks/bench_greedy_token.py [--seconds 2] [--windows 8]
 
 A coordinator process on loopback asks for tokens. The honest worker has one of its own and pushes updates of 1 MB,
 each as soon as the one before is answered: an answer means on disk, in the journal and applied. Beside it, in a process
@@ -102,13 +102,15 @@ class Honest:
         return (self.answers.get(200, 0) - before) / (time.perf_counter() - started)
 
 
-def attack(kind: str, port: int, token: str, stop: Event, attempts: Any) -> None:
-    """A process: does one thing from many connections until it is told to stop."""
+def attack(kind: str, port: int, token: str, go: Event, stop: Event, attempts: Any) -> None:
+    """A process: does one thing from many connections while `go` is set, until it is told to stop."""
 
     def work(number: int) -> None:
         while not stop.is_set():
+            if not go.wait(0.2):
+                continue
             with suppress(OSError, http.client.HTTPException):
-                once(kind, port, token, number, stop)
+                once(kind, port, token, number, go)
             with attempts.get_lock():
                 attempts.value += 1
 
@@ -119,14 +121,14 @@ def attack(kind: str, port: int, token: str, stop: Event, attempts: Any) -> None
         thread.join()
 
 
-def once(kind: str, port: int, token: str, number: int, stop: Event) -> None:
+def once(kind: str, port: int, token: str, number: int, go: Event) -> None:
     if kind in ("silent", "heads"):
-        upload_nothing(kind, port, token, number, stop)
+        upload_nothing(kind, port, token, number, go)
         return
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     headers = {"Authorization": f"Bearer {'nobody-knows-this-token-0000' if kind == 'guesses' else token}"}
     try:
-        while not stop.is_set():
+        while go.is_set():
             if kind == "register":
                 name = f"e{os.getpid()}-{number}-{time.monotonic_ns()}"
                 message = {"expert": name, "worker": "greedy", "manifest": manifest_json(TINY)}
@@ -143,7 +145,7 @@ def manifest_json(layout: Layout) -> object:
     return ManifestMessage.of(manifest(layout)).model_dump(mode="json")
 
 
-def upload_nothing(kind: str, port: int, token: str, number: int, stop: Event) -> None:
+def upload_nothing(kind: str, port: int, token: str, number: int, go: Event) -> None:
     query = {"expert": "python", "worker": f"greedy{number}", "epoch": "e1", "sequence": 0, "base_version": 0}
     lines = [
         f"POST /push_expert_update?{urlencode(query)} HTTP/1.1",
@@ -156,7 +158,7 @@ def upload_nothing(kind: str, port: int, token: str, number: int, stop: Event) -
     with socket.create_connection(("127.0.0.1", port), 10) as connection:
         connection.sendall("\r\n".join([*lines, "", ""]).encode() + (bytes(1000) if kind == "silent" else b""))
         connection.settimeout(0.5)
-        while not stop.is_set():
+        while go.is_set():
             with suppress(TimeoutError):
                 if not connection.recv(4096):
                     return
@@ -186,33 +188,34 @@ def token_for(port: int, worker: str | None) -> str:
 
 
 def measure_attack(kind: str, port: int, honest: Honest, seconds: float, windows: int) -> dict[str, object]:
-    """The honest worker's rates alone and beside an attack, in turns."""
+    """The honest worker's rates alone and beside an attack, in turns; which comes first takes turns too."""
     context = get_context("spawn")
-    greedy = token_for(port, None)
-    alone, beside, attempts = [], [], context.Value("q", 0)
-    for _ in range(windows):
-        alone.append(honest.rate(seconds))
-        stop = context.Event()
-        process = context.Process(target=attack, args=(kind, port, greedy, stop, attempts))
-        process.start()
-        time.sleep(3.0)
-        beside.append(honest.rate(seconds))
-        stop.set()
-        process.join(30)
-        time.sleep(1.0)
-    kept = [b / a for a, b in zip(alone, beside, strict=True)]
+    go, stop, attempts = context.Event(), context.Event(), context.Value("q", 0)
+    process = context.Process(target=attack, args=(kind, port, token_for(port, None), go, stop, attempts))
+    process.start()
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    for window in range(windows):
+        for attacked in (False, True) if window % 2 else (True, False):
+            (go.set if attacked else go.clear)()
+            time.sleep(1.0)
+            rates[attacked].append(honest.rate(seconds))
+    go.clear()
+    stop.set()
+    process.join(30)
+    kept = [beside / alone for alone, beside in zip(rates[False], rates[True], strict=True)]
     return {
-        "alone_updates_per_second": alone,
-        "beside_updates_per_second": beside,
-        "kept": {"median": statistics.median(kept), "minimum": min(kept), "maximum": max(kept)},
+        "alone_updates_per_second": rates[False],
+        "beside_updates_per_second": rates[True],
+        "kept_of_medians": statistics.median(rates[True]) / statistics.median(rates[False]),
+        "kept_by_window": {"median": statistics.median(kept), "minimum": min(kept), "maximum": max(kept)},
         "attempts": attempts.value,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--windows", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--attacks", nargs="+", choices=list(CONNECTIONS), default=list(CONNECTIONS))
     parser.add_argument("--name", default="greedy_token")
     given = parser.parse_args()
@@ -222,12 +225,12 @@ def main() -> None:
             with CoordinatorClient(f"http://127.0.0.1:{port}", JOIN) as client:
                 client.register("python", "honest", manifest(LAYOUT))
             honest = Honest(port, token_for(port, "honest"))
-            honest.rate(2.0)
-            results: dict[str, object] = {}
+            honest.rate(3.0)
+            results: dict[str, object] = {"load_average_before": os.getloadavg()}
             for kind in given.attacks:
                 results[kind] = measure_attack(kind, port, honest, given.seconds, given.windows)
                 print(kind, json.dumps(results[kind]), flush=True)
-            results["honest_answers_by_status"] = honest.answers
+            results |= {"honest_answers_by_status": honest.answers, "load_average_after": os.getloadavg()}
         finally:
             process.terminate()
             process.wait(40)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, Token, client
-from fedmoe.cli.output import CommandError, show_json, show_table
+from fedmoe.cli.output import CommandError, say, show_json, show_table
 from fedmoe.wire.messages import ChangeResult, HeldOutInfo, Listing
 
 app = typer.Typer()
@@ -130,4 +130,4 @@ def _show_change(change: ChangeResult, as_json: bool) -> None:
     else:
         print(f"{change.expert} is now version {change.version}, {change.removed} updates fewer ({change.digest[:12]})")
         if change.note:
-            print(change.note)
+            say(change.note)

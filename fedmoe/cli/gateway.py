@@ -22,7 +22,7 @@ from fedmoe.cli.options import (
     Token,
     client,
 )
-from fedmoe.cli.output import show_json
+from fedmoe.cli.output import say, show_json
 from fedmoe.cli.serve import serve
 from fedmoe.files import write_atomic
 from fedmoe.lora.formats import npz_bytes
@@ -45,29 +45,29 @@ def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
         return
     sources = ", ".join(f"{name} v{v} (weight {gateway.weights[name]:.3g})" for name, v in gateway.sources.items())
     scale = f" x{gateway.scale:.3g}" if gateway.scale != 1 else ""
-    print(f"gateway version {gateway.version}, {gateway.strategy}{scale} of {sources or 'no expert yet'}")
-    print(f"  rank {gateway.rank}, {gateway.modules} modules, {gateway.parameters:,} parameters")
-    print(f"  lora_A {gateway.lora_A_shape}, lora_B {gateway.lora_B_shape}")
-    print(f"  truncation error {gateway.truncation_error:.2e}, digest {gateway.digest}")
+    say(f"gateway version {gateway.version}, {gateway.strategy}{scale} of {sources or 'no expert yet'}")
+    say(f"  rank {gateway.rank}, {gateway.modules} modules, {gateway.parameters:,} parameters")
+    say(f"  lora_A {gateway.lora_A_shape}, lora_B {gateway.lora_B_shape}")
+    say(f"  truncation error {gateway.truncation_error:.2e}, digest {gateway.digest}")
     if gateway.statistics_tokens:
         told = ", ".join(f"{name} {tokens:,}" for name, tokens in gateway.statistics_tokens.items())
-        print(f"  input moments of so many tokens: {told}")
+        say(f"  input moments of so many tokens: {told}")
     if gateway.living is not None:
         _show_living(gateway.living)
     for note in gateway.notes:
-        print(f"  note: {note}")
+        say(f"  note: {note}")
     for name, reason in gateway.left_out.items():
-        print(f"  left out: {name} ({reason})")
+        say(f"  left out: {name} ({reason})")
     if gateway.gate is not None:
-        print(f"  gate: {gateway.gate.reason}")
-        print(f"  gate: {gateway.gate.status}; evaluators: {', '.join(gateway.gate.evaluators) or 'none'}")
+        say(f"  gate: {gateway.gate.reason}")
+        say(f"  gate: {gateway.gate.status}; evaluators: {', '.join(gateway.gate.evaluators) or 'none'}")
 
 
 def _show_living(living: LivingInfo) -> None:
     last = ", ".join(f"{name} (staleness {tau})" for name, tau in living.staleness.items())
-    print(f"  {living.folds} folds" + (f", the last of {last} in {living.seconds:.1f} s" if last else ""))
+    say(f"  {living.folds} folds" + (f", the last of {last} in {living.seconds:.1f} s" if last else ""))
     for name, left in living.departures.items():
-        print(f"  {name} left after fold {left.gateway} as v{left.version}, {left.steps} steps since")
+        say(f"  {name} left after fold {left.gateway} as v{left.version}, {left.steps} steps since")
 
 
 @app.command()

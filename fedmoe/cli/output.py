@@ -125,13 +125,18 @@ def show_json(value: BaseModel | Mapping[str, object] | Sequence[object]) -> Non
     print(json.dumps(content, indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
+def say(text: str) -> None:
+    """Print a line that may hold words of others: what a terminal might obey is shown as text."""
+    print(inert(text))
+
+
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table on standard output."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=inert(title), title_justify="left")
     for column in columns:
         table.add_column(column)
     for row in rows:

@@ -31,19 +31,22 @@ def spend(rate: Rate, full_at: float, now: float) -> tuple[float, float]:
 class WorkShare:
     """How much of the coordinator's time one token's requests may take while others ask too, and how many at once.
 
-    `share` of the time in the long run, and `credit` seconds of work beforehand. Others are there for
-    `others_seconds` after they asked. Uploads have places instead: whoever pushes on and on does what workers are for.
+    `share` of the time in the long run, `credit` seconds of work beforehand, and no more than `most_debt` seconds to
+    wait for it. Whoever has not more than `free` requests under way never waits. Others are there for `others_seconds`
+    after they asked. Uploads have places instead: whoever pushes on and on does what workers are for.
     """
 
     share: float = 0.1
     credit: float = 0.2
+    most_debt: float = 10.0
+    free: int = 2
     at_once: int = 4
     others_seconds: float = 10.0
 
 
 def charge(share: WorkShare, paid_at: float, seconds: float, now: float) -> float:
     """When the work of a token is paid for, after it took so many seconds more."""
-    return max(paid_at, now) + seconds / share.share
+    return min(max(paid_at, now) + seconds / share.share, now + share.most_debt)
 
 
 def debt(share: WorkShare, paid_at: float, now: float) -> float:
@@ -55,9 +58,9 @@ def debt(share: WorkShare, paid_at: float, now: float) -> float:
 class UploadLimits:
     """Uploads under way: in all, of one token, of one worker with it; after how many silent seconds one gives way."""
 
-    total: int = 64
-    of_token: int = 48
-    of_worker: int = 8
+    total: int = 96
+    of_token: int = 64
+    of_worker: int = 16
     silent_seconds: float = 2.0
 
 

@@ -29,6 +29,7 @@ class _Account:
     """What one token has asked for."""
 
     places: asyncio.Semaphore
+    under_way: int = 0
     full_at: float = 0.0
     paid_at: float = 0.0
     asked_at: float = -math.inf
@@ -41,6 +42,8 @@ class Turn:
         self._turns = turns
         self._account = account
         self._began: float | None = None
+        if account is not None:
+            account.under_way += 1
 
     async def begin(self) -> None:
         """Wait for the turn; raises `RefusedError` if that does not come soon."""
@@ -48,7 +51,10 @@ class Turn:
             self._began = await self._turns.begin(self._account)
 
     def end(self) -> None:
-        if self._account is not None and self._began is not None:
+        if self._account is None:
+            return
+        self._account.under_way -= 1
+        if self._began is not None:
             self._turns.end(self._account, self._began)
         self._account = None
 
@@ -85,10 +91,9 @@ class Turns:
     async def begin(self, account: _Account) -> float | None:
         """Hold one of a token's few places once the work done for it is paid for; when that was.
 
-        None where no other token asks: then it may have all there is.
+        None where no other token asks, or this one asks for little at once: then nobody waits.
         """
-        since = self._clock() - self._share.others_seconds
-        if not any(other.asked_at >= since for other in self._accounts.values() if other is not account):
+        if account.under_way <= self._share.free or not self._others(account):
             return None
         assert self._rate is not None, "without a rate there are no accounts"
         try:
@@ -105,6 +110,11 @@ class Turns:
             account.places.release()
             raise
         return self._clock()
+
+    def _others(self, mine: _Account) -> bool:
+        """Whether another token has asked lately."""
+        since = self._clock() - self._share.others_seconds
+        return any(account.asked_at >= since for account in self._accounts.values() if account is not mine)
 
     def end(self, account: _Account, began: float) -> None:
         """Give the place back, and put the work on the token's account."""

@@ -62,6 +62,16 @@ def test_every_route_and_method_but_the_open_ones_asks_for_a_token(locked_house:
     ]
 
 
+def test_no_route_and_method_takes_a_token_that_nobody_knows(locked_house: House) -> None:
+    taken = []
+    with locked_house.client("a-token-of-32-characters-from-0000") as client:
+        for path in paths(locked_house):
+            for method in ("GET", "POST", "DELETE"):
+                if client.request(method, path).status_code != 401:
+                    taken.append((method, path))
+    assert taken == [("GET", "/healthz"), ("GET", "/readyz")]
+
+
 @pytest.mark.parametrize(
     "header",
     ["", "Bearer", "Bearer ", "Bearer wrong-token-of-32-characters-0000", f"Basic {JOIN}", JOIN, f"Bearer {JOIN}x"],

@@ -11,17 +11,18 @@ from fedmoe.errors import RefusedError
 from fedmoe.server.quotas import Rate, WorkShare, charge, debt
 from fedmoe.server.turns import Turns
 
-SHARE = WorkShare(share=0.1, credit=0.2, at_once=2)
+SHARE = WorkShare(share=0.1, credit=0.2, at_once=2, free=0)
 
 
-@given(st.lists(st.tuples(st.floats(0, 3), st.floats(0, 2)), max_size=200))
+@given(st.lists(st.tuples(st.floats(0, 3), st.floats(0, 0.8)), max_size=200))
 def test_the_work_of_a_token_stays_within_its_share(works: list[tuple[float, float]]) -> None:
     """Pauses and works in turn; each work begins when the one before is paid for."""
     now, paid_at, done = 0.0, 0.0, 0.0
     for pause, seconds in works:
         now += pause
         now += debt(SHARE, paid_at, now)
-        assert done <= SHARE.credit + SHARE.share * now + 1e-6 + max((s for _, s in works), default=0)
+        largest = max((s for _, s in works), default=0)
+        assert done <= SHARE.credit + SHARE.share * now + 1e-6 + largest
         now += seconds
         paid_at = charge(SHARE, paid_at, seconds, now)
         done += seconds
@@ -80,6 +81,21 @@ def test_beside_others_a_token_that_had_much_done_is_sent_away_with_a_time() -> 
         await worked(turns, clock, "greedy", 0.01)
 
     played(play)
+
+
+def test_whoever_asks_for_one_thing_after_the_other_never_waits() -> None:
+    async def play(_: Turns, clock: Clock) -> None:
+        turns = Turns(Rate(1000.0, 1000), clock, WorkShare())
+        for _number in range(20):
+            await worked(turns, clock, "other", 0.1)
+            await worked(turns, clock, "reader", 5.0)
+
+    played(play)
+
+
+def test_no_debt_lasts_longer_than_a_moment() -> None:
+    paid_at = charge(SHARE, 0.0, 1000.0, 50.0)
+    assert debt(SHARE, paid_at, 50.0 + SHARE.most_debt) == 0.0
 
 
 def test_uploads_are_not_put_on_that_account() -> None:
