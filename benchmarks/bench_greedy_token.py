@@ -43,6 +43,7 @@ from harness import pin_threads, write_result
 pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
+import psutil  # noqa: E402
 
 from fedmoe.lora.adapter import Layout, ModuleShape  # noqa: E402
 from fedmoe.lora.codec import encode  # noqa: E402
@@ -187,18 +188,30 @@ def token_for(port: int, worker: str | None) -> str:
         return client.make_token(TokenRequest(role="worker" if worker else "join", worker=worker, label="bench")).token
 
 
-def measure_attack(kind: str, port: int, honest: Honest, seconds: float, windows: int) -> dict[str, object]:
+def cpu_seconds(process: int) -> float:
+    """Processor time that a process has used."""
+    used = psutil.Process(process).cpu_times()
+    return float(used.user + used.system)
+
+
+def measure_attack(
+    kind: str, port: int, coordinator: int, honest: Honest, seconds: float, windows: int
+) -> dict[str, object]:
     """The honest worker's rates alone and beside an attack, in turns; which comes first takes turns too."""
     context = get_context("spawn")
     go, stop, attempts = context.Event(), context.Event(), context.Value("q", 0)
     process = context.Process(target=attack, args=(kind, port, token_for(port, None), go, stop, attempts))
     process.start()
     rates: dict[bool, list[float]] = {False: [], True: []}
+    costs: dict[bool, list[float]] = {False: [], True: []}
     for window in range(windows):
         for attacked in (False, True) if window % 2 else (True, False):
             (go.set if attacked else go.clear)()
             time.sleep(1.0)
+            before, taken = cpu_seconds(coordinator), honest.answers.get(200, 0)
             rates[attacked].append(honest.rate(seconds))
+            taken = honest.answers.get(200, 0) - taken
+            costs[attacked].append((cpu_seconds(coordinator) - before) / max(1, taken))
     go.clear()
     stop.set()
     process.join(30)
@@ -208,6 +221,10 @@ def measure_attack(kind: str, port: int, honest: Honest, seconds: float, windows
         "beside_updates_per_second": rates[True],
         "kept_of_medians": statistics.median(rates[True]) / statistics.median(rates[False]),
         "kept_by_window": {"median": statistics.median(kept), "minimum": min(kept), "maximum": max(kept)},
+        "coordinator_cpu_seconds_per_update": {
+            "alone": statistics.median(costs[False]),
+            "beside": statistics.median(costs[True]),
+        },
         "attempts": attempts.value,
     }
 
@@ -228,7 +245,7 @@ def main() -> None:
             honest.rate(3.0)
             results: dict[str, object] = {"load_average_before": os.getloadavg()}
             for kind in given.attacks:
-                results[kind] = measure_attack(kind, port, honest, given.seconds, given.windows)
+                results[kind] = measure_attack(kind, port, process.pid, honest, given.seconds, given.windows)
                 print(kind, json.dumps(results[kind]), flush=True)
             results |= {"honest_answers_by_status": honest.answers, "load_average_after": os.getloadavg()}
         finally:
