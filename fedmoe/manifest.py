@@ -43,11 +43,7 @@ class Manifest:
 
     def differences(self, other: Manifest) -> list[str]:
         """How `other` differs from this one, in words; empty if they agree. Names for people do not count."""
-        found = []
-        for field in ("weights_hash", "tokenizer_hash"):
-            mine, theirs = getattr(self.base, field), getattr(other.base, field)
-            if mine != theirs:
-                found.append(f"base {field}: expected {mine} ({self.base.name}), got {theirs} ({other.base.name})")
+        found = _base_differences(self.base, other.base)
         if self.layout.rank != other.layout.rank:
             found.append(f"rank: expected {self.layout.rank}, got {other.layout.rank}")
         if self.alpha != other.alpha:
@@ -75,6 +71,15 @@ class Manifest:
         return cls(BaseModel(**fields["base"]), Layout(modules, fields["rank"]), float(fields["alpha"]))
 
 
+def _base_differences(mine: BaseModel, theirs: BaseModel) -> list[str]:
+    found = []
+    for field in ("weights_hash", "tokenizer_hash"):
+        ours, other = getattr(mine, field), getattr(theirs, field)
+        if ours != other:
+            found.append(f"base {field}: expected {ours} ({mine.name}), got {other} ({theirs.name})")
+    return found
+
+
 def _module_differences(mine: Layout, theirs: Layout) -> list[str]:
     ours = {module.name: module for module in mine.modules}
     others = {module.name: module for module in theirs.modules}
@@ -90,20 +95,26 @@ def _module_differences(mine: Layout, theirs: Layout) -> list[str]:
     return found
 
 
+def check_base(expected: BaseModel, got: BaseModel) -> None:
+    """Refuse a worker on another base model than the federation's."""
+    found = _base_differences(expected, got)
+    if found:
+        raise RefusedError(
+            "base_mismatch",
+            f"all experts share one base model; {'; '.join(found)}.",
+            "Use the base model (and revision) the coordinator names.",
+            expected=expected.weights_hash,
+            got=got.weights_hash,
+        )
+
+
 def check_manifest(expected: Manifest, got: Manifest) -> None:
     """Refuse a worker whose base model or LoRA configuration is not the federation's."""
+    check_base(expected.base, got.base)
     found = expected.differences(got)
     if not found:
         return
     shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
-    if expected.base.weights_hash != got.base.weights_hash or expected.base.tokenizer_hash != got.base.tokenizer_hash:
-        raise RefusedError(
-            "base_mismatch",
-            f"all experts share one base model; {shown}.",
-            "Use the base model (and revision) the coordinator names.",
-            expected=expected.base.weights_hash,
-            got=got.base.weights_hash,
-        )
     raise RefusedError(
         "lora_mismatch",
         f"all experts share one LoRA configuration; {shown}.",

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import httpx2
 import uvicorn
+from documented import check_documented
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
@@ -68,7 +70,14 @@ class House:
     def client(self, token: str | None = None) -> TestClient:
         """The application without a socket; errors of the house come as answers, not as exceptions."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return TestClient(self.app, base_url="http://127.0.0.1", headers=headers, raise_server_exceptions=False)
+        client = TestClient(self.app, base_url="http://127.0.0.1", headers=headers, raise_server_exceptions=False)
+        client.event_hooks = {"response": [self._check_documented]}
+        return client
+
+    def _check_documented(self, answer: httpx2.Response) -> None:
+        answer.read()
+        asked, type_ = answer.request, answer.headers.get("content-type", "")
+        check_documented(self.app, asked.method, asked.url.path, answer.status_code, type_, answer.content)
 
 
 @contextmanager

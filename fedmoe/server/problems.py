@@ -12,11 +12,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Route
 
 from fedmoe.errors import RefusedError
 from fedmoe.lora.codec import CodecError, MalformedError
 from fedmoe.storage.blobs import StorageFailedError
-from fedmoe.wire.messages import PROBLEM, Problem
+from fedmoe.wire.messages import PROBLEM, VISIBLE, Problem
 
 _log = structlog.get_logger("fedmoe.http")
 
@@ -45,6 +46,7 @@ STATUS: dict[str, int] = {
     "lease_lost": 409,
     "not_held": 409,
     "base_mismatch": 409,
+    "lora_mismatch": 409,
     "start_mismatch": 409,
     "too_many_experts": 409,
     "too_many_statistics": 429,
@@ -59,7 +61,6 @@ STATUS: dict[str, int] = {
     "rule_mismatch": 409,
     "token_revoked": 409,
     "token_mismatch": 409,
-    "lora_mismatch": 422,
     "norm_too_large": 422,
     "statistics_mismatch": 422,
     "scores_mismatch": 422,
@@ -79,7 +80,8 @@ STATUS: dict[str, int] = {
     "disk_full": 507,
 }
 _MAX_DETAIL = 2000
-_RETRY_AFTER = {
+#: Seconds after which a refusal may have passed.
+RETRY_AFTER = {
     "busy": "2",
     "too_many_statistics": "600",
     "json_busy": "5",
@@ -90,7 +92,7 @@ _RETRY_AFTER = {
 
 def problem(code: str, status: int, detail: str, fix: str = "", **facts: object) -> Response:
     """An RFC 9457 problem."""
-    headers = {"Retry-After": _RETRY_AFTER[code]} if code in _RETRY_AFTER else {}
+    headers = {"Retry-After": RETRY_AFTER[code]} if code in RETRY_AFTER else {}
     if "retry_after" in facts:
         headers["Retry-After"] = str(facts["retry_after"])
     if status == 401:
@@ -147,7 +149,7 @@ def install(app: FastAPI) -> None:
         codes = {400: "malformed", 404: "unknown_route", 405: "method_not_allowed", 413: "too_large"}
         code = codes.get(error.status_code, "http_error")
         told = problem(code, error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}.")
-        told.headers.update(allowed(error.headers))
+        told.headers.update(allowed(request, error.headers))
         return told
 
     @app.exception_handler(Exception)
@@ -156,12 +158,18 @@ def install(app: FastAPI) -> None:
         return problem("internal_error", 500, "an unexpected error; the coordinator's log has it.")
 
 
-def allowed(headers: Mapping[str, str] | None) -> dict[str, str]:
-    """The headers of a refusal; a route that takes GET takes HEAD too."""
+def allowed(request: Request, headers: Mapping[str, str] | None) -> dict[str, str]:
+    """The headers of a refusal; `Allow` has every method of the path, and HEAD where there is GET."""
     found = dict(headers or {})
-    if "GET" in found.get("Allow", "").split(", "):
-        found["Allow"] += ", HEAD"
+    if "Allow" in found:
+        methods = {method for route in request.app.routes for method in _methods(route, request)}
+        found["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
     return found
+
+
+def _methods(route: BaseRoute, request: Request) -> set[str]:
+    there = route.matches(request.scope)[0] is not Match.NONE
+    return set(route.methods or ()) if there and isinstance(route, Route) else set()
 
 
 def _invalid_request(request: Request, first: Mapping[str, Any]) -> Response:
@@ -174,4 +182,6 @@ def _invalid_request(request: Request, first: Mapping[str, Any]) -> Response:
         return problem("unsupported_type", 415, f"a body is sent as application/json, got {got}.")
     where = ".".join(str(part)[:80] for part in first["loc"][1:]) or "body"
     shown = repr(first.get("input"))[:80]
-    return problem("invalid_request", 422, f"{where}: {first['msg']}, got {shown}.", "See /openapi.json.")
+    unseen = first["type"] == "string_pattern_mismatch" and first["ctx"]["pattern"] == VISIBLE
+    wrong = "only characters that can be seen are taken" if unseen else first["msg"]
+    return problem("invalid_request", 422, f"{where}: {wrong}, got {shown}.", "See /openapi.json.")

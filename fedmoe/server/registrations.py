@@ -7,9 +7,24 @@ from dataclasses import dataclass
 
 from fedmoe.errors import RefusedError
 from fedmoe.experts import ExpertModel, Registrant
-from fedmoe.manifest import Manifest
+from fedmoe.manifest import Manifest, check_base
+from fedmoe.wire.messages import ManifestMessage
 
 _RETIRE = "Retire experts that nobody trains ('fedmoe experts retire NAME', an administrator's)"
+
+
+def checked_manifest(message: ManifestMessage, expected: Manifest | None) -> Manifest:
+    """The manifest that a worker registers with, where it can be one and is of the `expected` one's base model."""
+    if expected is not None:  # said first, since everything else depends on it
+        check_base(expected.base, message.base_model())
+    try:
+        message.check()
+    except ValueError as error:
+        raise RefusedError("invalid_request", f"manifest: {error}.") from error
+    try:
+        return message.manifest()
+    except ValueError as error:
+        raise RefusedError("lora_mismatch", f"the manifest contradicts itself: {error}.") from error
 
 
 @dataclass(frozen=True, slots=True)

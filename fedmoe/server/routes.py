@@ -14,7 +14,7 @@ from fedmoe.errors import RefusedError
 from fedmoe.experts import ExpertModel
 from fedmoe.living import LivingGateway
 from fedmoe.lora.codec import WireDtype
-from fedmoe.server import problems
+from fedmoe.server import openapi, problems
 from fedmoe.server.answers import (
     WeightAnswers,
     Weights,
@@ -32,6 +32,7 @@ from fedmoe.server.json_weights import JsonPolicy
 from fedmoe.server.quarantine_routes import quarantine_routes
 from fedmoe.server.quotas import Rate
 from fedmoe.server.receive import parse_content_digest
+from fedmoe.server.route_answers import ANSWERS, PROBLEMS
 from fedmoe.server.service import Body, CoordinatorService
 from fedmoe.server.token_gate import GateMiddleware
 from fedmoe.server.token_routes import token_routes
@@ -99,6 +100,7 @@ def create_app(
     # These caps follow from the expert, so the service sets them.
     app.add_middleware(BodyGuard, caps={_PUSH: None, _PUSH_STATISTICS: None})
     app.add_middleware(HeadMiddleware)
+    openapi.install(app, ANSWERS, PROBLEMS, gate.required)
     return app
 
 

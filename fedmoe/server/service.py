@@ -35,7 +35,7 @@ from fedmoe.server.landing import Arrived, Landing, retract_held
 from fedmoe.server.memory_budget import MemoryBudget
 from fedmoe.server.publication import Publications
 from fedmoe.server.receive import Expected, opened_writer, receive, settled
-from fedmoe.server.registrations import RegistrationLimits
+from fedmoe.server.registrations import RegistrationLimits, checked_manifest
 from fedmoe.server.retention import Retention
 from fedmoe.server.roster import Roster
 from fedmoe.server.security import Principal
@@ -199,10 +199,7 @@ class CoordinatorService:
 
     async def register(self, request: RegisterRequest, principal: Principal = _OPERATOR) -> ExpertModel:
         """Make the expert, or give the one there is; `principal` is who asks, and may not have too many."""
-        try:
-            manifest = request.manifest.manifest()
-        except ValueError as error:
-            raise RefusedError("lora_mismatch", f"the manifest contradicts itself: {error}.") from error
+        manifest = checked_manifest(request.manifest, self.coordinator.manifest)
 
         def decide(draft: Draft) -> ExpertModel:
             draft.aggregation.check_start(request.start_from)

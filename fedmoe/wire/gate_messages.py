@@ -6,11 +6,11 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from fedmoe.wire.messages import Count, ExpertName, Message, Sha256, ShortText, WorkerName
+from fedmoe.wire.messages import NO_OTHER_KEYS, NUMBER, Count, ExpertName, Message, Sha256, ShortText, WorkerName
 
 SetId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 # A base model that guesses among 2^32 tokens loses 22 nats; far more is no loss but a mistake.
-Loss = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+Loss = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False), NUMBER]
 #: Tokens that one evaluator can claim to have scored.
 MAX_TOKENS = 1 << 40
 #: Candidates in one set; every one costs each owner a pass over the held-out data.
@@ -68,11 +68,13 @@ class GatewayScores(Message):
     set: SetId
     evaluator: WorkerName
     expert: ExpertName
-    tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+    tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS), NUMBER]
     base: Loss
     own: Loss
     published: Loss | None
-    candidates: Annotated[dict[ShortText, Loss], Field(min_length=1, max_length=MAX_CANDIDATES)]
+    candidates: Annotated[
+        dict[ShortText, Loss], Field(min_length=1, max_length=MAX_CANDIDATES, json_schema_extra=NO_OTHER_KEYS)
+    ]
 
 
 class ScoresResult(Message):

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     FailFast,
     Field,
+    JsonValue,
     SerializerFunctionWrapHandler,
     StringConstraints,
     model_serializer,
-    model_validator,
 )
 
 from fedmoe.lora.adapter import Layout, ModuleShape
@@ -45,18 +45,32 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def printable(text: str) -> str:
-    """The text itself, if it holds nothing that a terminal obeys; raises ValueError otherwise."""
-    if not text.isprintable():
-        raise ValueError("only printable characters are taken")
-    return text
+def _no_text(value: object) -> object:
+    if isinstance(value, str | bytes | bool):
+        raise ValueError("expected a number")
+    return value
+
+
+#: Of a number in a JSON body, which may not be spelled as text; in a query everything is text.
+NUMBER = BeforeValidator(_no_text)
 
 
 # Shown to people in logs, terminals and pages: nothing that moves a cursor or turns the reading direction.
-ShortText = Annotated[str, StringConstraints(max_length=200), AfterValidator(printable)]
+# A pattern, so that /openapi.json says it too: no control (Cc), format (Cf) or separating (Zl, Zp) character.
+_UNSEEN = (
+    "\u0000-\u001f\u007f-\u009f\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b-\u200f\u2028-\u202e"
+    "\u2060-\u206f\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e007f"
+)
+VISIBLE = f"^[^{_UNSEEN}]*$"
+ShortText = Annotated[str, StringConstraints(max_length=200, pattern=VISIBLE)]
+# Of a mapping whose names have a pattern; pydantic leaves it out, and other names would then be allowed.
+NO_OTHER_KEYS: dict[str, JsonValue] = {"additionalProperties": False}
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
 #: Numbers in an adapter, 4 GiB as float32; more is a mistake, and would be memory taken by a message of a few bytes.
 MAX_PARAMETERS = 1 << 30
+#: A seed's largest value: nearly 2^64, and the same for readers of JSON to whom every number is a double.
+MAX_SEED = 18_446_744_073_709_550_000
 # Every answer with weights carries the manifest, in the metadata that a safetensors header has room for.
 _MAX_MANIFEST_CHARACTERS = 60_000
 
@@ -89,20 +103,30 @@ class BaseModelMessage(Message):
     tokenizer_hash: Sha256
 
 
+_Features = Annotated[int, Field(ge=1, le=1 << 24), NUMBER]
+
+
 class ManifestMessage(Message):
     """The LoRA contract of a federation; `modules` are `[name, in_features, out_features]`."""
 
     base: BaseModelMessage
-    rank: Annotated[int, Field(ge=1, le=1024)]
-    alpha: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+    rank: Annotated[int, Field(ge=1, le=1024), NUMBER]
+    alpha: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False), NUMBER]
     modules: Annotated[
-        list[tuple[ModuleName, Annotated[int, Field(ge=1, le=1 << 24)], Annotated[int, Field(ge=1, le=1 << 24)]]],
-        Field(min_length=1, max_length=4096),
+        list[tuple[ModuleName, _Features, _Features]],
+        Field(min_length=1, max_length=4096, json_schema_extra={"uniqueItems": True}),
         FailFast(),
     ]
 
-    @model_validator(mode="after")
-    def _can_be_kept_and_sent(self) -> Self:
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        """The message; raises ValueError for a manifest that cannot be taken."""
+        message = cls.model_validate(manifest.to_json())
+        message.check()
+        return message
+
+    def check(self) -> None:
+        """Raise ValueError for more than can be kept and sent; no schema tells of that."""
         parameters = self.rank * sum(n_in + n_out for _, n_in, n_out in self.modules)
         if parameters > MAX_PARAMETERS:
             raise ValueError(f"the adapter has {parameters} parameters; at most {MAX_PARAMETERS} are taken")
@@ -112,16 +136,16 @@ class ManifestMessage(Message):
                 f"the manifest takes {characters} characters, at most {_MAX_MANIFEST_CHARACTERS} can be sent; "
                 "adapt fewer modules with --target-modules"
             )
-        return self
 
-    @classmethod
-    def of(cls, manifest: Manifest) -> Self:
-        return cls.model_validate(manifest.to_json())
+    def base_model(self) -> Base:
+        """The base model named."""
+        return Base(self.base.name, self.base.revision, self.base.weights_hash, self.base.tokenizer_hash)
 
     def manifest(self) -> Manifest:
+        """The manifest itself; raises ValueError for one that contradicts itself or cannot be taken."""
+        self.check()
         layout = Layout(tuple(ModuleShape(*module) for module in self.modules), self.rank)
-        base = Base(self.base.name, self.base.revision, self.base.weights_hash, self.base.tokenizer_hash)
-        return Manifest(base, layout, self.alpha)
+        return Manifest(self.base_model(), layout, self.alpha)
 
 
 class RegisterRequest(Message):
@@ -133,7 +157,7 @@ class RegisterRequest(Message):
     expert: ExpertName
     worker: WorkerName
     manifest: ManifestMessage
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED), NUMBER] | None = None
     start_from: StartFrom | None = None
 
 
@@ -372,7 +396,9 @@ class StatisticRequest(Message):
     expert: ExpertName
     worker: WorkerName
     kind: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
-    values: Annotated[dict[ShortText, Finite], Field(max_length=256)]
+    values: Annotated[
+        dict[ShortText, Annotated[Finite, NUMBER]], Field(max_length=256, json_schema_extra=NO_OTHER_KEYS)
+    ]
 
 
 class StatisticsRequest(Message):
@@ -389,7 +415,7 @@ class RollbackRequest(Message):
     """Take an expert back to an earlier version; with its digest or the incarnation, only if that is the one meant."""
 
     expert: ExpertName
-    to_version: Count
+    to_version: Annotated[Count, NUMBER]
     to_digest: DigestStart | None = None
     incarnation: Incarnation | None = None
     reason: ShortText = ""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
-from fedmoe.wire.messages import ExpertName, Message, Sha256, WorkerName, printable
+from fedmoe.wire.messages import NUMBER, VISIBLE, ExpertName, Message, Sha256, WorkerName
 
-TokenLabel = Annotated[str, StringConstraints(max_length=60), AfterValidator(printable)]
+TokenLabel = Annotated[str, StringConstraints(max_length=60, pattern=VISIBLE)]
 
 
 class TokenRequest(Message):
@@ -17,7 +17,7 @@ class TokenRequest(Message):
     role: Literal["worker", "join", "admin"] = "worker"
     worker: WorkerName | None = None
     experts: list[ExpertName] | None = None
-    expires_in: Annotated[float, Field(gt=0, le=10 * 365 * 86400, allow_inf_nan=False)] | None = None
+    expires_in: Annotated[float, Field(gt=0, le=10 * 365 * 86400, allow_inf_nan=False), NUMBER] | None = None
     label: TokenLabel = ""
 
 

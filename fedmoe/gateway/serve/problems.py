@@ -88,11 +88,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
-        codes = {404: "unknown_route", 405: "method_not_allowed"}
+        codes = {400: "malformed", 404: "unknown_route", 405: "method_not_allowed"}
         code = codes.get(error.status_code, "http_error")
         where = f"{request.method} {request.url.path[:200]}"
         told = ApiError(error.status_code, code, f"{where}: {error.detail}").response()
-        told.headers.update(allowed(error.headers))
+        told.headers.update(allowed(request, error.headers))
         return told
 
     @app.exception_handler(Exception)

@@ -6,24 +6,33 @@ at the values that ask for nothing, and refused otherwise.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
     ValidatorFunctionWrapHandler,
     field_validator,
-    model_validator,
 )
 
 #: Continuations of one request: prompts times n.
 MOST_CHOICES = 16
+# Nearly 2^63, and the same for readers of JSON to whom every number is a double.
+_SEED = 9_223_372_036_854_775_000
+
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 7.0 is the integer 7."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 _Text = Annotated[str, StringConstraints(max_length=1 << 22)]
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-_Token = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
+_Token = Annotated[int, Field(ge=0, lt=1 << 31, strict=True), BeforeValidator(_whole)]
 _Nothing = Annotated[dict[str, float], Field(max_length=0)] | None
 
 
@@ -53,7 +62,7 @@ class _Common(_Strict):
     stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    seed: Annotated[int, Field(ge=-_SEED, le=_SEED)] | None = None
     user: Annotated[str, StringConstraints(max_length=1000)] | None = None
     # At these values only they ask for nothing.
     frequency_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
@@ -70,11 +79,10 @@ class _Common(_Strict):
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    @model_validator(mode="after")
-    def _options_of_a_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
-        return self
+    @property
+    def contradiction(self) -> str | None:
+        """What two fields say against each other; no schema tells of that."""
+        return "stream_options needs stream: true" if self.stream_options is not None and not self.stream else None
 
 
 class TextPart(_Strict):
@@ -127,11 +135,11 @@ class ChatRequest(_Common):
         """As in `Sampling`."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    @model_validator(mode="after")
-    def _alternatives_of_something(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        return self
+    @property
+    def contradiction(self) -> str | None:
+        """What two fields say against each other; no schema tells of that."""
+        lonely = self.top_logprobs is not None and not self.logprobs
+        return "top_logprobs needs logprobs: true" if lonely else super().contradiction
 
 
 class CompletionRequest(_Common):

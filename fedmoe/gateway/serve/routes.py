@@ -23,7 +23,9 @@ from fedmoe.gateway.serve.follow import Health
 from fedmoe.gateway.serve.problems import ApiError, of_backend
 from fedmoe.gateway.serve.protocol import BackendError
 from fedmoe.gateway.serve.requests import MOST_CHOICES, ChatRequest, CompletionRequest
+from fedmoe.gateway.serve.route_answers import ANSWERS, PROBLEMS
 from fedmoe.gateway.serve.service import Answering, Asked, Piece, Service, together
+from fedmoe.server import openapi
 from fedmoe.server.guard import BodyGuard
 from fedmoe.server.health import HeadMiddleware, readiness
 from fedmoe.server.versions import ProtocolMiddleware
@@ -48,6 +50,7 @@ def create_app(
     app.add_middleware(ProtocolMiddleware, server="this gateway server", answer=problems.upgrade_required)
     app.add_middleware(BodyGuard, caps=dict.fromkeys(("/v1/chat/completions", "/v1/completions"), MAX_BODY_BYTES))
     app.add_middleware(HeadMiddleware)
+    openapi.install(app, ANSWERS, PROBLEMS, keys is not None)
     return app
 
 
@@ -74,9 +77,7 @@ def _look_routes(app: FastAPI, service: Service, health: Callable[[], Health]) -
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> JSONResponse:
-        if name not in service.names():
-            there = ", ".join(service.names())
-            raise ApiError(404, "model_not_found", f"there is no model {name[:80]!r}; there are: {there}", "model")
+        _check_name(service, name)
         return JSONResponse(_card(service, name))
 
 
@@ -100,16 +101,35 @@ def _card(service: Service, name: str) -> Json:
 def _answer_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat(request: Request, wanted: ChatRequest) -> Response:
+        _check(service, wanted)
         prompt = service.prompter.of_chat([message.plain() for message in wanted.messages])
         asked = _asked(service, wanted, [prompt], wanted.most_new_tokens, service.limits.output_tokens)
         return await _answered(request, service, wanted, asked, "chat")
 
     @app.post("/v1/completions")
     async def completion(request: Request, wanted: CompletionRequest) -> Response:
+        _check(service, wanted)
         prompter = service.prompter
         prompts = [prompter.of_text(one) if isinstance(one, str) else prompter.of_tokens(one) for one in wanted.prompts]
         asked = _asked(service, wanted, prompts, wanted.max_tokens, _DEFAULT_TEXT_TOKENS)
         return await _answered(request, service, wanted, asked, "text")
+
+
+def _check(service: Service, wanted: ChatRequest | CompletionRequest) -> None:
+    """First whether the model is there, for which every field means something; then what no schema tells."""
+    try:
+        _check_name(service, wanted.model)
+    except ApiError as error:
+        service.counters.refused[error.code] += 1
+        raise
+    if wanted.contradiction is not None:
+        raise ApiError(400, "invalid_value", wanted.contradiction)
+
+
+def _check_name(service: Service, name: str) -> None:
+    if name not in service.names():
+        there = ", ".join(service.names())
+        raise ApiError(404, "model_not_found", f"there is no model {name[:80]!r}; there are: {there}", "model")
 
 
 def _asked(

@@ -1,0 +1,112 @@
+"""`/openapi.json`: what FastAPI knows of the routes from their types, and what each may answer beside that.
+
+A route that refuses says so with a code; the tables of `route_answers` name the codes of every route, and each becomes
+part of the answer with its status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+Json = dict[str, object]
+#: Method and path of a route.
+Route = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a route may answer, by the codes of its problems and by status, and what it takes beside JSON."""
+
+    problems: tuple[str, ...] = ()
+    others: Mapping[int, Json] = field(default_factory=dict)
+    parameters: tuple[Json, ...] = ()
+    body: Json | None = None
+
+
+@dataclass(frozen=True)
+class Problems:
+    """How a server tells its problems: the status of a code, the answer with a status and its codes, their schemas."""
+
+    status: Callable[[str], int]
+    answer: Callable[[int, list[str]], Json]
+    schemas: Mapping[str, Json]
+    #: What any route may answer.
+    everywhere: tuple[str, ...]
+    #: What a route may answer that takes a body in JSON, and one that takes parameters.
+    with_json: tuple[str, ...]
+    with_parameters: tuple[str, ...]
+
+
+def install(app: FastAPI, table: Mapping[Route, Answers], problems: Problems, tokens: bool) -> None:
+    """Answer `/openapi.json` with this; `tokens` says that the server asks for one on all but the open paths."""
+
+    def described() -> Json:
+        if app.openapi_schema is None:
+            app.openapi_schema = _described(app, table, problems, tokens)
+        return app.openapi_schema
+
+    app.openapi = described  # type: ignore[method-assign]
+
+
+def _described(app: FastAPI, table: Mapping[Route, Answers], problems: Problems, tokens: bool) -> Json:
+    document: Json = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    paths = _object(document["paths"])
+    for path, operations in paths.items():
+        for method, operation in _object(operations).items():
+            _add(_object(operation), table.get((method.upper(), path), Answers()), problems)
+    components = _object(document.setdefault("components", {}))
+    schemas = _object(components.setdefault("schemas", {}))
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    schemas.update(problems.schemas)
+    if tokens:
+        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"token": []}]
+        for path in ("/healthz", "/readyz"):
+            _object(_object(paths[path])["get"])["security"] = []
+    return document
+
+
+def _add(operation: Json, answers: Answers, problems: Problems) -> None:
+    responses = _object(operation["responses"])
+    if str(422) in responses:  # FastAPI's own form of it, which we never send
+        del responses["422"]
+    codes = [*problems.everywhere, *answers.problems]
+    codes += problems.with_json if "requestBody" in operation else ()
+    codes += problems.with_parameters if operation.get("parameters") else ()
+    if answers.parameters:
+        operation["parameters"] = [*_list(operation.get("parameters", [])), *answers.parameters]
+    if answers.body is not None:
+        operation["requestBody"] = answers.body
+    for status, found in _by_status(codes, problems.status).items():
+        responses[str(status)] = problems.answer(status, found)
+    for status, answer in answers.others.items():
+        responses[str(status)] = _both(_object(responses.get(str(status), {})), answer)
+    operation["responses"] = dict(sorted(responses.items()))
+
+
+def _by_status(codes: Iterable[str], status_of: Callable[[str], int]) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for code in sorted(set(codes)):
+        found.setdefault(status_of(code), []).append(code)
+    return found
+
+
+def _both(one: Json, other: Json) -> Json:
+    """An answer that has one or the other content: a success as described here, or a problem beside another body."""
+    content = {**_object(one.get("content", {})), **_object(other.get("content", {}))}
+    return {**one, **other} | ({"content": content} if content else {})
+
+
+def _object(value: object) -> Json:
+    assert isinstance(value, dict)
+    return value
+
+
+def _list(value: object) -> list[object]:
+    assert isinstance(value, list)
+    return value

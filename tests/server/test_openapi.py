@@ -1,0 +1,81 @@
+"""`/openapi.json` names what the coordinator may answer: every route, status and code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from documented import check_documented, codes_in, schemathesis
+from fastapi.routing import APIRoute
+from live import ADMIN, House, listening, open_house
+
+from fedmoe.coordinator import Aggregation
+from fedmoe.server.problems import STATUS
+from fedmoe.server.route_answers import ANSWERS, OTHER_STATUS
+
+#: Told when a coordinator starts, not by a route.
+AT_START = {"rule_mismatch"}
+
+
+def test_every_route_stands_in_the_table_and_nothing_else(house: House) -> None:
+    routes = {(m, route.path) for route in house.app.routes if isinstance(route, APIRoute) for m in route.methods}
+    assert routes == set(ANSWERS)
+
+
+def test_every_code_stands_with_its_status(house: House) -> None:
+    named: dict[str, int] = {}
+    for operations in house.app.openapi()["paths"].values():
+        for operation in operations.values():
+            for status, told in operation["responses"].items():
+                named |= dict.fromkeys(codes_in(told), int(status))
+    assert named == {code: status for code, status in (OTHER_STATUS | STATUS).items() if code not in AT_START}
+
+
+def test_the_document_is_whole_and_has_none_of_the_forms_that_are_never_sent(house: House) -> None:
+    with house.client() as client:
+        document = client.get("/openapi.json").json()
+        assert client.get("/openapi.json").json() == document
+    text = str(document)
+    assert "HTTPValidationError" not in text
+    assert set(document["components"]["schemas"]) >= {"Problem", "WeightsAsJson", "UpdateResult"}
+    push = document["paths"]["/push_expert_update"]["post"]
+    assert list(push["requestBody"]["content"]) == ["application/vnd.safetensors"]
+    assert "Content-Digest" in [parameter["name"] for parameter in push["parameters"]]
+    weights = document["paths"]["/get_gateway_weights"]["get"]["responses"]
+    assert set(weights["200"]["content"]) == {"application/json", "application/vnd.safetensors"}
+    assert {"304", "404", "406", "429"} <= weights.keys()
+
+
+def test_a_token_is_asked_for_where_the_document_says_so(house: House, locked_house: House) -> None:
+    assert "security" not in house.app.openapi()
+    document = locked_house.app.openapi()
+    assert document["security"] == [{"token": []}]
+    open_to_all = [path for path, operations in document["paths"].items() if operations.get("get", {}).get("security")]
+    assert open_to_all == []
+    assert document["paths"]["/readyz"]["get"]["security"] == []
+
+
+def test_an_answer_that_is_not_documented_fails_the_tests(house: House) -> None:
+    problem = b'{"code": "%s"}'
+    check_documented(house.app, "GET", "/federation", 401, "application/problem+json", problem % b"unauthorised")
+    with pytest.raises(AssertionError, match=r"is not in /openapi.json"):
+        check_documented(house.app, "GET", "/federation", 401, "application/problem+json", problem % b"busy")
+    with pytest.raises(AssertionError, match=r"is not in /openapi.json"):
+        check_documented(house.app, "HEAD", "/federation", 503, "application/problem+json", problem % b"busy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [(), ("python", "law")])
+def test_schemathesis_finds_nothing(tmp_path: Path, experts: tuple[str, ...]) -> None:
+    with open_house(tmp_path) as house:
+        house.register(*experts)
+        with listening(house.app) as server:
+            schemathesis(server.url, tmp_path)
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_nothing_with_tokens_and_an_evaluation_gate(tmp_path: Path) -> None:
+    with open_house(tmp_path, Aggregation(evaluation_gate=True), tokens=True) as house:
+        house.register("python")
+        with listening(house.app) as server:
+            schemathesis(server.url, tmp_path, ["--header", f"Authorization: Bearer {ADMIN}"])
