@@ -59,7 +59,7 @@ class EncodedCache:
     Those asked for last are kept, up to `most_bytes` in all, and the very last one however large it is.
     """
 
-    def __init__(self, most_bytes: int = 256 << 20) -> None:
+    def __init__(self, most_bytes: int = 64 << 20) -> None:
         self._most_bytes = most_bytes
         self._kept: OrderedDict[tuple[str, WireDtype], Encoded] = OrderedDict()
         self._locks: dict[tuple[str, WireDtype], threading.Lock] = {}
