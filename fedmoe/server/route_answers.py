@@ -102,8 +102,9 @@ ANSWERS: Mapping[Route, Answers] = {
     ),
     ("POST", "/push_expert_update"): Answers(
         (
-            *(*_OWN, *_BODY, *_TENSORS, *_WRITES, *_AS_JSON, "busy", "norm_too_large", "invalid_request"),
+            *(*_OWN, *_BODY, *_TENSORS, *_WRITES, *_AS_JSON, "busy", "gave_way", "norm_too_large", "invalid_request"),
             *("unknown_version", "too_stale", "sequence_reused", "other_history", "update_rejected", "quarantine_full"),
+            *("too_soon", "quota_exceeded"),
         ),
         {
             200: {
@@ -121,7 +122,10 @@ ANSWERS: Mapping[Route, Answers] = {
     ),
     ("POST", "/push_statistics"): Answers((*_OWN, *_WRITES, "too_many_statistics")),
     ("POST", "/push_data_statistics"): Answers(
-        (*_OWN, *_BODY, *_TENSORS, *_WRITES, "busy", "statistics_mismatch", "invalid_request"),
+        (
+            *(*_OWN, *_BODY, *_TENSORS, *_WRITES, "busy", "gave_way", "quota_exceeded", "statistics_mismatch"),
+            "invalid_request",
+        ),
         {},
         (_DIGEST,),
         _SAFETENSORS_BODY,
@@ -158,7 +162,7 @@ def _answer(status: int, codes: list[str]) -> Json:
         "description": f"a problem with the code {', '.join(codes)}",
         "content": {PROBLEM: {"schema": {"allOf": [{"$ref": "#/components/schemas/Problem"}, named]}}},
     }
-    if any(code in RETRY_AFTER for code in codes):
+    if status == 429 or any(code in RETRY_AFTER for code in codes):
         told["headers"] = {"Retry-After": _TEXT}
     return told
 
@@ -167,7 +171,7 @@ PROBLEMS = Problems(
     status=lambda code: (OTHER_STATUS | STATUS)[code],
     answer=_answer,
     schemas={"Problem": Problem.model_json_schema(), "WeightsAsJson": _WEIGHTS},
-    everywhere=("unauthorised", "cross_site", "host_not_allowed", "internal_error"),
+    everywhere=("unauthorised", "cross_site", "host_not_allowed", "too_many_requests", "internal_error"),
     with_json=("malformed", "too_slow", "too_large", "unsupported_type", "invalid_request"),
     with_parameters=("invalid_request",),
 )
