@@ -104,7 +104,7 @@ ANSWERS: Mapping[Route, Answers] = {
         (
             *(*_OWN, *_BODY, *_TENSORS, *_WRITES, *_AS_JSON, "busy", "gave_way", "norm_too_large", "invalid_request"),
             *("unknown_version", "too_stale", "sequence_reused", "other_history", "update_rejected", "quarantine_full"),
-            *("too_soon", "quota_exceeded"),
+            *("too_soon", "quota_exceeded", "lease_held", "lease_lost"),
         ),
         {
             200: {
