@@ -171,7 +171,14 @@ PROBLEMS = Problems(
     status=lambda code: (OTHER_STATUS | STATUS)[code],
     answer=_answer,
     schemas={"Problem": Problem.model_json_schema(), "WeightsAsJson": _WEIGHTS},
-    everywhere=("unauthorised", "cross_site", "host_not_allowed", "too_many_requests", "internal_error"),
+    everywhere=(
+        "unauthorised",
+        "cross_site",
+        "host_not_allowed",
+        "too_many_requests",
+        "upgrade_required",
+        "internal_error",
+    ),
     with_json=("malformed", "too_slow", "too_large", "unsupported_type", "invalid_request"),
     with_parameters=("invalid_request",),
 )
