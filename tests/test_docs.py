@@ -230,6 +230,12 @@ FAULT_ROWS = [
 PARTS_TO_COME = {75: "with object storage", 79: "with the page"}
 
 
+def test_all_85_faults_of_a_federation_are_listed_in_order() -> None:
+    numbers = [number for number, _ in FAULT_ROWS if number < 100]
+    assert sorted(set(numbers)) == list(range(1, 86))
+    assert numbers == sorted(numbers)
+
+
 @pytest.mark.parametrize(("fault", "cells"), FAULT_ROWS)
 def test_every_fault_names_tests_that_exist(fault: int, cells: str) -> None:
     named = re.findall(r"`(tests/[^`]+)`", cells.rpartition(" | ")[2])

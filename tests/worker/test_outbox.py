@@ -109,6 +109,7 @@ def test_a_damaged_identity_is_refused_and_not_replaced(
 def test_a_flipped_bit_in_an_identity_is_named_and_never_believed(
     tmp_path_factory: pytest.TempPathFactory, place: int, bit: int
 ) -> None:
+    """Fault 6."""
     folder = tmp_path_factory.mktemp("outbox")
     outbox = Outbox(folder, "w1", "python")
     pending, epoch = outbox.cut(header(), b"bytes"), outbox.epoch
