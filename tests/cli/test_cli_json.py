@@ -22,6 +22,7 @@ Run = Callable[..., Outcome]
 GATEWAY = {
     *("version", "strategy", "rank", "parameters", "modules", "lora_A_shape", "lora_B_shape", "sources", "weights"),
     *("truncation_error", "digest", "statistics", "statistics_tokens", "notes", "scale", "gate", "living", "left_out"),
+    *("incarnation", "source_digests"),
 }
 EXPERT = {"name", "version", "rank", "alpha", "parameters", "base", "digest", "workers", "prompts"}
 WORKER = {"worker", "updates", "staleness", "loss", "steps", "tokens", "seconds_ago"}
