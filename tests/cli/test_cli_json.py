@@ -26,7 +26,7 @@ GATEWAY = {
 }
 EXPERT = {"name", "version", "rank", "alpha", "parameters", "base", "digest", "workers", "prompts"}
 WORKER = {"worker", "updates", "staleness", "loss", "steps", "tokens", "seconds_ago"}
-CHANGE = {"expert", "version", "gateway_version", "removed", "digest", "note"}
+CHANGE = {"expert", "version", "gateway_version", "removed", "digest", "note", "incarnation"}
 
 
 def test_gateway_info(server: LiveServer, fedmoe: Run) -> None:
@@ -57,7 +57,7 @@ def test_experts_alone_lists_them_too(server: LiveServer, fedmoe: Run) -> None:
 def test_experts_create(server: LiveServer, fedmoe: Run) -> None:
     said = json.loads(fedmoe("experts", "create", "docs", "sql", "--json", "--coordinator-url", server.url).out)
     assert [(expert["name"], expert["version"]) for expert in said] == [("docs", 0), ("sql", 0)]
-    assert said[0].keys() == EXPERT
+    assert said[0].keys() == EXPERT | {"incarnation"}
 
 
 def test_rollback_and_retract(server: LiveServer, house: House, fedmoe: Run) -> None:
