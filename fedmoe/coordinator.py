@@ -104,7 +104,7 @@ class GatewayModel:
         """
         without = left_out(experts, aggregation.buffer_size)
         if len(without) == len(experts):
-            layout = next(iter(experts.values())).manifest.layout
+            layout = next(expert for expert in experts.values() if not expert.retired).manifest.layout
             return cls.of_base(version, layout, aggregation.strategy, without)
         experts = members(experts, aggregation.buffer_size)
         known = {name: moments[name] for name in sorted(experts.keys() & moments.keys())}
@@ -172,6 +172,7 @@ class _View:
     moments: Mapping[str, ExpertMoments]
     living: LivingGateway | None
     quarantine: Quarantine
+    roll_changes: int = 0
 
     def gateway(self, aggregation: Aggregation) -> GatewayModel:
         if self.living is not None:
@@ -201,6 +202,11 @@ class CentralCoordinator:
         return self._view.experts
 
     @property
+    def active(self) -> Mapping[str, ExpertModel]:
+        """Those that are not retired."""
+        return {name: expert for name, expert in self.experts.items() if not expert.retired}
+
+    @property
     def gateway_version(self) -> int:
         """Rises with every accepted update, and with every other change of what the gateway is made of."""
         return self._view.gateway_version
@@ -214,14 +220,15 @@ class CentralCoordinator:
         """A working copy to decide changes on."""
         view = self._view
         experts, moments = dict(view.experts), dict(view.moments)
-        version, living, quarantine = view.gateway_version, view.living, view.quarantine
-        return Draft(self.aggregation, experts, self.manifest, version, [], moments, living, quarantine=quarantine)
+        chosen = (self.aggregation, experts, self.manifest, view.gateway_version)
+        return Draft(*chosen, [], moments, view.living, view.roll_changes, quarantine=view.quarantine)
 
     def publish(self, draft: Draft) -> None:
         """Make a draft what everybody sees."""
         self.manifest = draft.manifest
         experts, moments = MappingProxyType(dict(draft.experts)), MappingProxyType(dict(draft.moments))
-        self._view = _View(experts, draft.gateway_version, moments, draft.living, draft.quarantine)
+        chosen = (experts, draft.gateway_version, moments, draft.living, draft.quarantine)
+        self._view = _View(*chosen, draft.roll_changes)
 
     def expert(self, name: str) -> ExpertModel:
         """The expert, or a refusal that lists which there are."""
@@ -242,6 +249,11 @@ class CentralCoordinator:
         self.publish(draft)
         return accepted
 
+    @property
+    def built(self) -> GatewayModel | None:
+        """The gateway that was built last, perhaps of an older state; None before the first one."""
+        return self._gateway
+
     def gateway(self) -> GatewayModel:
         """The gateway of the newest state, built when first asked for and kept until something changes."""
         if not self.aggregation.enable_gateway:
@@ -252,7 +264,7 @@ class CentralCoordinator:
             )
         with self._building:
             view = self._view
-            if not view.experts:
+            if all(expert.retired for expert in view.experts.values()):
                 raise RefusedError(
                     "gateway_not_initialised",
                     "the gateway is made of experts and there is none yet.",

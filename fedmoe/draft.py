@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from fedmoe import roll
 from fedmoe.aggregation import Aggregation, ExpertMoments
 from fedmoe.errors import RefusedError
 from fedmoe.events import (
     Event,
     ExpertRegistered,
+    ExpertRenamed,
+    ExpertRetired,
     ExpertRolledBack,
+    ExpertUnretired,
     ExpertWentOn,
     GatewayFolded,
     HeldUpdateRejected,
     QuarantineEvent,
+    RollEvent,
     UpdateAccepted,
     UpdateHeld,
     UpdateLost,
     WorkerRetracted,
 )
-from fedmoe.experts import GATEWAY_SEED, ExpertModel, Registrant, expert_named, seed_of
+from fedmoe.experts import GATEWAY_SEED, ExpertModel, Registrant, expert_named, first_name, seed_of
 from fedmoe.living import LivingGateway, Trained
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.robust import clip_factor, times_usual
@@ -53,6 +58,7 @@ class DraftMark:
     moments: dict[str, ExpertMoments]
     living: LivingGateway | None
     quarantine: Quarantine
+    roll_changes: int
 
 
 @dataclass
@@ -66,6 +72,8 @@ class Draft:
     events: list[Event] = field(default_factory=list)
     moments: dict[str, ExpertMoments] = field(default_factory=dict)
     living: LivingGateway | None = None
+    #: Renames, retirements and returns so far.
+    roll_changes: int = 0
     #: The content hash of the weights that each of `events` leaves behind, see `_digest_after`.
     version_digests: list[str | None] = field(default_factory=list)
     quarantine: Quarantine = field(default_factory=Quarantine)
@@ -74,7 +82,7 @@ class Draft:
         """The point reached so far."""
         experts, moments, events = dict(self.experts), dict(self.moments), len(self.events)
         named = (experts, self.manifest, self.gateway_version, events, moments, self.living)
-        return DraftMark(*named, self.quarantine)
+        return DraftMark(*named, self.quarantine, self.roll_changes)
 
     def restore(self, mark: DraftMark) -> None:
         """Forget everything since `mark`."""
@@ -82,6 +90,7 @@ class Draft:
         del self.events[mark.events :]
         del self.version_digests[mark.events :]
         self.moments, self.living, self.quarantine = dict(mark.moments), mark.living, mark.quarantine
+        self.roll_changes = mark.roll_changes
 
     def expert(self, name: str) -> ExpertModel:
         """The expert, or a refusal that lists which there are."""
@@ -91,10 +100,13 @@ class Draft:
         self, name: str, worker: str, manifest: Manifest, seed: int | None, at: float, token: str = ""
     ) -> ExpertModel:
         """The expert of this name, made now if it is new; a manifest unlike the federation's is refused."""
+        known = self.experts.get(first_name(self.experts, name))
+        if known is not None:
+            known.require_active()
         if self.manifest is not None:
             check_manifest(self.manifest, manifest)
-        if name in self.experts:
-            return self.experts[name]
+        if known is not None:
+            return known
         if self.aggregation.merge_after is not None:
             self._register_from_gateway(name, worker, manifest, seed, at, token)
         else:
@@ -124,15 +136,41 @@ class Draft:
             self.moments[name] = moments
         self.gateway_version += 1
 
+    def rename(self, name: str, to: str, at: float) -> ExpertModel:
+        """Give an expert another name, by which it goes from now on; its former ones still mean it."""
+        return self._enrolled(*roll.rename(self.experts, name, to, self.roll_changes + 1, at))
+
+    def retire(self, name: str, reason: str, at: float) -> ExpertModel:
+        """Let an expert rest: it takes no updates, is no part of the gateway, and stays what it is."""
+        return self._enrolled(*roll.retire(self.experts, name, reason, self.roll_changes + 1, at))
+
+    def unretire(self, name: str, at: float) -> ExpertModel:
+        """Bring a retired expert back as it was."""
+        return self._enrolled(*roll.unretire(self.experts, self.manifest, name, self.roll_changes + 1, at))
+
+    def _enrolled(self, expert: ExpertModel, event: RollEvent | None) -> ExpertModel:
+        if event is not None:
+            self.apply(event)
+        return self.experts[expert.name]
+
+    def _apply_to_roll(self, event: RollEvent) -> None:
+        self.experts[event.expert] = roll.changed(self.experts[event.expert], event)
+        self.roll_changes += 1
+        manifest = roll.binding_manifest(self.experts)
+        if manifest is None or self.manifest is None:
+            self.manifest = manifest
+            self.living = self.aggregation.first_gateway(manifest) if manifest is not None else None
+
     def judge(self, submission: Submission, at: float) -> UpdateAccepted:
         """What accepting this update would mean; refuses future and too stale base versions."""
         expert = self.expert(submission.expert)
+        expert.require_active()
         staleness = expert.staleness(submission.base_version)
         limit = self.aggregation.max_staleness
         if limit is not None and staleness > limit:
             raise RefusedError(
                 "too_stale",
-                f"the update is {staleness} versions behind {expert.name} version {expert.version}; "
+                f"the update is {staleness} versions behind {expert.title} version {expert.version}; "
                 f"at most {limit} are accepted.",
                 "Pull the newest version, rebase the local weights onto it and push again.",
                 newest_version=expert.version,
@@ -143,7 +181,7 @@ class Draft:
             info = info | {"norm": submission.norm} | ({"clip": clip} if clip < 1 else {})
             info |= {"low": 1.0} if self._is_low(expert, submission.norm) else {}
         return UpdateAccepted(
-            submission.expert,
+            expert.name,
             submission.worker,
             submission.epoch,
             submission.sequence,
@@ -215,7 +253,7 @@ class Draft:
     ) -> ExpertRolledBack:
         """The expert's next version gets `state`, rebuilt by the caller from version `to_version`; see `apply`."""
         expert = self.expert(name)
-        event = ExpertRolledBack(name, to_version, expert.version + 1, reason, at)
+        event = ExpertRolledBack(expert.name, to_version, expert.version + 1, reason, at)
         self.apply(event, rebuilt=state, since=since)
         return event
 
@@ -231,7 +269,7 @@ class Draft:
     ) -> WorkerRetracted:
         """The expert's next version gets `state`, rebuilt by the caller without the worker's updates; see `apply`."""
         expert = self.expert(name)
-        event = WorkerRetracted(name, worker, removed, expert.version + 1, reason, at)
+        event = WorkerRetracted(expert.name, worker, removed, expert.version + 1, reason, at)
         self.apply(event, rebuilt=state, since=since)
         return event
 
@@ -264,6 +302,8 @@ class Draft:
             case ExpertRolledBack() | WorkerRetracted() | UpdateLost() | ExpertWentOn():
                 assert rebuilt is not None, "such a change is applied with the rebuilt state"
                 self.experts[event.expert] = self.experts[event.expert].become(rebuilt)
+            case ExpertRenamed() | ExpertRetired() | ExpertUnretired():
+                self._apply_to_roll(event)
             case GatewayFolded():
                 pass
         if self.living is not None:

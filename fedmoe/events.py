@@ -185,6 +185,42 @@ class HeldUpdateRejected:
 
 #: What happens beside the experts: none of it changes one, or a gateway.
 QuarantineEvent = UpdateHeld | HeldUpdateRejected
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRenamed:
+    """The expert goes by another name; all that is journalled of it knows it by `expert`, its first one, for ever.
+
+    `number` counts renames, retirements and returns of all experts.
+    """
+
+    expert: str
+    name: str
+    number: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRetired:
+    """The expert takes no more updates and is no part of the gateway; what it is stays. `number` as in a rename."""
+
+    expert: str
+    number: int
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertUnretired:
+    """The retired expert is back as it was. `number` as in a rename."""
+
+    expert: str
+    number: int
+    at: float
+
+
+#: What changes who is there and by which name, and no weights.
+RollEvent = ExpertRenamed | ExpertRetired | ExpertUnretired
 Event = (
     ExpertRegistered
     | UpdateAccepted
@@ -194,6 +230,7 @@ Event = (
     | GatewayFolded
     | ExpertWentOn
     | QuarantineEvent
+    | RollEvent
 )
 
 
@@ -246,6 +283,8 @@ def lineages(events: Iterable[Event]) -> dict[int, Lineage | None]:
     for event in events:
         match event:
             case ExpertRegistered() | GatewayFolded() | UpdateHeld() | HeldUpdateRejected():
+                continue
+            case ExpertRenamed() | ExpertRetired() | ExpertUnretired():
                 continue
             case UpdateAccepted():
                 found[event.version] = Lineage.extend(found[newest], event)

@@ -45,7 +45,8 @@ class ExpertModel:
     """A named LoRA adapter with a version that rises by one per change; a value, replaced and never altered.
 
     `held` is what memory holds of it: nothing but a seed until something lands. `norms` are the L2 norms of the last
-    updates as they landed, the newest last: they say what is usual.
+    updates as they landed, the newest last: they say what is usual. `name` is the first one and stays; `names` are
+    those that it was given later, the newest last. A `retired` expert takes no updates and is no part of the gateway.
     """
 
     name: str
@@ -54,6 +55,8 @@ class ExpertModel:
     held: RuleState | Beginning
     norms: tuple[float, ...] = ()
     registrant: Registrant = Registrant("")
+    names: tuple[str, ...] = ()
+    retired: bool = False
 
     @classmethod
     def initial(cls, name: str, manifest: Manifest, seed: int, rule: UpdateRule) -> Self:
@@ -64,6 +67,11 @@ class ExpertModel:
     def state(self) -> RuleState:
         """The weights with what the rule remembers; made anew at each call while nothing has landed."""
         return self.held if isinstance(self.held, RuleState) else self.held.state(self.manifest)
+
+    @property
+    def title(self) -> str:
+        """The name it goes by."""
+        return self.names[-1] if self.names else self.name
 
     @property
     def updates(self) -> int:
@@ -89,7 +97,7 @@ class ExpertModel:
         if base_version > self.version:
             raise RefusedError(
                 "unknown_version",
-                f"the update is based on version {base_version} of {self.name}, which is at version {self.version}.",
+                f"the update is based on version {base_version} of {self.title}, which is at version {self.version}.",
                 "Pull the expert again; if the coordinator's state was replaced, restart the worker with a new state.",
                 newest_version=self.version,
             )
@@ -107,7 +115,7 @@ class ExpertModel:
             if bad is not None:
                 raise RefusedError(
                     "not_finite",
-                    f"with this update {bad} of {self.name} would hold an infinity or a NaN.",
+                    f"with this update {bad} of {self.title} would hold an infinity or a NaN.",
                     "Lower the learning rate and restart the worker from the expert's newest version.",
                 )
         return replace(self, version=self.version + 1, held=state)
@@ -120,15 +128,38 @@ class ExpertModel:
         """The next version with a state rebuilt from the journal (rollback, retraction)."""
         return replace(self, version=self.version + 1, held=state)
 
+    def require_active(self) -> None:
+        """Refuse what is for an expert that is not retired."""
+        if self.retired:
+            raise RefusedError(
+                "retired",
+                f"the expert {self.title} is retired and takes no updates.",
+                f"Start the worker with another --specialty, or bring it back: 'fedmoe experts unretire {self.title}'.",
+            )
+
+
+# Names that a refusal lists.
+_MOST_LISTED = 20
+
+
+def first_name(experts: Mapping[str, ExpertModel], name: str) -> str:
+    """The first name of the expert that goes by `name`, or did; `name` itself where nobody does."""
+    if name in experts:
+        return name
+    return next((first for first, expert in experts.items() if name in expert.names), name)
+
 
 def expert_named(experts: Mapping[str, ExpertModel], name: str) -> ExpertModel:
-    """The expert, or a refusal that lists which there are."""
-    if name not in experts:
-        known = ", ".join(sorted(experts)) or "none"
+    """The expert with this name, by which it goes or went, or a refusal that lists which there are."""
+    found = experts.get(first_name(experts, name))
+    if found is None:
+        titles = sorted(expert.title for expert in experts.values() if not expert.retired)
+        more = f" and {len(titles) - _MOST_LISTED} more" if len(titles) > _MOST_LISTED else ""
+        known = (", ".join(titles[:_MOST_LISTED]) or "none") + more
         raise RefusedError(
             "unknown_expert", f"there is no expert {name!r}; registered: {known}.", "Register it first (workers do)."
         )
-    return experts[name]
+    return found
 
 
 def seed_of(name: str) -> int:

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from fedmoe.experts import ExpertModel
 from fedmoe.living import LivingGateway
 
+RETIRED = "it is retired"
 UNTRAINED = "no update has landed on it yet"
+FOLDED = "it is retired; what was folded of it before stays in the gateway"
 BUFFERED = "its first updates wait in the buffer"
 
 
 def reason_to_leave_out(expert: ExpertModel, buffer_size: int) -> str | None:
     """Why an expert takes no part in a gateway, in words; None if it does."""
+    if expert.retired:
+        return RETIRED
     if not expert.untrained(buffer_size):
         return None
     return BUFFERED if expert.updates else UNTRAINED
@@ -31,8 +35,10 @@ def left_out(experts: Mapping[str, ExpertModel], buffer_size: int) -> dict[str, 
 
 def left_out_of_living(experts: Mapping[str, ExpertModel], gateway: LivingGateway) -> dict[str, str]:
     """Expert -> why nothing of it is in a gateway that experts go on from: what was folded stays in it."""
-    return {
-        name: UNTRAINED
-        for name in sorted(experts.keys() - gateway.sources.keys())
-        if name in gateway.departures and gateway.departures[name].steps == 0
-    }
+    found = {name: FOLDED for name in gateway.sources if experts[name].retired}
+    for name in sorted(experts.keys() - gateway.sources.keys()):
+        if experts[name].retired:
+            found[name] = RETIRED
+        elif name in gateway.departures and gateway.departures[name].steps == 0:
+            found[name] = UNTRAINED
+    return found

@@ -13,7 +13,10 @@ from types import MappingProxyType
 from fedmoe.events import (
     Event,
     ExpertRegistered,
+    ExpertRenamed,
+    ExpertRetired,
     ExpertRolledBack,
+    ExpertUnretired,
     ExpertWentOn,
     GatewayFolded,
     HeldUpdateRejected,
@@ -121,7 +124,9 @@ class LivingGateway:
             case GatewayFolded():
                 assert adapter is not None, "a fold is applied with its adapter"
                 return self.folded(event).holding(adapter)
-            case UpdateHeld() | HeldUpdateRejected():
+            case ExpertUnretired():
+                return self._departed(event.expert, self.departures.get(event.expert, Departure()))
+            case UpdateHeld() | HeldUpdateRejected() | ExpertRenamed() | ExpertRetired():
                 return self
 
     def _departed(self, expert: str, departure: Departure) -> LivingGateway:
@@ -220,9 +225,9 @@ def plan_fold(
 
     Of experts that nobody trains any more, those whose last update came at `resting_since` or before, fewer will do.
     `weight` gives what a delta counts by its staleness in folds; of fewer updates than `least_updates`, the size of the
-    buffer, none has landed yet. An expert shares the gateway once it trains.
+    buffer, none has landed yet. An expert shares the gateway once it trains, until it is retired.
     """
-    departures = gateway.departures
+    departures = {name: found for name, found in gateway.departures.items() if not experts[name].retired}
     ready = [
         name
         for name in sorted(departures)
@@ -230,7 +235,7 @@ def plan_fold(
     ]
     if not ready:
         return None
-    sharing = {name for name, found in departures.items() if found.steps > 0} | gateway.sources.keys()
+    sharing = {name for name, found in departures.items() if found.steps > 0 or name in gateway.sources}
     missing = sorted(sharing - moments.keys())
     staleness = {name: gateway.number - departures[name].gateway for name in ready}
     known = {name: moments[name] for name in sorted(moments.keys() & sharing)}

@@ -51,8 +51,8 @@ class Manifest:
         return found + _module_differences(self.layout, other.layout)
 
     def shared_by(self, other: Manifest) -> Manifest:
-        """An agreeing manifest on this one's layout, so that the modules of many experts are in memory once."""
-        return Manifest(other.base, self.layout, self.alpha)
+        """The other one on this one's layout if it is the same: the modules of many experts are in memory once."""
+        return Manifest(other.base, self.layout, other.alpha) if self.layout == other.layout else other
 
     def to_json(self) -> dict[str, object]:
         """JSON types only; `from_json` gives an equal manifest back."""

@@ -46,7 +46,8 @@ LAYERS: dict[str, set[str]] = {
     "quarantine": {"errors", "events"},
     "leases": {"errors"},
     "aggregation": {"errors", "experts", "living", "lora", "manifest"},
-    "draft": {"aggregation", "errors", "events", "experts", "living", "lora", "manifest", "quarantine"},
+    "roll": {"errors", "events", "experts", "manifest"},
+    "draft": {"aggregation", "errors", "events", "experts", "living", "lora", "manifest", "quarantine", "roll"},
     "gateway_members": {"experts", "living"},
     "coordinator": {
         *("aggregation", "draft", "errors", "events", "experts", "gateway_members", "living", "lora", "manifest"),
@@ -60,7 +61,7 @@ LAYERS: dict[str, set[str]] = {
     "server": {
         *("coordinator", "draft", "errors", "events", "experts", "failpoints", "gateway_members", "living"),
         *("leases", "quarantine"),
-        *("gateway.gate", "gateway.prompt_statistics", "lora", "manifest", "storage", "wire"),
+        *("gateway.gate", "gateway.prompt_statistics", "lora", "manifest", "roll", "storage", "wire"),
     },
     "distributed_coordinator": {"allocator", "config", "coordinator", "errors", "server", "storage"},
     # The worker side: never the server.

@@ -8,7 +8,7 @@ import typer
 
 from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, Token, client
 from fedmoe.cli.output import CommandError, say, show_json, show_table
-from fedmoe.wire.messages import ChangeResult, HeldOutInfo, Listing
+from fedmoe.wire.messages import ChangeResult, ExpertInfo, HeldOutInfo, Listing
 
 app = typer.Typer()
 
@@ -20,7 +20,7 @@ def experts(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """List experts and make new ones; without a further word it lists them."""
+    """List, make, rename and retire experts; without a further word it lists them."""
     if context.invoked_subcommand is None:
         list_experts(coordinator_url, token, as_json)
 
@@ -29,7 +29,7 @@ def experts(
 def list_experts(coordinator_url: CoordinatorUrl = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
     """List every expert, its workers, and the gateway."""
     with client(coordinator_url, token) as api:
-        listing = api.list_experts()
+        listing = api.list_experts(retired=True)
     show_listing(listing, as_json)
 
 
@@ -38,7 +38,7 @@ def show_listing(listing: Listing, as_json: bool) -> None:
     if as_json:
         show_json(listing)
         return
-    rows = [(e.name, e.version, e.rank, f"{e.parameters:,}", e.base, e.digest[:12]) for e in listing.experts]
+    rows = [(_named(e), e.version, e.rank, f"{e.parameters:,}", e.base, e.digest[:12]) for e in listing.experts]
     show_table("Experts", ("expert", "version", "rank", "parameters", "base model", "digest"), rows)
     workers = [
         (w.worker, e.name, w.updates, w.staleness, _loss(w.loss), _held_out(w.held_out), f"{w.seconds_ago:.0f} s")
@@ -61,6 +61,13 @@ def show_listing(listing: Listing, as_json: bool) -> None:
             if not listing.enable_gateway
             else "No gateway yet: no expert is registered."
         )
+
+
+def _named(expert: ExpertInfo) -> str:
+    """The name, with what it was called before and whether it is retired."""
+    notes = [f"was {', '.join(expert.formerly)}"] if expert.formerly else []
+    notes += ["retired"] if expert.retired else []
+    return f"{expert.name} ({'; '.join(notes)})" if notes else expert.name
 
 
 def _loss(value: float | None) -> str:
@@ -90,6 +97,51 @@ def create(
     else:
         for expert in made:
             print(f"{expert.name} is at version {expert.version}")
+
+
+@app.command()
+def rename(
+    expert: Annotated[str, typer.Argument(help="Which expert.")],
+    name: Annotated[str, typer.Argument(help="The name it goes by from now on.")],
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: AdminToken = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give an expert another name; workers that still use the former one are served as before."""
+    with client(coordinator_url, token) as api:
+        _show_expert(api.rename_expert(expert, name), f"{expert} is now {name}", as_json)
+
+
+@app.command()
+def retire(
+    expert: Annotated[str, typer.Argument(help="Which expert.")],
+    reason: Annotated[str, typer.Option(help="Kept in the journal.")] = "",
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: AdminToken = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take an expert out of the gateway and refuse its updates; what it is stays."""
+    with client(coordinator_url, token) as api:
+        _show_expert(api.retire_expert(expert, reason), f"{expert} is retired", as_json)
+
+
+@app.command()
+def unretire(
+    expert: Annotated[str, typer.Argument(help="Which expert.")],
+    coordinator_url: CoordinatorUrl = DEFAULT_URL,
+    token: AdminToken = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a retired expert back as it was."""
+    with client(coordinator_url, token) as api:
+        _show_expert(api.unretire_expert(expert), f"{expert} is back", as_json)
+
+
+def _show_expert(expert: ExpertInfo, done: str, as_json: bool) -> None:
+    if as_json:
+        show_json(expert)
+    else:
+        say(f"{done}, at version {expert.version}")
 
 
 def rollback(

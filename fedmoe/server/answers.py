@@ -91,15 +91,16 @@ class EncodedCache:
                 size -= self._kept.popitem(last=False)[1].size
 
 
-def expert_weights(expert: ExpertModel) -> Weights:
-    """An expert's weights with its manifest."""
+def expert_weights(expert: ExpertModel, name: str = "") -> Weights:
+    """An expert's weights with its manifest, under the name that it was asked for by."""
+    shown = name or expert.title
     info = {
-        "expert": expert.name,
+        "expert": shown,
         "version": expert.version,
         "digest": expert.digest,
         "manifest": expert.manifest.to_json(),
     }
-    return _of_one(expert.name, expert.version, expert.manifest.layout, lambda: expert.adapter, expert.digest, info)
+    return _of_one(shown, expert.version, expert.manifest.layout, lambda: expert.adapter, expert.digest, info)
 
 
 def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -> Weights:
@@ -156,17 +157,17 @@ def _of_one(name: str, version: int, layout: Layout, made: Callable[[], Adapter]
 def all_weights(experts: Mapping[str, ExpertModel], version: int) -> Weights:
     """All experts as one set of tensors, each module's name prefixed with `EXPERT/`."""
     ordered = [experts[name] for name in sorted(experts)]
-    listed = {expert.name: {"version": expert.version, "digest": expert.digest} for expert in ordered}
+    listed = {expert.title: {"version": expert.version, "digest": expert.digest} for expert in ordered}
     digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     info = {"version": version, "digest": digest, "manifest": ordered[0].manifest.to_json(), "experts": listed}
 
     def encoded(dtype: WireDtype, cache: EncodedCache) -> tuple[Part, ...]:
-        bodies = [(expert.name, cache.get(expert_weights(expert), dtype).parts[0]) for expert in ordered]
+        bodies = [(expert.title, cache.get(expert_weights(expert), dtype).parts[0]) for expert in ordered]
         return _joined(bodies, {"fedmoe": json.dumps(info, separators=(",", ":"))})
 
     def modules() -> Iterator[tuple[str, FloatMatrix, FloatMatrix]]:
         return (
-            (f"{expert.name}/{module.name}", a, b) for expert in ordered for module, a, b in expert.adapter.factors()
+            (f"{expert.title}/{module.name}", a, b) for expert in ordered for module, a, b in expert.adapter.factors()
         )
 
     size = sum(expert.manifest.layout.size for expert in ordered)

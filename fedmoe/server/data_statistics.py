@@ -100,6 +100,7 @@ class KeptStatistics:
     def __init__(self, journal: Journal, blobs: BlobStore) -> None:
         self._journal = journal
         self._blobs = blobs
+        self._tags: dict[StatisticsKind, dict[str, str]] = {}
 
     def blobs(self) -> Named:
         """The blobs that are needed, and those that others took the place of."""
@@ -119,6 +120,12 @@ class KeptStatistics:
 
     def tags(self, kind: StatisticsKind) -> dict[str, str]:
         """The `tag` of every expert that has statistics of a kind."""
+        known = self._tags.get(kind)
+        if known is None:
+            known = self._tags[kind] = self._read_tags(kind)
+        return known
+
+    def _read_tags(self, kind: StatisticsKind) -> dict[str, str]:
         parts: dict[str, dict[str, str]] = {}
         for found in newest(self._journal.data_statistics()):
             if found.kind == kind:
@@ -164,6 +171,7 @@ class KeptStatistics:
         )
         if not duplicate:
             self._journal.add_data_statistic(DataStatistic(header.expert, header.worker, header.kind, digest, size, at))
+            self._tags.pop(header.kind, None)
             if header.kind == "moments":
                 draft.learn_moments(header.expert, moments)
         return DataStatisticsResult(
@@ -188,6 +196,7 @@ class KeptStatistics:
                     draft.learn_moments(expert, self.moments(expert) if draft.aggregation.uses_moments else None)
         mine = {found.digest for found in arrived if (found.expert, found.worker) == (expert, worker)}
         gone = mine - {found.digest for found in newest(self._journal.data_statistics())}
+        self._tags.clear()
         for digest in gone:
             self._blobs.delete(digest)
         return len(gone)

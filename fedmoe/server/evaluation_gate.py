@@ -250,9 +250,10 @@ class EvaluationGate:
 
     def _make(self) -> None:
         view = self._coordinator.draft()  # experts, version and moments of one moment
-        if not view.experts:
+        experts = {name: expert for name, expert in view.experts.items() if not expert.retired}
+        if not experts:
             return
-        candidates = make_candidates(view.gateway_version, view.experts, view.aggregation, view.moments, view.living)
+        candidates = make_candidates(view.gateway_version, experts, view.aggregation, view.moments, view.living)
         out = self._publications.current
         if out is not None and {candidate.model.digest for candidate in candidates} == {out.digest}:
             with self._lock:
@@ -262,7 +263,7 @@ class EvaluationGate:
             secrets.token_hex(8),
             self._clock(),
             view.gateway_version,
-            dict(view.experts),
+            experts,
             candidates,
             out,
         )
@@ -274,13 +275,17 @@ class EvaluationGate:
         _log.info("candidates", set=offer.id, version=offer.version, experts=offer.sources, candidates=names)
 
     def _judge(self, offer: CandidateSet, scores: list[GatewayScores]) -> None:
-        stale = [name for name, version in offer.sources.items() if taken_back(self._journal, name, version)]
+        retired = self._coordinator.experts.keys() - self._coordinator.active.keys()
+        stale = [n for n, version in offer.sources.items() if n in retired or taken_back(self._journal, n, version)]
         if stale:
             # What was taken back must not go out: the next set is made without it.
+            names = ", ".join(stale)
             with self._lock:
-                self._given_up = f"the last set was made before {', '.join(stale)} was rolled back or retracted from"
+                self._given_up = f"the last set was made before {names} was retired, rolled back or retracted from"
             return
-        verdict = decide(offer, scores, self._policy.tolerance, self._publications.taken_back())
+        out = self._publications.current
+        gone = {*self._publications.taken_back(), *(retired & out.sources.keys() if out is not None else ())}
+        verdict = decide(offer, scores, self._policy.tolerance, gone)
         chosen = next((one for one in offer.candidates if one.name == verdict.serve), None)
         at, told = self._clock(), _told(offer, scores, verdict, chosen.name if chosen else None, undecided=False)
         if chosen is not None:

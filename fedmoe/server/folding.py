@@ -181,6 +181,8 @@ class Folding:
         draft.apply(event, gateway=computed.folded.adapter)
         for name, version in event.sources.items():
             expert = draft.expert(name)
+            if expert.retired:
+                raise FoldOvertakenError(f"{name} was retired meanwhile.")
             rest = departures[name].unseen(computed.plan.gateway.departures[name], draft.aggregation.buffer_size)
             if rest is None:
                 raise FoldOvertakenError(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, TypeVar
 
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from fedmoe.errors import RefusedError
+from fedmoe.experts import ExpertModel
 from fedmoe.server.answers import WeightAnswers, adapter_weights
 from fedmoe.server.candidates import CandidateSet
 from fedmoe.server.evaluation_gate import EvaluationGate
 from fedmoe.server.guard import principal_of
+from fedmoe.server.names import addressed, may_use, titled
 from fedmoe.server.security import Principal
 from fedmoe.server.service import CoordinatorService
 from fedmoe.storage.verdicts import Verdict
@@ -28,55 +31,63 @@ from fedmoe.wire.gate_messages import (
     VerdictsRequest,
 )
 
+Named = TypeVar("Named", CandidatesRequest, GatewayScores)
+
 
 def gate_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswers) -> None:
     """Add the routes; without a gate they refuse."""
 
     @app.get("/gateway_candidates")
     def gateway_candidates(request: Request, wanted: Annotated[CandidatesRequest, Query()]) -> CandidatesAnswer:
-        _require_evaluator(request, wanted.evaluator, wanted.expert)
-        return _asked(_gate(service), wanted)
+        return _asked(service, _evaluators_own(request, service, wanted))
 
     @app.post("/gateway_candidates")
     def announce_evaluator(request: Request, wanted: CandidatesRequest) -> CandidatesAnswer:
-        principal = _require_evaluator(request, wanted.evaluator, wanted.expert)
-        _gate(service).announce(wanted, principal.token)
-        return _asked(_gate(service), wanted)
+        wanted = _evaluators_own(request, service, wanted)
+        _gate(service).announce(wanted, principal_of(request).token)
+        return _asked(service, wanted)
 
     @app.get("/gateway_candidate_weights")
     def gateway_candidate_weights(request: Request, wanted: Annotated[CandidateWeightsRequest, Query()]) -> Response:
         offer, adapter, expert = _gate(service).adapter(wanted.set, wanted.digest)
         if expert is not None:
-            principal_of(request).require_expert(expert)
+            addressed(service.coordinator.experts, principal_of(request), expert)
         weights = adapter_weights(offer.version, adapter, wanted.digest, offer.sources, offer.base)
         # Few ask for it and once each, so it is not kept.
         return answers.answer(request, weights, "fp32", keep=False)
 
     @app.post("/push_gateway_scores")
     def push_gateway_scores(request: Request, scores: GatewayScores) -> ScoresResult:
-        principal = _require_evaluator(request, scores.evaluator, scores.expert)
-        return ScoresResult(waiting_for=_gate(service).take(scores, principal.token))
+        scores = _evaluators_own(request, service, scores)
+        return ScoresResult(waiting_for=_gate(service).take(scores, principal_of(request).token))
 
     @app.get("/gateway_verdicts")
     def gateway_verdicts(request: Request, wanted: Annotated[VerdictsRequest, Query()]) -> VerdictsAnswer:
         _gate(service)
         principal = principal_of(request)
-        found = [_verdict_info(one, principal) for one in service.journal.verdicts(wanted.limit)]
+        experts = service.coordinator.experts
+        found = [_verdict_info(one, principal, experts) for one in service.journal.verdicts(wanted.limit)]
         return VerdictsAnswer(verdicts=found)
 
 
-def _asked(gate: EvaluationGate, wanted: CandidatesRequest) -> CandidatesAnswer:
-    offer, left, status = gate.ask(wanted)
-    told = None if offer is None else _set_info(offer, wanted.expert, left)
+def _asked(service: CoordinatorService, wanted: CandidatesRequest) -> CandidatesAnswer:
+    offer, left, status = _gate(service).ask(wanted)
+    told = None if offer is None else _set_info(offer, wanted.expert, left, service.coordinator.experts)
     return CandidatesAnswer(open=told, status=status)
 
 
-def _verdict_info(found: Verdict, principal: Principal) -> VerdictInfo:
+def _verdict_info(found: Verdict, principal: Principal, experts: Mapping[str, ExpertModel]) -> VerdictInfo:
     """A verdict with the scores of the experts that the asker's token may use."""
     told = {key: found.payload[key] for key in ("version", "reason", "kept", "scores")}
     published, undecided = found.payload["candidate"], found.payload.get("undecided", False)
     info = VerdictInfo.model_validate({**told, "at": found.at, "published": published, "undecided": undecided})
-    return info.model_copy(update={"scores": [one for one in info.scores if principal.may_use(one.expert)]})
+    scores = [
+        one.model_copy(update={"expert": experts[one.expert].title})
+        for one in info.scores
+        if one.expert in experts and may_use(principal, experts[one.expert])
+    ]
+    kept = {candidate: titled(domains, experts) for candidate, domains in info.kept.items()}
+    return info.model_copy(update={"scores": scores, "kept": kept})
 
 
 def _gate(service: CoordinatorService) -> EvaluationGate:
@@ -87,18 +98,21 @@ def _gate(service: CoordinatorService) -> EvaluationGate:
     return service.evaluation_gate
 
 
-def _require_evaluator(request: Request, evaluator: str, expert: str) -> Principal:
+def _evaluators_own(request: Request, service: CoordinatorService, wanted: Named) -> Named:
+    """The request with the first name of its expert, if its token belongs to this evaluator and may use the expert."""
     principal = principal_of(request)
-    principal.require_worker(evaluator)
-    principal.require_expert(expert)
-    return principal
+    principal.require_worker(wanted.evaluator)
+    first = addressed(service.coordinator.experts, principal, wanted.expert)
+    return wanted.model_copy(update={"expert": first})
 
 
-def _set_info(offer: CandidateSet, expert: str, seconds_left: float) -> CandidateSetInfo:
+def _set_info(
+    offer: CandidateSet, expert: str, seconds_left: float, experts: Mapping[str, ExpertModel]
+) -> CandidateSetInfo:
     return CandidateSetInfo(
         id=offer.id,
         version=offer.version,
-        sources=offer.sources,
+        sources=titled(offer.sources, experts),
         own=offer.experts[expert].digest,
         published=offer.published.digest if offer.published is not None else None,
         candidates=[

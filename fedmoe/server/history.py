@@ -19,11 +19,17 @@ from fedmoe.errors import RefusedError
 from fedmoe.events import (
     Event,
     ExpertRegistered,
+    ExpertRenamed,
+    ExpertRetired,
+    ExpertUnretired,
     ExpertWentOn,
     GatewayFolded,
+    HeldUpdateRejected,
     Lineage,
     QuarantineEvent,
+    RollEvent,
     UpdateAccepted,
+    UpdateHeld,
     UpdateLost,
     length,
     lineages,
@@ -32,15 +38,16 @@ from fedmoe.events import (
 )
 from fedmoe.experts import Beginning, ExpertModel, Registrant
 from fedmoe.living import Departure, LivingGateway, Trained, counters, trained
-from fedmoe.lora.adapter import Adapter, FloatVector
+from fedmoe.lora.adapter import Adapter, FloatVector, Layout
 from fedmoe.lora.codec import decode
 from fedmoe.lora.robust import USUAL_WINDOW
 from fedmoe.lora.update_rules import RuleState
 from fedmoe.manifest import Manifest
 from fedmoe.quarantine import Quarantine
+from fedmoe.roll import binding_manifest, changed
 from fedmoe.server.damage import MOST_LEFT_OUT, DamagedUpdateError, told
 from fedmoe.server.data_statistics import KeptStatistics
-from fedmoe.server.past import identity, left_in_the_gateway, registration
+from fedmoe.server.past import identity, left_in_the_gateway, made_version, registration
 from fedmoe.server.pruning import unneeded
 from fedmoe.server.publication import published_blobs
 from fedmoe.server.snapshots import best_snapshot, read_snapshot, snapshot_bytes
@@ -59,12 +66,14 @@ class Rebuilt:
     """A state rebuilt from the journal, and how many updates of the newest version it lacks.
 
     `since` is what it is made of from where the expert left the gateway, and `note` what could not be taken back.
+    `version` is that newest version.
     """
 
     state: RuleState
     removed: int
     since: tuple[Trained, ...]
     note: str = ""
+    version: int = 0
 
 
 class History:
@@ -104,32 +113,38 @@ class History:
         self._read = list(self._journal.events())
         past: dict[str, list[Event]] = {}
         folds: list[GatewayFolded] = []
-        shared: Manifest | None = None
+        changes: list[RollEvent] = []
+        layouts: dict[Layout, Manifest] = {}
         quarantine = Quarantine()
         for event in self._read:
             if quarantine.held or isinstance(event, QuarantineEvent):
                 quarantine = quarantine.after(event)
-            if isinstance(event, QuarantineEvent):
-                continue
-            if isinstance(event, GatewayFolded):
-                folds.append(event)
-                continue
-            if isinstance(event, ExpertRegistered):
-                shared = shared or event.manifest
-                event = replace(event, manifest=shared.shared_by(event.manifest))
-            past.setdefault(event.expert, []).append(event)
+            match event:
+                case UpdateHeld() | HeldUpdateRejected():
+                    continue
+                case GatewayFolded():
+                    folds.append(event)
+                case ExpertRenamed() | ExpertRetired() | ExpertUnretired():
+                    changes.append(event)
+                case ExpertRegistered():
+                    shared = layouts.setdefault(event.manifest.layout, event.manifest)
+                    past[event.expert] = [replace(event, manifest=shared.shared_by(event.manifest))]
+                case _:
+                    past[event.expert].append(event)
         self._check_mode(folds)
         self._sweep(past, folds, quarantine.digests())
         experts = {name: self._recover_whole(events) for name, events in past.items()}
         self._journal_lost(experts)
         coordinator = CentralCoordinator(self._aggregation)
-        manifest = next(iter(experts.values())).manifest if experts else None
+        for change in changes:
+            experts[change.expert] = changed(experts[change.expert], change)
+        manifest = binding_manifest(experts)
         living = self._recover_gateway(manifest, past, folds) if manifest else None
-        version = sum(map(len, past.values())) + len(folds) + self._statistics.moments_arrived()
+        version = sum(map(len, past.values())) + len(folds) + len(changes) + self._statistics.moments_arrived()
         moments = self._moments(experts)
-        coordinator.publish(
-            Draft(self._aggregation, experts, manifest, version, [], moments, living, quarantine=quarantine)
-        )
+        draft = Draft(self._aggregation, experts, manifest, version, [], moments, living, quarantine=quarantine)
+        draft.roll_changes = len(changes)
+        coordinator.publish(draft)
         self._recovered = coordinator
         return coordinator
 
@@ -254,14 +269,14 @@ class History:
         if version not in chains or version >= expert.version:
             raise RefusedError(
                 "unknown_version",
-                f"{expert.name} is at version {expert.version}; there is no earlier version {version}.",
+                f"{expert.title} is at version {expert.version}; there is no earlier version {version}.",
                 f"Choose a version from 0 to {expert.version - 1}.",
             )
         left = start(chains[expert.version])
         if left is not None and start(chains[version]) is not left:
             raise RefusedError(
                 "folded",
-                f"what {expert.name} was at version {version} is part of the gateway since, and it went on from there "
+                f"what {expert.title} was at version {version} is part of the gateway since, and it went on from there "
                 f"as version {left.version}.",
                 f"A fold cannot be undone for one expert; choose version {left.version} or a later one.",
             )
@@ -270,7 +285,7 @@ class History:
         removed = [u for u in Lineage.updates(chains[expert.version]) if identity(u) not in kept]
         with self._pruned_in_words():
             state = self._rebuild(registered, chains, chains[version])
-        return Rebuilt(state, len(removed), trained(events, updates))
+        return Rebuilt(state, len(removed), trained(events, updates), version=expert.version)
 
     def without_worker(self, expert: ExpertModel, worker: str) -> Rebuilt:
         """The state the expert would have had the worker contributed nothing to its newest version."""
@@ -281,12 +296,30 @@ class History:
         if removed == 0:
             raise RefusedError(
                 "nothing_to_retract",
-                f"version {expert.version} of {expert.name} holds no update of worker {worker!r}.",
+                f"version {expert.version} of {expert.title} holds no update of worker {worker!r}.",
                 note or "Check the worker's name with 'fedmoe experts'.",
             )
         with self._pruned_in_words():
             state = self._rebuild(registration(events), chains, chain)
-        return Rebuilt(state, removed, trained(events, Lineage.updates(chain)), note)
+        return Rebuilt(state, removed, trained(events, Lineage.updates(chain)), note, expert.version)
+
+    def followed(self, rebuilt: Rebuilt, expert: ExpertModel, worker: str | None) -> Rebuilt | None:
+        """What was rebuilt, for the newer `expert`: without `worker`, or at an earlier version (None).
+
+        None if more came since than updates. Where experts go on from the gateway any change counts as more.
+        """
+        if expert.version == rebuilt.version:
+            return rebuilt
+        since = self._journal.events(expert.name, after_version=rebuilt.version)
+        newer = [event for event in since if made_version(event) <= expert.version]
+        updates = [event for event in newer if isinstance(event, UpdateAccepted)]
+        if self._aggregation.merge_after is not None or len(updates) < len(newer):
+            return None
+        kept = [] if worker is None else [update for update in updates if update.worker != worker]
+        with self._pruned_in_words():
+            state = self._land(rebuilt.state, kept, expert.manifest)
+        removed = rebuilt.removed + len(updates) - len(kept)
+        return replace(rebuilt, state=state, removed=removed, version=expert.version)
 
     def from_gateway(self, weights: FloatVector, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
         """The state of an expert that goes on from a gateway with these updates, its server optimizer begun anew."""
@@ -316,7 +349,7 @@ class History:
             ) from None
 
     def _past(self, expert: ExpertModel) -> tuple[list[Event], dict[int, Lineage | None]]:
-        events = list(self._journal.events(expert.name))
+        events = [event for event in self._journal.events(expert.name) if made_version(event) <= expert.version]
         return events, lineages(events)
 
     def _rebuild(

@@ -4,7 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedmoe.events import Event, ExpertRegistered, Lineage, UpdateAccepted, start
+from fedmoe.events import (
+    Event,
+    ExpertRegistered,
+    ExpertRolledBack,
+    ExpertWentOn,
+    Lineage,
+    UpdateAccepted,
+    UpdateLost,
+    WorkerRetracted,
+    start,
+)
+
+
+def made_version(event: Event) -> int:
+    """The version that an event of an expert made."""
+    match event:
+        case UpdateAccepted() | ExpertRolledBack() | WorkerRetracted() | ExpertWentOn() | UpdateLost():
+            return event.version
+        case _:
+            return 0
 
 
 def registration(events: Iterable[Event]) -> ExpertRegistered:

@@ -48,6 +48,8 @@ STATUS: dict[str, int] = {
     "base_mismatch": 409,
     "lora_mismatch": 409,
     "start_mismatch": 409,
+    "retired": 409,
+    "name_taken": 409,
     "too_many_experts": 409,
     "too_many_statistics": 429,
     "expert_too_large": 422,

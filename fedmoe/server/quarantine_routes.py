@@ -18,7 +18,8 @@ def quarantine_routes(app: FastAPI, service: CoordinatorService) -> None:
     def quarantine(request: Request) -> QuarantineListing:
         principal_of(request).require_admin()
         held = sorted(service.coordinator.quarantine.held.values(), key=lambda update: update.number)
-        return QuarantineListing(held=[_info(update, service.now) for update in held])
+        experts = service.coordinator.experts
+        return QuarantineListing(held=[_info(update, experts[update.expert].title, service.now) for update in held])
 
     @app.post("/quarantine/release")
     def release(request: Request, wanted: ReleaseRequest) -> UpdateResult:
@@ -31,10 +32,10 @@ def quarantine_routes(app: FastAPI, service: CoordinatorService) -> None:
         service.held.reject(wanted.number, wanted.reason)
 
 
-def _info(held: UpdateHeld, now: float) -> HeldUpdateInfo:
+def _info(held: UpdateHeld, expert: str, now: float) -> HeldUpdateInfo:
     return HeldUpdateInfo(
         number=held.number,
-        expert=held.expert,
+        expert=expert,
         worker=held.worker,
         epoch=held.epoch,
         sequence=held.sequence,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmoe.errors import RefusedError
@@ -53,16 +53,17 @@ class RegistrationLimits:
                 "Lower --lora-r or adapt fewer --target-modules, or start the coordinator with a larger "
                 "--max-parameters.",
             )
-        if len(experts) >= self.experts:
+        active = [expert for expert in experts.values() if not expert.retired]
+        if len(active) >= self.experts:
             raise _too_many(
-                f"there are {len(experts)} experts; at most {self.experts} are kept here.",
+                f"there are {len(active)} experts; at most {self.experts} are kept here.",
                 f"{_RETIRE}, or start the coordinator with a larger --max-experts.",
             )
         if not admin:
-            self._check_share(experts, by)
+            self._check_share(active, by)
 
-    def _check_share(self, experts: Mapping[str, ExpertModel], by: Registrant) -> None:
-        waiting = [expert.registrant for expert in experts.values() if expert.untrained()]
+    def _check_share(self, experts: Sequence[ExpertModel], by: Registrant) -> None:
+        waiting = [expert.registrant for expert in experts if expert.untrained()]
         with_token = sum(other.token == by.token for other in waiting)
         if with_token >= self.untrained_by_token:
             raise _too_many(

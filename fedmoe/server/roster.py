@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -32,8 +33,9 @@ class Roster:
     """
 
     def __init__(self, events: Iterable[Event], statistics: Iterable[Statistic] = ()) -> None:
-        self._seen: dict[tuple[str, str], _Seen] = {}
+        self._seen: dict[str, dict[str, _Seen]] = {}
         self._held_out: dict[tuple[str, str], HeldOutInfo] = {}
+        self._changes: Counter[str] = Counter()
         self.observe(events)
         for statistic in statistics:
             self.hear(statistic)
@@ -49,19 +51,36 @@ class Roster:
         key = (statistic.expert, statistic.worker)
         self._held_out.pop(key, None)
         self._held_out[key] = told
+        self._changes[statistic.expert] += 1
         if len(self._held_out) > _MOST_TOLD:
             del self._held_out[next(iter(self._held_out))]
 
     def forget(self, expert: str, worker: str) -> None:
         """What a worker told of an expert was erased."""
         self._held_out.pop((expert, worker), None)
+        self._changes[expert] += 1
 
     def observe(self, events: Iterable[Event]) -> None:
         for event in events:
             if isinstance(event, UpdateAccepted):
-                key = (event.expert, event.worker)
-                before = self._seen.get(key)
-                self._seen[key] = _Seen((before.updates if before else 0) + 1, event, _idle(before, event))
+                seen = self._seen.get(event.expert, {})
+                before = seen.get(event.worker)
+                newest = _Seen((before.updates if before else 0) + 1, event, _idle(before, event))
+                # A new mapping each time: readers in other threads go through the one that they have.
+                self._seen[event.expert] = {**seen, event.worker: newest}
+                self._changes[event.expert] += 1
+
+    def changes(self, expert: str) -> int:
+        """How often something was heard of an expert's workers."""
+        return self._changes[expert]
+
+    def heard_at(self, expert: str, worker: str) -> float:
+        """When the last update of a worker landed, seconds since 1970."""
+        return self._seen[expert][worker].last.at
+
+    def warnings(self, expert: str, warning: Callable[[str, str], str]) -> tuple[str, ...]:
+        """What a `warning` says of each worker of an expert, in name order."""
+        return tuple(warning(expert, worker) for worker in sorted(self._seen.get(expert, {})))
 
     def workers(
         self,
@@ -75,8 +94,11 @@ class Roster:
         With a `warning`, that of an expert's worker is among its flags, beside those that follow from its updates.
         """
         told = self._held_out if held_out else {}
-        mine = [(key, seen) for key, seen in sorted(self._seen.items()) if key[0] == expert]
-        return [_info(seen, now, told.get(key), _flags(seen, warning(*key)) if warning else []) for key, seen in mine]
+        mine = sorted(self._seen.get(expert, {}).items())
+        return [
+            _info(seen, now, told.get((expert, name)), _flags(seen, warning(expert, name)) if warning else [])
+            for name, seen in mine
+        ]
 
 
 def _idle(before: _Seen | None, update: UpdateAccepted) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, TypeVar
 
@@ -12,27 +13,28 @@ from starlette.responses import JSONResponse, Response
 from fedmoe import __version__
 from fedmoe.errors import RefusedError
 from fedmoe.experts import ExpertModel
-from fedmoe.living import LivingGateway
 from fedmoe.lora.codec import WireDtype
 from fedmoe.server import openapi, problems
 from fedmoe.server.answers import (
     WeightAnswers,
-    Weights,
     all_weights,
     answer_statistics,
     expert_weights,
     gateway_weights,
 )
 from fedmoe.server.audited import AuditMiddleware
+from fedmoe.server.expert_routes import expert_info, expert_routes, gateway_info
 from fedmoe.server.gate_routes import gate_routes
 from fedmoe.server.guard import BodyGuard, BrowserMiddleware, principal_of
 from fedmoe.server.health import HeadMiddleware, readiness
 from fedmoe.server.histories import IncarnationHeader, answers_with_new_keys
 from fedmoe.server.json_weights import JsonPolicy
+from fedmoe.server.names import addressed, by_first_names, may_use
 from fedmoe.server.quarantine_routes import quarantine_routes
 from fedmoe.server.quotas import Rate
 from fedmoe.server.receive import parse_content_digest
 from fedmoe.server.route_answers import ANSWERS, PROBLEMS
+from fedmoe.server.security import Principal
 from fedmoe.server.service import Body, CoordinatorService
 from fedmoe.server.token_gate import GateMiddleware
 from fedmoe.server.token_routes import token_routes
@@ -48,22 +50,20 @@ from fedmoe.wire.messages import (
     DataStatisticsHeader,
     DataStatisticsRequest,
     DataStatisticsResult,
-    DepartureInfo,
     ExpertInfo,
     ExpertRequest,
     FederationInfo,
     GatewayInfo,
-    Listing,
-    LivingInfo,
     RegisterRequest,
     RetractRequest,
     RollbackRequest,
     StatisticRequest,
-    StatisticsRequest,
     UpdateHeader,
     UpdateResult,
 )
+from fedmoe.wire.roll_messages import StatisticsRequest
 
+Addressed = TypeVar("Addressed", UpdateHeader, DataStatisticsHeader, StatisticRequest, RollbackRequest, RetractRequest)
 _PUSH = "/push_expert_update"
 _PUSH_STATISTICS = "/push_data_statistics"
 _ANSWERED_WITH_WEIGHTS = ("too_stale", "other_history")
@@ -86,6 +86,7 @@ def create_app(
     answers = WeightAnswers(json or JsonPolicy())
     _read_routes(app, service, answers)
     _write_routes(app, service, answers, admission or Admission(None, service.knows))
+    expert_routes(app, service)
     gate_routes(app, service, answers)
     quarantine_routes(app, service)
     _admin_routes(app, service)
@@ -120,49 +121,44 @@ def _read_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswe
     async def federation(request: Request) -> FederationInfo:
         return _named(request, service, service.federation())
 
-    @app.get("/list_experts")
-    def list_experts(held_out: bool = False, flags: bool = False) -> Listing:
-        experts = coordinator.experts
-        enabled = coordinator.aggregation.enable_gateway
-        gateway = _gateway_info(service) if enabled and experts and service.has_gateway else None
-        prompts = service.statistics.tags("prompts")
-        told = (held_out, flags)
-        infos = [_expert_info(experts[name], service, prompts.get(name), *told) for name in sorted(experts)]
-        return Listing(experts=infos, gateway=gateway, enable_gateway=enabled)
-
     @app.get("/get_gateway_weights")
     def get_gateway_weights(request: Request, dtype: WireDtype = "fp32") -> Response:
-        weights = gateway_weights(service.gateway(), coordinator.experts)
+        gateway, active = service.gateway(), coordinator.active or coordinator.experts
+        weights = gateway_weights(gateway, active)
         return answers.answer(request, weights, dtype)
 
     @app.get("/get_all_expert_weights")
     def get_all_expert_weights(request: Request, dtype: WireDtype = "fp32") -> Response:
         view = coordinator.draft()  # experts and version of one moment
-        experts = {name: expert for name, expert in view.experts.items() if principal_of(request).may_use(name)}
+        readable = [one for one in view.experts.values() if may_use(principal_of(request), one) and not one.retired]
+        experts = {expert.title: expert for expert in readable}
         if not experts:
             raise RefusedError("unknown_expert", "there is no expert yet that you may read.", "Start a worker first.")
         return answers.answer(request, all_weights(experts, view.gateway_version), dtype)
 
     @app.post("/get_expert_weights")
     def get_expert_weights(request: Request, wanted: ExpertRequest) -> Response:
-        principal_of(request).require_expert(wanted.expert)
-        return answers.answer(request, _expert_weights(service, wanted.expert), wanted.dtype)
+        first = addressed(coordinator.experts, principal_of(request), wanted.expert)
+        return answers.answer(request, expert_weights(coordinator.expert(first), wanted.expert), wanted.dtype)
 
     @app.get("/get_gateway_info")
     def get_gateway_info() -> GatewayInfo:
-        return _gateway_info(service)
+        return gateway_info(service)
 
     @app.get("/statistics")
     def statistics(request: Request, wanted: Annotated[StatisticsRequest, Query()]) -> Response:
-        rows, following = service.told.page(principal_of(request), **wanted.model_dump())
+        experts, principal, facts = coordinator.experts, principal_of(request), wanted.model_dump()
+        if wanted.expert is not None:
+            facts["expert"] = addressed(experts, principal, wanted.expert)
+        rows, following = service.told.page(by_first_names(principal, experts), **facts)
         headers = {} if following is None else {"FedMoE-Next": str(following)}
-        return JSONResponse([_statistic(row) for row in rows], headers=headers)
+        return JSONResponse([_statistic(row, experts) for row in rows], headers=headers)
 
     @app.get("/data_statistics")
     def data_statistics(request: Request, wanted: Annotated[DataStatisticsRequest, Query()]) -> Response:
-        principal_of(request).require_expert(wanted.expert)
-        coordinator.expert(wanted.expert)
-        kept, named = service.statistics, (wanted.expert, wanted.kind)
+        first = addressed(coordinator.experts, principal_of(request), wanted.expert)
+        coordinator.expert(first)
+        kept, named = service.statistics, (first, wanted.kind)
         return answer_statistics(request, kept.tag(*named), lambda: kept.merged(*named))
 
 
@@ -170,19 +166,17 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
     @app.post("/register_expert")
     async def register_expert(request: Request, wanted: RegisterRequest) -> ExpertInfo:
         principal = principal_of(request)
-        principal.require_expert(wanted.expert)
+        addressed(service.coordinator.experts, principal, wanted.expert)
         principal.require_worker(wanted.worker)
         expert = await service.register(wanted, principal)
-        prompts = await run_in_threadpool(service.statistics.tags, "prompts")
-        return _named(
-            request, service, await run_in_threadpool(_expert_info, expert, service, prompts.get(expert.name))
-        )
+        info = await run_in_threadpool(expert_info, expert, service)
+        return _named(request, service, info.model_copy(update={"name": wanted.expert}))
 
     @app.post(_PUSH, response_model=UpdateResult)
     async def push_expert_update(request: Request, header: Annotated[UpdateHeader, Query()]) -> Response:
         principal = principal_of(request)
         principal.require_worker(header.worker)
-        principal.require_expert(header.expert)
+        asked, header = header.expert, _addressed(service, principal, header)
         body = _tensor_body(request)
         if header.answer == "weights":  # refused before the push changes anything
             answers.check(request, service.coordinator.expert(header.expert).manifest.layout.size)
@@ -195,19 +189,18 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
                 raise
             # Whoever is too far behind, or of another history, gets the newest version in the same answer.
             facts = problems.described(error)
-            return await run_in_threadpool(_with_weights, request, service, header.expert, answers, 409, facts)
+            return await run_in_threadpool(_with_weights, request, service, asked, answers, 409, facts)
         status = 202 if result.status == "quarantined" else 200
+        facts = result.model_copy(update={"expert": asked}).model_dump()
         if header.answer == "weights":
-            facts = result.model_dump()
-            return await run_in_threadpool(_with_weights, request, service, header.expert, answers, status, facts)
-        return JSONResponse(result.model_dump(), status)
+            return await run_in_threadpool(_with_weights, request, service, asked, answers, status, facts)
+        return JSONResponse(facts, status)
 
     @app.post("/push_statistics", status_code=204)
     async def push_statistics(request: Request, wanted: StatisticRequest) -> None:
         principal = principal_of(request)
-        principal.require_expert(wanted.expert)
         principal.require_worker(wanted.worker)
-        await service.add_statistic(wanted)
+        await service.add_statistic(_addressed(service, principal, wanted))
 
     @app.post(_PUSH_STATISTICS)
     async def push_data_statistics(
@@ -215,27 +208,40 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
     ) -> DataStatisticsResult:
         principal = principal_of(request)
         principal.require_worker(header.worker)
-        principal.require_expert(header.expert)
+        known = _addressed(service, principal, header)
         body = _tensor_body(request)
         async with admission.places.one(principal.token, header.worker, body.chunks) as chunks:
-            return await service.push_data_statistics(header, replace(body, chunks=chunks))
+            result = await service.push_data_statistics(known, replace(body, chunks=chunks))
+        return result.model_copy(update={"expert": header.expert})
 
 
 def _admin_routes(app: FastAPI, service: CoordinatorService) -> None:
     @app.post("/rollback")
     async def rollback(request: Request, wanted: RollbackRequest) -> ChangeResult:
-        principal_of(request).require_admin(expert=wanted.expert)
-        return _named(request, service, await service.roll_back(wanted))
+        principal = principal_of(request)
+        principal.require_admin(expert=wanted.expert)
+        result = await service.roll_back(_addressed(service, principal, wanted))
+        return _named(request, service, result.model_copy(update={"expert": wanted.expert}))
 
     @app.post("/retract")
     async def retract(request: Request, wanted: RetractRequest) -> ChangeResult:
-        principal_of(request).require_admin(expert=wanted.expert, worker=wanted.worker)
-        return _named(request, service, await (service.withdraw(wanted) if wanted.erase else service.retract(wanted)))
+        principal = principal_of(request)
+        principal.require_admin(expert=wanted.expert, worker=wanted.worker)
+        known = _addressed(service, principal, wanted)
+        result = await (service.withdraw(known) if wanted.erase else service.retract(known))
+        return _named(request, service, result.model_copy(update={"expert": wanted.expert}))
 
 
-def _statistic(row: KeptStatistic) -> dict[str, object]:
+def _addressed(service: CoordinatorService, principal: Principal, wanted: Addressed) -> Addressed:
+    """The request with the first name of its expert, which the token must be allowed to use."""
+    first = addressed(service.coordinator.experts, principal, wanted.expert)
+    return wanted.model_copy(update={"expert": first})
+
+
+def _statistic(row: KeptStatistic, experts: Mapping[str, ExpertModel]) -> dict[str, object]:
     told = row.told
-    facts = {"expert": told.expert, "worker": told.worker, "kind": told.kind, "values": dict(told.payload)}
+    name = experts[told.expert].title if told.expert in experts else told.expert
+    facts = {"expert": name, "worker": told.worker, "kind": told.kind, "values": dict(told.payload)}
     return {"id": row.id, **facts, "at": told.at}
 
 
@@ -257,10 +263,6 @@ def _tensor_body(request: Request) -> Body:
     return Body(request.stream(), int(length) if length.isdecimal() else None, digest)
 
 
-def _expert_weights(service: CoordinatorService, name: str) -> Weights:
-    return expert_weights(service.coordinator.expert(name))
-
-
 def _named(request: Request, service: CoordinatorService, answer: NamedAnswer) -> NamedAnswer:
     """The answer with the history it is of, where its caller takes that."""
     name = service.current.incarnation if answers_with_new_keys(request.headers) else None
@@ -275,60 +277,4 @@ def _with_weights(
     status: int,
     facts: dict[str, object],
 ) -> Response:
-    return answers.answer(request, _expert_weights(service, name), "fp32", status, facts)
-
-
-def _expert_info(
-    expert: ExpertModel, service: CoordinatorService, prompts: str | None, held_out: bool = False, flags: bool = False
-) -> ExpertInfo:
-    warning = service.leases.warning if flags else None
-    return ExpertInfo(
-        name=expert.name,
-        version=expert.version,
-        rank=expert.manifest.layout.rank,
-        alpha=expert.manifest.alpha,
-        parameters=expert.manifest.layout.size,
-        base=expert.manifest.base.name,
-        digest=expert.digest,
-        workers=service.roster.workers(expert.name, service.now, held_out, warning),
-        prompts=prompts,
-    )
-
-
-def _gateway_info(service: CoordinatorService) -> GatewayInfo:
-    gateway = service.gateway()
-    layout = gateway.adapter.layout
-    return GatewayInfo(
-        version=gateway.version,
-        strategy=gateway.strategy,
-        rank=layout.rank,
-        parameters=layout.size,
-        modules=len(layout.modules),
-        lora_A_shape=(layout.rank, sum(module.in_features for module in layout.modules)),
-        lora_B_shape=(sum(module.out_features for module in layout.modules), layout.rank),
-        sources=dict(gateway.sources),
-        weights=dict(gateway.weights),
-        truncation_error=gateway.truncation_error,
-        digest=gateway.digest,
-        statistics=dict(gateway.statistics),
-        statistics_tokens=dict(gateway.statistics_tokens),
-        notes=list(gateway.notes),
-        scale=gateway.scale,
-        gate=service.evaluation_gate.info() if service.evaluation_gate is not None else None,
-        living=_living_info(gateway.living) if gateway.living is not None else None,
-        source_digests=dict(gateway.source_digests),
-        incarnation=service.current.incarnation,
-        left_out=dict(gateway.left_out),
-    )
-
-
-def _living_info(living: LivingGateway) -> LivingInfo:
-    return LivingInfo(
-        folds=living.number,
-        staleness=dict(living.last.staleness) if living.last else {},
-        seconds=living.last.seconds if living.last else 0.0,
-        departures={
-            name: DepartureInfo(gateway=found.gateway, version=found.version, steps=found.steps)
-            for name, found in sorted(living.departures.items())
-        },
-    )
+    return answers.answer(request, expert_weights(service.coordinator.expert(name), name), "fp32", status, facts)

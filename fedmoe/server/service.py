@@ -7,6 +7,7 @@ answer. Each step either finishes or leaves nothing behind.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from fedmoe import __version__, failpoints
 from fedmoe.coordinator import CentralCoordinator, Draft, GatewayModel
 from fedmoe.errors import RefusedError
 from fedmoe.events import GatewayFolded, HeldUpdateRejected, QuarantineEvent
-from fedmoe.experts import ExpertModel, Registrant
+from fedmoe.experts import ExpertModel, Registrant, first_name
 from fedmoe.lora.adapter import Layout
 from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
 from fedmoe.server.committer import Committer
@@ -29,10 +30,12 @@ from fedmoe.server.evaluation_gate import EvaluationGate, GatePolicy
 from fedmoe.server.folding import Folding
 from fedmoe.server.held_updates import HeldUpdates
 from fedmoe.server.histories import current_history
-from fedmoe.server.history import History, Rebuilt
+from fedmoe.server.history import History
 from fedmoe.server.in_flight import InFlight, Processed
-from fedmoe.server.landing import Arrived, Landing, retract_held
+from fedmoe.server.landing import Arrived, Landing
+from fedmoe.server.listing import ExpertEntries
 from fedmoe.server.memory_budget import MemoryBudget
+from fedmoe.server.names import titled_gateway
 from fedmoe.server.publication import Publications
 from fedmoe.server.receive import Expected, opened_writer, receive, settled
 from fedmoe.server.registrations import RegistrationLimits, checked_manifest
@@ -41,6 +44,7 @@ from fedmoe.server.roster import Roster
 from fedmoe.server.security import Principal
 from fedmoe.server.submission import log_update, submission_of, usable_norm
 from fedmoe.server.told_statistics import ToldStatistics
+from fedmoe.server.undo import Undo, answered
 from fedmoe.server.worker_leases import WorkerLeases
 from fedmoe.storage.blobs import BlobStore, BlobWriter, FolderBlobStore, StorageFailedError
 from fedmoe.storage.journal import Journal
@@ -67,6 +71,10 @@ _log = structlog.get_logger("fedmoe.coordinator")
 _CAP_SHARE = 1.05
 _CAP_BYTES = 1 << 20
 _THREADS = 4
+# A gateway of more experts than this is not built while a list waits for it.
+_MANY = 32
+# After such a build the next one waits so many times as long as it took.
+_REST = 20.0
 # Who calls the service itself, without a request.
 _OPERATOR = Principal("admin")
 #: Updates being checked and decided at once, as float32: four of rank 16 for SmolLM2-135M, or one that is larger.
@@ -119,6 +127,7 @@ class CoordinatorService:
         self._committer = Committer(coordinator, journal, self._after_commit, storage_problem)
         self._in_flight = in_flight or InFlight(None)
         self.held = HeldUpdates(coordinator, blobs, self._committer, self._landing, self._in_flight, clock)
+        self._undo = Undo(coordinator, history, self._committer, self.current, clock)
         self._folding = Folding(coordinator, history, blobs, self._committer, clock)
         #: What decides which gateway goes out; None where every one does.
         self.evaluation_gate = (
@@ -136,6 +145,9 @@ class CoordinatorService:
         self.uploads = 0
         self._memory = MemoryBudget(_CHECKED_BYTES)
         self._noted: tuple[str, ...] = ()
+        self._build_again = 0.0
+        #: The experts as lists show them.
+        self.entries = ExpertEntries(self.roster)
 
     def keep_below(self, most: int, blobs: FolderBlobStore) -> None:
         """Let the oldest updates' bytes go, from `start` on, so that they are at most so many."""
@@ -158,6 +170,7 @@ class CoordinatorService:
         self._folding.close()
         if self.retention is not None:
             self.retention.close()
+        self._undo.close()
         self._committer.close()
         self._pool.shutdown()
 
@@ -204,7 +217,9 @@ class CoordinatorService:
         def decide(draft: Draft) -> ExpertModel:
             draft.aggregation.check_start(request.start_from)
             by = Registrant(request.worker, principal.token)
-            self._limits.check(draft.experts, request.expert, manifest, by, principal.role == "admin")
+            self._limits.check(
+                draft.experts, first_name(draft.experts, request.expert), manifest, by, principal.role == "admin"
+            )
             return draft.register(request.expert, by.worker, manifest, request.seed, self.now, by.token)
 
         expert = await self._decided(self._committer.submit(decide), ExpertModel)
@@ -222,13 +237,37 @@ class CoordinatorService:
     def gateway(self) -> GatewayModel:
         """The published gateway, or without a gate that of the newest state; says where it was not made as told."""
         gateway = self.coordinator.gateway() if self.evaluation_gate is None else self.evaluation_gate.published()
-        if gateway.sources and not gateway.source_digests:
-            gateway = replace(gateway, source_digests=self.current.digests(gateway.sources))
+        gateway = self._shown(gateway)
         if gateway.notes != self._noted:
             for note in gateway.notes:
                 _log.warning("gateway", version=gateway.version, strategy=gateway.strategy, note=note)
             self._noted = gateway.notes
         return gateway
+
+    def _shown(self, gateway: GatewayModel) -> GatewayModel:
+        """With the digests of its sources, under the names that experts go by."""
+        if gateway.sources and not gateway.source_digests:
+            gateway = replace(gateway, source_digests=self.current.digests(gateway.sources))
+        return titled_gateway(gateway, self.coordinator.experts)
+
+    def listed_gateway(self) -> GatewayModel:
+        """The gateway as a list shows it: of many experts the one built last, while the newest is built meanwhile."""
+        built = self.coordinator.built
+        if self.evaluation_gate is not None or built is None or len(built.sources) <= _MANY:
+            return self.gateway()
+        if built.version != self.coordinator.gateway_version and time.monotonic() >= self._build_again:
+            self._build_again = math.inf  # one at a time
+            self._pool.submit(self._build)
+        return self._shown(built)
+
+    def _build(self) -> None:
+        """Build the newest gateway for those who list it, and leave the processor to others for a while."""
+        began = time.monotonic()
+        try:
+            self.gateway()
+        finally:
+            ended = time.monotonic()
+            self._build_again = ended + _REST * (ended - began)
 
     def knows(self, header: UpdateHeader) -> bool:
         """Whether this very update has been taken in before."""
@@ -240,6 +279,9 @@ class CoordinatorService:
 
         `token` is the hash of the sender's token: what is held of the updates that came with one is bounded.
         """
+        expert = self.coordinator.expert(header.expert)
+        if expert.retired and not await self._in_thread(lambda: self.knows(header)):
+            expert.require_active()
         self.leases.check(header, token)
         try:
             result = await self._received(
@@ -254,6 +296,7 @@ class CoordinatorService:
 
     async def push_data_statistics(self, header: DataStatisticsHeader, body: Body) -> DataStatisticsResult:
         """Take in what a worker tells of its data; the same bytes again change nothing."""
+        self.coordinator.expert(header.expert).require_active()
         return await self._received(header, lambda layout, writer: self._take_statistics(header, body, layout, writer))
 
     async def _received(
@@ -348,29 +391,11 @@ class CoordinatorService:
 
     async def roll_back(self, request: RollbackRequest) -> ChangeResult:
         """The expert's next version gets the content of an earlier one."""
-
-        def decide(draft: Draft) -> ChangeResult:
-            expert = draft.expert(request.expert)
-            rebuilt = self._history.at_version(expert, request.to_version)
-            self.current.check_rollback(request, expert, expert.become(rebuilt.state).digest)
-            named = (request.expert, request.to_version, rebuilt.state, request.reason, self.now)
-            draft.roll_back(*named, since=rebuilt.since)
-            return self._change(draft, request.expert, rebuilt)
-
-        return await self._changed("rolled_back", self._committer.submit(decide, alone=True))
+        return await self._undo.roll_back(request)
 
     async def retract(self, request: RetractRequest) -> ChangeResult:
         """The expert's next version is what it would be without one worker's updates."""
-
-        def decide(draft: Draft) -> ChangeResult:
-            rebuilt = self._history.without_worker(draft.expert(request.expert), request.worker)
-            named = (request.expert, request.worker, rebuilt.removed, rebuilt.state, request.reason, self.now)
-            draft.retract(*named, since=rebuilt.since)
-            rejected = retract_held(draft, request.expert, request.worker, request.reason, self.now)
-            rebuilt = replace(rebuilt, note=f"{rebuilt.note} {rejected}".strip())
-            return self._change(draft, request.expert, rebuilt)
-
-        return await self._changed("retracted", self._committer.submit(decide, alone=True))
+        return await self._undo.retract(request)
 
     async def withdraw(self, request: RetractRequest) -> ChangeResult:
         """Retract a worker, if that is not done yet, and remove its bytes for good."""
@@ -380,24 +405,23 @@ class CoordinatorService:
             view = self.coordinator.draft()
             if error.code != "nothing_to_retract" or not self._erasure.gave(view, request.expert, request.worker):
                 raise
-            result = self._change(view, request.expert, Rebuilt(view.experts[request.expert].state, 0, ()))
+            result = answered(view, request.expert)
         erased = await self._decided(
             self._committer.submit(lambda draft: self._erasure.erase(draft, request, self.now), alone=True), Erased
         )
         return result.model_copy(update={"note": f"{result.note} {erased.in_words()}".strip()})
 
-    async def _changed(self, what: str, future: Future[object]) -> ChangeResult:
-        result = await self._decided(future, ChangeResult)
-        _log.warning(what, expert=result.expert, version=result.version, removed=result.removed)
-        return result
-
     async def add_statistic(self, request: StatisticRequest) -> None:
         """Keep a small fact a worker discloses."""
-        self.coordinator.expert(request.expert)
+        self.coordinator.expert(request.expert).require_active()
         self.check_storage()
         statistic = Statistic(request.expert, request.worker, request.kind, dict(request.values), self.now)
         await self._in_thread(lambda: self.told.add(statistic))
         self.roster.hear(statistic)
+
+    async def change_roll(self, change: Callable[[Draft], ExpertModel]) -> ExpertModel:
+        """Rename, retire or bring back an expert."""
+        return await self._decided(self._committer.submit(change), ExpertModel)
 
     async def _decided(self, future: Future[object], kind: type[Result]) -> Result:
         # A cancelled request still waits for its decision: the bytes it stored must stay until they are journalled.
@@ -420,14 +444,3 @@ class CoordinatorService:
             if any(isinstance(event, GatewayFolded) for event in draft.events):
                 self._history.prune_gateways(draft.living)
             self._folding.wake()
-
-    def _change(self, draft: Draft, name: str, rebuilt: Rebuilt) -> ChangeResult:
-        expert = draft.experts[name]
-        return ChangeResult(
-            expert=name,
-            version=expert.version,
-            gateway_version=draft.gateway_version,
-            removed=rebuilt.removed,
-            digest=expert.digest,
-            note=rebuilt.note,
-        )

@@ -9,7 +9,10 @@ from typing import cast
 from fedmoe.events import (
     Event,
     ExpertRegistered,
+    ExpertRenamed,
+    ExpertRetired,
     ExpertRolledBack,
+    ExpertUnretired,
     ExpertWentOn,
     GatewayFolded,
     HeldUpdateRejected,
@@ -32,12 +35,17 @@ _KINDS: dict[str, type[Event]] = {
     "hold": UpdateHeld,
     "reject": HeldUpdateRejected,
     "lost": UpdateLost,
+    "rename": ExpertRenamed,
+    "retire": ExpertRetired,
+    "unretire": ExpertUnretired,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 #: Stands for an expert where an event is of the gateway; no expert can have this name.
 GATEWAY = "@gateway"
 #: The same for what is held: such a row has no columns of an update, since the one that lands it has them.
 QUARANTINE = "@quarantine"
+#: The same for events that change who is there and no weights.
+ROLL = "@experts"
 
 
 def row_of(event: Event) -> dict[str, object]:
@@ -73,6 +81,8 @@ def _place(event: Event) -> tuple[str, int]:
             return GATEWAY, event.number
         case UpdateHeld() | HeldUpdateRejected():
             return QUARANTINE, event.number
+        case ExpertRenamed() | ExpertRetired() | ExpertUnretired():
+            return ROLL, event.number
         case _:
             return event.expert, event.version
 

@@ -69,6 +69,7 @@ from fedmoe.wire.replies import (
     parsed_problem,
     read,
 )
+from fedmoe.wire.roll_messages import RenameRequest, RetireRequest, UnretireRequest
 from fedmoe.wire.token_messages import TokenAnswer, TokenListing, TokenRequest
 from fedmoe.wire.transport import check_url, proxy_of, transport_for
 from fedmoe.wire.unreachable import unreachable
@@ -181,10 +182,16 @@ class CoordinatorClient:
             )
         return info
 
-    def list_experts(self) -> Listing:
-        """Every expert and the gateway, with the held-out losses that workers told."""
-        answer = self._retried("GET", "/list_experts", _LISTING, params={"held_out": True, "flags": True})
-        return parsed(answer, Listing)
+    def list_experts(self, retired: bool = False) -> Listing:
+        """Every expert and the gateway, with the held-out losses that workers told; retired ones too if wanted."""
+        wanted: dict[str, bool | str] = {"held_out": True, "flags": True, **({"retired": True} if retired else {})}
+        listing = parsed(self._retried("GET", "/list_experts", _LISTING, params=wanted), Listing)
+        experts, page = list(listing.experts), listing
+        while page.more and page.experts:
+            following = wanted | {"after": page.experts[-1].name}
+            page = parsed(self._retried("GET", "/list_experts", _LISTING, params=following), Listing)
+            experts += page.experts
+        return listing.model_copy(update={"experts": experts, "more": False})
 
     def gateway_info(self) -> GatewayInfo:
         """The gateway without its weights."""
@@ -307,6 +314,18 @@ class CoordinatorClient:
     def reject_held(self, number: int, reason: str = "") -> None:
         """Never let a held update land."""
         expect_nothing(self._once("POST", "/quarantine/reject", json={"number": number, "reason": reason}))
+
+    def rename_expert(self, expert: str, name: str) -> ExpertInfo:
+        """Give an expert another name; its former ones still mean it."""
+        return parsed(self._post("/rename_expert", RenameRequest(expert=expert, name=name)), ExpertInfo)
+
+    def retire_expert(self, expert: str, reason: str = "") -> ExpertInfo:
+        """Take an expert out of the gateway and refuse updates of it; what it is stays."""
+        return parsed(self._post("/retire_expert", RetireRequest(expert=expert, reason=reason)), ExpertInfo)
+
+    def unretire_expert(self, expert: str) -> ExpertInfo:
+        """Bring a retired expert back as it was."""
+        return parsed(self._post("/unretire_expert", UnretireRequest(expert=expert)), ExpertInfo)
 
     def make_token(self, request: TokenRequest) -> TokenAnswer:
         """A new token; shown once."""

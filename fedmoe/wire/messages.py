@@ -228,6 +228,8 @@ class ExpertInfo(OfHistory):
     """One expert in a listing; `digest` is the content hash of its weights.
 
     `prompts` names the prompt statistics that `GET /data_statistics` gives for it; null while no worker has sent any.
+    `formerly` are names that it had before and that still mean it; `retired` that it takes no updates. Both are left
+    out where there is nothing to tell.
     """
 
     name: ExpertName
@@ -239,6 +241,13 @@ class ExpertInfo(OfHistory):
     digest: Sha256
     workers: list[WorkerInfo] = []
     prompts: Sha256 | None = None
+    formerly: list[ExpertName] = []
+    retired: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_named(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        unsaid = {key for key in ("incarnation", "formerly", "retired") if not getattr(self, key)}
+        return {key: value for key, value in handler(self).items() if key not in unsaid}
 
 
 class HeldOutInfo(Message):
@@ -344,11 +353,19 @@ class GatewayInfo(Message):
 
 
 class Listing(Message):
-    """Every expert and the gateway; `gateway` is null while there is none or it is switched off."""
+    """A page of experts in name order and the gateway, which is null while there is none or it is switched off.
+
+    `more` tells that others follow the last one.
+    """
 
     experts: list[ExpertInfo]
     gateway: GatewayInfo | None
     enable_gateway: bool
+    more: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        return {key: value for key, value in handler(self).items() if value or key != "more"}
 
 
 class FederationInfo(OfHistory):
@@ -399,16 +416,6 @@ class StatisticRequest(Message):
     values: Annotated[
         dict[ShortText, Annotated[Finite, NUMBER]], Field(max_length=256, json_schema_extra=NO_OTHER_KEYS)
     ]
-
-
-class StatisticsRequest(Message):
-    """Which statistics: from the one after number `after` on, at most `limit`."""
-
-    expert: ExpertName | None = None
-    worker: WorkerName | None = None
-    kind: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")] | None = None
-    after: Count = 0
-    limit: Annotated[int, Field(ge=1, le=1000)] = 1000
 
 
 class RollbackRequest(Message):

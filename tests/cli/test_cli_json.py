@@ -153,3 +153,18 @@ def test_the_specified_tool_prints_one_document_whatever_it_saves(
     for name in (module.name for module in gateway.layout.modules):
         (a, b), (c, d) = saved.module(name), gateway.module(name)
         np.testing.assert_allclose(b @ a * saved.scale, d @ c * gateway.scale, rtol=1e-6, atol=1e-9)
+
+
+def test_an_expert_is_renamed_retired_and_brought_back(server: LiveServer, fedmoe: Run) -> None:
+    url = ("--coordinator-url", server.url)
+    assert "python is now code, at version 3" in fedmoe("experts", "rename", "python", "code", *url).out
+    assert "code (was python)" in fedmoe("experts", *url).out
+    assert "sql is retired" in fedmoe("experts", "retire", "sql", "--reason", "mistyped", *url).out
+    assert "sql (retired)" in fedmoe("experts", "list", *url).out
+    assert "left out: sql (it is retired)" in fedmoe("gateway", "info", *url).out
+    refused = fedmoe("experts", "create", "sql", *url)
+    assert refused.status == 1
+    assert "fedmoe experts unretire sql" in refused.err
+    assert "sql is back, at version 0" in fedmoe("experts", "unretire", "sql", *url).out
+    again = json.loads(fedmoe("experts", "retire", "python", "--json", *url).out)
+    assert (again["name"], again["formerly"], again["retired"]) == ("code", ["python"], True)

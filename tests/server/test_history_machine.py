@@ -8,6 +8,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -37,7 +38,6 @@ from fedmoe.server.service import CoordinatorService
 from fedmoe.storage.blobs import BlobStore, FolderBlobStore, MemoryBlobStore, put
 from fedmoe.storage.journal import Journal, SqlJournal
 from fedmoe.wire.messages import (
-    ChangeResult,
     ManifestMessage,
     RegisterRequest,
     RetractRequest,
@@ -106,7 +106,10 @@ def make_body(seed: int) -> bytes:
     return encode(LAYOUT, sized(seed))
 
 
-def attempt(call: Coroutine[object, object, ChangeResult]) -> ChangeResult | RefusedError:
+Result = TypeVar("Result")
+
+
+def attempt(call: Coroutine[object, object, Result]) -> Result | RefusedError:
     try:
         return asyncio.run(call)
     except RefusedError as error:
@@ -136,6 +139,9 @@ class Machine(RuleBasedStateMachine):
         self.held: dict[int, Push] = {}
         self.rejected: list[Push] = []
         self.about_held = 0
+        self.retired: set[str] = set()
+        self.titles: dict[str, str] = {}
+        self.former: dict[str, list[str]] = {}
 
     def open_storage(self) -> tuple[Journal, BlobStore]:
         if self.folder is None:
@@ -155,9 +161,16 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(EXPERTS))
     def register(self, name: str) -> None:
+        if any(name in given for first, given in self.former.items() if first != name):
+            return  # another expert's name by now
         seed = EXPERTS.index(name)
         manifest = ManifestMessage.of(MANIFEST)
-        asyncio.run(self.service.register(RegisterRequest(expert=name, worker="w1", manifest=manifest, seed=seed)))
+        wanted = RegisterRequest(expert=name, worker="w1", manifest=manifest, seed=seed)
+        if name in self.retired:
+            with pytest.raises(RefusedError, match="is retired"):
+                asyncio.run(self.service.register(wanted))
+            return
+        asyncio.run(self.service.register(wanted))
         if name not in self.models:
             self.models[name] = Model(seed, self.optimizer == "nesterov")
             self.events += 1
@@ -210,6 +223,8 @@ class Machine(RuleBasedStateMachine):
         self.pending.clear()
         for push in made:
             if (push.worker, push.sequence) not in self.acknowledged:
+                if push.expert in self.retired:
+                    continue
                 behind = self.models[push.expert].version - push.base_version
                 # Versions only rise: what was refused for its age is too old now, what came from the future may be due.
                 assert behind > 5 or push.base_version > 0
@@ -243,6 +258,9 @@ class Machine(RuleBasedStateMachine):
         """A new update over several connections at once: it lands once, and all get the same answer."""
         one = Push(push.expert, push.worker, next(self.numbers), self.models[push.expert].version, push.seed)
         answers = self.send([one] * times)
+        if push.expert in self.retired:
+            assert {answer.code for answer in answers if isinstance(answer, RefusedError)} == {"retired"}
+            return
         results = [answer for answer in answers if isinstance(answer, UpdateResult)]
         assert len(results) == times
         assert sorted(result.duplicate for result in results) == [False] + [True] * (times - 1)
@@ -254,7 +272,7 @@ class Machine(RuleBasedStateMachine):
     def push_a_huge_one(self, data: st.DataObject, worker: str, seed: int) -> None:
         """It waits once there is something usual; before that it would land, so none is sent."""
         name = data.draw(st.sampled_from(sorted(self.models)))
-        if len(self.service.coordinator.expert(name).norms) < USUAL_LEAST:
+        if name in self.retired or len(self.service.coordinator.expert(name).norms) < USUAL_LEAST:
             return
         one = Push(name, worker, next(self.numbers), self.models[name].version, seed)
         waiting = sum(push.worker == worker for push in self.held.values())
@@ -277,6 +295,10 @@ class Machine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         number = data.draw(st.sampled_from(sorted(self.held)))
         push = self.held[number]
+        if push.expert in self.retired:
+            with pytest.raises(RefusedError, match="is retired"):
+                self.service.held.release(number)
+            return
         if self.models[push.expert].version - push.base_version > 5:
             with pytest.raises(RefusedError, match="versions behind"):
                 self.service.held.release(number)
@@ -338,6 +360,39 @@ class Machine(RuleBasedStateMachine):
         model.versions.append(kept)
         self.events += 1
 
+    @rule(data=st.data(), times=st.integers(1, 2))
+    def retire_or_bring_back(self, data: st.DataObject, times: int) -> None:
+        """Whoever is retired comes back, and the other way round; a second time changes nothing."""
+        name = data.draw(st.sampled_from(sorted(self.models)))
+        back = name in self.retired
+        before = self.weights(name)
+        for _ in range(times):
+            if back:
+                asyncio.run(self.service.change_roll(lambda draft: draft.unretire(self.titles.get(name, name), 1.0)))
+            else:
+                asyncio.run(self.service.change_roll(lambda draft: draft.retire(name, "", 1.0)))
+        self.retired ^= {name}
+        self.events += 1
+        np.testing.assert_array_equal(self.weights(name), before)
+
+    @rule(data=st.data(), to=st.sampled_from(["python", "sql", "law", "tax"]))
+    def rename(self, data: st.DataObject, to: str) -> None:
+        """Names are given once; the former ones go on meaning their expert."""
+        name = data.draw(st.sampled_from(sorted(self.models)))
+        holder = {title: first for first in self.models for title in (first, *self.given(first))}.get(to, name)
+        answer = attempt(self.service.change_roll(lambda draft: draft.rename(name, to, 1.0)))
+        if isinstance(answer, RefusedError):
+            assert (answer.code, holder != name) == ("name_taken", True)
+            return
+        assert holder == name
+        if self.titles.get(name, name) != to:
+            self.titles[name] = to
+            self.former.setdefault(name, []).append(to)
+            self.events += 1
+
+    def given(self, name: str) -> list[str]:
+        return self.former.get(name, [])
+
     @rule(torn=st.booleans())
     def crash(self, torn: bool) -> None:
         """Everything in memory is lost; perhaps also a blob was stored and an upload begun."""
@@ -382,6 +437,17 @@ class Machine(RuleBasedStateMachine):
         version = self.service.coordinator.gateway_version
         assert version == self.journal.count() - self.about_held == self.events >= self.highest
         self.highest = version
+
+    @invariant()
+    def the_gateway_is_made_of_those_that_learned_and_are_not_retired(self) -> None:
+        coordinator = self.service.coordinator
+        for name in self.models:
+            for known in (name, *self.given(name)):
+                assert coordinator.expert(known).title == self.titles.get(name, name)
+            assert coordinator.expert(name).retired == (name in self.retired)
+        if coordinator.active:
+            sources = {name for name, model in self.models.items() if model.versions[-1]} - self.retired
+            assert coordinator.gateway().sources.keys() == sources
 
     @invariant()
     def every_acknowledged_update_is_in_the_journal_exactly_once(self) -> None:

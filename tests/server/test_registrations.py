@@ -78,7 +78,7 @@ def test_encoded_bodies_are_kept_up_to_a_number_of_bytes_those_asked_for_last() 
     assert alone.get(expert_weights(experts[0]), "fp32") is alone.get(expert_weights(experts[0]), "fp32")
 
 
-def test_too_large_too_many_and_too_many_of_one_are_refused_by_name_and_change_nothing(tmp_path: Path) -> None:
+def test_too_large_too_many_and_too_many_of_one_are_refused_by_name_and_change_nothing_51(tmp_path: Path) -> None:
     limits = RegistrationLimits(LAYOUT.size, experts=9, untrained_by_token=6, untrained_by_worker=2)
     with open_house(tmp_path, limits=limits) as house:
         with pytest.raises(RefusedError, match="--max-parameters") as refused:

@@ -1,0 +1,124 @@
+"""What a push and a list of all experts take with 10, 100 and 1,000 experts, each with an update of its own.
+
+One coordinator process on loopback and one caller. A pair is a push to one expert and the list that follows it; also
+measured are the resident memory and the start with all that was registered. Adapters are small, so that what grows is
+the number of experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+from harness import write_result
+
+from fedmoe.lora.adapter import Layout, ModuleShape
+from fedmoe.lora.codec import encode
+from fedmoe.manifest import BaseModel, Manifest
+from fedmoe.wire.client import CoordinatorClient
+from fedmoe.wire.messages import UpdateHeader
+
+LAYOUT = Layout((ModuleShape("layers.0.q", 64, 64), ModuleShape("layers.0.v", 64, 32)), 4)
+MANIFEST = Manifest(BaseModel("many/experts", "main", "a" * 64, "b" * 64), LAYOUT, 8.0)
+EXPERTS = (10, 100, 1000)
+SEED = 7
+
+
+class Caller:
+    """Registers and pushes for all experts, by hand: no worker trains."""
+
+    def __init__(self, port: int) -> None:
+        self.api = CoordinatorClient(f"http://127.0.0.1:{port}")
+        self.versions: dict[str, int] = {}
+        self.sequence = 0
+        self._numbers = np.random.default_rng(SEED)
+
+    def push(self, expert: str) -> None:
+        delta = self._numbers.normal(0, 0.01, LAYOUT.size).astype(np.float32)
+        base = self.versions.get(expert, 0)
+        named = {"expert": expert, "worker": f"w-{expert}", "epoch": "e1"}
+        header = UpdateHeader(**named, sequence=self.sequence, base_version=base)
+        self.versions[expert] = self.api.push(header, encode(LAYOUT, delta)).result.version
+        self.sequence += 1
+
+
+def start(state_dir: str) -> tuple[subprocess.Popen[bytes], int, float]:
+    """A coordinator process, its port, and the seconds until it answered."""
+    from socket import socket
+
+    with socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [sys.executable, "-m", "fedmoe", "coordinator", "--port", str(port), "--state-dir", state_dir]
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with CoordinatorClient(f"http://127.0.0.1:{port}") as api:
+        while not api.healthy():
+            if process.poll() is not None or time.monotonic() - began > 120:
+                raise RuntimeError("the coordinator did not start")
+            time.sleep(0.05)
+    return process, port, time.monotonic() - began
+
+
+def milliseconds(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(seconds, n=4)
+    return {"median_ms": 1e3 * median, "quartile_1_ms": 1e3 * low, "quartile_3_ms": 1e3 * high, "count": len(seconds)}
+
+
+def measure(experts: int, repeats: int, folder: str) -> dict[str, object]:
+    """One number of experts."""
+    process, port, _ = start(folder)
+    try:
+        caller = Caller(port)
+        names = [f"expert-{number}" for number in range(experts)]
+        for name in names:
+            caller.api.register(name, "bench", MANIFEST)
+            caller.push(name)
+        caller.api.list_experts()
+        pairs: dict[str, list[float]] = {"push": [], "list": [], "push_and_list": []}
+        for _ in range(repeats):
+            began = time.perf_counter()
+            caller.push(names[0])
+            pushed = time.perf_counter()
+            listing = caller.api._get("/list_experts")
+            listed = time.perf_counter()
+            pairs["push"].append(pushed - began)
+            pairs["list"].append(listed - pushed)
+            pairs["push_and_list"].append(listed - began)
+        memory = psutil.Process(process.pid).memory_info().rss
+    finally:
+        process.terminate()
+        process.wait(60)
+    process, _, seconds = start(folder)
+    process.terminate()
+    process.wait(60)
+    times = {name: milliseconds(found) for name, found in pairs.items()}
+    return {**times, "list_bytes": len(listing.body), "resident_mib": round(memory / 2**20, 1), "start_s": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=60, help="pairs of a push and a list")
+    parser.add_argument("--experts", type=int, nargs="*", default=list(EXPERTS), help="numbers of experts")
+    options = parser.parse_args()
+    results: dict[str, object] = {}
+    for experts in options.experts:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = measure(experts, options.repeats, str(Path(scratch) / "state"))
+        results[f"{experts}_experts"] = found
+        print(
+            f"{experts:5} experts: push and list {found['push_and_list']}, start {found['start_s']:.1f} s", flush=True
+        )
+    print(write_result("many_experts", results, {"repeats": options.repeats, "experts": options.experts}, [SEED]))
+
+
+if __name__ == "__main__":
+    main()
