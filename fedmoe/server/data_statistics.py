@@ -29,6 +29,9 @@ _MAX_PROMPT_BYTES = 32 << 20
 # Sketches of so many columns fit, however small the experts' rank.
 _COLUMNS = 64
 _HEADER_BYTES = 1 << 20
+# Workers of an expert whose statistics of a kind are merged, and the bytes of all of these.
+_MOST_WORKERS = 256
+_MOST_BYTES = 1 << 30
 #: The largest mean square of an input. Real ones stay below 1e9; sums of these never overflow float32.
 MAX_MOMENT = 1e15
 
@@ -146,11 +149,24 @@ class KeptStatistics:
 
     def check(self, header: DataStatisticsHeader, body: memoryview, layout: Layout) -> None:
         """Refuse what is no statistics, is of another model, or cannot be merged with those of other workers."""
+        self._refuse_too_many(header, len(body))
         if header.kind == "moments":
             read_moments(body, layout)
         else:
             self._check_width(header, read_prompts(body))
         together(header.kind, self._bodies(header.expert, header.kind) | {header.worker: bytes(body)})
+
+    def _refuse_too_many(self, header: DataStatisticsHeader, size: int) -> None:
+        """All of an expert are read to merge them, so they have a bound together."""
+        others = [found for found in self._of(header.expert, header.kind) if found.worker != header.worker]
+        together_size = size + sum(found.size for found in others)
+        if len(others) >= _MOST_WORKERS or together_size > _MOST_BYTES:
+            raise RefusedError(
+                "too_many_statistics",
+                f"{len(others)} workers of this expert have sent statistics of their {header.kind}; with these they "
+                f"would take {together_size} bytes. At most {_MOST_WORKERS} and {_MOST_BYTES} bytes are kept.",
+                "Start the worker with --no-send-statistics, or send smaller ones.",
+            )
 
     def keep(
         self, draft: Draft, header: DataStatisticsHeader, digest: str, size: int, at: float

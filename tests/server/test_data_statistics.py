@@ -21,6 +21,7 @@ from fedmoe.lora.adapter import FloatMatrix
 from fedmoe.lora.container import encode_named, read_named
 from fedmoe.lora.moments import InputMoments, ModuleMoments, merge_moments, omega
 from fedmoe.lora.regmean import regmean
+from fedmoe.server import data_statistics
 from fedmoe.server.data_statistics import newest
 from fedmoe.storage.journal import DataStatistic
 from fedmoe.wire.messages import SAFETENSORS, GatewayInfo
@@ -384,3 +385,17 @@ def test_statistics_of_an_older_version_count_as_none(two: House) -> None:
         assert fetched(client, "prompts") == body_of("prompts", 2)
         status, told = send(client, "prompts", old, "w2")
         assert (status, told["code"]) == (422, "version")
+
+
+def test_statistics_of_too_many_workers_are_refused_and_a_known_worker_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_statistics, "_MOST_WORKERS", 2)
+    with open_house(tmp_path) as house, house.client() as client:
+        house.register("python")
+        codes = [send(client, "prompts", body_of("prompts", seed), worker=f"w{seed}")[0] for seed in range(3)]
+        assert codes == [200, 200, 429]
+        assert send(client, "prompts", body_of("prompts", 9), worker="w0")[0] == 200
+        monkeypatch.setattr(data_statistics, "_MOST_BYTES", 10)
+        _, refused = send(client, "prompts", body_of("prompts", 8), worker="w0")
+        assert (refused["code"], "--no-send-statistics" in str(refused["fix"])) == ("too_many_statistics", True)
