@@ -97,6 +97,7 @@ ANSWERS: Mapping[Route, Answers] = {
             "start_mismatch",
             "expert_too_large",
             "too_many_experts",
+            "retired",
             *_WRITES,
         ),
     ),
@@ -104,7 +105,7 @@ ANSWERS: Mapping[Route, Answers] = {
         (
             *(*_OWN, *_BODY, *_TENSORS, *_WRITES, *_AS_JSON, "busy", "gave_way", "norm_too_large", "invalid_request"),
             *("unknown_version", "too_stale", "sequence_reused", "other_history", "update_rejected", "quarantine_full"),
-            *("too_soon", "quota_exceeded", "lease_held", "lease_lost"),
+            *("too_soon", "quota_exceeded", "lease_held", "lease_lost", "retired"),
         ),
         {
             200: {
@@ -120,11 +121,11 @@ ANSWERS: Mapping[Route, Answers] = {
         (_DIGEST,),
         _SAFETENSORS_BODY,
     ),
-    ("POST", "/push_statistics"): Answers((*_OWN, *_WRITES, "too_many_statistics")),
+    ("POST", "/push_statistics"): Answers((*_OWN, *_WRITES, "retired", "too_many_statistics")),
     ("POST", "/push_data_statistics"): Answers(
         (
             *(*_OWN, *_BODY, *_TENSORS, *_WRITES, "busy", "gave_way", "quota_exceeded", "statistics_mismatch"),
-            "invalid_request",
+            *("invalid_request", "retired", "too_many_statistics"),
         ),
         {},
         (_DIGEST,),
@@ -139,6 +140,9 @@ ANSWERS: Mapping[Route, Answers] = {
         (*_OWN, "gate_disabled", "candidates_closed", "scores_mismatch", "busy", *_WRITES)
     ),
     ("GET", "/gateway_verdicts"): Answers(("gate_disabled",)),
+    ("POST", "/rename_expert"): Answers((*_OWN, "name_taken", *_WRITES)),
+    ("POST", "/retire_expert"): Answers((*_OWN, *_WRITES)),
+    ("POST", "/unretire_expert"): Answers((*_OWN, "base_mismatch", "lora_mismatch", *_WRITES)),
     ("POST", "/rollback"): Answers(
         (*_OWN, "unknown_version", "history_pruned", "folded", "other_history", "not_finite", *_WRITES)
     ),
@@ -147,7 +151,7 @@ ANSWERS: Mapping[Route, Answers] = {
     ),
     ("GET", "/quarantine"): Answers(("forbidden",)),
     ("POST", "/quarantine/release"): Answers(
-        (*_OWN, "not_held", "held_lost", "too_stale", "unknown_version", "not_finite", *_WRITES)
+        (*_OWN, "not_held", "held_lost", "too_stale", "unknown_version", "not_finite", "retired", *_WRITES)
     ),
     ("POST", "/quarantine/reject"): Answers(("forbidden", "not_held", *_WRITES)),
     ("GET", "/tokens"): Answers(("forbidden",)),
