@@ -105,6 +105,7 @@ class GatewayModel:
         without = left_out(experts, aggregation.buffer_size)
         if len(without) == len(experts):
             layout = next(expert for expert in experts.values() if not expert.retired).manifest.layout
+            layout = layout.with_rank(min(layout.rank, aggregation.gateway_rank or layout.rank))
             return cls.of_base(version, layout, aggregation.strategy, without)
         experts = members(experts, aggregation.buffer_size)
         known = {name: moments[name] for name in sorted(experts.keys() & moments.keys())}

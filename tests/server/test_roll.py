@@ -176,7 +176,7 @@ def test_a_first_registration_that_was_a_mistake_can_be_taken_back(tmp_path: Pat
         assert client.post("/register_expert", json=registration("law")).status_code == 200
         push(client, "law", 0, 0)
         assert client.get("/get_gateway_info").json()["sources"] == {"law": 1}
-        assert change(client, "unretire", expert="typo", status=422)["code"] == "lora_mismatch"
+        assert change(client, "unretire", expert="typo", status=409)["code"] == "lora_mismatch"
     with open_house(tmp_path) as house:
         assert house.service.coordinator.manifest == MANIFEST
 
