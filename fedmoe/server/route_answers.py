@@ -16,6 +16,7 @@ OTHER_STATUS = {
     "tensor_mismatch": 422,
     "dtype_not_accepted": 422,
     "format": 422,
+    "version": 422,
     "storage_failed": 503,
     "internal_error": 500,
 }
@@ -125,7 +126,7 @@ ANSWERS: Mapping[Route, Answers] = {
     ("POST", "/push_data_statistics"): Answers(
         (
             *(*_OWN, *_BODY, *_TENSORS, *_WRITES, "busy", "gave_way", "quota_exceeded", "statistics_mismatch"),
-            *("invalid_request", "retired", "too_many_statistics"),
+            *("invalid_request", "retired", "too_many_statistics", "version"),
         ),
         {},
         (_DIGEST,),
