@@ -34,7 +34,7 @@ from fedmoe.server.security import new_token
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.tokens import KEEP_SECONDS, TokenGate
 from fedmoe.server.uploads import Admission
-from fedmoe.storage.audit import AuditHead, AuditLog
+from fedmoe.storage.audit import AUDIT_HEAD, AuditHead, AuditLog
 from fedmoe.storage.blobs import StorageFailedError
 from fedmoe.storage.state_dir import StateDir
 
@@ -43,8 +43,6 @@ _log = structlog.get_logger("fedmoe.coordinator")
 EXIT_PORT_IN_USE = 98
 EXIT_STORAGE_FAILED = 74
 _DRAIN_SECONDS = 30
-# Under this key the journal holds where the audit log was when somebody last looked.
-_AUDIT_HEAD = "audit_head"
 # A machine's clock that is further behind than this was set back.
 _CLOCK_BEHIND = 5.0
 # So long it says that its storage failed before it leaves, so that whoever watches /healthz sees why.
@@ -110,7 +108,7 @@ class DistributedCoordinator:
             in_flight=InFlight(self._state.path / "in_flight"),
         )
         self._bound_bytes(config)
-        self._noted = AuditHead.of_text(journal.meta(_AUDIT_HEAD))
+        self._noted = AuditHead.of_text(journal.meta(AUDIT_HEAD))
         self._audit = AuditLog(self._state.path, time.time, self._noted)
         self.new_tokens = self._prepare_tokens(config)
         made = ", ".join(self.new_tokens)
@@ -225,7 +223,7 @@ class DistributedCoordinator:
                 self.gate.keep()
             if self._audit is not None and self._audit.head != self._noted:
                 self._noted = self._audit.head
-                self._state.journal.set_meta(_AUDIT_HEAD, str(self._noted))
+                self._state.journal.set_meta(AUDIT_HEAD, str(self._noted))
         except (RefusedError, StorageFailedError) as error:
             _log.warning("notes_not_kept", reason=str(error))
 

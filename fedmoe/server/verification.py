@@ -22,6 +22,7 @@ from fedmoe.server.history import History
 from fedmoe.server.past import registration
 from fedmoe.server.publication import published_blobs
 from fedmoe.storage.acknowledged import behind, read_acknowledged
+from fedmoe.storage.audit import AUDIT_FILE, AUDIT_HEAD, AuditHead, check_file
 from fedmoe.storage.blobs import CorruptBlobError, FolderBlobStore, MissingBlobError, StorageFailedError
 from fedmoe.storage.event_rows import GATEWAY, blob_of
 from fedmoe.storage.journal import SqlJournal
@@ -78,6 +79,8 @@ def _verify(path: Path) -> Verified:
             return found  # a journal that is not as it was written says nothing about the rest
         with closing(SqlJournal(path / "journal.sqlite")) as journal:
             _check_count(path, journal, found)
+            audit = check_file(path, AuditHead.of_text(journal.meta(AUDIT_HEAD)))
+            found.findings += [f"{AUDIT_FILE}: {what}" for what in audit.breaks]
             _Replay(journal, blobs, found).run()
     except (StorageFailedError, sqlite3.Error) as error:
         found.findings.append(str(error))

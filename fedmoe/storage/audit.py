@@ -23,6 +23,8 @@ import structlog
 _log = structlog.get_logger("fedmoe.audit")
 
 AUDIT_FILE = "audit.jsonl"
+#: Under this key of `meta` the journal holds where the audit log was when somebody last looked.
+AUDIT_HEAD = "audit_head"
 _BEGINNING = "0" * 64
 _MOST_BYTES = 8 << 20
 _MOST_FILES = 4

@@ -15,6 +15,7 @@ from pathlib import Path
 from fedmoe import failpoints
 from fedmoe.files import FolderInUseError, fsync_folder, lock_folder, write_atomic
 from fedmoe.storage.acknowledged import AcknowledgedFile
+from fedmoe.storage.audit import AUDIT_HEAD
 from fedmoe.storage.backup import BLOBS, JOURNAL, check_backup, place_all, remove
 from fedmoe.storage.journal import SqlJournal
 from fedmoe.storage.state_dir import StateDirError
@@ -109,6 +110,7 @@ def _fill(backup: Path, state: Path) -> str:
     failpoints.reached("restore.blobs_placed")
     write_atomic(state / _NEW_JOURNAL, (backup / JOURNAL).read_bytes())
     with closing(SqlJournal(state / _NEW_JOURNAL)) as journal:
+        journal.set_meta(AUDIT_HEAD, "")  # the audit log is no part of a backup: a new one begins
         incarnation, head = journal.begin_incarnation(), journal.head
     with closing(AcknowledgedFile(state / "acknowledged")) as acknowledged:
         acknowledged.start_anew(head)

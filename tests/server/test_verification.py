@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from fedmoe.cli.commands import app
 from fedmoe.coordinator import Aggregation
 from fedmoe.server.verification import Verified, verify_state
+from fedmoe.storage.audit import AUDIT_FILE, AUDIT_HEAD, AuditHead, line_of
 from fedmoe.storage.state_dir import StateDir, StateDirError
 
 
@@ -97,6 +98,22 @@ def test_what_was_done_to_it_is_named(tmp_path: Path, named: str) -> None:
     assert answer.exit_code == 74, answer.output
     findings = json.loads(answer.output)["findings"]
     assert any(re.search(named, finding) for finding in findings), findings
+
+
+def test_a_line_taken_out_of_the_audit_log_is_found_85(tmp_path: Path) -> None:
+    path = copied(tmp_path)
+    lines = []
+    head = AuditHead()
+    for what in ("start", "push", "stop"):
+        line, head = line_of(head, {"what": what})
+        lines.append(line)
+    state = StateDir.open(path)
+    state.journal.set_meta(AUDIT_HEAD, str(head))
+    state.close()
+    (path / AUDIT_FILE).write_bytes(b"".join(lines))
+    assert verify_state(path).findings == []
+    (path / AUDIT_FILE).write_bytes(lines[0] + lines[2])
+    assert verify_state(path).findings == ["audit.jsonl: line 2 (n 3) does not follow n 1"]
 
 
 def test_an_older_journal_is_found(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from support import accepted, registered, sha256
 
 from fedmoe import failpoints
+from fedmoe.storage.audit import AUDIT_HEAD, AuditHead, check_file
 from fedmoe.storage.backup import BLOBS, JOURNAL, NOTE, make_backup, read_backup
 from fedmoe.storage.blobs import StorageFailedError, put
 from fedmoe.storage.restore import restore
@@ -70,6 +71,16 @@ def test_a_backup_of_a_state_in_use_restores_to_the_same_under_another_name(stat
     # The backup and the state it was made of stay as they were.
     assert state.journal.count() == 5
     assert restore(tmp_path / "backup", tmp_path / "third").incarnation != restored.incarnation
+
+
+def test_a_restored_state_begins_an_audit_log_of_its_own(state: StateDir, tmp_path: Path) -> None:
+    state.journal.set_meta(AUDIT_HEAD, str(AuditHead(7, "f" * 64)))
+    make_backup(state.path, tmp_path / "backup", 5.0)
+    restore(tmp_path / "backup", tmp_path / "again")
+    again = StateDir.open(tmp_path / "again")
+    known = AuditHead.of_text(again.journal.meta(AUDIT_HEAD))
+    again.close()
+    assert check_file(tmp_path / "again", known).breaks == ()
 
 
 def test_the_journal_of_a_backup_is_one_file_that_holds_what_only_the_log_had(state: StateDir, tmp_path: Path) -> None:
