@@ -16,6 +16,7 @@ Value = TypeVar("Value")
 
 def addressed(experts: Mapping[str, ExpertModel], principal: Principal, name: str) -> str:
     """The first name of the expert that is meant; refused unless the token may use it, by any of its names."""
+    principal.named["expert"] = name
     first = first_name(experts, name)
     if not (first in experts and may_use(principal, experts[first])):
         principal.require_expert(name)

@@ -23,12 +23,12 @@ def quarantine_routes(app: FastAPI, service: CoordinatorService) -> None:
 
     @app.post("/quarantine/release")
     def release(request: Request, wanted: ReleaseRequest) -> UpdateResult:
-        principal_of(request).require_admin()
+        principal_of(request).require_admin(held_update=str(wanted.number))
         return service.held.release(wanted.number)
 
     @app.post("/quarantine/reject", status_code=204)
     def reject(request: Request, wanted: RejectRequest) -> None:
-        principal_of(request).require_admin()
+        principal_of(request).require_admin(held_update=str(wanted.number))
         service.held.reject(wanted.number, wanted.reason)
 
 
