@@ -54,6 +54,11 @@ def memory() -> Memory:
     return Memory(total, min(total, available))
 
 
+def machine_memory() -> int:
+    """The bytes of memory that the machine has, whatever a container may use of them."""
+    return int(psutil.virtual_memory().total)
+
+
 def available_memory() -> int:
     """The bytes that can be taken now without anything being killed for it."""
     return memory().available

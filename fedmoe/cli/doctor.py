@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import typer
 
 from fedmoe.cli import doctor_network
@@ -21,7 +20,7 @@ from fedmoe.cli.findings import Finding
 from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token
 from fedmoe.cli.output import show_json
 from fedmoe.inert import inert
-from fedmoe.machine import memory, usable_cores
+from fedmoe.machine import machine_memory, memory, usable_cores
 from fedmoe.threads import look
 
 # Below this SQLite has a rare WAL-reset corruption bug (https://www.sqlite.org/releaselog/3_51_3.html); it takes
@@ -86,7 +85,7 @@ def _disk() -> Finding:
 def _memory() -> Finding:
     found = memory()
     shown = f"{found.available / 2**30:.1f} of {found.total / 2**30:.1f} GiB available"
-    machine = psutil.virtual_memory().total
+    machine = machine_memory()
     if found.total < machine:
         shown += f" to this container, of a machine with {machine / 2**30:.1f} GiB"
     if found.available >= _LEAST_MEMORY:

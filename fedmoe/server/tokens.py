@@ -59,7 +59,7 @@ class TokenGate:
     @property
     def ever_had_tokens(self) -> bool:
         """Whether there was ever a token here, revoked ones counted: such a coordinator never opens by itself."""
-        return bool(self._records)
+        return bool(self._records or self._facts)
 
     @property
     def now(self) -> float:
@@ -142,12 +142,19 @@ class TokenGate:
 
     def _given(self, role: str) -> list[TokenRecord]:
         """The tokens of a role that the environment gave and that are not revoked."""
-        records = [self._records[facts.hash] for facts in self._facts.values() if facts.origin == "given"]
-        return [record for record in records if record.role == role and not record.revoked]
+        given = {facts.hash for facts in self._facts.values() if facts.origin == "given"}
+        return [one for one in self._records.values() if one.hash in given and one.role == role and not one.revoked]
 
     def _require_same(self, wanted: TokenRecord) -> None:
         """Refuse to give a token that is known already other rights, or new life."""
         known = self._records.get(wanted.hash)
+        if known is None and wanted.hash in self._facts:
+            # It may have been revoked: nobody can know any more.
+            raise RefusedError(
+                "token_revoked",
+                f"what the given {wanted.role} token may do was damaged in the journal and left out.",
+                "Give another one, or unset the variable: the other tokens stay valid.",
+            )
         if known is None:
             return
         if known.revoked:

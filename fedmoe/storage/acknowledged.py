@@ -98,7 +98,10 @@ def _of_place(place: bytes) -> Head | None:
     text, _, checksum = place.decode(errors="replace").strip().rpartition(" ")
     if hashlib.sha256(text.encode()).hexdigest() != checksum:
         return None
-    return Head.of_text(text)
+    try:
+        return Head.of_text(text)
+    except (ValueError, TypeError):  # another program's: as good as none
+        return None
 
 
 def behind(noted: Head | None, head: Head, chain_there: str | None) -> str | None:

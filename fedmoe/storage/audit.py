@@ -121,6 +121,8 @@ class AuditLog:
         self._clock = clock
         self._most_bytes, self._most_files = most_bytes, most_files
         found = check_file(folder, known)
+        # The folder that was opened, whatever takes its name later: another coordinator's log is not to be written to.
+        self._folder_descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self._head = found.head
         self._descriptor = -1
         self._size = 0
@@ -151,6 +153,7 @@ class AuditLog:
         self._thread.join()
         if self._descriptor >= 0:
             os.close(self._descriptor)
+        os.close(self._folder_descriptor)
 
     def _run(self) -> None:
         while (facts := self._waiting.get()) is not None:
@@ -181,7 +184,9 @@ class AuditLog:
             return
         if self._descriptor >= 0:
             os.close(self._descriptor)
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            self._descriptor = -1  # so that nothing is closed twice if it cannot be opened again
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        self._descriptor = os.open(AUDIT_FILE, flags, 0o600, dir_fd=self._folder_descriptor)
         self._size = os.fstat(self._descriptor).st_size
         if self._size and os.pread(self._descriptor, 1, self._size - 1) != b"\n":
             self._size += os.write(self._descriptor, b"\n")  # half a line spoils itself only
@@ -196,7 +201,7 @@ class AuditLog:
             return ""
         mine = os.fstat(self._descriptor)
         try:
-            there = os.stat(self._path)
+            there = os.stat(AUDIT_FILE, dir_fd=self._folder_descriptor)
         except FileNotFoundError:
             return "it was moved or removed"
         if (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):

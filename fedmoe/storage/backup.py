@@ -22,6 +22,7 @@ from pathlib import Path
 
 from fedmoe import __version__, failpoints
 from fedmoe.files import FolderInUseError, fsync_file, fsync_folder, lock_folder, write_atomic
+from fedmoe.storage.acknowledged import behind, read_acknowledged
 from fedmoe.storage.blobs import NO_ROOM, StorageFailedError
 from fedmoe.storage.incarnation import INCARNATION
 from fedmoe.storage.journal import SqlJournal
@@ -66,12 +67,19 @@ def make_backup(state: Path, target: Path, at: float, check: Callable[[Path], No
     unfinished = target.with_name(f".{target.name}.unfinished")
     with _said_in_words(target), _own(unfinished):
         (unfinished / BLOBS).mkdir(mode=0o700)
+        noted = read_acknowledged(state / "acknowledged")  # before the copy, which may only hold more
         linked, absent = _copy(state, unfinished)
         damaged = _damaged(unfinished / BLOBS)
         for name in damaged:
             (unfinished / BLOBS / name).unlink()
         with closing(SqlJournal(unfinished / JOURNAL)) as journal:
             incarnation, events = journal.meta(INCARNATION) or "", journal.count()
+            lacking = behind(noted, journal.head, journal.chain_at(noted.events if noted else 0))
+        if lacking is not None:
+            raise StorageFailedError(
+                f"{state / JOURNAL} is not the newest: {lacking}. No backup was made of it; put the right journal "
+                f"back, or go on without the rest: 'fedmoe coordinator --state-dir {state} --accept-older-journal'."
+            )
         check(unfinished)
         _complete_in_itself(unfinished / JOURNAL)
         remove(unfinished, keep={JOURNAL, BLOBS, _LOCK})

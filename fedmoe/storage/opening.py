@@ -13,7 +13,7 @@ import structlog
 from fedmoe.storage.acknowledged import Head
 from fedmoe.storage.chain import COLUMNS, BrokenChainError, Link, check
 from fedmoe.storage.incarnation import INCARNATION, new_incarnation
-from fedmoe.storage.seals import DamagedRow, damaged_rows, drop_damaged, keep_seals
+from fedmoe.storage.seals import DamagedRow, damaged_rows, drop_damaged, keep_seals, lost_seals, note_sealed
 from fedmoe.storage.sqlite import changed_outside, damaged_rows_problem, other_schema, unusable
 from fedmoe.storage.tables import META, SCHEMA_VERSION, SNAPSHOTS, TABLES
 
@@ -58,6 +58,10 @@ def check_rows(connection: sa.Connection, where: str, skip_damaged: bool) -> Non
     Snapshots only save time and are left out in any case; what `meta` says can be left out in none.
     """
     raw = driver(connection)
+    lost = lost_seals(raw)
+    if lost:
+        connection.rollback()
+        raise changed_outside(where, _without_seals(lost))
     keep_seals(raw)
     connection.commit()
     damage = damaged_rows(raw)
@@ -66,6 +70,7 @@ def check_rows(connection: sa.Connection, where: str, skip_damaged: bool) -> Non
         connection.rollback()
         raise damaged_rows_problem(where, [str(one) for one in fatal], [one.table for one in fatal])
     drop_damaged(raw, damage)
+    note_sealed(raw)
     raw.commit()
     connection.commit()
     for one in damage:
@@ -86,6 +91,9 @@ def _changed_rows(connection: sqlite3.Connection) -> list[str]:
     found = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
     if found != (str(SCHEMA_VERSION),):
         return [str(other_schema("", str(found[0]) if found else "none"))]
+    lost = lost_seals(connection)
+    if lost:
+        return [_without_seals(lost)]
     changed = [str(one) for one in damaged_rows(connection)]
     try:
         end = check(connection.execute(_EVENTS))
@@ -99,6 +107,10 @@ def _changed_rows(connection: sqlite3.Connection) -> list[str]:
     if (head.events, head.chain) != (end.rows, end.chain):
         changed.append(f"the journal ends after {end.rows} events, written were {head.events}")
     return changed
+
+
+def _without_seals(tables: list[str]) -> str:
+    return f"the seals of {', '.join(tables)} are gone, so that nobody can say what was written there"
 
 
 def _may_go(damage: DamagedRow, skip_damaged: bool) -> bool:

@@ -14,6 +14,8 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+#: Under this key of `meta` stand the tables that have seals, as JSON.
+SEALED = "sealed"
 #: Tables with seals or a chain of their own.
 _UNSEALED = {"events", "seals"}
 _CREATE = (
@@ -61,7 +63,7 @@ def keep_seals(connection: sqlite3.Connection) -> None:
     # REPLACE deletes a row first, and only with this its triggers run.
     connection.execute("PRAGMA recursive_triggers=ON")
     connection.execute(_CREATE)
-    known = {place for (place,) in connection.execute("SELECT place FROM seals WHERE row = ''")}
+    known = _known(connection)
     for table in _tables(connection):
         if table.name not in known:
             connection.execute("INSERT INTO seals VALUES (?, '', '')", [table.name])
@@ -70,9 +72,31 @@ def keep_seals(connection: sqlite3.Connection) -> None:
             connection.execute(statement)
 
 
+def note_sealed(connection: sqlite3.Connection) -> None:
+    """Note in `meta` which tables have seals, once that table is known to be as it was written."""
+    names = json.dumps(sorted(_known(connection)))
+    if connection.execute("SELECT value FROM meta WHERE key = ?", [SEALED]).fetchone() != (names,):
+        connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [SEALED, names])
+
+
+def lost_seals(connection: sqlite3.Connection) -> list[str]:
+    """Tables that had seals and have none any more, in name order: what they hold cannot be checked."""
+    noted = connection.execute("SELECT value FROM meta WHERE key = ?", [SEALED]).fetchone()
+    there = connection.execute("SELECT 1 FROM main.sqlite_master WHERE name = 'seals'").fetchone()
+    known = _known(connection) if there else set()
+    try:
+        return sorted(set(json.loads(noted[0])) - known) if noted else []
+    except (TypeError, ValueError):
+        return []  # an edited note does not fit its own seal
+
+
+def _known(connection: sqlite3.Connection) -> set[str]:
+    return {place for (place,) in connection.execute("SELECT place FROM seals WHERE row = ''")}
+
+
 def damaged_rows(connection: sqlite3.Connection) -> list[DamagedRow]:
     """Every row that is not as the journal wrote it; of tables that have seals."""
-    known = {place for (place,) in connection.execute("SELECT place FROM seals WHERE row = ''")}
+    known = _known(connection)
     tables = [table for table in _tables(connection) if table.name in known]
     gone = [DamagedRow(name, "", "is gone with its table") for name in known - {table.name for table in tables}]
     return gone + [damage for table in tables for damage in _damaged(connection, table)]

@@ -110,7 +110,7 @@ def test_both_ends_are_killed_again_and_again(coordinator: CoordinatorProcess, t
 
 
 def optimizer(worker: WorkerProcess) -> dict[str, np.ndarray]:
-    file = next((worker.state_dir / "checkpoint").glob("checkpoint-*-rank-0.safetensors"))
+    file = max((worker.state_dir / "checkpoint").glob("checkpoint-*-rank-0-*.safetensors"))
     return load_file(file)
 
 

@@ -31,7 +31,7 @@ def worker(coordinator_process: Callable[..., CoordinatorProcess], tmp_path: Pat
 
 
 def weights_of(worker: WorkerProcess, rank: int) -> FloatVector:
-    file = next((worker.state_dir / "checkpoint").glob(f"checkpoint-*-rank-{rank}.safetensors"))
+    file = max((worker.state_dir / "checkpoint").glob(f"checkpoint-*-rank-{rank}-*.safetensors"))
     weights: FloatVector = load_file(file)["weights"]
     return weights
 

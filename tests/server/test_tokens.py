@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,29 @@ def test_another_token_of_the_environment_revokes_the_one_before_and_no_other(ga
     assert [record.hash for record in replaced] == [hash_token(first)]
     for opened in (gate, gate_of()):
         assert [admitted(opened, token) for token in (first, second, made, ADMIN)] == [False, True, True, True]
+
+
+def test_a_token_whose_row_was_left_out_stays_out_and_nobody_comes_in_without_one(
+    gate_of: Callable[[], TokenGate], tmp_path: Path
+) -> None:
+    given, made = new_token(), new_token()
+    gate = gate_of()
+    gate.adopt({"join": given})
+    gate.add(made, "worker")
+    gate_of()  # closes the one before
+    with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as connection:
+        connection.execute("DELETE FROM tokens")
+        connection.commit()
+    journal = SqlJournal(tmp_path / "journal.sqlite", skip_damaged=True)
+    journal.close()
+    gate = gate_of()
+    assert gate.ever_had_tokens
+    assert not admitted(gate, made)
+    with pytest.raises(RefusedError, match="damaged in the journal"):
+        gate.adopt({"join": given})
+    other = new_token()
+    gate.adopt({"join": other})
+    assert admitted(gate, other)
 
 
 def test_a_start_without_a_token_of_the_environment_keeps_the_one_before(gate_of: Callable[[], TokenGate]) -> None:

@@ -83,6 +83,8 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "4 .* is not as it was written": lambda path: edit(path, "UPDATE events SET sequence = 77 WHERE id = 4"),
     "ends after 11 events, written were 12": lambda path: edit(path, "DELETE FROM events WHERE id = 12"),
     "of meta is not as it was": lambda path: edit(path, "UPDATE meta SET value = 'sgd' WHERE key = 'update_rule'"),
+    "the seals of .*tokens.* are gone": lambda path: edit(path, "DROP TABLE seals"),
+    "the seals of tokens are gone": lambda path: edit(path, "DELETE FROM seals WHERE place = 'tokens'"),
     "of snapshots": lambda path: edit(path, "UPDATE snapshots SET digest = 'f'"),
     "holds bytes with digest": lambda path: flip(blob_of(path, 2)),
     "the journal's file|cannot be read": lambda path: flip(path / "journal.sqlite", 3),

@@ -73,6 +73,20 @@ def test_a_backup_of_a_state_in_use_restores_to_the_same_under_another_name(stat
     assert restore(tmp_path / "backup", tmp_path / "third").incarnation != restored.incarnation
 
 
+def test_no_backup_is_made_of_a_journal_that_lacks_what_was_acknowledged(state: StateDir, tmp_path: Path) -> None:
+    shutil.copytree(state.path, tmp_path / "older")
+    put(state.blobs, BODIES[3])
+    state.journal.append([event_of(4)])  # type: ignore[list-item]
+    state.close()
+    for file in state.path.glob("journal.sqlite*"):
+        file.unlink()
+    for file in (tmp_path / "older").glob("journal.sqlite*"):
+        shutil.copy(file, state.path / file.name)
+    with pytest.raises(StorageFailedError, match=r"not the newest.*--accept-older-journal"):
+        make_backup(state.path, tmp_path / "backup", 5.0)
+    assert not (tmp_path / "backup").exists()
+
+
 def test_a_restored_state_begins_an_audit_log_of_its_own(state: StateDir, tmp_path: Path) -> None:
     state.journal.set_meta(AUDIT_HEAD, str(AuditHead(7, "f" * 64)))
     make_backup(state.path, tmp_path / "backup", 5.0)
