@@ -70,6 +70,9 @@ def revoke(
 
 def _completed(api: CoordinatorClient, beginning: str) -> str:
     """The one hash that begins so."""
+    if not set(beginning) <= set("0123456789abcdef"):
+        # What was given may be a token: it is not shown.
+        raise CommandError("that is no hash, of which every digit is 0-9 or a-f; 'fedmoe token list' shows the hashes")
     found = [one.hash for one in api.tokens().tokens if one.hash.startswith(beginning)]
     if len(found) != 1 or not beginning:
         raise CommandError(f"{len(found)} tokens have a hash that begins with {beginning!r}; see 'fedmoe token list'")

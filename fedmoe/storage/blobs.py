@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
@@ -174,11 +175,15 @@ class FolderBlobStore:
 
     def read(self, digest: str) -> bytes:
         try:
-            descriptor = os.open(self.path(digest), os.O_RDONLY | os.O_NOFOLLOW)
+            # Without O_NONBLOCK a pipe in a blob's place would be waited for.
+            descriptor = os.open(self.path(digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ELOOP):
                 raise MissingBlobError(f"blob {digest} is missing from {self.folder}") from None
             raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise CorruptBlobError(f"blob {digest} is no file; restore it from a backup")
         with open(descriptor, "rb") as file:
             data = file.read()
         found = hashlib.sha256(data).hexdigest()

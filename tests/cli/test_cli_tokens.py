@@ -50,7 +50,7 @@ def test_a_token_is_made_listed_by_its_label_and_revoked_by_the_beginning_of_its
         client.federation()
 
 
-@pytest.mark.parametrize("beginning", ["", "zz"])
+@pytest.mark.parametrize("beginning", ["", "0000000000"])
 def test_a_beginning_that_names_no_token_or_several_revokes_none(
     token: Callable[..., str], beginning: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,6 +58,14 @@ def test_a_beginning_that_names_no_token_or_several_revokes_none(
         token("revoke", beginning)
     assert "see 'fedmoe token list'" in capsys.readouterr().err
     assert not any(one["revoked"] for one in json.loads(token("list", "--json"))["tokens"])
+
+
+def test_a_token_given_for_its_hash_is_not_shown(token: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        token("revoke", "fmt_secret")
+    said = capsys.readouterr().err
+    assert "'fedmoe token list' shows the hashes" in said
+    assert "secret" not in said
 
 
 def allowed(url: str, token: str | None) -> bool:

@@ -187,6 +187,17 @@ def test_a_damaged_blob_is_never_handed_out(folder_store: FolderBlobStore, damag
         folder_store.read(digest)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_a_damaged_blob_and_not_waited_for_74(
+    folder_store: FolderBlobStore, make: Callable[[Path], None]
+) -> None:
+    digest = put(folder_store, DATA)
+    folder_store.path(digest).unlink()
+    make(folder_store.path(digest))
+    with pytest.raises(CorruptBlobError, match=f"{digest} is no file.*backup"):
+        folder_store.read(digest)
+
+
 def test_a_symlink_in_a_blobs_place_is_not_followed(folder_store: FolderBlobStore, tmp_path: Path) -> None:
     digest = put(folder_store, DATA)
     (tmp_path / "elsewhere").write_bytes(DATA)
