@@ -82,15 +82,15 @@ def problems(path: Path) -> list[str]:
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as connection:
             damage = [row for (row,) in connection.execute("PRAGMA quick_check(20)") if row != "ok"]
-            return [f"the journal's file: {one}" for one in damage] or _changed_rows(connection)
+            return [f"the journal's file: {one}" for one in damage] or _changed_rows(connection, str(path))
     except sqlite3.Error as error:
         return [f"the journal cannot be read: {error}"]
 
 
-def _changed_rows(connection: sqlite3.Connection) -> list[str]:
+def _changed_rows(connection: sqlite3.Connection, where: str) -> list[str]:
     found = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
     if found != (str(SCHEMA_VERSION),):
-        return [str(other_schema("", str(found[0]) if found else "none"))]
+        return [str(other_schema(where, str(found[0]) if found else "none"))]
     lost = lost_seals(connection)
     if lost:
         return [_without_seals(lost)]

@@ -176,8 +176,10 @@ def test_what_is_in_use_or_no_state_directory_is_refused(tmp_path: Path) -> None
 
 
 def test_one_of_schema_1_is_told_how_to_be_brought_to_this_one(tmp_path: Path) -> None:
-    found = verify_state(unpacked(tmp_path, "initial"))
-    assert "'fedmoe coordinator'" in found.findings[0]
+    path = unpacked(tmp_path, "initial")
+    (finding,) = verify_state(path).findings
+    assert str(path / "journal.sqlite") in finding
+    assert "'fedmoe coordinator'" in finding
 
 
 def test_one_that_was_of_schema_1_is_whole(tmp_path: Path) -> None:
