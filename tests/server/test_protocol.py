@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -94,7 +95,8 @@ def test_a_truncated_body_changes_nothing_and_prints_no_traceback_17(
         time.sleep(0.01)
         # Each reading empties both streams: what is read must be kept.
         told += "".join(capfd.readouterr())
-    assert "the connection closed after" in told
+    # All that arrived, or nothing where the server hears of the end before it takes the body up.
+    assert re.search(rf"the connection closed after (0|{len(BODY) - 1}) bytes", told)
     assert "Traceback" not in told
     assert house.kept() == before
 
