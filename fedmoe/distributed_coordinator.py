@@ -18,6 +18,7 @@ from fedmoe.config import ADVISED_SYNC_INTERVAL, CoordinatorConfig
 from fedmoe.coordinator import Aggregation
 from fedmoe.errors import RefusedError
 from fedmoe.server.browser import is_loopback
+from fedmoe.server.choices import check_choices
 from fedmoe.server.descriptors import few_left, in_use, raise_limit
 from fedmoe.server.disk import DiskReport
 from fedmoe.server.evaluation_gate import GatePolicy
@@ -36,6 +37,7 @@ from fedmoe.server.tokens import KEEP_SECONDS, TokenGate
 from fedmoe.server.uploads import Admission
 from fedmoe.storage.audit import AUDIT_HEAD, AuditHead, AuditLog
 from fedmoe.storage.blobs import StorageFailedError
+from fedmoe.storage.choices import read_choices
 from fedmoe.storage.state_dir import StateDir
 
 _log = structlog.get_logger("fedmoe.coordinator")
@@ -62,33 +64,23 @@ class DistributedCoordinator:
         self._audit: AuditLog | None = None
         self._descriptors = raise_limit()
         self._few_descriptors = False
+        aggregation = _aggregation(config)
         self._state = StateDir.open(
-            Path(config.state_dir), config.accept_older_journal, config.skip_damaged, config.allow_network_fs
+            Path(config.state_dir),
+            config.accept_older_journal,
+            config.skip_damaged,
+            config.allow_network_fs,
+            lambda journal: check_choices(aggregation, read_choices(journal)),
         )
         try:
-            self._open(config)
+            self._open(config, aggregation)
         except BaseException:
             if self._audit is not None:
                 self._audit.close()
             self._state.close()
             raise
 
-    def _open(self, config: CoordinatorConfig) -> None:
-        aggregation = Aggregation(
-            config.server_learning_rate,
-            config.staleness,
-            config.max_staleness,
-            config.server_optimizer,
-            config.buffer_size,
-            config.clip_norm,
-            config.enable_gateway,
-            config.strategy,
-            config.gateway_rank,
-            config.merge_after if config.start_from == "gateway" else None,
-            config.fold_staleness,
-            config.evaluation_gate,
-            config.hold_norm,
-        )
+    def _open(self, config: CoordinatorConfig, aggregation: Aggregation) -> None:
         journal, blobs = self._state.journal, self._state.blobs
         history = History(journal, blobs, aggregation, config.keep_updates, skip_damaged=config.skip_damaged)
         started = time.perf_counter()
@@ -253,3 +245,21 @@ class DistributedCoordinator:
             self._audit.close()
         self._keep(at_the_end=True)
         self._state.close()
+
+
+def _aggregation(config: CoordinatorConfig) -> Aggregation:
+    return Aggregation(
+        config.server_learning_rate,
+        config.staleness,
+        config.max_staleness,
+        config.server_optimizer,
+        config.buffer_size,
+        config.clip_norm,
+        config.enable_gateway,
+        config.strategy,
+        config.gateway_rank,
+        config.merge_after if config.start_from == "gateway" else None,
+        config.fold_staleness,
+        config.evaluation_gate,
+        config.hold_norm,
+    )

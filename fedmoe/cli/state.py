@@ -37,6 +37,8 @@ def backup(
         show_json(asdict(made))
         return
     print(f"{dest} holds {made.events} events and {made.blobs} blobs, {made.size / 1e6:.1f} MB, every one checked.")
+    if not made.incarnation:
+        print(f"Its journal is kept as it is, of schema {made.schema}: the FedMoE that wrote it opens it too.")
     if made.linked:
         print(
             f"{made.linked} blobs are hard links: safe from deletion, not from this disk. Copy {dest} to another one."

@@ -45,6 +45,7 @@ from fedmoe.lora.update_rules import RuleState
 from fedmoe.manifest import Manifest
 from fedmoe.quarantine import Quarantine
 from fedmoe.roll import binding_manifest, changed
+from fedmoe.server.choices import check_choices
 from fedmoe.server.damage import MOST_LEFT_OUT, DamagedUpdateError, told
 from fedmoe.server.data_statistics import KeptStatistics
 from fedmoe.server.past import identity, left_in_the_gateway, made_version, registration
@@ -52,6 +53,7 @@ from fedmoe.server.pruning import unneeded
 from fedmoe.server.publication import published_blobs
 from fedmoe.server.snapshots import best_snapshot, read_snapshot, snapshot_bytes
 from fedmoe.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, Named, StorageFailedError, put
+from fedmoe.storage.choices import UPDATE_RULE, KeptChoices
 from fedmoe.storage.event_rows import GATEWAY, QUARANTINE, blob_of
 from fedmoe.storage.journal import Journal
 from fedmoe.storage.let_go import noted, undo_ends
@@ -109,7 +111,6 @@ class History:
 
         Raises StorageFailedError where what is on disk does not give what was journalled.
         """
-        self._check_rule()
         self._read = list(self._journal.events())
         past: dict[str, list[Event]] = {}
         folds: list[GatewayFolded] = []
@@ -131,7 +132,7 @@ class History:
                     past[event.expert] = [replace(event, manifest=shared.shared_by(event.manifest))]
                 case _:
                     past[event.expert].append(event)
-        self._check_mode(folds)
+        self._check_choices(folds)
         self._sweep(past, folds, quarantine.digests())
         experts = {name: self._recover_whole(events) for name, events in past.items()}
         self._journal_lost(experts)
@@ -180,32 +181,16 @@ class History:
     def _gateway_weights(self, digest: str, manifest: Manifest) -> FloatVector:
         return decode(self._blobs.read(digest), manifest.layout).flat
 
-    def _check_mode(self, folds: list[GatewayFolded]) -> None:
-        """Merged anew, experts that went on from one gateway would count it once each."""
-        if folds and self._aggregation.merge_after is None:
-            raise RefusedError(
-                "start_mismatch",
-                f"the experts of this state directory went on from their gateway, last after fold {folds[-1].number}.",
-                "Start with --start-from gateway, or choose another --state-dir.",
-            )
-
     def _moments(self, experts: Iterable[str]) -> dict[str, ExpertMoments]:
         """Those the gateway is made with; nothing where it is made without."""
         found = {name: self._statistics.moments(name) for name in experts if self._aggregation.uses_moments}
         return {name: moments for name, moments in found.items() if moments is not None}
 
-    def _check_rule(self) -> None:
-        """An expert's past was folded with one rule; another rule would rebuild other weights."""
-        chosen, kept = self._aggregation.rule.name, self._journal.meta("update_rule")
-        if kept is None:
-            self._journal.set_meta("update_rule", chosen)
-        elif kept != chosen:
-            raise RefusedError(
-                "rule_mismatch",
-                f"this state directory was made with the update rule {kept!r}, started with {chosen!r}.",
-                f"Start with --server-optimizer {kept.partition(',')[0]} and its --buffer-size (1 if none is named), "
-                "or choose another --state-dir.",
-            )
+    def _check_choices(self, folds: list[GatewayFolded]) -> None:
+        rule = self._journal.meta(UPDATE_RULE)
+        check_choices(self._aggregation, KeptChoices(rule, folds[-1].number if folds else None))
+        if rule is None:
+            self._journal.set_meta(UPDATE_RULE, self._aggregation.rule.name)
 
     def _sweep(self, past: Mapping[str, Iterable[Event]], folds: Iterable[GatewayFolded], held: set[str]) -> None:
         """Remove unfinished uploads and what the journal needs no more; what it never named waits in the trash."""

@@ -21,13 +21,15 @@ from fedmoe.manifest import Manifest
 from fedmoe.server.history import History
 from fedmoe.server.past import registration
 from fedmoe.server.publication import published_blobs
-from fedmoe.storage.acknowledged import behind, read_acknowledged
+from fedmoe.storage.acknowledged import read_acknowledged
 from fedmoe.storage.audit import AUDIT_FILE, AUDIT_HEAD, AuditHead, check_file
 from fedmoe.storage.blobs import CorruptBlobError, FolderBlobStore, MissingBlobError, StorageFailedError
+from fedmoe.storage.choices import UPDATE_RULE
 from fedmoe.storage.event_rows import GATEWAY, blob_of
 from fedmoe.storage.journal import SqlJournal
+from fedmoe.storage.newest import lack_of
 from fedmoe.storage.opening import problems
-from fedmoe.storage.state_dir import StateDirError, lock_state
+from fedmoe.storage.state_dir import StateDirError, lock_state, odd_files
 
 
 @dataclass
@@ -69,7 +71,7 @@ def check_start(path: Path) -> None:
 
 
 def _verify(path: Path) -> Verified:
-    found = Verified()
+    found = Verified(findings=odd_files(path))
     blobs = FolderBlobStore(path / "blobs")
     try:
         damage = problems(path / "journal.sqlite")
@@ -98,18 +100,17 @@ def _check_blobs(blobs: FolderBlobStore, found: Verified) -> None:
 
 
 def _check_count(path: Path, journal: SqlJournal, found: Verified) -> None:
-    noted, head = read_acknowledged(path / "acknowledged"), journal.head
-    found.events, found.incarnation = head.events, head.incarnation
-    lacking = behind(noted, head, journal.chain_at(noted.events if noted else 0))
+    found.events, found.incarnation = journal.head.events, journal.head.incarnation
+    lacking = lack_of(journal, read_acknowledged(path / "acknowledged"))
     if lacking is not None:
-        found.findings.append(f"the journal is not the newest: {lacking}")
+        found.findings.append(f"the journal is not the newest: {lacking.reason}")
 
 
 class _Replay(History):
     """Rebuilds every version in order and holds it against the digest that was journalled with it."""
 
     def __init__(self, journal: SqlJournal, blobs: FolderBlobStore, found: Verified) -> None:
-        optimizer, _, size = (journal.meta("update_rule") or "sgd").partition(", buffer of ")
+        optimizer, _, size = (journal.meta(UPDATE_RULE) or "sgd").partition(", buffer of ")
         super().__init__(journal, blobs, Aggregation(server_optimizer=optimizer, buffer_size=int(size or 1)))
         self._found = found
 

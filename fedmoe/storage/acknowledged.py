@@ -81,7 +81,7 @@ class AcknowledgedFile:
 
 def read_acknowledged(path: Path) -> Head | None:
     """What such a file says, read from outside; None where it is not there or cannot be read."""
-    return _newest(path.read_bytes()) if path.is_file() else None
+    return _newest(path.read_bytes()) if path.is_file() and not path.is_symlink() else None
 
 
 def _newest(data: bytes) -> Head | None:

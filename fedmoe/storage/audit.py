@@ -93,7 +93,12 @@ def check_lines(lines: Iterator[bytes], known: AuditHead) -> AuditCheck:
 
 
 def check_file(folder: Path, known: AuditHead) -> AuditCheck:
-    """Check the file that is written to now; one that was never there is in order."""
+    """Check the file that is written to now; one that was never there is in order.
+
+    What is no file, as a pipe that would be waited for, is not read.
+    """
+    if not (folder / AUDIT_FILE).is_file():
+        return check_lines(iter(()), known)
     try:
         with (folder / AUDIT_FILE).open("rb") as file:
             return check_lines(iter(file.readlines()), known)

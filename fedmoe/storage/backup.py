@@ -22,11 +22,14 @@ from pathlib import Path
 
 from fedmoe import __version__, failpoints
 from fedmoe.files import FolderInUseError, fsync_file, fsync_folder, lock_folder, write_atomic
-from fedmoe.storage.acknowledged import behind, read_acknowledged
-from fedmoe.storage.blobs import NO_ROOM, StorageFailedError
+from fedmoe.storage.acknowledged import Head, read_acknowledged
+from fedmoe.storage.blobs import NO_ROOM, CorruptBlobError, MissingBlobError, StorageFailedError
 from fedmoe.storage.incarnation import INCARNATION
 from fedmoe.storage.journal import SqlJournal
+from fedmoe.storage.migration import migrate
+from fedmoe.storage.newest import lack_of
 from fedmoe.storage.state_dir import StateDirError
+from fedmoe.storage.tables import SCHEMA_VERSION
 
 JOURNAL, BLOBS = "journal.sqlite", "blobs"
 #: The file by which a folder is known as a whole backup.
@@ -41,7 +44,8 @@ class Backup:
     """What a backup holds: `events` of the journal, `blobs` of `size` bytes in all, `linked` of them by hard links.
 
     `at` is seconds since 1970. `absent` blobs are named by the journal and were let go of before; `damaged` ones were
-    left out, since no start needs them. The two hashes are of the journal's file and of the blobs' names.
+    left out, since no start needs them. The two hashes are of the journal's file and of the blobs' names. A journal of
+    schema 1 has no incarnation.
     """
 
     fedmoe: str
@@ -55,6 +59,8 @@ class Backup:
     damaged: int
     journal_sha256: str
     names_sha256: str
+    # That of backups from before it was noted.
+    schema: int = 2
 
 
 def make_backup(state: Path, target: Path, at: float, check: Callable[[Path], None] = lambda folder: None) -> Backup:
@@ -65,29 +71,26 @@ def make_backup(state: Path, target: Path, at: float, check: Callable[[Path], No
     """
     _refuse_target(state, target)
     unfinished = target.with_name(f".{target.name}.unfinished")
-    with _said_in_words(target), _own(unfinished):
+    with _said_in_words(state, target, unfinished), _own(unfinished):
         (unfinished / BLOBS).mkdir(mode=0o700)
         noted = read_acknowledged(state / "acknowledged")  # before the copy, which may only hold more
         linked, absent = _copy(state, unfinished)
         damaged = _damaged(unfinished / BLOBS)
         for name in damaged:
             (unfinished / BLOBS / name).unlink()
-        with closing(SqlJournal(unfinished / JOURNAL)) as journal:
-            incarnation, events = journal.meta(INCARNATION) or "", journal.count()
-            lacking = behind(noted, journal.head, journal.chain_at(noted.events if noted else 0))
-        if lacking is not None:
-            raise StorageFailedError(
-                f"{state / JOURNAL} is not the newest: {lacking}. No backup was made of it; put the right journal "
-                f"back, or go on without the rest: 'fedmoe coordinator --state-dir {state} --accept-older-journal'."
-            )
+        earlier = migrate(unfinished / JOURNAL)  # what is checked is a journal of this schema
+        incarnation, events = _checked_journal(state, unfinished / JOURNAL, noted)
         check(unfinished)
         _complete_in_itself(unfinished / JOURNAL)
+        if earlier is not None:
+            os.replace(earlier.copy, unfinished / JOURNAL)
         remove(unfinished, keep={JOURNAL, BLOBS, _LOCK})
         names = _names(unfinished / BLOBS)
         size = sum((unfinished / BLOBS / name).stat().st_size for name in names)
         counts = (len(names), size, len(linked - damaged), absent, len(damaged))
         hashes = (_sha256(unfinished / JOURNAL), _of_names(names))
-        backup = Backup(__version__, at, incarnation, events, *counts, *hashes)
+        history = ("", earlier.before) if earlier else (incarnation, SCHEMA_VERSION)
+        backup = Backup(__version__, at, history[0], events, *counts, *hashes, history[1])
         failpoints.reached("backup.before_note")
         write_atomic(unfinished / NOTE, json.dumps(asdict(backup), indent=1).encode())
         fsync_folder(unfinished / BLOBS)
@@ -96,6 +99,18 @@ def make_backup(state: Path, target: Path, at: float, check: Callable[[Path], No
         os.rename(unfinished, target)
         fsync_folder(target.parent)
     return backup
+
+
+def _checked_journal(state: Path, copy: Path, noted: Head | None) -> tuple[str, int]:
+    """Incarnation and events of the copied journal, if it holds all that was acknowledged before."""
+    with closing(SqlJournal(copy)) as journal:
+        lacking = lack_of(journal, noted)
+        if lacking is None:
+            return journal.meta(INCARNATION) or "", journal.count()
+    raise StorageFailedError(
+        f"{state / JOURNAL} is not the newest: {lacking.reason}. No backup was made of it. {lacking.advice}, or go on "
+        f"without the rest: 'fedmoe coordinator --state-dir {state} --accept-older-journal'."
+    )
 
 
 def read_backup(folder: Path) -> Backup:
@@ -263,9 +278,12 @@ def remove(folder: Path, keep: set[str]) -> None:
 
 
 @contextmanager
-def _said_in_words(target: Path) -> Iterator[None]:
+def _said_in_words(state: Path, target: Path, unfinished: Path) -> Iterator[None]:
     try:
         yield
+    except (StorageFailedError, CorruptBlobError, MissingBlobError) as error:
+        # Found in the copy, which is gone by now; what it is a copy of is what somebody can look at.
+        raise StorageFailedError(str(error).replace(str(unfinished), str(state))) from error
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
             raise _no_room(target) from error

@@ -10,29 +10,36 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-
-import structlog
 
 from fedmoe import failpoints
 from fedmoe.files import fsync_folder
 from fedmoe.storage.chain import COLUMNS, GENESIS, link
 from fedmoe.storage.incarnation import INCARNATION, new_incarnation
+from fedmoe.storage.schema import schema_of
 from fedmoe.storage.tables import SCHEMA_VERSION
 
-_log = structlog.get_logger("fedmoe.journal")
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """A journal that was of the schema `before`, and where the copy of it as it was lies."""
+
+    before: int
+    copy: Path
 
 
-def migrate(journal: Path) -> None:
+def migrate(journal: Path) -> Migrated | None:
     """Bring a journal of an earlier schema to this one, for the owner of its folder; leaves any other file alone.
 
-    What cannot be read as a journal is left for `SqlJournal` to refuse.
+    What cannot be read as a journal is left for `SqlJournal` to refuse. Raises StorageFailedError for a journal whose
+    number is not the one of its tables.
     """
     for rest in journal.parent.glob(f".{journal.name}-copy*"):
         rest.unlink()
     found = _schema(journal)
     if found is None or found >= SCHEMA_VERSION:
-        return
+        return None
     with closing(_connect(journal)) as connection:
         copy = _copied(connection, journal, found)
         with _transaction(connection):
@@ -41,7 +48,7 @@ def migrate(journal: Path) -> None:
             connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", [str(SCHEMA_VERSION)])
             failpoints.reached("migrate.before_commit")
     failpoints.reached("migrate.committed")
-    _log.warning("migrated", journal=str(journal), schema=SCHEMA_VERSION, before=found, copy=str(copy))
+    return Migrated(found, copy)
 
 
 def _connect(journal: Path) -> sqlite3.Connection:
@@ -54,11 +61,10 @@ def _schema(journal: Path) -> int | None:
     """The schema of a whole journal."""
     try:
         with closing(_connect(journal)) as connection:
-            rows = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchall()
             whole = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+            return schema_of(connection, str(journal)) if whole else None
     except sqlite3.Error:
         return None
-    return int(rows[0][0]) if whole and rows and str(rows[0][0]).isdecimal() else None
 
 
 def _copied(connection: sqlite3.Connection, journal: Path, schema: int) -> Path:

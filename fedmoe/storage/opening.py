@@ -11,8 +11,10 @@ import sqlalchemy as sa
 import structlog
 
 from fedmoe.storage.acknowledged import Head
+from fedmoe.storage.blobs import StorageFailedError
 from fedmoe.storage.chain import COLUMNS, BrokenChainError, Link, check
 from fedmoe.storage.incarnation import INCARNATION, new_incarnation
+from fedmoe.storage.schema import schema_of
 from fedmoe.storage.seals import DamagedRow, damaged_rows, drop_damaged, keep_seals, lost_seals, note_sealed
 from fedmoe.storage.sqlite import changed_outside, damaged_rows_problem, other_schema, unusable
 from fedmoe.storage.tables import META, SCHEMA_VERSION, SNAPSHOTS, TABLES
@@ -36,16 +38,15 @@ def make_tables(connection: sa.Connection, where: str, later: tuple[sa.Table, ..
     if damage != "ok":
         raise unusable(where, " ".join(str(damage).split()))
     # The version is read before any table is made, so that another version's journal stays as it is.
-    has_meta = sa.inspect(connection).has_table(META.name)
-    found = _meta(connection, "schema_version") if has_meta else None
+    found = schema_of(driver(connection), where)
     connection.rollback()
     if found is None:
         TABLES.create_all(connection)
         made = {"schema_version": str(SCHEMA_VERSION), INCARNATION: new_incarnation()}
         connection.execute(META.insert(), [{"key": key, "value": value} for key, value in made.items()])
         connection.commit()
-    elif found != str(SCHEMA_VERSION):
-        raise other_schema(where, found)
+    elif found != SCHEMA_VERSION:
+        raise other_schema(where, str(found))
     # A program from before leaves them alone.
     for table in later:
         table.create(connection, checkfirst=True)
@@ -88,9 +89,12 @@ def problems(path: Path) -> list[str]:
 
 
 def _changed_rows(connection: sqlite3.Connection, where: str) -> list[str]:
-    found = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
-    if found != (str(SCHEMA_VERSION),):
-        return [str(other_schema(where, str(found[0]) if found else "none"))]
+    try:
+        found = schema_of(connection, where)
+    except StorageFailedError as error:
+        return [str(error)]
+    if found != SCHEMA_VERSION:
+        return [str(other_schema(where, str(found) if found else "none"))]
     lost = lost_seals(connection)
     if lost:
         return [_without_seals(lost)]

@@ -18,7 +18,10 @@ from fedmoe.storage.acknowledged import AcknowledgedFile
 from fedmoe.storage.audit import AUDIT_HEAD
 from fedmoe.storage.backup import BLOBS, JOURNAL, check_backup, place_all, remove
 from fedmoe.storage.journal import SqlJournal
+from fedmoe.storage.migration import migrate
+from fedmoe.storage.sqlite import other_schema
 from fedmoe.storage.state_dir import StateDirError
+from fedmoe.storage.tables import SCHEMA_VERSION
 
 _MARK = "restoring"
 _NEW_JOURNAL = ".journal.sqlite-restoring"
@@ -45,6 +48,8 @@ def restore(backup: Path, state: Path, replace: bool = False) -> Restored:
     Raises StateDirError or StorageFailedError.
     """
     kept = check_backup(backup)
+    if kept.schema > SCHEMA_VERSION:
+        raise other_schema(str(backup / JOURNAL), str(kept.schema))
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = lock_folder(state)
@@ -109,6 +114,9 @@ def _fill(backup: Path, state: Path) -> str:
     fsync_folder(state / BLOBS)
     failpoints.reached("restore.blobs_placed")
     write_atomic(state / _NEW_JOURNAL, (backup / JOURNAL).read_bytes())
+    migrated = migrate(state / _NEW_JOURNAL)
+    if migrated is not None:
+        migrated.copy.unlink()  # the backup is one
     with closing(SqlJournal(state / _NEW_JOURNAL)) as journal:
         journal.set_meta(AUDIT_HEAD, "")  # the audit log is no part of a backup: a new one begins
         incarnation, head = journal.begin_incarnation(), journal.head

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,15 @@ import structlog
 
 from fedmoe.files import FolderInUseError, lock_folder
 from fedmoe.mounts import mount_of, read_mounts
-from fedmoe.storage.acknowledged import AcknowledgedFile, behind
+from fedmoe.storage.acknowledged import AcknowledgedFile
+from fedmoe.storage.audit import AUDIT_FILE
 from fedmoe.storage.blobs import NO_ROOM, FolderBlobStore, StorageFailedError, no_room_to_start
 from fedmoe.storage.incarnation import INCARNATIONS_BEFORE
 from fedmoe.storage.journal import SqlJournal
 from fedmoe.storage.migration import migrate
+from fedmoe.storage.newest import Lack, lack_of
 from fedmoe.storage.sqlite import opening_problem
+from fedmoe.storage.tables import SCHEMA_VERSION
 
 _log = structlog.get_logger("fedmoe.journal")
 
@@ -45,9 +48,11 @@ class StateDir:
         accept_older_journal: bool = False,
         skip_damaged: bool = False,
         allow_network_fs: bool = False,
+        check: Callable[[Path], None] = lambda journal: None,
     ) -> StateDir:
         """Create or open the folder and lock it; refuses one that another coordinator uses.
 
+        `check` looks at the journal before anything in the folder is changed, and raises for one it will not have.
         A journal that lacks what was acknowledged is refused with StorageFailedError, or accepted as a new incarnation.
         """
         _check_file_system(path, allow_network_fs)
@@ -59,13 +64,18 @@ class StateDir:
             raise StateDirError(f"{path} is not writable for this user; fix its owner or choose another --state-dir")
         if path.stat().st_mode & 0o002:
             raise StateDirError(f"anybody may write to {path}; run 'chmod 700 {path}' first")
+        _check_files(path)
         lock = lock_state(path)
         opened = ExitStack()
         opened.callback(os.close, lock)
         try:
             file = path / "journal.sqlite"
             os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite itself would make it readable to others
-            migrate(file)
+            check(file)
+            migrated = migrate(file)
+            if migrated is not None:
+                facts = {"schema": SCHEMA_VERSION, "before": migrated.before, "copy": str(migrated.copy)}
+                _log.warning("migrated", journal=str(file), **facts)
             acknowledged = AcknowledgedFile(path / "acknowledged")
             opened.callback(acknowledged.close)
             journal, blobs = SqlJournal(file, acknowledged, skip_damaged), FolderBlobStore(path / "blobs")
@@ -108,7 +118,7 @@ class StateDir:
     def _check_whole(self, accept: bool) -> None:
         """Refuse a journal that lacks what was acknowledged, or let another incarnation begin with it."""
         noted, head = self.acknowledged.read(), self.journal.head
-        lacking = behind(noted, head, self.journal.chain_at(noted.events if noted else 0)) or self._blobs_alone()
+        lacking = lack_of(self.journal, noted) or self._blobs_alone()
         if lacking is None:
             if noted is None and head.changes:
                 _log.warning("acknowledged_unknown", file=str(self.acknowledged.path), events=head.events)
@@ -116,21 +126,42 @@ class StateDir:
                 _log.warning("option_not_needed", option="--accept-older-journal", events=head.events)
         elif accept:
             self.journal.begin_incarnation()
-            _log.warning("older_journal_accepted", reason=lacking, incarnation=self.journal.head.incarnation)
+            _log.warning("older_journal_accepted", reason=lacking.reason, incarnation=self.journal.head.incarnation)
         else:
             raise StorageFailedError(
-                f"the journal in {self.path} is not the newest: {lacking}. An older journal.sqlite was put there, or "
-                "its journal.sqlite-wal is gone. Put the right one back, or 'fedmoe state restore BACKUP --state-dir "
-                f"{self.path}'. To go on without what it lacks, start once with --accept-older-journal: a new "
-                "incarnation begins, and blobs that it does not name are moved to blobs/trash after a day."
+                f"the journal in {self.path} is not the newest: {lacking.reason}. {lacking.advice}, or 'fedmoe state "
+                f"restore BACKUP --state-dir {self.path}'. To go on without what it lacks, start once with "
+                "--accept-older-journal: a new incarnation begins, and blobs that it does not name are moved to "
+                "blobs/trash after a day."
             )
         self.acknowledged.start_anew(self.journal.head)
 
-    def _blobs_alone(self) -> str | None:
+    def _blobs_alone(self) -> Lack | None:
         """A registration is journalled before the first blob can arrive: blobs without one are of another journal."""
         if self.journal.head.events or self.journal.meta(INCARNATIONS_BEFORE) is not None:
             return None
-        return "it is empty but there are blobs of updates" if next(self.blobs.digests(), None) is not None else None
+        alone = next(self.blobs.digests(), None) is not None
+        return Lack("it is empty but there are blobs of updates") if alone else None
+
+
+def odd_files(path: Path) -> list[str]:
+    """What lies in the place of a file that a state directory needs and is none, in words with what to do."""
+    found = []
+    for name, what in (("acknowledged", "how far the journal had come"), (AUDIT_FILE, "the audit log")):
+        file = path / name
+        link = file.is_symlink() and name == "acknowledged"  # a log may lie elsewhere
+        if link or (file.exists() and not file.is_file()):
+            kind = "a symbolic link" if link else "a folder" if file.is_dir() else "no regular file"
+            found.append(
+                f"{file}, which holds {what}, is {kind}; move it away. If the file itself is found, put it back, "
+                "else the next start makes a new one"
+            )
+    return found
+
+
+def _check_files(path: Path) -> None:
+    for problem in odd_files(path):
+        raise StateDirError(problem)
 
 
 def lock_state(path: Path) -> int:

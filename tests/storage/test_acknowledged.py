@@ -18,10 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import accepted, registered
 
+from fedmoe.server.verification import verify_state
 from fedmoe.storage.acknowledged import AcknowledgedFile, Head, behind
+from fedmoe.storage.backup import make_backup
 from fedmoe.storage.blobs import StorageFailedError, put
 from fedmoe.storage.journal import TokenRecord
-from fedmoe.storage.state_dir import StateDir
+from fedmoe.storage.state_dir import StateDir, StateDirError
 
 HEAD = Head(7, "a" * 64, 12, "b" * 32)
 
@@ -168,6 +170,79 @@ def test_the_right_journal_put_back_is_taken(tmp_path: Path) -> None:
     state.close()
 
 
+@pytest.mark.parametrize("since", [range(4, 4), range(4, 6), range(4, 12)])
+def test_a_journal_that_was_left_behind_is_told_from_the_one_that_went_on(tmp_path: Path, since: range) -> None:
+    """Accepted once without its end, the state went on; then somebody finds the journal that was missing."""
+    path = tmp_path / "state"
+    older(path)
+    accepted_one = StateDir.open(path, accept_older_journal=True)
+    begun = accepted_one.journal.head.incarnation
+    accepted_one.close()
+    state = grown(path, since, sequence=100)
+    state.journal.put_token(TokenRecord("f" * 64, "admin", revoked=True))
+    events = state.journal.count()
+    state.close()
+    shutil.move(path / "journal.sqlite", tmp_path / "went-on.sqlite")
+    shutil.copy(tmp_path / "friday.sqlite", path / "journal.sqlite")
+    with pytest.raises(StorageFailedError, match=rf"the one in use last was {begun}, with {events} events") as refused:
+        StateDir.open(path)
+    assert "Put the right one back" not in str(refused.value)
+    assert "Put that one back, or 'fedmoe state restore BACKUP" in str(refused.value)
+    with pytest.raises(StorageFailedError, match=rf"the one in use last was {begun}"):
+        make_backup(path, tmp_path / "backup", 0.0)
+    shutil.copy(tmp_path / "went-on.sqlite", path / "journal.sqlite")
+    state = StateDir.open(path)
+    assert (state.journal.head.incarnation, state.journal.count()) == (begun, events)
+    state.close()
+    shutil.copy(tmp_path / "friday.sqlite", path / "journal.sqlite")
+    state = StateDir.open(path, accept_older_journal=True)
+    assert state.journal.count() == 8
+    state.close()
+    StateDir.open(path).close()
+
+
+def in_its_place(file: Path, kind: str) -> None:
+    if file.exists():
+        file.rename(file.with_name("moved"))
+    if kind == "symbolic link":
+        file.symlink_to(file.with_name("moved"))
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        os.mkfifo(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("acknowledged", kind) for kind in ("symbolic link", "folder", "pipe")),
+        *(("audit.jsonl", kind) for kind in ("folder", "pipe")),
+    ],
+)
+def test_what_is_no_file_in_the_place_of_one_is_named_and_moved_away_the_start_goes_on(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    path = tmp_path / "state"
+    grown(path, range(1, 4)).close()
+    in_its_place(path / name, kind)
+    shown = {"pipe": "no regular file"}.get(kind, f"a {kind}")
+    with pytest.raises(StateDirError, match=rf"{name}, which holds .* is {shown}; move it away"):
+        StateDir.open(path)
+    findings = verify_state(path).findings
+    assert any(f"{path / name}, which holds" in finding for finding in findings), findings
+    (path / name).rename(tmp_path / "away")
+    StateDir.open(path).close()
+    assert not [finding for finding in verify_state(path).findings if "which holds" in finding]
+
+
+def test_an_audit_log_that_lies_elsewhere_is_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    grown(path, range(1, 4)).close()
+    (tmp_path / "log").touch()
+    (path / "audit.jsonl").symlink_to(tmp_path / "log")
+    StateDir.open(path).close()
+
+
 def test_a_journal_that_is_ahead_is_what_a_crash_before_the_count_leaves(tmp_path: Path) -> None:
     path = tmp_path / "state"
     grown(path, range(1, 4)).close()
@@ -221,7 +296,7 @@ APPEND = """
 import sys
 from pathlib import Path
 from support import accepted, registered
-from fedmoe.storage.state_dir import StateDir
+from fedmoe.storage.state_dir import StateDir, StateDirError
 state = StateDir.open(Path(sys.argv[1]))
 for version in range(1, 9):
     state.journal.append([accepted(version)] if version > 1 else [registered(), accepted(1)])
