@@ -67,7 +67,7 @@ types: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(PYTEST)
 
-VLLM_TESTS ?= tests/arena tests/gateway
+VLLM_TESTS ?= tests/inference tests/arena tests/areal tests/gateway
 
 # vLLM and AReaL pin other versions: environments of their own (3.5 GB, 2.3 GB), minutes to make.
 test-vllm: $(VENV)/.dev
@@ -76,7 +76,7 @@ test-vllm: $(VENV)/.dev
 
 test-areal:
 	PYTHON=$(PYTHON) scripts/setup_areal.sh .venv-areal
-	.venv-areal/bin/python -m pytest --confcutdir=tests/arena --timeout 1800 -m 'areal and not vllm' tests/arena/areal tests/arena/test_loss_parity.py
+	.venv-areal/bin/python -m pytest --confcutdir=tests/areal --timeout 1800 -m 'areal and not vllm' tests/areal tests/arena/test_loss_parity.py
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) --timeout 3600 -m slow

@@ -11,22 +11,22 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmoe.arena.chat import ChatCodec
-from fedmoe.arena.checkpoint import load_newest
 from fedmoe.arena.config import ArenaConfig, EvaluationSection, Phase
-from fedmoe.arena.engines.protocol import AdapterKey
-from fedmoe.arena.engines.transformers_engine import TransformersEngine
-from fedmoe.arena.evaluate import CHANCE
-from fedmoe.arena.records import BatchedRecords
-from fedmoe.arena.rollout import RolloutSettings, play
-from fedmoe.arena.run import RunOptions, Stop, run_arena
-from fedmoe.arena.task import HELD_OUT, Lineup, Task, question_of
+from fedmoe.arena.rollout.chat import ChatCodec
+from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player
+from fedmoe.arena.rollout.evaluate import CHANCE
+from fedmoe.arena.rollout.play import RolloutSettings, play
+from fedmoe.arena.run.batched_records import BatchedRecords
+from fedmoe.arena.run.checkpoint import load_newest
+from fedmoe.arena.run.run import RunOptions, Stop, run_arena
 from fedmoe.arena.tasks.registry import make_task
-from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode, Player
+from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Task, question_of
+from fedmoe.inference.engine import AdapterKey
+from fedmoe.inference.transformers_engine import TransformersEngine
 from fedmoe.models.base import ChatTemplate, load_base
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.sampling import SamplingLimits
-from fedmoe.record import Value
+from fedmoe.runtime.records import Value
 
 #: The untrained model, measured once a seed.
 BASE = "base"

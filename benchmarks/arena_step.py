@@ -23,13 +23,13 @@ from arena_workload import (  # noqa: E402
     reward,
 )
 
-from fedmoe.arena.baselines import group_advantages  # noqa: E402
-from fedmoe.arena.engines.protocol import Sample, SampleRequest  # noqa: E402
-from fedmoe.arena.engines.transformers_engine import TransformersEngine  # noqa: E402
-from fedmoe.arena.learner import Learner, LearnerConfig  # noqa: E402
-from fedmoe.arena.policies import Policies  # noqa: E402
-from fedmoe.arena.trajectory import Example, Player, Turn  # noqa: E402
-from fedmoe.lora.initial import initial_adapter  # noqa: E402
+from fedmoe.arena.learning.learner import Learner, LearnerConfig  # noqa: E402
+from fedmoe.arena.learning.policies import Policies  # noqa: E402
+from fedmoe.arena.modes.advantages import group_advantages  # noqa: E402
+from fedmoe.arena.rollout.episodes import Example, Player, Turn  # noqa: E402
+from fedmoe.inference.engine import Sample, SampleRequest  # noqa: E402
+from fedmoe.inference.transformers_engine import TransformersEngine  # noqa: E402
+from fedmoe.lora.adapter import initial_adapter  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
 from fedmoe.models.multilora import MultiLora  # noqa: E402
 

@@ -51,8 +51,8 @@ CHOICES = (
 def run_mode(mode: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
     """One mode from untrained adapters; the last held-out comparison of every policy with the base model."""
     from fedmoe.arena.config import ArenaConfig
-    from fedmoe.arena.run import METRICS, RunOptions, Stop, run_arena
-    from fedmoe.record import read_records
+    from fedmoe.arena.run.run import METRICS, RunOptions, Stop, run_arena
+    from fedmoe.runtime.records import read_records
 
     task, task_options = TASKS[options.task]
     config = ArenaConfig.model_validate(
@@ -87,17 +87,17 @@ def useless_team_mate(folder: Path, config: ArenaConfig, seed: int) -> dict[str,
     """Three trained policies and one that guesses in a committee: the mean difference reward of each, 60 problems."""
     import numpy as np
 
-    from fedmoe.arena.chat import ChatCodec
-    from fedmoe.arena.checkpoint import load_newest
-    from fedmoe.arena.credit import decompose
-    from fedmoe.arena.engines.protocol import AdapterKey
-    from fedmoe.arena.engines.transformers_engine import TransformersEngine
-    from fedmoe.arena.evaluate import CHANCE
-    from fedmoe.arena.interval import Interval
-    from fedmoe.arena.rollout import play
-    from fedmoe.arena.task import HELD_OUT, Lineup
+    from fedmoe.arena.modes.credit import decompose
+    from fedmoe.arena.rollout.chat import ChatCodec
+    from fedmoe.arena.rollout.episodes import EpisodePlan, Player
+    from fedmoe.arena.rollout.evaluate import CHANCE
+    from fedmoe.arena.rollout.interval import Interval
+    from fedmoe.arena.rollout.play import play
+    from fedmoe.arena.run.checkpoint import load_newest
     from fedmoe.arena.tasks.registry import make_task
-    from fedmoe.arena.trajectory import EpisodePlan, Player
+    from fedmoe.arena.tasks.task import HELD_OUT, Lineup
+    from fedmoe.inference.engine import AdapterKey
+    from fedmoe.inference.transformers_engine import TransformersEngine
     from fedmoe.models.base import load_base
     from fedmoe.models.multilora import MultiLora
 
@@ -135,8 +135,8 @@ def known_strengths(seeds: Sequence[int], games: int) -> dict[str, object]:
     """Ratings of TicTacToe players that play the scripted move with probability 0, 1/3, 2/3, 1 and else at random."""
     import numpy as np
 
-    from fedmoe.arena.rating import Ratings
-    from fedmoe.arena.task import Lineup
+    from fedmoe.arena.population.rating import Ratings
+    from fedmoe.arena.tasks.task import Lineup
     from fedmoe.arena.tasks.textarena_games import TextArenaTask
 
     task = TextArenaTask("TicTacToe-v0")

@@ -41,7 +41,7 @@ def do(work: Path, config: ArenaConfig, measures: Measures, setting: str, seed: 
     """One run, unless it is done or another process is at it."""
     from arena_modes_work import Examination, train
 
-    from fedmoe.files import FolderInUseError, lock_folder
+    from fedmoe.runtime.files import FolderInUseError, lock_folder
 
     folder, done = work / f"{setting}-{seed}", work / f"{setting}-{seed}.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def finished(work: Path, seeds: Sequence[int]) -> dict[tuple[str, int], Run]:
 
 def over_questions(values: NDArray, least: float = 0.0) -> list[float]:  # type: ignore[type-arg]
     """Mean and 95 % interval over one number a question, from `least` to 1, rounded."""
-    from fedmoe.arena.interval import Interval
+    from fedmoe.arena.rollout.interval import Interval
 
     found = Interval.of(values, range(len(values)), (least, 1.0))
     return [round(value, 3) for value in (found.mean, found.low, found.high)]
@@ -217,7 +217,7 @@ def main() -> None:
     from arena_modes_work import Measures
 
     from fedmoe.arena.config import read_config
-    from fedmoe.logs import configure
+    from fedmoe.runtime.logs import configure
 
     configure()
     config = read_config(options.config)

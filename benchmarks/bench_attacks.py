@@ -48,9 +48,9 @@ import psutil  # noqa: E402
 
 from fedmoe.lora.adapter import Layout, ModuleShape  # noqa: E402
 from fedmoe.lora.codec import encode  # noqa: E402
-from fedmoe.manifest import BaseModel, Manifest  # noqa: E402
+from fedmoe.lora.manifest import BaseModel, Manifest  # noqa: E402
 from fedmoe.wire.client import CoordinatorClient  # noqa: E402
-from fedmoe.wire.messages import SAFETENSORS  # noqa: E402
+from fedmoe.wire.contract.messages import SAFETENSORS  # noqa: E402
 
 _CONTEXT = get_context("spawn")
 _RANK, _MODULES = 16, 8

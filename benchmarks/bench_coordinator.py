@@ -51,12 +51,14 @@ from numpy.typing import NDArray  # noqa: E402
 from shapes import smollm2_layout  # noqa: E402
 
 from fedmoe.lora.codec import WIRE_DTYPES, WireDtype, decode, encode  # noqa: E402
-from fedmoe.lora.robust import first_not_finite  # noqa: E402
-from fedmoe.lora.update_rules import add_scaled  # noqa: E402
-from fedmoe.manifest import BaseModel, Manifest  # noqa: E402
-from fedmoe.storage.blobs import fsync_folder  # noqa: E402
+from fedmoe.lora.manifest import BaseModel, Manifest  # noqa: E402
+from fedmoe.lora.update_rules import (  # noqa: E402
+    add_scaled,
+    first_not_finite,
+)
+from fedmoe.server.storage.blobs import fsync_folder  # noqa: E402
 from fedmoe.wire.client import CoordinatorClient  # noqa: E402
-from fedmoe.wire.messages import SAFETENSORS  # noqa: E402
+from fedmoe.wire.contract.messages import SAFETENSORS  # noqa: E402
 
 LAYOUT = smollm2_layout()
 MANIFEST = Manifest(BaseModel("bench", "1", "a" * 64, "b" * 64), LAYOUT, 32.0)

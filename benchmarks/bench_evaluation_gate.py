@@ -30,15 +30,18 @@ import numpy as np  # noqa: E402  # threads are pinned first
 from merge_quality_work import LENGTH, Work  # noqa: E402
 
 from fedmoe.coordinator import seed_of  # noqa: E402
-from fedmoe.datasets.domains import DOMAINS  # noqa: E402
-from fedmoe.lora.adapter import Adapter, FloatVector  # noqa: E402
+from fedmoe.datasets.demo.domains import DOMAINS  # noqa: E402
+from fedmoe.lora.adapter import (  # noqa: E402
+    Adapter,
+    FloatVector,
+    initial_adapter,
+)
 from fedmoe.lora.codec import encode  # noqa: E402
-from fedmoe.lora.initial import initial_adapter  # noqa: E402
-from fedmoe.manifest import Manifest  # noqa: E402
+from fedmoe.lora.manifest import Manifest  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
 from fedmoe.wire.client import CoordinatorClient  # noqa: E402
-from fedmoe.wire.gate_messages import CandidatesRequest, VerdictInfo  # noqa: E402
-from fedmoe.wire.messages import DataStatisticsHeader, UpdateHeader  # noqa: E402
+from fedmoe.wire.contract.gate import CandidatesRequest, VerdictInfo  # noqa: E402
+from fedmoe.wire.contract.messages import DataStatisticsHeader, UpdateHeader  # noqa: E402
 
 PORT = 5871
 COLUMNS, TOKENS = 64, 6000

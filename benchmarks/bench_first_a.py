@@ -28,15 +28,18 @@ from bench_merge_quality import OWN, SETS, TOKENS, Bench, kept  # noqa: E402
 from bench_second_lap import gone_on  # noqa: E402
 from merge_quality_work import STEPS, Work  # noqa: E402
 
-from fedmoe.files import write_folder_atomic  # noqa: E402
 from fedmoe.gateway.losses import BASE  # noqa: E402
 from fedmoe.gateway.report import report_json  # noqa: E402
-from fedmoe.lora.adapter import Adapter, Layout  # noqa: E402
+from fedmoe.lora.adapter import (  # noqa: E402
+    Adapter,
+    Layout,
+    initial_adapter,
+)
 from fedmoe.lora.formats import peft_files, read_peft  # noqa: E402
-from fedmoe.lora.initial import initial_adapter  # noqa: E402
 from fedmoe.lora.merge import merge  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
-from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
+from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
+from fedmoe.runtime.files import write_folder_atomic  # noqa: E402
 
 First = Callable[[Layout, float, int, int], Adapter]
 

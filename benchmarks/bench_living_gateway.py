@@ -28,18 +28,18 @@ from living_chart import Gains, chart  # noqa: E402  # threads are pinned first
 from living_work import Kept, Moment, Rules, Trainer, live, mixed, pooled  # noqa: E402
 from merge_quality_work import BATCH, Work  # noqa: E402
 
-from fedmoe.datasets.domains import DOMAINS  # noqa: E402
-from fedmoe.datasets.packing import Block, collate  # noqa: E402
-from fedmoe.files import write_atomic  # noqa: E402
+from fedmoe.datasets.demo.domains import DOMAINS  # noqa: E402
+from fedmoe.datasets.tokens.packing import Block, collate  # noqa: E402
 from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
-from fedmoe.gateway.retained import Interval, retained  # noqa: E402
+from fedmoe.gateway.retained_gain import Interval, retained  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
-from fedmoe.lora.living import Departed, fold  # noqa: E402
 from fedmoe.lora.moments import InputMoments  # noqa: E402
+from fedmoe.lora.online_merge import Departed, fold  # noqa: E402
 from fedmoe.lora.update_rules import STALENESS  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
-from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.packed import count_targets  # noqa: E402
+from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
+from fedmoe.runtime.files import write_atomic  # noqa: E402
 
 SPEEDS = dict(zip(DOMAINS, (1, 2, 4), strict=True))
 TOTAL = sum(SPEEDS.values())

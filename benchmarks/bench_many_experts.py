@@ -21,9 +21,9 @@ from harness import write_result
 
 from fedmoe.lora.adapter import Layout, ModuleShape
 from fedmoe.lora.codec import encode
-from fedmoe.manifest import BaseModel, Manifest
+from fedmoe.lora.manifest import BaseModel, Manifest
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.contract.messages import UpdateHeader
 
 LAYOUT = Layout((ModuleShape("layers.0.q", 64, 64), ModuleShape("layers.0.v", 64, 32)), 4)
 MANIFEST = Manifest(BaseModel("many/experts", "main", "a" * 64, "b" * 64), LAYOUT, 8.0)

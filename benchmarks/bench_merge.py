@@ -33,7 +33,7 @@ from bench_recompress import MODELS, SEED, Model, dense_svd, experts, work  # no
 from numpy.typing import NDArray  # noqa: E402
 
 from fedmoe.lora.adapter import Adapter  # noqa: E402
-from fedmoe.lora.audit import audit  # noqa: E402
+from fedmoe.lora.diagnostics import audit  # noqa: E402
 from fedmoe.lora.merge import Merged, merge  # noqa: E402
 from fedmoe.lora.moments import InputMoments, ModuleMoments, omega  # noqa: E402
 

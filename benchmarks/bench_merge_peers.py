@@ -34,17 +34,17 @@ from bench_merge_quality import OWN, SETS, TOKENS, times  # noqa: E402
 from merge_quality_work import Work  # noqa: E402
 from peft import ArrowConfig, PeftModel, create_arrow_model  # noqa: E402
 
-from fedmoe.datasets.packing import Block, collate  # noqa: E402
+from fedmoe.datasets.tokens.packing import Block, collate  # noqa: E402
 from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
 from fedmoe.gateway.report import report_json  # noqa: E402
-from fedmoe.gateway.retained import retained  # noqa: E402
+from fedmoe.gateway.retained_gain import retained  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.lora.formats import PEFT_CONFIG, PEFT_WEIGHTS, peft_files, read_peft  # noqa: E402
 from fedmoe.lora.merge import merge  # noqa: E402
 from fedmoe.lora.regmean import regmean  # noqa: E402
 from fedmoe.models.base import LoadedBase, load_base  # noqa: E402
-from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.packed import count_targets, token_losses  # noqa: E402
+from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
 
 PEFT = {"peft cat": "cat", "peft svd": "svd", "peft ties": "ties", "peft dare_ties": "dare_ties"}
 OURS = ("weighted_average", "scaled", "regmean")

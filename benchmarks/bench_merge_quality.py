@@ -28,19 +28,19 @@ import numpy as np  # noqa: E402  # threads are pinned first
 from merge_domains import DEMO, FURTHER, UNSEEN  # noqa: E402
 from merge_quality_work import Work  # noqa: E402
 
-from fedmoe.datasets.packing import collate  # noqa: E402
+from fedmoe.datasets.tokens.packing import collate  # noqa: E402
 from fedmoe.gateway.evaluate import routed_to  # noqa: E402
 from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
 from fedmoe.gateway.report import report_json  # noqa: E402
-from fedmoe.gateway.retained import Retained, retained  # noqa: E402
-from fedmoe.gateway.route import SequenceRouter  # noqa: E402
+from fedmoe.gateway.retained_gain import Retained, retained  # noqa: E402
+from fedmoe.gateway.routers import SequenceRouter  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.lora.merge import merge  # noqa: E402
 from fedmoe.lora.moments import InputMoments  # noqa: E402
 from fedmoe.lora.regmean import regmean  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
-from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.packed import count_targets  # noqa: E402
+from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.worker.statistics import StatisticsBudget, prompt_statistics  # noqa: E402
 
 #: Name -> domains, and the highest rank of a merged adapter.

@@ -28,14 +28,14 @@ pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
 
-from fedmoe.events import ExpertRegistered, UpdateAccepted  # noqa: E402
 from fedmoe.experts import ExpertModel  # noqa: E402
+from fedmoe.federation.events import ExpertRegistered, UpdateAccepted  # noqa: E402
 from fedmoe.lora.adapter import Layout, ModuleShape  # noqa: E402
 from fedmoe.lora.codec import encode  # noqa: E402
+from fedmoe.lora.manifest import BaseModel, Manifest  # noqa: E402
 from fedmoe.lora.update_rules import RULES  # noqa: E402
-from fedmoe.manifest import BaseModel, Manifest  # noqa: E402
-from fedmoe.server.history import SNAPSHOT_EVERY, snapshot_bytes  # noqa: E402
-from fedmoe.storage.state_dir import StateDir  # noqa: E402
+from fedmoe.server.history.history import SNAPSHOT_EVERY, snapshot_bytes  # noqa: E402
+from fedmoe.server.storage.state_dir import StateDir  # noqa: E402
 
 LAYOUT = Layout((ModuleShape("layers.0.q", 12, 8), ModuleShape("layers.0.v", 12, 10)), 2)
 MANIFEST = Manifest(BaseModel("bench", "1", "a" * 64, "b" * 64), LAYOUT, 4.0)
@@ -45,7 +45,7 @@ OPEN = """
 import json, resource, sys
 from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
-from fedmoe.logs import configure
+from fedmoe.runtime.logs import configure
 configure()
 before = resource.getrusage(resource.RUSAGE_SELF)
 running = DistributedCoordinator(CoordinatorConfig(state_dir=sys.argv[1], enable_gateway=False))

@@ -37,17 +37,17 @@ from merge_quality_work import Work  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from fedmoe.gateway.losses import BASE  # noqa: E402
-from fedmoe.gateway.prompt_statistics import PromptStatistics  # noqa: E402
 from fedmoe.gateway.rerank import LEAST, MERGED_PRIOR, TRUST, candidates, chosen  # noqa: E402
-from fedmoe.gateway.route import SequenceRouter  # noqa: E402
+from fedmoe.gateway.routers import SequenceRouter  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
+from fedmoe.lora.prompt_statistics import PromptStatistics  # noqa: E402
 from fedmoe.lora.regmean import regmean  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
-from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.final_logits import chosen_logprobs  # noqa: E402
 from fedmoe.models.multilora import MultiLora  # noqa: E402
 from fedmoe.models.prompt_features import prefix_features  # noqa: E402
 from fedmoe.models.text_likelihood import log_likelihoods  # noqa: E402
+from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.worker.statistics import StatisticsBudget, prompt_statistics  # noqa: E402
 
 Array = NDArray[np.float64]

@@ -35,13 +35,13 @@ pin_threads(1)
 import numpy as np  # noqa: E402  # threads are pinned first
 from numpy.typing import NDArray  # noqa: E402
 
-from fedmoe.gateway.prompt_statistics import PromptStatistics  # noqa: E402
-from fedmoe.gateway.route import LinearRouter, Router, SequenceRouter, likeliest  # noqa: E402
+from fedmoe.gateway.routers import LinearRouter, Router, SequenceRouter, likeliest  # noqa: E402
 from fedmoe.lora.adapter import FloatMatrix  # noqa: E402
+from fedmoe.lora.prompt_statistics import PromptStatistics  # noqa: E402
 from fedmoe.models.base import LoadedBase, load_base  # noqa: E402
 from fedmoe.models.chat_frame import ChatFrame  # noqa: E402
-from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.prompt_features import features_width, prefix_features, prompt_features, routing_depths  # noqa: E402
+from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.worker.statistics import PROMPT_LENGTHS, StatisticsBudget  # noqa: E402
 
 LENGTHS = (*PROMPT_LENGTHS, 256)

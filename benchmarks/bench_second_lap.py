@@ -2,10 +2,10 @@
 
     python benchmarks/bench_second_lap.py --work FOLDER [--domains demo|unseen|ten] [--laps 1] [--steps 20] [--rank 16]
 
-The experts of `bench_merge_quality.py` (40 steps each) are folded into a gateway (`fedmoe.lora.living`), each goes on
-from it for `--steps` steps of 2 x 256 tokens of its own further text with a new optimizer, and what they learned is
-folded in again, `--laps` times. `kept` is (base - gateway) / (base - the expert of 40 steps), on the same test blocks
-as there; 1 means as good as every expert on its own domain, at once, for so many more steps of each.
+The experts of `bench_merge_quality.py` (40 steps each) are merged into a gateway (`fedmoe.lora.online_merge`), each
+goes on from it for `--steps` steps of 2 x 256 tokens of its own further text with a new optimizer, and what they
+learned is merged again, `--laps` times. `kept` is (base - gateway) / (base - the expert of 40 steps), on the same test
+blocks as there; 1 means as good as every expert on its own domain, at once, for so many more steps of each.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ pin_threads(1)
 from bench_merge_quality import OWN, SETS, TOKENS  # noqa: E402  # threads are pinned first
 from merge_quality_work import BATCH, RANK, STEPS, TRAINING, Work  # noqa: E402
 
-from fedmoe.datasets.packing import collate  # noqa: E402
+from fedmoe.datasets.tokens.packing import collate  # noqa: E402
 from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
 from fedmoe.gateway.report import report_json  # noqa: E402
-from fedmoe.gateway.retained import retained  # noqa: E402
+from fedmoe.gateway.retained_gain import retained  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
-from fedmoe.lora.living import Departed, fold  # noqa: E402
+from fedmoe.lora.online_merge import Departed, fold  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
-from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.packed import count_targets  # noqa: E402
 from fedmoe.qwen_finetune import QwenLoRAExpert  # noqa: E402
+from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
 
 #: What the gateway is called after each fold.
 FOLDS = ("first", "second", "third", "fourth")

@@ -51,12 +51,12 @@ from swap_load import (  # noqa: E402
     swap_while_loaded,
 )
 
-from fedmoe.arena.engines.vllm_server import SERVED_NAME, VllmServer, VllmSettings  # noqa: E402
-from fedmoe.gateway.serve.process import Gate, Running, VllmAddress, backend_maker, opened  # noqa: E402
+from fedmoe.gateway.serve.app import Gate, Running, VllmAddress, backend_maker, opened  # noqa: E402
 from fedmoe.gateway.serve.service import Limits  # noqa: E402
+from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer, VllmSettings  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.models.base import LoadedBase, load_base, prepare_base  # noqa: E402
-from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
+from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.wire.client import CoordinatorClient  # noqa: E402
 
 SPREAD = {"tiny": 0.05, "smollm2": 0.01}

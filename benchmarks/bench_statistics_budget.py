@@ -27,8 +27,7 @@ pin_threads(1)
 from bench_merge_quality import OWN, SETS, kept  # noqa: E402  # threads are pinned first
 from merge_quality_work import LENGTH, Work  # noqa: E402
 
-from fedmoe.datasets.packing import collate  # noqa: E402
-from fedmoe.files import write_atomic  # noqa: E402
+from fedmoe.datasets.tokens.packing import collate  # noqa: E402
 from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
 from fedmoe.gateway.report import report_json  # noqa: E402
 from fedmoe.lora import moments as moments_module  # noqa: E402
@@ -36,9 +35,10 @@ from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.lora.moments import InputMoments  # noqa: E402
 from fedmoe.lora.regmean import regmean  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
-from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.input_moments import MomentsCollector  # noqa: E402
 from fedmoe.models.packed import count_targets  # noqa: E402
+from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
+from fedmoe.runtime.files import write_atomic  # noqa: E402
 
 COLUMNS = 64
 #: Domain -> how many tokens the moments of its expert rest on.

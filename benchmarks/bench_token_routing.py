@@ -31,16 +31,16 @@ import numpy as np  # noqa: E402  # threads are pinned first
 import torch  # noqa: E402
 from merge_quality_work import Work  # noqa: E402
 
-from fedmoe.datasets.domains import DOMAINS  # noqa: E402
-from fedmoe.datasets.packing import Block, collate  # noqa: E402
+from fedmoe.datasets.demo.domains import DOMAINS  # noqa: E402
+from fedmoe.datasets.tokens.packing import Block, collate  # noqa: E402
 from fedmoe.gateway.evaluate import ROUTED_BY  # noqa: E402
-from fedmoe.gateway.route import SequenceRouter, SpectralRouter, likeliest  # noqa: E402
+from fedmoe.gateway.routers import SequenceRouter, SpectralRouter, likeliest  # noqa: E402
+from fedmoe.gateway.token_routing import SpectralWeights  # noqa: E402
 from fedmoe.models.base import LoadedBase, load_base  # noqa: E402
-from fedmoe.models.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.models.multilora import MultiLora, TokenWeights  # noqa: E402
 from fedmoe.models.packed import token_losses  # noqa: E402
 from fedmoe.models.prompt_features import prompt_features, row_energies  # noqa: E402
-from fedmoe.models.token_routing import SpectralWeights  # noqa: E402
+from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.worker.statistics import StatisticsBudget, prompt_statistics  # noqa: E402
 
 BATCH = 4

@@ -20,10 +20,10 @@ pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
 
-from fedmoe.datasets.packing import Block, BlockSampler, pack  # noqa: E402
-from fedmoe.datasets.tokenized import TokenizedSample  # noqa: E402
+from fedmoe.datasets.tokens.packing import Block, BlockSampler, pack  # noqa: E402
+from fedmoe.datasets.tokens.tokenized import TokenizedSample  # noqa: E402
 from fedmoe.lora.adapter import FloatVector  # noqa: E402
-from fedmoe.lora.robust import USUAL_LEAST, USUAL_WINDOW, times_usual  # noqa: E402
+from fedmoe.lora.update_rules import USUAL_LEAST, USUAL_WINDOW, times_usual  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
 from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert, TrainingConfig  # noqa: E402
 from fedmoe.qwen_worker import QwenWorker  # noqa: E402

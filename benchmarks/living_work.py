@@ -18,12 +18,12 @@ from merge_quality_work import BATCH, Work
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from fedmoe.datasets.packing import Block, collate
-from fedmoe.files import write_atomic
+from fedmoe.datasets.tokens.packing import Block, collate
 from fedmoe.lora.adapter import Adapter, FloatVector
-from fedmoe.lora.living import Departed
+from fedmoe.lora.online_merge import Departed
 from fedmoe.models.schedule import TrainingConfig
 from fedmoe.qwen_finetune import OptimizerState, QwenLoRAExpert
+from fedmoe.runtime.files import write_atomic
 
 Arrays = dict[str, NDArray[np.generic]]
 Fold = Callable[[Adapter, Mapping[str, Departed]], Adapter]

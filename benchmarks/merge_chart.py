@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedmoe.files import write_atomic
+from fedmoe.runtime.files import write_atomic
 
 #: Set of domains -> its title, and the aim in percent.
 SETS = {

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from prompt_domains import INSTALLED, installed_documents
 
-from fedmoe.datasets.chunks import prose_chunks
-from fedmoe.datasets.domains import DOMAINS as DEMO
-from fedmoe.datasets.domains import TEST, TRAIN, Recipe, build_domains, split_chunks
-from fedmoe.datasets.sources import Package
-from fedmoe.files import write_atomic
+from fedmoe.datasets.demo.chunks import prose_chunks
+from fedmoe.datasets.demo.domains import DOMAINS as DEMO
+from fedmoe.datasets.demo.domains import TEST, TRAIN, Recipe, build_domains, split_chunks
+from fedmoe.datasets.demo.sources import Package
+from fedmoe.runtime.files import write_atomic
 
 FURTHER = ("cpp", "stubs", "readmes", "cython", "tests", "cmake", "cuda")
 

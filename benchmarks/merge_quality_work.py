@@ -10,18 +10,18 @@ from pathlib import Path
 
 from merge_domains import DEMO, build
 
-from fedmoe.datasets.domains import TEST, TRAIN
-from fedmoe.datasets.packing import Block, BlockSampler, collate, pack
-from fedmoe.datasets.prepare import prepare_samples
-from fedmoe.files import write_atomic, write_folder_atomic
+from fedmoe.datasets.demo.domains import TEST, TRAIN
+from fedmoe.datasets.tokens.packing import Block, BlockSampler, collate, pack
 from fedmoe.gateway.evaluate import held_out_blocks
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.formats import peft_files, read_peft
 from fedmoe.lora.moments import InputMoments
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.input_moments import MomentsCollector
+from fedmoe.models.prepare_data import prepare_samples
 from fedmoe.models.schedule import LoraConfig, TrainingConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
+from fedmoe.runtime.files import write_atomic, write_folder_atomic
 
 LENGTH = 256
 BATCH = 2

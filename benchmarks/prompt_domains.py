@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from fedmoe.datasets.chunks import prose_chunks
-from fedmoe.datasets.domains import DOMAINS, RECIPES, TEST, TRAIN, Recipe, build_domains, split_chunks
-from fedmoe.datasets.sources import Document, Package
+from fedmoe.datasets.demo.chunks import prose_chunks
+from fedmoe.datasets.demo.domains import DOMAINS, RECIPES, TEST, TRAIN, Recipe, build_domains, split_chunks
+from fedmoe.datasets.demo.sources import Document, Package
 
 Item = TypeVar("Item")
 

@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 import uvicorn
 
-from fedmoe.gateway.serve.process import Running
+from fedmoe.gateway.serve.app import Running
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape
 from fedmoe.lora.codec import encode
-from fedmoe.manifest import Manifest
+from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.lora_layers import ALL_LINEAR, find_targets
-from fedmoe.server.protocol import GuardedProtocol
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.contract.messages import UpdateHeader
+from fedmoe.wire.http.deadlines import GuardedProtocol
 
 EXPERTS = ("python", "sql")
 RANK = 16

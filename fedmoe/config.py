@@ -25,7 +25,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from fedmoe.lora.codec import WireDtype
 from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS
 from fedmoe.lora.update_rules import RULES, STALENESS
-from fedmoe.wire.messages import MAX_PARAMETERS, ExpertName, StartFrom, WorkerName
+from fedmoe.wire.contract.messages import MAX_PARAMETERS, ExpertName, StartFrom, WorkerName
 
 _TOKEN = re.compile(r"[\x21-\x7e]{16,4096}")
 # The commands' own variable, and what Kubernetes announces of a service called fedmoe-coordinator.

@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from fedmoe.aggregation import Aggregation, ExpertMoments
-from fedmoe.draft import Draft, DraftMark, Submission
-from fedmoe.errors import RefusedError
-from fedmoe.events import UpdateAccepted
 from fedmoe.experts import ExpertModel, expert_named, seed_of
-from fedmoe.gateway_members import left_out, left_out_of_living, members
-from fedmoe.living import LivingGateway
+from fedmoe.federation.aggregation import Aggregation, ExpertMoments
+from fedmoe.federation.events import UpdateAccepted
+from fedmoe.federation.gateway_members import left_out, left_out_of_living, members
+from fedmoe.federation.online_gateway import LivingGateway
+from fedmoe.federation.quarantine import Quarantine
+from fedmoe.federation.transaction import Draft, DraftMark, Submission
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout
 from fedmoe.lora.codec import digest
+from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS, Merged, merge
-from fedmoe.manifest import Manifest
-from fedmoe.quarantine import Quarantine
+from fedmoe.runtime.errors import RefusedError
 
 __all__ = [
     "LIVING",

@@ -13,32 +13,32 @@ from pathlib import Path
 import structlog
 import uvicorn
 
-from fedmoe.allocator import trim
 from fedmoe.config import ADVISED_SYNC_INTERVAL, CoordinatorConfig
 from fedmoe.coordinator import Aggregation
-from fedmoe.errors import RefusedError
-from fedmoe.server.browser import is_loopback
-from fedmoe.server.choices import check_choices
+from fedmoe.runtime.allocator import trim
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.access.quotas import Rate
+from fedmoe.server.access.tokens import KEEP_SECONDS, TokenGate
+from fedmoe.server.access.uploads import Admission
 from fedmoe.server.descriptors import few_left, in_use, raise_limit
-from fedmoe.server.disk import DiskReport
-from fedmoe.server.evaluation_gate import GatePolicy
-from fedmoe.server.history import History
-from fedmoe.server.in_flight import InFlight
-from fedmoe.server.json_weights import JsonPolicy
-from fedmoe.server.listening import listen, own_signals
-from fedmoe.server.protocol import GuardedProtocol
-from fedmoe.server.quotas import Rate
+from fedmoe.server.gate.gate import GatePolicy
+from fedmoe.server.history.history import History
+from fedmoe.server.history.kept_choices import check_choices
 from fedmoe.server.registrations import RegistrationLimits
-from fedmoe.server.retention import kept_bytes
-from fedmoe.server.routes import create_app
-from fedmoe.server.security import new_token
+from fedmoe.server.routes.json_weights import JsonPolicy
+from fedmoe.server.routes.routes import create_app
 from fedmoe.server.service import CoordinatorService
-from fedmoe.server.tokens import KEEP_SECONDS, TokenGate
-from fedmoe.server.uploads import Admission
-from fedmoe.storage.audit import AUDIT_HEAD, AuditHead, AuditLog
-from fedmoe.storage.blobs import StorageFailedError
-from fedmoe.storage.choices import read_choices
-from fedmoe.storage.state_dir import StateDir
+from fedmoe.server.storage.audit import AUDIT_HEAD, AuditHead, AuditLog
+from fedmoe.server.storage.blobs import StorageFailedError
+from fedmoe.server.storage.choices import read_choices
+from fedmoe.server.storage.state_dir import StateDir
+from fedmoe.server.updates.in_flight import InFlight
+from fedmoe.server.upkeep.disk import DiskReport
+from fedmoe.server.upkeep.retention import kept_bytes
+from fedmoe.wire.http.bearer import new_token
+from fedmoe.wire.http.cross_site import is_loopback
+from fedmoe.wire.http.deadlines import GuardedProtocol
+from fedmoe.wire.http.listening import listen, own_signals
 
 _log = structlog.get_logger("fedmoe.coordinator")
 

@@ -26,19 +26,18 @@ from pathlib import Path
 import numpy as np
 import structlog
 
-from fedmoe import failpoints
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.codec import WireDtype, decode, encode
 from fedmoe.qwen_finetune import NonFiniteError
 from fedmoe.qwen_worker import Companion, EvaluationRecord, QwenWorker, StepRecord
+from fedmoe.runtime import failpoints
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, PulledExpert
-from fedmoe.wire.messages import StartFrom, UpdateHeader
-from fedmoe.worker.delivery import Answered, Delivery
+from fedmoe.wire.contract.messages import StartFrom, UpdateHeader
+from fedmoe.wire.delivery import Answered, Delivery
+from fedmoe.wire.outbox import Outbox, Pending
 from fedmoe.worker.device_failure import device_failure
-from fedmoe.worker.group import DivergedError, WorkerFailedError, on_rank_zero
-from fedmoe.worker.outbox import Outbox, Pending
 from fedmoe.worker.progress import Progress, SyncPoint
-from fedmoe.worker.pull import pull
+from fedmoe.worker.pull import DivergedError, WorkerFailedError, on_rank_zero, pull
 from fedmoe.worker.report import SyncReport, tell_of_a_restart
 from fedmoe.worker.restart import take_up
 

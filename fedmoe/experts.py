@@ -11,13 +11,11 @@ from typing import Self
 
 import numpy as np
 
-from fedmoe.errors import RefusedError
-from fedmoe.lora.adapter import Adapter, FloatVector
+from fedmoe.lora.adapter import Adapter, FloatVector, initial_adapter
 from fedmoe.lora.codec import digest
-from fedmoe.lora.initial import initial_adapter
-from fedmoe.lora.robust import USUAL_WINDOW, first_not_finite
-from fedmoe.lora.update_rules import RuleState, UpdateRule
-from fedmoe.manifest import Manifest
+from fedmoe.lora.manifest import BaseModel, Manifest, base_differences
+from fedmoe.lora.update_rules import USUAL_WINDOW, RuleState, UpdateRule, first_not_finite
+from fedmoe.runtime.errors import RefusedError
 
 
 @dataclass(frozen=True)
@@ -169,3 +167,30 @@ def seed_of(name: str) -> int:
 
 #: The seed of the first A of all experts that go on from the gateway; no expert has this name.
 GATEWAY_SEED = seed_of("@gateway")
+
+
+def check_base(expected: BaseModel, got: BaseModel) -> None:
+    """Refuse a worker on another base model than the federation's."""
+    found = base_differences(expected, got)
+    if found:
+        raise RefusedError(
+            "base_mismatch",
+            f"all experts share one base model; {'; '.join(found)}.",
+            "Use the base model (and revision) the coordinator names.",
+            expected=expected.weights_hash,
+            got=got.weights_hash,
+        )
+
+
+def check_manifest(expected: Manifest, got: Manifest) -> None:
+    """Refuse a worker whose base model or LoRA configuration is not the federation's."""
+    check_base(expected.base, got.base)
+    found = expected.differences(got)
+    if not found:
+        return
+    shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+    raise RefusedError(
+        "lora_mismatch",
+        f"all experts share one LoRA configuration; {shown}.",
+        "Start the worker with the same --lora-r, --lora-alpha and --target-modules.",
+    )

@@ -12,17 +12,17 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig
 
-from fedmoe.datasets.packing import Batch, Block, collate
+from fedmoe.datasets.tokens.packing import Batch, Block, collate
 from fedmoe.lora.adapter import Adapter, FloatVector
-from fedmoe.manifest import Manifest
+from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase, pad_token, stop_tokens
-from fedmoe.models.device import LossScale, autocast
 from fedmoe.models.device_faults import free_unused, halved, is_out_of_memory
 from fedmoe.models.lora_layers import attach
 from fedmoe.models.packed import check_model, count_targets, enable_checkpointing, token_losses
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.schedule import LoraConfig, ScheduleEnded, TrainingConfig, learning_rate_at
 from fedmoe.models.stopping import without_stops
+from fedmoe.runtime.device import LossScale, autocast
 
 __all__ = [
     "Evaluation",

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmoe.datasets.contents import DataChange, Hashes, digest_of, sample_hashes
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.packing import Batch, BlockSampler, collate
+from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.tokens.contents import DataChange, Hashes, digest_of, sample_hashes
+from fedmoe.datasets.tokens.packing import Batch, BlockSampler, collate
 from fedmoe.lora.adapter import FloatVector, ShapeError
-from fedmoe.manifest import Manifest
+from fedmoe.lora.manifest import Manifest
 from fedmoe.models.held_out import HeldOutPlan, HeldOutState
 from fedmoe.models.kept_data import DIGEST, forget_other_hashes, judge_change, write_hashes
 from fedmoe.models.worker_state import CheckpointError, State, has_state, load_state, save_state

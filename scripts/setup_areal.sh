@@ -45,7 +45,7 @@ install=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check
 "${install[@]}" --no-deps --editable "$root"
 # Whatever folder this runs from, one called areal must not be taken for the package.
 PYTHONSAFEPATH=1 "$folder/bin/python" -W ignore -c \
-    "import fedmoe.arena.areal.actor, fedmoe.arena.areal.workflow, torch; print('AReaL on torch', torch.__version__)" \
+    "import fedmoe.areal.actor, fedmoe.areal.workflow, torch; print('AReaL on torch', torch.__version__)" \
     | tail -n 1
 echo "$wanted" >"$done_mark"
 echo "installed in $folder; give $folder/bin/python to ArealLearner(python=...)"

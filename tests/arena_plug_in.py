@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from fedmoe.arena.config import ArenaConfig, Option
-from fedmoe.arena.credit import Credit, SeatCredit, credit_rule, decompose
-from fedmoe.arena.engines.protocol import Engine, Sample, SampleRequest
-from fedmoe.arena.engines.transformers_engine import TransformersEngine
 from fedmoe.arena.modes.competitive import Competitive
+from fedmoe.arena.modes.credit import Credit, SeatCredit, credit_rule, decompose
 from fedmoe.arena.modes.judging import compared, credited, examples
+from fedmoe.arena.modes.memory import Society
 from fedmoe.arena.modes.protocol import Judgement, Planning
-from fedmoe.arena.society import Society
-from fedmoe.arena.task import Episode, Lineup, Message, Outcome, TaskError, check_actions, check_lineup
-from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode
+from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
+from fedmoe.arena.tasks.task import Episode, Lineup, Message, Outcome, TaskError, check_actions, check_lineup
+from fedmoe.inference.engine import Engine, Sample, SampleRequest
+from fedmoe.inference.transformers_engine import TransformersEngine
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.multilora import MultiLora
 

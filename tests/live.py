@@ -23,19 +23,19 @@ from starlette.types import ASGIApp
 from support import MANIFEST
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.manifest import Manifest
-from fedmoe.server.history import History
-from fedmoe.server.protocol import GuardedProtocol
-from fedmoe.server.quotas import Rate, UploadLimits
+from fedmoe.lora.manifest import Manifest
+from fedmoe.server.access.quotas import Rate, UploadLimits
+from fedmoe.server.access.tokens import TokenGate
+from fedmoe.server.access.uploads import Admission
+from fedmoe.server.history.history import History
 from fedmoe.server.registrations import RegistrationLimits
-from fedmoe.server.routes import create_app
+from fedmoe.server.routes.routes import create_app
 from fedmoe.server.service import CoordinatorService
-from fedmoe.server.tokens import TokenGate
-from fedmoe.server.uploads import Admission
-from fedmoe.storage.audit import AuditLog
-from fedmoe.storage.blobs import FolderBlobStore
-from fedmoe.storage.journal import SqlJournal
-from fedmoe.wire.messages import SAFETENSORS, ManifestMessage, RegisterRequest
+from fedmoe.server.storage.audit import AuditLog
+from fedmoe.server.storage.blobs import FolderBlobStore
+from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.wire.contract.messages import SAFETENSORS, ManifestMessage, RegisterRequest
+from fedmoe.wire.http.deadlines import GuardedProtocol
 
 JOIN, ADMIN = "join-token-of-32-characters-00000", "admin-token-of-32-characters-0000"
 

@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from fedmoe.coordinator import Aggregation, Submission
-from fedmoe.events import ExpertRegistered, UpdateAccepted
+from fedmoe.federation.events import ExpertRegistered, UpdateAccepted
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape
 from fedmoe.lora.codec import encode
-from fedmoe.manifest import BaseModel, Manifest
-from fedmoe.server.history import History
+from fedmoe.lora.manifest import BaseModel, Manifest
+from fedmoe.server.history.history import History
 from fedmoe.server.service import Body, CoordinatorService
-from fedmoe.storage.blobs import BlobStore
-from fedmoe.storage.journal import Journal
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.server.storage.blobs import BlobStore
+from fedmoe.server.storage.journal import Journal
+from fedmoe.wire.contract.messages import UpdateHeader
 
 LAYOUT = Layout((ModuleShape("layers.0.q", 6, 4), ModuleShape("layers.0.v", 6, 3)), 2)
 MANIFEST = Manifest(BaseModel("tiny/base", "main", "a" * 64, "b" * 64), LAYOUT, 4.0)

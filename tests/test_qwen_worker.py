@@ -7,11 +7,10 @@ import pytest
 import structlog
 import torch
 
-from fedmoe.datasets.contents import DataChange
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.packing import Block, BlockSampler, pack
-from fedmoe.datasets.tokenized import TokenizedSample
-from fedmoe.files import write_atomic
+from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.tokens.contents import DataChange
+from fedmoe.datasets.tokens.packing import Block, BlockSampler, pack
+from fedmoe.datasets.tokens.tokenized import TokenizedSample
 from fedmoe.lora.adapter import FloatVector, ShapeError
 from fedmoe.models import worker_state
 from fedmoe.models.base import load_base
@@ -19,6 +18,7 @@ from fedmoe.models.held_out import HeldOutPlan
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.qwen_finetune import LoraConfig, NonFiniteError, QwenLoRAExpert, TrainingConfig
 from fedmoe.qwen_worker import CheckpointError, Companion, EvaluationRecord, QwenWorker, StepRecord
+from fedmoe.runtime.files import write_atomic
 
 
 class Clock:

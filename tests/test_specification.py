@@ -17,13 +17,13 @@ from structlog.testing import capture_logs
 from support import LAYOUT, MANIFEST, make_body, make_flat, make_submission
 
 from fedmoe.coordinator import Aggregation, CentralCoordinator
-from fedmoe.errors import RefusedError
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.adapter import Layout, ModuleShape
 from fedmoe.lora.codec import encode
 from fedmoe.lora.update_rules import RULES, polynomial
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.contract.messages import UpdateHeader
 
 
 @pytest.fixture
@@ -81,9 +81,9 @@ def test_c3_the_distributed_coordinator_keeps_what_it_accepted(tmp_path: Path) -
 
 def test_c4_c5_c6_the_worker_side_is_there_under_its_names() -> None:
     pytest.importorskip("torch")
-    from fedmoe.datasets.packing import BlockSampler, pack
-    from fedmoe.datasets.samples import Text
-    from fedmoe.datasets.tokenization import tokenize_samples
+    from fedmoe.datasets.formats.samples import Text
+    from fedmoe.datasets.tokens.packing import BlockSampler, pack
+    from fedmoe.datasets.tokens.tokenization import tokenize_samples
     from fedmoe.distributed_worker import DistributedWorker
     from fedmoe.models.base import load_base
     from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert

@@ -20,23 +20,23 @@ import numpy as np
 import pytest
 from arena_plug_in import Letters
 
-from fedmoe.arena import placement
-from fedmoe.arena.adapt import AdaptRules
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.arena.engines.protocol import SampleRequest
-from fedmoe.arena.engines.transformers_engine import TransformersEngine
-from fedmoe.arena.learner import Learner, LearnerConfig, PolicyUpdate
+from fedmoe.arena.learning.adapt import AdaptRules
+from fedmoe.arena.learning.learner import Learner, LearnerConfig, PolicyUpdate
+from fedmoe.arena.learning.policies import Policies
 from fedmoe.arena.modes import competitive, cooperative, team_battle
-from fedmoe.arena.placement import PlacementError
-from fedmoe.arena.policies import Policies
-from fedmoe.arena.run import run_arena
-from fedmoe.arena.run_options import RunOptions, Stop
-from fedmoe.arena.trajectory import Example, Player, Turn
-from fedmoe.lora.initial import initial_adapter
+from fedmoe.arena.rollout.episodes import Example, Player, Turn
+from fedmoe.arena.run.options import RunOptions, Stop
+from fedmoe.arena.run.run import run_arena
+from fedmoe.inference.engine import SampleRequest
+from fedmoe.inference.transformers_engine import TransformersEngine
+from fedmoe.lora.adapter import initial_adapter
 from fedmoe.models.base import load_base
 from fedmoe.models.multilora import MultiLora
-from fedmoe.mounts import Mount
-from fedmoe.record import Record, Value, read_records
+from fedmoe.runtime import resources as placement
+from fedmoe.runtime.mounts import Mount
+from fedmoe.runtime.records import Record, Value, read_records
+from fedmoe.runtime.resources import PlacementError
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("one", "two", "three", "four")

@@ -9,8 +9,8 @@ from typing import Annotated, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
-from fedmoe.arena.loss import AGGREGATIONS, LOSSES
-from fedmoe.wire.messages import ExpertName, WorkerName
+from fedmoe.arena.learning.loss import AGGREGATIONS, LOSSES
+from fedmoe.wire.contract.messages import ExpertName, WorkerName
 
 Option = int | float | str | bool
 Whole = Annotated[int, Field(ge=1)]

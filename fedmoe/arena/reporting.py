@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedmoe.arena.evaluate import Comparison, Leader
-from fedmoe.arena.learner import PolicyUpdate
+from fedmoe.arena.learning.learner import PolicyUpdate
+from fedmoe.arena.learning.policies import Policies
+from fedmoe.arena.modes.memory import Society
 from fedmoe.arena.modes.protocol import Decision, Judgement, SeatResult
-from fedmoe.arena.policies import Policies
-from fedmoe.arena.society import Society
-from fedmoe.arena.trajectory import PlayedEpisode
-from fedmoe.record import Value
+from fedmoe.arena.rollout.episodes import PlayedEpisode
+from fedmoe.arena.rollout.evaluate import Comparison, Leader
+from fedmoe.runtime.records import Value
 
 
 class Records(Protocol):

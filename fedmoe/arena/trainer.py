@@ -19,16 +19,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import structlog
 
-from fedmoe.arena.chat import Codec
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.arena.engines.protocol import AdapterKey, Engine, context_of
-from fedmoe.arena.evaluate import BASE, CHANCE, Comparison, Evaluator
-from fedmoe.arena.learner import PolicyUpdate
-from fedmoe.arena.loss import gap_alarm
-from fedmoe.arena.metrics import installed_metrics, measured
+from fedmoe.arena.learning.learner import PolicyUpdate
+from fedmoe.arena.learning.loss import gap_alarm
+from fedmoe.arena.learning.policies import Policies
+from fedmoe.arena.modes.memory import Society
 from fedmoe.arena.modes.protocol import Decision, Judgement, Mode, Planning
 from fedmoe.arena.modes.registry import make_mode
-from fedmoe.arena.policies import Policies
 from fedmoe.arena.reporting import (
     Records,
     Report,
@@ -42,12 +39,15 @@ from fedmoe.arena.reporting import (
     write_leader,
     write_skipped,
 )
-from fedmoe.arena.rollout import Attempted, RolloutSettings, attempt
-from fedmoe.arena.society import Society
-from fedmoe.arena.task import Task
-from fedmoe.arena.trajectory import PlayedEpisode, Player
+from fedmoe.arena.rollout.chat import Codec
+from fedmoe.arena.rollout.episodes import PlayedEpisode, Player
+from fedmoe.arena.rollout.evaluate import BASE, CHANCE, Comparison, Evaluator
+from fedmoe.arena.rollout.metrics import installed_metrics, measured
+from fedmoe.arena.rollout.play import Attempted, RolloutSettings, attempt
+from fedmoe.arena.tasks.task import Task
+from fedmoe.inference.engine import AdapterKey, Engine, context_of
 from fedmoe.lora.algebra import product_norm
-from fedmoe.models.device import pin_threads
+from fedmoe.runtime.device import pin_threads
 
 _log = structlog.get_logger("fedmoe.arena")
 

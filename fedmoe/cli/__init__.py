@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fedmoe.streams import printing_safely
-from fedmoe.threads import prepare
+from fedmoe.runtime.streams import printing_safely
+from fedmoe.runtime.threads import prepare
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

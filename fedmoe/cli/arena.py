@@ -13,12 +13,12 @@ from fedmoe.cli.arena_episodes import episodes
 from fedmoe.cli.arena_tournament import tournament
 from fedmoe.cli.base_model import given_template
 from fedmoe.cli.output import CommandError
-from fedmoe.logs import configure
+from fedmoe.runtime.logs import configure
 
 if TYPE_CHECKING:
     from fedmoe.arena.config import ArenaConfig
-    from fedmoe.arena.results import Ending
-    from fedmoe.arena.run_options import RunOptions
+    from fedmoe.arena.run.options import RunOptions
+    from fedmoe.arena.run.results import Ending
 
 app = typer.Typer(help="Train several LoRA policies with and against each other in one task.", no_args_is_help=True)
 
@@ -86,8 +86,8 @@ def check(config: Config) -> None:
     """Read a configuration, try its task and modes, and say what a run would do; loads no model."""
     from fedmoe.arena.modes.protocol import ModeError
     from fedmoe.arena.modes.registry import make_mode
-    from fedmoe.arena.task import TaskError
     from fedmoe.arena.tasks.registry import make_task
+    from fedmoe.arena.tasks.task import TaskError
 
     run = _configured(config, None)
     given_template(run.chat_template, run.chat_template_kwargs)
@@ -131,11 +131,11 @@ def _configured(path: Path, coordinator_url: str | None) -> ArenaConfig:
 
 def _run(config: ArenaConfig, out: Path, prometheus_port: int | None, tensorboard: bool, **options: object) -> Ending:
     try:
-        from fedmoe.arena.run import run_arena
-        from fedmoe.arena.run_options import RunOptions, Stop, expected_errors
+        from fedmoe.arena.run.options import RunOptions, Stop, expected_errors
+        from fedmoe.arena.run.run import run_arena
         from fedmoe.cli.arena_watch import ArenaWatch
-        from fedmoe.models.device import pin_threads
-        from fedmoe.worker.signals import StopOnSignal
+        from fedmoe.runtime.device import pin_threads
+        from fedmoe.runtime.stop_signals import StopOnSignal
     except ModuleNotFoundError as error:
         raise _missing(error) from error
     pin_threads()
@@ -149,7 +149,7 @@ def _run(config: ArenaConfig, out: Path, prometheus_port: int | None, tensorboar
 
 
 def _draw(out: Path) -> None:
-    from fedmoe.demo.arena_charts import ChartError, draw_charts, load_series
+    from fedmoe.cli.arena_charts import ChartError, draw_charts, load_series
 
     try:
         for path in draw_charts(load_series(out / "metrics.jsonl"), out / "visualization_outputs"):
@@ -182,7 +182,7 @@ def _move_aside(out: Path) -> None:
 
 def _locked(out: Path) -> int:
     """A run that is still going on must not lose its files."""
-    from fedmoe.files import FolderInUseError, lock_folder
+    from fedmoe.runtime.files import FolderInUseError, lock_folder
 
     try:
         return lock_folder(out)

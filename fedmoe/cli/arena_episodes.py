@@ -12,7 +12,7 @@ from fedmoe.cli.options import AsJson
 from fedmoe.cli.output import CommandError, show_json
 
 if TYPE_CHECKING:
-    from fedmoe.arena.episodes import EpisodeRow, Order, SeatRow
+    from fedmoe.arena.run.episode_log import EpisodeRow, Order, SeatRow
 
 
 def episodes(
@@ -29,7 +29,7 @@ def episodes(
     """Show episodes of a run as it stands, the newest unless rewards decide; control characters are shown, not sent."""
     if lowest_reward and highest_reward:
         raise CommandError("--lowest-reward and --highest-reward are opposites; pass one of them")
-    from fedmoe.arena.episodes import select
+    from fedmoe.arena.run.episode_log import select
 
     rows = _rows(run)
     _check(rows, policy, iteration)
@@ -44,7 +44,7 @@ def episodes(
 
 
 def _rows(run: Path) -> list[EpisodeRow]:
-    from fedmoe.arena.episodes import EPISODES, read_episodes
+    from fedmoe.arena.run.episode_log import EPISODES, read_episodes
 
     try:
         return read_episodes(run / EPISODES)

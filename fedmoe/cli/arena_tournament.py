@@ -13,9 +13,9 @@ from fedmoe.cli.options import AsJson
 from fedmoe.cli.output import CommandError, show_json
 
 if TYPE_CHECKING:
-    from fedmoe.arena.entrants import Field
-    from fedmoe.arena.interval import Interval
-    from fedmoe.arena.tournament import Table
+    from fedmoe.arena.rollout.interval import Interval
+    from fedmoe.arena.rollout.tournament import Table
+    from fedmoe.arena.run.entrants import Field
 
 
 def tournament(
@@ -28,9 +28,9 @@ def tournament(
     as_json: AsJson = False,
 ) -> None:
     """Let the newest policies of runs meet each other, the base model and chance; writes nothing into the runs."""
-    from fedmoe.arena.interval import FEW_QUESTIONS
-    from fedmoe.arena.run_options import expected_errors
-    from fedmoe.models.device import pin_threads
+    from fedmoe.arena.rollout.interval import FEW_QUESTIONS
+    from fedmoe.arena.run.options import expected_errors
+    from fedmoe.runtime.device import pin_threads
 
     pin_threads(1)  # sums over several threads differ in the last bit, and with it a sampled word and the table
     try:
@@ -49,22 +49,22 @@ def tournament(
 
 
 def _own_errors() -> tuple[type[Exception], ...]:
-    from fedmoe.arena.entrants import EntrantError
+    from fedmoe.arena.run.entrants import EntrantError
 
     return (EntrantError,)
 
 
 def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[Field, Table]:
-    from fedmoe.arena.chat import ChatCodec
-    from fedmoe.arena.engines.protocol import context_of
-    from fedmoe.arena.engines.transformers_engine import TransformersEngine
-    from fedmoe.arena.entrants import EntrantError, read_field
-    from fedmoe.arena.evaluate import BASE, CHANCE
-    from fedmoe.arena.rollout import RolloutSettings
-    from fedmoe.arena.task import Scripted
+    from fedmoe.arena.rollout.chat import ChatCodec
+    from fedmoe.arena.rollout.episodes import SCRIPTED, Player
+    from fedmoe.arena.rollout.evaluate import BASE, CHANCE
+    from fedmoe.arena.rollout.play import RolloutSettings
+    from fedmoe.arena.rollout.tournament import check_players, run_tournament
+    from fedmoe.arena.run.entrants import EntrantError, read_field
     from fedmoe.arena.tasks.registry import make_task
-    from fedmoe.arena.tournament import check_players, run_tournament
-    from fedmoe.arena.trajectory import SCRIPTED, Player
+    from fedmoe.arena.tasks.task import Scripted
+    from fedmoe.inference.engine import context_of
+    from fedmoe.inference.transformers_engine import TransformersEngine
     from fedmoe.lora.adapter import ShapeError
     from fedmoe.models.base import ChatTemplate, load_base
     from fedmoe.models.multilora import MultiLora

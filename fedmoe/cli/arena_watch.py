@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedmoe.arena.records import BatchedRecords
+from fedmoe.arena.run.batched_records import BatchedRecords
 from fedmoe.monitor.exporters import PrometheusSink, Sink, TensorBoardSink, WatchedWriter
 from fedmoe.monitor.system import SystemSampler
 from fedmoe.monitor.terminal import LiveView

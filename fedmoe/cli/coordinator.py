@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmoe.allocator import give_back_freed_memory
 from fedmoe.cli.output import CommandError, given
 from fedmoe.config import DEFAULT_PORT, CoordinatorConfig
-from fedmoe.logs import configure, log_what_nobody_caught, warn
+from fedmoe.runtime.allocator import give_back_freed_memory
+from fedmoe.runtime.logs import configure, log_what_nobody_caught, warn
 
 if TYPE_CHECKING:
     from fedmoe.distributed_coordinator import DistributedCoordinator

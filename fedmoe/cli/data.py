@@ -32,7 +32,7 @@ def build(
     """Make the three demo domains from what packages ship: Python, SQL and documentation."""
     from dataclasses import asdict
 
-    from fedmoe.datasets.domains import DOMAINS, build_domains
+    from fedmoe.datasets.demo.domains import DOMAINS, build_domains
 
     say = (lambda _: None) if as_json else print
     made = build_domains(out, tuple(domains or DOMAINS), say, force=force, archives=archives)
@@ -91,12 +91,12 @@ def _report_for(
     chat_template_kwargs: str | None,
 ) -> DataReport:
     chat = given_template(chat_template, chat_template_kwargs)
-    from fedmoe.cache import cache_folder
     from fedmoe.datasets.check import check_beginning
-    from fedmoe.datasets.prepare import DataOptions, examine
     from fedmoe.models.base import load_tokenizer
     from fedmoe.models.context import resolve_max_length
-    from fedmoe.models.device import pin_threads
+    from fedmoe.models.prepare_data import DataOptions, examine
+    from fedmoe.runtime.cache import cache_folder
+    from fedmoe.runtime.device import pin_threads
 
     options = DataOptions.of(rows, long_rows)
     check_beginning(file, rows)

@@ -29,9 +29,9 @@ def demo(
     try:
         from rich.console import Console
 
-        from fedmoe.demo.plan import DemoPlan
-        from fedmoe.demo.processes import ProcessFailedError
-        from fedmoe.demo.run import run_demo
+        from fedmoe.cli.demo_run.plan import DemoPlan
+        from fedmoe.cli.demo_run.processes import ProcessFailedError
+        from fedmoe.cli.demo_run.run import run_demo
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker,charts]'") from error
     plan = DemoPlan(out, data, base_model, steps, sync_interval)

@@ -15,13 +15,13 @@ from typing import Annotated
 import typer
 
 from fedmoe.cli import doctor_network
+from fedmoe.cli.doctor_finding import Finding
 from fedmoe.cli.doctor_network import coordinator_findings
-from fedmoe.cli.findings import Finding
 from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token
 from fedmoe.cli.output import show_json
-from fedmoe.inert import inert
-from fedmoe.machine import machine_memory, memory, usable_cores
-from fedmoe.threads import look
+from fedmoe.runtime.machine import machine_memory, memory, usable_cores
+from fedmoe.runtime.safe_text import inert
+from fedmoe.runtime.threads import look
 
 # Below this SQLite has a rare WAL-reset corruption bug (https://www.sqlite.org/releaselog/3_51_3.html); it takes
 # several connections to one database, and a coordinator has exactly one.
@@ -121,8 +121,8 @@ def _package(name: str, fix: str) -> Finding:
 
 def _device() -> Finding:
     try:
-        from fedmoe.models.device import choose_device, choose_dtype, free_and_total
         from fedmoe.models.device_faults import device_fault
+        from fedmoe.runtime.device import choose_device, choose_dtype, free_and_total
     except ModuleNotFoundError:
         return Finding("device", "note", "unknown without torch")
     try:
@@ -141,7 +141,7 @@ def _device() -> Finding:
 
 def _dataset(path: Path) -> Finding:
     from fedmoe.datasets.check import check_file
-    from fedmoe.datasets.errors import DataError
+    from fedmoe.datasets.readers.lines import DataError
 
     try:
         report = check_file(path)

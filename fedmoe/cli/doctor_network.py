@@ -14,10 +14,10 @@ from urllib.request import getproxies
 import httpx2
 import psutil
 
-from fedmoe.cli.findings import Finding
+from fedmoe.cli.doctor_finding import Finding
 from fedmoe.cli.options import client
-from fedmoe.errors import RefusedError
-from fedmoe.inert import inert
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.runtime.safe_text import inert
 from fedmoe.wire.client import ConnectionSettingError, CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.proxy import is_loopback, proxy_for
 from fedmoe.wire.transport import transport_for, trusted_certificates

@@ -9,7 +9,7 @@ import typer
 from fedmoe.cli.options import ChatTemplateFile, ChatTemplateKwargs, DataMap
 from fedmoe.cli.output import CommandError, given
 from fedmoe.config import DEFAULT_SYNC_INTERVAL, EvaluatorConfig
-from fedmoe.logs import configure
+from fedmoe.runtime.logs import configure
 
 
 def evaluator(
@@ -53,7 +53,7 @@ def evaluator(
     config = EvaluatorConfig(**given(**locals()))  # type: ignore[arg-type]
     configure()
     try:
-        from fedmoe.worker.evaluator import run_evaluator
+        from fedmoe.gateway.evaluator import run_evaluator
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
     run_evaluator(config)

@@ -8,7 +8,7 @@ import typer
 
 from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, Token, client
 from fedmoe.cli.output import CommandError, say, show_json, show_table
-from fedmoe.wire.messages import ChangeResult, ExpertInfo, HeldOutInfo, Listing
+from fedmoe.wire.contract.messages import ChangeResult, ExpertInfo, HeldOutInfo, Listing
 
 app = typer.Typer()
 

@@ -24,10 +24,10 @@ from fedmoe.cli.options import (
 )
 from fedmoe.cli.output import say, show_json
 from fedmoe.cli.serve import serve
-from fedmoe.files import write_atomic
 from fedmoe.lora.formats import npz_bytes
+from fedmoe.runtime.files import write_atomic
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import GatewayInfo, LivingInfo
+from fedmoe.wire.contract.messages import GatewayInfo, LivingInfo
 
 app = typer.Typer(help="Look at the gateway, save it, export it, try it.", no_args_is_help=True)
 
@@ -108,12 +108,17 @@ def generate(
     token: Token = None,
 ) -> None:
     """Load the gateway (or an expert) on its base model and let it answer."""
+    from fedmoe.models.schedule import LoraConfig
+    from fedmoe.qwen_finetune import QwenLoRAExpert
+
     chat = given_template(chat_template, chat_template_kwargs)
     with client(coordinator_url, token) as api:
         adapter = pull(api, expert).adapter
-    from fedmoe.worker.inference import answer
-
-    print(answer(adapter, loaded(base_model, device, chat), prompt, max_new_tokens))
+    targets = tuple(sorted({module.name for module in adapter.layout.modules}))
+    config = LoraConfig(adapter.rank, adapter.alpha, target_modules=targets)
+    model = QwenLoRAExpert(loaded(base_model, device, chat), config)
+    model.load_adapter(adapter)
+    print(model.generate(prompt, max_new_tokens))
 
 
 def get_gateway_model(

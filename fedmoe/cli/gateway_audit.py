@@ -5,8 +5,8 @@ from __future__ import annotations
 from fedmoe.cli.gateway_export import pull
 from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token, client
 from fedmoe.cli.output import CommandError, show_json, show_table
-from fedmoe.lora.audit import MergeAudit, Overlap
-from fedmoe.lora.audit import audit as audited
+from fedmoe.lora.diagnostics import MergeAudit, Overlap
+from fedmoe.lora.diagnostics import audit as audited
 
 
 def audit(coordinator_url: CoordinatorUrl = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:

@@ -22,20 +22,20 @@ from fedmoe.cli.options import (
     client,
 )
 from fedmoe.cli.output import CommandError, show_json, show_table
-from fedmoe.errors import RefusedError
-from fedmoe.files import write_atomic
-from fedmoe.gateway.prompt_statistics import PromptStatistics
-from fedmoe.gateway.route import SequenceRouter
+from fedmoe.gateway.routers import SequenceRouter
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.codec import CodecError
-from fedmoe.manifest import BaseModel
+from fedmoe.lora.manifest import BaseModel
+from fedmoe.lora.prompt_statistics import PromptStatistics
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.runtime.files import write_atomic
 from fedmoe.wire.client import CoordinatorClient
 
 if TYPE_CHECKING:
     from fedmoe.datasets.check import RowOptions
     from fedmoe.datasets.report import DataReport
     from fedmoe.gateway.losses import LossMatrix
-    from fedmoe.gateway.retained import Retained
+    from fedmoe.gateway.retained_gain import Retained
     from fedmoe.models.base import LoadedBase
 
 #: The row of the routed gateway.
@@ -97,7 +97,7 @@ def evaluate(
 def _files(domains: Sequence[str], rows: RowOptions) -> dict[str, str]:
     """Domain -> its data, of which the first rows have been looked at."""
     from fedmoe.datasets.check import check_beginning
-    from fedmoe.datasets.errors import DataError
+    from fedmoe.datasets.readers.lines import DataError
 
     files: dict[str, str] = {}
     for domain in domains:
@@ -153,9 +153,9 @@ def _measure(
     sizes: tuple[int, int | None, int],
     prompts: Mapping[str, PromptStatistics],
 ) -> LossMatrix:
-    from fedmoe.datasets.prepare import DataOptions
     from fedmoe.gateway.evaluate import evaluate as measure
     from fedmoe.gateway.evaluate import held_out_blocks, routed_to
+    from fedmoe.models.prepare_data import DataOptions
 
     limit, max_length, batch_size = sizes
     if base.identity.weights_hash != identity.weights_hash:
@@ -182,7 +182,7 @@ def _tell(report: DataReport) -> None:
 def _retained(matrix: LossMatrix, models: Sequence[str]) -> Retained | None:
     """What the models keep of the experts' gains; None without a model to judge or a domain with an own expert."""
     from fedmoe.gateway.report import own_experts
-    from fedmoe.gateway.retained import retained
+    from fedmoe.gateway.retained_gain import retained
 
     own = own_experts(matrix.domains, matrix.models)
     return retained(matrix, own, models) if own and models else None
@@ -200,7 +200,7 @@ def _show(matrix: LossMatrix, found: Retained | None) -> None:
 
 def _draw(file: Path, matrix: LossMatrix, found: Retained | None, base: str) -> None:
     try:
-        from fedmoe.monitor.gateway_charts import GatewayResults, Share, gateway_chart
+        from fedmoe.monitor.charts.gateway import GatewayResults, Share, gateway_chart
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[charts]'") from error
     domains = found.domains if found is not None else ()

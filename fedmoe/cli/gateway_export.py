@@ -10,7 +10,7 @@ import typer
 
 from fedmoe.cli.options import DEFAULT_URL, CoordinatorUrl, Token, client
 from fedmoe.cli.output import CommandError
-from fedmoe.manifest import BaseModel
+from fedmoe.lora.manifest import BaseModel
 from fedmoe.wire.client import CoordinatorClient, PulledExpert, PulledGateway
 
 if TYPE_CHECKING:

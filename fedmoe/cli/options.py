@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import typer
 
 from fedmoe.config import DEFAULT_PORT
-from fedmoe.logs import quiet_retries
+from fedmoe.runtime.logs import quiet_retries
 from fedmoe.wire.client import CoordinatorClient
 
 DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}"

@@ -11,8 +11,8 @@ import typer
 from pydantic import BaseModel, ValidationError
 from typer.exceptions import TyperException
 
-from fedmoe.errors import RefusedError
-from fedmoe.inert import inert
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.runtime.safe_text import inert
 from fedmoe.wire.replies import CoordinatorUnavailableError
 
 EXIT_ERROR = 1

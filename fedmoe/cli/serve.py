@@ -13,7 +13,7 @@ from fedmoe.cli.base_model import given_template, loaded
 from fedmoe.cli.coordinator import check_tls
 from fedmoe.cli.options import DEFAULT_URL, ChatTemplateFile, ChatTemplateKwargs, CoordinatorUrl, Token, client
 from fedmoe.cli.output import CommandError
-from fedmoe.logs import configure, log_what_nobody_caught
+from fedmoe.runtime.logs import configure, log_what_nobody_caught
 
 
 class BackendKind(StrEnum):
@@ -66,9 +66,9 @@ def serve(
     chat = given_template(chat_template, chat_template_kwargs)
     keys, loopback = _keys(host, api_keys, insecure)
     try:
-        from fedmoe.gateway.serve import process
+        from fedmoe.gateway.serve import app as process
         from fedmoe.gateway.serve.service import Limits
-        from fedmoe.models.device import pin_threads
+        from fedmoe.runtime.device import pin_threads
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
     pin_threads()
@@ -90,8 +90,8 @@ def serve(
 
 def _keys(host: str, file: Path | None, insecure: bool) -> tuple[frozenset[str] | None, bool]:
     """The hashes of the API keys (None: no key is asked for), and whether only this machine is answered."""
-    from fedmoe.gateway.serve.door import KeyFileError, read_keys
-    from fedmoe.server.browser import is_loopback
+    from fedmoe.gateway.serve.api_keys import KeyFileError, read_keys
+    from fedmoe.wire.http.cross_site import is_loopback
 
     loopback = is_loopback(host)
     if file is None:

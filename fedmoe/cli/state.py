@@ -29,8 +29,8 @@ def backup(
     as_json: AsJson = False,
 ) -> None:
     """Make a verified backup of a state directory, while its coordinator runs or not."""
-    from fedmoe.server.verification import check_start
-    from fedmoe.storage.backup import make_backup
+    from fedmoe.server.history.verification import check_start
+    from fedmoe.server.storage.backup import make_backup
 
     made = make_backup(state_dir, dest, time.time(), check_start)
     if as_json:
@@ -59,7 +59,7 @@ def restore(
     as_json: AsJson = False,
 ) -> None:
     """Make a state directory of a backup; its history goes on as another incarnation."""
-    from fedmoe.storage.restore import restore as restore_backup
+    from fedmoe.server.storage.restore import restore as restore_backup
 
     made = restore_backup(backup, state_dir, replace)
     if as_json:

@@ -22,7 +22,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read everything in a state directory, hold it against its hashes, and rebuild every version; changes nothing."""
-    from fedmoe.server.verification import verify_state
+    from fedmoe.server.history.verification import verify_state
 
     found = verify_state(state_dir)
     if as_json:

@@ -9,7 +9,7 @@ import typer
 from fedmoe.cli.options import ChatTemplateFile, ChatTemplateKwargs, DataMap, LongRows
 from fedmoe.cli.output import CommandError, given
 from fedmoe.config import DEFAULT_SYNC_INTERVAL, WorkerConfig
-from fedmoe.logs import configure
+from fedmoe.runtime.logs import configure
 
 
 def worker(
@@ -100,7 +100,7 @@ def worker(
     config = WorkerConfig(**given(**locals()))  # type: ignore[arg-type]
     configure()
     try:
-        from fedmoe.worker.setup import run_worker
+        from fedmoe.cli.worker_setup import run_worker
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
     run_worker(config)

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from fedmoe.datasets.data_source import Source, open_source
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.formats import (
+from fedmoe.datasets.formats.formats import (
     KNOWN_COLUMNS,
     LeftOutRow,
     detect_format,
@@ -19,11 +17,13 @@ from fedmoe.datasets.formats import (
     no_known_format,
     normalise,
 )
+from fedmoe.datasets.formats.samples import Sample
+from fedmoe.datasets.formats.turns import with_decoded_turns
+from fedmoe.datasets.readers.data_source import Source, open_source
+from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.readers.rows import BadRow, Row
 from fedmoe.datasets.report import BAD_ROWS_KEPT, MAX_BAD_FRACTION, DataReport, RowCounts
-from fedmoe.datasets.rows import BadRow, Row
-from fedmoe.datasets.samples import Sample
 from fedmoe.datasets.split import row_hash
-from fedmoe.datasets.turns import with_decoded_turns
 
 _KEYS_KEPT = 32
 _FIRST_ROWS = 1000

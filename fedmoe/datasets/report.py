@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.formats import accepted_shapes
-from fedmoe.datasets.rows import BadRow
+from fedmoe.datasets.formats.formats import accepted_shapes
+from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.readers.rows import BadRow
 
 MAX_BAD_FRACTION = 0.01
 BAD_ROWS_KEPT = 100

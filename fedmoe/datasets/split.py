@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.samples import Sample
+from fedmoe.datasets.formats.samples import Sample
+from fedmoe.datasets.readers.lines import DataError
 
 #: One number a row, drawn from its content.
 RowHashes = NDArray[np.uint64]

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fedmoe.datasets.packing import Block, collate, pack
-from fedmoe.datasets.prepare import DataOptions, prepare_samples
 from fedmoe.datasets.report import DataReport
+from fedmoe.datasets.tokens.packing import Block, collate, pack
 from fedmoe.gateway.losses import BASE, LossMatrix
 from fedmoe.gateway.rerank import Candidates, candidates, chosen
-from fedmoe.gateway.route import Router
+from fedmoe.gateway.routers import Router
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import LoadedBase, context_length, pad_token
 from fedmoe.models.chat_frame import ChatFrame
 from fedmoe.models.context import resolve_max_length
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.packed import count_targets
+from fedmoe.models.prepare_data import DataOptions, prepare_samples
 from fedmoe.models.prompt_features import prompt_features
 from fedmoe.models.schedule import LoraConfig
 from fedmoe.models.text_likelihood import log_likelihoods

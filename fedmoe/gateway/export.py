@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedmoe import __version__
-from fedmoe.files import write_atomic, write_folder_atomic
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.codec import digest
 from fedmoe.lora.formats import npz_bytes, peft_files
-from fedmoe.manifest import BaseModel
+from fedmoe.lora.manifest import BaseModel
+from fedmoe.runtime.files import write_atomic, write_folder_atomic
 
 #: The manifest inside a folder; that of a single file has this behind the file's name.
 MANIFEST_NAME = "fedmoe_export.json"

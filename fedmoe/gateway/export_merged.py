@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from fedmoe.files import whole_folder, write_atomic
 from fedmoe.gateway.export import (
     MANIFEST_NAME,
     Exportable,
@@ -32,6 +31,7 @@ from fedmoe.gateway.export import (
 from fedmoe.lora.adapter import Adapter, FloatMatrix, ModuleShape
 from fedmoe.lora.algebra import baked
 from fedmoe.models.identity import checkpoint_files, weights_hash
+from fedmoe.runtime.files import whole_folder, write_atomic
 
 #: Rows are taken in bands of about this many numbers: 64 MB in float32.
 _BAND = 1 << 24

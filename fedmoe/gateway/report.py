@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from fedmoe.gateway.losses import BASE, LossMatrix
-from fedmoe.gateway.retained import Interval, Retained
+from fedmoe.gateway.retained_gain import Interval, Retained
 
 Table = tuple[Sequence[str], list[Sequence[str]]]
 

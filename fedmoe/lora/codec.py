@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ShapeError
-from fedmoe.lora.container import (
+from fedmoe.lora.safetensors_bytes import (
     MAX_HEADER_BYTES,
     Buffer,
     CodecError,

@@ -16,7 +16,7 @@ from numpy.lib import format as npy
 
 from fedmoe.lora.adapter import Adapter, FloatMatrix
 from fedmoe.lora.algebra import baked
-from fedmoe.lora.container import CodecError, MalformedError, MismatchError, encode_named, read_named, shown
+from fedmoe.lora.safetensors_bytes import CodecError, MalformedError, MismatchError, encode_named, read_named, shown
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"

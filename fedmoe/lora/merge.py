@@ -12,7 +12,7 @@ import numpy as np
 
 from fedmoe.lora.adapter import Adapter, ShapeError
 from fedmoe.lora.algebra import Recompressed, recompress, stack
-from fedmoe.lora.audit import module_norms
+from fedmoe.lora.diagnostics import module_norms
 from fedmoe.lora.moments import InputMoments, thin_notes
 from fedmoe.lora.regmean import RANK_CAP, SCALE, regmean
 

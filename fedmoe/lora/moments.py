@@ -18,7 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import FloatMatrix, FloatVector, ShapeError
-from fedmoe.lora.container import Buffer, MalformedError, MismatchError, encode_named, read_header, read_named, shown
+from fedmoe.lora.safetensors_bytes import (
+    Buffer,
+    MalformedError,
+    MismatchError,
+    encode_named,
+    read_header,
+    read_named,
+    shown,
+)
 
 Matrix64 = NDArray[np.float64]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ShapeError
-from fedmoe.lora.initial import initial_adapter
+from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ShapeError, initial_adapter
 
 
 def grow_rank(adapter: Adapter, rank: int, seed: int) -> Adapter:

@@ -15,8 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from fedmoe.cache import can_be_written, temporary_root
-from fedmoe.manifest import BaseModel
+from fedmoe.lora.manifest import BaseModel
 from fedmoe.models.base_check import (
     LoadedWeights,
     check_loaded,
@@ -27,12 +26,13 @@ from fedmoe.models.base_check import (
 )
 from fedmoe.models.cache import make_once
 from fedmoe.models.chat_template import ChatTemplate, template_hash
-from fedmoe.models.device import choose_device, choose_dtype
 from fedmoe.models.identity import BaseModelError, checkpoint_files, tokenizer_hash, weights_hash
 from fedmoe.models.smollm2 import REVISION as SMOLLM2_REVISION
 from fedmoe.models.smollm2 import prepare_smollm2
 from fedmoe.models.stopping import context_of, stops_of
 from fedmoe.models.tiny import save_tiny, tiny_hashes, tiny_model, tiny_tokenizer
+from fedmoe.runtime.cache import can_be_written, temporary_root
+from fedmoe.runtime.device import choose_device, choose_dtype
 
 __all__ = [
     "BaseModelError",

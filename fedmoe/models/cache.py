@@ -9,8 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from fedmoe.cache import cache_or_temporary_root, cache_root
-from fedmoe.files import fsync_files, fsync_folder
+from fedmoe.runtime.cache import cache_or_temporary_root, cache_root
+from fedmoe.runtime.files import fsync_files, fsync_folder
 
 
 def make_once(name: str, build: Callable[[Path], None]) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import torch
 
-from fedmoe.datasets.packing import Batch
+from fedmoe.datasets.tokens.packing import Batch
 
 # How drivers and libraries begin the message of an error that is the device's.
 _BROKEN = ("CUDA error", "HIP error", "cuDNN error", "CUDNN_STATUS", "CUBLAS_STATUS", "NCCL error", "MPS error")

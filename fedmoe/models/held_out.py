@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedmoe.datasets.packing import Block
+from fedmoe.datasets.tokens.packing import Block
 
 #: Blocks of one measurement hold at most so many tokens: bounded by work, and the same blocks on every machine.
 MAX_EVALUATION_TOKENS = 16_384

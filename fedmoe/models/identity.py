@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fedmoe.cache import keep_file, kept_file
+from fedmoe.runtime.cache import keep_file, kept_file
 
 _READ = 1 << 22
 _HEADER_LIMIT = 100_000_000

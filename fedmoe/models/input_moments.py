@@ -18,13 +18,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fedmoe.datasets.packing import Batch
+from fedmoe.datasets.tokens.packing import Batch
 from fedmoe.lora.adapter import FloatMatrix, FloatVector
 from fedmoe.lora.moments import InputMoments, ModuleMoments, omega
 from fedmoe.models.base import LoadedBase
-from fedmoe.models.device import autocast
 from fedmoe.models.lora_layers import TargetError, find_targets
 from fedmoe.models.packed import check_model, count_targets, token_losses
+from fedmoe.runtime.device import autocast
 
 # Gradients of single tokens are small for float16.
 _LOSS_SCALE = 256.0

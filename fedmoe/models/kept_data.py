@@ -15,9 +15,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedmoe.datasets.contents import DataChange, Hashes, change_between, digest_of
-from fedmoe.datasets.errors import DataError
-from fedmoe.files import write_atomic
+from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.tokens.contents import DataChange, Hashes, change_between, digest_of
+from fedmoe.runtime.files import write_atomic
 
 DIGEST = "digest"
 _FILE = re.compile(r"^(data-[0-9a-f]{32}\.safetensors|\.data-[0-9a-f]{32}\.safetensors-[0-9a-f]{8})$")

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape, ShapeError
-from fedmoe.lora.initial import initial_adapter
+from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape, ShapeError, initial_adapter
 
 ALL_LINEAR = "all-linear"
 

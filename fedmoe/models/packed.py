@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from fedmoe.datasets.packing import Batch
-from fedmoe.datasets.tokenized import MASKED
+from fedmoe.datasets.tokens.packing import Batch
+from fedmoe.datasets.tokens.tokenized import MASKED
 
 
 def attention_mask(segment_ids: torch.Tensor) -> torch.Tensor:

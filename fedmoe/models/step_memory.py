@@ -8,8 +8,8 @@ from typing import Self
 import torch
 from transformers import PreTrainedModel
 
-from fedmoe.machine import available_memory
 from fedmoe.models.context import LengthError
+from fedmoe.runtime.machine import available_memory
 
 _GIB = 2**30
 _SHORTEST = 8

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedmoe.files import write_atomic
 from fedmoe.models.parallel import ProcessGroup
+from fedmoe.runtime.files import write_atomic
 
 LATEST = "latest.json"
 # Without a hash: of a version before hashes were kept.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedmoe.record import Record, Value
+from fedmoe.runtime.records import Record, Value
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 
 from fedmoe.monitor.event_file import EventFile
-from fedmoe.record import Record, Value
+from fedmoe.runtime.records import Record, Value
 
 if TYPE_CHECKING:
     from prometheus_client import Gauge
@@ -40,7 +40,7 @@ class Sink(Protocol):
 
 
 class Writer(Protocol):
-    """Keeps records, as `fedmoe.record.RecordWriter` does."""
+    """Keeps records, as `fedmoe.runtime.records.RecordWriter` does."""
 
     def write(self, kind: str, **values: Value) -> None:
         """Keep one record."""

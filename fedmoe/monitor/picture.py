@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
-from fedmoe.logs import warn
+from fedmoe.runtime.logs import warn
 
 #: Fonts with Chinese that systems come with, those made for reading on screens first; others are tried after them.
 CHINESE_FONTS = (

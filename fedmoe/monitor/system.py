@@ -13,8 +13,8 @@ from typing import Protocol, Self
 import psutil
 import structlog
 
-from fedmoe.machine import memory
-from fedmoe.record import Value
+from fedmoe.runtime.machine import memory
+from fedmoe.runtime.records import Value
 
 
 class WriteRecord(Protocol):

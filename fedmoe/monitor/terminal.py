@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmoe.monitor.palette import POLICY_COLOURS, SAMPLE_TEXT
-from fedmoe.record import Record
+from fedmoe.runtime.records import Record
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARKS = 24

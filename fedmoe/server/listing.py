@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fedmoe.experts import ExpertModel
-from fedmoe.server.roster import Roster
-from fedmoe.wire.messages import ExpertInfo
+from fedmoe.server.statistics.contributors import Roster
+from fedmoe.wire.contract.messages import ExpertInfo
 
 # What stands for a time in a prepared entry: no name or text holds it, since a quote in these is escaped.
 _PLACE = '"seconds_ago":-1.0'

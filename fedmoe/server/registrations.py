@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedmoe.errors import RefusedError
-from fedmoe.experts import ExpertModel, Registrant
-from fedmoe.manifest import Manifest, check_base
-from fedmoe.wire.messages import ManifestMessage
+from fedmoe.experts import ExpertModel, Registrant, check_base
+from fedmoe.lora.manifest import Manifest
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.wire.contract.messages import ManifestMessage
 
 _RETIRE = "Retire experts that nobody trains ('fedmoe experts retire NAME', an administrator's)"
 

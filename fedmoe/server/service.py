@@ -16,40 +16,48 @@ from typing import TypeVar
 
 import structlog
 
-from fedmoe import __version__, failpoints
+from fedmoe import __version__
 from fedmoe.coordinator import CentralCoordinator, Draft, GatewayModel
-from fedmoe.errors import RefusedError
-from fedmoe.events import GatewayFolded, HeldUpdateRejected, QuarantineEvent
 from fedmoe.experts import ExpertModel, Registrant, first_name
+from fedmoe.federation.events import GatewayFolded, HeldUpdateRejected, QuarantineEvent
 from fedmoe.lora.adapter import Layout
 from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
-from fedmoe.server.committer import Committer
-from fedmoe.server.data_statistics import KeptStatistics, most_bytes
-from fedmoe.server.erasure import Erased, Erasure
-from fedmoe.server.evaluation_gate import EvaluationGate, GatePolicy
-from fedmoe.server.folding import Folding
-from fedmoe.server.held_updates import HeldUpdates
-from fedmoe.server.histories import current_history
-from fedmoe.server.history import History
-from fedmoe.server.in_flight import InFlight, Processed
-from fedmoe.server.landing import Arrived, Landing
+from fedmoe.runtime import failpoints
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.access.security import Principal
+from fedmoe.server.expert_names import titled_gateway
+from fedmoe.server.gate.gate import EvaluationGate, GatePolicy
+from fedmoe.server.gate.publication import Publications
+from fedmoe.server.history.base_history import current_history
+from fedmoe.server.history.history import History
 from fedmoe.server.listing import ExpertEntries
-from fedmoe.server.memory_budget import MemoryBudget
-from fedmoe.server.names import titled_gateway
-from fedmoe.server.publication import Publications
-from fedmoe.server.receive import Expected, opened_writer, receive, settled
 from fedmoe.server.registrations import RegistrationLimits, checked_manifest
-from fedmoe.server.retention import Retention
-from fedmoe.server.roster import Roster
-from fedmoe.server.security import Principal
-from fedmoe.server.submission import log_update, submission_of, usable_norm
-from fedmoe.server.told_statistics import ToldStatistics
-from fedmoe.server.undo import Undo, answered
-from fedmoe.server.worker_leases import WorkerLeases
-from fedmoe.storage.blobs import BlobStore, BlobWriter, FolderBlobStore, StorageFailedError
-from fedmoe.storage.journal import Journal
-from fedmoe.storage.told_statistics import Statistic
-from fedmoe.wire.messages import (
+from fedmoe.server.statistics.contributors import Roster
+from fedmoe.server.statistics.data_statistics import KeptStatistics, most_bytes
+from fedmoe.server.statistics.reported_statistics import ToldStatistics
+from fedmoe.server.storage.blobs import BlobStore, BlobWriter, FolderBlobStore, StorageFailedError
+from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.reported_statistics import Statistic
+from fedmoe.server.updates.committer import Committer
+from fedmoe.server.updates.held_updates import HeldUpdates
+from fedmoe.server.updates.in_flight import InFlight, Processed
+from fedmoe.server.updates.landing import Arrived, Landing
+from fedmoe.server.updates.memory_budget import MemoryBudget
+from fedmoe.server.updates.upload import (
+    Expected,
+    log_update,
+    opened_writer,
+    receive,
+    settled,
+    submission_of,
+    usable_norm,
+)
+from fedmoe.server.updates.worker_leases import WorkerLeases
+from fedmoe.server.upkeep.background_merge import Folding
+from fedmoe.server.upkeep.erasure import Erased, Erasure
+from fedmoe.server.upkeep.retention import Retention
+from fedmoe.server.upkeep.undo import Undo, answered
+from fedmoe.wire.contract.messages import (
     ChangeResult,
     DataStatisticsHeader,
     DataStatisticsResult,

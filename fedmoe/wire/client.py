@@ -14,12 +14,12 @@ import stamina
 from pydantic import BaseModel
 
 from fedmoe import __version__ as _OURS
-from fedmoe.errors import RefusedError
 from fedmoe.lora.codec import WireDtype
-from fedmoe.manifest import Manifest
+from fedmoe.lora.manifest import Manifest
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.clocks import clock_difference
-from fedmoe.wire.foreign import seconds_asked
-from fedmoe.wire.gate_messages import (
+from fedmoe.wire.contract.experts import RenameRequest, RetireRequest, UnretireRequest
+from fedmoe.wire.contract.gate import (
     CandidatesAnswer,
     CandidatesRequest,
     CandidateWeightsRequest,
@@ -28,7 +28,7 @@ from fedmoe.wire.gate_messages import (
     VerdictInfo,
     VerdictsAnswer,
 )
-from fedmoe.wire.messages import (
+from fedmoe.wire.contract.messages import (
     PROBLEM,
     SAFETENSORS,
     ChangeResult,
@@ -46,8 +46,12 @@ from fedmoe.wire.messages import (
     UpdateHeader,
     UpdateResult,
 )
+from fedmoe.wire.contract.quarantine import HeldUpdateInfo, QuarantineListing
+from fedmoe.wire.contract.tokens import TokenAnswer, TokenListing, TokenRequest
+from fedmoe.wire.contract.versions import PROTOCOL, PROTOCOL_HEADER, mismatch
+from fedmoe.wire.foreign_answers import seconds_asked
 from fedmoe.wire.proxy import ConnectionSettingError
-from fedmoe.wire.pulled import (
+from fedmoe.wire.pulled_weights import (
     ANY,
     Expected,
     PulledExpert,
@@ -58,7 +62,6 @@ from fedmoe.wire.pulled import (
     pulled_expert,
     pulled_gateway,
 )
-from fedmoe.wire.quarantine_messages import HeldUpdateInfo, QuarantineListing
 from fedmoe.wire.replies import (
     Answer,
     Bounds,
@@ -69,11 +72,8 @@ from fedmoe.wire.replies import (
     parsed_problem,
     read,
 )
-from fedmoe.wire.roll_messages import RenameRequest, RetireRequest, UnretireRequest
-from fedmoe.wire.token_messages import TokenAnswer, TokenListing, TokenRequest
 from fedmoe.wire.transport import check_url, proxy_of, transport_for
 from fedmoe.wire.unreachable import unreachable
-from fedmoe.wire.versions import PROTOCOL, PROTOCOL_HEADER, mismatch
 
 __all__ = [
     "ANOTHER_HISTORY",

@@ -9,12 +9,12 @@ from typing import Literal, Self, TypeVar
 import httpx2
 from pydantic import BaseModel, ValidationError
 
-from fedmoe.inert import inert_json, shortened
-from fedmoe.lora.container import MAX_HEADER_BYTES
-from fedmoe.manifest import Manifest
+from fedmoe.lora.manifest import Manifest
+from fedmoe.lora.safetensors_bytes import MAX_HEADER_BYTES
+from fedmoe.runtime.safe_text import inert_json, shortened
 from fedmoe.wire.answer import Answer, CoordinatorUnavailableError, media_type
-from fedmoe.wire.foreign import foreign
-from fedmoe.wire.messages import SAFETENSORS, Problem
+from fedmoe.wire.contract.messages import SAFETENSORS, Problem
+from fedmoe.wire.foreign_answers import foreign
 
 __all__ = [
     "Answer",

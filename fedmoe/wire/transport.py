@@ -17,7 +17,7 @@ from urllib.request import getproxies
 import httpcore2
 import httpx2
 
-from fedmoe.logs import warn
+from fedmoe.runtime.logs import warn
 from fedmoe.wire.proxy import ConnectionSettingError, ProxyChoice, proxy_for
 
 LEAST_BYTES_PER_SECOND = 1 << 10

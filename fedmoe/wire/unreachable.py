@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from fedmoe.errors import RefusedError
-from fedmoe.inert import shortened
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.runtime.safe_text import shortened
 from fedmoe.wire.answer import CoordinatorUnavailableError
 from fedmoe.wire.proxy import ProxyChoice
 

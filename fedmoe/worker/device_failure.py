@@ -7,7 +7,7 @@ from collections.abc import Callable
 import structlog
 
 from fedmoe.models.device_faults import device_fault
-from fedmoe.worker.group import DeviceFailedError
+from fedmoe.worker.pull import DeviceFailedError
 
 _log = structlog.get_logger("fedmoe.worker")
 

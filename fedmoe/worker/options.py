@@ -9,18 +9,18 @@ from collections.abc import Sequence
 import structlog
 
 from fedmoe.config import WorkerConfig
-from fedmoe.datasets.contents import Hashes, change_between, digest_of, sample_hashes
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.packing import Block, BlockSampler
-from fedmoe.datasets.tokenized import TokenizedSample
+from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.tokens.contents import Hashes, change_between, digest_of, sample_hashes
+from fedmoe.datasets.tokens.packing import Block, BlockSampler
+from fedmoe.datasets.tokens.tokenized import TokenizedSample
 from fedmoe.lora.adapter import Layout, ModuleShape
-from fedmoe.manifest import Manifest
+from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.held_out import HeldOutPlan, bounded
 from fedmoe.models.lora_layers import TargetError, find_targets
 from fedmoe.models.schedule import TrainingConfig
 from fedmoe.models.step_memory import StepShape, check_memory, free_memory
-from fedmoe.wire.messages import MAX_PARAMETERS
+from fedmoe.wire.contract.messages import MAX_PARAMETERS
 
 _log = structlog.get_logger("fedmoe.worker")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import structlog
 
 from fedmoe.qwen_worker import EvaluationRecord, StepRecord
-from fedmoe.record import RecordWriter
+from fedmoe.runtime.records import RecordWriter
 from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert
-from fedmoe.wire.messages import HELD_OUT, StatisticRequest, UpdateHeader, UpdateResult
-from fedmoe.worker.delivery import Answered
-from fedmoe.worker.outbox import Pending
+from fedmoe.wire.contract.messages import HELD_OUT, StatisticRequest, UpdateHeader, UpdateResult
+from fedmoe.wire.delivery import Answered
+from fedmoe.wire.outbox import Pending
 from fedmoe.worker.progress import SyncPoint
 
 _log = structlog.get_logger("fedmoe.worker")

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import structlog
 
-from fedmoe.datasets.contents import Hashes
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.packing import BlockSampler
+from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.tokens.contents import Hashes
+from fedmoe.datasets.tokens.packing import BlockSampler
 from fedmoe.models.kept_data import judge_change
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.worker_state import has_state, peek_values
 from fedmoe.qwen_worker import QwenWorker
-from fedmoe.worker.group import WorkerFailedError
 from fedmoe.worker.progress import SyncPoint
+from fedmoe.worker.pull import WorkerFailedError
 
 _log = structlog.get_logger("fedmoe.worker")
 

@@ -13,20 +13,33 @@ never in time, so it is made once, does not follow the training, and is the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import structlog
 
-from fedmoe.datasets.packing import Block, collate
-from fedmoe.datasets.tokenized import MASKED, IntArray
-from fedmoe.gateway.prompt_statistics import PromptStatistics
+from fedmoe import __version__
+from fedmoe.datasets.tokens.packing import Block, collate
+from fedmoe.datasets.tokens.tokenized import MASKED, IntArray
 from fedmoe.lora.adapter import FloatMatrix
 from fedmoe.lora.moments import InputMoments
+from fedmoe.lora.prompt_statistics import PromptStatistics
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.chat_frame import ChatFrame
 from fedmoe.models.input_moments import MomentsCollector
 from fedmoe.models.prompt_features import prefix_features
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.runtime.files import write_atomic
+from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
+from fedmoe.wire.contract.messages import DataStatisticsHeader, StatisticsKind
+from fedmoe.wire.delivery import DAMAGED_ON_THE_WAY, pause_seconds
 
 #: Fewer samples than this say too much about each of them, and too little about the domain.
 LEAST_PROMPTS = 16
@@ -173,3 +186,124 @@ def _prompts(ids: IntArray, labels: IntArray, frame: ChatFrame) -> tuple[Sequenc
         return prompt, (len(prompt),)
     lengths = tuple(length for length in PROMPT_LENGTHS if length <= len(labels))
     return ids.tolist(), lengths or ((len(labels),) if len(labels) > 1 else ())
+
+
+_log = structlog.get_logger("fedmoe.worker")
+_KINDS: tuple[StatisticsKind, ...] = ("prompts", "moments")
+
+
+def statistics_key(base: LoadedBase, blocks: Sequence[Block], targets: Sequence[str] | str) -> str:
+    """Names what statistics follow from: base model and its precision, data, adapted modules, and this code."""
+    made_of = [__version__, base.identity.weights_hash, str(base.dtype), targets]
+    key = hashlib.sha256(json.dumps(made_of).encode())
+    for block in blocks:
+        for array in (block.input_ids, block.labels, block.segment_ids):
+            key.update(array.tobytes())
+    return key.hexdigest()[:32]
+
+
+def read_kept(folder: Path, key: str) -> dict[StatisticsKind, bytes]:
+    """What was kept under this key, by kind; empty unless all of it is there, can be read and is undamaged."""
+    found: dict[StatisticsKind, bytes] = {}
+    for kind in _KINDS:
+        for file in folder.glob(f"{kind}-{key}-*.safetensors"):
+            try:
+                body = file.read_bytes()
+            except OSError as error:
+                _log.warning("kept_statistics_unreadable", file=str(file), reason=str(error))
+                continue
+            if file.name == _name(kind, key, body):
+                found[kind] = body
+            else:
+                _log.warning("kept_statistics_damaged", file=str(file))
+    return found if len(found) == len(_KINDS) else {}
+
+
+def keep(folder: Path, key: str, bodies: Mapping[StatisticsKind, bytes]) -> None:
+    """Keep these and no others; a disk that takes none is logged, since training does not need them."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.iterdir():
+            file.unlink()
+        for kind, body in bodies.items():
+            write_atomic(folder / _name(kind, key, body), body)
+    except OSError as error:
+        _log.warning("statistics_not_kept", reason=str(error))
+
+
+def _name(kind: StatisticsKind, key: str, body: bytes) -> str:
+    return f"{kind}-{key}-{hashlib.sha256(body).hexdigest()[:32]}.safetensors"
+
+
+_log = structlog.get_logger("fedmoe.worker")
+
+# Of a worker that was told to stop, for statistics that are still on their way.
+_LAST_WAIT_SECONDS = 5.0
+_TICK_SECONDS = 0.2
+
+
+class Disclosure:
+    """Sends the statistics of a worker's data once; while the coordinator is away, again and again, as updates are.
+
+    A refusal is logged and ends it. The thread is a daemon: a worker that must leave leaves.
+    """
+
+    def __init__(
+        self, client: CoordinatorClient, expert: str, worker: str, statistics: Mapping[StatisticsKind, bytes]
+    ) -> None:
+        self._client = client
+        self._waiting = [
+            (DataStatisticsHeader(expert=expert, worker=worker, kind=kind), body) for kind, body in statistics.items()
+        ]
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fedmoe-disclosure", daemon=True)
+
+    def start(self) -> None:
+        """Begin to send; the expert must be registered."""
+        self._thread.start()
+
+    def finish(self, seconds: float, stopped: Callable[[], bool]) -> None:
+        """Wait for what is on its way, then try no more: `seconds`, as for an update, or little once `stopped`.
+
+        What was not taken by then is logged: the gateway is made without it.
+        """
+        deadline = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            self._thread.join(_TICK_SECONDS)
+            if stopped():
+                deadline = min(deadline, time.monotonic() + _LAST_WAIT_SECONDS)
+        if self._thread.is_alive():
+            _log.warning("statistics_not_sent", reason="the coordinator did not take them; the next start sends them")
+        self.close()
+
+    def close(self) -> None:
+        """Try no more."""
+        self._closed.set()
+
+    def _run(self) -> None:
+        while self._waiting:
+            header, body = self._waiting.pop(0)  # let go of once sent: as large as an adapter
+            try:
+                self._send(header, body)
+            except RefusedError as error:
+                _log.warning("statistics_refused", kind=header.kind, code=error.code, reason=str(error))
+            except Exception as error:
+                # The client may be closed under a call that was on its way when the worker left.
+                if not self._closed.is_set():
+                    _log.warning("statistics_not_sent", kind=header.kind, reason=repr(error))
+                return
+
+    def _send(self, header: DataStatisticsHeader, body: bytes) -> None:
+        tries = 0
+        while not self._closed.is_set():
+            try:
+                self._client.push_data_statistics(header, body)
+                _log.info("statistics_sent", kind=header.kind, size=len(body))
+                return
+            except (CoordinatorUnavailableError, RefusedError) as error:
+                if isinstance(error, RefusedError) and error.code not in DAMAGED_ON_THE_WAY:
+                    raise
+                tries += 1
+                asked = error.retry_after if isinstance(error, CoordinatorUnavailableError) else None
+            # Pauses spread load, they are no secret.
+            self._closed.wait(pause_seconds(tries, asked, random.random()))  # noqa: S311

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 import structlog
 
-from fedmoe.cache import cache_folder
 from fedmoe.config import WorkerConfig
 from fedmoe.datasets.check import RowOptions, check_beginning
-from fedmoe.datasets.contents import Hashes, sample_hashes
-from fedmoe.datasets.packing import Block, BlockSampler, pack
-from fedmoe.datasets.prepare import DataOptions, Prepared, prepare_samples
 from fedmoe.datasets.split import held_out_rows
-from fedmoe.datasets.tokenized import TokenizedSample
+from fedmoe.datasets.tokens.contents import Hashes, sample_hashes
+from fedmoe.datasets.tokens.packing import Block, BlockSampler, pack
+from fedmoe.datasets.tokens.tokenized import TokenizedSample
 from fedmoe.lora.adapter import Layout
 from fedmoe.models.base import LoadedBase, context_length, pad_token
 from fedmoe.models.context import resolve_max_length
 from fedmoe.models.held_out import HeldOutPlan
 from fedmoe.models.parallel import ProcessGroup
+from fedmoe.models.prepare_data import DataOptions, Prepared, prepare_samples
 from fedmoe.models.schedule import TrainingConfig
+from fedmoe.runtime.cache import cache_folder
 from fedmoe.worker.options import (
     block_sampler,
     check_memory_of_step,

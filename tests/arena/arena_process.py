@@ -20,7 +20,7 @@ from tiny_arena import write_config
 from fedmoe.arena.config import ArenaConfig
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tiny_arena", "fedmoe.cli.commands", "fedmoe.arena.run", "fedmoe.cli.arena_watch"])
+_FORKS.set_forkserver_preload(["tiny_arena", "fedmoe.cli.commands", "fedmoe.arena.run.run", "fedmoe.cli.arena_watch"])
 
 
 def train(arguments: Sequence[str], log: str) -> None:
@@ -29,10 +29,10 @@ def train(arguments: Sequence[str], log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    import fedmoe.arena.run
+    import fedmoe.arena.run.run
     from fedmoe.cli import main
 
-    setattr(fedmoe.arena.run, "make_task", lambda name, options: LettersTask())  # noqa: B010
+    setattr(fedmoe.arena.run.run, "make_task", lambda name, options: LettersTask())  # noqa: B010
     main(["arena", "train", *arguments])
     sys.stdout.flush()
 

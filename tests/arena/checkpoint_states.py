@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmoe.arena.checkpoint import ArenaState, save
+from fedmoe.arena.run.checkpoint import ArenaState, save
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
 
 NOON = 1_769_860_800.0  # 2026-01-31 12:00:00 UTC

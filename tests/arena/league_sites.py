@@ -12,24 +12,24 @@ import numpy as np
 from live import listening
 from support import free_port
 
-from fedmoe.arena.adapt import AdaptRules
-from fedmoe.arena.chat import ChatCodec
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.arena.engines.protocol import AdapterKey
-from fedmoe.arena.engines.transformers_engine import TransformersEngine
-from fedmoe.arena.federation import League, join_through, learning_rate_only
-from fedmoe.arena.learner import Learner, LearnerConfig, OptimizerState
-from fedmoe.arena.policies import Policies
-from fedmoe.arena.task import Lineup, Message, Outcome, TaskError
+from fedmoe.arena.league.league import League, join_through, learning_rate_only
+from fedmoe.arena.learning.adapt import AdaptRules
+from fedmoe.arena.learning.learner import Learner, LearnerConfig, OptimizerState
+from fedmoe.arena.learning.policies import Policies
+from fedmoe.arena.rollout.chat import ChatCodec
+from fedmoe.arena.tasks.task import Lineup, Message, Outcome, TaskError
 from fedmoe.arena.trainer import Trainer
 from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
-from fedmoe.events import UpdateAccepted
+from fedmoe.federation.events import UpdateAccepted
+from fedmoe.inference.engine import AdapterKey
+from fedmoe.inference.transformers_engine import TransformersEngine
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout
 from fedmoe.lora.codec import decode
 from fedmoe.models.base import load_base
 from fedmoe.models.multilora import MultiLora
-from fedmoe.record import Value
+from fedmoe.runtime.records import Value
 from fedmoe.wire.client import CoordinatorClient
 
 PUSH = "/push_expert_update"

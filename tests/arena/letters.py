@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe.arena.engines.protocol import AdapterKey
 from fedmoe.arena.modes.protocol import Planning
-from fedmoe.arena.task import Lineup, Message, Outcome, TaskError, check_actions, check_lineup
-from fedmoe.arena.trajectory import RANDOM, EpisodePlan, PlayedEpisode, Player, Turn
+from fedmoe.arena.rollout.episodes import RANDOM, EpisodePlan, PlayedEpisode, Player, Turn
+from fedmoe.arena.tasks.task import Lineup, Message, Outcome, TaskError, check_actions, check_lineup
+from fedmoe.inference.engine import AdapterKey
 
 
 class LettersEpisode:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fedmoe.arena.loss import LOSSES, LossConfig, LossStatistics, Tokens
+from fedmoe.arena.learning.loss import LOSSES, LossConfig, LossStatistics, Tokens
 
 
 def random_tokens(seed: int, count: int = 24, spread: float = 0.5, reference: bool = False) -> Tokens:

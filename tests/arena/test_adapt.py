@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.arena.adapt import AdaptError, AdaptiveLora, AdaptRules, Change, Effect, Knobs, fitted
+from fedmoe.arena.learning.adapt import AdaptError, AdaptiveLora, AdaptRules, Change, Effect, Knobs, fitted
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
 
 laws = settings(deadline=None, max_examples=60)

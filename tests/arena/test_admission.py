@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.arena.admission import Admission, AdmissionError
+from fedmoe.arena.learning.admission import Admission, AdmissionError
 
 laws = settings(deadline=None, max_examples=100)
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from letters import LettersEpisode, LettersTask, made_outcome
 
-from fedmoe.arena.engines.protocol import AdapterKey, Sample, SampleRequest
-from fedmoe.arena.evaluate import CHANCE, Comparison, Evaluator, Interval
-from fedmoe.arena.rollout import RolloutError, RolloutSettings
-from fedmoe.arena.task import HELD_OUT, Lineup, Message, Outcome
-from fedmoe.arena.trajectory import Player
+from fedmoe.arena.rollout.episodes import Player
+from fedmoe.arena.rollout.evaluate import CHANCE, Comparison, Evaluator, Interval
+from fedmoe.arena.rollout.play import RolloutError, RolloutSettings
+from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Message, Outcome
+from fedmoe.inference.engine import AdapterKey, Sample, SampleRequest
 
 GOOD, EQUAL, BAD = (Player(name, AdapterKey(name, 3), learning=True) for name in ("good", "equal", "bad"))
 STRENGTH = {"good": 0.8, "equal": 0.5, "bad": 0.2, "base": 0.5}

@@ -15,21 +15,21 @@ import torch
 from letters import LettersTask
 from tiny_arena import NAMES, TIMES, curve, records_of, tiny_config
 
-from fedmoe.arena import checkpoint
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.arena.episodes import EPISODES, read_episodes
-from fedmoe.arena.learner import Learner
-from fedmoe.arena.memory import GIB, MemoryLimitError
+from fedmoe.arena.learning.learner import Learner
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.protocol import ModeError
-from fedmoe.arena.records import BatchedRecords
-from fedmoe.arena.results import Ending
-from fedmoe.arena.run import METRICS, REPORT, RESULTS, run_arena
-from fedmoe.arena.run_options import RunError, RunOptions, Stop, Watch, Watched, unwatched
+from fedmoe.arena.run import checkpoint
+from fedmoe.arena.run.batched_records import BatchedRecords
+from fedmoe.arena.run.episode_log import EPISODES, read_episodes
+from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch, Watched, unwatched
+from fedmoe.arena.run.results import Ending
+from fedmoe.arena.run.run import METRICS, REPORT, RESULTS, run_arena
 from fedmoe.cli.arena_watch import ArenaWatch
-from fedmoe.files import FolderInUseError, lock_folder
 from fedmoe.lora.codec import digest
-from fedmoe.record import Record, Value
+from fedmoe.runtime.files import FolderInUseError, lock_folder
+from fedmoe.runtime.memory import GIB, MemoryLimitError
+from fedmoe.runtime.records import Record, Value
 
 DUEL = LettersTask((2, 2), zero_sum=True, strategies=(), name="test:duel")
 PHASES = (("competitive", 3), ("team_battle", 2))
@@ -42,7 +42,7 @@ class Boom(Exception):
 
 @pytest.fixture(autouse=True)
 def letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmoe.arena.run.make_task", lambda name, options: LettersTask())
+    monkeypatch.setattr("fedmoe.arena.run.run.make_task", lambda name, options: LettersTask())
 
 
 def run_config() -> ArenaConfig:
@@ -119,7 +119,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedmoe.arena.run.make_task", lambda name, options: LettersTask())
+        patch.setattr("fedmoe.arena.run.run.make_task", lambda name, options: LettersTask())
         assert run(folder) == Ending("finished")
     return folder
 
@@ -294,9 +294,9 @@ def test_every_mode_and_bound_goes_on_exactly(mode: str, bound: int, tmp_path: P
 
 
 def test_a_game_with_a_replacement_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmoe.arena.run.make_task", lambda name, options: DUEL)
+    monkeypatch.setattr("fedmoe.arena.run.run.make_task", lambda name, options: DUEL)
     monkeypatch.setattr("fedmoe.arena.trainer.make_mode", lambda name: Competitive(min_games=2, cooldown=3))
-    monkeypatch.setattr("fedmoe.arena.survival.SURELY", 0.01)
+    monkeypatch.setattr("fedmoe.arena.population.pbt.SURELY", 0.01)
     config = tiny_config([("competitive", 3), ("competitive", 4)], groups=4)
     stop = Stop()
     run(tmp_path / "whole", config)
@@ -360,7 +360,7 @@ def test_more_iterations_and_another_evaluation_may_go_on_and_are_told(tmp_path:
 
 def test_a_start_that_was_refused_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("fedmoe.arena.run.make_task", lambda name, options: DUEL)
+        patch.setattr("fedmoe.arena.run.run.make_task", lambda name, options: DUEL)
         with pytest.raises(ModeError, match="team_battle"):
             run(tmp_path)
     assert run(tmp_path, tiny_config([("competitive", 1)])) == Ending("finished")

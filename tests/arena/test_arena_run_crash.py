@@ -14,8 +14,8 @@ import pytest
 from arena_process import ArenaProcess
 from tiny_arena import curve, tiny_config
 
-from fedmoe.arena import checkpoint
-from fedmoe.arena.episodes import EPISODES
+from fedmoe.arena.run import checkpoint
+from fedmoe.arena.run.episode_log import EPISODES
 from fedmoe.lora.codec import digest
 
 PHASES = (("competitive", 5), ("team_battle", 4), ("cooperative", 5))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.arena.baselines import GROUP_SCALES, BaselineError, BaselineKey, MovingBaselines, group_advantages
+from fedmoe.arena.modes.advantages import GROUP_SCALES, BaselineError, BaselineKey, MovingBaselines, group_advantages
 
 laws = settings(deadline=None, max_examples=60)
 reward_lists = st.lists(st.floats(-2, 2), min_size=1, max_size=12)

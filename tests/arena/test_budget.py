@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.arena.budget import LearningSignal, allocate
+from fedmoe.arena.modes.allocation import LearningSignal, allocate
 
 deviations = st.dictionaries(st.text("abcdefgh", min_size=1, max_size=3), st.floats(0, 1e300), min_size=1, max_size=9)
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from fedmoe.arena.checkpoint import (
+from fedmoe.arena.run.checkpoint import (
     ArenaState,
     CheckpointError,
     checkpoints,
@@ -29,7 +29,7 @@ from fedmoe.arena.checkpoint import (
     prune,
     save,
 )
-from fedmoe.arena.packed_array import FloatArray
+from fedmoe.arena.run.float_packing import FloatArray
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.formats import read_peft
 

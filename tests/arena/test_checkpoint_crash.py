@@ -14,15 +14,15 @@ import pytest
 from checkpoint_states import assert_same, state
 from structlog.testing import capture_logs
 
-from fedmoe.arena.checkpoint import checkpoints, clean, load_newest
+from fedmoe.arena.run.checkpoint import checkpoints, clean, load_newest
 
 SAVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from checkpoint_states import saved
-from fedmoe import logs
-from fedmoe.arena.checkpoint import clean, load_newest, prune
+from fedmoe.runtime import logs
+from fedmoe.arena.run.checkpoint import clean, load_newest, prune
 logs.configure()
 folder = Path(sys.argv[1])
 clean(folder)

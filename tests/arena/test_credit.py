@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.arena import credit
-from fedmoe.arena.credit import RULES, Credit, CreditError, SeatCredit, credit_rule, decompose, weighted
-from fedmoe.arena.task import Lineup, Outcome, Team
+from fedmoe.arena.modes import credit
+from fedmoe.arena.modes.credit import RULES, Credit, CreditError, SeatCredit, credit_rule, decompose, weighted
+from fedmoe.arena.tasks.task import Lineup, Outcome, Team
 
 laws = settings(deadline=None, max_examples=60)
 scores = st.floats(0, 1)
@@ -157,7 +157,9 @@ def installed(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None
 
 
 def test_a_rule_is_found_by_name_here_or_in_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(monkeypatch, ("foreign", "fedmoe.arena.credit:shared"), ("odd", "fedmoe.arena.credit:ENTRY_POINTS"))
+    installed(
+        monkeypatch, ("foreign", "fedmoe.arena.modes.credit:shared"), ("odd", "fedmoe.arena.modes.credit:ENTRY_POINTS")
+    )
     assert credit_rule("difference") is RULES["difference"]
     assert credit_rule("foreign") is credit.shared
     with pytest.raises(CreditError, match=r"'odd' .* is a str"):

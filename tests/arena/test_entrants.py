@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmoe.arena import checkpoint
-from fedmoe.arena.checkpoint import ArenaState, CheckpointError
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.arena.entrants import EntrantError, read_field
+from fedmoe.arena.run import checkpoint
+from fedmoe.arena.run.checkpoint import ArenaState, CheckpointError
+from fedmoe.arena.run.entrants import EntrantError, read_field
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
 from fedmoe.lora.formats import peft_files
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from letters import made_outcome
 
-from fedmoe.arena.credit import Credit, SeatCredit
-from fedmoe.arena.engines.protocol import AdapterKey
-from fedmoe.arena.episodes import EpisodeLog, EpisodeRow, choose, read_episodes, reward_of, select
+from fedmoe.arena.modes.credit import Credit, SeatCredit
 from fedmoe.arena.modes.protocol import Judgement, SeatResult
 from fedmoe.arena.reporting import Report
-from fedmoe.arena.task import Lineup
-from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode, Player, Turn
+from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player, Turn
+from fedmoe.arena.run.episode_log import EpisodeLog, EpisodeRow, choose, read_episodes, reward_of, select
+from fedmoe.arena.tasks.task import Lineup
+from fedmoe.inference.engine import AdapterKey
 
 ANN = Player("ann", AdapterKey("ann", 3), learning=True)
 BASE = Player("base", None)

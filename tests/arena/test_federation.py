@@ -13,19 +13,18 @@ from hypothesis import strategies as st
 from league_sites import ALPHA, RANK, House, Site, running_house
 from structlog.testing import capture_logs
 
-from fedmoe.arena import federation
-from fedmoe.arena.adapt import AdaptiveLora, AdaptRules, Effect, Knobs
 from fedmoe.arena.config import PolicySection
-from fedmoe.arena.engines.protocol import AdapterKey, EngineError
-from fedmoe.arena.federation import FederationError, learning_rate_only
+from fedmoe.arena.league import league as federation
+from fedmoe.arena.league.league import FederationError, learning_rate_only
+from fedmoe.arena.learning.adapt import AdaptiveLora, AdaptRules, Effect, Knobs
 from fedmoe.coordinator import seed_of
-from fedmoe.errors import RefusedError
-from fedmoe.lora.adapter import Adapter, FloatVector
-from fedmoe.lora.initial import initial_adapter
-from fedmoe.manifest import BaseModel, Manifest
+from fedmoe.inference.engine import AdapterKey, EngineError
+from fedmoe.lora.adapter import Adapter, FloatVector, initial_adapter
+from fedmoe.lora.manifest import BaseModel, Manifest
 from fedmoe.models.base import load_base
 from fedmoe.models.schedule import LoraConfig, TrainingConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 
 
@@ -37,8 +36,8 @@ def house(tmp_path: Path) -> Iterator[House]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmoe.worker.delivery._FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("fedmoe.worker.delivery._LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr("fedmoe.wire.delivery._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("fedmoe.wire.delivery._LONGEST_PAUSE", 0.05)
 
 
 def foreign(site: Site) -> list[str]:
@@ -275,7 +274,7 @@ def test_a_refused_expert_does_not_hold_up_the_others(house: House, tmp_path: Pa
 
 def test_the_least_interval_of_the_coordinator_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # By the league itself; that the coordinator insists on it is another matter.
-    monkeypatch.setattr("fedmoe.server.uploads.seconds_early", lambda *_: 0.0)
+    monkeypatch.setattr("fedmoe.server.access.uploads.seconds_early", lambda *_: 0.0)
     with running_house(tmp_path / "coordinator", min_sync_interval=3600.0) as house:
         site = Site(house.url, tmp_path / "a", iterations=3).open()
         site.iterate(2)

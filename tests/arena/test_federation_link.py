@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from league_sites import House, Road, running_house
 from support import LAYOUT, MANIFEST, make_flat
 
-from fedmoe import failpoints
-from fedmoe.arena.federation_link import FederationError, Link, Point
+from fedmoe.arena.league.link import FederationError, Link, Point
 from fedmoe.lora.adapter import FloatVector
-from fedmoe.lora.container import encode_named
+from fedmoe.lora.safetensors_bytes import encode_named
+from fedmoe.runtime import failpoints
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 
 EXPERT = "solver"
@@ -143,7 +143,7 @@ def test_killed_anywhere_in_an_exchange_an_update_lands_once(place: str, house: 
 def test_an_answer_that_was_lost_is_asked_for_again_and_nothing_lands_twice(
     house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedmoe.worker.delivery._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("fedmoe.wire.delivery._FIRST_PAUSE", 0.01)
     toy = Toy(house.url, tmp_path / "w1").start()
     toy.road.lose = 2
     toy.learn(slice(0, 5))
@@ -239,8 +239,8 @@ OPERATIONS: dict[str, Callable[[Toy], None]] = {
 
 def test_what_was_learned_lands_once_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sites learn different numbers of one expert; each learned number is 1 in the end, never 2, nor 0 again."""
-    monkeypatch.setattr("fedmoe.worker.delivery._FIRST_PAUSE", 0.001)
-    monkeypatch.setattr("fedmoe.worker.delivery._LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("fedmoe.wire.delivery._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("fedmoe.wire.delivery._LONGEST_PAUSE", 0.01)
     experts = (f"expert-{number}" for number in count())
 
     @settings(max_examples=15, deadline=None)

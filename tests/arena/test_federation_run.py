@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from league_sites import ALPHA, RANK, House, Letters, running_house
 
-from fedmoe import failpoints
-from fedmoe.arena import checkpoint
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.arena.records import BatchedRecords
-from fedmoe.arena.run import RunOptions, Stop, Watched, run_arena
+from fedmoe.arena.run import checkpoint
+from fedmoe.arena.run.batched_records import BatchedRecords
+from fedmoe.arena.run.run import RunOptions, Stop, Watched, run_arena
 from fedmoe.lora.adapter import FloatVector
-from fedmoe.record import Value
+from fedmoe.runtime import failpoints
+from fedmoe.runtime.records import Value
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_run_that_is_killed_and_resumed_pushes_nothing_twice(
     place: str, time: int, house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole run with its checkpoints on disk: the newest is of iteration 3, the kill in the exchange after 4."""
-    monkeypatch.setattr("fedmoe.arena.run.make_task", lambda name, options: Letters())
+    monkeypatch.setattr("fedmoe.arena.run.run.make_task", lambda name, options: Letters())
     reached = count(1)
 
     def die(name: str) -> None:
@@ -88,7 +88,7 @@ def newest_checkpoint(tmp_path: Path, name: str) -> FloatVector:
 def test_a_run_that_is_stopped_hands_over_what_it_has(
     house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedmoe.arena.run.make_task", lambda name, options: Letters())
+    monkeypatch.setattr("fedmoe.arena.run.run.make_task", lambda name, options: Letters())
     stop = Stop()
 
     @contextmanager

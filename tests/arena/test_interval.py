@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedmoe.arena.interval import Interval, student
+from fedmoe.arena.rollout.interval import Interval, student
 
 
 def test_an_interval_is_as_wide_as_the_binomial_says() -> None:

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedmoe.arena.learner import Learner, LearnerConfig, OptimizerState
-from fedmoe.arena.loss import LossConfig, LossError
-from fedmoe.arena.trajectory import Example, Player, Turn
+from fedmoe.arena.learning.learner import Learner, LearnerConfig, OptimizerState
+from fedmoe.arena.learning.loss import LossConfig, LossError
+from fedmoe.arena.rollout.episodes import Example, Player, Turn
 from fedmoe.lora.adapter import Adapter, ShapeError
 from fedmoe.models.base import load_base
 from fedmoe.models.multilora import MultiLora, UnknownAdapterError
@@ -133,7 +133,7 @@ def test_small_micro_batches_give_the_step_of_one_large_one(limit: int, monkeypa
     large, small = make_learner(), make_learner()
     small.micro_batch_tokens = limit
     examples = [one for name in ("a", "b") for one in make_examples(large, name)]
-    monkeypatch.setattr("fedmoe.arena.learner.plan_micro_batches", remember)
+    monkeypatch.setattr("fedmoe.arena.learning.learner.plan_micro_batches", remember)
     reports = [one.update(examples, LENGTH) for one in (large, small)]
     assert len(batches[0]) == 1
     assert len(batches[1]) > 1

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import computed, fresh, part, random_tokens
 
-from fedmoe.arena.loss import (
+from fedmoe.arena.learning.loss import (
     AGGREGATIONS,
     GAP_ALARM,
     GAP_TARGET,

@@ -18,8 +18,8 @@ import pytest
 import torch
 from loss_cases import computed, random_tokens
 
-from fedmoe.arena.baselines import group_advantages
-from fedmoe.arena.loss import AGGREGATIONS, LossConfig, LossStatistics, Tokens
+from fedmoe.arena.learning.loss import AGGREGATIONS, LossConfig, LossStatistics, Tokens
+from fedmoe.arena.modes.advantages import group_advantages
 
 # The two packages and what they import warn about versions of their own; that is theirs to mend.
 pytestmark = [pytest.mark.areal, pytest.mark.filterwarnings("ignore")]

@@ -7,8 +7,8 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from fedmoe.arena import metrics
-from fedmoe.arena.trajectory import PlayedEpisode
+from fedmoe.arena.rollout import metrics
+from fedmoe.arena.rollout.episodes import PlayedEpisode
 
 
 def how_many(played: Sequence[PlayedEpisode]) -> float:

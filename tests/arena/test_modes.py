@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 from letters import LettersTask, planned, played
 
-from fedmoe.arena.baselines import BaselineKey
-from fedmoe.arena.credit import Credit
-from fedmoe.arena.engines.protocol import AdapterKey
 from fedmoe.arena.modes import competitive, cooperative, registry, team_battle
+from fedmoe.arena.modes.advantages import BaselineKey
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.cooperative import Cooperative
+from fedmoe.arena.modes.credit import Credit
+from fedmoe.arena.modes.memory import Society
 from fedmoe.arena.modes.mixed import Mixed
 from fedmoe.arena.modes.protocol import Decision, Judgement, Mode, ModeError, Planning
 from fedmoe.arena.modes.registry import MODES, make_mode
+from fedmoe.arena.modes.switching import SwitchRules
 from fedmoe.arena.modes.team_battle import TeamBattle
-from fedmoe.arena.society import Society
-from fedmoe.arena.survival import SURELY, Birth
-from fedmoe.arena.switching import SwitchRules
-from fedmoe.arena.task import HELD_OUT, check_lineup
-from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode, Player
+from fedmoe.arena.population.pbt import SURELY, Birth
+from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player
+from fedmoe.arena.tasks.task import HELD_OUT, check_lineup
+from fedmoe.inference.engine import AdapterKey
 
 NAMES = ("ann", "bob", "cy", "dee")
 TASK = LettersTask()

@@ -10,10 +10,10 @@ import pytest
 from letters import LettersTask
 from tiny_arena import tiny_config
 
-from fedmoe.arena import checkpoint
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.arena.run import REPORT, run_arena
-from fedmoe.arena.run_options import RunOptions, Stop, unwatched
+from fedmoe.arena.run import checkpoint
+from fedmoe.arena.run.options import RunOptions, Stop, unwatched
+from fedmoe.arena.run.run import REPORT, run_arena
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "arena_b5c47da.tar.gz"
 
@@ -37,7 +37,7 @@ def test_its_checkpoint_is_whole_and_read_71(tmp_path: Path) -> None:
 
 
 def test_the_run_goes_on_and_ends_71(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmoe.arena.run.make_task", lambda name, options: LettersTask())
+    monkeypatch.setattr("fedmoe.arena.run.run.make_task", lambda name, options: LettersTask())
     folder = unpacked(tmp_path)
     options = RunOptions(folder, resume=True, rollout_device="cpu", learner_device="cpu", dtype="fp32")
     ending = run_arena(config(), options, Stop(), unwatched)

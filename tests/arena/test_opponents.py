@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.arena.engines.protocol import AdapterKey
-from fedmoe.arena.opponents import BASE, OpponentPool
-from fedmoe.arena.trajectory import RANDOM, Player
+from fedmoe.arena.population.opponents import BASE, OpponentPool
+from fedmoe.arena.rollout.episodes import RANDOM, Player
+from fedmoe.inference.engine import AdapterKey
 
 
 def champions(pool: OpponentPool) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.arena.rating import PRIOR_SIGMA, Ratings
+from fedmoe.arena.population.rating import PRIOR_SIGMA, Ratings
 
 #: Strengths a rating point apart as the model counts them; P(i beats j) = logistic((i - j) / (sqrt(2) * beta)).
 TRUE = {"strong": 33.0, "good": 28.0, "fair": 23.0, "weak": 18.0}
@@ -171,6 +171,6 @@ def test_the_table_is_ordered_and_its_intervals_fit() -> None:
 
 
 def test_importing_the_library_says_nothing_and_needs_no_torch() -> None:
-    code = "import sys, fedmoe.arena.rating; assert 'torch' not in sys.modules"
+    code = "import sys, fedmoe.arena.population.rating; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

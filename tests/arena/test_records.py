@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from fedmoe.arena.records import BatchedRecords, truncate_records
-from fedmoe.record import RecordWriter, read_records
+from fedmoe.arena.run.batched_records import BatchedRecords, truncate_records
+from fedmoe.runtime.records import RecordWriter, read_records
 
 
 def numbers(file: Path) -> list[object]:
@@ -131,8 +131,8 @@ def test_a_file_shorter_than_the_checkpoint_says_is_left_and_logged(tmp_path: Pa
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fedmoe.arena.records import BatchedRecords
-from fedmoe.record import RecordWriter
+from fedmoe.arena.run.batched_records import BatchedRecords
+from fedmoe.runtime.records import RecordWriter
 with BatchedRecords(RecordWriter(Path(sys.argv[1]))) as records:
     records.write("policy", number=1)
     records.flush()

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.arena import environment as environment_module
-from fedmoe.arena.checkpoint import config_digest
-from fedmoe.arena.environment import environment, processor_name
-from fedmoe.arena.results import (
+from fedmoe.arena.run.checkpoint import config_digest
+from fedmoe.arena.run.results import (
     REPORT,
     RESULTS,
     Ending,
@@ -21,9 +19,11 @@ from fedmoe.arena.results import (
     build_results,
     write_json,
 )
-from fedmoe.arena.run_records import RunRecords, sort_records
-from fedmoe.demo.arena_sample import sample_records
-from fedmoe.record import Record, RecordWriter, Value, read_records
+from fedmoe.arena.run.sorted_records import RunRecords, sort_records
+from fedmoe.monitor.sample_records import sample_records
+from fedmoe.runtime import environment as environment_module
+from fedmoe.runtime.environment import environment, processor_name
+from fedmoe.runtime.records import Record, RecordWriter, Value, read_records
 
 RUN: Record = {
     "kind": "run",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.arena.resuming import accepted_changes
-from fedmoe.arena.run_options import RunError
+from fedmoe.arena.run.options import RunError
+from fedmoe.arena.run.resuming import accepted_changes
 
 
 def settings(*phases: tuple[str, int], **more: object) -> dict[str, object]:

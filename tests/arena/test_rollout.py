@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.arena.engines.protocol import AdapterKey, EngineError, Sample, SampleRequest
-from fedmoe.arena.rollout import RolloutError, RolloutSettings, attempt, play
-from fedmoe.arena.task import Episode, Lineup, Message, Outcome, TaskError, check_actions
-from fedmoe.arena.trajectory import RANDOM, EpisodePlan, PlayedEpisode, Player
+from fedmoe.arena.rollout.episodes import RANDOM, EpisodePlan, PlayedEpisode, Player
+from fedmoe.arena.rollout.play import RolloutError, RolloutSettings, attempt, play
+from fedmoe.arena.tasks.task import Episode, Lineup, Message, Outcome, TaskError, check_actions
+from fedmoe.inference.engine import AdapterKey, EngineError, Sample, SampleRequest
 from fedmoe.lora.adapter import Adapter
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedmoe
-from fedmoe.arena.run_logs import line_of, log_files, run_logs
+from fedmoe.arena.run.logs import line_of, log_files, run_logs
 
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z"
 
@@ -179,9 +179,9 @@ AFTER_CONFIGURE = """
 import sys
 from pathlib import Path
 import structlog
-from fedmoe import logs
+from fedmoe.runtime import logs
 import fedmoe
-from fedmoe.arena.run_logs import run_logs
+from fedmoe.arena.run.logs import run_logs
 logs.configure()
 early = structlog.get_logger("fedmoe.arena")
 early.info("early")

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from fedmoe.arena.strategy import Choice, StrategyChooser, importance_weighted, team_options
-from fedmoe.arena.task import Team
+from fedmoe.arena.modes.strategy import Choice, StrategyChooser, importance_weighted, team_options
+from fedmoe.arena.tasks.task import Team
 
 OPTIONS = ("plain", "debate", "review")
 

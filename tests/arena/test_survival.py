@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.arena.engines.protocol import AdapterKey
-from fedmoe.arena.rating import Ratings
-from fedmoe.arena.survival import Birth, Lineage, decide, perturb
+from fedmoe.arena.population.pbt import Birth, Lineage, decide, perturb
+from fedmoe.arena.population.rating import Ratings
+from fedmoe.inference.engine import AdapterKey
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
 
 LAYOUT = Layout((ModuleShape("down", 12, 6), ModuleShape("up", 6, 12)), rank=2)

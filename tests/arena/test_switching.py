@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.arena.switching import (
+from fedmoe.arena.modes.switching import (
     COMPETITIVE,
     COOPERATIVE,
     MODES,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from letters import LettersTask
 
-from fedmoe.arena.engines.protocol import Sample, SampleRequest
-from fedmoe.arena.sync_check import make_probes
-from fedmoe.arena.task import Message, TaskError
+from fedmoe.arena.run.sync_check import make_probes
+from fedmoe.arena.tasks.task import Message, TaskError
+from fedmoe.inference.engine import Sample, SampleRequest
 
 
 class Likeliest:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from fedmoe.arena.task import Lineup, Message, TaskError, Team
 from fedmoe.arena.tasks.committee import DRAFT_CHARS, CommitteeEpisode, CommitteeTask
+from fedmoe.arena.tasks.task import Lineup, Message, TaskError, Team
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from functools import cache
 import numpy as np
 import pytest
 
-from fedmoe.arena.task import Episode, Lineup, Message, Outcome, Task, TaskError, check_actions, check_lineup
 from fedmoe.arena.tasks.conformance import LAWS, check_task, lineups
 from fedmoe.arena.tasks.registry import make_task
+from fedmoe.arena.tasks.task import Episode, Lineup, Message, Outcome, Task, TaskError, check_actions, check_lineup
 
 TASKS = (
     "reasoning:chain_sum",

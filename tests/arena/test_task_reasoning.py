@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.arena.task import HELD_OUT, Lineup, TaskError, Team
 from fedmoe.arena.tasks.problems import Ballot, elected, quoted, read_answer
 from fedmoe.arena.tasks.reasoning import EXECUTES_ANSWERS, ReasoningProblems, ReasoningTask
+from fedmoe.arena.tasks.task import HELD_OUT, Lineup, TaskError, Team
 
 EXECUTORS = {"eval", "exec", "parse_expr", "sympify", "S"}
 SMALL = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}

@@ -7,10 +7,10 @@ from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 
-from fedmoe.arena.task import Task, TaskError
 from fedmoe.arena.tasks import registry
 from fedmoe.arena.tasks.reasoning import Option, ReasoningTask
 from fedmoe.arena.tasks.registry import make_task, task_kinds
+from fedmoe.arena.tasks.task import Task, TaskError
 
 
 def plugged(which: str, options: Mapping[str, Option]) -> Task:

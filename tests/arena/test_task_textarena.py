@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fedmoe.arena.task import Lineup, TaskError, Team
+from fedmoe.arena.tasks.task import Lineup, TaskError, Team
 from fedmoe.arena.tasks.textarena_games import HISTORY_CHARS, MAX_ACTIONS, GameEpisode, TextArenaTask
 from fedmoe.arena.tasks.textarena_rules import GAMES, tictactoe_value
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.arena.teams import EXACT_UP_TO, Split, balanced_teams, split_count, spread
+from fedmoe.arena.modes.teams import EXACT_UP_TO, Split, balanced_teams, split_count, spread
 
 
 def names_of(split: Split) -> list[str]:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from letters import LettersEpisode, LettersTask
 
-from fedmoe.arena.engines.protocol import AdapterKey, Sample, SampleRequest
-from fedmoe.arena.evaluate import BASE, CHANCE
-from fedmoe.arena.rollout import RolloutError, RolloutSettings
-from fedmoe.arena.task import HELD_OUT, Lineup, Message, Outcome, TaskError
+from fedmoe.arena.rollout.episodes import SCRIPTED, Player
+from fedmoe.arena.rollout.evaluate import BASE, CHANCE
+from fedmoe.arena.rollout.play import RolloutError, RolloutSettings
+from fedmoe.arena.rollout.tournament import Meeting, Row, Side, Table, Tally, run_tournament
+from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Message, Outcome, TaskError
 from fedmoe.arena.tasks.textarena_games import TextArenaTask
-from fedmoe.arena.tournament import Meeting, Row, Side, Table, Tally, run_tournament
-from fedmoe.arena.trajectory import SCRIPTED, Player
+from fedmoe.inference.engine import AdapterKey, Sample, SampleRequest
 
 SAYS = {"good": "abcd", "fair": "abλλ", "bad": "λλλλ", "mute": "", "base": "λλλλ"}
 GOOD, FAIR, BAD, MUTE = (Player(name, AdapterKey(name, 1)) for name in ("good", "fair", "bad", "mute"))

@@ -10,16 +10,16 @@ from letters import LettersEpisode, LettersTask
 from tiny_arena import NAMES, Arena, opened, tiny_config
 
 from fedmoe.arena.config import EvaluationSection
-from fedmoe.arena.credit import Credit
-from fedmoe.arena.engines.protocol import AdapterKey, EngineError, Sample, SampleRequest
-from fedmoe.arena.learner import Learner, PolicyUpdate
+from fedmoe.arena.learning.learner import Learner, PolicyUpdate
+from fedmoe.arena.learning.policies import PERTURBATION
 from fedmoe.arena.modes import competitive
-from fedmoe.arena.policies import PERTURBATION
-from fedmoe.arena.rating import Rating
-from fedmoe.arena.rollout import RolloutError
-from fedmoe.arena.survival import Replacement
-from fedmoe.arena.task import Lineup, Outcome
-from fedmoe.arena.trajectory import Example, Turn
+from fedmoe.arena.modes.credit import Credit
+from fedmoe.arena.population.pbt import Replacement
+from fedmoe.arena.population.rating import Rating
+from fedmoe.arena.rollout.episodes import Example, Turn
+from fedmoe.arena.rollout.play import RolloutError
+from fedmoe.arena.tasks.task import Lineup, Outcome
+from fedmoe.inference.engine import AdapterKey, EngineError, Sample, SampleRequest
 from fedmoe.lora.adapter import Adapter
 
 DUEL = LettersTask((2, 2), zero_sum=True, strategies=(), name="test:duel")

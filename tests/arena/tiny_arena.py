@@ -10,18 +10,17 @@ from pathlib import Path
 
 from letters import LettersTask
 
-from fedmoe.arena.chat import ChatCodec
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.arena.engines.protocol import AdapterKey, Sample, SampleRequest
-from fedmoe.arena.engines.transformers_engine import TransformersEngine
-from fedmoe.arena.learner import Learner, LearnerConfig
-from fedmoe.arena.policies import Policies
+from fedmoe.arena.learning.learner import Learner, LearnerConfig
+from fedmoe.arena.learning.policies import Policies
+from fedmoe.arena.rollout.chat import ChatCodec
 from fedmoe.arena.trainer import Trainer
-from fedmoe.lora.adapter import Adapter
-from fedmoe.lora.initial import initial_adapter
+from fedmoe.inference.engine import AdapterKey, Sample, SampleRequest
+from fedmoe.inference.transformers_engine import TransformersEngine
+from fedmoe.lora.adapter import Adapter, initial_adapter
 from fedmoe.models.base import load_base
 from fedmoe.models.multilora import MultiLora
-from fedmoe.record import Record, Value, read_records
+from fedmoe.runtime.records import Record, Value, read_records
 
 NAMES = ("ann", "bob", "cy", "dee")
 #: Fields that say when or how fast, and differ from run to run.

@@ -13,8 +13,8 @@ import pytest
 from command import ROOT, Outcome, run_script
 from structlog.testing import capture_logs
 
-from fedmoe.files import lock_folder
-from fedmoe.record import read_records
+from fedmoe.runtime.files import lock_folder
+from fedmoe.runtime.records import read_records
 
 Run = Callable[..., Outcome]
 TINY = """
@@ -50,7 +50,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs inside this process leave its signals, logs and environment alone."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     monkeypatch.setattr("fedmoe.cli.arena.configure", lambda: None)
-    monkeypatch.setattr("fedmoe.worker.signals.StopOnSignal.install", lambda self: None)
+    monkeypatch.setattr("fedmoe.runtime.stop_signals.StopOnSignal.install", lambda self: None)
     with capture_logs():
         yield
 
@@ -321,7 +321,7 @@ def test_a_tournament_gives_the_same_table_twice_and_leaves_the_runs_alone(fedmo
 
 
 def _version(found: Path) -> int:
-    from fedmoe.arena.checkpoint import load
+    from fedmoe.arena.run.checkpoint import load
 
     policies = load(found).state["policies"]
     assert isinstance(policies, dict)

@@ -21,8 +21,8 @@ from command import Outcome
 from live import JOIN, LiveServer
 from support import free_port
 
-from fedmoe import machine
 from fedmoe.cli import doctor
+from fedmoe.runtime import machine
 
 Run = Callable[..., Outcome]
 CERTIFICATES = Path(__file__).parents[1] / "fixtures" / "certificates"
@@ -218,15 +218,15 @@ def test_a_container_with_little_memory_is_noted(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_gpu_shows_its_free_memory_and_a_full_one_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmoe.models.device.free_and_total", lambda device: (40 << 30, 80 << 30))
+    monkeypatch.setattr("fedmoe.runtime.device.free_and_total", lambda device: (40 << 30, 80 << 30))
     assert "40.0 of 80.0 GiB free" in doctor._device().found
-    monkeypatch.setattr("fedmoe.models.device.free_and_total", lambda device: (100 << 20, 80 << 30))
+    monkeypatch.setattr("fedmoe.runtime.device.free_and_total", lambda device: (100 << 20, 80 << 30))
     assert (doctor._device().state, "nvidia-smi" in doctor._device().fix) == ("note", True)
 
     def broken(device: object) -> None:
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
-    monkeypatch.setattr("fedmoe.models.device.free_and_total", broken)
+    monkeypatch.setattr("fedmoe.runtime.device.free_and_total", broken)
     assert doctor._device().state == "problem"
     assert "nvidia-smi" in doctor._device().found
 

@@ -240,14 +240,14 @@ def test_an_export_onto_a_full_disk_leaves_nothing_and_what_was_there_stays_84(
     target.parent.mkdir()
     exporting = ("gateway", "export", str(target), "--format", kind, "--coordinator-url", server.url)
     with monkeypatch.context() as disk:
-        disk.setattr("fedmoe.files.os.fsync", full)
+        disk.setattr("fedmoe.runtime.files.os.fsync", full)
         assert_refused(fedmoe(*exporting), 1, "No space left on device")
     assert list(target.parent.iterdir()) == []
     assert fedmoe(*exporting).status == 0
     before = _contents(target.parent)
     assert_refused(fedmoe(*exporting), 1, "exists", "--force")
     with monkeypatch.context() as disk:
-        disk.setattr("fedmoe.files.os.fsync", full)
+        disk.setattr("fedmoe.runtime.files.os.fsync", full)
         assert_refused(fedmoe(*exporting, "--force"), 1, "No space left on device")
     assert _contents(target.parent) == before
     assert fedmoe(*exporting, "--force").status == 0

@@ -18,15 +18,14 @@ from structlog.testing import capture_logs
 from support import make_body, make_push
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.gateway.prompt_statistics import PromptStatistics
-from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.adapter import Adapter, initial_adapter
 from fedmoe.lora.codec import encode
 from fedmoe.lora.formats import read_npz
-from fedmoe.lora.initial import initial_adapter
-from fedmoe.manifest import Manifest
+from fedmoe.lora.manifest import Manifest
+from fedmoe.lora.prompt_statistics import PromptStatistics
 from fedmoe.models.tiny import save_tiny
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import DataStatisticsHeader
+from fedmoe.wire.contract.messages import DataStatisticsHeader
 
 Run = Callable[..., Outcome]
 

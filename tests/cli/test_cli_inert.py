@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fedmoe.cli.output import guarded, say, show_table
-from fedmoe.errors import RefusedError
+from fedmoe.runtime.errors import RefusedError
 
 ESCAPES = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e"
 

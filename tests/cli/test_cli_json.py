@@ -15,7 +15,7 @@ from support import LAYOUT, make_flat
 from fedmoe.lora.codec import encode
 from fedmoe.lora.formats import read_npz
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.contract.messages import UpdateHeader
 
 Run = Callable[..., Outcome]
 

@@ -13,7 +13,7 @@ from support import CoordinatorProcess
 
 from fedmoe.cli import main
 from fedmoe.cli.coordinator import check_tls
-from fedmoe.errors import RefusedError
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient
 
 

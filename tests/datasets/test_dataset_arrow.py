@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fedmoe.datasets.check import check_file
-from fedmoe.datasets.data_source import open_source
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.rows import BadRow, Row, read_rows
+from fedmoe.datasets.readers.data_source import open_source
+from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.readers.rows import BadRow, Row, read_rows
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedmoe.datasets.check import RowOptions, RowScan, check_file
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.samples import Chat, Completion, Message, Sample, Text
+from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
+from fedmoe.datasets.readers.lines import DataError
 
 USER_ASSISTANT = (Message("user", "hi"), Message("assistant", "ho"))
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]

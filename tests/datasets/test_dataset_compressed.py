@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.rows import BadRow, Row, read_rows
+from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.readers.rows import BadRow, Row, read_rows
 
 ROWS = b"".join(b'{"text": "row %d"}\n' % number for number in range(2000))
 
@@ -101,7 +101,8 @@ def test_a_bomb_is_one_bad_row_in_little_memory(tmp_path: Path, suffix: str) -> 
     block = PACKERS[suffix](bytes(2**24))
     path.write_bytes(PACKERS[suffix](b'{"text": "') + block * 32 + PACKERS[suffix](b'"}\n{"text": "b"}\n'))
     script = (
-        "import resource, sys; from pathlib import Path; import pyarrow; from fedmoe.datasets.rows import read_rows;"
+        "import resource, sys; from pathlib import Path; import pyarrow;"
+        "from fedmoe.datasets.readers.rows import read_rows;"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "print([type(row).__name__ for row in read_rows(Path(sys.argv[1]), 2**20)]);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024)"

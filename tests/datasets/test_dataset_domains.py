@@ -11,12 +11,12 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from fedmoe.datasets import sources
 from fedmoe.datasets.check import check_file
-from fedmoe.datasets.chunks import book_chunks, prose_chunks, python_functions, sql_chunks
-from fedmoe.datasets.domains import GENERAL_RECIPES, RECIPES, Recipe, build_domains, is_test, split_chunks
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.sources import Document, Package, StandardLibrary, read_archive
+from fedmoe.datasets.demo import sources
+from fedmoe.datasets.demo.chunks import book_chunks, prose_chunks, python_functions, sql_chunks
+from fedmoe.datasets.demo.domains import GENERAL_RECIPES, RECIPES, Recipe, build_domains, is_test, split_chunks
+from fedmoe.datasets.demo.sources import Document, Package, StandardLibrary, read_archive
+from fedmoe.datasets.readers.lines import DataError
 
 
 def paragraph(name: str, number: int) -> str:
@@ -107,7 +107,7 @@ def test_a_domain_changed_by_hand_is_neither_used_nor_lost(tmp_path: Path, recip
 def test_an_older_recipe_is_built_anew(tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = {"archives": tmp_path / "archives", "recipes": {"d": recipe}}
     build_domains(tmp_path / "out", ["d"], **arguments)  # type: ignore[arg-type]
-    monkeypatch.setattr("fedmoe.datasets.domains.RECIPE_VERSION", 999)
+    monkeypatch.setattr("fedmoe.datasets.demo.domains.RECIPE_VERSION", 999)
     assert build_domains(tmp_path / "out", ["d"], **arguments)["d"].built  # type: ignore[arg-type]
 
 
@@ -137,7 +137,7 @@ def test_an_unknown_domain_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_without_pip_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmoe.datasets.sources.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fedmoe.datasets.demo.sources.importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match="ensurepip"):
         build_domains(tmp_path, ["sql"])
 

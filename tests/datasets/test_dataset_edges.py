@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedmoe.datasets.check import RowOptions, RowScan
+from fedmoe.datasets.formats.samples import Chat, Completion, Sample
 from fedmoe.datasets.report import RowCounts
-from fedmoe.datasets.samples import Chat, Completion, Sample
 
 ASKED = {"role": "user", "content": "Hi"}
 SAID = {"role": "assistant", "content": "Ho"}

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from fedmoe.datasets.check import RowOptions, check_file
-from fedmoe.datasets.data_source import Source, open_source
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.lines import BadRow, Row
+from fedmoe.datasets.readers.data_source import Source, open_source
+from fedmoe.datasets.readers.lines import BadRow, DataError, Row
 
 
 def folder_of(root: Path, *names: str) -> Path:

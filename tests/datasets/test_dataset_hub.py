@@ -9,9 +9,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from fedmoe.datasets.data_source import open_source
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.hub import HubId, parse_hub_id
+from fedmoe.datasets.readers.data_source import open_source
+from fedmoe.datasets.readers.hub import HubId, parse_hub_id
+from fedmoe.datasets.readers.lines import DataError
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from tiny_tokenizer import CHATML, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe.datasets.chat_template import TemplateRefusalError
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.render import render, render_sample
-from fedmoe.datasets.samples import Chat, Completion, Message, Text
-from fedmoe.datasets.tokenization import tokenize_samples
-from fedmoe.datasets.tokenized import MASKED, TokenizedSample, previews
+from fedmoe.datasets.formats.samples import Chat, Completion, Message, Text
+from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.tokens.chat_template import TemplateRefusalError
+from fedmoe.datasets.tokens.render import render, render_sample
+from fedmoe.datasets.tokens.tokenization import tokenize_samples
+from fedmoe.datasets.tokens.tokenized import MASKED, TokenizedSample, previews
 
 REASONING = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.rows import BadRow, Row, read_rows
+from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.readers.rows import BadRow, Row, read_rows
 
 
 def rows_of(path: Path, content: bytes, max_row_bytes: int = 1000) -> list[Row | BadRow]:
@@ -64,7 +64,7 @@ def test_a_huge_line_is_skipped_without_holding_it(tmp_path: Path) -> None:
         file.seek(500 * 1024 * 1024)  # a sparse file: 500 MB of NUL bytes in one line
         file.write(b'"}\n{"text": "b"}\n')
     script = (
-        "import resource, sys; from pathlib import Path; from fedmoe.datasets.rows import read_rows;"
+        "import resource, sys; from pathlib import Path; from fedmoe.datasets.readers.rows import read_rows;"
         "resource.setrlimit(resource.RLIMIT_AS, (400 * 1024**2, 400 * 1024**2));"
         "print([type(row).__name__ for row in read_rows(Path(sys.argv[1]), 2**20)])"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedmoe.datasets.check import RowOptions, RowScan, check_file
-from fedmoe.datasets.samples import Chat, Completion, Message, Sample, Text
+from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
 
 CALL = {"name": "weather", "arguments": {"city": "Bern"}}
 CALLED = {"type": "function", "function": CALL}

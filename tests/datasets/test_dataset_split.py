@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.samples import Chat, Message, Text
+from fedmoe.datasets.formats.samples import Chat, Message, Text
+from fedmoe.datasets.readers.lines import DataError
 from fedmoe.datasets.split import RowHashes, held_out_rows, row_hash
 
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from template_styles import STYLES, Style, tokenizer_of
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe.datasets.chat_template import TemplateRefusalError
-from fedmoe.datasets.render import render
-from fedmoe.datasets.samples import Chat, Message
-from fedmoe.datasets.tokenization import tokenize_samples
-from fedmoe.datasets.tokenized import MASKED, TokenizedSample
+from fedmoe.datasets.formats.samples import Chat, Message
+from fedmoe.datasets.tokens.chat_template import TemplateRefusalError
+from fedmoe.datasets.tokens.render import render
+from fedmoe.datasets.tokens.tokenization import tokenize_samples
+from fedmoe.datasets.tokens.tokenized import MASKED, TokenizedSample
 
 TOKENIZERS = {name: tokenizer_of(style) for name, style in STYLES.items()}
 CALL = {"id": "c00000001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}

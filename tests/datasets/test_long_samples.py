@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
 
-from fedmoe.datasets.long_samples import LONG_ROWS, LongRows, fit
-from fedmoe.datasets.samples import Chat, Message, Text
-from fedmoe.datasets.tokenization import tokenize_samples
-from fedmoe.datasets.tokenized import MASKED, TokenizedSample
+from fedmoe.datasets.formats.samples import Chat, Message, Text
+from fedmoe.datasets.tokens.long_samples import LONG_ROWS, LongRows, fit
+from fedmoe.datasets.tokens.tokenization import tokenize_samples
+from fedmoe.datasets.tokens.tokenized import MASKED, TokenizedSample
 
 TOKENIZER = make_tokenizer(
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}<|im_end|>{% endfor %}"

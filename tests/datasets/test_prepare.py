@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny_tokenizer import make_tokenizer
 
-from fedmoe.datasets import tokenization
 from fedmoe.datasets.check import RowOptions
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.prepare import DataOptions, Prepared, examine, prepare_samples
+from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.tokens import tokenization
+from fedmoe.models.prepare_data import DataOptions, Prepared, examine, prepare_samples
 
 TOKENIZER = make_tokenizer()
 STRICT = make_tokenizer(
@@ -120,7 +120,7 @@ def test_tokens_are_kept_for_the_next_start(tmp_path: Path, monkeypatch: pytest.
     file = write(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * i) for i in range(1, 60)])
     first = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
     assert not first.kept
-    monkeypatch.setattr("fedmoe.datasets.prepare.tokenize_samples", None)  # not called again
+    monkeypatch.setattr("fedmoe.models.prepare_data.tokenize_samples", None)  # not called again
     again = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
     assert again.kept
     assert same(first, again)

@@ -8,10 +8,10 @@ import pytest
 from template_styles import Style, tokenizer_of
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe.datasets.chat_template import TemplateRefusalError
-from fedmoe.datasets.render import render
-from fedmoe.datasets.samples import Chat, Message
-from fedmoe.datasets.tokenized import MASKED, Rendering
+from fedmoe.datasets.formats.samples import Chat, Message
+from fedmoe.datasets.tokens.chat_template import TemplateRefusalError
+from fedmoe.datasets.tokens.render import render
+from fedmoe.datasets.tokens.tokenized import MASKED, Rendering
 
 _LAST_USER = (
     "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"

@@ -2,10 +2,10 @@
 
     python tests/e2e/crash_campaign.py --seed 1 --kills 250 --results benchmarks/results/crashes.json
 
-Kills fall on random moments and on named places (`fedmoe.failpoints`); between them the process is stopped and goes on
-(SIGSTOP, longer than clients wait), its clock jumps by up to two days, backups are taken and now and then one is
-restored. Four clients record every push and pull; `push_histories` checks the records of each incarnation against the
-model and the journal.
+Kills fall on random moments and on named places (`fedmoe.runtime.failpoints`); between them the process is
+stopped and goes on (SIGSTOP, longer than clients wait), its clock jumps by up to two days, backups are taken and now
+and then one is restored. Four clients record every push and pull; `push_histories` checks the records of each
+incarnation against the model and the journal.
 The seed fixes what is done and in which order; how far the load has come by then depends on the machine.
 """
 

@@ -15,13 +15,12 @@ from push_histories import Answer, Identity, Landed, Push, Read
 from support import EPOCH, LAYOUT, MANIFEST, CoordinatorProcess, make_body, make_flat, sha256
 
 from fedmoe.coordinator import seed_of
-from fedmoe.errors import RefusedError
-from fedmoe.events import ExpertRegistered, UpdateAccepted
-from fedmoe.lora.adapter import FloatVector
-from fedmoe.lora.initial import initial_adapter
-from fedmoe.storage.journal import SqlJournal
+from fedmoe.federation.events import ExpertRegistered, UpdateAccepted
+from fedmoe.lora.adapter import FloatVector, initial_adapter
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.contract.messages import UpdateHeader
 
 EXPERTS = ["python", "sql"]
 

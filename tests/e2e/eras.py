@@ -12,9 +12,9 @@ from pathlib import Path
 from crash_load import Told, landed, read_journal
 from push_histories import Backup, Landed, client_faults, faults_of, restore_faults
 
-from fedmoe.storage.backup import make_backup
-from fedmoe.storage.journal import SqlJournal
-from fedmoe.storage.restore import restore
+from fedmoe.server.storage.backup import make_backup
+from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.restore import restore
 
 
 @dataclass

@@ -19,8 +19,8 @@ import time
 
 
 def _become_coordinator(request: dict[str, object]) -> None:
-    from fedmoe import failpoints
     from fedmoe.cli import main
+    from fedmoe.runtime import failpoints
 
     log = os.open(str(request["log"]), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (1, 2):

@@ -16,9 +16,9 @@ from crash_load import EXPERTS, Pusher, fold, gather, landed, pull, read_journal
 from push_histories import Backup, faults_of, landed_faults, restore_faults
 from support import EPOCH, CoordinatorProcess, make_body
 
-from fedmoe.errors import RefusedError
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.contract.messages import UpdateHeader
 
 
 def state_command(*arguments: object) -> dict[str, object]:

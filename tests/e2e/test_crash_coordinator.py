@@ -17,7 +17,7 @@ from push_histories import landed_faults
 from support import EPOCH, MANIFEST, CoordinatorProcess, make_body, sha256
 
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.messages import UpdateHeader, UpdateResult
+from fedmoe.wire.contract.messages import UpdateHeader, UpdateResult
 
 Start = Callable[..., CoordinatorProcess]
 

@@ -12,20 +12,19 @@ import pytest
 from crash_load import EXPERTS, Told, kill_under_load, pull, register
 from support import EPOCH, LAYOUT, MANIFEST, CoordinatorProcess, make_body, make_flat
 
-from fedmoe.events import (
+from fedmoe.experts import GATEWAY_SEED
+from fedmoe.federation.events import (
     Event,
     ExpertRegistered,
     ExpertWentOn,
     GatewayFolded,
     UpdateAccepted,
 )
-from fedmoe.experts import GATEWAY_SEED
-from fedmoe.lora.adapter import FloatVector
+from fedmoe.lora.adapter import FloatVector, initial_adapter
 from fedmoe.lora.codec import decode
-from fedmoe.lora.initial import initial_adapter
-from fedmoe.storage.journal import SqlJournal
+from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.messages import GatewayInfo, UpdateHeader
+from fedmoe.wire.contract.messages import GatewayInfo, UpdateHeader
 
 Start = Callable[..., CoordinatorProcess]
 LIVING = ("--start-from", "gateway", "--merge-after", "3")

@@ -12,8 +12,8 @@ import pytest
 from support import MANIFEST, CoordinatorProcess, make_body
 
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.gate_messages import CandidateSetInfo, CandidatesRequest, GatewayScores
-from fedmoe.wire.messages import SAFETENSORS, UpdateHeader
+from fedmoe.wire.contract.gate import CandidateSetInfo, CandidatesRequest, GatewayScores
+from fedmoe.wire.contract.messages import SAFETENSORS, UpdateHeader
 
 Make = Callable[..., CoordinatorProcess]
 EXPERTS = ("python", "sql")

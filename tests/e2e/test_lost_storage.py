@@ -18,7 +18,7 @@ from crash_load import pull, register
 from support import EPOCH, CoordinatorProcess, make_body
 
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.contract.messages import UpdateHeader
 
 Start = Callable[..., CoordinatorProcess]
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from support import CoordinatorProcess
 from worker_process import WorkerProcess, assert_exactly_once
 
-from fedmoe.record import read_records
+from fedmoe.runtime.records import read_records
 
 Starter = Callable[..., CoordinatorProcess]
 # The checkpoint is written at the end of so short a run, so its kill comes last.

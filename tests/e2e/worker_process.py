@@ -19,10 +19,10 @@ from pathlib import Path
 from crash_load import read_journal
 from support import CoordinatorProcess
 
-from fedmoe.events import UpdateAccepted
+from fedmoe.federation.events import UpdateAccepted
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["fedmoe.cli.commands", "fedmoe.worker.setup"])
+_FORKS.set_forkserver_preload(["fedmoe.cli.commands", "fedmoe.cli.worker_setup"])
 Line = dict[str, object]
 
 
@@ -107,8 +107,8 @@ def run_command(arguments: list[str], failpoints_text: str, environment: dict[st
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    from fedmoe import failpoints
     from fedmoe.cli import main
+    from fedmoe.runtime import failpoints
 
     os.environ.update(environment)
     # Read from the environment at import, which was in another process.

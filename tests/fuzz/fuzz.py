@@ -28,7 +28,12 @@ def fuzz(name: str, arguments: Sequence[str]) -> None:
 
     # What a stranger's library does with bytes is not judged here, and costs time to watch.
     with atheris.instrument_imports(
-        include=["fedmoe.lora", "fedmoe.storage.event_rows", "fedmoe.storage.row_values", "fedmoe.datasets"]
+        include=[
+            "fedmoe.lora",
+            "fedmoe.server.storage.event_rows",
+            "fedmoe.server.storage.row_values",
+            "fedmoe.datasets",
+        ]
     ):
         from fuzz_targets import TARGETS
 

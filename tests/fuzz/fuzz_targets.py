@@ -19,15 +19,14 @@ import pyarrow.parquet as pq
 from support import LAYOUT, accepted, make_adapter, make_flat, registered
 
 from fedmoe.datasets.check import check_file
-from fedmoe.datasets.errors import DataError
-from fedmoe.datasets.lines import Reading
-from fedmoe.datasets.rows import read_file
-from fedmoe.events import ExpertRolledBack, ExpertWentOn, GatewayFolded, WorkerRetracted
+from fedmoe.datasets.readers.lines import DataError, Reading
+from fedmoe.datasets.readers.rows import read_file
+from fedmoe.federation.events import ExpertRolledBack, ExpertWentOn, GatewayFolded, WorkerRetracted
 from fedmoe.lora.codec import WIRE_DTYPES, decode, encode
-from fedmoe.lora.container import CodecError, encode_named, read_header, read_named
 from fedmoe.lora.formats import npz_bytes, read_npz
-from fedmoe.storage.blobs import StorageFailedError
-from fedmoe.storage.event_rows import event_of, row_of
+from fedmoe.lora.safetensors_bytes import CodecError, encode_named, read_header, read_named
+from fedmoe.server.storage.blobs import StorageFailedError
+from fedmoe.server.storage.event_rows import event_of, row_of
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
 _SMALL = 4096

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from fedmoe.gateway.export import Exportable, Source
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
-from fedmoe.manifest import BaseModel
+from fedmoe.lora.manifest import BaseModel
 from fedmoe.models.identity import weights_hash
 from fedmoe.models.lora_layers import ALL_LINEAR, attach, find_targets
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmoe.datasets.packing import Block, pack
-from fedmoe.datasets.tokenized import TokenizedSample
+from fedmoe.datasets.tokens.packing import Block, pack
+from fedmoe.datasets.tokens.tokenized import TokenizedSample
 from fedmoe.gateway.evaluate import BASE, ROUTED_BY, evaluate, held_out_blocks, routed_to
-from fedmoe.gateway.retained import retained
-from fedmoe.gateway.route import SequenceRouter
+from fedmoe.gateway.retained_gain import retained
+from fedmoe.gateway.routers import SequenceRouter
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.algebra import stack
 from fedmoe.models.base import LoadedBase, load_base

@@ -9,7 +9,7 @@ import pytest
 
 from fedmoe.gateway.losses import BASE, LossMatrix
 from fedmoe.gateway.report import loss_table, own_experts, report_json, retained_table
-from fedmoe.gateway.retained import retained
+from fedmoe.gateway.retained_gain import retained
 
 BLOCKS = {
     BASE: {"sql": [2.0, 4.0, math.nan], "docs": [3.0, 3.0]},

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from small_models import exportable, layout_of
 
-from fedmoe.arena.engines.vllm_server import SERVED_NAME, VllmServer, VllmSettings
 from fedmoe.gateway.export import Exportable, export_peft
 from fedmoe.gateway.export_merged import export_merged
+from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer, VllmSettings
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import load_base, prepare_base
 from fedmoe.models.lora_layers import attach

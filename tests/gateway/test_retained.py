@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe.gateway.losses import BASE, LossMatrix
-from fedmoe.gateway.retained import LEVEL, Retained, retained
+from fedmoe.gateway.retained_gain import LEVEL, Retained, retained
 
 OWN = {"sql": "sql_expert", "docs": "docs_expert"}
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.gateway.prompt_statistics import PromptStatistics
-from fedmoe.gateway.route import LinearRouter, Router, SequenceRouter, SpectralRouter, likeliest
+from fedmoe.gateway.routers import LinearRouter, Router, SequenceRouter, SpectralRouter, likeliest
 from fedmoe.lora.adapter import Adapter, FloatMatrix, Layout, ModuleShape, ShapeError
+from fedmoe.lora.prompt_statistics import PromptStatistics
 
 NAMES = ("art", "law", "music")
 WIDTH = 12

@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given
 from lora_cases import laws, layouts, random_adapter, random_flat
 
-from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
-from fedmoe.lora.initial import initial_adapter
-from fedmoe.lora.robust import first_not_finite
+from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError, initial_adapter
+from fedmoe.lora.update_rules import first_not_finite
 
 LAYOUT = Layout((ModuleShape("b", 3, 5), ModuleShape("a", 4, 2)), 2)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
 from fedmoe.lora.algebra import scaled
-from fedmoe.lora.audit import Overlap, audit, module_norms
+from fedmoe.lora.diagnostics import Overlap, audit, module_norms
 
 LAYOUT = Layout((ModuleShape("q", 20, 12), ModuleShape("up", 9, 31)), 4)
 NAMES = ["a", "b", "c"]

@@ -30,7 +30,7 @@ from fedmoe.lora.codec import (
     read_header,
     tensor_names,
 )
-from fedmoe.lora.robust import first_not_finite
+from fedmoe.lora.update_rules import first_not_finite
 
 LAYOUT = Layout((ModuleShape("model.q", 6, 4), ModuleShape("model.up", 3, 5)), 2)
 FLAT = random_flat(LAYOUT, 0)

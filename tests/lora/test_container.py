@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lora_cases import entry, laws, raw_body
 from numpy.typing import NDArray
 
-from fedmoe.lora.container import (
+from fedmoe.lora.safetensors_bytes import (
     MAX_HEADER_BYTES,
     MAX_METADATA_CHARACTERS,
     CodecError,

@@ -12,8 +12,8 @@ from hypothesis import given
 from lora_cases import adapters, bulk, dense, distance, laws, norm, random_adapter
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
-from fedmoe.lora.container import CodecError, MalformedError, MismatchError, encode_named
 from fedmoe.lora.formats import PEFT_CONFIG, PEFT_WEIGHTS, npz_bytes, peft_files, read_npz, read_peft
+from fedmoe.lora.safetensors_bytes import CodecError, MalformedError, MismatchError, encode_named
 
 LAYOUT = Layout((ModuleShape("model.layers.0.q_proj", 6, 4), ModuleShape("model.layers.0.up_proj", 3, 5)), 2)
 PREFIX = "base_model.model.model.layers.0.q_proj."

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from test_regmean import moments_of, random_moments
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
-from fedmoe.lora.living import Departed, fold, nearest_factors
 from fedmoe.lora.moments import InputMoments
+from fedmoe.lora.online_merge import Departed, fold, nearest_factors
 
 LAYOUT = Layout((ModuleShape("q", 20, 12), ModuleShape("k", 20, 5), ModuleShape("up", 9, 31)), 3)
 #: No rank is lost in it: both modules have at most four outputs or inputs.

@@ -7,8 +7,7 @@ from lora_cases import dense, distance, laws, random_flat, seeds
 from test_living import LAYOUT, NAMES, ROOMY, departed, near
 
 from fedmoe.lora.adapter import Adapter, ShapeError
-from fedmoe.lora.living import Departed
-from fedmoe.lora.living_sum import SUM_SCALE, fold_sum
+from fedmoe.lora.online_merge import SUM_SCALE, Departed, fold_sum
 
 
 def gateway_of(seed: int) -> Adapter:

@@ -8,7 +8,7 @@ from lora_cases import adapters, bulk, dense, dense_sum, distance, laws, norm, r
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
 from fedmoe.lora.algebra import product_norm, scaled, stack
-from fedmoe.lora.audit import module_norms
+from fedmoe.lora.diagnostics import module_norms
 from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS, NormCap, capped, damping, merge, plan_weights
 from fedmoe.lora.moments import InputMoments, ModuleMoments, omega
 from fedmoe.lora.regmean import SCALE, regmean

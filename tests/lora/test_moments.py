@@ -10,7 +10,6 @@ from lora_cases import laws, seeds
 from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import ShapeError
-from fedmoe.lora.container import MalformedError, MismatchError, encode_named
 from fedmoe.lora.moments import (
     LEAST_TOKENS,
     Gram,
@@ -23,6 +22,7 @@ from fedmoe.lora.moments import (
     thin,
     thin_notes,
 )
+from fedmoe.lora.safetensors_bytes import MalformedError, MismatchError, encode_named
 
 Matrix = NDArray[np.float64]
 

@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lora_cases import adapters, bulk, dense, distance, laws, layouts, random_adapter, random_flat, seeds
 
-from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
+from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError, initial_adapter
 from fedmoe.lora.algebra import recompress
-from fedmoe.lora.initial import initial_adapter
 from fedmoe.lora.resize import grow_flat, grow_rank, rescale, scale_b
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.lora.robust import USUAL_LEAST, clip_factor
+from fedmoe.lora.update_rules import USUAL_LEAST, clip_factor
 
 NORMS = st.floats(1e-3, 1e3)
 

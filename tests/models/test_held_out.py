@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from fedmoe.datasets.packing import Block, pack
-from fedmoe.datasets.tokenized import TokenizedSample
+from fedmoe.datasets.tokens.packing import Block, pack
+from fedmoe.datasets.tokens.tokenized import TokenizedSample
 from fedmoe.models.held_out import HeldOutPlan, HeldOutState, bounded
 
 

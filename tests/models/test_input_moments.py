@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedmoe.datasets.packing import Block, collate, pack
-from fedmoe.datasets.tokenized import TokenizedSample
+from fedmoe.datasets.tokens.packing import Block, collate, pack
+from fedmoe.datasets.tokens.tokenized import TokenizedSample
 from fedmoe.lora.moments import InputMoments, merge_moments, omega
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.input_moments import MomentsCollector

@@ -19,12 +19,12 @@ from base_folders import (
 )
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from fedmoe.arena.chat import ChatCodec
-from fedmoe.arena.engines import transformers_engine
-from fedmoe.datasets.formats import Chat, Message
-from fedmoe.datasets.render import render_sample
-from fedmoe.datasets.tokenized import MASKED
+from fedmoe.arena.rollout.chat import ChatCodec
+from fedmoe.datasets.formats.formats import Chat, Message
+from fedmoe.datasets.tokens.render import render_sample
+from fedmoe.datasets.tokens.tokenized import MASKED
 from fedmoe.gateway.serve.text import Prompter, TextStream
+from fedmoe.inference import transformers_engine
 from fedmoe.models.base import LoadedBase, load_base, pad_token, stop_tokens
 from fedmoe.models.stopping import end_marks, stops_of
 from fedmoe.models.tiny import tiny_tokenizer

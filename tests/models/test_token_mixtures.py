@@ -7,11 +7,11 @@ import pytest
 import torch
 from multilora_cases import SHAPES, random_ids, with_adapters
 
-from fedmoe.gateway.route import SpectralRouter
+from fedmoe.gateway.routers import SpectralRouter
+from fedmoe.gateway.token_routing import SpectralWeights
 from fedmoe.lora.adapter import ShapeError
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.multilora import MultiLora, UnknownAdapterError
-from fedmoe.models.token_routing import SpectralWeights
 
 NAMES = tuple(SHAPES)
 ROWS, LENGTH = 3, 11

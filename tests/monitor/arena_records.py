@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fedmoe.demo.arena_sample import sample_records
 from fedmoe.monitor.arena_series import ArenaSeries, arena_series
-from fedmoe.record import Record
+from fedmoe.monitor.sample_records import sample_records
+from fedmoe.runtime.records import Record
 
 
 def real(records: list[Record]) -> list[Record]:

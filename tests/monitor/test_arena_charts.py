@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from fedmoe.demo.arena_sample import sample_records
-from fedmoe.monitor.arena_charts import CHARTS, arena_pictures
-from fedmoe.monitor.arena_charts.dashboard import tiles
-from fedmoe.monitor.arena_charts.style import DPI, plain
 from fedmoe.monitor.arena_series import KINDS, ArenaSeries, arena_series
+from fedmoe.monitor.charts import CHARTS, arena_pictures
+from fedmoe.monitor.charts.dashboard import tiles
+from fedmoe.monitor.charts.style import DPI, plain
 from fedmoe.monitor.picture import png
-from fedmoe.record import Record
+from fedmoe.monitor.sample_records import sample_records
+from fedmoe.runtime.records import Record
 
 NAMES = sorted(CHARTS)
 

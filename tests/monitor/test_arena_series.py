@@ -19,7 +19,7 @@ from fedmoe.monitor.arena_series import (
     smoothed,
     window,
 )
-from fedmoe.record import Record
+from fedmoe.runtime.records import Record
 
 FINITE = st.floats(-1e6, 1e6, allow_nan=False)
 

@@ -9,7 +9,7 @@ from arena_records import series_of, without
 
 from fedmoe.monitor.arena_series import arena_series
 from fedmoe.monitor.capability import AXES, capabilities, present_axes
-from fedmoe.record import Record
+from fedmoe.runtime.records import Record
 
 
 def rewards(name: str, values: list[float], **more: float) -> list[Record]:

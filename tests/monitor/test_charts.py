@@ -7,8 +7,8 @@ import io
 import numpy as np
 from matplotlib.image import imread
 
-from fedmoe.monitor.charts import loss_chart
-from fedmoe.record import Record
+from fedmoe.monitor.charts.federation import loss_chart
+from fedmoe.runtime.records import Record
 
 HELD_OUT = {
     "python": {"base": 2.7, "own expert": 2.4, "gateway": 2.5},

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from fedmoe.demo.arena_sample import sample_records
 from fedmoe.monitor.event_file import EventFile, crc32c, event, frame, masked
 from fedmoe.monitor.exporters import PrometheusSink, TensorBoardSink, WatchedWriter
-from fedmoe.record import Record, RecordWriter, Value, read_records
+from fedmoe.monitor.sample_records import sample_records
+from fedmoe.runtime.records import Record, RecordWriter, Value, read_records
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from fedmoe.monitor.arena_charts.style import DPI
-from fedmoe.monitor.gateway_charts import GatewayResults, Share, gateway_chart, gateway_figure
+from fedmoe.monitor.charts.gateway import GatewayResults, Share, gateway_chart, gateway_figure
+from fedmoe.monitor.charts.style import DPI
 
 DOMAINS = ("python", "sql", "man")
 MODELS = ("base", "python_expert", "sql_expert", "man_expert", "gateway", "routed")

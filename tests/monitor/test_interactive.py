@@ -10,10 +10,10 @@ import plotly.graph_objects
 import pytest
 from arena_records import real, series_of, without
 
-from fedmoe.demo.arena_sample import sample_records
 from fedmoe.monitor.arena_series import KINDS, ArenaSeries, arena_series
 from fedmoe.monitor.interactive import dashboard_page, interactive_figures, plotly_library
-from fedmoe.record import Record
+from fedmoe.monitor.sample_records import sample_records
+from fedmoe.runtime.records import Record
 
 CHARTS = {
     *("reward", "accuracy", "kl", "entropy", "surface", "performance", "radar", "scatter"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.monitor.arena_charts.placement import Box, place_labels, spread
+from fedmoe.monitor.charts.label_layout import Box, place_labels, spread
 
 SHARES = st.lists(st.floats(-0.5, 1.5), min_size=1, max_size=12).map(sorted)
 

@@ -13,9 +13,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from structlog.testing import capture_logs
 
-from fedmoe.machine import memory
 from fedmoe.monitor.system import NoGpus, SystemSampler, find_gpus, sample
-from fedmoe.record import RecordWriter, Value, read_records
+from fedmoe.runtime.machine import memory
+from fedmoe.runtime.records import RecordWriter, Value, read_records
 
 
 class Written:

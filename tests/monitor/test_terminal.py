@@ -9,9 +9,9 @@ import pytest
 from arena_records import real
 from rich.console import Console
 
-from fedmoe.demo.arena_sample import sample_records
+from fedmoe.monitor.sample_records import sample_records
 from fedmoe.monitor.terminal import LiveView, sparkline
-from fedmoe.record import Record
+from fedmoe.runtime.records import Record
 
 
 def shown(records: list[Record], terminal: bool, iterations: int = 0) -> str:

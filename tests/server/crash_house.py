@@ -13,12 +13,18 @@ from fedmoe.coordinator import Aggregation
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.update_rules import RuleState
 from fedmoe.server.service import CoordinatorService
-from fedmoe.storage.blobs import (
+from fedmoe.server.storage.blobs import (
     BlobStore,
     MemoryBlobStore,
 )
-from fedmoe.storage.journal import Journal, SqlJournal
-from fedmoe.wire.messages import ManifestMessage, RegisterRequest, RetractRequest, RollbackRequest, UpdateResult
+from fedmoe.server.storage.journal import Journal, SqlJournal
+from fedmoe.wire.contract.messages import (
+    ManifestMessage,
+    RegisterRequest,
+    RetractRequest,
+    RollbackRequest,
+    UpdateResult,
+)
 
 
 @dataclass

@@ -8,8 +8,8 @@ from crash_house import House
 from test_data_statistics import moments as input_moments
 
 from fedmoe.coordinator import Aggregation, Draft, ExpertMoments, GatewayModel
-from fedmoe.events import GatewayFolded
-from fedmoe.living import LivingGateway
+from fedmoe.federation.events import GatewayFolded
+from fedmoe.federation.online_gateway import LivingGateway
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.algebra import product_norm, stack
 

@@ -9,8 +9,8 @@ import pytest
 from live import ADMIN, JOIN, House, open_house, push_headers, push_parameters
 from support import make_body
 
-from fedmoe.server.security import hash_token
-from fedmoe.storage.audit import AuditHead, AuditLog
+from fedmoe.server.storage.audit import AuditHead, AuditLog
+from fedmoe.wire.http.bearer import hash_token
 
 BODY = make_body(1)
 

@@ -13,7 +13,7 @@ from support import MANIFEST, make_adapter, make_flat
 from fedmoe.coordinator import Aggregation, GatewayModel
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.update_rules import RuleState
-from fedmoe.server.candidates import (
+from fedmoe.server.gate.candidates import (
     Candidate,
     CandidateSet,
     Evaluator,
@@ -23,7 +23,7 @@ from fedmoe.server.candidates import (
     outcome,
     waiting_for,
 )
-from fedmoe.wire.gate_messages import MAX_CANDIDATES, GatewayScores
+from fedmoe.wire.contract.gate import MAX_CANDIDATES, GatewayScores
 
 
 def expert(name: str, seed: int) -> ExpertModel:

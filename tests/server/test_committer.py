@@ -8,11 +8,11 @@ import pytest
 from support import MANIFEST, make_flat, make_submission
 
 from fedmoe.coordinator import CentralCoordinator, Draft
-from fedmoe.errors import RefusedError
-from fedmoe.events import Event, UpdateAccepted
-from fedmoe.server.committer import Committer
-from fedmoe.storage.blobs import StorageFailedError
-from fedmoe.storage.journal import SqlJournal
+from fedmoe.federation.events import Event, UpdateAccepted
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.storage.blobs import StorageFailedError
+from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.updates.committer import Committer
 
 
 class Gate:

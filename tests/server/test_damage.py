@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from support import EagerHistory, make_body
 
 from fedmoe.coordinator import Aggregation, CentralCoordinator
-from fedmoe.events import UpdateAccepted, UpdateLost
+from fedmoe.federation.events import UpdateAccepted, UpdateLost
 from fedmoe.lora.codec import decode
-from fedmoe.server.damage import DamagedUpdateError, told
-from fedmoe.storage.blobs import MemoryBlobStore, StorageFailedError
-from fedmoe.storage.journal import SqlJournal
+from fedmoe.server.history.damage import DamagedUpdateError, told
+from fedmoe.server.storage.blobs import MemoryBlobStore, StorageFailedError
+from fedmoe.server.storage.journal import SqlJournal
 
 
 @pytest.fixture(params=["sgd", "nesterov"])
@@ -146,7 +146,7 @@ def test_a_long_replay_says_how_long_it_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr("fedmoe.server.damage.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("fedmoe.server.history.damage.time.monotonic", lambda: float(next(clock)))
     house = House.open()
     house.register()
     house.train(["w1"] * 10)

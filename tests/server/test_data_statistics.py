@@ -16,15 +16,15 @@ from support import LAYOUT, make_body
 
 from fedmoe.cli.gateway import _show_info
 from fedmoe.coordinator import Aggregation, GatewayModel
-from fedmoe.gateway.prompt_statistics import PromptStatistics, add_statistics
 from fedmoe.lora.adapter import FloatMatrix
-from fedmoe.lora.container import encode_named, read_named
 from fedmoe.lora.moments import InputMoments, ModuleMoments, merge_moments, omega
+from fedmoe.lora.prompt_statistics import PromptStatistics, add_statistics
 from fedmoe.lora.regmean import regmean
-from fedmoe.server import data_statistics
-from fedmoe.server.data_statistics import newest
-from fedmoe.storage.journal import DataStatistic
-from fedmoe.wire.messages import SAFETENSORS, GatewayInfo
+from fedmoe.lora.safetensors_bytes import encode_named, read_named
+from fedmoe.server.statistics import data_statistics
+from fedmoe.server.statistics.data_statistics import newest
+from fedmoe.server.storage.journal import DataStatistic
+from fedmoe.wire.contract.messages import SAFETENSORS, GatewayInfo
 
 PUSH, GET = "/push_data_statistics", "/data_statistics"
 REGMEAN = Aggregation(strategy="regmean")

@@ -10,9 +10,9 @@ from support import EPOCH, MANIFEST
 
 from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
-from fedmoe.events import UpdateAccepted
-from fedmoe.server.disk import disk_line, growth
-from fedmoe.server.retention import KeptBytes
+from fedmoe.federation.events import UpdateAccepted
+from fedmoe.server.upkeep.disk import disk_line, growth
+from fedmoe.server.upkeep.retention import KeptBytes
 
 GB = 1_000_000_000
 

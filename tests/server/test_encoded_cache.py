@@ -6,7 +6,7 @@ from support import MANIFEST
 
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.update_rules import RULES
-from fedmoe.server.answers import EncodedCache, Weights, expert_weights
+from fedmoe.server.routes.weight_responses import EncodedCache, Weights, expert_weights
 
 
 def counted(name: str, made: list[str]) -> Weights:

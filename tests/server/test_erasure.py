@@ -13,15 +13,15 @@ from starlette.testclient import TestClient
 from support import LAYOUT, make_body, make_flat, sha256
 from test_data_statistics import REGMEAN, body_of, send
 
-from fedmoe import failpoints
-from fedmoe.errors import RefusedError
 from fedmoe.lora.codec import encode
-from fedmoe.server.snapshots import snapshot_bytes
-from fedmoe.server.verification import check_start, verify_state
-from fedmoe.storage.backup import make_backup
-from fedmoe.storage.blobs import put
-from fedmoe.storage.restore import restore
-from fedmoe.wire.messages import RetractRequest
+from fedmoe.runtime import failpoints
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.history.snapshots import snapshot_bytes
+from fedmoe.server.history.verification import check_start, verify_state
+from fedmoe.server.storage.backup import make_backup
+from fedmoe.server.storage.blobs import put
+from fedmoe.server.storage.restore import restore
+from fedmoe.wire.contract.messages import RetractRequest
 
 TOLD = "a-fact-that-only-w1-tells"
 

@@ -19,10 +19,10 @@ from support import make_body
 from test_data_statistics import body_of, send
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.server import evaluation_gate
-from fedmoe.server.evaluation_gate import EvaluationGate, GatePolicy
-from fedmoe.storage.blobs import StorageFailedError
-from fedmoe.wire.messages import SAFETENSORS
+from fedmoe.server.gate import gate as evaluation_gate
+from fedmoe.server.gate.gate import EvaluationGate, GatePolicy
+from fedmoe.server.storage.blobs import StorageFailedError
+from fedmoe.wire.contract.messages import SAFETENSORS
 
 GATED = Aggregation(evaluation_gate=True)
 Told = Mapping[str, object]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from test_evaluation_gate import Clock, ask, gate_of, judged, open_set, scores, timed, trained
 
-from fedmoe.errors import RefusedError
-from fedmoe.server.evaluators import Evaluators
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.gate.evaluators import Evaluators
 
 
 def heard(names: list[str], token: str, evaluators: Evaluators, at: float = 0.0) -> None:

@@ -12,14 +12,13 @@ from living_house import LIVING, difference, folds, gateway, interrupted_fold, l
 from support import fold, make_body, make_flat
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.errors import RefusedError
-from fedmoe.events import ExpertWentOn
+from fedmoe.federation.events import ExpertWentOn
 from fedmoe.lora.algebra import product_norm
-from fedmoe.lora.living import Departed
-from fedmoe.lora.living import fold as fold_with_moments
-from fedmoe.lora.living_sum import fold_sum
-from fedmoe.server.folding import FoldOvertakenError
-from fedmoe.wire.messages import RetractRequest
+from fedmoe.lora.online_merge import Departed, fold_sum
+from fedmoe.lora.online_merge import fold as fold_with_moments
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.upkeep.background_merge import FoldOvertakenError
+from fedmoe.wire.contract.messages import RetractRequest
 
 
 @pytest.fixture

@@ -16,15 +16,13 @@ from living_house import gateway, living
 from support import LAYOUT, MANIFEST, make_body, make_flat
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.errors import RefusedError
-from fedmoe.events import GatewayFolded, UpdateAccepted
 from fedmoe.experts import GATEWAY_SEED
-from fedmoe.lora.adapter import Adapter, FloatVector
-from fedmoe.lora.initial import initial_adapter
-from fedmoe.lora.living import Departed
-from fedmoe.lora.living_sum import fold_sum
+from fedmoe.federation.events import GatewayFolded, UpdateAccepted
+from fedmoe.lora.adapter import Adapter, FloatVector, initial_adapter
+from fedmoe.lora.online_merge import Departed, fold_sum
 from fedmoe.lora.update_rules import RULES, RuleState, UpdateRule, buffered
-from fedmoe.server.folding import FoldOvertakenError
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.upkeep.background_merge import FoldOvertakenError
 
 EXPERTS = ["docs", "python", "sql"]
 WORKERS = ["w1", "w2"]

@@ -14,14 +14,14 @@ from living_house import LIVING, difference, folds, gateway, living, open_living
 from support import LAYOUT, MANIFEST, fold, make_flat, open_service
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.errors import RefusedError
-from fedmoe.living import FoldPlan
+from fedmoe.federation.online_gateway import FoldPlan
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.codec import encode
-from fedmoe.lora.living import Folded
-from fedmoe.server.folding import REST_SECONDS, FoldFailedError
-from fedmoe.storage.blobs import disk_full, put
-from fedmoe.wire.messages import ManifestMessage, RegisterRequest
+from fedmoe.lora.online_merge import Folded
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.storage.blobs import disk_full, put
+from fedmoe.server.upkeep.background_merge import REST_SECONDS, FoldFailedError
+from fedmoe.wire.contract.messages import ManifestMessage, RegisterRequest
 
 
 @pytest.fixture

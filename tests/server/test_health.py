@@ -9,7 +9,7 @@ import pytest
 from live import JOIN, House, LiveServer, open_house
 from starlette.testclient import TestClient
 
-from fedmoe.wire.messages import SAFETENSORS
+from fedmoe.wire.contract.messages import SAFETENSORS
 
 WEIGHTS = ("/get_gateway_weights", "/get_all_expert_weights")
 READS = ("/healthz", "/readyz", "/openapi.json", "/federation", "/list_experts", "/get_gateway_info", "/statistics")

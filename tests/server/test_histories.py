@@ -12,8 +12,8 @@ from starlette.testclient import TestClient
 from support import LAYOUT, MANIFEST, make_body
 
 from fedmoe.lora.codec import decode
-from fedmoe.storage.journal import SqlJournal
-from fedmoe.wire.messages import INCARNATION_HEADER, SAFETENSORS, ManifestMessage
+from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.wire.contract.messages import INCARNATION_HEADER, SAFETENSORS, ManifestMessage
 
 LOST = "0123456789abcdef"
 

@@ -11,22 +11,22 @@ from crash_house import House, assert_same_state
 from support import LAYOUT, MANIFEST, make_body, make_flat, open_service
 
 from fedmoe.coordinator import Aggregation, GatewayModel
-from fedmoe.errors import RefusedError
-from fedmoe.events import Event, ExpertRegistered, UpdateAccepted
 from fedmoe.experts import ExpertModel
+from fedmoe.federation.events import Event, ExpertRegistered, UpdateAccepted
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.codec import decode, encode
 from fedmoe.lora.update_rules import RULES, RuleState
-from fedmoe.server.damage import DamagedUpdateError
-from fedmoe.server.history import History
-from fedmoe.server.snapshots import read_snapshot, snapshot_bytes
-from fedmoe.storage.blobs import (
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.history.damage import DamagedUpdateError
+from fedmoe.server.history.history import History
+from fedmoe.server.history.snapshots import read_snapshot, snapshot_bytes
+from fedmoe.server.storage.blobs import (
     BlobStore,
     FolderBlobStore,
     MemoryBlobStore,
     put,
 )
-from fedmoe.storage.journal import Journal
+from fedmoe.server.storage.journal import Journal
 
 
 @pytest.fixture(

@@ -27,17 +27,16 @@ from hypothesis.stateful import (
 from support import LAYOUT, MANIFEST, make_flat, make_push, open_service, sha256
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.errors import RefusedError
-from fedmoe.events import UpdateAccepted
-from fedmoe.lora.adapter import FloatVector
+from fedmoe.federation.events import UpdateAccepted
+from fedmoe.federation.quarantine import MOST_OF_A_WORKER
+from fedmoe.lora.adapter import FloatVector, initial_adapter
 from fedmoe.lora.codec import encode
-from fedmoe.lora.initial import initial_adapter
-from fedmoe.lora.robust import USUAL_LEAST
-from fedmoe.quarantine import MOST_OF_A_WORKER
+from fedmoe.lora.update_rules import USUAL_LEAST
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.service import CoordinatorService
-from fedmoe.storage.blobs import BlobStore, FolderBlobStore, MemoryBlobStore, put
-from fedmoe.storage.journal import Journal, SqlJournal
-from fedmoe.wire.messages import (
+from fedmoe.server.storage.blobs import BlobStore, FolderBlobStore, MemoryBlobStore, put
+from fedmoe.server.storage.journal import Journal, SqlJournal
+from fedmoe.wire.contract.messages import (
     ManifestMessage,
     RegisterRequest,
     RetractRequest,

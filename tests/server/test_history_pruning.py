@@ -8,8 +8,8 @@ import pytest
 from crash_house import House, assert_same_state
 from support import make_body
 
-from fedmoe.errors import RefusedError
-from fedmoe.server.history import History
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.history.history import History
 
 
 @pytest.fixture

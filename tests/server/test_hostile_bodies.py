@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from support import LAYOUT, make_body, make_flat
 
 from fedmoe.lora.codec import encode
-from fedmoe.lora.container import MAX_METADATA_CHARACTERS
+from fedmoe.lora.safetensors_bytes import MAX_METADATA_CHARACTERS
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202etxt.exe\r\n"
 

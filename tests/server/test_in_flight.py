@@ -9,9 +9,9 @@ import pytest
 from structlog.testing import capture_logs
 from support import MANIFEST, CoordinatorProcess, make_body, sha256
 
-from fedmoe.server.in_flight import MOST_CRASHES, InFlight, Processed
+from fedmoe.server.updates.in_flight import MOST_CRASHES, InFlight, Processed
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.contract.messages import UpdateHeader
 
 BODY = Processed("a" * 64, "python", "w1", 7, 123)
 OTHER = Processed("b" * 64, "python", "w2", 8, 456)

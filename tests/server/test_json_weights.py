@@ -19,9 +19,9 @@ from starlette.testclient import TestClient
 from support import LAYOUT, MANIFEST, make_body
 
 from fedmoe.lora.adapter import Layout, ModuleShape
-from fedmoe.server.json_weights import JsonPolicy, written
-from fedmoe.server.routes import create_app
-from fedmoe.wire.messages import SAFETENSORS
+from fedmoe.server.routes.json_weights import JsonPolicy, written
+from fedmoe.server.routes.routes import create_app
+from fedmoe.wire.contract.messages import SAFETENSORS
 
 #: A million numbers, 20 MB of JSON: more than the buffers of a connection take.
 LARGE = replace(MANIFEST, layout=Layout((ModuleShape("layer", 200_000, 50_000),), 4))

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from test_roll import change, listed, push, settle
 
 from fedmoe.server.service import _MANY
-from fedmoe.wire.messages import Listing
+from fedmoe.wire.contract.messages import Listing
 
 
 @pytest.fixture

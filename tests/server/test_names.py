@@ -13,7 +13,7 @@ from live import House, open_house, push_headers, push_parameters
 from starlette.testclient import TestClient
 from support import MANIFEST, make_body
 
-from fedmoe.wire.messages import ManifestMessage
+from fedmoe.wire.contract.messages import ManifestMessage
 
 NFC, NFD = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
 BAD_FOR_ALL = {

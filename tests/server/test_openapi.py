@@ -10,8 +10,8 @@ from fastapi.routing import APIRoute
 from live import ADMIN, House, listening, open_house
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.server.problems import STATUS
-from fedmoe.server.route_answers import ANSWERS, OTHER_STATUS
+from fedmoe.server.access.problems import STATUS
+from fedmoe.server.routes.documented_answers import ANSWERS, OTHER_STATUS
 
 #: Told when a coordinator starts, not by a route.
 AT_START = {"rule_mismatch"}

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import fedmoe
-from fedmoe.errors import RefusedError
-from fedmoe.server.problems import STATUS, problem, refusal
-from fedmoe.wire.messages import Problem
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.access.problems import STATUS, problem, refusal
+from fedmoe.wire.contract.messages import Problem
 
 PACKAGE = Path(fedmoe.__file__).parent
 # Raised by the codec, pydantic or the guard's own words, and answered from this table or next to it.

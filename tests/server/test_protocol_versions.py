@@ -10,10 +10,10 @@ from live import House, LiveServer
 from support import MANIFEST
 
 from fedmoe import __version__
-from fedmoe.errors import RefusedError
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import PROBLEM
-from fedmoe.wire.versions import PROTOCOL, PROTOCOL_HEADER
+from fedmoe.wire.contract.messages import PROBLEM
+from fedmoe.wire.contract.versions import PROTOCOL, PROTOCOL_HEADER
 
 NEAR = [None, str(PROTOCOL - 1), str(PROTOCOL), str(PROTOCOL + 1)]
 FAR = [str(PROTOCOL - 2), str(PROTOCOL + 2), "999999999", "-1", "", "two", "2.0"]

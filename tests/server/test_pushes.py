@@ -16,9 +16,9 @@ from support import LAYOUT, make_body, make_flat
 from fedmoe.coordinator import Aggregation
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.codec import encode
-from fedmoe.lora.container import header_bytes
+from fedmoe.lora.safetensors_bytes import header_bytes
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import SAFETENSORS, UpdateHeader
+from fedmoe.wire.contract.messages import SAFETENSORS, UpdateHeader
 
 Answer = tuple[int, str, str]
 Array = NDArray[np.generic]

@@ -11,9 +11,9 @@ from starlette.testclient import TestClient
 from support import LAYOUT, make_flat, sha256
 
 from fedmoe.coordinator import Aggregation
+from fedmoe.federation.quarantine import MOST_OF_A_WORKER
 from fedmoe.lora.codec import encode
-from fedmoe.lora.robust import USUAL_LEAST
-from fedmoe.quarantine import MOST_OF_A_WORKER
+from fedmoe.lora.update_rules import USUAL_LEAST
 
 HUGE = encode(LAYOUT, 1e6 * make_flat(99))
 

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.server.quotas import Place, Rate, Taken, UploadLimits, find_place, seconds_early, spend
+from fedmoe.server.access.quotas import Place, Rate, Taken, UploadLimits, find_place, seconds_early, spend
 
 LIMITS = UploadLimits(total=8, of_token=5, of_worker=2, silent_seconds=2.0)
 NOW = 100.0

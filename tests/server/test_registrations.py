@@ -12,16 +12,15 @@ import pytest
 from live import House, open_house
 from support import LAYOUT, MANIFEST, make_body, make_push
 
-from fedmoe.aggregation import Aggregation
 from fedmoe.coordinator import CentralCoordinator
-from fedmoe.errors import RefusedError
-from fedmoe.lora.adapter import FloatMatrix, Layout, ModuleShape
-from fedmoe.lora.initial import initial_adapter
-from fedmoe.manifest import Manifest
-from fedmoe.server.answers import EncodedCache, expert_weights
+from fedmoe.federation.aggregation import Aggregation
+from fedmoe.lora.adapter import FloatMatrix, Layout, ModuleShape, initial_adapter
+from fedmoe.lora.manifest import Manifest
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.access.security import Principal
 from fedmoe.server.registrations import RegistrationLimits
-from fedmoe.server.security import Principal
-from fedmoe.wire.messages import ManifestMessage, RegisterRequest
+from fedmoe.server.routes.weight_responses import EncodedCache, expert_weights
+from fedmoe.wire.contract.messages import ManifestMessage, RegisterRequest
 
 LARGE = replace(MANIFEST, layout=Layout((ModuleShape("layers.0.q", 60_000, 40_000),), 2))
 JOIN = Principal("join", token="a" * 64)

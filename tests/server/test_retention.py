@@ -11,13 +11,13 @@ from crash_house import House, assert_same_state
 from structlog.testing import capture_logs
 from support import EagerHistory, accepted, make_body, registered
 
-from fedmoe.errors import RefusedError
-from fedmoe.server.history import History
-from fedmoe.server.pruning import first_to_go, made_of, unneeded
-from fedmoe.server.retention import Retention, kept_bytes
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.history.history import History
+from fedmoe.server.history.pruning import first_to_go, made_of, unneeded
 from fedmoe.server.service import CoordinatorService
-from fedmoe.storage.blobs import FolderBlobStore
-from fedmoe.storage.let_go import LetGo, noted, stored_updates, undo_ends
+from fedmoe.server.storage.blobs import FolderBlobStore
+from fedmoe.server.storage.released_bytes import LetGo, noted, stored_updates, undo_ends
+from fedmoe.server.upkeep.retention import Retention, kept_bytes
 
 SIZE = len(make_body(1))
 
@@ -229,7 +229,7 @@ def test_the_bound_is_half_of_what_was_free_at_first_and_stays(
     class Usage:
         free = 71_000_000_000
 
-    monkeypatch.setattr("fedmoe.server.retention.shutil.disk_usage", lambda _: Usage)
+    monkeypatch.setattr("fedmoe.server.upkeep.retention.shutil.disk_usage", lambda _: Usage)
     first = kept_bytes(None, house.journal, blobs)
     assert (first.most, first.gb) == (35_500_000_000, 35.5)
     monkeypatch.setattr(Usage, "free", 1_000)

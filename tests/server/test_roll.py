@@ -11,11 +11,11 @@ from starlette.testclient import TestClient
 from support import LAYOUT, MANIFEST, make_body
 from test_registrations import LARGE
 
-from fedmoe.aggregation import Aggregation
+from fedmoe.federation.aggregation import Aggregation
 from fedmoe.lora.codec import decode
-from fedmoe.lora.container import read_header
-from fedmoe.manifest import Manifest
-from fedmoe.wire.messages import SAFETENSORS, ManifestMessage
+from fedmoe.lora.manifest import Manifest
+from fedmoe.lora.safetensors_bytes import read_header
+from fedmoe.wire.contract.messages import SAFETENSORS, ManifestMessage
 
 BINARY = {"Accept": SAFETENSORS}
 

@@ -10,7 +10,7 @@ from live import listening, open_house
 from support import EPOCH, make_body
 
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.contract.messages import UpdateHeader
 
 
 def test_rollbacks_and_retractions_beside_pushes_make_one_history_82(tmp_path: Path) -> None:

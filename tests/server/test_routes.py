@@ -13,8 +13,8 @@ from support import LAYOUT, MANIFEST, make_body, make_flat
 from fedmoe.coordinator import Aggregation
 from fedmoe.lora.adapter import Layout
 from fedmoe.lora.codec import WIRE_DTYPES, decode, encode
-from fedmoe.manifest import BaseModel, Manifest
-from fedmoe.wire.messages import SAFETENSORS, ManifestMessage
+from fedmoe.lora.manifest import BaseModel, Manifest
+from fedmoe.wire.contract.messages import SAFETENSORS, ManifestMessage
 
 BINARY = {"Accept": SAFETENSORS}
 

@@ -13,12 +13,12 @@ from support import MANIFEST, make_body
 
 from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
-from fedmoe.errors import RefusedError
-from fedmoe.server.browser import is_loopback
-from fedmoe.server.security import hash_token, new_token
-from fedmoe.server.tokens import TokenGate
-from fedmoe.storage.journal import SqlJournal
-from fedmoe.wire.messages import ManifestMessage
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.access.tokens import TokenGate
+from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.wire.contract.messages import ManifestMessage
+from fedmoe.wire.http.bearer import hash_token, new_token
+from fedmoe.wire.http.cross_site import is_loopback
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 

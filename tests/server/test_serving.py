@@ -14,9 +14,9 @@ from support import MANIFEST, CoordinatorProcess, free_port, make_body
 
 from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
-from fedmoe.server.listening import PortInUseError
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.contract.messages import UpdateHeader
+from fedmoe.wire.http.listening import PortInUseError
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

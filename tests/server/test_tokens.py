@@ -12,10 +12,10 @@ from starlette.testclient import TestClient
 
 from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
-from fedmoe.errors import RefusedError
-from fedmoe.server.security import hash_token, new_token
-from fedmoe.server.tokens import TokenGate
-from fedmoe.storage.journal import SqlJournal, TokenRecord
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.access.tokens import TokenGate
+from fedmoe.server.storage.journal import SqlJournal, TokenRecord
+from fedmoe.wire.http.bearer import hash_token, new_token
 
 DAY = 86_400.0
 

@@ -9,11 +9,11 @@ import pytest
 from live import ADMIN, JOIN, House, open_house
 from starlette.testclient import TestClient
 
-from fedmoe.errors import RefusedError
-from fedmoe.server.security import Principal
-from fedmoe.server.told_statistics import PAGE_BYTES, StatisticLimits, ToldStatistics
-from fedmoe.storage.journal import SqlJournal
-from fedmoe.storage.told_statistics import Statistic
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.access.security import Principal
+from fedmoe.server.statistics.reported_statistics import PAGE_BYTES, StatisticLimits, ToldStatistics
+from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.reported_statistics import Statistic
 
 ANYBODY = Principal("admin")
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.errors import RefusedError
-from fedmoe.server.quotas import Rate, WorkShare, charge, debt
-from fedmoe.server.turns import Turns
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.access.quotas import Rate, WorkShare, charge, debt
+from fedmoe.server.access.turns import Turns
 
 SHARE = WorkShare(share=0.1, credit=0.2, at_once=2, free=0)
 

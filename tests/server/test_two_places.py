@@ -9,9 +9,9 @@ from live import House, open_house, push_headers, push_parameters
 from starlette.testclient import TestClient
 from support import LAYOUT, make_body, make_flat
 
-from fedmoe.leases import LEAST_SECONDS
+from fedmoe.federation.leases import LEAST_SECONDS
 from fedmoe.lora.codec import encode
-from fedmoe.server.roster import NOT_LEARNING
+from fedmoe.server.statistics.contributors import NOT_LEARNING
 
 
 class Clock:

@@ -11,16 +11,21 @@ import pytest
 from support import LAYOUT, MANIFEST, make_body, make_flat, make_push, open_service
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.errors import RefusedError
-from fedmoe.events import ExpertRegistered, UpdateAccepted
-from fedmoe.lora.adapter import FloatVector
-from fedmoe.lora.initial import initial_adapter
-from fedmoe.server import undo
-from fedmoe.server.history import History, Rebuilt
+from fedmoe.federation.events import ExpertRegistered, UpdateAccepted
+from fedmoe.lora.adapter import FloatVector, initial_adapter
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.history.history import History, Rebuilt
 from fedmoe.server.service import CoordinatorService
-from fedmoe.storage.blobs import MemoryBlobStore
-from fedmoe.storage.journal import SqlJournal
-from fedmoe.wire.messages import ChangeResult, ManifestMessage, RegisterRequest, RetractRequest, RollbackRequest
+from fedmoe.server.storage.blobs import MemoryBlobStore
+from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.upkeep import undo
+from fedmoe.wire.contract.messages import (
+    ChangeResult,
+    ManifestMessage,
+    RegisterRequest,
+    RetractRequest,
+    RollbackRequest,
+)
 
 
 @pytest.fixture

@@ -18,12 +18,12 @@ from support import LAYOUT, MANIFEST, CoordinatorProcess, make_body, make_flat
 from fedmoe.coordinator import Draft
 from fedmoe.lora.adapter import FloatVector, Layout, ModuleShape
 from fedmoe.lora.codec import encode
-from fedmoe.server import submission
-from fedmoe.server.memory_budget import MemoryBudget
-from fedmoe.server.receive import opened_writer
-from fedmoe.storage.blobs import FileBlobWriter
+from fedmoe.server.storage.blobs import FileBlobWriter
+from fedmoe.server.updates import upload
+from fedmoe.server.updates.memory_budget import MemoryBudget
+from fedmoe.server.updates.upload import opened_writer
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.contract.messages import UpdateHeader
 
 
 def header(index: int) -> UpdateHeader:
@@ -47,7 +47,7 @@ def test_updates_that_wait_for_their_decision_do_not_pile_up_decoded(
 ) -> None:
     house.service._memory = MemoryBudget(2 * LAYOUT.size * 4)
     decoded: list[int] = []
-    usable = submission.usable_norm
+    usable = upload.usable_norm
 
     def counted(layout: Layout, flat: FloatVector) -> float:
         decoded.append(1)
@@ -102,8 +102,8 @@ def test_a_request_that_is_given_up_while_its_file_is_made_leaves_none(house: Ho
 def test_an_absurd_norm_is_told_without_a_copy_in_double_precision() -> None:
     layout = Layout((ModuleShape("m", 300_000, 100_000),), 1)
     flat = np.full(layout.size, 1e30, np.float32)
-    with pytest.raises(submission.RefusedError) as refused:
-        submission.usable_norm(layout, flat)
+    with pytest.raises(upload.RefusedError) as refused:
+        upload.usable_norm(layout, flat)
     assert refused.value.facts["norm"] == pytest.approx(1e30 * layout.size**0.5)
 
 

@@ -10,10 +10,10 @@ import pytest
 from live import ADMIN, JOIN, House, LiveServer, content_digest, listening, open_house, push_headers, push_parameters
 from support import make_body
 
-from fedmoe.server.quotas import Rate, UploadLimits
-from fedmoe.server.security import new_token
+from fedmoe.server.access.quotas import Rate, UploadLimits
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.contract.messages import UpdateHeader
+from fedmoe.wire.http.bearer import new_token
 
 BODY = make_body(1)
 
@@ -242,7 +242,7 @@ def test_without_tokens_nobody_waits(tmp_path: Path) -> None:
 
 
 def test_a_stranger_who_tries_on_and_on_is_answered_slowly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmoe.server.turns.STRANGER_RATE", Rate(1.0, 3))
+    monkeypatch.setattr("fedmoe.server.access.turns.STRANGER_RATE", Rate(1.0, 3))
     with open_house(tmp_path, tokens=True) as house, listening(house.app) as server, server.connect() as connection:
         request = b"GET /list_experts HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer guess\r\n\r\n"
         seconds = []

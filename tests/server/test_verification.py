@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 from fedmoe.cli.commands import app
 from fedmoe.coordinator import Aggregation
-from fedmoe.server.verification import Verified, verify_state
-from fedmoe.storage.audit import AUDIT_FILE, AUDIT_HEAD, AuditHead, line_of
-from fedmoe.storage.state_dir import StateDir, StateDirError
+from fedmoe.server.history.verification import Verified, verify_state
+from fedmoe.server.storage.audit import AUDIT_FILE, AUDIT_HEAD, AuditHead, line_of
+from fedmoe.server.storage.state_dir import StateDir, StateDirError
 
 
 @cache

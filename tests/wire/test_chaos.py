@@ -15,7 +15,7 @@ from live import LiveServer, listening, open_house
 from support import EPOCH, make_body
 
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.messages import UpdateHeader, UpdateResult
+from fedmoe.wire.contract.messages import UpdateHeader, UpdateResult
 
 
 @dataclass

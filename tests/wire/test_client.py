@@ -11,18 +11,18 @@ from live import ADMIN, JOIN, House, LiveServer, content_digest, listening, open
 from support import LAYOUT, MANIFEST, make_body, make_flat
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.errors import RefusedError
-from fedmoe.gateway.prompt_statistics import PromptStatistics, add_statistics
 from fedmoe.lora.codec import WIRE_DTYPES, WireDtype, encode
+from fedmoe.lora.prompt_statistics import PromptStatistics, add_statistics
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, TooStaleError
-from fedmoe.wire.messages import (
+from fedmoe.wire.contract.messages import (
     PROBLEM,
     SAFETENSORS,
     DataStatisticsHeader,
     StatisticRequest,
     UpdateHeader,
 )
-from fedmoe.wire.token_messages import TokenRequest
+from fedmoe.wire.contract.tokens import TokenRequest
 
 
 def header(sequence: int = 0, base_version: int = 0, answer: str = "result") -> UpdateHeader:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from live import JOIN, listening, open_house
 
-from fedmoe.errors import RefusedError
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.clocks import clock_difference
 

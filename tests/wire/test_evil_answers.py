@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from support import LAYOUT, MANIFEST, make_flat
 
-from fedmoe.errors import RefusedError
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import digest, encode
-from fedmoe.manifest import Manifest
+from fedmoe.lora.manifest import Manifest
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire import transport
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, Expected
-from fedmoe.wire.messages import PROBLEM, SAFETENSORS, UpdateHeader
-from fedmoe.wire.pulled import describing
+from fedmoe.wire.contract.messages import PROBLEM, SAFETENSORS, UpdateHeader
+from fedmoe.wire.pulled_weights import describing
 
 URL = "http://coordinator.example"
 HEADER = UpdateHeader(expert="python", worker="w1", epoch="e1", sequence=4, base_version=6, answer="weights")

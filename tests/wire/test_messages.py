@@ -7,15 +7,15 @@ from pydantic import TypeAdapter, ValidationError
 from support import MANIFEST
 
 from fedmoe.lora.adapter import Layout, ModuleShape
-from fedmoe.manifest import BaseModel, Manifest
-from fedmoe.wire.messages import (
+from fedmoe.lora.manifest import BaseModel, Manifest
+from fedmoe.wire.contract.messages import (
     MAX_PARAMETERS,
     ExpertName,
     ManifestMessage,
     UpdateHeader,
     WorkerName,
 )
-from fedmoe.wire.token_messages import TokenRequest
+from fedmoe.wire.contract.tokens import TokenRequest
 
 names = st.from_regex(r"[A-Za-z0-9_.-]{1,40}", fullmatch=True)
 manifests = st.builds(

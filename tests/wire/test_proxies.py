@@ -15,9 +15,9 @@ import structlog
 from live import LiveServer
 from support import MANIFEST
 
-from fedmoe.errors import RefusedError
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import ConnectionSettingError, CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.messages import UpdateHeader
+from fedmoe.wire.contract.messages import UpdateHeader
 from fedmoe.wire.proxy import is_loopback, proxy_for
 
 TOKEN = "secret-token-of-some-length-000"

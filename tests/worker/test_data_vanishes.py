@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from workers import Federation
 
+from fedmoe.cli import worker_setup as setup
 from fedmoe.config import WorkerConfig
-from fedmoe.datasets.errors import DataError
-from fedmoe.worker import setup
-from fedmoe.worker.group import WorkerFailedError
+from fedmoe.datasets.readers.lines import DataError
+from fedmoe.worker.pull import WorkerFailedError
 from fedmoe.worker.training_data import WorkerData
 
 

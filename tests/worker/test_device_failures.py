@@ -12,11 +12,11 @@ import torch
 from workers import Federation, Setup, blocks, local, tiny_base, wait_for_answer
 
 from fedmoe import qwen_finetune
-from fedmoe.datasets.packing import Batch, collate
+from fedmoe.datasets.tokens.packing import Batch, collate
 from fedmoe.distributed_worker import DistributedWorker
 from fedmoe.models.device_faults import device_fault, halved
 from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert, TrainingConfig
-from fedmoe.worker.group import DeviceFailedError, WorkerFailedError
+from fedmoe.worker.pull import DeviceFailedError, WorkerFailedError
 
 CUDA_OOM = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.00 GiB"
 BROKEN = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported"

@@ -13,18 +13,17 @@ import pytest
 from workers import Federation, blocks, tiny_base
 
 from fedmoe.cli import main
+from fedmoe.cli.worker_setup import statistics_to_send
 from fedmoe.config import WorkerConfig
-from fedmoe.datasets.packing import Block
-from fedmoe.errors import RefusedError
-from fedmoe.gateway.prompt_statistics import PromptStatistics
+from fedmoe.datasets.tokens.packing import Block
 from fedmoe.lora.moments import InputMoments
+from fedmoe.lora.prompt_statistics import PromptStatistics
 from fedmoe.models.base import LoadedBase
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.runtime.stop_signals import StopOnSignal
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.messages import DataStatisticsHeader
-from fedmoe.worker.disclosure import Disclosure
-from fedmoe.worker.setup import statistics_to_send
-from fedmoe.worker.signals import StopOnSignal
-from fedmoe.worker.statistics import DataStatistics, Progress, data_statistics
+from fedmoe.wire.contract.messages import DataStatisticsHeader
+from fedmoe.worker.statistics import DataStatistics, Disclosure, Progress, data_statistics
 
 BODIES = {"prompts": b"p", "moments": b"m"}
 AWAY = CoordinatorUnavailableError("away")
@@ -57,7 +56,7 @@ def logged(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.fixture
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmoe.worker.disclosure.pause_seconds", lambda *_: 0.001)
+    monkeypatch.setattr("fedmoe.worker.statistics.pause_seconds", lambda *_: 0.001)
 
 
 @pytest.mark.usefixtures("_short_pauses")
@@ -121,7 +120,7 @@ def test_what_is_on_its_way_at_the_end_is_waited_for_and_what_is_not_taken_is_lo
 
 
 def test_who_was_told_to_stop_waits_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmoe.worker.disclosure._LAST_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("fedmoe.worker.statistics._LAST_WAIT_SECONDS", 0.1)
     disclosure = Scripted([AWAY] * 1000).disclosure()
     began = time.monotonic()
     disclosure.finish(3600.0, lambda: True)
@@ -161,7 +160,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(found))
         return data_statistics(base, found, targets, progress=progress)
 
-    monkeypatch.setattr("fedmoe.worker.setup.data_statistics", counted)
+    monkeypatch.setattr("fedmoe.cli.worker_setup.data_statistics", counted)
     return counts
 
 

@@ -13,14 +13,14 @@ import structlog
 from workers import PUSH, Federation, Road, Setup, local, wait_for_answer
 
 from fedmoe.distributed_worker import DistributedWorker
-from fedmoe.errors import RefusedError
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.codec import decode, digest, encode
-from fedmoe.lora.container import read_header
-from fedmoe.manifest import Manifest
+from fedmoe.lora.manifest import Manifest
+from fedmoe.lora.safetensors_bytes import read_header
 from fedmoe.qwen_worker import StepRecord
-from fedmoe.wire.messages import PROBLEM, SAFETENSORS
-from fedmoe.wire.pulled import describing
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.wire.contract.messages import PROBLEM, SAFETENSORS
+from fedmoe.wire.pulled_weights import describing
 
 Lie = Callable[[httpx2.Response, bytes], httpx2.Response]
 
@@ -94,8 +94,8 @@ class Lying(Road):
 def test_rubbish_is_waited_out_and_nothing_of_it_is_taken_69(
     name: str, house: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedmoe.worker.delivery._FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("fedmoe.worker.delivery._LONGEST_ASKED", 0.01)
+    monkeypatch.setattr("fedmoe.wire.delivery._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("fedmoe.wire.delivery._LONGEST_ASKED", 0.01)
     lie, words = LIES[name]
     road = Lying(lie, times=2)
     taken: list[int] = []

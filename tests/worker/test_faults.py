@@ -12,9 +12,9 @@ import torch
 from workers import Federation, Road, Setup, StepClock, federation, local, set_patience, wait_for_answer
 
 from fedmoe.distributed_worker import DistributedWorker, WorkerFailedError
-from fedmoe.errors import RefusedError
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.qwen_worker import StepRecord
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorUnavailableError
 
 
@@ -26,8 +26,8 @@ def numbers(house: Federation) -> list[int]:
 def test_an_update_is_sent_until_it_is_answered_and_lands_once(
     fault: str, house: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedmoe.worker.delivery._FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("fedmoe.worker.delivery._LONGEST_ASKED", 0.01)
+    monkeypatch.setattr("fedmoe.wire.delivery._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("fedmoe.wire.delivery._LONGEST_ASKED", 0.01)
     road = Road("", fault, fault)
     worker = Setup(house.url, tmp_path / "w1", steps=6, every=2, road=road, after_step=wait_for_answer).run()
     assert road.sequences() == [0, 1, 1, 1, 2]
@@ -54,7 +54,7 @@ def test_a_busy_coordinator_is_given_the_time_it_asked_for(house: Federation, tm
 def test_while_the_coordinator_is_away_it_trains_on_up_to_the_bound_and_delivers_once(
     house: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedmoe.worker.delivery._LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr("fedmoe.wire.delivery._LONGEST_PAUSE", 0.02)
     road, clock = Road(), StepClock()
     waited_at: list[float] = []
 
@@ -291,5 +291,5 @@ def test_a_full_disk_is_told_in_words(house: Federation, tmp_path: Path, monkeyp
 
     setup = Setup(house.url, tmp_path / "w1", steps=2, every=1)
     with pytest.raises(WorkerFailedError, match="w1: No space left on device"):
-        setup.run(lambda _: monkeypatch.setattr("fedmoe.worker.outbox.write_atomic", full))
+        setup.run(lambda _: monkeypatch.setattr("fedmoe.wire.outbox.write_atomic", full))
     assert numbers(house) == []

@@ -99,7 +99,7 @@ def test_a_worker_is_told_of_a_rejection_in_words_and_goes_on_without_that_updat
 def test_one_that_was_rejected_before_its_answer_arrived_is_given_up_and_not_sent_for_ever_37(
     house: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedmoe.worker.delivery._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("fedmoe.wire.delivery._FIRST_PAUSE", 0.01)
 
     class RejectedMeanwhile(Road):
         def handle_request(self, request: object) -> object:  # type: ignore[override]

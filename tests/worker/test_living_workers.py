@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from workers import Federation, Setup, blocks, federation, local, tiny_base, wait_for_answer
 
-from fedmoe.datasets.packing import collate
+from fedmoe.datasets.tokens.packing import collate
 from fedmoe.distributed_worker import DistributedWorker
-from fedmoe.errors import RefusedError
-from fedmoe.events import Event, ExpertWentOn, GatewayFolded, UpdateAccepted
+from fedmoe.federation.events import Event, ExpertWentOn, GatewayFolded, UpdateAccepted
 from fedmoe.gateway.evaluate import evaluate
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.input_moments import MomentsCollector
 from fedmoe.qwen_worker import StepRecord
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import DataStatisticsHeader, GatewayInfo
+from fedmoe.wire.contract.messages import DataStatisticsHeader, GatewayInfo
 
 MERGE_AFTER = 8
 #: Expert -> by how much its data count.

@@ -10,9 +10,9 @@ import numpy as np
 import structlog
 from workers import Federation
 
+from fedmoe.cli import worker_setup as setup
 from fedmoe.config import WorkerConfig
-from fedmoe.worker import setup
-from fedmoe.worker.outbox import Outbox
+from fedmoe.wire.outbox import Outbox
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "worker_b5c47da.tar.gz"
 PENDING = "60b3c4d648411ab6923f0f8c73f124730676b47749f544ea4216f8b55c0051c5"

@@ -23,10 +23,10 @@ from workers import (
     wait_for_answer,
 )
 
-from fedmoe import failpoints
 from fedmoe.distributed_worker import DistributedWorker, WorkerFailedError
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.qwen_worker import StepRecord
+from fedmoe.runtime import failpoints
 from fedmoe.wire.client import CoordinatorUnavailableError
 
 FAILPOINTS = ("worker.body_written", "worker.cut", "worker.saved", "worker.settled")

@@ -10,8 +10,8 @@ from workers import Federation, Setup, federation, local, wait_for_answer
 
 from fedmoe.distributed_worker import DistributedWorker
 from fedmoe.qwen_worker import StepRecord
-from fedmoe.storage.backup import make_backup
-from fedmoe.storage.restore import restore
+from fedmoe.server.storage.backup import make_backup
+from fedmoe.server.storage.restore import restore
 
 
 def test_an_update_of_the_lost_history_is_refused_and_its_learning_travels_again(tmp_path: Path) -> None:

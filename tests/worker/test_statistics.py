@@ -8,11 +8,11 @@ import time
 import numpy as np
 import pytest
 
-from fedmoe.datasets.packing import Block, pack
-from fedmoe.datasets.tokenized import MASKED, TokenizedSample
-from fedmoe.gateway.prompt_statistics import FeatureMoments, PromptStatistics
-from fedmoe.gateway.route import SequenceRouter, likeliest
+from fedmoe.datasets.tokens.packing import Block, pack
+from fedmoe.datasets.tokens.tokenized import MASKED, TokenizedSample
+from fedmoe.gateway.routers import SequenceRouter, likeliest
 from fedmoe.lora.moments import InputMoments
+from fedmoe.lora.prompt_statistics import FeatureMoments, PromptStatistics
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.prompt_features import prefix_features, prompt_features
 from fedmoe.worker.statistics import (

@@ -27,7 +27,7 @@ from fedmoe.distributed_worker import DistributedWorker
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.codec import WIRE_DTYPES
 from fedmoe.qwen_worker import StepRecord
-from fedmoe.record import read_records
+from fedmoe.runtime.records import read_records
 
 
 def start_of(house: Federation) -> FloatVector:
@@ -158,7 +158,7 @@ def test_one_that_may_not_train_while_an_update_travels_still_trains_between_pus
 
 def test_the_coordinators_minimum_interval_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # This worker counts steps for seconds; the coordinator, which does not, must not wait for it.
-    monkeypatch.setattr("fedmoe.server.uploads.seconds_early", lambda *_: 0.0)
+    monkeypatch.setattr("fedmoe.server.access.uploads.seconds_early", lambda *_: 0.0)
     with federation(tmp_path / "coordinator", min_sync_interval=5.0) as house:
         Setup(house.url, tmp_path / "w1", steps=10, every=1, after_step=wait_for_answer).run()
         assert [update.info["steps"] for update in house.updates()] == [5, 10]

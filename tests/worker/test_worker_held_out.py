@@ -11,9 +11,9 @@ from workers import EXPERT, Federation, Road, Setup, blocks, local, wait_for_ans
 
 from fedmoe.cli import main
 from fedmoe.models.held_out import HeldOutPlan
-from fedmoe.record import Record, read_records
+from fedmoe.runtime.records import Record, read_records
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.messages import HELD_OUT, HeldOutInfo
+from fedmoe.wire.contract.messages import HELD_OUT, HeldOutInfo
 
 
 def plan(every: int = 2, patience: int | None = None, threshold: float = 0.0) -> HeldOutPlan:

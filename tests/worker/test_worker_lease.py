@@ -9,14 +9,14 @@ import pytest
 from structlog.testing import capture_logs
 from workers import Federation, Setup, local, wait_for_answer
 
-from fedmoe.errors import RefusedError
+from fedmoe.runtime.errors import RefusedError
 
 
 def test_a_worker_with_a_new_state_directory_waits_for_the_lease_and_loses_nothing_50(
     house: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedmoe.worker.delivery._LONGEST_ASKED", 0.01)
-    monkeypatch.setattr("fedmoe.worker.delivery._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("fedmoe.wire.delivery._LONGEST_ASKED", 0.01)
+    monkeypatch.setattr("fedmoe.wire.delivery._FIRST_PAUSE", 0.01)
     first = Setup(house.url, tmp_path / "first", steps=4, every=2, after_step=wait_for_answer)
     first.run()
     assert house.house is not None

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fedmoe.arena.credit import Credit, weighted
+from fedmoe.arena.modes.credit import Credit, weighted
 from fedmoe.arena.modes.judging import compared, credited, examples, rate, task_seeds
+from fedmoe.arena.modes.memory import Society
 from fedmoe.arena.modes.protocol import Decision, Judgement, ModeError, Planning
-from fedmoe.arena.society import Society
-from fedmoe.arena.survival import decide
-from fedmoe.arena.task import Lineup, Task
-from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode, Player
+from fedmoe.arena.population.pbt import decide
+from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player
+from fedmoe.arena.tasks.task import Lineup, Task
 
 #: One's own result, and being ahead of the others.
 WEIGHTS = Credit(individual=0.75, versus=0.25)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedmoe.arena.budget import allocate
-from fedmoe.arena.credit import Credit, weighted
+from fedmoe.arena.modes.allocation import allocate
+from fedmoe.arena.modes.credit import Credit, weighted
 from fedmoe.arena.modes.judging import compared, credited, examples, group_values, task_seeds
+from fedmoe.arena.modes.memory import Society
 from fedmoe.arena.modes.protocol import Decision, Judgement, ModeError, Planning
-from fedmoe.arena.society import Society
-from fedmoe.arena.task import Lineup, Task, Team
-from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode
+from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
+from fedmoe.arena.tasks.task import Lineup, Task, Team
 
 #: A little of the common reward, what the team would miss without the seat, and the seat's own answer. The difference
 #: already has the common reward's gradient for a final answer, without the others' luck (Wolpert & Tumer 2002); the

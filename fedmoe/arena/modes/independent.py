@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedmoe.arena.credit import Credit, weighted
+from fedmoe.arena.modes.credit import Credit, weighted
 from fedmoe.arena.modes.judging import compared, credited, examples, task_seeds
+from fedmoe.arena.modes.memory import Society
 from fedmoe.arena.modes.protocol import Judgement, ModeError, Planning
-from fedmoe.arena.society import Society
-from fedmoe.arena.task import Lineup, Task
-from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode
+from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
+from fedmoe.arena.tasks.task import Lineup, Task
 
 #: One's own result and nothing else: GRPO (Shao et al. 2024, 2402.03300).
 WEIGHTS = Credit(individual=1.0)

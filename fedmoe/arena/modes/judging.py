@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fedmoe.arena.baselines import BaselineKey, group_advantages
-from fedmoe.arena.credit import CreditRule
+from fedmoe.arena.modes.advantages import BaselineKey, group_advantages
+from fedmoe.arena.modes.credit import CreditRule
+from fedmoe.arena.modes.memory import Society
 from fedmoe.arena.modes.protocol import Planning, SeatResult
-from fedmoe.arena.society import Society
-from fedmoe.arena.task import HELD_OUT
-from fedmoe.arena.trajectory import Example, PlayedEpisode
+from fedmoe.arena.rollout.episodes import Example, PlayedEpisode
+from fedmoe.arena.tasks.task import HELD_OUT
 
 # What an action that cannot be used costs, on top of what it loses by the rules: a forfeit that an opponent's forfeit
 # made a win would otherwise teach nothing.

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.cooperative import Cooperative
+from fedmoe.arena.modes.memory import Society
 from fedmoe.arena.modes.protocol import Decision, Judgement, Mode, Planning
+from fedmoe.arena.modes.switching import Measured, ModeSwitch, SwitchRules, agreement
 from fedmoe.arena.modes.team_battle import TeamBattle
-from fedmoe.arena.society import Society
-from fedmoe.arena.switching import Measured, ModeSwitch, SwitchRules, agreement
-from fedmoe.arena.task import Task
-from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode
+from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
+from fedmoe.arena.tasks.task import Task
 
 #: Short stays: a run of a dozen iterations already visits all three parts.
 RULES = SwitchRules(exploration=9, min_stay=4, window=6)

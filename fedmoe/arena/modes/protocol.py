@@ -8,11 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
-from fedmoe.arena.credit import SeatCredit
-from fedmoe.arena.society import Society
-from fedmoe.arena.survival import Replacement
-from fedmoe.arena.task import Task
-from fedmoe.arena.trajectory import EpisodePlan, Example, PlayedEpisode, Player
+from fedmoe.arena.modes.credit import SeatCredit
+from fedmoe.arena.modes.memory import Society
+from fedmoe.arena.population.pbt import Replacement
+from fedmoe.arena.rollout.episodes import EpisodePlan, Example, PlayedEpisode, Player
+from fedmoe.arena.tasks.task import Task
 
 
 class ModeError(ValueError):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedmoe.arena.credit import Credit, weighted
+from fedmoe.arena.modes.credit import Credit, weighted
 from fedmoe.arena.modes.judging import compared, credited, examples, rate, task_seeds
+from fedmoe.arena.modes.memory import Society
 from fedmoe.arena.modes.protocol import Decision, Judgement, ModeError, Planning
-from fedmoe.arena.society import Society
-from fedmoe.arena.strategy import Choice, team_options
-from fedmoe.arena.task import Lineup, Task
-from fedmoe.arena.teams import balanced_teams
-from fedmoe.arena.trajectory import EpisodePlan, PlayedEpisode
+from fedmoe.arena.modes.strategy import Choice, team_options
+from fedmoe.arena.modes.teams import balanced_teams
+from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
+from fedmoe.arena.tasks.task import Lineup, Task
 
 #: Being ahead of the other team, what the team would miss without the seat, and the seat's own answer.
 WEIGHTS = Credit(individual=1.0, difference=1.0, versus=0.25)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedmoe.arena.task import Episode, Lineup, Message, Outcome, TaskError, Team, check_actions, check_lineup
 from fedmoe.arena.tasks.problems import INSTRUCTION, Ballot, Problem, ProblemSet, quoted, read_answer
+from fedmoe.arena.tasks.task import Episode, Lineup, Message, Outcome, TaskError, Team, check_actions, check_lineup
 
 #: How much of a draft is shown, in characters.
 DRAFT_CHARS = 80

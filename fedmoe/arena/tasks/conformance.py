@@ -10,7 +10,7 @@ from typing import cast
 
 import numpy as np
 
-from fedmoe.arena.task import Episode, Lineup, Message, Outcome, Task, TaskError, Team
+from fedmoe.arena.tasks.task import Episode, Lineup, Message, Outcome, Task, TaskError, Team
 
 _SEED = 11
 _MOST_ROUNDS = 2000

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedmoe.arena.task import Lineup, Message, Outcome
+from fedmoe.arena.tasks.task import Lineup, Message, Outcome
 
 #: What a seat is told besides the question; as the system message it takes the place of a template's longer one.
 INSTRUCTION = "Reply with only the answer."

@@ -17,9 +17,9 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from fedmoe.arena.task import HELD_OUT, Episode, Lineup, Message, Outcome, TaskError, check_actions, check_lineup
 from fedmoe.arena.tasks.content import Reading
 from fedmoe.arena.tasks.problems import INSTRUCTION, Ballot, Problem, ProblemSet, read_answer
+from fedmoe.arena.tasks.task import HELD_OUT, Episode, Lineup, Message, Outcome, TaskError, check_actions, check_lineup
 
 Option = int | float | str | bool
 NO_OPTIONS: Mapping[str, Option] = MappingProxyType({})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 
-from fedmoe.arena.task import Task, TaskError
 from fedmoe.arena.tasks.reasoning import NO_OPTIONS, Option, ReasoningProblems, ReasoningTask
+from fedmoe.arena.tasks.task import Task, TaskError
 
 #: What a kind of task is made with: the part of the name after the colon, and the options.
 TaskFactory = Callable[[str, Mapping[str, Option]], Task]

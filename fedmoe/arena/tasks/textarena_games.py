@@ -12,8 +12,8 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from fedmoe.arena.task import Episode, Lineup, Message, Outcome, TaskError, check_actions, check_lineup
 from fedmoe.arena.tasks.problems import quoted
+from fedmoe.arena.tasks.task import Episode, Lineup, Message, Outcome, TaskError, check_actions, check_lineup
 from fedmoe.arena.tasks.textarena_rules import GAMES, NEEDS_MORE, Game, State, family
 
 #: How much of the past a seat is shown besides the rules, and how much of the rules, in characters.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from fedmoe.gateway.serve.protocol import ServedModel
+from fedmoe.inference.backend import ServedModel
 
 GATEWAY, AUTO, BASE = "gateway", "auto", "base"
 #: Names with a meaning of their own; an expert with such a name cannot be asked for.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fedmoe.gateway.serve.catalogue import Snapshot
-from fedmoe.gateway.serve.follow import Health
+from fedmoe.gateway.serve.version_watcher import Health
 
 
 @dataclass

@@ -10,14 +10,20 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from fedmoe.errors import RefusedError
-from fedmoe.gateway.serve.protocol import BackendError
-from fedmoe.server.problems import allowed
+from fedmoe.inference.backend import BackendError
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.wire.http.allowed_methods import allowed
 
 _log = structlog.get_logger("fedmoe.serve")
 
-# Codes of the guard that stands before all our servers.
-_GUARD_STATUS = {"too_large": 413, "too_slow": 408}
+#: Codes of the guards that stand before all our servers.
+_GUARD_STATUS = {
+    "too_large": 413,
+    "too_slow": 408,
+    "host_not_allowed": 421,
+    "cross_site": 403,
+    "upgrade_required": 426,
+}
 _SHOWN = 300
 
 
@@ -50,9 +56,9 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-def upgrade_required(error: RefusedError) -> Response:
-    """The answer to a client of another protocol."""
-    return ApiError(426, error.code, str(error)).response()
+def refusal(error: RefusedError) -> Response:
+    """The answer to a request that one of the guards refuses."""
+    return ApiError(_GUARD_STATUS[error.code], error.code, str(error)).response()
 
 
 def too_long(got: str, most: int, param: str) -> ApiError:
@@ -80,7 +86,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RefusedError)
     async def _refused(request: Request, error: RefusedError) -> Response:
-        return ApiError(_GUARD_STATUS[error.code], error.code, str(error)).response()
+        return refusal(error)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:

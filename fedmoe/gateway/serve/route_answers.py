@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedmoe.server.openapi import Answers, Json, Problems, Route
+from fedmoe.wire.http.openapi import Answers, Json, Problems, Route
 
 #: Code of an error -> HTTP status.
 STATUS = {

@@ -11,24 +11,26 @@ from contextlib import aclosing
 from typing import TypeVar
 
 from fastapi import FastAPI, Request
+from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from fedmoe import __version__
 from fedmoe.gateway.serve import problems
-from fedmoe.gateway.serve.answers import Form, Json, Kind, model_card
+from fedmoe.gateway.serve.api_keys import ApiKeyMiddleware
 from fedmoe.gateway.serve.catalogue import AUTO, BASE
-from fedmoe.gateway.serve.door import DoorMiddleware
-from fedmoe.gateway.serve.follow import Health
 from fedmoe.gateway.serve.problems import ApiError, of_backend
-from fedmoe.gateway.serve.protocol import BackendError
 from fedmoe.gateway.serve.requests import MOST_CHOICES, ChatRequest, CompletionRequest
+from fedmoe.gateway.serve.responses import Form, Json, Kind, model_card
 from fedmoe.gateway.serve.route_answers import ANSWERS, PROBLEMS
 from fedmoe.gateway.serve.service import Answering, Asked, Piece, Service, together
-from fedmoe.server import openapi
-from fedmoe.server.guard import BodyGuard
-from fedmoe.server.health import HeadMiddleware, readiness
-from fedmoe.server.versions import ProtocolMiddleware
+from fedmoe.gateway.serve.version_watcher import Health
+from fedmoe.inference.backend import BackendError
+from fedmoe.wire.http import openapi
+from fedmoe.wire.http.body_limits import BodyGuard
+from fedmoe.wire.http.cross_site import CrossSiteMiddleware
+from fedmoe.wire.http.health import HeadMiddleware, readiness
+from fedmoe.wire.http.protocol_version import ProtocolMiddleware
 
 MAX_BODY_BYTES = 1 << 20
 #: What the OpenAI interface generates for a text when nothing is said.
@@ -41,17 +43,30 @@ Result = TypeVar("Result")
 def create_app(
     service: Service, health: Callable[[], Health], keys: frozenset[str] | None, loopback_only: bool
 ) -> FastAPI:
-    """The server's HTTP application; `keys` and `loopback_only` as in `DoorMiddleware`."""
+    """The server's HTTP application; `keys` None asks for none, `loopback_only` as in `CrossSiteMiddleware`."""
     app = FastAPI(title="FedMoE gateway", version=__version__, docs_url=None, redoc_url=None)
     problems.install(app)
     _look_routes(app, service, health)
     _answer_routes(app, service)
-    app.add_middleware(DoorMiddleware, keys=keys, loopback_only=loopback_only)
-    app.add_middleware(ProtocolMiddleware, server="this gateway server", answer=problems.upgrade_required)
+    add_guard(app, keys, loopback_only)
+    app.add_middleware(ProtocolMiddleware, server="this gateway server", answer=problems.refusal)
     app.add_middleware(BodyGuard, caps=dict.fromkeys(("/v1/chat/completions", "/v1/completions"), MAX_BODY_BYTES))
     app.add_middleware(HeadMiddleware)
     openapi.install(app, ANSWERS, PROBLEMS, keys is not None)
     return app
+
+
+def add_guard(app: Starlette, keys: frozenset[str] | None, loopback_only: bool) -> None:
+    """Ask for one of `keys` (hashes); where None is asked for, take nothing that a page of another site sends."""
+    if keys is not None:
+        app.add_middleware(ApiKeyMiddleware, keys=keys)
+        return
+    app.add_middleware(
+        CrossSiteMiddleware,
+        loopback_only=loopback_only,
+        remedy="Use http://127.0.0.1, or start the server with --api-keys.",
+        refuse=problems.refusal,
+    )
 
 
 def _look_routes(app: FastAPI, service: Service, health: Callable[[], Health]) -> None:

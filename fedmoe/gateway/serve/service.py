@@ -17,9 +17,10 @@ from fedmoe.gateway.rerank import chosen
 from fedmoe.gateway.serve.catalogue import AUTO, BASE, GATEWAY, Catalogue
 from fedmoe.gateway.serve.counters import Counters
 from fedmoe.gateway.serve.problems import ApiError
-from fedmoe.gateway.serve.protocol import Backend, BackendError, Finish, Generation, Router, Sampling, ServedModel, Step
+from fedmoe.gateway.serve.router import Router
 from fedmoe.gateway.serve.text import Prompter, StopWatch, TextStream
-from fedmoe.manifest import BaseModel
+from fedmoe.inference.backend import Backend, BackendError, Finish, Generation, Sampling, ServedModel, Step
+from fedmoe.lora.manifest import BaseModel
 
 
 @dataclass(frozen=True, slots=True)

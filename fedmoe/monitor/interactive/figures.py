@@ -19,8 +19,8 @@ from fedmoe.monitor.interactive.parts import (
     numbers,
     raw_and_smooth,
 )
-from fedmoe.monitor.landscape import landscape
 from fedmoe.monitor.palette import INK, POLICY_COLOURS, faded, policy_colour
+from fedmoe.monitor.reward_grid import landscape
 
 _TRENDS = (
     ("reward", "Reward", "mean reward per episode"),

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.arena.engines.vllm_server import VllmServer, VllmSettings
+from fedmoe.inference.vllm.server import VllmServer, VllmSettings
 
 # The vLLM server in memory of the arena's tests serves here too.
-sys.path.append(str(Path(__file__).parents[2] / "arena" / "engines"))
+sys.path.append(str(Path(__file__).parents[2] / "inference"))
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,13 @@ import openai
 from live import House, listening, open_house
 from support import make_submission
 
-from fedmoe.gateway.serve.follow import Follower
-from fedmoe.gateway.serve.process import Gate, backend_maker, opened
-from fedmoe.gateway.serve.protocol import Backend, Router
+from fedmoe.gateway.serve.app import Gate, backend_maker, opened
+from fedmoe.gateway.serve.router import Router
 from fedmoe.gateway.serve.service import Limits, Service
+from fedmoe.gateway.serve.version_watcher import Follower
+from fedmoe.inference.backend import Backend
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
-from fedmoe.manifest import Manifest
+from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.lora_layers import ALL_LINEAR, find_targets
 from fedmoe.models.multilora import MultiLora

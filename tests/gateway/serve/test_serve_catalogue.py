@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmoe.gateway.serve.catalogue import Catalogue
-from fedmoe.gateway.serve.protocol import ServedModel
+from fedmoe.inference.backend import ServedModel
 
 NAMES = ("gateway", "python", "sql")
 

@@ -21,7 +21,7 @@ from support import MANIFEST, free_port
 
 from fedmoe.cli.output import CommandError
 from fedmoe.cli.serve import serve
-from fedmoe.gateway.serve.process import ServeError, check_base, within_context
+from fedmoe.gateway.serve.app import ServeError, check_base, within_context
 from fedmoe.gateway.serve.service import Limits
 
 COMMAND = "import typer; from fedmoe.cli.serve import serve; typer.run(serve)"

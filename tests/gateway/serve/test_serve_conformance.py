@@ -17,16 +17,16 @@ import pytest
 from serve_house import tiny, tiny_adapter
 from streaming_vllm import StreamingFakeVllm
 
-from fedmoe.arena.engines.protocol import FloatArray
-from fedmoe.arena.engines.verify import Probe
-from fedmoe.arena.engines.vllm_engine import VllmEngine
-from fedmoe.arena.engines.vllm_server import SERVED_NAME, VllmServer
-from fedmoe.gateway.serve.process import VllmAddress, backend_maker
-from fedmoe.gateway.serve.protocol import Backend, BackendError, Generation, Sampling, ServedModel, Step
-from fedmoe.gateway.serve.scheduler import TransformersBackend
-from fedmoe.gateway.serve.vllm_backend import VllmBackend
+from fedmoe.gateway.serve.app import VllmAddress, backend_maker
+from fedmoe.inference.backend import Backend, BackendError, Generation, Sampling, ServedModel, Step
+from fedmoe.inference.batching.scheduler import TransformersBackend
+from fedmoe.inference.engine import FloatArray
+from fedmoe.inference.verify import Probe
+from fedmoe.inference.vllm.backend import VllmBackend
+from fedmoe.inference.vllm.engine import VllmEngine
+from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
-from fedmoe.manifest import Manifest
+from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import load_base
 from fedmoe.models.lora_layers import ALL_LINEAR, find_targets
 

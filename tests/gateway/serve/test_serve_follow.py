@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from support import LAYOUT, MANIFEST, make_adapter
 
-from fedmoe.errors import RefusedError
 from fedmoe.gateway.serve.catalogue import Catalogue
-from fedmoe.gateway.serve.follow import Follower
-from fedmoe.gateway.serve.protocol import BackendError, ServedModel
+from fedmoe.gateway.serve.version_watcher import Follower
+from fedmoe.inference.backend import BackendError, ServedModel
 from fedmoe.lora.adapter import Adapter
-from fedmoe.manifest import BaseModel, Manifest
+from fedmoe.lora.manifest import BaseModel, Manifest
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert, PulledGateway, PulledStatistics
-from fedmoe.wire.messages import ExpertInfo, GatewayInfo, Listing, StatisticsKind
+from fedmoe.wire.contract.messages import ExpertInfo, GatewayInfo, Listing, StatisticsKind
 
 OTHER_BASE = Manifest(BaseModel("other", "main", "e" * 64, "f" * 64), LAYOUT, 4.0)
 

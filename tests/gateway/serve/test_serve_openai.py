@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from serve_house import EXPERTS, Alone, Client, Served, serving, tiny_layout
 
 from fedmoe.gateway.rerank import Candidates
-from fedmoe.gateway.serve.protocol import ServedModel
 from fedmoe.gateway.serve.service import Limits
+from fedmoe.inference.backend import ServedModel
 from fedmoe.lora.adapter import Adapter
 
 HELLO = [{"role": "user", "content": "Hello"}]

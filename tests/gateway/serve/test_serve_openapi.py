@@ -16,11 +16,11 @@ from live import listening
 from serve_house import Served, serving
 
 from fedmoe.gateway.serve.catalogue import Snapshot
-from fedmoe.gateway.serve.follow import Health
-from fedmoe.gateway.serve.protocol import ServedModel
 from fedmoe.gateway.serve.route_answers import ANSWERS, STATUS
 from fedmoe.gateway.serve.routes import create_app
 from fedmoe.gateway.serve.service import Limits
+from fedmoe.gateway.serve.version_watcher import Health
+from fedmoe.inference.backend import ServedModel
 
 GATEWAY = ServedModel("gateway", 1, "f" * 64)
 

@@ -15,8 +15,8 @@ import pytest
 from serve_house import EXPERTS, Served, serving
 
 from fedmoe.gateway.rerank import Candidates
-from fedmoe.gateway.serve.protocol import ServedModel
 from fedmoe.gateway.serve.service import Limits
+from fedmoe.inference.backend import ServedModel
 
 
 class Waiting:

@@ -13,15 +13,15 @@ import torch
 from live import push_headers
 from serve_house import Served, serving, tiny
 
-from fedmoe.errors import RefusedError
-from fedmoe.gateway.prompt_statistics import PromptStatistics
 from fedmoe.gateway.rerank import chosen
-from fedmoe.gateway.route import SequenceRouter
-from fedmoe.gateway.serve.routing import PromptRouter
+from fedmoe.gateway.routers import SequenceRouter
+from fedmoe.gateway.serve.auto_model import PromptRouter
 from fedmoe.gateway.serve.service import Limits
 from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.prompt_statistics import PromptStatistics
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.prompt_features import prompt_features
+from fedmoe.runtime.errors import RefusedError
 
 LETTERS = {"python": range(97, 107), "sql": range(48, 58), "law": range(65, 75)}
 

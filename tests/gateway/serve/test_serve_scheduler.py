@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serve_house import Alone, tiny, tiny_adapter, tiny_layout
 
-from fedmoe.gateway.serve import scheduler
-from fedmoe.gateway.serve.drawing import Row, draw
-from fedmoe.gateway.serve.protocol import BackendError, Generation, Sampling, ServedModel, Step
-from fedmoe.gateway.serve.scheduler import TransformersBackend
-from fedmoe.gateway.serve.slots import Slots, closed_ranks
+from fedmoe.inference.backend import BackendError, Generation, Sampling, ServedModel, Step
+from fedmoe.inference.batching import scheduler
+from fedmoe.inference.batching.kv_slots import Slots, closed_ranks
+from fedmoe.inference.batching.sampler import Row, draw
+from fedmoe.inference.batching.scheduler import TransformersBackend
 from fedmoe.lora.adapter import Adapter
 
 PYTHON, SQL = ServedModel("python", 1, "a" * 64), ServedModel("sql", 1, "b" * 64)

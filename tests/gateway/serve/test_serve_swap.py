@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from serve_house import EXPERTS, Alone, Client, Served, serving
 
-from fedmoe.gateway.serve import scheduler
 from fedmoe.gateway.serve.service import Limits
+from fedmoe.inference.batching import scheduler
 
 REQUESTS, VERSIONS, CLIENTS, TOKENS = 200, 10, 8, 12
 

@@ -15,11 +15,11 @@ from fake_vllm import MODEL, expected_scores, make_adapter
 from streaming_vllm import StreamingFakeVllm
 from test_serve_conformance import PROMPTS, fake_backend
 
-from fedmoe.arena.engines.protocol import EngineError, FloatArray
-from fedmoe.arena.engines.verify import Probe
-from fedmoe.arena.engines.vllm_engine import VllmEngine
-from fedmoe.gateway.serve.protocol import BackendError, Generation, Sampling, ServedModel, Step
-from fedmoe.gateway.serve.vllm_backend import VllmBackend
+from fedmoe.inference.backend import BackendError, Generation, Sampling, ServedModel, Step
+from fedmoe.inference.engine import EngineError, FloatArray
+from fedmoe.inference.verify import Probe
+from fedmoe.inference.vllm.backend import VllmBackend
+from fedmoe.inference.vllm.engine import VllmEngine
 from fedmoe.lora.adapter import Adapter, ShapeError
 
 PYTHON = ServedModel("python", 1, "a" * 64)

@@ -1,0 +1,152 @@
+"""The process of one AReaL learner: `python -m fedmoe.areal.process --socket FD`; started by `learner`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedmoe.areal.batch import Batch, Sequences
+from fedmoe.areal.config import ArealConfig, ArealError
+from fedmoe.areal.rpc import Frame, Value, receive, send
+from fedmoe.lora.adapter import Adapter, ShapeError
+
+if TYPE_CHECKING:
+    from fedmoe.areal.actor import ArealActor
+
+
+def serve(channel: socket.socket) -> None:
+    """Make the actor that the first request describes, then answer request after request until the other end closes.
+
+    A request that is refused before it changed anything is answered `refused`; any other failure `failed`, and ends
+    the process: what is left of the actor cannot be trusted.
+    """
+    actor: ArealActor | None = None
+    while (request := receive(channel)) is not None:
+        try:
+            if actor is None:
+                actor, answer = _start(request)
+            else:
+                answer = _OPERATIONS[request.kind](actor, request)
+        except ArealError as error:
+            answer = Frame("refused", {"error": str(error), "type": type(error).__name__})
+        except Exception as error:
+            traceback.print_exc()
+            send(channel, Frame("failed", {"error": f"{type(error).__name__}: {error}"}))
+            raise SystemExit(1) from error
+        send(channel, answer)
+    if actor is not None:
+        actor.close()
+
+
+def _start(request: Frame) -> tuple[ArealActor, Frame]:
+    if request.kind != "start":
+        raise ArealError(f"the first request is `start`, got {request.kind!r}")
+    try:
+        from fedmoe.areal.actor import ArealActor
+    except ImportError as error:
+        raise ArealError(
+            f"{sys.executable} has no usable AReaL ({error}); make its environment with scripts/setup_areal.sh FOLDER "
+            "and give FOLDER/bin/python"
+        ) from error
+    actor = ArealActor(ArealConfig.from_json(_text(request, "config")), _whole(request, "version"))
+    return actor, Frame("started", {"modules": module_lines(actor.adapter())})
+
+
+def _update(actor: ArealActor, request: Frame) -> Frame:
+    summary: Mapping[str, Value] = asdict(actor.update(Batch.from_arrays(request.arrays)))
+    return Frame("updated", {**summary, "new_version": actor.version})
+
+
+def _score(actor: ArealActor, request: Frame) -> Frame:
+    scores = actor.score(Sequences.from_arrays(request.arrays))
+    return Frame("scored", arrays={"logprobs": np.concatenate(scores)})
+
+
+def _save(actor: ArealActor, request: Frame) -> Frame:
+    folder = Path(tempfile.mkdtemp(prefix=f"adapter-{actor.version}-", dir=_text(request, "folder")))
+    actor.save(folder)
+    return Frame("saved", {"folder": folder.name})
+
+
+def _load(actor: ArealActor, request: Frame) -> Frame:
+    alpha = request.values.get("alpha")
+    if not isinstance(alpha, float):
+        raise ArealError(f"the request 'load' needs a number alpha, got {alpha!r}")
+    flat = np.asarray(request.arrays["flat"], np.float32)
+    try:
+        adapter = Adapter(actor.adapter().layout, alpha, flat)
+    except ShapeError as error:
+        raise ArealError(str(error)) from error
+    actor.load(adapter, _whole(request, "version"))
+    return Frame("loaded")
+
+
+def _set_learning_rate(actor: ArealActor, request: Frame) -> Frame:
+    rate = request.values.get("rate")
+    if not isinstance(rate, float) or not rate > 0:
+        raise ArealError(f"a learning rate is a positive number, got {rate!r}")
+    actor.set_learning_rate(rate)
+    return Frame("set")
+
+
+def _state(actor: ArealActor, request: Frame) -> Frame:
+    return Frame("state", arrays=actor.state())
+
+
+def _restore(actor: ArealActor, request: Frame) -> Frame:
+    actor.restore({name: np.asarray(array, np.float32) for name, array in request.arrays.items()})
+    return Frame("restored")
+
+
+_OPERATIONS: Mapping[str, Callable[[ArealActor, Frame], Frame]] = {
+    "update": _update,
+    "score": _score,
+    "save": _save,
+    "load": _load,
+    "set_learning_rate": _set_learning_rate,
+    "state": _state,
+    "restore": _restore,
+}
+
+
+def module_lines(adapter: Adapter) -> str:
+    """Name, in-features and out-features of each module of an adapter, one a line."""
+    return "\n".join(f"{part.name} {part.in_features} {part.out_features}" for part in adapter.layout.modules)
+
+
+def _text(request: Frame, name: str) -> str:
+    value = request.values.get(name)
+    if not isinstance(value, str):
+        raise ArealError(f"the request {request.kind!r} needs a text {name}, got {value!r}")
+    return value
+
+
+def _whole(request: Frame, name: str) -> int:
+    value = request.values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArealError(f"the request {request.kind!r} needs a whole number {name}, got {value!r}")
+    return value
+
+
+def main() -> None:
+    """Serve the socket that was handed over as a file descriptor."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--socket", type=int, required=True, help="an open socket's file descriptor")
+    descriptor = parser.parse_args().socket
+    os.set_inheritable(descriptor, False)
+    with socket.socket(fileno=descriptor) as channel:
+        serve(channel)
+
+
+if __name__ == "__main__":
+    main()

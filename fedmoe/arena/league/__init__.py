@@ -1,0 +1,1 @@
+"""How an arena and a federation exchange policies."""

@@ -1,0 +1,1 @@
+"""The population: ratings, opponents, and who is replaced by whom."""

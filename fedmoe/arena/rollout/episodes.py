@@ -1,0 +1,96 @@
+"""What was played: the plan of an episode, and every turn of it with the three log-probabilities of each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fedmoe.arena.tasks.task import Lineup, Outcome
+from fedmoe.inference.engine import AdapterKey, FloatArray
+
+#: A seat filled by chance instead of by a model.
+RANDOM = "random"
+#: A seat filled by the task's player of known strength, for tasks that are `task.Scripted`.
+SCRIPTED = "scripted"
+
+
+@dataclass(frozen=True, slots=True)
+class Player:
+    """Who fills a seat: a policy or a frozen adapter at a version, the base model alone (`key` None), or a rule.
+
+    Only the turns of a `learning` player are trained on.
+    """
+
+    name: str
+    key: AdapterKey | None
+    learning: bool = False
+
+    @property
+    def by_rule(self) -> bool:
+        """Whether no model is asked: chance, or the task's scripted player."""
+        return self.key is None and self.name in (RANDOM, SCRIPTED)
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodePlan:
+    """One episode to play. Episodes of equal `group` share seed and line-up: they compare like with like."""
+
+    seed: int
+    lineup: Lineup
+    players: tuple[Player, ...]
+    group: int
+    sample: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One action of one seat. `behaviour` are the log-probabilities under the weights that sampled it, float32 (T,).
+
+    `saw`: the last message that the seat saw before it acted.
+    """
+
+    seat: int
+    player: Player
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    text: str
+    behaviour: FloatArray
+    stopped: bool
+    saw: str = ""
+
+    @property
+    def version(self) -> int:
+        """The version that made every token of this turn; -1 where no adapter did."""
+        return self.player.key.version if self.player.key else -1
+
+
+@dataclass(frozen=True, slots=True)
+class PlayedEpisode:
+    """An episode with its turns, in the order they were taken, and its outcome.
+
+    `question`: equal for episodes about the same question, see `task.question_of`.
+    """
+
+    plan: EpisodePlan
+    turns: tuple[Turn, ...]
+    outcome: Outcome
+    question: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One turn to learn from: every token of it gets `advantage` (or its own, float32 (T,), in `token_advantages`).
+
+    `proximal` are the log-probabilities under the weights before the update, filled in by the learner, float32 (T,).
+    """
+
+    policy: str
+    turn: Turn
+    advantage: float
+    reward: float
+    weight: float = 1.0
+    token_advantages: FloatArray | None = None
+    proximal: FloatArray | None = None
+
+    def with_proximal(self, proximal: FloatArray) -> Example:
+        """The same with the log-probabilities before the update."""
+        return replace(self, proximal=proximal)

@@ -1,0 +1,166 @@
+"""Held-out episodes: is a policy better than the base model, by how much, and how sure is that?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedmoe.arena.rollout.chat import Codec
+from fedmoe.arena.rollout.episodes import RANDOM, EpisodePlan, Player
+from fedmoe.arena.rollout.interval import FEW_QUESTIONS, Interval, Scores
+from fedmoe.arena.rollout.play import RolloutError, RolloutSettings, attempt
+from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Task
+from fedmoe.inference.engine import AdapterKey, Engine
+
+BASE = Player("base", None)
+CHANCE = Player(RANDOM, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A policy beside the base model on the same held-out episodes.
+
+    `score`, `base`: own result on the task (a game: against the random player). `gain`: their paired difference.
+    `wins`: share of points of the policy when it meets `opponent` (1 win, 0.5 draw, 0 loss). `valid`: share of usable
+    actions, apart from winning. `questions`: how many different ones the episodes were about (in games: deals); they,
+    not the episodes, make an interval narrow. `failed`: episodes left out, since one of those compared did not come to
+    its end in them; `reason`: why the first of them did not.
+    """
+
+    policy: str
+    opponent: str
+    episodes: int
+    score: Interval
+    base: Interval
+    gain: Interval
+    wins: Interval
+    valid: float
+    questions: int
+    failed: int = 0
+    reason: str = ""
+
+    @property
+    def few(self) -> bool:
+        """Whether there are too few different questions to say much of others."""
+        return self.questions < FEW_QUESTIONS
+
+    @property
+    def better(self) -> bool:
+        """Whether the policy is significantly better than the base model on the task (95 %, paired)."""
+        return self.gain.low > 0
+
+    @property
+    def beats(self) -> bool:
+        """Whether it is significantly better than level against the opponent."""
+        return self.wins.low > 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Leader:
+    """The policy with the best held-out score, and its lead over the rival from which it is least surely apart."""
+
+    policy: str
+    rival: str
+    lead: Interval
+    questions: int
+
+    @property
+    def apart(self) -> bool:
+        """Whether it is surely ahead of every other policy (95 %, paired over questions); only then is it the best."""
+        return self.lead.low > 0
+
+
+@dataclass(frozen=True)
+class _Played:
+    """The score and question of every episode, in their order: NaN where it failed, for the reason."""
+
+    scores: Scores
+    valid: float
+    questions: tuple[str, ...]
+    reason: str = ""
+
+
+class Evaluator:
+    """Plays held-out episodes of one task; equal seeds for all players, and results are kept to compare with."""
+
+    def __init__(
+        self, task: Task, engine: Engine, codec: Codec, episodes: int, seed: int, settings: RolloutSettings
+    ) -> None:
+        self._task, self._engine, self._codec = task, engine, codec
+        self._episodes, self._seed, self._settings = episodes, seed, settings
+        # A version never changes, and a champion is met by every policy.
+        self._played: dict[AdapterKey | None, _Played] = {}
+
+    def compare(self, player: Player, opponent: Player = BASE) -> Comparison:
+        """`player` beside the base model on the task, and against `opponent`."""
+        own, base = self._alone(player), self._alone(BASE)
+        if self._task.zero_sum:
+            met = own if opponent == CHANCE else self._match(player, opponent)
+            wins = met.scores
+        else:
+            met = self._alone(opponent)
+            wins = np.where(own.scores > met.scores, 1.0, np.where(own.scores < met.scores, 0.0, 0.5))
+        there = np.isfinite(own.scores) & np.isfinite(base.scores) & np.isfinite(met.scores)
+        reason = own.reason or base.reason or met.reason
+        if not there.any():
+            raise RolloutError(f"no held-out episode of {self._task.name} came to its end, the first by {reason}")
+        questions = [question for question, kept in zip(own.questions, there, strict=True) if kept]
+        mine, others = own.scores[there], base.scores[there]
+        return Comparison(
+            player.name,
+            opponent.name,
+            len(questions),
+            Interval.of(mine, questions),
+            Interval.of(others, questions),
+            Interval.of(mine - others, questions, (-1.0, 1.0)),
+            Interval.of(wins[there], questions),
+            own.valid,
+            len(set(questions)),
+            int((~there).sum()),
+            reason,
+        )
+
+    def leader(self, players: Mapping[str, Player]) -> Leader:
+        """Who of two or more is ahead on the task, over the same questions; `players` by the name of their policy."""
+        scores = {name: float(np.nanmean(self._alone(player).scores)) for name, player in players.items()}
+        first = max(scores, key=lambda name: scores[name])
+        leads = {name: self._lead(players[first], other) for name, other in players.items() if name != first}
+        rival = min(leads, key=lambda name: leads[name][0].low)
+        return Leader(first, rival, *leads[rival])
+
+    def _lead(self, player: Player, other: Player) -> tuple[Interval, int]:
+        own, its = self._alone(player), self._alone(other)
+        there = np.isfinite(own.scores) & np.isfinite(its.scores)
+        questions = [question for question, kept in zip(own.questions, there, strict=True) if kept]
+        return Interval.of((own.scores - its.scores)[there], questions, (-1.0, 1.0)), len(set(questions))
+
+    def _alone(self, player: Player) -> _Played:
+        if player == CHANCE:
+            return self._episodes_of([player], alternate=False)
+        if player.key not in self._played:
+            alone = [player, CHANCE] if self._task.zero_sum else [player]
+            self._played[player.key] = self._episodes_of(alone, alternate=self._task.zero_sum)
+        return self._played[player.key]
+
+    def _match(self, player: Player, opponent: Player) -> _Played:
+        return self._episodes_of([player, opponent], alternate=True)
+
+    def _episodes_of(self, players: Sequence[Player], alternate: bool) -> _Played:
+        """The first player's results; in games it takes both seats in turn."""
+        plans, seats = [], []
+        for index in range(self._episodes):
+            turned = alternate and index % 2 == 1
+            seated = tuple(reversed(players)) if turned else tuple(players)
+            seats.append(len(players) - 1 if turned else 0)
+            # Both seatings of a game get the same deal.
+            number = index // 2 if alternate else index
+            plans.append(EpisodePlan(HELD_OUT + number, Lineup.alone(len(seated)), seated, index))
+        found = attempt(self._task, plans, self._engine, self._codec, self._seed, self._settings)
+        there = {one.plan.group: one for one in found.played}
+        ended = [(there.get(index), seat) for index, seat in enumerate(seats)]
+        scores = [one.outcome.seat_scores[seat] if one else np.nan for one, seat in ended]
+        valid = [one.outcome.valid[seat] for one, seat in ended if one]
+        questions = tuple(one.question if one else "" for one, _ in ended)
+        return _Played(np.array(scores, np.float64), float(np.mean(valid)) if valid else 0.0, questions, found.reason)

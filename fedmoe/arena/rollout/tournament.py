@@ -1,0 +1,203 @@
+"""A tournament of frozen players: everybody meets everybody, in both seatings, on the same held-out deals or questions.
+
+Nothing is learned and nothing is written. Equal players, deals and seed give the same table, bit for bit, on the same
+machine. Who is the best of a run was chosen by looking, so its lead is only as sure as the interval says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from fedmoe.arena.rollout.chat import Codec
+from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player
+from fedmoe.arena.rollout.interval import Interval
+from fedmoe.arena.rollout.play import RolloutSettings, play
+from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Task, TaskError
+from fedmoe.inference.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What one player did in one meeting: its score, and whether it failed (an invalid move or unusable answer)."""
+
+    score: float
+    failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """One player beside another on one deal or question."""
+
+    question: str
+    own: Side
+    other: Side
+
+    @property
+    def points(self) -> float:
+        """1 for a win, 0.5 for a draw, 0 for a loss."""
+        return 0.5 * (1.0 + float(np.sign(self.own.score - self.other.score)))
+
+    def turned(self) -> Meeting:
+        """The same from the other side."""
+        return Meeting(self.question, self.other, self.own)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Meetings counted: a win is by own play unless the opponent failed; a loss is by one's own failure or by play."""
+
+    meetings: int
+    questions: int
+    points: Interval
+    wins_by_play: int
+    wins_by_errors: int
+    draws: int
+    losses_by_play: int
+    losses_by_errors: int
+
+    @classmethod
+    def of(cls, met: Sequence[Meeting]) -> Tally:
+        """Count; the interval is over different questions or deals."""
+        questions = [one.question for one in met]
+        points = np.array([one.points for one in met])
+        won, lost = [one for one in met if one.points == 1.0], [one for one in met if one.points == 0.0]
+        by_errors, own_errors = sum(one.other.failed for one in won), sum(one.own.failed for one in lost)
+        return cls(
+            len(met),
+            len(set(questions)),
+            Interval.of(points, questions),
+            len(won) - by_errors,
+            by_errors,
+            len(met) - len(won) - len(lost),
+            len(lost) - own_errors,
+            own_errors,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """How two players did against each other, from the first one's side; `lead`: its paired difference in score."""
+
+    first: str
+    second: str
+    tally: Tally
+    lead: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A player's line in the table, over all its opponents; `score` is its own result on the task."""
+
+    player: str
+    score: Interval
+    tally: Tally
+
+
+@dataclass(frozen=True)
+class Table:
+    """The result: rows from the most points to the fewest (equal points: by name), and every pair."""
+
+    rows: tuple[Row, ...]
+    pairs: tuple[Pair, ...]
+    questions: int
+
+
+def check_players(task: Task, players: Sequence[Player]) -> None:
+    """Refuse too few players, equal names, and tasks at which two cannot meet, with TaskError."""
+    names = [player.name for player in players]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise TaskError(f"every player needs a name of its own, {', '.join(twice)} comes more than once")
+    if len(players) < 2:
+        raise TaskError(f"a tournament needs two players or more, got {', '.join(names) or 'none'}")
+    if task.seats[0] > 2:
+        raise TaskError(f"in a tournament two players meet, {task.name} needs {task.seats[0]} seats")
+
+
+def run_tournament(
+    task: Task,
+    players: Sequence[Player],
+    engine: Engine,
+    codec: Codec,
+    deals: int,
+    seed: int,
+    settings: RolloutSettings,
+) -> Table:
+    """Play `deals` held-out deals or questions: at a table for two every pair in both seatings, else everybody alone.
+
+    Raises TaskError (see `check_players`) and what tasks and engines raise.
+    """
+    check_players(task, players)
+    at_tables = task.zero_sum or task.seats[0] == 2
+    plans = _tables(players, deals) if at_tables else _alone(players, deals)
+    played = play(task, plans, engine, codec, seed, settings)
+    met = _met_at_tables(played) if at_tables else _met_on_questions(played, players)
+    sides: dict[str, list[Meeting]] = {player.name: [] for player in players}
+    for (first, second), meetings in met.items():
+        sides[first] += meetings
+        sides[second] += [one.turned() for one in meetings]
+    rows = [Row(name, _mean_score(own), Tally.of(own)) for name, own in sides.items()]
+    rows.sort(key=lambda row: (-row.tally.points.mean, row.player))
+    pairs = tuple(_pair(*names, meetings) for names, meetings in met.items())
+    return Table(tuple(rows), pairs, rows[0].tally.questions)
+
+
+def _tables(players: Sequence[Player], deals: int) -> list[EpisodePlan]:
+    """Every pair at every deal, in both seatings; which seating it is stands in `sample`."""
+    return [
+        EpisodePlan(HELD_OUT + deal, Lineup.alone(2), seated, deal, seating)
+        for pair in combinations(players, 2)
+        for deal in range(deals)
+        for seating, seated in enumerate((pair, pair[::-1]))
+    ]
+
+
+def _alone(players: Sequence[Player], deals: int) -> list[EpisodePlan]:
+    """Everybody before every question: where seats do not touch each other, all pairs follow from that."""
+    return [
+        EpisodePlan(HELD_OUT + deal, Lineup.alone(1), (player,), deal) for player in players for deal in range(deals)
+    ]
+
+
+def _met_at_tables(played: Sequence[PlayedEpisode]) -> dict[tuple[str, str], list[Meeting]]:
+    found: dict[tuple[str, str], list[Meeting]] = {}
+    for one in played:
+        seats = (0, 1) if one.plan.sample == 0 else (1, 0)
+        first, second = (one.plan.players[seat].name for seat in seats)
+        # A game goes on after some invalid moves; only one that it was broken off for was decided by them.
+        own, other = (_side(one, seat, decided=not one.outcome.completed) for seat in seats)
+        found.setdefault((first, second), []).append(Meeting(one.question, own, other))
+    return found
+
+
+def _met_on_questions(
+    played: Sequence[PlayedEpisode], players: Sequence[Player]
+) -> dict[tuple[str, str], list[Meeting]]:
+    answered: dict[str, list[tuple[str, Side]]] = {player.name: [] for player in players}
+    for one in played:
+        answered[one.plan.players[0].name].append((one.question, _side(one, 0, decided=True)))
+    return {
+        (first, second): [
+            Meeting(question, own, other)
+            for (question, own), (_, other) in zip(answered[first], answered[second], strict=True)
+        ]
+        for first, second in combinations(answered, 2)
+    }
+
+
+def _side(one: PlayedEpisode, seat: int, decided: bool) -> Side:
+    return Side(one.outcome.seat_scores[seat], decided and one.outcome.valid[seat] < 1.0)
+
+
+def _mean_score(met: Sequence[Meeting]) -> Interval:
+    return Interval.of(np.array([one.own.score for one in met]), [one.question for one in met])
+
+
+def _pair(first: str, second: str, met: Sequence[Meeting]) -> Pair:
+    leads = np.array([one.own.score - one.other.score for one in met])
+    lead = Interval.of(leads, [one.question for one in met], (-1.0, 1.0))
+    return Pair(first, second, Tally.of(met), lead)

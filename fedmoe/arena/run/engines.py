@@ -1,0 +1,107 @@
+"""The rollout engine that a configuration asks for, made and closed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import torch
+
+from fedmoe.arena.config import ArenaConfig
+from fedmoe.inference.engine import Engine, EngineError
+from fedmoe.inference.transformers_engine import TransformersEngine
+from fedmoe.models.base import ChatTemplate, LoadedBase, load_base, stop_tokens
+from fedmoe.models.multilora import MultiLora
+from fedmoe.models.sampling import SamplingLimits
+
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import structlog
+import torch
+
+from fedmoe.arena.config import ArenaConfig
+from fedmoe.inference.vllm.engine import VllmEngine
+from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer, VllmSettings, loras_needed
+from fedmoe.models.base import prepare_base
+
+#: Entry points of this group add engines: name -> a callable like `make_engine`'s own parts, a context manager.
+ENTRY_POINTS = "fedmoe.engines"
+
+#: From configuration, run folder and base model to an engine that is closed at the end.
+EngineMaker = Callable[[ArenaConfig, Path, LoadedBase], AbstractContextManager[Engine]]
+
+
+def _installed(kind: str) -> EngineMaker:
+    points = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if kind not in points:
+        known = ", ".join(sorted({"transformers", "vllm", *points}))
+        raise EngineError(f"there is no engine {kind!r}; there are: {known}")
+    maker: EngineMaker = points[kind].load()
+    return maker
+
+
+@contextmanager
+def make_engine(
+    config: ArenaConfig, folder: Path, base: LoadedBase, multi: MultiLora, device: torch.device
+) -> Iterator[Engine]:
+    """Transformers on the learner's model (a copy of it where `device` is another one), vLLM, or an installed one."""
+    if config.engine.kind == "vllm":
+
+        with vllm_engine(config, folder, stop_tokens(base), base.dtype) as served:
+            yield served
+        return
+    if config.engine.kind != "transformers":
+        with _installed(config.engine.kind)(config, folder, base) as offered:
+            yield offered
+        return
+    limits = SamplingLimits(rows=config.engine.rows)
+    if device != base.device:
+        chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
+        base = load_base(config.base_model, device, base.dtype, chat)
+        multi = MultiLora(base.model)
+    engine = TransformersEngine(base, multi, limits)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+_log = structlog.get_logger("fedmoe.arena")
+
+
+@contextmanager
+def vllm_engine(
+    config: ArenaConfig, folder: Path, stop_tokens: frozenset[int], dtype: torch.dtype
+) -> Iterator[VllmEngine]:
+    """An engine on a server with room for all policies at every version that a batch may name."""
+    model = prepare_base(config.base_model).resolve()
+    with ExitStack() as stack:
+        url, name = config.engine.url, str(model)
+        if url is None:
+            settings = _settings(config, model, dtype)
+            log = folder / "logs" / "vllm.log"
+            _log.info("vllm_server_starts", note="takes half a minute to some minutes", log=str(log))
+            url = stack.enter_context(VllmServer(settings, log)).url
+            name = SERVED_NAME
+        yield stack.enter_context(VllmEngine(url, name, folder / "vllm_adapters", stop_tokens))
+
+
+def _settings(config: ArenaConfig, model: Path, dtype: torch.dtype) -> VllmSettings:
+    assert config.engine.python is not None
+    # Frozen opponents are adapters too: as many again as there are policies.
+    most = loras_needed(config.policies.count, config.learning.max_staleness) + config.policies.count
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    return VllmSettings(
+        config.engine.python,
+        model,
+        most,
+        config.policies.max_rank,
+        names[dtype],  # type: ignore[arg-type]
+        config.learning.max_prompt_tokens + 512,
+        "cuda" if torch.cuda.is_available() else "cpu",
+    )

@@ -1,0 +1,90 @@
+"""What a run is told from outside: where, on what, who looks on, and when to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fedmoe.arena.run.batched_records import BatchedRecords
+from fedmoe.runtime.records import Value
+
+
+class RunError(RuntimeError):
+    """A run that cannot begin where and as it was asked to."""
+
+
+class Watched(Protocol):
+    """A writer of records."""
+
+    def write(self, kind: str, **values: Value) -> None:
+        """Keep one record."""
+        ...
+
+    def close(self) -> None:
+        """Release what is held."""
+        ...
+
+
+#: Given the writer of records, the run's folder and its memory limit in bytes: the writer to use instead.
+Watch = Callable[[BatchedRecords, Path, Callable[[], int]], AbstractContextManager[Watched]]
+
+
+@contextmanager
+def unwatched(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Watched]:
+    """Nobody looks on."""
+    yield records
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Where and on what a run computes; nothing of it changes what is computed, but for the last bits.
+
+    `memory_limit_gb` None is the default of 32 GiB, or what there is. `resume` goes on from the newest checkpoint.
+    """
+
+    folder: Path
+    resume: bool = False
+    memory_limit_gb: float | None = None
+    gpu_memory_limit_gb: float | None = None
+    allow_network_fs: bool = False
+    rollout_device: str = "auto"
+    learner_device: str = "auto"
+    dtype: str = "auto"
+    token: str | None = None
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """What `run_arena` raises for causes outside of it, each with a message for people."""
+    from fedmoe.arena.run.checkpoint import CheckpointError
+    from fedmoe.arena.modes.credit import CreditError
+    from fedmoe.inference.engine import EngineError
+    from fedmoe.arena.league.league import FederationError
+    from fedmoe.runtime.memory import MemoryLimitError
+    from fedmoe.arena.rollout.metrics import MetricError
+    from fedmoe.arena.modes.protocol import ModeError
+    from fedmoe.runtime.resources import PlacementError
+    from fedmoe.arena.rollout.play import RolloutError
+    from fedmoe.arena.tasks.task import TaskError
+    from fedmoe.runtime.files import FolderInUseError
+    from fedmoe.models.base import BaseModelError
+    from fedmoe.runtime.device import DeviceError
+
+    return (
+        *(RunError, TaskError, ModeError, EngineError, RolloutError, CheckpointError, MemoryLimitError),
+        *(PlacementError, FederationError, CreditError, MetricError),
+        *(FolderInUseError, BaseModelError, DeviceError, OSError),
+    )
+
+
+class Stop:
+    """The wish to end in order; the reason goes into the report."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def ask(self, reason: str) -> None:
+        """End after the iteration being made, with a checkpoint."""
+        self.reason = self.reason or reason

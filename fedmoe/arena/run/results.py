@@ -1,0 +1,241 @@
+"""The result files of a run, built from its records: what was reached, and under which circumstances."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from fedmoe.arena.run.checkpoint import config_digest
+from fedmoe.arena.run.checkpoint_parts import Json
+from fedmoe.arena.rollout.interval import FEW_QUESTIONS, few_questions
+from fedmoe.arena.run.sorted_records import PolicyRecords, RunRecords, Step
+from fedmoe.runtime.files import write_atomic
+from fedmoe.runtime.records import Record, Value
+
+RESULTS = "multi_model_training_simple_results.json"
+REPORT = "run_report.json"
+FORMAT = 1
+_CURVE = ("mode", "reward", "accuracy", "valid", "efficiency_second", "efficiency_token", "kl", "entropy")
+_TEAM = ("mode", "cooperation", "completion", "utilisation", "team_score")
+_CREDIT = ("iteration", "shared", "difference", "individual", "versus")
+_RATING = ("mu", "sigma", "games")
+_HELD_OUT = ("iteration", "mode", "score", "low", "high", "episodes", "questions")
+_BASE = ("base_score", "base_low", "base_high")
+_WIN = ("iteration", "mode", "opponent", "win_rate", "win_low", "win_high", "episodes", "questions")
+_LEADER = ("iteration", "mode", "apart", "rival", "lead", "lead_low", "lead_high", "questions")
+_TIMING = ("rollout_seconds", "learn_seconds", "iteration_seconds", "tokens", "tokens_per_second")
+_NOT_MEASURES = ("at", "kind", "policy")
+
+Status = Literal["running", "finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run ended, or that it still runs; `reason` in words for people."""
+
+    status: Status
+    reason: str = ""
+
+
+def build_results(
+    found: RunRecords, adapters: Mapping[str, str] | None = None, lineage: Sequence[Json] = ()
+) -> dict[str, object]:
+    """The content of the result file: what every policy reached and how it got there.
+
+    `adapters`: content hash by `NAME@VERSION`, of the newest versions. `lineage`: which policy came of which.
+    """
+    policies = {name: _policy_results(name, policy, adapters or {}) for name, policy in found.policies.items()}
+    return {
+        "format": FORMAT,
+        "task": found.run.get("task"),
+        "mode": found.run.get("mode"),
+        "modes_run": _stretches(found),
+        "base_model": found.run.get("base_model"),
+        "seed": found.run.get("seed"),
+        "sample": bool(found.run.get("sample", False)),
+        "iterations": found.iterations,
+        "best": _best(found),
+        "policies": policies,
+        "cooperation": _curve(found.teams, _TEAM),
+        "decisions": [_without(record, "at", "kind") for record in found.decisions],
+        "lineage": [dict(birth) for birth in lineage],
+    }
+
+
+def _policy_results(name: str, policy: PolicyRecords, adapters: Mapping[str, str]) -> dict[str, object]:
+    last = policy.last
+    return {
+        "held_out": _held_out(policy),
+        "against": _newest_wins(policy),
+        "weight_updates": last.get("weight_updates"),
+        "version": last.get("version"),
+        "adapters": {key: digest for key, digest in adapters.items() if key.rpartition("@")[0] == name},
+        "rating": _chosen(policy.rating, _RATING) if policy.rating else None,
+        "credit": _chosen(policy.credit, _CREDIT) if policy.credit else None,
+        "totals": {what: policy.total(what) for what in ("episodes", "turns", "tokens")},
+        "over_time": _curve(policy.turns, _CURVE),
+    }
+
+
+def _best(found: RunRecords) -> dict[str, object] | None:
+    """The policy that is surely ahead of every other on held-out questions; None by name where none is."""
+    if found.leader is None:
+        return None
+    apart = found.leader.get("apart") is True
+    return {"policy": found.leader.get("policy") if apart else None, **_chosen(found.leader, _LEADER)}
+
+
+def _held_out(policy: PolicyRecords) -> dict[str, object] | None:
+    """First and last held-out score with their intervals, the base model's, and the gain between first and last."""
+    scored = [record for record in policy.evaluations.values() if record.get("score") is not None]
+    if not scored:
+        return None
+    first, last = scored[0], scored[-1]
+    return {
+        "initial": _chosen(first, _HELD_OUT),
+        "final": _chosen(last, _HELD_OUT),
+        "base_model": _chosen(last, _BASE),
+        "gain": number(last["score"]) - number(first["score"]),
+        "over_time": [_chosen(record, _HELD_OUT) for record in scored],
+    }
+
+
+def _newest_wins(policy: PolicyRecords) -> list[dict[str, Value]]:
+    """The newest win rate against each opponent, with its interval."""
+    measured = (record for record in policy.evaluations.values() if record.get("win_rate") is not None)
+    return [_chosen(record, _WIN) for record in {record.get("opponent"): record for record in measured}.values()]
+
+
+def _stretches(found: RunRecords) -> list[dict[str, Value]]:
+    """Which mode ran from which iteration to which, both included."""
+    stretches: list[dict[str, Value]] = []
+    for iteration, mode in found.steps:
+        if stretches and stretches[-1]["mode"] == mode:
+            stretches[-1]["last"] = iteration
+        else:
+            stretches.append({"mode": mode, "first": iteration, "last": iteration})
+    return stretches
+
+
+def _curve(records: Mapping[Step, Record], fields: Sequence[str]) -> dict[str, list[Value]]:
+    """Columns over iterations; those that were never recorded are left out."""
+    columns = {name: [record.get(name) for record in records.values()] for name in fields}
+    there = {name: column for name, column in columns.items() if any(value is not None for value in column)}
+    return {"iteration": [iteration for iteration, _ in records]} | there
+
+
+def build_metrics(found: RunRecords) -> dict[str, object]:
+    """The newest measurements of everything, for a checkpoint's performance_metrics.json."""
+    return {
+        "format": FORMAT,
+        "iteration": found.steps[-1][0] if found.steps else None,
+        "mode": found.steps[-1][1] if found.steps else None,
+        "policies": {name: _policy_metrics(policy) for name, policy in found.policies.items()},
+        "team": _chosen(_last(found.teams), ("iteration", *_TEAM)),
+        "timing": _chosen(_last(found.timings), _TIMING),
+        "system": _without(found.system, *_NOT_MEASURES),
+    }
+
+
+def _policy_metrics(policy: PolicyRecords) -> dict[str, object]:
+    held_out = _held_out(policy)
+    return {
+        **_without(policy.last, *_NOT_MEASURES),
+        "rating": _chosen(policy.rating, _RATING) if policy.rating else None,
+        "held_out": held_out["final"] if held_out else None,
+    }
+
+
+def build_report(
+    found: RunRecords,
+    *,
+    config: Json,
+    environment: Json,
+    started: float,
+    ended: float,
+    ending: Ending,
+    checkpoints: Sequence[str] = (),
+    resumed_from: str | None = None,
+) -> dict[str, object]:
+    """The content of the run report: under which circumstances a run took place. Times in seconds since 1970."""
+    return {
+        "format": FORMAT,
+        "status": ending.status,
+        "reason": ending.reason,
+        "started": _iso(started),
+        "ended": None if ending.status == "running" else _iso(ended),
+        "seconds": round(ended - started, 3),
+        "resumed_from": resumed_from,
+        "task": found.run.get("task"),
+        "sample": bool(found.run.get("sample", False)),
+        "seed": found.run.get("seed"),
+        "config": dict(config),
+        "config_digest": config_digest(config),
+        "environment": dict(environment),
+        "work": _work(found),
+        "warnings": _warnings(found),
+        "peaks": dict(found.peaks),
+        "checkpoints": list(checkpoints),
+        "decisions": [_without(record, "kind") for record in found.decisions],
+    }
+
+
+def _work(found: RunRecords) -> dict[str, object]:
+    """What was done and how fast; rates are over the time of the iterations, not over that of the process."""
+    sums = {name: sum(number(record.get(name)) for record in found.timings.values()) for name in _TIMING[:4]}
+    seconds = sums["iteration_seconds"]
+    return {
+        "iterations": found.iterations,
+        "episodes": sum(policy.total("episodes") for policy in found.policies.values()),
+        "skipped_episodes": sum(number(record.get("episodes")) for record in found.skipped),
+        "weight_updates": sum(number(policy.last.get("weight_updates")) for policy in found.policies.values()),
+        **sums,
+        "tokens_per_second": sums["tokens"] / seconds if seconds else None,
+    }
+
+
+def _warnings(found: RunRecords) -> list[str]:
+    """What a reader of the results must know: episodes that were left out, and comparisons over few questions."""
+    said = []
+    for where in ("training", "evaluation"):
+        records = [record for record in found.skipped if record.get("where") == where]
+        if records:
+            count = sum(int(number(record.get("episodes"))) for record in records)
+            reason = records[-1].get("reason")
+            said.append(f"{count} episodes of {where} failed and were left out, the last by {reason}")
+    newest = [list(policy.evaluations.values())[-1] for policy in found.policies.values() if policy.evaluations]
+    questions = [asked for record in newest if isinstance(asked := record.get("questions"), int)]
+    if questions and min(questions) < FEW_QUESTIONS:
+        said.append(few_questions(min(questions)))
+    return said
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def number(value: Value) -> float:
+    """A recorded number; 0 for one that was not recorded."""
+    return value if isinstance(value, int | float) else 0.0
+
+
+def _chosen(record: Record, names: Sequence[str]) -> dict[str, Value]:
+    return {name: record.get(name) for name in names}
+
+
+def _without(record: Record, *names: str) -> dict[str, Value]:
+    return {name: value for name, value in record.items() if name not in names}
+
+
+def _last(records: Mapping[Step, Record]) -> Record:
+    return list(records.values())[-1] if records else {}
+
+
+def write_json(path: Path, values: Json) -> None:
+    """Write a result file so that a reader finds the old one or the new one; raises OSError, ValueError for a NaN."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())

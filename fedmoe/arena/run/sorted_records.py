@@ -1,0 +1,116 @@
+"""The records of a run, sorted by what they are about, in one pass over the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from fedmoe.runtime.records import Record, Value
+
+#: Iteration and mode: a run of several modes one after another counts its iterations anew in each.
+Step = tuple[Value, Value]
+
+
+@dataclass(slots=True)
+class PolicyRecords:
+    """The records of one policy, in the order of time; one of a step that was repeated takes the place of the first."""
+
+    turns: dict[Step, Record] = field(default_factory=dict)
+    evaluations: dict[tuple[Value, Value, Value], Record] = field(default_factory=dict)
+    credit: Record | None = None
+    rating: Record | None = None
+
+    @property
+    def last(self) -> Record:
+        """What was recorded of it in its last iteration."""
+        return next(reversed(self.turns.values())) if self.turns else {}
+
+    def total(self, what: str) -> int:
+        """The sum of a count over all iterations."""
+        counts = (record.get(what) for record in self.turns.values())
+        return sum(count for count in counts if isinstance(count, int))
+
+
+@dataclass(slots=True)
+class RunRecords:
+    """All records of one run. `peaks`: of every percentage and count of bytes of the system the worst value.
+
+    That is the largest, but of bytes that are free the smallest.
+    """
+
+    run: Record = field(default_factory=dict)
+    policies: dict[str, PolicyRecords] = field(default_factory=dict)
+    teams: dict[Step, Record] = field(default_factory=dict)
+    timings: dict[Step, Record] = field(default_factory=dict)
+    decisions: list[Record] = field(default_factory=list)
+    skipped: list[Record] = field(default_factory=list)
+    leader: Record | None = None
+    system: Record = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+    _steps: dict[Step, None] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> list[Step]:
+        """Iterations with their modes, in the order of time."""
+        return list(self._steps)
+
+    @property
+    def iterations(self) -> int:
+        """How many iterations were recorded."""
+        return len(self._steps)
+
+    def add(self, record: Record) -> None:
+        """Sort one record in; kinds that are not known here are left out."""
+        kind, step = record.get("kind"), (record.get("iteration"), record.get("mode"))
+        if kind == "run":
+            self.run = record
+            self._name_policies(record)
+        elif kind == "policy":
+            self._steps[step] = None
+            self._policy(record).turns[step] = record
+        elif kind == "evaluation":
+            self._policy(record).evaluations[(*step, record.get("opponent"))] = record
+        elif kind == "credit":
+            self._policy(record).credit = record
+        elif kind == "rating":
+            self._policy(record).rating = record
+        else:
+            self._add_common(record, step)
+
+    def _add_common(self, record: Record, step: Step) -> None:
+        kind = record.get("kind")
+        if kind == "team":
+            self.teams[step] = record
+        elif kind == "timing":
+            self.timings[step] = record
+        elif kind == "decision":
+            self.decisions.append(record)
+        elif kind == "skipped":
+            self.skipped.append(record)
+        elif kind == "leader":
+            self.leader = record
+        elif kind == "system":
+            self.system = record
+            self._raise_peaks(record)
+
+    def _policy(self, record: Record) -> PolicyRecords:
+        return self.policies.setdefault(str(record.get("policy")), PolicyRecords())
+
+    def _name_policies(self, run: Record) -> None:
+        names = run.get("policies")
+        for name in names.split(",") if isinstance(names, str) else ():
+            self.policies.setdefault(name.strip(), PolicyRecords())
+
+    def _raise_peaks(self, record: Record) -> None:
+        for name, value in record.items():
+            if name.endswith(("_bytes", "_percent")) and isinstance(value, int | float):
+                worst = min if "_free_" in name else max
+                self.peaks[name] = worst(self.peaks.get(name, value), value)
+
+
+def sort_records(records: Iterable[Record]) -> RunRecords:
+    """Sort the records of a run, as `fedmoe.runtime.records.read_records` gives them."""
+    found = RunRecords()
+    for record in records:
+        found.add(record)
+    return found

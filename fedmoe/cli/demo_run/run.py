@@ -1,0 +1,205 @@
+"""Running the demonstration: prepare, train three experts in a federation, stop, measure, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+from rich.console import Console
+
+from fedmoe import __version__
+from fedmoe.cli.demo_run.live import LiveView
+from fedmoe.cli.demo_run.plan import GENERAL, WORKERS, DemoPlan
+from fedmoe.cli.demo_run.processes import Running, free_port, start, wait_until_healthy
+from fedmoe.cli.demo_run.report import (
+    GATEWAY,
+    DomainResult,
+    GeneralResult,
+    general_result,
+    report_json,
+    report_markdown,
+    report_table,
+    results,
+)
+from fedmoe.datasets.demo.domains import GENERAL_RECIPES, build_domains
+from fedmoe.datasets.tokens.packing import Block
+from fedmoe.gateway.evaluate import evaluate, held_out_blocks
+from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.formats import npz_bytes, peft_files, read_peft
+from fedmoe.models.base import LoadedBase, load_base, prepare_base
+from fedmoe.monitor.charts.federation import loss_chart
+from fedmoe.runtime.device import pin_threads
+from fedmoe.runtime.files import write_atomic, write_folder_atomic
+from fedmoe.runtime.records import Record, read_records
+from fedmoe.runtime.threads import look
+from fedmoe.wire.client import CoordinatorClient
+
+_POLL_SECONDS = 0.5
+
+
+def run_demo(plan: DemoPlan, console: Console) -> dict[str, DomainResult]:
+    """The whole demonstration; continues where an earlier run of the same folder stopped."""
+    started = time.monotonic()
+    console.print(f"[bold]1/4[/] base model {plan.base_model} and data")
+    prepare_base(plan.base_model)
+    _build_data(plan, console)
+    console.print(f"[bold]2/4[/] coordinator and {len(WORKERS)} workers on loopback, {plan.steps} steps each")
+    _train(plan, console)
+    console.print("[bold]3/4[/] held-out losses")
+    domains, general = _measure(plan, console)
+    console.print("[bold]4/4[/] report")
+    console.print(report_table(domains, general))
+    for line in _merged_how(plan):
+        console.print(line, highlight=False)
+    took = time.monotonic() - started
+    console.print(f"{plan.folder}/ holds the adapters, gateway_model.npz, metrics.jsonl and report.md ({took:.0f} s)")
+    return domains
+
+
+def _build_data(plan: DemoPlan, console: Console) -> None:
+    """The three domains and the text that nobody trains on, whatever of them is not there yet."""
+
+    def say(line: str) -> None:
+        console.print(f"  {line}", highlight=False)
+
+    build_domains(plan.data, progress=say)
+    build_domains(plan.data, [GENERAL], say, recipes=GENERAL_RECIPES)
+
+
+def _train(plan: DemoPlan, console: Console) -> None:
+    """Run coordinator and workers until every worker has done its steps; then save what they made and stop."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with _stopped_at_the_end() as running:
+        coordinator = start("coordinator", plan.coordinator_command(port), plan.logs / "coordinator.log")
+        running.append(coordinator)
+        wait_until_healthy(coordinator, url)
+        view = LiveView(plan, console)  # looks at what is logged from now on
+        workers = [
+            start(worker.name, plan.worker_command(worker, url), plan.log(worker), worker.niceness)
+            for worker in WORKERS
+        ]
+        running += workers
+        with view:
+            while _any_running(workers) and coordinator.check():
+                view.refresh()
+                time.sleep(_POLL_SECONDS)
+        _save_models(plan, url)
+
+
+def _any_running(workers: list[Running]) -> bool:
+    """Whether a worker still runs; looks at all of them, so that a failure is seen while others run."""
+    running = [worker.check() for worker in workers]
+    return any(running)
+
+
+@contextmanager
+def _stopped_at_the_end() -> Iterator[list[Running]]:
+    """Stops what was started, the last first, whatever happens in between."""
+    running: list[Running] = []
+    try:
+        yield running
+    finally:
+        for process in reversed(running):
+            process.stop()
+
+
+def _save_models(plan: DemoPlan, url: str) -> None:
+    """Every expert and the gateway as PEFT folders, and the gateway as npz."""
+    with CoordinatorClient(url) as api:
+        gateway = api.pull_gateway()
+        assert gateway is not None, "without an ETag there is always an answer"
+        for worker in WORKERS:
+            pulled = api.pull_expert(worker.expert)
+            assert pulled is not None, "without an ETag there is always an answer"
+            _save_peft(plan, worker.expert, pulled.adapter, gateway.base)
+    _save_peft(plan, GATEWAY, gateway.adapter, gateway.base)
+    write_atomic(plan.folder / "gateway_model.npz", npz_bytes(gateway.adapter, gateway.version, gateway.sources), 0o644)
+    facts = {
+        "gateway_version": gateway.version,
+        "gateway_digest": gateway.digest,
+        "sources": gateway.sources,
+        # What was done, which is another strategy than the one asked for while an expert lacks input moments.
+        **{key: gateway.info[key] for key in ("strategy", "notes", "statistics_tokens")},
+    }
+    write_atomic(plan.folder / "models.json", json.dumps(facts, indent=2).encode(), 0o644)
+
+
+def _merged_how(plan: DemoPlan) -> list[str]:
+    """What the gateway's statistics rest on, and what was not done as it was asked for."""
+    facts = json.loads((plan.folder / "models.json").read_bytes())
+    tokens = ", ".join(f"{name} {count:,}" for name, count in facts["statistics_tokens"].items())
+    return [f"input moments of so many tokens: {tokens}", *(f"note: {note}" for note in facts["notes"])]
+
+
+def _save_peft(plan: DemoPlan, name: str, adapter: Adapter, base: dict[str, str]) -> None:
+    files = peft_files(adapter, base["name"], base["revision"])
+    write_folder_atomic(plan.folder / "adapters" / name, files, force=True)
+
+
+def _measure(plan: DemoPlan, console: Console) -> tuple[dict[str, DomainResult], GeneralResult]:
+    """Score the saved models on the held-out files, with what cores are free after training; write the report."""
+    pin_threads(look(os.environ).count or None)
+    base = load_base(plan.base_model)
+    adapters = {name: _load_peft(plan, name) for name in (*(w.expert for w in WORKERS), GATEWAY)}
+    held_out = {worker.domain: _held_out(plan, plan.test_file(worker), base) for worker in WORKERS}
+    held_out[GENERAL] = _held_out(plan, plan.general_file, base)
+    with console.status("") as status:
+        matrix = evaluate(base, adapters, held_out, progress=status.update)
+    domains, general = results(matrix), general_result(matrix)
+    facts = {
+        "fedmoe": __version__,
+        "base_model": base.identity.name,
+        "steps_per_worker": plan.steps,
+        "tokens_per_step": plan.batch_size * plan.max_length,
+        "sync_interval_seconds": plan.sync_interval,
+        "training_seconds": round(training_seconds(_all_records(plan)), 1),
+        "dtype": str(base.dtype),
+        **json.loads((plan.folder / "models.json").read_bytes()),
+    }
+    _write_report(plan, domains, general, facts)
+    return domains, general
+
+
+def _load_peft(plan: DemoPlan, name: str) -> Adapter:
+    folder = plan.folder / "adapters" / name
+    return read_peft({path.name: path.read_bytes() for path in folder.iterdir()})
+
+
+def _held_out(plan: DemoPlan, file: Path, base: LoadedBase) -> list[Block]:
+    """The first blocks of the held-out file in a fixed, shuffled order, the same in every run."""
+    return held_out_blocks(file, base, plan.max_length, plan.held_out_blocks)
+
+
+def _write_report(
+    plan: DemoPlan, domains: dict[str, DomainResult], general: GeneralResult, facts: dict[str, object]
+) -> None:
+    records = _all_records(plan)
+    held_out = {
+        name: {"base": result.base, "own expert": result.expert, "gateway": result.gateway}
+        for name, result in domains.items()
+    }
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomic(plan.folder / "metrics.jsonl", lines.encode(), 0o644)
+    write_atomic(plan.folder / "loss.png", loss_chart(records, held_out), 0o644)
+    write_atomic(plan.folder / "report.md", report_markdown(domains, general, facts).encode(), 0o644)
+    write_atomic(plan.report, report_json(domains, general, facts).encode(), 0o644)
+
+
+def training_seconds(records: list[Record], pause: float = 60.0) -> float:
+    """Wall-clock seconds in which at least one worker trained; longer pauses, between two runs, do not count."""
+    moments = [float(str(record["at"])) for record in records]
+    gaps = [after - before for before, after in pairwise(moments)]
+    return sum(gap for gap in gaps if gap < pause)
+
+
+def _all_records(plan: DemoPlan) -> list[Record]:
+    """The records of all workers in the order of time."""
+    files = [plan.worker_dir(worker) / "metrics.jsonl" for worker in WORKERS]
+    records = [record for file in files if file.exists() for record in read_records(file)]
+    return sorted(records, key=lambda record: float(str(record["at"])))

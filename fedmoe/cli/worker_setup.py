@@ -1,0 +1,196 @@
+"""From parameters to a running worker: data checked first, then the base model, then the coordinator."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import structlog
+
+from fedmoe.config import WorkerConfig
+from fedmoe.coordinator import seed_of
+from fedmoe.datasets.tokens.packing import Block
+from fedmoe.distributed_worker import DistributedWorker, SyncSettings
+from fedmoe.lora.moments import InputMoments, thin
+from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
+from fedmoe.models.parallel import ProcessGroup, join_group, local_rank
+from fedmoe.models.schedule import LoraConfig
+from fedmoe.qwen_finetune import QwenLoRAExpert
+from fedmoe.qwen_worker import QwenWorker
+from fedmoe.runtime.device import choose_device, pin_threads
+from fedmoe.runtime.stop_signals import StopOnSignal
+from fedmoe.wire.client import CoordinatorClient
+from fedmoe.wire.contract.messages import StatisticsKind
+from fedmoe.wire.outbox import Outbox
+from fedmoe.worker.options import adapter_layout, check_federation, check_processes
+from fedmoe.worker.phases import PhaseLog, say
+from fedmoe.worker.pull import on_rank_zero
+from fedmoe.worker.restart import check_data
+from fedmoe.worker.statistics import DataStatistics, Disclosure, data_statistics, keep, read_kept, statistics_key
+from fedmoe.worker.training_data import WorkerData, check_sources, worker_data
+
+_log = structlog.get_logger("fedmoe.worker")
+
+
+def run_worker(config: WorkerConfig) -> None:
+    """Run a worker until its schedule ends or it is told to stop (SIGTERM, SIGINT)."""
+    processes = pin_threads()
+    check_processes(config)
+    chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
+    check_sources(config)
+    device = choose_device(config.device, local_rank())
+    state_dir = Path(config.state_dir or f"runs/workers/{config.worker_id}")
+    token = config.token.get_secret_value() if config.token else None
+    group = join_group(device)
+    outbox: Outbox | None = None
+    try:
+        with CoordinatorClient(config.coordinator_url, token) as client:
+            outbox = on_rank_zero(group, lambda: Outbox(state_dir, config.worker_id, config.specialty))
+            # A wrong URL or token is told before a base model is loaded.
+            federation = on_rank_zero(group, client.federation)
+            if group.rank == 0:
+                say("loading the base model")
+            base = load_base(config.base_model, group.device, config.dtype, chat)
+            _log.info("base_model", **base.report)
+            for note in base.notes:
+                _log.warning("base_model_note", note=note)
+            layout = adapter_layout(config, base, _targets(config))
+            theirs = federation.manifest if federation is not None else None
+            on_rank_zero(group, lambda: check_federation(config, base, layout, theirs.manifest() if theirs else None))
+            data = worker_data(config, base, layout, group, processes)
+            _train(config, base, data, group, client, state_dir, outbox)
+    finally:
+        if outbox is not None:
+            outbox.close()
+        group.close()
+
+
+def _train(
+    config: WorkerConfig,
+    base: LoadedBase,
+    data: WorkerData,
+    group: ProcessGroup,
+    client: CoordinatorClient,
+    state_dir: Path,
+    outbox: Outbox | None,
+) -> None:
+    checkpoints, allowed = state_dir / "checkpoint", config.allow_changed_data
+    on_rank_zero(group, lambda: check_data(checkpoints, data.sampler, data.hashes, allowed, group))
+    # On the bare base model, so before an adapter is attached.
+    disclosure = on_rank_zero(group, lambda: _disclosure(config, base, data.blocks, client, state_dir))
+    try:
+        worker = _build(config, base, data, group, client, state_dir, outbox, disclosure)
+        stopped = _stopped_by_signal(worker)
+        if group.rank == 0:
+            say("training")
+        worker.run()
+        if disclosure is not None:
+            disclosure.finish(config.max_unsynced, stopped.is_set)
+    finally:
+        # Before the client goes: its thread may be in the middle of a call.
+        if disclosure is not None:
+            disclosure.close()
+
+
+def _stopped_by_signal(worker: DistributedWorker) -> threading.Event:
+    """Stop the worker on SIGTERM and SIGINT; the event is set once one came."""
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        worker.stop()
+
+    StopOnSignal(stop).install()
+    return stopped
+
+
+def _disclosure(
+    config: WorkerConfig, base: LoadedBase, blocks: list[Block], client: CoordinatorClient, state_dir: Path
+) -> Disclosure | None:
+    statistics = statistics_to_send(config, base, blocks, state_dir / "statistics")
+    return Disclosure(client, config.specialty, config.worker_id, statistics) if statistics else None
+
+
+def statistics_to_send(
+    config: WorkerConfig, base: LoadedBase, blocks: list[Block], folder: Path
+) -> dict[StatisticsKind, bytes]:
+    """What the worker discloses of its data, by kind; nothing where it may not or cannot be told of these data.
+
+    What was made of the same data before is in `folder`.
+    """
+    if not config.send_statistics:
+        return {}
+    key = statistics_key(base, blocks, _targets(config))
+    if kept := read_kept(folder, key):
+        tokens = InputMoments.from_bytes(kept["moments"]).tokens
+        _log.info("statistics_kept", folder=str(folder), tokens=tokens)
+        _warn_if_thin(tokens)
+        return kept
+    started = time.monotonic()
+    try:
+        found = data_statistics(base, blocks, _targets(config), progress=PhaseLog("statistics of the data").at)
+    except ValueError as error:  # too little data, or a base model that has no such numbers: training needs neither
+        _log.warning("no_statistics", reason=str(error))
+        return {}
+    _tell(found, round(time.monotonic() - started, 1))
+    bodies: dict[StatisticsKind, bytes] = {"prompts": found.prompts.to_bytes(), "moments": found.moments.to_bytes()}
+    keep(folder, key, bodies)
+    return bodies
+
+
+def _tell(found: DataStatistics, seconds: float) -> None:
+    """Log what the statistics rest on and what the data hold."""
+    _log.info(
+        "statistics",
+        prompts=found.prompts.count,
+        of_samples=found.samples,
+        tokens=found.moments.tokens,
+        of_tokens=found.tokens,
+        seconds=seconds,
+    )
+    _warn_if_thin(found.moments.tokens)
+
+
+def _warn_if_thin(tokens: int) -> None:
+    if note := thin(tokens):
+        _log.warning("thin_statistics", reason=f"the data give {note}")
+
+
+def _build(
+    config: WorkerConfig,
+    base: LoadedBase,
+    data: WorkerData,
+    group: ProcessGroup,
+    client: CoordinatorClient,
+    state_dir: Path,
+    outbox: Outbox | None,
+    disclosure: Disclosure | None,
+) -> DistributedWorker:
+    expert = QwenLoRAExpert(base, _lora(config), data.training, group)
+    settings = SyncSettings(
+        config.worker_id,
+        config.specialty,
+        config.sync_interval,
+        config.max_unsynced,
+        config.wire_dtype,
+        config.start_from,
+        config.allow_changed_data,
+    )
+    worker = QwenWorker(expert, data.sampler, held_out=data.held_out, hashes=data.hashes)
+    on_registered = disclosure.start if disclosure is not None else lambda: None
+    return DistributedWorker(worker, client, settings, state_dir, outbox, on_registered=on_registered)
+
+
+def _lora(config: WorkerConfig) -> LoraConfig:
+    return LoraConfig(
+        config.lora_r,
+        config.lora_alpha,
+        config.lora_dropout,
+        _targets(config),
+        seed_of(config.specialty) % 2**63,
+    )
+
+
+def _targets(config: WorkerConfig) -> str | tuple[str, ...]:
+    return config.target_modules[0] if len(config.target_modules) == 1 else config.target_modules

@@ -1,0 +1,1 @@
+"""The data sets of the demonstration, made from installed packages."""

@@ -1,0 +1,1 @@
+"""From rows to samples: the formats of public data and their turns."""

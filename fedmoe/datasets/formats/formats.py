@@ -1,0 +1,322 @@
+"""The row shapes of public data, recognised by their keys, and what a row of each becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedmoe.datasets.formats import preferences
+from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
+from fedmoe.datasets.formats.turns import (
+    MEDIA_KEYS,
+    TURN_COLUMNS,
+    TURN_MARKS,
+    alternating,
+    history_messages,
+    is_pair,
+    message,
+    template_keys,
+    tool_definition,
+    turns_of,
+    unused_keys,
+)
+from fedmoe.datasets.formats.values import RowError, RowLeftOutError, items, mark, some_keys, string
+from fedmoe.datasets.readers.rows import BadRow, Row
+
+__all__ = ["FORMATS", "KNOWN_COLUMNS", "Chat", "Completion", "LeftOutRow", "Message", "Sample", "Text"]
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOutRow:
+    """A sound row that its own marks keep out of the training."""
+
+    line: int
+    reason: str
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """One accepted shape: the keys that tell it, keys it may also use, an example, and the way to a sample."""
+
+    name: str
+    keys: tuple[str, ...]
+    example: str
+    convert: Callable[[Row], Sample]
+    optional: tuple[str, ...] = ()
+
+    def fits(self, row: Row) -> bool:
+        """Whether the row has the keys, none of them null."""
+        return all(row.fields.get(key) is not None for key in self.keys)
+
+
+def detect_format(row: Row, mapped: Collection[str] = ()) -> RowFormat | None:
+    """The format whose keys the row has, first by how many of the `mapped` names it uses.
+
+    Chat shapes win over `text`, which may be a rendering of them.
+    """
+    fitting = [shape for shape in FORMATS if shape.fits(row)]
+    return max(fitting, key=lambda shape: sum(key in mapped for key in shape.keys), default=None)
+
+
+def normalise(shape: RowFormat, row: Row) -> Sample | BadRow | LeftOutRow:
+    """The sample of a row in this format, what is wrong with it, or which of its marks keeps it out."""
+    try:
+        _check_row_marks(row.fields)
+        sample = shape.convert(row)
+    except RowLeftOutError as left_out:
+        return LeftOutRow(row.line, str(left_out), row.file)
+    except RowError as error:
+        return BadRow(row.line, str(error), row.file)
+    return sample
+
+
+def keys_not_used(shape: RowFormat, row: Row) -> frozenset[str]:
+    """Keys of the row, and of its turns as `messages[].key`, that hold something and are not used."""
+    no_marks = {key for key in _WANTED_KEYS if _wanted(row.fields.get(key)) is None}
+    used = {*shape.keys, *shape.optional, *_ROW_KEYS} - no_marks
+    row_keys = {key for key, value in row.fields.items() if value is not None} - used
+    return frozenset(row_keys | _in_turns(row, unused_keys))
+
+
+def keys_obeyed(shape: RowFormat, row: Row) -> frozenset[str]:
+    """Keys with a meaning of their own that the row holds: for the chat template, or for what is learned."""
+    own = {key for key in ("tools", "functions", "chat_template_kwargs", *TURN_MARKS) if row.fields.get(key)}
+    return frozenset((own & {*shape.optional, *_ROW_KEYS}) | _in_turns(row, template_keys))
+
+
+def accepted_shapes() -> str:
+    """All accepted shapes with an example each, one a line."""
+    width = max(len(shape.name) for shape in FORMATS)
+    return "\n".join(f"  {shape.name:<{width}}  {shape.example}" for shape in FORMATS)
+
+
+def _in_turns(row: Row, keys_of: Callable[[list[object]], frozenset[str]]) -> set[str]:
+    found: set[str] = set()
+    for column in TURN_COLUMNS:
+        value = row.fields.get(column)
+        if isinstance(value, list):
+            found |= {f"{column}[].{key}" for key in keys_of(value)}
+    return found
+
+
+def _check_row_marks(fields: Mapping[str, object]) -> None:
+    for key in MEDIA_KEYS:
+        if fields.get(key):
+            raise RowError(f"the row holds {key!r}: only text can be learned")
+    for key in ("weight", "train"):
+        if _is_said(fields.get(key)) and not mark(key, fields[key]):
+            raise RowLeftOutError(f"{key!r} of the row says that it is not to be learned")
+
+
+def _text(row: Row) -> Sample:
+    return Text(row.line, string(row.fields, "text"), row.file)
+
+
+def _completion(row: Row) -> Sample:
+    _refuse_unwanted(row)
+    if isinstance(row.fields["prompt"], list) or isinstance(row.fields["completion"], list):
+        asked = _turns_or_text(row.fields, "prompt", "user")
+        # TRL's conversational prompt is context, whoever spoke in it.
+        context = [preferences.as_context(turn) for turn in asked]
+        return _chat(row, [*context, *_turns_or_text(row.fields, "completion", "assistant")])
+    prompt = string(row.fields, "prompt", may_be_empty=True)
+    return _plain_or_chat(row, Completion(row.line, prompt, string(row.fields, "completion"), row.file))
+
+
+def _plain_or_chat(row: Row, plain: Completion) -> Sample:
+    """A prompt with its completion; a conversation where the row has a system prompt, a history or tools beside it.
+
+    Empty ones count too, so that all rows of a data set with such a column are read alike.
+    """
+    if all(row.fields.get(key) is None for key in _CHAT_KEYS):
+        return plain
+    asked = [Message("user", plain.prompt)] if plain.prompt.strip() else []
+    return _chat(row, [*asked, Message("assistant", plain.completion)])
+
+
+def _turns_or_text(fields: Mapping[str, object], key: str, role: str) -> list[Message]:
+    if isinstance(fields[key], str):
+        return [Message(role, string(fields, key))]
+    return [message(item) for item in items(fields, key)]
+
+
+def _pair(question: str, answer: str, *about: str) -> Callable[[Row], Sample]:
+    """A question and its answer under these keys, with what the question is about under `about`."""
+
+    def convert(row: Row) -> Sample:
+        _refuse_unwanted(row)
+        return _chat(row, [_question(row, question, about), Message("assistant", string(row.fields, answer))])
+
+    return convert
+
+
+def _question(row: Row, question: str, about: Sequence[str]) -> Message:
+    said = [string(row.fields, key, may_be_empty=True) for key in about]
+    return Message("user", "\n\n".join([string(row.fields, question), *(text for text in said if text.strip())]))
+
+
+def _messages(column: str) -> Callable[[Row], Sample]:
+    def convert(row: Row) -> Sample:
+        _refuse_unwanted(row)
+        turns = items(row.fields, column)
+        if isinstance(turns[0], str):
+            return _chat(row, alternating(turns))
+        if column == "data" and any(isinstance(turn, Mapping) and is_pair(turn) for turn in turns):
+            raise RowError("'data' holds rows, not turns of one conversation; write its list alone, or a row a line")
+        return _chat(row, [found for turn in turns for found in turns_of(turn)])
+
+    return convert
+
+
+def _preference(row: Row) -> Sample:
+    chosen = preferences.chosen(row)
+    if isinstance(chosen, list):
+        return _chat(row, chosen)
+    return _plain_or_chat(row, chosen)
+
+
+def _refuse_unwanted(row: Row) -> None:
+    for key in _WANTED_KEYS:
+        if _wanted(row.fields.get(key)) is False:
+            raise RowLeftOutError(f"{key!r} false marks an answer that is not wanted")
+
+
+def _wanted(value: object) -> bool | None:
+    """Whether a mark says that an answer is wanted; None for what is no such mark (a class, a category)."""
+    if isinstance(value, str):
+        return _WANTED_WORDS.get(value.strip().casefold())
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
+
+
+def _chat(row: Row, messages: list[Message]) -> Chat:
+    history = history_messages(items(row.fields, "history", may_be_empty=True))
+    system, messages = _system(row, messages)
+    messages = [*system, *history, *messages]
+    first = next((i for i, turn in enumerate(messages) if turn.role != "assistant"), len(messages))
+    answers = [turn for turn in messages[first:] if turn.role == "assistant"]
+    if not answers:
+        raise RowError("no assistant turn that answers something: there is nothing to learn from")
+    if not any(turn.learned for turn in answers):
+        raise RowLeftOutError("every answer is marked as not to be learned")
+    tools = items(row.fields, "tools", may_be_empty=True) or items(row.fields, "functions", may_be_empty=True)
+    variables = row.fields.get("chat_template_kwargs") or {}
+    if not isinstance(variables, Mapping):
+        raise RowError(f"'chat_template_kwargs' must be an object, got {type(variables).__name__}")
+    return Chat(row.line, tuple(messages), tuple(tool_definition(tool) for tool in tools), variables, row.file)
+
+
+def _system(row: Row, messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The system prompt, of the row or of its first turn, and the other turns; two different ones are an error."""
+    own = [turn for turn in messages[:1] if turn.role in ("system", "developer")]
+    said = [Message("system", string(row.fields, key)) for key in _SYSTEM_KEYS if _is_said(row.fields.get(key))]
+    prompts = {turn.content.strip() for turn in (*own, *said)} - {""}
+    if len(prompts) > 1:
+        raise RowError("the row has two different system prompts, in columns or a column and its turns; keep one")
+    spoken = [turn for turn in own if turn.content.strip()]
+    return spoken or said[:1] or own, messages[len(own) :]
+
+
+def _is_said(value: object) -> bool:
+    return value is not None and not (isinstance(value, str) and not value.strip())
+
+
+_SYSTEM_KEYS = ("system", "system_prompt")
+#: Keys that make a conversation of a prompt with its completion.
+_CHAT_KEYS = (*_SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs")
+#: Keys that say whether an answer is wanted (KTO in TRL and LLaMA-Factory).
+_WANTED_KEYS = ("label", "kto_tag")
+_WANTED_WORDS = {"true": True, "1": True, "desirable": True, "false": False, "0": False, "undesirable": False}
+#: Keys that any conversation may have beside its own.
+_OF_CHATS = (*_CHAT_KEYS, *_WANTED_KEYS)
+#: Keys that any row may have.
+_ROW_KEYS = (*MEDIA_KEYS, "weight", "train")
+
+_CHOSEN = '{"prompt": "...", "chosen": "...", "rejected": "..."}; the chosen answer is learned'
+
+FORMATS = (
+    RowFormat(
+        "preference",
+        ("chosen",),
+        _CHOSEN,
+        _preference,
+        ("rejected", *preferences.TURN_KEYS, *preferences.PROMPT_KEYS, *_OF_CHATS),
+    ),
+    RowFormat(
+        "messages",
+        ("messages",),
+        '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
+        _messages("messages"),
+        _OF_CHATS,
+    ),
+    RowFormat(
+        "sharegpt",
+        ("conversations",),
+        '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
+        _messages("conversations"),
+        _OF_CHATS,
+    ),
+    RowFormat(
+        "conversation",
+        ("conversation",),
+        '{"conversation": [{"human": "...", "assistant": "..."}]}',
+        _messages("conversation"),
+        _OF_CHATS,
+    ),
+    RowFormat(
+        "prompt+completion",
+        ("prompt", "completion"),
+        '{"prompt": "...", "completion": "..."}',
+        _completion,
+        _OF_CHATS,
+    ),
+    RowFormat(
+        "alpaca",
+        ("instruction", "output"),
+        '{"instruction": "...", "input": "may be empty", "output": "..."}',
+        _pair("instruction", "output", "input", "context"),
+        ("input", "context", *_OF_CHATS),
+    ),
+    RowFormat(
+        "dolly",
+        ("instruction", "response"),
+        '{"instruction": "...", "context": "may be empty", "response": "..."}',
+        _pair("instruction", "response", "input", "context"),
+        ("input", "context", *_OF_CHATS),
+    ),
+    RowFormat(
+        "question+answer",
+        ("question", "answer"),
+        '{"question": "...", "answer": "..."}',
+        _pair("question", "answer", "context"),
+        ("context", *_OF_CHATS),
+    ),
+    *(
+        RowFormat(
+            f"{question}+{answer}",
+            (question, answer),
+            f'{{"{question}": "...", "{answer}": "..."}}',
+            _pair(question, answer, "context"),
+            ("context", *_OF_CHATS),
+        )
+        for question, answer in (
+            ("question", "response"),
+            ("query", "response"),
+            ("query", "answer"),
+            ("prompt", "response"),
+            ("problem", "solution"),
+            ("user", "assistant"),
+            ("input", "output"),
+        )
+    ),
+    RowFormat("data", ("data",), '{"data": ["question", "answer", ...]}', _messages("data"), _OF_CHATS),
+    RowFormat("text", ("text",), '{"text": "..."}', _text),
+)
+
+#: Every column that some format looks at; readers need no other.
+KNOWN_COLUMNS = frozenset(key for shape in FORMATS for key in (*shape.keys, *shape.optional)) | frozenset(_ROW_KEYS)
+
+
+def no_known_format(row: Row) -> BadRow:
+    """A row without the keys of any format."""
+    return BadRow(row.line, f"no known format; found the keys {some_keys(row.fields)}", row.file)

@@ -1,0 +1,1 @@
+"""From samples to tokens, labels and packed blocks."""

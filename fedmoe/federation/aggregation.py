@@ -1,0 +1,101 @@
+"""How updates are weighed and the gateway is made, as an operator chooses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedmoe.experts import GATEWAY_SEED
+from fedmoe.federation.online_gateway import LivingGateway
+from fedmoe.lora.adapter import initial_adapter
+from fedmoe.lora.manifest import Manifest
+from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS
+from fedmoe.lora.moments import InputMoments
+from fedmoe.lora.update_rules import RULES, STALENESS, UpdateRule, buffered
+from fedmoe.runtime.errors import RefusedError
+
+#: An update that would land with so many times the usual norm is held. After an outage an update holds many intervals
+#: of learning: ten were up to 11 times the usual norm, 49 times in a long warm-up (`benchmarks/bench_update_norms.py`).
+HOLD_NORM = 50.0
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregation:
+    """How updates are weighed and the gateway is made.
+
+    `max_staleness` None accepts any age; `clip_norm` scales an update down to so many times the usual norm, None never.
+    With `merge_after` experts go on from the gateway, each once it has trained so many steps; None merges it anew each
+    time, and experts never take from it. `fold_staleness` is the decay by the folds since an expert left. With
+    `evaluation_gate` the gateway is what held-out losses let through, no view of the newest experts. An update that
+    would land with more than `hold_norm` times the usual norm is held back; 0 holds none.
+    """
+
+    server_learning_rate: float = 1.0
+    staleness: str = "polynomial"
+    max_staleness: int | None = None
+    server_optimizer: str = "sgd"
+    buffer_size: int = 1
+    clip_norm: float | None = None
+    enable_gateway: bool = True
+    strategy: str = "weighted_average"
+    gateway_rank: int | None = None
+    merge_after: int | None = None
+    fold_staleness: str = "constant"
+    evaluation_gate: bool = False
+    hold_norm: float = HOLD_NORM
+
+    def __post_init__(self) -> None:
+        for value, known, name in (
+            (self.staleness, STALENESS, "staleness"),
+            (self.fold_staleness, STALENESS, "fold_staleness"),
+            (self.server_optimizer, RULES, "server_optimizer"),
+            (self.strategy, STRATEGIES | STRATEGIES_WITH_MOMENTS, "strategy"),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(sorted(known))}")
+        if self.merge_after is not None and not (self.merge_after >= 1 and self.enable_gateway):
+            raise ValueError(f"experts go on from a gateway after 1 step or more, got {self.merge_after}, and need one")
+
+    @property
+    def rule(self) -> UpdateRule:
+        return buffered(RULES[self.server_optimizer], self.buffer_size)
+
+    @property
+    def uses_moments(self) -> bool:
+        """Whether a gateway is made with the input moments of its experts; the gate tries such a strategy as well."""
+        return self.merge_after is not None or self.evaluation_gate or self.strategy in STRATEGIES_WITH_MOMENTS
+
+    @property
+    def start_from(self) -> Literal["initial", "gateway"]:
+        """Where experts start: from first weights of their own, or from the gateway."""
+        return "initial" if self.merge_after is None else "gateway"
+
+    def check_start(self, wanted: Literal["initial", "gateway"] | None) -> None:
+        """Refuse a worker that counts on another start than this federation's; None counts on none."""
+        if wanted not in (None, self.start_from):
+            raise RefusedError(
+                "start_mismatch",
+                f"the experts of this federation start from: {self.start_from}; the worker asks for: {wanted}.",
+                f"Start the worker without --start-from, or the coordinator with --start-from {wanted}.",
+            )
+
+    def first_gateway(self, manifest: Manifest) -> LivingGateway | None:
+        """The gateway before any fold, from which experts leave; None where they do not go on from it.
+
+        Its A is the first one of every such expert: factors that began as one can be compared.
+        """
+        if self.merge_after is None:
+            return None
+        return LivingGateway.first(initial_adapter(manifest.layout, manifest.alpha, GATEWAY_SEED))
+
+    def coefficient(self, staleness: int) -> float:
+        """What a delta of this staleness is multiplied with, lr * s(tau)."""
+        return self.server_learning_rate * STALENESS[self.staleness](staleness)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMoments:
+    """The input moments of all that an expert's workers train on, and the sha256 of their bytes as hex."""
+
+    moments: InputMoments
+    digest: str

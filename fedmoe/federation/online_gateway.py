@@ -1,0 +1,255 @@
+"""A gateway that lives: where each expert left it, who has trained enough to be folded in, and what a fold is made of.
+
+All is decided here, on values; the computing is `fedmoe.lora.online_merge`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from fedmoe.experts import ExpertModel
+from fedmoe.federation.events import (
+    Event,
+    ExpertRegistered,
+    ExpertRenamed,
+    ExpertRetired,
+    ExpertRolledBack,
+    ExpertUnretired,
+    ExpertWentOn,
+    GatewayFolded,
+    HeldUpdateRejected,
+    UpdateAccepted,
+    UpdateHeld,
+    UpdateLost,
+    WorkerRetracted,
+)
+from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.codec import digest
+from fedmoe.lora.moments import InputMoments, thin_notes
+from fedmoe.lora.online_merge import Departed, Folded, fold, fold_sum
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """An update, and the steps its worker did for it."""
+
+    update: UpdateAccepted
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """Where an expert left the gateway, None for the one before any fold, and what landed on it since, in order."""
+
+    left: ExpertWentOn | None = None
+    since: tuple[Trained, ...] = ()
+
+    @property
+    def gateway(self) -> int:
+        """Number of the fold that made the gateway it left."""
+        return self.left.gateway if self.left is not None else 0
+
+    @property
+    def version(self) -> int:
+        """The expert's version when it left."""
+        return self.left.version if self.left is not None else 0
+
+    @property
+    def steps(self) -> int:
+        """What its workers trained since."""
+        return sum(one.steps for one in self.since)
+
+    def ready(self, merge_after: int, resting_since: float) -> bool:
+        """Whether its workers trained enough, or anything and then nothing after `resting_since`, seconds."""
+        trained = self.steps
+        return trained >= merge_after or (trained > 0 and self.since[-1].update.at <= resting_since)
+
+    def unseen(self, folded: Departure, buffer_size: int) -> tuple[Trained, ...] | None:
+        """What a fold of the expert as it was then does not hold: what landed since, or only waited in the buffer.
+
+        None if the expert has not only trained on: it was rolled back, or a worker retracted from it.
+        """
+        seen = len(folded.since)
+        if self.left != folded.left or self.since[:seen] != folded.since:
+            return None
+        return self.since[seen - seen % buffer_size :]
+
+
+@dataclass(frozen=True)
+class LivingGateway:
+    """The gateway after its last fold, and how far each expert is from it; a value, replaced and never altered.
+
+    `digest` is the content hash of the `adapter`; `sources` are the versions folded last and `weights` what their
+    deltas were multiplied with, by expert; `told` is the last step counter of every worker of an expert.
+    """
+
+    adapter: Adapter
+    digest: str
+    last: GatewayFolded | None = None
+    sources: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    weights: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    departures: Mapping[str, Departure] = field(default_factory=lambda: MappingProxyType({}))
+    told: Mapping[tuple[str, str], int] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def number(self) -> int:
+        """Folds so far."""
+        return self.last.number if self.last is not None else 0
+
+    @classmethod
+    def first(cls, adapter: Adapter) -> LivingGateway:
+        """Before any fold."""
+        return cls(adapter, digest(adapter))
+
+    def after(self, event: Event, adapter: Adapter | None, since: tuple[Trained, ...]) -> LivingGateway:
+        """With one event: a fold needs the new `adapter`; `since` is what a changed expert is made of."""
+        match event:
+            case ExpertRegistered():
+                return self._departed(event.expert, Departure())
+            case UpdateAccepted():
+                key = (event.expert, event.worker)
+                before, told = self.departures[event.expert], told_steps(event)
+                landed = Trained(event, steps_between(self.told.get(key), told))
+                counters = {} if told is None else {key: told}
+                with_it = self._departed(event.expert, replace(before, since=(*before.since, landed)))
+                return replace(with_it, told=MappingProxyType({**self.told, **counters}))
+            case ExpertRolledBack() | WorkerRetracted() | UpdateLost():
+                return self._departed(event.expert, replace(self.departures[event.expert], since=since))
+            case ExpertWentOn():
+                return self._departed(event.expert, Departure(event, since))
+            case GatewayFolded():
+                assert adapter is not None, "a fold is applied with its adapter"
+                return self.folded(event).holding(adapter)
+            case ExpertUnretired():
+                return self._departed(event.expert, self.departures.get(event.expert, Departure()))
+            case UpdateHeld() | HeldUpdateRejected() | ExpertRenamed() | ExpertRetired():
+                return self
+
+    def _departed(self, expert: str, departure: Departure) -> LivingGateway:
+        return replace(self, departures=MappingProxyType({**self.departures, expert: departure}))
+
+    def holding(self, adapter: Adapter) -> LivingGateway:
+        """With other weights."""
+        return replace(self, adapter=adapter, digest=digest(adapter))
+
+    def recovered(self, expert: str, departure: Departure, told: Mapping[str, int]) -> LivingGateway:
+        """With an expert that left the gateway there, and whose workers have these step counters."""
+        counters = {(expert, worker): steps for worker, steps in told.items()}
+        return replace(self._departed(expert, departure), told=MappingProxyType({**self.told, **counters}))
+
+    def folded(self, event: GatewayFolded) -> LivingGateway:
+        """With one more fold, but the weights from before it; where experts went on is told apart."""
+        return replace(
+            self,
+            last=event,
+            sources=MappingProxyType({**self.sources, **event.sources}),
+            weights=MappingProxyType({**self.weights, **event.weights}),
+        )
+
+
+def told_steps(update: UpdateAccepted) -> int | None:
+    """The step counter a worker told with its update, over all its restarts; None if it told none.
+
+    Nor does an update that was held for a while: its worker went on counting, and the next one tells of those steps.
+    """
+    steps = update.info.get("steps")
+    return None if steps is None or "held" in update.info else int(steps)
+
+
+def steps_between(before: int | None, told: int | None) -> int:
+    """Steps between two counters of a worker; one that starts anew counts from 0, one that tells nothing counts 1."""
+    if told is None:
+        return 1
+    return told - before if before is not None and told >= before else told
+
+
+def trained(events: Iterable[Event], updates: Sequence[UpdateAccepted]) -> tuple[Trained, ...]:
+    """Some `updates` of ONE expert with the steps in each, which follow from all of its events."""
+    found: dict[int, int] = {}
+    before: dict[str, int] = {}
+    for event in events:
+        if isinstance(event, UpdateAccepted):
+            told = told_steps(event)
+            found[event.version] = steps_between(before.get(event.worker), told)
+            if told is not None:
+                before[event.worker] = told
+    return tuple(Trained(update, found[update.version]) for update in updates)
+
+
+def counters(events: Iterable[Event]) -> dict[str, int]:
+    """The last step counter of every worker of ONE expert."""
+    updates = (event for event in events if isinstance(event, UpdateAccepted))
+    return {update.worker: told for update in updates if (told := told_steps(update)) is not None}
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """A fold about to be computed: the gateway as it is, and by name the ready experts as they are.
+
+    `staleness` is the folds since each left the gateway, `weights` what its delta counts. `moments` are the input
+    moments of all that share the gateway, None where one of them lacks some, and `notes` say so.
+    """
+
+    gateway: LivingGateway
+    experts: Mapping[str, ExpertModel]
+    staleness: Mapping[str, int]
+    weights: Mapping[str, float]
+    moments: Mapping[str, InputMoments] | None
+    several: bool
+    notes: tuple[str, ...]
+
+    def compute(self, starts: Mapping[str, Adapter]) -> Folded:
+        """The next gateway, from where each ready expert had left it."""
+        ready = {
+            name: Departed(starts[name], expert.adapter, self.weights[name]) for name, expert in self.experts.items()
+        }
+        if self.moments is None:
+            return fold_sum(self.gateway.adapter, ready, self.several)
+        return fold(self.gateway.adapter, ready, self.moments)
+
+
+def plan_fold(
+    gateway: LivingGateway,
+    experts: Mapping[str, ExpertModel],
+    moments: Mapping[str, InputMoments],
+    merge_after: int,
+    weight: Callable[[int], float],
+    least_updates: int = 1,
+    resting_since: float = -math.inf,
+) -> FoldPlan | None:
+    """A fold of all experts that trained `merge_after` steps or more since they left; None while there is none.
+
+    Of experts that nobody trains any more, those whose last update came at `resting_since` or before, fewer will do.
+    `weight` gives what a delta counts by its staleness in folds; of fewer updates than `least_updates`, the size of the
+    buffer, none has landed yet. An expert shares the gateway once it trains, until it is retired.
+    """
+    departures = {name: found for name, found in gateway.departures.items() if not experts[name].retired}
+    ready = [
+        name
+        for name in sorted(departures)
+        if departures[name].ready(merge_after, resting_since) and experts[name].updates >= least_updates
+    ]
+    if not ready:
+        return None
+    sharing = {name for name, found in departures.items() if found.steps > 0 or name in gateway.sources}
+    missing = sorted(sharing - moments.keys())
+    staleness = {name: gateway.number - departures[name].gateway for name in ready}
+    known = {name: moments[name] for name in sorted(moments.keys() & sharing)}
+    early = tuple(
+        f"{name} was folded after {departures[name].steps} of {merge_after} steps: nobody had trained it for a while"
+        for name in ready
+        if departures[name].steps < merge_after
+    )
+    note = f"without input moments of {', '.join(missing)} the deltas were added as they are, scaled"
+    return FoldPlan(
+        gateway,
+        {name: experts[name] for name in ready},
+        staleness,
+        {name: weight(tau) for name, tau in staleness.items()},
+        None if missing else known,
+        len(sharing) > 1,
+        early + ((note,) if missing else thin_notes({name: found.tokens for name, found in known.items()})),
+    )

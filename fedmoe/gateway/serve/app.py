@@ -1,0 +1,184 @@
+"""The server as a process: from a coordinator's address to a listening socket, and everything closed at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import uvicorn
+from starlette.types import ASGIApp
+
+from fedmoe.gateway.serve.auto_model import PromptRouter
+from fedmoe.gateway.serve.catalogue import Catalogue
+from fedmoe.gateway.serve.router import Router
+from fedmoe.gateway.serve.routes import create_app
+from fedmoe.gateway.serve.service import Limits, Service
+from fedmoe.gateway.serve.text import Prompter
+from fedmoe.gateway.serve.version_watcher import Follower, Source
+from fedmoe.inference.backend import Backend
+from fedmoe.inference.batching.scheduler import TransformersBackend
+from fedmoe.inference.engine import AdapterKey, FloatArray
+from fedmoe.inference.transformers_engine import TransformersEngine
+from fedmoe.inference.verify import Probe
+from fedmoe.inference.vllm.backend import VllmBackend
+from fedmoe.inference.vllm.engine import VllmEngine
+from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.manifest import Manifest
+from fedmoe.models.base import LoadedBase, context_length, stop_tokens
+from fedmoe.models.multilora import MultiLora
+from fedmoe.wire.http.deadlines import GuardedProtocol
+from fedmoe.wire.http.listening import listen as listen_on
+from fedmoe.wire.http.listening import own_signals
+
+_log = structlog.get_logger("fedmoe.serve")
+
+#: What is under way when the server is told to stop gets this long.
+_DRAIN_SECONDS = 30
+# What vLLM continues for us to compare.
+_PROMPTS = ("The capital of France is", "def add(a, b):\n", "Dear Sir or Madam,", "SELECT name FROM")
+
+
+class ServeError(Exception):
+    """The server cannot start; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class VllmAddress:
+    """A running vLLM server: `model` is the name of the base model there, `folder` is ours and readable by it."""
+
+    url: str
+    model: str
+    folder: Path
+    token: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Where the server listens, whom it answers (`keys`: hashes, None asks for none), and its TLS files."""
+
+    host: str
+    port: int
+    keys: frozenset[str] | None
+    loopback_only: bool
+    tls_cert: str | None = None
+    tls_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The parts of a server that is ready to listen."""
+
+    app: ASGIApp
+    service: Service
+    follower: Follower
+
+
+@contextmanager
+def opened(
+    source: Source,
+    manifest: Manifest,
+    base: LoadedBase,
+    make_backend: Callable[[LoadedBase, Manifest], Backend],
+    limits: Limits,
+    gate: Gate,
+    poll_seconds: float,
+    router: Router | None = None,
+) -> Iterator[Running]:
+    """Everything but the socket: the newest versions loaded, the coordinator followed; closed on leaving.
+
+    Without a `router`, prompts to `auto` are routed by the statistics that the coordinator has.
+    """
+    check_base(base, manifest)
+    limits = within_context(limits, base)
+    with ExitStack() as stack:
+        backend = make_backend(base, manifest)
+        stack.callback(backend.close)
+        catalogue = Catalogue()
+        router = router or PromptRouter(base)
+        follower = Follower(source, catalogue, backend, base.identity, poll_seconds, router=router)
+        stack.callback(follower.close)
+        follower.poll()
+        follower.start()
+        vocabulary = int(base.model.config.get_text_config().vocab_size)
+        prompter = Prompter(base.tokenizer, vocabulary, limits.prompt_tokens, stop_tokens(base))
+        service = Service(backend, catalogue, prompter, base.identity, limits, router, lambda: secrets.randbits(62))
+        stack.callback(service.close)
+        app = create_app(service, follower.health, gate.keys, gate.loopback_only)
+        yield Running(app, service, follower)
+
+
+def check_base(base: LoadedBase, manifest: Manifest) -> None:
+    """Refuse to serve the federation's adapters on another base model."""
+    found = manifest.differences(Manifest(base.identity, manifest.layout, manifest.alpha))
+    if found:
+        raise ServeError(f"{'; '.join(found)}; start with the federation's --base-model ({manifest.base.name})")
+
+
+def within_context(limits: Limits, base: LoadedBase) -> Limits:
+    """The limits, if prompt and answer together fit into the model's context; ServeError otherwise."""
+    most = context_length(base)
+    if limits.prompt_tokens + limits.output_tokens > most:
+        raise ServeError(
+            f"{limits.prompt_tokens} prompt and {limits.output_tokens} output tokens do not fit into the model's "
+            f"context of {most}; lower --max-prompt-tokens or --max-output-tokens"
+        )
+    return limits
+
+
+def backend_maker(rows: int, address: VllmAddress | None) -> Callable[[LoadedBase, Manifest], Backend]:
+    """How to make the backend for `rows` generations at once: on the vLLM server, or else in this process."""
+
+    def make(base: LoadedBase, manifest: Manifest) -> Backend:
+        modules = [module.name for module in manifest.layout.modules]
+        return TransformersBackend(base, modules, rows) if address is None else _vllm(base, modules, rows, address)
+
+    return make
+
+
+def _vllm(base: LoadedBase, modules: Sequence[str], rows: int, address: VllmAddress) -> Backend:
+    """A running vLLM server, every version of which is compared with our own model here."""
+    engine = VllmEngine(address.url, address.model, address.folder, stop_tokens(base), address.token)
+    own = TransformersEngine(base, MultiLora(base.model, modules))
+    prompts = [tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in _PROMPTS]
+
+    def reference(adapter: Adapter | None, wanted: Sequence[Probe]) -> list[FloatArray]:
+        key = None if adapter is None else AdapterKey("reference", 0)
+        if key is not None and adapter is not None:
+            own.load(key, adapter)
+        try:
+            return [own.score(key, probe.prompt, probe.tokens) for probe in wanted]
+        finally:
+            if key is not None:
+                own.unload(key)
+
+    return VllmBackend(address.url, engine, reference, prompts, address.token, rows)
+
+
+def listen(running: Running, gate: Gate) -> None:
+    """Answer requests until SIGTERM or SIGINT; what is under way then is finished."""
+    listener = listen_on(gate.host, gate.port)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            running.app,
+            http=GuardedProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=_DRAIN_SECONDS,
+            ssl_certfile=gate.tls_cert,
+            ssl_keyfile=gate.tls_key,
+        )
+    )
+    with own_signals(server), asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        models = running.service.names()
+        _log.info("listening", host=gate.host, port=listener.getsockname()[1], pid=os.getpid(), models=models)
+        runner.run(server.serve(sockets=[listener]))

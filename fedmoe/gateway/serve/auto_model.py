@@ -1,0 +1,84 @@
+"""The model `auto`: whose prompts the experts' workers said are like this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import structlog
+
+from fedmoe.gateway.rerank import Candidates, candidates
+from fedmoe.gateway.routers import Router, SequenceRouter
+from fedmoe.lora.codec import CodecError
+from fedmoe.lora.prompt_statistics import PromptStatistics
+from fedmoe.models.base import LoadedBase
+from fedmoe.models.chat_frame import ChatFrame
+from fedmoe.models.prompt_features import features_width, prompt_features
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.wire.client import CoordinatorUnavailableError
+
+_log = structlog.get_logger("fedmoe.serve")
+
+
+class PromptRouter:
+    """Routes by the base model's features of the prompt and the prompt statistics that a coordinator has.
+
+    Any thread may ask while the model generates and while `follow` makes another router: a prompt is routed by one
+    router from beginning to end.
+    """
+
+    def __init__(self, base: LoadedBase, router: Router | None = None) -> None:
+        self._base = base
+        self._width = features_width(base)
+        self._frame = ChatFrame.of(base.tokenizer)
+        self._router = router
+        self._known: dict[str, tuple[str, PromptStatistics]] = {}
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts it chooses between, none while fewer than two have statistics."""
+        return self._router.names if self._router is not None else ()
+
+    def candidates(self, prompt: Sequence[int]) -> Candidates | None:
+        """The likely experts of a prompt, looked at without the chat template's frame."""
+        router = self._router
+        if router is None:
+            return None
+        text = self._frame.removed(prompt)
+        return candidates(text, router.names, router.probabilities(prompt_features(self._base, [text]))[0])
+
+    def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:
+        """Route from now on by the statistics named in `listed`, expert -> tag; returns who is left out, and why.
+
+        An expert whose new statistics cannot be had keeps its old ones.
+        """
+        known = {name: found for name, found in self._known.items() if name in listed}
+        failed: dict[str, str] = {}
+        for name, tag in listed.items():
+            if name not in known or known[name][0] != tag:
+                try:
+                    known[name] = tag, self._read(fetch(name))
+                except (CodecError, CoordinatorUnavailableError, RefusedError, ValueError) as error:
+                    failed[name] = str(error)
+                    _log.warning("prompt_statistics_not_taken", expert=name, reason=str(error))
+        if known == self._known:
+            return failed
+        try:
+            self._router = _fitted({name: statistics for name, (_, statistics) in known.items()})
+        except ValueError as error:
+            return dict.fromkeys(known, str(error)) | failed
+        self._known = known
+        _log.info("routing", experts=list(self.experts))
+        return failed
+
+    def _read(self, body: bytes) -> PromptStatistics:
+        found = PromptStatistics.from_bytes(body)
+        if found.width != self._width:
+            raise ValueError(
+                f"the prompt statistics have {found.width} numbers, this base model's features {self._width}; "
+                "make them with the federation's base model"
+            )
+        return found
+
+
+def _fitted(statistics: Mapping[str, PromptStatistics]) -> SequenceRouter | None:
+    return SequenceRouter.fit(statistics) if len(statistics) > 1 else None

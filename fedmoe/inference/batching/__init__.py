@@ -1,0 +1,1 @@
+"""Continuous batching of several adapters on one base model, in this process."""

@@ -1,0 +1,90 @@
+"""Rollouts by transformers, in this process, on the same base model that the learner trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fedmoe.inference.engine import AdapterKey, EngineError, FloatArray, Sample, SampleRequest
+from fedmoe.lora.adapter import Adapter
+from fedmoe.models.base import LoadedBase, stop_tokens
+from fedmoe.models.final_logits import check_causal_model
+from fedmoe.models.multilora import MultiLora
+from fedmoe.models.policy_logprobs import Continuation, plan_micro_batches, token_logprobs
+from fedmoe.models.sampling import SamplingLimits, Wanted, sample
+
+__all__ = ["TransformersEngine", "stop_tokens"]
+
+
+class TransformersEngine:
+    """Samples from frozen copies of the policies' versions, kept in the compute dtype beside the live ones.
+
+    Several threads may use it at once; `limits` can be exchanged while it runs (the memory guard does).
+    """
+
+    def __init__(self, base: LoadedBase, multi: MultiLora, limits: SamplingLimits | None = None) -> None:
+        check_causal_model(base.model)
+        self._base = base
+        self._multi = multi
+        self._keys: dict[AdapterKey, str] = {}
+        self.limits = limits or SamplingLimits()
+        self._stop_tokens = stop_tokens(base)
+
+    @property
+    def context(self) -> int | None:
+        """The positions that the base model was made for, if its configuration names them."""
+        found = getattr(self._base.model.config, "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
+
+    def load(self, key: AdapterKey, adapter: Adapter) -> None:
+        """Make a version available."""
+        if key in self._keys:
+            raise EngineError(f"{key} is loaded already; a version is never loaded twice")
+        self._multi.add(str(key), adapter)
+        self._keys[key] = str(key)
+
+    def unload(self, key: AdapterKey) -> None:
+        """Let a version go."""
+        self._multi.remove(self._name(key) or "")
+        del self._keys[key]
+
+    def loaded(self) -> frozenset[AdapterKey]:
+        """What can be sampled from."""
+        return frozenset(self._keys)
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
+        """Answer all requests, in their order."""
+        wanted = [
+            Wanted(self._name(one.adapter), one.prompt, one.max_new_tokens, one.temperature, one.seed)
+            for one in requests
+        ]
+        if not wanted:
+            return []
+        try:
+            found = sample(self._base.model, self._multi, wanted, self._stop_tokens, self.limits)
+        except FloatingPointError as error:
+            raise EngineError(str(error)) from error
+        return [Sample(one.tokens, one.logprobs, one.stopped) for one in found]
+
+    def score(self, key: AdapterKey | None, prompt: Sequence[int], tokens: Sequence[int]) -> FloatArray:
+        """The log-probability of each of `tokens` after `prompt`."""
+        one = [Continuation(self._name(key), tuple(prompt), tuple(tokens))]
+        (batch,) = plan_micro_batches(one, len(prompt) + len(tokens), len(prompt) + len(tokens))
+        with torch.no_grad(), self._multi.rows(batch.adapters):
+            scored = token_logprobs(self._base.model, self._multi, batch, one)
+        return np.asarray(scored.logprobs.cpu().numpy(), np.float32)
+
+    def close(self) -> None:
+        """Let all versions go."""
+        for key in tuple(self._keys):
+            self.unload(key)
+
+    def _name(self, key: AdapterKey | None) -> str | None:
+        if key is None:
+            return None
+        if key not in self._keys:
+            there = ", ".join(sorted(map(str, self._keys))) or "none"
+            raise EngineError(f"{key} is not loaded; loaded are: {there}")
+        return self._keys[key]

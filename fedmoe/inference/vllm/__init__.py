@@ -1,0 +1,1 @@
+"""vLLM as an engine and as a backend, over its HTTP interface."""

@@ -1,0 +1,337 @@
+"""Rollouts on a live vLLM server: every version of every policy is an adapter of its own there, swapped while it runs.
+
+Three traps of vLLM 0.32 shape this engine. Its prefix cache knows an adapter by name and path, so after weights were
+replaced in place it continues long prompts from the old ones (measured: 0.36 nats off), and a check of scores does not
+see it, since scoring goes round that cache. A name loaded "in place" is read from disk again at every step. So every
+version gets a new name and a new folder, nothing is ever replaced, and a folder goes only when no request can name it.
+And on a CPU a request for the base model in one batch with adapters is computed with the weights in the last adapter
+slot, even unloaded ones (measured: 0.34 nats off; vllm-project/vllm#48421). So beside adapters the base model is asked
+for as an adapter of zeros, which takes one slot and gives exactly the base model's numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx2
+
+from fedmoe.inference.engine import AdapterKey, EngineError, FloatArray, Sample, SampleRequest
+from fedmoe.inference.fair_lock import Turnstile
+from fedmoe.inference.vllm.http import ServerTimeoutError, VllmClient
+from fedmoe.inference.vllm.messages import (
+    Choice,
+    check_request,
+    completion_body,
+    logprobs_are_processed,
+    sample_of,
+    scores_of,
+    scoring_body,
+)
+from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.formats import peft_files
+from fedmoe.runtime.files import FolderInUseError, lock_folder, write_folder_atomic
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+# `name@version.random`, and what a write that was broken off leaves beside it: nothing else here is ever deleted.
+_OWN_FOLDER = re.compile(r"\.?[A-Za-z0-9][A-Za-z0-9_.-]*@\d+\.[0-9a-f]{8}(-[0-9a-f]{8}(-old)?)?")
+_ZEROS = "zeros"
+_PROBE_PROMPT = (1, 2, 3, 4, 5, 6, 7)
+_PROBE_TEMPERATURE = 2.0
+
+
+@dataclass
+class Held:
+    """A model on the server: its name and folder there, and how many requests name it at this moment.
+
+    `lingering`: a request was given up while the server may still work on it, so its folder must outlive it.
+    """
+
+    name: str
+    folder: Path
+    in_flight: int = 0
+    lingering: bool = False
+
+
+class VllmEngine:
+    """An `Engine` over one vLLM server; token ids in, token ids out.
+
+    `model` is the name the base model is served under. `adapters_dir` belongs to this engine alone while it lives and
+    must be readable by the server under the same path. `stop_tokens` end a continuation beside the tokenizer's own
+    end-of-sequence token, which the server knows. Requests run `concurrency` at a time, so that the server
+    batches those of all policies together. The server needs --enable-lora, VLLM_ALLOW_RUNTIME_LORA_UPDATING=1,
+    --max-loras of at least policies x (staleness + 2) + 1, and --logprobs-mode processed_logprobs for temperatures
+    other than 0 and 1; what is missing is refused here, with EngineError. Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        adapters_dir: Path,
+        stop_tokens: Collection[int] = (),
+        token: str | None = None,
+        timeout: float = 600.0,
+        concurrency: int = 256,
+        attempts: int = 4,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        self._model = model
+        self._folder = adapters_dir.resolve()
+        self.stop_tokens = sorted(stop_tokens)
+        self._timeout = timeout
+        self._held: dict[AdapterKey, Held] = {}
+        self._base = Held(model, self._folder)
+        self._changed = threading.Condition()
+        #: Whoever generates on this server is together here. vLLM 0.32 dies (on a CPU) where a prompt is scored in one
+        #: batch with other requests: it applies their rows' adapters to the prompt's logits.
+        self.turnstile = Turnstile()
+        #: The most tokens of prompt and answer together, if the server says so.
+        self.context: int | None = None
+        self._changing = threading.Lock()
+        self._closed = False
+        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = lock_folder(self._folder)
+        except FolderInUseError as error:
+            raise EngineError(f"{error}; give every engine an adapters folder of its own") from error
+        self._client = VllmClient(url, token, timeout, concurrency, attempts, transport)
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="vllm-request")
+        try:
+            self._check_server()
+        except BaseException:
+            self._give_back()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def load(self, key: AdapterKey, adapter: Adapter) -> None:
+        """Make one version of one policy available to `sample` and `score`.
+
+        Raises EngineError for a key that is loaded, a rank above the server's, or more adapters than its `max_loras`.
+        """
+        if not _SAFE_NAME.fullmatch(key.name) or key.version < 0:
+            raise EngineError(f"{key} cannot name an adapter; use letters, digits, '_', '.', '-' and a version from 0")
+        with self._changing:
+            self._check_room(key)
+            if self._base.name == self._model:
+                self._replace_base(Adapter.zeros(adapter.layout.with_rank(1), 1.0))
+            held = self._put(key, adapter)
+            with self._changed:
+                self._held[key] = held
+
+    def unload(self, key: AdapterKey) -> None:
+        """Let a version go once the requests that name it are answered; new ones are refused from now on."""
+        with self._changing:
+            held = self._retire(key)
+            try:
+                self._client.unload(held.name)
+            except BaseException:
+                with self._changed:
+                    self._held[key] = held
+                raise
+            if not held.lingering:
+                shutil.rmtree(held.folder)
+
+    def loaded(self) -> frozenset[AdapterKey]:
+        """What can be sampled from."""
+        with self._changed:
+            return frozenset(self._held)
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
+        """Answer all requests at once, in their order; one failure fails them all, with EngineError."""
+        for request in requests:
+            check_request(request, self.processed)
+        with self.naming([request.adapter for request in requests]) as held:
+            pairs = zip(held, requests, strict=True)
+            bodies = [completion_body(one.name, request, self.stop_tokens) for one, request in pairs]
+            choices = self._complete(held, bodies)
+        return [sample_of(choice, request) for choice, request in zip(choices, requests, strict=True)]
+
+    def score(self, key: AdapterKey | None, prompt: Sequence[int], tokens: Sequence[int]) -> FloatArray:
+        """The log-probability (temperature 1) of each of `tokens` after `prompt` (not empty), float32 (T,)."""
+        if not prompt or not tokens:
+            raise EngineError(f"scoring needs a prompt and tokens, got {len(prompt)} and {len(tokens)} token ids")
+        with self.naming([key]) as held, self.turnstile.alone():
+            choice = self._one(held[0], scoring_body(held[0].name, prompt, tokens))
+        return scores_of(choice, len(prompt), tokens)
+
+    def close(self) -> None:
+        """Take this engine's adapters off the server and its folders off the disk; the server itself runs on."""
+        with self._changing:
+            if self._closed:
+                return
+            for key in self.loaded():
+                # Whatever became of the server, the folders here must go.
+                with suppress(EngineError):
+                    self._client.unload(self._retire(key).name)
+            if self._base.name != self._model:
+                with suppress(EngineError):
+                    self._client.unload(self._base.name)
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self._closed = True
+        self._pool.shutdown(cancel_futures=True)
+        self._client.close()
+        self._sweep_folders()
+        os.close(self._lock)
+
+    def _sweep_folders(self) -> None:
+        for folder in self._folder.iterdir():
+            if _OWN_FOLDER.fullmatch(folder.name):
+                shutil.rmtree(folder)
+
+    def _check_server(self) -> None:
+        served = self._client.models()
+        if self._model not in served:
+            raise EngineError(f"the server has no model {self._model!r}; it serves {', '.join(sorted(served))}")
+        self.context = self._client.context(self._model)
+        self._client.check_lora_routes()
+        if self._client.facts().lora is False:
+            raise EngineError("the vLLM server runs without adapters; start it with --enable-lora")
+        self.processed = self._probe_logprobs()
+        facts = self._client.facts()  # again: the number of adapter slots shows only after a first request
+        if facts.replicas is not None and facts.replicas > 1:
+            raise EngineError(
+                f"the server has {facts.replicas} data-parallel replicas and an adapter reaches only one of them; "
+                "start it without --data-parallel-size"
+            )
+        self._max_loras = facts.max_loras
+        self._drop_leftovers(served)
+
+    def _drop_leftovers(self, served: dict[str, str]) -> None:
+        """Forget what an engine that was killed left behind: the folder is ours, so nobody uses its adapters."""
+        for name, path in served.items():
+            if Path(path).parent == self._folder and _OWN_FOLDER.fullmatch(Path(path).name):
+                self._client.unload(name)
+        self._sweep_folders()
+
+    def _probe_logprobs(self) -> bool:
+        """Whether log-probabilities are those after temperature, found by asking for the same place at two."""
+        request = SampleRequest(None, _PROBE_PROMPT, 1, 1.0, 0)
+        body = {**completion_body(self._model, request), "logprobs": 5}
+        plain = self._client.complete(body)
+        flattened = self._client.complete({**body, "temperature": _PROBE_TEMPERATURE})
+        return logprobs_are_processed(plain, flattened, _PROBE_TEMPERATURE)
+
+    def _put(self, key: AdapterKey, adapter: Adapter) -> Held:
+        # Keys may come back in another run on the same server; the server must never take one for the other.
+        name = f"{key}.{secrets.token_hex(4)}"
+        held = Held(name, self._folder / name)
+        write_folder_atomic(held.folder, peft_files(adapter, self._model))
+        try:
+            self._client.load(name, str(held.folder))
+            self._check_served(held)
+        except BaseException:
+            with suppress(EngineError):
+                self._client.unload(name)
+            shutil.rmtree(held.folder)
+            raise
+        return held
+
+    def _replace_base(self, zeros: Adapter) -> None:
+        """From now on ask for the base model as an adapter of zeros; waits until nothing asks for it by its name."""
+        held = self._put(AdapterKey(_ZEROS, 0), zeros)
+        with self._changed:
+            plain, self._base = self._base, held
+            self._await_idle(plain)
+
+    def _check_room(self, key: AdapterKey) -> None:
+        if self._closed:
+            raise EngineError("the engine is closed")
+        if key in self.loaded():
+            raise EngineError(f"{key} is loaded already; a version is loaded once and never changes")
+        if self._max_loras is not None and len(self.loaded()) + 1 >= self._max_loras:
+            raise EngineError(
+                f"the server batches at most {self._max_loras} adapters, one of them for the base model, and holds "
+                f"{len(self.loaded())} versions: unload old ones, or start it with --max-loras of at least "
+                "policies x (staleness + 2) + 1"
+            )
+
+    def _check_served(self, held: Held) -> None:
+        served = self._client.models().get(held.name)
+        if served != str(held.folder):
+            raise EngineError(f"the server took {held.name} but lists it as {served!r}, expected {held.folder}")
+
+    def _retire(self, key: AdapterKey) -> Held:
+        """Take `key` out of use and wait until nothing names it."""
+        with self._changed:
+            held = self._held.pop(key, None)
+            if held is None:
+                raise EngineError(f"{key} is not loaded; loaded: {_listed(self._held)}")
+            try:
+                self._await_idle(held)
+            except EngineError:
+                self._held[key] = held
+                raise
+            return held
+
+    def _await_idle(self, held: Held) -> None:
+        if not self._changed.wait_for(lambda: held.in_flight == 0, self._timeout):
+            raise EngineError(f"{held.name} is still named by {held.in_flight} requests after {self._timeout:g} s")
+
+    @contextmanager
+    def naming(self, keys: Sequence[AdapterKey | None]) -> Iterator[list[Held]]:
+        """What the server has for `keys`, each kept from being unloaded until the block ends."""
+        with self._changed:
+            if self._closed:
+                raise EngineError("the engine is closed")
+            unknown = {key for key in keys if key is not None and key not in self._held}
+            if unknown:
+                raise EngineError(f"not loaded: {_listed(unknown)}; loaded: {_listed(self._held)}")
+            held = [self._base if key is None else self._held[key] for key in keys]
+            for one in held:
+                one.in_flight += 1
+        try:
+            yield held
+        finally:
+            with self._changed:
+                for one in held:
+                    one.in_flight -= 1
+                self._changed.notify_all()
+
+    def _complete(self, held: Sequence[Held], bodies: Sequence[dict[str, object]]) -> list[Choice]:
+        futures = [self._pool.submit(self._one_of_many, *pair) for pair in zip(held, bodies, strict=True)]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            future.cancel()  # does nothing to those that are done or under way
+        wait(futures)
+        return [future.result() for future in _failed_first(futures)]
+
+    def _one_of_many(self, held: Held, body: dict[str, object]) -> Choice:
+        with self.turnstile.together():
+            return self._one(held, body)
+
+    def _one(self, held: Held, body: dict[str, object]) -> Choice:
+        try:
+            return self._client.complete(body)
+        except ServerTimeoutError:
+            held.lingering = True
+            raise
+
+
+def _failed_first(futures: Sequence[Future[Choice]]) -> list[Future[Choice]]:
+    """The one future that says why, if any failed: a cancelled one tells nothing."""
+    failed = [future for future in futures if not future.cancelled() and future.exception() is not None]
+    return failed[:1] or list(futures)
+
+
+def _listed(keys: Iterator[AdapterKey] | set[AdapterKey] | dict[AdapterKey, Held]) -> str:
+    return ", ".join(str(key) for key in sorted(keys)) or "nothing"

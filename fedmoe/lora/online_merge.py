@@ -1,0 +1,234 @@
+"""A gateway that lives: what experts learned since they left it is folded into it, whoever is ready, without a barrier.
+
+Expert e left a gateway with product W_s and now has W_e. Its delta D_e = W_e - W_s is folded as
+
+    W <- W + c sum_e w_e D_e (g_e G_e + 0.6 rho I) M^-1,    M = sum_j g_j G_j + rho I
+
+with M over *all* experts, ready or not (`fedmoe.lora.regmean` has where this comes from). It is linear in the deltas,
+so folds one by one come to what one fold of all comes to. g_j = (mean of x^2 over expert j's inputs)^(-1/2) does not
+depend on who is ready. The sum is cut back to the gateway's rank in the metric of M, and of all factors with that
+product those are taken that are nearest to where the experts took theirs, so that an optimizer's state still fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmoe.lora.adapter import Adapter, FloatMatrix, ShapeError
+from fedmoe.lora.algebra import recompress, stack
+from fedmoe.lora.moments import Gram, InputMoments, sum_of_grams
+from fedmoe.lora.regmean import PRIOR, RIDGE, Solution, check_moments, cut_in_metric, loudness, rebuilt, wide
+
+Matrix64 = NDArray[np.float64]
+
+# The least length of a direction of A, as a share of the largest: below, B would have to be too large for float32.
+_LEAST = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Departed:
+    """An expert that left the gateway at `start` and is at `now`; `weight` is what its delta counts, 1 when fresh."""
+
+    start: Adapter
+    now: Adapter
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """The next gateway, of the rank and alpha of the last; `truncation_error` is relative, of outputs, by the cut."""
+
+    adapter: Adapter
+    truncation_error: float
+
+
+def fold(
+    gateway: Adapter,
+    ready: Mapping[str, Departed],
+    moments: Mapping[str, InputMoments],
+    *,
+    scale: float = 1.0,
+    ridge: float = RIDGE,
+) -> Folded:
+    """The gateway with what the `ready` experts learned since they left it; their names' order does not matter.
+
+    `moments` are those of every expert that shares the gateway, ready or not: they say whose delta counts for which
+    inputs. `scale` is c; 1 and 1.2 were measured alike, 1.5 is too much. An expert that has not moved changes nothing.
+    Raises `ValueError` for numbers out of range or experts without moments, `ShapeError` for adapters of another layout
+    than the gateway's or moments of other modules.
+    """
+    _check(gateway, ready, moments, scale, ridge)
+    plan = _Plan(gateway, ready, moments, scale, ridge)
+    flat = gateway.flat.copy()
+    views = {module.name: (a, b) for module, a, b in gateway.layout.factors(flat)}
+    kept = lost = 0.0
+    experts = sorted(moments)
+    for names, grams in rebuilt([moments[expert] for expert in experts], gateway.layout.modules):
+        for name in names:
+            part = _fold_module(plan, name, dict(zip(experts, grams, strict=True)))
+            if part is None:
+                continue
+            a, b = views[name]
+            a[...], b[...] = part.a, part.b / gateway.scale
+            kept, lost = kept + part.kept, lost + part.lost
+    error = float(np.sqrt(lost / (kept + lost))) if lost > 0 else 0.0
+    return Folded(Adapter(gateway.layout, gateway.alpha, flat), error)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    gateway: Adapter
+    ready: Mapping[str, Departed]
+    moments: Mapping[str, InputMoments]
+    scale: float
+    ridge: float
+
+    @property
+    def prior(self) -> float:
+        return PRIOR if len(self.moments) > 1 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One module of the next gateway: product b @ a, and the energies of outputs that were kept and lost."""
+
+    a: Matrix64
+    b: Matrix64
+    kept: float
+    lost: float
+
+
+def _check(
+    gateway: Adapter,
+    ready: Mapping[str, Departed],
+    moments: Mapping[str, InputMoments],
+    scale: float,
+    ridge: float,
+) -> None:
+    if not ready:
+        raise ValueError("no expert is ready; a fold needs at least one")
+    if not ridge > 0 or not 0 < scale < np.inf:
+        raise ValueError(f"ridge and scale must be positive numbers, got {ridge} and {scale}")
+    missing = sorted(ready.keys() - moments.keys())
+    if missing:
+        raise ValueError(f"a fold needs the input moments of every expert and has none of {missing}")
+    for name, expert in ready.items():
+        if not 0 <= expert.weight < np.inf:
+            raise ValueError(f"the weight of {name} must be a number of at least 0, got {expert.weight}")
+        for adapter in (expert.start, expert.now):
+            if adapter.layout != gateway.layout:
+                raise ShapeError(
+                    f"{name} has rank {adapter.rank} and {len(adapter.layout.modules)} modules, not the gateway's rank "
+                    f"{gateway.rank} and modules; experts go on from the gateway at its own rank"
+                )
+    check_moments(moments, gateway.layout.modules)
+
+
+def _fold_module(plan: _Plan, name: str, grams: Mapping[str, Gram]) -> _Part | None:
+    """The module's next factors; None where no expert has moved."""
+    moved = {
+        expert: departed
+        for expert, departed in sorted(plan.ready.items())
+        if departed.weight > 0 and not _same(departed.start, departed.now, name)
+    }
+    if not moved:
+        return None
+    a_gateway, b_gateway = wide(plan.gateway, name)
+    shares = {expert: loudness(gram) for expert, gram in grams.items()}
+    metric = sum_of_grams([(shares[expert], gram) for expert, gram in grams.items()])
+    rho = plan.ridge * float(metric.full_diagonal.mean()) or 1.0
+    metric = metric.plus(rho)
+    images, columns = [metric.rows(a_gateway)], [b_gateway]
+    for expert, departed in moved.items():
+        (a_start, b_start), (a, b) = wide(departed.start, name), wide(departed.now, name)
+        rows = np.vstack([a, a_start])
+        images.append(plan.scale * (shares[expert] * grams[expert].rows(rows) + plan.prior * rho * rows))
+        columns += [departed.weight * b, -departed.weight * b_start]
+    learned = metric.solve(np.vstack(images[1:]))
+    whole = Solution(np.vstack([a_gateway, learned]), np.hstack(columns), np.vstack(images))
+    cut = cut_in_metric(whole, plan.gateway.rank)
+    weights = [departed.weight for departed in moved.values()]
+    a_new, b_new = nearest_factors(cut.a, cut.b, _as_learned(a_gateway, learned, weights))
+    kept, lost = cut.energies[: plan.gateway.rank], cut.energies[plan.gateway.rank :]
+    return _Part(a_new, b_new, float(kept.sum()), float(lost.sum()))
+
+
+def _as_learned(a_gateway: Matrix64, learned: Matrix64, weights: Sequence[float]) -> Matrix64:
+    """The gateway's A with what each expert's own A learned: `learned` has all that is folded of A and of A's start."""
+    after, before = learned.reshape(len(weights), 2, *a_gateway.shape).swapaxes(0, 1)
+    return a_gateway + np.tensordot(np.asarray(weights), after - before, 1)
+
+
+def _same(left: Adapter, right: Adapter, name: str) -> bool:
+    pairs = zip(left.module(name), right.module(name), strict=True)
+    return left.alpha == right.alpha and all(np.array_equal(one, other) for one, other in pairs)
+
+
+def nearest_factors(a: FloatMatrix, b: FloatMatrix, target: Matrix64) -> tuple[Matrix64, Matrix64]:
+    """Factors of the product b @ a with A as near to `target` (r x n) as can be while A A' = target target'.
+
+    a is k x n and b out x k with k <= r. With T = S X, S = (T T')^(1/2), and rows Q that span those of a, A = S U Q for
+    the orthogonal U next to X Q' (Procrustes). Least squares, which would let A A' go, makes rows of A short that
+    turned away from the target, and B large: training on from such factors diverged. Directions that the product lacks
+    are filled up from the target, with B = 0, so that they can be learned in.
+    """
+    rank = len(target)
+    basis, mix = np.linalg.qr(a.T.astype(np.float64))
+    product = b.astype(np.float64) @ mix.T
+    missing = min(rank, target.shape[1]) - basis.shape[1]
+    if missing > 0:
+        rest = target - (target @ basis) @ basis.T
+        basis = np.hstack([basis, np.linalg.svd(rest, full_matrices=False)[2][:missing].T])
+        product = np.hstack([product, np.zeros((len(product), missing))])
+    left, sizes, right = np.linalg.svd(target, full_matrices=False)
+    sizes = np.maximum(sizes, _LEAST * sizes[0]) if sizes[0] > 0 else np.ones_like(sizes)
+    turn = _orthogonal(right @ basis)
+    return (left * sizes) @ turn @ basis.T, product @ (turn.T / sizes) @ left.T
+
+
+def _orthogonal(square: Matrix64) -> Matrix64:
+    """The orthogonal matrix next to this one."""
+    left, _, right = np.linalg.svd(square)
+    return np.asarray(left @ right, np.float64)
+
+
+#: What the deltas are multiplied with where several experts share the gateway; measured beside 1.2 with moments.
+SUM_SCALE = 0.7
+
+
+def fold_sum(gateway: Adapter, ready: Mapping[str, Departed], several: bool) -> Folded:
+    """The gateway with the deltas of the `ready` experts; `several` says that it is shared, by these or others.
+
+    Rank, alpha and layout stay. Raises `ShapeError` for adapters of other modules.
+    """
+    scale = SUM_SCALE if several else 1.0
+    named = ((name, ready[name]) for name in sorted(ready))
+    moved = {name: one for name, one in named if one.weight and not np.array_equal(one.now.flat, one.start.flat)}
+    if not moved:
+        return Folded(gateway, 0.0)
+    terms = [(1.0, gateway)]
+    for departed in moved.values():
+        share = scale * departed.weight
+        terms += [(share, departed.now), (-share, departed.start)]
+    cut = recompress(stack(terms), gateway.rank)
+    flat = np.empty_like(gateway.flat)
+    for module, a, b in gateway.layout.factors(flat):
+        a_cut, b_cut = cut.adapter.module(module.name)
+        b_cut = b_cut * np.float32(cut.adapter.scale / gateway.scale)
+        a[...], b[...] = nearest_factors(a_cut, b_cut, _where_experts_are(gateway, moved, module.name, scale))
+    return Folded(Adapter(gateway.layout, gateway.alpha, flat), cut.truncation_error)
+
+
+def _where_experts_are(
+    gateway: Adapter, moved: Mapping[str, Departed], module: str, scale: float
+) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """The rows of A that the next factors should be near: the gateway's, moved as the experts moved theirs."""
+    target = gateway.module(module)[0].astype(np.float64)
+    for departed in moved.values():
+        step = departed.now.module(module)[0].astype(np.float64) - departed.start.module(module)[0]
+        target += scale * departed.weight * step
+    return target

@@ -1,0 +1,192 @@
+"""What a gateway keeps of its experts: a heat map of all models on all domains, beside bars with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch, Rectangle
+
+from fedmoe.monitor.charts.style import DPI, dress, plain, say_empty
+from fedmoe.monitor.palette import INK, MUTED, POLICY_COLOURS
+from fedmoe.monitor.picture import png
+
+_GAIN = LinearSegmentedColormap.from_list("gain", ["#D55E00", "#FFFFFF", "#0072B2"])
+_HEAD_INCHES = 0.8
+_FOOT_INCHES = 0.52
+_ROW_INCHES = 0.52
+_BAR_INCHES = 0.34
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A share of the own expert's gain with its interval; 1 is all of it."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class GatewayResults:
+    """What is drawn: `losses[model][domain]` in nats per token, the first model being the base; `own[domain]` names
+    the domain's own expert, `kept[domain][model]` what others keep of its gain, `uncertain` domains where that gain
+    may be none.
+    """
+
+    losses: Mapping[str, Mapping[str, float]]
+    own: Mapping[str, str]
+    kept: Mapping[str, Mapping[str, Share]]
+    uncertain: Sequence[str] = ()
+    note: str = ""
+
+    @property
+    def models(self) -> list[str]:
+        return list(self.losses)
+
+    @property
+    def domains(self) -> list[str]:
+        return list(next(iter(self.losses.values())))
+
+    @property
+    def judged(self) -> list[str]:
+        """The models that bars are drawn for."""
+        return list(dict.fromkeys(model for shares in self.kept.values() for model in shares))
+
+
+def gateway_chart(results: GatewayResults) -> bytes:
+    """The picture as PNG bytes."""
+    return png(gateway_figure(results))
+
+
+def gateway_figure(results: GatewayResults) -> Figure:
+    """Left: change of held-out loss against the base model. Right: gain kept, with 95 % intervals."""
+    bars = len(results.kept) * (len(results.judged) + 0.8)
+    height = _HEAD_INCHES + _FOOT_INCHES + 1.0 + max(_ROW_INCHES * len(results.models), _BAR_INCHES * bars, 1.6)
+    left = 2.4 + 1.25 * len(results.domains)
+    figure = _empty(results.note, left + 6.4, height, bool(results.uncertain))
+    heat, shares = figure.subplots(1, 2, width_ratios=(left, 6.0))
+    _heat_map(heat, results)
+    _bars(shares, results)
+    if len(results.judged) > 1:
+        _legend(figure, results)
+    return figure
+
+
+def _empty(note: str, width: float, height: float, uncertain: bool) -> Figure:
+    room = (0.1 / width, _FOOT_INCHES / height, 1 - 0.2 / width, 1 - (_HEAD_INCHES + _FOOT_INCHES) / height)
+    engine = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.05, rect=room)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=engine, facecolor="white")
+    title = "What the gateway keeps of its experts"
+    figure.text(0.16 / width, 1 - 0.14 / height, title, va="top", size=14, weight="bold", color=INK)
+    figure.text(0.16 / width, 1 - 0.46 / height, plain(note, 110), va="top", size=9, color=MUTED)
+    foot = (
+        "Left: nats per token; blue is better than the base model, boxed the domain's own expert.\n"
+        "Right: (base − model) / (base − own expert), 95 % intervals from a paired bootstrap over held-out blocks."
+    )
+    foot += "  ?: the own gain may be none." if uncertain else ""
+    figure.text(0.16 / width, 0.1 / height, foot, va="bottom", size=8, color=MUTED)
+    return figure
+
+
+def _heat_map(axes: Axes, results: GatewayResults) -> None:
+    models, domains = results.models, results.domains
+    base = results.losses[models[0]]
+    gains = np.array([[base[domain] - results.losses[model][domain] for domain in domains] for model in models])
+    reach = max(float(np.abs(gains).max()), 1e-6)
+    axes.pcolormesh(gains, cmap=_GAIN, norm=TwoSlopeNorm(0, -reach, reach), edgecolor="white", linewidth=2)
+    dress(axes, "Held-out loss, and change", grid="")
+    for row, model in enumerate(models):
+        for column, domain in enumerate(domains):
+            _cell(axes, row, column, results.losses[model][domain], gains[row, column], reach, first=row == 0)
+            if results.own.get(domain) == model:
+                box = Rectangle((column + 0.03, row + 0.05), 0.94, 0.9, fill=False, edgecolor=INK, linewidth=1.6)
+                axes.add_patch(box)
+    axes.set_xticks(np.arange(len(domains)) + 0.5, [plain(domain, 14) for domain in domains], size=9.5, color=INK)
+    axes.set_yticks(np.arange(len(models)) + 0.5, [plain(model, 24) for model in models], size=9.5, color=INK)
+    axes.set_ylim(len(models), 0)
+    axes.spines["bottom"].set_visible(False)
+
+
+def _cell(axes: Axes, row: int, column: int, loss: float, gain: float, reach: float, first: bool) -> None:
+    text = f"{loss:.3f}" if first else f"{loss:.3f}\n{-gain:+.3f}".replace("-", "−")
+    colour = "white" if abs(gain) > 0.6 * reach else INK
+    axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", size=9, color=colour, linespacing=1.25)
+
+
+def _bars(axes: Axes, results: GatewayResults) -> None:
+    title = "Share of the own expert's gain that is kept"
+    if not results.kept:
+        say_empty(axes, title, "no domain has an expert of its own")
+        return
+    dress(axes, title, grid="x")
+    colours, (low, high) = _colours(results), _limits(results)
+    reach = high - low
+    centres = []
+    for group, (domain, shares) in enumerate(results.kept.items()):
+        top = group * (len(colours) + 0.8)
+        centres.append(top + (len(colours) - 1) / 2)
+        for place, (model, share) in enumerate(shares.items()):
+            _bar(axes, top + place, share, colours[model], domain in results.uncertain)
+            axes.text(high + 0.04 * reach, top + place, _label(share), va="center", size=8.5, color=INK)
+    axes.axvline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    axes.axvline(0, color="#B8C0CA", linewidth=1, zorder=0)
+    # A column at the right for the numbers, where no line crosses them.
+    axes.set_xlim(low, high + 0.3 * reach)
+    axes.set_xticks([tick for tick in axes.get_xticks() if low - 1e-9 <= tick <= high + 1e-9])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %".replace("-", "−"))
+    axes.set_xlim(low, high + 0.3 * reach)
+    names = [plain(domain, 14) + (" ?" if domain in results.uncertain else "") for domain in results.kept]
+    axes.set_yticks(centres, names, size=9.5, color=INK)
+    axes.set_ylim(centres[-1] + (len(colours) - 1) / 2 + 0.8, -0.8)
+
+
+def _colours(results: GatewayResults) -> dict[str, str]:
+    return {model: POLICY_COLOURS[place % len(POLICY_COLOURS)] for place, model in enumerate(results.judged)}
+
+
+def _legend(figure: Figure, results: GatewayResults) -> None:
+    """In the head, at the right: which bar is whose."""
+    width, height = figure.get_size_inches()
+    legend = figure.legend(
+        handles=[Patch(color=colour, label=plain(model, 18)) for model, colour in _colours(results).items()],
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+        labelcolor=MUTED,
+        loc="upper right",
+        bbox_to_anchor=(1 - 0.1 / width, 1 - 0.12 / height),
+        borderaxespad=0,
+    )
+    legend.set_in_layout(False)
+
+
+def _limits(results: GatewayResults) -> tuple[float, float]:
+    """The axis: from 0 (or below) to all of the gain (or above); whiskers of uncertain domains may leave it."""
+    ends = [1.0, 0.0]
+    for domain, shares in results.kept.items():
+        for share in shares.values():
+            ends += [share.value] if domain in results.uncertain else [share.value, share.low, share.high]
+    finite = [min(max(end, -1.0), 2.0) for end in ends if math.isfinite(end)]
+    return min(finite) - (0.05 if min(finite) < 0 else 0.0), max(finite)
+
+
+def _bar(axes: Axes, place: float, share: Share, colour: str, uncertain: bool) -> None:
+    if not math.isfinite(share.value):
+        return
+    axes.barh(place, share.value, 0.8, color=colour, alpha=0.35 if uncertain else 1.0)
+    if math.isfinite(share.low) and math.isfinite(share.high) and not uncertain:
+        error = [[max(0.0, share.value - share.low)], [max(0.0, share.high - share.value)]]
+        axes.errorbar(share.value, place, xerr=error, color=INK, linewidth=1.1, capsize=2.5, capthick=1.1)
+
+
+def _label(share: Share) -> str:
+    if not all(math.isfinite(number) for number in (share.value, share.low, share.high)):
+        return "no number"
+    return f"{100 * share.value:.0f} %  ({100 * share.low:.0f} to {100 * share.high:.0f})".replace("-", "−")

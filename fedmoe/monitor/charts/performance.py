@@ -1,0 +1,162 @@
+"""Performance: every trained policy beside the base model, and its share of games won, with confidence intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fedmoe.monitor.arena_series import ArenaSeries, Evaluation, Interval, window
+from fedmoe.monitor.charts.style import dress, new_figure, plain, say_empty
+from fedmoe.monitor.palette import INK, MUTED, policy_colour
+
+_BASE = "#B8C0CA"
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One horizontal bar: its row's name, its colour, a measured value."""
+
+    name: str
+    colour: str
+    interval: Interval
+
+
+def model_performance(series: ArenaSeries) -> Figure:
+    """Two panels of bars: scores after and before training, and win rates, as measured on held-out episodes."""
+    final = series.final_evaluations()
+    scored = [found for found in newest_of_each(final) if math.isfinite(found.score.value)]
+    played = [found for found in final if math.isfinite(found.win.value)]
+    rows = max(2 * len(scored or series.policies), len(played), 4)
+    title = "Final performance against the base model"
+    foot = "Whiskers: confidence intervals as recorded by the evaluation.  *: the two intervals do not overlap."
+    if not scored:
+        title = "Accuracy at the start and at the end of training"
+        foot = "Whiskers: 95 % normal intervals of the mean over those iterations; held-out scores were not recorded."
+    figure = new_figure(series, title, _episodes(final), 13, 1.7 + 0.4 * rows, foot)
+    left, right = figure.subplots(1, 2)
+    if scored:
+        dress(left, "Held-out score: base model (grey) and trained", "score (0 to 1)", grid="x")
+        _pairs(left, series, [(found.policy, found.score, found.base) for found in scored])
+    else:
+        _training_only(left, series)
+    _wins(right, series, played)
+    return figure
+
+
+def newest_of_each(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """One evaluation for each policy: the newest."""
+    newest: dict[str, Evaluation] = {}
+    for found in evaluations:
+        if found.policy not in newest or found.iteration >= newest[found.policy].iteration:
+            newest[found.policy] = found
+    return list(newest.values())
+
+
+def _episodes(final: Sequence[Evaluation]) -> str:
+    counts = sorted({found.episodes for found in final if math.isfinite(found.episodes)})
+    if not counts:
+        return ""
+    span = f"{counts[0]:.0f}" if counts[0] == counts[-1] else f"{counts[0]:.0f}–{counts[-1]:.0f}"
+    questions = min((found.questions for found in final if math.isfinite(found.questions)), default=math.nan)
+    if not math.isfinite(questions):
+        return f"evaluated on {span} episodes each"
+    few = ": too few to say much of others" if any(found.few for found in final) else ""
+    return f"evaluated on {span} episodes each, about {questions:.0f} different questions{few}"
+
+
+def _pairs(axes: Axes, series: ArenaSeries, rows: Sequence[tuple[str, Interval, Interval]]) -> None:
+    """Two bars for each policy, the second value in grey below the first."""
+    top = max(_reach(interval) for _, *pair in rows for interval in pair)
+    low = min(0.0, *(interval.value for _, *pair in rows for interval in pair if math.isfinite(interval.value)))
+    for place, (policy, after, before) in enumerate(rows):
+        _bar(axes, place - 0.19, 0.36, after, policy_colour(series, policy), top, _change(after, before))
+        _bar(axes, place + 0.19, 0.36, before, _BASE, top, f"{before.value:.2f}")
+    axes.set_xlim(low * 1.1, top * 1.25 or 1.0)
+    axes.set_xticks([tick for tick in axes.get_xticks() if low <= tick <= max(top, 1.0)])
+    axes.set_xlim(low * 1.1, top * 1.25 or 1.0)
+    _names(axes, [policy for policy, *_ in rows], [policy_colour(series, policy) for policy, *_ in rows])
+
+
+def _change(after: Interval, before: Interval) -> str:
+    """The value and its gain, with a star when the intervals are apart."""
+    gain = after.value - before.value
+    if not math.isfinite(gain):
+        return f"{after.value:.2f}"
+    apart = after.low > before.high or after.high < before.low
+    return f"{after.value:.2f}   {gain:+.2f}{'*' if apart else ''}"
+
+
+def _bar(axes: Axes, place: float, height: float, interval: Interval, colour: str, top: float, label: str) -> None:
+    if not math.isfinite(interval.value):
+        return
+    axes.barh(place, interval.value, height, color=colour)
+    if math.isfinite(interval.low) and math.isfinite(interval.high):
+        error = [[max(0.0, interval.value - interval.low)], [max(0.0, interval.high - interval.value)]]
+        axes.errorbar(interval.value, place, xerr=error, color=INK, linewidth=1.1, capsize=2.5, capthick=1.1)
+    axes.text(_reach(interval) + 0.02 * top, place, label, va="center", size=8.5, color=INK)
+
+
+def _reach(interval: Interval) -> float:
+    return max((end for end in (interval.value, interval.high, 0.0) if math.isfinite(end)), default=0.0)
+
+
+def _names(axes: Axes, names: Sequence[str], colours: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), [plain(name, 30) for name in names], size=9.5, weight="bold")
+    for label, colour in zip(axes.get_yticklabels(), colours, strict=True):
+        label.set_color(colour)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+
+
+def _training_only(axes: Axes, series: ArenaSeries) -> None:
+    """Without evaluations: accuracy in training, the last iterations beside the first."""
+    title = "Accuracy in training: first (grey) and last iterations"
+    rows = [(policy, *_ends(series, policy)) for policy in series.policies]
+    rows = [row for row in rows if math.isfinite(row[1].value)]
+    if not rows:
+        say_empty(axes, title, "no score and no accuracy recorded")
+        return
+    dress(axes, title, "mean seat score (0 to 1)", grid="x")
+    _pairs(axes, series, rows)
+
+
+def _ends(series: ArenaSeries, policy: str) -> tuple[Interval, Interval]:
+    values = series.tables[policy].points("accuracy")[1]
+    count = window(len(values))
+    return _mean(values[len(values) - count :].tolist()), _mean(values[:count].tolist())
+
+
+def _mean(values: Sequence[float]) -> Interval:
+    if not values:
+        return Interval(math.nan, math.nan, math.nan)
+    mean = float(np.mean(values))
+    half = 1.96 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Interval(mean, mean - half, mean + half)
+
+
+def _wins(axes: Axes, series: ArenaSeries, played: Sequence[Evaluation]) -> None:
+    if not played:
+        say_empty(axes, "Win rate", "no win rates recorded")
+        return
+    bars = [
+        Bar(_game(found, played), policy_colour(series, found.policy), found.win)
+        for found in sorted(played, key=lambda found: series.policies.index(found.policy))
+    ]
+    opponents = {found.opponent for found in played}
+    against = f" against {plain(opponents.pop(), 28)}" if len(opponents) == 1 else ""
+    dress(axes, f"Win rate{against} (dashed: even)", "games won (draws count half)", grid="x")
+    for place, bar in enumerate(bars):
+        _bar(axes, place, 0.6, bar.interval, bar.colour, 1.0, f"{100 * bar.interval.value:.0f} %")
+    axes.axvline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_xlim(0, 1.14)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    _names(axes, [bar.name for bar in bars], [bar.colour for bar in bars])
+
+
+def _game(found: Evaluation, played: Sequence[Evaluation]) -> str:
+    several = len({other.opponent for other in played}) > 1
+    return f"{plain(found.policy, 16)} – {plain(found.opponent, 14)}" if several else found.policy

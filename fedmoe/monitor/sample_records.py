@@ -1,0 +1,251 @@
+"""Sample records of an arena run: learning curves of a seeded process, to see the charts before anything was trained.
+
+Every record is marked `sample`; whatever is drawn from them says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedmoe.runtime.records import Record, Value
+
+_NAMES = ("solver", "checker", "planner", "critic", "scout", "judge", "builder", "skeptic")
+_MODES = ("cooperative", "competitive", "team_battle")
+_SECONDS = 14.0
+_EVALUATE_EVERY = 10
+_EPISODES = 200
+_GIB = 2.0**30
+
+
+@dataclass(slots=True)
+class _Policy:
+    """One made-up policy: how good it starts and ends, how fast it gets there, and its rating."""
+
+    name: str
+    start: float
+    end: float
+    speed: float
+    tokens: float
+    learning_rate: float = 2e-4
+    mu: float = 25.0
+    sigma: float = 25 / 3
+    noise: float = 0.0
+    version: int = 0
+    cuts: list[int] = field(default_factory=list)
+
+    def skill(self, share: float) -> float:
+        """Chance of a right answer after `share` of the run."""
+        return self.start + (self.end - self.start) * (1 - math.exp(-self.speed * share))
+
+
+def sample_records(policies: int = 4, iterations: int = 120, seed: int = 0, started: float = 0.0) -> list[Record]:
+    """All records of a made-up run in mixed mode, in order of time; equal arguments give equal records.
+
+    `started` is its first moment in seconds since 1970. Raises ValueError unless 1 <= policies <= 8, iterations >= 1.
+    """
+    if not 1 <= policies <= len(_NAMES) or iterations < 1:
+        raise ValueError(f"1 to {len(_NAMES)} policies and at least 1 iteration, got {policies} and {iterations}")
+    rng = np.random.default_rng(seed)
+    players = [_player(name, rng) for name in _NAMES[:policies]]
+    run: dict[str, Value] = {
+        "kind": "run",
+        "task": "sample:arithmetic",
+        "mode": "mixed",
+        "seed": seed,
+        "policies": ",".join(_NAMES[:policies]),
+        "base_model": "sample",
+    }
+    records: list[Record] = [{"at": started, "sample": True} | run]
+    for iteration in range(iterations):
+        at = started + _SECONDS * (iteration + 1)
+        values = _iteration(players, iteration, iterations, rng)
+        records += [
+            {"at": round(at + 0.01 * place, 3), "sample": True, **record} for place, record in enumerate(values)
+        ]
+    return records
+
+
+def _player(name: str, rng: np.random.Generator) -> _Policy:
+    start = float(rng.uniform(0.12, 0.3))
+    end = float(rng.uniform(0.55, 0.92))
+    return _Policy(name, start, end, float(rng.uniform(2.5, 6.0)), float(rng.uniform(9e3, 2.2e4)))
+
+
+def _mode(iteration: int, iterations: int) -> str:
+    return _MODES[min(iteration * 4 // iterations, 3) % 3]
+
+
+def _iteration(players: list[_Policy], iteration: int, iterations: int, rng: np.random.Generator) -> Iterator[Record]:
+    mode = _mode(iteration, iterations)
+    share = iteration / max(iterations - 1, 1)
+    head: dict[str, Value] = {"iteration": iteration, "mode": mode}
+    seconds = _SECONDS * float(rng.normal(1, 0.06))
+    rewards = [_reward(player, share, rng) for player in players]
+    tokens = 0
+    for player, reward in zip(players, rewards, strict=True):
+        record = _policy_record(player, reward, share, seconds, rng)
+        tokens += int(str(record["tokens"]))
+        yield {**head, "kind": "policy", **record}
+        yield {"iteration": iteration, "kind": "credit", "policy": player.name, **_credit(reward, rewards, rng)}
+        yield {"iteration": iteration, "kind": "rating", "policy": player.name, **_rating(player, players, share, rng)}
+    yield {**head, "kind": "team", **_team(rewards, share, rng)}
+    yield {"iteration": iteration, "kind": "timing", **_timing(seconds, tokens)}
+    yield {"kind": "system", **_system(share, rng)}
+    yield from _decisions(players, iteration, iterations, head)
+    if iteration % _EVALUATE_EVERY == _EVALUATE_EVERY - 1 or iteration == iterations - 1:
+        yield from ({**head, "kind": "evaluation", **_evaluation(player, share, rng)} for player in players)
+        if len(players) > 1:
+            yield {**head, "kind": "leader", **_leader(players, share)}
+
+
+def _reward(player: _Policy, share: float, rng: np.random.Generator) -> float:
+    player.noise = 0.7 * player.noise + float(rng.normal(0, 0.022))
+    return float(np.clip(player.skill(share) + player.noise, 0, 1))
+
+
+def _policy_record(
+    player: _Policy, reward: float, share: float, seconds: float, rng: np.random.Generator
+) -> dict[str, Value]:
+    # Answers get shorter while they get better, as they do when wrong ones ramble on.
+    tokens = int(player.tokens * (1 - 0.45 * (1 - math.exp(-3 * share))) * float(rng.normal(1, 0.05)))
+    player.version += 1
+    return {
+        "policy": player.name,
+        "reward": reward,
+        "tokens": tokens,
+        "episodes": 64,
+        "turns": 64,
+        "accuracy": float(np.clip(reward + rng.normal(0.02, 0.02), 0, 1)),
+        "ended": float(np.clip(1 - 0.5 * math.exp(-5 * share), 0, 1)),
+        "valid": float(np.clip(1 - 0.35 * math.exp(-7 * share) + rng.normal(0, 0.01), 0, 1)),
+        "efficiency_second": reward / seconds,
+        "efficiency_token": 1000 * reward / tokens,
+        "loss": float(0.05 * math.exp(-2 * share) + rng.normal(0, 0.01)),
+        "kl": float(max(0.0, 0.09 * (1 - math.exp(-2.2 * share)) + rng.normal(0, 0.006))),
+        "entropy": float(0.35 + 0.95 * math.exp(-2.6 * share * player.speed / 4) + rng.normal(0, 0.02)),
+        "grad_norm": float(0.4 + 0.5 * math.exp(-2 * share) + abs(rng.normal(0, 0.05))),
+        "learning_rate": player.learning_rate,
+        "staleness": int(rng.integers(0, 3)),
+        "version": player.version,
+        "weight_updates": player.version,
+        "gap": float(abs(rng.normal(0.012, 0.004))),
+        "clip_fraction": float(np.clip(rng.normal(0.04, 0.01), 0, 1)),
+    }
+
+
+def _credit(reward: float, rewards: list[float], rng: np.random.Generator) -> dict[str, Value]:
+    mean = sum(rewards) / len(rewards)
+    return {
+        "shared": mean,
+        "difference": 0.6 * (reward - mean) + 0.05 + float(rng.normal(0, 0.015)),
+        "individual": reward,
+        "versus": reward - mean + float(rng.normal(0, 0.02)),
+    }
+
+
+def _rating(player: _Policy, players: list[_Policy], share: float, rng: np.random.Generator) -> dict[str, Value]:
+    mean = sum(other.skill(share) for other in players) / len(players)
+    player.mu += 0.08 * (25 + 22 * (player.skill(share) - mean) - player.mu) + float(rng.normal(0, 0.12))
+    player.sigma = 1.1 + (player.sigma - 1.1) * 0.965
+    return {"mu": player.mu, "sigma": player.sigma, "games": 16 * player.version}
+
+
+def _team(rewards: list[float], share: float, rng: np.random.Generator) -> dict[str, Value]:
+    return {
+        "cooperation": float(0.03 + 0.16 * (1 - math.exp(-3 * share)) + rng.normal(0, 0.012)),
+        "completion": float(np.clip(0.72 + 0.26 * (1 - math.exp(-5 * share)) + rng.normal(0, 0.01), 0, 1)),
+        "utilisation": float(np.clip(0.84 + rng.normal(0, 0.03), 0, 1)),
+        "team_score": float(np.clip(max(rewards) + 0.04 + rng.normal(0, 0.015), 0, 1)),
+    }
+
+
+def _timing(seconds: float, tokens: int) -> dict[str, Value]:
+    return {
+        "rollout_seconds": 0.62 * seconds,
+        "learn_seconds": 0.34 * seconds,
+        "iteration_seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def _system(share: float, rng: np.random.Generator) -> dict[str, Value]:
+    return {
+        "cpu_percent": float(np.clip(rng.normal(63, 6), 0, 100)),
+        "memory_percent": 31 + 7 * share + float(rng.normal(0, 0.4)),
+        "process_bytes": int((5.2 + 1.6 * share) * _GIB),
+        "memory_limit_bytes": int(32 * _GIB),
+        "gpu_percent": float(np.clip(rng.normal(82, 5), 0, 100)),
+        "gpu_memory_bytes": int(11.5 * _GIB),
+        "disk_percent": 41 + 2 * share,
+        "disk_free_bytes": int((240 - 8 * share) * _GIB),
+    }
+
+
+def _evaluation(player: _Policy, share: float, rng: np.random.Generator) -> dict[str, Value]:
+    score, base = _measured(player.skill(share), rng), _measured(player.start, rng)
+    win = _measured(float(np.clip(0.5 + 0.75 * (player.skill(share) - player.start), 0, 1)), rng)
+    return {
+        "policy": player.name,
+        "opponent": "base model",
+        "episodes": _EPISODES,
+        "questions": _EPISODES,
+        "few": False,
+        "score": score[0],
+        "low": score[1],
+        "high": score[2],
+        "base_score": base[0],
+        "base_low": base[1],
+        "base_high": base[2],
+        "win_rate": win[0],
+        "win_low": win[1],
+        "win_high": win[2],
+    }
+
+
+def _leader(players: list[_Policy], share: float) -> dict[str, Value]:
+    first, second = sorted(players, key=lambda player: -player.skill(share))[:2]
+    lead, half = first.skill(share) - second.skill(share), 1.96 * math.sqrt(0.5 / _EPISODES)
+    return {
+        "policy": first.name,
+        "apart": lead > half,
+        "rival": second.name,
+        "lead": lead,
+        "lead_low": lead - half,
+        "lead_high": lead + half,
+        "questions": _EPISODES,
+    }
+
+
+def _measured(chance: float, rng: np.random.Generator) -> tuple[float, float, float]:
+    """A share of successes with its 95 % Wilson interval."""
+    share, z = rng.binomial(_EPISODES, chance) / _EPISODES, 1.96
+    centre = (share + z * z / (2 * _EPISODES)) / (1 + z * z / _EPISODES)
+    half = z * math.sqrt(share * (1 - share) / _EPISODES + (z / (2 * _EPISODES)) ** 2) / (1 + z * z / _EPISODES)
+    return share, max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _decisions(
+    players: list[_Policy], iteration: int, iterations: int, head: dict[str, Value]
+) -> Iterator[dict[str, Value]]:
+    mode = _mode(iteration, iterations)
+    before = _mode(iteration - 1, iterations) if iteration else mode
+    reason = {"competitive": "plateau", "team_battle": "dominance"}.get(mode, "diversity fell")
+    if before != mode:
+        yield {**head, "kind": "decision", "policy": "", "what": "mode", "before": before, "after": mode} | {
+            "reason": reason
+        }
+    for place, player in enumerate(players):
+        if iteration == int(iterations * (0.3 + 0.09 * place)) and iteration:
+            old, player.learning_rate = player.learning_rate, player.learning_rate / 2
+            change: dict[str, Value] = {"what": "learning rate", "before": old, "after": player.learning_rate}
+            yield {**head, "kind": "decision", "policy": player.name, "reason": "no gain", **change}
+    weakest = min(players, key=lambda player: player.mu)
+    if iteration == int(iterations * 0.7) and iteration and len(players) > 1:
+        best = max(players, key=lambda player: player.mu)
+        change = {"what": "survival", "before": weakest.name, "after": f"copy of {best.name}"}
+        yield {**head, "kind": "decision", "policy": weakest.name, "reason": "intervals separate", **change}

@@ -1,0 +1,131 @@
+"""Where a run lies and computes: the file system of its folder, free space, temporary files, devices."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
+from fedmoe.runtime.mounts import Mount, mount_of, read_mounts
+
+if TYPE_CHECKING:
+    import torch
+
+_RESERVE_BYTES = 64 << 20
+_TEMPORARY = "tmp"
+_log = structlog.get_logger("fedmoe.arena")
+
+
+class PlacementError(RuntimeError):
+    """A folder, disk or device that a run cannot use; says why and what to do."""
+
+
+def check_file_system(folder: Path, allow_network: bool = False, mounts: Sequence[Mount] | None = None) -> Mount | None:
+    """Refuse a run folder on a network file system with PlacementError; returns the mount it lies on, if known.
+
+    The folder need not exist yet. With `allow_network` it is only a warning in the log.
+    """
+    mount = mount_of(str(folder.resolve()), read_mounts() if mounts is None else mounts)
+    if mount is None or not mount.network:
+        return mount
+    found = f"{folder} lies on the network file system {mount.kind} ({mount.source} at {mount.point})"
+    if not allow_network:
+        raise PlacementError(
+            f"{found}; checkpoints there may be lost in a crash and many small writes are slow. "
+            "Choose a folder on a local disk or CPFS, or pass --allow-network-fs to use it all the same"
+        )
+    _log.warning("network_file_system", folder=str(folder), type=mount.kind, mount=mount.point)
+    return mount
+
+
+def require_space(folder: Path, wanted: int, reserve: int = _RESERVE_BYTES) -> int:
+    """Refuse to begin what does not fit: `wanted` bytes and a reserve; returns the free bytes.
+
+    Raises OSError (ENOSPC) with what to do, before anything is written.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < wanted + reserve:
+        text = (
+            f"no space for {_mebibytes(wanted)} (and a reserve of {_mebibytes(reserve)}): {_mebibytes(free)} are free; "
+            "delete old checkpoints, keep fewer of them, or move the run folder to a larger disk"
+        )
+        raise OSError(errno.ENOSPC, text, str(folder))
+    return free
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def make_temporary(run_folder: Path) -> Path:
+    """A fresh, empty `tmp/` inside the run folder; what an earlier run left in it is removed.
+
+    To be called by the process that owns the run folder.
+    """
+    remove_temporary(run_folder)
+    folder = run_folder / _TEMPORARY
+    folder.mkdir(parents=True, mode=0o700)
+    return folder
+
+
+def remove_temporary(run_folder: Path) -> None:
+    """Remove `tmp/` of a run folder, if there; a link of that name is removed, not followed."""
+    folder = run_folder / _TEMPORARY
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Where rollouts are sampled, where policies learn, and why, in words for people."""
+
+    rollout: str
+    learner: str
+    plan: str
+
+
+def plan_devices(cuda_count: int, fallback: str, rollout: str = "auto", learner: str = "auto") -> Devices:
+    """Which device does what: two GPUs or more work side by side, one does both, without one `fallback` does.
+
+    Devices asked for by name are taken as they are.
+    """
+    pool = [_device(index) for index in range(cuda_count)] or [fallback]
+    if learner == rollout == "auto":
+        learner, rollout = pool[0], pool[min(1, len(pool) - 1)]
+    elif rollout == "auto":
+        rollout = _free(pool, learner)
+    elif learner == "auto":
+        learner = _free(pool, rollout)
+    found = f"{cuda_count} CUDA device{'' if cuda_count == 1 else 's'} found" if cuda_count else "no CUDA device found"
+    return Devices(rollout, learner, f"rollouts on {rollout}, learning on {learner}; {found}")
+
+
+def _free(pool: Sequence[str], taken: str) -> str:
+    """The first device that is not taken, or the first one."""
+    name = _device(0) if taken == "cuda" else taken
+    return next((device for device in pool if device != name), pool[0])
+
+
+def _device(index: int) -> str:
+    return f"cuda:{index}"
+
+
+def place(rollout: str = "auto", learner: str = "auto") -> tuple[torch.device, torch.device, str]:
+    """The devices of (rollout, learner) on this machine and the plan to print; DeviceError for one that is not there.
+
+    The CUDA devices seen are those that CUDA_VISIBLE_DEVICES leaves.
+    """
+    import torch
+
+    from fedmoe.runtime.device import choose_device
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = plan_devices(count, str(choose_device("auto")), rollout, learner)
+    return choose_device(devices.rollout), choose_device(devices.learner), devices.plan

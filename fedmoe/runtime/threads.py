@@ -1,0 +1,152 @@
+"""How many threads a process computes with, and that they sleep while they wait.
+
+Threads that spin while they wait for each other take the cores from those they wait for: several processes on one
+machine then cost many times what they cost alone. The libraries read their settings when they are loaded, so `prepare`
+comes before numpy and torch are imported. What the user has set is left as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+import psutil
+
+from fedmoe.runtime.machine import bound_cores, busy_cores, usable_cores
+
+#: Commands that compute -> how many teams of threads each lets compute at the same time.
+COMPUTING: dict[tuple[str, ...], int] = {
+    ("worker",): 1,
+    ("evaluator",): 1,
+    ("data", "check"): 1,
+    ("gateway", "audit"): 1,
+    ("gateway", "evaluate"): 1,
+    ("gateway", "export"): 1,
+    ("gateway", "generate"): 1,
+    ("gateway", "serve"): 1,
+    ("arena", "train"): 2,  # one samples while the other learns
+}
+_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_WAITING = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "KMP_LIBRARY", "GOMP_SPINCOUNT")
+_SAMPLE_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a process finds at its start.
+
+    `bound`: the cores it may run on; `busy`: how many of them others keep busy; `share`: the cores' worth of time that
+    its container may use, `bound` without a limit; `others`: processes of FedMoE that compute here, those of its own
+    group (torchrun) left out; `ranks`: how many processes of that group run on this machine.
+    """
+
+    bound: int
+    busy: float
+    share: float
+    others: int = 0
+    ranks: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """A number of threads, and a sentence that says why."""
+
+    count: int
+    reason: str
+
+
+def choose(found: Surroundings, teams: int = 1) -> Threads:
+    """The threads that fit on what is free; where others have just begun and look idle, an equal share of the cores.
+
+    `teams` of threads compute at once in every rank. Never fewer than 1, never more than there are cores.
+    """
+    # Ranks that start beside this one are seen at work, and are given their share below.
+    busy = max(0.0, found.busy - (found.ranks - 1))
+    cores = min(found.share, found.bound)
+    free = min(cores, found.bound - round(busy), cores / (found.others + 1))
+    reason = f"{found.bound} cores, {busy:.1f} busy; {found.others} other computing processes of FedMoE"
+    if cores < found.bound:
+        reason += f"; the container may use {cores:g}"
+    if found.ranks > 1:
+        reason += f"; shared by {found.ranks} ranks"
+    if teams > 1:
+        reason += f"; {teams} teams of threads"
+    return Threads(max(1, int(free / (found.ranks * teams))), reason)
+
+
+def asked_for(environment: Mapping[str, str]) -> Threads | None:
+    """What the user has set, if anything."""
+    for name in _COUNTS:
+        if text := environment.get(name, "").split(",")[0].strip():
+            return Threads(int(text) if text.isdecimal() else 0, f"{name}={text}")
+    return None
+
+
+def look(environment: Mapping[str, str], teams: int = 1) -> Threads:
+    """The number of threads for this process, by what the user has set or by what is free; takes a moment."""
+    return asked_for(environment) or choose(surroundings(environment), teams)
+
+
+def surroundings(environment: Mapping[str, str]) -> Surroundings:
+    """Look at the machine for a quarter of a second."""
+    text = environment.get("LOCAL_WORLD_SIZE", "1")
+    ranks = max(1, int(text)) if text.isdecimal() else 1
+    others = other_processes(in_a_group=ranks > 1)
+    return Surroundings(len(bound_cores()), busy_cores(_SAMPLE_SECONDS), usable_cores(), len(others), ranks)
+
+
+def waiting(environment: Mapping[str, str]) -> dict[str, str]:
+    """What to set so that no library's threads spin; nothing that the user has set."""
+    settings = {"OPENBLAS_THREAD_TIMEOUT": "4", "TOKENIZERS_PARALLELISM": "false"}
+    if not any(name in environment for name in _WAITING):
+        # GNU's OpenMP reads the first; Intel's and LLVM's, which PyTorch brings on other systems, the second.
+        settings |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    return {name: value for name, value in settings.items() if name not in environment}
+
+
+def prepare(command: Sequence[str]) -> None:
+    """Set this process's environment for a command, `["worker", ...]`; before numpy or torch is imported."""
+    os.environ.update(waiting(os.environ))
+    teams = teams_of(command)
+    if teams is None:
+        return
+    threads = look(os.environ, teams)
+    if threads.count:  # what the user has set to something that is no number is told where threads are set
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads.count))
+
+
+def teams_of(command: Sequence[str]) -> int | None:
+    """How many teams of threads a command line computes with at once; None where it does not compute."""
+    return next((teams for words, teams in COMPUTING.items() if tuple(command[: len(words)]) == words), None)
+
+
+def command_of(command_line: Sequence[str]) -> list[str] | None:
+    """The command of FedMoE that a process of this command line runs, or None: `[python, -m, fedmoe, worker, ...]`."""
+    if not command_line or not PurePath(command_line[0]).name.lower().startswith("python"):
+        return None  # a shell or a launcher around it is not the process itself
+    for place, word in enumerate(command_line[1:8], 1):
+        name = PurePath(word).name.lower().removesuffix(".exe")
+        if name in ("fedmoe", "run_worker.py"):
+            rest = list(command_line[place + 1 :])
+            return rest if name == "fedmoe" else ["worker", *rest]
+    return None
+
+
+def other_processes(in_a_group: bool = False) -> set[int]:
+    """The ids of FedMoE's other processes on this machine that compute; one and what it started count once.
+
+    `in_a_group`: those that the same launcher started are this run's own ranks and do not count.
+    """
+    computing: dict[int, int] = {}
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        command = command_of(process.info["cmdline"] or ())
+        if command is not None and teams_of(command) is not None:
+            computing[process.pid] = process.info["ppid"]
+    launcher = os.getppid() if in_a_group else None
+    return {
+        number
+        for number, parent in computing.items()
+        if number != os.getpid() and parent not in computing and parent != launcher
+    }

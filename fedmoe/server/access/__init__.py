@@ -1,0 +1,1 @@
+"""Who may send what: tokens, quotas, turns, and refusals as problems."""

@@ -1,0 +1,57 @@
+"""Who may do what: roles, and the scope of a worker's token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+from fedmoe.runtime.errors import RefusedError
+
+ROLES = ("worker", "join", "admin")
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a request comes from; `worker` and `experts` None mean any.
+
+    `token` is the hash of the token that was shown, empty where none is asked for: there everybody is an administrator.
+    `named` is what the request turns out to be about, for the audit log.
+    """
+
+    role: str
+    worker: str | None = None
+    experts: tuple[str, ...] | None = None
+    token: str = ""
+    named: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def require_admin(self, **named: str) -> None:
+        self.named.update(named)
+        if self.role != "admin":
+            raise _forbidden(f"this needs an admin token, got one with role {self.role!r}.")
+
+    def require_worker(self, worker: str) -> None:
+        self.named["worker"] = worker
+        if self.worker is not None and worker != self.worker:
+            raise _forbidden(f"this token belongs to worker {self.worker!r}, the request names {worker!r}.")
+
+    def may_use(self, expert: str) -> bool:
+        """Whether the expert is within this token's scope."""
+        return self.experts is None or expert in self.experts
+
+    def require_expert(self, expert: str) -> None:
+        self.named["expert"] = expert
+        if not self.may_use(expert):
+            scope = ", ".join(self.experts or ())
+            raise _forbidden(f"this token may use {scope}; the request names {expert!r}.")
+
+
+def principal_of(request: Request) -> Principal:
+    """Who sent a request that came through `GateMiddleware`."""
+    principal = request.scope["state"]["principal"]
+    assert isinstance(principal, Principal), "the gate runs before every route"
+    return principal
+
+
+def _forbidden(detail: str) -> RefusedError:
+    return RefusedError("forbidden", detail, "Ask the coordinator's operator for a token with this scope.")

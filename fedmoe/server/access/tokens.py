@@ -1,0 +1,252 @@
+"""The tokens a coordinator knows: whom they admit, until when, and what is told of them."""
+
+from __future__ import annotations
+
+import hmac
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.access.security import Principal
+from fedmoe.server.access.steady_clock import SteadyClock
+from fedmoe.server.storage.journal import Journal, TokenRecord
+from fedmoe.server.storage.token_facts import TokenFacts, TokenOrigin
+from fedmoe.wire.http.bearer import bearer_of, hash_token
+
+#: Under this key the journal holds the latest time that was seen.
+LATEST_TIME = "latest_time"
+#: Last uses and the latest time are kept so often, in seconds: none of it costs a request anything.
+KEEP_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class KnownToken:
+    """A token as it may be shown."""
+
+    record: TokenRecord
+    facts: TokenFacts
+    usable: bool
+
+
+class TokenGate:
+    """Knows the tokens; read from the journal at start, changed through `add`, `adopt` and `revoke`.
+
+    `clock` gives seconds since 1970, `monotonic` seconds that nobody sets back.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        required: bool,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._journal = journal
+        self.required = required
+        self._wall = clock
+        self._kept_at = float(journal.meta(LATEST_TIME) or 0.0)
+        self._clock = SteadyClock(clock, monotonic, self._kept_at)
+        self._records = {record.hash: record for record in journal.tokens()}
+        # Tokens that an older program made have no facts yet.
+        self._facts = {name: TokenFacts(name, "", "unknown", None) for name in self._records}
+        self._facts |= {facts.hash: facts for facts in journal.token_facts()}
+        self._used: dict[str, tuple[float, str | None]] = {}
+        self._lock = threading.RLock()
+        #: Told the hash of every token that is revoked, in the thread that revokes it.
+        self.on_revoked: list[Callable[[str], None]] = []
+
+    @property
+    def ever_had_tokens(self) -> bool:
+        """Whether there was ever a token here, revoked ones counted: such a coordinator never opens by itself."""
+        return bool(self._records or self._facts)
+
+    @property
+    def now(self) -> float:
+        """The time by which tokens end; it never goes back."""
+        return self._clock.now()
+
+    @property
+    def clock_behind(self) -> float:
+        """Seconds by which the machine's clock is behind the latest time seen."""
+        return self._clock.behind
+
+    def has(self, role: str) -> bool:
+        """Whether a usable token of this role exists."""
+        return any(record.role == role and self._usable(record) for record in list(self._records.values()))
+
+    def known(self) -> list[KnownToken]:
+        """All tokens, the oldest first."""
+        with self._lock:
+            self._note_uses()
+            found = [KnownToken(one, self._facts[one.hash], self._usable(one)) for one in self._records.values()]
+        return sorted(found, key=lambda token: (token.facts.made_at or 0.0, token.record.hash))
+
+    def label(self, token_hash: str) -> str:
+        """What people call a token; empty for none."""
+        return self._facts[token_hash].label if token_hash else ""
+
+    def add(
+        self,
+        token: str,
+        role: str,
+        worker: str | None = None,
+        experts: Sequence[str] | None = None,
+        expires_in: float | None = None,
+        label: str = "",
+        origin: TokenOrigin = "created",
+    ) -> TokenRecord:
+        """Keep a new token's hash with what it may do, for `expires_in` seconds or for ever."""
+        with self._lock:
+            now = self.now
+            scope = tuple(experts) if experts is not None else None
+            expires_at = now + expires_in if expires_in is not None else None
+            record = TokenRecord(hash_token(token), role, worker, scope, expires_at)
+            self._require_same(record)
+            facts = TokenFacts(record.hash, label, origin, now)
+            # The facts first: a token in use has its origin on disk.
+            self._journal.put_token_facts([facts])
+            self._facts[record.hash] = facts
+            self._journal.put_token(record)
+            self._records[record.hash] = record
+            if expires_at is not None:
+                self._keep_time()
+        return record
+
+    def adopt(self, given: Mapping[str, str]) -> list[TokenRecord]:
+        """Take the tokens that the environment gives, by role; those it gave before for these roles are revoked.
+
+        Those are returned. Raises `RefusedError` for one that is revoked, expired or known with other rights, and
+        changes nothing then.
+        """
+        for role, token in given.items():
+            self._require_same(TokenRecord(hash_token(token), role))
+        revoked: list[TokenRecord] = []
+        for role, token in given.items():
+            self._take(role, token)
+            replaced = [one for one in self._given(role) if one.hash != hash_token(token)]
+            for one in replaced:
+                self.revoke(one.hash)
+            revoked += replaced
+        return revoked
+
+    def _take(self, role: str, token: str) -> None:
+        label = f"{role} token of the environment"
+        facts = self._facts.get(hash_token(token))
+        if facts is None:
+            self.add(token, role, label=label, origin="given")
+        elif facts.origin in ("start", "unknown"):
+            with self._lock:
+                self._facts[facts.hash] = replace(facts, origin="given", label=facts.label or label)
+                self._journal.put_token_facts([self._facts[facts.hash]])
+
+    def _given(self, role: str) -> list[TokenRecord]:
+        """The tokens of a role that the environment gave and that are not revoked."""
+        given = {facts.hash for facts in self._facts.values() if facts.origin == "given"}
+        return [one for one in self._records.values() if one.hash in given and one.role == role and not one.revoked]
+
+    def _require_same(self, wanted: TokenRecord) -> None:
+        """Refuse to give a token that is known already other rights, or new life."""
+        known = self._records.get(wanted.hash)
+        if known is None and wanted.hash in self._facts:
+            # It may have been revoked: nobody can know any more.
+            raise RefusedError(
+                "token_revoked",
+                f"what the given {wanted.role} token may do was damaged in the journal and left out.",
+                "Give another one, or unset the variable: the other tokens stay valid.",
+            )
+        if known is None:
+            return
+        if known.revoked:
+            raise RefusedError(
+                "token_revoked",
+                f"the given {wanted.role} token was revoked.",
+                "Give another one, or unset the variable: the other tokens stay valid.",
+            )
+        if (known.role, known.worker, known.experts) != (wanted.role, wanted.worker, wanted.experts):
+            raise RefusedError(
+                "token_mismatch",
+                f"the token given as {wanted.role} token is known here as a token with other rights ({known.role}).",
+                "Give another one.",
+            )
+        if not self._usable(known):
+            raise RefusedError("token_mismatch", f"the given {wanted.role} token has expired.", "Give another one.")
+
+    def revoke(self, token_hash: str) -> None:
+        """Refuse a token from now on, and stop what is under way with it."""
+        with self._lock:
+            record = self._records.get(token_hash)
+            if record is None:
+                raise RefusedError("unknown_token", "no token has this hash.", "fedmoe token list shows them.")
+            # Refused before it is durable: nothing gets in while the disk works.
+            self._records[token_hash] = replace(record, revoked=True)
+            self._journal.put_token(self._records[token_hash])
+        for tell in self.on_revoked:
+            tell(token_hash)
+
+    def admit(self, authorization: str | None, address: str | None = None) -> Principal:
+        """Who sent this `Authorization` header; raises unless a usable token is shown where one is required."""
+        if not self.required:
+            return Principal("admin")
+        token = bearer_of(authorization)
+        if token is None:
+            raise self._unauthorised("a token is needed and none was sent.")
+        presented = hash_token(token)
+        # The look-up is by hash of 256 random bits: what its timing may tell about a hash leads to no token.
+        found = self._records.get(presented)
+        if found is None or not hmac.compare_digest(found.hash, presented):
+            raise self._unauthorised("this token is not known here.")
+        if not self._usable(found):
+            raise self.ended(presented)
+        self._used[presented] = (self._wall(), address)
+        return Principal(found.role, found.worker, found.experts, presented)
+
+    def ended(self, token_hash: str) -> RefusedError:
+        """The refusal of a token that was revoked or has expired."""
+        revoked = self._records[token_hash].revoked
+        return self._unauthorised("this token was revoked." if revoked else "this token has expired.")
+
+    def seconds_left(self, token_hash: str) -> float | None:
+        """Until a token that was admitted ends; None for one without an end."""
+        expires_at = self._records[token_hash].expires_at
+        return None if expires_at is None else max(0.0, expires_at - self.now)
+
+    def _usable(self, record: TokenRecord) -> bool:
+        return not record.revoked and (record.expires_at is None or record.expires_at > self.now)
+
+    def _unauthorised(self, detail: str) -> RefusedError:
+        # With the time, so that a worker can say how far its own clock is off.
+        return RefusedError(
+            "unauthorised",
+            detail,
+            "Send 'Authorization: Bearer TOKEN' (--token or FEDMOE_TOKEN).",
+            coordinator_time=round(self._wall(), 3),
+        )
+
+    @property
+    def keeping_is_due(self) -> bool:
+        """Whether `keep` has something to do: last uses from time to time, and every end of a token at once."""
+        now = self.now
+        ended = any(
+            record.expires_at is not None and self._kept_at < record.expires_at <= now
+            for record in list(self._records.values())
+        )
+        return ended or (now - self._kept_at >= KEEP_SECONDS and bool(self._used))
+
+    def keep(self) -> None:
+        """Make last uses and the latest time durable, in one go; a crash loses the uses of the last minute."""
+        with self._lock:
+            self._note_uses()
+            self._journal.put_token_facts(list(self._facts.values()))
+            self._keep_time()
+
+    def _keep_time(self) -> None:
+        now = self.now
+        self._journal.set_meta(LATEST_TIME, repr(now))
+        self._kept_at = now
+
+    def _note_uses(self) -> None:
+        used, self._used = self._used, {}
+        for token_hash, (at, address) in list(used.items()):
+            self._facts[token_hash] = replace(self._facts[token_hash], used_at=at, used_from=address)

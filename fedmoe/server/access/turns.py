@@ -1,0 +1,152 @@
+"""Whose request is answered now: tokens that ask too much wait, so that the others do not."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.access.quotas import Rate, WorkShare, charge, debt, spend
+from fedmoe.wire.http.body_limits import BodyRefusedError
+
+#: Requests a second of one token; those above wait for their turn, as far as there is one soon.
+TOKEN_RATE = Rate(100.0, 200)
+#: Requests a second from one address that show no usable token.
+STRANGER_RATE = Rate(20.0, 500)
+#: Uploads, which have places of their own.
+_UPLOADS = frozenset({"/push_expert_update", "/push_data_statistics"})
+_LONGEST_TURN = 2.0
+# Whoever is refused for haste is answered this late, or at once if so many wait for that already.
+_HASTE_SECONDS = 1.0
+_MOST_WAITING = 512
+_MOST_ADDRESSES = 4096
+
+
+@dataclass
+class _Account:
+    """What one token has asked for."""
+
+    places: asyncio.Semaphore
+    under_way: int = 0
+    full_at: float = 0.0
+    paid_at: float = 0.0
+    asked_at: float = -math.inf
+
+
+class Turn:
+    """One request's turn: begun when the request is complete, over when its answer begins."""
+
+    def __init__(self, turns: Turns, account: _Account | None) -> None:
+        self._turns = turns
+        self._account = account
+        self._began: float | None = None
+        if account is not None:
+            account.under_way += 1
+
+    async def begin(self) -> None:
+        """Wait for the turn; raises `RefusedError` if that does not come soon."""
+        if self._account is not None and self._began is None:
+            self._began = await self._turns.begin(self._account)
+
+    def end(self) -> None:
+        if self._account is None:
+            return
+        self._account.under_way -= 1
+        if self._began is not None:
+            self._turns.end(self._account, self._began)
+        self._account = None
+
+
+class Turns:
+    """How fast requests are answered, by token; and by address to those who have none."""
+
+    def __init__(self, rate: Rate | None, clock: Callable[[], float], share: WorkShare | None = None) -> None:
+        self._rate = rate
+        self._share = share or WorkShare()
+        self._clock = clock
+        self._accounts: dict[str, _Account] = {}
+        self._addresses: dict[str | None, float] = {}
+        self._waiting = 0
+
+    async def of(self, token: str, path: str) -> Turn:
+        """A request's turn, once it may come by the token's rate; raises `RefusedError`, late, if that is not soon.
+
+        An empty token never waits.
+        """
+        if self._rate is None or not token:
+            return Turn(self, None)
+        account = self._accounts.setdefault(token, _Account(asyncio.Semaphore(self._share.at_once)))
+        account.asked_at = self._clock()
+        full_at, wait = spend(self._rate, account.full_at, self._clock())
+        if wait > _LONGEST_TURN:
+            await self._pause(_HASTE_SECONDS)
+            raise _too_many(self._rate, wait - _LONGEST_TURN)
+        account.full_at = full_at
+        if wait:
+            await asyncio.sleep(wait)
+        return Turn(self, None if path in _UPLOADS else account)
+
+    async def begin(self, account: _Account) -> float | None:
+        """Hold one of a token's few places once the work done for it is paid for; when that was.
+
+        None where no other token asks, or this one asks for little at once: then nobody waits.
+        """
+        if account.under_way <= self._share.free or not self._others(account):
+            return None
+        assert self._rate is not None, "without a rate there are no accounts"
+        try:
+            async with asyncio.timeout(_LONGEST_TURN):
+                await account.places.acquire()
+        except TimeoutError:
+            raise _too_many(self._rate, debt(self._share, account.paid_at, self._clock())) from None
+        try:
+            wait = debt(self._share, account.paid_at, self._clock())
+            await asyncio.sleep(min(wait, _LONGEST_TURN))
+            if wait > _LONGEST_TURN:
+                raise _too_many(self._rate, wait - _LONGEST_TURN)
+        except BaseException:
+            account.places.release()
+            raise
+        return self._clock()
+
+    def _others(self, mine: _Account) -> bool:
+        """Whether another token has asked lately."""
+        since = self._clock() - self._share.others_seconds
+        return any(account.asked_at >= since for account in self._accounts.values() if account is not mine)
+
+    def end(self, account: _Account, began: float) -> None:
+        """Give the place back, and put the work on the token's account."""
+        account.places.release()
+        now = self._clock()
+        account.paid_at = charge(self._share, account.paid_at, now - began, now)
+
+    async def stranger(self, address: str | None) -> None:
+        """Make whoever tries again and again without a usable token wait for the answer."""
+        if len(self._addresses) >= _MOST_ADDRESSES:
+            self._addresses.clear()
+        full_at, wait = spend(STRANGER_RATE, self._addresses.get(address, 0.0), self._clock())
+        if wait <= _HASTE_SECONDS:
+            self._addresses[address] = full_at
+        if wait:
+            await self._pause(min(wait, _HASTE_SECONDS))
+
+    async def _pause(self, seconds: float) -> None:
+        if self._waiting >= _MOST_WAITING:
+            return
+        self._waiting += 1
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._waiting -= 1
+
+
+def _too_many(rate: Rate, wait: float) -> RefusedError:
+    return BodyRefusedError(
+        "too_many_requests",
+        f"this token asks for more than its share, which is {rate.per_second:g} requests a second, and less where "
+        "they take long and others ask too.",
+        "Retry after the time given; give each worker a token of its own, or raise --requests-per-second.",
+        retry_after=max(1, math.ceil(wait)),
+    )

@@ -1,0 +1,1 @@
+"""The evaluation gate: candidates, scores, verdicts, publication."""

@@ -1,0 +1,143 @@
+"""Sets of candidate gateways: what is offered for scoring, when a set is judged, and what the scores then say."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fedmoe.coordinator import LIVING, Aggregation, ExpertMoments, GatewayModel
+from fedmoe.experts import ExpertModel
+from fedmoe.federation.gateway_members import members
+from fedmoe.federation.online_gateway import LivingGateway
+from fedmoe.lora.algebra import scaled
+from fedmoe.lora.codec import digest
+from fedmoe.lora.manifest import BaseModel
+from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS
+from fedmoe.server.gate.verdict import Scores, Verdict, judge
+from fedmoe.wire.contract.gate import GatewayScores
+
+#: Scales that are tried, by strategy: multiples of the mean for the plain stack, around the measured best for regmean.
+#: Each one costs every owner a pass over the held-out data, so there are few.
+SCALES: dict[str, tuple[float, ...]] = {"scaled": (1.2, 1.8, 2.4), "regmean": (1.1, 1.3, 1.5)}
+
+#: An evaluator and the expert whose domain it scores.
+Evaluator = tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A gateway to score: `model` has scale 1, and the candidate is `scale` times its product."""
+
+    name: str
+    model: GatewayModel
+    scale: float
+
+    def gateway(self) -> GatewayModel:
+        """The candidate as a gateway of its own: the factor goes into B, so alpha stays the rank."""
+        if self.scale == 1.0:
+            return self.model
+        adapter = scaled(self.model.adapter, self.scale)
+        return replace(self.model, adapter=adapter, digest=digest(adapter), scale=self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateSet:
+    """What evaluators score together: the experts of one moment, what can be made of them, and what is out now."""
+
+    id: str
+    opened_at: float
+    version: int
+    experts: Mapping[str, ExpertModel]
+    candidates: tuple[Candidate, ...]
+    published: GatewayModel | None
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """Expert -> version."""
+        return {name: self.experts[name].version for name in sorted(self.experts)}
+
+    @property
+    def base(self) -> BaseModel:
+        """The base model that all of it belongs on."""
+        return next(iter(self.experts.values())).manifest.base
+
+
+def offered(aggregation: Aggregation, count: int, with_moments: bool) -> list[tuple[str, tuple[float, ...]]]:
+    """The strategies to try and their scales: the plain stack of `count` experts, regmean where moments are there.
+
+    The strategy asked for is always among them, `weighted_average` and `sum` as scales of the stack. One expert alone
+    is the gateway by every strategy, and so is the base model while there is none.
+    """
+    if count <= 1:
+        return [("scaled", (1.0,))]
+    own = {"weighted_average": 1.0 / count, "sum": 1.0, "concat": 1.0}.get(aggregation.strategy)
+    plain = {round(min(1.0, over / count), 6) for over in SCALES["scaled"]} | ({own} if own is not None else set())
+    found = [("scaled", tuple(sorted(plain)))]
+    return found + ([(name, SCALES[name]) for name in STRATEGIES_WITH_MOMENTS] if with_moments else [])
+
+
+def make_candidates(
+    version: int,
+    experts: Mapping[str, ExpertModel],
+    aggregation: Aggregation,
+    moments: Mapping[str, ExpertMoments],
+    living: LivingGateway | None = None,
+) -> tuple[Candidate, ...]:
+    """All candidates of one state: a merge for each strategy, shared by its scales; or the one gateway that lives."""
+    if living is not None:
+        return (Candidate(LIVING, replace(GatewayModel.of_living(living, version, moments), living=None), 1.0),)
+    made, trained = [], members(experts, aggregation.buffer_size)
+    for strategy, scales in offered(aggregation, len(trained), moments.keys() >= trained.keys()):
+        chosen = replace(aggregation, strategy=strategy)
+        model = GatewayModel.build(version, experts, chosen, moments, scale=1.0)
+        made += [Candidate(f"{strategy} x{scale:.3g}", model, scale) for scale in scales]
+    return tuple(made)
+
+
+def outcome(
+    opened_at: float, now: float, seconds: float, scored: Collection[Evaluator], heard: Mapping[Evaluator, float]
+) -> Literal["wait", "judge", "undecided"]:
+    """What becomes of an open set: judged once all who are waited for have scored, undecided after `seconds`."""
+    if scored and not waiting_for(opened_at, seconds, scored, heard):
+        return "judge"
+    return "undecided" if now - opened_at >= seconds else "wait"
+
+
+def waiting_for(
+    opened_at: float, seconds: float, scored: Collection[Evaluator], heard: Mapping[Evaluator, float]
+) -> list[Evaluator]:
+    """Who has still to score a set, in name order: whoever was heard of since it was opened, or shortly before.
+
+    `heard` says when each evaluator was last heard of; shortly is as long as a set may stay open. So nobody drops out
+    of a set because its scores take long.
+    """
+    return sorted(one for one, at in heard.items() if opened_at - at < seconds and one not in scored)
+
+
+def decide(
+    offer: CandidateSet, scores: Sequence[GatewayScores], tolerance: float, taken_back: Collection[str] = ()
+) -> Verdict:
+    """Which candidate goes out, if any; the name served is the published gateway's where it stays.
+
+    Experts in `taken_back` were rolled back or retracted from after the published gateway was made: it then counts for
+    nothing, and the best candidate takes its place.
+    """
+    before = None if offer.published is None else f"version {offer.published.version}"
+    compared = None if taken_back else before
+    measured, names = [_scores(found, before) for found in scores], [candidate.name for candidate in offer.candidates]
+    verdict = judge(measured, names, compared, tolerance)
+    reason = verdict.reason
+    if taken_back and before is not None:
+        reason += f"; {before} does not count: it holds what was taken back from {', '.join(sorted(taken_back))}"
+    unheard = sorted(offer.experts.keys() - {found.expert for found in scores})
+    if unheard:
+        reason += f"; without an evaluator's scores: {', '.join(unheard)}"
+    return Verdict(verdict.serve or before, reason, verdict.kept)
+
+
+def _scores(found: GatewayScores, published: str | None) -> Scores:
+    gateways = dict(found.candidates)
+    if published is not None and found.published is not None:
+        gateways[published] = found.published
+    return Scores(found.evaluator, found.expert, found.tokens, found.base, found.own, gateways)

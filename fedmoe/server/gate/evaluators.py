@@ -1,0 +1,86 @@
+"""Who scores gateways, and is waited for: bounded by token, and only while there is hope for scores.
+
+An invented name costs its inventor's token a place, and nobody else; a set waits for it a few times at most.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.gate.candidates import Evaluator
+
+# Evaluators that are remembered, and those of one token that have not scored anything yet.
+_MOST = 256
+_MOST_UNPROVEN = 16
+#: Sets on end that wait for an evaluator that does not score them; from then on none does until it scores one.
+PATIENCE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """When an evaluator was last heard of and with which token, whether it ever scored, and sets it missed on end."""
+
+    at: float
+    token: str
+    proven: bool = False
+    missed: int = 0
+
+
+class Evaluators:
+    """The evaluators that were heard of; not safe to use from several threads at once."""
+
+    def __init__(self) -> None:
+        self._heard: dict[Evaluator, _Heard] = {}
+        self._missed_by_token: Counter[str] = Counter()
+
+    def hear(self, evaluator: Evaluator, token: str, now: float, seconds: float) -> None:
+        """Take note of one; `seconds` is how long a silent one counts. Refuses where only active ones are known."""
+        known = self._heard.get(evaluator)
+        if known is None:
+            self._make_room(token, now, seconds)
+        self._heard[evaluator] = replace(known or _Heard(now, token), at=now, token=token)
+
+    def score(self, evaluator: Evaluator, token: str, now: float, seconds: float) -> None:
+        """Take note of one that scored a set."""
+        self.hear(evaluator, token, now, seconds)
+        if not self._heard[evaluator].proven:
+            del self._missed_by_token[token]  # new names of this token do score
+        self._heard[evaluator] = _Heard(now, token, proven=True)
+
+    def miss(self, evaluators: Iterable[Evaluator]) -> None:
+        """These were waited for in vain."""
+        for evaluator in evaluators:
+            found = self._heard[evaluator]
+            self._heard[evaluator] = replace(found, missed=found.missed + 1)
+        self._missed_by_token.update({self._heard[one].token for one in evaluators if not self._heard[one].proven})
+
+    def awaited(self, experts: Collection[str]) -> dict[Evaluator, float]:
+        """When those were last heard of whose scores a set of these experts waits for."""
+        return {one: found.at for one, found in self._heard.items() if one[1] in experts and self._hopeful(found)}
+
+    def active(self, now: float, seconds: float) -> list[Evaluator]:
+        """Those heard of in the last `seconds`, in name order."""
+        return sorted(one for one, found in self._heard.items() if now - found.at < seconds)
+
+    def _hopeful(self, found: _Heard) -> bool:
+        trusted = found.proven or self._missed_by_token[found.token] < PATIENCE
+        return trusted and found.missed < PATIENCE
+
+    def _make_room(self, token: str, now: float, seconds: float) -> None:
+        unproven = [one for one, found in self._heard.items() if not found.proven]
+        own = [one for one in unproven if self._heard[one].token == token]
+        if len(own) >= _MOST_UNPROVEN:
+            del self._heard[min(own, key=self._age)]
+        if len(self._heard) < _MOST:
+            return
+        silent = [one for one, found in self._heard.items() if now - found.at >= seconds]
+        for one in silent or unproven[:1]:
+            del self._heard[one]
+        if len(self._heard) >= _MOST:
+            raise RefusedError("busy", f"{_MOST} evaluators are at work.", "Retry later.")
+
+    def _age(self, evaluator: Evaluator) -> float:
+        return self._heard[evaluator].at

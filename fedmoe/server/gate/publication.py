@@ -1,0 +1,153 @@
+"""Publishing a gateway: its bytes first, then the verdict in the journal, and only then anybody sees it.
+
+What is published is frozen: after a crash the very same bytes are served again, whatever the experts have become.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import structlog
+from pydantic import TypeAdapter
+
+from fedmoe.coordinator import GatewayModel
+from fedmoe.federation.events import ExpertRolledBack, WorkerRetracted
+from fedmoe.lora.adapter import Adapter, Layout
+from fedmoe.lora.codec import decode, encode
+from fedmoe.lora.safetensors_bytes import CodecError
+from fedmoe.runtime import failpoints
+from fedmoe.server.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, Named, put
+from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.verdicts import Verdict
+
+_log = structlog.get_logger("fedmoe.gate")
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A published gateway without its numbers, as the journal keeps it."""
+
+    version: int
+    sources: dict[str, int]
+    weights: dict[str, float]
+    strategy: str
+    scale: float
+    truncation_error: float
+    digest: str
+    statistics: dict[str, str]
+    notes: tuple[str, ...]
+    rank: int
+    alpha: float
+    statistics_tokens: dict[str, int] = field(default_factory=dict)
+    source_digests: dict[str, str] = field(default_factory=dict)
+
+
+_described = TypeAdapter(_Described)
+
+
+class Publications:
+    """The published gateway in a journal and its blobs; one thread publishes, any number read `current`."""
+
+    def __init__(self, journal: Journal, blobs: BlobStore) -> None:
+        self._journal = journal
+        self._blobs = blobs
+        self.current: GatewayModel | None = None
+        self._blob: str | None = None
+
+    def recover(self, layout: Layout) -> None:
+        """Read what was published last, of experts with the modules of `layout`; what is lost or damaged is told."""
+        for verdict in self._journal.verdicts(1, published_only=True):
+            assert verdict.digest is not None, "only verdicts that published were asked for"
+            described = _described.validate_python(verdict.payload["published"])
+            try:
+                body = self._blobs.read(verdict.digest)
+                adapter = _adapter(body, layout.with_rank(described.rank), described.alpha)
+            except (MissingBlobError, CorruptBlobError, CodecError) as error:
+                _log.error("gateway_lost", version=described.version, reason=str(error))
+                return
+            self._blob, self.current = verdict.digest, _gateway(described, adapter)
+
+    def publish(self, gateway: GatewayModel, told: Mapping[str, object], at: float) -> None:
+        """Make a gateway the one that is served, with the verdict that lets it out; `at` is seconds since 1970.
+
+        Returns once it is on disk. The blob of the one before is let go of.
+        """
+        blob = put(self._blobs, _body(gateway))
+        failpoints.reached("gateway.stored")
+        self._journal.add_verdict(Verdict(blob, {**told, "published": _description(gateway)}, at))
+        failpoints.reached("gateway.journalled")
+        before, self._blob, self.current = self._blob, blob, gateway
+        if before is not None and before != blob:
+            self._blobs.delete(before)
+
+    def keep(self, told: Mapping[str, object], at: float) -> None:
+        """Note a verdict that leaves all as it is."""
+        self._journal.add_verdict(Verdict(None, {**told, "published": None}, at))
+
+    def taken_back(self) -> list[str]:
+        """Experts that were rolled back or retracted from after the published gateway was made of them."""
+        if self.current is None:
+            return []
+        return [name for name, version in self.current.sources.items() if taken_back(self._journal, name, version)]
+
+
+def taken_back(journal: Journal, expert: str, version: int) -> bool:
+    """Whether a version after this one takes back what went before."""
+    later = journal.events(expert, after_version=version)
+    return any(isinstance(event, ExpertRolledBack | WorkerRetracted) for event in later)
+
+
+def published_blobs(journal: Journal) -> Named:
+    """The blob that must be kept, and those of the gateways that were published before."""
+    published = journal.verdicts(sys.maxsize, published_only=True)
+    digests = [found.digest for found in published if found.digest is not None]
+    return Named(set(digests[:1]), set(digests))
+
+
+def _body(gateway: GatewayModel) -> bytes:
+    # The version makes these bytes unlike those of any update, which may be let go of on its own.
+    adapter = gateway.adapter
+    return encode(adapter.layout, adapter.flat, "fp32", {"gateway": str(gateway.version)})
+
+
+def _description(gateway: GatewayModel) -> dict[str, object]:
+    described = _Described(
+        gateway.version,
+        dict(gateway.sources),
+        dict(gateway.weights),
+        gateway.strategy,
+        gateway.scale,
+        gateway.truncation_error,
+        gateway.digest,
+        dict(gateway.statistics),
+        gateway.notes,
+        gateway.adapter.rank,
+        gateway.adapter.alpha,
+        dict(gateway.statistics_tokens),
+        dict(gateway.source_digests),
+    )
+    return dict(_described.dump_python(described, mode="json"))
+
+
+def _gateway(described: _Described, adapter: Adapter) -> GatewayModel:
+    return GatewayModel(
+        adapter,
+        described.version,
+        MappingProxyType(described.sources),
+        MappingProxyType(described.weights),
+        described.strategy,
+        described.truncation_error,
+        described.digest,
+        MappingProxyType(described.statistics),
+        described.notes,
+        described.scale,
+        statistics_tokens=MappingProxyType(described.statistics_tokens),
+        source_digests=MappingProxyType(described.source_digests),
+    )
+
+
+def _adapter(body: bytes, layout: Layout, alpha: float) -> Adapter:
+    return Adapter(layout, alpha, decode(body, layout).flat)

@@ -1,0 +1,1 @@
+"""Recovery, snapshots and checks of the journal."""

@@ -1,0 +1,109 @@
+"""Which history an update was made in: one made in another is refused by name, whatever its version number says.
+
+After a restore, the versions that were lost are numbered once more, with other weights. By its number alone an update
+of the lost history would be taken for one of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fedmoe.experts import ExpertModel
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.storage.incarnation import INCARNATION
+from fedmoe.server.storage.journal import Journal
+from fedmoe.wire.contract.messages import INCARNATION_HEADER, RollbackRequest, UpdateHeader
+
+#: The content digest of a version of an expert, None where it is not known.
+DigestOf = Callable[[str, int], str | None]
+
+
+def current_history(journal: Journal) -> CurrentHistory:
+    """The history in a journal."""
+    return CurrentHistory(journal.meta(INCARNATION) or "", journal.version_digest)
+
+
+@dataclass(frozen=True, slots=True)
+class CurrentHistory:
+    """The history this coordinator goes on with: its incarnation, and the digest that each version has in it."""
+
+    incarnation: str
+    digest_of: DigestOf
+
+    def digests(self, versions: Mapping[str, int]) -> dict[str, str]:
+        """The content digests of versions of experts, of those that are known."""
+        found = {name: self.digest_of(name, version) for name, version in versions.items()}
+        return {name: digest for name, digest in found.items() if digest is not None}
+
+    def check_update(self, header: UpdateHeader, expert: ExpertModel) -> None:
+        """Refuse an update that says it was made in another history; one that says nothing is taken at its number."""
+        if header.incarnation is not None and header.incarnation != self.incarnation:
+            raise self._refusal(
+                f"the update was made from version {header.base_version} of {expert.name} in the history "
+                f"{header.incarnation}; this coordinator goes on with the history {self.incarnation}, "
+                f"version {expert.version}.",
+                expert,
+            )
+        version, told = header.base_version, header.base_digest
+        if told is None or version > expert.version:
+            return
+        here = expert.digest if version == expert.version else self.digest_of(expert.name, version)
+        if here is not None and here != told:
+            raise self._refusal(_unlike(expert, version, told, here), expert)
+
+    def check_rollback(self, request: RollbackRequest, expert: ExpertModel, found: str) -> None:
+        """Refuse to go back to a version that was named in another history; `found` is the digest it has here."""
+        if request.incarnation not in (None, self.incarnation):
+            raise self._refusal(
+                f"version {request.to_version} of {expert.name} was named in the history {request.incarnation}; "
+                f"this coordinator goes on with the history {self.incarnation}.",
+                expert,
+            )
+        if request.to_digest is not None and not found.startswith(request.to_digest):
+            raise self._refusal(_unlike(expert, request.to_version, request.to_digest, found), expert)
+
+    def _refusal(self, detail: str, expert: ExpertModel) -> RefusedError:
+        return RefusedError(
+            "other_history",
+            detail,
+            "The state was restored or made anew: pull the newest version and push again what was not acknowledged.",
+            newest_version=expert.version,
+            newest_digest=expert.digest,
+            incarnation=self.incarnation,
+        )
+
+
+def _unlike(expert: ExpertModel, version: int, told: str, here: str) -> str:
+    return (
+        f"version {version} of {expert.name} has digest {here[:12]} here, and {told[:12]} in the history that this "
+        "request comes from."
+    )
+
+
+def answers_with_new_keys(headers: Mapping[str, str]) -> bool:
+    """Whether a caller takes keys in an answer that it may not know.
+
+    Workers from before there were protocol numbers refuse them. They are known by their HTTP library, which names
+    itself where they do not; the header of every answer tells them no less.
+    """
+    return "fedmoe-protocol" in headers or not headers.get("user-agent", "").startswith("python-httpx")
+
+
+class IncarnationHeader:
+    """Every answer says which history it is of, in a header, so that weights stay the same bytes in all of them."""
+
+    def __init__(self, app: ASGIApp, incarnation: str) -> None:
+        self._app = app
+        self._incarnation = incarnation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[INCARNATION_HEADER] = self._incarnation
+            await send(message)
+
+        await self._app(scope, receive, send_named if scope["type"] == "http" else send)

@@ -1,0 +1,420 @@
+"""History: recovery after a crash, snapshots, rollback and retraction, all by replay of the journal.
+
+Folding the same updates in the same order gives the same bits, so a snapshot plus the updates after it equals a replay
+from the start, and an expert without one worker is the replay without that worker's updates.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+
+import structlog
+
+from fedmoe.coordinator import Aggregation, CentralCoordinator, Draft, ExpertMoments
+from fedmoe.experts import Beginning, ExpertModel, Registrant
+from fedmoe.federation.events import (
+    Event,
+    ExpertRegistered,
+    ExpertRenamed,
+    ExpertRetired,
+    ExpertUnretired,
+    ExpertWentOn,
+    GatewayFolded,
+    HeldUpdateRejected,
+    Lineage,
+    QuarantineEvent,
+    RollEvent,
+    UpdateAccepted,
+    UpdateHeld,
+    UpdateLost,
+    length,
+    lineages,
+    start,
+    without_worker,
+)
+from fedmoe.federation.expert_roll import binding_manifest, changed
+from fedmoe.federation.online_gateway import Departure, LivingGateway, Trained, counters, trained
+from fedmoe.federation.quarantine import Quarantine
+from fedmoe.lora.adapter import Adapter, FloatVector, Layout
+from fedmoe.lora.codec import decode
+from fedmoe.lora.manifest import Manifest
+from fedmoe.lora.update_rules import USUAL_WINDOW, RuleState
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.gate.publication import published_blobs
+from fedmoe.server.history.damage import MOST_LEFT_OUT, DamagedUpdateError, told
+from fedmoe.server.history.event_queries import identity, left_in_the_gateway, made_version, registration
+from fedmoe.server.history.kept_choices import check_choices
+from fedmoe.server.history.pruning import unneeded
+from fedmoe.server.history.snapshots import best_snapshot, read_snapshot, snapshot_bytes
+from fedmoe.server.statistics.data_statistics import KeptStatistics
+from fedmoe.server.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, Named, StorageFailedError, put
+from fedmoe.server.storage.choices import UPDATE_RULE, KeptChoices
+from fedmoe.server.storage.event_rows import GATEWAY, QUARANTINE, blob_of
+from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.released_bytes import noted, undo_ends
+
+SNAPSHOT_EVERY = 50
+
+_log = structlog.get_logger("fedmoe.history")
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A state rebuilt from the journal, and how many updates of the newest version it lacks.
+
+    `since` is what it is made of from where the expert left the gateway, and `note` what could not be taken back.
+    `version` is that newest version.
+    """
+
+    state: RuleState
+    removed: int
+    since: tuple[Trained, ...]
+    note: str = ""
+    version: int = 0
+
+
+class History:
+    """Reads and writes the past of all experts in a journal and its blobs."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        blobs: BlobStore,
+        aggregation: Aggregation,
+        keep_updates: int | None = None,
+        clock: Callable[[], float] = time.time,
+        skip_damaged: bool = False,
+    ) -> None:
+        self._journal = journal
+        self._blobs = blobs
+        self._aggregation = aggregation
+        self._keep_updates = keep_updates
+        self._clock = clock
+        self._skip_damaged = skip_damaged
+        self._read: list[Event] | None = None
+        self._lost: list[UpdateLost] = []
+        self._statistics = KeptStatistics(journal, blobs)
+        self._recovered: CentralCoordinator | None = None
+
+    def events_at_start(self) -> Iterable[Event]:
+        """Every event there is, in order: those that `recover` has just read, given away, or read now."""
+        read, self._read = self._read, None
+        return read if read is not None else self._journal.events()
+
+    def recover(self) -> CentralCoordinator:
+        """The coordinator as it was when the last acknowledged event was written.
+
+        Raises StorageFailedError where what is on disk does not give what was journalled.
+        """
+        self._read = list(self._journal.events())
+        past: dict[str, list[Event]] = {}
+        folds: list[GatewayFolded] = []
+        changes: list[RollEvent] = []
+        layouts: dict[Layout, Manifest] = {}
+        quarantine = Quarantine()
+        for event in self._read:
+            if quarantine.held or isinstance(event, QuarantineEvent):
+                quarantine = quarantine.after(event)
+            match event:
+                case UpdateHeld() | HeldUpdateRejected():
+                    continue
+                case GatewayFolded():
+                    folds.append(event)
+                case ExpertRenamed() | ExpertRetired() | ExpertUnretired():
+                    changes.append(event)
+                case ExpertRegistered():
+                    shared = layouts.setdefault(event.manifest.layout, event.manifest)
+                    past[event.expert] = [replace(event, manifest=shared.shared_by(event.manifest))]
+                case _:
+                    past[event.expert].append(event)
+        self._check_choices(folds)
+        self._sweep(past, folds, quarantine.digests())
+        experts = {name: self._recover_whole(events) for name, events in past.items()}
+        self._journal_lost(experts)
+        coordinator = CentralCoordinator(self._aggregation)
+        for change in changes:
+            experts[change.expert] = changed(experts[change.expert], change)
+        manifest = binding_manifest(experts)
+        living = self._recover_gateway(manifest, past, folds) if manifest else None
+        version = sum(map(len, past.values())) + len(folds) + len(changes) + self._statistics.moments_arrived()
+        moments = self._moments(experts)
+        draft = Draft(self._aggregation, experts, manifest, version, [], moments, living, quarantine=quarantine)
+        draft.roll_changes = len(changes)
+        coordinator.publish(draft)
+        self._recovered = coordinator
+        return coordinator
+
+    def held_back(self) -> set[str]:
+        """Blobs of updates that wait in quarantine."""
+        return self._recovered.quarantine.digests() if self._recovered is not None else set()
+
+    def let_go(self, digest: str) -> None:
+        """Delete the bytes of a rejected update, unless something else needs the same; for the committer's thread."""
+        needed = self.held_back() | self._statistics.blobs().needed | published_blobs(self._journal).needed
+        if digest not in needed | self._journal.named_elsewhere(QUARANTINE, {digest}):
+            self._blobs.delete(digest)
+
+    def _recover_gateway(
+        self, manifest: Manifest, past: Mapping[str, list[Event]], folds: list[GatewayFolded]
+    ) -> LivingGateway | None:
+        """The gateway that experts go on from, if they do: its last fold's blob, and how far each expert is from it."""
+        living = self._aggregation.first_gateway(manifest)
+        if living is None:
+            return None
+        for fold in folds:
+            living = living.folded(fold)
+        if folds:
+            weights = self._gateway_weights(folds[-1].digest, manifest)
+            living = living.holding(Adapter(manifest.layout, manifest.alpha, weights))
+        for name, events in past.items():
+            chains = lineages(events)
+            newest = chains[max(chains)]
+            departure = Departure(start(newest), trained(events, Lineage.updates(newest)))
+            living = living.recovered(name, departure, counters(events))
+        return living
+
+    def _gateway_weights(self, digest: str, manifest: Manifest) -> FloatVector:
+        return decode(self._blobs.read(digest), manifest.layout).flat
+
+    def _moments(self, experts: Iterable[str]) -> dict[str, ExpertMoments]:
+        """Those the gateway is made with; nothing where it is made without."""
+        found = {name: self._statistics.moments(name) for name in experts if self._aggregation.uses_moments}
+        return {name: moments for name, moments in found.items() if moments is not None}
+
+    def _check_choices(self, folds: list[GatewayFolded]) -> None:
+        rule = self._journal.meta(UPDATE_RULE)
+        check_choices(self._aggregation, KeptChoices(rule, folds[-1].number if folds else None))
+        if rule is None:
+            self._journal.set_meta(UPDATE_RULE, self._aggregation.rule.name)
+
+    def _sweep(self, past: Mapping[str, Iterable[Event]], folds: Iterable[GatewayFolded], held: set[str]) -> None:
+        """Remove unfinished uploads and what the journal needs no more; what it never named waits in the trash."""
+        blobs = (blob_of(event) for event in (*itertools.chain.from_iterable(past.values()), *folds))
+        needed = held | {digest for digest in blobs if digest is not None}
+        for name in past:
+            needed |= set(self._journal.snapshots(name).values())
+        others = (self._statistics.blobs(), published_blobs(self._journal))
+        needed = needed.union(*(named.needed for named in others))
+        once = {blob_of(event) for event in self._read or ()}
+        replaced = {digest for digest in once if digest is not None}.union(*(named.replaced for named in others))
+        newest = max((event.at for events in past.values() for event in events), default=0.0)
+        swept = self._blobs.sweep(Named(needed, replaced), self._clock(), newest)
+        if swept.to_trash or swept.taken_back:
+            _log.warning("unnamed_blobs", **asdict(swept))
+
+    def _recover_expert(self, events: list[Event]) -> ExpertModel:
+        registered, chains = registration(events), lineages(events)
+        version = max(chains)
+        newest, rule = chains[version], self._aggregation.rule
+        held = Beginning(registered.seed, rule) if newest is None else self._rebuild(registered, chains, newest)
+        by = Registrant(registered.worker, registered.token)
+        expert = ExpertModel(registered.expert, registered.manifest, version, held, registrant=by)
+        norms = (event.landed_norm for event in reversed(events) if isinstance(event, UpdateAccepted))
+        usual = itertools.islice((norm for norm in norms if norm is not None), USUAL_WINDOW)
+        return replace(expert, norms=tuple(usual)[::-1])
+
+    def _recover_whole(self, events: list[Event]) -> ExpertModel:
+        """The expert, held against the digest that its version had; updates that cannot be read go if they may."""
+        while True:
+            try:
+                expert = self._recover_expert(events)
+                break
+            except DamagedUpdateError as error:
+                left_out = sum(isinstance(event, UpdateLost) for event in events)
+                if not self._skip_damaged or left_out >= MOST_LEFT_OUT:
+                    raise
+                self._lost.append(error.left_out(max(lineages(events)) + 1, self._clock()))
+                events.append(self._lost[-1])
+        expected = self._journal.version_digest(expert.name, expert.version)
+        if expected is not None and expert.digest != expected:
+            raise StorageFailedError(
+                f"version {expert.version} of {expert.name} was rebuilt with the digest {expert.digest}, journalled is "
+                f"{expected}: what it is made of, or the program that rebuilds it, is not what it was. Restore the "
+                "state directory from a backup, or run the version of FedMoE and numpy that wrote it."
+            )
+        return expert
+
+    def _journal_lost(self, experts: Mapping[str, ExpertModel]) -> None:
+        """Make it known for ever, once all experts could be rebuilt, which updates they were rebuilt without."""
+        newest = {(expert.name, expert.version): expert.digest for expert in experts.values() if expert.version}
+        self._journal.append(self._lost, [newest.get((lost.expert, lost.version)) for lost in self._lost])
+        for lost in self._lost:
+            _log.error("update_lost", expert=lost.expert, made=lost.made, version=lost.version, digest=lost.digest)
+        self._lost = []
+
+    def at_version(self, expert: ExpertModel, version: int) -> Rebuilt:
+        """The state the expert had at an earlier version."""
+        events, chains = self._past(expert)
+        registered = registration(events)
+        if version not in chains or version >= expert.version:
+            raise RefusedError(
+                "unknown_version",
+                f"{expert.title} is at version {expert.version}; there is no earlier version {version}.",
+                f"Choose a version from 0 to {expert.version - 1}.",
+            )
+        left = start(chains[expert.version])
+        if left is not None and start(chains[version]) is not left:
+            raise RefusedError(
+                "folded",
+                f"what {expert.title} was at version {version} is part of the gateway since, and it went on from there "
+                f"as version {left.version}.",
+                f"A fold cannot be undone for one expert; choose version {left.version} or a later one.",
+            )
+        updates = Lineage.updates(chains[version])
+        kept = set(map(identity, updates))
+        removed = [u for u in Lineage.updates(chains[expert.version]) if identity(u) not in kept]
+        with self._pruned_in_words():
+            state = self._rebuild(registered, chains, chains[version])
+        return Rebuilt(state, len(removed), trained(events, updates), version=expert.version)
+
+    def without_worker(self, expert: ExpertModel, worker: str) -> Rebuilt:
+        """The state the expert would have had the worker contributed nothing to its newest version."""
+        events, chains = self._past(expert)
+        chain = without_worker(chains[expert.version], worker)
+        removed = length(chains[expert.version]) - length(chain)
+        note = left_in_the_gateway(events, chains[expert.version], worker)
+        if removed == 0:
+            raise RefusedError(
+                "nothing_to_retract",
+                f"version {expert.version} of {expert.title} holds no update of worker {worker!r}.",
+                note or "Check the worker's name with 'fedmoe experts'.",
+            )
+        with self._pruned_in_words():
+            state = self._rebuild(registration(events), chains, chain)
+        return Rebuilt(state, removed, trained(events, Lineage.updates(chain)), note, expert.version)
+
+    def followed(self, rebuilt: Rebuilt, expert: ExpertModel, worker: str | None) -> Rebuilt | None:
+        """What was rebuilt, for the newer `expert`: without `worker`, or at an earlier version (None).
+
+        None if more came since than updates. Where experts go on from the gateway any change counts as more.
+        """
+        if expert.version == rebuilt.version:
+            return rebuilt
+        since = self._journal.events(expert.name, after_version=rebuilt.version)
+        newer = [event for event in since if made_version(event) <= expert.version]
+        updates = [event for event in newer if isinstance(event, UpdateAccepted)]
+        if self._aggregation.merge_after is not None or len(updates) < len(newer):
+            return None
+        kept = [] if worker is None else [update for update in updates if update.worker != worker]
+        with self._pruned_in_words():
+            state = self._land(rebuilt.state, kept, expert.manifest)
+        removed = rebuilt.removed + len(updates) - len(kept)
+        return replace(rebuilt, state=state, removed=removed, version=expert.version)
+
+    def from_gateway(self, weights: FloatVector, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
+        """The state of an expert that goes on from a gateway with these updates, its server optimizer begun anew."""
+        return self._land(self._aggregation.rule.init(weights), updates, manifest)
+
+    def departed_from(self, expert: ExpertModel, departure: Departure) -> Adapter:
+        """Where the expert left the gateway, or began."""
+        if departure.left is not None:
+            weights = self._gateway_weights(departure.left.digest, expert.manifest)
+        else:
+            weights = self._beginning(registration(self._journal.events(expert.name)), None).weights
+        return Adapter(expert.manifest.layout, expert.manifest.alpha, weights)
+
+    @contextmanager
+    def _pruned_in_words(self) -> Iterator[None]:
+        """What is no longer there because of `keep_updates` is a refusal, not damage."""
+        try:
+            yield
+        except DamagedUpdateError as error:
+            fix = self._why_let_go(error.update) if error.missing else None
+            if fix is None:
+                raise
+            raise RefusedError(
+                "history_pruned",
+                f"the update that made version {error.update.version} of {error.update.expert} is no longer kept.",
+                fix,
+            ) from None
+
+    def _past(self, expert: ExpertModel) -> tuple[list[Event], dict[int, Lineage | None]]:
+        events = [event for event in self._journal.events(expert.name) if made_version(event) <= expert.version]
+        return events, lineages(events)
+
+    def _rebuild(
+        self, registered: ExpertRegistered, chains: Mapping[int, Lineage | None], wanted: Lineage | None
+    ) -> RuleState:
+        """Fold `wanted` from the newest readable snapshot that is a beginning of it, or from where it starts."""
+        snapshots = self._journal.snapshots(registered.expert)
+        while found := best_snapshot(snapshots, chains, wanted):
+            digest = snapshots.pop(found.version)
+            try:
+                body = self._blobs.read(digest)
+            except (MissingBlobError, CorruptBlobError) as error:
+                # A snapshot only saves time: what it holds is folded again from an older one.
+                _log.error("snapshot_lost", expert=registered.expert, version=found.version, reason=str(error))
+                continue
+            state = read_snapshot(body, length(chains[found.version]))
+            return self._land(state, found.rest, registered.manifest)
+        state = self._beginning(registered, start(wanted))
+        return self._land(state, Lineage.updates(wanted), registered.manifest)
+
+    def _beginning(self, registered: ExpertRegistered, left: ExpertWentOn | None) -> RuleState:
+        """Where updates begin to land: the gateway the expert went on from, or its first weights."""
+        rule = self._aggregation.rule
+        if left is not None:
+            return rule.init(self._gateway_weights(left.digest, registered.manifest))
+        return ExpertModel.initial(registered.expert, registered.manifest, registered.seed, rule).state
+
+    def _land(self, state: RuleState, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
+        for update in told(updates):
+            try:
+                body = self._blobs.read(update.digest)
+            except (MissingBlobError, CorruptBlobError) as error:
+                raise DamagedUpdateError(update, str(error), isinstance(error, MissingBlobError)) from error
+            state = self._aggregation.rule.update(state, decode(body, manifest.layout).flat, update.coefficient)
+        return state
+
+    def _why_let_go(self, update: UpdateAccepted) -> str | None:
+        """Why an update's bytes are not there and what can be done; None if they should be."""
+        for one in noted(self._journal):
+            if one.expert == update.expert and one.through >= update.version and one.worker in (None, update.worker):
+                if one.worker is not None:
+                    return f"What {one.worker!r} gave was erased; versions made of it are gone for good."
+                return f"Choose version {undo_ends(self._journal, update.expert)} or a later one (--keep-gb)."
+        if self._keep_updates is not None:
+            return f"Only the last {self._keep_updates} updates can be undone (--keep-updates)."
+        return None
+
+    def snapshot_if_due(self, expert: ExpertModel, every: int = SNAPSHOT_EVERY) -> None:
+        """Keep the expert's state every so many versions, so that recovery reads few updates; then prune."""
+        kept = self._journal.snapshots(expert.name)
+        if expert.version - max(kept, default=0) < every:
+            return
+        self.snapshot(expert)
+        if self._keep_updates is not None:
+            self._prune(expert, self._keep_updates)
+
+    def snapshot(self, expert: ExpertModel) -> int:
+        """Keep the expert's state, so that recovery needs nothing older; the version that it is."""
+        self._journal.add_snapshot(expert.name, expert.version, put(self._blobs, snapshot_bytes(expert.state)))
+        return expert.version
+
+    def prune_gateways(self, living: LivingGateway) -> None:
+        """Drop the gateways that no expert goes on from any more, unless all of the past is kept."""
+        if self._keep_updates is None:
+            return
+        needed = {living.number} | {departure.gateway for departure in living.departures.values()}
+        folds = [event for event in self._journal.events(GATEWAY) if isinstance(event, GatewayFolded)]
+        unneeded = {fold.digest for fold in folds} - {fold.digest for fold in folds if fold.number in needed}
+        for digest in unneeded - self.held_back() - self._journal.named_elsewhere(GATEWAY, unneeded):
+            self._blobs.delete(digest)
+
+    def _prune(self, expert: ExpertModel, keep_updates: int) -> None:
+        """Drop what none of the last `keep_updates` changes needs to be undone."""
+        name = expert.name
+        snapshots = self._journal.snapshots(name)
+        oldest = max(0, expert.version - keep_updates)
+        found = unneeded(list(self._journal.events(name)), snapshots, expert.version, oldest)
+        for version in found.snapshots:
+            self._journal.drop_snapshot(name, version)
+        digests = found.updates | {snapshots[version] for version in found.snapshots}
+        digests -= {snapshots[version] for version in snapshots.keys() - found.snapshots}
+        # Equal bytes are one blob, whoever sent them.
+        for digest in digests - self.held_back() - self._journal.named_elsewhere(name, digests):
+            self._blobs.delete(digest)

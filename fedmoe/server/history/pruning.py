@@ -1,0 +1,85 @@
+"""What may go: the bytes of updates that no version which can still be asked for is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedmoe.federation.events import Event, Lineage, UpdateAccepted, lineages
+from fedmoe.server.history.snapshots import best_snapshot
+
+Chains = Mapping[int, Lineage | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Unneeded:
+    """Blobs of updates, and snapshots by version, that undoing the newest changes of an expert does without."""
+
+    updates: frozenset[str]
+    snapshots: frozenset[int]
+
+
+def unneeded(events: Sequence[Event], snapshots: Mapping[int, str], newest: int, oldest: int) -> Unneeded:
+    """What none of the versions from `oldest` to `newest` of ONE expert needs, given its events in order."""
+    updates, chains = [event for event in events if isinstance(event, UpdateAccepted)], lineages(events)
+    needed = {update.digest for update in updates if update.version > oldest}
+    bases = {version for version in snapshots if version >= oldest}
+    # Rollbacks and retractions make new versions of old updates, so each version's own beginning is asked for.
+    known: dict[int, Lineage | None] = {}
+    for beginning in {_until(chains[version], oldest, known) for version in range(oldest, newest + 1)}:
+        found = best_snapshot(snapshots, chains, beginning)
+        bases |= {found.version} if found else set()
+        needed |= {update.digest for update in (found.rest if found else Lineage.updates(beginning))}
+    needed |= {snapshots[version] for version in bases}
+    return Unneeded(frozenset({update.digest for update in updates} - needed), frozenset(snapshots.keys() - bases))
+
+
+def _until(chain: Lineage | None, version: int, known: dict[int, Lineage | None]) -> Lineage | None:
+    """The beginning of a chain that only holds updates up to `version`; `known` has those of parts seen before."""
+    passed: list[int] = []
+    while chain is not None and chain.update is not None and chain.update.version > version:
+        if id(chain) in known:
+            chain = known[id(chain)]
+            break
+        passed.append(id(chain))
+        chain = chain.before
+    known.update(dict.fromkeys(passed, chain))
+    return chain
+
+
+def made_of(events: Iterable[Event], versions: Iterable[int], worker: str) -> set[int]:
+    """Those of the `versions` of ONE expert that hold an update of a worker."""
+    chains, known = lineages(events), dict[int, bool]()
+
+    def holds(chain: Lineage | None) -> bool:
+        passed: list[int] = []
+        while chain is not None and chain.update is not None and id(chain) not in known:
+            passed.append(id(chain))
+            if chain.update.worker == worker:
+                known[id(chain)] = True
+                break
+            chain = chain.before
+        found = known.get(id(chain), False)
+        known.update(dict.fromkeys(passed, found))
+        return found
+
+    return {version for version in sorted(versions) if holds(chains[version])}
+
+
+def first_to_go(updates: Iterable[tuple[str, int, str]], sizes: Mapping[str, int], most: int) -> dict[str, int]:
+    """Expert -> the newest of its versions whose update's bytes must go so that the rest are at most `most` bytes.
+
+    `updates` are (expert, version, digest) in order, the oldest first; equal bytes are one blob and count once.
+    """
+    kept, total = set[str](), 0
+    found: dict[str, int] = {}
+    for expert, version, digest in reversed(list(updates)):
+        if digest in kept or digest not in sizes:
+            continue
+        if total + sizes[digest] > most:
+            found.setdefault(expert, version)
+            total = most  # whatever is older goes too
+            continue
+        kept.add(digest)
+        total += sizes[digest]
+    return found

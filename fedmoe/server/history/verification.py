@@ -1,0 +1,188 @@
+"""Is a state directory what was written? Everything in it is read and held against its hash, and every version rebuilt.
+
+Nothing is changed. The coordinator must not run on it meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedmoe.coordinator import Aggregation
+from fedmoe.federation.events import Event, ExpertRegistered, GatewayFolded, Lineage, QuarantineEvent, lineages
+from fedmoe.lora.adapter import Adapter, FloatVector
+from fedmoe.lora.codec import CodecError, digest
+from fedmoe.lora.manifest import Manifest
+from fedmoe.lora.update_rules import RuleState
+from fedmoe.server.gate.publication import published_blobs
+from fedmoe.server.history.event_queries import registration
+from fedmoe.server.history.history import History
+from fedmoe.server.storage.acknowledged import read_acknowledged
+from fedmoe.server.storage.audit import AUDIT_FILE, AUDIT_HEAD, AuditHead, check_file
+from fedmoe.server.storage.blobs import CorruptBlobError, FolderBlobStore, MissingBlobError, StorageFailedError
+from fedmoe.server.storage.choices import UPDATE_RULE
+from fedmoe.server.storage.event_rows import GATEWAY, blob_of
+from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.newest import lack_of
+from fedmoe.server.storage.opening import problems
+from fedmoe.server.storage.state_dir import StateDirError, lock_state, odd_files
+
+
+@dataclass
+class Verified:
+    """What was looked at, and `findings`: what is not as it was written, in words.
+
+    `absent` blobs are named and not there, as after `--keep-updates`; `unproven` versions could not be rebuilt for
+    that reason or have no digest, as those of schema 1.
+    """
+
+    events: int = 0
+    versions: int = 0
+    unproven: int = 0
+    blobs: int = 0
+    absent: int = 0
+    unnamed: int = 0
+    incarnation: str = ""
+    findings: list[str] = field(default_factory=list)
+
+
+def verify_state(path: Path) -> Verified:
+    """Look at everything in a state directory; raises StateDirError for one that is in use or not there."""
+    if not (path / "journal.sqlite").is_file():
+        raise StateDirError(f"{path} is no state directory: there is no journal.sqlite in it")
+    lock = lock_state(path)
+    try:
+        return _verify(path)
+    finally:
+        os.close(lock)
+
+
+def check_start(path: Path) -> None:
+    """Raise what a coordinator's start on a state directory that nobody uses would: no version but the newest is read.
+
+    Raises StorageFailedError or CorruptBlobError.
+    """
+    with closing(SqlJournal(path / "journal.sqlite")) as journal:
+        _Replay(journal, FolderBlobStore(path / "blobs"), Verified()).recover_newest()
+
+
+def _verify(path: Path) -> Verified:
+    found = Verified(findings=odd_files(path))
+    blobs = FolderBlobStore(path / "blobs")
+    try:
+        damage = problems(path / "journal.sqlite")
+        found.findings += damage
+        _check_blobs(blobs, found)
+        if damage:
+            return found  # a journal that is not as it was written says nothing about the rest
+        with closing(SqlJournal(path / "journal.sqlite")) as journal:
+            _check_count(path, journal, found)
+            audit = check_file(path, AuditHead.of_text(journal.meta(AUDIT_HEAD)))
+            found.findings += [f"{AUDIT_FILE}: {what}" for what in audit.breaks]
+            _Replay(journal, blobs, found).run()
+    except (StorageFailedError, sqlite3.Error) as error:
+        found.findings.append(str(error))
+    return found
+
+
+def _check_blobs(blobs: FolderBlobStore, found: Verified) -> None:
+    """Read every blob."""
+    for name in sorted(blobs.digests()):
+        found.blobs += 1
+        try:
+            blobs.read(name)
+        except (CorruptBlobError, MissingBlobError, OSError) as error:
+            found.findings.append(str(error))
+
+
+def _check_count(path: Path, journal: SqlJournal, found: Verified) -> None:
+    found.events, found.incarnation = journal.head.events, journal.head.incarnation
+    lacking = lack_of(journal, read_acknowledged(path / "acknowledged"))
+    if lacking is not None:
+        found.findings.append(f"the journal is not the newest: {lacking.reason}")
+
+
+class _Replay(History):
+    """Rebuilds every version in order and holds it against the digest that was journalled with it."""
+
+    def __init__(self, journal: SqlJournal, blobs: FolderBlobStore, found: Verified) -> None:
+        optimizer, _, size = (journal.meta(UPDATE_RULE) or "sgd").partition(", buffer of ")
+        super().__init__(journal, blobs, Aggregation(server_optimizer=optimizer, buffer_size=int(size or 1)))
+        self._found = found
+
+    def run(self) -> None:
+        past: dict[str, list[Event]] = {}
+        named: set[str | None] = set(self._statistics.blobs().replaced | published_blobs(self._journal).replaced)
+        for event in self._journal.events():
+            named.add(blob_of(event))
+            if isinstance(event, GatewayFolded):
+                self._check_fold(event, registration(next(iter(past.values()))).manifest)
+            elif not isinstance(event, QuarantineEvent):
+                past.setdefault(event.expert, []).append(event)
+        there = set(self._blobs.digests())
+        self._found.absent = len(named - {None} - there)
+        for name in past:
+            named |= set(self._journal.snapshots(name).values())
+        self._found.unnamed = len(there - named)
+        for events in past.values():
+            self._check_expert(events)
+
+    def recover_newest(self) -> None:
+        """Rebuild every expert as a start does."""
+        past: dict[str, list[Event]] = {}
+        for event in self._journal.events():
+            if not isinstance(event, GatewayFolded | QuarantineEvent):
+                past.setdefault(event.expert, []).append(event)
+        for events in past.values():
+            self._recover_whole(events)
+
+    def _check_fold(self, fold: GatewayFolded, manifest: Manifest) -> None:
+        try:
+            weights: FloatVector | None = self._gateway_weights(fold.digest, manifest)
+        except (MissingBlobError, CorruptBlobError, CodecError):
+            weights = None  # one that no expert goes on from may be gone; a damaged one is told with the blobs
+        self._check_version(GATEWAY, fold.number, manifest, weights)
+
+    def _check_expert(self, events: list[Event]) -> None:
+        registered, chains = registration(events), lineages(events)
+        state: RuleState | None = self._beginning(registered, None)
+        problem = ""
+        for version in range(1, max(chains) + 1):
+            try:
+                state = self._next(state, registered, chains, version)
+            except (MissingBlobError, CorruptBlobError, CodecError) as error:
+                state, problem = None, str(error)
+            self._check_version(registered.expert, version, registered.manifest, state.weights if state else None)
+        if state is None:
+            self._found.findings.append(
+                f"{registered.expert} cannot be rebuilt at its newest version {max(chains)}: {problem}"
+            )
+
+    def _next(
+        self,
+        before: RuleState | None,
+        registered: ExpertRegistered,
+        chains: Mapping[int, Lineage | None],
+        version: int,
+    ) -> RuleState:
+        """The state of a version, from that of the version before where it is an update more."""
+        chain = chains[version]
+        update = chain.update if chain is not None else None
+        if before is not None and update is not None and update.version == version:
+            return self._land(before, [update], registered.manifest)
+        return self._rebuild(registered, chains, chain)
+
+    def _check_version(self, name: str, version: int, manifest: Manifest, weights: FloatVector | None) -> None:
+        self._found.versions += 1
+        expected = self._journal.version_digest(name, version)
+        if weights is None or expected is None:
+            self._found.unproven += 1
+            return
+        rebuilt = digest(Adapter(manifest.layout, manifest.alpha, weights))
+        if rebuilt != expected:
+            made = f"version {version} of {name}"
+            self._found.findings.append(f"{made} was rebuilt with the digest {rebuilt}, journalled is {expected}")

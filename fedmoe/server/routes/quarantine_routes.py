@@ -1,0 +1,49 @@
+"""The HTTP routes of the quarantine: what is held, and an administrator's word on it."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+
+from fedmoe.federation.events import UpdateHeld
+from fedmoe.server.access.security import principal_of
+from fedmoe.server.service import CoordinatorService
+from fedmoe.wire.contract.messages import UpdateResult
+from fedmoe.wire.contract.quarantine import HeldUpdateInfo, QuarantineListing, RejectRequest, ReleaseRequest
+
+
+def quarantine_routes(app: FastAPI, service: CoordinatorService) -> None:
+    """Add the routes."""
+
+    @app.get("/quarantine")
+    def quarantine(request: Request) -> QuarantineListing:
+        principal_of(request).require_admin()
+        held = sorted(service.coordinator.quarantine.held.values(), key=lambda update: update.number)
+        experts = service.coordinator.experts
+        return QuarantineListing(held=[_info(update, experts[update.expert].title, service.now) for update in held])
+
+    @app.post("/quarantine/release")
+    def release(request: Request, wanted: ReleaseRequest) -> UpdateResult:
+        principal_of(request).require_admin(held_update=str(wanted.number))
+        return service.held.release(wanted.number)
+
+    @app.post("/quarantine/reject", status_code=204)
+    def reject(request: Request, wanted: RejectRequest) -> None:
+        principal_of(request).require_admin(held_update=str(wanted.number))
+        service.held.reject(wanted.number, wanted.reason)
+
+
+def _info(held: UpdateHeld, expert: str, now: float) -> HeldUpdateInfo:
+    return HeldUpdateInfo(
+        number=held.number,
+        expert=expert,
+        worker=held.worker,
+        epoch=held.epoch,
+        sequence=held.sequence,
+        base_version=held.base_version,
+        digest=held.digest,
+        bytes=held.size,
+        norm=held.info.get("norm"),
+        reason=held.reason,
+        at=held.at,
+        seconds_ago=max(0.0, now - held.at),
+    )

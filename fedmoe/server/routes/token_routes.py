@@ -1,0 +1,53 @@
+"""The routes about tokens: for administrators."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
+
+from fedmoe.server.access.security import principal_of
+from fedmoe.server.access.tokens import KnownToken, TokenGate
+from fedmoe.wire.contract.tokens import RevokeRequest, TokenAnswer, TokenInfo, TokenListing, TokenRequest
+from fedmoe.wire.http.bearer import new_token
+
+
+def token_routes(app: FastAPI, gate: TokenGate) -> None:
+    """Add the routes."""
+
+    @app.get("/tokens")
+    def list_tokens(request: Request) -> TokenListing:
+        principal_of(request).require_admin()
+        return TokenListing(tokens=[_info(token) for token in gate.known()])
+
+    @app.post("/tokens")
+    async def make_token(request: Request, wanted: TokenRequest) -> TokenAnswer:
+        principal = principal_of(request)
+        principal.require_admin(named_label=wanted.label, worker=wanted.worker or "")
+        token = new_token()
+        scope = (wanted.role, wanted.worker, wanted.experts, wanted.expires_in, wanted.label)
+        record = await run_in_threadpool(gate.add, token, *scope)
+        principal.named["named"] = record.hash[:12]
+        return TokenAnswer(token=token, hash=record.hash)
+
+    @app.post("/tokens/revoke", status_code=204)
+    async def revoke_token(request: Request, wanted: RevokeRequest) -> None:
+        principal_of(request).require_admin(named=wanted.hash[:12])
+        await run_in_threadpool(gate.revoke, wanted.hash)
+
+
+def _info(token: KnownToken) -> TokenInfo:
+    record, facts = token.record, token.facts
+    return TokenInfo(
+        hash=record.hash,
+        label=facts.label,
+        role=record.role,
+        worker=record.worker,
+        experts=list(record.experts) if record.experts is not None else None,
+        origin=facts.origin,
+        made_at=facts.made_at,
+        used_at=facts.used_at,
+        used_from=facts.used_from,
+        expires_at=record.expires_at,
+        revoked=record.revoked,
+        usable=token.usable,
+    )

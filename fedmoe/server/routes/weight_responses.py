@@ -1,0 +1,277 @@
+"""How weights leave the coordinator: safetensors for programs, JSON for people with curl, 304 when nothing is new."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from fedmoe.coordinator import GatewayModel
+from fedmoe.experts import ExpertModel
+from fedmoe.lora.adapter import Adapter, FloatMatrix, Layout
+from fedmoe.lora.codec import WireDtype, encode
+from fedmoe.lora.manifest import BaseModel
+from fedmoe.lora.safetensors_bytes import read_header
+from fedmoe.server.routes.json_weights import JsonPolicy, JsonWeights
+from fedmoe.server.updates.upload import content_digest
+from fedmoe.wire.contract.messages import SAFETENSORS
+from fedmoe.wire.http.health import is_head
+
+Info = Mapping[str, object]
+Part = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights about to leave: what accompanies them, how many numbers they are, and how to make their two forms."""
+
+    name: str
+    version: int
+    digest: str
+    info: Info
+    size: int
+    encode: Callable[[WireDtype, EncodedCache], tuple[Part, ...]]
+    modules: Callable[[], Iterator[tuple[str, FloatMatrix, FloatMatrix]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A safetensors body in parts that follow each other, and the sha256 of the whole."""
+
+    of: tuple[int, str]
+    parts: tuple[Part, ...]
+    sha256: bytes
+
+    @property
+    def size(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+
+class EncodedCache:
+    """The newest encoded body of every (name, dtype), so that many pulls of one version encode it once.
+
+    Those asked for last are kept, up to `most_bytes` in all, and the very last one however large it is.
+    """
+
+    def __init__(self, most_bytes: int = 64 << 20) -> None:
+        self._most_bytes = most_bytes
+        self._kept: OrderedDict[tuple[str, WireDtype], Encoded] = OrderedDict()
+        self._locks: dict[tuple[str, WireDtype], threading.Lock] = {}
+        self._guard = threading.Lock()
+
+    def get(self, weights: Weights, dtype: WireDtype) -> Encoded:
+        """The body of exactly these weights, encoded now unless it is the one kept."""
+        key, wanted = (weights.name, dtype), (weights.version, weights.digest)
+        with self._guard:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:
+            with self._guard:
+                kept = self._kept.get(key)
+            if kept is None or kept.of != wanted:
+                parts = weights.encode(dtype, self)
+                hasher = hashlib.sha256()
+                for part in parts:
+                    hasher.update(part)
+                kept = Encoded(wanted, parts, hasher.digest())
+            self._keep(key, kept)
+            return kept
+
+    def _keep(self, key: tuple[str, WireDtype], encoded: Encoded) -> None:
+        with self._guard:
+            self._kept[key] = encoded
+            self._kept.move_to_end(key)
+            size = sum(kept.size for kept in self._kept.values())
+            while size > self._most_bytes and len(self._kept) > 1:
+                size -= self._kept.popitem(last=False)[1].size
+
+
+def expert_weights(expert: ExpertModel, name: str = "") -> Weights:
+    """An expert's weights with its manifest, under the name that it was asked for by."""
+    shown = name or expert.title
+    info = {
+        "expert": shown,
+        "version": expert.version,
+        "digest": expert.digest,
+        "manifest": expert.manifest.to_json(),
+    }
+    return _of_one(shown, expert.version, expert.manifest.layout, lambda: expert.adapter, expert.digest, info)
+
+
+def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -> Weights:
+    """The gateway's weights with the experts and versions it is made of."""
+    manifest = next(iter(experts.values())).manifest
+    info = {
+        "version": gateway.version,
+        "digest": gateway.digest,
+        "strategy": gateway.strategy,
+        "sources": dict(gateway.sources),
+        "source_digests": dict(gateway.source_digests),
+        "weights": dict(gateway.weights),
+        "truncation_error": gateway.truncation_error,
+        "statistics": dict(gateway.statistics),
+        "statistics_tokens": dict(gateway.statistics_tokens),
+        "notes": list(gateway.notes),
+        "scale": gateway.scale,
+        "alpha": gateway.adapter.alpha,
+        "rank": gateway.adapter.rank,
+        "base": manifest.to_json()["base"],
+    }
+    # A gateway has no expert's name: "@" keeps the two apart in the cache.
+    return _of_one("@gateway", gateway.version, gateway.adapter.layout, lambda: gateway.adapter, gateway.digest, info)
+
+
+def adapter_weights(
+    version: int, adapter: Adapter, digest: str, sources: Mapping[str, int], base: BaseModel
+) -> Weights:
+    """Any adapter's weights in the form of a gateway's: an adapter to be scored."""
+    info = {
+        "version": version,
+        "digest": digest,
+        "sources": dict(sources),
+        "alpha": adapter.alpha,
+        "rank": adapter.rank,
+        "base": asdict(base),
+    }
+    return _of_one("@candidate", version, adapter.layout, lambda: adapter, digest, info)
+
+
+def _of_one(name: str, version: int, layout: Layout, made: Callable[[], Adapter], digest: str, info: Info) -> Weights:
+    """`made` gives the adapter, when its numbers are needed: an expert that nothing landed on keeps none."""
+
+    def encoded(dtype: WireDtype, cache: EncodedCache) -> tuple[Part, ...]:
+        adapter = made()
+        return (encode(adapter.layout, adapter.flat, dtype, {"fedmoe": json.dumps(info, separators=(",", ":"))}),)
+
+    def modules() -> Iterator[tuple[str, FloatMatrix, FloatMatrix]]:
+        return ((module.name, a, b) for module, a, b in made().factors())
+
+    return Weights(name, version, digest, info, layout.size, encoded, modules)
+
+
+def all_weights(experts: Mapping[str, ExpertModel], version: int) -> Weights:
+    """All experts as one set of tensors, each module's name prefixed with `EXPERT/`."""
+    ordered = [experts[name] for name in sorted(experts)]
+    listed = {expert.title: {"version": expert.version, "digest": expert.digest} for expert in ordered}
+    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    info = {"version": version, "digest": digest, "manifest": ordered[0].manifest.to_json(), "experts": listed}
+
+    def encoded(dtype: WireDtype, cache: EncodedCache) -> tuple[Part, ...]:
+        bodies = [(expert.title, cache.get(expert_weights(expert), dtype).parts[0]) for expert in ordered]
+        return _joined(bodies, {"fedmoe": json.dumps(info, separators=(",", ":"))})
+
+    def modules() -> Iterator[tuple[str, FloatMatrix, FloatMatrix]]:
+        return (
+            (f"{expert.title}/{module.name}", a, b) for expert in ordered for module, a, b in expert.adapter.factors()
+        )
+
+    size = sum(expert.manifest.layout.size for expert in ordered)
+    return Weights("@all", version, digest, info, size, encoded, modules)
+
+
+def _joined(bodies: list[tuple[str, Part]], metadata: dict[str, str]) -> tuple[Part, ...]:
+    """Several safetensors bodies as one, their tensors prefixed; the numbers are shared, not copied.
+
+    The header is not held to our reader's cap: with many experts it outgrows it, and safetensors itself reads 100 MB.
+    """
+    header: dict[str, object] = {"__metadata__": metadata}
+    numbers: list[Part] = []
+    offset = 0
+    for name, body in bodies:
+        entries, _, data = read_header(body)
+        for tensor, entry in entries.items():
+            offsets = [offset + entry.start, offset + entry.stop]
+            header[f"{name}/{tensor}"] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+        offset += len(data)
+        numbers.append(data)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return (len(text).to_bytes(8, "little") + text, *numbers)
+
+
+def etag(weights: Weights, form: str) -> str:
+    """Names the content, not the place: the same weights in the same form have the same tag on every coordinator."""
+    return f'"{weights.version}-{weights.digest[:32]}-{form}"'
+
+
+@dataclass(frozen=True)
+class WeightAnswers:
+    """Answers with weights: the bodies that are kept encoded, and what answers in JSON may cost."""
+
+    json: JsonPolicy
+    cache: EncodedCache = field(default_factory=EncodedCache)
+
+    def check(self, request: Request, numbers: int) -> None:
+        """Refuse a caller who does not take safetensors and asks for more numbers than are written as JSON."""
+        if not takes_safetensors(request):
+            self.json.check(numbers)
+
+    def answer(
+        self,
+        request: Request,
+        weights: Weights,
+        dtype: WireDtype,
+        status: int = 200,
+        result: Info | None = None,
+        keep: bool = True,
+    ) -> Response:
+        """304 if the caller has them, safetensors if the caller takes them, else JSON, streamed in pieces.
+
+        JSON carries every number as it is, whatever `dtype`. `result` is what became of the push that is answered;
+        with `keep` the encoded body is kept for the next who asks.
+        """
+        binary = takes_safetensors(request)
+        tag = etag(weights, dtype if binary else "json")
+        headers = {
+            "ETag": tag,
+            "Vary": "Accept",
+            "FedMoE-Version": str(weights.version),
+            "FedMoE-Digest": weights.digest,
+        }
+        if result is None and known(request, tag):
+            return Response(status_code=304, headers=headers)
+        if is_head(request):
+            return Response(None, status, headers, SAFETENSORS if binary else "application/json")
+        if not binary:
+            self.json.check(weights.size)
+            head = dict(weights.info) if result is None else {"result": dict(result), **weights.info}
+            return JsonWeights(head, weights.modules(), self.json, status, headers, waits=result is not None)
+        encoded = (self.cache if keep else EncodedCache()).get(weights, dtype)
+        headers["Content-Digest"] = content_digest(encoded.sha256)
+        if result is not None:
+            headers["FedMoE-Result"] = json.dumps(result, separators=(",", ":"))
+        if len(encoded.parts) == 1:
+            return Response(encoded.parts[0], status, headers, SAFETENSORS)
+        headers["Content-Length"] = str(encoded.size)
+        return StreamingResponse(_pieces(encoded), status, headers, SAFETENSORS)
+
+
+def takes_safetensors(request: Request) -> bool:
+    """Whether the caller names safetensors among what it takes."""
+    return SAFETENSORS in request.headers.get("accept", "")
+
+
+def known(request: Request, tag: str) -> bool:
+    """Whether the caller says it has what this ETag names."""
+    header = request.headers.get("if-none-match", "")
+    return tag in [item.strip().removeprefix("W/") for item in header.split(",")]
+
+
+def answer_statistics(request: Request, tag: str, read: Callable[[], bytes]) -> Response:
+    """Data statistics as safetensors; 304, and nothing read, if the caller has what `tag` names."""
+    headers = {"ETag": f'"{tag}"'}
+    if known(request, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    body = read()
+    headers["Content-Digest"] = content_digest(hashlib.sha256(body).digest())
+    return Response(body, 200, headers, SAFETENSORS)
+
+
+async def _pieces(encoded: Encoded) -> AsyncIterator[Part]:
+    for part in encoded.parts:
+        yield part

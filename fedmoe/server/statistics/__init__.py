@@ -1,0 +1,1 @@
+"""What workers report about their data, and who contributed what."""

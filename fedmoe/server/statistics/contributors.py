@@ -1,0 +1,127 @@
+"""Who contributed what: the last thing heard from every worker of every expert."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from fedmoe.federation.events import Event, UpdateAccepted
+from fedmoe.server.storage.reported_statistics import Statistic
+from fedmoe.wire.contract.messages import HELD_OUT, HeldOutInfo, WorkerInfo
+
+#: A worker of which so many updates in a row changed nothing is shown as not learning.
+NOT_LEARNING = 5
+# Workers whose newest held-out loss is shown; names cost their inventor nothing.
+_MOST_TOLD = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    updates: int
+    last: UpdateAccepted
+    #: So many of the last updates in a row changed nothing, or were the same bytes again.
+    idle: int
+
+
+class Roster:
+    """Counts accepted updates per expert and worker; filled from the journal at start, then by every commit.
+
+    Of the held-out losses that workers tell it keeps the newest of each.
+    """
+
+    def __init__(self, events: Iterable[Event], statistics: Iterable[Statistic] = ()) -> None:
+        self._seen: dict[str, dict[str, _Seen]] = {}
+        self._held_out: dict[tuple[str, str], HeldOutInfo] = {}
+        self._changes: Counter[str] = Counter()
+        self.observe(events)
+        for statistic in statistics:
+            self.hear(statistic)
+
+    def hear(self, statistic: Statistic) -> None:
+        """Take note of a held-out loss; what is none, or lacks a number, is somebody else's."""
+        if statistic.kind != HELD_OUT:
+            return
+        try:
+            told = HeldOutInfo.model_validate(dict(statistic.payload))
+        except ValidationError:
+            return
+        key = (statistic.expert, statistic.worker)
+        self._held_out.pop(key, None)
+        self._held_out[key] = told
+        self._changes[statistic.expert] += 1
+        if len(self._held_out) > _MOST_TOLD:
+            del self._held_out[next(iter(self._held_out))]
+
+    def forget(self, expert: str, worker: str) -> None:
+        """What a worker told of an expert was erased."""
+        self._held_out.pop((expert, worker), None)
+        self._changes[expert] += 1
+
+    def observe(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if isinstance(event, UpdateAccepted):
+                seen = self._seen.get(event.expert, {})
+                before = seen.get(event.worker)
+                newest = _Seen((before.updates if before else 0) + 1, event, _idle(before, event))
+                # A new mapping each time: readers in other threads go through the one that they have.
+                self._seen[event.expert] = {**seen, event.worker: newest}
+                self._changes[event.expert] += 1
+
+    def changes(self, expert: str) -> int:
+        """How often something was heard of an expert's workers."""
+        return self._changes[expert]
+
+    def heard_at(self, expert: str, worker: str) -> float:
+        """When the last update of a worker landed, seconds since 1970."""
+        return self._seen[expert][worker].last.at
+
+    def warnings(self, expert: str, warning: Callable[[str, str], str]) -> tuple[str, ...]:
+        """What a `warning` says of each worker of an expert, in name order."""
+        return tuple(warning(expert, worker) for worker in sorted(self._seen.get(expert, {})))
+
+    def workers(
+        self,
+        expert: str,
+        now: float,
+        held_out: bool = False,
+        warning: Callable[[str, str], str] | None = None,
+    ) -> list[WorkerInfo]:
+        """The workers of one expert in name order; `now` is seconds since 1970.
+
+        With a `warning`, that of an expert's worker is among its flags, beside those that follow from its updates.
+        """
+        told = self._held_out if held_out else {}
+        mine = sorted(self._seen.get(expert, {}).items())
+        return [
+            _info(seen, now, told.get((expert, name)), _flags(seen, warning(expert, name)) if warning else [])
+            for name, seen in mine
+        ]
+
+
+def _idle(before: _Seen | None, update: UpdateAccepted) -> int:
+    """How many updates in a row changed nothing or repeated the one before, with this one."""
+    repeated = before is not None and before.last.digest == update.digest
+    return (before.idle if before else 0) + 1 if repeated or update.info.get("norm") == 0 else 0
+
+
+def _flags(seen: _Seen, warning: str) -> list[str]:
+    idle = f"not learning: its last {seen.idle} updates changed nothing or were the same again"
+    return [text for text in (idle if seen.idle >= NOT_LEARNING else "", warning) if text]
+
+
+def _info(seen: _Seen, now: float, held_out: HeldOutInfo | None, flags: list[str]) -> WorkerInfo:
+    info = seen.last.info
+    return WorkerInfo(
+        worker=seen.last.worker,
+        updates=seen.updates,
+        staleness=seen.last.staleness,
+        loss=info.get("loss"),
+        steps=int(info["steps"]) if "steps" in info else None,
+        tokens=int(info["tokens"]) if "tokens" in info else None,
+        seconds_ago=max(0.0, now - seen.last.at),
+        held_out=held_out,
+        flags=flags,
+    )

@@ -1,0 +1,131 @@
+"""How an event lies in the journal's table: columns to find it by, and all of it as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, astuple
+from typing import cast
+
+from fedmoe.federation.events import (
+    Event,
+    ExpertRegistered,
+    ExpertRenamed,
+    ExpertRetired,
+    ExpertRolledBack,
+    ExpertUnretired,
+    ExpertWentOn,
+    GatewayFolded,
+    HeldUpdateRejected,
+    UpdateAccepted,
+    UpdateHeld,
+    UpdateLost,
+    WorkerRetracted,
+)
+from fedmoe.lora.manifest import Manifest
+from fedmoe.server.storage.blobs import StorageFailedError
+from fedmoe.server.storage.row_values import check_values, parse_payload
+
+_KINDS: dict[str, type[Event]] = {
+    "register": ExpertRegistered,
+    "update": UpdateAccepted,
+    "rollback": ExpertRolledBack,
+    "retract": WorkerRetracted,
+    "fold": GatewayFolded,
+    "go_on": ExpertWentOn,
+    "hold": UpdateHeld,
+    "reject": HeldUpdateRejected,
+    "lost": UpdateLost,
+    "rename": ExpertRenamed,
+    "retire": ExpertRetired,
+    "unretire": ExpertUnretired,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+#: Stands for an expert where an event is of the gateway; no expert can have this name.
+GATEWAY = "@gateway"
+#: The same for what is held: such a row has no columns of an update, since the one that lands it has them.
+QUARANTINE = "@quarantine"
+#: The same for events that change who is there and no weights.
+ROLL = "@experts"
+
+
+def row_of(event: Event) -> dict[str, object]:
+    """The columns of an event."""
+    payload = asdict(event)
+    if isinstance(event, ExpertRegistered):
+        payload["manifest"] = event.manifest.to_json()
+    update = event if isinstance(event, UpdateAccepted) else None
+    expert, version = _place(event)
+    return {
+        "kind": _NAMES[type(event)],
+        "expert": expert,
+        "version": version,
+        "worker": update.worker if update else None,
+        "epoch": update.epoch if update else None,
+        "sequence": update.sequence if update else None,
+        "digest": blob_of(event) if isinstance(event, (UpdateAccepted, GatewayFolded)) else None,
+        "payload": json.dumps(payload, allow_nan=False),
+    }
+
+
+def blob_of(event: Event) -> str | None:
+    """The digest of the blob that an event names."""
+    return getattr(event, "digest", None)
+
+
+def _place(event: Event) -> tuple[str, int]:
+    """Whose event it is and the version it makes; no two events have the same place."""
+    match event:
+        case ExpertRegistered():
+            return event.expert, 0
+        case GatewayFolded():
+            return GATEWAY, event.number
+        case UpdateHeld() | HeldUpdateRejected():
+            return QUARANTINE, event.number
+        case ExpertRenamed() | ExpertRetired() | ExpertUnretired():
+            return ROLL, event.number
+        case _:
+            return event.expert, event.version
+
+
+def event_of(kind: str, payload: str) -> Event:
+    """The event that `row_of` wrote; raises `StorageFailedError` for a row that it cannot have written."""
+    try:
+        found = _KINDS.get(kind)
+        if found is None:
+            raise ValueError(f"its kind is {kind!r}, which this version does not know")
+        values = parse_payload(payload)
+        check_values(found, values)
+        if kind == "register":
+            values["manifest"] = _manifest(values["manifest"])
+        if kind == "fold":
+            values["notes"] = tuple(cast(list[str], values["notes"]))
+        return found(**values)  # type: ignore[arg-type]  # check_values has looked
+    except ValueError as error:
+        raise StorageFailedError(
+            f"a row of the journal cannot be read: {error}. "
+            "Start the version that wrote it, or restore the state directory from a backup."
+        ) from error
+
+
+def chained_event_of(kind: str, payload: str) -> Event:
+    """`event_of` for a row whose chain was checked, so that it is what `row_of` wrote: of updates, which are many,
+    the values are not looked at once more.
+    """
+    if kind == "update":
+        try:
+            return UpdateAccepted(**json.loads(payload))
+        except (TypeError, ValueError, RecursionError):
+            pass  # another version's, or damaged since: `event_of` says what is wrong
+    return event_of(kind, payload)
+
+
+def _manifest(value: object) -> Manifest:
+    try:
+        manifest = Manifest.from_json(cast(dict[str, object], value))
+        numbers = [manifest.layout.rank, *(n for m in manifest.layout.modules for n in (m.in_features, m.out_features))]
+        names = [*astuple(manifest.base), *(module.name for module in manifest.layout.modules)]
+        if not all(type(number) is int for number in numbers) or not all(type(name) is str for name in names):
+            raise TypeError("a size is no count, or a name no text")
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise ValueError(f"its manifest is none: {error!r}") from error
+    return manifest

@@ -1,0 +1,113 @@
+"""Journals of earlier schemas become today's: a copy beside the journal first, then one transaction.
+
+Killed before the copy is complete, nothing has happened; killed later, SQLite takes the transaction back and the next
+start does it again. The copy stays.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmoe.runtime import failpoints
+from fedmoe.runtime.files import fsync_folder
+from fedmoe.server.storage.chain import COLUMNS, GENESIS, link
+from fedmoe.server.storage.incarnation import INCARNATION, new_incarnation
+from fedmoe.server.storage.schema import schema_of
+from fedmoe.server.storage.tables import SCHEMA_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """A journal that was of the schema `before`, and where the copy of it as it was lies."""
+
+    before: int
+    copy: Path
+
+
+def migrate(journal: Path) -> Migrated | None:
+    """Bring a journal of an earlier schema to this one, for the owner of its folder; leaves any other file alone.
+
+    What cannot be read as a journal is left for `SqlJournal` to refuse. Raises StorageFailedError for a journal whose
+    number is not the one of its tables.
+    """
+    for rest in journal.parent.glob(f".{journal.name}-copy*"):
+        rest.unlink()
+    found = _schema(journal)
+    if found is None or found >= SCHEMA_VERSION:
+        return None
+    with closing(_connect(journal)) as connection:
+        copy = _copied(connection, journal, found)
+        with _transaction(connection):
+            for schema in range(found, SCHEMA_VERSION):
+                _STEPS[schema](connection)
+            connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", [str(SCHEMA_VERSION)])
+            failpoints.reached("migrate.before_commit")
+    failpoints.reached("migrate.committed")
+    return Migrated(found, copy)
+
+
+def _connect(journal: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(f"{journal.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=5.0)
+    connection.execute("PRAGMA synchronous=FULL")
+    return connection
+
+
+def _schema(journal: Path) -> int | None:
+    """The schema of a whole journal."""
+    try:
+        with closing(_connect(journal)) as connection:
+            whole = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+            return schema_of(connection, str(journal)) if whole else None
+    except sqlite3.Error:
+        return None
+
+
+def _copied(connection: sqlite3.Connection, journal: Path, schema: int) -> Path:
+    """A copy of the journal beside it, whole or not there, that no later migration replaces by less."""
+    events = connection.execute("SELECT count(*) FROM events").fetchone()[0]
+    final = journal.with_name(f"{journal.stem}-schema-{schema}-{events}-events{journal.suffix}")
+    temporary = journal.with_name(f".{journal.name}-copy")
+    os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    with closing(sqlite3.connect(temporary)) as copy:
+        connection.backup(copy)
+        copy.execute("PRAGMA journal_mode=DELETE")  # one file, complete in itself
+    failpoints.reached("migrate.copied")
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, final)
+    fsync_folder(journal.parent)
+    failpoints.reached("migrate.copy_kept")
+    return final
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def _chained(connection: sqlite3.Connection) -> None:
+    """1 to 2: rows of events are chained; the digests of the versions they made are not known."""
+    connection.execute("ALTER TABLE events ADD COLUMN version_digest TEXT")
+    connection.execute("ALTER TABLE events ADD COLUMN chain TEXT NOT NULL DEFAULT ''")
+    before = GENESIS
+    for row in connection.execute(f"SELECT {', '.join(COLUMNS)} FROM events ORDER BY id").fetchall():  # noqa: S608
+        before = link(before, row)
+        connection.execute("UPDATE events SET chain = ? WHERE id = ?", [before, row[0]])
+    connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [INCARNATION, new_incarnation()])
+
+
+_STEPS = {1: _chained}

@@ -1,0 +1,90 @@
+"""What is SQLite's own in the journal: how a connection is prepared, and what its errors mean."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+from sqlalchemy.exc import DatabaseError
+
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.storage.blobs import StorageFailedError, disk_full, no_room_to_start
+from fedmoe.server.storage.tables import SCHEMA_VERSION
+
+_PERHAPS_FULL = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
+# The file beside the journal that maps its log has 32 KiB.
+_LEAST_ROOM = 64 << 10
+
+
+def set_pragmas(connection: sqlite3.Connection, _: object) -> None:
+    """Prepare a connection for a journal."""
+    cursor = connection.cursor()
+    # FULL makes every commit survive a power cut; WAL makes it one fsync. One connection only: no reader holds a lock.
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "trusted_schema=OFF", "secure_delete=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def opening_problem(error: Exception, path: Path | None) -> Exception:
+    """What an error while opening a journal means: a full disk, or a journal that cannot be used."""
+    # SQLite says "disk I/O error" or "unable to open" where the file it maps its log with cannot grow.
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if path is not None and (code == sqlite3.SQLITE_FULL or (code in _PERHAPS_FULL and _is_full(path.parent))):
+        return no_room_to_start(path.parent)
+    return unusable(str(path) if path else "memory", str(error))
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < _LEAST_ROOM
+    except OSError:
+        return False
+
+
+def unusable(where: str, reason: str) -> StorageFailedError:
+    """The error for a journal that cannot be opened."""
+    return StorageFailedError(
+        f"the journal {where} cannot be opened: {reason}. Restore it from a backup; "
+        "if it is not a FedMoE journal, choose another --state-dir."
+    )
+
+
+def other_schema(where: str, found: str) -> StorageFailedError:
+    """The error for a journal of another version of this program."""
+    older = found.isdecimal() and int(found) < SCHEMA_VERSION
+    what_to_do = (
+        "start 'fedmoe coordinator' on its state directory, which brings it to this schema and keeps a copy"
+        if older
+        else "run the FedMoE version that wrote it, or a newer one"
+    )
+    return StorageFailedError(
+        f"the journal {where} has schema {found}, this program reads {SCHEMA_VERSION}; {what_to_do}."
+    )
+
+
+def changed_outside(where: str, what: str) -> StorageFailedError:
+    """The error for a journal that SQLite can read and that is not what was written."""
+    return StorageFailedError(
+        f"the journal {where} was damaged or changed: {what}. Restore the state directory from a backup with "
+        "'fedmoe state restore BACKUP --state-dir DIR'; 'fedmoe state verify --state-dir DIR' lists what is wrong."
+    )
+
+
+def damaged_rows_problem(where: str, damage: list[str], tables: list[str]) -> StorageFailedError:
+    """The error for rows beside the events that are not as they were written."""
+    others = f", and {len(damage) - 1} more" if len(damage) > 1 else ""
+    hint = "" if "meta" in tables else " To go on without such rows, start once with --skip-damaged."
+    return StorageFailedError(f"{changed_outside(where, damage[0] + others)}{hint}")
+
+
+def journal_problem(error: DatabaseError | sqlite3.Error, where: str) -> Exception:
+    """What an error of the database means: a refusal where waiting or room helps, else the end of this journal."""
+    # The extended codes carry the primary code in their lowest byte; see https://www.sqlite.org/rescode.html
+    cause = error.orig if isinstance(error, DatabaseError) else error
+    code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return disk_full(where)
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return RefusedError("busy", f"another program holds {where} locked.", "Nothing was stored, retry later.")
+    return StorageFailedError(f"the journal {where} failed: {cause}")

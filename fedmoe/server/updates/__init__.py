@@ -1,0 +1,1 @@
+"""The way of an update: upload, decision, journal, publication."""

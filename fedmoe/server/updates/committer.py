@@ -1,0 +1,162 @@
+"""The one writer: decisions are taken, journalled in groups and published by a single thread.
+
+Producers (request handlers) put a decision into the queue and wait for its future. The committer takes whatever is
+waiting, works it out on one draft, writes one transaction, publishes, and only then answers. So a slow fsync is shared
+by everybody who waited for it, and versions come in the order of the journal.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import structlog
+
+from fedmoe.coordinator import CentralCoordinator, Draft
+from fedmoe.runtime import failpoints
+from fedmoe.server.storage.blobs import StorageFailedError
+from fedmoe.server.storage.journal import Journal
+
+_log = structlog.get_logger("fedmoe.committer")
+_MAX_GROUP = 64
+
+Decision = Callable[[Draft], object]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """`alone`: the decision reads the journal's past, so nothing undecided may stand before it in the same group."""
+
+    decide: Decision
+    alone: bool
+    answer: Future[object]
+
+
+class Committer:
+    """Takes decisions in order, durably; `failed` holds the reason once storage can no longer be trusted."""
+
+    def __init__(
+        self,
+        coordinator: CentralCoordinator,
+        journal: Journal,
+        after_commit: Callable[[Draft], None],
+        storage_problem: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._coordinator = coordinator
+        self._journal = journal
+        self._after_commit = after_commit
+        self._storage_problem = storage_problem
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="fedmoe-committer", daemon=True)
+        self.failed: str | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether decisions are taken."""
+        return self._thread.is_alive()
+
+    def submit(self, decide: Decision, alone: bool = False) -> Future[object]:
+        """Queue a decision; its future holds the result once it is durable and published."""
+        answer: Future[object] = Future()
+        self._queue.put(_Job(decide, alone, answer))
+        return answer
+
+    def check_storage(self) -> None:
+        """Raise `StorageFailedError`, now and from now on, if what is written is no longer where it can be found."""
+        if self.failed:
+            raise StorageFailedError(self.failed)
+        self._refuse_if_lost()
+
+    def _refuse_if_lost(self) -> None:
+        problem = self._storage_problem()
+        if problem is not None:
+            self.fail(problem)
+            raise StorageFailedError(problem)
+
+    def fail(self, reason: str) -> None:
+        """Accept nothing from now on; the first reason is kept, since later ones follow from it."""
+        self.failed = self.failed or reason
+
+    def close(self) -> None:
+        """Finish what is queued and stop; safe to call before `start` and more than once."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        held: _Job | None = None
+        while True:
+            first = held or self._queue.get()
+            if first is None:
+                return
+            group, held, stop = self._gather(first)
+            self._commit(group)
+            if stop:
+                return
+
+    def _gather(self, first: _Job) -> tuple[list[_Job], _Job | None, bool]:
+        """A group to commit together, a job that must wait for the next group, and whether to stop after this one."""
+        group = [first]
+        while not first.alone and len(group) < _MAX_GROUP:
+            try:
+                job = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if job is None:
+                return group, None, True
+            if job.alone:
+                return group, job, False
+            group.append(job)
+        return group, None, False
+
+    def _commit(self, group: list[_Job]) -> None:
+        draft = self._coordinator.draft()
+        decided = self._decide(draft, group)
+        try:
+            if draft.events:
+                failpoints.reached("commit.before")
+                self._journal.append(draft.events, draft.version_digests)
+                failpoints.reached("commit.after")
+                self._refuse_if_lost()  # what went into a folder that is gone meanwhile is not acknowledged
+        except Exception as error:
+            if isinstance(error, StorageFailedError):
+                self.fail(str(error))
+            for job, _ in decided:
+                job.answer.set_exception(error)
+            return
+        self._coordinator.publish(draft)
+        failpoints.reached("commit.published")
+        for job, result in decided:
+            job.answer.set_result(result)
+        self._clean_up(draft)
+
+    def _decide(self, draft: Draft, group: list[_Job]) -> list[tuple[_Job, object]]:
+        """Work the group out on one draft; a decision that fails is answered at once and leaves nothing behind."""
+        decided: list[tuple[_Job, object]] = []
+        for job in group:
+            # From here on the future cannot be cancelled, so that answering it cannot fail.
+            if not job.answer.set_running_or_notify_cancel():
+                continue
+            before = draft.mark()
+            try:
+                self.check_storage()
+                decided.append((job, job.decide(draft)))
+            except Exception as error:
+                draft.restore(before)
+                job.answer.set_exception(error)
+        return decided
+
+    def _clean_up(self, draft: Draft) -> None:
+        """Snapshots and pruning: useful, but what was acknowledged does not depend on them."""
+        try:
+            self._after_commit(draft)
+        except StorageFailedError as error:
+            self.fail(str(error))
+        except Exception as error:
+            _log.warning("snapshot_failed", error=str(error))

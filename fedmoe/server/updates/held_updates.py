@@ -1,0 +1,66 @@
+"""An administrator's word on what is held; called from threads, decided by the committer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from fedmoe.coordinator import CentralCoordinator
+from fedmoe.federation.events import HeldUpdateRejected, UpdateHeld
+from fedmoe.lora.adapter import FloatVector
+from fedmoe.lora.codec import decode
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError
+from fedmoe.server.updates.committer import Committer
+from fedmoe.server.updates.in_flight import InFlight, Processed
+from fedmoe.server.updates.landing import Landing
+from fedmoe.server.updates.upload import usable_norm
+from fedmoe.wire.contract.messages import UpdateResult
+
+_log = structlog.get_logger("fedmoe.coordinator")
+
+
+@dataclass(frozen=True)
+class HeldUpdates:
+    """Releases and rejects held updates; `clock` gives seconds since 1970."""
+
+    coordinator: CentralCoordinator
+    blobs: BlobStore
+    committer: Committer
+    landing: Landing
+    in_flight: InFlight
+    clock: Callable[[], float]
+
+    def release(self, number: int) -> UpdateResult:
+        """Let a held update land, as if it had arrived now."""
+        held = self.coordinator.quarantine.numbered(number)
+        with self.in_flight.processing(Processed(held.digest, held.expert, held.worker, held.sequence, held.size)):
+            delta = self._read(held)
+            now = self.clock
+            result = self.committer.submit(lambda draft: self.landing.release(draft, number, delta, now())).result()
+        assert isinstance(result, UpdateResult)
+        self.in_flight.forget(held.digest)
+        _log.warning("released", held=number, expert=result.expert, version=result.version)
+        return result
+
+    def reject(self, number: int, reason: str) -> None:
+        """A held update never lands; its sender is told, and its bytes go."""
+        now = self.clock
+        event = self.committer.submit(lambda draft: draft.reject(number, reason, now())).result()
+        assert isinstance(event, HeldUpdateRejected)
+        _log.warning("rejected", held=event.held, expert=event.expert, worker=event.worker, sequence=event.sequence)
+
+    def _read(self, held: UpdateHeld) -> FloatVector:
+        layout = self.coordinator.expert(held.expert).manifest.layout
+        try:
+            flat = decode(self.blobs.read(held.digest), layout).flat
+        except (MissingBlobError, CorruptBlobError) as error:
+            raise RefusedError(
+                "held_lost",
+                f"what update {held.number} holds cannot be read: {error}.",
+                "Restore a backup, or reject it.",
+            ) from error
+        usable_norm(layout, flat)
+        return flat

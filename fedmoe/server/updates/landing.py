@@ -1,0 +1,167 @@
+"""Landing an update, for the committer's thread: the binding decision, in the journal's order.
+
+An update lands, waits in quarantine, or was answered before and gets that answer again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedmoe.federation.events import HeldUpdateRejected, UpdateAccepted, UpdateHeld
+from fedmoe.federation.quarantine import Identity, Quarantine
+from fedmoe.federation.transaction import Draft, Submission
+from fedmoe.lora.adapter import FloatVector
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.history.base_history import CurrentHistory
+from fedmoe.server.storage.journal import Journal
+from fedmoe.server.updates.upload import refuse_other_bytes
+from fedmoe.wire.contract.held_outcome import HeldOutcome
+from fedmoe.wire.contract.messages import UpdateHeader, UpdateResult
+
+# So many of what became of a worker's held updates are told with an answer.
+_MOST_OUTCOMES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """An update whose bytes are here: what it says of itself, its numbers, its size, the hash of its sender's token.
+
+    There is no `delta` where its number is taken, or where a `suspicion` says why it is held without being read.
+    """
+
+    header: UpdateHeader
+    submission: Submission
+    delta: FloatVector | None
+    size: int
+    token: str
+    suspicion: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """Decides on updates of this journal's history; `at` is seconds since 1970."""
+
+    journal: Journal
+    current: CurrentHistory
+
+    def land(self, draft: Draft, arrived: Arrived, at: float) -> UpdateResult:
+        """Land the update or hold it; raises RefusedError for one that may do neither."""
+        submission = arrived.submission
+        answer = self._answer_of(draft, submission) or self._decided(draft, arrived, at)
+        outcomes = _outcomes(draft.quarantine, submission)
+        return answer.model_copy(update={"outcomes": outcomes}) if outcomes else answer
+
+    def release(self, draft: Draft, number: int, delta: FloatVector, at: float) -> UpdateResult:
+        """Let a held update land as if it had arrived now, with the staleness it has by now."""
+        held = draft.quarantine.numbered(number)
+        info = dict(held.info) | {"held": float(number)}
+        norm = info.pop("norm", None)
+        for judged in ("clip", "low"):
+            info.pop(judged, None)
+        named = (held.expert, held.worker, held.epoch, held.sequence, held.base_version, held.digest)
+        update = draft.judge(Submission(*named, info, norm), at)
+        draft.apply(update, delta)
+        return self._landed(update, draft.gateway_version, duplicate=False)
+
+    def _decided(self, draft: Draft, arrived: Arrived, at: float) -> UpdateResult:
+        self.current.check_update(arrived.header, draft.expert(arrived.header.expert))
+        update = draft.judge(arrived.submission, at)
+        held = draft.hold(update, arrived.size, arrived.token, arrived.suspicion)
+        if held is not None:
+            draft.apply(held)
+            return self._quarantined(held, draft.gateway_version, duplicate=False)
+        assert arrived.delta is not None, "an update that is not in the journal was checked and has its numbers"
+        draft.apply(update, arrived.delta)
+        return self._landed(update, draft.gateway_version, duplicate=False)
+
+    def _answer_of(self, draft: Draft, submission: Submission) -> UpdateResult | None:
+        """The answer that the same update got before, if it did."""
+        identity = (submission.worker, submission.epoch, submission.sequence)
+        rejected, held = draft.quarantine.rejected.get(identity), draft.quarantine.held.get(identity)
+        if rejected is not None:
+            refuse_other_bytes(rejected, submission)
+            raise _rejection(rejected)
+        if held is not None:
+            refuse_other_bytes(held, submission)
+            return self._quarantined(held, draft.gateway_version, duplicate=True)
+        update = self._earlier(draft, identity)
+        if update is None:
+            return None
+        refuse_other_bytes(update, submission)
+        return self._landed(update, draft.gateway_version, duplicate=True)
+
+    def _earlier(self, draft: Draft, identity: Identity) -> UpdateAccepted | None:
+        for event in draft.events:
+            if isinstance(event, UpdateAccepted) and event.identity == identity:
+                return event
+        return self.journal.find_update(*identity)
+
+    def _landed(self, update: UpdateAccepted, gateway_version: int, duplicate: bool) -> UpdateResult:
+        return UpdateResult(
+            expert=update.expert,
+            version=update.version,
+            gateway_version=gateway_version,
+            staleness=update.staleness,
+            coefficient=update.coefficient,
+            digest=update.digest,
+            duplicate=duplicate,
+        )
+
+    def _quarantined(self, held: UpdateHeld, gateway_version: int, duplicate: bool) -> UpdateResult:
+        return UpdateResult(
+            expert=held.expert,
+            version=held.newest_version,
+            gateway_version=gateway_version,
+            staleness=held.staleness,
+            coefficient=0.0,
+            digest=held.digest,
+            duplicate=duplicate,
+            status="quarantined",
+            held=held.number,
+            note=held.reason,
+        )
+
+
+def _rejection(rejected: HeldUpdateRejected) -> RefusedError:
+    return RefusedError(
+        "update_rejected",
+        f"an administrator rejected this update of worker {rejected.worker!r}: {rejected.reason or 'no reason'}.",
+        "Go on from the newest version without it.",
+    )
+
+
+def retract_held(draft: Draft, expert: str, worker: str, reason: str, at: float) -> str:
+    """Reject what is held of a worker whose updates are taken back; what was done, in words."""
+    held = draft.quarantine.of_worker(expert, worker)
+    for update in held:
+        draft.reject(update.number, reason or "the worker's updates were retracted", at)
+    if not held:
+        return ""
+    count = "1 held update" if len(held) == 1 else f"{len(held)} held updates"
+    return f"{count} of {worker!r} {'was' if len(held) == 1 else 'were'} rejected with it."
+
+
+def _outcomes(quarantine: Quarantine, submission: Submission) -> list[HeldOutcome]:
+    """What became of the updates of the sender that were held, the newest last."""
+    mine = (submission.expert, submission.worker, submission.epoch)
+    held = [_waiting(update) for update in quarantine.held.values() if _sender(update) == mine]
+    released = [_released(update) for update in quarantine.released.values() if _sender(update) == mine]
+    rejected = [_rejected(event) for event in quarantine.rejected.values() if _sender(event) == mine]
+    return sorted(held + released + rejected, key=lambda outcome: outcome.held)[-_MOST_OUTCOMES:]
+
+
+def _waiting(update: UpdateHeld) -> HeldOutcome:
+    return HeldOutcome(held=update.number, sequence=update.sequence, status="held")
+
+
+def _released(update: UpdateAccepted) -> HeldOutcome:
+    number = int(update.info["held"])
+    return HeldOutcome(held=number, sequence=update.sequence, status="released", version=update.version)
+
+
+def _rejected(event: HeldUpdateRejected) -> HeldOutcome:
+    return HeldOutcome(held=event.held, sequence=event.sequence, status="rejected", reason=event.reason)
+
+
+def _sender(event: UpdateHeld | UpdateAccepted | HeldUpdateRejected) -> tuple[str, str, str]:
+    return event.expert, event.worker, event.epoch

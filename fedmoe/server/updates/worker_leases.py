@@ -1,0 +1,82 @@
+"""The leases of all workers, and what is told of ids that are used in two places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import structlog
+
+from fedmoe.federation.events import Event, UpdateAccepted
+from fedmoe.federation.leases import Lease, lease_after_restart
+from fedmoe.wire.contract.messages import UpdateHeader
+
+_log = structlog.get_logger("fedmoe.coordinator")
+
+
+@dataclass(slots=True)
+class _Past:
+    """What the journal says of who pushes under a worker's id."""
+
+    epoch: str
+    at: float
+    interval: float = 0.0
+    former: tuple[str, ...] = ()
+
+
+class WorkerLeases:
+    """Leases by expert and worker, since a worker of several experts has a state directory for each.
+
+    `clock` is in seconds and never set. Used by the event loop alone, but for `warning`.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._leases: dict[tuple[str, str], Lease] = {}
+
+    def following(self, events: Iterable[Event]) -> Iterator[Event]:
+        """The same events; once they are over, whoever pushed last has the lease."""
+        found: dict[tuple[str, str], _Past] = {}
+        for event in events:
+            if isinstance(event, UpdateAccepted) and "held" not in event.info:
+                key = (event.expert, event.worker)
+                past = found.get(key)
+                if past is None:
+                    found[key] = _Past(event.epoch, event.at)
+                elif past.epoch == event.epoch:
+                    past.interval, past.at = event.at - past.at, event.at
+                else:
+                    former = (*(epoch for epoch in past.former if epoch != event.epoch), past.epoch)
+                    found[key] = _Past(event.epoch, event.at, former=former)
+            yield event
+        now = self._clock()
+        for key, past in found.items():
+            self._leases[key] = lease_after_restart(past.epoch, past.interval, past.former, now)
+
+    def check(self, header: UpdateHeader, token: str) -> None:
+        """Refuse a push from a second place while the first one pushes; before its body is read."""
+        key, now = (header.expert, header.worker), self._clock()
+        lease = self._leases.get(key)
+        if lease is not None and lease.excludes(header.epoch, token, now):
+            self._leases[key] = lease.tried(now)
+            raise lease.refusal(header.worker, header.epoch, now)
+
+    def pushed(self, header: UpdateHeader, token: str) -> None:
+        """A push of this epoch was answered."""
+        key, now = (header.expert, header.worker), self._clock()
+        before = self._leases.get(key)
+        lease = before.pushed(header.epoch, token, now) if before else Lease(header.epoch, token, now)
+        if lease.warning(now) and not (before and before.warning(now)):
+            _log.warning("two_places", expert=header.expert, worker=header.worker, epoch=header.epoch)
+        self._leases[key] = lease
+
+    def cloned(self, header: UpdateHeader) -> None:
+        """Two pushes had one number and other bytes: somebody copied the state directory."""
+        key, now = (header.expert, header.worker), self._clock()
+        if key in self._leases:
+            self._leases[key] = self._leases[key].tried(now)
+
+    def warning(self, expert: str, worker: str) -> str:
+        """That the worker's id is used in two places, in words; empty if there is no sign of it."""
+        lease = self._leases.get((expert, worker))
+        return lease.warning(self._clock()) if lease is not None else ""

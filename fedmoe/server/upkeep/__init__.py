@@ -1,0 +1,1 @@
+"""What the coordinator does beside updates: background merges, rollbacks, retention, erasure."""

@@ -1,0 +1,84 @@
+"""Erasing a worker that withdrew from an expert: its bytes go for good, rows and digests stay, so the chain holds.
+
+The expert is taken back to what it is without the worker first. Then a snapshot of that stands, so that no later start
+needs anything older, and only then bytes go. Whoever asked is told at the end; killed before that, the same request
+does the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import structlog
+
+from fedmoe.coordinator import Draft
+from fedmoe.runtime import failpoints
+from fedmoe.server.history.history import History
+from fedmoe.server.history.pruning import made_of
+from fedmoe.server.statistics.contributors import Roster
+from fedmoe.server.statistics.data_statistics import KeptStatistics
+from fedmoe.server.statistics.reported_statistics import ToldStatistics
+from fedmoe.server.storage.blobs import BlobStore
+from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.released_bytes import LetGo, forget_log, named_by_others, note, stored_updates
+from fedmoe.server.updates.landing import retract_held
+from fedmoe.wire.contract.messages import RetractRequest
+
+_log = structlog.get_logger("fedmoe.coordinator")
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """How many updates and snapshots went, and how many rows and bodies of statistics."""
+
+    updates: int
+    snapshots: int
+    statistics: int
+
+    def in_words(self) -> str:
+        return (
+            f"Erased for good: {self.updates} updates, {self.snapshots} snapshots made of them, {self.statistics} "
+            "statistics. Digests and rows stay in the journal. Backups of this state, gateways made before, and what "
+            "others have downloaded are not reached: delete them yourself."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """Erases workers from experts; for the committer, in a group of its own."""
+
+    journal: Journal
+    blobs: BlobStore
+    history: History
+    statistics: KeptStatistics
+    told: ToldStatistics
+    roster: Roster
+
+    def gave(self, draft: Draft, expert: str, worker: str) -> bool:
+        """Whether a worker ever landed an update on an expert, or one of it waits."""
+        return bool(stored_updates(self.journal, expert, worker) or draft.quarantine.of_worker(expert, worker))
+
+    def erase(self, draft: Draft, request: RetractRequest, at: float) -> Erased:
+        """Erase what a worker gave to an expert whose newest version holds nothing of it any more."""
+        name, worker = request.expert, request.worker
+        retract_held(draft, name, worker, request.reason, at)
+        expert, updates = draft.expert(name), stored_updates(self.journal, name)
+        mine = {update.digest for update in updates if update.worker == worker}
+        mine -= named_by_others(updates, worker) | self.journal.named_elsewhere(name, mine) | draft.quarantine.digests()
+        self.history.snapshot(expert)
+        snapshots = self.journal.snapshots(name)
+        holding = made_of(self.journal.events(name), snapshots, worker)
+        note(self.journal, LetGo(name, worker, expert.version, "erase", at))
+        failpoints.reached("erase.noted")
+        for version in holding:
+            self.journal.drop_snapshot(name, version)
+        kept = {digest for version, digest in snapshots.items() if version not in holding}
+        for digest in (mine | {snapshots[version] for version in holding}) - kept:
+            self.blobs.delete(digest)
+        failpoints.reached("erase.blobs_gone")
+        told = self.told.erase(name, worker) + self.statistics.erase(draft, name, worker, at)
+        forget_log(self.journal)
+        self.roster.forget(name, worker)
+        erased = Erased(len(mine), len(holding), told)
+        _log.warning("erased", expert=name, worker=worker, reason=request.reason, **asdict(erased))
+        return erased

@@ -1,0 +1,148 @@
+"""Taking back: a rollback or a retraction is worked out beside the pushes, and decided among them.
+
+A thread of its own rebuilds the expert from a past that never changes. What lands meanwhile lands on what was rebuilt
+too, until so little is left that the committer does it with the decision. If more than updates came between, it begins
+anew, and at last the committer does all of it. The bits are the same whoever does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+
+from fedmoe.coordinator import CentralCoordinator, Draft
+from fedmoe.experts import ExpertModel
+from fedmoe.runtime import failpoints
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.history.base_history import CurrentHistory
+from fedmoe.server.history.history import History, Rebuilt
+from fedmoe.server.updates.committer import Committer
+from fedmoe.server.updates.landing import retract_held
+from fedmoe.server.updates.upload import settled
+from fedmoe.wire.contract.messages import ChangeResult, RetractRequest, RollbackRequest
+
+_log = structlog.get_logger("fedmoe.coordinator")
+
+# Updates that the committer lands with a decision, and how often one is tried before the committer does all of it.
+_FEW = 8
+_TRIES = 5
+
+Rebuild = Callable[[ExpertModel], Rebuilt]
+Decide = Callable[[Draft, ExpertModel, Rebuilt], ChangeResult]
+
+
+class Undo:
+    """Rollbacks and retractions of one coordinator, one rebuilt at a time."""
+
+    def __init__(
+        self,
+        coordinator: CentralCoordinator,
+        history: History,
+        committer: Committer,
+        current: CurrentHistory,
+        clock: Callable[[], float],
+    ) -> None:
+        self._coordinator = coordinator
+        self._history = history
+        self._committer = committer
+        self._current = current
+        self._clock = clock
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fedmoe-undo")
+
+    def close(self) -> None:
+        """Finish what is being rebuilt and stop."""
+        self._thread.shutdown()
+
+    async def roll_back(self, request: RollbackRequest) -> ChangeResult:
+        """The expert's next version gets the content of an earlier one."""
+
+        def decide(draft: Draft, expert: ExpertModel, rebuilt: Rebuilt) -> ChangeResult:
+            self._current.check_rollback(request, expert, expert.become(rebuilt.state).digest)
+            named = (request.expert, request.to_version, rebuilt.state, request.reason, self._clock())
+            draft.roll_back(*named, since=rebuilt.since)
+            return answered(draft, request.expert, rebuilt.removed, rebuilt.note)
+
+        def rebuild(expert: ExpertModel) -> Rebuilt:
+            return self._history.at_version(expert, request.to_version)
+
+        return await self._done("rolled_back", request.expert, None, rebuild, decide)
+
+    async def retract(self, request: RetractRequest) -> ChangeResult:
+        """The expert's next version is what it would be without one worker's updates."""
+
+        def decide(draft: Draft, expert: ExpertModel, rebuilt: Rebuilt) -> ChangeResult:
+            at = self._clock()
+            named = (request.expert, request.worker, rebuilt.removed, rebuilt.state, request.reason, at)
+            draft.retract(*named, since=rebuilt.since)
+            rejected = retract_held(draft, request.expert, request.worker, request.reason, at)
+            return answered(draft, request.expert, rebuilt.removed, f"{rebuilt.note} {rejected}".strip())
+
+        def rebuild(expert: ExpertModel) -> Rebuilt:
+            return self._history.without_worker(expert, request.worker)
+
+        return await self._done("retracted", request.expert, request.worker, rebuild, decide)
+
+    async def _done(self, what: str, name: str, worker: str | None, rebuild: Rebuild, decide: Decide) -> ChangeResult:
+        result, rebuilt, tries = None, None, 0
+        while result is None and tries < _TRIES:
+            rebuilt, tries = await self._beside(name, worker, rebuild, rebuilt), tries + 1
+            result = await self._decided(name, worker, rebuilt, decide) if rebuilt is not None else None
+        if result is None:
+            result = await self._committed(lambda draft: _whole(draft, name, rebuild, decide))
+            assert result is not None, "the committer decides on all of it"
+        _log.warning(what, expert=result.expert, version=result.version, removed=result.removed)
+        return result
+
+    async def _beside(self, name: str, worker: str | None, rebuild: Rebuild, known: Rebuilt | None) -> Rebuilt | None:
+        """The expert as it is now, rebuilt, from what is known of an earlier state; None if it changed too much."""
+        expert = self._coordinator.expert(name)
+
+        def work() -> Rebuilt | None:
+            failpoints.reached("undo.rebuild")
+            return rebuild(expert) if known is None else self._history.followed(known, expert, worker)
+
+        try:
+            return await settled(asyncio.get_running_loop().run_in_executor(self._thread, work))
+        except RefusedError:
+            if self._coordinator.expert(name).version == expert.version:
+                raise
+            return None  # what it needed was let go meanwhile, or came meanwhile
+
+    async def _decided(self, name: str, worker: str | None, rebuilt: Rebuilt, decide: Decide) -> ChangeResult | None:
+        """The result; None if so much landed meanwhile that it has to be worked out beside the pushes once more."""
+
+        def attempt(draft: Draft) -> ChangeResult | None:
+            expert = draft.expert(name)
+            if expert.version - rebuilt.version > _FEW:
+                return None
+            newest = self._history.followed(rebuilt, expert, worker)
+            return None if newest is None else decide(draft, expert, newest)
+
+        return await self._committed(attempt)
+
+    async def _committed(self, decision: Callable[[Draft], ChangeResult | None]) -> ChangeResult | None:
+        # A cancelled request still waits for its decision, as a push does.
+        result = await settled(asyncio.wrap_future(self._committer.submit(decision, alone=True)))
+        assert result is None or isinstance(result, ChangeResult), f"a decision gave {type(result)}"
+        return result
+
+
+def answered(draft: Draft, name: str, removed: int = 0, note: str = "") -> ChangeResult:
+    """The expert as it is in a draft, as an answer."""
+    expert = draft.expert(name)
+    return ChangeResult(
+        expert=name,
+        version=expert.version,
+        gateway_version=draft.gateway_version,
+        removed=removed,
+        digest=expert.digest,
+        note=note,
+    )
+
+
+def _whole(draft: Draft, name: str, rebuild: Rebuild, decide: Decide) -> ChangeResult:
+    expert = draft.expert(name)
+    return decide(draft, expert, rebuild(expert))

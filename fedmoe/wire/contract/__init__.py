@@ -1,0 +1,1 @@
+"""The messages between workers, coordinator and tools."""

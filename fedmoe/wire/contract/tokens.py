@@ -1,0 +1,62 @@
+"""What travels about tokens: made, listed, revoked; by administrators only."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from fedmoe.wire.contract.messages import NUMBER, VISIBLE, ExpertName, Message, Sha256, WorkerName
+
+TokenLabel = Annotated[str, StringConstraints(max_length=60, pattern=VISIBLE)]
+
+
+class TokenRequest(Message):
+    """A new token; `worker` and `experts` narrow what it may do, `expires_in` is seconds from now."""
+
+    role: Literal["worker", "join", "admin"] = "worker"
+    worker: WorkerName | None = None
+    experts: list[ExpertName] | None = None
+    expires_in: Annotated[float, Field(gt=0, le=10 * 365 * 86400, allow_inf_nan=False), NUMBER] | None = None
+    label: TokenLabel = ""
+
+
+class TokenAnswer(Message):
+    """A token in clear, shown once; `hash` names it when it is to be revoked."""
+
+    token: str
+    hash: Sha256
+
+
+class TokenInfo(Message):
+    """A token without what it is: whose it is, what it may do, and when it was used.
+
+    `origin` is `created` (by an administrator), `start` (made at a coordinator's start), `given` (from its environment)
+    or `unknown` (of an older program). Times are seconds since 1970, null where there is none; `used_at` may lag behind
+    a crash by a minute.
+    """
+
+    hash: Sha256
+    label: str
+    role: str
+    worker: str | None
+    experts: list[str] | None
+    origin: str
+    made_at: float | None
+    used_at: float | None
+    used_from: str | None
+    expires_at: float | None
+    revoked: bool
+    usable: bool
+
+
+class TokenListing(Message):
+    """All tokens there ever were, the oldest first."""
+
+    tokens: list[TokenInfo]
+
+
+class RevokeRequest(Message):
+    """Which token to revoke, by its hash."""
+
+    hash: Sha256

@@ -1,0 +1,42 @@
+"""Which protocol both ends speak: a small number in a header, so that peers too far apart say so instead of guessing.
+
+It rises when a request or an answer changes its meaning; new keys of answers and new optional parameters do not raise
+it. A version works with the one before and the one after it. Whoever sends no number is from before there was one.
+"""
+
+from __future__ import annotations
+
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.runtime.safe_text import shortened
+
+#: The protocol of this version.
+PROTOCOL = 2
+PROTOCOL_HEADER = "FedMoE-Protocol"
+_BEFORE_NUMBERS = 1
+
+
+def mismatch(told: str | None, here: str, there: str, version: str) -> RefusedError | None:
+    """The refusal of a peer whose header says `told`, None if it is near enough; `here` and `there` name the ends.
+
+    `version` is the installed version of this end.
+    """
+    number = _number(told)
+    if number is not None and abs(number - PROTOCOL) <= 1:
+        return None
+    old = there if number is None or number < PROTOCOL else here
+    said = shortened(told or "", 40)
+    return RefusedError(
+        "upgrade_required",
+        f"{here} (fedmoe {version}) speaks protocol {PROTOCOL}, and {PROTOCOL - 1} and {PROTOCOL + 1}; "
+        f"{there} speaks {said if number is not None else repr(said)}.",
+        f"Upgrade {old} (pip install --upgrade fedmoe), or install a version nearer to it at the other end.",
+        protocol=PROTOCOL,
+        fedmoe=version,
+        got=said,
+    )
+
+
+def _number(told: str | None) -> int | None:
+    if told is None:
+        return _BEFORE_NUMBERS
+    return int(told) if told.isascii() and told.isdecimal() and len(told) < 20 else None

@@ -1,0 +1,208 @@
+"""Delivery: one update on its way in the background, sent again until it is answered, while training goes on."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from fedmoe.lora.manifest import Manifest
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.wire.client import (
+    ANOTHER_HISTORY,
+    CoordinatorClient,
+    CoordinatorUnavailableError,
+    Expected,
+    PulledExpert,
+    Pushed,
+    TooStaleError,
+)
+from fedmoe.wire.contract.messages import StatisticRequest, UpdateResult
+from fedmoe.wire.outbox import Pending
+
+Result = TypeVar("Result")
+_log = structlog.get_logger("fedmoe.worker")
+
+#: Refusals that a newer version cures: what was learned is kept and moved onto it.
+CURED_BY_PULLING = frozenset({"too_stale", "unknown_version", "other_history"})
+#: The coordinator got other bytes than were sent: a fault on the way, which the next try may not meet.
+DAMAGED_ON_THE_WAY = frozenset({"digest_mismatch", "truncated"})
+#: An administrator's word on an update that was held: it is over, and what it brought must not be sent again.
+REJECTED = "update_rejected"
+#: Another worker of this id pushes; when it is silent for long enough, this one takes over.
+_HELD_ELSEWHERE = "lease_held"
+# Refusals of the numbers themselves.
+_POISONED = frozenset({"not_finite", "norm_too_large"})
+_FIRST_PAUSE = 0.5
+_LONGEST_PAUSE = 15.0
+_LONGEST_ASKED = 60.0
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The end of a delivery: what became of the update, or why it was refused.
+
+    `newest` is the version to go on from; there is none after a refusal that no newer version cures.
+    """
+
+    result: UpdateResult | None
+    refused: RefusedError | None
+    newest: PulledExpert | None
+    seconds: float
+
+    @property
+    def returned(self) -> bool:
+        """Whether what the update brought is local progress again: it was refused, and a newer version cures that.
+
+        One that is held stays with the coordinator, one that was rejected is given up.
+        """
+        return self.refused is not None and self.refused.code in CURED_BY_PULLING
+
+    @property
+    def held(self) -> bool:
+        """Whether the coordinator holds the update for an administrator."""
+        return self.result is not None and self.result.status == "quarantined"
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether the update's numbers themselves were refused: it must never be sent again."""
+        return self.refused is not None and self.refused.code in _POISONED
+
+
+class Delivery:
+    """Sends one pending update from a thread of its own; `answer` is there once the coordinator has spoken.
+
+    While the coordinator is away or sheds load, tries go on, `pause_seconds` apart. The thread is a daemon: a worker
+    that must leave leaves, and sends the update after its restart. `fact` is told after an update that landed, once:
+    a newer one follows with the next. Newest weights have to be of `manifest`; others are waited out.
+    """
+
+    def __init__(
+        self,
+        client: CoordinatorClient,
+        pending: Pending,
+        on_trouble: Callable[[CoordinatorUnavailableError], None] = lambda _: None,
+        fact: StatisticRequest | None = None,
+        manifest: Manifest | None = None,
+    ) -> None:
+        self.pending = pending
+        self._manifest = manifest
+        self._fact = fact
+        self._client = client
+        self._on_trouble = on_trouble
+        self._started = time.monotonic()
+        self._closed = threading.Event()
+        self._done = threading.Event()
+        self._answer: Answered | None = None
+        self._failure: BaseException | None = None
+        threading.Thread(target=self._run, name="fedmoe-delivery", daemon=True).start()
+
+    @property
+    def over(self) -> bool:
+        """Whether `answer` has something to say."""
+        return self._done.is_set()
+
+    def answer(self) -> Answered | None:
+        """The answer, or None while the update is still on its way; raises what broke the delivery itself."""
+        if not self._done.is_set():
+            return None
+        if self._failure is not None:
+            raise self._failure
+        return self._answer
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the answer, at most so long; whether `answer` has something to say."""
+        return self._done.wait(seconds)
+
+    def close(self) -> None:
+        """Try no more; an update that was not answered stays in the outbox."""
+        self._closed.set()
+
+    def _run(self) -> None:
+        try:
+            self._answer = self._deliver()
+        except BaseException as error:
+            self._failure = error
+        self._done.set()
+
+    def _deliver(self) -> Answered | None:
+        try:
+            pushed = self._persist(self._push)
+        except RefusedError as refused:
+            return self._after_refusal(refused)
+        if pushed is None:
+            return None
+        newest = pushed.newest or self._persist(lambda: self._pull(pushed.result.version))
+        if pushed.result.status == "landed":
+            self._tell_fact()
+        return Answered(pushed.result, None, newest, self._seconds) if newest else None
+
+    def _tell_fact(self) -> None:
+        if self._fact is None:
+            return
+        try:
+            self._client.push_statistic(self._fact)
+        except (CoordinatorUnavailableError, RefusedError) as error:
+            _log.warning("not_told", kind=self._fact.kind, reason=str(error))
+
+    def _after_refusal(self, refused: RefusedError) -> Answered | None:
+        if refused.code not in CURED_BY_PULLING | {REJECTED}:
+            return Answered(None, refused, None, self._seconds)
+        newest = refused.newest if isinstance(refused, TooStaleError) else None
+        least = 0 if refused.code in ANOTHER_HISTORY else self.pending.header.base_version
+        newest = newest or self._persist(lambda: self._pull(least))
+        return Answered(None, refused, newest, self._seconds) if newest else None
+
+    def _persist(self, call: Callable[[], Result]) -> Result | None:
+        """The result of `call`, tried until it gives one; None once the delivery is closed."""
+        tries = 0
+        while not self._closed.is_set():
+            try:
+                return call()
+            except CoordinatorUnavailableError as error:
+                tries += 1
+                self._on_trouble(error)
+                # Pauses spread load, they are no secret.
+                self._closed.wait(pause_seconds(tries, error.retry_after, random.random()))  # noqa: S311
+        return None
+
+    def _push(self) -> Pushed:
+        try:
+            return self._client.push(self.pending.header, self.pending.body, self._manifest)
+        except RefusedError as error:
+            if error.code in DAMAGED_ON_THE_WAY:
+                raise CoordinatorUnavailableError(f"{error.code}: {error}") from error
+            if error.code == _HELD_ELSEWHERE:
+                raise CoordinatorUnavailableError(f"{error.code}: {error}", _seconds_left(error)) from error
+            raise
+
+    def _pull(self, least_version: int) -> PulledExpert:
+        expected = Expected(self._manifest, least_version)
+        pulled = self._client.pull_expert(self.pending.header.expert, expected=expected)
+        assert pulled is not None, "without an ETag there is always an answer"
+        return pulled
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+
+def _seconds_left(error: RefusedError) -> float | None:
+    seconds = error.facts.get("seconds_left")
+    return float(seconds) if isinstance(seconds, int | float) else None
+
+
+def pause_seconds(tries: int, retry_after: float | None, chance: float) -> float:
+    """Seconds to wait after `tries` failures in a row; `chance` in [0, 1) spreads workers that failed together.
+
+    Doubles from half a second to 15, of which half is left to chance; or what the coordinator asked for (at most a
+    minute) and up to half as much again.
+    """
+    if retry_after is not None:
+        return min(max(retry_after, _FIRST_PAUSE), _LONGEST_ASKED) * (1 + chance / 2)
+    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(tries - 1, 10)) * (1 + chance) / 2

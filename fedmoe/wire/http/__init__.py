@@ -1,0 +1,1 @@
+"""What both HTTP servers need: deadlines, body limits, bearer tokens, cross-site checks."""

@@ -1,0 +1,22 @@
+"""The `Allow` header of a 405: every method of the path, and HEAD where there is GET."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fastapi import Request
+from starlette.routing import BaseRoute, Match, Route
+
+
+def allowed(request: Request, headers: Mapping[str, str] | None) -> dict[str, str]:
+    """The headers of a refusal; `Allow` has every method of the path, and HEAD where there is GET."""
+    found = dict(headers or {})
+    if "Allow" in found:
+        methods = {method for route in request.app.routes for method in _methods(route, request)}
+        found["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+    return found
+
+
+def _methods(route: BaseRoute, request: Request) -> set[str]:
+    there = route.matches(request.scope)[0] is not Match.NONE
+    return set(route.methods or ()) if there and isinstance(route, Route) else set()

@@ -1,0 +1,198 @@
+"""Weights and statistics as they come from a coordinator: checked against what the answer promises, then read."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape
+from fedmoe.lora.codec import CodecError, WireDtype, decode, digest
+from fedmoe.lora.manifest import Manifest
+from fedmoe.lora.safetensors_bytes import read_header
+from fedmoe.runtime.safe_text import inert, inert_json, shortened
+from fedmoe.wire.contract.messages import INCARNATION_HEADER, SAFETENSORS, ManifestMessage
+from fedmoe.wire.replies import Answer, CoordinatorUnavailableError, foreign
+
+_INCARNATION = re.compile(r"[a-z0-9]{1,32}")
+#: The largest number of an adapter; real ones are near 1, and a coordinator takes no update of a norm above it.
+LARGEST_NUMBER = 1e9
+
+
+@dataclass(frozen=True)
+class PulledExpert:
+    """An expert's weights as downloaded: float32, checked against the answer's digest, with the version they are."""
+
+    name: str
+    version: int
+    digest: str
+    manifest: Manifest
+    weights: FloatVector
+    etag: str
+    #: The history it is of; None where the coordinator does not say.
+    incarnation: str | None = None
+
+    @property
+    def adapter(self) -> Adapter:
+        return Adapter(self.manifest.layout, self.manifest.alpha, self.weights)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What weights have to be: of this manifest if one is given, and of no earlier version than `least_version`."""
+
+    manifest: Manifest | None = None
+    least_version: int = 0
+
+
+#: Any expert, of any version that there can be.
+ANY = Expected()
+
+
+@dataclass(frozen=True)
+class PulledGateway:
+    """The gateway as downloaded, with what it is made of and the base model it belongs on."""
+
+    version: int
+    digest: str
+    adapter: Adapter
+    sources: dict[str, int]
+    base: dict[str, str]
+    info: dict[str, object]
+    etag: str
+    incarnation: str | None = None
+
+    @property
+    def source_digests(self) -> dict[str, str]:
+        """The content hashes of its sources, where they are known."""
+        told = self.info.get("source_digests")
+        return {str(name): str(digest) for name, digest in told.items()} if isinstance(told, dict) else {}
+
+
+@dataclass(frozen=True)
+class PulledStatistics:
+    """Data statistics as downloaded, the bytes checked against the answer's digest; `etag` names them."""
+
+    body: bytes
+    etag: str
+
+
+def describing(body: bytes | bytearray) -> dict[str, str]:
+    """Headers of a safetensors body."""
+    digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
+    return {"Content-Type": SAFETENSORS, "Content-Digest": f"sha-256=:{digest}:"}
+
+
+def check_promise(answer: Answer) -> None:
+    """The body must be safetensors, and have the digest the answer promises."""
+    if answer.type != SAFETENSORS:
+        raise foreign(answer)
+    if answer.headers.get("content-digest", "") != describing(answer.body)["Content-Digest"]:
+        raise CoordinatorUnavailableError("the weights were damaged on their way (digest mismatch)")
+
+
+def _info(answer: Answer) -> dict[str, object]:
+    """What accompanies weights, once the body has the digest the answer promises."""
+    check_promise(answer)
+    try:
+        _, metadata, _ = read_header(answer.body)
+        info = json.loads(metadata["fedmoe"])
+    except (CodecError, KeyError, ValueError):
+        raise foreign(answer) from None
+    if not isinstance(info, dict):
+        raise foreign(answer)
+    return {inert(str(key)): inert_json(value) for key, value in info.items()}
+
+
+def pulled_expert(answer: Answer, expert: str, expected: Expected = ANY, dtype: WireDtype = "fp32") -> PulledExpert:
+    """An expert's weights in an answer; raises what `foreign` gives for weights that cannot be those asked for."""
+    info = _info(answer)
+    try:
+        manifest = ManifestMessage.model_validate(info["manifest"], extra="ignore").manifest()
+        name, version = str(info["expert"]), int(str(info["version"]))
+        if problem := _mistaken(expert, expected, name, version, manifest):
+            raise foreign(answer, problem)
+        weights = decode(answer.body, manifest.layout).flat
+        etag, incarnation = answer.headers.get("etag", ""), incarnation_of(answer)
+        pulled = PulledExpert(name, version, str(info["digest"]), manifest, weights, etag, incarnation)
+    except (KeyError, ValueError, RecursionError) as error:
+        raise foreign(answer) from error
+    _check_numbers(answer, pulled.adapter, pulled.digest, exact=dtype == "fp32")
+    return pulled
+
+
+def _mistaken(expert: str, expected: Expected, name: str, version: int, manifest: Manifest) -> str:
+    """Why these are not the weights that were asked for; empty if they are."""
+    if name != expert:
+        return f"it sent the expert '{shortened(name, 80)}' instead of '{expert}'; nothing of it was taken"
+    if version < max(0, expected.least_version):
+        return (
+            f"it sent version {version} of {expert}, though version {max(0, expected.least_version)} was there before; "
+            "nothing of it was taken"
+        )
+    differences = expected.manifest.differences(manifest) if expected.manifest is not None else []
+    if differences:
+        return f"it sent another kind of expert than was registered: {'; '.join(differences[:5])}"
+    return ""
+
+
+def _check_numbers(answer: Answer, adapter: Adapter, told: str, exact: bool) -> None:
+    """Refuse numbers no adapter can be made of, and others than those whose digest the coordinator names."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest = float(np.abs(adapter.flat).max(initial=0.0))
+    if not largest <= LARGEST_NUMBER:
+        kind = f"as large as {largest:.3g}" if math.isfinite(largest) else "that are not finite"
+        raise foreign(answer, f"it sent weights {kind}; nothing of them was taken. Roll the expert back there")
+    if exact and digest(adapter) != told:
+        raise foreign(answer, "it sent other weights than its digest names; nothing of them was taken")
+
+
+def pulled_gateway(answer: Answer, dtype: WireDtype = "fp32") -> PulledGateway:
+    """A gateway's weights in an answer, or a candidate's."""
+    info = _info(answer)
+    try:
+        layout = _layout_of(answer.body)
+        adapter = Adapter(layout, float(str(info["alpha"])), decode(answer.body, layout).flat)
+        sources = {str(name): int(str(version)) for name, version in _mapping(info["sources"]).items()}
+        base = {str(key): str(value) for key, value in _mapping(info["base"]).items()}
+        version = int(str(info["version"]))
+        if version < 0 or not 0 < adapter.alpha < math.inf:
+            raise ValueError(f"no gateway has version {version} and alpha {adapter.alpha}")
+    except (KeyError, ValueError, RecursionError, OverflowError) as error:
+        raise foreign(answer) from error
+    _check_numbers(answer, adapter, str(info["digest"]), exact=dtype == "fp32")
+    named, etag = (version, str(info["digest"])), answer.headers.get("etag", "")
+    return PulledGateway(*named, adapter, sources, base, info, etag, incarnation_of(answer))
+
+
+def incarnation_of(answer: Answer) -> str | None:
+    """Which history an answer is of; None for a coordinator that does not say, or says nothing that can be one."""
+    told = answer.headers.get(INCARNATION_HEADER)
+    return told if told is not None and _INCARNATION.fullmatch(told) else None
+
+
+def _mapping(value: object) -> dict[object, object]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value)}")
+    return value
+
+
+def _layout_of(body: bytes | bytearray) -> Layout:
+    """The layout that a body's own tensors describe; a gateway's rank is not known beforehand."""
+    entries, _, _ = read_header(body)
+    modules = []
+    ranks = set()
+    for name, entry in entries.items():
+        if name.endswith(".lora_A"):
+            module = name.removesuffix(".lora_A")
+            (rank, n_in), (n_out, _) = entry.shape, entries[f"{module}.lora_B"].shape
+            ranks.add(rank)
+            modules.append(ModuleShape(module, n_in, n_out))
+    if len(ranks) != 1:
+        raise ValueError(f"the gateway's factors have ranks {sorted(ranks)}, expected one")
+    return Layout(tuple(modules), ranks.pop())

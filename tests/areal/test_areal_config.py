@@ -1,0 +1,107 @@
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import save
+
+from fedmoe.areal.config import AdamSettings, ArealConfig, ArealError, LoraSettings, check_base_folder
+from fedmoe.arena.learning.loss import LossConfig
+
+
+def test_a_configuration_comes_back_from_json() -> None:
+    config = ArealConfig(
+        "/models/base",
+        LoraSettings(4, 8, ("q_proj", "v_proj")),
+        AdamSettings(learning_rate=3e-4),
+        LossConfig(aggregation="sequence_mean", dual_clip=3.0, weight_cap=float("inf")),
+        temperature=0.7,
+        tokens_per_micro_batch=None,
+    )
+    assert ArealConfig.from_json(config.as_json()) == config
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"base_folder": "x"}', "null"])
+def test_another_json_is_refused(text: str) -> None:
+    with pytest.raises(ArealError, match="not the configuration"):
+        ArealConfig.from_json(text)
+
+
+def test_an_unknown_key_is_refused() -> None:
+    values = json.loads(ArealConfig("x").as_json())
+    with pytest.raises(ArealError, match="surprise"):
+        ArealConfig.from_json(json.dumps({**values, "surprise": 1}))
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(0, 16), (8, 0), (8, 16.5), (True, 16)])
+def test_rank_and_alpha_are_whole_numbers(rank: int, alpha: int) -> None:
+    with pytest.raises(ArealError, match="whole number"):
+        LoraSettings(rank, alpha)
+
+
+@pytest.mark.parametrize("modules", [(), ("",), ("all-linear", "q_proj")])
+def test_target_modules_name_something(modules: tuple[str, ...]) -> None:
+    with pytest.raises(ArealError):
+        LoraSettings(target_modules=modules)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"beta2": 1.0}, {"gradient_clipping": 0.0}]
+)
+def test_an_optimizer_that_cannot_step_is_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(ArealError):
+        replace(AdamSettings(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (LossConfig(loss="reinforce"), "computes the loss decoupled"),
+        (LossConfig(aggregation="constant"), "aggregates by"),
+        (LossConfig(kl_coefficient=0.1), "kl_coefficient"),
+        (LossConfig(weight_cap=1.0), "above 1"),
+    ],
+)
+def test_a_loss_that_areal_does_not_have_is_refused_not_approximated(loss: LossConfig, words: str) -> None:
+    with pytest.raises(ArealError, match=words):
+        ArealConfig("x", loss=loss)
+
+
+@pytest.mark.parametrize("name", ["temperature", "epochs", "minibatches", "tokens_per_micro_batch"])
+def test_counts_and_temperature_are_positive(name: str) -> None:
+    values = json.loads(ArealConfig("x").as_json())
+    with pytest.raises(ArealError, match=name):
+        ArealConfig.from_json(json.dumps({**values, name: 0}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(save({}))
+    return tmp_path
+
+
+def test_a_complete_folder_is_taken(folder: Path) -> None:
+    check_base_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    os.remove(folder / name)
+    with pytest.raises(ArealError, match=name):
+        check_base_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_model_with_code_of_its_own_is_refused(folder: Path, name: str) -> None:
+    (folder / name).write_text('{"auto_map": {"AutoModelForCausalLM": "evil.Model"}}')
+    with pytest.raises(ArealError, match="code of its own"):
+        check_base_folder(folder)
+
+
+def test_a_file_that_is_no_json_object_is_named(folder: Path) -> None:
+    (folder / "config.json").write_text("[1")
+    with pytest.raises(ArealError, match=r"config\.json is not a JSON object"):
+        check_base_folder(folder)
