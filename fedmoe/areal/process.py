@@ -1,4 +1,4 @@
-"""The process of one AReaL learner: `python -m fedmoe.areal.process --socket FD`; started by `learner`."""
+"""The process of one AReaL learner, started by `learner` with one end of a socket."""
 
 from __future__ import annotations
 
