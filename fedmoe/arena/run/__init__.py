@@ -1,0 +1,1 @@
+"""An arena run from its options to its files: engines, checkpoints, records, results."""
