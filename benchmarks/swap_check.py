@@ -21,7 +21,7 @@ from swap_load import Answer
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.multilora import MultiLora
-from fedmoe.models.sampling import Wanted, sample
+from fedmoe.models.sampling import SampleSpec, sample
 
 #: Nats.
 TOLERANCE = 5e-4
@@ -70,7 +70,7 @@ def _alone(
     base: LoadedBase, multi: MultiLora, adapter: Adapter, prompts: Sequence[tuple[int, ...]], tokens: int
 ) -> Iterator[tuple[tuple[int, ...], Said]]:
     """What one version says to each prompt."""
-    wanted = [Wanted("only", prompt, tokens, 0.0, 0) for prompt in prompts]
+    wanted = [SampleSpec("only", prompt, tokens, 0.0, 0) for prompt in prompts]
     multi.add("only", adapter)
     samples = sample(base.model, multi, wanted, frozenset({base.tokenizer.eos_token_id}))
     multi.remove("only")

@@ -1,7 +1,7 @@
 """Every decision of the coordinator, without I/O: who may land on what, with which weight, and what the gateway is.
 
-`CentralCoordinator` publishes an immutable mapping of experts. A change is worked out on a `Draft`, written to the
-journal by whoever owns one, and only then published; a draft that cannot be written is dropped and nothing happened.
+`CentralCoordinator` publishes an immutable mapping of experts. A change is worked out on a `Transaction`, written to the
+journal by whoever owns one, and only then published; a transaction that cannot be written is dropped and nothing happened.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from fedmoe.experts import ExpertModel, expert_named, seed_of
 from fedmoe.federation.aggregation import Aggregation, ExpertMoments
 from fedmoe.federation.events import UpdateAccepted
 from fedmoe.federation.gateway_members import left_out, left_out_of_living, members
-from fedmoe.federation.online_gateway import LivingGateway
+from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.federation.quarantine import Quarantine
-from fedmoe.federation.transaction import Draft, DraftMark, Submission
+from fedmoe.federation.transaction import Savepoint, Submission, Transaction
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout
 from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import Manifest
@@ -28,11 +28,11 @@ __all__ = [
     "LIVING",
     "Aggregation",
     "CentralCoordinator",
-    "Draft",
-    "DraftMark",
     "ExpertMoments",
     "GatewayModel",
+    "Savepoint",
     "Submission",
+    "Transaction",
     "seed_of",
 ]
 
@@ -65,7 +65,7 @@ class GatewayModel:
     statistics: Mapping[str, str]
     notes: tuple[str, ...]
     scale: float = 1.0
-    living: LivingGateway | None = None
+    living: OnlineGateway | None = None
     statistics_tokens: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     source_digests: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     left_out: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -138,7 +138,7 @@ class GatewayModel:
 
     @classmethod
     def of_living(
-        cls, gateway: LivingGateway, version: int, moments: Mapping[str, ExpertMoments] = MappingProxyType({})
+        cls, gateway: OnlineGateway, version: int, moments: Mapping[str, ExpertMoments] = MappingProxyType({})
     ) -> GatewayModel:
         """The gateway that experts go on from, as it is after its last fold, with the version of that fold.
 
@@ -171,7 +171,7 @@ class _View:
     experts: Mapping[str, ExpertModel]
     gateway_version: int
     moments: Mapping[str, ExpertMoments]
-    living: LivingGateway | None
+    living: OnlineGateway | None
     quarantine: Quarantine
     roll_changes: int = 0
 
@@ -185,7 +185,7 @@ class _View:
 class CentralCoordinator:
     """The experts of a federation and the gateway made of them, as one consistent view for any number of readers.
 
-    One writer at a time drafts and publishes; readers take `experts` or `gateway()` whenever they like.
+    One writer at a time changes and publishes; readers take `experts` or `gateway()` whenever they like.
     """
 
     def __init__(self, aggregation: Aggregation | None = None, enable_gateway: bool | None = None) -> None:
@@ -217,19 +217,19 @@ class CentralCoordinator:
         """What is held back, as last published."""
         return self._view.quarantine
 
-    def draft(self) -> Draft:
+    def transaction(self) -> Transaction:
         """A working copy to decide changes on."""
         view = self._view
         experts, moments = dict(view.experts), dict(view.moments)
         chosen = (self.aggregation, experts, self.manifest, view.gateway_version)
-        return Draft(*chosen, [], moments, view.living, view.roll_changes, quarantine=view.quarantine)
+        return Transaction(*chosen, [], moments, view.living, view.roll_changes, quarantine=view.quarantine)
 
-    def publish(self, draft: Draft) -> None:
-        """Make a draft what everybody sees."""
-        self.manifest = draft.manifest
-        experts, moments = MappingProxyType(dict(draft.experts)), MappingProxyType(dict(draft.moments))
-        chosen = (experts, draft.gateway_version, moments, draft.living, draft.quarantine)
-        self._view = _View(*chosen, draft.roll_changes)
+    def publish(self, transaction: Transaction) -> None:
+        """Make a transaction what everybody sees."""
+        self.manifest = transaction.manifest
+        experts, moments = MappingProxyType(dict(transaction.experts)), MappingProxyType(dict(transaction.moments))
+        chosen = (experts, transaction.gateway_version, moments, transaction.living, transaction.quarantine)
+        self._view = _View(*chosen, transaction.roll_changes)
 
     def expert(self, name: str) -> ExpertModel:
         """The expert, or a refusal that lists which there are."""
@@ -237,17 +237,17 @@ class CentralCoordinator:
 
     def register_expert(self, name: str, manifest: Manifest, seed: int | None = None, at: float = 0.0) -> ExpertModel:
         """Make an expert, or get the one there is; for use inside one process."""
-        draft = self.draft()
-        expert = draft.register(name, "local", manifest, seed, at)
-        self.publish(draft)
+        transaction = self.transaction()
+        expert = transaction.register(name, "local", manifest, seed, at)
+        self.publish(transaction)
         return expert
 
     def push_update(self, submission: Submission, delta: FloatVector, at: float = 0.0) -> UpdateAccepted:
         """Judge an update and land it; for use inside one process."""
-        draft = self.draft()
-        accepted = draft.judge(submission, at)
-        draft.apply(accepted, delta)
-        self.publish(draft)
+        transaction = self.transaction()
+        accepted = transaction.admit(submission, at)
+        transaction.apply(accepted, delta)
+        self.publish(transaction)
         return accepted
 
     @property

@@ -12,7 +12,7 @@ from fedmoe.arena.config import ArenaConfig, Option
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.credit import Credit, SeatCredit, credit_rule, decompose
 from fedmoe.arena.modes.judging import compared, credited, examples
-from fedmoe.arena.modes.memory import Society
+from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.protocol import Judgement, Planning
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
 from fedmoe.arena.tasks.task import Episode, Lineup, Message, Outcome, TaskError, check_actions, check_lineup
@@ -113,10 +113,10 @@ class Neighbours:
     def check(self, task: Letters, policies: int) -> None:
         self._table.check(task, policies)
 
-    def plan(self, society: Society, planning: Planning) -> list[EpisodePlan]:
+    def plan(self, society: ModeMemory, planning: Planning) -> list[EpisodePlan]:
         return self._table.plan(society, planning)
 
-    def judge(self, society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+    def judge(self, society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
         results = compared(society, planning, played, credited(self._rule, played))
         return Judgement(examples(played, results), tuple(results))
 

@@ -334,53 +334,58 @@ def test_an_unknown_choice_is_refused_naming_the_known(make: Callable[[], Aggreg
 def test_a_draft_is_seen_by_nobody_before_it_is_published() -> None:
     coordinator = with_experts("python")
     view, version = coordinator.experts, coordinator.gateway_version
-    draft = coordinator.draft()
-    draft.register("sql", "w1", MANIFEST, None, 5.0)
-    draft.apply(draft.judge(make_submission(), 6.0), make_flat(1))
-    assert draft.expert("python").version == 1
-    assert [type(event) for event in draft.events] == [ExpertRegistered, UpdateAccepted]
+    transaction = coordinator.transaction()
+    transaction.register("sql", "w1", MANIFEST, None, 5.0)
+    transaction.apply(transaction.admit(make_submission(), 6.0), make_flat(1))
+    assert transaction.expert("python").version == 1
+    assert [type(event) for event in transaction.events] == [ExpertRegistered, UpdateAccepted]
     assert coordinator.experts is view
     assert (list(view), coordinator.gateway_version) == (["python"], version)
-    coordinator.publish(draft)
+    coordinator.publish(transaction)
     assert coordinator.gateway_version == version + 2
     assert view["python"].version == 0  # a reader keeps the view it took
 
 
 def test_a_draft_judges_by_what_it_has_decided_so_far() -> None:
-    draft = with_experts("python").draft()
+    transaction = with_experts("python").transaction()
     staleness = []
     for seed in range(3):
-        accepted = draft.judge(make_submission(sequence=seed), 0.0)
-        draft.apply(accepted, make_flat(seed))
+        accepted = transaction.admit(make_submission(sequence=seed), 0.0)
+        transaction.apply(accepted, make_flat(seed))
         staleness.append((accepted.staleness, accepted.version))
     assert staleness == [(0, 1), (1, 2), (2, 3)]
 
 
 def test_a_draft_goes_back_to_a_mark_as_often_as_asked() -> None:
-    draft = CentralCoordinator().draft()
-    empty = draft.mark()
-    draft.register("python", "w1", MANIFEST, None, 5.0)
-    mark = draft.mark()
+    transaction = CentralCoordinator().transaction()
+    empty = transaction.savepoint()
+    transaction.register("python", "w1", MANIFEST, None, 5.0)
+    mark = transaction.savepoint()
     for _ in range(2):
-        draft.register("sql", "w1", MANIFEST, None, 5.0)
-        draft.apply(draft.judge(make_submission(), 6.0), make_flat(1))
-        draft.restore(mark)
-        assert (list(draft.experts), draft.experts["python"].version) == (["python"], 0)
-        assert (len(draft.events), draft.gateway_version, draft.manifest) == (1, 1, MANIFEST)
-    draft.restore(empty)
-    assert (draft.experts, draft.events, draft.gateway_version, draft.manifest) == ({}, [], 0, None)
+        transaction.register("sql", "w1", MANIFEST, None, 5.0)
+        transaction.apply(transaction.admit(make_submission(), 6.0), make_flat(1))
+        transaction.rollback_to(mark)
+        assert (list(transaction.experts), transaction.experts["python"].version) == (["python"], 0)
+        assert (len(transaction.events), transaction.gateway_version, transaction.manifest) == (1, 1, MANIFEST)
+    transaction.rollback_to(empty)
+    assert (transaction.experts, transaction.events, transaction.gateway_version, transaction.manifest) == (
+        {},
+        [],
+        0,
+        None,
+    )
 
 
 def test_rollback_and_retraction_are_versions_of_their_own() -> None:
-    draft = with_experts("python").draft()
-    start = draft.expert("python").state
-    draft.apply(draft.judge(make_submission(), 0.0), make_flat(1))
-    back = draft.roll_back("python", 0, start, "bad data", 7.0)
+    transaction = with_experts("python").transaction()
+    start = transaction.expert("python").state
+    transaction.apply(transaction.admit(make_submission(), 0.0), make_flat(1))
+    back = transaction.roll_back("python", 0, start, "bad data", 7.0)
     assert (back.to_version, back.version, back.reason) == (0, 2, "bad data")
-    assert draft.expert("python").state is start
-    retracted = draft.retract("python", "w1", 1, start, "", 8.0)
-    assert (retracted.removed, retracted.version, draft.expert("python").version) == (1, 3, 3)
-    assert draft.gateway_version == 4
+    assert transaction.expert("python").state is start
+    retracted = transaction.retract("python", "w1", 1, start, "", 8.0)
+    assert (retracted.removed, retracted.version, transaction.expert("python").version) == (1, 3, 3)
+    assert transaction.gateway_version == 4
 
 
 def test_two_adapters_of_equal_numbers_have_equal_digests() -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from fedmoe.arena.learning.learner import PolicyUpdate
 from fedmoe.arena.learning.policies import Policies
-from fedmoe.arena.modes.memory import Society
+from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.protocol import Decision, Judgement, SeatResult
 from fedmoe.arena.rollout.episodes import PlayedEpisode
 from fedmoe.arena.rollout.evaluate import Comparison, Leader
@@ -51,7 +51,7 @@ class Report:
     timing: Timing
 
 
-def write_iteration(records: Records, report: Report, policies: Policies, society: Society) -> None:
+def write_iteration(records: Records, report: Report, policies: Policies, society: ModeMemory) -> None:
     """One record a policy and kind, and those of the whole."""
     for name in policies.names:
         _write_policy(records, report, policies, name)

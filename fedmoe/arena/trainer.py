@@ -23,7 +23,7 @@ from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.learning.learner import PolicyUpdate
 from fedmoe.arena.learning.loss import gap_alarm
 from fedmoe.arena.learning.policies import Policies
-from fedmoe.arena.modes.memory import Society
+from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.protocol import Decision, Judgement, Mode, Planning
 from fedmoe.arena.modes.registry import make_mode
 from fedmoe.arena.reporting import (
@@ -79,11 +79,11 @@ class Trainer:
         engine: Engine,
         codec: Codec,
         records: Records,
-        society: Society | None = None,
+        society: ModeMemory | None = None,
     ) -> None:
         self.config = config
         self.iteration = 0
-        self.society = society or Society()
+        self.society = society or ModeMemory()
         self.policies = policies
         self._task, self._engine, self._codec, self._records = task, engine, codec, records
         self._modes = [make_mode(phase.mode) for phase in config.phases]
@@ -278,7 +278,7 @@ class Trainer:
         society, modes, sampling = state["society"], state["modes"], state["sampling_with"]
         assert isinstance(society, Mapping)
         assert isinstance(modes, list)
-        self.society = Society.from_state(society)
+        self.society = ModeMemory.from_state(society)
         # Phases that have not begun have no state yet, and there may be other ones than before.
         begun = 1 + self.config.phase_at(max(0, self.iteration - 1))[0]
         for mode, saved in zip(self._modes[:begun], modes, strict=False):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedmoe.experts import GATEWAY_SEED
-from fedmoe.federation.online_gateway import LivingGateway
+from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.lora.adapter import initial_adapter
 from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS
@@ -79,14 +79,14 @@ class Aggregation:
                 f"Start the worker without --start-from, or the coordinator with --start-from {wanted}.",
             )
 
-    def first_gateway(self, manifest: Manifest) -> LivingGateway | None:
+    def first_gateway(self, manifest: Manifest) -> OnlineGateway | None:
         """The gateway before any fold, from which experts leave; None where they do not go on from it.
 
         Its A is the first one of every such expert: factors that began as one can be compared.
         """
         if self.merge_after is None:
             return None
-        return LivingGateway.first(initial_adapter(manifest.layout, manifest.alpha, GATEWAY_SEED))
+        return OnlineGateway.first(initial_adapter(manifest.layout, manifest.alpha, GATEWAY_SEED))
 
     def coefficient(self, staleness: int) -> float:
         """What a delta of this staleness is multiplied with, lr * s(tau)."""

@@ -99,7 +99,7 @@ class UpdateLost:
 
 
 @dataclass(frozen=True, slots=True)
-class GatewayFolded:
+class GatewayMerged:
     """What experts had learned since they left the gateway became part of it; `number` counts these folds.
 
     `version` is the gateway's version from then on, `digest` names the blob that holds it. By expert: `sources` is the
@@ -120,7 +120,7 @@ class GatewayFolded:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertWentOn:
+class ExpertRebased:
     """The expert's next version is the gateway after fold `gateway`, blob `digest`, and what that fold had not seen.
 
     That is its last `again` updates, landed on the gateway once more in their order.
@@ -227,8 +227,8 @@ Event = (
     | ExpertRolledBack
     | WorkerRetracted
     | UpdateLost
-    | GatewayFolded
-    | ExpertWentOn
+    | GatewayMerged
+    | ExpertRebased
     | QuarantineEvent
     | RollEvent
 )
@@ -245,7 +245,7 @@ class Lineage:
     update: UpdateAccepted | None
     before: Lineage | None
     length: int
-    start: ExpertWentOn | None
+    start: ExpertRebased | None
 
     @staticmethod
     def extend(before: Lineage | None, update: UpdateAccepted) -> Lineage:
@@ -267,7 +267,7 @@ def length(chain: Lineage | None) -> int:
     return chain.length if chain is not None else 0
 
 
-def start(chain: Lineage | None) -> ExpertWentOn | None:
+def start(chain: Lineage | None) -> ExpertRebased | None:
     """Where the expert last went on from the gateway before the chain's updates; None if it began at version 0."""
     return chain.start if chain is not None else None
 
@@ -282,7 +282,7 @@ def lineages(events: Iterable[Event]) -> dict[int, Lineage | None]:
     newest = 0
     for event in events:
         match event:
-            case ExpertRegistered() | GatewayFolded() | UpdateHeld() | HeldUpdateRejected():
+            case ExpertRegistered() | GatewayMerged() | UpdateHeld() | HeldUpdateRejected():
                 continue
             case ExpertRenamed() | ExpertRetired() | ExpertUnretired():
                 continue
@@ -294,13 +294,13 @@ def lineages(events: Iterable[Event]) -> dict[int, Lineage | None]:
                 found[event.version] = without_worker(found[newest], event.worker)
             case UpdateLost():
                 found[event.version] = without_update(found[newest], event)
-            case ExpertWentOn():
+            case ExpertRebased():
                 found[event.version] = from_gateway(found[newest], event)
         newest = event.version
     return found
 
 
-def from_gateway(chain: Lineage | None, event: ExpertWentOn) -> Lineage:
+def from_gateway(chain: Lineage | None, event: ExpertRebased) -> Lineage:
     """The chain that starts from the gateway and holds the last updates of `chain` again."""
     updates = Lineage.updates(chain)
     found = Lineage(None, None, 0, event)

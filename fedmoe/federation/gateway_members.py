@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedmoe.experts import ExpertModel
-from fedmoe.federation.online_gateway import LivingGateway
+from fedmoe.federation.online_gateway import OnlineGateway
 
 RETIRED = "it is retired"
 UNTRAINED = "no update has landed on it yet"
@@ -33,7 +33,7 @@ def left_out(experts: Mapping[str, ExpertModel], buffer_size: int) -> dict[str, 
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def left_out_of_living(experts: Mapping[str, ExpertModel], gateway: LivingGateway) -> dict[str, str]:
+def left_out_of_living(experts: Mapping[str, ExpertModel], gateway: OnlineGateway) -> dict[str, str]:
     """Expert -> why nothing of it is in a gateway that experts go on from: what was folded stays in it."""
     found = {name: FOLDED for name in gateway.sources if experts[name].retired}
     for name in sorted(experts.keys() - gateway.sources.keys()):

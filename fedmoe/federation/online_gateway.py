@@ -13,13 +13,13 @@ from types import MappingProxyType
 from fedmoe.experts import ExpertModel
 from fedmoe.federation.events import (
     Event,
+    ExpertRebased,
     ExpertRegistered,
     ExpertRenamed,
     ExpertRetired,
     ExpertRolledBack,
     ExpertUnretired,
-    ExpertWentOn,
-    GatewayFolded,
+    GatewayMerged,
     HeldUpdateRejected,
     UpdateAccepted,
     UpdateHeld,
@@ -33,7 +33,7 @@ from fedmoe.lora.online_merge import Departed, Folded, fold, fold_sum
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class CountedUpdate:
     """An update, and the steps its worker did for it."""
 
     update: UpdateAccepted
@@ -41,11 +41,11 @@ class Trained:
 
 
 @dataclass(frozen=True, slots=True)
-class Departure:
+class BranchPoint:
     """Where an expert left the gateway, None for the one before any fold, and what landed on it since, in order."""
 
-    left: ExpertWentOn | None = None
-    since: tuple[Trained, ...] = ()
+    left: ExpertRebased | None = None
+    since: tuple[CountedUpdate, ...] = ()
 
     @property
     def gateway(self) -> int:
@@ -62,12 +62,12 @@ class Departure:
         """What its workers trained since."""
         return sum(one.steps for one in self.since)
 
-    def ready(self, merge_after: int, resting_since: float) -> bool:
-        """Whether its workers trained enough, or anything and then nothing after `resting_since`, seconds."""
+    def ready(self, merge_after: int, idle_since: float) -> bool:
+        """Whether its workers trained enough, or anything and then nothing after `idle_since`, seconds."""
         trained = self.steps
-        return trained >= merge_after or (trained > 0 and self.since[-1].update.at <= resting_since)
+        return trained >= merge_after or (trained > 0 and self.since[-1].update.at <= idle_since)
 
-    def unseen(self, folded: Departure, buffer_size: int) -> tuple[Trained, ...] | None:
+    def unseen(self, folded: BranchPoint, buffer_size: int) -> tuple[CountedUpdate, ...] | None:
         """What a fold of the expert as it was then does not hold: what landed since, or only waited in the buffer.
 
         None if the expert has not only trained on: it was rolled back, or a worker retracted from it.
@@ -79,7 +79,7 @@ class Departure:
 
 
 @dataclass(frozen=True)
-class LivingGateway:
+class OnlineGateway:
     """The gateway after its last fold, and how far each expert is from it; a value, replaced and never altered.
 
     `digest` is the content hash of the `adapter`; `sources` are the versions folded last and `weights` what their
@@ -88,10 +88,10 @@ class LivingGateway:
 
     adapter: Adapter
     digest: str
-    last: GatewayFolded | None = None
+    last: GatewayMerged | None = None
     sources: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     weights: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    departures: Mapping[str, Departure] = field(default_factory=lambda: MappingProxyType({}))
+    departures: Mapping[str, BranchPoint] = field(default_factory=lambda: MappingProxyType({}))
     told: Mapping[tuple[str, str], int] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
@@ -100,47 +100,47 @@ class LivingGateway:
         return self.last.number if self.last is not None else 0
 
     @classmethod
-    def first(cls, adapter: Adapter) -> LivingGateway:
+    def first(cls, adapter: Adapter) -> OnlineGateway:
         """Before any fold."""
         return cls(adapter, digest(adapter))
 
-    def after(self, event: Event, adapter: Adapter | None, since: tuple[Trained, ...]) -> LivingGateway:
+    def after(self, event: Event, adapter: Adapter | None, since: tuple[CountedUpdate, ...]) -> OnlineGateway:
         """With one event: a fold needs the new `adapter`; `since` is what a changed expert is made of."""
         match event:
             case ExpertRegistered():
-                return self._departed(event.expert, Departure())
+                return self._departed(event.expert, BranchPoint())
             case UpdateAccepted():
                 key = (event.expert, event.worker)
-                before, told = self.departures[event.expert], told_steps(event)
-                landed = Trained(event, steps_between(self.told.get(key), told))
+                before, told = self.departures[event.expert], reported_steps(event)
+                landed = CountedUpdate(event, steps_between(self.told.get(key), told))
                 counters = {} if told is None else {key: told}
                 with_it = self._departed(event.expert, replace(before, since=(*before.since, landed)))
                 return replace(with_it, told=MappingProxyType({**self.told, **counters}))
             case ExpertRolledBack() | WorkerRetracted() | UpdateLost():
                 return self._departed(event.expert, replace(self.departures[event.expert], since=since))
-            case ExpertWentOn():
-                return self._departed(event.expert, Departure(event, since))
-            case GatewayFolded():
+            case ExpertRebased():
+                return self._departed(event.expert, BranchPoint(event, since))
+            case GatewayMerged():
                 assert adapter is not None, "a fold is applied with its adapter"
                 return self.folded(event).holding(adapter)
             case ExpertUnretired():
-                return self._departed(event.expert, self.departures.get(event.expert, Departure()))
+                return self._departed(event.expert, self.departures.get(event.expert, BranchPoint()))
             case UpdateHeld() | HeldUpdateRejected() | ExpertRenamed() | ExpertRetired():
                 return self
 
-    def _departed(self, expert: str, departure: Departure) -> LivingGateway:
+    def _departed(self, expert: str, departure: BranchPoint) -> OnlineGateway:
         return replace(self, departures=MappingProxyType({**self.departures, expert: departure}))
 
-    def holding(self, adapter: Adapter) -> LivingGateway:
+    def holding(self, adapter: Adapter) -> OnlineGateway:
         """With other weights."""
         return replace(self, adapter=adapter, digest=digest(adapter))
 
-    def recovered(self, expert: str, departure: Departure, told: Mapping[str, int]) -> LivingGateway:
+    def recovered(self, expert: str, departure: BranchPoint, told: Mapping[str, int]) -> OnlineGateway:
         """With an expert that left the gateway there, and whose workers have these step counters."""
         counters = {(expert, worker): steps for worker, steps in told.items()}
         return replace(self._departed(expert, departure), told=MappingProxyType({**self.told, **counters}))
 
-    def folded(self, event: GatewayFolded) -> LivingGateway:
+    def folded(self, event: GatewayMerged) -> OnlineGateway:
         """With one more fold, but the weights from before it; where experts went on is told apart."""
         return replace(
             self,
@@ -150,7 +150,7 @@ class LivingGateway:
         )
 
 
-def told_steps(update: UpdateAccepted) -> int | None:
+def reported_steps(update: UpdateAccepted) -> int | None:
     """The step counter a worker told with its update, over all its restarts; None if it told none.
 
     Nor does an update that was held for a while: its worker went on counting, and the next one tells of those steps.
@@ -166,23 +166,23 @@ def steps_between(before: int | None, told: int | None) -> int:
     return told - before if before is not None and told >= before else told
 
 
-def trained(events: Iterable[Event], updates: Sequence[UpdateAccepted]) -> tuple[Trained, ...]:
+def trained(events: Iterable[Event], updates: Sequence[UpdateAccepted]) -> tuple[CountedUpdate, ...]:
     """Some `updates` of ONE expert with the steps in each, which follow from all of its events."""
     found: dict[int, int] = {}
     before: dict[str, int] = {}
     for event in events:
         if isinstance(event, UpdateAccepted):
-            told = told_steps(event)
+            told = reported_steps(event)
             found[event.version] = steps_between(before.get(event.worker), told)
             if told is not None:
                 before[event.worker] = told
-    return tuple(Trained(update, found[update.version]) for update in updates)
+    return tuple(CountedUpdate(update, found[update.version]) for update in updates)
 
 
 def counters(events: Iterable[Event]) -> dict[str, int]:
     """The last step counter of every worker of ONE expert."""
     updates = (event for event in events if isinstance(event, UpdateAccepted))
-    return {update.worker: told for update in updates if (told := told_steps(update)) is not None}
+    return {update.worker: told for update in updates if (told := reported_steps(update)) is not None}
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class FoldPlan:
     moments of all that share the gateway, None where one of them lacks some, and `notes` say so.
     """
 
-    gateway: LivingGateway
+    gateway: OnlineGateway
     experts: Mapping[str, ExpertModel]
     staleness: Mapping[str, int]
     weights: Mapping[str, float]
@@ -212,17 +212,17 @@ class FoldPlan:
 
 
 def plan_fold(
-    gateway: LivingGateway,
+    gateway: OnlineGateway,
     experts: Mapping[str, ExpertModel],
     moments: Mapping[str, InputMoments],
     merge_after: int,
     weight: Callable[[int], float],
     least_updates: int = 1,
-    resting_since: float = -math.inf,
+    idle_since: float = -math.inf,
 ) -> FoldPlan | None:
     """A fold of all experts that trained `merge_after` steps or more since they left; None while there is none.
 
-    Of experts that nobody trains any more, those whose last update came at `resting_since` or before, fewer will do.
+    Of experts that nobody trains any more, those whose last update came at `idle_since` or before, fewer will do.
     `weight` gives what a delta counts by its staleness in folds; of fewer updates than `least_updates`, the size of the
     buffer, none has landed yet. An expert shares the gateway once it trains, until it is retired.
     """
@@ -230,7 +230,7 @@ def plan_fold(
     ready = [
         name
         for name in sorted(departures)
-        if departures[name].ready(merge_after, resting_since) and experts[name].updates >= least_updates
+        if departures[name].ready(merge_after, idle_since) and experts[name].updates >= least_updates
     ]
     if not ready:
         return None

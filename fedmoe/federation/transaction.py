@@ -1,4 +1,4 @@
-"""A draft: changes of a federation being worked out, before they are journalled and published."""
+"""A transaction: changes of a federation being worked out, before they are journalled and published."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from fedmoe.federation import expert_roll as roll
 from fedmoe.federation.aggregation import Aggregation, ExpertMoments
 from fedmoe.federation.events import (
     Event,
+    ExpertRebased,
     ExpertRegistered,
     ExpertRenamed,
     ExpertRetired,
     ExpertRolledBack,
     ExpertUnretired,
-    ExpertWentOn,
-    GatewayFolded,
+    GatewayMerged,
     HeldUpdateRejected,
     QuarantineEvent,
     RollEvent,
@@ -24,7 +24,7 @@ from fedmoe.federation.events import (
     UpdateLost,
     WorkerRetracted,
 )
-from fedmoe.federation.online_gateway import LivingGateway, Trained
+from fedmoe.federation.online_gateway import CountedUpdate, OnlineGateway
 from fedmoe.federation.quarantine import Quarantine
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.manifest import Manifest
@@ -47,21 +47,21 @@ class Submission:
 
 
 @dataclass(frozen=True, slots=True)
-class DraftMark:
-    """A point in a draft to go back to."""
+class Savepoint:
+    """A point in a transaction to go back to."""
 
     experts: dict[str, ExpertModel]
     manifest: Manifest | None
     gateway_version: int
     events: int
     moments: dict[str, ExpertMoments]
-    living: LivingGateway | None
+    living: OnlineGateway | None
     quarantine: Quarantine
     roll_changes: int
 
 
 @dataclass
-class Draft:
+class Transaction:
     """Changes under way: sees what is published plus what it has decided so far."""
 
     aggregation: Aggregation
@@ -70,26 +70,30 @@ class Draft:
     gateway_version: int
     events: list[Event] = field(default_factory=list)
     moments: dict[str, ExpertMoments] = field(default_factory=dict)
-    living: LivingGateway | None = None
+    living: OnlineGateway | None = None
     #: Renames, retirements and returns so far.
     roll_changes: int = 0
     #: The content hash of the weights that each of `events` leaves behind, see `_digest_after`.
     version_digests: list[str | None] = field(default_factory=list)
     quarantine: Quarantine = field(default_factory=Quarantine)
 
-    def mark(self) -> DraftMark:
+    def savepoint(self) -> Savepoint:
         """The point reached so far."""
         experts, moments, events = dict(self.experts), dict(self.moments), len(self.events)
         named = (experts, self.manifest, self.gateway_version, events, moments, self.living)
-        return DraftMark(*named, self.quarantine, self.roll_changes)
+        return Savepoint(*named, self.quarantine, self.roll_changes)
 
-    def restore(self, mark: DraftMark) -> None:
-        """Forget everything since `mark`."""
-        self.experts, self.manifest, self.gateway_version = dict(mark.experts), mark.manifest, mark.gateway_version
-        del self.events[mark.events :]
-        del self.version_digests[mark.events :]
-        self.moments, self.living, self.quarantine = dict(mark.moments), mark.living, mark.quarantine
-        self.roll_changes = mark.roll_changes
+    def rollback_to(self, savepoint: Savepoint) -> None:
+        """Forget everything since `savepoint`."""
+        self.experts, self.manifest, self.gateway_version = (
+            dict(savepoint.experts),
+            savepoint.manifest,
+            savepoint.gateway_version,
+        )
+        del self.events[savepoint.events :]
+        del self.version_digests[savepoint.events :]
+        self.moments, self.living, self.quarantine = dict(savepoint.moments), savepoint.living, savepoint.quarantine
+        self.roll_changes = savepoint.roll_changes
 
     def expert(self, name: str) -> ExpertModel:
         """The expert, or a refusal that lists which there are."""
@@ -126,7 +130,7 @@ class Draft:
         assert self.living is not None, "there is a gateway once there is a manifest"
         if self.living.last is not None:
             start = self.aggregation.rule.init(self.living.adapter.flat)
-            event = ExpertWentOn(name, self.living.number, self.living.last.digest, 0, 1, at)
+            event = ExpertRebased(name, self.living.number, self.living.last.digest, 0, 1, at)
             self.apply(event, rebuilt=start)
 
     def learn_moments(self, name: str, moments: ExpertMoments | None) -> None:
@@ -160,7 +164,7 @@ class Draft:
             self.manifest = manifest
             self.living = self.aggregation.first_gateway(manifest) if manifest is not None else None
 
-    def judge(self, submission: Submission, at: float) -> UpdateAccepted:
+    def admit(self, submission: Submission, at: float) -> UpdateAccepted:
         """What accepting this update would mean; refuses future and too stale base versions."""
         expert = self.expert(submission.expert)
         expert.require_active()
@@ -248,7 +252,13 @@ class Draft:
         return event
 
     def roll_back(
-        self, name: str, to_version: int, state: RuleState, reason: str, at: float, since: tuple[Trained, ...] = ()
+        self,
+        name: str,
+        to_version: int,
+        state: RuleState,
+        reason: str,
+        at: float,
+        since: tuple[CountedUpdate, ...] = (),
     ) -> ExpertRolledBack:
         """The expert's next version gets `state`, rebuilt by the caller from version `to_version`; see `apply`."""
         expert = self.expert(name)
@@ -264,7 +274,7 @@ class Draft:
         state: RuleState,
         reason: str,
         at: float,
-        since: tuple[Trained, ...] = (),
+        since: tuple[CountedUpdate, ...] = (),
     ) -> WorkerRetracted:
         """The expert's next version gets `state`, rebuilt by the caller without the worker's updates; see `apply`."""
         expert = self.expert(name)
@@ -278,7 +288,7 @@ class Draft:
         delta: FloatVector | None = None,
         rebuilt: RuleState | None = None,
         gateway: Adapter | None = None,
-        since: tuple[Trained, ...] = (),
+        since: tuple[CountedUpdate, ...] = (),
     ) -> None:
         """Apply one event: an update needs its delta, a fold the new gateway, any other change the rebuilt state.
 
@@ -298,12 +308,12 @@ class Draft:
                 assert delta is not None, "an accepted update is applied with its delta"
                 landed = self.experts[event.expert].land(delta, event.coefficient, rule)
                 self.experts[event.expert] = landed.remember(event.landed_norm)
-            case ExpertRolledBack() | WorkerRetracted() | UpdateLost() | ExpertWentOn():
+            case ExpertRolledBack() | WorkerRetracted() | UpdateLost() | ExpertRebased():
                 assert rebuilt is not None, "such a change is applied with the rebuilt state"
                 self.experts[event.expert] = self.experts[event.expert].become(rebuilt)
             case ExpertRenamed() | ExpertRetired() | ExpertUnretired():
                 self._apply_to_roll(event)
-            case GatewayFolded():
+            case GatewayMerged():
                 pass
         if self.living is not None:
             self.living = self.living.after(event, gateway, since)
@@ -318,9 +328,9 @@ class Draft:
     def _digest_after(self, event: Event) -> str | None:
         """The content hash of the version that an event made; None where it made none, or an expert's first one."""
         match event:
-            case UpdateAccepted() | ExpertRolledBack() | WorkerRetracted() | UpdateLost() | ExpertWentOn():
+            case UpdateAccepted() | ExpertRolledBack() | WorkerRetracted() | UpdateLost() | ExpertRebased():
                 return self.experts[event.expert].digest
-            case GatewayFolded():
+            case GatewayMerged():
                 return self.living.digest if self.living is not None else None
             case _:
                 return None

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, eq=False)
 class _Ticket:
-    alone: bool
+    exclusive: bool
 
 
-class Turnstile:
-    """Blocks of code that run beside each other (`together`), and blocks that run while no other does (`alone`).
+class FairLock:
+    """Blocks of code that run beside each other (`shared`), and blocks that run while no other does (`exclusive`).
 
     Whoever comes first goes first, so neither kind keeps the other waiting for ever.
     """
@@ -26,10 +26,10 @@ class Turnstile:
         self._alone = False
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def shared(self) -> Iterator[None]:
         """Waits while somebody is alone, or waits to be since before."""
         with self._changed:
-            ticket = _Ticket(alone=False)
+            ticket = _Ticket(exclusive=False)
             self._wait(ticket, lambda: not self._alone and not self._behind_one_alone(ticket))
             self._together += 1
         try:
@@ -40,10 +40,10 @@ class Turnstile:
                 self._changed.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Waits until all who came before are through, and nobody is inside."""
         with self._changed:
-            ticket = _Ticket(alone=True)
+            ticket = _Ticket(exclusive=True)
             self._wait(ticket, lambda: self._waiting[0] is ticket and not self._alone and not self._together)
             self._alone = True
         try:
@@ -62,4 +62,4 @@ class Turnstile:
             self._changed.notify_all()
 
     def _behind_one_alone(self, ticket: _Ticket) -> bool:
-        return any(other.alone for other in self._waiting[: self._waiting.index(ticket)])
+        return any(other.exclusive for other in self._waiting[: self._waiting.index(ticket)])

@@ -13,7 +13,7 @@ from fedmoe.models.base import LoadedBase, stop_tokens
 from fedmoe.models.final_logits import check_causal_model
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.policy_logprobs import Continuation, plan_micro_batches, token_logprobs
-from fedmoe.models.sampling import SamplingLimits, Wanted, sample
+from fedmoe.models.sampling import SampleSpec, SamplingLimits, sample
 
 __all__ = ["TransformersEngine", "stop_tokens"]
 
@@ -57,7 +57,7 @@ class TransformersEngine:
     def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
         """Answer all requests, in their order."""
         wanted = [
-            Wanted(self._name(one.adapter), one.prompt, one.max_new_tokens, one.temperature, one.seed)
+            SampleSpec(self._name(one.adapter), one.prompt, one.max_new_tokens, one.temperature, one.seed)
             for one in requests
         ]
         if not wanted:

@@ -19,7 +19,7 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
-class SyncCheck:
+class SyncReport:
     """What was found, in nats per token: the gap between engine and trainer, and how far the version moved the engine.
 
     `change` is None where there was no previous version to compare with.
@@ -37,7 +37,7 @@ def verify_sync(
     probes: Sequence[Probe],
     tolerance: float,
     previous_key: AdapterKey | None = None,
-) -> SyncCheck:
+) -> SyncReport:
     """Compare the engine's scores of `probes` under `key` with the trainer's own, one float32 (T,) for each probe.
 
     Raises EngineError when a token differs by more than `tolerance` nats, or when the scores under `previous_key` are
@@ -62,7 +62,7 @@ def verify_sync(
             "precision: load the version again under a new key, and give engine and trainer the same dtype"
         )
     change = None if previous_key is None else _change(engine, key, previous_key, probes, scores)
-    return SyncCheck(largest, mean, change)
+    return SyncReport(largest, mean, change)
 
 
 def _gap(key: AdapterKey, own: FloatArray, reference: FloatArray) -> FloatArray:

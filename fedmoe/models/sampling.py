@@ -18,7 +18,7 @@ from fedmoe.models.prefix_tree import Forest, batch_forests, grow_forests
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class SampleSpec:
     """One continuation to sample; `adapter` None is the base model. `temperature` 0 takes the likeliest token."""
 
     adapter: str | None
@@ -94,7 +94,7 @@ class Prompts:
 def sample(
     model: PreTrainedModel,
     multi: MultiLora,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[SampleSpec],
     stop_tokens: frozenset[int],
     limits: SamplingLimits = SamplingLimits(),
 ) -> list[Sampled]:
@@ -117,7 +117,7 @@ def sample(
 def _sample_part(
     model: PreTrainedModel,
     multi: MultiLora,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[SampleSpec],
     stop_tokens: frozenset[int],
     limits: SamplingLimits,
 ) -> list[Sampled]:
@@ -155,7 +155,7 @@ def _sample_part(
 class _Writer:
     """What one row has said so far."""
 
-    def __init__(self, wanted: Wanted, stop_tokens: frozenset[int]) -> None:
+    def __init__(self, wanted: SampleSpec, stop_tokens: frozenset[int]) -> None:
         self.adapter = wanted.adapter
         self.temperature = wanted.temperature
         # All draws of a row come from its own seed, so its neighbours in the batch do not matter.
@@ -210,7 +210,7 @@ def _draw(logits: torch.Tensor, writers: Sequence[_Writer]) -> torch.Tensor:
 
 
 def read_prompts(
-    model: PreTrainedModel, multi: MultiLora, wanted: Sequence[Wanted], room: int, limits: SamplingLimits
+    model: PreTrainedModel, multi: MultiLora, wanted: Sequence[SampleSpec], room: int, limits: SamplingLimits
 ) -> Prompts:
     """Compute every distinct beginning once, then lay out the cache of every row."""
     forests, adapters, rows_of = _prompt_forests(wanted, limits)
@@ -239,7 +239,7 @@ def _layer(keys: torch.Tensor, values: torch.Tensor, nodes: torch.Tensor, room: 
 
 
 def _prompt_forests(
-    wanted: Sequence[Wanted], limits: SamplingLimits
+    wanted: Sequence[SampleSpec], limits: SamplingLimits
 ) -> tuple[list[Forest], list[str | None], dict[int, tuple[int, NDArray[np.int64]]]]:
     """Forests of the distinct prompts of each adapter, and for every row its forest and path."""
     forests: list[Forest] = []

@@ -17,9 +17,9 @@ from typing import TypeVar
 import structlog
 
 from fedmoe import __version__
-from fedmoe.coordinator import CentralCoordinator, Draft, GatewayModel
+from fedmoe.coordinator import CentralCoordinator, GatewayModel, Transaction
 from fedmoe.experts import ExpertModel, Registrant, first_name
-from fedmoe.federation.events import GatewayFolded, HeldUpdateRejected, QuarantineEvent
+from fedmoe.federation.events import GatewayMerged, HeldUpdateRejected, QuarantineEvent
 from fedmoe.lora.adapter import Layout
 from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
 from fedmoe.runtime import failpoints
@@ -222,13 +222,17 @@ class CoordinatorService:
         """Make the expert, or give the one there is; `principal` is who asks, and may not have too many."""
         manifest = checked_manifest(request.manifest, self.coordinator.manifest)
 
-        def decide(draft: Draft) -> ExpertModel:
-            draft.aggregation.check_start(request.start_from)
+        def decide(transaction: Transaction) -> ExpertModel:
+            transaction.aggregation.check_start(request.start_from)
             by = Registrant(request.worker, principal.token)
             self._limits.check(
-                draft.experts, first_name(draft.experts, request.expert), manifest, by, principal.role == "admin"
+                transaction.experts,
+                first_name(transaction.experts, request.expert),
+                manifest,
+                by,
+                principal.role == "admin",
             )
-            return draft.register(request.expert, by.worker, manifest, request.seed, self.now, by.token)
+            return transaction.register(request.expert, by.worker, manifest, request.seed, self.now, by.token)
 
         expert = await self._decided(self._committer.submit(decide), ExpertModel)
         _log.info("registered", expert=expert.name, worker=request.worker, version=expert.version)
@@ -354,7 +358,7 @@ class CoordinatorService:
         if arrived.delta is not None or arrived.suspicion:
             await self._in_thread(writer.commit)
             failpoints.reached("push.stored")
-        future = self._committer.submit(lambda draft: self._landing.land(draft, arrived, self.now))
+        future = self._committer.submit(lambda transaction: self._landing.land(transaction, arrived, self.now))
         return await self._decided(future, UpdateResult)
 
     async def _take_statistics(
@@ -369,7 +373,7 @@ class CoordinatorService:
             await self._in_thread(lambda: self.statistics.check(header, writer.view(), layout))
             digest = await self._in_thread(writer.commit)
         future = self._committer.submit(
-            lambda draft: self.statistics.keep(draft, header, digest, writer.size, self.now), alone=True
+            lambda transaction: self.statistics.keep(transaction, header, digest, writer.size, self.now), alone=True
         )
         result = await self._decided(future, DataStatisticsResult)
         _log.info("statistics", worker=header.worker, **result.model_dump(exclude={"gateway_version"}))
@@ -393,8 +397,8 @@ class CoordinatorService:
             failpoints.reached("push.checking")
             flat = decode(writer.view(), layout).flat
             submission = submission_of(header, writer.digest, usable_norm(layout, flat))
-        draft = self.coordinator.draft()
-        draft.hold(draft.judge(submission, self.now), writer.size, token, suspicion)
+        transaction = self.coordinator.transaction()
+        transaction.hold(transaction.admit(submission, self.now), writer.size, token, suspicion)
         return Arrived(header, submission, flat, writer.size, token, suspicion)
 
     async def roll_back(self, request: RollbackRequest) -> ChangeResult:
@@ -410,12 +414,13 @@ class CoordinatorService:
         try:
             result = await self.retract(request)
         except RefusedError as error:
-            view = self.coordinator.draft()
+            view = self.coordinator.transaction()
             if error.code != "nothing_to_retract" or not self._erasure.gave(view, request.expert, request.worker):
                 raise
             result = answered(view, request.expert)
         erased = await self._decided(
-            self._committer.submit(lambda draft: self._erasure.erase(draft, request, self.now), alone=True), Erased
+            self._committer.submit(lambda transaction: self._erasure.erase(transaction, request, self.now), alone=True),
+            Erased,
         )
         return result.model_copy(update={"note": f"{result.note} {erased.in_words()}".strip()})
 
@@ -427,7 +432,7 @@ class CoordinatorService:
         await self._in_thread(lambda: self.told.add(statistic))
         self.roster.hear(statistic)
 
-    async def change_roll(self, change: Callable[[Draft], ExpertModel]) -> ExpertModel:
+    async def change_roll(self, change: Callable[[Transaction], ExpertModel]) -> ExpertModel:
         """Rename, retire or bring back an expert."""
         return await self._decided(self._committer.submit(change), ExpertModel)
 
@@ -440,15 +445,17 @@ class CoordinatorService:
     async def _in_thread(self, call: Callable[[], Result]) -> Result:
         return await settled(asyncio.get_running_loop().run_in_executor(self._pool, call))
 
-    def _after_commit(self, draft: Draft) -> None:
-        self.roster.observe(draft.events)
+    def _after_commit(self, transaction: Transaction) -> None:
+        self.roster.observe(transaction.events)
         if self.retention is not None:
-            self.retention.observe(draft.events)
-        for rejected in [event for event in draft.events if isinstance(event, HeldUpdateRejected)]:
+            self.retention.observe(transaction.events)
+        for rejected in [event for event in transaction.events if isinstance(event, HeldUpdateRejected)]:
             self._history.let_go(rejected.digest)
-        for name in {event.expert for event in draft.events if not isinstance(event, GatewayFolded | QuarantineEvent)}:
+        for name in {
+            event.expert for event in transaction.events if not isinstance(event, GatewayMerged | QuarantineEvent)
+        }:
             self._history.snapshot_if_due(self.coordinator.experts[name])
-        if draft.living is not None:
-            if any(isinstance(event, GatewayFolded) for event in draft.events):
-                self._history.prune_gateways(draft.living)
+        if transaction.living is not None:
+            if any(isinstance(event, GatewayMerged) for event in transaction.events):
+                self._history.prune_gateways(transaction.living)
             self._folding.wake()

@@ -17,7 +17,7 @@ from fedmoe.arena.modes.advantages import BaselineKey
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.cooperative import Cooperative
 from fedmoe.arena.modes.credit import Credit
-from fedmoe.arena.modes.memory import Society
+from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.mixed import Mixed
 from fedmoe.arena.modes.protocol import Decision, Judgement, Mode, ModeError, Planning
 from fedmoe.arena.modes.registry import MODES, make_mode
@@ -38,9 +38,9 @@ def make_planning(iteration: int = 0, task: LettersTask = TASK, names: Sequence[
     return planned(names, task, iteration, **sizes)
 
 
-def copied(society: Society) -> Society:
+def copied(society: ModeMemory) -> ModeMemory:
     """The same through JSON, as a checkpoint keeps it."""
-    return Society.from_state(json.loads(json.dumps(society.state())))
+    return ModeMemory.from_state(json.loads(json.dumps(society.state())))
 
 
 def by_name(scores: Mapping[str, float]) -> Score:
@@ -56,7 +56,7 @@ def varied(player: Player, sample: int) -> float:
 
 
 def judged(
-    mode: Mode, society: Society, planning: Planning, score: Score, valid: float = 1.0
+    mode: Mode, society: ModeMemory, planning: Planning, score: Score, valid: float = 1.0
 ) -> tuple[list[PlayedEpisode], Judgement]:
     episodes = [played(plan, score, valid) for plan in mode.plan(society, planning)]
     return episodes, mode.judge(society, planning, episodes)
@@ -105,7 +105,7 @@ def test_four_policies_on_a_task_with_room_can_play_every_mode(mode: str) -> Non
 @pytest.mark.parametrize("mode", sorted(MODES.keys() - {"independent"}))
 def test_groups_share_problem_and_line_up_and_every_policy_sits_once(mode: str) -> None:
     made, planning = make_mode(mode), make_planning(groups=12, samples=3)
-    groups = groups_of(made.plan(Society(), planning))
+    groups = groups_of(made.plan(ModeMemory(), planning))
     assert sorted(groups) == list(range(12))
     assert len({plans[0].seed for plans in groups.values()}) == 12
     for plans in groups.values():
@@ -121,13 +121,13 @@ def test_groups_share_problem_and_line_up_and_every_policy_sits_once(mode: str) 
 
 def test_independent_policies_share_neither_table_nor_problem_and_earn_what_they_achieve() -> None:
     mode, planning = make_mode("independent"), make_planning(groups=3, samples=2)
-    groups = groups_of(mode.plan(Society(), planning))
+    groups = groups_of(mode.plan(ModeMemory(), planning))
     assert Counter(plans[0].players[0].name for plans in groups.values()) == dict.fromkeys(NAMES, 3)
     assert len({plans[0].seed for plans in groups.values()}) == 12, "everybody has problems of its own"
     for plans in groups.values():
         assert [(plan.sample, plan.lineup.seats) for plan in plans] == [(0, 1), (1, 1)]
         assert len({(plan.seed, plan.players) for plan in plans}) == 1
-    society = Society()
+    society = ModeMemory()
     episodes, found = judged(mode, society, planning, varied)
     for result in found.results:
         assert result.credit.reward == episodes[result.episode].outcome.seat_scores[0]
@@ -136,7 +136,7 @@ def test_independent_policies_share_neither_table_nor_problem_and_earn_what_they
 
 
 def test_cooperation_is_one_team_of_all_with_changing_order_and_strategy() -> None:
-    plans = Cooperative().plan(Society(), make_planning(groups=12))
+    plans = Cooperative().plan(ModeMemory(), make_planning(groups=12))
     assert all(len(plan.lineup.teams) == 1 for plan in plans)
     assert len({plan.lineup.teams[0].seats for plan in plans}) > 2
     assert len({plan.players for plan in plans}) > 2
@@ -144,7 +144,7 @@ def test_cooperation_is_one_team_of_all_with_changing_order_and_strategy() -> No
 
 
 def test_competition_is_everybody_for_himself_with_a_frozen_guest_in_a_quarter_of_the_groups() -> None:
-    plans = Competitive().plan(Society(), make_planning(groups=400, samples=2))
+    plans = Competitive().plan(ModeMemory(), make_planning(groups=400, samples=2))
     guests = [[player for player in plan.players if not player.learning] for plan in plans]
     assert {len(plan.lineup.teams) for plan in plans} == {4, 5}
     assert all(len(team.seats) == 1 for plan in plans for team in plan.lineup.teams)
@@ -154,7 +154,7 @@ def test_competition_is_everybody_for_himself_with_a_frozen_guest_in_a_quarter_o
 
 
 def test_where_not_all_fit_everybody_gets_as_many_tables_and_both_seats() -> None:
-    plans = Competitive().plan(Society(), make_planning(task=DUEL, groups=80, samples=2))
+    plans = Competitive().plan(ModeMemory(), make_planning(task=DUEL, groups=80, samples=2))
     assert {plan.lineup.seats for plan in plans} == {2}
     firsts = Counter(name for plan in plans for name in {player.name for player in plan.players if player.learning})
     assert min(firsts[name] for name in NAMES) >= 2 * 80 / len(NAMES)
@@ -166,14 +166,14 @@ def test_where_not_all_fit_everybody_gets_as_many_tables_and_both_seats() -> Non
 def test_a_table_that_policies_just_fill_is_full_with_a_frozen_guest_too(seats: tuple[int, int]) -> None:
     task = LettersTask(seats)
     Competitive().check(task, 4)
-    plans = Competitive().plan(Society(), make_planning(task=task, groups=60, samples=1))
+    plans = Competitive().plan(ModeMemory(), make_planning(task=task, groups=60, samples=1))
     assert {plan.lineup.seats for plan in plans} == {seats[1]}
     assert {sum(player.learning for player in plan.players) for plan in plans} == {seats[1], seats[1] - 1}
     assert all(len(set(plan.players)) == len(plan.players) for plan in plans)
 
 
 def test_a_battle_is_two_equal_teams_of_about_equal_rating_that_choose_their_way() -> None:
-    society, mode = Society(), TeamBattle()
+    society, mode = ModeMemory(), TeamBattle()
     for name in NAMES:
         society.ratings.ensure(name)
     for _ in range(30):  # ann and bob become much stronger than cy and dee
@@ -192,7 +192,7 @@ def test_a_battle_is_two_equal_teams_of_about_equal_rating_that_choose_their_way
 def test_planning_again_gives_the_same_plan_whether_or_not_the_society_saw_the_first(
     mode: str, task: LettersTask
 ) -> None:
-    made, society = make_mode(mode), Society()
+    made, society = make_mode(mode), ModeMemory()
     for iteration in range(3):
         judged(made, society, make_planning(iteration, task), varied)
     before = copied(society)
@@ -212,7 +212,7 @@ def weighed(weights: Credit, parts: Credit) -> float:
 
 def test_cooperation_pays_the_common_result_ones_own_and_what_the_team_would_miss() -> None:
     scores = {"ann": 0.8, "bob": 0.5, "cy": 0.2, "dee": 0.0}
-    _, found = judged(Cooperative(), Society(), make_planning(), by_name(scores))
+    _, found = judged(Cooperative(), ModeMemory(), make_planning(), by_name(scores))
     assert all(cooperative.WEIGHTS.parts()[name] for name in ("individual", "shared", "difference"))
     for result in found.results:
         # Without ann the team has 0.5, without any other still 0.8.
@@ -224,8 +224,8 @@ def test_cooperation_pays_the_common_result_ones_own_and_what_the_team_would_mis
 def test_competition_pays_ones_own_result_and_the_lead_over_the_rivals() -> None:
     scores = {"ann": 0.9, "bob": 0.6, "cy": 0.3, "dee": 0.0}
     ahead = {"ann": 0.6, "bob": 0.2, "cy": -0.2, "dee": -0.6}
-    plans = [plan for plan in Competitive().plan(Society(), make_planning(groups=8)) if plan.lineup.seats == 4]
-    found = Competitive().judge(Society(), make_planning(), [played(plan, by_name(scores)) for plan in plans])
+    plans = [plan for plan in Competitive().plan(ModeMemory(), make_planning(groups=8)) if plan.lineup.seats == 4]
+    found = Competitive().judge(ModeMemory(), make_planning(), [played(plan, by_name(scores)) for plan in plans])
     assert all(competitive.WEIGHTS.parts()[name] for name in ("individual", "versus"))
     for result in found.results:
         parts = Credit(scores[result.policy], scores[result.policy], None, ahead[result.policy])
@@ -235,7 +235,7 @@ def test_competition_pays_ones_own_result_and_the_lead_over_the_rivals() -> None
 
 def test_a_battle_is_zero_sum_between_teams_and_pays_what_each_member_adds() -> None:
     scores = {"ann": 0.8, "bob": 0.5, "cy": 0.2, "dee": 0.0}
-    episodes, found = judged(TeamBattle(), Society(), make_planning(groups=10), by_name(scores))
+    episodes, found = judged(TeamBattle(), ModeMemory(), make_planning(groups=10), by_name(scores))
     assert all(team_battle.WEIGHTS.parts()[name] for name in ("difference", "versus"))
     for index, episode in enumerate(episodes):
         own = {result.seat: result.credit for result in found.results if result.episode == index}
@@ -249,7 +249,7 @@ def test_a_battle_is_zero_sum_between_teams_and_pays_what_each_member_adds() -> 
 
 @pytest.mark.parametrize("mode", sorted(MODES))
 def test_advantages_compare_a_policy_with_itself_within_its_group(mode: str) -> None:
-    episodes, found = judged(make_mode(mode), Society(), make_planning(groups=6), varied)
+    episodes, found = judged(make_mode(mode), ModeMemory(), make_planning(groups=6), varied)
     sums: dict[tuple[int, str, int], list[float]] = {}
     for result in found.results:
         key = (episodes[result.episode].plan.group, result.policy, result.seat)
@@ -264,7 +264,7 @@ def test_advantages_compare_a_policy_with_itself_within_its_group(mode: str) -> 
 
 @pytest.mark.parametrize("mode", sorted(MODES))
 def test_every_turn_of_a_learning_seat_is_an_example_and_of_no_other(mode: str) -> None:
-    episodes, found = judged(make_mode(mode), Society(), make_planning(groups=12, samples=2), varied)
+    episodes, found = judged(make_mode(mode), ModeMemory(), make_planning(groups=12, samples=2), varied)
     if mode == "competitive":
         assert any(not turn.player.learning for one in episodes for turn in one.turns), "the base model played too"
     expected = [result for result in found.results if abs(result.advantage) > 1e-9]
@@ -278,15 +278,15 @@ def test_every_turn_of_a_learning_seat_is_an_example_and_of_no_other(mode: str) 
 
 @pytest.mark.parametrize("mode", sorted(MODES))
 def test_where_nothing_differs_there_is_nothing_to_learn_from(mode: str) -> None:
-    _, found = judged(make_mode(mode), Society(), make_planning(), lambda player, sample: 0.5)
+    _, found = judged(make_mode(mode), ModeMemory(), make_planning(), lambda player, sample: 0.5)
     assert found.examples == ()
     assert len(found.results) == 4 * 3 * len(NAMES)
 
 
 @pytest.mark.parametrize("mode", sorted(MODES))
 def test_an_action_that_cannot_be_used_costs_a_half(mode: str) -> None:
-    _, good = judged(make_mode(mode), Society(), make_planning(), varied)
-    _, bad = judged(make_mode(mode), Society(), make_planning(), varied, valid=0.0)
+    _, good = judged(make_mode(mode), ModeMemory(), make_planning(), varied)
+    _, bad = judged(make_mode(mode), ModeMemory(), make_planning(), varied, valid=0.0)
     for one, other in zip(good.results, bad.results, strict=True):
         assert other.credit.reward == pytest.approx(one.credit.reward - 0.5)
         assert other.credit.parts == one.credit.parts
@@ -300,7 +300,7 @@ def test_an_action_that_the_limit_cut_costs_a_half_of_its_share(mode: str) -> No
 
     found = []
     for play in (lambda plan: played(plan, varied), cut):
-        chosen, society, planning = make_mode(mode), Society(), make_planning()
+        chosen, society, planning = make_mode(mode), ModeMemory(), make_planning()
         found.append(chosen.judge(society, planning, [play(plan) for plan in chosen.plan(society, planning)]).results)
     for one, other in zip(*found, strict=True):
         assert other.credit.reward == pytest.approx(one.credit.reward - 0.25)
@@ -308,7 +308,7 @@ def test_an_action_that_the_limit_cut_costs_a_half_of_its_share(mode: str) -> No
 
 
 def test_a_draft_that_the_limit_cut_costs_the_draft_and_not_the_answer() -> None:
-    mode, society, planning = Cooperative(), Society(), make_planning()
+    mode, society, planning = Cooperative(), ModeMemory(), make_planning()
     episodes = []
     for plan in mode.plan(society, planning):
         one = played(plan, lambda player, sample: 0.0)
@@ -321,7 +321,7 @@ def test_a_draft_that_the_limit_cut_costs_the_draft_and_not_the_answer() -> None
 
 
 def test_in_a_game_the_baseline_is_a_moving_average_of_policy_and_seat() -> None:
-    society, mode = Society(), Competitive()
+    society, mode = ModeMemory(), Competitive()
     planning = make_planning(task=DUEL, groups=8, samples=2)
     plans = mode.plan(society, planning)
     episodes = [played(plan, lambda player, sample: 1.0 if player.name == "ann" else 0.0) for plan in plans]
@@ -343,19 +343,19 @@ def test_in_a_game_the_baseline_is_a_moving_average_of_policy_and_seat() -> None
 def test_games_between_teams_are_rated_and_cooperation_is_not() -> None:
     scores = by_name({"ann": 0.9, "bob": 0.6, "cy": 0.3, "dee": 0.0})
     for mode in (Competitive(), TeamBattle()):
-        society = Society()
+        society = ModeMemory()
         for iteration in range(6):
             judged(mode, society, make_planning(iteration), scores)
         order = sorted(NAMES, key=lambda name: -society.ratings[name].mu)
         assert order == list(NAMES), mode.name
         assert all(society.ratings[name].games == 6 * 12 for name in NAMES)
-    society = Society()
+    society = ModeMemory()
     judged(Cooperative(), society, make_planning(), scores)
     assert not any(name in society.ratings for name in NAMES)
 
 
 def test_results_against_frozen_opponents_choose_the_next_ones() -> None:
-    society, mode = Society(), Competitive()
+    society, mode = ModeMemory(), Competitive()
     society.opponents.add_champion(AdapterKey("ann", 7), 30.0)
     strong = by_name(dict.fromkeys(NAMES, 0.5) | {"ann@7": 1.0})
     for iteration in range(6):
@@ -367,7 +367,7 @@ def test_results_against_frozen_opponents_choose_the_next_ones() -> None:
 
 
 def test_a_team_learns_which_way_of_working_wins() -> None:
-    society, mode = Society(), TeamBattle()
+    society, mode = ModeMemory(), TeamBattle()
 
     def score(plan: EpisodePlan) -> Score:
         ways = {plan.players[seat].name: team.strategy for team in plan.lineup.teams for seat in team.seats}
@@ -392,7 +392,7 @@ def test_a_team_learns_which_way_of_working_wins() -> None:
 
 
 def test_cooperation_moves_episodes_to_the_ways_in_which_rewards_still_differ() -> None:
-    society, mode = Society(), Cooperative()
+    society, mode = ModeMemory(), Cooperative()
     counts: list[Counter[str]] = []
     decisions: list[Decision] = []
     for iteration in range(8):
@@ -412,14 +412,14 @@ def test_cooperation_moves_episodes_to_the_ways_in_which_rewards_still_differ() 
 
 
 def test_fewer_groups_than_ways_of_working_still_make_a_plan() -> None:
-    society, mode = Society(), Cooperative()
+    society, mode = ModeMemory(), Cooperative()
     _, found = judged(mode, society, make_planning(groups=1), varied)
     assert found.examples
     assert found.decisions == ()
 
 
 def test_the_worst_is_replaced_only_once_the_intervals_are_surely_apart() -> None:
-    society, mode = Society(), Competitive(min_games=20, cooldown=5)
+    society, mode = ModeMemory(), Competitive(min_games=20, cooldown=5)
     scores = by_name({"ann": 0.9, "bob": 0.6, "cy": 0.5, "dee": 0.0})
     for iteration in range(40):
         _, found = judged(mode, society, make_planning(iteration, groups=1, samples=2), scores)
@@ -436,7 +436,7 @@ def test_the_worst_is_replaced_only_once_the_intervals_are_surely_apart() -> Non
 
 
 def test_after_a_replacement_there_is_a_pause() -> None:
-    society, mode = Society(), Competitive(min_games=2, cooldown=5)
+    society, mode = ModeMemory(), Competitive(min_games=2, cooldown=5)
     scores = by_name({"ann": 0.9, "bob": 0.6, "cy": 0.5, "dee": 0.0})
     for iteration in range(15):
         judged(mode, society, make_planning(iteration), scores)
@@ -448,14 +448,14 @@ def test_after_a_replacement_there_is_a_pause() -> None:
 
 
 def test_equals_are_not_replaced() -> None:
-    society, mode = Society(), Competitive(min_games=2, cooldown=0)
+    society, mode = ModeMemory(), Competitive(min_games=2, cooldown=0)
     for iteration in range(25):
         _, found = judged(mode, society, make_planning(iteration), lambda player, sample: 0.5)
         assert found.replacements == ()
 
 
 def test_mixed_mode_switches_with_a_reason_and_baselines_begin_anew() -> None:
-    society, mode = Society(), Mixed(SwitchRules(exploration=6, min_stay=2, window=3))
+    society, mode = ModeMemory(), Mixed(SwitchRules(exploration=6, min_stay=2, window=3))
     seen, decisions = [], []
     for iteration in range(6):
         society.baselines.advantage(BaselineKey("t", "r", "ann"), [1.0])
@@ -474,7 +474,7 @@ def test_mixed_mode_switches_with_a_reason_and_baselines_begin_anew() -> None:
 
 
 def test_mixed_mode_leaves_a_mode_that_one_policy_dominates() -> None:
-    society, mode = Society(), Mixed(SwitchRules(exploration=3, min_stay=1, window=3))
+    society, mode = ModeMemory(), Mixed(SwitchRules(exploration=3, min_stay=1, window=3))
     rng = np.random.default_rng(1)
     left = ""
     for iteration in range(30):
@@ -492,7 +492,7 @@ def test_mixed_mode_leaves_a_mode_that_one_policy_dominates() -> None:
 
 
 def test_mixed_mode_measures_agreement_on_tables_with_a_guest_too() -> None:
-    society, mode = Society(), Mixed(SwitchRules(exploration=3, min_stay=1, window=3))
+    society, mode = ModeMemory(), Mixed(SwitchRules(exploration=3, min_stay=1, window=3))
     task = LettersTask((1, 4))
     mode.check(task, 4)
     for iteration in range(12):
@@ -502,7 +502,7 @@ def test_mixed_mode_measures_agreement_on_tables_with_a_guest_too() -> None:
 
 @pytest.mark.parametrize("mode", sorted(MODES))
 def test_a_mode_and_its_society_go_on_from_a_checkpoint_as_if_never_stopped(mode: str) -> None:
-    first, society = make_mode(mode), Society()
+    first, society = make_mode(mode), ModeMemory()
     if mode == "mixed":
         first = Mixed(SwitchRules(exploration=6, min_stay=2, window=3))
     for iteration in range(3):

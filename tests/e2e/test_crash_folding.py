@@ -15,9 +15,9 @@ from support import EPOCH, LAYOUT, MANIFEST, CoordinatorProcess, make_body, make
 from fedmoe.experts import GATEWAY_SEED
 from fedmoe.federation.events import (
     Event,
+    ExpertRebased,
     ExpertRegistered,
-    ExpertWentOn,
-    GatewayFolded,
+    GatewayMerged,
     UpdateAccepted,
 )
 from fedmoe.lora.adapter import FloatVector, initial_adapter
@@ -99,7 +99,7 @@ def test_killed_at_each_step_of_a_fold_it_is_there_once_and_the_same(
     np.testing.assert_array_equal(pull(coordinator.url, ["python"])["python"], weights)
     assert coordinator.stop() == 0
     kinds = [type(event) for event in events_of(coordinator)]
-    assert kinds == [ExpertRegistered, *[UpdateAccepted] * 3, GatewayFolded, ExpertWentOn]
+    assert kinds == [ExpertRegistered, *[UpdateAccepted] * 3, GatewayMerged, ExpertRebased]
 
 
 @pytest.mark.parametrize("keep_updates", [(), ("--keep-updates", "20")])
@@ -152,12 +152,12 @@ def check_events(events: Sequence[Event], told: Told) -> None:
         event = updates[one.identity]
         assert (event.version, event.digest) == (one.version, one.digest)
     for name in EXPERTS:
-        versions = [e.version for e in events if isinstance(e, UpdateAccepted | ExpertWentOn) and e.expert == name]
+        versions = [e.version for e in events if isinstance(e, UpdateAccepted | ExpertRebased) and e.expert == name]
         assert versions == list(range(1, len(versions) + 1))
-    folds = [event for event in events if isinstance(event, GatewayFolded)]
+    folds = [event for event in events if isinstance(event, GatewayMerged)]
     assert [fold.number for fold in folds] == list(range(1, len(folds) + 1))
     for fold in folds:
-        moved = [e for e in events if isinstance(e, ExpertWentOn) and e.gateway == fold.number]
+        moved = [e for e in events if isinstance(e, ExpertRebased) and e.gateway == fold.number]
         assert {(e.expert, e.digest) for e in moved} == {(name, fold.digest) for name in fold.sources}
 
 
@@ -166,7 +166,7 @@ def rebuilt(coordinator: CoordinatorProcess, events: Sequence[Event], told: Told
     weights = dict.fromkeys(EXPERTS, initial_adapter(LAYOUT, MANIFEST.alpha, GATEWAY_SEED).flat)
     since: dict[str, list[UpdateAccepted]] = {name: [] for name in EXPERTS}
     for event in events:
-        if isinstance(event, ExpertWentOn):
+        if isinstance(event, ExpertRebased):
             file = coordinator.state_dir / "blobs" / event.digest
             # One that nobody goes on from any more may be pruned; a later one takes its place.
             weights[event.expert] = decode(file.read_bytes(), LAYOUT).flat if file.exists() else np.zeros(1, np.float32)
@@ -175,7 +175,7 @@ def rebuilt(coordinator: CoordinatorProcess, events: Sequence[Event], told: Told
             again = [event]
         else:
             continue
-        since[event.expert] = again if isinstance(event, ExpertWentOn) else [*since[event.expert], event]
+        since[event.expert] = again if isinstance(event, ExpertRebased) else [*since[event.expert], event]
         for update in again:
             delta = make_flat(told.seeds[update.worker, update.epoch, update.sequence])
             weights[event.expert] = weights[event.expert] + np.float32(update.coefficient) * delta

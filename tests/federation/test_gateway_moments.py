@@ -1,4 +1,4 @@
-"""The gateway of a strategy that needs the experts' input moments: with them, without them, and as a draft."""
+"""The gateway of a strategy that needs the experts' input moments: with them, without them, and as a transaction."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def trained(aggregation: Aggregation = REGMEAN) -> CentralCoordinator:
 
 def learn(coordinator: CentralCoordinator, **found: ExpertMoments | None) -> None:
     for name, one in found.items():
-        draft = coordinator.draft()
-        draft.learn_moments(name, one)
-        coordinator.publish(draft)
+        transaction = coordinator.transaction()
+        transaction.learn_moments(name, one)
+        coordinator.publish(transaction)
 
 
 def test_with_moments_of_every_expert_it_is_their_regmean() -> None:
@@ -88,12 +88,12 @@ def test_a_rank_that_was_asked_for_is_kept(rank: int) -> None:
 
 
 def test_a_draft_forgets_moments_with_everything_else_since_a_mark() -> None:
-    draft = trained().draft()
+    transaction = trained().transaction()
     first, second = moments(1), moments(2)
-    draft.learn_moments("python", first)
-    mark = draft.mark()
-    draft.learn_moments("python", second)
-    draft.learn_moments("sql", None)
-    assert draft.gateway_version == mark.gateway_version + 2
-    draft.restore(mark)
-    assert (draft.moments, draft.gateway_version) == ({"python": first}, mark.gateway_version)
+    transaction.learn_moments("python", first)
+    mark = transaction.savepoint()
+    transaction.learn_moments("python", second)
+    transaction.learn_moments("sql", None)
+    assert transaction.gateway_version == mark.gateway_version + 2
+    transaction.rollback_to(mark)
+    assert (transaction.moments, transaction.gateway_version) == ({"python": first}, mark.gateway_version)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import accepted, make_submission, registered
 
-from fedmoe.coordinator import Aggregation, Draft
+from fedmoe.coordinator import Aggregation, Transaction
 from fedmoe.federation.events import HeldUpdateRejected, UpdateAccepted, UpdateHeld
 from fedmoe.federation.online_gateway import counters, trained
 from fedmoe.federation.quarantine import Quarantine
@@ -18,21 +18,21 @@ from fedmoe.lora.update_rules import USUAL_LEAST, USUAL_WINDOW
 NORMS = st.floats(1e-3, 1e3)
 
 
-def draft_with(norms: list[float], aggregation: Aggregation) -> Draft:
+def draft_with(norms: list[float], aggregation: Aggregation) -> Transaction:
     """One expert on which updates of these norms landed."""
-    draft = Draft(aggregation, {}, None, 0)
-    draft.apply(registered())
-    draft.experts["python"] = replace(draft.experts["python"], norms=tuple(norms[-USUAL_WINDOW:]))
-    return draft
+    transaction = Transaction(aggregation, {}, None, 0)
+    transaction.apply(registered())
+    transaction.experts["python"] = replace(transaction.experts["python"], norms=tuple(norms[-USUAL_WINDOW:]))
+    return transaction
 
 
 @given(st.lists(NORMS, max_size=40), st.floats(0, 1e9), st.floats(2, 1e6), st.none() | st.floats(1, 1e6))
 def test_held_is_what_would_land_with_more_than_the_factor_times_the_usual_norm_37(
     norms: list[float], norm: float, factor: float, clip: float | None
 ) -> None:
-    draft = draft_with(norms, Aggregation(clip_norm=clip, hold_norm=factor))
-    update = draft.judge(replace(make_submission(), norm=norm), 0.0)
-    held = draft.hold(update, 1, "")
+    transaction = draft_with(norms, Aggregation(clip_norm=clip, hold_norm=factor))
+    update = transaction.admit(replace(make_submission(), norm=norm), 0.0)
+    held = transaction.hold(update, 1, "")
     recent = norms[-USUAL_WINDOW:]
     if len(recent) < USUAL_LEAST:
         assert held is None
@@ -49,8 +49,8 @@ def test_held_is_what_would_land_with_more_than_the_factor_times_the_usual_norm_
 
 @given(st.lists(NORMS, max_size=40), st.floats(0, 1e9))
 def test_a_factor_of_0_holds_nothing_37(norms: list[float], norm: float) -> None:
-    draft = draft_with(norms, Aggregation(hold_norm=0.0))
-    assert draft.hold(draft.judge(replace(make_submission(), norm=norm), 0.0), 1, "") is None
+    transaction = draft_with(norms, Aggregation(hold_norm=0.0))
+    assert transaction.hold(transaction.admit(replace(make_submission(), norm=norm), 0.0), 1, "") is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["hold", "land", "reject"])), max_size=40))

@@ -21,7 +21,7 @@ from support import LAYOUT, accepted, make_adapter, make_flat, registered
 from fedmoe.datasets.check import check_file
 from fedmoe.datasets.readers.lines import DataError, Reading
 from fedmoe.datasets.readers.rows import read_file
-from fedmoe.federation.events import ExpertRolledBack, ExpertWentOn, GatewayFolded, WorkerRetracted
+from fedmoe.federation.events import ExpertRebased, ExpertRolledBack, GatewayMerged, WorkerRetracted
 from fedmoe.lora.codec import WIRE_DTYPES, decode, encode
 from fedmoe.lora.formats import npz_bytes, read_npz
 from fedmoe.lora.safetensors_bytes import CodecError, encode_named, read_header, read_named
@@ -154,8 +154,8 @@ def seeds(name: str) -> list[bytes]:
             accepted(1),
             ExpertRolledBack("a", 1, 2, "", 5.0),
             WorkerRetracted("a", "w1", 2, 7, "", 6.0),
-            GatewayFolded(1, 4, "a" * 64, {"a": 3}, {"a": 0}, {"a": 0.5}, 0.0, 1.0, ("one",), 7.0),
-            ExpertWentOn("a", 1, "a" * 64, 0, 4, 8.0),
+            GatewayMerged(1, 4, "a" * 64, {"a": 3}, {"a": 0}, {"a": 0.5}, 0.0, 1.0, ("one",), 7.0),
+            ExpertRebased("a", 1, "a" * 64, 0, 4, 8.0),
         ]
         rows = [row_of(event) for event in events]
         return [f"{row['kind']}\n{row['payload']}".encode() for row in rows]

@@ -14,7 +14,7 @@ from fedmoe.models.base import LoadedBase
 from fedmoe.models.final_logits import UnsupportedModelError
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.policy_logprobs import Continuation, plan_micro_batches, token_logprobs
-from fedmoe.models.sampling import Sampled, SamplingLimits, Wanted, sample
+from fedmoe.models.sampling import Sampled, SampleSpec, SamplingLimits, sample
 
 Pair = tuple[LoadedBase, MultiLora]
 NAMES = ("a", "b", None, "c")
@@ -26,27 +26,27 @@ def pair() -> Pair:
     return with_adapters()
 
 
-def mixed(rows: int = 16, seed: int = 0) -> list[Wanted]:
+def mixed(rows: int = 16, seed: int = 0) -> list[SampleSpec]:
     """All adapters in no order; prompts of several lengths, some shared; all temperatures and lengths."""
     rng = np.random.default_rng(seed)
     prompts = [random_tokens(rng, length) for length in (12, 3, 1, 25, 7)]
     prompts.append(prompts[0][:6])
     return [
-        Wanted(NAMES[row % 4], prompts[row % 6], 1 + row % 9, (1.0, 0.6, 0.0, 1.7)[row // 2 % 4], 100 + row)
+        SampleSpec(NAMES[row % 4], prompts[row % 6], 1 + row % 9, (1.0, 0.6, 0.0, 1.7)[row // 2 % 4], 100 + row)
         for row in range(rows)
     ]
 
 
 def drawn(
     pair: Pair,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[SampleSpec],
     stop: frozenset[int] = frozenset(),
     limits: SamplingLimits = LARGE,
 ) -> list[Sampled]:
     return sample(pair[0].model, pair[1], wanted, stop, limits)
 
 
-def fresh_logprobs(pair: Pair, wanted: Wanted, tokens: tuple[int, ...]) -> np.ndarray:
+def fresh_logprobs(pair: Pair, wanted: SampleSpec, tokens: tuple[int, ...]) -> np.ndarray:
     base, multi = pair
     one = [Continuation(wanted.adapter, wanted.prompt, tokens)]
     (batch,) = plan_micro_batches(one, 4096)
@@ -114,7 +114,7 @@ def test_the_limits_do_not_change_the_tokens(pair: Pair, limits: SamplingLimits)
 def test_temperature_zero_is_the_greedy_generation_of_transformers(adapter: str | None, device: str) -> None:
     base, multi = with_adapters(device)
     prompt = tuple(range(70, 80))
-    wanted = [Wanted(adapter, prompt, 8, 0.0, 1), *mixed(8)]
+    wanted = [SampleSpec(adapter, prompt, 8, 0.0, 1), *mixed(8)]
     ids = torch.tensor([prompt], device=device)
     with multi.rows([adapter]):
         theirs = base.model.generate(
@@ -150,7 +150,7 @@ def test_rows_of_different_lengths_end_each_at_its_own(pair: Pair) -> None:
 def test_draws_follow_the_distribution(pair: Pair) -> None:
     for adapter, temperature in (("a", 1.0), (None, 0.5)):
         prompt, count = (65, 66, 67), 4000
-        found = drawn(pair, [Wanted(adapter, prompt, 1, temperature, seed) for seed in range(count)])
+        found = drawn(pair, [SampleSpec(adapter, prompt, 1, temperature, seed) for seed in range(count)])
         vocabulary = pair[0].model.config.vocab_size
         with torch.no_grad(), pair[1].rows([adapter]):
             logits = pair[0].model(torch.tensor([prompt]), use_cache=False).logits[0, -1]
@@ -167,7 +167,7 @@ def test_draws_follow_the_distribution(pair: Pair) -> None:
 
 
 def test_later_draws_of_a_row_are_independent_of_its_first(pair: Pair) -> None:
-    wanted = [Wanted("b", (65,), 2, 1.0, seed) for seed in range(300)]
+    wanted = [SampleSpec("b", (65,), 2, 1.0, seed) for seed in range(300)]
     found = drawn(pair, wanted)
     again = drawn(pair, [replace(one, prompt=(65, 90)) for one in wanted])
     assert len({one.tokens for one in found}) > 250
@@ -180,7 +180,7 @@ def test_a_draw_of_almost_one_never_takes_an_impossible_token(monkeypatch: pytes
             return np.full(size, 1 - 1e-12)  # 1 in float32
 
     monkeypatch.setattr(np.random, "default_rng", lambda seed: Almost())
-    cold = [Wanted(name, (65, 66), 3, 0.01, 0) for name in NAMES]
+    cold = [SampleSpec(name, (65, 66), 3, 0.01, 0) for name in NAMES]
     for one in drawn(pair, cold):
         assert (one.logprobs > -25).all()
 
@@ -211,7 +211,7 @@ def test_a_model_whose_numbers_overflow_is_an_error_that_names_the_adapter() -> 
     base, multi = with_adapters()
     multi.add("wild", random_adapter(multi, 2, 1.0, 9, spread=1e20))
     with pytest.raises(FloatingPointError, match="wild"):
-        drawn((base, multi), [Wanted("wild", (65, 66), 3, 1.0, 0), Wanted("a", (65,), 3, 1.0, 0)])
+        drawn((base, multi), [SampleSpec("wild", (65, 66), 3, 1.0, 0), SampleSpec("a", (65,), 3, 1.0, 0)])
 
 
 def test_a_model_in_checkpointing_training_is_refused() -> None:

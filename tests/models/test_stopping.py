@@ -23,7 +23,7 @@ from fedmoe.arena.rollout.chat import ChatCodec
 from fedmoe.datasets.formats.formats import Chat, Message
 from fedmoe.datasets.tokens.render import render_sample
 from fedmoe.datasets.tokens.tokenized import MASKED
-from fedmoe.gateway.serve.text import Prompter, TextStream
+from fedmoe.gateway.serve.text import PromptEncoder, TextStream
 from fedmoe.inference import transformers_engine
 from fedmoe.models.base import LoadedBase, load_base, pad_token, stop_tokens
 from fedmoe.models.stopping import end_marks, stops_of
@@ -147,5 +147,5 @@ def test_a_mark_that_is_not_marked_special_is_not_shown(tmp_path: Path) -> None:
     said = [*tokenizer("Yes.")["input_ids"], mark]
     assert tokenizer.decode(said, skip_special_tokens=True) == "Yes.<|im_end|>"
     assert ChatCodec(tokenizer).text(said) == "Yes."
-    stream = TextStream(Prompter(tokenizer, 259, 100, stops_of(tokenizer, None)))
+    stream = TextStream(PromptEncoder(tokenizer, 259, 100, stops_of(tokenizer, None)))
     assert "".join([*(stream.add(token) for token in said), stream.end()]) == "Yes."

@@ -91,7 +91,7 @@ class House:
 
     def settle(self) -> None:
         """Wait until snapshots and pruning, which follow an answer, are done."""
-        self.service._committer.submit(lambda draft: None).result(10)
+        self.service._committer.submit(lambda transaction: None).result(10)
 
     def roll_back(self, to_version: int, expert: str = "python") -> int:
         return asyncio.run(self.service.roll_back(RollbackRequest(expert=expert, to_version=to_version))).removed

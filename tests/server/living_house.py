@@ -7,9 +7,9 @@ from collections.abc import Callable
 from crash_house import House
 from test_data_statistics import moments as input_moments
 
-from fedmoe.coordinator import Aggregation, Draft, ExpertMoments, GatewayModel
-from fedmoe.federation.events import GatewayFolded
-from fedmoe.federation.online_gateway import LivingGateway
+from fedmoe.coordinator import Aggregation, ExpertMoments, GatewayModel, Transaction
+from fedmoe.federation.events import GatewayMerged
+from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.algebra import product_norm, stack
 
@@ -23,8 +23,8 @@ def open_living(aggregation: Aggregation = LIVING, **options: object) -> House:
     return opened
 
 
-def living(house: House) -> LivingGateway:
-    found = house.service.coordinator.draft().living
+def living(house: House) -> OnlineGateway:
+    found = house.service.coordinator.transaction().living
     assert found is not None
     return found
 
@@ -37,8 +37,8 @@ def moments(seed: int) -> ExpertMoments:
     return ExpertMoments(input_moments(seed), str(seed))
 
 
-def folds(house: House) -> list[GatewayFolded]:
-    return [event for event in house.journal.events() if isinstance(event, GatewayFolded)]
+def folds(house: House) -> list[GatewayMerged]:
+    return [event for event in house.journal.events() if isinstance(event, GatewayMerged)]
 
 
 def difference(left: Adapter, right: Adapter) -> float:
@@ -57,8 +57,8 @@ def interrupted_fold(house: House, meanwhile: Callable[[], object]) -> None:
 
 
 def learn(house: House, **told: ExpertMoments) -> None:
-    def decide(draft: Draft) -> None:
+    def decide(transaction: Transaction) -> None:
         for name, found in told.items():
-            draft.learn_moments(name, found)
+            transaction.learn_moments(name, found)
 
     house.service._committer.submit(decide).result(10)

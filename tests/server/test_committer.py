@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import pytest
 from support import MANIFEST, make_flat, make_submission
 
-from fedmoe.coordinator import CentralCoordinator, Draft
+from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.federation.events import Event, UpdateAccepted
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import StorageFailedError
@@ -43,13 +43,13 @@ class House:
         self.coordinator = CentralCoordinator()
         self.coordinator.register_expert("python", MANIFEST)
         self.cleaned: list[list[Event]] = []
-        self.clean_up: Callable[[Draft], None] = lambda draft: self.cleaned.append(list(draft.events))
-        self.committer = Committer(self.coordinator, self.gate, lambda draft: self.clean_up(draft))  # type: ignore[arg-type]
+        self.clean_up: Callable[[Transaction], None] = lambda transaction: self.cleaned.append(list(transaction.events))
+        self.committer = Committer(self.coordinator, self.gate, lambda transaction: self.clean_up(transaction))  # type: ignore[arg-type]
 
     def push(self, sequence: int, base_version: int = 0) -> Future[object]:
-        def decide(draft: Draft) -> UpdateAccepted:
-            event = draft.judge(make_submission(base_version=base_version, sequence=sequence), 0.0)
-            draft.apply(event, make_flat(sequence))
+        def decide(transaction: Transaction) -> UpdateAccepted:
+            event = transaction.admit(make_submission(base_version=base_version, sequence=sequence), 0.0)
+            transaction.apply(event, make_flat(sequence))
             return event
 
         return self.committer.submit(decide)
@@ -110,7 +110,7 @@ def test_a_decision_that_reads_the_past_is_alone_in_its_group(house: House) -> N
     before = house.push(1)
     seen: list[tuple[int, int]] = []
     alone = house.committer.submit(
-        lambda draft: seen.append((len(draft.events), house.gate.journal.count())), alone=True
+        lambda transaction: seen.append((len(transaction.events), house.gate.journal.count())), alone=True
     )
     after = house.push(2)
     house.gate.open.set()
@@ -130,8 +130,8 @@ def test_a_refused_decision_spoils_nothing_for_the_others(house: House) -> None:
 
 
 def test_a_decision_that_fails_half_way_leaves_nothing_behind(house: House) -> None:
-    def fail_late(draft: Draft) -> None:
-        draft.apply(draft.judge(make_submission(sequence=5), 0.0), make_flat(5))
+    def fail_late(transaction: Transaction) -> None:
+        transaction.apply(transaction.admit(make_submission(sequence=5), 0.0), make_flat(5))
         raise RuntimeError("after the update had landed")
 
     first = house.block()
@@ -186,7 +186,7 @@ def test_whoever_sees_the_disk_fail_stops_the_committer(house: House) -> None:
 
 
 def test_a_snapshot_that_fails_costs_nobody_an_answer(house: House) -> None:
-    def fail(draft: Draft) -> None:
+    def fail(transaction: Transaction) -> None:
         raise RefusedError("disk_full", "no space left.")
 
     house.clean_up = fail
@@ -196,7 +196,7 @@ def test_a_snapshot_that_fails_costs_nobody_an_answer(house: House) -> None:
 
 
 def test_a_snapshot_that_finds_the_disk_broken_stops_the_committer(house: House) -> None:
-    def fail(draft: Draft) -> None:
+    def fail(transaction: Transaction) -> None:
         raise StorageFailedError("fsync: Input/output error")
 
     house.clean_up = fail

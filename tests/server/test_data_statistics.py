@@ -297,7 +297,7 @@ def test_other_strategies_do_not_look_at_moments(house: House, http: TestClient)
     before = gateway(house).digest
     send(http, "moments", body_of("moments", 1))
     assert (gateway(house).digest, gateway(house).statistics, gateway(house).notes) == (before, {}, ())
-    assert house.service.coordinator.draft().moments == {}
+    assert house.service.coordinator.transaction().moments == {}
 
 
 # After a restart.

@@ -187,7 +187,7 @@ def test_updates_of_it_that_are_held_go_too(house: House, client: TestClient) ->
     assert answer.status_code == 202, answer.text
     assert sha256(body) in set(house.blobs.digests())
     erase(client)
-    house.service._committer.submit(lambda draft: None).result(10)
+    house.service._committer.submit(lambda transaction: None).result(10)
     assert sha256(body) not in set(house.blobs.digests())
 
 

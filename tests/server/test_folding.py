@@ -12,7 +12,7 @@ from living_house import LIVING, difference, folds, gateway, interrupted_fold, l
 from support import fold, make_body, make_flat
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.federation.events import ExpertWentOn
+from fedmoe.federation.events import ExpertRebased
 from fedmoe.lora.algebra import product_norm
 from fedmoe.lora.online_merge import Departed, fold_sum
 from fedmoe.lora.online_merge import fold as fold_with_moments
@@ -195,7 +195,7 @@ def test_what_waits_in_a_buffer_is_not_lost_by_a_fold() -> None:
     landed = house.expert().adapter
     interrupted_fold(house, lambda: house.push(make_body(50), 50))
     assert folds(house)[0].sources == {"python": 3}
-    assert [e.again for e in house.journal.events("python") if isinstance(e, ExpertWentOn)] == [2]
+    assert [e.again for e in house.journal.events("python") if isinstance(e, ExpertRebased)] == [2]
     assert difference(landed, gateway(house).adapter) < 1e-5
     rule = house.aggregation.rule
     expected = rule.init(gateway(house).adapter.flat)

@@ -17,7 +17,7 @@ from support import LAYOUT, MANIFEST, make_body, make_flat
 
 from fedmoe.coordinator import Aggregation
 from fedmoe.experts import GATEWAY_SEED
-from fedmoe.federation.events import GatewayFolded, UpdateAccepted
+from fedmoe.federation.events import GatewayMerged, UpdateAccepted
 from fedmoe.lora.adapter import Adapter, FloatVector, initial_adapter
 from fedmoe.lora.online_merge import Departed, fold_sum
 from fedmoe.lora.update_rules import RULES, RuleState, UpdateRule, buffered
@@ -274,7 +274,7 @@ class FoldingMachine(RuleBasedStateMachine):
     def nothing_is_in_the_journal_twice_and_versions_only_rise(self) -> None:
         events = list(self.house.journal.events())
         assert self.house.service.coordinator.gateway_version == len(events)
-        folds = [event for event in events if isinstance(event, GatewayFolded)]
+        folds = [event for event in events if isinstance(event, GatewayMerged)]
         assert [event.number for event in folds] == list(range(1, self.model.folds + 1))
         assert sorted(event.version for event in folds) == [event.version for event in folds]
         numbers = [event.sequence for event in events if isinstance(event, UpdateAccepted)]

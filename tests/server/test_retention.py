@@ -175,10 +175,10 @@ def test_an_update_that_lands_meanwhile_keeps_bytes_that_were_old(house: House) 
     bounded = retention(house, 3)
     remove = bounded._remove
 
-    def late(expert: str, digests: list[str], draft: object) -> None:
+    def late(expert: str, digests: list[str], transaction: object) -> None:
         # As if the same bytes had landed just before: the committer told so.
         bounded._arrived.add(digests[0])
-        remove(expert, digests, draft)  # type: ignore[arg-type]
+        remove(expert, digests, transaction)  # type: ignore[arg-type]
 
     bounded._remove = late  # type: ignore[method-assign]
     before = set(house.blobs.digests())

@@ -145,7 +145,7 @@ def test_a_renamed_expert_goes_by_its_new_name_and_its_former_one_still_means_it
 
 
 def settle(house: House) -> None:
-    house.service._committer.submit(lambda draft: None).result(10)
+    house.service._committer.submit(lambda transaction: None).result(10)
 
 
 def test_names_are_never_given_to_a_second_expert(http: TestClient, house: House) -> None:
@@ -203,13 +203,13 @@ def test_a_retired_expert_is_not_folded_and_one_that_comes_back_goes_on(tmp_path
         house.register("law", "sql")
         push(client, "law", 0, 0)
         change(client, "retire", expert="law")
-        living = house.service.coordinator.draft().living
+        living = house.service.coordinator.transaction().living
         assert living is not None
         assert client.get("/get_gateway_info").json()["left_out"]["law"] == "it is retired"
         assert living.departures["law"].steps == 1
         change(client, "unretire", expert="law")
         assert push(client, "law", 1, 1)["version"] == 2
     with open_house(tmp_path, Aggregation(merge_after=1000)) as house:
-        living = house.service.coordinator.draft().living
+        living = house.service.coordinator.transaction().living
         assert living is not None
         assert living.departures["law"].steps == 2

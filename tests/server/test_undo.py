@@ -147,7 +147,8 @@ def test_if_more_than_updates_came_between_it_begins_anew(
         expert = service.coordinator.expert("python")
         state = service._history.at_version(expert, 3)
         service._committer.submit(
-            lambda draft: draft.roll_back(rollback.expert, 3, state.state, "", 1.0, since=state.since), alone=True
+            lambda transaction: transaction.roll_back(rollback.expert, 3, state.state, "", 1.0, since=state.since),
+            alone=True,
         ).result(20)
 
     call = lambda: asyncio.run(service.retract(RetractRequest(expert="python", worker="w1")))  # noqa: E731

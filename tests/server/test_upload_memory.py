@@ -15,7 +15,7 @@ import pytest
 from live import House, LiveServer
 from support import LAYOUT, MANIFEST, CoordinatorProcess, make_body, make_flat
 
-from fedmoe.coordinator import Draft
+from fedmoe.coordinator import Transaction
 from fedmoe.lora.adapter import FloatVector, Layout, ModuleShape
 from fedmoe.lora.codec import encode
 from fedmoe.server.storage.blobs import FileBlobWriter
@@ -56,7 +56,7 @@ def test_updates_that_wait_for_their_decision_do_not_pile_up_decoded(
     monkeypatch.setattr("fedmoe.server.service.usable_norm", counted)
     blocked, reached = threading.Event(), threading.Event()
 
-    def slow(draft: Draft) -> None:
+    def slow(transaction: Transaction) -> None:
         reached.set()
         blocked.wait(30)
 

@@ -13,7 +13,7 @@ from workers import Federation, Setup, blocks, federation, local, tiny_base, wai
 
 from fedmoe.datasets.tokens.packing import collate
 from fedmoe.distributed_worker import DistributedWorker
-from fedmoe.federation.events import Event, ExpertWentOn, GatewayFolded, UpdateAccepted
+from fedmoe.federation.events import Event, ExpertRebased, GatewayMerged, UpdateAccepted
 from fedmoe.gateway.evaluate import evaluate
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.input_moments import MomentsCollector
@@ -106,7 +106,7 @@ def test_two_experts_of_unlike_speed_make_a_gateway_that_knows_what_either_alone
     losses = evaluate(tiny_base(), {"gateway": gateway, **alone}, held_out).losses
     assert losses["gateway"]["threes"] < losses["ones"]["threes"] - 0.2
     assert losses["gateway"]["ones"] < losses["threes"]["ones"] - 0.2
-    folds = [event for event in events(living, GatewayFolded) if isinstance(event, GatewayFolded)]
+    folds = [event for event in events(living, GatewayMerged) if isinstance(event, GatewayMerged)]
     assert {name for fold in folds for name in fold.sources} == {"ones", "threes"}
     assert all(fold.notes == () for fold in folds), "all had told their input moments"
     assert info.version == folds[-1].version
@@ -117,7 +117,7 @@ def test_a_worker_is_its_expert_bit_for_bit_across_folds(living: Federation, tmp
     worker = setup.run()
     assert living.house is not None
     expert = living.house.service.coordinator.expert("ones")
-    assert len(events(living, ExpertWentOn)) >= 2
+    assert len(events(living, ExpertRebased)) >= 2
     np.testing.assert_array_equal(expert.state.weights, local(worker))
 
 

@@ -22,7 +22,7 @@ from fedmoe.arena.config import ArenaConfig, FederationSection, PolicySection
 from fedmoe.arena.league.link import FederationError, Link
 from fedmoe.arena.learning.adapt import AdaptRules
 from fedmoe.arena.learning.policies import Policies
-from fedmoe.arena.modes.memory import Society
+from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.trainer import Trainer
 from fedmoe.inference.engine import AdapterKey, EngineError
 from fedmoe.lora.adapter import Adapter
@@ -158,14 +158,14 @@ class League:
                 if self._clock() > deadline or self._failures >= _BEARABLE_FAILURES:
                     return
 
-    def meet(self, society: Society) -> None:
+    def meet(self, society: ModeMemory) -> None:
         """Take in the newest experts of other sites as opponents; a coordinator that is away is told once."""
         try:
             self._meet(society)
         except CoordinatorUnavailableError as error:
             self._trouble(error)
 
-    def _meet(self, society: Society) -> None:
+    def _meet(self, society: ModeMemory) -> None:
         if not self._section.opponents:
             return
         known = {one.key.name: one.key for one in society.opponents.opponents() if one.key and one.kind == "foreign"}
@@ -192,7 +192,7 @@ class League:
             self._digests[key] = digest(adapter)
         return self._digests[key]
 
-    def _take_opponent(self, society: Society, name: str, held: AdapterKey | None) -> None:
+    def _take_opponent(self, society: ModeMemory, name: str, held: AdapterKey | None) -> None:
         pulled = self._client.pull_expert(name, expected=Expected(self._manifest))
         assert pulled is not None, "without an ETag there is always an answer"
         # A key is never used for other weights, so its number rises even where the coordinator's went back.

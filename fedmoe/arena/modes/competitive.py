@@ -8,7 +8,7 @@ import numpy as np
 
 from fedmoe.arena.modes.credit import Credit, weighted
 from fedmoe.arena.modes.judging import compared, credited, examples, rate, task_seeds
-from fedmoe.arena.modes.memory import Society
+from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.protocol import Decision, Judgement, ModeError, Planning
 from fedmoe.arena.population.pbt import decide
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player
@@ -44,7 +44,7 @@ class Competitive:
                 f"{task.name}, which seats {task.seats[0]} to {task.seats[1]}"
             )
 
-    def plan(self, society: Society, planning: Planning) -> list[EpisodePlan]:
+    def plan(self, society: ModeMemory, planning: Planning) -> list[EpisodePlan]:
         """All policies at one table where there is room for a guest, else full tables; in some groups that guest."""
         plans: list[EpisodePlan] = []
         for group, seed in enumerate(task_seeds(planning)):
@@ -53,7 +53,7 @@ class Competitive:
             plans += [EpisodePlan(seed, lineup, players, group, sample) for sample in range(planning.samples)]
         return plans
 
-    def _players(self, society: Society, planning: Planning, group: int) -> tuple[Player, ...]:
+    def _players(self, society: ModeMemory, planning: Planning, group: int) -> tuple[Player, ...]:
         rng, most = planning.rng, planning.task.seats[1]
         frozen = rng.random() < FROZEN_SHARE
         if most > len(planning.policies):
@@ -68,7 +68,7 @@ class Competitive:
         seated = [first, *rivals]
         return tuple(seated[index] for index in rng.permutation(len(seated)))
 
-    def judge(self, society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+    def judge(self, society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
         """Own result and lead over the rivals; ratings; perhaps a replacement."""
         results = compared(society, planning, played, credited(self._rule, played))
         rate(society, played)
@@ -92,12 +92,12 @@ class Competitive:
         """Nothing to take over."""
 
 
-def _frozen(society: Society, policy: str, rng: np.random.Generator) -> Player:
+def _frozen(society: ModeMemory, policy: str, rng: np.random.Generator) -> Player:
     (opponent,) = society.opponents.sample(policy, 1, rng)
     return opponent.player()
 
 
-def _remember(society: Society, played: Sequence[PlayedEpisode]) -> None:
+def _remember(society: ModeMemory, played: Sequence[PlayedEpisode]) -> None:
     """Enter results against frozen opponents, for choosing the next ones."""
     known = {opponent.name for opponent in society.opponents.opponents()}
     for episode in played:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fedmoe.arena.modes.allocation import allocate
 from fedmoe.arena.modes.credit import Credit, weighted
 from fedmoe.arena.modes.judging import compared, credited, examples, group_values, task_seeds
-from fedmoe.arena.modes.memory import Society
+from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.protocol import Decision, Judgement, ModeError, Planning
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
 from fedmoe.arena.tasks.task import Lineup, Task, Team
@@ -42,7 +42,7 @@ class Cooperative:
                 f"{task.seats[0]} to {task.seats[1]}{' rivals' if task.zero_sum else ''}; take committee:<data set>"
             )
 
-    def plan(self, society: Society, planning: Planning) -> list[EpisodePlan]:
+    def plan(self, society: ModeMemory, planning: Planning) -> list[EpisodePlan]:
         """One line-up a group: all policies in one team, in a random speaking order."""
         strategies = self._budget(society, planning)
         plans: list[EpisodePlan] = []
@@ -55,14 +55,14 @@ class Cooperative:
             plans += [EpisodePlan(seed, lineup, players, group, sample) for sample in range(planning.samples)]
         return plans
 
-    def _budget(self, society: Society, planning: Planning) -> list[str]:
+    def _budget(self, society: ModeMemory, planning: Planning) -> list[str]:
         strategies = planning.task.strategies or ("",)
         names = strategies[: planning.groups]
         counts = allocate(planning.groups, society.signal.deviations(names))
         self._spent = counts
         return [name for name in names for _ in range(counts[name])]
 
-    def judge(self, society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+    def judge(self, society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
         """Shared plus difference reward, compared within the group of one policy."""
         results = compared(society, planning, played, credited(self._rule, played, self._individual))
         for strategy, rewards in group_values(played, results, self._strategy_of):
@@ -70,7 +70,7 @@ class Cooperative:
                 society.signal.observe(strategy, rewards)
         return Judgement(examples(played, results), tuple(results), self._moved(society, planning))
 
-    def _moved(self, society: Society, planning: Planning) -> tuple[Decision, ...]:
+    def _moved(self, society: ModeMemory, planning: Planning) -> tuple[Decision, ...]:
         strategies = (planning.task.strategies or ("",))[: planning.groups]
         deviations = society.signal.deviations(strategies)
         after = allocate(planning.groups, deviations)

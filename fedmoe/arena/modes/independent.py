@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fedmoe.arena.modes.credit import Credit, weighted
 from fedmoe.arena.modes.judging import compared, credited, examples, task_seeds
-from fedmoe.arena.modes.memory import Society
+from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.protocol import Judgement, ModeError, Planning
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
 from fedmoe.arena.tasks.task import Lineup, Task
@@ -33,7 +33,7 @@ class Independent:
                 f"{task.seats[0]} seats; take competitive mode"
             )
 
-    def plan(self, society: Society, planning: Planning) -> list[EpisodePlan]:
+    def plan(self, society: ModeMemory, planning: Planning) -> list[EpisodePlan]:
         """Groups of one policy each; no two policies share one."""
         lineup, samples = Lineup.alone(1), range(planning.samples)
         tables = [(player, seed) for player in planning.policies for seed in task_seeds(planning)]
@@ -43,7 +43,7 @@ class Independent:
             for sample in samples
         ]
 
-    def judge(self, society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+    def judge(self, society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
         """Own result, compared within the group."""
         results = compared(society, planning, played, credited(self._rule, played, self._individual))
         return Judgement(examples(played, results), tuple(results))

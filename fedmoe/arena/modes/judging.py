@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fedmoe.arena.modes.advantages import BaselineKey, group_advantages
 from fedmoe.arena.modes.credit import CreditRule
-from fedmoe.arena.modes.memory import Society
+from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.protocol import Planning, SeatResult
 from fedmoe.arena.rollout.episodes import Example, PlayedEpisode
 from fedmoe.arena.tasks.task import HELD_OUT
@@ -55,7 +55,7 @@ def _rewards(episode: PlayedEpisode, seat: int, credited: float, individual: flo
 
 
 def compared(
-    society: Society, planning: Planning, played: Sequence[PlayedEpisode], results: Sequence[SeatResult]
+    society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode], results: Sequence[SeatResult]
 ) -> list[SeatResult]:
     """The advantages: within the group of one policy in one seat, or over a moving average in zero-sum games.
 
@@ -86,7 +86,7 @@ def _turn_advantages(results: Sequence[SeatResult], groups: Sequence[int]) -> li
     return [tuple(values) for values in found]
 
 
-def _over_average(society: Society, planning: Planning, results: Sequence[SeatResult]) -> list[SeatResult]:
+def _over_average(society: ModeMemory, planning: Planning, results: Sequence[SeatResult]) -> list[SeatResult]:
     found: dict[tuple[int, int], float] = {}
     for key in dict.fromkeys((result.seat, result.policy) for result in results):
         members = [result for result in results if (result.seat, result.policy) == key]
@@ -114,7 +114,7 @@ def examples(played: Sequence[PlayedEpisode], results: Sequence[SeatResult]) -> 
     return tuple(found)
 
 
-def rate(society: Society, played: Sequence[PlayedEpisode]) -> None:
+def rate(society: ModeMemory, played: Sequence[PlayedEpisode]) -> None:
     """Enter every episode with at least two teams into the ratings."""
     for episode in played:
         lineup = episode.plan.lineup

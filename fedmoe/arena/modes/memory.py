@@ -13,7 +13,7 @@ from fedmoe.arena.population.pbt import Lineage
 from fedmoe.arena.population.rating import Ratings
 
 
-class Society:
+class ModeMemory:
     """Everything that modes remember from one iteration to the next, as JSON in a checkpoint."""
 
     def __init__(self) -> None:

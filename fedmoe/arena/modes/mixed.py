@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.cooperative import Cooperative
-from fedmoe.arena.modes.memory import Society
+from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.protocol import Decision, Judgement, Mode, Planning
 from fedmoe.arena.modes.switching import Measured, ModeSwitch, SwitchRules, agreement
 from fedmoe.arena.modes.team_battle import TeamBattle
@@ -41,11 +41,11 @@ class Mixed:
         for part in self._parts.values():
             part.check(task, policies)
 
-    def plan(self, society: Society, planning: Planning) -> list[EpisodePlan]:
+    def plan(self, society: ModeMemory, planning: Planning) -> list[EpisodePlan]:
         """The present part's plan."""
         return self._parts[self.playing].plan(society, planning)
 
-    def judge(self, society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+    def judge(self, society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
         """The present part's judgement, and which part is next."""
         judged = self._parts[self.playing].judge(society, planning, played)
         found = self._switch.step(_measured(society, planning, played))
@@ -65,7 +65,7 @@ class Mixed:
         self._switch = ModeSwitch.from_state(state["switch"])  # type: ignore[arg-type]
 
 
-def _measured(society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Measured:
+def _measured(society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Measured:
     scores = [
         score
         for one in played

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from fedmoe.arena.modes.credit import SeatCredit
-from fedmoe.arena.modes.memory import Society
+from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.population.pbt import Replacement
 from fedmoe.arena.rollout.episodes import EpisodePlan, Example, PlayedEpisode, Player
 from fedmoe.arena.tasks.task import Task
@@ -100,11 +100,11 @@ class Mode(Protocol):
         """Refuse a task or a number of policies that the mode cannot be played with, with ModeError."""
         ...
 
-    def plan(self, society: Society, planning: Planning) -> list[EpisodePlan]:
+    def plan(self, society: ModeMemory, planning: Planning) -> list[EpisodePlan]:
         """The episodes of an iteration."""
         ...
 
-    def judge(self, society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+    def judge(self, society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
         """Rewards, advantages and decisions; updates the society."""
         ...
 

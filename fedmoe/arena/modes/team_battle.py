@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fedmoe.arena.modes.credit import Credit, weighted
 from fedmoe.arena.modes.judging import compared, credited, examples, rate, task_seeds
-from fedmoe.arena.modes.memory import Society
+from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.protocol import Decision, Judgement, ModeError, Planning
 from fedmoe.arena.modes.strategy import Choice, team_options
 from fedmoe.arena.modes.teams import balanced_teams
@@ -42,7 +42,7 @@ class TeamBattle:
                 "take committee:<data set>"
             )
 
-    def plan(self, society: Society, planning: Planning) -> list[EpisodePlan]:
+    def plan(self, society: ModeMemory, planning: Planning) -> list[EpisodePlan]:
         """Two balanced teams a group, each with a strategy of its own choice."""
         self._choices = {}
         for name in planning.names:
@@ -66,13 +66,13 @@ class TeamBattle:
             plans += [EpisodePlan(seed, lineup, players, group, sample) for sample in range(planning.samples)]
         return plans
 
-    def judge(self, society: Society, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+    def judge(self, society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
         """Lead over the other team plus difference reward; ratings of teams; what each choice was worth."""
         results = compared(society, planning, played, credited(self._rule, played, self._individual))
         rate(society, played)
         return Judgement(examples(played, results), tuple(results), self._learn(society, played))
 
-    def _learn(self, society: Society, played: Sequence[PlayedEpisode]) -> tuple[Decision, ...]:
+    def _learn(self, society: ModeMemory, played: Sequence[PlayedEpisode]) -> tuple[Decision, ...]:
         decisions = []
         for (group, index), (key, choice) in self._choices.items():
             scores = [one.outcome.team_scores for one in played if one.plan.group == group]

@@ -19,7 +19,7 @@ from fedmoe.gateway.serve.catalogue import Catalogue
 from fedmoe.gateway.serve.router import Router
 from fedmoe.gateway.serve.routes import create_app
 from fedmoe.gateway.serve.service import Limits, Service
-from fedmoe.gateway.serve.text import Prompter
+from fedmoe.gateway.serve.text import PromptEncoder
 from fedmoe.gateway.serve.version_watcher import Follower, Source
 from fedmoe.inference.backend import Backend
 from fedmoe.inference.batching.scheduler import TransformersBackend
@@ -106,7 +106,7 @@ def opened(
         follower.poll()
         follower.start()
         vocabulary = int(base.model.config.get_text_config().vocab_size)
-        prompter = Prompter(base.tokenizer, vocabulary, limits.prompt_tokens, stop_tokens(base))
+        prompter = PromptEncoder(base.tokenizer, vocabulary, limits.prompt_tokens, stop_tokens(base))
         service = Service(backend, catalogue, prompter, base.identity, limits, router, lambda: secrets.randbits(62))
         stack.callback(service.close)
         app = create_app(service, follower.health, gate.keys, gate.loopback_only)

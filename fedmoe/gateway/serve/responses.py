@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from fedmoe.gateway.serve.service import Origin, Piece, Usage
-from fedmoe.gateway.serve.text import Prompter
+from fedmoe.gateway.serve.service import Chunk, Origin, Usage
+from fedmoe.gateway.serve.text import PromptEncoder
 from fedmoe.inference.backend import Step
 
 Json = dict[str, object]
@@ -32,10 +32,10 @@ class Form:
     number: str
     created: int
     origin: Origin
-    prompter: Prompter
+    prompter: PromptEncoder
     alternatives: int | None
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> Json:
+    def whole(self, choices: Sequence[Chunk], usage: Usage) -> Json:
         """The answer in one piece."""
         bodies = [self._choice(index, piece, whole=True) for index, piece in enumerate(choices)]
         return {**self._head(False), "choices": bodies, "usage": usage.body(), "fedmoe": asdict(self.origin)}
@@ -44,13 +44,13 @@ class Form:
         """The first parts of a stream: who answers, before there is a word."""
         named = {"fedmoe": asdict(self.origin)}
         if self.kind == "text":
-            return [{**self.part(0, Piece("", (), None)), **named}]
+            return [{**self.part(0, Chunk("", (), None)), **named}]
         return [
             {**self._head(True), "choices": [self._delta(index, {"role": "assistant", "content": ""})], **named}
             for index in range(choices)
         ]
 
-    def part(self, index: int, piece: Piece) -> Json:
+    def part(self, index: int, piece: Chunk) -> Json:
         """A later part of a stream."""
         return {**self._head(True), "choices": [self._choice(index, piece, whole=False)]}
 
@@ -68,7 +68,7 @@ class Form:
             "system_fingerprint": f"fp_{self.origin.digest[:16]}",
         }
 
-    def _choice(self, index: int, piece: Piece, whole: bool) -> Json:
+    def _choice(self, index: int, piece: Chunk, whole: bool) -> Json:
         if self.kind == "text":
             body: Json = {"index": index, "text": piece.text, "finish_reason": piece.finish}
             return {**body, "logprobs": self._text_likelihoods(piece.steps)}
@@ -78,7 +78,7 @@ class Form:
         ended: Json = {"index": index, "message": message, "finish_reason": piece.finish}
         return {**ended, "logprobs": self._chat_likelihoods(piece.steps)}
 
-    def _delta(self, index: int, delta: Json, piece: Piece | None = None) -> Json:
+    def _delta(self, index: int, delta: Json, piece: Chunk | None = None) -> Json:
         finish = piece.finish if piece else None
         likelihoods = self._chat_likelihoods(piece.steps) if piece else None
         return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": likelihoods}

@@ -23,7 +23,7 @@ from fedmoe.gateway.serve.problems import ApiError, of_backend
 from fedmoe.gateway.serve.requests import MOST_CHOICES, ChatRequest, CompletionRequest
 from fedmoe.gateway.serve.responses import Form, Json, Kind, model_card
 from fedmoe.gateway.serve.route_answers import ANSWERS, PROBLEMS
-from fedmoe.gateway.serve.service import Answering, Asked, Piece, Service, together
+from fedmoe.gateway.serve.service import ActiveRequest, Chunk, GenerationRequest, Service, together
 from fedmoe.gateway.serve.version_watcher import Health
 from fedmoe.inference.backend import BackendError
 from fedmoe.wire.http import openapi
@@ -153,7 +153,7 @@ def _asked(
     prompts: Sequence[tuple[int, ...]],
     most: int | None,
     default: int,
-) -> Asked:
+) -> GenerationRequest:
     limit = service.limits.output_tokens
     if most is not None and most > limit:
         raise ApiError(400, "invalid_value", f"at most {limit} tokens are generated here, got {most}", "max_tokens")
@@ -161,7 +161,7 @@ def _asked(
         raise ApiError(
             400, "invalid_value", f"prompts times n may be {MOST_CHOICES}, got {len(prompts)} x {wanted.n}", "n"
         )
-    return Asked(
+    return GenerationRequest(
         wanted.model,
         tuple(prompts),
         wanted.n or 1,
@@ -175,7 +175,7 @@ def _asked(
 
 
 async def _answered(
-    request: Request, service: Service, wanted: ChatRequest | CompletionRequest, asked: Asked, kind: Kind
+    request: Request, service: Service, wanted: ChatRequest | CompletionRequest, asked: GenerationRequest, kind: Kind
 ) -> Response:
     try:
         # A prompt to `auto` waits here until it is routed; nobody else does.
@@ -198,8 +198,8 @@ async def _answered(
     return JSONResponse(body, headers=answering.origin.headers()) if body is not None else Response(status_code=_GONE)
 
 
-async def _whole(answering: Answering, form: Form) -> Json:
-    found: list[list[Piece]] = [[] for _ in range(answering.asked.choices)]
+async def _whole(answering: ActiveRequest, form: Form) -> Json:
+    found: list[list[Chunk]] = [[] for _ in range(answering.asked.choices)]
     async with aclosing(answering.pieces()) as pieces:
         async for index, piece in pieces:
             found[index].append(piece)
@@ -228,7 +228,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answering: Answering, form: Form, include_usage: bool) -> None:
+    def __init__(self, answering: ActiveRequest, form: Form, include_usage: bool) -> None:
         super().__init__(headers={**answering.origin.headers(), "cache-control": "no-store"})
         del self.headers["content-length"]
         self._answering = answering

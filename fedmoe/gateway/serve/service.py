@@ -18,7 +18,7 @@ from fedmoe.gateway.serve.catalogue import AUTO, BASE, GATEWAY, Catalogue
 from fedmoe.gateway.serve.counters import Counters
 from fedmoe.gateway.serve.problems import ApiError
 from fedmoe.gateway.serve.router import Router
-from fedmoe.gateway.serve.text import Prompter, StopWatch, TextStream
+from fedmoe.gateway.serve.text import PromptEncoder, StopStringFilter, TextStream
 from fedmoe.inference.backend import Backend, BackendError, Finish, Generation, Sampling, ServedModel, Step
 from fedmoe.lora.manifest import BaseModel
 
@@ -33,7 +33,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class GenerationRequest:
     """What a request wants: every prompt `n` times, all from one model; `seed` None leaves the draw to chance."""
 
     model: str
@@ -72,7 +72,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """A piece of one choice's text, the steps it is made of, and why the choice ended if it did."""
 
     text: str
@@ -103,7 +103,7 @@ class Service:
         self,
         backend: Backend,
         catalogue: Catalogue,
-        prompter: Prompter,
+        prompter: PromptEncoder,
         base: BaseModel,
         limits: Limits,
         router: Router,
@@ -151,7 +151,7 @@ class Service:
         finally:
             self._in_house -= choices
 
-    async def begin(self, asked: Asked) -> Answering:
+    async def begin(self, asked: GenerationRequest) -> ActiveRequest:
         """Take the request in: from now on it has a place and a version; use the result as a context.
 
         A request that is cancelled while others are routed before it is not routed any more.
@@ -163,11 +163,11 @@ class Service:
                 model, origin = self._origin(name, stack)
             except KeyError:
                 raise self._missing(asked.model, name) from None
-            answering = Answering(self, asked, origin, model, stack.pop_all())
+            answering = ActiveRequest(self, asked, origin, model, stack.pop_all())
         self.counters.prompt_tokens += answering.usage.prompt
         return answering
 
-    async def _routed(self, asked: Asked) -> str:
+    async def _routed(self, asked: GenerationRequest) -> str:
         if asked.model != AUTO or not self._routes():
             return asked.model
         if len(asked.prompts) != 1:
@@ -210,11 +210,11 @@ class Service:
 
 
 @dataclass
-class Answering:
+class ActiveRequest:
     """A request under way; leaving the context gives up what is still generated, then the version and the place."""
 
     service: Service
-    asked: Asked
+    asked: GenerationRequest
     origin: Origin
     model: ServedModel | None
     held: AsyncExitStack
@@ -235,7 +235,7 @@ class Answering:
         counters.completion_tokens += self.usage.completion
         await self.held.aclose()
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """Pieces of all choices as they come, with the number of their choice; close it before leaving the context."""
         streams = [self._choice(index) for index in range(self.asked.choices)]
         async with aclosing(_merged(streams)) as merged:
@@ -246,9 +246,9 @@ class Answering:
         # Before the client can know that it has everything: its next request must find the place free.
         await self.held.aclose()
 
-    async def _choice(self, index: int) -> AsyncGenerator[Piece, None]:
+    async def _choice(self, index: int) -> AsyncGenerator[Chunk, None]:
         """One continuation up to its first stop string."""
-        text, watch = TextStream(self.service.prompter), StopWatch(self.asked.stops)
+        text, watch = TextStream(self.service.prompter), StopStringFilter(self.asked.stops)
         wanted = Generation(self.model, self.asked.prompts[index // self.asked.n], self._sampling(index))
         async with aclosing(self.service.backend.generate(wanted)) as steps:
             async for step in steps:
@@ -257,7 +257,7 @@ class Answering:
                 if step.finish and not stopped:
                     shown += watch.end()
                 counted = () if step.token is None else (step,)
-                yield Piece(shown, counted, "stop" if stopped else step.finish)
+                yield Chunk(shown, counted, "stop" if stopped else step.finish)
                 if stopped:
                     return
 
@@ -268,9 +268,9 @@ class Answering:
         return Sampling(asked.most_new_tokens, asked.temperature, asked.top_p, seed % (1 << 63), asked.alternatives)
 
 
-async def _merged(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:
+async def _merged(streams: Sequence[AsyncGenerator[Chunk, None]]) -> AsyncGenerator[tuple[int, Chunk], None]:
     """What several generators give, as it comes; the first error ends all."""
-    queue: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Chunk | BaseException | None]] = asyncio.Queue()
 
     async def pump(index: int) -> None:
         try:
@@ -298,7 +298,7 @@ async def _merged(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenera
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def together(pieces: Sequence[Piece]) -> Piece:
+def together(pieces: Sequence[Chunk]) -> Chunk:
     """The whole choice that pieces make."""
     steps = tuple(step for piece in pieces for step in piece.steps)
     return replace(pieces[-1], text="".join(piece.text for piece in pieces), steps=steps)

@@ -15,7 +15,7 @@ from fedmoe.models.stopping import without_stops
 _MOST_CHARACTERS_A_TOKEN = 64
 
 
-class Prompter:
+class PromptEncoder:
     """What the tokenizer does for the server; a prompt above `most` tokens is refused, never cut.
 
     `stops` end answers and are no part of their text.
@@ -87,7 +87,7 @@ class TextStream:
     few tokens are decoded again with what follows, and nothing is given out before its last letter is whole.
     """
 
-    prompter: Prompter
+    prompter: PromptEncoder
     _tokens: list[int] = field(default_factory=list)
     _again: int = 0
     _given: int = 0
@@ -111,7 +111,7 @@ class TextStream:
 
 
 @dataclass
-class StopWatch:
+class StopStringFilter:
     """Finds the first stop string in a text that comes in pieces; holds back what may be the beginning of one."""
 
     stops: tuple[str, ...]

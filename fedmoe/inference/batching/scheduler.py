@@ -22,7 +22,7 @@ from fedmoe.lora.adapter import Adapter, ShapeError
 from fedmoe.models.base import LoadedBase, stop_tokens
 from fedmoe.models.final_logits import check_causal_model, logits_of
 from fedmoe.models.multilora import DecodingRows, MultiLora, UnknownAdapterError
-from fedmoe.models.sampling import SamplingLimits, Wanted, read_prompts
+from fedmoe.models.sampling import SampleSpec, SamplingLimits, read_prompts
 from fedmoe.models.text_likelihood import log_likelihoods
 
 _log = structlog.get_logger("fedmoe.serve")
@@ -185,7 +185,7 @@ class TransformersBackend:
             return
         try:
             # Of these only prompt and adapter count here: nothing is drawn by them.
-            wanted = [Wanted(row.adapter, row.wanted.prompt, 1, 0.0, 0) for row in joining]
+            wanted = [SampleSpec(row.adapter, row.wanted.prompt, 1, 0.0, 0) for row in joining]
             prompts = read_prompts(self._model, self._multi, wanted, 0, SamplingLimits(prompt_tokens=_PROMPT_TOKENS))
             broken = draw(prompts.logits, joining)
         except BaseException:

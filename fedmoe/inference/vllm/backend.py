@@ -195,7 +195,7 @@ class VllmBackend:
         with self._lock:
             self._running += 1
         try:
-            with self._engine.turnstile.together():
+            with self._engine.weights_lock.shared():
                 for step in self._steps(held, wanted):
                     if stop.is_set():
                         # The server may still be at work on it: its folder must outlive that.

@@ -27,7 +27,7 @@ from typing import Self
 import httpx2
 
 from fedmoe.inference.engine import AdapterKey, EngineError, FloatArray, Sample, SampleRequest
-from fedmoe.inference.fair_lock import Turnstile
+from fedmoe.inference.fair_lock import FairLock
 from fedmoe.inference.vllm.http import ServerTimeoutError, VllmClient
 from fedmoe.inference.vllm.messages import (
     Choice,
@@ -95,7 +95,7 @@ class VllmEngine:
         self._changed = threading.Condition()
         #: Whoever generates on this server is together here. vLLM 0.32 dies (on a CPU) where a prompt is scored in one
         #: batch with other requests: it applies their rows' adapters to the prompt's logits.
-        self.turnstile = Turnstile()
+        self.weights_lock = FairLock()
         #: The most tokens of prompt and answer together, if the server says so.
         self.context: int | None = None
         self._changing = threading.Lock()
@@ -168,7 +168,7 @@ class VllmEngine:
         """The log-probability (temperature 1) of each of `tokens` after `prompt` (not empty), float32 (T,)."""
         if not prompt or not tokens:
             raise EngineError(f"scoring needs a prompt and tokens, got {len(prompt)} and {len(tokens)} token ids")
-        with self.naming([key]) as held, self.turnstile.alone():
+        with self.naming([key]) as held, self.weights_lock.exclusive():
             choice = self._one(held[0], scoring_body(held[0].name, prompt, tokens))
         return scores_of(choice, len(prompt), tokens)
 
@@ -316,7 +316,7 @@ class VllmEngine:
         return [future.result() for future in _failed_first(futures)]
 
     def _one_of_many(self, held: Held, body: dict[str, object]) -> Choice:
-        with self.turnstile.together():
+        with self.weights_lock.shared():
             return self._one(held, body)
 
     def _one(self, held: Held, body: dict[str, object]) -> Choice:

@@ -9,7 +9,7 @@ from typing import Literal
 from fedmoe.coordinator import LIVING, Aggregation, ExpertMoments, GatewayModel
 from fedmoe.experts import ExpertModel
 from fedmoe.federation.gateway_members import members
-from fedmoe.federation.online_gateway import LivingGateway
+from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.lora.algebra import scaled
 from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import BaseModel
@@ -82,7 +82,7 @@ def make_candidates(
     experts: Mapping[str, ExpertModel],
     aggregation: Aggregation,
     moments: Mapping[str, ExpertMoments],
-    living: LivingGateway | None = None,
+    living: OnlineGateway | None = None,
 ) -> tuple[Candidate, ...]:
     """All candidates of one state: a merge for each strategy, shared by its scales; or the one gateway that lives."""
     if living is not None:

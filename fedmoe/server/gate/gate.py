@@ -249,7 +249,7 @@ class EvaluationGate:
         return wanted and self._coordinator.gateway_version > self._judged
 
     def _make(self) -> None:
-        view = self._coordinator.draft()  # experts, version and moments of one moment
+        view = self._coordinator.transaction()  # experts, version and moments of one moment
         experts = {name: expert for name, expert in view.experts.items() if not expert.retired}
         if not experts:
             return

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from fedmoe.federation.events import (
     Event,
+    ExpertRebased,
     ExpertRegistered,
     ExpertRolledBack,
-    ExpertWentOn,
     Lineage,
     UpdateAccepted,
     UpdateLost,
@@ -20,7 +20,7 @@ from fedmoe.federation.events import (
 def made_version(event: Event) -> int:
     """The version that an event of an expert made."""
     match event:
-        case UpdateAccepted() | ExpertRolledBack() | WorkerRetracted() | ExpertWentOn() | UpdateLost():
+        case UpdateAccepted() | ExpertRolledBack() | WorkerRetracted() | ExpertRebased() | UpdateLost():
             return event.version
         case _:
             return 0

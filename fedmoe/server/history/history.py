@@ -14,16 +14,16 @@ from dataclasses import asdict, dataclass, replace
 
 import structlog
 
-from fedmoe.coordinator import Aggregation, CentralCoordinator, Draft, ExpertMoments
+from fedmoe.coordinator import Aggregation, CentralCoordinator, ExpertMoments, Transaction
 from fedmoe.experts import Beginning, ExpertModel, Registrant
 from fedmoe.federation.events import (
     Event,
+    ExpertRebased,
     ExpertRegistered,
     ExpertRenamed,
     ExpertRetired,
     ExpertUnretired,
-    ExpertWentOn,
-    GatewayFolded,
+    GatewayMerged,
     HeldUpdateRejected,
     Lineage,
     QuarantineEvent,
@@ -37,7 +37,7 @@ from fedmoe.federation.events import (
     without_worker,
 )
 from fedmoe.federation.expert_roll import binding_manifest, changed
-from fedmoe.federation.online_gateway import Departure, LivingGateway, Trained, counters, trained
+from fedmoe.federation.online_gateway import BranchPoint, CountedUpdate, OnlineGateway, counters, trained
 from fedmoe.federation.quarantine import Quarantine
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout
 from fedmoe.lora.codec import decode
@@ -72,7 +72,7 @@ class Rebuilt:
 
     state: RuleState
     removed: int
-    since: tuple[Trained, ...]
+    since: tuple[CountedUpdate, ...]
     note: str = ""
     version: int = 0
 
@@ -112,7 +112,7 @@ class History:
         """
         self._read = list(self._journal.events())
         past: dict[str, list[Event]] = {}
-        folds: list[GatewayFolded] = []
+        folds: list[GatewayMerged] = []
         changes: list[RollEvent] = []
         layouts: dict[Layout, Manifest] = {}
         quarantine = Quarantine()
@@ -122,7 +122,7 @@ class History:
             match event:
                 case UpdateHeld() | HeldUpdateRejected():
                     continue
-                case GatewayFolded():
+                case GatewayMerged():
                     folds.append(event)
                 case ExpertRenamed() | ExpertRetired() | ExpertUnretired():
                     changes.append(event)
@@ -142,9 +142,11 @@ class History:
         living = self._recover_gateway(manifest, past, folds) if manifest else None
         version = sum(map(len, past.values())) + len(folds) + len(changes) + self._statistics.moments_arrived()
         moments = self._moments(experts)
-        draft = Draft(self._aggregation, experts, manifest, version, [], moments, living, quarantine=quarantine)
-        draft.roll_changes = len(changes)
-        coordinator.publish(draft)
+        transaction = Transaction(
+            self._aggregation, experts, manifest, version, [], moments, living, quarantine=quarantine
+        )
+        transaction.roll_changes = len(changes)
+        coordinator.publish(transaction)
         self._recovered = coordinator
         return coordinator
 
@@ -159,8 +161,8 @@ class History:
             self._blobs.delete(digest)
 
     def _recover_gateway(
-        self, manifest: Manifest, past: Mapping[str, list[Event]], folds: list[GatewayFolded]
-    ) -> LivingGateway | None:
+        self, manifest: Manifest, past: Mapping[str, list[Event]], folds: list[GatewayMerged]
+    ) -> OnlineGateway | None:
         """The gateway that experts go on from, if they do: its last fold's blob, and how far each expert is from it."""
         living = self._aggregation.first_gateway(manifest)
         if living is None:
@@ -173,7 +175,7 @@ class History:
         for name, events in past.items():
             chains = lineages(events)
             newest = chains[max(chains)]
-            departure = Departure(start(newest), trained(events, Lineage.updates(newest)))
+            departure = BranchPoint(start(newest), trained(events, Lineage.updates(newest)))
             living = living.recovered(name, departure, counters(events))
         return living
 
@@ -185,13 +187,13 @@ class History:
         found = {name: self._statistics.moments(name) for name in experts if self._aggregation.uses_moments}
         return {name: moments for name, moments in found.items() if moments is not None}
 
-    def _check_choices(self, folds: list[GatewayFolded]) -> None:
+    def _check_choices(self, folds: list[GatewayMerged]) -> None:
         rule = self._journal.meta(UPDATE_RULE)
         check_choices(self._aggregation, KeptChoices(rule, folds[-1].number if folds else None))
         if rule is None:
             self._journal.set_meta(UPDATE_RULE, self._aggregation.rule.name)
 
-    def _sweep(self, past: Mapping[str, Iterable[Event]], folds: Iterable[GatewayFolded], held: set[str]) -> None:
+    def _sweep(self, past: Mapping[str, Iterable[Event]], folds: Iterable[GatewayMerged], held: set[str]) -> None:
         """Remove unfinished uploads and what the journal needs no more; what it never named waits in the trash."""
         blobs = (blob_of(event) for event in (*itertools.chain.from_iterable(past.values()), *folds))
         needed = held | {digest for digest in blobs if digest is not None}
@@ -309,7 +311,7 @@ class History:
         """The state of an expert that goes on from a gateway with these updates, its server optimizer begun anew."""
         return self._land(self._aggregation.rule.init(weights), updates, manifest)
 
-    def departed_from(self, expert: ExpertModel, departure: Departure) -> Adapter:
+    def departed_from(self, expert: ExpertModel, departure: BranchPoint) -> Adapter:
         """Where the expert left the gateway, or began."""
         if departure.left is not None:
             weights = self._gateway_weights(departure.left.digest, expert.manifest)
@@ -354,7 +356,7 @@ class History:
         state = self._beginning(registered, start(wanted))
         return self._land(state, Lineage.updates(wanted), registered.manifest)
 
-    def _beginning(self, registered: ExpertRegistered, left: ExpertWentOn | None) -> RuleState:
+    def _beginning(self, registered: ExpertRegistered, left: ExpertRebased | None) -> RuleState:
         """Where updates begin to land: the gateway the expert went on from, or its first weights."""
         rule = self._aggregation.rule
         if left is not None:
@@ -395,12 +397,12 @@ class History:
         self._journal.add_snapshot(expert.name, expert.version, put(self._blobs, snapshot_bytes(expert.state)))
         return expert.version
 
-    def prune_gateways(self, living: LivingGateway) -> None:
+    def prune_gateways(self, living: OnlineGateway) -> None:
         """Drop the gateways that no expert goes on from any more, unless all of the past is kept."""
         if self._keep_updates is None:
             return
         needed = {living.number} | {departure.gateway for departure in living.departures.values()}
-        folds = [event for event in self._journal.events(GATEWAY) if isinstance(event, GatewayFolded)]
+        folds = [event for event in self._journal.events(GATEWAY) if isinstance(event, GatewayMerged)]
         unneeded = {fold.digest for fold in folds} - {fold.digest for fold in folds if fold.number in needed}
         for digest in unneeded - self.held_back() - self._journal.named_elsewhere(GATEWAY, unneeded):
             self._blobs.delete(digest)

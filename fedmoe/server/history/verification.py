@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.federation.events import Event, ExpertRegistered, GatewayFolded, Lineage, QuarantineEvent, lineages
+from fedmoe.federation.events import Event, ExpertRegistered, GatewayMerged, Lineage, QuarantineEvent, lineages
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import CodecError, digest
 from fedmoe.lora.manifest import Manifest
@@ -119,7 +119,7 @@ class _Replay(History):
         named: set[str | None] = set(self._statistics.blobs().replaced | published_blobs(self._journal).replaced)
         for event in self._journal.events():
             named.add(blob_of(event))
-            if isinstance(event, GatewayFolded):
+            if isinstance(event, GatewayMerged):
                 self._check_fold(event, registration(next(iter(past.values()))).manifest)
             elif not isinstance(event, QuarantineEvent):
                 past.setdefault(event.expert, []).append(event)
@@ -135,12 +135,12 @@ class _Replay(History):
         """Rebuild every expert as a start does."""
         past: dict[str, list[Event]] = {}
         for event in self._journal.events():
-            if not isinstance(event, GatewayFolded | QuarantineEvent):
+            if not isinstance(event, GatewayMerged | QuarantineEvent):
                 past.setdefault(event.expert, []).append(event)
         for events in past.values():
             self._recover_whole(events)
 
-    def _check_fold(self, fold: GatewayFolded, manifest: Manifest) -> None:
+    def _check_fold(self, fold: GatewayMerged, manifest: Manifest) -> None:
         try:
             weights: FloatVector | None = self._gateway_weights(fold.digest, manifest)
         except (MissingBlobError, CorruptBlobError, CodecError):

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from fedmoe.coordinator import GatewayModel
 from fedmoe.experts import ExpertModel
-from fedmoe.federation.online_gateway import LivingGateway
+from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.server.access.security import principal_of
 from fedmoe.server.expert_names import may_use, titled
 from fedmoe.server.service import CoordinatorService
@@ -52,21 +52,25 @@ def expert_routes(app: FastAPI, service: CoordinatorService) -> None:
     @app.post("/rename_expert")
     async def rename_expert(request: Request, wanted: RenameRequest) -> ExpertInfo:
         principal_of(request).require_admin(expert=wanted.expert)
-        expert = await service.change_roll(lambda draft: draft.rename(wanted.expert, wanted.name, service.now))
+        expert = await service.change_roll(
+            lambda transaction: transaction.rename(wanted.expert, wanted.name, service.now)
+        )
         _log.warning("renamed", expert=expert.name, name=expert.title, formerly=wanted.expert)
         return await run_in_threadpool(expert_info, expert, service)
 
     @app.post("/retire_expert")
     async def retire_expert(request: Request, wanted: RetireRequest) -> ExpertInfo:
         principal_of(request).require_admin(expert=wanted.expert)
-        expert = await service.change_roll(lambda draft: draft.retire(wanted.expert, wanted.reason, service.now))
+        expert = await service.change_roll(
+            lambda transaction: transaction.retire(wanted.expert, wanted.reason, service.now)
+        )
         _log.warning("retired", expert=expert.title, reason=wanted.reason)
         return await run_in_threadpool(expert_info, expert, service)
 
     @app.post("/unretire_expert")
     async def unretire_expert(request: Request, wanted: UnretireRequest) -> ExpertInfo:
         principal_of(request).require_admin(expert=wanted.expert)
-        expert = await service.change_roll(lambda draft: draft.unretire(wanted.expert, service.now))
+        expert = await service.change_roll(lambda transaction: transaction.unretire(wanted.expert, service.now))
         _log.warning("unretired", expert=expert.title)
         return await run_in_threadpool(expert_info, expert, service)
 
@@ -122,7 +126,7 @@ def gateway_info(service: CoordinatorService, given: GatewayModel | None = None)
     )
 
 
-def _living_info(living: LivingGateway, experts: Mapping[str, ExpertModel]) -> LivingInfo:
+def _living_info(living: OnlineGateway, experts: Mapping[str, ExpertModel]) -> LivingInfo:
     departures = titled(living.departures, experts)
     return LivingInfo(
         folds=living.number,

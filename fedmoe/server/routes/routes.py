@@ -136,7 +136,7 @@ def _read_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswe
 
     @app.get("/get_all_expert_weights")
     def get_all_expert_weights(request: Request, dtype: WireDtype = "fp32") -> Response:
-        view = coordinator.draft()  # experts and version of one moment
+        view = coordinator.transaction()  # experts and version of one moment
         readable = [one for one in view.experts.values() if may_use(principal_of(request), one) and not one.retired]
         experts = {expert.title: expert for expert in readable}
         if not experts:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import structlog
 
-from fedmoe.coordinator import Draft, ExpertMoments
+from fedmoe.coordinator import ExpertMoments, Transaction
 from fedmoe.lora.adapter import Layout
 from fedmoe.lora.moments import InputMoments, merge_moments
 from fedmoe.lora.prompt_statistics import PromptStatistics, add_statistics
@@ -169,19 +169,19 @@ class KeptStatistics:
             )
 
     def keep(
-        self, draft: Draft, header: DataStatisticsHeader, digest: str, size: int, at: float
+        self, transaction: Transaction, header: DataStatisticsHeader, digest: str, size: int, at: float
     ) -> DataStatisticsResult:
-        """Journal statistics whose blob is stored and tell the draft; for the committer, in a group of its own.
+        """Journal statistics whose blob is stored and tell the transaction; for the committer, in a group of its own.
 
         The same bytes again change nothing.
         """
-        draft.expert(header.expert)
+        transaction.expert(header.expert)
         merged = together(
             header.kind, self._bodies(header.expert, header.kind) | {header.worker: self._blobs.read(digest)}
         )
-        moments = _digested(merged) if header.kind == "moments" and draft.aggregation.uses_moments else None
+        moments = _digested(merged) if header.kind == "moments" and transaction.aggregation.uses_moments else None
         kept = {found.worker: found.digest for found in self._of(header.expert, header.kind)}
-        in_use = draft.moments.get(header.expert)
+        in_use = transaction.moments.get(header.expert)
         duplicate = kept.get(header.worker) == digest and (
             moments is None or (in_use is not None and in_use.digest == moments.digest)
         )
@@ -189,16 +189,16 @@ class KeptStatistics:
             self._journal.add_data_statistic(DataStatistic(header.expert, header.worker, header.kind, digest, size, at))
             self._tags.pop(header.kind, None)
             if header.kind == "moments":
-                draft.learn_moments(header.expert, moments)
+                transaction.learn_moments(header.expert, moments)
         return DataStatisticsResult(
             expert=header.expert,
             kind=header.kind,
             digest=digest,
-            gateway_version=draft.gateway_version,
+            gateway_version=transaction.gateway_version,
             duplicate=duplicate,
         )
 
-    def erase(self, draft: Draft, expert: str, worker: str, at: float) -> int:
+    def erase(self, transaction: Transaction, expert: str, worker: str, at: float) -> int:
         """Remove what a worker told of its data for good; how many bodies. For the committer, in a group of its own.
 
         A row without a size takes the place of what was told, so that the gateway's version still counts all of them.
@@ -208,8 +208,10 @@ class KeptStatistics:
             if (found.expert, found.worker) == (expert, worker):
                 self._journal.add_data_statistic(replace(found, size=0, at=at))
                 if found.kind == "moments":
-                    draft.moments.pop(expert, None)
-                    draft.learn_moments(expert, self.moments(expert) if draft.aggregation.uses_moments else None)
+                    transaction.moments.pop(expert, None)
+                    transaction.learn_moments(
+                        expert, self.moments(expert) if transaction.aggregation.uses_moments else None
+                    )
         mine = {found.digest for found in arrived if (found.expert, found.worker) == (expert, worker)}
         gone = mine - {found.digest for found in newest(self._journal.data_statistics())}
         self._tags.clear()

@@ -8,13 +8,13 @@ from typing import cast
 
 from fedmoe.federation.events import (
     Event,
+    ExpertRebased,
     ExpertRegistered,
     ExpertRenamed,
     ExpertRetired,
     ExpertRolledBack,
     ExpertUnretired,
-    ExpertWentOn,
-    GatewayFolded,
+    GatewayMerged,
     HeldUpdateRejected,
     UpdateAccepted,
     UpdateHeld,
@@ -30,8 +30,8 @@ _KINDS: dict[str, type[Event]] = {
     "update": UpdateAccepted,
     "rollback": ExpertRolledBack,
     "retract": WorkerRetracted,
-    "fold": GatewayFolded,
-    "go_on": ExpertWentOn,
+    "fold": GatewayMerged,
+    "go_on": ExpertRebased,
     "hold": UpdateHeld,
     "reject": HeldUpdateRejected,
     "lost": UpdateLost,
@@ -62,7 +62,7 @@ def row_of(event: Event) -> dict[str, object]:
         "worker": update.worker if update else None,
         "epoch": update.epoch if update else None,
         "sequence": update.sequence if update else None,
-        "digest": blob_of(event) if isinstance(event, (UpdateAccepted, GatewayFolded)) else None,
+        "digest": blob_of(event) if isinstance(event, (UpdateAccepted, GatewayMerged)) else None,
         "payload": json.dumps(payload, allow_nan=False),
     }
 
@@ -77,7 +77,7 @@ def _place(event: Event) -> tuple[str, int]:
     match event:
         case ExpertRegistered():
             return event.expert, 0
-        case GatewayFolded():
+        case GatewayMerged():
             return GATEWAY, event.number
         case UpdateHeld() | HeldUpdateRejected():
             return QUARANTINE, event.number

@@ -1,7 +1,7 @@
 """The one writer: decisions are taken, journalled in groups and published by a single thread.
 
 Producers (request handlers) put a decision into the queue and wait for its future. The committer takes whatever is
-waiting, works it out on one draft, writes one transaction, publishes, and only then answers. So a slow fsync is shared
+waiting, works it out on one transaction, writes one transaction, publishes, and only then answers. So a slow fsync is shared
 by everybody who waited for it, and versions come in the order of the journal.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from fedmoe.coordinator import CentralCoordinator, Draft
+from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.runtime import failpoints
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.journal import Journal
@@ -23,7 +23,7 @@ from fedmoe.server.storage.journal import Journal
 _log = structlog.get_logger("fedmoe.committer")
 _MAX_GROUP = 64
 
-Decision = Callable[[Draft], object]
+Decision = Callable[[Transaction], object]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Committer:
         self,
         coordinator: CentralCoordinator,
         journal: Journal,
-        after_commit: Callable[[Draft], None],
+        after_commit: Callable[[Transaction], None],
         storage_problem: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._coordinator = coordinator
@@ -116,12 +116,12 @@ class Committer:
         return group, None, False
 
     def _commit(self, group: list[_Job]) -> None:
-        draft = self._coordinator.draft()
-        decided = self._decide(draft, group)
+        transaction = self._coordinator.transaction()
+        decided = self._decide(transaction, group)
         try:
-            if draft.events:
+            if transaction.events:
                 failpoints.reached("commit.before")
-                self._journal.append(draft.events, draft.version_digests)
+                self._journal.append(transaction.events, transaction.version_digests)
                 failpoints.reached("commit.after")
                 self._refuse_if_lost()  # what went into a folder that is gone meanwhile is not acknowledged
         except Exception as error:
@@ -130,32 +130,32 @@ class Committer:
             for job, _ in decided:
                 job.answer.set_exception(error)
             return
-        self._coordinator.publish(draft)
+        self._coordinator.publish(transaction)
         failpoints.reached("commit.published")
         for job, result in decided:
             job.answer.set_result(result)
-        self._clean_up(draft)
+        self._clean_up(transaction)
 
-    def _decide(self, draft: Draft, group: list[_Job]) -> list[tuple[_Job, object]]:
-        """Work the group out on one draft; a decision that fails is answered at once and leaves nothing behind."""
+    def _decide(self, transaction: Transaction, group: list[_Job]) -> list[tuple[_Job, object]]:
+        """Work the group out on one transaction; a decision that fails is answered at once and leaves nothing behind."""
         decided: list[tuple[_Job, object]] = []
         for job in group:
             # From here on the future cannot be cancelled, so that answering it cannot fail.
             if not job.answer.set_running_or_notify_cancel():
                 continue
-            before = draft.mark()
+            before = transaction.savepoint()
             try:
                 self.check_storage()
-                decided.append((job, job.decide(draft)))
+                decided.append((job, job.decide(transaction)))
             except Exception as error:
-                draft.restore(before)
+                transaction.rollback_to(before)
                 job.answer.set_exception(error)
         return decided
 
-    def _clean_up(self, draft: Draft) -> None:
+    def _clean_up(self, transaction: Transaction) -> None:
         """Snapshots and pruning: useful, but what was acknowledged does not depend on them."""
         try:
-            self._after_commit(draft)
+            self._after_commit(transaction)
         except StorageFailedError as error:
             self.fail(str(error))
         except Exception as error:

@@ -39,7 +39,9 @@ class HeldUpdates:
         with self.in_flight.processing(Processed(held.digest, held.expert, held.worker, held.sequence, held.size)):
             delta = self._read(held)
             now = self.clock
-            result = self.committer.submit(lambda draft: self.landing.release(draft, number, delta, now())).result()
+            result = self.committer.submit(
+                lambda transaction: self.landing.release(transaction, number, delta, now())
+            ).result()
         assert isinstance(result, UpdateResult)
         self.in_flight.forget(held.digest)
         _log.warning("released", held=number, expert=result.expert, version=result.version)
@@ -48,7 +50,7 @@ class HeldUpdates:
     def reject(self, number: int, reason: str) -> None:
         """A held update never lands; its sender is told, and its bytes go."""
         now = self.clock
-        event = self.committer.submit(lambda draft: draft.reject(number, reason, now())).result()
+        event = self.committer.submit(lambda transaction: transaction.reject(number, reason, now())).result()
         assert isinstance(event, HeldUpdateRejected)
         _log.warning("rejected", held=event.held, expert=event.expert, worker=event.worker, sequence=event.sequence)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fedmoe.federation.events import HeldUpdateRejected, UpdateAccepted, UpdateHeld
 from fedmoe.federation.quarantine import Identity, Quarantine
-from fedmoe.federation.transaction import Draft, Submission
+from fedmoe.federation.transaction import Submission, Transaction
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.base_history import CurrentHistory
@@ -44,54 +44,54 @@ class Landing:
     journal: Journal
     current: CurrentHistory
 
-    def land(self, draft: Draft, arrived: Arrived, at: float) -> UpdateResult:
+    def land(self, transaction: Transaction, arrived: Arrived, at: float) -> UpdateResult:
         """Land the update or hold it; raises RefusedError for one that may do neither."""
         submission = arrived.submission
-        answer = self._answer_of(draft, submission) or self._decided(draft, arrived, at)
-        outcomes = _outcomes(draft.quarantine, submission)
+        answer = self._answer_of(transaction, submission) or self._decided(transaction, arrived, at)
+        outcomes = _outcomes(transaction.quarantine, submission)
         return answer.model_copy(update={"outcomes": outcomes}) if outcomes else answer
 
-    def release(self, draft: Draft, number: int, delta: FloatVector, at: float) -> UpdateResult:
+    def release(self, transaction: Transaction, number: int, delta: FloatVector, at: float) -> UpdateResult:
         """Let a held update land as if it had arrived now, with the staleness it has by now."""
-        held = draft.quarantine.numbered(number)
+        held = transaction.quarantine.numbered(number)
         info = dict(held.info) | {"held": float(number)}
         norm = info.pop("norm", None)
         for judged in ("clip", "low"):
             info.pop(judged, None)
         named = (held.expert, held.worker, held.epoch, held.sequence, held.base_version, held.digest)
-        update = draft.judge(Submission(*named, info, norm), at)
-        draft.apply(update, delta)
-        return self._landed(update, draft.gateway_version, duplicate=False)
+        update = transaction.admit(Submission(*named, info, norm), at)
+        transaction.apply(update, delta)
+        return self._landed(update, transaction.gateway_version, duplicate=False)
 
-    def _decided(self, draft: Draft, arrived: Arrived, at: float) -> UpdateResult:
-        self.current.check_update(arrived.header, draft.expert(arrived.header.expert))
-        update = draft.judge(arrived.submission, at)
-        held = draft.hold(update, arrived.size, arrived.token, arrived.suspicion)
+    def _decided(self, transaction: Transaction, arrived: Arrived, at: float) -> UpdateResult:
+        self.current.check_update(arrived.header, transaction.expert(arrived.header.expert))
+        update = transaction.admit(arrived.submission, at)
+        held = transaction.hold(update, arrived.size, arrived.token, arrived.suspicion)
         if held is not None:
-            draft.apply(held)
-            return self._quarantined(held, draft.gateway_version, duplicate=False)
+            transaction.apply(held)
+            return self._quarantined(held, transaction.gateway_version, duplicate=False)
         assert arrived.delta is not None, "an update that is not in the journal was checked and has its numbers"
-        draft.apply(update, arrived.delta)
-        return self._landed(update, draft.gateway_version, duplicate=False)
+        transaction.apply(update, arrived.delta)
+        return self._landed(update, transaction.gateway_version, duplicate=False)
 
-    def _answer_of(self, draft: Draft, submission: Submission) -> UpdateResult | None:
+    def _answer_of(self, transaction: Transaction, submission: Submission) -> UpdateResult | None:
         """The answer that the same update got before, if it did."""
         identity = (submission.worker, submission.epoch, submission.sequence)
-        rejected, held = draft.quarantine.rejected.get(identity), draft.quarantine.held.get(identity)
+        rejected, held = transaction.quarantine.rejected.get(identity), transaction.quarantine.held.get(identity)
         if rejected is not None:
             refuse_other_bytes(rejected, submission)
             raise _rejection(rejected)
         if held is not None:
             refuse_other_bytes(held, submission)
-            return self._quarantined(held, draft.gateway_version, duplicate=True)
-        update = self._earlier(draft, identity)
+            return self._quarantined(held, transaction.gateway_version, duplicate=True)
+        update = self._earlier(transaction, identity)
         if update is None:
             return None
         refuse_other_bytes(update, submission)
-        return self._landed(update, draft.gateway_version, duplicate=True)
+        return self._landed(update, transaction.gateway_version, duplicate=True)
 
-    def _earlier(self, draft: Draft, identity: Identity) -> UpdateAccepted | None:
-        for event in draft.events:
+    def _earlier(self, transaction: Transaction, identity: Identity) -> UpdateAccepted | None:
+        for event in transaction.events:
             if isinstance(event, UpdateAccepted) and event.identity == identity:
                 return event
         return self.journal.find_update(*identity)
@@ -130,11 +130,11 @@ def _rejection(rejected: HeldUpdateRejected) -> RefusedError:
     )
 
 
-def retract_held(draft: Draft, expert: str, worker: str, reason: str, at: float) -> str:
+def retract_held(transaction: Transaction, expert: str, worker: str, reason: str, at: float) -> str:
     """Reject what is held of a worker whose updates are taken back; what was done, in words."""
-    held = draft.quarantine.of_worker(expert, worker)
+    held = transaction.quarantine.of_worker(expert, worker)
     for update in held:
-        draft.reject(update.number, reason or "the worker's updates were retracted", at)
+        transaction.reject(update.number, reason or "the worker's updates were retracted", at)
     if not held:
         return ""
     count = "1 held update" if len(held) == 1 else f"{len(held)} held updates"

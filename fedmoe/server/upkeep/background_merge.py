@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import structlog
 
-from fedmoe.coordinator import CentralCoordinator, Draft
-from fedmoe.federation.events import ExpertWentOn, GatewayFolded
+from fedmoe.coordinator import CentralCoordinator, Transaction
+from fedmoe.federation.events import ExpertRebased, GatewayMerged
 from fedmoe.federation.online_gateway import FoldPlan, plan_fold
 from fedmoe.lora.codec import encode
 from fedmoe.lora.online_merge import Folded
@@ -115,7 +115,7 @@ class Folding:
         return True
 
     def _plan(self) -> FoldPlan | None:
-        view = self._coordinator.draft()
+        view = self._coordinator.transaction()
         aggregation = view.aggregation
         if view.living is None or aggregation.merge_after is None:
             return None
@@ -128,7 +128,7 @@ class Folding:
             aggregation.merge_after,
             weight,
             least_updates=aggregation.buffer_size,
-            resting_since=self._resting_since(),
+            idle_since=self._resting_since(),
         )
 
     def _resting_since(self) -> float:
@@ -156,10 +156,10 @@ class Folding:
             digest = writer.commit()
             failpoints.reached("fold.stored")
             seen = _Computed(plan, folded, digest, seconds)
-            event = self._committer.submit(lambda draft: self._decide(draft, seen)).result()
+            event = self._committer.submit(lambda transaction: self._decide(transaction, seen)).result()
         finally:
             writer.abort()
-        assert isinstance(event, GatewayFolded)
+        assert isinstance(event, GatewayMerged)
         failpoints.reached("fold.published")
         _log.info(
             "folded",
@@ -173,25 +173,25 @@ class Folding:
             notes=list(event.notes),
         )
 
-    def _decide(self, draft: Draft, computed: _Computed) -> GatewayFolded:
+    def _decide(self, transaction: Transaction, computed: _Computed) -> GatewayMerged:
         """The fold and where its experts go on, in the journal's order; refused if one did not only train meanwhile."""
-        event = computed.event(draft.gateway_version + 1, self._clock())
-        assert draft.living is not None, "only a gateway that lives is folded into"
-        departures = draft.living.departures
-        draft.apply(event, gateway=computed.folded.adapter)
+        event = computed.event(transaction.gateway_version + 1, self._clock())
+        assert transaction.living is not None, "only a gateway that lives is folded into"
+        departures = transaction.living.departures
+        transaction.apply(event, gateway=computed.folded.adapter)
         for name, version in event.sources.items():
-            expert = draft.expert(name)
+            expert = transaction.expert(name)
             if expert.retired:
                 raise FoldOvertakenError(f"{name} was retired meanwhile.")
-            rest = departures[name].unseen(computed.plan.gateway.departures[name], draft.aggregation.buffer_size)
+            rest = departures[name].unseen(computed.plan.gateway.departures[name], transaction.aggregation.buffer_size)
             if rest is None:
                 raise FoldOvertakenError(
                     f"{name} changed from version {version} to {expert.version} by more than updates.",
                 )
             updates = [one.update for one in rest]
             state = self._history.from_gateway(computed.folded.adapter.flat, updates, expert.manifest)
-            went_on = ExpertWentOn(name, event.number, event.digest, len(rest), expert.version + 1, event.at)
-            draft.apply(went_on, rebuilt=state, since=rest)
+            went_on = ExpertRebased(name, event.number, event.digest, len(rest), expert.version + 1, event.at)
+            transaction.apply(went_on, rebuilt=state, since=rest)
         return event
 
 
@@ -204,10 +204,10 @@ class _Computed:
     digest: str
     seconds: float
 
-    def event(self, version: int, at: float) -> GatewayFolded:
+    def event(self, version: int, at: float) -> GatewayMerged:
         plan = self.plan
         sources = {name: expert.version for name, expert in plan.experts.items()}
-        return GatewayFolded(
+        return GatewayMerged(
             plan.gateway.number + 1,
             version,
             self.digest,

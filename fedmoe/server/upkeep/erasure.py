@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import structlog
 
-from fedmoe.coordinator import Draft
+from fedmoe.coordinator import Transaction
 from fedmoe.runtime import failpoints
 from fedmoe.server.history.history import History
 from fedmoe.server.history.pruning import made_of
@@ -54,17 +54,21 @@ class Erasure:
     told: ToldStatistics
     roster: Roster
 
-    def gave(self, draft: Draft, expert: str, worker: str) -> bool:
+    def gave(self, transaction: Transaction, expert: str, worker: str) -> bool:
         """Whether a worker ever landed an update on an expert, or one of it waits."""
-        return bool(stored_updates(self.journal, expert, worker) or draft.quarantine.of_worker(expert, worker))
+        return bool(stored_updates(self.journal, expert, worker) or transaction.quarantine.of_worker(expert, worker))
 
-    def erase(self, draft: Draft, request: RetractRequest, at: float) -> Erased:
+    def erase(self, transaction: Transaction, request: RetractRequest, at: float) -> Erased:
         """Erase what a worker gave to an expert whose newest version holds nothing of it any more."""
         name, worker = request.expert, request.worker
-        retract_held(draft, name, worker, request.reason, at)
-        expert, updates = draft.expert(name), stored_updates(self.journal, name)
+        retract_held(transaction, name, worker, request.reason, at)
+        expert, updates = transaction.expert(name), stored_updates(self.journal, name)
         mine = {update.digest for update in updates if update.worker == worker}
-        mine -= named_by_others(updates, worker) | self.journal.named_elsewhere(name, mine) | draft.quarantine.digests()
+        mine -= (
+            named_by_others(updates, worker)
+            | self.journal.named_elsewhere(name, mine)
+            | transaction.quarantine.digests()
+        )
         self.history.snapshot(expert)
         snapshots = self.journal.snapshots(name)
         holding = made_of(self.journal.events(name), snapshots, worker)
@@ -76,7 +80,7 @@ class Erasure:
         for digest in (mine | {snapshots[version] for version in holding}) - kept:
             self.blobs.delete(digest)
         failpoints.reached("erase.blobs_gone")
-        told = self.told.erase(name, worker) + self.statistics.erase(draft, name, worker, at)
+        told = self.told.erase(name, worker) + self.statistics.erase(transaction, name, worker, at)
         forget_log(self.journal)
         self.roster.forget(name, worker)
         erased = Erased(len(mine), len(holding), told)

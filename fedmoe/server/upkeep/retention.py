@@ -16,7 +16,7 @@ from itertools import islice
 
 import structlog
 
-from fedmoe.coordinator import CentralCoordinator, Draft
+from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.federation.events import Event, UpdateAccepted
 from fedmoe.server.history.history import History
 from fedmoe.server.history.pruning import first_to_go, unneeded
@@ -167,7 +167,9 @@ class Retention:
         for held, digest in sorted(self._journal.snapshots(expert).items()):
             if held >= version and self._readable(digest):
                 return held
-        made = self._committer.submit(lambda draft: self._history.snapshot(draft.expert(expert)), alone=True).result()
+        made = self._committer.submit(
+            lambda transaction: self._history.snapshot(transaction.expert(expert)), alone=True
+        ).result()
         assert isinstance(made, int)
         return made
 
@@ -178,7 +180,7 @@ class Retention:
             return False
         return True
 
-    def _remove(self, expert: str, digests: list[str], draft: Draft) -> None:
+    def _remove(self, expert: str, digests: list[str], transaction: Transaction) -> None:
         """For the committer: what came since may name the same bytes, and a rollback may need old ones again."""
         if expert in self._changed:
             return

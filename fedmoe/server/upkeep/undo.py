@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
-from fedmoe.coordinator import CentralCoordinator, Draft
+from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.experts import ExpertModel
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.errors import RefusedError
@@ -31,7 +31,7 @@ _FEW = 8
 _TRIES = 5
 
 Rebuild = Callable[[ExpertModel], Rebuilt]
-Decide = Callable[[Draft, ExpertModel, Rebuilt], ChangeResult]
+Decide = Callable[[Transaction, ExpertModel, Rebuilt], ChangeResult]
 
 
 class Undo:
@@ -59,11 +59,11 @@ class Undo:
     async def roll_back(self, request: RollbackRequest) -> ChangeResult:
         """The expert's next version gets the content of an earlier one."""
 
-        def decide(draft: Draft, expert: ExpertModel, rebuilt: Rebuilt) -> ChangeResult:
+        def decide(transaction: Transaction, expert: ExpertModel, rebuilt: Rebuilt) -> ChangeResult:
             self._current.check_rollback(request, expert, expert.become(rebuilt.state).digest)
             named = (request.expert, request.to_version, rebuilt.state, request.reason, self._clock())
-            draft.roll_back(*named, since=rebuilt.since)
-            return answered(draft, request.expert, rebuilt.removed, rebuilt.note)
+            transaction.roll_back(*named, since=rebuilt.since)
+            return answered(transaction, request.expert, rebuilt.removed, rebuilt.note)
 
         def rebuild(expert: ExpertModel) -> Rebuilt:
             return self._history.at_version(expert, request.to_version)
@@ -73,12 +73,12 @@ class Undo:
     async def retract(self, request: RetractRequest) -> ChangeResult:
         """The expert's next version is what it would be without one worker's updates."""
 
-        def decide(draft: Draft, expert: ExpertModel, rebuilt: Rebuilt) -> ChangeResult:
+        def decide(transaction: Transaction, expert: ExpertModel, rebuilt: Rebuilt) -> ChangeResult:
             at = self._clock()
             named = (request.expert, request.worker, rebuilt.removed, rebuilt.state, request.reason, at)
-            draft.retract(*named, since=rebuilt.since)
-            rejected = retract_held(draft, request.expert, request.worker, request.reason, at)
-            return answered(draft, request.expert, rebuilt.removed, f"{rebuilt.note} {rejected}".strip())
+            transaction.retract(*named, since=rebuilt.since)
+            rejected = retract_held(transaction, request.expert, request.worker, request.reason, at)
+            return answered(transaction, request.expert, rebuilt.removed, f"{rebuilt.note} {rejected}".strip())
 
         def rebuild(expert: ExpertModel) -> Rebuilt:
             return self._history.without_worker(expert, request.worker)
@@ -91,7 +91,7 @@ class Undo:
             rebuilt, tries = await self._beside(name, worker, rebuild, rebuilt), tries + 1
             result = await self._decided(name, worker, rebuilt, decide) if rebuilt is not None else None
         if result is None:
-            result = await self._committed(lambda draft: _whole(draft, name, rebuild, decide))
+            result = await self._committed(lambda transaction: _whole(transaction, name, rebuild, decide))
             assert result is not None, "the committer decides on all of it"
         _log.warning(what, expert=result.expert, version=result.version, removed=result.removed)
         return result
@@ -114,35 +114,35 @@ class Undo:
     async def _decided(self, name: str, worker: str | None, rebuilt: Rebuilt, decide: Decide) -> ChangeResult | None:
         """The result; None if so much landed meanwhile that it has to be worked out beside the pushes once more."""
 
-        def attempt(draft: Draft) -> ChangeResult | None:
-            expert = draft.expert(name)
+        def attempt(transaction: Transaction) -> ChangeResult | None:
+            expert = transaction.expert(name)
             if expert.version - rebuilt.version > _FEW:
                 return None
             newest = self._history.followed(rebuilt, expert, worker)
-            return None if newest is None else decide(draft, expert, newest)
+            return None if newest is None else decide(transaction, expert, newest)
 
         return await self._committed(attempt)
 
-    async def _committed(self, decision: Callable[[Draft], ChangeResult | None]) -> ChangeResult | None:
+    async def _committed(self, decision: Callable[[Transaction], ChangeResult | None]) -> ChangeResult | None:
         # A cancelled request still waits for its decision, as a push does.
         result = await settled(asyncio.wrap_future(self._committer.submit(decision, alone=True)))
         assert result is None or isinstance(result, ChangeResult), f"a decision gave {type(result)}"
         return result
 
 
-def answered(draft: Draft, name: str, removed: int = 0, note: str = "") -> ChangeResult:
-    """The expert as it is in a draft, as an answer."""
-    expert = draft.expert(name)
+def answered(transaction: Transaction, name: str, removed: int = 0, note: str = "") -> ChangeResult:
+    """The expert as it is in a transaction, as an answer."""
+    expert = transaction.expert(name)
     return ChangeResult(
         expert=name,
         version=expert.version,
-        gateway_version=draft.gateway_version,
+        gateway_version=transaction.gateway_version,
         removed=removed,
         digest=expert.digest,
         note=note,
     )
 
 
-def _whole(draft: Draft, name: str, rebuild: Rebuild, decide: Decide) -> ChangeResult:
-    expert = draft.expert(name)
-    return decide(draft, expert, rebuild(expert))
+def _whole(transaction: Transaction, name: str, rebuild: Rebuild, decide: Decide) -> ChangeResult:
+    expert = transaction.expert(name)
+    return decide(transaction, expert, rebuild(expert))

@@ -24,7 +24,7 @@ from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.lora_layers import ALL_LINEAR, find_targets
 from fedmoe.models.multilora import MultiLora
-from fedmoe.models.sampling import Wanted, sample
+from fedmoe.models.sampling import SampleSpec, sample
 from fedmoe.wire.client import CoordinatorClient
 
 EXPERTS = ("python", "sql")
@@ -65,7 +65,7 @@ class Alone:
         """The likeliest continuation, as the house's own sampler finds it."""
         if adapter is not None:
             self.multi.add("only", adapter)
-        wanted = Wanted(None if adapter is None else "only", tuple(prompt), count, 0.0, 0)
+        wanted = SampleSpec(None if adapter is None else "only", tuple(prompt), count, 0.0, 0)
         (found,) = sample(self.base.model, self.multi, [wanted], frozenset({self.base.tokenizer.eos_token_id}))
         if adapter is not None:
             self.multi.remove("only")

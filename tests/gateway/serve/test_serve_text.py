@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from serve_house import tiny
 
 from fedmoe.gateway.serve.problems import ApiError
-from fedmoe.gateway.serve.text import Prompter, StopWatch, TextStream
+from fedmoe.gateway.serve.text import PromptEncoder, StopStringFilter, TextStream
 
-PROMPTER = Prompter(tiny().tokenizer, 259, 100)
+PROMPTER = PromptEncoder(tiny().tokenizer, 259, 100)
 LETTERS = st.text(st.sampled_from("ab<"), max_size=40)
 STOPS = st.lists(st.text(st.sampled_from("ab<"), min_size=1, max_size=4), max_size=4).map(tuple)
 
@@ -47,7 +47,7 @@ def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
 def test_the_first_stop_string_ends_the_text_however_it_is_cut(
     text: str, stops: tuple[str, ...], sizes: list[int]
 ) -> None:
-    watch, shown, rest, stopped = StopWatch(stops), "", text, False
+    watch, shown, rest, stopped = StopStringFilter(stops), "", text, False
     for size in sizes:
         piece, rest = rest[:size], rest[size:]
         more, stopped = watch.feed(piece)
@@ -60,7 +60,7 @@ def test_the_first_stop_string_ends_the_text_however_it_is_cut(
 
 
 def test_what_cannot_begin_a_stop_string_is_shown_at_once() -> None:
-    watch = StopWatch(("END",))
+    watch = StopStringFilter(("END",))
     assert watch.feed("the E") == ("the ", False)
     assert watch.feed("agle EN") == ("Eagle ", False)
     assert watch.feed("D") == ("", True)
@@ -78,7 +78,7 @@ def test_a_chat_template_that_refuses_says_why() -> None:
     tokenizer = tiny().tokenizer
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ApiError, match="roles must alternate"):
-        Prompter(tokenizer, 259, 100).of_chat([{"role": "user", "content": "x"}])
+        PromptEncoder(tokenizer, 259, 100).of_chat([{"role": "user", "content": "x"}])
     tokenizer.chat_template = None
     with pytest.raises(ApiError, match="no chat template"):
-        Prompter(tokenizer, 259, 100).of_chat([{"role": "user", "content": "x"}])
+        PromptEncoder(tokenizer, 259, 100).of_chat([{"role": "user", "content": "x"}])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import accepted, registered
 
-from fedmoe.federation.events import ExpertRolledBack, ExpertWentOn, GatewayFolded, WorkerRetracted
+from fedmoe.federation.events import ExpertRebased, ExpertRolledBack, GatewayMerged, WorkerRetracted
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.event_rows import event_of, row_of
 
@@ -18,8 +18,8 @@ EVENTS = [
     accepted(3),
     ExpertRolledBack("python", 1, 2, "worse", 5.0),
     WorkerRetracted("python", "w1", 2, 7, "", 6.0),
-    GatewayFolded(1, 4, "a" * 64, {"python": 3}, {"python": 0}, {"python": 0.5}, 0.0, 1.0, ("one",), 7.0),
-    ExpertWentOn("python", 1, "a" * 64, 0, 4, 8.0),
+    GatewayMerged(1, 4, "a" * 64, {"python": 3}, {"python": 0}, {"python": 0.5}, 0.0, 1.0, ("one",), 7.0),
+    ExpertRebased("python", 1, "a" * 64, 0, 4, 8.0),
 ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import accepted, registered
 
-from fedmoe.federation.events import Event, ExpertRolledBack, ExpertWentOn, GatewayFolded, WorkerRetracted
+from fedmoe.federation.events import Event, ExpertRebased, ExpertRolledBack, GatewayMerged, WorkerRetracted
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.event_rows import GATEWAY
@@ -28,8 +28,8 @@ EVENTS: list[Event] = [
 ]
 
 
-FOLD = GatewayFolded(1, 9, "a" * 64, {"python": 4}, {"python": 0}, {"python": 1.0}, 0.1 + 0.2, 0.5, ("one", "two"), 3.5)
-WENT_ON = ExpertWentOn("python", 1, "a" * 64, 2, 5, 3.5)
+FOLD = GatewayMerged(1, 9, "a" * 64, {"python": 4}, {"python": 0}, {"python": 1.0}, 0.1 + 0.2, 0.5, ("one", "two"), 3.5)
+WENT_ON = ExpertRebased("python", 1, "a" * 64, 2, 5, 3.5)
 
 
 @pytest.fixture(params=["file", "memory"])

@@ -3,14 +3,14 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from fedmoe.inference.fair_lock import Turnstile
+from fedmoe.inference.fair_lock import FairLock
 
 
 def test_many_are_together() -> None:
-    stile, inside = Turnstile(), threading.Barrier(3, timeout=10)
+    lock, inside = FairLock(), threading.Barrier(3, timeout=10)
 
     def enter() -> None:
-        with stile.together():
+        with lock.shared():
             inside.wait()
 
     with ThreadPoolExecutor(3) as pool:
@@ -19,11 +19,11 @@ def test_many_are_together() -> None:
 
 
 def test_nobody_is_beside_one_that_is_alone() -> None:
-    stile, inside, wrong = Turnstile(), [], []
+    lock, inside, wrong = FairLock(), [], []
 
     def enter(alone: bool) -> None:
         for _ in range(200):
-            with stile.alone() if alone else stile.together():
+            with lock.exclusive() if alone else lock.shared():
                 inside.append(alone)
                 if True in inside and len(inside) > 1:
                     wrong.append(list(inside))
@@ -36,27 +36,27 @@ def test_nobody_is_beside_one_that_is_alone() -> None:
 
 
 def test_newcomers_wait_for_one_that_waits_to_be_alone() -> None:
-    stile, order = Turnstile(), []
+    lock, order = FairLock(), []
     first_in, let_go = threading.Event(), threading.Event()
 
     def first() -> None:
-        with stile.together():
+        with lock.shared():
             first_in.set()
             assert let_go.wait(10)
 
     def alone() -> None:
-        with stile.alone():
+        with lock.exclusive():
             order.append("alone")
 
     def newcomer() -> None:
-        with stile.together():
+        with lock.shared():
             order.append("newcomer")
 
     with ThreadPoolExecutor(3) as pool:
         held = pool.submit(first)
         assert first_in.wait(10)
         waiting = pool.submit(alone)
-        while not stile._waiting:
+        while not lock._waiting:
             pass
         late = pool.submit(newcomer)
         let_go.set()
@@ -66,16 +66,16 @@ def test_newcomers_wait_for_one_that_waits_to_be_alone() -> None:
 
 
 def test_one_that_wants_to_be_alone_again_and_again_lets_the_others_through() -> None:
-    stile, through = Turnstile(), threading.Event()
+    lock, through = FairLock(), threading.Event()
 
     def alone() -> None:
         while not through.is_set():
-            with stile.alone():
+            with lock.exclusive():
                 pass
 
     def others() -> None:
         for _ in range(50):
-            with stile.together():
+            with lock.shared():
                 pass
 
     with ThreadPoolExecutor(4) as pool:
@@ -87,12 +87,12 @@ def test_one_that_wants_to_be_alone_again_and_again_lets_the_others_through() ->
 
 
 def test_an_error_inside_lets_the_next_one_in() -> None:
-    stile = Turnstile()
-    for block in (stile.alone, stile.together):
+    lock = FairLock()
+    for block in (lock.alone, lock.together):
         try:
             with block():
                 raise LookupError
         except LookupError:
             pass
-    with stile.alone():
+    with lock.exclusive():
         pass

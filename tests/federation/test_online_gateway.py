@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import LAYOUT, MANIFEST, accepted, make_flat, make_submission, registered
 
-from fedmoe.coordinator import Aggregation, CentralCoordinator, Draft
-from fedmoe.federation.events import ExpertWentOn, GatewayFolded, UpdateAccepted
+from fedmoe.coordinator import Aggregation, CentralCoordinator, Transaction
+from fedmoe.federation.events import ExpertRebased, GatewayMerged, UpdateAccepted
 from fedmoe.federation.online_gateway import (
-    Departure,
-    LivingGateway,
-    Trained,
+    BranchPoint,
+    CountedUpdate,
+    OnlineGateway,
     counters,
     plan_fold,
     steps_between,
@@ -34,20 +34,20 @@ def told(version: int, steps: int | None, worker: str = "w1", expert: str = "pyt
     return replace(accepted(version, worker, expert), info=info)
 
 
-def drafted(**steps: int) -> Draft:
+def drafted(**steps: int) -> Transaction:
     """Experts by name, each with one update of so many steps (none for 0)."""
-    draft = CentralCoordinator(LIVING).draft()
+    transaction = CentralCoordinator(LIVING).transaction()
     for name, count in steps.items():
-        draft.register(name, "w1", MANIFEST, None, 0.0)
+        transaction.register(name, "w1", MANIFEST, None, 0.0)
         if count:
-            update = draft.judge(make_submission(name), 0.0)
-            draft.apply(replace(update, info={"steps": float(count)}), make_flat(count))
-    return draft
+            update = transaction.admit(make_submission(name), 0.0)
+            transaction.apply(replace(update, info={"steps": float(count)}), make_flat(count))
+    return transaction
 
 
-def living(draft: Draft) -> LivingGateway:
-    assert draft.living is not None
-    return draft.living
+def living(transaction: Transaction) -> OnlineGateway:
+    assert transaction.living is not None
+    return transaction.living
 
 
 def moments(seed: int) -> InputMoments:
@@ -78,39 +78,39 @@ def test_each_workers_counter_counts_for_itself_and_over_what_was_taken_back() -
 def test_what_a_fold_has_not_seen_is_what_landed_later_or_waited_in_the_buffer(
     steps: list[int], seen: int, buffer_size: int
 ) -> None:
-    since = tuple(Trained(told(version + 1, None), count) for version, count in enumerate(steps))
+    since = tuple(CountedUpdate(told(version + 1, None), count) for version, count in enumerate(steps))
     seen = min(seen, len(since))
-    rest = Departure(since=since).unseen(Departure(since=since[:seen]), buffer_size)
+    rest = BranchPoint(since=since).unseen(BranchPoint(since=since[:seen]), buffer_size)
     assert rest is not None
     assert since[: len(since) - len(rest)] + rest == since
     assert len(since) - len(rest) == seen // buffer_size * buffer_size
 
 
 def test_an_expert_that_did_not_only_train_on_cannot_be_folded_as_it_was() -> None:
-    one, two, three = (Trained(told(version, None), 1) for version in (1, 2, 3))
-    folded = Departure(since=(one, two))
-    for changed in (Departure(since=(one,)), Departure(since=(one, three)), Departure(since=(two,))):
+    one, two, three = (CountedUpdate(told(version, None), 1) for version in (1, 2, 3))
+    folded = BranchPoint(since=(one, two))
+    for changed in (BranchPoint(since=(one,)), BranchPoint(since=(one, three)), BranchPoint(since=(two,))):
         assert changed.unseen(folded, 1) is None
-    elsewhere = ExpertWentOn("python", 1, "0" * 64, 0, 3, 0.0)
-    assert Departure(elsewhere, (one, two)).unseen(folded, 1) is None
-    assert Departure(since=(one, two, three)).unseen(folded, 1) == (three,)
+    elsewhere = ExpertRebased("python", 1, "0" * 64, 0, 3, 0.0)
+    assert BranchPoint(elsewhere, (one, two)).unseen(folded, 1) is None
+    assert BranchPoint(since=(one, two, three)).unseen(folded, 1) == (three,)
 
 
 def test_only_who_trained_enough_is_folded() -> None:
-    draft = drafted(docs=4, python=5, sql=9)
-    plan = plan_fold(living(draft), draft.experts, {}, 5, polynomial)
+    transaction = drafted(docs=4, python=5, sql=9)
+    plan = plan_fold(living(transaction), transaction.experts, {}, 5, polynomial)
     assert plan is not None
     assert plan.experts.keys() == {"python", "sql"}
     assert (plan.staleness, plan.weights) == ({"python": 0, "sql": 0}, {"python": 1.0, "sql": 1.0})
-    assert plan_fold(living(draft), draft.experts, {}, 10, polynomial) is None
-    assert plan_fold(living(draft), draft.experts, {}, 5, polynomial, least_updates=2) is None
+    assert plan_fold(living(transaction), transaction.experts, {}, 10, polynomial) is None
+    assert plan_fold(living(transaction), transaction.experts, {}, 5, polynomial, least_updates=2) is None
 
 
 def test_an_expert_that_nobody_trains_any_more_is_folded_with_what_it_has() -> None:
-    draft = drafted(docs=4, python=0, sql=9)
-    ended = living(draft).departures["docs"].since[-1].update.at
-    assert plan_fold(living(draft), draft.experts, {}, 10, polynomial, resting_since=ended - 1) is None
-    plan = plan_fold(living(draft), draft.experts, {}, 10, polynomial, resting_since=ended)
+    transaction = drafted(docs=4, python=0, sql=9)
+    ended = living(transaction).departures["docs"].since[-1].update.at
+    assert plan_fold(living(transaction), transaction.experts, {}, 10, polynomial, idle_since=ended - 1) is None
+    plan = plan_fold(living(transaction), transaction.experts, {}, 10, polynomial, idle_since=ended)
     assert plan is not None
     assert "docs" in plan.experts
     assert "python" not in plan.experts  # it did no step, so there is nothing of it to fold
@@ -118,35 +118,35 @@ def test_an_expert_that_nobody_trains_any_more_is_folded_with_what_it_has() -> N
 
 
 def test_moments_are_needed_and_used_of_all_that_have_trained() -> None:
-    draft = drafted(docs=1, python=5, sql=0)
+    transaction = drafted(docs=1, python=5, sql=0)
     known = {"python": moments(1), "sql": moments(2)}
-    without = plan_fold(living(draft), draft.experts, known, 5, polynomial)
+    without = plan_fold(living(transaction), transaction.experts, known, 5, polynomial)
     assert without is not None
     assert without.moments is None
     assert without.notes == ("without input moments of docs the deltas were added as they are, scaled",)
-    whole = plan_fold(living(draft), draft.experts, known | {"docs": moments(3)}, 5, polynomial)
+    whole = plan_fold(living(transaction), transaction.experts, known | {"docs": moments(3)}, 5, polynomial)
     assert whole is not None
     assert whole.moments is not None
     assert (whole.moments.keys(), whole.notes) == ({"docs", "python"}, ())
 
 
 def test_a_fold_with_thin_moments_says_so() -> None:
-    draft = drafted(docs=5, python=5)
+    transaction = drafted(docs=5, python=5)
     few = InputMoments(moments(1).modules, 417, 0)
-    plan = plan_fold(living(draft), draft.experts, {"docs": few, "python": moments(2)}, 5, polynomial)
+    plan = plan_fold(living(transaction), transaction.experts, {"docs": few, "python": moments(2)}, 5, polynomial)
     assert plan is not None
     assert [note.partition(" only")[0] for note in plan.notes] == ["docs has input moments of 417 tokens"]
 
 
 def test_staleness_is_the_folds_since_an_expert_left() -> None:
-    draft = drafted(docs=5, python=5)
+    transaction = drafted(docs=5, python=5)
     for number in (1, 2, 3):
-        event = GatewayFolded(number, number, "0" * 64, {"docs": number}, {}, {"docs": 1.0}, 0.0, 0.0, (), 0.0)
-        draft.apply(event, gateway=living(draft).adapter)
-    went_on = ExpertWentOn("docs", 2, "0" * 64, 0, 2, 0.0)
-    draft.apply(went_on, rebuilt=LIVING.rule.init(living(draft).adapter.flat))
-    draft.apply(told(3, 14, expert="docs"), make_flat(3))
-    plan = plan_fold(living(draft), draft.experts, {}, 5, polynomial)
+        event = GatewayMerged(number, number, "0" * 64, {"docs": number}, {}, {"docs": 1.0}, 0.0, 0.0, (), 0.0)
+        transaction.apply(event, gateway=living(transaction).adapter)
+    went_on = ExpertRebased("docs", 2, "0" * 64, 0, 2, 0.0)
+    transaction.apply(went_on, rebuilt=LIVING.rule.init(living(transaction).adapter.flat))
+    transaction.apply(told(3, 14, expert="docs"), make_flat(3))
+    plan = plan_fold(living(transaction), transaction.experts, {}, 5, polynomial)
     assert plan is not None
     assert plan.staleness == {"docs": 1, "python": 3}
     assert plan.weights == {"docs": 2**-0.5, "python": 0.5}
@@ -163,19 +163,19 @@ def test_the_first_gateway_does_nothing_and_its_version_follows_the_federation()
 
 
 def test_a_mark_brings_the_distances_back() -> None:
-    draft = drafted(python=3)
-    before, mark = living(draft), draft.mark()
-    draft.apply(told(2, 8), make_flat(2))
-    assert living(draft).departures["python"].steps == 8
-    draft.restore(mark)
-    assert living(draft) is before
+    transaction = drafted(python=3)
+    before, mark = living(transaction), transaction.savepoint()
+    transaction.apply(told(2, 8), make_flat(2))
+    assert living(transaction).departures["python"].steps == 8
+    transaction.rollback_to(mark)
+    assert living(transaction) is before
 
 
 def test_without_the_mode_nothing_of_it_is_kept() -> None:
     coordinator = CentralCoordinator()
     coordinator.register_expert("python", MANIFEST)
     coordinator.push_update(make_submission(), make_flat(1))
-    assert coordinator.draft().living is None
+    assert coordinator.transaction().living is None
     assert coordinator.gateway().living is None
 
 
@@ -199,10 +199,10 @@ def test_which_start_a_worker_may_count_on() -> None:
 
 
 def test_all_experts_share_the_first_a() -> None:
-    draft = drafted(python=0, sql=0)
-    one, other = draft.experts["python"], draft.experts["sql"]
+    transaction = drafted(python=0, sql=0)
+    one, other = transaction.experts["python"], transaction.experts["sql"]
     np.testing.assert_array_equal(one.state.weights, other.state.weights)
-    np.testing.assert_array_equal(one.state.weights, living(draft).adapter.flat)
+    np.testing.assert_array_equal(one.state.weights, living(transaction).adapter.flat)
     ordinary = CentralCoordinator()
     apart = [ordinary.register_expert(name, MANIFEST).state.weights for name in ("python", "sql")]
     assert not np.array_equal(*apart)
