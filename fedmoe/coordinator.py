@@ -1,7 +1,7 @@
 """Every decision of the coordinator, without I/O: who may land on what, with which weight, and what the gateway is.
 
-`CentralCoordinator` publishes an immutable mapping of experts. A change is worked out on a `Transaction`, written to the
-journal by whoever owns one, and only then published; a transaction that cannot be written is dropped and nothing happened.
+`CentralCoordinator` publishes an immutable mapping of experts. A change is worked out in a `Transaction`, written to
+the journal by whoever owns one, and only then published; one that cannot be written is dropped and nothing happened.
 """
 
 from __future__ import annotations

@@ -31,7 +31,6 @@ from typing import IO
 import numpy as np
 import structlog
 
-from fedmoe.runtime import failpoints
 from fedmoe.arena.run.checkpoint_parts import (
     CheckpointError,
     Json,
@@ -41,9 +40,10 @@ from fedmoe.arena.run.checkpoint_parts import (
     read_adapter,
 )
 from fedmoe.arena.run.float_packing import FloatArray, pack, unpack
-from fedmoe.runtime.resources import require_space
-from fedmoe.runtime.files import fsync_folder
 from fedmoe.lora.adapter import Adapter
+from fedmoe.runtime import failpoints
+from fedmoe.runtime.files import fsync_folder
+from fedmoe.runtime.resources import require_space
 
 __all__ = [
     "ArenaState",

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import entry_points
-from pathlib import Path
-
-import torch
-
-from fedmoe.arena.config import ArenaConfig
-from fedmoe.inference.engine import Engine, EngineError
-from fedmoe.inference.transformers_engine import TransformersEngine
-from fedmoe.models.base import ChatTemplate, LoadedBase, load_base, stop_tokens
-from fedmoe.models.multilora import MultiLora
-from fedmoe.models.sampling import SamplingLimits
-
-
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import structlog
 import torch
 
 from fedmoe.arena.config import ArenaConfig
+from fedmoe.inference.engine import Engine, EngineError
+from fedmoe.inference.transformers_engine import TransformersEngine
 from fedmoe.inference.vllm.engine import VllmEngine
 from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer, VllmSettings, loras_needed
-from fedmoe.models.base import prepare_base
+from fedmoe.models.base import ChatTemplate, LoadedBase, load_base, prepare_base, stop_tokens
+from fedmoe.models.multilora import MultiLora
+from fedmoe.models.sampling import SamplingLimits
 
 #: Entry points of this group add engines: name -> a callable like `make_engine`'s own parts, a context manager.
 ENTRY_POINTS = "fedmoe.engines"
@@ -51,7 +41,6 @@ def make_engine(
 ) -> Iterator[Engine]:
     """Transformers on the learner's model (a copy of it where `device` is another one), vLLM, or an installed one."""
     if config.engine.kind == "vllm":
-
         with vllm_engine(config, folder, stop_tokens(base), base.dtype) as served:
             yield served
         return

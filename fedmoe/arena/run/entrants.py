@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedmoe.arena.config import ArenaConfig, TaskSection
 from fedmoe.arena.run import checkpoint
 from fedmoe.arena.run.checkpoint import MANIFEST, ArenaState
-from fedmoe.arena.config import ArenaConfig, TaskSection
 from fedmoe.inference.engine import AdapterKey
 from fedmoe.lora.adapter import Adapter
-from fedmoe.lora.safetensors_bytes import CodecError
 from fedmoe.lora.formats import PEFT_CONFIG, PEFT_WEIGHTS, read_peft
+from fedmoe.lora.safetensors_bytes import CodecError
 
 
 class EntrantError(ValueError):

@@ -58,19 +58,19 @@ class RunOptions:
 
 def expected_errors() -> tuple[type[Exception], ...]:
     """What `run_arena` raises for causes outside of it, each with a message for people."""
-    from fedmoe.arena.run.checkpoint import CheckpointError
-    from fedmoe.arena.modes.credit import CreditError
-    from fedmoe.inference.engine import EngineError
     from fedmoe.arena.league.league import FederationError
-    from fedmoe.runtime.memory import MemoryLimitError
-    from fedmoe.arena.rollout.metrics import MetricError
+    from fedmoe.arena.modes.credit import CreditError
     from fedmoe.arena.modes.protocol import ModeError
-    from fedmoe.runtime.resources import PlacementError
+    from fedmoe.arena.rollout.metrics import MetricError
     from fedmoe.arena.rollout.play import RolloutError
+    from fedmoe.arena.run.checkpoint import CheckpointError
     from fedmoe.arena.tasks.task import TaskError
-    from fedmoe.runtime.files import FolderInUseError
+    from fedmoe.inference.engine import EngineError
     from fedmoe.models.base import BaseModelError
     from fedmoe.runtime.device import DeviceError
+    from fedmoe.runtime.files import FolderInUseError
+    from fedmoe.runtime.memory import MemoryLimitError
+    from fedmoe.runtime.resources import PlacementError
 
     return (
         *(RunError, TaskError, ModeError, EngineError, RolloutError, CheckpointError, MemoryLimitError),

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from fedmoe.arena.rollout.interval import FEW_QUESTIONS, few_questions
 from fedmoe.arena.run.checkpoint import config_digest
 from fedmoe.arena.run.checkpoint_parts import Json
-from fedmoe.arena.rollout.interval import FEW_QUESTIONS, few_questions
 from fedmoe.arena.run.sorted_records import PolicyRecords, RunRecords, Step
 from fedmoe.runtime.files import write_atomic
 from fedmoe.runtime.records import Record, Value

@@ -7,8 +7,8 @@ from typing import cast
 
 from pydantic import ValidationError
 
-from fedmoe.arena.run.checkpoint_parts import Json, config_differences
 from fedmoe.arena.config import ArenaConfig
+from fedmoe.arena.run.checkpoint_parts import Json, config_differences
 from fedmoe.arena.run.options import RunError
 
 _MAY_CHANGE = frozenset(

@@ -17,41 +17,41 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedmoe.arena.run import checkpoint, results
-from fedmoe.arena.learning.adapt import AdaptRules
-from fedmoe.arena.rollout.chat import ChatCodec
-from fedmoe.arena.run.checkpoint import ArenaState, Loaded
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.runtime.control_file import ControlFile
-from fedmoe.inference.engine import AdapterKey, Engine
-from fedmoe.runtime.environment import environment
-from fedmoe.arena.run.episode_log import EPISODES, EpisodeLog
 from fedmoe.arena.league.league import League, join_league, learning_rate_only
-from fedmoe.arena.rollout.interval import few_questions
+from fedmoe.arena.learning.adapt import AdaptRules
 from fedmoe.arena.learning.learner import Learner, LearnerConfig, OptimizerState
 from fedmoe.arena.learning.loss import LossConfig
-from fedmoe.runtime.memory import MemoryGuard, MemoryLimitError, choose_limit, limit_gpu, watched
-from fedmoe.arena.modes.protocol import Decision
-from fedmoe.runtime.resources import check_file_system, make_temporary, place, remove_temporary
 from fedmoe.arena.learning.policies import Policies
-from fedmoe.arena.run.batched_records import BatchedRecords, truncate_records
+from fedmoe.arena.modes.protocol import Decision
 from fedmoe.arena.reporting import write_decision
-from fedmoe.arena.run.results import Ending
-from fedmoe.arena.run.resuming import accepted_changes
+from fedmoe.arena.rollout.chat import ChatCodec
+from fedmoe.arena.rollout.interval import few_questions
+from fedmoe.arena.run import checkpoint, results
+from fedmoe.arena.run.batched_records import BatchedRecords, truncate_records
+from fedmoe.arena.run.checkpoint import ArenaState, Loaded
 from fedmoe.arena.run.engines import make_engine
+from fedmoe.arena.run.episode_log import EPISODES, EpisodeLog
 from fedmoe.arena.run.logs import RunLogs, log_files, run_logs
 from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch, Watched, unwatched
+from fedmoe.arena.run.results import Ending
+from fedmoe.arena.run.resuming import accepted_changes
 from fedmoe.arena.run.sorted_records import sort_records
 from fedmoe.arena.run.sync_check import SyncCheck, make_probes
 from fedmoe.arena.tasks.registry import make_task
 from fedmoe.arena.trainer import Trainer
-from fedmoe.runtime.files import lock_folder
-from fedmoe.lora.codec import digest
+from fedmoe.inference.engine import AdapterKey, Engine
 from fedmoe.lora.adapter import initial_adapter
-from fedmoe.runtime.machine import memory
+from fedmoe.lora.codec import digest
 from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
 from fedmoe.models.multilora import MultiLora
+from fedmoe.runtime.control_file import ControlFile
+from fedmoe.runtime.environment import environment
+from fedmoe.runtime.files import lock_folder
+from fedmoe.runtime.machine import memory
+from fedmoe.runtime.memory import MemoryGuard, MemoryLimitError, choose_limit, limit_gpu, watched
 from fedmoe.runtime.records import RecordWriter, read_records
+from fedmoe.runtime.resources import check_file_system, make_temporary, place, remove_temporary
 
 __all__ = ["METRICS", "REPORT", "RESULTS", "RunError", "RunOptions", "Stop", "run_arena"]
 

@@ -1,8 +1,8 @@
 """The one writer: decisions are taken, journalled in groups and published by a single thread.
 
 Producers (request handlers) put a decision into the queue and wait for its future. The committer takes whatever is
-waiting, works it out on one transaction, writes one transaction, publishes, and only then answers. So a slow fsync is shared
-by everybody who waited for it, and versions come in the order of the journal.
+waiting, works it out in one transaction, journals that as one, publishes, and only then answers. So a slow fsync is
+shared by everybody who waited for it, and versions come in the order of the journal.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Committer:
         self._clean_up(transaction)
 
     def _decide(self, transaction: Transaction, group: list[_Job]) -> list[tuple[_Job, object]]:
-        """Work the group out on one transaction; a decision that fails is answered at once and leaves nothing behind."""
+        """Work the group out in one transaction; a decision that fails is answered at once and leaves nothing behind."""
         decided: list[tuple[_Job, object]] = []
         for job in group:
             # From here on the future cannot be cancelled, so that answering it cannot fail.
