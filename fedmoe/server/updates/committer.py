@@ -137,7 +137,7 @@ class Committer:
         self._clean_up(transaction)
 
     def _decide(self, transaction: Transaction, group: list[_Job]) -> list[tuple[_Job, object]]:
-        """Work the group out in one transaction; a decision that fails is answered at once and leaves nothing behind."""
+        """Work the group out in one transaction; a decision that fails is answered at once and changes nothing."""
         decided: list[tuple[_Job, object]] = []
         for job in group:
             # From here on the future cannot be cancelled, so that answering it cannot fail.
