@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 TORCH ?= cpu
 
 .PHONY: help arena arena-install demo test lint types unit test-slow test-vllm test-areal bench install clean \
-	fuzz install-locked lock sbom
+	fuzz install-locked lock sbom diagrams
 
 help:
 	@echo "make demo       three experts of a real model trained in a federation, one gateway, measured (runs/demo)"
@@ -26,6 +26,7 @@ help:
 	@echo "make install-locked TORCH=cpu|cuda   an environment of which every package is known by its hash (.venv-locked)"
 	@echo "make sbom       what that environment is made of: CycloneDX and licences (dist)"
 	@echo "make lock       write the lock files anew"
+	@echo "make diagrams   render docs/diagrams into docs/images (needs Graphviz)"
 	@echo "make fuzz       fuzz every reader of bytes from outside, 10 CPU minutes each"
 
 $(VENV)/.python:
@@ -96,6 +97,10 @@ lock:
 
 sbom:
 	PYTHON=$(PYTHON) scripts/sbom.sh
+
+diagrams:
+	for name in $(basename $(notdir $(wildcard docs/diagrams/*.dot))); do \
+		dot -Tpng -Gdpi=110 -o docs/images/$$name.png docs/diagrams/$$name.dot || exit 1; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
