@@ -10,6 +10,7 @@ from typing import Annotated, get_args
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from fedmoe.arena.learning.loss import AGGREGATIONS, LOSSES
+from fedmoe.runtime.errors import ExpectedError
 from fedmoe.wire.contract.messages import ExpertName, WorkerName
 
 Option = int | float | str | bool
@@ -17,7 +18,7 @@ Whole = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class ArenaConfigError(ValueError):
+class ArenaConfigError(ExpectedError, ValueError):
     """A configuration that cannot be used; every problem is named with its key."""
 
 

@@ -13,6 +13,7 @@ from fedmoe.cli.arena_episodes import episodes
 from fedmoe.cli.arena_tournament import tournament
 from fedmoe.cli.base_model import given_template
 from fedmoe.cli.output import CommandError
+from fedmoe.runtime.errors import ExpectedError
 from fedmoe.runtime.logs import configure
 
 if TYPE_CHECKING:
@@ -84,10 +85,8 @@ def train(
 @app.command()
 def check(config: Config) -> None:
     """Read a configuration, try its task and modes, and say what a run would do; loads no model."""
-    from fedmoe.arena.modes.protocol import ModeError
     from fedmoe.arena.modes.registry import make_mode
     from fedmoe.arena.tasks.registry import make_task
-    from fedmoe.arena.tasks.task import TaskError
 
     run = _configured(config, None)
     given_template(run.chat_template, run.chat_template_kwargs)
@@ -95,7 +94,7 @@ def check(config: Config) -> None:
         task = make_task(run.task.name, run.task.options)
         for phase in run.phases:
             make_mode(phase.mode).check(task, run.policies.count)
-    except (TaskError, ModeError) as error:
+    except ExpectedError as error:
         raise CommandError(str(error)) from error
     learning = run.learning
     print(f"task       {task.name}, {task.seats[0]} to {task.seats[1]} seats")
@@ -116,12 +115,12 @@ def charts_command(
 
 def _configured(path: Path, coordinator_url: str | None) -> ArenaConfig:
     try:
-        from fedmoe.arena.config import ArenaConfigError, FederationSection, read_config
+        from fedmoe.arena.config import FederationSection, read_config
     except ModuleNotFoundError as error:
         raise _missing(error) from error
     try:
         config = read_config(path)
-    except ArenaConfigError as error:
+    except ExpectedError as error:
         raise CommandError(str(error)) from error
     if coordinator_url is None:
         return config
@@ -131,7 +130,7 @@ def _configured(path: Path, coordinator_url: str | None) -> ArenaConfig:
 
 def _run(config: ArenaConfig, out: Path, prometheus_port: int | None, tensorboard: bool, **options: object) -> Ending:
     try:
-        from fedmoe.arena.run.options import RunOptions, Stop, expected_errors
+        from fedmoe.arena.run.options import RunOptions, Stop
         from fedmoe.arena.run.run import run_arena
         from fedmoe.cli.arena_watch import ArenaWatch
         from fedmoe.runtime.device import pin_threads
@@ -144,7 +143,7 @@ def _run(config: ArenaConfig, out: Path, prometheus_port: int | None, tensorboar
     chosen: RunOptions = RunOptions(out, **options)  # type: ignore[arg-type]
     try:
         return run_arena(config, chosen, stop, ArenaWatch(config.iterations, prometheus_port, tensorboard))
-    except expected_errors() as error:
+    except (ExpectedError, OSError) as error:
         raise CommandError(str(error)) from error
 
 
@@ -182,11 +181,11 @@ def _move_aside(out: Path) -> None:
 
 def _locked(out: Path) -> int:
     """A run that is still going on must not lose its files."""
-    from fedmoe.runtime.files import FolderInUseError, lock_folder
+    from fedmoe.runtime.files import lock_folder
 
     try:
         return lock_folder(out)
-    except FolderInUseError as error:
+    except ExpectedError as error:
         raise CommandError(str(error)) from error
 
 

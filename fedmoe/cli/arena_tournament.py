@@ -11,6 +11,7 @@ import typer
 
 from fedmoe.cli.options import AsJson
 from fedmoe.cli.output import CommandError, show_json
+from fedmoe.runtime.errors import ExpectedError
 
 if TYPE_CHECKING:
     from fedmoe.arena.rollout.interval import Interval
@@ -29,13 +30,12 @@ def tournament(
 ) -> None:
     """Let the newest policies of runs meet each other, the base model and chance; writes nothing into the runs."""
     from fedmoe.arena.rollout.interval import FEW_QUESTIONS
-    from fedmoe.arena.run.options import expected_errors
     from fedmoe.runtime.device import pin_threads
 
     pin_threads(1)  # sums over several threads differ in the last bit, and with it a sampled word and the table
     try:
         field, table = _play(runs, pool or [], deals, seed)
-    except (*expected_errors(), *_own_errors()) as error:
+    except (ExpectedError, OSError) as error:
         raise CommandError(str(error)) from error
     if as_json:
         facts = {"task": field.config.task.name, "base_model": field.config.base_model, "seed": seed, "deals": deals}
@@ -46,12 +46,6 @@ def tournament(
     print("points: a draw counts half; [95 % over questions or deals]; won, lost: by play + by an invalid action")
     if table.questions < FEW_QUESTIONS:
         print(f"fewer than {FEW_QUESTIONS} different questions or deals say little of others; raise --deals")
-
-
-def _own_errors() -> tuple[type[Exception], ...]:
-    from fedmoe.arena.run.entrants import EntrantError
-
-    return (EntrantError,)
 
 
 def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[Field, Table]:

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import Adapter
+from fedmoe.runtime.errors import ExpectedError
 
 FloatArray = NDArray[np.float32]
 
 
-class EngineError(RuntimeError):
+class EngineError(ExpectedError, RuntimeError):
     """An engine that cannot sample, or does not have the adapter asked for."""
 
 

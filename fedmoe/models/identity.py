@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe.runtime.cache import keep_file, kept_file
+from fedmoe.runtime.errors import ExpectedError
 
 _READ = 1 << 22
 _HEADER_LIMIT = 100_000_000
 
 
-class BaseModelError(RuntimeError):
+class BaseModelError(ExpectedError, RuntimeError):
     """A base model that is missing, incomplete or not usable."""
 
 

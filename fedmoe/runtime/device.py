@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 
+from fedmoe.runtime.errors import ExpectedError
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class DeviceError(RuntimeError):
+class DeviceError(ExpectedError, RuntimeError):
     """A device or dtype that was asked for and is not there."""
 
 

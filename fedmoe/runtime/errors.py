@@ -1,6 +1,10 @@
-"""The one refusal type: what is wrong, what was got, what to do."""
+"""Errors with causes outside the program: what is wrong, what was got, what to do."""
 
 from __future__ import annotations
+
+
+class ExpectedError(Exception):
+    """Base of errors that a command shows as one line instead of a traceback, since the message says what to do."""
 
 
 class RefusedError(Exception):

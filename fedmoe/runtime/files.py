@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedmoe.runtime.errors import ExpectedError
 
-class FolderInUseError(Exception):
+
+class FolderInUseError(ExpectedError):
     """Another process holds the folder; `holder` is its process id as far as it is known."""
 
     def __init__(self, folder: Path, holder: str) -> None:

@@ -16,6 +16,7 @@ import psutil
 import structlog
 
 from fedmoe.runtime.control_file import Control
+from fedmoe.runtime.errors import ExpectedError
 from fedmoe.runtime.machine import memory
 from fedmoe.runtime.memory_pressure import Pressure, after_failure, pressure
 
@@ -26,7 +27,7 @@ USABLE = 0.95
 _log = structlog.get_logger("fedmoe.arena")
 
 
-class MemoryLimitError(RuntimeError):
+class MemoryLimitError(ExpectedError, RuntimeError):
     """The memory limit is reached and nothing is left to give up; the run stops in order, with a checkpoint."""
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from fedmoe.runtime.errors import ExpectedError
 from fedmoe.runtime.mounts import Mount, mount_of, read_mounts
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _TEMPORARY = "tmp"
 _log = structlog.get_logger("fedmoe.arena")
 
 
-class PlacementError(RuntimeError):
+class PlacementError(ExpectedError, RuntimeError):
     """A folder, disk or device that a run cannot use; says why and what to do."""
 
 

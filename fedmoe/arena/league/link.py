@@ -26,6 +26,7 @@ from fedmoe.lora.codec import decode, encode
 from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.safetensors_bytes import encode_named, read_header, read_named
 from fedmoe.runtime import failpoints
+from fedmoe.runtime.errors import ExpectedError
 from fedmoe.runtime.files import write_atomic
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, Expected, PulledExpert
 from fedmoe.wire.contract.messages import UpdateHeader
@@ -36,7 +37,7 @@ _POINT = "point.safetensors"
 _log = structlog.get_logger("fedmoe.arena")
 
 
-class FederationError(RuntimeError):
+class FederationError(ExpectedError, RuntimeError):
     """A coordinator or a state folder that this run cannot work with; says what to do."""
 
 

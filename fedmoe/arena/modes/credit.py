@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from fedmoe.arena.tasks.task import Lineup, Outcome
+from fedmoe.runtime.errors import ExpectedError
 
 #: Entry points of this group add rules: name -> a callable from outcome and line-up to a `SeatCredit` a seat.
 ENTRY_POINTS = "fedmoe.credit"
@@ -18,7 +19,7 @@ ENTRY_POINTS = "fedmoe.credit"
 Rivals = Literal["mean", "best"]
 
 
-class CreditError(ValueError):
+class CreditError(ExpectedError, ValueError):
     """A rule that is not known, or that the outcome has no numbers for."""
 
 

@@ -13,9 +13,10 @@ from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.population.pbt import Replacement
 from fedmoe.arena.rollout.episodes import EpisodePlan, Example, PlayedEpisode, Player
 from fedmoe.arena.tasks.task import Task
+from fedmoe.runtime.errors import ExpectedError
 
 
-class ModeError(ValueError):
+class ModeError(ExpectedError, ValueError):
     """A mode that cannot be played on this task or with these policies."""
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 import structlog
 
 from fedmoe.arena.rollout.episodes import PlayedEpisode
+from fedmoe.runtime.errors import ExpectedError
 
 _log = structlog.get_logger("fedmoe.arena")
 
@@ -18,7 +19,7 @@ ENTRY_POINTS = "fedmoe.metrics"
 Metric = Callable[[Sequence[PlayedEpisode]], float]
 
 
-class MetricError(ValueError):
+class MetricError(ExpectedError, ValueError):
     """A metric that is no callable, or one of two with the same name."""
 
 

@@ -12,9 +12,10 @@ from fedmoe.arena.rollout.chat import Codec
 from fedmoe.arena.rollout.episodes import RANDOM, EpisodePlan, PlayedEpisode, Player, Turn
 from fedmoe.arena.tasks.task import Episode, Scripted, Task, check_outcome, question_of
 from fedmoe.inference.engine import Engine, SampleRequest
+from fedmoe.runtime.errors import ExpectedError
 
 
-class RolloutError(RuntimeError):
+class RolloutError(ExpectedError, RuntimeError):
     """Episodes that cannot be played to their end."""
 
 

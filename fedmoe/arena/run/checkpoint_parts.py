@@ -14,12 +14,13 @@ from fedmoe.arena.run.float_packing import pack, unpack
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
 from fedmoe.lora.algebra import baked
 from fedmoe.lora.formats import PEFT_CONFIG, PEFT_WEIGHTS, peft_files, read_peft
+from fedmoe.runtime.errors import ExpectedError
 
 Json = Mapping[str, object]
 _ADAPTER_KEY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)@(?P<version>\d{1,18})", re.ASCII)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ExpectedError, RuntimeError):
     """A checkpoint that cannot be written, is damaged, or belongs to another run."""
 
 

@@ -14,9 +14,10 @@ from fedmoe.inference.engine import AdapterKey
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.formats import PEFT_CONFIG, PEFT_WEIGHTS, read_peft
 from fedmoe.lora.safetensors_bytes import CodecError
+from fedmoe.runtime.errors import ExpectedError
 
 
-class EntrantError(ValueError):
+class EntrantError(ExpectedError, ValueError):
     """Players that cannot be read or cannot meet; says what is wrong, in which folder, and what to do."""
 
 

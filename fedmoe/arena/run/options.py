@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 from fedmoe.arena.run.batched_records import BatchedRecords
+from fedmoe.runtime.errors import ExpectedError
 from fedmoe.runtime.records import Value
 
 
-class RunError(RuntimeError):
+class RunError(ExpectedError, RuntimeError):
     """A run that cannot begin where and as it was asked to."""
 
 
@@ -54,29 +55,6 @@ class RunOptions:
     learner_device: str = "auto"
     dtype: str = "auto"
     token: str | None = None
-
-
-def expected_errors() -> tuple[type[Exception], ...]:
-    """What `run_arena` raises for causes outside of it, each with a message for people."""
-    from fedmoe.arena.league.league import FederationError
-    from fedmoe.arena.modes.credit import CreditError
-    from fedmoe.arena.modes.protocol import ModeError
-    from fedmoe.arena.rollout.metrics import MetricError
-    from fedmoe.arena.rollout.play import RolloutError
-    from fedmoe.arena.run.checkpoint import CheckpointError
-    from fedmoe.arena.tasks.task import TaskError
-    from fedmoe.inference.engine import EngineError
-    from fedmoe.models.base import BaseModelError
-    from fedmoe.runtime.device import DeviceError
-    from fedmoe.runtime.files import FolderInUseError
-    from fedmoe.runtime.memory import MemoryLimitError
-    from fedmoe.runtime.resources import PlacementError
-
-    return (
-        *(RunError, TaskError, ModeError, EngineError, RolloutError, CheckpointError, MemoryLimitError),
-        *(PlacementError, FederationError, CreditError, MetricError),
-        *(FolderInUseError, BaseModelError, DeviceError, OSError),
-    )
 
 
 class Stop:

@@ -8,10 +8,12 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from fedmoe.runtime.errors import ExpectedError
+
 Role = Literal["system", "user", "assistant"]
 
 
-class TaskError(ValueError):
+class TaskError(ExpectedError, ValueError):
     """A task, line-up or action that cannot be used; says what was got and what would do."""
 
 
