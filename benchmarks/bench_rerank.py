@@ -43,7 +43,7 @@ from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.lora.prompt_statistics import PromptStatistics  # noqa: E402
 from fedmoe.lora.regmean import regmean  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
-from fedmoe.models.final_logits import chosen_logprobs  # noqa: E402
+from fedmoe.models.final_logits import selected_logprobs  # noqa: E402
 from fedmoe.models.multilora import MultiLora  # noqa: E402
 from fedmoe.models.prompt_features import prefix_features  # noqa: E402
 from fedmoe.models.text_likelihood import log_likelihoods  # noqa: E402
@@ -90,7 +90,7 @@ def _losses_of(work: Work, multi: MultiLora, texts: Sequence[Sequence[int]]) -> 
         hidden = work.base.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         targets = ids[:, 1:].reshape(-1).numpy()
         flat = hidden.reshape(-1, hidden.shape[-1])
-        logprobs, _ = chosen_logprobs(work.base.model, flat, np.arange(len(targets)), targets)
+        logprobs, _ = selected_logprobs(work.base.model, flat, np.arange(len(targets)), targets)
     losses: NDArray[np.float32] = -logprobs.view(len(texts), -1).numpy()
     return losses
 

@@ -22,7 +22,7 @@ from fedmoe.datasets.tokens.packing import Block, collate
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.online_merge import Departed
 from fedmoe.models.schedule import TrainingConfig
-from fedmoe.qwen_finetune import OptimizerState, QwenLoRAExpert
+from fedmoe.qwen_finetune import OptimizerArrays, QwenLoRAExpert
 from fedmoe.runtime.files import write_atomic
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -64,8 +64,8 @@ class Trainer:
         return Adapter(model.attached.layout, float(model.attached.alpha), self._zero)
 
     def leg(
-        self, name: str, blocks: Sequence[Block], start: FloatVector, state: OptimizerState | None
-    ) -> tuple[FloatVector, OptimizerState]:
+        self, name: str, blocks: Sequence[Block], start: FloatVector, state: OptimizerArrays | None
+    ) -> tuple[FloatVector, OptimizerArrays]:
         """Weights and optimizer after a step for every BATCH of `blocks`; without a state the optimizer is new."""
 
         def make() -> Arrays:
@@ -121,7 +121,7 @@ class _Worker:
     start: Adapter
     version: int = 0
     done: int = 0
-    state: OptimizerState | None = None
+    state: OptimizerArrays | None = None
 
 
 def live(

@@ -38,8 +38,8 @@ from fedmoe.wire.outbox import Outbox, Pending
 from fedmoe.worker.device_failure import device_failure
 from fedmoe.worker.progress import Progress, SyncPoint
 from fedmoe.worker.pull import DivergedError, WorkerFailedError, on_rank_zero, pull
-from fedmoe.worker.report import SyncReport, tell_of_a_restart
-from fedmoe.worker.restart import take_up
+from fedmoe.worker.report import WorkerReport, warn_of_other_history
+from fedmoe.worker.restart import resume_worker
 
 __all__ = ["DistributedWorker", "SyncSettings", "WorkerFailedError"]
 
@@ -90,7 +90,7 @@ class DistributedWorker:
         self._group = worker.expert.group
         self._talks = self._group.rank == 0
         self._outbox = outbox
-        self._report = SyncReport(state_dir, settings.worker, settings.expert) if self._talks else None
+        self._report = WorkerReport(state_dir, settings.worker, settings.expert) if self._talks else None
         self._on_step, self._on_registered, self._clock = on_step, on_registered, clock
         self._stop = threading.Event()
         self._delivery: Delivery | None = None
@@ -133,7 +133,7 @@ class DistributedWorker:
     def _join(self) -> bool:
         """Register, take up where the last run was, deliver what it left, pull; False if told to stop meanwhile."""
         on_rank_zero(self._group, self._register)
-        saved = take_up(self.worker, self._checkpoints, self._settings.allow_changed_data)
+        saved = resume_worker(self.worker, self._checkpoints, self._settings.allow_changed_data)
         answer = on_rank_zero(self._group, lambda: self._deliver_leftover(saved))
         returned = answer is not None and answer.returned
         if self._group.flag(self._talks and self._box.pending is not None and not returned):
@@ -186,7 +186,7 @@ class DistributedWorker:
         """The newest version, plus what the checkpoint holds that no update has carried, plus a refused update."""
         start = newest.weights
         if saved is not None and saved.next_sequence == self._box.next_sequence:
-            tell_of_a_restart(saved, newest)
+            warn_of_other_history(saved, newest)
             start = start + (self.worker.weights() - saved.reference)
             self._progress = saved.progress
         if returned:

@@ -16,19 +16,19 @@ from fedmoe.datasets.tokens.packing import Batch, Block, collate
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase, pad_token, stop_tokens
-from fedmoe.models.device_faults import free_unused, halved, is_out_of_memory
+from fedmoe.models.device_faults import free_unused, halve_batches, is_out_of_memory
 from fedmoe.models.lora_layers import attach
 from fedmoe.models.packed import check_model, count_targets, enable_checkpointing, token_losses
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.schedule import LoraConfig, ScheduleEnded, TrainingConfig, learning_rate_at
-from fedmoe.models.stopping import without_stops
+from fedmoe.models.stopping import strip_stop_tokens
 from fedmoe.runtime.device import LossScale, autocast
 
 __all__ = [
-    "Evaluation",
+    "EvaluationResult",
     "LoraConfig",
     "NonFiniteError",
-    "OptimizerState",
+    "OptimizerArrays",
     "QwenLoRAExpert",
     "ScheduleEnded",
     "StepResult",
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _log = structlog.get_logger("fedmoe.worker")
-OptimizerState = dict[str, NDArray[np.generic]]
+OptimizerArrays = dict[str, NDArray[np.generic]]
 
 
 class NonFiniteError(ArithmeticError):
@@ -55,7 +55,7 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class EvaluationResult:
     """Mean loss in nats per predicted token, the number of those, and each block's own mean (NaN without labels)."""
 
     loss: float
@@ -146,7 +146,7 @@ class QwenLoRAExpert:
         self.step += 1
         return StepResult(loss, tokens, norm, rate, time.perf_counter() - started)
 
-    def evaluate(self, blocks: Sequence[Block], batch_size: int) -> Evaluation:
+    def evaluate(self, blocks: Sequence[Block], batch_size: int) -> EvaluationResult:
         """The mean loss over `blocks`, in evaluation mode and without gradient; raises ValueError without labels."""
         sums = np.zeros(len(blocks))
         counts = np.zeros(len(blocks), np.int64)
@@ -162,20 +162,20 @@ class QwenLoRAExpert:
         if tokens == 0:
             raise ValueError(f"no token of these {len(blocks)} blocks is labelled; there is nothing to evaluate")
         means = [float(total / count) if count else float("nan") for total, count in zip(sums, counts, strict=True)]
-        return Evaluation(float(sums.sum() / tokens), tokens, tuple(means))
+        return EvaluationResult(float(sums.sum() / tokens), tokens, tuple(means))
 
-    def evaluate_ranks(self, blocks: Sequence[Block], batch_size: int) -> Evaluation:
+    def evaluate_ranks(self, blocks: Sequence[Block], batch_size: int) -> EvaluationResult:
         """The mean loss over the blocks of all ranks, each with its own (maybe none); `block_losses` are this rank's.
 
         Nothing that training depends on changes: no weight, no gradient, no random state.
         """
-        mine = self.evaluate(blocks, batch_size) if blocks else Evaluation(0.0, 0, ())
+        mine = self.evaluate(blocks, batch_size) if blocks else EvaluationResult(0.0, 0, ())
         if self.group.world_size == 1:
             return mine
         dtype = torch.float64 if self.base.device.type != "mps" else torch.float32
         sums = torch.tensor([mine.loss * mine.tokens, mine.tokens], dtype=dtype, device=self.base.device)
         nats, tokens = self.group.sum_(sums).tolist()
-        return Evaluation(nats / tokens, int(tokens), mine.block_losses)
+        return EvaluationResult(nats / tokens, int(tokens), mine.block_losses)
 
     def generate(self, prompt: str, max_new_tokens: int = 64, chat: bool = True) -> str:
         """The greedy answer to `prompt` as a user turn of the chat template; without `chat`, its plain continuation."""
@@ -199,10 +199,10 @@ class QwenLoRAExpert:
             output = model.generate(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
             )
-        said = without_stops(output[0, inputs["input_ids"].shape[1] :].tolist(), stops)
+        said = strip_stop_tokens(output[0, inputs["input_ids"].shape[1] :].tolist(), stops)
         return str(tokenizer.decode(said, skip_special_tokens=True))
 
-    def optimizer_state(self) -> OptimizerState:
+    def optimizer_state(self) -> OptimizerArrays:
         """All that the next step depends on beside the weights, as arrays that safetensors can hold.
 
         `exp_avg` and `exp_avg_sq` float32 (size,), `step` int64 (1,), `loss_scale` float64 (value, good steps), and
@@ -214,7 +214,7 @@ class QwenLoRAExpert:
             name: state.get(name, torch.zeros_like(parameter)).detach().cpu().numpy().copy()
             for name in ("exp_avg", "exp_avg_sq")
         }
-        counters: OptimizerState = {
+        counters: OptimizerArrays = {
             "step": np.array([self.step], np.int64),
             "loss_scale": np.array([self._scale.value, self._scale.good_steps], np.float64),
         }
@@ -280,9 +280,9 @@ class QwenLoRAExpert:
         problem: BaseException | None = None
         try:
             self.attached.zero_grad()
-            total = self._accumulate(halved(batches) or batches if self.halves else batches, tokens)
+            total = self._accumulate(halve_batches(batches) or batches if self.halves else batches, tokens)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or self.halves or halved(batches) is None:
+            if not is_out_of_memory(error) or self.halves or halve_batches(batches) is None:
                 raise
             problem = error.with_traceback(None)  # frames hold the tensors that took the room
         if not self.group.any_flag(problem is not None):

@@ -14,12 +14,12 @@ from fedmoe.datasets.tokens.contents import DataChange, Hashes, digest_of, sampl
 from fedmoe.datasets.tokens.packing import Batch, BlockSampler, collate
 from fedmoe.lora.adapter import FloatVector, ShapeError
 from fedmoe.lora.manifest import Manifest
+from fedmoe.models.data_hashes import DIGEST, check_data_change, remove_other_hashes, write_hashes
 from fedmoe.models.held_out import HeldOutPlan, HeldOutState
-from fedmoe.models.kept_data import DIGEST, forget_other_hashes, judge_change, write_hashes
-from fedmoe.models.worker_state import CheckpointError, State, has_state, load_state, save_state
+from fedmoe.models.worker_state import WorkerCheckpointError, WorkerState, has_state, load_state, save_state
 from fedmoe.qwen_finetune import QwenLoRAExpert
 
-__all__ = ["CheckpointError", "Companion", "EvaluationRecord", "IntervalResult", "QwenWorker", "StepRecord"]
+__all__ = ["Companion", "EvaluationRecord", "IntervalResult", "QwenWorker", "StepRecord", "WorkerCheckpointError"]
 
 _OPTIMIZER = "optimizer."
 _VECTOR = "vector."
@@ -194,7 +194,7 @@ class QwenWorker:
         digest = digest_of(self._hashes)
         arrays = {"weights": self.weights()}
         arrays |= {_VECTOR + name: vector for name, vector in kept.vectors.items()}
-        state = State(
+        state = WorkerState(
             arrays | {_OPTIMIZER + name: array for name, array in self.expert.optimizer_state().items()},
             {
                 "manifest": self.manifest.to_json(),
@@ -206,7 +206,7 @@ class QwenWorker:
         )
         file = save_state(folder, state, self._group)
         if self._group.rank == 0:
-            forget_other_hashes(folder, digest)
+            remove_other_hashes(folder, digest)
         return file
 
     def restore(self, folder: Path, allow_changed_data: bool = False) -> Companion | None:
@@ -214,8 +214,8 @@ class QwenWorker:
 
         Weights, optimizer and step are always taken over. On the same data in the same order so is the place in them;
         on data that grew, or in another order, a new epoch begins, which `new_order` and `data_change` tell.
-        Raises CheckpointError for a damaged one, one of another number of processes, or one of another manifest, and
-        DataError where samples are gone or changed, unless `allow_changed_data`.
+        Raises WorkerCheckpointError for one that is damaged or was saved by another number of processes or with another
+        manifest, and DataError where samples are gone or changed, unless `allow_changed_data`.
         """
         if not self._group.flag(has_state(folder)):
             return None
@@ -223,7 +223,7 @@ class QwenWorker:
         saved = Manifest.from_json(dict(state.values["manifest"]))
         differences = saved.differences(self.manifest)
         if differences:
-            raise CheckpointError(f"{folder} was saved by another expert: " + "; ".join(differences[:5]))
+            raise WorkerCheckpointError(f"{folder} was saved by another expert: " + "; ".join(differences[:5]))
         self._restore_place(folder, state, allow_changed_data)
         if self.held_out is not None:
             saved_losses = state.values.get("held_out", {})
@@ -234,7 +234,7 @@ class QwenWorker:
         vectors = {name: np.asarray(array, np.float32) for name, array in _with_prefix(state, _VECTOR).items()}
         return Companion({name: str(text) for name, text in state.values["texts"].items()}, vectors)
 
-    def _restore_place(self, folder: Path, state: State, allow_changed: bool) -> None:
+    def _restore_place(self, folder: Path, state: WorkerState, allow_changed: bool) -> None:
         """All ranks come to the same decision, also where the data of only one of them changed."""
         saved = {name: int(str(value)) for name, value in state.values["sampler"].items()}
         self.new_order = self._group.any_flag(not self.sampler.fits(saved))
@@ -243,7 +243,7 @@ class QwenWorker:
             return
         problem: DataError | None = None
         try:
-            self.data_change = judge_change(folder, state.values.get("data", {}), self._hashes, allow_changed)
+            self.data_change = check_data_change(folder, state.values.get("data", {}), self._hashes, allow_changed)
         except DataError as error:
             problem = error
         if self._group.any_flag(problem is not None):
@@ -288,5 +288,5 @@ class QwenWorker:
         ]
 
 
-def _with_prefix(state: State, prefix: str) -> dict[str, np.ndarray]:
+def _with_prefix(state: WorkerState, prefix: str) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): array for name, array in state.arrays.items() if name.startswith(prefix)}

@@ -17,7 +17,7 @@ from fedmoe.models.base import load_base
 from fedmoe.models.held_out import HeldOutPlan
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.qwen_finetune import LoraConfig, NonFiniteError, QwenLoRAExpert, TrainingConfig
-from fedmoe.qwen_worker import CheckpointError, Companion, EvaluationRecord, QwenWorker, StepRecord
+from fedmoe.qwen_worker import Companion, EvaluationRecord, QwenWorker, StepRecord, WorkerCheckpointError
 from fedmoe.runtime.files import write_atomic
 
 
@@ -222,10 +222,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, keep: int) -> None:
     worker = worker_with()
     file = worker.save(tmp_path)
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=rf"{file.name} is missing or damaged"):
+    with pytest.raises(WorkerCheckpointError, match=rf"{file.name} is missing or damaged"):
         worker_with().restore(tmp_path)
     (tmp_path / "latest.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"latest\.json is missing or damaged"):
+    with pytest.raises(WorkerCheckpointError, match=r"latest\.json is missing or damaged"):
         worker_with().restore(tmp_path)
 
 
@@ -255,7 +255,7 @@ def test_a_flipped_bit_is_named_and_the_older_checkpoint_is_taken_6(tmp_path: Pa
     untouched = worker_with()
     start = untouched.weights()
     with pytest.raises(
-        CheckpointError, match=rf"{newest.name}.*no older checkpoint is whole. Move .* away to begin anew"
+        WorkerCheckpointError, match=rf"{newest.name}.*no older checkpoint is whole. Move .* away to begin anew"
     ):
         untouched.restore(tmp_path)
     np.testing.assert_array_equal(untouched.weights(), start)
@@ -277,10 +277,10 @@ def test_a_checkpoint_of_an_older_version_has_no_hash_in_its_name_and_is_read(tm
 
 def test_a_checkpoint_of_another_expert_or_group_is_refused(tmp_path: Path) -> None:
     worker_with(rank=4).save(tmp_path)
-    with pytest.raises(CheckpointError, match="rank: expected 4, got 2"):
+    with pytest.raises(WorkerCheckpointError, match="rank: expected 4, got 2"):
         worker_with(rank=2).restore(tmp_path)
     (tmp_path / "latest.json").write_text(json.dumps({"serial": 1, "world_size": 2}))
-    with pytest.raises(CheckpointError, match="saved by 2 processes, this run has 1"):
+    with pytest.raises(WorkerCheckpointError, match="saved by 2 processes, this run has 1"):
         worker_with().restore(tmp_path)
 
 
@@ -372,7 +372,7 @@ def without_list_of_samples(folder: Path) -> None:
     """As a checkpoint was before it named its data."""
     state = worker_state.load_state(folder, ProcessGroup())
     old = {name: value for name, value in state.values.items() if name not in ("data", "held_out")}
-    worker_state.save_state(folder, worker_state.State(state.arrays, old), ProcessGroup())
+    worker_state.save_state(folder, worker_state.WorkerState(state.arrays, old), ProcessGroup())
     for file in data_files(folder):
         file.unlink()
 

@@ -16,8 +16,8 @@ from areal.api.cli_args import MicroBatchSpec, OptimizerConfig, PPOActorConfig, 
 from areal.engine.fsdp_engine import FSDPPPOActor
 from areal.infra.platforms import current_platform
 
-from fedmoe.areal.batch import Batch, Sequences, minibatch_bounds, scaled_advantages
-from fedmoe.areal.collate import Row, ppo_row, sequence_row
+from fedmoe.areal.batch import ExampleBatch, Sequences, minibatch_bounds, scaled_advantages
+from fedmoe.areal.collate import TensorRow, ppo_row, sequence_row
 from fedmoe.areal.config import ArealConfig, ArealError, check_base_folder
 from fedmoe.areal.packing_check import check_isolation
 from fedmoe.areal.statistics import ArealUpdate, summarise
@@ -98,14 +98,14 @@ class ArealActor:
         scores: list[torch.Tensor] = self._engine.compute_logp([dict(row) for row in rows])
         return scores
 
-    def _plan_micro_batches(self, rows: Sequence[Row]) -> None:
+    def _plan_micro_batches(self, rows: Sequence[TensorRow]) -> None:
         longest = max(row["input_ids"].shape[1] for row in rows)
         limit = self._config.tokens_per_micro_batch
         self._settings.mb_spec = MicroBatchSpec(
             n_mbs=len(rows) if limit is None else 1, max_tokens_per_mb=max(limit or 0, longest)
         )
 
-    def update(self, batch: Batch) -> ArealUpdate:
+    def update(self, batch: ExampleBatch) -> ArealUpdate:
         """Learn from a batch; the proximal log-probabilities are those before the first optimizer step."""
         proximal = self._log_probabilities(batch.sequences)
         exported: list[Mapping[str, float]] = []
@@ -122,7 +122,7 @@ class ArealActor:
             self._engine.set_version(self.version + 1)
         return summary
 
-    def _rows(self, batch: Batch, start: int, stop: int, proximal: Sequence[torch.Tensor]) -> list[Row]:
+    def _rows(self, batch: ExampleBatch, start: int, stop: int, proximal: Sequence[torch.Tensor]) -> list[TensorRow]:
         sequences = list(batch.sequences)[start:stop]
         behaviour = batch.sequences.split(batch.behaviour)[start:stop]
         advantages = scaled_advantages(batch, start, stop, self._config.loss.aggregation)

@@ -75,7 +75,7 @@ class Sequences:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class ExampleBatch:
     """What one update learns from. `behaviour`, `advantages`: float32 (sum of T). `rewards`, `versions`: (N,)."""
 
     sequences: Sequences
@@ -85,7 +85,7 @@ class Batch:
     versions: IntArray
 
     @classmethod
-    def of(cls, examples: Sequence[Example]) -> Batch:
+    def of(cls, examples: Sequence[Example]) -> ExampleBatch:
         """From examples; each one's weight goes into its advantages.
 
         The clipped surrogate of `w * A` is `w` times that of `A` for every w >= 0, so nothing is lost by it.
@@ -105,7 +105,7 @@ class Batch:
         return {**self.sequences.arrays(), **own, "versions": self.versions}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, Array]) -> Batch:
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> ExampleBatch:
         """What `arrays` gave; raises `ArealError` for arrays that do not fit together."""
         sequences = Sequences.from_arrays(arrays)
         behaviour, advantages, rewards = (_floats(arrays, name) for name in ("behaviour", "advantages", "rewards"))
@@ -116,7 +116,7 @@ class Batch:
         return batch
 
 
-def scaled_advantages(batch: Batch, start: int, stop: int, aggregation: str) -> list[FloatArray]:
+def scaled_advantages(batch: ExampleBatch, start: int, stop: int, aggregation: str) -> list[FloatArray]:
     """The advantages of sequences [start, stop), scaled so that AReaL's mean over tokens is `aggregation`."""
     lengths = [int(length) for length in batch.sequences.token_lengths[start:stop]]
     plan = AGGREGATIONS[aggregation](lengths, max(lengths))

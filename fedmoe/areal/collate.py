@@ -7,10 +7,10 @@ import torch
 from fedmoe.areal.batch import IntArray
 from fedmoe.inference.engine import FloatArray
 
-Row = dict[str, torch.Tensor]
+TensorRow = dict[str, torch.Tensor]
 
 
-def sequence_row(prompt: IntArray, tokens: IntArray) -> Row:
+def sequence_row(prompt: IntArray, tokens: IntArray) -> TensorRow:
     """What a forward pass needs: `input_ids` and `attention_mask`, (1, L)."""
     ids = torch.cat([torch.from_numpy(prompt.copy()), torch.from_numpy(tokens.copy())]).long()
     return {"input_ids": ids[None], "attention_mask": torch.ones(1, len(ids), dtype=torch.bool)}
@@ -24,7 +24,7 @@ def ppo_row(
     proximal: torch.Tensor,
     reward: float,
     version: int,
-) -> Row:
+) -> TensorRow:
     """What `ppo_update` needs, as `compute_advantages` would leave it, but with our advantages.
 
     Position t of `loss_mask`, `logprobs`, `prox_logp` and `advantages` is about token t + 1, so the T sampled tokens

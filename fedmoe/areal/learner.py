@@ -19,7 +19,7 @@ from types import TracebackType
 
 import numpy as np
 
-from fedmoe.areal.batch import Batch, Sequences
+from fedmoe.areal.batch import ExampleBatch, Sequences
 from fedmoe.areal.config import ArealConfig, ArealError, check_base_folder
 from fedmoe.areal.packing_check import LeakError
 from fedmoe.areal.rpc import Frame, receive, send
@@ -94,7 +94,7 @@ class ArealLearner:
 
         The proximal log-probabilities are computed here, before the first step; those of the examples are not used.
         """
-        answer = self._ask(Frame("update", arrays=Batch.of(examples).arrays()))
+        answer = self._ask(Frame("update", arrays=ExampleBatch.of(examples).arrays()))
         values = dict(answer.values)
         version = values.pop("new_version")
         assert isinstance(version, int)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedmoe.areal.batch import Batch, Sequences
+from fedmoe.areal.batch import ExampleBatch, Sequences
 from fedmoe.areal.config import ArealConfig, ArealError
 from fedmoe.areal.rpc import Frame, Value, receive, send
 from fedmoe.lora.adapter import Adapter, ShapeError
@@ -63,7 +63,7 @@ def _start(request: Frame) -> tuple[ArealActor, Frame]:
 
 
 def _update(actor: ArealActor, request: Frame) -> Frame:
-    summary: Mapping[str, Value] = asdict(actor.update(Batch.from_arrays(request.arrays)))
+    summary: Mapping[str, Value] = asdict(actor.update(ExampleBatch.from_arrays(request.arrays)))
     return Frame("updated", {**summary, "new_version": actor.version})
 
 

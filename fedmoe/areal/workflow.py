@@ -22,7 +22,7 @@ from areal.utils.data import concat_padded_tensors
 from areal.utils.hf_utils import load_hf_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe.areal.collate import Row
+from fedmoe.areal.collate import TensorRow
 from fedmoe.areal.config import ArealError
 from fedmoe.areal.rewards import SEATS, SEED, Reward, seat_reward
 from fedmoe.arena.rollout.chat import ChatCodec
@@ -78,7 +78,7 @@ class ArenaWorkflow(RolloutWorkflow):  # type: ignore[misc]
         stops = sorted({*generation.stop_token_ids, *end_marks(self._tokenizer)})
         self._generation = generation.new(n_samples=1, max_new_tokens=limit, stop_token_ids=stops)
 
-    async def arun_episode(self, engine: InferenceEngine, data: Mapping[str, object]) -> Row | None:
+    async def arun_episode(self, engine: InferenceEngine, data: Mapping[str, object]) -> TensorRow | None:
         """One episode as padded tensors, a row a turn of the policy; None (rejected) when the engine gave up a turn.
 
         Keys: input_ids, attention_mask, loss_mask, logprobs, versions (rows x length), rewards (rows).
@@ -114,7 +114,7 @@ class ArenaWorkflow(RolloutWorkflow):  # type: ignore[misc]
             ModelRequest(rid=uuid.uuid4().hex, input_ids=prompt, gconfig=self._generation, tokenizer=self._tokenizer)
         )
 
-    def _finish(self, episode: Episode, played: Sequence[_Played]) -> Row | None:
+    def _finish(self, episode: Episode, played: Sequence[_Played]) -> TensorRow | None:
         if not played:
             return None
         outcome = episode.outcome()
@@ -125,11 +125,11 @@ class ArenaWorkflow(RolloutWorkflow):  # type: ignore[misc]
             completed=float(outcome.completed),
             valid=float(np.mean([outcome.valid[seat] for seat in rewards])),
         )
-        rows: Row = concat_padded_tensors([turn_row(turn.response, rewards[turn.seat]) for turn in played])
+        rows: TensorRow = concat_padded_tensors([turn_row(turn.response, rewards[turn.seat]) for turn in played])
         return rows
 
 
-def turn_row(response: ModelResponse, reward: float) -> Row:
+def turn_row(response: ModelResponse, reward: float) -> TensorRow:
     """One turn in AReaL's form: tensors (1, L), the prompt with mask 0, log-probability 0 and version -1."""
     prompt, tokens = response.input_tokens, response.output_tokens
     if not len(tokens) == len(response.output_logprobs) == len(response.output_versions):

@@ -45,7 +45,7 @@ from fedmoe.arena.rollout.evaluate import BASE, CHANCE, Comparison, Evaluator
 from fedmoe.arena.rollout.metrics import installed_metrics, measured
 from fedmoe.arena.rollout.play import Attempted, RolloutSettings, attempt
 from fedmoe.arena.tasks.task import Task
-from fedmoe.inference.engine import AdapterKey, Engine, context_of
+from fedmoe.inference.engine import AdapterKey, Engine, context_limit
 from fedmoe.lora.algebra import product_norm
 from fedmoe.runtime.device import pin_threads
 
@@ -89,7 +89,7 @@ class Trainer:
         self._modes = [make_mode(phase.mode) for phase in config.phases]
         for mode in self._modes:
             mode.check(task, config.policies.count)
-        self._settings = RolloutSettings(config.learning.temperature, context=context_of(engine))
+        self._settings = RolloutSettings(config.learning.temperature, context=context_limit(engine))
         self._metrics = installed_metrics()
         self._evaluator = Evaluator(task, engine, codec, config.evaluation.episodes, config.seed, self._settings)
         self._sampler = ThreadPoolExecutor(1, "sampler", initializer=pin_threads)

@@ -57,7 +57,7 @@ def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[F
     from fedmoe.arena.run.entrants import EntrantError, read_field
     from fedmoe.arena.tasks.registry import make_task
     from fedmoe.arena.tasks.task import Scripted
-    from fedmoe.inference.engine import context_of
+    from fedmoe.inference.engine import context_limit
     from fedmoe.inference.transformers_engine import TransformersEngine
     from fedmoe.lora.adapter import ShapeError
     from fedmoe.models.base import ChatTemplate, load_base
@@ -79,7 +79,7 @@ def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[F
             except ShapeError as error:
                 raise EntrantError(f"{one.folder} does not fit {config.base_model}: {error}") from error
         codec = ChatCodec(base.tokenizer, config.learning.max_prompt_tokens)
-        settings = RolloutSettings(config.learning.temperature, context=context_of(engine))
+        settings = RolloutSettings(config.learning.temperature, context=context_limit(engine))
         return field, run_tournament(task, players, engine, codec, deals, seed, settings)
     finally:
         engine.close()

@@ -94,7 +94,7 @@ def _report_for(
     from fedmoe.datasets.check import check_beginning
     from fedmoe.models.base import load_tokenizer
     from fedmoe.models.context import resolve_max_length
-    from fedmoe.models.prepare_data import DataOptions, examine
+    from fedmoe.models.prepare_data import DataOptions, prepare_and_report
     from fedmoe.runtime.cache import cache_folder
     from fedmoe.runtime.device import pin_threads
 
@@ -103,7 +103,9 @@ def _report_for(
     tokenizer, context = load_tokenizer(base_model, chat)
     length = resolve_max_length(max_length, context)
     cache = cache_folder("tokens")
-    found = examine(file, tokenizer, length, options, cache=cache, processes=pin_threads(), progress=_show_progress)
+    found = prepare_and_report(
+        file, tokenizer, length, options, cache=cache, processes=pin_threads(), progress=_show_progress
+    )
     return found.report
 
 

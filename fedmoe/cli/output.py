@@ -82,6 +82,7 @@ def _expected_status(error: Exception) -> int | None:
         "TargetError": EXIT_ERROR,
         "ParallelError": EXIT_ERROR,
         "CheckpointError": EXIT_ERROR,
+        "WorkerCheckpointError": EXIT_ERROR,
         "OutboxError": EXIT_ERROR,
         "WorkerFailedError": EXIT_ERROR,
         "DivergedError": EXIT_DIVERGED,

@@ -24,10 +24,17 @@ from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.messages import StatisticsKind
 from fedmoe.wire.outbox import Outbox
 from fedmoe.worker.options import adapter_layout, check_federation, check_processes
-from fedmoe.worker.phases import PhaseLog, say
+from fedmoe.worker.phases import PhaseLog, log_phase
 from fedmoe.worker.pull import on_rank_zero
 from fedmoe.worker.restart import check_data
-from fedmoe.worker.statistics import DataStatistics, Disclosure, data_statistics, keep, read_kept, statistics_key
+from fedmoe.worker.statistics import (
+    DataStatistics,
+    Disclosure,
+    data_statistics,
+    read_cached,
+    statistics_key,
+    write_cached,
+)
 from fedmoe.worker.training_data import WorkerData, check_sources, worker_data
 
 _log = structlog.get_logger("fedmoe.worker")
@@ -50,7 +57,7 @@ def run_worker(config: WorkerConfig) -> None:
             # A wrong URL or token is told before a base model is loaded.
             federation = on_rank_zero(group, client.federation)
             if group.rank == 0:
-                say("loading the base model")
+                log_phase("loading the base model")
             base = load_base(config.base_model, group.device, config.dtype, chat)
             _log.info("base_model", **base.report)
             for note in base.notes:
@@ -83,7 +90,7 @@ def _train(
         worker = _build(config, base, data, group, client, state_dir, outbox, disclosure)
         stopped = _stopped_by_signal(worker)
         if group.rank == 0:
-            say("training")
+            log_phase("training")
         worker.run()
         if disclosure is not None:
             disclosure.finish(config.max_unsynced, stopped.is_set)
@@ -122,7 +129,7 @@ def statistics_to_send(
     if not config.send_statistics:
         return {}
     key = statistics_key(base, blocks, _targets(config))
-    if kept := read_kept(folder, key):
+    if kept := read_cached(folder, key):
         tokens = InputMoments.from_bytes(kept["moments"]).tokens
         _log.info("statistics_kept", folder=str(folder), tokens=tokens)
         _warn_if_thin(tokens)
@@ -135,7 +142,7 @@ def statistics_to_send(
         return {}
     _tell(found, round(time.monotonic() - started, 1))
     bodies: dict[StatisticsKind, bytes] = {"prompts": found.prompts.to_bytes(), "moments": found.moments.to_bytes()}
-    keep(folder, key, bodies)
+    write_cached(folder, key, bodies)
     return bodies
 
 

@@ -23,7 +23,7 @@ from fedmoe.lora.codec import digest
 from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
 from fedmoe.models.prepare_data import DataOptions
 from fedmoe.models.schedule import LoraConfig
-from fedmoe.qwen_finetune import Evaluation, QwenLoRAExpert
+from fedmoe.qwen_finetune import EvaluationResult, QwenLoRAExpert
 from fedmoe.runtime.device import choose_device, pin_threads
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.stop_signals import StopOnSignal
@@ -52,18 +52,18 @@ class HeldOutScorer:
     base: LoadedBase
     blocks: Sequence[Block]
     batch_size: int = 4
-    _known: dict[str, Evaluation] = field(default_factory=dict)
+    _known: dict[str, EvaluationResult] = field(default_factory=dict)
     _used: set[str] = field(default_factory=set)
-    _base_loss: Evaluation | None = None
+    _base_loss: EvaluationResult | None = None
     _model: QwenLoRAExpert | None = None
 
-    def loss_of_base(self, like: Adapter) -> Evaluation:
+    def loss_of_base(self, like: Adapter) -> EvaluationResult:
         """The base model through the very same code: an adapter of zeros, of the modules of `like`."""
         if self._base_loss is None:
             self._base_loss = self._measure(Adapter.zeros(like.layout, like.alpha))
         return self._base_loss
 
-    def loss_of(self, adapter: Adapter, scale: float = 1.0) -> Evaluation:
+    def loss_of(self, adapter: Adapter, scale: float = 1.0) -> EvaluationResult:
         """The loss with `scale` times the adapter's product.
 
         The factor goes into B, as it does when a candidate is published: in low precision another place would give
@@ -73,7 +73,7 @@ class HeldOutScorer:
         name = digest(measured)
         return self.known(name) or self._known.setdefault(name, self._measure(measured))
 
-    def known(self, name: str) -> Evaluation | None:
+    def known(self, name: str) -> EvaluationResult | None:
         """The loss of the adapter with this digest, if it was measured before."""
         self._used.add(name)
         return self._known.get(name)
@@ -83,7 +83,7 @@ class HeldOutScorer:
         self._known = {name: found for name, found in self._known.items() if name in self._used}
         self._used = set()
 
-    def _measure(self, adapter: Adapter) -> Evaluation:
+    def _measure(self, adapter: Adapter) -> EvaluationResult:
         if self._model is None:
             targets = tuple(module.name for module in adapter.layout.modules)
             self._model = QwenLoRAExpert(self.base, LoraConfig(adapter.rank, adapter.alpha, target_modules=targets))
@@ -191,7 +191,7 @@ class Evaluator:
                     losses[candidate.name] = self._loss(offer, adapter, candidate.scale).loss
         return losses
 
-    def _loss(self, offer: CandidateSetInfo, adapter: Adapter, scale: float = 1.0) -> Evaluation:
+    def _loss(self, offer: CandidateSetInfo, adapter: Adapter, scale: float = 1.0) -> EvaluationResult:
         """The loss, after a word to the coordinator: so it knows that this evaluator is at work and no set is over."""
         if self._stopped.is_set():
             raise _StoppedError

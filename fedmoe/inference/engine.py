@@ -60,7 +60,7 @@ class Sample:
 class Engine(Protocol):
     """A source of samples that holds several adapters at once.
 
-    It may have a `context`: the most tokens of prompt and answer together, see `context_of`.
+    It may have a `context`: the most tokens of prompt and answer together, see `context_limit`.
     """
 
     def load(self, key: AdapterKey, adapter: Adapter) -> None:
@@ -98,6 +98,6 @@ class Bounded(Protocol):
         ...
 
 
-def context_of(engine: Engine) -> int | None:
+def context_limit(engine: Engine) -> int | None:
     """The most tokens of prompt and answer together that the engine takes, if it knows."""
     return engine.context if isinstance(engine, Bounded) else None

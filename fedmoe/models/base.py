@@ -24,12 +24,12 @@ from fedmoe.models.base_check import (
     stored_template_findings,
     template_findings,
 )
-from fedmoe.models.cache import make_once
+from fedmoe.models.cache import build_once
 from fedmoe.models.chat_template import ChatTemplate, template_hash
 from fedmoe.models.identity import BaseModelError, checkpoint_files, tokenizer_hash, weights_hash
 from fedmoe.models.smollm2 import REVISION as SMOLLM2_REVISION
 from fedmoe.models.smollm2 import prepare_smollm2
-from fedmoe.models.stopping import context_of, stops_of
+from fedmoe.models.stopping import context_of, stop_token_ids
 from fedmoe.models.tiny import save_tiny, tiny_hashes, tiny_model, tiny_tokenizer
 from fedmoe.runtime.cache import can_be_written, temporary_root
 from fedmoe.runtime.device import choose_device, choose_dtype
@@ -69,8 +69,8 @@ class LoadedBase:
 
 
 def stop_tokens(base: LoadedBase) -> frozenset[int]:
-    """The tokens that end an answer wherever one is generated: see `stops_of`."""
-    return stops_of(base.tokenizer, base.model.generation_config)
+    """The tokens that end an answer wherever one is generated: see `stop_token_ids`."""
+    return stop_token_ids(base.tokenizer, base.model.generation_config)
 
 
 def pad_token(base: LoadedBase) -> int:
@@ -178,7 +178,7 @@ def _locate(name: str, weights: bool = True) -> tuple[Path, str]:
     if name == "smollm2":
         return prepare_smollm2(), SMOLLM2_REVISION
     if name == "tiny":
-        return make_once(f"tiny-{_TINY_REVISION}", save_tiny), _TINY_REVISION
+        return build_once(f"tiny-{_TINY_REVISION}", save_tiny), _TINY_REVISION
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _checked(folder, weights), "local"

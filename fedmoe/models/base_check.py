@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmoe.models.chat_template import OTHER_TEMPLATE, rendered, templates_of, variables
 from fedmoe.models.identity import BaseModelError
-from fedmoe.models.stopping import context_of, end_marks, special_tokens, stops_of
+from fedmoe.models.stopping import context_of, end_marks, special_tokens, stop_token_ids
 
 _SETTINGS: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda value: value >= 0, "0 or more"),
@@ -238,7 +238,7 @@ def _token_findings(
 
 
 def _end_problems(where: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    if not stops_of(tokenizer, model.generation_config):
+    if not stop_token_ids(tokenizer, model.generation_config):
         return [
             f"{where}: nothing ends an answer: the tokenizer has no eos_token, the settings have no eos_token_id, and "
             "the chat template has no end mark; set eos_token in tokenizer_config.json"

@@ -13,7 +13,7 @@ from fedmoe.runtime.cache import cache_or_temporary_root, cache_root
 from fedmoe.runtime.files import fsync_files, fsync_folder
 
 
-def make_once(name: str, build: Callable[[Path], None]) -> Path:
+def build_once(name: str, build: Callable[[Path], None]) -> Path:
     """The cached folder `name`; if it is not there, one process fills a temporary folder by `build` and renames it.
 
     Others wait. A build that fails or is killed leaves nothing under the name. Where the cache cannot be written, what

@@ -40,7 +40,7 @@ def device_fault(error: BaseException) -> str | None:
     return None
 
 
-def halved(batches: Sequence[Batch]) -> list[Batch] | None:
+def halve_batches(batches: Sequence[Batch]) -> list[Batch] | None:
     """The same rows in batches of at most half as many; None where each has a single row already."""
     largest = max(len(batch.input_ids) for batch in batches)
     if largest < 2:

@@ -45,7 +45,7 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return logits.float()
 
 
-def chosen_logprobs(
+def selected_logprobs(
     model: PreTrainedModel,
     hidden: torch.Tensor,
     places: NDArray[np.int64],

@@ -81,6 +81,6 @@ class HeldOutState:
         return cls(digest, int(str(step)), loss, first, best, int(str(saved["worse"])))
 
 
-def bounded(blocks: Sequence[Block], most_tokens: int = MAX_EVALUATION_TOKENS) -> Sequence[Block]:
+def first_blocks(blocks: Sequence[Block], most_tokens: int = MAX_EVALUATION_TOKENS) -> Sequence[Block]:
     """The first blocks, of at most `most_tokens` tokens together with their padding, at least one."""
     return blocks[: max(1, most_tokens // len(blocks[0].input_ids))] if blocks else blocks

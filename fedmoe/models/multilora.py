@@ -33,7 +33,7 @@ class UnknownAdapterError(KeyError):
         return str(self.args[0])
 
 
-class Slot:
+class AdapterSlot:
     """One adapter in the model: a flat tensor `parameter` (size,) on the model's device.
 
     A trainable slot is a float32 leaf whose gradient is one flat vector; a frozen one is kept in the compute dtype.
@@ -144,7 +144,7 @@ class _Stack:
 class _Mixture:
     """Every token its own sum of adapters: all factors side by side, and between them the tokens' weights."""
 
-    def __init__(self, slots: Sequence[Slot], dtype: torch.dtype, weights: TokenWeights, rows: int) -> None:
+    def __init__(self, slots: Sequence[AdapterSlot], dtype: torch.dtype, weights: TokenWeights, rows: int) -> None:
         factors = [slot.factors(dtype) for slot in slots]
         self.rows = rows
         self.weights = weights
@@ -215,7 +215,7 @@ class MultiLora:
         self.modules = tuple(sorted(ModuleShape(name, layer.in_features, layer.out_features) for name, layer in found))
         self.device: torch.device = found[0][1].weight.device
         self.dtype: torch.dtype = found[0][1].weight.dtype
-        self._slots: dict[str, Slot] = {}
+        self._slots: dict[str, AdapterSlot] = {}
         self._bases = dict(found)
         for name, layer in found:
             _replace(model, name, MultiLoraLinear(layer, name))
@@ -229,20 +229,20 @@ class MultiLora:
         """The adapters that are there."""
         return tuple(self._slots)
 
-    def add(self, name: str, adapter: Adapter, trainable: bool = False) -> Slot:
+    def add(self, name: str, adapter: Adapter, trainable: bool = False) -> AdapterSlot:
         """Put an adapter in; raises ShapeError for other modules or a name that is taken."""
         if name in self._slots:
             raise ShapeError(f"adapter {name!r} is there already; remove it first or use another name")
         return self._put(name, adapter, trainable)
 
-    def replace(self, name: str, adapter: Adapter) -> Slot:
+    def replace(self, name: str, adapter: Adapter) -> AdapterSlot:
         """Put other factors, of any rank, under a name that is there; the old slot's tensors are left as they are."""
         return self._put(name, adapter, self.slot(name).trainable)
 
-    def _put(self, name: str, adapter: Adapter, trainable: bool) -> Slot:
+    def _put(self, name: str, adapter: Adapter, trainable: bool) -> AdapterSlot:
         if adapter.layout.modules != self.modules:
             raise ShapeError(f"adapter {name!r} adapts other modules than this model's {len(self.modules)}")
-        slot = Slot(adapter, self.device, self.dtype, trainable)
+        slot = AdapterSlot(adapter, self.device, self.dtype, trainable)
         self._slots[name] = slot
         return slot
 
@@ -251,7 +251,7 @@ class MultiLora:
         self.slot(name)
         del self._slots[name]
 
-    def slot(self, name: str) -> Slot:
+    def slot(self, name: str) -> AdapterSlot:
         """The adapter of that name; raises UnknownAdapterError saying what is there."""
         if name not in self._slots:
             raise UnknownAdapterError(f"no adapter {name!r}; there are: {', '.join(sorted(self._slots)) or 'none'}")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from fedmoe.models.final_logits import chosen_logprobs
+from fedmoe.models.final_logits import selected_logprobs
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.prefix_tree import Forest, batch_forests, grow_forests
 
@@ -114,7 +114,7 @@ def token_logprobs(
     nodes, places = np.unique(predictors, return_inverse=True)
     order = np.argsort(places, kind="stable")
     chosen = hidden.flatten(0, 1)[torch.from_numpy(nodes).to(device)]
-    logprobs, entropies = chosen_logprobs(model, chosen, places[order], targets[order], temperature)
+    logprobs, entropies = selected_logprobs(model, chosen, places[order], targets[order], temperature)
     back = torch.from_numpy(np.argsort(order)).to(device)
     return TokenLogprobs(logprobs[back], entropies[back], torch.from_numpy(owners).to(device))
 

@@ -39,7 +39,7 @@ class DataOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class PreparedData:
     """Samples to train on; `row_hashes[i]` is of the row of sample `i`, so that a row stays on one side of a split.
 
     `kept`: they were tokenised at an earlier start.
@@ -60,15 +60,17 @@ def prepare_samples(
     cache: Path | None = None,
     processes: int = 1,
     progress: Progress = lambda done: None,
-) -> Prepared:
+) -> PreparedData:
     """The samples of a file, folder or hub data set; raises `DataError` with the report where they are not fit."""
-    prepared = examine(name, tokenizer, max_length, options, cache=cache, processes=processes, progress=progress)
+    prepared = prepare_and_report(
+        name, tokenizer, max_length, options, cache=cache, processes=processes, progress=progress
+    )
     if prepared.report.problem:
         raise DataError(prepared.report.problem)
     return prepared
 
 
-def examine(
+def prepare_and_report(
     name: str | Path,
     tokenizer: Tokenizer,
     max_length: int,
@@ -77,7 +79,7 @@ def examine(
     cache: Path | None = None,
     processes: int = 1,
     progress: Progress = lambda done: None,
-) -> Prepared:
+) -> PreparedData:
     """As `prepare_samples`, but data that are not fit have a report too."""
     chosen = options or DataOptions()
     scan = RowScan(name, chosen.rows)
@@ -87,13 +89,13 @@ def examine(
     if kept and (found := kept.read()):
         # What of a folder is not read is no part of what the tokens follow from.
         report = replace(found.report, source=str(name), notes=scan.source.left_out)
-        return Prepared(tuple(found.samples()), found.row_hashes, report, kept=True)
+        return PreparedData(tuple(found.samples()), found.row_hashes, report, kept=True)
     done = tokenize_samples(scan.samples(), tokenizer, max_length, chosen.long_rows, processes, progress)
     report = _report(scan, done, tokenizer, max_length, chosen)
     hashes = np.array([scan.hashes[number] for number in done.row_of], np.uint64)
     if kept and not report.problem:
         kept.write(KeptTokens.of(done.samples, hashes, report))
-    return Prepared(tuple(done.samples), hashes, report)
+    return PreparedData(tuple(done.samples), hashes, report)
 
 
 def _report(scan: RowScan, done: Tokenized, tokenizer: Tokenizer, max_length: int, options: DataOptions) -> DataReport:

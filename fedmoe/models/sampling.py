@@ -37,7 +37,7 @@ class SampleSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class SampleResult:
     """Tokens (a stop token included) and their log-probabilities at the temperature (1 where it is 0), float32 (T,)."""
 
     tokens: tuple[int, ...]
@@ -82,7 +82,7 @@ class _FixedLayer(DynamicLayer):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptCache:
     """What reading the prompts gave: a filled cache, which entries of it are real, and the first logits."""
 
     cache: Cache
@@ -97,7 +97,7 @@ def sample(
     wanted: Sequence[SampleSpec],
     stop_tokens: frozenset[int],
     limits: SamplingLimits = SamplingLimits(),
-) -> list[Sampled]:
+) -> list[SampleResult]:
     """Sample every continuation; the same seed, prompt and weights give the same tokens.
 
     (Up to rounding: the other rows of a batch can change the last bits of a row's logits.) Rows of equal adapter and
@@ -106,7 +106,7 @@ def sample(
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise UnsupportedModelError("a model that trains with gradient checkpointing has no key-value cache; eval() it")
     order = sorted(range(len(wanted)), key=lambda index: (wanted[index].adapter or "", len(wanted[index].prompt)))
-    found: dict[int, Sampled] = {}
+    found: dict[int, SampleResult] = {}
     for start in range(0, len(order), limits.rows):
         part = order[start : start + limits.rows]
         found.update(zip(part, _sample_part(model, multi, [wanted[i] for i in part], stop_tokens, limits), strict=True))
@@ -120,7 +120,7 @@ def _sample_part(
     wanted: Sequence[SampleSpec],
     stop_tokens: frozenset[int],
     limits: SamplingLimits,
-) -> list[Sampled]:
+) -> list[SampleResult]:
     room = max(one.max_new_tokens for one in wanted)
     prompts = read_prompts(model, multi, wanted, room, limits)
     writers = [_Writer(one, stop_tokens) for one in wanted]
@@ -182,8 +182,8 @@ class _Writer:
         self.tokens.append(token)
         self.logprobs.append(logprob)
 
-    def sampled(self) -> Sampled:
-        return Sampled(tuple(self.tokens), np.array(self.logprobs, np.float32), self.stopped)
+    def sampled(self) -> SampleResult:
+        return SampleResult(tuple(self.tokens), np.array(self.logprobs, np.float32), self.stopped)
 
 
 def _draw(logits: torch.Tensor, writers: Sequence[_Writer]) -> torch.Tensor:
@@ -211,7 +211,7 @@ def _draw(logits: torch.Tensor, writers: Sequence[_Writer]) -> torch.Tensor:
 
 def read_prompts(
     model: PreTrainedModel, multi: MultiLora, wanted: Sequence[SampleSpec], room: int, limits: SamplingLimits
-) -> Prompts:
+) -> PromptCache:
     """Compute every distinct beginning once, then lay out the cache of every row."""
     forests, adapters, rows_of = _prompt_forests(wanted, limits)
     keys, values, hidden, starts = _read_forests(model, multi, forests, adapters, limits)
@@ -224,7 +224,7 @@ def read_prompts(
         nodes[row, : len(path)], looks[row, : len(path)], last[row] = flat, True, flat[-1]
     nodes, looks, last = nodes.to(multi.device), looks.to(multi.device), last.to(multi.device)
     layers = [_layer(key, value, nodes, room) for key, value in zip(keys, values, strict=True)]
-    return Prompts(Cache(layers=list(layers)), layers, looks, logits_of(model, hidden[last]))
+    return PromptCache(Cache(layers=list(layers)), layers, looks, logits_of(model, hidden[last]))
 
 
 def _layer(keys: torch.Tensor, values: torch.Tensor, nodes: torch.Tensor, room: int) -> _FixedLayer:

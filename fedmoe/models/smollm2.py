@@ -19,7 +19,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from fedmoe.models.cache import make_once
+from fedmoe.models.cache import build_once
 from fedmoe.models.identity import BaseModelError
 from fedmoe.runtime.cache import cache_root, kept_file
 
@@ -34,7 +34,7 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 def prepare_smollm2() -> Path:
     """The cached folder of the converted model; the first call downloads 93 MB and converts, once for all processes."""
-    return make_once(FOLDER, _build)
+    return build_once(FOLDER, _build)
 
 
 def _build(folder: Path) -> None:

@@ -14,7 +14,7 @@ UNLIMITED = 1 << 30
 _NO_LIMIT = 1_000_000_000
 
 
-def stops_of(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> frozenset[int]:
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> frozenset[int]:
     """The tokens that end an answer: all end-of-sequence tokens, and the marks that conversations teach.
 
     Those of the tokenizer, those of the generation settings, and `end_marks`. Empty where nothing is named.
@@ -46,7 +46,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset((*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()))
 
 
-def without_stops(tokens: Sequence[int], stops: frozenset[int]) -> list[int]:
+def strip_stop_tokens(tokens: Sequence[int], stops: frozenset[int]) -> list[int]:
     """A generated answer without the tokens that ended it; nobody is shown them, be they marked special or not."""
     return [token for token in tokens if token not in stops]
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from fedmoe.models.final_logits import chosen_logprobs
+from fedmoe.models.final_logits import selected_logprobs
 from fedmoe.models.multilora import MultiLora
 
 
@@ -30,6 +30,6 @@ def log_likelihoods(
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     states = hidden.reshape(-1, hidden.shape[-1])
     targets = np.tile(np.asarray(text[1:], np.int64), len(adapters))
-    logprobs, _ = chosen_logprobs(model, states, np.arange(len(targets)), targets)
+    logprobs, _ = selected_logprobs(model, states, np.arange(len(targets)), targets)
     found: list[float] = logprobs.double().view(len(adapters), -1).sum(dim=1).tolist()
     return found

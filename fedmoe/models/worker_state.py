@@ -34,19 +34,19 @@ _KEY = "fedmoe"
 _log = structlog.get_logger("fedmoe.worker")
 
 
-class CheckpointError(RuntimeError):
+class WorkerCheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged or of another run."""
 
 
 @dataclass(frozen=True)
-class State:
+class WorkerState:
     """What one rank keeps: named arrays and JSON objects."""
 
     arrays: Mapping[str, NDArray[np.generic]]
     values: Mapping[str, Mapping[str, object]]
 
 
-def save_state(folder: Path, state: State, group: ProcessGroup) -> Path:
+def save_state(folder: Path, state: WorkerState, group: ProcessGroup) -> Path:
     """Write this rank's state as part of a new set and make the set the newest; all ranks must call it."""
     folder.mkdir(parents=True, exist_ok=True)
     serial = group.number(_newest(folder)[0] + 1 if (folder / LATEST).exists() else 1)
@@ -73,7 +73,7 @@ def _sweep(folder: Path, serial: int) -> None:
             old.unlink()
 
 
-def load_state(folder: Path, group: ProcessGroup) -> State:
+def load_state(folder: Path, group: ProcessGroup) -> WorkerState:
     """This rank's part of the newest set that is whole on all ranks, which call it together.
 
     Where a file of the newest is damaged it is logged, and the set before is taken. Raises CheckpointError when there
@@ -81,16 +81,16 @@ def load_state(folder: Path, group: ProcessGroup) -> State:
     """
     newest, world_size = _newest(folder)
     if world_size != group.world_size:
-        raise CheckpointError(
+        raise WorkerCheckpointError(
             f"{folder} was saved by {world_size} processes, this run has {group.world_size}; start as many again"
         )
-    first: CheckpointError | None = None
+    first: WorkerCheckpointError | None = None
     for serial in (newest, newest - 1):
-        problem: CheckpointError | None = None
-        state: State | None = None
+        problem: WorkerCheckpointError | None = None
+        state: WorkerState | None = None
         try:
             state = _read(folder, serial, group.rank)
-        except CheckpointError as error:
+        except WorkerCheckpointError as error:
             problem = error
             first = first or error
         if not _anywhere(group, problem is not None):
@@ -98,7 +98,7 @@ def load_state(folder: Path, group: ProcessGroup) -> State:
             if serial != newest:
                 _log.warning("older_checkpoint", reason=str(first), then="the one before it is taken")
             return state
-    raise CheckpointError(
+    raise WorkerCheckpointError(
         f"{first or 'another process of this group found damage; its message says more'}, and no older checkpoint is "
         f"whole. Move {folder} away to begin anew under the same identity, or bring back a copy of it"
     )
@@ -112,7 +112,7 @@ def peek_values(folder: Path, rank: int) -> Mapping[str, Mapping[str, object]]:
     newest, _ = _newest(folder)
     try:
         return _read(folder, newest, rank).values
-    except CheckpointError:
+    except WorkerCheckpointError:
         return _read(folder, newest - 1, rank).values
 
 
@@ -120,7 +120,7 @@ def _anywhere(group: ProcessGroup, flag: bool) -> bool:
     return flag if group.world_size == 1 else group.any_flag(flag)
 
 
-def _read(folder: Path, serial: int, rank: int) -> State:
+def _read(folder: Path, serial: int, rank: int) -> WorkerState:
     """A file whose bytes have the hash in its name; raises CheckpointError otherwise, naming it."""
     file = next(iter(_files(folder, serial, rank)), folder / f"checkpoint-{serial:08d}-rank-{rank}-*.safetensors")
     try:
@@ -132,8 +132,8 @@ def _read(folder: Path, serial: int, rank: int) -> State:
         length = struct.unpack("<Q", data[:8])[0]
         values = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_KEY])
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{file} is missing or damaged: {error}") from error
-    return State(arrays, values)
+        raise WorkerCheckpointError(f"{file} is missing or damaged: {error}") from error
+    return WorkerState(arrays, values)
 
 
 def has_state(folder: Path) -> bool:
@@ -147,7 +147,7 @@ def _newest(folder: Path) -> tuple[int, int]:
         record = json.loads(file.read_text("utf-8"))
         return int(record["serial"]), int(record["world_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
+        raise WorkerCheckpointError(
             f"{file} is missing or damaged: {error}. Move {folder} away to begin anew under the same identity"
         ) from error
 

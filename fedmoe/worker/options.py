@@ -16,7 +16,7 @@ from fedmoe.datasets.tokens.tokenized import TokenizedSample
 from fedmoe.lora.adapter import Layout, ModuleShape
 from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase
-from fedmoe.models.held_out import HeldOutPlan, bounded
+from fedmoe.models.held_out import HeldOutPlan, first_blocks
 from fedmoe.models.lora_layers import TargetError, find_targets
 from fedmoe.models.schedule import TrainingConfig
 from fedmoe.models.step_memory import StepShape, check_memory, free_memory
@@ -91,7 +91,7 @@ def training_config(config: WorkerConfig, blocks: int) -> TrainingConfig:
     """How to train on `blocks` blocks an epoch and process; raises OptionError for a schedule of no length."""
     steps = config.max_steps
     if config.num_train_epochs is not None:
-        steps = steps_of(config.num_train_epochs, blocks, config)
+        steps = steps_of_epochs(config.num_train_epochs, blocks, config)
         decays = config.lr_scheduler_type != "constant"
         if decays and steps <= config.warmup_steps:
             raise OptionError(
@@ -118,7 +118,7 @@ def tokens_per_step(config: WorkerConfig, max_length: int) -> int:
     return max_length * config.per_device_train_batch_size * config.gradient_accumulation_steps
 
 
-def steps_of(epochs: float, blocks: int, config: WorkerConfig) -> int:
+def steps_of_epochs(epochs: float, blocks: int, config: WorkerConfig) -> int:
     """Optimizer steps of so many passes over `blocks` blocks a process, the last one rounded up; at least 1."""
     return max(
         1, math.ceil(epochs * blocks / (config.per_device_train_batch_size * config.gradient_accumulation_steps))
@@ -127,7 +127,7 @@ def steps_of(epochs: float, blocks: int, config: WorkerConfig) -> int:
 
 def held_out_plan(config: WorkerConfig, blocks: Sequence[Block]) -> HeldOutPlan:
     """What is measured of these held-out blocks: the first ones, bounded by their tokens."""
-    measured = bounded(blocks)
+    measured = first_blocks(blocks)
     return HeldOutPlan(
         measured,
         digest_of(sample_hashes(measured)),
@@ -137,7 +137,7 @@ def held_out_plan(config: WorkerConfig, blocks: Sequence[Block]) -> HeldOutPlan:
     )
 
 
-def tell_held_out(plan: HeldOutPlan, samples: Sequence[TokenizedSample], train: Hashes) -> None:
+def log_held_out(plan: HeldOutPlan, samples: Sequence[TokenizedSample], train: Hashes) -> None:
     """Say what is measured, of how much, and what of it is in the samples trained on, `train`, too."""
     measured = sample_hashes(plan.blocks)
     _log.info(

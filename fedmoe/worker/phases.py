@@ -28,6 +28,6 @@ class PhaseLog:
             _log.info(EVENT, phase=self._phase, done=done, total=total)
 
 
-def say(phase: Phase, done: int | None = None) -> None:
+def log_phase(phase: Phase, done: int | None = None) -> None:
     """A phase of which nobody knows how long it is begins, or so much of it is done."""
     _log.info(EVENT, phase=phase, **({} if done is None else {"done": done}))

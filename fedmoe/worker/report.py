@@ -19,7 +19,7 @@ _log = structlog.get_logger("fedmoe.worker")
 _HELD = "the coordinator keeps it until an administrator decides; training goes on without it and nothing is sent twice"
 
 
-class SyncReport:
+class WorkerReport:
     """Writes `metrics.jsonl` in the worker's state directory, and the log."""
 
     def __init__(self, state_dir: Path, worker: str, expert: str) -> None:
@@ -142,7 +142,7 @@ class SyncReport:
         _log.warning("coordinator_away", reason=str(error), retry_after=error.retry_after)
 
 
-def tell_of_a_restart(saved: SyncPoint, newest: PulledExpert) -> None:
+def warn_of_other_history(saved: SyncPoint, newest: PulledExpert) -> None:
     """Say so if a checkpoint was made in another history than the one that its worker now goes on with."""
     if saved.incarnation is None or saved.incarnation == newest.incarnation:
         return

@@ -9,7 +9,7 @@ import structlog
 from fedmoe.datasets.readers.lines import DataError
 from fedmoe.datasets.tokens.contents import Hashes
 from fedmoe.datasets.tokens.packing import BlockSampler
-from fedmoe.models.kept_data import judge_change
+from fedmoe.models.data_hashes import check_data_change
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.worker_state import has_state, peek_values
 from fedmoe.qwen_worker import QwenWorker
@@ -22,14 +22,14 @@ _log = structlog.get_logger("fedmoe.worker")
 def check_data(
     checkpoints: Path, sampler: BlockSampler, hashes: Hashes, allow_changed_data: bool, group: ProcessGroup
 ) -> None:
-    """Refuse changed data before the long work, by what the checkpoint of this process says; as `take_up` would."""
+    """Refuse changed data before the long work, as `resume_worker` would, by this process's checkpoint."""
     if not has_state(checkpoints):
         return
     values = peek_values(checkpoints, group.rank)
     if sampler.fits({name: int(str(value)) for name, value in values["sampler"].items()}):
         return
     try:
-        judge_change(checkpoints, values.get("data", {}), hashes, allow_changed_data)
+        check_data_change(checkpoints, values.get("data", {}), hashes, allow_changed_data)
     except DataError as error:
         raise _refusal(error, checkpoints) from error
 
@@ -40,7 +40,7 @@ def _refusal(error: DataError, checkpoints: Path) -> WorkerFailedError:
     )
 
 
-def take_up(worker: QwenWorker, checkpoints: Path, allow_changed_data: bool) -> SyncPoint | None:
+def resume_worker(worker: QwenWorker, checkpoints: Path, allow_changed_data: bool) -> SyncPoint | None:
     """Restore the newest checkpoint, if there is one, and tell of other data; all ranks call it."""
     try:
         companion = worker.restore(checkpoints, allow_changed_data)

@@ -202,7 +202,7 @@ def statistics_key(base: LoadedBase, blocks: Sequence[Block], targets: Sequence[
     return key.hexdigest()[:32]
 
 
-def read_kept(folder: Path, key: str) -> dict[StatisticsKind, bytes]:
+def read_cached(folder: Path, key: str) -> dict[StatisticsKind, bytes]:
     """What was kept under this key, by kind; empty unless all of it is there, can be read and is undamaged."""
     found: dict[StatisticsKind, bytes] = {}
     for kind in _KINDS:
@@ -219,7 +219,7 @@ def read_kept(folder: Path, key: str) -> dict[StatisticsKind, bytes]:
     return found if len(found) == len(_KINDS) else {}
 
 
-def keep(folder: Path, key: str, bodies: Mapping[StatisticsKind, bytes]) -> None:
+def write_cached(folder: Path, key: str, bodies: Mapping[StatisticsKind, bytes]) -> None:
     """Keep these and no others; a disk that takes none is logged, since training does not need them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,18 +18,18 @@ from fedmoe.models.base import LoadedBase, context_length, pad_token
 from fedmoe.models.context import resolve_max_length
 from fedmoe.models.held_out import HeldOutPlan
 from fedmoe.models.parallel import ProcessGroup
-from fedmoe.models.prepare_data import DataOptions, Prepared, prepare_samples
+from fedmoe.models.prepare_data import DataOptions, PreparedData, prepare_samples
 from fedmoe.models.schedule import TrainingConfig
 from fedmoe.runtime.cache import cache_folder
 from fedmoe.worker.options import (
     block_sampler,
     check_memory_of_step,
     held_out_plan,
-    tell_held_out,
+    log_held_out,
     tokens_per_step,
     training_config,
 )
-from fedmoe.worker.phases import say
+from fedmoe.worker.phases import log_phase
 
 _log = structlog.get_logger("fedmoe.worker")
 # Samples until the first line that tells how far tokenising is, and between two lines at most; first they double.
@@ -68,7 +68,7 @@ def worker_data(
     length = resolve_max_length(config.max_length, context_length(base))
     check_memory_of_step(config, base, layout, length)
     if group.rank == 0:
-        say("preparing data")
+        log_phase("preparing data")
     data = _prepared(config, config.dataset, base, length, processes)
     if group.rank == 0:
         _log.info("dataset", **data.report.summary, kept=data.kept, tokens_per_step=tokens_per_step(config, length))
@@ -81,12 +81,12 @@ def worker_data(
         # A fixed seed: whoever measures on the same rows measures on the same blocks.
         plan = held_out_plan(config, pack(held_out, length, 0, pad_token(base)))
         if group.rank == 0:
-            tell_held_out(plan, held_out, hashes)
+            log_held_out(plan, held_out, hashes)
     return WorkerData(blocks, hashes, sampler, plan, training_config(config, sampler.shard))
 
 
 def _sides(
-    config: WorkerConfig, data: Prepared, base: LoadedBase, length: int, processes: int
+    config: WorkerConfig, data: PreparedData, base: LoadedBase, length: int, processes: int
 ) -> tuple[Sequence[TokenizedSample], Sequence[TokenizedSample]]:
     """The samples to train on, and those held out (maybe none)."""
     if config.eval_split is not None:
@@ -102,14 +102,14 @@ def _sides(
     return data.samples, measured.samples
 
 
-def _prepared(config: WorkerConfig, name: str, base: LoadedBase, length: int, processes: int) -> Prepared:
+def _prepared(config: WorkerConfig, name: str, base: LoadedBase, length: int, processes: int) -> PreparedData:
     told = 0
 
     def progress(done: int) -> None:
         nonlocal told
         if done - told >= min(max(told, _TOLD_FIRST), _TOLD_EVERY):
             told = done
-            say("preparing data", done)
+            log_phase("preparing data", done)
 
     return prepare_samples(
         name,

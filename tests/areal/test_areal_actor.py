@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from areal_cases import example, random_adapter, random_pairs
 
-from fedmoe.areal.batch import Batch, Sequences
+from fedmoe.areal.batch import ExampleBatch, Sequences
 from fedmoe.areal.config import ArealConfig
 from fedmoe.areal.packing_check import LeakError
 from fedmoe.arena.learning.loss import LossConfig
@@ -77,7 +77,7 @@ def test_packing_changes_no_update(config: ArealConfig, make: MakeActor) -> None
         # A small step size: AdamW's first steps follow the sign of a gradient, which rounding may turn where it is 0.
         actor = make(replace(config, tokens_per_micro_batch=limit))
         actor.load(random_adapter(actor.adapter().layout, 8.0), version=0)
-        actor.update(Batch.of(examples))
+        actor.update(ExampleBatch.of(examples))
         adapters.append(actor.adapter().flat)
     moved = np.abs(adapters[0] - adapters[1])
     assert np.quantile(moved, 0.999) < 1e-5
@@ -92,7 +92,7 @@ def test_behaviour_counts_only_through_the_importance_weight(config: ArealConfig
         example(prompt, tokens, 1.0, (scores - shift).astype(np.float32), version=-1)
         for (prompt, tokens), scores, shift in zip(pairs, before, shifts, strict=True)
     ]
-    update = actor.update(Batch.of(examples))
+    update = actor.update(ExampleBatch.of(examples))
     lengths = np.array([len(tokens) for _, tokens in pairs])
     weights = np.array([1.0, 2.0, 0.5])
     assert update.loss == pytest.approx(-float((lengths[:3] * weights).sum()) / lengths.sum(), rel=1e-4)
@@ -109,12 +109,12 @@ def test_sequence_mean_weighs_sequences_alike(config: ArealConfig, make: MakeAct
         example(prompt, tokens, advantage, scores)
         for (prompt, tokens), scores, advantage in zip(pairs, before, (1.0, 3.0), strict=True)
     ]
-    assert actor.update(Batch.of(examples)).loss == pytest.approx(-2.0, rel=1e-5)
+    assert actor.update(ExampleBatch.of(examples)).loss == pytest.approx(-2.0, rel=1e-5)
 
 
 def test_later_epochs_are_clipped_against_the_first(config: ArealConfig, make: MakeActor) -> None:
     examples = [example(prompt, tokens, 1.0) for prompt, tokens in random_pairs(4)]
-    update = make(replace(config, epochs=4, minibatches=2)).update(Batch.of(examples))
+    update = make(replace(config, epochs=4, minibatches=2)).update(ExampleBatch.of(examples))
     assert update.steps == 8
     assert update.clip_fraction > 0.1
     assert update.kl_k1 < -0.01  # the rewarded tokens have become likelier
@@ -123,7 +123,7 @@ def test_later_epochs_are_clipped_against_the_first(config: ArealConfig, make: M
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(config: ArealConfig, make: MakeActor) -> None:
     actor = make(config)
     before = actor.adapter()
-    update = actor.update(Batch.of([example([1, 2], [3, 4], 3e38)] * 2))
+    update = actor.update(ExampleBatch.of([example([1, 2], [3, 4], 3e38)] * 2))
     assert (update.steps, update.skipped_steps) == (0, 1)
     assert actor.version == 0
     np.testing.assert_array_equal(actor.adapter().flat, before.flat)
@@ -147,5 +147,5 @@ def test_a_llama_model_trains_too(config: ArealConfig, make: MakeActor, tmp_path
     tiny_tokenizer().save_pretrained(tmp_path)
     actor, pair = make(replace(config, base_folder=str(tmp_path))), ([1, 2, 3], [4, 5, 6])
     before = actor.score(Sequences.of([pair]))[0]
-    actor.update(Batch.of([example(*pair, 1.0, before)]))
+    actor.update(ExampleBatch.of([example(*pair, 1.0, before)]))
     assert (actor.score(Sequences.of([pair]))[0] > before).all()

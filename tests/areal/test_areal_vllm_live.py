@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from areal_cases import COUNTING
 
-from fedmoe.areal.collate import Row
+from fedmoe.areal.collate import TensorRow
 from fedmoe.areal.config import AdamSettings, ArealConfig, LoraSettings
 from fedmoe.areal.learner import ArealLearner
 from fedmoe.areal.rewards import episode_rows
@@ -86,14 +86,14 @@ def _publish(engine: StockVllmEngine, adapter: Adapter, version: int, root: Path
     engine.continue_generation()
 
 
-def _rollouts(engine: StockVllmEngine, smollm2: Path) -> list[Row]:
+def _rollouts(engine: StockVllmEngine, smollm2: Path) -> list[TensorRow]:
     from areal.api.cli_args import GenerationHyperparameters
 
     from fedmoe.areal.workflow import ArenaWorkflow
 
     generation = GenerationHyperparameters(max_new_tokens=8, lora_name="solver")
     workflow = ArenaWorkflow(COUNTING, generation, str(smollm2))
-    rows: list[Row] = engine.rollout_batch(episode_rows(2, 1), workflow=workflow)
+    rows: list[TensorRow] = engine.rollout_batch(episode_rows(2, 1), workflow=workflow)
     return rows
 
 
@@ -112,7 +112,7 @@ def test_rollouts_of_each_version_have_the_learners_own_log_probabilities(
                 _check(rows, learner, version)
 
 
-def _check(rows: Row, learner: ArealLearner, version: int) -> None:
+def _check(rows: TensorRow, learner: ArealLearner, version: int) -> None:
     assert len(rows["rewards"]) == 2  # two rounds
     for ids, whole, mask, behaviour, versions in zip(
         rows["input_ids"], rows["attention_mask"], rows["loss_mask"], rows["logprobs"], rows["versions"], strict=True

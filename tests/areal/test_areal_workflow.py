@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from areal_cases import COUNTING
 
-from fedmoe.areal.collate import Row
+from fedmoe.areal.collate import TensorRow
 from fedmoe.areal.config import ArealConfig, ArealError
 from fedmoe.areal.rewards import Reward, episode_rows, lead_reward, seat_reward, team_reward
 from fedmoe.arena.tasks.task import Episode, Lineup, Task, Team
@@ -67,12 +67,12 @@ def _workflow(
     return ArenaWorkflow(task, generation, tiny_tokenizer(), lineup, reward, opponent or random_opponent)
 
 
-def _episode(workflow: RolloutWorkflow, engine: SayingEngine, data: Mapping[str, object]) -> Row | None:
-    rows: Row | None = asyncio.run(workflow.arun_episode(engine, data))
+def _episode(workflow: RolloutWorkflow, engine: SayingEngine, data: Mapping[str, object]) -> TensorRow | None:
+    rows: TensorRow | None = asyncio.run(workflow.arun_episode(engine, data))
     return rows
 
 
-def _play(workflow: RolloutWorkflow, engine: SayingEngine, data: Mapping[str, object]) -> Row:
+def _play(workflow: RolloutWorkflow, engine: SayingEngine, data: Mapping[str, object]) -> TensorRow:
     rows = _episode(workflow, engine, data)
     assert rows is not None
     return rows
@@ -186,7 +186,7 @@ def test_grouped_episodes_train_areals_actor(config: ArealConfig, no_process_gro
     assert after[1] < before[1]
 
 
-def _said(data: Sequence[Row], reward: float) -> list[list[int]]:
+def _said(data: Sequence[TensorRow], reward: float) -> list[list[int]]:
     """The token ids of all rows that earned this."""
     return [
         ids[mask].tolist()

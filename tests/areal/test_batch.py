@@ -4,7 +4,7 @@ from areal_cases import example, random_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.areal.batch import Batch, Sequences, minibatch_bounds, scaled_advantages
+from fedmoe.areal.batch import ExampleBatch, Sequences, minibatch_bounds, scaled_advantages
 from fedmoe.areal.collate import ppo_row, sequence_row
 from fedmoe.areal.config import ArealError
 
@@ -23,8 +23,8 @@ def test_sequences_come_back_one_by_one(pairs: list[tuple[list[int], list[int]]]
 @settings(deadline=None)
 @given(PAIRS)
 def test_a_batch_comes_back_from_its_arrays(pairs: list[tuple[list[int], list[int]]]) -> None:
-    batch = Batch.of([example(prompt, tokens, 0.5, version=3) for prompt, tokens in pairs])
-    again = Batch.from_arrays(batch.arrays())
+    batch = ExampleBatch.of([example(prompt, tokens, 0.5, version=3) for prompt, tokens in pairs])
+    again = ExampleBatch.from_arrays(batch.arrays())
     for name, array in batch.arrays().items():
         np.testing.assert_array_equal(again.arrays()[name], array)
     assert again.versions.tolist() == [3] * len(pairs)
@@ -38,48 +38,48 @@ def test_an_empty_prompt_or_answer_is_refused(pair: tuple[list[int], list[int]])
 
 def test_no_example_is_refused() -> None:
     with pytest.raises(ArealError, match="at least one"):
-        Batch.of([])
+        ExampleBatch.of([])
 
 
 def test_weights_and_token_advantages_reach_every_token() -> None:
     own = np.array([1.0, -1.0, 2.0], np.float32)
-    batch = Batch.of([example([1], [2, 3], 0.5, weight=2.0), example([1], [2, 3, 4], 9.0, token_advantages=own)])
+    batch = ExampleBatch.of([example([1], [2, 3], 0.5, weight=2.0), example([1], [2, 3, 4], 9.0, token_advantages=own)])
     assert batch.advantages.tolist() == [1.0, 1.0, 1.0, -1.0, 2.0]
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan")])
 def test_a_negative_weight_is_refused(weight: float) -> None:
     with pytest.raises(ArealError, match="weight"):
-        Batch.of([example([1], [2], 1.0, weight=weight)])
+        ExampleBatch.of([example([1], [2], 1.0, weight=weight)])
 
 
 @pytest.mark.parametrize("behaviour", [[0.0], [0.0, np.nan], [0.0, -np.inf]])
 def test_log_probabilities_that_do_not_fit_are_refused(behaviour: list[float]) -> None:
     with pytest.raises(ArealError, match="log-probabilities must be as many finite"):
-        Batch.of([example([1], [2, 3], 1.0, np.array(behaviour, np.float32))])
+        ExampleBatch.of([example([1], [2, 3], 1.0, np.array(behaviour, np.float32))])
 
 
 def test_an_advantage_that_is_no_number_is_refused() -> None:
     with pytest.raises(ArealError, match="advantages"):
-        Batch.of([example([1], [2, 3], float("inf"))])
+        ExampleBatch.of([example([1], [2, 3], float("inf"))])
 
 
 @pytest.mark.parametrize("name", ["prompts", "tokens", "behaviour", "advantages", "rewards", "versions"])
 def test_arrays_that_contradict_each_other_are_refused(name: str) -> None:
-    arrays = Batch.of([example([1, 2], [3, 4], 1.0)]).arrays()
+    arrays = ExampleBatch.of([example([1, 2], [3, 4], 1.0)]).arrays()
     with pytest.raises(ArealError, match="fit"):
-        Batch.from_arrays({**arrays, name: np.concatenate([arrays[name], arrays[name]])})
+        ExampleBatch.from_arrays({**arrays, name: np.concatenate([arrays[name], arrays[name]])})
     with pytest.raises(ArealError, match=f"needs {name}"):
-        Batch.from_arrays({key: array for key, array in arrays.items() if key != name})
+        ExampleBatch.from_arrays({key: array for key, array in arrays.items() if key != name})
 
 
 def test_under_token_mean_advantages_stay_as_they_are() -> None:
-    batch = Batch.of([example([1], [2, 3], 0.5), example([1], [2], -1.0), example([1], [2], 7.0)])
+    batch = ExampleBatch.of([example([1], [2, 3], 0.5), example([1], [2], -1.0), example([1], [2], 7.0)])
     assert [part.tolist() for part in scaled_advantages(batch, 0, 2, "token_mean")] == [[0.5, 0.5], [-1.0]]
 
 
 def test_under_sequence_mean_every_sequence_weighs_the_same() -> None:
-    batch = Batch.of([example([1], [2] * length, 1.0) for length in (1, 2, 5)])
+    batch = ExampleBatch.of([example([1], [2] * length, 1.0) for length in (1, 2, 5)])
     sums = [float(part.sum()) for part in scaled_advantages(batch, 0, 3, "sequence_mean")]
     assert sums == pytest.approx([8 / 3] * 3)  # AReaL divides by 8 tokens: a third each
 

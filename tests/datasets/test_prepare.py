@@ -12,7 +12,7 @@ from tiny_tokenizer import make_tokenizer
 from fedmoe.datasets.check import RowOptions
 from fedmoe.datasets.readers.lines import DataError
 from fedmoe.datasets.tokens import tokenization
-from fedmoe.models.prepare_data import DataOptions, Prepared, examine, prepare_samples
+from fedmoe.models.prepare_data import DataOptions, PreparedData, prepare_and_report, prepare_samples
 
 TOKENIZER = make_tokenizer()
 STRICT = make_tokenizer(
@@ -31,7 +31,7 @@ def write(path: Path, *rows: object) -> Path:
     return path
 
 
-def same(left: Prepared, right: Prepared) -> bool:
+def same(left: PreparedData, right: PreparedData) -> bool:
     return (
         left.report == right.report
         and left.row_hashes.tolist() == right.row_hashes.tolist()
@@ -95,7 +95,7 @@ def test_data_of_which_nothing_can_be_learned_are_refused_with_the_reason(tmp_pa
 
 def test_where_marks_keep_all_rows_out_a_larger_length_is_not_advised(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", {"prompt": "q", "completion": "a", "label": False})
-    problem = examine(file, TOKENIZER, 60).report.problem
+    problem = prepare_and_report(file, TOKENIZER, 60).report.problem
     assert problem is not None
     assert "'label' false" in problem
     assert "--max-length" not in problem
@@ -131,30 +131,30 @@ def test_tokens_are_kept_for_the_next_start(tmp_path: Path, monkeypatch: pytest.
 def test_other_data_options_lengths_and_templates_are_tokenised_anew(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     file = write(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * 99) for i in range(9)])
-    assert not examine(file, TOKENIZER, 64, cache=kept).kept
-    assert not examine(file, TOKENIZER, 65, cache=kept).kept
-    assert not examine(file, TOKENIZER, 64, DataOptions(long_rows="split"), cache=kept).kept
-    assert not examine(file, TOKENIZER, 64, DataOptions(RowOptions(max_bad_fraction=0.5)), cache=kept).kept
-    assert not examine(file, STRICT, 64, cache=kept).kept
+    assert not prepare_and_report(file, TOKENIZER, 64, cache=kept).kept
+    assert not prepare_and_report(file, TOKENIZER, 65, cache=kept).kept
+    assert not prepare_and_report(file, TOKENIZER, 64, DataOptions(long_rows="split"), cache=kept).kept
+    assert not prepare_and_report(file, TOKENIZER, 64, DataOptions(RowOptions(max_bad_fraction=0.5)), cache=kept).kept
+    assert not prepare_and_report(file, STRICT, 64, cache=kept).kept
     write(file, chat("q", "other"))
-    assert not examine(file, TOKENIZER, 64, cache=kept).kept
+    assert not prepare_and_report(file, TOKENIZER, 64, cache=kept).kept
 
 
 def test_the_same_bytes_under_another_suffix_are_read_anew(tmp_path: Path) -> None:
     rows = "text\nonce upon a time\n" + "a,b\n" * 3
     (tmp_path / "a.tsv").write_text(rows, encoding="utf-8")
     (tmp_path / "a.csv").write_text(rows, encoding="utf-8")
-    assert examine(tmp_path / "a.tsv", TOKENIZER, 128, cache=tmp_path / "kept").report.bad_count == 0
-    assert examine(tmp_path / "a.csv", TOKENIZER, 128, cache=tmp_path / "kept").report.bad_count == 3
+    assert prepare_and_report(tmp_path / "a.tsv", TOKENIZER, 128, cache=tmp_path / "kept").report.bad_count == 0
+    assert prepare_and_report(tmp_path / "a.csv", TOKENIZER, 128, cache=tmp_path / "kept").report.bad_count == 3
 
 
 def test_what_of_a_folder_is_not_read_is_said_beside_kept_tokens_too(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     write(folder / "train.jsonl", {"text": "once"})
-    first = examine(folder, TOKENIZER, 128, cache=tmp_path / "kept")
+    first = prepare_and_report(folder, TOKENIZER, 128, cache=tmp_path / "kept")
     write(folder / "test.jsonl", {"text": "twice"})
-    again = examine(folder, TOKENIZER, 128, cache=tmp_path / "kept")
+    again = prepare_and_report(folder, TOKENIZER, 128, cache=tmp_path / "kept")
     assert (first.report.notes, again.kept) == ((), True)
     assert "test: not trained on" in again.report.text
 
@@ -162,8 +162,8 @@ def test_what_of_a_folder_is_not_read_is_said_beside_kept_tokens_too(tmp_path: P
 def test_a_template_that_looks_at_the_clock_is_never_kept(tmp_path: Path) -> None:
     clock = make_tokenizer("{{ strftime_now('%Y') }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
     file = write(tmp_path / "a.jsonl", *[chat("q", "a")] * 3)
-    examine(file, clock, 64, cache=tmp_path / "kept")
-    assert not examine(file, clock, 64, cache=tmp_path / "kept").kept
+    prepare_and_report(file, clock, 64, cache=tmp_path / "kept")
+    assert not prepare_and_report(file, clock, 64, cache=tmp_path / "kept").kept
 
 
 def test_damaged_kept_tokens_are_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ from vllm_bench import Make, request
 from fedmoe.inference.engine import EngineError
 from fedmoe.inference.vllm.engine import VllmEngine
 from fedmoe.inference.vllm.http import VllmClient
-from fedmoe.inference.vllm.messages import Choice, logprobs_are_processed, read_metrics
+from fedmoe.inference.vllm.messages import CompletionChoice, logprobs_are_processed, read_metrics
 
 
 def test_an_answer_in_another_models_name_is_refused() -> None:
@@ -62,10 +62,12 @@ def test_metrics_tell_slots_and_replicas_or_nothing() -> None:
     assert read_metrics("python_info 1.0\n").lora is None
 
 
-def top(values: dict[int, float]) -> Choice:
+def top(values: dict[int, float]) -> CompletionChoice:
     shown = {f"token_id:{token}": value for token, value in values.items()}
     logprobs = {"token_logprobs": [max(values.values())], "top_logprobs": [shown]}
-    return Choice.model_validate({"finish_reason": "length", "token_ids": [max(values)], "logprobs": logprobs})
+    return CompletionChoice.model_validate(
+        {"finish_reason": "length", "token_ids": [max(values)], "logprobs": logprobs}
+    )
 
 
 @settings(deadline=None)

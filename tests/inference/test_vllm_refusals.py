@@ -10,7 +10,7 @@ import pytest
 from fake_vllm import LIMIT, MODEL, FakeVllm, expected_scores, make_adapter
 from vllm_bench import ONE, PROMPT, TWO, Make, folders, request, served
 
-from fedmoe.inference.engine import AdapterKey, EngineError, context_of
+from fedmoe.inference.engine import AdapterKey, EngineError, context_limit
 from fedmoe.inference.vllm.engine import VllmEngine
 from fedmoe.inference.vllm.http import VllmClient
 
@@ -49,7 +49,7 @@ def test_a_model_that_is_not_served_is_refused_with_those_that_are(tmp_path: Pat
 
 
 def test_the_servers_context_is_known_so_that_longer_prompts_are_never_sent(make: Make) -> None:
-    assert context_of(make(FakeVllm())) == LIMIT
+    assert context_limit(make(FakeVllm())) == LIMIT
 
 
 def test_a_token_is_sent_along(make: Make) -> None:

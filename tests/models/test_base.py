@@ -183,9 +183,9 @@ def test_a_build_that_fails_leaves_nothing_behind(own_cache: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        cache.make_once("thing", fail)
+        cache.build_once("thing", fail)
     assert not (own_cache / "thing").exists()
-    assert cache.make_once("thing", lambda folder: None).is_dir()
+    assert cache.build_once("thing", lambda folder: None).is_dir()
     assert not list(own_cache.glob(".thing-*"))
 
 
@@ -193,13 +193,13 @@ def test_three_processes_that_start_at_once_build_once(own_cache: Path) -> None:
     code = """
 import os, sys, time
 from pathlib import Path
-from fedmoe.models.cache import make_once
+from fedmoe.models.cache import build_once
 def build(folder):
     time.sleep(0.3)
     (folder / "file").write_text(str(os.getpid()))
     with open(sys.argv[1], "a") as log:
         log.write("built\\n")
-print((make_once("thing", build) / "file").read_text())
+print((build_once("thing", build) / "file").read_text())
 """
     log = own_cache.parent / "log"
     processes = [

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import fedmoe.models.final_logits as final_logits
-from fedmoe.models.final_logits import UnsupportedModelError, check_causal_model, chosen_logprobs, logits_of
+from fedmoe.models.final_logits import UnsupportedModelError, check_causal_model, logits_of, selected_logprobs
 from fedmoe.models.tiny import tiny_model
 
 PLACES = np.array([0, 0, 0, 1, 3, 4, 5, 5, 6])
@@ -37,7 +37,7 @@ def test_values_and_gradients_are_those_by_way_of_all_logits(
 ) -> None:
     monkeypatch.setattr(final_logits, "_LOGITS_AT_ONCE", at_once)
     model, hidden = tiny_model().requires_grad_(False).to(device), hidden_states(device).requires_grad_()
-    logprobs, entropies = chosen_logprobs(model, hidden, PLACES, TARGETS, temperature)
+    logprobs, entropies = selected_logprobs(model, hidden, PLACES, TARGETS, temperature)
     expected, expected_entropies = by_all_logits(model, hidden, temperature)
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropies, expected_entropies, atol=1e-5, rtol=1e-5)
@@ -53,7 +53,7 @@ def test_a_head_with_a_bias_counts_its_bias() -> None:
     model, hidden = tiny_model().requires_grad_(False), hidden_states().requires_grad_()
     model.set_output_embeddings(nn.Linear(64, 259).requires_grad_(False))
     expected = by_all_logits(model, hidden, 1.0)[0]
-    logprobs = chosen_logprobs(model, hidden, PLACES, TARGETS)[0]
+    logprobs = selected_logprobs(model, hidden, PLACES, TARGETS)[0]
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
     mine, theirs = (torch.autograd.grad(one.sum(), hidden)[0] for one in (logprobs, expected))
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
@@ -61,7 +61,7 @@ def test_a_head_with_a_bias_counts_its_bias() -> None:
 
 def test_logits_far_apart_do_not_overflow() -> None:
     model, hidden = tiny_model().requires_grad_(False), (hidden_states() * 1e4).requires_grad_()
-    logprobs, entropies = chosen_logprobs(model, hidden, PLACES, TARGETS)
+    logprobs, entropies = selected_logprobs(model, hidden, PLACES, TARGETS)
     expected, expected_entropies = by_all_logits(model, hidden, 1.0)
     torch.testing.assert_close(logprobs, expected, atol=1e-2, rtol=1e-5)
     torch.testing.assert_close(entropies, expected_entropies, atol=1e-5, rtol=1e-5)
@@ -72,7 +72,7 @@ def test_half_precision_gradients_are_in_the_models_dtype_and_near() -> None:
     model, exact = tiny_model().bfloat16().requires_grad_(False), tiny_model().requires_grad_(False)
     hidden = hidden_states().bfloat16().requires_grad_()
     fine = hidden.detach().float().requires_grad_()
-    logprobs, expected = chosen_logprobs(model, hidden, PLACES, TARGETS)[0], by_all_logits(exact, fine, 1.0)[0]
+    logprobs, expected = selected_logprobs(model, hidden, PLACES, TARGETS)[0], by_all_logits(exact, fine, 1.0)[0]
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs, expected, atol=0.1, rtol=0)
     mine, theirs = torch.autograd.grad(logprobs.sum(), hidden)[0], torch.autograd.grad(expected.sum(), fine)[0]

@@ -10,7 +10,7 @@ import pytest
 
 from fedmoe.datasets.tokens.packing import Block, pack
 from fedmoe.datasets.tokens.tokenized import TokenizedSample
-from fedmoe.models.held_out import HeldOutPlan, HeldOutState, bounded
+from fedmoe.models.held_out import HeldOutPlan, HeldOutState, first_blocks
 
 
 def blocks(count: int, length: int = 16) -> list[Block]:
@@ -53,6 +53,6 @@ def test_the_state_survives_a_checkpoint_bit_for_bit_and_only_for_its_own_data()
 
 
 def test_what_is_measured_is_bounded_in_tokens_and_never_nothing() -> None:
-    assert len(bounded(blocks(40), 16 * 10)) == 10
-    assert len(bounded(blocks(3), 16 * 10)) == 3
-    assert len(bounded(blocks(3), 1)) == 1
+    assert len(first_blocks(blocks(40), 16 * 10)) == 10
+    assert len(first_blocks(blocks(3), 16 * 10)) == 3
+    assert len(first_blocks(blocks(3), 1)) == 1

@@ -14,7 +14,7 @@ from fedmoe.models.base import LoadedBase
 from fedmoe.models.final_logits import UnsupportedModelError
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.policy_logprobs import Continuation, plan_micro_batches, token_logprobs
-from fedmoe.models.sampling import Sampled, SampleSpec, SamplingLimits, sample
+from fedmoe.models.sampling import SampleResult, SampleSpec, SamplingLimits, sample
 
 Pair = tuple[LoadedBase, MultiLora]
 NAMES = ("a", "b", None, "c")
@@ -42,7 +42,7 @@ def drawn(
     wanted: Sequence[SampleSpec],
     stop: frozenset[int] = frozenset(),
     limits: SamplingLimits = LARGE,
-) -> list[Sampled]:
+) -> list[SampleResult]:
     return sample(pair[0].model, pair[1], wanted, stop, limits)
 
 
@@ -55,7 +55,7 @@ def fresh_logprobs(pair: Pair, wanted: SampleSpec, tokens: tuple[int, ...]) -> n
     return np.asarray(scored.logprobs.cpu().numpy(), np.float32)
 
 
-def assert_same(found: Sequence[Sampled], expected: Sequence[Sampled], atol: float = 1e-4) -> None:
+def assert_same(found: Sequence[SampleResult], expected: Sequence[SampleResult], atol: float = 1e-4) -> None:
     assert [one.tokens for one in found] == [one.tokens for one in expected]
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=atol, rtol=0)

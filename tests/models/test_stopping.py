@@ -26,7 +26,7 @@ from fedmoe.datasets.tokens.tokenized import MASKED
 from fedmoe.gateway.serve.text import PromptEncoder, TextStream
 from fedmoe.inference import transformers_engine
 from fedmoe.models.base import LoadedBase, load_base, pad_token, stop_tokens
-from fedmoe.models.stopping import end_marks, stops_of
+from fedmoe.models.stopping import end_marks, stop_token_ids
 from fedmoe.models.tiny import tiny_tokenizer
 from fedmoe.qwen_finetune import QwenLoRAExpert
 
@@ -66,7 +66,7 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
 def test_the_marks_are_what_stands_behind_an_answer(family: str) -> None:
     tokenizer = tokenizer_of(family)
     assert [tokenizer.decode([token]) for token in end_marks(tokenizer)] == MARKS[family]
-    assert stops_of(tokenizer, None) == {*end_marks(tokenizer), tokenizer.eos_token_id}
+    assert stop_token_ids(tokenizer, None) == {*end_marks(tokenizer), tokenizer.eos_token_id}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"reasoning"}))
@@ -74,13 +74,13 @@ def test_the_last_token_that_is_learned_ends_an_answer(family: str) -> None:
     tokenizer = tokenizer_of(family)
     samples = render_sample(Chat(1, (Message("user", "hi"), Message("assistant", "yo"))), tokenizer)
     last = [int(sample.labels[sample.labels != MASKED][-1]) for sample in samples]
-    assert set(last) <= stops_of(tokenizer, None)
+    assert set(last) <= stop_token_ids(tokenizer, None)
 
 
 def test_ordinary_text_behind_an_answer_ends_nothing() -> None:
     tokenizer = byte_tokenizer(("<|end|>",), PLAIN, "<|end|>")
     assert end_marks(tokenizer) == ()
-    assert stops_of(tokenizer, None) == {tokenizer.eos_token_id}
+    assert stop_token_ids(tokenizer, None) == {tokenizer.eos_token_id}
 
 
 def test_without_a_template_there_are_no_marks() -> None:
@@ -90,7 +90,7 @@ def test_without_a_template_there_are_no_marks() -> None:
 @pytest.mark.parametrize(("named", "more"), [(256, {256}), ([256, 257], {256, 257}), (None, set())])
 def test_the_generation_settings_add_theirs(named: object, more: set[int]) -> None:
     tokenizer = tiny_tokenizer()
-    assert stops_of(tokenizer, GenerationConfig(eos_token_id=named)) == {258} | more
+    assert stop_token_ids(tokenizer, GenerationConfig(eos_token_id=named)) == {258} | more
 
 
 @pytest.fixture
@@ -147,5 +147,5 @@ def test_a_mark_that_is_not_marked_special_is_not_shown(tmp_path: Path) -> None:
     said = [*tokenizer("Yes.")["input_ids"], mark]
     assert tokenizer.decode(said, skip_special_tokens=True) == "Yes.<|im_end|>"
     assert ChatCodec(tokenizer).text(said) == "Yes."
-    stream = TextStream(PromptEncoder(tokenizer, 259, 100, stops_of(tokenizer, None)))
+    stream = TextStream(PromptEncoder(tokenizer, 259, 100, stop_token_ids(tokenizer, None)))
     assert "".join([*(stream.add(token) for token in said), stream.end()]) == "Yes."

@@ -93,13 +93,13 @@ def test_a_base_model_is_made_where_there_is_no_cache_and_leaves_nothing(closed:
 
 
 def test_a_cache_that_can_only_be_read_is_read(closed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedmoe.models.cache import make_once
+    from fedmoe.models.cache import build_once
 
     (closed / "cache" / "base").mkdir(parents=True)
     monkeypatch.setenv("FEDMOE_CACHE", str(closed / "cache"))
     monkeypatch.setattr("fedmoe.runtime.cache.can_be_written", lambda folder, variable="": False)
-    assert make_once("base", lambda folder: pytest.fail("it was there")) == closed / "cache" / "base"
-    assert make_once("other", lambda folder: None).is_dir()
+    assert build_once("base", lambda folder: pytest.fail("it was there")) == closed / "cache" / "base"
+    assert build_once("other", lambda folder: None).is_dir()
     assert not (closed / "cache" / "other").exists()
 
 

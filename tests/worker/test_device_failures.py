@@ -14,7 +14,7 @@ from workers import Federation, Setup, blocks, local, tiny_base, wait_for_answer
 from fedmoe import qwen_finetune
 from fedmoe.datasets.tokens.packing import Batch, collate
 from fedmoe.distributed_worker import DistributedWorker
-from fedmoe.models.device_faults import device_fault, halved
+from fedmoe.models.device_faults import device_fault, halve_batches
 from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert, TrainingConfig
 from fedmoe.worker.pull import DeviceFailedError, WorkerFailedError
 
@@ -67,7 +67,7 @@ def test_it_does_so_once_only_and_changes_no_weight_77(
 
 
 def test_a_single_row_cannot_be_halved() -> None:
-    assert halved([collate(blocks()[:1]), collate(blocks()[:1])]) is None
+    assert halve_batches([collate(blocks()[:1]), collate(blocks()[:1])]) is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from structlog.testing import capture_logs
 
-from fedmoe.worker.phases import PhaseLog, say
+from fedmoe.worker.phases import PhaseLog, log_phase
 
 
 def test_each_tenth_of_a_phase_is_told_once() -> None:
@@ -20,7 +20,7 @@ def test_each_tenth_of_a_phase_is_told_once() -> None:
 
 def test_a_phase_of_unknown_length_says_only_how_much_is_done() -> None:
     with capture_logs() as lines:
-        say("loading the base model")
-        say("preparing data", 512)
+        log_phase("loading the base model")
+        log_phase("preparing data", 512)
     assert [line.get("done") for line in lines] == [None, 512]
     assert all("total" not in line for line in lines)

@@ -8,7 +8,7 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from fedmoe.arena.tasks.task import Message, TaskError
-from fedmoe.models.stopping import end_marks, without_stops
+from fedmoe.models.stopping import end_marks, strip_stop_tokens
 
 
 class Codec(Protocol):
@@ -47,7 +47,7 @@ class ChatCodec:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of an answer, without special tokens and the mark that ends it."""
-        return str(self._tokenizer.decode(without_stops(tokens, self._stops), skip_special_tokens=True))
+        return str(self._tokenizer.decode(strip_stop_tokens(tokens, self._stops), skip_special_tokens=True))
 
     def forget(self) -> None:
         """Drop the cache of encoded prompts."""

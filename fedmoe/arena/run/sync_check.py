@@ -10,7 +10,7 @@ import numpy as np
 from fedmoe.arena.learning.learner import Learner
 from fedmoe.arena.rollout.chat import Codec
 from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Task, TaskError
-from fedmoe.inference.engine import AdapterKey, Engine, FloatArray, SampleRequest, context_of
+from fedmoe.inference.engine import AdapterKey, Engine, FloatArray, SampleRequest, context_limit
 from fedmoe.inference.verify import Probe, verify_sync
 
 #: Nats by which a single token may differ: two implementations in bfloat16 differ by up to about 0.1, measured.
@@ -26,7 +26,7 @@ def make_probes(task: Task, engine: Engine, codec: Codec) -> tuple[Probe, ...]:
 
     Raises TaskError where none of a hundred episodes has a prompt that fits.
     """
-    context = context_of(engine) or math.inf
+    context = context_limit(engine) or math.inf
     prompts: list[tuple[int, ...]] = []
     for index in range(_ATTEMPTS):
         with suppress(TaskError):  # a prompt beyond max_prompt_tokens ends one episode only, in training too

@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedmoe.gateway.serve.problems import ApiError, too_long
-from fedmoe.models.stopping import without_stops
+from fedmoe.models.stopping import strip_stop_tokens
 
 #: No tokenizer makes fewer tokens of a text than one for so many characters, so longer ones are refused unread.
 _MOST_CHARACTERS_A_TOKEN = 64
@@ -60,7 +60,7 @@ class PromptEncoder:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special tokens and those that end an answer."""
-        kept = without_stops(tokens, self._stops)
+        kept = strip_stop_tokens(tokens, self._stops)
         return str(self._tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def shown(self, token: int) -> str:

@@ -18,7 +18,7 @@ _COLUMNS_STEP = 128
 class _SlotLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values (slots, heads, columns, width); each row's token is written at its own place."""
 
-    def __init__(self, slots: Slots, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, slots: KVSlots, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
         self._slots = slots
         self.keys, self.values = keys, values
@@ -53,7 +53,7 @@ class _SlotLayer(DynamicLayer):  # type: ignore[misc]
             ours[targets, :, :stop] = ours[sources, :, :stop]
 
 
-class Slots:
+class KVSlots:
     """The rows' cache: `cache` is given to the model, `advance` before every step says where it will write.
 
     Memory grows with the rows and their longest text, and is given back when the last row leaves.
@@ -123,7 +123,7 @@ class Slots:
         return looks[:, None, None, :], columns[:, None]
 
 
-def closed_ranks(count: int, left: frozenset[int]) -> list[int]:
+def compaction(count: int, left: frozenset[int]) -> list[int]:
     """Who stands in which slot after the rows `left` are gone: the last rows fill the holes, the others stay."""
     staying = [row for row in range(count) if row not in left]
     kept = list(range(len(staying)))

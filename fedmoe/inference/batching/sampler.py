@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedmoe.inference.backend import Finish, Generation, Likelihood, Step
 
 
-class Row:
+class BatchRow:
     """One generation in the batch and what it has said so far."""
 
     def __init__(self, wanted: Generation, stop_tokens: frozenset[int]) -> None:
@@ -53,7 +53,7 @@ class Row:
         return -np.log(np.maximum(waits, np.float32(1e-30)))
 
 
-def draw(logits: torch.Tensor, rows: Sequence[Row]) -> frozenset[int]:
+def draw(logits: torch.Tensor, rows: Sequence[BatchRow]) -> frozenset[int]:
     """Draw a token for every row; which rows cannot go on, because their numbers are not finite.
 
     `logits` float32 (rows, vocabulary) are overwritten.
@@ -73,7 +73,7 @@ def draw(logits: torch.Tensor, rows: Sequence[Row]) -> frozenset[int]:
     return broken
 
 
-def _noisy(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def _noisy(logits: torch.Tensor, rows: Sequence[BatchRow]) -> torch.Tensor:
     """z / T without what lies outside the nucleus, plus each row's noise; all of it (rows, vocabulary)."""
     temperatures = torch.tensor([[row.wanted.sampling.temperature] for row in rows], device=logits.device)
     # Relative to the highest, so that a very small temperature makes no infinity out of it.
@@ -83,7 +83,7 @@ def _noisy(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     return scores.add_(torch.from_numpy(noise).to(logits.device))
 
 
-def _cut_to_nucleus(scores: torch.Tensor, rows: Sequence[Row]) -> None:
+def _cut_to_nucleus(scores: torch.Tensor, rows: Sequence[BatchRow]) -> None:
     """Leave each row the likeliest tokens that together reach its top_p (Holtzman et al. 2020); the likeliest stays."""
     cut = [index for index, row in enumerate(rows) if row.wanted.sampling.top_p < 1.0]
     if not cut:
@@ -96,7 +96,7 @@ def _cut_to_nucleus(scores: torch.Tensor, rows: Sequence[Row]) -> None:
     scores[cut] = torch.empty_like(ordered).scatter_(1, order, ordered.masked_fill_(outside, -torch.inf))
 
 
-def _likelihood(own: torch.Tensor, row: Row) -> Likelihood:
+def _likelihood(own: torch.Tensor, row: BatchRow) -> Likelihood:
     top = own.topk(min(row.wanted.sampling.alternatives or 0, len(own)))
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return Likelihood(float(own[row.tokens[-1]]), tuple(pairs))

@@ -16,8 +16,8 @@ import structlog
 import torch
 
 from fedmoe.inference.backend import BackendError, Generation, ServedModel, Step
-from fedmoe.inference.batching.kv_slots import Slots, closed_ranks
-from fedmoe.inference.batching.sampler import Row, draw
+from fedmoe.inference.batching.kv_slots import KVSlots, compaction
+from fedmoe.inference.batching.sampler import BatchRow, draw
 from fedmoe.lora.adapter import Adapter, ShapeError
 from fedmoe.models.base import LoadedBase, stop_tokens
 from fedmoe.models.final_logits import check_causal_model, logits_of
@@ -33,7 +33,7 @@ _PROMPT_TOKENS = 4096
 _Queue = asyncio.Queue[Step | BackendError]
 
 
-class _Listened(Row):
+class _Listened(BatchRow):
     """A row that somebody in an event loop listens to."""
 
     def __init__(self, wanted: Generation, stop: frozenset[int], loop: asyncio.AbstractEventLoop) -> None:
@@ -59,7 +59,7 @@ class TransformersBackend:
         self._users: Counter[ServedModel | None] = Counter()
         self._waiting: deque[_Listened] = deque()
         self._rows: list[_Listened] = []
-        self._slots = Slots(base.device)
+        self._slots = KVSlots(base.device)
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
@@ -249,7 +249,7 @@ class TransformersBackend:
         if not left:
             return
         gone = [self._rows[row] for row in left]
-        kept = closed_ranks(len(self._rows), left)
+        kept = compaction(len(self._rows), left)
         self._rows = [self._rows[row] for row in kept]
         self._slots.keep(kept)
         if kept:

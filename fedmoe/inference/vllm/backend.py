@@ -23,8 +23,8 @@ from fedmoe.inference.backend import BackendError, Generation, Likelihood, Sampl
 from fedmoe.inference.engine import AdapterKey, EngineError, FloatArray, SampleRequest
 from fedmoe.inference.verify import Probe
 from fedmoe.inference.vllm.check import Reference, VersionCheck
-from fedmoe.inference.vllm.engine import Held, VllmEngine
-from fedmoe.inference.vllm.messages import TokenLogprobs, completion_body
+from fedmoe.inference.vllm.engine import ServedAdapter, VllmEngine
+from fedmoe.inference.vllm.messages import CompletionLogprobs, completion_body
 from fedmoe.lora.adapter import Adapter, ShapeError
 
 # Seconds without a token after which a stream is given up.
@@ -34,7 +34,7 @@ _LONGEST_SILENCE = 300.0
 class _Part(BaseModel):
     finish_reason: str | None = None
     token_ids: list[int] | None = None
-    logprobs: TokenLogprobs | None = None
+    logprobs: CompletionLogprobs | None = None
 
 
 class _Event(BaseModel):
@@ -188,7 +188,11 @@ class VllmBackend:
             return self._keys[model]
 
     def _stream(
-        self, held: Held, wanted: Generation, tell: Callable[[Step | BackendError], None], stop: threading.Event
+        self,
+        held: ServedAdapter,
+        wanted: Generation,
+        tell: Callable[[Step | BackendError], None],
+        stop: threading.Event,
     ) -> None:
         if stop.is_set():
             return
@@ -210,7 +214,7 @@ class VllmBackend:
             with self._lock:
                 self._running -= 1
 
-    def _steps(self, held: Held, wanted: Generation) -> Iterator[Step]:
+    def _steps(self, held: ServedAdapter, wanted: Generation) -> Iterator[Step]:
         body = _body(held.name, wanted, self._engine.stop_tokens)
         if wanted.sampling.alternatives is not None and self._engine.processed and not _plain(wanted.sampling):
             raise BackendError(

@@ -29,7 +29,7 @@ Reference = Callable[[Adapter | None, Sequence[Probe]], Sequence[FloatArray]]
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class ScoreComparison:
     """What the server said after the prompts, and the log-probabilities of all its tokens: its own and ours, (T,)."""
 
     probes: tuple[Probe, ...]
@@ -52,7 +52,7 @@ class VersionCheck:
         self._engine = engine
         self._reference = reference
         self._prompts = prompts
-        self._former: dict[str, Compared] = {}
+        self._former: dict[str, ScoreComparison] = {}
 
     def base(self) -> None:
         """Refuse a server of another base model."""
@@ -78,16 +78,16 @@ class VersionCheck:
             )
         self._former[key.name] = found
 
-    def _compare(self, key: AdapterKey | None, adapter: Adapter | None) -> Compared:
+    def _compare(self, key: AdapterKey | None, adapter: Adapter | None) -> ScoreComparison:
         # Drawn tokens say more about the weights than the likeliest, which many weights agree on.
         wanted = [SampleRequest(key, prompt, _TOKENS, 1.0, seed) for seed, prompt in enumerate(self._prompts)]
         samples = self._engine.sample(wanted)
         probes = [Probe(prompt, one.tokens) for prompt, one in zip(self._prompts, samples, strict=True)]
         ours = self._reference(adapter, probes)
-        return Compared(tuple(probes), np.concatenate([one.logprobs for one in samples]), np.concatenate(ours))
+        return ScoreComparison(tuple(probes), np.concatenate([one.logprobs for one in samples]), np.concatenate(ours))
 
 
-def stands_still(now: Compared, former: Compared) -> bool:
+def stands_still(now: ScoreComparison, former: ScoreComparison) -> bool:
     """Whether our model moved from one version to the next and the server did not.
 
     Old weights draw the same tokens again. In bfloat16, rounding can hide a move of a few hundredths of a nat.

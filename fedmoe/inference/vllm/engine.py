@@ -30,7 +30,7 @@ from fedmoe.inference.engine import AdapterKey, EngineError, FloatArray, Sample,
 from fedmoe.inference.fair_lock import FairLock
 from fedmoe.inference.vllm.http import ServerTimeoutError, VllmClient
 from fedmoe.inference.vllm.messages import (
-    Choice,
+    CompletionChoice,
     check_request,
     completion_body,
     logprobs_are_processed,
@@ -51,7 +51,7 @@ _PROBE_TEMPERATURE = 2.0
 
 
 @dataclass
-class Held:
+class ServedAdapter:
     """A model on the server: its name and folder there, and how many requests name it at this moment.
 
     `lingering`: a request was given up while the server may still work on it, so its folder must outlive it.
@@ -90,8 +90,8 @@ class VllmEngine:
         self._folder = adapters_dir.resolve()
         self.stop_tokens = sorted(stop_tokens)
         self._timeout = timeout
-        self._held: dict[AdapterKey, Held] = {}
-        self._base = Held(model, self._folder)
+        self._held: dict[AdapterKey, ServedAdapter] = {}
+        self._base = ServedAdapter(model, self._folder)
         self._changed = threading.Condition()
         #: Whoever generates on this server is together here. vLLM 0.32 dies (on a CPU) where a prompt is scored in one
         #: batch with other requests: it applies their rows' adapters to the prompt's logits.
@@ -231,10 +231,10 @@ class VllmEngine:
         flattened = self._client.complete({**body, "temperature": _PROBE_TEMPERATURE})
         return logprobs_are_processed(plain, flattened, _PROBE_TEMPERATURE)
 
-    def _put(self, key: AdapterKey, adapter: Adapter) -> Held:
+    def _put(self, key: AdapterKey, adapter: Adapter) -> ServedAdapter:
         # Keys may come back in another run on the same server; the server must never take one for the other.
         name = f"{key}.{secrets.token_hex(4)}"
-        held = Held(name, self._folder / name)
+        held = ServedAdapter(name, self._folder / name)
         write_folder_atomic(held.folder, peft_files(adapter, self._model))
         try:
             self._client.load(name, str(held.folder))
@@ -265,12 +265,12 @@ class VllmEngine:
                 "policies x (staleness + 2) + 1"
             )
 
-    def _check_served(self, held: Held) -> None:
+    def _check_served(self, held: ServedAdapter) -> None:
         served = self._client.models().get(held.name)
         if served != str(held.folder):
             raise EngineError(f"the server took {held.name} but lists it as {served!r}, expected {held.folder}")
 
-    def _retire(self, key: AdapterKey) -> Held:
+    def _retire(self, key: AdapterKey) -> ServedAdapter:
         """Take `key` out of use and wait until nothing names it."""
         with self._changed:
             held = self._held.pop(key, None)
@@ -283,12 +283,12 @@ class VllmEngine:
                 raise
             return held
 
-    def _await_idle(self, held: Held) -> None:
+    def _await_idle(self, held: ServedAdapter) -> None:
         if not self._changed.wait_for(lambda: held.in_flight == 0, self._timeout):
             raise EngineError(f"{held.name} is still named by {held.in_flight} requests after {self._timeout:g} s")
 
     @contextmanager
-    def naming(self, keys: Sequence[AdapterKey | None]) -> Iterator[list[Held]]:
+    def naming(self, keys: Sequence[AdapterKey | None]) -> Iterator[list[ServedAdapter]]:
         """What the server has for `keys`, each kept from being unloaded until the block ends."""
         with self._changed:
             if self._closed:
@@ -307,7 +307,7 @@ class VllmEngine:
                     one.in_flight -= 1
                 self._changed.notify_all()
 
-    def _complete(self, held: Sequence[Held], bodies: Sequence[dict[str, object]]) -> list[Choice]:
+    def _complete(self, held: Sequence[ServedAdapter], bodies: Sequence[dict[str, object]]) -> list[CompletionChoice]:
         futures = [self._pool.submit(self._one_of_many, *pair) for pair in zip(held, bodies, strict=True)]
         wait(futures, return_when=FIRST_EXCEPTION)
         for future in futures:
@@ -315,11 +315,11 @@ class VllmEngine:
         wait(futures)
         return [future.result() for future in _failed_first(futures)]
 
-    def _one_of_many(self, held: Held, body: dict[str, object]) -> Choice:
+    def _one_of_many(self, held: ServedAdapter, body: dict[str, object]) -> CompletionChoice:
         with self.weights_lock.shared():
             return self._one(held, body)
 
-    def _one(self, held: Held, body: dict[str, object]) -> Choice:
+    def _one(self, held: ServedAdapter, body: dict[str, object]) -> CompletionChoice:
         try:
             return self._client.complete(body)
         except ServerTimeoutError:
@@ -327,11 +327,11 @@ class VllmEngine:
             raise
 
 
-def _failed_first(futures: Sequence[Future[Choice]]) -> list[Future[Choice]]:
+def _failed_first(futures: Sequence[Future[CompletionChoice]]) -> list[Future[CompletionChoice]]:
     """The one future that says why, if any failed: a cancelled one tells nothing."""
     failed = [future for future in futures if not future.cancelled() and future.exception() is not None]
     return failed[:1] or list(futures)
 
 
-def _listed(keys: Iterator[AdapterKey] | set[AdapterKey] | dict[AdapterKey, Held]) -> str:
+def _listed(keys: Iterator[AdapterKey] | set[AdapterKey] | dict[AdapterKey, ServedAdapter]) -> str:
     return ", ".join(str(key) for key in sorted(keys)) or "nothing"

@@ -12,7 +12,14 @@ import stamina
 from pydantic import BaseModel, ValidationError
 
 from fedmoe.inference.engine import EngineError
-from fedmoe.inference.vllm.messages import Choice, Completion, ModelCard, ModelList, ServerFacts, read_metrics
+from fedmoe.inference.vllm.messages import (
+    CompletionAnswer,
+    CompletionChoice,
+    ModelCard,
+    ModelList,
+    ServerFacts,
+    read_metrics,
+)
 
 Message = TypeVar("Message", bound=BaseModel)
 
@@ -117,10 +124,10 @@ class VllmClient:
             if error.status != 404 or "cannot be found" not in str(error):
                 raise EngineError(_advised(error)) from error
 
-    def complete(self, body: Mapping[str, object]) -> Choice:
+    def complete(self, body: Mapping[str, object]) -> CompletionChoice:
         """One continuation by the model or adapter named in `body["model"]`, which alone may have made it."""
         with _explaining():
-            answer = _parsed(self._retried("POST", "/v1/completions", body), Completion)
+            answer = _parsed(self._retried("POST", "/v1/completions", body), CompletionAnswer)
         if answer.model != body["model"] or len(answer.choices) != 1:
             raise EngineError(
                 f"asked {body['model']} for one continuation, got {len(answer.choices)} of {answer.model}; "

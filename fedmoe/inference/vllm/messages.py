@@ -44,33 +44,33 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-class TokenLogprob(BaseModel):
+class PromptLogprob(BaseModel):
     """One token's log-probability."""
 
     logprob: float
 
 
-class TokenLogprobs(BaseModel):
+class CompletionLogprobs(BaseModel):
     """Log-probabilities of generated tokens and, where asked for, of the likeliest tokens at each place."""
 
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None] | None = None
 
 
-class Choice(BaseModel):
+class CompletionChoice(BaseModel):
     """One continuation. `prompt_logprobs` maps, for each place of the prompt, token ids to log-probabilities."""
 
     finish_reason: str | None
     token_ids: list[int] | None = None
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: list[dict[str, TokenLogprob] | None] | None = None
+    logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
 
-class Completion(BaseModel):
+class CompletionAnswer(BaseModel):
     """The answer to a completion request; `model` is who made it."""
 
     model: str
-    choices: list[Choice]
+    choices: list[CompletionChoice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def scoring_body(name: str, prompt: Sequence[int], tokens: Sequence[int]) -> dic
     return completion_body(name, request) | {"prompt_logprobs": 0}
 
 
-def sample_of(choice: Choice, request: SampleRequest) -> Sample:
+def sample_of(choice: CompletionChoice, request: SampleRequest) -> Sample:
     """The sample in a server's answer; raises EngineError for one that is not whole."""
     tokens = tuple(choice.token_ids or ())
     logprobs = choice.logprobs.token_logprobs if choice.logprobs else []
@@ -144,7 +144,7 @@ def sample_of(choice: Choice, request: SampleRequest) -> Sample:
     return Sample(tokens, _checked(logprobs), choice.finish_reason == "stop")
 
 
-def scores_of(choice: Choice, start: int, tokens: Sequence[int]) -> FloatArray:
+def scores_of(choice: CompletionChoice, start: int, tokens: Sequence[int]) -> FloatArray:
     """The log-probabilities of `tokens`, which begin at place `start` of the prompt, float32 (T,)."""
     places = (choice.prompt_logprobs or [])[start:]
     found = [None if place is None else place.get(str(token)) for place, token in zip(places, tokens, strict=False)]
@@ -153,7 +153,7 @@ def scores_of(choice: Choice, start: int, tokens: Sequence[int]) -> FloatArray:
     return _checked([None if logprob is None else logprob.logprob for logprob in found])
 
 
-def logprobs_are_processed(plain: Choice, flattened: Choice, temperature: float) -> bool:
+def logprobs_are_processed(plain: CompletionChoice, flattened: CompletionChoice, temperature: float) -> bool:
     """Whether `flattened`, the same place at `temperature`, shows log-probabilities at that temperature.
 
     At temperature T the log-probabilities of two tokens are 1/T as far apart. Raises EngineError when the numbers are
@@ -174,7 +174,7 @@ def logprobs_are_processed(plain: Choice, flattened: Choice, temperature: float)
     )
 
 
-def _top(choice: Choice) -> dict[str, float]:
+def _top(choice: CompletionChoice) -> dict[str, float]:
     places = (choice.logprobs.top_logprobs if choice.logprobs else None) or [None]
     return places[0] or {}
 

@@ -24,7 +24,7 @@ SERVED_NAME = "base"
 _SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _LOOPBACK = "127.0.0.1"
 _GRACE_SECONDS = 20.0
-_GUARD = Path(__file__).with_name("vllm_guard.py")
+_GUARD = Path(__file__).with_name("watchdog.py")
 
 
 @dataclass(frozen=True, slots=True)

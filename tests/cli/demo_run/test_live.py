@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from fedmoe.cli.demo_run.live import LiveView
 from fedmoe.cli.demo_run.plan import WORKERS, DemoPlan
 from fedmoe.runtime.records import RecordWriter
-from fedmoe.worker.phases import PhaseLog, say
+from fedmoe.worker.phases import PhaseLog, log_phase
 
 
 def written(plan: DemoPlan, index: int) -> RecordWriter:
@@ -84,7 +84,7 @@ def test_what_a_worker_logs_is_what_is_shown(tmp_path: Path) -> None:
 
     def start() -> None:
         with capture_logs() as lines:
-            say("preparing data", 1200)
+            log_phase("preparing data", 1200)
             for done in range(7):
                 PhaseLog("statistics of the data").at(done, 7)
         for line in lines[:1]:

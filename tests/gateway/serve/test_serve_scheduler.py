@@ -16,8 +16,8 @@ from serve_house import Alone, tiny, tiny_adapter, tiny_layout
 
 from fedmoe.inference.backend import BackendError, Generation, Sampling, ServedModel, Step
 from fedmoe.inference.batching import scheduler
-from fedmoe.inference.batching.kv_slots import Slots, closed_ranks
-from fedmoe.inference.batching.sampler import Row, draw
+from fedmoe.inference.batching.kv_slots import KVSlots, compaction
+from fedmoe.inference.batching.sampler import BatchRow, draw
 from fedmoe.inference.batching.scheduler import TransformersBackend
 from fedmoe.lora.adapter import Adapter
 
@@ -121,7 +121,7 @@ def test_closing_tells_those_who_are_there_and_refuses_others() -> None:
 @given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.frozensets(st.integers(0, n - 1)))))
 def test_holes_are_filled_from_the_end(case: tuple[int, frozenset[int]]) -> None:
     count, left = case
-    kept = closed_ranks(count, left)
+    kept = compaction(count, left)
     assert sorted(kept) == [row for row in range(count) if row not in left]
     assert all(source == target or source >= len(kept) > target for target, source in enumerate(kept))
 
@@ -129,7 +129,7 @@ def test_holes_are_filled_from_the_end(case: tuple[int, frozenset[int]]) -> None
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 7), st.integers(1, 6)), min_size=1, max_size=25))
 def test_slots_hold_every_row_s_own_numbers_and_zeros_behind(actions: Sequence[tuple[bool, int, int]]) -> None:
     """Rows are written with their own number; whatever joins, leaves and steps, nobody finds another's."""
-    slots, names = Slots(torch.device("cpu")), list[int]()
+    slots, names = KVSlots(torch.device("cpu")), list[int]()
     for number, (joins, which, length) in enumerate(actions, 1):
         if joins or not names:
             block = torch.full((1, 2, length + 2, 3), float("nan"))
@@ -138,7 +138,7 @@ def test_slots_hold_every_row_s_own_numbers_and_zeros_behind(actions: Sequence[t
             names.append(number)
         else:
             gone = which % len(names)
-            kept = closed_ranks(len(names), frozenset({gone}))
+            kept = compaction(len(names), frozenset({gone}))
             slots.keep(kept)
             names = [names[row] for row in kept]
         if not names:
@@ -155,8 +155,8 @@ def test_slots_hold_every_row_s_own_numbers_and_zeros_behind(actions: Sequence[t
                 assert (found[row][:, ~seen] == 0).all()
 
 
-def rows_of(*samplings: Sampling) -> list[Row]:
-    return [Row(Generation(None, (1,), sampling), frozenset()) for sampling in samplings]
+def rows_of(*samplings: Sampling) -> list[BatchRow]:
+    return [BatchRow(Generation(None, (1,), sampling), frozenset()) for sampling in samplings]
 
 
 @given(st.floats(0.01, 0.99), st.floats(0.2, 2.0), st.integers(0, 1000))

@@ -43,14 +43,14 @@ def read_hashes(folder: Path, digest: str) -> Hashes | None:
     return hashes if hashes.dtype == np.uint64 and digest_of(hashes) == digest else None
 
 
-def forget_other_hashes(folder: Path, digest: str) -> None:
+def remove_other_hashes(folder: Path, digest: str) -> None:
     """Remove the hashes of data that no checkpoint is of any more."""
     for file in folder.iterdir():
         if _FILE.match(file.name) and file != _file(folder, digest):
             file.unlink()
 
 
-def judge_change(folder: Path, saved: Mapping[str, object], now: Hashes, allow_changed: bool) -> DataChange | None:
+def check_data_change(folder: Path, saved: Mapping[str, object], now: Hashes, allow_changed: bool) -> DataChange | None:
     """How the data changed since a checkpoint that says `saved` of them; None where that cannot be told.
 
     Raises `DataError` naming the flag when samples are gone or changed, or it cannot be told, and `allow_changed` is
