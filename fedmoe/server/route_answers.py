@@ -148,7 +148,7 @@ ANSWERS: Mapping[Route, Answers] = {
         (*_OWN, "unknown_version", "history_pruned", "folded", "other_history", "not_finite", *_WRITES)
     ),
     ("POST", "/retract"): Answers(
-        (*_OWN, "nothing_to_retract", "history_pruned", "other_history", "not_finite", *_WRITES)
+        (*_OWN, "nothing_to_retract", "history_pruned", "other_history", "not_finite", "busy", *_WRITES)
     ),
     ("GET", "/quarantine"): Answers(("forbidden",)),
     ("POST", "/quarantine/release"): Answers(

@@ -25,7 +25,7 @@ from fedmoe.lora.adapter import Layout
 from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
 from fedmoe.server.committer import Committer
 from fedmoe.server.data_statistics import KeptStatistics, most_bytes
-from fedmoe.server.erasure import Erased, Erasure
+from fedmoe.server.erasure import Erasure
 from fedmoe.server.evaluation_gate import EvaluationGate, GatePolicy
 from fedmoe.server.folding import Folding
 from fedmoe.server.held_updates import HeldUpdates
@@ -44,7 +44,8 @@ from fedmoe.server.roster import Roster
 from fedmoe.server.security import Principal
 from fedmoe.server.submission import log_update, submission_of, usable_norm
 from fedmoe.server.told_statistics import ToldStatistics
-from fedmoe.server.undo import Undo, answered
+from fedmoe.server.undo import Undo
+from fedmoe.server.withdrawal import Withdrawals
 from fedmoe.server.worker_leases import WorkerLeases
 from fedmoe.storage.blobs import BlobStore, BlobWriter, FolderBlobStore, StorageFailedError
 from fedmoe.storage.journal import Journal
@@ -117,7 +118,6 @@ class CoordinatorService:
         #: Which history this is, so that an update of another one is not taken for one of it.
         self.current = current_history(journal)
         self._landing = Landing(journal, self.current)
-        self._erasure = Erasure(journal, blobs, history, self.statistics, self.told, self.roster)
         self._blobs = blobs
         self._history = history
         self._min_sync_interval = min_sync_interval
@@ -128,6 +128,8 @@ class CoordinatorService:
         self._in_flight = in_flight or InFlight(None)
         self.held = HeldUpdates(coordinator, blobs, self._committer, self._landing, self._in_flight, clock)
         self._undo = Undo(coordinator, history, self._committer, self.current, clock)
+        erasure = Erasure(journal, blobs, history, self.statistics, self.told, self.roster)
+        self._withdrawals = Withdrawals(coordinator, journal, self._committer, self._undo, erasure, clock)
         self._folding = Folding(coordinator, history, blobs, self._committer, clock)
         #: What decides which gateway goes out; None where every one does.
         self.evaluation_gate = (
@@ -157,6 +159,7 @@ class CoordinatorService:
 
     def start(self) -> None:
         self._committer.start()
+        self._withdrawals.finish()
         self._folding.start()
         if self.retention is not None:
             self.retention.start()
@@ -399,17 +402,7 @@ class CoordinatorService:
 
     async def withdraw(self, request: RetractRequest) -> ChangeResult:
         """Retract a worker, if that is not done yet, and remove its bytes for good."""
-        try:
-            result = await self.retract(request)
-        except RefusedError as error:
-            view = self.coordinator.draft()
-            if error.code != "nothing_to_retract" or not self._erasure.gave(view, request.expert, request.worker):
-                raise
-            result = answered(view, request.expert)
-        erased = await self._decided(
-            self._committer.submit(lambda draft: self._erasure.erase(draft, request, self.now), alone=True), Erased
-        )
-        return result.model_copy(update={"note": f"{result.note} {erased.in_words()}".strip()})
+        return await self._withdrawals.withdraw(request)
 
     async def add_statistic(self, request: StatisticRequest) -> None:
         """Keep a small fact a worker discloses."""
