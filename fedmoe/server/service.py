@@ -24,7 +24,7 @@ from fedmoe.experts import ExpertModel, Registrant, first_name
 from fedmoe.lora.adapter import Layout
 from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
 from fedmoe.server.committer import Committer
-from fedmoe.server.data_statistics import KeptStatistics, most_bytes
+from fedmoe.server.data_statistics import KeptStatistics, most_bytes, refuse_killer
 from fedmoe.server.erasure import Erasure
 from fedmoe.server.evaluation_gate import EvaluationGate, GatePolicy
 from fedmoe.server.folding import Folding
@@ -34,7 +34,7 @@ from fedmoe.server.history import History
 from fedmoe.server.in_flight import InFlight, Processed
 from fedmoe.server.landing import Arrived, Landing
 from fedmoe.server.listing import ExpertEntries
-from fedmoe.server.memory_budget import MemoryBudget
+from fedmoe.server.memory_budget import MemoryBudget, OneAtATime
 from fedmoe.server.names import titled_gateway
 from fedmoe.server.publication import Publications
 from fedmoe.server.receive import Expected, opened_writer, receive, settled
@@ -146,6 +146,8 @@ class CoordinatorService:
         #: Updates on their way in.
         self.uploads = 0
         self._memory = MemoryBudget(_CHECKED_BYTES)
+        # Statistics are merged with all others of their expert, by the threads that uploads need too.
+        self._merging = OneAtATime()
         self._noted: tuple[str, ...] = ()
         self._build_again = 0.0
         #: The experts as lists show them.
@@ -297,10 +299,14 @@ class CoordinatorService:
         note = self.leases.warning(header.expert, header.worker)
         return result.model_copy(update={"note": f"{result.note} {note}".strip()}) if note else result
 
-    async def push_data_statistics(self, header: DataStatisticsHeader, body: Body) -> DataStatisticsResult:
+    async def push_data_statistics(
+        self, header: DataStatisticsHeader, body: Body, token: str = ""
+    ) -> DataStatisticsResult:
         """Take in what a worker tells of its data; the same bytes again change nothing."""
         self.coordinator.expert(header.expert).require_active()
-        return await self._received(header, lambda layout, writer: self._take_statistics(header, body, layout, writer))
+        return await self._received(
+            header, lambda layout, writer: self._take_statistics(header, body, layout, writer, token)
+        )
 
     async def _received(
         self,
@@ -353,20 +359,24 @@ class CoordinatorService:
         return await self._decided(future, UpdateResult)
 
     async def _take_statistics(
-        self, header: DataStatisticsHeader, body: Body, layout: Layout, writer: BlobWriter
+        self, header: DataStatisticsHeader, body: Body, layout: Layout, writer: BlobWriter, token: str
     ) -> DataStatisticsResult:
         await receive(
             body.chunks, Expected(most_bytes(header.kind, layout), body.length, body.sha256), writer, self._pool
         )
-        async with self._memory.of(writer.size):
-            if writer.size == 0:
-                raise MalformedError("malformed", "the body is empty")
-            await self._in_thread(lambda: self.statistics.check(header, writer.view(), layout))
-            digest = await self._in_thread(writer.commit)
-        future = self._committer.submit(
-            lambda draft: self.statistics.keep(draft, header, digest, writer.size, self.now), alone=True
-        )
-        result = await self._decided(future, DataStatisticsResult)
+        if writer.size == 0:
+            raise MalformedError("malformed", "the body is empty")
+        refuse_killer(self._in_flight.suspicion(writer.digest))
+        marked = Processed(writer.digest, header.expert, header.worker, 0, writer.size)
+        async with self._merging.turn(token):
+            with self._in_flight.processing(marked):
+                failpoints.reached("statistics.checking")
+                await self._in_thread(lambda: self.statistics.check(header, writer.view(), layout))
+                digest = await self._in_thread(writer.commit)
+                future = self._committer.submit(
+                    lambda draft: self.statistics.keep(draft, header, digest, writer.size, self.now), alone=True
+                )
+                result = await self._decided(future, DataStatisticsResult)
         _log.info("statistics", worker=header.worker, **result.model_dump(exclude={"gateway_version"}))
         return result
 

@@ -17,7 +17,7 @@ from fedmoe.server.problems import allowed
 _log = structlog.get_logger("fedmoe.serve")
 
 # Codes of the guard that stands before all our servers.
-_GUARD_STATUS = {"too_large": 413, "too_slow": 408}
+_GUARD_STATUS = {"too_large": 413, "too_slow": 408, "malformed": 400, "not_acceptable": 406}
 _SHOWN = 300
 
 
@@ -55,6 +55,11 @@ def upgrade_required(error: RefusedError) -> Response:
     return ApiError(426, error.code, str(error)).response()
 
 
+def refused(error: RefusedError) -> Response:
+    """What stands before all our servers refused a request."""
+    return ApiError(_GUARD_STATUS[error.code], error.code, str(error)).response()
+
+
 def too_long(got: str, most: int, param: str) -> ApiError:
     """A prompt above the limit."""
     return ApiError(
@@ -80,7 +85,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RefusedError)
     async def _refused(request: Request, error: RefusedError) -> Response:
-        return ApiError(_GUARD_STATUS[error.code], error.code, str(error)).response()
+        return refused(error)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:

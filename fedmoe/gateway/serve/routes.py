@@ -28,9 +28,14 @@ from fedmoe.gateway.serve.service import Answering, Asked, Piece, Service, toget
 from fedmoe.server import openapi
 from fedmoe.server.guard import BodyGuard
 from fedmoe.server.health import HeadMiddleware, readiness
+from fedmoe.server.negotiation import JSON, NegotiationMiddleware, excludes, not_acceptable
+from fedmoe.server.repeated import RepeatedMiddleware
 from fedmoe.server.versions import ProtocolMiddleware
 
 MAX_BODY_BYTES = 1 << 20
+_CHAT, _TEXTS = "/v1/chat/completions", "/v1/completions"
+# Answered as text or as events.
+_OTHER_FORMS = frozenset({"/metrics", _CHAT, _TEXTS})
 #: What the OpenAI interface generates for a text when nothing is said.
 _DEFAULT_TEXT_TOKENS = 16
 _GONE = 499
@@ -46,9 +51,11 @@ def create_app(
     problems.install(app)
     _look_routes(app, service, health)
     _answer_routes(app, service)
+    app.add_middleware(NegotiationMiddleware, others=_OTHER_FORMS, answer=problems.refused)
+    app.add_middleware(RepeatedMiddleware, answer=problems.refused)
     app.add_middleware(DoorMiddleware, keys=keys, loopback_only=loopback_only)
     app.add_middleware(ProtocolMiddleware, server="this gateway server", answer=problems.upgrade_required)
-    app.add_middleware(BodyGuard, caps=dict.fromkeys(("/v1/chat/completions", "/v1/completions"), MAX_BODY_BYTES))
+    app.add_middleware(BodyGuard, caps=dict.fromkeys((_CHAT, _TEXTS), MAX_BODY_BYTES))
     app.add_middleware(HeadMiddleware)
     openapi.install(app, ANSWERS, PROBLEMS, keys is not None)
     return app
@@ -99,24 +106,27 @@ def _card(service: Service, name: str) -> Json:
 
 
 def _answer_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions")
+    @app.post(_CHAT)
     async def chat(request: Request, wanted: ChatRequest) -> Response:
-        _check(service, wanted)
+        _check(request, service, wanted)
         prompt = service.prompter.of_chat([message.plain() for message in wanted.messages])
         asked = _asked(service, wanted, [prompt], wanted.most_new_tokens, service.limits.output_tokens)
         return await _answered(request, service, wanted, asked, "chat")
 
-    @app.post("/v1/completions")
+    @app.post(_TEXTS)
     async def completion(request: Request, wanted: CompletionRequest) -> Response:
-        _check(service, wanted)
+        _check(request, service, wanted)
         prompter = service.prompter
         prompts = [prompter.of_text(one) if isinstance(one, str) else prompter.of_tokens(one) for one in wanted.prompts]
         asked = _asked(service, wanted, prompts, wanted.max_tokens, _DEFAULT_TEXT_TOKENS)
         return await _answered(request, service, wanted, asked, "text")
 
 
-def _check(service: Service, wanted: ChatRequest | CompletionRequest) -> None:
+def _check(request: Request, service: Service, wanted: ChatRequest | CompletionRequest) -> None:
     """First whether the model is there, for which every field means something; then what no schema tells."""
+    form = EventStream.media_type if wanted.stream else JSON
+    if excludes(request.headers.getlist("accept"), form):
+        raise not_acceptable(form)
     try:
         _check_name(service, wanted.model)
     except ApiError as error:
