@@ -35,6 +35,7 @@ from fedmoe.server.storage.state_dir import StateDir
 from fedmoe.server.updates.in_flight import InFlight
 from fedmoe.server.upkeep.disk import DiskReport
 from fedmoe.server.upkeep.retention import kept_bytes
+from fedmoe.server.upkeep.sweep import Sweeping
 from fedmoe.wire.http.bearer import new_token
 from fedmoe.wire.http.cross_site import is_loopback
 from fedmoe.wire.http.deadlines import GuardedProtocol
@@ -99,6 +100,7 @@ class DistributedCoordinator:
             limits=RegistrationLimits(config.max_parameters, config.max_experts),
             in_flight=InFlight(self._state.path / "in_flight"),
         )
+        self._sweeping = Sweeping(journal, blobs, history)
         self._bound_bytes(config)
         self._noted = AuditHead.of_text(journal.meta(AUDIT_HEAD))
         self._audit = AuditLog(self._state.path, time.time, self._noted)
@@ -220,13 +222,15 @@ class DistributedCoordinator:
             _log.warning("notes_not_kept", reason=str(error))
 
     async def _tidy(self) -> None:
-        """Give back the memory of uploads once they are over."""
+        """Give back the memory of uploads once they are over, and sweep once a day."""
         used = False
         while True:
             await asyncio.sleep(_TIDY_SECONDS)
             if used and not self.service.uploads:
                 await asyncio.to_thread(trim)
             used = self.service.uploads > 0
+            if self._sweeping.due() and not self.service.failed:
+                await asyncio.to_thread(self._sweeping.sweep)
 
     async def _stop_when_failed(self, server: uvicorn.Server) -> None:
         """After a failed fsync, or without its folder, nothing can be promised: answer 503 for a moment, then leave."""

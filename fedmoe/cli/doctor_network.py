@@ -151,8 +151,12 @@ def hub() -> Finding:
     folders = "name folders instead: --base-model FOLDER, --dataset FILE; or copy ~/.cache/huggingface here"
     try:
         proxy = proxy_for(endpoint, getproxies())
-        with httpx2.Client(transport=transport_for(endpoint, proxy), timeout=_SECONDS) as http:
-            status = http.get(f"{endpoint}/api/models", params={"limit": 1}).status_code
+        # The status alone: how long an answer goes on is up to whoever sends it.
+        with (
+            httpx2.Client(transport=transport_for(endpoint, proxy), timeout=_SECONDS) as http,
+            http.stream("GET", f"{endpoint}/api/models", params={"limit": 1}) as answer,
+        ):
+            status = answer.status_code
     except ConnectionSettingError as error:
         return Finding("hub", "problem", str(error))
     except httpx2.HTTPError as error:

@@ -20,7 +20,9 @@ def checked_manifest(message: ManifestMessage, expected: Manifest | None) -> Man
     try:
         message.check()
     except ValueError as error:
-        raise RefusedError("invalid_request", f"manifest: {error}.") from error
+        raise RefusedError(
+            "expert_too_large", f"manifest: {error}.", "Lower --lora-r or adapt fewer --target-modules."
+        ) from error
     try:
         return message.manifest()
     except ValueError as error:

@@ -33,7 +33,7 @@ from fedmoe.server.history.history import History
 from fedmoe.server.listing import ExpertEntries
 from fedmoe.server.registrations import RegistrationLimits, checked_manifest
 from fedmoe.server.statistics.contributors import Roster
-from fedmoe.server.statistics.data_statistics import KeptStatistics, most_bytes
+from fedmoe.server.statistics.data_statistics import KeptStatistics, most_bytes, refuse_killer
 from fedmoe.server.statistics.reported_statistics import ToldStatistics
 from fedmoe.server.storage.blobs import BlobStore, BlobWriter, FolderBlobStore, StorageFailedError
 from fedmoe.server.storage.journal import Journal
@@ -42,7 +42,7 @@ from fedmoe.server.updates.committer import Committer
 from fedmoe.server.updates.held_updates import HeldUpdates
 from fedmoe.server.updates.in_flight import InFlight, Processed
 from fedmoe.server.updates.landing import Arrived, Landing
-from fedmoe.server.updates.memory_budget import MemoryBudget
+from fedmoe.server.updates.memory_budget import MemoryBudget, OneAtATime
 from fedmoe.server.updates.upload import (
     Expected,
     log_update,
@@ -54,9 +54,10 @@ from fedmoe.server.updates.upload import (
 )
 from fedmoe.server.updates.worker_leases import WorkerLeases
 from fedmoe.server.upkeep.background_merge import Folding
-from fedmoe.server.upkeep.erasure import Erased, Erasure
+from fedmoe.server.upkeep.erasure import Erasure
 from fedmoe.server.upkeep.retention import Retention
-from fedmoe.server.upkeep.undo import Undo, answered
+from fedmoe.server.upkeep.undo import Undo
+from fedmoe.server.upkeep.withdrawal import Withdrawals
 from fedmoe.wire.contract.messages import (
     ChangeResult,
     DataStatisticsHeader,
@@ -125,7 +126,6 @@ class CoordinatorService:
         #: Which history this is, so that an update of another one is not taken for one of it.
         self.current = current_history(journal)
         self._landing = Landing(journal, self.current)
-        self._erasure = Erasure(journal, blobs, history, self.statistics, self.told, self.roster)
         self._blobs = blobs
         self._history = history
         self._min_sync_interval = min_sync_interval
@@ -136,6 +136,8 @@ class CoordinatorService:
         self._in_flight = in_flight or InFlight(None)
         self.held = HeldUpdates(coordinator, blobs, self._committer, self._landing, self._in_flight, clock)
         self._undo = Undo(coordinator, history, self._committer, self.current, clock)
+        erasure = Erasure(journal, blobs, history, self.statistics, self.told, self.roster)
+        self._withdrawals = Withdrawals(coordinator, journal, self._committer, self._undo, erasure, clock)
         self._folding = Folding(coordinator, history, blobs, self._committer, clock)
         #: What decides which gateway goes out; None where every one does.
         self.evaluation_gate = (
@@ -152,6 +154,8 @@ class CoordinatorService:
         #: Updates on their way in.
         self.uploads = 0
         self._memory = MemoryBudget(_CHECKED_BYTES)
+        # Statistics are merged with all others of their expert, by the threads that uploads need too.
+        self._merging = OneAtATime()
         self._noted: tuple[str, ...] = ()
         self._build_again = 0.0
         #: The experts as lists show them.
@@ -165,6 +169,7 @@ class CoordinatorService:
 
     def start(self) -> None:
         self._committer.start()
+        self._withdrawals.finish()
         self._folding.start()
         if self.retention is not None:
             self.retention.start()
@@ -306,10 +311,14 @@ class CoordinatorService:
         note = self.leases.warning(header.expert, header.worker)
         return result.model_copy(update={"note": f"{result.note} {note}".strip()}) if note else result
 
-    async def push_data_statistics(self, header: DataStatisticsHeader, body: Body) -> DataStatisticsResult:
+    async def push_data_statistics(
+        self, header: DataStatisticsHeader, body: Body, token: str = ""
+    ) -> DataStatisticsResult:
         """Take in what a worker tells of its data; the same bytes again change nothing."""
         self.coordinator.expert(header.expert).require_active()
-        return await self._received(header, lambda layout, writer: self._take_statistics(header, body, layout, writer))
+        return await self._received(
+            header, lambda layout, writer: self._take_statistics(header, body, layout, writer, token)
+        )
 
     async def _received(
         self,
@@ -362,20 +371,25 @@ class CoordinatorService:
         return await self._decided(future, UpdateResult)
 
     async def _take_statistics(
-        self, header: DataStatisticsHeader, body: Body, layout: Layout, writer: BlobWriter
+        self, header: DataStatisticsHeader, body: Body, layout: Layout, writer: BlobWriter, token: str
     ) -> DataStatisticsResult:
         await receive(
             body.chunks, Expected(most_bytes(header.kind, layout), body.length, body.sha256), writer, self._pool
         )
-        async with self._memory.of(writer.size):
-            if writer.size == 0:
-                raise MalformedError("malformed", "the body is empty")
-            await self._in_thread(lambda: self.statistics.check(header, writer.view(), layout))
-            digest = await self._in_thread(writer.commit)
-        future = self._committer.submit(
-            lambda transaction: self.statistics.keep(transaction, header, digest, writer.size, self.now), alone=True
-        )
-        result = await self._decided(future, DataStatisticsResult)
+        if writer.size == 0:
+            raise MalformedError("malformed", "the body is empty")
+        refuse_killer(self._in_flight.suspicion(writer.digest))
+        marked = Processed(writer.digest, header.expert, header.worker, 0, writer.size)
+        async with self._merging.turn(token):
+            with self._in_flight.processing(marked):
+                failpoints.reached("statistics.checking")
+                await self._in_thread(lambda: self.statistics.check(header, writer.view(), layout))
+                digest = await self._in_thread(writer.commit)
+                future = self._committer.submit(
+                    lambda transaction: self.statistics.keep(transaction, header, digest, writer.size, self.now),
+                    alone=True,
+                )
+                result = await self._decided(future, DataStatisticsResult)
         _log.info("statistics", worker=header.worker, **result.model_dump(exclude={"gateway_version"}))
         return result
 
@@ -411,18 +425,7 @@ class CoordinatorService:
 
     async def withdraw(self, request: RetractRequest) -> ChangeResult:
         """Retract a worker, if that is not done yet, and remove its bytes for good."""
-        try:
-            result = await self.retract(request)
-        except RefusedError as error:
-            view = self.coordinator.transaction()
-            if error.code != "nothing_to_retract" or not self._erasure.gave(view, request.expert, request.worker):
-                raise
-            result = answered(view, request.expert)
-        erased = await self._decided(
-            self._committer.submit(lambda transaction: self._erasure.erase(transaction, request, self.now), alone=True),
-            Erased,
-        )
-        return result.model_copy(update={"note": f"{result.note} {erased.in_words()}".strip()})
+        return await self._withdrawals.withdraw(request)
 
     async def add_statistic(self, request: StatisticRequest) -> None:
         """Keep a small fact a worker discloses."""

@@ -6,10 +6,11 @@ import json
 import resource
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +22,7 @@ from command import Outcome
 from live import JOIN, LiveServer
 from support import free_port
 
-from fedmoe.cli import doctor
+from fedmoe.cli import doctor, doctor_network
 from fedmoe.runtime import machine
 
 Run = Callable[..., Outcome]
@@ -33,7 +34,8 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.delenv("FEDMOE_TOKEN", raising=False)
+    for name in ("FEDMOE_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def found(fedmoe: Run, *options: str) -> dict[str, dict[str, str]]:
@@ -195,6 +197,88 @@ def test_the_hub_is_asked_only_when_told_to(fedmoe: Run, monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     said = found(fedmoe, "--hub")["hub"]
     assert (said["state"], said["fix"].startswith("unset HF_HUB_OFFLINE")) == ("note", True)
+
+
+SOCKS = "socks5://127.0.0.1:1"
+
+
+def test_a_socks_proxy_without_its_package_is_told_with_the_command_and_the_way_around(
+    fedmoe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", SOCKS)
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    said = found(fedmoe, "--coordinator-url", "http://coordinator.invalid:5000", "--hub")
+    for name, host in (("connection", "coordinator.invalid"), ("hub", "hub.invalid")):
+        assert said[name]["state"] == "problem"
+        assert "ALL_PROXY names a SOCKS proxy, which takes the package socksio" in said[name]["found"]
+        assert "run: pip install socksio" in said[name]["found"]
+        assert f"put {host} into NO_PROXY" in said[name]["found"]
+    monkeypatch.setenv("NO_PROXY", "coordinator.invalid,hub.invalid")
+    said = found(fedmoe, "--coordinator-url", "http://coordinator.invalid:5000", "--hub")
+    assert said["connection"]["found"] == "direct, no proxy"
+    assert "SOCKS" not in str(said)
+
+
+def test_a_worker_ends_at_once_over_a_socks_proxy_without_its_package(
+    fedmoe: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", SOCKS)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "one row"}\n')
+    options = {
+        "worker-id": "W1",
+        "specialty": "python",
+        "dataset": data,
+        "base-model": "tiny",
+        "state-dir": tmp_path / "w",
+    }
+    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    ran = fedmoe("worker", "--coordinator-url", "http://coordinator.invalid:5000", *given)
+    assert ran.status == 2
+    assert "run: pip install socksio" in ran.err
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_hub_that_accepts_and_never_answers_does_not_hold_the_doctor(
+    fedmoe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor_network, "_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections wait in its backlog for ever
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        for scheme in ("http", "https"):
+            monkeypatch.setenv("HF_ENDPOINT", f"{scheme}://{address}")
+            said = found(fedmoe, "--hub")["hub"]
+            assert (said["state"], "does not answer" in said["found"]) == ("problem", True)
+            assert "timed out" in said["found"]
+            assert "--base-model FOLDER" in said["fix"]
+
+
+@pytest.mark.parametrize("endless", [b"x" * 65536, b""])
+def test_a_hub_whose_answer_never_ends_is_taken_at_its_status(
+    endless: bytes, fedmoe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Endless(Strange):
+        def do_GET(self) -> None:
+            self.send_response_only(200)
+            self.end_headers()
+            with suppress(OSError):
+                while not gone.wait(0.0 if endless else 0.01):
+                    self.wfile.write(endless)
+
+    gone = threading.Event()
+    server = _Quiet(("127.0.0.1", 0), Endless)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert found(fedmoe, "--hub")["hub"]["state"] == "ok"
+    finally:
+        gone.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_few_open_files_are_noted_and_the_advice_raises_them(monkeypatch: pytest.MonkeyPatch) -> None:

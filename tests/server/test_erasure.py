@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from live import House, open_house, push_headers, push_parameters
 from starlette.testclient import TestClient
-from support import LAYOUT, make_body, make_flat, sha256
+from support import LAYOUT, make_body, make_flat, make_push, sha256
 from test_data_statistics import REGMEAN, body_of, send
 
 from fedmoe.lora.codec import encode
@@ -21,7 +21,8 @@ from fedmoe.server.history.verification import check_start, verify_state
 from fedmoe.server.storage.backup import make_backup
 from fedmoe.server.storage.blobs import put
 from fedmoe.server.storage.restore import restore
-from fedmoe.wire.contract.messages import RetractRequest
+from fedmoe.server.upkeep.undo import Undo
+from fedmoe.wire.contract.messages import ChangeResult, RetractRequest
 
 TOLD = "a-fact-that-only-w1-tells"
 
@@ -148,10 +149,13 @@ def test_updates_that_come_later_are_kept(house: House, client: TestClient) -> N
     assert client.post("/rollback", json={"expert": "python", "to_version": 5}).status_code == 200
 
 
-@pytest.mark.parametrize("place", ["commit.after", "erase.noted", "erase.blobs_gone"])
-def test_killed_in_the_middle_the_same_request_does_the_rest(
-    place: str, tmp_path: Path, house: House, client: TestClient
-) -> None:
+def settle(house: House) -> None:
+    house.service._committer.submit(lambda transaction: None).result(10)
+
+
+def stopped_at(place: str, house: House) -> None:
+    """An erasure that ends at a failpoint, and the service with it."""
+
     def reached(name: str) -> None:
         if name == place:
             raise RuntimeError("killed by the test")
@@ -163,10 +167,84 @@ def test_killed_in_the_middle_the_same_request_does_the_rest(
             asyncio.run(house.service.withdraw(request))
     house.service.close()
     house.journal.close()
+
+
+PLACES = ["erase.wanted", "commit.after", "erase.noted", "erase.blobs_gone"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_in_the_middle_the_next_start_does_the_rest(
+    place: str, tmp_path: Path, house: House, client: TestClient
+) -> None:
+    stopped_at(place, house)
     with open_house(tmp_path, REGMEAN) as again, again.client() as client_again:
-        erase(client_again)
-        assert not {sha256(make_body(seed)) for seed in (2, 4)} & set(again.blobs.digests())
+        settle(again)
+        assert set(again.blobs.digests()) & {sha256(make_body(seed)) for seed in (2, 4)} == set()
+        assert set(again.blobs.digests()) >= {sha256(make_body(seed)) for seed in (1, 3)}
         assert [one["worker"] for one in client_again.get("/statistics").json()] == ["w2"]
+        version = again.service.coordinator.expert("python").version
+        assert (version, sorted(again.journal.snapshots("python"))) == (5, [1, 5])
+        erase(client_again)  # the same request may come again
+    with open_house(tmp_path, REGMEAN) as third:
+        settle(third)
+        assert third.service.coordinator.expert("python").version == 5
+    assert verify_state(tmp_path).findings == []
+
+
+def test_what_is_not_to_be_erased_any_more_is_not_erased_at_the_next_start(
+    tmp_path: Path, house: House, client: TestClient
+) -> None:
+    erase(client)
+    later = push(client, 12, "w1", 2, 5)
+    assert client.post("/retract", json={"expert": "python", "worker": "nobody", "erase": True}).status_code == 409
+    house.service.close()
+    house.journal.close()
+    with open_house(tmp_path, REGMEAN) as again:
+        settle(again)
+        assert later in set(again.blobs.digests())
+        assert again.service.coordinator.expert("python").version == 6
+
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_an_update_that_lands_between_retraction_and_erasure_goes_too_or_nothing_does(
+    times: int, tmp_path: Path, house: House, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what the newest version is made of would be gone, and no start could make it."""
+    retract, sequences = Undo.retract, iter(range(10, 10 + times))
+
+    async def landing(undo: Undo, request: RetractRequest) -> ChangeResult:
+        result = await retract(undo, request)
+        sequence = next(sequences, None)
+        if sequence is not None:
+            await house.service.push(*make_push(make_body(sequence), result.version, sequence, "w1"))
+        return result
+
+    monkeypatch.setattr(Undo, "retract", landing)
+    answer = client.post("/retract", json={"expert": "python", "worker": "w1", "erase": True})
+    if times == 1:
+        assert (answer.status_code, answer.json()["version"]) == (200, 7)
+        assert sha256(make_body(10)) not in set(house.blobs.digests())
+    else:
+        assert (answer.status_code, answer.json()["code"]) == (503, "busy")
+        assert "revoke the worker's token" in answer.json()["fix"]
+        assert sha256(make_body(2)) in set(house.blobs.digests())
+    digest = house.service.coordinator.expert("python").digest
+    house.service.close()
+    house.journal.close()
+    with open_house(tmp_path, REGMEAN) as again:
+        settle(again)
+        assert again.service.coordinator.expert("python").digest == digest
+    assert verify_state(tmp_path).findings == []
+
+
+def test_what_was_rebuilt_before_an_erasure_is_not_taken_after_it(house: House, client: TestClient) -> None:
+    """A rollback to what the worker gave, worked out beside it, would be a version that nothing can make again."""
+    assert client.post("/retract", json={"expert": "python", "worker": "w1"}).status_code == 200
+    expert = house.service.coordinator.expert("python")
+    rebuilt = house.service._history.at_version(expert, 4)
+    assert house.service._history.followed(rebuilt, expert, None) is rebuilt
+    assert erase(client)["version"] == expert.version
+    assert house.service._history.followed(rebuilt, expert, None) is None
 
 
 def test_without_the_flag_all_bytes_stay(house: House, client: TestClient) -> None:

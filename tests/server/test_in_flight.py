@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from structlog.testing import capture_logs
 from support import MANIFEST, CoordinatorProcess, make_body, sha256
 
+from fedmoe.lora.prompt_statistics import PromptStatistics
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.updates.in_flight import MOST_CRASHES, InFlight, Processed
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.contract.messages import UpdateHeader
+from fedmoe.wire.contract.messages import DataStatisticsHeader, UpdateHeader
 
 BODY = Processed("a" * 64, "python", "w1", 7, 123)
 OTHER = Processed("b" * 64, "python", "w2", 8, 456)
@@ -107,3 +110,24 @@ def test_an_update_that_kills_the_coordinator_is_held_and_everybody_else_goes_on
         assert client.release_held(held.number).version == 2
         assert process.stop() == 0
         assert list((tmp_path / "state" / "in_flight").iterdir()) == []
+
+
+def test_statistics_that_kill_the_coordinator_are_refused_at_last_and_others_are_taken_16(tmp_path: Path) -> None:
+    process = CoordinatorProcess(tmp_path / "state")
+    process.start()
+    header = DataStatisticsHeader(expert="python", worker="w1", kind="prompts")
+    killing, other = (PromptStatistics.of(np.full((20, 5), n, np.float32)).to_bytes() for n in (1, 2))
+    with CoordinatorClient(process.url, attempts=1) as client:
+        client.register("python", "w1", MANIFEST)
+        process.kill()
+        for _ in range(MOST_CRASHES):
+            process.start("statistics.checking=1")
+            with pytest.raises(CoordinatorUnavailableError):
+                client.push_data_statistics(header, killing)
+            assert process.wait() == -9
+        process.start("statistics.checking=2")
+        with pytest.raises(RefusedError, match=f"killed {MOST_CRASHES} times") as refused:
+            client.push_data_statistics(header, killing)
+        assert refused.value.code == "statistics_mismatch"
+        assert not client.push_data_statistics(header, other).duplicate
+        assert process.stop() == 0

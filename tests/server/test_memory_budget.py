@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from fedmoe.server.updates.memory_budget import MemoryBudget
+from fedmoe.server.updates.memory_budget import MemoryBudget, OneAtATime
 
 
 def test_who_fits_goes_at_once_and_the_others_wait_in_the_order_they_came() -> None:
@@ -71,3 +71,26 @@ def test_whoever_leaves_takes_nothing_along(leaves: str) -> None:
 async def _enter(budget: MemoryBudget, wanted: int) -> None:
     async with budget.of(wanted):
         pass
+
+
+def test_one_thing_at_a_time_and_no_token_fills_the_line() -> None:
+    async def run() -> list[str]:
+        work, done, most = OneAtATime(), [], 0
+
+        async def one(token: str) -> None:
+            nonlocal most
+            async with work.turn(token):
+                most += 1
+                assert most == 1, "one at a time"
+                await asyncio.sleep(0)
+                most -= 1
+                done.append(token)
+
+        greedy = [asyncio.create_task(one("greedy")) for _ in range(50)]
+        await asyncio.sleep(0)
+        await asyncio.gather(one("honest"), *greedy)
+        return done
+
+    done = asyncio.run(run())
+    assert done.index("honest") <= 2
+    assert len(done) == 51

@@ -83,6 +83,10 @@ def test_too_large_too_many_and_too_many_of_one_are_refused_by_name_and_change_n
         with pytest.raises(RefusedError, match="--max-parameters") as refused:
             register(house, "huge", manifest=LARGE)
         assert (refused.value.code, house.service.coordinator.manifest) == ("expert_too_large", None)
+        wide = ManifestMessage.of(LARGE).model_copy(update={"rank": 1024, "modules": [("q", 1 << 24, 1 << 24)]})
+        with pytest.raises(RefusedError, match=r"at most 1073741824 are taken.*--target-modules") as refused:
+            asyncio.run(house.service.register(RegisterRequest(expert="huge", worker="w1", manifest=wide)))
+        assert (refused.value.code, house.service.coordinator.manifest) == ("expert_too_large", None)
         register(house, "a", "w1")
         register(house, "b", "w1")
         with pytest.raises(RefusedError, match="worker 'w1' registered 2 experts") as refused:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.quotas import Rate, WorkShare, charge, debt
-from fedmoe.server.access.turns import Turns
+from fedmoe.server.access.turns import Turns, refusal_at
 
 SHARE = WorkShare(share=0.1, credit=0.2, at_once=2, free=0)
 
@@ -128,3 +129,16 @@ def test_a_place_is_given_back_however_a_request_ends() -> None:
         await (await turns.of("worker", "/list_experts")).begin()
 
     played(play)
+
+
+def test_refusals_of_one_token_follow_each_other_at_a_pace_and_none_comes_after_a_moment() -> None:
+    at, told = -math.inf, []
+    for _ in range(64):
+        at = refusal_at(at, 100.0)
+        told.append(at)
+    assert told[0] == 100.0, "the first one at once"
+    assert told[3] == 100.75
+    assert told == sorted(told)
+    assert max(told) == 106.0
+    assert refusal_at(told[-1], 200.0) == 200.0
+    assert refusal_at(told[-1], 200.0, least=1.0) == 201.0

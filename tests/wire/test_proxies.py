@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
+import socket
+import socketserver
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import structlog
-from live import LiveServer
+from live import JOIN, LiveServer, listening, open_house
 from support import MANIFEST
 
 from fedmoe.runtime.errors import RefusedError
@@ -212,16 +214,80 @@ def test_a_proxy_that_cannot_be_used_is_refused_in_words(
         client.federation()
 
 
-@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks5h://127.0.0.1:9"])
-def test_a_socks_proxy_works_or_the_package_it_takes_is_named(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALL_PROXY", proxy)
-    if importlib.util.find_spec("socksio") is None:
-        with pytest.raises(ConnectionSettingError, match="pip install socksio"):
-            CoordinatorClient("http://coordinator.example")
-        return
+SOCKS = ("socks5", "socks5h")
+
+
+@pytest.mark.parametrize("scheme", SOCKS)
+def test_without_its_package_a_socks_proxy_is_refused_with_the_command_that_installs_it(
+    scheme: str, server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:9")
+    with pytest.raises(ConnectionSettingError, match=r"ALL_PROXY names a SOCKS proxy.* run: pip install socksio, or"):
+        CoordinatorClient("http://coordinator.example")
+    with CoordinatorClient(server.url) as client:  # on this machine no proxy counts
+        client.federation()
+
+
+@contextmanager
+def socks_proxy(target: int) -> Iterator[tuple[int, list[bytes]]]:
+    """A SOCKS5 proxy (RFC 1928) that leads all requests to a port of this machine; its port, and what was asked for."""
+    asked: list[bytes] = []
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            taken = self.request.makefile("rb")
+            taken.read(taken.read(2)[1])
+            self.request.sendall(b"\x05\x00")
+            kind = taken.read(4)[3]
+            asked.append(taken.read(taken.read(1)[0] if kind == 3 else 4))
+            taken.read(2)
+            self.request.sendall(bytes([5, 0, 0, 1, 0, 0, 0, 0, 0, 0]))
+            with socket.create_connection(("127.0.0.1", target)) as beyond:
+                back = threading.Thread(target=_passed_on, args=(beyond, self.request))
+                back.start()
+                _passed_on(self.request, beyond)
+                back.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield proxy.server_address[1], asked
+        finally:
+            proxy.shutdown()
+            thread.join()
+
+
+def _passed_on(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while part := source.recv(1 << 16):
+            target.sendall(part)
+        target.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("scheme", SOCKS)
+def test_with_its_package_a_socks_proxy_leads_to_the_coordinator(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("socksio")
+    with (
+        open_house(tmp_path, tokens=True) as house,
+        listening(house.app) as locked,
+        socks_proxy(locked.port) as (port, asked),
+    ):
+        monkeypatch.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:{port}")
+        with CoordinatorClient("http://coordinator.example:5000", JOIN, attempts=1) as client:
+            assert client.register("python", "w1", MANIFEST).version == 0
+    assert asked == [b"coordinator.example"]
+
+
+def test_a_socks_proxy_that_is_away_is_told_as_the_proxys(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("socksio")
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
     with (
         CoordinatorClient("http://coordinator.example", attempts=1) as client,
-        pytest.raises(CoordinatorUnavailableError, match=r"through the proxy socks5h?://127.0.0.1:9 \(ALL_PROXY\)"),
+        pytest.raises(CoordinatorUnavailableError, match=r"through the proxy socks5://127.0.0.1:9 \(ALL_PROXY\)"),
     ):
         client.federation()
 

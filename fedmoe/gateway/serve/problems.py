@@ -20,6 +20,8 @@ _log = structlog.get_logger("fedmoe.serve")
 _GUARD_STATUS = {
     "too_large": 413,
     "too_slow": 408,
+    "malformed": 400,
+    "not_acceptable": 406,
     "host_not_allowed": 421,
     "cross_site": 403,
     "upgrade_required": 426,
@@ -58,6 +60,11 @@ class ApiError(Exception):
 
 def refusal(error: RefusedError) -> Response:
     """The answer to a request that one of the guards refuses."""
+    return ApiError(_GUARD_STATUS[error.code], error.code, str(error)).response()
+
+
+def refused(error: RefusedError) -> Response:
+    """What stands before all our servers refused a request."""
     return ApiError(_GUARD_STATUS[error.code], error.code, str(error)).response()
 
 

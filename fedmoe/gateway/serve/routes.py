@@ -30,9 +30,14 @@ from fedmoe.wire.http import openapi
 from fedmoe.wire.http.body_limits import BodyGuard
 from fedmoe.wire.http.cross_site import CrossSiteMiddleware
 from fedmoe.wire.http.health import HeadMiddleware, readiness
+from fedmoe.wire.http.negotiation import JSON, NegotiationMiddleware, excludes, not_acceptable
 from fedmoe.wire.http.protocol_version import ProtocolMiddleware
+from fedmoe.wire.http.repeated_parameters import RepeatedMiddleware
 
 MAX_BODY_BYTES = 1 << 20
+_CHAT, _TEXTS = "/v1/chat/completions", "/v1/completions"
+# Answered as text or as events.
+_OTHER_FORMS = frozenset({"/metrics", _CHAT, _TEXTS})
 #: What the OpenAI interface generates for a text when nothing is said.
 _DEFAULT_TEXT_TOKENS = 16
 _GONE = 499
@@ -48,9 +53,11 @@ def create_app(
     problems.install(app)
     _look_routes(app, service, health)
     _answer_routes(app, service)
+    app.add_middleware(NegotiationMiddleware, others=_OTHER_FORMS, answer=problems.refusal)
+    app.add_middleware(RepeatedMiddleware, answer=problems.refusal)
     add_guard(app, keys, loopback_only)
     app.add_middleware(ProtocolMiddleware, server="this gateway server", answer=problems.refusal)
-    app.add_middleware(BodyGuard, caps=dict.fromkeys(("/v1/chat/completions", "/v1/completions"), MAX_BODY_BYTES))
+    app.add_middleware(BodyGuard, caps=dict.fromkeys((_CHAT, _TEXTS), MAX_BODY_BYTES))
     app.add_middleware(HeadMiddleware)
     openapi.install(app, ANSWERS, PROBLEMS, keys is not None)
     return app
@@ -114,24 +121,27 @@ def _card(service: Service, name: str) -> Json:
 
 
 def _answer_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions")
+    @app.post(_CHAT)
     async def chat(request: Request, wanted: ChatRequest) -> Response:
-        _check(service, wanted)
+        _check(request, service, wanted)
         prompt = service.prompter.of_chat([message.plain() for message in wanted.messages])
         asked = _asked(service, wanted, [prompt], wanted.most_new_tokens, service.limits.output_tokens)
         return await _answered(request, service, wanted, asked, "chat")
 
-    @app.post("/v1/completions")
+    @app.post(_TEXTS)
     async def completion(request: Request, wanted: CompletionRequest) -> Response:
-        _check(service, wanted)
+        _check(request, service, wanted)
         prompter = service.prompter
         prompts = [prompter.of_text(one) if isinstance(one, str) else prompter.of_tokens(one) for one in wanted.prompts]
         asked = _asked(service, wanted, prompts, wanted.max_tokens, _DEFAULT_TEXT_TOKENS)
         return await _answered(request, service, wanted, asked, "text")
 
 
-def _check(service: Service, wanted: ChatRequest | CompletionRequest) -> None:
+def _check(request: Request, service: Service, wanted: ChatRequest | CompletionRequest) -> None:
     """First whether the model is there, for which every field means something; then what no schema tells."""
+    form = EventStream.media_type if wanted.stream else JSON
+    if excludes(request.headers.getlist("accept"), form):
+        raise not_acceptable(form)
     try:
         _check_name(service, wanted.model)
     except ApiError as error:

@@ -52,7 +52,7 @@ STATUS: dict[str, int] = {
     "name_taken": 409,
     "too_many_experts": 409,
     "too_many_statistics": 429,
-    "expert_too_large": 422,
+    "expert_too_large": 409,
     "folded": 409,
     "nothing_to_retract": 409,
     "history_pruned": 410,

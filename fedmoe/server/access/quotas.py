@@ -36,7 +36,7 @@ class WorkShare:
     after they asked. Uploads have places instead: whoever pushes on and on does what workers are for.
     """
 
-    share: float = 0.1
+    share: float = 0.05
     credit: float = 0.2
     most_debt: float = 10.0
     free: int = 2

@@ -12,10 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access import problems
+from fedmoe.server.access.held_bodies import HeldBodies, HeldBody
 from fedmoe.server.access.quotas import Rate
 from fedmoe.server.access.security import Principal
 from fedmoe.server.access.tokens import TokenGate
-from fedmoe.server.access.turns import TOKEN_RATE, Turn, Turns
+from fedmoe.server.access.turns import TOKEN_RATE, UPLOADS, Turn, Turns
 from fedmoe.wire.http.health import is_open
 
 
@@ -36,6 +37,7 @@ class GateMiddleware:
         self._app = app
         self._gate = gate
         self._turns = Turns(token_rate, clock)
+        self.bodies = HeldBodies()
         self._under_way: dict[str, set[asyncio.Timeout]] = {}
         gate.on_revoked.append(self._end_later)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -55,10 +57,14 @@ class GateMiddleware:
         scope.setdefault("state", {})["principal"] = principal
         try:
             turn = await self._turns.of(principal.token, scope["path"])
+            # What is uploaded goes to the disk while it comes.
+            body = None if scope["path"] in UPLOADS else self.bodies.of(principal.token)
             try:
-                await self._while_usable(principal, scope, _Exchange(receive, send, turn))
+                await self._while_usable(principal, scope, _Exchange(receive, send, turn, body))
             finally:
                 turn.end()
+                if body is not None:
+                    body.let_go()
         except RefusedError as error:
             await problems.refusal(error)(scope, receive, send)
 
@@ -108,14 +114,17 @@ class GateMiddleware:
 class _Exchange:
     """A request on its way in and its answer on its way out; in between is its turn."""
 
-    def __init__(self, receive: Receive, send: Send, turn: Turn) -> None:
+    def __init__(self, receive: Receive, send: Send, turn: Turn, body: HeldBody | None) -> None:
         self._receive = receive
+        self._body = body
         self._send = send
         self.turn = turn
         self.answered = False
 
     async def receive(self) -> Message:
         message = await self._receive()
+        if self._body is not None:
+            self._body.add(len(message.get("body", b"")))
         if message["type"] == "http.request" and not message.get("more_body", False):
             await self.turn.begin()
         return message

@@ -16,10 +16,13 @@ TOKEN_RATE = Rate(100.0, 200)
 #: Requests a second from one address that show no usable token.
 STRANGER_RATE = Rate(20.0, 500)
 #: Uploads, which have places of their own.
-_UPLOADS = frozenset({"/push_expert_update", "/push_data_statistics"})
+UPLOADS = frozenset({"/push_expert_update", "/push_data_statistics"})
 _LONGEST_TURN = 2.0
 # Whoever is refused for haste is answered this late, or at once if so many wait for that already.
 _HASTE_SECONDS = 1.0
+# Refusals have a price too: those of one token follow each other at this pace, and none is held back longer than this.
+_REFUSALS_PER_SECOND = 4.0
+_LATEST_REFUSAL = 6.0
 _MOST_WAITING = 512
 _MOST_ADDRESSES = 4096
 
@@ -33,6 +36,7 @@ class _Account:
     full_at: float = 0.0
     paid_at: float = 0.0
     asked_at: float = -math.inf
+    refused_at: float = -math.inf
 
 
 class Turn:
@@ -81,12 +85,11 @@ class Turns:
         account.asked_at = self._clock()
         full_at, wait = spend(self._rate, account.full_at, self._clock())
         if wait > _LONGEST_TURN:
-            await self._pause(_HASTE_SECONDS)
-            raise _too_many(self._rate, wait - _LONGEST_TURN)
+            raise await self._too_many(account, wait - _LONGEST_TURN, _HASTE_SECONDS)
         account.full_at = full_at
         if wait:
             await asyncio.sleep(wait)
-        return Turn(self, None if path in _UPLOADS else account)
+        return Turn(self, None if path in UPLOADS else account)
 
     async def begin(self, account: _Account) -> float | None:
         """Hold one of a token's few places once the work done for it is paid for; when that was.
@@ -95,21 +98,32 @@ class Turns:
         """
         if account.under_way <= self._share.free or not self._others(account):
             return None
-        assert self._rate is not None, "without a rate there are no accounts"
         try:
             async with asyncio.timeout(_LONGEST_TURN):
                 await account.places.acquire()
         except TimeoutError:
-            raise _too_many(self._rate, debt(self._share, account.paid_at, self._clock())) from None
-        try:
             wait = debt(self._share, account.paid_at, self._clock())
-            await asyncio.sleep(min(wait, _LONGEST_TURN))
-            if wait > _LONGEST_TURN:
-                raise _too_many(self._rate, wait - _LONGEST_TURN)
-        except BaseException:
+        else:
+            try:
+                wait = debt(self._share, account.paid_at, self._clock())
+                await asyncio.sleep(min(wait, _LONGEST_TURN))
+            except BaseException:
+                account.places.release()
+                raise
+            if wait <= _LONGEST_TURN:
+                return self._clock()
             account.places.release()
-            raise
-        return self._clock()
+            wait -= _LONGEST_TURN
+        raise await self._too_many(account, wait)
+
+    async def _too_many(self, account: _Account, wait: float, least: float = 0.0) -> RefusedError:
+        """The refusal of a request that may come again in `wait` seconds, when it is this token's turn to be told."""
+        assert self._rate is not None, "without a rate there are no accounts"
+        now = self._clock()
+        account.refused_at = refusal_at(account.refused_at, now, least)
+        late = account.refused_at - now
+        await self._pause(late)
+        return _too_many(self._rate, wait - late)
 
     def _others(self, mine: _Account) -> bool:
         """Whether another token has asked lately."""
@@ -140,6 +154,11 @@ class Turns:
             await asyncio.sleep(seconds)
         finally:
             self._waiting -= 1
+
+
+def refusal_at(before: float, now: float, least: float = 0.0) -> float:
+    """When a token is told its next refusal, after the one at `before`: at a pace, and within a moment."""
+    return now + min(max(least, before + 1.0 / _REFUSALS_PER_SECOND - now), _LATEST_REFUSAL)
 
 
 def _too_many(rate: Rate, wait: float) -> RefusedError:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from fedmoe.federation.events import (
     Event,
     ExpertRebased,
     ExpertRegistered,
     ExpertRolledBack,
+    GatewayMerged,
     Lineage,
     UpdateAccepted,
     UpdateLost,
@@ -33,11 +34,17 @@ def registration(events: Iterable[Event]) -> ExpertRegistered:
     return registered
 
 
-def left_in_the_gateway(events: Iterable[Event], newest: Lineage | None, worker: str) -> str:
-    """What of a worker's updates cannot be retracted, in words; nothing where all can."""
-    left = start(newest)
-    own = {identity(e) for e in events if isinstance(e, UpdateAccepted) and e.worker == worker}
-    if left is None or own <= set(map(identity, Lineage.updates(newest))):
+def left_in_the_gateway(
+    chains: Mapping[int, Lineage | None], folds: Iterable[GatewayMerged], expert: str, worker: str
+) -> str:
+    """What of a worker's updates cannot be taken out of ONE expert, in words; nothing where all can.
+
+    It is what the expert held when it was folded into the gateway, by its newest version in `chains` or before.
+    """
+    left, newest = start(chains[max(chains)]), max(chains)
+    versions = (fold.sources[expert] for fold in folds if fold.sources.get(expert, newest) < newest)
+    gone = any(update.worker == worker for version in versions for update in Lineage.updates(chains[version]))
+    if left is None or not gone:
         return ""
     return f"What {worker!r} gave before the expert went on as version {left.version} stays in the gateway."
 

@@ -67,7 +67,7 @@ class Rebuilt:
     """A state rebuilt from the journal, and how many updates of the newest version it lacks.
 
     `since` is what it is made of from where the expert left the gateway, and `note` what could not be taken back.
-    `version` is that newest version.
+    `version` is that newest version, and `erasures` how many there had been.
     """
 
     state: RuleState
@@ -75,6 +75,7 @@ class Rebuilt:
     since: tuple[CountedUpdate, ...]
     note: str = ""
     version: int = 0
+    erasures: int = 0
 
 
 class History:
@@ -99,6 +100,8 @@ class History:
         self._lost: list[UpdateLost] = []
         self._statistics = KeptStatistics(journal, blobs)
         self._recovered: CentralCoordinator | None = None
+        #: Erasures since the start; what was rebuilt before one may be made of what is gone.
+        self.erasures = 0
 
     def events_at_start(self) -> Iterable[Event]:
         """Every event there is, in order: those that `recover` has just read, given away, or read now."""
@@ -250,6 +253,7 @@ class History:
 
     def at_version(self, expert: ExpertModel, version: int) -> Rebuilt:
         """The state the expert had at an earlier version."""
+        erasures = self.erasures
         events, chains = self._past(expert)
         registered = registration(events)
         if version not in chains or version >= expert.version:
@@ -271,14 +275,15 @@ class History:
         removed = [u for u in Lineage.updates(chains[expert.version]) if identity(u) not in kept]
         with self._pruned_in_words():
             state = self._rebuild(registered, chains, chains[version])
-        return Rebuilt(state, len(removed), trained(events, updates), version=expert.version)
+        return Rebuilt(state, len(removed), trained(events, updates), "", expert.version, erasures)
 
     def without_worker(self, expert: ExpertModel, worker: str) -> Rebuilt:
         """The state the expert would have had the worker contributed nothing to its newest version."""
+        erasures = self.erasures
         events, chains = self._past(expert)
         chain = without_worker(chains[expert.version], worker)
         removed = length(chains[expert.version]) - length(chain)
-        note = left_in_the_gateway(events, chains[expert.version], worker)
+        note = left_in_the_gateway(chains, self._folds(), expert.name, worker)
         if removed == 0:
             raise RefusedError(
                 "nothing_to_retract",
@@ -287,13 +292,16 @@ class History:
             )
         with self._pruned_in_words():
             state = self._rebuild(registration(events), chains, chain)
-        return Rebuilt(state, removed, trained(events, Lineage.updates(chain)), note, expert.version)
+        since = trained(events, Lineage.updates(chain))
+        return Rebuilt(state, removed, since, note, expert.version, erasures)
 
     def followed(self, rebuilt: Rebuilt, expert: ExpertModel, worker: str | None) -> Rebuilt | None:
         """What was rebuilt, for the newer `expert`: without `worker`, or at an earlier version (None).
 
         None if more came since than updates. Where experts go on from the gateway any change counts as more.
         """
+        if rebuilt.erasures != self.erasures:
+            return None
         if expert.version == rebuilt.version:
             return rebuilt
         since = self._journal.events(expert.name, after_version=rebuilt.version)
@@ -333,6 +341,13 @@ class History:
                 f"the update that made version {error.update.version} of {error.update.expert} is no longer kept.",
                 fix,
             ) from None
+
+    def left_in_the_gateway(self, name: str, worker: str) -> str:
+        """What of a worker cannot be taken out of an expert, in words; empty where all can."""
+        return left_in_the_gateway(lineages(self._journal.events(name)), self._folds(), name, worker)
+
+    def _folds(self) -> list[GatewayMerged]:
+        return [event for event in self._journal.events(GATEWAY) if isinstance(event, GatewayMerged)]
 
     def _past(self, expert: ExpertModel) -> tuple[list[Event], dict[int, Lineage | None]]:
         events = [event for event in self._journal.events(expert.name) if made_version(event) <= expert.version]
@@ -402,7 +417,7 @@ class History:
         if self._keep_updates is None:
             return
         needed = {living.number} | {departure.gateway for departure in living.departures.values()}
-        folds = [event for event in self._journal.events(GATEWAY) if isinstance(event, GatewayMerged)]
+        folds = self._folds()
         unneeded = {fold.digest for fold in folds} - {fold.digest for fold in folds if fold.number in needed}
         for digest in unneeded - self.held_back() - self._journal.named_elsewhere(GATEWAY, unneeded):
             self._blobs.delete(digest)

@@ -58,10 +58,10 @@ _PUSH_CONTENT: Json = {
     },
 }
 _STATE: Json = {"application/json": {"schema": {"type": "object", "required": ["status"]}}}
-_AS_JSON = ("not_acceptable", "json_busy")
+_AS_JSON = ("json_busy",)
 _GATEWAY = ("gateway_disabled", "gateway_not_initialised", "gateway_not_published")
 _WRITES = ("storage_failed", "disk_full")
-_BODY = ("malformed", "digest_mismatch", "truncated", "too_slow", "too_large", "unsupported_type", "duplicate_key")
+_BODY = ("digest_mismatch", "truncated", "too_slow", "too_large", "unsupported_type", "duplicate_key")
 _TENSORS = ("shape_mismatch", "rank_mismatch", "tensor_mismatch", "dtype_not_accepted", "format", "not_finite")
 _OWN = ("forbidden", "unknown_expert")
 _DIGEST: Json = {
@@ -148,7 +148,7 @@ ANSWERS: Mapping[Route, Answers] = {
         (*_OWN, "unknown_version", "history_pruned", "folded", "other_history", "not_finite", *_WRITES)
     ),
     ("POST", "/retract"): Answers(
-        (*_OWN, "nothing_to_retract", "history_pruned", "other_history", "not_finite", *_WRITES)
+        (*_OWN, "nothing_to_retract", "history_pruned", "other_history", "not_finite", "busy", *_WRITES)
     ),
     ("GET", "/quarantine"): Answers(("forbidden",)),
     ("POST", "/quarantine/release"): Answers(
@@ -183,7 +183,9 @@ PROBLEMS = Problems(
         "too_many_requests",
         "upgrade_required",
         "internal_error",
+        "malformed",
+        "not_acceptable",
     ),
-    with_json=("malformed", "too_slow", "too_large", "unsupported_type", "invalid_request"),
+    with_json=("quota_exceeded", "busy", "too_slow", "too_large", "unsupported_type", "invalid_request"),
     with_parameters=("invalid_request",),
 )

@@ -36,6 +36,7 @@ from fedmoe.server.routes.weight_responses import (
     answer_statistics,
     expert_weights,
     gateway_weights,
+    refuse_without,
 )
 from fedmoe.server.service import Body, CoordinatorService
 from fedmoe.server.storage.audit import AuditLog
@@ -63,11 +64,20 @@ from fedmoe.wire.http import openapi
 from fedmoe.wire.http.body_limits import BodyGuard
 from fedmoe.wire.http.cross_site import CrossSiteMiddleware
 from fedmoe.wire.http.health import HeadMiddleware, readiness
+from fedmoe.wire.http.negotiation import JSON, NegotiationMiddleware
 from fedmoe.wire.http.protocol_version import ProtocolMiddleware
+from fedmoe.wire.http.repeated_parameters import RepeatedMiddleware
 
 Addressed = TypeVar("Addressed", UpdateHeader, DataStatisticsHeader, StatisticRequest, RollbackRequest, RetractRequest)
 _PUSH = "/push_expert_update"
 _PUSH_STATISTICS = "/push_data_statistics"
+# Answered as safetensors too, or only.
+_WITH_TENSORS = frozenset(
+    {
+        *("/get_gateway_weights", "/get_all_expert_weights", "/get_expert_weights", "/gateway_candidate_weights"),
+        *("/data_statistics", _PUSH),
+    }
+)
 _ANSWERED_WITH_WEIGHTS = ("too_stale", "other_history")
 
 NamedAnswer = TypeVar("NamedAnswer", ExpertInfo, FederationInfo, UpdateResult, ChangeResult)
@@ -93,6 +103,8 @@ def create_app(
     quarantine_routes(app, service)
     _admin_routes(app, service)
     token_routes(app, gate)
+    app.add_middleware(NegotiationMiddleware, others=_WITH_TENSORS, answer=problems.refusal)
+    app.add_middleware(RepeatedMiddleware, answer=problems.refusal)
     app.add_middleware(IncarnationHeader, incarnation=service.current.incarnation)
     app.add_middleware(GateMiddleware, gate=gate, token_rate=token_rate)
     if not gate.required:
@@ -187,6 +199,8 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
         body = _tensor_body(request)
         if header.answer == "weights":  # refused before the push changes anything
             answers.check(request, service.coordinator.expert(header.expert).manifest.layout.size)
+        else:
+            refuse_without(request, JSON)
         try:
             async with admission.push(principal.token, header, body.chunks) as chunks:
                 landed = await service.push(header, replace(body, chunks=chunks), principal.token)
@@ -218,7 +232,7 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
         known = _addressed(service, principal, header)
         body = _tensor_body(request)
         async with admission.places.one(principal.token, header.worker, body.chunks) as chunks:
-            result = await service.push_data_statistics(known, replace(body, chunks=chunks))
+            result = await service.push_data_statistics(known, replace(body, chunks=chunks), principal.token)
         return result.model_copy(update={"expert": header.expert})
 
 
@@ -266,7 +280,7 @@ def _tensor_body(request: Request) -> Body:
             "unsupported_type", f"Content-Encoding {encoding!r} is not taken.", "Send the bytes as they are."
         )
     length = request.headers.get("content-length", "")
-    digest = parse_content_digest(request.headers.get("content-digest"))
+    digest = parse_content_digest(request.headers.getlist("content-digest"))
     return Body(request.stream(), int(length) if length.isdecimal() else None, digest)
 
 

@@ -22,6 +22,7 @@ from fedmoe.server.routes.json_weights import JsonPolicy, JsonWeights
 from fedmoe.server.updates.upload import content_digest
 from fedmoe.wire.contract.messages import SAFETENSORS
 from fedmoe.wire.http.health import is_head
+from fedmoe.wire.http.negotiation import JSON, excludes, not_acceptable, weight_form
 
 Info = Mapping[str, object]
 Part = bytes | memoryview
@@ -207,8 +208,8 @@ class WeightAnswers:
     cache: EncodedCache = field(default_factory=EncodedCache)
 
     def check(self, request: Request, numbers: int) -> None:
-        """Refuse a caller who does not take safetensors and asks for more numbers than are written as JSON."""
-        if not takes_safetensors(request):
+        """Refuse a caller who takes neither form, or JSON only and asks for more numbers than are written as that."""
+        if _form(request) == JSON:
             self.json.check(numbers)
 
     def answer(
@@ -225,7 +226,8 @@ class WeightAnswers:
         JSON carries every number as it is, whatever `dtype`. `result` is what became of the push that is answered;
         with `keep` the encoded body is kept for the next who asks.
         """
-        binary = takes_safetensors(request)
+        form = _form(request)
+        binary = form == SAFETENSORS
         tag = etag(weights, dtype if binary else "json")
         headers = {
             "ETag": tag,
@@ -236,7 +238,7 @@ class WeightAnswers:
         if result is None and known(request, tag):
             return Response(status_code=304, headers=headers)
         if is_head(request):
-            return Response(None, status, headers, SAFETENSORS if binary else "application/json")
+            return Response(None, status, headers, form)
         if not binary:
             self.json.check(weights.size)
             head = dict(weights.info) if result is None else {"result": dict(result), **weights.info}
@@ -251,19 +253,29 @@ class WeightAnswers:
         return StreamingResponse(_pieces(encoded), status, headers, SAFETENSORS)
 
 
-def takes_safetensors(request: Request) -> bool:
-    """Whether the caller names safetensors among what it takes."""
-    return SAFETENSORS in request.headers.get("accept", "")
+def _form(request: Request) -> str:
+    """JSON or safetensors, as the caller takes weights; raises `RefusedError` for one that takes neither."""
+    form = weight_form(request.headers.getlist("accept"))
+    if form is None:
+        raise not_acceptable(JSON)
+    return form
+
+
+def refuse_without(request: Request, form: str) -> None:
+    """Refuse a caller who never takes the only form of an answer."""
+    if excludes(request.headers.getlist("accept"), form):
+        raise not_acceptable(form)
 
 
 def known(request: Request, tag: str) -> bool:
     """Whether the caller says it has what this ETag names."""
-    header = request.headers.get("if-none-match", "")
+    header = ",".join(request.headers.getlist("if-none-match"))
     return tag in [item.strip().removeprefix("W/") for item in header.split(",")]
 
 
 def answer_statistics(request: Request, tag: str, read: Callable[[], bytes]) -> Response:
     """Data statistics as safetensors; 304, and nothing read, if the caller has what `tag` names."""
+    refuse_without(request, SAFETENSORS)
     headers = {"ETag": f'"{tag}"'}
     if known(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)

@@ -75,6 +75,12 @@ def read_prompts(body: Buffer) -> PromptStatistics:
         raise _mismatch(str(error)) from error
 
 
+def refuse_killer(suspicion: str) -> None:
+    """Refuse bytes that the coordinator was killed by again and again."""
+    if suspicion:
+        raise _mismatch(suspicion)
+
+
 def together(kind: StatisticsKind, bodies: Mapping[str, bytes]) -> bytes:
     """The statistics of several workers, by their names and in that order, as one; of one worker its own bytes.
 

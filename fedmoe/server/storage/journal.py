@@ -25,7 +25,7 @@ from fedmoe.server.storage.chain import COLUMNS, GENESIS, Link
 from fedmoe.server.storage.event_rows import chained_event_of, event_of, row_of
 from fedmoe.server.storage.incarnation import INCARNATION, INCARNATIONS_BEFORE, Ended, new_incarnation, of_text, to_text
 from fedmoe.server.storage.opening import HEAD, check_rows, checked_chain, checked_head, driver, make_tables
-from fedmoe.server.storage.released_bytes_table import LET_GO
+from fedmoe.server.storage.released_bytes_table import LET_GO, TO_ERASE
 from fedmoe.server.storage.reported_statistics import KeptStatistic, Statistic, dropping, statistics_query
 from fedmoe.server.storage.sqlite import journal_problem, opening_problem, set_pragmas
 from fedmoe.server.storage.tables import DATA_STATISTICS, EVENTS, META, SNAPSHOTS, STATISTICS, TOKENS
@@ -186,7 +186,7 @@ class SqlJournal:
             raise
 
     def _prepare(self, skip_damaged: bool) -> None:
-        make_tables(self._connection, self._where, (DATA_STATISTICS, VERDICTS, TOKEN_FACTS, LET_GO))
+        make_tables(self._connection, self._where, (DATA_STATISTICS, VERDICTS, TOKEN_FACTS, LET_GO, TO_ERASE))
         check_rows(self._connection, self._where, skip_damaged)
         self._end = checked_chain(self._connection, self._where)
         self._head = checked_head(self._connection, self._where, self._end)

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from fedmoe.federation.events import UpdateAccepted
 from fedmoe.server.storage.event_rows import event_of
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.released_bytes_table import LET_GO
+from fedmoe.server.storage.released_bytes_table import LET_GO, TO_ERASE
 from fedmoe.server.storage.tables import EVENTS
 
 #: Bytes were bounded (`--keep-gb`), or a worker that withdrew was erased (`retract --erase`).
@@ -29,6 +29,16 @@ class LetGo:
     worker: str | None
     through: int
     reason: Reason
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ToErase:
+    """A worker that is to be erased from an expert, asked for at `at` (seconds since 1970) for a reason."""
+
+    expert: str
+    worker: str
+    reason: str
     at: float
 
 
@@ -51,6 +61,22 @@ def noted(journal: Journal) -> list[LetGo]:
     """Everything that was let go of, in order."""
     columns = [column for column in LET_GO.c if column.name != "id"]
     return [LetGo(**row) for row in journal.query(sa.select(*columns).order_by(LET_GO.c.id))]
+
+
+def note_to_erase(journal: Journal, wanted: ToErase) -> None:
+    """Note that an erasure was asked for; durable on return."""
+    journal.change(TO_ERASE.insert().prefix_with("OR REPLACE"), [asdict(wanted)])
+
+
+def to_erase(journal: Journal) -> list[ToErase]:
+    """The erasures that were asked for and are not finished, the oldest first."""
+    return [ToErase(**row) for row in journal.query(sa.select(TO_ERASE).order_by(TO_ERASE.c.at))]
+
+
+def erased(journal: Journal, expert: str, worker: str) -> None:
+    """Note that an erasure is finished, if it was asked for."""
+    if any((one.expert, one.worker) == (expert, worker) for one in to_erase(journal)):
+        journal.change(TO_ERASE.delete().where(TO_ERASE.c.expert == expert, TO_ERASE.c.worker == worker))
 
 
 def undo_ends(journal: Journal, expert: str) -> int:

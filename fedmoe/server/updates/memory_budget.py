@@ -1,4 +1,4 @@
-"""How many bytes of decoded updates there may be at once; whoever does not fit waits, first come, first served."""
+"""How many bytes of decoded updates there may be at once, and what is done one at a time; whoever has to waits."""
 
 from __future__ import annotations
 
@@ -45,3 +45,16 @@ class MemoryBudget:
             if not turn.done():
                 self._left -= taken
                 turn.set_result(None)
+
+
+class OneAtATime:
+    """Work that takes much memory, done one at a time; of each token one request stands in line, whatever it sends."""
+
+    def __init__(self) -> None:
+        self._all = asyncio.Lock()
+        self._of: dict[str, asyncio.Lock] = {}
+
+    @asynccontextmanager
+    async def turn(self, token: str) -> AsyncIterator[None]:
+        async with self._of.setdefault(token, asyncio.Lock()), self._all:
+            yield

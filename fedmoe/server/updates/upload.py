@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -38,22 +38,26 @@ class Expected:
     sha256: str
 
 
-def parse_content_digest(value: str | None) -> str:
-    """The sha256 of a `Content-Digest: sha-256=:BASE64:` header (RFC 9530), as hex."""
-    for part in (value or "").split(","):
-        name, _, encoded = part.strip().partition("=")
-        if name.lower() == "sha-256" and len(encoded) > 2 and encoded[0] == encoded[-1] == ":":
-            try:
-                digest = base64.b64decode(encoded[1:-1], validate=True)
-            except binascii.Error:
-                continue
-            if len(digest) == 32:
-                return digest.hex()
+def parse_content_digest(values: Sequence[str]) -> str:
+    """The one sha256 in all `Content-Digest: sha-256=:BASE64:` headers of a request (RFC 9530), as hex."""
+    parts = [part.strip().partition("=") for value in values for part in value.split(",")]
+    found = [encoded.strip() for name, _, encoded in parts if name.strip().lower() == "sha-256"]
+    digest = _decoded(found[0]) if len(found) == 1 else None
+    if digest is not None:
+        return digest.hex()
     raise RefusedError(
         "digest_mismatch",
-        f"a Content-Digest header with a sha-256 is needed, got {value!r}.",
+        f"a Content-Digest header with one sha-256 is needed, got {', '.join(values)[:200] or None!r}.",
         "Send 'Content-Digest: sha-256=:BASE64:' of the body.",
     )
+
+
+def _decoded(encoded: str) -> bytes | None:
+    try:
+        digest = base64.b64decode(encoded[1:-1], validate=True)
+    except binascii.Error:
+        return None
+    return digest if len(digest) == 32 and encoded[0] == encoded[-1] == ":" else None
 
 
 def content_digest(sha256: bytes) -> str:

@@ -1,8 +1,7 @@
 """Erasing a worker that withdrew from an expert: its bytes go for good, rows and digests stay, so the chain holds.
 
 The expert is taken back to what it is without the worker first. Then a snapshot of that stands, so that no later start
-needs anything older, and only then bytes go. Whoever asked is told at the end; killed before that, the same request
-does the rest.
+needs anything older, and only then bytes go; `withdrawal` does the one after the other.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass
 import structlog
 
 from fedmoe.coordinator import Transaction
+from fedmoe.federation.events import Lineage, lineages
 from fedmoe.runtime import failpoints
 from fedmoe.server.history.history import History
 from fedmoe.server.history.pruning import made_of
@@ -29,11 +29,15 @@ _log = structlog.get_logger("fedmoe.coordinator")
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """How many updates and snapshots went, and how many rows and bodies of statistics."""
+    """How many updates and snapshots went, and how many rows and bodies of statistics.
+
+    `left` says in words what stays in the gateway, if anything.
+    """
 
     updates: int
     snapshots: int
     statistics: int
+    left: str = ""
 
     def in_words(self) -> str:
         return (
@@ -58,6 +62,11 @@ class Erasure:
         """Whether a worker ever landed an update on an expert, or one of it waits."""
         return bool(stored_updates(self.journal, expert, worker) or transaction.quarantine.of_worker(expert, worker))
 
+    def holds(self, transaction: Transaction, expert: str, worker: str) -> bool:
+        """Whether the newest version of an expert is made of an update of a worker."""
+        chains = lineages(self.journal.events(expert))
+        return any(update.worker == worker for update in Lineage.updates(chains[transaction.expert(expert).version]))
+
     def erase(self, transaction: Transaction, request: RetractRequest, at: float) -> Erased:
         """Erase what a worker gave to an expert whose newest version holds nothing of it any more."""
         name, worker = request.expert, request.worker
@@ -74,15 +83,17 @@ class Erasure:
         holding = made_of(self.journal.events(name), snapshots, worker)
         note(self.journal, LetGo(name, worker, expert.version, "erase", at))
         failpoints.reached("erase.noted")
-        for version in holding:
-            self.journal.drop_snapshot(name, version)
+        self.history.erasures += 1
         kept = {digest for version, digest in snapshots.items() if version not in holding}
+        # The rows last: whoever does it again after a kill finds by them which snapshots' bytes have to go.
         for digest in (mine | {snapshots[version] for version in holding}) - kept:
             self.blobs.delete(digest)
         failpoints.reached("erase.blobs_gone")
+        for version in holding:
+            self.journal.drop_snapshot(name, version)
         told = self.told.erase(name, worker) + self.statistics.erase(transaction, name, worker, at)
         forget_log(self.journal)
         self.roster.forget(name, worker)
-        erased = Erased(len(mine), len(holding), told)
+        erased = Erased(len(mine), len(holding), told, self.history.left_in_the_gateway(name, worker))
         _log.warning("erased", expert=name, worker=worker, reason=request.reason, **asdict(erased))
         return erased

@@ -73,17 +73,26 @@ class Undo:
     async def retract(self, request: RetractRequest) -> ChangeResult:
         """The expert's next version is what it would be without one worker's updates."""
 
-        def decide(transaction: Transaction, expert: ExpertModel, rebuilt: Rebuilt) -> ChangeResult:
-            at = self._clock()
-            named = (request.expert, request.worker, rebuilt.removed, rebuilt.state, request.reason, at)
-            transaction.retract(*named, since=rebuilt.since)
-            rejected = retract_held(transaction, request.expert, request.worker, request.reason, at)
-            return answered(transaction, request.expert, rebuilt.removed, f"{rebuilt.note} {rejected}".strip())
-
         def rebuild(expert: ExpertModel) -> Rebuilt:
             return self._history.without_worker(expert, request.worker)
 
+        def decide(transaction: Transaction, expert: ExpertModel, rebuilt: Rebuilt) -> ChangeResult:
+            return self._retracted(request, transaction, rebuilt)
+
         return await self._done("retracted", request.expert, request.worker, rebuild, decide)
+
+    def retract_now(self, transaction: Transaction, request: RetractRequest) -> ChangeResult:
+        """The same for the committer, in a group of its own, all of it at once."""
+        return self._retracted(
+            request, transaction, self._history.without_worker(transaction.expert(request.expert), request.worker)
+        )
+
+    def _retracted(self, request: RetractRequest, transaction: Transaction, rebuilt: Rebuilt) -> ChangeResult:
+        at = self._clock()
+        named = (request.expert, request.worker, rebuilt.removed, rebuilt.state, request.reason, at)
+        transaction.retract(*named, since=rebuilt.since)
+        rejected = retract_held(transaction, request.expert, request.worker, request.reason, at)
+        return answered(transaction, request.expert, rebuilt.removed, f"{rebuilt.note} {rejected}".strip())
 
     async def _done(self, what: str, name: str, worker: str | None, rebuild: Rebuild, decide: Decide) -> ChangeResult:
         result, rebuilt, tries = None, None, 0

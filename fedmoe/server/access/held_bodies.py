@@ -1,0 +1,71 @@
+"""How many bytes of JSON bodies are held at once: they are read into memory, and may come in slowly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from fedmoe.wire.http.body_limits import BodyRefusedError
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Bytes held of one token, and in all; the first `free` bytes of a body count for neither, and always find room."""
+
+    of_token: int = 16 << 20
+    total: int = 64 << 20
+    free: int = 64 << 10
+
+
+class HeldBodies:
+    """What is held of bodies that are not answered yet; for one event loop."""
+
+    def __init__(self, limits: BodyLimits | None = None) -> None:
+        self.limits = limits or BodyLimits()
+        self.by_token: Counter[str] = Counter()
+        self.total = 0
+
+    def of(self, token: str) -> HeldBody:
+        """A body of this token, of which nothing has come; an empty token is everybody's, and has all the room."""
+        return HeldBody(self, token)
+
+
+class HeldBody:
+    """One body, as much of it as has come; what it holds is given back with `let_go`."""
+
+    def __init__(self, bodies: HeldBodies, token: str) -> None:
+        self._bodies = bodies
+        self._token = token
+        self._size = self._counted = 0
+
+    def add(self, size: int) -> None:
+        """More of it comes; raises `RefusedError` where there is no room for that."""
+        self._size += size
+        more = max(0, self._size - self._bodies.limits.free) - self._counted
+        if not more:
+            return
+        limits, mine = self._bodies.limits, self._bodies.by_token[self._token]
+        if self._token and mine + more > limits.of_token:
+            raise _no_room("quota_exceeded", "this token's", limits.of_token)
+        if self._bodies.total + more > limits.total:
+            raise _no_room("busy", "all", limits.total)
+        self._count(more)
+
+    def let_go(self) -> None:
+        self._count(-self._counted)
+
+    def _count(self, more: int) -> None:
+        self._counted += more
+        self._bodies.total += more
+        self._bodies.by_token[self._token] += more
+        if not self._bodies.by_token[self._token]:
+            del self._bodies.by_token[self._token]
+
+
+def _no_room(code: str, whose: str, most: int) -> BodyRefusedError:
+    return BodyRefusedError(
+        code,
+        f"{whose} requests under way hold {most} bytes of JSON, which is all they may.",
+        "Retry after the time given, with fewer or smaller bodies at once.",
+        retry_after=2,
+    )

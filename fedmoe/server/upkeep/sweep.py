@@ -1,0 +1,98 @@
+"""The sweep of a coordinator that runs for weeks: what a start does with unnamed blobs and the trash, once a day.
+
+A blob goes to the trash when two sweeps, a day apart by a clock that nobody sets, find it with no name in the journal.
+The journal is read in pages, so that no push waits for all of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import structlog
+
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.history.history import History
+from fedmoe.server.storage.blobs import FolderBlobStore, StorageFailedError, Swept
+from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.named_blobs import named_blobs
+from fedmoe.server.storage.released_bytes import newest_updates
+from fedmoe.server.storage.trash import UNNAMED_SECONDS, Trash
+
+_log = structlog.get_logger("fedmoe.disk")
+
+#: Which file it is: inode and time of change in nanoseconds. The same bytes stored once more are another file.
+Identity = tuple[int, int]
+
+
+class Sweeping:
+    """Sweeps when it is due; `clock` gives seconds since 1970, `monotonic` seconds that only grow."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        blobs: FolderBlobStore,
+        history: History,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._journal = journal
+        self._blobs = blobs
+        self._history = history
+        self._clock = clock
+        self._monotonic = monotonic
+        self._next = monotonic() + UNNAMED_SECONDS
+        self._seen: dict[str, Identity] = {}
+
+    def due(self) -> bool:
+        """Whether a day has passed since the start, or the last sweep."""
+        return self._monotonic() >= self._next
+
+    def sweep(self) -> Swept:
+        """Move what is unnamed since the last sweep to the trash, and remove what has been there for long."""
+        self._next = self._monotonic() + UNNAMED_SECONDS
+        try:
+            swept = self._swept()
+        except (OSError, RefusedError, StorageFailedError) as error:
+            _log.error("sweep_failed", reason=str(error), again="in a day, and at the next start")
+            return Swept()
+        if swept != Swept():
+            _log.warning("swept", removed=swept.removed, to_trash=swept.to_trash)
+        return swept
+
+    def _swept(self) -> Swept:
+        now, trash = self._clock(), Trash(self._blobs.folder / "trash")
+        unnamed = self._unnamed()
+        old = [name for name, identity in unnamed.items() if self._seen.get(name) == identity]
+        moved = sum(self._moved(name, unnamed[name], trash, now) for name in old)
+        self._seen = unnamed
+        newest = max((update.at for update in newest_updates(self._journal, 1)), default=0.0)
+        return Swept(trash.empty(min(now, newest)), moved)
+
+    def _unnamed(self) -> dict[str, Identity]:
+        """The blobs that no row names. They are listed first: what is journalled meanwhile is named by then."""
+        unnamed = {name: identity for name in self._blobs.digests() if (identity := self._identity(name))}
+        for digest in named_blobs(self._journal):
+            unnamed.pop(digest, None)
+        for digest in self._history.held_back():
+            unnamed.pop(digest, None)
+        return unnamed
+
+    def _identity(self, name: str) -> Identity | None:
+        try:
+            found = self._blobs.path(name).lstat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def _moved(self, name: str, identity: Identity, trash: Trash, now: float) -> bool:
+        """Move a blob, unless somebody has just stored the same bytes."""
+        moved = []
+
+        def move() -> None:
+            if self._identity(name) == identity:
+                trash.add(self._blobs.path(name), now)
+                moved.append(name)
+
+        self._blobs.pins.unless_pinned(name, move)
+        return bool(moved)

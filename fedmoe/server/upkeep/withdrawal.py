@@ -1,0 +1,119 @@
+"""A worker withdraws from an expert: its updates are taken out, then their bytes go for good.
+
+What was asked for is noted before anything is done and until all of it is, so that the next start finishes what a kill
+interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import structlog
+
+from fedmoe.coordinator import CentralCoordinator, Transaction
+from fedmoe.runtime import failpoints
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.released_bytes import ToErase, erased, note_to_erase, to_erase
+from fedmoe.server.updates.committer import Committer
+from fedmoe.server.updates.upload import settled
+from fedmoe.server.upkeep.erasure import Erased, Erasure
+from fedmoe.server.upkeep.undo import Undo, answered
+from fedmoe.wire.contract.messages import ChangeResult, RetractRequest
+
+_log = structlog.get_logger("fedmoe.coordinator")
+
+# A worker may push between the retraction and the erasure; then both are done once more.
+_TRIES = 5
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawals:
+    """Withdrawals of one coordinator; `clock` gives seconds since 1970."""
+
+    coordinator: CentralCoordinator
+    journal: Journal
+    committer: Committer
+    undo: Undo
+    erasure: Erasure
+    clock: Callable[[], float]
+
+    async def withdraw(self, request: RetractRequest) -> ChangeResult:
+        """Retract a worker, if that is not done yet, and remove its bytes for good; raises RefusedError."""
+        gave = await self._decided(lambda transaction: self._noted(transaction, request))
+        failpoints.reached("erase.wanted")
+        for _ in range(_TRIES):
+            result = await self._without(request, gave)
+            found = await self._decided(lambda transaction: self._erase(transaction, request))
+            if found is not None:
+                await self._done(request)
+                notes = (result.note, "" if found.left in result.note else found.left, found.in_words())
+                return result.model_copy(update={"note": " ".join(filter(None, notes))})
+        await self._done(request)
+        raise RefusedError(
+            "busy",
+            f"updates of {request.worker!r} landed on {request.expert!r} again and again while they were taken out.",
+            "Nothing was erased: revoke the worker's token or stop it, then give the command again.",
+        )
+
+    async def _done(self, request: RetractRequest) -> None:
+        """After what follows the decisions before it."""
+        await self._decided(lambda transaction: erased(self.journal, request.expert, request.worker))
+
+    def finish(self) -> None:
+        """Queue what was asked for before the last stop and is not done; for the start, before anything else."""
+        for wanted in to_erase(self.journal):
+            self._finish(RetractRequest(expert=wanted.expert, worker=wanted.worker, reason=wanted.reason, erase=True))
+
+    def _finish(self, request: RetractRequest) -> None:
+        steps = [
+            self.committer.submit(lambda transaction: self._retract(transaction, request), alone=True),
+            self.committer.submit(lambda transaction: self._erase(transaction, request), alone=True),
+        ]
+
+        def end(transaction: Transaction) -> None:
+            failed = next((step.exception() for step in steps if step.exception() is not None), None)
+            if failed is None:
+                erased(self.journal, request.expert, request.worker)
+                return
+            named = {"expert": request.expert, "worker": request.worker}
+            _log.error("erasure_not_finished", **named, reason=str(failed), again="at the next start")
+
+        self.committer.submit(end, alone=True)
+
+    def _noted(self, transaction: Transaction, request: RetractRequest) -> bool:
+        """Note what is to be done, if there is anything; whether there is."""
+        transaction.expert(request.expert)
+        gave = self.erasure.gave(transaction, request.expert, request.worker)
+        if gave:
+            note_to_erase(self.journal, ToErase(request.expert, request.worker, request.reason, self.clock()))
+        return gave
+
+    async def _without(self, request: RetractRequest, gave: bool) -> ChangeResult:
+        try:
+            return await self.undo.retract(request)
+        except RefusedError as error:
+            if error.code != "nothing_to_retract" or not gave:
+                await self._done(request)  # nothing was changed
+                raise
+            return answered(self.coordinator.transaction(), request.expert)
+
+    def _retract(self, transaction: Transaction, request: RetractRequest) -> None:
+        if self.erasure.holds(transaction, request.expert, request.worker):
+            self.undo.retract_now(transaction, request)
+
+    def _erase(self, transaction: Transaction, request: RetractRequest) -> Erased | None:
+        if self.erasure.holds(transaction, request.expert, request.worker):
+            return None
+        return self.erasure.erase(transaction, request, self.clock())
+
+    async def _decided(self, decide: Callable[[Transaction], Result]) -> Result:
+        # A cancelled request still waits for its decision, as a push does.
+        future = cast("Future[Result]", self.committer.submit(decide, alone=True))
+        return await settled(asyncio.wrap_future(future))

@@ -1,0 +1,92 @@
+"""Which form of an answer a caller takes, by `Accept` (RFC 9110, 12.5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.wire.contract.messages import SAFETENSORS
+
+JSON = "application/json"
+_MOST_RANGES = 256
+
+
+def weight_form(accept: Sequence[str]) -> str | None:
+    """JSON or safetensors, by all `Accept` headers of a request; None if it excludes what could be sent.
+
+    Safetensors have to be named, or be the only form that is left; named with the same weight they come first.
+    """
+    ranges = _ranges(accept)
+    as_json, as_tensors = _weight(ranges, JSON), _weight(ranges, SAFETENSORS)
+    named = SAFETENSORS in ranges
+    if as_tensors and (as_json == 0 or (named and as_tensors >= (as_json or 0.0))):
+        return SAFETENSORS
+    return None if as_json == 0 else JSON
+
+
+def excludes(accept: Sequence[str], form: str) -> bool:
+    """Whether a request says that it never takes this media type: a weight of 0, by the nearest range that covers it.
+
+    What is merely not named may be sent: most programs name nothing of use.
+    """
+    return bool(accept) and _weight(_ranges(accept), form) == 0
+
+
+def _weight(ranges: dict[str, float], form: str) -> float | None:
+    """The weight of a media type by the nearest range that covers it; None where none does."""
+    return next((ranges[one] for one in (form, f"{form.partition('/')[0]}/*", "*/*") if one in ranges), None)
+
+
+def _ranges(accept: Sequence[str]) -> dict[str, float]:
+    """Media range -> weight; of one that is named twice the smaller, so that 0 stays never."""
+    found: dict[str, float] = {}
+    for entry in ",".join(accept).split(",")[:_MOST_RANGES]:
+        name, *parameters = (part.strip().lower() for part in entry.split(";"))
+        told = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parameters)}
+        weight = _number(told.pop("q", "1"))
+        if weight or not told:  # with parameters of its own it is a variant that is excluded, which we do not send
+            found[name] = min(weight, found.get(name, 1.0))
+    return found
+
+
+def _number(given: str) -> float:
+    """A weight from 0 to 1; what is none counts as 1, as if it were not there."""
+    try:
+        return min(max(float(given), 0.0), 1.0) if given.isascii() and not given.strip("0123456789.") else 1.0
+    except ValueError:
+        return 1.0
+
+
+class NegotiationMiddleware:
+    """Refuses, before anything is done, who never takes JSON where there is nothing else; `answer` writes that.
+
+    `others` are the paths with another form, which look for themselves.
+    """
+
+    def __init__(self, app: ASGIApp, others: frozenset[str], answer: Callable[[RefusedError], Response]) -> None:
+        self._app = app
+        self._others = others
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (
+            scope["type"] == "http"
+            and scope["path"] not in self._others
+            and excludes(Headers(scope=scope).getlist("accept"), JSON)
+        ):
+            await self._answer(not_acceptable(JSON))(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def not_acceptable(form: str) -> RefusedError:
+    """The refusal of a caller that excludes the only form there is."""
+    return RefusedError(
+        "not_acceptable",
+        f"this is answered as {form}, which the request's Accept header excludes (q=0).",
+        f"Send 'Accept: {form}', or none.",
+    )

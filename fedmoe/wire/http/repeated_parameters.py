@@ -1,0 +1,44 @@
+"""What a request says once or not at all: told twice, nobody knows which one counts, so nothing is done."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from urllib.parse import parse_qsl
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fedmoe.runtime.errors import RefusedError
+
+#: Headers that decide something here and have one value; those that are lists may come in several lines.
+_ONE_VALUE = frozenset({"authorization", "content-length", "content-type", "fedmoe-protocol", "host", "user-agent"})
+
+
+def repeated(query: bytes, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """What a request says more than once, in words; None where everything is clear."""
+    names = Counter(name.lower().decode("latin-1") for name, _ in headers)
+    twice = sorted(name for name in _ONE_VALUE if names[name] > 1)
+    if twice:
+        return f"the header {twice[0]}"
+    if b"&" not in query:
+        return None
+    keys = Counter(key for key, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    key = next((key for key, count in keys.items() if count > 1), None)
+    return None if key is None else f"the parameter {key[:80]!r}"
+
+
+class RepeatedMiddleware:
+    """Refuses requests that say something twice; `answer` writes that."""
+
+    def __init__(self, app: ASGIApp, answer: Callable[[RefusedError], Response]) -> None:
+        self._app = app
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        told = repeated(scope["query_string"], scope["headers"]) if scope["type"] == "http" else None
+        if told is None:
+            await self._app(scope, receive, send)
+            return
+        error = RefusedError("malformed", f"{told} was given more than once; it has one value.", "Send it once.")
+        await self._answer(error)(scope, receive, send)
