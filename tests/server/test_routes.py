@@ -361,7 +361,7 @@ def test_a_manifest_too_large_to_keep_or_to_send_is_refused_before_memory_is_tak
     with house.client() as client:
         for manifest, word in ((giant, "parameters"), (wordy, "characters")):
             answer = client.post("/register_expert", json={"expert": "e", "worker": "w", "manifest": manifest})
-            assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+            assert (answer.status_code, answer.json()["code"]) == (409, "expert_too_large")
             assert word in answer.json()["detail"]
     assert house.journal.count() == 0
 
