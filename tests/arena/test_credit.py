@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedmoe.arena.modes import credit
 from fedmoe.arena.modes.credit import RULES, Credit, CreditError, SeatCredit, credit_rule, decompose, weighted
 from fedmoe.arena.tasks.task import Lineup, Outcome, Team
+from fedmoe.runtime import plugins
 
 laws = settings(deadline=None, max_examples=60)
 scores = st.floats(0, 1)
@@ -152,13 +153,13 @@ def test_weights_that_reward_nothing_are_refused(weights: Credit) -> None:
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
-    found = EntryPoints(EntryPoint(name, value, credit.ENTRY_POINTS) for name, value in points)
-    monkeypatch.setattr(credit, "entry_points", lambda group: found.select(group=group))
+    found = EntryPoints(EntryPoint(name, value, "fedmoe.credit") for name, value in points)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: found.select(group=group))
 
 
 def test_a_rule_is_found_by_name_here_or_in_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(
-        monkeypatch, ("foreign", "fedmoe.arena.modes.credit:shared"), ("odd", "fedmoe.arena.modes.credit:ENTRY_POINTS")
+        monkeypatch, ("foreign", "fedmoe.arena.modes.credit:shared"), ("odd", "fedmoe.arena.modes.credit:__name__")
     )
     assert credit_rule("difference") is RULES["difference"]
     assert credit_rule("foreign") is credit.shared

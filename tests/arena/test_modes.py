@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from letters import LettersTask, planned, played
 
-from fedmoe.arena.modes import competitive, cooperative, registry, team_battle
+from fedmoe.arena.modes import competitive, cooperative, team_battle
 from fedmoe.arena.modes.advantages import BaselineKey
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.cooperative import Cooperative
@@ -27,6 +27,7 @@ from fedmoe.arena.population.pbt import SURELY, Birth
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player
 from fedmoe.arena.tasks.task import HELD_OUT, check_lineup
 from fedmoe.inference.engine import AdapterKey
+from fedmoe.runtime import plugins
 
 NAMES = ("ann", "bob", "cy", "dee")
 TASK = LettersTask()
@@ -538,8 +539,8 @@ class Quiet(Cooperative):
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    found = EntryPoints(EntryPoint(name, f"{__name__}:Quiet", registry.ENTRY_POINTS) for name in names)
-    monkeypatch.setattr(registry, "entry_points", lambda **wanted: found.select(**wanted))
+    found = EntryPoints(EntryPoint(name, f"{__name__}:Quiet", "fedmoe.modes") for name in names)
+    monkeypatch.setattr(plugins, "entry_points", lambda **wanted: found.select(**wanted))
 
 
 def test_a_plug_in_is_found_by_its_entry_point_e21(monkeypatch: pytest.MonkeyPatch) -> None:

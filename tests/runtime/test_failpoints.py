@@ -10,7 +10,7 @@ import pytest
 
 def run(failpoints: str, reached: list[str]) -> subprocess.CompletedProcess[str]:
     script = (
-        "import sys; from fedmoe import failpoints\nfor n in sys.argv[1:]: print(n, flush=True); failpoints.reached(n)"
+        "import sys; from fedmoe.runtime import failpoints\nfor n in sys.argv[1:]: print(n, flush=True); failpoints.reached(n)"
     )
     return subprocess.run(
         [sys.executable, "-c", script, *reached],
