@@ -32,7 +32,6 @@ from fedmoe.arena.run.batched_records import BatchedRecords, truncate_records
 from fedmoe.arena.run.checkpoint import ArenaState, Loaded
 from fedmoe.arena.run.engines import make_engine
 from fedmoe.arena.run.episode_log import EPISODES, EpisodeLog
-from fedmoe.arena.run.logs import RunLogs, log_files, run_logs
 from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch, Watched, unwatched
 from fedmoe.arena.run.results import Ending
 from fedmoe.arena.run.resuming import accepted_changes
@@ -48,6 +47,7 @@ from fedmoe.models.multilora import MultiLora
 from fedmoe.runtime.control_file import ControlFile
 from fedmoe.runtime.environment import environment
 from fedmoe.runtime.files import lock_folder
+from fedmoe.runtime.logs import RunLogs, log_files, run_logs
 from fedmoe.runtime.machine import memory
 from fedmoe.runtime.memory import MemoryGuard, MemoryLimitError, choose_limit, limit_gpu, watched
 from fedmoe.runtime.records import RecordWriter, read_records
