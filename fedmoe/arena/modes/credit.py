@@ -56,7 +56,7 @@ class SeatCredit:
 CreditRule = Callable[[Outcome, Lineup], tuple[SeatCredit, ...]]
 
 
-def weighted(weights: Credit, rivals: Rivals = "mean") -> CreditRule:
+def weighted_rule(weights: Credit, rivals: Rivals = "mean") -> CreditRule:
     """The rule `sum of weight x part`; raises `CreditError` for weights that are not finite or all zero.
 
     The rule itself raises `CreditError` where a part with a weight has no number.

@@ -42,7 +42,7 @@ class EpisodePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class PlayedTurn:
     """One action of one seat. `behaviour` are the log-probabilities under the weights that sampled it, float32 (T,).
 
     `saw`: the last message that the seat saw before it acted.
@@ -71,7 +71,7 @@ class PlayedEpisode:
     """
 
     plan: EpisodePlan
-    turns: tuple[Turn, ...]
+    turns: tuple[PlayedTurn, ...]
     outcome: Outcome
     question: str = ""
 
@@ -84,7 +84,7 @@ class Example:
     """
 
     policy: str
-    turn: Turn
+    turn: PlayedTurn
     advantage: float
     reward: float
     weight: float = 1.0

@@ -29,7 +29,7 @@ def installed_metrics() -> dict[str, Metric]:
     return _PLUGINS.installed()
 
 
-def measured(metrics: Mapping[str, Metric], played: Sequence[PlayedEpisode]) -> dict[str, float | None]:
+def evaluate_metrics(metrics: Mapping[str, Metric], played: Sequence[PlayedEpisode]) -> dict[str, float | None]:
     """Every metric's number for one iteration; None, with a warning, where it raises or gives no finite number."""
     return {name: _measured(name, metric, played) for name, metric in metrics.items()}
 

@@ -23,7 +23,7 @@ from fedmoe.arena.learning.adapt import AdaptRules
 from fedmoe.arena.learning.learner import Learner, LearnerConfig, OptimizerState
 from fedmoe.arena.learning.loss import LossConfig
 from fedmoe.arena.learning.policies import Policies
-from fedmoe.arena.modes.protocol import Decision
+from fedmoe.arena.modes.protocol import ArenaDecision
 from fedmoe.arena.reporting import write_decision
 from fedmoe.arena.rollout.chat import ChatCodec
 from fedmoe.arena.rollout.interval import few_questions
@@ -258,7 +258,7 @@ def _tell_changes(run: _Run, found: Loaded) -> None:
     """Record settings that are not those of the checkpoint: a reader of the curve sees where they changed."""
     changes = accepted_changes(found.state.config, _plain(run.config), found.state.iteration, str(found.path))
     for change in changes:
-        decision = Decision("configuration", "", "", change, "resumed with another setting")
+        decision = ArenaDecision("configuration", "", "", change, "resumed with another setting")
         write_decision(run.writer, found.state.iteration, "", decision)
     if changes:
         _announce(run)

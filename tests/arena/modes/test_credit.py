@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe.arena.modes import credit
-from fedmoe.arena.modes.credit import RULES, Credit, CreditError, SeatCredit, credit_rule, decompose, weighted
+from fedmoe.arena.modes.credit import RULES, Credit, CreditError, SeatCredit, credit_rule, decompose, weighted_rule
 from fedmoe.arena.tasks.task import Lineup, Outcome, Team
 from fedmoe.runtime import plugins
 
@@ -112,7 +112,7 @@ def test_a_weighted_reward_is_the_sum_of_its_parts(
     if not any((own, joint, missed, ahead)):
         return
     singles = [rewards(RULES[name](*case)) for name in ("individual", "shared", "difference", "team_advantage")]
-    found = weighted(Credit(own, joint, missed, ahead))(*case)
+    found = weighted_rule(Credit(own, joint, missed, ahead))(*case)
     for seat, credited in enumerate(found):
         expected = sum(w * single[seat] for w, single in zip((own, joint, missed, ahead), singles, strict=True))
         assert credited.reward == pytest.approx(expected, abs=1e-9)
@@ -149,7 +149,7 @@ def test_an_outcome_of_another_line_up_is_refused(outcome: Outcome) -> None:
 @pytest.mark.parametrize("weights", [Credit(), Credit(shared=float("nan")), Credit(shared=1.0, versus=None)])
 def test_weights_that_reward_nothing_are_refused(weights: Credit) -> None:
     with pytest.raises(CreditError, match="finite numbers"):
-        weighted(weights)
+        weighted_rule(weights)
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
