@@ -16,14 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import Adapter, FloatMatrix, ShapeError
+from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ShapeError
 from fedmoe.lora.algebra import recompress, stack
 from fedmoe.lora.moments import Gram, InputMoments, sum_of_grams
 from fedmoe.lora.regmean import PRIOR, RIDGE, Solution, check_moments, cut_in_metric, loudness, rebuilt, wide
-
-Matrix64 = NDArray[np.float64]
 
 # The least length of a direction of A, as a share of the largest: below, B would have to be too large for float32.
 _LEAST = 1e-6
@@ -96,8 +93,8 @@ class _Plan:
 class _Part:
     """One module of the next gateway: product b @ a, and the energies of outputs that were kept and lost."""
 
-    a: Matrix64
-    b: Matrix64
+    a: Float64Array
+    b: Float64Array
     kept: float
     lost: float
 
@@ -157,7 +154,7 @@ def _fold_module(plan: _Plan, name: str, grams: Mapping[str, Gram]) -> _Part | N
     return _Part(a_new, b_new, float(kept.sum()), float(lost.sum()))
 
 
-def _as_learned(a_gateway: Matrix64, learned: Matrix64, weights: Sequence[float]) -> Matrix64:
+def _as_learned(a_gateway: Float64Array, learned: Float64Array, weights: Sequence[float]) -> Float64Array:
     """The gateway's A with what each expert's own A learned: `learned` has all that is folded of A and of A's start."""
     after, before = learned.reshape(len(weights), 2, *a_gateway.shape).swapaxes(0, 1)
     return a_gateway + np.tensordot(np.asarray(weights), after - before, 1)
@@ -168,7 +165,7 @@ def _same(left: Adapter, right: Adapter, name: str) -> bool:
     return left.alpha == right.alpha and all(np.array_equal(one, other) for one, other in pairs)
 
 
-def nearest_factors(a: FloatMatrix, b: FloatMatrix, target: Matrix64) -> tuple[Matrix64, Matrix64]:
+def nearest_factors(a: FloatMatrix, b: FloatMatrix, target: Float64Array) -> tuple[Float64Array, Float64Array]:
     """Factors of the product b @ a with A as near to `target` (r x n) as can be while A A' = target target'.
 
     a is k x n and b out x k with k <= r. With T = S X, S = (T T')^(1/2), and rows Q that span those of a, A = S U Q for
@@ -190,7 +187,7 @@ def nearest_factors(a: FloatMatrix, b: FloatMatrix, target: Matrix64) -> tuple[M
     return (left * sizes) @ turn @ basis.T, product @ (turn.T / sizes) @ left.T
 
 
-def _orthogonal(square: Matrix64) -> Matrix64:
+def _orthogonal(square: Float64Array) -> Float64Array:
     """The orthogonal matrix next to this one."""
     left, _, right = np.linalg.svd(square)
     return np.asarray(left @ right, np.float64)

@@ -8,8 +8,8 @@ import numpy as np
 
 from fedmoe.arena.rollout.episodes import Example, PlayedTurn, Player
 from fedmoe.arena.tasks.task import Episode, Lineup, Outcome, PromptMessage, Task, check_actions, check_lineup
-from fedmoe.inference.engine import AdapterKey, FloatArray
-from fedmoe.lora.adapter import Adapter, Layout
+from fedmoe.inference.engine import AdapterKey
+from fedmoe.lora.adapter import Adapter, FloatArray, Layout
 
 VOCABULARY = 259
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedmoe.arena.tasks.task import Lineup, Outcome
-from fedmoe.inference.engine import AdapterKey, FloatArray
+from fedmoe.inference.engine import AdapterKey
+from fedmoe.lora.adapter import FloatArray
 
 #: A seat filled by chance instead of by a model.
 RANDOM = "random"
