@@ -66,7 +66,7 @@ def stack(terms: Sequence[tuple[float, Adapter]]) -> Adapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Recompressed:
+class TruncatedAdapter:
     """An adapter cut to a smaller rank, and what the cut lost.
 
     `truncation_error` is the relative Frobenius error of the whole product, sqrt(lost energy / energy).
@@ -76,7 +76,7 @@ class Recompressed:
     truncation_error: float
 
 
-def recompress(adapter: Adapter, rank: int | None = None, energy: float | None = None) -> Recompressed:
+def recompress(adapter: Adapter, rank: int | None = None, energy: float | None = None) -> TruncatedAdapter:
     """The nearest adapter of a smaller rank in the Frobenius norm (Eckart-Young), module by module.
 
     Give `rank`, or `energy` in (0, 1]: the smallest rank that keeps this share of squared singular values in every
@@ -98,7 +98,9 @@ def recompress(adapter: Adapter, rank: int | None = None, energy: float | None =
         core.write(a, b, new_a, new_b)
     total = sum(float(core.energies.sum()) for core in cores)
     lost = sum(float(core.energies[layout.rank :].sum()) for core in cores)
-    return Recompressed(Adapter(layout, float(layout.rank), flat), float(np.sqrt(lost / total)) if total > 0 else 0.0)
+    return TruncatedAdapter(
+        Adapter(layout, float(layout.rank), flat), float(np.sqrt(lost / total)) if total > 0 else 0.0
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ShapeError
-from fedmoe.lora.algebra import recompress, stack
+from fedmoe.lora.algebra import TruncatedAdapter, recompress, stack
 from fedmoe.lora.moments import Gram, InputMoments, sum_of_grams
 from fedmoe.lora.regmean import PRIOR, RIDGE, Solution, check_moments, cut_in_metric, loudness, rebuilt, wide
 
@@ -27,7 +27,7 @@ _LEAST = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Departed:
+class ExpertDelta:
     """An expert that left the gateway at `start` and is at `now`; `weight` is what its delta counts, 1 when fresh."""
 
     start: Adapter
@@ -35,22 +35,14 @@ class Departed:
     weight: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """The next gateway, of the rank and alpha of the last; `truncation_error` is relative, of outputs, by the cut."""
-
-    adapter: Adapter
-    truncation_error: float
-
-
-def fold(
+def merge_into_gateway(
     gateway: Adapter,
-    ready: Mapping[str, Departed],
+    ready: Mapping[str, ExpertDelta],
     moments: Mapping[str, InputMoments],
     *,
     scale: float = 1.0,
     ridge: float = RIDGE,
-) -> Folded:
+) -> TruncatedAdapter:
     """The gateway with what the `ready` experts learned since they left it; their names' order does not matter.
 
     `moments` are those of every expert that shares the gateway, ready or not: they say whose delta counts for which
@@ -73,13 +65,13 @@ def fold(
             a[...], b[...] = part.a, part.b / gateway.scale
             kept, lost = kept + part.kept, lost + part.lost
     error = float(np.sqrt(lost / (kept + lost))) if lost > 0 else 0.0
-    return Folded(Adapter(gateway.layout, gateway.alpha, flat), error)
+    return TruncatedAdapter(Adapter(gateway.layout, gateway.alpha, flat), error)
 
 
 @dataclass(frozen=True)
 class _Plan:
     gateway: Adapter
-    ready: Mapping[str, Departed]
+    ready: Mapping[str, ExpertDelta]
     moments: Mapping[str, InputMoments]
     scale: float
     ridge: float
@@ -101,7 +93,7 @@ class _Part:
 
 def _check(
     gateway: Adapter,
-    ready: Mapping[str, Departed],
+    ready: Mapping[str, ExpertDelta],
     moments: Mapping[str, InputMoments],
     scale: float,
     ridge: float,
@@ -197,7 +189,7 @@ def _orthogonal(square: Float64Array) -> Float64Array:
 SUM_SCALE = 0.7
 
 
-def fold_sum(gateway: Adapter, ready: Mapping[str, Departed], several: bool) -> Folded:
+def add_into_gateway(gateway: Adapter, ready: Mapping[str, ExpertDelta], several: bool) -> TruncatedAdapter:
     """The gateway with the deltas of the `ready` experts; `several` says that it is shared, by these or others.
 
     Rank, alpha and layout stay. Raises `ShapeError` for adapters of other modules.
@@ -206,7 +198,7 @@ def fold_sum(gateway: Adapter, ready: Mapping[str, Departed], several: bool) -> 
     named = ((name, ready[name]) for name in sorted(ready))
     moved = {name: one for name, one in named if one.weight and not np.array_equal(one.now.flat, one.start.flat)}
     if not moved:
-        return Folded(gateway, 0.0)
+        return TruncatedAdapter(gateway, 0.0)
     terms = [(1.0, gateway)]
     for departed in moved.values():
         share = scale * departed.weight
@@ -217,11 +209,11 @@ def fold_sum(gateway: Adapter, ready: Mapping[str, Departed], several: bool) -> 
         a_cut, b_cut = cut.adapter.module(module.name)
         b_cut = b_cut * np.float32(cut.adapter.scale / gateway.scale)
         a[...], b[...] = nearest_factors(a_cut, b_cut, _where_experts_are(gateway, moved, module.name, scale))
-    return Folded(Adapter(gateway.layout, gateway.alpha, flat), cut.truncation_error)
+    return TruncatedAdapter(Adapter(gateway.layout, gateway.alpha, flat), cut.truncation_error)
 
 
 def _where_experts_are(
-    gateway: Adapter, moved: Mapping[str, Departed], module: str, scale: float
+    gateway: Adapter, moved: Mapping[str, ExpertDelta], module: str, scale: float
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """The rows of A that the next factors should be near: the gateway's, moved as the experts moved theirs."""
     target = gateway.module(module)[0].astype(np.float64)

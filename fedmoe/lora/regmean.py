@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ModuleShape, ShapeError
-from fedmoe.lora.algebra import Recompressed
+from fedmoe.lora.algebra import TruncatedAdapter
 from fedmoe.lora.moments import Gram, InputMoments, filled_up, sum_of_grams
 
 Factors64 = tuple[Float64Array, Float64Array]
@@ -92,7 +92,7 @@ def regmean(
     rank: int | None = None,
     energy: float | None = None,
     start: Adapter | None = None,
-) -> Recompressed:
+) -> TruncatedAdapter:
     """The experts merged in the metric of their own inputs; one expert alone comes back as it is.
 
     `scale` multiplies the result (1.3 for several experts if not given), `weights` say how much each expert's inputs
@@ -115,7 +115,7 @@ def regmean(
     )
     limit = min(plan.rank, rank or (plan.rank if energy is None else RANK_CAP))
     if energy is None and limit == plan.rank:
-        return Recompressed(_uncut(plan), 0.0)
+        return TruncatedAdapter(_uncut(plan), 0.0)
     return _cut_to(plan, limit, energy)
 
 
@@ -252,7 +252,7 @@ def _uncut(plan: _Plan) -> Adapter:
     return result
 
 
-def _cut_to(plan: _Plan, limit: int, energy: float | None) -> Recompressed:
+def _cut_to(plan: _Plan, limit: int, energy: float | None) -> TruncatedAdapter:
     cuts = {name: cut_in_metric(solution, limit) for name, solution in _solutions(plan)}
     rank = limit if energy is None else min(limit, max(cut.rank_for(energy) for cut in cuts.values()))
     total = sum(float(cuts[name].energies.sum()) for name in sorted(cuts))
@@ -265,7 +265,7 @@ def _cut_to(plan: _Plan, limit: int, energy: float | None) -> Recompressed:
         basis, mix = np.linalg.qr(cut.a[:kept].T.astype(np.float64))
         width = basis.shape[1]
         a[:width], b[:, :width] = basis.T, cut.b[:, :kept] @ mix.T
-    return Recompressed(Adapter(layout, float(rank), flat), float(np.sqrt(lost / total)) if total > 0 else 0.0)
+    return TruncatedAdapter(Adapter(layout, float(rank), flat), float(np.sqrt(lost / total)) if total > 0 else 0.0)
 
 
 def cut_in_metric(solution: Solution, limit: int) -> _Cut:
