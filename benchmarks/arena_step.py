@@ -26,7 +26,7 @@ from arena_workload import (  # noqa: E402
 from fedmoe.arena.learning.learner import Learner, LearnerConfig  # noqa: E402
 from fedmoe.arena.learning.policies import Policies  # noqa: E402
 from fedmoe.arena.modes.advantages import group_advantages  # noqa: E402
-from fedmoe.arena.rollout.episodes import Example, Player, Turn  # noqa: E402
+from fedmoe.arena.rollout.episodes import Example, PlayedTurn, Player  # noqa: E402
 from fedmoe.inference.engine import Sample, SampleRequest  # noqa: E402
 from fedmoe.inference.transformers_engine import TransformersEngine  # noqa: E402
 from fedmoe.lora.adapter import initial_adapter  # noqa: E402
@@ -69,7 +69,7 @@ class Table:
         return [
             Example(
                 names[owner],
-                Turn(
+                PlayedTurn(
                     0,
                     Player(names[owner], self.policies.key(names[owner]), learning=True),
                     self.prompts[names[owner]],

@@ -91,7 +91,7 @@ def useless_team_mate(folder: Path, config: ArenaConfig, seed: int) -> dict[str,
     from fedmoe.arena.rollout.chat import ChatCodec
     from fedmoe.arena.rollout.episodes import EpisodePlan, Player
     from fedmoe.arena.rollout.evaluate import CHANCE
-    from fedmoe.arena.rollout.interval import Interval
+    from fedmoe.arena.rollout.interval import MeanInterval
     from fedmoe.arena.rollout.play import play
     from fedmoe.arena.run.checkpoint import load_newest
     from fedmoe.arena.tasks.registry import make_task
@@ -121,7 +121,7 @@ def useless_team_mate(folder: Path, config: ArenaConfig, seed: int) -> dict[str,
     found: dict[str, object] = {}
     for seat, player in enumerate((*team, CHANCE)):
         values = np.array([part[seat].difference or 0.0 for part in parts])
-        interval = Interval.of(values, [one.question for one in played], (-1.0, 1.0))
+        interval = MeanInterval.of(values, [one.question for one in played], (-1.0, 1.0))
         found["useless" if player is CHANCE else player.name] = {
             "difference": interval.mean,
             "low": interval.low,

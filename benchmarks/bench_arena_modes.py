@@ -76,9 +76,9 @@ def finished(work: Path, seeds: Sequence[int]) -> dict[tuple[str, int], Run]:
 
 def over_questions(values: NDArray, least: float = 0.0) -> list[float]:  # type: ignore[type-arg]
     """Mean and 95 % interval over one number a question, from `least` to 1, rounded."""
-    from fedmoe.arena.rollout.interval import Interval
+    from fedmoe.arena.rollout.interval import MeanInterval
 
-    found = Interval.of(values, range(len(values)), (least, 1.0))
+    found = MeanInterval.of(values, range(len(values)), (least, 1.0))
     return [round(value, 3) for value in (found.mean, found.low, found.high)]
 
 

@@ -34,7 +34,7 @@ from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
 from fedmoe.gateway.retained_gain import Interval, retained  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.lora.moments import InputMoments  # noqa: E402
-from fedmoe.lora.online_merge import Departed, fold  # noqa: E402
+from fedmoe.lora.online_merge import ExpertDelta, merge_into_gateway  # noqa: E402
 from fedmoe.lora.update_rules import STALENESS  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
 from fedmoe.models.packed import count_targets  # noqa: E402
@@ -90,8 +90,8 @@ def living_rows(run: Run, trainer: Trainer, rules: Rules, scale: float, rows: Ro
     """Adds the gateway at every mark to `rows`; gives every fold."""
     moments = run.moments()
 
-    def fold_in(gateway: Adapter, ready: Mapping[str, Departed]) -> Adapter:
-        return fold(gateway, ready, moments, scale=scale).adapter
+    def fold_in(gateway: Adapter, ready: Mapping[str, ExpertDelta]) -> Adapter:
+        return merge_into_gateway(gateway, ready, moments, scale=scale).adapter
 
     waiting, _ = marks_of(run.horizon)
     folds: list[dict[str, object]] = []

@@ -34,7 +34,7 @@ from numpy.typing import NDArray  # noqa: E402
 
 from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.lora.diagnostics import audit  # noqa: E402
-from fedmoe.lora.merge import Merged, merge  # noqa: E402
+from fedmoe.lora.merge import MergeResult, merge  # noqa: E402
 from fedmoe.lora.moments import InputMoments, ModuleMoments, omega  # noqa: E402
 
 COLUMNS = 64
@@ -65,7 +65,7 @@ def second_moments(model: Model, number: int) -> InputMoments:
 
 def strategies(
     adapters: Mapping[str, Adapter], moments: Mapping[str, InputMoments]
-) -> dict[str, Callable[[], Merged | None]]:
+) -> dict[str, Callable[[], MergeResult | None]]:
     """What is measured, by name."""
     start = next(iter(adapters.values()))
     return {
@@ -85,7 +85,7 @@ def _audited(adapters: Mapping[str, Adapter]) -> None:
     audit(adapters)
 
 
-def peak_mib(call: Callable[[], Merged | None]) -> tuple[float, Merged | None]:
+def peak_mib(call: Callable[[], MergeResult | None]) -> tuple[float, MergeResult | None]:
     """What a call held at most, in MiB, beyond what was there before; and its result."""
     gc.collect()
     tracemalloc.start()
@@ -147,7 +147,7 @@ def _bytes(moments: InputMoments) -> int:
     return sum(module.diagonal.nbytes + module.sketch.nbytes for module in moments.modules.values())
 
 
-def _described(merged: Merged) -> dict[str, object]:
+def _described(merged: MergeResult) -> dict[str, object]:
     return {
         "rank": merged.rank,
         "result_mib": round(merged.adapter.flat.nbytes / 2**20, 1),

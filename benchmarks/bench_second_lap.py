@@ -27,7 +27,7 @@ from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
 from fedmoe.gateway.report import report_json  # noqa: E402
 from fedmoe.gateway.retained_gain import retained  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
-from fedmoe.lora.online_merge import Departed, fold  # noqa: E402
+from fedmoe.lora.online_merge import ExpertDelta, merge_into_gateway  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
 from fedmoe.models.packed import count_targets  # noqa: E402
 from fedmoe.qwen_finetune import QwenLoRAExpert  # noqa: E402
@@ -68,7 +68,9 @@ def gateways(work: Work, experts: Mapping[str, Adapter], steps: int, laps: int) 
     for lap in range(laps + 1):
         done = STEPS + (lap - 1) * steps
         now = {domain: gone_on(work, domain, gateway, done, steps) for domain in experts} if lap else experts
-        gateway = fold(gateway, {domain: Departed(gateway, expert) for domain, expert in now.items()}, moments).adapter
+        gateway = merge_into_gateway(
+            gateway, {domain: ExpertDelta(gateway, expert) for domain, expert in now.items()}, moments
+        ).adapter
         found[FOLDS[lap]] = gateway
     return {BASE: Adapter.zeros(start.layout, start.alpha), **found}
 

@@ -20,13 +20,13 @@ from safetensors.numpy import load, save
 
 from fedmoe.datasets.tokens.packing import Block, collate
 from fedmoe.lora.adapter import Adapter, FloatVector
-from fedmoe.lora.online_merge import Departed
+from fedmoe.lora.online_merge import ExpertDelta
 from fedmoe.models.schedule import TrainingConfig
 from fedmoe.qwen_finetune import OptimizerArrays, QwenLoRAExpert
 from fedmoe.runtime.files import write_atomic
 
 Arrays = dict[str, NDArray[np.generic]]
-Fold = Callable[[Adapter, Mapping[str, Departed]], Adapter]
+Fold = Callable[[Adapter, Mapping[str, ExpertDelta]], Adapter]
 
 #: The same for the workers and for the pooled data: constant after a warm-up that is done once.
 TRAINING = TrainingConfig(learning_rate=1e-3, warmup_steps=5, per_device_train_batch_size=BATCH)
@@ -145,7 +145,7 @@ def live(
         weights, state = trainer.leg(name, blocks, worker.start.flat, worker.state)
         tau = version - worker.version
         now = Adapter(gateway.layout, gateway.alpha, weights)
-        gateway = fold(gateway, {name: Departed(worker.start, now, rules.staleness(tau))})
+        gateway = fold(gateway, {name: ExpertDelta(worker.start, now, rules.staleness(tau))})
         version, steps = version + 1, steps + count
         workers[name] = _Worker(gateway, version, worker.done + count, state if rules.carry else None)
         heapq.heappush(queue, (time + count / speeds[name], name))

@@ -14,18 +14,18 @@ from types import MappingProxyType
 from fedmoe.experts import ExpertModel, expert_named, seed_of
 from fedmoe.federation.aggregation import Aggregation, ExpertMoments
 from fedmoe.federation.events import UpdateAccepted
-from fedmoe.federation.gateway_members import left_out, left_out_of_living, members
+from fedmoe.federation.gateway_members import left_out, left_out_of_online_gateway, members
 from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.federation.quarantine import Quarantine
 from fedmoe.federation.transaction import Savepoint, Submission, Transaction
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout
 from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import Manifest
-from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS, Merged, merge
+from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS, MergeResult, merge
 from fedmoe.runtime.errors import RefusedError
 
 __all__ = [
-    "LIVING",
+    "ONLINE_STRATEGY",
     "Aggregation",
     "CentralCoordinator",
     "ExpertMoments",
@@ -39,7 +39,7 @@ __all__ = [
 #: What the gateway is made with while an expert lacks the input moments that the chosen strategy needs.
 WITHOUT_MOMENTS = "scaled"
 #: The strategy by name where experts go on from the gateway.
-LIVING = "living"
+ONLINE_STRATEGY = "living"
 #: With moments and without a rank given, the gateway keeps this share of every module's energy, at rank 64 or less.
 ENERGY = 0.99
 
@@ -51,8 +51,8 @@ class GatewayModel:
     `scale` is the factor on the whole product, where the strategy has one; `statistics` are the digests of the input
     moments it was made with, by expert, and `statistics_tokens` how many tokens those of each expert rest on;
     `strategy` is the one that was used, and `notes` say in words where that is not the one asked for, or where moments
-    are thin. `living` is set where experts go on from it; `source_digests` are the content hashes of the `sources`,
-    where they are known; `left_out` says why an expert is no part of it, by name.
+    are thin. `online_gateway` is set where experts are rebased onto it; `source_digests` are the content hashes of the
+    `sources`, where they are known; `left_out` says why an expert is no part of it, by name.
     """
 
     adapter: Adapter
@@ -65,7 +65,7 @@ class GatewayModel:
     statistics: Mapping[str, str]
     notes: tuple[str, ...]
     scale: float = 1.0
-    living: OnlineGateway | None = None
+    online_gateway: OnlineGateway | None = None
     statistics_tokens: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     source_digests: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     left_out: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -110,7 +110,7 @@ class GatewayModel:
         experts = members(experts, aggregation.buffer_size)
         known = {name: moments[name] for name in sorted(experts.keys() & moments.keys())}
         with_moments = aggregation.strategy in STRATEGIES_WITH_MOMENTS and known.keys() == experts.keys()
-        merged: Merged = merge(
+        merged: MergeResult = merge(
             {name: expert.adapter for name, expert in experts.items()},
             aggregation.strategy,
             rank=aggregation.gateway_rank,
@@ -137,7 +137,7 @@ class GatewayModel:
         )
 
     @classmethod
-    def of_living(
+    def of_online_gateway(
         cls, gateway: OnlineGateway, version: int, moments: Mapping[str, ExpertMoments] = MappingProxyType({})
     ) -> GatewayModel:
         """The gateway that experts go on from, as it is after its last fold, with the version of that fold.
@@ -150,12 +150,12 @@ class GatewayModel:
             last.version if last else version,
             gateway.sources,
             gateway.weights,
-            LIVING,
+            ONLINE_STRATEGY,
             last.truncation_error if last else 0.0,
             gateway.digest,
             MappingProxyType({}),
             last.notes if last else (),
-            living=gateway,
+            online_gateway=gateway,
             statistics_tokens=_tokens(moments),
         )
 
@@ -171,14 +171,14 @@ class _View:
     experts: Mapping[str, ExpertModel]
     gateway_version: int
     moments: Mapping[str, ExpertMoments]
-    living: OnlineGateway | None
+    online_gateway: OnlineGateway | None
     quarantine: Quarantine
     roll_changes: int = 0
 
     def gateway(self, aggregation: Aggregation) -> GatewayModel:
-        if self.living is not None:
-            made = GatewayModel.of_living(self.living, self.gateway_version, self.moments)
-            return replace(made, left_out=left_out_of_living(self.experts, self.living))
+        if self.online_gateway is not None:
+            made = GatewayModel.of_online_gateway(self.online_gateway, self.gateway_version, self.moments)
+            return replace(made, left_out=left_out_of_online_gateway(self.experts, self.online_gateway))
         return GatewayModel.build(self.gateway_version, self.experts, aggregation, self.moments)
 
 
@@ -222,13 +222,13 @@ class CentralCoordinator:
         view = self._view
         experts, moments = dict(view.experts), dict(view.moments)
         chosen = (self.aggregation, experts, self.manifest, view.gateway_version)
-        return Transaction(*chosen, [], moments, view.living, view.roll_changes, quarantine=view.quarantine)
+        return Transaction(*chosen, [], moments, view.online_gateway, view.roll_changes, quarantine=view.quarantine)
 
     def publish(self, transaction: Transaction) -> None:
         """Make a transaction what everybody sees."""
         self.manifest = transaction.manifest
         experts, moments = MappingProxyType(dict(transaction.experts)), MappingProxyType(dict(transaction.moments))
-        chosen = (experts, transaction.gateway_version, moments, transaction.living, transaction.quarantine)
+        chosen = (experts, transaction.gateway_version, moments, transaction.online_gateway, transaction.quarantine)
         self._view = _View(*chosen, transaction.roll_changes)
 
     def expert(self, name: str) -> ExpertModel:

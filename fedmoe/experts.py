@@ -19,7 +19,7 @@ from fedmoe.runtime.errors import RefusedError
 
 
 @dataclass(frozen=True)
-class Beginning:
+class InitialWeights:
     """First weights, a function of their seed: made whenever they are asked for and kept by nobody."""
 
     seed: int
@@ -50,7 +50,7 @@ class ExpertModel:
     name: str
     manifest: Manifest
     version: int
-    held: RuleState | Beginning
+    held: RuleState | InitialWeights
     norms: tuple[float, ...] = ()
     registrant: Registrant = Registrant("")
     names: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ class ExpertModel:
     @classmethod
     def initial(cls, name: str, manifest: Manifest, seed: int, rule: UpdateRule) -> Self:
         """Version 0: A drawn from `seed`, B zero, so the expert starts as the base model."""
-        return cls(name, manifest, 0, Beginning(seed, rule))
+        return cls(name, manifest, 0, InitialWeights(seed, rule))
 
     @property
     def state(self) -> RuleState:
@@ -118,11 +118,11 @@ class ExpertModel:
                 )
         return replace(self, version=self.version + 1, held=state)
 
-    def remember(self, norm: float | None) -> Self:
+    def with_norm(self, norm: float | None) -> Self:
         """The same version, with the norm of the update that made it among the usual ones."""
         return self if norm is None else replace(self, norms=(*self.norms, norm)[-USUAL_WINDOW:])
 
-    def become(self, state: RuleState) -> Self:
+    def with_state(self, state: RuleState) -> Self:
         """The next version with a state rebuilt from the journal (rollback, retraction)."""
         return replace(self, version=self.version + 1, held=state)
 

@@ -11,11 +11,11 @@ import numpy as np
 from fedmoe.arena.config import ArenaConfig, Option
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.credit import Credit, SeatCredit, credit_rule, decompose
-from fedmoe.arena.modes.judging import compared, credited, examples
+from fedmoe.arena.modes.judging import add_advantages, credit_seats, make_examples
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import Judgement, Planning
+from fedmoe.arena.modes.protocol import Judgement, PlanInputs
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
-from fedmoe.arena.tasks.task import Episode, Lineup, Message, Outcome, TaskError, check_actions, check_lineup
+from fedmoe.arena.tasks.task import Episode, Lineup, Outcome, PromptMessage, TaskError, check_actions, check_lineup
 from fedmoe.inference.engine import Engine, Sample, SampleRequest
 from fedmoe.inference.transformers_engine import TransformersEngine
 from fedmoe.models.base import LoadedBase, load_base
@@ -46,8 +46,12 @@ class LettersEpisode:
     def to_act(self) -> tuple[int, ...]:
         return () if self._said else tuple(range(self._lineup.seats))
 
-    def observe(self, seat: int) -> tuple[Message, ...]:
-        return (Message("user", f"Say letters, {self._lineup.teams[self._lineup.team_of(seat)].strategy or 'plain'}."),)
+    def observe(self, seat: int) -> tuple[PromptMessage, ...]:
+        return (
+            PromptMessage(
+                "user", f"Say letters, {self._lineup.teams[self._lineup.team_of(seat)].strategy or 'plain'}."
+            ),
+        )
 
     def act(self, actions: Mapping[int, str]) -> None:
         check_actions(self.to_act(), actions)
@@ -113,12 +117,12 @@ class Neighbours:
     def check(self, task: Letters, policies: int) -> None:
         self._table.check(task, policies)
 
-    def plan(self, society: ModeMemory, planning: Planning) -> list[EpisodePlan]:
+    def plan(self, society: ModeMemory, planning: PlanInputs) -> list[EpisodePlan]:
         return self._table.plan(society, planning)
 
-    def judge(self, society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
-        results = compared(society, planning, played, credited(self._rule, played))
-        return Judgement(examples(played, results), tuple(results))
+    def judge(self, society: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Judgement:
+        results = add_advantages(society, planning, played, credit_seats(self._rule, played))
+        return Judgement(make_examples(played, results), tuple(results))
 
     def state(self) -> dict[str, object]:
         return {}

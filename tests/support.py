@@ -105,7 +105,7 @@ def fold(service: CoordinatorService) -> int:
     """Fold until nobody is ready; how many folds there are then."""
     while service._folding.fold_ready():
         pass
-    living = service.coordinator.transaction().living
+    living = service.coordinator.transaction().online_gateway
     assert living is not None
     return living.number
 

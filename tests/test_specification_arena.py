@@ -25,7 +25,7 @@ from fedmoe.arena.learning.adapt import AdaptRules
 from fedmoe.arena.learning.learner import Learner, LearnerConfig, PolicyUpdate
 from fedmoe.arena.learning.policies import Policies
 from fedmoe.arena.modes import competitive, cooperative, team_battle
-from fedmoe.arena.rollout.episodes import Example, Player, Turn
+from fedmoe.arena.rollout.episodes import Example, PlayedTurn, Player
 from fedmoe.arena.run.options import RunOptions, Stop
 from fedmoe.arena.run.run import run_arena
 from fedmoe.inference.engine import SampleRequest
@@ -270,7 +270,7 @@ def learn_once(policies: Policies, name: str) -> dict[str, PolicyUpdate]:
     """Four answers of the newest version, every second one rewarded."""
     key = policies.key(name)
     found = policies.engine.sample([SampleRequest(key, PROMPT, 4, 1.0, seed) for seed in range(4)])
-    turns = [Turn(0, Player(name, key, True), PROMPT, one.tokens, "", one.logprobs, one.stopped) for one in found]
+    turns = [PlayedTurn(0, Player(name, key, True), PROMPT, one.tokens, "", one.logprobs, one.stopped) for one in found]
     return policies.learner.update([Example(name, turn, (-1.0) ** i, 0.0) for i, turn in enumerate(turns)], 4)
 
 

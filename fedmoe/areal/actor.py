@@ -21,8 +21,7 @@ from fedmoe.areal.collate import TensorRow, ppo_row, sequence_row
 from fedmoe.areal.config import ArealConfig, ArealError, check_base_folder
 from fedmoe.areal.packing_check import check_isolation
 from fedmoe.areal.statistics import ArealUpdate, summarise
-from fedmoe.inference.engine import FloatArray
-from fedmoe.lora.adapter import Adapter, FloatMatrix
+from fedmoe.lora.adapter import Adapter, FloatArray, FloatMatrix
 
 _MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}
 _FACTORS = ("lora_A", "lora_B")

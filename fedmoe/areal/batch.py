@@ -13,7 +13,7 @@ from fedmoe.areal.config import ArealError
 from fedmoe.areal.rpc import Array
 from fedmoe.arena.learning.loss import AGGREGATIONS
 from fedmoe.arena.rollout.episodes import Example
-from fedmoe.inference.engine import FloatArray
+from fedmoe.lora.adapter import FloatArray
 
 IntArray = NDArray[np.int32]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedmoe.areal.batch import IntArray
-from fedmoe.inference.engine import FloatArray
+from fedmoe.lora.adapter import FloatArray
 
 TensorRow = dict[str, torch.Tensor]
 

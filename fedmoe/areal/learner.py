@@ -26,8 +26,7 @@ from fedmoe.areal.rpc import Frame, receive, send
 from fedmoe.areal.statistics import ArealUpdate
 from fedmoe.arena.learning.learner import OptimizerState
 from fedmoe.arena.rollout.episodes import Example
-from fedmoe.inference.engine import FloatArray
-from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
+from fedmoe.lora.adapter import Adapter, FloatArray, Layout, ModuleShape
 from fedmoe.lora.formats import PEFT_CONFIG, PEFT_WEIGHTS, read_peft
 
 _LOG = "areal.log"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fedmoe.areal.config import ArealError
-from fedmoe.inference.engine import FloatArray
+from fedmoe.lora.adapter import FloatArray
 
 #: Differences of log-probabilities beyond this are no rounding (nats); leaks that were measured are 0.17 to 2.3.
 TOLERANCE = 1e-3

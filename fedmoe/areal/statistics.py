@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe.inference.engine import FloatArray
+from fedmoe.lora.adapter import FloatArray
 
 _PREFIX = "ppo_actor/update/"
 # Our name -> AReaL's.

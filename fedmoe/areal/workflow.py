@@ -27,7 +27,7 @@ from fedmoe.areal.config import ArealError
 from fedmoe.areal.rewards import SEATS, SEED, Reward, seat_reward
 from fedmoe.arena.rollout.chat import ChatCodec
 from fedmoe.arena.tasks.registry import make_task
-from fedmoe.arena.tasks.task import Episode, Lineup, Message, Task, check_lineup
+from fedmoe.arena.tasks.task import Episode, Lineup, PromptMessage, Task, check_lineup
 from fedmoe.models.stopping import end_marks
 
 #: Plays the seats that the policy does not: from task, episode, seat and random state to an action.
@@ -108,7 +108,7 @@ class ArenaWorkflow(RolloutWorkflow):  # type: ignore[misc]
             raise ArealError(f"a row of data needs a {SEED} from 0 on and {SEATS} out of {[*every]}, got {dict(data)}")
         return seed, frozenset(seats)
 
-    async def _ask(self, engine: InferenceEngine, messages: Sequence[Message]) -> ModelResponse:
+    async def _ask(self, engine: InferenceEngine, messages: Sequence[PromptMessage]) -> ModelResponse:
         prompt = list(self._codec.prompt(messages))
         return await engine.agenerate(
             ModelRequest(rid=uuid.uuid4().hex, input_ids=prompt, gconfig=self._generation, tokenizer=self._tokenizer)

@@ -126,7 +126,7 @@ class EpisodesSection(_Section):
 class EngineSection(_Section):
     """Where rollouts are computed: `transformers`, or vLLM (a server's `url`, or `python` of its environment).
 
-    Installed packages can offer further kinds, see `run_engines`.
+    Installed packages can offer further kinds, see `fedmoe.arena.run.engines`.
     """
 
     kind: str = "transformers"

@@ -9,9 +9,9 @@ from typing import Protocol
 from fedmoe.arena.learning.learner import PolicyUpdate
 from fedmoe.arena.learning.policies import Policies
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import Decision, Judgement, SeatResult
+from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, SeatResult
 from fedmoe.arena.rollout.episodes import PlayedEpisode
-from fedmoe.arena.rollout.evaluate import Comparison, Leader
+from fedmoe.arena.rollout.evaluate import Comparison, FrontRunner
 from fedmoe.runtime.records import Value
 
 
@@ -71,7 +71,7 @@ def write_iteration(records: Records, report: Report, policies: Policies, societ
     _write_whole(records, report)
 
 
-def write_decision(records: Records, iteration: int, mode: str, decision: Decision) -> None:
+def write_decision(records: Records, iteration: int, mode: str, decision: ArenaDecision) -> None:
     """One decision with its reason."""
     records.write(
         "decision",
@@ -85,7 +85,7 @@ def write_decision(records: Records, iteration: int, mode: str, decision: Decisi
     )
 
 
-def write_leader(records: Records, iteration: int, mode: str, found: Leader) -> None:
+def write_leader(records: Records, iteration: int, mode: str, found: FrontRunner) -> None:
     """Whose held-out score is the best, and whether it is surely so."""
     records.write(
         "leader",

@@ -24,7 +24,7 @@ from fedmoe.arena.learning.learner import PolicyUpdate
 from fedmoe.arena.learning.loss import gap_alarm
 from fedmoe.arena.learning.policies import Policies
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import Decision, Judgement, Mode, Planning
+from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, Mode, PlanInputs
 from fedmoe.arena.modes.registry import make_mode
 from fedmoe.arena.reporting import (
     Records,
@@ -41,9 +41,9 @@ from fedmoe.arena.reporting import (
 )
 from fedmoe.arena.rollout.chat import Codec
 from fedmoe.arena.rollout.episodes import PlayedEpisode, Player
-from fedmoe.arena.rollout.evaluate import BASE, CHANCE, Comparison, Evaluator
-from fedmoe.arena.rollout.metrics import installed_metrics, measured
-from fedmoe.arena.rollout.play import Attempted, RolloutSettings, attempt
+from fedmoe.arena.rollout.evaluate import BASE, CHANCE, Comparison, HeldOutEvaluator
+from fedmoe.arena.rollout.metrics import evaluate_metrics, installed_metrics
+from fedmoe.arena.rollout.play import RolloutResult, RolloutSettings, attempt
 from fedmoe.arena.tasks.task import Task
 from fedmoe.inference.engine import AdapterKey, Engine, context_limit
 from fedmoe.lora.algebra import product_norm
@@ -60,8 +60,8 @@ class _Batch:
     """One iteration's episodes, on their way or there."""
 
     iteration: int
-    planning: Planning
-    played: Future[tuple[Attempted, float]]
+    planning: PlanInputs
+    played: Future[tuple[RolloutResult, float]]
 
 
 class Trainer:
@@ -91,7 +91,7 @@ class Trainer:
             mode.check(task, config.policies.count)
         self._settings = RolloutSettings(config.learning.temperature, context=context_limit(engine))
         self._metrics = installed_metrics()
-        self._evaluator = Evaluator(task, engine, codec, config.evaluation.episodes, config.seed, self._settings)
+        self._evaluator = HeldOutEvaluator(task, engine, codec, config.evaluation.episodes, config.seed, self._settings)
         self._sampler = ThreadPoolExecutor(1, "sampler", initializer=pin_threads)
         self._pending: _Batch | None = None
         self._sampling_with: Mapping[str, int] | None = None
@@ -138,11 +138,11 @@ class Trainer:
         if attempted.failed:
             self._skipped("training", len(attempted.failed), attempted.reason)
         self.after_iteration(report)
-        for name, value in measured(self._metrics, played).items():
+        for name, value in evaluate_metrics(self._metrics, played).items():
             self._records.write("metric", iteration=self.iteration, mode=playing, metric=name, value=value)
         for name, made in changes.items():
             for change in made:
-                decision = Decision(change.what, name, f"{change.before:g}", f"{change.after:g}", change.reason)
+                decision = ArenaDecision(change.what, name, f"{change.before:g}", f"{change.after:g}", change.reason)
                 write_decision(self._records, self.iteration, playing, decision)
         self._watch(updates, staleness)
         self.iteration += 1
@@ -180,7 +180,7 @@ class Trainer:
 
     def _start(self, iteration: int, players: tuple[Player, ...] | None = None) -> _Batch:
         learning = self.config.learning
-        planning = Planning(
+        planning = PlanInputs(
             iteration,
             self._task,
             players or self.policies.players(),
@@ -191,7 +191,7 @@ class Trainer:
         plans = self._mode_of(iteration).plan(self.society, planning)
         self.policies.started()
 
-        def work() -> tuple[Attempted, float]:
+        def work() -> tuple[RolloutResult, float]:
             began = time.perf_counter()
             seed = int(np.random.SeedSequence([self.config.seed, 2, iteration]).generate_state(1)[0])
             found = attempt(self._task, plans, self._engine, self._codec, seed, self._settings)
@@ -211,7 +211,7 @@ class Trainer:
             alarm = gap_alarm(update.statistics.gap_mean) if staleness[name] == 0 else None
             if alarm:
                 _log.warning("logprob_gap", policy=name, reason=alarm)
-                write_decision(self._records, self.iteration, self.playing, Decision("alarm", name, "", "", alarm))
+                write_decision(self._records, self.iteration, self.playing, ArenaDecision("alarm", name, "", "", alarm))
 
     def _skipped(self, where: str, episodes: int, reason: str) -> None:
         """Say how many episodes failed: they are left out, and the run goes on."""

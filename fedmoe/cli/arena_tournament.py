@@ -14,8 +14,8 @@ from fedmoe.cli.output import CommandError, show_json
 from fedmoe.runtime.errors import ExpectedError
 
 if TYPE_CHECKING:
-    from fedmoe.arena.rollout.interval import Interval
-    from fedmoe.arena.rollout.tournament import Table
+    from fedmoe.arena.rollout.interval import MeanInterval
+    from fedmoe.arena.rollout.tournament import TournamentTable
     from fedmoe.arena.run.entrants import Field
 
 
@@ -48,7 +48,7 @@ def tournament(
         print(f"fewer than {FEW_QUESTIONS} different questions or deals say little of others; raise --deals")
 
 
-def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[Field, Table]:
+def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[Field, TournamentTable]:
     from fedmoe.arena.rollout.chat import ChatCodec
     from fedmoe.arena.rollout.episodes import SCRIPTED, Player
     from fedmoe.arena.rollout.evaluate import BASE, CHANCE
@@ -56,7 +56,7 @@ def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[F
     from fedmoe.arena.rollout.tournament import check_players, run_tournament
     from fedmoe.arena.run.entrants import EntrantError, read_field
     from fedmoe.arena.tasks.registry import make_task
-    from fedmoe.arena.tasks.task import Scripted
+    from fedmoe.arena.tasks.task import ScriptedTask
     from fedmoe.inference.engine import context_limit
     from fedmoe.inference.transformers_engine import TransformersEngine
     from fedmoe.lora.adapter import ShapeError
@@ -66,7 +66,7 @@ def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[F
     field = read_field(runs, pools)
     config = field.config
     task = make_task(config.task.name, config.task.options)
-    rules = [Player(SCRIPTED, None)] if isinstance(task, Scripted) and task.scripted else []
+    rules = [Player(SCRIPTED, None)] if isinstance(task, ScriptedTask) and task.scripted else []
     players = [*(Player(one.shown, one.key) for one in field.entrants), BASE, CHANCE, *rules]
     check_players(task, players)
     base = load_base(config.base_model, chat=ChatTemplate.given(config.chat_template, config.chat_template_kwargs))
@@ -85,7 +85,7 @@ def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[F
         engine.close()
 
 
-def _lines(table: Table) -> Iterator[str]:
+def _lines(table: TournamentTable) -> Iterator[str]:
     """The table as text, never narrower than its names: a table that wraps them could not be read."""
     width = max(len("player"), *(len(row.player) for row in table.rows))
     yield f"{'player':{width}}  {'points':18}  {'score':18}  {'won':>9}  {'drawn':>5}  {'lost':>9}"
@@ -96,5 +96,5 @@ def _lines(table: Table) -> Iterator[str]:
         yield f"{row.player:{width}}  {intervals}  {won:>9}  {own.draws:>5}  {lost:>9}"
 
 
-def _interval(found: Interval) -> str:
+def _interval(found: MeanInterval) -> str:
     return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"

@@ -12,7 +12,7 @@ import typer
 from fedmoe.cli.output import CommandError, given
 from fedmoe.config import DEFAULT_PORT, CoordinatorConfig
 from fedmoe.runtime.allocator import give_back_freed_memory
-from fedmoe.runtime.logs import configure, log_what_nobody_caught, warn
+from fedmoe.runtime.logs import configure, log_uncaught, warn
 
 if TYPE_CHECKING:
     from fedmoe.distributed_coordinator import DistributedCoordinator
@@ -105,7 +105,7 @@ def coordinator(
     config = CoordinatorConfig(**given(**locals()))  # type: ignore[arg-type]
     check_tls(config.tls_cert, config.tls_key)
     configure()
-    log_what_nobody_caught()
+    log_uncaught()
     give_back_freed_memory()
     from fedmoe.distributed_coordinator import DistributedCoordinator
 

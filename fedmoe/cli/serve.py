@@ -13,7 +13,7 @@ from fedmoe.cli.base_model import given_template, loaded
 from fedmoe.cli.coordinator import check_tls
 from fedmoe.cli.options import DEFAULT_URL, ChatTemplateFile, ChatTemplateKwargs, CoordinatorUrl, Token, client
 from fedmoe.cli.output import CommandError
-from fedmoe.runtime.logs import configure, log_what_nobody_caught
+from fedmoe.runtime.logs import configure, log_uncaught
 
 
 class BackendKind(StrEnum):
@@ -62,7 +62,7 @@ def serve(
         raise CommandError("TLS needs both --tls-cert and --tls-key")
     check_tls(tls_cert, tls_key)
     configure()
-    log_what_nobody_caught()
+    log_uncaught()
     chat = given_template(chat_template, chat_template_kwargs)
     keys, loopback = _keys(host, api_keys, insecure)
     try:

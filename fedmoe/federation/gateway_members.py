@@ -33,12 +33,12 @@ def left_out(experts: Mapping[str, ExpertModel], buffer_size: int) -> dict[str, 
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def left_out_of_living(experts: Mapping[str, ExpertModel], gateway: OnlineGateway) -> dict[str, str]:
+def left_out_of_online_gateway(experts: Mapping[str, ExpertModel], gateway: OnlineGateway) -> dict[str, str]:
     """Expert -> why nothing of it is in a gateway that experts go on from: what was folded stays in it."""
     found = {name: FOLDED for name in gateway.sources if experts[name].retired}
     for name in sorted(experts.keys() - gateway.sources.keys()):
         if experts[name].retired:
             found[name] = RETIRED
-        elif name in gateway.departures and gateway.departures[name].steps == 0:
+        elif name in gateway.branch_points and gateway.branch_points[name].steps == 0:
             found[name] = UNTRAINED
     return found

@@ -27,9 +27,10 @@ from fedmoe.federation.events import (
     WorkerRetracted,
 )
 from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.algebra import TruncatedAdapter
 from fedmoe.lora.codec import digest
 from fedmoe.lora.moments import InputMoments, thin_notes
-from fedmoe.lora.online_merge import Departed, Folded, fold, fold_sum
+from fedmoe.lora.online_merge import ExpertDelta, add_into_gateway, merge_into_gateway
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,8 @@ class BranchPoint:
 
     def ready(self, merge_after: int, idle_since: float) -> bool:
         """Whether its workers trained enough, or anything and then nothing after `idle_since`, seconds."""
-        trained = self.steps
-        return trained >= merge_after or (trained > 0 and self.since[-1].update.at <= idle_since)
+        steps = self.steps
+        return steps >= merge_after or (steps > 0 and self.since[-1].update.at <= idle_since)
 
     def unseen(self, folded: BranchPoint, buffer_size: int) -> tuple[CountedUpdate, ...] | None:
         """What a fold of the expert as it was then does not hold: what landed since, or only waited in the buffer.
@@ -83,7 +84,7 @@ class OnlineGateway:
     """The gateway after its last fold, and how far each expert is from it; a value, replaced and never altered.
 
     `digest` is the content hash of the `adapter`; `sources` are the versions folded last and `weights` what their
-    deltas were multiplied with, by expert; `told` is the last step counter of every worker of an expert.
+    deltas were multiplied with, by expert; `reported` is the last step counter of every worker of an expert.
     """
 
     adapter: Adapter
@@ -91,8 +92,8 @@ class OnlineGateway:
     last: GatewayMerged | None = None
     sources: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     weights: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    departures: Mapping[str, BranchPoint] = field(default_factory=lambda: MappingProxyType({}))
-    told: Mapping[tuple[str, str], int] = field(default_factory=lambda: MappingProxyType({}))
+    branch_points: Mapping[str, BranchPoint] = field(default_factory=lambda: MappingProxyType({}))
+    reported: Mapping[tuple[str, str], int] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def number(self) -> int:
@@ -108,39 +109,39 @@ class OnlineGateway:
         """With one event: a fold needs the new `adapter`; `since` is what a changed expert is made of."""
         match event:
             case ExpertRegistered():
-                return self._departed(event.expert, BranchPoint())
+                return self._branched(event.expert, BranchPoint())
             case UpdateAccepted():
                 key = (event.expert, event.worker)
-                before, told = self.departures[event.expert], reported_steps(event)
-                landed = CountedUpdate(event, steps_between(self.told.get(key), told))
+                before, told = self.branch_points[event.expert], reported_steps(event)
+                landed = CountedUpdate(event, steps_between(self.reported.get(key), told))
                 counters = {} if told is None else {key: told}
-                with_it = self._departed(event.expert, replace(before, since=(*before.since, landed)))
-                return replace(with_it, told=MappingProxyType({**self.told, **counters}))
+                with_it = self._branched(event.expert, replace(before, since=(*before.since, landed)))
+                return replace(with_it, reported=MappingProxyType({**self.reported, **counters}))
             case ExpertRolledBack() | WorkerRetracted() | UpdateLost():
-                return self._departed(event.expert, replace(self.departures[event.expert], since=since))
+                return self._branched(event.expert, replace(self.branch_points[event.expert], since=since))
             case ExpertRebased():
-                return self._departed(event.expert, BranchPoint(event, since))
+                return self._branched(event.expert, BranchPoint(event, since))
             case GatewayMerged():
                 assert adapter is not None, "a fold is applied with its adapter"
-                return self.folded(event).holding(adapter)
+                return self.merged(event).with_adapter(adapter)
             case ExpertUnretired():
-                return self._departed(event.expert, self.departures.get(event.expert, BranchPoint()))
+                return self._branched(event.expert, self.branch_points.get(event.expert, BranchPoint()))
             case UpdateHeld() | HeldUpdateRejected() | ExpertRenamed() | ExpertRetired():
                 return self
 
-    def _departed(self, expert: str, departure: BranchPoint) -> OnlineGateway:
-        return replace(self, departures=MappingProxyType({**self.departures, expert: departure}))
+    def _branched(self, expert: str, branch_point: BranchPoint) -> OnlineGateway:
+        return replace(self, branch_points=MappingProxyType({**self.branch_points, expert: branch_point}))
 
-    def holding(self, adapter: Adapter) -> OnlineGateway:
+    def with_adapter(self, adapter: Adapter) -> OnlineGateway:
         """With other weights."""
         return replace(self, adapter=adapter, digest=digest(adapter))
 
-    def recovered(self, expert: str, departure: BranchPoint, told: Mapping[str, int]) -> OnlineGateway:
+    def recovered(self, expert: str, branch_point: BranchPoint, told: Mapping[str, int]) -> OnlineGateway:
         """With an expert that left the gateway there, and whose workers have these step counters."""
         counters = {(expert, worker): steps for worker, steps in told.items()}
-        return replace(self._departed(expert, departure), told=MappingProxyType({**self.told, **counters}))
+        return replace(self._branched(expert, branch_point), reported=MappingProxyType({**self.reported, **counters}))
 
-    def folded(self, event: GatewayMerged) -> OnlineGateway:
+    def merged(self, event: GatewayMerged) -> OnlineGateway:
         """With one more fold, but the weights from before it; where experts went on is told apart."""
         return replace(
             self,
@@ -166,7 +167,7 @@ def steps_between(before: int | None, told: int | None) -> int:
     return told - before if before is not None and told >= before else told
 
 
-def trained(events: Iterable[Event], updates: Sequence[UpdateAccepted]) -> tuple[CountedUpdate, ...]:
+def count_steps(events: Iterable[Event], updates: Sequence[UpdateAccepted]) -> tuple[CountedUpdate, ...]:
     """Some `updates` of ONE expert with the steps in each, which follow from all of its events."""
     found: dict[int, int] = {}
     before: dict[str, int] = {}
@@ -179,14 +180,14 @@ def trained(events: Iterable[Event], updates: Sequence[UpdateAccepted]) -> tuple
     return tuple(CountedUpdate(update, found[update.version]) for update in updates)
 
 
-def counters(events: Iterable[Event]) -> dict[str, int]:
+def step_counters(events: Iterable[Event]) -> dict[str, int]:
     """The last step counter of every worker of ONE expert."""
     updates = (event for event in events if isinstance(event, UpdateAccepted))
     return {update.worker: told for update in updates if (told := reported_steps(update)) is not None}
 
 
 @dataclass(frozen=True)
-class FoldPlan:
+class MergePlan:
     """A fold about to be computed: the gateway as it is, and by name the ready experts as they are.
 
     `staleness` is the folds since each left the gateway, `weights` what its delta counts. `moments` are the input
@@ -201,17 +202,17 @@ class FoldPlan:
     several: bool
     notes: tuple[str, ...]
 
-    def compute(self, starts: Mapping[str, Adapter]) -> Folded:
+    def compute(self, starts: Mapping[str, Adapter]) -> TruncatedAdapter:
         """The next gateway, from where each ready expert had left it."""
         ready = {
-            name: Departed(starts[name], expert.adapter, self.weights[name]) for name, expert in self.experts.items()
+            name: ExpertDelta(starts[name], expert.adapter, self.weights[name]) for name, expert in self.experts.items()
         }
         if self.moments is None:
-            return fold_sum(self.gateway.adapter, ready, self.several)
-        return fold(self.gateway.adapter, ready, self.moments)
+            return add_into_gateway(self.gateway.adapter, ready, self.several)
+        return merge_into_gateway(self.gateway.adapter, ready, self.moments)
 
 
-def plan_fold(
+def plan_merge(
     gateway: OnlineGateway,
     experts: Mapping[str, ExpertModel],
     moments: Mapping[str, InputMoments],
@@ -219,32 +220,32 @@ def plan_fold(
     weight: Callable[[int], float],
     least_updates: int = 1,
     idle_since: float = -math.inf,
-) -> FoldPlan | None:
+) -> MergePlan | None:
     """A fold of all experts that trained `merge_after` steps or more since they left; None while there is none.
 
     Of experts that nobody trains any more, those whose last update came at `idle_since` or before, fewer will do.
     `weight` gives what a delta counts by its staleness in folds; of fewer updates than `least_updates`, the size of the
     buffer, none has landed yet. An expert shares the gateway once it trains, until it is retired.
     """
-    departures = {name: found for name, found in gateway.departures.items() if not experts[name].retired}
+    branch_points = {name: found for name, found in gateway.branch_points.items() if not experts[name].retired}
     ready = [
         name
-        for name in sorted(departures)
-        if departures[name].ready(merge_after, idle_since) and experts[name].updates >= least_updates
+        for name in sorted(branch_points)
+        if branch_points[name].ready(merge_after, idle_since) and experts[name].updates >= least_updates
     ]
     if not ready:
         return None
-    sharing = {name for name, found in departures.items() if found.steps > 0 or name in gateway.sources}
+    sharing = {name for name, found in branch_points.items() if found.steps > 0 or name in gateway.sources}
     missing = sorted(sharing - moments.keys())
-    staleness = {name: gateway.number - departures[name].gateway for name in ready}
+    staleness = {name: gateway.number - branch_points[name].gateway for name in ready}
     known = {name: moments[name] for name in sorted(moments.keys() & sharing)}
     early = tuple(
-        f"{name} was folded after {departures[name].steps} of {merge_after} steps: nobody had trained it for a while"
+        f"{name} was folded after {branch_points[name].steps} of {merge_after} steps: nobody had trained it for a while"
         for name in ready
-        if departures[name].steps < merge_after
+        if branch_points[name].steps < merge_after
     )
     note = f"without input moments of {', '.join(missing)} the deltas were added as they are, scaled"
-    return FoldPlan(
+    return MergePlan(
         gateway,
         {name: experts[name] for name in ready},
         staleness,

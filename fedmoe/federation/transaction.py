@@ -55,7 +55,7 @@ class Savepoint:
     gateway_version: int
     events: int
     moments: dict[str, ExpertMoments]
-    living: OnlineGateway | None
+    online_gateway: OnlineGateway | None
     quarantine: Quarantine
     roll_changes: int
 
@@ -70,7 +70,7 @@ class Transaction:
     gateway_version: int
     events: list[Event] = field(default_factory=list)
     moments: dict[str, ExpertMoments] = field(default_factory=dict)
-    living: OnlineGateway | None = None
+    online_gateway: OnlineGateway | None = None
     #: Renames, retirements and returns so far.
     roll_changes: int = 0
     #: The content hash of the weights that each of `events` leaves behind, see `_digest_after`.
@@ -80,7 +80,7 @@ class Transaction:
     def savepoint(self) -> Savepoint:
         """The point reached so far."""
         experts, moments, events = dict(self.experts), dict(self.moments), len(self.events)
-        named = (experts, self.manifest, self.gateway_version, events, moments, self.living)
+        named = (experts, self.manifest, self.gateway_version, events, moments, self.online_gateway)
         return Savepoint(*named, self.quarantine, self.roll_changes)
 
     def rollback_to(self, savepoint: Savepoint) -> None:
@@ -92,7 +92,11 @@ class Transaction:
         )
         del self.events[savepoint.events :]
         del self.version_digests[savepoint.events :]
-        self.moments, self.living, self.quarantine = dict(savepoint.moments), savepoint.living, savepoint.quarantine
+        self.moments, self.online_gateway, self.quarantine = (
+            dict(savepoint.moments),
+            savepoint.online_gateway,
+            savepoint.quarantine,
+        )
         self.roll_changes = savepoint.roll_changes
 
     def expert(self, name: str) -> ExpertModel:
@@ -127,10 +131,10 @@ class Transaction:
                 "Register it without a seed.",
             )
         self.apply(ExpertRegistered(name, worker, manifest, GATEWAY_SEED, at, token))
-        assert self.living is not None, "there is a gateway once there is a manifest"
-        if self.living.last is not None:
-            start = self.aggregation.rule.init(self.living.adapter.flat)
-            event = ExpertRebased(name, self.living.number, self.living.last.digest, 0, 1, at)
+        assert self.online_gateway is not None, "there is a gateway once there is a manifest"
+        if self.online_gateway.last is not None:
+            start = self.aggregation.rule.init(self.online_gateway.adapter.flat)
+            event = ExpertRebased(name, self.online_gateway.number, self.online_gateway.last.digest, 0, 1, at)
             self.apply(event, rebuilt=start)
 
     def learn_moments(self, name: str, moments: ExpertMoments | None) -> None:
@@ -162,7 +166,7 @@ class Transaction:
         manifest = roll.binding_manifest(self.experts)
         if manifest is None or self.manifest is None:
             self.manifest = manifest
-            self.living = self.aggregation.first_gateway(manifest) if manifest is not None else None
+            self.online_gateway = self.aggregation.first_gateway(manifest) if manifest is not None else None
 
     def admit(self, submission: Submission, at: float) -> UpdateAccepted:
         """What accepting this update would mean; refuses future and too stale base versions."""
@@ -301,22 +305,22 @@ class Transaction:
         match event:
             case ExpertRegistered():
                 if self.manifest is None:
-                    self.manifest, self.living = event.manifest, self.aggregation.first_gateway(event.manifest)
+                    self.manifest, self.online_gateway = event.manifest, self.aggregation.first_gateway(event.manifest)
                 expert = ExpertModel.initial(event.expert, self.manifest.shared_by(event.manifest), event.seed, rule)
                 self.experts[event.expert] = replace(expert, registrant=Registrant(event.worker, event.token))
             case UpdateAccepted():
                 assert delta is not None, "an accepted update is applied with its delta"
                 landed = self.experts[event.expert].land(delta, event.coefficient, rule)
-                self.experts[event.expert] = landed.remember(event.landed_norm)
+                self.experts[event.expert] = landed.with_norm(event.landed_norm)
             case ExpertRolledBack() | WorkerRetracted() | UpdateLost() | ExpertRebased():
                 assert rebuilt is not None, "such a change is applied with the rebuilt state"
-                self.experts[event.expert] = self.experts[event.expert].become(rebuilt)
+                self.experts[event.expert] = self.experts[event.expert].with_state(rebuilt)
             case ExpertRenamed() | ExpertRetired() | ExpertUnretired():
                 self._apply_to_roll(event)
             case GatewayMerged():
                 pass
-        if self.living is not None:
-            self.living = self.living.after(event, gateway, since)
+        if self.online_gateway is not None:
+            self.online_gateway = self.online_gateway.after(event, gateway, since)
         self.gateway_version += 1
         self._note(event)
 
@@ -331,6 +335,6 @@ class Transaction:
             case UpdateAccepted() | ExpertRolledBack() | WorkerRetracted() | UpdateLost() | ExpertRebased():
                 return self.experts[event.expert].digest
             case GatewayMerged():
-                return self.living.digest if self.living is not None else None
+                return self.online_gateway.digest if self.online_gateway is not None else None
             case _:
                 return None

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
+
+from fedmoe.lora.adapter import Float64Array
 
 BASE = "base"
-FloatVector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class LossMatrix:
         """The columns."""
         return tuple(self.tokens)
 
-    def sums(self, model: str, domain: str) -> FloatVector:
+    def sums(self, model: str, domain: str) -> Float64Array:
         """The summed loss of every block in nats, float64 (blocks,); a block without labels counts nothing."""
         losses, tokens = np.asarray(self.block_losses[model][domain], np.float64), self.block_tokens[domain]
         return np.where(np.asarray(tokens) > 0, losses, 0.0) * np.asarray(tokens, np.float64)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe.lora.algebra import Matrix64
+from fedmoe.lora.adapter import Float64Array
 
 #: How many experts are looked at again, and how likely one must be for that.
 MOST, LEAST = 3, 0.01
@@ -34,7 +34,7 @@ class Candidates:
     log_priors: Mapping[str, float]
 
 
-def candidates(text: Sequence[int], names: Sequence[str], probabilities: Matrix64) -> Candidates:
+def candidates(text: Sequence[int], names: Sequence[str], probabilities: Float64Array) -> Candidates:
     """The likeliest experts of one prompt: `probabilities` (experts,) as a router gives them for `names`."""
     likely = [place for place in np.argsort(-probabilities, kind="stable")[:MOST] if probabilities[place] >= LEAST]
     # A row of many experts, all alike, may leave none above LEAST; the likeliest always stays.

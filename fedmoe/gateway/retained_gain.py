@@ -11,11 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedmoe.gateway.losses import BASE, LossMatrix
-
-FloatArray = NDArray[np.float64]
+from fedmoe.lora.adapter import Float64Array
 
 LEVEL = 0.95
 SAMPLES = 2000
@@ -85,7 +83,7 @@ def retained(
         raise ValueError(f"the matrix has no block losses of {', '.join(missing)}")
     names = [BASE, *models]
     domains = []
-    draws: dict[str, FloatArray] = {}
+    draws: dict[str, Float64Array] = {}
     for place, (domain, expert) in enumerate(own.items()):
         sums = np.stack([matrix.sums(name, domain) for name in (*names, expert)])
         tokens = np.asarray(matrix.block_tokens[domain], np.float64)
@@ -99,12 +97,12 @@ def retained(
 def _domain(
     domain: str,
     expert: str,
-    sums: FloatArray,
-    tokens: FloatArray,
+    sums: Float64Array,
+    tokens: Float64Array,
     models: Sequence[str],
     random: np.random.Generator,
     samples: int,
-) -> tuple[DomainRetained, FloatArray]:
+) -> tuple[DomainRetained, Float64Array]:
     """sums (base, models..., expert; blocks), tokens (blocks,) -> the domain, and draws of shares (models, samples)."""
     counts = random.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), samples).astype(np.float64)
     if np.count_nonzero(tokens) < 2:
@@ -121,12 +119,12 @@ def _domain(
     return DomainRetained(domain, expert, _interval(own_gain, own), kept), shares
 
 
-def _losses(sums: FloatArray, tokens: FloatArray, counts: FloatArray) -> FloatArray:
+def _losses(sums: Float64Array, tokens: Float64Array, counts: Float64Array) -> Float64Array:
     """Mean loss (models, samples) when block b is taken counts[sample, b] times."""
     return np.asarray((sums @ counts.T) / (counts @ tokens))
 
 
-def _share(gains: FloatArray, own: FloatArray) -> FloatArray:
+def _share(gains: Float64Array, own: Float64Array) -> Float64Array:
     return np.divide(gains, own, out=np.full_like(gains, np.nan), where=own != 0)
 
 
@@ -134,7 +132,7 @@ def _ratio(gain: float, own: float) -> float:
     return gain / own if own != 0 else math.nan
 
 
-def _interval(value: float, draws: FloatArray) -> Interval:
+def _interval(value: float, draws: Float64Array) -> Interval:
     finite = draws[np.isfinite(draws)]
     if not len(finite):
         return Interval(value, math.nan, math.nan)
@@ -143,7 +141,7 @@ def _interval(value: float, draws: FloatArray) -> Interval:
 
 
 def _summaries(
-    models: Sequence[str], domains: Sequence[DomainRetained], draws: Mapping[str, FloatArray]
+    models: Sequence[str], domains: Sequence[DomainRetained], draws: Mapping[str, Float64Array]
 ) -> dict[str, Summary]:
     if not draws:
         return {}

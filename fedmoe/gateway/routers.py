@@ -14,8 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import Adapter, FloatMatrix, ShapeError
-from fedmoe.lora.algebra import Matrix64
+from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ShapeError
 from fedmoe.lora.prompt_statistics import FeatureMoments, PromptStatistics, orthogonal_rows
 
 
@@ -32,7 +31,7 @@ class Router(Protocol):
         """Numbers in one prompt's features."""
         ...
 
-    def probabilities(self, features: FloatMatrix) -> Matrix64:
+    def probabilities(self, features: FloatMatrix) -> Float64Array:
         """features (prompts, width) -> (prompts, experts), rows that add up to 1; raises `ShapeError`."""
         ...
 
@@ -47,8 +46,8 @@ class _Linear:
     """log p(expert | x) = x' weights + offsets + a constant: `weights` (d, experts), `offsets` (experts,), float64."""
 
     names: tuple[str, ...]
-    weights: Matrix64
-    offsets: Matrix64
+    weights: Float64Array
+    offsets: Float64Array
 
     def __post_init__(self) -> None:
         _check(self.names)
@@ -62,7 +61,7 @@ class _Linear:
     def width(self) -> int:
         return int(self.weights.shape[0])
 
-    def probabilities(self, features: FloatMatrix) -> Matrix64:
+    def probabilities(self, features: FloatMatrix) -> Float64Array:
         return _softmax(_wide(features, self.width) @ self.weights + self.offsets)
 
 
@@ -118,7 +117,7 @@ class LinearRouter(_Linear):
         return cls(names, weights, -centre @ weights)
 
 
-def _discriminants(parts: Sequence[FeatureMoments], shrinkage: float | None) -> tuple[Matrix64, Matrix64]:
+def _discriminants(parts: Sequence[FeatureMoments], shrinkage: float | None) -> tuple[Float64Array, Float64Array]:
     """Weights (d, experts) and offsets (experts,) of the linear discriminants."""
     covariance, scale = _correlation(parts)
     free = max(1, sum(part.count for part in parts) - len(parts))
@@ -136,12 +135,12 @@ def _discriminants(parts: Sequence[FeatureMoments], shrinkage: float | None) -> 
 class _Covariance:
     """rows' rows + diag(rest), never formed: `rows` (m, d), `rest` (d,)."""
 
-    rows: Matrix64
-    rest: Matrix64
+    rows: Float64Array
+    rest: Float64Array
 
     @property
-    def variances(self) -> Matrix64:
-        found: Matrix64 = np.square(self.rows).sum(axis=0) + self.rest
+    def variances(self) -> Float64Array:
+        found: Float64Array = np.square(self.rows).sum(axis=0) + self.rest
         return found
 
     @property
@@ -154,15 +153,15 @@ class _Covariance:
         """(1 - shrinkage) S + shrinkage I."""
         return _Covariance(np.sqrt(1 - shrinkage) * self.rows, (1 - shrinkage) * self.rest + shrinkage)
 
-    def solve(self, right: Matrix64) -> Matrix64:
+    def solve(self, right: Float64Array) -> Float64Array:
         """The inverse times `right` (d, k), by Woodbury: an m x m system instead of a d x d one; needs rest > 0."""
         lean = self.rows / self.rest
         core = np.eye(len(self.rows)) + lean @ self.rows.T
-        found: Matrix64 = right / self.rest[:, None] - lean.T @ np.linalg.solve(core, lean @ right)
+        found: Float64Array = right / self.rest[:, None] - lean.T @ np.linalg.solve(core, lean @ right)
         return found
 
 
-def _correlation(parts: Sequence[FeatureMoments]) -> tuple[_Covariance, Matrix64]:
+def _correlation(parts: Sequence[FeatureMoments]) -> tuple[_Covariance, Float64Array]:
     """The pooled covariance inside the experts with every variance 1, and the standard deviations (d,) it had.
 
     A feature that hardly moves counts as one that moves a thousandth as much as usual.
@@ -216,7 +215,7 @@ _DECAY = 0.01
 _STEPS = 300
 
 
-def _softmax_regression(x: Matrix64, labels: NDArray[np.int64], classes: int) -> Matrix64:
+def _softmax_regression(x: Float64Array, labels: NDArray[np.int64], classes: int) -> Float64Array:
     """Weights (d, classes) without offsets, for centred x (n, d)."""
     share = 1.0 / (classes * np.bincount(labels, minlength=classes))[labels]
     targets = np.eye(classes)[labels]
@@ -244,8 +243,8 @@ class SpectralRouter:
     names: tuple[str, ...]
     projections: Mapping[str, FloatMatrix]
     starts: tuple[int, ...]
-    centre: Matrix64
-    spread: Matrix64
+    centre: Float64Array
+    spread: Float64Array
 
     @property
     def width(self) -> int:
@@ -279,10 +278,10 @@ class SpectralRouter:
         found: FloatMatrix = np.add.reduceat(_wide(rows, self.width), self.starts[:-1], axis=1).astype(np.float32)
         return found
 
-    def probabilities(self, features: FloatMatrix) -> Matrix64:
+    def probabilities(self, features: FloatMatrix) -> Float64Array:
         return _softmax((self._levels(features) - self.centre) / self.spread)
 
-    def _levels(self, features: FloatMatrix) -> Matrix64:
+    def _levels(self, features: FloatMatrix) -> Float64Array:
         return _logarithm(self.energies(features))
 
 
@@ -294,8 +293,8 @@ def _projection(a: FloatMatrix, b: FloatMatrix) -> FloatMatrix:
     return np.asarray(found / norm if norm > 0 else found, np.float32)
 
 
-def _logarithm(energies: FloatMatrix) -> Matrix64:
-    found: Matrix64 = np.log(np.maximum(energies.astype(np.float64), 1e-30))
+def _logarithm(energies: FloatMatrix) -> Float64Array:
+    found: Float64Array = np.log(np.maximum(energies.astype(np.float64), 1e-30))
     return found
 
 
@@ -304,7 +303,7 @@ def _check(names: Sequence[str]) -> None:
         raise ValueError("a router needs at least one expert, got none")
 
 
-def _wide(features: FloatMatrix, width: int) -> Matrix64:
+def _wide(features: FloatMatrix, width: int) -> Float64Array:
     if features.ndim != 2 or features.shape[1] != width:
         raise ShapeError(f"features must be a matrix with {width} columns, got shape {features.shape}")
     if not np.isfinite(features).all():
@@ -312,7 +311,7 @@ def _wide(features: FloatMatrix, width: int) -> Matrix64:
     return features.astype(np.float64)
 
 
-def _softmax(scores: Matrix64) -> Matrix64:
+def _softmax(scores: Float64Array) -> Float64Array:
     powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-    found: Matrix64 = powers / powers.sum(axis=1, keepdims=True)
+    found: Float64Array = powers / powers.sum(axis=1, keepdims=True)
     return found

@@ -6,13 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.adapter import Adapter, FloatArray
 from fedmoe.runtime.errors import ExpectedError
-
-FloatArray = NDArray[np.float32]
 
 
 class EngineError(ExpectedError, RuntimeError):

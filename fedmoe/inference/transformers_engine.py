@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fedmoe.inference.engine import AdapterKey, EngineError, FloatArray, Sample, SampleRequest
-from fedmoe.lora.adapter import Adapter
+from fedmoe.inference.engine import AdapterKey, EngineError, Sample, SampleRequest
+from fedmoe.lora.adapter import Adapter, FloatArray
 from fedmoe.models.base import LoadedBase, stop_tokens
 from fedmoe.models.final_logits import check_causal_model
 from fedmoe.models.multilora import MultiLora

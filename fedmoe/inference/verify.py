@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe.inference.engine import AdapterKey, Engine, EngineError, FloatArray
+from fedmoe.inference.engine import AdapterKey, Engine, EngineError
+from fedmoe.lora.adapter import FloatArray
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-FloatVector = NDArray[np.float32]
-FloatMatrix = NDArray[np.float32]
+FloatArray = NDArray[np.float32]
+FloatVector = FloatArray
+FloatMatrix = FloatArray
+Float64Array = NDArray[np.float64]
 Factors = tuple[FloatMatrix, FloatMatrix]
 
 

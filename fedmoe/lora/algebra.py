@@ -10,11 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import Adapter, FloatMatrix, Layout, ShapeError
-
-Matrix64 = NDArray[np.float64]
+from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, Layout, ShapeError
 
 # Below this share of the largest eigenvalue a direction is rounding noise of the float64 Gram matrix.
 _RELATIVE_FLOOR = 1e-15
@@ -69,7 +66,7 @@ def stack(terms: Sequence[tuple[float, Adapter]]) -> Adapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Recompressed:
+class TruncatedAdapter:
     """An adapter cut to a smaller rank, and what the cut lost.
 
     `truncation_error` is the relative Frobenius error of the whole product, sqrt(lost energy / energy).
@@ -79,7 +76,7 @@ class Recompressed:
     truncation_error: float
 
 
-def recompress(adapter: Adapter, rank: int | None = None, energy: float | None = None) -> Recompressed:
+def recompress(adapter: Adapter, rank: int | None = None, energy: float | None = None) -> TruncatedAdapter:
     """The nearest adapter of a smaller rank in the Frobenius norm (Eckart-Young), module by module.
 
     Give `rank`, or `energy` in (0, 1]: the smallest rank that keeps this share of squared singular values in every
@@ -101,7 +98,9 @@ def recompress(adapter: Adapter, rank: int | None = None, energy: float | None =
         core.write(a, b, new_a, new_b)
     total = sum(float(core.energies.sum()) for core in cores)
     lost = sum(float(core.energies[layout.rank :].sum()) for core in cores)
-    return Recompressed(Adapter(layout, float(layout.rank), flat), float(np.sqrt(lost / total)) if total > 0 else 0.0)
+    return TruncatedAdapter(
+        Adapter(layout, float(layout.rank), flat), float(np.sqrt(lost / total)) if total > 0 else 0.0
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +113,9 @@ class _Core:
     directions above rounding noise.
     """
 
-    energies: Matrix64
-    into_a: Matrix64
-    into_b: Matrix64
+    energies: Float64Array
+    into_a: Float64Array
+    into_b: Float64Array
 
     def rank_for(self, energy: float) -> int:
         total = float(self.energies.sum())
@@ -144,26 +143,26 @@ def _core(a: FloatMatrix, b: FloatMatrix, scale: float) -> _Core:
     return _Core(energies, (levels[:, None] * z).T, (scale / levels)[:, None] * (gram_a @ z))
 
 
-def _gram(tall: FloatMatrix) -> Matrix64:
+def _gram(tall: FloatMatrix) -> Float64Array:
     wide = tall.astype(np.float64)
     return wide.T @ wide
 
 
-def _levels(squares_a: Matrix64, squares_b: Matrix64) -> Matrix64:
+def _levels(squares_a: Float64Array, squares_b: Float64Array) -> Float64Array:
     """Per rank direction the power of two that brings the norms of A's row and B's column together."""
     used = (squares_a > 0) & (squares_b > 0)
     ratios = np.divide(squares_b, squares_a, out=np.ones_like(squares_a), where=used)
-    levels: Matrix64 = np.exp2(np.rint(np.log2(ratios) / 4))
+    levels: Float64Array = np.exp2(np.rint(np.log2(ratios) / 4))
     return levels
 
 
-def _square_root(gram: Matrix64) -> Matrix64:
+def _square_root(gram: Float64Array) -> Float64Array:
     """H with H H' = gram: Cholesky where the directions are independent, the eigenvectors where they are not."""
     try:
         return np.asarray(np.linalg.cholesky(gram), np.float64)
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(gram)
-        root: Matrix64 = vectors * np.sqrt(np.clip(values, 0.0, None))
+        root: Float64Array = vectors * np.sqrt(np.clip(values, 0.0, None))
         return root
 
 

@@ -39,7 +39,7 @@ __all__ = [
     "WIRE_DTYPES",
     "Buffer",
     "CodecError",
-    "Decoded",
+    "DecodedBody",
     "MalformedError",
     "MismatchError",
     "TensorEntry",
@@ -70,7 +70,7 @@ _Number = TypeVar("_Number", bound=np.generic)
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedBody:
     """A checked body: the flat float32 vector, how it travelled, and the sender's metadata."""
 
     flat: FloatVector
@@ -165,7 +165,7 @@ def _along(scale: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
     return scale[:, None] if axis == 1 else scale[None, :]
 
 
-def decode(body: Buffer, layout: Layout) -> Decoded:
+def decode(body: Buffer, layout: Layout) -> DecodedBody:
     """The vector in a body that must hold exactly the tensors of `layout`, in any order; it is read-only.
 
     Raises `MalformedError` for a body that is not valid safetensors and `MismatchError` for one that is not this
@@ -186,7 +186,7 @@ def decode(body: Buffer, layout: Layout) -> Decoded:
     else:
         flat = _gather(entries, data, names, _FLOAT32).astype(np.float32, copy=False)
     flat.flags.writeable = False
-    return Decoded(flat, wire_dtype, metadata)
+    return DecodedBody(flat, wire_dtype, metadata)
 
 
 def _wire_dtype(entries: Mapping[str, TensorEntry]) -> WireDtype:

@@ -12,12 +12,9 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import Adapter, FloatMatrix, ShapeError
+from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ShapeError
 from fedmoe.lora.algebra import product_norm, recompress, stack
-
-Matrix64 = NDArray[np.float64]
 
 #: The share of squared singular values that a predicted rank keeps in every module.
 ENERGY = 0.99
@@ -110,7 +107,7 @@ def _pairs(experts: Mapping[str, Adapter]) -> list[PairAudit]:
     return [PairAudit(*pair, _overlap(inputs[pair]), _overlap(outputs[pair])) for pair in inputs]
 
 
-def _basis(tall: FloatMatrix) -> Matrix64:
+def _basis(tall: FloatMatrix) -> Float64Array:
     """Orthonormal columns that span the columns of `tall`; none for zeros."""
     wide = tall.astype(np.float64)
     norms = np.linalg.norm(wide, axis=0)
@@ -119,11 +116,11 @@ def _basis(tall: FloatMatrix) -> Matrix64:
         return np.zeros((len(tall), 0))
     values, vectors = np.linalg.eigh(wide.T @ wide)
     real = values > _INDEPENDENT * values[-1]
-    basis: Matrix64 = wide @ (vectors[:, real] / np.sqrt(values[real]))
+    basis: Float64Array = wide @ (vectors[:, real] / np.sqrt(values[real]))
     return basis
 
 
-def _cosines(left: Matrix64, right: Matrix64) -> list[float]:
+def _cosines(left: Float64Array, right: Float64Array) -> list[float]:
     if not left.size or not right.size:
         return []
     cosines = np.linalg.svd(left.T @ right, compute_uv=False)

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from fedmoe.lora.adapter import Adapter, ShapeError
-from fedmoe.lora.algebra import Recompressed, recompress, stack
+from fedmoe.lora.algebra import TruncatedAdapter, recompress, stack
 from fedmoe.lora.diagnostics import module_norms
 from fedmoe.lora.moments import InputMoments, thin_notes
 from fedmoe.lora.regmean import RANK_CAP, SCALE, regmean
@@ -24,7 +24,7 @@ NormCap = Literal["module", "whole"]
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeResult:
     """A merged adapter and how it was made.
 
     The product is `scale` times the sum of `weights` times the experts' products, or what `regmean` makes of them.
@@ -127,7 +127,7 @@ def merge(
     without_moments: str | None = None,
     norm_cap: NormCap | None = None,
     start: Adapter | None = None,
-) -> Merged:
+) -> MergeResult:
     """Merge experts exactly in the product, scale * sum_k w_k s_k B_k A_k, or by `regmean`; cut only if asked.
 
     The result has the sum of ranks; or `rank`; or with `energy` in (0, 1] the smallest rank that keeps this share of
@@ -144,7 +144,7 @@ def merge(
     factor = _scale(used, scale if used == strategy else None, len(planned))
     ordered = {name: experts[name] for name in planned}
     if norm_cap is not None:
-        ordered, done = capped(ordered, norm_cap, start)
+        ordered, done = cap_norms(ordered, norm_cap, start)
         notes += done
     if used in STRATEGIES_WITH_MOMENTS:
         assert moments is not None
@@ -154,7 +154,7 @@ def merge(
         terms = [(factor * weight, ordered[name]) for name, weight in planned.items()]
         rest = [] if start is None else [(1.0 - math.fsum(share for share, _ in terms), start)]
         result = _cut(stack(terms + rest), rank, energy)
-    return Merged(result.adapter, planned, result.truncation_error, used, factor, notes)
+    return MergeResult(result.adapter, planned, result.truncation_error, used, factor, notes)
 
 
 def _strategy_in_reach(
@@ -191,15 +191,15 @@ def _scale(strategy: str, given: float | None, count: int) -> float:
     return given
 
 
-def _cut(exact: Adapter, rank: int | None, energy: float | None) -> Recompressed:
+def _cut(exact: Adapter, rank: int | None, energy: float | None) -> TruncatedAdapter:
     if energy is None:
-        return Recompressed(exact, 0.0) if rank is None or rank >= exact.rank else recompress(exact, rank)
+        return TruncatedAdapter(exact, 0.0) if rank is None or rank >= exact.rank else recompress(exact, rank)
     cut = recompress(exact, energy=energy)
     limit = rank or RANK_CAP
     return cut if cut.adapter.rank <= limit else recompress(exact, limit)
 
 
-def capped(
+def cap_norms(
     experts: Mapping[str, Adapter], unit: NormCap, start: Adapter | None = None
 ) -> tuple[dict[str, Adapter], tuple[str, ...]]:
     """The experts with no product larger than the median one, n_i = min(1, median_j |dW_j| / |dW_i|), and notes.

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import FloatMatrix, FloatVector, ShapeError
+from fedmoe.lora.adapter import Float64Array, FloatMatrix, FloatVector, ShapeError
 from fedmoe.lora.safetensors_bytes import (
     Buffer,
     MalformedError,
@@ -27,8 +27,6 @@ from fedmoe.lora.safetensors_bytes import (
     read_named,
     shown,
 )
-
-Matrix64 = NDArray[np.float64]
 
 # Directions in which Omega is a thousandth of what it is in others: their sketch is float32 rounding.
 _SOUND = 1e-6
@@ -117,25 +115,25 @@ class ModuleMoments:
 class Gram:
     """A positive semidefinite matrix F F' + diag(d): `factor` F (n, k) and `diagonal` d (n,) >= 0, float64."""
 
-    factor: Matrix64
-    diagonal: Matrix64
+    factor: Float64Array
+    diagonal: Float64Array
 
     @property
     def features(self) -> int:
         """n, rows and columns of the matrix."""
         return len(self.diagonal)
 
-    def rows(self, left: Matrix64) -> Matrix64:
+    def rows(self, left: Float64Array) -> Float64Array:
         """left @ G for `left` (m, n); no n x n matrix is formed."""
         return (left @ self.factor) @ self.factor.T + left * self.diagonal
 
     @cached_property
-    def full_diagonal(self) -> Matrix64:
+    def full_diagonal(self) -> Float64Array:
         """The diagonal of the whole matrix, (n,)."""
-        squares: Matrix64 = np.square(self.factor).sum(axis=1)
+        squares: Float64Array = np.square(self.factor).sum(axis=1)
         return squares + self.diagonal
 
-    def dense(self) -> Matrix64:
+    def dense(self) -> Float64Array:
         """The n x n matrix, for small n."""
         return self.factor @ self.factor.T + np.diag(self.diagonal)
 
@@ -143,7 +141,7 @@ class Gram:
         """G + ridge I."""
         return Gram(self.factor, self.diagonal + ridge)
 
-    def solve(self, left: Matrix64) -> Matrix64:
+    def solve(self, left: Float64Array) -> Float64Array:
         """left @ G^-1 for `left` (m, n); every number of `diagonal` must be above 0.
 
         By Woodbury's identity through a k x k matrix; where k >= n the n x n matrix is the smaller one.

@@ -16,21 +16,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import Adapter, FloatMatrix, ShapeError
-from fedmoe.lora.algebra import recompress, stack
+from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ShapeError
+from fedmoe.lora.algebra import TruncatedAdapter, recompress, stack
 from fedmoe.lora.moments import Gram, InputMoments, sum_of_grams
 from fedmoe.lora.regmean import PRIOR, RIDGE, Solution, check_moments, cut_in_metric, loudness, rebuilt, wide
-
-Matrix64 = NDArray[np.float64]
 
 # The least length of a direction of A, as a share of the largest: below, B would have to be too large for float32.
 _LEAST = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Departed:
+class ExpertDelta:
     """An expert that left the gateway at `start` and is at `now`; `weight` is what its delta counts, 1 when fresh."""
 
     start: Adapter
@@ -38,22 +35,14 @@ class Departed:
     weight: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """The next gateway, of the rank and alpha of the last; `truncation_error` is relative, of outputs, by the cut."""
-
-    adapter: Adapter
-    truncation_error: float
-
-
-def fold(
+def merge_into_gateway(
     gateway: Adapter,
-    ready: Mapping[str, Departed],
+    ready: Mapping[str, ExpertDelta],
     moments: Mapping[str, InputMoments],
     *,
     scale: float = 1.0,
     ridge: float = RIDGE,
-) -> Folded:
+) -> TruncatedAdapter:
     """The gateway with what the `ready` experts learned since they left it; their names' order does not matter.
 
     `moments` are those of every expert that shares the gateway, ready or not: they say whose delta counts for which
@@ -76,13 +65,13 @@ def fold(
             a[...], b[...] = part.a, part.b / gateway.scale
             kept, lost = kept + part.kept, lost + part.lost
     error = float(np.sqrt(lost / (kept + lost))) if lost > 0 else 0.0
-    return Folded(Adapter(gateway.layout, gateway.alpha, flat), error)
+    return TruncatedAdapter(Adapter(gateway.layout, gateway.alpha, flat), error)
 
 
 @dataclass(frozen=True)
 class _Plan:
     gateway: Adapter
-    ready: Mapping[str, Departed]
+    ready: Mapping[str, ExpertDelta]
     moments: Mapping[str, InputMoments]
     scale: float
     ridge: float
@@ -96,15 +85,15 @@ class _Plan:
 class _Part:
     """One module of the next gateway: product b @ a, and the energies of outputs that were kept and lost."""
 
-    a: Matrix64
-    b: Matrix64
+    a: Float64Array
+    b: Float64Array
     kept: float
     lost: float
 
 
 def _check(
     gateway: Adapter,
-    ready: Mapping[str, Departed],
+    ready: Mapping[str, ExpertDelta],
     moments: Mapping[str, InputMoments],
     scale: float,
     ridge: float,
@@ -157,7 +146,7 @@ def _fold_module(plan: _Plan, name: str, grams: Mapping[str, Gram]) -> _Part | N
     return _Part(a_new, b_new, float(kept.sum()), float(lost.sum()))
 
 
-def _as_learned(a_gateway: Matrix64, learned: Matrix64, weights: Sequence[float]) -> Matrix64:
+def _as_learned(a_gateway: Float64Array, learned: Float64Array, weights: Sequence[float]) -> Float64Array:
     """The gateway's A with what each expert's own A learned: `learned` has all that is folded of A and of A's start."""
     after, before = learned.reshape(len(weights), 2, *a_gateway.shape).swapaxes(0, 1)
     return a_gateway + np.tensordot(np.asarray(weights), after - before, 1)
@@ -168,7 +157,7 @@ def _same(left: Adapter, right: Adapter, name: str) -> bool:
     return left.alpha == right.alpha and all(np.array_equal(one, other) for one, other in pairs)
 
 
-def nearest_factors(a: FloatMatrix, b: FloatMatrix, target: Matrix64) -> tuple[Matrix64, Matrix64]:
+def nearest_factors(a: FloatMatrix, b: FloatMatrix, target: Float64Array) -> tuple[Float64Array, Float64Array]:
     """Factors of the product b @ a with A as near to `target` (r x n) as can be while A A' = target target'.
 
     a is k x n and b out x k with k <= r. With T = S X, S = (T T')^(1/2), and rows Q that span those of a, A = S U Q for
@@ -190,7 +179,7 @@ def nearest_factors(a: FloatMatrix, b: FloatMatrix, target: Matrix64) -> tuple[M
     return (left * sizes) @ turn @ basis.T, product @ (turn.T / sizes) @ left.T
 
 
-def _orthogonal(square: Matrix64) -> Matrix64:
+def _orthogonal(square: Float64Array) -> Float64Array:
     """The orthogonal matrix next to this one."""
     left, _, right = np.linalg.svd(square)
     return np.asarray(left @ right, np.float64)
@@ -200,7 +189,7 @@ def _orthogonal(square: Matrix64) -> Matrix64:
 SUM_SCALE = 0.7
 
 
-def fold_sum(gateway: Adapter, ready: Mapping[str, Departed], several: bool) -> Folded:
+def add_into_gateway(gateway: Adapter, ready: Mapping[str, ExpertDelta], several: bool) -> TruncatedAdapter:
     """The gateway with the deltas of the `ready` experts; `several` says that it is shared, by these or others.
 
     Rank, alpha and layout stay. Raises `ShapeError` for adapters of other modules.
@@ -209,7 +198,7 @@ def fold_sum(gateway: Adapter, ready: Mapping[str, Departed], several: bool) -> 
     named = ((name, ready[name]) for name in sorted(ready))
     moved = {name: one for name, one in named if one.weight and not np.array_equal(one.now.flat, one.start.flat)}
     if not moved:
-        return Folded(gateway, 0.0)
+        return TruncatedAdapter(gateway, 0.0)
     terms = [(1.0, gateway)]
     for departed in moved.values():
         share = scale * departed.weight
@@ -220,11 +209,11 @@ def fold_sum(gateway: Adapter, ready: Mapping[str, Departed], several: bool) -> 
         a_cut, b_cut = cut.adapter.module(module.name)
         b_cut = b_cut * np.float32(cut.adapter.scale / gateway.scale)
         a[...], b[...] = nearest_factors(a_cut, b_cut, _where_experts_are(gateway, moved, module.name, scale))
-    return Folded(Adapter(gateway.layout, gateway.alpha, flat), cut.truncation_error)
+    return TruncatedAdapter(Adapter(gateway.layout, gateway.alpha, flat), cut.truncation_error)
 
 
 def _where_experts_are(
-    gateway: Adapter, moved: Mapping[str, Departed], module: str, scale: float
+    gateway: Adapter, moved: Mapping[str, ExpertDelta], module: str, scale: float
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """The rows of A that the next factors should be near: the gateway's, moved as the experts moved theirs."""
     target = gateway.module(module)[0].astype(np.float64)

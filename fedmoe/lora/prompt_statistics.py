@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import FloatMatrix, FloatVector, ShapeError
+from fedmoe.lora.adapter import Float64Array, FloatMatrix, FloatVector, ShapeError
 from fedmoe.lora.safetensors_bytes import (
     Buffer,
     MalformedError,
@@ -23,8 +23,6 @@ from fedmoe.lora.safetensors_bytes import (
     read_named,
     shown,
 )
-
-Matrix64 = NDArray[np.float64]
 
 #: Directions of the covariance that are kept; the rest of it is kept as a diagonal. 64 route as well as all (SmolLM2, 3
 #: to 12 domains), take 2 MB at d = 3,584, and tell much less about single prompts.
@@ -99,7 +97,7 @@ class FeatureMoments:
         return cls._made(count, mean, np.concatenate([*within, roots[:, None] * (means - mean)]), rest)
 
     @classmethod
-    def _made(cls, count: int, mean: Matrix64, rows: Matrix64, rest: Matrix64) -> FeatureMoments:
+    def _made(cls, count: int, mean: Float64Array, rows: Float64Array, rest: Float64Array) -> FeatureMoments:
         directions = orthogonal_rows(rows)
         kept, left = directions[:DIRECTIONS], directions[DIRECTIONS:]
         rest = rest + np.square(left).sum(axis=0)
@@ -194,7 +192,7 @@ def add_statistics(parts: Sequence[PromptStatistics]) -> PromptStatistics:
     return PromptStatistics(FeatureMoments.add(first), FeatureMoments.add(second))
 
 
-def orthogonal_rows(rows: Matrix64) -> Matrix64:
+def orthogonal_rows(rows: Float64Array) -> Float64Array:
     """The fewest orthogonal rows, largest first, with the same rows' rows: (m, d) -> (k, d), 1 <= k <= min(m, d).
 
     From the eigenvectors of the smaller Gram matrix; directions below rounding noise are left out.
@@ -204,7 +202,7 @@ def orthogonal_rows(rows: Matrix64) -> Matrix64:
     values, vectors = np.clip(values[::-1], 0.0, None), vectors[:, ::-1]
     kept = max(1, int(np.count_nonzero(values > _RELATIVE_FLOOR * values[0])))
     if wide:
-        found: Matrix64 = vectors[:, :kept].T @ rows
+        found: Float64Array = vectors[:, :kept].T @ rows
         return found
-    root: Matrix64 = np.sqrt(values[:kept])[:, None] * vectors[:, :kept].T
+    root: Float64Array = np.sqrt(values[:kept])[:, None] * vectors[:, :kept].T
     return root

@@ -16,14 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import Adapter, FloatMatrix, ModuleShape, ShapeError
-from fedmoe.lora.algebra import Recompressed
+from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ModuleShape, ShapeError
+from fedmoe.lora.algebra import TruncatedAdapter
 from fedmoe.lora.moments import Gram, InputMoments, filled_up, sum_of_grams
 
-Matrix64 = NDArray[np.float64]
-Factors64 = tuple[Matrix64, Matrix64]
+Factors64 = tuple[Float64Array, Float64Array]
 
 #: Measured on three domains: a scale above 1 makes up for what experts take from each other; the ridge hardly matters.
 SCALE = 1.3
@@ -64,9 +62,9 @@ class _Plan:
 class Solution:
     """W = b @ a for one module, b out x R, a R x n; `image` is a @ M."""
 
-    a: Matrix64
-    b: Matrix64
-    image: Matrix64
+    a: Float64Array
+    b: Float64Array
+    image: Float64Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ class _Cut:
 
     a: FloatMatrix
     b: FloatMatrix
-    energies: Matrix64
+    energies: Float64Array
 
     def rank_for(self, energy: float) -> int:
         total = float(self.energies.sum())
@@ -94,7 +92,7 @@ def regmean(
     rank: int | None = None,
     energy: float | None = None,
     start: Adapter | None = None,
-) -> Recompressed:
+) -> TruncatedAdapter:
     """The experts merged in the metric of their own inputs; one expert alone comes back as it is.
 
     `scale` multiplies the result (1.3 for several experts if not given), `weights` say how much each expert's inputs
@@ -117,7 +115,7 @@ def regmean(
     )
     limit = min(plan.rank, rank or (plan.rank if energy is None else RANK_CAP))
     if energy is None and limit == plan.rank:
-        return Recompressed(_uncut(plan), 0.0)
+        return TruncatedAdapter(_uncut(plan), 0.0)
     return _cut_to(plan, limit, energy)
 
 
@@ -178,7 +176,7 @@ class _Module:
 
     experts: Sequence[Factors64]
     start: Factors64
-    images: Sequence[Matrix64]
+    images: Sequence[Float64Array]
     moved: tuple[bool, ...]
 
 
@@ -215,7 +213,7 @@ def _solve(plan: _Plan, alike: Mapping[str, _Module], grams: Sequence[Gram]) -> 
         yield name, Solution(a, np.hstack([*(b for _, b in module.experts), module.start[1]]), image)
 
 
-def _image(plan: _Plan, module: _Module, shares: Sequence[float], rho: float) -> Matrix64:
+def _image(plan: _Plan, module: _Module, shares: Sequence[float], rho: float) -> Float64Array:
     """The answer's rows of A times M."""
     rows = [
         plan.scale * (share * image[: len(a)] + plan.prior * rho * a)
@@ -234,7 +232,7 @@ def wide(adapter: Adapter, name: str) -> Factors64:
     return a.astype(np.float64), adapter.scale * b.astype(np.float64)
 
 
-def _seen(a: Matrix64, b: Matrix64, gram: Gram) -> tuple[Matrix64, bool]:
+def _seen(a: Float64Array, b: Float64Array, gram: Gram) -> tuple[Float64Array, bool]:
     """A G, and whether there are outputs B A x that are more than rounding."""
     image = gram.rows(a)
     energy = float(((b.T @ b) * (image @ a.T)).sum())
@@ -254,7 +252,7 @@ def _uncut(plan: _Plan) -> Adapter:
     return result
 
 
-def _cut_to(plan: _Plan, limit: int, energy: float | None) -> Recompressed:
+def _cut_to(plan: _Plan, limit: int, energy: float | None) -> TruncatedAdapter:
     cuts = {name: cut_in_metric(solution, limit) for name, solution in _solutions(plan)}
     rank = limit if energy is None else min(limit, max(cut.rank_for(energy) for cut in cuts.values()))
     total = sum(float(cuts[name].energies.sum()) for name in sorted(cuts))
@@ -267,7 +265,7 @@ def _cut_to(plan: _Plan, limit: int, energy: float | None) -> Recompressed:
         basis, mix = np.linalg.qr(cut.a[:kept].T.astype(np.float64))
         width = basis.shape[1]
         a[:width], b[:, :width] = basis.T, cut.b[:, :kept] @ mix.T
-    return Recompressed(Adapter(layout, float(rank), flat), float(np.sqrt(lost / total)) if total > 0 else 0.0)
+    return TruncatedAdapter(Adapter(layout, float(rank), flat), float(np.sqrt(lost / total)) if total > 0 else 0.0)
 
 
 def cut_in_metric(solution: Solution, limit: int) -> _Cut:

@@ -7,11 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from fedmoe.lora.adapter import Float64Array
 from fedmoe.runtime.records import Record, Value
-
-FloatArray = npt.NDArray[np.float64]
 
 #: Kinds of records an arena run writes.
 KINDS = ("run", "policy", "team", "credit", "rating", "evaluation", "leader", "decision", "timing", "system")
@@ -25,17 +23,17 @@ class NoRecordsError(ValueError):
 class Table:
     """Numbers over `x` (iterations, or seconds): float64 (n,), ascending; each column (n,), NaN where none came."""
 
-    x: FloatArray
-    columns: Mapping[str, FloatArray]
+    x: Float64Array
+    columns: Mapping[str, Float64Array]
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def column(self, name: str) -> FloatArray:
+    def column(self, name: str) -> Float64Array:
         """One column, float64 (n,); all NaN when it was never recorded."""
         return self.columns.get(name, np.full(len(self.x), np.nan))
 
-    def points(self, name: str) -> tuple[FloatArray, FloatArray]:
+    def points(self, name: str) -> tuple[Float64Array, Float64Array]:
         """The places and values where the column is a number, both (m,) with m <= n."""
         values = self.column(name)
         there = np.isfinite(values)
@@ -203,7 +201,7 @@ def window(count: int) -> int:
     return min(count, max(1, count // 5, min(5, count // 3)))
 
 
-def smoothed(values: FloatArray, span: float) -> FloatArray:
+def smoothed(values: Float64Array, span: float) -> Float64Array:
     """Exponential moving average of about `span` values, (n,) -> (n,), without the usual pull towards the start.
 
     Each value is the weighted mean of those up to it, with weights (1 - 2 / (span + 1)) ** age.

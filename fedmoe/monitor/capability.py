@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedmoe.monitor.arena_series import ArenaSeries, FloatArray, smoothed, window
+from fedmoe.lora.adapter import Float64Array
+from fedmoe.monitor.arena_series import ArenaSeries, smoothed, window
 
 #: Ability -> how it is brought to [0, 1]; shown below the chart.
 AXES = {
@@ -77,7 +78,7 @@ def _stability(series: ArenaSeries, policy: str) -> float:
     return 1 - _spread(rewards[policy]) / half_range if half_range > 0 else 1.0
 
 
-def _spread(values: FloatArray) -> float:
+def _spread(values: Float64Array) -> float:
     """Standard deviation of the recent values around a short moving average of all of them."""
     rest = (values - smoothed(values, 5))[-window(len(values)) :]
     return float(rest.std())

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe.monitor.arena_series import ArenaSeries, FloatArray
+from fedmoe.lora.adapter import Float64Array
+from fedmoe.monitor.arena_series import ArenaSeries
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +20,9 @@ class Landscape:
     """
 
     policies: tuple[str, ...]
-    starts: FloatArray
-    lengths: FloatArray
-    values: FloatArray
+    starts: Float64Array
+    lengths: Float64Array
+    values: Float64Array
     width: float
 
 
@@ -44,7 +45,7 @@ def landscape(series: ArenaSeries, bins: int) -> Landscape:
     return Landscape(policies, starts, lengths, values, width)
 
 
-def _means(x: FloatArray, y: FloatArray, starts: FloatArray, width: float) -> FloatArray:
+def _means(x: Float64Array, y: Float64Array, starts: Float64Array, width: float) -> Float64Array:
     place = ((x - starts[0]) // width).astype(np.int64)
     counts = np.bincount(place, minlength=len(starts))
     sums = np.bincount(place, weights=y, minlength=len(starts))

@@ -11,7 +11,7 @@ import structlog
 
 CONTROL = "control.json"
 _MOST_BYTES = 1 << 16
-_log = structlog.get_logger("fedmoe.arena")
+_log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)

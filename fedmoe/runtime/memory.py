@@ -5,7 +5,6 @@ All sizes are in bytes; GiB and the `_gb` of options are 2^30 of them.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
 import threading
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 import psutil
 import structlog
 
+from fedmoe.runtime import allocator
 from fedmoe.runtime.control_file import Control
 from fedmoe.runtime.errors import ExpectedError
 from fedmoe.runtime.machine import memory
@@ -24,7 +24,7 @@ GIB = 1 << 30
 DEFAULT_LIMIT_GB = 32.0
 #: The share of what the machine or container has that may be used: its last bytes are the kernel's to kill for.
 USABLE = 0.95
-_log = structlog.get_logger("fedmoe.arena")
+_log = structlog.get_logger()
 
 
 class MemoryLimitError(ExpectedError, RuntimeError):
@@ -67,8 +67,7 @@ def release_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)
+    allocator.trim()
 
 
 class MemoryGuard:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _RESERVE_BYTES = 64 << 20
 _TEMPORARY = "tmp"
-_log = structlog.get_logger("fedmoe.arena")
+_log = structlog.get_logger()
 
 
 class PlacementError(ExpectedError, RuntimeError):

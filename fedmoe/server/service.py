@@ -458,7 +458,7 @@ class CoordinatorService:
             event.expert for event in transaction.events if not isinstance(event, GatewayMerged | QuarantineEvent)
         }:
             self._history.snapshot_if_due(self.coordinator.experts[name])
-        if transaction.living is not None:
+        if transaction.online_gateway is not None:
             if any(isinstance(event, GatewayMerged) for event in transaction.events):
-                self._history.prune_gateways(transaction.living)
+                self._history.prune_gateways(transaction.online_gateway)
             self._folding.wake()

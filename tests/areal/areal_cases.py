@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fedmoe.arena.rollout.episodes import Example, Player, Turn
-from fedmoe.arena.tasks.task import Episode, Lineup, Message, Outcome, Task, check_actions, check_lineup
-from fedmoe.inference.engine import AdapterKey, FloatArray
-from fedmoe.lora.adapter import Adapter, Layout
+from fedmoe.arena.rollout.episodes import Example, PlayedTurn, Player
+from fedmoe.arena.tasks.task import Episode, Lineup, Outcome, PromptMessage, Task, check_actions, check_lineup
+from fedmoe.inference.engine import AdapterKey
+from fedmoe.lora.adapter import Adapter, FloatArray, Layout
 
 VOCABULARY = 259
 
@@ -26,7 +26,7 @@ def example(
     """One turn of a learning policy; without `behaviour` every token had probability one half."""
     own = np.full(len(tokens), np.log(0.5), np.float32) if behaviour is None else behaviour
     player = Player("solver", AdapterKey("solver", version), learning=True)
-    turn = Turn(0, player, tuple(prompt), tuple(tokens), "", own, stopped=True)
+    turn = PlayedTurn(0, player, tuple(prompt), tuple(tokens), "", own, stopped=True)
     return Example("solver", turn, advantage, advantage, weight, token_advantages)
 
 
@@ -70,8 +70,11 @@ class CountingEpisode:
     def to_act(self) -> tuple[int, ...]:
         return tuple(range(self._lineup.seats)) if len(self.said) < 2 else ()
 
-    def observe(self, seat: int) -> tuple[Message, ...]:
-        return (Message("system", "Count."), Message("user", f"Round {len(self.said)}, seat {seat}: {self._wanted}"))
+    def observe(self, seat: int) -> tuple[PromptMessage, ...]:
+        return (
+            PromptMessage("system", "Count."),
+            PromptMessage("user", f"Round {len(self.said)}, seat {seat}: {self._wanted}"),
+        )
 
     def act(self, actions: Mapping[int, str]) -> None:
         check_actions(self.to_act(), actions)

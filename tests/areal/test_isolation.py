@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedmoe.areal.packing_check import LeakError, check_isolation
-from fedmoe.inference.engine import FloatArray
+from fedmoe.lora.adapter import FloatArray
 
 VOCABULARY = 100
 

@@ -18,7 +18,7 @@ from fedmoe.arena.learning.adapt import AdaptRules
 from fedmoe.arena.learning.learner import Learner, LearnerConfig, OptimizerState
 from fedmoe.arena.learning.policies import Policies
 from fedmoe.arena.rollout.chat import ChatCodec
-from fedmoe.arena.tasks.task import Lineup, Message, Outcome, TaskError
+from fedmoe.arena.tasks.task import Lineup, Outcome, PromptMessage, TaskError
 from fedmoe.arena.trainer import Trainer
 from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
@@ -46,8 +46,8 @@ class LettersEpisode:
     def to_act(self) -> tuple[int, ...]:
         return () if self._said else tuple(range(self._lineup.seats))
 
-    def observe(self, seat: int) -> tuple[Message, ...]:
-        return (Message("user", "Say letters."),)
+    def observe(self, seat: int) -> tuple[PromptMessage, ...]:
+        return (PromptMessage("user", "Say letters."),)
 
     def act(self, actions: Mapping[int, str]) -> None:
         self._said = dict(actions)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe.arena.modes.protocol import Planning
-from fedmoe.arena.rollout.episodes import RANDOM, EpisodePlan, PlayedEpisode, Player, Turn
-from fedmoe.arena.tasks.task import Lineup, Message, Outcome, TaskError, check_actions, check_lineup
+from fedmoe.arena.modes.protocol import PlanInputs
+from fedmoe.arena.rollout.episodes import RANDOM, EpisodePlan, PlayedEpisode, PlayedTurn, Player
+from fedmoe.arena.tasks.task import Lineup, Outcome, PromptMessage, TaskError, check_actions, check_lineup
 from fedmoe.inference.engine import AdapterKey
 
 
@@ -25,8 +25,8 @@ class LettersEpisode:
     def to_act(self) -> tuple[int, ...]:
         return () if self._said else tuple(range(self._lineup.seats))
 
-    def observe(self, seat: int) -> tuple[Message, ...]:
-        return (Message("user", f"Say letters, number {self._seed}."),)
+    def observe(self, seat: int) -> tuple[PromptMessage, ...]:
+        return (PromptMessage("user", f"Say letters, number {self._seed}."),)
 
     def act(self, actions: Mapping[int, str]) -> None:
         check_actions(self.to_act(), actions)
@@ -77,18 +77,18 @@ def made_outcome(lineup: Lineup, scores: Sequence[float], valid: Sequence[float]
 
 def planned(
     names: Sequence[str], task: LettersTask, iteration: int = 0, groups: int = 4, samples: int = 3, seed: int = 0
-) -> Planning:
+) -> PlanInputs:
     """What a trainer passes to a mode: every policy at the version of the iteration."""
     players = tuple(Player(name, AdapterKey(name, iteration), learning=True) for name in names)
     rng = np.random.default_rng([seed, iteration])
-    return Planning(iteration, task, players, groups, samples, rng)
+    return PlanInputs(iteration, task, players, groups, samples, rng)
 
 
 def played(plan: EpisodePlan, score: Callable[[Player, int], float], valid: float = 1.0) -> PlayedEpisode:
     """The episode in which every player scores `score(player, sample)`; each takes one turn, chance none."""
     scores = [score(player, plan.sample) for player in plan.players]
     turns = tuple(
-        Turn(seat, player, (1,), (2, 3), f"says {scores[seat]:g}", np.zeros(2, np.float32), True)
+        PlayedTurn(seat, player, (1,), (2, 3), f"says {scores[seat]:g}", np.zeros(2, np.float32), True)
         for seat, player in enumerate(plan.players)
         if player.name != RANDOM
     )

@@ -29,8 +29,7 @@ from fedmoe.arena.run.checkpoint import (
     prune,
     save,
 )
-from fedmoe.arena.run.float_packing import FloatArray
-from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.adapter import Adapter, FloatArray
 from fedmoe.lora.formats import read_peft
 
 

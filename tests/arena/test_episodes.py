@@ -14,7 +14,7 @@ from letters import made_outcome
 from fedmoe.arena.modes.credit import Credit, SeatCredit
 from fedmoe.arena.modes.protocol import Judgement, SeatResult
 from fedmoe.arena.reporting import Report
-from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player, Turn
+from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, PlayedTurn, Player
 from fedmoe.arena.run.episode_log import EpisodeLog, EpisodeRow, choose, read_episodes, reward_of, select
 from fedmoe.arena.tasks.task import Lineup
 from fedmoe.inference.engine import AdapterKey
@@ -37,7 +37,7 @@ def made_report(iteration: int = 7, rewards: Sequence[float] = REWARDS, text: st
 def _episode(index: int, text: str) -> PlayedEpisode:
     plan = EpisodePlan(index, Lineup.alone(2), (ANN, BASE), index)
     turns = tuple(
-        Turn(seat, player, (1,), (2, 3), text, np.zeros(2, np.float32), index != 2, f"question {index}")
+        PlayedTurn(seat, player, (1,), (2, 3), text, np.zeros(2, np.float32), index != 2, f"question {index}")
         for seat, player in enumerate(plan.players)
     )
     return PlayedEpisode(plan, turns, made_outcome(plan.lineup, [1.0, 0.25], [1.0, 0.5]), f"q{index}")

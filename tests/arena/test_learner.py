@@ -10,7 +10,7 @@ import pytest
 
 from fedmoe.arena.learning.learner import Learner, LearnerConfig, OptimizerState
 from fedmoe.arena.learning.loss import LossConfig, LossError
-from fedmoe.arena.rollout.episodes import Example, Player, Turn
+from fedmoe.arena.rollout.episodes import Example, PlayedTurn, Player
 from fedmoe.lora.adapter import Adapter, ShapeError
 from fedmoe.models.base import load_base
 from fedmoe.models.multilora import MultiLora, UnknownAdapterError
@@ -42,7 +42,7 @@ def make_examples(learner: Learner, name: str, count: int = 6, seed: int = 0) ->
     made = []
     for index in range(count):
         prompt, tokens = prompts[index % 2], tuple(rng.integers(0, 256, LENGTH - index % 2).tolist())
-        turn = Turn(0, Player(name, None, True), prompt, tokens, "", learner.score(name, prompt, tokens), True)
+        turn = PlayedTurn(0, Player(name, None, True), prompt, tokens, "", learner.score(name, prompt, tokens), True)
         made.append(Example(name, turn, (1.0, -1.0, 0.5)[index % 3], 0.0))
     return made
 

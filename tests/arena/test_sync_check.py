@@ -9,7 +9,7 @@ import pytest
 from letters import LettersTask
 
 from fedmoe.arena.run.sync_check import make_probes
-from fedmoe.arena.tasks.task import Message, TaskError
+from fedmoe.arena.tasks.task import PromptMessage, TaskError
 from fedmoe.inference.engine import Sample, SampleRequest
 
 
@@ -28,7 +28,7 @@ class LongForOdd:
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def prompt(self, messages: Sequence[PromptMessage]) -> tuple[int, ...]:
         if int(messages[-1].text[-2]) % 2:
             raise TaskError("a prompt has 4000 tokens, the limit is 1024")
         return tuple(map(ord, messages[-1].text))[-self.tokens :]

@@ -16,7 +16,7 @@ from fedmoe.arena.modes import competitive
 from fedmoe.arena.modes.credit import Credit
 from fedmoe.arena.population.pbt import Replacement
 from fedmoe.arena.population.rating import Rating
-from fedmoe.arena.rollout.episodes import Example, Turn
+from fedmoe.arena.rollout.episodes import Example, PlayedTurn
 from fedmoe.arena.rollout.play import RolloutError
 from fedmoe.arena.tasks.task import Lineup, Outcome
 from fedmoe.inference.engine import AdapterKey, EngineError, Sample, SampleRequest
@@ -36,7 +36,7 @@ def replace_at(monkeypatch: pytest.MonkeyPatch, iterations: dict[int, tuple[str,
         def judge(self, society, planning, played):  # type: ignore[no-untyped-def]
             wanted = iterations.get(planning.iteration)
             chosen = Replacement(*wanted, "made by the test") if wanted else None
-            monkeypatch.setattr(competitive, "decide", lambda *_, **__: chosen)
+            monkeypatch.setattr(competitive, "choose_replacement", lambda *_, **__: chosen)
             return super().judge(society, planning, played)
 
     monkeypatch.setattr("fedmoe.arena.trainer.make_mode", lambda name: Wishes())
@@ -141,7 +141,7 @@ def test_sampling_ahead_uses_the_version_from_before_the_update(bound: int, vers
 def test_what_was_sampled_has_the_probabilities_of_the_version_it_names(
     bound: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns: list[Turn] = []
+    turns: list[PlayedTurn] = []
     update = Learner.update
 
     def watched(self: Learner, examples: list[Example], max_tokens: int) -> dict[str, PolicyUpdate]:

@@ -93,7 +93,7 @@ def test_check_prints_the_plan_of_the_demo(fedmoe: Run) -> None:
         ("policies = { rank = 8, max_rank = 4 }", ["policies", "max_rank 4 is below rank 8"]),
         ("phases = []", ["phases", "at least one phase"]),
         ("phases = [{ mode = 'solo', iterations = 1 }]", ["mode 'solo' is not known", "cooperative", "mixed"]),
-        ("task = { name = 'chess:gcd' }", ["no task kind 'chess'", "committee"]),
+        ("task = { name = 'chess:gcd' }", ["task kind 'chess' is not known", "committee"]),
         ("task = { name = 'committee:nothing' }", ["no data set 'nothing'", "chain_sum"]),
         ("task = { name = 'committee:gcd', options = { terms = 2 } }", ["gcd has no option 'terms'", "min_numbers"]),
         ("policies = { count = 3 }", ["mixed", "team_battle mode needs an even number", "got 3"]),

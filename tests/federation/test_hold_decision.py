@@ -11,7 +11,7 @@ from support import accepted, make_submission, registered
 
 from fedmoe.coordinator import Aggregation, Transaction
 from fedmoe.federation.events import HeldUpdateRejected, UpdateAccepted, UpdateHeld
-from fedmoe.federation.online_gateway import counters, trained
+from fedmoe.federation.online_gateway import count_steps, step_counters
 from fedmoe.federation.quarantine import Quarantine
 from fedmoe.lora.update_rules import USUAL_LEAST, USUAL_WINDOW
 
@@ -82,5 +82,5 @@ def test_the_steps_of_a_released_update_are_told_by_the_next_one_of_its_worker()
     told = [10.0, 30.0, 20.0, 40.0]
     updates = [replace(accepted(n + 1), info={"steps": steps}) for n, steps in enumerate(told)]
     updates[2] = replace(updates[2], info={"steps": 20.0, "held": 1.0})
-    assert [one.steps for one in trained(updates, updates)] == [10, 20, 1, 10]
-    assert counters(updates) == {"w1": 40}
+    assert [one.steps for one in count_steps(updates, updates)] == [10, 20, 1, 10]
+    assert step_counters(updates) == {"w1": 40}

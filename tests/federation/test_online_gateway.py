@@ -17,10 +17,10 @@ from fedmoe.federation.online_gateway import (
     BranchPoint,
     CountedUpdate,
     OnlineGateway,
-    counters,
-    plan_fold,
+    count_steps,
+    plan_merge,
+    step_counters,
     steps_between,
-    trained,
 )
 from fedmoe.lora.moments import InputMoments, ModuleMoments
 from fedmoe.lora.update_rules import polynomial
@@ -46,8 +46,8 @@ def drafted(**steps: int) -> Transaction:
 
 
 def living(transaction: Transaction) -> OnlineGateway:
-    assert transaction.living is not None
-    return transaction.living
+    assert transaction.online_gateway is not None
+    return transaction.online_gateway
 
 
 def moments(seed: int) -> InputMoments:
@@ -68,10 +68,10 @@ def test_steps_are_the_rise_of_a_workers_counter(before: int | None, now: int | 
 
 def test_each_workers_counter_counts_for_itself_and_over_what_was_taken_back() -> None:
     updates = [told(1, 4), told(2, 10, "w2"), told(3, 6), told(4, None), told(5, 7), told(6, 1, "w2")]
-    steps = [one.steps for one in trained([registered(), *updates], updates)]
+    steps = [one.steps for one in count_steps([registered(), *updates], updates)]
     assert steps == [4, 10, 2, 1, 1, 1]
-    assert [one.steps for one in trained(updates, [updates[2]])] == [2]
-    assert counters(updates) == {"w1": 7, "w2": 1}
+    assert [one.steps for one in count_steps(updates, [updates[2]])] == [2]
+    assert step_counters(updates) == {"w1": 7, "w2": 1}
 
 
 @given(st.lists(st.integers(0, 5), max_size=8), st.integers(0, 8), st.integers(1, 4))
@@ -98,19 +98,19 @@ def test_an_expert_that_did_not_only_train_on_cannot_be_folded_as_it_was() -> No
 
 def test_only_who_trained_enough_is_folded() -> None:
     transaction = drafted(docs=4, python=5, sql=9)
-    plan = plan_fold(living(transaction), transaction.experts, {}, 5, polynomial)
+    plan = plan_merge(living(transaction), transaction.experts, {}, 5, polynomial)
     assert plan is not None
     assert plan.experts.keys() == {"python", "sql"}
     assert (plan.staleness, plan.weights) == ({"python": 0, "sql": 0}, {"python": 1.0, "sql": 1.0})
-    assert plan_fold(living(transaction), transaction.experts, {}, 10, polynomial) is None
-    assert plan_fold(living(transaction), transaction.experts, {}, 5, polynomial, least_updates=2) is None
+    assert plan_merge(living(transaction), transaction.experts, {}, 10, polynomial) is None
+    assert plan_merge(living(transaction), transaction.experts, {}, 5, polynomial, least_updates=2) is None
 
 
 def test_an_expert_that_nobody_trains_any_more_is_folded_with_what_it_has() -> None:
     transaction = drafted(docs=4, python=0, sql=9)
-    ended = living(transaction).departures["docs"].since[-1].update.at
-    assert plan_fold(living(transaction), transaction.experts, {}, 10, polynomial, idle_since=ended - 1) is None
-    plan = plan_fold(living(transaction), transaction.experts, {}, 10, polynomial, idle_since=ended)
+    ended = living(transaction).branch_points["docs"].since[-1].update.at
+    assert plan_merge(living(transaction), transaction.experts, {}, 10, polynomial, idle_since=ended - 1) is None
+    plan = plan_merge(living(transaction), transaction.experts, {}, 10, polynomial, idle_since=ended)
     assert plan is not None
     assert "docs" in plan.experts
     assert "python" not in plan.experts  # it did no step, so there is nothing of it to fold
@@ -120,11 +120,11 @@ def test_an_expert_that_nobody_trains_any_more_is_folded_with_what_it_has() -> N
 def test_moments_are_needed_and_used_of_all_that_have_trained() -> None:
     transaction = drafted(docs=1, python=5, sql=0)
     known = {"python": moments(1), "sql": moments(2)}
-    without = plan_fold(living(transaction), transaction.experts, known, 5, polynomial)
+    without = plan_merge(living(transaction), transaction.experts, known, 5, polynomial)
     assert without is not None
     assert without.moments is None
     assert without.notes == ("without input moments of docs the deltas were added as they are, scaled",)
-    whole = plan_fold(living(transaction), transaction.experts, known | {"docs": moments(3)}, 5, polynomial)
+    whole = plan_merge(living(transaction), transaction.experts, known | {"docs": moments(3)}, 5, polynomial)
     assert whole is not None
     assert whole.moments is not None
     assert (whole.moments.keys(), whole.notes) == ({"docs", "python"}, ())
@@ -133,7 +133,7 @@ def test_moments_are_needed_and_used_of_all_that_have_trained() -> None:
 def test_a_fold_with_thin_moments_says_so() -> None:
     transaction = drafted(docs=5, python=5)
     few = InputMoments(moments(1).modules, 417, 0)
-    plan = plan_fold(living(transaction), transaction.experts, {"docs": few, "python": moments(2)}, 5, polynomial)
+    plan = plan_merge(living(transaction), transaction.experts, {"docs": few, "python": moments(2)}, 5, polynomial)
     assert plan is not None
     assert [note.partition(" only")[0] for note in plan.notes] == ["docs has input moments of 417 tokens"]
 
@@ -146,7 +146,7 @@ def test_staleness_is_the_folds_since_an_expert_left() -> None:
     went_on = ExpertRebased("docs", 2, "0" * 64, 0, 2, 0.0)
     transaction.apply(went_on, rebuilt=LIVING.rule.init(living(transaction).adapter.flat))
     transaction.apply(told(3, 14, expert="docs"), make_flat(3))
-    plan = plan_fold(living(transaction), transaction.experts, {}, 5, polynomial)
+    plan = plan_merge(living(transaction), transaction.experts, {}, 5, polynomial)
     assert plan is not None
     assert plan.staleness == {"docs": 1, "python": 3}
     assert plan.weights == {"docs": 2**-0.5, "python": 0.5}
@@ -166,7 +166,7 @@ def test_a_mark_brings_the_distances_back() -> None:
     transaction = drafted(python=3)
     before, mark = living(transaction), transaction.savepoint()
     transaction.apply(told(2, 8), make_flat(2))
-    assert living(transaction).departures["python"].steps == 8
+    assert living(transaction).branch_points["python"].steps == 8
     transaction.rollback_to(mark)
     assert living(transaction) is before
 
@@ -175,8 +175,8 @@ def test_without_the_mode_nothing_of_it_is_kept() -> None:
     coordinator = CentralCoordinator()
     coordinator.register_expert("python", MANIFEST)
     coordinator.push_update(make_submission(), make_flat(1))
-    assert coordinator.transaction().living is None
-    assert coordinator.gateway().living is None
+    assert coordinator.transaction().online_gateway is None
+    assert coordinator.gateway().online_gateway is None
 
 
 @pytest.mark.parametrize("options", [{"merge_after": 0}, {"merge_after": 3, "enable_gateway": False}])

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.inference.engine import AdapterKey, EngineError, FloatArray, Sample, SampleRequest
+from fedmoe.inference.engine import AdapterKey, EngineError, Sample, SampleRequest
 from fedmoe.inference.verify import Probe, verify_sync
-from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.adapter import Adapter, FloatArray
 
 OLD, NEW = AdapterKey("poet", 3), AdapterKey("poet", 4)
 PROBES = (Probe((1, 2), (3, 4, 5)), Probe((6,), (7, 8)))

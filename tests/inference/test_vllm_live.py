@@ -16,11 +16,11 @@ import torch
 from test_engine_conformance import random_adapter, smollm2_layout
 from vllm_bench import POLICIES, RANK, STALENESS
 
-from fedmoe.inference.engine import AdapterKey, EngineError, FloatArray, SampleRequest
+from fedmoe.inference.engine import AdapterKey, EngineError, SampleRequest
 from fedmoe.inference.verify import Probe, verify_sync
 from fedmoe.inference.vllm.engine import VllmEngine
 from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer, loras_needed
-from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.adapter import Adapter, FloatArray
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.lora_layers import ALL_LINEAR, AttachedAdapter, attach
 

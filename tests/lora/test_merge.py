@@ -9,7 +9,7 @@ from lora_cases import adapters, bulk, dense, dense_sum, distance, laws, norm, r
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
 from fedmoe.lora.algebra import product_norm, scaled, stack
 from fedmoe.lora.diagnostics import module_norms
-from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS, NormCap, capped, damping, merge, plan_weights
+from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS, NormCap, cap_norms, damping, merge, plan_weights
 from fedmoe.lora.moments import InputMoments, ModuleMoments, omega
 from fedmoe.lora.regmean import SCALE, regmean
 
@@ -239,7 +239,7 @@ def test_no_option_makes_the_order_matter(order: list[str], cap: NormCap, strate
 
 def test_an_outlier_is_shrunk_to_the_median_as_a_whole() -> None:
     experts = {"a": EXPERTS["python"], "b": scaled(EXPERTS["sql"], 50.0), "c": EXPERTS["docs"]}
-    result, notes = capped(experts, "whole")
+    result, notes = cap_norms(experts, "whole")
     norms = {name: product_norm(expert) for name, expert in experts.items()}
     median = sorted(norms.values())[1]
     for name, expert in result.items():
@@ -256,7 +256,7 @@ def test_an_outlier_in_one_module_is_shrunk_there() -> None:
     span = LAYOUT.spans["up"]
     flat[span.middle : span.stop] *= 50
     experts = {"a": EXPERTS["python"], "b": Adapter(LAYOUT, 16.0, flat), "c": EXPERTS["docs"]}
-    result, notes = capped(experts, "module")
+    result, notes = cap_norms(experts, "module")
     before = {name: module_norms(expert) for name, expert in experts.items()}
     for name, expert in result.items():
         for module, found in module_norms(expert).items():
@@ -268,9 +268,9 @@ def test_an_outlier_in_one_module_is_shrunk_there() -> None:
 def test_experts_that_do_nothing_do_not_shrink_the_others() -> None:
     idle = Adapter.zeros(LAYOUT, 16.0)
     experts = {"a": EXPERTS["python"], "b": idle, "c": idle}
-    result, notes = capped(experts, "whole")
+    result, notes = cap_norms(experts, "whole")
     assert (result, notes) == (experts, ())
-    assert capped({"b": idle, "c": idle}, "module")[1] == ()
+    assert cap_norms({"b": idle, "c": idle}, "module")[1] == ()
 
 
 @pytest.mark.parametrize("strategy", ["weighted_average", "sum", "scaled"])

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.lora.adapter import FloatMatrix, ShapeError
+from fedmoe.lora.adapter import Float64Array, FloatMatrix, ShapeError
 from fedmoe.lora.prompt_statistics import (
     DIRECTIONS,
     FeatureMoments,
-    Matrix64,
     PromptStatistics,
     add_statistics,
     orthogonal_rows,
@@ -26,7 +25,7 @@ def features(rows: int, width: int, seed: int = 0) -> FloatMatrix:
     return found.astype(np.float32)
 
 
-def covariance(moments: FeatureMoments) -> Matrix64:
+def covariance(moments: FeatureMoments) -> Float64Array:
     spread = moments.spread.astype(np.float64)
     return np.asarray(spread.T @ spread + np.diag(moments.rest), np.float64)
 

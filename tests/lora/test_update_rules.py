@@ -10,7 +10,18 @@ from lora_cases import laws
 from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import ShapeError
-from fedmoe.lora.update_rules import _CHUNK, RULES, STALENESS, RuleState, add_scaled, buffered, hinge, polynomial
+from fedmoe.lora.update_rules import (
+    _CHUNK,
+    RULES,
+    STALENESS,
+    USUAL_LEAST,
+    RuleState,
+    add_scaled,
+    buffered,
+    clip_factor,
+    hinge,
+    polynomial,
+)
 
 Float64 = NDArray[np.float64]
 SIZES = [1, 7, _CHUNK - 1, _CHUNK, _CHUNK + 1, 2 * _CHUNK + 3]
@@ -160,3 +171,29 @@ def test_a_buffer_of_one_is_the_rule_itself_and_none_is_refused() -> None:
     assert buffered(RULES["sgd"], 1) is RULES["sgd"]
     with pytest.raises(ValueError, match="at least 1"):
         buffered(RULES["sgd"], 0)
+
+
+# Clipping by norm: what is usual is the median of what landed before.
+
+NORMS = st.floats(1e-3, 1e3)
+
+
+@given(NORMS, st.lists(NORMS, min_size=USUAL_LEAST, max_size=40), st.floats(1, 100))
+def test_a_clipped_norm_is_at_most_the_multiple_of_the_median(
+    norm: float, recent: list[float], multiple: float
+) -> None:
+    factor = clip_factor(norm, recent, multiple)
+    assert 0 < factor <= 1
+    median = sorted(recent)[len(recent) // 2]
+    assert factor == 1 or norm * factor <= multiple * median * (1 + 1e-9)
+
+
+@given(NORMS, st.lists(NORMS, max_size=USUAL_LEAST - 1))
+def test_nothing_is_unusual_before_enough_is_known(norm: float, recent: list[float]) -> None:
+    assert clip_factor(norm, recent, 1.0) == 1.0
+
+
+def test_usual_and_empty_updates_pass_whole() -> None:
+    assert clip_factor(2.9, [1.0] * 9, 3.0) == 1.0
+    assert clip_factor(0.0, [1.0] * 9, 3.0) == 1.0
+    assert clip_factor(6.0, [1.0] * 9, 3.0) == 0.5

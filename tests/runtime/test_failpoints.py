@@ -9,9 +9,12 @@ import pytest
 
 
 def run(failpoints: str, reached: list[str]) -> subprocess.CompletedProcess[str]:
-    script = (
-        "import sys; from fedmoe import failpoints\nfor n in sys.argv[1:]: print(n, flush=True); failpoints.reached(n)"
-    )
+    script = """import sys
+from fedmoe.runtime import failpoints
+for name in sys.argv[1:]:
+    print(name, flush=True)
+    failpoints.reached(name)
+"""
     return subprocess.run(
         [sys.executable, "-c", script, *reached],
         capture_output=True,

@@ -29,7 +29,7 @@ def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     before, hooks = root.handlers[:], (sys.excepthook, threading.excepthook)
     root.handlers.clear()
     logs.configure()
-    logs.log_what_nobody_caught()
+    logs.log_uncaught()
     yield capsys
     root.handlers[:] = before
     sys.excepthook, threading.excepthook = hooks

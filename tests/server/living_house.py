@@ -24,7 +24,7 @@ def open_living(aggregation: Aggregation = LIVING, **options: object) -> House:
 
 
 def living(house: House) -> OnlineGateway:
-    found = house.service.coordinator.transaction().living
+    found = house.service.coordinator.transaction().online_gateway
     assert found is not None
     return found
 

@@ -547,7 +547,7 @@ def push_steps(client: TestClient, expert: str, sequence: int, steps: int) -> No
 
 
 def folds(client: TestClient, house: House) -> int:
-    found = house.service.coordinator.transaction().living
+    found = house.service.coordinator.transaction().online_gateway
     return found.number if found is not None else 0
 
 

@@ -14,8 +14,8 @@ from support import fold, make_body, make_flat
 from fedmoe.coordinator import Aggregation
 from fedmoe.federation.events import ExpertRebased
 from fedmoe.lora.algebra import product_norm
-from fedmoe.lora.online_merge import Departed, fold_sum
-from fedmoe.lora.online_merge import fold as fold_with_moments
+from fedmoe.lora.online_merge import ExpertDelta, add_into_gateway
+from fedmoe.lora.online_merge import merge_into_gateway as merge_with_moments
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.upkeep.background_merge import FoldOvertakenError
 from fedmoe.wire.contract.messages import RetractRequest
@@ -90,8 +90,8 @@ def test_a_crash_gives_the_same_gateway_experts_and_distances(house: House) -> N
         before.sources,
         before.weights,
     )
-    assert living(house).departures == seen.departures
-    assert living(house).told == seen.told
+    assert living(house).branch_points == seen.branch_points
+    assert living(house).reported == seen.reported
     assert house.service.coordinator.gateway_version == house.journal.count()
 
 
@@ -104,7 +104,7 @@ def test_what_lands_while_a_fold_is_computed_lands_on_the_gateway_once_more(hous
     for version in (3, 4):  # the seed of an update of `train` is the version it was made from
         expected = expected + make_flat(version)
     np.testing.assert_array_equal(house.expert().state.weights, expected)
-    assert living(house).departures["python"].steps == 2
+    assert living(house).branch_points["python"].steps == 2
     house.same_after_a_crash()
 
 
@@ -142,7 +142,7 @@ def test_an_expert_cannot_be_rolled_back_behind_a_fold_only_to_where_it_went_on(
     assert refused.value.code == "folded"
     assert house.roll_back(4) == 2
     np.testing.assert_array_equal(house.expert().state.weights, gateway(house).adapter.flat)
-    assert living(house).departures["python"].steps == 0
+    assert living(house).branch_points["python"].steps == 0
     house.same_after_a_crash()
 
 
@@ -156,7 +156,7 @@ def test_retracting_a_worker_says_what_stays_in_the_gateway(house: House) -> Non
         1,
         "What 'w2' gave before the expert went on as version 4 stays in the gateway.",
     )
-    assert living(house).departures["python"].steps == 2
+    assert living(house).branch_points["python"].steps == 2
     house.same_after_a_crash()
     with pytest.raises(RefusedError, match="stays in the gateway") as refused:
         house.retract("w2")
@@ -168,13 +168,13 @@ def test_steps_are_counted_as_the_workers_tell_them(house: House) -> None:
     for sequence, (worker, steps) in enumerate([("w1", 2), ("w2", 700), ("w1", 2), ("w2", 1)]):
         house.push(make_body(sequence), sequence, worker, steps=steps)
     # w2 tells 700 at first, then starts anew with 1.
-    assert living(house).departures["python"].steps == 2 + 700 + 0 + 1
+    assert living(house).branch_points["python"].steps == 2 + 700 + 0 + 1
     house.roll_back(1)
-    assert living(house).departures["python"].steps == 2
+    assert living(house).branch_points["python"].steps == 2
     house.crash()
-    assert living(house).departures["python"].steps == 2
+    assert living(house).branch_points["python"].steps == 2
     house.push(make_body(9), 9, "w1", steps=3)
-    assert living(house).departures["python"].steps == 3
+    assert living(house).branch_points["python"].steps == 3
 
 
 @pytest.mark.parametrize("optimizer", ["nesterov", "adam"])
@@ -221,9 +221,11 @@ def test_without_all_input_moments_the_sum_is_taken_and_said(house: House) -> No
     house.train(["w2"] * 3, "sql")
     learn(house, python=moments(1))
     first = living(house).adapter
-    starts = {name: Departed(first, house.expert(name).adapter) for name in ("python", "sql")}
+    starts = {name: ExpertDelta(first, house.expert(name).adapter) for name in ("python", "sql")}
     fold(house.service)
-    np.testing.assert_array_equal(gateway(house).adapter.flat, fold_sum(first, starts, several=True).adapter.flat)
+    np.testing.assert_array_equal(
+        gateway(house).adapter.flat, add_into_gateway(first, starts, several=True).adapter.flat
+    )
     assert gateway(house).notes == ("without input moments of sql the deltas were added as they are, scaled",)
     assert house.service.coordinator.gateway().strategy == "living"
 
@@ -233,8 +235,8 @@ def test_with_all_input_moments_they_decide(house: House) -> None:
     house.train(["w2"] * 1, "sql")
     learn(house, python=moments(1), sql=moments(2))
     first = living(house).adapter
-    ready = {"python": Departed(first, house.expert("python").adapter)}
+    ready = {"python": ExpertDelta(first, house.expert("python").adapter)}
     fold(house.service)
-    expected = fold_with_moments(first, ready, {"python": moments(1).moments, "sql": moments(2).moments})
+    expected = merge_with_moments(first, ready, {"python": moments(1).moments, "sql": moments(2).moments})
     np.testing.assert_array_equal(gateway(house).adapter.flat, expected.adapter.flat)
     assert gateway(house).notes == ()

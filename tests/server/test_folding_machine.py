@@ -19,7 +19,7 @@ from fedmoe.coordinator import Aggregation
 from fedmoe.experts import GATEWAY_SEED
 from fedmoe.federation.events import GatewayMerged, UpdateAccepted
 from fedmoe.lora.adapter import Adapter, FloatVector, initial_adapter
-from fedmoe.lora.online_merge import Departed, fold_sum
+from fedmoe.lora.online_merge import ExpertDelta, add_into_gateway
 from fedmoe.lora.update_rules import RULES, RuleState, UpdateRule, buffered
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.upkeep.background_merge import FoldOvertakenError
@@ -93,10 +93,10 @@ class Model:
     def fold(self, ready: dict[str, tuple[int, Version]], several: bool) -> None:
         weights = {name: (1 + self.folds - one.fold) ** -0.5 for name, (_, one) in ready.items()}
         departed = {
-            name: Departed(adapter(one.start), adapter(one.state(self.rule).weights), weights[name])
+            name: ExpertDelta(adapter(one.start), adapter(one.state(self.rule).weights), weights[name])
             for name, (_, one) in ready.items()
         }
-        self.gateway = fold_sum(adapter(self.gateway), departed, several).adapter.flat
+        self.gateway = add_into_gateway(adapter(self.gateway), departed, several).adapter.flat
         self.folds += 1
         self.folded |= ready.keys()
         for name, (_, seen) in ready.items():
@@ -266,9 +266,9 @@ class FoldingMachine(RuleBasedStateMachine):
     @invariant()
     def it_is_known_how_far_each_expert_is_from_the_gateway(self) -> None:
         expected = {n: (v[-1].fold, v[-1].since, v[-1].steps) for n, v in self.model.experts.items()}
-        found = living(self.house).departures
+        found = living(self.house).branch_points
         assert {name: (left.gateway, left.version, left.steps) for name, left in found.items()} == expected
-        assert living(self.house).told == self.model.counters
+        assert living(self.house).reported == self.model.counters
 
     @invariant()
     def nothing_is_in_the_journal_twice_and_versions_only_rise(self) -> None:

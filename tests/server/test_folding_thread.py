@@ -14,10 +14,10 @@ from living_house import LIVING, difference, folds, gateway, living, open_living
 from support import LAYOUT, MANIFEST, fold, make_flat, open_service
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.federation.online_gateway import FoldPlan
+from fedmoe.federation.online_gateway import MergePlan
 from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.algebra import TruncatedAdapter
 from fedmoe.lora.codec import encode
-from fedmoe.lora.online_merge import Folded
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import disk_full, put
 from fedmoe.server.upkeep.background_merge import REST_SECONDS, FoldFailedError
@@ -39,7 +39,7 @@ def test_an_expert_that_comes_later_starts_from_the_gateway(house: House) -> Non
     late = house.expert("docs")
     assert late.version == 1
     np.testing.assert_array_equal(late.state.weights, gateway(house).adapter.flat)
-    assert living(house).departures["docs"].gateway == 1
+    assert living(house).branch_points["docs"].gateway == 1
     house.same_after_a_crash("docs")
     house.train(["w5"] * 3, "docs")
     assert fold(house.service) == 2
@@ -109,7 +109,7 @@ def test_a_federation_can_begin_to_live_later() -> None:
     house.aggregation = LIVING
     house.crash()
     assert gateway(house).version == 7
-    assert living(house).departures["python"].steps == 5
+    assert living(house).branch_points["python"].steps == 5
     assert fold(house.service) == 1
     assert difference(trained, gateway(house).adapter) < 1e-5
     assert gateway(house).version == 8
@@ -191,9 +191,9 @@ def test_a_fold_that_cannot_be_computed_changes_nothing_and_is_tried_again(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     house.train(["w1"] * 3)
-    broken = Folded(Adapter(LAYOUT, MANIFEST.alpha, np.full(LAYOUT.size, np.nan, np.float32)), 0.0)
+    broken = TruncatedAdapter(Adapter(LAYOUT, MANIFEST.alpha, np.full(LAYOUT.size, np.nan, np.float32)), 0.0)
     with monkeypatch.context() as patched:
-        patched.setattr(FoldPlan, "compute", lambda plan, starts: broken)
+        patched.setattr(MergePlan, "compute", lambda plan, starts: broken)
         with pytest.raises(FoldFailedError, match="is not finite"):
             fold(house.service)
     assert (living(house).number, house.expert().version) == (0, 3)

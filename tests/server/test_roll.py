@@ -203,13 +203,13 @@ def test_a_retired_expert_is_not_folded_and_one_that_comes_back_goes_on(tmp_path
         house.register("law", "sql")
         push(client, "law", 0, 0)
         change(client, "retire", expert="law")
-        living = house.service.coordinator.transaction().living
+        living = house.service.coordinator.transaction().online_gateway
         assert living is not None
         assert client.get("/get_gateway_info").json()["left_out"]["law"] == "it is retired"
-        assert living.departures["law"].steps == 1
+        assert living.branch_points["law"].steps == 1
         change(client, "unretire", expert="law")
         assert push(client, "law", 1, 1)["version"] == 2
     with open_house(tmp_path, Aggregation(merge_after=1000)) as house:
-        living = house.service.coordinator.transaction().living
+        living = house.service.coordinator.transaction().online_gateway
         assert living is not None
-        assert living.departures["law"].steps == 2
+        assert living.branch_points["law"].steps == 2

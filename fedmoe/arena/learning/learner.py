@@ -8,18 +8,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedmoe.arena.learning.loss import AGGREGATIONS, LOSSES, LossConfig, LossStatistics, Tokens, combined
 from fedmoe.arena.rollout.episodes import Example
-from fedmoe.lora.adapter import Adapter, Layout, ShapeError
+from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ShapeError
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.final_logits import check_causal_model
 from fedmoe.models.multilora import MultiLora, UnknownAdapterError
 from fedmoe.models.policy_logprobs import Continuation, MicroBatch, TokenLogprobs, plan_micro_batches, token_logprobs
 from fedmoe.models.tree_attention import use_tree_attention
-
-FloatVector = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import numpy as np
 from fedmoe.arena.learning.adapt import AdaptiveLora, AdaptRules, Change, Effect, Knobs, fitted
 from fedmoe.arena.learning.admission import Admission
 from fedmoe.arena.learning.learner import Learner, OptimizerState, PolicyUpdate
-from fedmoe.arena.population.pbt import Birth, Lineage, Replacement, perturb
+from fedmoe.arena.population.pbt import Birth, PolicyLineage, Replacement, perturb
 from fedmoe.arena.rollout.episodes import Player
 from fedmoe.inference.engine import AdapterKey, Engine
 from fedmoe.lora.adapter import Adapter
@@ -132,7 +132,7 @@ class Policies:
             state = OptimizerState(first, second, state.steps)
         self.learner.replace(name, after, state)
 
-    def replace(self, wanted: Replacement, lineage: Lineage, iteration: int, rng: np.random.Generator) -> None:
+    def replace(self, wanted: Replacement, lineage: PolicyLineage, iteration: int, rng: np.random.Generator) -> None:
         """The worst becomes a changed copy of the best, at a new version; its optimizer begins anew."""
         parent = self.key(wanted.best)
         child = perturb(self.learner.adapter(wanted.best), PERTURBATION, rng)

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fedmoe.arena.modes.credit import Credit, weighted
-from fedmoe.arena.modes.judging import compared, credited, examples, rate, task_seeds
+from fedmoe.arena.modes.credit import Credit, weighted_rule
+from fedmoe.arena.modes.judging import add_advantages, credit_seats, make_examples, task_seeds, update_ratings
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import Decision, Judgement, ModeError, Planning
-from fedmoe.arena.population.pbt import decide
+from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, ModeError, PlanInputs
+from fedmoe.arena.population.pbt import choose_replacement
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player
 from fedmoe.arena.tasks.task import Lineup, Task
 
@@ -32,7 +32,7 @@ class Competitive:
     playing = "competitive"
 
     def __init__(self, weights: Credit = WEIGHTS, min_games: int = 60, cooldown: int = 10) -> None:
-        self._rule = weighted(weights)
+        self._rule = weighted_rule(weights)
         self._min_games = min_games
         self._cooldown = cooldown
 
@@ -44,65 +44,65 @@ class Competitive:
                 f"{task.name}, which seats {task.seats[0]} to {task.seats[1]}"
             )
 
-    def plan(self, society: ModeMemory, planning: Planning) -> list[EpisodePlan]:
+    def plan(self, memory: ModeMemory, planning: PlanInputs) -> list[EpisodePlan]:
         """All policies at one table where there is room for a guest, else full tables; in some groups that guest."""
         plans: list[EpisodePlan] = []
         for group, seed in enumerate(task_seeds(planning)):
-            players = self._players(society, planning, group)
+            players = self._players(memory, planning, group)
             lineup = Lineup.alone(len(players))
             plans += [EpisodePlan(seed, lineup, players, group, sample) for sample in range(planning.samples)]
         return plans
 
-    def _players(self, society: ModeMemory, planning: Planning, group: int) -> tuple[Player, ...]:
+    def _players(self, memory: ModeMemory, planning: PlanInputs, group: int) -> tuple[Player, ...]:
         rng, most = planning.rng, planning.task.seats[1]
         frozen = rng.random() < FROZEN_SHARE
         if most > len(planning.policies):
             chosen = [planning.policies[index] for index in rng.permutation(len(planning.policies))]
-            return (*chosen, _frozen(society, chosen[0].name, rng)) if frozen else tuple(chosen)
+            return (*chosen, _frozen(memory, chosen[0].name, rng)) if frozen else tuple(chosen)
         # Everybody gets the same number of tables, whatever their rating.
         first = planning.policies[group % len(planning.policies)]
         others = [player for player in planning.policies if player.name != first.name]
         rivals = [others[index] for index in rng.permutation(len(others))[: most - 1]]
         if frozen:
-            rivals[-1] = _frozen(society, first.name, rng)
+            rivals[-1] = _frozen(memory, first.name, rng)
         seated = [first, *rivals]
         return tuple(seated[index] for index in rng.permutation(len(seated)))
 
-    def judge(self, society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+    def judge(self, memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Judgement:
         """Own result and lead over the rivals; ratings; perhaps a replacement."""
-        results = compared(society, planning, played, credited(self._rule, played))
-        rate(society, played)
-        _remember(society, played)
-        since = society.lineage.since_last(planning.iteration)
+        results = add_advantages(memory, planning, played, credit_seats(self._rule, played))
+        update_ratings(memory, played)
+        _remember(memory, played)
+        since = memory.lineage.since_last(planning.iteration)
         for name in planning.names:
-            society.ratings.ensure(name)
-        wanted = decide(
-            society.ratings, planning.names, min_games=self._min_games, cooldown=self._cooldown, since_last=since
+            memory.ratings.ensure(name)
+        wanted = choose_replacement(
+            memory.ratings, planning.names, min_games=self._min_games, cooldown=self._cooldown, since_last=since
         )
         if wanted is None:
-            return Judgement(examples(played, results), tuple(results))
-        decision = Decision("replace", wanted.worst, wanted.worst, f"changed copy of {wanted.best}", wanted.reason)
-        return Judgement(examples(played, results), tuple(results), (decision,), (wanted,))
+            return Judgement(make_examples(played, results), tuple(results))
+        decision = ArenaDecision("replace", wanted.worst, wanted.worst, f"changed copy of {wanted.best}", wanted.reason)
+        return Judgement(make_examples(played, results), tuple(results), (decision,), (wanted,))
 
     def state(self) -> dict[str, object]:
-        """Nothing beyond the society."""
+        """Nothing beyond the memory."""
         return {}
 
     def restore(self, state: Mapping[str, object]) -> None:
         """Nothing to take over."""
 
 
-def _frozen(society: ModeMemory, policy: str, rng: np.random.Generator) -> Player:
-    (opponent,) = society.opponents.sample(policy, 1, rng)
+def _frozen(memory: ModeMemory, policy: str, rng: np.random.Generator) -> Player:
+    (opponent,) = memory.opponents.sample(policy, 1, rng)
     return opponent.player()
 
 
-def _remember(society: ModeMemory, played: Sequence[PlayedEpisode]) -> None:
+def _remember(memory: ModeMemory, played: Sequence[PlayedEpisode]) -> None:
     """Enter results against frozen opponents, for choosing the next ones."""
-    known = {opponent.name for opponent in society.opponents.opponents()}
+    known = {opponent.name for opponent in memory.opponents.opponents()}
     for episode in played:
         scores = dict(zip(episode.plan.players, episode.outcome.seat_scores, strict=True))
         for frozen in (player for player in scores if player.name in known):
             for player in (player for player in scores if player.learning):
                 lead = scores[player] - scores[frozen]
-                society.opponents.record(player.name, frozen.name, 1.0 if lead > 0 else 0.0 if lead < 0 else 0.5)
+                memory.opponents.record(player.name, frozen.name, 1.0 if lead > 0 else 0.0 if lead < 0 else 0.5)

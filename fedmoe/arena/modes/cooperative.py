@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fedmoe.arena.modes.allocation import allocate
-from fedmoe.arena.modes.credit import Credit, weighted
-from fedmoe.arena.modes.judging import compared, credited, examples, group_values, task_seeds
+from fedmoe.arena.modes.credit import Credit, weighted_rule
+from fedmoe.arena.modes.judging import add_advantages, credit_seats, make_examples, mean_rewards_by_group, task_seeds
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import Decision, Judgement, ModeError, Planning
+from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, ModeError, PlanInputs
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
 from fedmoe.arena.tasks.task import Lineup, Task, Team
 
@@ -29,7 +29,7 @@ class Cooperative:
     playing = "cooperative"
 
     def __init__(self, weights: Credit = WEIGHTS) -> None:
-        self._rule = weighted(weights)
+        self._rule = weighted_rule(weights)
         self._individual = weights.individual or 0.0
         self._strategy_of: dict[int, str] = {}
         self._spent: dict[str, int] = {}
@@ -42,9 +42,9 @@ class Cooperative:
                 f"{task.seats[0]} to {task.seats[1]}{' rivals' if task.zero_sum else ''}; take committee:<data set>"
             )
 
-    def plan(self, society: ModeMemory, planning: Planning) -> list[EpisodePlan]:
+    def plan(self, memory: ModeMemory, planning: PlanInputs) -> list[EpisodePlan]:
         """One line-up a group: all policies in one team, in a random speaking order."""
-        strategies = self._budget(society, planning)
+        strategies = self._budget(memory, planning)
         plans: list[EpisodePlan] = []
         self._strategy_of = dict(enumerate(strategies))
         for group, (seed, strategy) in enumerate(zip(task_seeds(planning), strategies, strict=True)):
@@ -55,32 +55,34 @@ class Cooperative:
             plans += [EpisodePlan(seed, lineup, players, group, sample) for sample in range(planning.samples)]
         return plans
 
-    def _budget(self, society: ModeMemory, planning: Planning) -> list[str]:
+    def _budget(self, memory: ModeMemory, planning: PlanInputs) -> list[str]:
         strategies = planning.task.strategies or ("",)
         names = strategies[: planning.groups]
-        counts = allocate(planning.groups, society.signal.deviations(names))
+        counts = allocate(planning.groups, memory.signal.deviations(names))
         self._spent = counts
         return [name for name in names for _ in range(counts[name])]
 
-    def judge(self, society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+    def judge(self, memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Judgement:
         """Shared plus difference reward, compared within the group of one policy."""
-        results = compared(society, planning, played, credited(self._rule, played, self._individual))
-        for strategy, rewards in group_values(played, results, self._strategy_of):
+        results = add_advantages(memory, planning, played, credit_seats(self._rule, played, self._individual))
+        for strategy, rewards in mean_rewards_by_group(played, results, self._strategy_of):
             if len(rewards) > 1:
-                society.signal.observe(strategy, rewards)
-        return Judgement(examples(played, results), tuple(results), self._moved(society, planning))
+                memory.signal.observe(strategy, rewards)
+        return Judgement(make_examples(played, results), tuple(results), self._moved(memory, planning))
 
-    def _moved(self, society: ModeMemory, planning: Planning) -> tuple[Decision, ...]:
+    def _moved(self, memory: ModeMemory, planning: PlanInputs) -> tuple[ArenaDecision, ...]:
         strategies = (planning.task.strategies or ("",))[: planning.groups]
-        deviations = society.signal.deviations(strategies)
+        deviations = memory.signal.deviations(strategies)
         after = allocate(planning.groups, deviations)
         if after == self._spent or len(strategies) < 2:
             return ()
         why = ", ".join(f"{name} {value:.3f}" for name, value in deviations.items())
-        return (Decision("budget", "", _shown(self._spent), _shown(after), f"reward deviation within groups: {why}"),)
+        return (
+            ArenaDecision("budget", "", _shown(self._spent), _shown(after), f"reward deviation within groups: {why}"),
+        )
 
     def state(self) -> dict[str, object]:
-        """Nothing beyond the society."""
+        """Nothing beyond the memory."""
         return {}
 
     def restore(self, state: Mapping[str, object]) -> None:

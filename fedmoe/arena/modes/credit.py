@@ -6,15 +6,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Literal
 
 from fedmoe.arena.tasks.task import Lineup, Outcome
 from fedmoe.runtime.errors import ExpectedError
-
-#: Entry points of this group add rules: name -> a callable from outcome and line-up to a `SeatCredit` a seat.
-ENTRY_POINTS = "fedmoe.credit"
+from fedmoe.runtime.plugins import PluginGroup
 
 Rivals = Literal["mean", "best"]
 
@@ -55,10 +52,11 @@ class SeatCredit:
     parts: Credit
 
 
+#: From outcome and line-up to the credit of every seat.
 CreditRule = Callable[[Outcome, Lineup], tuple[SeatCredit, ...]]
 
 
-def weighted(weights: Credit, rivals: Rivals = "mean") -> CreditRule:
+def weighted_rule(weights: Credit, rivals: Rivals = "mean") -> CreditRule:
     """The rule `sum of weight x part`; raises `CreditError` for weights that are not finite or all zero.
 
     The rule itself raises `CreditError` where a part with a weight has no number.
@@ -94,6 +92,7 @@ def team_advantage_best(outcome: Outcome, lineup: Lineup) -> tuple[SeatCredit, .
     return _rewarded(Credit(versus=1.0), "best", outcome, lineup)
 
 
+#: Our own rules; installed packages add theirs in the entry-point group `fedmoe.credit`.
 RULES: Mapping[str, CreditRule] = MappingProxyType(
     {
         "individual": individual,
@@ -105,22 +104,12 @@ RULES: Mapping[str, CreditRule] = MappingProxyType(
 )
 
 
+_PLUGINS = PluginGroup("fedmoe.credit", "credit rule", CreditError, RULES)
+
+
 def credit_rule(name: str) -> CreditRule:
     """A rule of `RULES` or of an installed package; raises `CreditError` when there is none, or more than one."""
-    plugins = [point for point in entry_points(group=ENTRY_POINTS) if point.name == name]
-    if len(plugins) + (name in RULES) > 1:
-        places = ", ".join(point.value for point in plugins)
-        raise CreditError(f"credit rule {name!r} exists more than once (also in {places}); rename or uninstall one")
-    if name in RULES:
-        return RULES[name]
-    if not plugins:
-        known = sorted({*RULES, *(point.name for point in entry_points(group=ENTRY_POINTS))})
-        raise CreditError(f"credit rule {name!r} is not known; there are: {', '.join(known)}")
-    rule = plugins[0].load()
-    if not callable(rule):
-        raise CreditError(f"credit rule {name!r} ({plugins[0].value}) is a {type(rule).__name__}, not a callable")
-    loaded: CreditRule = rule
-    return loaded
+    return _PLUGINS.get(name)
 
 
 def decompose(outcome: Outcome, lineup: Lineup, rivals: Rivals = "mean") -> tuple[Credit, ...]:

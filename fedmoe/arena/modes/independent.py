@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedmoe.arena.modes.credit import Credit, weighted
-from fedmoe.arena.modes.judging import compared, credited, examples, task_seeds
+from fedmoe.arena.modes.credit import Credit, weighted_rule
+from fedmoe.arena.modes.judging import add_advantages, credit_seats, make_examples, task_seeds
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import Judgement, ModeError, Planning
+from fedmoe.arena.modes.protocol import Judgement, ModeError, PlanInputs
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
 from fedmoe.arena.tasks.task import Lineup, Task
 
@@ -22,7 +22,7 @@ class Independent:
     playing = "independent"
 
     def __init__(self, weights: Credit = WEIGHTS) -> None:
-        self._rule = weighted(weights)
+        self._rule = weighted_rule(weights)
         self._individual = weights.individual or 0.0
 
     def check(self, task: Task, policies: int) -> None:
@@ -33,7 +33,7 @@ class Independent:
                 f"{task.seats[0]} seats; take competitive mode"
             )
 
-    def plan(self, society: ModeMemory, planning: Planning) -> list[EpisodePlan]:
+    def plan(self, memory: ModeMemory, planning: PlanInputs) -> list[EpisodePlan]:
         """Groups of one policy each; no two policies share one."""
         lineup, samples = Lineup.alone(1), range(planning.samples)
         tables = [(player, seed) for player in planning.policies for seed in task_seeds(planning)]
@@ -43,10 +43,10 @@ class Independent:
             for sample in samples
         ]
 
-    def judge(self, society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+    def judge(self, memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Judgement:
         """Own result, compared within the group."""
-        results = compared(society, planning, played, credited(self._rule, played, self._individual))
-        return Judgement(examples(played, results), tuple(results))
+        results = add_advantages(memory, planning, played, credit_seats(self._rule, played, self._individual))
+        return Judgement(make_examples(played, results), tuple(results))
 
     def state(self) -> dict[str, object]:
         """Nothing."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fedmoe.arena.modes.advantages import BaselineKey, group_advantages
 from fedmoe.arena.modes.credit import CreditRule
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import Planning, SeatResult
+from fedmoe.arena.modes.protocol import PlanInputs, SeatResult
 from fedmoe.arena.rollout.episodes import Example, PlayedEpisode
 from fedmoe.arena.tasks.task import HELD_OUT
 
@@ -21,12 +21,12 @@ _UNENDED_COST = 0.5
 _NOTHING = 1e-9
 
 
-def task_seeds(planning: Planning) -> list[int]:
+def task_seeds(planning: PlanInputs) -> list[int]:
     """One training seed a group, drawn from the planning's generator."""
     return [int(seed) for seed in planning.rng.integers(0, HELD_OUT, planning.groups)]
 
 
-def credited(rule: CreditRule, played: Sequence[PlayedEpisode], individual: float = 0.0) -> list[SeatResult]:
+def credit_seats(rule: CreditRule, played: Sequence[PlayedEpisode], individual: float = 0.0) -> list[SeatResult]:
     """What every learning seat earned; invalid actions and those without an end cost by their share.
 
     `individual`: the weight of a seat's own score in the rule. Where the task scores actions one by one, each action
@@ -54,8 +54,8 @@ def _rewards(episode: PlayedEpisode, seat: int, credited: float, individual: flo
     return reward, tuple(earned - cost + individual * (score - own) for score, cost in scored)
 
 
-def compared(
-    society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode], results: Sequence[SeatResult]
+def add_advantages(
+    memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode], results: Sequence[SeatResult]
 ) -> list[SeatResult]:
     """The advantages: within the group of one policy in one seat, or over a moving average in zero-sum games.
 
@@ -63,7 +63,7 @@ def compared(
     value of a seat slowly: the moving average per (task, role, policy) of SPIRAL. Everywhere else the group.
     """
     if planning.task.zero_sum:
-        return _over_average(society, planning, results)
+        return _over_average(memory, planning, results)
     names = {key: number for number, key in enumerate(dict.fromkeys(_group(played, result) for result in results))}
     groups = [names[_group(played, result)] for result in results]
     advantages = group_advantages([result.credit.reward for result in results], groups)
@@ -86,13 +86,13 @@ def _turn_advantages(results: Sequence[SeatResult], groups: Sequence[int]) -> li
     return [tuple(values) for values in found]
 
 
-def _over_average(society: ModeMemory, planning: Planning, results: Sequence[SeatResult]) -> list[SeatResult]:
+def _over_average(memory: ModeMemory, planning: PlanInputs, results: Sequence[SeatResult]) -> list[SeatResult]:
     found: dict[tuple[int, int], float] = {}
     for key in dict.fromkeys((result.seat, result.policy) for result in results):
         members = [result for result in results if (result.seat, result.policy) == key]
         name = BaselineKey(planning.task.name, f"seat {key[0]}", key[1])
         rewards = [result.credit.reward for result in members]
-        for result, value in zip(members, society.baselines.advantage(name, rewards), strict=True):
+        for result, value in zip(members, memory.baselines.advantage(name, rewards), strict=True):
             found[(result.episode, result.seat)] = float(value)
     return [replace(result, advantage=found[(result.episode, result.seat)]) for result in results]
 
@@ -101,7 +101,7 @@ def _group(played: Sequence[PlayedEpisode], result: SeatResult) -> tuple[int, in
     return (played[result.episode].plan.group, result.seat, result.policy)
 
 
-def examples(played: Sequence[PlayedEpisode], results: Sequence[SeatResult]) -> tuple[Example, ...]:
+def make_examples(played: Sequence[PlayedEpisode], results: Sequence[SeatResult]) -> tuple[Example, ...]:
     """Every turn of every seat that has an advantage; those without would only cost time."""
     found = []
     for result in results:
@@ -114,7 +114,7 @@ def examples(played: Sequence[PlayedEpisode], results: Sequence[SeatResult]) -> 
     return tuple(found)
 
 
-def rate(society: ModeMemory, played: Sequence[PlayedEpisode]) -> None:
+def update_ratings(memory: ModeMemory, played: Sequence[PlayedEpisode]) -> None:
     """Enter every episode with at least two teams into the ratings."""
     for episode in played:
         lineup = episode.plan.lineup
@@ -122,11 +122,11 @@ def rate(society: ModeMemory, played: Sequence[PlayedEpisode]) -> None:
         everybody = [name for team in names for name in team]
         if len(names) > 1 and len(set(everybody)) == len(everybody):
             for name in everybody:
-                society.ratings.ensure(name)
-            society.ratings.rate(names, episode.outcome.team_scores)
+                memory.ratings.ensure(name)
+            memory.ratings.rate(names, episode.outcome.team_scores)
 
 
-def group_values(
+def mean_rewards_by_group(
     played: Sequence[PlayedEpisode], results: Sequence[SeatResult], key: Mapping[int, str]
 ) -> list[tuple[str, list[float]]]:
     """For every group: the key it was planned under, and the mean reward of each of its episodes."""

@@ -9,7 +9,7 @@ from fedmoe.arena.modes.advantages import MovingBaselines
 from fedmoe.arena.modes.allocation import LearningSignal
 from fedmoe.arena.modes.strategy import StrategyChooser
 from fedmoe.arena.population.opponents import OpponentPool
-from fedmoe.arena.population.pbt import Lineage
+from fedmoe.arena.population.pbt import PolicyLineage
 from fedmoe.arena.population.rating import Ratings
 
 
@@ -20,12 +20,12 @@ class ModeMemory:
         self.ratings = Ratings()
         self.baselines = MovingBaselines()
         self.opponents = OpponentPool()
-        self.lineage = Lineage()
+        self.lineage = PolicyLineage()
         self.strategies = StrategyChooser()
         self.signal = LearningSignal()
 
     def state(self) -> dict[str, object]:
-        """JSON types only; `from_state` gives an equal society back."""
+        """JSON types only; `from_state` gives an equal memory back."""
         return {
             "ratings": self.ratings.state(),
             "baselines": self.baselines.state(),
@@ -37,13 +37,13 @@ class ModeMemory:
 
     @classmethod
     def from_state(cls, state: Mapping[str, object]) -> Self:
-        """The society that `state` wrote."""
+        """The memory that `state` wrote."""
         parts = cast(Mapping[str, Mapping[str, object]], state)
-        society = cls()
-        society.ratings = Ratings.from_state(parts["ratings"])
-        society.baselines = MovingBaselines.from_state(parts["baselines"])
-        society.opponents = OpponentPool.from_state(parts["opponents"])
-        society.lineage = Lineage.from_state(cast("list[Mapping[str, object]]", state["lineage"]))
-        society.strategies = StrategyChooser.from_state(parts["strategies"])
-        society.signal = LearningSignal.from_state(parts["signal"])
-        return society
+        memory = cls()
+        memory.ratings = Ratings.from_state(parts["ratings"])
+        memory.baselines = MovingBaselines.from_state(parts["baselines"])
+        memory.opponents = OpponentPool.from_state(parts["opponents"])
+        memory.lineage = PolicyLineage.from_state(cast("list[Mapping[str, object]]", state["lineage"]))
+        memory.strategies = StrategyChooser.from_state(parts["strategies"])
+        memory.signal = LearningSignal.from_state(parts["signal"])
+        return memory

@@ -8,8 +8,8 @@ from dataclasses import replace
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.cooperative import Cooperative
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import Decision, Judgement, Mode, Planning
-from fedmoe.arena.modes.switching import Measured, ModeSwitch, SwitchRules, agreement
+from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, Mode, PlanInputs
+from fedmoe.arena.modes.switching import Measurement, ModeSwitch, SwitchRules, agreement
 from fedmoe.arena.modes.team_battle import TeamBattle
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
 from fedmoe.arena.tasks.task import Task
@@ -41,19 +41,19 @@ class Mixed:
         for part in self._parts.values():
             part.check(task, policies)
 
-    def plan(self, society: ModeMemory, planning: Planning) -> list[EpisodePlan]:
+    def plan(self, memory: ModeMemory, planning: PlanInputs) -> list[EpisodePlan]:
         """The present part's plan."""
-        return self._parts[self.playing].plan(society, planning)
+        return self._parts[self.playing].plan(memory, planning)
 
-    def judge(self, society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+    def judge(self, memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Judgement:
         """The present part's judgement, and which part is next."""
-        judged = self._parts[self.playing].judge(society, planning, played)
-        found = self._switch.step(_measured(society, planning, played))
+        judged = self._parts[self.playing].judge(memory, planning, played)
+        found = self._switch.step(_measured(memory, planning, played))
         if not found.switched:
             return judged
-        forgotten = society.baselines.reset(found.reason)
+        forgotten = memory.baselines.reset(found.reason)
         reason = f"{found.trigger}: {found.reason}; {forgotten.forgotten} baselines begin anew"
-        decision = Decision("mode", "", found.before, found.after, reason)
+        decision = ArenaDecision("mode", "", found.before, found.after, reason)
         return replace(judged, decisions=(*judged.decisions, decision))
 
     def state(self) -> dict[str, object]:
@@ -65,7 +65,7 @@ class Mixed:
         self._switch = ModeSwitch.from_state(state["switch"])  # type: ignore[arg-type]
 
 
-def _measured(society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Measured:
+def _measured(memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Measurement:
     scores = [
         score
         for one in played
@@ -73,10 +73,10 @@ def _measured(society: ModeMemory, planning: Planning, played: Sequence[PlayedEp
         if player.learning
     ]
     for name in planning.names:
-        society.ratings.ensure(name)
-    leader, lead = society.ratings.leader(planning.names)
+        memory.ratings.ensure(name)
+    leader, lead = memory.ratings.leader(planning.names)
     answered = [answers for one in played if len(answers := _answers(one)) > 1]
-    return Measured(sum(scores) / len(scores), leader, lead, agreement(answered) if answered else 0.0)
+    return Measurement(sum(scores) / len(scores), leader, lead, agreement(answered) if answered else 0.0)
 
 
 def _answers(episode: PlayedEpisode) -> list[str]:

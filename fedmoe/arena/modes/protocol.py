@@ -21,7 +21,7 @@ class ModeError(ExpectedError, ValueError):
 
 
 @dataclass(frozen=True)
-class Planning:
+class PlanInputs:
     """What one iteration has to play with.
 
     `groups` groups of `samples` episodes each; episodes of a group share seed and line-up. Seeds of tasks are drawn
@@ -46,7 +46,7 @@ class Planning:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ArenaDecision:
     """Something a mode decided, with the numbers in its reason: `what` is strategy, replace, mode or budget."""
 
     what: str
@@ -79,7 +79,7 @@ class Judgement:
 
     examples: tuple[Example, ...]
     results: tuple[SeatResult, ...]
-    decisions: tuple[Decision, ...] = ()
+    decisions: tuple[ArenaDecision, ...] = ()
     replacements: tuple[Replacement, ...] = ()
     team_keys: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
@@ -101,16 +101,16 @@ class Mode(Protocol):
         """Refuse a task or a number of policies that the mode cannot be played with, with ModeError."""
         ...
 
-    def plan(self, society: ModeMemory, planning: Planning) -> list[EpisodePlan]:
+    def plan(self, memory: ModeMemory, planning: PlanInputs) -> list[EpisodePlan]:
         """The episodes of an iteration."""
         ...
 
-    def judge(self, society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
-        """Rewards, advantages and decisions; updates the society."""
+    def judge(self, memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Judgement:
+        """Rewards, advantages and decisions; updates the memory."""
         ...
 
     def state(self) -> dict[str, object]:
-        """What the mode remembers besides the society, as JSON."""
+        """What the mode remembers besides the memory, as JSON."""
         ...
 
     def restore(self, state: Mapping[str, object]) -> None:

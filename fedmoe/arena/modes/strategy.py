@@ -19,7 +19,7 @@ class _StrategyState(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class StrategyDraw:
     """An option and the probability with which it was drawn; `learn` needs both, however much later."""
 
     option: str
@@ -71,14 +71,14 @@ class StrategyChooser:
         total, even = sum(weights.values()), self._exploration / len(options)
         return {option: (1 - self._exploration) * weight / total + even for option, weight in weights.items()}
 
-    def choose(self, team_key: str, options: Sequence[str], rng: np.random.Generator) -> Choice:
+    def choose(self, team_key: str, options: Sequence[str], rng: np.random.Generator) -> StrategyDraw:
         """Draw an option. Keep the choice for `learn`; a choice whose episode failed can simply be dropped."""
         probabilities = self.probabilities(team_key, options)
         self._weights.setdefault(team_key, {}).update(self._offered(team_key, options))
         option = list(options)[int(rng.choice(len(options), p=np.array(list(probabilities.values()))))]
-        return Choice(option, probabilities[option])
+        return StrategyDraw(option, probabilities[option])
 
-    def learn(self, team_key: str, choice: Choice, reward: float) -> None:
+    def learn(self, team_key: str, choice: StrategyDraw, reward: float) -> None:
         """Take the reward of one episode, in [0, 1], played with `choice`.
 
         The estimate reward / probability is unbiased for the reward of each option, drawn or not. Raises ValueError
@@ -115,7 +115,7 @@ class StrategyChooser:
         return {option: known.get(option, 1.0) for option in options}
 
 
-def importance_weighted(choice: Choice, reward: float) -> float:
+def importance_weighted(choice: StrategyDraw, reward: float) -> float:
     """reward / probability: over the draw, its mean is the option's mean reward (0 is taken when not drawn)."""
     if not 0 <= reward <= 1:
         raise ValueError(f"rewards lie in [0, 1], got {reward}")

@@ -51,7 +51,7 @@ class SwitchRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Measurement:
     """What one iteration showed.
 
     `score`: the policies' mean held-out score against frozen opponents, in [0, 1] (never self-play reward).
@@ -70,7 +70,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class SwitchDecision:
     """The mode of the next iteration, what led to it, and the reason in words with the numbers, for the records."""
 
     iteration: int
@@ -136,13 +136,13 @@ class ModeSwitch:
         """The mode to play now."""
         return self._mode
 
-    def step(self, measured: Measured) -> Decision:
+    def step(self, measured: Measurement) -> SwitchDecision:
         """Take what the iteration played in `mode` showed, and decide on the next one's."""
         self._iteration += 1
         self._stay.append(measured.score)
         self._watch(measured)
         after, trigger, reason = self._decide(measured)
-        decision = Decision(self._iteration, self._mode, after, trigger, reason)
+        decision = SwitchDecision(self._iteration, self._mode, after, trigger, reason)
         if decision.switched:
             self._left_at[self._mode] = self._iteration
             if (progress := self._slope()) is not None:
@@ -150,13 +150,13 @@ class ModeSwitch:
             self._mode, self._stay = after, []
         return decision
 
-    def _watch(self, measured: Measured) -> None:
+    def _watch(self, measured: Measurement) -> None:
         """On above the limit, off only clearly below it: a measure that trembles at its limit changes nothing."""
         rules = self._rules
         self._dominated = measured.lead > (-_OVERLAP if self._dominated else 0.0)
         self._alike = measured.agreement >= rules.agreement - (rules.relief if self._alike else 0.0)
 
-    def _decide(self, measured: Measured) -> tuple[str, Trigger, str]:
+    def _decide(self, measured: Measurement) -> tuple[str, Trigger, str]:
         rules, stayed = self._rules, len(self._stay)
         if self._iteration < rules.exploration:
             after = self._modes[self._iteration * len(self._modes) // rules.exploration]
@@ -176,7 +176,7 @@ class ModeSwitch:
                 modes = left
         return modes
 
-    def _cured(self, measured: Measured, allowed: Sequence[str]) -> tuple[str, Trigger, str]:
+    def _cured(self, measured: Measurement, allowed: Sequence[str]) -> tuple[str, Trigger, str]:
         after = self._most_promising(allowed)
         if self._dominated and self._mode not in _AGAINST_DOMINANCE:
             lead = f"{measured.leader} is rated surely above all others, by {measured.lead:.2f} points"

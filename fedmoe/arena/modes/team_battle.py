@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedmoe.arena.modes.credit import Credit, weighted
-from fedmoe.arena.modes.judging import compared, credited, examples, rate, task_seeds
+from fedmoe.arena.modes.credit import Credit, weighted_rule
+from fedmoe.arena.modes.judging import add_advantages, credit_seats, make_examples, task_seeds, update_ratings
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import Decision, Judgement, ModeError, Planning
-from fedmoe.arena.modes.strategy import Choice, team_options
+from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, ModeError, PlanInputs
+from fedmoe.arena.modes.strategy import StrategyDraw, team_options
 from fedmoe.arena.modes.teams import balanced_teams
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
 from fedmoe.arena.tasks.task import Lineup, Task
@@ -29,9 +29,9 @@ class TeamBattle:
     playing = "team_battle"
 
     def __init__(self, weights: Credit = WEIGHTS) -> None:
-        self._rule = weighted(weights)
+        self._rule = weighted_rule(weights)
         self._individual = weights.individual or 0.0
-        self._choices: dict[tuple[int, int], tuple[str, Choice]] = {}
+        self._choices: dict[tuple[int, int], tuple[str, StrategyDraw]] = {}
 
     def check(self, task: Task, policies: int) -> None:
         """An even number of policies from four on, and a task that seats them in teams."""
@@ -42,12 +42,12 @@ class TeamBattle:
                 "take committee:<data set>"
             )
 
-    def plan(self, society: ModeMemory, planning: Planning) -> list[EpisodePlan]:
+    def plan(self, memory: ModeMemory, planning: PlanInputs) -> list[EpisodePlan]:
         """Two balanced teams a group, each with a strategy of its own choice."""
         self._choices = {}
         for name in planning.names:
-            society.ratings.ensure(name)
-        strength = {name: society.ratings[name].mu for name in planning.names}
+            memory.ratings.ensure(name)
+        strength = {name: memory.ratings[name].mu for name in planning.names}
         plans: list[EpisodePlan] = []
         for group, seed in enumerate(task_seeds(planning)):
             split = balanced_teams(strength, TEAMS, planning.rng)
@@ -57,7 +57,7 @@ class TeamBattle:
                 seats = range(start, start + len(members))
                 options = team_options(planning.task.strategies, members, seats)
                 key = "+".join(sorted(members))
-                choice = society.strategies.choose(key, list(options), planning.rng)
+                choice = memory.strategies.choose(key, list(options), planning.rng)
                 self._choices[(group, index)] = (key, choice)
                 teams.append(options[choice.option])
                 start += len(members)
@@ -66,13 +66,13 @@ class TeamBattle:
             plans += [EpisodePlan(seed, lineup, players, group, sample) for sample in range(planning.samples)]
         return plans
 
-    def judge(self, society: ModeMemory, planning: Planning, played: Sequence[PlayedEpisode]) -> Judgement:
+    def judge(self, memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Judgement:
         """Lead over the other team plus difference reward; ratings of teams; what each choice was worth."""
-        results = compared(society, planning, played, credited(self._rule, played, self._individual))
-        rate(society, played)
-        return Judgement(examples(played, results), tuple(results), self._learn(society, played))
+        results = add_advantages(memory, planning, played, credit_seats(self._rule, played, self._individual))
+        update_ratings(memory, played)
+        return Judgement(make_examples(played, results), tuple(results), self._learn(memory, played))
 
-    def _learn(self, society: ModeMemory, played: Sequence[PlayedEpisode]) -> tuple[Decision, ...]:
+    def _learn(self, memory: ModeMemory, played: Sequence[PlayedEpisode]) -> tuple[ArenaDecision, ...]:
         decisions = []
         for (group, index), (key, choice) in self._choices.items():
             scores = [one.outcome.team_scores for one in played if one.plan.group == group]
@@ -81,13 +81,13 @@ class TeamBattle:
             leads = [own[index] - own[1 - index] for own in scores]
             # Zero-sum in [0, 1]: 0.5 is level.
             reward = 0.5 + 0.5 * sum(leads) / len(leads)
-            society.strategies.learn(key, choice, reward)
+            memory.strategies.learn(key, choice, reward)
             reason = f"drawn with probability {choice.probability:.2f}; share of points {reward:.2f} in {len(leads)}"
-            decisions.append(Decision("strategy", key, "", choice.option, reason))
+            decisions.append(ArenaDecision("strategy", key, "", choice.option, reason))
         return tuple(decisions)
 
     def state(self) -> dict[str, object]:
-        """Nothing beyond the society: choices are made again with the plan."""
+        """Nothing beyond the memory: choices are made again with the plan."""
         return {}
 
     def restore(self, state: Mapping[str, object]) -> None:

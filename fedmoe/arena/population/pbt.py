@@ -33,7 +33,7 @@ class Replacement:
 SURELY = 2.3
 
 
-def decide(
+def choose_replacement(
     ratings: Ratings, policies: Sequence[str], *, min_games: int, cooldown: int, since_last: int | None
 ) -> Replacement | None:
     """Which policy, if any, is replaced now: at most one, and only where the intervals (`SURELY`) are apart.
@@ -101,7 +101,7 @@ class Birth:
     relative_noise: float
 
 
-class Lineage:
+class PolicyLineage:
     """All births, in order. A policy keeps its name when it is replaced, so that descent is traced by version."""
 
     def __init__(self, births: Sequence[Birth] = ()) -> None:

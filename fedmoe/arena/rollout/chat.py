@@ -7,14 +7,14 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from fedmoe.arena.tasks.task import Message, TaskError
+from fedmoe.arena.tasks.task import PromptMessage, TaskError
 from fedmoe.models.stopping import end_marks, strip_stop_tokens
 
 
 class Codec(Protocol):
     """Text for the task, tokens for the engine."""
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def prompt(self, messages: Sequence[PromptMessage]) -> tuple[int, ...]:
         """The token ids after which an answer is sampled."""
         ...
 
@@ -32,9 +32,9 @@ class ChatCodec:
         self._tokenizer = tokenizer
         self._max = max_prompt_tokens
         self._stops = frozenset(end_marks(tokenizer))
-        self._known: dict[tuple[Message, ...], tuple[int, ...]] = {}
+        self._known: dict[tuple[PromptMessage, ...], tuple[int, ...]] = {}
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def prompt(self, messages: Sequence[PromptMessage]) -> tuple[int, ...]:
         """The token ids after which an answer is sampled."""
         key = tuple(messages)
         found = self._known.get(key)
@@ -53,7 +53,7 @@ class ChatCodec:
         """Drop the cache of encoded prompts."""
         self._known.clear()
 
-    def _encoded(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
+    def _encoded(self, messages: tuple[PromptMessage, ...]) -> tuple[int, ...]:
         chat = [{"role": message.role, "content": message.text} for message in messages]
         text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         tokens = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedmoe.arena.tasks.task import Lineup, Outcome
-from fedmoe.inference.engine import AdapterKey, FloatArray
+from fedmoe.inference.engine import AdapterKey
+from fedmoe.lora.adapter import FloatArray
 
 #: A seat filled by chance instead of by a model.
 RANDOM = "random"
@@ -42,7 +43,7 @@ class EpisodePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class PlayedTurn:
     """One action of one seat. `behaviour` are the log-probabilities under the weights that sampled it, float32 (T,).
 
     `saw`: the last message that the seat saw before it acted.
@@ -71,7 +72,7 @@ class PlayedEpisode:
     """
 
     plan: EpisodePlan
-    turns: tuple[Turn, ...]
+    turns: tuple[PlayedTurn, ...]
     outcome: Outcome
     question: str = ""
 
@@ -84,7 +85,7 @@ class Example:
     """
 
     policy: str
-    turn: Turn
+    turn: PlayedTurn
     advantage: float
     reward: float
     weight: float = 1.0

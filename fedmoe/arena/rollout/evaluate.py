@@ -9,7 +9,7 @@ import numpy as np
 
 from fedmoe.arena.rollout.chat import Codec
 from fedmoe.arena.rollout.episodes import RANDOM, EpisodePlan, Player
-from fedmoe.arena.rollout.interval import FEW_QUESTIONS, Interval, Scores
+from fedmoe.arena.rollout.interval import FEW_QUESTIONS, MeanInterval, Scores
 from fedmoe.arena.rollout.play import RolloutError, RolloutSettings, attempt
 from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Task
 from fedmoe.inference.engine import AdapterKey, Engine
@@ -32,10 +32,10 @@ class Comparison:
     policy: str
     opponent: str
     episodes: int
-    score: Interval
-    base: Interval
-    gain: Interval
-    wins: Interval
+    score: MeanInterval
+    base: MeanInterval
+    gain: MeanInterval
+    wins: MeanInterval
     valid: float
     questions: int
     failed: int = 0
@@ -58,12 +58,12 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class Leader:
+class FrontRunner:
     """The policy with the best held-out score, and its lead over the rival from which it is least surely apart."""
 
     policy: str
     rival: str
-    lead: Interval
+    lead: MeanInterval
     questions: int
 
     @property
@@ -73,7 +73,7 @@ class Leader:
 
 
 @dataclass(frozen=True)
-class _Played:
+class _PlayerScores:
     """The score and question of every episode, in their order: NaN where it failed, for the reason."""
 
     scores: Scores
@@ -82,7 +82,7 @@ class _Played:
     reason: str = ""
 
 
-class Evaluator:
+class HeldOutEvaluator:
     """Plays held-out episodes of one task; equal seeds for all players, and results are kept to compare with."""
 
     def __init__(
@@ -91,7 +91,7 @@ class Evaluator:
         self._task, self._engine, self._codec = task, engine, codec
         self._episodes, self._seed, self._settings = episodes, seed, settings
         # A version never changes, and a champion is met by every policy.
-        self._played: dict[AdapterKey | None, _Played] = {}
+        self._played: dict[AdapterKey | None, _PlayerScores] = {}
 
     def compare(self, player: Player, opponent: Player = BASE) -> Comparison:
         """`player` beside the base model on the task, and against `opponent`."""
@@ -112,31 +112,31 @@ class Evaluator:
             player.name,
             opponent.name,
             len(questions),
-            Interval.of(mine, questions),
-            Interval.of(others, questions),
-            Interval.of(mine - others, questions, (-1.0, 1.0)),
-            Interval.of(wins[there], questions),
+            MeanInterval.of(mine, questions),
+            MeanInterval.of(others, questions),
+            MeanInterval.of(mine - others, questions, (-1.0, 1.0)),
+            MeanInterval.of(wins[there], questions),
             own.valid,
             len(set(questions)),
             int((~there).sum()),
             reason,
         )
 
-    def leader(self, players: Mapping[str, Player]) -> Leader:
+    def leader(self, players: Mapping[str, Player]) -> FrontRunner:
         """Who of two or more is ahead on the task, over the same questions; `players` by the name of their policy."""
         scores = {name: float(np.nanmean(self._alone(player).scores)) for name, player in players.items()}
         first = max(scores, key=lambda name: scores[name])
         leads = {name: self._lead(players[first], other) for name, other in players.items() if name != first}
         rival = min(leads, key=lambda name: leads[name][0].low)
-        return Leader(first, rival, *leads[rival])
+        return FrontRunner(first, rival, *leads[rival])
 
-    def _lead(self, player: Player, other: Player) -> tuple[Interval, int]:
+    def _lead(self, player: Player, other: Player) -> tuple[MeanInterval, int]:
         own, its = self._alone(player), self._alone(other)
         there = np.isfinite(own.scores) & np.isfinite(its.scores)
         questions = [question for question, kept in zip(own.questions, there, strict=True) if kept]
-        return Interval.of((own.scores - its.scores)[there], questions, (-1.0, 1.0)), len(set(questions))
+        return MeanInterval.of((own.scores - its.scores)[there], questions, (-1.0, 1.0)), len(set(questions))
 
-    def _alone(self, player: Player) -> _Played:
+    def _alone(self, player: Player) -> _PlayerScores:
         if player == CHANCE:
             return self._episodes_of([player], alternate=False)
         if player.key not in self._played:
@@ -144,10 +144,10 @@ class Evaluator:
             self._played[player.key] = self._episodes_of(alone, alternate=self._task.zero_sum)
         return self._played[player.key]
 
-    def _match(self, player: Player, opponent: Player) -> _Played:
+    def _match(self, player: Player, opponent: Player) -> _PlayerScores:
         return self._episodes_of([player, opponent], alternate=True)
 
-    def _episodes_of(self, players: Sequence[Player], alternate: bool) -> _Played:
+    def _episodes_of(self, players: Sequence[Player], alternate: bool) -> _PlayerScores:
         """The first player's results; in games it takes both seats in turn."""
         plans, seats = [], []
         for index in range(self._episodes):
@@ -163,4 +163,6 @@ class Evaluator:
         scores = [one.outcome.seat_scores[seat] if one else np.nan for one, seat in ended]
         valid = [one.outcome.valid[seat] for one, seat in ended if one]
         questions = tuple(one.question if one else "" for one, _ in ended)
-        return _Played(np.array(scores, np.float64), float(np.mean(valid)) if valid else 0.0, questions, found.reason)
+        return _PlayerScores(
+            np.array(scores, np.float64), float(np.mean(valid)) if valid else 0.0, questions, found.reason
+        )

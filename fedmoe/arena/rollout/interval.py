@@ -19,7 +19,7 @@ _SMALL_T = {1: 12.706204736432095, 2: 4.302652729696142, 3: 3.182446305284263}
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class MeanInterval:
     """A mean with its 95 % interval."""
 
     mean: float
@@ -27,7 +27,7 @@ class Interval:
     high: float
 
     @classmethod
-    def of(cls, values: Scores, questions: Sequence[object], bounds: tuple[float, float] = (0.0, 1.0)) -> Interval:
+    def of(cls, values: Scores, questions: Sequence[object], bounds: tuple[float, float] = (0.0, 1.0)) -> MeanInterval:
         """The mean of `values` (n,), every one within `bounds`; `questions` (n,) says which belong together.
 
         The mean weighs episodes alike: they are drawn as questions come, so it is unbiased for these. Its variance is
@@ -61,15 +61,15 @@ def few_questions(count: int) -> str:
     )
 
 
-def _constant(value: float, count: int, bounds: tuple[float, float]) -> Interval:
+def _constant(value: float, count: int, bounds: tuple[float, float]) -> MeanInterval:
     """Of questions never seen up to a share q may be otherwise: (1 - q) ** count = 2.5 %."""
     low, high = bounds
     reach = (1.0 - _MISS ** (1.0 / count)) * (high - low)
     if value == high:
-        return Interval(value, high - reach, high)
+        return MeanInterval(value, high - reach, high)
     if value == low:
-        return Interval(value, low, low + reach)
-    return Interval(value, value, value)
+        return MeanInterval(value, low, low + reach)
+    return MeanInterval(value, value, value)
 
 
 def student(freedom: int) -> float:

@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
 
 import structlog
 
 from fedmoe.arena.rollout.episodes import PlayedEpisode
 from fedmoe.runtime.errors import ExpectedError
+from fedmoe.runtime.plugins import PluginGroup
 
 _log = structlog.get_logger("fedmoe.arena")
 
-#: Entry points of this group add metrics: name -> a callable from an iteration's episodes to a number.
-ENTRY_POINTS = "fedmoe.metrics"
-
+#: From an iteration's episodes to a number; packages offer them in the entry-point group `fedmoe.metrics`.
 Metric = Callable[[Sequence[PlayedEpisode]], float]
 
 
 class MetricError(ExpectedError, ValueError):
-    """A metric that is no callable, or one of two with the same name."""
+    """A metric that is not callable, or one of two with the same name."""
+
+
+_PLUGINS: PluginGroup[Metric] = PluginGroup("fedmoe.metrics", "metric", MetricError, {})
 
 
 def installed_metrics() -> dict[str, Metric]:
-    """All metrics of installed packages by name; two of one name are an error."""
-    found: dict[str, Metric] = {}
-    for point in entry_points(group=ENTRY_POINTS):
-        if point.name in found:
-            raise MetricError(f"metric {point.name!r} is offered twice ({point.value}); uninstall one of the packages")
-        metric = point.load()
-        if not callable(metric):
-            raise MetricError(f"metric {point.name!r} ({point.value}) is a {type(metric).__name__}, not a callable")
-        found[point.name] = metric
-    return found
+    """All metrics of installed packages by name; raises MetricError for two of one name."""
+    return _PLUGINS.installed()
 
 
-def measured(metrics: Mapping[str, Metric], played: Sequence[PlayedEpisode]) -> dict[str, float | None]:
+def evaluate_metrics(metrics: Mapping[str, Metric], played: Sequence[PlayedEpisode]) -> dict[str, float | None]:
     """Every metric's number for one iteration; None, with a warning, where it raises or gives no finite number."""
     return {name: _measured(name, metric, played) for name, metric in metrics.items()}
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmoe.arena.rollout.chat import Codec
-from fedmoe.arena.rollout.episodes import RANDOM, EpisodePlan, PlayedEpisode, Player, Turn
-from fedmoe.arena.tasks.task import Episode, Scripted, Task, check_outcome, question_of
+from fedmoe.arena.rollout.episodes import RANDOM, EpisodePlan, PlayedEpisode, PlayedTurn, Player
+from fedmoe.arena.tasks.task import Episode, ScriptedTask, Task, check_outcome, question_of
 from fedmoe.inference.engine import Engine, SampleRequest
 from fedmoe.runtime.errors import ExpectedError
 
@@ -33,7 +33,7 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class FailedEpisode:
     """An episode that its task or a prompt without room broke off, and by what."""
 
     plan: EpisodePlan
@@ -41,11 +41,11 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Attempted:
+class RolloutResult:
     """Which episodes came to their end, and which did not, each in the order of their plans."""
 
     played: list[PlayedEpisode]
-    failed: list[Failed]
+    failed: list[FailedEpisode]
 
     @property
     def reason(self) -> str:
@@ -59,7 +59,7 @@ class Attempted:
             raise RolloutError(f"all {len(self.failed)} episodes of {task} failed, the first by {self.reason}")
 
 
-class _Running:
+class _RunningEpisode:
     """One episode on its way."""
 
     def __init__(self, task: Task, plan: EpisodePlan) -> None:
@@ -67,7 +67,7 @@ class _Running:
             raise RolloutError(f"{plan.lineup.seats} seats need as many players, got {len(plan.players)}")
         self.plan = plan
         self.error: Exception | None = None
-        self.turns: list[Turn] = []
+        self.turns: list[PlayedTurn] = []
         with self.guarded():
             self.episode: Episode = task.start(plan.seed, plan.lineup)
             self.question = question_of(task, self.episode, plan.seed)
@@ -104,7 +104,7 @@ class _Draws:
     seed: int
     wave: int
 
-    def key(self, one: _Running, seat: int) -> list[int]:
+    def key(self, one: _RunningEpisode, seat: int) -> list[int]:
         return [self.seed, one.plan.seed, one.plan.group, one.plan.sample, seat, self.wave]
 
 
@@ -115,13 +115,13 @@ def attempt(
     codec: Codec,
     seed: int,
     settings: RolloutSettings = RolloutSettings(),
-) -> Attempted:
+) -> RolloutResult:
     """Play all planned episodes to their end; equal arguments and weights give equal episodes.
 
     In each wave every seat that is to act, in every episode, is one request of the same batch. An episode that fails
     ends alone. Raises what the engine raises, and RolloutError for a plan with other players than seats.
     """
-    running = [_Running(task, plan) for plan in plans]
+    running = [_RunningEpisode(task, plan) for plan in plans]
     for wave in range(settings.max_waves + 1):
         due = [(one, seat) for one in running for seat in one.to_act()]
         if not due:
@@ -133,7 +133,7 @@ def attempt(
             break
         _wave(task, due, engine, codec, _Draws(seed, wave), settings)
     played = [found for one in running if (found := one.played())]
-    return Attempted(played, [Failed(one.plan, one.error) for one in running if one.error])
+    return RolloutResult(played, [FailedEpisode(one.plan, one.error) for one in running if one.error])
 
 
 def play(
@@ -153,13 +153,13 @@ def play(
 
 def _wave(
     task: Task,
-    due: Sequence[tuple[_Running, int]],
+    due: Sequence[tuple[_RunningEpisode, int]],
     engine: Engine,
     codec: Codec,
     draws: _Draws,
     settings: RolloutSettings,
 ) -> None:
-    asked: list[tuple[_Running, int, str, SampleRequest]] = []
+    asked: list[tuple[_RunningEpisode, int, str, SampleRequest]] = []
     for one, seat in due:
         if not _player(one, seat).by_rule:
             with one.guarded():
@@ -168,12 +168,12 @@ def _wave(
                 asked.append((one, seat, seen[-1].text, request))
     asked = [one for one in asked if not one[0].error]
     actions: dict[int, dict[int, str]] = {id(one): {} for one, _ in due}
-    turns: list[tuple[_Running, Turn]] = []
+    turns: list[tuple[_RunningEpisode, PlayedTurn]] = []
     samples = engine.sample([request for *_, request in asked])
     for (one, seat, saw, request), sample in zip(asked, samples, strict=True):
         text = codec.text(sample.tokens)
         player = _player(one, seat)
-        turn = Turn(seat, player, request.prompt, sample.tokens, text, sample.logprobs, sample.stopped, saw)
+        turn = PlayedTurn(seat, player, request.prompt, sample.tokens, text, sample.logprobs, sample.stopped, saw)
         turns.append((one, turn))
         actions[id(one)][seat] = text
     for one, seat in due:
@@ -186,15 +186,15 @@ def _wave(
         one.turns.append(turn)
 
 
-def _by_rule(task: Task, one: _Running, seat: int, rng: np.random.Generator) -> str:
+def _by_rule(task: Task, one: _RunningEpisode, seat: int, rng: np.random.Generator) -> str:
     if _player(one, seat).name == RANDOM:
         return task.random_action(one.episode, seat, rng)
-    if not isinstance(task, Scripted):
+    if not isinstance(task, ScriptedTask):
         raise RolloutError(f"{task.name} has no scripted player")
     return task.scripted_action(one.episode, seat, rng)
 
 
-def _act(due: Sequence[tuple[_Running, int]], actions: Mapping[int, Mapping[int, str]]) -> None:
+def _act(due: Sequence[tuple[_RunningEpisode, int]], actions: Mapping[int, Mapping[int, str]]) -> None:
     for one in dict.fromkeys(one for one, _ in due):
         if not one.error:
             with one.guarded():
@@ -202,7 +202,7 @@ def _act(due: Sequence[tuple[_Running, int]], actions: Mapping[int, Mapping[int,
 
 
 def _request(
-    one: _Running, seat: int, prompt: tuple[int, ...], draws: _Draws, max_tokens: int, settings: RolloutSettings
+    one: _RunningEpisode, seat: int, prompt: tuple[int, ...], draws: _Draws, max_tokens: int, settings: RolloutSettings
 ) -> SampleRequest:
     drawn = int(np.random.SeedSequence(draws.key(one, seat)).generate_state(1, np.uint32)[0])
     room = max_tokens if settings.context is None else min(max_tokens, settings.context - len(prompt))
@@ -214,5 +214,5 @@ def _request(
     return SampleRequest(_player(one, seat).key, prompt, room, settings.temperature, drawn)
 
 
-def _player(one: _Running, seat: int) -> Player:
+def _player(one: _RunningEpisode, seat: int) -> Player:
     return one.plan.players[seat]

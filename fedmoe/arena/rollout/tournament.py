@@ -14,7 +14,7 @@ import numpy as np
 
 from fedmoe.arena.rollout.chat import Codec
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player
-from fedmoe.arena.rollout.interval import Interval
+from fedmoe.arena.rollout.interval import MeanInterval
 from fedmoe.arena.rollout.play import RolloutSettings, play
 from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Task, TaskError
 from fedmoe.inference.engine import Engine
@@ -52,7 +52,7 @@ class Tally:
 
     meetings: int
     questions: int
-    points: Interval
+    points: MeanInterval
     wins_by_play: int
     wins_by_errors: int
     draws: int
@@ -69,7 +69,7 @@ class Tally:
         return cls(
             len(met),
             len(set(questions)),
-            Interval.of(points, questions),
+            MeanInterval.of(points, questions),
             len(won) - by_errors,
             by_errors,
             len(met) - len(won) - len(lost),
@@ -85,23 +85,23 @@ class Pair:
     first: str
     second: str
     tally: Tally
-    lead: Interval
+    lead: MeanInterval
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TournamentRow:
     """A player's line in the table, over all its opponents; `score` is its own result on the task."""
 
     player: str
-    score: Interval
+    score: MeanInterval
     tally: Tally
 
 
 @dataclass(frozen=True)
-class Table:
+class TournamentTable:
     """The result: rows from the most points to the fewest (equal points: by name), and every pair."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[TournamentRow, ...]
     pairs: tuple[Pair, ...]
     questions: int
 
@@ -126,7 +126,7 @@ def run_tournament(
     deals: int,
     seed: int,
     settings: RolloutSettings,
-) -> Table:
+) -> TournamentTable:
     """Play `deals` held-out deals or questions: at a table for two every pair in both seatings, else everybody alone.
 
     Raises TaskError (see `check_players`) and what tasks and engines raise.
@@ -140,10 +140,10 @@ def run_tournament(
     for (first, second), meetings in met.items():
         sides[first] += meetings
         sides[second] += [one.turned() for one in meetings]
-    rows = [Row(name, _mean_score(own), Tally.of(own)) for name, own in sides.items()]
+    rows = [TournamentRow(name, _mean_score(own), Tally.of(own)) for name, own in sides.items()]
     rows.sort(key=lambda row: (-row.tally.points.mean, row.player))
     pairs = tuple(_pair(*names, meetings) for names, meetings in met.items())
-    return Table(tuple(rows), pairs, rows[0].tally.questions)
+    return TournamentTable(tuple(rows), pairs, rows[0].tally.questions)
 
 
 def _tables(players: Sequence[Player], deals: int) -> list[EpisodePlan]:
@@ -193,11 +193,11 @@ def _side(one: PlayedEpisode, seat: int, decided: bool) -> Side:
     return Side(one.outcome.seat_scores[seat], decided and one.outcome.valid[seat] < 1.0)
 
 
-def _mean_score(met: Sequence[Meeting]) -> Interval:
-    return Interval.of(np.array([one.own.score for one in met]), [one.question for one in met])
+def _mean_score(met: Sequence[Meeting]) -> MeanInterval:
+    return MeanInterval.of(np.array([one.own.score for one in met]), [one.question for one in met])
 
 
 def _pair(first: str, second: str, met: Sequence[Meeting]) -> Pair:
     leads = np.array([one.own.score - one.other.score for one in met])
-    lead = Interval.of(leads, [one.question for one in met], (-1.0, 1.0))
+    lead = MeanInterval.of(leads, [one.question for one in met], (-1.0, 1.0))
     return Pair(first, second, Tally.of(met), lead)

@@ -39,8 +39,8 @@ from fedmoe.arena.run.checkpoint_parts import (
     plain_json,
     read_adapter,
 )
-from fedmoe.arena.run.float_packing import FloatArray, pack, unpack
-from fedmoe.lora.adapter import Adapter
+from fedmoe.arena.run.float_packing import pack, unpack
+from fedmoe.lora.adapter import Adapter, FloatArray
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.files import fsync_folder
 from fedmoe.runtime.resources import require_space

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from importlib.metadata import entry_points
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -18,66 +18,51 @@ from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer, VllmSettings, 
 from fedmoe.models.base import ChatTemplate, LoadedBase, load_base, prepare_base, stop_tokens
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.sampling import SamplingLimits
+from fedmoe.runtime.plugins import PluginGroup
 
-#: Entry points of this group add engines: name -> a callable like `make_engine`'s own parts, a context manager.
-ENTRY_POINTS = "fedmoe.engines"
+_log = structlog.get_logger("fedmoe.arena")
 
-#: From configuration, run folder and base model to an engine that is closed at the end.
+#: From configuration, run folder and base model to an engine that is closed at the end. Installed packages offer theirs
+#: in the entry-point group `fedmoe.engines`.
 EngineMaker = Callable[[ArenaConfig, Path, LoadedBase], AbstractContextManager[Engine]]
 
 
-def _installed(kind: str) -> EngineMaker:
-    points = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    if kind not in points:
-        known = ", ".join(sorted({"transformers", "vllm", *points}))
-        raise EngineError(f"there is no engine {kind!r}; there are: {known}")
-    maker: EngineMaker = points[kind].load()
-    return maker
+def make_engine(
+    config: ArenaConfig, folder: Path, base: LoadedBase, multi: MultiLora, device: torch.device
+) -> AbstractContextManager[Engine]:
+    """Transformers on the learner's model (a copy of it where `device` is another one), vLLM, or an installed one."""
+    makers: dict[str, EngineMaker] = {"transformers": partial(_transformers, multi, device), "vllm": _vllm}
+    return PluginGroup("fedmoe.engines", "engine", EngineError, makers).get(config.engine.kind)(config, folder, base)
 
 
 @contextmanager
-def make_engine(
-    config: ArenaConfig, folder: Path, base: LoadedBase, multi: MultiLora, device: torch.device
+def _transformers(
+    multi: MultiLora, device: torch.device, config: ArenaConfig, folder: Path, base: LoadedBase
 ) -> Iterator[Engine]:
-    """Transformers on the learner's model (a copy of it where `device` is another one), vLLM, or an installed one."""
-    if config.engine.kind == "vllm":
-        with vllm_engine(config, folder, stop_tokens(base), base.dtype) as served:
-            yield served
-        return
-    if config.engine.kind != "transformers":
-        with _installed(config.engine.kind)(config, folder, base) as offered:
-            yield offered
-        return
-    limits = SamplingLimits(rows=config.engine.rows)
     if device != base.device:
         chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
         base = load_base(config.base_model, device, base.dtype, chat)
         multi = MultiLora(base.model)
-    engine = TransformersEngine(base, multi, limits)
+    engine = TransformersEngine(base, multi, SamplingLimits(rows=config.engine.rows))
     try:
         yield engine
     finally:
         engine.close()
 
 
-_log = structlog.get_logger("fedmoe.arena")
-
-
 @contextmanager
-def vllm_engine(
-    config: ArenaConfig, folder: Path, stop_tokens: frozenset[int], dtype: torch.dtype
-) -> Iterator[VllmEngine]:
+def _vllm(config: ArenaConfig, folder: Path, base: LoadedBase) -> Iterator[VllmEngine]:
     """An engine on a server with room for all policies at every version that a batch may name."""
     model = prepare_base(config.base_model).resolve()
     with ExitStack() as stack:
         url, name = config.engine.url, str(model)
         if url is None:
-            settings = _settings(config, model, dtype)
+            settings = _settings(config, model, base.dtype)
             log = folder / "logs" / "vllm.log"
             _log.info("vllm_server_starts", note="takes half a minute to some minutes", log=str(log))
             url = stack.enter_context(VllmServer(settings, log)).url
             name = SERVED_NAME
-        yield stack.enter_context(VllmEngine(url, name, folder / "vllm_adapters", stop_tokens))
+        yield stack.enter_context(VllmEngine(url, name, folder / "vllm_adapters", stop_tokens(base)))
 
 
 def _settings(config: ArenaConfig, model: Path, dtype: torch.dtype) -> VllmSettings:

@@ -15,7 +15,7 @@ from typing import Literal, TypedDict, cast
 import numpy as np
 
 from fedmoe.arena.reporting import Report
-from fedmoe.arena.rollout.episodes import PlayedEpisode, Turn
+from fedmoe.arena.rollout.episodes import PlayedEpisode, PlayedTurn
 from fedmoe.runtime.files import write_atomic
 
 EPISODES = "episodes.jsonl"
@@ -143,7 +143,7 @@ def _seat(played: PlayedEpisode, seat: int, reward: float | None) -> SeatRow:
     }
 
 
-def _turn(turn: Turn) -> TurnRow:
+def _turn(turn: PlayedTurn) -> TurnRow:
     return {
         "saw": turn.saw[:MOST_CHARS],
         "said": turn.text[:MOST_CHARS],

@@ -10,11 +10,11 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-FloatArray = NDArray[np.float32]
+from fedmoe.lora.adapter import FloatArray
+
 _BYTES = 4
 
 

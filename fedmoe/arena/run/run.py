@@ -23,7 +23,7 @@ from fedmoe.arena.learning.adapt import AdaptRules
 from fedmoe.arena.learning.learner import Learner, LearnerConfig, OptimizerState
 from fedmoe.arena.learning.loss import LossConfig
 from fedmoe.arena.learning.policies import Policies
-from fedmoe.arena.modes.protocol import Decision
+from fedmoe.arena.modes.protocol import ArenaDecision
 from fedmoe.arena.reporting import write_decision
 from fedmoe.arena.rollout.chat import ChatCodec
 from fedmoe.arena.rollout.interval import few_questions
@@ -32,7 +32,6 @@ from fedmoe.arena.run.batched_records import BatchedRecords, truncate_records
 from fedmoe.arena.run.checkpoint import ArenaState, Loaded
 from fedmoe.arena.run.engines import make_engine
 from fedmoe.arena.run.episode_log import EPISODES, EpisodeLog
-from fedmoe.arena.run.logs import RunLogs, log_files, run_logs
 from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch, Watched, unwatched
 from fedmoe.arena.run.results import Ending
 from fedmoe.arena.run.resuming import accepted_changes
@@ -48,6 +47,7 @@ from fedmoe.models.multilora import MultiLora
 from fedmoe.runtime.control_file import ControlFile
 from fedmoe.runtime.environment import environment
 from fedmoe.runtime.files import lock_folder
+from fedmoe.runtime.logs import RunLogs, log_files, run_logs
 from fedmoe.runtime.machine import memory
 from fedmoe.runtime.memory import MemoryGuard, MemoryLimitError, choose_limit, limit_gpu, watched
 from fedmoe.runtime.records import RecordWriter, read_records
@@ -258,7 +258,7 @@ def _tell_changes(run: _Run, found: Loaded) -> None:
     """Record settings that are not those of the checkpoint: a reader of the curve sees where they changed."""
     changes = accepted_changes(found.state.config, _plain(run.config), found.state.iteration, str(found.path))
     for change in changes:
-        decision = Decision("configuration", "", "", change, "resumed with another setting")
+        decision = ArenaDecision("configuration", "", "", change, "resumed with another setting")
         write_decision(run.writer, found.state.iteration, "", decision)
     if changes:
         _announce(run)

@@ -10,8 +10,9 @@ import numpy as np
 from fedmoe.arena.learning.learner import Learner
 from fedmoe.arena.rollout.chat import Codec
 from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Task, TaskError
-from fedmoe.inference.engine import AdapterKey, Engine, FloatArray, SampleRequest, context_limit
+from fedmoe.inference.engine import AdapterKey, Engine, SampleRequest, context_limit
 from fedmoe.inference.verify import Probe, verify_sync
+from fedmoe.lora.adapter import FloatArray
 
 #: Nats by which a single token may differ: two implementations in bfloat16 differ by up to about 0.1, measured.
 TOLERANCE = 0.5

@@ -7,8 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedmoe.arena.tasks.problems import INSTRUCTION, Ballot, Problem, ProblemSet, quoted, read_answer
-from fedmoe.arena.tasks.task import Episode, Lineup, Message, Outcome, TaskError, Team, check_actions, check_lineup
+from fedmoe.arena.tasks.problems import INSTRUCTION, Ballot, ProblemSet, VerifiableProblem, quote, read_answer
+from fedmoe.arena.tasks.task import (
+    Episode,
+    Lineup,
+    Outcome,
+    PromptMessage,
+    TaskError,
+    Team,
+    check_actions,
+    check_lineup,
+)
 
 #: How much of a draft is shown, in characters.
 DRAFT_CHARS = 80
@@ -19,7 +28,7 @@ SHARED, INDEPENDENT, LEADER = "shared", "independent", "leader"
 class CommitteeEpisode:
     """One problem in two rounds: drafts, then everybody's final answer."""
 
-    def __init__(self, problem: Problem, lineup: Lineup, problems: ProblemSet) -> None:
+    def __init__(self, problem: VerifiableProblem, lineup: Lineup, problems: ProblemSet) -> None:
         self._problem = problem
         self._lineup = lineup
         self._multiline = problems.multiline
@@ -40,7 +49,7 @@ class CommitteeEpisode:
             return ()
         return self._drafters if self._drafting else tuple(range(self._lineup.seats))
 
-    def observe(self, seat: int) -> tuple[Message, ...]:
+    def observe(self, seat: int) -> tuple[PromptMessage, ...]:
         """The question; in the second round also the drafts that the seat may see."""
         if not 0 <= seat < self._lineup.seats:
             raise TaskError(f"there are seats 0 to {self._lineup.seats - 1}, got {seat}")
@@ -51,7 +60,7 @@ class CommitteeEpisode:
         others = [self._shown(other) for other in _visible(team) if other != seat and other in self._drafts]
         if others:
             lines.append(f"Drafts of your team: {'; '.join(others)}")
-        return (Message("system", INSTRUCTION), *self._examples, Message("user", "\n".join(lines)))
+        return (PromptMessage("system", INSTRUCTION), *self._examples, PromptMessage("user", "\n".join(lines)))
 
     def act(self, actions: Mapping[int, str]) -> None:
         """Take the drafts, then the final answers."""
@@ -75,7 +84,7 @@ class CommitteeEpisode:
         return self._outcome
 
     def _shown(self, seat: int) -> str:
-        return quoted(self._drafts[seat], DRAFT_CHARS) or "(none)"
+        return quote(self._drafts[seat], DRAFT_CHARS) or "(none)"
 
     def _valid(self, seat: int, final: str) -> float:
         given = [final, *([self._drafts[seat]] if seat in self._drafts else [])]

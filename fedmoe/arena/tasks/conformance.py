@@ -10,7 +10,7 @@ from typing import cast
 
 import numpy as np
 
-from fedmoe.arena.tasks.task import Episode, Lineup, Message, Outcome, Task, TaskError, Team
+from fedmoe.arena.tasks.task import Episode, Lineup, Outcome, PromptMessage, Task, TaskError, Team
 
 _SEED = 11
 _MOST_ROUNDS = 2000
@@ -23,7 +23,7 @@ Actor = Callable[[Episode, int], str]
 class Transcript:
     """An episode as it was played: per round what each seat on turn saw and did, and the result."""
 
-    rounds: tuple[Mapping[int, tuple[tuple[Message, ...], str]], ...]
+    rounds: tuple[Mapping[int, tuple[tuple[PromptMessage, ...], str]], ...]
     outcome: Outcome
 
 
@@ -60,7 +60,7 @@ def _steps(task: Task, seed: int, lineup: Lineup, act: Actor) -> Iterator[Transc
     """Play, pausing with None after the start and each round; the last item is the transcript."""
     episode = task.start(seed, lineup)
     yield None
-    rounds: list[Mapping[int, tuple[tuple[Message, ...], str]]] = []
+    rounds: list[Mapping[int, tuple[tuple[PromptMessage, ...], str]]] = []
     while wanted := episode.to_act():
         _demand(len(rounds) < _MOST_ROUNDS, task, f"an episode ends within {_MOST_ROUNDS} rounds")
         turns = {seat: (episode.observe(seat), act(episode, seat)) for seat in wanted}

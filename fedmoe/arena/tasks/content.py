@@ -28,7 +28,7 @@ _COMMON = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ContentRule:
     """What of a question is its content.
 
     `numbers`: its numbers and operators. `words`: its words, numbers and signs, without those that are `common` to the
@@ -39,7 +39,7 @@ class Reading:
     common: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, questions: Sequence[str]) -> Reading:
+    def of(cls, questions: Sequence[str]) -> ContentRule:
         """The coarsest one that still tells the questions of a sample apart.
 
         One that leaves fewer than a quarter of the different texts reads past what the questions are about (the letters

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedmoe.arena.tasks.task import Lineup, Message, Outcome
+from fedmoe.arena.tasks.task import Lineup, Outcome, PromptMessage
 
 #: What a seat is told besides the question; as the system message it takes the place of a template's longer one.
 INSTRUCTION = "Reply with only the answer."
@@ -18,7 +18,7 @@ INSTRUCTION = "Reply with only the answer."
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
 
-class Problem(Protocol):
+class VerifiableProblem(Protocol):
     """One problem with a verifiable answer."""
 
     @property
@@ -55,7 +55,7 @@ class ProblemSet(Protocol):
         ...
 
     @property
-    def examples(self) -> tuple[Message, ...]:
+    def examples(self) -> tuple[PromptMessage, ...]:
         """Questions with their answers, shown before every question so that a small model knows the form of both."""
         ...
 
@@ -64,7 +64,7 @@ class ProblemSet(Protocol):
         """How many tokens an answer needs at most."""
         ...
 
-    def draw(self, seed: int) -> Problem:
+    def draw(self, seed: int) -> VerifiableProblem:
         """The problem of `seed`; no content of a seed from `HELD_OUT` on is ever drawn by a seed below."""
         ...
 
@@ -87,7 +87,7 @@ def read_answer(text: str, multiline: bool) -> str:
     return whole if multiline else whole.split("\n", 1)[0].strip()
 
 
-def quoted(text: str, limit: int) -> str:
+def quote(text: str, limit: int) -> str:
     """A player's text as others see it: on one line, at most `limit` characters, and no token of a chat template."""
     return " ".join(text.split()).replace("<|", "< |")[:limit]
 
@@ -97,7 +97,7 @@ def normalised(answer: str) -> str:
     return " ".join(answer.casefold().split())
 
 
-def elected(speakers: Sequence[int], answers: Mapping[int, str]) -> int | None:
+def elect(speakers: Sequence[int], answers: Mapping[int, str]) -> int | None:
     """The speaker whose answer the vote takes: the first among those of the most frequent answer.
 
     Empty answers do not vote; among equally frequent answers the one of the earliest speaker wins. None: nobody voted.
@@ -118,13 +118,13 @@ class Ballot:
     scores: tuple[float, ...]
 
     @classmethod
-    def of(cls, problem: Problem, answers: Sequence[str]) -> Ballot:
+    def of(cls, problem: VerifiableProblem, answers: Sequence[str]) -> Ballot:
         """Score every answer once; an empty one scores 0."""
         return cls(tuple(answers), tuple(problem.score(answer) if answer else 0.0 for answer in answers))
 
     def joint(self, speakers: Sequence[int]) -> float:
         """The score of the vote among `speakers`."""
-        winner = elected(speakers, dict(enumerate(self.answers)))
+        winner = elect(speakers, dict(enumerate(self.answers)))
         return 0.0 if winner is None else self.scores[winner]
 
     def outcome(self, lineup: Lineup, valid: tuple[float, ...]) -> Outcome:

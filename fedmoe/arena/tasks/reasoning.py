@@ -17,9 +17,18 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from fedmoe.arena.tasks.content import Reading
-from fedmoe.arena.tasks.problems import INSTRUCTION, Ballot, Problem, ProblemSet, read_answer
-from fedmoe.arena.tasks.task import HELD_OUT, Episode, Lineup, Message, Outcome, TaskError, check_actions, check_lineup
+from fedmoe.arena.tasks.content import ContentRule
+from fedmoe.arena.tasks.problems import INSTRUCTION, Ballot, ProblemSet, VerifiableProblem, read_answer
+from fedmoe.arena.tasks.task import (
+    HELD_OUT,
+    Episode,
+    Lineup,
+    Outcome,
+    PromptMessage,
+    TaskError,
+    check_actions,
+    check_lineup,
+)
 
 Option = int | float | str | bool
 NO_OPTIONS: Mapping[str, Option] = MappingProxyType({})
@@ -122,7 +131,7 @@ class ReasoningProblem:
 class _Survey:
     """What many problems say of a data set: its content, the bytes of its longest answer, answers of several lines."""
 
-    reading: Reading
+    reading: ContentRule
     longest: int
     multiline: bool
 
@@ -165,20 +174,20 @@ class ReasoningProblems:
             drawn = [self._entry(int(seed))[1] for seed in seeds]
             answers = [_answer(entry) for entry in drawn]
             _surveys[key] = _Survey(
-                Reading.of([str(entry["question"]) for entry in drawn]),
+                ContentRule.of([str(entry["question"]) for entry in drawn]),
                 max(len(answer.encode()) for answer in answers),
                 any("\n" in answer for answer in answers),
             )
         return _surveys[key]
 
-    def _shown(self, count: Option) -> tuple[Message, ...]:
+    def _shown(self, count: Option) -> tuple[PromptMessage, ...]:
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= 32:
             raise TaskError(f"examples must be a whole number from 0 to 32, got {count!r}")
         problems = [self.draw(HELD_OUT - 1 - index) for index in range(count)]
         return tuple(
             message
             for problem in problems
-            for message in (Message("user", problem.question.strip()), Message("assistant", problem.answer))
+            for message in (PromptMessage("user", problem.question.strip()), PromptMessage("assistant", problem.answer))
         )
 
     def _shareable(self) -> _Dataset | None:
@@ -267,7 +276,7 @@ def _is_held_out(content: str) -> bool:
 class ReasoningEpisode:
     """One problem, one answer a seat."""
 
-    def __init__(self, problem: Problem, lineup: Lineup, problems: ProblemSet) -> None:
+    def __init__(self, problem: VerifiableProblem, lineup: Lineup, problems: ProblemSet) -> None:
         self._problem = problem
         self._lineup = lineup
         self._multiline = problems.multiline
@@ -283,11 +292,15 @@ class ReasoningEpisode:
         """Everybody, once."""
         return () if self._outcome else tuple(range(self._lineup.seats))
 
-    def observe(self, seat: int) -> tuple[Message, ...]:
+    def observe(self, seat: int) -> tuple[PromptMessage, ...]:
         """The question."""
         if not 0 <= seat < self._lineup.seats:
             raise TaskError(f"there are seats 0 to {self._lineup.seats - 1}, got {seat}")
-        return (Message("system", INSTRUCTION), *self._examples, Message("user", self._problem.question.strip()))
+        return (
+            PromptMessage("system", INSTRUCTION),
+            *self._examples,
+            PromptMessage("user", self._problem.question.strip()),
+        )
 
     def act(self, actions: Mapping[int, str]) -> None:
         """Take everybody's answer."""

@@ -22,7 +22,7 @@ _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class PromptMessage:
     """One message of what a seat sees, in chat form."""
 
     role: Role
@@ -114,7 +114,7 @@ class Episode(Protocol):
         """The seats whose action is wanted now, in ascending order; empty when the episode is over."""
         ...
 
-    def observe(self, seat: int) -> tuple[Message, ...]:
+    def observe(self, seat: int) -> tuple[PromptMessage, ...]:
         """Everything that `seat` sees now; asking again changes nothing. The last message is the user's."""
         ...
 
@@ -128,7 +128,7 @@ class Episode(Protocol):
 
 
 @runtime_checkable
-class Asking(Protocol):
+class QuestionEpisode(Protocol):
     """An episode that knows what its question is about; for tasks whose questions may be put in several ways."""
 
     @property
@@ -138,7 +138,7 @@ class Asking(Protocol):
 
 
 @runtime_checkable
-class Scripted(Protocol):
+class ScriptedTask(Protocol):
     """A task that may have a player of known, high strength beside the random one."""
 
     @property
@@ -195,10 +195,10 @@ HELD_OUT = 1_000_000_000
 def question_of(task: Task, episode: Episode, seed: int) -> str:
     """Which question an episode that has just begun is about: episodes of one question are no independent evidence.
 
-    Its `content` where it is `Asking`; in a game for two the deal, that is the seed; else what its seats see at first,
-    whatever the case and white space.
+    Its `content` where it is a `QuestionEpisode`; in a game for two the deal, that is the seed; else what its seats see
+    at first, whatever the case and white space.
     """
-    if isinstance(episode, Asking):
+    if isinstance(episode, QuestionEpisode):
         return episode.content
     if task.zero_sum:
         return f"deal {seed}"

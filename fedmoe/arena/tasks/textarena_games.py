@@ -12,9 +12,9 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from fedmoe.arena.tasks.problems import quoted
-from fedmoe.arena.tasks.task import Episode, Lineup, Message, Outcome, TaskError, check_actions, check_lineup
-from fedmoe.arena.tasks.textarena_rules import GAMES, NEEDS_MORE, Game, State, family
+from fedmoe.arena.tasks.problems import quote
+from fedmoe.arena.tasks.task import Episode, Lineup, Outcome, PromptMessage, TaskError, check_actions, check_lineup
+from fedmoe.arena.tasks.textarena_rules import GAMES, NEEDS_MORE, Game, GameState, family
 
 #: How much of the past a seat is shown besides the rules, and how much of the rules, in characters.
 HISTORY_CHARS = 500
@@ -37,7 +37,7 @@ class _State(Protocol):
     error_count: int
     rewards: Mapping[int, float] | None
     game_info: Mapping[int, Mapping[str, object]]
-    game_state: State
+    game_state: GameState
     observations: Mapping[int, list[_Entry]]
 
 
@@ -123,7 +123,7 @@ class GameEpisode:
             self._listen()
 
     @property
-    def state(self) -> State:
+    def state(self) -> GameState:
         """The game's own state, for scripted players; not to be changed."""
         return self._inner.state.game_state
 
@@ -131,14 +131,14 @@ class GameEpisode:
         """The seat on turn."""
         return () if self._over else (self._inner.state.current_player_id,)
 
-    def observe(self, seat: int) -> tuple[Message, ...]:
+    def observe(self, seat: int) -> tuple[PromptMessage, ...]:
         """The rules, the latest part of the past, and what can be done."""
         if not 0 <= seat < self._lineup.seats:
             raise TaskError(f"there are seats 0 to {self._lineup.seats - 1}, got {seat}")
         entries = [*self._seen[seat], *self._inner.state.observations.get(seat, [])]
         rules = entries[0][1].strip()[:RULES_CHARS] if entries else ""
         history = _recent(entries[1:], seat, self._game or _UNKNOWN)
-        return (Message("system", rules), Message("user", "\n".join([*history, self._reminder()])))
+        return (PromptMessage("system", rules), PromptMessage("user", "\n".join([*history, self._reminder()])))
 
     def act(self, actions: Mapping[int, str]) -> None:
         """One move."""
@@ -227,7 +227,7 @@ def _recent(entries: list[_Entry], seat: int, game: Game) -> list[str]:
         if (board and index != boards[-1]) or (spoken and not game.talk) or (game.board_only and not board):
             continue
         name = "You" if sender == seat else f"Player {sender}"
-        line = f"{name}: {quoted(text, QUOTE_CHARS)}" if spoken else text.strip()
+        line = f"{name}: {quote(text, QUOTE_CHARS)}" if spoken else text.strip()
         room -= len(line)
         if room < 0 and lines:
             break

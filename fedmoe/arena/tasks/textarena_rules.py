@@ -9,7 +9,7 @@ from typing import cast
 
 import numpy as np
 
-State = Mapping[str, object]
+GameState = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +22,15 @@ class Game:
     on with an action that it cannot read.
     """
 
-    legal: Callable[[State], tuple[str, ...]]
+    legal: Callable[[GameState], tuple[str, ...]]
     max_action_tokens: int
-    scripted: Callable[[State, int, np.random.Generator], str] | None = None
-    free: Callable[[State], bool] = lambda state: False
+    scripted: Callable[[GameState, int, np.random.Generator], str] | None = None
+    free: Callable[[GameState], bool] = lambda state: False
     board_only: bool = False
     talk: bool = False
     lenient: bool = False
 
-    def readable(self, state: State, text: str) -> bool:
+    def readable(self, state: GameState, text: str) -> bool:
         """Whether an action is legal as far as its text goes."""
         return bool(text.strip()) if self.free(state) else names_action(text, self.legal(state))
 
@@ -45,24 +45,24 @@ def names_action(text: str, legal: tuple[str, ...]) -> bool:
     return any(action.casefold() in text.casefold() for action in legal)
 
 
-def _cells(state: State) -> list[str]:
+def _cells(state: GameState) -> list[str]:
     return [cell or " " for row in cast(list[list[str]], state["board"]) for cell in row]
 
 
-def _free_cells(state: State) -> tuple[str, ...]:
+def _free_cells(state: GameState) -> tuple[str, ...]:
     return tuple(f"[{index}]" for index, cell in enumerate(_cells(state)) if cell == " ")
 
 
-def _kuhn_actions(state: State) -> tuple[str, ...]:
+def _kuhn_actions(state: GameState) -> tuple[str, ...]:
     tree = state["current_legal_action_tree"]
     return tuple(f"[{action}]" for action in tree) if isinstance(tree, dict) else ()
 
 
-def _deciding(state: State) -> bool:
+def _deciding(state: GameState) -> bool:
     return state["phase"] == "decision"
 
 
-def _dilemma_actions(state: State) -> tuple[str, ...]:
+def _dilemma_actions(state: GameState) -> tuple[str, ...]:
     return ("[Cooperate]", "[Defect]") if _deciding(state) else ("I will cooperate.", "I will defect.")
 
 
@@ -83,26 +83,26 @@ def _placed(board: str, index: int, mover: str) -> str:
     return board[:index] + mover + board[index + 1 :]
 
 
-def _perfect_tictactoe(state: State, seat: int, rng: np.random.Generator) -> str:
+def _perfect_tictactoe(state: GameState, seat: int, rng: np.random.Generator) -> str:
     board, mover, other = "".join(_cells(state)), "OX"[seat], "XO"[seat]
     values = {i: -tictactoe_value(_placed(board, i, mover), other) for i, cell in enumerate(board) if cell == " "}
     best = [index for index, value in values.items() if value == max(values.values())]
     return f"[{best[int(rng.integers(len(best)))]}]"
 
 
-def _never_fold(state: State, seat: int, rng: np.random.Generator) -> str:
+def _never_fold(state: GameState, seat: int, rng: np.random.Generator) -> str:
     """Bet, and call every bet. In TextArena 0.7.4 bets never reach the pot, so they cost nothing and only a fold loses:
     nothing does better, whatever the card."""
     options = _kuhn_actions(state)
     return "[call]" if "[call]" in options else "[bet]"
 
 
-def _hold_at_twenty(state: State, seat: int, rng: np.random.Generator) -> str:
+def _hold_at_twenty(state: GameState, seat: int, rng: np.random.Generator) -> str:
     """Roll until the turn is worth 20 (the best threshold for the points of one turn; Neller and Presser 2004)."""
     return "[hold]" if cast(int, state["turn_total"]) >= 20 else "[roll]"
 
 
-def _uniform(*actions: str) -> Callable[[State, int, np.random.Generator], str]:
+def _uniform(*actions: str) -> Callable[[GameState, int, np.random.Generator], str]:
     return lambda state, seat, rng: actions[int(rng.integers(len(actions)))]
 
 

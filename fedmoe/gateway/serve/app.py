@@ -23,12 +23,12 @@ from fedmoe.gateway.serve.text import PromptEncoder
 from fedmoe.gateway.serve.version_watcher import Follower, Source
 from fedmoe.inference.backend import Backend
 from fedmoe.inference.batching.scheduler import TransformersBackend
-from fedmoe.inference.engine import AdapterKey, FloatArray
+from fedmoe.inference.engine import AdapterKey
 from fedmoe.inference.transformers_engine import TransformersEngine
 from fedmoe.inference.verify import Probe
 from fedmoe.inference.vllm.backend import VllmBackend
 from fedmoe.inference.vllm.engine import VllmEngine
-from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.adapter import Adapter, FloatArray
 from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase, context_length, stop_tokens
 from fedmoe.models.multilora import MultiLora

@@ -20,12 +20,12 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from fedmoe.inference.backend import BackendError, Generation, Likelihood, Sampling, ServedModel, Step
-from fedmoe.inference.engine import AdapterKey, EngineError, FloatArray, SampleRequest
+from fedmoe.inference.engine import AdapterKey, EngineError, SampleRequest
 from fedmoe.inference.verify import Probe
 from fedmoe.inference.vllm.check import Reference, VersionCheck
 from fedmoe.inference.vllm.engine import ServedAdapter, VllmEngine
 from fedmoe.inference.vllm.messages import CompletionLogprobs, completion_body
-from fedmoe.lora.adapter import Adapter, ShapeError
+from fedmoe.lora.adapter import Adapter, FloatArray, ShapeError
 
 # Seconds without a token after which a stream is given up.
 _LONGEST_SILENCE = 300.0

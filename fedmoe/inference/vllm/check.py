@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe.inference.engine import AdapterKey, Engine, EngineError, FloatArray, SampleRequest
+from fedmoe.inference.engine import AdapterKey, Engine, EngineError, SampleRequest
 from fedmoe.inference.verify import Probe
-from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.adapter import Adapter, FloatArray
 
 #: Nats by which one token may differ: two implementations in bfloat16 differ by up to about 0.2, measured.
 TOLERANCE = 0.5

@@ -26,7 +26,7 @@ from typing import Self
 
 import httpx2
 
-from fedmoe.inference.engine import AdapterKey, EngineError, FloatArray, Sample, SampleRequest
+from fedmoe.inference.engine import AdapterKey, EngineError, Sample, SampleRequest
 from fedmoe.inference.fair_lock import FairLock
 from fedmoe.inference.vllm.http import ServerTimeoutError, VllmClient
 from fedmoe.inference.vllm.messages import (
@@ -38,7 +38,7 @@ from fedmoe.inference.vllm.messages import (
     scores_of,
     scoring_body,
 )
-from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.adapter import Adapter, FloatArray
 from fedmoe.lora.formats import peft_files
 from fedmoe.runtime.files import FolderInUseError, lock_folder, write_folder_atomic
 

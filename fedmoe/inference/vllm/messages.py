@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import BaseModel
 
-from fedmoe.inference.engine import EngineError, FloatArray, Sample, SampleRequest
+from fedmoe.inference.engine import EngineError, Sample, SampleRequest
+from fedmoe.lora.adapter import FloatArray
 
 # vLLM raises a lower temperature to this one without a word.
 _LEAST_TEMPERATURE = 0.01

@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
-from fedmoe.monitor.arena_series import ArenaSeries, FloatArray, Table, smoothed, smoothing_span
+from fedmoe.lora.adapter import Float64Array
+from fedmoe.monitor.arena_series import ArenaSeries, Table, smoothed, smoothing_span
 from fedmoe.monitor.charts.style import (
     End,
     dress,
@@ -163,6 +164,6 @@ def _lines(
     end_labels(axes, ends, inches)
 
 
-def _from_zero(values: FloatArray) -> tuple[float, float]:
+def _from_zero(values: Float64Array) -> tuple[float, float]:
     low, high = min(0.0, float(values.min())), max(1.0, float(values.max()))
     return low - (0.04 if low < 0 else 0.0) * (high - low), high + 0.04 * (high - low)

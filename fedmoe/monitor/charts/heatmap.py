@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d.axes3d import Axes3D
 
-from fedmoe.monitor.arena_series import ArenaSeries, FloatArray
+from fedmoe.lora.adapter import Float64Array
+from fedmoe.monitor.arena_series import ArenaSeries
 from fedmoe.monitor.charts.style import dress, new_figure, plain
 from fedmoe.monitor.palette import INK, MUTED, policy_colour
 from fedmoe.monitor.reward_grid import Landscape, landscape
@@ -96,7 +97,7 @@ def _walls(axes: Axes3D, series: ArenaSeries, land: Landscape) -> None:
 
 
 def _flat(axes: Axes, series: ArenaSeries, land: Landscape, scale: Normalize) -> None:
-    edges: FloatArray = np.append(land.starts, land.starts[-1] + land.lengths[-1])
+    edges: Float64Array = np.append(land.starts, land.starts[-1] + land.lengths[-1])
     rows = np.arange(len(land.policies) + 1) - 0.5
     axes.pcolormesh(
         edges, rows, np.ma.masked_invalid(land.values), norm=scale, cmap=_COLOURS, edgecolor="white", linewidth=0.3

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from fedmoe.lora.adapter import Float64Array
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
@@ -50,7 +49,7 @@ class Box:
         x, y = (point[0] - self.left) / self.width, (point[1] - self.bottom) / self.height
         return min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)
 
-    def holds(self, points: FloatArray) -> int:
+    def holds(self, points: Float64Array) -> int:
         """How many of the points (n, 2) lie inside."""
         x, y = points[:, 0], points[:, 1]
         inside = (x > self.left) & (x < self.left + self.width) & (y > self.bottom) & (y < self.bottom + self.height)
@@ -58,7 +57,7 @@ class Box:
 
 
 def place_labels(
-    anchors: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, float]], points: FloatArray, room: Box
+    anchors: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, float]], points: Float64Array, room: Box
 ) -> list[Box]:
     """A box for every label (sizes in inches) near its anchor, over as few points (n, 2) and boxes as can be.
 
@@ -86,7 +85,7 @@ def _around(anchor: tuple[float, float], size: tuple[float, float]) -> list[Box]
 
 
 def _cost(
-    box: Box, anchor: tuple[float, float], taken: Sequence[Box], leaders: FloatArray, points: FloatArray, room: Box
+    box: Box, anchor: tuple[float, float], taken: Sequence[Box], leaders: Float64Array, points: Float64Array, room: Box
 ) -> float:
     own = _leader(anchor, box)
     outside = box.width * box.height - box.overlap(room)
@@ -97,7 +96,7 @@ def _cost(
     return 60 * outside + 4000 * crowd + 3 * crossed + 0.6 * box.holds(points) + 0.12 * int(near.sum()) + length
 
 
-def _leader(anchor: tuple[float, float], box: Box) -> FloatArray:
+def _leader(anchor: tuple[float, float], box: Box) -> Float64Array:
     """Points (12, 2) on the line from the ring around the anchor to the nearest point of the box."""
     x, y = box.nearest(anchor)
     start, end = np.array(anchor), np.array([box.left + x * box.width, box.bottom + y * box.height])

@@ -11,7 +11,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fedmoe.monitor.arena_series import ArenaSeries, FloatArray, Table
+from fedmoe.lora.adapter import Float64Array
+from fedmoe.monitor.arena_series import ArenaSeries, Table
 from fedmoe.monitor.charts.label_layout import Box, place_labels
 from fedmoe.monitor.charts.style import dress, head_legend, new_figure, plain
 from fedmoe.monitor.palette import MUTED, policy_colour, short
@@ -27,9 +28,9 @@ class _Cloud:
 
     policy: str
     colour: str
-    x: FloatArray
-    y: FloatArray
-    tokens: FloatArray
+    x: Float64Array
+    y: Float64Array
+    tokens: Float64Array
 
 
 def performance_scatter(series: ArenaSeries) -> Figure:
@@ -63,13 +64,13 @@ def _cloud(series: ArenaSeries, policy: str) -> _Cloud | None:
     return _Cloud(policy, policy_colour(series, policy), *columns)
 
 
-def _thinned(table: Table, name: str, rows: np.ndarray) -> FloatArray:
+def _thinned(table: Table, name: str, rows: np.ndarray) -> Float64Array:
     """Means over equal stretches, the same rows in every column so that points stay points."""
     parts = np.array_split(table.column(name)[rows], min(int(rows.sum()), _POINTS))
     return np.array([np.nan if np.isnan(part).all() else np.nanmean(part) for part in parts])
 
 
-def _areas(tokens: FloatArray, largest: float) -> FloatArray:
+def _areas(tokens: Float64Array, largest: float) -> Float64Array:
     """Areas in square points, in proportion to tokens; a small dot where tokens are not known."""
     known = np.nan_to_num(tokens, nan=0.0)
     return np.maximum(170 * known / largest, 8.0) if largest > 0 else np.full(len(known), 30.0)
@@ -106,7 +107,7 @@ def _mark_ends(axes: Axes, clouds: Sequence[_Cloud]) -> None:
 
 
 def _label(
-    axes: Axes, text: str, colour: str, end: FloatArray, middle: FloatArray, corner: tuple[float, float]
+    axes: Axes, text: str, colour: str, end: Float64Array, middle: Float64Array, corner: tuple[float, float]
 ) -> None:
     """Text around `middle`, joined to `end` by a line from its side or corner (shares of its width and height)."""
     axes.annotate(

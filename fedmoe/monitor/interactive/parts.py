@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedmoe.monitor.arena_series import ArenaSeries, FloatArray, mode_spans, smoothed, smoothing_span
+from fedmoe.lora.adapter import Float64Array
+from fedmoe.monitor.arena_series import ArenaSeries, mode_spans, smoothed, smoothing_span
 from fedmoe.monitor.palette import INK, MUTED, mode_tint
 
 Json = dict[str, object]
@@ -24,7 +25,7 @@ class InteractiveFigure:
     wide: bool = False
 
 
-def numbers(values: FloatArray) -> list[float | None]:
+def numbers(values: Float64Array) -> list[float | None]:
     """For JSON: rounded, null where there is no number."""
     return [round(float(value), _DECIMALS) if math.isfinite(value) else None for value in values]
 
@@ -74,7 +75,7 @@ def mode_shapes(series: ArenaSeries) -> list[Json]:
     ]
 
 
-def curve(x: FloatArray, y: FloatArray, name: str, colour: str, dash: str = "solid") -> Json:
+def curve(x: Float64Array, y: Float64Array, name: str, colour: str, dash: str = "solid") -> Json:
     """A line without points."""
     return {
         "type": "scatter",
@@ -87,7 +88,9 @@ def curve(x: FloatArray, y: FloatArray, name: str, colour: str, dash: str = "sol
     }
 
 
-def raw_and_smooth(series: ArenaSeries, points: tuple[FloatArray, FloatArray], name: str, colour: str) -> list[Json]:
+def raw_and_smooth(
+    series: ArenaSeries, points: tuple[Float64Array, Float64Array], name: str, colour: str
+) -> list[Json]:
     """The numbers as recorded, thin and silent, and their moving average."""
     x, y = points
     thin = curve(x, y, name, colour) | {"opacity": 0.3, "showlegend": False, "hoverinfo": "skip"}

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fedmoe.coordinator import LIVING, Aggregation, ExpertMoments, GatewayModel
+from fedmoe.coordinator import ONLINE_STRATEGY, Aggregation, ExpertMoments, GatewayModel
 from fedmoe.experts import ExpertModel
 from fedmoe.federation.gateway_members import members
 from fedmoe.federation.online_gateway import OnlineGateway
@@ -82,11 +82,17 @@ def make_candidates(
     experts: Mapping[str, ExpertModel],
     aggregation: Aggregation,
     moments: Mapping[str, ExpertMoments],
-    living: OnlineGateway | None = None,
+    online_gateway: OnlineGateway | None = None,
 ) -> tuple[Candidate, ...]:
     """All candidates of one state: a merge for each strategy, shared by its scales; or the one gateway that lives."""
-    if living is not None:
-        return (Candidate(LIVING, replace(GatewayModel.of_living(living, version, moments), living=None), 1.0),)
+    if online_gateway is not None:
+        return (
+            Candidate(
+                ONLINE_STRATEGY,
+                replace(GatewayModel.of_online_gateway(online_gateway, version, moments), online_gateway=None),
+                1.0,
+            ),
+        )
     made, trained = [], members(experts, aggregation.buffer_size)
     for strategy, scales in offered(aggregation, len(trained), moments.keys() >= trained.keys()):
         chosen = replace(aggregation, strategy=strategy)

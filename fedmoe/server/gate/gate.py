@@ -253,7 +253,7 @@ class EvaluationGate:
         experts = {name: expert for name, expert in view.experts.items() if not expert.retired}
         if not experts:
             return
-        candidates = make_candidates(view.gateway_version, experts, view.aggregation, view.moments, view.living)
+        candidates = make_candidates(view.gateway_version, experts, view.aggregation, view.moments, view.online_gateway)
         out = self._publications.current
         if out is not None and {candidate.model.digest for candidate in candidates} == {out.digest}:
             with self._lock:

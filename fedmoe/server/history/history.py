@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 import structlog
 
 from fedmoe.coordinator import Aggregation, CentralCoordinator, ExpertMoments, Transaction
-from fedmoe.experts import Beginning, ExpertModel, Registrant
+from fedmoe.experts import ExpertModel, InitialWeights, Registrant
 from fedmoe.federation.events import (
     Event,
     ExpertRebased,
@@ -37,7 +37,7 @@ from fedmoe.federation.events import (
     without_worker,
 )
 from fedmoe.federation.expert_roll import binding_manifest, changed
-from fedmoe.federation.online_gateway import BranchPoint, CountedUpdate, OnlineGateway, counters, trained
+from fedmoe.federation.online_gateway import BranchPoint, CountedUpdate, OnlineGateway, count_steps, step_counters
 from fedmoe.federation.quarantine import Quarantine
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout
 from fedmoe.lora.codec import decode
@@ -142,11 +142,11 @@ class History:
         for change in changes:
             experts[change.expert] = changed(experts[change.expert], change)
         manifest = binding_manifest(experts)
-        living = self._recover_gateway(manifest, past, folds) if manifest else None
+        online_gateway = self._recover_gateway(manifest, past, folds) if manifest else None
         version = sum(map(len, past.values())) + len(folds) + len(changes) + self._statistics.moments_arrived()
         moments = self._moments(experts)
         transaction = Transaction(
-            self._aggregation, experts, manifest, version, [], moments, living, quarantine=quarantine
+            self._aggregation, experts, manifest, version, [], moments, online_gateway, quarantine=quarantine
         )
         transaction.roll_changes = len(changes)
         coordinator.publish(transaction)
@@ -167,20 +167,20 @@ class History:
         self, manifest: Manifest, past: Mapping[str, list[Event]], folds: list[GatewayMerged]
     ) -> OnlineGateway | None:
         """The gateway that experts go on from, if they do: its last fold's blob, and how far each expert is from it."""
-        living = self._aggregation.first_gateway(manifest)
-        if living is None:
+        online_gateway = self._aggregation.first_gateway(manifest)
+        if online_gateway is None:
             return None
         for fold in folds:
-            living = living.folded(fold)
+            online_gateway = online_gateway.merged(fold)
         if folds:
             weights = self._gateway_weights(folds[-1].digest, manifest)
-            living = living.holding(Adapter(manifest.layout, manifest.alpha, weights))
+            online_gateway = online_gateway.with_adapter(Adapter(manifest.layout, manifest.alpha, weights))
         for name, events in past.items():
             chains = lineages(events)
             newest = chains[max(chains)]
-            departure = BranchPoint(start(newest), trained(events, Lineage.updates(newest)))
-            living = living.recovered(name, departure, counters(events))
-        return living
+            branch_point = BranchPoint(start(newest), count_steps(events, Lineage.updates(newest)))
+            online_gateway = online_gateway.recovered(name, branch_point, step_counters(events))
+        return online_gateway
 
     def _gateway_weights(self, digest: str, manifest: Manifest) -> FloatVector:
         return decode(self._blobs.read(digest), manifest.layout).flat
@@ -215,7 +215,7 @@ class History:
         registered, chains = registration(events), lineages(events)
         version = max(chains)
         newest, rule = chains[version], self._aggregation.rule
-        held = Beginning(registered.seed, rule) if newest is None else self._rebuild(registered, chains, newest)
+        held = InitialWeights(registered.seed, rule) if newest is None else self._rebuild(registered, chains, newest)
         by = Registrant(registered.worker, registered.token)
         expert = ExpertModel(registered.expert, registered.manifest, version, held, registrant=by)
         norms = (event.landed_norm for event in reversed(events) if isinstance(event, UpdateAccepted))
@@ -275,7 +275,7 @@ class History:
         removed = [u for u in Lineage.updates(chains[expert.version]) if identity(u) not in kept]
         with self._pruned_in_words():
             state = self._rebuild(registered, chains, chains[version])
-        return Rebuilt(state, len(removed), trained(events, updates), "", expert.version, erasures)
+        return Rebuilt(state, len(removed), count_steps(events, updates), "", expert.version, erasures)
 
     def without_worker(self, expert: ExpertModel, worker: str) -> Rebuilt:
         """The state the expert would have had the worker contributed nothing to its newest version."""
@@ -292,7 +292,7 @@ class History:
             )
         with self._pruned_in_words():
             state = self._rebuild(registration(events), chains, chain)
-        since = trained(events, Lineage.updates(chain))
+        since = count_steps(events, Lineage.updates(chain))
         return Rebuilt(state, removed, since, note, expert.version, erasures)
 
     def followed(self, rebuilt: Rebuilt, expert: ExpertModel, worker: str | None) -> Rebuilt | None:
@@ -319,10 +319,10 @@ class History:
         """The state of an expert that goes on from a gateway with these updates, its server optimizer begun anew."""
         return self._land(self._aggregation.rule.init(weights), updates, manifest)
 
-    def departed_from(self, expert: ExpertModel, departure: BranchPoint) -> Adapter:
+    def departed_from(self, expert: ExpertModel, branch_point: BranchPoint) -> Adapter:
         """Where the expert left the gateway, or began."""
-        if departure.left is not None:
-            weights = self._gateway_weights(departure.left.digest, expert.manifest)
+        if branch_point.left is not None:
+            weights = self._gateway_weights(branch_point.left.digest, expert.manifest)
         else:
             weights = self._beginning(registration(self._journal.events(expert.name)), None).weights
         return Adapter(expert.manifest.layout, expert.manifest.alpha, weights)
@@ -412,11 +412,13 @@ class History:
         self._journal.add_snapshot(expert.name, expert.version, put(self._blobs, snapshot_bytes(expert.state)))
         return expert.version
 
-    def prune_gateways(self, living: OnlineGateway) -> None:
+    def prune_gateways(self, online_gateway: OnlineGateway) -> None:
         """Drop the gateways that no expert goes on from any more, unless all of the past is kept."""
         if self._keep_updates is None:
             return
-        needed = {living.number} | {departure.gateway for departure in living.departures.values()}
+        needed = {online_gateway.number} | {
+            branch_point.gateway for branch_point in online_gateway.branch_points.values()
+        }
         folds = self._folds()
         unneeded = {fold.digest for fold in folds} - {fold.digest for fold in folds if fold.number in needed}
         for digest in unneeded - self.held_back() - self._journal.named_elsewhere(GATEWAY, unneeded):

@@ -119,19 +119,21 @@ def gateway_info(service: CoordinatorService, given: GatewayModel | None = None)
         notes=list(gateway.notes),
         scale=gateway.scale,
         gate=service.evaluation_gate.info() if service.evaluation_gate is not None else None,
-        living=_living_info(gateway.living, service.coordinator.experts) if gateway.living is not None else None,
+        living=_living_info(gateway.online_gateway, service.coordinator.experts),
         source_digests=dict(gateway.source_digests),
         incarnation=service.current.incarnation,
         left_out=dict(gateway.left_out),
     )
 
 
-def _living_info(living: OnlineGateway, experts: Mapping[str, ExpertModel]) -> LivingInfo:
-    departures = titled(living.departures, experts)
+def _living_info(online: OnlineGateway | None, experts: Mapping[str, ExpertModel]) -> LivingInfo | None:
+    if online is None:
+        return None
+    departures = titled(online.branch_points, experts)
     return LivingInfo(
-        folds=living.number,
-        staleness=titled(living.last.staleness, experts) if living.last else {},
-        seconds=living.last.seconds if living.last else 0.0,
+        folds=online.number,
+        staleness=titled(online.last.staleness, experts) if online.last else {},
+        seconds=online.last.seconds if online.last else 0.0,
         departures={
             name: DepartureInfo(gateway=found.gateway, version=found.version, steps=found.steps)
             for name, found in departures.items()

@@ -19,9 +19,9 @@ import structlog
 
 from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.federation.events import ExpertRebased, GatewayMerged
-from fedmoe.federation.online_gateway import FoldPlan, plan_fold
+from fedmoe.federation.online_gateway import MergePlan, plan_merge
+from fedmoe.lora.algebra import TruncatedAdapter
 from fedmoe.lora.codec import encode
-from fedmoe.lora.online_merge import Folded
 from fedmoe.lora.update_rules import STALENESS
 from fedmoe.runtime import failpoints
 from fedmoe.server.history.history import History
@@ -114,15 +114,15 @@ class Folding:
             _log.warning("fold_dropped", reason=str(error))
         return True
 
-    def _plan(self) -> FoldPlan | None:
+    def _plan(self) -> MergePlan | None:
         view = self._coordinator.transaction()
         aggregation = view.aggregation
-        if view.living is None or aggregation.merge_after is None:
+        if view.online_gateway is None or aggregation.merge_after is None:
             return None
         moments = {name: found.moments for name, found in view.moments.items()}
         weight = STALENESS[aggregation.fold_staleness]
-        return plan_fold(
-            view.living,
+        return plan_merge(
+            view.online_gateway,
             view.experts,
             moments,
             aggregation.merge_after,
@@ -136,8 +136,8 @@ class Folding:
         now = self._clock()
         return now - REST_SECONDS if now - self._heard_since >= REST_SECONDS else -math.inf
 
-    def _compute(self, plan: FoldPlan) -> Folded:
-        left = plan.gateway.departures
+    def _compute(self, plan: MergePlan) -> TruncatedAdapter:
+        left = plan.gateway.branch_points
         try:
             starts = {name: self._history.departed_from(expert, left[name]) for name, expert in plan.experts.items()}
         except (MissingBlobError, CorruptBlobError) as error:
@@ -148,7 +148,7 @@ class Folding:
         failpoints.reached("fold.computed")
         return folded
 
-    def _publish(self, plan: FoldPlan, folded: Folded, seconds: float) -> None:
+    def _publish(self, plan: MergePlan, folded: TruncatedAdapter, seconds: float) -> None:
         """Store the next gateway, then let the committer make it the gateway."""
         writer = self._blobs.writer()
         try:
@@ -176,14 +176,16 @@ class Folding:
     def _decide(self, transaction: Transaction, computed: _Computed) -> GatewayMerged:
         """The fold and where its experts go on, in the journal's order; refused if one did not only train meanwhile."""
         event = computed.event(transaction.gateway_version + 1, self._clock())
-        assert transaction.living is not None, "only a gateway that lives is folded into"
-        departures = transaction.living.departures
+        assert transaction.online_gateway is not None, "only a gateway that lives is folded into"
+        branch_points = transaction.online_gateway.branch_points
         transaction.apply(event, gateway=computed.folded.adapter)
         for name, version in event.sources.items():
             expert = transaction.expert(name)
             if expert.retired:
                 raise FoldOvertakenError(f"{name} was retired meanwhile.")
-            rest = departures[name].unseen(computed.plan.gateway.departures[name], transaction.aggregation.buffer_size)
+            rest = branch_points[name].unseen(
+                computed.plan.gateway.branch_points[name], transaction.aggregation.buffer_size
+            )
             if rest is None:
                 raise FoldOvertakenError(
                     f"{name} changed from version {version} to {expert.version} by more than updates.",
@@ -199,8 +201,8 @@ class Folding:
 class _Computed:
     """A fold that was computed, in so many seconds, and stored as the blob `digest`."""
 
-    plan: FoldPlan
-    folded: Folded
+    plan: MergePlan
+    folded: TruncatedAdapter
     digest: str
     seconds: float
 

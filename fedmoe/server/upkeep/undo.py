@@ -60,7 +60,7 @@ class Undo:
         """The expert's next version gets the content of an earlier one."""
 
         def decide(transaction: Transaction, expert: ExpertModel, rebuilt: Rebuilt) -> ChangeResult:
-            self._current.check_rollback(request, expert, expert.become(rebuilt.state).digest)
+            self._current.check_rollback(request, expert, expert.with_state(rebuilt.state).digest)
             named = (request.expert, request.to_version, rebuilt.state, request.reason, self._clock())
             transaction.roll_back(*named, since=rebuilt.since)
             return answered(transaction, request.expert, rebuilt.removed, rebuilt.note)

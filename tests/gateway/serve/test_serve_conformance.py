@@ -20,12 +20,11 @@ from streaming_vllm import StreamingFakeVllm
 from fedmoe.gateway.serve.app import VllmAddress, backend_maker
 from fedmoe.inference.backend import Backend, BackendError, Generation, Sampling, ServedModel, Step
 from fedmoe.inference.batching.scheduler import TransformersBackend
-from fedmoe.inference.engine import FloatArray
 from fedmoe.inference.verify import Probe
 from fedmoe.inference.vllm.backend import VllmBackend
 from fedmoe.inference.vllm.engine import VllmEngine
 from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer
-from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
+from fedmoe.lora.adapter import Adapter, FloatArray, Layout, ModuleShape
 from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import load_base
 from fedmoe.models.lora_layers import ALL_LINEAR, find_targets

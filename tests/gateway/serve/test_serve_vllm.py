@@ -16,11 +16,11 @@ from streaming_vllm import StreamingFakeVllm
 from test_serve_conformance import PROMPTS, fake_backend
 
 from fedmoe.inference.backend import BackendError, Generation, Sampling, ServedModel, Step
-from fedmoe.inference.engine import EngineError, FloatArray
+from fedmoe.inference.engine import EngineError
 from fedmoe.inference.verify import Probe
 from fedmoe.inference.vllm.backend import VllmBackend
 from fedmoe.inference.vllm.engine import VllmEngine
-from fedmoe.lora.adapter import Adapter, ShapeError
+from fedmoe.lora.adapter import Adapter, FloatArray, ShapeError
 
 PYTHON = ServedModel("python", 1, "a" * 64)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedmoe.arena.rollout.episodes import RANDOM, EpisodePlan, PlayedEpisode, Player
 from fedmoe.arena.rollout.play import RolloutError, RolloutSettings, attempt, play
-from fedmoe.arena.tasks.task import Episode, Lineup, Message, Outcome, TaskError, check_actions
+from fedmoe.arena.tasks.task import Episode, Lineup, Outcome, PromptMessage, TaskError, check_actions
 from fedmoe.inference.engine import AdapterKey, EngineError, Sample, SampleRequest
 from fedmoe.lora.adapter import Adapter
 
@@ -31,8 +31,8 @@ class CountingEpisode:
     def turns(self, seat: int) -> int:
         return 1 + (self.seed + seat) % 3
 
-    def observe(self, seat: int) -> tuple[Message, ...]:
-        return (Message("user", f"{self.seed} {seat} {self.said.get(seat, [])}"),)
+    def observe(self, seat: int) -> tuple[PromptMessage, ...]:
+        return (PromptMessage("user", f"{self.seed} {seat} {self.said.get(seat, [])}"),)
 
     def act(self, actions: Mapping[int, str]) -> None:
         check_actions(self.to_act(), actions)
@@ -81,7 +81,7 @@ class EndlessTask(CountingTask):
 class LetterCodec:
     """A token a character."""
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def prompt(self, messages: Sequence[PromptMessage]) -> tuple[int, ...]:
         return tuple(map(ord, messages[-1].text))
 
     def text(self, tokens: Sequence[int]) -> str:

@@ -16,9 +16,9 @@ from fedmoe.arena.modes.switching import (
     COOPERATIVE,
     MODES,
     TEAM_BATTLE,
-    Decision,
-    Measured,
+    Measurement,
     ModeSwitch,
+    SwitchDecision,
     SwitchRules,
     agreement,
 )
@@ -26,12 +26,12 @@ from fedmoe.arena.modes.switching import (
 RULES = SwitchRules(exploration=12, min_stay=6, window=6)
 
 
-def run(switch: ModeSwitch, gains: dict[str, float], iterations: int, score: float = 0.0) -> list[Decision]:
+def run(switch: ModeSwitch, gains: dict[str, float], iterations: int, score: float = 0.0) -> list[SwitchDecision]:
     """Every mode moves the score by its own gain an iteration."""
     decisions = []
     for _ in range(iterations):
         score += gains[switch.mode]
-        decisions.append(switch.step(Measured(score, "ann", -1.0, 0.5)))
+        decisions.append(switch.step(Measurement(score, "ann", -1.0, 0.5)))
     return decisions
 
 
@@ -41,12 +41,12 @@ def at(mode: str, rules: SwitchRules = RULES) -> ModeSwitch:
     return ModeSwitch(SwitchRules(0, rules.min_stay, rules.window, agreement=rules.agreement), [mode, *others])
 
 
-measurements = st.builds(Measured, st.floats(0, 1), st.just("ann"), st.floats(-5, 5), st.floats(0, 1))
+measurements = st.builds(Measurement, st.floats(0, 1), st.just("ann"), st.floats(-5, 5), st.floats(0, 1))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(measurements, max_size=150), st.integers(1, 12))
-def test_whatever_is_measured_a_mode_stays_for_its_least_time(seen: list[Measured], min_stay: int) -> None:
+def test_whatever_is_measured_a_mode_stays_for_its_least_time(seen: list[Measurement], min_stay: int) -> None:
     switch = ModeSwitch(SwitchRules(exploration=9, min_stay=min_stay, window=5))
     switches = [decision.iteration for decision in map(switch.step, seen) if decision.switched]
     later = [iteration for iteration in switches if iteration >= 9]
@@ -56,7 +56,7 @@ def test_whatever_is_measured_a_mode_stays_for_its_least_time(seen: list[Measure
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(measurements, min_size=20, max_size=20), st.integers(3, 20))
-def test_exploration_visits_every_mode_whatever_happens(seen: list[Measured], exploration: int) -> None:
+def test_exploration_visits_every_mode_whatever_happens(seen: list[Measurement], exploration: int) -> None:
     switch, visited = ModeSwitch(SwitchRules(exploration=exploration)), []
     for measured in seen[:exploration]:
         visited.append(switch.mode)
@@ -68,7 +68,7 @@ def test_exploration_visits_every_mode_whatever_happens(seen: list[Measured], ex
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(measurements, min_size=40, max_size=80))
-def test_every_reason_carries_numbers_and_every_decision_follows_the_last(seen: list[Measured]) -> None:
+def test_every_reason_carries_numbers_and_every_decision_follows_the_last(seen: list[Measurement]) -> None:
     switch = ModeSwitch(RULES)
     before = switch.mode
     for iteration, measured in enumerate(seen, start=1):
@@ -96,7 +96,7 @@ def test_equal_modes_under_noise_with_a_rising_score_are_rarely_changed() -> Non
         rng, switch = np.random.default_rng(seed), ModeSwitch(SwitchRules(15, 5, 10, margin=0.004))
         for iteration in range(200):
             noise = float(rng.normal(0, 0.005))
-            decision = switch.step(Measured(0.003 * iteration + noise, "ann", -1.0, 0.5))
+            decision = switch.step(Measurement(0.003 * iteration + noise, "ann", -1.0, 0.5))
             switches += decision.switched and iteration >= 15
     assert switches / 10 <= 4
 
@@ -112,21 +112,21 @@ def test_on_a_plateau_the_mode_that_rested_longest_comes_next() -> None:
 
 def test_a_dominant_policy_ends_the_competition_until_it_is_caught_up_with() -> None:
     switch = at(COMPETITIVE)
-    decisions = [switch.step(Measured(0.01 * step, "ann", 2.5, 0.5)) for step in range(6)]
+    decisions = [switch.step(Measurement(0.01 * step, "ann", 2.5, 0.5)) for step in range(6)]
     assert [decision.switched for decision in decisions] == [False] * 5 + [True]
     assert decisions[-1].trigger == "dominance"
     assert decisions[-1].after in (TEAM_BATTLE, COOPERATIVE)
     assert "ann" in decisions[-1].reason
     assert "2.50" in decisions[-1].reason
-    plateaus = [switch.step(Measured(0.5, "ann", 2.5, 0.5)).after for _ in range(60)]
+    plateaus = [switch.step(Measurement(0.5, "ann", 2.5, 0.5)).after for _ in range(60)]
     assert set(plateaus) == {TEAM_BATTLE, COOPERATIVE}
-    free = [switch.step(Measured(0.5, "ann", -3.0, 0.5)).after for _ in range(60)]
+    free = [switch.step(Measurement(0.5, "ann", -3.0, 0.5)).after for _ in range(60)]
     assert COMPETITIVE in free
 
 
 def test_lost_diversity_leads_to_a_mode_where_it_pays_to_differ() -> None:
     switch = at(TEAM_BATTLE)
-    decisions = [switch.step(Measured(0.01 * step, "ann", -1.0, 0.95)) for step in range(6)]
+    decisions = [switch.step(Measurement(0.01 * step, "ann", -1.0, 0.95)) for step in range(6)]
     assert decisions[-1].switched
     assert decisions[-1].trigger == "diversity"
     assert decisions[-1].after in (COMPETITIVE, COOPERATIVE)
@@ -146,7 +146,7 @@ def test_both_troubles_together_leave_cooperation() -> None:
     for start in (TEAM_BATTLE, COMPETITIVE):
         switch = at(start)
         for step in range(30):
-            switch.step(Measured(0.01 * step, "ann", 2.5, 0.95))
+            switch.step(Measurement(0.01 * step, "ann", 2.5, 0.95))
         assert switch.mode == COOPERATIVE
 
 
@@ -159,7 +159,7 @@ def test_a_measure_that_trembles_at_its_limit_does_not_tremble_the_decision(
     for step in range(150):
         tremble = float(rng.uniform(-0.03, 0.0)) if step else 0.01
         lead, alike = (tremble, 0.5) if limit == "lead" else (-1.0, 0.9 + tremble)
-        after.append(switch.step(Measured(0.5, "ann", lead, alike)).after)
+        after.append(switch.step(Measurement(0.5, "ann", lead, alike)).after)
     assert MODES[barred] == start
     assert start not in after[10:]
 
@@ -174,9 +174,9 @@ def test_a_mode_that_was_better_by_less_than_the_margin_is_no_reason_to_leave() 
 
 def test_only_the_last_scores_of_a_stay_tell_whether_it_still_helps() -> None:
     switch = at(TEAM_BATTLE)
-    rising = [switch.step(Measured(0.02 * step, "ann", -1.0, 0.5)) for step in range(30)]
+    rising = [switch.step(Measurement(0.02 * step, "ann", -1.0, 0.5)) for step in range(30)]
     assert not any(decision.switched for decision in rising)
-    flat = [switch.step(Measured(0.6, "ann", -1.0, 0.5)) for _ in range(8)]
+    flat = [switch.step(Measurement(0.6, "ann", -1.0, 0.5)) for _ in range(8)]
     (left,) = [decision for decision in flat if decision.switched]
     assert left.trigger == "plateau"
 
@@ -184,7 +184,7 @@ def test_only_the_last_scores_of_a_stay_tell_whether_it_still_helps() -> None:
 def test_a_checkpoint_loses_nothing() -> None:
     rng = np.random.default_rng(0)
     switch = ModeSwitch(RULES)
-    seen = [Measured(float(rng.random()), "ann", float(rng.normal()), float(rng.random())) for _ in range(80)]
+    seen = [Measurement(float(rng.random()), "ann", float(rng.normal()), float(rng.random())) for _ in range(80)]
     for measured in seen[:37]:
         switch.step(measured)
     again = ModeSwitch.from_state(json.loads(json.dumps(switch.state())))
@@ -202,4 +202,4 @@ def test_rules_and_measurements_that_cannot_be_used_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot visit 3"):
         ModeSwitch(SwitchRules(exploration=2))
     with pytest.raises(ValueError, match="finite"):
-        Measured(float("nan"), "ann", 0.0, 0.5)
+        Measurement(float("nan"), "ann", 0.0, 0.5)

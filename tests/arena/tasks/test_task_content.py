@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fedmoe.arena.tasks.content import Reading
+from fedmoe.arena.tasks.content import ContentRule
 
-NUMBERS = Reading("numbers")
+NUMBERS = ContentRule("numbers")
 
 
 @pytest.mark.parametrize(
@@ -42,11 +42,11 @@ def test_hyphens_between_words_are_no_operators_and_thousands_no_other_numbers()
     ],
 )
 def test_the_coarsest_reading_that_tells_questions_apart_is_taken(questions: list[str], kind: str) -> None:
-    assert Reading.of(questions).kind == kind
+    assert ContentRule.of(questions).kind == kind
 
 
 def test_common_words_are_no_content() -> None:
     pairs = [(a, b) for a in "klmnopqrstuv" for b in "abcdefghij"]
-    reading = Reading.of([f"{put} {a} related to {b}?" for a, b in pairs for put in ("How is", "Tell me: is")])
+    reading = ContentRule.of([f"{put} {a} related to {b}?" for a, b in pairs for put in ("How is", "Tell me: is")])
     assert reading.key("How is K related to J?") == reading.key("Tell me: is j related to k?")
     assert reading.key("How is K related to J?") != reading.key("How is K related to I?")

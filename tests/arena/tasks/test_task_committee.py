@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedmoe.arena.tasks.committee import DRAFT_CHARS, CommitteeEpisode, CommitteeTask
-from fedmoe.arena.tasks.task import Lineup, Message, TaskError, Team
+from fedmoe.arena.tasks.task import Lineup, PromptMessage, TaskError, Team
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Capitals:
     name = "capitals"
     multiline = False
     max_answer_tokens = 9
-    examples = (Message("user", "Capital of France?"), Message("assistant", "Paris"))
+    examples = (PromptMessage("user", "Capital of France?"), PromptMessage("assistant", "Paris"))
 
     def draw(self, seed: int) -> Capital:
         return Capital()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedmoe.arena.rollout.interval import Interval, student
+from fedmoe.arena.rollout.interval import MeanInterval, student
 
 
 def test_an_interval_is_as_wide_as_the_binomial_says() -> None:
     values = np.repeat([0.0, 1.0], 200)
-    found = Interval.of(values, range(400))
+    found = MeanInterval.of(values, range(400))
     half = 1.96 * 0.5 / np.sqrt(400)
     assert found.mean == 0.5
     assert found.low == pytest.approx(0.5 - half, abs=0.001)
@@ -19,14 +19,14 @@ def test_an_interval_is_as_wide_as_the_binomial_says() -> None:
 
 def test_asking_again_makes_nothing_surer() -> None:
     values = np.random.default_rng(0).random(30)
-    once, often = Interval.of(values, range(30)), Interval.of(np.tile(values, 9), [*range(30)] * 9)
+    once, often = MeanInterval.of(values, range(30)), MeanInterval.of(np.tile(values, 9), [*range(30)] * 9)
     assert often.mean == pytest.approx(once.mean)
     assert (often.low, often.high) == (pytest.approx(once.low), pytest.approx(once.high))
-    assert Interval.of(np.tile(values, 9), range(270)).low > once.low
+    assert MeanInterval.of(np.tile(values, 9), range(270)).low > once.low
 
 
 def test_the_mean_weighs_episodes_alike() -> None:
-    assert Interval.of(np.array([1.0, 1.0, 1.0, 0.0]), ["a", "a", "a", "b"]).mean == 0.75
+    assert MeanInterval.of(np.array([1.0, 1.0, 1.0, 0.0]), ["a", "a", "a", "b"]).mean == 0.75
 
 
 @pytest.mark.parametrize(
@@ -42,18 +42,18 @@ def test_the_mean_weighs_episodes_alike() -> None:
 def test_a_constant_is_sure_only_within_the_bounds(
     value: float, bounds: tuple[float, float], low: float, high: float
 ) -> None:
-    found = Interval.of(np.full(14, value), [*range(7)] * 2, bounds)
+    found = MeanInterval.of(np.full(14, value), [*range(7)] * 2, bounds)
     assert (found.mean, found.low, found.high) == (value, pytest.approx(low), pytest.approx(high))
 
 
 def test_a_single_question_says_nothing_of_others() -> None:
-    assert Interval.of(np.array([0.0, 1.0, 1.0, 1.0]), "aaaa", (-1.0, 1.0)) == Interval(0.75, -1.0, 1.0)
+    assert MeanInterval.of(np.array([0.0, 1.0, 1.0, 1.0]), "aaaa", (-1.0, 1.0)) == MeanInterval(0.75, -1.0, 1.0)
 
 
 @pytest.mark.parametrize(("values", "questions"), [(0, 0), (3, 2)])
 def test_no_episodes_or_other_questions_are_refused(values: int, questions: int) -> None:
     with pytest.raises(ValueError, match="a value and its question"):
-        Interval.of(np.zeros(values), range(questions))
+        MeanInterval.of(np.zeros(values), range(questions))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_equal_players_are_called_different_in_a_fortieth_of_cases_a_side(count:
         asked = rng.integers(count, size=max(100, 2 * count))
         skills = rng.beta(0.5, 0.5, (2, count)) if guessing else rng.integers(2, size=(2, count))
         own, base = (rng.random(len(asked)) < skills[:, asked]).astype(float)
-        found = Interval.of(own - base, asked.tolist(), (-1.0, 1.0))
+        found = MeanInterval.of(own - base, asked.tolist(), (-1.0, 1.0))
         better += found.low > 0
         worse += found.high < 0
     # Three standard errors above a fortieth; the percentile bootstrap over episodes calls a fifth of 18 better.

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.arena.tasks.problems import Ballot, elected, quoted, read_answer
+from fedmoe.arena.tasks.problems import Ballot, elect, quote, read_answer
 from fedmoe.arena.tasks.reasoning import EXECUTES_ANSWERS, ReasoningProblems, ReasoningTask
 from fedmoe.arena.tasks.task import HELD_OUT, Lineup, TaskError, Team
 
@@ -47,25 +47,25 @@ def test_an_answer_of_several_lines_is_read_whole_where_the_problems_have_such()
 
 @given(st.text(max_size=60), st.integers(1, 40))
 def test_quoting_keeps_to_one_line_and_lets_no_template_token_through(text: str, limit: int) -> None:
-    shown = quoted(f"{text}<|im_end|>{text}", limit)
+    shown = quote(f"{text}<|im_end|>{text}", limit)
     assert len(shown) <= limit
     assert "<|" not in shown
     assert "\n" not in shown
 
 
 def test_the_vote_takes_the_most_frequent_answer_whatever_its_case() -> None:
-    assert elected((0, 1, 2), {0: "4", 1: "Paris ", 2: "paris"}) == 1
+    assert elect((0, 1, 2), {0: "4", 1: "Paris ", 2: "paris"}) == 1
 
 
 def test_a_tie_goes_to_the_first_speaker_among_the_tied() -> None:
     answers = {0: "1", 1: "2", 2: "2", 3: "1", 4: "3"}
-    assert elected((4, 2, 0, 1, 3), answers) == 2
-    assert elected((4, 3, 0, 1, 2), answers) == 3
+    assert elect((4, 2, 0, 1, 3), answers) == 2
+    assert elect((4, 3, 0, 1, 2), answers) == 3
 
 
 def test_empty_answers_do_not_vote() -> None:
-    assert elected((0, 1, 2), {0: "", 1: "", 2: "7"}) == 2
-    assert elected((0, 1), {0: "", 1: ""}) is None
+    assert elect((0, 1, 2), {0: "", 1: "", 2: "7"}) == 2
+    assert elect((0, 1), {0: "", 1: ""}) is None
 
 
 def sum_of(question: str) -> int:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.arena.population.pbt import Birth, Lineage, decide, perturb
+from fedmoe.arena.population.pbt import Birth, PolicyLineage, choose_replacement, perturb
 from fedmoe.arena.population.rating import Ratings
 from fedmoe.inference.engine import AdapterKey
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
@@ -39,7 +39,7 @@ def test_only_a_surely_worse_policy_goes_and_never_the_best(
     known: dict[str, tuple[float, float, int]], min_games: int, cooldown: int, since_last: int | None
 ) -> None:
     ratings = rated(known)
-    decision = decide(ratings, sorted(known), min_games=min_games, cooldown=cooldown, since_last=since_last)
+    decision = choose_replacement(ratings, sorted(known), min_games=min_games, cooldown=cooldown, since_last=since_last)
     if decision is None:
         return
     assert ratings[decision.worst].high < ratings[decision.best].low  # 95 %, and more
@@ -52,7 +52,7 @@ def test_only_a_surely_worse_policy_goes_and_never_the_best(
 
 def test_a_clear_case_is_decided_and_the_reason_has_the_numbers() -> None:
     ratings = rated({"a": (35.0, 1.0, 30), "b": (25.0, 1.0, 31), "c": (15.0, 1.0, 32)})
-    decision = decide(ratings, ["a", "b", "c"], min_games=20, cooldown=5, since_last=None)
+    decision = choose_replacement(ratings, ["a", "b", "c"], min_games=20, cooldown=5, since_last=None)
     assert decision is not None
     assert (decision.worst, decision.best) == ("c", "a")
     for number in ("15.00 +- 1.00", "32 games", "35.00 +- 1.00", "after 30", "2.3 sigma"):
@@ -61,20 +61,20 @@ def test_a_clear_case_is_decided_and_the_reason_has_the_numbers() -> None:
 
 def test_rated_opponents_that_are_not_policies_take_no_part() -> None:
     ratings = rated({"a": (26.0, 1.0, 30), "b": (25.0, 1.0, 30), "random": (2.0, 0.5, 90)})
-    assert decide(ratings, ["a", "b"], min_games=5, cooldown=0, since_last=None) is None
+    assert choose_replacement(ratings, ["a", "b"], min_games=5, cooldown=0, since_last=None) is None
 
 
 def test_nothing_happens_before_the_cooldown_is_over_nor_to_the_inexperienced() -> None:
     ratings = rated({"a": (35.0, 1.0, 30), "b": (15.0, 1.0, 19)})
-    assert decide(ratings, ["a", "b"], min_games=20, cooldown=0, since_last=None) is None
-    assert decide(ratings, ["a", "b"], min_games=19, cooldown=6, since_last=5) is None
-    assert decide(ratings, ["a", "b"], min_games=19, cooldown=6, since_last=6) is not None
+    assert choose_replacement(ratings, ["a", "b"], min_games=20, cooldown=0, since_last=None) is None
+    assert choose_replacement(ratings, ["a", "b"], min_games=19, cooldown=6, since_last=5) is None
+    assert choose_replacement(ratings, ["a", "b"], min_games=19, cooldown=6, since_last=6) is not None
 
 
 def test_a_fresh_copy_is_safe_until_it_has_played() -> None:
     ratings = rated({"a": (35.0, 1.0, 30), "b": (25.0, 1.0, 30), "c": (15.0, 1.0, 30)})
     ratings.copy_of("c", "a")
-    decision = decide(ratings, ["a", "b", "c"], min_games=20, cooldown=0, since_last=9)
+    decision = choose_replacement(ratings, ["a", "b", "c"], min_games=20, cooldown=0, since_last=9)
     assert decision is not None
     assert decision.worst == "b"
 
@@ -92,7 +92,7 @@ def test_equal_players_are_rarely_culled() -> None:
             for pair in ((first, second), (third, fourth)):
                 won = float(rng.integers(2))
                 ratings.rate([[pair[0]], [pair[1]]], [won, 1 - won])
-            if decide(ratings, "abcd", min_games=10, cooldown=0, since_last=None):
+            if choose_replacement(ratings, "abcd", min_games=10, cooldown=0, since_last=None):
                 culled += 1
                 break
     assert culled <= 2
@@ -110,7 +110,7 @@ def test_of_players_of_known_strength_a_weak_one_goes_after_some_dozens_of_games
             one, other = (str(name) for name in rng.choice(list(strength), 2, replace=False))
             won = float(rng.random() < 1 / (1 + np.exp((strength[other] - strength[one]) / (2**0.5 * 25 / 6))))
             ratings.rate([[one], [other]], [won, 1 - won])
-            if decision := decide(ratings, list(strength), min_games=5, cooldown=0, since_last=None):
+            if decision := choose_replacement(ratings, list(strength), min_games=5, cooldown=0, since_last=None):
                 assert strength[decision.worst] < strength[decision.best]
                 gone.append(decision.worst)
                 games.append(game)
@@ -160,7 +160,7 @@ def birth(child: str, parent: str, iteration: int) -> Birth:
 
 
 def test_descent_follows_the_versions_and_not_the_names() -> None:
-    lineage = Lineage([birth("c@10", "a@9", 10), birth("a@20", "b@19", 20), birth("b@30", "c@29", 30)])
+    lineage = PolicyLineage([birth("c@10", "a@9", 10), birth("a@20", "b@19", 20), birth("b@30", "c@29", 30)])
     assert [b.iteration for b in lineage.ancestors(AdapterKey("b", 35))] == [30, 10]
     assert [b.iteration for b in lineage.ancestors(AdapterKey("b", 29))] == []
     assert [b.iteration for b in lineage.ancestors(AdapterKey("a", 25))] == [20]
@@ -170,11 +170,11 @@ def test_descent_follows_the_versions_and_not_the_names() -> None:
 
 
 def test_a_lineage_survives_a_checkpoint_and_keeps_the_rules() -> None:
-    lineage = Lineage([birth("c@10", "a@9", 10), birth("a@20", "b@19", 20)])
-    again = Lineage.from_state(json.loads(json.dumps(lineage.state())))
+    lineage = PolicyLineage([birth("c@10", "a@9", 10), birth("a@20", "b@19", 20)])
+    again = PolicyLineage.from_state(json.loads(json.dumps(lineage.state())))
     assert again.births == lineage.births
     assert again.since_last(26) == 6
-    assert Lineage().since_last(26) is None
+    assert PolicyLineage().since_last(26) is None
     with pytest.raises(ValueError, match="never used again"):
         again.add(birth("c@10", "b@40", 40))
     with pytest.raises(ValueError, match="order"):

@@ -12,7 +12,7 @@ from test_regmean import moments_of, random_moments
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
 from fedmoe.lora.moments import InputMoments
-from fedmoe.lora.online_merge import Departed, fold, nearest_factors
+from fedmoe.lora.online_merge import SUM_SCALE, ExpertDelta, add_into_gateway, merge_into_gateway, nearest_factors
 
 LAYOUT = Layout((ModuleShape("q", 20, 12), ModuleShape("k", 20, 5), ModuleShape("up", 9, 31)), 3)
 #: No rank is lost in it: both modules have at most four outputs or inputs.
@@ -26,11 +26,11 @@ def near(adapter: Adapter, seed: int, size: float = 0.1) -> Adapter:
     return Adapter(adapter.layout, adapter.alpha, moved)
 
 
-def departed(gateway: Adapter, size: float = 0.1) -> dict[str, Departed]:
+def departed(gateway: Adapter, size: float = 0.1) -> dict[str, ExpertDelta]:
     """Three experts: one left the gateway, the others older ones; the last is stale."""
     starts = [gateway, near(gateway, 90), near(gateway, 91)]
     return {
-        name: Departed(start, near(start, 20 + place, size), weight)
+        name: ExpertDelta(start, near(start, 20 + place, size), weight)
         for place, (name, start, weight) in enumerate(zip(NAMES, starts, (1.0, 1.0, 0.5), strict=True))
     }
 
@@ -40,7 +40,7 @@ def moments_of_all(layout: Layout) -> dict[str, InputMoments]:
 
 
 def dense_fold(
-    gateway: Adapter, ready: Mapping[str, Departed], moments: Mapping[str, InputMoments], scale: float = 1.0
+    gateway: Adapter, ready: Mapping[str, ExpertDelta], moments: Mapping[str, InputMoments], scale: float = 1.0
 ) -> tuple[Dense, Dense]:
     """The formula of the module, word by word, on dense matrices: the products before the cut, and M."""
     products, metrics = dense(gateway), {}
@@ -62,7 +62,7 @@ def dense_fold(
 def test_a_fold_is_the_dense_formula_cut_in_the_metric_of_all_inputs() -> None:
     gateway, moments = random_adapter(LAYOUT, 1), moments_of_all(LAYOUT)
     ready = departed(gateway, 0.5)
-    folded = fold(gateway, ready, moments)
+    folded = merge_into_gateway(gateway, ready, moments)
     expected, metrics = dense_fold(gateway, ready, moments)
     roots = {name: np.linalg.cholesky(metric) for name, metric in metrics.items()}
     seen = {name: expected[name] @ roots[name] for name in expected}
@@ -80,10 +80,10 @@ def test_folds_one_by_one_come_to_the_fold_of_all(seed: int, order: list[str], s
     gateway, moments = random_adapter(ROOMY, seed), moments_of_all(ROOMY)
     ready = departed(gateway)
     expected, _ = dense_fold(gateway, ready, moments, scale)
-    at_once = fold(gateway, ready, moments, scale=scale).adapter
+    at_once = merge_into_gateway(gateway, ready, moments, scale=scale).adapter
     one_by_one = gateway
     for name in order:
-        one_by_one = fold(one_by_one, {name: ready[name]}, moments, scale=scale).adapter
+        one_by_one = merge_into_gateway(one_by_one, {name: ready[name]}, moments, scale=scale).adapter
     assert distance(dense(at_once), expected) <= 1e-5 * bulk(at_once)
     assert distance(dense(one_by_one), expected) <= 1e-5 * bulk(one_by_one)
 
@@ -93,14 +93,14 @@ def test_folds_one_by_one_come_to_the_fold_of_all(seed: int, order: list[str], s
 def test_an_expert_alone_comes_back_as_it_is(start: Adapter, data: st.DataObject, seed: int) -> None:
     flat = random_flat(start.layout, data.draw(seeds))
     now = Adapter(start.layout, start.alpha, flat)
-    folded = fold(start, {"only": Departed(start, now)}, {"only": random_moments(start.layout, seed)})
+    folded = merge_into_gateway(start, {"only": ExpertDelta(start, now)}, {"only": random_moments(start.layout, seed)})
     assert distance(dense(folded.adapter), dense(now)) <= 1e-4 * (bulk(now) + bulk(start))
 
 
 def test_even_the_factors_of_an_expert_alone_come_back() -> None:
     gateway = random_adapter(LAYOUT, 1)
     now = near(gateway, 2)
-    folded = fold(gateway, {"only": Departed(gateway, now)}, {"only": random_moments(LAYOUT, 3)})
+    folded = merge_into_gateway(gateway, {"only": ExpertDelta(gateway, now)}, {"only": random_moments(LAYOUT, 3)})
     np.testing.assert_allclose(folded.adapter.flat, now.flat, atol=1e-5)
 
 
@@ -110,15 +110,15 @@ def test_the_first_fold_starts_from_a_gateway_that_does_nothing() -> None:
         b[:] = 0
     gateway = Adapter(LAYOUT, 16.0, flat)
     now = near(gateway, 2)
-    folded = fold(gateway, {"only": Departed(gateway, now)}, {"only": random_moments(LAYOUT, 3)})
+    folded = merge_into_gateway(gateway, {"only": ExpertDelta(gateway, now)}, {"only": random_moments(LAYOUT, 3)})
     np.testing.assert_allclose(folded.adapter.flat, now.flat, atol=1e-5)
 
 
 def test_the_order_of_names_does_not_change_a_bit() -> None:
     gateway, moments = random_adapter(LAYOUT, 1), moments_of_all(LAYOUT)
     ready = departed(gateway)
-    first = fold(gateway, ready, moments)
-    other = fold(gateway, dict(reversed(ready.items())), dict(reversed(moments.items())))
+    first = merge_into_gateway(gateway, ready, moments)
+    other = merge_into_gateway(gateway, dict(reversed(ready.items())), dict(reversed(moments.items())))
     assert first.adapter.flat.tobytes() == other.adapter.flat.tobytes()
     assert first.truncation_error == other.truncation_error
 
@@ -126,30 +126,32 @@ def test_the_order_of_names_does_not_change_a_bit() -> None:
 def test_an_expert_that_has_not_moved_changes_nothing() -> None:
     gateway, moments = random_adapter(LAYOUT, 1), moments_of_all(LAYOUT)
     ready = departed(gateway)
-    still = Departed(near(gateway, 5), near(gateway, 5))
-    assert fold(gateway, {"a": still}, moments).adapter.flat.tobytes() == gateway.flat.tobytes()
-    beside = fold(gateway, {**ready, "a": still}, moments).adapter
-    without = fold(gateway, {name: ready[name] for name in "bc"}, moments).adapter
+    still = ExpertDelta(near(gateway, 5), near(gateway, 5))
+    assert merge_into_gateway(gateway, {"a": still}, moments).adapter.flat.tobytes() == gateway.flat.tobytes()
+    beside = merge_into_gateway(gateway, {**ready, "a": still}, moments).adapter
+    without = merge_into_gateway(gateway, {name: ready[name] for name in "bc"}, moments).adapter
     assert beside.flat.tobytes() == without.flat.tobytes()
 
 
 def test_a_delta_of_no_weight_changes_nothing() -> None:
     gateway, moments = random_adapter(LAYOUT, 1), moments_of_all(LAYOUT)
-    gone = Departed(gateway, near(gateway, 2), 0.0)
-    assert fold(gateway, {"a": gone}, moments).adapter.flat.tobytes() == gateway.flat.tobytes()
+    gone = ExpertDelta(gateway, near(gateway, 2), 0.0)
+    assert merge_into_gateway(gateway, {"a": gone}, moments).adapter.flat.tobytes() == gateway.flat.tobytes()
 
 
 def test_a_stale_delta_counts_by_its_weight() -> None:
     gateway, moments = random_adapter(ROOMY, 1), moments_of_all(ROOMY)
     now, before = near(gateway, 2), dense(gateway)
-    whole, half = (dense(fold(gateway, {"a": Departed(gateway, now, w)}, moments).adapter) for w in (1.0, 0.5))
+    whole, half = (
+        dense(merge_into_gateway(gateway, {"a": ExpertDelta(gateway, now, w)}, moments).adapter) for w in (1.0, 0.5)
+    )
     for name, product in before.items():
         np.testing.assert_allclose(half[name] - product, (whole[name] - product) / 2, atol=1e-4)
 
 
 def test_a_small_step_moves_the_factors_little() -> None:
     gateway, moments = random_adapter(LAYOUT, 1), moments_of_all(LAYOUT)
-    moved = fold(gateway, departed(gateway, 1e-3), moments).adapter.flat - gateway.flat
+    moved = merge_into_gateway(gateway, departed(gateway, 1e-3), moments).adapter.flat - gateway.flat
     assert np.linalg.norm(moved) <= 10e-3 * np.linalg.norm(gateway.flat)
 
 
@@ -159,8 +161,8 @@ def test_inputs_of_one_expert_alone_are_left_to_it() -> None:
     gateway = random_adapter(layout, 1)
     halves = {"a": np.array([1, 1, 0, 0.0]), "b": np.array([0, 0, 1, 1.0])}
     moments = {name: diagonal_moments(half) for name, half in halves.items()}
-    ready = {name: Departed(gateway, near(gateway, seed, 1.0)) for seed, name in enumerate("ab", 2)}
-    folded = dense(fold(gateway, ready, moments, ridge=1e-6).adapter)["q"]
+    ready = {name: ExpertDelta(gateway, near(gateway, seed, 1.0)) for seed, name in enumerate("ab", 2)}
+    folded = dense(merge_into_gateway(gateway, ready, moments, ridge=1e-6).adapter)["q"]
     for name, columns in (("a", slice(0, 2)), ("b", slice(2, 4))):
         np.testing.assert_allclose(folded[:, columns], dense(ready[name].now)["q"][:, columns], atol=1e-3)
 
@@ -212,15 +214,66 @@ def test_what_does_not_fit_is_refused() -> None:
     gateway, moments = random_adapter(LAYOUT, 1), moments_of_all(LAYOUT)
     ready = departed(gateway)
     with pytest.raises(ValueError, match="no expert is ready"):
-        fold(gateway, {}, moments)
+        merge_into_gateway(gateway, {}, moments)
     with pytest.raises(ValueError, match=r"has none of \['c'\]"):
-        fold(gateway, ready, {name: moments[name] for name in "ab"})
+        merge_into_gateway(gateway, ready, {name: moments[name] for name in "ab"})
     with pytest.raises(ValueError, match="the weight of a must be"):
-        fold(gateway, {"a": Departed(gateway, gateway, float("nan"))}, moments)
+        merge_into_gateway(gateway, {"a": ExpertDelta(gateway, gateway, float("nan"))}, moments)
     with pytest.raises(ValueError, match="ridge and scale"):
-        fold(gateway, ready, moments, scale=0.0)
+        merge_into_gateway(gateway, ready, moments, scale=0.0)
     other = random_adapter(LAYOUT.with_rank(2), 1)
     with pytest.raises(ShapeError, match="at its own rank"):
-        fold(gateway, {"a": Departed(other, other)}, moments)
+        merge_into_gateway(gateway, {"a": ExpertDelta(other, other)}, moments)
     with pytest.raises(ShapeError, match="moments of b: module k"):
-        fold(gateway, ready, {**moments, "b": random_moments(ROOMY, 1)})
+        merge_into_gateway(gateway, ready, {**moments, "b": random_moments(ROOMY, 1)})
+
+
+# Without input moments.
+
+
+def gateway_of(seed: int) -> Adapter:
+    return Adapter(ROOMY, 6.0, random_flat(ROOMY, seed))
+
+
+@laws
+@given(seeds)
+def test_a_fold_by_sum_is_the_dense_formula(seed: int) -> None:
+    """Where the rank has room for all of it."""
+    gateway = gateway_of(seed)
+    ready = departed(gateway)
+    expected = dense(gateway)
+    for one in ready.values():
+        now, start = dense(one.now), dense(one.start)
+        expected = {
+            name: product + SUM_SCALE * one.weight * (now[name] - start[name]) for name, product in expected.items()
+        }
+    assert distance(dense(add_into_gateway(gateway, ready, several=True).adapter), expected) < 1e-4
+
+
+@laws
+@given(seeds)
+def test_an_expert_alone_comes_back_in_product_and_near_in_its_factors(seed: int) -> None:
+    gateway = gateway_of(seed)
+    now = near(gateway, seed + 1, 1e-3)
+    folded = add_into_gateway(gateway, {"a": ExpertDelta(gateway, now)}, several=False).adapter
+    assert (folded.layout, folded.alpha) == (gateway.layout, gateway.alpha)
+    assert distance(dense(folded), dense(now)) < 1e-4
+
+
+def test_in_a_sum_the_order_of_names_does_not_change_a_bit_and_who_has_not_moved_does_not_count() -> None:
+    gateway = Adapter(LAYOUT, 6.0, random_flat(LAYOUT, 1))
+    ready = departed(gateway)
+    one = add_into_gateway(gateway, ready, several=True)
+    still = ExpertDelta(gateway, gateway)
+    other = add_into_gateway(gateway, {"z": still, **{name: ready[name] for name in reversed(NAMES)}}, several=True)
+    np.testing.assert_array_equal(one.adapter.flat, other.adapter.flat)
+    assert 0 < one.truncation_error < 1
+    assert add_into_gateway(gateway, {"z": still}, several=True).adapter is gateway
+    weightless = ExpertDelta(gateway, near(gateway, 5), 0.0)
+    assert add_into_gateway(gateway, {"a": weightless}, several=True).adapter is gateway
+
+
+def test_a_sum_of_adapters_of_other_modules_is_refused() -> None:
+    gateway, other = gateway_of(1), Adapter(LAYOUT, 6.0, random_flat(LAYOUT, 1))
+    with pytest.raises(ShapeError, match="different modules"):
+        add_into_gateway(gateway, {"a": ExpertDelta(gateway, other)}, several=True)

@@ -13,8 +13,8 @@ from letters import LettersEpisode, LettersTask
 from fedmoe.arena.rollout.episodes import SCRIPTED, Player
 from fedmoe.arena.rollout.evaluate import BASE, CHANCE
 from fedmoe.arena.rollout.play import RolloutError, RolloutSettings
-from fedmoe.arena.rollout.tournament import Meeting, Row, Side, Table, Tally, run_tournament
-from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Message, Outcome, TaskError
+from fedmoe.arena.rollout.tournament import Meeting, Side, Tally, TournamentRow, TournamentTable, run_tournament
+from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Outcome, PromptMessage, TaskError
 from fedmoe.arena.tasks.textarena_games import TextArenaTask
 from fedmoe.inference.engine import AdapterKey, Sample, SampleRequest
 
@@ -35,7 +35,7 @@ class SayingEngine:
 class PlainCodec:
     """Tokens are code points."""
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def prompt(self, messages: Sequence[PromptMessage]) -> tuple[int, ...]:
         return tuple(ord(letter) for letter in messages[-1].text)
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -66,14 +66,14 @@ class _StrictEpisode(LettersEpisode):
         return replace(found, valid=valid, completed=not self._silent)
 
 
-def table(task: LettersTask, players: Sequence[Player], deals: int = 6, seed: int = 0) -> Table:
+def table(task: LettersTask, players: Sequence[Player], deals: int = 6, seed: int = 0) -> TournamentTable:
     return run_tournament(
         *(task, players, SayingEngine(), PlainCodec(), deals, seed),
         RolloutSettings(),  # type: ignore[arg-type]
     )
 
 
-def row(found: Table, name: str) -> Row:
+def row(found: TournamentTable, name: str) -> TournamentRow:
     return next(row for row in found.rows if row.player == name)
 
 
@@ -145,7 +145,7 @@ def test_intervals_are_over_deals_and_not_over_meetings() -> None:
 
 
 def test_the_same_seed_gives_the_same_table_and_another_one_other_draws() -> None:
-    def played(seed: int) -> Table:
+    def played(seed: int) -> TournamentTable:
         return table(DUEL, [FAIR, BAD, CHANCE], deals=30, seed=seed)
 
     assert played(0) == played(0)

@@ -9,6 +9,7 @@ import pytest
 
 from fedmoe.arena.rollout import metrics
 from fedmoe.arena.rollout.episodes import PlayedEpisode
+from fedmoe.runtime import plugins
 
 
 def how_many(played: Sequence[PlayedEpisode]) -> float:
@@ -28,22 +29,22 @@ def broken(played: Sequence[PlayedEpisode]) -> float:
 
 
 def _offer(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    points = [EntryPoint(name, f"{__name__}:{name}", metrics.ENTRY_POINTS) for name in names]
-    monkeypatch.setattr(metrics, "entry_points", lambda group: points)
+    points = [EntryPoint(name, f"{__name__}:{name}", "fedmoe.metrics") for name in names]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points)
 
 
 def test_without_packages_there_are_no_further_metrics() -> None:
-    assert metrics.measured(metrics.installed_metrics(), []) == {}
+    assert metrics.evaluate_metrics(metrics.installed_metrics(), []) == {}
 
 
 def test_a_metric_of_an_installed_package_is_measured_e21(monkeypatch: pytest.MonkeyPatch) -> None:
     _offer(monkeypatch, "how_many")
-    assert metrics.measured(metrics.installed_metrics(), []) == {"how_many": 0.0}
+    assert metrics.evaluate_metrics(metrics.installed_metrics(), []) == {"how_many": 0.0}
 
 
 def test_two_metrics_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _offer(monkeypatch, "how_many", "how_many")
-    with pytest.raises(metrics.MetricError, match="offered twice"):
+    with pytest.raises(metrics.MetricError, match="exists more than once"):
         metrics.installed_metrics()
 
 
@@ -52,7 +53,7 @@ def test_a_metric_without_a_number_is_missing_and_the_others_are_measured(
     monkeypatch: pytest.MonkeyPatch, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _offer(monkeypatch, name, "how_many")
-    assert metrics.measured(metrics.installed_metrics(), []) == {name: None, "how_many": 0.0}
+    assert metrics.evaluate_metrics(metrics.installed_metrics(), []) == {name: None, "how_many": 0.0}
     assert name in capsys.readouterr().out
 
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe.arena.modes import credit
-from fedmoe.arena.modes.credit import RULES, Credit, CreditError, SeatCredit, credit_rule, decompose, weighted
+from fedmoe.arena.modes.credit import RULES, Credit, CreditError, SeatCredit, credit_rule, decompose, weighted_rule
 from fedmoe.arena.tasks.task import Lineup, Outcome, Team
+from fedmoe.runtime import plugins
 
 laws = settings(deadline=None, max_examples=60)
 scores = st.floats(0, 1)
@@ -111,7 +112,7 @@ def test_a_weighted_reward_is_the_sum_of_its_parts(
     if not any((own, joint, missed, ahead)):
         return
     singles = [rewards(RULES[name](*case)) for name in ("individual", "shared", "difference", "team_advantage")]
-    found = weighted(Credit(own, joint, missed, ahead))(*case)
+    found = weighted_rule(Credit(own, joint, missed, ahead))(*case)
     for seat, credited in enumerate(found):
         expected = sum(w * single[seat] for w, single in zip((own, joint, missed, ahead), singles, strict=True))
         assert credited.reward == pytest.approx(expected, abs=1e-9)
@@ -148,17 +149,17 @@ def test_an_outcome_of_another_line_up_is_refused(outcome: Outcome) -> None:
 @pytest.mark.parametrize("weights", [Credit(), Credit(shared=float("nan")), Credit(shared=1.0, versus=None)])
 def test_weights_that_reward_nothing_are_refused(weights: Credit) -> None:
     with pytest.raises(CreditError, match="finite numbers"):
-        weighted(weights)
+        weighted_rule(weights)
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
-    found = EntryPoints(EntryPoint(name, value, credit.ENTRY_POINTS) for name, value in points)
-    monkeypatch.setattr(credit, "entry_points", lambda group: found.select(group=group))
+    found = EntryPoints(EntryPoint(name, value, "fedmoe.credit") for name, value in points)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: found.select(group=group))
 
 
 def test_a_rule_is_found_by_name_here_or_in_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(
-        monkeypatch, ("foreign", "fedmoe.arena.modes.credit:shared"), ("odd", "fedmoe.arena.modes.credit:ENTRY_POINTS")
+        monkeypatch, ("foreign", "fedmoe.arena.modes.credit:shared"), ("odd", "fedmoe.arena.modes.credit:__name__")
     )
     assert credit_rule("difference") is RULES["difference"]
     assert credit_rule("foreign") is credit.shared

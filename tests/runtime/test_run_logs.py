@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedmoe
-from fedmoe.arena.run.logs import line_of, log_files, run_logs
+from fedmoe.runtime import logs
+from fedmoe.runtime.logs import line_of, log_files, run_logs
 
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z"
 
@@ -121,10 +122,12 @@ def test_a_second_start_appends_e14(tmp_path: Path) -> None:
     ]
 
 
-def test_files_are_rotated_by_size_and_no_line_is_torn(tmp_path: Path) -> None:
-    with run_logs(tmp_path, most_bytes=2000, kept=2) as logs:
+def test_files_are_rotated_by_size_and_no_line_is_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_ROTATE_BYTES", 2000)
+    monkeypatch.setattr(logs, "_OLDER_FILES", 2)
+    with run_logs(tmp_path) as loggers:
         for number in range(100):
-            logs.training.info("iteration", number=number)
+            loggers.training.info("iteration", number=number)
     folder = tmp_path / "logs"
     names = sorted(file.name for file in folder.glob("training.log*"))
     assert names == ["training.log", "training.log.1", "training.log.2"]
@@ -176,17 +179,17 @@ def test_the_log_files_that_are_there_are_listed_for_the_checkpoint(tmp_path: Pa
 
 
 AFTER_CONFIGURE = """
+import logging
 import sys
 from pathlib import Path
 import structlog
-from fedmoe.runtime import logs
-import fedmoe
-from fedmoe.arena.run.logs import run_logs
-logs.configure()
+from fedmoe.runtime.logs import configure, run_logs
+configure()
 early = structlog.get_logger("fedmoe.arena")
 early.info("early")
 with run_logs(Path(sys.argv[1])):
     early.info("inside", number=1)
+    logging.getLogger("peft").warning("a token is missing")
 """
 
 
@@ -194,8 +197,12 @@ def test_with_the_logs_of_the_command_line_nothing_changes_on_standard_error(tmp
     done = subprocess.run(
         [sys.executable, "-c", AFTER_CONFIGURE, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == ["early", "inside"]
-    assert [without_time(line) for line in lines(tmp_path, "training_runner.log")] == ["info inside number=1"]
+    events = [json.loads(line)["event"] for line in done.stderr.splitlines()]
+    assert events == ["early", "inside", "a token is missing"]
+    assert [without_time(line) for line in lines(tmp_path, "training_runner.log")] == [
+        "info inside number=1",
+        'warning peft message="a token is missing"',
+    ]
 
 
 def test_every_event_the_guide_names_is_one_that_is_logged_e24() -> None:
@@ -203,7 +210,7 @@ def test_every_event_the_guide_names_is_one_that_is_logged_e24() -> None:
     guide = (root / "docs" / "arena-troubleshooting.md").read_text()
     table = guide.partition("| event | meaning |")[2].partition("\n\n")[0]
     named = re.findall(r"`(\w+)`", "\n".join(row.split("|")[1] for row in table.strip().splitlines()[1:]))
-    source = "".join(file.read_text() for file in (root / "fedmoe" / "arena").rglob("*.py"))
+    source = "".join(file.read_text() for file in (root / "fedmoe").rglob("*.py"))
     assert len(named) > 10
     assert [name for name in named if f'"{name}"' not in source] == []
 

@@ -11,7 +11,16 @@ import pytest
 
 from fedmoe.arena.tasks.conformance import LAWS, check_task, lineups
 from fedmoe.arena.tasks.registry import make_task
-from fedmoe.arena.tasks.task import Episode, Lineup, Message, Outcome, Task, TaskError, check_actions, check_lineup
+from fedmoe.arena.tasks.task import (
+    Episode,
+    Lineup,
+    Outcome,
+    PromptMessage,
+    Task,
+    TaskError,
+    check_actions,
+    check_lineup,
+)
 
 TASKS = (
     "reasoning:chain_sum",
@@ -56,8 +65,8 @@ class GuessingEpisode:
     def to_act(self) -> tuple[int, ...]:
         return () if self.answers else tuple(range(self.lineup.seats))
 
-    def observe(self, seat: int) -> tuple[Message, ...]:
-        return (Message("user", f"seat {seat}: h or t? hint {self.coin}"),)
+    def observe(self, seat: int) -> tuple[PromptMessage, ...]:
+        return (PromptMessage("user", f"seat {seat}: h or t? hint {self.coin}"),)
 
     def act(self, actions: Mapping[int, str]) -> None:
         check_actions(self.to_act(), actions)
@@ -108,9 +117,9 @@ class Reseeding(GuessingEpisode):
 class Forgetful(GuessingEpisode):
     looks = 0
 
-    def observe(self, seat: int) -> tuple[Message, ...]:
+    def observe(self, seat: int) -> tuple[PromptMessage, ...]:
         self.looks += 1
-        return (Message("user", f"look {self.looks}"),)
+        return (PromptMessage("user", f"look {self.looks}"),)
 
 
 class Generous(GuessingEpisode):

@@ -11,9 +11,9 @@ import pytest
 from letters import LettersEpisode, LettersTask, made_outcome
 
 from fedmoe.arena.rollout.episodes import Player
-from fedmoe.arena.rollout.evaluate import CHANCE, Comparison, Evaluator, Interval
+from fedmoe.arena.rollout.evaluate import CHANCE, Comparison, HeldOutEvaluator, MeanInterval
 from fedmoe.arena.rollout.play import RolloutError, RolloutSettings
-from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Message, Outcome
+from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Outcome, PromptMessage
 from fedmoe.inference.engine import AdapterKey, Sample, SampleRequest
 
 GOOD, EQUAL, BAD = (Player(name, AdapterKey(name, 3), learning=True) for name in ("good", "equal", "bad"))
@@ -45,7 +45,7 @@ class StrengthEngine:
 class PlainCodec:
     """Tokens are code points."""
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def prompt(self, messages: Sequence[PromptMessage]) -> tuple[int, ...]:
         return tuple(ord(letter) for letter in messages[-1].text)
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -54,8 +54,8 @@ class PlainCodec:
 
 def evaluator(
     task: LettersTask | None = None, episodes: int = 60, engine: StrengthEngine | None = None, seed: int = 0
-) -> Evaluator:
-    return Evaluator(
+) -> HeldOutEvaluator:
+    return HeldOutEvaluator(
         task or LettersTask(),
         engine or StrengthEngine(),  # type: ignore[arg-type]
         PlainCodec(),
@@ -100,8 +100,8 @@ def test_the_same_weights_get_the_same_result_and_another_seed_another() -> None
 
 def test_an_equal_policy_is_compared_on_the_very_same_draws() -> None:
     found = evaluator().compare(EQUAL)
-    assert found.gain == Interval(0.0, 0.0, 0.0)
-    assert found.wins == Interval(0.5, 0.5, 0.5)
+    assert found.gain == MeanInterval(0.0, 0.0, 0.0)
+    assert found.wins == MeanInterval(0.5, 0.5, 0.5)
 
 
 def test_the_base_model_plays_once_however_many_are_compared_with_it() -> None:
@@ -116,7 +116,7 @@ def test_an_untrained_policy_is_the_base_model_also_when_it_comes_first() -> Non
     engine = StrengthEngine()
     found = evaluator(episodes=10, engine=engine)
     first = found.compare(Player("untrained", None))
-    assert first.gain == Interval(0.0, 0.0, 0.0)
+    assert first.gain == MeanInterval(0.0, 0.0, 0.0)
     assert found.compare(GOOD).base == first.base
 
 
@@ -181,11 +181,13 @@ def test_only_held_out_problems_are_asked() -> None:
 
 
 def test_a_comparison_says_what_is_significant() -> None:
-    def made(gain: Interval, wins: Interval) -> Comparison:
-        return Comparison("p", "base", 10, Interval(0.5, 0.4, 0.6), Interval(0.5, 0.4, 0.6), gain, wins, 1.0, 10)
+    def made(gain: MeanInterval, wins: MeanInterval) -> Comparison:
+        return Comparison(
+            "p", "base", 10, MeanInterval(0.5, 0.4, 0.6), MeanInterval(0.5, 0.4, 0.6), gain, wins, 1.0, 10
+        )
 
-    above, across = Interval(0.1, 0.01, 0.2), Interval(0.1, 0.0, 0.2)
-    won, level = Interval(0.7, 0.51, 0.9), Interval(0.6, 0.5, 0.7)
+    above, across = MeanInterval(0.1, 0.01, 0.2), MeanInterval(0.1, 0.0, 0.2)
+    won, level = MeanInterval(0.7, 0.51, 0.9), MeanInterval(0.6, 0.5, 0.7)
     assert (made(above, level).better, made(above, level).beats) == (True, False)
     assert (made(across, won).better, made(across, won).beats) == (False, True)
 

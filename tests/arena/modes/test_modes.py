@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from letters import LettersTask, planned, played
 
-from fedmoe.arena.modes import competitive, cooperative, registry, team_battle
+from fedmoe.arena.modes import competitive, cooperative, team_battle
 from fedmoe.arena.modes.advantages import BaselineKey
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.cooperative import Cooperative
 from fedmoe.arena.modes.credit import Credit
 from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.mixed import Mixed
-from fedmoe.arena.modes.protocol import Decision, Judgement, Mode, ModeError, Planning
+from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, Mode, ModeError, PlanInputs
 from fedmoe.arena.modes.registry import MODES, make_mode
 from fedmoe.arena.modes.switching import SwitchRules
 from fedmoe.arena.modes.team_battle import TeamBattle
@@ -27,6 +27,7 @@ from fedmoe.arena.population.pbt import SURELY, Birth
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player
 from fedmoe.arena.tasks.task import HELD_OUT, check_lineup
 from fedmoe.inference.engine import AdapterKey
+from fedmoe.runtime import plugins
 
 NAMES = ("ann", "bob", "cy", "dee")
 TASK = LettersTask()
@@ -34,7 +35,9 @@ DUEL = LettersTask((2, 2), zero_sum=True, strategies=(), name="test:duel")
 Score = Callable[[Player, int], float]
 
 
-def make_planning(iteration: int = 0, task: LettersTask = TASK, names: Sequence[str] = NAMES, **sizes: int) -> Planning:
+def make_planning(
+    iteration: int = 0, task: LettersTask = TASK, names: Sequence[str] = NAMES, **sizes: int
+) -> PlanInputs:
     return planned(names, task, iteration, **sizes)
 
 
@@ -56,7 +59,7 @@ def varied(player: Player, sample: int) -> float:
 
 
 def judged(
-    mode: Mode, society: ModeMemory, planning: Planning, score: Score, valid: float = 1.0
+    mode: Mode, society: ModeMemory, planning: PlanInputs, score: Score, valid: float = 1.0
 ) -> tuple[list[PlayedEpisode], Judgement]:
     episodes = [played(plan, score, valid) for plan in mode.plan(society, planning)]
     return episodes, mode.judge(society, planning, episodes)
@@ -394,7 +397,7 @@ def test_a_team_learns_which_way_of_working_wins() -> None:
 def test_cooperation_moves_episodes_to_the_ways_in_which_rewards_still_differ() -> None:
     society, mode = ModeMemory(), Cooperative()
     counts: list[Counter[str]] = []
-    decisions: list[Decision] = []
+    decisions: list[ArenaDecision] = []
     for iteration in range(8):
         planning = make_planning(iteration, groups=8)
         plans = mode.plan(society, planning)
@@ -538,8 +541,8 @@ class Quiet(Cooperative):
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    found = EntryPoints(EntryPoint(name, f"{__name__}:Quiet", registry.ENTRY_POINTS) for name in names)
-    monkeypatch.setattr(registry, "entry_points", lambda **wanted: found.select(**wanted))
+    found = EntryPoints(EntryPoint(name, f"{__name__}:Quiet", "fedmoe.modes") for name in names)
+    monkeypatch.setattr(plugins, "entry_points", lambda **wanted: found.select(**wanted))
 
 
 def test_a_plug_in_is_found_by_its_entry_point_e21(monkeypatch: pytest.MonkeyPatch) -> None:

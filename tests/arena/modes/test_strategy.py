@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from fedmoe.arena.modes.strategy import Choice, StrategyChooser, importance_weighted, team_options
+from fedmoe.arena.modes.strategy import StrategyChooser, StrategyDraw, importance_weighted, team_options
 from fedmoe.arena.tasks.task import Team
 
 OPTIONS = ("plain", "debate", "review")
@@ -122,7 +122,7 @@ def test_senseless_rewards_choices_and_options_are_refused() -> None:
         with pytest.raises(ValueError, match="0, 1"):
             chooser.learn("a+b", choice, reward)
     with pytest.raises(ValueError, match="never offered"):
-        chooser.learn("a+b", Choice("unheard of", 0.5), 1.0)
+        chooser.learn("a+b", StrategyDraw("unheard of", 0.5), 1.0)
     with pytest.raises(ValueError, match="options"):
         chooser.choose("a+b", (), rng)
 
