@@ -23,7 +23,8 @@ from arena_workload import (  # noqa: E402
     reward,
 )
 
-from fedmoe.arena.learning.learner import Learner, LearnerConfig  # noqa: E402
+from fedmoe.arena.learning.config import LearningConfig  # noqa: E402
+from fedmoe.arena.learning.learner import Learner  # noqa: E402
 from fedmoe.arena.learning.policies import Policies  # noqa: E402
 from fedmoe.arena.modes.advantages import group_advantages  # noqa: E402
 from fedmoe.arena.rollout.episodes import Example, PlayedTurn, Player  # noqa: E402
@@ -43,7 +44,7 @@ class Table:
         self.engine = TransformersEngine(base, multi)
         # Every completion has the same length, as it has at the peers.
         self.engine._stop_tokens = frozenset()
-        config = LearnerConfig(LEARNING_RATE, warmup_steps=1, micro_batch_tokens=micro_batch_tokens)
+        config = LearningConfig(learning_rate=LEARNING_RATE, warmup_steps=1, micro_batch_tokens=micro_batch_tokens)
         self.policies = Policies(Learner(base, multi, config), self.engine, 0, None)
         self.prompts: dict[str, tuple[int, ...]] = {}
         for index in range(count):
@@ -101,7 +102,7 @@ class Table:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), required=True)
-    parser.add_argument("--micro-batch-tokens", type=int, default=LearnerConfig().micro_batch_tokens)
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     table = Table(chosen.model, chosen.dtype, chosen.policies, chosen.micro_batch_tokens)

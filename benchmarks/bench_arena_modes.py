@@ -170,7 +170,7 @@ def report(work: Path, options: argparse.Namespace, config: ArenaConfig) -> None
     results = {
         "task": config.task.model_dump(),
         "policies": config.policies.model_dump(),
-        "learning": config.learning.model_dump(),
+        "learning": asdict(config.learning),
         "test_questions": len(first["vote"]),  # type: ignore[arg-type]
         "validation_questions": len(first["validation"][0]),  # type: ignore[index]
         "settings": summary(runs),

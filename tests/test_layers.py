@@ -103,6 +103,7 @@ LAYERS: dict[str, set[str]] = {
         "lora",
         "models",
         "runtime",
+        "wire",
     },
     "areal": {"arena.learning", "arena.rollout", "arena.tasks", "inference", "lora", "models"},
     "server.storage": {"federation", "lora", "runtime"},

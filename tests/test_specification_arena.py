@@ -22,7 +22,8 @@ from arena_plug_in import Letters
 
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.learning.adapt import AdaptRules
-from fedmoe.arena.learning.learner import Learner, LearnerConfig, PolicyUpdate
+from fedmoe.arena.learning.config import LearningConfig
+from fedmoe.arena.learning.learner import Learner, PolicyUpdate
 from fedmoe.arena.learning.policies import Policies
 from fedmoe.arena.modes import competitive, cooperative, team_battle
 from fedmoe.arena.rollout.episodes import Example, PlayedTurn, Player
@@ -256,7 +257,7 @@ def test_e22_a_package_adds_a_lora_engine_and_a_folder_another_kind_of_model(run
 def make_policies(rules: AdaptRules, *names: str) -> Policies:
     base = load_base("tiny", "cpu", "fp32")
     multi = MultiLora(base.model)
-    learner = Learner(base, multi, LearnerConfig(learning_rate=1e-3, warmup_steps=0))
+    learner = Learner(base, multi, LearningConfig(learning_rate=1e-3, warmup_steps=0))
     policies = Policies(learner, TransformersEngine(base, multi), 1, rules)
     for seed, name in enumerate(names):
         policies.add(name, initial_adapter(learner.layout(2), 4.0, seed))

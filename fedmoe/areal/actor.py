@@ -21,6 +21,7 @@ from fedmoe.areal.collate import TensorRow, ppo_row, sequence_row
 from fedmoe.areal.config import ArealConfig, ArealError, check_base_folder
 from fedmoe.areal.packing_check import check_isolation
 from fedmoe.areal.statistics import ArealUpdate, summarise
+from fedmoe.arena.learning.loss import WEIGHT_CAP
 from fedmoe.lora.adapter import Adapter, FloatArray, FloatMatrix
 
 _MOMENTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}
@@ -233,12 +234,10 @@ def actor_settings(config: ArealConfig) -> PPOActorConfig:
         ppo_n_minibatches=1,
         eps_clip=loss.clip_low,
         eps_clip_higher=loss.clip_high,
-        c_clip=loss.dual_clip,
+        c_clip=None,
         kl_ctl=0.0,
         use_decoupled_loss=True,
-        rejection_sampling=RejectionSamplingConfig(
-            level="token", action=loss.over_cap, metric="ratio", upper=loss.weight_cap
-        ),
+        rejection_sampling=RejectionSamplingConfig(level="token", action="mask", metric="ratio", upper=WEIGHT_CAP),
     )
 
 

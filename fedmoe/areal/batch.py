@@ -86,10 +86,7 @@ class ExampleBatch:
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> ExampleBatch:
-        """From examples; each one's weight goes into its advantages.
-
-        The clipped surrogate of `w * A` is `w` times that of `A` for every w >= 0, so nothing is lost by it.
-        """
+        """From examples."""
         sequences = Sequences.of([(example.turn.prompt, example.turn.tokens) for example in examples])
         return cls(
             sequences,
@@ -133,12 +130,7 @@ def minibatch_bounds(count: int, minibatches: int) -> list[tuple[int, int]]:
 
 
 def _advantages(example: Example) -> FloatArray:
-    if not example.weight >= 0:
-        raise ArealError(f"the weight of an example is at least 0, got {example.weight}; use a negative advantage")
-    length = len(example.turn.tokens)
-    plain = np.full(length, example.advantage, np.float32)
-    own = plain if example.token_advantages is None else example.token_advantages
-    return np.asarray(own * np.float32(example.weight), np.float32)
+    return np.full(len(example.turn.tokens), example.advantage, np.float32)
 
 
 def _checked(example: Example, values: FloatArray, what: str) -> FloatArray:

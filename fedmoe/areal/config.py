@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fedmoe.arena.learning.loss import LossConfig
+from fedmoe.arena.learning.config import LossConfig
 from fedmoe.models.identity import BaseModelError, checkpoint_files
 
 ALL_LINEAR = "all-linear"
@@ -118,10 +118,6 @@ def _check_loss(loss: LossConfig) -> None:
         raise ArealError(f"the AReaL learner computes the loss {', '.join(_LOSSES)}; got {loss.loss!r}")
     if loss.aggregation not in _AGGREGATIONS:
         raise ArealError(f"the AReaL learner aggregates by {', '.join(_AGGREGATIONS)}; got {loss.aggregation!r}")
-    if loss.kl_coefficient > 0:
-        raise ArealError("AReaL puts the KL penalty into rewards, not into the loss; set kl_coefficient to 0")
-    if not loss.weight_cap > 1:
-        raise ArealError(f"AReaL needs a weight_cap above 1, got {loss.weight_cap}")
 
 
 def check_base_folder(folder: Path) -> None:

@@ -24,7 +24,7 @@ from fedmoe.areal.config import ArealConfig, ArealError, check_base_folder
 from fedmoe.areal.packing_check import LeakError
 from fedmoe.areal.rpc import Frame, receive, send
 from fedmoe.areal.statistics import ArealUpdate
-from fedmoe.arena.learning.learner import OptimizerState
+from fedmoe.arena.learning.learner import AdamState
 from fedmoe.arena.rollout.episodes import Example
 from fedmoe.lora.adapter import Adapter, FloatArray, Layout, ModuleShape
 from fedmoe.lora.formats import PEFT_CONFIG, PEFT_WEIGHTS, read_peft
@@ -115,7 +115,7 @@ class ArealLearner:
         finally:
             shutil.rmtree(folder)
 
-    def replace(self, adapter: Adapter, version: int, state: OptimizerState | None = None) -> None:
+    def replace(self, adapter: Adapter, version: int, state: AdamState | None = None) -> None:
         """Go on from another adapter of the same rank, alpha and modules: with `state`, or a fresh optimizer.
 
         With what `adapter`, `version` and `optimizer_state` gave, training goes on as if it had never stopped.
@@ -133,10 +133,10 @@ class ArealLearner:
             arrays = {"first_moment": state.first, "second_moment": state.second, "steps": steps}
             self._ask(Frame("restore", arrays=arrays))
 
-    def optimizer_state(self) -> OptimizerState:
+    def optimizer_state(self) -> AdamState:
         """The optimizer, for a checkpoint."""
         arrays = {name: np.asarray(array, np.float32) for name, array in self._ask(Frame("state")).arrays.items()}
-        return OptimizerState(arrays["first_moment"], arrays["second_moment"], int(arrays["steps"][0]))
+        return AdamState(arrays["first_moment"], arrays["second_moment"], int(arrays["steps"][0]))
 
     def set_learning_rate(self, rate: float) -> None:
         """Take steps of another size from now on."""

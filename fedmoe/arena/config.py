@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
-from fedmoe.arena.learning.loss import AGGREGATIONS, LOSSES
+from fedmoe.arena.learning.config import LearningConfig, PositiveFloat, PositiveInt
 from fedmoe.runtime.errors import ExpectedError
 from fedmoe.wire.contract.messages import ExpertName, WorkerName
 
 Option = int | float | str | bool
-Whole = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ArenaConfigError(ExpectedError, ValueError):
@@ -30,7 +29,7 @@ class Phase(_Section):
     """A stretch of iterations in one mode."""
 
     mode: str
-    iterations: Whole
+    iterations: PositiveInt
 
 
 class TaskSection(_Section):
@@ -46,7 +45,7 @@ class PolicySection(_Section):
     count: Annotated[int, Field(ge=1, le=64)] = 4
     names: tuple[ExpertName, ...] = ()
     rank: Annotated[int, Field(ge=1, le=512)] = 16
-    alpha: Rate | None = None
+    alpha: PositiveFloat | None = None
     max_rank: Annotated[int, Field(ge=1, le=512)] = 64
 
     @model_validator(mode="after")
@@ -71,37 +70,6 @@ class PolicySection(_Section):
         return self.names or tuple(f"policy_{number}" for number in range(1, self.count + 1))
 
 
-class LearningSection(_Section):
-    """How policies learn: `groups` problems an iteration, `samples` episodes of each; names as in the literature."""
-
-    groups: Whole = 8
-    samples: Annotated[int, Field(ge=2)] = 8
-    learning_rate: Rate = 5e-4
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    max_grad_norm: Rate = 1.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 3
-    epochs: Whole = 1
-    temperature: Rate = 1.0
-    loss: str = "decoupled"
-    aggregation: str = "token_mean"
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_high: Rate = 0.28
-    max_staleness: Annotated[int, Field(ge=0, le=8)] = 1
-    adapt: bool = True
-    micro_batch_tokens: Annotated[int, Field(ge=64)] = 1024
-    max_prompt_tokens: Annotated[int, Field(ge=16)] = 1024
-
-    @field_validator("loss")
-    @classmethod
-    def _loss_known(cls, value: str) -> str:
-        return _one_of("loss", value, LOSSES)
-
-    @field_validator("aggregation")
-    @classmethod
-    def _aggregation_known(cls, value: str) -> str:
-        return _one_of("aggregation", value, AGGREGATIONS)
-
-
 class EvaluationSection(_Section):
     """Held-out episodes: at the start, the end of every phase, and every `every` iterations (0: not between)."""
 
@@ -112,8 +80,8 @@ class EvaluationSection(_Section):
 class CheckpointSection(_Section):
     """`every` iterations (and at the end, and on SIGTERM); the newest `keep` stay."""
 
-    every: Whole = 5
-    keep: Whole = 3
+    every: PositiveInt = 5
+    keep: PositiveInt = 3
 
 
 class EpisodesSection(_Section):
@@ -132,7 +100,7 @@ class EngineSection(_Section):
     kind: str = "transformers"
     url: str | None = None
     python: Path | None = None
-    rows: Annotated[int, Field(ge=1)] = 128
+    rows: PositiveInt = 128
 
     @model_validator(mode="after")
     def _vllm_is_named(self) -> EngineSection:
@@ -146,7 +114,7 @@ class FederationSection(_Section):
 
     url: str
     worker_id: WorkerName = "arena"
-    every: Whole = 5
+    every: PositiveInt = 5
     opponents: bool = True
 
 
@@ -160,7 +128,7 @@ class ArenaConfig(_Section):
     phases: tuple[Phase, ...] = (Phase(mode="mixed", iterations=30),)
     task: TaskSection = TaskSection()
     policies: PolicySection = PolicySection()
-    learning: LearningSection = LearningSection()
+    learning: LearningConfig = LearningConfig()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     episodes: EpisodesSection = EpisodesSection()
@@ -202,31 +170,30 @@ def read_config(path: Path) -> ArenaConfig:
     try:
         return ArenaConfig.model_validate(values)
     except ValidationError as error:
-        lines = [_problem(one["loc"], one["type"], one["msg"]) for one in error.errors(include_url=False)]
-        raise ArenaConfigError(f"{path}: " + "; ".join(lines)) from error
+        problems = [_problem(each["loc"], each["type"], each["msg"]) for each in error.errors(include_url=False)]
+        raise ArenaConfigError(f"{path}: " + "; ".join(problems)) from error
 
 
 def _problem(place: tuple[int | str, ...], kind: str, message: str) -> str:
     where = ".".join(map(str, place))
-    if kind != "extra_forbidden":
+    if kind not in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: {message}"
-    close = difflib.get_close_matches(str(place[-1]), _known_keys(place[:-1]), 1)
+    close = difflib.get_close_matches(str(place[-1]), _section_keys(place[:-1]), 1)
     return f"{where}: there is no such key" + (f"; did you mean {close[0]}?" if close else "")
 
 
-def _known_keys(section: tuple[int | str, ...]) -> list[str]:
+def _section_keys(section: tuple[int | str, ...]) -> list[str]:
     """The keys of a section of the file, by its place."""
-    model: type[BaseModel] = ArenaConfig
+    keys: dict[str, object] = _keys_of(ArenaConfig)
     for name in section:
-        field = model.model_fields.get(str(name))
         # A section is a model, perhaps one of several or none: tuple[Phase, ...], FederationSection | None.
-        inner = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        model = next((one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)), model)
-    return list(model.model_fields)
+        annotation = keys.get(str(name))
+        keys = next((inner for part in (annotation, *get_args(annotation)) if (inner := _keys_of(part))), keys)
+    return list(keys)
 
 
-def _one_of(what: str, value: str, names: object) -> str:
-    known = list(names)  # type: ignore[call-overload]
-    if value not in known:
-        raise ValueError(f"{what} must be one of {', '.join(known)}, got {value!r}")
-    return value
+def _keys_of(model: object) -> dict[str, object]:
+    """The keys of a section with their types; none for anything else."""
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return {name: field.annotation for name, field in model.model_fields.items()}
+    return {each.name: each.type for each in fields(model)} if is_dataclass(model) else {}

@@ -116,7 +116,6 @@ class Trainer:
         attempted, rollout_seconds = batch.played.result()
         attempted.check_some(self._task.name)
         played = attempted.played
-        self.policies.accepted()
         # Before judging: a policy that is replaced does not learn from what its predecessor played.
         staleness = {
             player.name: self.policies.version(player.name) - _version(player) for player in batch.planning.policies

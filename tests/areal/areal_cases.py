@@ -19,15 +19,13 @@ def example(
     tokens: Sequence[int],
     advantage: float,
     behaviour: FloatArray | None = None,
-    weight: float = 1.0,
-    token_advantages: FloatArray | None = None,
     version: int = 0,
 ) -> Example:
     """One turn of a learning policy; without `behaviour` every token had probability one half."""
     own = np.full(len(tokens), np.log(0.5), np.float32) if behaviour is None else behaviour
     player = Player("solver", AdapterKey("solver", version), learning=True)
     turn = PlayedTurn(0, player, tuple(prompt), tuple(tokens), "", own, stopped=True)
-    return Example("solver", turn, advantage, advantage, weight, token_advantages)
+    return Example("solver", turn, advantage, advantage)
 
 
 def random_pairs(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:

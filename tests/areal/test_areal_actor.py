@@ -14,7 +14,7 @@ from areal_cases import example, random_adapter, random_pairs
 from fedmoe.areal.batch import ExampleBatch, Sequences
 from fedmoe.areal.config import ArealConfig
 from fedmoe.areal.packing_check import LeakError
-from fedmoe.arena.learning.loss import LossConfig
+from fedmoe.arena.learning.config import LossConfig
 
 if TYPE_CHECKING:
     from fedmoe.areal.actor import ArealActor
@@ -85,9 +85,9 @@ def test_packing_changes_no_update(config: ArealConfig, make: MakeActor) -> None
 
 def test_behaviour_counts_only_through_the_importance_weight(config: ArealConfig, make: MakeActor) -> None:
     pairs = random_pairs(4)
-    actor = make(replace(config, loss=LossConfig(weight_cap=3.0)))
+    actor = make(config)
     before = actor.score(Sequences.of(pairs))
-    shifts = (0.0, np.log(2.0), -np.log(2.0), np.log(4.0))  # proximal / behaviour: 1, 2, 1/2, and 4, beyond the cap
+    shifts = (0.0, np.log(2.0), -np.log(2.0), np.log(6.0))  # proximal / behaviour: 1, 2, 1/2, and 6, beyond the cap
     examples = [
         example(prompt, tokens, 1.0, (scores - shift).astype(np.float32), version=-1)
         for (prompt, tokens), scores, shift in zip(pairs, before, shifts, strict=True)
@@ -97,7 +97,7 @@ def test_behaviour_counts_only_through_the_importance_weight(config: ArealConfig
     weights = np.array([1.0, 2.0, 0.5])
     assert update.loss == pytest.approx(-float((lengths[:3] * weights).sum()) / lengths.sum(), rel=1e-4)
     assert update.importance_weight == pytest.approx(float((lengths[:3] * weights).sum() / lengths[:3].sum()), rel=1e-4)
-    assert update.gap_max == pytest.approx(np.log(4.0), abs=1e-4)
+    assert update.gap_max == pytest.approx(np.log(6.0), abs=1e-4)
     assert update.tokens == lengths.sum()
 
 

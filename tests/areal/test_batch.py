@@ -41,16 +41,9 @@ def test_no_example_is_refused() -> None:
         ExampleBatch.of([])
 
 
-def test_weights_and_token_advantages_reach_every_token() -> None:
-    own = np.array([1.0, -1.0, 2.0], np.float32)
-    batch = ExampleBatch.of([example([1], [2, 3], 0.5, weight=2.0), example([1], [2, 3, 4], 9.0, token_advantages=own)])
-    assert batch.advantages.tolist() == [1.0, 1.0, 1.0, -1.0, 2.0]
-
-
-@pytest.mark.parametrize("weight", [-1.0, float("nan")])
-def test_a_negative_weight_is_refused(weight: float) -> None:
-    with pytest.raises(ArealError, match="weight"):
-        ExampleBatch.of([example([1], [2], 1.0, weight=weight)])
+def test_an_advantage_reaches_every_token() -> None:
+    batch = ExampleBatch.of([example([1], [2, 3], 0.5), example([1], [2, 3, 4], -1.0)])
+    assert batch.advantages.tolist() == [0.5, 0.5, -1.0, -1.0, -1.0]
 
 
 @pytest.mark.parametrize("behaviour", [[0.0], [0.0, np.nan], [0.0, -np.inf]])

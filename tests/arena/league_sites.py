@@ -13,9 +13,10 @@ from live import listening
 from support import free_port
 
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.arena.league.league import League, join_through, learning_rate_only
+from fedmoe.arena.league.league import League, join_league, learning_rate_only
 from fedmoe.arena.learning.adapt import AdaptRules
-from fedmoe.arena.learning.learner import Learner, LearnerConfig, OptimizerState
+from fedmoe.arena.learning.config import LearningConfig
+from fedmoe.arena.learning.learner import Learner
 from fedmoe.arena.learning.policies import Policies
 from fedmoe.arena.rollout.chat import ChatCodec
 from fedmoe.arena.tasks.task import Lineup, Outcome, PromptMessage, TaskError
@@ -159,7 +160,7 @@ class Saved:
     state: dict[str, object]
     league: Mapping[str, object]
     adapters: dict[AdapterKey, Adapter]
-    optimizers: dict[str, OptimizerState]
+    moments: dict[str, FloatVector]
 
 
 @dataclass
@@ -184,11 +185,13 @@ class Site:
         base = load_base("tiny", "cpu", "fp32")
         multi = MultiLora(base.model)
         self.engine = TransformersEngine(base, multi)
-        learner = Learner(base, multi, LearnerConfig(learning_rate=5e-3, warmup_steps=1))
+        learner = Learner(base, multi, LearningConfig(learning_rate=5e-3, warmup_steps=1))
         self.policies = Policies(learner, self.engine, 1, learning_rate_only(AdaptRules(), config.policies))
         self.trainer = Trainer(config, Letters(), self.policies, self.engine, ChatCodec(base.tokenizer), Forgetful())
         client = CoordinatorClient(self.url, transport=self.road, attempts=1)
-        self.league: League = join_through(client, config, section, base, self.policies, self.folder, self.patience)
+        self.league: League = join_league(
+            client, section, config.policies, self.iterations, base, self.policies, self.folder, self.patience
+        )
         self.trainer.may_sample_ahead = lambda following: not self.league.due(following)
         try:
             self._populate(saved)
@@ -219,17 +222,16 @@ class Site:
     def _restore(self, saved: Saved) -> None:
         policies = saved.state["policies"]
         assert isinstance(policies, Mapping)
-        self.policies.restore(policies, saved.adapters, saved.optimizers)
+        self.policies.restore(policies, saved.adapters, saved.moments)
         behind = self.league.rejoin(saved.league)
         self.trainer.resume({**saved.state, "sampling_with": None} if behind else saved.state)
 
     def saved(self) -> Saved:
         """A checkpoint."""
-        optimizers = {name: self.policies.learner.optimizer_state(name) for name in self.names}
-        return Saved(self.trainer.state(), self.league.state(), self.policies.kept(), optimizers)
+        return Saved(self.trainer.state(), self.league.state(), self.policies.adapters(), self.policies.moments())
 
     def exchange(self) -> None:
-        self.league.exchange(self.trainer)
+        self.league.exchange(self.trainer.society, self.trainer.iteration)
 
     def iterate(self, count: int = 1) -> Site:
         """Train as a run does, exchange included."""

@@ -1,4 +1,4 @@
-"""Tokens to compute losses of: shared by the laws and by the comparison with other implementations."""
+"""LossTokens to compute losses of: shared by the laws and by the comparison with other implementations."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from fedmoe.arena.learning.loss import LOSSES, LossConfig, LossStatistics, Tokens
+from fedmoe.arena.learning.config import LossConfig
+from fedmoe.arena.learning.loss import LOSSES, LossStatistics, LossTokens
 
 
-def random_tokens(seed: int, count: int = 24, spread: float = 0.5, reference: bool = False) -> Tokens:
+def random_tokens(seed: int, count: int = 24, spread: float = 0.5) -> LossTokens:
     """Log-probabilities that lie `spread` nats apart, in float64; about one token in four is not learned from."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -19,37 +20,35 @@ def random_tokens(seed: int, count: int = 24, spread: float = 0.5, reference: bo
     behaviour = -noise().abs() - 0.1
     proximal = behaviour + spread * noise()
     current = (proximal + spread * noise()).requires_grad_()
-    return Tokens(
+    return LossTokens(
         current=current,
         proximal=proximal,
         behaviour=behaviour,
         advantages=2 * noise(),
         mask=torch.rand(count, generator=draw) < 0.75,
         weights=0.5 + torch.rand(count, generator=draw, dtype=torch.float64),
-        reference=behaviour + spread * noise() if reference else None,
     )
 
 
-def part(tokens: Tokens, first: int, last: int) -> Tokens:
+def part(tokens: LossTokens, first: int, last: int) -> LossTokens:
     """Some of the tokens, as a micro-batch of their own on the same leaf."""
     where = slice(first, last)
-    return Tokens(
+    return LossTokens(
         current=tokens.current[where],
         proximal=tokens.proximal[where],
         behaviour=tokens.behaviour[where],
         advantages=tokens.advantages[where],
         mask=tokens.mask[where],
         weights=tokens.weights[where],
-        reference=None if tokens.reference is None else tokens.reference[where],
     )
 
 
-def fresh(tokens: Tokens) -> Tokens:
+def fresh(tokens: LossTokens) -> LossTokens:
     """The same numbers with a leaf of their own."""
     return replace(tokens, current=tokens.current.detach().clone().requires_grad_())
 
 
-def computed(tokens: Tokens, config: LossConfig, denominator: float) -> tuple[float, torch.Tensor, LossStatistics]:
+def computed(tokens: LossTokens, config: LossConfig, denominator: float) -> tuple[float, torch.Tensor, LossStatistics]:
     """Loss, its gradient by `current`, and the statistics."""
     mine = fresh(tokens)
     loss, statistics = LOSSES[config.loss](mine, config, denominator)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from league_sites import House, Road, running_house
 from support import LAYOUT, MANIFEST, make_flat
 
-from fedmoe.arena.league.link import FederationError, Link, Point
+from fedmoe.arena.league.link import ExpertLink, FederationError, Point
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.safetensors_bytes import encode_named
 from fedmoe.runtime import failpoints
@@ -62,7 +62,7 @@ class Toy:
 
     def start(self) -> Toy:
         self.client = CoordinatorClient(self.url, transport=self.road, attempts=1)
-        self.link = Link(self.folder, self.worker, self.expert, MANIFEST)
+        self.link = ExpertLink(self.folder, self.worker, self.expert, MANIFEST)
         if self.saved is None:
             self.link.register(self.client)
             self.local = self.link.begin(self.client)
@@ -210,7 +210,7 @@ def test_a_damaged_point_is_refused_by_name(house: House, tmp_path: Path) -> Non
     for damaged in (file.read_bytes()[:-1], b"", Point(make_flat(1)[:3], make_flat(1)[:3], 0).encoded()):
         file.write_bytes(damaged)
         with pytest.raises(FederationError, match=r"point\.safetensors cannot be read"):
-            Link(tmp_path / "w1", "w1", EXPERT, MANIFEST)
+            ExpertLink(tmp_path / "w1", "w1", EXPERT, MANIFEST)
 
 
 def test_without_a_coordinator_there_is_no_beginning(tmp_path: Path) -> None:

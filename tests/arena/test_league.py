@@ -94,7 +94,7 @@ def test_two_sites_meet_each_others_experts(house: House, tmp_path: Path) -> Non
     assert foreign(other) == ["critic@1", "solver@1"]
     one.iterate(6)
     assert foreign(one) == ["alpha@1", "beta@1"]
-    np.testing.assert_array_equal(one.policies.kept()[AdapterKey("alpha", 1)].flat, house.weights("alpha"))
+    np.testing.assert_array_equal(one.policies.adapters()[AdapterKey("alpha", 1)].flat, house.weights("alpha"))
     met = one.trainer.society.opponents.state()["results"]
     assert {"alpha@1", "beta@1"} & {name for known in met.values() for name in known}  # type: ignore[attr-defined]
     found = {(comparison.policy, comparison.opponent) for comparison in one.trainer.evaluate()}
@@ -140,7 +140,7 @@ def test_other_weights_under_a_number_that_was_met_are_another_opponent(
         patch.setattr(client, "pull_expert", lambda *_, **__: changed)
         one.league.meet(one.trainer.society)
     assert foreign(one) == ["beta@1", "alpha@2"]
-    np.testing.assert_array_equal(one.policies.kept()[AdapterKey("alpha", 2)].flat, changed.weights)
+    np.testing.assert_array_equal(one.policies.adapters()[AdapterKey("alpha", 2)].flat, changed.weights)
     one.close()
     other.close()
 
@@ -394,8 +394,8 @@ def test_a_state_folder_that_is_not_the_checkpoints_is_refused(house: House, tmp
 def test_in_a_federation_only_the_learning_rate_adapts(effects: list[tuple[float, float, float]], rank: int) -> None:
     shape = PolicySection(rank=rank, alpha=5.0)
     rules = learning_rate_only(AdaptRules(patience=2, cooldown=0), shape)
-    state = AdaptiveLora(rules, Knobs(1e-4, 5.0, rank))
+    state = AdaptiveLora(Knobs(1e-4, 5.0, rank))
     for effect in effects:
-        state, change = state.observe(Effect(*effect))
+        state, change = state.observe(Effect(*effect), rules)
         assert change is None or change.what == "learning_rate"
     assert (state.knobs.alpha, state.knobs.rank) == (5.0, rank)

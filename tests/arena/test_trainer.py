@@ -118,7 +118,7 @@ def test_the_engine_holds_only_what_is_needed(bound: int) -> None:
             newest = {AdapterKey(name, iteration + 1) for name in NAMES}
             ahead = {AdapterKey(name, iteration) for name in NAMES} if bound else set()
             assert arena.engine.loaded() == newest | ahead
-            assert set(arena.policies.kept()) == newest | ahead
+            assert set(arena.policies.adapters()) == newest | ahead
         arena.iterate()
         (champion,) = arena.trainer.society.opponents.opponents()[2:]
         assert arena.engine.loaded() == {AdapterKey(name, 20) for name in NAMES}

@@ -11,7 +11,7 @@ from pathlib import Path
 from letters import LettersTask
 
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.arena.learning.learner import Learner, LearnerConfig
+from fedmoe.arena.learning.learner import Learner
 from fedmoe.arena.learning.policies import Policies
 from fedmoe.arena.rollout.chat import ChatCodec
 from fedmoe.arena.trainer import Trainer
@@ -130,9 +130,7 @@ def opened(config: ArenaConfig, task: LettersTask | None = None) -> Iterator[Are
     multi = MultiLora(base.model)
     engine = WatchedEngine(base, multi)
     learning = config.learning
-    learner = Learner(
-        base, multi, LearnerConfig(learning_rate=learning.learning_rate, warmup_steps=learning.warmup_steps)
-    )
+    learner = Learner(base, multi, learning)
     policies = Policies(learner, engine, learning.max_staleness, None)
     kept = Kept()
     found = task or LettersTask()

@@ -1,29 +1,29 @@
-"""Federation meets arena: policies are experts of a coordinator, experts of other sites are opponents.
+"""A run's membership in a federation: policies are experts of a coordinator, other sites' experts are opponents.
 
     site A                               coordinator                             site B
     policy solver   -- its updates -->   expert solver, version rises   -->      opponent solver@7, frozen
     opponent critic@4, frozen      <--   expert critic, version rises   <-- its updates --   policy critic
 
 Two sites may also train the same expert: each pushes what it learned and goes on from what both have learned. The
-coordinator being away never stops the training: what has to travel waits on disk (see `federation_link`).
+coordinator being away never stops the training: what has to travel waits on disk (see `link`).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
-from fedmoe.arena.config import ArenaConfig, FederationSection, PolicySection
-from fedmoe.arena.league.link import FederationError, Link
+from fedmoe.arena.config import FederationSection, PolicySection
+from fedmoe.arena.league.link import ExpertLink, FederationError
 from fedmoe.arena.learning.adapt import AdaptRules
 from fedmoe.arena.learning.policies import Policies
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.trainer import Trainer
 from fedmoe.inference.engine import AdapterKey, EngineError
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.codec import digest
@@ -31,8 +31,6 @@ from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, Expected
-
-__all__ = ["MOST_OPPONENTS", "FederationError", "League", "join_league", "learning_rate_only"]
 
 #: Experts of other sites that are held as opponents at once; each takes the memory of an adapter.
 MOST_OPPONENTS = 8
@@ -45,7 +43,7 @@ _log = structlog.get_logger("fedmoe.arena")
 
 
 class League:
-    """What a run has to do with the coordinator; used by one thread, the one that learns.
+    """The exchange of a run with its coordinator; used by one thread, the one that learns.
 
     While `exchange` runs nothing may be sampled: it gives policies other weights and lets opponents go.
     """
@@ -57,18 +55,13 @@ class League:
         client: CoordinatorClient,
         manifest: Manifest,
         policies: Policies,
-        links: Mapping[str, Link],
-        patience: float = PATIENCE,
-        clock: Callable[[], float] = time.monotonic,
+        links: Mapping[str, ExpertLink],
+        patience: float,
     ) -> None:
-        self._section = section
-        self._iterations = iterations
-        self._client = client
-        self._manifest = manifest
-        self._policies = policies
-        self._links = links
+        self._section, self._iterations = section, iterations
+        self._client, self._manifest = client, manifest
+        self._policies, self._links = policies, links
         self._patience = patience
-        self._clock = clock
         self._least_seconds = 0.0
         self._exchanged_at = float("-inf")
         self._failures = 0
@@ -110,89 +103,92 @@ class League:
             _log.info("policy_newer_than_checkpoint", policy=name)
         return bool(behind)
 
-    def exchange(self, trainer: Trainer) -> None:
+    def exchange(self, memory: ModeMemory, iteration: int) -> None:
         """Push what the policies have learned, take over what others have, and meet their newest experts.
 
         A coordinator that is away is told once and tried again the next time.
         """
-        early = self._clock() - self._exchanged_at < self._least_seconds
-        if early and trainer.iteration < self._iterations:
+        early = time.monotonic() - self._exchanged_at < self._least_seconds
+        if early and iteration < self._iterations:
             return
         try:
-            self._exchange(trainer)
+            self._exchange(memory)
         except CoordinatorUnavailableError as error:
             self._trouble(error)
             return
         finally:
-            trainer.let_go()
-        self._exchanged_at = self._clock()
+            self._policies.let_go([opponent.key for opponent in memory.opponents.opponents() if opponent.key])
+        self._exchanged_at = time.monotonic()
         if not any(link.under_way for link in self._links.values()):
             self._back()
 
-    def _exchange(self, trainer: Trainer) -> None:
+    def _exchange(self, memory: ModeMemory) -> None:
         # Also the cheapest way to learn that nobody is there.
         self._least_seconds = self._client.federation().min_sync_interval
         self._failures = 0
         idle = [name for name in self._links if not self._send(name)]
-        self._await_answers(self._patience)
+        self._await_answers()
         for name, link in self._links.items():
             local = self._policies.adapter(name).flat
-            with _Tolerance(name):
+            with _refusals_logged(name):
                 newest = link.refresh(self._client, local) if name in idle else link.take_in(local)
                 if newest is not None:
                     self._policies.adopt(name, link.adapter(newest))
-        self._meet(trainer.society)
+        self._meet(memory)
 
     def _send(self, name: str) -> bool:
         link = self._links[name]
-        with _Tolerance(name):
+        with _refusals_logged(name):
             link.register(self._client)
             local = self._policies.adapter(name).flat
             return link.send(self._client, local, self._policies.updates(name), self._trouble)
         return True
 
-    def _await_answers(self, seconds: float) -> None:
-        deadline = self._clock() + seconds
+    def _await_answers(self) -> None:
+        deadline = time.monotonic() + self._patience
         for link in self._links.values():
             while not link.wait(_TICK_SECONDS):
-                if self._clock() > deadline or self._failures >= _BEARABLE_FAILURES:
+                if time.monotonic() > deadline or self._failures >= _BEARABLE_FAILURES:
                     return
 
-    def meet(self, society: ModeMemory) -> None:
+    def meet(self, memory: ModeMemory) -> None:
         """Take in the newest experts of other sites as opponents; a coordinator that is away is told once."""
         try:
-            self._meet(society)
+            self._meet(memory)
         except CoordinatorUnavailableError as error:
             self._trouble(error)
 
-    def _meet(self, society: ModeMemory) -> None:
+    def _meet(self, memory: ModeMemory) -> None:
         if not self._section.opponents:
             return
-        known = {one.key.name: one.key for one in society.opponents.opponents() if one.key and one.kind == "foreign"}
+        pool = memory.opponents.opponents()
+        held = {each.key.name: each.key for each in pool if each.key and each.kind == "foreign"}
         # Version 0 is the base model, which is an opponent anyway.
-        listed = [one for one in self._client.list_experts().experts if one.name not in self._links and one.version]
-        chosen = sorted(listed, key=lambda one: (one.name not in known, one.name))
-        for one in chosen[:MOST_OPPONENTS]:
-            held = known.get(one.name)
+        foreign = [
+            each for each in self._client.list_experts().experts if each.name not in self._links and each.version
+        ]
+        foreign.sort(key=lambda expert: (expert.name not in held, expert.name))
+        for expert in foreign[:MOST_OPPONENTS]:
+            key = held.get(expert.name)
             # By content: a coordinator that was restored gives numbers it gave before to other weights.
-            if held is None or self._digest(held) != one.digest:
-                with _Tolerance(one.name):
-                    self._take_opponent(society, one.name, held)
-        left_out = {one.name for one in chosen[MOST_OPPONENTS:]}
+            if key is None or self._digest(key) != expert.digest:
+                with _refusals_logged(expert.name):
+                    self._take_opponent(memory, expert.name, key)
+        left_out = {expert.name for expert in foreign[MOST_OPPONENTS:]}
         if left_out - self._left_out:
             _log.warning("opponents_left_out", most=MOST_OPPONENTS, names=", ".join(sorted(left_out)))
         self._left_out |= left_out
 
     def _digest(self, key: AdapterKey) -> str | None:
         """The content hash of an opponent's weights; None where they are not held."""
-        adapter = self._policies.kept().get(key)
+        adapter = self._policies.adapters().get(key)
         if adapter is None:
             return None
         if key not in self._digests:
             self._digests[key] = digest(adapter)
         return self._digests[key]
 
-    def _take_opponent(self, society: ModeMemory, name: str, held: AdapterKey | None) -> None:
+    def _take_opponent(self, memory: ModeMemory, name: str, held: AdapterKey | None) -> None:
         pulled = self._client.pull_expert(name, expected=Expected(self._manifest))
         assert pulled is not None, "without an ETag there is always an answer"
         # A key is never used for other weights, so its number rises even where the coordinator's went back.
@@ -200,19 +196,19 @@ class League:
         if held is not None:
             self._digests.pop(held, None)
         self._policies.hold(key, pulled.adapter)
-        for earlier in society.opponents.add_foreign(key):
+        for earlier in memory.opponents.add_foreign(key):
             # A little stronger or weaker than before, so its games still say something; `let_go` unloads it.
-            if str(earlier) in society.ratings:
-                society.ratings.copy_of(str(key), str(earlier))
-                society.ratings.remove(str(earlier))
+            if str(earlier) in memory.ratings:
+                memory.ratings.copy_of(str(key), str(earlier))
+                memory.ratings.remove(str(earlier))
         _log.info("opponent_pulled", expert=name, version=pulled.version, digest=pulled.digest[:12])
 
     def _trouble(self, error: CoordinatorUnavailableError) -> None:
         """Also called by deliveries, from their threads."""
         with self._telling:
             self._failures += 1
-            told, self._away = self._away, True
-        if not told:
+            was_away, self._away = self._away, True
+        if not was_away:
             _log.warning("coordinator_away", reason=str(error), then="training goes on; updates go later")
 
     def _back(self) -> None:
@@ -227,38 +223,31 @@ class League:
         self._failures = 0
         for name, link in self._links.items():
             if link.begun:
-                with _Tolerance(name):
+                with _refusals_logged(name):
                     local = self._policies.adapter(name).flat
                     link.send(self._client, local, self._policies.updates(name), self._trouble)
 
     def close(self) -> None:
         """Give folders and connections back; an update that was not answered goes at the next start."""
         if self._leaving:
-            self._await_answers(self._patience)
+            self._await_answers()
         left = [name for name, link in self._links.items() if link.close()]
         if left:
             _log.warning("left_with_updates", policies=", ".join(left), then="resume the run to deliver them")
         self._client.close()
 
 
-class _Tolerance:
-    """Around what concerns one expert: its refusal is told, and the others go on."""
-
-    def __init__(self, expert: str) -> None:
-        self._expert = expert
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, RefusedError | FederationError | EngineError):
-            return False
+@contextmanager
+def _refusals_logged(expert: str) -> Iterator[None]:
+    """Log a refusal that concerns one expert, and let the others go on."""
+    try:
+        yield
+    except (RefusedError, FederationError, EngineError) as error:
         code = error.code if isinstance(error, RefusedError) else type(error).__name__
-        _log.warning("federation_refused", expert=self._expert, code=code, reason=str(error))
-        return True
+        _log.warning("federation_refused", expert=expert, code=code, reason=str(error))
 
 
-def _behind(link: Link, saved: object) -> bool:
+def _behind(link: ExpertLink, saved: object) -> bool:
     """Whether something was handed over or taken in after the mark `saved`; refuses a folder that is not its own."""
     if not isinstance(saved, list) or not link.begun or saved[0] != link.mark[0] or saved[1:] > link.mark[1:]:
         raise FederationError(
@@ -270,50 +259,39 @@ def _behind(link: Link, saved: object) -> bool:
 
 def learning_rate_only(rules: AdaptRules, shape: PolicySection) -> AdaptRules:
     """The same rules, but rank and scale stay what they are: they are part of what all sites have agreed on."""
-    scale = _alpha(shape) / shape.rank
+    scale = shape.scaled_alpha / shape.rank
     return replace(rules, min_scale=scale, max_scale=scale, max_rank=shape.rank)
 
 
-def _alpha(shape: PolicySection) -> float:
-    return shape.scaled_alpha
-
-
-def join_league(config: ArenaConfig, token: str | None, base: LoadedBase, policies: Policies, folder: Path) -> League:
-    """Connect to the coordinator of `config.federation`; `folder` keeps what must survive, for each policy.
-
-    Raises FederationError if its experts are of another kind than the policies, RefusedError for a wrong token,
-    OutboxError for a folder in use. A coordinator that is away is told: a resumed run can do without for now.
-    """
-    if config.federation is None:
-        raise ValueError("the configuration has no [federation] with the url of a coordinator")
-    return join_through(
-        CoordinatorClient(config.federation.url, token), config, config.federation, base, policies, folder
-    )
-
-
-def join_through(
+def join_league(
     client: CoordinatorClient,
-    config: ArenaConfig,
     section: FederationSection,
+    shape: PolicySection,
+    iterations: int,
     base: LoadedBase,
     policies: Policies,
     folder: Path,
     patience: float = PATIENCE,
 ) -> League:
-    """As `join_league`, over a connection that the league takes over; an exchange waits `patience` seconds at most."""
-    shape = config.policies
-    manifest = Manifest(base.identity, policies.learner.layout(shape.rank), _alpha(shape))
-    links: dict[str, Link] = {}
+    """Join the federation of a coordinator over a connection that the league takes over.
+
+    `folder` keeps what must survive, for each policy; `iterations`: of the whole run; `patience`: seconds that an
+    exchange waits at most. Raises FederationError if the coordinator's experts are of another kind than the policies,
+    RefusedError for a wrong token, OutboxError for a folder in use. A coordinator that is away is logged: a resumed
+    run can do without for now.
+    """
+    manifest = Manifest(base.identity, policies.learner.layout(shape.rank), shape.scaled_alpha)
+    links: dict[str, ExpertLink] = {}
     try:
         _check_manifest(client, manifest)
         for name in shape.all_names:
-            links[name] = Link(folder / name, section.worker_id, name, manifest)
+            links[name] = ExpertLink(folder / name, section.worker_id, name, manifest)
     except BaseException:
         for link in links.values():
             link.close()
         client.close()
         raise
-    return League(section, config.iterations, client, manifest, policies, links, patience)
+    return League(section, iterations, client, manifest, policies, links, patience)
 
 
 def _check_manifest(client: CoordinatorClient, manifest: Manifest) -> None:

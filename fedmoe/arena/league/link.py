@@ -95,7 +95,7 @@ def _checksum(base: FloatVector, local: FloatVector, counts: str) -> str:
     return hashlib.sha256(base.tobytes() + local.tobytes() + counts.encode()).hexdigest()
 
 
-class Link:
+class ExpertLink:
     """The identity, the update under way and the newest point of one policy, in a folder that nobody else may use.
 
     Raises OutboxError or FederationError for a folder that is in use, another policy's, or damaged.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from fedmoe.arena.learning.loss import AGGREGATIONS, LOSSES, LossConfig, LossStatistics, Tokens, combined
+from fedmoe.arena.learning.config import LearningConfig
+from fedmoe.arena.learning.loss import AGGREGATIONS, LOSSES, LossStatistics, LossTokens, combined, k3
 from fedmoe.arena.rollout.episodes import Example
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ShapeError
 from fedmoe.models.base import LoadedBase
@@ -17,32 +18,6 @@ from fedmoe.models.final_logits import check_causal_model
 from fedmoe.models.multilora import MultiLora, UnknownAdapterError
 from fedmoe.models.policy_logprobs import Continuation, MicroBatch, TokenLogprobs, plan_micro_batches, token_logprobs
 from fedmoe.models.tree_attention import use_tree_attention
-
-
-@dataclass(frozen=True, slots=True)
-class LearnerConfig:
-    """How policies learn. `epochs`: steps made from the same examples; from the second on the ratio is clipped.
-
-    `micro_batch_tokens` bounds what is computed at once (gradients accumulate over micro-batches). `warmup_steps`:
-    the learning rate rises over the first steps of a policy. `max_grad_norm` inf does not clip.
-    """
-
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    epochs: int = 1
-    warmup_steps: int = 3
-    micro_batch_tokens: int = 4096
-    temperature: float = 1.0
-    loss: LossConfig = field(default_factory=LossConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "max_grad_norm", "temperature", "epochs", "micro_batch_tokens"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be below 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +37,7 @@ class PolicyUpdate:
 
 
 @dataclass(frozen=True)
-class OptimizerState:
+class AdamState:
     """One policy's AdamW: first and second moments, float32 (size,) in the layout's order, and steps made."""
 
     first: FloatVector
@@ -70,10 +45,10 @@ class OptimizerState:
     steps: int
 
 
-class _Policy:
+class _LivePolicy:
     """A live adapter with an optimizer of its own."""
 
-    def __init__(self, name: str, multi: MultiLora, adapter: Adapter, config: LearnerConfig) -> None:
+    def __init__(self, name: str, multi: MultiLora, adapter: Adapter, config: LearningConfig) -> None:
         self.name = name
         self._multi = multi
         self._config = config
@@ -88,7 +63,7 @@ class _Policy:
             [self.parameter], lr=self.rate, weight_decay=self._config.weight_decay, betas=(0.9, 0.95), fused=True
         )
 
-    def replace(self, adapter: Adapter, state: OptimizerState | None) -> None:
+    def replace(self, adapter: Adapter, state: AdamState | None) -> None:
         """Other factors, of any rank; without `state` the optimizer starts anew."""
         size = adapter.layout.size
         if state and (state.first.shape, state.second.shape) != ((size,), (size,)):
@@ -104,21 +79,18 @@ class _Policy:
                 "exp_avg_sq": torch.tensor(state.second, device=device),
             }
 
-    def state(self) -> OptimizerState:
-        found = self.optimizer.state.get(self.parameter)
-        if not found:
+    def state(self) -> AdamState:
+        moments = self.optimizer.state.get(self.parameter)
+        if not moments:
             zeros = np.zeros(self.parameter.numel(), np.float32)
-            return OptimizerState(zeros, zeros.copy(), self.steps)
-        first, second = (found[name].to("cpu", copy=True).numpy() for name in ("exp_avg", "exp_avg_sq"))
-        return OptimizerState(first, second, self.steps)
+            return AdamState(zeros, zeros.copy(), self.steps)
+        first, second = (moments[name].to("cpu", copy=True).numpy() for name in ("exp_avg", "exp_avg_sq"))
+        return AdamState(first, second, self.steps)
 
     def gradient_norm(self) -> float:
         """The length of the accumulated gradient."""
         gradient = self.parameter.grad
         return 0.0 if gradient is None else float(torch.linalg.vector_norm(gradient))
-
-    def forget_gradient(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, norm: float) -> float:
         """One step from the accumulated gradient of length `norm`; returns the learning rate used."""
@@ -128,7 +100,7 @@ class _Policy:
         if self.parameter.grad is not None and norm > self._config.max_grad_norm:
             self.parameter.grad.mul_(self._config.max_grad_norm / norm)
         self.optimizer.step()
-        self.forget_gradient()
+        self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         return rate
 
@@ -141,7 +113,7 @@ class Learner:
     again with, or raises; without it the error goes up.
     """
 
-    def __init__(self, base: LoadedBase, multi: MultiLora, config: LearnerConfig) -> None:
+    def __init__(self, base: LoadedBase, multi: MultiLora, config: LearningConfig) -> None:
         check_causal_model(base.model)
         if (base.device.type, base.dtype) == ("cpu", torch.bfloat16):
             use_tree_attention(base.model)
@@ -150,7 +122,7 @@ class Learner:
         self.when_short: Callable[[str], int] | None = None
         self._model = base.model
         self._multi = multi
-        self._policies: dict[str, _Policy] = {}
+        self._policies: dict[str, _LivePolicy] = {}
 
     def layout(self, rank: int) -> Layout:
         """The layout of an adapter of `rank` for the base model."""
@@ -158,7 +130,7 @@ class Learner:
 
     def add(self, name: str, adapter: Adapter) -> None:
         """A new policy that starts from `adapter`."""
-        self._policies[name] = _Policy(name, self._multi, adapter, self.config)
+        self._policies[name] = _LivePolicy(name, self._multi, adapter, self.config)
 
     def adapter(self, name: str) -> Adapter:
         """The live factors of a policy, copied."""
@@ -166,17 +138,17 @@ class Learner:
 
     def score(self, name: str, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> FloatVector:
         """The live policy's log-probability (temperature 1) of each of `tokens` after `prompt`, float32 (T,)."""
-        one = [Continuation(name, prompt, tokens)]
-        (batch,) = plan_micro_batches(one, len(prompt) + len(tokens), len(prompt) + len(tokens))
+        continuations = [Continuation(name, prompt, tokens)]
+        (batch,) = plan_micro_batches(continuations, len(prompt) + len(tokens), len(prompt) + len(tokens))
         with torch.no_grad(), self._multi.rows(batch.adapters):
-            scored = token_logprobs(self._model, self._multi, batch, one)
+            scored = token_logprobs(self._model, self._multi, batch, continuations)
         return np.asarray(scored.logprobs.cpu().numpy(), np.float32)
 
-    def replace(self, name: str, adapter: Adapter, state: OptimizerState | None = None) -> None:
+    def replace(self, name: str, adapter: Adapter, state: AdamState | None = None) -> None:
         """Give a policy other factors (a copy of a better one, a higher rank, a checkpoint)."""
         self._policies[name].replace(adapter, state)
 
-    def optimizer_state(self, name: str) -> OptimizerState:
+    def optimizer_state(self, name: str) -> AdamState:
         """The policy's optimizer, copied."""
         return self._policies[name].state()
 
@@ -196,7 +168,7 @@ class Learner:
         All weights change only after all gradients are there: whatever fails, a gradient that is not finite too,
         changes no policy (beyond the epochs already done).
         """
-        unknown = sorted({one.policy for one in examples} - set(self._policies))
+        unknown = sorted({example.policy for example in examples} - set(self._policies))
         if unknown:
             raise UnknownAdapterError(f"no policies {unknown} to train; there are: {sorted(self._policies)}")
         if not examples:
@@ -204,10 +176,10 @@ class Learner:
         reports: dict[str, PolicyUpdate] = {}
         proximal: dict[int, FloatVector] = {}
         for _ in range(self.config.epochs):
-            reports = self._fitting_epoch(examples, max_tokens, proximal)
+            reports = self._epoch_within_memory(examples, max_tokens, proximal)
         return reports
 
-    def _fitting_epoch(
+    def _epoch_within_memory(
         self, examples: Sequence[Example], max_tokens: int, proximal: dict[int, FloatVector]
     ) -> dict[str, PolicyUpdate]:
         while True:
@@ -231,34 +203,35 @@ class Learner:
                 raise FloatingPointError(f"the gradients of {', '.join(broken)} are not finite; no policy was changed")
         except BaseException:
             # What has been accumulated so far would otherwise be part of the next update.
-            for one in self._policies.values():
-                one.forget_gradient()
+            for policy in self._policies.values():
+                policy.optimizer.zero_grad(set_to_none=True)
             raise
         return {name: self._step(name, parts, norms[name]) for name, parts in measured.items()}
 
     def _accumulate(
         self, examples: Sequence[Example], max_tokens: int, proximal: dict[int, FloatVector]
-    ) -> dict[str, list[_Measured]]:
+    ) -> dict[str, list[_PartReport]]:
         continuations = [Continuation(one.policy, one.turn.prompt, one.turn.tokens) for one in examples]
-        weighing = _weighing(examples, self.config.loss, max_tokens)
-        measured: dict[str, list[_Measured]] = {}
+        weights, denominators = _weighing(examples, self.config.aggregation, max_tokens)
+        reports: dict[str, list[_PartReport]] = {}
         for batch in plan_micro_batches(continuations, self.micro_batch_tokens):
             with self._multi.rows(batch.adapters):
                 scored = token_logprobs(self._model, self._multi, batch, continuations, self.config.temperature)
-                losses = list(self._losses(batch, scored, examples, weighing, proximal))
+                losses = list(self._losses(batch, scored, examples, weights, denominators, proximal))
                 torch.stack([loss for _, loss, _ in losses]).sum().backward()
-            for name, _, one in losses:
-                measured.setdefault(name, []).append(one)
-        return measured
+            for name, _, report in losses:
+                reports.setdefault(name, []).append(report)
+        return reports
 
     def _losses(
         self,
         batch: MicroBatch,
         scored: TokenLogprobs,
         examples: Sequence[Example],
-        weighing: Mapping[str, _Weighing],
+        weights: Sequence[float],
+        denominators: Mapping[str, float],
         proximal: dict[int, FloatVector],
-    ) -> Iterator[tuple[str, torch.Tensor, _Measured]]:
+    ) -> Iterator[tuple[str, torch.Tensor, _PartReport]]:
         """One loss a policy of the micro-batch; remembers the log-probabilities of the first pass as proximal."""
         values, owned = scored.logprobs.detach().cpu().numpy(), scored.owners.cpu().numpy()
         owners = owned.tolist()
@@ -268,67 +241,51 @@ class Learner:
         for name in dict.fromkeys(adapter for adapter in batch.adapters if adapter):
             members = [member for member in batch.members() if examples[member].policy == name]
             own = torch.tensor([examples[owner].policy == name for owner in owners], device=scored.logprobs.device)
-            tokens = _tokens(scored.logprobs[own], members, examples, weighing[name], proximal)
-            loss, statistics = LOSSES[self.config.loss.loss](tokens, self.config.loss, weighing[name].denominator)
+            tokens = _loss_tokens(scored.logprobs[own], members, examples, weights, proximal)
+            loss, statistics = LOSSES[self.config.loss](tokens, self.config, denominators[name])
             entropy = float(scored.entropies[own].mean())
-            moved = _k3(tokens.proximal - tokens.behaviour)
-            yield name, loss, _Measured(float(loss.detach()), entropy, moved, statistics)
+            moved = float(k3(tokens.proximal - tokens.behaviour).mean())
+            yield name, loss, _PartReport(float(loss.detach()), entropy, moved, statistics)
 
-    def _step(self, name: str, parts: Sequence[_Measured], norm: float) -> PolicyUpdate:
+    def _step(self, name: str, parts: Sequence[_PartReport], norm: float) -> PolicyUpdate:
         rate = self._policies[name].step(norm)
         statistics = combined([part.statistics for part in parts])
         counts = [part.statistics.tokens for part in parts]
-        entropy, moved = (np.average(values, weights=counts) for values in zip(*_means(parts), strict=True))
+        entropy = float(np.average([part.entropy for part in parts], weights=counts))
+        moved = float(np.average([part.moved for part in parts], weights=counts))
         loss = sum(part.loss for part in parts)
-        return PolicyUpdate(loss, float(entropy), norm, rate, statistics.tokens, float(moved), statistics)
+        return PolicyUpdate(loss, entropy, norm, rate, statistics.tokens, moved, statistics)
 
 
 @dataclass(frozen=True, slots=True)
-class _Measured:
+class _PartReport:
+    """What one micro-batch says of one policy; the fields are those of `PolicyUpdate`."""
+
     loss: float
     entropy: float
     moved: float
     statistics: LossStatistics
 
 
-def _means(parts: Sequence[_Measured]) -> list[tuple[float, float]]:
-    """What is averaged over the tokens of all micro-batches."""
-    return [(part.entropy, part.moved) for part in parts]
+def _weighing(examples: Sequence[Example], aggregation: str, max_tokens: int) -> tuple[list[float], dict[str, float]]:
+    """The weight of every token of each example, and the denominator of each policy's loss."""
+    weights, denominators = [0.0] * len(examples), {}
+    for name in dict.fromkeys(example.policy for example in examples):
+        members = [index for index, example in enumerate(examples) if example.policy == name]
+        plan = AGGREGATIONS[aggregation]([len(examples[index].turn.tokens) for index in members], max_tokens)
+        denominators[name] = plan.denominator
+        for index, weight in zip(members, plan.weights, strict=True):
+            weights[index] = weight
+    return weights, denominators
 
 
-def _k3(log_ratio: torch.Tensor) -> float:
-    """Mean of r - 1 - log r over tokens that were sampled under the denominator of r (Schulman)."""
-    return float((torch.expm1(log_ratio) - log_ratio).mean())
-
-
-@dataclass(frozen=True, slots=True)
-class _Weighing:
-    """A policy's constants: the weight of a token of each of its examples, and the denominator of its loss."""
-
-    weights: Mapping[int, float]
-    denominator: float
-
-
-def _weighing(examples: Sequence[Example], config: LossConfig, max_tokens: int) -> dict[str, _Weighing]:
-    found = {}
-    for name in dict.fromkeys(one.policy for one in examples):
-        members = [index for index, one in enumerate(examples) if one.policy == name]
-        lengths = [len(examples[index].turn.tokens) for index in members]
-        aggregation = AGGREGATIONS[config.aggregation](lengths, max_tokens)
-        weights = {
-            index: weight * examples[index].weight for index, weight in zip(members, aggregation.weights, strict=True)
-        }
-        found[name] = _Weighing(weights, aggregation.denominator)
-    return found
-
-
-def _tokens(
+def _loss_tokens(
     current: torch.Tensor,
     members: Sequence[int],
     examples: Sequence[Example],
-    weighing: _Weighing,
+    weights: Sequence[float],
     proximal: Mapping[int, FloatVector],
-) -> Tokens:
+) -> LossTokens:
     """The examples of one policy, one token after the other, as the loss wants them."""
     lengths = [len(examples[member].turn.tokens) for member in members]
 
@@ -338,17 +295,11 @@ def _tokens(
     def spread(values: Sequence[float]) -> torch.Tensor:
         return torch.from_numpy(np.repeat(np.array(values, np.float32), lengths)).to(current.device)
 
-    advantages = [
-        examples[member].token_advantages
-        if examples[member].token_advantages is not None
-        else np.full(length, examples[member].advantage, np.float32)
-        for member, length in zip(members, lengths, strict=True)
-    ]
-    return Tokens(
+    return LossTokens(
         current=current,
         proximal=flat([proximal[member] for member in members]),
         behaviour=flat([examples[member].turn.behaviour for member in members]),
-        advantages=flat([value for value in advantages if value is not None]),
+        advantages=spread([examples[member].advantage for member in members]),
         mask=torch.ones(len(current), dtype=torch.bool, device=current.device),
-        weights=spread([weighing.weights[member] for member in members]),
+        weights=spread([weights[member] for member in members]),
     )

@@ -8,37 +8,50 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmoe.arena.learning.adapt import AdaptiveLora, AdaptRules, Change, Effect, Knobs, fitted
-from fedmoe.arena.learning.admission import Admission
-from fedmoe.arena.learning.learner import Learner, OptimizerState, PolicyUpdate
+from fedmoe.arena.learning.learner import AdamState, Learner, PolicyUpdate
 from fedmoe.arena.population.pbt import Birth, PolicyLineage, Replacement, perturb
 from fedmoe.arena.rollout.episodes import Player
 from fedmoe.inference.engine import AdapterKey, Engine
-from fedmoe.lora.adapter import Adapter
+from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.resize import grow_flat
+from fedmoe.runtime.saved_state import restored, saved_state
 
 #: How strongly a copy of the best policy is changed, relative to the size of each factor.
 PERTURBATION = 0.02
 
 
 @dataclass
-class _Policy:
+class _PolicyStatus:
     version: int
     updates: int
-    admission: Admission
     tuning: AdaptiveLora
+
+
+@dataclass(frozen=True)
+class PolicyState:
+    """What a checkpoint keeps of a policy besides its weights and moments; `admission` is only written."""
+
+    version: int
+    updates: int
+    admission: dict[str, int]
+    tuning: AdaptiveLora
+    learning_rate: float
+    steps: int
 
 
 class Policies:
     """Keeps learner and engine in step: a version is published once, sampled from, and let go when nobody needs it."""
 
     def __init__(self, learner: Learner, engine: Engine, max_staleness: int, rules: AdaptRules | None) -> None:
+        """`max_staleness`: versions by which weights that sampled may be behind; `rules` None does not adapt."""
         self.learner = learner
         self.engine = engine
         self._staleness = max_staleness
-        self._rules = rules or AdaptRules()
-        self._adapts = rules is not None
-        self._policies: dict[str, _Policy] = {}
+        self._rules = rules
+        self._policies: dict[str, _PolicyStatus] = {}
         self._kept: dict[AdapterKey, Adapter] = {}
+        # Batches whose sampling has begun and that were not learned from yet: each will be so many versions late.
+        self._in_flight = 0
         #: Called with every version that is published and the one before it where that has other weights.
         self.after_publish: Callable[[AdapterKey, AdapterKey | None], None] = lambda key, previous: None
 
@@ -51,8 +64,7 @@ class Policies:
         """A new policy at version 0."""
         self.learner.add(name, adapter)
         knobs = Knobs(self.learner.learning_rate(name), adapter.alpha, adapter.rank)
-        admission = Admission(max_concurrent=self._staleness + 1, batch=1, max_staleness=self._staleness)
-        self._policies[name] = _Policy(0, 0, admission, AdaptiveLora(self._rules, knobs))
+        self._policies[name] = _PolicyStatus(0, 0, AdaptiveLora(knobs))
         self._publish(name)
 
     def key(self, name: str) -> AdapterKey:
@@ -76,18 +88,16 @@ class Policies:
         return self._kept[self.key(name)]
 
     def may_start(self) -> bool:
-        """Whether another batch may be sampled with the present versions, for every policy."""
-        return all(one.admission.capacity(one.version) >= 1 for one in self._policies.values())
+        """Whether another batch may be sampled with the present versions.
+
+        AReaL's bound: what is sampled now is learned from after all batches in flight, so as many versions later.
+        """
+        return self._in_flight <= self._staleness
 
     def started(self) -> None:
-        """A batch begins to be sampled."""
-        for one in self._policies.values():
-            one.admission = one.admission.enqueue().submit(one.version)
-
-    def accepted(self) -> None:
-        """A batch was sampled and will be learned from."""
-        for one in self._policies.values():
-            one.admission = one.admission.accept()
+        """A batch begins to be sampled, and will be learned from."""
+        assert self.may_start(), f"{self._in_flight} batches are in flight already"
+        self._in_flight += 1
 
     def learned(
         self, updates: Mapping[str, PolicyUpdate], rewards: Mapping[str, float], staleness: Mapping[str, int]
@@ -97,31 +107,32 @@ class Policies:
         `staleness`: how many versions old the weights that sampled were.
         """
         changes: dict[str, list[Change]] = {}
-        for name, one in self._policies.items():
+        for name, status in self._policies.items():
             if name in updates:
-                one.updates += 1
+                status.updates += 1
                 changes[name] = self._tuned(name, updates[name], rewards.get(name, 0.0), staleness[name])
-            one.version += 1
+            status.version += 1
             self._publish(name)
+        self._in_flight -= 1
         return changes
 
     def _tuned(self, name: str, update: PolicyUpdate, reward: float, staleness: int) -> list[Change]:
-        if not self._adapts:
+        if self._rules is None:
             return []
-        one = self._policies[name]
+        status = self._policies[name]
         statistics = update.statistics
         # With one step from a batch its own KL is seen with the next batch only, sampled `staleness` updates ago. The
         # gap is the engine's error only where both had the same version.
         moved = update.moved / staleness if staleness else statistics.kl_k3
         effect = Effect(reward, moved, 0.0 if staleness else statistics.gap_mean)
-        one.tuning, change = one.tuning.observe(effect)
+        status.tuning, change = status.tuning.observe(effect, self._rules)
         if change is None:
             return []
-        knobs = one.tuning.knobs
+        knobs = status.tuning.knobs
         if change.what == "learning_rate":
             self.learner.set_learning_rate(name, knobs.learning_rate)
         else:
-            self._refit(name, knobs, one.version)
+            self._refit(name, knobs, status.version)
         return [change]
 
     def _refit(self, name: str, knobs: Knobs, seed: int) -> None:
@@ -129,7 +140,7 @@ class Policies:
         after = fitted(before, knobs, seed)
         if after.layout != before.layout:
             first, second = (grow_flat(before.layout, after.layout, moment) for moment in (state.first, state.second))
-            state = OptimizerState(first, second, state.steps)
+            state = AdamState(first, second, state.steps)
         self.learner.replace(name, after, state)
 
     def replace(self, wanted: Replacement, lineage: PolicyLineage, iteration: int, rng: np.random.Generator) -> None:
@@ -137,21 +148,17 @@ class Policies:
         parent = self.key(wanted.best)
         child = perturb(self.learner.adapter(wanted.best), PERTURBATION, rng)
         self.learner.replace(wanted.worst, child)
-        one = self._policies[wanted.worst]
-        one.version += 1
-        one.updates += 1
-        # Of the new version nothing was sampled; the batch that is being judged still waits to be learned from.
-        one.admission = one.admission.resumed(one.version, buffered=1)
-        one.tuning = AdaptiveLora(self._rules, Knobs(one.tuning.knobs.learning_rate, child.alpha, child.rank))
+        status = self._policies[wanted.worst]
+        status.version += 1
+        status.updates += 1
+        status.tuning = AdaptiveLora(Knobs(status.tuning.knobs.learning_rate, child.alpha, child.rank))
         lineage.add(Birth(self.key(wanted.worst), parent, iteration, wanted.reason, PERTURBATION))
         self._publish(wanted.worst)
 
     def adopt(self, name: str, adapter: Adapter) -> None:
         """Take over weights from elsewhere (a coordinator) as the policy's next version; the optimizer goes on."""
         self.learner.replace(name, adapter, self.learner.optimizer_state(name))
-        one = self._policies[name]
-        one.version += 1
-        one.admission = one.admission.resumed(one.version)
+        self._policies[name].version += 1
         self._publish(name)
 
     def hold(self, key: AdapterKey, adapter: Adapter) -> None:
@@ -174,48 +181,52 @@ class Policies:
             self.engine.unload(key)
             del self._kept[key]
 
-    def kept(self) -> dict[AdapterKey, Adapter]:
+    def adapters(self) -> dict[AdapterKey, Adapter]:
         """All versions that are still there."""
         return dict(self._kept)
 
     def state(self) -> dict[str, object]:
         """Counters and tuning, as JSON; weights and moments are arrays of their own."""
         return {
-            name: {
-                "version": one.version,
-                "updates": one.updates,
-                "admission": one.admission.state(),
-                "tuning": one.tuning.state(),
-                "learning_rate": self.learner.learning_rate(name),
-                "steps": self.learner.optimizer_state(name).steps,
-            }
-            for name, one in self._policies.items()
+            name: saved_state(
+                PolicyState(
+                    status.version,
+                    status.updates,
+                    self._admission(status.version),
+                    status.tuning,
+                    self.learner.learning_rate(name),
+                    self.learner.optimizer_state(name).steps,
+                )
+            )
+            for name, status in self._policies.items()
         }
+
+    def _admission(self, version: int) -> dict[str, int]:
+        """The batches of a policy as checkpoints count them: learned from so far, and in flight."""
+        settings = {"max_concurrent": self._staleness + 1, "batch": 1, "max_staleness": self._staleness}
+        return settings | {"enqueued": 0, "running": self._in_flight, "accepted": version, "rejected": 0}
+
+    def moments(self) -> dict[str, FloatVector]:
+        """The optimizer's moments by `NAME/first_moment` and `NAME/second_moment`, for a checkpoint."""
+        states = {name: self.learner.optimizer_state(name) for name in self._policies}
+        first = {f"{name}/first_moment": state.first for name, state in states.items()}
+        return first | {f"{name}/second_moment": state.second for name, state in states.items()}
 
     def restore(
         self,
-        state: Mapping[str, Mapping[str, object]],
+        saved: Mapping[str, Mapping[str, object]],
         adapters: Mapping[AdapterKey, Adapter],
-        optimizers: Mapping[str, OptimizerState],
+        moments: Mapping[str, FloatVector],
     ) -> None:
         """Take over a checkpoint: policies that `add` made get their weights, moments and versions back."""
-        self.engine_forget()
-        for name, saved in state.items():
-            one = self._policies[name]
-            one.version, one.updates = int(str(saved["version"])), int(str(saved["updates"]))
-            admission, tuning = saved["admission"], saved["tuning"]
-            assert isinstance(admission, Mapping)
-            assert isinstance(tuning, Mapping)
-            one.admission = Admission.from_state(admission).resumed(one.version)
-            one.tuning = AdaptiveLora.from_state(self._rules, tuning)
-            self.learner.set_learning_rate(name, float(str(saved["learning_rate"])))
-            self.learner.replace(name, adapters[self.key(name)], optimizers[name])
-        for key, adapter in adapters.items():
-            self._kept[key] = adapter
-            self.engine.load(key, adapter)
-
-    def engine_forget(self) -> None:
-        """Unload everything that was published."""
         for key in tuple(self._kept):
             self.engine.unload(key)
             del self._kept[key]
+        for name, values in saved.items():
+            state, status = restored(PolicyState, values), self._policies[name]
+            status.version, status.updates, status.tuning = state.version, state.updates, state.tuning
+            optimizer = AdamState(moments[f"{name}/first_moment"], moments[f"{name}/second_moment"], state.steps)
+            self.learner.set_learning_rate(name, state.learning_rate)
+            self.learner.replace(name, adapters[self.key(name)], optimizer)
+        for key, adapter in adapters.items():
+            self.hold(key, adapter)

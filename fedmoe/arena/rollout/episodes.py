@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fedmoe.arena.tasks.task import Lineup, Outcome
 from fedmoe.inference.engine import AdapterKey
@@ -79,19 +79,9 @@ class PlayedEpisode:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One turn to learn from: every token of it gets `advantage` (or its own, float32 (T,), in `token_advantages`).
-
-    `proximal` are the log-probabilities under the weights before the update, filled in by the learner, float32 (T,).
-    """
+    """One turn to learn from: every token of it gets `advantage`."""
 
     policy: str
     turn: PlayedTurn
     advantage: float
     reward: float
-    weight: float = 1.0
-    token_advantages: FloatArray | None = None
-    proximal: FloatArray | None = None
-
-    def with_proximal(self, proximal: FloatArray) -> Example:
-        """The same with the log-probabilities before the update."""
-        return replace(self, proximal=proximal)

@@ -20,8 +20,7 @@ from pathlib import Path
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.league.league import League, join_league, learning_rate_only
 from fedmoe.arena.learning.adapt import AdaptRules
-from fedmoe.arena.learning.learner import Learner, LearnerConfig, OptimizerState
-from fedmoe.arena.learning.loss import LossConfig
+from fedmoe.arena.learning.learner import Learner
 from fedmoe.arena.learning.policies import Policies
 from fedmoe.arena.modes.protocol import ArenaDecision
 from fedmoe.arena.reporting import write_decision
@@ -52,6 +51,7 @@ from fedmoe.runtime.machine import memory
 from fedmoe.runtime.memory import MemoryGuard, MemoryLimitError, choose_limit, limit_gpu, watched
 from fedmoe.runtime.records import RecordWriter, read_records
 from fedmoe.runtime.resources import check_file_system, make_temporary, place, remove_temporary
+from fedmoe.wire.client import CoordinatorClient
 
 __all__ = ["METRICS", "REPORT", "RESULTS", "RunError", "RunOptions", "Stop", "run_arena"]
 
@@ -60,11 +60,6 @@ RESULTS = "multi_model_training_simple_results.json"
 REPORT = "run_report.json"
 #: A micro-batch is never made smaller than this many tokens to save memory.
 _LEAST_TOKENS = 256
-#: Nats a token by which an update may move a policy before its rate is lowered: short answers of a small model learn
-#: well at 0.05 to 0.15, and a rate halved for less hardly recovers, measured.
-_KL_HIGH = 0.25
-#: A fall of the score that lowers the rate: an iteration's few problems differ by about 0.1 in how hard they are.
-_MAX_DROP = 0.3
 
 
 @dataclass
@@ -162,7 +157,7 @@ def _assemble(
         logs.runner.warning("base_model_note", note=note)
     multi = MultiLora(base.model)
     engine = stack.enter_context(make_engine(config, options.folder, base, multi, rollout))
-    learner = Learner(base, multi, _learner_config(config))
+    learner = Learner(base, multi, config.learning)
     policies = Policies(learner, engine, config.learning.max_staleness, _adapt_rules(config))
     codec = ChatCodec(base.tokenizer, config.learning.max_prompt_tokens)
     if config.engine.kind != "transformers":
@@ -177,11 +172,12 @@ def _assemble(
     trainer = Trainer(config, task, policies, engine, codec, writer)
     trainer.after_iteration = _episode_log(config, options.folder, found).write
     stack.callback(trainer.close)
-    league = _join(config, options, base, policies, stack) if config.federation else None
+    league = _join(config, options, base, policies)
     run = _Run(
         *(config, options, base, engine, learner, policies, trainer, guard, records, writer, logs, league, started)
     )
     if league is not None:
+        stack.callback(league.close)
         trainer.may_sample_ahead = lambda following: not league.due(following)
     _populate(run, found)
     return run
@@ -194,32 +190,20 @@ def _episode_log(config: ArenaConfig, folder: Path, found: Loaded | None) -> Epi
     )
 
 
-def _join(config: ArenaConfig, options: RunOptions, base: LoadedBase, policies: Policies, stack: ExitStack) -> League:
-    league = join_league(config, options.token, base, policies, options.folder / "federation")
-    stack.callback(league.close)
-    return league
+def _join(config: ArenaConfig, options: RunOptions, base: LoadedBase, policies: Policies) -> League | None:
+    section = config.federation
+    if section is None:
+        return None
+    client = CoordinatorClient(section.url, options.token)
+    folder = options.folder / "federation"
+    return join_league(client, section, config.policies, config.iterations, base, policies, folder)
 
 
 def _adapt_rules(config: ArenaConfig) -> AdaptRules | None:
     if not config.learning.adapt:
         return None
-    rules = AdaptRules(max_rank=config.policies.max_rank, kl_high=_KL_HIGH, max_drop=_MAX_DROP)
+    rules = AdaptRules(max_rank=config.policies.max_rank)
     return learning_rate_only(rules, config.policies) if config.federation else rules
-
-
-def _learner_config(config: ArenaConfig) -> LearnerConfig:
-    learning = config.learning
-    loss = LossConfig(learning.loss, learning.aggregation, learning.clip_low, learning.clip_high)
-    return LearnerConfig(
-        learning.learning_rate,
-        learning.weight_decay,
-        learning.max_grad_norm,
-        learning.epochs,
-        learning.warmup_steps,
-        learning.micro_batch_tokens,
-        learning.temperature,
-        loss,
-    )
 
 
 def _populate(run: _Run, found: Loaded | None) -> None:
@@ -242,13 +226,7 @@ def _populate(run: _Run, found: Loaded | None) -> None:
     adapters = {_key(name): adapter for name, adapter in found.state.adapters.items()}
     saved = state["policies"]
     assert isinstance(saved, Mapping)
-    optimizers = {
-        name: OptimizerState(
-            found.state.arrays[f"{name}/first_moment"], found.state.arrays[f"{name}/second_moment"], one["steps"]
-        )
-        for name, one in saved.items()
-    }
-    run.policies.restore(saved, adapters, optimizers)
+    run.policies.restore(saved, adapters, found.state.arrays)
     if run.league and run.league.rejoin(_mapping(state["league"])):
         state = {**state, "sampling_with": None}  # what was sampled ahead came from weights that are gone
     run.trainer.resume(state)
@@ -321,7 +299,7 @@ def _iteration(run: _Run) -> None:
     trainer.iterate()
     run.logs.training.info("iteration", number=trainer.iteration, of=config.iterations, mode=trainer.playing)
     if run.league and run.league.due(trainer.iteration):
-        run.league.exchange(trainer)
+        run.league.exchange(trainer.society, trainer.iteration)
     ended = trainer.at_phase_end
     if ended:
         trainer.end_phase()
@@ -355,12 +333,9 @@ def _save(run: _Run) -> None:
     folder = run.options.folder
     length = run.records.sync()
     _write_results(run, Ending("running"))
-    moments = {name: run.learner.optimizer_state(name) for name in run.policies.names}
-    arrays = {f"{name}/first_moment": one.first for name, one in moments.items()}
-    arrays |= {f"{name}/second_moment": one.second for name, one in moments.items()}
-    adapters = {str(key): adapter for key, adapter in run.policies.kept().items()}
+    adapters = {str(key): adapter for key, adapter in run.policies.adapters().items()}
     values = run.trainer.state() | ({"league": run.league.state()} if run.league else {})
-    state = ArenaState(run.trainer.iteration, _plain(run.config), values, arrays, adapters, length)
+    state = ArenaState(run.trainer.iteration, _plain(run.config), values, run.policies.moments(), adapters, length)
     copies = {RESULTS: folder / RESULTS, REPORT: folder / REPORT, **log_files(folder)}
     found = sort_records(read_records(folder / METRICS))
     path = checkpoint.save(
@@ -378,7 +353,7 @@ def _save(run: _Run) -> None:
 def _write_results(run: _Run, ending: Ending) -> None:
     folder = run.options.folder
     found = sort_records(read_records(folder / METRICS))
-    digests = {str(key): digest(adapter) for key, adapter in run.policies.kept().items()}
+    digests = {str(key): digest(adapter) for key, adapter in run.policies.adapters().items()}
     lineage = run.trainer.society.lineage.state()
     results.write_json(folder / RESULTS, results.build_results(found, digests, lineage))
     report = results.build_report(
