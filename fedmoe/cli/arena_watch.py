@@ -10,10 +10,8 @@ from rich.console import Console
 
 from fedmoe.arena.run.batched_records import BatchedRecords
 from fedmoe.monitor.exporters import PrometheusSink, Sink, TensorBoardSink, WatchedWriter
-from fedmoe.monitor.system import SystemSampler
+from fedmoe.monitor.system import sampled_system
 from fedmoe.monitor.terminal import LiveView
-
-_SAMPLE_SECONDS = 5.0
 
 
 class ArenaWatch:
@@ -35,5 +33,5 @@ class ArenaWatch:
                 sinks.append(PrometheusSink(self._port))
             writer = WatchedWriter(records, sinks)
             stack.callback(writer.close)
-            stack.enter_context(SystemSampler(writer.write, folder, _SAMPLE_SECONDS, limit))
+            stack.enter_context(sampled_system(writer, folder, memory_limit=limit))
             yield writer

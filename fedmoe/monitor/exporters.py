@@ -7,6 +7,8 @@ run must not end it.
 from __future__ import annotations
 
 import math
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from fedmoe.monitor.event_file import EventFile
-from fedmoe.runtime.records import Record, Value
+from fedmoe.runtime.records import Record, Recorder, Value
 
 if TYPE_CHECKING:
     from prometheus_client import Gauge
@@ -39,25 +40,13 @@ class Sink(Protocol):
         ...
 
 
-class Writer(Protocol):
-    """Keeps records, as `fedmoe.runtime.records.RecordWriter` does."""
-
-    def write(self, kind: str, **values: Value) -> None:
-        """Keep one record."""
-        ...
-
-    def close(self) -> None:
-        """Release what is held."""
-        ...
-
-
 class WatchedWriter:
     """Keeps every record first, then shows it to all sinks; takes the place of a `RecordWriter`, from any thread.
 
     What goes wrong while keeping is raised, as ever. A sink that fails is logged (`monitor_failed`) and left out.
     """
 
-    def __init__(self, writer: Writer, sinks: Sequence[Sink], clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, writer: Recorder, sinks: Sequence[Sink], clock: Callable[[], float] = time.time) -> None:
         self._writer = writer
         self._sinks = list(sinks)
         self._clock = clock
@@ -90,12 +79,22 @@ class WatchedWriter:
 class TensorBoardSink:
     """Writes every number of a record as a curve `kind/field/policy` into an event file in `folder`.
 
-    Steps are iterations; `system` records, which have none, are placed at the newest iteration seen. Raises OSError
-    when the file cannot be made.
+    Steps are iterations; `system` records, which have none, are placed at the newest iteration seen. Values are single
+    precision, and infinite beyond it. Raises OSError when the file cannot be made, ModuleNotFoundError without
+    tensorboard, of which the record format and the messages are used: they load neither TensorFlow nor torch.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = EventFile(folder)
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event = Event
+        folder.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        # TensorBoard finds a file by its name; unbuffered, so that values can be read as soon as they are added.
+        name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._file = RecordWriter((folder / name).open("xb", buffering=0))
+        self._file.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
         self._step = 0
 
     def write(self, record: Record) -> None:
@@ -103,11 +102,11 @@ class TensorBoardSink:
         iteration = record.get("iteration")
         if isinstance(iteration, int | float):
             self._step = int(iteration)
-        scalars = {
-            "/".join(part for part in (kind, field, *labels) if part): v for kind, field, labels, v in _values(record)
-        }
-        if scalars:
-            self._file.add(float(str(record["at"])), self._step, scalars)
+        event = self._event(wall_time=float(str(record["at"])), step=self._step)
+        for kind, field, labels, number in _values(record):
+            event.summary.value.add(tag="/".join(filter(None, (kind, field, *labels))), simple_value=number)
+        if event.summary.value:
+            self._file.write(event.SerializeToString())
 
     def close(self) -> None:
         """Release the file."""

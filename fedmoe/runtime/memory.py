@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,6 +18,7 @@ from fedmoe.runtime.control_file import Control
 from fedmoe.runtime.errors import ExpectedError
 from fedmoe.runtime.machine import memory
 from fedmoe.runtime.memory_pressure import Pressure, after_failure, pressure
+from fedmoe.runtime.periodic import repeated
 
 GIB = 1 << 30
 DEFAULT_LIMIT_GB = 32.0
@@ -172,19 +172,8 @@ class MemoryGuard:
 @contextmanager
 def watched(guard: MemoryGuard, seconds: float = 0.5) -> Iterator[None]:
     """Measure every `seconds` in a thread while inside, so that a check also sees the peak within a batch."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(seconds):
-            guard.observe()
-
-    thread = threading.Thread(target=watch, name="memory-watch", daemon=True)
-    thread.start()
-    try:
+    with repeated(guard.observe, seconds, "memory-watch"):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def limit_gpu(device: str, limit_gb: float) -> str:

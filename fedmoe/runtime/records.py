@@ -1,4 +1,4 @@
-"""One append-only stream of records: whoever measures writes it, whoever shows reads it."""
+"""Records: an append-only file of JSON lines, written by what measures and read by what shows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,22 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 Value = str | int | float | bool | None
 Record = Mapping[str, Value]
+
+
+class Recorder(Protocol):
+    """Keeps records: a `RecordWriter`, or whatever stands before one."""
+
+    def write(self, kind: str, **values: Value) -> None:
+        """Keep one record."""
+        ...
+
+    def close(self) -> None:
+        """Release what is held."""
+        ...
 
 
 class RecordWriter:

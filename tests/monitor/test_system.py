@@ -13,39 +13,40 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from structlog.testing import capture_logs
 
-from fedmoe.monitor.system import NoGpus, SystemSampler, find_gpus, sample
+from fedmoe.monitor.system import find_gpus, no_gpus, sample, sampled_system
 from fedmoe.runtime.machine import memory
 from fedmoe.runtime.records import RecordWriter, Value, read_records
 
 
-class Written:
-    """Keeps what is written, and lets a test wait for it."""
+class Kept:
+    """Keeps what is kept, and lets a test wait for it."""
 
     def __init__(self, fail: Callable[[], bool] = lambda: False) -> None:
         self.records: list[dict[str, Value]] = []
         self._fail = fail
         self._came = threading.Condition()
 
-    def __call__(self, kind: str, **values: Value) -> None:
+    def write(self, kind: str, **values: Value) -> None:
         with self._came:
             self.records.append({"kind": kind, **values})
             self._came.notify_all()
         if self._fail():
             raise OSError("no room")
 
+    def close(self) -> None: ...
+
     def wait(self, count: int) -> None:
         with self._came:
             assert self._came.wait_for(lambda: len(self.records) >= count, timeout=20)
 
 
-class TwoGpus:
-    def read(self) -> tuple[float | None, int] | None:
-        return 35.0, 3_000_000_000
+def two_gpus() -> tuple[float | None, int] | None:
+    return 35.0, 3_000_000_000
 
 
 def test_a_sample_has_the_machines_numbers(tmp_path: Path) -> None:
     """E9."""
-    found = sample(tmp_path, TwoGpus(), memory_limit_bytes=32 * 2**30)
+    found = sample(tmp_path, two_gpus, memory_limit_bytes=32 * 2**30)
     assert 0 <= found.cpu_percent <= 100
     assert 0 < found.memory_percent < 100
     assert 10 * 2**20 < found.process_bytes < memory().total
@@ -56,12 +57,12 @@ def test_a_sample_has_the_machines_numbers(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_its_values_are_null(tmp_path: Path) -> None:
-    found = sample(tmp_path, NoGpus())
+    found = sample(tmp_path, no_gpus)
     assert (found.gpu_percent, found.gpu_memory_bytes) == (None, None)
 
 
 def test_finding_gpus_never_fails(tmp_path: Path) -> None:
-    read = find_gpus().read()
+    read = find_gpus()()
     assert read is None or read[1] >= 0
 
 
@@ -95,80 +96,64 @@ def driver(monkeypatch: pytest.MonkeyPatch, busy: Sequence[int | None], broken: 
 
 def test_several_gpus_give_the_mean_of_use_and_the_sum_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     driver(monkeypatch, [10, 50])
-    assert find_gpus().read() == (30.0, 3000)
+    assert find_gpus()() == (30.0, 3000)
 
 
 def test_a_gpu_that_does_not_tell_counts_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     driver(monkeypatch, [None, 40])
-    assert find_gpus().read() == (40.0, 3000)
+    assert find_gpus()() == (40.0, 3000)
     driver(monkeypatch, [None])
-    assert find_gpus().read() == (None, 1000)
+    assert find_gpus()() == (None, 1000)
 
 
 def test_a_driver_that_is_not_loaded_is_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     driver(monkeypatch, [10], broken=True)
-    assert find_gpus().read() is None
+    assert find_gpus()() is None
 
 
 def test_memory_counts_what_the_process_started(tmp_path: Path) -> None:
-    alone = sample(tmp_path, NoGpus()).process_bytes
+    alone = sample(tmp_path, no_gpus).process_bytes
     code = "import sys; kept = bytearray(60_000_000); print('ready', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
-        assert sample(tmp_path, NoGpus()).process_bytes > alone + 50_000_000
+        assert sample(tmp_path, no_gpus).process_bytes > alone + 50_000_000
         child.communicate("")
 
 
 def test_a_folder_that_is_not_there_is_an_error_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nowhere"):
-        SystemSampler(Written(), tmp_path / "nowhere", gpus=NoGpus()).start()
+    nowhere = sampled_system(Kept(), tmp_path / "nowhere", read_gpus=no_gpus)
+    with pytest.raises(OSError, match="nowhere"), nowhere:
+        pass
 
 
-def test_an_interval_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="above 0, got 0"):
-        SystemSampler(Written(), tmp_path, interval=0)
-
-
-def test_the_sampler_writes_until_it_is_stopped(tmp_path: Path) -> None:
-    written = Written()
-    sampler = SystemSampler(written, tmp_path, interval=0.01, gpus=NoGpus())
-    sampler.start()
-    written.wait(3)
-    sampler.stop()
-    count = len(written.records)
-    assert all(record["kind"] == "system" for record in written.records)
+def test_the_machine_is_sampled_until_the_end(tmp_path: Path) -> None:
+    kept = Kept()
+    with sampled_system(kept, tmp_path, 0.01, read_gpus=no_gpus):
+        kept.wait(3)
+    assert all(record["kind"] == "system" for record in kept.records)
     assert "system-sampler" not in {thread.name for thread in threading.enumerate()}
-    sampler.stop()
-    sampler.start()
-    written.wait(count + 1)
-    sampler.stop()
-
-
-def test_starting_twice_is_an_error(tmp_path: Path) -> None:
-    with SystemSampler(Written(), tmp_path, gpus=NoGpus()) as sampler, pytest.raises(RuntimeError, match="already"):
-        sampler.start()
 
 
 def test_the_limit_is_asked_for_each_time(tmp_path: Path) -> None:
     limits = iter(range(1, 1000))
-    written = Written()
-    with SystemSampler(written, tmp_path, 0.01, lambda: next(limits), NoGpus()):
-        written.wait(3)
-    assert [record["memory_limit_bytes"] for record in written.records[:3]] == [1, 2, 3]
+    kept = Kept()
+    with sampled_system(kept, tmp_path, 0.01, lambda: next(limits), no_gpus):
+        kept.wait(3)
+    assert [record["memory_limit_bytes"] for record in kept.records[:3]] == [1, 2, 3]
 
 
 def test_a_write_that_fails_is_said_once_and_tried_again(tmp_path: Path) -> None:
-    written = Written(fail=lambda: True)
-    with capture_logs() as logs, SystemSampler(written, tmp_path, 0.01, gpus=NoGpus()):
-        written.wait(4)
+    kept = Kept(fail=lambda: True)
+    with capture_logs() as logs, sampled_system(kept, tmp_path, 0.01, read_gpus=no_gpus):
+        kept.wait(4)
     assert [(log["event"], log["reason"]) for log in logs] == [("system_sample_failed", "no room")]
 
 
 def test_samples_land_in_a_runs_records(tmp_path: Path) -> None:
     writer = RecordWriter(tmp_path / "metrics.jsonl")
-    with SystemSampler(writer.write, tmp_path, 0.01, gpus=NoGpus()):
+    with sampled_system(writer, tmp_path, 0.01, read_gpus=no_gpus):
         while os.path.getsize(tmp_path / "metrics.jsonl") == 0:
             threading.Event().wait(0.01)
     writer.close()

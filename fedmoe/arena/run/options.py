@@ -6,35 +6,22 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from fedmoe.arena.run.batched_records import BatchedRecords
 from fedmoe.runtime.errors import ExpectedError
-from fedmoe.runtime.records import Value
+from fedmoe.runtime.records import Recorder
 
 
 class RunError(ExpectedError, RuntimeError):
     """A run that cannot begin where and as it was asked to."""
 
 
-class Watched(Protocol):
-    """A writer of records."""
-
-    def write(self, kind: str, **values: Value) -> None:
-        """Keep one record."""
-        ...
-
-    def close(self) -> None:
-        """Release what is held."""
-        ...
-
-
 #: Given the writer of records, the run's folder and its memory limit in bytes: the writer to use instead.
-Watch = Callable[[BatchedRecords, Path, Callable[[], int]], AbstractContextManager[Watched]]
+Watch = Callable[[BatchedRecords, Path, Callable[[], int]], AbstractContextManager[Recorder]]
 
 
 @contextmanager
-def unwatched(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Watched]:
+def unwatched(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Recorder]:
     """Nobody looks on."""
     yield records
 

@@ -31,7 +31,7 @@ from fedmoe.arena.run.batched_records import BatchedRecords, truncate_records
 from fedmoe.arena.run.checkpoint import ArenaState, Loaded
 from fedmoe.arena.run.engines import make_engine
 from fedmoe.arena.run.episode_log import EPISODES, EpisodeLog
-from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch, Watched, unwatched
+from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch, unwatched
 from fedmoe.arena.run.results import Ending
 from fedmoe.arena.run.resuming import accepted_changes
 from fedmoe.arena.run.sorted_records import sort_records
@@ -49,7 +49,7 @@ from fedmoe.runtime.files import lock_folder
 from fedmoe.runtime.logs import RunLogs, log_files, run_logs
 from fedmoe.runtime.machine import memory
 from fedmoe.runtime.memory import MemoryGuard, MemoryLimitError, choose_limit, limit_gpu, watched
-from fedmoe.runtime.records import RecordWriter, read_records
+from fedmoe.runtime.records import Recorder, RecordWriter, read_records
 from fedmoe.runtime.resources import check_file_system, make_temporary, place, remove_temporary
 from fedmoe.wire.client import CoordinatorClient
 
@@ -75,7 +75,7 @@ class _Run:
     trainer: Trainer
     guard: MemoryGuard
     records: BatchedRecords
-    writer: Watched
+    writer: Recorder
     logs: RunLogs
     league: League | None
     started: float
