@@ -26,7 +26,7 @@ from fedmoe.inference.transformers_engine import TransformersEngine
 from fedmoe.models.base import ChatTemplate, load_base
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.sampling import SamplingLimits
-from fedmoe.runtime.records import Value
+from fedmoe.runtime.records import RecordValue
 
 #: The untrained model, measured once a seed.
 BASE = "base"
@@ -69,7 +69,7 @@ class TokenBudget:
         self._records = records
         yield self
 
-    def write(self, kind: str, **values: Value) -> None:
+    def write(self, kind: str, **values: RecordValue) -> None:
         """Count, and keep the record."""
         self._records.write(kind, **values)
         if kind == "timing":

@@ -36,7 +36,7 @@ from fedmoe.models.base import load_base
 from fedmoe.models.multilora import MultiLora
 from fedmoe.runtime import resources as placement
 from fedmoe.runtime.mounts import Mount
-from fedmoe.runtime.records import Record, Value, read_records
+from fedmoe.runtime.records import Record, RecordValue, read_records
 from fedmoe.runtime.resources import PlacementError
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +75,7 @@ class Run:
     folder: Path
     records: tuple[Record, ...]
 
-    def of(self, kind: str, **wanted: Value) -> list[Record]:
+    def of(self, kind: str, **wanted: RecordValue) -> list[Record]:
         """The records of a kind with these values."""
         return [one for one in self.records if one["kind"] == kind and wanted.items() <= one.items()]
 
@@ -87,7 +87,7 @@ class Run:
         return read
 
 
-def number(value: Value) -> float:
+def number(value: RecordValue) -> float:
     """A value that must be a number."""
     assert isinstance(value, int | float)
     return value

@@ -12,13 +12,13 @@ from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, SeatResult
 from fedmoe.arena.rollout.episodes import PlayedEpisode
 from fedmoe.arena.rollout.evaluate import Comparison, FrontRunner
-from fedmoe.runtime.records import Value
+from fedmoe.runtime.records import RecordValue
 
 
 class Records(Protocol):
     """Takes records."""
 
-    def write(self, kind: str, **values: Value) -> None:
+    def write(self, kind: str, **values: RecordValue) -> None:
         """Keep one record."""
         ...
 
@@ -182,7 +182,7 @@ def _write_policy(records: Records, report: Report, policies: Policies, name: st
     tokens = sum(len(turn.tokens) for turn in turns)
     reward = sum(result.credit.reward for result in own)
     update = report.updates.get(name)
-    learned: dict[str, Value] = {}
+    learned: dict[str, RecordValue] = {}
     if update is not None:
         learned = {
             "loss": update.loss,

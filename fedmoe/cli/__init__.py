@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 
 from fedmoe.runtime.streams import printing_safely
-from fedmoe.runtime.threads import prepare
+from fedmoe.runtime.threads import prepare_threads
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; expected errors end with one clear message and a non-zero status, never a traceback."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    prepare(words)
+    prepare_threads(words)
     with printing_safely():
         from fedmoe.cli.commands import app
         from fedmoe.cli.output import guarded
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def get_gateway_model() -> None:
     """Run `get_gateway_model.py`, the specification's name for the gateway tool."""
-    prepare([])
+    prepare_threads([])
     with printing_safely():
         from fedmoe.cli.commands import gateway_tool
         from fedmoe.cli.output import guarded

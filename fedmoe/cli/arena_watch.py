@@ -11,7 +11,7 @@ from rich.console import Console
 from fedmoe.arena.run.batched_records import BatchedRecords
 from fedmoe.monitor.exporters import PrometheusSink, Sink, TensorBoardSink, WatchedWriter
 from fedmoe.monitor.system import sampled_system
-from fedmoe.monitor.terminal import LiveView
+from fedmoe.monitor.terminal import TerminalView
 
 
 class ArenaWatch:
@@ -26,7 +26,7 @@ class ArenaWatch:
     def __call__(self, records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[WatchedWriter]:
         """The writer to use instead of `records`."""
         with ExitStack() as stack:
-            sinks: list[Sink] = [stack.enter_context(LiveView(Console(), self._iterations))]
+            sinks: list[Sink] = [stack.enter_context(TerminalView(Console(), self._iterations))]
             if self._tensorboard:
                 sinks.append(TensorBoardSink(folder / "tensorboard"))
             if self._port is not None:

@@ -30,7 +30,7 @@ def demo(
         from rich.console import Console
 
         from fedmoe.cli.demo_run.plan import DemoPlan
-        from fedmoe.cli.demo_run.processes import ProcessFailedError
+        from fedmoe.cli.demo_run.processes import DemoProcessError
         from fedmoe.cli.demo_run.run import run_demo
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker,charts]'") from error
@@ -42,7 +42,7 @@ def demo(
     _check_same_plan(plan.folder, {"base_model": base_model, "steps": steps})
     try:
         run_demo(plan, Console())
-    except ProcessFailedError as error:
+    except DemoProcessError as error:
         raise CommandError(str(error)) from error
     except KeyboardInterrupt:
         raise CommandError("stopped; run the same command again to continue") from None

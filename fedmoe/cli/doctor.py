@@ -21,7 +21,7 @@ from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token
 from fedmoe.cli.output import show_json
 from fedmoe.runtime.machine import machine_memory, memory, usable_cores
 from fedmoe.runtime.safe_text import inert
-from fedmoe.runtime.threads import look
+from fedmoe.runtime.threads import own_threads
 
 # Below this SQLite has a rare WAL-reset corruption bug (https://www.sqlite.org/releaselog/3_51_3.html); it takes
 # several connections to one database, and a coordinator has exactly one.
@@ -106,7 +106,7 @@ def _limits() -> Finding:
 
 def _threads() -> Finding:
     """What a worker started now would choose."""
-    chosen = look(os.environ)
+    chosen = own_threads(os.environ)
     if chosen.count:
         return Finding("threads", "ok", f"{chosen.count} for a worker ({chosen.reason})")
     return Finding("threads", "problem", f"{chosen.reason} is no number of threads", "unset it, or set it to 1 or more")

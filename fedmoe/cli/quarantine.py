@@ -11,7 +11,7 @@ from fedmoe.cli.output import show_json, show_table
 from fedmoe.wire.contract.quarantine import QuarantineListing
 
 app = typer.Typer()
-Number = Annotated[int, typer.Argument(help="The number of the held update, as the list shows it.", min=1)]
+HeldNumber = Annotated[int, typer.Argument(help="The number of the held update, as the list shows it.", min=1)]
 
 
 @app.callback(invoke_without_command=True)
@@ -45,7 +45,7 @@ def list_held(coordinator_url: CoordinatorUrl = DEFAULT_URL, token: AdminToken =
 
 @app.command()
 def release(
-    number: Number, coordinator_url: CoordinatorUrl = DEFAULT_URL, token: AdminToken = None, as_json: AsJson = False
+    number: HeldNumber, coordinator_url: CoordinatorUrl = DEFAULT_URL, token: AdminToken = None, as_json: AsJson = False
 ) -> None:
     """Let a held update land, as if it had arrived now."""
     with client(coordinator_url, token) as api:
@@ -58,7 +58,7 @@ def release(
 
 @app.command()
 def reject(
-    number: Number,
+    number: HeldNumber,
     reason: Annotated[str, typer.Option(help="Kept in the journal, and told to the worker.")] = "",
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
     token: AdminToken = None,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmoe.lora.adapter import Float64Array
-from fedmoe.runtime.records import Record, Value
+from fedmoe.runtime.records import Record, RecordValue
 
 #: Kinds of records an arena run writes.
 KINDS = ("run", "policy", "team", "credit", "rating", "evaluation", "leader", "decision", "timing", "system")
@@ -20,7 +20,7 @@ class NoRecordsError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class SeriesTable:
     """Numbers over `x` (iterations, or seconds): float64 (n,), ascending; each column (n,), NaN where none came."""
 
     x: Float64Array
@@ -77,7 +77,7 @@ class ModeBand:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class DecisionPoint:
     """Something that was changed while training, from what to what, and why; `policy` is "" for the whole run."""
 
     iteration: float
@@ -90,7 +90,7 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class Estimate:
     """A measured value with the ends of its confidence interval; NaN where not recorded."""
 
     value: float
@@ -99,7 +99,7 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class EvaluationPoint:
     """One measurement on held-out episodes: the policy, the base model alone on the same, and games won of all.
 
     `questions`: how many different ones the episodes were about; `few` where they are too few to say much of others.
@@ -109,22 +109,22 @@ class Evaluation:
     mode: str
     policy: str
     opponent: str
-    score: Interval
-    base: Interval
-    win: Interval
+    score: Estimate
+    base: Estimate
+    win: Estimate
     episodes: float
     questions: float = math.nan
     few: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Leader:
+class Lead:
     """Whose held-out score is the best; only where it is `apart` from every other is it surely the best policy."""
 
     policy: str
     apart: bool
     rival: str
-    lead: Interval
+    lead: Estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +147,15 @@ class ArenaSeries:
 
     facts: RunFacts
     policies: tuple[str, ...]
-    tables: Mapping[str, Table]
-    credit: Mapping[str, Table]
-    rating: Mapping[str, Table]
-    team: Table
-    timing: Table
-    system: Table
-    evaluations: tuple[Evaluation, ...]
-    leader: Leader | None
-    decisions: tuple[Decision, ...]
+    tables: Mapping[str, SeriesTable]
+    credit: Mapping[str, SeriesTable]
+    rating: Mapping[str, SeriesTable]
+    team: SeriesTable
+    timing: SeriesTable
+    system: SeriesTable
+    evaluations: tuple[EvaluationPoint, ...]
+    leader: Lead | None
+    decisions: tuple[DecisionPoint, ...]
     modes: tuple[ModeBand, ...]
 
     @property
@@ -164,7 +164,7 @@ class ArenaSeries:
         found = [table.x for table in (*self.tables.values(), self.team, self.timing) if len(table)]
         return (min(float(x[0]) for x in found), max(float(x[-1]) for x in found)) if found else (0.0, 0.0)
 
-    def final_evaluations(self) -> tuple[Evaluation, ...]:
+    def final_evaluations(self) -> tuple[EvaluationPoint, ...]:
         """The newest evaluation of every policy against every opponent, in the order of `policies`."""
         newest = {(found.policy, found.opponent): found for found in self.evaluations}
         return tuple(found for policy in self.policies for key, found in newest.items() if key[0] == policy)
@@ -242,11 +242,11 @@ def _by_kind(records: Iterable[Record]) -> dict[str, list[Record]]:
     return found
 
 
-def _number(value: Value) -> float:
+def _number(value: RecordValue) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _text(value: Value) -> str:
+def _text(value: RecordValue) -> str:
     """A word for people; a number short enough for a label."""
     if isinstance(value, float):
         return f"{value:.4g}"
@@ -275,11 +275,11 @@ def _policies(by_kind: Mapping[str, Sequence[Record]]) -> tuple[str, ...]:
     return tuple(named)
 
 
-def _tables(records: Sequence[Record], policies: Sequence[str]) -> dict[str, Table]:
+def _tables(records: Sequence[Record], policies: Sequence[str]) -> dict[str, SeriesTable]:
     return {policy: _table([record for record in records if record.get("policy") == policy]) for policy in policies}
 
 
-def _table(records: Iterable[Record]) -> Table:
+def _table(records: Iterable[Record]) -> SeriesTable:
     rows: dict[float, dict[str, float]] = {}
     for record in records:
         iteration = _number(record.get("iteration"))
@@ -290,12 +290,14 @@ def _table(records: Iterable[Record]) -> Table:
     order = sorted(rows)
     names = dict.fromkeys(name for iteration in order for name in rows[iteration])
     columns = {name: np.array([rows[iteration].get(name, math.nan) for iteration in order]) for name in names}
-    return Table(np.array(order, dtype=np.float64), {name: c for name, c in columns.items() if np.isfinite(c).any()})
+    return SeriesTable(
+        np.array(order, dtype=np.float64), {name: c for name, c in columns.items() if np.isfinite(c).any()}
+    )
 
 
-def _evaluations(records: Iterable[Record]) -> tuple[Evaluation, ...]:
+def _evaluations(records: Iterable[Record]) -> tuple[EvaluationPoint, ...]:
     found = [
-        Evaluation(
+        EvaluationPoint(
             iteration=_number(record.get("iteration")),
             mode=_text(record.get("mode")),
             policy=_text(record.get("policy")),
@@ -313,21 +315,21 @@ def _evaluations(records: Iterable[Record]) -> tuple[Evaluation, ...]:
     return tuple(sorted(found, key=lambda evaluation: evaluation.iteration))
 
 
-def _leader(records: Sequence[Record]) -> Leader | None:
+def _leader(records: Sequence[Record]) -> Lead | None:
     if not records:
         return None
     newest = records[-1]
     names = _text(newest.get("policy")), _text(newest.get("rival"))
-    return Leader(names[0], newest.get("apart") is True, names[1], _interval(newest, "lead", "lead_low", "lead_high"))
+    return Lead(names[0], newest.get("apart") is True, names[1], _interval(newest, "lead", "lead_low", "lead_high"))
 
 
-def _interval(record: Record, value: str, low: str, high: str) -> Interval:
-    return Interval(_number(record.get(value)), _number(record.get(low)), _number(record.get(high)))
+def _interval(record: Record, value: str, low: str, high: str) -> Estimate:
+    return Estimate(_number(record.get(value)), _number(record.get(low)), _number(record.get(high)))
 
 
-def _decisions(records: Iterable[Record]) -> tuple[Decision, ...]:
+def _decisions(records: Iterable[Record]) -> tuple[DecisionPoint, ...]:
     found = [
-        Decision(
+        DecisionPoint(
             _number(record.get("iteration")),
             *(_text(record.get(name)) for name in ("mode", "policy", "what", "before", "after", "reason")),
         )

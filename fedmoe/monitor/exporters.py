@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from fedmoe.runtime.records import Record, Recorder, Value
+from fedmoe.runtime.records import Record, Recorder, RecordValue
 
 if TYPE_CHECKING:
     from prometheus_client import Gauge
@@ -53,7 +53,7 @@ class WatchedWriter:
         # Sinks are not asked to bear several threads; the sampler of the system has its own.
         self._lock = threading.Lock()
 
-    def write(self, kind: str, **values: Value) -> None:
+    def write(self, kind: str, **values: RecordValue) -> None:
         """Keep a record, then show it."""
         self._writer.write(kind, **values)
         record: Record = {"at": round(self._clock(), 3), "kind": kind, **values}

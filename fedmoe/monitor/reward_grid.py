@@ -12,7 +12,7 @@ from fedmoe.monitor.arena_series import ArenaSeries
 
 
 @dataclass(frozen=True, slots=True)
-class Landscape:
+class RewardGrid:
     """Mean rewards: `values` (policies, b), NaN where a policy has none; `starts`, `lengths` (b,) in iterations.
 
     Policies stand by rising recent reward, so that low ones in front hide nothing. `width` is the length of every
@@ -26,14 +26,14 @@ class Landscape:
     width: float
 
 
-def landscape(series: ArenaSeries, bins: int) -> Landscape:
+def reward_grid(series: ArenaSeries, bins: int) -> RewardGrid:
     """Rewards of all policies that have any, in at most `bins` stretches of equally many iterations."""
     points = {policy: table.points("reward") for policy, table in series.tables.items()}
     there = (policy for policy in series.policies if len(points[policy][0]))
     policies = tuple(sorted(there, key=lambda policy: series.tables[policy].recent("reward")))
     if not policies:
         empty = np.empty(0)
-        return Landscape((), empty, empty, np.empty((0, 0)), 1.0)
+        return RewardGrid((), empty, empty, np.empty((0, 0)), 1.0)
     first = min(float(points[policy][0][0]) for policy in policies)
     last = max(float(points[policy][0][-1]) for policy in policies)
     width = float(math.ceil((last - first + 1) / bins))
@@ -42,7 +42,7 @@ def landscape(series: ArenaSeries, bins: int) -> Landscape:
     values = np.stack([_means(*points[policy], starts, width) for policy in policies])
     # The last stretch ends where the run ends.
     lengths = np.minimum(width, last + 0.5 - starts)
-    return Landscape(policies, starts, lengths, values, width)
+    return RewardGrid(policies, starts, lengths, values, width)
 
 
 def _means(x: Float64Array, y: Float64Array, starts: Float64Array, width: float) -> Float64Array:

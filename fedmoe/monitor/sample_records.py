@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedmoe.runtime.records import Record, Value
+from fedmoe.runtime.records import Record, RecordValue
 
 _NAMES = ("solver", "checker", "planner", "critic", "scout", "judge", "builder", "skeptic")
 _MODES = ("cooperative", "competitive", "team_battle")
@@ -51,7 +51,7 @@ def sample_records(policies: int = 4, iterations: int = 120, seed: int = 0, star
         raise ValueError(f"1 to {len(_NAMES)} policies and at least 1 iteration, got {policies} and {iterations}")
     rng = np.random.default_rng(seed)
     players = [_player(name, rng) for name in _NAMES[:policies]]
-    run: dict[str, Value] = {
+    run: dict[str, RecordValue] = {
         "kind": "run",
         "task": "sample:arithmetic",
         "mode": "mixed",
@@ -82,7 +82,7 @@ def _mode(iteration: int, iterations: int) -> str:
 def _iteration(players: list[_Policy], iteration: int, iterations: int, rng: np.random.Generator) -> Iterator[Record]:
     mode = _mode(iteration, iterations)
     share = iteration / max(iterations - 1, 1)
-    head: dict[str, Value] = {"iteration": iteration, "mode": mode}
+    head: dict[str, RecordValue] = {"iteration": iteration, "mode": mode}
     seconds = _SECONDS * float(rng.normal(1, 0.06))
     rewards = [_reward(player, share, rng) for player in players]
     tokens = 0
@@ -109,7 +109,7 @@ def _reward(player: _Policy, share: float, rng: np.random.Generator) -> float:
 
 def _policy_record(
     player: _Policy, reward: float, share: float, seconds: float, rng: np.random.Generator
-) -> dict[str, Value]:
+) -> dict[str, RecordValue]:
     # Answers get shorter while they get better, as they do when wrong ones ramble on.
     tokens = int(player.tokens * (1 - 0.45 * (1 - math.exp(-3 * share))) * float(rng.normal(1, 0.05)))
     player.version += 1
@@ -137,7 +137,7 @@ def _policy_record(
     }
 
 
-def _credit(reward: float, rewards: list[float], rng: np.random.Generator) -> dict[str, Value]:
+def _credit(reward: float, rewards: list[float], rng: np.random.Generator) -> dict[str, RecordValue]:
     mean = sum(rewards) / len(rewards)
     return {
         "shared": mean,
@@ -147,14 +147,14 @@ def _credit(reward: float, rewards: list[float], rng: np.random.Generator) -> di
     }
 
 
-def _rating(player: _Policy, players: list[_Policy], share: float, rng: np.random.Generator) -> dict[str, Value]:
+def _rating(player: _Policy, players: list[_Policy], share: float, rng: np.random.Generator) -> dict[str, RecordValue]:
     mean = sum(other.skill(share) for other in players) / len(players)
     player.mu += 0.08 * (25 + 22 * (player.skill(share) - mean) - player.mu) + float(rng.normal(0, 0.12))
     player.sigma = 1.1 + (player.sigma - 1.1) * 0.965
     return {"mu": player.mu, "sigma": player.sigma, "games": 16 * player.version}
 
 
-def _team(rewards: list[float], share: float, rng: np.random.Generator) -> dict[str, Value]:
+def _team(rewards: list[float], share: float, rng: np.random.Generator) -> dict[str, RecordValue]:
     return {
         "cooperation": float(0.03 + 0.16 * (1 - math.exp(-3 * share)) + rng.normal(0, 0.012)),
         "completion": float(np.clip(0.72 + 0.26 * (1 - math.exp(-5 * share)) + rng.normal(0, 0.01), 0, 1)),
@@ -163,7 +163,7 @@ def _team(rewards: list[float], share: float, rng: np.random.Generator) -> dict[
     }
 
 
-def _timing(seconds: float, tokens: int) -> dict[str, Value]:
+def _timing(seconds: float, tokens: int) -> dict[str, RecordValue]:
     return {
         "rollout_seconds": 0.62 * seconds,
         "learn_seconds": 0.34 * seconds,
@@ -173,7 +173,7 @@ def _timing(seconds: float, tokens: int) -> dict[str, Value]:
     }
 
 
-def _system(share: float, rng: np.random.Generator) -> dict[str, Value]:
+def _system(share: float, rng: np.random.Generator) -> dict[str, RecordValue]:
     return {
         "cpu_percent": float(np.clip(rng.normal(63, 6), 0, 100)),
         "memory_percent": 31 + 7 * share + float(rng.normal(0, 0.4)),
@@ -186,7 +186,7 @@ def _system(share: float, rng: np.random.Generator) -> dict[str, Value]:
     }
 
 
-def _evaluation(player: _Policy, share: float, rng: np.random.Generator) -> dict[str, Value]:
+def _evaluation(player: _Policy, share: float, rng: np.random.Generator) -> dict[str, RecordValue]:
     score, base = _measured(player.skill(share), rng), _measured(player.start, rng)
     win = _measured(float(np.clip(0.5 + 0.75 * (player.skill(share) - player.start), 0, 1)), rng)
     return {
@@ -207,7 +207,7 @@ def _evaluation(player: _Policy, share: float, rng: np.random.Generator) -> dict
     }
 
 
-def _leader(players: list[_Policy], share: float) -> dict[str, Value]:
+def _leader(players: list[_Policy], share: float) -> dict[str, RecordValue]:
     first, second = sorted(players, key=lambda player: -player.skill(share))[:2]
     lead, half = first.skill(share) - second.skill(share), 1.96 * math.sqrt(0.5 / _EPISODES)
     return {
@@ -230,8 +230,8 @@ def _measured(chance: float, rng: np.random.Generator) -> tuple[float, float, fl
 
 
 def _decisions(
-    players: list[_Policy], iteration: int, iterations: int, head: dict[str, Value]
-) -> Iterator[dict[str, Value]]:
+    players: list[_Policy], iteration: int, iterations: int, head: dict[str, RecordValue]
+) -> Iterator[dict[str, RecordValue]]:
     mode = _mode(iteration, iterations)
     before = _mode(iteration - 1, iterations) if iteration else mode
     reason = {"competitive": "plateau", "team_battle": "dominance"}.get(mode, "diversity fell")
@@ -242,7 +242,7 @@ def _decisions(
     for place, player in enumerate(players):
         if iteration == int(iterations * (0.3 + 0.09 * place)) and iteration:
             old, player.learning_rate = player.learning_rate, player.learning_rate / 2
-            change: dict[str, Value] = {"what": "learning rate", "before": old, "after": player.learning_rate}
+            change: dict[str, RecordValue] = {"what": "learning rate", "before": old, "after": player.learning_rate}
             yield {**head, "kind": "decision", "policy": player.name, "reason": "no gain", **change}
     weakest = min(players, key=lambda player: player.mu)
     if iteration == int(iterations * 0.7) and iteration and len(players) > 1:

@@ -34,7 +34,7 @@ def sparkline(values: Sequence[float], width: int = _SPARKS) -> str:
     return "".join(_BLOCKS[round((value - low) * scale)] for value in shown)
 
 
-class LiveView:
+class TerminalView:
     """Shows what the records say: redrawn on a terminal, one line an iteration and decision elsewhere. A `Sink`.
 
     `iterations` is how many the run will have; 0 when that is not known.

@@ -37,7 +37,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ControlGroup:
     """A control group that a process is in: the version of the interface, 1 or 2, and the folder of its files."""
 
     version: int
@@ -103,7 +103,7 @@ def _own_cgroup() -> str:
     return _OWN_CGROUP.read_text("utf-8") if _OWN_CGROUP.is_file() else ""
 
 
-def own_groups(controller: str, own: str, root: Path) -> Iterator[Group]:
+def own_groups(controller: str, own: str, root: Path) -> Iterator[ControlGroup]:
     """The groups that may limit a process, by the text of its /proc/self/cgroup: its own and all above it.
 
     Inside a container the path may be that of the host; the mounted root then is the own group, and always asked.
@@ -119,10 +119,10 @@ def own_groups(controller: str, own: str, root: Path) -> Iterator[Group]:
             continue
         place = PurePosixPath(path.removesuffix(" (deleted)"))
         below = [part.relative_to("/") for part in (place, *place.parents)] if place.is_absolute() else []
-        yield from (Group(version, folder / part) for part in below if ".." not in part.parts)
+        yield from (ControlGroup(version, folder / part) for part in below if ".." not in part.parts)
 
 
-def group_memory(group: Group) -> Memory | None:
+def group_memory(group: ControlGroup) -> Memory | None:
     """The limit of a group and what is free below it, or None where it has no limit."""
     names = (
         ("memory.limit_in_bytes", "memory.usage_in_bytes") if group.version == 1 else ("memory.max", "memory.current")
@@ -136,7 +136,7 @@ def group_memory(group: Group) -> Memory | None:
     return Memory(limit, max(0, limit - max(0, used - reclaimable)))
 
 
-def cpu_share(group: Group) -> float | None:
+def cpu_share(group: ControlGroup) -> float | None:
     """The cores' worth of time that a group may use, or None where it has no limit."""
     if group.version == 1:
         quota, period = (_text(group.folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))

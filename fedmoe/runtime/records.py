@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-Value = str | int | float | bool | None
-Record = Mapping[str, Value]
+RecordValue = str | int | float | bool | None
+Record = Mapping[str, RecordValue]
 
 
 class Recorder(Protocol):
     """Keeps records: a `RecordWriter`, or whatever stands before one."""
 
-    def write(self, kind: str, **values: Value) -> None:
+    def write(self, kind: str, **values: RecordValue) -> None:
         """Keep one record."""
         ...
 
@@ -41,13 +41,13 @@ class RecordWriter:
         self._clock = clock
         self._end_cut_line()
 
-    def write(self, kind: str, **values: Value) -> None:
+    def write(self, kind: str, **values: RecordValue) -> None:
         """Append one record."""
         self.write_many([self.stamped(kind, values)])
 
     def stamped(self, kind: str, values: Record) -> Record:
         """A record of this moment, to be written later with `write_many`."""
-        record: dict[str, Value] = {"at": round(self._clock(), 3), "kind": kind}
+        record: dict[str, RecordValue] = {"at": round(self._clock(), 3), "kind": kind}
         return record | {key: _plain(value) for key, value in values.items()}
 
     def write_many(self, records: Iterable[Record]) -> None:
@@ -74,7 +74,7 @@ class RecordWriter:
             self._append(b"\n")
 
 
-def _plain(value: Value) -> Value:
+def _plain(value: RecordValue) -> RecordValue:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

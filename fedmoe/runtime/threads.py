@@ -1,8 +1,8 @@
 """How many threads a process computes with, and that they sleep while they wait.
 
 Threads that spin while they wait for each other take the cores from those they wait for: several processes on one
-machine then cost many times what they cost alone. The libraries read their settings when they are loaded, so `prepare`
-comes before numpy and torch are imported. What the user has set is left as it is.
+machine then cost many times what they cost alone. The libraries read their settings when they are loaded, so
+`prepare_threads` comes before numpy and torch are imported. What the user has set is left as it is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SAMPLE_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class CoreUse:
     """What a process finds at its start.
 
     `bound`: the cores it may run on; `busy`: how many of them others keep busy; `share`: the cores' worth of time that
@@ -57,7 +57,7 @@ class Threads:
     reason: str
 
 
-def choose(found: Surroundings, teams: int = 1) -> Threads:
+def choose_threads(found: CoreUse, teams: int = 1) -> Threads:
     """The threads that fit on what is free; where others have just begun and look idle, an equal share of the cores.
 
     `teams` of threads compute at once in every rank. Never fewer than 1, never more than there are cores.
@@ -84,20 +84,20 @@ def asked_for(environment: Mapping[str, str]) -> Threads | None:
     return None
 
 
-def look(environment: Mapping[str, str], teams: int = 1) -> Threads:
+def own_threads(environment: Mapping[str, str], teams: int = 1) -> Threads:
     """The number of threads for this process, by what the user has set or by what is free; takes a moment."""
-    return asked_for(environment) or choose(surroundings(environment), teams)
+    return asked_for(environment) or choose_threads(core_use(environment), teams)
 
 
-def surroundings(environment: Mapping[str, str]) -> Surroundings:
+def core_use(environment: Mapping[str, str]) -> CoreUse:
     """Look at the machine for a quarter of a second."""
     text = environment.get("LOCAL_WORLD_SIZE", "1")
     ranks = max(1, int(text)) if text.isdecimal() else 1
     others = other_processes(in_a_group=ranks > 1)
-    return Surroundings(len(bound_cores()), busy_cores(_SAMPLE_SECONDS), usable_cores(), len(others), ranks)
+    return CoreUse(len(bound_cores()), busy_cores(_SAMPLE_SECONDS), usable_cores(), len(others), ranks)
 
 
-def waiting(environment: Mapping[str, str]) -> dict[str, str]:
+def waiting_settings(environment: Mapping[str, str]) -> dict[str, str]:
     """What to set so that no library's threads spin; nothing that the user has set."""
     settings = {"OPENBLAS_THREAD_TIMEOUT": "4", "TOKENIZERS_PARALLELISM": "false"}
     if not any(name in environment for name in _WAITING):
@@ -106,13 +106,13 @@ def waiting(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in settings.items() if name not in environment}
 
 
-def prepare(command: Sequence[str]) -> None:
+def prepare_threads(command: Sequence[str]) -> None:
     """Set this process's environment for a command, `["worker", ...]`; before numpy or torch is imported."""
-    os.environ.update(waiting(os.environ))
+    os.environ.update(waiting_settings(os.environ))
     teams = teams_of(command)
     if teams is None:
         return
-    threads = look(os.environ, teams)
+    threads = own_threads(os.environ, teams)
     if threads.count:  # what the user has set to something that is no number is told where threads are set
         os.environ.setdefault("OMP_NUM_THREADS", str(threads.count))
 

@@ -30,7 +30,7 @@ from fedmoe.lora.adapter import Adapter, FloatVector, Layout
 from fedmoe.lora.codec import decode
 from fedmoe.models.base import load_base
 from fedmoe.models.multilora import MultiLora
-from fedmoe.runtime.records import Value
+from fedmoe.runtime.records import RecordValue
 from fedmoe.wire.client import CoordinatorClient
 
 PUSH = "/push_expert_update"
@@ -84,7 +84,7 @@ class Letters:
 class Forgetful:
     """Takes records and keeps none."""
 
-    def write(self, kind: str, **values: Value) -> None:
+    def write(self, kind: str, **values: RecordValue) -> None:
         """Nothing."""
 
 

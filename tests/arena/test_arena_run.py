@@ -29,7 +29,7 @@ from fedmoe.cli.arena_watch import ArenaWatch
 from fedmoe.lora.codec import digest
 from fedmoe.runtime.files import FolderInUseError, lock_folder
 from fedmoe.runtime.memory import GIB, MemoryLimitError
-from fedmoe.runtime.records import Record, Value
+from fedmoe.runtime.records import Record, RecordValue
 
 DUEL = LettersTask((2, 2), zero_sum=True, strategies=(), name="test:duel")
 PHASES = (("competitive", 3), ("team_battle", 2))
@@ -77,7 +77,7 @@ def after(iterations: int, act: Callable[[], None]) -> Watch:
         def __init__(self, records: BatchedRecords) -> None:
             self._records = records
 
-        def write(self, kind: str, **values: Value) -> None:
+        def write(self, kind: str, **values: RecordValue) -> None:
             self._records.write(kind, **values)
             if kind == "timing" and values["iteration"] == iterations - 1:
                 act()
@@ -124,7 +124,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def of_kind(folder: Path, kind: str, **values: Value) -> list[Record]:
+def of_kind(folder: Path, kind: str, **values: RecordValue) -> list[Record]:
     found = [record for record in records_of(folder) if record["kind"] == kind]
     return [record for record in found if all(record[name] == value for name, value in values.items())]
 

@@ -17,7 +17,7 @@ from fedmoe.arena.run.batched_records import BatchedRecords
 from fedmoe.arena.run.run import RunOptions, Stop, Watched, run_arena
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.runtime import failpoints
-from fedmoe.runtime.records import Value
+from fedmoe.runtime.records import RecordValue
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_run_that_is_stopped_hands_over_what_it_has(
     def stop_in_the_third(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Watched]:
         write = records.write
 
-        def watched(kind: str, **values: Value) -> None:
+        def watched(kind: str, **values: RecordValue) -> None:
             if values.get("iteration") == 2:
                 stop.ask("told to")
             write(kind, **values)

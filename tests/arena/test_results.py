@@ -23,7 +23,7 @@ from fedmoe.arena.run.sorted_records import RunRecords, sort_records
 from fedmoe.monitor.sample_records import sample_records
 from fedmoe.runtime import environment as environment_module
 from fedmoe.runtime.environment import environment, processor_name
-from fedmoe.runtime.records import Record, RecordWriter, Value, read_records
+from fedmoe.runtime.records import Record, RecordValue, RecordWriter, read_records
 
 RUN: Record = {
     "kind": "run",
@@ -36,13 +36,18 @@ RUN: Record = {
 }
 
 
-def policy(iteration: int, name: str, **values: Value) -> Record:
-    record: dict[str, Value] = {"kind": "policy", "iteration": iteration, "mode": "cooperative", "policy": name}
+def policy(iteration: int, name: str, **values: RecordValue) -> Record:
+    record: dict[str, RecordValue] = {"kind": "policy", "iteration": iteration, "mode": "cooperative", "policy": name}
     return record | values
 
 
-def evaluation(iteration: int, name: str, **values: Value) -> Record:
-    record: dict[str, Value] = {"kind": "evaluation", "iteration": iteration, "mode": "cooperative", "policy": name}
+def evaluation(iteration: int, name: str, **values: RecordValue) -> Record:
+    record: dict[str, RecordValue] = {
+        "kind": "evaluation",
+        "iteration": iteration,
+        "mode": "cooperative",
+        "policy": name,
+    }
     return record | values
 
 

@@ -20,7 +20,7 @@ from fedmoe.inference.transformers_engine import TransformersEngine
 from fedmoe.lora.adapter import Adapter, initial_adapter
 from fedmoe.models.base import load_base
 from fedmoe.models.multilora import MultiLora
-from fedmoe.runtime.records import Record, Value, read_records
+from fedmoe.runtime.records import Record, RecordValue, read_records
 
 NAMES = ("ann", "bob", "cy", "dee")
 #: Fields that say when or how fast, and differ from run to run.
@@ -70,12 +70,12 @@ def write_config(path: Path, config: ArenaConfig) -> Path:
 class Kept:
     """Takes records and keeps them."""
 
-    records: list[dict[str, Value]] = field(default_factory=list)
+    records: list[dict[str, RecordValue]] = field(default_factory=list)
 
-    def write(self, kind: str, **values: Value) -> None:
+    def write(self, kind: str, **values: RecordValue) -> None:
         self.records.append({"kind": kind, **values})
 
-    def of(self, kind: str) -> list[dict[str, Value]]:
+    def of(self, kind: str) -> list[dict[str, RecordValue]]:
         return [record for record in self.records if record["kind"] == kind]
 
 
@@ -154,5 +154,5 @@ def curve(folder: Path) -> list[Record]:
     return [timeless(record) for record in records_of(folder) if record["kind"] != "system"]
 
 
-def timeless(record: Mapping[str, Value]) -> Record:
+def timeless(record: Mapping[str, RecordValue]) -> Record:
     return {name: value for name, value in record.items() if name not in TIMES}

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from fedmoe.monitor.exporters import PrometheusSink, TensorBoardSink, WatchedWriter
 from fedmoe.monitor.sample_records import sample_records
-from fedmoe.runtime.records import Record, RecordWriter, Value, read_records
+from fedmoe.runtime.records import Record, RecordValue, RecordWriter, read_records
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_monitors_see_what_is_kept(tmp_path: Path) -> None:
 
 def test_what_goes_wrong_while_keeping_is_raised() -> None:
     class Full:
-        def write(self, kind: str, **values: Value) -> None:
+        def write(self, kind: str, **values: RecordValue) -> None:
             raise OSError("no room")
 
         def close(self) -> None: ...

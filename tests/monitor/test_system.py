@@ -15,18 +15,18 @@ from structlog.testing import capture_logs
 
 from fedmoe.monitor.system import find_gpus, no_gpus, sample, sampled_system
 from fedmoe.runtime.machine import memory
-from fedmoe.runtime.records import RecordWriter, Value, read_records
+from fedmoe.runtime.records import RecordValue, RecordWriter, read_records
 
 
 class Kept:
     """Keeps what is kept, and lets a test wait for it."""
 
     def __init__(self, fail: Callable[[], bool] = lambda: False) -> None:
-        self.records: list[dict[str, Value]] = []
+        self.records: list[dict[str, RecordValue]] = []
         self._fail = fail
         self._came = threading.Condition()
 
-    def write(self, kind: str, **values: Value) -> None:
+    def write(self, kind: str, **values: RecordValue) -> None:
         with self._came:
             self.records.append({"kind": kind, **values})
             self._came.notify_all()

@@ -10,14 +10,14 @@ from arena_records import real
 from rich.console import Console
 
 from fedmoe.monitor.sample_records import sample_records
-from fedmoe.monitor.terminal import LiveView, sparkline
+from fedmoe.monitor.terminal import TerminalView, sparkline
 from fedmoe.runtime.records import Record
 
 
 def shown(records: list[Record], terminal: bool, iterations: int = 0) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=140, height=60, color_system=None)
-    with LiveView(console, iterations) as view:
+    with TerminalView(console, iterations) as view:
         for record in records:
             view.update(record)
     return out.getvalue()

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from fedmoe.runtime import machine
-from fedmoe.runtime.machine import Group, Memory, cpu_share, group_memory, own_groups, parse_limit
+from fedmoe.runtime.machine import ControlGroup, Memory, cpu_share, group_memory, own_groups, parse_limit
 
 GIB = 1 << 30
 ROOT = Path("/sys/fs/cgroup")
@@ -37,28 +37,28 @@ def test_a_file_of_a_group_says_its_limit_or_that_there_is_none(text: str, limit
 
 def test_the_free_memory_of_a_group_counts_files_that_can_be_read_again(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text(f"{4 * GIB}\n")
-    assert group_memory(Group(2, tmp_path)) == Memory(4 * GIB, 4 * GIB)
+    assert group_memory(ControlGroup(2, tmp_path)) == Memory(4 * GIB, 4 * GIB)
     (tmp_path / "memory.current").write_text(f"{3 * GIB}\n")
-    assert group_memory(Group(2, tmp_path)) == Memory(4 * GIB, GIB)
+    assert group_memory(ControlGroup(2, tmp_path)) == Memory(4 * GIB, GIB)
     (tmp_path / "memory.stat").write_text(
         f"anon {GIB}\ninactive_file {GIB}\nactive_file {GIB // 2}\nshmem {GIB // 2}\n"
     )
-    assert group_memory(Group(2, tmp_path)) == Memory(4 * GIB, 4 * GIB - 3 * GIB // 2)
+    assert group_memory(ControlGroup(2, tmp_path)) == Memory(4 * GIB, 4 * GIB - 3 * GIB // 2)
     (tmp_path / "memory.max").write_text("max\n")
-    assert group_memory(Group(2, tmp_path)) is None
+    assert group_memory(ControlGroup(2, tmp_path)) is None
 
 
 def test_the_free_memory_of_a_group_of_version_1(tmp_path: Path) -> None:
     (tmp_path / "memory.limit_in_bytes").write_text(f"{4 * GIB}\n")
     (tmp_path / "memory.usage_in_bytes").write_text(f"{3 * GIB}\n")
     (tmp_path / "memory.stat").write_text(f"inactive_file 1\ntotal_inactive_file {GIB}\ntotal_active_file {GIB}\n")
-    assert group_memory(Group(1, tmp_path)) == Memory(4 * GIB, 3 * GIB)
+    assert group_memory(ControlGroup(1, tmp_path)) == Memory(4 * GIB, 3 * GIB)
 
 
 def test_a_group_above_its_limit_has_nothing_free(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("100")
     (tmp_path / "memory.current").write_text("200")
-    assert group_memory(Group(2, tmp_path)) == Memory(100, 0)
+    assert group_memory(ControlGroup(2, tmp_path)) == Memory(100, 0)
 
 
 @pytest.mark.parametrize(
@@ -66,16 +66,16 @@ def test_a_group_above_its_limit_has_nothing_free(tmp_path: Path) -> None:
 )
 def test_a_groups_share_of_the_cores(tmp_path: Path, text: str, share: float | None) -> None:
     (tmp_path / "cpu.max").write_text(text)
-    assert cpu_share(Group(2, tmp_path)) == share
+    assert cpu_share(ControlGroup(2, tmp_path)) == share
 
 
 def test_a_groups_share_of_the_cores_in_version_1(tmp_path: Path) -> None:
-    assert cpu_share(Group(1, tmp_path)) is None
+    assert cpu_share(ControlGroup(1, tmp_path)) is None
     (tmp_path / "cpu.cfs_period_us").write_text("100000\n")
     (tmp_path / "cpu.cfs_quota_us").write_text("-1\n")
-    assert cpu_share(Group(1, tmp_path)) is None
+    assert cpu_share(ControlGroup(1, tmp_path)) is None
     (tmp_path / "cpu.cfs_quota_us").write_text("300000\n")
-    assert cpu_share(Group(1, tmp_path)) == 3.0
+    assert cpu_share(ControlGroup(1, tmp_path)) == 3.0
 
 
 @pytest.fixture

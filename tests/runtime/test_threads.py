@@ -14,15 +14,15 @@ import pytest
 from fedmoe.runtime import machine
 from fedmoe.runtime.threads import (
     COMPUTING,
-    Surroundings,
+    CoreUse,
     asked_for,
-    choose,
+    choose_threads,
     command_of,
-    look,
     other_processes,
-    prepare,
+    own_threads,
+    prepare_threads,
     teams_of,
-    waiting,
+    waiting_settings,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -32,23 +32,23 @@ SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "KMP_BLOCKT
 @pytest.mark.parametrize(
     ("found", "teams", "count"),
     [
-        (Surroundings(8, 0.2, 8), 1, 8),  # an idle machine is used
-        (Surroundings(8, 3.0, 8), 1, 5),  # what others use is theirs
-        (Surroundings(2, 2.0, 2), 1, 1),  # one thread is the least
-        (Surroundings(2, 17.0, 2), 1, 1),
-        (Surroundings(8, 0.0, 8, others=3), 1, 2),  # four that started together share
-        (Surroundings(8, 7.0, 8, others=1), 1, 1),  # the first took all
-        (Surroundings(64, 20.0, 2.5), 1, 2),  # a container's share, on a busy machine
-        (Surroundings(64, 63.0, 4.0), 1, 1),
-        (Surroundings(64, 0.0, 0.5), 1, 1),
-        (Surroundings(8, 3.0, 8, ranks=4), 1, 2),  # the other ranks are seen at work
-        (Surroundings(8, 0.0, 8, ranks=16), 1, 1),
-        (Surroundings(8, 0.0, 8), 2, 4),  # two teams at once
-        (Surroundings(2, 0.0, 2), 2, 1),
+        (CoreUse(8, 0.2, 8), 1, 8),  # an idle machine is used
+        (CoreUse(8, 3.0, 8), 1, 5),  # what others use is theirs
+        (CoreUse(2, 2.0, 2), 1, 1),  # one thread is the least
+        (CoreUse(2, 17.0, 2), 1, 1),
+        (CoreUse(8, 0.0, 8, others=3), 1, 2),  # four that started together share
+        (CoreUse(8, 7.0, 8, others=1), 1, 1),  # the first took all
+        (CoreUse(64, 20.0, 2.5), 1, 2),  # a container's share, on a busy machine
+        (CoreUse(64, 63.0, 4.0), 1, 1),
+        (CoreUse(64, 0.0, 0.5), 1, 1),
+        (CoreUse(8, 3.0, 8, ranks=4), 1, 2),  # the other ranks are seen at work
+        (CoreUse(8, 0.0, 8, ranks=16), 1, 1),
+        (CoreUse(8, 0.0, 8), 2, 4),  # two teams at once
+        (CoreUse(2, 0.0, 2), 2, 1),
     ],
 )
-def test_a_process_takes_what_is_free(found: Surroundings, teams: int, count: int) -> None:
-    chosen = choose(found, teams)
+def test_a_process_takes_what_is_free(found: CoreUse, teams: int, count: int) -> None:
+    chosen = choose_threads(found, teams)
     assert chosen.count == count
     assert f"{found.bound} cores" in chosen.reason
 
@@ -64,8 +64,8 @@ def test_a_process_takes_what_is_free(found: Surroundings, teams: int, count: in
     ],
 )
 def test_what_the_user_has_set_is_taken(environment: dict[str, str], count: int) -> None:
-    assert look(environment).count == count
-    assert "NUM_THREADS=" in look(environment).reason
+    assert own_threads(environment).count == count
+    assert "NUM_THREADS=" in own_threads(environment).reason
 
 
 def test_an_empty_setting_is_none() -> None:
@@ -74,8 +74,8 @@ def test_an_empty_setting_is_none() -> None:
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT"])
 def test_who_wants_threads_to_spin_may(name: str) -> None:
-    assert not {"OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & waiting({name: "1"}).keys()
-    assert waiting({})["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert not {"OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & waiting_settings({name: "1"}).keys()
+    assert waiting_settings({})["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_the_table_names_commands_that_there_are() -> None:
 
 PROBE = """
 import json, os, sys
-from fedmoe.runtime.threads import prepare
+from fedmoe.runtime.threads import prepare_threads
 assert not {"numpy", "torch"} & sys.modules.keys()
-prepare(["worker"])
+prepare_threads(["worker"])
 import torch
 from fedmoe.runtime.device import pin_threads
 pin_threads()
@@ -185,15 +185,15 @@ def test_a_command_that_does_not_compute_takes_no_time_to_look(monkeypatch: pyte
         monkeypatch.setenv(name, "1")
         monkeypatch.delenv(name)
     monkeypatch.setattr("fedmoe.runtime.threads.busy_cores", lambda seconds: pytest.fail("it looked"))
-    prepare(["token", "create"])
+    prepare_threads(["token", "create"])
     assert "OMP_NUM_THREADS" not in os.environ
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 SPIN = """
 import sys, threading, time
-from fedmoe.runtime.threads import prepare
-prepare(["worker"])
+from fedmoe.runtime.threads import prepare_threads
+prepare_threads(["worker"])
 import torch
 torch.set_num_threads(2)
 x = torch.ones(1 << 20)

@@ -10,7 +10,7 @@ from typing import Self
 
 import structlog
 
-from fedmoe.runtime.records import Record, RecordWriter, Value
+from fedmoe.runtime.records import Record, RecordValue, RecordWriter
 
 _log = structlog.get_logger("fedmoe.arena")
 
@@ -28,7 +28,7 @@ class BatchedRecords:
         self._closed = False
         self._lock = threading.Lock()
 
-    def write(self, kind: str, **values: Value) -> None:
+    def write(self, kind: str, **values: RecordValue) -> None:
         """Keep one record of this moment; flushes by itself only when very many wait."""
         with self._lock:
             self._waiting.append(self._writer.stamped(kind, values))

@@ -14,7 +14,7 @@ from fedmoe.arena.run.checkpoint import config_digest
 from fedmoe.arena.run.checkpoint_parts import Json
 from fedmoe.arena.run.sorted_records import PolicyRecords, RunRecords, Step
 from fedmoe.runtime.files import write_atomic
-from fedmoe.runtime.records import Record, Value
+from fedmoe.runtime.records import Record, RecordValue
 
 RESULTS = "multi_model_training_simple_results.json"
 REPORT = "run_report.json"
@@ -104,15 +104,15 @@ def _held_out(policy: PolicyRecords) -> dict[str, object] | None:
     }
 
 
-def _newest_wins(policy: PolicyRecords) -> list[dict[str, Value]]:
+def _newest_wins(policy: PolicyRecords) -> list[dict[str, RecordValue]]:
     """The newest win rate against each opponent, with its interval."""
     measured = (record for record in policy.evaluations.values() if record.get("win_rate") is not None)
     return [_chosen(record, _WIN) for record in {record.get("opponent"): record for record in measured}.values()]
 
 
-def _stretches(found: RunRecords) -> list[dict[str, Value]]:
+def _stretches(found: RunRecords) -> list[dict[str, RecordValue]]:
     """Which mode ran from which iteration to which, both included."""
-    stretches: list[dict[str, Value]] = []
+    stretches: list[dict[str, RecordValue]] = []
     for iteration, mode in found.steps:
         if stretches and stretches[-1]["mode"] == mode:
             stretches[-1]["last"] = iteration
@@ -121,7 +121,7 @@ def _stretches(found: RunRecords) -> list[dict[str, Value]]:
     return stretches
 
 
-def _curve(records: Mapping[Step, Record], fields: Sequence[str]) -> dict[str, list[Value]]:
+def _curve(records: Mapping[Step, Record], fields: Sequence[str]) -> dict[str, list[RecordValue]]:
     """Columns over iterations; those that were never recorded are left out."""
     columns = {name: [record.get(name) for record in records.values()] for name in fields}
     there = {name: column for name, column in columns.items() if any(value is not None for value in column)}
@@ -218,16 +218,16 @@ def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def number(value: Value) -> float:
+def number(value: RecordValue) -> float:
     """A recorded number; 0 for one that was not recorded."""
     return value if isinstance(value, int | float) else 0.0
 
 
-def _chosen(record: Record, names: Sequence[str]) -> dict[str, Value]:
+def _chosen(record: Record, names: Sequence[str]) -> dict[str, RecordValue]:
     return {name: record.get(name) for name in names}
 
 
-def _without(record: Record, *names: str) -> dict[str, Value]:
+def _without(record: Record, *names: str) -> dict[str, RecordValue]:
     return {name: value for name, value in record.items() if name not in names}
 
 

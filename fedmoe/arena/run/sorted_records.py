@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fedmoe.runtime.records import Record, Value
+from fedmoe.runtime.records import Record, RecordValue
 
 #: Iteration and mode: a run of several modes one after another counts its iterations anew in each.
-Step = tuple[Value, Value]
+Step = tuple[RecordValue, RecordValue]
 
 
 @dataclass(slots=True)
@@ -16,7 +16,7 @@ class PolicyRecords:
     """The records of one policy, in the order of time; one of a step that was repeated takes the place of the first."""
 
     turns: dict[Step, Record] = field(default_factory=dict)
-    evaluations: dict[tuple[Value, Value, Value], Record] = field(default_factory=dict)
+    evaluations: dict[tuple[RecordValue, RecordValue, RecordValue], Record] = field(default_factory=dict)
     credit: Record | None = None
     rating: Record | None = None
 

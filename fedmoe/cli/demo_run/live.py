@@ -76,7 +76,7 @@ def _phase(line: bytes) -> str:
     return f"{told['phase']}{done}{total}"
 
 
-class LiveView:
+class DemoView:
     """Shows what the workers' records and logs say; `refresh` is called a few times a second.
 
     Made before the workers start: of their logs, what is there already is of an earlier run.

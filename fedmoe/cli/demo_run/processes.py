@@ -17,12 +17,12 @@ from fedmoe.wire.client import CoordinatorClient
 _STOP_SECONDS = 90.0
 
 
-class ProcessFailedError(Exception):
+class DemoProcessError(Exception):
     """A process ended that should not have; the message shows the end of its log."""
 
 
 @dataclass(frozen=True)
-class Running:
+class DemoProcess:
     """A started process and where its output goes."""
 
     name: str
@@ -36,7 +36,7 @@ class Running:
             return True
         if status != 0:
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-12:])
-            raise ProcessFailedError(f"{self.name} ended with status {status}; the end of {self.log}:\n{tail}")
+            raise DemoProcessError(f"{self.name} ended with status {status}; the end of {self.log}:\n{tail}")
         return False
 
     def stop(self) -> None:
@@ -51,7 +51,7 @@ class Running:
             self.process.wait()
 
 
-def start(name: str, arguments: Sequence[str], log: Path, niceness: int = 0) -> Running:
+def start(name: str, arguments: Sequence[str], log: Path, niceness: int = 0) -> DemoProcess:
     """Start `fedmoe ARGUMENTS` in the background, with one torch thread, appending to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "fedmoe", *arguments]
@@ -69,7 +69,7 @@ def start(name: str, arguments: Sequence[str], log: Path, niceness: int = 0) -> 
             # its own: that would give every process an equal share of the cores, and niceness would mean nothing.
             process_group=0,
         )
-    return Running(name, process, log)
+    return DemoProcess(name, process, log)
 
 
 def free_port() -> int:
@@ -79,13 +79,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until_healthy(coordinator: Running, url: str, seconds: float = 600.0) -> None:
+def wait_until_healthy(coordinator: DemoProcess, url: str, seconds: float = 600.0) -> None:
     """Return once the coordinator answers; raise if it ends or stays silent, far longer than a busy machine takes."""
     deadline = time.monotonic() + seconds
     with CoordinatorClient(url) as api:
         while not api.healthy():
             if not coordinator.check() or time.monotonic() > deadline:
-                raise ProcessFailedError(
-                    f"the coordinator did not answer within {seconds:.0f} s; see {coordinator.log}"
-                )
+                raise DemoProcessError(f"the coordinator did not answer within {seconds:.0f} s; see {coordinator.log}")
             time.sleep(0.2)

@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.console import Console
 
 from fedmoe import __version__
-from fedmoe.cli.demo_run.live import LiveView
+from fedmoe.cli.demo_run.live import DemoView
 from fedmoe.cli.demo_run.plan import GENERAL, WORKERS, DemoPlan
-from fedmoe.cli.demo_run.processes import Running, free_port, start, wait_until_healthy
+from fedmoe.cli.demo_run.processes import DemoProcess, free_port, start, wait_until_healthy
 from fedmoe.cli.demo_run.report import (
     GATEWAY,
     DomainResult,
@@ -36,7 +36,7 @@ from fedmoe.monitor.charts.federation import loss_chart
 from fedmoe.runtime.device import pin_threads
 from fedmoe.runtime.files import write_atomic, write_folder_atomic
 from fedmoe.runtime.records import Record, read_records
-from fedmoe.runtime.threads import look
+from fedmoe.runtime.threads import own_threads
 from fedmoe.wire.client import CoordinatorClient
 
 _POLL_SECONDS = 0.5
@@ -79,7 +79,7 @@ def _train(plan: DemoPlan, console: Console) -> None:
         coordinator = start("coordinator", plan.coordinator_command(port), plan.logs / "coordinator.log")
         running.append(coordinator)
         wait_until_healthy(coordinator, url)
-        view = LiveView(plan, console)  # looks at what is logged from now on
+        view = DemoView(plan, console)  # looks at what is logged from now on
         workers = [
             start(worker.name, plan.worker_command(worker, url), plan.log(worker), worker.niceness)
             for worker in WORKERS
@@ -92,16 +92,16 @@ def _train(plan: DemoPlan, console: Console) -> None:
         _save_models(plan, url)
 
 
-def _any_running(workers: list[Running]) -> bool:
+def _any_running(workers: list[DemoProcess]) -> bool:
     """Whether a worker still runs; looks at all of them, so that a failure is seen while others run."""
     running = [worker.check() for worker in workers]
     return any(running)
 
 
 @contextmanager
-def _stopped_at_the_end() -> Iterator[list[Running]]:
+def _stopped_at_the_end() -> Iterator[list[DemoProcess]]:
     """Stops what was started, the last first, whatever happens in between."""
-    running: list[Running] = []
+    running: list[DemoProcess] = []
     try:
         yield running
     finally:
@@ -144,7 +144,7 @@ def _save_peft(plan: DemoPlan, name: str, adapter: Adapter, base: dict[str, str]
 
 def _measure(plan: DemoPlan, console: Console) -> tuple[dict[str, DomainResult], GeneralResult]:
     """Score the saved models on the held-out files, with what cores are free after training; write the report."""
-    pin_threads(look(os.environ).count or None)
+    pin_threads(own_threads(os.environ).count or None)
     base = load_base(plan.base_model)
     adapters = {name: _load_peft(plan, name) for name in (*(w.expert for w in WORKERS), GATEWAY)}
     held_out = {worker.domain: _held_out(plan, plan.test_file(worker), base) for worker in WORKERS}

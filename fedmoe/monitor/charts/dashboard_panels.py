@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
 from fedmoe.lora.adapter import Float64Array
-from fedmoe.monitor.arena_series import ArenaSeries, Table, smoothed, smoothing_span
+from fedmoe.monitor.arena_series import ArenaSeries, SeriesTable, smoothed, smoothing_span
 from fedmoe.monitor.charts.style import (
-    End,
+    CurveEnd,
     dress,
     end_labels,
     iteration_axis,
@@ -40,7 +40,7 @@ def ratings(axes: Axes, series: ArenaSeries, inches: float) -> None:
         colour = policy_colour(series, policy)
         axes.fill_between(x, mu - sigma, mu + sigma, color=colour, alpha=0.10, linewidth=0)
         axes.plot(x, mu, color=colour, linewidth=2, linestyle=policy_dash(series, policy))
-        ends.append(End(plain(policy, 16), colour, float(x[-1]), float(mu[-1])))
+        ends.append(CurveEnd(plain(policy, 16), colour, float(x[-1]), float(mu[-1])))
     mus = np.concatenate([table.points("mu")[1] for table in found.values()])
     last = max(table.last("sigma") for table in found.values())
     margin = max(1.6 * (last if np.isfinite(last) else 0.0), 0.12 * float(np.ptp(mus)), 0.5)
@@ -100,11 +100,11 @@ def speed(axes: Axes, series: ArenaSeries, inches: float) -> None:
     for name, colour in (("rollout", POLICY_COLOURS[5]), ("learn", POLICY_COLOURS[4])):
         part = smoothed(np.nan_to_num(series.timing.column(f"{name}_seconds")[there]), span)
         axes.fill_between(x, below, below + part, color=colour, alpha=0.55, linewidth=0)
-        ends.append(End(name, colour, float(x[-1]), float(below[-1] + part[-1] / 2)))
+        ends.append(CurveEnd(name, colour, float(x[-1]), float(below[-1] + part[-1] / 2)))
         below = below + part
     whole = np.maximum(smoothed(total, span), below)
     axes.fill_between(x, below, whole, color="#9AA5B1", alpha=0.6, linewidth=0)
-    ends.append(End("other", "#6B7683", float(x[-1]), float((below[-1] + whole[-1]) / 2)))
+    ends.append(CurveEnd("other", "#6B7683", float(x[-1]), float((below[-1] + whole[-1]) / 2)))
     iteration_axis(axes, series)
     axes.set_ylim(0, float(whole.max()) * 1.12)
     end_labels(axes, ends, inches)
@@ -127,13 +127,13 @@ def system(axes: Axes, series: ArenaSeries, inches: float) -> None:
         colour = POLICY_COLOURS[place]
         axes.plot(x / scale, y, color=colour, linewidth=0.7, alpha=0.25)
         axes.plot(x / scale, smooth, color=colour, linewidth=1.8)
-        ends.append(End(f"{label} {smooth[-1]:.0f} %", colour, float(x[-1] / scale), float(smooth[-1])))
+        ends.append(CurveEnd(f"{label} {smooth[-1]:.0f} %", colour, float(x[-1] / scale), float(smooth[-1])))
     axes.set_xlim(0, max(seconds / scale, 1e-3))
     axes.set_ylim(0, 104)
     end_labels(axes, ends, inches)
 
 
-def _memory_title(system: Table) -> str:
+def _memory_title(system: SeriesTable) -> str:
     own, limit = system.last("process_bytes"), system.last("memory_limit_bytes")
     if not np.isfinite(own):
         return "System"
@@ -142,7 +142,7 @@ def _memory_title(system: Table) -> str:
 
 
 def _lines(
-    axes: Axes, series: ArenaSeries, table: Table, title: str, unit: str, names: tuple[str, ...], inches: float
+    axes: Axes, series: ArenaSeries, table: SeriesTable, title: str, unit: str, names: tuple[str, ...], inches: float
 ) -> None:
     shown = [name for name in names if len(table.points(name)[0])]
     if not shown:
@@ -157,7 +157,7 @@ def _lines(
         colour, smooth = POLICY_COLOURS[names.index(name)], smoothed(y, span)
         axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
         axes.plot(x, smooth, color=colour, linewidth=2)
-        ends.append(End(name.replace("_", " "), colour, float(x[-1]), float(smooth[-1])))
+        ends.append(CurveEnd(name.replace("_", " "), colour, float(x[-1]), float(smooth[-1])))
         everything.append(y)
     iteration_axis(axes, series)
     axes.set_ylim(*_from_zero(np.concatenate(everything)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 
-from fedmoe.monitor.arena_series import ArenaSeries, Decision
+from fedmoe.monitor.arena_series import ArenaSeries, DecisionPoint
 from fedmoe.monitor.charts.style import dress, iteration_axis, plain, say_empty, shade_modes
 from fedmoe.monitor.palette import INK, MUTED, policy_colour
 
@@ -54,7 +54,7 @@ def _words(axes: Axes, series: ArenaSeries) -> None:
         axes.text(0.28, row + 0.5, _change(decision), va="center", size=8.5, color=INK)
 
 
-def _change(decision: Decision) -> str:
+def _change(decision: DecisionPoint) -> str:
     change = f"{plain(decision.what.replace('_', ' '), 14)}: {plain(decision.before, 13)} → {plain(decision.after, 18)}"
     room = max(_CHARACTERS - len(change), 8)
     return f"{change}  ({plain(decision.reason, room)})" if decision.reason else change

@@ -15,7 +15,7 @@ from fedmoe.lora.adapter import Float64Array
 from fedmoe.monitor.arena_series import ArenaSeries
 from fedmoe.monitor.charts.style import dress, new_figure, plain
 from fedmoe.monitor.palette import INK, MUTED, policy_colour
-from fedmoe.monitor.reward_grid import Landscape, landscape
+from fedmoe.monitor.reward_grid import RewardGrid, reward_grid
 
 _COLOURS = colormaps["viridis"]
 _BINS = 36
@@ -25,7 +25,7 @@ _STAGE_INCHES = 11.0
 
 def performance_landscape(series: ArenaSeries) -> Figure:
     """3-D bars for the shape, a flat heat map with the same colours for reading numbers off."""
-    land = landscape(series, _BINS)
+    land = reward_grid(series, _BINS)
     foot = f"Each cell: mean over {land.width:.0f} iterations." if land.width > 1 else ""
     figure = new_figure(series, "Reward by policy and iteration", "", _WIDTH, 7.8 + 0.3 * len(land.policies), foot)
     if not land.policies:
@@ -54,11 +54,11 @@ def performance_landscape(series: ArenaSeries) -> Figure:
     return figure
 
 
-def _flat_inches(land: Landscape) -> float:
+def _flat_inches(land: RewardGrid) -> float:
     return 0.3 * len(land.policies)
 
 
-def _bars(axes: Axes3D, series: ArenaSeries, land: Landscape, scale: Normalize) -> None:
+def _bars(axes: Axes3D, series: ArenaSeries, land: RewardGrid, scale: Normalize) -> None:
     count = len(land.policies)
     floor = min(0.0, float(np.nanmin(land.values)))
     # Drawn back to front, one policy after the other: bars of one policy stand behind each other from this side.
@@ -77,7 +77,7 @@ def _bars(axes: Axes3D, series: ArenaSeries, land: Landscape, scale: Normalize) 
     _walls(axes, series, land)
 
 
-def _walls(axes: Axes3D, series: ArenaSeries, land: Landscape) -> None:
+def _walls(axes: Axes3D, series: ArenaSeries, land: RewardGrid) -> None:
     count = len(land.policies)
     axes.set_box_aspect((2.6, 0.75 + 0.17 * count, 0.95), zoom=0.82 - 0.01 * count)
     axes.view_init(elev=27, azim=-62)
@@ -96,7 +96,7 @@ def _walls(axes: Axes3D, series: ArenaSeries, land: Landscape) -> None:
         axis._axinfo["grid"].update(color="#E0E4E9", linewidth=0.7)
 
 
-def _flat(axes: Axes, series: ArenaSeries, land: Landscape, scale: Normalize) -> None:
+def _flat(axes: Axes, series: ArenaSeries, land: RewardGrid, scale: Normalize) -> None:
     edges: Float64Array = np.append(land.starts, land.starts[-1] + land.lengths[-1])
     rows = np.arange(len(land.policies) + 1) - 0.5
     axes.pcolormesh(

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedmoe.monitor.arena_series import ArenaSeries, Evaluation, Interval, window
+from fedmoe.monitor.arena_series import ArenaSeries, Estimate, EvaluationPoint, window
 from fedmoe.monitor.charts.style import dress, new_figure, plain, say_empty
 from fedmoe.monitor.palette import INK, MUTED, policy_colour
 
@@ -23,7 +23,7 @@ class Bar:
 
     name: str
     colour: str
-    interval: Interval
+    interval: Estimate
 
 
 def model_performance(series: ArenaSeries) -> Figure:
@@ -48,16 +48,16 @@ def model_performance(series: ArenaSeries) -> Figure:
     return figure
 
 
-def newest_of_each(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+def newest_of_each(evaluations: Sequence[EvaluationPoint]) -> list[EvaluationPoint]:
     """One evaluation for each policy: the newest."""
-    newest: dict[str, Evaluation] = {}
+    newest: dict[str, EvaluationPoint] = {}
     for found in evaluations:
         if found.policy not in newest or found.iteration >= newest[found.policy].iteration:
             newest[found.policy] = found
     return list(newest.values())
 
 
-def _episodes(final: Sequence[Evaluation]) -> str:
+def _episodes(final: Sequence[EvaluationPoint]) -> str:
     counts = sorted({found.episodes for found in final if math.isfinite(found.episodes)})
     if not counts:
         return ""
@@ -69,7 +69,7 @@ def _episodes(final: Sequence[Evaluation]) -> str:
     return f"evaluated on {span} episodes each, about {questions:.0f} different questions{few}"
 
 
-def _pairs(axes: Axes, series: ArenaSeries, rows: Sequence[tuple[str, Interval, Interval]]) -> None:
+def _pairs(axes: Axes, series: ArenaSeries, rows: Sequence[tuple[str, Estimate, Estimate]]) -> None:
     """Two bars for each policy, the second value in grey below the first."""
     top = max(_reach(interval) for _, *pair in rows for interval in pair)
     low = min(0.0, *(interval.value for _, *pair in rows for interval in pair if math.isfinite(interval.value)))
@@ -82,7 +82,7 @@ def _pairs(axes: Axes, series: ArenaSeries, rows: Sequence[tuple[str, Interval, 
     _names(axes, [policy for policy, *_ in rows], [policy_colour(series, policy) for policy, *_ in rows])
 
 
-def _change(after: Interval, before: Interval) -> str:
+def _change(after: Estimate, before: Estimate) -> str:
     """The value and its gain, with a star when the intervals are apart."""
     gain = after.value - before.value
     if not math.isfinite(gain):
@@ -91,7 +91,7 @@ def _change(after: Interval, before: Interval) -> str:
     return f"{after.value:.2f}   {gain:+.2f}{'*' if apart else ''}"
 
 
-def _bar(axes: Axes, place: float, height: float, interval: Interval, colour: str, top: float, label: str) -> None:
+def _bar(axes: Axes, place: float, height: float, interval: Estimate, colour: str, top: float, label: str) -> None:
     if not math.isfinite(interval.value):
         return
     axes.barh(place, interval.value, height, color=colour)
@@ -101,7 +101,7 @@ def _bar(axes: Axes, place: float, height: float, interval: Interval, colour: st
     axes.text(_reach(interval) + 0.02 * top, place, label, va="center", size=8.5, color=INK)
 
 
-def _reach(interval: Interval) -> float:
+def _reach(interval: Estimate) -> float:
     return max((end for end in (interval.value, interval.high, 0.0) if math.isfinite(end)), default=0.0)
 
 
@@ -124,21 +124,21 @@ def _training_only(axes: Axes, series: ArenaSeries) -> None:
     _pairs(axes, series, rows)
 
 
-def _ends(series: ArenaSeries, policy: str) -> tuple[Interval, Interval]:
+def _ends(series: ArenaSeries, policy: str) -> tuple[Estimate, Estimate]:
     values = series.tables[policy].points("accuracy")[1]
     count = window(len(values))
     return _mean(values[len(values) - count :].tolist()), _mean(values[:count].tolist())
 
 
-def _mean(values: Sequence[float]) -> Interval:
+def _mean(values: Sequence[float]) -> Estimate:
     if not values:
-        return Interval(math.nan, math.nan, math.nan)
+        return Estimate(math.nan, math.nan, math.nan)
     mean = float(np.mean(values))
     half = 1.96 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Interval(mean, mean - half, mean + half)
+    return Estimate(mean, mean - half, mean + half)
 
 
-def _wins(axes: Axes, series: ArenaSeries, played: Sequence[Evaluation]) -> None:
+def _wins(axes: Axes, series: ArenaSeries, played: Sequence[EvaluationPoint]) -> None:
     if not played:
         say_empty(axes, "Win rate", "no win rates recorded")
         return
@@ -157,6 +157,6 @@ def _wins(axes: Axes, series: ArenaSeries, played: Sequence[Evaluation]) -> None
     _names(axes, [bar.name for bar in bars], [bar.colour for bar in bars])
 
 
-def _game(found: Evaluation, played: Sequence[Evaluation]) -> str:
+def _game(found: EvaluationPoint, played: Sequence[EvaluationPoint]) -> str:
     several = len({other.opponent for other in played}) > 1
     return f"{plain(found.policy, 16)} – {plain(found.opponent, 14)}" if several else found.policy

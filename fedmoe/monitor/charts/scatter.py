@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fedmoe.lora.adapter import Float64Array
-from fedmoe.monitor.arena_series import ArenaSeries, Table
+from fedmoe.monitor.arena_series import ArenaSeries, SeriesTable
 from fedmoe.monitor.charts.label_layout import Box, place_labels
 from fedmoe.monitor.charts.style import dress, head_legend, new_figure, plain
 from fedmoe.monitor.palette import MUTED, policy_colour, short
@@ -64,7 +64,7 @@ def _cloud(series: ArenaSeries, policy: str) -> _Cloud | None:
     return _Cloud(policy, policy_colour(series, policy), *columns)
 
 
-def _thinned(table: Table, name: str, rows: np.ndarray) -> Float64Array:
+def _thinned(table: SeriesTable, name: str, rows: np.ndarray) -> Float64Array:
     """Means over equal stretches, the same rows in every column so that points stay points."""
     parts = np.array_split(table.column(name)[rows], min(int(rows.sum()), _POINTS))
     return np.array([np.nan if np.isnan(part).all() else np.nanmean(part) for part in parts])

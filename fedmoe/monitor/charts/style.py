@@ -26,7 +26,7 @@ _FOOT_INCHES = 0.26
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class CurveEnd:
     """Where a curve ends (data coordinates) and what is written there."""
 
     text: str
@@ -133,7 +133,7 @@ def head_legend(figure: Figure, series: ArenaSeries, title: str, handles: Sequen
     legend.set_in_layout(False)
 
 
-def end_labels(axes: Axes, ends: Sequence[End], inches: float, size: float = 8.5) -> None:
+def end_labels(axes: Axes, ends: Sequence[CurveEnd], inches: float, size: float = 8.5) -> None:
     """Write every curve's name beside its end, moved apart so that none covers another.
 
     Set the limits first; `inches` is about the height of the panel.

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from fedmoe.monitor.arena_series import ArenaSeries, smoothed, smoothing_span
 from fedmoe.monitor.charts.style import (
-    End,
+    CurveEnd,
     dress,
     end_labels,
     iteration_axis,
@@ -56,7 +56,7 @@ def curves(axes: Axes, series: ArenaSeries, column: str, title: str, unit: str, 
     shade_modes(axes, series)
     raw: list[float] = []
     shown: list[float] = []
-    ends: list[End] = []
+    ends: list[CurveEnd] = []
     for policy, (x, y) in found.items():
         colour, smooth = policy_colour(series, policy), smoothed(y, span)
         marker = "o" if len(x) <= _MARKERS_UP_TO else ""
@@ -64,7 +64,7 @@ def curves(axes: Axes, series: ArenaSeries, column: str, title: str, unit: str, 
         axes.plot(x, smooth, color=colour, linewidth=2.0, linestyle=policy_dash(series, policy))
         raw += y.tolist()
         shown += smooth.tolist()
-        ends.append(End(plain(policy, 16), colour, float(x[-1]), float(smooth[-1])))
+        ends.append(CurveEnd(plain(policy, 16), colour, float(x[-1]), float(smooth[-1])))
     iteration_axis(axes, series)
     axes.set_ylim(*robust_limits(raw, shown))
     end_labels(axes, ends, inches)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from fedmoe.monitor.arena_series import ArenaSeries, Table
+from fedmoe.monitor.arena_series import ArenaSeries, SeriesTable
 from fedmoe.monitor.capability import capabilities, present_axes
 from fedmoe.monitor.interactive.parts import (
     InteractiveFigure,
-    Json,
+    PlotlyJson,
     axis,
     curve,
     layout,
@@ -20,7 +20,7 @@ from fedmoe.monitor.interactive.parts import (
     raw_and_smooth,
 )
 from fedmoe.monitor.palette import INK, POLICY_COLOURS, faded, policy_colour
-from fedmoe.monitor.reward_grid import landscape
+from fedmoe.monitor.reward_grid import reward_grid
 
 _TRENDS = (
     ("reward", "Reward", "mean reward per episode"),
@@ -42,7 +42,7 @@ def interactive_figures(series: ArenaSeries) -> list[InteractiveFigure]:
 
 def _trends(series: ArenaSeries) -> Iterator[InteractiveFigure]:
     for column, title, unit in _TRENDS:
-        data: list[Json] = []
+        data: list[PlotlyJson] = []
         for policy, table in series.tables.items():
             if len(table.points(column)[0]):
                 data += raw_and_smooth(series, table.points(column), policy, policy_colour(series, policy))
@@ -51,10 +51,10 @@ def _trends(series: ArenaSeries) -> Iterator[InteractiveFigure]:
 
 def _surface(series: ArenaSeries) -> InteractiveFigure:
     """The landscape of rewards: turn it with the mouse."""
-    land = landscape(series, _BINS)
+    land = reward_grid(series, _BINS)
     places = list(range(1, len(land.policies) + 1))
     middles = numbers(land.starts + land.lengths / 2)
-    surface: Json = {
+    surface: PlotlyJson = {
         "type": "surface",
         "x": middles,
         "y": places,
@@ -75,7 +75,7 @@ def _surface(series: ArenaSeries) -> InteractiveFigure:
     return InteractiveFigure("surface", title, data, frame, wide=True)
 
 
-def _scene(policies: Sequence[str]) -> Json:
+def _scene(policies: Sequence[str]) -> PlotlyJson:
     """The stage of the surface: its axes, its shape, where it is seen from at first."""
     places = list(range(1, len(policies) + 1))
     return {
@@ -89,7 +89,7 @@ def _scene(policies: Sequence[str]) -> Json:
 
 
 def _scatter(series: ArenaSeries) -> InteractiveFigure:
-    data: list[Json] = []
+    data: list[PlotlyJson] = []
     tokens = [float(np.nanmax(table.column("tokens"), initial=0.0)) for table in series.tables.values()]
     largest = max(tokens, default=0.0)
     for policy, table in series.tables.items():
@@ -117,7 +117,7 @@ def _scatter(series: ArenaSeries) -> InteractiveFigure:
 def _radar(series: ArenaSeries) -> InteractiveFigure:
     values = capabilities(series)
     shown = present_axes(values)
-    data: list[Json] = []
+    data: list[PlotlyJson] = []
     for policy, found in values.items():
         colour = policy_colour(series, policy)
         data.append(
@@ -140,7 +140,7 @@ def _radar(series: ArenaSeries) -> InteractiveFigure:
 def _bars(series: ArenaSeries) -> InteractiveFigure:
     final = [found for found in series.final_evaluations() if math.isfinite(found.score.value)]
     several = len({found.opponent for found in final}) > 1
-    data: list[Json] = []
+    data: list[PlotlyJson] = []
     for name, colours in (("base model", "#B8C0CA"), ("trained", [policy_colour(series, f.policy) for f in final])):
         intervals = [found.base if name == "base model" else found.score for found in final]
         above = np.array([interval.high - interval.value for interval in intervals])
@@ -163,7 +163,7 @@ def _bars(series: ArenaSeries) -> InteractiveFigure:
 
 
 def _ratings(series: ArenaSeries) -> InteractiveFigure:
-    data: list[Json] = []
+    data: list[PlotlyJson] = []
     for policy, table in series.rating.items():
         x, mu = table.points("mu")
         if not len(x):
@@ -182,7 +182,7 @@ def _credit(series: ArenaSeries) -> InteractiveFigure:
     policies = [policy for policy in series.policies if len(series.credit[policy])]
     values = [[series.credit[policy].recent(part) for part in _CREDIT] for policy in policies]
     finite = [abs(value) for row in values for value in row if math.isfinite(value)]
-    trace: Json = {
+    trace: PlotlyJson = {
         "type": "heatmap",
         "x": list(_CREDIT),
         "y": policies,
@@ -210,8 +210,8 @@ def _system(series: ArenaSeries) -> InteractiveFigure:
     return InteractiveFigure("system", "System", _lines(series, series.system, _SYSTEM), frame)
 
 
-def _lines(series: ArenaSeries, table: Table, names: dict[str, str]) -> list[Json]:
-    data: list[Json] = []
+def _lines(series: ArenaSeries, table: SeriesTable, names: dict[str, str]) -> list[PlotlyJson]:
+    data: list[PlotlyJson] = []
     for (column, name), colour in zip(names.items(), POLICY_COLOURS, strict=False):
         if len(table.points(column)[0]):
             data += raw_and_smooth(series, table.points(column), name, colour)
@@ -219,7 +219,7 @@ def _lines(series: ArenaSeries, table: Table, names: dict[str, str]) -> list[Jso
 
 
 def _speed(series: ArenaSeries) -> InteractiveFigure:
-    data: list[Json] = []
+    data: list[PlotlyJson] = []
     for name, colour in (("rollout", POLICY_COLOURS[5]), ("learn", POLICY_COLOURS[4])):
         x, y = series.timing.points(f"{name}_seconds")
         if len(x):
@@ -228,7 +228,7 @@ def _speed(series: ArenaSeries) -> InteractiveFigure:
 
 
 def _decisions(series: ArenaSeries) -> InteractiveFigure:
-    data: list[Json] = []
+    data: list[PlotlyJson] = []
     for policy in dict.fromkeys(decision.policy for decision in series.decisions):
         found = [decision for decision in series.decisions if decision.policy == policy]
         data.append(

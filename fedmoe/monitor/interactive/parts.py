@@ -10,7 +10,7 @@ from fedmoe.lora.adapter import Float64Array
 from fedmoe.monitor.arena_series import ArenaSeries, mode_spans, smoothed, smoothing_span
 from fedmoe.monitor.palette import INK, MUTED, mode_tint
 
-Json = dict[str, object]
+PlotlyJson = dict[str, object]
 _DECIMALS = 6
 
 
@@ -20,8 +20,8 @@ class InteractiveFigure:
 
     name: str
     title: str
-    data: Sequence[Json]
-    layout: Json
+    data: Sequence[PlotlyJson]
+    layout: PlotlyJson
     wide: bool = False
 
 
@@ -30,12 +30,12 @@ def numbers(values: Float64Array) -> list[float | None]:
     return [round(float(value), _DECIMALS) if math.isfinite(value) else None for value in values]
 
 
-def axis(title: str) -> Json:
+def axis(title: str) -> PlotlyJson:
     """An axis with a title, drawn lightly."""
     return {"title": {"text": title}, "gridcolor": "#E4E7EB", "zeroline": False, "color": MUTED}
 
 
-def layout(x: str, y: str, shapes: Sequence[Json] = ()) -> Json:
+def layout(x: str, y: str, shapes: Sequence[PlotlyJson] = ()) -> PlotlyJson:
     """A plane chart with titled axes; the legend below, the values of all curves shown together."""
     return {
         "xaxis": axis(x) | {"automargin": True},
@@ -51,7 +51,7 @@ def layout(x: str, y: str, shapes: Sequence[Json] = ()) -> Json:
     }
 
 
-def mode_shapes(series: ArenaSeries) -> list[Json]:
+def mode_shapes(series: ArenaSeries) -> list[PlotlyJson]:
     """Tinted stretches behind the curves, each with its mode written at its foot."""
     return [
         {
@@ -75,7 +75,7 @@ def mode_shapes(series: ArenaSeries) -> list[Json]:
     ]
 
 
-def curve(x: Float64Array, y: Float64Array, name: str, colour: str, dash: str = "solid") -> Json:
+def curve(x: Float64Array, y: Float64Array, name: str, colour: str, dash: str = "solid") -> PlotlyJson:
     """A line without points."""
     return {
         "type": "scatter",
@@ -90,7 +90,7 @@ def curve(x: Float64Array, y: Float64Array, name: str, colour: str, dash: str = 
 
 def raw_and_smooth(
     series: ArenaSeries, points: tuple[Float64Array, Float64Array], name: str, colour: str
-) -> list[Json]:
+) -> list[PlotlyJson]:
     """The numbers as recorded, thin and silent, and their moving average."""
     x, y = points
     thin = curve(x, y, name, colour) | {"opacity": 0.3, "showlegend": False, "hoverinfo": "skip"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from structlog.testing import capture_logs
 
-from fedmoe.cli.demo_run.live import LiveView
+from fedmoe.cli.demo_run.live import DemoView
 from fedmoe.cli.demo_run.plan import WORKERS, DemoPlan
 from fedmoe.runtime.records import RecordWriter
 from fedmoe.worker.phases import PhaseLog, log_phase
@@ -23,7 +23,7 @@ def written(plan: DemoPlan, index: int) -> RecordWriter:
 def shown(plan: DemoPlan, then: Callable[[], None] = lambda: None) -> str:
     """What is shown last, of what there is and of what `then` adds."""
     out = io.StringIO()
-    view = LiveView(plan, Console(file=out, force_terminal=False, width=200))
+    view = DemoView(plan, Console(file=out, force_terminal=False, width=200))
     then()
     with view:
         pass
@@ -103,7 +103,7 @@ def test_half_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
     path = plan.worker_dir(WORKERS[1]) / "metrics.jsonl"
     whole = path.read_bytes()
     out = io.StringIO()
-    with LiveView(plan, Console(file=out, force_terminal=False, width=200)) as view:
+    with DemoView(plan, Console(file=out, force_terminal=False, width=200)) as view:
         path.write_bytes(whole + whole[:20])
         view.refresh()
         with path.open("ab") as file:

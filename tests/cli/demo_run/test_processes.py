@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.cli.demo_run.processes import ProcessFailedError, Running, free_port, start, wait_until_healthy
+from fedmoe.cli.demo_run.processes import DemoProcess, DemoProcessError, free_port, start, wait_until_healthy
 
 
-def python(code: str, log: Path) -> Running:
+def python(code: str, log: Path) -> DemoProcess:
     with log.open("wb") as output:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=output, stderr=output)
-    return Running("worker", process, log)
+    return DemoProcess("worker", process, log)
 
 
 def test_a_failed_process_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
     running = python("print('the reason'); raise SystemExit(3)", tmp_path / "log")
     running.process.wait(30)
-    with pytest.raises(ProcessFailedError, match=r"status 3(.|\n)*the reason"):
+    with pytest.raises(DemoProcessError, match=r"status 3(.|\n)*the reason"):
         running.check()
 
 
@@ -44,5 +44,5 @@ def test_a_started_process_is_the_fedmoe_command_with_its_output_in_the_log(tmp_
 def test_waiting_for_a_coordinator_that_ended_says_so_at_once(tmp_path: Path) -> None:
     running = python("", tmp_path / "log")
     running.process.wait(30)
-    with pytest.raises(ProcessFailedError, match="did not answer"):
+    with pytest.raises(DemoProcessError, match="did not answer"):
         wait_until_healthy(running, f"http://127.0.0.1:{free_port()}")
