@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make sample records of a multi-model training run."""
 
-from fedmoe.cli.arena_charts import generate_main
+from fedmoe.cli.arena_charts import generate, run_script
 
 if __name__ == "__main__":
-    generate_main()
+    run_script(generate)

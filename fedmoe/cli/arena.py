@@ -12,8 +12,7 @@ import typer
 from fedmoe.cli.arena_episodes import episodes
 from fedmoe.cli.arena_tournament import tournament
 from fedmoe.cli.base_model import given_template
-from fedmoe.cli.output import CommandError
-from fedmoe.runtime.errors import ExpectedError
+from fedmoe.cli.output import CommandError, importing
 from fedmoe.runtime.logs import configure
 
 if TYPE_CHECKING:
@@ -90,12 +89,9 @@ def check(config: Config) -> None:
 
     run = _configured(config, None)
     given_template(run.chat_template, run.chat_template_kwargs)
-    try:
-        task = make_task(run.task.name, run.task.options)
-        for phase in run.phases:
-            make_mode(phase.mode).check(task, run.policies.count)
-    except ExpectedError as error:
-        raise CommandError(str(error)) from error
+    task = make_task(run.task.name, run.task.options)
+    for phase in run.phases:
+        make_mode(phase.mode).check(task, run.policies.count)
     learning = run.learning
     print(f"task       {task.name}, {task.seats[0]} to {task.seats[1]} seats")
     print(f"policies   {', '.join(run.policies.all_names)} (rank {run.policies.rank}) over {run.base_model}")
@@ -114,14 +110,10 @@ def charts_command(
 
 
 def _configured(path: Path, coordinator_url: str | None) -> ArenaConfig:
-    try:
+    with importing("arena"):
         from fedmoe.arena.config import FederationSection, read_config
-    except ModuleNotFoundError as error:
-        raise _missing(error) from error
-    try:
-        config = read_config(path)
-    except ExpectedError as error:
-        raise CommandError(str(error)) from error
+
+    config = read_config(path)
     if coordinator_url is None:
         return config
     federation = config.federation or FederationSection(url=coordinator_url)
@@ -129,65 +121,46 @@ def _configured(path: Path, coordinator_url: str | None) -> ArenaConfig:
 
 
 def _run(config: ArenaConfig, out: Path, prometheus_port: int | None, tensorboard: bool, **options: object) -> Ending:
-    try:
+    with importing("arena"):
         from fedmoe.arena.run.options import RunOptions, Stop
         from fedmoe.arena.run.run import run_arena
         from fedmoe.cli.arena_watch import ArenaWatch
         from fedmoe.runtime.device import pin_threads
         from fedmoe.runtime.stop_signals import StopOnSignal
-    except ModuleNotFoundError as error:
-        raise _missing(error) from error
+
     pin_threads()
     stop = Stop()
     StopOnSignal(lambda: stop.ask("asked to stop by a signal")).install()
     chosen: RunOptions = RunOptions(out, **options)  # type: ignore[arg-type]
-    try:
-        return run_arena(config, chosen, stop, ArenaWatch(config.iterations, prometheus_port, tensorboard))
-    except (ExpectedError, OSError) as error:
-        raise CommandError(str(error)) from error
+    return run_arena(config, chosen, stop, ArenaWatch(config.iterations, prometheus_port, tensorboard))
 
 
 def _draw(out: Path) -> None:
-    from fedmoe.cli.arena_charts import ChartError, draw_charts, load_series
+    from fedmoe.cli.arena_charts import draw_charts, load_series
 
-    try:
-        for path in draw_charts(load_series(out / "metrics.jsonl"), out / "visualization_outputs"):
-            print(f"drew {path}")
-    except (ChartError, FileNotFoundError) as error:
-        raise CommandError(str(error)) from error
+    for path in draw_charts(load_series(out / "metrics.jsonl"), out / "visualization_outputs"):
+        print(f"drew {path}")
 
 
-#: What belongs to a run; anything else in its folder is left where it is.
-_OF_A_RUN = (
+#: Files and folders of a run; anything else in its folder is left where it is.
+_RUN_FILES = (
     *("metrics.jsonl", "episodes.jsonl", "multi_model_training_simple_results.json", "run_report.json", "control.json"),
     *("logs", "checkpoints", "tensorboard", "visualization_outputs", "federation", "vllm_adapters"),
 )
 
 
 def _move_aside(out: Path) -> None:
-    there = [out / name for name in _OF_A_RUN if (out / name).exists()]
-    if not there:
+    files = [out / name for name in _RUN_FILES if (out / name).exists()]
+    if not files:
         return
-    lock = _locked(out)
+    from fedmoe.runtime.files import lock_folder
+
+    lock = lock_folder(out)  # a run that is still going on must not lose its files
     try:
         aside = out / "earlier" / time.strftime("%Y%m%d-%H%M%S")
         aside.mkdir(parents=True)
-        for path in there:
+        for path in files:
             path.rename(aside / path.name)
     finally:
         os.close(lock)
     print(f"moved the earlier run to {aside}")
-
-
-def _locked(out: Path) -> int:
-    """A run that is still going on must not lose its files."""
-    from fedmoe.runtime.files import lock_folder
-
-    try:
-        return lock_folder(out)
-    except ExpectedError as error:
-        raise CommandError(str(error)) from error
-
-
-def _missing(error: ModuleNotFoundError) -> CommandError:
-    return CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[arena]'")

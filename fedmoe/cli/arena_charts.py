@@ -1,19 +1,20 @@
-"""The doors of the arena's demonstration: make sample records, and draw all charts from records."""
+"""Charts of an arena run: choose its records, draw them, and make sample records to draw."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fedmoe.cli.output import guarded, importing
 from fedmoe.monitor.arena_series import ArenaSeries, NoRecordsError, arena_series
 from fedmoe.monitor.sample_records import sample_records
+from fedmoe.runtime.errors import ExpectedError
 from fedmoe.runtime.files import write_atomic
 from fedmoe.runtime.records import read_records
 from fedmoe.runtime.streams import printing_safely
@@ -24,13 +25,13 @@ SAMPLE_RECORDS = Path("runs/arena-sample/metrics.jsonl")
 CHART_FOLDER = Path("visualization_outputs")
 
 
-class ChartError(Exception):
+class ChartError(ExpectedError):
     """Charts or sample data could not be made; the message says why and what to do."""
 
 
 def write_sample(path: Path, policies: int, iterations: int, seed: int) -> int:
     """Write sample records over earlier ones; returns how many. Raises ChartError rather than touch a real run."""
-    if path.exists() and not _is_sample(path):
+    if path.exists() and not all(record.get("sample") is True for record in read_records(path)):
         raise ChartError(f"{path} holds the records of a real run and is left alone; choose another file with --out")
     try:
         records = sample_records(policies, iterations, seed, started=time.time() - 14.0 * iterations)
@@ -39,10 +40,6 @@ def write_sample(path: Path, policies: int, iterations: int, seed: int) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in records).encode())
     return len(records)
-
-
-def _is_sample(path: Path) -> bool:
-    return all(record.get("sample") is True for record in read_records(path))
 
 
 def choose_records(given: Path | None) -> Path:
@@ -76,16 +73,14 @@ def load_series(records: Path) -> ArenaSeries:
 def draw_charts(series: ArenaSeries, folder: Path) -> Iterator[Path]:
     """Draw the six charts and the interactive page of a run; yields each file once it is there, whole.
 
-    Raises ChartError when matplotlib or plotly is not installed.
+    Raises CommandError when matplotlib or plotly is not installed.
     """
     # Loaded here: drawing libraries take a second, and are an extra.
-    try:
+    with importing("charts"):
         from fedmoe.monitor.charts import arena_pictures
         from fedmoe.monitor.interactive import PAGE, dashboard_page, plotly_library
 
         library = plotly_library()
-    except ModuleNotFoundError as error:
-        raise ChartError(f"{error.name} is not installed; run: pip install 'fedmoe[charts]'") from error
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in arena_pictures(series):
         write_atomic(folder / name, data, 0o644)
@@ -101,9 +96,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Equal seeds give equal curves.")] = 0,
 ) -> None:
     """Make sample records of an arena run, to see the charts; every record is marked as sample data."""
-    with _reported():
-        count = write_sample(out, policies, iterations, seed)
-        print(f"wrote {count} sample records to {out}")
+    print(f"wrote {write_sample(out, policies, iterations, seed)} sample records to {out}")
 
 
 def visualise(
@@ -113,36 +106,16 @@ def visualise(
     out: Annotated[Path, typer.Option(help="Folder for the charts.")] = CHART_FOLDER,
 ) -> None:
     """Draw the charts of an arena run, and its interactive page."""
-    with _reported():
-        source = choose_records(records)
-        series = load_series(source)
-        print(f"drawing {source} ({'SAMPLE DATA, and every chart says so' if series.facts.sample else 'a real run'})")
-        for path in draw_charts(series, out):
-            print(f"  {path}")
+    source = choose_records(records)
+    series = load_series(source)
+    print(f"drawing {source} ({'SAMPLE DATA, and every chart says so' if series.facts.sample else 'a real run'})")
+    for path in draw_charts(series, out):
+        print(f"  {path}")
 
 
-@contextmanager
-def _reported() -> Iterator[None]:
-    """What may be expected to go wrong is one line on standard error and exit status 1."""
-    try:
-        yield
-    except (ChartError, OSError) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
-
-
-def _run(command: Callable[..., None], arguments: Sequence[str] | None) -> None:
+def run_script(command: Callable[..., None]) -> None:
+    """Run `generate` or `visualise` as a program of its own, with this process's arguments."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     with printing_safely():
-        app(list(sys.argv[1:] if arguments is None else arguments))
-
-
-def generate_main(arguments: Sequence[str] | None = None) -> None:
-    """Run `demo/generate_test_data.py`; ends with SystemExit, as a program does."""
-    _run(generate, arguments)
-
-
-def visualise_main(arguments: Sequence[str] | None = None) -> None:
-    """Run `demo/multi_model_visualization.py`; ends with SystemExit, as a program does."""
-    _run(visualise, arguments)
+        guarded(app, sys.argv[1:])

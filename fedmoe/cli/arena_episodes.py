@@ -10,6 +10,7 @@ import typer
 
 from fedmoe.cli.options import AsJson
 from fedmoe.cli.output import CommandError, show_json
+from fedmoe.runtime.safe_text import inert
 
 if TYPE_CHECKING:
     from fedmoe.arena.run.episode_log import EpisodeRow, Order, SeatRow
@@ -67,7 +68,7 @@ def _check(rows: list[EpisodeRow], policy: str | None, iteration: int | None) ->
 def _shown(row: EpisodeRow) -> Iterator[str]:
     ended = "" if row["completed"] else ", broken off"
     why = {"lowest": "lowest reward", "highest": "highest reward"}.get(row["chosen"], "drawn")
-    yield f"iteration {row['iteration']}, {printable(row['mode'])}, episode {row['episode']} ({why}{ended})"
+    yield f"iteration {row['iteration']}, {inert(row['mode'])}, episode {row['episode']} ({why}{ended})"
     for number, seat in enumerate(row["seats"]):
         yield f"  seat {number}: {_facts(seat)}"
         for turn in seat["turns"]:
@@ -78,24 +79,13 @@ def _shown(row: EpisodeRow) -> Iterator[str]:
 
 
 def _facts(seat: SeatRow) -> str:
-    name = printable(seat["policy"]) + (f"@{seat['version']}" if seat["version"] >= 0 else "")
+    name = inert(seat["policy"]) + (f"@{seat['version']}" if seat["version"] >= 0 else "")
     reward = "" if seat["reward"] is None else f", reward {seat['reward']:+.3f}"
     invalid = "" if seat["valid"] == 1.0 else f", usable actions {seat['valid']:.0%}"
-    team = f"team {seat['team']}" + (f" ({printable(seat['strategy'])})" if seat["strategy"] else "")
+    team = f"team {seat['team']}" + (f" ({inert(seat['strategy'])})" if seat["strategy"] else "")
     return f"{name}, {team}, score {seat['score']:.3f}{reward}{invalid}"
 
 
 def _indented(what: str, text: str) -> str:
-    """A text of several lines under its first one."""
-    return f"    {what}  " + printable(text).strip("\n").replace("\n", "\n          ")
-
-
-def printable(text: str) -> str:
-    """A text for a terminal: what is not printable, but for line ends and tabs, as its escape.
-
-    A model may write sequences that clear a screen or turn text round; they are shown and never sent.
-    """
-    return "".join(
-        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in text
-    )
+    """A text of several lines under its first one; what would clear a screen or turn text round is shown, not sent."""
+    return f"    {what}  " + inert(text, keep="\n\t").strip("\n").replace("\n", "\n          ")

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmoe.cli.options import AsJson
-from fedmoe.cli.output import CommandError, show_json
-from fedmoe.runtime.errors import ExpectedError
+from fedmoe.cli.output import show_json
 
 if TYPE_CHECKING:
     from fedmoe.arena.rollout.interval import MeanInterval
@@ -33,10 +32,7 @@ def tournament(
     from fedmoe.runtime.device import pin_threads
 
     pin_threads(1)  # sums over several threads differ in the last bit, and with it a sampled word and the table
-    try:
-        field, table = _play(runs, pool or [], deals, seed)
-    except (ExpectedError, OSError) as error:
-        raise CommandError(str(error)) from error
+    field, table = _play(runs, pool or [], deals, seed)
     if as_json:
         facts = {"task": field.config.task.name, "base_model": field.config.base_model, "seed": seed, "deals": deals}
         show_json(facts | asdict(table))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from fedmoe.cli.output import CommandError
+from fedmoe.cli.output import importing
 
 if TYPE_CHECKING:
     from fedmoe.models.base import ChatTemplate, LoadedBase
@@ -14,10 +14,8 @@ if TYPE_CHECKING:
 
 def given_template(file: str | None, kwargs: str | Mapping[str, object] | None) -> ChatTemplate:
     """What --chat-template and --chat-template-kwargs say; raises BaseModelError for what cannot be used."""
-    try:
+    with importing("worker"):
         from fedmoe.models.base import ChatTemplate
-    except ModuleNotFoundError as error:
-        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
     return ChatTemplate.given(file, kwargs)
 
 

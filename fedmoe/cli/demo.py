@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fedmoe.cli.output import CommandError
+from fedmoe.cli.output import CommandError, importing
 
 
 def demo(
@@ -26,14 +26,11 @@ def demo(
 
     Run again, it continues where it stopped; a finished run is measured again.
     """
-    try:
+    with importing("worker,charts"):
         from rich.console import Console
 
         from fedmoe.cli.demo_run.plan import DemoPlan
-        from fedmoe.cli.demo_run.processes import DemoProcessError
         from fedmoe.cli.demo_run.run import run_demo
-    except ModuleNotFoundError as error:
-        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker,charts]'") from error
     plan = DemoPlan(out, data, base_model, steps, sync_interval)
     if fresh and out.exists():
         aside = out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -42,8 +39,6 @@ def demo(
     _check_same_plan(plan.folder, {"base_model": base_model, "steps": steps})
     try:
         run_demo(plan, Console())
-    except DemoProcessError as error:
-        raise CommandError(str(error)) from error
     except KeyboardInterrupt:
         raise CommandError("stopped; run the same command again to continue") from None
 

@@ -1,4 +1,4 @@
-"""`fedmoe doctor`: what this machine has, what is missing, and what to do about it."""
+"""`fedmoe doctor`: check machine, packages and GPU, and say how to fix what is wrong."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from typing import Annotated
 
 import typer
 
-from fedmoe.cli import doctor_network
-from fedmoe.cli.doctor_finding import Finding
-from fedmoe.cli.doctor_network import coordinator_findings
+from fedmoe.cli.doctor_network import Finding, coordinator_findings, hub_finding
 from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token
 from fedmoe.cli.output import show_json
 from fedmoe.runtime.machine import machine_memory, memory, usable_cores
@@ -40,7 +38,7 @@ def doctor(
 ) -> None:
     """Check machine, packages, GPU, and the way to the coordinator; every problem comes with its fix."""
     checks: list[Callable[[], Finding]] = [
-        _python,
+        lambda: Finding("Python", "ok", sys.version.split()[0]),
         _sqlite,
         _disk,
         _memory,
@@ -52,7 +50,7 @@ def doctor(
     ]
     findings = [*(check() for check in checks), *coordinator_findings(coordinator_url, token)]
     if hub:
-        findings.append(doctor_network.hub())
+        findings.append(hub_finding())
     if dataset is not None:
         findings.append(_dataset(dataset))
     if as_json:
@@ -63,10 +61,6 @@ def doctor(
             print(f"[{finding.state:7}] {finding.what}: {inert(finding.found)}{fix}")
     if any(finding.state == "problem" for finding in findings):
         raise typer.Exit(1)
-
-
-def _python() -> Finding:
-    return Finding("Python", "ok", sys.version.split()[0])
 
 
 def _sqlite() -> Finding:
@@ -83,12 +77,12 @@ def _disk() -> Finding:
 
 
 def _memory() -> Finding:
-    found = memory()
-    shown = f"{found.available / 2**30:.1f} of {found.total / 2**30:.1f} GiB available"
+    limit = memory()
+    shown = f"{limit.available / 2**30:.1f} of {limit.total / 2**30:.1f} GiB available"
     machine = machine_memory()
-    if found.total < machine:
+    if limit.total < machine:
         shown += f" to this container, of a machine with {machine / 2**30:.1f} GiB"
-    if found.available >= _LEAST_MEMORY:
+    if limit.available >= _LEAST_MEMORY:
         return Finding("memory", "ok", shown)
     fix = "end other programs, or give the container more (docker run --memory); a coordinator needs about 0.5 GiB"
     return Finding("memory", "note", shown, fix)

@@ -1,4 +1,4 @@
-"""What `fedmoe doctor` finds on the way to a coordinator and to the hub: proxy, certificate, port, clock, answer."""
+"""Network checks of `fedmoe doctor`: proxy, certificate, port, clock and answer of a coordinator; the model hub."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import httpx2
 import psutil
 
-from fedmoe.cli.doctor_finding import Finding
 from fedmoe.cli.options import client
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.safe_text import inert
@@ -27,6 +27,16 @@ _SECONDS = 5.0
 _CLOCK_SECONDS = 60.0
 _EXPIRES_SOON = 14 * 86400.0
 _HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that `fedmoe doctor` looked at: `state` is ok, note or problem; `fix` says what to do."""
+
+    what: str
+    state: str
+    found: str
+    fix: str = ""
 
 
 def coordinator_findings(url: str, token: str | None) -> Iterator[Finding]:
@@ -141,7 +151,7 @@ def fingerprint(host: str, port: int) -> str:
     return ":".join(digest[place : place + 2] for place in range(0, len(digest), 2))
 
 
-def hub() -> Finding:
+def hub_finding() -> Finding:
     """Whether models and data sets can be fetched."""
     offline = next((name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name)), None)
     if offline:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fedmoe.cli.options import ChatTemplateFile, ChatTemplateKwargs, DataMap
-from fedmoe.cli.output import CommandError, given
+from fedmoe.cli.output import given, importing
 from fedmoe.config import DEFAULT_SYNC_INTERVAL, EvaluatorConfig
 from fedmoe.runtime.logs import configure
 
@@ -52,8 +52,6 @@ def evaluator(
     """Score candidate gateways on held-out data that stay on this machine; losses go, nothing else."""
     config = EvaluatorConfig(**given(**locals()))  # type: ignore[arg-type]
     configure()
-    try:
+    with importing("worker"):
         from fedmoe.gateway.evaluator import run_evaluator
-    except ModuleNotFoundError as error:
-        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
     run_evaluator(config)

@@ -10,7 +10,6 @@ import typer
 
 from fedmoe.cli.base_model import given_template, loaded
 from fedmoe.cli.experts import show_listing
-from fedmoe.cli.gateway_audit import audit
 from fedmoe.cli.gateway_evaluate import evaluate
 from fedmoe.cli.gateway_export import GATEWAY, export, pull
 from fedmoe.cli.options import (
@@ -22,8 +21,10 @@ from fedmoe.cli.options import (
     Token,
     client,
 )
-from fedmoe.cli.output import say, show_json
+from fedmoe.cli.output import CommandError, say, show_json, show_table
 from fedmoe.cli.serve import serve
+from fedmoe.lora.diagnostics import MergeAudit, Overlap
+from fedmoe.lora.diagnostics import audit as merge_audit
 from fedmoe.lora.formats import npz_bytes
 from fedmoe.runtime.files import write_atomic
 from fedmoe.wire.client import CoordinatorClient
@@ -89,7 +90,34 @@ def _save(api: CoordinatorClient, file: Path, out: TextIO) -> None:
     print(f"saved gateway version {pulled.version} ({pulled.digest[:12]}) to {file}", file=out)
 
 
-app.command()(audit)
+@app.command()
+def audit(coordinator_url: CoordinatorUrl = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """Show how large the experts are, how much each two of them share, and which rank their sum will need."""
+    with client(coordinator_url, token) as api:
+        names = [expert.name for expert in api.list_experts().experts]
+        if not names:
+            raise CommandError("this federation has no experts yet; start a worker first")
+        report = merge_audit({name: pull(api, name).adapter for name in names})
+    if as_json:
+        show_json(report.to_dict())
+    else:
+        _show_audit(report)
+
+
+def _show_audit(report: MergeAudit) -> None:
+    show_table("Experts", ("expert", "norm of B A"), [(name, f"{norm:.4g}") for name, norm in report.norms.items()])
+    if report.pairs:
+        rows = [(pair.first, pair.second, _cosines(pair.inputs), _cosines(pair.outputs)) for pair in report.pairs]
+        columns = ("expert", "and", "inputs in common", "outputs in common")
+        show_table("Cosines of the angles between them, median and largest: 1 same, 0 separate", columns, rows)
+    kept = f"rank {report.predicted_rank} keeps {100 * report.energy:g} % of the energy of every module"
+    print(f"their sum has rank {report.stacked_rank}; {kept}")
+
+
+def _cosines(overlap: Overlap) -> str:
+    return f"{overlap.median:.2f}, {overlap.maximum:.2f}"
+
+
 app.command()(export)
 app.command()(evaluate)
 app.command()(serve)

@@ -21,7 +21,7 @@ from fedmoe.cli.options import (
     Token,
     client,
 )
-from fedmoe.cli.output import CommandError, show_json, show_table
+from fedmoe.cli.output import CommandError, importing, show_json, show_table
 from fedmoe.gateway.routers import SequenceRouter
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.codec import CodecError
@@ -199,10 +199,8 @@ def _show(matrix: LossMatrix, found: Retained | None) -> None:
 
 
 def _draw(file: Path, matrix: LossMatrix, found: Retained | None, base: str) -> None:
-    try:
+    with importing("charts"):
         from fedmoe.monitor.charts.gateway import GatewayResults, Share, gateway_chart
-    except ModuleNotFoundError as error:
-        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[charts]'") from error
     domains = found.domains if found is not None else ()
     kept = {
         domain.domain: {name: Share(one.value, one.low, one.high) for name, one in domain.kept.items()}

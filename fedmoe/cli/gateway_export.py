@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmoe.cli.options import DEFAULT_URL, CoordinatorUrl, Token, client
-from fedmoe.cli.output import CommandError
+from fedmoe.cli.output import CommandError, importing
 from fedmoe.lora.manifest import BaseModel
 from fedmoe.wire.client import CoordinatorClient, PulledExpert, PulledGateway
 
@@ -52,12 +52,7 @@ def export(
         source = _source(api, expert)
     if format in (Format.merged, Format.gguf_lora) and base_model is None:
         raise CommandError(f"--format {format} needs --base-model; {expert} belongs on {source.base.name}")
-    from fedmoe.gateway.export import ExportError
-
-    try:
-        facts = _write(source, format, target, base_model or "", force)
-    except ExportError as error:
-        raise CommandError(str(error)) from error
+    facts = _write(source, format, target, base_model or "", force)
     print(f"exported {expert} version {source.version} to {target}{facts}")
 
 
@@ -71,12 +66,10 @@ def _write(source: Exportable, format: Format, target: Path, base_model: str, fo
     if format is Format.peft:
         export_peft(source, target, force, _own_folder(source, base_model) if base_model else None)
         return ""
-    try:
+    with importing("worker"):
         from fedmoe.gateway.export_gguf import export_gguf_lora
         from fedmoe.gateway.export_merged import export_merged
         from fedmoe.models.base import prepare_base
-    except ModuleNotFoundError as error:
-        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
     folder = prepare_base(base_model)
     if format is Format.gguf_lora:
         export_gguf_lora(source, folder, target, force)
@@ -90,11 +83,9 @@ def _own_folder(source: Exportable, base_model: str) -> Path | None:
     folder = Path(base_model).expanduser()
     if not folder.is_dir():
         return None
-    try:
+    with importing("worker"):
         from fedmoe.models.base import prepare_base
         from fedmoe.models.identity import weights_hash
-    except ModuleNotFoundError as error:
-        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
     found, wanted = weights_hash(prepare_base(base_model)), source.base.weights_hash
     if found != wanted:
         raise CommandError(

@@ -1,17 +1,18 @@
-"""What a command says: tables for people, JSON for programs, one clear line for an error."""
+"""Output of commands: tables for people, JSON for programs, one clear line and an exit status for an error."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
 from pydantic import BaseModel, ValidationError
 from typer.exceptions import TyperException
 
-from fedmoe.runtime.errors import RefusedError
+from fedmoe.runtime.errors import ExpectedError, RefusedError
 from fedmoe.runtime.safe_text import inert
 from fedmoe.wire.replies import CoordinatorUnavailableError
 
@@ -24,8 +25,17 @@ EXIT_STORAGE = 74
 EXIT_PORT_IN_USE = 98
 
 
-class CommandError(Exception):
+class CommandError(ExpectedError):
     """A command cannot do what was asked; the message says why and what to do."""
+
+
+@contextmanager
+def importing(extra: str) -> Iterator[None]:
+    """Import modules that need an extra of the package; where it is missing, CommandError says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[{extra}]'") from error
 
 
 def guarded(app: typer.Typer, arguments: list[str]) -> None:
@@ -66,7 +76,6 @@ def _misused(error: TyperException) -> NoReturn:
 def _expected_status(error: Exception) -> int | None:
     """The exit status of an error that users meet; None for our own bugs, which show their traceback."""
     statuses = {
-        "CommandError": EXIT_ERROR,
         "ConnectionSettingError": EXIT_USAGE,
         "StateDirError": EXIT_ERROR,
         "StorageFailedError": EXIT_STORAGE,
@@ -76,9 +85,7 @@ def _expected_status(error: Exception) -> int | None:
         "DataError": EXIT_ERROR,
         "OptionError": EXIT_ERROR,
         "LengthError": EXIT_ERROR,
-        "BaseModelError": EXIT_ERROR,
         "BaseMismatchError": EXIT_ERROR,
-        "DeviceError": EXIT_ERROR,
         "TargetError": EXIT_ERROR,
         "ParallelError": EXIT_ERROR,
         "CheckpointError": EXIT_ERROR,
@@ -89,7 +96,9 @@ def _expected_status(error: Exception) -> int | None:
         "DeviceFailedError": EXIT_DEVICE,
         "ServeError": EXIT_ERROR,
         "BackendError": EXIT_ERROR,
-        "EngineError": EXIT_ERROR,
+        "ExportError": EXIT_ERROR,
+        "KeyFileError": EXIT_ERROR,
+        "ExpectedError": EXIT_ERROR,
         "OSError": EXIT_ERROR,
     }
     # By name, so that this table loads none of the heavy modules that define them.

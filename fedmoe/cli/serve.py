@@ -12,7 +12,7 @@ import typer
 from fedmoe.cli.base_model import given_template, loaded
 from fedmoe.cli.coordinator import check_tls
 from fedmoe.cli.options import DEFAULT_URL, ChatTemplateFile, ChatTemplateKwargs, CoordinatorUrl, Token, client
-from fedmoe.cli.output import CommandError
+from fedmoe.cli.output import CommandError, importing
 from fedmoe.runtime.logs import configure, log_uncaught
 
 
@@ -65,12 +65,10 @@ def serve(
     log_uncaught()
     chat = given_template(chat_template, chat_template_kwargs)
     keys, loopback = _keys(host, api_keys, insecure)
-    try:
+    with importing("worker"):
         from fedmoe.gateway.serve import app as process
         from fedmoe.gateway.serve.service import Limits
         from fedmoe.runtime.device import pin_threads
-    except ModuleNotFoundError as error:
-        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
     pin_threads()
     gate = process.Gate(host, port, keys, loopback, tls_cert, tls_key)
     limits = Limits(max_prompt_tokens, max_output_tokens, max_batch + max_queue)
@@ -90,7 +88,7 @@ def serve(
 
 def _keys(host: str, file: Path | None, insecure: bool) -> tuple[frozenset[str] | None, bool]:
     """The hashes of the API keys (None: no key is asked for), and whether only this machine is answered."""
-    from fedmoe.gateway.serve.api_keys import KeyFileError, read_keys
+    from fedmoe.gateway.serve.api_keys import read_keys
     from fedmoe.wire.http.cross_site import is_loopback
 
     loopback = is_loopback(host)
@@ -103,10 +101,7 @@ def _keys(host: str, file: Path | None, insecure: bool) -> tuple[frozenset[str] 
         return None, loopback and not insecure
     if insecure:
         raise CommandError("--api-keys and --insecure contradict each other; give one of them")
-    try:
-        keys, made = read_keys(file)
-    except KeyFileError as error:
-        raise CommandError(str(error)) from error
+    keys, made = read_keys(file)
     if made is not None:
         print(f"This API key is shown once; {file} keeps only its hash.\n  {made}")
         sys.stdout.flush()

@@ -10,11 +10,9 @@ from typing import Annotated
 import typer
 
 from fedmoe.cli.options import AsJson
-from fedmoe.cli.output import show_json
-from fedmoe.cli.state_verify import verify
+from fedmoe.cli.output import EXIT_STORAGE, show_json
 
 app = typer.Typer(help="Look after a coordinator's state directory.", no_args_is_help=True)
-app.command()(verify)
 
 StateDirectory = Annotated[
     Path, typer.Option("--state-dir", envvar="FEDMOE_COORDINATOR_STATE_DIR", help="The coordinator's state directory.")
@@ -70,3 +68,24 @@ def restore(
         print(f"What was there lies in {made.moved}; delete it when nobody needs it.")
     print("Updates made from the history before are refused by name, and their workers send again what they can.")
     print("Tokens are those of the backup: revoke again what was revoked since ('fedmoe token revoke').")
+
+
+@app.command()
+def verify(
+    state_dir: StateDirectory = DEFAULT_STATE_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Check a stopped coordinator's state directory: compare all with its hashes, rebuild every version, change nothing."""
+    from fedmoe.server.history.verification import verify_state
+
+    report = verify_state(state_dir)
+    if as_json:
+        show_json(asdict(report))
+    else:
+        for finding in report.findings:
+            print(f"WRONG  {finding}")
+        print(f"{report.events} events, {report.versions} versions ({report.unproven} without a digest or their bytes)")
+        print(f"{report.blobs} blobs ({report.absent} let go of before, {report.unnamed} that no journal names)")
+        print(f"{len(report.findings)} findings" if report.findings else "all is as it was written")
+    if report.findings:
+        raise typer.Exit(EXIT_STORAGE)

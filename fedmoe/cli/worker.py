@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fedmoe.cli.options import ChatTemplateFile, ChatTemplateKwargs, DataMap, LongRows
-from fedmoe.cli.output import CommandError, given
+from fedmoe.cli.output import given, importing
 from fedmoe.config import DEFAULT_SYNC_INTERVAL, WorkerConfig
 from fedmoe.runtime.logs import configure
 
@@ -99,8 +99,6 @@ def worker(
     """Train one expert on local data; the data stay on this machine, updates and statistics of them go."""
     config = WorkerConfig(**given(**locals()))  # type: ignore[arg-type]
     configure()
-    try:
+    with importing("worker"):
         from fedmoe.cli.worker_setup import run_worker
-    except ModuleNotFoundError as error:
-        raise CommandError(f"{error.name} is not installed; run: pip install 'fedmoe[worker]'") from error
     run_worker(config)

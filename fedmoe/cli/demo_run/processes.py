@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedmoe.runtime.errors import ExpectedError
 from fedmoe.wire.client import CoordinatorClient
 
 _STOP_SECONDS = 90.0
 
 
-class DemoProcessError(Exception):
+class DemoProcessError(ExpectedError):
     """A process ended that should not have; the message shows the end of its log."""
 
 
