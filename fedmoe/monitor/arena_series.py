@@ -1,10 +1,11 @@
-"""Records of an arena run -> tidy series and tables: what charts and views need, computed without drawing anything."""
+"""Series and tables of an arena run, from its records: what charts need, computed without a drawing library."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -49,17 +50,19 @@ class SeriesTable:
 
         Not the mean of the ratios, which a single short iteration would decide.
         """
-        there = np.isfinite(self.column(name)) & np.isfinite(self.column(per))
-        recent = slice(-window(int(there.sum())), None)
-        above, below = self.column(name)[there][recent].sum(), self.column(per)[there][recent].sum()
-        return float(above / below) if below else math.nan
+        above, below = self._recent_both(name, per)
+        return float(above.sum() / below.sum()) if below.sum() else math.nan
 
     def weighted(self, name: str, by: str) -> float:
         """Of the last fifth the mean of one column, weighed by another: of ratios that of their sums; NaN without."""
-        there = np.isfinite(self.column(name)) & np.isfinite(self.column(by))
+        values, weights = self._recent_both(name, by)
+        return float((values * weights).sum() / weights.sum()) if weights.sum() else math.nan
+
+    def _recent_both(self, first: str, second: str) -> tuple[FloatArray, FloatArray]:
+        one, other = self.column(first), self.column(second)
+        there = np.isfinite(one) & np.isfinite(other)
         recent = slice(-window(int(there.sum())), None)
-        weights = self.column(by)[there][recent]
-        return float((self.column(name)[there][recent] * weights).sum() / weights.sum()) if weights.sum() else math.nan
+        return one[there][recent], other[there][recent]
 
     def last(self, name: str) -> float:
         """The newest number of the column; NaN when there is none."""
@@ -68,11 +71,11 @@ class SeriesTable:
 
 
 @dataclass(frozen=True, slots=True)
-class ModeBand:
-    """A stretch of iterations, both ends included, that ran in one mode."""
+class ModeSpan:
+    """A stretch of iterations that ran in one mode, without gaps: it reaches to where the next one starts."""
 
-    first: float
-    last: float
+    start: float
+    end: float
     mode: str
 
 
@@ -81,7 +84,6 @@ class DecisionPoint:
     """Something that was changed while training, from what to what, and why; `policy` is "" for the whole run."""
 
     iteration: float
-    mode: str
     policy: str
     what: str
     before: str
@@ -106,7 +108,6 @@ class EvaluationPoint:
     """
 
     iteration: float
-    mode: str
     policy: str
     opponent: str
     score: Estimate
@@ -156,7 +157,7 @@ class ArenaSeries:
     evaluations: tuple[EvaluationPoint, ...]
     leader: Lead | None
     decisions: tuple[DecisionPoint, ...]
-    modes: tuple[ModeBand, ...]
+    modes: tuple[ModeSpan, ...]
 
     @property
     def iterations(self) -> tuple[float, float]:
@@ -177,7 +178,7 @@ def arena_series(records: Iterable[Record]) -> ArenaSeries:
     of an arena run.
     """
     by_kind = _by_kind(records)
-    start = min((_number(record.get("at")) for found in by_kind.values() for record in found), default=0.0)
+    start = min(_number(record.get("at")) for group in by_kind.values() for record in group)
     system = [{**record, "iteration": round(_number(record.get("at")) - start, 3)} for record in by_kind["system"]]
     policies = _policies(by_kind)
     return ArenaSeries(
@@ -190,9 +191,9 @@ def arena_series(records: Iterable[Record]) -> ArenaSeries:
         timing=_table(by_kind["timing"]),
         system=_table(system),
         evaluations=_evaluations(by_kind["evaluation"]),
-        leader=_leader(by_kind["leader"]),
+        leader=_lead(by_kind["leader"]),
         decisions=_decisions(by_kind["decision"]),
-        modes=_modes([*by_kind["team"], *by_kind["policy"]]),
+        modes=_mode_spans([*by_kind["team"], *by_kind["policy"]]),
     )
 
 
@@ -221,25 +222,15 @@ def smoothing_span(series: ArenaSeries) -> int:
     return int(min(25, max(3, (last - first + 1) // 15)))
 
 
-def mode_spans(bands: Sequence[ModeBand]) -> list[tuple[float, float, str]]:
-    """Bands without gaps: each reaches to where the next one starts."""
-    ends = [band.first - 0.5 for band in bands[1:]] + [band.last + 0.5 for band in bands[-1:]]
-    return [(band.first - 0.5, end, band.mode) for band, end in zip(bands, ends, strict=True)]
-
-
 def _by_kind(records: Iterable[Record]) -> dict[str, list[Record]]:
-    found: dict[str, list[Record]] = {kind: [] for kind in KINDS}
-    others: set[str] = set()
+    by_kind: dict[str, list[Record]] = {kind: [] for kind in KINDS}
     for record in records:
-        kind = str(record.get("kind"))
-        if kind in found:
-            found[kind].append(record)
-        else:
-            others.add(kind)
-    if not any(found.values()):
-        got = f"only records of kind {', '.join(sorted(others))}" if others else "none"
+        by_kind.setdefault(str(record.get("kind")), []).append(record)
+    if not any(by_kind[kind] for kind in KINDS):
+        others = ", ".join(sorted(by_kind.keys() - set(KINDS)))
+        got = f"only records of kind {others}" if others else "none"
         raise NoRecordsError(f"no records of an arena run, got {got}; train one, or make sample data")
-    return found
+    return {kind: by_kind[kind] for kind in KINDS}
 
 
 def _number(value: RecordValue) -> float:
@@ -295,57 +286,52 @@ def _table(records: Iterable[Record]) -> SeriesTable:
     )
 
 
+def _in_order(records: Iterable[Record]) -> list[Record]:
+    """The records that name their iteration, in its order."""
+    placed = [record for record in records if math.isfinite(_number(record.get("iteration")))]
+    return sorted(placed, key=lambda record: _number(record["iteration"]))
+
+
 def _evaluations(records: Iterable[Record]) -> tuple[EvaluationPoint, ...]:
-    found = [
+    return tuple(
         EvaluationPoint(
-            iteration=_number(record.get("iteration")),
-            mode=_text(record.get("mode")),
+            iteration=_number(record["iteration"]),
             policy=_text(record.get("policy")),
             opponent=_text(record.get("opponent")),
-            score=_interval(record, "score", "low", "high"),
-            base=_interval(record, "base_score", "base_low", "base_high"),
-            win=_interval(record, "win_rate", "win_low", "win_high"),
+            score=_estimate(record, "score", "low", "high"),
+            base=_estimate(record, "base_score", "base_low", "base_high"),
+            win=_estimate(record, "win_rate", "win_low", "win_high"),
             episodes=_number(record.get("episodes")),
             questions=_number(record.get("questions")),
             few=record.get("few") is True,
         )
-        for record in records
-        if math.isfinite(_number(record.get("iteration")))
-    ]
-    return tuple(sorted(found, key=lambda evaluation: evaluation.iteration))
+        for record in _in_order(records)
+    )
 
 
-def _leader(records: Sequence[Record]) -> Lead | None:
+def _lead(records: Sequence[Record]) -> Lead | None:
     if not records:
         return None
-    newest = records[-1]
-    names = _text(newest.get("policy")), _text(newest.get("rival"))
-    return Lead(names[0], newest.get("apart") is True, names[1], _interval(newest, "lead", "lead_low", "lead_high"))
+    policy, rival = (_text(records[-1].get(name)) for name in ("policy", "rival"))
+    return Lead(
+        policy, records[-1].get("apart") is True, rival, _estimate(records[-1], "lead", "lead_low", "lead_high")
+    )
 
 
-def _interval(record: Record, value: str, low: str, high: str) -> Estimate:
-    return Estimate(_number(record.get(value)), _number(record.get(low)), _number(record.get(high)))
+def _estimate(record: Record, *names: str) -> Estimate:
+    return Estimate(*(_number(record.get(name)) for name in names))
 
 
 def _decisions(records: Iterable[Record]) -> tuple[DecisionPoint, ...]:
-    found = [
-        DecisionPoint(
-            _number(record.get("iteration")),
-            *(_text(record.get(name)) for name in ("mode", "policy", "what", "before", "after", "reason")),
-        )
-        for record in records
-        if math.isfinite(_number(record.get("iteration")))
-    ]
-    return tuple(sorted(found, key=lambda decision: decision.iteration))
+    names = ("policy", "what", "before", "after", "reason")
+    return tuple(
+        DecisionPoint(_number(record["iteration"]), *(_text(record.get(name)) for name in names))
+        for record in _in_order(records)
+    )
 
 
-def _modes(records: Iterable[Record]) -> tuple[ModeBand, ...]:
-    by_iteration = {_number(record.get("iteration")): _text(record.get("mode")) for record in records}
-    bands: list[ModeBand] = []
-    for iteration in sorted(place for place in by_iteration if math.isfinite(place)):
-        mode = by_iteration[iteration]
-        if bands and bands[-1].mode == mode:
-            bands[-1] = ModeBand(bands[-1].first, iteration, mode)
-        else:
-            bands.append(ModeBand(iteration, iteration, mode))
-    return tuple(band for band in bands if band.mode)
+def _mode_spans(records: Iterable[Record]) -> tuple[ModeSpan, ...]:
+    modes = {_number(record["iteration"]): _text(record.get("mode")) for record in _in_order(records)}
+    bands = [(mode, list(places)) for mode, places in groupby(modes, key=modes.__getitem__) if mode]
+    ends = [places[0] - 0.5 for _, places in bands[1:]] + [places[-1] + 0.5 for _, places in bands[-1:]]
+    return tuple(ModeSpan(places[0] - 0.5, end, mode) for (mode, places), end in zip(bands, ends, strict=True))

@@ -1,10 +1,10 @@
-"""The run on a terminal: progress, a row for each policy, the machine, the newest decisions; plain lines elsewhere."""
+"""Terminal view of an arena run: progress, a row for each policy, the machine, decisions; plain lines elsewhere."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -43,7 +43,6 @@ class TerminalView:
     def __init__(self, console: Console, iterations: int = 0) -> None:
         self._console = console
         self._iterations = iterations
-        self._run: Record = {}
         self._newest: dict[tuple[str, str], Record] = {}
         self._rewards: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_SPARKS))
         self._skipped = 0
@@ -61,22 +60,16 @@ class TerminalView:
     ) -> None:
         self.close()
 
-    def write(self, record: Record) -> None:
-        """The same as `update`."""
-        self.update(record)
-
     def close(self) -> None:
         """Leave the last state on the terminal."""
         if self._live is not None:
             self._live.stop()
 
-    def update(self, record: Record) -> None:
+    def write(self, record: Record) -> None:
         """Take one record and show what is new."""
         kind, policy = str(record["kind"]), str(record.get("policy") or "")
         self._newest[kind, policy] = record
-        if kind == "run":
-            self._run = record
-        elif kind == "policy":
+        if kind == "policy":
             self._rewards[policy].append(_number(record, "reward"))
         elif kind == "decision":
             self._decisions.append(record)
@@ -96,14 +89,8 @@ class TerminalView:
             lines = [*([SAMPLE_TEXT] if record.get("sample") is True else []), _head(record)]
         elif kind == "timing":
             lines = [self._line(record)]
-        elif kind == "decision":
-            lines = [f"  {_decision(record)}"]
-        elif kind == "skipped":
-            lines = [f"  {_skipped(record)}"]
-        elif kind == "evaluation":
-            lines = [f"  {_evaluation(record)}"]
-        elif kind == "leader":
-            lines = [f"  {_leader(record)}"]
+        elif kind in _SENTENCES:
+            lines = [f"  {_SENTENCES[kind](record)}"]
         for line in lines:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -121,11 +108,9 @@ class TerminalView:
         parts: list[RenderableType] = []
         if any(record.get("sample") is True for record in self._newest.values()):
             parts.append(Text(SAMPLE_TEXT, style="bold white on red"))
-        if self._run:
-            parts.append(Text(_head(self._run), style="bold"))
+        parts += [Text(_head(record), style="bold") for record in self._of_kind("run")]
         parts += [self._progress(), self._policies(), Text(self._system(), style="dim")]
-        held_out = [record for (kind, _), record in self._newest.items() if kind == "evaluation"]
-        parts += [Text(_evaluation(record)) for record in held_out]
+        parts += [Text(_evaluation(record)) for record in self._of_kind("evaluation")]
         parts += [Text(_leader(self._leader))] if self._leader else []
         if self._skipped:
             newest = _skipped(self._newest["skipped", ""])
@@ -133,23 +118,23 @@ class TerminalView:
         parts += [Text(_decision(decision)) for decision in self._decisions]
         return Group(*parts)
 
+    def _of_kind(self, *kinds: str) -> list[Record]:
+        """The newest record of a kind, or of every policy."""
+        return [record for (kind, _), record in self._newest.items() if kind in kinds]
+
     def _progress(self) -> RenderableType:
-        done = max(
-            (_done(record) for (kind, _), record in self._newest.items() if kind in ("policy", "timing")), default=0
-        )
+        done = max(map(_done, self._of_kind("policy", "timing")), default=0)
         timing = self._newest.get(("timing", ""), {})
         text = f"{done} of {self._iterations} iterations" if self._iterations else f"{done} iterations"
         if timing:
-            text += (
-                f", {_show(timing, 'iteration_seconds', 1)} s each, {_show(timing, 'tokens_per_second', 0)} tokens/s"
-            )
+            seconds = _show(timing, "iteration_seconds", 1)
+            text += f", {seconds} s each, {_show(timing, 'tokens_per_second', 0)} tokens/s"
         left = self._iterations - done
         if self._iterations and timing and left > 0:
             text += f", about {left * _number(timing, 'iteration_seconds') / 60:.0f} min left"
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(
-            ProgressBar(total=self._iterations or None, completed=done, width=40, pulse=not self._iterations), text
-        )
+        bar = ProgressBar(total=self._iterations or None, completed=done, width=40, pulse=not self._iterations)
+        grid.add_row(bar, text)
         return grid
 
     def _policies(self) -> Table:
@@ -171,7 +156,7 @@ class TerminalView:
 
     def _of_policies(self) -> list[tuple[str, Record]]:
         """The newest record of every policy, in the order of the run's list, then as they came."""
-        listed = [name.strip() for name in str(self._run.get("policies") or "").split(",")]
+        listed = [name.strip() for name in str(self._newest.get(("run", ""), {}).get("policies") or "").split(",")]
         seen = [policy for kind, policy in self._newest if kind == "policy"]
         order = [*(name for name in listed if name in seen), *(name for name in seen if name not in listed)]
         return [(policy, self._newest["policy", policy]) for policy in order]
@@ -239,3 +224,11 @@ def _decision(record: Record) -> str:
     who = f" of {record['policy']}" if record.get("policy") else ""
     reason = f" ({record['reason']})" if record.get("reason") else ""
     return f"{_done(record) - 1}: {record.get('what')}{who} {record.get('before')} → {record.get('after')}{reason}"
+
+
+_SENTENCES: Mapping[str, Callable[[Record], str]] = {
+    "decision": _decision,
+    "skipped": _skipped,
+    "evaluation": _evaluation,
+    "leader": _leader,
+}

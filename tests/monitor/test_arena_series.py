@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from fedmoe.monitor.arena_series import (
     KINDS,
-    ModeBand,
+    ModeSpan,
     NoRecordsError,
     arena_series,
-    mode_spans,
     smoothed,
     window,
 )
@@ -66,8 +65,7 @@ def test_one_record_of_sample_data_makes_all_of_it_sample_data() -> None:
 def test_stretches_of_one_mode_are_bands_without_gaps() -> None:
     modes = ["x", "x", "y", "x"]
     found = arena_series([policy(i, mode=mode) for i, mode in enumerate(modes)])
-    assert found.modes == (ModeBand(0, 1, "x"), ModeBand(2, 2, "y"), ModeBand(3, 3, "x"))
-    assert mode_spans(found.modes) == [(-0.5, 1.5, "x"), (1.5, 2.5, "y"), (2.5, 3.5, "x")]
+    assert found.modes == (ModeSpan(-0.5, 1.5, "x"), ModeSpan(1.5, 2.5, "y"), ModeSpan(2.5, 3.5, "x"))
 
 
 def test_the_final_evaluation_is_the_newest_against_each_opponent() -> None:

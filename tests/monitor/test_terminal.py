@@ -19,7 +19,7 @@ def shown(records: list[Record], terminal: bool, iterations: int = 0) -> str:
     console = Console(file=out, force_terminal=terminal, width=140, height=60, color_system=None)
     with TerminalView(console, iterations) as view:
         for record in records:
-            view.update(record)
+            view.write(record)
     return out.getvalue()
 
 

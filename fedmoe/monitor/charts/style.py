@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from fedmoe.monitor.arena_series import ArenaSeries, mode_spans
+from fedmoe.monitor.arena_series import ArenaSeries
 from fedmoe.monitor.charts.label_layout import spread
 from fedmoe.monitor.palette import INK, MUTED, SAMPLE_COLOUR, SAMPLE_TEXT, mode_tint, run_line
 
@@ -102,13 +102,13 @@ def iteration_axis(axes: Axes, series: ArenaSeries) -> None:
 
 def shade_modes(axes: Axes, series: ArenaSeries) -> None:
     """Tint the iterations by the mode they ran in."""
-    for start, end, mode in mode_spans(series.modes):
-        axes.axvspan(start, end, color=mode_tint(mode), linewidth=0, zorder=-10)
+    for span in series.modes:
+        axes.axvspan(span.start, span.end, color=mode_tint(span.mode), linewidth=0, zorder=-10)
 
 
 def mode_legend(figure: Figure, series: ArenaSeries) -> None:
     """Say in the head of the figure which tint stands for which mode."""
-    names = dict.fromkeys(band.mode.partition(":")[0] for band in series.modes)
+    names = dict.fromkeys(span.mode.partition(":")[0] for span in series.modes)
     if names:
         handles = [Patch(color=mode_tint(name), label=plain(name.replace("_", " "))) for name in names]
         head_legend(figure, series, "mode", handles)

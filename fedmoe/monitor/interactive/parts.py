@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedmoe.lora.adapter import Float64Array
-from fedmoe.monitor.arena_series import ArenaSeries, mode_spans, smoothed, smoothing_span
+from fedmoe.monitor.arena_series import ArenaSeries, smoothed, smoothing_span
 from fedmoe.monitor.palette import INK, MUTED, mode_tint
 
 PlotlyJson = dict[str, object]
@@ -59,19 +59,19 @@ def mode_shapes(series: ArenaSeries) -> list[PlotlyJson]:
             "layer": "below",
             "xref": "x",
             "yref": "paper",
-            "x0": start,
-            "x1": end,
+            "x0": span.start,
+            "x1": span.end,
             "y0": 0,
             "y1": 1,
-            "fillcolor": mode_tint(mode),
+            "fillcolor": mode_tint(span.mode),
             "line": {"width": 0},
             "label": {
-                "text": mode.replace("_", " "),
+                "text": span.mode.replace("_", " "),
                 "textposition": "bottom left",
                 "font": {"size": 9, "color": MUTED},
             },
         }
-        for start, end, mode in mode_spans(series.modes)
+        for span in series.modes
     ]
 
 
