@@ -75,7 +75,7 @@ def verify(
     state_dir: StateDirectory = DEFAULT_STATE_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Check a stopped coordinator's state directory: compare it with its hashes, rebuild all versions, change nothing."""
+    """Check a stopped coordinator's state directory against its hashes and rebuild every version; changes nothing."""
     from fedmoe.server.history.verification import verify_state
 
     report = verify_state(state_dir)

@@ -312,10 +312,9 @@ def _evaluations(records: Iterable[Record]) -> tuple[EvaluationPoint, ...]:
 def _lead(records: Sequence[Record]) -> Lead | None:
     if not records:
         return None
-    policy, rival = (_text(records[-1].get(name)) for name in ("policy", "rival"))
-    return Lead(
-        policy, records[-1].get("apart") is True, rival, _estimate(records[-1], "lead", "lead_low", "lead_high")
-    )
+    newest = records[-1]
+    policy, rival = (_text(newest.get(name)) for name in ("policy", "rival"))
+    return Lead(policy, newest.get("apart") is True, rival, _estimate(newest, "lead", "lead_low", "lead_high"))
 
 
 def _estimate(record: Record, *names: str) -> Estimate:
