@@ -58,7 +58,7 @@ class SeriesTable:
         values, weights = self._recent_both(name, by)
         return float((values * weights).sum() / weights.sum()) if weights.sum() else math.nan
 
-    def _recent_both(self, first: str, second: str) -> tuple[FloatArray, FloatArray]:
+    def _recent_both(self, first: str, second: str) -> tuple[Float64Array, Float64Array]:
         one, other = self.column(first), self.column(second)
         there = np.isfinite(one) & np.isfinite(other)
         recent = slice(-window(int(there.sum())), None)
