@@ -19,7 +19,7 @@ from fedmoe.runtime.allocator import trim
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.quotas import Rate
 from fedmoe.server.access.tokens import KEEP_SECONDS, TokenGate
-from fedmoe.server.access.uploads import Admission
+from fedmoe.server.access.uploads import UploadAdmission
 from fedmoe.server.descriptors import few_left, in_use, raise_limit
 from fedmoe.server.gate.gate import GatePolicy
 from fedmoe.server.history.history import History
@@ -34,8 +34,8 @@ from fedmoe.server.storage.choices import read_choices
 from fedmoe.server.storage.state_dir import StateDir
 from fedmoe.server.updates.in_flight import InFlight
 from fedmoe.server.upkeep.disk import DiskReport
-from fedmoe.server.upkeep.retention import kept_bytes
-from fedmoe.server.upkeep.sweep import Sweeping
+from fedmoe.server.upkeep.retention import retention_bound
+from fedmoe.server.upkeep.sweep import DailySweep
 from fedmoe.wire.http.bearer import new_token
 from fedmoe.wire.http.cross_site import is_loopback
 from fedmoe.wire.http.deadlines import GuardedProtocol
@@ -100,7 +100,7 @@ class DistributedCoordinator:
             limits=RegistrationLimits(config.max_parameters, config.max_experts),
             in_flight=InFlight(self._state.path / "in_flight"),
         )
-        self._sweeping = Sweeping(journal, blobs, history)
+        self._sweeping = DailySweep(journal, blobs, history)
         self._bound_bytes(config)
         self._noted = AuditHead.of_text(journal.meta(AUDIT_HEAD))
         self._audit = AuditLog(self._state.path, time.time, self._noted)
@@ -113,7 +113,7 @@ class DistributedCoordinator:
             self.gate,
             is_loopback(config.host),
             JsonPolicy(config.json_limit),
-            Admission(config.min_sync_interval, self.service.knows),
+            UploadAdmission(config.min_sync_interval, self.service.knows),
             Rate(rate, math.ceil(2 * rate)) if rate else None,
             self._audit,
         )
@@ -140,7 +140,7 @@ class DistributedCoordinator:
 
     def _bound_bytes(self, config: CoordinatorConfig) -> None:
         """Bound the bytes of updates, and say how fast they grow: now, or once there is an expert."""
-        blobs, kept = self._state.blobs, kept_bytes(config.keep_gb, self._state.journal, self._state.blobs)
+        blobs, kept = self._state.blobs, retention_bound(config.keep_gb, self._state.journal, self._state.blobs)
         self.service.keep_below(kept.most, blobs)
         say = DiskReport(self._state.journal, blobs, config.min_sync_interval or ADVISED_SYNC_INTERVAL, kept)
         experts = self.service.coordinator.experts

@@ -33,8 +33,8 @@ from fedmoe.qwen_worker import Companion, EvaluationRecord, QwenWorker, StepReco
 from fedmoe.runtime import failpoints
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, PulledExpert
 from fedmoe.wire.contract.messages import StartFrom, UpdateHeader
-from fedmoe.wire.delivery import Answered, Delivery
-from fedmoe.wire.outbox import Outbox, Pending
+from fedmoe.wire.delivery import Delivery, DeliveryOutcome
+from fedmoe.wire.outbox import Outbox, PendingUpdate
 from fedmoe.worker.device_failure import device_failure
 from fedmoe.worker.progress import Progress, SyncPoint
 from fedmoe.worker.pull import DivergedError, WorkerFailedError, on_rank_zero, pull
@@ -156,7 +156,7 @@ class DistributedWorker:
         _log.info("registered", expert=info.name, version=info.version, digest=info.digest[:12])
         self._on_registered()
 
-    def _deliver_leftover(self, saved: SyncPoint | None) -> Answered | None:
+    def _deliver_leftover(self, saved: SyncPoint | None) -> DeliveryOutcome | None:
         """What became of the update an earlier run left; None if it left none, or when told to stop meanwhile."""
         pending = self._box.pending
         if pending is None:
@@ -304,13 +304,13 @@ class DistributedWorker:
             self._box.settle()
         self._delivery = None
 
-    def _usable_answer(self) -> Answered | None:
+    def _usable_answer(self) -> DeliveryOutcome | None:
         answer = self._delivery.answer() if self._delivery is not None else None
         if answer is not None:
             self._told(answer)
         return answer
 
-    def _told(self, answer: Answered) -> None:
+    def _told(self, answer: DeliveryOutcome) -> None:
         if self._report is not None:
             self._report.answered(self._require_pending(), answer)
 
@@ -320,7 +320,7 @@ class DistributedWorker:
         if self._talks:
             self._box.settle()
 
-    def _give_up(self, answer: Answered | None) -> None:
+    def _give_up(self, answer: DeliveryOutcome | None) -> None:
         """Refused for a reason a person has to see to; the update is kept for the next start; all ranks."""
         if not self._group.flag(answer is not None and answer.poisoned):
             self._save()
@@ -390,7 +390,7 @@ class DistributedWorker:
         assert self._base is not None, "the loop starts with a pull"
         return self._base
 
-    def _require_pending(self) -> Pending:
+    def _require_pending(self) -> PendingUpdate:
         assert self._box.pending is not None, "there is an update under way"
         return self._box.pending
 

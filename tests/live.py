@@ -26,7 +26,7 @@ from fedmoe.coordinator import Aggregation
 from fedmoe.lora.manifest import Manifest
 from fedmoe.server.access.quotas import Rate, UploadLimits
 from fedmoe.server.access.tokens import TokenGate
-from fedmoe.server.access.uploads import Admission
+from fedmoe.server.access.uploads import UploadAdmission
 from fedmoe.server.history.history import History
 from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.routes.routes import create_app
@@ -50,7 +50,7 @@ class House:
     journal: SqlJournal
     blobs: FolderBlobStore
     folder: Path
-    admission: Admission
+    admission: UploadAdmission
 
     def register(self, *names: str, manifest: Manifest = MANIFEST) -> None:
         """Make experts without the detour over HTTP."""
@@ -101,7 +101,7 @@ def open_house(
         gate.add(JOIN, "join")
         gate.add(ADMIN, "admin")
     try:
-        admission = Admission(min_sync_interval, service.knows, uploads)
+        admission = UploadAdmission(min_sync_interval, service.knows, uploads)
         app = create_app(service, gate, admission=admission, token_rate=token_rate, audit=audit)
         yield House(app, service, gate, journal, blobs, folder / "blobs", admission)
     finally:

@@ -103,7 +103,7 @@ def open_service(
 
 def fold(service: CoordinatorService) -> int:
     """Fold until nobody is ready; how many folds there are then."""
-    while service._folding.fold_ready():
+    while service._folding.merge_ready():
         pass
     living = service.coordinator.transaction().online_gateway
     assert living is not None

@@ -28,7 +28,7 @@ from fedmoe.lora.diagnostics import audit as merge_audit
 from fedmoe.lora.formats import npz_bytes
 from fedmoe.runtime.files import write_atomic
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.contract.messages import GatewayInfo, LivingInfo
+from fedmoe.wire.contract.messages import GatewayInfo, OnlineGatewayInfo
 
 app = typer.Typer(help="Look at the gateway, save it, export it, try it.", no_args_is_help=True)
 
@@ -64,7 +64,7 @@ def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
         say(f"  gate: {gateway.gate.status}; evaluators: {', '.join(gateway.gate.evaluators) or 'none'}")
 
 
-def _show_living(living: LivingInfo) -> None:
+def _show_living(living: OnlineGatewayInfo) -> None:
     last = ", ".join(f"{name} (staleness {tau})" for name, tau in living.staleness.items())
     say(f"  {living.folds} folds" + (f", the last of {last} in {living.seconds:.1f} s" if last else ""))
     for name, left in living.departures.items():

@@ -1,1 +1,1 @@
-"""The coordinator as a service: one update's way through the house, routes, security, history."""
+"""The coordinator as an HTTP service: updates, storage, access control, the evaluation gate, upkeep."""

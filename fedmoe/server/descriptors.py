@@ -1,4 +1,4 @@
-"""File descriptors: as many as this process may have, and a word before there are none left."""
+"""File descriptors: raises this process's limit, counts those in use, tells when few are left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names at the door: inside an expert goes by its first name, outside by its newest one, and by its former ones too."""
+"""Expert names: requests may use any name an expert ever had, storage uses its first, answers its newest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedmoe.server.access.security import Principal
 Value = TypeVar("Value")
 
 
-def addressed(experts: Mapping[str, ExpertModel], principal: Principal, name: str) -> str:
+def resolve_expert(experts: Mapping[str, ExpertModel], principal: Principal, name: str) -> str:
     """The first name of the expert that is meant; refused unless the token may use it, by any of its names."""
     principal.named["expert"] = name
     first = first_name(experts, name)
@@ -28,29 +28,29 @@ def may_use(principal: Principal, expert: ExpertModel) -> bool:
     return any(principal.may_use(name) for name in (expert.name, *expert.names))
 
 
-def by_first_names(principal: Principal, experts: Mapping[str, ExpertModel]) -> Principal:
+def scope_by_first_names(principal: Principal, experts: Mapping[str, ExpertModel]) -> Principal:
     """The same with the scope of its token in first names."""
     if principal.experts is None:
         return principal
     return replace(principal, experts=tuple(one.name for one in experts.values() if may_use(principal, one)))
 
 
-def titled(values: Mapping[str, Value], experts: Mapping[str, ExpertModel]) -> dict[str, Value]:
+def by_title(values: Mapping[str, Value], experts: Mapping[str, ExpertModel]) -> dict[str, Value]:
     """By the names that experts go by, what is given by their first ones."""
     found = {experts[name].title if name in experts else name: value for name, value in values.items()}
     return dict(sorted(found.items()))
 
 
-def titled_gateway(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -> GatewayModel:
+def gateway_by_title(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -> GatewayModel:
     """The gateway with the names that experts go by; the very same where nobody was renamed."""
     if not any(expert.names for expert in experts.values()):
         return gateway
     return replace(
         gateway,
-        sources=MappingProxyType(titled(gateway.sources, experts)),
-        weights=MappingProxyType(titled(gateway.weights, experts)),
-        statistics=MappingProxyType(titled(gateway.statistics, experts)),
-        statistics_tokens=MappingProxyType(titled(gateway.statistics_tokens, experts)),
-        source_digests=MappingProxyType(titled(gateway.source_digests, experts)),
-        left_out=MappingProxyType(titled(gateway.left_out, experts)),
+        sources=MappingProxyType(by_title(gateway.sources, experts)),
+        weights=MappingProxyType(by_title(gateway.weights, experts)),
+        statistics=MappingProxyType(by_title(gateway.statistics, experts)),
+        statistics_tokens=MappingProxyType(by_title(gateway.statistics_tokens, experts)),
+        source_digests=MappingProxyType(by_title(gateway.source_digests, experts)),
+        left_out=MappingProxyType(by_title(gateway.left_out, experts)),
     )

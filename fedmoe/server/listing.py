@@ -1,4 +1,4 @@
-"""The list of experts, written fast: what did not change since the last list is not written again.
+"""The list of experts as JSON, cached: only entries that changed since the last list are written again.
 
 Only how long ago a worker was heard of differs each time, and is put into its place.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fedmoe.experts import ExpertModel
-from fedmoe.server.statistics.contributors import Roster
+from fedmoe.server.statistics.contributors import Contributors
 from fedmoe.wire.contract.messages import ExpertInfo
 
 # What stands for a time in a prepared entry: no name or text holds it, since a quote in these is escaped.
@@ -19,7 +19,7 @@ _PLACE = '"seconds_ago":-1.0'
 _FRESH_SECONDS = 1.0
 
 
-class _Of(NamedTuple):
+class _EntryKey(NamedTuple):
     """What an entry was written of; the same things again give the same entry."""
 
     expert: ExpertModel
@@ -28,7 +28,7 @@ class _Of(NamedTuple):
     held_out: bool
     warnings: tuple[str, ...] | None
 
-    def same(self, other: _Of) -> bool:
+    def same(self, other: _EntryKey) -> bool:
         return self[0] is other[0] and self[1:] == other[1:]
 
 
@@ -36,7 +36,7 @@ class _Of(NamedTuple):
 class _Entry:
     """An expert as JSON in parts, between which the times belong: seconds since 1970 when each worker was heard of."""
 
-    of: _Of
+    of: _EntryKey
     parts: tuple[str, ...]
     times: tuple[float, ...]
 
@@ -51,7 +51,7 @@ class _Entry:
 class _Page:
     """The list that was written last: of what, each entry, and when the oldest of them was."""
 
-    of: list[_Of]
+    of: list[_EntryKey]
     texts: list[str]
     at: float
 
@@ -59,7 +59,7 @@ class _Page:
 class ExpertEntries:
     """The newest entry of every expert; safe to use from any thread."""
 
-    def __init__(self, roster: Roster) -> None:
+    def __init__(self, roster: Contributors) -> None:
         self._roster = roster
         self._kept: dict[tuple[str, tuple[bool, bool]], _Entry] = {}
         self._pages: dict[tuple[bool, bool], _Page] = {}
@@ -95,11 +95,11 @@ class ExpertEntries:
 
     def _of(
         self, expert: ExpertModel, prompts: str | None, held_out: bool, warning: Callable[[str, str], str] | None
-    ) -> _Of:
+    ) -> _EntryKey:
         warnings = None if warning is None else self._roster.warnings(expert.name, warning)
-        return _Of(expert, self._roster.changes(expert.name), prompts, held_out, warnings)
+        return _EntryKey(expert, self._roster.changes(expert.name), prompts, held_out, warnings)
 
-    def _entry(self, wanted: _Of) -> _Entry:
+    def _entry(self, wanted: _EntryKey) -> _Entry:
         expert, form = wanted.expert, (wanted.held_out, wanted.warnings is not None)
         with self._lock:
             kept = self._kept.get((expert.name, form))

@@ -1,4 +1,4 @@
-"""How much may be registered: an expert is made by a few hundred bytes, and is there for all until it is retired."""
+"""Limits on registration: the size of an expert, and how many experts a token, a worker and all may register."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One update's way through the house, and every other request to the coordinator, without HTTP.
+"""The coordinator service without HTTP: takes updates in, and answers every other request.
 
 receive (capped, hashed, on disk) -> check against the manifest -> fsync and rename -> decide and journal -> publish ->
 answer. Each step either finishes or leaves nothing behind.
@@ -25,26 +25,26 @@ from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal
-from fedmoe.server.expert_names import titled_gateway
+from fedmoe.server.expert_names import gateway_by_title
 from fedmoe.server.gate.gate import EvaluationGate, GatePolicy
 from fedmoe.server.gate.publication import Publications
 from fedmoe.server.history.base_history import current_history
 from fedmoe.server.history.history import History
 from fedmoe.server.listing import ExpertEntries
 from fedmoe.server.registrations import RegistrationLimits, checked_manifest
-from fedmoe.server.statistics.contributors import Roster
-from fedmoe.server.statistics.data_statistics import KeptStatistics, most_bytes, refuse_killer
-from fedmoe.server.statistics.reported_statistics import ToldStatistics
+from fedmoe.server.statistics.contributors import Contributors
+from fedmoe.server.statistics.data_statistics import DataStatistics, body_limit, refuse_suspect
+from fedmoe.server.statistics.reported_statistics import ReportedStatistics
 from fedmoe.server.storage.blobs import BlobStore, BlobWriter, FolderBlobStore, StorageFailedError
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.reported_statistics import Statistic
 from fedmoe.server.updates.committer import Committer
 from fedmoe.server.updates.held_updates import HeldUpdates
-from fedmoe.server.updates.in_flight import InFlight, Processed
-from fedmoe.server.updates.landing import Arrived, Landing
-from fedmoe.server.updates.memory_budget import MemoryBudget, OneAtATime
+from fedmoe.server.updates.in_flight import InFlight, InFlightBody
+from fedmoe.server.updates.landing import ReceivedUpdate, UpdateDecider
+from fedmoe.server.updates.memory_budget import MemoryBudget, SerialQueue
 from fedmoe.server.updates.upload import (
-    Expected,
+    ExpectedBody,
     log_update,
     opened_writer,
     receive,
@@ -53,7 +53,7 @@ from fedmoe.server.updates.upload import (
     usable_norm,
 )
 from fedmoe.server.updates.worker_leases import WorkerLeases
-from fedmoe.server.upkeep.background_merge import Folding
+from fedmoe.server.upkeep.background_merge import BackgroundMerge
 from fedmoe.server.upkeep.erasure import Erasure
 from fedmoe.server.upkeep.retention import Retention
 from fedmoe.server.upkeep.undo import Undo
@@ -120,12 +120,12 @@ class CoordinatorService:
         self.journal = journal
         #: Who pushes under which worker's id.
         self.leases = WorkerLeases(monotonic)
-        self.roster = Roster(self.leases.following(history.events_at_start()), journal.statistics())
-        self.told = ToldStatistics(journal)
-        self.statistics = KeptStatistics(journal, blobs)
+        self.roster = Contributors(self.leases.following(history.events_at_start()), journal.statistics())
+        self.reported = ReportedStatistics(journal)
+        self.statistics = DataStatistics(journal, blobs)
         #: Which history this is, so that an update of another one is not taken for one of it.
         self.current = current_history(journal)
-        self._landing = Landing(journal, self.current)
+        self._landing = UpdateDecider(journal, self.current)
         self._blobs = blobs
         self._history = history
         self._min_sync_interval = min_sync_interval
@@ -136,9 +136,9 @@ class CoordinatorService:
         self._in_flight = in_flight or InFlight(None)
         self.held = HeldUpdates(coordinator, blobs, self._committer, self._landing, self._in_flight, clock)
         self._undo = Undo(coordinator, history, self._committer, self.current, clock)
-        erasure = Erasure(journal, blobs, history, self.statistics, self.told, self.roster)
+        erasure = Erasure(journal, blobs, history, self.statistics, self.reported, self.roster)
         self._withdrawals = Withdrawals(coordinator, journal, self._committer, self._undo, erasure, clock)
-        self._folding = Folding(coordinator, history, blobs, self._committer, clock)
+        self._folding = BackgroundMerge(coordinator, history, blobs, self._committer, clock)
         #: What decides which gateway goes out; None where every one does.
         self.evaluation_gate = (
             EvaluationGate(
@@ -155,7 +155,7 @@ class CoordinatorService:
         self.uploads = 0
         self._memory = MemoryBudget(_CHECKED_BYTES)
         # Statistics are merged with all others of their expert, by the threads that uploads need too.
-        self._merging = OneAtATime()
+        self._merging = SerialQueue()
         self._noted: tuple[str, ...] = ()
         self._build_again = 0.0
         #: The experts as lists show them.
@@ -265,7 +265,7 @@ class CoordinatorService:
         """With the digests of its sources, under the names that experts go by."""
         if gateway.sources and not gateway.source_digests:
             gateway = replace(gateway, source_digests=self.current.digests(gateway.sources))
-        return titled_gateway(gateway, self.coordinator.experts)
+        return gateway_by_title(gateway, self.coordinator.experts)
 
     def listed_gateway(self) -> GatewayModel:
         """The gateway as a list shows it: of many experts the one built last, while the newest is built meanwhile."""
@@ -348,10 +348,10 @@ class CoordinatorService:
     async def _take(
         self, header: UpdateHeader, body: Body, layout: Layout, writer: BlobWriter, token: str
     ) -> UpdateResult:
-        expected = Expected(int(layout.size * 4 * _CAP_SHARE) + _CAP_BYTES, body.length, body.sha256)
+        expected = ExpectedBody(int(layout.size * 4 * _CAP_SHARE) + _CAP_BYTES, body.length, body.sha256)
         await receive(body.chunks, expected, writer, self._pool)
         failpoints.reached("push.received")
-        marked = Processed(writer.digest, header.expert, header.worker, header.sequence, writer.size)
+        marked = InFlightBody(writer.digest, header.expert, header.worker, header.sequence, writer.size)
         async with self._memory.of(layout.size * 4):
             with self._in_flight.processing(marked):
                 result = await self._judged(header, writer, layout, token)
@@ -374,12 +374,12 @@ class CoordinatorService:
         self, header: DataStatisticsHeader, body: Body, layout: Layout, writer: BlobWriter, token: str
     ) -> DataStatisticsResult:
         await receive(
-            body.chunks, Expected(most_bytes(header.kind, layout), body.length, body.sha256), writer, self._pool
+            body.chunks, ExpectedBody(body_limit(header.kind, layout), body.length, body.sha256), writer, self._pool
         )
         if writer.size == 0:
             raise MalformedError("malformed", "the body is empty")
-        refuse_killer(self._in_flight.suspicion(writer.digest))
-        marked = Processed(writer.digest, header.expert, header.worker, 0, writer.size)
+        refuse_suspect(self._in_flight.suspicion(writer.digest))
+        marked = InFlightBody(writer.digest, header.expert, header.worker, 0, writer.size)
         async with self._merging.turn(token):
             with self._in_flight.processing(marked):
                 failpoints.reached("statistics.checking")
@@ -393,14 +393,14 @@ class CoordinatorService:
         _log.info("statistics", worker=header.worker, **result.model_dump(exclude={"gateway_version"}))
         return result
 
-    def _check(self, header: UpdateHeader, writer: BlobWriter, layout: Layout, token: str) -> Arrived:
+    def _check(self, header: UpdateHeader, writer: BlobWriter, layout: Layout, token: str) -> ReceivedUpdate:
         """The update and its delta, if the body is one that could land; no delta if its number is taken.
 
         What cannot land is refused before it costs a write; the binding decision comes later, in order.
         """
         identity = (header.worker, header.epoch, header.sequence)
         if self.coordinator.quarantine.knows(identity) or self.journal.find_update(*identity) is not None:
-            return Arrived(header, submission_of(header, writer.digest), None, writer.size, token)
+            return ReceivedUpdate(header, submission_of(header, writer.digest), None, writer.size, token)
         if writer.size == 0:
             raise MalformedError("malformed", "the body is empty")
         self.current.check_update(header, self.coordinator.expert(header.expert))
@@ -413,7 +413,7 @@ class CoordinatorService:
             submission = submission_of(header, writer.digest, usable_norm(layout, flat))
         transaction = self.coordinator.transaction()
         transaction.hold(transaction.admit(submission, self.now), writer.size, token, suspicion)
-        return Arrived(header, submission, flat, writer.size, token, suspicion)
+        return ReceivedUpdate(header, submission, flat, writer.size, token, suspicion)
 
     async def roll_back(self, request: RollbackRequest) -> ChangeResult:
         """The expert's next version gets the content of an earlier one."""
@@ -432,10 +432,10 @@ class CoordinatorService:
         self.coordinator.expert(request.expert).require_active()
         self.check_storage()
         statistic = Statistic(request.expert, request.worker, request.kind, dict(request.values), self.now)
-        await self._in_thread(lambda: self.told.add(statistic))
+        await self._in_thread(lambda: self.reported.add(statistic))
         self.roster.hear(statistic)
 
-    async def change_roll(self, change: Callable[[Transaction], ExpertModel]) -> ExpertModel:
+    async def change_experts(self, change: Callable[[Transaction], ExpertModel]) -> ExpertModel:
         """Rename, retire or bring back an expert."""
         return await self._decided(self._committer.submit(change), ExpertModel)
 
@@ -453,7 +453,7 @@ class CoordinatorService:
         if self.retention is not None:
             self.retention.observe(transaction.events)
         for rejected in [event for event in transaction.events if isinstance(event, HeldUpdateRejected)]:
-            self._history.let_go(rejected.digest)
+            self._history.delete_rejected(rejected.digest)
         for name in {
             event.expert for event in transaction.events if not isinstance(event, GatewayMerged | QuarantineEvent)
         }:

@@ -1,1 +1,1 @@
-"""The HTTP contract, shared by the coordinator and everybody who talks to it."""
+"""The HTTP contract and the coordinator's client."""

@@ -1,4 +1,4 @@
-"""An answer as it came over the wire, and the error for one that is none of a coordinator's."""
+"""An HTTP answer as received, and the error for one that is unusable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The coordinator as seen by its callers: typed calls, checked answers, and a plain word for "not reachable"."""
+"""HTTP client of the coordinator: typed calls, checked answers, retries."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ from fedmoe.wire.foreign_answers import seconds_asked
 from fedmoe.wire.proxy import ConnectionSettingError
 from fedmoe.wire.pulled_weights import (
     ANY,
-    Expected,
+    ExpectedWeights,
     PulledExpert,
     PulledGateway,
     PulledStatistics,
+    body_headers,
     check_promise,
-    describing,
     pulled_expert,
     pulled_gateway,
 )
@@ -80,11 +80,11 @@ __all__ = [
     "ConnectionSettingError",
     "CoordinatorClient",
     "CoordinatorUnavailableError",
-    "Expected",
+    "ExpectedWeights",
     "PulledExpert",
     "PulledGateway",
     "PulledStatistics",
-    "Pushed",
+    "PushResult",
     "TooStaleError",
 ]
 
@@ -101,7 +101,7 @@ _LISTING = Bounds(json=32 << 20)
 
 
 @dataclass(frozen=True)
-class Pushed:
+class PushResult:
     """What became of a push; `newest` holds the newest weights if they were asked for."""
 
     result: UpdateResult
@@ -212,7 +212,7 @@ class CoordinatorClient:
         return parsed(self._post("/register_expert", message), ExpertInfo)
 
     def pull_expert(
-        self, expert: str, etag: str | None = None, dtype: WireDtype = "fp32", expected: Expected = ANY
+        self, expert: str, etag: str | None = None, dtype: WireDtype = "fp32", expected: ExpectedWeights = ANY
     ) -> PulledExpert | None:
         """The expert's newest weights, as `expected`; None if they are still those of `etag`."""
         headers = {"Accept": SAFETENSORS} | ({"If-None-Match": etag} if etag else {})
@@ -226,25 +226,25 @@ class CoordinatorClient:
         answer = self._retried("GET", "/get_gateway_weights", params={"dtype": dtype}, headers=headers)
         return None if answer.status == 304 and etag else pulled_gateway(answer, dtype)
 
-    def push(self, header: UpdateHeader, body: bytes, manifest: Manifest | None = None) -> Pushed:
+    def push(self, header: UpdateHeader, body: bytes, manifest: Manifest | None = None) -> PushResult:
         """Send an update once; sending the same one again later is safe.
 
         `manifest` is the one the expert was registered with: newest weights of another are refused.
         """
-        headers = describing(body) | {"Accept": SAFETENSORS}
+        headers = body_headers(body) | {"Accept": SAFETENSORS}
         params, bounds = header.model_dump(exclude_none=True), Bounds.of(manifest)
         answer = self._once("POST", "/push_expert_update", bounds, params=params, content=body, headers=headers)
         if answer.type != SAFETENSORS:
-            return Pushed(_result(answer, header), None)
+            return PushResult(_result(answer, header), None)
         if answer.status == 409:
             told = parsed_problem(answer, answer.headers.get("fedmoe-result", ""))
             error = TooStaleError(told.code, told.detail, told.fix)
             least = 0 if told.code in ANOTHER_HISTORY else header.base_version
             error.facts = dict(told.model_extra or {})
-            error.newest = pulled_expert(answer, header.expert, Expected(manifest, least))
+            error.newest = pulled_expert(answer, header.expert, ExpectedWeights(manifest, least))
             raise error
-        newest = pulled_expert(answer, header.expert, Expected(manifest, header.base_version))
-        return Pushed(_result(answer, header, answer.headers.get("fedmoe-result", ""), newest.version), newest)
+        newest = pulled_expert(answer, header.expert, ExpectedWeights(manifest, header.base_version))
+        return PushResult(_result(answer, header, answer.headers.get("fedmoe-result", ""), newest.version), newest)
 
     def push_statistic(self, statistic: StatisticRequest) -> None:
         """Disclose a small fact, for example a held-out loss."""
@@ -252,7 +252,7 @@ class CoordinatorClient:
 
     def push_data_statistics(self, header: DataStatisticsHeader, body: bytes) -> DataStatisticsResult:
         """Disclose statistics of a worker's data, once; sending the same ones again later is safe."""
-        params, headers = header.model_dump(), describing(body)
+        params, headers = header.model_dump(), body_headers(body)
         answer = self._once("POST", "/push_data_statistics", params=params, content=body, headers=headers)
         return parsed(answer, DataStatisticsResult)
 

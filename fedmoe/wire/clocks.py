@@ -1,4 +1,4 @@
-"""How far two machines' clocks are apart, as a worker that is refused may say."""
+"""The difference between two machines' clocks, in words."""
 
 from __future__ import annotations
 

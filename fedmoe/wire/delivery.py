@@ -1,4 +1,4 @@
-"""Delivery: one update on its way in the background, sent again until it is answered, while training goes on."""
+"""Delivery of one update from a background thread, retried until it is answered."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fedmoe.wire.client import (
     ANOTHER_HISTORY,
     CoordinatorClient,
     CoordinatorUnavailableError,
-    Expected,
+    ExpectedWeights,
     PulledExpert,
-    Pushed,
+    PushResult,
     TooStaleError,
 )
 from fedmoe.wire.contract.messages import StatisticRequest, UpdateResult
-from fedmoe.wire.outbox import Pending
+from fedmoe.wire.outbox import PendingUpdate
 
 Result = TypeVar("Result")
 _log = structlog.get_logger("fedmoe.worker")
@@ -44,7 +44,7 @@ _LONGEST_ASKED = 60.0
 
 
 @dataclass(frozen=True)
-class Answered:
+class DeliveryOutcome:
     """The end of a delivery: what became of the update, or why it was refused.
 
     `newest` is the version to go on from; there is none after a refusal that no newer version cures.
@@ -85,7 +85,7 @@ class Delivery:
     def __init__(
         self,
         client: CoordinatorClient,
-        pending: Pending,
+        pending: PendingUpdate,
         on_trouble: Callable[[CoordinatorUnavailableError], None] = lambda _: None,
         fact: StatisticRequest | None = None,
         manifest: Manifest | None = None,
@@ -98,7 +98,7 @@ class Delivery:
         self._started = time.monotonic()
         self._closed = threading.Event()
         self._done = threading.Event()
-        self._answer: Answered | None = None
+        self._answer: DeliveryOutcome | None = None
         self._failure: BaseException | None = None
         threading.Thread(target=self._run, name="fedmoe-delivery", daemon=True).start()
 
@@ -107,7 +107,7 @@ class Delivery:
         """Whether `answer` has something to say."""
         return self._done.is_set()
 
-    def answer(self) -> Answered | None:
+    def answer(self) -> DeliveryOutcome | None:
         """The answer, or None while the update is still on its way; raises what broke the delivery itself."""
         if not self._done.is_set():
             return None
@@ -130,7 +130,7 @@ class Delivery:
             self._failure = error
         self._done.set()
 
-    def _deliver(self) -> Answered | None:
+    def _deliver(self) -> DeliveryOutcome | None:
         try:
             pushed = self._persist(self._push)
         except RefusedError as refused:
@@ -140,7 +140,7 @@ class Delivery:
         newest = pushed.newest or self._persist(lambda: self._pull(pushed.result.version))
         if pushed.result.status == "landed":
             self._tell_fact()
-        return Answered(pushed.result, None, newest, self._seconds) if newest else None
+        return DeliveryOutcome(pushed.result, None, newest, self._seconds) if newest else None
 
     def _tell_fact(self) -> None:
         if self._fact is None:
@@ -150,13 +150,13 @@ class Delivery:
         except (CoordinatorUnavailableError, RefusedError) as error:
             _log.warning("not_told", kind=self._fact.kind, reason=str(error))
 
-    def _after_refusal(self, refused: RefusedError) -> Answered | None:
+    def _after_refusal(self, refused: RefusedError) -> DeliveryOutcome | None:
         if refused.code not in CURED_BY_PULLING | {REJECTED}:
-            return Answered(None, refused, None, self._seconds)
+            return DeliveryOutcome(None, refused, None, self._seconds)
         newest = refused.newest if isinstance(refused, TooStaleError) else None
         least = 0 if refused.code in ANOTHER_HISTORY else self.pending.header.base_version
         newest = newest or self._persist(lambda: self._pull(least))
-        return Answered(None, refused, newest, self._seconds) if newest else None
+        return DeliveryOutcome(None, refused, newest, self._seconds) if newest else None
 
     def _persist(self, call: Callable[[], Result]) -> Result | None:
         """The result of `call`, tried until it gives one; None once the delivery is closed."""
@@ -171,7 +171,7 @@ class Delivery:
                 self._closed.wait(pause_seconds(tries, error.retry_after, random.random()))  # noqa: S311
         return None
 
-    def _push(self) -> Pushed:
+    def _push(self) -> PushResult:
         try:
             return self._client.push(self.pending.header, self.pending.body, self._manifest)
         except RefusedError as error:
@@ -182,7 +182,7 @@ class Delivery:
             raise
 
     def _pull(self, least_version: int) -> PulledExpert:
-        expected = Expected(self._manifest, least_version)
+        expected = ExpectedWeights(self._manifest, least_version)
         pulled = self._client.pull_expert(self.pending.header.expert, expected=expected)
         assert pulled is not None, "without an ETag there is always an answer"
         return pulled

@@ -1,4 +1,4 @@
-"""The outbox: a worker's identity and the one update that may be under way, safe against a kill at any moment.
+"""The worker's outbox: its identity, sequence number and pending update, safe against a kill at any moment.
 
 The order makes it so: bytes first, then the identity file that names them and moves the sequence number on, then the
 push, then the identity file without them. A number is therefore never used for two different updates, and an update
@@ -34,7 +34,7 @@ class OutboxError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class PendingUpdate:
     """An update that was cut and not yet answered: its header, its bytes, and their sha256."""
 
     header: UpdateHeader
@@ -114,11 +114,11 @@ class Outbox:
         return self._identity.next_sequence
 
     @property
-    def pending(self) -> Pending | None:
+    def pending(self) -> PendingUpdate | None:
         """The update that was cut and not answered."""
         return self._pending
 
-    def cut(self, header: UpdateHeader, body: bytes) -> Pending:
+    def cut(self, header: UpdateHeader, body: bytes) -> PendingUpdate:
         """Make an update durable under the next number, which the header gets; only then may it be sent."""
         if self._pending is not None:
             raise OutboxError("an update is still under way; it must be answered before another is cut")
@@ -128,7 +128,7 @@ class Outbox:
         failpoints.reached("worker.body_written")
         self._change(next_sequence=self.next_sequence + 1, pending_header=numbered, pending_sha256=sha256)
         failpoints.reached("worker.cut")
-        self._pending = Pending(numbered, body, sha256)
+        self._pending = PendingUpdate(numbered, body, sha256)
         return self._pending
 
     def settle(self) -> None:
@@ -196,7 +196,7 @@ class Outbox:
             reason = str(error)
         raise OutboxError(f"{path} cannot be read ({reason}); move {self._folder} away to start with a new identity")
 
-    def _load_pending(self) -> Pending | None:
+    def _load_pending(self) -> PendingUpdate | None:
         header, sha256 = self._identity.pending_header, self._identity.pending_sha256
         if header is None or sha256 is None:
             return None
@@ -204,7 +204,7 @@ class Outbox:
         body = path.read_bytes() if path.exists() else b""
         if hashlib.sha256(body).hexdigest() != sha256:
             raise OutboxError(f"{path} is damaged or missing; move {self._folder} away to start with a new identity")
-        return Pending(header, body, sha256)
+        return PendingUpdate(header, body, sha256)
 
     def _sweep(self) -> None:
         """Remove bodies that never got a number or were answered just before a crash, and half-written files."""

@@ -1,4 +1,4 @@
-"""Which proxy stands between this process and a coordinator, by the environment variables that everybody knows.
+"""Choice of the HTTP proxy by environment variables (HTTP_PROXY, NO_PROXY, ...), as curl does.
 
 HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY count in upper and lower case, as they do for curl. What is on this
 machine is always asked directly: a token for it must not reach a proxy.

@@ -1,4 +1,4 @@
-"""Weights and statistics as they come from a coordinator: checked against what the answer promises, then read."""
+"""Downloaded weights and statistics: checked against digest and manifest, then decoded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PulledExpert:
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedWeights:
     """What weights have to be: of this manifest if one is given, and of no earlier version than `least_version`."""
 
     manifest: Manifest | None = None
@@ -51,7 +51,7 @@ class Expected:
 
 
 #: Any expert, of any version that there can be.
-ANY = Expected()
+ANY = ExpectedWeights()
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class PulledStatistics:
     etag: str
 
 
-def describing(body: bytes | bytearray) -> dict[str, str]:
+def body_headers(body: bytes | bytearray) -> dict[str, str]:
     """Headers of a safetensors body."""
     digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
     return {"Content-Type": SAFETENSORS, "Content-Digest": f"sha-256=:{digest}:"}
@@ -92,7 +92,7 @@ def check_promise(answer: Answer) -> None:
     """The body must be safetensors, and have the digest the answer promises."""
     if answer.type != SAFETENSORS:
         raise foreign(answer)
-    if answer.headers.get("content-digest", "") != describing(answer.body)["Content-Digest"]:
+    if answer.headers.get("content-digest", "") != body_headers(answer.body)["Content-Digest"]:
         raise CoordinatorUnavailableError("the weights were damaged on their way (digest mismatch)")
 
 
@@ -109,7 +109,9 @@ def _info(answer: Answer) -> dict[str, object]:
     return {inert(str(key)): inert_json(value) for key, value in info.items()}
 
 
-def pulled_expert(answer: Answer, expert: str, expected: Expected = ANY, dtype: WireDtype = "fp32") -> PulledExpert:
+def pulled_expert(
+    answer: Answer, expert: str, expected: ExpectedWeights = ANY, dtype: WireDtype = "fp32"
+) -> PulledExpert:
     """An expert's weights in an answer; raises what `foreign` gives for weights that cannot be those asked for."""
     info = _info(answer)
     try:
@@ -126,7 +128,7 @@ def pulled_expert(answer: Answer, expert: str, expected: Expected = ANY, dtype: 
     return pulled
 
 
-def _mistaken(expert: str, expected: Expected, name: str, version: int, manifest: Manifest) -> str:
+def _mistaken(expert: str, expected: ExpectedWeights, name: str, version: int, manifest: Manifest) -> str:
     """Why these are not the weights that were asked for; empty if they are."""
     if name != expert:
         return f"it sent the expert '{shortened(name, 80)}' instead of '{expert}'; nothing of it was taken"

@@ -1,4 +1,4 @@
-"""Answers as they come over the wire: read in pieces, bounded, never unpacked, and known for ours or foreign."""
+"""Reads HTTP responses: size-bounded, never decompressed; tells the coordinator's from a proxy's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
     "read",
 ]
 
-Message = TypeVar("Message", bound=BaseModel)
+MessageT = TypeVar("MessageT", bound=BaseModel)
 # Length and padding of a safetensors header.
 _HEADER_SLACK = 64
 _ASK = "this is not a FedMoE coordinator's answer: check the URL, and whether a proxy stands in between"
@@ -80,7 +80,7 @@ def _announced(headers: httpx2.Headers) -> int | None:
     return int(length) if length.isdecimal() and len(length) < 20 else None
 
 
-def parsed(answer: Answer, kind: type[Message], text: str | None = None) -> Message:
+def parsed(answer: Answer, kind: type[MessageT], text: str | None = None) -> MessageT:
     """The message in an answer's body, or in `text` where a header carries it.
 
     Keys that this version does not know are left out: a newer coordinator may say more. Texts come out inert.

@@ -1,4 +1,4 @@
-"""The way to a coordinator: directly or through a proxy, with certificates checked, and never slower than a least pace.
+"""HTTP transport to a coordinator: proxy, certificates, and a minimum download pace.
 
 A server that lets an answer trickle would hold a thread for ever: every byte ends the wait that a timeout bounds. So
 what comes in after the first byte of an answer has to come at `LEAST_BYTES_PER_SECOND`, measured over `PACE_SECONDS`.

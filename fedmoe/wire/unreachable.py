@@ -1,4 +1,4 @@
-"""Why a coordinator was not reached, in words: the network, its certificate, or a port that speaks otherwise."""
+"""Why a coordinator was not reached, in words: network, certificate, or protocol."""
 
 from __future__ import annotations
 

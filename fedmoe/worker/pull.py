@@ -9,14 +9,14 @@ import structlog
 
 from fedmoe.lora.manifest import Manifest
 from fedmoe.models.parallel import ProcessGroup
-from fedmoe.wire.client import CoordinatorClient, Expected, PulledExpert
+from fedmoe.wire.client import CoordinatorClient, ExpectedWeights, PulledExpert
 
 _log = structlog.get_logger("fedmoe.worker")
 
 
 def pull(client: CoordinatorClient, expert: str, manifest: Manifest) -> PulledExpert:
     """The expert's newest version, if it fits this worker's model."""
-    pulled = client.pull_expert(expert, expected=Expected(manifest))
+    pulled = client.pull_expert(expert, expected=ExpectedWeights(manifest))
     assert pulled is not None, "without an ETag there is always an answer"
     _log.info("pulled", expert=pulled.name, version=pulled.version, digest=pulled.digest[:12])
     return pulled

@@ -11,8 +11,8 @@ from fedmoe.qwen_worker import EvaluationRecord, StepRecord
 from fedmoe.runtime.records import RecordWriter
 from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert
 from fedmoe.wire.contract.messages import HELD_OUT, StatisticRequest, UpdateHeader, UpdateResult
-from fedmoe.wire.delivery import Answered
-from fedmoe.wire.outbox import Pending
+from fedmoe.wire.delivery import DeliveryOutcome
+from fedmoe.wire.outbox import PendingUpdate
 from fedmoe.worker.progress import SyncPoint
 
 _log = structlog.get_logger("fedmoe.worker")
@@ -85,7 +85,7 @@ class WorkerReport:
         numbers |= {"tokens": float(record.tokens)}
         return StatisticRequest(expert=self._expert, worker=self._worker, kind=HELD_OUT, values=numbers)
 
-    def answered(self, pending: Pending, answer: Answered) -> None:
+    def answered(self, pending: PendingUpdate, answer: DeliveryOutcome) -> None:
         """What became of an update."""
         sequence, loss = pending.header.sequence, pending.header.loss
         result, refused = answer.result, answer.refused
@@ -151,7 +151,7 @@ def warn_of_other_history(saved: SyncPoint, newest: PulledExpert) -> None:
     _log.warning("other_history", expert=newest.name, **told, sends_again=again)
 
 
-def _tell_of_another_history(header: UpdateHeader, answer: Answered) -> None:
+def _tell_of_another_history(header: UpdateHeader, answer: DeliveryOutcome) -> None:
     if answer.refused is None or answer.refused.code != "other_history" or answer.newest is None:
         return
     again = f"all that was learned since version {header.base_version} and not acknowledged"

@@ -14,7 +14,7 @@ from support import EagerHistory, make_body
 from fedmoe.coordinator import Aggregation, CentralCoordinator
 from fedmoe.federation.events import UpdateAccepted, UpdateLost
 from fedmoe.lora.codec import decode
-from fedmoe.server.history.damage import DamagedUpdateError, told
+from fedmoe.server.history.damage import DamagedUpdateError, with_progress
 from fedmoe.server.storage.blobs import MemoryBlobStore, StorageFailedError
 from fedmoe.server.storage.journal import SqlJournal
 
@@ -152,7 +152,7 @@ def test_a_long_replay_says_how_long_it_takes(
     house.train(["w1"] * 10)
     updates = [e for e in house.journal.events() if isinstance(e, UpdateAccepted)]
     capsys.readouterr()
-    assert list(told(updates)) == updates
+    assert list(with_progress(updates)) == updates
     said = capsys.readouterr()
     assert "replaying" in said.out + said.err
     assert "seconds_left" in said.out + said.err

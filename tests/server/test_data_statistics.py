@@ -22,7 +22,7 @@ from fedmoe.lora.prompt_statistics import PromptStatistics, add_statistics
 from fedmoe.lora.regmean import regmean
 from fedmoe.lora.safetensors_bytes import encode_named, read_named
 from fedmoe.server.statistics import data_statistics
-from fedmoe.server.statistics.data_statistics import newest
+from fedmoe.server.statistics.data_statistics import newest_of_each
 from fedmoe.server.storage.journal import DataStatistic
 from fedmoe.wire.contract.messages import SAFETENSORS, GatewayInfo
 
@@ -342,7 +342,7 @@ NAMES = st.sampled_from(["a", "b"])
 @given(st.lists(st.tuples(NAMES, NAMES, st.sampled_from(["prompts", "moments"]))))
 def test_of_every_expert_worker_and_kind_the_last_counts(keys: list[tuple[str, str, str]]) -> None:
     arrived = [DataStatistic(*key, str(place), 1, float(place)) for place, key in enumerate(keys)]
-    found = newest(arrived)
+    found = newest_of_each(arrived)
     last = {key: str(place) for place, key in enumerate(keys)}
     assert {(one.expert, one.worker, one.kind): one.digest for one in found} == last
     assert [(one.expert, one.kind, one.worker) for one in found] == sorted(

@@ -12,7 +12,7 @@ from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
 from fedmoe.federation.events import UpdateAccepted
 from fedmoe.server.upkeep.disk import disk_line, growth
-from fedmoe.server.upkeep.retention import KeptBytes
+from fedmoe.server.upkeep.retention import RetentionBound
 
 GB = 1_000_000_000
 
@@ -58,7 +58,7 @@ def test_a_coordinator_says_it_when_it_starts_and_when_its_first_expert_comes(
     assert "an hour and worker" in told["says"]
     assert "assumed" in told["says"]
     if most is not None:
-        assert told["kept_gb"] == KeptBytes(most, "").gb
+        assert told["kept_gb"] == RetentionBound(most, "").gb
         assert told["kept_by"] == "--keep-gb"
     else:
         assert "half of the disk" in told["kept_by"]

@@ -368,10 +368,12 @@ class Machine(RuleBasedStateMachine):
         for _ in range(times):
             if back:
                 asyncio.run(
-                    self.service.change_roll(lambda transaction: transaction.unretire(self.titles.get(name, name), 1.0))
+                    self.service.change_experts(
+                        lambda transaction: transaction.unretire(self.titles.get(name, name), 1.0)
+                    )
                 )
             else:
-                asyncio.run(self.service.change_roll(lambda transaction: transaction.retire(name, "", 1.0)))
+                asyncio.run(self.service.change_experts(lambda transaction: transaction.retire(name, "", 1.0)))
         self.retired ^= {name}
         self.events += 1
         np.testing.assert_array_equal(self.weights(name), before)
@@ -381,7 +383,7 @@ class Machine(RuleBasedStateMachine):
         """Names are given once; the former ones go on meaning their expert."""
         name = data.draw(st.sampled_from(sorted(self.models)))
         holder = {title: first for first in self.models for title in (first, *self.given(first))}.get(to, name)
-        answer = attempt(self.service.change_roll(lambda transaction: transaction.rename(name, to, 1.0)))
+        answer = attempt(self.service.change_experts(lambda transaction: transaction.rename(name, to, 1.0)))
         if isinstance(answer, RefusedError):
             assert (answer.code, holder != name) == ("name_taken", True)
             return

@@ -12,19 +12,19 @@ from support import MANIFEST, CoordinatorProcess, make_body, sha256
 
 from fedmoe.lora.prompt_statistics import PromptStatistics
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.updates.in_flight import MOST_CRASHES, InFlight, Processed
+from fedmoe.server.updates.in_flight import MOST_CRASHES, InFlight, InFlightBody
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.contract.messages import DataStatisticsHeader, UpdateHeader
 
-BODY = Processed("a" * 64, "python", "w1", 7, 123)
-OTHER = Processed("b" * 64, "python", "w2", 8, 456)
+BODY = InFlightBody("a" * 64, "python", "w1", 7, 123)
+OTHER = InFlightBody("b" * 64, "python", "w2", 8, 456)
 
 
 class Killed(BaseException):
     """The end of the process in the middle of processing: nothing is cleaned up."""
 
 
-def crash(folder: Path, body: Processed) -> None:
+def crash(folder: Path, body: InFlightBody) -> None:
     """A process that ends while it processes a body."""
     InFlight(folder)._begin(folder, body)
 

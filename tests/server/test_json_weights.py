@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from support import LAYOUT, MANIFEST, make_body
 
 from fedmoe.lora.adapter import Layout, ModuleShape
-from fedmoe.server.routes.json_weights import JsonPolicy, written
+from fedmoe.server.routes.json_weights import JsonPolicy, json_pieces
 from fedmoe.server.routes.routes import create_app
 from fedmoe.wire.contract.messages import SAFETENSORS
 
@@ -63,7 +63,7 @@ def comes_free(server: LiveServer, seconds: float = 20.0) -> bool:
 
 @given(matrices, matrices)
 def test_every_number_is_written_as_python_writes_it_and_none_is_changed(a: np.ndarray, b: np.ndarray) -> None:
-    text = b"".join(written({"version": 3}, [("m.1", a, b), ("m.2", b, a)]))
+    text = b"".join(json_pieces({"version": 3}, [("m.1", a, b), ("m.2", b, a)]))
     expected = {name: {"lora_A": x.tolist(), "lora_B": y.tolist()} for name, x, y in (("m.1", a, b), ("m.2", b, a))}
     found = json.loads(text)
     assert json.dumps(found) == json.dumps({"version": 3, "modules": expected})  # tells -0.0 from 0.0 too
@@ -73,7 +73,7 @@ def test_every_number_is_written_as_python_writes_it_and_none_is_changed(a: np.n
 @pytest.mark.parametrize("shape", [(1, 100_000), (3, 40_000), (40_000, 3), (16_384, 1), (1, 16_384), (2, 16_385)])
 def test_an_answer_is_written_in_small_pieces(shape: tuple[int, int]) -> None:
     values = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    pieces = list(written({"version": 0}, [("m", values, values.T)]))
+    pieces = list(json_pieces({"version": 0}, [("m", values, values.T)]))
     assert max(map(len, pieces)) < 500_000
     modules = json.loads(b"".join(pieces))["modules"]
     assert modules["m"]["lora_A"] == values.tolist()

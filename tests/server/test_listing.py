@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from live import House, open_house
 from starlette.testclient import TestClient
-from test_roll import change, listed, push, settle
+from test_expert_routes import change, listed, push, settle
 
 from fedmoe.server.service import _MANY
 from fedmoe.wire.contract.messages import Listing

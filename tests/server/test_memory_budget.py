@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from fedmoe.server.updates.memory_budget import MemoryBudget, OneAtATime
+from fedmoe.server.updates.memory_budget import MemoryBudget, SerialQueue
 
 
 def test_who_fits_goes_at_once_and_the_others_wait_in_the_order_they_came() -> None:
@@ -75,7 +75,7 @@ async def _enter(budget: MemoryBudget, wanted: int) -> None:
 
 def test_one_thing_at_a_time_and_no_token_fills_the_line() -> None:
     async def run() -> list[str]:
-        work, done, most = OneAtATime(), [], 0
+        work, done, most = SerialQueue(), [], 0
 
         async def one(token: str) -> None:
             nonlocal most

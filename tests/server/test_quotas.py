@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.server.access.quotas import Place, Rate, Taken, UploadLimits, find_place, seconds_early, spend
+from fedmoe.server.access.quotas import ActiveUpload, Place, Rate, UploadLimits, find_place, seconds_early, spend
 
 LIMITS = UploadLimits(total=8, of_token=5, of_worker=2, silent_seconds=2.0)
 NOW = 100.0
@@ -14,20 +14,20 @@ SENDERS = st.tuples(st.sampled_from(["", "t1", "t2", "t3"]), st.sampled_from(["w
 ARRIVALS = st.lists(st.tuples(SENDERS, st.sampled_from([0.0, 1.9, 2.0, 20.0, -math.inf])), max_size=60)
 
 
-def taken_by(*senders: tuple[str, str], silent: float = 0.0) -> list[Taken]:
-    return [Taken(n, token, worker, NOW - silent, 10 + n) for n, (token, worker) in enumerate(senders)]
+def taken_by(*senders: tuple[str, str], silent: float = 0.0) -> list[ActiveUpload]:
+    return [ActiveUpload(n, token, worker, NOW - silent, 10 + n) for n, (token, worker) in enumerate(senders)]
 
 
 @given(ARRIVALS)
 def test_whoever_comes_no_limit_is_ever_passed(arrivals: list[tuple[tuple[str, str], float]]) -> None:
-    taken: dict[int, Taken] = {}
+    taken: dict[int, ActiveUpload] = {}
     for number, ((token, worker), silent) in enumerate(arrivals):
         place = find_place(token, worker, list(taken.values()), LIMITS, NOW)
         if place.full:
             continue
         if place.instead_of is not None:
             taken.pop(place.instead_of)
-        taken[number] = Taken(number, token, worker, NOW - silent, number)
+        taken[number] = ActiveUpload(number, token, worker, NOW - silent, number)
         assert len(taken) <= LIMITS.total
         for name in ("t1", "t2", "t3"):
             assert sum(one.token == name for one in taken.values()) <= LIMITS.of_token
@@ -41,7 +41,9 @@ def test_whoever_comes_no_limit_is_ever_passed(arrivals: list[tuple[tuple[str, s
 def test_nobody_is_refused_while_there_is_room_under_every_limit(
     arrivals: list[tuple[tuple[str, str], float]],
 ) -> None:
-    taken = [Taken(n, token, worker, NOW - silent, n) for n, ((token, worker), silent) in enumerate(arrivals[:7])]
+    taken = [
+        ActiveUpload(n, token, worker, NOW - silent, n) for n, ((token, worker), silent) in enumerate(arrivals[:7])
+    ]
     mine = sum((one.token, one.worker) == ("t1", "w1") for one in taken)
     if mine < LIMITS.of_worker and sum(one.token == "t1" for one in taken) < LIMITS.of_token:
         assert find_place("t1", "w1", taken, LIMITS, NOW) == Place()
@@ -51,7 +53,7 @@ def test_nobody_is_refused_while_there_is_room_under_every_limit(
 def test_only_who_is_silent_or_has_most_gives_way(
     arrivals: list[tuple[tuple[str, str], float]], sender: tuple[str, str]
 ) -> None:
-    taken = [Taken(n, token, worker, NOW - silent, n) for n, ((token, worker), silent) in enumerate(arrivals)]
+    taken = [ActiveUpload(n, token, worker, NOW - silent, n) for n, ((token, worker), silent) in enumerate(arrivals)]
     place = find_place(*sender, taken, LIMITS, NOW)
     if place.instead_of is not None:
         victim = taken[place.instead_of]
@@ -74,7 +76,7 @@ def test_one_worker_leaves_places_for_others_of_its_token() -> None:
 
 
 def test_where_all_places_are_taken_the_longest_silent_gives_way() -> None:
-    taken = [Taken(n, "", f"w{n}", NOW - n, 0) for n in range(8)]
+    taken = [ActiveUpload(n, "", f"w{n}", NOW - n, 0) for n in range(8)]
     assert find_place("", "late", taken, LIMITS, NOW) == Place(instead_of=7)
 
 

@@ -13,11 +13,11 @@ from support import EagerHistory, accepted, make_body, registered
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.history import History
-from fedmoe.server.history.pruning import first_to_go, made_of, unneeded
+from fedmoe.server.history.pruning import first_to_go, made_of, prune_plan
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.blobs import FolderBlobStore
-from fedmoe.server.storage.released_bytes import LetGo, noted, stored_updates, undo_ends
-from fedmoe.server.upkeep.retention import Retention, kept_bytes
+from fedmoe.server.storage.released_bytes import ReleasedBytes, oldest_undoable, releases, stored_updates
+from fedmoe.server.upkeep.retention import Retention, retention_bound
 
 SIZE = len(make_body(1))
 
@@ -62,7 +62,7 @@ def test_the_oldest_updates_go_and_every_version_that_is_said_to_stay_can_be_had
     (told,) = [line for line in lines if line["event"] == "undo_ends"]
     # 90 % of the bound hold seven updates, and the first snapshot from there on is that of version 15.
     assert (told["expert"], told["version"], told["updates"]) == ("python", 15, 15)
-    assert noted(house.journal) == [LetGo("python", None, 15, "keep_gb", 77.0)]
+    assert releases(house.journal) == [ReleasedBytes("python", None, 15, "keep_gb", 77.0)]
     assert (house.journal.count(), house.journal.snapshots("python")) == (rows, snapshots)
     house.same_after_a_crash()
     history = History(house.journal, house.blobs, house.aggregation)
@@ -80,7 +80,7 @@ def test_what_is_gone_is_refused_and_the_advice_works(house: House) -> None:
     assert refused.value.code == "history_pruned"
     with pytest.raises(RefusedError, match="no longer kept"):
         house.retract("w3")
-    assert undo_ends(house.journal, "python") == 15
+    assert oldest_undoable(house.journal, "python") == 15
     house.roll_back(15)
     house.same_after_a_crash()
 
@@ -93,7 +93,7 @@ def test_the_line_comes_before_the_first_byte_goes(house: House, monkeypatch: py
         delete = house.blobs.delete
 
         def watched(digest: str) -> None:
-            seen.append(any(line["event"] == "undo_ends" for line in lines) and bool(noted(house.journal)))
+            seen.append(any(line["event"] == "undo_ends" for line in lines) and bool(releases(house.journal)))
             delete(digest)
 
         monkeypatch.setattr(house.blobs, "delete", watched)
@@ -230,18 +230,18 @@ def test_the_bound_is_half_of_what_was_free_at_first_and_stays(
         free = 71_000_000_000
 
     monkeypatch.setattr("fedmoe.server.upkeep.retention.shutil.disk_usage", lambda _: Usage)
-    first = kept_bytes(None, house.journal, blobs)
+    first = retention_bound(None, house.journal, blobs)
     assert (first.most, first.gb) == (35_500_000_000, 35.5)
     monkeypatch.setattr(Usage, "free", 1_000)
-    assert kept_bytes(None, house.journal, blobs) == first
-    assert kept_bytes(2.5, house.journal, blobs).most == 2_500_000_000
-    assert kept_bytes(None, house.journal, blobs) == first
+    assert retention_bound(None, house.journal, blobs) == first
+    assert retention_bound(2.5, house.journal, blobs).most == 2_500_000_000
+    assert retention_bound(None, house.journal, blobs) == first
 
 
 def test_a_state_from_before_there_was_a_bound_keeps_what_it_has(house: House, blobs: FolderBlobStore) -> None:
     house.train(["w1"] * 3)
     there = sum(blobs.sizes().values())
-    assert kept_bytes(None, house.journal, blobs).most > there
+    assert retention_bound(None, house.journal, blobs).most > there
 
 
 def test_which_go_first() -> None:
@@ -256,6 +256,6 @@ def test_which_go_first() -> None:
 def test_a_long_history_is_worked_out_in_linear_time(house: House) -> None:
     """Ten thousand versions of which half go: quadratic work would take minutes."""
     events = [registered(), *(accepted(version) for version in range(1, 10_001))]
-    found = unneeded(events, {5_000: "s"}, 10_000, 5_000)
+    found = prune_plan(events, {5_000: "s"}, 10_000, 5_000)
     assert len(found.updates) == 5_000
     assert made_of(events, range(0, 10_001, 50), "w1") == set(range(50, 10_001, 50))

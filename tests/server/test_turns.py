@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.quotas import Rate, WorkShare, charge, debt
-from fedmoe.server.access.turns import Turns, refusal_at
+from fedmoe.server.access.turns import RequestTurns, refusal_at
 
 SHARE = WorkShare(share=0.1, credit=0.2, at_once=2, free=0)
 
@@ -44,16 +44,16 @@ class Clock:
         return self.now
 
 
-def played(play: Callable[[Turns, Clock], object]) -> None:
+def played(play: Callable[[RequestTurns, Clock], object]) -> None:
     clock = Clock()
 
     async def run() -> None:
-        await play(Turns(Rate(1000.0, 1000), clock, SHARE), clock)  # type: ignore[misc]
+        await play(RequestTurns(Rate(1000.0, 1000), clock, SHARE), clock)  # type: ignore[misc]
 
     asyncio.run(asyncio.wait_for(run(), 20))
 
 
-async def worked(turns: Turns, clock: Clock, token: str, seconds: float, path: str = "/list_experts") -> None:
+async def worked(turns: RequestTurns, clock: Clock, token: str, seconds: float, path: str = "/list_experts") -> None:
     turn = await turns.of(token, path)
     await turn.begin()
     clock.now += seconds
@@ -61,7 +61,7 @@ async def worked(turns: Turns, clock: Clock, token: str, seconds: float, path: s
 
 
 def test_alone_a_token_may_have_all_there_is() -> None:
-    async def play(turns: Turns, clock: Clock) -> None:
+    async def play(turns: RequestTurns, clock: Clock) -> None:
         for _ in range(20):
             await worked(turns, clock, "only", 5.0)
 
@@ -69,7 +69,7 @@ def test_alone_a_token_may_have_all_there_is() -> None:
 
 
 def test_beside_others_a_token_that_had_much_done_is_sent_away_with_a_time() -> None:
-    async def play(turns: Turns, clock: Clock) -> None:
+    async def play(turns: RequestTurns, clock: Clock) -> None:
         await worked(turns, clock, "honest", 0.01)
         await worked(turns, clock, "greedy", 1.0)
         turn = await turns.of("greedy", "/list_experts")
@@ -85,8 +85,8 @@ def test_beside_others_a_token_that_had_much_done_is_sent_away_with_a_time() -> 
 
 
 def test_whoever_asks_for_one_thing_after_the_other_never_waits() -> None:
-    async def play(_: Turns, clock: Clock) -> None:
-        turns = Turns(Rate(1000.0, 1000), clock, WorkShare())
+    async def play(_: RequestTurns, clock: Clock) -> None:
+        turns = RequestTurns(Rate(1000.0, 1000), clock, WorkShare())
         for _number in range(20):
             await worked(turns, clock, "other", 0.1)
             await worked(turns, clock, "reader", 5.0)
@@ -100,7 +100,7 @@ def test_no_debt_lasts_longer_than_a_moment() -> None:
 
 
 def test_uploads_are_not_put_on_that_account() -> None:
-    async def play(turns: Turns, clock: Clock) -> None:
+    async def play(turns: RequestTurns, clock: Clock) -> None:
         await worked(turns, clock, "other", 0.01)
         for _ in range(20):
             await worked(turns, clock, "worker", 1.0, "/push_expert_update")
@@ -110,7 +110,7 @@ def test_uploads_are_not_put_on_that_account() -> None:
 
 
 def test_a_place_is_given_back_however_a_request_ends() -> None:
-    async def play(turns: Turns, clock: Clock) -> None:
+    async def play(turns: RequestTurns, clock: Clock) -> None:
         await worked(turns, clock, "other", 0.0)
         for _ in range(5):
             turn = await turns.of("worker", "/list_experts")

@@ -14,7 +14,7 @@ from fedmoe.coordinator import Aggregation
 from fedmoe.federation.events import ExpertRegistered, UpdateAccepted
 from fedmoe.lora.adapter import FloatVector, initial_adapter
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.history.history import History, Rebuilt
+from fedmoe.server.history.history import History, RebuiltState
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.blobs import MemoryBlobStore
 from fedmoe.server.storage.journal import SqlJournal
@@ -64,8 +64,8 @@ class Gate:
         self.threads: list[str] = []
         real = getattr(History, name)
 
-        def slow(history: History, *given: object) -> Rebuilt:
-            found: Rebuilt = real(history, *given)
+        def slow(history: History, *given: object) -> RebuiltState:
+            found: RebuiltState = real(history, *given)
             self.times += 1
             self.threads.append(threading.current_thread().name)
             self.there.set()

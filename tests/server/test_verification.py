@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from fedmoe.cli.commands import app
 from fedmoe.coordinator import Aggregation
-from fedmoe.server.history.verification import Verified, verify_state
+from fedmoe.server.history.verification import VerificationReport, verify_state
 from fedmoe.server.storage.audit import AUDIT_FILE, AUDIT_HEAD, AuditHead, line_of
 from fedmoe.server.storage.state_dir import StateDir, StateDirError
 
@@ -199,7 +199,7 @@ def test_versions_whose_bytes_were_let_go_of_are_unproven_and_no_finding(tmp_pat
     house.settle()
     house.service.close()
     state.close()
-    found: Verified = verify_state(path)
+    found: VerificationReport = verify_state(path)
     assert found.findings == []
     assert found.absent > 0
     assert 0 < found.unproven < found.versions

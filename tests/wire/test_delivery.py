@@ -17,17 +17,17 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import (
     CoordinatorClient,
     CoordinatorUnavailableError,
-    Expected,
+    ExpectedWeights,
     PulledExpert,
-    Pushed,
+    PushResult,
     TooStaleError,
 )
 from fedmoe.wire.contract.messages import UpdateHeader, UpdateResult
-from fedmoe.wire.delivery import Answered, Delivery, pause_seconds
-from fedmoe.wire.outbox import Pending
+from fedmoe.wire.delivery import Delivery, DeliveryOutcome, pause_seconds
+from fedmoe.wire.outbox import PendingUpdate
 
 HEADER = UpdateHeader(expert="python", worker="w1", epoch="e", sequence=3, base_version=1)
-PENDING = Pending(HEADER, b"bytes", "0" * 64)
+PENDING = PendingUpdate(HEADER, b"bytes", "0" * 64)
 NEWEST = PulledExpert("python", 2, "a" * 64, MANIFEST, np.zeros(LAYOUT.size, np.float32), "etag")
 RESULT = UpdateResult(
     expert="python", version=2, gateway_version=2, staleness=0, coefficient=1.0, digest="b" * 64, duplicate=False
@@ -39,18 +39,18 @@ AWAY = CoordinatorUnavailableError("away")
 class Scripted:
     """A coordinator that answers what it was told to, in turn."""
 
-    pushes: list[Pushed | Exception] = field(default_factory=list)
+    pushes: list[PushResult | Exception] = field(default_factory=list)
     pulls: list[PulledExpert | Exception] = field(default_factory=list)
     seen: list[tuple[UpdateHeader, bytes]] = field(default_factory=list)
 
-    def push(self, header: UpdateHeader, body: bytes, manifest: Manifest | None) -> Pushed:
+    def push(self, header: UpdateHeader, body: bytes, manifest: Manifest | None) -> PushResult:
         self.seen.append((header, body))
         answer = self.pushes.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def pull_expert(self, expert: str, expected: Expected) -> PulledExpert:
+    def pull_expert(self, expert: str, expected: ExpectedWeights) -> PulledExpert:
         answer = self.pulls.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -59,7 +59,7 @@ class Scripted:
     def deliver(self) -> Delivery:
         return Delivery(cast(CoordinatorClient, self), PENDING)
 
-    def answer(self) -> Answered | None:
+    def answer(self) -> DeliveryOutcome | None:
         """What a delivery to it ends with."""
         delivery = self.deliver()
         assert delivery.wait(30)
@@ -78,7 +78,7 @@ def too_stale(newest: PulledExpert | None) -> TooStaleError:
 
 
 def test_the_same_bytes_are_sent_until_there_is_an_answer() -> None:
-    there = Scripted([AWAY, AWAY, Pushed(RESULT, NEWEST)])
+    there = Scripted([AWAY, AWAY, PushResult(RESULT, NEWEST)])
     answer = there.answer()
     assert answer is not None
     assert (answer.result, answer.newest, answer.returned, answer.poisoned) == (RESULT, NEWEST, False, False)
@@ -86,7 +86,7 @@ def test_the_same_bytes_are_sent_until_there_is_an_answer() -> None:
 
 
 def test_an_answer_without_weights_is_completed_by_a_pull() -> None:
-    answer = Scripted([Pushed(RESULT, None)], [AWAY, NEWEST]).answer()
+    answer = Scripted([PushResult(RESULT, None)], [AWAY, NEWEST]).answer()
     assert answer is not None
     assert answer.refused is None
     assert answer.newest is NEWEST
@@ -114,7 +114,7 @@ def test_a_refusal_that_no_pull_cures_ends_the_delivery(code: str, poisoned: boo
 
 @pytest.mark.parametrize("code", ["digest_mismatch", "truncated"])
 def test_bytes_damaged_on_the_way_are_sent_again(code: str) -> None:
-    there = Scripted([RefusedError(code, "damaged."), Pushed(RESULT, NEWEST)])
+    there = Scripted([RefusedError(code, "damaged."), PushResult(RESULT, NEWEST)])
     answer = there.answer()
     assert answer is not None
     assert answer.refused is None

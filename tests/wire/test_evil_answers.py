@@ -16,9 +16,9 @@ from fedmoe.lora.codec import digest, encode
 from fedmoe.lora.manifest import Manifest
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire import transport
-from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, Expected
+from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, ExpectedWeights
 from fedmoe.wire.contract.messages import PROBLEM, SAFETENSORS, UpdateHeader
-from fedmoe.wire.pulled_weights import describing
+from fedmoe.wire.pulled_weights import body_headers
 
 URL = "http://coordinator.example"
 HEADER = UpdateHeader(expert="python", worker="w1", epoch="e1", sequence=4, base_version=6, answer="weights")
@@ -46,7 +46,9 @@ def result(expert: str = "python", version: int = 7) -> str:
 def answering(body: bytes, status: int = 200, kind: str = SAFETENSORS, **headers: str) -> CoordinatorClient:
     """A client of a coordinator that always gives this answer."""
     named = {name.replace("_", "-").encode(): value.encode() for name, value in headers.items()}
-    named |= {name.encode(): value.encode() for name, value in describing(body).items()} if kind == SAFETENSORS else {}
+    named |= (
+        {name.encode(): value.encode() for name, value in body_headers(body).items()} if kind == SAFETENSORS else {}
+    )
     named[b"Content-Type"] = kind.encode("latin-1")
     reply = httpx2.MockTransport(lambda _: httpx2.Response(status, headers=named, stream=httpx2.ByteStream(body)))
     return CoordinatorClient(URL, attempts=1, transport=reply)
@@ -54,7 +56,7 @@ def answering(body: bytes, status: int = 200, kind: str = SAFETENSORS, **headers
 
 def test_what_is_asked_for_is_taken() -> None:
     with answering(weights()) as client:
-        pulled = client.pull_expert("python", expected=Expected(MANIFEST, 7))
+        pulled = client.pull_expert("python", expected=ExpectedWeights(MANIFEST, 7))
     assert pulled is not None
     np.testing.assert_array_equal(pulled.weights, make_flat(1))
 
@@ -85,7 +87,7 @@ def test_weights_that_are_not_those_asked_for_are_refused_by_name(name: str) -> 
         answering(body) as client,
         pytest.raises(CoordinatorUnavailableError, match=words),
     ):
-        client.pull_expert("python", expected=Expected(MANIFEST, 7))
+        client.pull_expert("python", expected=ExpectedWeights(MANIFEST, 7))
 
 
 @pytest.mark.parametrize("name", EVIL)
@@ -132,7 +134,7 @@ def test_a_body_that_is_announced_too_large_is_not_begun(length: int) -> None:
         CoordinatorClient(URL, attempts=1, transport=reply) as client,
         pytest.raises(CoordinatorUnavailableError, match=rf"a body of {length:,} bytes is announced"),
     ):
-        client.pull_expert("python", expected=Expected(MANIFEST))
+        client.pull_expert("python", expected=ExpectedWeights(MANIFEST))
     assert read == 0
 
 
@@ -152,7 +154,7 @@ def test_a_body_without_a_length_is_cut_at_what_the_layout_allows(kind: str) -> 
         CoordinatorClient(URL, attempts=1, transport=reply) as client,
         pytest.raises(CoordinatorUnavailableError, match="no more are expected"),
     ):
-        client.pull_expert("python", expected=Expected(MANIFEST))
+        client.pull_expert("python", expected=ExpectedWeights(MANIFEST))
     assert sent <= 5 << 20
 
 

@@ -20,7 +20,7 @@ from fedmoe.lora.safetensors_bytes import read_header
 from fedmoe.qwen_worker import StepRecord
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.contract.messages import PROBLEM, SAFETENSORS
-from fedmoe.wire.pulled_weights import describing
+from fedmoe.wire.pulled_weights import body_headers
 
 Lie = Callable[[httpx2.Response, bytes], httpx2.Response]
 
@@ -43,7 +43,7 @@ def altered(change: Callable[[dict[str, object], np.ndarray], None], honest: boo
             info["digest"] = digest(Adapter(manifest.layout, manifest.alpha, flat))
         changed = encode(manifest.layout, flat, "fp32", {"fedmoe": json.dumps(info)})
         kept = {name: value for name, value in response.headers.items() if name.startswith("fedmoe")}
-        return httpx2.Response(200, headers=kept | describing(changed), stream=httpx2.ByteStream(changed))
+        return httpx2.Response(200, headers=kept | body_headers(changed), stream=httpx2.ByteStream(changed))
 
     return lie
 
@@ -70,7 +70,7 @@ LIES: dict[str, tuple[Lie, str]] = {
 
 
 def _described(body: bytes) -> dict[str, str]:
-    return {"Content_Digest": describing(body)["Content-Digest"]}
+    return {"Content_Digest": body_headers(body)["Content-Digest"]}
 
 
 class Lying(Road):

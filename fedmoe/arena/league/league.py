@@ -30,7 +30,7 @@ from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, Expected
+from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, ExpectedWeights
 
 #: Experts of other sites that are held as opponents at once; each takes the memory of an adapter.
 MOST_OPPONENTS = 8
@@ -189,7 +189,7 @@ class League:
         return self._digests[key]
 
     def _take_opponent(self, memory: ModeMemory, name: str, held: AdapterKey | None) -> None:
-        pulled = self._client.pull_expert(name, expected=Expected(self._manifest))
+        pulled = self._client.pull_expert(name, expected=ExpectedWeights(self._manifest))
         assert pulled is not None, "without an ETag there is always an answer"
         # A key is never used for other weights, so its number rises even where the coordinator's went back.
         key = AdapterKey(name, max(pulled.version, held.version + 1 if held else 0))

@@ -28,9 +28,9 @@ from fedmoe.lora.safetensors_bytes import encode_named, read_header, read_named
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.errors import ExpectedError
 from fedmoe.runtime.files import write_atomic
-from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, Expected, PulledExpert
+from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, ExpectedWeights, PulledExpert
 from fedmoe.wire.contract.messages import UpdateHeader
-from fedmoe.wire.delivery import Answered, Delivery
+from fedmoe.wire.delivery import Delivery, DeliveryOutcome
 from fedmoe.wire.outbox import Outbox
 
 _POINT = "point.safetensors"
@@ -174,7 +174,7 @@ class ExpertLink:
     def begin(self, client: CoordinatorClient) -> FloatVector:
         """The weights to start with: the expert's, or those this folder was left with."""
         if self._point is None:
-            pulled = client.pull_expert(self.expert, expected=Expected(self._manifest))
+            pulled = client.pull_expert(self.expert, expected=ExpectedWeights(self._manifest))
             assert pulled is not None, "without an ETag there is always an answer"
             self._record(Point.of(pulled, pulled.weights))
         return self.newest_local()
@@ -241,7 +241,7 @@ class ExpertLink:
         assert reference is not None
         return self._move(answer.newest, local, reference, sequence)
 
-    def _refused(self, answer: Answered, sequence: int, local: FloatVector) -> None:
+    def _refused(self, answer: DeliveryOutcome, sequence: int, local: FloatVector) -> None:
         assert answer.refused is not None, "only a refusal comes without the newest version"
         if answer.poisoned:
             point = self._require_point()
@@ -252,7 +252,7 @@ class ExpertLink:
     def refresh(self, client: CoordinatorClient, local: FloatVector) -> FloatVector | None:
         """The policy's next weights, if there is nothing to send and others have changed the expert."""
         point = self._require_point()
-        pulled = client.pull_expert(self.expert, self._etag, expected=Expected(self._manifest))
+        pulled = client.pull_expert(self.expert, self._etag, expected=ExpectedWeights(self._manifest))
         return None if pulled is None else self._move(pulled, local, point.base, point.answered)
 
     def _move(
@@ -296,7 +296,7 @@ class ExpertLink:
 Trouble = Callable[[CoordinatorUnavailableError], None]
 
 
-def _tell(expert: str, sequence: int, answer: Answered) -> None:
+def _tell(expert: str, sequence: int, answer: DeliveryOutcome) -> None:
     if answer.result is None:
         code = answer.refused.code if answer.refused else ""
         _log.warning("update_refused", expert=expert, sequence=sequence, code=code, reason=str(answer.refused))

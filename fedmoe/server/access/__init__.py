@@ -1,1 +1,1 @@
-"""Who may send what: tokens, quotas, turns, and refusals as problems."""
+"""Access control: tokens and their scope, quotas, fair turns, the audit of requests, refusals as RFC 9457 problems."""

@@ -1,4 +1,4 @@
-"""What goes into the audit log: every change, and every refusal of a permission."""
+"""Audit middleware: logs every change, and every refusal for lack of permission."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors as answers: every refusal has one status, one code, and says what to do."""
+"""Errors as RFC 9457 problems: the HTTP status of every code, and the exception handlers."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def refusal(error: RefusedError) -> Response:
     return problem(error.code, STATUS[error.code], error.detail, error.fix, **error.facts)
 
 
-def described(error: RefusedError) -> dict[str, object]:
+def as_json(error: RefusedError) -> dict[str, object]:
     """The same as JSON types, for an answer whose body is something else."""
     return _content(error.code, STATUS[error.code], error.detail, error.fix, error.facts)
 

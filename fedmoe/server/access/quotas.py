@@ -1,4 +1,4 @@
-"""How much one token and one worker may take: places for uploads, requests a second, pushes an interval.
+"""Quota arithmetic: rates, shares of work, places for uploads, the least interval between pushes.
 
 Decisions only: who asks, what is taken and the time come in as arguments.
 """
@@ -65,7 +65,7 @@ class UploadLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class ActiveUpload:
     """An upload that has a place: whose it is, when bytes last came, and how many have come.
 
     An empty `token` is that of everybody, where none is asked for. `heard_at` is infinite once all has arrived: then it
@@ -87,7 +87,7 @@ class Place:
     full: str = ""
 
 
-def find_place(token: str, worker: str, taken: Sequence[Taken], limits: UploadLimits, now: float) -> Place:
+def find_place(token: str, worker: str, taken: Sequence[ActiveUpload], limits: UploadLimits, now: float) -> Place:
     """Where an upload whose first bytes came can go.
 
     Where a limit is reached, the upload of those under it that was silent longest gives way. Where all places are
@@ -104,12 +104,12 @@ def find_place(token: str, worker: str, taken: Sequence[Taken], limits: UploadLi
     return _given_up(taken, limits, now) or _shared(token, taken) or Place(full="the coordinator")
 
 
-def _given_up(taken: Sequence[Taken], limits: UploadLimits, now: float) -> Place | None:
+def _given_up(taken: Sequence[ActiveUpload], limits: UploadLimits, now: float) -> Place | None:
     longest = min(taken, key=lambda one: (one.heard_at, one.number))
     return Place(longest.number) if now - longest.heard_at >= limits.silent_seconds else None
 
 
-def _shared(token: str, taken: Sequence[Taken]) -> Place | None:
+def _shared(token: str, taken: Sequence[ActiveUpload]) -> Place | None:
     counts: dict[str, int] = {}
     for one in taken:
         counts[one.token] = counts.get(one.token, 0) + 1

@@ -1,4 +1,4 @@
-"""Who may do what: roles, and the scope of a worker's token."""
+"""Authorization: roles, and what a worker's token may do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time that never goes back: an expired token stays expired when somebody sets the machine's clock back."""
+"""A wall clock that never goes back, so that expired tokens stay expired."""
 
 from __future__ import annotations
 

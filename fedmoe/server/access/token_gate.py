@@ -1,4 +1,4 @@
-"""Nothing of a request is read before its sender is known, and nobody may ask without end."""
+"""Authentication middleware: checks the token before the body is read, and ends requests whose token ends."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access import problems
-from fedmoe.server.access.held_bodies import HeldBodies, HeldBody
+from fedmoe.server.access.buffered_bodies import BufferedBodies, BufferedBody
 from fedmoe.server.access.quotas import Rate
 from fedmoe.server.access.security import Principal
 from fedmoe.server.access.tokens import TokenGate
-from fedmoe.server.access.turns import TOKEN_RATE, UPLOADS, Turn, Turns
+from fedmoe.server.access.turns import TOKEN_RATE, UPLOADS, RequestTurn, RequestTurns
 from fedmoe.wire.http.health import is_open
 
 
@@ -36,8 +36,8 @@ class GateMiddleware:
     ) -> None:
         self._app = app
         self._gate = gate
-        self._turns = Turns(token_rate, clock)
-        self.bodies = HeldBodies()
+        self._turns = RequestTurns(token_rate, clock)
+        self.bodies = BufferedBodies()
         self._under_way: dict[str, set[asyncio.Timeout]] = {}
         gate.on_revoked.append(self._end_later)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -64,7 +64,7 @@ class GateMiddleware:
             finally:
                 turn.end()
                 if body is not None:
-                    body.let_go()
+                    body.release()
         except RefusedError as error:
             await problems.refusal(error)(scope, receive, send)
 
@@ -114,7 +114,7 @@ class GateMiddleware:
 class _Exchange:
     """A request on its way in and its answer on its way out; in between is its turn."""
 
-    def __init__(self, receive: Receive, send: Send, turn: Turn, body: HeldBody | None) -> None:
+    def __init__(self, receive: Receive, send: Send, turn: RequestTurn, body: BufferedBody | None) -> None:
         self._receive = receive
         self._body = body
         self._send = send

@@ -1,4 +1,4 @@
-"""The tokens a coordinator knows: whom they admit, until when, and what is told of them."""
+"""The coordinator's tokens: made, adopted, checked, revoked; their last uses noted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEEP_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class KnownToken:
+class TokenEntry:
     """A token as it may be shown."""
 
     record: TokenRecord
@@ -76,11 +76,11 @@ class TokenGate:
         """Whether a usable token of this role exists."""
         return any(record.role == role and self._usable(record) for record in list(self._records.values()))
 
-    def known(self) -> list[KnownToken]:
+    def known(self) -> list[TokenEntry]:
         """All tokens, the oldest first."""
         with self._lock:
             self._note_uses()
-            found = [KnownToken(one, self._facts[one.hash], self._usable(one)) for one in self._records.values()]
+            found = [TokenEntry(one, self._facts[one.hash], self._usable(one)) for one in self._records.values()]
         return sorted(found, key=lambda token: (token.facts.made_at or 0.0, token.record.hash))
 
     def label(self, token_hash: str) -> str:

@@ -1,4 +1,4 @@
-"""Whose request is answered now: tokens that ask too much wait, so that the others do not."""
+"""Fair scheduling of requests by token: whoever asks more than its share waits, or is refused."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class _Account:
     refused_at: float = -math.inf
 
 
-class Turn:
+class RequestTurn:
     """One request's turn: begun when the request is complete, over when its answer begins."""
 
-    def __init__(self, turns: Turns, account: _Account | None) -> None:
+    def __init__(self, turns: RequestTurns, account: _Account | None) -> None:
         self._turns = turns
         self._account = account
         self._began: float | None = None
@@ -63,7 +63,7 @@ class Turn:
         self._account = None
 
 
-class Turns:
+class RequestTurns:
     """How fast requests are answered, by token; and by address to those who have none."""
 
     def __init__(self, rate: Rate | None, clock: Callable[[], float], share: WorkShare | None = None) -> None:
@@ -74,13 +74,13 @@ class Turns:
         self._addresses: dict[str | None, float] = {}
         self._waiting = 0
 
-    async def of(self, token: str, path: str) -> Turn:
+    async def of(self, token: str, path: str) -> RequestTurn:
         """A request's turn, once it may come by the token's rate; raises `RefusedError`, late, if that is not soon.
 
         An empty token never waits.
         """
         if self._rate is None or not token:
-            return Turn(self, None)
+            return RequestTurn(self, None)
         account = self._accounts.setdefault(token, _Account(asyncio.Semaphore(self._share.at_once)))
         account.asked_at = self._clock()
         full_at, wait = spend(self._rate, account.full_at, self._clock())
@@ -89,7 +89,7 @@ class Turns:
         account.full_at = full_at
         if wait:
             await asyncio.sleep(wait)
-        return Turn(self, None if path in UPLOADS else account)
+        return RequestTurn(self, None if path in UPLOADS else account)
 
     async def begin(self, account: _Account) -> float | None:
         """Hold one of a token's few places once the work done for it is paid for; when that was.

@@ -1,4 +1,4 @@
-"""Uploads under way: who has a place for one, and how soon a worker may push again."""
+"""Admission of uploads: a place for each body, and the least interval between a worker's pushes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.access.quotas import Taken, UploadLimits, find_place, seconds_early
+from fedmoe.server.access.quotas import ActiveUpload, UploadLimits, find_place, seconds_early
 from fedmoe.wire.contract.messages import UpdateHeader
 
 #: A worker that pushed longer ago than any interval is forgotten when there are more of them than this.
@@ -26,7 +26,7 @@ class UploadPlaces:
     def __init__(self, limits: UploadLimits, clock: Callable[[], float]) -> None:
         self._limits = limits
         self._clock = clock
-        self._taken: dict[int, Taken] = {}
+        self._taken: dict[int, ActiveUpload] = {}
         self._leashes: dict[int, asyncio.Timeout] = {}
         self._next = 0
 
@@ -42,7 +42,7 @@ class UploadPlaces:
         number, self._next = self._next, self._next + 1
         try:
             async with asyncio.timeout(None) as leash:
-                yield self._placed(Taken(number, token, worker, 0.0, 0), chunks, leash)
+                yield self._placed(ActiveUpload(number, token, worker, 0.0, 0), chunks, leash)
         except TimeoutError:
             if not leash.expired():
                 raise
@@ -52,7 +52,7 @@ class UploadPlaces:
             self._leashes.pop(number, None)
 
     async def _placed(
-        self, upload: Taken, chunks: AsyncIterator[bytes], leash: asyncio.Timeout
+        self, upload: ActiveUpload, chunks: AsyncIterator[bytes], leash: asyncio.Timeout
     ) -> AsyncIterator[bytes]:
         async for chunk in chunks:
             now = self._clock()
@@ -66,7 +66,7 @@ class UploadPlaces:
             # It has arrived: what it waits for now is the coordinator.
             self._taken[upload.number] = replace(upload, heard_at=math.inf)
 
-    def _take(self, upload: Taken, leash: asyncio.Timeout, now: float) -> None:
+    def _take(self, upload: ActiveUpload, leash: asyncio.Timeout, now: float) -> None:
         place = find_place(upload.token, upload.worker, list(self._taken.values()), self._limits, now)
         if place.full:
             raise _no_place(place.full, self._limits)
@@ -128,7 +128,7 @@ class PushPace:
         self._pushes[key] = push
 
 
-class Admission:
+class UploadAdmission:
     """What every upload passes: the pace of its worker, and a place for its body."""
 
     def __init__(

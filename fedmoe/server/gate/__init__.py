@@ -1,1 +1,1 @@
-"""The evaluation gate: candidates, scores, verdicts, publication."""
+"""The evaluation gate: offers candidate gateways, takes held-out scores, publishes the winner."""

@@ -1,4 +1,4 @@
-"""Sets of candidate gateways: what is offered for scoring, when a set is judged, and what the scores then say."""
+"""Candidate gateways: which are offered, when a set is decided, and which candidate wins."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedmoe.lora.algebra import scaled
 from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import BaseModel
 from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS
-from fedmoe.server.gate.verdict import Scores, Verdict, judge
+from fedmoe.server.gate.verdict import GateDecision, Scores, judge
 from fedmoe.wire.contract.gate import GatewayScores
 
 #: Scales that are tried, by strategy: multiples of the mean for the plain stack, around the measured best for regmean.
@@ -123,7 +123,7 @@ def waiting_for(
 
 def decide(
     offer: CandidateSet, scores: Sequence[GatewayScores], tolerance: float, taken_back: Collection[str] = ()
-) -> Verdict:
+) -> GateDecision:
     """Which candidate goes out, if any; the name served is the published gateway's where it stays.
 
     Experts in `taken_back` were rolled back or retracted from after the published gateway was made: it then counts for
@@ -139,7 +139,7 @@ def decide(
     unheard = sorted(offer.experts.keys() - {found.expert for found in scores})
     if unheard:
         reason += f"; without an evaluator's scores: {', '.join(unheard)}"
-    return Verdict(verdict.serve or before, reason, verdict.kept)
+    return GateDecision(verdict.serve or before, reason, verdict.kept)
 
 
 def _scores(found: GatewayScores, published: str | None) -> Scores:

@@ -1,4 +1,4 @@
-"""Who scores gateways, and is waited for: bounded by token, and only while there is hope for scores.
+"""The evaluators a candidate set waits for: bounded by token, given up after three sets without scores.
 
 An invented name costs its inventor's token a place, and nobody else; a set waits for it a few times at most.
 """
@@ -20,7 +20,7 @@ PATIENCE = 3
 
 
 @dataclass(frozen=True, slots=True)
-class _Heard:
+class _EvaluatorRecord:
     """When an evaluator was last heard of and with which token, whether it ever scored, and sets it missed on end."""
 
     at: float
@@ -33,7 +33,7 @@ class Evaluators:
     """The evaluators that were heard of; not safe to use from several threads at once."""
 
     def __init__(self) -> None:
-        self._heard: dict[Evaluator, _Heard] = {}
+        self._heard: dict[Evaluator, _EvaluatorRecord] = {}
         self._missed_by_token: Counter[str] = Counter()
 
     def hear(self, evaluator: Evaluator, token: str, now: float, seconds: float) -> None:
@@ -41,14 +41,14 @@ class Evaluators:
         known = self._heard.get(evaluator)
         if known is None:
             self._make_room(token, now, seconds)
-        self._heard[evaluator] = replace(known or _Heard(now, token), at=now, token=token)
+        self._heard[evaluator] = replace(known or _EvaluatorRecord(now, token), at=now, token=token)
 
     def score(self, evaluator: Evaluator, token: str, now: float, seconds: float) -> None:
         """Take note of one that scored a set."""
         self.hear(evaluator, token, now, seconds)
         if not self._heard[evaluator].proven:
             del self._missed_by_token[token]  # new names of this token do score
-        self._heard[evaluator] = _Heard(now, token, proven=True)
+        self._heard[evaluator] = _EvaluatorRecord(now, token, proven=True)
 
     def miss(self, evaluators: Iterable[Evaluator]) -> None:
         """These were waited for in vain."""
@@ -65,7 +65,7 @@ class Evaluators:
         """Those heard of in the last `seconds`, in name order."""
         return sorted(one for one, found in self._heard.items() if now - found.at < seconds)
 
-    def _hopeful(self, found: _Heard) -> bool:
+    def _hopeful(self, found: _EvaluatorRecord) -> bool:
         trusted = found.proven or self._missed_by_token[found.token] < PATIENCE
         return trusted and found.missed < PATIENCE
 

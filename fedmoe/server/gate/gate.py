@@ -1,4 +1,4 @@
-"""The evaluation gate: a new gateway goes out only if those who own held-out data measured that it may.
+"""The evaluation gate: a new gateway is published only if evaluators' held-out losses allow it.
 
 One thread makes the sets of candidates, judges them and publishes; requests only read what it has made, or leave their
 scores. So no request waits for a merge, for a disk or for another request. Scores live in memory until their set is
@@ -27,7 +27,7 @@ from fedmoe.server.gate.candidates import (
 )
 from fedmoe.server.gate.evaluators import Evaluators
 from fedmoe.server.gate.publication import Publications, taken_back
-from fedmoe.server.gate.verdict import Verdict
+from fedmoe.server.gate.verdict import GateDecision
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.journal import Journal
 from fedmoe.wire.contract.gate import CandidatesRequest, GatewayScores
@@ -48,7 +48,7 @@ class GatePolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class _Closed:
+class _ClosedSet:
     """A set that was closed with the scores that came; `late` if time was over before those of `missing` came."""
 
     offer: CandidateSet
@@ -227,7 +227,7 @@ class EvaluationGate:
             )
         return self._open
 
-    def _closed_if_due(self) -> _Closed | None:
+    def _closed_if_due(self) -> _ClosedSet | None:
         now, seconds = self._clock(), self._policy.seconds
         with self._lock:
             offer = self._open
@@ -238,7 +238,7 @@ class EvaluationGate:
             if found == "wait":
                 return None
             self._evaluators.miss(missing)
-            closed = _Closed(offer, list(self._scores.values()), found == "undecided", missing)
+            closed = _ClosedSet(offer, list(self._scores.values()), found == "undecided", missing)
             self._open, self._scores = None, {}
         return closed
 
@@ -287,7 +287,10 @@ class EvaluationGate:
         gone = {*self._publications.taken_back(), *(retired & out.sources.keys() if out is not None else ())}
         verdict = decide(offer, scores, self._policy.tolerance, gone)
         chosen = next((one for one in offer.candidates if one.name == verdict.serve), None)
-        at, told = self._clock(), _told(offer, scores, verdict, chosen.name if chosen else None, undecided=False)
+        at, told = (
+            self._clock(),
+            _verdict_payload(offer, scores, verdict, chosen.name if chosen else None, undecided=False),
+        )
         if chosen is not None:
             self._publications.publish(chosen.gateway(), told, at)
         else:
@@ -297,11 +300,13 @@ class EvaluationGate:
         event = "gateway_published" if chosen is not None else "gateway_kept"
         _log.info(event, version=offer.version, candidate=chosen.name if chosen else None, reason=verdict.reason)
 
-    def _leave_undecided(self, closed: _Closed) -> None:
+    def _leave_undecided(self, closed: _ClosedSet) -> None:
         """Note that time was over: what is out stays, and the same state is offered again to whoever asks."""
         reason = closed.reason(self._policy.seconds)
         at, offer = self._clock(), closed.offer
-        self._publications.keep(_told(offer, closed.scores, Verdict(None, reason), None, undecided=True), at)
+        self._publications.keep(
+            _verdict_payload(offer, closed.scores, GateDecision(None, reason), None, undecided=True), at
+        )
         with self._lock:
             self._reason, self._at, self._undecided = reason, at, True
             self._given_up = "the next set is made as soon as an evaluator asks"
@@ -343,8 +348,8 @@ def _check_complete(offer: CandidateSet, scores: GatewayScores) -> None:
         )
 
 
-def _told(
-    offer: CandidateSet, scores: list[GatewayScores], verdict: Verdict, published: str | None, *, undecided: bool
+def _verdict_payload(
+    offer: CandidateSet, scores: list[GatewayScores], verdict: GateDecision, published: str | None, *, undecided: bool
 ) -> dict[str, object]:
     """A verdict as the journal keeps it."""
     return {

@@ -1,4 +1,4 @@
-"""Publishing a gateway: its bytes first, then the verdict in the journal, and only then anybody sees it.
+"""Publication of a gateway: stores its bytes, journals the verdict, then serves it.
 
 What is published is frozen: after a crash the very same bytes are served again, whatever the experts have become.
 """
@@ -19,15 +19,15 @@ from fedmoe.lora.adapter import Adapter, Layout
 from fedmoe.lora.codec import decode, encode
 from fedmoe.lora.safetensors_bytes import CodecError
 from fedmoe.runtime import failpoints
-from fedmoe.server.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, Named, put
+from fedmoe.server.storage.blobs import BlobReferences, BlobStore, CorruptBlobError, MissingBlobError, put
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.verdicts import Verdict
+from fedmoe.server.storage.verdicts import GatewayVerdict
 
 _log = structlog.get_logger("fedmoe.gate")
 
 
 @dataclass(frozen=True)
-class _Described:
+class _GatewayDescription:
     """A published gateway without its numbers, as the journal keeps it."""
 
     version: int
@@ -45,7 +45,7 @@ class _Described:
     source_digests: dict[str, str] = field(default_factory=dict)
 
 
-_described = TypeAdapter(_Described)
+_described = TypeAdapter(_GatewayDescription)
 
 
 class Publications:
@@ -77,7 +77,7 @@ class Publications:
         """
         blob = put(self._blobs, _body(gateway))
         failpoints.reached("gateway.stored")
-        self._journal.add_verdict(Verdict(blob, {**told, "published": _description(gateway)}, at))
+        self._journal.add_verdict(GatewayVerdict(blob, {**told, "published": _description(gateway)}, at))
         failpoints.reached("gateway.journalled")
         before, self._blob, self.current = self._blob, blob, gateway
         if before is not None and before != blob:
@@ -85,7 +85,7 @@ class Publications:
 
     def keep(self, told: Mapping[str, object], at: float) -> None:
         """Note a verdict that leaves all as it is."""
-        self._journal.add_verdict(Verdict(None, {**told, "published": None}, at))
+        self._journal.add_verdict(GatewayVerdict(None, {**told, "published": None}, at))
 
     def taken_back(self) -> list[str]:
         """Experts that were rolled back or retracted from after the published gateway was made of them."""
@@ -100,11 +100,11 @@ def taken_back(journal: Journal, expert: str, version: int) -> bool:
     return any(isinstance(event, ExpertRolledBack | WorkerRetracted) for event in later)
 
 
-def published_blobs(journal: Journal) -> Named:
+def published_blobs(journal: Journal) -> BlobReferences:
     """The blob that must be kept, and those of the gateways that were published before."""
     published = journal.verdicts(sys.maxsize, published_only=True)
     digests = [found.digest for found in published if found.digest is not None]
-    return Named(set(digests[:1]), set(digests))
+    return BlobReferences(set(digests[:1]), set(digests))
 
 
 def _body(gateway: GatewayModel) -> bytes:
@@ -114,7 +114,7 @@ def _body(gateway: GatewayModel) -> bytes:
 
 
 def _description(gateway: GatewayModel) -> dict[str, object]:
-    described = _Described(
+    described = _GatewayDescription(
         gateway.version,
         dict(gateway.sources),
         dict(gateway.weights),
@@ -132,7 +132,7 @@ def _description(gateway: GatewayModel) -> dict[str, object]:
     return dict(_described.dump_python(described, mode="json"))
 
 
-def _gateway(described: _Described, adapter: Adapter) -> GatewayModel:
+def _gateway(described: _GatewayDescription, adapter: Adapter) -> GatewayModel:
     return GatewayModel(
         adapter,
         described.version,

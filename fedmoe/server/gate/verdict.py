@@ -1,4 +1,4 @@
-"""Whether a new gateway goes out: decided on held-out losses alone, which several evaluators may have measured.
+"""The gate's rule: compares gateways by held-out losses on their worst domain.
 
 A gateway is as good as its worst domain: the least share of a domain's gain that it keeps. A domain's gain is what its
 own expert gains on the base model, or the published gateway where that gains more: an expert that got worse must not
@@ -41,7 +41,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateDecision:
     """The gateway to serve from now on (None: none can be), why, and what each gateway keeps of every domain's gain."""
 
     serve: str | None
@@ -51,7 +51,7 @@ class Verdict:
 
 def judge(
     scores: Sequence[Scores], candidates: Sequence[str], published: str | None = None, tolerance: float = 0.01
-) -> Verdict:
+) -> GateDecision:
     """The candidate with the best worst domain, if that is not more than `tolerance` below the published one's.
 
     `tolerance` is a share of a domain's gain (0.01: one point). Scores that lack one of the gateways are left out, as
@@ -59,22 +59,22 @@ def judge(
     no candidate good enough, the published gateway stays.
     """
     if not candidates:
-        return Verdict(published, "there is no candidate")
+        return GateDecision(published, "there is no candidate")
     names = [*dict.fromkeys([*([published] if published else []), *candidates])]
     kept = _kept(scores, names, published)
     if not kept[names[0]]:
-        return Verdict(published, _nothing_to_judge(scores, names))
+        return GateDecision(published, _nothing_to_judge(scores, names))
     worst = {name: min(shares.items(), key=lambda item: item[1]) for name, shares in kept.items()}
     best = max(candidates, key=lambda name: worst[name][1])
     told = f"{best} keeps {_percent(worst[best][1])} of the gain on its worst domain, {worst[best][0]}"
     rest = sorted({found.domain for found in scores} - kept[best].keys())
     unjudged = f"; not judged: {', '.join(rest)}" if rest else ""
     if published is None:
-        return Verdict(best, f"{told}; there is none to compare with{unjudged}", kept)
+        return GateDecision(best, f"{told}; there is none to compare with{unjudged}", kept)
     before = f"{published} keeps {_percent(worst[published][1])} on its worst, {worst[published][0]}"
     if worst[best][1] < worst[published][1] - tolerance:
-        return Verdict(published, f"{told}, but {before}: more than {_percent(tolerance)} lower{unjudged}", kept)
-    return Verdict(best, f"{told}; {before}{unjudged}", kept)
+        return GateDecision(published, f"{told}, but {before}: more than {_percent(tolerance)} lower{unjudged}", kept)
+    return GateDecision(best, f"{told}; {before}{unjudged}", kept)
 
 
 def _kept(scores: Sequence[Scores], names: Sequence[str], published: str | None) -> dict[str, dict[str, float]]:

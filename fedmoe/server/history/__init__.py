@@ -1,1 +1,1 @@
-"""Recovery, snapshots and checks of the journal."""
+"""The past of experts: recovery, snapshots, undo by replay, pruning, verification."""

@@ -1,4 +1,4 @@
-"""Which history an update was made in: one made in another is refused by name, whatever its version number says.
+"""Refuses updates and rollbacks that were made in another history (before a restore), whatever their version.
 
 After a restore, the versions that were lost are numbered once more, with other weights. By its number alone an update
 of the lost history would be taken for one of this.

@@ -1,4 +1,4 @@
-"""An expert whose past cannot be read: no start, or one without an update by a decision that is journalled."""
+"""Updates that cannot be read: the error, the event that leaves one out, progress of a replay."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DamagedUpdateError(CorruptBlobError):
         )
 
 
-def told(updates: Sequence[UpdateAccepted]) -> Iterator[UpdateAccepted]:
+def with_progress(updates: Sequence[UpdateAccepted]) -> Iterator[UpdateAccepted]:
     """The same updates; says every few seconds how far whoever lands them has come, and how long it will take."""
     began = said = time.monotonic()
     for done, update in enumerate(updates):

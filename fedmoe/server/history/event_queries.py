@@ -1,4 +1,4 @@
-"""Questions to the events of one expert."""
+"""Queries over the events of one expert."""
 
 from __future__ import annotations
 

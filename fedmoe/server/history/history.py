@@ -1,4 +1,4 @@
-"""History: recovery after a crash, snapshots, rollback and retraction, all by replay of the journal.
+"""Recovery, snapshots, rollback and retraction, all by replay of the journal.
 
 Folding the same updates in the same order gives the same bits, so a snapshot plus the updates after it equals a replay
 from the start, and an expert without one worker is the replay without that worker's updates.
@@ -45,17 +45,24 @@ from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.update_rules import USUAL_WINDOW, RuleState
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.gate.publication import published_blobs
-from fedmoe.server.history.damage import MOST_LEFT_OUT, DamagedUpdateError, told
+from fedmoe.server.history.damage import MOST_LEFT_OUT, DamagedUpdateError, with_progress
 from fedmoe.server.history.event_queries import identity, left_in_the_gateway, made_version, registration
 from fedmoe.server.history.kept_choices import check_choices
-from fedmoe.server.history.pruning import unneeded
+from fedmoe.server.history.pruning import prune_plan
 from fedmoe.server.history.snapshots import best_snapshot, read_snapshot, snapshot_bytes
-from fedmoe.server.statistics.data_statistics import KeptStatistics
-from fedmoe.server.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, Named, StorageFailedError, put
-from fedmoe.server.storage.choices import UPDATE_RULE, KeptChoices
+from fedmoe.server.statistics.data_statistics import DataStatistics
+from fedmoe.server.storage.blobs import (
+    BlobReferences,
+    BlobStore,
+    CorruptBlobError,
+    MissingBlobError,
+    StorageFailedError,
+    put,
+)
+from fedmoe.server.storage.choices import UPDATE_RULE, StoredChoices
 from fedmoe.server.storage.event_rows import GATEWAY, QUARANTINE, blob_of
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.released_bytes import noted, undo_ends
+from fedmoe.server.storage.released_bytes import oldest_undoable, releases
 
 SNAPSHOT_EVERY = 50
 
@@ -63,7 +70,7 @@ _log = structlog.get_logger("fedmoe.history")
 
 
 @dataclass(frozen=True)
-class Rebuilt:
+class RebuiltState:
     """A state rebuilt from the journal, and how many updates of the newest version it lacks.
 
     `since` is what it is made of from where the expert left the gateway, and `note` what could not be taken back.
@@ -98,7 +105,7 @@ class History:
         self._skip_damaged = skip_damaged
         self._read: list[Event] | None = None
         self._lost: list[UpdateLost] = []
-        self._statistics = KeptStatistics(journal, blobs)
+        self._statistics = DataStatistics(journal, blobs)
         self._recovered: CentralCoordinator | None = None
         #: Erasures since the start; what was rebuilt before one may be made of what is gone.
         self.erasures = 0
@@ -153,13 +160,13 @@ class History:
         self._recovered = coordinator
         return coordinator
 
-    def held_back(self) -> set[str]:
+    def quarantined_blobs(self) -> set[str]:
         """Blobs of updates that wait in quarantine."""
         return self._recovered.quarantine.digests() if self._recovered is not None else set()
 
-    def let_go(self, digest: str) -> None:
+    def delete_rejected(self, digest: str) -> None:
         """Delete the bytes of a rejected update, unless something else needs the same; for the committer's thread."""
-        needed = self.held_back() | self._statistics.blobs().needed | published_blobs(self._journal).needed
+        needed = self.quarantined_blobs() | self._statistics.blobs().needed | published_blobs(self._journal).needed
         if digest not in needed | self._journal.named_elsewhere(QUARANTINE, {digest}):
             self._blobs.delete(digest)
 
@@ -192,7 +199,7 @@ class History:
 
     def _check_choices(self, folds: list[GatewayMerged]) -> None:
         rule = self._journal.meta(UPDATE_RULE)
-        check_choices(self._aggregation, KeptChoices(rule, folds[-1].number if folds else None))
+        check_choices(self._aggregation, StoredChoices(rule, folds[-1].number if folds else None))
         if rule is None:
             self._journal.set_meta(UPDATE_RULE, self._aggregation.rule.name)
 
@@ -207,7 +214,7 @@ class History:
         once = {blob_of(event) for event in self._read or ()}
         replaced = {digest for digest in once if digest is not None}.union(*(named.replaced for named in others))
         newest = max((event.at for events in past.values() for event in events), default=0.0)
-        swept = self._blobs.sweep(Named(needed, replaced), self._clock(), newest)
+        swept = self._blobs.sweep(BlobReferences(needed, replaced), self._clock(), newest)
         if swept.to_trash or swept.taken_back:
             _log.warning("unnamed_blobs", **asdict(swept))
 
@@ -251,7 +258,7 @@ class History:
             _log.error("update_lost", expert=lost.expert, made=lost.made, version=lost.version, digest=lost.digest)
         self._lost = []
 
-    def at_version(self, expert: ExpertModel, version: int) -> Rebuilt:
+    def at_version(self, expert: ExpertModel, version: int) -> RebuiltState:
         """The state the expert had at an earlier version."""
         erasures = self.erasures
         events, chains = self._past(expert)
@@ -275,9 +282,9 @@ class History:
         removed = [u for u in Lineage.updates(chains[expert.version]) if identity(u) not in kept]
         with self._pruned_in_words():
             state = self._rebuild(registered, chains, chains[version])
-        return Rebuilt(state, len(removed), count_steps(events, updates), "", expert.version, erasures)
+        return RebuiltState(state, len(removed), count_steps(events, updates), "", expert.version, erasures)
 
-    def without_worker(self, expert: ExpertModel, worker: str) -> Rebuilt:
+    def without_worker(self, expert: ExpertModel, worker: str) -> RebuiltState:
         """The state the expert would have had the worker contributed nothing to its newest version."""
         erasures = self.erasures
         events, chains = self._past(expert)
@@ -293,9 +300,9 @@ class History:
         with self._pruned_in_words():
             state = self._rebuild(registration(events), chains, chain)
         since = count_steps(events, Lineage.updates(chain))
-        return Rebuilt(state, removed, since, note, expert.version, erasures)
+        return RebuiltState(state, removed, since, note, expert.version, erasures)
 
-    def followed(self, rebuilt: Rebuilt, expert: ExpertModel, worker: str | None) -> Rebuilt | None:
+    def followed(self, rebuilt: RebuiltState, expert: ExpertModel, worker: str | None) -> RebuiltState | None:
         """What was rebuilt, for the newer `expert`: without `worker`, or at an earlier version (None).
 
         None if more came since than updates. Where experts go on from the gateway any change counts as more.
@@ -315,11 +322,11 @@ class History:
         removed = rebuilt.removed + len(updates) - len(kept)
         return replace(rebuilt, state=state, removed=removed, version=expert.version)
 
-    def from_gateway(self, weights: FloatVector, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
+    def rebased_state(self, weights: FloatVector, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
         """The state of an expert that goes on from a gateway with these updates, its server optimizer begun anew."""
         return self._land(self._aggregation.rule.init(weights), updates, manifest)
 
-    def departed_from(self, expert: ExpertModel, branch_point: BranchPoint) -> Adapter:
+    def branch_weights(self, expert: ExpertModel, branch_point: BranchPoint) -> Adapter:
         """Where the expert left the gateway, or began."""
         if branch_point.left is not None:
             weights = self._gateway_weights(branch_point.left.digest, expert.manifest)
@@ -379,7 +386,7 @@ class History:
         return ExpertModel.initial(registered.expert, registered.manifest, registered.seed, rule).state
 
     def _land(self, state: RuleState, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
-        for update in told(updates):
+        for update in with_progress(updates):
             try:
                 body = self._blobs.read(update.digest)
             except (MissingBlobError, CorruptBlobError) as error:
@@ -389,11 +396,11 @@ class History:
 
     def _why_let_go(self, update: UpdateAccepted) -> str | None:
         """Why an update's bytes are not there and what can be done; None if they should be."""
-        for one in noted(self._journal):
+        for one in releases(self._journal):
             if one.expert == update.expert and one.through >= update.version and one.worker in (None, update.worker):
                 if one.worker is not None:
                     return f"What {one.worker!r} gave was erased; versions made of it are gone for good."
-                return f"Choose version {undo_ends(self._journal, update.expert)} or a later one (--keep-gb)."
+                return f"Choose version {oldest_undoable(self._journal, update.expert)} or a later one (--keep-gb)."
         if self._keep_updates is not None:
             return f"Only the last {self._keep_updates} updates can be undone (--keep-updates)."
         return None
@@ -420,8 +427,8 @@ class History:
             branch_point.gateway for branch_point in online_gateway.branch_points.values()
         }
         folds = self._folds()
-        unneeded = {fold.digest for fold in folds} - {fold.digest for fold in folds if fold.number in needed}
-        for digest in unneeded - self.held_back() - self._journal.named_elsewhere(GATEWAY, unneeded):
+        prune_plan = {fold.digest for fold in folds} - {fold.digest for fold in folds if fold.number in needed}
+        for digest in prune_plan - self.quarantined_blobs() - self._journal.named_elsewhere(GATEWAY, prune_plan):
             self._blobs.delete(digest)
 
     def _prune(self, expert: ExpertModel, keep_updates: int) -> None:
@@ -429,11 +436,11 @@ class History:
         name = expert.name
         snapshots = self._journal.snapshots(name)
         oldest = max(0, expert.version - keep_updates)
-        found = unneeded(list(self._journal.events(name)), snapshots, expert.version, oldest)
+        found = prune_plan(list(self._journal.events(name)), snapshots, expert.version, oldest)
         for version in found.snapshots:
             self._journal.drop_snapshot(name, version)
         digests = found.updates | {snapshots[version] for version in found.snapshots}
         digests -= {snapshots[version] for version in snapshots.keys() - found.snapshots}
         # Equal bytes are one blob, whoever sent them.
-        for digest in digests - self.held_back() - self._journal.named_elsewhere(name, digests):
+        for digest in digests - self.quarantined_blobs() - self._journal.named_elsewhere(name, digests):
             self._blobs.delete(digest)

@@ -1,13 +1,13 @@
-"""Whether a federation may go on with the options of a start."""
+"""Refuses start options that contradict those a state directory was made with."""
 
 from __future__ import annotations
 
 from fedmoe.coordinator import Aggregation
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.storage.choices import KeptChoices
+from fedmoe.server.storage.choices import StoredChoices
 
 
-def check_choices(aggregation: Aggregation, kept: KeptChoices) -> None:
+def check_choices(aggregation: Aggregation, kept: StoredChoices) -> None:
     """Refuse options that would rebuild other weights than the ones there were, or count a gateway twice."""
     chosen, rule = aggregation.rule.name, kept.update_rule
     if rule is not None and rule != chosen:

@@ -1,4 +1,4 @@
-"""What may go: the bytes of updates that no version which can still be asked for is made of."""
+"""Which updates and snapshots no version that can still be asked for needs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Chains = Mapping[int, Lineage | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Unneeded:
+class PrunePlan:
     """Blobs of updates, and snapshots by version, that undoing the newest changes of an expert does without."""
 
     updates: frozenset[str]
     snapshots: frozenset[int]
 
 
-def unneeded(events: Sequence[Event], snapshots: Mapping[int, str], newest: int, oldest: int) -> Unneeded:
+def prune_plan(events: Sequence[Event], snapshots: Mapping[int, str], newest: int, oldest: int) -> PrunePlan:
     """What none of the versions from `oldest` to `newest` of ONE expert needs, given its events in order."""
     updates, chains = [event for event in events if isinstance(event, UpdateAccepted)], lineages(events)
     needed = {update.digest for update in updates if update.version > oldest}
@@ -31,7 +31,7 @@ def unneeded(events: Sequence[Event], snapshots: Mapping[int, str], newest: int,
         bases |= {found.version} if found else set()
         needed |= {update.digest for update in (found.rest if found else Lineage.updates(beginning))}
     needed |= {snapshots[version] for version in bases}
-    return Unneeded(frozenset({update.digest for update in updates} - needed), frozenset(snapshots.keys() - bases))
+    return PrunePlan(frozenset({update.digest for update in updates} - needed), frozenset(snapshots.keys() - bases))
 
 
 def _until(chain: Lineage | None, version: int, known: dict[int, Lineage | None]) -> Lineage | None:

@@ -1,4 +1,4 @@
-"""Snapshots: an expert's state as bytes, and which of those that are kept saves the most of a replay."""
+"""Snapshots: an expert's state as bytes, and the best one to start a replay from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_snapshot(data: bytes, count: int) -> RuleState:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class ReplayStart:
     """A snapshot to fold from, and the updates that follow it."""
 
     version: int
@@ -33,13 +33,13 @@ class Snapshot:
 
 def best_snapshot(
     snapshots: Mapping[int, str], chains: Mapping[int, Lineage | None], wanted: Lineage | None
-) -> Snapshot | None:
+) -> ReplayStart | None:
     """The longest beginning of `wanted` that a snapshot holds."""
     held = {id(chains[version]): version for version in snapshots if version in chains}
     rest: list[UpdateAccepted] = []
     while wanted is not None:
         if id(wanted) in held:
-            return Snapshot(held[id(wanted)], rest[::-1])
+            return ReplayStart(held[id(wanted)], rest[::-1])
         if wanted.update is None:
             return None
         rest.append(wanted.update)

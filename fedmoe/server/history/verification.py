@@ -1,4 +1,4 @@
-"""Is a state directory what was written? Everything in it is read and held against its hash, and every version rebuilt.
+"""Verification of a state directory: every file against its hash, every version rebuilt.
 
 Nothing is changed. The coordinator must not run on it meanwhile.
 """
@@ -33,7 +33,7 @@ from fedmoe.server.storage.state_dir import StateDirError, lock_state, odd_files
 
 
 @dataclass
-class Verified:
+class VerificationReport:
     """What was looked at, and `findings`: what is not as it was written, in words.
 
     `absent` blobs are named and not there, as after `--keep-updates`; `unproven` versions could not be rebuilt for
@@ -50,7 +50,7 @@ class Verified:
     findings: list[str] = field(default_factory=list)
 
 
-def verify_state(path: Path) -> Verified:
+def verify_state(path: Path) -> VerificationReport:
     """Look at everything in a state directory; raises StateDirError for one that is in use or not there."""
     if not (path / "journal.sqlite").is_file():
         raise StateDirError(f"{path} is no state directory: there is no journal.sqlite in it")
@@ -67,11 +67,11 @@ def check_start(path: Path) -> None:
     Raises StorageFailedError or CorruptBlobError.
     """
     with closing(SqlJournal(path / "journal.sqlite")) as journal:
-        _Replay(journal, FolderBlobStore(path / "blobs"), Verified()).recover_newest()
+        _Replay(journal, FolderBlobStore(path / "blobs"), VerificationReport()).recover_newest()
 
 
-def _verify(path: Path) -> Verified:
-    found = Verified(findings=odd_files(path))
+def _verify(path: Path) -> VerificationReport:
+    found = VerificationReport(findings=odd_files(path))
     blobs = FolderBlobStore(path / "blobs")
     try:
         damage = problems(path / "journal.sqlite")
@@ -89,7 +89,7 @@ def _verify(path: Path) -> Verified:
     return found
 
 
-def _check_blobs(blobs: FolderBlobStore, found: Verified) -> None:
+def _check_blobs(blobs: FolderBlobStore, found: VerificationReport) -> None:
     """Read every blob."""
     for name in sorted(blobs.digests()):
         found.blobs += 1
@@ -99,7 +99,7 @@ def _check_blobs(blobs: FolderBlobStore, found: Verified) -> None:
             found.findings.append(str(error))
 
 
-def _check_count(path: Path, journal: SqlJournal, found: Verified) -> None:
+def _check_count(path: Path, journal: SqlJournal, found: VerificationReport) -> None:
     found.events, found.incarnation = journal.head.events, journal.head.incarnation
     lacking = lack_of(journal, read_acknowledged(path / "acknowledged"))
     if lacking is not None:
@@ -109,7 +109,7 @@ def _check_count(path: Path, journal: SqlJournal, found: Verified) -> None:
 class _Replay(History):
     """Rebuilds every version in order and holds it against the digest that was journalled with it."""
 
-    def __init__(self, journal: SqlJournal, blobs: FolderBlobStore, found: Verified) -> None:
+    def __init__(self, journal: SqlJournal, blobs: FolderBlobStore, found: VerificationReport) -> None:
         optimizer, _, size = (journal.meta(UPDATE_RULE) or "sgd").partition(", buffer of ")
         super().__init__(journal, blobs, Aggregation(server_optimizer=optimizer, buffer_size=int(size or 1)))
         self._found = found

@@ -1,1 +1,1 @@
-"""The HTTP routes of the coordinator."""
+"""The coordinator's HTTP routes."""

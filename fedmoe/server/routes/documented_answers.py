@@ -1,4 +1,4 @@
-"""What every route of the coordinator may answer beside what its types say; a test holds all answers against it."""
+"""What each route may answer beside what its types say, for `/openapi.json`; a test checks all answers against it."""
 
 from __future__ import annotations
 

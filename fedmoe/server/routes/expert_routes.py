@@ -1,4 +1,4 @@
-"""The routes that list experts, and those by which administrators rename and retire them."""
+"""HTTP routes that list, rename and retire experts."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fedmoe.coordinator import GatewayModel
 from fedmoe.experts import ExpertModel
 from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.server.access.security import principal_of
-from fedmoe.server.expert_names import may_use, titled
+from fedmoe.server.expert_names import by_title, may_use
 from fedmoe.server.service import CoordinatorService
 from fedmoe.wire.contract.experts import ListingRequest, RenameRequest, RetireRequest, UnretireRequest
 from fedmoe.wire.contract.messages import (
-    DepartureInfo,
+    BranchPointInfo,
     ExpertInfo,
     GatewayInfo,
     Listing,
-    LivingInfo,
+    OnlineGatewayInfo,
 )
 
 _log = structlog.get_logger("fedmoe.coordinator")
@@ -52,7 +52,7 @@ def expert_routes(app: FastAPI, service: CoordinatorService) -> None:
     @app.post("/rename_expert")
     async def rename_expert(request: Request, wanted: RenameRequest) -> ExpertInfo:
         principal_of(request).require_admin(expert=wanted.expert)
-        expert = await service.change_roll(
+        expert = await service.change_experts(
             lambda transaction: transaction.rename(wanted.expert, wanted.name, service.now)
         )
         _log.warning("renamed", expert=expert.name, name=expert.title, formerly=wanted.expert)
@@ -61,7 +61,7 @@ def expert_routes(app: FastAPI, service: CoordinatorService) -> None:
     @app.post("/retire_expert")
     async def retire_expert(request: Request, wanted: RetireRequest) -> ExpertInfo:
         principal_of(request).require_admin(expert=wanted.expert)
-        expert = await service.change_roll(
+        expert = await service.change_experts(
             lambda transaction: transaction.retire(wanted.expert, wanted.reason, service.now)
         )
         _log.warning("retired", expert=expert.title, reason=wanted.reason)
@@ -70,7 +70,7 @@ def expert_routes(app: FastAPI, service: CoordinatorService) -> None:
     @app.post("/unretire_expert")
     async def unretire_expert(request: Request, wanted: UnretireRequest) -> ExpertInfo:
         principal_of(request).require_admin(expert=wanted.expert)
-        expert = await service.change_roll(lambda transaction: transaction.unretire(wanted.expert, service.now))
+        expert = await service.change_experts(lambda transaction: transaction.unretire(wanted.expert, service.now))
         _log.warning("unretired", expert=expert.title)
         return await run_in_threadpool(expert_info, expert, service)
 
@@ -126,16 +126,16 @@ def gateway_info(service: CoordinatorService, given: GatewayModel | None = None)
     )
 
 
-def _living_info(online: OnlineGateway | None, experts: Mapping[str, ExpertModel]) -> LivingInfo | None:
+def _living_info(online: OnlineGateway | None, experts: Mapping[str, ExpertModel]) -> OnlineGatewayInfo | None:
     if online is None:
         return None
-    departures = titled(online.branch_points, experts)
-    return LivingInfo(
+    departures = by_title(online.branch_points, experts)
+    return OnlineGatewayInfo(
         folds=online.number,
-        staleness=titled(online.last.staleness, experts) if online.last else {},
+        staleness=by_title(online.last.staleness, experts) if online.last else {},
         seconds=online.last.seconds if online.last else 0.0,
         departures={
-            name: DepartureInfo(gateway=found.gateway, version=found.version, steps=found.steps)
+            name: BranchPointInfo(gateway=found.gateway, version=found.version, steps=found.steps)
             for name, found in departures.items()
         },
     )

@@ -1,4 +1,4 @@
-"""The routes of the evaluation gate: thin doors to it, as those in `routes` are to the service."""
+"""HTTP routes of the evaluation gate."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from starlette.responses import Response
 from fedmoe.experts import ExpertModel
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal, principal_of
-from fedmoe.server.expert_names import addressed, may_use, titled
+from fedmoe.server.expert_names import by_title, may_use, resolve_expert
 from fedmoe.server.gate.candidates import CandidateSet
 from fedmoe.server.gate.gate import EvaluationGate
 from fedmoe.server.routes.weight_responses import WeightAnswers, adapter_weights
 from fedmoe.server.service import CoordinatorService
-from fedmoe.server.storage.verdicts import Verdict
+from fedmoe.server.storage.verdicts import GatewayVerdict
 from fedmoe.wire.contract.gate import (
     CandidateInfo,
     CandidatesAnswer,
@@ -30,7 +30,7 @@ from fedmoe.wire.contract.gate import (
     VerdictsRequest,
 )
 
-Named = TypeVar("Named", CandidatesRequest, GatewayScores)
+EvaluatorRequest = TypeVar("EvaluatorRequest", CandidatesRequest, GatewayScores)
 
 
 def gate_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswers) -> None:
@@ -50,7 +50,7 @@ def gate_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswer
     def gateway_candidate_weights(request: Request, wanted: Annotated[CandidateWeightsRequest, Query()]) -> Response:
         offer, adapter, expert = _gate(service).adapter(wanted.set, wanted.digest)
         if expert is not None:
-            addressed(service.coordinator.experts, principal_of(request), expert)
+            resolve_expert(service.coordinator.experts, principal_of(request), expert)
         weights = adapter_weights(offer.version, adapter, wanted.digest, offer.sources, offer.base)
         # Few ask for it and once each, so it is not kept.
         return answers.answer(request, weights, "fp32", keep=False)
@@ -75,7 +75,7 @@ def _asked(service: CoordinatorService, wanted: CandidatesRequest) -> Candidates
     return CandidatesAnswer(open=told, status=status)
 
 
-def _verdict_info(found: Verdict, principal: Principal, experts: Mapping[str, ExpertModel]) -> VerdictInfo:
+def _verdict_info(found: GatewayVerdict, principal: Principal, experts: Mapping[str, ExpertModel]) -> VerdictInfo:
     """A verdict with the scores of the experts that the asker's token may use."""
     told = {key: found.payload[key] for key in ("version", "reason", "kept", "scores")}
     published, undecided = found.payload["candidate"], found.payload.get("undecided", False)
@@ -85,7 +85,7 @@ def _verdict_info(found: Verdict, principal: Principal, experts: Mapping[str, Ex
         for one in info.scores
         if one.expert in experts and may_use(principal, experts[one.expert])
     ]
-    kept = {candidate: titled(domains, experts) for candidate, domains in info.kept.items()}
+    kept = {candidate: by_title(domains, experts) for candidate, domains in info.kept.items()}
     return info.model_copy(update={"scores": scores, "kept": kept})
 
 
@@ -97,11 +97,11 @@ def _gate(service: CoordinatorService) -> EvaluationGate:
     return service.evaluation_gate
 
 
-def _evaluators_own(request: Request, service: CoordinatorService, wanted: Named) -> Named:
+def _evaluators_own(request: Request, service: CoordinatorService, wanted: EvaluatorRequest) -> EvaluatorRequest:
     """The request with the first name of its expert, if its token belongs to this evaluator and may use the expert."""
     principal = principal_of(request)
     principal.require_worker(wanted.evaluator)
-    first = addressed(service.coordinator.experts, principal, wanted.expert)
+    first = resolve_expert(service.coordinator.experts, principal, wanted.expert)
     return wanted.model_copy(update={"expert": first})
 
 
@@ -111,7 +111,7 @@ def _set_info(
     return CandidateSetInfo(
         id=offer.id,
         version=offer.version,
-        sources=titled(offer.sources, experts),
+        sources=by_title(offer.sources, experts),
         own=offer.experts[expert].digest,
         published=offer.published.digest if offer.published is not None else None,
         candidates=[

@@ -1,4 +1,4 @@
-"""Weights in JSON, for people with curl: in pieces off the event loop, a few answers at once, each with a deadline.
+"""Weights as JSON: streamed in pieces, few answers at once, each with a deadline.
 
 A number takes about 20 characters here and 4 bytes in safetensors, and whoever writes it holds the interpreter. So an
 answer is written in pieces of a millisecond, between which the event loop takes its turn.
@@ -71,7 +71,7 @@ class JsonWeights(StreamingResponse):
         headers: Mapping[str, str],
         waits: bool,
     ) -> None:
-        super().__init__(written(head, modules), status, headers, "application/json")
+        super().__init__(json_pieces(head, modules), status, headers, "application/json")
         self._policy = policy
         self._waits = waits
 
@@ -106,7 +106,7 @@ def _busy() -> RefusedError:
     )
 
 
-def written(head: Mapping[str, object], modules: Modules) -> Iterator[bytes]:
+def json_pieces(head: Mapping[str, object], modules: Modules) -> Iterator[bytes]:
     """One JSON object in pieces: `head` (never empty), then `modules` with both factors of each as lists of rows.
 
     Every number is the float32 in double precision, in as few digits as name that double, so none is changed.

@@ -1,4 +1,4 @@
-"""The HTTP routes of the quarantine: what is held, and an administrator's word on it."""
+"""HTTP routes of the quarantine: list, release, reject held updates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTTP routes: thin doors to the service."""
+"""The coordinator's HTTP application: middleware, and the routes of weights, updates and undo."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from fedmoe.server.access.security import Principal, principal_of
 from fedmoe.server.access.token_gate import GateMiddleware
 from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.turns import TOKEN_RATE
-from fedmoe.server.access.uploads import Admission
-from fedmoe.server.expert_names import addressed, by_first_names, may_use
+from fedmoe.server.access.uploads import UploadAdmission
+from fedmoe.server.expert_names import may_use, resolve_expert, scope_by_first_names
 from fedmoe.server.history.base_history import IncarnationHeader, answers_with_new_keys
 from fedmoe.server.routes.documented_answers import ANSWERS, PROBLEMS
 from fedmoe.server.routes.expert_routes import expert_info, expert_routes, gateway_info
@@ -40,7 +40,7 @@ from fedmoe.server.routes.weight_responses import (
 )
 from fedmoe.server.service import Body, CoordinatorService
 from fedmoe.server.storage.audit import AuditLog
-from fedmoe.server.storage.reported_statistics import KeptStatistic
+from fedmoe.server.storage.reported_statistics import StoredStatistic
 from fedmoe.server.updates.upload import parse_content_digest
 from fedmoe.wire.contract.experts import StatisticsRequest
 from fedmoe.wire.contract.messages import (
@@ -88,7 +88,7 @@ def create_app(
     gate: TokenGate,
     loopback: bool = True,
     json: JsonPolicy | None = None,
-    admission: Admission | None = None,
+    admission: UploadAdmission | None = None,
     token_rate: Rate | None = TOKEN_RATE,
     audit: AuditLog | None = None,
 ) -> FastAPI:
@@ -97,7 +97,7 @@ def create_app(
     problems.install(app)
     answers = WeightAnswers(json or JsonPolicy())
     _read_routes(app, service, answers)
-    _write_routes(app, service, answers, admission or Admission(None, service.knows))
+    _write_routes(app, service, answers, admission or UploadAdmission(None, service.knows))
     expert_routes(app, service)
     gate_routes(app, service, answers)
     quarantine_routes(app, service)
@@ -157,7 +157,7 @@ def _read_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswe
 
     @app.post("/get_expert_weights")
     def get_expert_weights(request: Request, wanted: ExpertRequest) -> Response:
-        first = addressed(coordinator.experts, principal_of(request), wanted.expert)
+        first = resolve_expert(coordinator.experts, principal_of(request), wanted.expert)
         return answers.answer(request, expert_weights(coordinator.expert(first), wanted.expert), wanted.dtype)
 
     @app.get("/get_gateway_info")
@@ -168,24 +168,26 @@ def _read_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswe
     def statistics(request: Request, wanted: Annotated[StatisticsRequest, Query()]) -> Response:
         experts, principal, facts = coordinator.experts, principal_of(request), wanted.model_dump()
         if wanted.expert is not None:
-            facts["expert"] = addressed(experts, principal, wanted.expert)
-        rows, following = service.told.page(by_first_names(principal, experts), **facts)
+            facts["expert"] = resolve_expert(experts, principal, wanted.expert)
+        rows, following = service.reported.page(scope_by_first_names(principal, experts), **facts)
         headers = {} if following is None else {"FedMoE-Next": str(following)}
         return JSONResponse([_statistic(row, experts) for row in rows], headers=headers)
 
     @app.get("/data_statistics")
     def data_statistics(request: Request, wanted: Annotated[DataStatisticsRequest, Query()]) -> Response:
-        first = addressed(coordinator.experts, principal_of(request), wanted.expert)
+        first = resolve_expert(coordinator.experts, principal_of(request), wanted.expert)
         coordinator.expert(first)
         kept, named = service.statistics, (first, wanted.kind)
         return answer_statistics(request, kept.tag(*named), lambda: kept.merged(*named))
 
 
-def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswers, admission: Admission) -> None:
+def _write_routes(
+    app: FastAPI, service: CoordinatorService, answers: WeightAnswers, admission: UploadAdmission
+) -> None:
     @app.post("/register_expert")
     async def register_expert(request: Request, wanted: RegisterRequest) -> ExpertInfo:
         principal = principal_of(request)
-        addressed(service.coordinator.experts, principal, wanted.expert)
+        resolve_expert(service.coordinator.experts, principal, wanted.expert)
         principal.require_worker(wanted.worker)
         expert = await service.register(wanted, principal)
         info = await run_in_threadpool(expert_info, expert, service)
@@ -209,7 +211,7 @@ def _write_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnsw
             if error.code not in _ANSWERED_WITH_WEIGHTS or header.answer != "weights":
                 raise
             # Whoever is too far behind, or of another history, gets the newest version in the same answer.
-            facts = problems.described(error)
+            facts = problems.as_json(error)
             return await run_in_threadpool(_with_weights, request, service, asked, answers, 409, facts)
         status = 202 if result.status == "quarantined" else 200
         facts = result.model_copy(update={"expert": asked}).model_dump()
@@ -255,12 +257,12 @@ def _admin_routes(app: FastAPI, service: CoordinatorService) -> None:
 
 def _addressed(service: CoordinatorService, principal: Principal, wanted: Addressed) -> Addressed:
     """The request with the first name of its expert, which the token must be allowed to use."""
-    first = addressed(service.coordinator.experts, principal, wanted.expert)
+    first = resolve_expert(service.coordinator.experts, principal, wanted.expert)
     return wanted.model_copy(update={"expert": first})
 
 
-def _statistic(row: KeptStatistic, experts: Mapping[str, ExpertModel]) -> dict[str, object]:
-    told = row.told
+def _statistic(row: StoredStatistic, experts: Mapping[str, ExpertModel]) -> dict[str, object]:
+    told = row.statistic
     name = experts[told.expert].title if told.expert in experts else told.expert
     facts = {"expert": name, "worker": told.worker, "kind": told.kind, "values": dict(told.payload)}
     return {"id": row.id, **facts, "at": told.at}

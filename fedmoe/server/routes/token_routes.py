@@ -1,4 +1,4 @@
-"""The routes about tokens: for administrators."""
+"""HTTP routes of tokens: list, make, revoke; for administrators."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 
 from fedmoe.server.access.security import principal_of
-from fedmoe.server.access.tokens import KnownToken, TokenGate
+from fedmoe.server.access.tokens import TokenEntry, TokenGate
 from fedmoe.wire.contract.tokens import RevokeRequest, TokenAnswer, TokenInfo, TokenListing, TokenRequest
 from fedmoe.wire.http.bearer import new_token
 
@@ -35,7 +35,7 @@ def token_routes(app: FastAPI, gate: TokenGate) -> None:
         await run_in_threadpool(gate.revoke, wanted.hash)
 
 
-def _info(token: KnownToken) -> TokenInfo:
+def _info(token: TokenEntry) -> TokenInfo:
     record, facts = token.record, token.facts
     return TokenInfo(
         hash=record.hash,

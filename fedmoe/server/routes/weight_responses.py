@@ -1,4 +1,4 @@
-"""How weights leave the coordinator: safetensors for programs, JSON for people with curl, 304 when nothing is new."""
+"""Responses with weights: safetensors or JSON by `Accept`, ETags, a cache of encoded bodies."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedBody:
     """A safetensors body in parts that follow each other, and the sha256 of the whole."""
 
     of: tuple[int, str]
@@ -62,11 +62,11 @@ class EncodedCache:
 
     def __init__(self, most_bytes: int = 64 << 20) -> None:
         self._most_bytes = most_bytes
-        self._kept: OrderedDict[tuple[str, WireDtype], Encoded] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, WireDtype], EncodedBody] = OrderedDict()
         self._locks: dict[tuple[str, WireDtype], threading.Lock] = {}
         self._guard = threading.Lock()
 
-    def get(self, weights: Weights, dtype: WireDtype) -> Encoded:
+    def get(self, weights: Weights, dtype: WireDtype) -> EncodedBody:
         """The body of exactly these weights, encoded now unless it is the one kept."""
         key, wanted = (weights.name, dtype), (weights.version, weights.digest)
         with self._guard:
@@ -79,11 +79,11 @@ class EncodedCache:
                 hasher = hashlib.sha256()
                 for part in parts:
                     hasher.update(part)
-                kept = Encoded(wanted, parts, hasher.digest())
+                kept = EncodedBody(wanted, parts, hasher.digest())
             self._keep(key, kept)
             return kept
 
-    def _keep(self, key: tuple[str, WireDtype], encoded: Encoded) -> None:
+    def _keep(self, key: tuple[str, WireDtype], encoded: EncodedBody) -> None:
         with self._guard:
             self._kept[key] = encoded
             self._kept.move_to_end(key)
@@ -235,7 +235,7 @@ class WeightAnswers:
             "FedMoE-Version": str(weights.version),
             "FedMoE-Digest": weights.digest,
         }
-        if result is None and known(request, tag):
+        if result is None and has_etag(request, tag):
             return Response(status_code=304, headers=headers)
         if is_head(request):
             return Response(None, status, headers, form)
@@ -267,7 +267,7 @@ def refuse_without(request: Request, form: str) -> None:
         raise not_acceptable(form)
 
 
-def known(request: Request, tag: str) -> bool:
+def has_etag(request: Request, tag: str) -> bool:
     """Whether the caller says it has what this ETag names."""
     header = ",".join(request.headers.getlist("if-none-match"))
     return tag in [item.strip().removeprefix("W/") for item in header.split(",")]
@@ -277,13 +277,13 @@ def answer_statistics(request: Request, tag: str, read: Callable[[], bytes]) -> 
     """Data statistics as safetensors; 304, and nothing read, if the caller has what `tag` names."""
     refuse_without(request, SAFETENSORS)
     headers = {"ETag": f'"{tag}"'}
-    if known(request, headers["ETag"]):
+    if has_etag(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     body = read()
     headers["Content-Digest"] = content_digest(hashlib.sha256(body).digest())
     return Response(body, 200, headers, SAFETENSORS)
 
 
-async def _pieces(encoded: Encoded) -> AsyncIterator[Part]:
+async def _pieces(encoded: EncodedBody) -> AsyncIterator[Part]:
     for part in encoded.parts:
         yield part

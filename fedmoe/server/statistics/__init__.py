@@ -1,1 +1,1 @@
-"""What workers report about their data, and who contributed what."""
+"""Statistics that workers send, and which worker contributed which updates."""

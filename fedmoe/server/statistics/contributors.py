@@ -1,4 +1,4 @@
-"""Who contributed what: the last thing heard from every worker of every expert."""
+"""Contributors: the newest update and held-out loss of every worker of every expert."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _MOST_TOLD = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _WorkerRecord:
     updates: int
     last: UpdateAccepted
     #: So many of the last updates in a row changed nothing, or were the same bytes again.
     idle: int
 
 
-class Roster:
+class Contributors:
     """Counts accepted updates per expert and worker; filled from the journal at start, then by every commit.
 
     Of the held-out losses that workers tell it keeps the newest of each.
     """
 
     def __init__(self, events: Iterable[Event], statistics: Iterable[Statistic] = ()) -> None:
-        self._seen: dict[str, dict[str, _Seen]] = {}
+        self._seen: dict[str, dict[str, _WorkerRecord]] = {}
         self._held_out: dict[tuple[str, str], HeldOutInfo] = {}
         self._changes: Counter[str] = Counter()
         self.observe(events)
@@ -65,7 +65,7 @@ class Roster:
             if isinstance(event, UpdateAccepted):
                 seen = self._seen.get(event.expert, {})
                 before = seen.get(event.worker)
-                newest = _Seen((before.updates if before else 0) + 1, event, _idle(before, event))
+                newest = _WorkerRecord((before.updates if before else 0) + 1, event, _idle(before, event))
                 # A new mapping each time: readers in other threads go through the one that they have.
                 self._seen[event.expert] = {**seen, event.worker: newest}
                 self._changes[event.expert] += 1
@@ -101,18 +101,18 @@ class Roster:
         ]
 
 
-def _idle(before: _Seen | None, update: UpdateAccepted) -> int:
+def _idle(before: _WorkerRecord | None, update: UpdateAccepted) -> int:
     """How many updates in a row changed nothing or repeated the one before, with this one."""
     repeated = before is not None and before.last.digest == update.digest
     return (before.idle if before else 0) + 1 if repeated or update.info.get("norm") == 0 else 0
 
 
-def _flags(seen: _Seen, warning: str) -> list[str]:
+def _flags(seen: _WorkerRecord, warning: str) -> list[str]:
     idle = f"not learning: its last {seen.idle} updates changed nothing or were the same again"
     return [text for text in (idle if seen.idle >= NOT_LEARNING else "", warning) if text]
 
 
-def _info(seen: _Seen, now: float, held_out: HeldOutInfo | None, flags: list[str]) -> WorkerInfo:
+def _info(seen: _WorkerRecord, now: float, held_out: HeldOutInfo | None, flags: list[str]) -> WorkerInfo:
     info = seen.last.info
     return WorkerInfo(
         worker=seen.last.worker,

@@ -1,4 +1,4 @@
-"""What workers tell of their data: checked against the manifest, kept as blobs, merged per expert.
+"""Statistics of workers' data: checked against the manifest, kept as blobs, merged per expert.
 
 Only the newest of each worker counts. Blobs that were replaced go with the next start's sweep, as all that the journal
 no longer needs; one that is missing or damaged is left out and said so, since its worker can send it again.
@@ -19,7 +19,7 @@ from fedmoe.lora.moments import InputMoments, merge_moments
 from fedmoe.lora.prompt_statistics import PromptStatistics, add_statistics
 from fedmoe.lora.safetensors_bytes import Buffer, CodecError
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, Named
+from fedmoe.server.storage.blobs import BlobReferences, BlobStore, CorruptBlobError, MissingBlobError
 from fedmoe.server.storage.journal import DataStatistic, Journal
 from fedmoe.wire.contract.messages import DataStatisticsHeader, DataStatisticsResult, StatisticsKind
 
@@ -36,7 +36,7 @@ _MOST_BYTES = 1 << 30
 MAX_MOMENT = 1e15
 
 
-def most_bytes(kind: StatisticsKind, layout: Layout) -> int:
+def body_limit(kind: StatisticsKind, layout: Layout) -> int:
     """The largest body of a kind: 32 MiB for prompts, for moments twice an expert or a sketch of 64 columns."""
     if kind == "prompts":
         return _MAX_PROMPT_BYTES
@@ -75,13 +75,13 @@ def read_prompts(body: Buffer) -> PromptStatistics:
         raise _mismatch(str(error)) from error
 
 
-def refuse_killer(suspicion: str) -> None:
+def refuse_suspect(suspicion: str) -> None:
     """Refuse bytes that the coordinator was killed by again and again."""
     if suspicion:
         raise _mismatch(suspicion)
 
 
-def together(kind: StatisticsKind, bodies: Mapping[str, bytes]) -> bytes:
+def merge_bodies(kind: StatisticsKind, bodies: Mapping[str, bytes]) -> bytes:
     """The statistics of several workers, by their names and in that order, as one; of one worker its own bytes.
 
     Raises `RefusedError` for statistics of other modules, sketch sizes, seeds or widths.
@@ -97,13 +97,13 @@ def together(kind: StatisticsKind, bodies: Mapping[str, bytes]) -> bytes:
         raise _mismatch(f"they do not go with those of other workers: {error}") from error
 
 
-def newest(arrived: Iterable[DataStatistic]) -> list[DataStatistic]:
+def newest_of_each(arrived: Iterable[DataStatistic]) -> list[DataStatistic]:
     """The one that counts of every expert, kind and worker, in the order of these names; none where it was erased."""
     kept = {(found.expert, found.kind, found.worker): found for found in arrived}
     return [kept[key] for key in sorted(kept) if kept[key].size]
 
 
-class KeptStatistics:
+class DataStatistics:
     """The data statistics in a journal and its blobs."""
 
     def __init__(self, journal: Journal, blobs: BlobStore) -> None:
@@ -111,10 +111,10 @@ class KeptStatistics:
         self._blobs = blobs
         self._tags: dict[StatisticsKind, dict[str, str]] = {}
 
-    def blobs(self) -> Named:
+    def blobs(self) -> BlobReferences:
         """The blobs that are needed, and those that others took the place of."""
         arrived = self._journal.data_statistics()
-        return Named({found.digest for found in newest(arrived)}, {found.digest for found in arrived})
+        return BlobReferences({found.digest for found in newest_of_each(arrived)}, {found.digest for found in arrived})
 
     def moments_arrived(self) -> int:
         """How often moments came, replaced ones counted: so often they raised the gateway's version."""
@@ -136,7 +136,7 @@ class KeptStatistics:
 
     def _read_tags(self, kind: StatisticsKind) -> dict[str, str]:
         parts: dict[str, dict[str, str]] = {}
-        for found in newest(self._journal.data_statistics()):
+        for found in newest_of_each(self._journal.data_statistics()):
             if found.kind == kind:
                 parts.setdefault(found.expert, {})[found.worker] = found.digest
         return {expert: hashlib.sha256(json.dumps(mine).encode()).hexdigest() for expert, mine in parts.items()}
@@ -146,12 +146,12 @@ class KeptStatistics:
         bodies = self._bodies(expert, kind)
         if not bodies:
             raise _nothing(expert, kind)
-        return together(kind, bodies)
+        return merge_bodies(kind, bodies)
 
     def moments(self, expert: str) -> ExpertMoments | None:
         """The moments of an expert's inputs, if any worker sent some."""
         bodies = self._bodies(expert, "moments")
-        return _digested(together("moments", bodies)) if bodies else None
+        return _digested(merge_bodies("moments", bodies)) if bodies else None
 
     def check(self, header: DataStatisticsHeader, body: memoryview, layout: Layout) -> None:
         """Refuse what is no statistics, is of another model, or cannot be merged with those of other workers."""
@@ -160,7 +160,7 @@ class KeptStatistics:
             read_moments(body, layout)
         else:
             self._check_width(header, read_prompts(body))
-        together(header.kind, self._bodies(header.expert, header.kind) | {header.worker: bytes(body)})
+        merge_bodies(header.kind, self._bodies(header.expert, header.kind) | {header.worker: bytes(body)})
 
     def _refuse_too_many(self, header: DataStatisticsHeader, size: int) -> None:
         """All of an expert are read to merge them, so they have a bound together."""
@@ -182,7 +182,7 @@ class KeptStatistics:
         The same bytes again change nothing.
         """
         transaction.expert(header.expert)
-        merged = together(
+        merged = merge_bodies(
             header.kind, self._bodies(header.expert, header.kind) | {header.worker: self._blobs.read(digest)}
         )
         moments = _digested(merged) if header.kind == "moments" and transaction.aggregation.uses_moments else None
@@ -210,7 +210,7 @@ class KeptStatistics:
         A row without a size takes the place of what was told, so that the gateway's version still counts all of them.
         """
         arrived = self._journal.data_statistics()
-        for found in newest(arrived):
+        for found in newest_of_each(arrived):
             if (found.expert, found.worker) == (expert, worker):
                 self._journal.add_data_statistic(replace(found, size=0, at=at))
                 if found.kind == "moments":
@@ -219,14 +219,14 @@ class KeptStatistics:
                         expert, self.moments(expert) if transaction.aggregation.uses_moments else None
                     )
         mine = {found.digest for found in arrived if (found.expert, found.worker) == (expert, worker)}
-        gone = mine - {found.digest for found in newest(self._journal.data_statistics())}
+        gone = mine - {found.digest for found in newest_of_each(self._journal.data_statistics())}
         self._tags.clear()
         for digest in gone:
             self._blobs.delete(digest)
         return len(gone)
 
     def _of(self, expert: str, kind: StatisticsKind) -> list[DataStatistic]:
-        found = newest(self._journal.data_statistics())
+        found = newest_of_each(self._journal.data_statistics())
         return [one for one in found if (one.expert, one.kind) == (expert, kind)]
 
     def _bodies(self, expert: str, kind: StatisticsKind) -> dict[str, bytes]:
@@ -247,7 +247,7 @@ class KeptStatistics:
 
     def _check_width(self, header: DataStatisticsHeader, prompts: PromptStatistics) -> None:
         """One base model gives features of one width; those of another would keep a gateway from routing at all."""
-        for found in newest(self._journal.data_statistics()):
+        for found in newest_of_each(self._journal.data_statistics()):
             own = (found.expert, found.worker) == (header.expert, header.worker)
             body = self._read(found) if found.kind == "prompts" and not own else None
             if body is not None:

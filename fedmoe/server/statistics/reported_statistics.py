@@ -1,4 +1,4 @@
-"""The small facts that workers tell: how many are kept, which go, and who may read which.
+"""Small statistics that workers report: bounded, thinned out with age, read page by page.
 
 Of a worker's held-out losses the newest and the best stay, and the others thin out with age; of all other kinds a
 worker may tell so much, and more once what it told before has aged. Together they take so many bytes at most.
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.reported_statistics import KeptStatistic, Statistic
+from fedmoe.server.storage.reported_statistics import Statistic, StoredStatistic
 from fedmoe.wire.contract.messages import HELD_OUT, HeldOutInfo
 
 #: A page has so many rows, and so many bytes, at most; the first row is always in it.
@@ -57,7 +57,7 @@ class _Row:
     loss: float | None
 
 
-class ToldStatistics:
+class ReportedStatistics:
     """The statistics in a journal; safe to use from any thread."""
 
     def __init__(self, journal: Journal, limits: StatisticLimits | None = None) -> None:
@@ -113,7 +113,7 @@ class ToldStatistics:
         kind: str | None = None,
         after: int = 0,
         limit: int = PAGE_ROWS,
-    ) -> tuple[list[KeptStatistic], int | None]:
+    ) -> tuple[list[StoredStatistic], int | None]:
         """Rows in order from the one after number `after`, of what a token may read; the number to go on from, if any.
 
         A worker's token reads its own rows of the experts in its scope.
@@ -197,8 +197,8 @@ class ToldStatistics:
                 del self._of[key], self._own[key]
 
 
-def _row(kept: KeptStatistic) -> _Row:
-    told = kept.told
+def _row(kept: StoredStatistic) -> _Row:
+    told = kept.statistic
     return _Row(kept.id, told.expert, told.worker, told.kind, kept.size + _OVERHEAD, told.at, _loss(told))
 
 

@@ -1,1 +1,1 @@
-"""What survives a crash: the journal of events and the blobs they name."""
+"""Durable storage: the journal of events, the blobs they name, backup and restore."""

@@ -1,4 +1,4 @@
-"""How far a journal had come when something was last acknowledged, kept beside it in a small file.
+"""The newest acknowledged journal position, in a small file beside the journal.
 
 An older journal put in the place of a newer one, or one whose write-ahead log is gone, is whole in itself; only what
 is known outside of it tells. The file is written after each commit and before anybody is told of it. It is not synced

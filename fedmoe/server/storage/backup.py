@@ -1,4 +1,4 @@
-"""A backup of a state directory: the journal of one moment and the blobs beside it, verified before it has its name.
+"""Backup of a state directory, in use or not: copies journal and blobs, verifies them, then names the folder.
 
 The coordinator may run meanwhile. SQLite's online backup copies the journal through a connection that only reads. Blobs
 never change once they have their name, so they are linked where source and backup share a disk and copied where not:

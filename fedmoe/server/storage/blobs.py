@@ -1,4 +1,4 @@
-"""Blobs: bytes addressed by their sha256, complete and on disk once they have a name."""
+"""The blob store: bytes addressed by sha256, durable once they have a name."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class BlobStore(Protocol):
 
     def digests(self) -> Iterator[str]: ...
 
-    def sweep(self, named: Named, now: float, newest: float) -> Swept:
+    def sweep(self, named: BlobReferences, now: float, newest: float) -> SweepReport:
         """Remove unfinished writes and what was named once; what no journal ever named goes to the trash after a day.
 
         What the trash holds of what is needed comes back. `now` and `newest`, of the newest event, are seconds since
@@ -81,7 +81,7 @@ class BlobStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
+class BlobReferences:
     """The digests that a journal needs, and those it named before and needs no longer."""
 
     needed: Set[str]
@@ -89,7 +89,7 @@ class Named:
 
 
 @dataclass(frozen=True, slots=True)
-class Swept:
+class SweepReport:
     """How many files a sweep removed for good, moved to the trash, took back from it."""
 
     removed: int = 0
@@ -216,7 +216,7 @@ class FolderBlobStore:
         except FileNotFoundError:
             return 0
 
-    def sweep(self, named: Named, now: float, newest: float) -> Swept:
+    def sweep(self, named: BlobReferences, now: float, newest: float) -> SweepReport:
         trash, there = Trash(self.folder / "trash"), set(self.digests())
         unfinished, replaced = list(self._incoming.iterdir()), there & named.replaced - named.needed
         for path in (*unfinished, *map(self.path, replaced)):
@@ -227,7 +227,7 @@ class FolderBlobStore:
         for path in old:
             trash.add(path, now)
         removed = len(unfinished) + len(replaced) + trash.empty(min(now, newest))
-        return Swept(removed, len(old), len(taken_back))
+        return SweepReport(removed, len(old), len(taken_back))
 
     def problem(self, error: OSError, where: Path) -> Exception:
         """What an error while writing means: a refusal where more room helps, else the end of this store."""
@@ -336,11 +336,11 @@ class MemoryBlobStore:
     def digests(self) -> Iterator[str]:
         yield from list(self._blobs)
 
-    def sweep(self, named: Named, now: float, newest: float) -> Swept:
+    def sweep(self, named: BlobReferences, now: float, newest: float) -> SweepReport:
         replaced = self._blobs.keys() & named.replaced - named.needed
         for digest in replaced:
             del self._blobs[digest]
-        return Swept(removed=len(replaced))
+        return SweepReport(removed=len(replaced))
 
 
 class MemoryBlobWriter:

@@ -1,4 +1,4 @@
-"""The chain of the journal's rows: each one's hash covers its content and the hash of the row before.
+"""The hash chain of the journal's rows: each hash covers a row and the hash before it.
 
 So a row that was changed, moved, taken out or put in does not fit what follows. It guards against damage and mistakes;
 whoever means harm and may write the file can compute every hash anew.
@@ -34,16 +34,16 @@ def link(before: str, row: Sequence[object]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class ChainEnd:
     """The end of a chain: the id of its last row, the chain's value there, and how many rows it has."""
 
     row: int = 0
     chain: str = GENESIS
     rows: int = 0
 
-    def then(self, row: int, content: Sequence[object]) -> Link:
+    def then(self, row: int, content: Sequence[object]) -> ChainEnd:
         """The end with one row more; see `link`."""
-        return Link(row, link(self.chain, content), self.rows + 1)
+        return ChainEnd(row, link(self.chain, content), self.rows + 1)
 
 
 class BrokenChainError(Exception):
@@ -55,7 +55,7 @@ class BrokenChainError(Exception):
         self.event = event
 
 
-def check(rows: Iterable[Sequence[object]], start: Link = Link()) -> Link:
+def check(rows: Iterable[Sequence[object]], start: ChainEnd = ChainEnd()) -> ChainEnd:
     """Follow rows of `COLUMNS` and their chain value to the end; BrokenChainError at the first that breaks it."""
     chain, last, number = start.chain, start.row, start.rows
     for row in rows:
@@ -67,4 +67,4 @@ def check(rows: Iterable[Sequence[object]], start: Link = Link()) -> Link:
         if row[-1] != chain or not isinstance(row[0], int):
             raise BrokenChainError(row[0], number, row[2], row[3])
         last = row[0]
-    return Link(last, chain, number)
+    return ChainEnd(last, chain, number)

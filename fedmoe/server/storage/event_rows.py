@@ -1,4 +1,4 @@
-"""How an event lies in the journal's table: columns to find it by, and all of it as JSON."""
+"""Events as rows of the journal's table: indexed columns, and the whole event as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A history's identity: another one begins wherever what was acknowledged may have been lost."""
+"""The identity of a history; a new one begins wherever acknowledged changes may have been lost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INCARNATIONS_BEFORE = "incarnations_before"
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class FormerIncarnation:
     """An incarnation that another one followed, and how many events the journal held then."""
 
     incarnation: str
@@ -24,11 +24,11 @@ def new_incarnation() -> str:
     return secrets.token_hex(16)
 
 
-def to_text(ended: list[Ended]) -> str:
+def to_text(ended: list[FormerIncarnation]) -> str:
     """As `meta` keeps it."""
     return json.dumps([asdict(one) for one in ended])
 
 
-def of_text(text: str | None) -> list[Ended]:
+def of_text(text: str | None) -> list[FormerIncarnation]:
     """What `to_text` wrote; none for None."""
-    return [Ended(**one) for one in json.loads(text)] if text else []
+    return [FormerIncarnation(**one) for one in json.loads(text)] if text else []

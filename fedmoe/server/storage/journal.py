@@ -1,4 +1,4 @@
-"""The journal: every event in order, durable before anybody is told about it.
+"""The journal: an append-only, durable log of events in SQLite, and small tables beside it.
 
 One writing connection, one transaction per batch of events, `synchronous=FULL`: when `append` returns, the events
 survive a power cut. Nothing is ever changed in place; rollback and retraction are events too.
@@ -21,16 +21,23 @@ from sqlalchemy.pool import StaticPool
 from fedmoe.federation.events import Event, UpdateAccepted
 from fedmoe.runtime import failpoints
 from fedmoe.server.storage.acknowledged import AcknowledgedFile, Head
-from fedmoe.server.storage.chain import COLUMNS, GENESIS, Link
+from fedmoe.server.storage.chain import COLUMNS, GENESIS, ChainEnd
 from fedmoe.server.storage.event_rows import chained_event_of, event_of, row_of
-from fedmoe.server.storage.incarnation import INCARNATION, INCARNATIONS_BEFORE, Ended, new_incarnation, of_text, to_text
+from fedmoe.server.storage.incarnation import (
+    INCARNATION,
+    INCARNATIONS_BEFORE,
+    FormerIncarnation,
+    new_incarnation,
+    of_text,
+    to_text,
+)
 from fedmoe.server.storage.opening import HEAD, check_rows, checked_chain, checked_head, driver, make_tables
-from fedmoe.server.storage.released_bytes_table import LET_GO, TO_ERASE
-from fedmoe.server.storage.reported_statistics import KeptStatistic, Statistic, dropping, statistics_query
+from fedmoe.server.storage.released_bytes_table import ERASURE_REQUESTS, RELEASED_BYTES
+from fedmoe.server.storage.reported_statistics import Statistic, StoredStatistic, dropping, statistics_query
 from fedmoe.server.storage.sqlite import journal_problem, opening_problem, set_pragmas
 from fedmoe.server.storage.tables import DATA_STATISTICS, EVENTS, META, SNAPSHOTS, STATISTICS, TOKENS
 from fedmoe.server.storage.token_facts import TOKEN_FACTS, TokenFacts
-from fedmoe.server.storage.verdicts import VERDICTS, Verdict, newest_verdicts
+from fedmoe.server.storage.verdicts import VERDICTS, GatewayVerdict, newest_verdicts
 
 _put_meta = META.insert().prefix_with("OR REPLACE")
 
@@ -108,11 +115,11 @@ class Journal(Protocol):
         """Those of `digests` that an update or snapshot of another expert names."""
         ...
 
-    def add_statistic(self, statistic: Statistic) -> KeptStatistic: ...
+    def add_statistic(self, statistic: Statistic) -> StoredStatistic: ...
 
     def statistics(self, expert: str | None = None) -> list[Statistic]: ...
 
-    def kept_statistics(self, ids: Collection[int] | None = None) -> list[KeptStatistic]:
+    def kept_statistics(self, ids: Collection[int] | None = None) -> list[StoredStatistic]:
         """In order, those with these numbers if any are given."""
         ...
 
@@ -124,9 +131,9 @@ class Journal(Protocol):
         """All there ever were, in order."""
         ...
 
-    def add_verdict(self, verdict: Verdict) -> None: ...
+    def add_verdict(self, verdict: GatewayVerdict) -> None: ...
 
-    def verdicts(self, limit: int, published_only: bool = False) -> list[Verdict]:
+    def verdicts(self, limit: int, published_only: bool = False) -> list[GatewayVerdict]:
         """The newest first."""
         ...
 
@@ -186,7 +193,9 @@ class SqlJournal:
             raise
 
     def _prepare(self, skip_damaged: bool) -> None:
-        make_tables(self._connection, self._where, (DATA_STATISTICS, VERDICTS, TOKEN_FACTS, LET_GO, TO_ERASE))
+        make_tables(
+            self._connection, self._where, (DATA_STATISTICS, VERDICTS, TOKEN_FACTS, RELEASED_BYTES, ERASURE_REQUESTS)
+        )
         check_rows(self._connection, self._where, skip_damaged)
         self._end = checked_chain(self._connection, self._where)
         self._head = checked_head(self._connection, self._where, self._end)
@@ -234,7 +243,7 @@ class SqlJournal:
         statement: sa.Executable,
         rows: list[dict[str, object]] | None,
         head: Head | None = None,
-        end: Link | None = None,
+        end: ChainEnd | None = None,
     ) -> None:
         head = replace(head or self._head, changes=self._head.changes + 1)
         try:
@@ -319,19 +328,19 @@ class SqlJournal:
         queries = [sa.select(table.c.digest).where(table.c.expert != expert).distinct() for table in tables]
         return {row["digest"] for query in queries for row in self._read(query)} & set(digests)
 
-    def add_statistic(self, statistic: Statistic) -> KeptStatistic:
+    def add_statistic(self, statistic: Statistic) -> StoredStatistic:
         with self._lock:
             self._write_locked(STATISTICS.insert(), [statistic.to_row()])
             newest = self._connection.execute(sa.select(STATISTICS).order_by(STATISTICS.c.id.desc()).limit(1))
-            kept = KeptStatistic.of_row(newest.mappings().one())
+            kept = StoredStatistic.of_row(newest.mappings().one())
             self._connection.rollback()
             return kept
 
     def statistics(self, expert: str | None = None) -> list[Statistic]:
-        return [KeptStatistic.of_row(row).told for row in self._read(statistics_query(expert))]
+        return [StoredStatistic.of_row(row).statistic for row in self._read(statistics_query(expert))]
 
-    def kept_statistics(self, ids: Collection[int] | None = None) -> list[KeptStatistic]:
-        return [KeptStatistic.of_row(row) for row in self._read(statistics_query(ids=ids))]
+    def kept_statistics(self, ids: Collection[int] | None = None) -> list[StoredStatistic]:
+        return [StoredStatistic.of_row(row) for row in self._read(statistics_query(ids=ids))]
 
     def drop_statistics(self, ids: Collection[int]) -> None:
         ordered = sorted(ids)
@@ -346,11 +355,11 @@ class SqlJournal:
         rows = self._read(sa.select(*columns).order_by(DATA_STATISTICS.c.id))
         return [DataStatistic(**row) for row in rows]
 
-    def add_verdict(self, verdict: Verdict) -> None:
+    def add_verdict(self, verdict: GatewayVerdict) -> None:
         self._write(VERDICTS.insert(), [verdict.to_row()])
 
-    def verdicts(self, limit: int, published_only: bool = False) -> list[Verdict]:
-        return [Verdict.of_row(row) for row in self._read(newest_verdicts(limit, published_only))]
+    def verdicts(self, limit: int, published_only: bool = False) -> list[GatewayVerdict]:
+        return [GatewayVerdict.of_row(row) for row in self._read(newest_verdicts(limit, published_only))]
 
     def put_token(self, token: TokenRecord) -> None:
         row = asdict(token) | {"experts": json.dumps(token.experts) if token.experts is not None else None}
@@ -387,7 +396,7 @@ class SqlJournal:
         before = of_text(self.meta(INCARNATIONS_BEFORE))
         current, name = self.meta(INCARNATION), new_incarnation()
         if current is not None:
-            before.append(Ended(current, self.count()))
+            before.append(FormerIncarnation(current, self.count()))
         changed = {INCARNATION: name, INCARNATIONS_BEFORE: to_text(before)}
         rows: list[dict[str, object]] = [{"key": key, "value": value} for key, value in changed.items()]
         with self._lock:

@@ -1,4 +1,4 @@
-"""Journals of earlier schemas become today's: a copy beside the journal first, then one transaction.
+"""Migration of journals of earlier schemas: a copy is kept, then one transaction.
 
 Killed before the copy is complete, nothing has happened; killed later, SQLite takes the transaction back and the next
 start does it again. The copy stays.
@@ -22,14 +22,14 @@ from fedmoe.server.storage.tables import SCHEMA_VERSION
 
 
 @dataclass(frozen=True, slots=True)
-class Migrated:
+class Migration:
     """A journal that was of the schema `before`, and where the copy of it as it was lies."""
 
     before: int
     copy: Path
 
 
-def migrate(journal: Path) -> Migrated | None:
+def migrate(journal: Path) -> Migration | None:
     """Bring a journal of an earlier schema to this one, for the owner of its folder; leaves any other file alone.
 
     What cannot be read as a journal is left for `SqlJournal` to refuse. Raises StorageFailedError for a journal whose
@@ -48,7 +48,7 @@ def migrate(journal: Path) -> Migrated | None:
             connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", [str(SCHEMA_VERSION)])
             failpoints.reached("migrate.before_commit")
     failpoints.reached("migrate.committed")
-    return Migrated(found, copy)
+    return Migration(found, copy)
 
 
 def _connect(journal: Path) -> sqlite3.Connection:

@@ -1,4 +1,4 @@
-"""Which blobs a journal's rows name; read in pages, so that nobody waits for all of it."""
+"""The blobs that the journal's rows name, read page by page."""
 
 from __future__ import annotations
 

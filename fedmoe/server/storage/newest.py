@@ -1,4 +1,4 @@
-"""Is a journal the newest one, as far as the small file beside it knows; and where not, which one is?"""
+"""Whether a journal holds everything that was acknowledged, and if not, what to put back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done with a journal before anything is read from it: tables are made, and it is checked that none changed."""
+"""Opening a journal: makes its tables, checks every row against chain and seals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import structlog
 
 from fedmoe.server.storage.acknowledged import Head
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.chain import COLUMNS, BrokenChainError, Link, check
+from fedmoe.server.storage.chain import COLUMNS, BrokenChainError, ChainEnd, check
 from fedmoe.server.storage.incarnation import INCARNATION, new_incarnation
 from fedmoe.server.storage.schema import schema_of
 from fedmoe.server.storage.seals import DamagedRow, damaged_rows, drop_damaged, keep_seals, lost_seals, note_sealed
@@ -121,7 +121,7 @@ def _may_go(damage: DamagedRow, skip_damaged: bool) -> bool:
     return damage.table == SNAPSHOTS.name or (skip_damaged and damage.table != META.name)
 
 
-def checked_chain(connection: sa.Connection, where: str) -> Link:
+def checked_chain(connection: sa.Connection, where: str) -> ChainEnd:
     """The end of the chain, once every row of it was looked at."""
     try:
         return check(driver(connection).execute(_EVENTS))
@@ -131,7 +131,7 @@ def checked_chain(connection: sa.Connection, where: str) -> Link:
         connection.rollback()
 
 
-def checked_head(connection: sa.Connection, where: str, end: Link) -> Head:
+def checked_head(connection: sa.Connection, where: str, end: ChainEnd) -> Head:
     """The end that the last transaction noted, if it is where the rows end."""
     kept = _meta(connection, HEAD)
     incarnation = _meta(connection, INCARNATION) or ""

@@ -1,4 +1,4 @@
-"""What was let go of on purpose: which updates' bytes may be missing, so that nobody takes them for lost."""
+"""Updates whose bytes were removed on purpose, and erasures that are asked for."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import sqlalchemy as sa
 from fedmoe.federation.events import UpdateAccepted
 from fedmoe.server.storage.event_rows import event_of
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.released_bytes_table import LET_GO, TO_ERASE
+from fedmoe.server.storage.released_bytes_table import ERASURE_REQUESTS, RELEASED_BYTES
 from fedmoe.server.storage.tables import EVENTS
 
-#: Bytes were bounded (`--keep-gb`), or a worker that withdrew was erased (`retract --erase`).
+#: Bytes were bounded (`--keep-gb`), or a worker that withdrew was finish_erasure (`retract --erase`).
 Reason = Literal["keep_gb", "erase"]
 
 
 @dataclass(frozen=True, slots=True)
-class LetGo:
+class ReleasedBytes:
     """The bytes of an expert's updates up to version `through` may be gone: of one worker, or of all (None).
 
     `at` is seconds since 1970.
@@ -33,7 +33,7 @@ class LetGo:
 
 
 @dataclass(frozen=True, slots=True)
-class ToErase:
+class ErasureRequest:
     """A worker that is to be erased from an expert, asked for at `at` (seconds since 1970) for a reason."""
 
     expert: str
@@ -52,36 +52,38 @@ class StoredUpdate:
     digest: str
 
 
-def note(journal: Journal, one: LetGo) -> None:
+def record_release(journal: Journal, one: ReleasedBytes) -> None:
     """Note what is about to be let go of; durable on return, so that a kill in the middle leaves no riddle."""
-    journal.change(LET_GO.insert(), [asdict(one)])
+    journal.change(RELEASED_BYTES.insert(), [asdict(one)])
 
 
-def noted(journal: Journal) -> list[LetGo]:
+def releases(journal: Journal) -> list[ReleasedBytes]:
     """Everything that was let go of, in order."""
-    columns = [column for column in LET_GO.c if column.name != "id"]
-    return [LetGo(**row) for row in journal.query(sa.select(*columns).order_by(LET_GO.c.id))]
+    columns = [column for column in RELEASED_BYTES.c if column.name != "id"]
+    return [ReleasedBytes(**row) for row in journal.query(sa.select(*columns).order_by(RELEASED_BYTES.c.id))]
 
 
-def note_to_erase(journal: Journal, wanted: ToErase) -> None:
+def request_erasure(journal: Journal, wanted: ErasureRequest) -> None:
     """Note that an erasure was asked for; durable on return."""
-    journal.change(TO_ERASE.insert().prefix_with("OR REPLACE"), [asdict(wanted)])
+    journal.change(ERASURE_REQUESTS.insert().prefix_with("OR REPLACE"), [asdict(wanted)])
 
 
-def to_erase(journal: Journal) -> list[ToErase]:
+def pending_erasures(journal: Journal) -> list[ErasureRequest]:
     """The erasures that were asked for and are not finished, the oldest first."""
-    return [ToErase(**row) for row in journal.query(sa.select(TO_ERASE).order_by(TO_ERASE.c.at))]
+    return [ErasureRequest(**row) for row in journal.query(sa.select(ERASURE_REQUESTS).order_by(ERASURE_REQUESTS.c.at))]
 
 
-def erased(journal: Journal, expert: str, worker: str) -> None:
+def finish_erasure(journal: Journal, expert: str, worker: str) -> None:
     """Note that an erasure is finished, if it was asked for."""
-    if any((one.expert, one.worker) == (expert, worker) for one in to_erase(journal)):
-        journal.change(TO_ERASE.delete().where(TO_ERASE.c.expert == expert, TO_ERASE.c.worker == worker))
+    if any((one.expert, one.worker) == (expert, worker) for one in pending_erasures(journal)):
+        journal.change(
+            ERASURE_REQUESTS.delete().where(ERASURE_REQUESTS.c.expert == expert, ERASURE_REQUESTS.c.worker == worker)
+        )
 
 
-def undo_ends(journal: Journal, expert: str) -> int:
+def oldest_undoable(journal: Journal, expert: str) -> int:
     """The first version that an expert can still be taken back to, as far as bytes were bounded."""
-    bounded = (one.through for one in noted(journal) if one.expert == expert and one.worker is None)
+    bounded = (one.through for one in releases(journal) if one.expert == expert and one.worker is None)
     return max(bounded, default=0)
 
 

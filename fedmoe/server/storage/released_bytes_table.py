@@ -1,11 +1,11 @@
-"""The tables of what was let go of, and of what is to be erased; `let_go` reads and writes them."""
+"""Tables of released bytes and of requested erasures."""
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 
 _TABLES = sa.MetaData()
-LET_GO = sa.Table(
+RELEASED_BYTES = sa.Table(
     "let_go",
     _TABLES,
     sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
@@ -16,7 +16,7 @@ LET_GO = sa.Table(
     sa.Column("at", sa.Float, nullable=False),
 )
 #: Erasures that were asked for and are not finished.
-TO_ERASE = sa.Table(
+ERASURE_REQUESTS = sa.Table(
     "to_erase",
     _TABLES,
     sa.Column("expert", sa.Text, primary_key=True),

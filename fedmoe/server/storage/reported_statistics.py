@@ -1,4 +1,4 @@
-"""The small facts that workers tell, as the journal's table holds them: pages of rows, and what each takes."""
+"""Rows of the statistics that workers report."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Statistic:
 
 
 @dataclass(frozen=True, slots=True)
-class KeptStatistic:
+class StoredStatistic:
     """A row: its number, which rises, what it tells, and the bytes of that as JSON."""
 
     id: int
-    told: Statistic
+    statistic: Statistic
     size: int
 
     @classmethod
-    def of_row(cls, row: sa.RowMapping) -> KeptStatistic:
-        told = Statistic(row["expert"], row["worker"], row["kind"], json.loads(row["payload"]), row["at"])
-        return cls(row["id"], told, len(row["payload"]))
+    def of_row(cls, row: sa.RowMapping) -> StoredStatistic:
+        statistic = Statistic(row["expert"], row["worker"], row["kind"], json.loads(row["payload"]), row["at"])
+        return cls(row["id"], statistic, len(row["payload"]))
 
 
 def statistics_query(expert: str | None = None, ids: Collection[int] | None = None) -> sa.Select[tuple[object, ...]]:

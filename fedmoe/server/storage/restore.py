@@ -1,4 +1,4 @@
-"""Making a state directory of a backup: every byte is checked first, and what begins is another incarnation.
+"""Restores a backup into a state directory, as a new incarnation, after checking every byte.
 
 The blobs come first and the journal last, by one rename. Killed before that, the folder has no journal: a coordinator
 does not start on it, and the same command goes on where it was.
@@ -30,7 +30,7 @@ _NOTHING = {"lock", "lost+found"}
 
 
 @dataclass(frozen=True, slots=True)
-class Restored:
+class RestoreReport:
     """A state made of a backup: the incarnation that begins, the one it goes on from, the events there are.
 
     `moved` is where what was in the folder before lies now.
@@ -42,7 +42,7 @@ class Restored:
     moved: Path | None
 
 
-def restore(backup: Path, state: Path, replace: bool = False) -> Restored:
+def restore(backup: Path, state: Path, replace: bool = False) -> RestoreReport:
     """Make the state directory `state` of a backup; what is in it already is only moved aside with `replace`.
 
     Raises StateDirError or StorageFailedError.
@@ -69,7 +69,7 @@ def restore(backup: Path, state: Path, replace: bool = False) -> Restored:
         ) from error
     finally:
         os.close(lock)
-    return Restored(incarnation, kept.incarnation, kept.events, moved)
+    return RestoreReport(incarnation, kept.incarnation, kept.events, moved)
 
 
 def _make_room(state: Path, replace: bool, name: str) -> Path | None:

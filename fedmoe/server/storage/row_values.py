@@ -1,4 +1,4 @@
-"""What the fields of a journalled event may hold, by their annotations, so that no damaged row becomes a fact."""
+"""Type checks of a journalled event's fields, by the annotations of its dataclass."""
 
 from __future__ import annotations
 

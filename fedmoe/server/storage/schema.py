@@ -1,4 +1,4 @@
-"""Which schema a journal has: the number it says, held against the columns that its rows of events have."""
+"""The schema of a journal: the number it records, checked against the columns it has."""
 
 from __future__ import annotations
 

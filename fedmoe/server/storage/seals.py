@@ -1,4 +1,4 @@
-"""A seal for every row of the journal's small tables: what changes one behind the journal's back is found.
+"""A hash of every row of the journal's small tables, so that edits by other programs are found.
 
 Rows of events are chained; other tables change in place, so each of their rows has a seal, a hash of its content, in a
 table of its own. Triggers of the journal's own connection keep the seals, whatever writes through it, and exist nowhere
@@ -37,7 +37,7 @@ class DamagedRow:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sealed:
+class _SealedTable:
     """A table with the columns of its primary key and all of its columns."""
 
     name: str
@@ -112,7 +112,7 @@ def drop_damaged(connection: sqlite3.Connection, damage: Iterable[DamagedRow]) -
         connection.execute("DELETE FROM seals WHERE place = ? AND row = ?", [one.table, one.row])
 
 
-def _damaged(connection: sqlite3.Connection, table: _Sealed) -> Iterator[DamagedRow]:
+def _damaged(connection: sqlite3.Connection, table: _SealedTable) -> Iterator[DamagedRow]:
     query = "SELECT row, seal FROM seals WHERE place = ? AND row != ''"
     seals = dict(connection.execute(query, [table.name]).fetchall())
     columns = _listed("t", (*table.key, *table.columns))
@@ -126,7 +126,7 @@ def _damaged(connection: sqlite3.Connection, table: _Sealed) -> Iterator[Damaged
     yield from (DamagedRow(table.name, key, "is gone") for key in seals)
 
 
-def _tables(connection: sqlite3.Connection) -> list[_Sealed]:
+def _tables(connection: sqlite3.Connection) -> list[_SealedTable]:
     names = connection.execute("SELECT name FROM main.sqlite_master WHERE type = 'table' ORDER BY name").fetchall()
     wanted = [
         name for (name,) in names if name not in _UNSEALED and name.isidentifier() and not name.startswith("sqlite_")
@@ -135,11 +135,11 @@ def _tables(connection: sqlite3.Connection) -> list[_Sealed]:
     for name in wanted:
         columns = connection.execute(f'PRAGMA main.table_info("{name}")').fetchall()
         key = tuple(column[1] for column in sorted(columns, key=lambda column: column[5]) if column[5])
-        found.append(_Sealed(name, key, tuple(column[1] for column in columns)))
+        found.append(_SealedTable(name, key, tuple(column[1] for column in columns)))
     return found
 
 
-def _triggers(table: _Sealed) -> Iterator[str]:
+def _triggers(table: _SealedTable) -> Iterator[str]:
     name, forget = table.name, f"DELETE FROM seals WHERE place = '{table.name}' AND row = "
     drop, keep = f"{forget}{table.key_of('OLD')};", f"INSERT INTO seals VALUES ('{name}', {table.of('NEW')});"
     instead = f"{forget}{table.key_of('NEW')};"

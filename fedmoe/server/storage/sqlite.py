@@ -1,4 +1,4 @@
-"""What is SQLite's own in the journal: how a connection is prepared, and what its errors mean."""
+"""SQLite specifics: connection settings, and what its errors mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The coordinator's state directory: one process owns it, and only its user can read it."""
+"""The coordinator's state directory: opened, locked, checked; one process owns it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The journal's tables, in the order they came to be; a table of its own module is made beside them."""
+"""The journal's tables, in the order in which they were added."""
 
 from __future__ import annotations
 

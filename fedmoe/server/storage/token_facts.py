@@ -1,4 +1,4 @@
-"""What the journal keeps of tokens besides what they may do: a label, where they come from, when they were used."""
+"""Facts about tokens beside their rights: label, origin, last use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evaluation gate's verdicts as the journal keeps them: what was judged, by which scores, and what went out."""
+"""Rows of the evaluation gate's verdicts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VERDICTS = sa.Table(
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GatewayVerdict:
     """One verdict; `digest` names the blob of the gateway that it published, None where the old one stayed.
 
     `at` is seconds since 1970.

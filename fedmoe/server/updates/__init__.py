@@ -1,1 +1,1 @@
-"""The way of an update: upload, decision, journal, publication."""
+"""The path of an update: upload, check, decision, journal, publication."""

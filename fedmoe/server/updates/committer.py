@@ -1,4 +1,4 @@
-"""The one writer: decisions are taken, journalled in groups and published by a single thread.
+"""The single writer thread: decides, journals in groups, publishes, then answers.
 
 Producers (request handlers) put a decision into the queue and wait for its future. The committer takes whatever is
 waiting, works it out in one transaction, journals that as one, publishes, and only then answers. So a slow fsync is

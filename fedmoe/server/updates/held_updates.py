@@ -1,4 +1,4 @@
-"""An administrator's word on what is held; called from threads, decided by the committer."""
+"""Release and rejection of updates in quarantine, by an administrator."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fedmoe.lora.codec import decode
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError
 from fedmoe.server.updates.committer import Committer
-from fedmoe.server.updates.in_flight import InFlight, Processed
-from fedmoe.server.updates.landing import Landing
+from fedmoe.server.updates.in_flight import InFlight, InFlightBody
+from fedmoe.server.updates.landing import UpdateDecider
 from fedmoe.server.updates.upload import usable_norm
 from fedmoe.wire.contract.messages import UpdateResult
 
@@ -29,14 +29,14 @@ class HeldUpdates:
     coordinator: CentralCoordinator
     blobs: BlobStore
     committer: Committer
-    landing: Landing
+    landing: UpdateDecider
     in_flight: InFlight
     clock: Callable[[], float]
 
     def release(self, number: int) -> UpdateResult:
         """Let a held update land, as if it had arrived now."""
         held = self.coordinator.quarantine.numbered(number)
-        with self.in_flight.processing(Processed(held.digest, held.expert, held.worker, held.sequence, held.size)):
+        with self.in_flight.processing(InFlightBody(held.digest, held.expert, held.worker, held.sequence, held.size)):
             delta = self._read(held)
             now = self.clock
             result = self.committer.submit(

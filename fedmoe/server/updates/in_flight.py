@@ -1,4 +1,4 @@
-"""What is being processed, on disk: whatever killed the process is named at the next start and not tried for ever.
+"""Crash markers: names the body that was being processed when the process died, and refuses it after three deaths.
 
 A small file is written before a body is decoded and removed once it was answered. Files that a start finds are of
 bodies that were in flight when the process ended; the count of such ends is kept in them. It need not survive a power
@@ -28,7 +28,7 @@ _log = structlog.get_logger("fedmoe.coordinator")
 
 
 @dataclass(frozen=True, slots=True)
-class Processed:
+class InFlightBody:
     """A body that is processed: the sha256 of its bytes, and whose it is."""
 
     digest: str
@@ -74,7 +74,7 @@ class InFlight:
         return f"the coordinator was killed {crashes} times while it processed these bytes, so they were not read again"
 
     @contextmanager
-    def processing(self, body: Processed) -> Iterator[None]:
+    def processing(self, body: InFlightBody) -> Iterator[None]:
         """Mark a body while it is processed; one under suspicion is not, and keeps its count."""
         if self._folder is None or self.suspicion(body.digest):
             yield
@@ -90,7 +90,7 @@ class InFlight:
         if self._folder is not None and self._crashes.pop(digest, 0):
             (self._folder / digest).unlink(missing_ok=True)
 
-    def _begin(self, folder: Path, body: Processed) -> None:
+    def _begin(self, folder: Path, body: InFlightBody) -> None:
         with self._lock:
             self._running[body.digest] += 1
             told = asdict(body) | {"crashes": self._crashes.get(body.digest, 0), "running": True}

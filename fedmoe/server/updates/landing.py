@@ -1,4 +1,4 @@
-"""Landing an update, for the committer's thread: the binding decision, in the journal's order.
+"""The binding decision on an update: it lands, is quarantined, or gets its earlier answer again.
 
 An update lands, waits in quarantine, or was answered before and gets that answer again.
 """
@@ -23,7 +23,7 @@ _MOST_OUTCOMES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Arrived:
+class ReceivedUpdate:
     """An update whose bytes are here: what it says of itself, its numbers, its size, the hash of its sender's token.
 
     There is no `delta` where its number is taken, or where a `suspicion` says why it is held without being read.
@@ -38,13 +38,13 @@ class Arrived:
 
 
 @dataclass(frozen=True, slots=True)
-class Landing:
+class UpdateDecider:
     """Decides on updates of this journal's history; `at` is seconds since 1970."""
 
     journal: Journal
     current: CurrentHistory
 
-    def land(self, transaction: Transaction, arrived: Arrived, at: float) -> UpdateResult:
+    def land(self, transaction: Transaction, arrived: ReceivedUpdate, at: float) -> UpdateResult:
         """Land the update or hold it; raises RefusedError for one that may do neither."""
         submission = arrived.submission
         answer = self._answer_of(transaction, submission) or self._decided(transaction, arrived, at)
@@ -63,7 +63,7 @@ class Landing:
         transaction.apply(update, delta)
         return self._landed(update, transaction.gateway_version, duplicate=False)
 
-    def _decided(self, transaction: Transaction, arrived: Arrived, at: float) -> UpdateResult:
+    def _decided(self, transaction: Transaction, arrived: ReceivedUpdate, at: float) -> UpdateResult:
         self.current.check_update(arrived.header, transaction.expert(arrived.header.expert))
         update = transaction.admit(arrived.submission, at)
         held = transaction.hold(update, arrived.size, arrived.token, arrived.suspicion)

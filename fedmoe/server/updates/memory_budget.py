@@ -1,4 +1,4 @@
-"""How many bytes of decoded updates there may be at once, and what is done one at a time; whoever has to waits."""
+"""Limits on decoded updates in memory: a byte budget, and a queue for one job at a time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class MemoryBudget:
                 turn.set_result(None)
 
 
-class OneAtATime:
+class SerialQueue:
     """Work that takes much memory, done one at a time; of each token one request stands in line, whatever it sends."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Receiving a body: capped, hashed and written to disk while it arrives; `guard` holds the deadlines."""
+"""Receiving an update: body written to disk with cap and hash, norm checked, outcome logged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PIECE = 128 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
+class ExpectedBody:
     """What a body must be: at most `cap` bytes, `length` bytes if declared, with this sha256."""
 
     cap: int
@@ -76,7 +76,7 @@ async def opened_writer(blobs: BlobStore, pool: Executor) -> BlobWriter:
         raise
 
 
-async def receive(chunks: AsyncIterator[bytes], expected: Expected, writer: BlobWriter, pool: Executor) -> None:
+async def receive(chunks: AsyncIterator[bytes], expected: ExpectedBody, writer: BlobWriter, pool: Executor) -> None:
     """Write the body into `writer` piece by piece, and check its size and hash."""
     if expected.length is not None and expected.length > expected.cap:
         raise _too_large(expected.length, expected.cap)

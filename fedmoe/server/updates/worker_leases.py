@@ -1,4 +1,4 @@
-"""The leases of all workers, and what is told of ids that are used in two places."""
+"""Leases of worker ids: refuses a second place that pushes under the same id."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _log = structlog.get_logger("fedmoe.coordinator")
 
 
 @dataclass(slots=True)
-class _Past:
+class _PushHistory:
     """What the journal says of who pushes under a worker's id."""
 
     epoch: str
@@ -36,18 +36,18 @@ class WorkerLeases:
 
     def following(self, events: Iterable[Event]) -> Iterator[Event]:
         """The same events; once they are over, whoever pushed last has the lease."""
-        found: dict[tuple[str, str], _Past] = {}
+        found: dict[tuple[str, str], _PushHistory] = {}
         for event in events:
             if isinstance(event, UpdateAccepted) and "held" not in event.info:
                 key = (event.expert, event.worker)
                 past = found.get(key)
                 if past is None:
-                    found[key] = _Past(event.epoch, event.at)
+                    found[key] = _PushHistory(event.epoch, event.at)
                 elif past.epoch == event.epoch:
                     past.interval, past.at = event.at - past.at, event.at
                 else:
                     former = (*(epoch for epoch in past.former if epoch != event.epoch), past.epoch)
-                    found[key] = _Past(event.epoch, event.at, former=former)
+                    found[key] = _PushHistory(event.epoch, event.at, former=former)
             yield event
         now = self._clock()
         for key, past in found.items():

@@ -1,1 +1,1 @@
-"""What the coordinator does beside updates: background merges, rollbacks, retention, erasure."""
+"""Background work of the coordinator: merges, undo, retention, erasure, sweeps."""

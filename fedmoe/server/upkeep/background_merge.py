@@ -1,4 +1,4 @@
-"""Folding: experts that trained enough become part of the gateway and go on from it, while everybody else goes on.
+"""Background merge: experts with enough new steps are merged into the gateway and rebased onto it.
 
 A thread of its own plans on what is published, computes and stores the next gateway. Then the committer, in the order
 of the journal, makes it the gateway and moves the folded experts onto it, in one transaction: a crash leaves all of it
@@ -39,15 +39,15 @@ _LOOK_SECONDS = 30.0
 _LAST_WAIT_SECONDS = 5.0
 
 
-class FoldFailedError(Exception):
+class MergeFailedError(Exception):
     """The next gateway cannot be made of these experts; nothing was changed."""
 
 
-class FoldOvertakenError(Exception):
+class MergeOvertakenError(Exception):
     """An expert was rolled back, or a worker retracted from it, while its fold was computed; nothing was changed."""
 
 
-class Folding:
+class BackgroundMerge:
     """The thread that folds, after `wake` and for whoever came to rest; idle where nobody goes on from the gateway."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Folding:
             if self._closing.is_set():
                 return
             try:
-                while self.fold_ready() and not self._closing.is_set():
+                while self.merge_ready() and not self._closing.is_set():
                     pass
             except StorageFailedError as error:
                 self._committer.fail(str(error))
@@ -100,7 +100,7 @@ class Folding:
                 # The gateway stays as it is and the experts train on; the next update asks for another try.
                 _log.error("fold_failed", reason=str(error) or repr(error))
 
-    def fold_ready(self) -> bool:
+    def merge_ready(self) -> bool:
         """Fold all experts that are ready, if there are any; whether it is worth to look again."""
         plan = self._plan()
         if plan is None:
@@ -110,7 +110,7 @@ class Folding:
             folded = self._compute(plan)
             if not self._closing.is_set():
                 self._publish(plan, folded, time.perf_counter() - began)
-        except FoldOvertakenError as error:
+        except MergeOvertakenError as error:
             _log.warning("fold_dropped", reason=str(error))
         return True
 
@@ -128,10 +128,10 @@ class Folding:
             aggregation.merge_after,
             weight,
             least_updates=aggregation.buffer_size,
-            idle_since=self._resting_since(),
+            idle_since=self._idle_since(),
         )
 
-    def _resting_since(self) -> float:
+    def _idle_since(self) -> float:
         """Who last sent something then or before is at rest. While the coordinator was away nobody could send."""
         now = self._clock()
         return now - REST_SECONDS if now - self._heard_since >= REST_SECONDS else -math.inf
@@ -139,12 +139,12 @@ class Folding:
     def _compute(self, plan: MergePlan) -> TruncatedAdapter:
         left = plan.gateway.branch_points
         try:
-            starts = {name: self._history.departed_from(expert, left[name]) for name, expert in plan.experts.items()}
+            starts = {name: self._history.branch_weights(expert, left[name]) for name, expert in plan.experts.items()}
         except (MissingBlobError, CorruptBlobError) as error:
-            raise FoldFailedError(f"where an expert left the gateway cannot be read: {error}") from error
+            raise MergeFailedError(f"where an expert left the gateway cannot be read: {error}") from error
         folded = plan.compute(starts)
         if not np.isfinite(folded.adapter.flat).all():
-            raise FoldFailedError(f"the fold of {', '.join(plan.experts)} is not finite; roll the broken one back")
+            raise MergeFailedError(f"the fold of {', '.join(plan.experts)} is not finite; roll the broken one back")
         failpoints.reached("fold.computed")
         return folded
 
@@ -155,7 +155,7 @@ class Folding:
             writer.write(encode(folded.adapter.layout, folded.adapter.flat))
             digest = writer.commit()
             failpoints.reached("fold.stored")
-            seen = _Computed(plan, folded, digest, seconds)
+            seen = _MergeResult(plan, folded, digest, seconds)
             event = self._committer.submit(lambda transaction: self._decide(transaction, seen)).result()
         finally:
             writer.abort()
@@ -173,7 +173,7 @@ class Folding:
             notes=list(event.notes),
         )
 
-    def _decide(self, transaction: Transaction, computed: _Computed) -> GatewayMerged:
+    def _decide(self, transaction: Transaction, computed: _MergeResult) -> GatewayMerged:
         """The fold and where its experts go on, in the journal's order; refused if one did not only train meanwhile."""
         event = computed.event(transaction.gateway_version + 1, self._clock())
         assert transaction.online_gateway is not None, "only a gateway that lives is folded into"
@@ -182,23 +182,23 @@ class Folding:
         for name, version in event.sources.items():
             expert = transaction.expert(name)
             if expert.retired:
-                raise FoldOvertakenError(f"{name} was retired meanwhile.")
+                raise MergeOvertakenError(f"{name} was retired meanwhile.")
             rest = branch_points[name].unseen(
                 computed.plan.gateway.branch_points[name], transaction.aggregation.buffer_size
             )
             if rest is None:
-                raise FoldOvertakenError(
+                raise MergeOvertakenError(
                     f"{name} changed from version {version} to {expert.version} by more than updates.",
                 )
             updates = [one.update for one in rest]
-            state = self._history.from_gateway(computed.folded.adapter.flat, updates, expert.manifest)
+            state = self._history.rebased_state(computed.folded.adapter.flat, updates, expert.manifest)
             went_on = ExpertRebased(name, event.number, event.digest, len(rest), expert.version + 1, event.at)
             transaction.apply(went_on, rebuilt=state, since=rest)
         return event
 
 
 @dataclass(frozen=True)
-class _Computed:
+class _MergeResult:
     """A fold that was computed, in so many seconds, and stored as the blob `digest`."""
 
     plan: MergePlan

@@ -1,4 +1,4 @@
-"""How fast a state directory grows, and how long its disk lasts: one line when a coordinator starts."""
+"""The disk report at start: growth of the state directory, and how long the disk lasts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedmoe.federation.events import UpdateAccepted
 from fedmoe.server.storage.blobs import FolderBlobStore
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.released_bytes import newest_updates
-from fedmoe.server.upkeep.retention import KeptBytes
+from fedmoe.server.upkeep.retention import RetentionBound
 
 _log = structlog.get_logger("fedmoe.disk")
 
@@ -73,7 +73,7 @@ class DiskReport:
     journal: Journal
     blobs: FolderBlobStore
     min_sync_interval: float
-    kept: KeptBytes
+    kept: RetentionBound
 
     def __call__(self, experts: Iterable[ExpertModel]) -> None:
         newest = newest_updates(self.journal, _LOOKED_AT)

@@ -1,4 +1,4 @@
-"""Erasing a worker that withdrew from an expert: its bytes go for good, rows and digests stay, so the chain holds.
+"""Erasure of a worker's contributions to an expert: bytes are deleted, rows and digests stay.
 
 The expert is taken back to what it is without the worker first. Then a snapshot of that stands, so that no later start
 needs anything older, and only then bytes go; `withdrawal` does the one after the other.
@@ -15,12 +15,18 @@ from fedmoe.federation.events import Lineage, lineages
 from fedmoe.runtime import failpoints
 from fedmoe.server.history.history import History
 from fedmoe.server.history.pruning import made_of
-from fedmoe.server.statistics.contributors import Roster
-from fedmoe.server.statistics.data_statistics import KeptStatistics
-from fedmoe.server.statistics.reported_statistics import ToldStatistics
+from fedmoe.server.statistics.contributors import Contributors
+from fedmoe.server.statistics.data_statistics import DataStatistics
+from fedmoe.server.statistics.reported_statistics import ReportedStatistics
 from fedmoe.server.storage.blobs import BlobStore
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.released_bytes import LetGo, forget_log, named_by_others, note, stored_updates
+from fedmoe.server.storage.released_bytes import (
+    ReleasedBytes,
+    forget_log,
+    named_by_others,
+    record_release,
+    stored_updates,
+)
 from fedmoe.server.updates.landing import retract_held
 from fedmoe.wire.contract.messages import RetractRequest
 
@@ -28,7 +34,7 @@ _log = structlog.get_logger("fedmoe.coordinator")
 
 
 @dataclass(frozen=True, slots=True)
-class Erased:
+class ErasureReport:
     """How many updates and snapshots went, and how many rows and bodies of statistics.
 
     `left` says in words what stays in the gateway, if anything.
@@ -54,9 +60,9 @@ class Erasure:
     journal: Journal
     blobs: BlobStore
     history: History
-    statistics: KeptStatistics
-    told: ToldStatistics
-    roster: Roster
+    statistics: DataStatistics
+    reported: ReportedStatistics
+    roster: Contributors
 
     def gave(self, transaction: Transaction, expert: str, worker: str) -> bool:
         """Whether a worker ever landed an update on an expert, or one of it waits."""
@@ -67,7 +73,7 @@ class Erasure:
         chains = lineages(self.journal.events(expert))
         return any(update.worker == worker for update in Lineage.updates(chains[transaction.expert(expert).version]))
 
-    def erase(self, transaction: Transaction, request: RetractRequest, at: float) -> Erased:
+    def erase(self, transaction: Transaction, request: RetractRequest, at: float) -> ErasureReport:
         """Erase what a worker gave to an expert whose newest version holds nothing of it any more."""
         name, worker = request.expert, request.worker
         retract_held(transaction, name, worker, request.reason, at)
@@ -81,7 +87,7 @@ class Erasure:
         self.history.snapshot(expert)
         snapshots = self.journal.snapshots(name)
         holding = made_of(self.journal.events(name), snapshots, worker)
-        note(self.journal, LetGo(name, worker, expert.version, "erase", at))
+        record_release(self.journal, ReleasedBytes(name, worker, expert.version, "erase", at))
         failpoints.reached("erase.noted")
         self.history.erasures += 1
         kept = {digest for version, digest in snapshots.items() if version not in holding}
@@ -91,9 +97,9 @@ class Erasure:
         failpoints.reached("erase.blobs_gone")
         for version in holding:
             self.journal.drop_snapshot(name, version)
-        told = self.told.erase(name, worker) + self.statistics.erase(transaction, name, worker, at)
+        told = self.reported.erase(name, worker) + self.statistics.erase(transaction, name, worker, at)
         forget_log(self.journal)
         self.roster.forget(name, worker)
-        erased = Erased(len(mine), len(holding), told, self.history.left_in_the_gateway(name, worker))
+        erased = ErasureReport(len(mine), len(holding), told, self.history.left_in_the_gateway(name, worker))
         _log.warning("erased", expert=name, worker=worker, reason=request.reason, **asdict(erased))
         return erased

@@ -1,4 +1,4 @@
-"""Bytes of updates are bounded: before the oldest go, the log says from which version undo ends.
+"""Retention: deletes the oldest updates' bytes above a bound, and logs from which version undo works.
 
 Snapshots, rows and digests stay. An expert's updates only go up to a version whose snapshot is there and can be read,
 so that recovery never needs them. All of it is worked out beside the pushes; only the removal is a decision in their
@@ -19,10 +19,10 @@ import structlog
 from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.federation.events import Event, UpdateAccepted
 from fedmoe.server.history.history import History
-from fedmoe.server.history.pruning import first_to_go, unneeded
+from fedmoe.server.history.pruning import first_to_go, prune_plan
 from fedmoe.server.storage.blobs import CorruptBlobError, FolderBlobStore, MissingBlobError, StorageFailedError
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.released_bytes import LetGo, note, stored_updates
+from fedmoe.server.storage.released_bytes import ReleasedBytes, record_release, stored_updates
 from fedmoe.server.updates.committer import Committer
 
 _log = structlog.get_logger("fedmoe.disk")
@@ -34,7 +34,7 @@ _AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
-class KeptBytes:
+class RetentionBound:
     """The most bytes of updates that are kept, and where the number is from, in words."""
 
     most: int
@@ -46,16 +46,16 @@ class KeptBytes:
         return round(self.most / 1e9, 3)
 
 
-def kept_bytes(keep_gb: float | None, journal: Journal, blobs: FolderBlobStore) -> KeptBytes:
+def retention_bound(keep_gb: float | None, journal: Journal, blobs: FolderBlobStore) -> RetentionBound:
     """What was asked for, in GB of 10^9 bytes, or what the first start without it found: half of the free disk."""
     if keep_gb is not None:
-        return KeptBytes(int(keep_gb * 1e9), "--keep-gb")
+        return RetentionBound(int(keep_gb * 1e9), "--keep-gb")
     kept = journal.meta(_KEEP_BYTES)
     if kept is None:
         # What is there already stays: a state that was made before there was a bound does not shrink at once.
         kept = str(sum(blobs.sizes().values()) + shutil.disk_usage(blobs.folder).free // 2)
         journal.set_meta(_KEEP_BYTES, kept)
-    return KeptBytes(int(kept), "half of the disk that was free at the first start; --keep-gb sets another")
+    return RetentionBound(int(kept), "half of the disk that was free at the first start; --keep-gb sets another")
 
 
 class Retention:
@@ -133,7 +133,7 @@ class Retention:
         for expert, version in first_to_go(updates, sizes, int(self._most * _DOWN_TO)).items():
             if self._closing.is_set():
                 return
-            self._let_go(expert, version, sizes)
+            self._release(expert, version, sizes)
         self._measure()
         if self._bytes > self._most and self._bytes > 1.1 * self._told_at:
             self._told_at = self._bytes
@@ -147,18 +147,18 @@ class Retention:
         self._bytes += sum(sizes[digest] for digest in sizes.keys() - self._arrived)
         return sizes
 
-    def _let_go(self, expert: str, version: int, sizes: dict[str, int]) -> None:
+    def _release(self, expert: str, version: int, sizes: dict[str, int]) -> None:
         """Let updates of an expert go up to the first version from `version` on that a snapshot holds."""
         oldest = self._snapshot_from(expert, version)
         events = list(self._journal.events(expert))
-        found = unneeded(events, self._journal.snapshots(expert), self._coordinator.expert(expert).version, oldest)
-        gone = found.updates - self._history.held_back() - self._journal.named_elsewhere(expert, found.updates)
+        found = prune_plan(events, self._journal.snapshots(expert), self._coordinator.expert(expert).version, oldest)
+        gone = found.updates - self._history.quarantined_blobs() - self._journal.named_elsewhere(expert, found.updates)
         digests = sorted(gone & sizes.keys())
         if not digests:
             return
         freed = sum(sizes[digest] for digest in digests)
         _log.warning("undo_ends", expert=expert, version=oldest, updates=len(digests), bytes=freed, most=self._most)
-        note(self._journal, LetGo(expert, None, oldest, "keep_gb", self._clock()))
+        record_release(self._journal, ReleasedBytes(expert, None, oldest, "keep_gb", self._clock()))
         for some in _pieces(digests):
             self._committer.submit(partial(self._remove, expert, some), alone=True).result()
 

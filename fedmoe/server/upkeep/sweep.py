@@ -1,4 +1,4 @@
-"""The sweep of a coordinator that runs for weeks: what a start does with unnamed blobs and the trash, once a day.
+"""The daily sweep of a running coordinator: unnamed blobs to the trash, old trash removed.
 
 A blob goes to the trash when two sweeps, a day apart by a clock that nobody sets, find it with no name in the journal.
 The journal is read in pages, so that no push waits for all of it.
@@ -13,7 +13,7 @@ import structlog
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.history import History
-from fedmoe.server.storage.blobs import FolderBlobStore, StorageFailedError, Swept
+from fedmoe.server.storage.blobs import FolderBlobStore, StorageFailedError, SweepReport
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.named_blobs import named_blobs
 from fedmoe.server.storage.released_bytes import newest_updates
@@ -25,7 +25,7 @@ _log = structlog.get_logger("fedmoe.disk")
 Identity = tuple[int, int]
 
 
-class Sweeping:
+class DailySweep:
     """Sweeps when it is due; `clock` gives seconds since 1970, `monotonic` seconds that only grow."""
 
     def __init__(
@@ -48,33 +48,33 @@ class Sweeping:
         """Whether a day has passed since the start, or the last sweep."""
         return self._monotonic() >= self._next
 
-    def sweep(self) -> Swept:
+    def sweep(self) -> SweepReport:
         """Move what is unnamed since the last sweep to the trash, and remove what has been there for long."""
         self._next = self._monotonic() + UNNAMED_SECONDS
         try:
             swept = self._swept()
         except (OSError, RefusedError, StorageFailedError) as error:
             _log.error("sweep_failed", reason=str(error), again="in a day, and at the next start")
-            return Swept()
-        if swept != Swept():
+            return SweepReport()
+        if swept != SweepReport():
             _log.warning("swept", removed=swept.removed, to_trash=swept.to_trash)
         return swept
 
-    def _swept(self) -> Swept:
+    def _swept(self) -> SweepReport:
         now, trash = self._clock(), Trash(self._blobs.folder / "trash")
         unnamed = self._unnamed()
         old = [name for name, identity in unnamed.items() if self._seen.get(name) == identity]
         moved = sum(self._moved(name, unnamed[name], trash, now) for name in old)
         self._seen = unnamed
         newest = max((update.at for update in newest_updates(self._journal, 1)), default=0.0)
-        return Swept(trash.empty(min(now, newest)), moved)
+        return SweepReport(trash.empty(min(now, newest)), moved)
 
     def _unnamed(self) -> dict[str, Identity]:
         """The blobs that no row names. They are listed first: what is journalled meanwhile is named by then."""
         unnamed = {name: identity for name in self._blobs.digests() if (identity := self._identity(name))}
         for digest in named_blobs(self._journal):
             unnamed.pop(digest, None)
-        for digest in self._history.held_back():
+        for digest in self._history.quarantined_blobs():
             unnamed.pop(digest, None)
         return unnamed
 

@@ -1,4 +1,4 @@
-"""Taking back: a rollback or a retraction is worked out beside the pushes, and decided among them.
+"""Rollback and retraction: rebuilt in a thread beside the pushes, decided by the committer.
 
 A thread of its own rebuilds the expert from a past that never changes. What lands meanwhile lands on what was rebuilt
 too, until so little is left that the committer does it with the decision. If more than updates came between, it begins
@@ -18,7 +18,7 @@ from fedmoe.experts import ExpertModel
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.base_history import CurrentHistory
-from fedmoe.server.history.history import History, Rebuilt
+from fedmoe.server.history.history import History, RebuiltState
 from fedmoe.server.updates.committer import Committer
 from fedmoe.server.updates.landing import retract_held
 from fedmoe.server.updates.upload import settled
@@ -30,8 +30,8 @@ _log = structlog.get_logger("fedmoe.coordinator")
 _FEW = 8
 _TRIES = 5
 
-Rebuild = Callable[[ExpertModel], Rebuilt]
-Decide = Callable[[Transaction, ExpertModel, Rebuilt], ChangeResult]
+Rebuild = Callable[[ExpertModel], RebuiltState]
+Decide = Callable[[Transaction, ExpertModel, RebuiltState], ChangeResult]
 
 
 class Undo:
@@ -59,13 +59,13 @@ class Undo:
     async def roll_back(self, request: RollbackRequest) -> ChangeResult:
         """The expert's next version gets the content of an earlier one."""
 
-        def decide(transaction: Transaction, expert: ExpertModel, rebuilt: Rebuilt) -> ChangeResult:
+        def decide(transaction: Transaction, expert: ExpertModel, rebuilt: RebuiltState) -> ChangeResult:
             self._current.check_rollback(request, expert, expert.with_state(rebuilt.state).digest)
             named = (request.expert, request.to_version, rebuilt.state, request.reason, self._clock())
             transaction.roll_back(*named, since=rebuilt.since)
-            return answered(transaction, request.expert, rebuilt.removed, rebuilt.note)
+            return change_result(transaction, request.expert, rebuilt.removed, rebuilt.note)
 
-        def rebuild(expert: ExpertModel) -> Rebuilt:
+        def rebuild(expert: ExpertModel) -> RebuiltState:
             return self._history.at_version(expert, request.to_version)
 
         return await self._done("rolled_back", request.expert, None, rebuild, decide)
@@ -73,10 +73,10 @@ class Undo:
     async def retract(self, request: RetractRequest) -> ChangeResult:
         """The expert's next version is what it would be without one worker's updates."""
 
-        def rebuild(expert: ExpertModel) -> Rebuilt:
+        def rebuild(expert: ExpertModel) -> RebuiltState:
             return self._history.without_worker(expert, request.worker)
 
-        def decide(transaction: Transaction, expert: ExpertModel, rebuilt: Rebuilt) -> ChangeResult:
+        def decide(transaction: Transaction, expert: ExpertModel, rebuilt: RebuiltState) -> ChangeResult:
             return self._retracted(request, transaction, rebuilt)
 
         return await self._done("retracted", request.expert, request.worker, rebuild, decide)
@@ -87,12 +87,12 @@ class Undo:
             request, transaction, self._history.without_worker(transaction.expert(request.expert), request.worker)
         )
 
-    def _retracted(self, request: RetractRequest, transaction: Transaction, rebuilt: Rebuilt) -> ChangeResult:
+    def _retracted(self, request: RetractRequest, transaction: Transaction, rebuilt: RebuiltState) -> ChangeResult:
         at = self._clock()
         named = (request.expert, request.worker, rebuilt.removed, rebuilt.state, request.reason, at)
         transaction.retract(*named, since=rebuilt.since)
         rejected = retract_held(transaction, request.expert, request.worker, request.reason, at)
-        return answered(transaction, request.expert, rebuilt.removed, f"{rebuilt.note} {rejected}".strip())
+        return change_result(transaction, request.expert, rebuilt.removed, f"{rebuilt.note} {rejected}".strip())
 
     async def _done(self, what: str, name: str, worker: str | None, rebuild: Rebuild, decide: Decide) -> ChangeResult:
         result, rebuilt, tries = None, None, 0
@@ -105,11 +105,13 @@ class Undo:
         _log.warning(what, expert=result.expert, version=result.version, removed=result.removed)
         return result
 
-    async def _beside(self, name: str, worker: str | None, rebuild: Rebuild, known: Rebuilt | None) -> Rebuilt | None:
+    async def _beside(
+        self, name: str, worker: str | None, rebuild: Rebuild, known: RebuiltState | None
+    ) -> RebuiltState | None:
         """The expert as it is now, rebuilt, from what is known of an earlier state; None if it changed too much."""
         expert = self._coordinator.expert(name)
 
-        def work() -> Rebuilt | None:
+        def work() -> RebuiltState | None:
             failpoints.reached("undo.rebuild")
             return rebuild(expert) if known is None else self._history.followed(known, expert, worker)
 
@@ -120,7 +122,9 @@ class Undo:
                 raise
             return None  # what it needed was let go meanwhile, or came meanwhile
 
-    async def _decided(self, name: str, worker: str | None, rebuilt: Rebuilt, decide: Decide) -> ChangeResult | None:
+    async def _decided(
+        self, name: str, worker: str | None, rebuilt: RebuiltState, decide: Decide
+    ) -> ChangeResult | None:
         """The result; None if so much landed meanwhile that it has to be worked out beside the pushes once more."""
 
         def attempt(transaction: Transaction) -> ChangeResult | None:
@@ -139,7 +143,7 @@ class Undo:
         return result
 
 
-def answered(transaction: Transaction, name: str, removed: int = 0, note: str = "") -> ChangeResult:
+def change_result(transaction: Transaction, name: str, removed: int = 0, note: str = "") -> ChangeResult:
     """The expert as it is in a transaction, as an answer."""
     expert = transaction.expert(name)
     return ChangeResult(

@@ -1,4 +1,4 @@
-"""A worker withdraws from an expert: its updates are taken out, then their bytes go for good.
+"""Withdrawal of a worker from an expert: retraction, then erasure; finished after a crash.
 
 What was asked for is noted before anything is done and until all of it is, so that the next start finishes what a kill
 interrupted.
@@ -18,11 +18,11 @@ from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.released_bytes import ToErase, erased, note_to_erase, to_erase
+from fedmoe.server.storage.released_bytes import ErasureRequest, finish_erasure, pending_erasures, request_erasure
 from fedmoe.server.updates.committer import Committer
 from fedmoe.server.updates.upload import settled
-from fedmoe.server.upkeep.erasure import Erased, Erasure
-from fedmoe.server.upkeep.undo import Undo, answered
+from fedmoe.server.upkeep.erasure import Erasure, ErasureReport
+from fedmoe.server.upkeep.undo import Undo, change_result
 from fedmoe.wire.contract.messages import ChangeResult, RetractRequest
 
 _log = structlog.get_logger("fedmoe.coordinator")
@@ -64,11 +64,11 @@ class Withdrawals:
 
     async def _done(self, request: RetractRequest) -> None:
         """After what follows the decisions before it."""
-        await self._decided(lambda transaction: erased(self.journal, request.expert, request.worker))
+        await self._decided(lambda transaction: finish_erasure(self.journal, request.expert, request.worker))
 
     def finish(self) -> None:
         """Queue what was asked for before the last stop and is not done; for the start, before anything else."""
-        for wanted in to_erase(self.journal):
+        for wanted in pending_erasures(self.journal):
             self._finish(RetractRequest(expert=wanted.expert, worker=wanted.worker, reason=wanted.reason, erase=True))
 
     def _finish(self, request: RetractRequest) -> None:
@@ -80,7 +80,7 @@ class Withdrawals:
         def end(transaction: Transaction) -> None:
             failed = next((step.exception() for step in steps if step.exception() is not None), None)
             if failed is None:
-                erased(self.journal, request.expert, request.worker)
+                finish_erasure(self.journal, request.expert, request.worker)
                 return
             named = {"expert": request.expert, "worker": request.worker}
             _log.error("erasure_not_finished", **named, reason=str(failed), again="at the next start")
@@ -92,7 +92,7 @@ class Withdrawals:
         transaction.expert(request.expert)
         gave = self.erasure.gave(transaction, request.expert, request.worker)
         if gave:
-            note_to_erase(self.journal, ToErase(request.expert, request.worker, request.reason, self.clock()))
+            request_erasure(self.journal, ErasureRequest(request.expert, request.worker, request.reason, self.clock()))
         return gave
 
     async def _without(self, request: RetractRequest, gave: bool) -> ChangeResult:
@@ -102,13 +102,13 @@ class Withdrawals:
             if error.code != "nothing_to_retract" or not gave:
                 await self._done(request)  # nothing was changed
                 raise
-            return answered(self.coordinator.transaction(), request.expert)
+            return change_result(self.coordinator.transaction(), request.expert)
 
     def _retract(self, transaction: Transaction, request: RetractRequest) -> None:
         if self.erasure.holds(transaction, request.expert, request.worker):
             self.undo.retract_now(transaction, request)
 
-    def _erase(self, transaction: Transaction, request: RetractRequest) -> Erased | None:
+    def _erase(self, transaction: Transaction, request: RetractRequest) -> ErasureReport | None:
         if self.erasure.holds(transaction, request.expert, request.worker):
             return None
         return self.erasure.erase(transaction, request, self.clock())

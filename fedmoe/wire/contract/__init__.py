@@ -1,1 +1,1 @@
-"""The messages between workers, coordinator and tools."""
+"""Messages between workers, coordinator and tools, validated with pydantic."""

@@ -1,4 +1,4 @@
-"""Requests about experts as a whole: which are there, what workers told, and who goes by which name."""
+"""Messages that list, rename and retire experts, and page through statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What travels between the coordinator's evaluation gate and those who score gateways on data of their own."""
+"""Messages between the evaluation gate and evaluators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of an update that was held, as its sender is told."""
+"""The outcome of a held update, as its sender is told."""
 
 from __future__ import annotations
 

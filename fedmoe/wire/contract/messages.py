@@ -1,4 +1,4 @@
-"""What travels: names, requests and answers, validated at the edge and typed inside."""
+"""Messages of the coordinator: names, requests and answers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class OfHistory(Message):
+class HistoryMessage(Message):
     """An answer that names the history it is of; without a name the key is not sent, see `answers_with_new_keys`."""
 
     incarnation: Incarnation | None = None
@@ -224,7 +224,7 @@ class UpdateResult(Message):
         return values
 
 
-class ExpertInfo(OfHistory):
+class ExpertInfo(HistoryMessage):
     """One expert in a listing; `digest` is the content hash of its weights.
 
     `prompts` names the prompt statistics that `GET /data_statistics` gives for it; null while no worker has sent any.
@@ -301,7 +301,7 @@ class GateInfo(Message):
     evaluators: list[str]
 
 
-class DepartureInfo(Message):
+class BranchPointInfo(Message):
     """Where an expert left the gateway: after which fold, as which version, and the steps trained since."""
 
     gateway: int
@@ -309,7 +309,7 @@ class DepartureInfo(Message):
     steps: int
 
 
-class LivingInfo(Message):
+class OnlineGatewayInfo(Message):
     """A gateway that experts go on from: its folds so far, what the last one took, and how far each expert is from it.
 
     `staleness` is how many folds behind each expert of the last fold was, `seconds` what computing it took.
@@ -318,7 +318,7 @@ class LivingInfo(Message):
     folds: int
     staleness: dict[str, int]
     seconds: float
-    departures: dict[str, DepartureInfo]
+    departures: dict[str, BranchPointInfo]
 
 
 class GatewayInfo(Message):
@@ -346,7 +346,7 @@ class GatewayInfo(Message):
     notes: list[str] = []
     scale: float = 1.0
     gate: GateInfo | None = None
-    living: LivingInfo | None = None
+    living: OnlineGatewayInfo | None = None
     source_digests: dict[str, Sha256] = {}
     incarnation: Incarnation | None = None
     left_out: dict[str, str] = {}
@@ -368,7 +368,7 @@ class Listing(Message):
         return {key: value for key, value in handler(self).items() if value or key != "more"}
 
 
-class FederationInfo(OfHistory):
+class FederationInfo(HistoryMessage):
     """What a worker must know before it loads a model; `manifest` is null until the first expert is registered.
 
     Where experts start from the gateway, each goes on from its next version after `merge_after` steps.
@@ -437,7 +437,7 @@ class RetractRequest(Message):
     erase: bool = False
 
 
-class ChangeResult(OfHistory):
+class ChangeResult(HistoryMessage):
     """An expert after a rollback or a retraction; `note` says what could not be taken back."""
 
     expert: ExpertName

@@ -1,4 +1,4 @@
-"""What travels about updates that are held back."""
+"""Messages about updates in quarantine."""
 
 from __future__ import annotations
 

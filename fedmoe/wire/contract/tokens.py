@@ -1,4 +1,4 @@
-"""What travels about tokens: made, listed, revoked; by administrators only."""
+"""Messages about tokens; for administrators."""
 
 from __future__ import annotations
 

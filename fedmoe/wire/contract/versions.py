@@ -1,4 +1,4 @@
-"""Which protocol both ends speak: a small number in a header, so that peers too far apart say so instead of guessing.
+"""The protocol number in a header, and the refusal of peers too far apart.
 
 It rises when a request or an answer changes its meaning; new keys of answers and new optional parameters do not raise
 it. A version works with the one before and the one after it. Whoever sends no number is from before there was one.

@@ -1,1 +1,1 @@
-"""What both HTTP servers need: deadlines, body limits, bearer tokens, cross-site checks."""
+"""HTTP building blocks of both servers: deadlines, body limits, bearer tokens, cross-site checks, OpenAPI."""

@@ -1,4 +1,4 @@
-"""The `Allow` header of a 405: every method of the path, and HEAD where there is GET."""
+"""The `Allow` header of a 405: all methods of the path, with HEAD where there is GET."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bearer tokens and API keys: how they are made, shown in a request, and kept."""
+"""Bearer tokens and API keys: made, read from a header, hashed."""
 
 from __future__ import annotations
 

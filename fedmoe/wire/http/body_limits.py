@@ -1,4 +1,4 @@
-"""Request bodies with a cap and a deadline, on the bare ASGI messages."""
+"""Size caps and deadlines of request bodies."""
 
 from __future__ import annotations
 

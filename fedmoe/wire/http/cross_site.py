@@ -1,4 +1,4 @@
-"""Where no token is asked for: requests that a page of another site makes a browser send are refused.
+"""Cross-site protection for servers without tokens: refuses requests that another site's page sends.
 
 A browser on this machine reaches a server on loopback. What it cannot hide is the name it asked for (`Host`), the page
 that asked (`Origin`), and how far that page is from the server (`Sec-Fetch-Site`, of every current browser).

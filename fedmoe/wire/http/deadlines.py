@@ -1,4 +1,4 @@
-"""Deadlines and limits that uvicorn does not have: on the head of a request, before any of our code runs.
+"""uvicorn protocol with deadlines and size limits on request heads, and a least pace for receivers.
 
 uvicorn waits for ever for a head that trickles in, takes heads of any size, and keeps an answer in memory for as long
 as its receiver does not read. This protocol closes a connection that has not delivered a complete head within

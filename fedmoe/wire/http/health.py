@@ -1,4 +1,4 @@
-"""What monitors and load balancers ask: HEAD wherever there is GET, and the routes that need no token."""
+"""Health routes: HEAD as GET, and the paths that need no token."""
 
 from __future__ import annotations
 

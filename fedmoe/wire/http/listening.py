@@ -1,4 +1,4 @@
-"""A listening socket, and signals that end a server in order: what every server of ours begins with."""
+"""Listening sockets, and signals that end a server in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/openapi.json`: what FastAPI knows of the routes from their types, and what each may answer beside that.
+"""`/openapi.json`: FastAPI's document, with the answers and problem codes of each route added.
 
 A route that refuses says so with a code; the tables of `route_answers` name the codes of every route, and each becomes
 part of the answer with its status.

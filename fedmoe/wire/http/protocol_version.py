@@ -1,4 +1,4 @@
-"""A peer that speaks another protocol is told so, with both numbers, before more of its request is looked at."""
+"""Protocol middleware: names this server's protocol, refuses peers too far from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request says once or not at all: told twice, nobody knows which one counts, so nothing is done."""
+"""Refuses requests that give a parameter or single-valued header twice."""
 
 from __future__ import annotations
 

@@ -13,20 +13,20 @@ from support import sha256
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import (
+    BlobReferences,
     BlobStore,
     CorruptBlobError,
     FolderBlobStore,
     MemoryBlobStore,
     MissingBlobError,
-    Named,
     StorageFailedError,
-    Swept,
+    SweepReport,
     put,
 )
 
 DATA = bytes(range(256)) * 20
 NOW = 1e9
-NOTHING = Named(set())
+NOTHING = BlobReferences(set())
 Store = BlobStore
 
 
@@ -80,7 +80,7 @@ def test_an_aborted_blob_leaves_nothing(store: Store) -> None:
     writer.abort()
     writer.abort()
     assert list(store.digests()) == []
-    assert store.sweep(NOTHING, NOW, NOW) == Swept()
+    assert store.sweep(NOTHING, NOW, NOW) == SweepReport()
 
 
 def test_the_same_bytes_twice_are_one_blob(store: Store) -> None:
@@ -119,10 +119,10 @@ def test_a_blob_just_stored_again_outlives_the_deletion_of_its_twin(store: Store
 
 def test_a_sweep_removes_what_was_replaced_and_nothing_else(store: Store) -> None:
     kept, again, replaced, orphan = (put(store, data) for data in (b"kept", b"again", b"replaced", b"orphan"))
-    named = Named({kept, again, "f" * 64}, {again, replaced, "e" * 64})
-    assert store.sweep(named, NOW, NOW) == Swept(removed=1)
+    named = BlobReferences({kept, again, "f" * 64}, {again, replaced, "e" * 64})
+    assert store.sweep(named, NOW, NOW) == SweepReport(removed=1)
     assert set(store.digests()) == {kept, again, orphan}
-    assert store.sweep(named, NOW, NOW) == Swept()
+    assert store.sweep(named, NOW, NOW) == SweepReport()
 
 
 # What a folder of files must do beyond that.
@@ -136,7 +136,7 @@ def test_a_reopened_folder_has_its_blobs_and_a_sweep_removes_unfinished_writes(f
     again = FolderBlobStore(folder, reserve_bytes=0)
     assert again.read(digest) == DATA
     assert len(files(folder)) == 2
-    assert again.sweep(Named({digest}), NOW, NOW) == Swept(removed=1)
+    assert again.sweep(BlobReferences({digest}), NOW, NOW) == SweepReport(removed=1)
     assert files(folder) == [digest]
     unfinished.abort()
 
@@ -150,12 +150,12 @@ def test_what_no_journal_named_for_a_day_goes_to_the_trash_and_comes_back_when_o
 ) -> None:
     digest = put(folder_store, DATA)
     os.utime(folder_store.path(digest), (NOW - 86_399, NOW - 86_399))
-    assert folder_store.sweep(NOTHING, NOW, NOW) == Swept()
-    assert folder_store.sweep(NOTHING, NOW + 2, NOW) == Swept(to_trash=1)
+    assert folder_store.sweep(NOTHING, NOW, NOW) == SweepReport()
+    assert folder_store.sweep(NOTHING, NOW + 2, NOW) == SweepReport(to_trash=1)
     assert (list(folder_store.digests()), trashed(folder)) == ([], [f"trash/2001-09-09/{digest}"])
     with pytest.raises(MissingBlobError):
         folder_store.read(digest)
-    assert folder_store.sweep(Named({digest}), NOW, NOW) == Swept(taken_back=1)
+    assert folder_store.sweep(BlobReferences({digest}), NOW, NOW) == SweepReport(taken_back=1)
     assert (folder_store.read(digest), trashed(folder)) == (DATA, [])
 
 
@@ -166,10 +166,10 @@ def test_the_trash_is_emptied_by_the_federations_time_and_not_by_a_clock_set_for
     os.utime(folder_store.path(digest), (NOW - 100_000, NOW - 100_000))
     folder_store.sweep(NOTHING, NOW, NOW)
     later = NOW + 40 * 86_400
-    assert folder_store.sweep(NOTHING, later, NOW) == Swept()
-    assert folder_store.sweep(NOTHING, NOW, later) == Swept()
+    assert folder_store.sweep(NOTHING, later, NOW) == SweepReport()
+    assert folder_store.sweep(NOTHING, NOW, later) == SweepReport()
     assert len(trashed(folder)) == 1
-    assert folder_store.sweep(NOTHING, later, later) == Swept(removed=1)
+    assert folder_store.sweep(NOTHING, later, later) == SweepReport(removed=1)
     assert trashed(folder) == []
 
 
@@ -219,7 +219,7 @@ def test_only_digests_become_paths(folder_store: FolderBlobStore, name: str) -> 
 def test_a_foreign_file_neither_counts_as_a_blob_nor_stops_a_sweep(folder_store: FolderBlobStore, folder: Path) -> None:
     (folder / ".DS_Store").write_text("from a file browser")
     assert list(folder_store.digests()) == []
-    assert folder_store.sweep(NOTHING, NOW, NOW) == Swept()
+    assert folder_store.sweep(NOTHING, NOW, NOW) == SweepReport()
 
 
 def test_short_writes_are_continued(folder_store: FolderBlobStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from support import accepted, registered, sha256
 
 from fedmoe.federation.events import Event, ExpertRolledBack, WorkerRetracted
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.chain import GENESIS, BrokenChainError, Link, check, link
+from fedmoe.server.storage.chain import GENESIS, BrokenChainError, ChainEnd, check, link
 from fedmoe.server.storage.journal import DuplicateEventError, SqlJournal
 
 EVENTS: list[Event] = [
@@ -62,8 +62,8 @@ def test_a_row_is_hashed_with_the_row_before() -> None:
     row = (1, "update", "python", 1, "w1", "e1", 0, "a", "{}", None)
     assert link(GENESIS, row) == sha256((GENESIS + json.dumps(list(row), separators=(",", ":"))).encode())
     assert link("1" * 64, row) != link(GENESIS, row)
-    assert check([(*row, link(GENESIS, row))]) == Link(1, link(GENESIS, row), 1)
-    assert check([]) == Link()
+    assert check([(*row, link(GENESIS, row))]) == ChainEnd(1, link(GENESIS, row), 1)
+    assert check([]) == ChainEnd()
 
 
 def test_an_edited_coefficient_is_found_at_the_start_and_named(tmp_path: Path) -> None:

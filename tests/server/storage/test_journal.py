@@ -13,7 +13,7 @@ from fedmoe.federation.events import Event, ExpertRebased, ExpertRolledBack, Gat
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.event_rows import GATEWAY
-from fedmoe.server.storage.incarnation import Ended, of_text
+from fedmoe.server.storage.incarnation import FormerIncarnation, of_text
 from fedmoe.server.storage.journal import DataStatistic, DuplicateEventError, Journal, SqlJournal, TokenRecord
 from fedmoe.server.storage.reported_statistics import Statistic
 
@@ -229,7 +229,10 @@ def test_a_new_incarnation_has_a_name_of_its_own_and_the_one_before_is_kept(jour
     third = journal.begin_incarnation()
     assert len({first, second, third}) == 3
     assert journal.meta("incarnation") == third
-    assert of_text(journal.meta("incarnations_before")) == [Ended(first or "", 7), Ended(second, 7)]
+    assert of_text(journal.meta("incarnations_before")) == [
+        FormerIncarnation(first or "", 7),
+        FormerIncarnation(second, 7),
+    ]
 
 
 # What a journal in a file must do beyond that.

@@ -14,7 +14,7 @@ from support import accepted, registered
 
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.journal import DataStatistic, SqlJournal, Statistic, TokenRecord
-from fedmoe.server.storage.verdicts import Verdict
+from fedmoe.server.storage.verdicts import GatewayVerdict
 
 SEALED = ("meta", "snapshots", "statistics", "data_statistics", "tokens", "gateway_verdicts")
 
@@ -30,7 +30,7 @@ def filled(path: Path | None) -> SqlJournal:
     for number in range(2):
         journal.add_statistic(Statistic("python", f"w{number}", "held_out", {"loss": 1.5 + number}, 2.0))
         journal.add_data_statistic(DataStatistic("python", f"w{number}", "moments", f"{number}" * 64, 12, 3.0))
-        journal.add_verdict(Verdict(f"{number}" * 64, {"scale": 0.1 + 0.2}, 4.0))
+        journal.add_verdict(GatewayVerdict(f"{number}" * 64, {"scale": 0.1 + 0.2}, 4.0))
         journal.put_token(TokenRecord(f"{number}" * 64, "worker", "w1", ("python",), 5.0))
     journal.put_token(TokenRecord("1" * 64, "worker", "w1", ("python",), 5.0, revoked=True))
     journal.set_meta("update_rule", "adam")

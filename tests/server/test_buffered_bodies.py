@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from live import ADMIN, JOIN, LiveServer, listening, open_house
 
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.access.held_bodies import BodyLimits, HeldBodies, HeldBody
+from fedmoe.server.access.buffered_bodies import BodyLimits, BufferedBodies, BufferedBody
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.messages import StatisticRequest
 
@@ -22,23 +22,23 @@ SMALL = StatisticRequest(expert="python", worker="w1", kind="held_out", values={
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from(["", "a", "b", "c"]), st.integers(0, 60)), max_size=80))
 def test_no_more_is_held_than_the_limits_allow_and_all_of_it_is_given_back(steps: list[tuple[int, str, int]]) -> None:
-    bodies = HeldBodies(LIMITS)
-    held: dict[int, HeldBody] = {}
+    bodies = BufferedBodies(LIMITS)
+    held: dict[int, BufferedBody] = {}
     for number, token, size in steps:
         body = held.get(number) or held.setdefault(number, bodies.of(token))
         try:
             body.add(size)
         except RefusedError:
-            held.pop(number).let_go()
+            held.pop(number).release()
         assert bodies.total == sum(bodies.by_token.values()) <= LIMITS.total
         assert all(size <= LIMITS.of_token for name, size in bodies.by_token.items() if name)
     for body in held.values():
-        body.let_go()
+        body.release()
     assert (bodies.total, dict(bodies.by_token)) == (0, {})
 
 
 def test_small_bodies_always_find_room() -> None:
-    bodies = HeldBodies(LIMITS)
+    bodies = BufferedBodies(LIMITS)
     for token in ("a", "b"):
         bodies.of(token).add(LIMITS.of_token + LIMITS.free)
     assert bodies.total == LIMITS.total

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from crash_house import House, assert_same_state
-from living_house import LIVING, difference, folds, gateway, interrupted_fold, learn, living, moments, open_living
+from online_house import LIVING, difference, folds, gateway, interrupted_fold, learn, living, moments, open_living
 from support import fold, make_body, make_flat
 
 from fedmoe.coordinator import Aggregation
@@ -17,7 +17,7 @@ from fedmoe.lora.algebra import product_norm
 from fedmoe.lora.online_merge import ExpertDelta, add_into_gateway
 from fedmoe.lora.online_merge import merge_into_gateway as merge_with_moments
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.upkeep.background_merge import FoldOvertakenError
+from fedmoe.server.upkeep.background_merge import MergeOvertakenError
 from fedmoe.wire.contract.messages import RetractRequest
 
 
@@ -111,7 +111,7 @@ def test_what_lands_while_a_fold_is_computed_lands_on_the_gateway_once_more(hous
 @pytest.mark.parametrize("change", ["rollback", "retract"])
 def test_a_fold_of_an_expert_that_was_changed_meanwhile_is_dropped_and_done_anew(house: House, change: str) -> None:
     house.train(["w1", "w2", "w1", "w1", "w1"])
-    with pytest.raises(FoldOvertakenError, match="by more than updates"):
+    with pytest.raises(MergeOvertakenError, match="by more than updates"):
         interrupted_fold(house, lambda: house.roll_back(4) if change == "rollback" else house.retract("w2"))
     assert (living(house).number, gateway(house).sources) == (0, {})
     changed = house.expert().adapter

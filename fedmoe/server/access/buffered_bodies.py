@@ -1,4 +1,4 @@
-"""How many bytes of JSON bodies are held at once: they are read into memory, and may come in slowly."""
+"""Limits on JSON bodies held in memory: bytes of one token, and in all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BodyLimits:
     free: int = 64 << 10
 
 
-class HeldBodies:
+class BufferedBodies:
     """What is held of bodies that are not answered yet; for one event loop."""
 
     def __init__(self, limits: BodyLimits | None = None) -> None:
@@ -25,15 +25,15 @@ class HeldBodies:
         self.by_token: Counter[str] = Counter()
         self.total = 0
 
-    def of(self, token: str) -> HeldBody:
+    def of(self, token: str) -> BufferedBody:
         """A body of this token, of which nothing has come; an empty token is everybody's, and has all the room."""
-        return HeldBody(self, token)
+        return BufferedBody(self, token)
 
 
-class HeldBody:
-    """One body, as much of it as has come; what it holds is given back with `let_go`."""
+class BufferedBody:
+    """One body, as much of it as has come; what it holds is given back with `release`."""
 
-    def __init__(self, bodies: HeldBodies, token: str) -> None:
+    def __init__(self, bodies: BufferedBodies, token: str) -> None:
         self._bodies = bodies
         self._token = token
         self._size = self._counted = 0
@@ -51,7 +51,7 @@ class HeldBody:
             raise _no_room("busy", "all", limits.total)
         self._count(more)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         self._count(-self._counted)
 
     def _count(self, more: int) -> None:

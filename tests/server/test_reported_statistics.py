@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal
-from fedmoe.server.statistics.reported_statistics import PAGE_BYTES, StatisticLimits, ToldStatistics
+from fedmoe.server.statistics.reported_statistics import PAGE_BYTES, ReportedStatistics, StatisticLimits
 from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.server.storage.reported_statistics import Statistic
 
@@ -34,13 +34,13 @@ def journal() -> Iterator[SqlJournal]:
     journal.close()
 
 
-def steps(told: ToldStatistics) -> list[object]:
-    return [row.told.payload["step"] for row in told.page(ANYBODY)[0]]
+def steps(told: ReportedStatistics) -> list[object]:
+    return [row.statistic.payload["step"] for row in told.page(ANYBODY)[0]]
 
 
 def test_held_out_losses_thin_out_with_age_but_the_best_and_the_newest_stay_57(journal: SqlJournal) -> None:
     limits = StatisticLimits(held_out=16)
-    told = ToldStatistics(journal, limits)
+    told = ReportedStatistics(journal, limits)
     for step in range(500):
         told.add(held_out(step, 0.5 if step == 101 else 2.0))
     kept = steps(told)
@@ -48,12 +48,12 @@ def test_held_out_losses_thin_out_with_age_but_the_best_and_the_newest_stay_57(j
     assert {101, 499} <= set(kept)
     assert min(kept) < 200  # type: ignore[type-var]  # the curve still shows how it began
     assert kept == sorted(kept)  # type: ignore[type-var]
-    assert steps(ToldStatistics(journal, limits)) == kept
+    assert steps(ReportedStatistics(journal, limits)) == kept
     assert len(journal.statistics()) == len(kept)
 
 
 def test_too_much_within_an_hour_is_refused_and_later_the_oldest_make_room_57(journal: SqlJournal) -> None:
-    told = ToldStatistics(journal, StatisticLimits(rows=5, own=10_000, seconds=60.0))
+    told = ReportedStatistics(journal, StatisticLimits(rows=5, own=10_000, seconds=60.0))
     for number in range(5):
         told.add(note(number, at=float(number)))
     with pytest.raises(RefusedError, match="told 5 statistics of python") as refused:
@@ -62,7 +62,13 @@ def test_too_much_within_an_hour_is_refused_and_later_the_oldest_make_room_57(jo
     told.add(held_out(1, 2.0, at=59.0))
     told.add(note(1, worker="w2", at=59.0))
     told.add(note(6, at=61.0))
-    assert [row.told.payload.get("key_0") for row in told.page(ANYBODY, worker="w1", kind="note")[0]] == [1, 2, 3, 4, 6]
+    assert [row.statistic.payload.get("key_0") for row in told.page(ANYBODY, worker="w1", kind="note")[0]] == [
+        1,
+        2,
+        3,
+        4,
+        6,
+    ]
     told.add(note(7, worker="w3", keys=400, at=62.0))
     with pytest.raises(RefusedError, match="at most 5 and 10000 bytes"):
         told.add(note(8, worker="w3", keys=400, at=62.0))
@@ -71,38 +77,40 @@ def test_too_much_within_an_hour_is_refused_and_later_the_oldest_make_room_57(jo
 
 def test_a_statistic_that_is_too_large_is_refused(journal: SqlJournal) -> None:
     with pytest.raises(RefusedError, match="at most 65536 are kept in one") as refused:
-        ToldStatistics(journal).add(note(1.0, keys=4000))
+        ReportedStatistics(journal).add(note(1.0, keys=4000))
     assert refused.value.code == "too_large"
     assert journal.statistics() == []
 
 
 def test_whoever_told_the_most_makes_room_when_all_together_is_too_much(journal: SqlJournal) -> None:
     limits = StatisticLimits(expert=20_000, whole=30_000)
-    told = ToldStatistics(journal, limits)
+    told = ReportedStatistics(journal, limits)
     told.add(note(0, worker="honest"))
     for number in range(30):
         told.add(note(number, worker="greedy"))
-    kept = [row.told.worker for row in told.page(ANYBODY)[0]]
+    kept = [row.statistic.worker for row in told.page(ANYBODY)[0]]
     assert kept.count("honest") == 1
     assert kept.count("greedy") > 20
     for number in range(30):
         told.add(note(number, worker="greedy", expert=f"other-{number % 3}"))
-    assert "honest" in [row.told.worker for row in told.page(ANYBODY)[0]]
+    assert "honest" in [row.statistic.worker for row in told.page(ANYBODY)[0]]
     assert len(journal.statistics()) < 60
     assert (
-        len(told.page(ANYBODY)[0]) == len(journal.statistics()) == len(ToldStatistics(journal, limits).page(ANYBODY)[0])
+        len(told.page(ANYBODY)[0])
+        == len(journal.statistics())
+        == len(ReportedStatistics(journal, limits).page(ANYBODY)[0])
     )
 
 
 def test_what_a_journal_of_before_has_too_much_of_goes_at_the_start(journal: SqlJournal) -> None:
     for step in range(300):
         journal.add_statistic(held_out(step, 2.0))
-    told = ToldStatistics(journal, StatisticLimits(whole=50_000))
+    told = ReportedStatistics(journal, StatisticLimits(whole=50_000))
     assert len(told.page(ANYBODY)[0]) == len(journal.statistics()) < 100
 
 
 def test_pages_are_stable_while_others_write_and_bounded_in_bytes(journal: SqlJournal) -> None:
-    told = ToldStatistics(journal, StatisticLimits(own=16 << 20))
+    told = ReportedStatistics(journal, StatisticLimits(own=16 << 20))
     for number in range(40):
         told.add(note(number, keys=3000))
     seen: list[object] = []
@@ -110,7 +118,7 @@ def test_pages_are_stable_while_others_write_and_bounded_in_bytes(journal: SqlJo
     while after is not None:
         rows, after = told.page(ANYBODY, after=after, limit=7)
         assert sum(row.size for row in rows) <= PAGE_BYTES
-        seen += [row.told.payload["key_0"] for row in rows]
+        seen += [row.statistic.payload["key_0"] for row in rows]
         told.add(note(100.0, worker="w2"))
     assert seen[:40] == list(range(40))
     rows, after = told.page(ANYBODY)
@@ -122,7 +130,7 @@ def guarded(tmp_path: Path) -> Iterator[House]:
     with open_house(tmp_path, tokens=True) as house:
         house.register("ea", "eb")
         for number, (expert, worker) in enumerate([("ea", "wa"), ("eb", "wb"), ("ea", "wb"), ("eb", "wa")]):
-            house.service.told.add(Statistic(expert, worker, "k", {"n": number}, 1.0))
+            house.service.reported.add(Statistic(expert, worker, "k", {"n": number}, 1.0))
         yield house
 
 

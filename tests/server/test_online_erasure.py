@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from crash_house import House
-from living_house import LIVING, folds, gateway, interrupted_fold
+from online_house import LIVING, folds, gateway, interrupted_fold
 from support import fold, make_body, sha256
 
 from fedmoe.runtime import failpoints
 from fedmoe.server.history.verification import verify_state
 from fedmoe.server.storage.state_dir import StateDir
-from fedmoe.server.upkeep.background_merge import FoldOvertakenError
+from fedmoe.server.upkeep.background_merge import MergeOvertakenError
 from fedmoe.wire.contract.messages import ChangeResult, RetractRequest
 
 STAYS = "What 'w1' gave before the expert went on as version {} stays in the gateway."
@@ -113,7 +113,7 @@ def test_what_came_after_a_fold_alone_goes_whole(state: StateDir) -> None:
 def test_a_fold_that_was_computed_with_it_is_dropped(state: StateDir) -> None:
     house = opened(state)
     mine = [push(house, seed, worker) for seed, worker in ((1, "w1"), (2, "w2"), (3, "w2"))]
-    with pytest.raises(FoldOvertakenError):
+    with pytest.raises(MergeOvertakenError):
         interrupted_fold(house, lambda: erase(house))
     assert folds(house) == []
     assert mine[0] not in set(house.blobs.digests())

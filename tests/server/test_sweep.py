@@ -18,8 +18,8 @@ from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
 from fedmoe.lora.codec import encode
 from fedmoe.server.storage import named_blobs as named
-from fedmoe.server.storage.blobs import Swept, put
-from fedmoe.server.upkeep.sweep import Sweeping
+from fedmoe.server.storage.blobs import SweepReport, put
+from fedmoe.server.upkeep.sweep import DailySweep
 
 DAY = 86_400.0
 #: The newest update's time in these tests: a day of 2026.
@@ -52,9 +52,9 @@ def house(tmp_path: Path, clocks: Clocks) -> Iterator[House]:
 
 
 @pytest.fixture
-def swept(house: House, clocks: Clocks) -> Sweeping:
+def swept(house: House, clocks: Clocks) -> DailySweep:
     history = house.service._history
-    return Sweeping(house.journal, house.blobs, history, lambda: clocks.now, lambda: clocks.steady)
+    return DailySweep(house.journal, house.blobs, history, lambda: clocks.now, lambda: clocks.steady)
 
 
 def push(house: House, seed: int) -> str:
@@ -71,7 +71,7 @@ def trashed(house: House) -> set[str]:
     return {path.name for path in (house.folder / "trash").rglob("*") if path.is_file()}
 
 
-def test_it_is_due_once_a_day_whatever_the_machine_s_clock_says(swept: Sweeping, clocks: Clocks) -> None:
+def test_it_is_due_once_a_day_whatever_the_machine_s_clock_says(swept: DailySweep, clocks: Clocks) -> None:
     assert not swept.due()
     clocks.now += 400 * DAY
     assert not swept.due()
@@ -82,12 +82,12 @@ def test_it_is_due_once_a_day_whatever_the_machine_s_clock_says(swept: Sweeping,
 
 
 def test_what_no_row_names_at_two_sweeps_goes_to_the_trash_and_what_one_names_stays(
-    house: House, swept: Sweeping, clocks: Clocks
+    house: House, swept: DailySweep, clocks: Clocks
 ) -> None:
     update, unnamed = push(house, 1), put(house.blobs, b"of no row")
     snapshot = put(house.blobs, b"a snapshot")
     house.journal.add_snapshot("python", 1, snapshot)
-    for wanted in (Swept(), Swept(to_trash=1), Swept()):
+    for wanted in (SweepReport(), SweepReport(to_trash=1), SweepReport()):
         clocks.pass_days(1)
         assert swept.sweep() == wanted
     assert trashed(house) == {unnamed}
@@ -95,17 +95,17 @@ def test_what_no_row_names_at_two_sweeps_goes_to_the_trash_and_what_one_names_st
 
 
 def test_pages_are_read_to_the_end(
-    house: House, swept: Sweeping, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
+    house: House, swept: DailySweep, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(named, "_PAGE", 2)
     kept = {push(house, seed) for seed in range(1, 6)}
     for _ in range(3):
         clocks.pass_days(1)
-        assert swept.sweep() == Swept()
+        assert swept.sweep() == SweepReport()
     assert kept <= set(house.blobs.digests())
 
 
-def test_an_update_that_waits_for_an_administrator_stays(house: House, swept: Sweeping, clocks: Clocks) -> None:
+def test_an_update_that_waits_for_an_administrator_stays(house: House, swept: DailySweep, clocks: Clocks) -> None:
     for seed in range(1, 12):
         push(house, seed)
     body = encode(LAYOUT, make_flat(50) * np.float32(1e6))
@@ -115,7 +115,7 @@ def test_an_update_that_waits_for_an_administrator_stays(house: House, swept: Sw
     assert answer.status_code == 202, answer.text
     for _ in range(3):
         clocks.pass_days(1)
-        assert swept.sweep() == Swept()
+        assert swept.sweep() == SweepReport()
     assert sha256(body) in set(house.blobs.digests())
 
 
@@ -135,19 +135,19 @@ def journalled(house: House) -> None:
 
 @pytest.mark.parametrize("meanwhile", [again, pinned, journalled])
 def test_bytes_that_somebody_needs_by_now_stay(
-    house: House, swept: Sweeping, clocks: Clocks, meanwhile: Callable[[House], None]
+    house: House, swept: DailySweep, clocks: Clocks, meanwhile: Callable[[House], None]
 ) -> None:
     unnamed = put(house.blobs, b"of no row")
     clocks.pass_days(1)
     swept.sweep()
     meanwhile(house)
     clocks.pass_days(1)
-    assert swept.sweep() == Swept()
+    assert swept.sweep() == SweepReport()
     assert unnamed in set(house.blobs.digests())
 
 
 def test_what_has_been_in_the_trash_for_thirty_days_of_updates_goes_for_good(
-    house: House, swept: Sweeping, clocks: Clocks
+    house: House, swept: DailySweep, clocks: Clocks
 ) -> None:
     push(house, 1)
     unnamed = put(house.blobs, b"of no row")
@@ -155,15 +155,15 @@ def test_what_has_been_in_the_trash_for_thirty_days_of_updates_goes_for_good(
         clocks.pass_days(1)
         swept.sweep()
     clocks.pass_days(40)
-    assert swept.sweep() == Swept()  # nobody trained meanwhile: perhaps it is only the clock that was set
+    assert swept.sweep() == SweepReport()  # nobody trained meanwhile: perhaps it is only the clock that was set
     assert trashed(house) == {unnamed}
     push(house, 2)
-    assert swept.sweep() == Swept(removed=1)
+    assert swept.sweep() == SweepReport(removed=1)
     assert trashed(house) == set()
 
 
 def test_a_sweep_that_fails_is_said_and_tried_again_a_day_later(
-    house: House, swept: Sweeping, clocks: Clocks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    house: House, swept: DailySweep, clocks: Clocks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_: sa.Executable) -> list[sa.RowMapping]:
         raise OSError("no such disk")
@@ -171,7 +171,7 @@ def test_a_sweep_that_fails_is_said_and_tried_again_a_day_later(
     clocks.pass_days(1)
     with monkeypatch.context() as patched:
         patched.setattr(house.journal, "query", fail)
-        assert swept.sweep() == Swept()
+        assert swept.sweep() == SweepReport()
     assert "sweep_failed" in "".join(capsys.readouterr())
     assert not swept.due()
 
@@ -183,10 +183,10 @@ def test_a_running_coordinator_sweeps_when_it_is_due_and_not_before(
     running = DistributedCoordinator(CoordinatorConfig(state_dir=str(tmp_path / "state")))
     clocks, sweeps = Clocks(), list[float]()
     blobs, history = running._state.blobs, running.service._history
-    sweeper = Sweeping(running._state.journal, blobs, history, lambda: clocks.now, lambda: clocks.steady)
+    sweeper = DailySweep(running._state.journal, blobs, history, lambda: clocks.now, lambda: clocks.steady)
     sweep = sweeper.sweep
 
-    def counted() -> Swept:
+    def counted() -> SweepReport:
         sweeps.append(clocks.steady)
         return sweep()
 

@@ -12,7 +12,7 @@ from crash_house import House
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from living_house import gateway, living
+from online_house import gateway, living
 from support import LAYOUT, MANIFEST, make_body, make_flat
 
 from fedmoe.coordinator import Aggregation
@@ -22,7 +22,7 @@ from fedmoe.lora.adapter import Adapter, FloatVector, initial_adapter
 from fedmoe.lora.online_merge import ExpertDelta, add_into_gateway
 from fedmoe.lora.update_rules import RULES, RuleState, UpdateRule, buffered
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.upkeep.background_merge import FoldOvertakenError
+from fedmoe.server.upkeep.background_merge import MergeOvertakenError
 
 EXPERTS = ["docs", "python", "sql"]
 WORKERS = ["w1", "w2"]
@@ -178,7 +178,7 @@ class FoldingMachine(RuleBasedStateMachine):
     @rule()
     def fold(self) -> None:
         ready = self.model.ready()
-        assert self.house.service._folding.fold_ready() is bool(ready)
+        assert self.house.service._folding.merge_ready() is bool(ready)
         if ready:
             self.model.fold(ready, self.model.sharing() > 1)
 
@@ -207,7 +207,7 @@ class FoldingMachine(RuleBasedStateMachine):
             self.house.service._folding._publish(plan, folded, 0.0)
             self.model.fold(ready, several)
         else:
-            with pytest.raises(FoldOvertakenError):
+            with pytest.raises(MergeOvertakenError):
                 self.house.service._folding._publish(plan, folded, 0.0)
 
     def follows(self, name: str, seen: Version) -> bool:

@@ -10,7 +10,7 @@ from typing import Literal, NoReturn
 import numpy as np
 import pytest
 from crash_house import House
-from living_house import LIVING, difference, folds, gateway, living, open_living
+from online_house import LIVING, difference, folds, gateway, living, open_living
 from support import LAYOUT, MANIFEST, fold, make_flat, open_service
 
 from fedmoe.coordinator import Aggregation
@@ -20,7 +20,7 @@ from fedmoe.lora.algebra import TruncatedAdapter
 from fedmoe.lora.codec import encode
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import disk_full, put
-from fedmoe.server.upkeep.background_merge import REST_SECONDS, FoldFailedError
+from fedmoe.server.upkeep.background_merge import REST_SECONDS, MergeFailedError
 from fedmoe.wire.contract.messages import ManifestMessage, RegisterRequest
 
 
@@ -194,7 +194,7 @@ def test_a_fold_that_cannot_be_computed_changes_nothing_and_is_tried_again(
     broken = TruncatedAdapter(Adapter(LAYOUT, MANIFEST.alpha, np.full(LAYOUT.size, np.nan, np.float32)), 0.0)
     with monkeypatch.context() as patched:
         patched.setattr(MergePlan, "compute", lambda plan, starts: broken)
-        with pytest.raises(FoldFailedError, match="is not finite"):
+        with pytest.raises(MergeFailedError, match="is not finite"):
             fold(house.service)
     assert (living(house).number, house.expert().version) == (0, 3)
     assert fold(house.service) == 1
