@@ -18,7 +18,8 @@ from fedmoe.arena.rollout.evaluate import CHANCE
 from fedmoe.arena.rollout.play import RolloutSettings, play
 from fedmoe.arena.run.batched_records import BatchedRecords
 from fedmoe.arena.run.checkpoint import load_newest
-from fedmoe.arena.run.run import RunOptions, Stop, run_arena
+from fedmoe.arena.run.options import RunOptions, Stop
+from fedmoe.arena.run.run import run_arena
 from fedmoe.arena.tasks.registry import make_task
 from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Task, question_of
 from fedmoe.inference.engine import AdapterKey

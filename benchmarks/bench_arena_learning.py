@@ -51,7 +51,8 @@ CHOICES = (
 def run_mode(mode: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
     """One mode from untrained adapters; the last held-out comparison of every policy with the base model."""
     from fedmoe.arena.config import ArenaConfig
-    from fedmoe.arena.run.run import METRICS, RunOptions, Stop, run_arena
+    from fedmoe.arena.run.options import RunOptions, Stop
+    from fedmoe.arena.run.run import METRICS, run_arena
     from fedmoe.runtime.records import read_records
 
     task, task_options = TASKS[options.task]

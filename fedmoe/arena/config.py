@@ -156,6 +156,11 @@ class ArenaConfig(_Section):
                 return index, phase
         raise IndexError(f"the run has {self.iterations} iterations, there is no iteration {iteration}")
 
+    def ends_phase(self, iteration: int) -> bool:
+        """Whether an iteration is the last of its phase."""
+        following = iteration + 1
+        return following >= self.iterations or self.phase_at(following)[0] != self.phase_at(iteration)[0]
+
 
 def read_config(path: Path) -> ArenaConfig:
     """The configuration in a TOML file; raises ArenaConfigError naming the file, the key and what is allowed."""

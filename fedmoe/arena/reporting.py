@@ -1,26 +1,18 @@
-"""What one iteration says to the records; the formulas are those of docs/metrics.md."""
+"""The records of an iteration and of an evaluation; the formulas are those of docs/metrics.md."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from fedmoe.arena.learning.learner import PolicyUpdate
 from fedmoe.arena.learning.policies import Policies
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, SeatResult
+from fedmoe.arena.modes.protocol import ArenaDecision, Judgement
 from fedmoe.arena.rollout.episodes import PlayedEpisode
 from fedmoe.arena.rollout.evaluate import Comparison, FrontRunner
-from fedmoe.runtime.records import RecordValue
-
-
-class Records(Protocol):
-    """Takes records."""
-
-    def write(self, kind: str, **values: RecordValue) -> None:
-        """Keep one record."""
-        ...
+from fedmoe.arena.rollout.interval import MeanInterval
+from fedmoe.runtime.records import Recorder, RecordValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +31,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Report:
+class IterationReport:
     """Everything there is to say about one iteration."""
 
     iteration: int
@@ -51,27 +43,21 @@ class Report:
     timing: Timing
 
 
-def write_iteration(records: Records, report: Report, policies: Policies, society: ModeMemory) -> None:
+def write_iteration(records: Recorder, report: IterationReport, policies: Policies, memory: ModeMemory) -> None:
     """One record a policy and kind, and those of the whole."""
     for name in policies.names:
         _write_policy(records, report, policies, name)
         _write_credit(records, report, name)
-        if name in society.ratings:
-            rating = society.ratings[name]
-            records.write(
-                "rating",
-                iteration=report.iteration,
-                policy=name,
-                mu=rating.mu,
-                sigma=rating.sigma,
-                games=rating.games,
-            )
+        if name in memory.ratings:
+            rating = memory.ratings[name]
+            values = {"mu": rating.mu, "sigma": rating.sigma, "games": rating.games}
+            records.write("rating", iteration=report.iteration, policy=name, **values)
     for decision in report.judged.decisions:
         write_decision(records, report.iteration, report.mode, decision)
     _write_whole(records, report)
 
 
-def write_decision(records: Records, iteration: int, mode: str, decision: ArenaDecision) -> None:
+def write_decision(records: Recorder, iteration: int, mode: str, decision: ArenaDecision) -> None:
     """One decision with its reason."""
     records.write(
         "decision",
@@ -85,72 +71,58 @@ def write_decision(records: Records, iteration: int, mode: str, decision: ArenaD
     )
 
 
-def write_leader(records: Records, iteration: int, mode: str, found: FrontRunner) -> None:
+def write_leader(records: Recorder, iteration: int, mode: str, leader: FrontRunner) -> None:
     """Whose held-out score is the best, and whether it is surely so."""
     records.write(
         "leader",
         iteration=iteration,
         mode=mode,
-        policy=found.policy,
-        apart=found.apart,
-        rival=found.rival,
-        lead=found.lead.mean,
-        lead_low=found.lead.low,
-        lead_high=found.lead.high,
-        questions=found.questions,
+        policy=leader.policy,
+        apart=leader.apart,
+        rival=leader.rival,
+        **_bounds(leader.lead, "lead", "lead_low", "lead_high"),
+        questions=leader.questions,
     )
 
 
-def write_skipped(records: Records, iteration: int, where: str, episodes: int, reason: str) -> None:
+def write_skipped(records: Recorder, iteration: int, where: str, episodes: int, reason: str) -> None:
     """How many episodes of an iteration or of an evaluation failed and were left out, and why the first did."""
     records.write("skipped", iteration=iteration, where=where, episodes=episodes, reason=reason)
 
 
-def write_comparison(records: Records, iteration: int, mode: str, found: Comparison, version: int) -> None:
+def write_comparison(records: Recorder, iteration: int, mode: str, comparison: Comparison, version: int) -> None:
     """One held-out comparison."""
     records.write(
         "evaluation",
         iteration=iteration,
         mode=mode,
-        policy=found.policy,
+        policy=comparison.policy,
         version=version,
-        opponent=found.opponent,
-        episodes=found.episodes,
-        questions=found.questions,
-        few=found.few,
-        failed=found.failed,
-        valid=found.valid,
-        score=found.score.mean,
-        low=found.score.low,
-        high=found.score.high,
-        base_score=found.base.mean,
-        base_low=found.base.low,
-        base_high=found.base.high,
-        gain=found.gain.mean,
-        gain_low=found.gain.low,
-        gain_high=found.gain.high,
-        win_rate=found.wins.mean,
-        win_low=found.wins.low,
-        win_high=found.wins.high,
+        opponent=comparison.opponent,
+        episodes=comparison.episodes,
+        questions=comparison.questions,
+        few=comparison.few,
+        failed=comparison.failed,
+        valid=comparison.valid,
+        **_bounds(comparison.score, "score", "low", "high"),
+        **_bounds(comparison.base, "base_score", "base_low", "base_high"),
+        **_bounds(comparison.gain, "gain", "gain_low", "gain_high"),
+        **_bounds(comparison.wins, "win_rate", "win_low", "win_high"),
     )
 
 
-def rewards_of(results: Sequence[SeatResult]) -> dict[str, float]:
-    """The mean reward of every policy."""
-    found: dict[str, list[float]] = {}
-    for result in results:
-        found.setdefault(result.policy, []).append(result.credit.reward)
-    return {name: sum(values) / len(values) for name, values in found.items()}
+def _bounds(interval: MeanInterval, mean: str, low: str, high: str) -> dict[str, float]:
+    return {mean: interval.mean, low: interval.low, high: interval.high}
 
 
 def accuracies(played: Sequence[PlayedEpisode]) -> dict[str, float]:
     """The mean seat score of every learning policy, in [0, 1]."""
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for episode in played:
         for player, score in zip(episode.plan.players, episode.outcome.seat_scores, strict=True):
             if player.learning:
-                found.setdefault(player.name, []).append(score)
-    return {name: sum(values) / len(values) for name, values in found.items()}
+                scores.setdefault(player.name, []).append(score)
+    return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
 def sampled_tokens(played: Sequence[PlayedEpisode]) -> int:
@@ -163,7 +135,7 @@ def pace(iterations: Sequence[tuple[int, float]]) -> float | None:
 
     A mean of ratios is that of the shortest iteration, whose episodes were sampled beside the one before.
     """
-    seconds = sum(one for _, one in iterations)
+    seconds = sum(duration for _, duration in iterations)
     return sum(tokens for tokens, _ in iterations) / seconds if seconds else None
 
 
@@ -173,7 +145,7 @@ def ended_share(episode: PlayedEpisode, seat: int) -> float:
     return sum(ended) / len(ended) if ended else 1.0
 
 
-def _write_policy(records: Records, report: Report, policies: Policies, name: str) -> None:
+def _write_policy(records: Recorder, report: IterationReport, policies: Policies, name: str) -> None:
     own = [result for result in report.judged.results if result.policy == name]
     if not own:
         return
@@ -214,7 +186,7 @@ def _write_policy(records: Records, report: Report, policies: Policies, name: st
     )
 
 
-def _write_credit(records: Records, report: Report, name: str) -> None:
+def _write_credit(records: Recorder, report: IterationReport, name: str) -> None:
     parts = [result.credit.parts for result in report.judged.results if result.policy == name]
     if parts:
         records.write(
@@ -228,7 +200,7 @@ def _write_credit(records: Records, report: Report, name: str) -> None:
         )
 
 
-def _write_whole(records: Records, report: Report) -> None:
+def _write_whole(records: Recorder, report: IterationReport) -> None:
     outcomes = [episode.outcome for episode in report.played]
     timing = report.timing
     busy = (timing.rollout + timing.learn) / (timing.iteration * timing.lanes) if timing.iteration else 0.0

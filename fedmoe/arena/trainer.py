@@ -27,8 +27,7 @@ from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, Mode, PlanInputs
 from fedmoe.arena.modes.registry import make_mode
 from fedmoe.arena.reporting import (
-    Records,
-    Report,
+    IterationReport,
     Timing,
     accuracies,
     pace,
@@ -48,6 +47,7 @@ from fedmoe.arena.tasks.task import Task
 from fedmoe.inference.engine import AdapterKey, Engine, context_limit
 from fedmoe.lora.algebra import product_norm
 from fedmoe.runtime.device import pin_threads
+from fedmoe.runtime.records import Recorder
 
 _log = structlog.get_logger("fedmoe.arena")
 
@@ -78,12 +78,11 @@ class Trainer:
         policies: Policies,
         engine: Engine,
         codec: Codec,
-        records: Records,
-        society: ModeMemory | None = None,
+        records: Recorder,
     ) -> None:
         self.config = config
         self.iteration = 0
-        self.society = society or ModeMemory()
+        self.memory = ModeMemory()
         self.policies = policies
         self._task, self._engine, self._codec, self._records = task, engine, codec, records
         self._modes = [make_mode(phase.mode) for phase in config.phases]
@@ -94,17 +93,11 @@ class Trainer:
         self._evaluator = HeldOutEvaluator(task, engine, codec, config.evaluation.episodes, config.seed, self._settings)
         self._sampler = ThreadPoolExecutor(1, "sampler", initializer=pin_threads)
         self._pending: _Batch | None = None
-        self._sampling_with: Mapping[str, int] | None = None
         self._pace: deque[tuple[int, float]] = deque(maxlen=_PACE)
         self.playing = ""
         self.may_sample_ahead: Callable[[int], bool] = lambda iteration: True
         #: Called with everything there is to say about an iteration, after its records.
-        self.after_iteration: Callable[[Report], None] = lambda report: None
-
-    @property
-    def mode(self) -> Mode:
-        """The mode of the iteration that is next."""
-        return self._mode_of(self.iteration)
+        self.after_iteration: Callable[[IterationReport], None] = lambda report: None
 
     def _mode_of(self, iteration: int) -> Mode:
         return self._modes[self.config.phase_at(iteration)[0]]
@@ -113,9 +106,9 @@ class Trainer:
         """One iteration, with its records; the weights that come out are published."""
         began = time.perf_counter()
         batch = self._pending or self._start(self.iteration)
-        attempted, rollout_seconds = batch.played.result()
-        attempted.check_some(self._task.name)
-        played = attempted.played
+        rollout, rollout_seconds = batch.played.result()
+        rollout.check_some(self._task.name)
+        played = rollout.played
         # Before judging: a policy that is replaced does not learn from what its predecessor played.
         staleness = {
             player.name: self.policies.version(player.name) - _version(player) for player in batch.planning.policies
@@ -132,10 +125,10 @@ class Trainer:
         tokens, seconds = sampled_tokens(played), time.perf_counter() - began
         self._pace.append((tokens, seconds))
         timing = Timing(rollout_seconds, learn_seconds, seconds, lanes, tokens, pace(self._pace))
-        report = Report(self.iteration, playing, played, judged, updates, staleness, timing)
-        write_iteration(self._records, report, self.policies, self.society)
-        if attempted.failed:
-            self._skipped("training", len(attempted.failed), attempted.reason)
+        report = IterationReport(self.iteration, playing, played, judged, updates, staleness, timing)
+        write_iteration(self._records, report, self.policies, self.memory)
+        if rollout.failed:
+            self._skipped("training", len(rollout.failed), rollout.reason)
         self.after_iteration(report)
         for name, value in evaluate_metrics(self._metrics, played).items():
             self._records.write("metric", iteration=self.iteration, mode=playing, metric=name, value=value)
@@ -149,33 +142,24 @@ class Trainer:
     def _judged(self, batch: _Batch, played: Sequence[PlayedEpisode]) -> Judgement:
         mode = self._mode_of(batch.iteration)
         self.playing = mode.playing if mode.name == mode.playing else f"{mode.name}: {mode.playing}"
-        judged = mode.judge(self.society, batch.planning, played)
-        for wanted in judged.replacements:
+        judged = mode.judge(self.memory, batch.planning, played)
+        for replacement in judged.replacements:
             rng = np.random.default_rng([self.config.seed, 3, batch.iteration])
-            self.policies.replace(wanted, self.society.lineage, batch.iteration, rng)
-            self.society.ratings.copy_of(wanted.worst, wanted.best)
-            self.society.opponents.forget(wanted.worst)
+            self.policies.replace(replacement, self.memory.lineage, batch.iteration, rng)
+            self.memory.ratings.copy_of(replacement.worst, replacement.best)
+            self.memory.opponents.forget(replacement.worst)
         # What the replaced policy played, its successor has not said.
-        gone = {wanted.worst for wanted in judged.replacements}
-        return replace(judged, examples=tuple(one for one in judged.examples if one.policy not in gone))
+        replaced = {replacement.worst for replacement in judged.replacements}
+        return replace(judged, examples=tuple(each for each in judged.examples if each.policy not in replaced))
 
     def _start_next(self) -> None:
         """Let the sampler go on with the next iteration, if the bound on staleness lets it and there is one."""
         following = self.iteration + 1
         self._pending = None
-        self._sampling_with = None
-        wanted = following < self.config.iterations and not self._ends_phase() and self.may_sample_ahead(following)
-        if wanted and self.policies.may_start():
-            self._sampling_with = {player.name: _version(player) for player in self.policies.players()}
+        # At the end of a phase the mode and the baselines change before the next iteration.
+        ahead = not self.config.ends_phase(self.iteration) and self.may_sample_ahead(following)
+        if ahead and self.policies.may_start():
             self._pending = self._start(following)
-
-    def _ends_phase(self) -> bool:
-        """Whether this iteration is the last of its phase: then the mode and the baselines change before the next."""
-        following = self.iteration + 1
-        return (
-            following >= self.config.iterations
-            or self.config.phase_at(following)[0] != (self.config.phase_at(self.iteration)[0])
-        )
 
     def _start(self, iteration: int, players: tuple[Player, ...] | None = None) -> _Batch:
         learning = self.config.learning
@@ -187,21 +171,21 @@ class Trainer:
             learning.samples,
             np.random.default_rng([self.config.seed, 1, iteration]),
         )
-        plans = self._mode_of(iteration).plan(self.society, planning)
+        plans = self._mode_of(iteration).plan(self.memory, planning)
         self.policies.started()
 
         def work() -> tuple[RolloutResult, float]:
             began = time.perf_counter()
             seed = int(np.random.SeedSequence([self.config.seed, 2, iteration]).generate_state(1)[0])
-            found = attempt(self._task, plans, self._engine, self._codec, seed, self._settings)
-            return found, time.perf_counter() - began
+            rollout = attempt(self._task, plans, self._engine, self._codec, seed, self._settings)
+            return rollout, time.perf_counter() - began
 
         return _Batch(iteration, planning, self._sampler.submit(work))
 
     def let_go(self) -> None:
         """Unload what neither is played with nor is an opponent."""
         needed = [player.key for player in self._pending.planning.policies if player.key] if self._pending else []
-        needed += [one.key for one in self.society.opponents.opponents() if one.key]
+        needed += [opponent.key for opponent in self.memory.opponents.opponents() if opponent.key]
         self.policies.let_go(needed)
 
     def _watch(self, updates: Mapping[str, PolicyUpdate], staleness: Mapping[str, int]) -> None:
@@ -220,71 +204,67 @@ class Trainer:
     def evaluate(self) -> list[Comparison]:
         """Every policy beside the base model on held-out episodes, and against frozen opponents; with records."""
         mode = self._mode_of(max(0, self.iteration - 1)).name
-        found, players = [], {}
+        comparisons, players = [], {}
         for player in self.policies.players():
             # An adapter whose B is still zero is the base model: it need not be played to know how it plays.
             untrained = product_norm(self.policies.adapter(player.name)) == 0.0
             players[player.name] = Player(player.name, None) if untrained else player
             for opponent in self._frozen(player.name):
-                one = self._evaluator.compare(players[player.name], opponent)
-                write_comparison(self._records, self.iteration, mode, one, self.policies.version(player.name))
-                found.append(one)
+                comparison = self._evaluator.compare(players[player.name], opponent)
+                write_comparison(self._records, self.iteration, mode, comparison, self.policies.version(player.name))
+                comparisons.append(comparison)
         if len(players) > 1:
             write_leader(self._records, self.iteration, mode, self._evaluator.leader(players))
-        worst = max(found, key=lambda one: one.failed)
+        worst = max(comparisons, key=lambda comparison: comparison.failed)
         if worst.failed:
             self._skipped("evaluation", worst.failed, worst.reason)
-        return found
+        return comparisons
 
     def _frozen(self, policy: str) -> list[Player]:
         """Whom a policy is measured against: the base model, chance in games, and the newest foreign or past player."""
-        pool = [one.player() for one in self.society.opponents.opponents() if one.key and one.key.name != policy]
+        opponents = self.memory.opponents.opponents()
+        pool = [opponent.player() for opponent in opponents if opponent.key and opponent.key.name != policy]
         return [BASE, *([CHANCE] if self._task.zero_sum else []), *pool[-1:]]
 
     def end_phase(self) -> None:
         """After the last iteration of a phase: the strongest becomes a frozen opponent, baselines begin anew."""
-        ratings, names = self.society.ratings, self.policies.names
+        ratings, names = self.memory.ratings, self.policies.names
         for name in names:
             ratings.ensure(name)
         leader = ratings.leader(names)[0] if len(names) > 1 else names[0]
-        key = self.policies.key(leader)
-        self.society.opponents.add_champion(key, self.society.ratings[leader].mu)
-        self.society.baselines.reset(f"phase {self.config.phase_at(self.iteration - 1)[0]} has ended")
+        self.memory.opponents.add_champion(self.policies.key(leader), ratings[leader].mu)
+        self.memory.baselines.reset(f"phase {self.config.phase_at(self.iteration - 1)[0]} has ended")
         self.let_go()
 
     @property
     def at_phase_end(self) -> bool:
         """Whether the iteration just made was the last of its phase."""
-        done = self.iteration - 1
-        return done >= 0 and (
-            self.iteration >= self.config.iterations
-            or self.config.phase_at(self.iteration)[0] != self.config.phase_at(done)[0]
-        )
+        return self.iteration > 0 and self.config.ends_phase(self.iteration - 1)
 
     def state(self) -> dict[str, object]:
         """Everything but weights and moments, as JSON."""
+        ahead = self._pending.planning.policies if self._pending else None
         return {
             "iteration": self.iteration,
-            "society": self.society.state(),
+            "society": self.memory.state(),
             "modes": [mode.state() for mode in self._modes],
             "policies": self.policies.state(),
-            "sampling_with": dict(self._sampling_with) if self._sampling_with is not None else None,
+            "sampling_with": {player.name: _version(player) for player in ahead} if ahead else None,
         }
 
     def resume(self, state: Mapping[str, object]) -> None:
         """Go on after `state`; the policies have been restored. What was being sampled is sampled again."""
         self.iteration = int(str(state["iteration"]))
-        society, modes, sampling = state["society"], state["modes"], state["sampling_with"]
-        assert isinstance(society, Mapping)
+        memory, modes, sampling = state["society"], state["modes"], state["sampling_with"]
+        assert isinstance(memory, Mapping)
         assert isinstance(modes, list)
-        self.society = ModeMemory.from_state(society)
+        self.memory = ModeMemory.from_state(memory)
         # Phases that have not begun have no state yet, and there may be other ones than before.
         begun = 1 + self.config.phase_at(max(0, self.iteration - 1))[0]
         for mode, saved in zip(self._modes[:begun], modes, strict=False):
             mode.restore(saved)
         if isinstance(sampling, Mapping) and self.iteration < self.config.iterations:
-            self._sampling_with = {str(name): int(version) for name, version in sampling.items()}
-            players = tuple(Player(name, AdapterKey(name, v), True) for name, v in self._sampling_with.items())
+            players = tuple(Player(name, AdapterKey(name, version), True) for name, version in sampling.items())
             self._pending = self._start(self.iteration, players)
 
     def close(self) -> None:

@@ -87,6 +87,9 @@ class Forgetful:
     def write(self, kind: str, **values: RecordValue) -> None:
         """Nothing."""
 
+    def close(self) -> None:
+        """Nothing to release."""
+
 
 class Road(httpx2.BaseTransport):
     """The way to the coordinator: `closed`, nothing gets through; the answers to the next `lose` pushes are lost."""
@@ -231,7 +234,7 @@ class Site:
         return Saved(self.trainer.state(), self.league.state(), self.policies.adapters(), self.policies.moments())
 
     def exchange(self) -> None:
-        self.league.exchange(self.trainer.society, self.trainer.iteration)
+        self.league.exchange(self.trainer.memory, self.trainer.iteration)
 
     def iterate(self, count: int = 1) -> Site:
         """Train as a run does, exchange included."""

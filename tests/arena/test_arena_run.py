@@ -22,14 +22,14 @@ from fedmoe.arena.modes.protocol import ModeError
 from fedmoe.arena.run import checkpoint
 from fedmoe.arena.run.batched_records import BatchedRecords
 from fedmoe.arena.run.episode_log import EPISODES, read_episodes
-from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch, Watched, unwatched
-from fedmoe.arena.run.results import Ending
-from fedmoe.arena.run.run import METRICS, REPORT, RESULTS, run_arena
+from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch, unwatched
+from fedmoe.arena.run.results import REPORT, RESULTS, Ending
+from fedmoe.arena.run.run import METRICS, run_arena
 from fedmoe.cli.arena_watch import ArenaWatch
 from fedmoe.lora.codec import digest
 from fedmoe.runtime.files import FolderInUseError, lock_folder
 from fedmoe.runtime.memory import GIB, MemoryLimitError
-from fedmoe.runtime.records import Record, RecordValue
+from fedmoe.runtime.records import Record, Recorder, RecordValue
 
 DUEL = LettersTask((2, 2), zero_sum=True, strategies=(), name="test:duel")
 PHASES = (("competitive", 3), ("team_battle", 2))
@@ -86,10 +86,10 @@ def after(iterations: int, act: Callable[[], None]) -> Watch:
             """Nothing is held."""
 
     @contextmanager
-    def watching(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Watched]:
+    def watching(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Recorder]:
         yield Watching(records)
 
-    return cast("Callable[[BatchedRecords, Path, Callable[[], int]], AbstractContextManager[Watched]]", watching)
+    return cast("Callable[[BatchedRecords, Path, Callable[[], int]], AbstractContextManager[Recorder]]", watching)
 
 
 def boom() -> None:
@@ -443,7 +443,7 @@ def test_the_memory_limit_and_the_batch_follow_control_json_while_running_e16(tm
     limits = []
 
     @contextmanager
-    def watching(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Watched]:
+    def watching(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Recorder]:
         def act() -> None:
             limits.append(limit())
             (folder / "control.json").write_text('{"memory_limit_gb": 3, "max_batch": 64}')

@@ -45,7 +45,7 @@ def made_run(
             {"policies": {name: {"version": version} for name in ("ann", "bob")}},
             adapters=adapters | {"ann@1": made_adapter(0.5)},
         )
-        checkpoint.save(folder / "checkpoints", state, metrics={}, base_model=base, now=1e9 + version)
+        checkpoint.save(folder / "checkpoints", state, metrics={}, base_model=base, now=1e9 + version, copies={})
     return folder
 
 

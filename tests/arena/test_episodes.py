@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from letters import made_outcome
 
+from fedmoe.arena.config import EpisodesSection
 from fedmoe.arena.modes.credit import Credit, SeatCredit
 from fedmoe.arena.modes.protocol import Judgement, SeatResult
-from fedmoe.arena.reporting import Report
+from fedmoe.arena.reporting import IterationReport
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, PlayedTurn, Player
 from fedmoe.arena.run.episode_log import EpisodeLog, EpisodeRow, choose, read_episodes, reward_of, select
 from fedmoe.arena.tasks.task import Lineup
@@ -24,14 +25,14 @@ BASE = Player("base", None)
 REWARDS = (0.5, -1.0, 0.25, 2.0, 0.75, 0.0)
 
 
-def made_report(iteration: int = 7, rewards: Sequence[float] = REWARDS, text: str = "9") -> Report:
+def made_report(iteration: int = 7, rewards: Sequence[float] = REWARDS, text: str = "9") -> IterationReport:
     """Ann beside the base model; she earns `rewards`, it learns nothing."""
     played = [_episode(index, text) for index in range(len(rewards))]
     results = tuple(
         SeatResult("ann", index, 0, SeatCredit(reward, Credit(individual=1.0))) for index, reward in enumerate(rewards)
     )
     # Times and updates are no concern of a log of episodes.
-    return Report(iteration, "competitive", played, Judgement((), results), {}, {}, None)  # type: ignore[arg-type]
+    return IterationReport(iteration, "competitive", played, Judgement((), results), {}, {}, None)  # type: ignore[arg-type]
 
 
 def _episode(index: int, text: str) -> PlayedEpisode:
@@ -44,7 +45,8 @@ def _episode(index: int, text: str) -> PlayedEpisode:
 
 
 def log(folder: Path, per_iteration: int = 4, most_bytes: int = 1 << 20, iteration: int = 0) -> EpisodeLog:
-    return EpisodeLog(folder / "episodes.jsonl", per_iteration, most_bytes, 5, iteration)
+    section = EpisodesSection(per_iteration=per_iteration, megabytes=most_bytes / (1 << 20))
+    return EpisodeLog(folder / "episodes.jsonl", section, 5, iteration)
 
 
 def iterations(folder: Path) -> list[int]:

@@ -14,10 +14,11 @@ from league_sites import ALPHA, RANK, House, Letters, running_house
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.run import checkpoint
 from fedmoe.arena.run.batched_records import BatchedRecords
-from fedmoe.arena.run.run import RunOptions, Stop, Watched, run_arena
+from fedmoe.arena.run.options import RunOptions, Stop
+from fedmoe.arena.run.run import run_arena
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.runtime import failpoints
-from fedmoe.runtime.records import RecordValue
+from fedmoe.runtime.records import Recorder, RecordValue
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_a_run_that_is_stopped_hands_over_what_it_has(
     stop = Stop()
 
     @contextmanager
-    def stop_in_the_third(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Watched]:
+    def stop_in_the_third(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Recorder]:
         write = records.write
 
         def watched(kind: str, **values: RecordValue) -> None:

@@ -41,7 +41,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def foreign(site: Site) -> list[str]:
-    return [one.name for one in site.trainer.society.opponents.opponents() if one.kind == "foreign"]
+    return [one.name for one in site.trainer.memory.opponents.opponents() if one.kind == "foreign"]
 
 
 def loaded(site: Site) -> set[str]:
@@ -95,7 +95,7 @@ def test_two_sites_meet_each_others_experts(house: House, tmp_path: Path) -> Non
     one.iterate(6)
     assert foreign(one) == ["alpha@1", "beta@1"]
     np.testing.assert_array_equal(one.policies.adapters()[AdapterKey("alpha", 1)].flat, house.weights("alpha"))
-    met = one.trainer.society.opponents.state()["results"]
+    met = one.trainer.memory.opponents.state()["results"]
     assert {"alpha@1", "beta@1"} & {name for known in met.values() for name in known}  # type: ignore[attr-defined]
     found = {(comparison.policy, comparison.opponent) for comparison in one.trainer.evaluate()}
     assert found == {(name, rival) for name in one.names for rival in ("base", "beta@1")}
@@ -108,7 +108,7 @@ def test_a_newer_version_takes_the_place_of_the_one_before(house: House, tmp_pat
     other = Site(house.url, tmp_path / "b", ("alpha", "beta"), worker="other").open()
     other.iterate()
     one.exchange()
-    ratings = one.trainer.society.ratings
+    ratings = one.trainer.memory.ratings
     ratings.ensure("alpha@1")
     ratings.ensure("solver")
     ratings.rate([["alpha@1"], ["solver"]], [1.0, 0.0])
@@ -138,7 +138,7 @@ def test_other_weights_under_a_number_that_was_met_are_another_opponent(
     with monkeypatch.context() as patch:
         patch.setattr(client, "list_experts", lambda: listing.model_copy(update={"experts": experts}))
         patch.setattr(client, "pull_expert", lambda *_, **__: changed)
-        one.league.meet(one.trainer.society)
+        one.league.meet(one.trainer.memory)
     assert foreign(one) == ["beta@1", "alpha@2"]
     np.testing.assert_array_equal(one.policies.adapters()[AdapterKey("alpha", 2)].flat, changed.weights)
     one.close()
@@ -152,7 +152,7 @@ def test_an_expert_that_has_not_learned_is_no_opponent(house: House, tmp_path: P
     assert foreign(site) == []
     other.learn("beta", make_change(other, "beta", 1))
     other.exchange()
-    site.league.meet(site.trainer.society)
+    site.league.meet(site.trainer.memory)
     assert foreign(site) == ["beta@1"]
     site.close()
     other.close()

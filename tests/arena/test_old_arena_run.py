@@ -13,7 +13,8 @@ from tiny_arena import tiny_config
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.run import checkpoint
 from fedmoe.arena.run.options import RunOptions, Stop, unwatched
-from fedmoe.arena.run.run import REPORT, run_arena
+from fedmoe.arena.run.results import REPORT
+from fedmoe.arena.run.run import run_arena
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "arena_b5c47da.tar.gz"
 

@@ -72,6 +72,7 @@ def report(found: RunRecords, ending: Ending | None = None) -> dict[str, object]
         ended=1_769_860_890.5,
         ending=ending or Ending("finished"),
         checkpoints=["checkpoint_20260131_120000"],
+        resumed_from=None,
     )
 
 
@@ -84,7 +85,7 @@ def test_a_policys_scores_have_their_intervals_and_the_gain_between_first_and_la
             evaluation(9, "solver", score=0.5, low=0.44, high=0.56, base_score=0.24, base_low=0.2, base_high=0.3),
         ]
     )
-    policies = build_results(found)["policies"]
+    policies = build_results(found, {}, [])["policies"]
     assert isinstance(policies, dict)
     held_out = policies["solver"]["held_out"]
     assert (held_out["initial"]["iteration"], held_out["initial"]["score"]) == (0, 0.25)
@@ -110,7 +111,7 @@ def test_the_newest_result_against_each_opponent_counts_also_one_never_beaten() 
             evaluation(9, "solver", opponent="champion", win_rate=0.0, win_low=0.0, win_high=0.1, episodes=100),
         ]
     )
-    policies = build_results(found)["policies"]
+    policies = build_results(found, {}, [])["policies"]
     assert isinstance(policies, dict)
     assert [(row["opponent"], row["win_rate"]) for row in policies["solver"]["against"]] == [
         ("base", 0.7),
@@ -169,12 +170,12 @@ def test_the_modes_a_run_went_through_are_stretches_of_iterations() -> None:
         for n, mode in enumerate(modes)
         for name in ("a", "b")
     ]
-    assert build_results(sort_records(records))["modes_run"] == [
+    assert build_results(sort_records(records), {}, [])["modes_run"] == [
         {"mode": "cooperative", "first": 0, "last": 1},
         {"mode": "competitive", "first": 2, "last": 2},
         {"mode": "cooperative", "first": 3, "last": 3},
     ]
-    assert sort_records(records).iterations == 4
+    assert len(sort_records(records).steps) == 4
 
 
 def test_a_repeated_iteration_counts_once_and_one_of_another_mode_for_itself() -> None:
@@ -186,7 +187,7 @@ def test_a_repeated_iteration_counts_once_and_one_of_another_mode_for_itself() -
         ]
     )
     assert found.policies["solver"].total("tokens") == 25
-    assert found.iterations == 2
+    assert len(found.steps) == 2
 
 
 def test_the_report_says_when_on_what_how_much_how_fast_and_how_it_ended_e12() -> None:
@@ -229,7 +230,7 @@ def test_a_run_that_still_goes_on_has_no_end() -> None:
 
 def test_nothing_recorded_is_no_error_and_no_invented_number() -> None:
     found = sort_records([])
-    assert build_results(found)["policies"] == {}
+    assert build_results(found, {}, [])["policies"] == {}
     assert build_metrics(found)["iteration"] is None
     work = report(found)["work"]
     assert isinstance(work, dict)
@@ -266,7 +267,7 @@ def test_a_whole_run_goes_through_the_file_into_json(tmp_path: Path) -> None:
     writer.write_many(made)
     writer.close()
     found = sort_records(read_records(tmp_path / "metrics.jsonl"))
-    write_json(tmp_path / RESULTS, build_results(found))
+    write_json(tmp_path / RESULTS, build_results(found, {}, []))
     write_json(tmp_path / REPORT, report(found))
     results = json.loads((tmp_path / "multi_model_training_simple_results.json").read_text())
     assert (results["sample"], results["iterations"], len(results["policies"])) == (True, 24, 3)
@@ -314,20 +315,27 @@ def test_the_processor_is_named_or_else_its_architecture() -> None:
 
 def test_the_best_policy_has_a_name_only_where_it_is_apart() -> None:
     leader: Record = {"kind": "leader", "policy": "a", "rival": "b", "lead": 0.1, "lead_low": 0.02, "questions": 60}
-    best = build_results(sort_records([{**leader, "apart": True}]))["best"]
+    best = build_results(sort_records([{**leader, "apart": True}]), {}, [])["best"]
     assert isinstance(best, dict)
     assert (best["policy"], best["rival"], best["lead_low"]) == ("a", "b", 0.02)
-    best = build_results(sort_records([{**leader, "apart": False}]))["best"]
+    best = build_results(sort_records([{**leader, "apart": False}]), {}, [])["best"]
     assert isinstance(best, dict)
     assert (best["policy"], best["apart"]) == (None, False)
-    assert build_results(sort_records([]))["best"] is None
+    assert build_results(sort_records([]), {}, [])["best"] is None
 
 
 def test_the_report_warns_of_skipped_episodes_and_few_questions() -> None:
     skipped: Record = {"kind": "skipped", "where": "training", "episodes": 3, "reason": "a bug"}
     records = [skipped, {**skipped, "iteration": 1}, evaluation(0, "solver", score=0.5, questions=18)]
     report = build_report(
-        sort_records(records), config={}, environment={}, started=0.0, ended=1.0, ending=Ending("finished")
+        sort_records(records),
+        config={},
+        environment={},
+        started=0.0,
+        ended=1.0,
+        ending=Ending("finished"),
+        checkpoints=[],
+        resumed_from=None,
     )
     first, second = report["warnings"]  # type: ignore[misc]
     assert first == "6 episodes of training failed and were left out, the last by a bug"

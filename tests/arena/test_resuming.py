@@ -6,7 +6,7 @@ import pytest
 
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.run.options import RunError
-from fedmoe.arena.run.resuming import accepted_changes
+from fedmoe.arena.run.resuming import accepted_changes, config_differences
 
 
 def settings(*phases: tuple[str, int], **more: object) -> dict[str, object]:
@@ -76,3 +76,16 @@ def test_evaluation_checkpoint_and_limits_may_change() -> None:
         *("checkpoint.every", "checkpoint.keep", "evaluation.episodes", "evaluation.every"),
         *("learning.max_prompt_tokens", "learning.micro_batch_tokens"),
     ]
+
+
+def test_another_configuration_is_told_key_by_key() -> None:
+    before = {"task": "reasoning:chain_sum", "seed": 7}
+    now = {"seed": 8, "task": "reasoning:chain_sum", "policies": {"solver": {"rank": 8}}}
+    assert config_differences(before, now) == {
+        "policies.solver.rank": "policies.solver.rank: absent in the checkpoint, 8 now",
+        "seed": "seed: 7 in the checkpoint, 8 now",
+    }
+    assert config_differences(before, {"seed": 7, "task": "reasoning:chain_sum"}) == {}
+    assert config_differences({"names": ("a", "b"), "on": 1}, {"names": ["a", "b"], "on": True}) == {
+        "on": "on: 1 in the checkpoint, true now"
+    }

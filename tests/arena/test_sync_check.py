@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from letters import LettersTask
 
-from fedmoe.arena.run.sync_check import make_probes
+from fedmoe.arena.run.weight_check import make_probes
 from fedmoe.arena.tasks.task import PromptMessage, TaskError
 from fedmoe.inference.engine import Sample, SampleRequest
 

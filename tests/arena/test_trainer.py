@@ -33,11 +33,11 @@ def replace_at(monkeypatch: pytest.MonkeyPatch, iterations: dict[int, tuple[str,
     """Competitive mode replaces the first by a copy of the second at these iterations, whatever the ratings."""
 
     class Wishes(competitive.Competitive):
-        def judge(self, society, planning, played):  # type: ignore[no-untyped-def]
+        def judge(self, memory, planning, played):  # type: ignore[no-untyped-def]
             wanted = iterations.get(planning.iteration)
             chosen = Replacement(*wanted, "made by the test") if wanted else None
             monkeypatch.setattr(competitive, "choose_replacement", lambda *_, **__: chosen)
-            return super().judge(society, planning, played)
+            return super().judge(memory, planning, played)
 
     monkeypatch.setattr("fedmoe.arena.trainer.make_mode", lambda name: Wishes())
 
@@ -62,7 +62,7 @@ def test_every_mode_trains_all_policies_at_once_and_versions_rise_e1_e8(mode: st
 def test_a_game_for_two_trains_everybody_over_moving_baselines() -> None:
     with opened(tiny_config([("competitive", 4)], groups=8), DUEL) as arena:
         arena.iterate(3)
-        assert arena.trainer.society.baselines.state()["baselines"]
+        assert arena.trainer.memory.baselines.state()["baselines"]
         assert all(arena.policies.updates(name) >= 2 for name in NAMES)
 
 
@@ -120,7 +120,7 @@ def test_the_engine_holds_only_what_is_needed(bound: int) -> None:
             assert arena.engine.loaded() == newest | ahead
             assert set(arena.policies.adapters()) == newest | ahead
         arena.iterate()
-        (champion,) = arena.trainer.society.opponents.opponents()[2:]
+        (champion,) = arena.trainer.memory.opponents.opponents()[2:]
         assert arena.engine.loaded() == {AdapterKey(name, 20) for name in NAMES}
         assert champion.key in arena.engine.loaded()
         assert len(arena.engine.held) == 21 * len(NAMES), "every version was published once"
@@ -201,7 +201,7 @@ def test_a_replaced_policy_learns_nothing_from_its_predecessor_and_plays_as_itse
         arena.iterate(2)
         parent = arena.policies.adapter("ann")
         updates = arena.policies.updates("dee")
-        arena.trainer.society.opponents.record("dee", "base", 0.0)
+        arena.trainer.memory.opponents.record("dee", "base", 0.0)
         arena.trainer.iterate()
         child = arena.engine.held[AdapterKey("dee", 3)]
         assert _distance(child, parent) == pytest.approx(PERTURBATION, rel=0.1)
@@ -227,13 +227,13 @@ def test_a_replacement_is_in_lineage_ratings_and_decisions(monkeypatch: pytest.M
     with opened(tiny_config([("competitive", 3)])) as arena:
         arena.trainer.iterate()
         arena.trainer.iterate()
-        society = arena.trainer.society
-        (birth,) = society.lineage.births
+        memory = arena.trainer.memory
+        (birth,) = memory.lineage.births
         assert (birth.child, birth.parent, birth.iteration) == (AdapterKey("dee", 2), AdapterKey("ann", 1), 1)
-        ann = society.ratings["ann"]
-        assert society.ratings["dee"] == Rating(ann.mu, society.ratings["dee"].sigma, 0)
-        assert society.ratings["dee"].sigma > ann.sigma
-        assert "dee" not in society.opponents.state()["results"]  # type: ignore[operator]
+        ann = memory.ratings["ann"]
+        assert memory.ratings["dee"] == Rating(ann.mu, memory.ratings["dee"].sigma, 0)
+        assert memory.ratings["dee"].sigma > ann.sigma
+        assert "dee" not in memory.opponents.state()["results"]  # type: ignore[operator]
         decision = arena.kept.of("decision")[-1]
         assert (decision["what"], decision["policy"], decision["iteration"]) == ("replace", "dee", 1)
 
@@ -258,12 +258,12 @@ def test_the_end_of_a_phase_makes_a_champion_and_baselines_begin_anew() -> None:
         arena.trainer.iterate()
         arena.trainer.iterate()
         assert arena.trainer.at_phase_end
-        assert arena.trainer.society.baselines.state()["baselines"]
+        assert arena.trainer.memory.baselines.state()["baselines"]
         arena.trainer.end_phase()
-        assert arena.trainer.society.baselines.state()["baselines"] == []
-        society = arena.trainer.society
-        (champion,) = society.opponents.opponents()[2:]
-        leader, _ = society.ratings.leader(NAMES)
+        assert arena.trainer.memory.baselines.state()["baselines"] == []
+        memory = arena.trainer.memory
+        (champion,) = memory.opponents.opponents()[2:]
+        leader, _ = memory.ratings.leader(NAMES)
         assert (champion.key, champion.kind) == (AdapterKey(leader, 2), "champion")
         arena.trainer.iterate()
         assert not arena.trainer.at_phase_end
@@ -283,7 +283,7 @@ def test_champions_of_the_past_are_evaluated_against() -> None:
     with opened(tiny_config([("competitive", 1), ("competitive", 1)])) as arena:
         arena.iterate(2)
         found = arena.trainer.evaluate()
-        champions = [one.name for one in arena.trainer.society.opponents.opponents()[2:]]
+        champions = [one.name for one in arena.trainer.memory.opponents.opponents()[2:]]
         assert {one.opponent for one in found} <= {"base", *champions}
         assert any(one.opponent in champions for one in found)
         assert not any(one.opponent.startswith(f"{one.policy}@") for one in found), "nobody meets its own past self"
@@ -308,7 +308,7 @@ def test_a_single_policy_has_a_champion_too(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("fedmoe.arena.trainer.make_mode", lambda name: Solo(Credit(individual=1.0)))
     with opened(tiny_config([("competitive", 2)], names=("ann",))) as arena:
         arena.iterate(2)
-        assert [one.name for one in arena.trainer.society.opponents.opponents()[2:]] == ["ann@2"]
+        assert [one.name for one in arena.trainer.memory.opponents.opponents()[2:]] == ["ann@2"]
 
 
 def test_an_engine_that_fails_while_sampling_ahead_ends_the_next_iteration_with_its_error(

@@ -75,6 +75,9 @@ class Kept:
     def write(self, kind: str, **values: RecordValue) -> None:
         self.records.append({"kind": kind, **values})
 
+    def close(self) -> None:
+        """Nothing to release."""
+
     def of(self, kind: str) -> list[dict[str, RecordValue]]:
         return [record for record in self.records if record["kind"] == kind]
 

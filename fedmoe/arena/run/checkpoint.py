@@ -31,33 +31,14 @@ from typing import IO
 import numpy as np
 import structlog
 
-from fedmoe.arena.run.checkpoint_parts import (
-    CheckpointError,
-    Json,
-    adapter_files,
-    config_differences,
-    plain_json,
-    read_adapter,
-)
+from fedmoe.arena.run.adapter_files import CheckpointError, plan_adapter_files, read_adapter
 from fedmoe.arena.run.float_packing import pack, unpack
 from fedmoe.lora.adapter import Adapter, FloatArray
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.files import fsync_folder
 from fedmoe.runtime.resources import require_space
 
-__all__ = [
-    "ArenaState",
-    "CheckpointError",
-    "Loaded",
-    "checkpoints",
-    "clean",
-    "config_differences",
-    "config_digest",
-    "load",
-    "load_newest",
-    "prune",
-    "save",
-]
+Json = Mapping[str, object]
 
 MANIFEST = "manifest.json"
 _STATE = "state.json.gz"
@@ -85,11 +66,6 @@ class ArenaState:
     records_bytes: int = 0
 
     @property
-    def config_digest(self) -> str:
-        """The content hash of the configuration the run had."""
-        return config_digest(self.config)
-
-    @property
     def size(self) -> int:
         """About how many bytes a checkpoint takes at most, without logs."""
         return sum(array.nbytes for array in self.arrays.values()) + sum(
@@ -98,24 +74,23 @@ class ArenaState:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A checkpoint that was read: where it lies, what it holds, and why newer ones were skipped."""
+class Checkpoint:
+    """A checkpoint that was read: where it lies, and what it holds."""
 
     path: Path
     state: ArenaState
-    skipped: tuple[str, ...] = ()
 
 
 def config_digest(config: Json) -> str:
     """The sha256 of a configuration, independent of the order of its keys, as 64 hex digits."""
-    text = json.dumps(plain_json(config, "config"), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoint folders by age, the oldest first; other names are not looked at."""
-    found = [path for path in folder.iterdir() if _time_of(path) is not None] if folder.is_dir() else []
-    return sorted(path for path in found if path.is_dir())
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in paths if _time_of(path) is not None and path.is_dir())
 
 
 def _time_of(path: Path) -> datetime | None:
@@ -126,20 +101,17 @@ def _time_of(path: Path) -> datetime | None:
     return time if time.strftime(_NAME) == path.name else None
 
 
-def clean(folder: Path) -> list[str]:
+def clean(folder: Path) -> None:
     """Remove what killed saves left behind; to be called at start by the process that owns the folder."""
-    left = [path for path in folder.glob(".checkpoint_*") if path.is_dir()] if folder.is_dir() else []
-    for path in left:
-        shutil.rmtree(path)
-        _log.info("checkpoint_leftover_removed", name=path.name)
-    return [path.name for path in left]
+    for path in folder.glob(".checkpoint_*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+            _log.info("checkpoint_leftover_removed", name=path.name)
 
 
-def prune(folder: Path, keep: int, in_use: Path | None = None) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints, never `in_use`; returns what was removed."""
-    if keep < 1:
-        raise ValueError(f"at least one checkpoint must be kept, got {keep}")
-    removed = [path for path in checkpoints(folder)[:-keep] if in_use is None or path.name != in_use.name]
+def prune(folder: Path, keep: int, in_use: Path) -> list[Path]:
+    """Remove all but the newest `keep` (at least 1) checkpoints, never `in_use`; returns what was removed."""
+    removed = [path for path in checkpoints(folder)[:-keep] if path.name != in_use.name]
     for path in removed:
         # Renamed first: a process killed in between must not leave half a checkpoint under its name.
         hidden = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
@@ -155,23 +127,23 @@ def save(
     metrics: Json,
     base_model: str,
     now: float,
-    copies: Mapping[str, Path] | None = None,
+    copies: Mapping[str, Path],
 ) -> Path:
     """Write a checkpoint into `folder` and return its path; it is durable then.
 
     `metrics` becomes performance_metrics.json. `copies`: name in the checkpoint (without `.gz`) -> file to copy; one
-    that is not there is left out with a line in the log. `now` is in seconds since 1970. Raises CheckpointError for a
-    state that cannot be written, OSError when the disk cannot take it (and then nothing is left behind).
+    that is not there is left out with a line in the log. `now` is in seconds since 1970. Raises CheckpointError for
+    a state that cannot be written, OSError when the disk cannot take it (and then nothing is left behind).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    require_space(folder, state.size + sum(path.stat().st_size for path in (copies or {}).values() if path.exists()))
+    require_space(folder, state.size + sum(path.stat().st_size for path in copies.values() if path.exists()))
     path = folder / _next_name(folder, now)
     temporary = folder / f".{path.name}-{secrets.token_hex(4)}"
     temporary.mkdir(mode=0o700)
     try:
-        writer = _Writer(temporary)
+        writer = _CheckpointWriter(temporary)
         _write_all(writer, state, metrics, base_model)
-        for name, source in (copies or {}).items():
+        for name, source in copies.items():
             writer.copy(name, source)
         writer.finish()
         failpoints.reached("checkpoint.written")
@@ -187,15 +159,12 @@ def save(
 def _next_name(folder: Path, now: float) -> str:
     """The name for a new checkpoint; later than every other even when the clock was set back."""
     time = datetime.fromtimestamp(int(now), UTC)
-    found = checkpoints(folder)
-    newest = _time_of(found[-1]) if found else None
-    if newest is not None and newest >= time:
-        time = newest + timedelta(seconds=1)
-    return time.strftime(_NAME)
+    times = [other for path in checkpoints(folder)[-1:] if (other := _time_of(path))]
+    return max([time, *(other + timedelta(seconds=1) for other in times)]).strftime(_NAME)
 
 
-def _write_all(writer: _Writer, state: ArenaState, metrics: Json, base_model: str) -> None:
-    files = adapter_files(state.adapters, base_model)
+def _write_all(writer: _CheckpointWriter, state: ArenaState, metrics: Json, base_model: str) -> None:
+    files = plan_adapter_files(state.adapters, base_model)
     for name, array in state.arrays.items():
         if not _ARRAY_NAME.fullmatch(name) or array.dtype != np.float32:
             raise CheckpointError(f"array {name!r} of {array.dtype}: plain names and float32 are needed")
@@ -209,18 +178,35 @@ def _write_all(writer: _Writer, state: ArenaState, metrics: Json, base_model: st
         "arrays": list(state.arrays),
         "adapters": files.index,
         "layouts": files.layouts,
-        "state": plain_json(state.state, "state"),
+        "state": _plain(state.state, "state"),
     }
     writer.write(_STATE, gzip.compress(json.dumps(values, separators=(",", ":")).encode(), 6, mtime=0))
-    writer.write("config.json", _pretty(plain_json(state.config, "config")))
-    writer.write("performance_metrics.json", _pretty(plain_json(metrics, "metrics")))
+    writer.write("config.json", _pretty(_plain(state.config, "config")))
+    writer.write("performance_metrics.json", _pretty(_plain(metrics, "metrics")))
 
 
-def _pretty(values: Json) -> bytes:
+def _plain(value: object, where: str) -> object:
+    """The value as JSON would give it back; raises CheckpointError naming the place of anything else.
+
+    Tuples become lists. Infinities and NaN are kept, since Python reads back what it writes for them.
+    """
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{where} is of type {type(value).__name__}, which JSON has no word for")
+    for key in value:
+        if not isinstance(key, str):
+            raise CheckpointError(f"{where} has the key {key!r}, which JSON would turn into text; make it text first")
+    return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+
+
+def _pretty(values: object) -> bytes:
     return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-class _Writer:
+class _CheckpointWriter:
     """Writes files below a folder, each durable and hashed, and at the end the manifest of them."""
 
     def __init__(self, folder: Path) -> None:
@@ -275,7 +261,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_newest(folder: Path) -> Loaded | None:
+def load_newest(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint, or None if there never was one; damaged ones are skipped, logged with the reason.
 
     Raises CheckpointError when there are checkpoints and none of them is whole.
@@ -283,7 +269,7 @@ def load_newest(folder: Path) -> Loaded | None:
     skipped: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
-            return Loaded(path, load(path), tuple(skipped))
+            return Checkpoint(path, load(path))
         except CheckpointError as error:
             _log.warning("checkpoint_skipped", name=path.name, reason=str(error))
             skipped.append(str(error))
@@ -301,7 +287,7 @@ def load(path: Path) -> ArenaState:
         expected = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path.name}: {MANIFEST} is missing or damaged: {error!r}") from error
-    reader = _Reader(path, expected)
+    reader = _CheckpointReader(path, expected)
     try:
         state = _state(reader)
         reader.check_others()
@@ -310,7 +296,7 @@ def load(path: Path) -> ArenaState:
     return state
 
 
-class _Reader:
+class _CheckpointReader:
     """Reads the files of a checkpoint, each compared with its hash."""
 
     def __init__(self, folder: Path, expected: Mapping[str, tuple[str, int]]) -> None:
@@ -339,15 +325,15 @@ class _Reader:
                 raise CheckpointError(f"{self._folder.name}: {name} cannot be read: {error.strerror}") from error
 
     def _compare(self, name: str, sha256: str, size: int) -> None:
-        wanted, wanted_size = self._expected[name]
-        if (sha256, size) != (wanted, wanted_size):
+        recorded, recorded_size = self._expected[name]
+        if (sha256, size) != (recorded, recorded_size):
             raise CheckpointError(
-                f"{self._folder.name}: {name} is damaged: expected {wanted_size} bytes with sha256 {wanted[:12]}..., "
-                f"got {size} with {sha256[:12]}..."
+                f"{self._folder.name}: {name} is damaged: expected {recorded_size} bytes with sha256 "
+                f"{recorded[:12]}..., got {size} with {sha256[:12]}..."
             )
 
 
-def _state(reader: _Reader) -> ArenaState:
+def _state(reader: _CheckpointReader) -> ArenaState:
     values = json.loads(gzip.decompress(reader.read(_STATE)))
     layouts = values["layouts"]
     adapters = {key: read_adapter(key, entry, layouts, reader.read) for key, entry in values["adapters"].items()}

@@ -83,8 +83,8 @@ def _state(path: Path) -> ArenaState | None:
     """What a run's newest checkpoint holds, or a checkpoint given as such; None for folders that are neither."""
     if (path / MANIFEST).is_file():
         return checkpoint.load(path)
-    found = checkpoint.load_newest(path / "checkpoints")
-    return found.state if found else None
+    newest = checkpoint.load_newest(path / "checkpoints")
+    return newest.state if newest else None
 
 
 def _check_alike(configs: Mapping[Path, ArenaConfig]) -> None:
@@ -93,7 +93,7 @@ def _check_alike(configs: Mapping[Path, ArenaConfig]) -> None:
         one, two = configs[first], configs[other]
         for what, mine, theirs in (
             ("base models", one.base_model, two.base_model),
-            ("tasks", _told(one.task), _told(two.task)),
+            ("tasks", _task(one.task), _task(two.task)),
             ("chat templates", _template(one), _template(two)),
         ):
             if mine != theirs:
@@ -105,7 +105,7 @@ def _template(config: ArenaConfig) -> str:
     return f"{own} with {config.chat_template_kwargs}"
 
 
-def _told(task: TaskSection) -> str:
+def _task(task: TaskSection) -> str:
     options = ", ".join(f"{name} = {value}" for name, value in sorted(task.options.items()))
     return f"{task.name} ({options})" if options else task.name
 
@@ -121,10 +121,10 @@ def _policies(path: Path, label: str, state: ArenaState) -> Iterator[Entrant]:
 
 def _adapters(path: Path, label: str) -> Iterator[Entrant]:
     single = (path / PEFT_CONFIG).is_file()
-    found = [path] if single else sorted(one.parent for one in path.glob(f"*/{PEFT_CONFIG}"))
-    if not found:
+    folders = [path] if single else sorted(file.parent for file in path.glob(f"*/{PEFT_CONFIG}"))
+    if not folders:
         raise EntrantError(f"{path} is no run, no PEFT folder ({PEFT_CONFIG}) and holds none; give another --pool")
-    for folder in found:
+    for folder in folders:
         name = label.rstrip("/") if single else f"{label}{folder.name}"
         try:
             config, weights = ((folder / file).read_bytes() for file in (PEFT_CONFIG, PEFT_WEIGHTS))

@@ -1,4 +1,4 @@
-"""Some episodes of every iteration as people read them: who saw what, said what, and what it was worth.
+"""The log of some episodes of every iteration for people: who saw what, said what, and what it was worth.
 
 RUN/episodes.jsonl holds one line an episode, the newest ones within a number of bytes. A run that is resumed repeats
 iterations, so what an earlier start wrote of them goes first, and so does half a line of a process that was killed.
@@ -14,7 +14,8 @@ from typing import Literal, TypedDict, cast
 
 import numpy as np
 
-from fedmoe.arena.reporting import Report
+from fedmoe.arena.config import EpisodesSection
+from fedmoe.arena.reporting import IterationReport
 from fedmoe.arena.rollout.episodes import PlayedEpisode, PlayedTurn
 from fedmoe.runtime.files import write_atomic
 
@@ -61,43 +62,41 @@ class EpisodeRow(TypedDict):
 
 
 class EpisodeLog:
-    """Writes `per_iteration` episodes of every iteration (0: none) and keeps the newest within `most_bytes`.
+    """Writes some episodes of every iteration and keeps the newest within a size, as its section says.
 
     Kept are those with the lowest and the highest mean reward, and others drawn from `seed` and iteration.
     """
 
-    def __init__(self, path: Path, per_iteration: int, most_bytes: int, seed: int, iteration: int) -> None:
+    def __init__(self, path: Path, section: EpisodesSection, seed: int, iteration: int) -> None:
         """`iteration`: the one that comes next; rows of it and of later ones are forgotten."""
-        self._path, self._per_iteration, self._most, self._seed = path, per_iteration, most_bytes, seed
+        self._path, self._per_iteration, self._seed = path, section.per_iteration, seed
+        self._most = int(section.megabytes * (1 << 20))
         for left in path.parent.glob(f".{path.name}-*"):
             left.unlink()
         if path.exists():
-            kept = [line for line, row in _lines(path) if row["iteration"] < iteration]
-            write_atomic(path, b"".join(_newest(kept, most_bytes)))
+            earlier = [line for line, row in _lines(path) if row["iteration"] < iteration]
+            write_atomic(path, b"".join(_newest(earlier, self._most)))
 
-    def write(self, report: Report) -> None:
+    def write(self, report: IterationReport) -> None:
         """Write what is kept of one iteration; raises OSError when the disk does not take it."""
         if not self._per_iteration:
             return
-        rows = _newest([_line(row) for row in self._rows(report)], self._most)
+        rows = _newest([json.dumps(row).encode() + b"\n" for row in self._rows(report)], self._most)
         size = self._path.stat().st_size if self._path.exists() else 0
         if size + sum(map(len, rows)) <= self._most:
-            self._append(b"".join(rows))
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(b"".join(rows))
             return
         # Down to half, so that this is not done anew in every iteration.
         room = max(0, self._most // 2 - sum(map(len, rows)))
         earlier = _newest([line for line, _ in _lines(self._path)], room) if size else []
         write_atomic(self._path, b"".join([*earlier, *rows]))
 
-    def _append(self, data: bytes) -> None:
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-
-    def _rows(self, report: Report) -> Iterator[EpisodeRow]:
+    def _rows(self, report: IterationReport) -> Iterator[EpisodeRow]:
         rewards: dict[int, dict[int, float]] = {}
-        for one in report.judged.results:
-            rewards.setdefault(one.episode, {})[one.seat] = one.credit.reward
+        for result in report.judged.results:
+            rewards.setdefault(result.episode, {})[result.seat] = result.credit.reward
         means = {episode: sum(seats.values()) / len(seats) for episode, seats in rewards.items()}
         rng = np.random.default_rng([self._seed, 4, report.iteration])
         for index, why in choose(means, self._per_iteration, rng):
@@ -116,7 +115,7 @@ def choose(rewards: Mapping[int, float], count: int, rng: np.random.Generator) -
     return sorted(list(why.items())[:count])
 
 
-def _row(report: Report, index: int, why: str, rewards: Mapping[int, float]) -> EpisodeRow:
+def _row(report: IterationReport, index: int, why: str, rewards: Mapping[int, float]) -> EpisodeRow:
     played = report.played[index]
     return {
         "iteration": report.iteration,
@@ -153,10 +152,6 @@ def _turn(turn: PlayedTurn) -> TurnRow:
     }
 
 
-def _line(row: EpisodeRow) -> bytes:
-    return json.dumps(row).encode() + b"\n"
-
-
 def _newest(lines: Sequence[bytes], most_bytes: int) -> list[bytes]:
     """The longest run of lines from the end within so many bytes."""
     start = len(lines)
@@ -185,8 +180,8 @@ def read_episodes(path: Path) -> list[EpisodeRow]:
 
 def reward_of(row: EpisodeRow, policy: str | None = None) -> float | None:
     """The mean reward of a policy's seats in an episode, or of all that learned; None where nobody did."""
-    found = [seat["reward"] for seat in row["seats"] if policy in (None, seat["policy"])]
-    rewards = [reward for reward in found if reward is not None]
+    seats = [seat for seat in row["seats"] if policy in (None, seat["policy"])]
+    rewards = [reward for seat in seats if (reward := seat["reward"]) is not None]
     return sum(rewards) / len(rewards) if rewards else None
 
 
@@ -199,11 +194,15 @@ def select(
 ) -> list[EpisodeRow]:
     """At most `limit` episodes in which `policy` sat, of one iteration: the newest, or those that earned it least or
     most (equal rewards: the newer first; episodes in which it did not learn are left out then)."""
-    found = [row for row in rows if iteration in (None, row["iteration"])]
-    found = [row for row in found if policy is None or any(seat["policy"] == policy for seat in row["seats"])]
+    matching = [
+        row
+        for row in rows
+        if iteration in (None, row["iteration"])
+        and (policy is None or any(seat["policy"] == policy for seat in row["seats"]))
+    ]
     if order == "newest":
-        return found[-limit:]
-    rewarded = [(reward, -place) for place, row in enumerate(found) if (reward := reward_of(row, policy)) is not None]
+        return matching[-limit:]
     sign = 1 if order == "lowest" else -1
-    ordered = sorted(rewarded, key=lambda one: (sign * one[0], one[1]))
-    return [found[-place] for _, place in ordered[:limit]]
+    rewards = [(reward_of(row, policy), -place) for place, row in enumerate(matching)]
+    ranked = sorted((sign * reward, place) for reward, place in rewards if reward is not None)
+    return [matching[-place] for _, place in ranked[:limit]]

@@ -1,4 +1,4 @@
-"""What a run is told from outside: where, on what, who looks on, and when to end."""
+"""Run-time options: output folder, devices, observers, stop flag."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Watch = Callable[[BatchedRecords, Path, Callable[[], int]], AbstractContextManag
 
 @contextmanager
 def unwatched(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Recorder]:
-    """Nobody looks on."""
+    """No observer: the records themselves."""
     yield records
 
 
@@ -45,7 +45,7 @@ class RunOptions:
 
 
 class Stop:
-    """The wish to end in order; the reason goes into the report."""
+    """A request to end in order; the reason goes into the report."""
 
     def __init__(self) -> None:
         self.reason = ""

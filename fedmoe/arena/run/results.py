@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedmoe.arena.rollout.interval import FEW_QUESTIONS, few_questions
-from fedmoe.arena.run.checkpoint import config_digest
-from fedmoe.arena.run.checkpoint_parts import Json
+from fedmoe.arena.run.checkpoint import Json, config_digest
 from fedmoe.arena.run.sorted_records import PolicyRecords, RunRecords, Step
 from fedmoe.runtime.files import write_atomic
 from fedmoe.runtime.records import Record, RecordValue
@@ -41,27 +40,25 @@ class Ending:
     reason: str = ""
 
 
-def build_results(
-    found: RunRecords, adapters: Mapping[str, str] | None = None, lineage: Sequence[Json] = ()
-) -> dict[str, object]:
+def build_results(records: RunRecords, adapters: Mapping[str, str], lineage: Sequence[Json]) -> dict[str, object]:
     """The content of the result file: what every policy reached and how it got there.
 
     `adapters`: content hash by `NAME@VERSION`, of the newest versions. `lineage`: which policy came of which.
     """
-    policies = {name: _policy_results(name, policy, adapters or {}) for name, policy in found.policies.items()}
+    policies = {name: _policy_results(name, policy, adapters) for name, policy in records.policies.items()}
     return {
         "format": FORMAT,
-        "task": found.run.get("task"),
-        "mode": found.run.get("mode"),
-        "modes_run": _stretches(found),
-        "base_model": found.run.get("base_model"),
-        "seed": found.run.get("seed"),
-        "sample": bool(found.run.get("sample", False)),
-        "iterations": found.iterations,
-        "best": _best(found),
+        "task": records.run.get("task"),
+        "mode": records.run.get("mode"),
+        "modes_run": _stretches(records),
+        "base_model": records.run.get("base_model"),
+        "seed": records.run.get("seed"),
+        "sample": bool(records.run.get("sample", False)),
+        "iterations": len(records.steps),
+        "best": _best(records),
         "policies": policies,
-        "cooperation": _curve(found.teams, _TEAM),
-        "decisions": [_without(record, "at", "kind") for record in found.decisions],
+        "cooperation": _curve(records.teams, _TEAM),
+        "decisions": [_without(record, "at", "kind") for record in records.decisions],
         "lineage": [dict(birth) for birth in lineage],
     }
 
@@ -81,12 +78,12 @@ def _policy_results(name: str, policy: PolicyRecords, adapters: Mapping[str, str
     }
 
 
-def _best(found: RunRecords) -> dict[str, object] | None:
+def _best(records: RunRecords) -> dict[str, object] | None:
     """The policy that is surely ahead of every other on held-out questions; None by name where none is."""
-    if found.leader is None:
+    if records.leader is None:
         return None
-    apart = found.leader.get("apart") is True
-    return {"policy": found.leader.get("policy") if apart else None, **_chosen(found.leader, _LEADER)}
+    apart = records.leader.get("apart") is True
+    return {"policy": records.leader.get("policy") if apart else None, **_chosen(records.leader, _LEADER)}
 
 
 def _held_out(policy: PolicyRecords) -> dict[str, object] | None:
@@ -110,10 +107,10 @@ def _newest_wins(policy: PolicyRecords) -> list[dict[str, RecordValue]]:
     return [_chosen(record, _WIN) for record in {record.get("opponent"): record for record in measured}.values()]
 
 
-def _stretches(found: RunRecords) -> list[dict[str, RecordValue]]:
+def _stretches(records: RunRecords) -> list[dict[str, RecordValue]]:
     """Which mode ran from which iteration to which, both included."""
     stretches: list[dict[str, RecordValue]] = []
-    for iteration, mode in found.steps:
+    for iteration, mode in records.steps:
         if stretches and stretches[-1]["mode"] == mode:
             stretches[-1]["last"] = iteration
         else:
@@ -128,16 +125,17 @@ def _curve(records: Mapping[Step, Record], fields: Sequence[str]) -> dict[str, l
     return {"iteration": [iteration for iteration, _ in records]} | there
 
 
-def build_metrics(found: RunRecords) -> dict[str, object]:
+def build_metrics(records: RunRecords) -> dict[str, object]:
     """The newest measurements of everything, for a checkpoint's performance_metrics.json."""
+    iteration, mode = next(reversed(records.steps), (None, None))
     return {
         "format": FORMAT,
-        "iteration": found.steps[-1][0] if found.steps else None,
-        "mode": found.steps[-1][1] if found.steps else None,
-        "policies": {name: _policy_metrics(policy) for name, policy in found.policies.items()},
-        "team": _chosen(_last(found.teams), ("iteration", *_TEAM)),
-        "timing": _chosen(_last(found.timings), _TIMING),
-        "system": _without(found.system, *_NOT_MEASURES),
+        "iteration": iteration,
+        "mode": mode,
+        "policies": {name: _policy_metrics(policy) for name, policy in records.policies.items()},
+        "team": _chosen(next(reversed(records.teams.values()), {}), ("iteration", *_TEAM)),
+        "timing": _chosen(next(reversed(records.timings.values()), {}), _TIMING),
+        "system": _without(records.system, *_NOT_MEASURES),
     }
 
 
@@ -151,15 +149,15 @@ def _policy_metrics(policy: PolicyRecords) -> dict[str, object]:
 
 
 def build_report(
-    found: RunRecords,
+    records: RunRecords,
     *,
     config: Json,
     environment: Json,
     started: float,
     ended: float,
     ending: Ending,
-    checkpoints: Sequence[str] = (),
-    resumed_from: str | None = None,
+    checkpoints: Sequence[str],
+    resumed_from: str | None,
 ) -> dict[str, object]:
     """The content of the run report: under which circumstances a run took place. Times in seconds since 1970."""
     return {
@@ -170,44 +168,44 @@ def build_report(
         "ended": None if ending.status == "running" else _iso(ended),
         "seconds": round(ended - started, 3),
         "resumed_from": resumed_from,
-        "task": found.run.get("task"),
-        "sample": bool(found.run.get("sample", False)),
-        "seed": found.run.get("seed"),
+        "task": records.run.get("task"),
+        "sample": bool(records.run.get("sample", False)),
+        "seed": records.run.get("seed"),
         "config": dict(config),
         "config_digest": config_digest(config),
         "environment": dict(environment),
-        "work": _work(found),
-        "warnings": _warnings(found),
-        "peaks": dict(found.peaks),
+        "work": _work(records),
+        "warnings": _warnings(records),
+        "peaks": dict(records.peaks),
         "checkpoints": list(checkpoints),
-        "decisions": [_without(record, "kind") for record in found.decisions],
+        "decisions": [_without(record, "kind") for record in records.decisions],
     }
 
 
-def _work(found: RunRecords) -> dict[str, object]:
+def _work(records: RunRecords) -> dict[str, object]:
     """What was done and how fast; rates are over the time of the iterations, not over that of the process."""
-    sums = {name: sum(number(record.get(name)) for record in found.timings.values()) for name in _TIMING[:4]}
+    sums = {name: sum(number(record.get(name)) for record in records.timings.values()) for name in _TIMING[:4]}
     seconds = sums["iteration_seconds"]
     return {
-        "iterations": found.iterations,
-        "episodes": sum(policy.total("episodes") for policy in found.policies.values()),
-        "skipped_episodes": sum(number(record.get("episodes")) for record in found.skipped),
-        "weight_updates": sum(number(policy.last.get("weight_updates")) for policy in found.policies.values()),
+        "iterations": len(records.steps),
+        "episodes": sum(policy.total("episodes") for policy in records.policies.values()),
+        "skipped_episodes": sum(number(record.get("episodes")) for record in records.skipped),
+        "weight_updates": sum(number(policy.last.get("weight_updates")) for policy in records.policies.values()),
         **sums,
         "tokens_per_second": sums["tokens"] / seconds if seconds else None,
     }
 
 
-def _warnings(found: RunRecords) -> list[str]:
+def _warnings(records: RunRecords) -> list[str]:
     """What a reader of the results must know: episodes that were left out, and comparisons over few questions."""
     said = []
     for where in ("training", "evaluation"):
-        records = [record for record in found.skipped if record.get("where") == where]
-        if records:
-            count = sum(int(number(record.get("episodes"))) for record in records)
-            reason = records[-1].get("reason")
+        skipped = [record for record in records.skipped if record.get("where") == where]
+        if skipped:
+            count = sum(int(number(record.get("episodes"))) for record in skipped)
+            reason = skipped[-1].get("reason")
             said.append(f"{count} episodes of {where} failed and were left out, the last by {reason}")
-    newest = [list(policy.evaluations.values())[-1] for policy in found.policies.values() if policy.evaluations]
+    newest = [list(policy.evaluations.values())[-1] for policy in records.policies.values() if policy.evaluations]
     questions = [asked for record in newest if isinstance(asked := record.get("questions"), int)]
     if questions and min(questions) < FEW_QUESTIONS:
         said.append(few_questions(min(questions)))
@@ -229,10 +227,6 @@ def _chosen(record: Record, names: Sequence[str]) -> dict[str, RecordValue]:
 
 def _without(record: Record, *names: str) -> dict[str, RecordValue]:
     return {name: value for name, value in record.items() if name not in names}
-
-
-def _last(records: Mapping[Step, Record]) -> Record:
-    return list(records.values())[-1] if records else {}
 
 
 def write_json(path: Path, values: Json) -> None:

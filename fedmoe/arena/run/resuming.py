@@ -1,14 +1,15 @@
-"""With which other settings a run may go on: those that change how long, how often or where."""
+"""Settings that a resumed run may change: those that decide how long, how often or where."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 from pydantic import ValidationError
 
 from fedmoe.arena.config import ArenaConfig
-from fedmoe.arena.run.checkpoint_parts import Json, config_differences
+from fedmoe.arena.run.checkpoint import Json
 from fedmoe.arena.run.options import RunError
 
 _MAY_CHANGE = frozenset(
@@ -29,11 +30,12 @@ def accepted_changes(saved: Json, now: Json, done: int, where: str) -> list[str]
     takes is free. Raises RunError naming every other setting that differs, with both values and what to do.
     """
     before, after = (cast(Sequence[_Phase], values.get("phases", ())) for values in (saved, now))
-    found = config_differences(_without_phases(_completed(saved)), _without_phases(now))
-    refused = [words for name, words in found.items() if name not in _MAY_CHANGE]
-    changed = [words for name, words in found.items() if name in _MAY_CHANGE]
-    if _shown(before) != _shown(after):
-        words = f"phases: {_shown(before)} in the checkpoint, {_shown(after)} now"
+    differences = config_differences(_completed(saved), now)
+    differences.pop("phases", None)
+    refused = [words for name, words in differences.items() if name not in _MAY_CHANGE]
+    changed = [words for name, words in differences.items() if name in _MAY_CHANGE]
+    if _phases(before) != _phases(after):
+        words = f"phases: {_phases(before)} in the checkpoint, {_phases(after)} now"
         (changed if _goes_on(before, after, done) else refused).append(words)
     if refused:
         raise RunError(
@@ -52,6 +54,22 @@ def _completed(saved: Json) -> Json:
         return saved
 
 
+def config_differences(saved: Json, now: Json) -> dict[str, str]:
+    """How a configuration differs from that of a checkpoint: the dotted key, and both values in words."""
+    before, after = (dict(_leaves(values, "")) for values in (saved, now))
+    both = {name: (before.get(name, "absent"), after.get(name, "absent")) for name in sorted(before | after)}
+    return {name: f"{name}: {old} in the checkpoint, {new} now" for name, (old, new) in both.items() if old != new}
+
+
+def _leaves(values: Json, prefix: str) -> Iterator[tuple[str, str]]:
+    """The dotted keys of a configuration with their values as JSON."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value, ensure_ascii=False)
+
+
 def _goes_on(before: Sequence[_Phase], after: Sequence[_Phase], done: int) -> bool:
     """Whether both have the same phases up to iteration `done`, and the second is not over before it."""
     end = 0
@@ -66,9 +84,5 @@ def _goes_on(before: Sequence[_Phase], after: Sequence[_Phase], done: int) -> bo
     return False
 
 
-def _without_phases(values: Json) -> dict[str, object]:
-    return {name: value for name, value in values.items() if name != "phases"}
-
-
-def _shown(phases: Sequence[_Phase]) -> str:
+def _phases(phases: Sequence[_Phase]) -> str:
     return ", ".join(f"{phase['mode']} {phase['iterations']}" for phase in phases)

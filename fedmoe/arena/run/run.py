@@ -4,18 +4,17 @@ RUN/metrics.jsonl                              every record, the source of all c
 RUN/logs/training_runner.log, training.log     for people
 RUN/checkpoints/checkpoint_YYYYMMDD_HHMMSS/    see `checkpoint`
 RUN/multi_model_training_simple_results.json, run_report.json
-RUN/episodes.jsonl                             some episodes of every iteration, see `episodes`
-RUN/control.json                               what may be changed while it runs, see `control`
+RUN/episodes.jsonl                             some episodes of every iteration, see `episode_log`
+RUN/control.json                               what may be changed while it runs, see `control_file`
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.league.league import League, join_league, learning_rate_only
@@ -28,17 +27,17 @@ from fedmoe.arena.rollout.chat import ChatCodec
 from fedmoe.arena.rollout.interval import few_questions
 from fedmoe.arena.run import checkpoint, results
 from fedmoe.arena.run.batched_records import BatchedRecords, truncate_records
-from fedmoe.arena.run.checkpoint import ArenaState, Loaded
+from fedmoe.arena.run.checkpoint import ArenaState, Checkpoint
 from fedmoe.arena.run.engines import make_engine
 from fedmoe.arena.run.episode_log import EPISODES, EpisodeLog
 from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch, unwatched
-from fedmoe.arena.run.results import Ending
+from fedmoe.arena.run.results import REPORT, RESULTS, Ending
 from fedmoe.arena.run.resuming import accepted_changes
 from fedmoe.arena.run.sorted_records import sort_records
-from fedmoe.arena.run.sync_check import SyncCheck, make_probes
+from fedmoe.arena.run.weight_check import WeightCheck, make_probes
 from fedmoe.arena.tasks.registry import make_task
 from fedmoe.arena.trainer import Trainer
-from fedmoe.inference.engine import AdapterKey, Engine
+from fedmoe.inference.engine import AdapterKey
 from fedmoe.lora.adapter import initial_adapter
 from fedmoe.lora.codec import digest
 from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
@@ -53,11 +52,8 @@ from fedmoe.runtime.records import Recorder, RecordWriter, read_records
 from fedmoe.runtime.resources import check_file_system, make_temporary, place, remove_temporary
 from fedmoe.wire.client import CoordinatorClient
 
-__all__ = ["METRICS", "REPORT", "RESULTS", "RunError", "RunOptions", "Stop", "run_arena"]
-
 METRICS = "metrics.jsonl"
-RESULTS = "multi_model_training_simple_results.json"
-REPORT = "run_report.json"
+_CHECKPOINTS = "checkpoints"
 #: A micro-batch is never made smaller than this many tokens to save memory.
 _LEAST_TOKENS = 256
 
@@ -69,17 +65,15 @@ class _Run:
     config: ArenaConfig
     options: RunOptions
     base: LoadedBase
-    engine: Engine
-    learner: Learner
     policies: Policies
     trainer: Trainer
     guard: MemoryGuard
     records: BatchedRecords
-    writer: Recorder
+    sink: Recorder
     logs: RunLogs
     league: League | None
     started: float
-    resumed_from: str | None = None
+    resumed_from: str | None
     control: ControlFile = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,55 +88,52 @@ def run_arena(config: ArenaConfig, options: RunOptions, stop: Stop, watch: Watch
     check_file_system(options.folder, options.allow_network_fs)
     options.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        stack.enter_context(_owned(options.folder))
+        stack.callback(os.close, lock_folder(options.folder))
         logs = stack.enter_context(run_logs(options.folder))
-        found = _earlier(config, options, logs)
+        earlier, changes = _earlier(config, options, logs)
         make_temporary(options.folder)
         stack.callback(remove_temporary, options.folder)
-        run = _assemble(config, options, found, logs, stack, watch)
+        run = _assemble(config, options, earlier, logs, stack, watch)
+        if earlier is None:
+            _populate(run)
+        else:
+            _restore(run, earlier.state, changes)
         return _train(run, stop)
 
 
-@contextmanager
-def _owned(folder: Path) -> Iterator[None]:
-    lock = lock_folder(folder)
-    try:
-        yield
-    finally:
-        os.close(lock)
+def _earlier(config: ArenaConfig, options: RunOptions, logs: RunLogs) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, and which settings have changed since then, in words.
 
-
-def _earlier(config: ArenaConfig, options: RunOptions, logs: RunLogs) -> Loaded | None:
-    """The checkpoint to go on from; refuses to write over another run or to go on with another configuration."""
-    folder = options.folder / "checkpoints"
-    records = options.folder / METRICS
+    Refuses to write over another run or to go on with another configuration.
+    """
+    folder, records = options.folder / _CHECKPOINTS, options.folder / METRICS
     if not options.resume:
-        if checkpoint.checkpoints(folder) or _began(records):
+        # A run that was refused, for its mode for example, leaves at most records of the system.
+        began = records.exists() and any(record.get("kind") != "system" for record in read_records(records))
+        if began or checkpoint.checkpoints(folder):
             raise RunError(f"{options.folder} holds a run already: pass --resume, --fresh or another --out")
         truncate_records(records, 0)
-        return None
+        return None, []
     checkpoint.clean(folder)
-    found = checkpoint.load_newest(folder)
-    if found is None:
+    earlier = checkpoint.load_newest(folder)
+    if earlier is None:
         if truncate_records(records, 0):
             logs.runner.warning("no_checkpoint", reason="the run begins anew: it was ended before its first checkpoint")
-        return None
-    for change in accepted_changes(found.state.config, _plain(config), found.state.iteration, str(found.path)):
+        return None, []
+    state = earlier.state
+    changes = accepted_changes(state.config, config.model_dump(mode="json"), state.iteration, str(earlier.path))
+    for change in changes:
         logs.runner.info("setting_changed", change=change)
-    truncate_records(records, found.state.records_bytes)
-    logs.runner.info("resumed", checkpoint=found.path.name, iteration=found.state.iteration)
-    return found
-
-
-def _began(records: Path) -> bool:
-    """Whether a run was begun; one that was refused, for its mode for example, leaves at most records of the system."""
-    return records.exists() and any(record.get("kind") != "system" for record in read_records(records))
+    truncate_records(records, state.records_bytes)
+    logs.runner.info("resumed", checkpoint=earlier.path.name, iteration=state.iteration)
+    return earlier, changes
 
 
 def _assemble(
-    config: ArenaConfig, options: RunOptions, found: Loaded | None, logs: RunLogs, stack: ExitStack, watch: Watch
+    config: ArenaConfig, options: RunOptions, earlier: Checkpoint | None, logs: RunLogs, stack: ExitStack, watch: Watch
 ) -> _Run:
     started = time.time()
+    folder, learning = options.folder, config.learning
     chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
     rollout, learner_device, plan = place(options.rollout_device, options.learner_device)
     limit, sentence = choose_limit(options.memory_limit_gb, memory().total)
@@ -156,38 +147,29 @@ def _assemble(
     for note in base.notes:
         logs.runner.warning("base_model_note", note=note)
     multi = MultiLora(base.model)
-    engine = stack.enter_context(make_engine(config, options.folder, base, multi, rollout))
-    learner = Learner(base, multi, config.learning)
-    policies = Policies(learner, engine, config.learning.max_staleness, _adapt_rules(config))
-    codec = ChatCodec(base.tokenizer, config.learning.max_prompt_tokens)
+    engine = stack.enter_context(make_engine(config, folder, base, multi, rollout))
+    learner = Learner(base, multi, learning)
+    policies = Policies(learner, engine, learning.max_staleness, _adapt_rules(config))
+    codec = ChatCodec(base.tokenizer, learning.max_prompt_tokens)
     if config.engine.kind != "transformers":
         # Another process has its own copy of the weights: what it computes with is checked, never assumed.
-        policies.after_publish = SyncCheck(learner, engine, make_probes(task, engine, codec))
+        policies.after_publish = WeightCheck(learner, engine, make_probes(task, engine, codec))
     guard = MemoryGuard(limit, learner.micro_batch_tokens, min(_LEAST_TOKENS, learner.micro_batch_tokens))
     guard.register_cache("encoded prompts", codec.forget)
     learner.when_short = guard.failed
     stack.enter_context(watched(guard))
-    records = stack.enter_context(BatchedRecords(RecordWriter(options.folder / METRICS)))
-    writer = stack.enter_context(watch(records, options.folder, lambda: guard.limit))
-    trainer = Trainer(config, task, policies, engine, codec, writer)
-    trainer.after_iteration = _episode_log(config, options.folder, found).write
+    records = stack.enter_context(BatchedRecords(RecordWriter(folder / METRICS)))
+    sink = stack.enter_context(watch(records, folder, lambda: guard.limit))
+    trainer = Trainer(config, task, policies, engine, codec, sink)
+    next_iteration = earlier.state.iteration if earlier else 0
+    trainer.after_iteration = EpisodeLog(folder / EPISODES, config.episodes, config.seed, next_iteration).write
     stack.callback(trainer.close)
     league = _join(config, options, base, policies)
-    run = _Run(
-        *(config, options, base, engine, learner, policies, trainer, guard, records, writer, logs, league, started)
-    )
     if league is not None:
         stack.callback(league.close)
         trainer.may_sample_ahead = lambda following: not league.due(following)
-    _populate(run, found)
-    return run
-
-
-def _episode_log(config: ArenaConfig, folder: Path, found: Loaded | None) -> EpisodeLog:
-    wanted, iteration = config.episodes, found.state.iteration if found else 0
-    return EpisodeLog(
-        folder / EPISODES, wanted.per_iteration, int(wanted.megabytes * (1 << 20)), config.seed, iteration
-    )
+    resumed_from = earlier.path.name if earlier else None
+    return _Run(config, options, base, policies, trainer, guard, records, sink, logs, league, started, resumed_from)
 
 
 def _join(config: ArenaConfig, options: RunOptions, base: LoadedBase, policies: Policies) -> League | None:
@@ -206,44 +188,44 @@ def _adapt_rules(config: ArenaConfig) -> AdaptRules | None:
     return learning_rate_only(rules, config.policies) if config.federation else rules
 
 
-def _populate(run: _Run, found: Loaded | None) -> None:
-    """Policies from the coordinator, the checkpoint, or their seeds; every policy begins with an A of its own."""
-    config, multi = run.config, run.learner
-    shape = config.policies
-    layout = multi.layout(shape.rank)
-    alpha = shape.scaled_alpha
-    for index, name in enumerate(shape.all_names):
-        start = run.league.start(name) if run.league and found is None else None
-        run.policies.add(name, start or initial_adapter(layout, alpha, config.seed * 1009 + index))
-    if found is None:
-        _announce(run)
+def _populate(run: _Run) -> None:
+    """New policies, from the coordinator or from their seeds; every policy begins with an A of its own."""
+    for name in run.config.policies.all_names:
         if run.league:
-            run.league.meet(run.trainer.society)
-        return
-    run.resumed_from = found.path.name
-    _tell_changes(run, found)
-    state = found.state.state
-    adapters = {_key(name): adapter for name, adapter in found.state.adapters.items()}
-    saved = state["policies"]
-    assert isinstance(saved, Mapping)
-    run.policies.restore(saved, adapters, found.state.arrays)
+            run.policies.add(name, run.league.start(name))
+        else:
+            _add_from_seed(run, name)
+    _announce(run)
+    if run.league:
+        run.league.meet(run.trainer.memory)
+
+
+def _add_from_seed(run: _Run, name: str) -> None:
+    shape = run.config.policies
+    seed = run.config.seed * 1009 + shape.all_names.index(name)
+    run.policies.add(name, initial_adapter(run.policies.learner.layout(shape.rank), shape.scaled_alpha, seed))
+
+
+def _restore(run: _Run, saved: ArenaState, changes: Sequence[str]) -> None:
+    """The policies of a checkpoint, and everything that goes on from there."""
+    for name in run.config.policies.all_names:
+        _add_from_seed(run, name)
+    # A reader of the curve sees where settings changed.
+    for change in changes:
+        decision = ArenaDecision("configuration", "", "", change, "resumed with another setting")
+        write_decision(run.sink, saved.iteration, "", decision)
+    if changes:
+        _announce(run)
+    state = saved.state
+    adapters = {_key(name): adapter for name, adapter in saved.adapters.items()}
+    run.policies.restore(_mapping(state["policies"]), adapters, saved.arrays)
     if run.league and run.league.rejoin(_mapping(state["league"])):
         state = {**state, "sampling_with": None}  # what was sampled ahead came from weights that are gone
     run.trainer.resume(state)
 
 
-def _tell_changes(run: _Run, found: Loaded) -> None:
-    """Record settings that are not those of the checkpoint: a reader of the curve sees where they changed."""
-    changes = accepted_changes(found.state.config, _plain(run.config), found.state.iteration, str(found.path))
-    for change in changes:
-        decision = ArenaDecision("configuration", "", "", change, "resumed with another setting")
-        write_decision(run.writer, found.state.iteration, "", decision)
-    if changes:
-        _announce(run)
-
-
 def _announce(run: _Run) -> None:
-    run.writer.write(
+    run.sink.write(
         "run",
         task=run.config.task.name,
         mode=", ".join(dict.fromkeys(phase.mode for phase in run.config.phases)),
@@ -253,19 +235,6 @@ def _announce(run: _Run) -> None:
         iterations=run.config.iterations,
         sample=False,
     )
-
-
-def _keep_within_memory(run: _Run) -> None:
-    """Follow the control file and the memory guard; between iterations, so that stopping loses nothing."""
-    asked = run.control.changed()
-    if asked is not None:
-        run.guard.apply(asked)
-    try:
-        run.learner.micro_batch_tokens = run.guard.check()
-    except MemoryLimitError:
-        # Only here: in the middle of an iteration there is no state to go on from but that of the last checkpoint.
-        _save(run)
-        raise
 
 
 def _train(run: _Run, stop: Stop) -> Ending:
@@ -294,12 +263,25 @@ def _train(run: _Run, stop: Stop) -> Ending:
     return ending
 
 
+def _keep_within_memory(run: _Run) -> None:
+    """Follow the control file and the memory guard; between iterations, so that stopping loses nothing."""
+    control = run.control.changed()
+    if control is not None:
+        run.guard.apply(control)
+    try:
+        run.policies.learner.micro_batch_tokens = run.guard.check()
+    except MemoryLimitError:
+        # Only here: in the middle of an iteration there is no state to go on from but that of the last checkpoint.
+        _save(run)
+        raise
+
+
 def _iteration(run: _Run) -> None:
     trainer, config = run.trainer, run.config
     trainer.iterate()
     run.logs.training.info("iteration", number=trainer.iteration, of=config.iterations, mode=trainer.playing)
     if run.league and run.league.due(trainer.iteration):
-        run.league.exchange(trainer.society, trainer.iteration)
+        run.league.exchange(trainer.memory, trainer.iteration)
     ended = trainer.at_phase_end
     if ended:
         trainer.end_phase()
@@ -311,70 +293,68 @@ def _iteration(run: _Run) -> None:
 
 
 def _evaluate(run: _Run) -> None:
-    compared = run.trainer.evaluate()
-    for found in compared:
+    comparisons = run.trainer.evaluate()
+    for comparison in comparisons:
         run.logs.training.info(
             "evaluation",
-            policy=found.policy,
-            opponent=found.opponent,
-            score=round(found.score.mean, 4),
-            base=round(found.base.mean, 4),
-            wins=round(found.wins.mean, 4),
-            better=found.better,
-            questions=found.questions,
+            policy=comparison.policy,
+            opponent=comparison.opponent,
+            score=round(comparison.score.mean, 4),
+            base=round(comparison.base.mean, 4),
+            wins=round(comparison.wins.mean, 4),
+            better=comparison.better,
+            questions=comparison.questions,
         )
-    few = min((found.questions for found in compared if found.few), default=None)
+    few = min((comparison.questions for comparison in comparisons if comparison.few), default=None)
     if few is not None:
         run.logs.training.warning("few_questions", questions=few, reason=few_questions(few))
 
 
 def _save(run: _Run) -> None:
-    """A checkpoint, with the result files and logs as they stand; older ones are pruned."""
+    """Write a checkpoint, with the result files and logs as they stand, and prune older ones."""
     folder = run.options.folder
     length = run.records.sync()
     _write_results(run, Ending("running"))
-    adapters = {str(key): adapter for key, adapter in run.policies.adapters().items()}
-    values = run.trainer.state() | ({"league": run.league.state()} if run.league else {})
-    state = ArenaState(run.trainer.iteration, _plain(run.config), values, run.policies.moments(), adapters, length)
-    copies = {RESULTS: folder / RESULTS, REPORT: folder / REPORT, **log_files(folder)}
-    found = sort_records(read_records(folder / METRICS))
+    state = ArenaState(
+        iteration=run.trainer.iteration,
+        config=run.config.model_dump(mode="json"),
+        state=run.trainer.state() | ({"league": run.league.state()} if run.league else {}),
+        arrays=run.policies.moments(),
+        adapters={str(key): adapter for key, adapter in run.policies.adapters().items()},
+        records_bytes=length,
+    )
     path = checkpoint.save(
-        folder / "checkpoints",
+        folder / _CHECKPOINTS,
         state,
-        metrics=results.build_metrics(found),
+        metrics=results.build_metrics(sort_records(read_records(folder / METRICS))),
         base_model=run.base.identity.name,
         now=time.time(),
-        copies=copies,
+        copies={RESULTS: folder / RESULTS, REPORT: folder / REPORT, **log_files(folder)},
     )
-    removed = checkpoint.prune(folder / "checkpoints", run.config.checkpoint.keep, path)
+    removed = checkpoint.prune(folder / _CHECKPOINTS, run.config.checkpoint.keep, path)
     run.logs.runner.info("checkpoint", name=path.name, iteration=run.trainer.iteration, removed=len(removed))
 
 
 def _write_results(run: _Run, ending: Ending) -> None:
     folder = run.options.folder
-    found = sort_records(read_records(folder / METRICS))
+    records = sort_records(read_records(folder / METRICS))
     digests = {str(key): digest(adapter) for key, adapter in run.policies.adapters().items()}
-    lineage = run.trainer.society.lineage.state()
-    results.write_json(folder / RESULTS, results.build_results(found, digests, lineage))
+    lineage = run.trainer.memory.lineage.state()
+    results.write_json(folder / RESULTS, results.build_results(records, digests, lineage))
     report = results.build_report(
-        found,
-        config=_plain(run.config),
+        records,
+        config=run.config.model_dump(mode="json"),
         environment={**environment(), **run.base.report},
         started=run.started,
         ended=time.time(),
         ending=ending,
-        checkpoints=[path.name for path in checkpoint.checkpoints(folder / "checkpoints")],
+        checkpoints=[path.name for path in checkpoint.checkpoints(folder / _CHECKPOINTS)],
         resumed_from=run.resumed_from,
     )
     results.write_json(folder / REPORT, report)
 
 
-def _plain(config: ArenaConfig) -> dict[str, object]:
-    plain: dict[str, object] = config.model_dump(mode="json")
-    return plain
-
-
-def _mapping(value: object) -> Mapping[str, object]:
+def _mapping(value: object) -> Mapping[str, Mapping[str, object]]:
     assert isinstance(value, Mapping)
     return value
 

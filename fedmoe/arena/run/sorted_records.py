@@ -1,4 +1,4 @@
-"""The records of a run, sorted by what they are about, in one pass over the file."""
+"""The records of a run, sorted by what they are about in one pass over the file."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ class PolicyRecords:
 
 @dataclass(slots=True)
 class RunRecords:
-    """All records of one run. `peaks`: of every percentage and count of bytes of the system the worst value.
+    """All records of one run.
 
-    That is the largest, but of bytes that are free the smallest.
+    `steps`: iterations with their modes, in the order of time. `peaks`: of every percentage and count of bytes of the
+    system the worst value; that is the largest, but of bytes that are free the smallest.
     """
 
     run: Record = field(default_factory=dict)
@@ -47,59 +48,42 @@ class RunRecords:
     leader: Record | None = None
     system: Record = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
-    _steps: dict[Step, None] = field(default_factory=dict)
-
-    @property
-    def steps(self) -> list[Step]:
-        """Iterations with their modes, in the order of time."""
-        return list(self._steps)
-
-    @property
-    def iterations(self) -> int:
-        """How many iterations were recorded."""
-        return len(self._steps)
+    steps: dict[Step, None] = field(default_factory=dict)
 
     def add(self, record: Record) -> None:
         """Sort one record in; kinds that are not known here are left out."""
-        kind, step = record.get("kind"), (record.get("iteration"), record.get("mode"))
-        if kind == "run":
-            self.run = record
-            self._name_policies(record)
-        elif kind == "policy":
-            self._steps[step] = None
-            self._policy(record).turns[step] = record
-        elif kind == "evaluation":
-            self._policy(record).evaluations[(*step, record.get("opponent"))] = record
-        elif kind == "credit":
-            self._policy(record).credit = record
-        elif kind == "rating":
-            self._policy(record).rating = record
-        else:
-            self._add_common(record, step)
-
-    def _add_common(self, record: Record, step: Step) -> None:
-        kind = record.get("kind")
-        if kind == "team":
-            self.teams[step] = record
-        elif kind == "timing":
-            self.timings[step] = record
-        elif kind == "decision":
-            self.decisions.append(record)
-        elif kind == "skipped":
-            self.skipped.append(record)
-        elif kind == "leader":
-            self.leader = record
-        elif kind == "system":
-            self.system = record
-            self._raise_peaks(record)
+        step = (record.get("iteration"), record.get("mode"))
+        match record.get("kind"):
+            case "run":
+                self.run = record
+                names = record.get("policies")
+                for name in names.split(",") if isinstance(names, str) else ():
+                    self.policies.setdefault(name.strip(), PolicyRecords())
+            case "policy":
+                self.steps[step] = None
+                self._policy(record).turns[step] = record
+            case "evaluation":
+                self._policy(record).evaluations[(*step, record.get("opponent"))] = record
+            case "credit":
+                self._policy(record).credit = record
+            case "rating":
+                self._policy(record).rating = record
+            case "team":
+                self.teams[step] = record
+            case "timing":
+                self.timings[step] = record
+            case "decision":
+                self.decisions.append(record)
+            case "skipped":
+                self.skipped.append(record)
+            case "leader":
+                self.leader = record
+            case "system":
+                self.system = record
+                self._raise_peaks(record)
 
     def _policy(self, record: Record) -> PolicyRecords:
         return self.policies.setdefault(str(record.get("policy")), PolicyRecords())
-
-    def _name_policies(self, run: Record) -> None:
-        names = run.get("policies")
-        for name in names.split(",") if isinstance(names, str) else ():
-            self.policies.setdefault(name.strip(), PolicyRecords())
 
     def _raise_peaks(self, record: Record) -> None:
         for name, value in record.items():
@@ -110,7 +94,7 @@ class RunRecords:
 
 def sort_records(records: Iterable[Record]) -> RunRecords:
     """Sort the records of a run, as `fedmoe.runtime.records.read_records` gives them."""
-    found = RunRecords()
+    run_records = RunRecords()
     for record in records:
-        found.add(record)
-    return found
+        run_records.add(record)
+    return run_records

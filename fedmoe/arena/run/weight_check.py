@@ -1,4 +1,4 @@
-"""After every published version: does a remote engine compute what the trainer computes?"""
+"""A check after every published version that a remote engine computes what the trainer computes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_probes(task: Task, engine: Engine, codec: Codec) -> tuple[Probe, ...]:
     return tuple(Probe(prompt, sample.tokens) for prompt, sample in zip(prompts, samples, strict=True))
 
 
-class SyncCheck:
+class WeightCheck:
     """Compares an engine's log-probabilities of fixed probes with the trainer's own; EngineError when they differ."""
 
     def __init__(self, learner: Learner, engine: Engine, probes: tuple[Probe, ...]) -> None:

@@ -1,10 +1,9 @@
-"""What a checkpoint is made of: values as strict JSON, and adapters as files that give the same bits back."""
+"""The adapters of a checkpoint as files that give the same bits back."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -16,7 +15,6 @@ from fedmoe.lora.algebra import baked
 from fedmoe.lora.formats import PEFT_CONFIG, PEFT_WEIGHTS, peft_files, read_peft
 from fedmoe.runtime.errors import ExpectedError
 
-Json = Mapping[str, object]
 _ADAPTER_KEY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)@(?P<version>\d{1,18})", re.ASCII)
 
 
@@ -39,56 +37,6 @@ class AdapterEntry(TypedDict):
     peft: bool
 
 
-def plain_json(values: Json, where: str) -> dict[str, object]:
-    """The values as JSON would give them back; raises CheckpointError naming the place of anything else.
-
-    Tuples become lists. Infinities and NaN are kept, since Python reads back what it writes for them.
-    """
-    return {_text(key, where): _plain(value, f"{where}.{key}") for key, value in values.items()}
-
-
-def config_differences(saved: Json, now: Json) -> dict[str, str]:
-    """How a configuration differs from that of a checkpoint: the dotted key, and both values in words."""
-    before, after = (dict(_leaves(plain_json(values, "config"), "")) for values in (saved, now))
-    return {
-        name: f"{name}: {_shown(before, name)} in the checkpoint, {_shown(after, name)} now"
-        for name in sorted(before.keys() | after.keys())
-        if _shown(before, name) != _shown(after, name)
-    }
-
-
-def _leaves(values: Json, prefix: str) -> Iterator[tuple[str, object]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _shown(leaves: Mapping[str, object], name: str) -> str:
-    return json.dumps(leaves[name], ensure_ascii=False) if name in leaves else "absent"
-
-
-def _plain(value: object, where: str) -> object:
-    if value is None or isinstance(value, str | bool):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value)
-    if isinstance(value, Mapping):
-        return plain_json(value, where)
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    raise CheckpointError(f"{where} is of type {type(value).__name__}, which JSON has no word for; convert it first")
-
-
-def _text(key: object, where: str) -> str:
-    if not isinstance(key, str):
-        raise CheckpointError(f"{where} has the key {key!r}; JSON would turn it into text, so make it text first")
-    return key
-
-
 @dataclass(frozen=True, eq=False)
 class AdapterFiles:
     """Adapters by `NAME@VERSION` on their way to disk: `index` and `layouts` are JSON, `contents` the files."""
@@ -100,7 +48,7 @@ class AdapterFiles:
 
     def contents(self) -> Iterator[tuple[str, bytes]]:
         """File names with their bytes, one at a time: adapters of a large run do not fit into memory twice."""
-        newest = set(_newest(self.adapters).values())
+        newest = _newest(self.adapters)
         for key, adapter in self.adapters.items():
             if key in newest:
                 for name, data in peft_files(adapter, self.base_model).items():
@@ -109,19 +57,20 @@ class AdapterFiles:
                 yield _packed_file(key), pack(adapter.flat)
 
 
-def adapter_files(adapters: Mapping[str, Adapter], base_model: str) -> AdapterFiles:
+def plan_adapter_files(adapters: Mapping[str, Adapter], base_model: str) -> AdapterFiles:
     """Plan the files: the newest version of each name as a PEFT folder, the others packed.
 
     PEFT's format has the scale multiplied into B. Where that rounds (a scale that is no power of two), the newest
     version is packed as well, and read from there.
     """
-    newest = set(_newest(adapters).values())
+    newest = _newest(adapters)
     layouts: list[Layout] = []
     index: dict[str, AdapterEntry] = {}
     for key, adapter in adapters.items():
         if adapter.layout not in layouts:
             layouts.append(adapter.layout)
-        exact = key in newest and _same_bits(adapter, _unbaked(baked(adapter), adapter.alpha))
+        read_back = _unbaked(baked(adapter), adapter.alpha).flat if key in newest else None
+        exact = read_back is not None and np.array_equal(adapter.flat.view(np.uint32), read_back.view(np.uint32))
         index[key] = {"alpha": adapter.alpha, "layout": layouts.index(adapter.layout), "peft": exact}
     return AdapterFiles(adapters, base_model, index, [_layout_json(layout) for layout in layouts])
 
@@ -138,15 +87,15 @@ def read_adapter(key: str, entry: AdapterEntry, layouts: list[LayoutJson], read:
     return _unbaked(adapter, entry["alpha"])
 
 
-def _newest(keys: Mapping[str, Adapter]) -> dict[str, str]:
-    """Name -> the key of its newest version."""
-    found: dict[str, tuple[int, str]] = {}
+def _newest(keys: Iterable[str]) -> set[str]:
+    """The key of the newest version of each name."""
+    newest: dict[str, tuple[int, str]] = {}
     for key in keys:
         match = _ADAPTER_KEY.fullmatch(key)
         if match is None:
             raise CheckpointError(f"adapters are saved by NAME@VERSION, got the key {key!r}")
-        found[match["name"]] = max(found.get(match["name"], (-1, "")), (int(match["version"]), key))
-    return {name: key for name, (_, key) in found.items()}
+        newest[match["name"]] = max(newest.get(match["name"], (-1, "")), (int(match["version"]), key))
+    return {key for _, key in newest.values()}
 
 
 def _peft_folder(key: str) -> str:
@@ -164,10 +113,6 @@ def _unbaked(adapter: Adapter, alpha: float) -> Adapter:
         for _, _, b in adapter.layout.factors(flat):
             b /= np.float32(alpha / adapter.rank)
     return Adapter(adapter.layout, alpha, flat)
-
-
-def _same_bits(one: Adapter, other: Adapter) -> bool:
-    return bool(np.array_equal(one.flat.view(np.uint32), other.flat.view(np.uint32)))
 
 
 def _layout_json(layout: Layout) -> LayoutJson:
