@@ -121,13 +121,3 @@ class KVSlots:
         self._lengths = [length + 1 for length in self._lengths]
         looks = torch.arange(stop, device=self._device)[None, :] <= columns[:, None]
         return looks[:, None, None, :], columns[:, None]
-
-
-def compaction(count: int, left: frozenset[int]) -> list[int]:
-    """Who stands in which slot after the rows `left` are gone: the last rows fill the holes, the others stay."""
-    staying = [row for row in range(count) if row not in left]
-    kept = list(range(len(staying)))
-    fill = [row for row in staying if row >= len(staying)]
-    for hole in [row for row in kept if row in left]:
-        kept[hole] = fill.pop()
-    return kept

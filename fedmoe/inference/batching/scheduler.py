@@ -1,4 +1,4 @@
-"""Continuous batching on our own engine: one thread computes, rows join and leave between two tokens.
+"""Continuous batching in this process: one thread computes what the batch plan says, token after token.
 
 All rows are in one batch, each with its own adapter. A row's tokens do not depend on who else is in the batch (up to
 the last bits of the logits), and a version stays in the model until the last row that uses it is out of the batch.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import suppress
 
@@ -16,7 +16,8 @@ import structlog
 import torch
 
 from fedmoe.inference.backend import BackendError, Generation, ServedModel, Step
-from fedmoe.inference.batching.kv_slots import KVSlots, compaction
+from fedmoe.inference.batching.kv_slots import KVSlots
+from fedmoe.inference.batching.plan import BatchPlan, ended_rows
 from fedmoe.inference.batching.sampler import BatchRow, draw
 from fedmoe.lora.adapter import Adapter, ShapeError
 from fedmoe.models.base import LoadedBase, stop_tokens
@@ -33,8 +34,8 @@ _PROMPT_TOKENS = 4096
 _Queue = asyncio.Queue[Step | BackendError]
 
 
-class _Listened(BatchRow):
-    """A row that somebody in an event loop listens to."""
+class _StreamedRow(BatchRow):
+    """A row whose tokens go to a queue of an event loop."""
 
     def __init__(self, wanted: Generation, stop: frozenset[int], loop: asyncio.AbstractEventLoop) -> None:
         self.queue: _Queue = asyncio.Queue()
@@ -53,12 +54,10 @@ class TransformersBackend:
         self._model = base.model
         self._multi = MultiLora(base.model, modules)
         self._stop_tokens = stop_tokens(base)
-        self._most = rows
         self._changed = threading.Condition()
         self._loaded: set[ServedModel] = set()
         self._users: Counter[ServedModel | None] = Counter()
-        self._waiting: deque[_Listened] = deque()
-        self._rows: list[_Listened] = []
+        self._plan: BatchPlan[_StreamedRow] = BatchPlan(rows, _PROMPT_TOKENS)
         self._slots = KVSlots(base.device)
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -93,18 +92,18 @@ class TransformersBackend:
     def log_likelihoods(self, text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
         """One batch, beside the one in which the model generates."""
         try:
-            found: list[float] = log_likelihoods(self._model, self._multi, text, [str(model) for model in models])
+            likelihoods: list[float] = log_likelihoods(self._model, self._multi, text, [str(model) for model in models])
         except UnknownAdapterError as error:
             raise BackendError(str(error)) from error
-        return found
+        return likelihoods
 
     def busy(self) -> tuple[int, int]:
         """How many rows are in the batch, and how many wait."""
-        return len(self._rows), len(self._waiting)
+        return len(self._plan.rows), len(self._plan.waiting)
 
     async def generate(self, wanted: Generation) -> AsyncGenerator[Step, None]:
         """The tokens as they come."""
-        row = _Listened(wanted, self._stop_tokens, asyncio.get_running_loop())
+        row = _StreamedRow(wanted, self._stop_tokens, asyncio.get_running_loop())
         self._enter(row)
         try:
             while True:
@@ -125,7 +124,7 @@ class TransformersBackend:
         self._thread.join()
         self._multi.detach()
 
-    def _enter(self, row: _Listened) -> None:
+    def _enter(self, row: _StreamedRow) -> None:
         model = row.wanted.model
         with self._changed:
             if self._closed:
@@ -133,20 +132,20 @@ class TransformersBackend:
             if model is not None and model not in self._loaded:
                 raise BackendError(f"{model} is not loaded; loaded: {_listed(self._loaded)}")
             self._users[model] += 1
-            self._waiting.append(row)
+            self._plan.waiting.append(row)
             self._changed.notify_all()
 
-    def _give_up(self, row: _Listened) -> None:
+    def _give_up(self, row: _StreamedRow) -> None:
         """A row in the batch is dropped before the next step; one that waits is gone at once."""
         row.given_up = True
         with self._changed:
-            if row not in self._waiting:
+            if row not in self._plan.waiting:
                 return
-            self._waiting.remove(row)
-        self._leave([row])
+            self._plan.waiting.remove(row)
+        self._release([row])
 
-    def _leave(self, rows: Sequence[_Listened]) -> None:
-        """These rows are out of the batch: their versions may go."""
+    def _release(self, rows: Sequence[_StreamedRow]) -> None:
+        """Let the versions of rows go that are no longer computed."""
         with self._changed:
             for row in rows:
                 self._users[row.wanted.model] -= 1
@@ -159,28 +158,27 @@ class TransformersBackend:
                 self._admit()
                 self._decode()
             except Exception as error:  # whatever it is, those who wait must hear of it and the server goes on
-                _log.error("batch_failed", error=repr(error), rows=len(self._rows))
+                _log.error("batch_failed", error=repr(error), rows=len(self._plan.rows))
                 self._fail_all(f"the batch failed: {type(error).__name__}: {error}")
         self._fail_all("the server is stopping")
 
     def _await_work(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._waiting or self._rows)
+            self._changed.wait_for(lambda: self._closed or self._plan.waiting or self._plan.rows)
             return not self._closed
 
     def _fail_all(self, why: str) -> None:
         with self._changed:
-            left = [*self._rows, *self._waiting]
-            self._waiting.clear()
-        self._rows = []
+            left = self._plan.clear()
         self._slots.keep([])
-        _tell((row, BackendError(why)) for row in left)
-        self._leave(left)
+        _send((row, BackendError(why)) for row in left)
+        self._release(left)
 
     def _admit(self) -> None:
-        """Read the prompts of those who wait and fit, and draw their first tokens."""
-        joining, dropped = self._next_to_join()
-        self._leave(dropped)
+        """Read the prompts of the rows that join, and draw their first tokens."""
+        with self._changed:
+            joining, dropped = self._plan.take_joining()
+        self._release(dropped)
         if not joining:
             return
         try:
@@ -191,48 +189,37 @@ class TransformersBackend:
         except BaseException:
             # Not in the batch yet: `_fail_all` has to find them.
             with self._changed:
-                self._waiting.extendleft(reversed(joining))
+                self._plan.put_back(joining)
             raise
-        going, ended = _sorted(joining, broken)
-        if going:
-            chosen = torch.tensor(going, device=self._multi.device)
+        ended = _deliver(joining, broken)
+        running = [place for place in range(len(joining)) if place not in ended]
+        if running:
+            chosen = torch.tensor(running, device=self._multi.device)
             self._slots.join(
                 [(layer.keys[chosen], layer.values[chosen]) for layer in prompts.layers],
-                [len(joining[index].wanted.prompt) for index in going],
-                [joining[index].room for index in going],
+                [len(joining[place].wanted.prompt) for place in running],
+                [joining[place].room for place in running],
             )
-        self._rows += [joining[index] for index in going]
-        self._leave([joining[index] for index in ended])
-
-    def _next_to_join(self) -> tuple[list[_Listened], list[_Listened]]:
-        """Who joins now, in the order they came: as many as there is room for, and one long prompt at a time."""
-        joining: list[_Listened] = []
-        dropped: list[_Listened] = []
-        tokens = 0
-        with self._changed:
-            while self._waiting and len(self._rows) + len(joining) < self._most:
-                row = self._waiting[0]
-                tokens += len(row.wanted.prompt)
-                if joining and tokens > _PROMPT_TOKENS:
-                    break
-                (dropped if row.given_up else joining).append(self._waiting.popleft())
-        return joining, dropped
+        self._plan.rows += [joining[place] for place in running]
+        self._release([joining[place] for place in ended])
 
     def _decode(self) -> None:
-        """Token after token until somebody can join, nobody is left, or the server stops."""
-        if not self._rows:
+        """Token after token until a row can join, none is left, or the server stops."""
+        plan = self._plan
+        if not plan.rows:
             return
-        with self._multi.decoding_rows([row.adapter for row in self._rows]) as decoding:
+        with self._multi.decoding_rows([row.adapter for row in plan.rows]) as decoding:
             while True:
-                self._drop(frozenset(i for i, row in enumerate(self._rows) if row.given_up), decoding)
-                if not self._rows:
+                self._drop(plan.given_up(), decoding)
+                if not plan.rows:
                     return
                 self._step(decoding)
-                if not self._rows or self._closed or (self._waiting and len(self._rows) < self._most):
+                if not plan.rows or self._closed or plan.has_room:
                     return
 
     def _step(self, decoding: DecodingRows) -> None:
-        tokens = torch.tensor([[row.tokens[-1]] for row in self._rows], device=self._multi.device)
+        rows = self._plan.rows
+        tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=self._multi.device)
         looks, positions = self._slots.advance()
         hidden = self._model.get_decoder()(
             input_ids=tokens,
@@ -241,34 +228,30 @@ class TransformersBackend:
             past_key_values=self._slots.cache,
             use_cache=True,
         ).last_hidden_state
-        broken = draw(logits_of(self._model, hidden[:, 0]), self._rows)
-        _, ended = _sorted(self._rows, broken)
-        self._drop(frozenset(ended), decoding)
+        broken = draw(logits_of(self._model, hidden[:, 0]), rows)
+        self._drop(_deliver(rows, broken), decoding)
 
-    def _drop(self, left: frozenset[int], decoding: DecodingRows) -> None:
-        if not left:
+    def _drop(self, places: frozenset[int], decoding: DecodingRows) -> None:
+        if not places:
             return
-        gone = [self._rows[row] for row in left]
-        kept = compaction(len(self._rows), left)
-        self._rows = [self._rows[row] for row in kept]
+        left, kept = self._plan.leave(places)
         self._slots.keep(kept)
         if kept:
             decoding.keep(torch.tensor(kept, device=self._multi.device))
-        self._leave(gone)
+        self._release(left)
 
 
-def _sorted(rows: Sequence[_Listened], broken: frozenset[int]) -> tuple[list[int], list[int]]:
-    """Tell everybody their token; which rows go on, and which do not."""
+def _deliver(rows: Sequence[_StreamedRow], broken: frozenset[int]) -> frozenset[int]:
+    """Send each row its token, or why it has none; the places of the rows that are finished."""
     why = "the numbers of {} are not finite for this prompt; its weights have overflowed"
-    told: list[tuple[_Listened, Step | BackendError]] = []
-    for index, row in enumerate(rows):
-        told.append((row, BackendError(why.format(row.adapter or "the base model")) if index in broken else row.step()))
-    _tell(told)
-    ended = [index for index, row in enumerate(rows) if index in broken or row.finish is not None]
-    return [index for index in range(len(rows)) if index not in frozenset(ended)], ended
+    _send(
+        (row, BackendError(why.format(row.adapter or "the base model")) if place in broken else row.step())
+        for place, row in enumerate(rows)
+    )
+    return ended_rows(rows, broken)
 
 
-def _tell(items: Iterable[tuple[_Listened, Step | BackendError]]) -> None:
+def _send(items: Iterable[tuple[_StreamedRow, Step | BackendError]]) -> None:
     """Put every item into its row's queue; one call into an event loop for all its rows."""
     by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[_Queue, Step | BackendError]]] = defaultdict(list)
     for row, item in items:

@@ -16,7 +16,8 @@ from serve_house import Alone, tiny, tiny_adapter, tiny_layout
 
 from fedmoe.inference.backend import BackendError, Generation, Sampling, ServedModel, Step
 from fedmoe.inference.batching import scheduler
-from fedmoe.inference.batching.kv_slots import KVSlots, compaction
+from fedmoe.inference.batching.kv_slots import KVSlots
+from fedmoe.inference.batching.plan import compaction
 from fedmoe.inference.batching.sampler import BatchRow, draw
 from fedmoe.inference.batching.scheduler import TransformersBackend
 from fedmoe.lora.adapter import Adapter
@@ -116,14 +117,6 @@ def test_closing_tells_those_who_are_there_and_refuses_others() -> None:
     assert all(isinstance(one, BackendError) and "stopping" in str(one) for one in asyncio.run(interrupted()))
     with pytest.raises(BackendError, match="stopping"):
         asyncio.run(run(backend, wanted))
-
-
-@given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.frozensets(st.integers(0, n - 1)))))
-def test_holes_are_filled_from_the_end(case: tuple[int, frozenset[int]]) -> None:
-    count, left = case
-    kept = compaction(count, left)
-    assert sorted(kept) == [row for row in range(count) if row not in left]
-    assert all(source == target or source >= len(kept) > target for target, source in enumerate(kept))
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 7), st.integers(1, 6)), min_size=1, max_size=25))
