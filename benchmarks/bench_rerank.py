@@ -45,8 +45,8 @@ from fedmoe.lora.regmean import regmean  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
 from fedmoe.models.final_logits import selected_logprobs  # noqa: E402
 from fedmoe.models.multilora import MultiLora  # noqa: E402
+from fedmoe.models.policy_logprobs import log_likelihoods  # noqa: E402
 from fedmoe.models.prompt_features import prefix_features  # noqa: E402
-from fedmoe.models.text_likelihood import log_likelihoods  # noqa: E402
 from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.worker.statistics import StatisticsBudget, prompt_statistics  # noqa: E402
 

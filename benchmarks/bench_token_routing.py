@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,10 +36,11 @@ from fedmoe.datasets.tokens.packing import Block, collate  # noqa: E402
 from fedmoe.gateway.evaluate import ROUTED_BY  # noqa: E402
 from fedmoe.gateway.routers import SequenceRouter, SpectralRouter, likeliest  # noqa: E402
 from fedmoe.gateway.token_routing import SpectralWeights  # noqa: E402
+from fedmoe.lora.adapter import FloatMatrix  # noqa: E402
 from fedmoe.models.base import LoadedBase, load_base  # noqa: E402
 from fedmoe.models.multilora import MultiLora, TokenWeights  # noqa: E402
 from fedmoe.models.packed import token_losses  # noqa: E402
-from fedmoe.models.prompt_features import prompt_features, row_energies  # noqa: E402
+from fedmoe.models.prompt_features import prompt_features  # noqa: E402
 from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.worker.statistics import StatisticsBudget, prompt_statistics  # noqa: E402
 
@@ -95,6 +96,29 @@ class Measured:
         counted = Counted(weights, len(names))
         found = loss(self.multi, self.blocks, lambda rows: self.multi.mixed(names, counted, rows))
         return found, float(counted.given[names.index(self.domain)] / counted.given.sum())
+
+
+def row_energies(base: LoadedBase, prompts: Sequence[Sequence[int]], rows: Mapping[str, FloatMatrix]) -> FloatMatrix:
+    """How strongly each row p of `rows[module]` (R, n) responds to a prompt, float32 (prompts, R).
+
+    The mean over modules and positions (but position 0) of n (p'x)^2 / ||x||^2 for the module's inputs x (n,) on the
+    bare base model; 1 for a unit row and inputs without any direction of their own.
+    """
+    energies: list[torch.Tensor] = []
+
+    def hear(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], matrix: torch.Tensor) -> None:
+        x = arguments[0][0, 1:] if arguments[0].shape[1] > 1 else arguments[0][0]
+        loud = (x @ matrix.T).square() * x.shape[-1] / x.square().sum(dim=-1, keepdim=True).clamp_min(1e-30)
+        energies.append(loud.mean(dim=0))
+
+    with ExitStack() as hooks, torch.inference_mode():
+        for name, matrix in rows.items():
+            hook = partial(hear, matrix=torch.from_numpy(matrix))
+            hooks.callback(base.model.get_submodule(name).register_forward_pre_hook(hook).remove)
+        for prompt in prompts:
+            base.model.base_model(input_ids=torch.tensor([list(prompt)]), use_cache=False)
+    means = torch.stack(energies).view(len(prompts), len(rows), -1).mean(dim=1)
+    return np.asarray(means.numpy(), np.float32)
 
 
 def choices_by_block(

@@ -1,4 +1,4 @@
-"""`DistributedWorker`: the sync loop around a QwenWorker.
+"""`DistributedWorker`: trains in step with a coordinator: pull, train, push the change, rebase onto the newest version.
 
     training thread                          delivery thread
     ---------------                          ---------------
@@ -7,11 +7,15 @@
     cut: delta = local - base, on disk  -->  push (again and again until answered)
     train on                                   |
     answer there?  <---------------------------+
-    rebase: local = newest + (local - what the coordinator now knows of it)
+    rebase: local = newest + (local - reference)
 
-One update is under way at a time. While it is, training goes on, at most `max_unsynced` seconds after the cut. What the
-coordinator knows after an update is base + the delta as it travelled; measuring from there keeps what int8 or bf16
-rounded away in the local weights, so the next delta carries it (error feedback without a buffer).
+One update is under way at a time. While it is, training goes on, at most `max_unsynced` seconds after the cut. The
+reference is what the coordinator knows of the local weights: the base, or after a cut the base + the delta as it
+travelled. Measuring from there keeps what int8 or bf16 rounded away in the local weights, so the next delta carries it
+(error feedback without a buffer).
+
+Weights that are pulled travel in the same precision, and the base is what was decoded. Deltas are taken from that base,
+so its rounding is in no update; the next answer to a push, always in float32, takes it out of the local weights too.
 """
 
 from __future__ import annotations
@@ -31,13 +35,12 @@ from fedmoe.lora.codec import WireDtype, decode, encode
 from fedmoe.qwen_finetune import NonFiniteError
 from fedmoe.qwen_worker import Companion, EvaluationRecord, QwenWorker, StepRecord
 from fedmoe.runtime import failpoints
-from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, PulledExpert
-from fedmoe.wire.contract.messages import StartFrom, UpdateHeader
-from fedmoe.wire.delivery import Delivery, DeliveryOutcome
+from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, ExpectedWeights, PulledExpert
+from fedmoe.wire.contract.messages import StartFrom, StatisticRequest, UpdateHeader
+from fedmoe.wire.delivery import DeliveryOutcome, Delivery
 from fedmoe.wire.outbox import Outbox, PendingUpdate
-from fedmoe.worker.device_failure import device_failure
+from fedmoe.worker.failures import DivergedError, WorkerFailedError, device_failure, on_rank_zero
 from fedmoe.worker.progress import Progress, SyncPoint
-from fedmoe.worker.pull import DivergedError, WorkerFailedError, on_rank_zero, pull
 from fedmoe.worker.report import WorkerReport, warn_of_other_history
 from fedmoe.worker.restart import resume_worker
 
@@ -125,7 +128,7 @@ class DistributedWorker:
     def _loop(self) -> None:
         while not self._group.flag(self._stop.is_set() or self.worker.finished):
             self._train()
-            self._take_in()
+            self._absorb_answer()
             on_rank_zero(self._group, self._send_if_due)
             if self._group.flag(self._clock() - self._saved_at > _CHECKPOINT_SECONDS):
                 self._save()
@@ -138,11 +141,11 @@ class DistributedWorker:
         returned = answer is not None and answer.returned
         if self._group.flag(self._talks and self._box.pending is not None and not returned):
             return False
-        newest = on_rank_zero(self._group, lambda: pull(self._client, self._settings.expert, self.worker.manifest))
+        newest = on_rank_zero(self._group, self._pull)
         self.worker.load(self._starting_weights(newest, saved, returned) if newest else None)
         self._adopt(newest)
         if self._group.flag(returned):
-            self._take_back()
+            self._restore_refused()
         self._cut_at = self._clock()
         return True
 
@@ -156,6 +159,18 @@ class DistributedWorker:
         _log.info("registered", expert=info.name, version=info.version, digest=info.digest[:12])
         self._on_registered()
 
+    def _pull(self) -> PulledExpert:
+        settings, expected = self._settings, ExpectedWeights(self.worker.manifest)
+        pulled = self._client.pull_expert(settings.expert, dtype=settings.wire_dtype, expected=expected)
+        assert pulled is not None, "without an ETag there is always an answer"
+        _log.info("pulled", expert=pulled.name, version=pulled.version, digest=pulled.digest[:12])
+        return pulled
+
+    def _start_delivery(self, pending: PendingUpdate, fact: StatisticRequest | None) -> Delivery:
+        manifest, dtype = self.worker.manifest, self._settings.wire_dtype
+        self._delivery = Delivery(self._client, pending, self._coordinator_away, fact, manifest, dtype)
+        return self._delivery
+
     def _deliver_leftover(self, saved: SyncPoint | None) -> DeliveryOutcome | None:
         """What became of the update an earlier run left; None if it left none, or when told to stop meanwhile."""
         pending = self._box.pending
@@ -166,9 +181,9 @@ class DistributedWorker:
             self._box.settle()
             return None
         _log.info("delivering", sequence=pending.header.sequence)
-        self._delivery = Delivery(self._client, pending, self._trouble, manifest=self.worker.manifest)
+        delivery = self._start_delivery(pending, None)
         self._await_answer(self._settings.max_unsynced)
-        answer = self._delivery.answer()
+        answer = delivery.answer()
         if answer is None:
             self._report_undelivered()
             return None
@@ -176,7 +191,7 @@ class DistributedWorker:
             if answer.poisoned:
                 self._box.settle()
             raise answer.refused
-        self._told(answer)
+        self._report_answer(answer)
         if not answer.returned:
             self._box.settle()
         self._delivery = None
@@ -202,7 +217,8 @@ class DistributedWorker:
 
     def _train(self) -> None:
         """Train until a push is due, an answer has come, or training may not go on without one."""
-        if self._group.flag(self._must_wait()):
+        overdue = self._clock() - self._cut_at >= self._settings.max_unsynced
+        if self._group.flag(self._delivery is not None and overdue):
             if self._delivery is not None:
                 self._delivery.wait(_TICK_SECONDS)
             return
@@ -210,16 +226,13 @@ class DistributedWorker:
         # Where one step takes longer than the interval, there is still one step between two pushes.
         one_step = self._group.flag(seconds <= 0)
         try:
-            limits = (math.inf, 1) if one_step else (seconds, None)
-            self.worker.train_for(limits[0], self._interrupted, self._step_done, limits[1], self._evaluated)
+            seconds, steps = (math.inf, 1) if one_step else (seconds, None)
+            self.worker.train_for(seconds, self._interrupted, self._step_done, steps, self._evaluated)
         except NonFiniteError as error:
             self._skip_batch(error)
         except (RuntimeError, MemoryError) as failed:
             save = self._save if self._group.world_size == 1 else None
             raise device_failure(failed, self.worker.step, save) from failed
-
-    def _must_wait(self) -> bool:
-        return self._delivery is not None and self._clock() - self._cut_at >= self._settings.max_unsynced
 
     def _seconds_to_train(self) -> float:
         since_cut = self._clock() - self._cut_at
@@ -275,31 +288,30 @@ class DistributedWorker:
             steps=self.worker.step,
             tokens=self._progress.tokens,
         )
-        fact = self._report.fact() if self._report else None
-        self._delivery = Delivery(self._client, self._box.cut(header, body), self._trouble, fact, self.worker.manifest)
+        self._start_delivery(self._box.cut(header, body), self._report.fact() if self._report else None)
         # float32 carries everything; an expert trained by one worker then equals its local weights bit for bit.
         exact = self._settings.wire_dtype == "fp32"
         self._reference = local if exact else base.weights + decode(body, layout).flat
         self._under_way, self._progress = self._progress, Progress()
         self._cut_at = self._clock()
 
-    def _take_in(self) -> None:
-        """If the answer is there, rebase onto the newest version; all ranks."""
+    def _absorb_answer(self) -> None:
+        """Once the answer is there, rebase onto the newest version; all ranks."""
         answer = on_rank_zero(self._group, self._usable_answer)
         if not self._group.flag(answer is not None):
             return
         if self._group.flag(answer is not None and answer.newest is None):
-            self._give_up(answer)
+            self._stop_for_refusal(answer)
         returned = answer is not None and answer.returned
         # A returned update never landed: all that was learned since its base has still to travel. One that is held
         # travels no more: it comes back with a pull once it is released.
-        known = self._base.weights if returned and self._base else self._reference
+        reference = self._base.weights if returned and self._base else self._reference
         newest = answer.newest if answer else None
-        self.worker.rebase(newest.weights if newest else None, known)
+        self.worker.rebase(newest.weights if newest else None, reference)
         self._adopt(newest)
         if self._group.flag(returned):
             self._progress += self._under_way
-            self._take_back()
+            self._restore_refused()
         elif self._talks:
             self._box.settle()
         self._delivery = None
@@ -307,20 +319,20 @@ class DistributedWorker:
     def _usable_answer(self) -> DeliveryOutcome | None:
         answer = self._delivery.answer() if self._delivery is not None else None
         if answer is not None:
-            self._told(answer)
+            self._report_answer(answer)
         return answer
 
-    def _told(self, answer: DeliveryOutcome) -> None:
+    def _report_answer(self, answer: DeliveryOutcome) -> None:
         if self._report is not None:
             self._report.answered(self._require_pending(), answer)
 
-    def _take_back(self) -> None:
+    def _restore_refused(self) -> None:
         """A refused update is local progress again: first on disk, then out of the outbox; all ranks."""
         self._save(absorbed=True)
         if self._talks:
             self._box.settle()
 
-    def _give_up(self, answer: DeliveryOutcome | None) -> None:
+    def _stop_for_refusal(self, answer: DeliveryOutcome | None) -> None:
         """Refused for a reason a person has to see to; the update is kept for the next start; all ranks."""
         if not self._group.flag(answer is not None and answer.poisoned):
             self._save()
@@ -346,7 +358,7 @@ class DistributedWorker:
         """Wait for the answer to the update under way and take it in; whether none is under way any more; all ranks."""
         if self._delivery is not None:
             self._await_answer(self._left(began))
-        self._take_in()
+        self._absorb_answer()
         return self._group.flag(self._delivery is None)
 
     def _await_answer(self, seconds: float) -> None:
@@ -362,13 +374,13 @@ class DistributedWorker:
         if self._delivery is None:
             _log.info("left", step=self.worker.step, version=self._require_base().version)
             return
-        told = (
+        reason = (
             f"{self._client.url} did not answer; update {self._require_pending().header.sequence} is kept in "
             f"{self._state_dir} and delivered at the next start"
         )
         if not self._stop.is_set():
-            raise CoordinatorUnavailableError(told)
-        _log.warning("left_with_update", reason=told)
+            raise CoordinatorUnavailableError(reason)
+        _log.warning("left_with_update", reason=reason)
 
     def _save(self, absorbed: bool = False) -> None:
         """Write a checkpoint; `absorbed` says that the pending update's content is in it again; all ranks."""
@@ -382,7 +394,7 @@ class DistributedWorker:
         failpoints.reached("worker.saved")
         self._saved_at = self._clock()
 
-    def _trouble(self, error: CoordinatorUnavailableError) -> None:
+    def _coordinator_away(self, error: CoordinatorUnavailableError) -> None:
         if self._report is not None:
             self._report.away(error)
 

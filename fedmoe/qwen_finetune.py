@@ -1,4 +1,4 @@
-"""QwenLoRAExpert: a base model, one adapter on it and its optimizer; it trains on packed batches."""
+"""`QwenLoRAExpert`: a base model with one LoRA adapter and its optimizer, trained on packed batches."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ __all__ = [
     "OptimizerArrays",
     "QwenLoRAExpert",
     "ScheduleEnded",
-    "StepResult",
+    "StepRecord",
     "TrainingConfig",
 ]
 
 _log = structlog.get_logger("fedmoe.worker")
 OptimizerArrays = dict[str, NDArray[np.generic]]
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class NonFiniteError(ArithmeticError):
@@ -44,9 +45,12 @@ class NonFiniteError(ArithmeticError):
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """One step: mean loss in nats per labelled token, tokens over all ranks, gradient norm before clipping, seconds."""
+class StepRecord:
+    """One step: its number counted from 1, mean loss in nats per labelled token, tokens over all ranks, gradient norm
+    before clipping, learning rate, seconds.
+    """
 
+    step: int
     loss: float
     tokens: int
     grad_norm: float
@@ -82,18 +86,15 @@ class QwenLoRAExpert:
         self.lora = lora or LoraConfig()
         self.training = training or TrainingConfig()
         self.group = group or ProcessGroup(device=base.device)
+        shape = self.lora
         self.attached = attach(
-            base.model,
-            self.lora.target_modules,
-            self.lora.r,
-            self.lora.lora_alpha,
-            self.lora.lora_dropout,
-            self.lora.seed,
+            base.model, shape.target_modules, shape.r, shape.lora_alpha, shape.lora_dropout, shape.seed
         )
         self.group.broadcast_(self.attached.parameter.data)
         self.step = 0
         #: Whether micro-batches are half as large as asked for, since memory once ran out.
         self.halves = False
+        self._sum_dtype = torch.float32 if base.device.type == "mps" else torch.float64
         self._scale = LossScale.start(base.dtype)
         self._optimizer = self._new_optimizer()
         if self.training.gradient_checkpointing:
@@ -101,7 +102,7 @@ class QwenLoRAExpert:
 
     @property
     def manifest(self) -> Manifest:
-        """What this expert's updates fit on."""
+        """The base model and the adapter's shape, which updates of this expert must fit."""
         return Manifest(self.base.identity, self.attached.layout, float(self.attached.alpha))
 
     @property
@@ -124,7 +125,7 @@ class QwenLoRAExpert:
         if self.attached.parameter is not before:
             self._reset_optimizer()
 
-    def train_step(self, batches: Sequence[Batch]) -> StepResult:
+    def train_step(self, batches: Sequence[Batch]) -> StepRecord:
         """One optimizer step over all `batches` (micro-batches) of all ranks, each labelled token counting the same.
 
         Raises NonFiniteError, with weights and optimizer unchanged, ScheduleEnded beyond `max_steps`, and ValueError
@@ -132,7 +133,8 @@ class QwenLoRAExpert:
         """
         started = time.perf_counter()
         rate = learning_rate_at(self.training, self.step)
-        tokens = self._sum_over_ranks(sum(count_targets(batch) for batch in batches))
+        count = torch.tensor([sum(map(count_targets, batches))], dtype=torch.int64, device=self.base.device)
+        tokens = int(self.group.sum_(count).item())
         if tokens == 0:
             raise ValueError("no token of this step is labelled; check the data and the masking of prompts")
         self.base.model.train()
@@ -144,7 +146,7 @@ class QwenLoRAExpert:
         self._optimizer.step()
         self._scale = self._scale.after_step()
         self.step += 1
-        return StepResult(loss, tokens, norm, rate, time.perf_counter() - started)
+        return StepRecord(self.step, loss, tokens, norm, rate, time.perf_counter() - started)
 
     def evaluate(self, blocks: Sequence[Block], batch_size: int) -> EvaluationResult:
         """The mean loss over `blocks`, in evaluation mode and without gradient; raises ValueError without labels."""
@@ -153,11 +155,11 @@ class QwenLoRAExpert:
         self.base.model.eval()
         with torch.no_grad(), autocast(self.base.device, self.base.dtype):
             for start in range(0, len(blocks), batch_size):
-                losses, rows = token_losses(
-                    self.base.model, collate(blocks[start : start + batch_size]), self.base.device
-                )
-                np.add.at(sums, start + rows.cpu().numpy(), losses.double().cpu().numpy())
-                np.add.at(counts, start + rows.cpu().numpy(), 1)
+                batch = collate(blocks[start : start + batch_size])
+                losses, rows = token_losses(self.base.model, batch, self.base.device)
+                places = start + rows.cpu().numpy()
+                np.add.at(sums, places, losses.double().cpu().numpy())
+                np.add.at(counts, places, 1)
         tokens = int(counts.sum())
         if tokens == 0:
             raise ValueError(f"no token of these {len(blocks)} blocks is labelled; there is nothing to evaluate")
@@ -165,15 +167,14 @@ class QwenLoRAExpert:
         return EvaluationResult(float(sums.sum() / tokens), tokens, tuple(means))
 
     def evaluate_ranks(self, blocks: Sequence[Block], batch_size: int) -> EvaluationResult:
-        """The mean loss over the blocks of all ranks, each with its own (maybe none); `block_losses` are this rank's.
+        """The mean loss over the blocks of all ranks, each with its own or none; `block_losses` are this rank's.
 
         Nothing that training depends on changes: no weight, no gradient, no random state.
         """
         mine = self.evaluate(blocks, batch_size) if blocks else EvaluationResult(0.0, 0, ())
         if self.group.world_size == 1:
             return mine
-        dtype = torch.float64 if self.base.device.type != "mps" else torch.float32
-        sums = torch.tensor([mine.loss * mine.tokens, mine.tokens], dtype=dtype, device=self.base.device)
+        sums = torch.tensor([mine.loss * mine.tokens, mine.tokens], dtype=self._sum_dtype, device=self.base.device)
         nats, tokens = self.group.sum_(sums).tolist()
         return EvaluationResult(nats / tokens, int(tokens), mine.block_losses)
 
@@ -182,65 +183,62 @@ class QwenLoRAExpert:
         tokenizer, model = self.base.tokenizer, self.base.model
         if chat and not tokenizer.chat_template:
             raise ValueError(f"the tokenizer of {self.base.identity.name} has no chat template; pass chat=False")
-        text = prompt
         if chat:
             turn = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(self.base.device)
+            prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(self.base.device)
         stops = stop_tokens(self.base)
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=sorted(stops),
-            pad_token_id=pad_token(self.base),
-        )
+        ends = {"eos_token_id": sorted(stops), "pad_token_id": pad_token(self.base)}
+        settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **ends)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
         model.eval()
         with torch.no_grad(), autocast(self.base.device, self.base.dtype):
-            output = model.generate(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
-            )
-        said = strip_stop_tokens(output[0, inputs["input_ids"].shape[1] :].tolist(), stops)
-        return str(tokenizer.decode(said, skip_special_tokens=True))
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        answer = strip_stop_tokens(output[0, ids.shape[1] :].tolist(), stops)
+        return str(tokenizer.decode(answer, skip_special_tokens=True))
 
     def optimizer_state(self) -> OptimizerArrays:
-        """All that the next step depends on beside the weights, as arrays that safetensors can hold.
+        """Everything besides the weights that the next step depends on, as arrays that safetensors can hold.
 
         `exp_avg` and `exp_avg_sq` float32 (size,), `step` int64 (1,), `loss_scale` float64 (value, good steps), and
         with dropout `random_state` uint8.
         """
         parameter = self.attached.parameter
         state = self._optimizer.state.get(parameter, {})
-        moments = {
-            name: state.get(name, torch.zeros_like(parameter)).detach().cpu().numpy().copy()
-            for name in ("exp_avg", "exp_avg_sq")
+        arrays: OptimizerArrays = {
+            name: state.get(name, torch.zeros_like(parameter)).detach().cpu().numpy().copy() for name in _MOMENTS
         }
-        counters: OptimizerArrays = {
-            "step": np.array([self.step], np.int64),
-            "loss_scale": np.array([self._scale.value, self._scale.good_steps], np.float64),
-        }
+        arrays["step"] = np.array([self.step], np.int64)
+        arrays["loss_scale"] = np.array([self._scale.value, self._scale.good_steps], np.float64)
         if self.lora.lora_dropout:
-            counters["random_state"] = self._random_state().cpu().numpy().copy()
-        return {**moments, **counters}
+            on_cuda = self.base.device.type == "cuda"
+            random_state = torch.cuda.get_rng_state(self.base.device) if on_cuda else torch.get_rng_state()
+            arrays["random_state"] = random_state.cpu().numpy().copy()
+        return arrays
 
     def load_optimizer_state(self, state: Mapping[str, NDArray[np.generic]]) -> None:
         """Go on from what `optimizer_state` gave; raises ValueError when it is of another shape."""
         parameter = self.attached.parameter
-        wanted = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": (1,), "loss_scale": (2,)}
-        for name, shape in wanted.items():
-            if name not in state or state[name].shape != tuple(shape):
-                got = state[name].shape if name in state else "nothing"
-                raise ValueError(f"optimizer state {name}: expected shape {tuple(shape)}, got {got}")
+        shapes = dict.fromkeys(_MOMENTS, tuple(parameter.shape)) | {"step": (1,), "loss_scale": (2,)}
+        for name, shape in shapes.items():
+            got = state[name].shape if name in state else "nothing"
+            if got != shape:
+                raise ValueError(f"optimizer state {name}: expected shape {shape}, got {got}")
         if self.lora.lora_dropout and "random_state" not in state:
             raise ValueError("optimizer state has no random_state, which dropout needs to go on as before")
         self._reset_optimizer()
         self.step = int(state["step"][0])
         value, good_steps = (float(number) for number in state["loss_scale"])
         self._scale = LossScale(value, int(good_steps), self._scale.dynamic)
-        moments = {name: torch.tensor(state[name], device=parameter.device) for name in ("exp_avg", "exp_avg_sq")}
+        moments = {name: torch.tensor(state[name], device=parameter.device) for name in _MOMENTS}
         count = torch.tensor(float(self.step), dtype=torch.float32, device=parameter.device)
         self._optimizer.state[parameter] = {"step": count, **moments}
-        if self.lora.lora_dropout:
-            self._set_random_state(torch.tensor(state["random_state"]))
+        if not self.lora.lora_dropout:
+            return
+        if self.base.device.type == "cuda":
+            torch.cuda.set_rng_state(torch.tensor(state["random_state"]), self.base.device)
+        else:
+            torch.set_rng_state(torch.tensor(state["random_state"]))
 
     def _reset_optimizer(self) -> None:
         self.step = 0
@@ -248,12 +246,8 @@ class QwenLoRAExpert:
         self._optimizer = self._new_optimizer()
 
     def _new_optimizer(self) -> torch.optim.AdamW:
-        return torch.optim.AdamW(
-            [self.attached.parameter],
-            lr=self.training.learning_rate,
-            weight_decay=self.training.weight_decay,
-            fused=True,
-        )
+        rate, decay = self.training.learning_rate, self.training.weight_decay
+        return torch.optim.AdamW([self.attached.parameter], lr=rate, weight_decay=decay, fused=True)
 
     def _gradient(self, batches: Sequence[Batch], tokens: int) -> tuple[float, float]:
         # Every rank sees the same summed loss and gradient, so all of them retry, go on or raise alike.
@@ -293,8 +287,7 @@ class QwenLoRAExpert:
         return self._accumulated(batches, tokens)
 
     def _accumulate(self, batches: Sequence[Batch], tokens: int) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float64 if self.base.device.type != "mps" else torch.float32)
-        total = total.to(self.base.device)
+        total = torch.zeros((), dtype=self._sum_dtype, device=self.base.device)
         for batch in batches:
             if count_targets(batch) == 0:
                 continue
@@ -304,18 +297,3 @@ class QwenLoRAExpert:
             (summed * (self._scale.value / tokens)).backward()
             total += summed.detach()
         return total
-
-    def _sum_over_ranks(self, count: int) -> int:
-        if self.group.world_size == 1:
-            return count
-        return int(self.group.sum_(torch.tensor([count], dtype=torch.int64, device=self.base.device)).item())
-
-    def _random_state(self) -> torch.Tensor:
-        on_cuda = self.base.device.type == "cuda"
-        return torch.cuda.get_rng_state(self.base.device) if on_cuda else torch.get_rng_state()
-
-    def _set_random_state(self, state: torch.Tensor) -> None:
-        if self.base.device.type == "cuda":
-            torch.cuda.set_rng_state(state, self.base.device)
-        else:
-            torch.set_rng_state(state)

@@ -1,4 +1,4 @@
-"""QwenWorker: trains one expert on private blocks for an interval at a time; it knows no network."""
+"""`QwenWorker`: trains one expert on private data for an interval at a time; without any network."""
 
 from __future__ import annotations
 
@@ -17,24 +17,12 @@ from fedmoe.lora.manifest import Manifest
 from fedmoe.models.data_hashes import DIGEST, check_data_change, remove_other_hashes, write_hashes
 from fedmoe.models.held_out import HeldOutPlan, HeldOutState
 from fedmoe.models.worker_state import WorkerCheckpointError, WorkerState, has_state, load_state, save_state
-from fedmoe.qwen_finetune import QwenLoRAExpert
+from fedmoe.qwen_finetune import QwenLoRAExpert, StepRecord
 
 __all__ = ["Companion", "EvaluationRecord", "IntervalResult", "QwenWorker", "StepRecord", "WorkerCheckpointError"]
 
 _OPTIMIZER = "optimizer."
 _VECTOR = "vector."
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One step: its number counted from 1, mean loss in nats per token, tokens over all ranks, gradient norm, rate."""
-
-    step: int
-    loss: float
-    tokens: int
-    grad_norm: float
-    learning_rate: float
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +97,14 @@ class QwenWorker:
     @property
     def finished(self) -> bool:
         """Whether the schedule is at its end and its result measured, or the held-out loss no longer falls."""
-        return self._ended and not self._due
+        return self._ended and not self._evaluation_due
 
     @property
     def _ended(self) -> bool:
         return self.expert.finished or self.stopped_early
 
     @property
-    def _due(self) -> bool:
+    def _evaluation_due(self) -> bool:
         plan = self.held_out
         return plan is not None and plan.due(self.measured, self.step, self._ended)
 
@@ -127,7 +115,7 @@ class QwenWorker:
 
     @property
     def manifest(self) -> Manifest:
-        """What this worker's updates fit on."""
+        """The base model and the adapter's shape, which this worker's updates must fit."""
         return self.expert.manifest
 
     def train_for(
@@ -148,15 +136,12 @@ class QwenWorker:
         steps, tokens, nats = 0, 0, 0.0
         while True:
             self._evaluate_if_due(should_stop, on_evaluation)
-            if self._is_over(started + seconds, should_stop, max_steps, steps):
+            over = self._ended or (max_steps is not None and steps >= max_steps)
+            if self._group.flag(over or should_stop() or self._clock() >= started + seconds):
                 break
             result = self.expert.train_step(self._next_batches())
             steps, tokens, nats = steps + 1, tokens + result.tokens, nats + result.loss * result.tokens
-            on_step(
-                StepRecord(
-                    self.step, result.loss, result.tokens, result.grad_norm, result.learning_rate, result.seconds
-                )
-            )
+            on_step(result)
         return IntervalResult(steps, tokens, nats / tokens if tokens else float("nan"), self._clock() - started)
 
     def weights(self) -> FloatVector:
@@ -235,7 +220,7 @@ class QwenWorker:
         return Companion({name: str(text) for name, text in state.values["texts"].items()}, vectors)
 
     def _restore_place(self, folder: Path, state: WorkerState, allow_changed: bool) -> None:
-        """All ranks come to the same decision, also where the data of only one of them changed."""
+        """Restore the place in the data or begin a new epoch; if one rank's data changed, all ranks begin anew."""
         saved = {name: int(str(value)) for name, value in state.values["sampler"].items()}
         self.new_order = self._group.any_flag(not self.sampler.fits(saved))
         if not self.new_order:
@@ -254,16 +239,14 @@ class QwenWorker:
         self, should_stop: Callable[[], bool], on_evaluation: Callable[[EvaluationRecord], None]
     ) -> None:
         plan = self.held_out
-        if plan is None or not self._group.flag(self._due and not should_stop()):
+        if plan is None or not self._group.flag(self._evaluation_due and not should_stop()):
             return
         started = self._clock()
         mine = plan.blocks[self._group.rank :: self._group.world_size]
-        found = self.expert.evaluate_ranks(mine, self.expert.training.per_device_train_batch_size)
-        self.measured = state = self.measured.after(self.step, found.loss, plan.threshold)
-        seconds = self._clock() - started
-        on_evaluation(
-            EvaluationRecord(self.step, found.loss, found.tokens, seconds, state.first, state.best, state.worse)
-        )
+        result = self.expert.evaluate_ranks(mine, self.expert.training.per_device_train_batch_size)
+        self.measured = state = self.measured.after(self.step, result.loss, plan.threshold)
+        seconds, history = self._clock() - started, (state.first, state.best, state.worse)
+        on_evaluation(EvaluationRecord(self.step, result.loss, result.tokens, seconds, *history))
 
     def _rebased(self, new_base: FloatVector, sent_local: FloatVector) -> FloatVector:
         local = self.weights()
@@ -275,10 +258,6 @@ class QwenWorker:
         local -= sent_local
         local += new_base
         return local
-
-    def _is_over(self, deadline: float, should_stop: Callable[[], bool], max_steps: int | None, steps: int) -> bool:
-        over = self._ended or (max_steps is not None and steps >= max_steps)
-        return self._group.flag(over or should_stop() or self._clock() >= deadline)
 
     def _next_batches(self) -> list[Batch]:
         training = self.expert.training

@@ -93,8 +93,8 @@ def _report_for(
     chat = given_template(chat_template, chat_template_kwargs)
     from fedmoe.datasets.check import check_beginning
     from fedmoe.models.base import load_tokenizer
-    from fedmoe.models.context import resolve_max_length
     from fedmoe.models.prepare_data import DataOptions, prepare_and_report
+    from fedmoe.models.step_memory import resolve_max_length
     from fedmoe.runtime.cache import cache_folder
     from fedmoe.runtime.device import pin_threads
 

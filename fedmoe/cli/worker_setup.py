@@ -1,4 +1,4 @@
-"""From parameters to a running worker: data checked first, then the base model, then the coordinator."""
+"""`fedmoe worker`, from its configuration to a running worker; what can be refused is refused before the long work."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from fedmoe.runtime.stop_signals import StopOnSignal
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.messages import StatisticsKind
 from fedmoe.wire.outbox import Outbox
+from fedmoe.worker.failures import on_rank_zero
 from fedmoe.worker.options import adapter_layout, check_federation, check_processes
 from fedmoe.worker.phases import PhaseLog, log_phase
-from fedmoe.worker.pull import on_rank_zero
 from fedmoe.worker.restart import check_data
 from fedmoe.worker.statistics import (
-    DataStatistics,
     Disclosure,
     data_statistics,
     read_cached,
@@ -63,8 +62,9 @@ def run_worker(config: WorkerConfig) -> None:
             for note in base.notes:
                 _log.warning("base_model_note", note=note)
             layout = adapter_layout(config, base, _targets(config))
-            theirs = federation.manifest if federation is not None else None
-            on_rank_zero(group, lambda: check_federation(config, base, layout, theirs.manifest() if theirs else None))
+            message = federation.manifest if federation is not None else None
+            manifest = message.manifest() if message is not None else None
+            on_rank_zero(group, lambda: check_federation(config, base, layout, manifest))
             data = worker_data(config, base, layout, group, processes)
             _train(config, base, data, group, client, state_dir, outbox)
     finally:
@@ -84,11 +84,30 @@ def _train(
 ) -> None:
     checkpoints, allowed = state_dir / "checkpoint", config.allow_changed_data
     on_rank_zero(group, lambda: check_data(checkpoints, data.sampler, data.hashes, allowed, group))
+
+    def disclose() -> Disclosure | None:
+        statistics = statistics_to_send(config, base, data.blocks, state_dir / "statistics")
+        return Disclosure(client, config.specialty, config.worker_id, statistics) if statistics else None
+
     # On the bare base model, so before an adapter is attached.
-    disclosure = on_rank_zero(group, lambda: _disclosure(config, base, data.blocks, client, state_dir))
+    disclosure = on_rank_zero(group, disclose)
     try:
-        worker = _build(config, base, data, group, client, state_dir, outbox, disclosure)
-        stopped = _stopped_by_signal(worker)
+        expert = QwenLoRAExpert(base, _lora(config), data.training, group)
+        worker = DistributedWorker(
+            QwenWorker(expert, data.sampler, held_out=data.held_out, hashes=data.hashes),
+            client,
+            _sync_settings(config),
+            state_dir,
+            outbox,
+            on_registered=disclosure.start if disclosure is not None else lambda: None,
+        )
+        stopped = threading.Event()
+
+        def stop() -> None:
+            stopped.set()
+            worker.stop()
+
+        StopOnSignal(stop).install()
         if group.rank == 0:
             log_phase("training")
         worker.run()
@@ -100,63 +119,39 @@ def _train(
             disclosure.close()
 
 
-def _stopped_by_signal(worker: DistributedWorker) -> threading.Event:
-    """Stop the worker on SIGTERM and SIGINT; the event is set once one came."""
-    stopped = threading.Event()
-
-    def stop() -> None:
-        stopped.set()
-        worker.stop()
-
-    StopOnSignal(stop).install()
-    return stopped
-
-
-def _disclosure(
-    config: WorkerConfig, base: LoadedBase, blocks: list[Block], client: CoordinatorClient, state_dir: Path
-) -> Disclosure | None:
-    statistics = statistics_to_send(config, base, blocks, state_dir / "statistics")
-    return Disclosure(client, config.specialty, config.worker_id, statistics) if statistics else None
-
-
 def statistics_to_send(
     config: WorkerConfig, base: LoadedBase, blocks: list[Block], folder: Path
 ) -> dict[StatisticsKind, bytes]:
-    """What the worker discloses of its data, by kind; nothing where it may not or cannot be told of these data.
+    """The statistics that the worker discloses of its data, by kind; none where it may not, or these data have none.
 
-    What was made of the same data before is in `folder`.
+    `folder` caches those of the same data.
     """
     if not config.send_statistics:
         return {}
     key = statistics_key(base, blocks, _targets(config))
-    if kept := read_cached(folder, key):
-        tokens = InputMoments.from_bytes(kept["moments"]).tokens
+    if cached := read_cached(folder, key):
+        tokens = InputMoments.from_bytes(cached["moments"]).tokens
         _log.info("statistics_kept", folder=str(folder), tokens=tokens)
         _warn_if_thin(tokens)
-        return kept
+        return cached
     started = time.monotonic()
     try:
-        found = data_statistics(base, blocks, _targets(config), progress=PhaseLog("statistics of the data").at)
+        statistics = data_statistics(base, blocks, _targets(config), progress=PhaseLog("statistics of the data").update)
     except ValueError as error:  # too little data, or a base model that has no such numbers: training needs neither
         _log.warning("no_statistics", reason=str(error))
         return {}
-    _tell(found, round(time.monotonic() - started, 1))
-    bodies: dict[StatisticsKind, bytes] = {"prompts": found.prompts.to_bytes(), "moments": found.moments.to_bytes()}
-    write_cached(folder, key, bodies)
-    return bodies
-
-
-def _tell(found: DataStatistics, seconds: float) -> None:
-    """Log what the statistics rest on and what the data hold."""
     _log.info(
         "statistics",
-        prompts=found.prompts.count,
-        of_samples=found.samples,
-        tokens=found.moments.tokens,
-        of_tokens=found.tokens,
-        seconds=seconds,
+        prompts=statistics.prompts.count,
+        of_samples=statistics.samples,
+        tokens=statistics.moments.tokens,
+        of_tokens=statistics.tokens,
+        seconds=round(time.monotonic() - started, 1),
     )
-    _warn_if_thin(found.moments.tokens)
+    _warn_if_thin(statistics.moments.tokens)
+    bodies = statistics.to_bytes()
+    write_cached(folder, key, bodies)
+    return bodies
 
 
 def _warn_if_thin(tokens: int) -> None:
@@ -164,18 +159,8 @@ def _warn_if_thin(tokens: int) -> None:
         _log.warning("thin_statistics", reason=f"the data give {note}")
 
 
-def _build(
-    config: WorkerConfig,
-    base: LoadedBase,
-    data: WorkerData,
-    group: ProcessGroup,
-    client: CoordinatorClient,
-    state_dir: Path,
-    outbox: Outbox | None,
-    disclosure: Disclosure | None,
-) -> DistributedWorker:
-    expert = QwenLoRAExpert(base, _lora(config), data.training, group)
-    settings = SyncSettings(
+def _sync_settings(config: WorkerConfig) -> SyncSettings:
+    return SyncSettings(
         config.worker_id,
         config.specialty,
         config.sync_interval,
@@ -184,19 +169,11 @@ def _build(
         config.start_from,
         config.allow_changed_data,
     )
-    worker = QwenWorker(expert, data.sampler, held_out=data.held_out, hashes=data.hashes)
-    on_registered = disclosure.start if disclosure is not None else lambda: None
-    return DistributedWorker(worker, client, settings, state_dir, outbox, on_registered=on_registered)
 
 
 def _lora(config: WorkerConfig) -> LoraConfig:
-    return LoraConfig(
-        config.lora_r,
-        config.lora_alpha,
-        config.lora_dropout,
-        _targets(config),
-        seed_of(config.specialty) % 2**63,
-    )
+    seed = seed_of(config.specialty) % 2**63
+    return LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout, _targets(config), seed)
 
 
 def _targets(config: WorkerConfig) -> str | tuple[str, ...]:

@@ -13,13 +13,13 @@ from fedmoe.gateway.routers import Router
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import LoadedBase, context_length, pad_token
 from fedmoe.models.chat_frame import ChatFrame
-from fedmoe.models.context import resolve_max_length
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.packed import count_targets
+from fedmoe.models.policy_logprobs import log_likelihoods
 from fedmoe.models.prepare_data import DataOptions, prepare_samples
 from fedmoe.models.prompt_features import prompt_features
 from fedmoe.models.schedule import LoraConfig
-from fedmoe.models.text_likelihood import log_likelihoods
+from fedmoe.models.step_memory import resolve_max_length
 from fedmoe.qwen_finetune import QwenLoRAExpert
 
 __all__ = ["BASE", "ROUTED_BY", "LossMatrix", "evaluate", "held_out_blocks", "routed_to"]

@@ -1,1 +1,1 @@
-"""The only place that loads a base model, chooses its device and puts adapters on it."""
+"""Base models, LoRA on them, and what training and sampling need: the only place that loads a base model."""

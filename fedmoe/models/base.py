@@ -1,4 +1,4 @@
-"""Loading the frozen base model, and saying exactly which one it is."""
+"""Loads a frozen base model with its tokenizer, and identifies it by the hashes of its stored files."""
 
 from __future__ import annotations
 
@@ -54,10 +54,7 @@ _HUB_FILES += ["special_tokens_map.json", "vocab.json", "merges.txt", "chat_temp
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A frozen base model on its device, its tokenizer, its identity, and a `report` of how it was loaded.
-
-    `notes` are what its parts do that users should know of.
-    """
+    """A frozen base model on its device, its tokenizer and identity, a `report` of how it was loaded, and warnings."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -74,7 +71,7 @@ def stop_tokens(base: LoadedBase) -> frozenset[int]:
 
 
 def pad_token(base: LoadedBase) -> int:
-    """The token that fills up rows; nothing attends to it, so one that ends answers will do where none is named."""
+    """The token that pads rows; nothing attends to it, so without one of its own a token that ends answers will do."""
     named = base.tokenizer.pad_token_id
     return int(named) if named is not None else min(stop_tokens(base))
 
@@ -110,7 +107,9 @@ def load_base(
     if name == "tiny":
         model, tokenizer = tiny_model(), tiny_tokenizer()
         identity = BaseModel("tiny", _TINY_REVISION, *tiny_hashes(model, tokenizer))
-        model, notes = model.to(chosen_dtype), _check(name, model, tokenizer, LoadedWeights(), chat)
+        chat.apply(tokenizer, name)
+        notes = check_loaded(name, model, tokenizer, LoadedWeights())
+        model = model.to(chosen_dtype)
     else:
         folder, revision = _locate(name)
         # The identity travels to the coordinator: a local folder's path is nobody else's business.
@@ -142,18 +141,6 @@ def load_tokenizer(name: str, chat: ChatTemplate | None = None) -> tuple[PreTrai
     chat.apply(tokenizer, name)
     refuse(template_findings(name, tokenizer)[0])
     return tokenizer, context_of(config, tokenizer)[0]
-
-
-def _check(
-    where: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    weights: LoadedWeights,
-    chat: ChatTemplate,
-) -> tuple[str, ...]:
-    """Give the tokenizer its chat template, then compare all parts; the notes."""
-    chat.apply(tokenizer, where)
-    return check_loaded(where, model, tokenizer, weights)
 
 
 def _report(base: LoadedBase, chat: ChatTemplate) -> dict[str, str]:
@@ -188,8 +175,7 @@ def _locate(name: str, weights: bool = True) -> tuple[Path, str]:
 
 
 def _download(repository: str, revision: str | None, offline: bool, weights: bool) -> str:
-    """The folder of a hub model, downloaded if need be; a cache that can only be read is read."""
-
+    """The folder of a hub model, downloaded if need be; a cache that is read-only is used as it is."""
     files = [file for file in _HUB_FILES if weights or not file.endswith(".safetensors")]
 
     def fetch(cache: Path, from_cache: bool) -> str:
@@ -208,9 +194,10 @@ def _download(repository: str, revision: str | None, offline: bool, weights: boo
 
 def _from_hub(name: str, weights: bool) -> tuple[Path, str]:
     repository, _, revision = name.partition("@")
-    offline = _is_offline()
+    settings = (os.environ.get(variable, "").upper() for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    offline = any(setting in ("1", "ON", "YES", "TRUE") for setting in settings)
     try:
-        found = _download(repository, revision or None, offline, weights)
+        folder = Path(_download(repository, revision or None, offline, weights))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         why = "HF_HUB_OFFLINE is set and it is not in the hub cache" if offline else f"{type(error).__name__}: {error}"
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
@@ -219,15 +206,7 @@ def _from_hub(name: str, weights: bool) -> tuple[Path, str]:
             f"base model {name} cannot be had from the hub: {why}\nOffline: copy its folder (config.json, "
             "model.safetensors, tokenizer.json) here and name the folder, or use the embedded model smollm2."
         ) from error
-    folder = Path(found)
     return _checked(folder, weights), folder.name
-
-
-def _is_offline() -> bool:
-    return any(
-        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
 
 
 def _checked(folder: Path, weights: bool) -> Path:
@@ -245,7 +224,7 @@ def _load_folder(
     disable_progress_bar()  # a bar in a log file is noise, and loading takes a second
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -258,14 +237,9 @@ def _load_folder(
         )
     except Exception as error:  # the libraries raise whatever a file makes them stumble over
         raise BaseModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
-    weights = LoadedWeights(
-        found["missing_keys"],
-        found["unexpected_keys"],
-        [(name, tuple(stored), tuple(wanted)) for name, stored, wanted in found["mismatched_keys"]],
-    )
-    stored: tuple[list[str], list[str]] = ([], [])
-    if chat.text is None:
-        stored = stored_template_findings(folder, tokenizer)
-    refuse(stored[0])
-    notes = _check(str(folder), model, tokenizer, weights, chat)
-    return model, tokenizer, (*stored[1], *notes)
+    mismatched = [(name, tuple(stored), tuple(expected)) for name, stored, expected in loading["mismatched_keys"]]
+    weights = LoadedWeights(loading["missing_keys"], loading["unexpected_keys"], mismatched)
+    problems, notes = stored_template_findings(folder, tokenizer) if chat.text is None else ([], [])
+    refuse(problems)
+    chat.apply(tokenizer, str(folder))
+    return model, tokenizer, (*notes, *check_loaded(str(folder), model, tokenizer, weights))

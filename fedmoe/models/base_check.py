@@ -1,7 +1,7 @@
-"""Whether the parts of a base model fit together: settings, weights, tokenizer, chat template, context.
+"""Checks that the parts of a base model fit together: settings, weights, tokenizer, chat template, context.
 
-Every problem names the files, both values and what to do; all are told at once. What published models do and still
-work is a note.
+Every problem names the files, both values and what to do, and all are reported at once. Oddities of published models
+that work nevertheless are notes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class LoadedWeights:
-    """What loading found: names without stored values, stored values without a name, and (name, stored, wanted)."""
+    """How weights were loaded: names without values, values without a name, and (name, shape, shape in the model)."""
 
     missing: Collection[str] = ()
     unused: Collection[str] = ()
@@ -46,7 +46,7 @@ class LoadedWeights:
 
 
 def check_settings(folder: Path) -> None:
-    """Before anything is loaded: config.json and generation_config.json by themselves; raises BaseModelError."""
+    """Check config.json and generation_config.json before anything is loaded; raises BaseModelError."""
     problems = []
     config = _json(folder / "config.json")
     inner = config.get("text_config")
@@ -54,12 +54,13 @@ def check_settings(folder: Path) -> None:
     vocabulary = text.get("vocab_size")
     generation = _json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
     for file, values in (("config.json", text), ("generation_config.json", generation)):
-        problems += [f"{folder / file}: {one}" for one in _bad_ids(values, vocabulary)]
-    for name, (fits, wanted) in _SETTINGS.items():
+        problems += [f"{folder / file}: {problem}" for problem in _bad_ids(values, vocabulary)]
+    for name, (fits, rule) in _SETTINGS.items():
         value = generation.get(name)
-        if value is not None and not (_is_finite(value) and fits(float(str(value)))):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not (is_number and fits(float(str(value)))):
             problems.append(
-                f"{folder / 'generation_config.json'}: {name} is {value!r}, it must be {wanted}; correct or remove it"
+                f"{folder / 'generation_config.json'}: {name} is {value!r}, it must be {rule}; correct or remove it"
             )
     refuse(problems)
 
@@ -67,19 +68,19 @@ def check_settings(folder: Path) -> None:
 def check_loaded(
     where: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: LoadedWeights
 ) -> tuple[str, ...]:
-    """After loading: raises BaseModelError with all problems; returns notes. `where` is the folder, for messages."""
+    """Check a loaded model: raises BaseModelError with all problems, returns notes; `where` names it in messages."""
     refuse(_weight_problems(where, model, weights))
     problems, notes = _token_findings(where, model, tokenizer)
     problems += _end_problems(where, model, tokenizer)
     length, source = context_of(model.config, tokenizer)
     if length < 1:
         problems.append(f"{where}: {source} is {length}; a model needs room for a token: correct it")
-    found, more = template_findings(where, tokenizer)
-    refuse(problems + found)
+    template_problems, template_notes = template_findings(where, tokenizer)
+    refuse(problems + template_problems)
     _, others = _split_unused(model, weights)
     if others:
-        more.append(f"{where}: weights that this model does not use: {_shown(others)}")
-    return tuple(notes + more)
+        template_notes.append(f"{where}: weights that this model does not use: {_shown(others)}")
+    return tuple(notes + template_notes)
 
 
 def template_findings(where: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
@@ -94,8 +95,8 @@ def template_findings(where: str, tokenizer: PreTrainedTokenizerBase) -> tuple[l
     parts = rendered(tokenizer, answered=True)
     if isinstance(parts, str):
         return [], [f"{where}: the chat template refuses a question with its answer: {parts}"]
-    shown, _, tail = parts
-    if not parts[1]:
+    shown, answer, tail = parts
+    if not answer:
         return [
             f"{where}: the chat template does not show what was said: of a question and an answer it makes "
             f"{shown[:120]!r}; {OTHER_TEMPLATE}"
@@ -121,15 +122,15 @@ def stored_template_findings(folder: Path, tokenizer: PreTrainedTokenizerBase) -
         return [], []
     other = _json(settings).get("chat_template")
     if isinstance(other, list):
-        named = {str(one.get("name")): one.get("template") for one in other if isinstance(one, dict)}
+        named = {str(entry.get("name")): entry.get("template") for entry in other if isinstance(entry, dict)}
         other = named.get("default")
     text = file.read_text("utf-8")
     if not isinstance(other, str) or other.strip() == text.strip():
         return [], []
-    both = [rendered(tokenizer, answered, one) for one in (text, other) for answered in (True, False)]
+    both = [rendered(tokenizer, answered, template) for template in (text, other) for answered in (True, False)]
     if both[:2] == both[2:]:
         return [], [f"{file} and the chat_template of {settings.name} differ, though not for plain conversations"]
-    shown = [one if isinstance(one, str) else "".join(one[:2]) for one in (both[0], both[2])]
+    shown = [parts if isinstance(parts, str) else "".join(parts[:2]) for parts in (both[0], both[2])]
     return [
         f"{file} and the chat_template of {settings} are different templates: a conversation reads {shown[0]!r} by the "
         f"first and {shown[1]!r} by the second; remove one of them, or choose with --chat-template {file}"
@@ -139,9 +140,8 @@ def stored_template_findings(folder: Path, tokenizer: PreTrainedTokenizerBase) -
 def refuse(problems: list[str]) -> None:
     """Raise BaseModelError with all problems, if there are any."""
     if problems:
-        raise BaseModelError(
-            "the base model's parts do not fit together:\n" + "\n".join(f"  {one}" for one in problems)
-        )
+        lines = ("the base model's parts do not fit together:", *(f"  {problem}" for problem in problems))
+        raise BaseModelError("\n".join(lines))
 
 
 def _json(file: Path) -> dict[str, object]:
@@ -154,50 +154,50 @@ def _json(file: Path) -> dict[str, object]:
     return values
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _bad_ids(values: Mapping[str, object], vocabulary: object) -> list[str]:
     """Token ids that are no ids, or beyond the embedding's rows."""
-    found = []
+    problems = []
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
         value = values.get(name)
-        several = value if isinstance(value, list) and name == "eos_token_id" else [value]
-        for one in several:
-            if one is None or one == -1:
+        for token in value if isinstance(value, list) and name == "eos_token_id" else [value]:
+            if token is None or token == -1:
                 continue
-            if not isinstance(one, int) or isinstance(one, bool):
-                found.append(f"{name} is {value!r}, it must be a token id; correct it")
-            elif one < 0 or (isinstance(vocabulary, int) and one >= vocabulary):
-                found.append(f"{name} is {one}, but vocab_size of config.json is {vocabulary}; correct one of them")
-    return found
+            if not isinstance(token, int) or isinstance(token, bool):
+                problems.append(f"{name} is {value!r}, it must be a token id; correct it")
+            elif token < 0 or (isinstance(vocabulary, int) and token >= vocabulary):
+                problems.append(f"{name} is {token}, but vocab_size of config.json is {vocabulary}; correct one")
+    return problems
 
 
 def _weight_problems(where: str, model: PreTrainedModel, weights: LoadedWeights) -> list[str]:
+    """The first kind of problem that there is: the others may follow from it."""
     vocabulary = model.config.get_text_config().vocab_size
-    found = [
-        f"{where}: {name} is stored as {list(stored)}, but config.json (vocab_size {vocabulary}) makes it "
-        f"{list(wanted)}; give the config.json that belongs to these weights"
-        for name, stored, wanted in sorted(weights.mismatched)[:_NAMED]
-    ]
-    if weights.missing and not found:
-        found.append(
+    if weights.mismatched:
+        return [
+            f"{where}: {name} is stored as {list(stored)}, but config.json (vocab_size {vocabulary}) makes it "
+            f"{list(expected)}; give the config.json that belongs to these weights"
+            for name, stored, expected in sorted(weights.mismatched)[:_NAMED]
+        ]
+    if weights.missing:
+        return [
             f"{where}: config.json describes weights that are not stored, they would be random: "
             f"{_shown(weights.missing)}; complete the download, or correct config.json"
-        )
+        ]
     unused, _ = _split_unused(model, weights)
-    if unused and not found:
-        found.append(
+    if unused:
+        return [
             f"{where}: weights are stored that config.json has no place for: {_shown(unused)}; give the config.json "
             "that belongs to these weights"
-        )
-    if not found and _is_torn(model):
-        found.append(
+        ]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    can_tie = tied and head is not None and getattr(model, "_tied_weights_keys", None)
+    if can_tie and head.weight.data_ptr() != embedding.weight.data_ptr():
+        return [
             f"{where}: config.json says tie_word_embeddings true, but input and output embeddings are stored with "
             "different values; set tie_word_embeddings to false, or remove the output embeddings"
-        )
-    return found
+        ]
+    return []
 
 
 def _split_unused(model: PreTrainedModel, weights: LoadedWeights) -> tuple[list[str], list[str]]:
@@ -208,14 +208,6 @@ def _split_unused(model: PreTrainedModel, weights: LoadedWeights) -> tuple[list[
     modules = {name for name, _ in model.named_modules() if name}
     ours = {n for n in weights.unused if _DIGITS.sub("N", n) in kinds or n.rpartition(".")[0] in modules}
     return sorted(ours), sorted(set(weights.unused) - ours)
-
-
-def _is_torn(model: PreTrainedModel) -> bool:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if not tied or head is None or not getattr(model, "_tied_weights_keys", None):
-        return False
-    return bool(head.weight.data_ptr() != embedding.weight.data_ptr())
 
 
 def _token_findings(
@@ -245,18 +237,17 @@ def _end_problems(where: str, model: PreTrainedModel, tokenizer: PreTrainedToken
         ]
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     names = configured if isinstance(configured, list | tuple) else [configured]
-    special, own = special_tokens(tokenizer), tokenizer.eos_token
-    known = set(tokenizer.get_vocab().values())
-    found = []
+    special, vocabulary = special_tokens(tokenizer), set(tokenizer.get_vocab().values())
+    problems = []
     for token in names:
         if token is None or token in special:
             continue
-        what = f"{tokenizer.decode([token])!r}, ordinary text" if token in known else "no token"
-        found.append(
+        what = f"{tokenizer.decode([token])!r}, ordinary text" if token in vocabulary else "no token"
+        problems.append(
             f"{where}: eos_token_id {token} of generation_config.json (or config.json) is {what} for the tokenizer, "
-            f"whose eos_token is {own!r} ({tokenizer.eos_token_id}); correct eos_token_id"
+            f"whose eos_token is {tokenizer.eos_token!r} ({tokenizer.eos_token_id}); correct eos_token_id"
         )
-    return found
+    return problems
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, mark: str) -> int:

@@ -1,4 +1,4 @@
-"""Prepared base models in the cache, safe for several processes that start at once."""
+"""Builds a folder in the cache once, however many processes start at the same time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     Others wait. A build that fails or is killed leaves nothing under the name. Where the cache cannot be written, what
     it holds is used all the same, and the rest is built for this process alone.
     """
-    kept = cache_root()
-    if kept is not None and (kept / name).is_dir():
-        return kept / name
+    cached = cache_root()
+    if cached is not None and (cached / name).is_dir():
+        return cached / name
     root = cache_or_temporary_root()
     target = root / name
     with FileLock(str(root / f"{name}.lock")):

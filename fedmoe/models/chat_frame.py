@@ -1,4 +1,4 @@
-"""What a chat template puts around every conversation, and prompts without it."""
+"""The tokens that a chat template puts around every conversation, and prompts without them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 # Two things to say that have nothing in common: what renders alike around both is the template's.
-_SAID = ("0", "Why")
+_CONTENTS = ("0", "Why")
 # A text may begin with the template's first token by chance, or because the tokenizer puts it there.
 _NO_CHANCE = 2
 
@@ -23,10 +23,16 @@ class ChatFrame:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
-        """That of the tokenizer's template; empty where there is none."""
+        """The frame of the tokenizer's template; empty where there is none."""
         if not getattr(tokenizer, "chat_template", None):
             return cls((), ())
-        first, second = (_rendered(tokenizer, said) for said in _SAID)
+
+        def render(content: str) -> tuple[int, ...]:
+            turns = [{"role": "user", "content": content}]
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        first, second = map(render, _CONTENTS)
         start = _common(first, second)
         end = _common(first[start:][::-1], second[start:][::-1])
         return cls(first[:start], first[len(first) - end :])
@@ -43,12 +49,6 @@ class ChatFrame:
         ends = bool(self.after) and tuple(prompt[-len(self.after) :]) == self.after
         stop = len(prompt) - len(self.after) * ends
         return prompt[start:stop] if start < stop else prompt
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, said: str) -> tuple[int, ...]:
-    turns = [{"role": "user", "content": said}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""The chat template: one given instead of the tokenizer's own, arguments fixed in it, and what is wrong with one."""
+"""Chat templates: one that replaces the tokenizer's own, arguments fixed in it, and the check of what is given."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ class ChatTemplate:
                 raise BaseModelError(
                     f"the chat template's arguments cannot set {name!r}: every conversation decides it"
                 )
-        if file is None:
-            return cls(None, values)
-        return cls(_read(Path(file).expanduser()), values)
+        return cls(None if file is None else _read(Path(file).expanduser()), values)
 
     def apply(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         """Make it the tokenizer's template; `where` names the tokenizer in errors.
@@ -68,8 +66,7 @@ class ChatTemplate:
             tokenizer.chat_template = self.text
         if not self.kwargs:
             return
-        own = tokenizer.chat_template
-        texts = own if isinstance(own, dict) else {"default": own} if own else {}
+        texts = templates_of(tokenizer)
         if not texts:
             raise BaseModelError(f"{where} has no chat template that the arguments could go to; {OTHER_TEMPLATE}")
         used = frozenset().union(*(variables(text, where) for text in texts.values()))
@@ -82,11 +79,11 @@ class ChatTemplate:
         # The newline ends with the block and leaves the template's own first line at the start of a line.
         head = "".join(f"{{% set {name} = {_literal(value)} %}}" for name, value in self.kwargs.items()) + "\n"
         baked = {name: head + text for name, text in texts.items()}
-        tokenizer.chat_template = baked if isinstance(own, dict) else baked["default"]
+        tokenizer.chat_template = baked if isinstance(tokenizer.chat_template, dict) else baked["default"]
 
 
 def variables(template: str, where: str) -> frozenset[str]:
-    """What a template asks its caller for; raises BaseModelError where it is no Jinja template."""
+    """The variables that a template expects from its caller; raises BaseModelError where it is no Jinja template."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -94,8 +91,7 @@ def variables(template: str, where: str) -> frozenset[str]:
         environment.from_string(template)
         return frozenset(find_undeclared_variables(environment.parse(template)))
     except (TemplateError, RecursionError) as error:
-        line = getattr(error, "lineno", None)
-        place = f" (line {line})" if line else ""
+        place = f" (line {line})" if (line := getattr(error, "lineno", None)) else ""
         raise BaseModelError(
             f"the chat template of {where} is no Jinja template: {error}{place}; mend it, or {OTHER_TEMPLATE}"
         ) from error
@@ -118,18 +114,15 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def rendered(
     tokenizer: PreTrainedTokenizerBase, answered: bool, template: str | None = None
 ) -> tuple[str, str, str] | str:
-    """One conversation: before the question's words, from there to the end, after the answer's words.
+    """Render one conversation: the text before the question's words, from there to the end, after the answer's words.
 
     A template that refuses this conversation gives its reason (a str) instead. Where the words do not appear, the
     first part is all of the text and the others are empty.
     """
     turns = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}][: 1 + answered]
+    settings = {"tokenize": False, "add_generation_prompt": not answered, "chat_template": template}
     try:
-        text = str(
-            tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=not answered, chat_template=template
-            )
-        )
+        text = str(tokenizer.apply_chat_template(turns, **settings))
     except Exception as error:  # templates are programs of their own and raise what they like
         return f"{type(error).__name__}: {error}"
     if _ASKED not in text or (answered and _ANSWERED not in text):
@@ -190,7 +183,7 @@ def _literal(value: object) -> str:
             raise BaseModelError(f"--chat-template-kwargs holds {value}, which is no JSON value")
         return repr(value)
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_literal(str(name))}: {_literal(one)}" for name, one in value.items()) + "}"
+        return "{" + ", ".join(f"{_literal(str(name))}: {_literal(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_literal(one) for one in value) + "]"
+        return "[" + ", ".join(map(_literal, value)) + "]"
     raise BaseModelError(f"the chat template's arguments hold a {type(value).__name__}, which is no JSON value")

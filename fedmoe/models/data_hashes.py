@@ -1,4 +1,4 @@
-"""Which data a checkpoint is of: the hashes of their samples in one file, written only when the data change.
+"""The hashes of the samples that a checkpoint was trained on, in one file that is written only when the data change.
 
     data-<digest>.safetensors          8 bytes a sample; the checkpoint names the digest
 

@@ -1,4 +1,4 @@
-"""What a device says when it fails: out of memory, or broken; and smaller batches for one that is too small."""
+"""Device failures: out of memory or broken, told by the error; and smaller batches where memory ran out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def device_fault(error: BaseException) -> str | None:
-    """What is wrong with the device in one line with what to do, None if it is not the device's error."""
+    """One line on what is wrong with the device and what to do; None for an error that is not the device's."""
     first = next(iter(str(error).splitlines()), type(error).__name__)[:300]
     if is_out_of_memory(error):
         return (
@@ -45,15 +45,11 @@ def halve_batches(batches: Sequence[Batch]) -> list[Batch] | None:
     largest = max(len(batch.input_ids) for batch in batches)
     if largest < 2:
         return None
-    return [part for batch in batches for part in _pieces(batch, -(-largest // 2))]
-
-
-def _pieces(batch: Batch, rows: int) -> list[Batch]:
-    count = len(batch.input_ids)
-    arrays = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    rows, names = -(-largest // 2), [field.name for field in fields(Batch)]
     return [
-        Batch(**{name: array[start : start + rows] for name, array in arrays.items()})
-        for start in range(0, count, rows)
+        Batch(**{name: getattr(batch, name)[start : start + rows] for name in names})
+        for batch in batches
+        for start in range(0, len(batch.input_ids), rows)
     ]
 
 

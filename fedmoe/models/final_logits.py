@@ -1,4 +1,4 @@
-"""Logits of chosen positions only: the output head is a fifth of a small model's work."""
+"""Logits and log-probabilities at selected positions only: the output head is a fifth of a small model's work."""
 
 from __future__ import annotations
 

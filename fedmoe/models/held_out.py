@@ -1,4 +1,4 @@
-"""Held-out loss during training: when it is measured, on what, and when it says that training should end."""
+"""Held-out loss during training: when it is measured, on which blocks, and when it ends the training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_EVALUATION_TOKENS = 16_384
 
 @dataclass(frozen=True, eq=False)
 class HeldOutPlan:
-    """What a worker measures itself on, and how; the names are those of Hugging Face.
+    """The held-out blocks of a worker and when their loss is measured; names as in Hugging Face's TrainingArguments.
 
     `blocks` are measured before the first step, every `eval_steps` steps and after the last. `patience` measurements
     in a row of which none is below the lowest so far by more than `threshold` (nats) end the training; None never
@@ -38,7 +38,7 @@ class HeldOutPlan:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutState:
-    """What was measured so far, on blocks named by `digest`: the newest loss and its step, the lowest loss.
+    """The losses so far, on blocks named by `digest`: the newest and its step, the first and the lowest.
 
     `worse` counts the measurements in a row that were no improvement.
     """
@@ -73,7 +73,7 @@ class HeldOutState:
 
     @classmethod
     def of(cls, saved: Mapping[str, object], digest: str) -> HeldOutState:
-        """What a checkpoint kept; losses on other blocks than these cannot be compared, and are forgotten."""
+        """The state in a checkpoint; empty where it was measured on other blocks, whose losses cannot be compared."""
         step = saved.get("step")
         if saved.get("digest") != digest or step is None:
             return cls(digest)

@@ -1,4 +1,4 @@
-"""Which base model this is: hashes of the stored checkpoint, independent of the dtype it is loaded in."""
+"""The identity of a base model: hashes of its stored files, whatever the dtype it is loaded in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from fedmoe.runtime.cache import keep_file, kept_file
 from fedmoe.runtime.errors import ExpectedError
@@ -36,14 +35,14 @@ def weights_hash(folder: Path) -> str:
     files = checkpoint_files(folder)
     stamp = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    known = kept_file("hashes", f"{key}.json")
-    if known is not None:
-        record = json.loads(known.read_text("utf-8"))
+    cached = kept_file("hashes", f"{key}.json")
+    if cached is not None:
+        record = json.loads(cached.read_text("utf-8"))
         if record["files"] == stamp:
             return str(record["weights_hash"])
-    found = hash_tensors(tensor for file in files for tensor in _stored_tensors(file))
-    keep_file("hashes", f"{key}.json", json.dumps({"files": stamp, "weights_hash": found}).encode())
-    return found
+    digest = hash_tensors(tensor for file in files for tensor in _stored_tensors(file))
+    keep_file("hashes", f"{key}.json", json.dumps({"files": stamp, "weights_hash": digest}).encode())
+    return digest
 
 
 def canonical_tokenizer_hash(tokenizer_json: str) -> str:
@@ -102,36 +101,17 @@ def _stored_tensors(file: Path) -> list[tuple[str, str, list[int], Iterator[byte
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
         if not 0 < length <= min(_HEADER_LIMIT, os.path.getsize(file) - 8):
             raise BaseModelError(f"{file} is not a safetensors file or is cut short; download it again")
-        header = _header(file, stream.read(length))
-    start = 8 + length
-    if max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0) > (
-        os.path.getsize(file) - start
-    ):
-        raise BaseModelError(f"{file} is cut short; download it again")
-    return [
-        (
-            name,
-            entry["dtype"],
-            entry["shape"],
-            _read_range(file, start + entry["data_offsets"][0], start + entry["data_offsets"][1]),
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    ]
-
-
-def _header(file: Path, text: bytes) -> dict[str, dict[str, Any]]:
+        text = stream.read(length)
     try:
-        header = json.loads(text)
-        well_formed = all(
-            name == "__metadata__" or {"dtype", "shape", "data_offsets"} <= entry.keys()
-            for name, entry in header.items()
-        )
-    except (ValueError, AttributeError):
-        well_formed = False
-    if not well_formed:
-        raise BaseModelError(f"{file} is not a safetensors file; download it again")
-    return dict(header)
+        entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        spans = {name: [8 + length + offset for offset in entry["data_offsets"]] for name, entry in entries.items()}
+        described = [(name, str(entry["dtype"]), list(entry["shape"])) for name, entry in entries.items()]
+        end = max((stop for _, stop in spans.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise BaseModelError(f"{file} is not a safetensors file; download it again") from None
+    if end > os.path.getsize(file):
+        raise BaseModelError(f"{file} is cut short; download it again")
+    return [(name, dtype, shape, _read_range(file, *spans[name])) for name, dtype, shape in described]
 
 
 def _read_range(file: Path, start: int, stop: int) -> Iterator[bytes]:

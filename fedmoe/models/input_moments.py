@@ -31,7 +31,7 @@ _LOSS_SCALE = 256.0
 
 
 class MomentsCollector:
-    """Gathers, for every module that `targets` names, what `InputMoments` holds, while the base model runs.
+    """Gathers the `InputMoments` of every module that `targets` names while the base model runs.
 
     Use it as a context: inside, each `add` runs the base model once over a batch, forward and back; outside, the model
     has no hooks. The base must be bare (no adapter attached), so that every site and every later merge sees the same

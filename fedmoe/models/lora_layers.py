@@ -1,9 +1,8 @@
-"""LoRA on a model's linear layers, with all factors in one flat vector so that every hot path is one pass."""
+"""LoRA on a model's linear layers, with all factors in one flat vector: optimizer, codec and merge need one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,13 +32,10 @@ class LoraLinear(nn.Module):  # type: ignore[misc]
         self.base_layer = base_layer.requires_grad_(False)
         self.dropout = dropout
         self.scale = 1.0
-        self.enabled = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out), in the base layer's dtype."""
         base = self.base_layer(x)
-        if not self.enabled:
-            return base
         # Under autocast the float32 factors are cast once per step; without it, mixed dtypes would not multiply.
         inner = x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_a.dtype)
         if self.dropout and self.training:
@@ -49,7 +45,7 @@ class LoraLinear(nn.Module):  # type: ignore[misc]
 
 
 class AttachedAdapter:
-    """An adapter that sits in a model: one float32 `parameter` (size,) that every layer's A and B are views of.
+    """An adapter in a model: one float32 `parameter` (size,) that every layer's A and B are views of.
 
     Its gradient is one flat vector too. Moving the model to another device afterwards would cut the views loose;
     `read` and `write` refuse then.
@@ -102,13 +98,17 @@ class AttachedAdapter:
             self.parameter.copy_(torch.tensor(flat))
 
     def adapter(self) -> Adapter:
-        """The present factors as a value."""
+        """The current factors, copied."""
         return Adapter(self.layout, self.alpha, self.read())
 
     def load(self, adapter: Adapter) -> None:
-        """Take over `adapter`, of any rank and alpha but the same modules; another rank makes a new `parameter`."""
+        """Load an adapter for the same modules, of any rank and alpha; another rank makes a new `parameter`."""
         if adapter.layout.modules != self.layout.modules:
-            raise ShapeError(_module_difference(self.layout, adapter.layout))
+            mine, theirs = set(self.layout.modules), set(adapter.layout.modules)
+            raise ShapeError(
+                "the adapter's modules differ from the model's: missing or of other shape "
+                f"{sorted(mine - theirs)[:3]}, not expected {sorted(theirs - mine)[:3]}"
+            )
         if adapter.rank != self.layout.rank:
             self._allocate(adapter)
             return
@@ -117,22 +117,10 @@ class AttachedAdapter:
         for layer in self._layers.values():
             layer.scale = adapter.scale
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside, the model computes as the base model alone."""
-        before = [layer.enabled for layer in self._layers.values()]
-        for layer in self._layers.values():
-            layer.enabled = False
-        try:
-            yield
-        finally:
-            for layer, enabled in zip(self._layers.values(), before, strict=True):
-                layer.enabled = enabled
-
     def detach(self) -> None:
         """Give the model its own linear layers back; the adapter can no longer train but can still be read."""
         for name, layer in self._layers.items():
-            _replace(self._model, name, layer.base_layer)
+            replace_module(self._model, name, layer.base_layer)
 
     def _check_views(self) -> None:
         start = self.parameter.data_ptr()
@@ -160,13 +148,13 @@ def attach(
     """
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    found = find_targets(model, target_modules)
-    layout = Layout(tuple(ModuleShape(name, layer.in_features, layer.out_features) for name, layer in found), rank)
+    targets = find_targets(model, target_modules)
+    layout = Layout(tuple(ModuleShape(name, layer.in_features, layer.out_features) for name, layer in targets), rank)
     start = initial_adapter(layout, alpha, seed)
     model.requires_grad_(False)
-    layers = {name: LoraLinear(layer, dropout).train(layer.training) for name, layer in found}
+    layers = {name: LoraLinear(layer, dropout).train(layer.training) for name, layer in targets}
     for name, layer in layers.items():
-        _replace(model, name, layer)
+        replace_module(model, name, layer)
     return AttachedAdapter(model, layers, start)
 
 
@@ -196,12 +184,7 @@ def _matches(model: nn.Module, linear: dict[str, nn.Linear], target: str) -> set
     return {name for name in linear if name == target or name.endswith(f".{target}")}
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` in the place of the module of that dotted name."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
-
-
-def _module_difference(mine: Layout, theirs: Layout) -> str:
-    missing = sorted(set(mine.modules) - set(theirs.modules))[:3]
-    extra = sorted(set(theirs.modules) - set(mine.modules))[:3]
-    return f"the adapter's modules differ from the model's: missing or of other shape {missing}, not expected {extra}"

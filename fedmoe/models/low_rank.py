@@ -35,8 +35,8 @@ def linear_with_terms(
         return _forward(x, weight, bias, terms)[0]
     spans = tuple((term.start, term.stop, term.scale) for term in terms)
     factors = [factor for term in terms for factor in (term.a, term.b)]
-    found: torch.Tensor = _LinearWithTerms.apply(x, weight, bias, spans, *factors)
-    return found
+    out: torch.Tensor = _LinearWithTerms.apply(x, weight, bias, spans, *factors)
+    return out
 
 
 def _forward(
@@ -80,7 +80,7 @@ class _LinearWithTerms(torch.autograd.Function):  # type: ignore[misc]
         count = len(ctx.spans)
         gradient = gradient.contiguous()
         back = gradient @ weight if ctx.needs_input_grad[0] else None
-        found: list[torch.Tensor | None] = []
+        gradients: list[torch.Tensor | None] = []
         for index, (start, stop, scale) in enumerate(ctx.spans):
             a, b, inner = rest[2 * index], rest[2 * index + 1], rest[2 * count + index]
             given = _matrix(gradient, start, stop)
@@ -88,6 +88,6 @@ class _LinearWithTerms(torch.autograd.Function):  # type: ignore[misc]
             if back is not None:
                 _matrix(back, start, stop).addmm_(given_inner, a)
             wants_a, wants_b = ctx.needs_input_grad[4 + 2 * index : 6 + 2 * index]
-            found.append(given_inner.t() @ _matrix(x, start, stop) if wants_a else None)
-            found.append((given.t() @ inner).mul_(scale) if wants_b else None)
-        return back, None, None, None, *found
+            gradients.append(given_inner.t() @ _matrix(x, start, stop) if wants_a else None)
+            gradients.append((given.t() @ inner).mul_(scale) if wants_b else None)
+        return back, None, None, None, *gradients

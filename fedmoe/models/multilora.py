@@ -1,14 +1,14 @@
-"""Many LoRA adapters on one base model, mixed row by row in one batch, forward and backward.
+"""Many LoRA adapters on one base model, chosen row by row in one batch, forward and backward.
 
-Which adapter a row uses is an argument of the computation (`MultiLora.rows`), not a state of the model: two threads may
+The adapter of a row is an argument of the computation (`MultiLora.rows`), not a state of the model: two threads may
 compute at the same time, one sampling with frozen versions while the other trains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar, Token
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
-from fedmoe.models.lora_layers import ALL_LINEAR, TargetError, find_targets
+from fedmoe.models.lora_layers import ALL_LINEAR, TargetError, find_targets, replace_module
 from fedmoe.models.low_rank import RowsTerm, linear_with_terms
 
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -55,7 +55,7 @@ class AdapterSlot:
         return self.alpha / self.layout.rank
 
     def adapter(self) -> Adapter:
-        """The present factors as a value (float32 copies)."""
+        """The current factors, copied as float32."""
         flat = self.parameter.detach().to("cpu", torch.float32, copy=True).numpy()
         return Adapter(self.layout, self.alpha, flat)
 
@@ -84,7 +84,7 @@ class _Run:
 
 
 class _Runs:
-    """Each adapter multiplies its own rows: no work is wasted, whatever the ranks."""
+    """Multiplies each run of rows with its own adapter: no work is wasted, whatever the ranks."""
 
     def __init__(self, runs: Sequence[_Run], rows: int) -> None:
         self.runs = runs
@@ -142,7 +142,7 @@ class _Stack:
 
 
 class _Mixture:
-    """Every token its own sum of adapters: all factors side by side, and between them the tokens' weights."""
+    """Gives every token a weighted sum of adapters: all factors side by side, and between them the tokens' weights."""
 
     def __init__(self, slots: Sequence[AdapterSlot], dtype: torch.dtype, weights: TokenWeights, rows: int) -> None:
         factors = [slot.factors(dtype) for slot in slots]
@@ -172,6 +172,16 @@ class _Mixture:
 _ACTIVE: ContextVar[_Runs | _Stack | _Mixture | None] = ContextVar("rows of the running batch", default=None)
 
 
+@contextmanager
+def _active(rows: _Runs | _Stack | _Mixture | None) -> Iterator[None]:
+    """Inside, the running batch has these rows."""
+    token = _ACTIVE.set(rows)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
 class DecodingRows:
     """The rows of a batch that is being decoded; `keep` goes on with some of them."""
 
@@ -196,8 +206,8 @@ class MultiLoraLinear(nn.Module):  # type: ignore[misc]
         """x: (rows, ..., in) -> (rows, ..., out)."""
         active = _ACTIVE.get()
         if active is None:
-            found: torch.Tensor = self.base_layer(x)
-            return found
+            out: torch.Tensor = self.base_layer(x)
+            return out
         if x.shape[0] != active.rows:
             raise ShapeError(f"the batch has {x.shape[0]} rows, adapters were named for {active.rows}")
         return active.apply(self.name, x, self.base_layer)
@@ -209,16 +219,18 @@ class MultiLora:
     def __init__(self, model: nn.Module, target_modules: Sequence[str] | str = ALL_LINEAR) -> None:
         if any(isinstance(module, MultiLoraLinear) for module in model.modules()):
             raise TargetError("the model holds many adapters already; use its MultiLora, or detach that first")
-        found = find_targets(model, target_modules)
+        targets = find_targets(model, target_modules)
         model.requires_grad_(False)
         self.model = model
-        self.modules = tuple(sorted(ModuleShape(name, layer.in_features, layer.out_features) for name, layer in found))
-        self.device: torch.device = found[0][1].weight.device
-        self.dtype: torch.dtype = found[0][1].weight.dtype
+        self.modules = tuple(
+            sorted(ModuleShape(name, layer.in_features, layer.out_features) for name, layer in targets)
+        )
+        self.device: torch.device = targets[0][1].weight.device
+        self.dtype: torch.dtype = targets[0][1].weight.dtype
         self._slots: dict[str, AdapterSlot] = {}
-        self._bases = dict(found)
-        for name, layer in found:
-            _replace(model, name, MultiLoraLinear(layer, name))
+        self._bases = dict(targets)
+        for name, layer in targets:
+            replace_module(model, name, MultiLoraLinear(layer, name))
 
     def layout(self, rank: int) -> Layout:
         """The layout of an adapter of this model at `rank`."""
@@ -226,11 +238,11 @@ class MultiLora:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters that are there."""
+        """The names of all adapters."""
         return tuple(self._slots)
 
     def add(self, name: str, adapter: Adapter, trainable: bool = False) -> AdapterSlot:
-        """Put an adapter in; raises ShapeError for other modules or a name that is taken."""
+        """Add an adapter; raises ShapeError for other modules or a name that is taken."""
         if name in self._slots:
             raise ShapeError(f"adapter {name!r} is there already; remove it first or use another name")
         return self._put(name, adapter, trainable)
@@ -247,7 +259,7 @@ class MultiLora:
         return slot
 
     def remove(self, name: str) -> None:
-        """Take an adapter out; a batch that is being computed with it still ends with it."""
+        """Remove an adapter; a batch that is being computed with it still ends with it."""
         self.slot(name)
         del self._slots[name]
 
@@ -264,7 +276,7 @@ class MultiLora:
         Rows of one adapter should be neighbours: each change of adapter costs more products a layer.
         """
         runs = self._runs(names)
-        with _Active(_Runs(runs, len(names)) if runs else None):
+        with _active(_Runs(runs, len(names)) if runs else None):
             yield
 
     @contextmanager
@@ -274,7 +286,7 @@ class MultiLora:
             runs = self._runs(names)
             alone = len(runs) == 1 and runs[0].stop - runs[0].start == len(names)
             rows = _Runs(runs, len(names)) if alone else _Stack(runs, len(names)) if runs else None
-            with _Active(rows):
+            with _active(rows):
                 yield DecodingRows(rows)
 
     @contextmanager
@@ -284,7 +296,7 @@ class MultiLora:
         `weights` is asked in every module, so that tokens can be routed by what that module sees. Weights of 1 for one
         adapter and 0 for the others are what `rows` does with it. Without gradients.
         """
-        with torch.no_grad(), _Active(_Mixture([self.slot(name) for name in names], self.dtype, weights, rows)):
+        with torch.no_grad(), _active(_Mixture([self.slot(name) for name in names], self.dtype, weights, rows)):
             yield
 
     def _runs(self, names: Sequence[str | None]) -> list[_Run]:
@@ -297,43 +309,7 @@ class MultiLora:
             start = stop
         return runs
 
-    def enable_checkpointing(self) -> None:
-        """Keep each layer's input only and compute the rest again in the backward pass; acts in training mode.
-
-        In that mode the model has no key-value cache, so nothing can be sampled from it meanwhile.
-        """
-        enable = getattr(self.model, "activation_checkpointing_enable", None)
-        # The older name, of transformers before 5.20, warns where the newer one exists.
-        (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False, "context_fn": _contexts})
-
     def detach(self) -> None:
         """Give the model its own linear layers back."""
         for name, layer in self._bases.items():
-            _replace(self.model, name, layer)
-
-
-_Rows = _Runs | _Stack | _Mixture
-
-
-class _Active:
-    """Makes rows those of the running batch; can be entered again and again, in any thread."""
-
-    def __init__(self, rows: _Rows | None) -> None:
-        self._rows = rows
-        self._tokens: list[Token[_Rows | None]] = []
-
-    def __enter__(self) -> None:
-        self._tokens.append(_ACTIVE.set(self._rows))
-
-    def __exit__(self, *_: object) -> None:
-        _ACTIVE.reset(self._tokens.pop())
-
-
-def _contexts() -> tuple[AbstractContextManager[None], _Active]:
-    """For a layer's forward pass and its repetition, which may happen in another thread and outside `rows`."""
-    return nullcontext(), _Active(_ACTIVE.get())
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, layer)
+            replace_module(self.model, name, layer)

@@ -1,4 +1,4 @@
-"""Losses over packed batches: several samples in one row, none of which sees another."""
+"""Token losses of packed batches, in which several samples share a row and none attends to another."""
 
 from __future__ import annotations
 
@@ -67,8 +67,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Keep only each layer's input and compute the rest again in the backward pass; acts in training mode."""
-    # transformers 5 renames it on the way; the old name warns where the new one exists. Non-reentrant: a frozen
-    # embedding's output needs no gradient, and the reentrant kind would then give the layers none.
-    rename = hasattr(model, "activation_checkpointing_enable")
-    enable = model.activation_checkpointing_enable if rename else model.gradient_checkpointing_enable
+    # The older name, of transformers before 5.20, warns where the newer one exists. Non-reentrant: a frozen embedding's
+    # output needs no gradient, and the reentrant kind would then give the layers none.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""Several processes that train one expert together, as started by torchrun or accelerate."""
+"""The group of processes that train one expert together, as torchrun or accelerate start them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,6 @@ class ProcessGroup:
         if self.world_size > 1:
             distributed.all_reduce(tensor)
         return tensor
-
-    def mean_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Replace `tensor` by the mean over all ranks, in place."""
-        return self.sum_(tensor).div_(self.world_size) if self.world_size > 1 else tensor
 
     def broadcast_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replace `tensor` by rank 0's, in place."""

@@ -1,9 +1,9 @@
-"""The log-probability of chosen tokens under many policies at once, with gradients."""
+"""The log-probabilities of given tokens under many adapters in one batch, with gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ def plan_micro_batches(continuations: Sequence[Continuation], max_tokens: int, m
 
     Common beginnings of one policy's sequences are computed once. A single longer sequence is a micro-batch of its own.
     """
-    longest = max((len(one.prompt) + len(one.tokens) for one in continuations), default=0)
+    longest = max((len(each.prompt) + len(each.tokens) for each in continuations), default=0)
     # A row must have room for a long prompt and several continuations of it, or the prompt would be computed for each.
     rows = sorted(_rows(continuations, min(max(max_row, 2 * longest), max_tokens)), key=lambda row: -len(row[1]))
     batches: list[list[tuple[str | None, Forest]]] = []
@@ -62,22 +62,17 @@ def plan_micro_batches(continuations: Sequence[Continuation], max_tokens: int, m
             batches[-1].append(row)
         else:
             batches.append([row])
-    return [_ordered(batch) for batch in batches]
+    ordered = [sorted(batch, key=lambda row: (row[0] is None, row[0] or "")) for batch in batches]
+    return [MicroBatch(tuple(row[0] for row in batch), tuple(row[1] for row in batch)) for batch in ordered]
 
 
 def _rows(continuations: Sequence[Continuation], max_row: int) -> Iterator[tuple[str | None, Forest]]:
-    for adapter in dict.fromkeys(one.adapter for one in continuations):
-        members = [index for index, one in enumerate(continuations) if one.adapter == adapter]
+    for adapter in dict.fromkeys(each.adapter for each in continuations):
+        members = [index for index, each in enumerate(continuations) if each.adapter == adapter]
         # The last token predicts nothing, so it needs no node.
         sequences = [continuations[index].prompt + continuations[index].tokens[:-1] for index in members]
         for forest in grow_forests(sequences, max_row):
-            named = tuple(members[member] for member in forest.members)
-            yield adapter, Forest(forest.tokens, forest.parents, forest.depths, forest.paths, named)
-
-
-def _ordered(batch: Sequence[tuple[str | None, Forest]]) -> MicroBatch:
-    ordered = sorted(batch, key=lambda row: (row[0] is None, row[0] or ""))
-    return MicroBatch(tuple(row[0] for row in ordered), tuple(row[1] for row in ordered))
+            yield adapter, replace(forest, members=tuple(members[member] for member in forest.members))
 
 
 @dataclass(frozen=True)
@@ -126,8 +121,31 @@ def _targets(
     predictors, targets, owners = [], [], []
     for row, forest in enumerate(batch.forests):
         for member, path in zip(forest.members, forest.paths, strict=True):
-            one = continuations[member]
-            predictors.append(row * width + path[len(one.prompt) - 1 :])
-            targets.append(np.array(one.tokens, np.int64))
-            owners.append(np.full(len(one.tokens), member, np.int64))
+            prompt, tokens = continuations[member].prompt, continuations[member].tokens
+            predictors.append(row * width + path[len(prompt) - 1 :])
+            targets.append(np.array(tokens, np.int64))
+            owners.append(np.full(len(tokens), member, np.int64))
     return np.concatenate(predictors), np.concatenate(targets), np.concatenate(owners)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def log_likelihoods(
+    model: PreTrainedModel, multi: MultiLora, text: Sequence[int], adapters: Sequence[str | None]
+) -> list[float]:
+    """ln p(text[1:] | text[0]) in nats under each adapter (None: the base model alone), in the order given.
+
+    0 for a text of one token. Other threads may use the model meanwhile. Raises ValueError for an empty text and
+    `UnknownAdapterError` for an adapter that is not there.
+    """
+    if not text:
+        raise ValueError("a text needs at least one token; this one is empty")
+    if len(text) == 1 or not adapters:
+        return [0.0] * len(adapters)
+    ids = torch.tensor([list(text)] * len(adapters), device=multi.device)
+    with multi.rows(adapters):
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    states = hidden.reshape(-1, hidden.shape[-1])
+    targets = np.tile(np.asarray(text[1:], np.int64), len(adapters))
+    logprobs, _ = selected_logprobs(model, states, np.arange(len(targets)), targets)
+    likelihoods: list[float] = logprobs.double().view(len(adapters), -1).sum(dim=1).tolist()
+    return likelihoods

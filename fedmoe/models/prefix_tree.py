@@ -44,7 +44,7 @@ class Forest:
         return looks
 
 
-class _Growing:
+class _ForestBuilder:
     """A forest that sequences are added to; token by token only where they differ from the one before."""
 
     def __init__(self) -> None:
@@ -94,16 +94,16 @@ def grow_forests(sequences: Sequence[Sequence[int]], max_nodes: int) -> list[For
     if any(not sequence for sequence in sequences):
         raise ValueError("an empty sequence has no node; leave it out")
     forests: list[Forest] = []
-    growing = _Growing()
+    builder = _ForestBuilder()
     for member in sorted(range(len(sequences)), key=lambda index: tuple(sequences[index])):
         sequence = sequences[member]
-        cost = growing.cost(sequence)
-        if growing.members and cost > 0 and len(growing.tokens) + cost > max_nodes:
-            forests.append(growing.forest())
-            growing = _Growing()
-        growing.add(member, sequence)
-    if growing.members:
-        forests.append(growing.forest())
+        cost = builder.cost(sequence)
+        if builder.members and cost > 0 and len(builder.tokens) + cost > max_nodes:
+            forests.append(builder.forest())
+            builder = _ForestBuilder()
+        builder.add(member, sequence)
+    if builder.members:
+        forests.append(builder.forest())
     return forests
 
 

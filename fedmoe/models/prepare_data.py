@@ -1,4 +1,4 @@
-"""From a source of data to tokenised samples and one report; kept for the next start where a folder is given."""
+"""Turns a source of data into tokenised samples and one report, by way of a cache where a folder is given."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedmoe.models.token_cache import KeptTokens, TokenCache
 
 @dataclass(frozen=True, slots=True)
 class DataOptions:
-    """How data become samples: how rows are read, and what becomes of a prompt with an answer that does not fit."""
+    """How data become samples: how rows are read, and what is done with a prompt and answer that do not fit."""
 
     rows: RowOptions = field(default_factory=RowOptions)
     long_rows: LongRows = "truncate"
@@ -32,9 +32,9 @@ class DataOptions:
         """With the way of long rows as text, None for the default; raises `DataError` for an unknown one."""
         if long_rows is None:
             return cls(rows)
-        for known in LONG_ROWS:
-            if known == long_rows:
-                return cls(rows, known)
+        for name in LONG_ROWS:
+            if name == long_rows:
+                return cls(rows, name)
         raise DataError(f"--long-rows must be one of {', '.join(LONG_ROWS)}, got {long_rows!r}")
 
 
@@ -85,21 +85,21 @@ def prepare_and_report(
     scan = RowScan(name, chosen.rows)
     # The name's end tells how the bytes are read: the same ones are other rows as .csv and as .tsv.
     kinds = sorted({bare_name(path.name).rpartition(".")[2].lower() for path in scan.source.files})
-    kept = TokenCache.of(cache, tokenizer, [scan.source.fingerprint(), kinds, max_length, asdict(chosen)])
-    if kept and (found := kept.read()):
+    file = TokenCache.of(cache, tokenizer, [scan.source.fingerprint(), kinds, max_length, asdict(chosen)])
+    if file and (tokens := file.read()):
         # What of a folder is not read is no part of what the tokens follow from.
-        report = replace(found.report, source=str(name), notes=scan.source.left_out)
-        return PreparedData(tuple(found.samples()), found.row_hashes, report, kept=True)
+        report = replace(tokens.report, source=str(name), notes=scan.source.left_out)
+        return PreparedData(tuple(tokens.samples()), tokens.row_hashes, report, kept=True)
     done = tokenize_samples(scan.samples(), tokenizer, max_length, chosen.long_rows, processes, progress)
     report = _report(scan, done, tokenizer, max_length, chosen)
     hashes = np.array([scan.hashes[number] for number in done.row_of], np.uint64)
-    if kept and not report.problem:
-        kept.write(KeptTokens.of(done.samples, hashes, report))
+    if file and not report.problem:
+        file.write(KeptTokens.of(done.samples, hashes, report))
     return PreparedData(tuple(done.samples), hashes, report)
 
 
 def _report(scan: RowScan, done: Tokenized, tokenizer: Tokenizer, max_length: int, options: DataOptions) -> DataReport:
-    refused = tuple(BadRow(scan.places[one.number][1], one.reason, scan.places[one.number][0]) for one in done.refused)
+    refused = tuple(BadRow(scan.places[row.number][1], row.reason, scan.places[row.number][0]) for row in done.refused)
     tokens = TokenCounts(
         max_length=max_length,
         long_rows=options.long_rows,

@@ -1,13 +1,10 @@
-"""What a prompt looks like to the base model, as one vector: what a gateway routes by."""
+"""Prompt features: mean hidden states of the base model, by which a gateway routes."""
 
 from __future__ import annotations
 
 import copy
-import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +23,7 @@ _BATCH_POSITIONS = 4096
 
 
 def routing_depths(base: LoadedBase) -> tuple[int, ...]:
-    """After how many layers a prompt is looked at: at four even steps up to a quarter of the layers.
+    """The numbers of layers after which hidden states are taken: four even steps up to a quarter of the layers.
 
     Early layers still have the words, later ones what they are about; together they route better than any one of them,
     and a quarter of the layers better than all (SmolLM2). Fewer steps where a quarter has fewer than four layers.
@@ -36,7 +33,7 @@ def routing_depths(base: LoadedBase) -> tuple[int, ...]:
 
 
 def features_width(base: LoadedBase) -> int:
-    """Numbers in one prompt's features at `routing_depths`."""
+    """The length of one prompt's features at `routing_depths`."""
     return len(routing_depths(base)) * int(base.model.config.get_text_config().hidden_size)
 
 
@@ -130,62 +127,17 @@ def _batches(sizes: Sequence[int]) -> Iterator[list[int]]:
 def _hidden_states(base: LoadedBase, ids: Sequence[TokenIds], depths: Sequence[int]) -> list[torch.Tensor]:
     """The states of each prompt, float32 (its tokens, depths x hidden), mean square 1 at every depth, from one pass."""
     heard: dict[int, torch.Tensor] = {}
-    _pass(_trunk(base, depths, heard), ids, base.device)
+    rows = [torch.tensor(np.asarray(row, np.int64), device=base.device) for row in ids]
+    # Padded on the right, where nothing before looks.
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    _trunk(base, depths, heard)(input_ids=pad_sequence(rows, batch_first=True), attention_mask=mask, use_cache=False)
     states = [functional.rms_norm(heard[depth].float(), heard[depth].shape[-1:]) for depth in depths]
     return [state[: len(row)] for state, row in zip(torch.cat(states, dim=-1), ids, strict=True)]
-
-
-def _pass(body: nn.Module, token_id_lists: Sequence[TokenIds], device: torch.device) -> None:
-    """One pass over prompts, padded on the right."""
-    rows = [torch.tensor(np.asarray(ids, np.int64), device=device) for ids in token_id_lists]
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    body(input_ids=pad_sequence(rows, batch_first=True), attention_mask=mask, use_cache=False)
 
 
 def _means(states: torch.Tensor, lengths: Sequence[int]) -> FloatMatrix:
     """Means over positions 1 to n - 1 for every n, in float32; position 0 where there is no other."""
     sums = torch.cumsum(states[1:], dim=0)
     means = [sums[length - 2] / (length - 1) if length > 1 else states[0] for length in lengths]
-    found: FloatMatrix = torch.stack(means).cpu().numpy()
-    return found
-
-
-def row_energies(
-    base: LoadedBase, token_id_lists: Sequence[TokenIds], projections: Mapping[str, FloatMatrix]
-) -> FloatMatrix:
-    """How loud each row p of `projections[module]` (R, n) answers a prompt, float32 (prompts, R).
-
-    The mean over modules and positions (without position 0, as in `prompt_features`) of n (p'x)^2 / ||x||^2 for the
-    module's inputs x (n,) on the bare base model; 1 for a unit row and inputs without any direction of their own.
-    Raises ValueError for an empty prompt.
-    """
-    found = np.empty((len(token_id_lists), len(next(iter(projections.values())))), np.float32)
-    if not all(len(ids) for ids in token_id_lists):
-        raise ValueError("a prompt needs at least one token; one of these is empty")
-    for places in _batches([len(ids) for ids in token_id_lists]):
-        found[places] = _batch_energies(base, [token_id_lists[place] for place in places], projections)
-    return found
-
-
-def _batch_energies(base: LoadedBase, ids: Sequence[TokenIds], projections: Mapping[str, FloatMatrix]) -> FloatMatrix:
-    lengths = torch.tensor([len(row) for row in ids], device=base.device)[:, None]
-    positions = torch.arange(max(map(len, ids)), device=base.device)[None, :]
-    counted = (positions < lengths) & ((positions > 0) | (lengths == 1))
-    sums: list[torch.Tensor] = []
-    mine = threading.get_ident()
-
-    def hear(module: nn.Module, arguments: tuple[torch.Tensor, ...], rows: torch.Tensor) -> None:
-        if threading.get_ident() != mine:  # another thread uses the model too
-            return
-        x = arguments[0].float()
-        loud = (x @ rows.t()).square() * (x.shape[-1] / x.square().sum(dim=-1, keepdim=True).clamp_min(1e-30))
-        sums.append((loud * counted[..., None]).sum(dim=1))
-
-    with ExitStack() as hooks:
-        for name, rows in projections.items():
-            hook = partial(hear, rows=torch.from_numpy(rows).to(base.device))
-            hooks.callback(base.model.get_submodule(name).register_forward_pre_hook(hook).remove)
-        with torch.inference_mode():
-            _pass(base.model.base_model, ids, base.device)
-    means: FloatMatrix = (torch.stack(sums).mean(dim=0) / counted.sum(dim=1, keepdim=True)).cpu().numpy()
-    return means
+    matrix: FloatMatrix = torch.stack(means).cpu().numpy()
+    return matrix

@@ -1,4 +1,4 @@
-"""Sampling from many adapters in one batch, with a key-value cache and shared prompts computed once."""
+"""Samples from many adapters in one batch, with a key-value cache; shared beginnings of prompts are computed once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from fedmoe.models.final_logits import UnsupportedModelError, logits_of
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.prefix_tree import Forest, batch_forests, grow_forests
+
+#: Nodes of a forest of prompts, which is a row of the batch that reads them.
+_FOREST_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,6 @@ class SamplingLimits:
 
     rows: int = 64
     prompt_tokens: int = 4096
-    row_tokens: int = 1024
 
 
 class _FixedLayer(DynamicLayer):  # type: ignore[misc]
@@ -83,7 +85,7 @@ class _FixedLayer(DynamicLayer):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class PromptCache:
-    """What reading the prompts gave: a filled cache, which entries of it are real, and the first logits."""
+    """The cache that reading the prompts filled, which entries of it are real, and the first logits."""
 
     cache: Cache
     layers: Sequence[_FixedLayer]
@@ -94,7 +96,7 @@ class PromptCache:
 def sample(
     model: PreTrainedModel,
     multi: MultiLora,
-    wanted: Sequence[SampleSpec],
+    specs: Sequence[SampleSpec],
     stop_tokens: frozenset[int],
     limits: SamplingLimits = SamplingLimits(),
 ) -> list[SampleResult]:
@@ -105,41 +107,43 @@ def sample(
     """
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise UnsupportedModelError("a model that trains with gradient checkpointing has no key-value cache; eval() it")
-    order = sorted(range(len(wanted)), key=lambda index: (wanted[index].adapter or "", len(wanted[index].prompt)))
-    found: dict[int, SampleResult] = {}
+    order = sorted(range(len(specs)), key=lambda index: (specs[index].adapter or "", len(specs[index].prompt)))
+    results: dict[int, SampleResult] = {}
     for start in range(0, len(order), limits.rows):
         part = order[start : start + limits.rows]
-        found.update(zip(part, _sample_part(model, multi, [wanted[i] for i in part], stop_tokens, limits), strict=True))
-    return [found[index] for index in range(len(wanted))]
+        results.update(
+            zip(part, _sample_part(model, multi, [specs[i] for i in part], stop_tokens, limits), strict=True)
+        )
+    return [results[index] for index in range(len(specs))]
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _sample_part(
     model: PreTrainedModel,
     multi: MultiLora,
-    wanted: Sequence[SampleSpec],
+    specs: Sequence[SampleSpec],
     stop_tokens: frozenset[int],
     limits: SamplingLimits,
 ) -> list[SampleResult]:
-    room = max(one.max_new_tokens for one in wanted)
-    prompts = read_prompts(model, multi, wanted, room, limits)
-    writers = [_Writer(one, stop_tokens) for one in wanted]
-    with multi.decoding_rows([one.adapter for one in wanted]) as rows:
-        active = list(range(len(wanted)))
+    room = max(spec.max_new_tokens for spec in specs)
+    prompts = read_prompts(model, multi, specs, room, limits)
+    decoded = [_DecodedRow(spec, stop_tokens) for spec in specs]
+    with multi.decoding_rows([spec.adapter for spec in specs]) as rows:
+        active = list(range(len(specs)))
         logits, looks = prompts.logits, prompts.looks
-        positions = torch.tensor([len(one.prompt) for one in wanted], device=multi.device)
+        positions = torch.tensor([len(spec.prompt) for spec in specs], device=multi.device)
         while True:
-            tokens = _draw(logits, [writers[row] for row in active])
-            going = [place for place, row in enumerate(active) if not writers[row].ended]
-            if not going:
-                return [writer.sampled() for writer in writers]
-            if len(going) < len(active):
-                kept = torch.tensor(going, device=multi.device)
+            tokens = _draw(logits, [decoded[row] for row in active])
+            running = [place for place, row in enumerate(active) if not decoded[row].ended]
+            if not running:
+                return [row.sampled() for row in decoded]
+            if len(running) < len(active):
+                kept = torch.tensor(running, device=multi.device)
                 rows.keep(kept)
                 for layer in prompts.layers:
                     layer.keep(kept)
                 looks, positions, tokens = looks[kept], positions[kept], tokens[kept]
-                active = [active[place] for place in going]
+                active = [active[place] for place in running]
             looks = torch.cat([looks, looks.new_ones(len(active), 1)], dim=1)
             hidden = model.get_decoder()(
                 input_ids=tokens[:, None],
@@ -152,14 +156,14 @@ def _sample_part(
             positions = positions + 1
 
 
-class _Writer:
-    """What one row has said so far."""
+class _DecodedRow:
+    """The tokens drawn for one row so far."""
 
-    def __init__(self, wanted: SampleSpec, stop_tokens: frozenset[int]) -> None:
-        self.adapter = wanted.adapter
-        self.temperature = wanted.temperature
+    def __init__(self, spec: SampleSpec, stop_tokens: frozenset[int]) -> None:
+        self.adapter = spec.adapter
+        self.temperature = spec.temperature
         # All draws of a row come from its own seed, so its neighbours in the batch do not matter.
-        self.draws = np.random.default_rng(wanted.seed).random(wanted.max_new_tokens)
+        self.draws = np.random.default_rng(spec.seed).random(spec.max_new_tokens)
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self._stop_tokens = stop_tokens
@@ -186,17 +190,17 @@ class _Writer:
         return SampleResult(tuple(self.tokens), np.array(self.logprobs, np.float32), self.stopped)
 
 
-def _draw(logits: torch.Tensor, writers: Sequence[_Writer]) -> torch.Tensor:
-    """One token a row by inverting its cumulative distribution; tells every writer, returns int64 (rows,).
+def _draw(logits: torch.Tensor, decoded: Sequence[_DecodedRow]) -> torch.Tensor:
+    """One token a row by inverting its cumulative distribution; writes it into its row; returns int64 (rows,).
 
     `logits` float32 (rows, vocabulary) are overwritten: at this size new memory costs more than the arithmetic.
     """
-    temperatures = torch.tensor([writer.temperature for writer in writers], device=logits.device)
+    temperatures = torch.tensor([row.temperature for row in decoded], device=logits.device)
     highest, likeliest = logits.max(dim=-1, keepdim=True)
     logits.sub_(highest).div_(torch.where(temperatures > 0, temperatures, 1.0)[:, None])
     cumulative = logits.exp().cumsum_(dim=-1)
     total = cumulative[:, -1:]
-    draws = torch.tensor([[writer.draw] for writer in writers], device=logits.device, dtype=cumulative.dtype)
+    draws = torch.tensor([[row.draw] for row in decoded], device=logits.device, dtype=cumulative.dtype)
     # In float32 a draw can become 1, which is beyond the last token; one below it times the total never rounds up.
     draws = draws.clamp_(max=1 - 2**-24) * total
     # The clamp is for rows that are not numbers, which are refused below.
@@ -204,21 +208,21 @@ def _draw(logits: torch.Tensor, writers: Sequence[_Writer]) -> torch.Tensor:
     tokens = torch.where(temperatures[:, None] > 0, drawn, likeliest)
     chosen = (logits.gather(1, tokens) - total.log())[:, 0]
     tokens = tokens[:, 0]
-    for writer, token, logprob in zip(writers, tokens.tolist(), chosen.tolist(), strict=True):
-        writer.write(token, logprob)
+    for row, token, logprob in zip(decoded, tokens.tolist(), chosen.tolist(), strict=True):
+        row.write(token, logprob)
     return tokens
 
 
 def read_prompts(
-    model: PreTrainedModel, multi: MultiLora, wanted: Sequence[SampleSpec], room: int, limits: SamplingLimits
+    model: PreTrainedModel, multi: MultiLora, specs: Sequence[SampleSpec], room: int, limits: SamplingLimits
 ) -> PromptCache:
     """Compute every distinct beginning once, then lay out the cache of every row."""
-    forests, adapters, rows_of = _prompt_forests(wanted, limits)
+    forests, adapters, rows_of = _prompt_forests(specs)
     keys, values, hidden, starts = _read_forests(model, multi, forests, adapters, limits)
-    longest = max(len(one.prompt) for one in wanted)
-    nodes = torch.zeros(len(wanted), longest, dtype=torch.int64)
-    looks = torch.zeros(len(wanted), longest, dtype=torch.bool)
-    last = torch.zeros(len(wanted), dtype=torch.int64)
+    longest = max(len(spec.prompt) for spec in specs)
+    nodes = torch.zeros(len(specs), longest, dtype=torch.int64)
+    looks = torch.zeros(len(specs), longest, dtype=torch.bool)
+    last = torch.zeros(len(specs), dtype=torch.int64)
     for row, (forest, path) in rows_of.items():
         flat = torch.from_numpy(path) + starts[forest]
         nodes[row, : len(path)], looks[row, : len(path)], last[row] = flat, True, flat[-1]
@@ -239,15 +243,15 @@ def _layer(keys: torch.Tensor, values: torch.Tensor, nodes: torch.Tensor, room: 
 
 
 def _prompt_forests(
-    wanted: Sequence[SampleSpec], limits: SamplingLimits
+    specs: Sequence[SampleSpec],
 ) -> tuple[list[Forest], list[str | None], dict[int, tuple[int, NDArray[np.int64]]]]:
     """Forests of the distinct prompts of each adapter, and for every row its forest and path."""
     forests: list[Forest] = []
     adapters: list[str | None] = []
     rows_of: dict[int, tuple[int, NDArray[np.int64]]] = {}
-    for adapter in dict.fromkeys(one.adapter for one in wanted):
-        members = [row for row, one in enumerate(wanted) if one.adapter == adapter]
-        for forest in grow_forests([wanted[row].prompt for row in members], limits.row_tokens):
+    for adapter in dict.fromkeys(spec.adapter for spec in specs):
+        members = [row for row, spec in enumerate(specs) if spec.adapter == adapter]
+        for forest in grow_forests([specs[row].prompt for row in members], _FOREST_TOKENS):
             for member, path in zip(forest.members, forest.paths, strict=True):
                 rows_of[members[member]] = (len(forests), path)
             forests.append(forest)

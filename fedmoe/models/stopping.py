@@ -1,4 +1,4 @@
-"""Which tokens end an answer, and how many tokens a base model has room for: one answer for all who ask."""
+"""The tokens that end an answer, and the context length of a base model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def strip_stop_tokens(tokens: Sequence[int], stops: frozenset[int]) -> list[int]:
-    """A generated answer without the tokens that ended it; nobody is shown them, be they marked special or not."""
+    """A generated answer without the tokens that ended it, be they marked special or not."""
     return [token for token in tokens if token not in stops]
 
 
@@ -58,14 +58,14 @@ def context_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> 
     `model_max_length`, whichever is less. A sliding window limits what is attended to, not the length.
     """
     text = config.get_text_config()
-    found: list[tuple[int, str]] = []
+    limits: list[tuple[int, str]] = []
     positions = getattr(text, "max_position_embeddings", None)
     if isinstance(positions, int):
-        found.append((max(positions, _yarn_length(text)), "max_position_embeddings of config.json"))
+        limits.append((max(positions, _yarn_length(text)), "max_position_embeddings of config.json"))
     named = tokenizer.model_max_length
     if named is not None and named < _NO_LIMIT:
-        found.append((int(named), "model_max_length of tokenizer_config.json"))
-    return min(found, default=(UNLIMITED, "nothing"))
+        limits.append((int(named), "model_max_length of tokenizer_config.json"))
+    return min(limits, default=(UNLIMITED, "nothing"))
 
 
 def _yarn_length(text: PretrainedConfig) -> int:

@@ -1,4 +1,4 @@
-"""Tokenised data kept for the next start: one safetensors file for data, tokenizer, options and code."""
+"""A cache of tokenised data: one safetensors file for each combination of data, tokenizer, options and code."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache as once
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
-from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fedmoe import datasets
 from fedmoe.datasets.report import DataReport
 from fedmoe.datasets.split import RowHashes
 from fedmoe.datasets.tokens.tokenized import MASKED, IntArray, TokenizedSample, Tokenizer
@@ -31,7 +32,7 @@ _FILES_KEPT = 8
 
 @dataclass(frozen=True, eq=False)
 class KeptTokens:
-    """Samples in few arrays: all token ids, whether each is learned, each sample's length and the hash of its row."""
+    """Samples as few arrays: all token ids, whether each is learned, each sample's length and the hash of its row."""
 
     ids: NDArray[np.int32]
     learned: NDArray[np.bool_]
@@ -41,7 +42,7 @@ class KeptTokens:
 
     @classmethod
     def of(cls, samples: Sequence[TokenizedSample], row_hashes: RowHashes, report: DataReport) -> KeptTokens:
-        """What is kept of these samples."""
+        """These samples as arrays."""
         return cls(
             np.concatenate([np.empty(0, np.int32), *(sample.input_ids.astype(np.int32) for sample in samples)]),
             np.concatenate([np.empty(0, np.bool_), *(sample.labels != MASKED for sample in samples)]),
@@ -60,14 +61,14 @@ class KeptTokens:
 
 
 class TokenCache:
-    """The place of one tokenised source in a folder that this process may write to."""
+    """The file of one tokenised source in a cache folder that this process may write to."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self._folder, self._file = folder, folder / f"{key}.safetensors"
 
     @classmethod
     def of(cls, folder: Path | None, tokenizer: Tokenizer, made_of: Sequence[object]) -> TokenCache | None:
-        """The place for what is `made_of` these JSON values and this tokenizer; None where nothing can be kept."""
+        """The file for what is `made_of` these JSON values and this tokenizer; None where nothing can be cached."""
         identity = _tokenizer_identity(tokenizer)
         if folder is None or identity is None:
             return None
@@ -75,7 +76,7 @@ class TokenCache:
         return cls(folder, key.hexdigest()[:40])
 
     def read(self) -> KeptTokens | None:
-        """What is kept, or None if nothing is or it is damaged; a damaged file is made anew."""
+        """The cached tokens; None if there are none or the file is damaged, which is then made anew."""
         if not self._file.is_file():
             return None
         try:
@@ -98,7 +99,7 @@ class TokenCache:
             return None
 
     def write(self, tokens: KeptTokens) -> None:
-        """Keep these; a folder that takes none costs only time at the next start."""
+        """Cache these; a folder that cannot be written costs only time at the next start."""
         arrays: dict[str, NDArray[np.generic]] = {
             "ids": tokens.ids,
             "learned": tokens.learned.astype(np.uint8),
@@ -129,28 +130,20 @@ def _digest(arrays: dict[str, NDArray[np.generic]]) -> str:
     return digest.hexdigest()
 
 
-class _Identified(Protocol):
-    @property
-    def backend_tokenizer(self) -> _Backend: ...
-
-
-class _Backend(Protocol):
-    def to_str(self) -> str: ...
-
-
 def _tokenizer_identity(tokenizer: Tokenizer) -> list[object] | None:
     """What the tokens follow from besides the rows; None for tokenizers that cannot say, or that look at the clock."""
     template = str(tokenizer.chat_template or "")
     if not tokenizer.is_fast or "strftime_now" in template:
         return None
-    words = hashlib.sha256(cast(_Identified, tokenizer).backend_tokenizer.to_str().encode()).hexdigest()
-    return [words, template, tokenizer.eos_token_id, tokenizer.bos_token_id, version("transformers")]
+    # A fast tokenizer of transformers; `Tokenizer` is only what tokenising needs of it.
+    vocabulary = hashlib.sha256(str(attrgetter("backend_tokenizer")(tokenizer).to_str()).encode()).hexdigest()
+    return [vocabulary, template, tokenizer.eos_token_id, tokenizer.bos_token_id, version("transformers")]
 
 
 @once
 def _code_hash() -> str:
-    """Of this package's source: another version may render other tokens."""
+    """The hash of the source that makes tokens of rows: another version may make others."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted([Path(__file__), *Path(datasets.__file__).parent.rglob("*.py")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -29,8 +29,8 @@ def tree_attention(
 
     `mask`: bool (rows, 1, n, n), True where a node may look; every node must see at least one.
     """
-    found: torch.Tensor = _TreeAttention.apply(query, key, value, mask, scale)
-    return found
+    out: torch.Tensor = _TreeAttention.apply(query, key, value, mask, scale)
+    return out
 
 
 def _attend(

@@ -40,7 +40,7 @@ class WorkerCheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class WorkerState:
-    """What one rank keeps: named arrays and JSON objects."""
+    """The content of one rank's checkpoint file: named arrays and JSON objects."""
 
     arrays: Mapping[str, NDArray[np.generic]]
     values: Mapping[str, Mapping[str, object]]
@@ -59,18 +59,13 @@ def save_state(folder: Path, state: WorkerState, group: ProcessGroup) -> Path:
     group.barrier()
     if group.rank == 0:
         write_atomic(folder / LATEST, json.dumps({"serial": serial, "world_size": group.world_size}).encode())
-        _sweep(folder, serial)
+        for old in folder.iterdir():
+            match = _FILE.match(old.name)
+            # A process that was killed while it wrote leaves its temporary file behind.
+            if (match and int(match[1]) not in (serial, serial - 1)) or old.name.startswith(".checkpoint-"):
+                old.unlink()
     group.barrier()
     return file
-
-
-def _sweep(folder: Path, serial: int) -> None:
-    """Keep the newest set and the one before it."""
-    for old in folder.iterdir():
-        match = _FILE.match(old.name)
-        # A process that was killed while it wrote leaves its temporary file behind.
-        if (match and int(match[1]) not in (serial, serial - 1)) or old.name.startswith(".checkpoint-"):
-            old.unlink()
 
 
 def load_state(folder: Path, group: ProcessGroup) -> WorkerState:
@@ -86,14 +81,12 @@ def load_state(folder: Path, group: ProcessGroup) -> WorkerState:
         )
     first: WorkerCheckpointError | None = None
     for serial in (newest, newest - 1):
-        problem: WorkerCheckpointError | None = None
         state: WorkerState | None = None
         try:
             state = _read(folder, serial, group.rank)
         except WorkerCheckpointError as error:
-            problem = error
             first = first or error
-        if not _anywhere(group, problem is not None):
+        if not group.any_flag(state is None):
             assert state is not None
             if serial != newest:
                 _log.warning("older_checkpoint", reason=str(first), then="the one before it is taken")
@@ -105,7 +98,7 @@ def load_state(folder: Path, group: ProcessGroup) -> WorkerState:
 
 
 def peek_values(folder: Path, rank: int) -> Mapping[str, Mapping[str, object]]:
-    """The JSON objects that `load_state` would give this rank, as far as it alone can tell; None is loaded.
+    """The JSON objects that `load_state` would give this rank, as far as it alone can tell.
 
     Raises CheckpointError where no set is whole.
     """
@@ -114,10 +107,6 @@ def peek_values(folder: Path, rank: int) -> Mapping[str, Mapping[str, object]]:
         return _read(folder, newest, rank).values
     except WorkerCheckpointError:
         return _read(folder, newest - 1, rank).values
-
-
-def _anywhere(group: ProcessGroup, flag: bool) -> bool:
-    return flag if group.world_size == 1 else group.any_flag(flag)
 
 
 def _read(folder: Path, serial: int, rank: int) -> WorkerState:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import structlog
 
+from fedmoe.lora.codec import WireDtype
 from fedmoe.lora.manifest import Manifest
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import (
@@ -79,7 +80,8 @@ class Delivery:
 
     While the coordinator is away or sheds load, tries go on, `pause_seconds` apart. The thread is a daemon: a worker
     that must leave leaves, and sends the update after its restart. `fact` is told after an update that landed, once:
-    a newer one follows with the next. Newest weights have to be of `manifest`; others are waited out.
+    a newer one follows with the next. Newest weights have to be of `manifest`; others are waited out. Where they do not
+    come with the answer they are pulled in `dtype`.
     """
 
     def __init__(
@@ -89,9 +91,10 @@ class Delivery:
         on_trouble: Callable[[CoordinatorUnavailableError], None] = lambda _: None,
         fact: StatisticRequest | None = None,
         manifest: Manifest | None = None,
+        dtype: WireDtype = "fp32",
     ) -> None:
         self.pending = pending
-        self._manifest = manifest
+        self._manifest, self._dtype = manifest, dtype
         self._fact = fact
         self._client = client
         self._on_trouble = on_trouble
@@ -183,7 +186,7 @@ class Delivery:
 
     def _pull(self, least_version: int) -> PulledExpert:
         expected = ExpectedWeights(self._manifest, least_version)
-        pulled = self._client.pull_expert(self.pending.header.expert, expected=expected)
+        pulled = self._client.pull_expert(self.pending.header.expert, dtype=self._dtype, expected=expected)
         assert pulled is not None, "without an ETag there is always an answer"
         return pulled
 

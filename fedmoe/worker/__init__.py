@@ -1,1 +1,1 @@
-"""What a worker keeps on disk and how its updates reach the coordinator."""
+"""The parts of a worker process: its data and options, restarts, failures, statistics and reports."""

@@ -1,4 +1,4 @@
-"""What a worker is busy with before its first step, as log lines: for its operator, and for whoever shows workers."""
+"""Log lines about the phases before a worker's first step, for its operator and for programs that show workers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ EVENT = "phase"
 
 
 class PhaseLog:
-    """Logs where a phase is, at each tenth of it; nothing is decided by a clock."""
+    """Logs the progress of a phase at each tenth of it, whatever the time."""
 
     def __init__(self, phase: Phase) -> None:
         self._phase = phase
-        self._told = -1
+        self._logged = -1
 
-    def at(self, done: int, total: int) -> None:
-        """So much of `total` is done."""
+    def update(self, done: int, total: int) -> None:
+        """Log a line if another tenth of `total` is done."""
         tenth = 10 * done // total if total else 10
-        if tenth > self._told:
-            self._told = tenth
+        if tenth > self._logged:
+            self._logged = tenth
             _log.info(EVENT, phase=self._phase, done=done, total=total)
 
 
 def log_phase(phase: Phase, done: int | None = None) -> None:
-    """A phase of which nobody knows how long it is begins, or so much of it is done."""
+    """Log that a phase of unknown length begins, or how much of it is done."""
     _log.info(EVENT, phase=phase, **({} if done is None else {"done": done}))

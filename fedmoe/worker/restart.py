@@ -13,8 +13,8 @@ from fedmoe.models.data_hashes import check_data_change
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.worker_state import has_state, peek_values
 from fedmoe.qwen_worker import QwenWorker
+from fedmoe.worker.failures import WorkerFailedError
 from fedmoe.worker.progress import SyncPoint
-from fedmoe.worker.pull import WorkerFailedError
 
 _log = structlog.get_logger("fedmoe.worker")
 

@@ -1,14 +1,14 @@
-"""What a worker tells of its data, besides updates, so that experts merge and route well.
+"""Statistics of a worker's data, which it discloses so that experts merge and route well: made, cached and sent.
 
-What is disclosed: of the prompts, in two halves, how many samples there were, the mean of their features on the base
+Disclosed are: of the prompts, in two halves, how many samples there were, the mean of their features on the base
 model (hidden states after up to four numbers of layers, d numbers in all), and of their covariance the 64 main
 directions and the diagonal of what is left (at most 66 d numbers a half); of the inputs of the adapted modules how many
 tokens, and, each input weighted by the squared gradient of the loss, the mean of their squares and a random sketch of
 their second moment ((q + 1) n numbers a module, q = 64). No text, no token and no single prompt's features: every
-number is taken over at least half of `LEAST_PROMPTS` samples. That is no
-anonymity: the numbers tell what the data are about, whoever has a guess of a text can test whether it was likely among
-so few, and no noise is added. All of it is made on the public base model from a sample that is bounded in tokens and
-never in time, so it is made once, does not follow the training, and is the same on a fast and on a busy machine.
+number is taken over at least half of `LEAST_PROMPTS` samples. That is no anonymity: the numbers tell what the data are
+about, whoever has a guess of a text can test whether it was likely among so few, and no noise is added. All of it is
+made on the public base model from a sample that is bounded in tokens and never in time, so it is made once, does not
+follow the training, and is the same on a fast and on a busy machine.
 """
 
 from __future__ import annotations
@@ -49,9 +49,12 @@ PROMPT_LENGTHS = (8, 16, 32, 64, 128)
 LONGEST_PROMPT = 256
 # Samples between two reports of progress.
 _SAMPLES_AT_ONCE = 16
+# Seconds that a worker which was told to stop waits for statistics that are still on their way.
+_LAST_WAIT_SECONDS = 5.0
+_TICK_SECONDS = 0.2
+_KINDS: tuple[StatisticsKind, ...] = ("prompts", "moments")
+_log = structlog.get_logger("fedmoe.worker")
 
-#: Told how far the work is: tokens looked at so far, and tokens that will be.
-Progress = Callable[[int, int], None]
 # Tokens of a sample, and how many of the first are a prompt, rising.
 _Prompt = tuple[Sequence[int], tuple[int, ...]]
 
@@ -72,7 +75,7 @@ class DataStatistics:
     samples: int
     tokens: int
 
-    def to_bytes(self) -> dict[str, bytes]:
+    def to_bytes(self) -> dict[StatisticsKind, bytes]:
         """Kind of statistic -> safetensors."""
         return {"prompts": self.prompts.to_bytes(), "moments": self.moments.to_bytes()}
 
@@ -94,15 +97,16 @@ def data_statistics(
     blocks: Sequence[Block],
     targets: Sequence[str] | str,
     budget: StatisticsBudget | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DataStatistics:
     """The statistics of packed training blocks on a bare base model (call it before an adapter is attached).
 
     Blocks are taken in order until the budget is used up; `pack` has shuffled them. `LEAST_PROMPTS` prompts and one
-    block are used, however small the budget. Raises `TooLittleDataError` for blocks with fewer samples.
+    block are used, however small the budget. `progress` gets the tokens looked at so far and their final number. Raises
+    `TooLittleDataError` for blocks with fewer samples.
     """
     allowed = budget or StatisticsBudget()
-    tokens = sum(map(_tokens, blocks))
+    tokens = sum(map(_moment_tokens, blocks))
     chosen = _chosen(base, blocks, allowed.prompt_tokens)
     of_prompts, of_moments = sum(lengths[-1] for _, lengths in chosen), min(tokens, allowed.tokens)
     total = of_prompts + of_moments
@@ -111,7 +115,7 @@ def data_statistics(
     with MomentsCollector(base, targets) as collector:
         for block in blocks:
             collector.add(collate([block]))
-            used += _tokens(block)
+            used += _moment_tokens(block)
             progress(of_prompts + min(used, of_moments), total)
             if used >= allowed.tokens:
                 break
@@ -143,7 +147,7 @@ def _prompt_statistics(
     return PromptStatistics.of(np.concatenate(parts), of_row)
 
 
-def _tokens(block: Block) -> int:
+def _moment_tokens(block: Block) -> int:
     """Tokens that moments are made of: none of a block without a label, which has no gradient."""
     return int(np.count_nonzero(block.segment_ids >= 0)) if (block.labels != MASKED).any() else 0
 
@@ -188,12 +192,8 @@ def _prompts(ids: IntArray, labels: IntArray, frame: ChatFrame) -> tuple[Sequenc
     return ids.tolist(), lengths or ((len(labels),) if len(labels) > 1 else ())
 
 
-_log = structlog.get_logger("fedmoe.worker")
-_KINDS: tuple[StatisticsKind, ...] = ("prompts", "moments")
-
-
 def statistics_key(base: LoadedBase, blocks: Sequence[Block], targets: Sequence[str] | str) -> str:
-    """Names what statistics follow from: base model and its precision, data, adapted modules, and this code."""
+    """A hash of all that statistics follow from: base model and its precision, data, adapted modules, and this code."""
     made_of = [__version__, base.identity.weights_hash, str(base.dtype), targets]
     key = hashlib.sha256(json.dumps(made_of).encode())
     for block in blocks:
@@ -203,8 +203,8 @@ def statistics_key(base: LoadedBase, blocks: Sequence[Block], targets: Sequence[
 
 
 def read_cached(folder: Path, key: str) -> dict[StatisticsKind, bytes]:
-    """What was kept under this key, by kind; empty unless all of it is there, can be read and is undamaged."""
-    found: dict[StatisticsKind, bytes] = {}
+    """The statistics cached under this key, by kind; empty unless all are there, can be read and are undamaged."""
+    bodies: dict[StatisticsKind, bytes] = {}
     for kind in _KINDS:
         for file in folder.glob(f"{kind}-{key}-*.safetensors"):
             try:
@@ -213,14 +213,14 @@ def read_cached(folder: Path, key: str) -> dict[StatisticsKind, bytes]:
                 _log.warning("kept_statistics_unreadable", file=str(file), reason=str(error))
                 continue
             if file.name == _name(kind, key, body):
-                found[kind] = body
+                bodies[kind] = body
             else:
                 _log.warning("kept_statistics_damaged", file=str(file))
-    return found if len(found) == len(_KINDS) else {}
+    return bodies if len(bodies) == len(_KINDS) else {}
 
 
 def write_cached(folder: Path, key: str, bodies: Mapping[StatisticsKind, bytes]) -> None:
-    """Keep these and no others; a disk that takes none is logged, since training does not need them."""
+    """Cache these and no others; a disk that takes none is logged, since training does not need them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.iterdir():
@@ -233,13 +233,6 @@ def write_cached(folder: Path, key: str, bodies: Mapping[StatisticsKind, bytes])
 
 def _name(kind: StatisticsKind, key: str, body: bytes) -> str:
     return f"{kind}-{key}-{hashlib.sha256(body).hexdigest()[:32]}.safetensors"
-
-
-_log = structlog.get_logger("fedmoe.worker")
-
-# Of a worker that was told to stop, for statistics that are still on their way.
-_LAST_WAIT_SECONDS = 5.0
-_TICK_SECONDS = 0.2
 
 
 class Disclosure:
@@ -259,7 +252,7 @@ class Disclosure:
         self._thread = threading.Thread(target=self._run, name="fedmoe-disclosure", daemon=True)
 
     def start(self) -> None:
-        """Begin to send; the expert must be registered."""
+        """Begin to send; the expert must be registered already."""
         self._thread.start()
 
     def finish(self, seconds: float, stopped: Callable[[], bool]) -> None:

@@ -15,11 +15,11 @@ from fedmoe.datasets.tokens.packing import Block, BlockSampler, pack
 from fedmoe.datasets.tokens.tokenized import TokenizedSample
 from fedmoe.lora.adapter import Layout
 from fedmoe.models.base import LoadedBase, context_length, pad_token
-from fedmoe.models.context import resolve_max_length
 from fedmoe.models.held_out import HeldOutPlan
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.prepare_data import DataOptions, PreparedData, prepare_samples
 from fedmoe.models.schedule import TrainingConfig
+from fedmoe.models.step_memory import resolve_max_length
 from fedmoe.runtime.cache import cache_folder
 from fedmoe.worker.options import (
     block_sampler,

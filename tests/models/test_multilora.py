@@ -177,33 +177,6 @@ def test_rows_whose_numbers_overflow_leave_the_others_alone(pair: tuple[LoadedBa
         torch.testing.assert_close(found[[0, 2, 3]], fine[[0, 2, 3]], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_checkpointing_gives_the_same_gradients_also_from_another_thread(device: str) -> None:
-    base, multi = with_adapters(device)
-    names, ids = ORDERS["with the base"], random_ids(6, 9)
-    plain = backward(base, multi, names, ids, [1.0] * 6)
-    multi.enable_checkpointing()
-    base.model.train()
-    saved: list[torch.Size] = []
-
-    def save(tensor: torch.Tensor) -> torch.Tensor:
-        saved.append(tensor.shape)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        loss = logits_of(base, multi, names, ids).pow(2).mean(dim=(1, 2)).sum()
-    assert not any(shape[-1] == base.model.config.intermediate_size for shape in saved if shape)
-    # On a GPU the backward pass has a thread of its own, to which what the caller's thread knows is unknown.
-    thread = threading.Thread(target=loss.backward)
-    thread.start()
-    thread.join()
-    for name in SHAPES:
-        gradient = multi.slot(name).parameter.grad
-        assert gradient is not None
-        scale = np.abs(plain[name]).max()
-        np.testing.assert_allclose(gradient.cpu().numpy(), plain[name], atol=1e-6 * scale, rtol=1e-5)
-
-
 def test_two_threads_at_once_give_what_each_gives_alone(pair: tuple[LoadedBase, MultiLora]) -> None:
     base, multi = pair
     multi.add("frozen", random_adapter(multi, 3, 3.0, 7))

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedmoe.lora.adapter import FloatMatrix
 from fedmoe.models.base import LoadedBase, load_base
-from fedmoe.models.prompt_features import features_width, prefix_features, prompt_features, routing_depths, row_energies
+from fedmoe.models.prompt_features import features_width, prefix_features, prompt_features, routing_depths
 
 LENGTHS = (5, 1, 64, 2, 17, 40)
 
@@ -90,7 +89,6 @@ def test_the_model_is_left_as_it_was(base: LoadedBase) -> None:
     body = base.model.base_model
     layers, logits, before = body.layers, base.model(torch.tensor([[1, 2, 3]])).logits, hooks(base)
     prompt_features(base, prompts(), (1, 2))
-    row_energies(base, prompts(), projections(base))
     assert body.layers is layers
     assert len(layers) == 2
     assert hooks(base) == before
@@ -123,36 +121,3 @@ def test_what_has_no_features_is_refused(base: LoadedBase) -> None:
     for depths in ((0,), (1, 3), (-1,), ()):
         with pytest.raises(ValueError, match="depths must be 1 to 2"):
             prompt_features(base, prompts(), depths)
-    with pytest.raises(ValueError, match="at least one token"):
-        row_energies(base, [[]], projections(base))
-
-
-def projections(base: LoadedBase, rows: int = 3) -> dict[str, FloatMatrix]:
-    draws = np.random.default_rng(5)
-    named = dict(base.model.named_modules())
-    names = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
-    return {name: draws.standard_normal((rows, named[name].in_features)).astype(np.float32) for name in names}
-
-
-def test_energies_of_rows_are_means_over_modules_and_positions(base: LoadedBase) -> None:
-    rows = projections(base)
-    found = row_energies(base, prompts(), rows)
-    assert found.shape == (len(LENGTHS), 3)
-    for place, ids in enumerate(prompts()):
-        np.testing.assert_allclose(found[place], plain_energies(base, ids, rows), rtol=1e-3)
-
-
-def plain_energies(base: LoadedBase, ids: list[int], rows: dict[str, FloatMatrix]) -> FloatMatrix:
-    heard: dict[str, torch.Tensor] = {}
-    for name in rows:
-        module = base.model.get_submodule(name)
-        module.register_forward_pre_hook(lambda _, given, name=name: heard.__setitem__(name, given[0][0]))
-    base.model(torch.tensor([ids]))
-    for name in rows:
-        base.model.get_submodule(name)._forward_pre_hooks.clear()
-    found = []
-    for name, matrix in rows.items():
-        x = heard[name].numpy().astype(np.float64)
-        x = x[1:] if len(x) > 1 else x
-        found.append((np.square(x @ matrix.T) * x.shape[1] / np.square(x).sum(axis=1, keepdims=True)).mean(axis=0))
-    return np.asarray(np.mean(found, axis=0), np.float32)

@@ -13,6 +13,7 @@ from multilora_cases import DEVICES, random_adapter, random_tokens, with_adapter
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.final_logits import UnsupportedModelError
 from fedmoe.models.multilora import MultiLora
+from fedmoe.models.packed import enable_checkpointing
 from fedmoe.models.policy_logprobs import Continuation, plan_micro_batches, token_logprobs
 from fedmoe.models.sampling import SampleResult, SampleSpec, SamplingLimits, sample
 
@@ -102,7 +103,7 @@ def test_a_seed_gives_its_tokens_whatever_the_neighbours(device: str) -> None:
         SamplingLimits(rows=1),
         SamplingLimits(rows=3),
         SamplingLimits(prompt_tokens=1),
-        SamplingLimits(prompt_tokens=40, row_tokens=8),
+        SamplingLimits(prompt_tokens=40),
     ],
 )
 def test_the_limits_do_not_change_the_tokens(pair: Pair, limits: SamplingLimits) -> None:
@@ -216,7 +217,7 @@ def test_a_model_whose_numbers_overflow_is_an_error_that_names_the_adapter() -> 
 
 def test_a_model_in_checkpointing_training_is_refused() -> None:
     base, multi = with_adapters()
-    multi.enable_checkpointing()
+    enable_checkpointing(base.model)
     assert drawn((base, multi), mixed(2))
     base.model.train()
     with pytest.raises(UnsupportedModelError, match="cache"):

@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from fedmoe.models.base import context_length, load_base
-from fedmoe.models.context import DEFAULT_MAX_LENGTH, LengthError, resolve_max_length
-from fedmoe.models.step_memory import StepShape, check_memory, free_memory, largest_length, step_bytes
+from fedmoe.models.step_memory import (
+    DEFAULT_MAX_LENGTH,
+    LengthError,
+    StepShape,
+    check_memory,
+    free_memory,
+    largest_length,
+    resolve_max_length,
+    step_bytes,
+)
 
 MIB = 2**20
 TINY = StepShape(2, 64, 64, 128, 259, 32_768, 16, 256, 1)

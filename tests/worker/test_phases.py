@@ -11,7 +11,7 @@ def test_each_tenth_of_a_phase_is_told_once() -> None:
     phase = PhaseLog("statistics of the data")
     with capture_logs() as lines:
         for done in range(1, 1001):
-            phase.at(done, 1000)
+            phase.update(done, 1000)
     assert [line["done"] for line in lines] == [1, *range(100, 1001, 100)]
     assert {(line["event"], line["phase"], line["total"]) for line in lines} == {
         ("phase", "statistics of the data", 1000)

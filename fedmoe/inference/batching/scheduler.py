@@ -23,8 +23,8 @@ from fedmoe.lora.adapter import Adapter, ShapeError
 from fedmoe.models.base import LoadedBase, stop_tokens
 from fedmoe.models.final_logits import check_causal_model, logits_of
 from fedmoe.models.multilora import DecodingRows, MultiLora, UnknownAdapterError
+from fedmoe.models.policy_logprobs import log_likelihoods
 from fedmoe.models.sampling import SampleSpec, SamplingLimits, read_prompts
-from fedmoe.models.text_likelihood import log_likelihoods
 
 _log = structlog.get_logger("fedmoe.serve")
 

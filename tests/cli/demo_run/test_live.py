@@ -86,7 +86,7 @@ def test_what_a_worker_logs_is_what_is_shown(tmp_path: Path) -> None:
         with capture_logs() as lines:
             log_phase("preparing data", 1200)
             for done in range(7):
-                PhaseLog("statistics of the data").at(done, 7)
+                PhaseLog("statistics of the data").update(done, 7)
         for line in lines[:1]:
             said(plan, 0, **line)
         for line in lines:
