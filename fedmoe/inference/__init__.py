@@ -1,1 +1,1 @@
-"""Where sampled text comes from: one protocol, several back ends."""
+"""Inference: one protocol for rollouts and one for a gateway server, on transformers and on vLLM."""

@@ -1,4 +1,4 @@
-"""The backend of a gateway server: tokens of one version of one model, one after the other."""
+"""The protocol of a gateway server's backend: streams the tokens of one version of one model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ServedModel:
 class Sampling:
     """How tokens are drawn: `temperature` 0 takes the likeliest; `top_p` 1 cuts nothing; `seed` fixes the draws.
 
-    `alternatives`: how many of the likeliest tokens are wanted beside the one drawn; None: no log-probabilities at all.
+    `alternatives`: how many of the likeliest tokens to report beside the one drawn; None: no log-probabilities at all.
     """
 
     max_new_tokens: int
@@ -46,7 +46,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One continuation wanted; `model` None is the base model alone."""
+    """A request for one continuation; `model` None is the base model alone."""
 
     model: ServedModel | None
     prompt: tuple[int, ...]
@@ -81,34 +81,27 @@ class Backend(Protocol):
 
     def load(self, model: ServedModel, adapter: Adapter) -> None:
         """Make a version available; raises BackendError for one that is there or does not fit."""
-        ...
 
     def unload(self, model: ServedModel) -> None:
-        """Let a version go once nothing generates with it; new generations are refused from the call on."""
-        ...
+        """Release a version once nothing generates with it; new generations are refused from the call on."""
 
     def loaded(self) -> frozenset[ServedModel]:
-        """What can be generated with."""
-        ...
+        """The versions that can be generated with."""
 
     def generate(self, wanted: Generation) -> AsyncGenerator[Step, None]:
         """The tokens as they come; closing the generator before its end gives up the rest.
 
         Raises BackendError for a version that is not loaded, and when generation fails.
         """
-        ...
 
     def log_likelihoods(self, text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
         """ln p(text[1:] | text[0]) in nats under each model; may take as long as a pass over the text for each.
 
         Raises BackendError for a version that is not loaded; it must stay loaded meanwhile.
         """
-        ...
 
     def busy(self) -> tuple[int, int]:
         """How many generations are computed now, and how many wait."""
-        ...
 
     def close(self) -> None:
-        """Give up all generations and give back what the backend holds."""
-        ...
+        """Cancel all generations and release what the backend holds."""

@@ -1,10 +1,10 @@
-"""What a rollout engine is: text in the name of one version of one policy, with the log-probability of every token."""
+"""The rollout engine protocol: samples from versions of adapters, with the log-probability of every token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from fedmoe.lora.adapter import Adapter, FloatArray
 from fedmoe.runtime.errors import ExpectedError
@@ -60,39 +60,24 @@ class Engine(Protocol):
 
     def load(self, key: AdapterKey, adapter: Adapter) -> None:
         """Make one version of one policy available; loading a key again is an error."""
-        ...
 
     def unload(self, key: AdapterKey) -> None:
         """Let a version go; unknown keys are an error."""
-        ...
 
     def loaded(self) -> frozenset[AdapterKey]:
-        """What can be sampled from."""
-        ...
+        """The adapters that can be sampled from."""
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
         """Answer all requests, in their order, in as few batches as fit; raises EngineError for an unknown adapter."""
-        ...
 
     def score(self, key: AdapterKey | None, prompt: Sequence[int], tokens: Sequence[int]) -> FloatArray:
         """The log-probability (temperature 1) of each of `tokens` after `prompt`, for verifying a synchronisation."""
-        ...
 
     def close(self) -> None:
         """Give back what the engine holds."""
-        ...
-
-
-@runtime_checkable
-class Bounded(Protocol):
-    """An engine that knows how long a request may be."""
-
-    @property
-    def context(self) -> int | None:
-        """The most tokens of prompt and answer together; None where it is not known."""
-        ...
 
 
 def context_limit(engine: Engine) -> int | None:
-    """The most tokens of prompt and answer together that the engine takes, if it knows."""
-    return engine.context if isinstance(engine, Bounded) else None
+    """The most tokens of prompt and answer together that the engine takes; None where it has no `context`."""
+    limit: int | None = getattr(engine, "context", None)
+    return limit

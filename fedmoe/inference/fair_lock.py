@@ -1,4 +1,4 @@
-"""Many together, or one alone."""
+"""A readers-writer lock in which neither readers nor writers starve."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ class _Ticket:
 class FairLock:
     """Blocks of code that run beside each other (`shared`), and blocks that run while no other does (`exclusive`).
 
-    Whoever comes first goes first, so neither kind keeps the other waiting for ever.
+    They run in the order they came, so neither kind keeps the other waiting for ever.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting: list[_Ticket] = []
-        self._together = 0
-        self._alone = False
+        self._readers = 0
+        self._writing = False
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Waits while somebody is alone, or waits to be since before."""
+        """Waits while an exclusive block runs, or waits since before."""
         with self._changed:
             ticket = _Ticket(exclusive=False)
-            self._wait(ticket, lambda: not self._alone and not self._behind_one_alone(ticket))
-            self._together += 1
+            self._wait(ticket, lambda: not self._writing and not self._behind_writer(ticket))
+            self._readers += 1
         try:
             yield
         finally:
             with self._changed:
-                self._together -= 1
+                self._readers -= 1
                 self._changed.notify_all()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Waits until all who came before are through, and nobody is inside."""
+        """Waits until all blocks that came before have ended."""
         with self._changed:
             ticket = _Ticket(exclusive=True)
-            self._wait(ticket, lambda: self._waiting[0] is ticket and not self._alone and not self._together)
-            self._alone = True
+            self._wait(ticket, lambda: self._waiting[0] is ticket and not self._writing and not self._readers)
+            self._writing = True
         try:
             yield
         finally:
             with self._changed:
-                self._alone = False
+                self._writing = False
                 self._changed.notify_all()
 
-    def _wait(self, ticket: _Ticket, may_go: Callable[[], bool]) -> None:
+    def _wait(self, ticket: _Ticket, may_run: Callable[[], bool]) -> None:
         self._waiting.append(ticket)
         try:
-            self._changed.wait_for(may_go)
+            self._changed.wait_for(may_run)
         finally:
             self._waiting.remove(ticket)
             self._changed.notify_all()
 
-    def _behind_one_alone(self, ticket: _Ticket) -> bool:
+    def _behind_writer(self, ticket: _Ticket) -> bool:
         return any(other.exclusive for other in self._waiting[: self._waiting.index(ticket)])

@@ -1,18 +1,15 @@
-"""Rollouts by transformers, in this process, on the same base model that the learner trains on."""
+"""The rollout engine on transformers, in this process, on the same base model that the learner trains on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
-import torch
 
 from fedmoe.inference.engine import AdapterKey, EngineError, Sample, SampleRequest
 from fedmoe.lora.adapter import Adapter, FloatArray
 from fedmoe.models.base import LoadedBase, stop_tokens
 from fedmoe.models.final_logits import check_causal_model
 from fedmoe.models.multilora import MultiLora
-from fedmoe.models.policy_logprobs import Continuation, plan_micro_batches, token_logprobs
+from fedmoe.models.policy_logprobs import score_tokens
 from fedmoe.models.sampling import SampleSpec, SamplingLimits, sample
 
 __all__ = ["TransformersEngine", "stop_tokens"]
@@ -28,53 +25,48 @@ class TransformersEngine:
         check_causal_model(base.model)
         self._base = base
         self._multi = multi
-        self._keys: dict[AdapterKey, str] = {}
+        self._keys: set[AdapterKey] = set()
         self.limits = limits or SamplingLimits()
         self._stop_tokens = stop_tokens(base)
 
     @property
     def context(self) -> int | None:
         """The positions that the base model was made for, if its configuration names them."""
-        found = getattr(self._base.model.config, "max_position_embeddings", None)
-        return found if isinstance(found, int) else None
+        positions = getattr(self._base.model.config, "max_position_embeddings", None)
+        return positions if isinstance(positions, int) else None
 
     def load(self, key: AdapterKey, adapter: Adapter) -> None:
         """Make a version available."""
         if key in self._keys:
             raise EngineError(f"{key} is loaded already; a version is never loaded twice")
         self._multi.add(str(key), adapter)
-        self._keys[key] = str(key)
+        self._keys.add(key)
 
     def unload(self, key: AdapterKey) -> None:
         """Let a version go."""
         self._multi.remove(self._name(key) or "")
-        del self._keys[key]
+        self._keys.remove(key)
 
     def loaded(self) -> frozenset[AdapterKey]:
-        """What can be sampled from."""
+        """The versions that can be sampled from."""
         return frozenset(self._keys)
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
         """Answer all requests, in their order."""
-        wanted = [
+        specs = [
             SampleSpec(self._name(one.adapter), one.prompt, one.max_new_tokens, one.temperature, one.seed)
             for one in requests
         ]
-        if not wanted:
-            return []
         try:
-            found = sample(self._base.model, self._multi, wanted, self._stop_tokens, self.limits)
+            results = sample(self._base.model, self._multi, specs, self._stop_tokens, self.limits)
         except FloatingPointError as error:
             raise EngineError(str(error)) from error
-        return [Sample(one.tokens, one.logprobs, one.stopped) for one in found]
+        return [Sample(result.tokens, result.logprobs, result.stopped) for result in results]
 
     def score(self, key: AdapterKey | None, prompt: Sequence[int], tokens: Sequence[int]) -> FloatArray:
         """The log-probability of each of `tokens` after `prompt`."""
-        one = [Continuation(self._name(key), tuple(prompt), tuple(tokens))]
-        (batch,) = plan_micro_batches(one, len(prompt) + len(tokens), len(prompt) + len(tokens))
-        with torch.no_grad(), self._multi.rows(batch.adapters):
-            scored = token_logprobs(self._base.model, self._multi, batch, one)
-        return np.asarray(scored.logprobs.cpu().numpy(), np.float32)
+        scores: FloatArray = score_tokens(self._base.model, self._multi, self._name(key), prompt, tokens)
+        return scores
 
     def close(self) -> None:
         """Let all versions go."""
@@ -82,9 +74,7 @@ class TransformersEngine:
             self.unload(key)
 
     def _name(self, key: AdapterKey | None) -> str | None:
-        if key is None:
-            return None
-        if key not in self._keys:
-            there = ", ".join(sorted(map(str, self._keys))) or "none"
-            raise EngineError(f"{key} is not loaded; loaded are: {there}")
-        return self._keys[key]
+        if key is not None and key not in self._keys:
+            loaded = ", ".join(sorted(map(str, self._keys))) or "none"
+            raise EngineError(f"{key} is not loaded; loaded are: {loaded}")
+        return None if key is None else str(key)

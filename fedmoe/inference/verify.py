@@ -1,4 +1,4 @@
-"""The check after every synchronisation: does the engine really compute with the weights the trainer has?"""
+"""Verifies after every synchronisation that the engine computes with the weights that the trainer has."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What was found, in nats per token: the gap between engine and trainer, and how far the version moved the engine.
+    """Differences in nats per token: between engine and trainer, and between the engine's version and the one before.
 
     `change` is None where there was no previous version to compare with.
     """

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from fedmoe.lora.adapter import FloatArray
 from fedmoe.models.final_logits import selected_logprobs
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.prefix_tree import Forest, batch_forests, grow_forests
@@ -149,3 +150,15 @@ def log_likelihoods(
     logprobs, _ = selected_logprobs(model, states, np.arange(len(targets)), targets)
     likelihoods: list[float] = logprobs.double().view(len(adapters), -1).sum(dim=1).tolist()
     return likelihoods
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def score_tokens(
+    model: PreTrainedModel, multi: MultiLora, adapter: str | None, prompt: Sequence[int], tokens: Sequence[int]
+) -> FloatArray:
+    """The log-probability (temperature 1) of each of `tokens` after `prompt` under an adapter, float32 (T,)."""
+    continuation, length = [Continuation(adapter, tuple(prompt), tuple(tokens))], len(prompt) + len(tokens)
+    (batch,) = plan_micro_batches(continuation, length, length)
+    with multi.rows(batch.adapters):
+        scored = token_logprobs(model, multi, batch, continuation)
+    return np.asarray(scored.logprobs.cpu().numpy(), np.float32)

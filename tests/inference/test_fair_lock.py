@@ -88,7 +88,7 @@ def test_one_that_wants_to_be_alone_again_and_again_lets_the_others_through() ->
 
 def test_an_error_inside_lets_the_next_one_in() -> None:
     lock = FairLock()
-    for block in (lock.alone, lock.together):
+    for block in (lock.exclusive, lock.shared):
         try:
             with block():
                 raise LookupError

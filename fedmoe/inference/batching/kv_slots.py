@@ -1,7 +1,7 @@
-"""Key-value memory of a batch that rows join and leave between two tokens.
+"""The key-value cache of a batch that rows join and leave between two tokens.
 
-Every row has a slot with a length of its own, so a row that joins brings its prompt's keys and values and disturbs
-nobody. Invariant: behind a row's length its slot holds zeros. What is masked out still enters the sums, multiplied with
+Every row has a slot with a length of its own, so a row that joins brings its prompt's keys and values and moves no
+other. Invariant: behind a row's length its slot holds zeros. What is masked out still enters the sums, multiplied with
 0, and 0 times what an earlier row left there may be no number.
 """
 
@@ -84,20 +84,16 @@ class KVSlots:
         if not self._layers:
             self._layers = [_SlotLayer(self, keys[:0], values[:0]) for keys, values in layers]
             self.cache = Cache(layers=list(self._layers))
-        self._make_room()
+        slots, room = self._layers[0].keys.shape[0], self._layers[0].keys.shape[2]
+        needed, count = -(-max(self._room) // _COLUMNS_STEP) * _COLUMNS_STEP, len(self._lengths)
+        if count > slots or needed > room:
+            for layer in self._layers:
+                layer.resize(slots if count <= slots else max(count, 2 * slots), max(room, needed))
         columns = torch.arange(layers[0][0].shape[2], device=self._device)
         behind = columns[None, :] >= torch.tensor(list(lengths), device=self._device)[:, None]
         behind = behind[:, None, :, None]
         for ours, (keys, values) in zip(self._layers, layers, strict=True):
             ours.put(first, keys.masked_fill(behind, 0), values.masked_fill(behind, 0))
-
-    def _make_room(self) -> None:
-        slots, columns = self._layers[0].keys.shape[0], self._layers[0].keys.shape[2]
-        wanted = -(-max(self._room) // _COLUMNS_STEP) * _COLUMNS_STEP
-        rows = len(self._lengths)
-        if rows > slots or wanted > columns:
-            for layer in self._layers:
-                layer.resize(slots if rows <= slots else max(rows, 2 * slots), max(columns, wanted))
 
     def keep(self, kept: Sequence[int]) -> None:
         """Go on with the rows `kept`, in that order; each of them either stays or moves to a slot before its own."""

@@ -1,4 +1,4 @@
-"""One token a row: by temperature, from the nucleus, with log-probabilities where they are wanted.
+"""Draws one token a row: by temperature, from the nucleus, with log-probabilities where they are asked for.
 
 Drawn by the Gumbel-max rule: argmax of z / T + g with g from the Gumbel distribution is a draw from softmax(z / T)
 (Gumbel 1954). The last bits of z depend on who else is in the batch, and here they count only where two tokens tie;
@@ -18,14 +18,14 @@ from fedmoe.inference.backend import Finish, Generation, Likelihood, Step
 
 
 class BatchRow:
-    """One generation in the batch and what it has said so far."""
+    """One generation in the batch and its tokens so far."""
 
     def __init__(self, wanted: Generation, stop_tokens: frozenset[int]) -> None:
         self.wanted = wanted
         self.adapter = None if wanted.model is None else str(wanted.model)
         self.tokens: list[int] = []
         self.likelihood: Likelihood | None = None
-        #: Set by whoever no longer wants the rest.
+        #: Set when the caller no longer wants the rest.
         self.given_up = False
         self._stop_tokens = stop_tokens
 
@@ -54,7 +54,7 @@ class BatchRow:
 
 
 def draw(logits: torch.Tensor, rows: Sequence[BatchRow]) -> frozenset[int]:
-    """Draw a token for every row; which rows cannot go on, because their numbers are not finite.
+    """Draw a token for every row; returns the rows that cannot go on, because their numbers are not finite.
 
     `logits` float32 (rows, vocabulary) are overwritten.
     """

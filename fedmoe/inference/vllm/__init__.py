@@ -1,1 +1,1 @@
-"""vLLM as an engine and as a backend, over its HTTP interface."""
+"""vLLM as a rollout engine and as a backend of the gateway server, over its HTTP interface."""

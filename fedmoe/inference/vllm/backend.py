@@ -1,4 +1,4 @@
-"""Generating on a vLLM server: every version is an adapter of its own there, verified before it is served.
+"""A gateway server's backend on vLLM: every version is an adapter of its own there, verified before it is served.
 
 `VllmEngine` knows the server's traps (a new name and folder for every version, the base model as an adapter of zeros);
 here are the token streams. A thread reads each of them: as many as may run at once, the others wait here.
@@ -31,15 +31,15 @@ from fedmoe.lora.adapter import Adapter, FloatArray, ShapeError
 _LONGEST_SILENCE = 300.0
 
 
-class _Part(BaseModel):
+class _ChoiceDelta(BaseModel):
     finish_reason: str | None = None
     token_ids: list[int] | None = None
     logprobs: CompletionLogprobs | None = None
 
 
-class _Event(BaseModel):
+class _CompletionChunk(BaseModel):
     model: str
-    choices: list[_Part]
+    choices: list[_ChoiceDelta]
 
 
 class VllmBackend:
@@ -61,7 +61,7 @@ class VllmBackend:
     ) -> None:
         self._engine = engine
         self._reference = reference
-        self._our_turn = threading.Lock()
+        self._reference_lock = threading.Lock()
         self._check = VersionCheck(engine, self._own_scores, prompts)
         self._serials = count()
         self._lock = threading.Lock()
@@ -114,7 +114,7 @@ class VllmBackend:
             raise BackendError(f"{model} stays on the server: {error}") from error
 
     def loaded(self) -> frozenset[ServedModel]:
-        """What can be generated with."""
+        """The versions that can be generated with."""
         with self._lock:
             return frozenset(self._keys)
 
@@ -140,11 +140,11 @@ class VllmBackend:
         queue: asyncio.Queue[Step | BackendError] = asyncio.Queue()
         stop = threading.Event()
 
-        def tell(item: Step | BackendError) -> None:
+        def send(item: Step | BackendError) -> None:
             with suppress(RuntimeError):  # a loop that is closed has no listeners left
                 loop.call_soon_threadsafe(queue.put_nowait, item)
 
-        self._submit(wanted, tell, stop)
+        self._submit(wanted, send, stop)
         try:
             while True:
                 item = await queue.get()
@@ -157,12 +157,12 @@ class VllmBackend:
             stop.set()
 
     def close(self) -> None:
-        """Give up all streams and take our adapters off the server; the server itself runs on."""
+        """Cancel all streams and unload our adapters; the server itself runs on."""
         self._pool.shutdown(cancel_futures=True)
         self._http.close()
         self._engine.close()
 
-    def _submit(self, wanted: Generation, tell: Callable[[Step | BackendError], None], stop: threading.Event) -> None:
+    def _submit(self, wanted: Generation, send: Callable[[Step | BackendError], None], stop: threading.Event) -> None:
         naming = ExitStack()
         try:
             # From now on, not from when a thread is free: meanwhile the version must stay.
@@ -177,7 +177,7 @@ class VllmBackend:
             with self._lock:
                 self._submitted -= 1
 
-        self._pool.submit(self._stream, held, wanted, tell, stop).add_done_callback(done)
+        self._pool.submit(self._stream, held, wanted, send, stop).add_done_callback(done)
 
     def _key(self, model: ServedModel | None) -> AdapterKey | None:
         if model is None:
@@ -191,7 +191,7 @@ class VllmBackend:
         self,
         held: ServedAdapter,
         wanted: Generation,
-        tell: Callable[[Step | BackendError], None],
+        send: Callable[[Step | BackendError], None],
         stop: threading.Event,
     ) -> None:
         if stop.is_set():
@@ -205,29 +205,33 @@ class VllmBackend:
                         # The server may still be at work on it: its folder must outlive that.
                         held.lingering = True
                         return
-                    tell(step)
+                    send(step)
         except BackendError as error:
-            tell(error)
+            send(error)
         except (httpx2.HTTPError, ValidationError, ValueError) as error:
-            tell(BackendError(f"the vLLM server broke off: {error!r}"))
+            send(BackendError(f"the vLLM server broke off: {error!r}"))
         finally:
             with self._lock:
                 self._running -= 1
 
     def _steps(self, held: ServedAdapter, wanted: Generation) -> Iterator[Step]:
-        body = _body(held.name, wanted, self._engine.stop_tokens)
-        if wanted.sampling.alternatives is not None and self._engine.processed and not _plain(wanted.sampling):
+        sampling = wanted.sampling
+        own_distribution = sampling.top_p == 1.0 and sampling.temperature in (0.0, 1.0)
+        if sampling.alternatives is not None and self._engine.processed and not own_distribution:
             raise BackendError(
                 "the vLLM server gives log-probabilities after temperature and top_p, which are not the model's own; "
                 "ask at temperature 1 and top_p 1, or start it with --logprobs-mode raw_logprobs"
             )
+        request = SampleRequest(None, wanted.prompt, sampling.max_new_tokens, sampling.temperature, sampling.seed)
+        streamed = {"stream": True, "top_p": sampling.top_p, "logprobs": sampling.alternatives}
+        body = completion_body(held.name, request, self._engine.stop_tokens) | streamed
         with self._http.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != 200:
                 answer.read()
                 raise BackendError(f"the vLLM server answered {answer.status_code}: {answer.text[:300]}")
             for line in answer.iter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
-                    steps = _steps_of(line[6:], held.name, wanted.sampling)
+                    steps = _steps_of(line[6:], held.name, sampling)
                     yield from steps
                     if steps and steps[-1].finish is not None:
                         return
@@ -235,39 +239,27 @@ class VllmBackend:
 
     def _own_scores(self, adapter: Adapter | None, probes: Sequence[Probe]) -> Sequence[FloatArray]:
         """One after the other: our own model has one place for an adapter."""
-        with self._our_turn:
+        with self._reference_lock:
             return self._reference(adapter, probes)
-
-
-def _plain(sampling: Sampling) -> bool:
-    """Whether what is drawn from is the model's own distribution."""
-    return sampling.top_p == 1.0 and sampling.temperature in (0.0, 1.0)
-
-
-def _body(name: str, wanted: Generation, stop_tokens: Sequence[int]) -> dict[str, object]:
-    sampling = wanted.sampling
-    request = SampleRequest(None, wanted.prompt, sampling.max_new_tokens, sampling.temperature, sampling.seed)
-    own: dict[str, object] = {"stream": True, "top_p": sampling.top_p, "logprobs": sampling.alternatives}
-    return completion_body(name, request, stop_tokens) | own
 
 
 def _steps_of(text: str, name: str, sampling: Sampling) -> list[Step]:
     """The steps in one event; refuses one that another model made."""
-    told = json.loads(text)
-    if "error" in told:
-        raise BackendError(f"the vLLM server failed: {str(told['error'])[:300]}")
-    event = _Event.model_validate(told)
-    if event.model != name or len(event.choices) > 1:
-        raise BackendError(f"asked {name}, got an answer of {event.model} with {len(event.choices)} choices")
+    event = json.loads(text)
+    if "error" in event:
+        raise BackendError(f"the vLLM server failed: {str(event['error'])[:300]}")
+    chunk = _CompletionChunk.model_validate(event)
+    if chunk.model != name or len(chunk.choices) > 1:
+        raise BackendError(f"asked {name}, got an answer of {chunk.model} with {len(chunk.choices)} choices")
     steps: list[Step] = []
-    for part in event.choices:
+    for part in chunk.choices:
         likelihoods = _likelihoods(part, sampling)
         tokens = part.token_ids or []
         finish = _finish(part.finish_reason)
         if likelihoods is None:
             steps += [Step(token) for token in tokens]
         else:
-            steps += [Step(token, None, one) for token, one in zip(tokens, likelihoods, strict=True)]
+            steps += [Step(token, None, likely) for token, likely in zip(tokens, likelihoods, strict=True)]
         if finish is not None:
             last = steps.pop() if steps else Step(None)
             steps.append(Step(last.token, finish, last.likelihood))
@@ -281,17 +273,17 @@ def _finish(reason: str | None) -> Literal["stop", "length"] | None:
     raise BackendError(f"the vLLM server broke a text off (finish_reason {reason!r}); see its log")
 
 
-def _likelihoods(part: _Part, sampling: Sampling) -> list[Likelihood] | None:
+def _likelihoods(part: _ChoiceDelta, sampling: Sampling) -> list[Likelihood] | None:
     if sampling.alternatives is None:
         return None
     if part.logprobs is None:
         return []
     tops = part.logprobs.top_logprobs or [None] * len(part.logprobs.token_logprobs)
-    found = []
+    likelihoods = []
     for chosen, top in zip(part.logprobs.token_logprobs, tops, strict=True):
         if chosen is None:
             raise BackendError("the vLLM server gave a token without its log-probability")
         named = [(int(token.rpartition(":")[2]), logprob) for token, logprob in (top or {}).items()]
         named.sort(key=lambda pair: -pair[1])
-        found.append(Likelihood(chosen, tuple(named[: sampling.alternatives])))
-    return found
+        likelihoods.append(Likelihood(chosen, tuple(named[: sampling.alternatives])))
+    return likelihoods

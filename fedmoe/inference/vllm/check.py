@@ -1,4 +1,4 @@
-"""Does the vLLM server compute what our own model computes? Asked as any client asks, beside everybody else.
+"""Checks that a vLLM server computes what our own model computes, by requests like those of any client.
 
 The server continues a few prompts under a version, and our own model says how likely each of these tokens is under it.
 The other way round, scoring given tokens on the server, needs it alone: on a CPU vLLM dies where a prompt is scored
@@ -30,7 +30,7 @@ Reference = Callable[[Adapter | None, Sequence[Probe]], Sequence[FloatArray]]
 
 @dataclass(frozen=True, slots=True)
 class ScoreComparison:
-    """What the server said after the prompts, and the log-probabilities of all its tokens: its own and ours, (T,)."""
+    """The server's continuations of the prompts, and the log-probabilities of their tokens, (T,): served and ours."""
 
     probes: tuple[Probe, ...]
     served: FloatArray
@@ -56,35 +56,35 @@ class VersionCheck:
 
     def base(self) -> None:
         """Refuse a server of another base model."""
-        found = self._compare(None, None)
-        if not found.gap <= TOLERANCE:
+        comparison = self._compare(None, None)
+        if not comparison.gap <= TOLERANCE:
             raise EngineError(
-                f"the server's base model is up to {found.gap:.3g} nats a token off ours: it serves another model"
+                f"the server's base model is up to {comparison.gap:.3g} nats a token off ours: it serves another model"
             )
 
     def version(self, key: AdapterKey, adapter: Adapter) -> None:
-        """Refuse a version that the server computes otherwise than we do, or exactly as the one before it."""
-        found = self._compare(key, adapter)
-        if not found.gap <= TOLERANCE:
+        """Refuse a version that the server computes differently from us, or exactly as the one before it."""
+        comparison = self._compare(key, adapter)
+        if not comparison.gap <= TOLERANCE:
             raise EngineError(
-                f"the server's log-probabilities under {key} are up to {found.gap:.4g} nats off ours (tolerance "
+                f"the server's log-probabilities under {key} are up to {comparison.gap:.4g} nats off ours (tolerance "
                 f"{TOLERANCE:g}); it computes with other weights or in another precision: see its log, and whether "
                 "it serves the same base model"
             )
-        if key.name in self._former and stands_still(found, self._former[key.name]):
+        if key.name in self._former and stands_still(comparison, self._former[key.name]):
             raise EngineError(
                 f"the server's log-probabilities under {key} are those of the version before, although the weights "
                 "differ; it still serves the old one: see its log, and whether it reads the folder that we write"
             )
-        self._former[key.name] = found
+        self._former[key.name] = comparison
 
     def _compare(self, key: AdapterKey | None, adapter: Adapter | None) -> ScoreComparison:
         # Drawn tokens say more about the weights than the likeliest, which many weights agree on.
-        wanted = [SampleRequest(key, prompt, _TOKENS, 1.0, seed) for seed, prompt in enumerate(self._prompts)]
-        samples = self._engine.sample(wanted)
-        probes = [Probe(prompt, one.tokens) for prompt, one in zip(self._prompts, samples, strict=True)]
-        ours = self._reference(adapter, probes)
-        return ScoreComparison(tuple(probes), np.concatenate([one.logprobs for one in samples]), np.concatenate(ours))
+        requests = [SampleRequest(key, prompt, _TOKENS, 1.0, seed) for seed, prompt in enumerate(self._prompts)]
+        samples = self._engine.sample(requests)
+        probes = tuple(Probe(prompt, sample.tokens) for prompt, sample in zip(self._prompts, samples, strict=True))
+        ours, served = self._reference(adapter, probes), [sample.logprobs for sample in samples]
+        return ScoreComparison(probes, np.concatenate(served), np.concatenate(ours))
 
 
 def stands_still(now: ScoreComparison, former: ScoreComparison) -> bool:

@@ -1,4 +1,4 @@
-"""Rollouts on a live vLLM server: every version of every policy is an adapter of its own there, swapped while it runs.
+"""The rollout engine on a live vLLM server: every version of every policy is an adapter of its own there.
 
 Three traps of vLLM 0.32 shape this engine. Its prefix cache knows an adapter by name and path, so after weights were
 replaced in place it continues long prompts from the old ones (measured: 0.36 nats off), and a check of scores does not
@@ -17,7 +17,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +93,8 @@ class VllmEngine:
         self._held: dict[AdapterKey, ServedAdapter] = {}
         self._base = ServedAdapter(model, self._folder)
         self._changed = threading.Condition()
-        #: Whoever generates on this server is together here. vLLM 0.32 dies (on a CPU) where a prompt is scored in one
-        #: batch with other requests: it applies their rows' adapters to the prompt's logits.
+        #: Generating shares it, scoring excludes all else: vLLM 0.32 dies (on a CPU) where a prompt is scored in one
+        #: batch with other requests, since it applies their rows' adapters to the prompt's logits.
         self.weights_lock = FairLock()
         #: The most tokens of prompt and answer together, if the server says so.
         self.context: int | None = None
@@ -110,7 +110,7 @@ class VllmEngine:
         try:
             self._check_server()
         except BaseException:
-            self._give_back()
+            self._release()
             raise
 
     def __enter__(self) -> Self:
@@ -137,7 +137,7 @@ class VllmEngine:
                 self._held[key] = held
 
     def unload(self, key: AdapterKey) -> None:
-        """Let a version go once the requests that name it are answered; new ones are refused from now on."""
+        """Unload a version once the requests that name it are answered; new ones are refused from now on."""
         with self._changing:
             held = self._retire(key)
             try:
@@ -150,7 +150,7 @@ class VllmEngine:
                 shutil.rmtree(held.folder)
 
     def loaded(self) -> frozenset[AdapterKey]:
-        """What can be sampled from."""
+        """The versions that can be sampled from."""
         with self._changed:
             return frozenset(self._held)
 
@@ -160,7 +160,7 @@ class VllmEngine:
             check_request(request, self.processed)
         with self.naming([request.adapter for request in requests]) as held:
             pairs = zip(held, requests, strict=True)
-            bodies = [completion_body(one.name, request, self.stop_tokens) for one, request in pairs]
+            bodies = [completion_body(adapter.name, request, self.stop_tokens) for adapter, request in pairs]
             choices = self._complete(held, bodies)
         return [sample_of(choice, request) for choice, request in zip(choices, requests, strict=True)]
 
@@ -169,11 +169,11 @@ class VllmEngine:
         if not prompt or not tokens:
             raise EngineError(f"scoring needs a prompt and tokens, got {len(prompt)} and {len(tokens)} token ids")
         with self.naming([key]) as held, self.weights_lock.exclusive():
-            choice = self._one(held[0], scoring_body(held[0].name, prompt, tokens))
+            choice = self._complete_one(held[0], scoring_body(held[0].name, prompt, tokens))
         return scores_of(choice, len(prompt), tokens)
 
     def close(self) -> None:
-        """Take this engine's adapters off the server and its folders off the disk; the server itself runs on."""
+        """Unload this engine's adapters and remove its folders; the server itself runs on."""
         with self._changing:
             if self._closed:
                 return
@@ -184,9 +184,9 @@ class VllmEngine:
             if self._base.name != self._model:
                 with suppress(EngineError):
                     self._client.unload(self._base.name)
-            self._give_back()
+            self._release()
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
         self._closed = True
         self._pool.shutdown(cancel_futures=True)
         self._client.close()
@@ -214,10 +214,7 @@ class VllmEngine:
                 "start it without --data-parallel-size"
             )
         self._max_loras = facts.max_loras
-        self._drop_leftovers(served)
-
-    def _drop_leftovers(self, served: dict[str, str]) -> None:
-        """Forget what an engine that was killed left behind: the folder is ours, so nobody uses its adapters."""
+        # What an engine that was killed left behind: the folder is ours, so no one else uses its adapters.
         for name, path in served.items():
             if Path(path).parent == self._folder and _OWN_FOLDER.fullmatch(Path(path).name):
                 self._client.unload(name)
@@ -238,7 +235,9 @@ class VllmEngine:
         write_folder_atomic(held.folder, peft_files(adapter, self._model))
         try:
             self._client.load(name, str(held.folder))
-            self._check_served(held)
+            served = self._client.models().get(name)
+            if served != str(held.folder):
+                raise EngineError(f"the server took {name} but lists it as {served!r}, expected {held.folder}")
         except BaseException:
             with suppress(EngineError):
                 self._client.unload(name)
@@ -265,11 +264,6 @@ class VllmEngine:
                 "policies x (staleness + 2) + 1"
             )
 
-    def _check_served(self, held: ServedAdapter) -> None:
-        served = self._client.models().get(held.name)
-        if served != str(held.folder):
-            raise EngineError(f"the server took {held.name} but lists it as {served!r}, expected {held.folder}")
-
     def _retire(self, key: AdapterKey) -> ServedAdapter:
         """Take `key` out of use and wait until nothing names it."""
         with self._changed:
@@ -289,7 +283,7 @@ class VllmEngine:
 
     @contextmanager
     def naming(self, keys: Sequence[AdapterKey | None]) -> Iterator[list[ServedAdapter]]:
-        """What the server has for `keys`, each kept from being unloaded until the block ends."""
+        """The served adapters of `keys`, none of which is unloaded before the block ends."""
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is closed")
@@ -297,40 +291,36 @@ class VllmEngine:
             if unknown:
                 raise EngineError(f"not loaded: {_listed(unknown)}; loaded: {_listed(self._held)}")
             held = [self._base if key is None else self._held[key] for key in keys]
-            for one in held:
-                one.in_flight += 1
+            for adapter in held:
+                adapter.in_flight += 1
         try:
             yield held
         finally:
             with self._changed:
-                for one in held:
-                    one.in_flight -= 1
+                for adapter in held:
+                    adapter.in_flight -= 1
                 self._changed.notify_all()
 
     def _complete(self, held: Sequence[ServedAdapter], bodies: Sequence[dict[str, object]]) -> list[CompletionChoice]:
-        futures = [self._pool.submit(self._one_of_many, *pair) for pair in zip(held, bodies, strict=True)]
+        def complete(adapter: ServedAdapter, body: dict[str, object]) -> CompletionChoice:
+            with self.weights_lock.shared():
+                return self._complete_one(adapter, body)
+
+        futures = [self._pool.submit(complete, *pair) for pair in zip(held, bodies, strict=True)]
         wait(futures, return_when=FIRST_EXCEPTION)
         for future in futures:
             future.cancel()  # does nothing to those that are done or under way
         wait(futures)
-        return [future.result() for future in _failed_first(futures)]
+        # The one that failed says why: a cancelled one tells nothing.
+        failed = [future for future in futures if not future.cancelled() and future.exception() is not None]
+        return [future.result() for future in failed[:1] or futures]
 
-    def _one_of_many(self, held: ServedAdapter, body: dict[str, object]) -> CompletionChoice:
-        with self.weights_lock.shared():
-            return self._one(held, body)
-
-    def _one(self, held: ServedAdapter, body: dict[str, object]) -> CompletionChoice:
+    def _complete_one(self, held: ServedAdapter, body: dict[str, object]) -> CompletionChoice:
         try:
             return self._client.complete(body)
         except ServerTimeoutError:
             held.lingering = True
             raise
-
-
-def _failed_first(futures: Sequence[Future[CompletionChoice]]) -> list[Future[CompletionChoice]]:
-    """The one future that says why, if any failed: a cancelled one tells nothing."""
-    failed = [future for future in futures if not future.cancelled() and future.exception() is not None]
-    return failed[:1] or list(futures)
 
 
 def _listed(keys: Iterator[AdapterKey] | set[AdapterKey] | dict[AdapterKey, ServedAdapter]) -> str:

@@ -1,4 +1,4 @@
-"""The routes of a vLLM server that rollouts need: typed calls, checked answers, errors that say what to do."""
+"""A client of a vLLM server: typed calls, checked answers, errors that say what to do."""
 
 from __future__ import annotations
 
@@ -165,10 +165,9 @@ class VllmClient:
 
 
 def _words(answer: httpx2.Response) -> str:
-    """What the server says is wrong: its error message where there is one, else the start of its body."""
+    """The server's error message where there is one, else the start of its body."""
     try:
-        told = json.loads(answer.text)
-        return str(told["error"]["message"])
+        return str(json.loads(answer.text)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return answer.text[:300]
 
@@ -182,7 +181,7 @@ def _explaining() -> Iterator[None]:
 
 
 def _advised(error: ServerRefusedError) -> str:
-    """What the server refused, in its own words, and what to do about it."""
+    """The server's refusal in its own words, and what to do about it."""
     words = str(error)
     if error.status in (401, 403):
         advice = "give the token that the server was started with (--api-key)"

@@ -1,4 +1,4 @@
-"""What travels between the vLLM engine and its server: requests as JSON bodies, answers as checked values."""
+"""Requests to a vLLM server as JSON bodies, and its answers as checked values."""
 
 from __future__ import annotations
 
@@ -148,10 +148,10 @@ def sample_of(choice: CompletionChoice, request: SampleRequest) -> Sample:
 def scores_of(choice: CompletionChoice, start: int, tokens: Sequence[int]) -> FloatArray:
     """The log-probabilities of `tokens`, which begin at place `start` of the prompt, float32 (T,)."""
     places = (choice.prompt_logprobs or [])[start:]
-    found = [None if place is None else place.get(str(token)) for place, token in zip(places, tokens, strict=False)]
-    if len(found) != len(tokens) or len(places) != len(tokens):
+    if len(places) != len(tokens):
         raise EngineError(f"the server scored {len(places)} of {len(tokens)} tokens; vLLM 0.11 or newer is needed")
-    return _checked([None if logprob is None else logprob.logprob for logprob in found])
+    scores = [(place or {}).get(str(token)) for place, token in zip(places, tokens, strict=True)]
+    return _checked([None if score is None else score.logprob for score in scores])
 
 
 def logprobs_are_processed(plain: CompletionChoice, flattened: CompletionChoice, temperature: float) -> bool:
@@ -160,12 +160,12 @@ def logprobs_are_processed(plain: CompletionChoice, flattened: CompletionChoice,
     At temperature T the log-probabilities of two tokens are 1/T as far apart. Raises EngineError when the numbers are
     neither that nor unchanged, or no log-probabilities at all.
     """
-    one, two = _top(plain), _top(flattened)
-    shared = sorted(one.keys() & two.keys(), key=lambda token: one[token])
-    if len(shared) < 2 or max(sum(math.exp(min(x, 700.0)) for x in top.values()) for top in (one, two)) > 1.001:
+    first, second = _top(plain), _top(flattened)
+    shared = sorted(first.keys() & second.keys(), key=lambda token: first[token])
+    if len(shared) < 2 or max(sum(math.exp(min(x, 700.0)) for x in top.values()) for top in (first, second)) > 1.001:
         raise EngineError(f"the server's answers hold no log-probabilities of the likeliest tokens; {_WRONG_MODE}")
     low, high = shared[0], shared[-1]
-    apart, then = one[high] - one[low], two[high] - two[low]
+    apart, then = first[high] - first[low], second[high] - second[low]
     for factor, processed in ((1.0, False), (1.0 / temperature, True)):
         if apart > 0.0 and abs(then - factor * apart) <= 0.02 * apart:
             return processed

@@ -1,4 +1,4 @@
-"""A vLLM server as a child of this process: started on loopback, waited for, and stopped with all it started."""
+"""A vLLM server as a child process: started on loopback, waited for, and stopped with all that it started."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ class VllmServer:
     def __init__(self, settings: VllmSettings, log: Path, deadline: float = 900.0) -> None:
         if not settings.python.is_file():
             raise EngineError(f"{settings.python} is not there; it must be the python of an environment with vLLM")
-        port = _free_port()
+        with socket.socket() as probe:
+            probe.bind((_LOOPBACK, 0))
+            port = int(probe.getsockname()[1])
         self.url = f"http://{_LOOPBACK}:{port}"
         self.log = log
         self._stopped = False
@@ -145,7 +147,7 @@ class VllmServer:
 
     def running(self) -> bool:
         """Whether the server is alive."""
-        # Left unreaped, a dead process keeps its id, so that `stop` never signals somebody else's.
+        # Left unreaped, a dead process keeps its id, so that `stop` never signals another process.
         return not self._stopped and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def tail(self, characters: int = 3000) -> str:
@@ -153,7 +155,7 @@ class VllmServer:
         return self.log.read_text(errors="replace")[-characters:] if self.log.exists() else ""
 
     def stop(self) -> None:
-        """End the server and everything it started, politely first; does nothing to one that was stopped."""
+        """End the server and everything it started, by request first, then by force; a second call does nothing."""
         if self._stopped:
             return
         if self._process.stdin is not None:
@@ -180,9 +182,3 @@ class VllmServer:
             return httpx2.get(f"{self.url}/health", timeout=2.0).status_code == 200
         except httpx2.HTTPError:
             return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        return int(probe.getsockname()[1])

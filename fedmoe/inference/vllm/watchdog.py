@@ -1,4 +1,4 @@
-"""Stands between a trainer and its vLLM server, as a process of its own: the server ends when the trainer does.
+"""The process between a trainer and its vLLM server, which ends the server when the trainer ends.
 
 Run as a program with the server's command as arguments; whoever started it holds the other end of its standard input.
 Standard library only: it runs by path, without this package.
