@@ -23,7 +23,7 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.stop_signals import StopOnSignal
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.contract.messages import DataStatisticsHeader
-from fedmoe.worker.statistics import DataStatistics, Disclosure, Progress, data_statistics
+from fedmoe.worker.statistics import DataStatistics, Disclosure, data_statistics
 
 BODIES = {"prompts": b"p", "moments": b"m"}
 AWAY = CoordinatorUnavailableError("away")
@@ -155,7 +155,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
 
     def counted(
-        base: LoadedBase, found: Sequence[Block], targets: Sequence[str] | str, progress: Progress
+        base: LoadedBase, found: Sequence[Block], targets: Sequence[str] | str, progress: Callable[[int, int], None]
     ) -> DataStatistics:
         counts.append(len(found))
         return data_statistics(base, found, targets, progress=progress)
