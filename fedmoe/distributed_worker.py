@@ -37,7 +37,7 @@ from fedmoe.qwen_worker import Companion, EvaluationRecord, QwenWorker, StepReco
 from fedmoe.runtime import failpoints
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, ExpectedWeights, PulledExpert
 from fedmoe.wire.contract.messages import StartFrom, StatisticRequest, UpdateHeader
-from fedmoe.wire.delivery import DeliveryOutcome, Delivery
+from fedmoe.wire.delivery import Delivery, DeliveryOutcome
 from fedmoe.wire.outbox import Outbox, PendingUpdate
 from fedmoe.worker.failures import DivergedError, WorkerFailedError, device_failure, on_rank_zero
 from fedmoe.worker.progress import Progress, SyncPoint
