@@ -78,7 +78,7 @@ def draw_charts(series: ArenaSeries, folder: Path) -> Iterator[Path]:
     # Loaded here: drawing libraries take a second, and are an extra.
     with importing("charts"):
         from fedmoe.monitor.charts import arena_pictures
-        from fedmoe.monitor.interactive import PAGE, dashboard_page, plotly_library
+        from fedmoe.monitor.interactive.page import PAGE, dashboard_page, plotly_library
 
         library = plotly_library()
     folder.mkdir(parents=True, exist_ok=True)

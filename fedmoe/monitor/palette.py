@@ -1,4 +1,4 @@
-"""Colours and words that the pictures, the interactive page and the terminal share. No drawing library is needed."""
+"""Colours, curves and words that pictures, interactive page and terminal share; needs no drawing library."""
 
 from __future__ import annotations
 
@@ -10,6 +10,18 @@ INK = "#1F2933"
 MUTED = "#5F6B7A"
 SAMPLE_COLOUR = "#B3261E"
 SAMPLE_TEXT = "SAMPLE DATA  ·  made-up numbers that show what the charts look like; nothing was trained or measured"
+
+#: The trends: column, title, unit.
+TREND_PANELS = (
+    ("reward", "Reward", "mean reward per episode"),
+    ("accuracy", "Accuracy", "mean seat score (0 to 1)"),
+    ("kl", "Movement since sampling", "KL divergence (nats per token)"),
+    ("entropy", "Entropy", "entropy (nats per token)"),
+)
+CREDIT_PARTS = ("shared", "individual", "difference", "versus")
+#: Column -> the name of its curve.
+TEAM_CURVES = {name: name.replace("_", " ") for name in ("team_score", "completion", "utilisation", "cooperation")}
+SYSTEM_CURVES = {"cpu_percent": "CPU", "memory_percent": "memory", "gpu_percent": "GPU", "disk_percent": "disk"}
 
 #: Okabe and Ito's colours that stand out on white, then two of Tol's: distinguishable with any colour vision.
 POLICY_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#555555")

@@ -11,7 +11,8 @@ import pytest
 from arena_records import real, series_of, without
 
 from fedmoe.monitor.arena_series import KINDS, ArenaSeries, arena_series
-from fedmoe.monitor.interactive import dashboard_page, interactive_figures, plotly_library
+from fedmoe.monitor.interactive.figures import interactive_figures
+from fedmoe.monitor.interactive.page import dashboard_page, plotly_library
 from fedmoe.monitor.sample_records import sample_records
 from fedmoe.runtime.records import Record
 

@@ -12,8 +12,8 @@ from fedmoe.monitor.arena_series import ArenaSeries, smoothing_span, window
 from fedmoe.monitor.charts import dashboard_panels as panels
 from fedmoe.monitor.charts.decisions import decision_panel
 from fedmoe.monitor.charts.style import mode_legend, new_figure, plain
-from fedmoe.monitor.charts.trends import PANELS, curves
-from fedmoe.monitor.palette import INK, MUTED, policy_colour, short
+from fedmoe.monitor.charts.trends import curves
+from fedmoe.monitor.palette import INK, MUTED, TREND_PANELS, policy_colour, short
 
 _PANEL_INCHES = 2.9
 
@@ -24,7 +24,7 @@ def comprehensive_dashboard(series: ArenaSeries) -> Figure:
     figure = new_figure(series, "Arena dashboard", "", 18.5, 13.2, foot)
     grid = figure.add_gridspec(4, 3, height_ratios=(0.24, 1, 1, 1))
     _tiles(figure.add_subplot(grid[0, :]), series)
-    for place, (column, title, unit) in enumerate(PANELS[:2]):
+    for place, (column, title, unit) in enumerate(TREND_PANELS[:2]):
         axes = figure.add_subplot(grid[1, place])
         curves(axes, series, column, title, unit, _PANEL_INCHES)
         axes.set_xlabel("iteration", size=9, color=MUTED)

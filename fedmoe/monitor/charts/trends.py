@@ -18,15 +18,8 @@ from fedmoe.monitor.charts.style import (
     say_empty,
     shade_modes,
 )
-from fedmoe.monitor.palette import MUTED, policy_colour, policy_dash
+from fedmoe.monitor.palette import MUTED, TREND_PANELS, policy_colour, policy_dash
 
-#: Column, title, unit.
-PANELS = (
-    ("reward", "Reward", "mean reward per episode"),
-    ("accuracy", "Accuracy", "mean seat score (0 to 1)"),
-    ("kl", "Movement since sampling", "KL divergence (nats per token)"),
-    ("entropy", "Entropy", "entropy (nats per token)"),
-)
 _MARKERS_UP_TO = 15
 
 
@@ -36,7 +29,7 @@ def training_trends(series: ArenaSeries) -> Figure:
     foot = f"Bold: exponential moving average over about {span} iterations. Thin: as recorded."
     figure = new_figure(series, "Training trends", "", 13, 8.2, foot)
     panels = figure.subplots(2, 2, sharex=True)
-    for axes, (column, title, unit) in zip(panels.flat, PANELS, strict=True):
+    for axes, (column, title, unit) in zip(panels.flat, TREND_PANELS, strict=True):
         curves(axes, series, column, title, unit, 2.7)
     for axes in panels[1]:
         axes.set_xlabel("iteration", size=9, color=MUTED)

@@ -1,37 +1,46 @@
-"""All interactive charts of a run, in the order of the page."""
+"""Interactive charts of a run, in the order of the page; a figure is Plotly's JSON, as plain values."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe.monitor.arena_series import ArenaSeries, SeriesTable
+from fedmoe.lora.adapter import Float64Array
+from fedmoe.monitor.arena_series import ArenaSeries, SeriesTable, smoothed, smoothing_span
 from fedmoe.monitor.capability import capabilities, present_axes
-from fedmoe.monitor.interactive.parts import (
-    InteractiveFigure,
-    PlotlyJson,
-    axis,
-    curve,
-    layout,
-    mode_shapes,
-    numbers,
-    raw_and_smooth,
+from fedmoe.monitor.palette import (
+    CREDIT_PARTS,
+    INK,
+    MUTED,
+    POLICY_COLOURS,
+    SYSTEM_CURVES,
+    TEAM_CURVES,
+    TREND_PANELS,
+    faded,
+    mode_tint,
+    policy_colour,
 )
-from fedmoe.monitor.palette import INK, POLICY_COLOURS, faded, policy_colour
 from fedmoe.monitor.reward_grid import reward_grid
 
-_TRENDS = (
-    ("reward", "Reward", "mean reward per episode"),
-    ("accuracy", "Accuracy", "mean seat score (0 to 1)"),
-    ("kl", "Movement since sampling", "KL divergence (nats per token)"),
-    ("entropy", "Entropy", "entropy (nats per token)"),
-)
-_TEAM = ("team_score", "completion", "utilisation", "cooperation")
-_SYSTEM = {"cpu_percent": "CPU", "memory_percent": "memory", "gpu_percent": "GPU", "disk_percent": "disk"}
-_CREDIT = ("shared", "individual", "difference", "versus")
+PlotlyJson = dict[str, object]
+#: A curve's name, its points (x, y), its colour.
+_Curve = tuple[str, tuple[Float64Array, Float64Array], str]
+_DECIMALS = 6
 _BINS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class InteractiveFigure:
+    """One chart of the page: Plotly's traces and layout. `wide` ones take the whole width."""
+
+    name: str
+    title: str
+    data: Sequence[PlotlyJson]
+    layout: PlotlyJson
+    wide: bool = False
 
 
 def interactive_figures(series: ArenaSeries) -> list[InteractiveFigure]:
@@ -41,24 +50,23 @@ def interactive_figures(series: ArenaSeries) -> list[InteractiveFigure]:
 
 
 def _trends(series: ArenaSeries) -> Iterator[InteractiveFigure]:
-    for column, title, unit in _TRENDS:
-        data: list[PlotlyJson] = []
-        for policy, table in series.tables.items():
-            if len(table.points(column)[0]):
-                data += raw_and_smooth(series, table.points(column), policy, policy_colour(series, policy))
-        yield InteractiveFigure(column, title, data, layout("iteration", unit, mode_shapes(series)))
+    for column, title, unit in TREND_PANELS:
+        curves = [
+            (policy, table.points(column), policy_colour(series, policy)) for policy, table in series.tables.items()
+        ]
+        yield InteractiveFigure(column, title, _lines(series, curves), _layout("iteration", unit, _mode_shapes(series)))
 
 
 def _surface(series: ArenaSeries) -> InteractiveFigure:
     """The landscape of rewards: turn it with the mouse."""
     land = reward_grid(series, _BINS)
     places = list(range(1, len(land.policies) + 1))
-    middles = numbers(land.starts + land.lengths / 2)
+    middles = _numbers(land.starts + land.lengths / 2)
     surface: PlotlyJson = {
         "type": "surface",
         "x": middles,
         "y": places,
-        "z": [numbers(row) for row in land.values],
+        "z": [_numbers(row) for row in land.values],
         "customdata": [[policy] * len(middles) for policy in land.policies],
         "colorscale": "Viridis",
         "colorbar": {"title": {"text": "reward"}, "thickness": 14},
@@ -68,8 +76,8 @@ def _surface(series: ArenaSeries) -> InteractiveFigure:
     # A surface needs two rows; one policy is a ribbon.
     if len(places) == 1:
         names = list(land.policies) * len(middles)
-        surface |= {"y": [0.5, 1.5], "z": [numbers(land.values[0])] * 2, "customdata": [names] * 2}
-    frame = layout("", "") | {"scene": _scene(land.policies), "height": 560}
+        surface |= {"y": [0.5, 1.5], "z": [_numbers(land.values[0])] * 2, "customdata": [names] * 2}
+    frame = _layout("", "") | {"scene": _scene(land.policies), "height": 560}
     data = [surface] if len(middles) > 1 else []
     title = "Reward by policy and iteration (turn it with the mouse)"
     return InteractiveFigure("surface", title, data, frame, wide=True)
@@ -79,9 +87,9 @@ def _scene(policies: Sequence[str]) -> PlotlyJson:
     """The stage of the surface: its axes, its shape, where it is seen from at first."""
     places = list(range(1, len(policies) + 1))
     return {
-        "xaxis": axis("iteration"),
-        "yaxis": axis("") | {"tickvals": places, "ticktext": list(policies), "range": [0.5, len(policies) + 0.5]},
-        "zaxis": axis("reward"),
+        "xaxis": _axis("iteration"),
+        "yaxis": _axis("") | {"tickvals": places, "ticktext": list(policies), "range": [0.5, len(policies) + 0.5]},
+        "zaxis": _axis("reward"),
         "aspectmode": "manual",
         "aspectratio": {"x": 1.9, "y": 1.1, "z": 0.8},
         "camera": {"eye": {"x": 1.25, "y": -2.1, "z": 0.95}, "center": {"x": 0, "y": 0, "z": -0.2}},
@@ -102,62 +110,61 @@ def _scatter(series: ArenaSeries) -> InteractiveFigure:
                     "type": "scatter",
                     "mode": "markers",
                     "name": policy,
-                    "x": numbers(table.column("efficiency_token")[there]),
-                    "y": numbers(table.column("reward")[there]),
-                    "customdata": [list(pair) for pair in zip(numbers(table.x[there]), numbers(paid), strict=True)],
-                    "marker": {"size": numbers(sizes), "color": policy_colour(series, policy), "opacity": 0.45},
+                    "x": _numbers(table.column("efficiency_token")[there]),
+                    "y": _numbers(table.column("reward")[there]),
+                    "customdata": [list(pair) for pair in zip(_numbers(table.x[there]), _numbers(paid), strict=True)],
+                    "marker": {"size": _numbers(sizes), "color": policy_colour(series, policy), "opacity": 0.45},
                     "hovertemplate": "iteration %{customdata[0]:.0f}<br>reward %{y:.3f}<br>"
                     "%{x:.4f} per 1000 tokens<br>%{customdata[1]:,.0f} tokens",
                 }
             )
-    frame = layout("efficiency (reward per 1000 tokens)", "mean reward per episode") | {"hovermode": "closest"}
+    frame = _layout("efficiency (reward per 1000 tokens)", "mean reward per episode") | {"hovermode": "closest"}
     return InteractiveFigure("scatter", "Efficiency and reward (size: tokens)", data, frame)
 
 
 def _radar(series: ArenaSeries) -> InteractiveFigure:
     values = capabilities(series)
     shown = present_axes(values)
-    data: list[PlotlyJson] = []
-    for policy, found in values.items():
-        colour = policy_colour(series, policy)
-        data.append(
-            {
-                "type": "scatterpolar",
-                "name": policy,
-                "r": [found[name] if math.isfinite(found[name]) else None for name in [*shown, *shown[:1]]],
-                "theta": [*shown, *shown[:1]],
-                "fill": "toself",
-                "fillcolor": faded(colour, 0.08),
-                "line": {"color": colour, "width": 2.4},
-                "hovertemplate": "%{theta} %{r:.2f}",
-            }
-        )
-    frame = layout("", "") | {"polar": {"radialaxis": {"range": [0, 1], "gridcolor": "#E4E7EB"}, "bgcolor": "#FFFFFF"}}
+    around = [*shown, *shown[:1]]
+    data: list[PlotlyJson] = [
+        {
+            "type": "scatterpolar",
+            "name": policy,
+            "r": [abilities[name] if math.isfinite(abilities[name]) else None for name in around],
+            "theta": around,
+            "fill": "toself",
+            "fillcolor": faded(policy_colour(series, policy), 0.08),
+            "line": {"color": policy_colour(series, policy), "width": 2.4},
+            "hovertemplate": "%{theta} %{r:.2f}",
+        }
+        for policy, abilities in values.items()
+    ]
+    frame = _layout("", "") | {"polar": {"radialaxis": {"range": [0, 1], "gridcolor": "#E4E7EB"}, "bgcolor": "#FFFFFF"}}
     frame["margin"] = {"l": 60, "r": 60, "t": 40, "b": 40}
     return InteractiveFigure("radar", "Capability", data if len(shown) > 2 else [], frame)
 
 
 def _bars(series: ArenaSeries) -> InteractiveFigure:
-    final = [found for found in series.final_evaluations() if math.isfinite(found.score.value)]
-    several = len({found.opponent for found in final}) > 1
+    final = [point for point in series.final_evaluations() if math.isfinite(point.score.value)]
+    several = len({point.opponent for point in final}) > 1
     data: list[PlotlyJson] = []
     for name, colours in (("base model", "#B8C0CA"), ("trained", [policy_colour(series, f.policy) for f in final])):
-        intervals = [found.base if name == "base model" else found.score for found in final]
-        above = np.array([interval.high - interval.value for interval in intervals])
-        below = np.array([interval.value - interval.low for interval in intervals])
+        estimates = [point.base if name == "base model" else point.score for point in final]
+        above = np.array([estimate.high - estimate.value for estimate in estimates])
+        below = np.array([estimate.value - estimate.low for estimate in estimates])
         data.append(
             {
                 "type": "bar",
                 "name": name,
                 "x": [f"{f.policy} – {f.opponent}" if several else f.policy for f in final],
-                "y": numbers(np.array([interval.value for interval in intervals])),
+                "y": _numbers(np.array([estimate.value for estimate in estimates])),
                 "marker": {"color": colours},
-                "error_y": {"type": "data", "array": numbers(above), "arrayminus": numbers(below), "color": INK},
-                "customdata": numbers(np.array([found.win.value for found in final])),
+                "error_y": {"type": "data", "array": _numbers(above), "arrayminus": _numbers(below), "color": INK},
+                "customdata": _numbers(np.array([point.win.value for point in final])),
                 "hovertemplate": "%{y:.3f}<br>win rate %{customdata:.2f}",
             }
         )
-    frame = layout("", "held-out score (0 to 1)") | {"barmode": "group", "hovermode": "closest"}
+    frame = _layout("", "held-out score (0 to 1)") | {"barmode": "group", "hovermode": "closest"}
     frame["legend"] = {"orientation": "h", "yanchor": "bottom", "y": 1.0}
     return InteractiveFigure("performance", "Final performance against the base model", data if final else [], frame)
 
@@ -170,23 +177,23 @@ def _ratings(series: ArenaSeries) -> InteractiveFigure:
             continue
         sigma = np.nan_to_num(table.column("sigma")[np.isfinite(table.column("mu"))])
         colour = policy_colour(series, policy)
-        band = curve(np.concatenate([x, x[::-1]]), np.concatenate([mu + sigma, (mu - sigma)[::-1]]), policy, colour)
+        band = _curve(np.concatenate([x, x[::-1]]), np.concatenate([mu + sigma, (mu - sigma)[::-1]]), policy, colour)
         band |= {"fill": "toself", "fillcolor": faded(colour, 0.1), "showlegend": False, "hoverinfo": "skip"}
         band["line"] = {"width": 0}
-        data += [band, curve(x, mu, policy, colour)]
-    frame = layout("iteration", "rating mu (OpenSkill points)")
+        data += [band, _curve(x, mu, policy, colour)]
+    frame = _layout("iteration", "rating mu (OpenSkill points)")
     return InteractiveFigure("rating", "Rating (band: one sigma)", data, frame)
 
 
 def _credit(series: ArenaSeries) -> InteractiveFigure:
     policies = [policy for policy in series.policies if len(series.credit[policy])]
-    values = [[series.credit[policy].recent(part) for part in _CREDIT] for policy in policies]
+    values = [[series.credit[policy].recent(part) for part in CREDIT_PARTS] for policy in policies]
     finite = [abs(value) for row in values for value in row if math.isfinite(value)]
     trace: PlotlyJson = {
         "type": "heatmap",
-        "x": list(_CREDIT),
+        "x": list(CREDIT_PARTS),
         "y": policies,
-        "z": [numbers(np.array(row)) for row in values],
+        "z": [_numbers(np.array(row)) for row in values],
         "texttemplate": "%{z:+.2f}",
         "colorscale": [[0, "#D98550"], [0.5, "#FFFFFF"], [1, "#5B9CCB"]],
         "zmin": -max(finite, default=1.0),
@@ -195,60 +202,118 @@ def _credit(series: ArenaSeries) -> InteractiveFigure:
         "xgap": 2,
         "ygap": 2,
     }
-    frame = layout("", "") | {"yaxis": axis("") | {"autorange": "reversed"}, "hovermode": "closest"}
+    frame = _layout("", "") | {"yaxis": _axis("") | {"autorange": "reversed"}, "hovermode": "closest"}
     return InteractiveFigure("credit", "Credit, mean of the last fifth", [trace] if finite else [], frame)
 
 
 def _team(series: ArenaSeries) -> InteractiveFigure:
-    data = _lines(series, series.team, {name: name.replace("_", " ") for name in _TEAM})
-    frame = layout("iteration", "share or score (0 to 1)", mode_shapes(series))
-    return InteractiveFigure("team", "Team", data, frame)
+    frame = _layout("iteration", "share or score (0 to 1)", _mode_shapes(series))
+    return InteractiveFigure("team", "Team", _lines(series, _columns(series.team, TEAM_CURVES)), frame)
 
 
 def _system(series: ArenaSeries) -> InteractiveFigure:
-    frame = layout("seconds since the start", "percent")
-    return InteractiveFigure("system", "System", _lines(series, series.system, _SYSTEM), frame)
-
-
-def _lines(series: ArenaSeries, table: SeriesTable, names: dict[str, str]) -> list[PlotlyJson]:
-    data: list[PlotlyJson] = []
-    for (column, name), colour in zip(names.items(), POLICY_COLOURS, strict=False):
-        if len(table.points(column)[0]):
-            data += raw_and_smooth(series, table.points(column), name, colour)
-    return data
+    frame = _layout("seconds since the start", "percent")
+    return InteractiveFigure("system", "System", _lines(series, _columns(series.system, SYSTEM_CURVES)), frame)
 
 
 def _speed(series: ArenaSeries) -> InteractiveFigure:
-    data: list[PlotlyJson] = []
-    for name, colour in (("rollout", POLICY_COLOURS[5]), ("learn", POLICY_COLOURS[4])):
-        x, y = series.timing.points(f"{name}_seconds")
-        if len(x):
-            data.append(curve(x, y, name, colour) | {"stackgroup": "time", "line": {"width": 0, "color": colour}})
-    return InteractiveFigure("timing", "Time per iteration", data, layout("iteration", "seconds"))
+    parts = [("rollout", POLICY_COLOURS[5]), ("learn", POLICY_COLOURS[4])]
+    points = [(name, series.timing.points(f"{name}_seconds"), colour) for name, colour in parts]
+    data = [
+        _curve(*xy, name, colour) | {"stackgroup": "time", "line": {"width": 0, "color": colour}}
+        for name, xy, colour in points
+        if len(xy[0])
+    ]
+    return InteractiveFigure("timing", "Time per iteration", data, _layout("iteration", "seconds"))
 
 
 def _decisions(series: ArenaSeries) -> InteractiveFigure:
     data: list[PlotlyJson] = []
     for policy in dict.fromkeys(decision.policy for decision in series.decisions):
-        found = [decision for decision in series.decisions if decision.policy == policy]
+        decisions = [decision for decision in series.decisions if decision.policy == policy]
+        colour = policy_colour(series, policy) if policy in series.policies else INK
         data.append(
             {
                 "type": "scatter",
                 "mode": "markers",
                 "name": policy or "whole run",
-                "x": [decision.iteration for decision in found],
-                "y": [decision.what.replace("_", " ") for decision in found],
-                "text": [f"{d.before} → {d.after}<br>{d.reason}" for d in found],
-                "marker": {
-                    "size": 13,
-                    "symbol": "diamond",
-                    "color": policy_colour(series, policy) if policy in series.policies else INK,
-                },
+                "x": [decision.iteration for decision in decisions],
+                "y": [decision.what.replace("_", " ") for decision in decisions],
+                "text": [f"{d.before} → {d.after}<br>{d.reason}" for d in decisions],
+                "marker": {"size": 13, "symbol": "diamond", "color": colour},
                 "hovertemplate": "iteration %{x:.0f}<br>%{text}",
             }
         )
-    frame = layout("iteration", "", mode_shapes(series)) | {"hovermode": "closest"}
+    frame = _layout("iteration", "", _mode_shapes(series)) | {"hovermode": "closest"}
     return InteractiveFigure("decisions", "Decisions", data, frame)
+
+
+def _numbers(values: Float64Array) -> list[float | None]:
+    """For JSON: rounded, null where there is no number."""
+    return [round(float(value), _DECIMALS) if math.isfinite(value) else None for value in values]
+
+
+def _axis(title: str) -> PlotlyJson:
+    """An axis with a title, drawn lightly."""
+    return {"title": {"text": title}, "gridcolor": "#E4E7EB", "zeroline": False, "color": MUTED}
+
+
+def _layout(x: str, y: str, shapes: Sequence[PlotlyJson] = ()) -> PlotlyJson:
+    """A plane chart with titled axes; the legend below, the values of all curves shown together."""
+    return {
+        "xaxis": _axis(x) | {"automargin": True},
+        "yaxis": _axis(y) | {"automargin": True},
+        "shapes": list(shapes),
+        "height": 360,
+        "hovermode": "x unified",
+        "legend": {"orientation": "h", "yanchor": "top", "y": -0.22},
+        "margin": {"l": 60, "r": 20, "t": 10, "b": 40},
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": INK},
+        "plot_bgcolor": "#FFFFFF",
+        "paper_bgcolor": "#FFFFFF",
+    }
+
+
+def _mode_shapes(series: ArenaSeries) -> list[PlotlyJson]:
+    """Tinted stretches behind the curves, each with its mode written at its foot."""
+    place = {"type": "rect", "layer": "below", "xref": "x", "yref": "paper"}
+    label = {"textposition": "bottom left", "font": {"size": 9, "color": MUTED}}
+    return [
+        {
+            **place,
+            "x0": span.start,
+            "x1": span.end,
+            "y0": 0,
+            "y1": 1,
+            "fillcolor": mode_tint(span.mode),
+            "line": {"width": 0},
+            "label": {"text": span.mode.replace("_", " "), **label},
+        }
+        for span in series.modes
+    ]
+
+
+def _curve(x: Float64Array, y: Float64Array, name: str, colour: str) -> PlotlyJson:
+    """A line without points."""
+    line = {"color": colour, "width": 2.4, "dash": "solid"}
+    places = {"x": _numbers(x), "y": _numbers(y)}
+    return {"type": "scatter", "mode": "lines", "name": name, "legendgroup": name, **places, "line": line}
+
+
+def _columns(table: SeriesTable, names: Mapping[str, str]) -> Iterator[_Curve]:
+    for (column, name), colour in zip(names.items(), POLICY_COLOURS, strict=False):
+        yield name, table.points(column), colour
+
+
+def _lines(series: ArenaSeries, curves: Iterable[_Curve]) -> list[PlotlyJson]:
+    """The numbers as recorded, thin and silent, and their moving average; curves without numbers are left out."""
+    span, data = smoothing_span(series), list[PlotlyJson]()
+    for name, (x, y), colour in curves:
+        if len(x):
+            silent: PlotlyJson = {"opacity": 0.3, "showlegend": False, "hoverinfo": "skip"}
+            thin = _curve(x, y, name, colour) | silent | {"line": {"color": colour, "width": 1}}
+            data += [thin, _curve(x, smoothed(y, span), name, colour)]
+    return data
 
 
 _OTHERS: tuple[Callable[[ArenaSeries], InteractiveFigure], ...] = (

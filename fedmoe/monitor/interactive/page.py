@@ -1,17 +1,17 @@
-"""The interactive page: figures, Plotly's JavaScript and style in one file, and a rule that it may load nothing."""
+"""Interactive page: figures, Plotly's JavaScript and style in one HTML file that is forbidden to load anything."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from string import Template
 
 from fedmoe.monitor.arena_series import ArenaSeries
-from fedmoe.monitor.interactive.parts import InteractiveFigure
+from fedmoe.monitor.interactive.figures import InteractiveFigure, interactive_figures
 from fedmoe.monitor.palette import INK, MUTED, SAMPLE_COLOUR, SAMPLE_TEXT, run_line
 
+PAGE = "comprehensive_dashboard.html"
 # Plotly knows addresses of map tiles that no chart here uses; the policy makes sure that nothing is ever asked for.
 # 'unsafe-eval' is for its shaders' code, which it makes while it runs.
 _POLICY = (
@@ -62,8 +62,12 @@ def plotly_library() -> str:
     return resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text("utf-8")
 
 
-def page(series: ArenaSeries, figures: Sequence[InteractiveFigure], library: str) -> str:
-    """One HTML page with all figures. Every text of a record is escaped; `library` is Plotly's JavaScript."""
+def dashboard_page(series: ArenaSeries, library: str) -> str:
+    """The whole run as one self-contained HTML page of about 5 MB; `library` is what `plotly_library` gives.
+
+    Every text of a record is escaped.
+    """
+    figures = interactive_figures(series)
     content = [{"name": figure.name, "data": figure.data, "layout": figure.layout} for figure in figures]
     return _PAGE.substitute(
         policy=_POLICY,
@@ -75,7 +79,7 @@ def page(series: ArenaSeries, figures: Sequence[InteractiveFigure], library: str
         facts=escape(run_line(series, lambda text, longest: text)),
         sections="\n".join(map(_section, figures)) or "<p>Nothing was recorded yet.</p>",
         library=library,
-        figures=_in_script(json.dumps(content, allow_nan=False)),
+        figures=_escaped_json(content),
     )
 
 
@@ -84,6 +88,6 @@ def _section(figure: InteractiveFigure) -> str:
     return f'<section{wide}><h2>{escape(figure.title)}</h2><div id="{escape(figure.name)}"></div></section>'
 
 
-def _in_script(text: str) -> str:
+def _escaped_json(content: object) -> str:
     """JSON that cannot end the script element it stands in."""
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return json.dumps(content, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
