@@ -200,10 +200,12 @@ def _show(matrix: LossMatrix, found: Retained | None) -> None:
 
 def _draw(file: Path, matrix: LossMatrix, found: Retained | None, base: str) -> None:
     with importing("charts"):
-        from fedmoe.monitor.charts.gateway import GatewayResults, Share, gateway_chart
+        from fedmoe.monitor.charts.gateway import GatewayResults, gateway_chart
+    from fedmoe.monitor.arena_series import Estimate
+
     domains = found.domains if found is not None else ()
     kept = {
-        domain.domain: {name: Share(one.value, one.low, one.high) for name, one in domain.kept.items()}
+        domain.domain: {name: Estimate(share.value, share.low, share.high) for name, share in domain.kept.items()}
         for domain in domains
     }
     results = GatewayResults(

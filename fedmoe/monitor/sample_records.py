@@ -1,4 +1,4 @@
-"""Sample records of an arena run: learning curves of a seeded process, to see the charts before anything was trained.
+"""Sample records of an arena run: made-up learning curves, to see the charts before anything was trained.
 
 Every record is marked `sample`; whatever is drawn from them says so.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,7 +35,6 @@ class _Policy:
     sigma: float = 25 / 3
     noise: float = 0.0
     version: int = 0
-    cuts: list[int] = field(default_factory=list)
 
     def skill(self, share: float) -> float:
         """Chance of a right answer after `share` of the run."""
@@ -93,7 +92,9 @@ def _iteration(players: list[_Policy], iteration: int, iterations: int, rng: np.
         yield {"iteration": iteration, "kind": "credit", "policy": player.name, **_credit(reward, rewards, rng)}
         yield {"iteration": iteration, "kind": "rating", "policy": player.name, **_rating(player, players, share, rng)}
     yield {**head, "kind": "team", **_team(rewards, share, rng)}
-    yield {"iteration": iteration, "kind": "timing", **_timing(seconds, tokens)}
+    parts = {"rollout_seconds": 0.62 * seconds, "learn_seconds": 0.34 * seconds, "iteration_seconds": seconds}
+    speed = {"tokens": tokens, "tokens_per_second": tokens / seconds}
+    yield {"iteration": iteration, "kind": "timing", **parts, **speed}
     yield {"kind": "system", **_system(share, rng)}
     yield from _decisions(players, iteration, iterations, head)
     if iteration % _EVALUATE_EVERY == _EVALUATE_EVERY - 1 or iteration == iterations - 1:
@@ -163,16 +164,6 @@ def _team(rewards: list[float], share: float, rng: np.random.Generator) -> dict[
     }
 
 
-def _timing(seconds: float, tokens: int) -> dict[str, RecordValue]:
-    return {
-        "rollout_seconds": 0.62 * seconds,
-        "learn_seconds": 0.34 * seconds,
-        "iteration_seconds": seconds,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-    }
-
-
 def _system(share: float, rng: np.random.Generator) -> dict[str, RecordValue]:
     return {
         "cpu_percent": float(np.clip(rng.normal(63, 6), 0, 100)),
@@ -189,36 +180,17 @@ def _system(share: float, rng: np.random.Generator) -> dict[str, RecordValue]:
 def _evaluation(player: _Policy, share: float, rng: np.random.Generator) -> dict[str, RecordValue]:
     score, base = _measured(player.skill(share), rng), _measured(player.start, rng)
     win = _measured(float(np.clip(0.5 + 0.75 * (player.skill(share) - player.start), 0, 1)), rng)
-    return {
-        "policy": player.name,
-        "opponent": "base model",
-        "episodes": _EPISODES,
-        "questions": _EPISODES,
-        "few": False,
-        "score": score[0],
-        "low": score[1],
-        "high": score[2],
-        "base_score": base[0],
-        "base_low": base[1],
-        "base_high": base[2],
-        "win_rate": win[0],
-        "win_low": win[1],
-        "win_high": win[2],
-    }
+    names = ("score", "low", "high", "base_score", "base_low", "base_high", "win_rate", "win_low", "win_high")
+    head: dict[str, RecordValue] = {"policy": player.name, "opponent": "base model"}
+    head |= {"episodes": _EPISODES, "questions": _EPISODES, "few": False}
+    return head | dict(zip(names, (*score, *base, *win), strict=True))
 
 
 def _leader(players: list[_Policy], share: float) -> dict[str, RecordValue]:
     first, second = sorted(players, key=lambda player: -player.skill(share))[:2]
     lead, half = first.skill(share) - second.skill(share), 1.96 * math.sqrt(0.5 / _EPISODES)
-    return {
-        "policy": first.name,
-        "apart": lead > half,
-        "rival": second.name,
-        "lead": lead,
-        "lead_low": lead - half,
-        "lead_high": lead + half,
-        "questions": _EPISODES,
-    }
+    interval = {"lead": lead, "lead_low": lead - half, "lead_high": lead + half}
+    return {"policy": first.name, "apart": lead > half, "rival": second.name, **interval, "questions": _EPISODES}
 
 
 def _measured(chance: float, rng: np.random.Generator) -> tuple[float, float, float]:
@@ -235,17 +207,15 @@ def _decisions(
     mode = _mode(iteration, iterations)
     before = _mode(iteration - 1, iterations) if iteration else mode
     reason = {"competitive": "plateau", "team_battle": "dominance"}.get(mode, "diversity fell")
+    decision: dict[str, RecordValue] = {**head, "kind": "decision"}
     if before != mode:
-        yield {**head, "kind": "decision", "policy": "", "what": "mode", "before": before, "after": mode} | {
-            "reason": reason
-        }
+        yield {**decision, "policy": "", "what": "mode", "before": before, "after": mode, "reason": reason}
     for place, player in enumerate(players):
         if iteration == int(iterations * (0.3 + 0.09 * place)) and iteration:
             old, player.learning_rate = player.learning_rate, player.learning_rate / 2
             change: dict[str, RecordValue] = {"what": "learning rate", "before": old, "after": player.learning_rate}
-            yield {**head, "kind": "decision", "policy": player.name, "reason": "no gain", **change}
-    weakest = min(players, key=lambda player: player.mu)
+            yield {**decision, "policy": player.name, "reason": "no gain", **change}
     if iteration == int(iterations * 0.7) and iteration and len(players) > 1:
-        best = max(players, key=lambda player: player.mu)
+        weakest, *_, best = sorted(players, key=lambda player: player.mu)
         change = {"what": "survival", "before": weakest.name, "after": f"copy of {best.name}"}
-        yield {**head, "kind": "decision", "policy": weakest.name, "reason": "intervals separate", **change}
+        yield {**decision, "policy": weakest.name, "reason": "intervals separate", **change}

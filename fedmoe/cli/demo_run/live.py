@@ -1,9 +1,10 @@
-"""Live progress: one line a worker, redrawn on a terminal, printed now and then elsewhere."""
+"""Live progress of the demonstration: one line a worker, redrawn on a terminal, printed now and then elsewhere."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,8 +41,8 @@ class _Tail:
         return lines
 
 
-class _Shown:
-    """What there is to show of one worker: the phase that it logs, its newest step, the number of its pushes."""
+class _WorkerProgress:
+    """Progress of one worker: the phase that it logs, its newest step, the number of its pushes."""
 
     def __init__(self, records: Path, log: Path) -> None:
         self._records = _Tail(records)
@@ -66,14 +67,14 @@ def _phase(line: bytes) -> str:
     if not line.startswith(b"{"):
         return ""
     try:
-        told = json.loads(line)
+        event = json.loads(line)
     except ValueError:
         return ""
-    if told.get("event") != "phase":
+    if event.get("event") != "phase":
         return ""
-    done = f" {told['done']:,}" if "done" in told else ""
-    total = f"/{told['total']:,}" if "total" in told else ""
-    return f"{told['phase']}{done}{total}"
+    done = f" {event['done']:,}" if "done" in event else ""
+    total = f"/{event['total']:,}" if "total" in event else ""
+    return f"{event['phase']}{done}{total}"
 
 
 class DemoView:
@@ -86,7 +87,8 @@ class DemoView:
         self._plan = plan
         self._console = console
         self._workers = {
-            worker.name: _Shown(plan.worker_dir(worker) / "metrics.jsonl", plan.log(worker)) for worker in WORKERS
+            worker.name: _WorkerProgress(plan.worker_dir(worker) / "metrics.jsonl", plan.log(worker))
+            for worker in WORKERS
         }
         self._live = Live(console=console, refresh_per_second=2) if console.is_terminal else None
         self._printed = 0.0
@@ -108,41 +110,22 @@ class DemoView:
         for worker in self._workers.values():
             worker.read()
         if self._live is not None:
-            self._live.update(self._table())
+            table = Table(*_COLUMNS)
+            for row in self._rows():
+                table.add_row(*row)
+            self._live.update(table)
         elif force or time.monotonic() - self._printed >= _PRINT_SECONDS:
             self._printed = time.monotonic()
             for cells in self._rows():
                 pairs = zip(_COLUMNS[1:], cells[1:], strict=True)
-                self._console.print(
-                    f"{cells[0]:16} " + "  ".join(f"{name} {cell}" for name, cell in pairs),
-                    highlight=False,
-                    soft_wrap=True,
-                )
+                line = f"{cells[0]:16} " + "  ".join(f"{name} {cell}" for name, cell in pairs)
+                self._console.print(line, highlight=False, soft_wrap=True)
 
-    def _table(self) -> Table:
-        table = Table(*_COLUMNS)
-        for row in self._rows():
-            table.add_row(*row)
-        return table
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        rows: list[tuple[str, ...]] = []
+    def _rows(self) -> Iterator[tuple[str, ...]]:
         for name, worker in self._workers.items():
-            step = worker.step
+            step, numbers = worker.step, ["-"] * 4
             done = step["step"] if step is not None else 0
-            if step is None or worker.phase != TRAINING:
-                rows.append((name, worker.phase, f"{done}/{self._plan.steps}", "-", "-", "-", "-", str(worker.pushes)))
-                continue
-            rows.append(
-                (
-                    name,
-                    worker.phase,
-                    f"{done}/{self._plan.steps}",
-                    f"{step['loss']:.3f}",
-                    f"{step['tokens_per_second'] or 0:.0f}",
-                    str(step["version"]),
-                    str(step["staleness"]),
-                    str(worker.pushes),
-                )
-            )
-        return rows
+            if step is not None and worker.phase == TRAINING:
+                speed = f"{step['tokens_per_second'] or 0:.0f}"
+                numbers = [f"{step['loss']:.3f}", speed, str(step["version"]), str(step["staleness"])]
+            yield (name, worker.phase, f"{done}/{self._plan.steps}", *numbers, str(worker.pushes))

@@ -1,4 +1,4 @@
-"""What the demonstration does: three domains, three workers of different speed, one folder."""
+"""Plan of the demonstration: three domains, three workers of different speed, one folder."""
 
 from __future__ import annotations
 
@@ -57,14 +57,6 @@ class DemoPlan:
     def worker_dir(self, worker: DemoWorker) -> Path:
         return self.folder / "workers" / worker.name
 
-    @property
-    def logs(self) -> Path:
-        return self.folder / "logs"
-
-    @property
-    def report(self) -> Path:
-        return self.folder / "report.json"
-
     def train_file(self, worker: DemoWorker) -> Path:
         return self.data / worker.domain / "train.jsonl"
 
@@ -77,7 +69,7 @@ class DemoPlan:
         return self.data / GENERAL / "test.jsonl"
 
     def log(self, worker: DemoWorker) -> Path:
-        return self.logs / f"{worker.name}.log"
+        return self.folder / "logs" / f"{worker.name}.log"
 
     def coordinator_command(self, port: int) -> list[str]:
         """The options of `fedmoe` that start the coordinator."""

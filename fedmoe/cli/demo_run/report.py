@@ -1,4 +1,4 @@
-"""The demonstration's result: what every model loses on every domain, as JSON, Markdown and a table."""
+"""Report of the demonstration: held-out losses of every model on every domain, as JSON, Markdown and a table."""
 
 from __future__ import annotations
 
@@ -61,17 +61,12 @@ def general_result(matrix: LossMatrix) -> GeneralResult:
 
 def results(matrix: LossMatrix) -> dict[str, DomainResult]:
     """The matrix, seen from every domain."""
-    found = {}
+    domains = {}
     for worker in WORKERS:
-        others = {w.expert: matrix.losses[w.expert][worker.domain] for w in WORKERS if w is not worker}
-        found[worker.domain] = DomainResult(
-            matrix.losses[BASE][worker.domain],
-            matrix.losses[worker.expert][worker.domain],
-            matrix.losses[GATEWAY][worker.domain],
-            others,
-            matrix.tokens[worker.domain],
-        )
-    return found
+        losses = {model: matrix.losses[model][worker.domain] for model in (BASE, GATEWAY, *(w.expert for w in WORKERS))}
+        base, gateway, own = losses.pop(BASE), losses.pop(GATEWAY), losses.pop(worker.expert)
+        domains[worker.domain] = DomainResult(base, own, gateway, losses, matrix.tokens[worker.domain])
+    return domains
 
 
 def report_json(domains: Mapping[str, DomainResult], general: GeneralResult, facts: Mapping[str, object]) -> str:

@@ -1,4 +1,4 @@
-"""Running the demonstration: prepare, train three experts in a federation, stop, measure, report."""
+"""The demonstration itself: prepare, train three experts in a federation, stop, measure, report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 
 from rich.console import Console
 
@@ -27,11 +26,10 @@ from fedmoe.cli.demo_run.report import (
     results,
 )
 from fedmoe.datasets.demo.domains import GENERAL_RECIPES, build_domains
-from fedmoe.datasets.tokens.packing import Block
 from fedmoe.gateway.evaluate import evaluate, held_out_blocks
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.formats import npz_bytes, peft_files, read_peft
-from fedmoe.models.base import LoadedBase, load_base, prepare_base
+from fedmoe.models.base import load_base, prepare_base
 from fedmoe.monitor.charts.federation import loss_chart
 from fedmoe.runtime.device import pin_threads
 from fedmoe.runtime.files import write_atomic, write_folder_atomic
@@ -47,28 +45,26 @@ def run_demo(plan: DemoPlan, console: Console) -> dict[str, DomainResult]:
     started = time.monotonic()
     console.print(f"[bold]1/4[/] base model {plan.base_model} and data")
     prepare_base(plan.base_model)
-    _build_data(plan, console)
-    console.print(f"[bold]2/4[/] coordinator and {len(WORKERS)} workers on loopback, {plan.steps} steps each")
-    _train(plan, console)
-    console.print("[bold]3/4[/] held-out losses")
-    domains, general = _measure(plan, console)
-    console.print("[bold]4/4[/] report")
-    console.print(report_table(domains, general))
-    for line in _merged_how(plan):
-        console.print(line, highlight=False)
-    took = time.monotonic() - started
-    console.print(f"{plan.folder}/ holds the adapters, gateway_model.npz, metrics.jsonl and report.md ({took:.0f} s)")
-    return domains
-
-
-def _build_data(plan: DemoPlan, console: Console) -> None:
-    """The three domains and the text that nobody trains on, whatever of them is not there yet."""
 
     def say(line: str) -> None:
         console.print(f"  {line}", highlight=False)
 
     build_domains(plan.data, progress=say)
     build_domains(plan.data, [GENERAL], say, recipes=GENERAL_RECIPES)
+    console.print(f"[bold]2/4[/] coordinator and {len(WORKERS)} workers on loopback, {plan.steps} steps each")
+    _train(plan, console)
+    console.print("[bold]3/4[/] held-out losses")
+    domains, general = _measure(plan, console)
+    console.print("[bold]4/4[/] report")
+    console.print(report_table(domains, general))
+    # What the gateway's statistics rest on, and what was not done as it was asked for.
+    facts = json.loads((plan.folder / "models.json").read_bytes())
+    tokens = ", ".join(f"{name} {count:,}" for name, count in facts["statistics_tokens"].items())
+    for line in [f"input moments of so many tokens: {tokens}", *(f"note: {note}" for note in facts["notes"])]:
+        console.print(line, highlight=False)
+    took = time.monotonic() - started
+    console.print(f"{plan.folder}/ holds the adapters, gateway_model.npz, metrics.jsonl and report.md ({took:.0f} s)")
+    return domains
 
 
 def _train(plan: DemoPlan, console: Console) -> None:
@@ -76,7 +72,7 @@ def _train(plan: DemoPlan, console: Console) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with _stopped_at_the_end() as running:
-        coordinator = start("coordinator", plan.coordinator_command(port), plan.logs / "coordinator.log")
+        coordinator = start("coordinator", plan.coordinator_command(port), plan.folder / "logs" / "coordinator.log")
         running.append(coordinator)
         wait_until_healthy(coordinator, url)
         view = DemoView(plan, console)  # looks at what is logged from now on
@@ -86,16 +82,11 @@ def _train(plan: DemoPlan, console: Console) -> None:
         ]
         running += workers
         with view:
-            while _any_running(workers) and coordinator.check():
+            # All of them are looked at, so that a failure is seen while others run.
+            while sum(worker.check() for worker in workers) and coordinator.check():
                 view.refresh()
                 time.sleep(_POLL_SECONDS)
         _save_models(plan, url)
-
-
-def _any_running(workers: list[DemoProcess]) -> bool:
-    """Whether a worker still runs; looks at all of them, so that a failure is seen while others run."""
-    running = [worker.check() for worker in workers]
-    return any(running)
 
 
 @contextmanager
@@ -130,13 +121,6 @@ def _save_models(plan: DemoPlan, url: str) -> None:
     write_atomic(plan.folder / "models.json", json.dumps(facts, indent=2).encode(), 0o644)
 
 
-def _merged_how(plan: DemoPlan) -> list[str]:
-    """What the gateway's statistics rest on, and what was not done as it was asked for."""
-    facts = json.loads((plan.folder / "models.json").read_bytes())
-    tokens = ", ".join(f"{name} {count:,}" for name, count in facts["statistics_tokens"].items())
-    return [f"input moments of so many tokens: {tokens}", *(f"note: {note}" for note in facts["notes"])]
-
-
 def _save_peft(plan: DemoPlan, name: str, adapter: Adapter, base: dict[str, str]) -> None:
     files = peft_files(adapter, base["name"], base["revision"])
     write_folder_atomic(plan.folder / "adapters" / name, files, force=True)
@@ -146,9 +130,15 @@ def _measure(plan: DemoPlan, console: Console) -> tuple[dict[str, DomainResult],
     """Score the saved models on the held-out files, with what cores are free after training; write the report."""
     pin_threads(own_threads(os.environ).count or None)
     base = load_base(plan.base_model)
-    adapters = {name: _load_peft(plan, name) for name in (*(w.expert for w in WORKERS), GATEWAY)}
-    held_out = {worker.domain: _held_out(plan, plan.test_file(worker), base) for worker in WORKERS}
-    held_out[GENERAL] = _held_out(plan, plan.general_file, base)
+    names = [*(worker.expert for worker in WORKERS), GATEWAY]
+    folders = {name: (plan.folder / "adapters" / name).iterdir() for name in names}
+    adapters = {name: read_peft({path.name: path.read_bytes() for path in files}) for name, files in folders.items()}
+    test_files = {worker.domain: plan.test_file(worker) for worker in WORKERS} | {GENERAL: plan.general_file}
+    # The first blocks of each file in a fixed, shuffled order, the same in every run.
+    held_out = {
+        domain: held_out_blocks(file, base, plan.max_length, plan.held_out_blocks)
+        for domain, file in test_files.items()
+    }
     with console.status("") as status:
         matrix = evaluate(base, adapters, held_out, progress=status.update)
     domains, general = results(matrix), general_result(matrix)
@@ -166,16 +156,6 @@ def _measure(plan: DemoPlan, console: Console) -> tuple[dict[str, DomainResult],
     return domains, general
 
 
-def _load_peft(plan: DemoPlan, name: str) -> Adapter:
-    folder = plan.folder / "adapters" / name
-    return read_peft({path.name: path.read_bytes() for path in folder.iterdir()})
-
-
-def _held_out(plan: DemoPlan, file: Path, base: LoadedBase) -> list[Block]:
-    """The first blocks of the held-out file in a fixed, shuffled order, the same in every run."""
-    return held_out_blocks(file, base, plan.max_length, plan.held_out_blocks)
-
-
 def _write_report(
     plan: DemoPlan, domains: dict[str, DomainResult], general: GeneralResult, facts: dict[str, object]
 ) -> None:
@@ -188,7 +168,7 @@ def _write_report(
     write_atomic(plan.folder / "metrics.jsonl", lines.encode(), 0o644)
     write_atomic(plan.folder / "loss.png", loss_chart(records, held_out), 0o644)
     write_atomic(plan.folder / "report.md", report_markdown(domains, general, facts).encode(), 0o644)
-    write_atomic(plan.report, report_json(domains, general, facts).encode(), 0o644)
+    write_atomic(plan.folder / "report.json", report_json(domains, general, facts).encode(), 0o644)
 
 
 def training_seconds(records: list[Record], pause: float = 60.0) -> float:

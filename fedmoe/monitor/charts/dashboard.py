@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from fedmoe.monitor.arena_series import ArenaSeries, smoothing_span, window
 from fedmoe.monitor.charts import dashboard_panels as panels
-from fedmoe.monitor.charts.decisions import decision_panel
 from fedmoe.monitor.charts.style import mode_legend, new_figure, plain
 from fedmoe.monitor.charts.trends import curves
 from fedmoe.monitor.palette import INK, MUTED, TREND_PANELS, policy_colour, short
@@ -32,7 +31,7 @@ def comprehensive_dashboard(series: ArenaSeries) -> Figure:
     panels.credit(figure.add_subplot(grid[2, 0]), series)
     panels.team(figure.add_subplot(grid[2, 1]), series, _PANEL_INCHES)
     panels.system(figure.add_subplot(grid[2, 2]), series, _PANEL_INCHES)
-    decision_panel(figure.add_subplot(grid[3, :2]), series)
+    panels.decisions(figure.add_subplot(grid[3, :2]), series)
     panels.speed(figure.add_subplot(grid[3, 2]), series, _PANEL_INCHES)
     mode_legend(figure, series)
     return figure

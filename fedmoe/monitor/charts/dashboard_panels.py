@@ -1,4 +1,4 @@
-"""The dashboard's panels that no other chart has: ratings, credit, team, system, speed."""
+"""Panels that only the dashboard has: ratings, credit, team, system, decisions, speed."""
 
 from __future__ import annotations
 
@@ -8,22 +8,35 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
-from fedmoe.lora.adapter import Float64Array
-from fedmoe.monitor.arena_series import ArenaSeries, SeriesTable, smoothed, smoothing_span
+from fedmoe.monitor.arena_series import ArenaSeries, DecisionPoint, SeriesTable, smoothed, smoothing_span
 from fedmoe.monitor.charts.style import (
     CurveEnd,
     dress,
     end_labels,
     iteration_axis,
     plain,
+    policy_rows,
     say_empty,
     shade_modes,
 )
-from fedmoe.monitor.palette import INK, POLICY_COLOURS, policy_colour, policy_dash
+from fedmoe.monitor.palette import (
+    CREDIT_PARTS,
+    INK,
+    MUTED,
+    POLICY_COLOURS,
+    SYSTEM_CURVES,
+    TEAM_CURVES,
+    policy_colour,
+    policy_dash,
+)
 
 _DIVERGING = LinearSegmentedColormap.from_list("credit", ("#D98550", "#FFFFFF", "#5B9CCB"))
-_CREDIT = ("shared", "individual", "difference", "versus")
 _GIB = 2.0**30
+#: Decisions that are shown in words, and characters of each.
+_NEWEST = 9
+_CHARACTERS = 56
+#: Share of the panel of decisions that the time line takes; the words stand beside it.
+_LINE_SHARE = 0.5
 
 
 def ratings(axes: Axes, series: ArenaSeries, inches: float) -> None:
@@ -53,7 +66,7 @@ def ratings(axes: Axes, series: ArenaSeries, inches: float) -> None:
 def credit(axes: Axes, series: ArenaSeries) -> None:
     """A table of the recent mean of every part of the credit, coloured by sign and size."""
     title = "Credit, mean of the last fifth"
-    parts = [part for part in _CREDIT if any(np.isfinite(table.recent(part)) for table in series.credit.values())]
+    parts = [part for part in CREDIT_PARTS if any(np.isfinite(table.recent(part)) for table in series.credit.values())]
     policies = [policy for policy in series.policies if len(series.credit[policy])]
     if not parts or not policies:
         say_empty(axes, title, "no credit recorded")
@@ -63,9 +76,7 @@ def credit(axes: Axes, series: ArenaSeries) -> None:
     axes.imshow(np.ma.masked_invalid(values), cmap=_DIVERGING, norm=TwoSlopeNorm(0, -limit, limit), aspect="auto")
     dress(axes, title, grid="")
     axes.set_xticks(range(len(parts)), parts, size=9)
-    axes.set_yticks(range(len(policies)), [plain(policy, 16) for policy in policies], size=9, weight="bold")
-    for label, policy in zip(axes.get_yticklabels(), policies, strict=True):
-        label.set_color(policy_colour(series, policy))
+    policy_rows(axes, series, policies, [plain(policy, 16) for policy in policies], 9)
     for row, column in np.ndindex(values.shape):
         value = float(values[row, column])
         # Adding zero turns a rounded -0.0 into 0.0.
@@ -80,8 +91,26 @@ def credit(axes: Axes, series: ArenaSeries) -> None:
 
 def team(axes: Axes, series: ArenaSeries, inches: float) -> None:
     """Cooperation, completion, utilisation of the compute, team score."""
-    names = ("team_score", "completion", "utilisation", "cooperation")
-    _lines(axes, series, series.team, "Team", "share or score (0 to 1)", names, inches)
+    shown = [name for name in TEAM_CURVES if len(series.team.points(name)[0])]
+    if not shown:
+        say_empty(axes, "Team", "no team records")
+        return
+    dress(axes, "Team", "iteration", "share or score (0 to 1)")
+    shade_modes(axes, series)
+    ends, everything = [], []
+    for (name, label), colour in zip(TEAM_CURVES.items(), POLICY_COLOURS, strict=False):
+        if name in shown:
+            x, y = series.team.points(name)
+            smooth = smoothed(y, smoothing_span(series))
+            axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
+            axes.plot(x, smooth, color=colour, linewidth=2)
+            ends.append(CurveEnd(label, colour, float(x[-1]), float(smooth[-1])))
+            everything.append(y)
+    iteration_axis(axes, series)
+    values = np.concatenate(everything)
+    low, high = min(0.0, float(values.min())), max(1.0, float(values.max()))
+    axes.set_ylim(low - (0.04 if low < 0 else 0.0) * (high - low), high + 0.04 * (high - low))
+    end_labels(axes, ends, inches)
 
 
 def speed(axes: Axes, series: ArenaSeries, inches: float) -> None:
@@ -112,8 +141,7 @@ def speed(axes: Axes, series: ArenaSeries, inches: float) -> None:
 
 def system(axes: Axes, series: ArenaSeries, inches: float) -> None:
     """Use of CPU, memory, GPU and disk in percent over the time of the run."""
-    names = {"cpu_percent": "CPU", "memory_percent": "memory", "gpu_percent": "GPU", "disk_percent": "disk"}
-    shown = {name: label for name, label in names.items() if len(series.system.points(name)[0])}
+    shown = {name: label for name, label in SYSTEM_CURVES.items() if len(series.system.points(name)[0])}
     if not shown:
         say_empty(axes, "System", "no system use recorded")
         return
@@ -141,29 +169,47 @@ def _memory_title(system: SeriesTable) -> str:
     return f"System, this process {own / _GIB:.1f} GiB{of}"
 
 
-def _lines(
-    axes: Axes, series: ArenaSeries, table: SeriesTable, title: str, unit: str, names: tuple[str, ...], inches: float
-) -> None:
-    shown = [name for name in names if len(table.points(name)[0])]
-    if not shown:
-        say_empty(axes, title, f"no {title.lower()} records")
+def decisions(axes: Axes, series: ArenaSeries) -> None:
+    """Left: a lane for each kind of decision, a mark in the colour of its policy. Right: the newest ones in words."""
+    if not series.decisions:
+        say_empty(axes, "Decisions", "no decisions recorded")
         return
-    dress(axes, title, "iteration", unit)
-    shade_modes(axes, series)
-    span = smoothing_span(series)
-    ends, everything = [], []
-    for name in shown:
-        x, y = table.points(name)
-        colour, smooth = POLICY_COLOURS[names.index(name)], smoothed(y, span)
-        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
-        axes.plot(x, smooth, color=colour, linewidth=2)
-        ends.append(CurveEnd(name.replace("_", " "), colour, float(x[-1]), float(smooth[-1])))
-        everything.append(y)
-    iteration_axis(axes, series)
-    axes.set_ylim(*_from_zero(np.concatenate(everything)))
-    end_labels(axes, ends, inches)
+    dress(axes, "Decisions (black: for the whole run)", "iteration", grid="x")
+    axes.spines["bottom"].set_visible(False)
+    lanes = list(dict.fromkeys(decision.what for decision in series.decisions))
+    axes.set_axis_off()
+    line = axes.inset_axes((0.075, 0.0, _LINE_SHARE - 0.075, 1.0))
+    dress(line, "", "iteration", grid="x")
+    shade_modes(line, series)
+    for decision in series.decisions:
+        colour = policy_colour(series, decision.policy) if decision.policy in series.policies else INK
+        lane = lanes.index(decision.what)
+        line.scatter([decision.iteration], [lane], 90, colour, marker="D", edgecolors="white", linewidths=1, zorder=4)
+    for lane in range(len(lanes)):
+        line.axhline(lane, color="#C3CAD3", linewidth=1, zorder=1)
+    iteration_axis(line, series)
+    line.set_yticks(range(len(lanes)), [plain(lane.replace("_", " "), 18) for lane in lanes], size=9, color=INK)
+    line.set_ylim(len(lanes) - 0.3, -0.7)
+    words = axes.inset_axes((_LINE_SHARE + 0.02, 0.0, 0.98 - _LINE_SHARE, 1.0))
+    _words(words, series)
 
 
-def _from_zero(values: Float64Array) -> tuple[float, float]:
-    low, high = min(0.0, float(values.min())), max(1.0, float(values.max()))
-    return low - (0.04 if low < 0 else 0.0) * (high - low), high + 0.04 * (high - low)
+def _words(axes: Axes, series: ArenaSeries) -> None:
+    axes.set_axis_off()
+    axes.set(xlim=(0, 1), ylim=(_NEWEST, 0))
+    newest = series.decisions[-_NEWEST:][::-1]
+    if len(series.decisions) > _NEWEST:
+        axes.set_title(f"the newest {_NEWEST} of {len(series.decisions)}", loc="left", size=9, color=MUTED)
+    for row, decision in enumerate(newest):
+        colour = policy_colour(series, decision.policy) if decision.policy in series.policies else INK
+        axes.text(0.05, row + 0.5, f"{decision.iteration:.0f}", ha="right", va="center", size=8.5, color=MUTED)
+        axes.text(
+            0.07, row + 0.5, plain(decision.policy or "run", 11), va="center", size=8.5, weight="bold", color=colour
+        )
+        axes.text(0.28, row + 0.5, _sentence(decision), va="center", size=8.5, color=INK)
+
+
+def _sentence(decision: DecisionPoint) -> str:
+    change = f"{plain(decision.what.replace('_', ' '), 14)}: {plain(decision.before, 13)} → {plain(decision.after, 18)}"
+    room = max(_CHARACTERS - len(change), 8)
+    return f"{change}  ({plain(decision.reason, room)})" if decision.reason else change

@@ -1,4 +1,4 @@
-"""What a gateway keeps of its experts: a heat map of all models on all domains, beside bars with intervals."""
+"""Chart of what a gateway keeps of its experts: a heat map of all models on all domains, bars with intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
 
-from fedmoe.monitor.charts.style import DPI, dress, plain, say_empty
+from fedmoe.monitor.arena_series import Estimate
+from fedmoe.monitor.charts.style import DPI, dress, interval_bar, plain, say_empty
 from fedmoe.monitor.palette import INK, MUTED, POLICY_COLOURS
 from fedmoe.monitor.picture import png
 
@@ -24,35 +25,18 @@ _ROW_INCHES = 0.52
 _BAR_INCHES = 0.34
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """A share of the own expert's gain with its interval; 1 is all of it."""
-
-    value: float
-    low: float
-    high: float
-
-
 @dataclass(frozen=True)
 class GatewayResults:
     """What is drawn: `losses[model][domain]` in nats per token, the first model being the base; `own[domain]` names
-    the domain's own expert, `kept[domain][model]` what others keep of its gain, `uncertain` domains where that gain
-    may be none.
+    the domain's own expert, `kept[domain][model]` the share of its gain that others keep (1 is all of it), `uncertain`
+    domains where that gain may be none.
     """
 
     losses: Mapping[str, Mapping[str, float]]
     own: Mapping[str, str]
-    kept: Mapping[str, Mapping[str, Share]]
+    kept: Mapping[str, Mapping[str, Estimate]]
     uncertain: Sequence[str] = ()
     note: str = ""
-
-    @property
-    def models(self) -> list[str]:
-        return list(self.losses)
-
-    @property
-    def domains(self) -> list[str]:
-        return list(next(iter(self.losses.values())))
 
     @property
     def judged(self) -> list[str]:
@@ -68,8 +52,8 @@ def gateway_chart(results: GatewayResults) -> bytes:
 def gateway_figure(results: GatewayResults) -> Figure:
     """Left: change of held-out loss against the base model. Right: gain kept, with 95 % intervals."""
     bars = len(results.kept) * (len(results.judged) + 0.8)
-    height = _HEAD_INCHES + _FOOT_INCHES + 1.0 + max(_ROW_INCHES * len(results.models), _BAR_INCHES * bars, 1.6)
-    left = 2.4 + 1.25 * len(results.domains)
+    height = _HEAD_INCHES + _FOOT_INCHES + 1.0 + max(_ROW_INCHES * len(results.losses), _BAR_INCHES * bars, 1.6)
+    left = 2.4 + 1.25 * len(next(iter(results.losses.values())))
     figure = _empty(results.note, left + 6.4, height, bool(results.uncertain))
     heat, shares = figure.subplots(1, 2, width_ratios=(left, 6.0))
     _heat_map(heat, results)
@@ -96,7 +80,7 @@ def _empty(note: str, width: float, height: float, uncertain: bool) -> Figure:
 
 
 def _heat_map(axes: Axes, results: GatewayResults) -> None:
-    models, domains = results.models, results.domains
+    models, domains = list(results.losses), list(next(iter(results.losses.values())))
     base = results.losses[models[0]]
     gains = np.array([[base[domain] - results.losses[model][domain] for domain in domains] for model in models])
     reach = max(float(np.abs(gains).max()), 1e-6)
@@ -133,7 +117,10 @@ def _bars(axes: Axes, results: GatewayResults) -> None:
         top = group * (len(colours) + 0.8)
         centres.append(top + (len(colours) - 1) / 2)
         for place, (model, share) in enumerate(shares.items()):
-            _bar(axes, top + place, share, colours[model], domain in results.uncertain)
+            if math.isfinite(share.value) and domain in results.uncertain:
+                axes.barh(top + place, share.value, 0.8, color=colours[model], alpha=0.35)
+            elif math.isfinite(share.value):
+                interval_bar(axes, top + place, 0.8, share, colours[model], alpha=1.0)
             axes.text(high + 0.04 * reach, top + place, _label(share), va="center", size=8.5, color=INK)
     axes.axvline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axes.axvline(0, color="#B8C0CA", linewidth=1, zorder=0)
@@ -177,16 +164,7 @@ def _limits(results: GatewayResults) -> tuple[float, float]:
     return min(finite) - (0.05 if min(finite) < 0 else 0.0), max(finite)
 
 
-def _bar(axes: Axes, place: float, share: Share, colour: str, uncertain: bool) -> None:
-    if not math.isfinite(share.value):
-        return
-    axes.barh(place, share.value, 0.8, color=colour, alpha=0.35 if uncertain else 1.0)
-    if math.isfinite(share.low) and math.isfinite(share.high) and not uncertain:
-        error = [[max(0.0, share.value - share.low)], [max(0.0, share.high - share.value)]]
-        axes.errorbar(share.value, place, xerr=error, color=INK, linewidth=1.1, capsize=2.5, capthick=1.1)
-
-
-def _label(share: Share) -> str:
+def _label(share: Estimate) -> str:
     if not all(math.isfinite(number) for number in (share.value, share.low, share.high)):
         return "no number"
     return f"{100 * share.value:.0f} %  ({100 * share.low:.0f} to {100 * share.high:.0f})".replace("-", "−")

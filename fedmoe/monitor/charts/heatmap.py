@@ -1,4 +1,4 @@
-"""Performance as a landscape: policy x iteration x reward, in 3-D bars above the same numbers as a flat heat map."""
+"""Reward chart over policy and iteration: 3-D bars above the same numbers as a flat heat map."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpl_toolkits.mplot3d.axes3d import Axes3D
 
 from fedmoe.lora.adapter import Float64Array
 from fedmoe.monitor.arena_series import ArenaSeries
-from fedmoe.monitor.charts.style import dress, new_figure, plain
+from fedmoe.monitor.charts.style import dress, new_figure, plain, policy_rows
 from fedmoe.monitor.palette import INK, MUTED, policy_colour
 from fedmoe.monitor.reward_grid import RewardGrid, reward_grid
 
@@ -34,9 +34,10 @@ def performance_landscape(series: ArenaSeries) -> Figure:
     low = float(np.nanmin(land.values))
     scale = Normalize(low, max(float(np.nanmax(land.values)), low + 1e-9))
     # The stage is placed by hand: what a layout engine measures of a 3-D scene is its box, not what is seen of it.
-    grid = figure.add_gridspec(2, 1, height_ratios=(5.8, _flat_inches(land)))
+    flat_inches = 0.3 * len(land.policies)
+    grid = figure.add_gridspec(2, 1, height_ratios=(5.8, flat_inches))
     height = float(figure.get_size_inches()[1])
-    bottom = (_flat_inches(land) + 1.15) / height
+    bottom = (flat_inches + 1.15) / height
     # A 3-D stage is a square; larger than what is seen, since it cuts off what leaves it.
     wide, high = _STAGE_INCHES / _WIDTH, _STAGE_INCHES / height
     middle = bottom + 2.95 / height
@@ -52,10 +53,6 @@ def performance_landscape(series: ArenaSeries) -> Figure:
     bar.ax.tick_params(labelsize=8.5, colors=MUTED, length=0)
     bar.outline.set_visible(False)
     return figure
-
-
-def _flat_inches(land: RewardGrid) -> float:
-    return 0.3 * len(land.policies)
 
 
 def _bars(axes: Axes3D, series: ArenaSeries, land: RewardGrid, scale: Normalize) -> None:
@@ -89,8 +86,7 @@ def _walls(axes: Axes3D, series: ArenaSeries, land: RewardGrid) -> None:
     axes.tick_params(labelsize=8.5, colors=MUTED)
     axes.tick_params(axis="y", pad=1)
     for label, policy in zip(axes.get_yticklabels(), land.policies, strict=True):
-        label.set_color(policy_colour(series, policy))
-        label.set(ha="left", va="center", weight="bold")
+        label.set(ha="left", va="center", weight="bold", color=policy_colour(series, policy))
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_pane_color((1, 1, 1, 0))
         axis._axinfo["grid"].update(color="#E0E4E9", linewidth=0.7)
@@ -104,19 +100,10 @@ def _flat(axes: Axes, series: ArenaSeries, land: RewardGrid, scale: Normalize) -
     )
     dress(axes, "The same from above: back row on top", "iteration", grid="")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    axes.set_yticks(range(len(land.policies)), [plain(policy, 20) for policy in land.policies], size=9, weight="bold")
-    for label, policy in zip(axes.get_yticklabels(), land.policies, strict=True):
-        label.set_color(policy_colour(series, policy))
+    policy_rows(axes, series, land.policies, [plain(policy, 20) for policy in land.policies], 9)
     axes.set_ylim(-0.5, len(land.policies) - 0.5)
     for place, policy in enumerate(land.policies):
         last = series.tables[policy].recent("reward")
         axes.text(1.008, place, f"{last:.2f}", transform=axes.get_yaxis_transform(), va="center", size=9, color=INK)
-    axes.text(
-        1.008,
-        len(land.policies) - 0.4,
-        "last fifth",
-        transform=axes.get_yaxis_transform(),
-        va="bottom",
-        size=8,
-        color=MUTED,
-    )
+    top = len(land.policies) - 0.4
+    axes.text(1.008, top, "last fifth", transform=axes.get_yaxis_transform(), va="bottom", size=8, color=MUTED)

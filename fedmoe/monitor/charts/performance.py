@@ -1,36 +1,26 @@
-"""Performance: every trained policy beside the base model, and its share of games won, with confidence intervals."""
+"""Performance chart: every trained policy beside the base model, and its share of games won, with intervals."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedmoe.monitor.arena_series import ArenaSeries, Estimate, EvaluationPoint, window
-from fedmoe.monitor.charts.style import dress, new_figure, plain, say_empty
+from fedmoe.monitor.charts.style import dress, interval_bar, new_figure, plain, policy_rows, say_empty
 from fedmoe.monitor.palette import INK, MUTED, policy_colour
 
 _BASE = "#B8C0CA"
 
 
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """One horizontal bar: its row's name, its colour, a measured value."""
-
-    name: str
-    colour: str
-    interval: Estimate
-
-
 def model_performance(series: ArenaSeries) -> Figure:
     """Two panels of bars: scores after and before training, and win rates, as measured on held-out episodes."""
     final = series.final_evaluations()
-    scored = [found for found in newest_of_each(final) if math.isfinite(found.score.value)]
-    played = [found for found in final if math.isfinite(found.win.value)]
+    scored = [point for point in newest_of_each(final) if math.isfinite(point.score.value)]
+    played = [point for point in final if math.isfinite(point.win.value)]
     rows = max(2 * len(scored or series.policies), len(played), 4)
     title = "Final performance against the base model"
     foot = "Whiskers: confidence intervals as recorded by the evaluation.  *: the two intervals do not overlap."
@@ -41,7 +31,7 @@ def model_performance(series: ArenaSeries) -> Figure:
     left, right = figure.subplots(1, 2)
     if scored:
         dress(left, "Held-out score: base model (grey) and trained", "score (0 to 1)", grid="x")
-        _pairs(left, series, [(found.policy, found.score, found.base) for found in scored])
+        _pairs(left, series, [(point.policy, point.score, point.base) for point in scored])
     else:
         _training_only(left, series)
     _wins(right, series, played)
@@ -51,35 +41,36 @@ def model_performance(series: ArenaSeries) -> Figure:
 def newest_of_each(evaluations: Sequence[EvaluationPoint]) -> list[EvaluationPoint]:
     """One evaluation for each policy: the newest."""
     newest: dict[str, EvaluationPoint] = {}
-    for found in evaluations:
-        if found.policy not in newest or found.iteration >= newest[found.policy].iteration:
-            newest[found.policy] = found
+    for point in evaluations:
+        if point.policy not in newest or point.iteration >= newest[point.policy].iteration:
+            newest[point.policy] = point
     return list(newest.values())
 
 
 def _episodes(final: Sequence[EvaluationPoint]) -> str:
-    counts = sorted({found.episodes for found in final if math.isfinite(found.episodes)})
+    counts = sorted({point.episodes for point in final if math.isfinite(point.episodes)})
     if not counts:
         return ""
     span = f"{counts[0]:.0f}" if counts[0] == counts[-1] else f"{counts[0]:.0f}–{counts[-1]:.0f}"
-    questions = min((found.questions for found in final if math.isfinite(found.questions)), default=math.nan)
+    questions = min((point.questions for point in final if math.isfinite(point.questions)), default=math.nan)
     if not math.isfinite(questions):
         return f"evaluated on {span} episodes each"
-    few = ": too few to say much of others" if any(found.few for found in final) else ""
+    few = ": too few to say much of others" if any(point.few for point in final) else ""
     return f"evaluated on {span} episodes each, about {questions:.0f} different questions{few}"
 
 
 def _pairs(axes: Axes, series: ArenaSeries, rows: Sequence[tuple[str, Estimate, Estimate]]) -> None:
     """Two bars for each policy, the second value in grey below the first."""
-    top = max(_reach(interval) for _, *pair in rows for interval in pair)
-    low = min(0.0, *(interval.value for _, *pair in rows for interval in pair if math.isfinite(interval.value)))
+    top = max(_reach(estimate) for _, *pair in rows for estimate in pair)
+    low = min(0.0, *(estimate.value for _, *pair in rows for estimate in pair if math.isfinite(estimate.value)))
     for place, (policy, after, before) in enumerate(rows):
         _bar(axes, place - 0.19, 0.36, after, policy_colour(series, policy), top, _change(after, before))
         _bar(axes, place + 0.19, 0.36, before, _BASE, top, f"{before.value:.2f}")
     axes.set_xlim(low * 1.1, top * 1.25 or 1.0)
     axes.set_xticks([tick for tick in axes.get_xticks() if low <= tick <= max(top, 1.0)])
     axes.set_xlim(low * 1.1, top * 1.25 or 1.0)
-    _names(axes, [policy for policy, *_ in rows], [policy_colour(series, policy) for policy, *_ in rows])
+    policies = [policy for policy, *_ in rows]
+    _rows(axes, series, policies, policies)
 
 
 def _change(after: Estimate, before: Estimate) -> str:
@@ -91,25 +82,19 @@ def _change(after: Estimate, before: Estimate) -> str:
     return f"{after.value:.2f}   {gain:+.2f}{'*' if apart else ''}"
 
 
-def _bar(axes: Axes, place: float, height: float, interval: Estimate, colour: str, top: float, label: str) -> None:
-    if not math.isfinite(interval.value):
-        return
-    axes.barh(place, interval.value, height, color=colour)
-    if math.isfinite(interval.low) and math.isfinite(interval.high):
-        error = [[max(0.0, interval.value - interval.low)], [max(0.0, interval.high - interval.value)]]
-        axes.errorbar(interval.value, place, xerr=error, color=INK, linewidth=1.1, capsize=2.5, capthick=1.1)
-    axes.text(_reach(interval) + 0.02 * top, place, label, va="center", size=8.5, color=INK)
+def _bar(axes: Axes, place: float, height: float, estimate: Estimate, colour: str, top: float, label: str) -> None:
+    if math.isfinite(estimate.value):
+        interval_bar(axes, place, height, estimate, colour)
+        axes.text(_reach(estimate) + 0.02 * top, place, label, va="center", size=8.5, color=INK)
 
 
-def _reach(interval: Estimate) -> float:
-    return max((end for end in (interval.value, interval.high, 0.0) if math.isfinite(end)), default=0.0)
+def _reach(estimate: Estimate) -> float:
+    return max((end for end in (estimate.value, estimate.high, 0.0) if math.isfinite(end)), default=0.0)
 
 
-def _names(axes: Axes, names: Sequence[str], colours: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), [plain(name, 30) for name in names], size=9.5, weight="bold")
-    for label, colour in zip(axes.get_yticklabels(), colours, strict=True):
-        label.set_color(colour)
-    axes.set_ylim(len(names) - 0.45, -0.55)
+def _rows(axes: Axes, series: ArenaSeries, policies: Sequence[str], names: Sequence[str]) -> None:
+    policy_rows(axes, series, policies, [plain(name, 30) for name in names], 9.5)
+    axes.set_ylim(len(policies) - 0.45, -0.55)
 
 
 def _training_only(axes: Axes, series: ArenaSeries) -> None:
@@ -142,21 +127,16 @@ def _wins(axes: Axes, series: ArenaSeries, played: Sequence[EvaluationPoint]) ->
     if not played:
         say_empty(axes, "Win rate", "no win rates recorded")
         return
-    bars = [
-        Bar(_game(found, played), policy_colour(series, found.policy), found.win)
-        for found in sorted(played, key=lambda found: series.policies.index(found.policy))
-    ]
-    opponents = {found.opponent for found in played}
+    played = sorted(played, key=lambda point: series.policies.index(point.policy))
+    opponents = {point.opponent for point in played}
     against = f" against {plain(opponents.pop(), 28)}" if len(opponents) == 1 else ""
     dress(axes, f"Win rate{against} (dashed: even)", "games won (draws count half)", grid="x")
-    for place, bar in enumerate(bars):
-        _bar(axes, place, 0.6, bar.interval, bar.colour, 1.0, f"{100 * bar.interval.value:.0f} %")
+    for place, point in enumerate(played):
+        colour = policy_colour(series, point.policy)
+        _bar(axes, place, 0.6, point.win, colour, 1.0, f"{100 * point.win.value:.0f} %")
     axes.axvline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_xlim(0, 1.14)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0 %", "25 %", "50 %", "75 %", "100 %"])
-    _names(axes, [bar.name for bar in bars], [bar.colour for bar in bars])
-
-
-def _game(found: EvaluationPoint, played: Sequence[EvaluationPoint]) -> str:
-    several = len({other.opponent for other in played}) > 1
-    return f"{plain(found.policy, 16)} – {plain(found.opponent, 14)}" if several else found.policy
+    policies = [point.policy for point in played]
+    games = [f"{plain(point.policy, 16)} – {plain(point.opponent, 14)}" for point in played]
+    _rows(axes, series, policies, policies if against else games)

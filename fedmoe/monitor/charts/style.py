@@ -1,4 +1,4 @@
-"""How every chart of the arena looks: palette, head line, sample banner, axes, labels at the ends of curves."""
+"""Shared look of the charts: head line, sample banner, axes, intervals, labels at the ends of curves."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from fedmoe.monitor.arena_series import ArenaSeries
+from fedmoe.monitor.arena_series import ArenaSeries, Estimate
 from fedmoe.monitor.charts.label_layout import spread
-from fedmoe.monitor.palette import INK, MUTED, SAMPLE_COLOUR, SAMPLE_TEXT, mode_tint, run_line
+from fedmoe.monitor.palette import INK, MUTED, SAMPLE_COLOUR, SAMPLE_TEXT, mode_tint, policy_colour, run_line
 
 DPI = 150
 _HEAD_INCHES = 0.78
@@ -53,21 +53,16 @@ def new_figure(series: ArenaSeries, title: str, note: str, width: float, height:
     engine = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.04, rect=room)
     figure = Figure(figsize=(width, height), dpi=DPI, layout=engine, facecolor="white")
     if banner:
-        _sample_banner(figure, banner / height)
+        strip = Rectangle((0, top), 1, 1 - top, transform=figure.transFigure, color=SAMPLE_COLOUR, zorder=5)
+        figure.add_artist(strip)
+        style = {"ha": "center", "va": "center", "color": "white", "weight": "bold"}
+        figure.text(0.5, (1 + top) / 2, SAMPLE_TEXT, style, size=11, zorder=6)
     figure.text(left, top - 0.14 / height, title, va="top", size=14, weight="bold", color=INK)
     second = "  ·  ".join(part for part in (run_line(series, plain), note) if part)
     figure.text(left, top - 0.46 / height, second, va="top", size=9, color=MUTED)
     if foot:
         figure.text(left, 0.08 / height, foot, va="bottom", size=8, color=MUTED)
     return figure
-
-
-def _sample_banner(figure: Figure, share: float) -> None:
-    """A red strip across the top `share` of the figure that says that the numbers are made up."""
-    strip = Rectangle((0, 1 - share), 1, share, transform=figure.transFigure, color=SAMPLE_COLOUR, zorder=5)
-    figure.add_artist(strip)
-    style = {"ha": "center", "va": "center", "color": "white", "weight": "bold"}
-    figure.text(0.5, 1 - share / 2, SAMPLE_TEXT, style, size=11, zorder=6)
 
 
 def dress(axes: Axes, title: str, x: str = "", y: str = "", grid: Literal["both", "x", "y", ""] = "both") -> None:
@@ -91,6 +86,21 @@ def say_empty(axes: Axes, title: str, text: str) -> None:
     axes.set(xticks=[], yticks=[])
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_color("#E4E7EB")
+
+
+def interval_bar(axes: Axes, place: float, height: float, estimate: Estimate, colour: str, **style: float) -> None:
+    """A horizontal bar with the whiskers of its interval, as far as they were recorded."""
+    axes.barh(place, estimate.value, height, color=colour, **style)
+    if math.isfinite(estimate.low) and math.isfinite(estimate.high):
+        error = [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
+        axes.errorbar(estimate.value, place, xerr=error, color=INK, linewidth=1.1, capsize=2.5, capthick=1.1)
+
+
+def policy_rows(axes: Axes, series: ArenaSeries, policies: Sequence[str], names: Sequence[str], size: float) -> None:
+    """Name the rows of a panel, each in the colour of its policy."""
+    axes.set_yticks(range(len(policies)), names, size=size, weight="bold")
+    for label, policy in zip(axes.get_yticklabels(), policies, strict=True):
+        label.set_color(policy_colour(series, policy))
 
 
 def iteration_axis(axes: Axes, series: ArenaSeries) -> None:

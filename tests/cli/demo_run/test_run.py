@@ -65,7 +65,7 @@ def test_the_demonstration_trains_merges_measures_and_can_be_run_again(plan: Dem
 
 
 def check_run(plan: DemoPlan) -> dict[str, object]:
-    report: dict[str, object] = json.loads(plan.report.read_text())
+    report: dict[str, object] = json.loads((plan.folder / "report.json").read_text())
     assert (report["strategy"], report["notes"]) == ("regmean", [])
     domains = report["domains"]
     assert isinstance(domains, dict)
