@@ -1,4 +1,4 @@
-"""`fedmoe arena`: policies that learn with and against each other."""
+"""`fedmoe arena`: train, check and chart runs of policies that learn with and against each other."""
 
 from __future__ import annotations
 

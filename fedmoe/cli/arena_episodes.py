@@ -1,4 +1,4 @@
-"""`fedmoe arena episodes`: what policies were asked, what they said, and what it earned them."""
+"""`fedmoe arena episodes`: show prompts, answers and rewards of a run's episodes."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def episodes(
     rows = _rows(run)
     _check(rows, policy, iteration)
     order: Order = "lowest" if lowest_reward else "highest" if highest_reward else "newest"
-    found = select(rows, limit, order, policy, iteration)
+    chosen = select(rows, limit, order, policy, iteration)
     if as_json:
-        show_json(found)
+        show_json(chosen)
         return
-    for row in found:
+    for row in chosen:
         print("\n".join(_shown(row)), end="\n\n")
-    print(f"{len(found)} of {len(rows)} episodes that were kept")
+    print(f"{len(chosen)} of {len(rows)} episodes that were kept")
 
 
 def _rows(run: Path) -> list[EpisodeRow]:
@@ -61,8 +61,8 @@ def _check(rows: list[EpisodeRow], policy: str | None, iteration: int | None) ->
         raise CommandError(f"nobody is called {policy!r} in these episodes; there are: {', '.join(names) or 'none'}")
     iterations = [row["iteration"] for row in rows]
     if iteration is not None and iteration not in iterations:
-        kept = f"{min(iterations)} to {max(iterations)}" if iterations else "none"
-        raise CommandError(f"no episode of iteration {iteration} was kept; kept are those of {kept}")
+        span = f"{min(iterations)} to {max(iterations)}" if iterations else "none"
+        raise CommandError(f"no episode of iteration {iteration} was kept; kept are those of {span}")
 
 
 def _shown(row: EpisodeRow) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`fedmoe arena tournament`: frozen players against each other, and the table."""
+"""`fedmoe arena tournament`: let frozen players play each other, and print the table."""
 
 from __future__ import annotations
 
@@ -63,17 +63,17 @@ def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[F
     config = field.config
     task = make_task(config.task.name, config.task.options)
     rules = [Player(SCRIPTED, None)] if isinstance(task, ScriptedTask) and task.scripted else []
-    players = [*(Player(one.shown, one.key) for one in field.entrants), BASE, CHANCE, *rules]
+    players = [*(Player(entrant.shown, entrant.key) for entrant in field.entrants), BASE, CHANCE, *rules]
     check_players(task, players)
     base = load_base(config.base_model, chat=ChatTemplate.given(config.chat_template, config.chat_template_kwargs))
     field.check_base([config.base_model, base.identity.name])
     engine = TransformersEngine(base, MultiLora(base.model))
     try:
-        for one in field.entrants:
+        for entrant in field.entrants:
             try:
-                engine.load(one.key, one.adapter)
+                engine.load(entrant.key, entrant.adapter)
             except ShapeError as error:
-                raise EntrantError(f"{one.folder} does not fit {config.base_model}: {error}") from error
+                raise EntrantError(f"{entrant.folder} does not fit {config.base_model}: {error}") from error
         codec = ChatCodec(base.tokenizer, config.learning.max_prompt_tokens)
         settings = RolloutSettings(config.learning.temperature, context=context_limit(engine))
         return field, run_tournament(task, players, engine, codec, deals, seed, settings)
@@ -92,5 +92,5 @@ def _lines(table: TournamentTable) -> Iterator[str]:
         yield f"{row.player:{width}}  {intervals}  {won:>9}  {own.draws:>5}  {lost:>9}"
 
 
-def _interval(found: MeanInterval) -> str:
-    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
+def _interval(interval: MeanInterval) -> str:
+    return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"

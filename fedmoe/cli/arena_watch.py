@@ -1,4 +1,4 @@
-"""Who looks on while an arena run goes: the terminal, TensorBoard, Prometheus, and the machine's load."""
+"""Monitors of an arena run: the terminal, TensorBoard, Prometheus, and samples of the machine's load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base model as commands load it: its chat template judged before anything slow, its notes on standard error."""
+"""Base model loading for commands: the chat template is checked first, notes go to standard error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fedmoe coordinator`."""
+"""`fedmoe coordinator`: start a coordinator; options, TLS files, tokens shown once."""
 
 from __future__ import annotations
 

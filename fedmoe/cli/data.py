@@ -1,4 +1,4 @@
-"""`fedmoe data`."""
+"""`fedmoe data`: build the demonstration's data, and check one's own."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ def _report_for(
     tokenizer, context = load_tokenizer(base_model, chat)
     length = resolve_max_length(max_length, context)
     cache = cache_folder("tokens")
-    found = prepare_and_report(
+    prepared = prepare_and_report(
         file, tokenizer, length, options, cache=cache, processes=pin_threads(), progress=_show_progress
     )
-    return found.report
+    return prepared.report
 
 
 def _show_progress(done: int) -> None:

@@ -1,4 +1,4 @@
-"""`fedmoe demo`."""
+"""`fedmoe demo`: run a whole federation on this machine."""
 
 from __future__ import annotations
 

@@ -72,8 +72,8 @@ def _sqlite() -> Finding:
 
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free
-    found = f"{free / 2**30:.1f} GiB free here"
-    return Finding("disk", "ok", found) if free > _LEAST_DISK else Finding("disk", "problem", found, "free some space")
+    shown = f"{free / 2**30:.1f} GiB free here"
+    return Finding("disk", "ok", shown) if free > _LEAST_DISK else Finding("disk", "problem", shown, "free some space")
 
 
 def _memory() -> Finding:

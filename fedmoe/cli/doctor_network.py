@@ -110,11 +110,11 @@ def port_holder(host: str, port: int) -> str | None:
 
 
 def _clock(ahead: float) -> Finding:
-    found = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the coordinator's"
+    shown = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the coordinator's"
     if abs(ahead) < _CLOCK_SECONDS:
-        return Finding("clock", "ok", found)
+        return Finding("clock", "ok", shown)
     fix = "let both machines set their clocks by the network (timedatectl set-ntp true); tokens expire by them"
-    return Finding("clock", "problem", found, fix)
+    return Finding("clock", "problem", shown, fix)
 
 
 def _certificate(host: str, port: int) -> Finding:

@@ -1,4 +1,4 @@
-"""`fedmoe evaluator`."""
+"""`fedmoe evaluator`: score candidate gateways on held-out data."""
 
 from __future__ import annotations
 

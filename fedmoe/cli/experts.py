@@ -1,4 +1,4 @@
-"""`fedmoe experts`, `fedmoe rollback`, `fedmoe retract`."""
+"""`fedmoe experts`, `rollback` and `retract`: list, make, rename, retire and undo."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _held_out(told: HeldOutInfo | None) -> str:
+def _held_out(losses: HeldOutInfo | None) -> str:
     """First and newest loss, for example `1.9312 -> 1.2044 (step 150)`."""
-    return "-" if told is None else f"{_loss(told.first)} -> {_loss(told.loss)} (step {told.step})"
+    return "-" if losses is None else f"{_loss(losses.first)} -> {_loss(losses.loss)} (step {losses.step})"
 
 
 @app.command()

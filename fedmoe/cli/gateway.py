@@ -1,4 +1,4 @@
-"""`fedmoe gateway` and the specification's `get_gateway_model.py`."""
+"""`fedmoe gateway` and `get_gateway_model.py`: show, save, audit and try the gateway."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
     say(f"  lora_A {gateway.lora_A_shape}, lora_B {gateway.lora_B_shape}")
     say(f"  truncation error {gateway.truncation_error:.2e}, digest {gateway.digest}")
     if gateway.statistics_tokens:
-        told = ", ".join(f"{name} {tokens:,}" for name, tokens in gateway.statistics_tokens.items())
-        say(f"  input moments of so many tokens: {told}")
+        moments = ", ".join(f"{name} {tokens:,}" for name, tokens in gateway.statistics_tokens.items())
+        say(f"  input moments of so many tokens: {moments}")
     if gateway.living is not None:
         _show_living(gateway.living)
     for note in gateway.notes:
@@ -110,8 +110,8 @@ def _show_audit(report: MergeAudit) -> None:
         rows = [(pair.first, pair.second, _cosines(pair.inputs), _cosines(pair.outputs)) for pair in report.pairs]
         columns = ("expert", "and", "inputs in common", "outputs in common")
         show_table("Cosines of the angles between them, median and largest: 1 same, 0 separate", columns, rows)
-    kept = f"rank {report.predicted_rank} keeps {100 * report.energy:g} % of the energy of every module"
-    print(f"their sum has rank {report.stacked_rank}; {kept}")
+    share = f"rank {report.predicted_rank} keeps {100 * report.energy:g} % of the energy of every module"
+    print(f"their sum has rank {report.stacked_rank}; {share}")
 
 
 def _cosines(overlap: Overlap) -> str:

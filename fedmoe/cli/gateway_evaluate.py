@@ -1,4 +1,4 @@
-"""`fedmoe gateway evaluate`."""
+"""`fedmoe gateway evaluate`: held-out losses of all models, and the gain that the gateway keeps."""
 
 from __future__ import annotations
 
@@ -83,15 +83,15 @@ def evaluate(
         prompts = _prompt_statistics(api, adapters.keys())
     base = loaded(base_model, device, chat)
     matrix = _measure(base, identity, adapters, (files, rows), (blocks, max_length, batch_size), prompts)
-    found = _retained(matrix, [name for name in (GATEWAY, ROUTED) if name in matrix.models])
+    retained = _retained(matrix, [name for name in (GATEWAY, ROUTED) if name in matrix.models])
     if as_json:
         from fedmoe.gateway.report import report_json
 
-        show_json(report_json(matrix, found))
+        show_json(report_json(matrix, retained))
     else:
-        _show(matrix, found)
+        _show(matrix, retained)
     if plot is not None:
-        _draw(plot, matrix, found, identity.name)
+        _draw(plot, matrix, retained, identity.name)
 
 
 def _files(domains: Sequence[str], rows: RowOptions) -> dict[str, str]:
@@ -122,7 +122,7 @@ def _models(api: CoordinatorClient) -> tuple[dict[str, Adapter], BaseModel]:
     if not names:
         raise CommandError("this federation has no experts yet; start a worker first")
     pulled = {name: pull(api, name) for name in names}
-    return {name: found.adapter for name, found in pulled.items()}, base_of(pulled[names[0]])
+    return {name: model.adapter for name, model in pulled.items()}, base_of(pulled[names[0]])
 
 
 def _prompt_statistics(api: CoordinatorClient, models: Set[str]) -> dict[str, PromptStatistics]:
@@ -130,19 +130,19 @@ def _prompt_statistics(api: CoordinatorClient, models: Set[str]) -> dict[str, Pr
     if GATEWAY not in models:
         print("not routed: this federation has no gateway", file=sys.stderr)
         return {}
-    found = {}
+    statistics = {}
     for expert in api.list_experts().experts:
         if expert.prompts is None or expert.name not in models - _RESERVED:
             continue
         try:
             pulled = api.data_statistics(expert.name, "prompts")
             assert pulled is not None, "without an ETag there is always an answer"
-            found[expert.name] = PromptStatistics.from_bytes(pulled.body)
+            statistics[expert.name] = PromptStatistics.from_bytes(pulled.body)
         except (CodecError, RefusedError) as error:
             print(f"warning: nothing is routed to {expert.name}: {error}", file=sys.stderr)
-    if len(found) < 2:
+    if len(statistics) < 2:
         print("not routed: fewer than two experts have prompt statistics", file=sys.stderr)
-    return found if len(found) > 1 else {}
+    return statistics if len(statistics) > 1 else {}
 
 
 def _measure(
@@ -188,22 +188,22 @@ def _retained(matrix: LossMatrix, models: Sequence[str]) -> Retained | None:
     return retained(matrix, own, models) if own and models else None
 
 
-def _show(matrix: LossMatrix, found: Retained | None) -> None:
+def _show(matrix: LossMatrix, gains: Retained | None) -> None:
     from fedmoe.gateway.report import loss_table, retained_table
 
     show_table("Held-out loss (nats per token)", *loss_table(matrix))
-    if found is not None:
-        show_table("Gain kept, with 95 % intervals", *retained_table(found))
-        for warning in found.warnings:
+    if gains is not None:
+        show_table("Gain kept, with 95 % intervals", *retained_table(gains))
+        for warning in gains.warnings:
             print(f"warning: {warning}", file=sys.stderr)
 
 
-def _draw(file: Path, matrix: LossMatrix, found: Retained | None, base: str) -> None:
+def _draw(file: Path, matrix: LossMatrix, gains: Retained | None, base: str) -> None:
     with importing("charts"):
         from fedmoe.monitor.charts.gateway import GatewayResults, gateway_chart
     from fedmoe.monitor.arena_series import Estimate
 
-    domains = found.domains if found is not None else ()
+    domains = gains.domains if gains is not None else ()
     kept = {
         domain.domain: {name: Estimate(share.value, share.low, share.high) for name, share in domain.kept.items()}
         for domain in domains

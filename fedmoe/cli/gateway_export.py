@@ -1,4 +1,4 @@
-"""`fedmoe gateway export`."""
+"""`fedmoe gateway export`: write the gateway or an expert for other tools."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def _own_folder(source: Exportable, base_model: str) -> Path | None:
     with importing("worker"):
         from fedmoe.models.base import prepare_base
         from fedmoe.models.identity import weights_hash
-    found, wanted = weights_hash(prepare_base(base_model)), source.base.weights_hash
-    if found != wanted:
+    own_hash, trained_hash = weights_hash(prepare_base(base_model)), source.base.weights_hash
+    if own_hash != trained_hash:
         raise CommandError(
-            f"{source.name} was trained on {source.base.name} (weights {wanted[:12]}), but {base_model} has weights "
-            f"{found[:12]}; name the federation's base model with --base-model"
+            f"{source.name} was trained on {source.base.name} (weights {trained_hash[:12]}), but {base_model} has "
+            f"weights {own_hash[:12]}; name the federation's base model with --base-model"
         )
     return folder
 

@@ -1,4 +1,4 @@
-"""`fedmoe quarantine`: updates that wait for an administrator."""
+"""`fedmoe quarantine`: list, release and reject updates that are held back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fedmoe gateway serve`."""
+"""`fedmoe gateway serve`: serve the gateway and the experts over an OpenAI-compatible interface."""
 
 from __future__ import annotations
 

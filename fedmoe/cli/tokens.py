@@ -1,4 +1,4 @@
-"""`fedmoe token`."""
+"""`fedmoe token`: make, list and revoke tokens."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Make a token; it is shown once."""
-    wanted = {"role": role, "worker": worker, "experts": expert, "expires_in": expires_in, "label": label}
-    request = TokenRequest.model_validate(wanted)
+    fields = {"role": role, "worker": worker, "experts": expert, "expires_in": expires_in, "label": label}
+    request = TokenRequest.model_validate(fields)
     with client(coordinator_url, token) as api:
         answer = api.make_token(request)
     if as_json:
@@ -53,7 +53,7 @@ def list_tokens(
         show_json(listing)
         return
     columns = ("hash", "label", "role", "for", "made", "last used", "state")
-    show_table(f"Tokens of {coordinator_url}", columns, [_row(one) for one in listing.tokens])
+    show_table(f"Tokens of {coordinator_url}", columns, [_row(info) for info in listing.tokens])
 
 
 @app.command()
@@ -73,10 +73,10 @@ def _completed(api: CoordinatorClient, beginning: str) -> str:
     if not set(beginning) <= set("0123456789abcdef"):
         # What was given may be a token: it is not shown.
         raise CommandError("that is no hash, of which every digit is 0-9 or a-f; 'fedmoe token list' shows the hashes")
-    found = [one.hash for one in api.tokens().tokens if one.hash.startswith(beginning)]
-    if len(found) != 1 or not beginning:
-        raise CommandError(f"{len(found)} tokens have a hash that begins with {beginning!r}; see 'fedmoe token list'")
-    return found[0]
+    hashes = [info.hash for info in api.tokens().tokens if info.hash.startswith(beginning)]
+    if len(hashes) != 1 or not beginning:
+        raise CommandError(f"{len(hashes)} tokens have a hash that begins with {beginning!r}; see 'fedmoe token list'")
+    return hashes[0]
 
 
 def _row(token: TokenInfo) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`fedmoe worker`."""
+"""`fedmoe worker`: train one expert on local data."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Showing what was recorded: charts and views that read records only."""
+"""Charts, live views and exporters of a run, made from its records only."""

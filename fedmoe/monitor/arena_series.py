@@ -59,10 +59,10 @@ class SeriesTable:
         return float((values * weights).sum() / weights.sum()) if weights.sum() else math.nan
 
     def _recent_both(self, first: str, second: str) -> tuple[Float64Array, Float64Array]:
-        one, other = self.column(first), self.column(second)
-        there = np.isfinite(one) & np.isfinite(other)
+        values, weights = self.column(first), self.column(second)
+        there = np.isfinite(values) & np.isfinite(weights)
         recent = slice(-window(int(there.sum())), None)
-        return one[there][recent], other[there][recent]
+        return values[there][recent], weights[there][recent]
 
     def last(self, name: str) -> float:
         """The newest number of the column; NaN when there is none."""
@@ -162,13 +162,13 @@ class ArenaSeries:
     @property
     def iterations(self) -> tuple[float, float]:
         """The first and the last iteration of any table; (0, 0) when there is none."""
-        found = [table.x for table in (*self.tables.values(), self.team, self.timing) if len(table)]
-        return (min(float(x[0]) for x in found), max(float(x[-1]) for x in found)) if found else (0.0, 0.0)
+        axes = [table.x for table in (*self.tables.values(), self.team, self.timing) if len(table)]
+        return (min(float(x[0]) for x in axes), max(float(x[-1]) for x in axes)) if axes else (0.0, 0.0)
 
     def final_evaluations(self) -> tuple[EvaluationPoint, ...]:
         """The newest evaluation of every policy against every opponent, in the order of `policies`."""
-        newest = {(found.policy, found.opponent): found for found in self.evaluations}
-        return tuple(found for policy in self.policies for key, found in newest.items() if key[0] == policy)
+        newest = {(point.policy, point.opponent): point for point in self.evaluations}
+        return tuple(point for policy in self.policies for key, point in newest.items() if key[0] == policy)
 
 
 def arena_series(records: Iterable[Record]) -> ArenaSeries:
@@ -246,7 +246,7 @@ def _text(value: RecordValue) -> str:
 
 def _facts(by_kind: Mapping[str, Sequence[Record]]) -> RunFacts:
     run: Record = by_kind["run"][-1] if by_kind["run"] else {}
-    sample = any(record.get("sample") is True for found in by_kind.values() for record in found)
+    sample = any(record.get("sample") is True for group in by_kind.values() for record in group)
     return RunFacts(
         task=_text(run.get("task")),
         mode=_text(run.get("mode")),

@@ -1,4 +1,4 @@
-"""Six abilities of a policy, each on a scale from 0 to 1, from records."""
+"""Six abilities of every policy on a scale from 0 to 1, computed from records."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def capabilities(series: ArenaSeries) -> dict[str, dict[str, float]]:
 
 def present_axes(values: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The abilities that at least one policy has a value for."""
-    return [name for name in AXES if any(math.isfinite(found[name]) for found in values.values())]
+    return [name for name in AXES if any(math.isfinite(abilities[name]) for abilities in values.values())]
 
 
 def _clipped(value: float) -> float:

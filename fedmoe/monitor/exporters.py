@@ -1,4 +1,4 @@
-"""Records shown elsewhere while they are written: TensorBoard, Prometheus, or whatever takes a record.
+"""Live export of records: TensorBoard files, Prometheus gauges, or any other sink.
 
 A monitor that cannot be opened is an error; one that fails later is reported once and then left out, since showing a
 run must not end it.

@@ -1,4 +1,4 @@
-"""A matplotlib figure as a PNG file whose text can be read, in whatever script it is.
+"""PNG files of matplotlib figures, with fonts that have the characters of their text.
 
 Names of models, modes and tasks come from users. matplotlib draws boxes for what its font lacks; here installed fonts
 stand in for such characters, and where none can, one line says what to install.
@@ -75,9 +75,9 @@ def show_all_characters(figure: Figure) -> None:
     """Give every text of a figure the fonts its characters need; say so, once, where there are none."""
     texts = [text for text in figure.findobj(Text) if not text.get_text().isascii()]
     for text in texts:
-        wanted = frozenset(text.get_text()) - frozenset("\n")
+        characters = frozenset(text.get_text()) - frozenset("\n")
         own = font_manager.findfont(text.get_fontproperties())
-        lacking = wanted - shown_by(own, wanted)
+        lacking = characters - shown_by(own, characters)
         if not lacking:
             continue
         families, left = stand_ins(lacking, installed_fonts(), shown_by)
@@ -103,9 +103,9 @@ def stand_ins(
     for font in sorted(fonts, key=lambda font: (order.get(font.family, len(order)), font.family, font.file)):
         if not left:
             break
-        if found := shown(font.file, left):
+        if covered := shown(font.file, left):
             families.append(font.family)
-            left -= found
+            left -= covered
     return families, left
 
 
@@ -114,7 +114,7 @@ def shown_by(file: str, characters: frozenset[str]) -> frozenset[str]:
     """Which of the characters a font file has; none when it cannot be read."""
     try:
         font = FT2Font(file)
-        return frozenset(one for one in characters if font.get_char_index(ord(one)))
+        return frozenset(character for character in characters if font.get_char_index(ord(character)))
     except (OSError, RuntimeError):
         return frozenset()
 
@@ -122,18 +122,18 @@ def shown_by(file: str, characters: frozenset[str]) -> frozenset[str]:
 def installed_fonts() -> list[Font]:
     """The upright, regular fonts that matplotlib knows, without the one whose every character is a box."""
     return [
-        Font(one.name, one.fname)
-        for one in font_manager.fontManager.ttflist
-        if one.style == "normal" and str(one.weight) != "bold" and not one.name.startswith("Last Resort")
+        Font(entry.name, entry.fname)
+        for entry in font_manager.fontManager.ttflist
+        if entry.style == "normal" and str(entry.weight) != "bold" and not entry.name.startswith("Last Resort")
     ]
 
 
 @cache
 def _find_new_fonts() -> None:
     """Show matplotlib the fonts that were installed after it made its list, which it keeps for good."""
-    known = {one.fname for one in font_manager.fontManager.ttflist}
+    files = {entry.fname for entry in font_manager.fontManager.ttflist}
     for file in font_manager.findSystemFonts():
-        if file not in known:
+        if file not in files:
             try:
                 font_manager.fontManager.addfont(file)
             except (OSError, RuntimeError, NotImplementedError):  # no font that can be drawn with

@@ -1,4 +1,4 @@
-"""What a process gives back to the system of the memory it has freed; for servers that live long and idle often."""
+"""Return freed memory to the system; for servers that live long and idle often."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where things are kept that can be made again: prepared base models, hashes, tokenised data.
+"""Cache folders for what can be made again: prepared base models, hashes, tokenised data.
 
 A home that cannot be written costs a cache and a warning, not the run.
 """

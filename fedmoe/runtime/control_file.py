@@ -1,4 +1,4 @@
-"""What can be changed while a run goes on: a small JSON file in its folder, read again when it changes."""
+"""Settings that can be changed during a run: a small JSON file in its folder, read again when it changes."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class ControlFile:
     def changed(self) -> Control | None:
         """What the file asks for, if it is new or was written since the last call; otherwise None."""
         try:
-            found = self.path.stat()
-            mark = (found.st_mtime_ns, found.st_size, found.st_ino)
+            status = self.path.stat()
+            mark = (status.st_mtime_ns, status.st_size, status.st_ino)
             if mark == self._seen:
                 return None
             self._seen = mark

@@ -1,4 +1,4 @@
-"""The one place where device, dtype and threads are chosen."""
+"""Choice of device, dtype and number of threads for PyTorch."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bfloat16 in hardware (AMX or AVX512_BF16); emulated it is slower than fp32."""
-    wanted = {"amx_bf16", "avx512_bf16"}
+    flags = {"amx_bf16", "avx512_bf16"}
     if hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name) for name in wanted)
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in flags)
     # PyTorch before that function: Linux tells the same flags.
     information = Path("/proc/cpuinfo")
-    return information.is_file() and not wanted.isdisjoint(information.read_text("utf-8").split())
+    return information.is_file() and not flags.isdisjoint(information.read_text("utf-8").split())
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -116,11 +116,11 @@ def pin_threads(threads: int | None = None) -> int:
 
     On shared cores two spinning threads can be ten times slower than one.
     """
-    wanted = threads if threads is not None else _threads_from_environment()
-    if wanted is not None:
-        if wanted < 1:
-            raise DeviceError(f"the number of threads must be at least 1, got {wanted}")
-        torch.set_num_threads(wanted)
+    count = threads if threads is not None else _threads_from_environment()
+    if count is not None:
+        if count < 1:
+            raise DeviceError(f"the number of threads must be at least 1, got {count}")
+        torch.set_num_threads(count)
     return int(torch.get_num_threads())
 
 

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, processor, memory, GPUs; nothing that names a person or a machine."""
+"""Environment of a run for its report: versions, processor, memory, GPUs; names no person and no machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def environment() -> dict[str, object]:
         "fedmoe": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
         "processor": processor_name(_CPU_INFORMATION.read_text("utf-8") if _CPU_INFORMATION.is_file() else ""),
         "cores": max(1, int(usable_cores())),
         "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -48,5 +48,5 @@ def _gpus() -> list[dict[str, object]]:
 
     if not torch.cuda.is_available():
         return []
-    found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    return [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in found]
+    properties = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in properties]

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, fsynced, renamed; and folders that one process owns."""
+"""Atomic, durable files and folders (written aside, fsynced, renamed), and locks on folders."""
 
 from __future__ import annotations
 

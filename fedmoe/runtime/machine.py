@@ -1,4 +1,4 @@
-"""What this process may use: cores and memory, by the machine and by the container it runs in.
+"""Cores and memory that this process may use, by the machine and by the container it runs in.
 
 A container shows its processes the whole machine and holds them to less; its limits are files of control groups. All
 sizes are in bytes.
@@ -48,9 +48,9 @@ def memory() -> Memory:
     """The memory of this machine, or of the container where that has less."""
     machine = psutil.virtual_memory()
     groups = own_groups("memory", _own_cgroup(), _CGROUPS)
-    limited = [found for group in groups if (found := group_memory(group)) is not None]
-    total = min([int(machine.total), *(one.total for one in limited)])
-    available = min([int(machine.available), *(one.available for one in limited)])
+    limits = [limit for group in groups if (limit := group_memory(group)) is not None]
+    total = min([int(machine.total), *(limit.total for limit in limits)])
+    available = min([int(machine.available), *(limit.available for limit in limits)])
     return Memory(total, min(total, available))
 
 

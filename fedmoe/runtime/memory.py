@@ -161,10 +161,10 @@ class MemoryGuard:
         event = "memory_batch_reduced" if self.batch < before else "memory_batch_raised"
         _log.warning(event, before=before, after=self.batch, reason=reason)
 
-    def _stop(self, found: str) -> MemoryLimitError:
-        _log.error("memory_limit_reached", reason=found, limit_bytes=self.limit)
+    def _stop(self, reason: str) -> MemoryLimitError:
+        _log.error("memory_limit_reached", reason=reason, limit_bytes=self.limit)
         return MemoryLimitError(
-            f"{found}. Raise the memory limit, train fewer policies, or use a lower rank or shorter answers; "
+            f"{reason}. Raise the memory limit, train fewer policies, or use a lower rank or shorter answers; "
             "the run can be resumed from its last checkpoint"
         )
 

@@ -1,4 +1,4 @@
-"""What to do about memory, as a pure decision: caches first, then smaller micro-batches, at last an orderly stop."""
+"""Decisions about memory pressure, without I/O: drop caches first, then halve micro-batches, at last stop in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which file system a folder lies on, and whether it is one of a network."""
+"""Mounted file systems: which one a folder lies on, and whether it is a network file system."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def _unescaped(text: str) -> str:
 
 def mount_of(path: str, mounts: Sequence[Mount]) -> Mount | None:
     """The mount that an absolute path without links lies on: the longest prefix, of equal ones the last mounted."""
-    found: Mount | None = None
+    nearest: Mount | None = None
     for mount in mounts:
         covers = PurePosixPath(path).is_relative_to(mount.point)
-        if covers and (found is None or len(mount.point) >= len(found.point)):
-            found = mount
-    return found
+        if covers and (nearest is None or len(mount.point) >= len(nearest.point)):
+            nearest = mount
+    return nearest
 
 
 def read_mounts() -> list[Mount]:

@@ -1,4 +1,4 @@
-"""Where a run lies and computes: the file system of its folder, free space, temporary files, devices."""
+"""Placement of a run: the file system of its folder, free space, temporary files, devices."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def check_file_system(folder: Path, allow_network: bool = False, mounts: Sequenc
     mount = mount_of(str(folder.resolve()), read_mounts() if mounts is None else mounts)
     if mount is None or not mount.network:
         return mount
-    found = f"{folder} lies on the network file system {mount.kind} ({mount.source} at {mount.point})"
+    place = f"{folder} lies on the network file system {mount.kind} ({mount.source} at {mount.point})"
     if not allow_network:
         raise PlacementError(
-            f"{found}; checkpoints there may be lost in a crash and many small writes are slow. "
+            f"{place}; checkpoints there may be lost in a crash and many small writes are slow. "
             "Choose a folder on a local disk or CPFS, or pass --allow-network-fs to use it all the same"
         )
     _log.warning("network_file_system", folder=str(folder), type=mount.kind, mount=mount.point)
     return mount
 
 
-def require_space(folder: Path, wanted: int, reserve: int = _RESERVE_BYTES) -> int:
+def require_space(folder: Path, needed: int, reserve: int = _RESERVE_BYTES) -> int:
     """Refuse to begin what does not fit: `wanted` bytes and a reserve; returns the free bytes.
 
     Raises OSError (ENOSPC) with what to do, before anything is written.
     """
     free = shutil.disk_usage(folder).free
-    if free < wanted + reserve:
+    if free < needed + reserve:
         text = (
-            f"no space for {_mebibytes(wanted)} (and a reserve of {_mebibytes(reserve)}): {_mebibytes(free)} are free; "
+            f"no space for {_mebibytes(needed)} (and a reserve of {_mebibytes(reserve)}): {_mebibytes(free)} are free; "
             "delete old checkpoints, keep fewer of them, or move the run folder to a larger disk"
         )
         raise OSError(errno.ENOSPC, text, str(folder))
@@ -104,8 +104,8 @@ def plan_devices(cuda_count: int, fallback: str, rollout: str = "auto", learner:
         rollout = _free(pool, learner)
     elif learner == "auto":
         learner = _free(pool, rollout)
-    found = f"{cuda_count} CUDA device{'' if cuda_count == 1 else 's'} found" if cuda_count else "no CUDA device found"
-    return Devices(rollout, learner, f"rollouts on {rollout}, learning on {learner}; {found}")
+    seen = f"{cuda_count} CUDA device{'' if cuda_count == 1 else 's'} found" if cuda_count else "no CUDA device found"
+    return Devices(rollout, learner, f"rollouts on {rollout}, learning on {learner}; {seen}")
 
 
 def _free(pool: Sequence[str], taken: str) -> str:

@@ -1,4 +1,4 @@
-"""Text of others, made harmless to show: nothing in it moves a cursor, sets a colour or turns the reading direction."""
+"""Escaping of untrusted text for terminals and logs: no cursor moves, colours or changes of reading direction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def inert(text: str, keep: str = "") -> str:
     """The same text with every unsafe character as a Python escape (`\\x1b`), but for those in `keep`."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(_escaped(one) if one not in keep and unicodedata.category(one) in _UNSAFE else one for one in text)
+    unsafe = {character for character in {*text} - {*keep} if unicodedata.category(character) in _UNSAFE}
+    return "".join(_escaped(character) if character in unsafe else character for character in text)
 
 
 def shortened(text: str, most: int = MOST_CHARACTERS) -> str:

@@ -1,4 +1,4 @@
-"""Stopping in order when asked once, at once when asked again."""
+"""Signal handling: the first SIGTERM or SIGINT stops in order, a later one ends the process at once."""
 
 from __future__ import annotations
 

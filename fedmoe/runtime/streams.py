@@ -1,4 +1,4 @@
-"""Standard output and error that take any text, whatever their encoding, and that may be closed early."""
+"""Standard output and error that take any text in any encoding, and whose reader may leave early."""
 
 from __future__ import annotations
 

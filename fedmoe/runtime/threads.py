@@ -1,4 +1,4 @@
-"""How many threads a process computes with, and that they sleep while they wait.
+"""Number of threads that a process computes with, and settings that let them sleep while they wait.
 
 Threads that spin while they wait for each other take the cores from those they wait for: several processes on one
 machine then cost many times what they cost alone. The libraries read their settings when they are loaded, so
@@ -57,23 +57,23 @@ class Threads:
     reason: str
 
 
-def choose_threads(found: CoreUse, teams: int = 1) -> Threads:
+def choose_threads(use: CoreUse, teams: int = 1) -> Threads:
     """The threads that fit on what is free; where others have just begun and look idle, an equal share of the cores.
 
     `teams` of threads compute at once in every rank. Never fewer than 1, never more than there are cores.
     """
     # Ranks that start beside this one are seen at work, and are given their share below.
-    busy = max(0.0, found.busy - (found.ranks - 1))
-    cores = min(found.share, found.bound)
-    free = min(cores, found.bound - round(busy), cores / (found.others + 1))
-    reason = f"{found.bound} cores, {busy:.1f} busy; {found.others} other computing processes of FedMoE"
-    if cores < found.bound:
+    busy = max(0.0, use.busy - (use.ranks - 1))
+    cores = min(use.share, use.bound)
+    free = min(cores, use.bound - round(busy), cores / (use.others + 1))
+    reason = f"{use.bound} cores, {busy:.1f} busy; {use.others} other computing processes of FedMoE"
+    if cores < use.bound:
         reason += f"; the container may use {cores:g}"
-    if found.ranks > 1:
-        reason += f"; shared by {found.ranks} ranks"
+    if use.ranks > 1:
+        reason += f"; shared by {use.ranks} ranks"
     if teams > 1:
         reason += f"; {teams} teams of threads"
-    return Threads(max(1, int(free / (found.ranks * teams))), reason)
+    return Threads(max(1, int(free / (use.ranks * teams))), reason)
 
 
 def asked_for(environment: Mapping[str, str]) -> Threads | None:

@@ -41,9 +41,9 @@ def _tiles(axes: Axes, series: ArenaSeries) -> None:
     """Key numbers in a row: the label small, the number large, a remark below."""
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    found = tiles(series)
-    for place, (label, number, remark, colour) in enumerate(found):
-        x = place / len(found)
+    numbers = tiles(series)
+    for place, (label, number, remark, colour) in enumerate(numbers):
+        x = place / len(numbers)
         axes.text(x, 0.98, label, va="top", size=9, color=MUTED)
         axes.text(x, 0.42, number, va="center", size=17, weight="bold", color=colour)
         axes.text(x, -0.02, remark, va="bottom", size=8.5, color=MUTED)
@@ -71,13 +71,13 @@ def tiles(series: ArenaSeries) -> list[tuple[str, str, str, str]]:
 
 def _best(series: ArenaSeries) -> tuple[str, str, str]:
     """A policy's name only where it is surely ahead of every other."""
-    found = series.leader
-    if found is None:
+    leader = series.leader
+    if leader is None:
         return "–", "not compared on held-out questions", INK
-    lead = f"{found.lead.value:+.2f} [{found.lead.low:.2f}, {found.lead.high:.2f}]"
-    if found.apart:
-        return plain(found.policy, 16), f"{lead} on {plain(found.rival, 12)}", policy_colour(series, found.policy)
-    return "not told apart", f"{plain(found.policy, 12)} {lead} on {plain(found.rival, 12)}", INK
+    lead = f"{leader.lead.value:+.2f} [{leader.lead.low:.2f}, {leader.lead.high:.2f}]"
+    if leader.apart:
+        return plain(leader.policy, 16), f"{lead} on {plain(leader.rival, 12)}", policy_colour(series, leader.policy)
+    return "not told apart", f"{plain(leader.policy, 12)} {lead} on {plain(leader.rival, 12)}", INK
 
 
 def _change(series: ArenaSeries, column: str) -> tuple[str, str]:

@@ -41,21 +41,21 @@ _LINE_SHARE = 0.5
 
 def ratings(axes: Axes, series: ArenaSeries, inches: float) -> None:
     """Skill ratings with a band of one sigma."""
-    found = {policy: table for policy, table in series.rating.items() if len(table.points("mu")[0])}
-    if not found:
+    tables = {policy: table for policy, table in series.rating.items() if len(table.points("mu")[0])}
+    if not tables:
         say_empty(axes, "Rating", "no ratings recorded")
         return
     dress(axes, "Rating (band: one sigma)", "iteration", "rating mu (OpenSkill points)")
     ends = []
-    for policy, table in found.items():
+    for policy, table in tables.items():
         x, mu = table.points("mu")
         sigma = np.nan_to_num(table.column("sigma")[np.isfinite(table.column("mu"))])
         colour = policy_colour(series, policy)
         axes.fill_between(x, mu - sigma, mu + sigma, color=colour, alpha=0.10, linewidth=0)
         axes.plot(x, mu, color=colour, linewidth=2, linestyle=policy_dash(series, policy))
         ends.append(CurveEnd(plain(policy, 16), colour, float(x[-1]), float(mu[-1])))
-    mus = np.concatenate([table.points("mu")[1] for table in found.values()])
-    last = max(table.last("sigma") for table in found.values())
+    mus = np.concatenate([table.points("mu")[1] for table in tables.values()])
+    last = max(table.last("sigma") for table in tables.values())
     margin = max(1.6 * (last if np.isfinite(last) else 0.0), 0.12 * float(np.ptp(mus)), 0.5)
     iteration_axis(axes, series)
     # The wide bands of the first games would flatten everything else.

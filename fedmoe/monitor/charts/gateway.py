@@ -120,7 +120,7 @@ def _bars(axes: Axes, results: GatewayResults) -> None:
             if math.isfinite(share.value) and domain in results.uncertain:
                 axes.barh(top + place, share.value, 0.8, color=colours[model], alpha=0.35)
             elif math.isfinite(share.value):
-                interval_bar(axes, top + place, 0.8, share, colours[model], alpha=1.0)
+                interval_bar(axes, top + place, 0.8, share, colours[model])
             axes.text(high + 0.04 * reach, top + place, _label(share), va="center", size=8.5, color=INK)
     axes.axvline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axes.axvline(0, color="#B8C0CA", linewidth=1, zorder=0)

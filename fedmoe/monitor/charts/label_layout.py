@@ -1,4 +1,4 @@
-"""Where labels go so that none covers another: plain geometry, no drawing."""
+"""Label placement without overlaps: plain geometry, no drawing."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 from fedmoe.lora.adapter import Float64Array
 
 
-def spread(wanted: Sequence[float], gap: float) -> list[float]:
+def spread(places: Sequence[float], gap: float) -> list[float]:
     """Ascending places in [0, 1] as near as can be to the wanted ones (ascending), `gap` apart where there is room.
 
     Least squares: values that are too close form a block that is centred on their mean (pool adjacent violators).
     """
-    gap = min(gap, 1 / max(len(wanted) - 1, 1))
+    gap = min(gap, 1 / max(len(places) - 1, 1))
     blocks: list[tuple[float, int]] = []
-    for index, value in enumerate(wanted):
+    for index, value in enumerate(places):
         blocks.append((value - index * gap, 1))
         while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
             (before, many), (mean, count) = blocks[-2:]
             blocks[-2:] = [((before * many + mean * count) / (many + count), many + count)]
     shifts = [mean for mean, count in blocks for _ in range(count)]
-    highest = 1 - (len(wanted) - 1) * gap
+    highest = 1 - (len(places) - 1) * gap
     return [min(max(shift, 0.0), highest) + index * gap for index, shift in enumerate(shifts)]
 
 
@@ -65,13 +65,13 @@ def place_labels(
     """
     taken = [Box(x - 0.12, y - 0.12, 0.24, 0.24) for x, y in anchors]
     leaders = np.empty((0, 2))
-    found: list[Box] = []
+    boxes: list[Box] = []
     for anchor, size in zip(anchors, sizes, strict=True):
         best = min(_around(anchor, size), key=lambda box: _cost(box, anchor, taken, leaders, points, room))
         leaders = np.concatenate([leaders, _leader(anchor, best)])
         taken.append(best)
-        found.append(best)
-    return found
+        boxes.append(best)
+    return boxes
 
 
 def _around(anchor: tuple[float, float], size: tuple[float, float]) -> list[Box]:

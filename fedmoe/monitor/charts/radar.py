@@ -1,4 +1,4 @@
-"""Capability: six abilities of every policy on one scale, one radar for each policy with the others behind it."""
+"""Capability chart: a radar of six abilities for each policy, with the other policies behind it."""
 
 from __future__ import annotations
 

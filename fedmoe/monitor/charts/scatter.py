@@ -1,4 +1,4 @@
-"""Efficiency against reward: where every policy came from and where it got to, and what it paid in tokens."""
+"""Scatter chart of efficiency against reward over time, sized by tokens."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def _thinned(table: SeriesTable, name: str, rows: np.ndarray) -> Float64Array:
 
 def _areas(tokens: Float64Array, largest: float) -> Float64Array:
     """Areas in square points, in proportion to tokens; a small dot where tokens are not known."""
-    known = np.nan_to_num(tokens, nan=0.0)
-    return np.maximum(170 * known / largest, 8.0) if largest > 0 else np.full(len(known), 30.0)
+    counts = np.nan_to_num(tokens, nan=0.0)
+    return np.maximum(170 * counts / largest, 8.0) if largest > 0 else np.full(len(counts), 30.0)
 
 
 def _draw(axes: Axes, cloud: _Cloud, largest: float) -> None:

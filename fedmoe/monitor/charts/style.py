@@ -88,9 +88,9 @@ def say_empty(axes: Axes, title: str, text: str) -> None:
         axes.spines[side].set_color("#E4E7EB")
 
 
-def interval_bar(axes: Axes, place: float, height: float, estimate: Estimate, colour: str, **style: float) -> None:
+def interval_bar(axes: Axes, place: float, height: float, estimate: Estimate, colour: str) -> None:
     """A horizontal bar with the whiskers of its interval, as far as they were recorded."""
-    axes.barh(place, estimate.value, height, color=colour, **style)
+    axes.barh(place, estimate.value, height, color=colour)
     if math.isfinite(estimate.low) and math.isfinite(estimate.high):
         error = [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
         axes.errorbar(estimate.value, place, xerr=error, color=INK, linewidth=1.1, capsize=2.5, capthick=1.1)
@@ -151,8 +151,8 @@ def end_labels(axes: Axes, ends: Sequence[CurveEnd], inches: float, size: float 
     low, high = axes.get_ylim()
     right = axes.get_xlim()[1]
     order = sorted((end for end in ends if math.isfinite(end.y)), key=lambda end: end.y)
-    wanted = [(end.y - low) / (high - low) for end in order]
-    for end, place in zip(order, spread(wanted, size * 1.25 / 72 / inches), strict=True):
+    places = [(end.y - low) / (high - low) for end in order]
+    for end, place in zip(order, spread(places, size * 1.25 / 72 / inches), strict=True):
         axes.annotate(
             *(end.text, (end.x, end.y)),
             xytext=(1.035, place),

@@ -1,4 +1,4 @@
-"""Training trends: reward, accuracy, movement (KL) and entropy of every policy over the iterations."""
+"""Trend chart: reward, accuracy, movement (KL) and entropy of every policy over the iterations."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def training_trends(series: ArenaSeries) -> Figure:
 def curves(axes: Axes, series: ArenaSeries, column: str, title: str, unit: str, inches: float) -> None:
     """One panel: a column of every policy over the iterations, its name at the end of its curve."""
     span = smoothing_span(series)
-    found = {policy: table.points(column) for policy, table in series.tables.items()}
-    found = {policy: points for policy, points in found.items() if len(points[0])}
-    if not found:
+    points_of = {policy: table.points(column) for policy, table in series.tables.items()}
+    points_of = {policy: points for policy, points in points_of.items() if len(points[0])}
+    if not points_of:
         say_empty(axes, title, f"no {column} recorded")
         return
     dress(axes, title, y=unit)
@@ -50,7 +50,7 @@ def curves(axes: Axes, series: ArenaSeries, column: str, title: str, unit: str, 
     raw: list[float] = []
     shown: list[float] = []
     ends: list[CurveEnd] = []
-    for policy, (x, y) in found.items():
+    for policy, (x, y) in points_of.items():
         colour, smooth = policy_colour(series, policy), smoothed(y, span)
         marker = "o" if len(x) <= _MARKERS_UP_TO else ""
         axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3, marker=marker, markersize=3)
