@@ -42,15 +42,15 @@ def train(
     ] = None,
     token: Annotated[str | None, typer.Option(envvar="FEDMOE_TOKEN", help="Token, where one is asked for.")] = None,
     memory_limit_gb: Annotated[
-        float | None, typer.Option(min=0.5, help="Memory limit in GiB; change it in OUT/control.json. [default: 32]")
+        float | None, typer.Option(min=0.5, help="Memory limit in GiB; change it in OUT/control.json. \\[default: 32]")
     ] = None,
     gpu_memory_limit_gb: Annotated[float | None, typer.Option(min=0.5, help="Memory limit on every GPU.")] = None,
     allow_network_fs: Annotated[
         bool, typer.Option("--allow-network-fs", help="Accept a run folder on a network file system.")
     ] = False,
-    rollout_device: Annotated[str, typer.Option(help="auto, cpu, cuda:N: where text is sampled.")] = "auto",
-    learner_device: Annotated[str, typer.Option(help="auto, cpu, cuda:N: where weights are trained.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16, fp32.")] = "auto",
+    rollout_device: Annotated[str, typer.Option(help="Where text is sampled: auto, cpu, cuda:N.")] = "auto",
+    learner_device: Annotated[str, typer.Option(help="Where weights are trained: auto, cpu, cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Precision of computing: auto, bf16, fp16, fp32.")] = "auto",
     prometheus_port: Annotated[int | None, typer.Option(help="Serve metrics on this port of 127.0.0.1.")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard files to OUT/tensorboard.")] = True,
     charts: Annotated[bool, typer.Option(help="Draw the charts at the end, to OUT/visualization_outputs.")] = True,

@@ -101,7 +101,7 @@ def generate(
 
 def visualise(
     records: Annotated[
-        Path | None, typer.Option(help="metrics.jsonl of a run. [default: the latest run's, else sample data]")
+        Path | None, typer.Option(help="metrics.jsonl of a run. \\[default: the latest run's, else sample data]")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the charts.")] = CHART_FOLDER,
 ) -> None:

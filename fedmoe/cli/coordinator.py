@@ -19,68 +19,82 @@ if TYPE_CHECKING:
 
 
 def coordinator(
-    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help=f"Port. [default: {DEFAULT_PORT}]")] = None,
-    state_dir: Annotated[str | None, typer.Option(help="Journal and blobs. [default: runs/coordinator]")] = None,
-    enable_gateway: Annotated[bool | None, typer.Option(help="Make a gateway of all experts. [default: on]")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. \\[default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help=f"Port. \\[default: {DEFAULT_PORT}]")] = None,
+    state_dir: Annotated[str | None, typer.Option(help="Journal and blobs. \\[default: runs/coordinator]")] = None,
+    enable_gateway: Annotated[bool | None, typer.Option(help="Make a gateway of all experts. \\[default: on]")] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="weighted_average (default), sum, concat, scaled or regmean.")
+        str | None,
+        typer.Option(help="How experts are merged: weighted_average (default), sum, concat, scaled, regmean."),
     ] = None,
     gateway_rank: Annotated[
-        int | None, typer.Option(help="Cut the gateway to this rank. [default: exact; regmean: by energy, up to 64]")
+        int | None, typer.Option(help="Cut the gateway to this rank. \\[default: exact; regmean: by energy, up to 64]")
     ] = None,
     evaluation_gate: Annotated[
-        bool | None, typer.Option(help="Publish a gateway only if evaluators' held-out losses allow it. [default: off]")
+        bool | None,
+        typer.Option(help="Publish a gateway only if evaluators' held-out losses allow it. \\[default: off]"),
     ] = None,
     gate_tolerance: Annotated[
-        float | None, typer.Option(help="Share of its gain that the worst domain may lose. [default: 0.01]")
+        float | None, typer.Option(help="Share of its gain that the worst domain may lose. \\[default: 0.01]")
     ] = None,
     gate_seconds: Annotated[
-        float | None, typer.Option(help="Seconds that evaluators have to score candidates. [default: 300]")
+        float | None, typer.Option(help="Seconds that evaluators have to score candidates. \\[default: 300]")
     ] = None,
     start_from: Annotated[
         str | None, typer.Option(help="Experts start from: initial (default), or gateway, again after every merge.")
     ] = None,
     merge_after: Annotated[
-        int | None, typer.Option(help="Steps before an expert is merged and goes on from the gateway. [default: 10]")
+        int | None, typer.Option(help="Steps before an expert is merged and rebased onto the gateway. \\[default: 10]")
     ] = None,
     fold_staleness: Annotated[
-        str | None, typer.Option(help="Decay of what is merged so, by merges since it left. [default: constant, none]")
+        str | None,
+        typer.Option(help="Weight of a merge by how many merges it missed; as --staleness. \\[default: constant]"),
     ] = None,
-    server_learning_rate: Annotated[float | None, typer.Option(help="lr of expert += lr * s(tau) * delta.")] = None,
-    server_optimizer: Annotated[str | None, typer.Option(help="sgd (default), nesterov or adam.")] = None,
-    buffer_size: Annotated[int | None, typer.Option(help="Updates averaged into one step. [default: 1]")] = None,
+    server_learning_rate: Annotated[
+        float | None, typer.Option(help="lr in: expert += lr * s(staleness) * delta.")
+    ] = None,
+    server_optimizer: Annotated[
+        str | None, typer.Option(help="What applies updates: sgd (default), nesterov or adam.")
+    ] = None,
+    buffer_size: Annotated[int | None, typer.Option(help="Updates averaged into one step. \\[default: 1]")] = None,
     clip_norm: Annotated[
-        float | None, typer.Option(help="Scale an update down to so many times the usual norm. [default: never]")
+        float | None, typer.Option(help="Scale updates down to this multiple of the usual norm. \\[default: never]")
     ] = None,
     hold_norm: Annotated[
         float | None,
-        typer.Option(help="Hold updates above so many times the usual norm for an admin; 0 none. [default: 50]"),
+        typer.Option(help="Hold updates above this multiple of the usual norm for an admin; 0: none. \\[default: 50]"),
     ] = None,
-    staleness: Annotated[str | None, typer.Option(help="constant, polynomial (default), hinge or exponential.")] = None,
-    max_staleness: Annotated[int | None, typer.Option(help="Refuse updates older than this. [default: none]")] = None,
+    staleness: Annotated[
+        str | None, typer.Option(help="Weight of stale updates: constant, polynomial (default), hinge or exponential.")
+    ] = None,
+    max_staleness: Annotated[int | None, typer.Option(help="Refuse updates older than this. \\[default: none]")] = None,
     keep_updates: Annotated[
-        int | None, typer.Option(help="Updates per expert that stay undoable; older bytes go. [default: all]")
+        int | None,
+        typer.Option(help="Updates per expert that can be undone; older bytes are deleted. \\[default: all]"),
     ] = None,
     max_parameters: Annotated[
-        int | None, typer.Option(help="Parameters that an expert may have. [default: 268435456, 1 GiB in fp32]")
+        int | None, typer.Option(help="Parameters that an expert may have. \\[default: 268435456, 1 GiB in fp32]")
     ] = None,
     max_experts: Annotated[
-        int | None, typer.Option(help="Experts that there may be, retired ones not counted. [default: 1024]")
+        int | None, typer.Option(help="Experts that there may be, retired ones not counted. \\[default: 1024]")
     ] = None,
     keep_gb: Annotated[
         float | None,
-        typer.Option(help="GB of updates' bytes to keep. [default: half of what was free at the first start]"),
+        typer.Option(help="GB of updates' bytes to keep. \\[default: half of what was free at the first start]"),
     ] = None,
     min_sync_interval: Annotated[
         float | None,
-        typer.Option(help="Refuse a worker's pushes to an expert that are closer in seconds. [default: advise 1]"),
+        typer.Option(
+            help="Refuse pushes that a worker makes to an expert sooner than this, in seconds. \\[default: advise 1]"
+        ),
     ] = None,
     requests_per_second: Annotated[
-        float | None, typer.Option(help="Of one token, as a rule; 0 for no limit. [default: 100]")
+        float | None,
+        typer.Option(help="Requests that one token may make in a second, on average; 0: no limit. \\[default: 100]"),
     ] = None,
     json_limit: Annotated[
-        int | None, typer.Option(help="Most numbers of an answer in JSON; more only as safetensors. [default: 8000000]")
+        int | None,
+        typer.Option(help="Numbers that an answer in JSON may have; more only as safetensors. \\[default: 8000000]"),
     ] = None,
     token: Annotated[str | None, typer.Option(help="Join token; better as FEDMOE_TOKEN.", show_default=False)] = None,
     admin_token: Annotated[
@@ -92,11 +106,13 @@ def coordinator(
     ] = None,
     skip_damaged: Annotated[
         bool | None,
-        typer.Option("--skip-damaged", help="Go on without updates and rows whose bytes are damaged, once."),
+        typer.Option("--skip-damaged", help="Start, this once, without updates and rows whose bytes are damaged."),
     ] = None,
     accept_older_journal: Annotated[
         bool | None,
-        typer.Option("--accept-older-journal", help="Go on from a journal that lacks acknowledged updates, once."),
+        typer.Option(
+            "--accept-older-journal", help="Start, this once, from a journal that lacks acknowledged updates."
+        ),
     ] = None,
     tls_cert: Annotated[str | None, typer.Option(help="TLS certificate chain (PEM).")] = None,
     tls_key: Annotated[str | None, typer.Option(help="TLS private key (PEM).")] = None,

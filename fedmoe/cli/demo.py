@@ -15,7 +15,7 @@ from fedmoe.cli.output import CommandError, importing
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     data: Annotated[Path, typer.Option(help="Folder of the data.")] = Path("data/demo"),
-    base_model: Annotated[str, typer.Option(help="smollm2, a folder or a hub id.")] = "smollm2",
+    base_model: Annotated[str, typer.Option(help="Base model: smollm2, a folder or a hub id.")] = "smollm2",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every worker.")] = 60,
     sync_interval: Annotated[float, typer.Option(min=1.0, help="Seconds between pushes.")] = 10.0,
     fresh: Annotated[

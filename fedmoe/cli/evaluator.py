@@ -31,22 +31,25 @@ def evaluator(
         ),
     ],
     map: DataMap = None,
-    held_out_blocks: Annotated[int | None, typer.Option(help="Score at most so many blocks. [default: 16]")] = None,
+    held_out_blocks: Annotated[int | None, typer.Option(help="Score at most so many blocks. \\[default: 16]")] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens a block. [default: 1024, or the model's context if shorter]")
+        int | None, typer.Option(help="Tokens a block. \\[default: 1024, or the model's context if shorter]")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Blocks at once. [default: 4]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Blocks at once. \\[default: 4]")] = None,
     poll_interval: Annotated[
         str | None,
-        typer.Option(metavar="SECONDS", help=f"Seconds between two questions. [default: {DEFAULT_SYNC_INTERVAL}]"),
+        typer.Option(
+            metavar="SECONDS", help=f"Seconds between two looks for a candidate. \\[default: {DEFAULT_SYNC_INTERVAL}]"
+        ),
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="smollm2, tiny, a folder or a hub id. [default: Qwen/Qwen2.5-0.5B-Instruct]")
+        str | None,
+        typer.Option(help="Base model: smollm2, tiny, a folder or a hub id. \\[default: Qwen/Qwen2.5-0.5B-Instruct]"),
     ] = None,
     chat_template: ChatTemplateFile = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
-    device: Annotated[str | None, typer.Option(help="auto (default), cpu, cuda, cuda:1, mps.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto (default), bf16, fp16, fp32.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device: auto (default), cpu, cuda, cuda:1, mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Precision of computing: auto (default), bf16, fp16, fp32.")] = None,
     token: Annotated[str | None, typer.Option(help="Join token; better as FEDMOE_TOKEN.", show_default=False)] = None,
 ) -> None:
     """Score candidate gateways on held-out data that stay on this machine; losses go, nothing else."""

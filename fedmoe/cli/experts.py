@@ -164,7 +164,10 @@ def retract(
     expert: Annotated[str, typer.Argument(help="Which expert.")],
     worker: Annotated[str, typer.Argument(help="Whose updates to take out.")],
     erase: Annotated[
-        bool, typer.Option("--erase", help="Remove their bytes, and what the worker told of its data, for good.")
+        bool,
+        typer.Option(
+            "--erase", help="Delete their bytes, and the statistics that the worker sent of its data, for good."
+        ),
     ] = False,
     reason: Annotated[str, typer.Option(help="Kept in the journal.")] = "",
     coordinator_url: CoordinatorUrl = DEFAULT_URL,

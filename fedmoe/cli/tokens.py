@@ -23,7 +23,7 @@ def create(
     worker: Annotated[str | None, typer.Option(help="Only for this worker.")] = None,
     expert: Annotated[list[str] | None, typer.Option(help="Only for these experts, repeatable.")] = None,
     role: Annotated[str, typer.Option(help="worker, join or admin.")] = "worker",
-    expires_in: Annotated[float | None, typer.Option(help="Seconds until it expires. [default: never]")] = None,
+    expires_in: Annotated[float | None, typer.Option(help="Seconds until it expires. \\[default: never]")] = None,
     label: Annotated[str, typer.Option(help="What people call it, shown in lists and logs.")] = "",
     coordinator_url: CoordinatorUrl = DEFAULT_URL,
     token: AdminToken = None,

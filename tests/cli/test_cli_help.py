@@ -21,6 +21,13 @@ def test_every_command_answers_help(name: str, fedmoe: Callable[..., Outcome]) -
     assert outcome.err == ""
 
 
+def test_help_says_the_default_of_an_option(fedmoe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Square brackets are markup to what draws the help, unless they are escaped."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "[default: 5000]" in " ".join(fedmoe("coordinator", "--help").out.split())
+    assert "[default: 1e-3]" in " ".join(fedmoe("worker", "--help").out.split())
+
+
 @pytest.mark.parametrize("script", ["run_coordinator.py", "run_worker.py", "get_gateway_model.py"])
 def test_the_specified_scripts_answer_help(script: str) -> None:
     """A1, A2, A3."""

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from fedmoe.monitor.charts.gateway import GatewayResults, Share, gateway_chart, gateway_figure
+from fedmoe.monitor.arena_series import Estimate
+from fedmoe.monitor.charts.gateway import GatewayResults, gateway_chart, gateway_figure
 from fedmoe.monitor.charts.style import DPI
 
 DOMAINS = ("python", "sql", "man")
@@ -24,7 +25,7 @@ def results(domains: int = 3, judged: tuple[str, ...] = ("gateway", "routed"), u
     names = DOMAINS[:domains]
     losses = {model: {name: 3.0 - float(random.uniform(0, 0.6)) for name in names} for model in MODELS}
     losses["base"] = dict.fromkeys(names, 3.0)
-    kept = {name: {model: Share(0.9, 0.8, 1.05) for model in judged} for name in names} if judged else {}
+    kept = {name: {model: Estimate(0.9, 0.8, 1.05) for model in judged} for name in names} if judged else {}
     return GatewayResults(losses, {name: f"{name}_expert" for name in names}, kept, names[:uncertain], "a note")
 
 
@@ -82,7 +83,7 @@ def test_without_own_experts_the_right_side_says_so() -> None:
 
 
 def test_shares_without_a_number_and_wild_ones_are_drawn() -> None:
-    shares = {"gateway": Share(math.nan, math.nan, math.nan), "routed": Share(-0.4, -90.0, 70.0)}
+    shares = {"gateway": Estimate(math.nan, math.nan, math.nan), "routed": Estimate(-0.4, -90.0, 70.0)}
     wild = GatewayResults(results().losses, {}, {"sql": shares}, ("sql",))
     figure = gateway_figure(wild)
     assert "no number" in said(figure)
