@@ -77,7 +77,7 @@ test-vllm: $(VENV)/.dev
 
 test-areal:
 	PYTHON=$(PYTHON) scripts/setup_areal.sh .venv-areal
-	.venv-areal/bin/python -m pytest --confcutdir=tests/areal --timeout 1800 -m 'areal and not vllm' tests/areal tests/arena/test_loss_parity.py
+	.venv-areal/bin/python -m pytest --confcutdir=tests/areal --timeout 1800 -m 'areal and not vllm' tests/areal tests/arena/learning/test_loss_parity.py
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) --timeout 3600 -m slow

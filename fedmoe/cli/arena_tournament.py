@@ -15,7 +15,7 @@ from fedmoe.cli.output import show_json
 if TYPE_CHECKING:
     from fedmoe.arena.rollout.interval import MeanInterval
     from fedmoe.arena.rollout.tournament import TournamentTable
-    from fedmoe.arena.run.entrants import Field
+    from fedmoe.arena.run.entrants import EntryList
 
 
 def tournament(
@@ -44,7 +44,7 @@ def tournament(
         print(f"fewer than {FEW_QUESTIONS} different questions or deals say little of others; raise --deals")
 
 
-def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[Field, TournamentTable]:
+def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[EntryList, TournamentTable]:
     from fedmoe.arena.rollout.chat import ChatCodec
     from fedmoe.arena.rollout.episodes import SCRIPTED, Player
     from fedmoe.arena.rollout.evaluate import BASE, CHANCE

@@ -1,1 +1,1 @@
-"""How an arena and a federation exchange policies."""
+"""The exchange of policies between an arena and a federation."""

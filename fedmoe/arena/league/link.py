@@ -1,12 +1,12 @@
-"""One policy's line to its expert: what was downloaded, what is under way, and what has still to travel.
+"""The link of one policy to its expert: what was downloaded, what is under way, and what has still to travel.
 
     policy                        RUN/federation/NAME/             coordinator
     local - base = delta  ------> update-N, identity.json  ------> base + delta -> newest version
     local = newest + (local - reference) <- point.safetensors <--- newest version
 
 `reference` is what the coordinator knows of the policy: the base, plus the update under way. Everything is on disk
-before it counts: an update before it is sent, its answer (`Point`) before the update is forgotten. So a process killed
-at any moment sends again what was not answered, under the same number, and knows what has been handed over already.
+before it counts: an update before it is sent, its answer (`SyncPoint`) before the update is forgotten. So a process
+killed at any moment sends again what was not answered, under the same number, and knows what was handed over already.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FederationError(ExpectedError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Point:
+class SyncPoint:
     """The newest moment at which policy and expert were brought together.
 
     `base`: the expert as downloaded, at `version`; `local`: the policy from then on (the base and what has still to
@@ -68,8 +68,8 @@ class Point:
     def encoded(self) -> bytes:
         """As safetensors, with a checksum of all that is in it."""
         counts = {"version": self.version, "answered": self.answered, "count": self.count}
-        told = json.dumps(counts | {"digest": self.digest, "incarnation": self.incarnation})
-        metadata = {"fedmoe": told, "sha256": _checksum(self.base, self.local, told)}
+        facts = json.dumps(counts | {"digest": self.digest, "incarnation": self.incarnation})
+        metadata = {"fedmoe": facts, "sha256": _checksum(self.base, self.local, facts)}
         return encode_named({"base": self.base, "local": self.local}, metadata)
 
     @classmethod
@@ -86,7 +86,7 @@ class Point:
         if base.shape != (size,) or local.shape != (size,):
             raise ValueError(f"it holds {base.size} and {local.size} numbers, expected {size}")
         # Older versions wrote none.
-        if metadata.get("sha256", told := _checksum(base, local, metadata["fedmoe"])) != told:
+        if metadata.get("sha256", checksum := _checksum(base, local, metadata["fedmoe"])) != checksum:
             raise ValueError("its checksum is another: it is damaged")
         return cls(base, local, version, answered, count, digest, incarnation)
 
@@ -112,7 +112,8 @@ class ExpertLink:
         self._etag: str | None = None
         try:
             self._point = self._read()
-            self._sweep()
+            for left in folder.glob(f".{_POINT}-*"):
+                left.unlink()
             pending = self._outbox.pending
             if pending is not None and self._point is not None and pending.header.sequence <= self._point.answered:
                 # Answered and taken in just before the process was killed.
@@ -122,19 +123,15 @@ class ExpertLink:
             self._outbox.close()
             raise
 
-    def _read(self) -> Point | None:
+    def _read(self) -> SyncPoint | None:
         try:
-            return Point.decoded(self._file.read_bytes(), self._manifest.layout.size)
+            return SyncPoint.decoded(self._file.read_bytes(), self._manifest.layout.size)
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise FederationError(
                 f"{self._file} cannot be read ({error}); move {self._file.parent} away and start with --fresh"
             ) from error
-
-    def _sweep(self) -> None:
-        for path in self._file.parent.glob(f".{_POINT}-*"):
-            path.unlink()
 
     def _known_to_coordinator(self) -> FloatVector | None:
         if self._point is None:
@@ -176,7 +173,7 @@ class ExpertLink:
         if self._point is None:
             pulled = client.pull_expert(self.expert, expected=ExpectedWeights(self._manifest))
             assert pulled is not None, "without an ETag there is always an answer"
-            self._record(Point.of(pulled, pulled.weights))
+            self._record(SyncPoint.of(pulled, pulled.weights))
         return self.newest_local()
 
     def newest_local(self) -> FloatVector:
@@ -185,7 +182,7 @@ class ExpertLink:
         assert self._reference is not None
         return self._reference if self._outbox.pending is not None else point.local
 
-    def send(self, client: CoordinatorClient, local: FloatVector, steps: int, trouble: Trouble) -> bool:
+    def send(self, client: CoordinatorClient, local: FloatVector, steps: int, trouble: OnFailure) -> bool:
         """Start to deliver what is left of an earlier run, or what was learned since the base; False if nothing is.
 
         An update that is being delivered goes on.
@@ -202,7 +199,7 @@ class ExpertLink:
         self._delivery = Delivery(client, pending, trouble, manifest=self._manifest)
         return True
 
-    def _header(self, point: Point, steps: int) -> UpdateHeader:
+    def _header(self, point: SyncPoint, steps: int) -> UpdateHeader:
         return UpdateHeader(
             expert=self.expert,
             worker=self._worker,
@@ -233,21 +230,17 @@ class ExpertLink:
         self._delivery = None
         sequence = delivery.pending.header.sequence
         if answer.newest is None:
-            self._refused(answer, sequence, local)
-            return None
-        _tell(self.expert, sequence, answer)
+            assert answer.refused is not None, "only a refusal comes without the newest version"
+            if answer.poisoned:
+                point = self._require_point()
+                self._record(replace(point, local=local, answered=sequence, count=point.count + 1))
+                self._settle()
+            raise answer.refused
+        _log_answer(self.expert, sequence, answer)
         # A returned update never landed: all that was learned since the base has still to travel.
         reference = self._require_point().base if answer.returned else self._reference
         assert reference is not None
         return self._move(answer.newest, local, reference, sequence)
-
-    def _refused(self, answer: DeliveryOutcome, sequence: int, local: FloatVector) -> None:
-        assert answer.refused is not None, "only a refusal comes without the newest version"
-        if answer.poisoned:
-            point = self._require_point()
-            self._record(replace(point, local=local, answered=sequence, count=point.count + 1))
-            self._settle()
-        raise answer.refused
 
     def refresh(self, client: CoordinatorClient, local: FloatVector) -> FloatVector | None:
         """The policy's next weights, if there is nothing to send and others have changed the expert."""
@@ -264,12 +257,12 @@ class ExpertLink:
         before = self._require_point()
         here, there = (newest.version, newest.incarnation), (before.version, before.incarnation)
         if changed or answered != before.answered or here != there:
-            self._record(Point.of(newest, merged, answered, before.count + 1))
+            self._record(SyncPoint.of(newest, merged, answered, before.count + 1))
             self._settle()
         self._etag = newest.etag
         return merged if changed else None
 
-    def _record(self, point: Point) -> None:
+    def _record(self, point: SyncPoint) -> None:
         write_atomic(self._file, point.encoded())
         failpoints.reached("league.recorded")
         self._point = point
@@ -279,7 +272,7 @@ class ExpertLink:
         self._outbox.settle()
         self._reference = self._known_to_coordinator()
 
-    def _require_point(self) -> Point:
+    def _require_point(self) -> SyncPoint:
         assert self._point is not None, "a link begins with a download"
         return self._point
 
@@ -293,10 +286,10 @@ class ExpertLink:
 
 
 #: Told about every try that was not answered, from the delivery's own thread.
-Trouble = Callable[[CoordinatorUnavailableError], None]
+OnFailure = Callable[[CoordinatorUnavailableError], None]
 
 
-def _tell(expert: str, sequence: int, answer: DeliveryOutcome) -> None:
+def _log_answer(expert: str, sequence: int, answer: DeliveryOutcome) -> None:
     if answer.result is None:
         code = answer.refused.code if answer.refused else ""
         _log.warning("update_refused", expert=expert, sequence=sequence, code=code, reason=str(answer.refused))

@@ -1,1 +1,1 @@
-"""How policies learn: loss, gradient steps, learning rates and ranks."""
+"""Policy learning: loss, gradient steps, learning rates and ranks."""

@@ -1,4 +1,4 @@
-"""How policies learn: the `[learning]` section of a run's configuration."""
+"""The `[learning]` section of a run's configuration: loss, learning rate, batch sizes, staleness."""
 
 from __future__ import annotations
 

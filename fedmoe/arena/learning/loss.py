@@ -86,7 +86,7 @@ class LossStatistics:
     masked_fraction: float
 
 
-Loss = Callable[[LossTokens, LossConfig, float], tuple[torch.Tensor, LossStatistics]]
+LossFunction = Callable[[LossTokens, LossConfig, float], tuple[torch.Tensor, LossStatistics]]
 
 
 def reinforce(tokens: LossTokens, config: LossConfig, denominator: float) -> tuple[torch.Tensor, LossStatistics]:
@@ -113,7 +113,9 @@ def decoupled(tokens: LossTokens, config: LossConfig, denominator: float) -> tup
     return _aggregate(tokens, denominator, *_surrogate(tokens, ratio, config), weight)
 
 
-LOSSES: Mapping[str, Loss] = MappingProxyType({"reinforce": reinforce, "clipped": clipped, "decoupled": decoupled})
+LOSSES: Mapping[str, LossFunction] = MappingProxyType(
+    {"reinforce": reinforce, "clipped": clipped, "decoupled": decoupled}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,17 +143,19 @@ class Policies:
             state = AdamState(first, second, state.steps)
         self.learner.replace(name, after, state)
 
-    def replace(self, wanted: Replacement, lineage: PolicyLineage, iteration: int, rng: np.random.Generator) -> None:
+    def replace(
+        self, replacement: Replacement, lineage: PolicyLineage, iteration: int, rng: np.random.Generator
+    ) -> None:
         """The worst becomes a changed copy of the best, at a new version; its optimizer begins anew."""
-        parent = self.key(wanted.best)
-        child = perturb(self.learner.adapter(wanted.best), PERTURBATION, rng)
-        self.learner.replace(wanted.worst, child)
-        status = self._policies[wanted.worst]
+        parent = self.key(replacement.best)
+        child = perturb(self.learner.adapter(replacement.best), PERTURBATION, rng)
+        self.learner.replace(replacement.worst, child)
+        status = self._policies[replacement.worst]
         status.version += 1
         status.updates += 1
         status.tuning = AdaptiveLora(Knobs(status.tuning.knobs.learning_rate, child.alpha, child.rank))
-        lineage.add(Birth(self.key(wanted.worst), parent, iteration, wanted.reason, PERTURBATION))
-        self._publish(wanted.worst)
+        lineage.add(Birth(self.key(replacement.worst), parent, iteration, replacement.reason, PERTURBATION))
+        self._publish(replacement.worst)
 
     def adopt(self, name: str, adapter: Adapter) -> None:
         """Take over weights from elsewhere (a coordinator) as the policy's next version; the optimizer goes on."""

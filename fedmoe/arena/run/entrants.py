@@ -1,4 +1,4 @@
-"""Who takes part in a tournament: policies as checkpoints of runs hold them, and frozen adapters from a pool."""
+"""The players of a tournament: policies from the checkpoints of runs, and frozen adapters from a pool."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class Entrant:
 
 
 @dataclass(frozen=True)
-class Field:
-    """Everybody who has an adapter, and the configuration whose task they meet at."""
+class EntryList:
+    """All players that have an adapter, and the configuration whose task they meet at."""
 
     config: ArenaConfig
     entrants: tuple[Entrant, ...]
 
     def check_base(self, names: Sequence[str]) -> None:
         """Refuse adapters that say they were made for a model with none of these names, with EntrantError."""
-        for one in self.entrants:
-            if one.base is not None and one.base not in names:
-                raise EntrantError(f"{one.folder} is for the base model {one.base}, the runs have {names[0]}")
+        for entrant in self.entrants:
+            if entrant.base is not None and entrant.base not in names:
+                raise EntrantError(f"{entrant.folder} is for the base model {entrant.base}, the runs have {names[0]}")
 
 
-def read_field(runs: Sequence[Path], pools: Sequence[Path] = ()) -> Field:
+def read_field(runs: Sequence[Path], pools: Sequence[Path] = ()) -> EntryList:
     """The newest policies of runs (or of single checkpoints), and what pools hold; reads only.
 
     A pool is a run, a checkpoint, a PEFT folder, or a folder of PEFT folders. Raises EntrantError where there is
@@ -64,11 +64,11 @@ def read_field(runs: Sequence[Path], pools: Sequence[Path] = ()) -> Field:
     configs = {path: ArenaConfig.model_validate(state.config) for path, state in states.items() if state}
     _check_alike(configs)
     entrants = [
-        one
+        entrant
         for path, state in states.items()
-        for one in (_policies(path, labels[path], state) if state else _adapters(path, labels[path]))
+        for entrant in (_policies(path, labels[path], state) if state else _adapters(path, labels[path]))
     ]
-    return Field(configs[runs[0]], tuple(entrants))
+    return EntryList(configs[runs[0]], tuple(entrants))
 
 
 def _labels(paths: Sequence[Path]) -> Mapping[Path, str]:

@@ -46,7 +46,7 @@ def unpack(data: bytes) -> FloatArray:
 
 
 def _inflated(data: bytes, expected: int) -> bytes:
-    found = zlib.decompressobj().decompress(data, expected + 1)
-    if len(found) != expected:
-        raise ValueError(f"'high' holds {len(found)} bytes or more, expected {expected}")
-    return found
+    inflated = zlib.decompressobj().decompress(data, expected + 1)
+    if len(inflated) != expected:
+        raise ValueError(f"'high' holds {len(inflated)} bytes or more, expected {expected}")
+    return inflated

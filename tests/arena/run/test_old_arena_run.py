@@ -16,7 +16,7 @@ from fedmoe.arena.run.options import RunOptions, Stop, unwatched
 from fedmoe.arena.run.results import REPORT
 from fedmoe.arena.run.run import run_arena
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "arena_b5c47da.tar.gz"
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "arena_b5c47da.tar.gz"
 
 
 def config() -> ArenaConfig:

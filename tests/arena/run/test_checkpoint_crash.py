@@ -38,7 +38,7 @@ while True:
 
 def start_saving(folder: Path, failpoints: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", SAVER, str(folder), str(Path(__file__).parent)],
+        [sys.executable, "-W", "error", "-c", SAVER, str(folder), str(Path(__file__).parents[1])],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
