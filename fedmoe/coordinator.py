@@ -13,11 +13,11 @@ from types import MappingProxyType
 
 from fedmoe.experts import ExpertModel, expert_named, seed_of
 from fedmoe.federation.aggregation import Aggregation, ExpertMoments
-from fedmoe.federation.events import UpdateAccepted
+from fedmoe.federation.events import UpdateAccepted, UpdateHeld
 from fedmoe.federation.gateway_members import left_out, left_out_of_online_gateway, members
 from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.federation.quarantine import Quarantine
-from fedmoe.federation.transaction import Savepoint, Submission, Transaction
+from fedmoe.federation.transaction import Submission, Transaction
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout
 from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import Manifest
@@ -30,7 +30,6 @@ __all__ = [
     "CentralCoordinator",
     "ExpertMoments",
     "GatewayModel",
-    "Savepoint",
     "Submission",
     "Transaction",
     "seed_of",
@@ -242,13 +241,12 @@ class CentralCoordinator:
         self.publish(transaction)
         return expert
 
-    def push_update(self, submission: Submission, delta: FloatVector, at: float = 0.0) -> UpdateAccepted:
-        """Judge an update and land it; for use inside one process."""
+    def push_update(self, submission: Submission, delta: FloatVector, at: float = 0.0) -> UpdateAccepted | UpdateHeld:
+        """Land an update as the committer does, or hold it; for use inside one process."""
         transaction = self.transaction()
-        accepted = transaction.admit(submission, at)
-        transaction.apply(accepted, delta)
+        update = transaction.land(submission, delta, at, size=delta.nbytes)
         self.publish(transaction)
-        return accepted
+        return update
 
     @property
     def built(self) -> GatewayModel | None:

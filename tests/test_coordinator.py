@@ -31,7 +31,9 @@ def with_experts(*names: str, aggregation: Aggregation | None = None) -> Central
 
 
 def push(coordinator: CentralCoordinator, seed: int, base_version: int, expert: str = "python") -> UpdateAccepted:
-    return coordinator.push_update(make_submission(expert, base_version), make_flat(seed))
+    update = coordinator.push_update(make_submission(expert, base_version), make_flat(seed))
+    assert isinstance(update, UpdateAccepted)
+    return update
 
 
 def dense(adapter: Adapter) -> Dense:

@@ -1,11 +1,15 @@
-"""What the journal keeps: every change of the federation as a frozen fact, in the order it happened."""
+"""Events: what the journal keeps of every change of a federation, in the order it happened."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.manifest import Manifest
+from fedmoe.lora.update_rules import RuleState, UpdateRule
+
+#: Worker, epoch and sequence number: names an update, once and for all.
+Identity = tuple[str, str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +27,22 @@ class ExpertRegistered:
     token: str = ""
 
 
+class _OfOneUpdate:
+    """An event that is about one update of a worker."""
+
+    __slots__ = ()
+    worker: str
+    epoch: str
+    sequence: int
+
+    @property
+    def identity(self) -> Identity:
+        """Names the update, once and for all."""
+        return self.worker, self.epoch, self.sequence
+
+
 @dataclass(frozen=True, slots=True)
-class UpdateAccepted:
+class UpdateAccepted(_OfOneUpdate):
     """An update landed; `(worker, epoch, sequence)` is unique, `digest` names the blob with the bytes as sent.
 
     `coefficient` is what the delta was multiplied with, server learning rate times staleness weight.
@@ -41,11 +59,6 @@ class UpdateAccepted:
     version: int
     at: float
     info: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def identity(self) -> tuple[str, str, int]:
-        """Names the update, once and for all."""
-        return self.worker, self.epoch, self.sequence
 
     @property
     def landed_norm(self) -> float | None:
@@ -81,7 +94,7 @@ class WorkerRetracted:
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateLost:
+class UpdateLost(_OfOneUpdate):
     """The expert's next version is what it would be without one update, whose bytes `digest` can no longer be read.
 
     `(worker, epoch, sequence)` names the update, which made version `made`.
@@ -135,7 +148,7 @@ class ExpertRebased:
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateHeld:
+class UpdateHeld(_OfOneUpdate):
     """An update waits for an administrator's word, and nothing of it has landed; `number` names it for people.
 
     `newest_version` and `staleness` are what its sender was told; `token` is the hash of the token it came with, empty
@@ -157,14 +170,9 @@ class UpdateHeld:
     at: float
     info: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def identity(self) -> tuple[str, str, int]:
-        """Names the update, once and for all."""
-        return self.worker, self.epoch, self.sequence
-
 
 @dataclass(frozen=True, slots=True)
-class HeldUpdateRejected:
+class HeldUpdateRejected(_OfOneUpdate):
     """The held update with the number `held` will never land; `number` follows those of held updates."""
 
     number: int
@@ -177,12 +185,9 @@ class HeldUpdateRejected:
     reason: str
     at: float
 
-    @property
-    def identity(self) -> tuple[str, str, int]:
-        """Names the update, once and for all."""
-        return self.worker, self.epoch, self.sequence
 
-
+#: What makes an expert's next version.
+VersionEvent = UpdateAccepted | ExpertRolledBack | WorkerRetracted | UpdateLost | ExpertRebased
 #: What happens beside the experts: none of it changes one, or a gateway.
 QuarantineEvent = UpdateHeld | HeldUpdateRejected
 
@@ -221,115 +226,26 @@ class ExpertUnretired:
 
 #: What changes who is there and by which name, and no weights.
 RollEvent = ExpertRenamed | ExpertRetired | ExpertUnretired
-Event = (
-    ExpertRegistered
-    | UpdateAccepted
-    | ExpertRolledBack
-    | WorkerRetracted
-    | UpdateLost
-    | GatewayMerged
-    | ExpertRebased
-    | QuarantineEvent
-    | RollEvent
-)
+Event = ExpertRegistered | VersionEvent | GatewayMerged | QuarantineEvent | RollEvent
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Lineage:
-    """The updates a version is made of, as a chain from the newest back; versions share what they have in common.
+@dataclass(frozen=True, slots=True)
+class CountedUpdate:
+    """An update, and the steps its worker did for it."""
 
-    `start` is where the expert went on from the gateway, None where it began at version 0. The end of a chain that
-    starts from the gateway is a node without an update.
+    update: UpdateAccepted
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class EventInputs:
+    """What an event is applied with: an update's `delta`, a merge's new `gateway`, any other version's `rebuilt` state.
+
+    `since` is what an expert with a rebuilt state is made of from where it left the gateway, if experts do.
     """
 
-    update: UpdateAccepted | None
-    before: Lineage | None
-    length: int
-    start: ExpertRebased | None
-
-    @staticmethod
-    def extend(before: Lineage | None, update: UpdateAccepted) -> Lineage:
-        """One update more."""
-        return Lineage(update, before, 1 + length(before), start(before))
-
-    @staticmethod
-    def updates(chain: Lineage | None) -> list[UpdateAccepted]:
-        """The updates in order, from where the chain starts."""
-        found: list[UpdateAccepted] = []
-        while chain is not None and chain.update is not None:
-            found.append(chain.update)
-            chain = chain.before
-        return found[::-1]
-
-
-def length(chain: Lineage | None) -> int:
-    """Updates in a chain; None is the chain of version 0."""
-    return chain.length if chain is not None else 0
-
-
-def start(chain: Lineage | None) -> ExpertRebased | None:
-    """Where the expert last went on from the gateway before the chain's updates; None if it began at version 0."""
-    return chain.start if chain is not None else None
-
-
-def lineages(events: Iterable[Event]) -> dict[int, Lineage | None]:
-    """Version -> the updates that version is made of, for the events of ONE expert in order.
-
-    Rollback takes an earlier version's updates, retraction filters the newest ones, going on from the gateway keeps the
-    last few; all keep the order, so landing a lineage's updates on its start rebuilds the weights bit for bit.
-    """
-    found: dict[int, Lineage | None] = {0: None}
-    newest = 0
-    for event in events:
-        match event:
-            case ExpertRegistered() | GatewayMerged() | UpdateHeld() | HeldUpdateRejected():
-                continue
-            case ExpertRenamed() | ExpertRetired() | ExpertUnretired():
-                continue
-            case UpdateAccepted():
-                found[event.version] = Lineage.extend(found[newest], event)
-            case ExpertRolledBack():
-                found[event.version] = found[event.to_version]
-            case WorkerRetracted():
-                found[event.version] = without_worker(found[newest], event.worker)
-            case UpdateLost():
-                found[event.version] = without_update(found[newest], event)
-            case ExpertRebased():
-                found[event.version] = from_gateway(found[newest], event)
-        newest = event.version
-    return found
-
-
-def from_gateway(chain: Lineage | None, event: ExpertRebased) -> Lineage:
-    """The chain that starts from the gateway and holds the last updates of `chain` again."""
-    updates = Lineage.updates(chain)
-    found = Lineage(None, None, 0, event)
-    for update in updates[len(updates) - event.again :]:
-        found = Lineage.extend(found, update)
-    return found
-
-
-def without_worker(chain: Lineage | None, worker: str) -> Lineage | None:
-    """The chain without one worker's updates; the part before the first of them is shared, not copied."""
-    return _without(chain, lambda update: update.worker == worker)
-
-
-def without_update(chain: Lineage | None, lost: UpdateLost) -> Lineage | None:
-    """The chain without one update; the part before it is shared, not copied."""
-    name = (lost.worker, lost.epoch, lost.sequence)
-    return _without(chain, lambda update: (update.worker, update.epoch, update.sequence) == name)
-
-
-def _without(chain: Lineage | None, left_out: Callable[[UpdateAccepted], bool]) -> Lineage | None:
-    shared, node = chain, chain
-    passed: list[UpdateAccepted] = []
-    kept = 0
-    while node is not None and node.update is not None:
-        if left_out(node.update):
-            shared, kept = node.before, len(passed)
-        else:
-            passed.append(node.update)
-        node = node.before
-    for update in reversed(passed[:kept]):
-        shared = Lineage.extend(shared, update)
-    return shared
+    rule: UpdateRule
+    delta: FloatVector | None = None
+    rebuilt: RuleState | None = None
+    gateway: Adapter | None = None
+    since: tuple[CountedUpdate, ...] = ()

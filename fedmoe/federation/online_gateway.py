@@ -12,33 +12,21 @@ from types import MappingProxyType
 
 from fedmoe.experts import ExpertModel
 from fedmoe.federation.events import (
+    CountedUpdate,
     Event,
+    EventInputs,
     ExpertRebased,
     ExpertRegistered,
-    ExpertRenamed,
-    ExpertRetired,
-    ExpertRolledBack,
     ExpertUnretired,
     GatewayMerged,
-    HeldUpdateRejected,
     UpdateAccepted,
-    UpdateHeld,
-    UpdateLost,
-    WorkerRetracted,
+    VersionEvent,
 )
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.algebra import TruncatedAdapter
 from fedmoe.lora.codec import digest
 from fedmoe.lora.moments import InputMoments, thin_notes
 from fedmoe.lora.online_merge import ExpertDelta, add_into_gateway, merge_into_gateway
-
-
-@dataclass(frozen=True, slots=True)
-class CountedUpdate:
-    """An update, and the steps its worker did for it."""
-
-    update: UpdateAccepted
-    steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,29 +93,35 @@ class OnlineGateway:
         """Before any fold."""
         return cls(adapter, digest(adapter))
 
-    def after(self, event: Event, adapter: Adapter | None, since: tuple[CountedUpdate, ...]) -> OnlineGateway:
-        """With one event: a fold needs the new `adapter`; `since` is what a changed expert is made of."""
-        match event:
-            case ExpertRegistered():
-                return self._branched(event.expert, BranchPoint())
-            case UpdateAccepted():
-                key = (event.expert, event.worker)
-                before, told = self.branch_points[event.expert], reported_steps(event)
-                landed = CountedUpdate(event, steps_between(self.reported.get(key), told))
-                counters = {} if told is None else {key: told}
-                with_it = self._branched(event.expert, replace(before, since=(*before.since, landed)))
-                return replace(with_it, reported=MappingProxyType({**self.reported, **counters}))
-            case ExpertRolledBack() | WorkerRetracted() | UpdateLost():
-                return self._branched(event.expert, replace(self.branch_points[event.expert], since=since))
-            case ExpertRebased():
-                return self._branched(event.expert, BranchPoint(event, since))
-            case GatewayMerged():
-                assert adapter is not None, "a fold is applied with its adapter"
-                return self.merged(event).with_adapter(adapter)
-            case ExpertUnretired():
-                return self._branched(event.expert, self.branch_points.get(event.expert, BranchPoint()))
-            case UpdateHeld() | HeldUpdateRejected() | ExpertRenamed() | ExpertRetired():
-                return self
+    def after_registration(self, event: ExpertRegistered, inputs: EventInputs) -> OnlineGateway:
+        """With a new expert, which branches from the gateway before any merge."""
+        return self._branched(event.expert, BranchPoint())
+
+    def after_update(self, event: UpdateAccepted, inputs: EventInputs) -> OnlineGateway:
+        """With one update more since its expert's branch point."""
+        key, steps = (event.expert, event.worker), reported_steps(event)
+        landed = CountedUpdate(event, steps_between(self.reported.get(key), steps))
+        before = self.branch_points[event.expert]
+        counted = self._branched(event.expert, replace(before, since=(*before.since, landed)))
+        reported = self.reported if steps is None else MappingProxyType({**self.reported, key: steps})
+        return replace(counted, reported=reported)
+
+    def after_rebuild(self, event: VersionEvent, inputs: EventInputs) -> OnlineGateway:
+        """With an expert that is made of other updates since its branch point."""
+        return self._branched(event.expert, replace(self.branch_points[event.expert], since=inputs.since))
+
+    def after_rebase(self, event: ExpertRebased, inputs: EventInputs) -> OnlineGateway:
+        """With an expert that branches from the newest gateway."""
+        return self._branched(event.expert, BranchPoint(event, inputs.since))
+
+    def after_merge(self, event: GatewayMerged, inputs: EventInputs) -> OnlineGateway:
+        """With the weights of the next merge."""
+        assert inputs.gateway is not None, "a merge is applied with its adapter"
+        return self.merged(event).with_adapter(inputs.gateway)
+
+    def after_return(self, event: ExpertUnretired, inputs: EventInputs) -> OnlineGateway:
+        """With an expert that is back, and branches where it did."""
+        return self._branched(event.expert, self.branch_points.get(event.expert, BranchPoint()))
 
     def _branched(self, expert: str, branch_point: BranchPoint) -> OnlineGateway:
         return replace(self, branch_points=MappingProxyType({**self.branch_points, expert: branch_point}))

@@ -6,12 +6,12 @@ after the decision.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TypeVar
 
-from fedmoe.federation.events import Event, HeldUpdateRejected, UpdateAccepted, UpdateHeld
+from fedmoe.federation.events import Event, HeldUpdateRejected, Identity, UpdateAccepted, UpdateHeld
 from fedmoe.runtime.errors import RefusedError
 
 Value = TypeVar("Value")
@@ -21,8 +21,6 @@ MOST_OF_A_WORKER = 8
 MOST_OF_A_TOKEN = 64
 #: Bytes that may wait of one token; a single update may be larger.
 MOST_BYTES_OF_A_TOKEN = 2 << 30
-
-Identity = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,6 @@ class Quarantine:
     rejected: Mapping[Identity, HeldUpdateRejected] = field(default_factory=lambda: MappingProxyType({}))
     released: Mapping[Identity, UpdateAccepted] = field(default_factory=lambda: MappingProxyType({}))
     number: int = 0
-
-    @classmethod
-    def of(cls, events: Iterable[Event]) -> Quarantine:
-        """After these events, in order."""
-        found = cls()
-        for event in events:
-            found = found.after(event)
-        return found
 
     def after(self, event: Event) -> Quarantine:
         """With one event more."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from fedmoe.experts import GATEWAY_SEED, ExpertModel, Registrant, check_manifest, expert_named, first_name, seed_of
-from fedmoe.federation import expert_roll as roll
+from fedmoe.experts import GATEWAY_SEED, ExpertModel, check_manifest, expert_named, first_name, seed_of
 from fedmoe.federation.aggregation import Aggregation, ExpertMoments
 from fedmoe.federation.events import (
+    CountedUpdate,
     Event,
+    EventInputs,
     ExpertRebased,
     ExpertRegistered,
     ExpertRenamed,
@@ -21,11 +22,13 @@ from fedmoe.federation.events import (
     RollEvent,
     UpdateAccepted,
     UpdateHeld,
-    UpdateLost,
+    VersionEvent,
     WorkerRetracted,
 )
-from fedmoe.federation.online_gateway import CountedUpdate, OnlineGateway
+from fedmoe.federation.expert_changes import binding_manifest
+from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.federation.quarantine import Quarantine
+from fedmoe.federation.transitions import TRANSITIONS
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.update_rules import RuleState, clip_factor, times_usual
@@ -46,20 +49,6 @@ class Submission:
     norm: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Savepoint:
-    """A point in a transaction to go back to."""
-
-    experts: dict[str, ExpertModel]
-    manifest: Manifest | None
-    gateway_version: int
-    events: int
-    moments: dict[str, ExpertMoments]
-    online_gateway: OnlineGateway | None
-    quarantine: Quarantine
-    roll_changes: int
-
-
 @dataclass
 class Transaction:
     """Changes under way: sees what is published plus what it has decided so far."""
@@ -73,31 +62,23 @@ class Transaction:
     online_gateway: OnlineGateway | None = None
     #: Renames, retirements and returns so far.
     roll_changes: int = 0
-    #: The content hash of the weights that each of `events` leaves behind, see `_digest_after`.
+    #: The content hash of the weights that each of `events` made; None where it made none, or an expert's first ones.
     version_digests: list[str | None] = field(default_factory=list)
     quarantine: Quarantine = field(default_factory=Quarantine)
 
-    def savepoint(self) -> Savepoint:
-        """The point reached so far."""
-        experts, moments, events = dict(self.experts), dict(self.moments), len(self.events)
-        named = (experts, self.manifest, self.gateway_version, events, moments, self.online_gateway)
-        return Savepoint(*named, self.quarantine, self.roll_changes)
+    def savepoint(self) -> Transaction:
+        """A copy of the state reached so far, to go back to."""
+        return replace(
+            self,
+            experts=dict(self.experts),
+            events=list(self.events),
+            moments=dict(self.moments),
+            version_digests=list(self.version_digests),
+        )
 
-    def rollback_to(self, savepoint: Savepoint) -> None:
+    def rollback_to(self, savepoint: Transaction) -> None:
         """Forget everything since `savepoint`."""
-        self.experts, self.manifest, self.gateway_version = (
-            dict(savepoint.experts),
-            savepoint.manifest,
-            savepoint.gateway_version,
-        )
-        del self.events[savepoint.events :]
-        del self.version_digests[savepoint.events :]
-        self.moments, self.online_gateway, self.quarantine = (
-            dict(savepoint.moments),
-            savepoint.online_gateway,
-            savepoint.quarantine,
-        )
-        self.roll_changes = savepoint.roll_changes
+        vars(self).update(vars(savepoint.savepoint()))
 
     def expert(self, name: str) -> ExpertModel:
         """The expert, or a refusal that lists which there are."""
@@ -107,18 +88,18 @@ class Transaction:
         self, name: str, worker: str, manifest: Manifest, seed: int | None, at: float, token: str = ""
     ) -> ExpertModel:
         """The expert of this name, made now if it is new; a manifest unlike the federation's is refused."""
-        known = self.experts.get(first_name(self.experts, name))
-        if known is not None:
-            known.require_active()
+        expert = self.experts.get(first_name(self.experts, name))
+        if expert is not None:
+            expert.require_active()
         if self.manifest is not None:
             check_manifest(self.manifest, manifest)
-        if known is not None:
-            return known
+            manifest = self.manifest.shared_by(manifest)
+        if expert is not None:
+            return expert
         if self.aggregation.merge_after is not None:
             self._register_from_gateway(name, worker, manifest, seed, at, token)
         else:
-            chosen = seed if seed is not None else seed_of(name)
-            self.apply(ExpertRegistered(name, worker, manifest, chosen, at, token))
+            self.apply(ExpertRegistered(name, worker, manifest, seed_of(name) if seed is None else seed, at, token))
         return self.experts[name]
 
     def _register_from_gateway(
@@ -133,9 +114,8 @@ class Transaction:
         self.apply(ExpertRegistered(name, worker, manifest, GATEWAY_SEED, at, token))
         assert self.online_gateway is not None, "there is a gateway once there is a manifest"
         if self.online_gateway.last is not None:
-            start = self.aggregation.rule.init(self.online_gateway.adapter.flat)
             event = ExpertRebased(name, self.online_gateway.number, self.online_gateway.last.digest, 0, 1, at)
-            self.apply(event, rebuilt=start)
+            self.apply(event, rebuilt=self.aggregation.rule.init(self.online_gateway.adapter.flat))
 
     def learn_moments(self, name: str, moments: ExpertMoments | None) -> None:
         """New moments of an expert's inputs; None where the gateway is made without, and its version rises the same."""
@@ -145,28 +125,56 @@ class Transaction:
 
     def rename(self, name: str, to: str, at: float) -> ExpertModel:
         """Give an expert another name, by which it goes from now on; its former ones still mean it."""
-        return self._enrolled(*roll.rename(self.experts, name, to, self.roll_changes + 1, at))
+        expert, holder = self.expert(name), self.experts.get(first_name(self.experts, to))
+        if holder is not None and holder.name != expert.name:
+            now = "" if holder.title == to else f" (now {holder.title})"
+            raise RefusedError(
+                "name_taken",
+                f"{to!r} is or was the name of another expert{now}; names are never given to a second one.",
+                "Choose another name.",
+            )
+        if expert.title != to:
+            self.apply(ExpertRenamed(expert.name, to, self.roll_changes + 1, at))
+        return self.experts[expert.name]
 
     def retire(self, name: str, reason: str, at: float) -> ExpertModel:
         """Let an expert rest: it takes no updates, is no part of the gateway, and stays what it is."""
-        return self._enrolled(*roll.retire(self.experts, name, reason, self.roll_changes + 1, at))
-
-    def unretire(self, name: str, at: float) -> ExpertModel:
-        """Bring a retired expert back as it was."""
-        return self._enrolled(*roll.unretire(self.experts, self.manifest, name, self.roll_changes + 1, at))
-
-    def _enrolled(self, expert: ExpertModel, event: RollEvent | None) -> ExpertModel:
-        if event is not None:
-            self.apply(event)
+        expert = self.expert(name)
+        if not expert.retired:
+            self.apply(ExpertRetired(expert.name, self.roll_changes + 1, reason, at))
         return self.experts[expert.name]
 
-    def _apply_to_roll(self, event: RollEvent) -> None:
-        self.experts[event.expert] = roll.changed(self.experts[event.expert], event)
-        self.roll_changes += 1
-        manifest = roll.binding_manifest(self.experts)
-        if manifest is None or self.manifest is None:
-            self.manifest = manifest
-            self.online_gateway = self.aggregation.first_gateway(manifest) if manifest is not None else None
+    def unretire(self, name: str, at: float) -> ExpertModel:
+        """Bring a retired expert back as it was; refused if the federation has another manifest now."""
+        expert = self.expert(name)
+        if self.manifest is not None:
+            check_manifest(self.manifest, expert.manifest)
+        if expert.retired:
+            self.apply(ExpertUnretired(expert.name, self.roll_changes + 1, at))
+        return self.experts[expert.name]
+
+    def land(
+        self,
+        submission: Submission,
+        delta: FloatVector | None,
+        at: float,
+        *,
+        size: int = 0,
+        token: str = "",
+        suspicion: str = "",
+        released: bool = False,
+    ) -> UpdateAccepted | UpdateHeld:
+        """Land an update, or hold it for an administrator unless one has `released` it; see `admit` and `hold`.
+
+        `delta` may be missing where a `suspicion` says why it is held without being read.
+        """
+        update = self.admit(submission, at)
+        held = None if released else self.hold(update, size, token, suspicion)
+        if held is not None:
+            self.apply(held)
+            return held
+        self.apply(update, delta)
+        return update
 
     def admit(self, submission: Submission, at: float) -> UpdateAccepted:
         """What accepting this update would mean; refuses future and too stale base versions."""
@@ -183,10 +191,15 @@ class Transaction:
                 newest_version=expert.version,
                 staleness=staleness,
             )
-        clip, info = self._clip(expert, submission.norm), submission.info
+        clip, info = 1.0, submission.info
         if submission.norm is not None:
+            if self.aggregation.clip_norm is not None:
+                clip = clip_factor(submission.norm, expert.norms, self.aggregation.clip_norm)
             info = info | {"norm": submission.norm} | ({"clip": clip} if clip < 1 else {})
-            info |= {"low": 1.0} if self._is_low(expert, submission.norm) else {}
+            # So far below the usual that it must not become usual: then all others would be held.
+            times, most = times_usual(submission.norm, expert.norms), self.aggregation.hold_norm
+            if times is not None and most > 0 and times < 1 / most:
+                info |= {"low": 1.0}
         return UpdateAccepted(
             expert.name,
             submission.worker,
@@ -200,16 +213,6 @@ class Transaction:
             at,
             info,
         )
-
-    def _clip(self, expert: ExpertModel, norm: float | None) -> float:
-        if self.aggregation.clip_norm is None or norm is None:
-            return 1.0
-        return clip_factor(norm, expert.norms, self.aggregation.clip_norm)
-
-    def _is_low(self, expert: ExpertModel, norm: float) -> bool:
-        """Whether the norm is so far below the usual that it must not become usual: then all others would be held."""
-        times, most = times_usual(norm, expert.norms), self.aggregation.hold_norm
-        return times is not None and most > 0 and times < 1 / most
 
     def hold(self, update: UpdateAccepted, size: int, token: str, suspicion: str = "") -> UpdateHeld | None:
         """The update as it waits for an administrator; None if it may land as it is.
@@ -294,47 +297,29 @@ class Transaction:
         gateway: Adapter | None = None,
         since: tuple[CountedUpdate, ...] = (),
     ) -> None:
-        """Apply one event: an update needs its delta, a fold the new gateway, any other change the rebuilt state.
-
-        `since` is what an expert with a rebuilt state is made of from where it left the gateway, if experts do.
-        """
-        if isinstance(event, QuarantineEvent):
-            self._note(event)
-            return
-        rule = self.aggregation.rule
-        match event:
-            case ExpertRegistered():
-                if self.manifest is None:
-                    self.manifest, self.online_gateway = event.manifest, self.aggregation.first_gateway(event.manifest)
-                expert = ExpertModel.initial(event.expert, self.manifest.shared_by(event.manifest), event.seed, rule)
-                self.experts[event.expert] = replace(expert, registrant=Registrant(event.worker, event.token))
-            case UpdateAccepted():
-                assert delta is not None, "an accepted update is applied with its delta"
-                landed = self.experts[event.expert].land(delta, event.coefficient, rule)
-                self.experts[event.expert] = landed.with_norm(event.landed_norm)
-            case ExpertRolledBack() | WorkerRetracted() | UpdateLost() | ExpertRebased():
-                assert rebuilt is not None, "such a change is applied with the rebuilt state"
-                self.experts[event.expert] = self.experts[event.expert].with_state(rebuilt)
-            case ExpertRenamed() | ExpertRetired() | ExpertUnretired():
-                self._apply_to_roll(event)
-            case GatewayMerged():
-                pass
-        if self.online_gateway is not None:
-            self.online_gateway = self.online_gateway.after(event, gateway, since)
-        self.gateway_version += 1
-        self._note(event)
-
-    def _note(self, event: Event) -> None:
+        """Apply one event as `transitions` says, with what it needs beside itself; see `EventInputs`."""
+        inputs = EventInputs(self.aggregation.rule, delta, rebuilt, gateway, since)
+        change = TRANSITIONS[type(event)]
+        if change.expert is not None:
+            expert = change.expert(self.experts, event, inputs)
+            self.experts[expert.name] = expert
+        if isinstance(event, RollEvent):
+            self.roll_changes += 1
+        if isinstance(event, ExpertRegistered | RollEvent):
+            self._bind_manifest()
+        if change.gateway is not None and self.online_gateway is not None:
+            self.online_gateway = change.gateway(self.online_gateway, event, inputs)
+        if not isinstance(event, QuarantineEvent):
+            self.gateway_version += 1
         self.quarantine = self.quarantine.after(event)
         self.events.append(event)
-        self.version_digests.append(self._digest_after(event))
+        made = self.experts[event.expert] if isinstance(event, VersionEvent) else None
+        merged = self.online_gateway if isinstance(event, GatewayMerged) else None
+        self.version_digests.append(made.digest if made else merged.digest if merged else None)
 
-    def _digest_after(self, event: Event) -> str | None:
-        """The content hash of the version that an event made; None where it made none, or an expert's first one."""
-        match event:
-            case UpdateAccepted() | ExpertRolledBack() | WorkerRetracted() | UpdateLost() | ExpertRebased():
-                return self.experts[event.expert].digest
-            case GatewayMerged():
-                return self.online_gateway.digest if self.online_gateway is not None else None
-            case _:
-                return None
+    def _bind_manifest(self) -> None:
+        """Let the experts decide on the manifest, and begin the gateway anew, where none is or was bound by it."""
+        manifest = binding_manifest(self.experts)
+        if manifest is None or self.manifest is None:
+            self.manifest = manifest
+            self.online_gateway = self.aggregation.first_gateway(manifest) if manifest is not None else None

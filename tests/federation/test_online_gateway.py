@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from support import LAYOUT, MANIFEST, accepted, make_flat, make_submission, registered
 
 from fedmoe.coordinator import Aggregation, CentralCoordinator, Transaction
-from fedmoe.federation.events import ExpertRebased, GatewayMerged, UpdateAccepted
+from fedmoe.federation.events import CountedUpdate, ExpertRebased, GatewayMerged, UpdateAccepted
 from fedmoe.federation.online_gateway import (
     BranchPoint,
-    CountedUpdate,
     OnlineGateway,
     count_steps,
     plan_merge,

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from fedmoe.federation.events import (
-    Event,
-    ExpertRebased,
-    ExpertRegistered,
-    ExpertRolledBack,
-    GatewayMerged,
-    Lineage,
-    UpdateAccepted,
-    UpdateLost,
-    WorkerRetracted,
-    start,
-)
+from fedmoe.federation.events import Event, ExpertRegistered, GatewayMerged, VersionEvent
+from fedmoe.federation.lineage import Lineage, start
 
 
 def made_version(event: Event) -> int:
     """The version that an event of an expert made."""
-    match event:
-        case UpdateAccepted() | ExpertRolledBack() | WorkerRetracted() | ExpertRebased() | UpdateLost():
-            return event.version
-        case _:
-            return 0
+    return event.version if isinstance(event, VersionEvent) else 0
 
 
 def registration(events: Iterable[Event]) -> ExpertRegistered:
@@ -47,8 +33,3 @@ def left_in_the_gateway(
     if left is None or not gone:
         return ""
     return f"What {worker!r} gave before the expert went on as version {left.version} stays in the gateway."
-
-
-def identity(update: UpdateAccepted) -> tuple[str, str, int]:
-    """Names an update, once and for all."""
-    return update.worker, update.epoch, update.sequence

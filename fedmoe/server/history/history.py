@@ -17,28 +17,23 @@ import structlog
 from fedmoe.coordinator import Aggregation, CentralCoordinator, ExpertMoments, Transaction
 from fedmoe.experts import ExpertModel, InitialWeights, Registrant
 from fedmoe.federation.events import (
+    CountedUpdate,
     Event,
+    EventInputs,
     ExpertRebased,
     ExpertRegistered,
-    ExpertRenamed,
-    ExpertRetired,
-    ExpertUnretired,
     GatewayMerged,
-    HeldUpdateRejected,
-    Lineage,
     QuarantineEvent,
     RollEvent,
     UpdateAccepted,
-    UpdateHeld,
     UpdateLost,
-    length,
-    lineages,
-    start,
-    without_worker,
+    VersionEvent,
 )
-from fedmoe.federation.expert_roll import binding_manifest, changed
-from fedmoe.federation.online_gateway import BranchPoint, CountedUpdate, OnlineGateway, count_steps, step_counters
+from fedmoe.federation.expert_changes import binding_manifest
+from fedmoe.federation.lineage import Lineage, length, start, without_worker
+from fedmoe.federation.online_gateway import BranchPoint, OnlineGateway, count_steps, step_counters
 from fedmoe.federation.quarantine import Quarantine
+from fedmoe.federation.transitions import TRANSITIONS, lineages
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout
 from fedmoe.lora.codec import decode
 from fedmoe.lora.manifest import Manifest
@@ -46,7 +41,7 @@ from fedmoe.lora.update_rules import USUAL_WINDOW, RuleState
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.gate.publication import published_blobs
 from fedmoe.server.history.damage import MOST_LEFT_OUT, DamagedUpdateError, with_progress
-from fedmoe.server.history.event_queries import identity, left_in_the_gateway, made_version, registration
+from fedmoe.server.history.event_queries import left_in_the_gateway, made_version, registration
 from fedmoe.server.history.kept_choices import check_choices
 from fedmoe.server.history.pruning import prune_plan
 from fedmoe.server.history.snapshots import best_snapshot, read_snapshot, snapshot_bytes
@@ -129,25 +124,24 @@ class History:
         for event in self._read:
             if quarantine.held or isinstance(event, QuarantineEvent):
                 quarantine = quarantine.after(event)
-            match event:
-                case UpdateHeld() | HeldUpdateRejected():
-                    continue
-                case GatewayMerged():
-                    folds.append(event)
-                case ExpertRenamed() | ExpertRetired() | ExpertUnretired():
-                    changes.append(event)
-                case ExpertRegistered():
-                    shared = layouts.setdefault(event.manifest.layout, event.manifest)
-                    past[event.expert] = [replace(event, manifest=shared.shared_by(event.manifest))]
-                case _:
-                    past[event.expert].append(event)
+            if isinstance(event, GatewayMerged):
+                folds.append(event)
+            elif isinstance(event, RollEvent):
+                changes.append(event)
+            elif isinstance(event, ExpertRegistered):
+                shared = layouts.setdefault(event.manifest.layout, event.manifest)
+                past[event.expert] = [replace(event, manifest=shared.shared_by(event.manifest))]
+            elif isinstance(event, VersionEvent):
+                past[event.expert].append(event)
         self._check_choices(folds)
         self._sweep(past, folds, quarantine.digests())
         experts = {name: self._recover_whole(events) for name, events in past.items()}
         self._journal_lost(experts)
         coordinator = CentralCoordinator(self._aggregation)
         for change in changes:
-            experts[change.expert] = changed(experts[change.expert], change)
+            after = TRANSITIONS[type(change)].expert
+            assert after is not None, "a change of the roll changes an expert"
+            experts[change.expert] = after(experts, change, EventInputs(self._aggregation.rule))
         manifest = binding_manifest(experts)
         online_gateway = self._recover_gateway(manifest, past, folds) if manifest else None
         version = sum(map(len, past.values())) + len(folds) + len(changes) + self._statistics.moments_arrived()
@@ -278,8 +272,8 @@ class History:
                 f"A fold cannot be undone for one expert; choose version {left.version} or a later one.",
             )
         updates = Lineage.updates(chains[version])
-        kept = set(map(identity, updates))
-        removed = [u for u in Lineage.updates(chains[expert.version]) if identity(u) not in kept]
+        kept = {update.identity for update in updates}
+        removed = [update for update in Lineage.updates(chains[expert.version]) if update.identity not in kept]
         with self._pruned_in_words():
             state = self._rebuild(registered, chains, chains[version])
         return RebuiltState(state, len(removed), count_steps(events, updates), "", expert.version, erasures)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedmoe.federation.events import Event, Lineage, UpdateAccepted, lineages
+from fedmoe.federation.events import Event, UpdateAccepted
+from fedmoe.federation.lineage import Lineage
+from fedmoe.federation.transitions import lineages
 from fedmoe.server.history.snapshots import best_snapshot
 
 Chains = Mapping[int, Lineage | None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedmoe.federation.events import Lineage, UpdateAccepted
+from fedmoe.federation.events import UpdateAccepted
+from fedmoe.federation.lineage import Lineage
 from fedmoe.lora.safetensors_bytes import encode_named, read_named
 from fedmoe.lora.update_rules import RuleState
 

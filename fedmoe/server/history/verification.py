@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.federation.events import Event, ExpertRegistered, GatewayMerged, Lineage, QuarantineEvent, lineages
+from fedmoe.federation.events import Event, ExpertRegistered, GatewayMerged, QuarantineEvent
+from fedmoe.federation.lineage import Lineage
+from fedmoe.federation.transitions import lineages
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import CodecError, digest
 from fedmoe.lora.manifest import Manifest

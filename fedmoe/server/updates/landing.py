@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedmoe.federation.events import HeldUpdateRejected, UpdateAccepted, UpdateHeld
-from fedmoe.federation.quarantine import Identity, Quarantine
+from fedmoe.federation.events import HeldUpdateRejected, Identity, UpdateAccepted, UpdateHeld
+from fedmoe.federation.quarantine import Quarantine
 from fedmoe.federation.transaction import Submission, Transaction
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.runtime.errors import RefusedError
@@ -59,20 +59,15 @@ class UpdateDecider:
         for judged in ("clip", "low"):
             info.pop(judged, None)
         named = (held.expert, held.worker, held.epoch, held.sequence, held.base_version, held.digest)
-        update = transaction.admit(Submission(*named, info, norm), at)
-        transaction.apply(update, delta)
-        return self._landed(update, transaction.gateway_version, duplicate=False)
+        landed = transaction.land(Submission(*named, info, norm), delta, at, released=True)
+        return self._answer(landed, transaction.gateway_version, duplicate=False)
 
     def _decided(self, transaction: Transaction, arrived: ReceivedUpdate, at: float) -> UpdateResult:
         self.current.check_update(arrived.header, transaction.expert(arrived.header.expert))
-        update = transaction.admit(arrived.submission, at)
-        held = transaction.hold(update, arrived.size, arrived.token, arrived.suspicion)
-        if held is not None:
-            transaction.apply(held)
-            return self._quarantined(held, transaction.gateway_version, duplicate=False)
-        assert arrived.delta is not None, "an update that is not in the journal was checked and has its numbers"
-        transaction.apply(update, arrived.delta)
-        return self._landed(update, transaction.gateway_version, duplicate=False)
+        landed = transaction.land(
+            arrived.submission, arrived.delta, at, size=arrived.size, token=arrived.token, suspicion=arrived.suspicion
+        )
+        return self._answer(landed, transaction.gateway_version, duplicate=False)
 
     def _answer_of(self, transaction: Transaction, submission: Submission) -> UpdateResult | None:
         """The answer that the same update got before, if it did."""
@@ -81,14 +76,11 @@ class UpdateDecider:
         if rejected is not None:
             refuse_other_bytes(rejected, submission)
             raise _rejection(rejected)
-        if held is not None:
-            refuse_other_bytes(held, submission)
-            return self._quarantined(held, transaction.gateway_version, duplicate=True)
-        update = self._earlier(transaction, identity)
-        if update is None:
+        earlier = held or self._earlier(transaction, identity)
+        if earlier is None:
             return None
-        refuse_other_bytes(update, submission)
-        return self._landed(update, transaction.gateway_version, duplicate=True)
+        refuse_other_bytes(earlier, submission)
+        return self._answer(earlier, transaction.gateway_version, duplicate=True)
 
     def _earlier(self, transaction: Transaction, identity: Identity) -> UpdateAccepted | None:
         for event in transaction.events:
@@ -96,30 +88,22 @@ class UpdateDecider:
                 return event
         return self.journal.find_update(*identity)
 
-    def _landed(self, update: UpdateAccepted, gateway_version: int, duplicate: bool) -> UpdateResult:
-        return UpdateResult(
+    def _answer(self, update: UpdateAccepted | UpdateHeld, gateway_version: int, duplicate: bool) -> UpdateResult:
+        if isinstance(update, UpdateAccepted):
+            version, coefficient, quarantined = update.version, update.coefficient, dict[str, object]()
+        else:
+            version, coefficient = update.newest_version, 0.0
+            quarantined = {"status": "quarantined", "held": update.number, "note": update.reason}
+        answer = UpdateResult(
             expert=update.expert,
-            version=update.version,
+            version=version,
             gateway_version=gateway_version,
             staleness=update.staleness,
-            coefficient=update.coefficient,
+            coefficient=coefficient,
             digest=update.digest,
             duplicate=duplicate,
         )
-
-    def _quarantined(self, held: UpdateHeld, gateway_version: int, duplicate: bool) -> UpdateResult:
-        return UpdateResult(
-            expert=held.expert,
-            version=held.newest_version,
-            gateway_version=gateway_version,
-            staleness=held.staleness,
-            coefficient=0.0,
-            digest=held.digest,
-            duplicate=duplicate,
-            status="quarantined",
-            held=held.number,
-            note=held.reason,
-        )
+        return answer.model_copy(update=quarantined)
 
 
 def _rejection(rejected: HeldUpdateRejected) -> RefusedError:

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 import structlog
 
 from fedmoe.coordinator import Transaction
-from fedmoe.federation.events import Lineage, lineages
+from fedmoe.federation.lineage import Lineage
+from fedmoe.federation.transitions import lineages
 from fedmoe.runtime import failpoints
 from fedmoe.server.history.history import History
 from fedmoe.server.history.pruning import made_of

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+from typing import get_args
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,14 +9,15 @@ from support import accepted, registered
 
 from fedmoe.federation.events import (
     Event,
+    ExpertRegistered,
     ExpertRolledBack,
-    Lineage,
+    RollEvent,
     UpdateAccepted,
+    VersionEvent,
     WorkerRetracted,
-    length,
-    lineages,
-    without_worker,
 )
+from fedmoe.federation.lineage import Lineage, length, without_worker
+from fedmoe.federation.transitions import TRANSITIONS, lineages
 
 WORKERS = ["w1", "w2", "w3"]
 
@@ -117,3 +119,9 @@ def test_a_hundred_thousand_updates_are_no_deep_recursion() -> None:
     assert Lineage.updates(chains[100_000])[-10:] == events[-10:]
     del chains
     gc.collect()
+
+
+def test_the_table_of_transitions_has_every_event_and_a_lineage_for_each_that_makes_a_version() -> None:
+    assert TRANSITIONS.keys() == set(get_args(Event))
+    assert {event for event, change in TRANSITIONS.items() if change.lineage} == set(get_args(VersionEvent))
+    assert all(TRANSITIONS[event].expert for event in (ExpertRegistered, *get_args(VersionEvent), *get_args(RollEvent)))
