@@ -1,4 +1,4 @@
-"""The parameters of every process: flag, else environment variable, else default; an unknown one is an error."""
+"""Configuration of every process: flag, else environment variable, else default; an unknown one is an error."""
 
 from __future__ import annotations
 
@@ -60,9 +60,31 @@ def _factor(value: float) -> float:
     return value
 
 
+def _usable_url(value: str) -> str:
+    """The URL without a slash at its end; nothing in it may be a secret or confuse a terminal."""
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or "@" in value or "?" in value or "#" in value or not value.isprintable() or " " in value:
+        raise ValueError(f"expected a URL like http://192.168.1.100:5000, got {value!r}")
+    return value.rstrip("/")
+
+
+def _usable_token(value: SecretStr) -> SecretStr:
+    """Never shows the value: the message ends up in logs and terminals."""
+    if not _TOKEN.fullmatch(value.get_secret_value()):
+        raise ValueError(
+            "a token needs at least 16 characters, printable ASCII without spaces; "
+            "unset the variable or the flag to use none"
+        )
+    return value
+
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SyncInterval = Annotated[float, BeforeValidator(_seconds)]
-Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Token = Annotated[SecretStr, AfterValidator(_usable_token)]
 
 
 class _ProcessConfig(BaseSettings):
@@ -96,7 +118,7 @@ class CoordinatorConfig(_ProcessConfig):
     strategy: str = "weighted_average"
     gateway_rank: Annotated[int, Field(ge=1, le=4096)] | None = None
     evaluation_gate: bool = False
-    gate_tolerance: Ratio = 0.01
+    gate_tolerance: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.01
     gate_seconds: Annotated[float, Field(ge=1, le=86_400, allow_inf_nan=False)] = 300.0
     start_from: StartFrom = "initial"
     merge_after: Annotated[int, Field(ge=1, le=1_000_000)] = 10
@@ -115,10 +137,8 @@ class CoordinatorConfig(_ProcessConfig):
     min_sync_interval: Annotated[float, Field(ge=0, le=MAX_SYNC_INTERVAL, allow_inf_nan=False)] | None = None
     requests_per_second: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 100.0
     json_limit: Annotated[int, Field(ge=0)] = 8_000_000
-    token: SecretStr | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
-    admin_token: SecretStr | None = Field(
-        default=None, validation_alias=AliasChoices("admin_token", "FEDMOE_ADMIN_TOKEN")
-    )
+    token: Token | None = Field(None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
+    admin_token: Token | None = Field(None, validation_alias=AliasChoices("admin_token", "FEDMOE_ADMIN_TOKEN"))
     insecure: bool = False
     accept_older_journal: bool = False
     skip_damaged: bool = False
@@ -129,53 +149,34 @@ class CoordinatorConfig(_ProcessConfig):
     @field_validator("strategy", "server_optimizer", "staleness", "fold_staleness")
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
-        tables: dict[str, Mapping[str, object]] = {
+        tables: dict[str | None, Mapping[str, object]] = {
             "strategy": STRATEGIES | STRATEGIES_WITH_MOMENTS,
             "server_optimizer": RULES,
-            "staleness": STALENESS,
-            "fold_staleness": STALENESS,
         }
-        known = tables[info.field_name or ""]
-        if value not in known:
-            raise ValueError(f"unknown value {value!r}; choose one of {', '.join(known)}")
+        table = tables.get(info.field_name, STALENESS)
+        if value not in table:
+            raise ValueError(f"unknown value {value!r}; choose one of {', '.join(table)}")
         return value
 
-    @field_validator("token", "admin_token")
-    @classmethod
-    def _not_empty(cls, value: SecretStr | None) -> SecretStr | None:
-        return _usable_token(value)
-
     @model_validator(mode="after")
-    def _gate_has_a_gateway(self) -> CoordinatorConfig:
+    def _consistent(self) -> CoordinatorConfig:
+        given, from_gateway = self.model_fields_set, self.start_from == "gateway"
         if self.evaluation_gate and not self.enable_gateway:
             raise ValueError("--evaluation-gate decides on the gateway, which --no-enable-gateway switches off")
-        return self
-
-    @model_validator(mode="after")
-    def _both_tls_files(self) -> CoordinatorConfig:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("TLS needs both --tls-cert and --tls-key")
-        return self
-
-    @model_validator(mode="after")
-    def _one_kind_of_gateway(self) -> CoordinatorConfig:
-        given = self.model_fields_set
-        if self.start_from == "gateway" and not self.enable_gateway:
+        if from_gateway and not self.enable_gateway:
             raise ValueError("--start-from gateway needs the gateway; drop --no-enable-gateway")
-        if self.start_from == "gateway" and given & {"strategy", "gateway_rank"}:
+        if from_gateway and given & {"strategy", "gateway_rank"}:
             raise ValueError(
                 "with --start-from gateway the gateway is folded at the experts' rank; "
                 "drop --strategy and --gateway-rank"
             )
-        if self.start_from == "initial" and given & {"merge_after", "fold_staleness"}:
+        if not from_gateway and given & {"merge_after", "fold_staleness"}:
             raise ValueError(
                 "--merge-after and --fold-staleness are for experts that go on from the gateway; "
                 "add --start-from gateway"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _two_tokens(self) -> CoordinatorConfig:
         if self.token is not None and self.token == self.admin_token:
             raise ValueError("the join token and the admin token are the same: every worker would be an administrator")
         return self
@@ -184,18 +185,8 @@ class CoordinatorConfig(_ProcessConfig):
 class _CallerConfig(_ProcessConfig):
     """What processes that call a coordinator have in common."""
 
-    coordinator_url: str
-    token: SecretStr | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
-
-    @field_validator("token")
-    @classmethod
-    def _not_empty(cls, value: SecretStr | None) -> SecretStr | None:
-        return _usable_token(value)
-
-    @field_validator("coordinator_url")
-    @classmethod
-    def _is_http(cls, value: str) -> str:
-        return _usable_url(value)
+    coordinator_url: Annotated[str, AfterValidator(_usable_url)]
+    token: Token | None = Field(None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
 
 
 class EvaluatorConfig(_CallerConfig):
@@ -282,47 +273,20 @@ class WorkerConfig(_CallerConfig):
         return self
 
     @model_validator(mode="after")
-    def _something_to_measure_on(self) -> WorkerConfig:
+    def _held_out_data(self) -> WorkerConfig:
         given = self.model_fields_set
         if self.eval_dataset is not None and self.eval_split is not None:
             raise ValueError("--eval-dataset and --eval-split both say what is held out; give one of them")
         if self.early_stopping_patience is None and "early_stopping_threshold" in given:
             raise ValueError("--early-stopping-threshold needs --early-stopping-patience")
-        if self.eval_dataset is not None or self.eval_split is not None:
-            return self
-        for name in ("early_stopping_patience", "eval_steps"):
-            if name in given and getattr(self, name) is not None:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} needs held-out data: --eval-dataset FILE or --eval-split FRACTION")
-        return self
-
-    @model_validator(mode="after")
-    def _held_out_is_not_trained_on(self) -> WorkerConfig:
         if self.eval_dataset is not None and os.path.realpath(self.eval_dataset) == os.path.realpath(self.dataset):
             raise ValueError(
                 "--eval-dataset is the file of --dataset: its loss would not be of held-out data; give another file, "
                 "or --eval-split FRACTION"
             )
+        held_out = self.eval_dataset is not None or self.eval_split is not None
+        for name in ("early_stopping_patience", "eval_steps"):
+            if not held_out and name in given and getattr(self, name) is not None:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} needs held-out data: --eval-dataset FILE or --eval-split FRACTION")
         return self
-
-
-def _usable_url(value: str) -> str:
-    """The URL without a slash at its end; nothing in it may be a secret or confuse a terminal."""
-    try:
-        parts = urlsplit(value)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or "@" in value or "?" in value or "#" in value or not value.isprintable() or " " in value:
-        raise ValueError(f"expected a URL like http://192.168.1.100:5000, got {value!r}")
-    return value.rstrip("/")
-
-
-def _usable_token(value: SecretStr | None) -> SecretStr | None:
-    """Never shows the value: the message ends up in logs and terminals."""
-    if value is not None and not _TOKEN.fullmatch(value.get_secret_value()):
-        raise ValueError(
-            "a token needs at least 16 characters, printable ASCII without spaces; "
-            "unset the variable or the flag to use none"
-        )
-    return value

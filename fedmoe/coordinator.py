@@ -1,4 +1,4 @@
-"""Every decision of the coordinator, without I/O: who may land on what, with which weight, and what the gateway is.
+"""The coordinator without I/O: published experts, transactions on them, and the gateway made of them.
 
 `CentralCoordinator` publishes an immutable mapping of experts. A change is worked out in a `Transaction`, written to
 the journal by whoever owns one, and only then published; one that cannot be written is dropped and nothing happened.
@@ -21,7 +21,7 @@ from fedmoe.federation.transaction import Submission, Transaction
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout
 from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import Manifest
-from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS, MergeResult, merge
+from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS, merge
 from fedmoe.runtime.errors import RefusedError
 
 __all__ = [
@@ -73,18 +73,7 @@ class GatewayModel:
     def of_base(cls, version: int, layout: Layout, strategy: str, left_out: Mapping[str, str]) -> GatewayModel:
         """The gateway while no expert has learned anything: it does what the base model does."""
         adapter = Adapter.zeros(layout, layout.rank)
-        return cls(
-            adapter,
-            version,
-            MappingProxyType({}),
-            MappingProxyType({}),
-            strategy,
-            0.0,
-            digest(adapter),
-            MappingProxyType({}),
-            (),
-            left_out=left_out,
-        )
+        return cls(adapter, version, {}, {}, strategy, 0.0, digest(adapter), {}, (), left_out=left_out)
 
     @classmethod
     def build(
@@ -107,31 +96,30 @@ class GatewayModel:
             layout = layout.with_rank(min(layout.rank, aggregation.gateway_rank or layout.rank))
             return cls.of_base(version, layout, aggregation.strategy, without)
         experts = members(experts, aggregation.buffer_size)
-        known = {name: moments[name] for name in sorted(experts.keys() & moments.keys())}
-        with_moments = aggregation.strategy in STRATEGIES_WITH_MOMENTS and known.keys() == experts.keys()
-        merged: MergeResult = merge(
+        moments = {name: moments[name] for name in sorted(experts.keys() & moments.keys())}
+        with_moments = aggregation.strategy in STRATEGIES_WITH_MOMENTS and moments.keys() == experts.keys()
+        merged = merge(
             {name: expert.adapter for name, expert in experts.items()},
             aggregation.strategy,
             rank=aggregation.gateway_rank,
             energy=ENERGY if with_moments and aggregation.gateway_rank is None else None,
             scale=scale,
-            moments={name: found.moments for name, found in known.items()},
+            moments={name: of_expert.moments for name, of_expert in moments.items()},
             without_moments=WITHOUT_MOMENTS,
         )
-        sources = {name: experts[name].version for name in sorted(experts)}
         return cls(
             merged.adapter,
             version,
-            MappingProxyType(sources),
+            MappingProxyType({name: expert.version for name, expert in experts.items()}),
             MappingProxyType(dict(merged.weights)),
             merged.strategy,
             merged.truncation_error,
             digest(merged.adapter),
-            MappingProxyType({name: found.digest for name, found in known.items()} if with_moments else {}),
+            MappingProxyType({name: of_expert.digest for name, of_expert in moments.items()} if with_moments else {}),
             merged.notes,
             merged.scale,
-            statistics_tokens=_tokens(known),
-            source_digests=MappingProxyType({name: experts[name].digest for name in sorted(experts)}),
+            statistics_tokens=_tokens(moments),
+            source_digests=MappingProxyType({name: expert.digest for name, expert in experts.items()}),
             left_out=without,
         )
 

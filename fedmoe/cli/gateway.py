@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, TextIO
 
@@ -99,7 +100,7 @@ def audit(coordinator_url: CoordinatorUrl = DEFAULT_URL, token: Token = None, as
             raise CommandError("this federation has no experts yet; start a worker first")
         report = merge_audit({name: pull(api, name).adapter for name in names})
     if as_json:
-        show_json(report.to_dict())
+        show_json(asdict(report))
     else:
         _show_audit(report)
 

@@ -24,9 +24,9 @@ from fedmoe.cli.options import (
 from fedmoe.cli.output import CommandError, importing, show_json, show_table
 from fedmoe.gateway.routers import SequenceRouter
 from fedmoe.lora.adapter import Adapter
-from fedmoe.lora.codec import CodecError
 from fedmoe.lora.manifest import BaseModel
 from fedmoe.lora.prompt_statistics import PromptStatistics
+from fedmoe.lora.safetensors_bytes import CodecError
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.files import write_atomic
 from fedmoe.wire.client import CoordinatorClient

@@ -6,6 +6,7 @@ Everything here works from stacked factors and R x R Gram matrices (R = sum of r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,13 +90,15 @@ def recompress(adapter: Adapter, rank: int | None = None, energy: float | None =
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy is the share to keep, above 0 and at most 1, got {energy}")
     cores = [_core(a, b, adapter.scale) for _, a, b in adapter.factors()]
-    chosen = rank if energy is None else max(core.rank_for(energy) for core in cores)
+    chosen = rank if energy is None else max(rank_for(core.energies, energy) for core in cores)
     assert chosen is not None
     layout = adapter.layout.with_rank(min(chosen, adapter.rank))
     flat = np.zeros(layout.size, np.float32)
     factors = zip(adapter.factors(), layout.factors(flat), cores, strict=True)
     for (_, a, b), (_, new_a, new_b), core in factors:
-        core.write(a, b, new_a, new_b)
+        kept = min(layout.rank, len(core.into_a))
+        new_a[:kept] = core.into_a[:kept] @ a.astype(np.float64)
+        new_b[:, :kept] = b.astype(np.float64) @ core.into_b[:, :kept]
     total = sum(float(core.energies.sum()) for core in cores)
     lost = sum(float(core.energies[layout.rank :].sum()) for core in cores)
     return TruncatedAdapter(
@@ -117,17 +120,14 @@ class _Core:
     into_a: Float64Array
     into_b: Float64Array
 
-    def rank_for(self, energy: float) -> int:
-        total = float(self.energies.sum())
-        if total == 0:
-            return 1
-        kept = np.cumsum(self.energies) / total
-        return min(int(np.searchsorted(kept, energy - 1e-12)) + 1, len(self.energies))
 
-    def write(self, a: FloatMatrix, b: FloatMatrix, new_a: FloatMatrix, new_b: FloatMatrix) -> None:
-        rank = min(new_a.shape[0], self.into_a.shape[0])
-        new_a[:rank] = self.into_a[:rank] @ a.astype(np.float64)
-        new_b[:, :rank] = b.astype(np.float64) @ self.into_b[:, :rank]
+def rank_for(energies: Float64Array, energy: float) -> int:
+    """The smallest rank that keeps this share of all energies, which fall; 1 where there is none."""
+    total = float(energies.sum())
+    if total == 0:
+        return 1
+    shares = np.cumsum(energies) / total
+    return min(int(np.searchsorted(shares, energy - 1e-12)) + 1, len(energies))
 
 
 def _core(a: FloatMatrix, b: FloatMatrix, scale: float) -> _Core:
@@ -166,22 +166,15 @@ def _square_root(gram: Float64Array) -> Float64Array:
         return root
 
 
-def inner_product(left: Adapter, right: Adapter) -> float:
-    """<dW_left, dW_right> summed over modules, from r x r Gram matrices: s_l s_r tr(B_l'B_r A_r A_l').
-
-    Raises `ShapeError` if the two adapt different modules; their ranks may differ.
-    """
-    if left.layout.modules != right.layout.modules:
-        raise ShapeError("adapters with different modules have no inner product; they need one base and target_modules")
-    total = 0.0
-    for (_, a, b), (_, other_a, other_b) in zip(left.factors(), right.factors(), strict=True):
-        gram_b = b.T.astype(np.float64) @ other_b.astype(np.float64)
-        gram_a = a.astype(np.float64) @ other_a.T.astype(np.float64)
-        total += float((gram_b * gram_a).sum())
-    return left.scale * right.scale * total
+def module_norms(adapter: Adapter) -> dict[str, float]:
+    """Frobenius norm of every module's product, sqrt(s^2 tr(B'B A A'))."""
+    return {module.name: adapter.scale * math.sqrt(max(_energy(a, b), 0.0)) for module, a, b in adapter.factors()}
 
 
 def product_norm(adapter: Adapter) -> float:
     """Frobenius norm of all products together, sqrt(sum over modules of ||s B A||_F^2)."""
-    total = sum(float((_gram(b) * _gram(a.T)).sum()) for _, a, b in adapter.factors())
-    return adapter.scale * float(np.sqrt(max(total, 0.0)))
+    return adapter.scale * math.sqrt(max(sum(_energy(a, b) for _, a, b in adapter.factors()), 0.0))
+
+
+def _energy(a: FloatMatrix, b: FloatMatrix) -> float:
+    return float((_gram(b) * _gram(a.T)).sum())

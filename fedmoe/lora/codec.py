@@ -21,39 +21,13 @@ from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ShapeError
 from fedmoe.lora.safetensors_bytes import (
-    MAX_HEADER_BYTES,
     Buffer,
-    CodecError,
-    MalformedError,
     MismatchError,
     TensorEntry,
-    encode_named,
     header_bytes,
     read_header,
-    read_named,
     shown,
 )
-
-__all__ = [
-    "MAX_HEADER_BYTES",
-    "WIRE_DTYPES",
-    "Buffer",
-    "CodecError",
-    "DecodedBody",
-    "MalformedError",
-    "MismatchError",
-    "TensorEntry",
-    "WireDtype",
-    "decode",
-    "dequantise",
-    "digest",
-    "encode",
-    "encode_named",
-    "quantise",
-    "read_header",
-    "read_named",
-    "tensor_names",
-]
 
 WireDtype = Literal["fp32", "bf16", "int8"]
 WIRE_DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)

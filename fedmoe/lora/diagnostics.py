@@ -1,14 +1,13 @@
-"""A look at experts before they are merged: how large they are, how much they share, which rank a merge needs.
+"""Diagnostics before a merge: how large experts are, how much their subspaces overlap, which rank their sum needs.
 
 All of it comes from the factors, by r x r Gram matrices; no data is asked for and no d x d matrix is formed.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -48,21 +47,11 @@ class MergeAudit:
     `energy` of every module's squared singular values, `stacked_rank` the one that loses nothing.
     """
 
-    norms: Mapping[str, float]
-    pairs: tuple[PairAudit, ...]
+    norms: dict[str, float]
+    pairs: list[PairAudit]
     stacked_rank: int
     predicted_rank: int
     energy: float
-
-    def to_dict(self) -> dict[str, object]:
-        """JSON types only."""
-        return {
-            "norms": dict(self.norms),
-            "pairs": [asdict(pair) for pair in self.pairs],
-            "stacked_rank": self.stacked_rank,
-            "predicted_rank": self.predicted_rank,
-            "energy": self.energy,
-        }
 
 
 def audit(experts: Mapping[str, Adapter], energy: float = ENERGY) -> MergeAudit:
@@ -76,21 +65,11 @@ def audit(experts: Mapping[str, Adapter], energy: float = ENERGY) -> MergeAudit:
     stacked = stack([(1.0, expert) for expert in ordered.values()])
     return MergeAudit(
         {name: product_norm(expert) for name, expert in ordered.items()},
-        tuple(_pairs(ordered)),
+        _pairs(ordered),
         stacked.rank,
         recompress(stacked, energy=energy).adapter.rank,
         energy,
     )
-
-
-def module_norms(adapter: Adapter) -> dict[str, float]:
-    """Frobenius norm of every module's product, sqrt(s^2 tr(B'B A A'))."""
-    found = {}
-    for module, a, b in adapter.factors():
-        wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
-        square = float(((wide_b.T @ wide_b) * (wide_a @ wide_a.T)).sum())
-        found[module.name] = adapter.scale * math.sqrt(max(square, 0.0))
-    return found
 
 
 def _pairs(experts: Mapping[str, Adapter]) -> list[PairAudit]:

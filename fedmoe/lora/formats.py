@@ -99,7 +99,7 @@ def read_peft(files: Mapping[str, bytes]) -> Adapter:
 
 def _file(files: Mapping[str, bytes], name: str) -> bytes:
     if name not in files:
-        raise MalformedError("malformed", f"a PEFT adapter needs {name}; got {shown(sorted(files)) or 'no file'}")
+        raise MalformedError(f"a PEFT adapter needs {name}; got {shown(sorted(files)) or 'no file'}")
     return files[name]
 
 
@@ -109,9 +109,9 @@ def _read_config(files: Mapping[str, bytes]) -> dict[str, object]:
     except CodecError:
         raise
     except (ValueError, RecursionError) as error:
-        raise MalformedError("malformed", f"{PEFT_CONFIG} is not JSON: {error}") from None
+        raise MalformedError(f"{PEFT_CONFIG} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise MalformedError("malformed", f"{PEFT_CONFIG} must be a JSON object, got {type(config).__name__}")
+        raise MalformedError(f"{PEFT_CONFIG} must be a JSON object, got {type(config).__name__}")
     unsupported = [key for key in _NOT_PLAIN if config.get(key)]
     if config.get("peft_type", "LORA") != "LORA":
         unsupported.append("peft_type")
@@ -127,7 +127,7 @@ def _read_config(files: Mapping[str, bytes]) -> dict[str, object]:
 def _positive(config: Mapping[str, object], key: str) -> float:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1 << 32:
-        raise MalformedError("malformed", f"{PEFT_CONFIG} needs a positive number as {key}")
+        raise MalformedError(f"{PEFT_CONFIG} needs a positive number as {key}")
     return float(value)
 
 
@@ -185,7 +185,7 @@ def read_npz(data: bytes) -> Adapter:
             }
             return Adapter.from_factors(factors, float(arrays["rank"]))
     except _NO_NPZ as error:
-        raise MalformedError("malformed", f"not a gateway as npz: {error}") from None
+        raise MalformedError(f"not a gateway as npz: {error}") from None
 
 
 # What zipfile and numpy raise for bytes that are none: also encrypted members and sizes beyond the machine's.

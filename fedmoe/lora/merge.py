@@ -1,4 +1,4 @@
-"""K experts -> one adapter: weights are planned, checked, and then applied to the products."""
+"""Merge strategies: several experts become one adapter, exactly in the product or in the metric of their inputs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Literal
 import numpy as np
 
 from fedmoe.lora.adapter import Adapter, ShapeError
-from fedmoe.lora.algebra import TruncatedAdapter, recompress, stack
-from fedmoe.lora.diagnostics import module_norms
+from fedmoe.lora.algebra import TruncatedAdapter, module_norms, recompress, stack
 from fedmoe.lora.moments import InputMoments, thin_notes
 from fedmoe.lora.regmean import RANK_CAP, SCALE, regmean
 
@@ -49,16 +48,7 @@ class Strategy:
     """What sets a strategy apart: the weight of each of `count` experts, and the scale for as many if it has one."""
 
     weight: Callable[[int], float]
-    normalised: bool = False
     scale: Callable[[int], float] | None = None
-
-
-def _unit(count: int) -> float:
-    return 1.0
-
-
-def _equal(count: int) -> float:
-    return 1.0 / count
 
 
 def damping(count: int) -> float:
@@ -66,36 +56,17 @@ def damping(count: int) -> float:
     return min(1.0, _OVER_MEAN / count)
 
 
-def _scale_of_several(value: float) -> Callable[[int], float]:
-    return lambda count: value if count > 1 else 1.0
-
-
-#: Strategy name -> what it does, for those that need nothing but the experts. `concat` is `sum` by the name other tools
-#: give to the exact stack.
+#: Strategy name -> what it does, for those that need nothing but the experts.
 STRATEGIES: dict[str, Strategy] = {
-    "weighted_average": Strategy(_equal, normalised=True),
-    "sum": Strategy(_unit),
-    "concat": Strategy(_unit),
-    "scaled": Strategy(_unit, scale=damping),
+    "weighted_average": Strategy(lambda count: 1.0 / count),
+    "sum": Strategy(lambda count: 1.0),
+    "concat": Strategy(lambda count: 1.0),  # `sum` by the name that other tools give to the exact stack
+    "scaled": Strategy(lambda count: 1.0, scale=damping),
 }
 #: Those that need the input moments of every expert as well.
-STRATEGIES_WITH_MOMENTS: dict[str, Strategy] = {"regmean": Strategy(_unit, scale=_scale_of_several(SCALE))}
-
-
-def plan_weights(
-    names: list[str], strategy: str = "weighted_average", given: Mapping[str, float] | None = None
-) -> dict[str, float]:
-    """The weight of every expert, in name order.
-
-    `given` weights are normalised for `weighted_average` and used as they are for all others.
-    """
-    chosen = _strategy(strategy)
-    if not names:
-        raise ValueError("there is no expert to merge yet; a worker has to register one first")
-    ordered = sorted(names)
-    if given is None:
-        return dict.fromkeys(ordered, chosen.weight(len(ordered)))
-    return _given_weights(ordered, chosen, given)
+STRATEGIES_WITH_MOMENTS: dict[str, Strategy] = {
+    "regmean": Strategy(lambda count: 1.0, scale=lambda count: SCALE if count > 1 else 1.0)
+}
 
 
 def _strategy(name: str) -> Strategy:
@@ -105,22 +76,11 @@ def _strategy(name: str) -> Strategy:
     return known[name]
 
 
-def _given_weights(ordered: list[str], strategy: Strategy, given: Mapping[str, float]) -> dict[str, float]:
-    if set(given) != set(ordered):
-        raise ValueError(f"weights name {sorted(given)}, the experts are {ordered}; name every expert once")
-    total = sum(given[name] for name in ordered)  # in name order: rounding must not depend on the mapping's order
-    if not all(given[name] >= 0 for name in ordered) or not 0 < total < math.inf:
-        raise ValueError(f"weights and their sum must be finite, not negative and not all zero, got {dict(given)}")
-    divisor = total if strategy.normalised else 1.0
-    return {name: given[name] / divisor for name in ordered}
-
-
 def merge(
     experts: Mapping[str, Adapter],
     strategy: str = "weighted_average",
-    weights: Mapping[str, float] | None = None,
-    rank: int | None = None,
     *,
+    rank: int | None = None,
     energy: float | None = None,
     scale: float | None = None,
     moments: Mapping[str, InputMoments] | None = None,
@@ -138,7 +98,9 @@ def merge(
     The order of `experts` does not matter: sources are taken in name order, so the bytes are the same.
     """
     used, notes = _strategy_in_reach(strategy, experts, moments or {}, without_moments)
-    planned = plan_weights(list(experts), used, weights)
+    if not experts:
+        raise ValueError("there is no expert to merge yet; a worker has to register one first")
+    planned = dict.fromkeys(sorted(experts), _strategy(used).weight(len(experts)))
     if rank is not None and rank < 1:
         raise ShapeError(f"the gateway's rank must be at least 1, got {rank}")
     factor = _scale(used, scale if used == strategy else None, len(planned))
@@ -209,10 +171,10 @@ def cap_norms(
     """
     norms = {name: _norms(experts[name], unit, start) for name in sorted(experts)}
     modules = next(iter(norms.values()), {})
-    usual = {module: _median_of_used([found[module] for found in norms.values()]) for module in modules}
+    usual = {module: _median_of_used([of_expert[module] for of_expert in norms.values()]) for module in modules}
     result, notes = {}, []
-    for name, found in norms.items():
-        factors = {module: usual[module] / norm for module, norm in found.items() if norm > usual[module]}
+    for name, of_expert in norms.items():
+        factors = {module: usual[module] / norm for module, norm in of_expert.items() if norm > usual[module]}
         result[name] = _shrunk(experts[name], factors, start) if factors else experts[name]
         if factors:
             where = "" if unit == "whole" else f" in {len(factors)} of {len(modules)} modules"
@@ -226,8 +188,8 @@ _WHOLE = ""
 
 
 def _norms(expert: Adapter, unit: NormCap, start: Adapter | None) -> dict[str, float]:
-    found = module_norms(expert if start is None else stack([(1.0, expert), (-1.0, start)]))
-    return found if unit == "module" else {_WHOLE: math.hypot(*found.values())}
+    norms = module_norms(expert if start is None else stack([(1.0, expert), (-1.0, start)]))
+    return norms if unit == "module" else {_WHOLE: math.hypot(*norms.values())}
 
 
 def _median_of_used(norms: list[float]) -> float:

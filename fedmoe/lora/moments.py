@@ -1,4 +1,4 @@
-"""Second moments of what goes into the adapted modules: what a site tells of its data so that experts merge well.
+"""Input moments: second moments of what goes into the adapted modules, which a site discloses for better merges.
 
 For inputs x of one module, G = mean of w x x' (n x n, n = in_features) is too large to keep or send; w says how much
 the loss cares for this input (`models/input_moments.py`), in any unit. A site keeps G's diagonal and a sketch
@@ -201,17 +201,14 @@ class InputMoments:
 
         Equal inputs have diagonals that are equal to the bit. Their sketches differ, because Omega does.
         """
-        found: dict[bytes, list[str]] = {}
+        groups: dict[bytes, list[str]] = {}
         for name, module in self.modules.items():
-            found.setdefault(module.diagonal.tobytes(), []).append(name)
-        return tuple(tuple(names) for names in found.values())
-
-    def group_of(self, module: str) -> tuple[str, ...]:
-        """The modules with the same input as this one, itself among them; `KeyError` for a module that is not there."""
-        return self._group_of[module]
+            groups.setdefault(module.diagonal.tobytes(), []).append(name)
+        return tuple(map(tuple, groups.values()))
 
     @cached_property
-    def _group_of(self) -> dict[str, tuple[str, ...]]:
+    def group_of(self) -> Mapping[str, tuple[str, ...]]:
+        """Module -> the modules with the same input, itself among them."""
         return {name: group for group in self.groups for name in group}
 
     def approximate(self, module: str) -> Gram:
@@ -219,13 +216,12 @@ class InputMoments:
 
         Raises `KeyError` for a module that is not there.
         """
-        group = [(name, self.modules[name]) for name in self.group_of(module)]
-        for name, found in group:
-            if found.columns == found.features:
-                group = [(name, found)]
-                break
-        tests = [omega(self.seed, name, found.features, found.columns) for name, found in group]
-        sketches = np.hstack([found.sketch for _, found in group])
+        group = {name: self.modules[name] for name in self.group_of[module]}
+        whole = [name for name, alike in group.items() if alike.columns == alike.features]
+        if whole:
+            group = {whole[0]: group[whole[0]]}
+        tests = [omega(self.seed, name, alike.features, alike.columns) for name, alike in group.items()]
+        sketches = np.hstack([alike.sketch for alike in group.values()])
         return nystrom(self.modules[module].diagonal, sketches, np.hstack(tests))
 
     def to_tensors(self) -> dict[str, NDArray[np.float32]]:
@@ -259,7 +255,7 @@ class InputMoments:
             raise MismatchError("format", f"not a file of input moments: format is {metadata.get('format')!r}")
         counts = [metadata.get(key, "") for key in ("tokens", "seed")]
         if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in counts):
-            raise MalformedError("malformed", f"tokens and seed must be whole numbers, got {shown(counts)}")
+            raise MalformedError(f"tokens and seed must be whole numbers, got {shown(counts)}")
         return cls.from_tensors(read_named(body), int(counts[0]), int(counts[1]))
 
 

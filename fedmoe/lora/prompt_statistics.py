@@ -175,7 +175,7 @@ class PromptStatistics:
             raise MismatchError("tensor_mismatch", f"each half needs {', '.join(_PARTS)}; got {shown(entries)}")
         counts = [metadata.get(half, "") for half in _HALVES]
         if not all(count.isascii() and count.isdigit() and len(count) < 16 for count in counts):
-            raise MalformedError("malformed", f"the halves' counts must be whole numbers, got {shown(counts)}")
+            raise MalformedError(f"the halves' counts must be whole numbers, got {shown(counts)}")
         tensors = read_named(body)
         halves = (
             FeatureMoments(int(count), *(tensors[f"{half}.{part}"] for part in _PARTS))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ModuleShape, ShapeError
-from fedmoe.lora.algebra import TruncatedAdapter
+from fedmoe.lora.algebra import TruncatedAdapter, rank_for
 from fedmoe.lora.moments import Gram, InputMoments, filled_up, sum_of_grams
 
 Factors64 = tuple[Float64Array, Float64Array]
@@ -75,13 +75,6 @@ class _Cut:
     b: FloatMatrix
     energies: Float64Array
 
-    def rank_for(self, energy: float) -> int:
-        total = float(self.energies.sum())
-        if total == 0:
-            return 1
-        kept = np.cumsum(self.energies) / total
-        return min(int(np.searchsorted(kept, energy - 1e-12)) + 1, len(kept))
-
 
 def regmean(
     experts: Mapping[str, Adapter],
@@ -137,11 +130,11 @@ def _check(experts: Mapping[str, Adapter], moments: Mapping[str, InputMoments], 
 
 def check_moments(moments: Mapping[str, InputMoments], modules: Sequence[ModuleShape]) -> None:
     """Raises `ShapeError` for moments that lack a module or have another number of inputs for it."""
-    for expert, known in moments.items():
+    for expert, of_expert in moments.items():
         for module in modules:
-            found = known.modules.get(module.name)
-            if found is None or found.features != module.in_features:
-                got = "none" if found is None else f"{found.features} features"
+            of_module = of_expert.modules.get(module.name)
+            if of_module is None or of_module.features != module.in_features:
+                got = "none" if of_module is None else f"{of_module.features} features"
                 raise ShapeError(
                     f"moments of {expert}: module {module.name} has {module.in_features} inputs, got {got}; "
                     "collect them on the base model and target_modules of the experts"
@@ -151,17 +144,17 @@ def check_moments(moments: Mapping[str, InputMoments], modules: Sequence[ModuleS
 def rebuilt(moments: Sequence[InputMoments], modules: Sequence[ModuleShape]) -> Iterator[tuple[list[str], list[Gram]]]:
     """The modules that share an input, and its G of all `moments`; each G is rebuilt once, thin ones are filled up."""
     names = {module.name for module in modules}
-    known: list[tuple[tuple[str, ...], Gram]] = []
+    grams: list[tuple[tuple[str, ...], Gram]] = []
     alike: list[str] = []
-    tokens = [one.tokens for one in moments]
+    tokens = [of_expert.tokens for of_expert in moments]
     for name in (name for group in moments[0].groups for name in group if name in names):
-        if not known or any(name not in shared for shared, _ in known):
+        if not grams or any(name not in shared for shared, _ in grams):
             if alike:
-                yield alike, filled_up([gram for _, gram in known], tokens)
-            known, alike = [(one.group_of(name), one.approximate(name)) for one in moments], []
+                yield alike, filled_up([gram for _, gram in grams], tokens)
+            grams, alike = [(of_expert.group_of[name], of_expert.approximate(name)) for of_expert in moments], []
         alike.append(name)
     if alike:
-        yield alike, filled_up([gram for _, gram in known], tokens)
+        yield alike, filled_up([gram for _, gram in grams], tokens)
 
 
 def loudness(gram: Gram) -> float:
@@ -254,7 +247,7 @@ def _uncut(plan: _Plan) -> Adapter:
 
 def _cut_to(plan: _Plan, limit: int, energy: float | None) -> TruncatedAdapter:
     cuts = {name: cut_in_metric(solution, limit) for name, solution in _solutions(plan)}
-    rank = limit if energy is None else min(limit, max(cut.rank_for(energy) for cut in cuts.values()))
+    rank = limit if energy is None else min(limit, max(rank_for(cut.energies, energy) for cut in cuts.values()))
     total = sum(float(cuts[name].energies.sum()) for name in sorted(cuts))
     lost = sum(float(cuts[name].energies[rank:].sum()) for name in sorted(cuts))
     layout = plan.experts[0].layout.with_rank(rank)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ShapeError, initial_adapter
+from fedmoe.lora.algebra import scaled
 
 
 def grow_rank(adapter: Adapter, rank: int, seed: int) -> Adapter:
@@ -44,16 +45,8 @@ def rescale(adapter: Adapter, alpha: float) -> Adapter:
 
     Under Adam this multiplies the effective learning rate of B by alpha / old alpha and leaves that of A alone: a step
     of B is as long as before and counts that much more in the product. The gradient of B grows by that ratio, so its
-    first moment is to be multiplied by it and its second by its square (`scale_b`).
+    first moment is to be multiplied by it and its second by its square.
     """
     if not np.isfinite(alpha) or alpha <= 0:
         raise ShapeError(f"alpha must be a positive number, got {alpha}")
-    return Adapter(adapter.layout, alpha, scale_b(adapter.layout, adapter.flat, adapter.alpha / alpha))
-
-
-def scale_b(layout: Layout, flat: FloatVector, factor: float) -> FloatVector:
-    """A copy of a flat vector whose B parts are multiplied by `factor`, float32."""
-    scaled = flat.copy()
-    for _, _, b in layout.factors(scaled):
-        b *= np.float32(factor)
-    return scaled
+    return Adapter(adapter.layout, alpha, scaled(adapter, adapter.alpha / alpha).flat)

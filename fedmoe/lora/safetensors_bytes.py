@@ -44,6 +44,9 @@ class CodecError(ValueError):
 class MalformedError(CodecError):
     """Not safetensors at all, or safetensors that contradict themselves."""
 
+    def __init__(self, message: str, code: str = "malformed") -> None:
+        super().__init__(code, message)
+
 
 class MismatchError(CodecError):
     """Well-formed, but not what the layout asks for."""
@@ -69,13 +72,13 @@ def shown(names: Iterable[str]) -> str:
 def header_bytes(header: Mapping[str, object], metadata: Mapping[str, str] | None = None) -> bytes:
     """The length prefix and the JSON header; raises `MalformedError` for one that `read_header` would refuse."""
     if "__metadata__" in header:
-        raise MalformedError("malformed", "a tensor cannot be called '__metadata__'; the format keeps that name")
+        raise MalformedError("a tensor cannot be called '__metadata__'; the format keeps that name")
     full = {"__metadata__": dict(metadata), **header} if metadata else dict(header)
     _metadata(dict(metadata or {}))
     text = json.dumps(full, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _PREFIX_BYTES)  # keeps the data aligned, as the format recommends
     if len(text) > MAX_HEADER_BYTES:
-        raise MalformedError("malformed", f"the header takes {len(text)} bytes; at most {MAX_HEADER_BYTES} are read")
+        raise MalformedError(f"the header takes {len(text)} bytes; at most {MAX_HEADER_BYTES} are read")
     return len(text).to_bytes(_PREFIX_BYTES, "little") + text
 
 
@@ -83,14 +86,12 @@ def read_header(body: Buffer) -> tuple[dict[str, TensorEntry], dict[str, str], m
     """Entries, metadata and the data part of any safetensors body, checked for what the format promises."""
     view = memoryview(body).cast("B")
     if len(view) < _PREFIX_BYTES:
-        raise MalformedError(
-            "malformed", f"a body of {len(view)} bytes cannot be safetensors (8 bytes of length first)"
-        )
+        raise MalformedError(f"a body of {len(view)} bytes cannot be safetensors (8 bytes of length first)")
     length = int.from_bytes(view[:_PREFIX_BYTES], "little")
     if length > MAX_HEADER_BYTES:
-        raise MalformedError("malformed", f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are read")
+        raise MalformedError(f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are read")
     if _PREFIX_BYTES + length > len(view):
-        raise MalformedError("malformed", f"the header claims {length} bytes, the body has {len(view) - _PREFIX_BYTES}")
+        raise MalformedError(f"the header claims {length} bytes, the body has {len(view) - _PREFIX_BYTES}")
     header = _parse_json(bytes(view[_PREFIX_BYTES : _PREFIX_BYTES + length]))
     data = view[_PREFIX_BYTES + length :]
     metadata = _metadata(header.pop("__metadata__", {}))
@@ -101,60 +102,55 @@ def read_header(body: Buffer) -> tuple[dict[str, TensorEntry], dict[str, str], m
 
 def _parse_json(text: bytes) -> dict[str, object]:
     if not text.startswith(b"{"):
-        raise MalformedError("malformed", f"the header must be a JSON object, it begins with {text[:8]!r}")
+        raise MalformedError(f"the header must be a JSON object, it begins with {text[:8]!r}")
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
         "".join(header).encode()  # JSON can spell half of a surrogate pair, which no later writer could write
     except CodecError:
         raise
     except (ValueError, RecursionError) as error:  # also text that is not UTF-8 and integers beyond Python's limit
-        raise MalformedError("malformed", f"the header is not JSON: {error}") from None
+        raise MalformedError(f"the header is not JSON: {error}") from None
     assert isinstance(header, dict)
     return header
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        raise MalformedError("duplicate_key", f"the header names a tensor more than once: {shown(repeated)}")
-    return found
+        raise MalformedError(f"the header names a tensor more than once: {shown(repeated)}", "duplicate_key")
+    return unique
 
 
 def _metadata(value: object) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise MalformedError("malformed", "__metadata__ must map strings to strings")
+    if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+        raise MalformedError("__metadata__ must map strings to strings")
     texts = [*value.keys(), *value.values()]
-    if not all(isinstance(text, str) for text in texts):
-        raise MalformedError("malformed", "__metadata__ must map strings to strings")
     characters = sum(map(len, texts))
     if characters > MAX_METADATA_CHARACTERS:
-        raise MalformedError(
-            "malformed", f"__metadata__ has {characters} characters; at most {MAX_METADATA_CHARACTERS} are read"
-        )
+        raise MalformedError(f"__metadata__ has {characters} characters; at most {MAX_METADATA_CHARACTERS} are read")
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
-        raise MalformedError("malformed", "__metadata__ holds half of a surrogate pair; send valid Unicode") from None
+        raise MalformedError("__metadata__ holds half of a surrogate pair; send valid Unicode") from None
     return value
 
 
 def _entry(name: str, value: object) -> TensorEntry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise MalformedError("malformed", f"tensor {shown([name])} needs exactly dtype, shape and data_offsets")
+        raise MalformedError(f"tensor {shown([name])} needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str):
-        raise MalformedError("malformed", f"tensor {shown([name])}: dtype must be a string")
+        raise MalformedError(f"tensor {shown([name])}: dtype must be a string")
     if not _counts(shape, _MAX_DIMENSIONS) or not _counts(offsets, 2) or len(offsets) != 2:
         raise MalformedError(
-            "malformed",
-            f"tensor {shown([name])}: shape must list at most {_MAX_DIMENSIONS} counts, data_offsets two of them",
+            f"tensor {shown([name])}: shape must list at most {_MAX_DIMENSIONS} counts, data_offsets two of them"
         )
     size = _BYTES.get(dtype)
     length = offsets[1] - offsets[0]
     if length < 0 or (size is not None and length != math.prod(shape) * size):
         raise MalformedError(
-            "malformed", f"tensor {shown([name])}: {shown([dtype])} of shape {shape} does not fit into bytes {offsets}"
+            f"tensor {shown([name])}: {shown([dtype])} of shape {shape} does not fit into bytes {offsets}"
         )
     return TensorEntry(dtype, tuple(shape), offsets[0], offsets[1])
 
@@ -171,12 +167,10 @@ def _check_contiguous(entries: Mapping[str, TensorEntry], available: int) -> Non
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != position:
-            raise MalformedError(
-                "malformed", f"tensor {shown([name])} starts at byte {entry.start}, expected {position}"
-            )
+            raise MalformedError(f"tensor {shown([name])} starts at byte {entry.start}, expected {position}")
         position = entry.stop
     if position != available:
-        raise MalformedError("malformed", f"the tensors cover {position} bytes, the body carries {available}")
+        raise MalformedError(f"the tensors cover {position} bytes, the body carries {available}")
 
 
 def encode_named(tensors: Mapping[str, NDArray[np.float32]], metadata: Mapping[str, str] | None = None) -> bytes:

@@ -21,7 +21,8 @@ from fedmoe.coordinator import CentralCoordinator, GatewayModel, Transaction
 from fedmoe.experts import ExpertModel, Registrant, first_name
 from fedmoe.federation.events import GatewayMerged, HeldUpdateRejected, QuarantineEvent
 from fedmoe.lora.adapter import Layout
-from fedmoe.lora.codec import WIRE_DTYPES, CodecError, MalformedError, decode
+from fedmoe.lora.codec import WIRE_DTYPES, decode
+from fedmoe.lora.safetensors_bytes import CodecError, MalformedError
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal
@@ -377,7 +378,7 @@ class CoordinatorService:
             body.chunks, ExpectedBody(body_limit(header.kind, layout), body.length, body.sha256), writer, self._pool
         )
         if writer.size == 0:
-            raise MalformedError("malformed", "the body is empty")
+            raise MalformedError("the body is empty")
         refuse_suspect(self._in_flight.suspicion(writer.digest))
         marked = InFlightBody(writer.digest, header.expert, header.worker, 0, writer.size)
         async with self._merging.turn(token):
@@ -402,7 +403,7 @@ class CoordinatorService:
         if self.coordinator.quarantine.knows(identity) or self.journal.find_update(*identity) is not None:
             return ReceivedUpdate(header, submission_of(header, writer.digest), None, writer.size, token)
         if writer.size == 0:
-            raise MalformedError("malformed", "the body is empty")
+            raise MalformedError("the body is empty")
         self.current.check_update(header, self.coordinator.expert(header.expert))
         suspicion = self._in_flight.suspicion(writer.digest)
         if suspicion:

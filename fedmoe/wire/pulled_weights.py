@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape
-from fedmoe.lora.codec import CodecError, WireDtype, decode, digest
+from fedmoe.lora.codec import WireDtype, decode, digest
 from fedmoe.lora.manifest import Manifest
-from fedmoe.lora.safetensors_bytes import read_header
+from fedmoe.lora.safetensors_bytes import CodecError, read_header
 from fedmoe.runtime.safe_text import inert, inert_json, shortened
 from fedmoe.wire.contract.messages import INCARNATION_HEADER, SAFETENSORS, ManifestMessage
 from fedmoe.wire.replies import Answer, CoordinatorUnavailableError, foreign

@@ -16,20 +16,8 @@ from hypothesis.extra import numpy as arrays
 from lora_cases import entry, laws, layouts, random_adapter, random_flat, raw_body
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
-from fedmoe.lora.codec import (
-    WIRE_DTYPES,
-    CodecError,
-    MalformedError,
-    MismatchError,
-    WireDtype,
-    decode,
-    dequantise,
-    digest,
-    encode,
-    quantise,
-    read_header,
-    tensor_names,
-)
+from fedmoe.lora.codec import WIRE_DTYPES, WireDtype, decode, dequantise, digest, encode, quantise, tensor_names
+from fedmoe.lora.safetensors_bytes import CodecError, MalformedError, MismatchError, read_header
 from fedmoe.lora.update_rules import first_not_finite
 
 LAYOUT = Layout((ModuleShape("model.q", 6, 4), ModuleShape("model.up", 3, 5)), 2)

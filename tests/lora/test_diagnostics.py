@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from lora_cases import adapters, bulk, dense, laws, norm, random_adapter
 from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
-from fedmoe.lora.algebra import scaled
-from fedmoe.lora.diagnostics import Overlap, audit, module_norms
+from fedmoe.lora.algebra import module_norms, scaled
+from fedmoe.lora.diagnostics import Overlap, audit
 
 LAYOUT = Layout((ModuleShape("q", 20, 12), ModuleShape("up", 9, 31)), 4)
 NAMES = ["a", "b", "c"]
@@ -57,7 +58,7 @@ def test_overlaps_are_the_dense_cosines_whatever_the_order(order: list[str]) -> 
         assert pair.inputs.maximum == pytest.approx(max(inputs), abs=1e-6)
         assert pair.outputs.median == pytest.approx(np.median(outputs), abs=1e-6)
         assert pair.outputs.maximum == pytest.approx(max(outputs), abs=1e-6)
-    assert found.to_dict() == audit(experts).to_dict()
+    assert asdict(found) == asdict(audit(experts))
 
 
 def test_a_common_start_of_a_shows_in_what_is_read_and_of_b_in_what_is_written() -> None:
@@ -104,7 +105,7 @@ def test_the_predicted_rank_keeps_the_energy_of_the_sum() -> None:
 
 
 def test_an_audit_is_json() -> None:
-    found = audit({"b": random_adapter(LAYOUT, 0), "a": random_adapter(LAYOUT, 1)}).to_dict()
+    found = asdict(audit({"b": random_adapter(LAYOUT, 0), "a": random_adapter(LAYOUT, 1)}))
     assert json.loads(json.dumps(found)) == found
     assert list(found) == ["norms", "pairs", "stacked_rank", "predicted_rank", "energy"]
 

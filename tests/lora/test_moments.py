@@ -120,7 +120,7 @@ def test_modules_with_one_input_help_each_other() -> None:
     other = moments(decaying(200, 1.0, 1), ["down"], 16).modules["down"]
     both = InputMoments({**three.modules, "down": other}, 800, 0)
     assert both.groups == (("down",), ("k", "q", "v"))
-    assert both.group_of("v") == ("k", "q", "v")
+    assert both.group_of["v"] == ("k", "q", "v")
     assert error(both.approximate("q"), gram) < 0.7 * error(alone.approximate("q"), gram)
     np.testing.assert_array_equal(both.approximate("q").factor, both.approximate("v").factor)
 

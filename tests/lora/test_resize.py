@@ -8,7 +8,7 @@ from lora_cases import adapters, bulk, dense, distance, laws, layouts, random_ad
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError, initial_adapter
 from fedmoe.lora.algebra import recompress
-from fedmoe.lora.resize import grow_flat, grow_rank, rescale, scale_b
+from fedmoe.lora.resize import grow_flat, grow_rank, rescale
 
 
 def whole_numbers(layout: Layout, seed: int) -> Adapter:
@@ -77,15 +77,6 @@ def test_moments_grow_with_zeros_where_the_parameters_are_new(layout: Layout, se
     for (_, a, b), (_, new_a, new_b) in zip(layout.factors(moments), after.factors(grown), strict=True):
         assert np.array_equal(new_a[: layout.rank], a)
         assert np.array_equal(new_b[:, : layout.rank], b)
-
-
-def test_scaling_b_leaves_a_and_the_original_alone() -> None:
-    layout = Layout((ModuleShape("m", 3, 2),), 2)
-    ones = np.ones(layout.size, np.float32)
-    (_, a, b) = next(layout.factors(scale_b(layout, ones, 3.0)))
-    assert (a == 1).all()
-    assert (b == 3).all()
-    assert (ones == 1).all()
 
 
 def test_a_grown_adapter_cut_back_is_the_adapter() -> None:

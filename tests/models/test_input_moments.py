@@ -78,7 +78,7 @@ def test_layers_with_one_input_share_its_weight_and_their_sketches_add_up(base: 
     with MomentsCollector(base, ("q_proj", "k_proj", "v_proj", "o_proj"), 8) as collector:
         collector.add(collate(blocks()))
     moments = collector.moments()
-    assert set(moments.group_of(names[0])) == set(names)
+    assert set(moments.group_of[names[0]]) == set(names)
     own = np.sum([np.diag(grams(base, name)) for name in names], axis=0)
     np.testing.assert_allclose(moments.modules[names[0]].diagonal, own, rtol=1e-3, atol=1e-5 * float(own.max()))
 

@@ -8,8 +8,8 @@ import structlog
 
 from fedmoe.gateway.rerank import Candidates, candidates
 from fedmoe.gateway.routers import Router, SequenceRouter
-from fedmoe.lora.codec import CodecError
 from fedmoe.lora.prompt_statistics import PromptStatistics
+from fedmoe.lora.safetensors_bytes import CodecError
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.chat_frame import ChatFrame
 from fedmoe.models.prompt_features import features_width, prompt_features

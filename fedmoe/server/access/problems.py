@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from fedmoe.lora.codec import CodecError, MalformedError
+from fedmoe.lora.safetensors_bytes import CodecError, MalformedError
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.wire.contract.messages import PROBLEM, VISIBLE, Problem

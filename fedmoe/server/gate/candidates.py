@@ -13,7 +13,7 @@ from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.lora.algebra import scaled
 from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import BaseModel
-from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS
+from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS
 from fedmoe.server.gate.verdict import GateDecision, Scores, judge
 from fedmoe.wire.contract.gate import GatewayScores
 
@@ -71,7 +71,8 @@ def offered(aggregation: Aggregation, count: int, with_moments: bool) -> list[tu
     """
     if count <= 1:
         return [("scaled", (1.0,))]
-    own = {"weighted_average": 1.0 / count, "sum": 1.0, "concat": 1.0}.get(aggregation.strategy)
+    asked = STRATEGIES.get(aggregation.strategy)
+    own = asked.weight(count) if asked is not None and asked.scale is None else None
     plain = {round(min(1.0, over / count), 6) for over in SCALES["scaled"]} | ({own} if own is not None else set())
     found = [("scaled", tuple(sorted(plain)))]
     return found + ([(name, SCALES[name]) for name in STRATEGIES_WITH_MOMENTS] if with_moments else [])

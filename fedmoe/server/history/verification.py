@@ -17,8 +17,9 @@ from fedmoe.federation.events import Event, ExpertRegistered, GatewayMerged, Qua
 from fedmoe.federation.lineage import Lineage
 from fedmoe.federation.transitions import lineages
 from fedmoe.lora.adapter import Adapter, FloatVector
-from fedmoe.lora.codec import CodecError, digest
+from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import Manifest
+from fedmoe.lora.safetensors_bytes import CodecError
 from fedmoe.lora.update_rules import RuleState
 from fedmoe.server.gate.publication import published_blobs
 from fedmoe.server.history.event_queries import registration
