@@ -151,24 +151,6 @@ def _tokens(moments: Mapping[str, ExpertMoments]) -> Mapping[str, int]:
     return MappingProxyType({name: moments[name].moments.tokens for name in sorted(moments)})
 
 
-@dataclass(frozen=True, slots=True)
-class _View:
-    """What is published: all of one moment."""
-
-    experts: Mapping[str, ExpertModel]
-    gateway_version: int
-    moments: Mapping[str, ExpertMoments]
-    online_gateway: OnlineGateway | None
-    quarantine: Quarantine
-    roll_changes: int = 0
-
-    def gateway(self, aggregation: Aggregation) -> GatewayModel:
-        if self.online_gateway is not None:
-            made = GatewayModel.of_online_gateway(self.online_gateway, self.gateway_version, self.moments)
-            return replace(made, left_out=left_out_of_online_gateway(self.experts, self.online_gateway))
-        return GatewayModel.build(self.gateway_version, self.experts, aggregation, self.moments)
-
-
 class CentralCoordinator:
     """The experts of a federation and the gateway made of them, as one consistent view for any number of readers.
 
@@ -178,16 +160,20 @@ class CentralCoordinator:
     def __init__(self, aggregation: Aggregation | None = None, enable_gateway: bool | None = None) -> None:
         chosen = aggregation or Aggregation()
         self.aggregation = chosen if enable_gateway is None else replace(chosen, enable_gateway=enable_gateway)
-        self.manifest: Manifest | None = None
         # Swapped as one: no reader sees half a change.
-        self._view = _View(MappingProxyType({}), 0, MappingProxyType({}), None, Quarantine())
+        self._published = Transaction(self.aggregation, {}, None, 0)
         self._gateway: GatewayModel | None = None
         self._building = threading.Lock()
 
     @property
     def experts(self) -> Mapping[str, ExpertModel]:
         """All experts by name, as last published."""
-        return self._view.experts
+        return MappingProxyType(self._published.experts)
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What all experts share; None before the first one."""
+        return self._published.manifest
 
     @property
     def active(self) -> Mapping[str, ExpertModel]:
@@ -197,26 +183,20 @@ class CentralCoordinator:
     @property
     def gateway_version(self) -> int:
         """Rises with every accepted update, and with every other change of what the gateway is made of."""
-        return self._view.gateway_version
+        return self._published.gateway_version
 
     @property
     def quarantine(self) -> Quarantine:
         """What is held back, as last published."""
-        return self._view.quarantine
+        return self._published.quarantine
 
     def transaction(self) -> Transaction:
         """A working copy to decide changes on."""
-        view = self._view
-        experts, moments = dict(view.experts), dict(view.moments)
-        chosen = (self.aggregation, experts, self.manifest, view.gateway_version)
-        return Transaction(*chosen, [], moments, view.online_gateway, view.roll_changes, quarantine=view.quarantine)
+        return self._published.savepoint()
 
     def publish(self, transaction: Transaction) -> None:
-        """Make a transaction what everybody sees."""
-        self.manifest = transaction.manifest
-        experts, moments = MappingProxyType(dict(transaction.experts)), MappingProxyType(dict(transaction.moments))
-        chosen = (experts, transaction.gateway_version, moments, transaction.online_gateway, transaction.quarantine)
-        self._view = _View(*chosen, transaction.roll_changes)
+        """Make a transaction what all readers see."""
+        self._published = replace(transaction.savepoint(), events=[], version_digests=[])
 
     def expert(self, name: str) -> ExpertModel:
         """The expert, or a refusal that lists which there are."""
@@ -250,7 +230,7 @@ class CentralCoordinator:
                 "Start it with --enable-gateway, or pull the experts one by one.",
             )
         with self._building:
-            view = self._view
+            view = self._published
             if all(expert.retired for expert in view.experts.values()):
                 raise RefusedError(
                     "gateway_not_initialised",
@@ -258,5 +238,11 @@ class CentralCoordinator:
                     "Start at least one worker, or register an expert with 'fedmoe experts create'.",
                 )
             if self._gateway is None or self._gateway.version != view.gateway_version:
-                self._gateway = view.gateway(self.aggregation)
+                self._gateway = self._build(view)
             return self._gateway
+
+    def _build(self, view: Transaction) -> GatewayModel:
+        if view.online_gateway is None:
+            return GatewayModel.build(view.gateway_version, view.experts, self.aggregation, view.moments)
+        model = GatewayModel.of_online_gateway(view.online_gateway, view.gateway_version, view.moments)
+        return replace(model, left_out=left_out_of_online_gateway(view.experts, view.online_gateway))

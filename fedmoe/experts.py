@@ -20,7 +20,7 @@ from fedmoe.runtime.errors import RefusedError
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """First weights, a function of their seed: made whenever they are asked for and kept by nobody."""
+    """First weights, a function of their seed: made whenever they are asked for and never kept."""
 
     seed: int
     rule: UpdateRule
@@ -42,7 +42,7 @@ class Registrant:
 class ExpertModel:
     """A named LoRA adapter with a version that rises by one per change; a value, replaced and never altered.
 
-    `held` is what memory holds of it: nothing but a seed until something lands. `norms` are the L2 norms of the last
+    `stored` is what memory holds of it: nothing but a seed until something lands. `norms` are the L2 norms of the last
     updates as they landed, the newest last: they say what is usual. `name` is the first one and stays; `names` are
     those that it was given later, the newest last. A `retired` expert takes no updates and is no part of the gateway.
     """
@@ -50,7 +50,7 @@ class ExpertModel:
     name: str
     manifest: Manifest
     version: int
-    held: RuleState | InitialWeights
+    stored: RuleState | InitialWeights
     norms: tuple[float, ...] = ()
     registrant: Registrant = Registrant("")
     names: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class ExpertModel:
     @property
     def state(self) -> RuleState:
         """The weights with what the rule remembers; made anew at each call while nothing has landed."""
-        return self.held if isinstance(self.held, RuleState) else self.held.state(self.manifest)
+        return self.stored if isinstance(self.stored, RuleState) else self.stored.state(self.manifest)
 
     @property
     def title(self) -> str:
@@ -74,7 +74,7 @@ class ExpertModel:
     @property
     def updates(self) -> int:
         """Updates that its weights hold."""
-        return self.held.count if isinstance(self.held, RuleState) else 0
+        return self.stored.count if isinstance(self.stored, RuleState) else 0
 
     def untrained(self, buffer_size: int = 1) -> bool:
         """Whether its weights are still those it began with; of a buffer that is not full nothing has landed."""
@@ -116,7 +116,7 @@ class ExpertModel:
                     f"with this update {bad} of {self.title} would hold an infinity or a NaN.",
                     "Lower the learning rate and restart the worker from the expert's newest version.",
                 )
-        return replace(self, version=self.version + 1, held=state)
+        return replace(self, version=self.version + 1, stored=state)
 
     def with_norm(self, norm: float | None) -> Self:
         """The same version, with the norm of the update that made it among the usual ones."""
@@ -124,7 +124,7 @@ class ExpertModel:
 
     def with_state(self, state: RuleState) -> Self:
         """The next version with a state rebuilt from the journal (rollback, retraction)."""
-        return replace(self, version=self.version + 1, held=state)
+        return replace(self, version=self.version + 1, stored=state)
 
     def require_active(self) -> None:
         """Refuse what is for an expert that is not retired."""
@@ -149,15 +149,15 @@ def first_name(experts: Mapping[str, ExpertModel], name: str) -> str:
 
 def expert_named(experts: Mapping[str, ExpertModel], name: str) -> ExpertModel:
     """The expert with this name, by which it goes or went, or a refusal that lists which there are."""
-    found = experts.get(first_name(experts, name))
-    if found is None:
+    expert = experts.get(first_name(experts, name))
+    if expert is None:
         titles = sorted(expert.title for expert in experts.values() if not expert.retired)
         more = f" and {len(titles) - _MOST_LISTED} more" if len(titles) > _MOST_LISTED else ""
-        known = (", ".join(titles[:_MOST_LISTED]) or "none") + more
+        listed = (", ".join(titles[:_MOST_LISTED]) or "none") + more
         raise RefusedError(
-            "unknown_expert", f"there is no expert {name!r}; registered: {known}.", "Register it first (workers do)."
+            "unknown_expert", f"there is no expert {name!r}; registered: {listed}.", "Register it first (workers do)."
         )
-    return found
+    return expert
 
 
 def seed_of(name: str) -> int:
@@ -171,11 +171,11 @@ GATEWAY_SEED = seed_of("@gateway")
 
 def check_base(expected: BaseModel, got: BaseModel) -> None:
     """Refuse a worker on another base model than the federation's."""
-    found = base_differences(expected, got)
-    if found:
+    differences = base_differences(expected, got)
+    if differences:
         raise RefusedError(
             "base_mismatch",
-            f"all experts share one base model; {'; '.join(found)}.",
+            f"all experts share one base model; {'; '.join(differences)}.",
             "Use the base model (and revision) the coordinator names.",
             expected=expected.weights_hash,
             got=got.weights_hash,
@@ -185,12 +185,12 @@ def check_base(expected: BaseModel, got: BaseModel) -> None:
 def check_manifest(expected: Manifest, got: Manifest) -> None:
     """Refuse a worker whose base model or LoRA configuration is not the federation's."""
     check_base(expected.base, got.base)
-    found = expected.differences(got)
-    if not found:
+    differences = expected.differences(got)
+    if not differences:
         return
-    shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+    more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
     raise RefusedError(
         "lora_mismatch",
-        f"all experts share one LoRA configuration; {shown}.",
+        f"all experts share one LoRA configuration; {'; '.join(differences[:5])}{more}.",
         "Start the worker with the same --lora-r, --lora-alpha and --target-modules.",
     )

@@ -341,7 +341,7 @@ def test_a_draft_is_seen_by_nobody_before_it_is_published() -> None:
     transaction.apply(transaction.admit(make_submission(), 6.0), make_flat(1))
     assert transaction.expert("python").version == 1
     assert [type(event) for event in transaction.events] == [ExpertRegistered, UpdateAccepted]
-    assert coordinator.experts is view
+    assert coordinator.experts == view
     assert (list(view), coordinator.gateway_version) == (["python"], version)
     coordinator.publish(transaction)
     assert coordinator.gateway_version == version + 2

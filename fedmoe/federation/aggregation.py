@@ -1,4 +1,4 @@
-"""How updates are weighed and the gateway is made, as an operator chooses it."""
+"""Aggregation: how updates are weighed and the gateway is made, as an operator configures it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class Aggregation:
     """How updates are weighed and the gateway is made.
 
     `max_staleness` None accepts any age; `clip_norm` scales an update down to so many times the usual norm, None never.
-    With `merge_after` experts go on from the gateway, each once it has trained so many steps; None merges it anew each
-    time, and experts never take from it. `fold_staleness` is the decay by the folds since an expert left. With
+    With `merge_after` experts are merged into the gateway and rebased onto it, each once it has trained so many steps;
+    None merges it anew each time, and experts never take from it. `fold_staleness` is the decay by the merges since an
+    expert's branch point. With
     `evaluation_gate` the gateway is what held-out losses let through, no view of the newest experts. An update that
     would land with more than `hold_norm` times the usual norm is held back; 0 holds none.
     """
@@ -45,14 +46,14 @@ class Aggregation:
     hold_norm: float = HOLD_NORM
 
     def __post_init__(self) -> None:
-        for value, known, name in (
+        for value, table, name in (
             (self.staleness, STALENESS, "staleness"),
             (self.fold_staleness, STALENESS, "fold_staleness"),
             (self.server_optimizer, RULES, "server_optimizer"),
             (self.strategy, STRATEGIES | STRATEGIES_WITH_MOMENTS, "strategy"),
         ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(sorted(known))}")
+            if value not in table:
+                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(sorted(table))}")
         if self.merge_after is not None and not (self.merge_after >= 1 and self.enable_gateway):
             raise ValueError(f"experts go on from a gateway after 1 step or more, got {self.merge_after}, and need one")
 
@@ -70,17 +71,17 @@ class Aggregation:
         """Where experts start: from first weights of their own, or from the gateway."""
         return "initial" if self.merge_after is None else "gateway"
 
-    def check_start(self, wanted: Literal["initial", "gateway"] | None) -> None:
+    def check_start(self, expected: Literal["initial", "gateway"] | None) -> None:
         """Refuse a worker that counts on another start than this federation's; None counts on none."""
-        if wanted not in (None, self.start_from):
+        if expected not in (None, self.start_from):
             raise RefusedError(
                 "start_mismatch",
-                f"the experts of this federation start from: {self.start_from}; the worker asks for: {wanted}.",
-                f"Start the worker without --start-from, or the coordinator with --start-from {wanted}.",
+                f"the experts of this federation start from: {self.start_from}; the worker asks for: {expected}.",
+                f"Start the worker without --start-from, or the coordinator with --start-from {expected}.",
             )
 
     def first_gateway(self, manifest: Manifest) -> OnlineGateway | None:
-        """The gateway before any fold, from which experts leave; None where they do not go on from it.
+        """The gateway before any merge, from which experts branch; None where they are never rebased onto it.
 
         Its A is the first one of every such expert: factors that began as one can be compared.
         """

@@ -1,4 +1,4 @@
-"""Who the gateway is made of: an expert that has learned nothing would only take a share from those that have."""
+"""Members of the gateway: the experts it is made of, without those that learned nothing or are retired."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedmoe.federation.online_gateway import OnlineGateway
 
 RETIRED = "it is retired"
 UNTRAINED = "no update has landed on it yet"
-FOLDED = "it is retired; what was folded of it before stays in the gateway"
+MERGED = "it is retired; what was folded of it before stays in the gateway"
 BUFFERED = "its first updates wait in the buffer"
 
 
@@ -23,7 +23,7 @@ def reason_to_leave_out(expert: ExpertModel, buffer_size: int) -> str | None:
 
 
 def members(experts: Mapping[str, ExpertModel], buffer_size: int) -> dict[str, ExpertModel]:
-    """The experts a gateway is made of, in name order; none while nobody has learned anything."""
+    """The experts a gateway is made of, in name order; none while no expert has learned anything."""
     return {name: experts[name] for name in sorted(experts) if reason_to_leave_out(experts[name], buffer_size) is None}
 
 
@@ -34,11 +34,11 @@ def left_out(experts: Mapping[str, ExpertModel], buffer_size: int) -> dict[str, 
 
 
 def left_out_of_online_gateway(experts: Mapping[str, ExpertModel], gateway: OnlineGateway) -> dict[str, str]:
-    """Expert -> why nothing of it is in a gateway that experts go on from: what was folded stays in it."""
-    found = {name: FOLDED for name in gateway.sources if experts[name].retired}
+    """Expert -> why nothing of it is in a gateway that experts are rebased onto: what was merged stays in it."""
+    reasons = {name: MERGED for name in gateway.sources if experts[name].retired}
     for name in sorted(experts.keys() - gateway.sources.keys()):
         if experts[name].retired:
-            found[name] = RETIRED
+            reasons[name] = RETIRED
         elif name in gateway.branch_points and gateway.branch_points[name].steps == 0:
-            found[name] = UNTRAINED
-    return found
+            reasons[name] = UNTRAINED
+    return reasons

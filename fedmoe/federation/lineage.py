@@ -87,13 +87,13 @@ def without_worker(chain: Lineage | None, worker: str) -> Lineage | None:
 def _without(chain: Lineage | None, left_out: Callable[[UpdateAccepted], bool]) -> Lineage | None:
     shared, node = chain, chain
     passed: list[UpdateAccepted] = []
-    kept = 0
+    copied = 0
     while node is not None and node.update is not None:
         if left_out(node.update):
-            shared, kept = node.before, len(passed)
+            shared, copied = node.before, len(passed)
         else:
             passed.append(node.update)
         node = node.before
-    for update in reversed(passed[:kept]):
+    for update in reversed(passed[:copied]):
         shared = Lineage.extend(shared, update)
     return shared

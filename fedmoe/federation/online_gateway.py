@@ -1,6 +1,6 @@
-"""A gateway that lives: where each expert left it, who has trained enough to be folded in, and what a fold is made of.
+"""The online gateway: where each expert branched from it, which are ready to be merged, and the plan of a merge.
 
-All is decided here, on values; the computing is `fedmoe.lora.online_merge`'s.
+All is decided here, on values; `fedmoe.lora.online_merge` does the arithmetic.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from fedmoe.lora.online_merge import ExpertDelta, add_into_gateway, merge_into_g
 
 @dataclass(frozen=True, slots=True)
 class BranchPoint:
-    """Where an expert left the gateway, None for the one before any fold, and what landed on it since, in order."""
+    """Where an expert branched from the gateway, None before any merge, and what landed on it since, in order."""
 
     left: ExpertRebased | None = None
     since: tuple[CountedUpdate, ...] = ()
 
     @property
     def gateway(self) -> int:
-        """Number of the fold that made the gateway it left."""
+        """Number of the merge that made the gateway it branched from."""
         return self.left.gateway if self.left is not None else 0
 
     @property
     def version(self) -> int:
-        """The expert's version when it left."""
+        """The expert's version when it branched."""
         return self.left.version if self.left is not None else 0
 
     @property
     def steps(self) -> int:
-        """What its workers trained since."""
-        return sum(one.steps for one in self.since)
+        """Steps that its workers trained since."""
+        return sum(update.steps for update in self.since)
 
     def ready(self, merge_after: int, idle_since: float) -> bool:
         """Whether its workers trained enough, or anything and then nothing after `idle_since`, seconds."""
@@ -57,7 +57,7 @@ class BranchPoint:
         return steps >= merge_after or (steps > 0 and self.since[-1].update.at <= idle_since)
 
     def unseen(self, folded: BranchPoint, buffer_size: int) -> tuple[CountedUpdate, ...] | None:
-        """What a fold of the expert as it was then does not hold: what landed since, or only waited in the buffer.
+        """What a merge of the expert as it was then does not hold: what landed since, or only waited in the buffer.
 
         None if the expert has not only trained on: it was rolled back, or a worker retracted from it.
         """
@@ -69,9 +69,9 @@ class BranchPoint:
 
 @dataclass(frozen=True)
 class OnlineGateway:
-    """The gateway after its last fold, and how far each expert is from it; a value, replaced and never altered.
+    """The gateway after its last merge, and how far each expert is from it; a value, replaced and never altered.
 
-    `digest` is the content hash of the `adapter`; `sources` are the versions folded last and `weights` what their
+    `digest` is the content hash of the `adapter`; `sources` are the versions merged last and `weights` what their
     deltas were multiplied with, by expert; `reported` is the last step counter of every worker of an expert.
     """
 
@@ -85,12 +85,12 @@ class OnlineGateway:
 
     @property
     def number(self) -> int:
-        """Folds so far."""
+        """Merges so far."""
         return self.last.number if self.last is not None else 0
 
     @classmethod
     def first(cls, adapter: Adapter) -> OnlineGateway:
-        """Before any fold."""
+        """Before any merge."""
         return cls(adapter, digest(adapter))
 
     def after_registration(self, event: ExpertRegistered, inputs: EventInputs) -> OnlineGateway:
@@ -130,13 +130,13 @@ class OnlineGateway:
         """With other weights."""
         return replace(self, adapter=adapter, digest=digest(adapter))
 
-    def recovered(self, expert: str, branch_point: BranchPoint, told: Mapping[str, int]) -> OnlineGateway:
-        """With an expert that left the gateway there, and whose workers have these step counters."""
-        counters = {(expert, worker): steps for worker, steps in told.items()}
+    def recovered(self, expert: str, branch_point: BranchPoint, steps: Mapping[str, int]) -> OnlineGateway:
+        """With an expert that branched there, and whose workers reported these step counters."""
+        counters = {(expert, worker): count for worker, count in steps.items()}
         return replace(self._branched(expert, branch_point), reported=MappingProxyType({**self.reported, **counters}))
 
     def merged(self, event: GatewayMerged) -> OnlineGateway:
-        """With one more fold, but the weights from before it; where experts went on is told apart."""
+        """With one more merge, but the weights from before it; the experts' rebases are events of their own."""
         return replace(
             self,
             last=event,
@@ -146,7 +146,7 @@ class OnlineGateway:
 
 
 def reported_steps(update: UpdateAccepted) -> int | None:
-    """The step counter a worker told with its update, over all its restarts; None if it told none.
+    """The step counter a worker reported with its update, over all its restarts; None if it reported none.
 
     Nor does an update that was held for a while: its worker went on counting, and the next one tells of those steps.
     """
@@ -154,37 +154,37 @@ def reported_steps(update: UpdateAccepted) -> int | None:
     return None if steps is None or "held" in update.info else int(steps)
 
 
-def steps_between(before: int | None, told: int | None) -> int:
-    """Steps between two counters of a worker; one that starts anew counts from 0, one that tells nothing counts 1."""
-    if told is None:
+def steps_between(before: int | None, now: int | None) -> int:
+    """Steps between two counters of a worker; one that starts anew counts from 0, one that reports none counts 1."""
+    if now is None:
         return 1
-    return told - before if before is not None and told >= before else told
+    return now - before if before is not None and now >= before else now
 
 
 def count_steps(events: Iterable[Event], updates: Sequence[UpdateAccepted]) -> tuple[CountedUpdate, ...]:
     """Some `updates` of ONE expert with the steps in each, which follow from all of its events."""
-    found: dict[int, int] = {}
+    counts: dict[int, int] = {}
     before: dict[str, int] = {}
     for event in events:
         if isinstance(event, UpdateAccepted):
-            told = reported_steps(event)
-            found[event.version] = steps_between(before.get(event.worker), told)
-            if told is not None:
-                before[event.worker] = told
-    return tuple(CountedUpdate(update, found[update.version]) for update in updates)
+            now = reported_steps(event)
+            counts[event.version] = steps_between(before.get(event.worker), now)
+            if now is not None:
+                before[event.worker] = now
+    return tuple(CountedUpdate(update, counts[update.version]) for update in updates)
 
 
 def step_counters(events: Iterable[Event]) -> dict[str, int]:
     """The last step counter of every worker of ONE expert."""
     updates = (event for event in events if isinstance(event, UpdateAccepted))
-    return {update.worker: told for update in updates if (told := reported_steps(update)) is not None}
+    return {update.worker: steps for update in updates if (steps := reported_steps(update)) is not None}
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A fold about to be computed: the gateway as it is, and by name the ready experts as they are.
+    """A merge about to be computed: the gateway as it is, and by name the ready experts as they are.
 
-    `staleness` is the folds since each left the gateway, `weights` what its delta counts. `moments` are the input
+    `staleness` is the merges since each branched, `weights` what its delta counts. `moments` are the input
     moments of all that share the gateway, None where one of them lacks some, and `notes` say so.
     """
 
@@ -197,7 +197,7 @@ class MergePlan:
     notes: tuple[str, ...]
 
     def compute(self, starts: Mapping[str, Adapter]) -> TruncatedAdapter:
-        """The next gateway, from where each ready expert had left it."""
+        """The next gateway, from the adapters at which the ready experts had branched from it."""
         ready = {
             name: ExpertDelta(starts[name], expert.adapter, self.weights[name]) for name, expert in self.experts.items()
         }
@@ -215,13 +215,13 @@ def plan_merge(
     least_updates: int = 1,
     idle_since: float = -math.inf,
 ) -> MergePlan | None:
-    """A fold of all experts that trained `merge_after` steps or more since they left; None while there is none.
+    """A merge of all experts that trained `merge_after` steps or more since they branched; None while there is none.
 
-    Of experts that nobody trains any more, those whose last update came at `idle_since` or before, fewer will do.
-    `weight` gives what a delta counts by its staleness in folds; of fewer updates than `least_updates`, the size of the
-    buffer, none has landed yet. An expert shares the gateway once it trains, until it is retired.
+    Of idle experts, whose last update came at `idle_since` or before, fewer will do. `weight` gives what a delta counts
+    by its staleness in merges; of fewer updates than `least_updates`, the size of the buffer, none has landed yet. An
+    expert shares the gateway once it trains, until it is retired.
     """
-    branch_points = {name: found for name, found in gateway.branch_points.items() if not experts[name].retired}
+    branch_points = {name: point for name, point in gateway.branch_points.items() if not experts[name].retired}
     ready = [
         name
         for name in sorted(branch_points)
@@ -229,10 +229,10 @@ def plan_merge(
     ]
     if not ready:
         return None
-    sharing = {name for name, found in branch_points.items() if found.steps > 0 or name in gateway.sources}
+    sharing = {name for name, point in branch_points.items() if point.steps > 0 or name in gateway.sources}
     missing = sorted(sharing - moments.keys())
     staleness = {name: gateway.number - branch_points[name].gateway for name in ready}
-    known = {name: moments[name] for name in sorted(moments.keys() & sharing)}
+    moments = {name: moments[name] for name in sorted(moments.keys() & sharing)}
     early = tuple(
         f"{name} was folded after {branch_points[name].steps} of {merge_after} steps: nobody had trained it for a while"
         for name in ready
@@ -244,7 +244,7 @@ def plan_merge(
         {name: experts[name] for name in ready},
         staleness,
         {name: weight(tau) for name, tau in staleness.items()},
-        None if missing else known,
+        None if missing else moments,
         len(sharing) > 1,
-        early + ((note,) if missing else thin_notes({name: found.tokens for name, found in known.items()})),
+        early + ((note,) if missing else thin_notes({name: moments[name].tokens for name in moments})),
     )

@@ -92,9 +92,9 @@ def _full(update: UpdateHeld, waiting: str) -> RefusedError:
     )
 
 
-def _with(found: Mapping[Identity, Value], key: Identity, value: Value) -> Mapping[Identity, Value]:
-    return MappingProxyType({**found, key: value})
+def _with(updates: Mapping[Identity, Value], key: Identity, value: Value) -> Mapping[Identity, Value]:
+    return MappingProxyType({**updates, key: value})
 
 
-def _without(found: Mapping[Identity, Value], key: Identity) -> Mapping[Identity, Value]:
-    return MappingProxyType({other: value for other, value in found.items() if other != key})
+def _without(updates: Mapping[Identity, Value], key: Identity) -> Mapping[Identity, Value]:
+    return MappingProxyType({other: value for other, value in updates.items() if other != key})

@@ -26,6 +26,13 @@ class ShapeError(ValueError):
     """Factors, vectors or layouts that do not fit together."""
 
 
+def read_only(values: FloatArray) -> FloatArray:
+    """A view that cannot be written to."""
+    view = values.view()
+    view.flags.writeable = False
+    return view
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class ModuleShape:
     """One adapted linear module: its name in the base model and its feature counts."""
@@ -121,9 +128,7 @@ class Adapter:
         if not np.isfinite(self.alpha) or self.alpha <= 0:
             raise ShapeError(f"alpha must be a positive number, got {self.alpha}")
         object.__setattr__(self, "alpha", float(self.alpha))  # 16 and 16.0 must hash alike
-        view = self.flat.view()
-        view.flags.writeable = False
-        object.__setattr__(self, "flat", view)
+        object.__setattr__(self, "flat", read_only(self.flat))
 
     @property
     def rank(self) -> int:

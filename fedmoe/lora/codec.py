@@ -1,15 +1,14 @@
-"""Adapter <-> safetensors bytes, in float32, bfloat16 or int8 with one scale per rank direction.
+"""Codec of adapters: safetensors bytes in float32, bfloat16, or int8 with one scale per rank direction.
 
 `decode` is the trust boundary for weights that come from the network: exactly the tensors of the layout, in one known
-dtype, of the right shapes. What a body must be before it can be asked for that is `container`'s part. Numbers that are
-not finite pass, so that `robust.first_not_finite` can name them.
+dtype, of the right shapes. `safetensors_bytes` checks the container first. Numbers that are not finite
+pass, so that `update_rules.first_not_finite` can name them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,12 +26,12 @@ from fedmoe.lora.safetensors_bytes import (
     header_bytes,
     read_header,
     shown,
+    tensor_entries,
 )
 
 WireDtype = Literal["fp32", "bf16", "int8"]
 WIRE_DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
 _FORMAT_NAMES: Mapping[WireDtype, str] = {"fp32": "F32", "bf16": "BF16", "int8": "I8"}
-_BYTES = {"F32": 4, "BF16": 2, "I8": 1}
 _FLOAT32 = np.dtype("<f4")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _INT8 = np.dtype(np.int8)
@@ -69,15 +68,14 @@ def encode(
     """
     if flat.shape != (layout.size,) or flat.dtype != np.float32:
         raise ShapeError(f"expected {layout.size} float32 numbers, got {flat.dtype} of shape {flat.shape}")
-    header: dict[str, object] = {}
+    factors = [(name, shape) for name, shape, _, _ in tensor_names(layout)]
+    tensors = [(name, _FORMAT_NAMES[wire_dtype], shape) for name, shape in factors]
     if wire_dtype == "int8":
-        quantised, scales = quantise(layout, flat)
-        _describe(header, layout, "F32", scales_only=True, offset=0)
-        _describe(header, layout, "I8", scales_only=False, offset=scales.nbytes)
-        return b"".join((header_bytes(header, metadata), scales.astype(_FLOAT32, copy=False).data, quantised.data))
-    _describe(header, layout, _FORMAT_NAMES[wire_dtype], scales_only=False, offset=0)
+        numbers, scales = quantise(layout, flat)
+        header = tensor_entries([*((f"{name}.scale", "F32", (layout.rank,)) for name, _ in factors), *tensors])
+        return b"".join((header_bytes(header, metadata), scales.astype(_FLOAT32, copy=False).data, numbers.data))
     data = np.ascontiguousarray(flat, _FLOAT32) if wire_dtype == "fp32" else _narrowed(flat)
-    return b"".join((header_bytes(header, metadata), data.view(np.uint8).data))
+    return b"".join((header_bytes(tensor_entries(tensors), metadata), data.view(np.uint8).data))
 
 
 def _narrowed(flat: FloatVector) -> NDArray[np.generic]:
@@ -85,18 +83,6 @@ def _narrowed(flat: FloatVector) -> NDArray[np.generic]:
     if not largest <= _BFLOAT16_MAX:
         raise ValueError(f"bfloat16 holds finite numbers up to {_BFLOAT16_MAX:g}, the vector has {largest:g}")
     return flat.astype(_BFLOAT16)
-
-
-def _describe(header: dict[str, object], layout: Layout, dtype: str, scales_only: bool, offset: int) -> None:
-    for name, shape, _, _ in tensor_names(layout):
-        dims = [layout.rank] if scales_only else list(shape)
-        stop = offset + math.prod(dims) * _BYTES[dtype]
-        header[f"{name}.scale" if scales_only else name] = {
-            "dtype": dtype,
-            "shape": dims,
-            "data_offsets": [offset, stop],
-        }
-        offset = stop
 
 
 def quantise(layout: Layout, flat: FloatVector) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -184,9 +170,9 @@ def _expected(layout: Layout, wire_dtype: WireDtype) -> Iterator[tuple[str, tupl
 def _check_tensors(entries: Mapping[str, TensorEntry], expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     missing, extra = sorted(expected.keys() - entries.keys()), sorted(entries.keys() - expected.keys())
     if missing or extra:
-        told = [f"{what} {shown(names)}" for what, names in (("missing", missing), ("not expected", extra)) if names]
+        parts = [f"{what} {shown(names)}" for what, names in (("missing", missing), ("not expected", extra)) if names]
         count = len(missing) + len(extra)
-        raise MismatchError("tensor_mismatch", f"{count} tensors differ from the manifest: {'; '.join(told)}")
+        raise MismatchError("tensor_mismatch", f"{count} tensors differ from the manifest: {'; '.join(parts)}")
     for name, (dtype, shape) in expected.items():
         entry = entries[name]
         if entry.dtype != dtype:

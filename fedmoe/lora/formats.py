@@ -1,4 +1,4 @@
-"""File formats other tools read, as bytes: the PEFT folder and the npz of the specification."""
+"""File formats that other tools read, as bytes: the PEFT folder and the npz of the specification."""
 
 from __future__ import annotations
 
@@ -132,16 +132,16 @@ def _positive(config: Mapping[str, object], key: str) -> float:
 
 
 def _peft_factors(tensors: Mapping[str, FloatMatrix]) -> dict[str, tuple[FloatMatrix, FloatMatrix]]:
-    found: dict[str, dict[str, FloatMatrix]] = {}
+    pairs: dict[str, dict[str, FloatMatrix]] = {}
     for key, values in tensors.items():
         match = _PEFT_KEY.fullmatch(key)
         if match is None or values.ndim != 2 or 0 in values.shape:
             raise MismatchError("not_plain_lora", f"{shown([key])} of shape {values.shape} is no factor of plain LoRA")
-        found.setdefault(match["module"], {})[match["factor"]] = values
-    halves = sorted(name for name, pair in found.items() if len(pair) != 2)
-    if halves or not found:
+        pairs.setdefault(match["module"], {})[match["factor"]] = values
+    halves = sorted(name for name, pair in pairs.items() if len(pair) != 2)
+    if halves or not pairs:
         raise MismatchError("tensor_mismatch", f"every module needs lora_A and lora_B: {shown(halves) or 'no module'}")
-    factors = {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+    factors = {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
     ranks = {a.shape[0] for a, _ in factors.values()} | {b.shape[1] for _, b in factors.values()}
     if len(ranks) != 1:
         raise MismatchError("rank_mismatch", f"all factors must share one rank, got {sorted(ranks)[:5]}")

@@ -1,4 +1,4 @@
-"""What all experts of one federation share: the base model and the LoRA configuration."""
+"""The manifest: the base model and LoRA configuration that all experts of one federation share."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Manifest:
 
     def differences(self, other: Manifest) -> list[str]:
         """How `other` differs from this one, in words; empty if they agree. Names for people do not count."""
-        found = base_differences(self.base, other.base)
+        differences = base_differences(self.base, other.base)
         if self.layout.rank != other.layout.rank:
-            found.append(f"rank: expected {self.layout.rank}, got {other.layout.rank}")
+            differences.append(f"rank: expected {self.layout.rank}, got {other.layout.rank}")
         if self.alpha != other.alpha:
-            found.append(f"lora_alpha: expected {self.alpha:g}, got {other.alpha:g}")
-        return found + _module_differences(self.layout, other.layout)
+            differences.append(f"lora_alpha: expected {self.alpha:g}, got {other.alpha:g}")
+        return differences + _module_differences(self.layout, other.layout)
 
     def shared_by(self, other: Manifest) -> Manifest:
         """The other one on this one's layout if it is the same: the modules of many experts are in memory once."""
@@ -71,24 +71,23 @@ class Manifest:
 
 
 def base_differences(mine: BaseModel, theirs: BaseModel) -> list[str]:
-    found = []
-    for field in ("weights_hash", "tokenizer_hash"):
-        ours, other = getattr(mine, field), getattr(theirs, field)
-        if ours != other:
-            found.append(f"base {field}: expected {ours} ({mine.name}), got {other} ({theirs.name})")
-    return found
+    """How the second base model differs from the first, in words; empty if they agree."""
+    return [
+        f"base {field}: expected {getattr(mine, field)} ({mine.name}), got {getattr(theirs, field)} ({theirs.name})"
+        for field in ("weights_hash", "tokenizer_hash")
+        if getattr(mine, field) != getattr(theirs, field)
+    ]
 
 
 def _module_differences(mine: Layout, theirs: Layout) -> list[str]:
     ours = {module.name: module for module in mine.modules}
     others = {module.name: module for module in theirs.modules}
-    found = [f"module missing: {name}" for name in sorted(ours.keys() - others.keys())]
-    found += [f"module not expected: {name}" for name in sorted(others.keys() - ours.keys())]
-    for name in sorted(ours.keys() & others.keys()):
-        want, got = ours[name], others[name]
-        if want != got:
-            found.append(
-                f"{name}: expected {want.in_features} -> {want.out_features} features, "
-                f"got {got.in_features} -> {got.out_features}"
-            )
-    return found
+    differences = [f"module missing: {name}" for name in sorted(ours.keys() - others.keys())]
+    differences += [f"module not expected: {name}" for name in sorted(others.keys() - ours.keys())]
+    pairs = [(ours[name], others[name]) for name in sorted(ours.keys() & others.keys())]
+    return differences + [
+        f"{want.name}: expected {want.in_features} -> {want.out_features} features, "
+        f"got {got.in_features} -> {got.out_features}"
+        for want, got in pairs
+        if want != got
+    ]

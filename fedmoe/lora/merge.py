@@ -70,10 +70,10 @@ STRATEGIES_WITH_MOMENTS: dict[str, Strategy] = {
 
 
 def _strategy(name: str) -> Strategy:
-    known = STRATEGIES | STRATEGIES_WITH_MOMENTS
-    if name not in known:
-        raise ValueError(f"unknown strategy {name!r}; known: {', '.join(sorted(known))}")
-    return known[name]
+    strategies = STRATEGIES | STRATEGIES_WITH_MOMENTS
+    if name not in strategies:
+        raise ValueError(f"unknown strategy {name!r}; known: {', '.join(sorted(strategies))}")
+    return strategies[name]
 
 
 def merge(

@@ -17,15 +17,15 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import Float64Array, FloatMatrix, FloatVector, ShapeError
+from fedmoe.lora.adapter import Float64Array, FloatMatrix, FloatVector, ShapeError, read_only
 from fedmoe.lora.safetensors_bytes import (
     Buffer,
-    MalformedError,
     MismatchError,
     encode_named,
     read_header,
     read_named,
     shown,
+    whole_numbers,
 )
 
 # Directions in which Omega is a thousandth of what it is in others: their sketch is float32 rounding.
@@ -47,8 +47,8 @@ def thin_notes(tokens: Mapping[str, int]) -> tuple[str, ...]:
     """What is said of a merge with thin moments: one note for each such expert, in name order; one alone needs none."""
     if len(tokens) < 2:
         return ()
-    told = ((name, thin(tokens[name])) for name in sorted(tokens))
-    return tuple(f"{name} has {few}; the rest is taken from the mean of all experts'" for name, few in told if few)
+    thin_ones = ((name, thin(tokens[name])) for name in sorted(tokens))
+    return tuple(f"{name} has {few}; the rest is taken from the mean of all experts'" for name, few in thin_ones if few)
 
 
 def omega(seed: int, module: str, features: int, columns: int) -> FloatMatrix:
@@ -89,9 +89,7 @@ class ModuleMoments:
                 )
             if not np.isfinite(values).all():
                 raise ValueError(f"the {name} holds a NaN or an infinity; leave out the batch that made it")
-            view = values.view()
-            view.flags.writeable = False
-            object.__setattr__(self, name, view)
+            object.__setattr__(self, name, read_only(values))
         if self.sketch.shape[0] != self.features or not 1 <= self.columns <= self.features:
             raise ShapeError(
                 f"a sketch for {self.features} features has that many rows and at most as many columns, "
@@ -253,10 +251,8 @@ class InputMoments:
         _, metadata, _ = read_header(body)
         if metadata.get("format") != _KIND:
             raise MismatchError("format", f"not a file of input moments: format is {metadata.get('format')!r}")
-        counts = [metadata.get(key, "") for key in ("tokens", "seed")]
-        if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in counts):
-            raise MalformedError(f"tokens and seed must be whole numbers, got {shown(counts)}")
-        return cls.from_tensors(read_named(body), int(counts[0]), int(counts[1]))
+        tokens, seed = whole_numbers(metadata, ("tokens", "seed"), 19)
+        return cls.from_tensors(read_named(body), tokens, seed)
 
 
 def nystrom(diagonal: FloatVector, sketch: FloatMatrix, test: FloatMatrix) -> Gram:

@@ -120,9 +120,9 @@ def _check(
 def _fold_module(plan: _Plan, name: str, grams: Mapping[str, Gram]) -> _Part | None:
     """The module's next factors; None where no expert has moved."""
     moved = {
-        expert: departed
-        for expert, departed in sorted(plan.ready.items())
-        if departed.weight > 0 and not _same(departed.start, departed.now, name)
+        expert: delta
+        for expert, delta in sorted(plan.ready.items())
+        if delta.weight > 0 and not _same(delta.start, delta.now, name)
     }
     if not moved:
         return None
@@ -132,15 +132,15 @@ def _fold_module(plan: _Plan, name: str, grams: Mapping[str, Gram]) -> _Part | N
     rho = plan.ridge * float(metric.full_diagonal.mean()) or 1.0
     metric = metric.plus(rho)
     images, columns = [metric.rows(a_gateway)], [b_gateway]
-    for expert, departed in moved.items():
-        (a_start, b_start), (a, b) = wide(departed.start, name), wide(departed.now, name)
+    for expert, delta in moved.items():
+        (a_start, b_start), (a, b) = wide(delta.start, name), wide(delta.now, name)
         rows = np.vstack([a, a_start])
         images.append(plan.scale * (shares[expert] * grams[expert].rows(rows) + plan.prior * rho * rows))
-        columns += [departed.weight * b, -departed.weight * b_start]
+        columns += [delta.weight * b, -delta.weight * b_start]
     learned = metric.solve(np.vstack(images[1:]))
     whole = Solution(np.vstack([a_gateway, learned]), np.hstack(columns), np.vstack(images))
     cut = cut_in_metric(whole, plan.gateway.rank)
-    weights = [departed.weight for departed in moved.values()]
+    weights = [delta.weight for delta in moved.values()]
     a_new, b_new = nearest_factors(cut.a, cut.b, _as_learned(a_gateway, learned, weights))
     kept, lost = cut.energies[: plan.gateway.rank], cut.energies[plan.gateway.rank :]
     return _Part(a_new, b_new, float(kept.sum()), float(lost.sum()))
@@ -154,7 +154,7 @@ def _as_learned(a_gateway: Float64Array, learned: Float64Array, weights: Sequenc
 
 def _same(left: Adapter, right: Adapter, name: str) -> bool:
     pairs = zip(left.module(name), right.module(name), strict=True)
-    return left.alpha == right.alpha and all(np.array_equal(one, other) for one, other in pairs)
+    return left.alpha == right.alpha and all(np.array_equal(*pair) for pair in pairs)
 
 
 def nearest_factors(a: FloatMatrix, b: FloatMatrix, target: Float64Array) -> tuple[Float64Array, Float64Array]:
@@ -191,13 +191,15 @@ def add_into_gateway(gateway: Adapter, ready: Mapping[str, ExpertDelta], several
     """
     scale = SUM_SCALE if several else 1.0
     named = ((name, ready[name]) for name in sorted(ready))
-    moved = {name: one for name, one in named if one.weight and not np.array_equal(one.now.flat, one.start.flat)}
+    moved = {
+        name: delta for name, delta in named if delta.weight and not np.array_equal(delta.now.flat, delta.start.flat)
+    }
     if not moved:
         return TruncatedAdapter(gateway, 0.0)
     terms = [(1.0, gateway)]
-    for departed in moved.values():
-        share = scale * departed.weight
-        terms += [(share, departed.now), (-share, departed.start)]
+    for delta in moved.values():
+        share = scale * delta.weight
+        terms += [(share, delta.now), (-share, delta.start)]
     cut = recompress(stack(terms), gateway.rank)
     flat = np.empty_like(gateway.flat)
     for module, a, b in gateway.layout.factors(flat):
@@ -210,7 +212,7 @@ def add_into_gateway(gateway: Adapter, ready: Mapping[str, ExpertDelta], several
 def _where_experts_are(gateway: Adapter, moved: Mapping[str, ExpertDelta], module: str, scale: float) -> Float64Array:
     """The rows of A that the next factors should be near: the gateway's, moved as the experts moved theirs."""
     target = gateway.module(module)[0].astype(np.float64)
-    for departed in moved.values():
-        step = departed.now.module(module)[0].astype(np.float64) - departed.start.module(module)[0]
-        target += scale * departed.weight * step
+    for delta in moved.values():
+        step = delta.now.module(module)[0].astype(np.float64) - delta.start.module(module)[0]
+        target += scale * delta.weight * step
     return target

@@ -1,4 +1,4 @@
-"""What a site tells of its prompts so that a gateway can route: how many, their mean, and how they spread.
+"""Prompt statistics that a site discloses for routing: how many prompts, the mean of their features, their spread.
 
 The numbers are of prompt features (`fedmoe.models.prompt_features`), vectors of d numbers. They come in two halves, of
 different samples: a router fitted to one half is checked on the other, so that its probabilities are honest although no
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import Float64Array, FloatMatrix, FloatVector, ShapeError
+from fedmoe.lora.adapter import Float64Array, FloatMatrix, FloatVector, ShapeError, read_only
 from fedmoe.lora.safetensors_bytes import (
     Buffer,
-    MalformedError,
     MismatchError,
     encode_named,
     read_header,
     read_named,
     shown,
+    whole_numbers,
 )
 
 #: Directions of the covariance that are kept; the rest of it is kept as a diagonal. 64 route as well as all (SmolLM2, 3
@@ -56,9 +56,7 @@ class FeatureMoments:
                 raise ShapeError(f"{name} must be float32, got {values.dtype}")
             if not np.isfinite(values).all():
                 raise ValueError(f"{name} holds a NaN or an infinity; leave out the prompt that made it")
-            view = values.view()
-            view.flags.writeable = False
-            object.__setattr__(self, name, view)
+            object.__setattr__(self, name, read_only(values))
         shapes = self.mean.shape, self.spread.shape, self.rest.shape
         width, most = self.mean.size, min(DIRECTIONS, self.mean.size)
         rows = self.spread.shape[0] if self.spread.ndim else 0
@@ -139,11 +137,11 @@ class PromptStatistics:
         of_row = np.arange(len(features)) if samples is None else np.asarray(samples)
         if features.ndim != 2 or of_row.shape != features.shape[:1]:
             raise ShapeError(f"every row of features needs its sample, got {features.shape} and {of_row.shape}")
-        kept, place = np.unique(of_row, return_inverse=True)
-        if len(kept) < 2:
-            raise ShapeError(f"two halves need at least two samples, got {len(kept)}")
+        unique, place = np.unique(of_row, return_inverse=True)
+        if len(unique) < 2:
+            raise ShapeError(f"two halves need at least two samples, got {len(unique)}")
         halves = [place % 2 == half for half in (0, 1)]
-        counts = ((len(kept) + 1) // 2, len(kept) // 2)
+        counts = ((len(unique) + 1) // 2, len(unique) // 2)
         return cls(*(FeatureMoments.of(features[half], count) for half, count in zip(halves, counts, strict=True)))
 
     def to_bytes(self) -> bytes:
@@ -173,15 +171,9 @@ class PromptStatistics:
             )
         if entries.keys() != {f"{half}.{part}" for half in _HALVES for part in _PARTS}:
             raise MismatchError("tensor_mismatch", f"each half needs {', '.join(_PARTS)}; got {shown(entries)}")
-        counts = [metadata.get(half, "") for half in _HALVES]
-        if not all(count.isascii() and count.isdigit() and len(count) < 16 for count in counts):
-            raise MalformedError(f"the halves' counts must be whole numbers, got {shown(counts)}")
+        halves = zip(_HALVES, whole_numbers(metadata, _HALVES, 15), strict=True)
         tensors = read_named(body)
-        halves = (
-            FeatureMoments(int(count), *(tensors[f"{half}.{part}"] for part in _PARTS))
-            for half, count in zip(_HALVES, counts, strict=True)
-        )
-        return cls(*halves)
+        return cls(*(FeatureMoments(count, *(tensors[f"{half}.{part}"] for part in _PARTS)) for half, count in halves))
 
 
 def add_statistics(parts: Sequence[PromptStatistics]) -> PromptStatistics:
@@ -202,7 +194,5 @@ def orthogonal_rows(rows: Float64Array) -> Float64Array:
     values, vectors = np.clip(values[::-1], 0.0, None), vectors[:, ::-1]
     kept = max(1, int(np.count_nonzero(values > _RELATIVE_FLOOR * values[0])))
     if wide:
-        found: Float64Array = vectors[:, :kept].T @ rows
-        return found
-    root: Float64Array = np.sqrt(values[:kept])[:, None] * vectors[:, :kept].T
-    return root
+        return np.asarray(vectors[:, :kept].T @ rows, np.float64)
+    return np.asarray(np.sqrt(values[:kept])[:, None] * vectors[:, :kept].T, np.float64)

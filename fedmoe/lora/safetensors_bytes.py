@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -173,16 +173,21 @@ def _check_contiguous(entries: Mapping[str, TensorEntry], available: int) -> Non
         raise MalformedError(f"the tensors cover {position} bytes, the body carries {available}")
 
 
+def tensor_entries(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> dict[str, object]:
+    """The header's entries for tensors that lie one after another: their names, dtypes of the format, and shapes."""
+    entries: dict[str, object] = {}
+    start = 0
+    for name, dtype, shape in tensors:
+        stop = start + math.prod(shape) * _BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    return entries
+
+
 def encode_named(tensors: Mapping[str, NDArray[np.float32]], metadata: Mapping[str, str] | None = None) -> bytes:
     """Any float32 arrays by name as safetensors bytes, in the order given."""
-    header: dict[str, object] = {}
-    offset = 0
-    parts = []
-    for name, values in tensors.items():
-        data = np.ascontiguousarray(values, "<f4")
-        header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [offset, offset + data.nbytes]}
-        offset += data.nbytes
-        parts.append(data.data)
+    header = tensor_entries((name, "F32", values.shape) for name, values in tensors.items())
+    parts = (np.ascontiguousarray(values, "<f4").data for values in tensors.values())
     return b"".join((header_bytes(header, metadata), *parts))
 
 
@@ -197,10 +202,15 @@ def read_named(body: Buffer) -> dict[str, NDArray[np.float32]]:
                 f"{shown([name])} is {shown([entry.dtype])}; {', '.join(_READ_AS)} are read",
             )
         values = np.frombuffer(data[entry.start : entry.stop], _READ_AS[entry.dtype])
-        arrays[name] = np.require(_widened(values), np.float32, "A").reshape(entry.shape)
+        with np.errstate(invalid="ignore"):  # a signalling NaN stays a NaN, for the finite check to name
+            wide = values.astype(np.float32, copy=False)
+        arrays[name] = np.require(wide, np.float32, "A").reshape(entry.shape)
     return arrays
 
 
-def _widened(values: NDArray[np.generic]) -> NDArray[np.float32]:
-    with np.errstate(invalid="ignore"):  # a signalling NaN stays a NaN, for the finite check to name
-        return values.astype(np.float32, copy=False)
+def whole_numbers(metadata: Mapping[str, str], keys: Sequence[str], digits: int) -> list[int]:
+    """The counts of at most so many digits that metadata hold under these keys; raises `MalformedError` for others."""
+    texts = [metadata.get(key, "") for key in keys]
+    if not all(text.isascii() and text.isdigit() and len(text) <= digits for text in texts):
+        raise MalformedError(f"{' and '.join(keys)} must be whole numbers, got {shown(texts)}")
+    return [int(text) for text in texts]

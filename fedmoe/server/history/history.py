@@ -216,9 +216,9 @@ class History:
         registered, chains = registration(events), lineages(events)
         version = max(chains)
         newest, rule = chains[version], self._aggregation.rule
-        held = InitialWeights(registered.seed, rule) if newest is None else self._rebuild(registered, chains, newest)
+        stored = InitialWeights(registered.seed, rule) if newest is None else self._rebuild(registered, chains, newest)
         by = Registrant(registered.worker, registered.token)
-        expert = ExpertModel(registered.expert, registered.manifest, version, held, registrant=by)
+        expert = ExpertModel(registered.expert, registered.manifest, version, stored, registrant=by)
         norms = (event.landed_norm for event in reversed(events) if isinstance(event, UpdateAccepted))
         usual = itertools.islice((norm for norm in norms if norm is not None), USUAL_WINDOW)
         return replace(expert, norms=tuple(usual)[::-1])
