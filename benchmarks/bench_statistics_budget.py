@@ -5,8 +5,8 @@
 The experts of `bench_merge_quality.py`, merged at the default scale with equal weights; nothing is chosen on held-out
 text. `all` rows: every expert's moments rest on so many tokens. `one` rows: on each domain those of its own expert rest
 on so many, those of the others on the most that is measured, which is what a busy machine did to a worker. `filled up`:
-with the mean of all experts', to so many tokens (`fedmoe.lora.moments.filled_up`); in all other rows moments are taken
-as they are. `--samples` repeats the `one` rows with moments of other training blocks.
+with the mean of all experts', to so many tokens (`fedmoe.lora.moments.pad_thin_grams`); in all other rows moments are
+taken as they are. `--samples` repeats the `one` rows with moments of other training blocks.
 
 `kept` is (base - merged) / (base - own expert) with 95 % intervals from a paired bootstrap over blocks, which know
 nothing of other seeds or samples. Data, experts, moments and losses stay in `--work` and are used again.

@@ -36,7 +36,7 @@ DEFAULT_PORT = 5000
 DEFAULT_SYNC_INTERVAL = 10.0
 MIN_SYNC_INTERVAL = 0.01
 MAX_SYNC_INTERVAL = 3600.0
-#: What a coordinator advises where it was not told to enforce anything.
+#: What a coordinator advises where no interval is configured.
 ADVISED_SYNC_INTERVAL = 1.0
 
 

@@ -1,7 +1,7 @@
 """The coordinator without I/O: published experts, transactions on them, and the gateway made of them.
 
 `CentralCoordinator` publishes an immutable mapping of experts. A change is worked out in a `Transaction`, written to
-the journal by whoever owns one, and only then published; one that cannot be written is dropped and nothing happened.
+the journal by whoever owns one, and only then published; one that cannot be written is dropped without effect.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 #: What the gateway is made with while an expert lacks the input moments that the chosen strategy needs.
 WITHOUT_MOMENTS = "scaled"
-#: The strategy by name where experts go on from the gateway.
+#: The strategy by name where experts are rebased onto the gateway.
 ONLINE_STRATEGY = "living"
 #: With moments and without a rank given, the gateway keeps this share of every module's energy, at rank 64 or less.
 ENERGY = 0.99
@@ -127,7 +127,7 @@ class GatewayModel:
     def of_online_gateway(
         cls, gateway: OnlineGateway, version: int, moments: Mapping[str, ExpertMoments] = MappingProxyType({})
     ) -> GatewayModel:
-        """The gateway that experts go on from, as it is after its last fold, with the version of that fold.
+        """The gateway that experts are rebased onto, after its last merge and with the version of that merge.
 
         Before the first one it does what the base model does, and its version is the one given.
         """

@@ -1,4 +1,4 @@
-"""`DistributedCoordinator`: the coordinator as an HTTP service, from state directory to socket."""
+"""The coordinator as an HTTP service: state directory, recovery, tokens, socket, and orderly shutdown."""
 
 from __future__ import annotations
 

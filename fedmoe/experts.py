@@ -1,4 +1,4 @@
-"""One expert: its weights, its version, and how an update lands on it."""
+"""Experts: weights, version and names of one, how an update lands on it, and the refusals of what does not fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class InitialWeights:
     rule: UpdateRule
 
     def state(self, manifest: Manifest) -> RuleState:
-        """A drawn from the seed, B zero, so that an expert starts as the base model."""
+        """The first state: A drawn from the seed, B zero, so that an expert starts as the base model."""
         return self.rule.init(initial_adapter(manifest.layout, manifest.alpha, self.seed).flat)
 
 
@@ -127,7 +127,7 @@ class ExpertModel:
         return replace(self, version=self.version + 1, stored=state)
 
     def require_active(self) -> None:
-        """Refuse what is for an expert that is not retired."""
+        """Raise RefusedError if the expert is retired."""
         if self.retired:
             raise RefusedError(
                 "retired",
@@ -141,7 +141,7 @@ _MOST_LISTED = 20
 
 
 def first_name(experts: Mapping[str, ExpertModel], name: str) -> str:
-    """The first name of the expert that goes by `name`, or did; `name` itself where nobody does."""
+    """The first name of the expert that goes by `name`, or did; `name` itself where no expert does."""
     if name in experts:
         return name
     return next((first for first, expert in experts.items() if name in expert.names), name)
@@ -165,7 +165,7 @@ def seed_of(name: str) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(["fedmoe-initial-a", name]).encode()).digest()[:8], "little")
 
 
-#: The seed of the first A of all experts that go on from the gateway; no expert has this name.
+#: The seed of the first A of all experts that start from the gateway; no expert has this name.
 GATEWAY_SEED = seed_of("@gateway")
 
 

@@ -113,11 +113,11 @@ class UpdateLost(_OfOneUpdate):
 
 @dataclass(frozen=True, slots=True)
 class GatewayMerged:
-    """What experts had learned since they left the gateway became part of it; `number` counts these folds.
+    """What experts had learned since they branched from the gateway became part of it; `number` counts these merges.
 
     `version` is the gateway's version from then on, `digest` names the blob that holds it. By expert: `sources` is the
-    version that was folded, `staleness` the folds between the one it had left from and this one, `weights` what its
-    delta was multiplied with.
+    version that was merged, `staleness` the merges between the one it had branched from and this one, `weights` what
+    its delta was multiplied with.
     """
 
     number: int
@@ -134,7 +134,7 @@ class GatewayMerged:
 
 @dataclass(frozen=True, slots=True)
 class ExpertRebased:
-    """The expert's next version is the gateway after fold `gateway`, blob `digest`, and what that fold had not seen.
+    """The expert's next version is the gateway after merge `gateway`, blob `digest`, and what that merge lacked.
 
     That is its last `again` updates, landed on the gateway once more in their order.
     """
@@ -149,10 +149,10 @@ class ExpertRebased:
 
 @dataclass(frozen=True, slots=True)
 class UpdateHeld(_OfOneUpdate):
-    """An update waits for an administrator's word, and nothing of it has landed; `number` names it for people.
+    """An update waits for an administrator's decision, and nothing of it has landed; `number` names it for people.
 
-    `newest_version` and `staleness` are what its sender was told; `token` is the hash of the token it came with, empty
-    where none is asked for. If it is released, an `UpdateAccepted` with its identity follows.
+    `newest_version` and `staleness` are those of the answer to its sender; `token` is the hash of the token it came
+    with, empty where none is asked for. If it is released, an `UpdateAccepted` with its identity follows.
     """
 
     number: int
@@ -194,7 +194,7 @@ QuarantineEvent = UpdateHeld | HeldUpdateRejected
 
 @dataclass(frozen=True, slots=True)
 class ExpertRenamed:
-    """The expert goes by another name; all that is journalled of it knows it by `expert`, its first one, for ever.
+    """The expert goes by another name; the journal knows it by `expert`, its first one, for ever.
 
     `number` counts renames, retirements and returns of all experts.
     """

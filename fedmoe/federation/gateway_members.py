@@ -34,7 +34,7 @@ def left_out(experts: Mapping[str, ExpertModel], buffer_size: int) -> dict[str, 
 
 
 def left_out_of_online_gateway(experts: Mapping[str, ExpertModel], gateway: OnlineGateway) -> dict[str, str]:
-    """Expert -> why nothing of it is in a gateway that experts are rebased onto: what was merged stays in it."""
+    """Expert -> why nothing of it is in an online gateway; what was merged stays in it."""
     reasons = {name: MERGED for name in gateway.sources if experts[name].retired}
     for name in sorted(experts.keys() - gateway.sources.keys()):
         if experts[name].retired:

@@ -2,7 +2,7 @@
 
 A state directory has an epoch. Whoever pushes first under a worker's id holds its lease, and keeps it with every push;
 a second epoch is refused meanwhile. When the holder has been silent for long enough, the second takes over, and the
-first is told to stop. All is decided here, on values; times are seconds of a clock that is never set.
+first must stop. All is decided here, on values; times are seconds of a monotonic clock.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ LEAST_SECONDS = 60.0
 MOST_SECONDS = 600.0
 #: How long a sign that an id is used in two places is shown.
 SHOWN_SECONDS = 3600.0
-# Earlier holders are told apart from newcomers; so many are remembered.
+# Earlier holders are refused otherwise than newcomers; so many are remembered.
 _MOST_FORMER = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Who pushes under a worker's id: the holder's epoch, the hash of its token, its last push, how long that lasts.
+    """The right to push under a worker's id: the holder's epoch, the hash of its token, its last push, its duration.
 
     `token` None is not known: the lease was found in the journal. `former` are epochs that held it before, the newest
     last; `doubled` is when another place last pushed or tried to, None if none did.
@@ -42,7 +42,7 @@ class Lease:
         return self.seen + self.seconds - now
 
     def excludes(self, epoch: str, token: str, now: float) -> bool:
-        """Whether a push of this epoch must wait. Who has another token is another person, and nobody's clone."""
+        """Whether a push of this epoch must wait. Another token is another person, no second copy of this worker."""
         mine = self.token is None or self.token == token
         return epoch != self.epoch and mine and self.left(now) > 0
 
@@ -61,7 +61,7 @@ class Lease:
         return Lease(epoch, token, now, LEAST_SECONDS, former, doubled)
 
     def refusal(self, worker: str, epoch: str, now: float) -> RefusedError:
-        """What an epoch is told that the lease excludes: to wait, or to stop if it had the lease before."""
+        """The refusal of an epoch that the lease excludes: to wait, or to stop if it had the lease before."""
         left = max(1, round(self.left(now)))
         facts = {"seconds_left": left, "holder": self.epoch}
         if epoch in self.former:
@@ -81,7 +81,7 @@ class Lease:
         )
 
     def warning(self, now: float) -> str:
-        """That the id is used in two places, in words; empty if there is no sign of it."""
+        """A warning that the id is used in two places; empty if there is no sign of it."""
         if self.doubled is None or now - self.doubled > SHOWN_SECONDS:
             return ""
         return "its id is used in two places"

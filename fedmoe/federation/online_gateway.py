@@ -56,13 +56,13 @@ class BranchPoint:
         steps = self.steps
         return steps >= merge_after or (steps > 0 and self.since[-1].update.at <= idle_since)
 
-    def unseen(self, folded: BranchPoint, buffer_size: int) -> tuple[CountedUpdate, ...] | None:
+    def unseen(self, merged: BranchPoint, buffer_size: int) -> tuple[CountedUpdate, ...] | None:
         """What a merge of the expert as it was then does not hold: what landed since, or only waited in the buffer.
 
         None if the expert has not only trained on: it was rolled back, or a worker retracted from it.
         """
-        seen = len(folded.since)
-        if self.left != folded.left or self.since[:seen] != folded.since:
+        seen = len(merged.since)
+        if self.left != merged.left or self.since[:seen] != merged.since:
             return None
         return self.since[seen - seen % buffer_size :]
 
@@ -148,7 +148,7 @@ class OnlineGateway:
 def reported_steps(update: UpdateAccepted) -> int | None:
     """The step counter a worker reported with its update, over all its restarts; None if it reported none.
 
-    Nor does an update that was held for a while: its worker went on counting, and the next one tells of those steps.
+    Nor does an update that was held for a while: its worker went on counting, and the next one reports those steps.
     """
     steps = update.info.get("steps")
     return None if steps is None or "held" in update.info else int(steps)
@@ -162,7 +162,7 @@ def steps_between(before: int | None, now: int | None) -> int:
 
 
 def count_steps(events: Iterable[Event], updates: Sequence[UpdateAccepted]) -> tuple[CountedUpdate, ...]:
-    """Some `updates` of ONE expert with the steps in each, which follow from all of its events."""
+    """`updates` of ONE expert, each with its steps, which follow from all of its events."""
     counts: dict[int, int] = {}
     before: dict[str, int] = {}
     for event in events:

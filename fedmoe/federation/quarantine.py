@@ -1,4 +1,4 @@
-"""The quarantine: updates that were held back until an administrator releases or rejects them.
+"""Quarantine: updates that are held back until an administrator releases or rejects them.
 
 A held update is no part of any expert. It keeps its identity: the same bytes again get the same answer, before and
 after the decision.

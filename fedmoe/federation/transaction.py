@@ -1,4 +1,4 @@
-"""A transaction: changes of a federation being worked out, before they are journalled and published."""
+"""Transactions: uncommitted changes of a federation, which are then journalled and published."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Submission:
 
 @dataclass
 class Transaction:
-    """Changes under way: sees what is published plus what it has decided so far."""
+    """Uncommitted changes: sees what is published plus what it has decided so far."""
 
     aggregation: Aggregation
     experts: dict[str, ExpertModel]
@@ -118,7 +118,7 @@ class Transaction:
             self.apply(event, rebuilt=self.aggregation.rule.init(self.online_gateway.adapter.flat))
 
     def learn_moments(self, name: str, moments: ExpertMoments | None) -> None:
-        """New moments of an expert's inputs; None where the gateway is made without, and its version rises the same."""
+        """Take new input moments of an expert, None where the gateway is made without; its version rises the same."""
         if moments is not None:
             self.moments[name] = moments
         self.gateway_version += 1
@@ -138,7 +138,7 @@ class Transaction:
         return self.experts[expert.name]
 
     def retire(self, name: str, reason: str, at: float) -> ExpertModel:
-        """Let an expert rest: it takes no updates, is no part of the gateway, and stays what it is."""
+        """Retire an expert: it takes no updates, is no part of the gateway, and stays what it is."""
         expert = self.expert(name)
         if not expert.retired:
             self.apply(ExpertRetired(expert.name, self.roll_changes + 1, reason, at))
@@ -177,7 +177,7 @@ class Transaction:
         return update
 
     def admit(self, submission: Submission, at: float) -> UpdateAccepted:
-        """What accepting this update would mean; refuses future and too stale base versions."""
+        """The event that accepts this update; refuses future and too stale base versions."""
         expert = self.expert(submission.expert)
         expert.require_active()
         staleness = expert.staleness(submission.base_version)
@@ -251,7 +251,7 @@ class Transaction:
         return f"its norm {norm:.4g} is {times:.4g} times the usual one of {update.expert}; held above {most:g} times"
 
     def reject(self, number: int, reason: str, at: float) -> HeldUpdateRejected:
-        """The held update of this number will never land."""
+        """Reject the held update of this number: it will never land."""
         held = self.quarantine.numbered(number)
         named = (held.expert, held.worker, held.epoch, held.sequence, held.digest)
         event = HeldUpdateRejected(self.quarantine.number + 1, number, *named, reason, at)

@@ -1,4 +1,4 @@
-"""The adapter: what every other part of FedMoE trains, ships, merges and serves.
+"""LoRA adapters: the flat weights, with a layout, that FedMoE trains, ships, merges and serves.
 
 An adapter is one flat float32 vector with a layout that says which part is which factor. Keeping it flat makes the
 hot paths (apply an update, check it, hash it, hand it to an optimizer) one pass over contiguous memory instead of

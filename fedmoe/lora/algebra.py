@@ -1,4 +1,4 @@
-"""Exact arithmetic on adapters as matrices: operations act on the product `scale * B @ A`, never on A and B apart.
+"""Exact algebra of adapters: operations act on the products `scale * B @ A`, never on A and B apart.
 
 Averaging the factors is not averaging the models: mean(B) mean(A) differs from mean(BA) by the covariance of B and A.
 Everything here works from stacked factors and R x R Gram matrices (R = sum of ranks), so no d x d matrix is formed.

@@ -1,8 +1,8 @@
 """Codec of adapters: safetensors bytes in float32, bfloat16, or int8 with one scale per rank direction.
 
 `decode` is the trust boundary for weights that come from the network: exactly the tensors of the layout, in one known
-dtype, of the right shapes. `safetensors_bytes` checks the container first. Numbers that are not finite
-pass, so that `update_rules.first_not_finite` can name them.
+dtype, of the right shapes. `safetensors_bytes` checks the container first. Numbers that are not finite pass,
+so that `update_rules.first_not_finite` can name them.
 """
 
 from __future__ import annotations

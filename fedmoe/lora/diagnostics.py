@@ -31,7 +31,7 @@ class Overlap:
 
 @dataclass(frozen=True, slots=True)
 class PairAudit:
-    """Two experts: what they read in common (row spaces of A) and where they write in common (column spaces of B)."""
+    """Two experts' overlap: of inputs they read (row spaces of A), of outputs they write (column spaces of B)."""
 
     first: str
     second: str
@@ -41,7 +41,7 @@ class PairAudit:
 
 @dataclass(frozen=True)
 class MergeAudit:
-    """What is known of experts before a merge.
+    """Diagnostics of experts before a merge.
 
     `norms` are Frobenius norms of the whole products, `predicted_rank` is the rank at which the plain sum keeps
     `energy` of every module's squared singular values, `stacked_rank` the one that loses nothing.

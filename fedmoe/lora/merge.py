@@ -45,14 +45,14 @@ class MergeResult:
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """What sets a strategy apart: the weight of each of `count` experts, and the scale for as many if it has one."""
+    """A merge strategy: the weight of each of `count` experts, and the scale for as many if it has one."""
 
     weight: Callable[[int], float]
     scale: Callable[[int], float] | None = None
 
 
 def damping(count: int) -> float:
-    """What `scaled` multiplies the sum of `count` experts with: 1.8 times the mean, but never more than the sum."""
+    """The scale of `scaled` for `count` experts: 1.8 times the mean, but never more than the sum."""
     return min(1.0, _OVER_MEAN / count)
 
 
@@ -93,7 +93,7 @@ def merge(
     The result has the sum of ranks; or `rank`; or with `energy` in (0, 1] the smallest rank that keeps this share of
     every module, at most `rank` (64 if not given). `scale` is for `scaled` and `regmean`. `without_moments` names the
     strategy to take where `regmean` lacks the moments of an expert, which is an error otherwise. `norm_cap` shrinks
-    experts that are larger than the median one, whole or in each module. With `start`, from which all experts went on,
+    experts that are larger than the median one, whole or in each module. With `start`, from which all experts branched,
     the deltas expert - start are merged and the start is added.
     The order of `experts` does not matter: sources are taken in name order, so the bytes are the same.
     """
@@ -125,7 +125,7 @@ def _strategy_in_reach(
     moments: Mapping[str, InputMoments],
     otherwise: str | None,
 ) -> tuple[str, tuple[str, ...]]:
-    """The strategy asked for, or the one named for the case that moments are missing with a note that says so."""
+    """The strategy asked for, or where moments are missing the one named for that case, with a note."""
     _strategy(strategy)
     missing = sorted(experts.keys() - moments.keys())
     if strategy not in STRATEGIES_WITH_MOMENTS or not missing:

@@ -37,14 +37,14 @@ _DIAGONAL, _SKETCH = ".diagonal", ".sketch"
 
 
 def thin(tokens: int) -> str:
-    """In words that moments of so many tokens are thin; empty where they are not."""
+    """A warning that moments of so many tokens are thin; empty where they are not."""
     if tokens >= LEAST_TOKENS:
         return ""
     return f"input moments of {tokens:,} tokens only, fewer than {LEAST_TOKENS:,}"
 
 
 def thin_notes(tokens: Mapping[str, int]) -> tuple[str, ...]:
-    """What is said of a merge with thin moments: one note for each such expert, in name order; one alone needs none."""
+    """Notes on a merge with thin moments: one for each such expert, in name order; one expert alone needs none."""
     if len(tokens) < 2:
         return ()
     thin_ones = ((name, thin(tokens[name])) for name in sorted(tokens))
@@ -153,10 +153,10 @@ class Gram:
         return np.asarray((halved - np.linalg.solve(inner, (halved @ half).T).T @ half.T) / root, np.float64)
 
 
-def filled_up(grams: Sequence[Gram], tokens: Sequence[int]) -> list[Gram]:
-    """The matrices of several experts, of which those of few tokens are filled up to `LEAST_TOKENS` with their mean.
+def pad_thin_grams(grams: Sequence[Gram], tokens: Sequence[int]) -> list[Gram]:
+    """The matrices of several experts, those of few tokens padded to `LEAST_TOKENS` with the mean of all.
 
-    In a merge the inputs that an expert's few tokens happen not to hold would count as nobody's, and go to the others:
+    In a merge, inputs that an expert's few tokens happen not to hold would count as no expert's, and go to the others:
     so what is missing is taken to look like all experts' inputs together, each matrix of one mean diagonal.
     """
     if len(grams) == 1 or min(tokens) >= LEAST_TOKENS:

@@ -1,11 +1,11 @@
 """Online merge: the deltas of whichever experts are ready are merged into the gateway, without a barrier.
 
-Expert e left a gateway with product W_s and now has W_e. Its delta D_e = W_e - W_s is folded as
+Expert e branched from a gateway with product W_s and now has W_e. Its delta D_e = W_e - W_s is merged as
 
     W <- W + c sum_e w_e D_e (g_e G_e + 0.6 rho I) M^-1,    M = sum_j g_j G_j + rho I
 
 with M over *all* experts, ready or not (`fedmoe.lora.regmean` has where this comes from). It is linear in the deltas,
-so folds one by one come to what one fold of all comes to. g_j = (mean of x^2 over expert j's inputs)^(-1/2) does not
+so merges one by one come to what one merge of all comes to. g_j = (mean of x^2 over expert j's inputs)^(-1/2) does not
 depend on who is ready. The sum is cut back to the gateway's rank in the metric of M, and of all factors with that
 product those are taken that are nearest to where the experts took theirs, so that an optimizer's state still fits.
 """
@@ -20,7 +20,16 @@ import numpy as np
 from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ShapeError
 from fedmoe.lora.algebra import TruncatedAdapter, recompress, stack
 from fedmoe.lora.moments import Gram, InputMoments, sum_of_grams
-from fedmoe.lora.regmean import PRIOR, RIDGE, Solution, check_moments, cut_in_metric, loudness, rebuilt, wide
+from fedmoe.lora.regmean import (
+    PRIOR,
+    RIDGE,
+    Solution,
+    check_moments,
+    cut_in_metric,
+    grams_by_input,
+    input_weight,
+    wide_factors,
+)
 
 # The least length of a direction of A, as a share of the largest: below, B would have to be too large for float32.
 _LEAST = 1e-6
@@ -28,7 +37,7 @@ _LEAST = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class ExpertDelta:
-    """An expert that left the gateway at `start` and is at `now`; `weight` is what its delta counts, 1 when fresh."""
+    """An expert that branched from the gateway at `start` and is at `now`; `weight` is its delta's, 1 when fresh."""
 
     start: Adapter
     now: Adapter
@@ -43,7 +52,7 @@ def merge_into_gateway(
     scale: float = 1.0,
     ridge: float = RIDGE,
 ) -> TruncatedAdapter:
-    """The gateway with what the `ready` experts learned since they left it; their names' order does not matter.
+    """The gateway with what the `ready` experts learned since they branched; their names' order does not matter.
 
     `moments` are those of every expert that shares the gateway, ready or not: they say whose delta counts for which
     inputs. `scale` is c; 1 and 1.2 were measured alike, 1.5 is too much. An expert that has not moved changes nothing.
@@ -56,7 +65,7 @@ def merge_into_gateway(
     views = {module.name: (a, b) for module, a, b in gateway.layout.factors(flat)}
     kept = lost = 0.0
     experts = sorted(moments)
-    for names, grams in rebuilt([moments[expert] for expert in experts], gateway.layout.modules):
+    for names, grams in grams_by_input([moments[expert] for expert in experts], gateway.layout.modules):
         for name in names:
             part = _fold_module(plan, name, dict(zip(experts, grams, strict=True)))
             if part is None:
@@ -99,12 +108,12 @@ def _check(
     ridge: float,
 ) -> None:
     if not ready:
-        raise ValueError("no expert is ready; a fold needs at least one")
+        raise ValueError("no expert is ready; a merge needs at least one")
     if not ridge > 0 or not 0 < scale < np.inf:
         raise ValueError(f"ridge and scale must be positive numbers, got {ridge} and {scale}")
     missing = sorted(ready.keys() - moments.keys())
     if missing:
-        raise ValueError(f"a fold needs the input moments of every expert and has none of {missing}")
+        raise ValueError(f"a merge needs the input moments of every expert and has none of {missing}")
     for name, expert in ready.items():
         if not 0 <= expert.weight < np.inf:
             raise ValueError(f"the weight of {name} must be a number of at least 0, got {expert.weight}")
@@ -112,7 +121,7 @@ def _check(
             if adapter.layout != gateway.layout:
                 raise ShapeError(
                     f"{name} has rank {adapter.rank} and {len(adapter.layout.modules)} modules, not the gateway's rank "
-                    f"{gateway.rank} and modules; experts go on from the gateway at its own rank"
+                    f"{gateway.rank} and modules; experts are rebased onto the gateway at its own rank"
                 )
     check_moments(moments, gateway.layout.modules)
 
@@ -126,14 +135,14 @@ def _fold_module(plan: _Plan, name: str, grams: Mapping[str, Gram]) -> _Part | N
     }
     if not moved:
         return None
-    a_gateway, b_gateway = wide(plan.gateway, name)
-    shares = {expert: loudness(gram) for expert, gram in grams.items()}
+    a_gateway, b_gateway = wide_factors(plan.gateway, name)
+    shares = {expert: input_weight(gram) for expert, gram in grams.items()}
     metric = sum_of_grams([(shares[expert], gram) for expert, gram in grams.items()])
     rho = plan.ridge * float(metric.full_diagonal.mean()) or 1.0
     metric = metric.plus(rho)
     images, columns = [metric.rows(a_gateway)], [b_gateway]
     for expert, delta in moved.items():
-        (a_start, b_start), (a, b) = wide(delta.start, name), wide(delta.now, name)
+        (a_start, b_start), (a, b) = wide_factors(delta.start, name), wide_factors(delta.now, name)
         rows = np.vstack([a, a_start])
         images.append(plan.scale * (shares[expert] * grams[expert].rows(rows) + plan.prior * rho * rows))
         columns += [delta.weight * b, -delta.weight * b_start]
@@ -147,7 +156,7 @@ def _fold_module(plan: _Plan, name: str, grams: Mapping[str, Gram]) -> _Part | N
 
 
 def _as_learned(a_gateway: Float64Array, learned: Float64Array, weights: Sequence[float]) -> Float64Array:
-    """The gateway's A with what each expert's own A learned: `learned` has all that is folded of A and of A's start."""
+    """The gateway's A with what each expert's own A learned: `learned` has all that is merged of A and of A's start."""
     after, before = learned.reshape(len(weights), 2, *a_gateway.shape).swapaxes(0, 1)
     return a_gateway + np.tensordot(np.asarray(weights), after - before, 1)
 

@@ -185,7 +185,7 @@ def add_statistics(parts: Sequence[PromptStatistics]) -> PromptStatistics:
 
 
 def orthogonal_rows(rows: Float64Array) -> Float64Array:
-    """The fewest orthogonal rows, largest first, with the same rows' rows: (m, d) -> (k, d), 1 <= k <= min(m, d).
+    """The fewest orthogonal rows, largest first, with the same `rows.T @ rows`: (m, d) -> (k, d), 1 <= k <= min(m, d).
 
     From the eigenvectors of the smaller Gram matrix; directions below rounding noise are left out.
     """

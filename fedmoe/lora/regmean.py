@@ -7,7 +7,7 @@ With W_i = s_i B_i A_i, second moments G_i (n x n) of expert i's inputs and g_i 
 The answer W = sum_i W_i (g_i G_i + 0.6 rho I) M^-1, M = sum_j g_j G_j + rho I, keeps every B_i and changes only A: rank
 sum_i r_i, no product of B and A. Any other W costs |(W - answer) M^(1/2)|^2 more, so the best W of a smaller rank is
 the answer cut in the metric of M, and nothing is gained by alternating between the factors. RegMean: Jin et al. 2023.
-A G of few tokens is filled up first (`fedmoe.lora.moments.filled_up`).
+A G of few tokens is padded first (`fedmoe.lora.moments.pad_thin_grams`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ModuleShape, ShapeError
 from fedmoe.lora.algebra import TruncatedAdapter, rank_for
-from fedmoe.lora.moments import Gram, InputMoments, filled_up, sum_of_grams
+from fedmoe.lora.moments import Gram, InputMoments, pad_thin_grams, sum_of_grams
 
 Factors64 = tuple[Float64Array, Float64Array]
 
@@ -38,7 +38,7 @@ _SILENT = 1e-12
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is merged how; experts, moments and weights in one order."""
+    """Inputs and options of one merge; experts, moments and weights in one order."""
 
     experts: Sequence[Adapter]
     moments: Sequence[InputMoments]
@@ -141,8 +141,10 @@ def check_moments(moments: Mapping[str, InputMoments], modules: Sequence[ModuleS
                 )
 
 
-def rebuilt(moments: Sequence[InputMoments], modules: Sequence[ModuleShape]) -> Iterator[tuple[list[str], list[Gram]]]:
-    """The modules that share an input, and its G of all `moments`; each G is rebuilt once, thin ones are filled up."""
+def grams_by_input(
+    moments: Sequence[InputMoments], modules: Sequence[ModuleShape]
+) -> Iterator[tuple[list[str], list[Gram]]]:
+    """Groups of modules with one input, each with its G by expert; a G is rebuilt once, thin ones are padded."""
     names = {module.name for module in modules}
     grams: list[tuple[tuple[str, ...], Gram]] = []
     alike: list[str] = []
@@ -150,15 +152,15 @@ def rebuilt(moments: Sequence[InputMoments], modules: Sequence[ModuleShape]) -> 
     for name in (name for group in moments[0].groups for name in group if name in names):
         if not grams or any(name not in shared for shared, _ in grams):
             if alike:
-                yield alike, filled_up([gram for _, gram in grams], tokens)
+                yield alike, pad_thin_grams([gram for _, gram in grams], tokens)
             grams, alike = [(of_expert.group_of[name], of_expert.approximate(name)) for of_expert in moments], []
         alike.append(name)
     if alike:
-        yield alike, filled_up([gram for _, gram in grams], tokens)
+        yield alike, pad_thin_grams([gram for _, gram in grams], tokens)
 
 
-def loudness(gram: Gram) -> float:
-    """g: what makes inputs of any size count alike, the root of their mean square inverted; 0 without inputs."""
+def input_weight(gram: Gram) -> float:
+    """g, the weight that makes inputs of any size count alike: their inverse root mean square; 0 without inputs."""
     mean = float(gram.full_diagonal.mean())
     return mean**-0.5 if mean > 0 else 0.0
 
@@ -174,15 +176,15 @@ class _Module:
 
 
 def _solutions(plan: _Plan) -> Iterator[tuple[str, Solution]]:
-    for names, grams in rebuilt(plan.moments, plan.experts[0].layout.modules):
+    for names, grams in grams_by_input(plan.moments, plan.experts[0].layout.modules):
         alike = {name: _module(plan, name, grams) for name in names}
         for moved in dict.fromkeys(module.moved for module in alike.values()):
             yield from _solve(plan, {n: module for n, module in alike.items() if module.moved == moved}, grams)
 
 
 def _module(plan: _Plan, name: str, grams: Sequence[Gram]) -> _Module:
-    experts = [wide(adapter, name) for adapter in plan.experts]
-    start = wide(plan.start, name) if plan.start else (experts[0][0][:0], experts[0][1][:, :0])
+    experts = [wide_factors(adapter, name) for adapter in plan.experts]
+    start = wide_factors(plan.start, name) if plan.start else (experts[0][0][:0], experts[0][1][:, :0])
     images, moved = [], []
     for (a, b), gram in zip(experts, grams, strict=True):
         image, does = _seen(np.vstack([a, start[0]]), np.hstack([b, -start[1]]), gram)
@@ -195,7 +197,8 @@ def _solve(plan: _Plan, alike: Mapping[str, _Module], grams: Sequence[Gram]) -> 
     """Modules with one input and one M, which is solved with once."""
     moved = next(iter(alike.values())).moved
     shares = [
-        weight * loudness(gram) if does else 0.0 for weight, gram, does in zip(plan.weights, grams, moved, strict=True)
+        weight * input_weight(gram) if does else 0.0
+        for weight, gram, does in zip(plan.weights, grams, moved, strict=True)
     ]
     metric = sum_of_grams(list(zip(shares, grams, strict=True)))
     # Where no expert does anything, M may be any multiple of the identity.
@@ -219,14 +222,14 @@ def _image(plan: _Plan, module: _Module, shares: Sequence[float], rho: float) ->
     return np.vstack([*rows, below])
 
 
-def wide(adapter: Adapter, name: str) -> Factors64:
+def wide_factors(adapter: Adapter, name: str) -> Factors64:
     """A and scale * B of one module in float64."""
     a, b = adapter.module(name)
     return a.astype(np.float64), adapter.scale * b.astype(np.float64)
 
 
 def _seen(a: Float64Array, b: Float64Array, gram: Gram) -> tuple[Float64Array, bool]:
-    """A G, and whether there are outputs B A x that are more than rounding."""
+    """A G, and whether outputs B A x exceed rounding."""
     image = gram.rows(a)
     energy = float(((b.T @ b) * (image @ a.T)).sum())
     # Before anything cancels: an expert that has not moved is its start less its start, to rounding.

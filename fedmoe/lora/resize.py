@@ -1,4 +1,4 @@
-"""Changing an adapter's rank or scale while it is trained, so that the function it computes stays the same."""
+"""Rank growth and rescaling of an adapter in training; the function that it computes stays the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The safetensors container on bytes: which tensors a body names, of which type and shape, and where their bytes lie.
+"""Strict reader and writer of the safetensors container: each tensor's name, type, shape and place in the bytes.
 
 The reader is stricter than the format, because the bytes come from the network: a capped header, no repeated keys, no
 hole, overlap or trailing byte, bounded metadata. It never unpickles and never calls or opens a name from the data; a

@@ -1,7 +1,7 @@
-"""How an update lands on an expert: staleness functions, and server optimizers as pairs of pure functions.
+"""Update rules: staleness functions, and server optimizers as pure functions.
 
 A staleness function maps tau (versions the expert moved on since the worker downloaded it) to a weight in [0, 1];
-a fresh update (tau = 0) always weighs exactly 1. A rule folds one weighted delta into the expert's state. All
+a fresh update (tau = 0) always weighs exactly 1. A rule applies one weighted delta to the expert's state. All
 arithmetic is elementwise float32 in a fixed order, so a replay of the same updates gives the same bits.
 """
 
@@ -60,14 +60,14 @@ class RuleState:
 
 @dataclass(frozen=True, slots=True)
 class UpdateRule:
-    """A server optimizer: how many moment vectors it keeps, and how one delta with its coefficient is folded in."""
+    """A server optimizer: how many moment vectors it keeps, and how one delta with its coefficient is applied."""
 
     name: str
     moments: int
     update: Callable[[RuleState, FloatVector, float], RuleState]
 
     def init(self, weights: FloatVector) -> RuleState:
-        # Not `zeros_like`: memory that nobody has written to yet costs nothing.
+        # Not `zeros_like`: memory that was never written to costs nothing.
         return RuleState(weights, tuple(np.zeros(weights.shape, weights.dtype) for _ in range(self.moments)))
 
 

@@ -15,9 +15,9 @@ from fedmoe.lora.moments import (
     Gram,
     InputMoments,
     ModuleMoments,
-    filled_up,
     merge_moments,
     omega,
+    pad_thin_grams,
     sum_of_grams,
     thin,
     thin_notes,
@@ -262,13 +262,13 @@ def test_moments_are_values() -> None:
 
 def test_matrices_of_enough_tokens_are_left_as_they_are() -> None:
     grams = [moments(decaying(30, 1.0, seed), ["m"], 8).approximate("m") for seed in range(3)]
-    assert filled_up(grams, [LEAST_TOKENS, 5_000, 90_000]) == grams
-    assert filled_up(grams[:1], [3]) == grams[:1]
+    assert pad_thin_grams(grams, [LEAST_TOKENS, 5_000, 90_000]) == grams
+    assert pad_thin_grams(grams[:1], [3]) == grams[:1]
 
 
 def test_what_few_tokens_lack_is_taken_from_the_mean_of_all_in_the_matrix_own_size() -> None:
     grams = [moments(decaying(30, 1.0, seed) * (1 + seed), ["m"], 8).approximate("m") for seed in range(3)]
-    filled = filled_up(grams, [LEAST_TOKENS // 4, 5_000, 5_000])
+    filled = pad_thin_grams(grams, [LEAST_TOKENS // 4, 5_000, 5_000])
     assert filled[1:] == grams[1:]
     sizes = [np.diagonal(gram.dense()).mean() for gram in grams]
     mean = np.mean([gram.dense() / size for gram, size in zip(grams, sizes, strict=True)], axis=0)
@@ -279,10 +279,10 @@ def test_what_few_tokens_lack_is_taken_from_the_mean_of_all_in_the_matrix_own_si
 def test_an_input_that_was_never_heard_stays_silent() -> None:
     loud = moments(decaying(30, 1.0, 0), ["m"], 8).approximate("m")
     silent = moments(np.zeros_like(decaying(30, 1.0, 0)), ["m"], 8).approximate("m")
-    filled = filled_up([silent, loud, loud], [5, 5, 5_000])
+    filled = pad_thin_grams([silent, loud, loud], [5, 5, 5_000])
     assert np.abs(filled[0].dense()).max() == 0
     np.testing.assert_allclose(filled[1].dense(), loud.dense(), rtol=1e-9)
-    assert filled_up([silent, silent], [5, 5]) == [silent, silent]
+    assert pad_thin_grams([silent, silent], [5, 5]) == [silent, silent]
 
 
 def test_thin_moments_are_named_with_how_thin_they_are() -> None:
