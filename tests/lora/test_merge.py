@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from lora_cases import adapters, bulk, dense, dense_sum, distance, laws, norm, random_adapter
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
-from fedmoe.lora.algebra import product_norm, scaled, stack
-from fedmoe.lora.diagnostics import module_norms
+from fedmoe.lora.algebra import module_norms, product_norm, scaled, stack
 from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS, NormCap, cap_norms, damping, merge
 from fedmoe.lora.moments import InputMoments, ModuleMoments, omega
 from fedmoe.lora.regmean import SCALE, regmean
