@@ -8,6 +8,7 @@ from typing import Literal
 from fedmoe.experts import GATEWAY_SEED
 from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.lora.adapter import initial_adapter
+from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS
 from fedmoe.lora.moments import InputMoments
@@ -87,7 +88,8 @@ class Aggregation:
         """
         if self.merge_after is None:
             return None
-        return OnlineGateway.first(initial_adapter(manifest.layout, manifest.alpha, GATEWAY_SEED))
+        adapter = initial_adapter(manifest.layout, manifest.alpha, GATEWAY_SEED)
+        return OnlineGateway(adapter, digest(adapter))
 
     def coefficient(self, staleness: int) -> float:
         """What a delta of this staleness is multiplied with, lr * s(tau)."""

@@ -88,11 +88,6 @@ class OnlineGateway:
         """Merges so far."""
         return self.last.number if self.last is not None else 0
 
-    @classmethod
-    def first(cls, adapter: Adapter) -> OnlineGateway:
-        """Before any merge."""
-        return cls(adapter, digest(adapter))
-
     def after_registration(self, event: ExpertRegistered, inputs: EventInputs) -> OnlineGateway:
         """With a new expert, which branches from the gateway before any merge."""
         return self._branched(event.expert, BranchPoint())

@@ -7,7 +7,7 @@ Everything here works from stacked factors and R x R Gram matrices (R = sum of r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +20,14 @@ _RELATIVE_FLOOR = 1e-15
 
 def scaled(adapter: Adapter, factor: float) -> Adapter:
     """The adapter whose product is `factor` times this one's; A and alpha stay, B carries the factor."""
+    return scaled_by_module(adapter, dict.fromkeys(adapter.layout.spans, factor))
+
+
+def scaled_by_module(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
+    """The adapter whose product is multiplied by a factor of its own in every module; B carries it."""
     flat = adapter.flat.copy()
-    single = _single(factor)
-    for _, _, b in adapter.layout.factors(flat):
-        b *= single
+    for module, _, b in adapter.layout.factors(flat):
+        b *= _single(factors[module.name])
     return Adapter(adapter.layout, adapter.alpha, flat)
 
 

@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from fedmoe.lora.adapter import Adapter, ShapeError
-from fedmoe.lora.algebra import TruncatedAdapter, module_norms, recompress, stack
+from fedmoe.lora.algebra import TruncatedAdapter, module_norms, recompress, scaled_by_module, stack
 from fedmoe.lora.moments import InputMoments, thin_notes
 from fedmoe.lora.regmean import RANK_CAP, SCALE, regmean
 
@@ -200,14 +198,9 @@ def _median_of_used(norms: list[float]) -> float:
 def _shrunk(expert: Adapter, factors: Mapping[str, float], start: Adapter | None) -> Adapter:
     """The expert, or its delta, times a factor per module; at the cost of the start's rank if there is one."""
     shares = {module.name: factors.get(_WHOLE, factors.get(module.name, 1.0)) for module in expert.layout.modules}
-    smaller = _times(expert, shares)
+    smaller = scaled_by_module(expert, shares)
     if start is None:
         return smaller
-    return stack([(1.0, smaller), (1.0, _times(start, {name: 1.0 - share for name, share in shares.items()}))])
-
-
-def _times(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
-    flat = adapter.flat.copy()
-    for module, _, b in adapter.layout.factors(flat):
-        b *= np.float32(factors[module.name])
-    return Adapter(adapter.layout, adapter.alpha, flat)
+    return stack(
+        [(1.0, smaller), (1.0, scaled_by_module(start, {name: 1.0 - share for name, share in shares.items()}))]
+    )

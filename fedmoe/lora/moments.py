@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import Float64Array, FloatMatrix, FloatVector, ShapeError, read_only
+from fedmoe.lora.adapter import Float64Array, FloatArray, FloatMatrix, FloatVector, ShapeError, read_only
 from fedmoe.lora.safetensors_bytes import (
     Buffer,
     MismatchError,
@@ -222,28 +221,12 @@ class InputMoments:
         sketches = np.hstack([alike.sketch for alike in group.values()])
         return nystrom(self.modules[module].diagonal, sketches, np.hstack(tests))
 
-    def to_tensors(self) -> dict[str, NDArray[np.float32]]:
-        """`<module>.diagonal` and `<module>.sketch` for every module."""
-        tensors: dict[str, NDArray[np.float32]] = {}
-        for name, module in self.modules.items():
-            tensors[name + _DIAGONAL] = module.diagonal
-            tensors[name + _SKETCH] = module.sketch
-        return tensors
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, NDArray[np.float32]], tokens: int, seed: int) -> InputMoments:
-        """What `to_tensors` gave; raises `MismatchError` for missing or foreign names."""
-        names = sorted({name.rpartition(".")[0] for name in tensors})
-        expected = {name + part for name in names for part in (_DIAGONAL, _SKETCH)}
-        if tensors.keys() != expected:
-            odd = sorted(tensors.keys() ^ expected)
-            raise MismatchError("tensor_mismatch", f"every module needs a diagonal and a sketch; see {shown(odd)}")
-        modules = {name: ModuleMoments(tensors[name + _DIAGONAL], tensors[name + _SKETCH]) for name in names}
-        return cls(modules, tokens, seed)
-
     def to_bytes(self) -> bytes:
-        """As safetensors; tokens and seed are in the metadata."""
-        return encode_named(self.to_tensors(), {"format": _KIND, "tokens": str(self.tokens), "seed": str(self.seed)})
+        """As safetensors: `<module>.diagonal` and `<module>.sketch`; tokens and seed are in the metadata."""
+        tensors: dict[str, FloatArray] = {}
+        for name, module in self.modules.items():
+            tensors |= {name + _DIAGONAL: module.diagonal, name + _SKETCH: module.sketch}
+        return encode_named(tensors, {"format": _KIND, "tokens": str(self.tokens), "seed": str(self.seed)})
 
     @classmethod
     def from_bytes(cls, body: Buffer) -> InputMoments:
@@ -252,7 +235,14 @@ class InputMoments:
         if metadata.get("format") != _KIND:
             raise MismatchError("format", f"not a file of input moments: format is {metadata.get('format')!r}")
         tokens, seed = whole_numbers(metadata, ("tokens", "seed"), 19)
-        return cls.from_tensors(read_named(body), tokens, seed)
+        tensors = read_named(body)
+        names = sorted({name.rpartition(".")[0] for name in tensors})
+        expected = {name + part for name in names for part in (_DIAGONAL, _SKETCH)}
+        if tensors.keys() != expected:
+            odd = sorted(tensors.keys() ^ expected)
+            raise MismatchError("tensor_mismatch", f"every module needs a diagonal and a sketch; see {shown(odd)}")
+        modules = {name: ModuleMoments(tensors[name + _DIAGONAL], tensors[name + _SKETCH]) for name in names}
+        return cls(modules, tokens, seed)
 
 
 def nystrom(diagonal: FloatVector, sketch: FloatMatrix, test: FloatMatrix) -> Gram:

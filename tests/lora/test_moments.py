@@ -22,7 +22,7 @@ from fedmoe.lora.moments import (
     thin,
     thin_notes,
 )
-from fedmoe.lora.safetensors_bytes import MalformedError, MismatchError, encode_named
+from fedmoe.lora.safetensors_bytes import MalformedError, MismatchError, encode_named, read_named
 
 Matrix = NDArray[np.float64]
 
@@ -209,17 +209,18 @@ def test_moments_come_back_from_bytes() -> None:
 def test_bytes_of_something_else_are_refused(
     metadata: dict[str, str] | None, error_type: type[ValueError], said: str
 ) -> None:
-    tensors = moments(decaying(10, 1.0, 0), ["m"], 4).to_tensors()
+    tensors = read_named(moments(decaying(10, 1.0, 0), ["m"], 4).to_bytes())
     with pytest.raises(error_type, match=said):
         InputMoments.from_bytes(encode_named(tensors, metadata))
 
 
 def test_tensors_that_are_missing_or_foreign_are_named() -> None:
-    tensors = moments(decaying(10, 1.0, 0), ["m", "n"], 4).to_tensors()
+    tensors = read_named(moments(decaying(10, 1.0, 0), ["m", "n"], 4).to_bytes())
+    metadata = {"format": KIND, "tokens": "1", "seed": "0"}
     with pytest.raises(MismatchError, match=r"n\.sketch"):
-        InputMoments.from_tensors({name: tensors[name] for name in list(tensors)[:-1]}, 1, 0)
+        InputMoments.from_bytes(encode_named({name: tensors[name] for name in list(tensors)[:-1]}, metadata))
     with pytest.raises(MismatchError, match=r"m\.lora_A"):
-        InputMoments.from_tensors({**tensors, "m.lora_A": tensors["m.sketch"]}, 1, 0)
+        InputMoments.from_bytes(encode_named({**tensors, "m.lora_A": tensors["m.sketch"]}, metadata))
 
 
 def ones(*shape: int) -> NDArray[np.float32]:

@@ -142,7 +142,7 @@ def test_who_has_them_already_gets_304(http: TestClient) -> None:
 
 def tampered(part: str, values: object) -> bytes:
     """Good moments with one tensor replaced."""
-    tensors = moments(1).to_tensors() | {part: np.asarray(values, np.float32)}
+    tensors = read_named(moments(1).to_bytes()) | {part: np.asarray(values, np.float32)}
     return encode_named(tensors, {"format": "fedmoe-weighted-input-moments", "tokens": "50", "seed": "0"})
 
 
