@@ -13,7 +13,7 @@ from support import LAYOUT, MANIFEST, make_adapter, make_flat, make_submission
 
 from fedmoe.coordinator import Aggregation, CentralCoordinator, GatewayModel, seed_of
 from fedmoe.experts import ExpertModel, check_manifest
-from fedmoe.federation.events import ExpertRegistered, UpdateAccepted
+from fedmoe.federation.events import ExpertRegistered, UpdateAccepted, UpdateHeld
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
 from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import Manifest
@@ -151,6 +151,17 @@ def test_finite_deltas_that_overflow_an_expert_are_refused() -> None:
     assert refused.value.code == "not_finite"
     assert coordinator.expert("python") is before
     assert coordinator.gateway_version == 2
+
+
+def test_an_update_of_unusual_norm_is_held_as_the_committer_would() -> None:
+    coordinator = with_experts("python", aggregation=Aggregation(hold_norm=2.0))
+    for version in range(6):
+        coordinator.push_update(replace(make_submission(base_version=version), norm=1.0), make_flat(version))
+    before, gateway_version = coordinator.expert("python"), coordinator.gateway_version
+    held = coordinator.push_update(replace(make_submission(base_version=6), norm=9.0), make_flat(9))
+    assert isinstance(held, UpdateHeld)
+    assert held.identity in coordinator.quarantine.held
+    assert (coordinator.expert("python"), coordinator.gateway_version) == (before, gateway_version)
 
 
 @pytest.mark.parametrize("rule", ["nesterov", "adam"])
