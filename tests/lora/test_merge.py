@@ -111,8 +111,8 @@ def test_concat_is_the_sum_by_another_name() -> None:
 
 
 def test_a_scale_multiplies_the_whole_sum() -> None:
-    merged = merge(EXPERTS, "scaled", scale=0.25, weights={"python": 2.0, "sql": 1.0, "docs": 1.0, "law": 0.0})
-    terms = [(0.5, EXPERTS["python"]), (0.25, EXPERTS["sql"]), (0.25, EXPERTS["docs"])]
+    merged = merge(EXPERTS, "scaled", scale=0.25)
+    terms = [(0.25, expert) for expert in EXPERTS.values()]
     assert distance(dense(merged.adapter), dense_sum(terms)) <= 1e-6 * norm(dense(merged.adapter))
     assert merged.scale == 0.25
 
@@ -134,13 +134,12 @@ def test_scales_that_make_no_sense_are_refused(strategy: str, scale: float, said
 
 def test_regmean_is_the_function_of_that_name() -> None:
     start = random_adapter(LAYOUT, 9)
-    weights = {"python": 1.0, "sql": 3.0, "docs": 1.0, "law": 0.5}
     for rank, energy in ((None, None), (6, None), (None, 0.8), (5, 0.99)):
-        merged = merge(EXPERTS, "regmean", weights, rank, energy=energy, scale=1.1, moments=MOMENTS, start=start)
-        direct = regmean(EXPERTS, MOMENTS, 1.1, weights=weights, rank=rank, energy=energy, start=start)
+        merged = merge(EXPERTS, "regmean", rank=rank, energy=energy, scale=1.1, moments=MOMENTS, start=start)
+        direct = regmean(EXPERTS, MOMENTS, 1.1, rank=rank, energy=energy, start=start)
         assert merged.adapter.flat.tobytes() == direct.adapter.flat.tobytes()
         assert (merged.truncation_error, merged.scale) == (direct.truncation_error, 1.1)
-        assert merged.weights == dict(sorted(weights.items()))
+        assert merged.weights == dict.fromkeys(sorted(EXPERTS), 1.0)
     assert (merge(EXPERTS, "regmean", moments=MOMENTS).scale, merge(EXPERTS, "regmean", moments=MOMENTS).rank) == (
         SCALE,
         16,
