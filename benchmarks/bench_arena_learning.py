@@ -158,9 +158,10 @@ def known_strengths(seeds: Sequence[int], games: int) -> dict[str, object]:
                     chosen[seat] = act(episode, seat, rng)
                 episode.act(chosen)
             ratings.rate([[pair[0]], [pair[1]]], episode.outcome().seat_scores)
-        order = [row.player for row in ratings.table()]
+        ranked = sorted(ratings.players.items(), key=lambda entry: (-entry[1].mu, entry[0]))
+        order = [name for name, _ in ranked]
         right += order == sorted(players, key=lambda name: -players[name])
-        tables.append({row.player: [round(row.mu, 2), round(row.sigma, 2)] for row in ratings.table()})
+        tables.append({name: [round(rating.mu, 2), round(rating.sigma, 2)] for name, rating in ranked})
     return {"games": games, "runs": len(seeds), "in_true_order": right, "ratings": tables}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedmoe.arena.config import ArenaConfig, Option
 from fedmoe.arena.modes.competitive import Competitive
-from fedmoe.arena.modes.credit import Credit, SeatCredit, credit_rule, decompose
+from fedmoe.arena.modes.credit import SeatCredit, credit_rule, decompose
 from fedmoe.arena.modes.judging import add_advantages, credit_seats, make_examples
 from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.protocol import Judgement, PlanInputs
@@ -111,7 +111,7 @@ class Neighbours:
     playing = "neighbours"
 
     def __init__(self) -> None:
-        self._table = Competitive(Credit(individual=1.0))
+        self._table = Competitive()
         self._rule = credit_rule("generous")
 
     def check(self, task: Letters, policies: int) -> None:

@@ -185,7 +185,7 @@ class Trainer:
     def let_go(self) -> None:
         """Unload what neither is played with nor is an opponent."""
         needed = [player.key for player in self._pending.planning.policies if player.key] if self._pending else []
-        needed += [opponent.key for opponent in self.memory.opponents.opponents() if opponent.key]
+        needed += [opponent.key for opponent in self.memory.opponents.opponents if opponent.key]
         self.policies.let_go(needed)
 
     def _watch(self, updates: Mapping[str, PolicyUpdate], staleness: Mapping[str, int]) -> None:
@@ -222,7 +222,7 @@ class Trainer:
 
     def _frozen(self, policy: str) -> list[Player]:
         """Whom a policy is measured against: the base model, chance in games, and the newest foreign or past player."""
-        opponents = self.memory.opponents.opponents()
+        opponents = self.memory.opponents.opponents
         pool = [opponent.player() for opponent in opponents if opponent.key and opponent.key.name != policy]
         return [BASE, *([CHANCE] if self._task.zero_sum else []), *pool[-1:]]
 
@@ -233,7 +233,7 @@ class Trainer:
             ratings.ensure(name)
         leader = ratings.leader(names)[0] if len(names) > 1 else names[0]
         self.memory.opponents.add_champion(self.policies.key(leader), ratings[leader].mu)
-        self.memory.baselines.reset(f"phase {self.config.phase_at(self.iteration - 1)[0]} has ended")
+        self.memory.baselines.reset()
         self.let_go()
 
     @property

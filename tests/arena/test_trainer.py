@@ -13,7 +13,7 @@ from fedmoe.arena.config import EvaluationSection
 from fedmoe.arena.learning.learner import Learner, PolicyUpdate
 from fedmoe.arena.learning.policies import PERTURBATION
 from fedmoe.arena.modes import competitive
-from fedmoe.arena.modes.credit import Credit
+from fedmoe.arena.modes.credit import Credit, weighted_rule
 from fedmoe.arena.population.pbt import Replacement
 from fedmoe.arena.population.rating import Rating
 from fedmoe.arena.rollout.episodes import Example, PlayedTurn
@@ -62,7 +62,7 @@ def test_every_mode_trains_all_policies_at_once_and_versions_rise_e1_e8(mode: st
 def test_a_game_for_two_trains_everybody_over_moving_baselines() -> None:
     with opened(tiny_config([("competitive", 4)], groups=8), DUEL) as arena:
         arena.iterate(3)
-        assert arena.trainer.memory.baselines.state()["baselines"]
+        assert arena.trainer.memory.baselines.baselines
         assert all(arena.policies.updates(name) >= 2 for name in NAMES)
 
 
@@ -120,7 +120,7 @@ def test_the_engine_holds_only_what_is_needed(bound: int) -> None:
             assert arena.engine.loaded() == newest | ahead
             assert set(arena.policies.adapters()) == newest | ahead
         arena.iterate()
-        (champion,) = arena.trainer.memory.opponents.opponents()[2:]
+        (champion,) = arena.trainer.memory.opponents.opponents[2:]
         assert arena.engine.loaded() == {AdapterKey(name, 20) for name in NAMES}
         assert champion.key in arena.engine.loaded()
         assert len(arena.engine.held) == 21 * len(NAMES), "every version was published once"
@@ -258,11 +258,11 @@ def test_the_end_of_a_phase_makes_a_champion_and_baselines_begin_anew() -> None:
         arena.trainer.iterate()
         arena.trainer.iterate()
         assert arena.trainer.at_phase_end
-        assert arena.trainer.memory.baselines.state()["baselines"]
+        assert arena.trainer.memory.baselines.baselines
         arena.trainer.end_phase()
-        assert arena.trainer.memory.baselines.state()["baselines"] == []
+        assert arena.trainer.memory.baselines.baselines == {}
         memory = arena.trainer.memory
-        (champion,) = memory.opponents.opponents()[2:]
+        (champion,) = memory.opponents.opponents[2:]
         leader, _ = memory.ratings.leader(NAMES)
         assert (champion.key, champion.kind) == (AdapterKey(leader, 2), "champion")
         arena.trainer.iterate()
@@ -283,7 +283,7 @@ def test_champions_of_the_past_are_evaluated_against() -> None:
     with opened(tiny_config([("competitive", 1), ("competitive", 1)])) as arena:
         arena.iterate(2)
         found = arena.trainer.evaluate()
-        champions = [one.name for one in arena.trainer.memory.opponents.opponents()[2:]]
+        champions = [one.label for one in arena.trainer.memory.opponents.opponents[2:]]
         assert {one.opponent for one in found} <= {"base", *champions}
         assert any(one.opponent in champions for one in found)
         assert not any(one.opponent.startswith(f"{one.policy}@") for one in found), "nobody meets its own past self"
@@ -305,10 +305,11 @@ def test_a_single_policy_has_a_champion_too(monkeypatch: pytest.MonkeyPatch) -> 
         def check(self, task: object, policies: int) -> None:
             """Anybody."""
 
-    monkeypatch.setattr("fedmoe.arena.trainer.make_mode", lambda name: Solo(Credit(individual=1.0)))
+    monkeypatch.setattr("fedmoe.arena.trainer.make_mode", lambda name: Solo())
+    monkeypatch.setattr(competitive, "_RULE", weighted_rule(Credit(individual=1.0)))
     with opened(tiny_config([("competitive", 2)], names=("ann",))) as arena:
         arena.iterate(2)
-        assert [one.name for one in arena.trainer.memory.opponents.opponents()[2:]] == ["ann@2"]
+        assert [one.label for one in arena.trainer.memory.opponents.opponents[2:]] == ["ann@2"]
 
 
 def test_an_engine_that_fails_while_sampling_ahead_ends_the_next_iteration_with_its_error(

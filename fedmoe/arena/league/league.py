@@ -117,7 +117,7 @@ class League:
             self._trouble(error)
             return
         finally:
-            self._policies.let_go([opponent.key for opponent in memory.opponents.opponents() if opponent.key])
+            self._policies.let_go([opponent.key for opponent in memory.opponents.opponents if opponent.key])
         self._exchanged_at = time.monotonic()
         if not any(link.under_way for link in self._links.values()):
             self._back()
@@ -161,7 +161,7 @@ class League:
     def _meet(self, memory: ModeMemory) -> None:
         if not self._section.opponents:
             return
-        pool = memory.opponents.opponents()
+        pool = memory.opponents.opponents
         held = {each.key.name: each.key for each in pool if each.key and each.kind == "foreign"}
         # Version 0 is the base model, which is an opponent anyway.
         foreign = [

@@ -1,43 +1,39 @@
-"""Competitive mode: everybody for himself, rated, and the worst replaced when it is surely worse."""
+"""Competitive mode: every policy for itself; the worst-rated is replaced when it is surely worse than the best."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import replace
 
 from fedmoe.arena.modes.credit import Credit, weighted_rule
 from fedmoe.arena.modes.judging import add_advantages, credit_seats, make_examples, task_seeds, update_ratings
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, ModeError, PlanInputs
+from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, ModeError, PlanInputs, SimpleMode
 from fedmoe.arena.population.pbt import choose_replacement
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player
 from fedmoe.arena.tasks.task import Lineup, Task
 
 #: One's own result, and being ahead of the others.
 WEIGHTS = Credit(individual=0.75, versus=0.25)
+_RULE = weighted_rule(WEIGHTS)
 #: The share of groups in which one frozen opponent sits at the table, so that rewards mean more than being better
 #: than present company.
 FROZEN_SHARE = 0.25
 
 
-class Competitive:
+class Competitive(SimpleMode):
     """Policies answer or play independently, against each other and against frozen opponents.
 
     Tasks for more seats than policies get all policies at one table, others get full tables of some (games for two:
-    pairs). Survival of the fittest: after `min_games` rated games and not within `cooldown` iterations of the last.
+    pairs). A policy is replaced after `min_games` rated games, and not within `cooldown` iterations of the last one.
     """
 
     name = "competitive"
-    playing = "competitive"
-
-    def __init__(self, weights: Credit = WEIGHTS, min_games: int = 60, cooldown: int = 10) -> None:
-        self._rule = weighted_rule(weights)
-        self._min_games = min_games
-        self._cooldown = cooldown
+    min_games = 60
+    cooldown = 10
 
     def check(self, task: Task, policies: int) -> None:
-        """Two or more policies, and a task for two or more seats that they can fill."""
+        """Refuse fewer than two policies, or a task that does not seat them as rivals."""
         if policies < 2 or task.seats[1] < 2 or policies < task.seats[0]:
             raise ModeError(
                 f"{self.name} mode needs 2 policies or more and a task that seats them as rivals; got {policies} and "
@@ -58,51 +54,40 @@ class Competitive:
         frozen = rng.random() < FROZEN_SHARE
         if most > len(planning.policies):
             chosen = [planning.policies[index] for index in rng.permutation(len(planning.policies))]
-            return (*chosen, _frozen(memory, chosen[0].name, rng)) if frozen else tuple(chosen)
+            return (*chosen, memory.opponents.sample(chosen[0].name, rng).player()) if frozen else tuple(chosen)
         # Everybody gets the same number of tables, whatever their rating.
         first = planning.policies[group % len(planning.policies)]
         others = [player for player in planning.policies if player.name != first.name]
         rivals = [others[index] for index in rng.permutation(len(others))[: most - 1]]
         if frozen:
-            rivals[-1] = _frozen(memory, first.name, rng)
+            rivals[-1] = memory.opponents.sample(first.name, rng).player()
         seated = [first, *rivals]
         return tuple(seated[index] for index in rng.permutation(len(seated)))
 
     def judge(self, memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Judgement:
         """Own result and lead over the rivals; ratings; perhaps a replacement."""
-        results = add_advantages(memory, planning, played, credit_seats(self._rule, played))
+        results = add_advantages(memory, planning, played, credit_seats(_RULE, played))
         update_ratings(memory, played)
         _remember(memory, played)
         since = memory.lineage.since_last(planning.iteration)
         for name in planning.names:
             memory.ratings.ensure(name)
-        wanted = choose_replacement(
-            memory.ratings, planning.names, min_games=self._min_games, cooldown=self._cooldown, since_last=since
+        judgement = Judgement(make_examples(played, results), tuple(results))
+        chosen = choose_replacement(
+            memory.ratings, planning.names, min_games=self.min_games, cooldown=self.cooldown, since_last=since
         )
-        if wanted is None:
-            return Judgement(make_examples(played, results), tuple(results))
-        decision = ArenaDecision("replace", wanted.worst, wanted.worst, f"changed copy of {wanted.best}", wanted.reason)
-        return Judgement(make_examples(played, results), tuple(results), (decision,), (wanted,))
-
-    def state(self) -> dict[str, object]:
-        """Nothing beyond the memory."""
-        return {}
-
-    def restore(self, state: Mapping[str, object]) -> None:
-        """Nothing to take over."""
-
-
-def _frozen(memory: ModeMemory, policy: str, rng: np.random.Generator) -> Player:
-    (opponent,) = memory.opponents.sample(policy, 1, rng)
-    return opponent.player()
+        if chosen is None:
+            return judgement
+        decision = ArenaDecision("replace", chosen.worst, chosen.worst, f"changed copy of {chosen.best}", chosen.reason)
+        return replace(judgement, decisions=(decision,), replacements=(chosen,))
 
 
 def _remember(memory: ModeMemory, played: Sequence[PlayedEpisode]) -> None:
     """Enter results against frozen opponents, for choosing the next ones."""
-    known = {opponent.name for opponent in memory.opponents.opponents()}
+    opponents = {opponent.label for opponent in memory.opponents.opponents}
     for episode in played:
         scores = dict(zip(episode.plan.players, episode.outcome.seat_scores, strict=True))
-        for frozen in (player for player in scores if player.name in known):
+        for frozen in (player for player in scores if player.name in opponents):
             for player in (player for player in scores if player.learning):
                 lead = scores[player] - scores[frozen]
                 memory.opponents.record(player.name, frozen.name, 1.0 if lead > 0 else 0.0 if lead < 0 else 0.5)

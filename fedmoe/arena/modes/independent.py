@@ -1,32 +1,28 @@
-"""Independent mode: every policy learns alone, as if it had a run of its own; the other modes are compared with it."""
+"""Independent mode: every policy learns alone, as if it had a run of its own (GRPO); the other modes' baseline."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from fedmoe.arena.modes.credit import Credit, weighted_rule
 from fedmoe.arena.modes.judging import add_advantages, credit_seats, make_examples, task_seeds
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import Judgement, ModeError, PlanInputs
+from fedmoe.arena.modes.protocol import Judgement, ModeError, PlanInputs, SimpleMode
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
 from fedmoe.arena.tasks.task import Lineup, Task
 
 #: One's own result and nothing else: GRPO (Shao et al. 2024, 2402.03300).
 WEIGHTS = Credit(individual=1.0)
+_RULE = weighted_rule(WEIGHTS)
 
 
-class Independent:
+class Independent(SimpleMode):
     """One policy at a table, `groups` problems of its own and `samples` answers to each; no ratings, no team."""
 
     name = "independent"
-    playing = "independent"
-
-    def __init__(self, weights: Credit = WEIGHTS) -> None:
-        self._rule = weighted_rule(weights)
-        self._individual = weights.individual or 0.0
 
     def check(self, task: Task, policies: int) -> None:
-        """A task that one seat can play alone."""
+        """Refuse a task that one seat cannot play alone."""
         if task.seats[0] > 1:
             raise ModeError(
                 f"{self.name} mode needs a task for one seat; got {policies} policies and {task.name}, which needs "
@@ -45,12 +41,5 @@ class Independent:
 
     def judge(self, memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Judgement:
         """Own result, compared within the group."""
-        results = add_advantages(memory, planning, played, credit_seats(self._rule, played, self._individual))
+        results = add_advantages(memory, planning, played, credit_seats(_RULE, played, WEIGHTS.individual))
         return Judgement(make_examples(played, results), tuple(results))
-
-    def state(self) -> dict[str, object]:
-        """Nothing."""
-        return {}
-
-    def restore(self, state: Mapping[str, object]) -> None:
-        """Nothing to take over."""

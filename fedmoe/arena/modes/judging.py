@@ -1,8 +1,9 @@
-"""From credits to examples: the steps that all modes share."""
+"""Steps that all modes share: credits of seats, advantages, examples to learn from, and ratings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
 from fedmoe.arena.modes.advantages import BaselineKey, group_advantages
@@ -26,7 +27,7 @@ def task_seeds(planning: PlanInputs) -> list[int]:
     return [int(seed) for seed in planning.rng.integers(0, HELD_OUT, planning.groups)]
 
 
-def credit_seats(rule: CreditRule, played: Sequence[PlayedEpisode], individual: float = 0.0) -> list[SeatResult]:
+def credit_seats(rule: CreditRule, played: Sequence[PlayedEpisode], individual: float | None = 0.0) -> list[SeatResult]:
     """What every learning seat earned; invalid actions and those without an end cost by their share.
 
     `individual`: the weight of a seat's own score in the rule. Where the task scores actions one by one, each action
@@ -37,7 +38,7 @@ def credit_seats(rule: CreditRule, played: Sequence[PlayedEpisode], individual: 
         credits = rule(episode.outcome, episode.plan.lineup)
         for seat, (player, credit) in enumerate(zip(episode.plan.players, credits, strict=True)):
             if player.learning:
-                reward, turns = _rewards(episode, seat, credit.reward, individual)
+                reward, turns = _rewards(episode, seat, credit.reward, individual or 0.0)
                 results.append(SeatResult(player.name, index, seat, replace(credit, reward=reward), turn_rewards=turns))
     return results
 
@@ -57,84 +58,76 @@ def _rewards(episode: PlayedEpisode, seat: int, credited: float, individual: flo
 def add_advantages(
     memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode], results: Sequence[SeatResult]
 ) -> list[SeatResult]:
-    """The advantages: within the group of one policy in one seat, or over a moving average in zero-sum games.
+    """The results with advantages: within the group of one policy in one seat, or over a moving average.
 
-    In a game the same line-up still meets other luck and another opponent's play each time, and self-play moves the
-    value of a seat slowly: the moving average per (task, role, policy) of SPIRAL. Everywhere else the group.
+    In a zero-sum game the same line-up still meets other luck and another opponent's play each time, and self-play
+    moves the value of a seat slowly: the moving average per (task, role, policy) of SPIRAL. Everywhere else the group.
     """
     if planning.task.zero_sum:
         return _over_average(memory, planning, results)
-    names = {key: number for number, key in enumerate(dict.fromkeys(_group(played, result) for result in results))}
-    groups = [names[_group(played, result)] for result in results]
+    groups = _numbered([(played[r.episode].plan.group, r.seat, r.policy) for r in results])
     advantages = group_advantages([result.credit.reward for result in results], groups)
-    turns = _turn_advantages(results, groups)
+    # Each action is compared with the same action of the group's other episodes.
+    turns = [(number, turn) for number, result in enumerate(results) for turn in range(len(result.turn_rewards))]
+    turn_rewards = [results[number].turn_rewards[turn] for number, turn in turns]
+    of_turns: list[list[float]] = [[] for _ in results]
+    turn_values = group_advantages(turn_rewards, _numbered([(groups[number], turn) for number, turn in turns]))
+    for (number, _), value in zip(turns, turn_values, strict=True):
+        of_turns[number].append(float(value))
     return [
-        replace(result, advantage=float(value), turn_advantages=of_turns)
-        for result, value, of_turns in zip(results, advantages, turns, strict=True)
+        replace(result, advantage=float(value), turn_advantages=tuple(by_turn))
+        for result, value, by_turn in zip(results, advantages, of_turns, strict=True)
     ]
 
 
-def _turn_advantages(results: Sequence[SeatResult], groups: Sequence[int]) -> list[tuple[float, ...]]:
-    """Each action compared with the same action of the group's other episodes."""
-    flat = [(number, turn) for number, result in enumerate(results) for turn in range(len(result.turn_rewards))]
-    names = {key: name for name, key in enumerate(dict.fromkeys((groups[number], turn) for number, turn in flat))}
-    rewards = [results[number].turn_rewards[turn] for number, turn in flat]
-    values = group_advantages(rewards, [names[(groups[number], turn)] for number, turn in flat])
-    found: list[list[float]] = [[] for _ in results]
-    for (number, _), value in zip(flat, values, strict=True):
-        found[number].append(float(value))
-    return [tuple(values) for values in found]
+def _numbered(keys: Sequence[Hashable]) -> list[int]:
+    """A number for each key, equal for equal ones."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [numbers[key] for key in keys]
 
 
 def _over_average(memory: ModeMemory, planning: PlanInputs, results: Sequence[SeatResult]) -> list[SeatResult]:
-    found: dict[tuple[int, int], float] = {}
-    for key in dict.fromkeys((result.seat, result.policy) for result in results):
-        members = [result for result in results if (result.seat, result.policy) == key]
-        name = BaselineKey(planning.task.name, f"seat {key[0]}", key[1])
-        rewards = [result.credit.reward for result in members]
-        for result, value in zip(members, memory.baselines.advantage(name, rewards), strict=True):
-            found[(result.episode, result.seat)] = float(value)
-    return [replace(result, advantage=found[(result.episode, result.seat)]) for result in results]
-
-
-def _group(played: Sequence[PlayedEpisode], result: SeatResult) -> tuple[int, int, str]:
-    return (played[result.episode].plan.group, result.seat, result.policy)
+    advantages: dict[tuple[int, int], float] = {}
+    for seat, policy in dict.fromkeys((result.seat, result.policy) for result in results):
+        members = [result for result in results if (result.seat, result.policy) == (seat, policy)]
+        key = BaselineKey(planning.task.name, f"seat {seat}", policy)
+        values = memory.baselines.advantage(key, [result.credit.reward for result in members])
+        for result, value in zip(members, values, strict=True):
+            advantages[(result.episode, result.seat)] = float(value)
+    return [replace(result, advantage=advantages[(result.episode, result.seat)]) for result in results]
 
 
 def make_examples(played: Sequence[PlayedEpisode], results: Sequence[SeatResult]) -> tuple[Example, ...]:
     """Every turn of every seat that has an advantage; those without would only cost time."""
-    found = []
+    examples = []
     for result in results:
         turns = [turn for turn in played[result.episode].turns if turn.seat == result.seat]
         advantages = result.turn_advantages or (result.advantage,) * len(turns)
         rewards = result.turn_rewards or (result.credit.reward,) * len(turns)
         for turn, advantage, reward in zip(turns, advantages, rewards, strict=True):
             if abs(advantage) >= _NOTHING:
-                found.append(Example(result.policy, turn, advantage, reward))
-    return tuple(found)
+                examples.append(Example(result.policy, turn, advantage, reward))
+    return tuple(examples)
 
 
 def update_ratings(memory: ModeMemory, played: Sequence[PlayedEpisode]) -> None:
     """Enter every episode with at least two teams into the ratings."""
     for episode in played:
-        lineup = episode.plan.lineup
-        names = [[episode.plan.players[seat].name for seat in team.seats] for team in lineup.teams]
-        everybody = [name for team in names for name in team]
-        if len(names) > 1 and len(set(everybody)) == len(everybody):
-            for name in everybody:
+        teams = [[episode.plan.players[seat].name for seat in team.seats] for team in episode.plan.lineup.teams]
+        names = [name for team in teams for name in team]
+        if len(teams) > 1 and len(set(names)) == len(names):
+            for name in names:
                 memory.ratings.ensure(name)
-            memory.ratings.rate(names, episode.outcome.team_scores)
+            memory.ratings.rate(teams, episode.outcome.team_scores)
 
 
 def mean_rewards_by_group(
     played: Sequence[PlayedEpisode], results: Sequence[SeatResult], key: Mapping[int, str]
 ) -> list[tuple[str, list[float]]]:
     """For every group: the key it was planned under, and the mean reward of each of its episodes."""
-    by_group: dict[int, dict[int, list[float]]] = {}
+    by_group: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
-        by_group.setdefault(played[result.episode].plan.group, {}).setdefault(result.episode, []).append(
-            result.credit.reward
-        )
+        by_group[played[result.episode].plan.group][result.episode].append(result.credit.reward)
     return [
         (key[group], [sum(rewards) / len(rewards) for rewards in episodes.values()])
         for group, episodes in by_group.items()

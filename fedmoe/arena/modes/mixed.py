@@ -1,9 +1,10 @@
-"""Mixed mode: cooperative, competitive and team battle in turns, as measured learning progress says."""
+"""Mixed mode: cooperative, competitive or team battle, switched by measured learning progress."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.cooperative import Cooperative
@@ -13,13 +14,14 @@ from fedmoe.arena.modes.switching import Measurement, ModeSwitch, SwitchRules, a
 from fedmoe.arena.modes.team_battle import TeamBattle
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
 from fedmoe.arena.tasks.task import Task
+from fedmoe.runtime.saved_state import restored, saved_state
 
 #: Short stays: a run of a dozen iterations already visits all three parts.
 RULES = SwitchRules(exploration=9, min_stay=4, window=6)
 
 
 class Mixed:
-    """Plays one of its parts and decides after every iteration which is next; baselines begin anew on a switch.
+    """Plays one of its parts, chooses the next after every iteration, and resets the baselines on a switch.
 
     Every problem of training is drawn fresh, so the mean score on it measures progress without bias.
     """
@@ -29,7 +31,7 @@ class Mixed:
     def __init__(self, rules: SwitchRules = RULES) -> None:
         parts: tuple[Mode, ...] = (Cooperative(), Competitive(), TeamBattle())
         self._parts = {part.name: part for part in parts}
-        self._switch = ModeSwitch(rules, tuple(self._parts))
+        self._switch = ModeSwitch(tuple(self._parts), rules)
 
     @property
     def playing(self) -> str:
@@ -48,34 +50,33 @@ class Mixed:
     def judge(self, memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Judgement:
         """The present part's judgement, and which part is next."""
         judged = self._parts[self.playing].judge(memory, planning, played)
-        found = self._switch.step(_measured(memory, planning, played))
-        if not found.switched:
+        switch = self._switch.step(_measured(memory, planning, played))
+        if not switch.switched:
             return judged
-        forgotten = memory.baselines.reset(found.reason)
-        reason = f"{found.trigger}: {found.reason}; {forgotten.forgotten} baselines begin anew"
-        decision = ArenaDecision("mode", "", found.before, found.after, reason)
+        reason = f"{switch.trigger}: {switch.reason}; {memory.baselines.reset()} baselines begin anew"
+        decision = ArenaDecision("mode", "", switch.before, switch.after, reason)
         return replace(judged, decisions=(*judged.decisions, decision))
 
     def state(self) -> dict[str, object]:
         """The switch."""
-        return {"switch": self._switch.state()}
+        return {"switch": saved_state(self._switch)}
 
     def restore(self, state: Mapping[str, object]) -> None:
         """Take over the switch."""
-        self._switch = ModeSwitch.from_state(state["switch"])  # type: ignore[arg-type]
+        self._switch = restored(ModeSwitch, cast("Mapping[str, object]", state["switch"]))
 
 
 def _measured(memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Measurement:
     scores = [
         score
-        for one in played
-        for player, score in zip(one.plan.players, one.outcome.seat_scores, strict=True)
+        for episode in played
+        for player, score in zip(episode.plan.players, episode.outcome.seat_scores, strict=True)
         if player.learning
     ]
     for name in planning.names:
         memory.ratings.ensure(name)
     leader, lead = memory.ratings.leader(planning.names)
-    answered = [answers for one in played if len(answers := _answers(one)) > 1]
+    answered = [answers for episode in played if len(answers := _answers(episode)) > 1]
     return Measurement(sum(scores) / len(scores), leader, lead, agreement(answered) if answered else 0.0)
 
 

@@ -1,9 +1,9 @@
-"""What a mode is: it forms seats, and turns outcomes into rewards and advantages. The trainer knows nothing of both."""
+"""The protocol of training modes: they assign policies to seats and teams, and turn outcomes into advantages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ class ModeError(ExpectedError, ValueError):
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """What one iteration has to play with.
+    """The policies, the task and the numbers of groups and samples of one iteration.
 
     `groups` groups of `samples` episodes each; episodes of a group share seed and line-up. Seeds of tasks are drawn
     from `rng`, which is made anew from the run's seed and the iteration, so planning again gives the same plan.
@@ -47,7 +47,7 @@ class PlanInputs:
 
 @dataclass(frozen=True, slots=True)
 class ArenaDecision:
-    """Something a mode decided, with the numbers in its reason: `what` is strategy, replace, mode or budget."""
+    """A decision for the records, with the numbers in its reason: `what` is strategy, replace, mode, budget, ..."""
 
     what: str
     policy: str
@@ -75,17 +75,19 @@ class SeatResult:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a batch of episodes means: what to learn from, who earned what, and what changes."""
+    """The judgement of a batch of episodes: examples to learn from, rewards of seats, and what changes."""
 
     examples: tuple[Example, ...]
     results: tuple[SeatResult, ...]
     decisions: tuple[ArenaDecision, ...] = ()
     replacements: tuple[Replacement, ...] = ()
-    team_keys: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Mode(Protocol):
-    """A way of living together. `plan` and `judge` alternate; the plan judged is always the last one made."""
+    """A training mode: assigns policies to seats and teams, and turns outcomes into rewards and advantages.
+
+    Call `plan`, then `judge`, once per iteration.
+    """
 
     @property
     def name(self) -> str:
@@ -106,13 +108,31 @@ class Mode(Protocol):
         ...
 
     def judge(self, memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Judgement:
-        """Rewards, advantages and decisions; updates the memory."""
+        """Rewards, advantages and decisions for the episodes of the last plan; updates the memory."""
         ...
 
     def state(self) -> dict[str, object]:
-        """What the mode remembers besides the memory, as JSON."""
+        """What the mode itself remembers, besides the memory, as JSON."""
         ...
 
     def restore(self, state: Mapping[str, object]) -> None:
         """Take over what `state` wrote."""
         ...
+
+
+class SimpleMode:
+    """Base of modes that remember nothing by themselves and are always the mode being played."""
+
+    name: str
+
+    @property
+    def playing(self) -> str:
+        """Its own name."""
+        return self.name
+
+    def state(self) -> dict[str, object]:
+        """Nothing besides the memory."""
+        return {}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Nothing to take over."""

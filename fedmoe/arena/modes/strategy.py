@@ -1,21 +1,14 @@
-"""How a team plays: which strategy it follows and who speaks first, learned while its opponents learn too."""
+"""A bandit for teams (EXP3.S): learns which strategy and first speaker pay against opponents that learn too."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self, TypedDict, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedmoe.arena.tasks.task import Team
-
-
-class _StrategyState(TypedDict):
-    exploration: float
-    sharing: float
-    weights: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +35,7 @@ def team_options(strategies: Sequence[str], members: Sequence[str], seats: Seque
     return options
 
 
+@dataclass
 class StrategyChooser:
     """One EXP3.S bandit per team: p_i = (1 - g) w_i / sum(w) + g / K, learned from the reward over p_i.
 
@@ -56,25 +50,22 @@ class StrategyChooser:
     named by any key; for a key never seen all options are equally likely.
     """
 
-    def __init__(self, exploration: float = 0.2, sharing: float = 0.005) -> None:
-        if not (0 < exploration <= 1 and 0 <= sharing < 1):
-            raise ValueError(f"exploration lies in (0, 1] and sharing in [0, 1), got {exploration} and {sharing}")
-        self._exploration = exploration
-        self._sharing = sharing
-        self._weights: dict[str, dict[str, float]] = {}
+    exploration: float = 0.2
+    sharing: float = 0.005
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def probabilities(self, team_key: str, options: Sequence[str]) -> dict[str, float]:
         """With which probability each option would be chosen now; for the records."""
         if not options or len(set(options)) != len(options):
             raise ValueError(f"options must be different and at least one, got {list(options)}")
         weights = self._offered(team_key, options)
-        total, even = sum(weights.values()), self._exploration / len(options)
-        return {option: (1 - self._exploration) * weight / total + even for option, weight in weights.items()}
+        total, even = sum(weights.values()), self.exploration / len(options)
+        return {option: (1 - self.exploration) * weight / total + even for option, weight in weights.items()}
 
     def choose(self, team_key: str, options: Sequence[str], rng: np.random.Generator) -> StrategyDraw:
         """Draw an option. Keep the choice for `learn`; a choice whose episode failed can simply be dropped."""
         probabilities = self.probabilities(team_key, options)
-        self._weights.setdefault(team_key, {}).update(self._offered(team_key, options))
+        self.weights.setdefault(team_key, {}).update(self._offered(team_key, options))
         option = list(options)[int(rng.choice(len(options), p=np.array(list(probabilities.values()))))]
         return StrategyDraw(option, probabilities[option])
 
@@ -84,35 +75,22 @@ class StrategyChooser:
         The estimate reward / probability is unbiased for the reward of each option, drawn or not. Raises ValueError
         for a reward outside [0, 1] and for a choice that this team was never offered.
         """
-        weights = self._weights.get(team_key, {})
+        weights = self.weights.get(team_key, {})
         if choice.option not in weights:
             raise ValueError(f"team {team_key!r} was never offered {choice.option!r}; it has {sorted(weights)}")
-        gain = self._exploration / len(weights) * importance_weighted(choice, reward)
+        gain = self.exploration / len(weights) * importance_weighted(choice, reward)
         total = sum(weights.values())
         weights[choice.option] *= math.exp(gain)
-        shared = math.e * self._sharing / len(weights) * total
+        shared = math.e * self.sharing / len(weights) * total
         grown = {option: weight + shared for option, weight in weights.items()}
         # Only ratios count: keep the sum at the number of options, so that nothing can overflow.
         scale = len(grown) / sum(grown.values())
-        self._weights[team_key] = {option: weight * scale for option, weight in grown.items()}
-
-    def state(self) -> dict[str, object]:
-        """JSON types only; `from_state` gives an equal chooser back."""
-        weights = {team: dict(known) for team, known in self._weights.items()}
-        return {"exploration": self._exploration, "sharing": self._sharing, "weights": weights}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, object]) -> Self:
-        """The chooser that `state` wrote."""
-        fields = cast(_StrategyState, state)
-        chooser = cls(fields["exploration"], fields["sharing"])
-        chooser._weights = {team: dict(known) for team, known in fields["weights"].items()}
-        return chooser
+        self.weights[team_key] = {option: weight * scale for option, weight in grown.items()}
 
     def _offered(self, team_key: str, options: Sequence[str]) -> dict[str, float]:
-        known = self._weights.get(team_key, {})
+        weights = self.weights.get(team_key, {})
         # The weights of a team always average 1: an option that is new to it is neither believed in nor ruled out.
-        return {option: known.get(option, 1.0) for option in options}
+        return {option: weights.get(option, 1.0) for option in options}
 
 
 def importance_weighted(choice: StrategyDraw, reward: float) -> float:

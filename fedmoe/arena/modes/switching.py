@@ -1,12 +1,12 @@
-"""Mixed mode: which mode comes next, decided from what was measured, with a reason that carries the numbers."""
+"""The switch of mixed mode: chooses the next mode from measured learning progress, with the numbers as its reason."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal, Self, TypedDict, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -95,18 +95,7 @@ def agreement(answers: Sequence[Sequence[str]]) -> float:
     return sum(shares) / len(shares)
 
 
-class _SwitchState(TypedDict):
-    modes: list[str]
-    rules: dict[str, float]
-    iteration: int
-    mode: str
-    stay: list[float]
-    slopes: dict[str, float]
-    left_at: dict[str, int]
-    dominated: bool
-    alike: bool
-
-
+@dataclass
 class ModeSwitch:
     """Chooses among modes by learning progress: the least-squares slope of the score within a stay.
 
@@ -116,61 +105,59 @@ class ModeSwitch:
     they are over. Nothing is final: every mode can come back.
     """
 
-    def __init__(self, rules: SwitchRules, modes: Sequence[str] = MODES) -> None:
-        if len(modes) < 2 or len(set(modes)) != len(modes):
-            raise ValueError(f"switching needs two or more different modes, got {list(modes)}")
-        if 0 < rules.exploration < len(modes):
-            raise ValueError(f"{rules.exploration} iterations of exploration cannot visit {len(modes)} modes")
-        self._rules = rules
-        self._modes = tuple(modes)
-        self._iteration = 0
-        self._mode = modes[0]
-        self._stay: list[float] = []
-        self._slopes: dict[str, float] = {}
-        self._left_at: dict[str, int] = {}
-        self._dominated = False
-        self._alike = False
+    modes: tuple[str, ...] = MODES
+    rules: SwitchRules = SwitchRules()
+    iteration: int = 0
+    #: The mode to play now.
+    mode: str = ""
+    stay: list[float] = field(default_factory=list)
+    slopes: dict[str, float] = field(default_factory=dict)
+    left_at: dict[str, int] = field(default_factory=dict)
+    dominated: bool = False
+    alike: bool = False
 
-    @property
-    def mode(self) -> str:
-        """The mode to play now."""
-        return self._mode
+    def __post_init__(self) -> None:
+        if len(self.modes) < 2 or len(set(self.modes)) != len(self.modes):
+            raise ValueError(f"switching needs two or more different modes, got {list(self.modes)}")
+        if 0 < (exploration := self.rules.exploration) < len(self.modes):
+            raise ValueError(f"{exploration} iterations of exploration cannot visit {len(self.modes)} modes")
+        self.mode = self.mode or self.modes[0]
 
     def step(self, measured: Measurement) -> SwitchDecision:
         """Take what the iteration played in `mode` showed, and decide on the next one's."""
-        self._iteration += 1
-        self._stay.append(measured.score)
+        self.iteration += 1
+        self.stay.append(measured.score)
         self._watch(measured)
         after, trigger, reason = self._decide(measured)
-        decision = SwitchDecision(self._iteration, self._mode, after, trigger, reason)
+        decision = SwitchDecision(self.iteration, self.mode, after, trigger, reason)
         if decision.switched:
-            self._left_at[self._mode] = self._iteration
+            self.left_at[self.mode] = self.iteration
             if (progress := self._slope()) is not None:
-                self._slopes[self._mode] = progress
-            self._mode, self._stay = after, []
+                self.slopes[self.mode] = progress
+            self.mode, self.stay = after, []
         return decision
 
     def _watch(self, measured: Measurement) -> None:
         """On above the limit, off only clearly below it: a measure that trembles at its limit changes nothing."""
-        rules = self._rules
-        self._dominated = measured.lead > (-_OVERLAP if self._dominated else 0.0)
-        self._alike = measured.agreement >= rules.agreement - (rules.relief if self._alike else 0.0)
+        rules = self.rules
+        self.dominated = measured.lead > (-_OVERLAP if self.dominated else 0.0)
+        self.alike = measured.agreement >= rules.agreement - (rules.relief if self.alike else 0.0)
 
     def _decide(self, measured: Measurement) -> tuple[str, Trigger, str]:
-        rules, stayed = self._rules, len(self._stay)
-        if self._iteration < rules.exploration:
-            after = self._modes[self._iteration * len(self._modes) // rules.exploration]
-            return after, "exploration", f"iteration {self._iteration} of {rules.exploration} of exploration: {after}"
+        rules, stayed = self.rules, len(self.stay)
+        if self.iteration < rules.exploration:
+            after = self.modes[self.iteration * len(self.modes) // rules.exploration]
+            return after, "exploration", f"iteration {self.iteration} of {rules.exploration} of exploration: {after}"
         if stayed < rules.min_stay:
-            return self._mode, "stay", f"{stayed} of at least {rules.min_stay} iterations in {self._mode}"
+            return self.mode, "stay", f"{stayed} of at least {rules.min_stay} iterations in {self.mode}"
         allowed = self._allowed()
-        if self._mode not in allowed:
+        if self.mode not in allowed:
             return self._cured(measured, allowed)
-        return self._by_progress([mode for mode in allowed if mode != self._mode])
+        return self._by_progress([mode for mode in allowed if mode != self.mode])
 
     def _allowed(self) -> list[str]:
-        modes = list(self._modes)
-        for holds, cures in ((self._dominated, _AGAINST_DOMINANCE), (self._alike, _AGAINST_SAMENESS)):
+        modes = list(self.modes)
+        for holds, cures in ((self.dominated, _AGAINST_DOMINANCE), (self.alike, _AGAINST_SAMENESS)):
             # With modes of which none is a cure there is nothing to bar.
             if holds and (left := [mode for mode in modes if mode in cures]):
                 modes = left
@@ -178,64 +165,39 @@ class ModeSwitch:
 
     def _cured(self, measured: Measurement, allowed: Sequence[str]) -> tuple[str, Trigger, str]:
         after = self._most_promising(allowed)
-        if self._dominated and self._mode not in _AGAINST_DOMINANCE:
+        if self.dominated and self.mode not in _AGAINST_DOMINANCE:
             lead = f"{measured.leader} is rated surely above all others, by {measured.lead:.2f} points"
-            return after, "dominance", f"{lead}; {after} instead of {self._mode}"
-        limit = f"policies answer alike in {measured.agreement:.2f} of the problems (limit {self._rules.agreement:.2f})"
-        return after, "diversity", f"{limit}; {after} instead of {self._mode}"
+            return after, "dominance", f"{lead}; {after} instead of {self.mode}"
+        limit = f"policies answer alike in {measured.agreement:.2f} of the problems (limit {self.rules.agreement:.2f})"
+        return after, "diversity", f"{limit}; {after} instead of {self.mode}"
 
     def _by_progress(self, others: Sequence[str]) -> tuple[str, Trigger, str]:
         slope = self._slope()
         if slope is None or not others:
-            return self._mode, "stay", f"{len(self._stay)} iterations in {self._mode}, {len(others)} other modes open"
+            return self.mode, "stay", f"{len(self.stay)} iterations in {self.mode}, {len(others)} other modes open"
         other = self._most_promising(others)
-        then = self._slopes.get(other)
+        then = self.slopes.get(other)
         seen = "was not measured yet" if then is None else f"had {then:+.4f}"
-        known = f"{self._mode} moves the score by {slope:+.4f} an iteration; {other} {seen}"
-        if then is not None and then > slope + self._rules.margin:
-            return other, "progress", f"{known}, more by over {self._rules.margin:g}"
-        if len(self._stay) >= self._rules.window and slope < self._rules.plateau:
+        known = f"{self.mode} moves the score by {slope:+.4f} an iteration; {other} {seen}"
+        if then is not None and then > slope + self.rules.margin:
+            return other, "progress", f"{known}, more by over {self.rules.margin:g}"
+        if len(self.stay) >= self.rules.window and slope < self.rules.plateau:
             other = self._longest_left(others)
-            return other, "plateau", f"{known}; below {self._rules.plateau:g} is a plateau, {other} rested longest"
-        return self._mode, "stay", known
+            return other, "plateau", f"{known}; below {self.rules.plateau:g} is a plateau, {other} rested longest"
+        return self.mode, "stay", known
 
     def _most_promising(self, modes: Sequence[str]) -> str:
         """The greatest last slope; modes without one before all, then who rested longest."""
         rested = self._longest_left(modes)
-        return max(modes, key=lambda mode: (self._slopes.get(mode, math.inf), mode == rested))
+        return max(modes, key=lambda mode: (self.slopes.get(mode, math.inf), mode == rested))
 
     def _longest_left(self, modes: Sequence[str]) -> str:
-        return min(modes, key=lambda mode: (self._left_at.get(mode, -1), self._modes.index(mode)))
+        return min(modes, key=lambda mode: (self.left_at.get(mode, -1), self.modes.index(mode)))
 
     def _slope(self) -> float | None:
         """Score per iteration over the last `window` of this stay; None with fewer than three."""
-        scores = np.asarray(self._stay[-self._rules.window :], np.float64)
+        scores = np.asarray(self.stay[-self.rules.window :], np.float64)
         if scores.size < 3:
             return None
         times = np.arange(scores.size) - (scores.size - 1) / 2
         return float(times @ scores / (times @ times))
-
-    def state(self) -> dict[str, object]:
-        """JSON types only; `from_state` gives an equal switch back."""
-        return {
-            "modes": list(self._modes),
-            "rules": asdict(self._rules),
-            "iteration": self._iteration,
-            "mode": self._mode,
-            "stay": list(self._stay),
-            "slopes": dict(self._slopes),
-            "left_at": dict(self._left_at),
-            "dominated": self._dominated,
-            "alike": self._alike,
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, object]) -> Self:
-        """The switch that `state` wrote."""
-        fields = cast(_SwitchState, state)
-        switch = cls(SwitchRules(**cast("Mapping[str, int]", fields["rules"])), fields["modes"])
-        switch._iteration, switch._mode = fields["iteration"], fields["mode"]
-        switch._stay, switch._slopes = list(fields["stay"]), dict(fields["slopes"])
-        switch._left_at = dict(fields["left_at"])
-        switch._dominated, switch._alike = fields["dominated"], fields["alike"]
-        return switch

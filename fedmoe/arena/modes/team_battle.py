@@ -1,13 +1,13 @@
-"""Team battle: two teams, zero-sum between them, what each member adds inside, and a way of working to choose."""
+"""Team battle mode: two balanced teams, zero-sum between them; each chooses its strategy by a bandit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from fedmoe.arena.modes.credit import Credit, weighted_rule
 from fedmoe.arena.modes.judging import add_advantages, credit_seats, make_examples, task_seeds, update_ratings
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, ModeError, PlanInputs
+from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, ModeError, PlanInputs, SimpleMode
 from fedmoe.arena.modes.strategy import StrategyDraw, team_options
 from fedmoe.arena.modes.teams import balanced_teams
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
@@ -15,10 +15,11 @@ from fedmoe.arena.tasks.task import Lineup, Task
 
 #: Being ahead of the other team, what the team would miss without the seat, and the seat's own answer.
 WEIGHTS = Credit(individual=1.0, difference=1.0, versus=0.25)
+_RULE = weighted_rule(WEIGHTS)
 TEAMS = 2
 
 
-class TeamBattle:
+class TeamBattle(SimpleMode):
     """Policies are divided into two teams of about equal rating, anew for every group.
 
     Each team chooses how it works (which drafts are shared, who speaks first) by a bandit made for opponents that
@@ -26,15 +27,12 @@ class TeamBattle:
     """
 
     name = "team_battle"
-    playing = "team_battle"
 
-    def __init__(self, weights: Credit = WEIGHTS) -> None:
-        self._rule = weighted_rule(weights)
-        self._individual = weights.individual or 0.0
+    def __init__(self) -> None:
         self._choices: dict[tuple[int, int], tuple[str, StrategyDraw]] = {}
 
     def check(self, task: Task, policies: int) -> None:
-        """An even number of policies from four on, and a task that seats them in teams."""
+        """Refuse an odd number of policies, fewer than four, or a task that does not seat them in teams."""
         if task.zero_sum or policies < 2 * TEAMS or policies % TEAMS or policies > task.seats[1]:
             raise ModeError(
                 f"{self.name} mode needs an even number of policies from {2 * TEAMS} on and a task that seats them in "
@@ -68,14 +66,14 @@ class TeamBattle:
 
     def judge(self, memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Judgement:
         """Lead over the other team plus difference reward; ratings of teams; what each choice was worth."""
-        results = add_advantages(memory, planning, played, credit_seats(self._rule, played, self._individual))
+        results = add_advantages(memory, planning, played, credit_seats(_RULE, played, WEIGHTS.individual))
         update_ratings(memory, played)
         return Judgement(make_examples(played, results), tuple(results), self._learn(memory, played))
 
     def _learn(self, memory: ModeMemory, played: Sequence[PlayedEpisode]) -> tuple[ArenaDecision, ...]:
         decisions = []
         for (group, index), (key, choice) in self._choices.items():
-            scores = [one.outcome.team_scores for one in played if one.plan.group == group]
+            scores = [episode.outcome.team_scores for episode in played if episode.plan.group == group]
             if not scores:  # every episode of the group failed: the choice has earned nothing yet
                 continue
             leads = [own[index] - own[1 - index] for own in scores]
@@ -85,10 +83,3 @@ class TeamBattle:
             reason = f"drawn with probability {choice.probability:.2f}; share of points {reward:.2f} in {len(leads)}"
             decisions.append(ArenaDecision("strategy", key, "", choice.option, reason))
         return tuple(decisions)
-
-    def state(self) -> dict[str, object]:
-        """Nothing beyond the memory: choices are made again with the plan."""
-        return {}
-
-    def restore(self, state: Mapping[str, object]) -> None:
-        """Nothing to take over."""

@@ -1,21 +1,23 @@
-"""Survival of the fittest: the worst policy gives way to a changed copy of the best, and who descends from whom.
+"""Population based training: the worst policy is replaced by a perturbed copy of the best, and every birth is kept.
 
-Population based training (Jaderberg et al. 2017: exploit and explore), with one difference: a policy is given up only
-when the ratings say surely, not merely on average, that it is worse.
+Jaderberg et al. 2017 (exploit and explore), with one difference: a policy is given up only when the ratings say
+surely, not merely on average, that it is worse.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self, TypedDict, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BeforeValidator, PlainSerializer
 
 from fedmoe.arena.population.rating import Ratings
 from fedmoe.inference.engine import AdapterKey
 from fedmoe.lora.adapter import Adapter, FloatMatrix
+from fedmoe.runtime.saved_state import saved_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,11 @@ def choose_replacement(
     """
     if min_games < 1 or cooldown < 0:
         raise ValueError(f"min_games must be at least 1 and cooldown at least 0, got {min_games} and {cooldown}")
-    known = [policy for policy in policies if ratings[policy].games >= min_games]
-    if len(known) < 2 or (since_last is not None and since_last < cooldown):
+    experienced = [policy for policy in policies if ratings[policy].games >= min_games]
+    if len(experienced) < 2 or (since_last is not None and since_last < cooldown):
         return None
-    best = min(known, key=lambda policy: (-ratings[policy].mu, policy))
-    worst = min(known, key=lambda policy: (ratings[policy].mu, policy))
+    best = min(experienced, key=lambda policy: (-ratings[policy].mu, policy))
+    worst = min(experienced, key=lambda policy: (ratings[policy].mu, policy))
     if not ratings.separated(best, worst, SURELY):
         return None
     top, bottom = ratings[best], ratings[worst]
@@ -82,99 +84,52 @@ def _noise_like(factor: FloatMatrix, relative: float, rng: np.random.Generator) 
     return scaled
 
 
-class _BirthState(TypedDict):
-    child: tuple[str, int]
-    parent: tuple[str, int]
-    iteration: int
-    reason: str
-    relative_noise: float
+#: A key as it is saved: name and version.
+_Key = Annotated[
+    AdapterKey,
+    BeforeValidator(lambda saved: AdapterKey(*saved) if isinstance(saved, list) else saved),
+    PlainSerializer(lambda key: [key.name, key.version]),
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Birth:
     """One replacement: version `child` began as `parent` with noise `relative_noise` times its own length."""
 
-    child: AdapterKey
-    parent: AdapterKey
+    child: _Key
+    parent: _Key
     iteration: int
     reason: str
     relative_noise: float
 
 
+@dataclass
 class PolicyLineage:
-    """All births, in order. A policy keeps its name when it is replaced, so that descent is traced by version."""
+    """All births, the oldest first. A policy keeps its name when it is replaced, so descent is traced by version."""
 
-    def __init__(self, births: Sequence[Birth] = ()) -> None:
-        self._births: list[Birth] = []
-        for birth in births:
-            self.add(birth)
-
-    @property
-    def births(self) -> tuple[Birth, ...]:
-        """Every birth, the oldest first."""
-        return tuple(self._births)
+    births: list[Birth] = field(default_factory=list)
 
     def add(self, birth: Birth) -> None:
         """Remember a birth; raises ValueError for one before the last, or whose child was born already."""
-        if self._births and birth.iteration < self._births[-1].iteration:
-            last = self._births[-1].iteration
+        if self.births and birth.iteration < self.births[-1].iteration:
+            last = self.births[-1].iteration
             raise ValueError(f"births come in order: iteration {birth.iteration} is before the last one's, {last}")
-        if birth.child == birth.parent or any(birth.child == known.child for known in self._births):
+        if birth.child == birth.parent or any(birth.child == earlier.child for earlier in self.births):
             raise ValueError(f"{birth.child} exists already; a name and version is never used again")
-        self._births.append(birth)
+        self.births.append(birth)
 
     def since_last(self, iteration: int) -> int | None:
         """Iterations from the last birth to `iteration`; None before the first."""
-        return iteration - self._births[-1].iteration if self._births else None
-
-    def ancestors(self, key: AdapterKey) -> tuple[Birth, ...]:
-        """How `key` came to be: the birth it goes back to, then that of its parent, and so on to the first line.
-
-        A version goes back to the latest birth under its name that is not younger than itself.
-        """
-        found: list[Birth] = []
-        at, before = key, len(self._births)
-        while (index := self._origin(at, before)) is not None:
-            found.append(self._births[index])
-            at, before = self._births[index].parent, index
-        return tuple(found)
-
-    def family_tree(self, key: AdapterKey) -> str:
-        """The descent of `key` in words, one line a generation, the founder first."""
-        births = self.ancestors(key)
-        founder = births[-1].parent.name if births else key.name
-        lines = [f"{founder} (from the start)"]
-        for depth, birth in enumerate(reversed(births), start=1):
-            noise = f"noise {birth.relative_noise:g}"
-            lines.append(f"{'  ' * depth}{birth.child} from {birth.parent} at iteration {birth.iteration}, {noise}")
-        return "\n".join(lines)
+        return iteration - self.births[-1].iteration if self.births else None
 
     def state(self) -> list[dict[str, object]]:
-        """JSON types only; `from_state` gives an equal lineage back."""
-        return [
-            {
-                "child": [birth.child.name, birth.child.version],
-                "parent": [birth.parent.name, birth.parent.version],
-                "iteration": birth.iteration,
-                "reason": birth.reason,
-                "relative_noise": birth.relative_noise,
-            }
-            for birth in self._births
-        ]
+        """The births as JSON values."""
+        return [saved_state(birth) for birth in self.births]
 
-    @classmethod
-    def from_state(cls, state: Sequence[Mapping[str, object]]) -> Self:
-        """The lineage that `state` wrote."""
-        births = []
-        for entry in state:
-            fields = cast(_BirthState, entry)
-            child, parent = AdapterKey(*fields["child"]), AdapterKey(*fields["parent"])
-            births.append(Birth(child, parent, fields["iteration"], fields["reason"], fields["relative_noise"]))
-        return cls(births)
 
-    def _origin(self, key: AdapterKey, before: int) -> int | None:
-        for index in range(before - 1, -1, -1):
-            child = self._births[index].child
-            if child.name == key.name and child.version <= key.version:
-                return index
-        return None
+def _lineage(saved: Any) -> Any:
+    return {"births": saved} if isinstance(saved, list) else saved
+
+
+#: A lineage that is saved as the list of its births.
+SavedLineage = Annotated[PolicyLineage, BeforeValidator(_lineage), PlainSerializer(PolicyLineage.state)]

@@ -1,11 +1,10 @@
-"""How strong each player is, and how sure that is: ratings from games between teams, with ties."""
+"""Ratings of players from games between teams, with ties: Bradley-Terry, a mean and a standard deviation a player."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self, TypedDict, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from openskill.models import BradleyTerryFull, BradleyTerryFullRating
 
@@ -14,17 +13,6 @@ PRIOR_MU = 25.0
 PRIOR_SIGMA = 25.0 / 3.0
 #: Half the width of a 95 % interval, in standard deviations.
 Z95 = 1.96
-
-
-class _PlayerState(TypedDict):
-    mu: float
-    sigma: float
-    games: int
-
-
-class _RatingsState(TypedDict):
-    drift: float
-    players: dict[str, _PlayerState]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +33,6 @@ class Rating:
         """The upper end of the 95 % interval."""
         return self.mu + Z95 * self.sigma
 
-    @property
-    def ordinal(self) -> float:
-        """mu - 3 sigma: a strength that the player almost surely has; for ranking lists."""
-        return self.mu - 3.0 * self.sigma
-
-
-@dataclass(frozen=True, slots=True)
-class RatingRow:
-    """One line of the table: `low` and `high` are the ends of the 95 % interval mu +- 1.96 sigma."""
-
-    player: str
-    mu: float
-    sigma: float
-    games: int
-    low: float
-    high: float
-    ordinal: float
-
 
 def _whole(
     c: float,
@@ -73,10 +43,11 @@ def _whole(
     rank: int,
     weights: list[float] | None = None,
 ) -> float:
-    """Takes the whole of the variance that a game removes; the library's own default takes sigma / c of it."""
+    """Take the whole of the variance that a game removes; the library's own default takes sigma / c of it."""
     return 1.0
 
 
+@dataclass
 class Ratings:
     """Ratings of players, learned or frozen, from games of two or more teams.
 
@@ -91,33 +62,34 @@ class Ratings:
     `drift` is added in quadrature to every sigma before a game (rating points): players that learn change.
     """
 
-    def __init__(self, drift: float = 25.0 / 300.0) -> None:
-        if not (math.isfinite(drift) and drift >= 0):
-            raise ValueError(f"drift must be a number of at least 0, got {drift}")
-        self._drift = drift
-        self._model = BradleyTerryFull(mu=PRIOR_MU, sigma=PRIOR_SIGMA, tau=drift, gamma=_whole)
-        self._players: dict[str, Rating] = {}
+    drift: float = 25.0 / 300.0
+    players: dict[str, Rating] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.drift) and self.drift >= 0):
+            raise ValueError(f"drift must be a number of at least 0, got {self.drift}")
+        self._model = BradleyTerryFull(mu=PRIOR_MU, sigma=PRIOR_SIGMA, tau=self.drift, gamma=_whole)
 
     def __contains__(self, player: object) -> bool:
-        return player in self._players
+        return player in self.players
 
     def __getitem__(self, player: str) -> Rating:
         """The rating of a player; raises ValueError for one that was never entered."""
-        if player not in self._players:
-            known = ", ".join(sorted(self._players)) or "nobody"
-            raise ValueError(f"player {player!r} is not rated; call ensure() first. Rated: {known}")
-        return self._players[player]
+        if player not in self.players:
+            rated = ", ".join(sorted(self.players)) or "nobody"
+            raise ValueError(f"player {player!r} is not rated; call ensure() first. Rated: {rated}")
+        return self.players[player]
 
     def ensure(self, player: str) -> None:
         """Enter a player with the prior, if it is not known yet."""
         if not player:
             raise ValueError("a player needs a name, got an empty one")
-        self._players.setdefault(player, Rating())
+        self.players.setdefault(player, Rating())
 
     def remove(self, player: str) -> None:
         """Forget a player; raises ValueError for one that was never entered."""
         self[player]
-        del self._players[player]
+        del self.players[player]
 
     def copy_of(self, child: str, parent: str) -> None:
         """Enter `child`, or enter it anew, with its parent's mean, no games, and half the prior's spread on top.
@@ -126,8 +98,8 @@ class Ratings:
         """
         if not child:
             raise ValueError("a player needs a name, got an empty one")
-        known = self[parent]
-        self._players[child] = Rating(known.mu, min(PRIOR_SIGMA, math.hypot(known.sigma, PRIOR_SIGMA / 2)))
+        rating = self[parent]
+        self.players[child] = Rating(rating.mu, min(PRIOR_SIGMA, math.hypot(rating.sigma, PRIOR_SIGMA / 2)))
 
     def rate(self, teams: Sequence[Sequence[str]], scores: Sequence[float]) -> None:
         """Learn from one game: a score for each team, higher is better, equal is a tie.
@@ -136,19 +108,12 @@ class Ratings:
         nothing to learn) and for scores that are not numbers; then nothing has changed.
         """
         self._check(teams, scores)
-        before = [[self._known(player) for player in team] for team in teams]
+        before = [[self._for_model(player) for player in team] for team in teams]
         after = self._model.rate(before, scores=[float(score) for score in scores])
         for team, rated in zip(teams, after, strict=True):
             for player, rating in zip(team, rated, strict=True):
-                games = self._players[player].games + 1
-                self._players[player] = Rating(rating.mu, rating.sigma, games)
-
-    def predict_win(self, a: str, b: str) -> float:
-        """The probability that `a` beats `b`: Phi((mu_a - mu_b) / sqrt(2 beta^2 + sigma_a^2 + sigma_b^2))."""
-        if a == b:
-            self[a]
-            return 0.5
-        return self._model.predict_win([[self._known(a)], [self._known(b)]])[0]
+                games = self.players[player].games + 1
+                self.players[player] = Rating(rating.mu, rating.sigma, games)
 
     def separated(self, best: str, worst: str, z: float = Z95) -> bool:
         """Whether `best` lies above `worst` with no overlap of their intervals, `z` sigma to each side."""
@@ -156,7 +121,7 @@ class Ratings:
         return top.mu - z * top.sigma > bottom.mu + z * bottom.sigma
 
     def leader(self, players: Sequence[str]) -> tuple[str, float]:
-        """Who of two or more players has the highest lower end, and how far it lies above the others' upper ends.
+        """The player with the highest lower end of its interval, and its margin over the best upper end of the others.
 
         In rating points; positive when the intervals say that the leader is the strongest.
         """
@@ -165,25 +130,7 @@ class Ratings:
         first = min(players, key=lambda player: (-self[player].low, player))
         return first, self[first].low - max(self[player].high for player in players if player != first)
 
-    def table(self) -> tuple[RatingRow, ...]:
-        """All players, the highest mean first, then by name."""
-        order = sorted(self._players.items(), key=lambda entry: (-entry[1].mu, entry[0]))
-        return tuple(RatingRow(name, r.mu, r.sigma, r.games, r.low, r.high, r.ordinal) for name, r in order)
-
-    def state(self) -> dict[str, object]:
-        """JSON types only; `from_state` gives equal ratings back."""
-        players = {name: {"mu": r.mu, "sigma": r.sigma, "games": r.games} for name, r in self._players.items()}
-        return {"drift": self._drift, "players": players}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, object]) -> Self:
-        """The ratings that `state` wrote."""
-        fields = cast(_RatingsState, state)
-        ratings = cls(fields["drift"])
-        ratings._players = {name: Rating(**player) for name, player in fields["players"].items()}
-        return ratings
-
-    def _known(self, player: str) -> BradleyTerryFullRating:
+    def _for_model(self, player: str) -> BradleyTerryFullRating:
         rating = self[player]
         return self._model.create_rating([rating.mu, rating.sigma], player)
 

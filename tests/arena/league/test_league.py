@@ -41,7 +41,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def foreign(site: Site) -> list[str]:
-    return [one.name for one in site.trainer.memory.opponents.opponents() if one.kind == "foreign"]
+    return [one.label for one in site.trainer.memory.opponents.opponents if one.kind == "foreign"]
 
 
 def loaded(site: Site) -> set[str]:

@@ -176,5 +176,5 @@ def test_standardised_group_advantages_are_trls() -> None:
     rewards = torch.rand(4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     spread = nanstd(rewards, dim=1).reshape(4, 1)
     theirs = (rewards - rewards.mean(1, keepdim=True)) / (spread + 1e-4)
-    ours = group_advantages(rewards.flatten().numpy(), [row for row in range(4) for _ in range(8)], "std")
+    ours = group_advantages(rewards.flatten().numpy(), [row for row in range(4) for _ in range(8)])
     assert ours.tolist() == pytest.approx(theirs.flatten().tolist(), abs=1e-6)

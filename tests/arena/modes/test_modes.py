@@ -134,7 +134,7 @@ def test_independent_policies_share_neither_table_nor_problem_and_earn_what_they
     episodes, found = judged(mode, society, planning, varied)
     for result in found.results:
         assert result.credit.reward == episodes[result.episode].outcome.seat_scores[0]
-    assert society.ratings.table() == (), "nobody met anybody"
+    assert society.ratings.players == {}, "nobody met anybody"
     make_mode("independent").check(TASK, 1)
 
 
@@ -421,8 +421,15 @@ def test_fewer_groups_than_ways_of_working_still_make_a_plan() -> None:
     assert found.decisions == ()
 
 
+class Eager(Competitive):
+    """Replaces policies earlier."""
+
+    def __init__(self, min_games: int, cooldown: int) -> None:
+        self.min_games, self.cooldown = min_games, cooldown
+
+
 def test_the_worst_is_replaced_only_once_the_intervals_are_surely_apart() -> None:
-    society, mode = ModeMemory(), Competitive(min_games=20, cooldown=5)
+    society, mode = ModeMemory(), Eager(20, 5)
     scores = by_name({"ann": 0.9, "bob": 0.6, "cy": 0.5, "dee": 0.0})
     for iteration in range(40):
         _, found = judged(mode, society, make_planning(iteration, groups=1, samples=2), scores)
@@ -439,7 +446,7 @@ def test_the_worst_is_replaced_only_once_the_intervals_are_surely_apart() -> Non
 
 
 def test_after_a_replacement_there_is_a_pause() -> None:
-    society, mode = ModeMemory(), Competitive(min_games=2, cooldown=5)
+    society, mode = ModeMemory(), Eager(2, 5)
     scores = by_name({"ann": 0.9, "bob": 0.6, "cy": 0.5, "dee": 0.0})
     for iteration in range(15):
         judged(mode, society, make_planning(iteration), scores)
@@ -451,7 +458,7 @@ def test_after_a_replacement_there_is_a_pause() -> None:
 
 
 def test_equals_are_not_replaced() -> None:
-    society, mode = ModeMemory(), Competitive(min_games=2, cooldown=0)
+    society, mode = ModeMemory(), Eager(2, 0)
     for iteration in range(25):
         _, found = judged(mode, society, make_planning(iteration), lambda player, sample: 0.5)
         assert found.replacements == ()
@@ -466,7 +473,7 @@ def test_mixed_mode_switches_with_a_reason_and_baselines_begin_anew() -> None:
         _, found = judged(mode, society, make_planning(iteration), varied)
         switches = [decision for decision in found.decisions if decision.what == "mode"]
         decisions += switches
-        remembered = society.baselines.state()["baselines"]
+        remembered = society.baselines.baselines
         assert bool(remembered) != bool(switches)
     assert seen == ["cooperative"] * 2 + ["competitive"] * 2 + ["team_battle"] * 2
     assert [(one.before, one.after) for one in decisions] == list(

@@ -9,6 +9,7 @@ import pytest
 
 from fedmoe.arena.modes.strategy import StrategyChooser, StrategyDraw, importance_weighted, team_options
 from fedmoe.arena.tasks.task import Team
+from fedmoe.runtime.saved_state import restored, saved_state
 
 OPTIONS = ("plain", "debate", "review")
 
@@ -108,10 +109,10 @@ def test_teams_learn_apart_and_a_new_option_starts_in_the_middle() -> None:
 def test_a_thousand_rewards_overflow_nothing_and_a_checkpoint_loses_nothing() -> None:
     chooser = StrategyChooser(sharing=0.0)
     play(chooser, dict.fromkeys(OPTIONS, 1.0), 3000, np.random.default_rng(0))
-    again = StrategyChooser.from_state(json.loads(json.dumps(chooser.state())))
+    again = restored(StrategyChooser, json.loads(json.dumps(saved_state(chooser))))
     for each in (chooser, again):
         play(each, {"plain": 0.5, "debate": 0.1, "review": 0.9}, 20, np.random.default_rng(7))
-    assert again.state() == chooser.state()
+    assert again == chooser
     assert all(0 < p < 1 for p in again.probabilities("a+b", OPTIONS).values())
 
 

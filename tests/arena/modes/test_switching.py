@@ -22,6 +22,7 @@ from fedmoe.arena.modes.switching import (
     SwitchRules,
     agreement,
 )
+from fedmoe.runtime.saved_state import restored, saved_state
 
 RULES = SwitchRules(exploration=12, min_stay=6, window=6)
 
@@ -38,7 +39,7 @@ def run(switch: ModeSwitch, gains: dict[str, float], iterations: int, score: flo
 def at(mode: str, rules: SwitchRules = RULES) -> ModeSwitch:
     """A switch that explored nothing and plays `mode`."""
     others = [other for other in MODES if other != mode]
-    return ModeSwitch(SwitchRules(0, rules.min_stay, rules.window, agreement=rules.agreement), [mode, *others])
+    return ModeSwitch((mode, *others), SwitchRules(0, rules.min_stay, rules.window, agreement=rules.agreement))
 
 
 measurements = st.builds(Measurement, st.floats(0, 1), st.just("ann"), st.floats(-5, 5), st.floats(0, 1))
@@ -47,7 +48,7 @@ measurements = st.builds(Measurement, st.floats(0, 1), st.just("ann"), st.floats
 @settings(max_examples=100, deadline=None)
 @given(st.lists(measurements, max_size=150), st.integers(1, 12))
 def test_whatever_is_measured_a_mode_stays_for_its_least_time(seen: list[Measurement], min_stay: int) -> None:
-    switch = ModeSwitch(SwitchRules(exploration=9, min_stay=min_stay, window=5))
+    switch = ModeSwitch(rules=SwitchRules(exploration=9, min_stay=min_stay, window=5))
     switches = [decision.iteration for decision in map(switch.step, seen) if decision.switched]
     later = [iteration for iteration in switches if iteration >= 9]
     assert all(second - first >= min_stay for first, second in pairwise(later))
@@ -57,7 +58,7 @@ def test_whatever_is_measured_a_mode_stays_for_its_least_time(seen: list[Measure
 @settings(max_examples=60, deadline=None)
 @given(st.lists(measurements, min_size=20, max_size=20), st.integers(3, 20))
 def test_exploration_visits_every_mode_whatever_happens(seen: list[Measurement], exploration: int) -> None:
-    switch, visited = ModeSwitch(SwitchRules(exploration=exploration)), []
+    switch, visited = ModeSwitch(rules=SwitchRules(exploration=exploration)), []
     for measured in seen[:exploration]:
         visited.append(switch.mode)
         switch.step(measured)
@@ -69,7 +70,7 @@ def test_exploration_visits_every_mode_whatever_happens(seen: list[Measurement],
 @settings(max_examples=40, deadline=None)
 @given(st.lists(measurements, min_size=40, max_size=80))
 def test_every_reason_carries_numbers_and_every_decision_follows_the_last(seen: list[Measurement]) -> None:
-    switch = ModeSwitch(RULES)
+    switch = ModeSwitch(rules=RULES)
     before = switch.mode
     for iteration, measured in enumerate(seen, start=1):
         decision = switch.step(measured)
@@ -79,7 +80,7 @@ def test_every_reason_carries_numbers_and_every_decision_follows_the_last(seen: 
 
 
 def test_after_exploration_the_mode_that_helps_most_is_found_and_kept() -> None:
-    switch = ModeSwitch(RULES)
+    switch = ModeSwitch(rules=RULES)
     gains = {COOPERATIVE: 0.002, COMPETITIVE: 0.01, TEAM_BATTLE: 0.003}
     decisions = run(switch, gains, 60)
     assert {decision.after for decision in decisions[25:]} == {COMPETITIVE}
@@ -93,7 +94,7 @@ def test_equal_modes_under_noise_with_a_rising_score_are_rarely_changed() -> Non
     """Slopes tremble by less than the margin; only the least stay and the margin together keep it calm."""
     switches = 0
     for seed in range(10):
-        rng, switch = np.random.default_rng(seed), ModeSwitch(SwitchRules(15, 5, 10, margin=0.004))
+        rng, switch = np.random.default_rng(seed), ModeSwitch(rules=SwitchRules(15, 5, 10, margin=0.004))
         for iteration in range(200):
             noise = float(rng.normal(0, 0.005))
             decision = switch.step(Measurement(0.003 * iteration + noise, "ann", -1.0, 0.5))
@@ -102,7 +103,7 @@ def test_equal_modes_under_noise_with_a_rising_score_are_rarely_changed() -> Non
 
 
 def test_on_a_plateau_the_mode_that_rested_longest_comes_next() -> None:
-    decisions = run(ModeSwitch(RULES), dict.fromkeys(MODES, 0.0), 40, score=0.4)
+    decisions = run(ModeSwitch(rules=RULES), dict.fromkeys(MODES, 0.0), 40, score=0.4)
     later = [decision for decision in decisions[12:] if decision.switched]
     assert [decision.after for decision in later[:3]] == [COOPERATIVE, COMPETITIVE, TEAM_BATTLE]
     assert {decision.trigger for decision in later} == {"plateau"}
@@ -166,9 +167,9 @@ def test_a_measure_that_trembles_at_its_limit_does_not_tremble_the_decision(
 
 def test_a_mode_that_was_better_by_less_than_the_margin_is_no_reason_to_leave() -> None:
     gains = {COOPERATIVE: 0.0110, COMPETITIVE: 0.0100, TEAM_BATTLE: 0.0105}
-    calm = run(ModeSwitch(RULES), gains, 80)
+    calm = run(ModeSwitch(rules=RULES), gains, 80)
     assert {decision.after for decision in calm[12:]} == {TEAM_BATTLE}
-    eager = run(ModeSwitch(SwitchRules(12, 6, 6, margin=0.0)), gains, 80)
+    eager = run(ModeSwitch(rules=SwitchRules(12, 6, 6, margin=0.0)), gains, 80)
     assert eager[-1].after == COOPERATIVE
 
 
@@ -183,13 +184,13 @@ def test_only_the_last_scores_of_a_stay_tell_whether_it_still_helps() -> None:
 
 def test_a_checkpoint_loses_nothing() -> None:
     rng = np.random.default_rng(0)
-    switch = ModeSwitch(RULES)
+    switch = ModeSwitch(rules=RULES)
     seen = [Measurement(float(rng.random()), "ann", float(rng.normal()), float(rng.random())) for _ in range(80)]
     for measured in seen[:37]:
         switch.step(measured)
-    again = ModeSwitch.from_state(json.loads(json.dumps(switch.state())))
+    again = restored(ModeSwitch, json.loads(json.dumps(saved_state(switch))))
     assert [again.step(measured) for measured in seen[37:]] == [switch.step(measured) for measured in seen[37:]]
-    assert again.state() == switch.state()
+    assert again == switch
 
 
 def test_rules_and_measurements_that_cannot_be_used_are_refused() -> None:
@@ -198,8 +199,8 @@ def test_rules_and_measurements_that_cannot_be_used_are_refused() -> None:
     with pytest.raises(ValueError, match="agreement"):
         SwitchRules(agreement=1.5)
     with pytest.raises(ValueError, match="two or more"):
-        ModeSwitch(RULES, [COOPERATIVE])
+        ModeSwitch((COOPERATIVE,), RULES)
     with pytest.raises(ValueError, match="cannot visit 3"):
-        ModeSwitch(SwitchRules(exploration=2))
+        ModeSwitch(rules=SwitchRules(exploration=2))
     with pytest.raises(ValueError, match="finite"):
         Measurement(float("nan"), "ann", 0.0, 0.5)

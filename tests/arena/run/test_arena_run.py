@@ -295,7 +295,8 @@ def test_every_mode_and_bound_goes_on_exactly(mode: str, bound: int, tmp_path: P
 
 def test_a_game_with_a_replacement_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedmoe.arena.run.run.make_task", lambda name, options: DUEL)
-    monkeypatch.setattr("fedmoe.arena.trainer.make_mode", lambda name: Competitive(min_games=2, cooldown=3))
+    monkeypatch.setattr(Competitive, "min_games", 2)
+    monkeypatch.setattr(Competitive, "cooldown", 3)
     monkeypatch.setattr("fedmoe.arena.population.pbt.SURELY", 0.01)
     config = tiny_config([("competitive", 3), ("competitive", 4)], groups=4)
     stop = Stop()
