@@ -1,1 +1,1 @@
-"""Episodes: how they are played, held-out evaluation, and what is measured on them."""
+"""Rollout: playing episodes, held-out evaluation, tournaments and metrics."""

@@ -1,8 +1,9 @@
-"""Messages to prompt tokens, and answer tokens to text, by the base model's own chat template."""
+"""The chat codec: messages to prompt tokens, and answer tokens to text, by the base model's own chat template."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from fedmoe.models.stopping import end_marks, strip_stop_tokens
 
 
 class Codec(Protocol):
-    """Text for the task, tokens for the engine."""
+    """Translates between the texts of a task and the tokens of an engine."""
 
     def prompt(self, messages: Sequence[PromptMessage]) -> tuple[int, ...]:
         """The token ids after which an answer is sampled."""
@@ -32,18 +33,11 @@ class ChatCodec:
         self._tokenizer = tokenizer
         self._max = max_prompt_tokens
         self._stops = frozenset(end_marks(tokenizer))
-        self._known: dict[tuple[PromptMessage, ...], tuple[int, ...]] = {}
+        self._cached = lru_cache(maxsize=4096)(self._encoded)
 
     def prompt(self, messages: Sequence[PromptMessage]) -> tuple[int, ...]:
         """The token ids after which an answer is sampled."""
-        key = tuple(messages)
-        found = self._known.get(key)
-        if found is None:
-            found = self._encoded(key)
-            if len(self._known) > 4096:
-                self.forget()
-            self._known[key] = found
-        return found
+        return self._cached(tuple(messages))
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of an answer, without special tokens and the mark that ends it."""
@@ -51,7 +45,7 @@ class ChatCodec:
 
     def forget(self) -> None:
         """Drop the cache of encoded prompts."""
-        self._known.clear()
+        self._cached.cache_clear()
 
     def _encoded(self, messages: tuple[PromptMessage, ...]) -> tuple[int, ...]:
         chat = [{"role": message.role, "content": message.text} for message in messages]

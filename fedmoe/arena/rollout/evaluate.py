@@ -1,4 +1,4 @@
-"""Held-out episodes: is a policy better than the base model, by how much, and how sure is that?"""
+"""Held-out evaluation: compares policies with the base model and with each other, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedmoe.arena.rollout.chat import Codec
 from fedmoe.arena.rollout.episodes import RANDOM, EpisodePlan, Player
@@ -51,11 +52,6 @@ class Comparison:
         """Whether the policy is significantly better than the base model on the task (95 %, paired)."""
         return self.gain.low > 0
 
-    @property
-    def beats(self) -> bool:
-        """Whether it is significantly better than level against the opponent."""
-        return self.wins.low > 0.5
-
 
 @dataclass(frozen=True, slots=True)
 class FrontRunner:
@@ -82,6 +78,12 @@ class _PlayerScores:
     reason: str = ""
 
 
+def _ended(*players: _PlayerScores) -> tuple[NDArray[np.bool_], list[str]]:
+    """In which episodes all players came to the end, and the questions of these."""
+    ended: NDArray[np.bool_] = np.all(np.isfinite([player.scores for player in players]), axis=0)
+    return ended, [question for question, there in zip(players[0].questions, ended, strict=True) if there]
+
+
 class HeldOutEvaluator:
     """Plays held-out episodes of one task; equal seeds for all players, and results are kept to compare with."""
 
@@ -97,17 +99,16 @@ class HeldOutEvaluator:
         """`player` beside the base model on the task, and against `opponent`."""
         own, base = self._alone(player), self._alone(BASE)
         if self._task.zero_sum:
-            met = own if opponent == CHANCE else self._match(player, opponent)
+            met = own if opponent == CHANCE else self._episodes_of([player, opponent], alternate=True)
             wins = met.scores
         else:
             met = self._alone(opponent)
             wins = np.where(own.scores > met.scores, 1.0, np.where(own.scores < met.scores, 0.0, 0.5))
-        there = np.isfinite(own.scores) & np.isfinite(base.scores) & np.isfinite(met.scores)
+        ended, questions = _ended(own, base, met)
         reason = own.reason or base.reason or met.reason
-        if not there.any():
+        if not questions:
             raise RolloutError(f"no held-out episode of {self._task.name} came to its end, the first by {reason}")
-        questions = [question for question, kept in zip(own.questions, there, strict=True) if kept]
-        mine, others = own.scores[there], base.scores[there]
+        mine, others = own.scores[ended], base.scores[ended]
         return Comparison(
             player.name,
             opponent.name,
@@ -115,15 +116,15 @@ class HeldOutEvaluator:
             MeanInterval.of(mine, questions),
             MeanInterval.of(others, questions),
             MeanInterval.of(mine - others, questions, (-1.0, 1.0)),
-            MeanInterval.of(wins[there], questions),
+            MeanInterval.of(wins[ended], questions),
             own.valid,
             len(set(questions)),
-            int((~there).sum()),
+            int((~ended).sum()),
             reason,
         )
 
     def leader(self, players: Mapping[str, Player]) -> FrontRunner:
-        """Who of two or more is ahead on the task, over the same questions; `players` by the name of their policy."""
+        """The best of two or more on the task, over the same questions; `players` by the name of their policy."""
         scores = {name: float(np.nanmean(self._alone(player).scores)) for name, player in players.items()}
         first = max(scores, key=lambda name: scores[name])
         leads = {name: self._lead(players[first], other) for name, other in players.items() if name != first}
@@ -132,9 +133,8 @@ class HeldOutEvaluator:
 
     def _lead(self, player: Player, other: Player) -> tuple[MeanInterval, int]:
         own, its = self._alone(player), self._alone(other)
-        there = np.isfinite(own.scores) & np.isfinite(its.scores)
-        questions = [question for question, kept in zip(own.questions, there, strict=True) if kept]
-        return MeanInterval.of((own.scores - its.scores)[there], questions, (-1.0, 1.0)), len(set(questions))
+        ended, questions = _ended(own, its)
+        return MeanInterval.of((own.scores - its.scores)[ended], questions, (-1.0, 1.0)), len(set(questions))
 
     def _alone(self, player: Player) -> _PlayerScores:
         if player == CHANCE:
@@ -143,9 +143,6 @@ class HeldOutEvaluator:
             alone = [player, CHANCE] if self._task.zero_sum else [player]
             self._played[player.key] = self._episodes_of(alone, alternate=self._task.zero_sum)
         return self._played[player.key]
-
-    def _match(self, player: Player, opponent: Player) -> _PlayerScores:
-        return self._episodes_of([player, opponent], alternate=True)
 
     def _episodes_of(self, players: Sequence[Player], alternate: bool) -> _PlayerScores:
         """The first player's results; in games it takes both seats in turn."""
@@ -157,12 +154,12 @@ class HeldOutEvaluator:
             # Both seatings of a game get the same deal.
             number = index // 2 if alternate else index
             plans.append(EpisodePlan(HELD_OUT + number, Lineup.alone(len(seated)), seated, index))
-        found = attempt(self._task, plans, self._engine, self._codec, self._seed, self._settings)
-        there = {one.plan.group: one for one in found.played}
-        ended = [(there.get(index), seat) for index, seat in enumerate(seats)]
-        scores = [one.outcome.seat_scores[seat] if one else np.nan for one, seat in ended]
-        valid = [one.outcome.valid[seat] for one, seat in ended if one]
-        questions = tuple(one.question if one else "" for one, _ in ended)
+        result = attempt(self._task, plans, self._engine, self._codec, self._seed, self._settings)
+        by_index = {episode.plan.group: episode for episode in result.played}
+        seated_in = [(by_index.get(index), seat) for index, seat in enumerate(seats)]
+        scores = [episode.outcome.seat_scores[seat] if episode else np.nan for episode, seat in seated_in]
+        valid = [episode.outcome.valid[seat] for episode, seat in seated_in if episode]
+        questions = tuple(episode.question if episode else "" for episode, _ in seated_in)
         return _PlayerScores(
-            np.array(scores, np.float64), float(np.mean(valid)) if valid else 0.0, questions, found.reason
+            np.array(scores, np.float64), float(np.mean(valid)) if valid else 0.0, questions, result.reason
         )

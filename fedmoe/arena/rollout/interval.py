@@ -1,4 +1,4 @@
-"""How sure a mean over held-out episodes is: episodes of one question are one observation, however many there are."""
+"""Confidence intervals of means over held-out episodes, clustered by question."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SMALL_T = {1: 12.706204736432095, 2: 4.302652729696142, 3: 3.182446305284263}
 
 @dataclass(frozen=True, slots=True)
 class MeanInterval:
-    """A mean with its 95 % interval."""
+    """A mean with its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -41,7 +41,7 @@ class MeanInterval:
         if not len(values) or len(values) != len(questions):
             raise ValueError(f"each episode needs a value and its question, got {len(values)} and {len(questions)}")
         mean = float(values.mean())
-        names, which = np.unique(np.array([str(one) for one in questions]), return_inverse=True)
+        names, which = np.unique(np.array(list(map(str, questions))), return_inverse=True)
         count = len(names)
         if values.min() == values.max():
             return _constant(float(values[0]), count, bounds)
@@ -54,7 +54,7 @@ class MeanInterval:
 
 
 def few_questions(count: int) -> str:
-    """What to say of a comparison over few different questions."""
+    """The warning beside a comparison over few different questions."""
     return (
         f"the comparison is over {count} different questions only, so it says little of others (fewer than "
         f"{FEW_QUESTIONS}); raise [evaluation] episodes, or widen the task's options"

@@ -1,4 +1,4 @@
-"""Evaluation metrics of installed packages: further numbers on every iteration's episodes."""
+"""Metrics of installed packages: further numbers on every iteration's episodes."""
 
 from __future__ import annotations
 
@@ -31,16 +31,14 @@ def installed_metrics() -> dict[str, Metric]:
 
 def evaluate_metrics(metrics: Mapping[str, Metric], played: Sequence[PlayedEpisode]) -> dict[str, float | None]:
     """Every metric's number for one iteration; None, with a warning, where it raises or gives no finite number."""
-    return {name: _measured(name, metric, played) for name, metric in metrics.items()}
-
-
-def _measured(name: str, metric: Metric, played: Sequence[PlayedEpisode]) -> float | None:
-    try:
-        value = float(metric(played))
-    except Exception as error:  # a plug-in's code: it may raise anything
-        _log.warning("metric_missing", metric=name, reason=f"it raised {type(error).__name__}: {error}")
-        return None
-    if not math.isfinite(value):
-        _log.warning("metric_missing", metric=name, reason=f"it gave {value}")
-        return None
-    return value
+    values: dict[str, float | None] = {}
+    for name, metric in metrics.items():
+        try:
+            value = float(metric(played))
+            reason = "" if math.isfinite(value) else f"it gave {value}"
+        except Exception as error:  # a plug-in's code: it may raise anything
+            reason = f"it raised {type(error).__name__}: {error}"
+        values[name] = None if reason else value
+        if reason:
+            _log.warning("metric_missing", metric=name, reason=reason)
+    return values

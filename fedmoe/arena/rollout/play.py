@@ -1,8 +1,8 @@
-"""Playing episodes: all of them in lockstep, one engine batch a wave, whatever policies are to act."""
+"""The rollout loop: plays all episodes in lockstep, with one engine batch per wave across all policies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class RolloutSettings:
 
 @dataclass(frozen=True, slots=True)
 class FailedEpisode:
-    """An episode that its task or a prompt without room broke off, and by what."""
+    """An episode that its task or a prompt without room broke off, and the error."""
 
     plan: EpisodePlan
     error: Exception
@@ -42,7 +42,7 @@ class FailedEpisode:
 
 @dataclass(frozen=True, slots=True)
 class RolloutResult:
-    """Which episodes came to their end, and which did not, each in the order of their plans."""
+    """The episodes that came to their end, and those that did not, each in the order of their plans."""
 
     played: list[PlayedEpisode]
     failed: list[FailedEpisode]
@@ -60,7 +60,7 @@ class RolloutResult:
 
 
 class _RunningEpisode:
-    """One episode on its way."""
+    """One episode under way, with its turns so far and the error that ended it."""
 
     def __init__(self, task: Task, plan: EpisodePlan) -> None:
         if len(plan.players) != plan.lineup.seats:
@@ -68,6 +68,7 @@ class _RunningEpisode:
         self.plan = plan
         self.error: Exception | None = None
         self.turns: list[PlayedTurn] = []
+        self.actions: dict[int, str] = {}
         with self.guarded():
             self.episode: Episode = task.start(plan.seed, plan.lineup)
             self.question = question_of(task, self.episode, plan.seed)
@@ -83,13 +84,13 @@ class _RunningEpisode:
             self.error = self.error or error
 
     def to_act(self) -> tuple[int, ...]:
-        """Who is to act; nobody where it failed."""
+        """The seats that are to act; none where the episode failed."""
         with self.guarded():
             return () if self.error else self.episode.to_act()
         return ()
 
     def played(self) -> PlayedEpisode | None:
-        """What became of it, if it came to its end."""
+        """The whole episode, if it came to its end."""
         with self.guarded():
             if not self.error:
                 outcome = check_outcome(self.episode.outcome(), self.plan.lineup)
@@ -98,14 +99,65 @@ class _RunningEpisode:
 
 
 @dataclass(frozen=True, slots=True)
-class _Draws:
-    """Names every draw by what it is for, so that no random state has to be kept or restored."""
+class _Wave:
+    """One round of actions: a single engine batch for every seat that is to act, in every episode."""
 
+    task: Task
+    engine: Engine
+    codec: Codec
+    settings: RolloutSettings
     seed: int
-    wave: int
+    number: int
 
-    def key(self, one: _RunningEpisode, seat: int) -> list[int]:
-        return [self.seed, one.plan.seed, one.plan.group, one.plan.sample, seat, self.wave]
+    def run(self, due: Sequence[tuple[_RunningEpisode, Player, int]]) -> None:
+        """Sample the actions of models, draw those of rules, and act in every episode."""
+        asked: list[tuple[_RunningEpisode, Player, int, str, SampleRequest]] = []
+        for running, player, seat in due:
+            running.actions = {}
+            if not player.by_rule:
+                with running.guarded():
+                    seen = running.episode.observe(seat)
+                    request = self._request(running, player, seat, self.codec.prompt(seen))
+                    asked.append((running, player, seat, seen[-1].text, request))
+        asked = [each for each in asked if not each[0].error]
+        turns: list[tuple[_RunningEpisode, PlayedTurn]] = []
+        samples = self.engine.sample([request for *_, request in asked])
+        for (running, player, seat, saw, request), sample in zip(asked, samples, strict=True):
+            text = running.actions[seat] = self.codec.text(sample.tokens)
+            turn = PlayedTurn(seat, player, request.prompt, sample.tokens, text, sample.logprobs, sample.stopped, saw)
+            turns.append((running, turn))
+        for running, player, seat in due:
+            if player.by_rule and not running.error:
+                with running.guarded():
+                    running.actions[seat] = self._by_rule(running, player, seat)
+        for running in dict.fromkeys(running for running, *_ in due):
+            if not running.error:
+                with running.guarded():
+                    running.episode.act(running.actions)
+        for running, turn in turns:
+            running.turns.append(turn)
+
+    def _draw(self, running: _RunningEpisode, seat: int) -> list[int]:
+        """Names a draw by what it is for, so that no random state has to be kept or restored."""
+        return [self.seed, running.plan.seed, running.plan.group, running.plan.sample, seat, self.number]
+
+    def _by_rule(self, running: _RunningEpisode, player: Player, seat: int) -> str:
+        rng = np.random.default_rng(self._draw(running, seat))
+        if player.name == RANDOM:
+            return self.task.random_action(running.episode, seat, rng)
+        if not isinstance(self.task, ScriptedTask):
+            raise RolloutError(f"{self.task.name} has no scripted player")
+        return self.task.scripted_action(running.episode, seat, rng)
+
+    def _request(self, running: _RunningEpisode, player: Player, seat: int, prompt: tuple[int, ...]) -> SampleRequest:
+        drawn = int(np.random.SeedSequence(self._draw(running, seat)).generate_state(1, np.uint32)[0])
+        room, context = self.task.max_action_tokens, self.settings.context
+        if context is not None and (room := min(room, context - len(prompt))) < 1:
+            raise RolloutError(
+                f"a prompt has {len(prompt)} tokens, the model and its engine take {context} with the answer; "
+                "take a task with shorter observations"
+            )
+        return SampleRequest(player.key, prompt, room, self.settings.temperature, drawn)
 
 
 def attempt(
@@ -121,19 +173,19 @@ def attempt(
     In each wave every seat that is to act, in every episode, is one request of the same batch. An episode that fails
     ends alone. Raises what the engine raises, and RolloutError for a plan with other players than seats.
     """
-    running = [_RunningEpisode(task, plan) for plan in plans]
+    episodes = [_RunningEpisode(task, plan) for plan in plans]
     for wave in range(settings.max_waves + 1):
-        due = [(one, seat) for one in running for seat in one.to_act()]
+        due = [(running, running.plan.players[seat], seat) for running in episodes for seat in running.to_act()]
         if not due:
             break
         if wave == settings.max_waves:
             late = RolloutError(f"{task.name} did not end within {settings.max_waves} waves of actions")
-            for one, _ in due:
-                one.error = late
+            for running, *_ in due:
+                running.error = late
             break
-        _wave(task, due, engine, codec, _Draws(seed, wave), settings)
-    played = [found for one in running if (found := one.played())]
-    return RolloutResult(played, [FailedEpisode(one.plan, one.error) for one in running if one.error])
+        _Wave(task, engine, codec, settings, seed, wave).run(due)
+    played = [episode for running in episodes if (episode := running.played())]
+    return RolloutResult(played, [FailedEpisode(each.plan, each.error) for each in episodes if each.error])
 
 
 def play(
@@ -145,74 +197,7 @@ def play(
     settings: RolloutSettings = RolloutSettings(),
 ) -> list[PlayedEpisode]:
     """As `attempt`, where every episode must come to its end: raises what the first that failed raised."""
-    found = attempt(task, plans, engine, codec, seed, settings)
-    if found.failed:
-        raise found.failed[0].error
-    return found.played
-
-
-def _wave(
-    task: Task,
-    due: Sequence[tuple[_RunningEpisode, int]],
-    engine: Engine,
-    codec: Codec,
-    draws: _Draws,
-    settings: RolloutSettings,
-) -> None:
-    asked: list[tuple[_RunningEpisode, int, str, SampleRequest]] = []
-    for one, seat in due:
-        if not _player(one, seat).by_rule:
-            with one.guarded():
-                seen = one.episode.observe(seat)
-                request = _request(one, seat, codec.prompt(seen), draws, task.max_action_tokens, settings)
-                asked.append((one, seat, seen[-1].text, request))
-    asked = [one for one in asked if not one[0].error]
-    actions: dict[int, dict[int, str]] = {id(one): {} for one, _ in due}
-    turns: list[tuple[_RunningEpisode, PlayedTurn]] = []
-    samples = engine.sample([request for *_, request in asked])
-    for (one, seat, saw, request), sample in zip(asked, samples, strict=True):
-        text = codec.text(sample.tokens)
-        player = _player(one, seat)
-        turn = PlayedTurn(seat, player, request.prompt, sample.tokens, text, sample.logprobs, sample.stopped, saw)
-        turns.append((one, turn))
-        actions[id(one)][seat] = text
-    for one, seat in due:
-        if _player(one, seat).by_rule and not one.error:
-            with one.guarded():
-                rng = np.random.default_rng(draws.key(one, seat))
-                actions[id(one)][seat] = _by_rule(task, one, seat, rng)
-    _act(due, actions)
-    for one, turn in turns:
-        one.turns.append(turn)
-
-
-def _by_rule(task: Task, one: _RunningEpisode, seat: int, rng: np.random.Generator) -> str:
-    if _player(one, seat).name == RANDOM:
-        return task.random_action(one.episode, seat, rng)
-    if not isinstance(task, ScriptedTask):
-        raise RolloutError(f"{task.name} has no scripted player")
-    return task.scripted_action(one.episode, seat, rng)
-
-
-def _act(due: Sequence[tuple[_RunningEpisode, int]], actions: Mapping[int, Mapping[int, str]]) -> None:
-    for one in dict.fromkeys(one for one, _ in due):
-        if not one.error:
-            with one.guarded():
-                one.episode.act(actions[id(one)])
-
-
-def _request(
-    one: _RunningEpisode, seat: int, prompt: tuple[int, ...], draws: _Draws, max_tokens: int, settings: RolloutSettings
-) -> SampleRequest:
-    drawn = int(np.random.SeedSequence(draws.key(one, seat)).generate_state(1, np.uint32)[0])
-    room = max_tokens if settings.context is None else min(max_tokens, settings.context - len(prompt))
-    if room < 1:
-        raise RolloutError(
-            f"a prompt has {len(prompt)} tokens, the model and its engine take {settings.context} with the answer; "
-            "take a task with shorter observations"
-        )
-    return SampleRequest(_player(one, seat).key, prompt, room, settings.temperature, drawn)
-
-
-def _player(one: _RunningEpisode, seat: int) -> Player:
-    return one.plan.players[seat]
+    result = attempt(task, plans, engine, codec, seed, settings)
+    if result.failed:
+        raise result.failed[0].error
+    return result.played

@@ -1,11 +1,12 @@
-"""A tournament of frozen players: everybody meets everybody, in both seatings, on the same held-out deals or questions.
+"""Round-robin tournaments of frozen players: every pair meets in both seatings on the same held-out deals or questions.
 
 Nothing is learned and nothing is written. Equal players, deals and seed give the same table, bit for bit, on the same
-machine. Who is the best of a run was chosen by looking, so its lead is only as sure as the interval says.
+machine. The best of a run was chosen by looking, so its lead is only as sure as the interval says.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -22,7 +23,7 @@ from fedmoe.inference.engine import Engine
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What one player did in one meeting: its score, and whether it failed (an invalid move or unusable answer)."""
+    """One player's part in a meeting: its score, and whether it failed (an invalid move or unusable answer)."""
 
     score: float
     failed: bool
@@ -41,10 +42,6 @@ class Meeting:
         """1 for a win, 0.5 for a draw, 0 for a loss."""
         return 0.5 * (1.0 + float(np.sign(self.own.score - self.other.score)))
 
-    def turned(self) -> Meeting:
-        """The same from the other side."""
-        return Meeting(self.question, self.other, self.own)
-
 
 @dataclass(frozen=True, slots=True)
 class Tally:
@@ -62,10 +59,11 @@ class Tally:
     @classmethod
     def of(cls, met: Sequence[Meeting]) -> Tally:
         """Count; the interval is over different questions or deals."""
-        questions = [one.question for one in met]
-        points = np.array([one.points for one in met])
-        won, lost = [one for one in met if one.points == 1.0], [one for one in met if one.points == 0.0]
-        by_errors, own_errors = sum(one.other.failed for one in won), sum(one.own.failed for one in lost)
+        questions = [meeting.question for meeting in met]
+        points = np.array([meeting.points for meeting in met])
+        won = [meeting for meeting in met if meeting.points == 1.0]
+        lost = [meeting for meeting in met if meeting.points == 0.0]
+        by_errors, own_errors = sum(win.other.failed for win in won), sum(loss.own.failed for loss in lost)
         return cls(
             len(met),
             len(set(questions)),
@@ -139,8 +137,8 @@ def run_tournament(
     sides: dict[str, list[Meeting]] = {player.name: [] for player in players}
     for (first, second), meetings in met.items():
         sides[first] += meetings
-        sides[second] += [one.turned() for one in meetings]
-    rows = [TournamentRow(name, _mean_score(own), Tally.of(own)) for name, own in sides.items()]
+        sides[second] += [Meeting(meeting.question, meeting.other, meeting.own) for meeting in meetings]
+    rows = [_row(name, own) for name, own in sides.items()]
     rows.sort(key=lambda row: (-row.tally.points.mean, row.player))
     pairs = tuple(_pair(*names, meetings) for names, meetings in met.items())
     return TournamentTable(tuple(rows), pairs, rows[0].tally.questions)
@@ -157,29 +155,29 @@ def _tables(players: Sequence[Player], deals: int) -> list[EpisodePlan]:
 
 
 def _alone(players: Sequence[Player], deals: int) -> list[EpisodePlan]:
-    """Everybody before every question: where seats do not touch each other, all pairs follow from that."""
+    """Every player before every question: where seats do not touch each other, all pairs follow from that."""
     return [
         EpisodePlan(HELD_OUT + deal, Lineup.alone(1), (player,), deal) for player in players for deal in range(deals)
     ]
 
 
 def _met_at_tables(played: Sequence[PlayedEpisode]) -> dict[tuple[str, str], list[Meeting]]:
-    found: dict[tuple[str, str], list[Meeting]] = {}
-    for one in played:
-        seats = (0, 1) if one.plan.sample == 0 else (1, 0)
-        first, second = (one.plan.players[seat].name for seat in seats)
+    met: dict[tuple[str, str], list[Meeting]] = defaultdict(list)
+    for episode in played:
+        seats = (0, 1) if episode.plan.sample == 0 else (1, 0)
+        first, second = (episode.plan.players[seat].name for seat in seats)
         # A game goes on after some invalid moves; only one that it was broken off for was decided by them.
-        own, other = (_side(one, seat, decided=not one.outcome.completed) for seat in seats)
-        found.setdefault((first, second), []).append(Meeting(one.question, own, other))
-    return found
+        own, other = (_side(episode, seat, decided=not episode.outcome.completed) for seat in seats)
+        met[first, second].append(Meeting(episode.question, own, other))
+    return met
 
 
 def _met_on_questions(
     played: Sequence[PlayedEpisode], players: Sequence[Player]
 ) -> dict[tuple[str, str], list[Meeting]]:
     answered: dict[str, list[tuple[str, Side]]] = {player.name: [] for player in players}
-    for one in played:
-        answered[one.plan.players[0].name].append((one.question, _side(one, 0, decided=True)))
+    for episode in played:
+        answered[episode.plan.players[0].name].append((episode.question, _side(episode, 0, decided=True)))
     return {
         (first, second): [
             Meeting(question, own, other)
@@ -189,15 +187,16 @@ def _met_on_questions(
     }
 
 
-def _side(one: PlayedEpisode, seat: int, decided: bool) -> Side:
-    return Side(one.outcome.seat_scores[seat], decided and one.outcome.valid[seat] < 1.0)
+def _side(episode: PlayedEpisode, seat: int, decided: bool) -> Side:
+    return Side(episode.outcome.seat_scores[seat], decided and episode.outcome.valid[seat] < 1.0)
 
 
-def _mean_score(met: Sequence[Meeting]) -> MeanInterval:
-    return MeanInterval.of(np.array([one.own.score for one in met]), [one.question for one in met])
+def _row(name: str, met: Sequence[Meeting]) -> TournamentRow:
+    scores = np.array([meeting.own.score for meeting in met])
+    return TournamentRow(name, MeanInterval.of(scores, [meeting.question for meeting in met]), Tally.of(met))
 
 
 def _pair(first: str, second: str, met: Sequence[Meeting]) -> Pair:
-    leads = np.array([one.own.score - one.other.score for one in met])
-    lead = MeanInterval.of(leads, [one.question for one in met], (-1.0, 1.0))
+    leads = np.array([meeting.own.score - meeting.other.score for meeting in met])
+    lead = MeanInterval.of(leads, [meeting.question for meeting in met], (-1.0, 1.0))
     return Pair(first, second, Tally.of(met), lead)
