@@ -135,7 +135,7 @@ def test_against_a_frozen_opponent_points_are_counted(
 ) -> None:
     found = evaluator(task).compare(player, opponent)
     assert found.opponent == opponent.name
-    assert found.wins.low > 0.5 == beats
+    assert (found.wins.low > 0.5) == beats
     assert (found.wins.high < 0.5) == (not beats)
     assert found.base == evaluator(task).compare(player).base
 
