@@ -1,4 +1,4 @@
-"""A committee over any verifiable problems: members draft, see drafts of their team, answer; the team votes."""
+"""Committee tasks: team members draft, see their team's drafts and answer; the team's answer is a vote."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ SHARED, INDEPENDENT, LEADER = "shared", "independent", "leader"
 
 
 class CommitteeEpisode:
-    """One problem in two rounds: drafts, then everybody's final answer."""
+    """One problem in two rounds: drafts (unless `drafting` is off), then the final answer of every seat."""
 
-    def __init__(self, problem: VerifiableProblem, lineup: Lineup, problems: ProblemSet) -> None:
+    def __init__(self, problem: VerifiableProblem, lineup: Lineup, problems: ProblemSet, drafting: bool) -> None:
         self._problem = problem
         self._lineup = lineup
         self._multiline = problems.multiline
         self._examples = problems.examples
-        self._drafters = tuple(sorted(seat for team in lineup.teams for seat in _drafters(team)))
+        drafters = [seat for team in lineup.teams for seat in _drafters(team)] if drafting else []
+        self._drafters = tuple(sorted(drafters))
         self._drafts: dict[int, str] = {}
         self._drafting = bool(self._drafters)
         self._outcome: Outcome | None = None
@@ -57,10 +58,10 @@ class CommitteeEpisode:
         if seat in self._drafts:
             lines.append(f"Your draft: {self._shown(seat)}")
         team = self._lineup.teams[self._lineup.team_of(seat)]
-        others = [self._shown(other) for other in _visible(team) if other != seat and other in self._drafts]
+        others = [self._shown(other) for other in _drafters(team) if other != seat and other in self._drafts]
         if others:
             lines.append(f"Drafts of your team: {'; '.join(others)}")
-        return (PromptMessage("system", INSTRUCTION), *self._examples, PromptMessage("user", "\n".join(lines)))
+        return PromptMessage("system", INSTRUCTION), *self._examples, PromptMessage("user", "\n".join(lines))
 
     def act(self, actions: Mapping[int, str]) -> None:
         """Take the drafts, then the final answers."""
@@ -80,7 +81,7 @@ class CommitteeEpisode:
     def outcome(self) -> Outcome:
         """The votes over the final answers."""
         if self._outcome is None:
-            raise TaskError(f"the committee is not done: seats {self.to_act()} are to act")
+            raise TaskError(f"the episode is not over: seats {self.to_act()} are to act")
         return self._outcome
 
     def _shown(self, seat: int) -> str:
@@ -92,14 +93,10 @@ class CommitteeEpisode:
 
 
 def _drafters(team: Team) -> tuple[int, ...]:
+    """Who drafts, and is seen by the whole team, in speaking order."""
     if len(team.seats) == 1 or team.strategy == INDEPENDENT:
         return ()
     return team.seats[:1] if team.strategy == LEADER else team.seats
-
-
-def _visible(team: Team) -> tuple[int, ...]:
-    """Whose drafts the members of a team see, in speaking order."""
-    return _drafters(team)
 
 
 class CommitteeTask:
@@ -112,29 +109,30 @@ class CommitteeTask:
     the seat's.
     """
 
+    kind = "committee"
     zero_sum = False
     seats = (1, 16)
     strategies: tuple[str, ...] = (SHARED, INDEPENDENT, LEADER)
 
     def __init__(self, problems: ProblemSet) -> None:
         """Any problems whose answers can be scored."""
-        self._problems = problems
+        self.problems = problems
 
     @property
     def name(self) -> str:
-        """`committee:<problems>`."""
-        return f"committee:{self._problems.name}"
+        """`<kind>:<problems>`."""
+        return f"{self.kind}:{self.problems.name}"
 
     @property
     def max_action_tokens(self) -> int:
-        """Enough for one answer."""
-        return self._problems.max_answer_tokens
+        """Enough for the longest answer of many, or what the options say."""
+        return self.problems.max_answer_tokens
 
     def start(self, seed: int, lineup: Lineup) -> CommitteeEpisode:
-        """The problem of `seed`, before the drafts."""
+        """The problem of `seed`, before any answer."""
         check_lineup(self, lineup)
-        return CommitteeEpisode(self._problems.draw(seed), lineup, self._problems)
+        return CommitteeEpisode(self.problems.draw(seed), lineup, self.problems, drafting=bool(self.strategies))
 
     def random_action(self, episode: Episode, seat: int, rng: np.random.Generator) -> str:
-        """A well-formed answer that knows nothing of the question."""
-        return self._problems.guess(rng)
+        """The right answer of another problem: well formed, and as good as a guess."""
+        return self.problems.guess(rng)

@@ -1,4 +1,4 @@
-"""What every task promises, as laws that can be checked: for ours in the tests, for a plug-in's by its author."""
+"""The conformance suite of tasks: laws that every task obeys, to be checked by a plug-in's author too."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def _steps(task: Task, seed: int, lineup: Lineup, act: Actor) -> Iterator[Transc
     episode = task.start(seed, lineup)
     yield None
     rounds: list[Mapping[int, tuple[tuple[PromptMessage, ...], str]]] = []
-    while wanted := episode.to_act():
+    while seats := episode.to_act():
         _demand(len(rounds) < _MOST_ROUNDS, task, f"an episode ends within {_MOST_ROUNDS} rounds")
-        turns = {seat: (episode.observe(seat), act(episode, seat)) for seat in wanted}
+        turns = {seat: (episode.observe(seat), act(episode, seat)) for seat in seats}
         episode.act({seat: action for seat, (_, action) in turns.items()})
         rounds.append(turns)
         yield None

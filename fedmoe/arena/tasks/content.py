@@ -1,4 +1,4 @@
-"""What a question is about, apart from how it is put: the same numbers in another order are the same question.
+"""Keys of a question's content, apart from its wording: the same numbers in another order are the same question.
 
 Held-out questions must differ from trained ones in content: 3 x 7 is known to whoever learned 7 x 3. A key is rather
 too coarse than too fine: questions that share one stand on the same side, which costs some but lets nothing through.
@@ -29,7 +29,7 @@ _COMMON = 10
 
 @dataclass(frozen=True, slots=True)
 class ContentRule:
-    """What of a question is its content.
+    """The rule by which a data set's questions are reduced to their content.
 
     `numbers`: its numbers and operators. `words`: its words, numbers and signs, without those that are `common` to the
     data set's questions. Both in any order, whatever case, white space and the words around. `text`: all of it.
@@ -45,12 +45,12 @@ class ContentRule:
         One that leaves fewer than a quarter of the different texts reads past what the questions are about (the letters
         of a word, the order of a list).
         """
-        texts = len({cls("text").key(one) for one in questions})
-        seen = Counter(word for one in questions for word in set(_TOKENS.findall(_folded(one))))
+        texts = len({cls("text").key(question) for question in questions})
+        seen = Counter(word for question in questions for word in set(_TOKENS.findall(_folded(question))))
         common = frozenset(word for word, count in seen.items() if count * _COMMON > len(questions))
-        for reading in (cls("numbers"), cls("words", common), cls("words")):
-            if len({reading.key(one) for one in questions}) * _COARSEST >= texts:
-                return reading
+        for rule in (cls("numbers"), cls("words", common), cls("words")):
+            if len({rule.key(question) for question in questions}) * _COARSEST >= texts:
+                return rule
         return cls("text")
 
     def key(self, question: str) -> str:
@@ -65,7 +65,7 @@ class ContentRule:
 
 def _folded(question: str) -> str:
     text = unicodedata.normalize("NFKC", question).casefold().translate(_SIGNS)
-    text = _OPERATION.sub(lambda found: f" {_WORDED[found[1]]} ", text)
+    text = _OPERATION.sub(lambda match: f" {_WORDED[match[1]]} ", text)
     return _TIMES.sub(r"\1*\2", text)
 
 

@@ -1,4 +1,4 @@
-"""Verifiable problems: what a task asks, how an answer is read out of a text, and how a team answers by vote."""
+"""Verifiable problems: their protocols, reading an answer out of a text, and the vote of a team."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from fedmoe.arena.tasks.task import Lineup, Outcome, PromptMessage
 
-#: What a seat is told besides the question; as the system message it takes the place of a template's longer one.
+#: The instruction besides the question; as the system message it takes the place of a template's longer one.
 INSTRUCTION = "Reply with only the answer."
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
@@ -80,8 +80,7 @@ def read_answer(text: str, multiline: bool) -> str:
     text for problems with answers of several lines. Outer white space goes. Nothing else is repaired: "The answer is
     5." is not 5.
     """
-    tagged = _TAGGED.findall(text)
-    if tagged:
+    if tagged := _TAGGED.findall(text):
         return str(tagged[-1]).strip()
     whole = text.strip()
     return whole if multiline else whole.split("\n", 1)[0].strip()
@@ -92,27 +91,20 @@ def quote(text: str, limit: int) -> str:
     return " ".join(text.split()).replace("<|", "< |")[:limit]
 
 
-def normalised(answer: str) -> str:
-    """The form in which answers are compared in a vote: lower case, runs of white space as one blank."""
-    return " ".join(answer.casefold().split())
-
-
 def elect(speakers: Sequence[int], answers: Mapping[int, str]) -> int | None:
     """The speaker whose answer the vote takes: the first among those of the most frequent answer.
 
-    Empty answers do not vote; among equally frequent answers the one of the earliest speaker wins. None: nobody voted.
+    Answers are compared in lower case and with runs of white space as one blank. Empty answers do not vote; among
+    equally frequent answers the one of the earliest speaker wins. None: no seat voted.
     """
-    votes = {seat: normalised(answers[seat]) for seat in speakers if answers[seat]}
-    if not votes:
-        return None
+    votes = {seat: " ".join(answers[seat].casefold().split()) for seat in speakers if answers[seat]}
     count = Counter(votes.values())
-    most = max(count.values())
-    return next(seat for seat, vote in votes.items() if count[vote] == most)
+    return max(votes, key=lambda seat: count[votes[seat]], default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Ballot:
-    """The final answer and its score per seat; a team's score is that of the answer its vote takes, else 0."""
+    """Final answers and scores per seat; a team's score is that of the answer its vote takes, else 0."""
 
     answers: tuple[str, ...]
     scores: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""Reasoning-gym data sets as tasks: every seat answers the same problem once, a team answers by vote."""
+"""Reasoning tasks: problems of reasoning-gym's data sets; every seat answers once, a team answers by vote."""
 
 from __future__ import annotations
 
@@ -17,18 +17,9 @@ from typing import Protocol, cast
 
 import numpy as np
 
+from fedmoe.arena.tasks.committee import CommitteeTask
 from fedmoe.arena.tasks.content import ContentRule
-from fedmoe.arena.tasks.problems import INSTRUCTION, Ballot, ProblemSet, VerifiableProblem, read_answer
-from fedmoe.arena.tasks.task import (
-    HELD_OUT,
-    Episode,
-    Lineup,
-    Outcome,
-    PromptMessage,
-    TaskError,
-    check_actions,
-    check_lineup,
-)
+from fedmoe.arena.tasks.task import HELD_OUT, PromptMessage, TaskError
 
 Option = int | float | str | bool
 NO_OPTIONS: Mapping[str, Option] = MappingProxyType({})
@@ -98,13 +89,6 @@ def _module(name: str) -> ModuleType:
         raise TaskError(f"reasoning tasks need the package reasoning-gym ({error}); install fedmoe[arena]") from error
 
 
-def reasoning_datasets() -> tuple[str, ...]:
-    """The names of all data sets of the installed reasoning-gym, usable or not."""
-    with _undisturbed():
-        _module("reasoning_gym")
-        return tuple(sorted(_module("reasoning_gym.factory").DATASETS))
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReasoningProblem:
     """A problem of reasoning-gym; `score` is its own scorer (partial credit and all), 0 where that cannot parse."""
@@ -129,9 +113,12 @@ class ReasoningProblem:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Survey:
-    """What many problems say of a data set: its content, the bytes of its longest answer, answers of several lines."""
+    """Properties of a data set taken from many problems: the rule of its content, and the form of its answers.
 
-    reading: ContentRule
+    `longest`: the bytes of the longest answer. `multiline`: whether any has several lines.
+    """
+
+    rule: ContentRule
     longest: int
     multiline: bool
 
@@ -149,22 +136,32 @@ class ReasoningProblems:
 
     def __init__(self, dataset: str, options: Mapping[str, Option] = NO_OPTIONS) -> None:
         """Raises TaskError: no such data set or option, or one whose own answers do not score as right."""
-        known = reasoning_datasets()
-        if dataset not in known:
-            raise TaskError(f"reasoning-gym has no data set {dataset!r}; it has: {', '.join(known)}")
+        with _undisturbed():
+            _module("reasoning_gym")
+            datasets = sorted(_module("reasoning_gym.factory").DATASETS)
+        if dataset not in datasets:
+            raise TaskError(f"reasoning-gym has no data set {dataset!r}; it has: {', '.join(datasets)}")
         if dataset in EXECUTES_ANSWERS:
             raise TaskError(f"{dataset} runs an answer's text as a program to score it, so it is no task for a model")
         self.name = dataset
         self._options = dict(options)
-        shown = self._options.pop("examples", _EXAMPLES)
+        shown = _whole("examples", self._options.pop("examples", _EXAMPLES), 0, 32)
         room = self._options.pop("max_answer_tokens", None)
+        if room is not None:
+            room = _whole("max_answer_tokens", room, 1, _MOST_TOKENS)
         self._check_options()
         self._shared = self._shareable()
         survey = self._surveyed()
-        self._reading, self.multiline = survey.reading, survey.multiline
+        self._rule, self.multiline = survey.rule, survey.multiline
         self._check_scores([self.draw(seed) for seed in (*range(_SAMPLE), HELD_OUT)])
-        self.examples = self._shown(shown)
-        self.max_answer_tokens = math.ceil(survey.longest * _MARGIN) + _SLACK_TOKENS if room is None else _room(room)
+        # The last training seeds.
+        problems = [self.draw(HELD_OUT - 1 - index) for index in range(shown)]
+        self.examples = tuple(
+            message
+            for problem in problems
+            for message in (PromptMessage("user", problem.question.strip()), PromptMessage("assistant", problem.answer))
+        )
+        self.max_answer_tokens = room or math.ceil(survey.longest * _MARGIN) + _SLACK_TOKENS
 
     def _surveyed(self) -> _Survey:
         """Known for the rest of the process, since it takes seconds."""
@@ -179,16 +176,6 @@ class ReasoningProblems:
                 any("\n" in answer for answer in answers),
             )
         return _surveys[key]
-
-    def _shown(self, count: Option) -> tuple[PromptMessage, ...]:
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= 32:
-            raise TaskError(f"examples must be a whole number from 0 to 32, got {count!r}")
-        problems = [self.draw(HELD_OUT - 1 - index) for index in range(count)]
-        return tuple(
-            message
-            for problem in problems
-            for message in (PromptMessage("user", problem.question.strip()), PromptMessage("assistant", problem.answer))
-        )
 
     def _shareable(self) -> _Dataset | None:
         """One data set object for all seeds, where a new seed afterwards is as good as a new object; found by trying.
@@ -226,18 +213,15 @@ class ReasoningProblems:
         if seed < 0:
             raise TaskError(f"a seed is 0 or more, got {seed}")
         for attempt in range(_ATTEMPTS):
-            problem = self._generate(int(np.random.SeedSequence([seed, attempt]).generate_state(1)[0]))
-            if _is_held_out(problem.content) == (seed >= HELD_OUT):
-                return problem
+            dataset, entry = self._entry(int(np.random.SeedSequence([seed, attempt]).generate_state(1)[0]))
+            question = str(entry["question"])
+            content = self._rule.key(question)
+            if _is_held_out(content) == (seed >= HELD_OUT):
+                return ReasoningProblem(question, _answer(entry), content, dataset, entry)
         raise TaskError(
             f"{self.name} with {self._options or 'its defaults'} has too few different problems to hold some out;"
             " widen its options"
         )
-
-    def _generate(self, seed: int) -> ReasoningProblem:
-        dataset, entry = self._entry(seed)
-        question = str(entry["question"])
-        return ReasoningProblem(question, _answer(entry), self._reading.key(question), dataset, entry)
 
     def _entry(self, seed: int) -> tuple[_Dataset, Mapping[str, object]]:
         with _undisturbed():
@@ -258,94 +242,31 @@ class ReasoningProblems:
         return self.draw(int(rng.integers(HELD_OUT))).answer
 
 
+def _whole(option: str, value: Option, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise TaskError(f"{option} must be a whole number from {least} to {most}, got {value!r}")
+    return value
+
+
 def _answer(entry: Mapping[str, object]) -> str:
     answer = entry["answer"]
     return "" if answer is None else str(answer)
-
-
-def _room(tokens: Option) -> int:
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= _MOST_TOKENS:
-        raise TaskError(f"max_answer_tokens must be a whole number from 1 to {_MOST_TOKENS}, got {tokens!r}")
-    return tokens
 
 
 def _is_held_out(content: str) -> bool:
     return hashlib.sha256(content.encode()).digest()[0] % _HELD_OUT_SHARE == 0
 
 
-class ReasoningEpisode:
-    """One problem, one answer a seat."""
-
-    def __init__(self, problem: VerifiableProblem, lineup: Lineup, problems: ProblemSet) -> None:
-        self._problem = problem
-        self._lineup = lineup
-        self._multiline = problems.multiline
-        self._examples = problems.examples
-        self._outcome: Outcome | None = None
-
-    @property
-    def content(self) -> str:
-        """What the question is about: equal for questions that differ in order and wording only."""
-        return self._problem.content
-
-    def to_act(self) -> tuple[int, ...]:
-        """Everybody, once."""
-        return () if self._outcome else tuple(range(self._lineup.seats))
-
-    def observe(self, seat: int) -> tuple[PromptMessage, ...]:
-        """The question."""
-        if not 0 <= seat < self._lineup.seats:
-            raise TaskError(f"there are seats 0 to {self._lineup.seats - 1}, got {seat}")
-        return (
-            PromptMessage("system", INSTRUCTION),
-            *self._examples,
-            PromptMessage("user", self._problem.question.strip()),
-        )
-
-    def act(self, actions: Mapping[int, str]) -> None:
-        """Take everybody's answer."""
-        check_actions(self.to_act(), actions)
-        answers = [read_answer(actions[seat], self._multiline) for seat in range(self._lineup.seats)]
-        valid = tuple(float(bool(answer)) for answer in answers)
-        self._outcome = Ballot.of(self._problem, answers).outcome(self._lineup, valid)
-
-    def outcome(self) -> Outcome:
-        """The scores and votes."""
-        if self._outcome is None:
-            raise TaskError("the episode is not over: no answers yet")
-        return self._outcome
-
-
-class ReasoningTask:
+class ReasoningTask(CommitteeTask):
     """Every seat answers the same problem by itself, once; a team's answer is its vote.
 
     `seat_scores` are the data set's own (some give partial credit, 0.01 or so, for any text); `without` is the vote
     without that seat. How an answer is read: `problems.read_answer`. `valid` is 1 for an answer that is not empty.
     """
 
-    zero_sum = False
-    seats = (1, 16)
-    strategies: tuple[str, ...] = ()
+    kind = "reasoning"
+    strategies = ()
 
     def __init__(self, dataset: str, options: Mapping[str, Option] = NO_OPTIONS) -> None:
         """`options` are the fields of the data set's configuration; raises TaskError where it cannot be used."""
-        self.problems: ProblemSet = ReasoningProblems(dataset, options)
-
-    @property
-    def name(self) -> str:
-        """`reasoning:<dataset>`."""
-        return f"reasoning:{self.problems.name}"
-
-    @property
-    def max_action_tokens(self) -> int:
-        """Enough for the longest answer of many, or what the options say."""
-        return self.problems.max_answer_tokens
-
-    def start(self, seed: int, lineup: Lineup) -> ReasoningEpisode:
-        """The problem of `seed`, not yet answered."""
-        check_lineup(self, lineup)
-        return ReasoningEpisode(self.problems.draw(seed), lineup, self.problems)
-
-    def random_action(self, episode: Episode, seat: int, rng: np.random.Generator) -> str:
-        """The right answer of another problem: well formed, and as good as a guess."""
-        return self.problems.guess(rng)
+        super().__init__(ReasoningProblems(dataset, options))

@@ -1,9 +1,10 @@
-"""Tasks by name: `reasoning:chain_sum`, `committee:chain_sum`, `textarena:KuhnPoker-v0`, and those of plug-ins."""
+"""The table of tasks by name: `reasoning:chain_sum`, `committee:chain_sum`, `textarena:KuhnPoker-v0`, plug-ins."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from fedmoe.arena.tasks.committee import CommitteeTask
 from fedmoe.arena.tasks.reasoning import NO_OPTIONS, Option, ReasoningProblems, ReasoningTask
 from fedmoe.arena.tasks.task import Task, TaskError
 from fedmoe.runtime.plugins import PluginGroup
@@ -12,13 +13,7 @@ from fedmoe.runtime.plugins import PluginGroup
 TaskFactory = Callable[[str, Mapping[str, Option]], Task]
 
 
-def _reasoning(dataset: str, options: Mapping[str, Option]) -> Task:
-    return ReasoningTask(dataset, options)
-
-
 def _committee(dataset: str, options: Mapping[str, Option]) -> Task:
-    from fedmoe.arena.tasks.committee import CommitteeTask
-
     return CommitteeTask(ReasoningProblems(dataset, options))
 
 
@@ -31,7 +26,10 @@ def _textarena(env_id: str, options: Mapping[str, Option]) -> Task:
 
 
 _PLUGINS: PluginGroup[TaskFactory] = PluginGroup(
-    "fedmoe.tasks", "task kind", TaskError, {"committee": _committee, "reasoning": _reasoning, "textarena": _textarena}
+    "fedmoe.tasks",
+    "task kind",
+    TaskError,
+    {"committee": _committee, "reasoning": ReasoningTask, "textarena": _textarena},
 )
 
 

@@ -1,4 +1,4 @@
-"""The task: the environment in which policies meet. A seat is a place in it that a policy fills."""
+"""The task protocol: the environment in which policies meet, with seats that policies fill."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Team:
 
 @dataclass(frozen=True, slots=True)
 class Lineup:
-    """Who stands where: every seat of the task belongs to exactly one team. Seats are numbered from 0."""
+    """The assignment of seats to teams: every seat belongs to exactly one team. Seats are numbered from 0."""
 
     teams: tuple[Team, ...]
 
@@ -62,7 +62,7 @@ class Lineup:
 
     @classmethod
     def alone(cls, seats: int) -> Lineup:
-        """Everybody for himself: one team a seat."""
+        """Every seat for itself: one team a seat."""
         return cls(tuple(Team((seat,)) for seat in range(seats)))
 
     @classmethod
@@ -73,7 +73,7 @@ class Lineup:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an episode ended, as measured by the task; every score in [0, 1], where 1 is best.
+    """The outcome of an episode, as measured by the task; every score in [0, 1], where 1 is best.
 
     `seat_scores`: what each seat achieved by itself (its own answer; in a game win 1, draw 0.5, loss 0).
     `team_scores`: the joint outcome of each team of the line-up (for a team of one: its seat's score).
@@ -92,7 +92,7 @@ class Outcome:
 
 
 def check_outcome(outcome: Outcome, lineup: Lineup) -> Outcome:
-    """The outcome, if it is one of this line-up; raises `TaskError` for a score that is missing or not in [0, 1]."""
+    """Return the outcome if it fits the line-up; raises `TaskError` for a score that is missing or not in [0, 1]."""
     counts = (len(outcome.seat_scores), len(outcome.team_scores), len(outcome.valid))
     if counts != (lineup.seats, len(lineup.teams), lineup.seats):
         raise TaskError(f"an outcome has {counts} scores of seats, teams and validity; {lineup} is asked for")
@@ -193,7 +193,7 @@ HELD_OUT = 1_000_000_000
 
 
 def question_of(task: Task, episode: Episode, seed: int) -> str:
-    """Which question an episode that has just begun is about: episodes of one question are no independent evidence.
+    """The question an episode that has just begun is about: episodes of one question are no independent evidence.
 
     Its `content` where it is a `QuestionEpisode`; in a game for two the deal, that is the seed; else what its seats see
     at first, whatever the case and white space.

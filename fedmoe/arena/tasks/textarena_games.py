@@ -1,4 +1,4 @@
-"""TextArena's offline games as tasks: strict about illegal moves, reproducible even where episodes are interleaved."""
+"""TextArena tasks: its offline games, strict about illegal moves, reproducible even where episodes interleave."""
 
 from __future__ import annotations
 
@@ -85,20 +85,10 @@ def _make(env_id: str) -> _Env:
         raise TaskError(f"games need the package textarena ({error}); install fedmoe[arena]") from error
     registry = importlib.import_module("textarena.envs.registration").ENV_REGISTRY
     if env_id not in registry:
-        near = sorted(known for known in registry if family(known).casefold() == family(env_id).casefold())
-        raise TaskError(f"textarena has no game {env_id!r}; it has: {', '.join(near or _base_ids(registry))}")
+        near = sorted(game for game in registry if family(game).casefold() == family(env_id).casefold())
+        all_games = sorted(game for game in registry if game.endswith("-v0") and family(game) not in NEEDS_MORE)
+        raise TaskError(f"textarena has no game {env_id!r}; it has: {', '.join(near or all_games)}")
     return cast(_Env, textarena.make(env_id))
-
-
-def _base_ids(registry: Mapping[str, object]) -> list[str]:
-    return sorted(known for known in registry if known.endswith("-v0") and family(known) not in NEEDS_MORE)
-
-
-def _bare(env: _Env) -> _Env:
-    # Wrappers forward what they do not have, so look at their own attributes only.
-    while "env" in vars(env):
-        env = cast(_Env, vars(env)["env"])
-    return env
 
 
 class GameEpisode:
@@ -116,7 +106,10 @@ class GameEpisode:
         with self._randomness.installed():
             self._env = _make(env_id)
             self._env.reset(num_players=lineup.seats, seed=seed)
-            self._inner = _bare(self._env)
+            self._inner = self._env
+            # Wrappers forward what they do not have, so look at their own attributes only.
+            while "env" in vars(self._inner):
+                self._inner = cast(_Env, vars(self._inner)["env"])
             # TextArena lets a player try again once, and then some games loop for ever: so each is broken off here, at
             # the first illegal move, while TextArena still waits for the second.
             self._inner.state.error_allowance = 1
@@ -302,7 +295,7 @@ class TextArenaTask:
         uniform in matching pennies and rock-paper-scissors; raises TaskError for other games."""
         game = _turn(episode, seat)
         if self._game is None or self._game.scripted is None:
-            scripted = ", ".join(name for name, known in GAMES.items() if known.scripted)
+            scripted = ", ".join(name for name, each in GAMES.items() if each.scripted)
             raise TaskError(f"{self.name} has no scripted player; there is one for: {scripted}")
         return self._game.scripted(game.state, seat, rng)
 

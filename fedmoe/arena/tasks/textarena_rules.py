@@ -1,4 +1,4 @@
-"""What is known about single TextArena games: legal moves, how much of the past matters, players of known strength."""
+"""The table of TextArena's small games: legal moves, how much of the past matters, players of known strength."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ _LINES = ((0, 1, 2), (3, 4, 5), (6, 7, 8), (0, 3, 6), (1, 4, 7), (2, 5, 8), (0, 
 
 @lru_cache(maxsize=8192)
 def tictactoe_value(board: str, mover: str) -> int:
-    """Who wins with best play, for the one to move: 1, 0 or -1. `board`: nine of "X", "O" and " " (minimax)."""
+    """The minimax value of a position for the one to move: 1, 0 or -1. `board`: nine of "X", "O" and " "."""
     other = "O" if mover == "X" else "X"
     if any(board[a] == board[b] == board[c] == other for a, b, c in _LINES):
         return -1
