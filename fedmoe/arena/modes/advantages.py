@@ -45,7 +45,7 @@ def group_advantages(rewards: ArrayLike, groups: Sequence[int]) -> Rewards:
 
 @dataclass(frozen=True, slots=True, order=True)
 class BaselineKey:
-    """What has one baseline: a policy in a role (first mover, judge, ...) of a task."""
+    """The key of a baseline: a policy in a role (first mover, judge, ...) of a task."""
 
     task: str
     role: str

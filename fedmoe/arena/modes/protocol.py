@@ -58,7 +58,7 @@ class ArenaDecision:
 
 @dataclass(frozen=True, slots=True)
 class SeatResult:
-    """What one seat of one episode earned.
+    """The credit and advantage of one seat of one episode.
 
     `turn_rewards`: of each of its actions, where the task scores them one by one; else empty, and every action gets
     `advantage`. `turn_advantages` goes with it.
@@ -92,32 +92,25 @@ class Mode(Protocol):
     @property
     def name(self) -> str:
         """The name in configurations and records."""
-        ...
 
     @property
     def playing(self) -> str:
         """The mode being played: its own name, or that of the part a mixed mode is in."""
-        ...
 
     def check(self, task: Task, policies: int) -> None:
         """Refuse a task or a number of policies that the mode cannot be played with, with ModeError."""
-        ...
 
     def plan(self, memory: ModeMemory, planning: PlanInputs) -> list[EpisodePlan]:
         """The episodes of an iteration."""
-        ...
 
     def judge(self, memory: ModeMemory, planning: PlanInputs, played: Sequence[PlayedEpisode]) -> Judgement:
         """Rewards, advantages and decisions for the episodes of the last plan; updates the memory."""
-        ...
 
     def state(self) -> dict[str, object]:
         """What the mode itself remembers, besides the memory, as JSON."""
-        ...
 
     def restore(self, state: Mapping[str, object]) -> None:
         """Take over what `state` wrote."""
-        ...
 
 
 class SimpleMode:

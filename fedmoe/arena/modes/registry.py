@@ -1,9 +1,8 @@
-"""The modes by name, those of installed packages included."""
+"""The table of modes by name, those of installed packages included."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 from fedmoe.arena.modes.competitive import Competitive
 from fedmoe.arena.modes.cooperative import Cooperative
@@ -14,17 +13,9 @@ from fedmoe.arena.modes.team_battle import TeamBattle
 from fedmoe.runtime.plugins import PluginGroup
 
 #: Our own modes; installed packages add theirs in the entry-point group `fedmoe.modes`.
-MODES: Mapping[str, Callable[[], Mode]] = MappingProxyType(
-    {
-        "cooperative": Cooperative,
-        "competitive": Competitive,
-        "team_battle": TeamBattle,
-        "mixed": Mixed,
-        "independent": Independent,
-    }
-)
-
-
+MODES: Mapping[str, Callable[[], Mode]] = {
+    mode.name: mode for mode in (Cooperative, Competitive, TeamBattle, Mixed, Independent)
+}
 _PLUGINS = PluginGroup("fedmoe.modes", "mode", ModeError, MODES)
 
 

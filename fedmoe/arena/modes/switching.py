@@ -17,7 +17,7 @@ MODES = (COOPERATIVE, COMPETITIVE, TEAM_BATTLE)
 
 Trigger = Literal["exploration", "stay", "dominance", "diversity", "progress", "plateau"]
 
-#: Where a policy that beats everybody still learns: beside weaker ones, not against them.
+#: Where a policy that beats all others still learns: beside weaker ones, not against them.
 _AGAINST_DOMINANCE = (TEAM_BATTLE, COOPERATIVE)
 #: Where it pays to answer otherwise than the others.
 _AGAINST_SAMENESS = (COMPETITIVE, COOPERATIVE)
@@ -52,7 +52,7 @@ class SwitchRules:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What one iteration showed.
+    """Measurements of one iteration.
 
     `score`: the policies' mean held-out score against frozen opponents, in [0, 1] (never self-play reward).
     `lead`: the lower end of the leader's rating interval less the highest upper end of the others, rating points;
@@ -124,10 +124,12 @@ class ModeSwitch:
         self.mode = self.mode or self.modes[0]
 
     def step(self, measured: Measurement) -> SwitchDecision:
-        """Take what the iteration played in `mode` showed, and decide on the next one's."""
+        """Take the measurements of an iteration played in `mode`, and decide on the mode of the next."""
         self.iteration += 1
         self.stay.append(measured.score)
-        self._watch(measured)
+        # On above the limit, off only clearly below it: a measure that trembles at its limit changes nothing.
+        self.dominated = measured.lead > (-_OVERLAP if self.dominated else 0.0)
+        self.alike = measured.agreement >= self.rules.agreement - (self.rules.relief if self.alike else 0.0)
         after, trigger, reason = self._decide(measured)
         decision = SwitchDecision(self.iteration, self.mode, after, trigger, reason)
         if decision.switched:
@@ -136,12 +138,6 @@ class ModeSwitch:
                 self.slopes[self.mode] = progress
             self.mode, self.stay = after, []
         return decision
-
-    def _watch(self, measured: Measurement) -> None:
-        """On above the limit, off only clearly below it: a measure that trembles at its limit changes nothing."""
-        rules = self.rules
-        self.dominated = measured.lead > (-_OVERLAP if self.dominated else 0.0)
-        self.alike = measured.agreement >= rules.agreement - (rules.relief if self.alike else 0.0)
 
     def _decide(self, measured: Measurement) -> tuple[str, Trigger, str]:
         rules, stayed = self.rules, len(self.stay)
@@ -178,13 +174,13 @@ class ModeSwitch:
         other = self._most_promising(others)
         then = self.slopes.get(other)
         seen = "was not measured yet" if then is None else f"had {then:+.4f}"
-        known = f"{self.mode} moves the score by {slope:+.4f} an iteration; {other} {seen}"
+        slopes = f"{self.mode} moves the score by {slope:+.4f} an iteration; {other} {seen}"
         if then is not None and then > slope + self.rules.margin:
-            return other, "progress", f"{known}, more by over {self.rules.margin:g}"
+            return other, "progress", f"{slopes}, more by over {self.rules.margin:g}"
         if len(self.stay) >= self.rules.window and slope < self.rules.plateau:
             other = self._longest_left(others)
-            return other, "plateau", f"{known}; below {self.rules.plateau:g} is a plateau, {other} rested longest"
-        return self.mode, "stay", known
+            return other, "plateau", f"{slopes}; below {self.rules.plateau:g} is a plateau, {other} rested longest"
+        return self.mode, "stay", slopes
 
     def _most_promising(self, modes: Sequence[str]) -> str:
         """The greatest last slope; modes without one before all, then who rested longest."""

@@ -1,4 +1,4 @@
-"""Fair teams: policies divided so that the teams are about equally strong, with other partners every time."""
+"""Balanced teams: divides policies into teams of about equal rating, with varying partners."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def balanced_teams(strength: Mapping[str, float], teams: int, rng: np.random.Gen
         split = _near_best(names, teams, strength, rng, slack)
     else:
         split = _exchanged(_snake(names, teams, strength), strength, rng, slack)
-    return _shuffled(split, rng)
+    shuffled = [tuple(team[int(i)] for i in rng.permutation(len(team))) for team in split]
+    return tuple(shuffled[int(i)] for i in rng.permutation(len(shuffled)))
 
 
 def split_count(policies: int, teams: int) -> int:
@@ -84,20 +85,13 @@ def _snake(names: Sequence[str], teams: int, strength: Mapping[str, float]) -> S
 def _exchanged(split: Split, strength: Mapping[str, float], rng: np.random.Generator, slack: float) -> Split:
     current = [list(team) for team in split]
     best = spread(split, strength)
-    if len(current) < 2:
-        return split
     for _ in range(_EXCHANGES * len(strength)):
-        one, other = rng.choice(len(current), 2, replace=False)
-        i, j = rng.integers(len(current[one]), size=2)
-        current[one][i], current[other][j] = current[other][j], current[one][i]
+        left, right = (current[int(team)] for team in rng.choice(len(current), 2, replace=False))
+        i, j = rng.integers(len(left), size=2)
+        left[i], right[j] = right[j], left[i]
         difference = spread(tuple(tuple(team) for team in current), strength)
         if difference <= best + slack:
             best = min(best, difference)
         else:
-            current[one][i], current[other][j] = current[other][j], current[one][i]
+            left[i], right[j] = right[j], left[i]
     return tuple(tuple(team) for team in current)
-
-
-def _shuffled(split: Split, rng: np.random.Generator) -> Split:
-    teams = [tuple(team[int(i)] for i in rng.permutation(len(team))) for team in split]
-    return tuple(teams[int(i)] for i in rng.permutation(len(teams)))

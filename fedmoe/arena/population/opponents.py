@@ -44,7 +44,7 @@ class Opponent:
         return str(self.key or self.name)
 
     def player(self) -> Player:
-        """It in a seat."""
+        """The player that it is in a seat."""
         return Player(self.label, self.key)
 
 

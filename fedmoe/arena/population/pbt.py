@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, PlainSerializer
 
 from fedmoe.arena.population.rating import Ratings
 from fedmoe.inference.engine import AdapterKey
-from fedmoe.lora.adapter import Adapter, FloatMatrix
+from fedmoe.lora.adapter import Adapter
 from fedmoe.runtime.saved_state import saved_state
 
 
@@ -38,7 +38,7 @@ SURELY = 2.3
 def choose_replacement(
     ratings: Ratings, policies: Sequence[str], *, min_games: int, cooldown: int, since_last: int | None
 ) -> Replacement | None:
-    """Which policy, if any, is replaced now: at most one, and only where the intervals (`SURELY`) are apart.
+    """The replacement to make now, if any: at most one, and only where the intervals (`SURELY`) are apart.
 
     Policies with fewer than `min_games` rated games neither go nor are copied. `since_last` is the number of
     iterations since the last replacement (None: there was none yet); before `cooldown` of them nothing is replaced.
@@ -72,16 +72,11 @@ def perturb(adapter: Adapter, relative: float, rng: np.random.Generator) -> Adap
     flat = adapter.flat.copy()
     for _, a, b in adapter.layout.factors(flat):
         for factor in (a, b):
-            factor += _noise_like(factor, relative, rng)
+            # Drawn for zero factors too: the same generator then gives the same noise elsewhere, whatever is zero.
+            noise = rng.standard_normal(factor.shape)
+            length = relative * float(np.linalg.norm(factor.astype(np.float64)))
+            factor += (noise * (length / float(np.linalg.norm(noise)))).astype(np.float32)
     return Adapter(adapter.layout, adapter.alpha, flat)
-
-
-def _noise_like(factor: FloatMatrix, relative: float, rng: np.random.Generator) -> FloatMatrix:
-    # Drawn for zero factors too: the same generator then gives the same noise elsewhere, whatever is zero.
-    noise = rng.standard_normal(factor.shape)
-    length = relative * float(np.linalg.norm(factor.astype(np.float64)))
-    scaled: FloatMatrix = (noise * (length / float(np.linalg.norm(noise)))).astype(np.float32)
-    return scaled
 
 
 #: A key as it is saved: name and version.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from openskill.models import BradleyTerryFull, BradleyTerryFullRating
 
-#: What is known of a player before its first game: the mean, and the standard deviation around it.
+#: The belief about a player before its first game: the mean, and the standard deviation around it.
 PRIOR_MU = 25.0
 PRIOR_SIGMA = 25.0 / 3.0
 #: Half the width of a 95 % interval, in standard deviations.
@@ -76,7 +76,7 @@ class Ratings:
     def __getitem__(self, player: str) -> Rating:
         """The rating of a player; raises ValueError for one that was never entered."""
         if player not in self.players:
-            rated = ", ".join(sorted(self.players)) or "nobody"
+            rated = ", ".join(sorted(self.players)) or "none"
             raise ValueError(f"player {player!r} is not rated; call ensure() first. Rated: {rated}")
         return self.players[player]
 
@@ -126,7 +126,7 @@ class Ratings:
         In rating points; positive when the intervals say that the leader is the strongest.
         """
         if len(set(players)) < 2:
-            raise ValueError(f"a leader needs somebody to lead, got {list(players)}")
+            raise ValueError(f"a leader needs two or more players, got {list(players)}")
         first = min(players, key=lambda player: (-self[player].low, player))
         return first, self[first].low - max(self[player].high for player in players if player != first)
 

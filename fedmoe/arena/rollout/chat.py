@@ -17,11 +17,9 @@ class Codec(Protocol):
 
     def prompt(self, messages: Sequence[PromptMessage]) -> tuple[int, ...]:
         """The token ids after which an answer is sampled."""
-        ...
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of an answer, without special tokens."""
-        ...
 
 
 class ChatCodec:

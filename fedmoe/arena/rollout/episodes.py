@@ -10,7 +10,7 @@ from fedmoe.lora.adapter import FloatArray
 
 #: A seat filled by chance instead of by a model.
 RANDOM = "random"
-#: A seat filled by the task's player of known strength, for tasks that are `task.Scripted`.
+#: A seat filled by the task's player of known strength, for tasks that are `task.ScriptedTask`.
 SCRIPTED = "scripted"
 
 

@@ -127,14 +127,14 @@ class HeldOutEvaluator:
         """The best of two or more on the task, over the same questions; `players` by the name of their policy."""
         scores = {name: float(np.nanmean(self._alone(player).scores)) for name, player in players.items()}
         first = max(scores, key=lambda name: scores[name])
-        leads = {name: self._lead(players[first], other) for name, other in players.items() if name != first}
-        rival = min(leads, key=lambda name: leads[name][0].low)
-        return FrontRunner(first, rival, *leads[rival])
-
-    def _lead(self, player: Player, other: Player) -> tuple[MeanInterval, int]:
-        own, its = self._alone(player), self._alone(other)
-        ended, questions = _ended(own, its)
-        return MeanInterval.of((own.scores - its.scores)[ended], questions, (-1.0, 1.0)), len(set(questions))
+        own, leads = self._alone(players[first]), []
+        for name, player in players.items():
+            if name != first:
+                rival = self._alone(player)
+                ended, questions = _ended(own, rival)
+                lead = MeanInterval.of((own.scores - rival.scores)[ended], questions, (-1.0, 1.0))
+                leads.append(FrontRunner(first, name, lead, len(set(questions))))
+        return min(leads, key=lambda front_runner: front_runner.lead.low)
 
     def _alone(self, player: Player) -> _PlayerScores:
         if player == CHANCE:

@@ -31,7 +31,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """One player beside another on one deal or question."""
+    """The meeting of two players on one deal or question, from the side of the first."""
 
     question: str
     own: Side
@@ -78,7 +78,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """How two players did against each other, from the first one's side; `lead`: its paired difference in score."""
+    """The result of two players against each other, from the first one's side; `lead`: its paired score difference."""
 
     first: str
     second: str
@@ -125,7 +125,7 @@ def run_tournament(
     seed: int,
     settings: RolloutSettings,
 ) -> TournamentTable:
-    """Play `deals` held-out deals or questions: at a table for two every pair in both seatings, else everybody alone.
+    """Play `deals` held-out deals or questions: at a table for two every pair in both seatings, else each player alone.
 
     Raises TaskError (see `check_players`) and what tasks and engines raise.
     """

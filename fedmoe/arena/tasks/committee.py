@@ -104,7 +104,7 @@ class CommitteeTask:
 
     Round 1 is drafts, round 2 final answers, and the team's answer is the vote of its final answers (ties: the first
     speaker among them). Who drafts, and is seen by the whole team in round 2, is the team's strategy: `shared`
-    everybody, `leader` the first speaker only, `independent` nobody: then, and in a team of one, all answer at once.
+    every member, `leader` the first speaker only, `independent` none: then, and in a team of one, all answer at once.
     Teams never see each other. `seat_scores` are those of the seats' own final answers, `without` is the vote without
     the seat's.
     """

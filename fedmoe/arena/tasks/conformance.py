@@ -21,7 +21,7 @@ Actor = Callable[[Episode, int], str]
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """An episode as it was played: per round what each seat on turn saw and did, and the result."""
+    """A whole episode: per round what each seat on turn saw and did, and the outcome."""
 
     rounds: tuple[Mapping[int, tuple[tuple[PromptMessage, ...], str]], ...]
     outcome: Outcome
@@ -140,16 +140,16 @@ def takes_turns(task: Task) -> None:
     """`to_act` is ascending, other seats' actions are refused and change nothing, no outcome before the end."""
     for lineup in lineups(task):
         episode, draw = task.start(_SEED, lineup), _random_actor(task, 1)
-        while wanted := episode.to_act():
-            _demand(list(wanted) == sorted(set(wanted)), task, "to_act is in ascending order")
-            _demand(set(wanted) <= set(range(lineup.seats)), task, "to_act names seats of the line-up")
-            actions = {seat: draw(episode, seat) for seat in wanted}
+        while seats := episode.to_act():
+            _demand(list(seats) == sorted(set(seats)), task, "to_act is in ascending order")
+            _demand(set(seats) <= set(range(lineup.seats)), task, "to_act names seats of the line-up")
+            actions = {seat: draw(episode, seat) for seat in seats}
             _refused(task, partial(episode.act, {**actions, lineup.seats: "x"}), "act refuses a seat too many")
             _refused(task, partial(episode.act, {}), "act refuses missing seats")
             _refused(task, episode.outcome, "there is no outcome before the end")
-            _demand(episode.to_act() == wanted, task, "a refused action changes nothing")
+            _demand(episode.to_act() == seats, task, "a refused action changes nothing")
             episode.act(actions)
-        _refused(task, partial(episode.act, {0: "x"}), "act refuses everybody after the end")
+        _refused(task, partial(episode.act, {0: "x"}), "act refuses every seat after the end")
 
 
 def _refused(task: Task, attempt: Callable[[], object], promise: str) -> None:

@@ -1,6 +1,6 @@
 """Keys of a question's content, apart from its wording: the same numbers in another order are the same question.
 
-Held-out questions must differ from trained ones in content: 3 x 7 is known to whoever learned 7 x 3. A key is rather
+Held-out questions must differ from trained ones in content: a policy that learned 7 x 3 knows 3 x 7. A key is rather
 too coarse than too fine: questions that share one stand on the same side, which costs some but lets nothing through.
 """
 
@@ -21,7 +21,7 @@ _NUMBER = r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?"
 # An operator has a number or a bracket beside it; a hyphen or a slash between words has not.
 _MATHS = re.compile(rf"({_NUMBER})|(?<=[\d)])\s*([-+*/%^<>]+)|([-+*/%^<>]+)\s*(?=[\d(])")
 _TOKENS = re.compile(rf"{_NUMBER}|[^\W\d_]+|[^\s\w.,:;!?'\"`()]")
-#: Of the different texts of a sample a coarser reading must leave one in ...
+#: Of the different texts of a sample a coarser rule must leave one in ...
 _COARSEST = 4
 #: A word in more than one question of ... is the wording's.
 _COMMON = 10

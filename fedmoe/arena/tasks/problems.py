@@ -24,21 +24,17 @@ class VerifiableProblem(Protocol):
     @property
     def question(self) -> str:
         """What is asked, as plain text."""
-        ...
 
     @property
     def answer(self) -> str:
         """The stored right answer (there may be others)."""
-        ...
 
     @property
     def content(self) -> str:
         """What is asked apart from how: equal where operands are swapped or only the wording differs."""
-        ...
 
     def score(self, answer: str) -> float:
         """How right `answer` is, in [0, 1]; never raises, whatever the text."""
-        ...
 
 
 class ProblemSet(Protocol):
@@ -47,30 +43,24 @@ class ProblemSet(Protocol):
     @property
     def name(self) -> str:
         """The name without a task's prefix, for example `chain_sum`."""
-        ...
 
     @property
     def multiline(self) -> bool:
         """Whether a right answer may have several lines."""
-        ...
 
     @property
     def examples(self) -> tuple[PromptMessage, ...]:
         """Questions with their answers, shown before every question so that a small model knows the form of both."""
-        ...
 
     @property
     def max_answer_tokens(self) -> int:
         """How many tokens an answer needs at most."""
-        ...
 
     def draw(self, seed: int) -> VerifiableProblem:
         """The problem of `seed`; no content of a seed from `HELD_OUT` on is ever drawn by a seed below."""
-        ...
 
     def guess(self, rng: np.random.Generator) -> str:
         """A well-formed answer that knows nothing of the question."""
-        ...
 
 
 def read_answer(text: str, multiline: bool) -> str:

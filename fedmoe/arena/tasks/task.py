@@ -112,19 +112,15 @@ class Episode(Protocol):
 
     def to_act(self) -> tuple[int, ...]:
         """The seats whose action is wanted now, in ascending order; empty when the episode is over."""
-        ...
 
     def observe(self, seat: int) -> tuple[PromptMessage, ...]:
         """Everything that `seat` sees now; asking again changes nothing. The last message is the user's."""
-        ...
 
     def act(self, actions: Mapping[int, str]) -> None:
         """Take one text from every seat of `to_act()`; raises TaskError when the seats differ. Any text is allowed."""
-        ...
 
     def outcome(self) -> Outcome:
         """The result; raises TaskError before the end."""
-        ...
 
 
 @runtime_checkable
@@ -134,7 +130,6 @@ class QuestionEpisode(Protocol):
     @property
     def content(self) -> str:
         """Equal for questions that differ in order or wording only; such are never both trained on and held out."""
-        ...
 
 
 @runtime_checkable
@@ -144,11 +139,9 @@ class ScriptedTask(Protocol):
     @property
     def scripted(self) -> bool:
         """Whether there is one."""
-        ...
 
     def scripted_action(self, episode: Episode, seat: int, rng: np.random.Generator) -> str:
         """Its action; raises TaskError where there is none."""
-        ...
 
 
 class Task(Protocol):
@@ -157,35 +150,28 @@ class Task(Protocol):
     @property
     def name(self) -> str:
         """The name in configurations and records, for example `reasoning:chain_sum` or `textarena:KuhnPoker-v0`."""
-        ...
 
     @property
     def seats(self) -> tuple[int, int]:
         """The least and the most seats."""
-        ...
 
     @property
     def zero_sum(self) -> bool:
         """Whether one seat's gain is another's loss by the rules (a game), rather than by how a mode rewards it."""
-        ...
 
     @property
     def strategies(self) -> tuple[str, ...]:
         """How a team may work together, the plain way first; () where teams have no say."""
-        ...
 
     @property
     def max_action_tokens(self) -> int:
         """How many tokens an action needs at most."""
-        ...
 
     def start(self, seed: int, lineup: Lineup) -> Episode:
         """A new episode; raises TaskError for a line-up the task cannot seat."""
-        ...
 
     def random_action(self, episode: Episode, seat: int, rng: np.random.Generator) -> str:
         """A uniformly drawn legal (or well-formed) action of `seat`: the player of known, low strength."""
-        ...
 
 
 #: Seeds of held-out episodes start here; training draws from [0, HELD_OUT).
@@ -213,11 +199,11 @@ def check_lineup(task: Task, lineup: Lineup) -> None:
         raise TaskError(f"{task.name} seats {least} to {most}, the line-up has {lineup.seats}")
     for team in lineup.teams:
         if team.strategy and team.strategy not in task.strategies:
-            known = ", ".join(task.strategies) or "none"
-            raise TaskError(f"{task.name} has no strategy {team.strategy!r}; it has: {known}")
+            strategies = ", ".join(task.strategies) or "none"
+            raise TaskError(f"{task.name} has no strategy {team.strategy!r}; it has: {strategies}")
 
 
-def check_actions(wanted: Sequence[int], actions: Mapping[int, str]) -> None:
+def check_actions(seats: Sequence[int], actions: Mapping[int, str]) -> None:
     """Refuse actions of other seats than those whose turn it is, with TaskError."""
-    if sorted(actions) != sorted(wanted):
-        raise TaskError(f"seats {sorted(wanted)} are to act, got actions of {sorted(actions)}")
+    if sorted(actions) != sorted(seats):
+        raise TaskError(f"seats {sorted(seats)} are to act, got actions of {sorted(actions)}")

@@ -55,7 +55,7 @@ class _Randomness:
     """Python's and NumPy's process-wide random states, as one episode left them.
 
     TextArena seeds the process and its games draw from it in `step`; so each episode brings its own state along, one
-    at a time, and everybody else's is given back.
+    at a time, and that of the process is given back.
     """
 
     def __init__(self, seed: int) -> None:
@@ -162,12 +162,6 @@ class GameEpisode:
             ),
             completed=self._broken_by is None and self._inner.state.rewards is not None,
         )
-
-    def legal_actions(self) -> tuple[str, ...]:
-        """What the player to move may do; raises TaskError for games whose moves are not known here."""
-        if self._game is None:
-            raise TaskError(f"no list of legal moves is known for this game; there is one for: {', '.join(GAMES)}")
-        return self._game.legal(self.state)
 
     def _step(self, text: str) -> bool:
         """Whether the action was illegal."""
@@ -287,7 +281,10 @@ class TextArenaTask:
 
     def random_action(self, episode: Episode, seat: int, rng: np.random.Generator) -> str:
         """A uniformly drawn legal move of `seat`, whose turn it is; raises TaskError for games without a list."""
-        legal = _turn(episode, seat).legal_actions()
+        game = _turn(episode, seat)
+        if self._game is None:
+            raise TaskError(f"no list of legal moves is known for this game; there is one for: {', '.join(GAMES)}")
+        legal = self._game.legal(game.state)
         return legal[int(rng.integers(len(legal)))]
 
     def scripted_action(self, episode: Episode, seat: int, rng: np.random.Generator) -> str:
