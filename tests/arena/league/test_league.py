@@ -95,7 +95,7 @@ def test_two_sites_meet_each_others_experts(house: House, tmp_path: Path) -> Non
     one.iterate(6)
     assert foreign(one) == ["alpha@1", "beta@1"]
     np.testing.assert_array_equal(one.policies.adapters()[AdapterKey("alpha", 1)].flat, house.weights("alpha"))
-    met = one.trainer.memory.opponents.state()["results"]
+    met = one.trainer.memory.opponents.results
     assert {"alpha@1", "beta@1"} & {name for known in met.values() for name in known}  # type: ignore[attr-defined]
     found = {(comparison.policy, comparison.opponent) for comparison in one.trainer.evaluate()}
     assert found == {(name, rival) for name in one.names for rival in ("base", "beta@1")}
