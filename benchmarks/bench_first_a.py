@@ -28,8 +28,8 @@ from bench_merge_quality import OWN, SETS, TOKENS, Bench, kept  # noqa: E402
 from bench_second_lap import gone_on  # noqa: E402
 from merge_quality_work import STEPS, Work  # noqa: E402
 
+from fedmoe.gateway.evaluation_report import report_json  # noqa: E402
 from fedmoe.gateway.losses import BASE  # noqa: E402
-from fedmoe.gateway.report import report_json  # noqa: E402
 from fedmoe.lora.adapter import (  # noqa: E402
     Adapter,
     Layout,

@@ -31,7 +31,7 @@ from merge_quality_work import BATCH, Work  # noqa: E402
 from fedmoe.datasets.demo.domains import DOMAINS  # noqa: E402
 from fedmoe.datasets.tokens.packing import Block, collate  # noqa: E402
 from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
-from fedmoe.gateway.retained_gain import Interval, retained  # noqa: E402
+from fedmoe.gateway.retained_gain import BootstrapInterval, retained_gains  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.lora.moments import InputMoments  # noqa: E402
 from fedmoe.lora.online_merge import ExpertDelta, merge_into_gateway  # noqa: E402
@@ -150,13 +150,13 @@ def compared(matrix: LossMatrix, time: int, machine: str) -> dict[str, object]:
     No share is given where the pooled gain may be none.
     """
     ours, theirs = living_name(time), pooled_name(steps_of(machine, time))
-    found = retained(matrix, dict.fromkeys(DOMAINS, theirs), [ours])
+    found = retained_gains(matrix, dict.fromkeys(DOMAINS, theirs), [ours])
     shares = {one.domain: None if one.warning else rounded(one.kept[ours]) for one in found.domains}
     mean = gains(matrix, ours)["mean"] / gains(matrix, theirs)["mean"]
     return {"pooled_steps": steps_of(machine, time), "share": shares, "share_of_mean_gain": round(mean, 4)}
 
 
-def rounded(found: Interval) -> list[float]:
+def rounded(found: BootstrapInterval) -> list[float]:
     return [round(part, 4) for part in (found.value, found.low, found.high)]
 
 

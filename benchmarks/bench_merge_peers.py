@@ -35,9 +35,9 @@ from merge_quality_work import Work  # noqa: E402
 from peft import ArrowConfig, PeftModel, create_arrow_model  # noqa: E402
 
 from fedmoe.datasets.tokens.packing import Block, collate  # noqa: E402
+from fedmoe.gateway.evaluation_report import report_json  # noqa: E402
 from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
-from fedmoe.gateway.report import report_json  # noqa: E402
-from fedmoe.gateway.retained_gain import retained  # noqa: E402
+from fedmoe.gateway.retained_gain import retained_gains  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.lora.formats import PEFT_CONFIG, PEFT_WEIGHTS, peft_files, read_peft  # noqa: E402
 from fedmoe.lora.merge import merge  # noqa: E402
@@ -191,7 +191,7 @@ def bench(asked: Asked, count: int) -> dict[str, object]:
     routed, arrow_seconds = arrow_rows(asked, blocks)
     tokens = {domain: [count_targets(collate([block])) for block in found] for domain, found in blocks.items()}
     matrix = LossMatrix.of_blocks(rows | routed, tokens)
-    shares = retained(matrix, dict.fromkeys(matrix.domains, OWN), [*costs, *routed])
+    shares = retained_gains(matrix, dict.fromkeys(matrix.domains, OWN), [*costs, *routed])
     return {
         "merges": costs,
         "forward_processor_seconds_per_token": seconds | arrow_seconds,

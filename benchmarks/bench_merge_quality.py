@@ -30,9 +30,9 @@ from merge_quality_work import Work  # noqa: E402
 
 from fedmoe.datasets.tokens.packing import collate  # noqa: E402
 from fedmoe.gateway.evaluate import routed_to  # noqa: E402
+from fedmoe.gateway.evaluation_report import report_json  # noqa: E402
 from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
-from fedmoe.gateway.report import report_json  # noqa: E402
-from fedmoe.gateway.retained_gain import Retained, retained  # noqa: E402
+from fedmoe.gateway.retained_gain import RetainedGains, retained_gains  # noqa: E402
 from fedmoe.gateway.routers import SequenceRouter  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.lora.merge import merge  # noqa: E402
@@ -100,9 +100,9 @@ class Bench:
         return {one.domain: round(one.kept["x"].value, 4) for one in found.domains}
 
 
-def kept(matrix: LossMatrix) -> Retained:
+def kept(matrix: LossMatrix) -> RetainedGains:
     names = [name for name in matrix.models if name not in (BASE, OWN)]
-    return retained(matrix, dict.fromkeys(matrix.domains, OWN), names)
+    return retained_gains(matrix, dict.fromkeys(matrix.domains, OWN), names)
 
 
 def times(adapter: Adapter, factor: float) -> Adapter:

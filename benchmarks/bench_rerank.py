@@ -10,8 +10,8 @@ as the server does it (`fedmoe.gateway.rerank`), and whoever got it is scored on
 `right` is the share of prompts whose own expert is the best of the experts, by the router, by likelihood alone and by
 both; `to_gateway` the share that the merged
 adapter gets; `kept` the share of the own expert's gain on the rest, (base - chosen) / (base - own), worst and mean over
-domains; `gain` of foreign prompts is base - chosen in nats a token. Held-out texts of `--half choice` are those that
-`TRUST` and `MERGED_PRIOR` were chosen on; those of `test`, between them, were used for nothing else. All token losses
+domains; `gain` of foreign prompts is base - choose in nats a token. Held-out texts of `--half choice` are those that
+`TRUST` and `MERGED_PRIOR` were choose on; those of `test`, between them, were used for nothing else. All token losses
 stay in `--work`. `milliseconds` is the processor time of the likelihoods of one prompt, by its tokens and candidates.
 """
 
@@ -37,7 +37,7 @@ from merge_quality_work import Work  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from fedmoe.gateway.losses import BASE  # noqa: E402
-from fedmoe.gateway.rerank import LEAST, MERGED_PRIOR, TRUST, candidates, chosen  # noqa: E402
+from fedmoe.gateway.rerank import LEAST, MERGED_PRIOR, TRUST, candidates, choose  # noqa: E402
 from fedmoe.gateway.routers import SequenceRouter  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.lora.prompt_statistics import PromptStatistics  # noqa: E402
@@ -116,9 +116,9 @@ def decisions(measured: Measured, router: SequenceRouter, length: int) -> dict[s
         heard = {
             name: -float(measured.losses[name][place, : length - 1].sum()) for name in (*likely.log_priors, GATEWAY)
         }
-        found["reranked"].append(chosen(likely, heard, GATEWAY))
+        found["reranked"].append(choose(likely, heard, GATEWAY))
         found["likelihood"].append(min(router.names, key=lambda name: measured.losses[name][place, : length - 1].sum()))
-        found["experts only"].append(chosen(likely, {name: heard[name] for name in likely.log_priors}, GATEWAY))
+        found["experts only"].append(choose(likely, {name: heard[name] for name in likely.log_priors}, GATEWAY))
     return found
 
 

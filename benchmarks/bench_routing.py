@@ -35,7 +35,7 @@ pin_threads(1)
 import numpy as np  # noqa: E402  # threads are pinned first
 from numpy.typing import NDArray  # noqa: E402
 
-from fedmoe.gateway.routers import LinearRouter, Router, SequenceRouter, likeliest  # noqa: E402
+from fedmoe.gateway.routers import FeatureRouter, LinearRouter, SequenceRouter, likeliest  # noqa: E402
 from fedmoe.lora.adapter import FloatMatrix  # noqa: E402
 from fedmoe.lora.prompt_statistics import PromptStatistics  # noqa: E402
 from fedmoe.models.base import LoadedBase, load_base  # noqa: E402
@@ -100,7 +100,7 @@ def has(rows: Sequence[Sequence[int]], length: int) -> list[bool]:
 Scores = Callable[[Domain, int], FloatMatrix]
 
 
-def by_features(router: Router) -> Scores:
+def by_features(router: FeatureRouter) -> Scores:
     return lambda domain, length: router.probabilities(domain.test[length]).astype(np.float32)
 
 

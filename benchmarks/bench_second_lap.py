@@ -23,9 +23,9 @@ from bench_merge_quality import OWN, SETS, TOKENS  # noqa: E402  # threads are p
 from merge_quality_work import BATCH, RANK, STEPS, TRAINING, Work  # noqa: E402
 
 from fedmoe.datasets.tokens.packing import collate  # noqa: E402
+from fedmoe.gateway.evaluation_report import report_json  # noqa: E402
 from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
-from fedmoe.gateway.report import report_json  # noqa: E402
-from fedmoe.gateway.retained_gain import retained  # noqa: E402
+from fedmoe.gateway.retained_gain import retained_gains  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.lora.online_merge import ExpertDelta, merge_into_gateway  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
@@ -88,7 +88,7 @@ def measured(work: Work, domains: tuple[str, ...], steps: int, laps: int, count:
     blocks = {domain: work.held_out("test", domain, count) for domain in domains}
     tokens = {domain: [count_targets(collate([block])) for block in found] for domain, found in blocks.items()}
     matrix = LossMatrix.of_blocks(rows, tokens)
-    return {"test": report_json(matrix, retained(matrix, dict.fromkeys(domains, OWN), FOLDS[: laps + 1]))}
+    return {"test": report_json(matrix, retained_gains(matrix, dict.fromkeys(domains, OWN), FOLDS[: laps + 1]))}
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ from swap_load import (  # noqa: E402
     swap_while_loaded,
 )
 
-from fedmoe.gateway.serve.app import Gate, Running, VllmAddress, backend_maker, opened  # noqa: E402
+from fedmoe.gateway.serve.app import Endpoint, GatewayServer, VllmAddress, backend_maker, open_server  # noqa: E402
 from fedmoe.gateway.serve.service import Limits  # noqa: E402
 from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer, VllmSettings  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
@@ -112,8 +112,8 @@ def measure(base: LoadedBase, options: argparse.Namespace) -> Measurement:
         pusher = Pusher(api, manifest, SPREAD[options.base])
         for _ in EXPERTS:
             pusher.push()
-        maker, gate = backend_maker(options.clients, address), Gate("127.0.0.1", 0, None, True)
-        running = stack.enter_context(opened(followed, manifest, base, maker, limits, gate, options.poll))
+        maker, gate = backend_maker(options.clients, address), Endpoint("127.0.0.1", 0, None, True)
+        running = stack.enter_context(open_server(followed, manifest, base, maker, limits, gate, options.poll))
         port = stack.enter_context(listening(running))
         quiet = Load(port, prompts, options.tokens, max(options.clients, options.requests // 5))
         quiet_seconds = quiet.run(options.clients)
@@ -123,7 +123,7 @@ def measure(base: LoadedBase, options: argparse.Namespace) -> Measurement:
         return Measurement(quiet, quiet_seconds, load, swaps, pusher.adapters, *left(running, address), version)
 
 
-def left(running: Running, address: VllmAddress | None) -> tuple[int, int | None]:
+def left(running: GatewayServer, address: VllmAddress | None) -> tuple[int, int | None]:
     """How many versions stay loaded, in the backend and on the vLLM server, once the old ones had time to go."""
 
     def on_vllm() -> int | None:

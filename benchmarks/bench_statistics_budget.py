@@ -28,8 +28,8 @@ from bench_merge_quality import OWN, SETS, kept  # noqa: E402  # threads are pin
 from merge_quality_work import LENGTH, Work  # noqa: E402
 
 from fedmoe.datasets.tokens.packing import collate  # noqa: E402
+from fedmoe.gateway.evaluation_report import report_json  # noqa: E402
 from fedmoe.gateway.losses import BASE, LossMatrix  # noqa: E402
-from fedmoe.gateway.report import report_json  # noqa: E402
 from fedmoe.lora import moments as moments_module  # noqa: E402
 from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.lora.moments import InputMoments  # noqa: E402

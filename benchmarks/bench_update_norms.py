@@ -21,7 +21,7 @@ pin_threads(1)
 import numpy as np  # noqa: E402  # threads are pinned first
 
 from fedmoe.datasets.tokens.packing import Block, BlockSampler, pack  # noqa: E402
-from fedmoe.datasets.tokens.tokenized import TokenizedSample  # noqa: E402
+from fedmoe.datasets.tokens.tokenized_sample import TokenizedSample  # noqa: E402
 from fedmoe.lora.adapter import FloatVector  # noqa: E402
 from fedmoe.lora.update_rules import USUAL_LEAST, USUAL_WINDOW, times_usual  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import uvicorn
 
-from fedmoe.gateway.serve.app import Running
+from fedmoe.gateway.serve.app import GatewayServer
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape
 from fedmoe.lora.codec import encode
 from fedmoe.lora.manifest import Manifest
@@ -86,7 +86,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def listening(running: Running) -> Iterator[int]:
+def listening(running: GatewayServer) -> Iterator[int]:
     """The server in a thread."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -117,7 +117,7 @@ class Pusher:
         self._sequence = 0
         self.adapters: dict[str, Adapter] = {}
 
-    def push(self, running: Running | None = None) -> float:
+    def push(self, running: GatewayServer | None = None) -> float:
         """One new version; seconds until it is served, if there is a server."""
         expert, number = EXPERTS[self._sequence % 2], self._sequence
         self._sequence += 1
@@ -128,7 +128,7 @@ class Pusher:
         pushed = time.perf_counter()
         while running is not None and running.service.catalogue.snapshot.models[expert].version < result.version:
             if time.perf_counter() > pushed + _LONGEST_SWAP:
-                raise RuntimeError(f"{expert} version {result.version} is not served: {running.follower.health()}")
+                raise RuntimeError(f"{expert} version {result.version} is not served: {running.watcher.health()}")
             time.sleep(0.001)
         seconds = time.perf_counter() - pushed
         self._note()
@@ -230,7 +230,7 @@ class Swaps:
     answered: int
 
 
-def swap_while_loaded(load: Load, clients: int, pusher: Pusher, running: Running, plan: tuple[int, int]) -> Swaps:
+def swap_while_loaded(load: Load, clients: int, pusher: Pusher, running: GatewayServer, plan: tuple[int, int]) -> Swaps:
     """All requests of a load while versions arrive, spread over them; `plan` is requests and versions."""
     requests, versions = plan
 

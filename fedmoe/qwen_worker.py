@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmoe.datasets.readers.lines import DataError
-from fedmoe.datasets.tokens.contents import DataChange, Hashes, digest_of, sample_hashes
+from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.tokens.packing import Batch, BlockSampler, collate
+from fedmoe.datasets.tokens.sample_hashes import DataChange, SampleHashes, digest_of, sample_hashes
 from fedmoe.lora.adapter import FloatVector, ShapeError
 from fedmoe.lora.manifest import Manifest
 from fedmoe.models.data_hashes import DIGEST, check_data_change, remove_other_hashes, write_hashes
@@ -73,7 +73,7 @@ class QwenWorker:
         sampler: BlockSampler,
         clock: Callable[[], float] = time.monotonic,
         held_out: HeldOutPlan | None = None,
-        hashes: Hashes | None = None,
+        hashes: SampleHashes | None = None,
     ) -> None:
         self.expert = expert
         self.sampler = sampler

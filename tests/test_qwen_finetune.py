@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import load, save
 
 from fedmoe.datasets.tokens.packing import Batch, Block, collate, pack
-from fedmoe.datasets.tokens.tokenized import MASKED, TokenizedSample
+from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import load_base
 from fedmoe.models.packed import attention_mask, count_targets, token_losses

@@ -7,10 +7,10 @@ import pytest
 import structlog
 import torch
 
-from fedmoe.datasets.readers.lines import DataError
-from fedmoe.datasets.tokens.contents import DataChange
+from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.tokens.packing import Block, BlockSampler, pack
-from fedmoe.datasets.tokens.tokenized import TokenizedSample
+from fedmoe.datasets.tokens.sample_hashes import DataChange
+from fedmoe.datasets.tokens.tokenized_sample import TokenizedSample
 from fedmoe.lora.adapter import FloatVector, ShapeError
 from fedmoe.models import worker_state
 from fedmoe.models.base import load_base

@@ -18,7 +18,7 @@ from support import free_port
 from fedmoe.config import CoordinatorConfig
 from fedmoe.coordinator import seed_of
 from fedmoe.datasets.tokens.packing import Block, BlockSampler, pack
-from fedmoe.datasets.tokens.tokenized import TokenizedSample
+from fedmoe.datasets.tokens.tokenized_sample import TokenizedSample
 from fedmoe.distributed_coordinator import DistributedCoordinator
 from fedmoe.distributed_worker import DistributedWorker, SyncSettings
 from fedmoe.experts import ExpertModel

@@ -13,8 +13,8 @@ from fedmoe.cli.options import AsJson, ChatTemplateFile, ChatTemplateKwargs, Dat
 from fedmoe.cli.output import CommandError, show_json, show_table
 
 if TYPE_CHECKING:
-    from fedmoe.datasets.check import RowOptions
     from fedmoe.datasets.report import DataReport
+    from fedmoe.datasets.row_scan import RowOptions
 
 _SHOWN_FROM = 2_000
 
@@ -62,7 +62,7 @@ def check(
 
     With a base model it is the report that a worker prints before its first step, two samples included.
     """
-    from fedmoe.datasets.check import RowOptions, check_file
+    from fedmoe.datasets.row_scan import RowOptions, check_file
 
     rows = RowOptions.mapping(map or ())
     if base_model is None:
@@ -91,9 +91,9 @@ def _report_for(
     chat_template_kwargs: str | None,
 ) -> DataReport:
     chat = given_template(chat_template, chat_template_kwargs)
-    from fedmoe.datasets.check import check_beginning
+    from fedmoe.datasets.row_scan import check_beginning
     from fedmoe.models.base import load_tokenizer
-    from fedmoe.models.prepare_data import DataOptions, prepare_and_report
+    from fedmoe.models.prepare_data import DataOptions, prepare_samples
     from fedmoe.models.step_memory import resolve_max_length
     from fedmoe.runtime.cache import cache_folder
     from fedmoe.runtime.device import pin_threads
@@ -103,8 +103,8 @@ def _report_for(
     tokenizer, context = load_tokenizer(base_model, chat)
     length = resolve_max_length(max_length, context)
     cache = cache_folder("tokens")
-    prepared = prepare_and_report(
-        file, tokenizer, length, options, cache=cache, processes=pin_threads(), progress=_show_progress
+    prepared = prepare_samples(
+        file, tokenizer, length, options, cache=cache, processes=pin_threads(), progress=_show_progress, refuse=False
     )
     return prepared.report
 

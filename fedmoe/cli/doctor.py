@@ -134,8 +134,8 @@ def _device() -> Finding:
 
 
 def _dataset(path: Path) -> Finding:
-    from fedmoe.datasets.check import check_file
-    from fedmoe.datasets.readers.lines import DataError
+    from fedmoe.datasets.readers.common import DataError
+    from fedmoe.datasets.row_scan import check_file
 
     try:
         report = check_file(path)

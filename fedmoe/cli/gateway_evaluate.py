@@ -32,10 +32,10 @@ from fedmoe.runtime.files import write_atomic
 from fedmoe.wire.client import CoordinatorClient
 
 if TYPE_CHECKING:
-    from fedmoe.datasets.check import RowOptions
     from fedmoe.datasets.report import DataReport
+    from fedmoe.datasets.row_scan import RowOptions
     from fedmoe.gateway.losses import LossMatrix
-    from fedmoe.gateway.retained_gain import Retained
+    from fedmoe.gateway.retained_gain import RetainedGains
     from fedmoe.models.base import LoadedBase
 
 #: The row of the routed gateway.
@@ -73,7 +73,7 @@ def evaluate(
     Where the workers of two experts have told of their prompts, the routed gateway too: every block by the expert that
     its first 32 tokens are routed to.
     """
-    from fedmoe.datasets.check import RowOptions
+    from fedmoe.datasets.row_scan import RowOptions
 
     rows = RowOptions.mapping(map or ())
     files = _files(domains, rows)
@@ -85,7 +85,7 @@ def evaluate(
     matrix = _measure(base, identity, adapters, (files, rows), (blocks, max_length, batch_size), prompts)
     retained = _retained(matrix, [name for name in (GATEWAY, ROUTED) if name in matrix.models])
     if as_json:
-        from fedmoe.gateway.report import report_json
+        from fedmoe.gateway.evaluation_report import report_json
 
         show_json(report_json(matrix, retained))
     else:
@@ -96,8 +96,8 @@ def evaluate(
 
 def _files(domains: Sequence[str], rows: RowOptions) -> dict[str, str]:
     """Domain -> its data, of which the first rows have been looked at."""
-    from fedmoe.datasets.check import check_beginning
-    from fedmoe.datasets.readers.lines import DataError
+    from fedmoe.datasets.readers.common import DataError
+    from fedmoe.datasets.row_scan import check_beginning
 
     files: dict[str, str] = {}
     for domain in domains:
@@ -179,17 +179,17 @@ def _tell(report: DataReport) -> None:
     print(report.text, file=sys.stderr)
 
 
-def _retained(matrix: LossMatrix, models: Sequence[str]) -> Retained | None:
+def _retained(matrix: LossMatrix, models: Sequence[str]) -> RetainedGains | None:
     """What the models keep of the experts' gains; None without a model to judge or a domain with an own expert."""
-    from fedmoe.gateway.report import own_experts
-    from fedmoe.gateway.retained_gain import retained
+    from fedmoe.gateway.evaluation_report import own_experts
+    from fedmoe.gateway.retained_gain import retained_gains
 
     own = own_experts(matrix.domains, matrix.models)
-    return retained(matrix, own, models) if own and models else None
+    return retained_gains(matrix, own, models) if own and models else None
 
 
-def _show(matrix: LossMatrix, gains: Retained | None) -> None:
-    from fedmoe.gateway.report import loss_table, retained_table
+def _show(matrix: LossMatrix, gains: RetainedGains | None) -> None:
+    from fedmoe.gateway.evaluation_report import loss_table, retained_table
 
     show_table("Held-out loss (nats per token)", *loss_table(matrix))
     if gains is not None:
@@ -198,7 +198,7 @@ def _show(matrix: LossMatrix, gains: Retained | None) -> None:
             print(f"warning: {warning}", file=sys.stderr)
 
 
-def _draw(file: Path, matrix: LossMatrix, gains: Retained | None, base: str) -> None:
+def _draw(file: Path, matrix: LossMatrix, gains: RetainedGains | None, base: str) -> None:
     with importing("charts"):
         from fedmoe.monitor.charts.gateway import GatewayResults, gateway_chart
     from fedmoe.monitor.arena_series import Estimate

@@ -14,7 +14,7 @@ from fedmoe.lora.manifest import BaseModel
 from fedmoe.wire.client import CoordinatorClient, PulledExpert, PulledGateway
 
 if TYPE_CHECKING:
-    from fedmoe.gateway.export import Exportable
+    from fedmoe.gateway.export import ExportSource
 
 GATEWAY = "gateway"
 
@@ -56,7 +56,7 @@ def export(
     print(f"exported {expert} version {source.version} to {target}{facts}")
 
 
-def _write(source: Exportable, format: Format, target: Path, base_model: str, force: bool) -> str:
+def _write(source: ExportSource, format: Format, target: Path, base_model: str, force: bool) -> str:
     """Write one format; what there is to say about it."""
     from fedmoe.gateway.export import export_npz, export_peft
 
@@ -78,7 +78,7 @@ def _write(source: Exportable, format: Format, target: Path, base_model: str, fo
     return f" (rounding to the base model's dtype changed the products by {100 * rounding.relative:.2g} %)"
 
 
-def _own_folder(source: Exportable, base_model: str) -> Path | None:
+def _own_folder(source: ExportSource, base_model: str) -> Path | None:
     """The folder that an adapter's readers find its base model in; None for a name that they know by themselves."""
     folder = Path(base_model).expanduser()
     if not folder.is_dir():
@@ -95,16 +95,16 @@ def _own_folder(source: Exportable, base_model: str) -> Path | None:
     return folder
 
 
-def _source(api: CoordinatorClient, name: str) -> Exportable:
-    from fedmoe.gateway.export import Exportable, Source
+def _source(api: CoordinatorClient, name: str) -> ExportSource:
+    from fedmoe.gateway.export import ExpertVersion, ExportSource
 
     pulled = pull(api, name)
     if isinstance(pulled, PulledExpert):
-        sources = {name: Source(pulled.version, pulled.digest)}
-        return Exportable(name, pulled.version, pulled.adapter, sources, pulled.manifest.base)
+        sources = {name: ExpertVersion(pulled.version, pulled.digest)}
+        return ExportSource(name, pulled.version, pulled.adapter, sources, pulled.manifest.base)
     digests = pulled.source_digests
-    sources = {part: Source(version, digests.get(part)) for part, version in pulled.sources.items()}
-    return Exportable(name, pulled.version, pulled.adapter, sources, base_of(pulled))
+    sources = {part: ExpertVersion(version, digests.get(part)) for part, version in pulled.sources.items()}
+    return ExportSource(name, pulled.version, pulled.adapter, sources, base_of(pulled))
 
 
 def pull(api: CoordinatorClient, name: str) -> PulledExpert | PulledGateway:

@@ -70,7 +70,7 @@ def serve(
         from fedmoe.gateway.serve.service import Limits
         from fedmoe.runtime.device import pin_threads
     pin_threads()
-    gate = process.Gate(host, port, keys, loopback, tls_cert, tls_key)
+    gate = process.Endpoint(host, port, keys, loopback, tls_cert, tls_key)
     limits = Limits(max_prompt_tokens, max_output_tokens, max_batch + max_queue)
     address = process.VllmAddress(vllm_url, vllm_model, vllm_adapters, vllm_token) if vllm_url is not None else None
     with client(coordinator_url, token) as api:
@@ -82,7 +82,7 @@ def serve(
             )
         base = loaded(base_model, device, chat, dtype)
         maker = process.backend_maker(max_batch, address)
-        with process.opened(api, manifest.manifest(), base, maker, limits, gate, poll_interval) as running:
+        with process.open_server(api, manifest.manifest(), base, maker, limits, gate, poll_interval) as running:
             process.listen(running, gate)
 
 

@@ -1,13 +1,12 @@
-"""The report on data before the first step: what they are, what is learned, and what is not, with its reason."""
+"""Report on training data before the first step: formats, what is learned, and what is not, with its reason."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from fedmoe.datasets.formats.formats import accepted_shapes
-from fedmoe.datasets.readers.lines import DataError
-from fedmoe.datasets.readers.rows import BadRow
+from fedmoe.datasets.formats.row_formats import accepted_shapes
+from fedmoe.datasets.readers.common import BadRow, DataError
 
 MAX_BAD_FRACTION = 0.01
 BAD_ROWS_KEPT = 100
@@ -40,7 +39,7 @@ class TokenCounts:
 
     `samples` go into training (a row can give several), `tokens` and `learned` count them, `previews` are the first
     ones as text. `median` and `longest` are full lengths of rows in tokens, before anything is cut to `max_length`.
-    `cut`, `split`, `lost`, `too_long`, `empty`, `endless`: see `Tokenized`; `refused` rows count as bad too.
+    `cut`, `split`, `lost`, `too_long`, `empty`, `endless`: see `TokenData`; `refused` rows count as bad too.
     """
 
     max_length: int
@@ -63,7 +62,7 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The report on one source of data; `tokens` is None where no base model was named."""
+    """The report on one data source; `tokens` is None where no base model was named."""
 
     source: str
     sha256: str
@@ -92,12 +91,12 @@ class DataReport:
     @property
     def left_out(self) -> Mapping[str, int]:
         """Sound rows of which nothing is learned, by reason."""
-        found = dict(self.counts.left_out)
+        reasons = dict(self.counts.left_out)
         if self.tokens and self.tokens.too_long:
-            found[f"no part of an answer fits {self.tokens.max_length:,} tokens"] = self.tokens.too_long
+            reasons[f"no part of an answer fits {self.tokens.max_length:,} tokens"] = self.tokens.too_long
         if self.tokens and self.tokens.empty:
-            found["no token to learn"] = self.tokens.empty
-        return found
+            reasons["no token to learn"] = self.tokens.empty
+        return reasons
 
     @property
     def good(self) -> int:
@@ -141,11 +140,10 @@ class DataReport:
     @property
     def summary(self) -> dict[str, object]:
         """The report as a line of a log: every number that says what is learned and what is not."""
-        found = self.tokens
         line: dict[str, object] = {"file": self.source, "format": self.format, "rows": self.rows, "bad": self.bad_count}
-        if found:
+        if self.tokens:
             names = ("tokens", "learned", "median", "longest", "max_length", "cut", "split", "too_long", "empty")
-            line |= {name: getattr(found, name) for name in names} | {"lost_tokens": found.lost}
+            line |= {name: getattr(self.tokens, name) for name in names} | {"lost_tokens": self.tokens.lost}
         return line | {"left_out": sum(self.left_out.values())}
 
     @property
@@ -153,7 +151,9 @@ class DataReport:
         """The report for people, without the samples."""
         if self.problem:
             return self.problem
-        lines = [f"{self.source}: {self.good:,} of {self.rows:,} rows fit, {self._formats()}", *self._token_lines()]
+        formats = ", ".join(f"{name} ({_rows(count)})" for name, count in self.counts.formats.items())
+        formats = f"format {self.format}" if len(self.counts.formats) == 1 else f"formats {formats}"
+        lines = [f"{self.source}: {self.good:,} of {self.rows:,} rows fit, {formats}", *self._token_lines()]
         lines += [f"left out: {_rows(count)}, {reason}" for reason, count in self.left_out.items()]
         if self.counts.rejected:
             lines.append(f"preference data: {self.counts.rejected:,} rejected answers are not learned")
@@ -185,33 +185,24 @@ class DataReport:
             "problem": self.problem,
         }
 
-    def _formats(self) -> str:
-        counts = self.counts.formats
-        if len(counts) == 1:
-            return f"format {next(iter(counts))}"
-        return "formats " + ", ".join(f"{name} ({_rows(count)})" for name, count in counts.items())
-
     def _token_lines(self) -> Sequence[str]:
-        found = self.tokens
-        if found is None:
+        counts = self.tokens
+        if counts is None:
             return ()
         lines = [
-            f"tokens: {found.tokens:,}, {found.learned:,} of them learned; rows have {found.median:,} (median) to "
-            f"{found.longest:,} (longest); at most {found.max_length:,} are used at once"
+            f"tokens: {counts.tokens:,}, {counts.learned:,} of them learned; rows have {counts.median:,} (median) to "
+            f"{counts.longest:,} (longest); at most {counts.max_length:,} are used at once"
         ]
-        if found.cut:
-            more = "a larger --max-length" + ("" if found.long_rows == "split" else " or --long-rows split")
-            lines.append(
-                f"cut: in {_rows(found.cut)} the tail of an answer is not learned, {found.lost:,} tokens in all; "
-                f"{more} learns it"
-            )
-        if found.split:
-            lines.append(f"split: {_rows(found.split)} beyond that length, into several samples")
-        if found.endless:
-            lines.append(
-                f"no end mark: in {_rows(found.endless)} an answer ends without one; the model will not learn to stop"
-            )
-        return [*lines, *(f"{note} ({_rows(count)})" for note, count in found.notes.items())]
+        if counts.cut:
+            more = "a larger --max-length" + ("" if counts.long_rows == "split" else " or --long-rows split")
+            cut = f"in {_rows(counts.cut)} the tail of an answer is not learned, {counts.lost:,} tokens in all"
+            lines.append(f"cut: {cut}; {more} learns it")
+        if counts.split:
+            lines.append(f"split: {_rows(counts.split)} beyond that length, into several samples")
+        if counts.endless:
+            endless = f"in {_rows(counts.endless)} an answer ends without one"
+            lines.append(f"no end mark: {endless}; the model will not learn to stop")
+        return [*lines, *(f"{note} ({_rows(count)})" for note, count in counts.notes.items())]
 
     def _bad_lines(self) -> str:
         shown = self.counts.bad[:_BAD_ROWS_SHOWN]

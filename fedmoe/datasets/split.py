@@ -1,4 +1,4 @@
-"""Rows kept apart to measure on: chosen by their content, so that a row never changes sides when data grow."""
+"""Held-out split: rows are chosen by their content, so that a row never changes sides when data grow."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe.datasets.formats.samples import Sample
-from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.readers.common import DataError
 
 #: One number a row, drawn from its content.
 RowHashes = NDArray[np.uint64]
 
 
 def row_hash(sample: Sample) -> int:
-    """64 bits of a row's content, wherever it stands; equal rows have equal ones."""
+    """64 bits of a row's content, wherever it stands; equal rows have equal ones.
+
+    The names of the sample's classes and fields are part of it, so they must not change.
+    """
     content = repr(replace(sample, line=0, file="")).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 

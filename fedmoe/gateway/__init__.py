@@ -1,1 +1,1 @@
-"""What is done with a gateway: measured, exported, served."""
+"""Uses of a gateway: evaluation, export and serving."""

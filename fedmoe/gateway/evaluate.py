@@ -1,4 +1,4 @@
-"""Held-out losses: every adapter on every domain, beside the base model."""
+"""Measures held-out losses: every adapter on every domain, beside the base model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from fedmoe.datasets.report import DataReport
 from fedmoe.datasets.tokens.packing import Block, collate, pack
 from fedmoe.gateway.losses import BASE, LossMatrix
-from fedmoe.gateway.rerank import Candidates, candidates, chosen
-from fedmoe.gateway.routers import Router
+from fedmoe.gateway.rerank import candidates, choose
+from fedmoe.gateway.routers import FeatureRouter
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import LoadedBase, context_length, pad_token
 from fedmoe.models.chat_frame import ChatFrame
@@ -64,7 +64,7 @@ def held_out_blocks(
 ) -> list[Block]:
     """Data read as a worker reads them, packed in an order that is the same in every run; the first `limit`.
 
-    `max_length` None is 1024 tokens, or the model's context if that is shorter. `report` is told what the rows became.
+    `max_length` None is 1024 tokens, or the model's context if that is shorter. `report` gets the report on the rows.
     Raises DataError for data that training would refuse, and LengthError for a length beyond the context.
     """
     length = resolve_max_length(max_length, context_length(base))
@@ -75,7 +75,7 @@ def held_out_blocks(
 
 def routed_to(
     base: LoadedBase,
-    router: Router,
+    router: FeatureRouter,
     adapters: Mapping[str, Adapter],
     held_out: Mapping[str, Sequence[Block]],
     merged: str,
@@ -102,12 +102,12 @@ def routed_to(
     try:
         for name, adapter in adapters.items():
             multi.add(name, adapter)
-        return {domain: [_chosen(base, multi, one, merged) for one in found] for domain, found in likely.items()}
+        choices: dict[str, list[str]] = {domain: [] for domain in likely}
+        for domain, prompts_of_domain in likely.items():
+            for prompt in prompts_of_domain:
+                models = [*prompt.log_priors, merged]
+                likelihoods = log_likelihoods(base.model, multi, prompt.text, models)
+                choices[domain].append(choose(prompt, dict(zip(models, likelihoods, strict=True)), merged))
+        return choices
     finally:
         multi.detach()
-
-
-def _chosen(base: LoadedBase, multi: MultiLora, found: Candidates, merged: str) -> str:
-    names = [*found.log_priors, merged]
-    likelihoods = log_likelihoods(base.model, multi, found.text, names)
-    return chosen(found, dict(zip(names, likelihoods, strict=True)), merged)

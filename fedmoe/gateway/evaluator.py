@@ -1,4 +1,4 @@
-"""An evaluator: scores candidate gateways on held-out data that stay with their owner, and sends numbers only.
+"""Evaluator: scores candidate gateways on held-out data that stay with their owner, and sends numbers only.
 
 It is a process of its own and not part of a worker: scoring takes the model for as long as several sync intervals, and
 a worker that scored would not train meanwhile.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from fedmoe.config import EvaluatorConfig
-from fedmoe.datasets.check import RowOptions, check_file
+from fedmoe.datasets.row_scan import RowOptions, check_file
 from fedmoe.datasets.tokens.packing import Block
 from fedmoe.gateway.evaluate import held_out_blocks
 from fedmoe.lora.adapter import Adapter
@@ -37,8 +37,8 @@ _log = structlog.get_logger("fedmoe.evaluator")
 _PASSING = frozenset({"candidates_closed", "unknown_candidate", "scores_mismatch", "unknown_expert"})
 
 
-class _StoppedError(Exception):
-    """The evaluator was told to stop while it scored."""
+class _StopRequestedError(Exception):
+    """The evaluator was stopped while it scored."""
 
 
 class BaseMismatchError(ValueError):
@@ -52,7 +52,7 @@ class HeldOutScorer:
     base: LoadedBase
     blocks: Sequence[Block]
     batch_size: int = 4
-    _known: dict[str, EvaluationResult] = field(default_factory=dict)
+    _results: dict[str, EvaluationResult] = field(default_factory=dict)
     _used: set[str] = field(default_factory=set)
     _base_loss: EvaluationResult | None = None
     _model: QwenLoRAExpert | None = None
@@ -71,16 +71,16 @@ class HeldOutScorer:
         """
         measured = adapter if scale == 1.0 else scaled(adapter, scale)
         name = digest(measured)
-        return self.known(name) or self._known.setdefault(name, self._measure(measured))
+        return self.cached(name) or self._results.setdefault(name, self._measure(measured))
 
-    def known(self, name: str) -> EvaluationResult | None:
+    def cached(self, name: str) -> EvaluationResult | None:
         """The loss of the adapter with this digest, if it was measured before."""
         self._used.add(name)
-        return self._known.get(name)
+        return self._results.get(name)
 
     def forget_unused(self) -> None:
-        """Keep what was asked for since the last call: one of these may be the next published gateway."""
-        self._known = {name: found for name, found in self._known.items() if name in self._used}
+        """Keep what was used since the last call: one of these may be the next published gateway."""
+        self._results = {name: result for name, result in self._results.items() if name in self._used}
         self._used = set()
 
     def _measure(self, adapter: Adapter) -> EvaluationResult:
@@ -91,16 +91,14 @@ class HeldOutScorer:
         return self._model.evaluate(self.blocks, self.batch_size)
 
 
-class Evaluator:
-    """Asks for gateways to score, scores them, sends the losses; nothing else leaves the machine."""
+class GatewayEvaluator:
+    """Fetches candidate gateways, scores them, sends the losses; nothing else leaves the machine."""
 
     def __init__(
         self, client: CoordinatorClient, scorer: HeldOutScorer, name: str, expert: str, poll_seconds: float
     ) -> None:
-        self._client = client
-        self._scorer = scorer
+        self._client, self._scorer, self._poll_seconds = client, scorer, poll_seconds
         self._request = CandidatesRequest(evaluator=name, expert=expert)
-        self._poll_seconds = poll_seconds
         self._stopped = threading.Event()
         self._status = ""
 
@@ -114,10 +112,9 @@ class Evaluator:
         while not self._stopped.is_set():
             pause = self._poll_seconds
             try:
-                if self.score_once():
-                    pause = 0.0
+                pause = 0.0 if self.score_once() else pause
                 tries = 0
-            except _StoppedError:
+            except _StopRequestedError:
                 return
             except CoordinatorUnavailableError as error:
                 tries += 1
@@ -130,7 +127,7 @@ class Evaluator:
             self._stopped.wait(pause)
 
     def score_once(self) -> bool:
-        """Score the open set, if there is one that waits for this evaluator; whether there was.
+        """Score the open set, if one waits for this evaluator; returns whether one did.
 
         Raises what the client raises, and `BaseMismatchError`.
         """
@@ -165,10 +162,15 @@ class Evaluator:
         own_loss = self._loss(offer, own.adapter).loss
         published = None
         if offer.published is not None:
-            known = self._scorer.known(offer.published)
-            found = known or self._loss(offer, self._pull(offer, offer.published).adapter)
-            published = found.loss
-        losses = self._candidates(offer)
+            cached = self._scorer.cached(offer.published)
+            published = (cached or self._loss(offer, self._pull(offer, offer.published).adapter)).loss
+        losses = {}
+        # An adapter that several candidates share is downloaded once and held only meanwhile.
+        for shared in dict.fromkeys(candidate.digest for candidate in offer.candidates):
+            adapter = self._pull(offer, shared).adapter
+            for candidate in offer.candidates:
+                if candidate.digest == shared:
+                    losses[candidate.name] = self._loss(offer, adapter, candidate.scale).loss
         self._scorer.forget_unused()
         return GatewayScores(
             set=offer.id,
@@ -181,20 +183,10 @@ class Evaluator:
             candidates=losses,
         )
 
-    def _candidates(self, offer: CandidateSetInfo) -> dict[str, float]:
-        """Loss by name; an adapter that several candidates share is downloaded once and held only meanwhile."""
-        losses = {}
-        for shared in dict.fromkeys(candidate.digest for candidate in offer.candidates):
-            adapter = self._pull(offer, shared).adapter
-            for candidate in offer.candidates:
-                if candidate.digest == shared:
-                    losses[candidate.name] = self._loss(offer, adapter, candidate.scale).loss
-        return losses
-
     def _loss(self, offer: CandidateSetInfo, adapter: Adapter, scale: float = 1.0) -> EvaluationResult:
-        """The loss, after a word to the coordinator: so it knows that this evaluator is at work and no set is over."""
+        """The loss, after a request that shows the coordinator this evaluator at work; refused if the set is closed."""
         if self._stopped.is_set():
-            raise _StoppedError
+            raise _StopRequestedError
         still = self._client.gateway_candidates(self._request).open
         if still is None or still.id != offer.id:
             raise RefusedError(
@@ -216,11 +208,11 @@ class Evaluator:
 
 
 def run_evaluator(config: EvaluatorConfig) -> None:
-    """Run an evaluator until it is told to stop (SIGTERM, SIGINT)."""
+    """Run an evaluator until SIGTERM or SIGINT."""
     pin_threads()
     chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
     rows = RowOptions.mapping(config.map)
-    check_file(config.held_out, rows).raise_problem()  # unfit data are told before a base model is loaded
+    check_file(config.held_out, rows).raise_problem()  # before a base model is loaded
     token = config.token.get_secret_value() if config.token else None
     with CoordinatorClient(config.coordinator_url, token) as client:
         # So is a wrong URL or token, and a coordinator without a gate.
@@ -234,10 +226,10 @@ def run_evaluator(config: EvaluatorConfig) -> None:
             config.max_length,
             config.held_out_blocks,
             DataOptions(rows),
-            report=lambda found: _log.info("dataset", **found.summary),
+            report=lambda report: _log.info("dataset", **report.summary),
         )
         _log.info("held_out", file=config.held_out, blocks=len(blocks))
         scorer = HeldOutScorer(base, blocks, config.batch_size)
-        evaluator = Evaluator(client, scorer, config.evaluator_id, config.expert, config.poll_interval)
+        evaluator = GatewayEvaluator(client, scorer, config.evaluator_id, config.expert, config.poll_interval)
         StopOnSignal(evaluator.stop).install()
         evaluator.run()

@@ -1,4 +1,4 @@
-"""A gateway or an expert as files other tools read, each with a manifest that says what it was made of."""
+"""Exports a gateway or an expert in formats of other tools, with a manifest of what it was made of."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ExportError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ExpertVersion:
     """One expert that a model is made of; the digest is None where that version's is not known any more."""
 
     version: int
@@ -33,13 +33,13 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Exportable:
+class ExportSource:
     """A model to export: its name, its version, the adapter, what that is made of, and the base model it belongs on."""
 
     name: str
     version: int
     adapter: Adapter
-    sources: Mapping[str, Source]
+    sources: Mapping[str, ExpertVersion]
     base: BaseModel
 
     def manifest(
@@ -61,7 +61,7 @@ class Exportable:
         return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
-def export_peft(source: Exportable, target: Path, force: bool = False, base_folder: Path | None = None) -> None:
+def export_peft(source: ExportSource, target: Path, force: bool = False, base_folder: Path | None = None) -> None:
     """A PEFT adapter folder, which transformers, vLLM and llama.cpp's converter read too; scale baked into B.
 
     Readers load the base model that it names: `base_folder`, or else the federation's name for it.
@@ -75,14 +75,14 @@ def export_peft(source: Exportable, target: Path, force: bool = False, base_fold
     write_folder_atomic(target, {**files, MANIFEST_NAME: manifest}, force)
 
 
-def export_npz(source: Exportable, target: Path, force: bool = False) -> None:
+def export_npz(source: ExportSource, target: Path, force: bool = False) -> None:
     """One npz file of arrays, as `fedmoe.lora.formats.npz_bytes` lays them out."""
-    versions = {name: found.version for name, found in source.sources.items()}
+    versions = {name: part.version for name, part in source.sources.items()}
     export_file(source, "npz", npz_bytes(source.adapter, source.version, versions), ("numpy",), target, force)
 
 
 def export_file(
-    source: Exportable, format: str, data: bytes, libraries: Sequence[str], target: Path, force: bool
+    source: ExportSource, format: str, data: bytes, libraries: Sequence[str], target: Path, force: bool
 ) -> None:
     """Write one file, then the manifest beside it, which names the file's sha256."""
     if target.exists() and not force:
@@ -93,7 +93,7 @@ def export_file(
     write_atomic(target.with_name(f"{target.name}.{MANIFEST_NAME}"), manifest, 0o644)
 
 
-def check_base(source: Exportable, weights_hash: str, shown: str) -> None:
+def check_base(source: ExportSource, weights_hash: str, shown: str) -> None:
     """Refuse a base model that is not the one the adapter was trained on, by the hash of its weights."""
     if weights_hash != source.base.weights_hash:
         raise ExportError(
@@ -113,7 +113,7 @@ def read_config(folder: Path) -> dict[str, object]:
     return config
 
 
-def check_untied(source: Exportable, config: Mapping[str, object]) -> None:
+def check_untied(source: ExportSource, config: Mapping[str, object]) -> None:
     """Refuse an adapted output head that shares its weights with the embedding: changing it would change both."""
     heads = [module.name for module in source.adapter.layout.modules if module.name.rpartition(".")[2] == "lm_head"]
     if heads and config.get("tie_word_embeddings"):
@@ -124,8 +124,8 @@ def check_untied(source: Exportable, config: Mapping[str, object]) -> None:
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file of a folder, by name."""
-    found = {}
+    hashes = {}
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes

@@ -1,4 +1,4 @@
-"""An adapter as a GGUF LoRA file, as llama.cpp reads it beside the GGUF of the base model.
+"""Exports an adapter as a GGUF LoRA file, which llama.cpp reads beside the GGUF of the base model.
 
 Follows llama.cpp's convert_lora_to_gguf.py: tensors `<tensor>.lora_a` (r x in) and `<tensor>.lora_b` (out x r), and
 `adapter.lora.alpha`, which is the rank here, so that the scale is 1.
@@ -8,36 +8,27 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
 
-from fedmoe.gateway.export import Exportable, ExportError, check_base, check_untied, export_file, read_config
+from fedmoe.gateway.export import ExportError, ExportSource, check_base, check_untied, export_file, read_config
 from fedmoe.lora.adapter import FloatMatrix
 from fedmoe.lora.algebra import baked
 from fedmoe.models.identity import weights_hash
 
-
-@dataclass(frozen=True, slots=True)
-class _Architecture:
-    """The architecture's name in GGUF, and whether its query and key rows are stored in llama.cpp's rotary order."""
-
-    arch: gguf.MODEL_ARCH
-    interleaved: bool
-
-
-#: Class in config.json -> architecture; as in llama.cpp's convert_hf_to_gguf.py.
+#: Class in config.json -> architecture in GGUF, and whether its query and key rows are stored in llama.cpp's rotary
+#: order; as in llama.cpp's convert_hf_to_gguf.py.
 _ARCHITECTURES = {
-    "LlamaForCausalLM": _Architecture(gguf.MODEL_ARCH.LLAMA, True),
-    "MistralForCausalLM": _Architecture(gguf.MODEL_ARCH.LLAMA, True),
-    "Qwen2ForCausalLM": _Architecture(gguf.MODEL_ARCH.QWEN2, False),
-    "Qwen3ForCausalLM": _Architecture(gguf.MODEL_ARCH.QWEN3, False),
+    "LlamaForCausalLM": (gguf.MODEL_ARCH.LLAMA, True),
+    "MistralForCausalLM": (gguf.MODEL_ARCH.LLAMA, True),
+    "Qwen2ForCausalLM": (gguf.MODEL_ARCH.QWEN2, False),
+    "Qwen3ForCausalLM": (gguf.MODEL_ARCH.QWEN3, False),
 }
 
 
-def export_gguf_lora(source: Exportable, base_folder: Path, target: Path, force: bool = False) -> None:
+def export_gguf_lora(source: ExportSource, base_folder: Path, target: Path, force: bool = False) -> None:
     """Write the adapter as one float32 GGUF file; of the base model only config.json is used.
 
     Raises ExportError for another base model, an architecture that is not in the table, or a module without a place.
@@ -47,44 +38,8 @@ def export_gguf_lora(source: Exportable, base_folder: Path, target: Path, force:
     export_file(source, "gguf-lora", data, ("numpy", "gguf"), target, force)
 
 
-def gguf_lora_bytes(source: Exportable, config: Mapping[str, object]) -> bytes:
+def gguf_lora_bytes(source: ExportSource, config: Mapping[str, object]) -> bytes:
     """The GGUF file of an adapter on a base model with this config.json."""
-    architecture = _architecture(config)
-    check_untied(source, config)
-    names = gguf.get_tensor_name_map(architecture.arch, _count(config, "num_hidden_layers"))
-    adapter = baked(source.adapter)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "adapter.gguf"
-        writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture.arch])
-        _describe(writer, source, adapter.alpha)
-        for module, a, b in adapter.factors():
-            name = names.get_name(f"{module.name}.weight", (".weight",))
-            if name is None:
-                raise ExportError(
-                    f"{module.name} has no place in the GGUF architecture {writer.arch}; export it as peft"
-                )
-            writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a))
-            rows = _interleaved(b, _heads(config, module.name)) if architecture.interleaved else b
-            writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(rows))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path.read_bytes()
-
-
-def _describe(writer: gguf.GGUFWriter, source: Exportable, alpha: float) -> None:
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    writer.add_name(source.name)
-    writer.add_version(str(source.version))
-    writer.add_base_model_count(1)
-    writer.add_base_model_name(0, source.base.name)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-
-
-def _architecture(config: Mapping[str, object]) -> _Architecture:
     classes = config.get("architectures")
     name = str(classes[0]) if isinstance(classes, list) and classes else "none"
     if name not in _ARCHITECTURES:
@@ -92,7 +47,35 @@ def _architecture(config: Mapping[str, object]) -> _Architecture:
             f"gguf-lora knows {', '.join(_ARCHITECTURES)}; config.json names {name}. Export it as peft and use "
             "llama.cpp's convert_lora_to_gguf.py"
         )
-    return _ARCHITECTURES[name]
+    architecture, interleaved = _ARCHITECTURES[name]
+    check_untied(source, config)
+    names = gguf.get_tensor_name_map(architecture, _count(config, "num_hidden_layers"))
+    adapter = baked(source.adapter)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "adapter.gguf"
+        writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.alpha)
+        writer.add_name(source.name)
+        writer.add_version(str(source.version))
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, source.base.name)
+        writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+        for module, a, b in adapter.factors():
+            name = names.get_name(f"{module.name}.weight", (".weight",))
+            if name is None:
+                raise ExportError(
+                    f"{module.name} has no place in the GGUF architecture {writer.arch}; export it as peft"
+                )
+            writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a))
+            rows = _interleaved(b, _heads(config, module.name)) if interleaved else b
+            writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(rows))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()
 
 
 def _count(config: Mapping[str, object], key: str) -> int:

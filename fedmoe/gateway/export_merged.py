@@ -1,4 +1,4 @@
-"""The base model with an adapter's products added to its weights, as an ordinary checkpoint folder.
+"""Exports the base model with an adapter's products added to its weights, as an ordinary checkpoint folder.
 
 The checkpoint's files are copied and the adapted weights changed in place, a band of rows at a time, so that memory
 holds one band and never the model.
@@ -16,19 +16,18 @@ from typing import Literal
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import safe_open
 
 from fedmoe.gateway.export import (
     MANIFEST_NAME,
-    Exportable,
     ExportError,
+    ExportSource,
     check_base,
     check_untied,
     file_hashes,
     read_config,
 )
-from fedmoe.lora.adapter import Adapter, FloatMatrix, ModuleShape
+from fedmoe.lora.adapter import Adapter, FloatMatrix
 from fedmoe.lora.algebra import baked
 from fedmoe.models.identity import checkpoint_files, weights_hash
 from fedmoe.runtime.files import whole_folder, write_atomic
@@ -41,14 +40,14 @@ _DTYPES: dict[str, np.dtype[np.floating]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype("<f2"),
 }
-#: What belongs to a checkpoint beside its weights; a base folder may hold other things, which nobody asked for.
+#: What belongs to a checkpoint beside its weights; other things in a base folder are not copied.
 _BESIDE = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
 _OTHER_BITS = 1e-3
 _NOT_COPIED = (MANIFEST_NAME, "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _StoredWeight:
     """Where a stored weight lies: file, dtype name of the format, shape, first byte."""
 
     file: Path
@@ -58,14 +57,14 @@ class _Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Rounding:
+class RoundingLoss:
     """What storing the sum in the base model's dtype lost: squared norms of the error and of the product."""
 
     error: float = 0.0
     product: float = 0.0
 
-    def __add__(self, other: Rounding) -> Rounding:
-        return Rounding(self.error + other.error, self.product + other.product)
+    def __add__(self, other: RoundingLoss) -> RoundingLoss:
+        return RoundingLoss(self.error + other.error, self.product + other.product)
 
     @property
     def relative(self) -> float:
@@ -74,12 +73,12 @@ class Rounding:
 
 
 def export_merged(
-    source: Exportable,
+    source: ExportSource,
     base_folder: Path,
     target: Path,
     force: bool = False,
     progress: Callable[[str], None] = lambda _: None,
-) -> Rounding:
+) -> RoundingLoss:
     """Write the merged checkpoint: base dtype kept, sums in float32, config and tokenizer as they are.
 
     Checked after writing. Raises ExportError when the base model is another one, its weights are not stored as
@@ -93,8 +92,11 @@ def export_merged(
     check_untied(source, read_config(base_folder))
     places = _places(source, base_folder)
     with whole_folder(target) as folder:
-        _copy(base_folder, folder)
-        rounding = Rounding()
+        for path in {*checkpoint_files(base_folder), *(path for mask in _BESIDE for path in base_folder.glob(mask))}:
+            if path.is_file() and path.name not in _NOT_COPIED:
+                # Contents only: the base may be read-only, or links into a cache.
+                shutil.copyfile(path, folder / path.name)
+        rounding = RoundingLoss()
         adapter = baked(source.adapter)
         for module, a, b in adapter.factors():
             progress(module.name)
@@ -108,8 +110,8 @@ def export_merged(
     return rounding
 
 
-def _places(source: Exportable, base_folder: Path) -> dict[str, _Place]:
-    """Where each adapted module's weight lies; everything that could go wrong later is told here."""
+def _places(source: ExportSource, base_folder: Path) -> dict[str, _StoredWeight]:
+    """Where each adapted module's weight lies; everything that could go wrong later is refused here."""
     stored = {name: place for file in checkpoint_files(base_folder) for name, place in _stored(file)}
     places = {}
     for module in source.adapter.layout.modules:
@@ -121,54 +123,48 @@ def _places(source: Exportable, base_folder: Path) -> dict[str, _Place]:
                 f"{module.name}.weight is stored as {place.dtype}; products are added to {', '.join(_DTYPES)} only, "
                 "so merge into the model before it was quantised"
             )
-        _check_shape(module, place)
+        shape = module.out_features, module.in_features
+        if place.shape != shape:
+            raise ExportError(f"{module.name}.weight has shape {place.shape}, the adapter fits {shape}")
         places[module.name] = place
     return places
 
 
-def _check_shape(module: ModuleShape, place: _Place) -> None:
-    if place.shape != (module.out_features, module.in_features):
-        raise ExportError(
-            f"{module.name}.weight has shape {place.shape}, the adapter fits {module.out_features, module.in_features}"
-        )
-
-
-def _stored(file: Path) -> Iterator[tuple[str, _Place]]:
+def _stored(file: Path) -> Iterator[tuple[str, _StoredWeight]]:
     """The tensors of a safetensors file; `weights_hash` has read the same header and found it whole."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
     for name, entry in header.items():
         if name != "__metadata__":
-            yield name, _Place(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            yield (
+                name,
+                _StoredWeight(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]),
+            )
 
 
-def _copy(base_folder: Path, folder: Path) -> None:
-    files = {*checkpoint_files(base_folder), *(path for mask in _BESIDE for path in base_folder.glob(mask))}
-    for path in files:
-        if path.is_file() and path.name not in _NOT_COPIED:
-            # Contents only: the base may be read-only, or links into a cache.
-            shutil.copyfile(path, folder / path.name)
-
-
-def _open(file: Path, place: _Place, mode: Literal["r", "r+"]) -> _Stored:
+def _open(file: Path, place: _StoredWeight, mode: Literal["r", "r+"]) -> _Stored:
     opened: _Stored = np.memmap(file, _DTYPES[place.dtype], mode, place.offset, place.shape)
     return opened
 
 
-def _add(file: Path, place: _Place, a: FloatMatrix, b: FloatMatrix) -> Rounding:
+def _add(file: Path, place: _StoredWeight, a: FloatMatrix, b: FloatMatrix) -> RoundingLoss:
     """W += B @ A, in float32 and then the stored dtype."""
     weights = _open(file, place, "r+")
-    rounding = Rounding()
+    rounding = RoundingLoss()
     rows = _rows(a)
     for start in range(0, len(b), rows):
         band = slice(start, start + rows)
         product: FloatMatrix = b[band] @ a
         exact = weights[band].astype(np.float32) + product
-        stored = _narrowed(exact, weights.dtype, place)
+        with np.errstate(over="ignore"):  # an overflow is refused below, by name
+            stored = exact.astype(weights.dtype)
+        if not np.isfinite(stored.astype(np.float32)).all():
+            largest = f"{np.abs(exact).max():g}"
+            raise ExportError(f"a merged weight does not fit into {place.dtype}: the largest is {largest}")
         weights[band] = stored
         lost = stored.astype(np.float32) - exact
-        rounding += Rounding(float(np.vdot(lost, lost)), float(np.vdot(product, product)))
+        rounding += RoundingLoss(float(np.vdot(lost, lost)), float(np.vdot(product, product)))
     weights.flush()
     return rounding
 
@@ -178,15 +174,7 @@ def _rows(a: FloatMatrix) -> int:
     return max(1, _BAND // int(a.shape[1]))
 
 
-def _narrowed(exact: FloatMatrix, dtype: np.dtype[np.floating], place: _Place) -> NDArray[np.floating]:
-    with np.errstate(over="ignore"):  # an overflow is told below, by name
-        stored = exact.astype(dtype)
-    if not np.isfinite(stored.astype(np.float32)).all():
-        raise ExportError(f"a merged weight does not fit into {place.dtype}: the largest is {np.abs(exact).max():g}")
-    return stored
-
-
-def _check(folder: Path, adapter: Adapter, places: Mapping[str, _Place]) -> None:
+def _check(folder: Path, adapter: Adapter, places: Mapping[str, _StoredWeight]) -> None:
     """Read the first band of one module back, by the format's own library, and compare it with base plus product."""
     name = adapter.layout.modules[-1].name
     place, (a, b) = places[name], adapter.module(name)

@@ -1,4 +1,4 @@
-"""Held-out losses as numbers: which model lost how much on which block of which domain."""
+"""Matrix of held-out losses: models by domains, with the losses of single blocks."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class LossMatrix:
         """The matrix of these block means; raises ValueError for a row that lacks a domain or a block."""
         for model, row in block_losses.items():
             for domain, counts in block_tokens.items():
-                found = len(row.get(domain, ()))
-                if found != len(counts):
-                    raise ValueError(f"{model} has {found} block losses on {domain}, expected {len(counts)}")
+                count = len(row.get(domain, ()))
+                if count != len(counts):
+                    raise ValueError(f"{model} has {count} block losses on {domain}, expected {len(counts)}")
         losses = {
             model: {domain: _mean(row[domain], counts) for domain, counts in block_tokens.items()}
             for model, row in block_losses.items()
@@ -66,22 +66,17 @@ class LossMatrix:
 
     def routed(self, choices: Mapping[str, Sequence[str]]) -> dict[str, list[float]]:
         """The row of a router that gave each block to the model named in `choices[domain]`; for `with_rows`."""
-        return {
-            domain: [
-                self.block_losses[model][domain][place] for place, model in enumerate(self._checked(domain, choices))
-            ]
-            for domain in self.domains
-        }
-
-    def _checked(self, domain: str, choices: Mapping[str, Sequence[str]]) -> Sequence[str]:
-        chosen = choices.get(domain, ())
-        unknown = sorted(set(chosen) - self.block_losses.keys())
-        if unknown or len(chosen) != len(self.block_tokens[domain]):
-            raise ValueError(
-                f"{domain} needs one of {', '.join(self.block_losses)} for each of its "
-                f"{len(self.block_tokens[domain])} blocks, got {len(chosen)} choices, unknown {unknown[:5]}"
-            )
-        return chosen
+        row = {}
+        for domain in self.domains:
+            chosen = choices.get(domain, ())
+            unknown = sorted(set(chosen) - self.block_losses.keys())
+            if unknown or len(chosen) != len(self.block_tokens[domain]):
+                raise ValueError(
+                    f"{domain} needs one of {', '.join(self.block_losses)} for each of its "
+                    f"{len(self.block_tokens[domain])} blocks, got {len(chosen)} choices, unknown {unknown[:5]}"
+                )
+            row[domain] = [self.block_losses[model][domain][place] for place, model in enumerate(chosen)]
+        return row
 
 
 def _mean(losses: Sequence[float], tokens: Sequence[int]) -> float:

@@ -1,8 +1,8 @@
-"""Which of the likely experts answers a prompt: the one whose adapter explains it best, or the merged adapter.
+"""Reranks the likely experts of a prompt: the adapter that explains it best answers, or the merged one.
 
 A router knows whose prompts look like this one, an adapter whether it can do anything with it. Experts that a router
 cannot tell apart are told apart by the likelihood that each gives the prompt, and a prompt of no expert's domain shows
-in the merged adapter explaining it better. That needs nothing from anybody but the adapters themselves.
+in the merged adapter explaining it better. That needs nothing but the adapters themselves.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def candidates(text: Sequence[int], names: Sequence[str], probabilities: Float64
     """The likeliest experts of one prompt: `probabilities` (experts,) as a router gives them for `names`."""
     likely = [place for place in np.argsort(-probabilities, kind="stable")[:MOST] if probabilities[place] >= LEAST]
     # A row of many experts, all alike, may leave none above LEAST; the likeliest always stays.
-    kept = likely or [int(np.argmax(probabilities))]
-    return Candidates(tuple(text[:SEEN]), {names[place]: float(np.log(probabilities[place])) for place in kept})
+    likely = likely or [np.argmax(probabilities)]
+    return Candidates(tuple(text[:SEEN]), {names[place]: float(np.log(probabilities[place])) for place in likely})
 
 
-def chosen(found: Candidates, log_likelihoods: Mapping[str, float], merged: str) -> str:
+def choose(candidates: Candidates, log_likelihoods: Mapping[str, float], merged: str) -> str:
     """The expert or `merged` with the highest ln prior + TRUST ln p(text); ties go to the first name.
 
     `log_likelihoods` are in nats, by name: of every candidate, and of `merged` where there is a merged adapter. Raises
     ValueError for one that is missing or not a number.
     """
-    priors = dict(found.log_priors)
+    priors = dict(candidates.log_priors)
     if merged in log_likelihoods:
         priors[merged] = float(np.log(MERGED_PRIOR))
     scores = {name: prior + TRUST * log_likelihoods.get(name, np.nan) for name, prior in priors.items()}

@@ -1,4 +1,4 @@
-"""How much of each expert's gain another model keeps, with intervals: (base - x) / (base - own expert).
+"""Retained gain: the share of each expert's gain that a model keeps, (base - x) / (base - own expert), with intervals.
 
 The intervals come from a paired bootstrap over the held-out blocks: base, expert and x are resampled together, so what
 makes a block hard for all of them cancels. They say nothing about other seeds of training.
@@ -20,7 +20,7 @@ SAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class BootstrapInterval:
     """A value and the interval that holds the middle `LEVEL` of its bootstrap distribution."""
 
     value: float
@@ -29,13 +29,13 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class DomainRetained:
+class DomainGain:
     """One domain: the gain of its own expert in nats per token, and the share of it that each model keeps."""
 
     domain: str
     expert: str
-    own_gain: Interval
-    kept: Mapping[str, Interval]
+    own_gain: BootstrapInterval
+    kept: Mapping[str, BootstrapInterval]
 
     @property
     def warning(self) -> str | None:
@@ -51,29 +51,29 @@ class DomainRetained:
 
 
 @dataclass(frozen=True)
-class Summary:
+class ModelSummary:
     """One model over all domains whose own gain is certain: its lowest share, where that is, and its mean share."""
 
     worst_domain: str
-    worst: Interval
-    mean: Interval
+    worst: BootstrapInterval
+    mean: BootstrapInterval
 
 
 @dataclass(frozen=True)
-class Retained:
+class RetainedGains:
     """All domains, and a summary for each model; no summary where no domain's own gain is certain."""
 
-    domains: tuple[DomainRetained, ...]
-    summaries: Mapping[str, Summary]
+    domains: tuple[DomainGain, ...]
+    summaries: Mapping[str, ModelSummary]
 
     @property
     def warnings(self) -> list[str]:
-        return [found.warning for found in self.domains if found.warning]
+        return [domain.warning for domain in self.domains if domain.warning]
 
 
-def retained(
+def retained_gains(
     matrix: LossMatrix, own: Mapping[str, str], models: Sequence[str], seed: int = 0, samples: int = SAMPLES
-) -> Retained:
+) -> RetainedGains:
     """What each of `models` keeps of the gain of `own[domain]`, the expert of that domain.
 
     Needs the losses of blocks. Raises ValueError for a model or domain that the matrix does not have.
@@ -87,11 +87,11 @@ def retained(
     for place, (domain, expert) in enumerate(own.items()):
         sums = np.stack([matrix.sums(name, domain) for name in (*names, expert)])
         tokens = np.asarray(matrix.block_tokens[domain], np.float64)
-        found, shares = _domain(domain, expert, sums, tokens, models, np.random.default_rng([seed, place]), samples)
-        domains.append(found)
-        if found.warning is None:
+        gain, shares = _domain(domain, expert, sums, tokens, models, np.random.default_rng([seed, place]), samples)
+        domains.append(gain)
+        if gain.warning is None:
             draws[domain] = shares
-    return Retained(tuple(domains), _summaries(models, domains, draws))
+    return RetainedGains(tuple(domains), _summaries(models, domains, draws))
 
 
 def _domain(
@@ -102,7 +102,7 @@ def _domain(
     models: Sequence[str],
     random: np.random.Generator,
     samples: int,
-) -> tuple[DomainRetained, Float64Array]:
+) -> tuple[DomainGain, Float64Array]:
     """sums (base, models..., expert; blocks), tokens (blocks,) -> the domain, and draws of shares (models, samples)."""
     counts = random.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), samples).astype(np.float64)
     if np.count_nonzero(tokens) < 2:
@@ -111,12 +111,12 @@ def _domain(
     gains, own = drawn[:1] - drawn[1:-1], drawn[0] - drawn[-1]
     exact = _losses(sums, tokens, np.ones((1, len(tokens))))[:, 0]
     own_gain = float(exact[0] - exact[-1])
-    shares = _share(gains, own)
-    kept = {
-        model: _interval(_ratio(float(exact[0] - exact[1 + place]), own_gain), shares[place])
-        for place, model in enumerate(models)
-    }
-    return DomainRetained(domain, expert, _interval(own_gain, own), kept), shares
+    shares = np.divide(gains, own, out=np.full_like(gains, np.nan), where=own != 0)
+    kept = {}
+    for place, model in enumerate(models):
+        gain = float(exact[0] - exact[1 + place])
+        kept[model] = _interval(gain / own_gain if own_gain != 0 else math.nan, shares[place])
+    return DomainGain(domain, expert, _interval(own_gain, own), kept), shares
 
 
 def _losses(sums: Float64Array, tokens: Float64Array, counts: Float64Array) -> Float64Array:
@@ -124,36 +124,28 @@ def _losses(sums: Float64Array, tokens: Float64Array, counts: Float64Array) -> F
     return np.asarray((sums @ counts.T) / (counts @ tokens))
 
 
-def _share(gains: Float64Array, own: Float64Array) -> Float64Array:
-    return np.divide(gains, own, out=np.full_like(gains, np.nan), where=own != 0)
-
-
-def _ratio(gain: float, own: float) -> float:
-    return gain / own if own != 0 else math.nan
-
-
-def _interval(value: float, draws: Float64Array) -> Interval:
+def _interval(value: float, draws: Float64Array) -> BootstrapInterval:
     finite = draws[np.isfinite(draws)]
     if not len(finite):
-        return Interval(value, math.nan, math.nan)
+        return BootstrapInterval(value, math.nan, math.nan)
     low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high))
+    return BootstrapInterval(value, float(low), float(high))
 
 
 def _summaries(
-    models: Sequence[str], domains: Sequence[DomainRetained], draws: Mapping[str, Float64Array]
-) -> dict[str, Summary]:
+    models: Sequence[str], domains: Sequence[DomainGain], draws: Mapping[str, Float64Array]
+) -> dict[str, ModelSummary]:
     if not draws:
         return {}
-    certain = [found for found in domains if found.domain in draws]
+    certain = [domain for domain in domains if domain.domain in draws]
     # A resample without a single token is left out, so that domains may have a few draws more or less.
     length = min(shares.shape[1] for shares in draws.values())
-    drawn = np.stack([draws[found.domain][:, :length] for found in certain])
+    drawn = np.stack([draws[domain.domain][:, :length] for domain in certain])
     summaries = {}
     for place, model in enumerate(models):
-        values = [found.kept[model].value for found in certain]
+        values = [domain.kept[model].value for domain in certain]
         worst = int(np.argmin(values))
-        summaries[model] = Summary(
+        summaries[model] = ModelSummary(
             certain[worst].domain,
             _interval(values[worst], drawn[:, place].min(axis=0)),
             _interval(float(np.mean(values)), drawn[:, place].mean(axis=0)),

@@ -1,4 +1,4 @@
-"""Which expert a prompt belongs to, decided on numbers that the base model gives: no router is trained.
+"""Prompt routers: which expert a prompt belongs to, decided on features of the base model; none is trained.
 
 A router turns feature vectors, one row a prompt, into a probability for every expert; `fedmoe.gateway.rerank` decides
 between the likely ones and the merged adapter. `SequenceRouter` needs a few numbers from each expert's workers,
@@ -18,8 +18,8 @@ from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ShapeError
 from fedmoe.lora.prompt_statistics import FeatureMoments, PromptStatistics, orthogonal_rows
 
 
-class Router(Protocol):
-    """Feature vectors to experts."""
+class FeatureRouter(Protocol):
+    """Turns feature vectors into probabilities of experts."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -36,13 +36,13 @@ class Router(Protocol):
         ...
 
 
-def likeliest(router: Router, features: FloatMatrix) -> tuple[str, ...]:
-    """The likeliest expert of every prompt, however unsure; raises as `Router.probabilities` does."""
+def likeliest(router: FeatureRouter, features: FloatMatrix) -> tuple[str, ...]:
+    """The likeliest expert of every prompt, however unsure; raises as `FeatureRouter.probabilities` does."""
     return tuple(router.names[place] for place in router.probabilities(features).argmax(axis=1))
 
 
 @dataclass(frozen=True, eq=False)
-class _Linear:
+class _LinearScores:
     """log p(expert | x) = x' weights + offsets + a constant: `weights` (d, experts), `offsets` (experts,), float64."""
 
     names: tuple[str, ...]
@@ -65,7 +65,7 @@ class _Linear:
         return _softmax(_wide(features, self.width) @ self.weights + self.offsets)
 
 
-class SequenceRouter(_Linear):
+class SequenceRouter(_LinearScores):
     """Linear discriminant analysis: a centroid for every expert and one covariance for all."""
 
     @classmethod
@@ -86,12 +86,12 @@ class SequenceRouter(_Linear):
             raise ShapeError(f"prompt features must have one width, of one base model; got {got}")
         first = [statistics[name].first for name in names]
         second = [statistics[name].second for name in names]
-        warmth = _temperature([(first, second), (second, first)], shrinkage) if len(names) > 1 else 1.0
+        temperature = _temperature([(first, second), (second, first)], shrinkage) if len(names) > 1 else 1.0
         weights, offsets = _discriminants([statistics[name].together() for name in names], shrinkage)
-        return cls(names, weights / warmth, offsets / warmth)
+        return cls(names, weights / temperature, offsets / temperature)
 
 
-class LinearRouter(_Linear):
+class LinearRouter(_LinearScores):
     """Softmax regression on labelled prompts, for a gateway that has some of its own."""
 
     @classmethod
@@ -121,13 +121,13 @@ def _discriminants(parts: Sequence[FeatureMoments], shrinkage: float | None) -> 
     """Weights (d, experts) and offsets (experts,) of the linear discriminants."""
     covariance, scale = _correlation(parts)
     free = max(1, sum(part.count for part in parts) - len(parts))
-    chosen = _oracle_shrinkage(covariance, free) if shrinkage is None else shrinkage
-    if not 0 < chosen <= 1:
-        raise ValueError(f"shrinkage must be above 0 and at most 1, got {chosen}")
+    amount = _oracle_shrinkage(covariance, free) if shrinkage is None else shrinkage
+    if not 0 < amount <= 1:
+        raise ValueError(f"shrinkage must be above 0 and at most 1, got {amount}")
     means = np.stack([part.mean for part in parts], axis=1).astype(np.float64)
     # Only differences matter; moved to their middle the discriminants lose no digits to a large common part.
     middle = means.mean(axis=1, keepdims=True)
-    weights = covariance.shrunk(chosen).solve((means - middle) / scale[:, None]) / scale[:, None]
+    weights = covariance.shrunk(amount).solve((means - middle) / scale[:, None]) / scale[:, None]
     return weights, -0.5 * ((means + middle) * weights).sum(axis=0)
 
 
@@ -140,8 +140,7 @@ class _Covariance:
 
     @property
     def variances(self) -> Float64Array:
-        found: Float64Array = np.square(self.rows).sum(axis=0) + self.rest
-        return found
+        return np.asarray(np.square(self.rows).sum(axis=0) + self.rest)
 
     @property
     def squares(self) -> float:
@@ -157,8 +156,7 @@ class _Covariance:
         """The inverse times `right` (d, k), by Woodbury: an m x m system instead of a d x d one; needs rest > 0."""
         lean = self.rows / self.rest
         core = np.eye(len(self.rows)) + lean @ self.rows.T
-        found: Float64Array = right / self.rest[:, None] - lean.T @ np.linalg.solve(core, lean @ right)
-        return found
+        return np.asarray(right / self.rest[:, None] - lean.T @ np.linalg.solve(core, lean @ right))
 
 
 def _correlation(parts: Sequence[FeatureMoments]) -> tuple[_Covariance, Float64Array]:
@@ -186,12 +184,11 @@ def _oracle_shrinkage(covariance: _Covariance, free: int) -> float:
     return 1.0 if below <= 0 else min(1.0, max(1e-3, above / below))
 
 
-_Halves = tuple[Sequence[FeatureMoments], Sequence[FeatureMoments]]
 _TEMPERATURES = np.geomspace(1.0, 64.0, 49)
 _DRAWS = 256
 
 
-def _temperature(folds: Sequence[_Halves], shrinkage: float | None) -> float:
+def _temperature(folds: Sequence[tuple[Sequence[FeatureMoments], ...]], shrinkage: float | None) -> float:
     """What to divide the scores by: the likeliest on halves that the discriminants were not fitted to.
 
     The scores of an expert's unseen prompts are drawn as normal with the mean and covariance that its other half's
@@ -206,7 +203,7 @@ def _temperature(folds: Sequence[_Halves], shrinkage: float | None) -> float:
             root = orthogonal_rows(rows)
             scores = part.mean @ weights + offsets + draws.standard_normal((_DRAWS, len(root))) @ root
             behind = scores - scores[:, [label]]
-            losses += [np.logaddexp.reduce(behind / warmth, axis=1).sum() for warmth in _TEMPERATURES]
+            losses += [np.logaddexp.reduce(behind / temperature, axis=1).sum() for temperature in _TEMPERATURES]
     return float(_TEMPERATURES[losses.argmin()])
 
 
@@ -275,27 +272,21 @@ class SpectralRouter:
 
     def energies(self, rows: FloatMatrix) -> FloatMatrix:
         """Energies of single rows (tokens or prompts, R) -> of whole experts (tokens or prompts, experts)."""
-        found: FloatMatrix = np.add.reduceat(_wide(rows, self.width), self.starts[:-1], axis=1).astype(np.float32)
-        return found
+        return np.add.reduceat(_wide(rows, self.width), self.starts[:-1], axis=1).astype(np.float32)
 
     def probabilities(self, features: FloatMatrix) -> Float64Array:
         return _softmax((self._levels(features) - self.centre) / self.spread)
 
     def _levels(self, features: FloatMatrix) -> Float64Array:
-        return _logarithm(self.energies(features))
+        return np.log(np.maximum(self.energies(features).astype(np.float64), 1e-30))
 
 
 def _projection(a: FloatMatrix, b: FloatMatrix) -> FloatMatrix:
     """P (r, n) with ||P x|| = ||B A x|| / ||B A||_F; zeros for a product of zero."""
     values, vectors = np.linalg.eigh(b.T.astype(np.float64) @ b.astype(np.float64))
-    found = (np.sqrt(np.clip(values, 0.0, None))[:, None] * vectors.T) @ a.astype(np.float64)
-    norm = float(np.linalg.norm(found))
-    return np.asarray(found / norm if norm > 0 else found, np.float32)
-
-
-def _logarithm(energies: FloatMatrix) -> Float64Array:
-    found: Float64Array = np.log(np.maximum(energies.astype(np.float64), 1e-30))
-    return found
+    rows = (np.sqrt(np.clip(values, 0.0, None))[:, None] * vectors.T) @ a.astype(np.float64)
+    norm = float(np.linalg.norm(rows))
+    return np.asarray(rows / norm if norm > 0 else rows, np.float32)
 
 
 def _check(names: Sequence[str]) -> None:
@@ -313,5 +304,4 @@ def _wide(features: FloatMatrix, width: int) -> Float64Array:
 
 def _softmax(scores: Float64Array) -> Float64Array:
     powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-    found: Float64Array = powers / powers.sum(axis=1, keepdims=True)
-    return found
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))

@@ -1,4 +1,4 @@
-"""Experts chosen token by token in every module, from the adapters alone."""
+"""Token-level routing: experts chosen for every token and module from the adapters alone."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ class SpectralWeights:
     def __call__(self, module: str, x: torch.Tensor) -> torch.Tensor:
         """x (rows, positions, in) -> weights (rows, positions, experts), float32, adding up to 1."""
         energies = (x.float() @ self._projections[module].T).square() @ self._owners
-        kept = energies.topk(self._top, dim=-1)
-        found = torch.zeros_like(energies).scatter_(-1, kept.indices, kept.values.clamp_min(1e-30))
-        return found / found.sum(dim=-1, keepdim=True)
+        loudest = energies.topk(self._top, dim=-1)
+        weights = torch.zeros_like(energies).scatter_(-1, loudest.indices, loudest.values.clamp_min(1e-30))
+        return weights / weights.sum(dim=-1, keepdim=True)

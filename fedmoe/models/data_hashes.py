@@ -15,8 +15,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedmoe.datasets.readers.lines import DataError
-from fedmoe.datasets.tokens.contents import DataChange, Hashes, change_between, digest_of
+from fedmoe.datasets.readers.common import DataError
+from fedmoe.datasets.tokens.sample_hashes import DataChange, SampleHashes, change_between, digest_of
 from fedmoe.runtime.files import write_atomic
 
 DIGEST = "digest"
@@ -24,7 +24,7 @@ _FILE = re.compile(r"^(data-[0-9a-f]{32}\.safetensors|\.data-[0-9a-f]{32}\.safet
 _NAME = "samples"
 
 
-def write_hashes(folder: Path, hashes: Hashes) -> str:
+def write_hashes(folder: Path, hashes: SampleHashes) -> str:
     """Make sure that `folder` holds these hashes; returns their digest."""
     digest = digest_of(hashes)
     file = _file(folder, digest)
@@ -34,10 +34,10 @@ def write_hashes(folder: Path, hashes: Hashes) -> str:
     return digest
 
 
-def read_hashes(folder: Path, digest: str) -> Hashes | None:
+def read_hashes(folder: Path, digest: str) -> SampleHashes | None:
     """The hashes of that digest; None if they are missing or damaged."""
     try:
-        hashes: Hashes = load(_file(folder, digest).read_bytes())[_NAME]
+        hashes: SampleHashes = load(_file(folder, digest).read_bytes())[_NAME]
     except (OSError, SafetensorError, KeyError):
         return None
     return hashes if hashes.dtype == np.uint64 and digest_of(hashes) == digest else None
@@ -50,7 +50,9 @@ def remove_other_hashes(folder: Path, digest: str) -> None:
             file.unlink()
 
 
-def check_data_change(folder: Path, saved: Mapping[str, object], now: Hashes, allow_changed: bool) -> DataChange | None:
+def check_data_change(
+    folder: Path, saved: Mapping[str, object], now: SampleHashes, allow_changed: bool
+) -> DataChange | None:
     """How the data changed since a checkpoint that says `saved` of them; None where that cannot be told.
 
     Raises `DataError` naming the flag when samples are gone or changed, or it cannot be told, and `allow_changed` is

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fedmoe.datasets.tokens.packing import Batch
-from fedmoe.datasets.tokens.tokenized import MASKED
+from fedmoe.datasets.tokens.tokenized_sample import MASKED
 
 
 def attention_mask(segment_ids: torch.Tensor) -> torch.Tensor:

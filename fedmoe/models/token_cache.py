@@ -1,16 +1,17 @@
-"""A cache of tokenised data: one safetensors file for each combination of data, tokenizer, options and code."""
+"""Cache of tokenised data: one safetensors file for each combination of data, tokenizer, options and code."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache as once
 from importlib.metadata import version
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from safetensors.numpy import save
 from fedmoe import datasets
 from fedmoe.datasets.report import DataReport
 from fedmoe.datasets.split import RowHashes
-from fedmoe.datasets.tokens.tokenized import MASKED, IntArray, TokenizedSample, Tokenizer
+from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample, Tokenizer
 from fedmoe.runtime.files import write_atomic
 
 _log = logging.getLogger(__name__)
@@ -30,53 +31,31 @@ _REPORT: TypeAdapter[DataReport] = TypeAdapter(DataReport)
 _FILES_KEPT = 8
 
 
-@dataclass(frozen=True, eq=False)
-class KeptTokens:
-    """Samples as few arrays: all token ids, whether each is learned, each sample's length and the hash of its row."""
+class CachedTokens(NamedTuple):
+    """Samples in their order, the hash of each sample's row, and the report on the data."""
 
-    ids: NDArray[np.int32]
-    learned: NDArray[np.bool_]
-    sizes: IntArray
+    samples: tuple[TokenizedSample, ...]
     row_hashes: RowHashes
     report: DataReport
 
-    @classmethod
-    def of(cls, samples: Sequence[TokenizedSample], row_hashes: RowHashes, report: DataReport) -> KeptTokens:
-        """These samples as arrays."""
-        return cls(
-            np.concatenate([np.empty(0, np.int32), *(sample.input_ids.astype(np.int32) for sample in samples)]),
-            np.concatenate([np.empty(0, np.bool_), *(sample.labels != MASKED for sample in samples)]),
-            np.array([len(sample.input_ids) for sample in samples], np.int64),
-            row_hashes,
-            report,
-        )
-
-    def samples(self) -> Iterator[TokenizedSample]:
-        """The samples again, in their order."""
-        start = 0
-        for size in self.sizes.tolist():
-            ids = self.ids[start : start + size].astype(np.int64)
-            yield TokenizedSample(ids, np.where(self.learned[start : start + size], ids, MASKED))
-            start += size
-
 
 class TokenCache:
-    """The file of one tokenised source in a cache folder that this process may write to."""
+    """The place of one tokenised source in a folder that this process may write to."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self._folder, self._file = folder, folder / f"{key}.safetensors"
 
     @classmethod
     def of(cls, folder: Path | None, tokenizer: Tokenizer, made_of: Sequence[object]) -> TokenCache | None:
-        """The file for what is `made_of` these JSON values and this tokenizer; None where nothing can be cached."""
+        """The place for what is `made_of` these JSON values and this tokenizer; None where nothing can be kept."""
         identity = _tokenizer_identity(tokenizer)
         if folder is None or identity is None:
             return None
         key = hashlib.sha256(json.dumps([_code_hash(), identity, *made_of], sort_keys=True).encode())
         return cls(folder, key.hexdigest()[:40])
 
-    def read(self) -> KeptTokens | None:
-        """The cached tokens; None if there are none or the file is damaged, which is then made anew."""
+    def read(self) -> CachedTokens | None:
+        """What is kept, or None if nothing is or it is damaged; a damaged file is made anew."""
         if not self._file.is_file():
             return None
         try:
@@ -86,24 +65,26 @@ class TokenCache:
             if metadata.get("digest") != _digest(arrays):
                 raise ValueError("its content is not what was written")
             report = _REPORT.validate_json(metadata["report"])
+            all_ids, all_learned = arrays["ids"].astype(np.int64), arrays["learned"].astype(np.bool_)
+            ends = np.cumsum(arrays["sizes"].astype(np.int64)).tolist()
+            samples = []
+            for start, stop in pairwise([0, *ends]):
+                ids = all_ids[start:stop]
+                samples.append(TokenizedSample(ids, np.where(all_learned[start:stop], ids, MASKED)))
+            row_hashes = arrays["row_hashes"].astype(np.uint64)
             self._file.touch()
-            return KeptTokens(
-                arrays["ids"].astype(np.int32),
-                arrays["learned"].astype(np.bool_),
-                arrays["sizes"].astype(np.int64),
-                arrays["row_hashes"].astype(np.uint64),
-                report,
-            )
         except (OSError, SafetensorError, ValidationError, ValueError, KeyError) as error:
             _log.warning("kept tokens cannot be used and are made anew: %s: %s", self._file, error)
             return None
+        return CachedTokens(tuple(samples), row_hashes, report)
 
-    def write(self, tokens: KeptTokens) -> None:
-        """Cache these; a folder that cannot be written costs only time at the next start."""
+    def write(self, tokens: CachedTokens) -> None:
+        """Keep these; a folder that takes none costs only time at the next start."""
+        samples = tokens.samples
         arrays: dict[str, NDArray[np.generic]] = {
-            "ids": tokens.ids,
-            "learned": tokens.learned.astype(np.uint8),
-            "sizes": tokens.sizes,
+            "ids": np.concatenate([np.empty(0, np.int32), *(sample.input_ids.astype(np.int32) for sample in samples)]),
+            "learned": np.concatenate([np.empty(0, np.uint8), *(sample.labels != MASKED for sample in samples)]),
+            "sizes": np.array([len(sample.input_ids) for sample in samples], np.int64),
             "row_hashes": tokens.row_hashes,
         }
         metadata = {"report": _REPORT.dump_json(tokens.report).decode(), "digest": _digest(arrays)}
@@ -142,8 +123,8 @@ def _tokenizer_identity(tokenizer: Tokenizer) -> list[object] | None:
 
 @once
 def _code_hash() -> str:
-    """The hash of the source that makes tokens of rows: another version may make others."""
-    digest = hashlib.sha256()
-    for file in sorted([Path(__file__), *Path(datasets.__file__).parent.rglob("*.py")]):
+    """Of the source that turns rows into tokens: another version may render other ones."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for file in sorted(Path(datasets.__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import structlog
 
 from fedmoe.config import WorkerConfig
-from fedmoe.datasets.readers.lines import DataError
-from fedmoe.datasets.tokens.contents import Hashes, change_between, digest_of, sample_hashes
+from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.tokens.packing import Block, BlockSampler
-from fedmoe.datasets.tokens.tokenized import TokenizedSample
+from fedmoe.datasets.tokens.sample_hashes import SampleHashes, change_between, digest_of, sample_hashes
+from fedmoe.datasets.tokens.tokenized_sample import TokenizedSample
 from fedmoe.lora.adapter import Layout, ModuleShape
 from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase
@@ -137,7 +137,7 @@ def held_out_plan(config: WorkerConfig, blocks: Sequence[Block]) -> HeldOutPlan:
     )
 
 
-def log_held_out(plan: HeldOutPlan, samples: Sequence[TokenizedSample], train: Hashes) -> None:
+def log_held_out(plan: HeldOutPlan, samples: Sequence[TokenizedSample], train: SampleHashes) -> None:
     """Say what is measured, of how much, and what of it is in the samples trained on, `train`, too."""
     measured = sample_hashes(plan.blocks)
     _log.info(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import structlog
 
-from fedmoe.datasets.readers.lines import DataError
-from fedmoe.datasets.tokens.contents import Hashes
+from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.tokens.packing import BlockSampler
+from fedmoe.datasets.tokens.sample_hashes import SampleHashes
 from fedmoe.models.data_hashes import check_data_change
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.worker_state import has_state, peek_values
@@ -20,7 +20,7 @@ _log = structlog.get_logger("fedmoe.worker")
 
 
 def check_data(
-    checkpoints: Path, sampler: BlockSampler, hashes: Hashes, allow_changed_data: bool, group: ProcessGroup
+    checkpoints: Path, sampler: BlockSampler, hashes: SampleHashes, allow_changed_data: bool, group: ProcessGroup
 ) -> None:
     """Refuse changed data before the long work, as `resume_worker` would, by this process's checkpoint."""
     if not has_state(checkpoints):

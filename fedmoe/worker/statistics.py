@@ -27,7 +27,7 @@ import structlog
 
 from fedmoe import __version__
 from fedmoe.datasets.tokens.packing import Block, collate
-from fedmoe.datasets.tokens.tokenized import MASKED, IntArray
+from fedmoe.datasets.tokens.tokenized_sample import MASKED, Int64Array
 from fedmoe.lora.adapter import FloatMatrix
 from fedmoe.lora.moments import InputMoments
 from fedmoe.lora.prompt_statistics import PromptStatistics
@@ -172,7 +172,7 @@ def _chosen(base: LoadedBase, blocks: Sequence[Block], tokens: int) -> list[_Pro
     return chosen
 
 
-def _samples(blocks: Sequence[Block]) -> Iterator[tuple[IntArray, IntArray]]:
+def _samples(blocks: Sequence[Block]) -> Iterator[tuple[Int64Array, Int64Array]]:
     """Tokens and labels of every sample, in the blocks' order."""
     for block in blocks:
         for segment in range(int(block.segment_ids.max()) + 1):
@@ -180,7 +180,7 @@ def _samples(blocks: Sequence[Block]) -> Iterator[tuple[IntArray, IntArray]]:
             yield block.input_ids[inside], block.labels[inside]
 
 
-def _prompts(ids: IntArray, labels: IntArray, frame: ChatFrame) -> tuple[Sequence[int], tuple[int, ...]]:
+def _prompts(ids: Int64Array, labels: Int64Array, frame: ChatFrame) -> tuple[Sequence[int], tuple[int, ...]]:
     """A sample's tokens, and how many of the first are a prompt, rising; no number for a sample that is too short."""
     learned = np.flatnonzero(labels != MASKED)
     # The first token never carries loss, so in running text the second is the first that does.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import structlog
 
 from fedmoe.config import WorkerConfig
-from fedmoe.datasets.check import RowOptions, check_beginning
+from fedmoe.datasets.row_scan import RowOptions, check_beginning
 from fedmoe.datasets.split import held_out_rows
-from fedmoe.datasets.tokens.contents import Hashes, sample_hashes
 from fedmoe.datasets.tokens.packing import Block, BlockSampler, pack
-from fedmoe.datasets.tokens.tokenized import TokenizedSample
+from fedmoe.datasets.tokens.sample_hashes import SampleHashes, sample_hashes
+from fedmoe.datasets.tokens.tokenized_sample import TokenizedSample
 from fedmoe.lora.adapter import Layout
 from fedmoe.models.base import LoadedBase, context_length, pad_token
 from fedmoe.models.held_out import HeldOutPlan
@@ -43,7 +43,7 @@ class WorkerData:
     """
 
     blocks: list[Block]
-    hashes: Hashes
+    hashes: SampleHashes
     sampler: BlockSampler
     held_out: HeldOutPlan | None
     training: TrainingConfig

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from support import LAYOUT, accepted, make_adapter, make_flat, registered
 
-from fedmoe.datasets.check import check_file
-from fedmoe.datasets.readers.lines import DataError, Reading
-from fedmoe.datasets.readers.rows import read_file
+from fedmoe.datasets.readers.common import DataError, ReadOptions
+from fedmoe.datasets.readers.data_file import read_file
+from fedmoe.datasets.row_scan import check_file
 from fedmoe.federation.events import ExpertRebased, ExpertRolledBack, GatewayMerged, WorkerRetracted
 from fedmoe.lora.codec import WIRE_DTYPES, decode, encode
 from fedmoe.lora.formats import npz_bytes, read_npz
@@ -72,7 +72,7 @@ def _read(name: str, data: bytes) -> None:
     path.write_bytes(data)
     for small in (False, True):
         with suppress(DataError):
-            for row in read_file(path, Reading(max_row_bytes=_SMALL if small else 1 << 24)):
+            for row in read_file(path, ReadOptions(max_row_bytes=_SMALL if small else 1 << 24)):
                 assert row.line > 0
     with suppress(DataError):
         check_file(path)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from fedmoe.gateway.export import Exportable, Source
+from fedmoe.gateway.export import ExpertVersion, ExportSource
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
 from fedmoe.lora.manifest import BaseModel
 from fedmoe.models.identity import weights_hash
@@ -56,12 +56,12 @@ def random_adapter(layout: Layout, seed: int = 1, spread: float = 0.15) -> Adapt
     return Adapter(layout, 2.0 * layout.rank, numbers.astype(np.float32))
 
 
-def exportable(folder: Path, adapter: Adapter, name: str = "gateway") -> Exportable:
+def exportable(folder: Path, adapter: Adapter, name: str = "gateway") -> ExportSource:
     base = BaseModel("small/base", "r1", weights_hash(folder), "b" * 64)
-    return Exportable(name, 7, adapter, {"python": Source(3, "c" * 64), "sql": Source(4, None)}, base)
+    return ExportSource(name, 7, adapter, {"python": ExpertVersion(3, "c" * 64), "sql": ExpertVersion(4, None)}, base)
 
 
-def other_base(source: Exportable) -> Exportable:
+def other_base(source: ExportSource) -> ExportSource:
     return replace(source, base=replace(source.base, weights_hash="0" * 64))
 
 

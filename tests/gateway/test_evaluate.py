@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fedmoe.datasets.tokens.packing import Block, pack
-from fedmoe.datasets.tokens.tokenized import TokenizedSample
+from fedmoe.datasets.tokens.tokenized_sample import TokenizedSample
 from fedmoe.gateway.evaluate import BASE, ROUTED_BY, evaluate, held_out_blocks, routed_to
-from fedmoe.gateway.retained_gain import retained
+from fedmoe.gateway.retained_gain import retained_gains
 from fedmoe.gateway.routers import SequenceRouter
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.algebra import stack
@@ -65,7 +65,7 @@ def test_the_losses_of_blocks_are_those_of_each_block_alone(base: LoadedBase) ->
     expected = [single.losses["one"][str(place)] for place in range(4)]
     assert whole.block_losses["one"]["all"] == pytest.approx(expected, rel=1e-5)
     assert whole.losses["one"]["all"] == pytest.approx(np.mean(expected), rel=1e-5)
-    assert retained(whole, {"all": "one"}, ["two"]).domains[0].own_gain.value == pytest.approx(
+    assert retained_gains(whole, {"all": "one"}, ["two"]).domains[0].own_gain.value == pytest.approx(
         whole.losses[BASE]["all"] - whole.losses["one"]["all"]
     )
 

@@ -7,9 +7,9 @@ import math
 
 import pytest
 
+from fedmoe.gateway.evaluation_report import loss_table, own_experts, report_json, retained_table
 from fedmoe.gateway.losses import BASE, LossMatrix
-from fedmoe.gateway.report import loss_table, own_experts, report_json, retained_table
-from fedmoe.gateway.retained_gain import retained
+from fedmoe.gateway.retained_gain import retained_gains
 
 BLOCKS = {
     BASE: {"sql": [2.0, 4.0, math.nan], "docs": [3.0, 3.0]},
@@ -17,7 +17,7 @@ BLOCKS = {
     "gateway": {"sql": [1.5, 3.5, math.nan], "docs": [2.9, 2.9]},
 }
 MATRIX = LossMatrix.of_blocks(BLOCKS, {"sql": [1000, 1000, 0], "docs": [5, 5]})
-FOUND = retained(MATRIX, {"sql": "sql_expert"}, ["gateway"])
+FOUND = retained_gains(MATRIX, {"sql": "sql_expert"}, ["gateway"])
 
 
 def test_a_domains_own_expert_has_its_name_with_or_without_expert() -> None:
@@ -44,7 +44,7 @@ def test_the_retained_table_ends_with_worst_and_mean() -> None:
 
 
 def test_an_uncertain_domain_is_marked() -> None:
-    none = retained(MATRIX, {"docs": "sql_expert"}, ["gateway"])
+    none = retained_gains(MATRIX, {"docs": "sql_expert"}, ["gateway"])
     _, rows = retained_table(none)
     assert [row[0] for row in rows] == ["docs ?"]
 

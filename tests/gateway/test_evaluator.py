@@ -17,9 +17,9 @@ from workers import Federation, federation, tiny_base
 
 from fedmoe.coordinator import seed_of
 from fedmoe.datasets.tokens.packing import Block, collate, pack
-from fedmoe.datasets.tokens.tokenized import TokenizedSample
+from fedmoe.datasets.tokens.tokenized_sample import TokenizedSample
 from fedmoe.gateway.evaluate import evaluate
-from fedmoe.gateway.evaluator import BaseMismatchError, Evaluator, HeldOutScorer
+from fedmoe.gateway.evaluator import BaseMismatchError, GatewayEvaluator, HeldOutScorer
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import encode
 from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert, TrainingConfig
@@ -82,10 +82,10 @@ def scorer(domain: str) -> HeldOutScorer:
 
 
 @contextmanager
-def running(url: str, domain: str) -> Iterator[Evaluator]:
+def running(url: str, domain: str) -> Iterator[GatewayEvaluator]:
     """An evaluator of a domain, in a thread."""
     with CoordinatorClient(url) as client:
-        evaluator = Evaluator(client, scorer(domain), f"e-{domain}", domain, poll_seconds=0.05)
+        evaluator = GatewayEvaluator(client, scorer(domain), f"e-{domain}", domain, poll_seconds=0.05)
         thread = threading.Thread(target=evaluator.run)
         thread.start()
         try:
@@ -189,7 +189,7 @@ def test_numbers_leave_the_machine_and_nothing_else(house: Federation, client: C
     Trainer(client, "up").learn(3)
     road = Listening()
     with CoordinatorClient(house.url, transport=road) as own:
-        evaluator = Evaluator(own, scorer("up"), "e1", "up", 1.0)
+        evaluator = GatewayEvaluator(own, scorer("up"), "e1", "up", 1.0)
         until(evaluator.score_once)
     posted = [json.loads(body) for url, body in road.sent if body and not url.endswith("/gateway_candidates")]
     assert len(posted) == 1
@@ -204,7 +204,7 @@ def test_numbers_leave_the_machine_and_nothing_else(house: Federation, client: C
 def test_the_losses_are_those_of_the_evaluation_command(house: Federation, client: CoordinatorClient) -> None:
     trainer = Trainer(client, "up")
     trainer.learn(5)
-    until(Evaluator(client, scorer("up"), "e1", "up", 1.0).score_once)
+    until(GatewayEvaluator(client, scorer("up"), "e1", "up", 1.0).score_once)
     (found,) = verdicts(client, 1)[0].scores
     pulled = client.pull_expert("up")
     assert pulled is not None
@@ -229,7 +229,7 @@ def test_base_own_expert_and_what_went_out_are_measured_once(
         return measure(self, adapter)
 
     monkeypatch.setattr(HeldOutScorer, "_measure", counted)
-    evaluator = Evaluator(client, scorer("up"), "e1", "up", 1.0)
+    evaluator = GatewayEvaluator(client, scorer("up"), "e1", "up", 1.0)
     until(evaluator.score_once)
     assert len(measured) == 2 + 3  # base model, own expert, three scales
     for count, size in ((1, 1e-6), (2, 0.2)):
@@ -252,7 +252,7 @@ def test_a_candidate_that_went_out_has_the_very_loss_it_was_chosen_for(
         for domain in DOMAINS:
             client.gateway_candidates(CandidatesRequest(evaluator=f"e-{domain}", expert=domain))
         for domain in DOMAINS:
-            until(Evaluator(client, scorer(domain), f"e-{domain}", domain, 1.0).score_once)
+            until(GatewayEvaluator(client, scorer(domain), f"e-{domain}", domain, 1.0).score_once)
 
     scored_anew()
     chosen = verdicts(client, 1)[0]
@@ -268,7 +268,7 @@ def test_an_evaluator_that_is_stopped_leaves_its_set_to_the_others(
 ) -> None:
     for name in DOMAINS:
         Trainer(client, name).learn(3)
-    evaluator = Evaluator(client, scorer("up"), "e1", "up", 0.01)
+    evaluator = GatewayEvaluator(client, scorer("up"), "e1", "up", 0.01)
     measure, measured = HeldOutScorer._measure, [0]
 
     def stopped_at_the_third(self: HeldOutScorer, adapter: Adapter) -> object:
@@ -301,7 +301,7 @@ def test_a_set_that_is_closed_while_it_is_scored_is_left_and_what_was_measured_i
         return measure(self, adapter)
 
     monkeypatch.setattr(HeldOutScorer, "_measure", closed_at_the_third)
-    evaluator = Evaluator(client, scorer("up"), "e1", "up", 1.0)
+    evaluator = GatewayEvaluator(client, scorer("up"), "e1", "up", 1.0)
     until(lambda: client.gateway_candidates(CandidatesRequest(evaluator="e1", expert="up")).open)
     with pytest.raises(RefusedError, match="closed before it was scored"):
         evaluator.score_once()
@@ -321,7 +321,7 @@ def test_another_base_model_is_named_and_nothing_is_sent(
     monkeypatch.setattr(
         other, "base", replace(other.base, identity=replace(other.base.identity, weights_hash="0" * 64))
     )
-    evaluator = Evaluator(client, other, "e1", "up", 1.0)
+    evaluator = GatewayEvaluator(client, other, "e1", "up", 1.0)
     until(lambda: client.gateway_candidates(CandidatesRequest(evaluator="e1", expert="up")).open)
     with pytest.raises(BaseMismatchError, match="--base-model"):
         evaluator.score_once()

@@ -12,8 +12,8 @@ from small_models import exportable, layout_of, load, logits, other_base, random
 
 from fedmoe.gateway.export import (
     MANIFEST_NAME,
-    Exportable,
     ExportError,
+    ExportSource,
     check_base,
     check_untied,
     export_npz,
@@ -32,12 +32,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(base: Path) -> Exportable:
+def source(base: Path) -> ExportSource:
     return exportable(base, random_adapter(layout_of(load(base))))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_peft_computes_with_the_folder_what_we_compute(base: Path, source: Exportable, tmp_path: Path) -> None:
+def test_peft_computes_with_the_folder_what_we_compute(base: Path, source: ExportSource, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     export_peft(source, tmp_path / "out")
     ours = logits(load(base), source.adapter)
@@ -46,7 +46,7 @@ def test_peft_computes_with_the_folder_what_we_compute(base: Path, source: Expor
     assert np.abs(ours - logits(load(base))).max() > 0.1
 
 
-def test_the_npz_gives_the_product_back(source: Exportable, tmp_path: Path) -> None:
+def test_the_npz_gives_the_product_back(source: ExportSource, tmp_path: Path) -> None:
     export_npz(source, tmp_path / "gateway.npz")
     found = read_npz((tmp_path / "gateway.npz").read_bytes())
     assert found.layout == source.adapter.layout
@@ -55,7 +55,7 @@ def test_the_npz_gives_the_product_back(source: Exportable, tmp_path: Path) -> N
         np.testing.assert_allclose(found.scale * b @ a, source.adapter.scale * our_b @ our_a, rtol=1e-5, atol=1e-6)
 
 
-def test_the_manifest_names_sources_base_and_the_hash_of_every_file(source: Exportable, tmp_path: Path) -> None:
+def test_the_manifest_names_sources_base_and_the_hash_of_every_file(source: ExportSource, tmp_path: Path) -> None:
     export_peft(source, tmp_path / "out")
     said = json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())
     assert (said["format"], said["model"], said["version"], said["rank"]) == ("peft", "gateway", 7, 3)
@@ -69,18 +69,18 @@ def test_the_manifest_names_sources_base_and_the_hash_of_every_file(source: Expo
         assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == expected
 
 
-def test_a_file_has_its_manifest_beside_it(source: Exportable, tmp_path: Path) -> None:
+def test_a_file_has_its_manifest_beside_it(source: ExportSource, tmp_path: Path) -> None:
     export_npz(source, tmp_path / "new" / "gateway.npz")
     said = json.loads((tmp_path / "new" / f"gateway.npz.{MANIFEST_NAME}").read_text())
     found = hashlib.sha256((tmp_path / "new" / "gateway.npz").read_bytes()).hexdigest()
     assert said["files"] == {"gateway.npz": found}
 
 
-def test_the_same_model_gives_the_same_manifest(source: Exportable) -> None:
+def test_the_same_model_gives_the_same_manifest(source: ExportSource) -> None:
     assert source.manifest("npz", {}, ("numpy",)) == source.manifest("npz", {}, ("numpy",))
 
 
-def test_what_is_there_is_replaced_with_force_only(source: Exportable, tmp_path: Path) -> None:
+def test_what_is_there_is_replaced_with_force_only(source: ExportSource, tmp_path: Path) -> None:
     for export, target in ((export_npz, tmp_path / "a.npz"), (export_peft, tmp_path / "folder")):
         export(source, target)
         with pytest.raises(FileExistsError, match="--force"):
@@ -88,7 +88,7 @@ def test_what_is_there_is_replaced_with_force_only(source: Exportable, tmp_path:
         export(source, target, force=True)
 
 
-def test_another_base_model_is_refused_by_its_hash(source: Exportable) -> None:
+def test_another_base_model_is_refused_by_its_hash(source: ExportSource) -> None:
     with pytest.raises(ExportError, match=r"trained on small/base \(weights 000000000000\), but here has weights"):
         check_base(other_base(source), source.base.weights_hash, "here")
 

@@ -12,7 +12,7 @@ from small_models import exportable, layout_of, load, logits, other_base, random
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from fedmoe.gateway.export import MANIFEST_NAME, Exportable, ExportError
+from fedmoe.gateway.export import MANIFEST_NAME, ExportError, ExportSource
 from fedmoe.gateway.export_gguf import export_gguf_lora, gguf_lora_bytes
 from fedmoe.lora.algebra import baked
 from fedmoe.models.tiny import save_tiny
@@ -26,11 +26,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(base: Path) -> Exportable:
+def source(base: Path) -> ExportSource:
     return exportable(base, random_adapter(layout_of(load(base))))
 
 
-def test_the_metadata_says_adapter_lora_and_scale_one(base: Path, source: Exportable, tmp_path: Path) -> None:
+def test_the_metadata_says_adapter_lora_and_scale_one(base: Path, source: ExportSource, tmp_path: Path) -> None:
     export_gguf_lora(source, base, tmp_path / "gateway.gguf")
     _, said = read_adapter(tmp_path / "gateway.gguf")
     assert said["general.type"] == "adapter"
@@ -60,7 +60,7 @@ def test_qwen2_keeps_every_row_where_it_is(tmp_path: Path) -> None:
 
 
 def test_on_the_base_in_ggufs_order_a_llama_adapter_computes_what_we_compute(
-    base: Path, source: Exportable, tmp_path: Path
+    base: Path, source: ExportSource, tmp_path: Path
 ) -> None:
     """transformers turns the rows of a GGUF back, so wrong rows in the adapter would give other logits."""
     export_gguf_lora(source, base, tmp_path / "adapter.gguf")
@@ -72,7 +72,7 @@ def test_on_the_base_in_ggufs_order_a_llama_adapter_computes_what_we_compute(
     assert np.abs(logits(merged) - logits(load(base), source.adapter)).max() < 1e-4
 
 
-def test_only_query_and_key_rows_move(base: Path, source: Exportable, tmp_path: Path) -> None:
+def test_only_query_and_key_rows_move(base: Path, source: ExportSource, tmp_path: Path) -> None:
     export_gguf_lora(source, base, tmp_path / "adapter.gguf")
     tensors, _ = read_adapter(tmp_path / "adapter.gguf")
     _, b = baked(source.adapter).module("model.layers.0.self_attn.q_proj")
@@ -83,7 +83,7 @@ def test_only_query_and_key_rows_move(base: Path, source: Exportable, tmp_path: 
     np.testing.assert_array_equal(tensors["blk.0.attn_v.weight.lora_b"], b)
 
 
-def test_an_architecture_without_a_line_is_refused_with_the_way_round(source: Exportable) -> None:
+def test_an_architecture_without_a_line_is_refused_with_the_way_round(source: ExportSource) -> None:
     config = {"architectures": ["GPT2LMHeadModel"], "num_hidden_layers": 2}
     with pytest.raises(ExportError, match=r"GPT2LMHeadModel.*convert_lora_to_gguf\.py"):
         gguf_lora_bytes(source, config)
@@ -92,24 +92,24 @@ def test_an_architecture_without_a_line_is_refused_with_the_way_round(source: Ex
 
 
 @pytest.mark.parametrize("layers", [None, True, 0])
-def test_a_config_without_layers_is_refused(source: Exportable, layers: object) -> None:
+def test_a_config_without_layers_is_refused(source: ExportSource, layers: object) -> None:
     with pytest.raises(ExportError, match="num_hidden_layers"):
         gguf_lora_bytes(source, {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers})
 
 
-def test_a_module_beyond_the_models_layers_is_named(source: Exportable) -> None:
+def test_a_module_beyond_the_models_layers_is_named(source: ExportSource) -> None:
     config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, "num_attention_heads": 4}
     with pytest.raises(ExportError, match=r"model\.layers\.1\."):
         gguf_lora_bytes(source, config | {"num_key_value_heads": 2})
 
 
-def test_heads_that_do_not_divide_the_rows_are_refused(source: Exportable) -> None:
+def test_heads_that_do_not_divide_the_rows_are_refused(source: ExportSource) -> None:
     config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "num_attention_heads": 5}
     with pytest.raises(ExportError, match="5 heads"):
         gguf_lora_bytes(source, config)
 
 
-def test_another_base_model_is_refused_and_nothing_is_written(base: Path, source: Exportable, tmp_path: Path) -> None:
+def test_another_base_model_is_refused_and_nothing_is_written(base: Path, source: ExportSource, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="--base-model"):
         export_gguf_lora(other_base(source), base, tmp_path / "out.gguf")
     assert list(tmp_path.iterdir()) == []

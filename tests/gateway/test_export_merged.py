@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_models import exportable, layout_of, load, logits, other_base, random_adapter, save_llama
 
 from fedmoe.gateway import export_merged as module
-from fedmoe.gateway.export import MANIFEST_NAME, Exportable, ExportError
+from fedmoe.gateway.export import MANIFEST_NAME, ExportError, ExportSource
 from fedmoe.gateway.export_merged import export_merged
 from fedmoe.models.base import load_base
 from fedmoe.models.tiny import save_tiny
@@ -20,7 +20,7 @@ from fedmoe.models.tiny import save_tiny
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def source_for(folder: Path, spread: float = 0.15) -> Exportable:
+def source_for(folder: Path, spread: float = 0.15) -> ExportSource:
     return exportable(folder, random_adapter(layout_of(load(folder)), spread=spread))
 
 
@@ -114,7 +114,7 @@ def test_a_failure_in_between_leaves_nothing_behind(tmp_path: Path, monkeypatch:
 
 def test_a_weight_that_was_not_written_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_llama(tmp_path / "base")
-    monkeypatch.setattr(module, "_add", lambda *_: module.Rounding())
+    monkeypatch.setattr(module, "_add", lambda *_: module.RoundingLoss())
     with pytest.raises(ExportError, match="is not what was written"):
         export_merged(source_for(base), base, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

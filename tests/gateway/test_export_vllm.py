@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from small_models import exportable, layout_of
 
-from fedmoe.gateway.export import Exportable, export_peft
+from fedmoe.gateway.export import ExportSource, export_peft
 from fedmoe.gateway.export_merged import export_merged
 from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer, VllmSettings
 from fedmoe.lora.adapter import Adapter
@@ -28,7 +28,7 @@ RANK = 8
 
 
 @pytest.fixture(scope="module")
-def source() -> Exportable:
+def source() -> ExportSource:
     base = load_base("smollm2", "cpu", "fp32")
     layout = layout_of(base.model, rank=RANK)
     flat = np.random.default_rng(0).normal(0, 0.03, layout.size).astype(np.float32)
@@ -36,7 +36,7 @@ def source() -> Exportable:
 
 
 @pytest.fixture(scope="module")
-def expected(source: Exportable) -> NDArray[np.float32]:
+def expected(source: ExportSource) -> NDArray[np.float32]:
     """Our log-probabilities of the token after the prompt, float32 (vocabulary,)."""
     base = load_base("smollm2", "cpu", "fp32")
     attached = attach(base.model, [module.name for module in source.adapter.layout.modules], RANK, 1.0)
@@ -70,7 +70,7 @@ def largest_gap(found: dict[int, float], expected: NDArray[np.float32]) -> float
     return max(abs(logprob - float(expected[token])) for token, logprob in found.items())
 
 
-def test_the_peft_folder_gives_our_numbers(source: Exportable, expected: NDArray[np.float32], tmp_path: Path) -> None:
+def test_the_peft_folder_gives_our_numbers(source: ExportSource, expected: NDArray[np.float32], tmp_path: Path) -> None:
     export_peft(source, tmp_path / "gateway")
     with serve(prepare_base("smollm2"), tmp_path) as server:
         plain = largest_gap(likeliest(server, SERVED_NAME), expected)
@@ -80,7 +80,7 @@ def test_the_peft_folder_gives_our_numbers(source: Exportable, expected: NDArray
 
 
 def test_the_merged_folder_is_served_as_a_model(
-    source: Exportable, expected: NDArray[np.float32], tmp_path: Path
+    source: ExportSource, expected: NDArray[np.float32], tmp_path: Path
 ) -> None:
     export_merged(source, prepare_base("smollm2"), tmp_path / "merged")
     with serve(tmp_path / "merged", tmp_path) as server:

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.gateway.rerank import LEAST, MERGED_PRIOR, MOST, SEEN, TRUST, Candidates, candidates, chosen
+from fedmoe.gateway.rerank import LEAST, MERGED_PRIOR, MOST, SEEN, TRUST, Candidates, candidates, choose
 
 NAMES = ("art", "law", "music", "sport", "war")
 
 
 def given_to(priors: dict[str, float], likelihoods: dict[str, float]) -> str:
     found = Candidates((1, 2), {name: math.log(prior) for name, prior in priors.items()})
-    return chosen(found, likelihoods, "gateway")
+    return choose(found, likelihoods, "gateway")
 
 
 def test_the_likeliest_few_are_looked_at_again_the_best_first() -> None:
@@ -73,7 +73,7 @@ def test_what_all_explain_alike_changes_nothing(weights: list[float], found: lis
     )
     moved = {name: value + common for name, value in likelihoods.items()}
     if scores[-1] - scores[-2] > 1e-6:
-        assert chosen(likely, moved, "gateway") == chosen(likely, likelihoods, "gateway")
+        assert choose(likely, moved, "gateway") == choose(likely, likelihoods, "gateway")
 
 
 @pytest.mark.parametrize("wrong", [math.nan, -math.inf])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedmoe.datasets.tokens.packing import Block, pack
-from fedmoe.datasets.tokens.tokenized import TokenizedSample
+from fedmoe.datasets.tokens.tokenized_sample import TokenizedSample
 from fedmoe.models.held_out import HeldOutPlan, HeldOutState, first_blocks
 
 

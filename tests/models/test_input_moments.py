@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedmoe.datasets.tokens.packing import Block, collate, pack
-from fedmoe.datasets.tokens.tokenized import TokenizedSample
+from fedmoe.datasets.tokens.tokenized_sample import TokenizedSample
 from fedmoe.lora.moments import InputMoments, merge_moments, omega
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.input_moments import MomentsCollector

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 import numpy as np, torch
 from fedmoe.datasets.tokens.packing import BlockSampler, pack
-from fedmoe.datasets.tokens.tokenized import TokenizedSample
+from fedmoe.datasets.tokens.tokenized_sample import TokenizedSample
 from fedmoe.models.base import load_base
 from fedmoe.models.parallel import join_group
 from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert, TrainingConfig

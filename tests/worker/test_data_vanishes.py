@@ -10,7 +10,7 @@ from workers import Federation
 
 from fedmoe.cli import worker_setup as setup
 from fedmoe.config import WorkerConfig
-from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.readers.common import DataError
 from fedmoe.worker.failures import WorkerFailedError
 from fedmoe.worker.training_data import WorkerData
 

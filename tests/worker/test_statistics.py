@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedmoe.datasets.tokens.packing import Block, pack
-from fedmoe.datasets.tokens.tokenized import MASKED, TokenizedSample
+from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample
 from fedmoe.gateway.routers import SequenceRouter, likeliest
 from fedmoe.lora.moments import InputMoments
 from fedmoe.lora.prompt_statistics import FeatureMoments, PromptStatistics

@@ -1,4 +1,4 @@
-"""Documents cut into chunks of about a thousand characters, at places where a person would cut."""
+"""Cuts documents into chunks of about a thousand characters, at natural boundaries."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def book_chunks(text: str) -> list[str]:
 
 def sql_chunks(text: str) -> list[str]:
     """Whole statements, joined up to `TARGET_CHARS`; inline COPY data and chunks of mere numbers are left out."""
-    return [chunk for chunk in _join(_statements(text)) if not _mostly_numbers(chunk)]
+    chunks = _join(_statements(text))
+    return [chunk for chunk in chunks if sum(map(str.isdigit, chunk)) <= sum(map(str.isalpha, chunk))]
 
 
 def python_functions(source: str) -> list[str]:
@@ -49,9 +50,13 @@ def python_functions(source: str) -> list[str]:
         except (SyntaxError, ValueError):
             return []
     lines = source.splitlines(keepends=True)
-    found = [_source(node, lines) for node in _outer_functions(tree.body) if ast.get_docstring(node)]
     shortest, longest = FUNCTION_CHARS
-    return [text for text in found if shortest <= len(text) <= longest]
+    functions = []
+    for node in _outer_functions(tree.body):
+        if ast.get_docstring(node):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            functions.append(textwrap.dedent("".join(lines[first - 1 : node.end_lineno])).strip())
+    return [text for text in functions if shortest <= len(text) <= longest]
 
 
 def _outer_functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -60,11 +65,6 @@ def _outer_functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.Asy
             yield node
         elif isinstance(node, ast.ClassDef):
             yield from _outer_functions(node.body)
-
-
-def _source(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    return textwrap.dedent("".join(lines[first - 1 : node.end_lineno])).strip()
 
 
 def _statements(text: str) -> Iterator[str]:
@@ -77,7 +77,8 @@ def _statements(text: str) -> Iterator[str]:
             in_data = not line.startswith("\\.")
             continue
         lines.append(line)
-        quote = _quote_after(line, quote)
+        for mark in _DOLLAR_QUOTE.findall(line):
+            quote = mark if quote is None else None if mark == quote else quote
         if quote is None and line.split("--")[0].rstrip().endswith(";"):
             in_data = bool(_COPY_DATA.match(line))
             yield "".join(lines)
@@ -85,21 +86,16 @@ def _statements(text: str) -> Iterator[str]:
     yield "".join(lines)
 
 
-def _quote_after(line: str, quote: str | None) -> str | None:
-    for mark in _DOLLAR_QUOTE.findall(line):
-        if quote is None:
-            quote = mark
-        elif mark == quote:
-            quote = None
-    return quote
-
-
 def _join(units: Iterable[str]) -> list[str]:
     """Units in order, joined until the next would pass `TARGET_CHARS`; chunks under `SMALLEST_CHARS` are left out."""
     chunks: list[str] = []
     open_chunk = ""
     for unit in units:
-        for piece in _pieces(unit):
+        # Of a unit that is too large its lines; a line that is larger still is left out.
+        pieces = [unit] if len(unit) <= LARGEST_CHARS else unit.splitlines(keepends=True)
+        for piece in pieces:
+            if len(piece) > LARGEST_CHARS:
+                continue
             if open_chunk and len(open_chunk) + len(piece) > TARGET_CHARS:
                 chunks.append(open_chunk)
                 open_chunk = ""
@@ -107,17 +103,3 @@ def _join(units: Iterable[str]) -> list[str]:
     chunks.append(open_chunk)
     stripped = [chunk.strip("\n").rstrip() for chunk in chunks]
     return [chunk for chunk in stripped if len(chunk) >= SMALLEST_CHARS]
-
-
-def _pieces(unit: str) -> Iterator[str]:
-    """The unit, or its lines if it is larger than `LARGEST_CHARS`; a line that is larger still is left out."""
-    if len(unit) <= LARGEST_CHARS:
-        yield unit
-    else:
-        yield from (line for line in unit.splitlines(keepends=True) if len(line) <= LARGEST_CHARS)
-
-
-def _mostly_numbers(text: str) -> bool:
-    letters = sum(char.isalpha() for char in text)
-    digits = sum(char.isdigit() for char in text)
-    return digits > letters

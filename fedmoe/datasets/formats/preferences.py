@@ -1,4 +1,4 @@
-"""Preference data: the chosen answer is learned; the rejected one is counted and left aside."""
+"""Preference data: the chosen answer is learned, the rejected one only counted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import takewhile
 from fedmoe.datasets.formats.samples import Completion, Message
 from fedmoe.datasets.formats.turns import message
 from fedmoe.datasets.formats.values import RowError, items, string
-from fedmoe.datasets.readers.rows import Row
+from fedmoe.datasets.readers.common import DataRow
 
 #: Columns that may hold what the answers answer, as text.
 PROMPT_KEYS = ("prompt", "question", "instruction", "query", "input")
@@ -20,13 +20,13 @@ TURN_KEYS = ("conversations", "messages")
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):", re.ASCII)
 
 
-def chosen(row: Row) -> list[Message] | Completion:
+def chosen_answer(row: DataRow) -> list[Message] | Completion:
     """What a row with a chosen answer becomes: the turns of a conversation, or a prompt with its completion."""
     fields = row.fields
     value = fields["chosen"]
     if isinstance(value, list):
         turns = [message(item) for item in items(fields, "chosen")]
-        return _joined(_context(fields, turns), _beyond(turns, fields.get("rejected")))
+        return _joined(_context(fields, turns), _with_shared_context(turns, fields.get("rejected")))
     if isinstance(value, Mapping):
         return _joined(_context(fields, []), [message(value)])
     answer = string(fields, "chosen")
@@ -42,7 +42,7 @@ def chosen(row: Row) -> list[Message] | Completion:
     return [_question(fields, asked), Message("assistant", answer)]
 
 
-def _beyond(turns: list[Message], rejected: object) -> list[Message]:
+def _with_shared_context(turns: list[Message], rejected: object) -> list[Message]:
     """The chosen turns, of which those that the rejected ones share are context."""
     other = [message(item) for item in rejected] if isinstance(rejected, list) else []
     beginning = len(other) if len(other) < len(turns) else 0
@@ -81,10 +81,10 @@ def _context(fields: Mapping[str, object], answer: list[Message]) -> list[Messag
 
 def _joined(context: list[Message], answer: list[Message]) -> list[Message]:
     """Context, which is not learned, and answer; turns that both of them hold stand once."""
-    said = [(turn.role, turn.content) for turn in context]
-    answered = [(turn.role, turn.content) for turn in answer]
-    both = next(n for n in range(min(len(said), len(answered)), -1, -1) if said[len(said) - n :] == answered[:n])
-    return [as_context(turn) for turn in context[: len(said) - both]] + answer
+    before = [(turn.role, turn.content) for turn in context]
+    after = [(turn.role, turn.content) for turn in answer]
+    both = next(n for n in range(min(len(before), len(after)), -1, -1) if before[len(before) - n :] == after[:n])
+    return [as_context(turn) for turn in context[: len(before) - both]] + answer
 
 
 def _transcript(text: str) -> list[Message]:
@@ -100,7 +100,7 @@ def _transcript(text: str) -> list[Message]:
     return [as_context(turn) for turn in turns[:-1]] + turns[-1:]
 
 
-def _implicit_prompt(row: Row, answer: str) -> Completion:
+def _implicit_prompt(row: DataRow, answer: str) -> Completion:
     """The beginning that both answers share is the prompt (as TRL takes it), up to the last blank."""
     rejected = string(row.fields, "rejected", may_be_empty=True)
     if not rejected:

@@ -1,4 +1,8 @@
-"""What a row becomes: a text, a prompt with its completion, or a conversation."""
+"""Samples, which rows become: a text, a prompt with its completion, or a conversation.
+
+`fedmoe.datasets.split.row_hash` reads their representation: other names of classes or fields would move held-out rows
+into the training data.
+"""
 
 from __future__ import annotations
 

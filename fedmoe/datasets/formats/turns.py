@@ -1,4 +1,4 @@
-"""Turns of conversations as they are published: roles, contents, tool calls, marks of what is to be learned."""
+"""Turns of conversations in public data: roles, contents, tool calls, marks of what is to be learned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fedmoe.datasets.formats.samples import Message
 from fedmoe.datasets.formats.values import RowError, checked_text, mark, some_keys, string
-from fedmoe.datasets.readers.rows import decode_json
+from fedmoe.datasets.readers.json_rows import decode_json
 
 #: The roles of chat templates.
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -67,18 +67,13 @@ def is_pair(item: Mapping[str, object]) -> bool:
 
 def unused_keys(turns: Sequence[object]) -> frozenset[str]:
     """Keys of turns that hold something and are not used."""
-    return frozenset(
-        str(key)[:40]
-        for turn in turns
-        if isinstance(turn, Mapping)
-        for key, value in turn.items()
-        if key not in _used_keys(turn) and value is not None
-    )
-
-
-def _used_keys(turn: Mapping[str, object]) -> frozenset[str]:
-    pair = _pair_of(turn) if is_pair(turn) else None
-    return frozenset((*pair, "system", *TURN_MARKS)) if pair else _USED
+    unused: set[str] = set()
+    for turn in turns:
+        if isinstance(turn, Mapping):
+            pair = _pair_of(turn) if is_pair(turn) else None
+            used = {*pair, "system", *TURN_MARKS} if pair else _USED
+            unused |= {str(key)[:40] for key, value in turn.items() if key not in used and value is not None}
+    return frozenset(unused)
 
 
 def _pair_of(item: Mapping[str, object]) -> tuple[str, str] | None:
@@ -117,8 +112,8 @@ def _key_of(item: Mapping[str, object], keys: Sequence[str]) -> str:
 
 
 def _role(named: str) -> str:
-    known = named.strip().casefold()
-    role = "assistant" if known in _CALL_ROLES else _ALIASES.get(known, known)
+    name = named.strip().casefold()
+    role = "assistant" if name in _CALL_ROLES else _ALIASES.get(name, name)
     if role not in ROLES:
         raise RowError(f"unknown role {named[:40]!r}; known are {', '.join((*ROLES, *_ALIASES, *sorted(_CALL_ROLES)))}")
     return role
@@ -183,13 +178,13 @@ def _called(item: Mapping[str, object]) -> list[dict[str, object]]:
         calls = _decoded("tool_calls", calls) if calls.strip() else None
     if calls and not isinstance(calls, list):
         raise RowError(f"'tool_calls' must be a list, got {type(calls).__name__}")
-    found = [_call("tool_calls", call) for call in calls] if isinstance(calls, list) else []
+    checked = [_call("tool_calls", call) for call in calls] if isinstance(calls, list) else []
     if not older:
-        return found
-    called = _call("function_call", _decoded("function_call", older) if isinstance(older, str) else older)
-    if found and [call["function"] for call in found] != [called["function"]]:
+        return checked
+    single = _call("function_call", _decoded("function_call", older) if isinstance(older, str) else older)
+    if checked and [call["function"] for call in checked] != [single["function"]]:
         raise RowError("'tool_calls' and 'function_call' of one turn differ; keep one")
-    return found or [called]
+    return checked or [single]
 
 
 def _call(key: str, call: object) -> dict[str, object]:
@@ -204,8 +199,8 @@ def _call(key: str, call: object) -> dict[str, object]:
         arguments = _decoded("arguments", arguments) if arguments.strip() else {}
     if not isinstance(arguments, Mapping):
         raise RowError(f"the arguments of the call of {name[:40]!r} must be an object, got {type(arguments).__name__}")
-    kept = {} if call.get("id") is None else {"id": string(call, "id")}
-    return {**kept, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+    identity = {} if call.get("id") is None else {"id": string(call, "id")}
+    return {**identity, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
 
 def _calls_in(content: str) -> list[dict[str, object]]:
@@ -259,9 +254,8 @@ def pair_messages(item: Mapping[str, object]) -> list[Message]:
 
 def with_decoded_turns(fields: Mapping[str, object]) -> Mapping[str, object]:
     """The row with cells that are the JSON of turns as these turns: CSV has no other way to hold them."""
-    decoded = {key: _turns_in(fields[key]) for key in TURN_COLUMNS if isinstance(fields.get(key), str)}
-    found = {key: turns for key, turns in decoded.items() if turns is not None}
-    return {**fields, **found} if found else fields
+    decoded = {key: turns for key in TURN_COLUMNS if (turns := _turns_in(fields.get(key))) is not None}
+    return {**fields, **decoded} if decoded else fields
 
 
 def _turns_in(cell: object) -> list[object] | None:

@@ -1,10 +1,10 @@
-"""Checked values out of a row: strings, lists, objects and marks; what does not fit is a `RowError`."""
+"""Checked values of a row: strings, lists and marks; what does not fit is a `RowError`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedmoe.datasets.readers.rows import decode_json
+from fedmoe.datasets.readers.json_rows import decode_json
 
 
 class RowError(ValueError):

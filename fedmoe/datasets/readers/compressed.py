@@ -1,4 +1,4 @@
-"""Compressed files, known by their first bytes and not by their name, as streams of bounded memory."""
+"""Compressed files, recognised by their first bytes and not by their name, as streams of bounded memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.readers.common import DataError
 
 HEAD_BYTES = 4096
 #: What a compressed stream raises where it is damaged or cut off; `OSError` covers gzip's, bzip2's and zstd's.
@@ -28,22 +28,10 @@ class Compression:
     suffixes: tuple[str, ...]
     start: re.Pattern[bytes]
     unpack: str
-    open: Callable[[Path], BinaryIO]
+    open: Callable[[Path], object]
 
 
-def _gzip(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.GzipFile(path))
-
-
-def _bzip2(path: Path) -> BinaryIO:
-    return cast(BinaryIO, bz2.BZ2File(path))
-
-
-def _xz(path: Path) -> BinaryIO:
-    return cast(BinaryIO, lzma.LZMAFile(path))
-
-
-def _zstd(path: Path) -> BinaryIO:
+def _open_zstd(path: Path) -> io.BufferedReader:
     try:
         import pyarrow as pa
     except ImportError as error:
@@ -51,37 +39,34 @@ def _zstd(path: Path) -> BinaryIO:
             f"{path}: reading zstd needs pyarrow; pip install 'fedmoe[worker]', or unpack it: unzstd {path.name}"
         ) from error
     raw: io.RawIOBase = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
-    return cast(BinaryIO, io.BufferedReader(raw))
+    return io.BufferedReader(raw)
 
 
 COMPRESSIONS = (
-    Compression("gzip", (".gz", ".gzip"), re.compile(rb"\x1f\x8b"), "gunzip", _gzip),
-    Compression("bzip2", (".bz2",), re.compile(rb"BZh[1-9]1AY&SY"), "bunzip2", _bzip2),
-    Compression("xz", (".xz",), re.compile(rb"\xfd7zXZ\x00"), "unxz", _xz),
-    Compression("zstd", (".zst", ".zstd"), re.compile(rb"\x28\xb5\x2f\xfd"), "unzstd", _zstd),
+    Compression("gzip", (".gz", ".gzip"), re.compile(rb"\x1f\x8b"), "gunzip", gzip.GzipFile),
+    Compression("bzip2", (".bz2",), re.compile(rb"BZh[1-9]1AY&SY"), "bunzip2", bz2.BZ2File),
+    Compression("xz", (".xz",), re.compile(rb"\xfd7zXZ\x00"), "unxz", lzma.LZMAFile),
+    Compression("zstd", (".zst", ".zstd"), re.compile(rb"\x28\xb5\x2f\xfd"), "unzstd", _open_zstd),
 )
 
 
 def bare_name(name: str) -> str:
     """The name without the suffix of a compression: `a.jsonl.gz` is `a.jsonl`."""
-    for compression in COMPRESSIONS:
-        for suffix in compression.suffixes:
-            if name.lower().endswith(suffix):
-                return name[: -len(suffix)]
-    return name
+    suffixes = (suffix for compression in COMPRESSIONS for suffix in compression.suffixes)
+    return next((name[: -len(suffix)] for suffix in suffixes if name.lower().endswith(suffix)), name)
 
 
 def compression_of(path: Path) -> Compression | None:
     """How the file is compressed, told by its first bytes; None if it is not."""
     with path.open("rb") as file:
         start = file.read(16)
-    return next((one for one in COMPRESSIONS if one.start.match(start)), None)
+    return next((compression for compression in COMPRESSIONS if compression.start.match(start)), None)
 
 
 def open_plain(path: Path) -> BinaryIO:
     """The file's content as a stream of bytes, unpacked on the way if it is compressed."""
     compression = compression_of(path)
-    return path.open("rb") if compression is None else compression.open(path)
+    return path.open("rb") if compression is None else cast(BinaryIO, compression.open(path))
 
 
 def head(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Rows of a CSV file (UTF-8, the first line names the columns, RFC 4180 quotes), or of one separated by tabs."""
+"""Rows of CSV and TSV files: UTF-8, RFC 4180 quotes, the first line names the columns."""
 
 from __future__ import annotations
 
@@ -7,17 +7,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from fedmoe.datasets.readers.common import (
+    MAX_COLUMNS,
+    BadRow,
+    DataError,
+    DataRow,
+    DataRows,
+    ReadOptions,
+    bounded_lines,
+    too_long,
+)
 from fedmoe.datasets.readers.compressed import open_plain
-from fedmoe.datasets.readers.lines import MAX_COLUMNS, BadRow, DataError, Reading, Row, Rows, bounded_lines, too_long
 
 NUL = "\0"
 SEMICOLONS_TO_COMMAS = (
     """python3 -c "import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter=';'))" """
 )
+_NAMES = {",": "commas", "\t": "tabs"}
 CR_TO_LF = "tr '\\r' '\\n' "
 
 
-class _Lines:
+class _BudgetedLines:
     """The lines that feed `csv.reader`, with a budget of bytes for each row.
 
     An iterator class, not a generator: it must go on after it has raised.
@@ -26,19 +36,16 @@ class _Lines:
     def __init__(self, file: BinaryIO, max_row_bytes: int) -> None:
         self._lines = bounded_lines(file, max_row_bytes)
         self._max_row_bytes = max_row_bytes
-        self._row_bytes = 0
+        self.row_bytes = 0
         self.number = 0
-
-    def start_row(self) -> None:
-        self._row_bytes = 0
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
         self.number, line, _ = next(self._lines)
-        self._row_bytes += len(line) if line is not None else self._max_row_bytes + 1
-        if line is None or self._row_bytes > self._max_row_bytes:
+        self.row_bytes += len(line) if line is not None else self._max_row_bytes + 1
+        if line is None or self.row_bytes > self._max_row_bytes:
             raise csv.Error(f"{too_long(self._max_row_bytes)} (or a quote is never closed)")
         try:
             return line.decode("utf-8")
@@ -46,25 +53,25 @@ class _Lines:
             raise csv.Error(f"not UTF-8 at byte {error.start} of line {self.number}") from None
 
 
-def read_csv(path: Path, reading: Reading) -> Rows:
+def read_csv(path: Path, options: ReadOptions) -> DataRows:
     """The rows below the header, separated by commas; a row with too few or too many cells is a `BadRow`."""
-    return _read(path, reading.max_row_bytes, ",")
+    return _read(path, options.max_row_bytes, ",")
 
 
-def read_tsv(path: Path, reading: Reading) -> Rows:
+def read_tsv(path: Path, options: ReadOptions) -> DataRows:
     """As `read_csv`, separated by tabs."""
-    return _read(path, reading.max_row_bytes, "\t")
+    return _read(path, options.max_row_bytes, "\t")
 
 
-def _read(path: Path, max_row_bytes: int, delimiter: str) -> Rows:
+def _read(path: Path, max_row_bytes: int, delimiter: str) -> DataRows:
     # The csv module has one limit for the whole process and it is smaller than our rows; it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), max_row_bytes))
     with open_plain(path) as file:
-        lines = _Lines(file, max_row_bytes)
+        lines = _BudgetedLines(file, max_row_bytes)
         reader = csv.reader(lines, strict=True, delimiter=delimiter)
         header = _header(path, reader, delimiter)
         while True:
-            lines.start_row()
+            lines.row_bytes = 0
             first = lines.number + 1
             try:
                 cells = next(reader)
@@ -100,26 +107,24 @@ def _header(path: Path, reader: Iterator[list[str]], delimiter: str) -> list[str
 
 
 def _check_delimiter(path: Path, only: str, delimiter: str) -> None:
-    """A header of one column that holds another separator is a file of another kind, not one long column name."""
+    """Refuse a header of one column that holds another separator: a file of another kind, no long column name."""
     if ";" in only:
         raise DataError(
-            f"{path}: the header {only[:80]!r} is separated by semicolons, not by {_name(delimiter)}; save it with "
+            f"{path}: the header {only[:80]!r} is separated by semicolons, not by {_NAMES[delimiter]}; save it with "
             f"commas:\n  {SEMICOLONS_TO_COMMAS}< {path.name} > commas.csv"
         )
     other = "\t" if delimiter == "," else ","
     if other in only:
         suffix = ".tsv" if other == "\t" else ".csv"
-        raise DataError(f"{path}: the header {only[:80]!r} is separated by {_name(other)}; rename the file to {suffix}")
+        raise DataError(
+            f"{path}: the header {only[:80]!r} is separated by {_NAMES[other]}; rename the file to {suffix}"
+        )
 
 
-def _name(delimiter: str) -> str:
-    return {",": "commas", "\t": "tabs"}[delimiter]
-
-
-def _row(line: int, header: list[str], cells: list[str], delimiter: str) -> Row | BadRow:
+def _row(line: int, header: list[str], cells: list[str], delimiter: str) -> DataRow | BadRow:
     if len(cells) != len(header):
-        quote = f"quote cells that hold {_name(delimiter)}"
+        quote = f"quote cells that hold {_NAMES[delimiter]}"
         return BadRow(line, f"{len(cells)} cells, but the header has {len(header)}; {quote}")
     if any(NUL in cell for cell in cells):
         return BadRow(line, "a cell holds a NUL byte; remove it, or save the file as UTF-8 if it is UTF-16")
-    return Row(line, dict(zip(header, cells, strict=True)))
+    return DataRow(line, dict(zip(header, cells, strict=True)))

@@ -1,4 +1,4 @@
-"""Which files of a folder are its data: kinds, order, splits, and what is left out and why."""
+"""Selects the data files of a folder: kinds, order, splits, and what is left out and why."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from fedmoe.datasets.readers.common import UTF8_BOM, DataError
 from fedmoe.datasets.readers.compressed import bare_name, head
-from fedmoe.datasets.readers.lines import UTF8_BOM, DataError
-from fedmoe.datasets.readers.rows import is_data_name
+from fedmoe.datasets.readers.data_file import is_data_name
 
 #: JSON files that describe data, models or packages, and hold no rows.
 METADATA = frozenset(
@@ -42,12 +42,16 @@ class FolderFiles:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _DataFile:
     """One data file: its path inside the folder, and the split that its names tell."""
 
     path: PurePosixPath
     split: str | None
     held_out: bool
+
+    @property
+    def is_shard(self) -> bool:
+        return _SHARD.search(PurePosixPath(self.path.name).stem) is not None
 
 
 def files_of_folder(folder: Path, split: str | None = None) -> FolderFiles:
@@ -60,10 +64,10 @@ def files_of_folder(folder: Path, split: str | None = None) -> FolderFiles:
     if not paths:
         raise DataError(f"{folder}: no data file in this folder; found {_what_is_there(folder, notes)}")
     _check_twins(folder, paths)
-    found = [_classified(path) for path in sorted(paths, key=natural_key)]
-    chosen = _of_split(folder, found, split) if split is not None else _training(folder, found, notes)
+    files = [_classified(path) for path in sorted(paths, key=natural_key)]
+    chosen = _of_split(folder, files, split) if split is not None else _training(folder, files, notes)
     _check_configurations(folder, chosen)
-    return FolderFiles(tuple(folder / one.path for one in chosen), tuple(notes))
+    return FolderFiles(tuple(folder / file.path for file in chosen), tuple(notes))
 
 
 def natural_key(path: PurePosixPath | str) -> tuple[tuple[int, int, str], ...]:
@@ -75,15 +79,14 @@ def natural_key(path: PurePosixPath | str) -> tuple[tuple[int, int, str], ...]:
 def _data_files(folder: Path, notes: list[str]) -> Iterator[PurePosixPath]:
     others: list[str] = []
     for inner, names in _walk(folder):
-        place = folder / inner
-        saved = _saved_to_disk(place) if "state.json" in names else None
+        saved = _saved_to_disk(folder / inner) if "state.json" in names else None
         if saved is not None:
             yield from (inner / name for name in saved)
             others += [str(inner / name) for name in names if name not in saved and is_data_name(name)]
             continue
         cache = "dataset_info.json" in names
         for name in names:
-            if _is_data(place / name) and not (cache and name.startswith("cache-")):
+            if _is_data(folder / inner / name) and not (cache and name.startswith("cache-")):
                 yield inner / name
             else:
                 others.append(str(inner / name))
@@ -110,16 +113,9 @@ def _walk(folder: Path) -> Iterator[tuple[PurePosixPath, list[str]]]:
         count += len(entries)
         if count > MAX_FILES:
             raise DataError(f"{folder}: more than {MAX_FILES:,} files below it; give the folder that holds the data")
-        folders = [entry.name for entry in entries if _is_folder(entry)]
+        folders = [entry.name for entry in entries if os.path.isdir(entry)]  # False for a link to itself
         waiting += [inner / name for name in folders]
         yield inner, [entry.name for entry in entries if entry.name not in folders]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 def _saved_to_disk(folder: Path) -> list[str] | None:
@@ -151,7 +147,7 @@ def _holds_rows(path: Path) -> bool:
 
 
 def _check_twins(folder: Path, paths: Sequence[PurePosixPath]) -> None:
-    """A file beside its own compressed copy would be learned twice."""
+    """Refuse a file beside its own compressed copy: it would be learned twice."""
     names = {str(path) for path in paths}
     for path in paths:
         bare = str(path.with_name(bare_name(path.name)))
@@ -159,57 +155,55 @@ def _check_twins(folder: Path, paths: Sequence[PurePosixPath]) -> None:
             raise DataError(f"{folder}: holds {bare} and {path}, the same rows twice; give one file: {folder / bare}")
 
 
-def _classified(path: PurePosixPath) -> _Found:
+def _classified(path: PurePosixPath) -> _DataFile:
     stem = PurePosixPath(bare_name(path.name)).stem
     for part in (*path.parts[:-1], stem):
         if match := _SPLIT.search(part):
             rest = _SHARD.sub("", part[match.start() :])
             while (shorter := _PART.sub("", rest)) != rest:
                 rest = shorter
-            return _Found(path, rest, match["train"] is None)
-    return _Found(path, None, held_out=False)
+            return _DataFile(path, rest, match["train"] is None)
+    return _DataFile(path, None, held_out=False)
 
 
-def _of_split(folder: Path, found: Sequence[_Found], split: str) -> list[_Found]:
-    chosen = [one for one in found if one.split == split]
+def _of_split(folder: Path, files: Sequence[_DataFile], split: str) -> list[_DataFile]:
+    chosen = [file for file in files if file.split == split]
     if not chosen:
-        names = sorted({one.split for one in found if one.split})
+        names = sorted({file.split for file in files if file.split})
         raise DataError(
             f"{folder}: no split {split!r}; there is {', '.join(names) or 'no file with a split in its name'}"
         )
     return chosen
 
 
-def _training(folder: Path, found: Sequence[_Found], notes: list[str]) -> list[_Found]:
+def _training(folder: Path, files: Sequence[_DataFile], notes: list[str]) -> list[_DataFile]:
     """What is trained on: never what is named as a test, unless it is chosen by name."""
-    held_out = [one for one in found if one.held_out]
-    if not held_out:
-        chosen = list(found)
-    else:
-        train = [one for one in found if one.split and not one.held_out]
-        chosen = train or [one for one in found if not one.split]
-    splits = sorted({one.split for one in chosen if one.split and _SHARD.search(PurePosixPath(one.path.name).stem)})
+    held_out = [file for file in files if file.held_out]
+    chosen = list(files)
+    if held_out:
+        train = [file for file in files if file.split and not file.held_out]
+        chosen = train or [file for file in files if not file.split]
+    splits = sorted({file.split for file in chosen if file.split and file.is_shard})
     if not chosen:
-        there = sorted({str(one.split) for one in held_out})
+        there = sorted({str(file.split) for file in held_out})
         raise DataError(
             f"{folder}: holds only {_some(there)}, nothing to train on; to use it, name it: {folder}:{there[0]}"
         )
     if len(splits) > 1:
         raise DataError(f"{folder}: holds several training splits ({_some(splits)}); name one: {folder}:{splits[0]}")
-    if left := [one for one in found if one not in chosen]:
-        names = sorted({one.split or str(one.path) for one in left})
-        notes.append(
-            f"{_some(names)}: not trained on, beside {splits[0] if splits else chosen[0].split or chosen[0].path}"
-        )
+    if left_out := [file for file in files if file not in chosen]:
+        names = sorted({file.split or str(file.path) for file in left_out})
+        beside = splits[0] if splits else chosen[0].split or chosen[0].path
+        notes.append(f"{_some(names)}: not trained on, beside {beside}")
     return chosen
 
 
-def _check_configurations(folder: Path, chosen: Sequence[_Found]) -> None:
-    """Shards of one name in several folders are several data sets, often the same rows in other words."""
+def _check_configurations(folder: Path, chosen: Sequence[_DataFile]) -> None:
+    """Refuse shards of one name in several folders: several data sets, often the same rows in other words."""
     places: dict[str, set[str]] = {}
-    for one in chosen:
-        if _SHARD.search(PurePosixPath(one.path.name).stem):
-            places.setdefault(one.path.name, set()).add(str(one.path.parent))
+    for file in chosen:
+        if file.is_shard:
+            places.setdefault(file.path.name, set()).add(str(file.path.parent))
     several = max(places.values(), key=len, default=set())
     if len(several) > 1:
         names = sorted(several)

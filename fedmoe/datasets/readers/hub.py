@@ -1,4 +1,4 @@
-"""Data sets of a hub, fetched through the library `datasets`, which comes with the extra `fedmoe[hub]`."""
+"""Data sets of a hub, through the library `datasets`, which comes with the extra `fedmoe[hub]`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmoe.datasets.readers.lines import DataError
-from fedmoe.datasets.readers.rows import is_data_name
+from fedmoe.datasets.readers.common import DataError
+from fedmoe.datasets.readers.data_file import is_data_name
 
 _ID = re.compile(
     r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<config>[\w][\w.-]*))?(?:@(?P<revision>[\w./-]+))?(?::(?P<split>\w+))?"
@@ -42,8 +42,8 @@ def fetch(hub_id: HubId) -> tuple[tuple[Path, ...], tuple[str, ...]]:
             f"{hub_id.name}: no such file or folder here; to fetch it from a hub: pip install 'fedmoe[hub]'"
         ) from error
     try:
-        found = load_dataset(hub_id.name, name=hub_id.config, revision=hub_id.revision)
-        splits = {str(name): [str(one["filename"]) for one in data.cache_files] for name, data in found.items()}
+        loaded = load_dataset(hub_id.name, name=hub_id.config, revision=hub_id.revision)
+        splits = {str(name): [str(file["filename"]) for file in data.cache_files] for name, data in loaded.items()}
     except Exception as error:  # the network's, the hub's and the builder's errors have no common class
         first = str(error).strip().partition("\n")[0][:300]
         raise DataError(

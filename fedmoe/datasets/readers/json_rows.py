@@ -1,4 +1,4 @@
-"""Rows of JSON lines and of JSON arrays."""
+"""Rows of JSON lines and JSON arrays."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import math
 from pathlib import Path
 from typing import NoReturn
 
-from fedmoe.datasets.readers.compressed import head, open_plain
-from fedmoe.datasets.readers.lines import (
+from fedmoe.datasets.readers.common import (
     UTF8_BOM,
     BadRow,
     DataError,
-    Reading,
-    Row,
-    Rows,
+    DataRow,
+    DataRows,
+    ReadOptions,
     bounded_lines,
     too_long,
-    without_nulls,
 )
+from fedmoe.datasets.readers.compressed import head, open_plain
 
 MAX_ARRAY_BYTES = 512 * 1024 * 1024
 
@@ -26,25 +25,25 @@ MAX_ARRAY_BYTES = 512 * 1024 * 1024
 def decode_json(text: str) -> object:
     """The value of a JSON text; NaN, infinities and numbers that overflow are errors (`ValueError`)."""
     try:
-        return json.loads(text, parse_constant=_not_a_number, parse_float=_finite)
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def read_jsonl(path: Path, reading: Reading) -> Rows:
+def read_jsonl(path: Path, options: ReadOptions) -> DataRows:
     """An object a line; blank lines are skipped."""
     with open_plain(path) as file:
-        for number, line, ended in bounded_lines(file, reading.max_row_bytes):
+        for number, line, ended in bounded_lines(file, options.max_row_bytes):
             if line is None:
-                yield BadRow(number, too_long(reading.max_row_bytes))
+                yield BadRow(number, too_long(options.max_row_bytes))
             elif line.strip():
                 yield _json_row(number, line, ended)
 
 
-def read_json(path: Path, reading: Reading) -> Rows:
+def read_json(path: Path, options: ReadOptions) -> DataRows:
     """An array of objects; a .json file that does not start with `[` is read as JSON lines."""
     if not head(path).removeprefix(UTF8_BOM).lstrip().startswith(b"["):
-        yield from read_jsonl(path, reading)
+        yield from read_jsonl(path, options)
         return
     with open_plain(path) as file:
         content = file.read(MAX_ARRAY_BYTES + 1)
@@ -63,7 +62,7 @@ def read_json(path: Path, reading: Reading) -> Rows:
         yield _as_row(number, value)
 
 
-def _json_row(number: int, line: bytes, ended: bool) -> Row | BadRow:
+def _json_row(number: int, line: bytes, ended: bool) -> DataRow | BadRow:
     try:
         return _as_row(number, decode_json(line.decode("utf-8")))
     except UnicodeDecodeError as error:
@@ -73,18 +72,15 @@ def _json_row(number: int, line: bytes, ended: bool) -> Row | BadRow:
         return BadRow(number, f"not JSON: {error}{cut}")
 
 
-def _as_row(number: int, value: object) -> Row | BadRow:
+def _as_row(number: int, value: object) -> DataRow | BadRow:
     if isinstance(value, dict):
-        return Row(number, without_nulls(value))
-    return BadRow(number, f"expected an object like {{...}}, got {_kind(value)}")
-
-
-def _kind(value: object) -> str:
+        # A null says that a column of a union of data sets is not there.
+        return DataRow(number, {key: item for key, item in value.items() if item is not None})
     names: dict[type, str] = {list: "a list", str: "a string", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "a number")
+    return BadRow(number, f"expected an object like {{...}}, got {names.get(type(value), 'a number')}")
 
 
-def _not_a_number(constant: str) -> NoReturn:
+def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not allowed")
 
 

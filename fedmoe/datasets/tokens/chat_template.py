@@ -1,4 +1,4 @@
-"""Conversations through the tokenizer's chat template: where each answer begins and ends in the rendered text.
+"""Renders conversations by the tokenizer's chat template, and finds each answer in the rendered text.
 
 Templates need no `{% generation %}` marks: an answer is what the template adds to the turns before it. Templates of
 reasoning models open a thought (`<think>`) for the answer to come but leave it out of answered turns; there the
@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import numpy as np
 
 from fedmoe.datasets.formats.samples import Chat, Message
-from fedmoe.datasets.readers.lines import DataError
-from fedmoe.datasets.tokens.tokenized import MASKED, Rendering, TokenizedSample, Tokenizer
+from fedmoe.datasets.readers.common import DataError
+from fedmoe.datasets.tokens.tokenized_sample import MASKED, RenderResult, TokenizedSample, Tokenizer
 
 # No text holds it, and no template changes it.
 _MARK = "fedmoe0answer0mark"
@@ -56,42 +56,48 @@ class _Answer:
         return len(self.before), len(self.upto)
 
 
-#: The whole conversation, its answers, and notes.
-_Rendered = tuple[str, list[_Answer], tuple[str, ...]]
+#: The whole conversation as text, its answers, and notes.
+_RenderedChat = tuple[str, list[_Answer], tuple[str, ...]]
 
 
-def render_chat(chat: Chat, tokenizer: Tokenizer) -> Rendering:
+def render_chat(chat: Chat, tokenizer: Tokenizer) -> RenderResult:
     """One sample with every answer learned, or one for each answer where the template rewrites earlier turns.
 
     Raises `TemplateRefusalError` for a row that the template refuses or drops a part of, and `DataError` where the
     tokenizer has no usable template at all.
     """
-    _check_template(tokenizer)
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the rows are conversations but the tokenizer has no chat template; use an instruct model's tokenizer, "
+            "give --chat-template FILE, or rows of the shape text or prompt+completion"
+        )
+    if not tokenizer.is_fast:
+        raise DataError("conversations need a fast tokenizer, which tells the place of each token; this one is slow")
     whole, answers, notes = _best(chat, cast(ChatTokenizer, tokenizer))
     if all(whole.startswith(answer.upto) for answer in answers):
-        return Rendering((_learn(whole, [answer.span for answer in answers], tokenizer),), notes)
-    return Rendering(tuple(_learn(answer.upto, [answer.span], tokenizer) for answer in answers), notes)
+        return RenderResult((_learn(whole, [answer.span for answer in answers], tokenizer),), notes)
+    return RenderResult(tuple(_learn(answer.upto, [answer.span], tokenizer) for answer in answers), notes)
 
 
-def _best(chat: Chat, tokenizer: ChatTokenizer) -> _Rendered:
-    """The first way to say the conversation in which the template keeps all, or else the first that it takes."""
+def _best(chat: Chat, tokenizer: ChatTokenizer) -> _RenderedChat:
+    """The first variant of the conversation in which the template keeps all, or else the first that it takes."""
     refusals: list[TemplateRefusalError] = []
-    taken: list[_Rendered] = []
-    for way in _ways(chat):
+    accepted: list[_RenderedChat] = []
+    for variant in _variants(chat):
         try:
-            rendered = _rendered(chat, _Turns(way, tokenizer))
+            rendered = _render(chat, _Turns(variant, tokenizer))
         except TemplateRefusalError as error:
             refusals.append(error)
             continue
         if _NO_REASONING not in rendered[2]:
             return rendered
-        taken.append(rendered)
-    if not taken:
+        accepted.append(rendered)
+    if not accepted:
         raise refusals[0]
-    return taken[0]
+    return accepted[0]
 
 
-def _rendered(chat: Chat, turns: _Turns) -> _Rendered:
+def _render(chat: Chat, turns: _Turns) -> _RenderedChat:
     answers = [turns.answer(index) for index in _answers(chat)]
     for index, answer in zip(_answers(chat), answers, strict=True):
         _check_rendered(chat.messages[index], answer)
@@ -99,28 +105,22 @@ def _rendered(chat: Chat, turns: _Turns) -> _Rendered:
     return whole, answers, _notes(chat, turns, [whole, *(answer.upto for answer in answers)], answers)
 
 
-def _ways(chat: Chat) -> Iterator[Chat]:
-    """The conversation said in the ways that templates want.
+def _variants(chat: Chat) -> Iterator[Chat]:
+    """The conversation in the variants that templates want.
 
     A thought stands in a key of its own, then where the row has it, and is left out at last (a prompt may close it);
     the arguments of calls are objects, then text.
     """
     seen: list[Chat] = []
-    says: tuple[Callable[[Message], Message], ...] = (_thought_apart, _as_it_stands, _without_thought)
-    for say in says:
-        for call in (_as_it_stands, _arguments_as_text):
-            way = replace(chat, messages=tuple(_spoken(message, say, call) for message in chat.messages))
-            if way not in seen:
-                seen.append(way)
-                yield way
-
-
-def _spoken(message: Message, say: Callable[[Message], Message], call: Callable[[Message], Message]) -> Message:
-    return call(say(message)) if message.role == "assistant" else message
-
-
-def _as_it_stands(message: Message) -> Message:
-    return message
+    for place_thought in (_thought_apart, None, _without_thought):
+        for place_calls in (None, _arguments_as_text):
+            variant = chat
+            for change in filter(None, (place_thought, place_calls)):
+                turns = (change(turn) if turn.role == "assistant" else turn for turn in variant.messages)
+                variant = replace(variant, messages=tuple(turns))
+            if variant not in seen:
+                seen.append(variant)
+                yield variant
 
 
 def _thought_apart(message: Message) -> Message:
@@ -138,36 +138,23 @@ def _without_thought(message: Message) -> Message:
 
 def _arguments_as_text(message: Message) -> Message:
     calls = _calls(message)
-    if not calls:
-        return message
-    said = [{**call, "function": {**call["function"], "arguments": _json(_arguments(call))}} for call in calls]
-    return replace(message, extras={**message.extras, "tool_calls": said})
-
-
-def _check_template(tokenizer: Tokenizer) -> None:
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the rows are conversations but the tokenizer has no chat template; use an instruct model's tokenizer, "
-            "give --chat-template FILE, or rows of the shape text or prompt+completion"
-        )
-    if not tokenizer.is_fast:
-        raise DataError("conversations need a fast tokenizer, which tells the place of each token; this one is slow")
+    texts = [{**call, "function": {**call["function"], "arguments": _json(_arguments(call))}} for call in calls]
+    return replace(message, extras={**message.extras, "tool_calls": texts}) if calls else message
 
 
 def _answers(chat: Chat) -> list[int]:
     # An assistant's greeting before anything was said is context: no template can render the nothing before it.
     first = next(index for index, message in enumerate(chat.messages) if message.role != "assistant")
-    return [
-        i for i, message in enumerate(chat.messages) if message.role == "assistant" and message.learned and i > first
-    ]
+    later = enumerate(chat.messages[first:], first)
+    return [index for index, message in later if message.role == "assistant" and message.learned]
 
 
 class _Turns:
-    """The beginnings of one conversation, rendered."""
+    """Renders the beginnings of one conversation."""
 
     def __init__(self, chat: Chat, tokenizer: ChatTokenizer) -> None:
         self._chat, self._tokenizer = chat, tokenizer
-        self._dicts = [_turn(message) for message in chat.messages]
+        self._dicts = [{"role": turn.role, "content": turn.content, **turn.extras} for turn in chat.messages]
         self._rendered: dict[tuple[int, bool], str] = {}
 
     def text(self, turns: int, ask: bool = False) -> str:
@@ -190,10 +177,9 @@ class _Turns:
             raise TemplateRefusalError(f"'chat_template_kwargs' of the row may not set {taken}")
         if self._chat.tools and tools:
             variables["tools"] = [dict(tool) for tool in self._chat.tools]
+        apply = self._tokenizer.apply_chat_template
         try:
-            return str(
-                self._tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=ask, **variables)
-            )
+            return str(apply(dicts, tokenize=False, add_generation_prompt=ask, **variables))
         except Exception as error:  # templates are programs of their own and raise what they like
             roles = [message.role for message in self._chat.messages]
             raise TemplateRefusalError(f"the chat template refuses the turns {roles}: {error}") from error
@@ -207,7 +193,14 @@ class _Turns:
         marked = self._render(index, last={"role": "assistant", "content": _MARK})
         if moved := self._after_prompt(index, asked, upto, marked):
             return moved
-        header = self._header(index, upto, marked)
+        header, marks, _ = marked.partition(_MARK)
+        if not marks or not upto.startswith(header):
+            got = upto[-90:]
+            raise TemplateRefusalError(
+                f"the answer in turn {index + 1} cannot be found: the chat template begins an answer with "
+                f"{header[-60:]!r} but renders the answered conversation as {got!r}; give another one by "
+                "--chat-template FILE, in which the prompt is a prefix of the answered conversation"
+            )
         plain = _Answer(header, header + upto[len(header) :].rstrip(), _unlike(asked, header))
         return self._thought(index, asked, header, upto) or plain
 
@@ -224,18 +217,6 @@ class _Turns:
             return None
         return _Answer(asked, asked + upto[place + len(begin) :].rstrip())
 
-    def _header(self, index: int, upto: str, marked: str) -> str:
-        """The text before the answer, found by a mark that stands in its place."""
-        header, found, _ = marked.partition(_MARK)
-        if not found or not upto.startswith(header):
-            got = upto[-90:]
-            raise TemplateRefusalError(
-                f"the answer in turn {index + 1} cannot be found: the chat template begins an answer with "
-                f"{header[-60:]!r} but renders the answered conversation as {got!r}; give another one by "
-                "--chat-template FILE, in which the prompt is a prefix of the answered conversation"
-            )
-        return header
-
     def _thought(self, index: int, asked: str, header: str, upto: str) -> _Answer | None:
         """The answer with its reasoning, where the template opens a thought that it leaves out of answered turns."""
         opened = asked[len(header) :] if asked.startswith(header) else ""
@@ -247,10 +228,10 @@ class _Turns:
         return _Answer(asked, f"{asked}{reasoning}\n{_END_THINK}\n\n{(said if ended else body).lstrip()}")
 
 
-def _alike(one: str, other: str) -> int:
+def _alike(text: str, other: str) -> int:
     """How many characters two texts have in common at their beginning."""
-    shorter = min(len(one), len(other))
-    return next((place for place in range(shorter) if one[place] != other[place]), shorter)
+    shorter = min(len(text), len(other))
+    return next((place for place in range(shorter) if text[place] != other[place]), shorter)
 
 
 def _unlike(asked: str, header: str) -> str:
@@ -270,10 +251,6 @@ def _reasoning(message: Message) -> tuple[str, str]:
         return own.strip(), message.content.strip()
     thought, ended, said = message.content.partition(_END_THINK)
     return (thought.strip().removeprefix(_THINK).strip(), said.strip()) if ended else ("", message.content)
-
-
-def _turn(message: Message) -> dict[str, object]:
-    return {"role": message.role, "content": message.content, **message.extras}
 
 
 def _check_rendered(message: Message, answer: _Answer) -> None:
@@ -300,9 +277,8 @@ def _check_arguments(arguments: Mapping[str, object], rendered: str) -> None:
     if arguments and (_json(text) in rendered or json.dumps(text) in rendered):
         raise TemplateRefusalError(f"the chat template renders arguments of calls as quoted text: {text[:40]}")
     for value in _strings(arguments):
-        if not any(
-            form in rendered for form in (value, _json(value)[1:-1], json.dumps(value)[1:-1], repr(value)[1:-1])
-        ):
+        forms = (value, _json(value)[1:-1], json.dumps(value)[1:-1], repr(value)[1:-1])
+        if not any(form in rendered for form in forms):
             raise TemplateRefusalError(f"the chat template does not render the argument {value[:40]!r} of a call")
 
 

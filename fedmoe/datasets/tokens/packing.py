@@ -1,4 +1,4 @@
-"""Samples of many lengths in blocks of one length, without attention or positions leaking between them."""
+"""Packs samples of many lengths into blocks of one length, without attention across samples; samples batches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe.datasets.readers.lines import DataError
-from fedmoe.datasets.tokens.tokenized import MASKED, IntArray, TokenizedSample
+from fedmoe.datasets.readers.common import DataError
+from fedmoe.datasets.tokens.tokenized_sample import MASKED, Int64Array, TokenizedSample
 
 PADDING_SEGMENT = -1
 
@@ -24,20 +24,20 @@ class Block:
     A token may attend only to earlier tokens of its own segment.
     """
 
-    input_ids: IntArray
-    labels: IntArray
-    position_ids: IntArray
-    segment_ids: IntArray
+    input_ids: Int64Array
+    labels: Int64Array
+    position_ids: Int64Array
+    segment_ids: Int64Array
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Blocks on top of each other: the arrays of `Block` with shape (batch, length)."""
 
-    input_ids: IntArray
-    labels: IntArray
-    position_ids: IntArray
-    segment_ids: IntArray
+    input_ids: Int64Array
+    labels: Int64Array
+    position_ids: Int64Array
+    segment_ids: Int64Array
 
     @property
     def learned(self) -> int:
@@ -124,16 +124,17 @@ class BlockSampler:
         if len(blocks) < world_size:
             raise DataError(f"{len(blocks)} blocks cannot be shared by {world_size} processes; give more data")
         self._blocks = blocks
+        fingerprint = 0
+        for block in blocks:
+            fingerprint = zlib.crc32(block.labels.tobytes(), zlib.crc32(block.input_ids.tobytes(), fingerprint))
         self._identity = {
             "seed": seed,
             "rank": rank,
             "world_size": world_size,
             "blocks": len(blocks),
-            "fingerprint": _fingerprint(blocks),
+            "fingerprint": fingerprint,
         }
-        self._epoch = 0
-        self._position = 0
-        self._order = self._draw()
+        self._move_to(0, 0)
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -154,7 +155,13 @@ class BlockSampler:
         """The next `batch_size` blocks, across the end of an epoch where needed."""
         if batch_size < 1:
             raise DataError(f"batch_size must be at least 1, got {batch_size}")
-        return [self._one() for _ in range(batch_size)]
+        taken: list[Block] = []
+        while len(taken) < batch_size:
+            taken.append(self._blocks[self._order[self._position]])
+            self._position += 1
+            if self._position == len(self._order):
+                self._move_to(self._epoch + 1, 0)
+        return taken
 
     def state(self) -> dict[str, int]:
         """Where the sampler stands, and of what data; `restore` takes it back."""
@@ -167,38 +174,22 @@ class BlockSampler:
     def restore(self, state: Mapping[str, int]) -> None:
         """Go on exactly where `state` was taken; raises `DataError` if it does not fit."""
         if not self.fits(state):
-            changed = [
-                f"{key} {state.get(key)} -> {now}" for key, now in self._identity.items() if state.get(key) != now
-            ]
+            now = self._identity
+            changed = [f"{key} {state.get(key)} -> {now[key]}" for key in now if state.get(key) != now[key]]
             raise DataError(f"the saved position is of other data ({', '.join(changed)}); start afresh")
         epoch, position = state.get("epoch", -1), state.get("position", -1)
         if epoch < 0 or not 0 <= position < len(self._order):
             raise DataError(f"the saved position is not valid: epoch {epoch}, position {position}; start afresh")
-        self._epoch, self._position = epoch, position
-        self._order = self._draw()
+        self._move_to(epoch, position)
 
     def start_anew(self, state: Mapping[str, int]) -> None:
         """Begin the epoch after that of `state`, which was taken of other data or another order."""
-        self._epoch, self._position = max(0, state.get("epoch", 0)) + 1, 0
-        self._order = self._draw()
+        self._move_to(max(0, state.get("epoch", 0)) + 1, 0)
 
-    def _one(self) -> Block:
-        block = self._blocks[self._order[self._position]]
-        self._position += 1
-        if self._position == len(self._order):
-            self._epoch, self._position = self._epoch + 1, 0
-            self._order = self._draw()
-        return block
-
-    def _draw(self) -> list[int]:
+    def _move_to(self, epoch: int, position: int) -> None:
+        """Stand at a place of the order that belongs to the epoch."""
+        self._epoch, self._position = epoch, position
         total, world_size = len(self._blocks), self._identity["world_size"]
-        random = np.random.default_rng((self._identity["seed"], self._epoch))
+        random = np.random.default_rng((self._identity["seed"], epoch))
         order: list[int] = random.permutation(total)[: total - total % world_size].tolist()
-        return order[self._identity["rank"] :: world_size]
-
-
-def _fingerprint(blocks: Sequence[Block]) -> int:
-    checksum = 0
-    for block in blocks:
-        checksum = zlib.crc32(block.labels.tobytes(), zlib.crc32(block.input_ids.tobytes(), checksum))
-    return checksum
+        self._order = order[self._identity["rank"] :: world_size]

@@ -1,4 +1,4 @@
-"""Many samples to tokens, in several processes where that pays, with an account of what did not become tokens."""
+"""Tokenises samples, in several processes where that pays, and counts what did not become tokens."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ from typing import Protocol, cast
 import numpy as np
 
 from fedmoe.datasets.formats.samples import Chat, Sample, Text
-from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.tokens.chat_template import TemplateRefusalError
-from fedmoe.datasets.tokens.long_samples import LongRows, fit
+from fedmoe.datasets.tokens.long_samples import LongRowPolicy, fit
 from fedmoe.datasets.tokens.render import render
-from fedmoe.datasets.tokens.tokenized import MASKED, TokenizedSample, Tokenizer
+from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample, Tokenizer
 
 #: Fewer samples than this are done before further processes have loaded their libraries.
 PARALLEL_FROM = 4096
 _CHUNK = 256
 # Chunks in the hands of each process: one at work, one waiting.
 _AHEAD = 2
-
-#: Told from time to time how many samples are done.
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,7 @@ class Refusal:
 
 
 @dataclass(eq=False)
-class Tokenized:
+class TokenData:
     """The samples fit to train on, and what became of the others; numbers count the samples given, from 0.
 
     `row_of[i]` is the number of the sample that tokens `i` are of; `lengths` are the full lengths in tokens of all
@@ -58,12 +55,12 @@ class Tokenized:
     notes: Counter[str] = field(default_factory=Counter)
     given: int = 0
 
-    def extend(self, later: Tokenized) -> None:
+    def extend(self, later: TokenData) -> None:
         """Append what later samples became."""
         self.samples += later.samples
         self.row_of += [self.given + number for number in later.row_of]
         self.lengths += later.lengths
-        self.refused += [Refusal(self.given + one.number, one.reason) for one in later.refused]
+        self.refused += [Refusal(self.given + refusal.number, refusal.reason) for refusal in later.refused]
         self.empty += [self.given + number for number in later.empty]
         self.too_long += [self.given + number for number in later.too_long]
         self.counts.update(later.counts)
@@ -75,74 +72,72 @@ def tokenize_samples(
     samples: Iterable[Sample],
     tokenizer: Tokenizer,
     max_length: int,
-    long_rows: LongRows = "truncate",
+    long_rows: LongRowPolicy = "truncate",
     processes: int = 1,
-    progress: Progress = lambda done: None,
-) -> Tokenized:
+    progress: Callable[[int], None] = lambda done: None,
+) -> TokenData:
     """All samples as tokens, none longer than `max_length`; the same for any number of `processes`.
 
-    Raises `DataError` where the tokenizer lacks what all samples need (an end token, a chat template).
+    `progress` is called from time to time with the number of samples done. Raises `DataError` where the tokenizer
+    lacks what all samples need (an end token, a chat template).
     """
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, got {max_length}")
     rest = iter(samples)
     first = list(islice(rest, PARALLEL_FROM))
-    chunks = _chunks(chain(first, rest))
-    if processes > 1 and len(first) == PARALLEL_FROM:
-        parts = _in_processes(chunks, _Work(tokenizer, max_length, long_rows), processes)
-    else:
-        parts = map(_Work(tokenizer, max_length, long_rows), chunks)
-    total = Tokenized()
+    rest = chain(first, rest)
+    chunks = iter(lambda: list(islice(rest, _CHUNK)), [])
+    work = _ChunkTokenizer(tokenizer, max_length, long_rows)
+    parallel = processes > 1 and len(first) == PARALLEL_FROM
+    parts = _in_processes(chunks, work, processes) if parallel else map(work, chunks)
+    total = TokenData()
     for part in parts:
         total.extend(part)
         progress(total.given)
     return total
 
 
-def _chunks(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
-    while chunk := list(islice(samples, _CHUNK)):
-        yield chunk
-
-
 @dataclass(frozen=True)
-class _Work:
+class _ChunkTokenizer:
     """Renders and fits chunks of samples."""
 
     tokenizer: Tokenizer
     max_length: int
-    long_rows: LongRows
+    long_rows: LongRowPolicy
 
-    def __call__(self, chunk: list[Sample]) -> Tokenized:
-        found = Tokenized(given=len(chunk))
-        end_marks = _end_marks(self.tokenizer)
+    def __call__(self, chunk: list[Sample]) -> TokenData:
+        data = TokenData(given=len(chunk))
+        special = cast(_HasSpecialTokens, self.tokenizer)
+        # Tokens that can end an answer: those that no plain text is made of.
+        end_marks = {*special.all_special_ids, *special.added_tokens_decoder, MASKED}
         for number, sample in enumerate(chunk):
             try:
                 rendering = render(sample, self.tokenizer)
             except TemplateRefusalError as error:
-                found.refused.append(Refusal(number, str(error)))
+                data.refused.append(Refusal(number, str(error)))
                 continue
-            found.notes.update(rendering.notes)
-            found.lengths.append(max(len(whole.input_ids) for whole in rendering.samples))
+            data.notes.update(rendering.notes)
+            data.lengths.append(max(len(whole.input_ids) for whole in rendering.samples))
             if isinstance(sample, Chat):
-                found.counts["endless"] += any(_last_learned(whole) not in end_marks for whole in rendering.samples)
-            self._fit(number, isinstance(sample, Text), rendering.samples, found)
-        return found
+                data.counts["endless"] += any(_last_learned(whole) not in end_marks for whole in rendering.samples)
+            self._fit(number, isinstance(sample, Text), rendering.samples, data)
+        return data
 
-    def _fit(self, number: int, running_text: bool, wholes: Iterable[TokenizedSample], found: Tokenized) -> None:
+    def _fit(self, number: int, running_text: bool, wholes: Iterable[TokenizedSample], data: TokenData) -> None:
         learned = sum(whole.learned for whole in wholes)
         fitted = [fit(whole, self.max_length, self.long_rows, running_text) for whole in wholes]
-        pieces = [piece for one in fitted for piece in one.pieces]
-        lost = sum(one.lost for one in fitted)
-        found.samples += pieces
-        found.row_of += [number] * len(pieces)
+        pieces = [piece for parts in fitted for piece in parts.pieces]
+        lost = sum(parts.lost for parts in fitted)
+        data.samples += pieces
+        data.row_of += [number] * len(pieces)
         if not learned:
-            found.empty.append(number)
+            data.empty.append(number)
         elif not pieces:
-            found.too_long.append(number)
+            data.too_long.append(number)
         else:
-            found.counts["lost"] += lost
-            found.counts["cut"] += lost > 0
-            found.counts["split"] += any(len(one.pieces) > 1 for one in fitted)
+            data.counts["lost"] += lost
+            data.counts["cut"] += lost > 0
+            data.counts["split"] += any(len(parts.pieces) > 1 for parts in fitted)
 
 
 def _last_learned(sample: TokenizedSample) -> int:
@@ -157,31 +152,25 @@ class _HasSpecialTokens(Protocol):
     def added_tokens_decoder(self) -> Mapping[int, object]: ...
 
 
-def _end_marks(tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that can end an answer: those that no plain text is made of."""
-    known = cast(_HasSpecialTokens, tokenizer)
-    return frozenset((*known.all_special_ids, *known.added_tokens_decoder, MASKED))
+_work: _ChunkTokenizer | None = None
 
 
-_work: _Work | None = None
-
-
-def _start_process(work: _Work) -> None:
+def _start_process(work: _ChunkTokenizer) -> None:
     global _work
     _work = work
 
 
-def _run_chunk(chunk: list[Sample]) -> Tokenized:
+def _run_chunk(chunk: list[Sample]) -> TokenData:
     assert _work is not None
     return _work(chunk)
 
 
-def _in_processes(chunks: Iterator[list[Sample]], work: _Work, processes: int) -> Iterator[Tokenized]:
+def _in_processes(chunks: Iterator[list[Sample]], work: _ChunkTokenizer, processes: int) -> Iterator[TokenData]:
     """What the chunks become, in their order; only a few are read ahead."""
     # Not forked: the threads of numerical libraries do not survive that.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start_process, (work,)) as pool:
-        waiting: deque[Future[Tokenized]] = deque()
+        waiting: deque[Future[TokenData]] = deque()
         for chunk in chunks:
             waiting.append(pool.submit(_run_chunk, chunk))
             if len(waiting) >= _AHEAD * processes:

@@ -1,1 +1,1 @@
-"""The gateway and every expert behind an OpenAI-compatible interface, exchanged for newer versions as they come."""
+"""Gateway server: an OpenAI-compatible HTTP interface to the gateway and every expert, updated while it runs."""

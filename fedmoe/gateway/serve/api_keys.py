@@ -1,4 +1,4 @@
-"""API keys: the file of their hashes, and the middleware that asks for one."""
+"""API keys: the file of their hashes, and the middleware that requires one."""
 
 from __future__ import annotations
 
@@ -41,16 +41,15 @@ def read_keys(file: Path) -> tuple[frozenset[str], str | None]:
             )
         hashes.add(words[0])
     if not hashes:
-        raise KeyFileError(f"{file} holds no key hash, so nobody could ask; add one, or remove the file to get a key")
+        raise KeyFileError(f"{file} holds no key hash, so no client could ask; add one, or remove it to get a key")
     return frozenset(hashes), None
 
 
 class ApiKeyMiddleware:
-    """Asks for one of `keys` (hashes) on everything but the open paths, before a byte of the body is read."""
+    """Requires one of `keys` (hashes) on all but the open paths, before a byte of the body is read."""
 
     def __init__(self, app: ASGIApp, keys: frozenset[str]) -> None:
-        self._app = app
-        self._keys = keys
+        self._app, self._keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not is_open(scope):

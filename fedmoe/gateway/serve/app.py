@@ -1,4 +1,4 @@
-"""The server as a process: from a coordinator's address to a listening socket, and everything closed at the end."""
+"""The gateway server as a process: assembles its parts, listens, and closes everything at the end."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from starlette.types import ASGIApp
 
 from fedmoe.gateway.serve.auto_model import PromptRouter
 from fedmoe.gateway.serve.catalogue import Catalogue
-from fedmoe.gateway.serve.router import Router
 from fedmoe.gateway.serve.routes import create_app
 from fedmoe.gateway.serve.service import Limits, Service
 from fedmoe.gateway.serve.text import PromptEncoder
-from fedmoe.gateway.serve.version_watcher import Follower, Source
+from fedmoe.gateway.serve.version_watcher import ModelSource, VersionWatcher
 from fedmoe.inference.backend import Backend
 from fedmoe.inference.batching.scheduler import TransformersBackend
 from fedmoe.inference.engine import AdapterKey
@@ -59,7 +58,7 @@ class VllmAddress:
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class Endpoint:
     """Where the server listens, whom it answers (`keys`: hashes, None asks for none), and its TLS files."""
 
     host: str
@@ -71,64 +70,53 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class GatewayServer:
     """The parts of a server that is ready to listen."""
 
     app: ASGIApp
     service: Service
-    follower: Follower
+    watcher: VersionWatcher
 
 
 @contextmanager
-def opened(
-    source: Source,
+def open_server(
+    source: ModelSource,
     manifest: Manifest,
     base: LoadedBase,
     make_backend: Callable[[LoadedBase, Manifest], Backend],
     limits: Limits,
-    gate: Gate,
+    gate: Endpoint,
     poll_seconds: float,
-    router: Router | None = None,
-) -> Iterator[Running]:
+    router: PromptRouter | None = None,
+) -> Iterator[GatewayServer]:
     """Everything but the socket: the newest versions loaded, the coordinator followed; closed on leaving.
 
-    Without a `router`, prompts to `auto` are routed by the statistics that the coordinator has.
+    Without a `router`, prompts to `auto` are routed by the statistics that the coordinator has. Raises `ServeError`
+    for another base model than the federation's, and where prompt and answer together exceed the model's context.
     """
-    check_base(base, manifest)
-    limits = within_context(limits, base)
-    with ExitStack() as stack:
-        backend = make_backend(base, manifest)
-        stack.callback(backend.close)
-        catalogue = Catalogue()
-        router = router or PromptRouter(base)
-        follower = Follower(source, catalogue, backend, base.identity, poll_seconds, router=router)
-        stack.callback(follower.close)
-        follower.poll()
-        follower.start()
-        vocabulary = int(base.model.config.get_text_config().vocab_size)
-        prompter = PromptEncoder(base.tokenizer, vocabulary, limits.prompt_tokens, stop_tokens(base))
-        service = Service(backend, catalogue, prompter, base.identity, limits, router, lambda: secrets.randbits(62))
-        stack.callback(service.close)
-        app = create_app(service, follower.health, gate.keys, gate.loopback_only)
-        yield Running(app, service, follower)
-
-
-def check_base(base: LoadedBase, manifest: Manifest) -> None:
-    """Refuse to serve the federation's adapters on another base model."""
-    found = manifest.differences(Manifest(base.identity, manifest.layout, manifest.alpha))
-    if found:
-        raise ServeError(f"{'; '.join(found)}; start with the federation's --base-model ({manifest.base.name})")
-
-
-def within_context(limits: Limits, base: LoadedBase) -> Limits:
-    """The limits, if prompt and answer together fit into the model's context; ServeError otherwise."""
+    if differences := manifest.differences(Manifest(base.identity, manifest.layout, manifest.alpha)):
+        raise ServeError(f"{'; '.join(differences)}; start with the federation's --base-model ({manifest.base.name})")
     most = context_length(base)
     if limits.prompt_tokens + limits.output_tokens > most:
         raise ServeError(
             f"{limits.prompt_tokens} prompt and {limits.output_tokens} output tokens do not fit into the model's "
             f"context of {most}; lower --max-prompt-tokens or --max-output-tokens"
         )
-    return limits
+    with ExitStack() as stack:
+        backend = make_backend(base, manifest)
+        stack.callback(backend.close)
+        catalogue = Catalogue()
+        router = router or PromptRouter(base)
+        watcher = VersionWatcher(source, catalogue, backend, base.identity, poll_seconds, router=router)
+        stack.callback(watcher.close)
+        watcher.poll()
+        watcher.start()
+        vocabulary = int(base.model.config.get_text_config().vocab_size)
+        prompter = PromptEncoder(base.tokenizer, vocabulary, limits.prompt_tokens, stop_tokens(base))
+        service = Service(backend, catalogue, prompter, base.identity, limits, router, lambda: secrets.randbits(62))
+        stack.callback(service.close)
+        app = create_app(service, watcher.health, gate.keys, gate.loopback_only)
+        yield GatewayServer(app, service, watcher)
 
 
 def backend_maker(rows: int, address: VllmAddress | None) -> Callable[[LoadedBase, Manifest], Backend]:
@@ -147,20 +135,20 @@ def _vllm(base: LoadedBase, modules: Sequence[str], rows: int, address: VllmAddr
     own = TransformersEngine(base, MultiLora(base.model, modules))
     prompts = [tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in _PROMPTS]
 
-    def reference(adapter: Adapter | None, wanted: Sequence[Probe]) -> list[FloatArray]:
-        key = None if adapter is None else AdapterKey("reference", 0)
-        if key is not None and adapter is not None:
-            own.load(key, adapter)
+    def reference(adapter: Adapter | None, probes: Sequence[Probe]) -> list[FloatArray]:
+        if adapter is None:
+            return [own.score(None, probe.prompt, probe.tokens) for probe in probes]
+        key = AdapterKey("reference", 0)
+        own.load(key, adapter)
         try:
-            return [own.score(key, probe.prompt, probe.tokens) for probe in wanted]
+            return [own.score(key, probe.prompt, probe.tokens) for probe in probes]
         finally:
-            if key is not None:
-                own.unload(key)
+            own.unload(key)
 
     return VllmBackend(address.url, engine, reference, prompts, address.token, rows)
 
 
-def listen(running: Running, gate: Gate) -> None:
+def listen(running: GatewayServer, gate: Endpoint) -> None:
     """Answer requests until SIGTERM or SIGINT; what is under way then is finished."""
     listener = listen_on(gate.host, gate.port)
     server = uvicorn.Server(

@@ -1,4 +1,4 @@
-"""The model `auto`: whose prompts the experts' workers said are like this one."""
+"""The model `auto`: routes a prompt by the prompt statistics that experts' workers sent to the coordinator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import structlog
 
 from fedmoe.gateway.rerank import Candidates, candidates
-from fedmoe.gateway.routers import Router, SequenceRouter
+from fedmoe.gateway.routers import FeatureRouter, SequenceRouter
 from fedmoe.lora.prompt_statistics import PromptStatistics
 from fedmoe.lora.safetensors_bytes import CodecError
 from fedmoe.models.base import LoadedBase
@@ -26,20 +26,23 @@ class PromptRouter:
     router from beginning to end.
     """
 
-    def __init__(self, base: LoadedBase, router: Router | None = None) -> None:
-        self._base = base
-        self._width = features_width(base)
+    def __init__(self, base: LoadedBase, router: FeatureRouter | None = None) -> None:
+        self._base, self._width = base, features_width(base)
         self._frame = ChatFrame.of(base.tokenizer)
         self._router = router
-        self._known: dict[str, tuple[str, PromptStatistics]] = {}
+        #: Expert -> tag of its statistics, and these.
+        self._statistics: dict[str, tuple[str, PromptStatistics]] = {}
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """The experts it chooses between, none while fewer than two have statistics."""
+        """The experts it chooses between, none while fewer than two have statistics: there is no model `auto` then."""
         return self._router.names if self._router is not None else ()
 
     def candidates(self, prompt: Sequence[int]) -> Candidates | None:
-        """The likely experts of a prompt, looked at without the chat template's frame."""
+        """The likely experts of a prompt, looked at without the chat template's frame; None while there are not two.
+
+        May take as long as a pass over the prompt.
+        """
         router = self._router
         if router is None:
             return None
@@ -49,36 +52,34 @@ class PromptRouter:
     def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:
         """Route from now on by the statistics named in `listed`, expert -> tag; returns who is left out, and why.
 
-        An expert whose new statistics cannot be had keeps its old ones.
+        `fetch` gets an expert's, and is called for new ones only. An expert whose new statistics cannot be had keeps
+        its old ones.
         """
-        known = {name: found for name, found in self._known.items() if name in listed}
+        statistics = {name: entry for name, entry in self._statistics.items() if name in listed}
         failed: dict[str, str] = {}
         for name, tag in listed.items():
-            if name not in known or known[name][0] != tag:
+            if name not in statistics or statistics[name][0] != tag:
                 try:
-                    known[name] = tag, self._read(fetch(name))
+                    statistics[name] = tag, self._read(fetch(name))
                 except (CodecError, CoordinatorUnavailableError, RefusedError, ValueError) as error:
                     failed[name] = str(error)
                     _log.warning("prompt_statistics_not_taken", expert=name, reason=str(error))
-        if known == self._known:
+        if statistics == self._statistics:
             return failed
         try:
-            self._router = _fitted({name: statistics for name, (_, statistics) in known.items()})
+            parts = {name: part for name, (_, part) in statistics.items()}
+            self._router = SequenceRouter.fit(parts) if len(parts) > 1 else None
         except ValueError as error:
-            return dict.fromkeys(known, str(error)) | failed
-        self._known = known
+            return dict.fromkeys(statistics, str(error)) | failed
+        self._statistics = statistics
         _log.info("routing", experts=list(self.experts))
         return failed
 
     def _read(self, body: bytes) -> PromptStatistics:
-        found = PromptStatistics.from_bytes(body)
-        if found.width != self._width:
+        statistics = PromptStatistics.from_bytes(body)
+        if statistics.width != self._width:
             raise ValueError(
-                f"the prompt statistics have {found.width} numbers, this base model's features {self._width}; "
+                f"the prompt statistics have {statistics.width} numbers, this base model's features {self._width}; "
                 "make them with the federation's base model"
             )
-        return found
-
-
-def _fitted(statistics: Mapping[str, PromptStatistics]) -> SequenceRouter | None:
-    return SequenceRouter.fit(statistics) if len(statistics) > 1 else None
+        return statistics

@@ -1,7 +1,7 @@
-"""Which version of which model is served, and until when an old one is kept.
+"""Versions of models that are served, and leases that keep an old one until its last request has ended.
 
-A snapshot says what new requests get. Whoever answers a request holds a lease on one version from beginning to end; a
-version that is no longer current goes when its last lease does.
+A snapshot says what new requests get. An active request holds a lease on one version from beginning to end; a
+version that is no longer current is unloaded after its last lease.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RESERVED = frozenset({GATEWAY, AUTO, BASE})
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class CatalogueSnapshot:
     """What is served at one moment: by name, and since when (seconds since 1970)."""
 
     models: Mapping[str, ServedModel]
@@ -35,7 +35,7 @@ class Snapshot:
     def changed(self, listed: Mapping[str, tuple[int, str]]) -> list[str]:
         """The names in `listed` (version, digest) that are not served as they are there."""
         served = {name: (model.version, model.digest) for name, model in self.models.items()}
-        return [name for name, wanted in listed.items() if served.get(name) != wanted]
+        return [name for name, newest in listed.items() if served.get(name) != newest]
 
 
 class Catalogue:
@@ -46,7 +46,7 @@ class Catalogue:
         self._retiring = threading.Event()
         self._leases: Counter[ServedModel] = Counter()
         self._old: set[ServedModel] = set()
-        self.snapshot = Snapshot(MappingProxyType({}), 0.0)
+        self.snapshot = CatalogueSnapshot(MappingProxyType({}), 0.0)
 
     def publish(self, models: Mapping[str, ServedModel], now: float) -> None:
         """New requests get these from now on; they must be loaded."""
@@ -54,11 +54,11 @@ class Catalogue:
             current = set(models.values())
             self._old |= set(self.snapshot.models.values()) - current
             self._old -= current
-            self.snapshot = Snapshot(MappingProxyType(dict(models)), now)
+            self.snapshot = CatalogueSnapshot(MappingProxyType(dict(models)), now)
             self._retiring.set()
 
     @contextmanager
-    def lease(self, name: str) -> Iterator[tuple[ServedModel, Snapshot]]:
+    def lease(self, name: str) -> Iterator[tuple[ServedModel, CatalogueSnapshot]]:
         """The version of `name` that is served now, kept until the block ends, and the snapshot it is of.
 
         Raises KeyError for a name that is not served.
@@ -76,14 +76,14 @@ class Catalogue:
                     self._retiring.set()
 
     def retired(self) -> list[ServedModel]:
-        """The versions that nobody can ask for and nobody uses any more; each is given once, for unloading."""
+        """Old versions without a lease; each is given once, for unloading."""
         with self._lock:
             self._retiring.clear()
-            done = sorted(model for model in self._old if self._leases[model] == 0)
-            self._old.difference_update(done)
-            for model in done:
+            unused = sorted(model for model in self._old if self._leases[model] == 0)
+            self._old.difference_update(unused)
+            for model in unused:
                 del self._leases[model]
-            return done
+            return unused
 
     def await_retired(self, seconds: float) -> None:
         """Return when there may be something in `retired`, or after `seconds`."""

@@ -1,13 +1,13 @@
-"""What the server has done so far, as text that Prometheus reads."""
+"""Counters of the gateway server in the text format of Prometheus."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fedmoe.gateway.serve.catalogue import Snapshot
-from fedmoe.gateway.serve.version_watcher import Health
+from fedmoe.gateway.serve.catalogue import CatalogueSnapshot
+from fedmoe.gateway.serve.version_watcher import WatchHealth
 
 
 @dataclass
@@ -19,42 +19,27 @@ class Counters:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
-    def page(self, snapshot: Snapshot, health: Health, running: int, waiting: int) -> str:
+    def page(self, snapshot: CatalogueSnapshot, health: WatchHealth, running: int, waiting: int) -> str:
         """All counts and the present state in the text format of Prometheus."""
-        lines = _counter("requests_total", "Requests answered, by the model that answered and how they ended.")
-        for (model, ended), count in sorted(self.requests.items()):
-            lines.append(_line("requests_total", count, {"model": model, "ended": ended}))
-        lines += _counter("refused_total", "Requests that were not begun, by code.")
-        lines += [_line("refused_total", count, {"code": code}) for code, count in sorted(self.refused.items())]
-        for name, count, about in (
-            ("prompt_tokens_total", self.prompt_tokens, "Prompt tokens of requests answered."),
-            ("completion_tokens_total", self.completion_tokens, "Tokens generated."),
-        ):
-            lines += [*_counter(name, about), _line(name, count)]
-        lines += _gauge("model_version", "The version that is served.")
-        lines += [_line("model_version", one.version, {"model": name}) for name, one in snapshot.models.items()]
-        for name, value, about in (
-            ("generations_running", float(running), "Generations in the batch."),
-            ("generations_waiting", float(waiting), "Generations that wait for a place."),
-            ("models_behind", float(len(health.behind)), "Names that are not up to date."),
-            ("coordinator_silence_seconds", health.seconds_since_answer, "Since the coordinator last answered."),
-        ):
-            lines += [*_gauge(name, about), _line(name, value)]
+        by_ending = {
+            f'{{model="{model}",ended="{ended}"}}': count for (model, ended), count in sorted(self.requests.items())
+        }
+        by_code = {f'{{code="{code}"}}': count for code, count in sorted(self.refused.items())}
+        versions = {f'{{model="{name}"}}': model.version for name, model in snapshot.models.items()}
+        families: tuple[tuple[str, str, Mapping[str, float]], ...] = (
+            ("requests_total", "Requests answered, by the model that answered and how they ended.", by_ending),
+            ("refused_total", "Requests that were not begun, by code.", by_code),
+            ("prompt_tokens_total", "Prompt tokens of requests answered.", {"": self.prompt_tokens}),
+            ("completion_tokens_total", "Tokens generated.", {"": self.completion_tokens}),
+            ("model_version", "The version that is served.", versions),
+            ("generations_running", "Generations in the batch.", {"": running}),
+            ("generations_waiting", "Generations that wait for a place.", {"": waiting}),
+            ("models_behind", "Names that are not up to date.", {"": len(health.behind)}),
+            ("coordinator_silence_seconds", "Since the coordinator last answered.", {"": health.seconds_since_answer}),
+        )
+        lines = []
+        for name, about, values in families:
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# HELP fedmoe_serve_{name} {about}", f"# TYPE fedmoe_serve_{name} {kind}"]
+            lines += [f"fedmoe_serve_{name}{labels} {value:g}" for labels, value in values.items()]
         return "\n".join(lines) + "\n"
-
-
-def _counter(name: str, about: str) -> list[str]:
-    return _heading(name, about, "counter")
-
-
-def _gauge(name: str, about: str) -> list[str]:
-    return _heading(name, about, "gauge")
-
-
-def _heading(name: str, about: str, kind: str) -> list[str]:
-    return [f"# HELP fedmoe_serve_{name} {about}", f"# TYPE fedmoe_serve_{name} {kind}"]
-
-
-def _line(name: str, value: float, labels: Mapping[str, str] | Iterable[tuple[str, str]] = ()) -> str:
-    shown = ",".join(f'{key}="{text}"' for key, text in dict(labels).items())
-    return f"fedmoe_serve_{name}{{{shown}}} {value:g}" if shown else f"fedmoe_serve_{name} {value:g}"

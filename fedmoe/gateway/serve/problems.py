@@ -1,4 +1,4 @@
-"""Errors as the OpenAI interface tells them: `{"error": {"message", "type", "param", "code"}}` with a status."""
+"""Error responses of the OpenAI interface: `{"error": {"message", "type", "param", "code"}}` with a status."""
 
 from __future__ import annotations
 
@@ -36,11 +36,8 @@ class ApiError(Exception):
         self, status: int, code: str, message: str, param: str | None = None, retry_after: int | None = None
     ) -> None:
         super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-        self.param = param
-        self.retry_after = retry_after
+        self.status, self.code, self.message = status, code, message
+        self.param, self.retry_after = param, retry_after
 
     def body(self) -> dict[str, object]:
         """The JSON of the error."""
@@ -63,11 +60,6 @@ def refusal(error: RefusedError) -> Response:
     return ApiError(_GUARD_STATUS[error.code], error.code, str(error)).response()
 
 
-def refused(error: RefusedError) -> Response:
-    """What stands before all our servers refused a request."""
-    return ApiError(_GUARD_STATUS[error.code], error.code, str(error)).response()
-
-
 def too_long(got: str, most: int, param: str) -> ApiError:
     """A prompt above the limit."""
     return ApiError(
@@ -84,7 +76,7 @@ def install(app: FastAPI) -> None:
     """Answer every error in this form; unknown ones are logged and say nothing of our insides."""
 
     @app.exception_handler(ApiError)
-    async def _told(request: Request, error: ApiError) -> Response:
+    async def _api(request: Request, error: ApiError) -> Response:
         return error.response()
 
     @app.exception_handler(BackendError)
@@ -102,11 +94,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
         codes = {400: "malformed", 404: "unknown_route", 405: "method_not_allowed"}
-        code = codes.get(error.status_code, "http_error")
-        where = f"{request.method} {request.url.path[:200]}"
-        told = ApiError(error.status_code, code, f"{where}: {error.detail}").response()
-        told.headers.update(allowed(request, error.headers))
-        return told
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        response = ApiError(error.status_code, codes.get(error.status_code, "http_error"), message).response()
+        response.headers.update(allowed(request, error.headers))
+        return response
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""Requests of the OpenAI interface: what is supported, in which bounds. Nothing that is asked for is ignored.
+"""Request bodies of the OpenAI interface: what is supported, in which bounds; no field is ignored silently.
 
 Fields that only describe the caller (`user`, `metadata`) are taken; fields for what this server does not do are taken
 at the values that ask for nothing, and refused otherwise.
@@ -36,24 +36,24 @@ _Token = Annotated[int, Field(ge=0, lt=1 << 31, strict=True), BeforeValidator(_w
 _Nothing = Annotated[dict[str, float], Field(max_length=0)] | None
 
 
-class _Strict(BaseModel):
+class _RequestModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(_RequestModel):
     """What comes with a stream."""
 
     include_usage: bool = False
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(_RequestModel):
     """Plain text is the only form there is."""
 
     type: Literal["text"]
 
 
-class _Common(_Strict):
-    """What both kinds of request have."""
+class _GenerationFields(_RequestModel):
+    """Fields of both kinds of request."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=200)]
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
@@ -81,18 +81,18 @@ class _Common(_Strict):
 
     @property
     def contradiction(self) -> str | None:
-        """What two fields say against each other; no schema tells of that."""
+        """How two fields contradict each other, which no schema tells."""
         return "stream_options needs stream: true" if self.stream_options is not None and not self.stream else None
 
 
-class TextPart(_Strict):
+class TextPart(_RequestModel):
     """A part of a message; text is the only kind there is."""
 
     type: Literal["text"]
     text: _Text
 
 
-class ChatMessage(_Strict):
+class ChatMessage(_RequestModel):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
@@ -111,7 +111,7 @@ class ChatMessage(_Strict):
         return {"role": self.role, "content": content}
 
 
-class ChatRequest(_Common):
+class ChatRequest(_GenerationFields):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
@@ -137,12 +137,13 @@ class ChatRequest(_Common):
 
     @property
     def contradiction(self) -> str | None:
-        """What two fields say against each other; no schema tells of that."""
-        lonely = self.top_logprobs is not None and not self.logprobs
-        return "top_logprobs needs logprobs: true" if lonely else super().contradiction
+        """How two fields contradict each other, which no schema tells."""
+        if self.top_logprobs is not None and not self.logprobs:
+            return "top_logprobs needs logprobs: true"
+        return super().contradiction
 
 
-class CompletionRequest(_Common):
+class CompletionRequest(_GenerationFields):
     """`POST /v1/completions`."""
 
     prompt: (

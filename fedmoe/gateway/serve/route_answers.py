@@ -1,4 +1,4 @@
-"""What every route of the gateway's server may answer beside what its types say; a test holds answers against it."""
+"""Documented answers of every route of the gateway server, beside what its types say; a test checks answers by it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _ANSWER: dict[int, Json] = {
         "content": {"application/json": _OBJECT, "text/event-stream": _TEXT},
     }
 }
-_ASKED = (
+_GENERATION_CODES = (
     *("model_not_found", "context_length_exceeded", "invalid_value", "unknown_parameter", "one_prompt_only"),
     *("empty_prompt", "invalid_messages", "invalid_token", "no_chat_template"),
     *("server_busy", "generation_failed", "routed_model_missing"),
@@ -71,20 +71,20 @@ ANSWERS: Mapping[Route, Answers] = {
     ),
     ("GET", "/v1/models"): Answers(),
     ("GET", "/v1/models/{name}"): Answers(("model_not_found",)),
-    ("POST", "/v1/chat/completions"): Answers(_ASKED, _ANSWER),
-    ("POST", "/v1/completions"): Answers(_ASKED, _ANSWER),
+    ("POST", "/v1/chat/completions"): Answers(_GENERATION_CODES, _ANSWER),
+    ("POST", "/v1/completions"): Answers(_GENERATION_CODES, _ANSWER),
 }
 
 
 def _answer(status: int, codes: list[str]) -> Json:
     named = {"properties": {"error": {"properties": {"code": {"enum": codes}}}}}
-    told: Json = {
+    documented: Json = {
         "description": f"an error with the code {', '.join(codes)}",
         "content": {"application/json": {"schema": {"allOf": [{"$ref": "#/components/schemas/Error"}, named]}}},
     }
     if status == 429:
-        told["headers"] = {"Retry-After": _TEXT}
-    return told
+        documented["headers"] = {"Retry-After": _TEXT}
+    return documented
 
 
 PROBLEMS = Problems(

@@ -1,4 +1,4 @@
-"""The HTTP routes: thin doors to the service, whole answers and streams, and clients that go away."""
+"""HTTP routes of the gateway server: whole answers, event streams, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Annotated, TypeVar, cast
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -21,10 +21,10 @@ from fedmoe.gateway.serve.api_keys import ApiKeyMiddleware
 from fedmoe.gateway.serve.catalogue import AUTO, BASE
 from fedmoe.gateway.serve.problems import ApiError, of_backend
 from fedmoe.gateway.serve.requests import MOST_CHOICES, ChatRequest, CompletionRequest
-from fedmoe.gateway.serve.responses import Form, Json, Kind, model_card
+from fedmoe.gateway.serve.responses import EndpointKind, JsonObject, ResponseBuilder, model_card
 from fedmoe.gateway.serve.route_answers import ANSWERS, PROBLEMS
-from fedmoe.gateway.serve.service import ActiveRequest, Chunk, GenerationRequest, Service, together
-from fedmoe.gateway.serve.version_watcher import Health
+from fedmoe.gateway.serve.service import ActiveRequest, Chunk, GenerationRequest, Service, joined
+from fedmoe.gateway.serve.version_watcher import WatchHealth
 from fedmoe.inference.backend import BackendError
 from fedmoe.wire.http import openapi
 from fedmoe.wire.http.body_limits import BodyGuard
@@ -40,19 +40,39 @@ _CHAT, _TEXTS = "/v1/chat/completions", "/v1/completions"
 _OTHER_FORMS = frozenset({"/metrics", _CHAT, _TEXTS})
 #: What the OpenAI interface generates for a text when nothing is said.
 _DEFAULT_TEXT_TOKENS = 16
-_GONE = 499
+_CLIENT_GONE = 499
 
-Result = TypeVar("Result")
+OpenAIRequest = ChatRequest | CompletionRequest
+WorkResult = TypeVar("WorkResult")
+
+
+async def get_service(request: Request) -> Service:
+    """The service that `create_app` gave the application."""
+    return cast(Service, request.app.state.service)
+
+
+async def get_health(request: Request) -> WatchHealth:
+    """How well the coordinator is followed now."""
+    return cast(WatchHealth, request.app.state.health())
+
+
+UsedService = Annotated[Service, Depends(get_service)]
+CurrentHealth = Annotated[WatchHealth, Depends(get_health)]
 
 
 def create_app(
-    service: Service, health: Callable[[], Health], keys: frozenset[str] | None, loopback_only: bool
+    service: Service, health: Callable[[], WatchHealth], keys: frozenset[str] | None, loopback_only: bool
 ) -> FastAPI:
     """The server's HTTP application; `keys` None asks for none, `loopback_only` as in `CrossSiteMiddleware`."""
     app = FastAPI(title="FedMoE gateway", version=__version__, docs_url=None, redoc_url=None)
+    app.state.service, app.state.health = service, health
     problems.install(app)
-    _look_routes(app, service, health)
-    _answer_routes(app, service)
+    looks: dict[str, Callable[..., Awaitable[Response]]] = {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics}
+    looks |= {"/v1/models": models, "/v1/models/{name}": model}
+    for path, handler in looks.items():
+        app.add_api_route(path, handler, methods=["GET"])
+    app.add_api_route(_CHAT, chat, methods=["POST"])
+    app.add_api_route(_TEXTS, completion, methods=["POST"])
     app.add_middleware(NegotiationMiddleware, others=_OTHER_FORMS, answer=problems.refusal)
     app.add_middleware(RepeatedMiddleware, answer=problems.refusal)
     add_guard(app, keys, loopback_only)
@@ -76,79 +96,77 @@ def add_guard(app: Starlette, keys: frozenset[str] | None, loopback_only: bool) 
     )
 
 
-def _look_routes(app: FastAPI, service: Service, health: Callable[[], Health]) -> None:
-    @app.get("/healthz")
-    async def healthz() -> JSONResponse:
-        found = health()
-        seconds = round(found.seconds_since_answer, 1)
-        status = "behind" if found.behind else "ok"
-        return JSONResponse({"status": status, "coordinator_silent_seconds": seconds})
-
-    @app.get("/readyz")
-    async def readyz() -> Response:
-        return readiness(_not_ready(service, health()))
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        page = service.counters.page(service.catalogue.snapshot, health(), *service.backend.busy())
-        return PlainTextResponse(page, media_type="text/plain; version=0.0.4")
-
-    @app.get("/v1/models")
-    async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [_card(service, name) for name in service.names()]})
-
-    @app.get("/v1/models/{name}")
-    async def model(name: str) -> JSONResponse:
-        _check_name(service, name)
-        return JSONResponse(_card(service, name))
+async def healthz(health: CurrentHealth) -> JSONResponse:
+    """The server runs; how long the coordinator has been silent, in seconds."""
+    status = "behind" if health.behind else "ok"
+    return JSONResponse({"status": status, "coordinator_silent_seconds": round(health.seconds_since_answer, 1)})
 
 
-def _not_ready(service: Service, health: Health) -> str | None:
-    """Why the federation's models cannot be asked for; a coordinator that is away takes back none that is loaded."""
+async def readyz(service: UsedService, health: CurrentHealth) -> Response:
+    """Ready when the coordinator's models can be asked for; one that is away takes back none that is loaded."""
     served = service.catalogue.snapshot.models
     if not served and health.behind:
-        return "no model of the federation is served yet; the server's log says why"
+        return readiness("no model of the federation is served yet; the server's log says why")
     missing = set(served.values()) - service.backend.loaded()
-    return f"not loaded: {', '.join(sorted(model.name for model in missing))}" if missing else None
+    return readiness(f"not loaded: {', '.join(sorted(model.name for model in missing))}" if missing else None)
 
 
-def _card(service: Service, name: str) -> Json:
+async def metrics(service: UsedService, health: CurrentHealth) -> Response:
+    """Counters and the present state for Prometheus."""
+    page = service.counters.page(service.catalogue.snapshot, health, *service.backend.busy())
+    return PlainTextResponse(page, media_type="text/plain; version=0.0.4")
+
+
+async def models(service: UsedService) -> JSONResponse:
+    """All models that can be asked for."""
+    return JSONResponse({"object": "list", "data": [_card(service, name) for name in service.names()]})
+
+
+async def model(name: str, service: UsedService) -> JSONResponse:
+    """One model."""
+    _check_name(service, name)
+    return JSONResponse(_card(service, name))
+
+
+def _card(service: Service, name: str) -> JsonObject:
     snapshot, base = service.catalogue.snapshot, service.base.weights_hash
     if name in (BASE, AUTO):
         return model_card(name, int(snapshot.since), 0, base, base)
-    one = snapshot.models[name]
-    return model_card(name, int(snapshot.since), one.version, one.digest, base)
+    served = snapshot.models[name]
+    return model_card(name, int(snapshot.since), served.version, served.digest, base)
 
 
-def _answer_routes(app: FastAPI, service: Service) -> None:
-    @app.post(_CHAT)
-    async def chat(request: Request, wanted: ChatRequest) -> Response:
-        _check(request, service, wanted)
-        prompt = service.prompter.of_chat([message.plain() for message in wanted.messages])
-        asked = _asked(service, wanted, [prompt], wanted.most_new_tokens, service.limits.output_tokens)
-        return await _answered(request, service, wanted, asked, "chat")
-
-    @app.post(_TEXTS)
-    async def completion(request: Request, wanted: CompletionRequest) -> Response:
-        _check(request, service, wanted)
-        prompter = service.prompter
-        prompts = [prompter.of_text(one) if isinstance(one, str) else prompter.of_tokens(one) for one in wanted.prompts]
-        asked = _asked(service, wanted, prompts, wanted.max_tokens, _DEFAULT_TEXT_TOKENS)
-        return await _answered(request, service, wanted, asked, "text")
+async def chat(request: Request, body: ChatRequest, service: UsedService) -> Response:
+    """Answer a conversation."""
+    _check(request, service, body)
+    prompt = service.prompter.of_chat([message.plain() for message in body.messages])
+    generation = _generation(service, body, [prompt], body.most_new_tokens, service.limits.output_tokens)
+    return await _answer(request, service, body, generation, "chat")
 
 
-def _check(request: Request, service: Service, wanted: ChatRequest | CompletionRequest) -> None:
+async def completion(request: Request, body: CompletionRequest, service: UsedService) -> Response:
+    """Continue one or several texts."""
+    _check(request, service, body)
+    encoder = service.prompter
+    prompts = [
+        encoder.of_text(prompt) if isinstance(prompt, str) else encoder.of_tokens(prompt) for prompt in body.prompts
+    ]
+    generation = _generation(service, body, prompts, body.max_tokens, _DEFAULT_TEXT_TOKENS)
+    return await _answer(request, service, body, generation, "text")
+
+
+def _check(request: Request, service: Service, body: OpenAIRequest) -> None:
     """First whether the model is there, for which every field means something; then what no schema tells."""
-    form = EventStream.media_type if wanted.stream else JSON
+    form = EventStream.media_type if body.stream else JSON
     if excludes(request.headers.getlist("accept"), form):
         raise not_acceptable(form)
     try:
-        _check_name(service, wanted.model)
+        _check_name(service, body.model)
     except ApiError as error:
         service.counters.refused[error.code] += 1
         raise
-    if wanted.contradiction is not None:
-        raise ApiError(400, "invalid_value", wanted.contradiction)
+    if body.contradiction is not None:
+        raise ApiError(400, "invalid_value", body.contradiction)
 
 
 def _check_name(service: Service, name: str) -> None:
@@ -157,68 +175,68 @@ def _check_name(service: Service, name: str) -> None:
         raise ApiError(404, "model_not_found", f"there is no model {name[:80]!r}; there are: {there}", "model")
 
 
-def _asked(
-    service: Service,
-    wanted: ChatRequest | CompletionRequest,
-    prompts: Sequence[tuple[int, ...]],
-    most: int | None,
-    default: int,
+def _generation(
+    service: Service, body: OpenAIRequest, prompts: Sequence[tuple[int, ...]], most: int | None, default: int
 ) -> GenerationRequest:
     limit = service.limits.output_tokens
     if most is not None and most > limit:
         raise ApiError(400, "invalid_value", f"at most {limit} tokens are generated here, got {most}", "max_tokens")
-    if len(prompts) * (wanted.n or 1) > MOST_CHOICES:
+    if len(prompts) * (body.n or 1) > MOST_CHOICES:
         raise ApiError(
-            400, "invalid_value", f"prompts times n may be {MOST_CHOICES}, got {len(prompts)} x {wanted.n}", "n"
+            400, "invalid_value", f"prompts times n may be {MOST_CHOICES}, got {len(prompts)} x {body.n}", "n"
         )
     return GenerationRequest(
-        wanted.model,
+        body.model,
         tuple(prompts),
-        wanted.n or 1,
+        body.n or 1,
         min(default, limit) if most is None else most,
-        1.0 if wanted.temperature is None else wanted.temperature,
-        1.0 if wanted.top_p is None else wanted.top_p,
-        wanted.seed,
-        wanted.alternatives if isinstance(wanted, ChatRequest) else wanted.logprobs,
-        wanted.stops,
+        1.0 if body.temperature is None else body.temperature,
+        1.0 if body.top_p is None else body.top_p,
+        body.seed,
+        body.alternatives if isinstance(body, ChatRequest) else body.logprobs,
+        body.stops,
     )
 
 
-async def _answered(
-    request: Request, service: Service, wanted: ChatRequest | CompletionRequest, asked: GenerationRequest, kind: Kind
+async def _answer(
+    request: Request, service: Service, body: OpenAIRequest, generation: GenerationRequest, kind: EndpointKind
 ) -> Response:
     try:
-        # A prompt to `auto` waits here until it is routed; nobody else does.
-        answering = await _unless_gone(request.receive, service.begin(asked))
-    except ApiError as error:
-        service.counters.refused[error.code] += 1
+        # A prompt to `auto` waits here until it is routed; no other request does.
+        active = await _unless_gone(request.receive, service.begin(generation))
+    except (ApiError, BackendError) as error:
+        service.counters.refused[error.code if isinstance(error, ApiError) else of_backend(error).code] += 1
         raise
-    except BackendError as error:
-        service.counters.refused[of_backend(error).code] += 1
-        raise
-    if answering is None:
+    if active is None:
         service.counters.refused["client_gone"] += 1
-        return Response(status_code=_GONE)
-    form = Form(kind, uuid.uuid4().hex, int(time.time()), answering.origin, service.prompter, asked.alternatives)
-    if wanted.stream:
-        return EventStream(answering, form, wanted.include_usage)
-    async with answering:
-        body = await _unless_gone(request.receive, _whole(answering, form))
-    # Nobody reads the second one: its client is gone.
-    return JSONResponse(body, headers=answering.origin.headers()) if body is not None else Response(status_code=_GONE)
+        return Response(status_code=_CLIENT_GONE)
+    number, created = uuid.uuid4().hex, int(time.time())
+    builder = ResponseBuilder(kind, number, created, active.origin, service.prompter, generation.alternatives)
+    if body.stream:
+        return EventStream(active, builder, body.include_usage)
+    async with active:
+        content = await _unless_gone(request.receive, _whole(active, builder))
+    if content is None:  # the client is gone, so this status is never read
+        return Response(status_code=_CLIENT_GONE)
+    return JSONResponse(content, headers=active.origin.headers())
 
 
-async def _whole(answering: ActiveRequest, form: Form) -> Json:
-    found: list[list[Chunk]] = [[] for _ in range(answering.asked.choices)]
-    async with aclosing(answering.pieces()) as pieces:
-        async for index, piece in pieces:
-            found[index].append(piece)
-    return form.whole([together(one) for one in found], answering.usage)
+async def _whole(active: ActiveRequest, builder: ResponseBuilder) -> JsonObject:
+    chunks: list[list[Chunk]] = [[] for _ in range(active.request.choices)]
+    async with aclosing(active.chunks()) as stream:
+        async for index, chunk in stream:
+            chunks[index].append(chunk)
+    return builder.whole([joined(parts) for parts in chunks], active.usage)
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[None, None, Result]) -> Result | None:
+async def _unless_gone(receive: Receive, work: Coroutine[None, None, WorkResult]) -> WorkResult | None:
     """The result of `work`, or None, and the work given up, when the client goes away first."""
-    doing, leaving = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
+
+    async def disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    doing, leaving = asyncio.create_task(work), asyncio.create_task(disconnect())
     try:
         await asyncio.wait((doing, leaving), return_when=asyncio.FIRST_COMPLETED)
         return await doing if doing.done() else None
@@ -228,25 +246,18 @@ async def _unless_gone(receive: Receive, work: Coroutine[None, None, Result]) ->
         await asyncio.gather(doing, leaving, return_exceptions=True)
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 class EventStream(Response):
     """An answer as server-sent events; gives everything back when it ends, however it ends."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, answering: ActiveRequest, form: Form, include_usage: bool) -> None:
-        super().__init__(headers={**answering.origin.headers(), "cache-control": "no-store"})
+    def __init__(self, active: ActiveRequest, builder: ResponseBuilder, include_usage: bool) -> None:
+        super().__init__(headers={**active.origin.headers(), "cache-control": "no-store"})
         del self.headers["content-length"]
-        self._answering = answering
-        self._form = form
-        self._include_usage = include_usage
+        self._active, self._builder, self._include_usage = active, builder, include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._answering:
+        async with self._active:
             await _unless_gone(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
@@ -257,21 +268,21 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        for opening in self._form.opening(self._answering.asked.choices):
+        for opening in self._builder.opening(self._active.request.choices):
             yield _event(opening)
         try:
-            async with aclosing(self._answering.pieces()) as pieces:
-                async for index, piece in pieces:
-                    if piece.text or piece.finish or self._form.alternatives is not None:
-                        yield _event(self._form.part(index, piece))
+            async with aclosing(self._active.chunks()) as chunks:
+                async for index, chunk in chunks:
+                    if chunk.text or chunk.finish or self._builder.alternatives is not None:
+                        yield _event(self._builder.part(index, chunk))
         except BackendError as error:
             # The status has long been sent; clients take an event with an error for what it is.
             yield _event(of_backend(error).body())
             return
         if self._include_usage:
-            yield _event(self._form.closing(self._answering.usage))
+            yield _event(self._builder.closing(self._active.usage))
         yield b"data: [DONE]\n\n"
 
 
-def _event(body: Json) -> bytes:
+def _event(body: JsonObject) -> bytes:
     return b"data: " + json.dumps(body, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"

@@ -1,4 +1,4 @@
-"""Text to prompt tokens, and tokens back to text piece by piece, up to the first stop string."""
+"""Encodes prompts to tokens, and decodes generated tokens to streamed text up to the first stop string."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_CHARACTERS_A_TOKEN = 64
 
 
 class PromptEncoder:
-    """What the tokenizer does for the server; a prompt above `most` tokens is refused, never cut.
+    """The tokenizer as the server uses it; a prompt above `most` tokens is refused, never cut.
 
     `stops` end answers and are no part of their text.
     """
@@ -24,10 +24,7 @@ class PromptEncoder:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, most: int, stops: frozenset[int] = frozenset()
     ) -> None:
-        self._tokenizer = tokenizer
-        self._vocabulary = vocabulary
-        self._most = most
-        self._stops = stops
+        self._tokenizer, self._vocabulary, self._most, self._stops = tokenizer, vocabulary, most, stops
 
     def of_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """The prompt of a conversation by the base model's own chat template."""
@@ -60,8 +57,8 @@ class PromptEncoder:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special tokens and those that end an answer."""
-        kept = strip_stop_tokens(tokens, self._stops)
-        return str(self._tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        tokens = strip_stop_tokens(tokens, self._stops)
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def shown(self, token: int) -> str:
         """One token by itself, special or not."""
@@ -81,7 +78,7 @@ class PromptEncoder:
 
 @dataclass
 class TextStream:
-    """Tokens to text as they come; the pieces joined are the text of all tokens.
+    """Decodes tokens as they come; the pieces joined are the text of all tokens.
 
     A token can end in the middle of a letter, and some tokenizers write a word after a word otherwise than alone. So a
     few tokens are decoded again with what follows, and nothing is given out before its last letter is whole.
@@ -95,7 +92,7 @@ class TextStream:
     def add(self, token: int) -> str:
         """The text that is certain now and was not before."""
         self._tokens.append(token)
-        piece = self._pending()
+        piece = self.end()
         if not piece or piece.endswith("\ufffd"):
             return ""
         self._again, self._given = self._given, len(self._tokens)
@@ -103,16 +100,13 @@ class TextStream:
 
     def end(self) -> str:
         """What is left."""
-        return self._pending()
-
-    def _pending(self) -> str:
-        known = self.prompter.text(self._tokens[self._again : self._given])
-        return self.prompter.text(self._tokens[self._again :])[len(known) :]
+        shown = self.prompter.text(self._tokens[self._again : self._given])
+        return self.prompter.text(self._tokens[self._again :])[len(shown) :]
 
 
 @dataclass
 class StopStringFilter:
-    """Finds the first stop string in a text that comes in pieces; holds back what may be the beginning of one."""
+    """Finds the first stop string in streamed text; holds back what may be the beginning of one."""
 
     stops: tuple[str, ...]
     _held: str = ""
@@ -121,20 +115,16 @@ class StopStringFilter:
         """What may be shown, and whether a stop string was found; after that nothing more is shown."""
         text = self._held + piece
         # The one that is complete first: which one that is does not depend on the pieces.
-        found = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
-        if found:
+        matches = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
+        if matches:
             self._held = ""
-            return text[: min(found)[1]], True
-        kept = max((_beginning(text, stop) for stop in self.stops), default=0)
-        self._held = text[len(text) - kept :]
-        return text[: len(text) - kept], False
+            return text[: min(matches)[1]], True
+        beginnings = (stop[:size] for stop in self.stops for size in range(1, min(len(stop), len(text) + 1)))
+        held = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held], False
 
     def end(self) -> str:
-        """What was held back and begins nothing after all."""
+        """What was held back and begins no stop string after all."""
         held, self._held = self._held, ""
         return held
-
-
-def _beginning(text: str, stop: str) -> int:
-    """How many letters at the end of `text` may be the beginning of `stop`."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

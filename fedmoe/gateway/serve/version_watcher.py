@@ -1,4 +1,4 @@
-"""Following a coordinator: newer versions are fetched, loaded, and only then served; what fails changes nothing."""
+"""Watches a coordinator: newer versions are fetched, loaded, and only then served; what fails changes nothing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Protocol
 
 import structlog
 
+from fedmoe.gateway.serve.auto_model import PromptRouter
 from fedmoe.gateway.serve.catalogue import GATEWAY, RESERVED, Catalogue
-from fedmoe.gateway.serve.router import Router
 from fedmoe.inference.backend import Backend, BackendError, ServedModel
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.manifest import BaseModel
@@ -24,8 +24,8 @@ _log = structlog.get_logger("fedmoe.serve")
 _LONGEST_PAUSE = 60.0
 
 
-class Source(Protocol):
-    """What is asked of a coordinator; `CoordinatorClient` is one."""
+class ModelSource(Protocol):
+    """The routes of a coordinator that are used; `CoordinatorClient` is one."""
 
     def list_experts(self) -> Listing:
         """Every expert and the gateway, with versions and digests."""
@@ -40,13 +40,13 @@ class Source(Protocol):
         ...
 
     def data_statistics(self, expert: str, kind: StatisticsKind) -> PulledStatistics | None:
-        """What an expert's workers tell of their data."""
+        """What an expert's workers report about their data."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a name was not brought up to date, how often that failed on end, and when it is tried again."""
+class UpdateFailure:
+    """Why a name was not brought up to date, how often in a row that failed, and when it is tried again."""
 
     why: str
     times: int
@@ -54,14 +54,14 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Health:
+class WatchHealth:
     """How well the coordinator is followed: seconds since it last answered, and what is not up to date, by name."""
 
     seconds_since_answer: float
     behind: Mapping[str, str]
 
 
-class Follower:
+class VersionWatcher:
     """Keeps a catalogue up to date, in a thread of its own after `start`; unloads what nobody uses any more.
 
     `base` is the base model served: weights for another one are refused. `poll_seconds` lie between two questions. A
@@ -70,25 +70,20 @@ class Follower:
 
     def __init__(
         self,
-        source: Source,
+        source: ModelSource,
         catalogue: Catalogue,
         backend: Backend,
         base: BaseModel,
         poll_seconds: float = 2.0,
         clock: Callable[[], float] = time.time,
-        router: Router | None = None,
+        router: PromptRouter | None = None,
     ) -> None:
-        self._source = source
-        self._catalogue = catalogue
-        self._backend = backend
-        self._base = base
-        self._poll_seconds = poll_seconds
-        self._clock = clock
-        self._router = router
+        self._source, self._catalogue, self._backend, self._base = source, catalogue, backend, base
+        self._poll_seconds, self._clock, self._router = poll_seconds, clock, router
         self._prompts: dict[str, str] = {}
         self._unrouted: Mapping[str, str] = {}
         self._route_again = 0.0
-        self._failures: dict[str, Failure] = {}
+        self._failures: dict[str, UpdateFailure] = {}
         self._answered = clock()
         self._unreachable: str | None = None
         self._reserved: frozenset[str] = frozenset()
@@ -106,13 +101,13 @@ class Follower:
         if self._thread.is_alive():
             self._thread.join()
 
-    def health(self) -> Health:
+    def health(self) -> WatchHealth:
         """How well the coordinator is followed."""
         behind = {f"prompts of {name}": why for name, why in self._unrouted.items()}
         behind |= {name: failure.why for name, failure in self._failures.items()}
         if self._unreachable is not None:
             behind["coordinator"] = self._unreachable
-        return Health(self._clock() - self._answered, behind)
+        return WatchHealth(self._clock() - self._answered, behind)
 
     def poll(self) -> None:
         """Ask once and serve what is new; raises what the coordinator's client raises when the listing fails."""
@@ -120,7 +115,7 @@ class Follower:
         listed = self._listed(listing)
         self._answered = self._clock()
         changed = self._catalogue.snapshot.changed(listed)
-        loaded = {name: model for name in changed if (model := self._brought_up(name, listed[name][0])) is not None}
+        loaded = {name: model for name in changed if (model := self._load_newest(name, listed[name][0])) is not None}
         behind = set(changed) - loaded.keys()
         self._failures = {name: failure for name, failure in self._failures.items() if name in behind}
         before = self._catalogue.snapshot.models
@@ -144,51 +139,54 @@ class Follower:
         if self._router is None:
             return
         served = self._catalogue.snapshot.models.keys() - RESERVED
-        wanted = {e.name: e.prompts for e in listing.experts if e.prompts is not None and e.name in served}
-        if wanted == self._prompts and not (self._unrouted and self._clock() >= self._route_again):
+        prompts = {e.name: e.prompts for e in listing.experts if e.prompts is not None and e.name in served}
+        if prompts == self._prompts and not (self._unrouted and self._clock() >= self._route_again):
             return
-        self._unrouted = self._router.follow(wanted, self._prompt_statistics)
-        self._prompts, self._route_again = wanted, self._clock() + _LONGEST_PAUSE
 
-    def _prompt_statistics(self, expert: str) -> bytes:
-        pulled = self._source.data_statistics(expert, "prompts")
-        assert pulled is not None, "without an ETag there is always an answer"
-        return pulled.body
+        def fetch(expert: str) -> bytes:
+            pulled = self._source.data_statistics(expert, "prompts")
+            assert pulled is not None, "without an ETag there is always an answer"
+            return pulled.body
+
+        self._unrouted = self._router.follow(prompts, fetch)
+        self._prompts, self._route_again = prompts, self._clock() + _LONGEST_PAUSE
 
     def _listed(self, listing: Listing) -> dict[str, tuple[int, str]]:
-        found = {e.name: (e.version, e.digest) for e in listing.experts if e.name not in RESERVED}
+        """Version and digest of every model that can be served, by name."""
         reserved = RESERVED & {expert.name for expert in listing.experts}
         if reserved - self._reserved:
             _log.warning("name_means_something_else", experts=sorted(reserved), fix="register them under other names")
         self._reserved |= reserved
+        models = {e.name: (e.version, e.digest) for e in listing.experts if e.name not in RESERVED}
         if listing.gateway is not None:
-            found[GATEWAY] = (listing.gateway.version, listing.gateway.digest)
-        return found
+            models[GATEWAY] = (listing.gateway.version, listing.gateway.digest)
+        return models
 
-    def _brought_up(self, name: str, version: int) -> ServedModel | None:
+    def _load_newest(self, name: str, version: int) -> ServedModel | None:
         """The newest version of `name`, at least `version`, loaded; None if that failed, which is tried again later."""
         failure = self._failures.get(name)
         if failure is not None and self._clock() < failure.retry_at:
             return None
         try:
-            model, adapter = self._pulled(name, version)
+            model, adapter = self._pull(name, version)
             if model not in self._backend.loaded():
                 self._backend.load(model, adapter)
         except (BackendError, CoordinatorUnavailableError, RefusedError) as error:
-            times = failure.times + 1 if failure else 1
-            self._note(name, str(error), min(_LONGEST_PAUSE, self._poll_seconds * 2**times), times)
+            times, why = failure.times + 1 if failure else 1, str(error)
+            if failure is None or failure.why != why:
+                _log.warning("not_up_to_date", model=name, reason=why)
+            pause = min(_LONGEST_PAUSE, self._poll_seconds * 2**times)
+            self._failures[name] = UpdateFailure(why, times, self._clock() + pause)
             return None
         return model
 
-    def _pulled(self, name: str, version: int) -> tuple[ServedModel, Adapter]:
+    def _pull(self, name: str, version: int) -> tuple[ServedModel, Adapter]:
         pulled: PulledGateway | PulledExpert | None
-        if name == GATEWAY:
-            pulled = self._source.pull_gateway()
-            assert pulled is not None, "without an ETag there is always an answer"
+        pulled = self._source.pull_gateway() if name == GATEWAY else self._source.pull_expert(name)
+        assert pulled is not None, "without an ETag there is always an answer"
+        if isinstance(pulled, PulledGateway):
             base = pulled.base.get("weights_hash"), pulled.base.get("tokenizer_hash")
         else:
-            pulled = self._source.pull_expert(name)
-            assert pulled is not None, "without an ETag there is always an answer"
             base = pulled.manifest.base.weights_hash, pulled.manifest.base.tokenizer_hash
         if pulled.version < version:
             raise BackendError(f"the coordinator lists {name} at version {version} and sent {pulled.version}")
@@ -199,12 +197,6 @@ class Follower:
             )
         return ServedModel(name, pulled.version, pulled.digest), pulled.adapter
 
-    def _note(self, name: str, why: str, pause: float, times: int = 1) -> None:
-        known = self._failures.get(name)
-        if known is None or known.why != why:
-            _log.warning("not_up_to_date", model=name, reason=why)
-        self._failures[name] = Failure(why, times, self._clock() + pause)
-
     def _run(self) -> None:
         due = time.monotonic() + self._poll_seconds
         while not self._stop.is_set():
@@ -214,21 +206,21 @@ class Follower:
             if time.monotonic() < due:
                 self.sweep()
                 continue
-            self._poll_and_say()
+            self._poll_safely()
             due = time.monotonic() + self._poll_seconds
 
-    def _poll_and_say(self) -> None:
+    def _poll_safely(self) -> None:
+        """Poll; log a coordinator that is lost or found again once, and keep the reason for `health`."""
         try:
             self.poll()
         except (CoordinatorUnavailableError, RefusedError) as error:
             if self._unreachable is None:
                 _log.warning("coordinator_lost", reason=str(error), serving="what was there before")
             self._unreachable = str(error)
-            return
         except Exception as error:  # nothing may end this thread: the server would serve old versions and not say so
             _log.error("follower_failed", error=repr(error))
             self._unreachable = f"following failed: {error!r}"
-            return
-        if self._unreachable is not None:
-            _log.info("coordinator_found")
-        self._unreachable = None
+        else:
+            if self._unreachable is not None:
+                _log.info("coordinator_found")
+            self._unreachable = None

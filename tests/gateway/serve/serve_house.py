@@ -14,10 +14,10 @@ import openai
 from live import House, listening, open_house
 from support import make_submission
 
-from fedmoe.gateway.serve.app import Gate, backend_maker, opened
-from fedmoe.gateway.serve.router import Router
+from fedmoe.gateway.serve.app import Endpoint, backend_maker, open_server
+from fedmoe.gateway.serve.auto_model import PromptRouter
 from fedmoe.gateway.serve.service import Limits, Service
-from fedmoe.gateway.serve.version_watcher import Follower
+from fedmoe.gateway.serve.version_watcher import VersionWatcher
 from fedmoe.inference.backend import Backend
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
 from fedmoe.lora.manifest import Manifest
@@ -87,7 +87,7 @@ class Served:
     url: str
     house: House
     service: Service
-    follower: Follower
+    watcher: VersionWatcher
     adapters: dict[str, Adapter] = field(default_factory=dict)
 
     @property
@@ -121,7 +121,7 @@ def serving(
     rows: int = 8,
     keys: frozenset[str] | None = None,
     poll_seconds: float = 0.02,
-    router: Router | None = None,
+    router: PromptRouter | None = None,
 ) -> Iterator[Served]:
     """A server for two experts whose adapters are away from zero."""
     with open_house(folder) as house:
@@ -130,10 +130,10 @@ def serving(
             served = Served("", house, None, None)  # type: ignore[arg-type]  # filled in below
             for seed, expert in enumerate(EXPERTS):
                 served.push(expert, 100 + seed)
-            gate = Gate("127.0.0.1", 0, keys, keys is None)
+            gate = Endpoint("127.0.0.1", 0, keys, keys is None)
             maker = backend_maker(rows, None)
-            with opened(api, tiny_manifest(), tiny(), maker, limits, gate, poll_seconds, router) as running:
-                served.service, served.follower = running.service, running.follower
+            with open_server(api, tiny_manifest(), tiny(), maker, limits, gate, poll_seconds, router) as running:
+                served.service, served.watcher = running.service, running.watcher
                 with listening(running.app) as server:
                     served.url = server.url
                     yield served

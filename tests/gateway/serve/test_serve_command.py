@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
@@ -21,8 +22,9 @@ from support import MANIFEST, free_port
 
 from fedmoe.cli.output import CommandError
 from fedmoe.cli.serve import serve
-from fedmoe.gateway.serve.app import ServeError, check_base, within_context
+from fedmoe.gateway.serve.app import Endpoint, ServeError, open_server
 from fedmoe.gateway.serve.service import Limits
+from fedmoe.lora.manifest import Manifest
 
 COMMAND = "import typer; from fedmoe.cli.serve import serve; typer.run(serve)"
 
@@ -105,11 +107,18 @@ def test_without_an_expert_there_is_nothing_to_serve(tmp_path: Path) -> None:
         run("--coordinator-url", coordinator.url)
 
 
+def start(manifest: Manifest, limits: Limits) -> None:
+    """Start a server that must refuse before it needs a coordinator or a backend."""
+    unused: Any = None
+    with open_server(unused, manifest, tiny(), unused, limits, Endpoint("127.0.0.1", 0, None, True), 1.0):
+        pass
+
+
 def test_another_base_model_is_refused_before_anything_is_served() -> None:
     with pytest.raises(ServeError, match="--base-model \\(tiny/base\\)"):
-        check_base(tiny(), MANIFEST)
+        start(MANIFEST, Limits())
 
 
 def test_limits_beyond_the_models_context_are_refused() -> None:
     with pytest.raises(ServeError, match="context of 2048"):
-        within_context(Limits(2000, 100), tiny())
+        start(tiny_manifest(), Limits(2000, 100))

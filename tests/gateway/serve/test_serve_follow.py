@@ -11,7 +11,7 @@ import pytest
 from support import LAYOUT, MANIFEST, make_adapter
 
 from fedmoe.gateway.serve.catalogue import Catalogue
-from fedmoe.gateway.serve.version_watcher import Follower
+from fedmoe.gateway.serve.version_watcher import VersionWatcher
 from fedmoe.inference.backend import BackendError, ServedModel
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.manifest import BaseModel, Manifest
@@ -144,7 +144,7 @@ class House:
     now: float = 100.0
 
     def __post_init__(self) -> None:
-        self.follower = Follower(
+        self.watcher = VersionWatcher(
             self.source,
             self.catalogue,
             self.backend,  # type: ignore[arg-type]  # no generations here
@@ -160,35 +160,35 @@ class House:
 
 def test_everything_listed_is_served_and_old_versions_go() -> None:
     house = House()
-    house.follower.poll()
+    house.watcher.poll()
     assert house.served() == {"python": 1, "sql": 1, "gateway": 2}
     house.source.experts["python"], house.source.gateway = 2, 3
-    house.follower.poll()
+    house.watcher.poll()
     assert house.served() == {"python": 2, "sql": 1, "gateway": 3}
     assert house.backend.held == set(house.catalogue.snapshot.models.values())
 
 
 def test_only_what_changed_is_fetched() -> None:
     house = House()
-    house.follower.poll()
-    house.follower.poll()
+    house.watcher.poll()
+    house.watcher.poll()
     house.source.experts["sql"] = 5
-    house.follower.poll()
+    house.watcher.poll()
     assert house.source.pulls == ["python", "sql", "sql"]
 
 
 def test_a_lost_coordinator_leaves_everything_and_is_said() -> None:
     house = House()
-    house.follower.poll()
+    house.watcher.poll()
     house.source.lost, house.now = True, 130.0
-    house.follower._poll_and_say()
+    house.watcher._poll_safely()
     assert house.served() == {"python": 1, "sql": 1, "gateway": 2}
-    assert house.follower.health().behind == {"coordinator": "no answer"}
-    assert house.follower.health().seconds_since_answer == 30.0
+    assert house.watcher.health().behind == {"coordinator": "no answer"}
+    assert house.watcher.health().seconds_since_answer == 30.0
     house.source.lost = False
-    house.follower._poll_and_say()
-    assert house.follower.health().behind == {}
-    assert house.follower.health().seconds_since_answer == 0.0
+    house.watcher._poll_safely()
+    assert house.watcher.health().behind == {}
+    assert house.watcher.health().seconds_since_answer == 0.0
 
 
 def tag(mark: str) -> str:
@@ -197,57 +197,57 @@ def tag(mark: str) -> str:
 
 def test_the_router_gets_the_statistics_of_what_is_served_when_they_change() -> None:
     house = House()
-    house.follower.poll()
+    house.watcher.poll()
     assert house.router.told == []
     house.source.prompts = {"python": tag("a"), "sql": tag("b")}
     house.source.experts["law"], house.source.broken = 1, {"law"}
     house.source.prompts["law"] = tag("c")
-    house.follower.poll()
-    house.follower.poll()
+    house.watcher.poll()
+    house.watcher.poll()
     assert house.router.told == [{"python": tag("a"), "sql": tag("b")}]
     assert house.router.fetched == {"python": b"prompts of python", "sql": b"prompts of sql"}
     house.source.prompts["sql"] = tag("d")
     del house.source.experts["law"], house.source.experts["python"]
-    house.follower.poll()
+    house.watcher.poll()
     assert house.router.told[1:] == [{"sql": tag("d")}]
 
 
 def test_statistics_that_cannot_be_used_are_said_and_tried_again_later() -> None:
     house = House()
     house.source.prompts, house.router.refused = {"python": tag("a"), "sql": tag("b")}, {"sql"}
-    house.follower.poll()
-    assert house.follower.health().behind == {"prompts of sql": "too little"}
+    house.watcher.poll()
+    assert house.watcher.health().behind == {"prompts of sql": "too little"}
     house.now += 59
-    house.follower.poll()
+    house.watcher.poll()
     assert len(house.router.told) == 1
     house.router.refused, house.now = set(), house.now + 1
-    house.follower.poll()
+    house.watcher.poll()
     assert house.router.told[0] == house.router.told[1]
-    assert house.follower.health().behind == {}
+    assert house.watcher.health().behind == {}
 
 
 def test_without_a_coordinator_there_is_no_start() -> None:
     house = House(FakeSource(lost=True))
     with pytest.raises(CoordinatorUnavailableError):
-        house.follower.poll()
+        house.watcher.poll()
 
 
 @pytest.mark.parametrize("why", ["pull", "load", "base"])
 def test_a_version_that_fails_leaves_the_old_one_and_is_tried_again_more_and_more_seldom(why: str) -> None:
     house = House()
-    house.follower.poll()
+    house.watcher.poll()
     house.source.experts["python"] = 2
     house.source.broken = {"python"} if why == "pull" else set()
     house.backend.refused = why == "load"
     house.source.manifest = OTHER_BASE if why == "base" else MANIFEST
-    house.follower.poll()
+    house.watcher.poll()
     assert house.served() == {"python": 1, "sql": 1, "gateway": 2}
-    assert set(house.follower.health().behind) == {"python"}
+    assert set(house.watcher.health().behind) == {"python"}
     tries = []
     for _ in range(200):
         house.now += 1
         before = len(house.source.pulls)
-        house.follower.poll()
+        house.watcher.poll()
         if len(house.source.pulls) > before:
             tries.append(house.now)
     pauses = np.diff(tries)
@@ -255,31 +255,31 @@ def test_a_version_that_fails_leaves_the_old_one_and_is_tried_again_more_and_mor
     assert max(pauses) <= 60
     house.source.broken, house.backend.refused, house.source.manifest = set(), False, MANIFEST
     house.now += 61
-    house.follower.poll()
+    house.watcher.poll()
     assert house.served()["python"] == 2
-    assert house.follower.health().behind == {}
+    assert house.watcher.health().behind == {}
 
 
 def test_one_that_fails_does_not_hold_up_the_others() -> None:
     house = House()
     house.source.broken = {"python"}
-    house.follower.poll()
+    house.watcher.poll()
     assert house.served() == {"sql": 1, "gateway": 2}
 
 
 def test_weights_for_another_base_model_are_refused_by_name() -> None:
     house = House(FakeSource({"python": 1}, None, OTHER_BASE))
-    house.follower.poll()
+    house.watcher.poll()
     assert house.served() == {}
-    assert "eeeeeeeeeeeeeeee" in house.follower.health().behind["python"]
+    assert "eeeeeeeeeeeeeeee" in house.watcher.health().behind["python"]
 
 
 def test_the_same_version_number_with_other_content_is_another_version() -> None:
     house = House()
-    house.follower.poll()
+    house.watcher.poll()
     before = house.catalogue.snapshot.models["python"]
     house.source.digest = lambda name, version: "9" * 64  # type: ignore[method-assign]
-    house.follower.poll()
+    house.watcher.poll()
     after = house.catalogue.snapshot.models["python"]
     assert (after.version, after.digest) == (before.version, "9" * 64)
     assert before not in house.backend.held
@@ -287,29 +287,29 @@ def test_the_same_version_number_with_other_content_is_another_version() -> None
 
 def test_experts_with_a_reserved_name_are_left_out() -> None:
     house = House(FakeSource({"auto": 1, "base": 2, "law": 3}))
-    house.follower.poll()
+    house.watcher.poll()
     assert house.served() == {"law": 3}
 
 
 def test_nothing_is_routed_to_an_expert_that_is_named_like_the_gateway() -> None:
     house = House(FakeSource({"gateway": 1, "law": 3, "sql": 1}, gateway=2))
     house.source.prompts = {"gateway": tag("a"), "law": tag("b"), "sql": tag("c")}
-    house.follower.poll()
+    house.watcher.poll()
     assert house.served() == {"gateway": 2, "law": 3, "sql": 1}
     assert house.router.told == [{"law": tag("b"), "sql": tag("c")}]
 
 
 def test_the_thread_goes_on_and_unloads_when_the_last_lease_ends() -> None:
     house = House()
-    house.follower._poll_seconds = 0.01
-    house.follower.poll()
-    house.follower.start()
+    house.watcher._poll_seconds = 0.01
+    house.watcher.poll()
+    house.watcher.start()
     with house.catalogue.lease("python") as (old, _):
         house.source.experts["python"] = 2
         wait_for(lambda: house.served()["python"] == 2)
         assert old in house.backend.held
     wait_for(lambda: old not in house.backend.held)
-    house.follower.close()
+    house.watcher.close()
 
 
 def wait_for(met: Callable[[], bool]) -> None:

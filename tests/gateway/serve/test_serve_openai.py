@@ -341,10 +341,10 @@ def test_a_client_that_goes_away_gives_its_place_back(served: Served, client: Cl
 def assert_idle(served: Served) -> None:
     """Soon nothing is computed, and there is room for as many as ever."""
     deadline = time.monotonic() + 20
-    while (served.backend.busy() != (0, 0) or served.service._in_house) and time.monotonic() < deadline:
+    while (served.backend.busy() != (0, 0) or served.service._admitted) and time.monotonic() < deadline:
         time.sleep(0.005)
     assert served.backend.busy() == (0, 0)
-    assert served.service._in_house == 0
+    assert served.service._admitted == 0
 
 
 def test_requests_for_all_models_at_once_are_answered_as_alone(client: Client, served: Served, alone: Alone) -> None:
@@ -381,7 +381,7 @@ def test_an_adapter_that_overflows_fails_its_own_request_only(served: Served, cl
     broken = ServedModel("broken", 1, "f" * 64)
     served.backend.load(broken, Adapter(tiny_layout(), 8.0, np.full(tiny_layout().size, 1e30, np.float32)))
     before = served.service.catalogue.snapshot.models
-    served.follower.close()
+    served.watcher.close()
     served.service.catalogue.publish({**before, "broken": broken}, 1.0)
     with ThreadPoolExecutor(2) as pool:
         good = pool.submit(client.completions.create, model="python", prompt="abc", max_tokens=40, temperature=0)

@@ -15,11 +15,11 @@ from fastapi.routing import APIRoute
 from live import listening
 from serve_house import Served, serving
 
-from fedmoe.gateway.serve.catalogue import Snapshot
+from fedmoe.gateway.serve.catalogue import CatalogueSnapshot
 from fedmoe.gateway.serve.route_answers import ANSWERS, STATUS
 from fedmoe.gateway.serve.routes import create_app
 from fedmoe.gateway.serve.service import Limits
-from fedmoe.gateway.serve.version_watcher import Health
+from fedmoe.gateway.serve.version_watcher import WatchHealth
 from fedmoe.inference.backend import ServedModel
 
 GATEWAY = ServedModel("gateway", 1, "f" * 64)
@@ -32,7 +32,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def app_of(served: Served) -> FastAPI:
-    return create_app(served.service, served.follower.health, None, True)
+    return create_app(served.service, served.watcher.health, None, True)
 
 
 def test_every_route_stands_in_the_table_with_every_code(served: Served) -> None:
@@ -92,9 +92,10 @@ def test_a_server_is_ready_when_it_has_what_it_says_it_serves(
     models: dict[str, ServedModel], loaded: tuple[ServedModel, ...], behind: dict[str, str], ready: bool
 ) -> None:
     service: Any = SimpleNamespace(
-        catalogue=SimpleNamespace(snapshot=Snapshot(models, 1.0)), backend=SimpleNamespace(loaded=lambda: {*loaded})
+        catalogue=SimpleNamespace(snapshot=CatalogueSnapshot(models, 1.0)),
+        backend=SimpleNamespace(loaded=lambda: {*loaded}),
     )
-    app = create_app(service, lambda: Health(1.0, behind), None, True)
+    app = create_app(service, lambda: WatchHealth(1.0, behind), None, True)
     with listening(app) as server:
         answer = httpx2.get(f"{server.url}/readyz")
         assert answer.status_code == httpx2.head(f"{server.url}/readyz").status_code == (200 if ready else 503)

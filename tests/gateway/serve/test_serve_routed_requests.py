@@ -74,7 +74,7 @@ def test_prompts_are_routed_one_after_the_other_and_wait_in_the_places_of_their_
 ) -> None:
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask, served) for _ in range(8)]
-        until(lambda: served.service._in_house == 8)
+        until(lambda: served.service._admitted == 8)
         with pytest.raises(openai.RateLimitError):
             ask(served)
         with served.client() as client:
@@ -90,7 +90,7 @@ def test_nobody_is_routed_who_went_away_before_it_was_his_turn(served: Served, r
         for _ in range(3):
             with pytest.raises(httpx2.ReadTimeout):
                 impatient.post("/v1/completions", json=body)
-    until(lambda: served.service._in_house == 0)
+    until(lambda: served.service._admitted == 0)
     assert served.service.counters.refused == {"client_gone": 3}
     router.go.set()
     assert ask(served) == "python"
@@ -110,14 +110,14 @@ def test_a_prompt_that_cannot_be_routed_is_told_and_counted(
     with pytest.raises(openai.InternalServerError, match=r"there is none of .*gateway.*overflowed"):
         ask(served)
     assert served.service.counters.refused == {"generation_failed": 1}
-    assert served.service._in_house == 0
+    assert served.service._admitted == 0
 
 
 def test_who_is_routed_to_an_expert_that_has_just_gone_may_ask_again(
     served: Served, router: Waiting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     router.go.set()
-    served.follower.close()
+    served.watcher.close()
     catalogue = served.service.catalogue
 
     def gone(text: Sequence[int], models: Sequence[ServedModel]) -> list[float]:
@@ -129,4 +129,4 @@ def test_who_is_routed_to_an_expert_that_has_just_gone_may_ask_again(
     with pytest.raises(openai.InternalServerError, match="'python', which is not served now") as error:
         ask(served)
     assert (error.value.status_code, error.value.code) == (503, "routed_model_missing")
-    assert served.service._in_house == 0
+    assert served.service._admitted == 0

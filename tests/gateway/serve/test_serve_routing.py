@@ -13,7 +13,7 @@ import torch
 from live import push_headers
 from serve_house import Served, serving, tiny
 
-from fedmoe.gateway.rerank import chosen
+from fedmoe.gateway.rerank import choose
 from fedmoe.gateway.routers import SequenceRouter
 from fedmoe.gateway.serve.auto_model import PromptRouter
 from fedmoe.gateway.serve.service import Limits
@@ -152,7 +152,7 @@ def send(served: Served, expert: str) -> None:
 def test_auto_is_there_once_the_workers_of_two_experts_have_told_of_their_prompts(tmp_path: Path) -> None:
     with serving(tmp_path, Limits(256, 64, 16)) as served, served.client() as client:
         send(served, "python")
-        served.follower.poll()
+        served.watcher.poll()
         assert "auto" not in [card.id for card in client.models.list()]
         send(served, "sql")
         deadline = time.monotonic() + 20
@@ -176,7 +176,7 @@ def expected(served: Served, prompt: Sequence[int]) -> str:
     adapters = {name: expert.adapter for name, expert in coordinator.experts.items()}
     adapters["gateway"] = coordinator.gateway().adapter
     alone = {name: likelihood_alone(adapters[name], prompt) for name in (*found.log_priors, "gateway")}
-    return chosen(found, alone, "gateway")
+    return choose(found, alone, "gateway")
 
 
 def likelihood_alone(adapter: Adapter, text: Sequence[int]) -> float:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.datasets.check import RowOptions, RowScan
 from fedmoe.datasets.formats.samples import Chat, Completion, Sample
 from fedmoe.datasets.report import RowCounts
+from fedmoe.datasets.row_scan import RowOptions, RowScan
 
 ASKED = {"role": "user", "content": "Hi"}
 SAID = {"role": "assistant", "content": "Ho"}

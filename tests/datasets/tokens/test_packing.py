@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.tokens.packing import PADDING_SEGMENT, Block, BlockSampler, collate, pack
-from fedmoe.datasets.tokens.tokenized import MASKED, TokenizedSample
+from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample
 
 
 def sample_of(ids: list[int], masks: list[bool]) -> TokenizedSample:

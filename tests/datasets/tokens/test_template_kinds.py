@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from fedmoe.datasets.formats.samples import Chat, Message
 from fedmoe.datasets.tokens.chat_template import TemplateRefusalError
 from fedmoe.datasets.tokens.render import render
-from fedmoe.datasets.tokens.tokenized import MASKED, Rendering
+from fedmoe.datasets.tokens.tokenized_sample import MASKED, RenderResult
 
 _LAST_USER = (
     "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
@@ -71,7 +71,7 @@ def thinks(thought: str, said: str, *calls: Mapping[str, object]) -> Message:
     return Message("assistant", said, extras={**extras, "reasoning_content": thought} if thought else extras)
 
 
-def rendered(template: str, *turns: Message, tools: tuple[Mapping[str, object], ...] = ()) -> tuple[str, Rendering]:
+def rendered(template: str, *turns: Message, tools: tuple[Mapping[str, object], ...] = ()) -> tuple[str, RenderResult]:
     """The learned text, the pieces of each sample after a stroke, and the rendering."""
     known = tokenizer(template)
     found = render(Chat(1, turns, tools), known)

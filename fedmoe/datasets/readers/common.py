@@ -1,4 +1,4 @@
-"""What every reader shares: the row types, the limits, and lines of bounded length."""
+"""Types and limits that all readers share: rows, bad rows, read options, lines of bounded length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UTF8_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DataRow:
     """One row; `line` counts from 1.
 
     It is the line in JSONL and CSV, the item in a JSON array, the row in Parquet and Arrow.
@@ -28,15 +28,10 @@ class Row:
     fields: Mapping[str, object]
     file: str = ""
 
-    @property
-    def place(self) -> str:
-        """Where the row stands, for people: `line 3`, or `part-2.jsonl line 3`."""
-        return place(self.file, self.line)
-
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that training cannot use, and why; `line` and `file` are those of `Row`."""
+    """A row that training cannot use, and why; `line` and `file` are those of `DataRow`."""
 
     line: int
     reason: str
@@ -44,33 +39,23 @@ class BadRow:
 
     @property
     def place(self) -> str:
-        """Where the row stands, for people: `line 3`, or `part-2.jsonl line 3`."""
-        return place(self.file, self.line)
+        """Where the row stands, for people: `line 3`, or `part-2.jsonl line 3` inside a folder."""
+        return f"{self.file} line {self.line}" if self.file else f"line {self.line}"
 
 
-Rows = Iterator[Row | BadRow]
+DataRows = Iterator[DataRow | BadRow]
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """How a file is read: the columns wanted of Parquet and Arrow (None: all), and the limit of one row's bytes.
+class ReadOptions:
+    """How a file is read: the columns of Parquet and Arrow to read (None: all), and the limit of one row's bytes.
 
-    `unread` is filled while reading: the columns that were there and not wanted.
+    `unread` is filled while reading: the columns that were there and not read.
     """
 
     columns: Collection[str] | None = None
     max_row_bytes: int = MAX_ROW_BYTES
     unread: set[str] = field(default_factory=set)
-
-
-def place(file: str, line: int) -> str:
-    """`line 3`, or `part-2.jsonl line 3` inside a folder."""
-    return f"{file} line {line}" if file else f"line {line}"
-
-
-def without_nulls(fields: Mapping[str, object]) -> dict[str, object]:
-    """The fields that hold something: a null says that a column of a union of data sets is not there."""
-    return {key: value for key, value in fields.items() if value is not None}
 
 
 def bounded_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None, bool]]:

@@ -13,7 +13,7 @@ from fedmoe.datasets.formats.samples import Chat, Message
 from fedmoe.datasets.tokens.chat_template import TemplateRefusalError
 from fedmoe.datasets.tokens.render import render
 from fedmoe.datasets.tokens.tokenization import tokenize_samples
-from fedmoe.datasets.tokens.tokenized import MASKED, TokenizedSample
+from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample
 
 TOKENIZERS = {name: tokenizer_of(style) for name, style in STYLES.items()}
 CALL = {"id": "c00000001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}

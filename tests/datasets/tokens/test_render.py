@@ -12,12 +12,18 @@ from hypothesis import strategies as st
 from tiny_tokenizer import CHATML, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe.datasets.formats.samples import Chat, Completion, Message, Text
-from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
+from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.tokens.chat_template import TemplateRefusalError
-from fedmoe.datasets.tokens.render import render, render_sample
+from fedmoe.datasets.tokens.render import render
 from fedmoe.datasets.tokens.tokenization import tokenize_samples
-from fedmoe.datasets.tokens.tokenized import MASKED, TokenizedSample, previews
+from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample, Tokenizer, previews
+
+
+def render_sample(sample: Sample, tokenizer: Tokenizer) -> list[TokenizedSample]:
+    """One sample in full length; a conversation can give several."""
+    return list(render(sample, tokenizer).samples)
+
 
 REASONING = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -251,7 +257,7 @@ def test_the_package_needs_neither_torch_nor_transformers() -> None:
         "[importlib.import_module(f'fedmoe.datasets.{m.name}') for m in pkgutil.iter_modules(d.__path__)];"
         "print(sorted({'torch', 'transformers', 'tokenizers', 'pyarrow'} & set(sys.modules)))"
     )
-    env = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    env = {"PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == "[]"
 

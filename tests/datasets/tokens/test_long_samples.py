@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
 
 from fedmoe.datasets.formats.samples import Chat, Message, Text
-from fedmoe.datasets.tokens.long_samples import LONG_ROWS, LongRows, fit
+from fedmoe.datasets.tokens.long_samples import LONG_ROW_POLICIES, LongRowPolicy, fit
 from fedmoe.datasets.tokens.tokenization import tokenize_samples
-from fedmoe.datasets.tokens.tokenized import MASKED, TokenizedSample
+from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample
 
 TOKENIZER = make_tokenizer(
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -57,8 +57,8 @@ def test_a_later_question_whose_answer_does_not_fit_goes_with_it() -> None:
     assert data.counts["lost"] == 2
 
 
-@pytest.mark.parametrize("long_rows", LONG_ROWS)
-def test_a_question_that_fills_the_length_alone_is_left_out_and_counted(long_rows: LongRows) -> None:
+@pytest.mark.parametrize("long_rows", LONG_ROW_POLICIES)
+def test_a_question_that_fills_the_length_alone_is_left_out_and_counted(long_rows: LongRowPolicy) -> None:
     data = tokenize_samples([chat("q" * 50, "a"), chat("q", "a")], TOKENIZER, 30, long_rows)
     assert data.too_long == [0]
     assert data.row_of == [1]
@@ -81,8 +81,8 @@ def test_split_teaches_no_seam() -> None:
         assert piece.input_ids[first] == piece.input_ids[first - 1] + 1
 
 
-@pytest.mark.parametrize("long_rows", LONG_ROWS)
-def test_what_fits_is_never_touched(long_rows: LongRows) -> None:
+@pytest.mark.parametrize("long_rows", LONG_ROW_POLICIES)
+def test_what_fits_is_never_touched(long_rows: LongRowPolicy) -> None:
     whole = sample_of((3, False), (5, True))
     assert fit(whole, 8, long_rows, False).pieces == (whole,)
     assert fit(sample_of((8, False)), 8, long_rows, False).pieces == ()
@@ -98,9 +98,9 @@ runs = st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_si
 
 
 @settings(max_examples=200, deadline=None)
-@given(runs, st.integers(2, 60), st.sampled_from(LONG_ROWS), st.booleans())
+@given(runs, st.integers(2, 60), st.sampled_from(LONG_ROW_POLICIES), st.booleans())
 def test_no_piece_is_too_long_no_token_is_learned_twice_and_losses_are_counted(
-    runs: list[tuple[int, bool]], max_length: int, long_rows: LongRows, running_text: bool
+    runs: list[tuple[int, bool]], max_length: int, long_rows: LongRowPolicy, running_text: bool
 ) -> None:
     whole = sample_of(*runs)
     fitted = fit(whole, max_length, long_rows, running_text)

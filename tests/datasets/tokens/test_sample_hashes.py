@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.datasets.tokens.contents import DataChange, change_between, digest_of, sample_hashes
 from fedmoe.datasets.tokens.packing import Block, pack
-from fedmoe.datasets.tokens.tokenized import MASKED, TokenizedSample
+from fedmoe.datasets.tokens.sample_hashes import DataChange, change_between, digest_of, sample_hashes
+from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample
 
 rows = st.lists(st.integers(0, 5), max_size=12)
 

@@ -1,4 +1,4 @@
-"""Tokens with labels, what is asked of a tokenizer, and samples as text for a person.
+"""Tokenised samples with labels, the tokenizer protocol, and previews as text.
 
 Labels are aligned with the tokens (the model shifts them); `MASKED` marks a token without loss.
 """
@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 MASKED = -100
-IntArray = NDArray[np.int64]
+Int64Array = NDArray[np.int64]
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer (any fast one fits)."""
+    """The part of a transformers tokenizer that is used (any fast one fits)."""
 
     @property
     def is_fast(self) -> bool: ...
@@ -40,8 +40,8 @@ class Tokenizer(Protocol):
 class TokenizedSample:
     """Token ids and labels of equal length, int64; `MASKED` labels carry no loss."""
 
-    input_ids: IntArray
-    labels: IntArray
+    input_ids: Int64Array
+    labels: Int64Array
 
     @property
     def learned(self) -> int:
@@ -50,32 +50,28 @@ class TokenizedSample:
 
 
 @dataclass(frozen=True)
-class Rendering:
+class RenderResult:
     """One sample in full length; a conversation can give several. `notes` say what of the row is not in them."""
 
     samples: tuple[TokenizedSample, ...]
     notes: tuple[str, ...] = ()
 
 
-def previews(
-    samples: Sequence[TokenizedSample], tokenizer: Tokenizer, count: int = 2, max_chars: int = 2000
-) -> tuple[str, ...]:
-    """The first `count` samples as text for a person, what is learned between `>>>` and `<<<`."""
+def previews(samples: Sequence[TokenizedSample], tokenizer: Tokenizer, max_chars: int = 2000) -> tuple[str, ...]:
+    """The first two samples as text for a person, what is learned between `>>>` and `<<<`."""
     blocks = []
-    for number, sample in enumerate(samples[:count], start=1):
-        text = "".join(f">>>{part}<<<" if learned else part for part, learned in _parts(sample, tokenizer))
+    for number, sample in enumerate(samples[:2], start=1):
+        learned = sample.labels != MASKED
+        cuts = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
+        text = ""
+        for start, stop in pairwise(cuts):
+            if start < stop:
+                part = _printable(tokenizer.decode(sample.input_ids[start:stop].tolist()))
+                text += f">>>{part}<<<" if learned[start] else part
         cut = f"... ({len(text) - max_chars:,} more characters)" if len(text) > max_chars else ""
         head = f"--- sample {number}: {len(sample.input_ids)} tokens, {sample.learned} with loss (between >>> and <<<)"
         blocks.append(f"{head}\n{text[:max_chars]}{cut}")
     return tuple(blocks)
-
-
-def _parts(sample: TokenizedSample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """Runs of tokens of one kind: their text and whether they are learned."""
-    learned = sample.labels != MASKED
-    cuts = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(learned)]
-    runs = [(start, stop) for start, stop in pairwise(cuts) if start < stop]
-    return [(_printable(tokenizer.decode(sample.input_ids[a:b].tolist())), bool(learned[a])) for a, b in runs]
 
 
 def _printable(text: str) -> str:

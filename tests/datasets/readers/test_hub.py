@@ -9,9 +9,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.readers.data_source import open_source
 from fedmoe.datasets.readers.hub import HubId, parse_hub_id
-from fedmoe.datasets.readers.lines import DataError
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_the_training_split_of_a_hub_is_read(kept: dict[str, list[Path]], monkey
     source = open_source("owner/name/config@v1", columns={"text"})
     assert [getattr(row, "fields", {}) for row in source.rows()] == [{"text": "train"}, {}]
     assert stand_in.asked == [("owner/name", "config", "v1")]
-    assert source.unread == {"n"}
+    assert source.options.unread == {"n"}
     assert source.left_out == ("test: not trained on, beside train",)
     assert source.fingerprint() != open_source("owner/name:test").fingerprint()
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.datasets.check import RowOptions, check_file
-from fedmoe.datasets.readers.data_source import Source, open_source
-from fedmoe.datasets.readers.lines import BadRow, DataError, Row
+from fedmoe.datasets.readers.common import BadRow, DataError, DataRow
+from fedmoe.datasets.readers.data_source import DataSource, open_source
+from fedmoe.datasets.row_scan import RowOptions, check_file
 
 
 def folder_of(root: Path, *names: str) -> Path:
@@ -22,7 +22,7 @@ def folder_of(root: Path, *names: str) -> Path:
     return root
 
 
-def names_of(source: Source) -> list[str]:
+def names_of(source: DataSource) -> list[str]:
     return [row.file for row in source.rows()]
 
 
@@ -30,7 +30,7 @@ def test_all_files_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> Non
     names = ("part-2.jsonl", "part-10.ndjson.gz", "sub/part-1.json", "sub/deeper/x.jsonl")
     source = open_source(folder_of(tmp_path, *reversed(names)))
     assert names_of(source) == ["part-2.jsonl", "part-10.ndjson.gz", "sub/deeper/x.jsonl", "sub/part-1.json"]
-    assert next(iter(source.rows())) == Row(1, {"text": "part-2.jsonl"}, "part-2.jsonl")
+    assert next(iter(source.rows())) == DataRow(1, {"text": "part-2.jsonl"}, "part-2.jsonl")
 
 
 def test_what_is_no_data_is_left_out_and_named(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.readers.data_source import open_source
-from fedmoe.datasets.readers.lines import DataError
 
 TEXTS = ["a, b", 'say "c"', "d;e"]
 

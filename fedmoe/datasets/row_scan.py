@@ -1,14 +1,14 @@
-"""Rows to samples, with an account of every row: what format it has, and why it is not used if it is not."""
+"""Scans rows into samples and counts each: its format, or why it is not used."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from fedmoe.datasets.formats.formats import (
+from fedmoe.datasets.formats.row_formats import (
     KNOWN_COLUMNS,
     LeftOutRow,
     detect_format,
@@ -19,9 +19,8 @@ from fedmoe.datasets.formats.formats import (
 )
 from fedmoe.datasets.formats.samples import Sample
 from fedmoe.datasets.formats.turns import with_decoded_turns
-from fedmoe.datasets.readers.data_source import Source, open_source
-from fedmoe.datasets.readers.lines import DataError
-from fedmoe.datasets.readers.rows import BadRow, Row
+from fedmoe.datasets.readers.common import BadRow, DataError, DataRow
+from fedmoe.datasets.readers.data_source import DataSource, open_source
 from fedmoe.datasets.report import BAD_ROWS_KEPT, MAX_BAD_FRACTION, DataReport, RowCounts
 from fedmoe.datasets.split import row_hash
 
@@ -48,15 +47,15 @@ class RowOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_fraction < 1:
             raise DataError(f"max_bad_fraction must be at least 0 and below 1, got {self.max_bad_fraction}")
-        columns, names = [one for one, _ in self.columns], [name for _, name in self.columns]
+        columns, names = [column for column, _ in self.columns], [name for _, name in self.columns]
         if unknown := sorted(set(names) - KNOWN_COLUMNS):
             raise DataError(
                 f"--map gives a column the name {unknown[0]!r}, which no format has; names are "
                 f"{', '.join(sorted(KNOWN_COLUMNS))}"
             )
         for what, given in (("column", columns), ("name", names)):
-            if doubled := sorted({one for one in given if given.count(one) > 1}):
-                raise DataError(f"--map has the {what} {doubled[0]!r} twice; map each once")
+            if repeated := sorted({word for word in given if given.count(word) > 1}):
+                raise DataError(f"--map has the {what} {repeated[0]!r} twice; map each once")
 
 
 def check_file(name: str | Path, options: RowOptions | None = None) -> DataReport:
@@ -84,11 +83,12 @@ class RowScan:
     def __init__(self, name: str | Path, options: RowOptions) -> None:
         self._options = options
         self._names = dict(options.columns)
-        self.source: Source = open_source(name, KNOWN_COLUMNS | set(self._names))
+        self.source: DataSource = open_source(name, KNOWN_COLUMNS | set(self._names))
         #: File and line of every sample given out, and what it holds as a number, in order.
         self.places: list[tuple[str, int]] = []
         self.hashes: list[int] = []
-        self._rows = self._rejected = self._bad_count = 0
+        #: Rows seen so far.
+        self.rows = self._rejected = self._bad_count = 0
         self._formats: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
         self._bad: list[BadRow] = []
@@ -100,7 +100,7 @@ class RowScan:
     def samples(self, rows: int | None = None) -> Iterator[Sample]:
         """The usable ones among the first `rows` rows (None: all) as samples, in their order."""
         for row in islice(self.source.rows(), rows):
-            self._rows += 1
+            self.rows += 1
             result = self._result(row)
             if isinstance(result, BadRow):
                 self._bad_count += 1
@@ -113,21 +113,16 @@ class RowScan:
                 self.hashes.append(row_hash(result))
                 yield result
         missing = sorted(set(self._names) - self._mapped)
-        if missing and (rows is None or self._rows < rows):
+        if missing and (rows is None or self.rows < rows):
             keys = f"the first row has {list(self._first_keys)}" if self._first_keys else "no row could be read"
             raise DataError(f"{self.source.name}: --map names the column {missing[0]!r}, which no row has; {keys}")
-
-    @property
-    def rows(self) -> int:
-        """Rows seen so far."""
-        return self._rows
 
     def counts(self, refused: tuple[BadRow, ...] = ()) -> RowCounts:
         """The account so far; `refused` rows, which passed the scan, count as bad."""
         bad = sorted((*self._bad, *refused), key=lambda row: (row.file, row.line))
-        unread = self.source.unread - KNOWN_COLUMNS
+        unread = self.source.options.unread - KNOWN_COLUMNS
         return RowCounts(
-            rows=self._rows,
+            rows=self.rows,
             formats=dict(self._formats),
             bad=tuple(bad[:BAD_ROWS_KEPT]),
             bad_count=self._bad_count + len(refused),
@@ -135,7 +130,7 @@ class RowScan:
             ignored=tuple(sorted(self._ignored | unread)[:_KEYS_KEPT]),
             obeyed=tuple(sorted(self._obeyed)),
             rejected=self._rejected,
-            first_keys=self._first_keys or tuple(sorted(self.source.unread)[:8]),
+            first_keys=self._first_keys or tuple(sorted(self.source.options.unread)[:8]),
         )
 
     def report(self) -> DataReport:
@@ -149,12 +144,11 @@ class RowScan:
             notes=self.source.left_out,
         )
 
-    def _result(self, row: Row | BadRow) -> Sample | BadRow | LeftOutRow:
+    def _result(self, row: DataRow | BadRow) -> Sample | BadRow | LeftOutRow:
         if isinstance(row, BadRow):
             return row
         self._first_keys = self._first_keys or tuple(str(key)[:40] for key in list(row.fields)[:8])
-        row = self._renamed(row)
-        row = Row(row.line, with_decoded_turns(row.fields), row.file)
+        row = DataRow(row.line, with_decoded_turns(self._renamed(row.fields)), row.file)
         shape = detect_format(row, self._names.values())
         if shape is None:
             return no_known_format(row)
@@ -167,13 +161,12 @@ class RowScan:
             self._rejected += row.fields.get("rejected") is not None and shape.name == "preference"
         return result
 
-    def _renamed(self, row: Row) -> Row:
+    def _renamed(self, fields: Mapping[str, object]) -> Mapping[str, object]:
         if not self._names:
-            return row
-        mapped = self._names.keys() & row.fields.keys()
+            return fields
+        mapped = self._names.keys() & fields.keys()
         self._mapped |= mapped
         taken = {self._names[key] for key in mapped} - mapped
         # A row without the mapped column keeps its own of that name: a file may be made of several data sets.
-        self._ignored |= taken & row.fields.keys()
-        kept = {key: value for key, value in row.fields.items() if key not in taken}
-        return Row(row.line, {self._names.get(key, key): value for key, value in kept.items()}, row.file)
+        self._ignored |= taken & fields.keys()
+        return {self._names.get(key, key): value for key, value in fields.items() if key not in taken}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.datasets.check import RowOptions, RowScan, check_file
 from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
-from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.readers.common import DataError
+from fedmoe.datasets.row_scan import RowOptions, RowScan, check_file
 
 USER_ASSISTANT = (Message("user", "hi"), Message("assistant", "ho"))
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]

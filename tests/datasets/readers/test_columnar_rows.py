@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fedmoe.datasets.check import check_file
+from fedmoe.datasets.readers.common import BadRow, DataError, DataRow, ReadOptions
+from fedmoe.datasets.readers.data_file import read_file
 from fedmoe.datasets.readers.data_source import open_source
-from fedmoe.datasets.readers.lines import DataError
-from fedmoe.datasets.readers.rows import BadRow, Row, read_rows
+from fedmoe.datasets.row_scan import check_file
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -44,15 +44,15 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_only_wanted_columns_are_read(path: Path) -> None:
     table = pa.table({"text": ["a", "b"], "created": pa.array([NANOSECONDS, 1], pa.timestamp("ns")), "text.x": [1, 2]})
     source = open_source(write(path, table), columns={"text", "messages"})
-    assert list(source.rows()) == [Row(1, {"text": "a"}), Row(2, {"text": "b"})]
-    assert source.unread == {"created", "text.x"}
+    assert list(source.rows()) == [DataRow(1, {"text": "a"}), DataRow(2, {"text": "b"})]
+    assert source.options.unread == {"created", "text.x"}
 
 
 def test_without_a_wanted_column_the_rows_are_counted(path: Path) -> None:
     source = open_source(write(path, pa.table({"question": ["a"] * 600})), columns={"text"})
     rows = list(source.rows())
-    assert (rows[0], rows[-1], len(rows)) == (Row(1, {}), Row(600, {}), 600)
-    assert source.unread == {"question"}
+    assert (rows[0], rows[-1], len(rows)) == (DataRow(1, {}), DataRow(600, {}), 600)
+    assert source.options.unread == {"question"}
 
 
 def test_json_is_read_as_what_it_says(path: Path) -> None:
@@ -63,7 +63,7 @@ def test_json_is_read_as_what_it_says(path: Path) -> None:
     storage = pa.array([[json.dumps(turn) for turn in turns], None], pa.list_(pa.string()))
     table = pa.table({"messages": storage.cast(pa.list_(pa.json_())), "text": ["{}", '"b"']})
     rows = list(open_source(write(path, table)).rows())
-    assert rows == [Row(1, {"messages": turns, "text": "{}"}), Row(2, {"text": '"b"'})]
+    assert rows == [DataRow(1, {"messages": turns, "text": "{}"}), DataRow(2, {"text": '"b"'})]
 
 
 def test_json_that_is_none_is_a_bad_row_that_names_its_column(path: Path) -> None:
@@ -71,7 +71,7 @@ def test_json_that_is_none_is_a_bad_row_that_names_its_column(path: Path) -> Non
     rows = list(open_source(write(path, pa.table({"messages": storage.cast(pa.list_(pa.json_()))}))).rows())
     assert isinstance(rows[0], BadRow)
     assert "'messages'" in rows[0].reason
-    assert rows[1] == Row(2, {"messages": [{"role": "user"}]})
+    assert rows[1] == DataRow(2, {"messages": [{"role": "user"}]})
 
 
 def test_nulls_are_not_there_at_any_depth(path: Path) -> None:
@@ -82,9 +82,9 @@ def test_nulls_are_not_there_at_any_depth(path: Path) -> None:
     table = pa.table(
         {"messages": pa.array([turns, None], pa.list_(turn)), "text": pa.nulls(2), "score": [float("nan"), 1.5]}
     )
-    assert list(read_rows(write(path, table))) == [
-        Row(1, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}),
-        Row(2, {"score": 1.5}),
+    assert list(read_file(write(path, table), ReadOptions())) == [
+        DataRow(1, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}),
+        DataRow(2, {"score": 1.5}),
     ]
 
 
@@ -102,8 +102,8 @@ def test_types_of_public_files_become_plain_values(path: Path) -> None:
             "log": [[{"at": datetime.datetime(2020, 1, 2), "cost": decimal.Decimal("0.1")}]],
         }
     )
-    (row,) = read_rows(write(path, table))
-    assert isinstance(row, Row)
+    (row,) = read_file(write(path, table), ReadOptions())
+    assert isinstance(row, DataRow)
     assert row.fields == {
         "large": "a",
         "coded": "a",
@@ -126,8 +126,8 @@ def test_a_used_column_of_another_type_is_named_in_its_rows(path: Path) -> None:
 
 def test_a_value_that_python_has_not_is_a_bad_row_and_its_neighbours_are_read(path: Path) -> None:
     table = pa.table({"text": ["a", "b", "c"], "when": pa.array([0, 10**15, 0], pa.timestamp("ms"))})
-    rows = list(read_rows(write(path, table)))
-    assert [type(row) for row in rows] == [Row, BadRow, Row]
+    rows = list(read_file(write(path, table), ReadOptions()))
+    assert [type(row) for row in rows] == [DataRow, BadRow, DataRow]
     assert isinstance(rows[1], BadRow)
     assert rows[1].line == 2
     assert "'when' (timestamp[ms]) cannot be read" in rows[1].reason
@@ -135,21 +135,21 @@ def test_a_value_that_python_has_not_is_a_bad_row_and_its_neighbours_are_read(pa
 
 def test_columns_of_one_name_are_refused_where_they_are_wanted(path: Path) -> None:
     write(path, pa.table([["a"], [1], [2]], names=["text", "n", "n"]))
-    assert list(open_source(path, columns={"text"}).rows()) == [Row(1, {"text": "a"})]
+    assert list(open_source(path, columns={"text"}).rows()) == [DataRow(1, {"text": "a"})]
     with pytest.raises(DataError, match=r"more than once: \['n'\]"):
-        list(read_rows(path))
+        list(read_file(path, ReadOptions()))
 
 
 def test_text_that_is_not_utf_8_is_a_bad_row(tmp_path: Path) -> None:
     text = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
-    rows = list(read_rows(write(tmp_path / "a.parquet", pa.table({"text": text}))))
-    assert [type(row) for row in rows] == [Row, BadRow, Row]
+    rows = list(read_file(write(tmp_path / "a.parquet", pa.table({"text": text})), ReadOptions()))
+    assert [type(row) for row in rows] == [DataRow, BadRow, DataRow]
 
 
 def test_rows_keep_their_numbers_over_batches(tmp_path: Path) -> None:
     table = pa.table({"text": [str(number) for number in range(1, 1501)]})
     for name in ("a.arrow", "a.stream.arrow"):
-        rows = list(read_rows(write(tmp_path / name, table, rows_a_batch=700)))
+        rows = list(read_file(write(tmp_path / name, table, rows_a_batch=700), ReadOptions()))
         assert [str(row.line) for row in rows] == [getattr(row, "fields", {})["text"] for row in rows]
 
 
@@ -157,7 +157,7 @@ def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", pa.table({"text": ["a"]})).rename(tmp_path / "a.jsonl")
     write(tmp_path / "b.arrow", pa.table({"text": ["a"]})).rename(tmp_path / "b.csv")
     for name in ("a.jsonl", "b.csv"):
-        assert list(read_rows(tmp_path / name)) == [Row(1, {"text": "a"})]
+        assert list(read_file(tmp_path / name, ReadOptions())) == [DataRow(1, {"text": "a"})]
 
 
 def test_a_damaged_arrow_file_is_refused(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_damaged_arrow_file_is_refused(tmp_path: Path) -> None:
         for damaged in (whole[: len(whole) // 2], whole[:8] + b"\xff" * 200 + whole[208:], b"no arrow at all"):
             path.write_bytes(damaged)
             with pytest.raises(DataError, match="cannot be decoded as Arrow"):
-                list(read_rows(path))
+                list(read_file(path, ReadOptions()))
 
 
 def test_offsets_that_point_elsewhere_are_not_followed(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_offsets_that_point_elsewhere_are_not_followed(tmp_path: Path) -> None:
     assert offsets in whole
     path.write_bytes(whole.replace(offsets, offsets[:8] + b"\xff\xff\xff\x7f" + offsets[12:]))
     with pytest.raises(DataError, match="cannot be decoded as Arrow"):
-        list(read_rows(path))
+        list(read_file(path, ReadOptions()))
 
 
 def saved_to_disk(folder: Path, *texts: str) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.gateway.routers import LinearRouter, Router, SequenceRouter, SpectralRouter, likeliest
+from fedmoe.gateway.routers import FeatureRouter, LinearRouter, SequenceRouter, SpectralRouter, likeliest
 from fedmoe.lora.adapter import Adapter, FloatMatrix, Layout, ModuleShape, ShapeError
 from fedmoe.lora.prompt_statistics import PromptStatistics
 
@@ -49,21 +49,21 @@ def loud(place: int, count: int, seed: int) -> FloatMatrix:
     return energies.astype(np.float32)
 
 
-def sequence() -> Router:
+def sequence() -> FeatureRouter:
     return SequenceRouter.fit(statistics(clouds()))
 
 
-def linear() -> Router:
+def linear() -> FeatureRouter:
     return LinearRouter.fit(clouds())
 
 
-def spectral() -> Router:
+def spectral() -> FeatureRouter:
     adapters = {name: random_adapter(place) for place, name in enumerate(NAMES)}
     reference = np.random.default_rng(0).uniform(0.5, 1.5, (60, 12)).astype(np.float32)
     return SpectralRouter.of(adapters, reference)
 
 
-Case = tuple[Callable[[], Router], Callable[[int, int, int], FloatMatrix]]
+Case = tuple[Callable[[], FeatureRouter], Callable[[int, int, int], FloatMatrix]]
 
 
 @pytest.fixture(params=["sequence", "linear", "spectral"])

@@ -1,8 +1,8 @@
-"""The row shapes of public data, recognised by their keys, and what a row of each becomes."""
+"""Row formats of public data sets: recognised by their keys, converted to samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from fedmoe.datasets.formats import preferences
@@ -21,9 +21,7 @@ from fedmoe.datasets.formats.turns import (
     unused_keys,
 )
 from fedmoe.datasets.formats.values import RowError, RowLeftOutError, items, mark, some_keys, string
-from fedmoe.datasets.readers.rows import BadRow, Row
-
-__all__ = ["FORMATS", "KNOWN_COLUMNS", "Chat", "Completion", "LeftOutRow", "Message", "Sample", "Text"]
+from fedmoe.datasets.readers.common import BadRow, DataRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +40,15 @@ class RowFormat:
     name: str
     keys: tuple[str, ...]
     example: str
-    convert: Callable[[Row], Sample]
+    convert: Callable[[DataRow], Sample]
     optional: tuple[str, ...] = ()
 
-    def fits(self, row: Row) -> bool:
+    def fits(self, row: DataRow) -> bool:
         """Whether the row has the keys, none of them null."""
         return all(row.fields.get(key) is not None for key in self.keys)
 
 
-def detect_format(row: Row, mapped: Collection[str] = ()) -> RowFormat | None:
+def detect_format(row: DataRow, mapped: Collection[str] = ()) -> RowFormat | None:
     """The format whose keys the row has, first by how many of the `mapped` names it uses.
 
     Chat shapes win over `text`, which may be a rendering of them.
@@ -59,19 +57,23 @@ def detect_format(row: Row, mapped: Collection[str] = ()) -> RowFormat | None:
     return max(fitting, key=lambda shape: sum(key in mapped for key in shape.keys), default=None)
 
 
-def normalise(shape: RowFormat, row: Row) -> Sample | BadRow | LeftOutRow:
+def normalise(shape: RowFormat, row: DataRow) -> Sample | BadRow | LeftOutRow:
     """The sample of a row in this format, what is wrong with it, or which of its marks keeps it out."""
     try:
-        _check_row_marks(row.fields)
-        sample = shape.convert(row)
+        for key in MEDIA_KEYS:
+            if row.fields.get(key):
+                raise RowError(f"the row holds {key!r}: only text can be learned")
+        for key in ("weight", "train"):
+            if _is_said(row.fields.get(key)) and not mark(key, row.fields[key]):
+                raise RowLeftOutError(f"{key!r} of the row says that it is not to be learned")
+        return shape.convert(row)
     except RowLeftOutError as left_out:
         return LeftOutRow(row.line, str(left_out), row.file)
     except RowError as error:
         return BadRow(row.line, str(error), row.file)
-    return sample
 
 
-def keys_not_used(shape: RowFormat, row: Row) -> frozenset[str]:
+def keys_not_used(shape: RowFormat, row: DataRow) -> frozenset[str]:
     """Keys of the row, and of its turns as `messages[].key`, that hold something and are not used."""
     no_marks = {key for key in _WANTED_KEYS if _wanted(row.fields.get(key)) is None}
     used = {*shape.keys, *shape.optional, *_ROW_KEYS} - no_marks
@@ -79,7 +81,7 @@ def keys_not_used(shape: RowFormat, row: Row) -> frozenset[str]:
     return frozenset(row_keys | _in_turns(row, unused_keys))
 
 
-def keys_obeyed(shape: RowFormat, row: Row) -> frozenset[str]:
+def keys_obeyed(shape: RowFormat, row: DataRow) -> frozenset[str]:
     """Keys with a meaning of their own that the row holds: for the chat template, or for what is learned."""
     own = {key for key in ("tools", "functions", "chat_template_kwargs", *TURN_MARKS) if row.fields.get(key)}
     return frozenset((own & {*shape.optional, *_ROW_KEYS}) | _in_turns(row, template_keys))
@@ -91,29 +93,12 @@ def accepted_shapes() -> str:
     return "\n".join(f"  {shape.name:<{width}}  {shape.example}" for shape in FORMATS)
 
 
-def _in_turns(row: Row, keys_of: Callable[[list[object]], frozenset[str]]) -> set[str]:
-    found: set[str] = set()
-    for column in TURN_COLUMNS:
-        value = row.fields.get(column)
-        if isinstance(value, list):
-            found |= {f"{column}[].{key}" for key in keys_of(value)}
-    return found
+def _in_turns(row: DataRow, keys_of: Callable[[list[object]], frozenset[str]]) -> set[str]:
+    columns = ((column, row.fields.get(column)) for column in TURN_COLUMNS)
+    return {f"{column}[].{key}" for column, turns in columns if isinstance(turns, list) for key in keys_of(turns)}
 
 
-def _check_row_marks(fields: Mapping[str, object]) -> None:
-    for key in MEDIA_KEYS:
-        if fields.get(key):
-            raise RowError(f"the row holds {key!r}: only text can be learned")
-    for key in ("weight", "train"):
-        if _is_said(fields.get(key)) and not mark(key, fields[key]):
-            raise RowLeftOutError(f"{key!r} of the row says that it is not to be learned")
-
-
-def _text(row: Row) -> Sample:
-    return Text(row.line, string(row.fields, "text"), row.file)
-
-
-def _completion(row: Row) -> Sample:
+def _completion(row: DataRow) -> Sample:
     _refuse_unwanted(row)
     if isinstance(row.fields["prompt"], list) or isinstance(row.fields["completion"], list):
         asked = _turns_or_text(row.fields, "prompt", "user")
@@ -124,7 +109,7 @@ def _completion(row: Row) -> Sample:
     return _plain_or_chat(row, Completion(row.line, prompt, string(row.fields, "completion"), row.file))
 
 
-def _plain_or_chat(row: Row, plain: Completion) -> Sample:
+def _plain_or_chat(row: DataRow, plain: Completion) -> Sample:
     """A prompt with its completion; a conversation where the row has a system prompt, a history or tools beside it.
 
     Empty ones count too, so that all rows of a data set with such a column are read alike.
@@ -141,42 +126,12 @@ def _turns_or_text(fields: Mapping[str, object], key: str, role: str) -> list[Me
     return [message(item) for item in items(fields, key)]
 
 
-def _pair(question: str, answer: str, *about: str) -> Callable[[Row], Sample]:
-    """A question and its answer under these keys, with what the question is about under `about`."""
-
-    def convert(row: Row) -> Sample:
-        _refuse_unwanted(row)
-        return _chat(row, [_question(row, question, about), Message("assistant", string(row.fields, answer))])
-
-    return convert
+def _preference(row: DataRow) -> Sample:
+    chosen = preferences.chosen_answer(row)
+    return _chat(row, chosen) if isinstance(chosen, list) else _plain_or_chat(row, chosen)
 
 
-def _question(row: Row, question: str, about: Sequence[str]) -> Message:
-    said = [string(row.fields, key, may_be_empty=True) for key in about]
-    return Message("user", "\n\n".join([string(row.fields, question), *(text for text in said if text.strip())]))
-
-
-def _messages(column: str) -> Callable[[Row], Sample]:
-    def convert(row: Row) -> Sample:
-        _refuse_unwanted(row)
-        turns = items(row.fields, column)
-        if isinstance(turns[0], str):
-            return _chat(row, alternating(turns))
-        if column == "data" and any(isinstance(turn, Mapping) and is_pair(turn) for turn in turns):
-            raise RowError("'data' holds rows, not turns of one conversation; write its list alone, or a row a line")
-        return _chat(row, [found for turn in turns for found in turns_of(turn)])
-
-    return convert
-
-
-def _preference(row: Row) -> Sample:
-    chosen = preferences.chosen(row)
-    if isinstance(chosen, list):
-        return _chat(row, chosen)
-    return _plain_or_chat(row, chosen)
-
-
-def _refuse_unwanted(row: Row) -> None:
+def _refuse_unwanted(row: DataRow) -> None:
     for key in _WANTED_KEYS:
         if _wanted(row.fields.get(key)) is False:
             raise RowLeftOutError(f"{key!r} false marks an answer that is not wanted")
@@ -189,7 +144,7 @@ def _wanted(value: object) -> bool | None:
     return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
-def _chat(row: Row, messages: list[Message]) -> Chat:
+def _chat(row: DataRow, messages: list[Message]) -> Chat:
     history = history_messages(items(row.fields, "history", may_be_empty=True))
     system, messages = _system(row, messages)
     messages = [*system, *history, *messages]
@@ -206,7 +161,7 @@ def _chat(row: Row, messages: list[Message]) -> Chat:
     return Chat(row.line, tuple(messages), tuple(tool_definition(tool) for tool in tools), variables, row.file)
 
 
-def _system(row: Row, messages: list[Message]) -> tuple[list[Message], list[Message]]:
+def _system(row: DataRow, messages: list[Message]) -> tuple[list[Message], list[Message]]:
     """The system prompt, of the row or of its first turn, and the other turns; two different ones are an error."""
     own = [turn for turn in messages[:1] if turn.role in ("system", "developer")]
     said = [Message("system", string(row.fields, key)) for key in _SYSTEM_KEYS if _is_said(row.fields.get(key))]
@@ -232,37 +187,49 @@ _OF_CHATS = (*_CHAT_KEYS, *_WANTED_KEYS)
 #: Keys that any row may have.
 _ROW_KEYS = (*MEDIA_KEYS, "weight", "train")
 
-_CHOSEN = '{"prompt": "...", "chosen": "...", "rejected": "..."}; the chosen answer is learned'
+
+def _pair_format(name: str, question: str, answer: str, shown: str = "", about: tuple[str, ...] = ()) -> RowFormat:
+    """A question and its answer, with what the question is about under `about`, of which the example has `shown`."""
+
+    def convert(row: DataRow) -> Sample:
+        _refuse_unwanted(row)
+        said = [string(row.fields, key, may_be_empty=True) for key in about]
+        asked = "\n\n".join([string(row.fields, question), *(text for text in said if text.strip())])
+        return _chat(row, [Message("user", asked), Message("assistant", string(row.fields, answer))])
+
+    context = f'"{shown}": "may be empty", ' if shown else ""
+    example = f'{{"{question}": "...", {context}"{answer}": "..."}}'
+    return RowFormat(name, (question, answer), example, convert, (*about, *_OF_CHATS))
+
+
+def _turns_format(name: str, column: str, example: str) -> RowFormat:
+    """A conversation as a list of turns, of pairs, or of strings."""
+
+    def convert(row: DataRow) -> Sample:
+        _refuse_unwanted(row)
+        turns = items(row.fields, column)
+        if isinstance(turns[0], str):
+            return _chat(row, alternating(turns))
+        if column == "data" and any(isinstance(turn, Mapping) and is_pair(turn) for turn in turns):
+            raise RowError("'data' holds rows, not turns of one conversation; write its list alone, or a row a line")
+        return _chat(row, [message for turn in turns for message in turns_of(turn)])
+
+    return RowFormat(name, (column,), f'{{"{column}": {example}}}', convert, _OF_CHATS)
+
 
 FORMATS = (
     RowFormat(
         "preference",
         ("chosen",),
-        _CHOSEN,
+        '{"prompt": "...", "chosen": "...", "rejected": "..."}; the chosen answer is learned',
         _preference,
         ("rejected", *preferences.TURN_KEYS, *preferences.PROMPT_KEYS, *_OF_CHATS),
     ),
-    RowFormat(
-        "messages",
-        ("messages",),
-        '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
-        _messages("messages"),
-        _OF_CHATS,
+    _turns_format(
+        "messages", "messages", '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
     ),
-    RowFormat(
-        "sharegpt",
-        ("conversations",),
-        '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
-        _messages("conversations"),
-        _OF_CHATS,
-    ),
-    RowFormat(
-        "conversation",
-        ("conversation",),
-        '{"conversation": [{"human": "...", "assistant": "..."}]}',
-        _messages("conversation"),
-        _OF_CHATS,
-    ),
+    _turns_format("sharegpt", "conversations", '[{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]'),
+    _turns_format("conversation", "conversation", '[{"human": "...", "assistant": "..."}]'),
     RowFormat(
         "prompt+completion",
         ("prompt", "completion"),
@@ -270,53 +237,23 @@ FORMATS = (
         _completion,
         _OF_CHATS,
     ),
-    RowFormat(
-        "alpaca",
-        ("instruction", "output"),
-        '{"instruction": "...", "input": "may be empty", "output": "..."}',
-        _pair("instruction", "output", "input", "context"),
-        ("input", "context", *_OF_CHATS),
-    ),
-    RowFormat(
-        "dolly",
-        ("instruction", "response"),
-        '{"instruction": "...", "context": "may be empty", "response": "..."}',
-        _pair("instruction", "response", "input", "context"),
-        ("input", "context", *_OF_CHATS),
-    ),
-    RowFormat(
-        "question+answer",
-        ("question", "answer"),
-        '{"question": "...", "answer": "..."}',
-        _pair("question", "answer", "context"),
-        ("context", *_OF_CHATS),
-    ),
+    _pair_format("alpaca", "instruction", "output", "input", ("input", "context")),
+    _pair_format("dolly", "instruction", "response", "context", ("input", "context")),
     *(
-        RowFormat(
-            f"{question}+{answer}",
-            (question, answer),
-            f'{{"{question}": "...", "{answer}": "..."}}',
-            _pair(question, answer, "context"),
-            ("context", *_OF_CHATS),
-        )
+        _pair_format(f"{question}+{answer}", question, answer, about=("context",))
         for question, answer in (
-            ("question", "response"),
-            ("query", "response"),
-            ("query", "answer"),
-            ("prompt", "response"),
-            ("problem", "solution"),
-            ("user", "assistant"),
-            ("input", "output"),
+            *(("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer")),
+            *(("prompt", "response"), ("problem", "solution"), ("user", "assistant"), ("input", "output")),
         )
     ),
-    RowFormat("data", ("data",), '{"data": ["question", "answer", ...]}', _messages("data"), _OF_CHATS),
-    RowFormat("text", ("text",), '{"text": "..."}', _text),
+    _turns_format("data", "data", '["question", "answer", ...]'),
+    RowFormat("text", ("text",), '{"text": "..."}', lambda row: Text(row.line, string(row.fields, "text"), row.file)),
 )
 
 #: Every column that some format looks at; readers need no other.
 KNOWN_COLUMNS = frozenset(key for shape in FORMATS for key in (*shape.keys, *shape.optional)) | frozenset(_ROW_KEYS)
 
 
-def no_known_format(row: Row) -> BadRow:
+def no_known_format(row: DataRow) -> BadRow:
     """A row without the keys of any format."""
     return BadRow(row.line, f"no known format; found the keys {some_keys(row.fields)}", row.file)

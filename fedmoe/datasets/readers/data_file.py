@@ -1,4 +1,4 @@
-"""Rows out of one data file, one at a time and in bounded memory.
+"""Reads one data file row by row in bounded memory: recognises its kind, and names what is wrong with it.
 
 A row that cannot be read becomes a `BadRow` with its line and a reason, so that one broken line neither stops the
 reader nor goes unseen. A file that cannot be read at all raises `DataError`.
@@ -6,18 +6,14 @@ reader nor goes unseen. A file that cannot be read at all raises `DataError`.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 
-from fedmoe.datasets.readers.arrow_rows import FILE_MAGIC, read_arrow
+from fedmoe.datasets.readers.columnar import ARROW_MAGIC, read_arrow, read_parquet
+from fedmoe.datasets.readers.common import DataError, DataRows, ReadOptions
 from fedmoe.datasets.readers.compressed import STREAM_ERRORS, bare_name, compression_of, head, reason_of
 from fedmoe.datasets.readers.csv_rows import read_csv, read_tsv
-from fedmoe.datasets.readers.json_rows import decode_json, read_json, read_jsonl
-from fedmoe.datasets.readers.lines import MAX_ROW_BYTES, BadRow, DataError, Reading, Row, Rows
-from fedmoe.datasets.readers.parquet_rows import read_parquet
-
-__all__ = ["READERS", "BadRow", "Row", "Rows", "decode_json", "is_data_name", "read_file", "read_rows"]
+from fedmoe.datasets.readers.json_rows import read_json, read_jsonl
 
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 PARQUET_MAGIC = b"PAR1"
@@ -31,20 +27,15 @@ LINES_TO_JSON = (
 )
 
 
-def read_rows(path: Path, max_row_bytes: int = MAX_ROW_BYTES, columns: Collection[str] | None = None) -> Rows:
-    """The rows of one data file in order; blank lines are skipped, of Parquet and Arrow only `columns` are read.
+def read_file(path: Path, options: ReadOptions, *, may_be_empty: bool = False) -> DataRows:
+    """The rows of one data file in order; blank lines are skipped.
 
     Raises `DataError` at once if the file is missing, empty or of an unknown kind, and while reading if it turns out
-    to hold no row at all, changes, or cannot be unpacked or decoded.
+    to hold no row at all (one part of many `may_be_empty`), changes, or cannot be unpacked or decoded.
     """
-    return read_file(path, Reading(columns, max_row_bytes))
-
-
-def read_file(path: Path, reading: Reading, *, may_be_empty: bool = False) -> Rows:
-    """As `read_rows`, with what was not read noted in `reading.unread`; one part of many may hold no row."""
     _check_regular(path)
     reader = READERS[_kind(path, may_be_empty)]
-    return _watched(path, reader(path, reading), may_be_empty)
+    return _watched(path, reader(path, options), may_be_empty)
 
 
 def is_data_name(name: str) -> bool:
@@ -75,7 +66,7 @@ def _kind(path: Path, may_be_empty: bool) -> str:
     suffix = Path(bare_name(path.name)).suffix.lower()
     if start.startswith(PARQUET_MAGIC):
         suffix = ".parquet"
-    elif start.startswith(FILE_MAGIC):
+    elif start.startswith(ARROW_MAGIC):
         suffix = ".arrow"
     if suffix not in READERS or start.startswith(ZIP_MAGIC):
         raise DataError(_unknown(path, suffix, start))
@@ -108,9 +99,9 @@ def _unknown(path: Path, suffix: str, start: bytes) -> str:
     return f"{path}: cannot tell how to read {what}; {rename}convert it to one of {kinds}"
 
 
-def _watched(path: Path, rows: Rows, may_be_empty: bool) -> Rows:
+def _watched(path: Path, rows: DataRows, may_be_empty: bool) -> DataRows:
     """The rows; a file that breaks, changes or turns out to hold none raises `DataError`."""
-    before = _state(path)
+    before = _stat(path)
     line = 0
     try:
         for row in rows:
@@ -119,21 +110,21 @@ def _watched(path: Path, rows: Rows, may_be_empty: bool) -> Rows:
     except STREAM_ERRORS as error:
         where = f"after row {line:,}" if line else "before the first row"
         raise DataError(f"{path}: cannot be read {where}: {reason_of(error)}; get the file anew, whole") from error
-    if _state(path) != before:
+    if _stat(path) != before:
         raise DataError(f"{path}: the file changed while it was read; start again when it is written")
     if not line and not may_be_empty:
         raise DataError(f"{path}: the file holds no rows, only blank lines or a header; write at least one row")
 
 
-def _state(path: Path) -> tuple[int, int, int]:
+def _stat(path: Path) -> tuple[int, int, int]:
     try:
-        found = os.stat(path)
+        stat = path.stat()
     except OSError:
         return (-1, 0, 0)
-    return (found.st_ino, found.st_size, found.st_mtime_ns)
+    return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
-READERS: Mapping[str, Callable[[Path, Reading], Rows]] = {
+READERS: Mapping[str, Callable[[Path, ReadOptions], DataRows]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".jsonlines": read_jsonl,

@@ -1,22 +1,22 @@
-"""What an evaluation says: rows for a table, JSON for programs."""
+"""Reports of an evaluation: rows for a table, JSON for programs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from fedmoe.gateway.losses import BASE, LossMatrix
-from fedmoe.gateway.retained_gain import Interval, Retained
+from fedmoe.gateway.retained_gain import BootstrapInterval, RetainedGains
 
 Table = tuple[Sequence[str], list[Sequence[str]]]
 
 
 def own_experts(domains: Iterable[str], experts: Iterable[str]) -> dict[str, str]:
     """domain -> its own expert, the one called `DOMAIN` or `DOMAIN_expert`; domains without one are left out."""
-    known = set(experts)
-    found = {domain: [name for name in (domain, f"{domain}_expert") if name in known] for domain in domains}
-    return {domain: names[0] for domain, names in found.items() if names}
+    names = set(experts)
+    pairs = ((domain, expert) for domain in domains for expert in (f"{domain}_expert", domain))
+    return {domain: expert for domain, expert in pairs if expert in names}
 
 
 def loss_table(matrix: LossMatrix) -> Table:
@@ -32,26 +32,26 @@ def loss_table(matrix: LossMatrix) -> Table:
     return ("model", *matrix.domains), [*rows, tokens]
 
 
-def retained_table(found: Retained) -> Table:
+def retained_table(gains: RetainedGains) -> Table:
     """Gain kept by every model on every domain that has an own expert, then its worst and its mean."""
-    models = list(found.domains[0].kept)
+    models = list(gains.domains[0].kept)
     rows: list[Sequence[str]] = []
-    for domain in found.domains:
+    for domain in gains.domains:
         gain = f"{domain.own_gain.value:.3f} ({domain.own_gain.low:.3f} to {domain.own_gain.high:.3f})"
         mark = "" if domain.warning is None else " ?"
         rows.append((domain.domain + mark, domain.expert, gain, *(_percent(domain.kept[model]) for model in models)))
-    if found.summaries:
-        worst = [found.summaries[model] for model in models]
-        rows.append(("worst", "", "", *(f"{_percent(one.worst)}, {one.worst_domain}" for one in worst)))
-        rows.append(("mean", "", "", *(_percent(one.mean) for one in worst)))
+    if gains.summaries:
+        summaries = [gains.summaries[model] for model in models]
+        rows.append(("worst", "", "", *(f"{_percent(entry.worst)}, {entry.worst_domain}" for entry in summaries)))
+        rows.append(("mean", "", "", *(_percent(entry.mean) for entry in summaries)))
     return ("domain", "own expert", "own gain (nats)", *models), rows
 
 
-def _percent(share: Interval) -> str:
+def _percent(share: BootstrapInterval) -> str:
     return f"{100 * share.value:.0f} % ({100 * share.low:.0f} to {100 * share.high:.0f})"
 
 
-def report_json(matrix: LossMatrix, found: Retained | None) -> dict[str, object]:
+def report_json(matrix: LossMatrix, gains: RetainedGains | None) -> dict[str, object]:
     """JSON types only; losses in nats per token, shares of the own expert's gain, null for what is no number."""
     content: dict[str, object] = {
         "losses": {model: dict(row) for model, row in matrix.losses.items()},
@@ -62,28 +62,24 @@ def report_json(matrix: LossMatrix, found: Retained | None) -> dict[str, object]
         },
         "block_tokens": {domain: list(counts) for domain, counts in matrix.block_tokens.items()},
     }
-    if found is not None:
+    if gains is not None:
         content["retained"] = {
             domain.domain: {
                 "expert": domain.expert,
                 "own_gain": _interval(domain.own_gain),
-                "kept": _intervals(domain.kept),
+                "kept": {model: _interval(share) for model, share in domain.kept.items()},
                 "warning": domain.warning,
             }
-            for domain in found.domains
+            for domain in gains.domains
         }
         content["summary"] = {
-            model: {"worst_domain": one.worst_domain, "worst": _interval(one.worst), "mean": _interval(one.mean)}
-            for model, one in found.summaries.items()
+            model: {"worst_domain": entry.worst_domain, "worst": _interval(entry.worst), "mean": _interval(entry.mean)}
+            for model, entry in gains.summaries.items()
         }
     return content
 
 
-def _intervals(shares: Mapping[str, Interval]) -> dict[str, object]:
-    return {model: _interval(share) for model, share in shares.items()}
-
-
-def _interval(interval: Interval) -> dict[str, float | None]:
+def _interval(interval: BootstrapInterval) -> dict[str, float | None]:
     return {name: _number(value) for name, value in asdict(interval).items()}
 
 

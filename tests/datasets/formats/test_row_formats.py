@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.datasets.check import RowOptions, RowScan, check_file
 from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
+from fedmoe.datasets.row_scan import RowOptions, RowScan, check_file
 
 CALL = {"name": "weather", "arguments": {"city": "Bern"}}
 CALLED = {"type": "function", "function": CALL}
@@ -227,7 +227,7 @@ def test_a_row_of_each_public_shape_becomes_what_the_document_says(name: str, tm
 
 
 def test_the_document_has_every_shape_with_its_row_and_what_it_becomes() -> None:
-    document = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    document = (Path(__file__).parents[3] / "docs" / "data.md").read_text("utf-8")
     missing = [line for line in table() if line not in document]
     assert not missing, "docs/data.md lacks these lines:\n" + "\n".join(missing)
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from tiny_tokenizer import make_tokenizer
 
-from fedmoe.datasets.check import RowOptions
-from fedmoe.datasets.readers.lines import DataError
+from fedmoe.datasets.readers.common import DataError
+from fedmoe.datasets.row_scan import RowOptions
 from fedmoe.datasets.tokens import tokenization
-from fedmoe.models.prepare_data import DataOptions, PreparedData, prepare_and_report, prepare_samples
+from fedmoe.models import token_cache
+from fedmoe.models.prepare_data import DataOptions, PreparedData, prepare_samples
 
 TOKENIZER = make_tokenizer()
 STRICT = make_tokenizer(
@@ -95,7 +96,7 @@ def test_data_of_which_nothing_can_be_learned_are_refused_with_the_reason(tmp_pa
 
 def test_where_marks_keep_all_rows_out_a_larger_length_is_not_advised(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", {"prompt": "q", "completion": "a", "label": False})
-    problem = prepare_and_report(file, TOKENIZER, 60).report.problem
+    problem = prepare_samples(file, TOKENIZER, 60, refuse=False).report.problem
     assert problem is not None
     assert "'label' false" in problem
     assert "--max-length" not in problem
@@ -131,30 +132,36 @@ def test_tokens_are_kept_for_the_next_start(tmp_path: Path, monkeypatch: pytest.
 def test_other_data_options_lengths_and_templates_are_tokenised_anew(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     file = write(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * 99) for i in range(9)])
-    assert not prepare_and_report(file, TOKENIZER, 64, cache=kept).kept
-    assert not prepare_and_report(file, TOKENIZER, 65, cache=kept).kept
-    assert not prepare_and_report(file, TOKENIZER, 64, DataOptions(long_rows="split"), cache=kept).kept
-    assert not prepare_and_report(file, TOKENIZER, 64, DataOptions(RowOptions(max_bad_fraction=0.5)), cache=kept).kept
-    assert not prepare_and_report(file, STRICT, 64, cache=kept).kept
+    assert not prepare_samples(file, TOKENIZER, 64, cache=kept, refuse=False).kept
+    assert not prepare_samples(file, TOKENIZER, 65, cache=kept, refuse=False).kept
+    assert not prepare_samples(file, TOKENIZER, 64, DataOptions(long_rows="split"), cache=kept, refuse=False).kept
+    assert not prepare_samples(
+        file, TOKENIZER, 64, DataOptions(RowOptions(max_bad_fraction=0.5)), cache=kept, refuse=False
+    ).kept
+    assert not prepare_samples(file, STRICT, 64, cache=kept, refuse=False).kept
     write(file, chat("q", "other"))
-    assert not prepare_and_report(file, TOKENIZER, 64, cache=kept).kept
+    assert not prepare_samples(file, TOKENIZER, 64, cache=kept, refuse=False).kept
 
 
 def test_the_same_bytes_under_another_suffix_are_read_anew(tmp_path: Path) -> None:
     rows = "text\nonce upon a time\n" + "a,b\n" * 3
     (tmp_path / "a.tsv").write_text(rows, encoding="utf-8")
     (tmp_path / "a.csv").write_text(rows, encoding="utf-8")
-    assert prepare_and_report(tmp_path / "a.tsv", TOKENIZER, 128, cache=tmp_path / "kept").report.bad_count == 0
-    assert prepare_and_report(tmp_path / "a.csv", TOKENIZER, 128, cache=tmp_path / "kept").report.bad_count == 3
+    assert (
+        prepare_samples(tmp_path / "a.tsv", TOKENIZER, 128, cache=tmp_path / "kept", refuse=False).report.bad_count == 0
+    )
+    assert (
+        prepare_samples(tmp_path / "a.csv", TOKENIZER, 128, cache=tmp_path / "kept", refuse=False).report.bad_count == 3
+    )
 
 
 def test_what_of_a_folder_is_not_read_is_said_beside_kept_tokens_too(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     write(folder / "train.jsonl", {"text": "once"})
-    first = prepare_and_report(folder, TOKENIZER, 128, cache=tmp_path / "kept")
+    first = prepare_samples(folder, TOKENIZER, 128, cache=tmp_path / "kept", refuse=False)
     write(folder / "test.jsonl", {"text": "twice"})
-    again = prepare_and_report(folder, TOKENIZER, 128, cache=tmp_path / "kept")
+    again = prepare_samples(folder, TOKENIZER, 128, cache=tmp_path / "kept", refuse=False)
     assert (first.report.notes, again.kept) == ((), True)
     assert "test: not trained on" in again.report.text
 
@@ -162,8 +169,8 @@ def test_what_of_a_folder_is_not_read_is_said_beside_kept_tokens_too(tmp_path: P
 def test_a_template_that_looks_at_the_clock_is_never_kept(tmp_path: Path) -> None:
     clock = make_tokenizer("{{ strftime_now('%Y') }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
     file = write(tmp_path / "a.jsonl", *[chat("q", "a")] * 3)
-    prepare_and_report(file, clock, 64, cache=tmp_path / "kept")
-    assert not prepare_and_report(file, clock, 64, cache=tmp_path / "kept").kept
+    prepare_samples(file, clock, 64, cache=tmp_path / "kept", refuse=False)
+    assert not prepare_samples(file, clock, 64, cache=tmp_path / "kept", refuse=False).kept
 
 
 def test_damaged_kept_tokens_are_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -196,3 +203,11 @@ def test_kept_tokens_are_for_their_owner_alone(tmp_path: Path) -> None:
     prepare_samples(write(tmp_path / "a.jsonl", chat("q", "a")), TOKENIZER, 64, cache=tmp_path / "kept")
     (kept,) = (tmp_path / "kept").iterdir()
     assert kept.stat().st_mode & 0o077 == 0
+
+
+def test_kept_tokens_follow_from_the_code_that_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda file: read.append(file.name) or read_bytes(file))  # type: ignore[func-returns-value]
+    token_cache._code_hash.__wrapped__()
+    assert {"csv_rows.py", "row_formats.py", "chat_template.py", "render.py", "long_samples.py"} <= set(read)
