@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from live import JOIN, listening, open_house
 from support import free_port
-from workers import Federation, Setup, blocks
+from workers import Federation, Setup, blocks, federation
 
 from fedmoe.cli import main
 from fedmoe.cli import worker_setup as setup
@@ -26,6 +26,13 @@ GOOD = [{"prompt": f"{n} and one is ", "completion": f"{n + 1}"} for n in range(
 def write(file: Path, rows: list[dict[str, object]] | list[dict[str, str]]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[Federation]:
+    """A coordinator on a real socket."""
+    with federation(tmp_path / "coordinator") as running:
+        yield running
 
 
 @pytest.fixture
