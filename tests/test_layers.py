@@ -105,7 +105,7 @@ LAYERS: dict[str, set[str]] = {
         "runtime",
         "wire",
     },
-    "areal": {"arena.learning", "arena.rollout", "arena.tasks", "inference", "lora", "models"},
+    "areal": {"arena", "arena.learning", "arena.rollout", "arena.tasks", "inference", "lora", "models", "runtime"},
     "server.storage": {"federation", "lora", "runtime"},
     "server.access": {"lora", "runtime", "server.storage", "wire.contract", "wire.http"},
     "server.gate": {"coordinator", "experts", "federation", "lora", "runtime", "server.storage", "wire.contract"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -115,9 +114,8 @@ class ArealActor:
             self._engine.ppo_update(rows)
             self._engine.lr_scheduler_step()
             exported.append(self._engine.export_stats())
-        before = _sampled(proximal, batch.sequences)
-        gap = np.abs(np.concatenate(before) - batch.behaviour)
-        summary = summarise(exported, gap, self.version, len(batch.sequences))
+        log_ratio = np.concatenate(_sampled(proximal, batch.sequences)) - batch.behaviour
+        summary = summarise(exported, log_ratio, self.version, len(batch.sequences))
         if summary.steps:
             self._engine.set_version(self.version + 1)
         return summary
@@ -143,7 +141,7 @@ class ArealActor:
         return self._as_adapter(lambda parameter: parameter)
 
     def load(self, adapter: Adapter, version: int) -> None:
-        """Go on from another adapter of the same shape, with a fresh optimizer; raises `ArealError` when it differs."""
+        """Continue from another adapter, with a fresh optimizer; raises `ArealError` for one of another shape."""
         own = self.adapter()
         if adapter.layout != own.layout or adapter.alpha != own.alpha:
             raise ArealError(
@@ -158,7 +156,7 @@ class ArealActor:
         self._engine.set_version(version)
 
     def set_learning_rate(self, rate: float) -> None:
-        """Take steps of another size from now on."""
+        """Use another learning rate from now on."""
         self._engine.lr_scheduler.base_lrs = [rate] * len(self._engine.optimizer.param_groups)
         self._engine.lr_scheduler.step()
 
@@ -173,7 +171,7 @@ class ArealActor:
         return {**arrays, "steps": np.array([steps.pop()], np.float32)}
 
     def restore(self, state: Mapping[str, FloatArray]) -> None:
-        """Take over what `state` gave; the adapter is loaded before with `load`."""
+        """Restore what `state` gave; `load` the adapter before."""
         optimizer, own = self._engine.optimizer, self.adapter()
         wrong = [name for name in _MOMENTS if name not in state or state[name].shape != own.flat.shape]
         if wrong or "steps" not in state:
@@ -203,7 +201,7 @@ class ArealActor:
         return Adapter.from_factors(pairs, float(self._config.lora.alpha))
 
     def close(self) -> None:
-        """Give the model and the process group back."""
+        """Release the model and the process group."""
         self._engine.destroy()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -230,7 +228,17 @@ def actor_settings(config: ArealConfig) -> PPOActorConfig:
         lora_alpha=config.lora.alpha,
         target_modules=list(config.lora.target_modules),
         weight_update_mode="disk",
-        optimizer=_optimizer_settings(asdict(adam)),
+        optimizer=OptimizerConfig(
+            type="adam",
+            lr=adam.learning_rate,
+            beta1=adam.beta1,
+            beta2=adam.beta2,
+            eps=adam.epsilon,
+            weight_decay=adam.weight_decay,
+            gradient_clipping=adam.gradient_clipping,
+            lr_scheduler_type="constant",
+            warmup_steps_proportion=0.0,
+        ),
         ppo_n_minibatches=1,
         eps_clip=loss.clip_low,
         eps_clip_higher=loss.clip_high,
@@ -238,20 +246,6 @@ def actor_settings(config: ArealConfig) -> PPOActorConfig:
         kl_ctl=0.0,
         use_decoupled_loss=True,
         rejection_sampling=RejectionSamplingConfig(level="token", action="mask", metric="ratio", upper=WEIGHT_CAP),
-    )
-
-
-def _optimizer_settings(adam: Mapping[str, float]) -> OptimizerConfig:
-    return OptimizerConfig(
-        type="adam",
-        lr=adam["learning_rate"],
-        beta1=adam["beta1"],
-        beta2=adam["beta2"],
-        eps=adam["epsilon"],
-        weight_decay=adam["weight_decay"],
-        gradient_clipping=adam["gradient_clipping"],
-        lr_scheduler_type="constant",
-        warmup_steps_proportion=0.0,
     )
 
 

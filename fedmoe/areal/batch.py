@@ -1,4 +1,4 @@
-"""Examples as flat arrays: what travels to the learner's process, and what its loss sees."""
+"""Examples as flat arrays, which travel to the learner's process and become what its loss takes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Sequences:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExampleBatch:
-    """What one update learns from. `behaviour`, `advantages`: float32 (sum of T). `rewards`, `versions`: (N,)."""
+    """The examples of one update. `behaviour`, `advantages`: float32 (sum of T). `rewards`, `versions`: (N,)."""
 
     sequences: Sequences
     behaviour: FloatArray

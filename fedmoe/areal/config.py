@@ -1,4 +1,4 @@
-"""What an AReaL learner is told: the base model, the adapter's shape, the optimizer, the loss."""
+"""The configuration of an AReaL learner: base model, adapter, optimizer, loss."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedmoe.arena.learning.config import LossConfig
 from fedmoe.models.identity import BaseModelError, checkpoint_files
+from fedmoe.runtime.errors import ExpectedError
 
 ALL_LINEAR = "all-linear"
 # The losses and aggregations that AReaL's PPO actor computes, or computes once advantages are scaled.
@@ -18,7 +19,7 @@ _AGGREGATIONS = ("token_mean", "sequence_mean")
 _CONFIG_FILES = ("config.json", "tokenizer_config.json")
 
 
-class ArealError(RuntimeError):
+class ArealError(ExpectedError, RuntimeError):
     """A learner or workflow on AReaL that cannot go on; says what was got and what to do."""
 
 
@@ -98,7 +99,7 @@ class ArealConfig:
 
     @classmethod
     def from_json(cls, text: str) -> ArealConfig:
-        """What `as_json` wrote; raises `ArealError` for anything else."""
+        """The configuration that `as_json` wrote; raises `ArealError` for anything else."""
         try:
             values = dict(json.loads(text))
             lora = dict(values.pop("lora"))

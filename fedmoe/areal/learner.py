@@ -1,4 +1,4 @@
-"""A policy that AReaL trains: examples in, statistics and a new adapter out.
+"""One policy trained by AReaL in a process of its own: examples in, statistics and a new adapter out.
 
 AReaL's engine holds one adapter and one process group, so each learner is a process of its own, in AReaL's environment
 if that is another one than this. Nothing here imports AReaL.
@@ -66,7 +66,9 @@ class ArealLearner:
         self._channel.settimeout(timeout)
         try:
             answer = self._ask(Frame("start", {"config": config.as_json(), "version": version}))
-            self._layout = _layout(str(answer.values["modules"]), config.lora.rank)
+            lines = [line.split() for line in str(answer.values["modules"]).splitlines()]
+            modules = tuple(ModuleShape(name, int(inner), int(outer)) for name, inner, outer in lines)
+            self._layout = Layout(modules, config.lora.rank)
             if start is not None:
                 self.replace(start, version)
         except BaseException:
@@ -82,11 +84,6 @@ class ArealLearner:
     def layout(self) -> Layout:
         """The adapter's rank and modules, which an adapter to load must have too."""
         return self._layout
-
-    @property
-    def process_id(self) -> int:
-        """The id of the learner's process."""
-        return self._process.pid
 
     def update(self, examples: Sequence[Example]) -> ArealUpdate:
         """Learn from examples: the version rises by one, unless no step could be taken.
@@ -116,7 +113,7 @@ class ArealLearner:
             shutil.rmtree(folder)
 
     def replace(self, adapter: Adapter, version: int, state: AdamState | None = None) -> None:
-        """Go on from another adapter of the same rank, alpha and modules: with `state`, or a fresh optimizer.
+        """Continue from another adapter of the same rank, alpha and modules, with `state` or a fresh optimizer.
 
         With what `adapter`, `version` and `optimizer_state` gave, training goes on as if it had never stopped.
         """
@@ -139,7 +136,7 @@ class ArealLearner:
         return AdamState(arrays["first_moment"], arrays["second_moment"], int(arrays["steps"][0]))
 
     def set_learning_rate(self, rate: float) -> None:
-        """Take steps of another size from now on."""
+        """Use another learning rate from now on."""
         self._ask(Frame("set_learning_rate", {"rate": float(rate)}))
 
     def close(self) -> None:
@@ -210,11 +207,6 @@ def _launch(log: Path, python: Path) -> tuple[socket.socket, subprocess.Popen[by
             ours.close()
             raise ArealError(f"{python} cannot be started: {error}; give the python of AReaL's environment") from error
     return ours, process
-
-
-def _layout(lines: str, rank: int) -> Layout:
-    parts = [line.split() for line in lines.splitlines()]
-    return Layout(tuple(ModuleShape(name, int(inner), int(outer)) for name, inner, outer in parts), rank)
 
 
 def _ending(status: int | None) -> str:

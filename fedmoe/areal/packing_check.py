@@ -1,4 +1,4 @@
-"""Whether a model that is given several sequences at once computes each as if it were alone."""
+"""Checks that a model computes each of several packed sequences as if it were alone."""
 
 from __future__ import annotations
 

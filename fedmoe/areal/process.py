@@ -59,7 +59,9 @@ def _start(request: Frame) -> tuple[ArealActor, Frame]:
             "and give FOLDER/bin/python"
         ) from error
     actor = ArealActor(ArealConfig.from_json(_text(request, "config")), _whole(request, "version"))
-    return actor, Frame("started", {"modules": module_lines(actor.adapter())})
+    modules = actor.adapter().layout.modules
+    lines = (f"{module.name} {module.in_features} {module.out_features}" for module in modules)
+    return actor, Frame("started", {"modules": "\n".join(lines)})
 
 
 def _update(actor: ArealActor, request: Frame) -> Frame:
@@ -79,12 +81,10 @@ def _save(actor: ArealActor, request: Frame) -> Frame:
 
 
 def _load(actor: ArealActor, request: Frame) -> Frame:
-    alpha = request.values.get("alpha")
-    if not isinstance(alpha, float):
-        raise ArealError(f"the request 'load' needs a number alpha, got {alpha!r}")
-    flat = np.asarray(request.arrays["flat"], np.float32)
     try:
-        adapter = Adapter(actor.adapter().layout, alpha, flat)
+        adapter = Adapter(
+            actor.adapter().layout, _positive(request, "alpha"), np.asarray(request.arrays["flat"], np.float32)
+        )
     except ShapeError as error:
         raise ArealError(str(error)) from error
     actor.load(adapter, _whole(request, "version"))
@@ -92,15 +92,8 @@ def _load(actor: ArealActor, request: Frame) -> Frame:
 
 
 def _set_learning_rate(actor: ArealActor, request: Frame) -> Frame:
-    rate = request.values.get("rate")
-    if not isinstance(rate, float) or not rate > 0:
-        raise ArealError(f"a learning rate is a positive number, got {rate!r}")
-    actor.set_learning_rate(rate)
+    actor.set_learning_rate(_positive(request, "rate"))
     return Frame("set")
-
-
-def _state(actor: ArealActor, request: Frame) -> Frame:
-    return Frame("state", arrays=actor.state())
 
 
 def _restore(actor: ArealActor, request: Frame) -> Frame:
@@ -114,14 +107,16 @@ _OPERATIONS: Mapping[str, Callable[[ArealActor, Frame], Frame]] = {
     "save": _save,
     "load": _load,
     "set_learning_rate": _set_learning_rate,
-    "state": _state,
+    "state": lambda actor, request: Frame("state", arrays=actor.state()),
     "restore": _restore,
 }
 
 
-def module_lines(adapter: Adapter) -> str:
-    """Name, in-features and out-features of each module of an adapter, one a line."""
-    return "\n".join(f"{part.name} {part.in_features} {part.out_features}" for part in adapter.layout.modules)
+def _positive(request: Frame, name: str) -> float:
+    value = request.values.get(name)
+    if not isinstance(value, float) or not value > 0:
+        raise ArealError(f"the request {request.kind!r} needs a positive number {name}, got {value!r}")
+    return value
 
 
 def _text(request: Frame, name: str) -> str:

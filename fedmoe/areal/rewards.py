@@ -1,4 +1,4 @@
-"""Which episodes an AReaL cluster plays, and what a seat earns in them."""
+"""The episodes that an AReaL cluster plays, and the reward of a seat in them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Reward = Callable[[Outcome, Lineup, int], float]
 
 
 def seat_reward(outcome: Outcome, lineup: Lineup, seat: int) -> float:
-    """What the seat achieved by itself, in [0, 1]: everybody for himself."""
+    """What the seat achieved by itself, in [0, 1]: every seat for itself."""
     return outcome.seat_scores[seat]
 
 

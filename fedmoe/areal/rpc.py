@@ -1,4 +1,4 @@
-"""What a learner and its process say to each other: length-prefixed JSON and safetensors on a socket."""
+"""The protocol between a learner and its process: length-prefixed JSON and safetensors on a socket."""
 
 from __future__ import annotations
 
@@ -47,19 +47,8 @@ def encode(frame: Frame) -> bytes:
     return _LENGTHS.pack(MAGIC, len(text), len(body)) + text + body
 
 
-def decode(data: bytes) -> Frame:
-    """The frame that `encode` wrote; raises `ArealError` for any other bytes."""
-    if len(data) < _LENGTHS.size:
-        raise ArealError(f"a frame has at least {_LENGTHS.size} bytes, got {len(data)}")
-    json_bytes, array_bytes = _lengths(data[: _LENGTHS.size])
-    if len(data) != _LENGTHS.size + json_bytes + array_bytes:
-        raise ArealError(f"the frame announces {json_bytes} + {array_bytes} bytes, got {len(data) - _LENGTHS.size}")
-    middle = _LENGTHS.size + json_bytes
-    return _parse(data[_LENGTHS.size : middle], data[middle:])
-
-
 def send(channel: socket.socket, frame: Frame) -> None:
-    """Write one frame; raises OSError when nobody reads any more."""
+    """Write one frame; raises OSError when the other end is closed."""
     channel.sendall(encode(frame))
 
 
@@ -68,22 +57,17 @@ def receive(channel: socket.socket) -> Frame | None:
     head = _read(channel, _LENGTHS.size)
     if not head:
         return None
-    json_bytes, array_bytes = _lengths(head)
-    text = _read(channel, json_bytes)
-    body = _read(channel, array_bytes)
-    if len(text) != json_bytes or len(body) != array_bytes:
-        raise ArealError(f"the frame announces {json_bytes} + {array_bytes} bytes and ends after {len(text + body)}")
-    return _parse(text, body)
-
-
-def _lengths(head: bytes) -> tuple[int, int]:
     if len(head) != _LENGTHS.size:
         raise ArealError(f"the frame ends within its first {_LENGTHS.size} bytes")
     magic, json_bytes, array_bytes = _LENGTHS.unpack(head)
     if magic != MAGIC:
         raise ArealError(f"a frame begins with {MAGIC!r}, got {magic!r}; both sides must have one version of FedMoE")
     _check_lengths(json_bytes, array_bytes)
-    return json_bytes, array_bytes
+    text = _read(channel, json_bytes)
+    body = _read(channel, array_bytes)
+    if len(text) != json_bytes or len(body) != array_bytes:
+        raise ArealError(f"the frame announces {json_bytes} + {array_bytes} bytes and ends after {len(text + body)}")
+    return _parse(text, body)
 
 
 def _check_lengths(json_bytes: int, array_bytes: int) -> None:

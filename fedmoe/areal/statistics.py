@@ -1,4 +1,4 @@
-"""What one update of an AReaL learner did."""
+"""The statistics of one update by AReaL."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ _MEANS = {
     "gradient_norm": "grad_norm",
     "learning_rate": "lr",
     "clip_fraction": "clip_ratio/avg",
-    "dual_clip_fraction": "dual_clip_ratio/avg",
     "importance_weight": "behave_imp_weight/avg",
     "masked_fraction": "rs_filtered_fraction",
     "entropy": "entropy/avg",
@@ -31,7 +30,8 @@ class ArealUpdate:
     was not finite. `loss` is what was minimised, `entropy` in nats. `clip_fraction`: tokens whose gradient the clip
     took. `importance_weight`: mean of proximal / behaviour over the tokens kept. `masked_fraction`: tokens left out by
     the cap. `gap_mean`, `gap_max`: |proximal - behaviour| in nats. `kl_k1`: estimate of KL(proximal || current) in
-    nats, 0 with one minibatch, because it is taken before each step.
+    nats, 0 with one minibatch, because it is taken before each step. `moved`: k3 estimate of KL(behaviour || proximal)
+    in nats.
     """
 
     version: int
@@ -43,17 +43,20 @@ class ArealUpdate:
     gradient_norm: float
     learning_rate: float
     clip_fraction: float
-    dual_clip_fraction: float
     importance_weight: float
     masked_fraction: float
     entropy: float
     kl_k1: float
     gap_mean: float
     gap_max: float
+    moved: float
 
 
-def summarise(exported: Sequence[Mapping[str, float]], gap: FloatArray, version: int, examples: int) -> ArealUpdate:
-    """The update from AReaL's statistics of each minibatch, weighed by tokens, and from the gap (tokens,) in nats."""
+def summarise(
+    exported: Sequence[Mapping[str, float]], log_ratio: FloatArray, version: int, examples: int
+) -> ArealUpdate:
+    """The update from AReaL's statistics of each minibatch, weighed by tokens, and log(proximal / behaviour)."""
+    gap = np.abs(log_ratio)
     tokens = np.array([_read(part, "n_valid_tokens") for part in exported])
     taken = sum(1 for part in exported if _read(part, "update_successful") == 1.0)
 
@@ -69,6 +72,7 @@ def summarise(exported: Sequence[Mapping[str, float]], gap: FloatArray, version:
         kl_k1=-mean("approx_kl/avg"),
         gap_mean=float(gap.mean()),
         gap_max=float(gap.max()),
+        moved=float((np.expm1(log_ratio) - log_ratio).mean()),
         **{ours: mean(theirs) for ours, theirs in _MEANS.items()},
     )
 

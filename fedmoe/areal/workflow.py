@@ -1,4 +1,4 @@
-"""Our tasks as AReaL workflows, so that whoever has an AReaL cluster can train on them. Needs AReaL.
+"""Our tasks as AReaL workflows, so that a team with an AReaL cluster can train on them. Needs AReaL.
 
 A workflow plays one episode with AReaL's inference engine. Every turn of the policy becomes one row, because what a
 seat sees next need not begin with what it saw before; a row's reward is what its seat earned in the episode. Rows of an
@@ -40,7 +40,7 @@ async def random_opponent(task: Task, episode: Episode, seat: int, rng: np.rando
 
 
 @dataclass(frozen=True, slots=True)
-class _Played:
+class _PolicyTurn:
     """One turn of the policy."""
 
     seat: int
@@ -50,7 +50,7 @@ class _Played:
 class ArenaWorkflow(RolloutWorkflow):  # type: ignore[misc]
     """Plays episodes of one task: `lineup` says who stands where (default: the fewest seats, each for himself).
 
-    A row of data (see `rows.episode_rows`) has the `seed` of an episode and the `seats` that the policy fills; the
+    A row of data (see `rewards.episode_rows`) has the `seed` of an episode and the `seats` that the policy fills; the
     others belong to `opponent`. `task` may be a name (`reasoning:chain_sum`), `tokenizer` the folder of one, so that
     AReaL can make workflows on other machines. `reward`: from an outcome to what a seat earned.
     """
@@ -85,13 +85,13 @@ class ArenaWorkflow(RolloutWorkflow):  # type: ignore[misc]
         """
         seed, seats = self._read(data)
         episode, rng = self._task.start(seed, self._lineup), np.random.default_rng([seed, 1])
-        played: list[_Played] = []
+        played: list[_PolicyTurn] = []
         while waiting := episode.to_act():
             ours = [seat for seat in waiting if seat in seats]
             responses = await asyncio.gather(*(self._ask(engine, episode.observe(seat)) for seat in ours))
             if any(response.stop_reason == "abort" or not response.output_tokens for response in responses):
                 return None
-            turns = [_Played(seat, response) for seat, response in zip(ours, responses, strict=True)]
+            turns = [_PolicyTurn(seat, response) for seat, response in zip(ours, responses, strict=True)]
             actions = {turn.seat: self._codec.text(turn.response.output_tokens) for turn in turns}
             for seat in waiting:
                 if seat not in seats:
@@ -114,7 +114,7 @@ class ArenaWorkflow(RolloutWorkflow):  # type: ignore[misc]
             ModelRequest(rid=uuid.uuid4().hex, input_ids=prompt, gconfig=self._generation, tokenizer=self._tokenizer)
         )
 
-    def _finish(self, episode: Episode, played: Sequence[_Played]) -> TensorRow | None:
+    def _finish(self, episode: Episode, played: Sequence[_PolicyTurn]) -> TensorRow | None:
         if not played:
             return None
         outcome = episode.outcome()

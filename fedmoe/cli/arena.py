@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedmoe.arena.config import ArenaConfig
     from fedmoe.arena.run.options import RunOptions
     from fedmoe.arena.run.results import Ending
+    from fedmoe.arena.run.run import LearnerMaker
 
 app = typer.Typer(help="Train several LoRA policies with and against each other in one task.", no_args_is_help=True)
 
@@ -132,7 +133,18 @@ def _run(config: ArenaConfig, out: Path, prometheus_port: int | None, tensorboar
     stop = Stop()
     StopOnSignal(lambda: stop.ask("asked to stop by a signal")).install()
     chosen: RunOptions = RunOptions(out, **options)  # type: ignore[arg-type]
-    return run_arena(config, chosen, stop, ArenaWatch(config.iterations, prometheus_port, tensorboard))
+    watch = ArenaWatch(config.iterations, prometheus_port, tensorboard)
+    return run_arena(config, chosen, stop, watch, _learners(config))
+
+
+def _learners(config: ArenaConfig) -> dict[str, LearnerMaker]:
+    """Learners that the arena does not know of; what they need is checked before anything is loaded."""
+    if config.learning.kind != "areal":
+        return {}
+    from fedmoe.areal.run_learner import areal_learner, check_environment
+
+    check_environment(config.learning.python)
+    return {"areal": areal_learner}
 
 
 def _draw(out: Path) -> None:

@@ -144,7 +144,7 @@ def test_what_cannot_be_learned_from_is_refused_and_the_learner_goes_on(learner:
 
 def test_a_killed_process_is_named_with_what_was_lost(config: ArealConfig, tmp_path: Path) -> None:
     with ArealLearner(config, tmp_path) as learner:
-        os.kill(learner.process_id, signal.SIGKILL)
+        os.kill(learner._process.pid, signal.SIGKILL)
         with pytest.raises(ArealProcessError, match=r"killed by SIGKILL.*'update' was not done"):
             learner.update([example([1], [2], 1.0)])
         with pytest.raises(ArealProcessError):

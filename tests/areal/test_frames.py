@@ -11,7 +11,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from fedmoe.areal.config import ArealError
-from fedmoe.areal.rpc import MAGIC, MAX_JSON_BYTES, Array, Frame, Value, decode, encode, receive, send
+from fedmoe.areal.rpc import MAGIC, MAX_JSON_BYTES, Array, Frame, Value, encode, receive, send
+
+
+def decode(data: bytes) -> Frame:
+    """The frame in these bytes, as a socket gives it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(data)
+        ours.shutdown(socket.SHUT_WR)
+        frame = receive(theirs)
+    if frame is None:
+        raise ArealError("there is no frame")
+    return frame
+
 
 VALUES = st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False))
 SHAPES = npst.array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=5)

@@ -25,7 +25,7 @@ from workers import (
 
 from fedmoe.distributed_worker import DistributedWorker
 from fedmoe.lora.adapter import FloatVector
-from fedmoe.lora.codec import WIRE_DTYPES
+from fedmoe.lora.codec import WIRE_DTYPES, WireDtype
 from fedmoe.qwen_worker import StepRecord
 from fedmoe.runtime.records import read_records
 
@@ -207,6 +207,33 @@ def test_what_int8_rounded_away_travels_with_the_next_update(house: Federation, 
     difference = np.abs(local(worker) - house.weights).max()
     one_rounding = np.abs(house.delta(updates[-1])).max() / 127 / 2
     assert 0 < difference <= one_rounding * 1.05
+
+
+@pytest.mark.parametrize("wire", ["bf16", "int8"])
+def test_what_a_pull_rounded_is_in_no_update_also_not_after_a_restart(
+    house: Federation, tmp_path: Path, wire: WireDtype
+) -> None:
+    """A worker that learned nothing has nothing to send, though the base it pulled is not the coordinator's."""
+    setup = Setup(house.url, tmp_path / "w1", steps=4, every=2, wire=wire, after_step=wait_for_answer)
+    setup.run()
+    exact = house.weights
+    pulls: list[FloatVector] = []
+
+    def follow(worker: DistributedWorker, record: StepRecord) -> None:
+        assert worker._base is not None
+        pulls.append(worker._base.weights)
+        wait_for_answer(worker, record)
+
+    setup.steps, setup.after_step = 6, follow
+    worker = setup.run()
+    rounded = np.abs(pulls[0] - exact).max()
+    assert rounded > 0, "the pull was in the wire's precision"
+    (*_, last) = house.updates()
+    np.testing.assert_allclose(house.weights - exact, house.delta(last), atol=1e-7)
+    # The answer to the push was exact: what is left is the rounding of that update, not that of the pull.
+    one_rounding = np.abs(house.delta(last)).max() * (2**-8 if wire == "bf16" else 1 / 127 / 2)
+    assert np.abs(local(worker) - house.weights).max() <= one_rounding * 1.05
+    assert one_rounding < rounded
 
 
 def test_two_workers_over_int8_taking_turns_equal_two_over_float32(tmp_path: Path) -> None:

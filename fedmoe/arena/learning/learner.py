@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -43,6 +44,39 @@ class AdamState:
     first: FloatVector
     second: FloatVector
     steps: int
+
+
+class PolicyLearner(Protocol):
+    """Trains the policies of a run by examples; see `Learner`, which does it in this process."""
+
+    micro_batch_tokens: int
+
+    def layout(self, rank: int) -> Layout:
+        """The layout of an adapter of `rank` for the base model."""
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """A new policy that starts from `adapter`."""
+
+    def adapter(self, name: str) -> Adapter:
+        """The current factors of a policy, copied."""
+
+    def score(self, name: str, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> FloatVector:
+        """The policy's log-probability of each of `tokens` after `prompt`, float32 (T,)."""
+
+    def replace(self, name: str, adapter: Adapter, state: AdamState | None = None) -> None:
+        """Give a policy other factors; without `state` the optimizer starts anew."""
+
+    def optimizer_state(self, name: str) -> AdamState:
+        """The policy's optimizer, copied."""
+
+    def learning_rate(self, name: str) -> float:
+        """The policy's learning rate after warm-up."""
+
+    def set_learning_rate(self, name: str, rate: float) -> None:
+        """Change it from the next step on."""
+
+    def update(self, examples: Sequence[Example], max_tokens: int) -> dict[str, PolicyUpdate]:
+        """Train every policy that has examples; `max_tokens` is the limit of an action."""
 
 
 class _LivePolicy:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmoe.arena.learning.adapt import AdaptiveLora, AdaptRules, Change, Effect, Knobs, fitted
-from fedmoe.arena.learning.learner import AdamState, Learner, PolicyUpdate
+from fedmoe.arena.learning.learner import AdamState, PolicyLearner, PolicyUpdate
 from fedmoe.arena.population.pbt import Birth, PolicyLineage, Replacement, perturb
 from fedmoe.arena.rollout.episodes import Player
 from fedmoe.inference.engine import AdapterKey, Engine
@@ -42,7 +42,7 @@ class PolicyState:
 class Policies:
     """Keeps learner and engine in step: a version is published once, sampled from, and let go when nobody needs it."""
 
-    def __init__(self, learner: Learner, engine: Engine, max_staleness: int, rules: AdaptRules | None) -> None:
+    def __init__(self, learner: PolicyLearner, engine: Engine, max_staleness: int, rules: AdaptRules | None) -> None:
         """`max_staleness`: versions by which weights that sampled may be behind; `rules` None does not adapt."""
         self.learner = learner
         self.engine = engine

@@ -16,7 +16,7 @@ _MAY_CHANGE = frozenset(
     {
         *("evaluation.episodes", "evaluation.every", "checkpoint.every", "checkpoint.keep"),
         *("engine.url", "engine.python", "engine.rows", "federation.url", "policies.max_rank"),
-        *("learning.micro_batch_tokens", "learning.max_prompt_tokens"),
+        *("learning.micro_batch_tokens", "learning.max_prompt_tokens", "learning.python"),
         *("episodes.per_iteration", "episodes.megabytes"),
     }
 )

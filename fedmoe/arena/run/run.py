@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.league.league import League, join_league, learning_rate_only
 from fedmoe.arena.learning.adapt import AdaptRules
-from fedmoe.arena.learning.learner import Learner
+from fedmoe.arena.learning.learner import Learner, PolicyLearner
 from fedmoe.arena.learning.policies import Policies
 from fedmoe.arena.modes.protocol import ArenaDecision
 from fedmoe.arena.reporting import write_decision
@@ -48,6 +49,7 @@ from fedmoe.runtime.files import lock_folder
 from fedmoe.runtime.logs import RunLogs, log_files, run_logs
 from fedmoe.runtime.machine import memory
 from fedmoe.runtime.memory import MemoryGuard, MemoryLimitError, choose_limit, limit_gpu, watched
+from fedmoe.runtime.plugins import PluginGroup
 from fedmoe.runtime.records import Recorder, RecordWriter, read_records
 from fedmoe.runtime.resources import check_file_system, make_temporary, place, remove_temporary
 from fedmoe.wire.client import CoordinatorClient
@@ -56,6 +58,17 @@ METRICS = "metrics.jsonl"
 _CHECKPOINTS = "checkpoints"
 #: A micro-batch is never made smaller than this many tokens to save memory.
 _LEAST_TOKENS = 256
+
+
+#: From configuration, run folder, base model and the adapters on it to the learner, which is closed at the end.
+LearnerMaker = Callable[[ArenaConfig, Path, LoadedBase, MultiLora], AbstractContextManager[PolicyLearner]]
+_NO_LEARNERS: Mapping[str, LearnerMaker] = {}
+
+
+@contextmanager
+def multilora_learner(config: ArenaConfig, folder: Path, base: LoadedBase, multi: MultiLora) -> Iterator[Learner]:
+    """The learner in this process, which trains all policies in one batch."""
+    yield Learner(base, multi, config.learning)
 
 
 @dataclass
@@ -80,11 +93,20 @@ class _Run:
         self.control = ControlFile(self.options.folder)
 
 
-def run_arena(config: ArenaConfig, options: RunOptions, stop: Stop, watch: Watch = unwatched) -> Ending:
+def run_arena(
+    config: ArenaConfig,
+    options: RunOptions,
+    stop: Stop,
+    watch: Watch = unwatched,
+    learners: Mapping[str, LearnerMaker] = _NO_LEARNERS,
+) -> Ending:
     """Train until the configured iterations are done or `stop` is asked; returns how it ended.
 
+    `learners` are kinds of learners beside our own and those that installed packages offer as `fedmoe.learners`.
     Raises RunError for a folder that cannot be used, and what tasks, modes, models and the coordinator raise.
     """
+    makers: dict[str, LearnerMaker] = {"multilora": multilora_learner, **learners}
+    make_learner = PluginGroup("fedmoe.learners", "learner", RunError, makers).get(config.learning.kind)
     check_file_system(options.folder, options.allow_network_fs)
     options.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -93,7 +115,7 @@ def run_arena(config: ArenaConfig, options: RunOptions, stop: Stop, watch: Watch
         earlier, changes = _earlier(config, options, logs)
         make_temporary(options.folder)
         stack.callback(remove_temporary, options.folder)
-        run = _assemble(config, options, earlier, logs, stack, watch)
+        run = _assemble(config, options, earlier, logs, stack, watch, make_learner)
         if earlier is None:
             _populate(run)
         else:
@@ -130,7 +152,13 @@ def _earlier(config: ArenaConfig, options: RunOptions, logs: RunLogs) -> tuple[C
 
 
 def _assemble(
-    config: ArenaConfig, options: RunOptions, earlier: Checkpoint | None, logs: RunLogs, stack: ExitStack, watch: Watch
+    config: ArenaConfig,
+    options: RunOptions,
+    earlier: Checkpoint | None,
+    logs: RunLogs,
+    stack: ExitStack,
+    watch: Watch,
+    make_learner: LearnerMaker,
 ) -> _Run:
     started = time.time()
     folder, learning = options.folder, config.learning
@@ -148,7 +176,7 @@ def _assemble(
         logs.runner.warning("base_model_note", note=note)
     multi = MultiLora(base.model)
     engine = stack.enter_context(make_engine(config, folder, base, multi, rollout))
-    learner = Learner(base, multi, learning)
+    learner = stack.enter_context(make_learner(config, folder, base, multi))
     policies = Policies(learner, engine, learning.max_staleness, _adapt_rules(config))
     codec = ChatCodec(base.tokenizer, learning.max_prompt_tokens)
     if config.engine.kind != "transformers":
@@ -156,7 +184,8 @@ def _assemble(
         policies.after_publish = WeightCheck(learner, engine, make_probes(task, engine, codec))
     guard = MemoryGuard(limit, learner.micro_batch_tokens, min(_LEAST_TOKENS, learner.micro_batch_tokens))
     guard.register_cache("encoded prompts", codec.forget)
-    learner.when_short = guard.failed
+    if isinstance(learner, Learner):
+        learner.when_short = guard.failed
     stack.enter_context(watched(guard))
     records = stack.enter_context(BatchedRecords(RecordWriter(folder / METRICS)))
     sink = stack.enter_context(watch(records, folder, lambda: guard.limit))
@@ -185,7 +214,9 @@ def _adapt_rules(config: ArenaConfig) -> AdaptRules | None:
     if not config.learning.adapt:
         return None
     rules = AdaptRules(max_rank=config.policies.max_rank)
-    return learning_rate_only(rules, config.policies) if config.federation else rules
+    # Other sites have agreed on rank and scale, and only the learner in this process can change them.
+    fixed = config.federation is not None or config.learning.kind != "multilora"
+    return learning_rate_only(rules, config.policies) if fixed else rules
 
 
 def _populate(run: _Run) -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from fedmoe.arena.learning.learner import Learner
+from fedmoe.arena.learning.learner import PolicyLearner
 from fedmoe.arena.rollout.chat import Codec
 from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Task, TaskError
 from fedmoe.inference.engine import AdapterKey, Engine, SampleRequest, context_limit
@@ -49,7 +49,7 @@ def make_probes(task: Task, engine: Engine, codec: Codec) -> tuple[Probe, ...]:
 class WeightCheck:
     """Compares an engine's log-probabilities of fixed probes with the trainer's own; EngineError when they differ."""
 
-    def __init__(self, learner: Learner, engine: Engine, probes: tuple[Probe, ...]) -> None:
+    def __init__(self, learner: PolicyLearner, engine: Engine, probes: tuple[Probe, ...]) -> None:
         self._learner = learner
         self._engine = engine
         self._probes = probes
