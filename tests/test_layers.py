@@ -218,6 +218,7 @@ LAYERS: dict[str, set[str]] = {
         "wire",
     },
     "cli": {
+        "areal",
         "arena",
         "arena.modes",
         "arena.rollout",
