@@ -233,7 +233,7 @@ def test_a_replacement_is_in_lineage_ratings_and_decisions(monkeypatch: pytest.M
         ann = memory.ratings["ann"]
         assert memory.ratings["dee"] == Rating(ann.mu, memory.ratings["dee"].sigma, 0)
         assert memory.ratings["dee"].sigma > ann.sigma
-        assert "dee" not in memory.opponents.state()["results"]  # type: ignore[operator]
+        assert "dee" not in memory.opponents.results
         decision = arena.kept.of("decision")[-1]
         assert (decision["what"], decision["policy"], decision["iteration"]) == ("replace", "dee", 1)
 
