@@ -1,4 +1,4 @@
-"""Options that do not go together, or not with this data, base model or machine: refused before the long work."""
+"""Checks of options against each other, the data, the base model and the machine, before the long work."""
 
 from __future__ import annotations
 

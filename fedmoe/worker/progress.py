@@ -1,4 +1,4 @@
-"""What was learned and not yet sent, and how a checkpoint remembers it."""
+"""What was learned and not yet sent, and its form in a checkpoint."""
 
 from __future__ import annotations
 

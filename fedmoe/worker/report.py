@@ -1,4 +1,4 @@
-"""What a worker tells: log lines for its operator, records for whoever shows them."""
+"""A worker's reports: log lines for its operator, records for programs that show them."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class WorkerReport:
 
 
 def warn_of_other_history(saved: SyncPoint, newest: PulledExpert) -> None:
-    """Say so if a checkpoint was made in another history than the one that its worker now goes on with."""
+    """Log a warning if a checkpoint was made in another history than the one that its worker continues with."""
     if saved.incarnation is None or saved.incarnation == newest.incarnation:
         return
     again = f"{saved.progress.steps} steps, {saved.progress.tokens} tokens that no update has carried"

@@ -1,4 +1,4 @@
-"""Taking up training where an earlier run left it, and saying so where the data are no longer the same."""
+"""Restarts: training is resumed from the newest checkpoint, and changed data are refused or logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker's data: read, reported on, split and packed; what cannot be trained on is refused before the long work."""
+"""A worker's data: read, reported, split, packed and checked before the long work."""
 
 from __future__ import annotations
 
