@@ -113,7 +113,7 @@ class DistributedCoordinator:
             self.gate,
             is_loopback(config.host),
             JsonPolicy(config.json_limit),
-            UploadAdmission(config.min_sync_interval, self.service.knows),
+            UploadAdmission(config.min_sync_interval, self.service.intake.knows),
             Rate(rate, math.ceil(2 * rate)) if rate else None,
             self._audit,
         )
@@ -226,9 +226,9 @@ class DistributedCoordinator:
         used = False
         while True:
             await asyncio.sleep(_TIDY_SECONDS)
-            if used and not self.service.uploads:
+            if used and not self.service.intake.uploads:
                 await asyncio.to_thread(trim)
-            used = self.service.uploads > 0
+            used = self.service.intake.uploads > 0
             if self._sweeping.due() and not self.service.failed:
                 await asyncio.to_thread(self._sweeping.sweep)
 

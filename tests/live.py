@@ -61,7 +61,7 @@ class House:
     def kept(self) -> tuple[dict[str, int], int, list[str]]:
         """Versions, journal length and every file of the blob store: what a refused request must not change."""
         deadline = time.monotonic() + 5
-        while self.service.uploads and time.monotonic() < deadline:
+        while self.service.intake.uploads and time.monotonic() < deadline:
             time.sleep(0.005)  # a connection that was cut is still being cleaned up
         versions = {name: expert.version for name, expert in self.service.coordinator.experts.items()}
         files = sorted(str(path) for path in self.folder.rglob("*") if path.is_file())
@@ -101,7 +101,7 @@ def open_house(
         gate.add(JOIN, "join")
         gate.add(ADMIN, "admin")
     try:
-        admission = UploadAdmission(min_sync_interval, service.knows, uploads)
+        admission = UploadAdmission(min_sync_interval, service.intake.knows, uploads)
         app = create_app(service, gate, admission=admission, token_rate=token_rate, audit=audit)
         yield House(app, service, gate, journal, blobs, folder / "blobs", admission)
     finally:

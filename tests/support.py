@@ -23,9 +23,10 @@ from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape
 from fedmoe.lora.codec import encode
 from fedmoe.lora.manifest import BaseModel, Manifest
 from fedmoe.server.history.history import History
-from fedmoe.server.service import Body, CoordinatorService
+from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.blobs import BlobStore
 from fedmoe.server.storage.journal import Journal
+from fedmoe.server.updates.intake import Body
 from fedmoe.wire.contract.messages import UpdateHeader
 
 LAYOUT = Layout((ModuleShape("layers.0.q", 6, 4), ModuleShape("layers.0.v", 6, 3)), 2)
@@ -103,7 +104,7 @@ def open_service(
 
 def fold(service: CoordinatorService) -> int:
     """Fold until nobody is ready; how many folds there are then."""
-    while service._folding.merge_ready():
+    while service._background_merge.merge_ready():
         pass
     living = service.coordinator.transaction().online_gateway
     assert living is not None

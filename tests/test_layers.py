@@ -135,6 +135,7 @@ LAYERS: dict[str, set[str]] = {
         "lora",
         "runtime",
         "server.history",
+        "server.statistics",
         "server.storage",
         "wire.contract",
     },

@@ -8,7 +8,8 @@ import typer
 
 from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, Token, client
 from fedmoe.cli.output import CommandError, say, show_json, show_table
-from fedmoe.wire.contract.messages import ChangeResult, ExpertInfo, HeldOutInfo, Listing
+from fedmoe.wire.contract.experts import ExpertInfo, HeldOutInfo, Listing
+from fedmoe.wire.contract.messages import ChangeResult
 
 app = typer.Typer()
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from fedmoe.experts import ExpertModel
 from fedmoe.server.statistics.contributors import Contributors
-from fedmoe.wire.contract.messages import ExpertInfo
+from fedmoe.wire.contract.experts import ExpertInfo
 
 # What stands for a time in a prepared entry: no name or text holds it, since a quote in these is escaped.
 _PLACE = '"seconds_ago":-1.0'

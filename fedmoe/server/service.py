@@ -1,17 +1,13 @@
-"""The coordinator service without HTTP: takes updates in, and answers every other request.
-
-receive (capped, hashed, on disk) -> check against the manifest -> fsync and rename -> decide and journal -> publish ->
-answer. Each step either finishes or leaves nothing behind.
-"""
+"""The coordinator service without HTTP: wires its parts, and answers all requests but pushes (`updates.intake`)."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 import structlog
@@ -20,11 +16,7 @@ from fedmoe import __version__
 from fedmoe.coordinator import CentralCoordinator, GatewayModel, Transaction
 from fedmoe.experts import ExpertModel, Registrant, first_name
 from fedmoe.federation.events import GatewayMerged, HeldUpdateRejected, QuarantineEvent
-from fedmoe.lora.adapter import Layout
-from fedmoe.lora.codec import WIRE_DTYPES, decode
-from fedmoe.lora.safetensors_bytes import CodecError, MalformedError
-from fedmoe.runtime import failpoints
-from fedmoe.runtime.errors import RefusedError
+from fedmoe.lora.codec import WIRE_DTYPES
 from fedmoe.server.access.security import Principal
 from fedmoe.server.expert_names import gateway_by_title
 from fedmoe.server.gate.gate import EvaluationGate, GatePolicy
@@ -34,24 +26,18 @@ from fedmoe.server.history.history import History
 from fedmoe.server.listing import ExpertEntries
 from fedmoe.server.registrations import RegistrationLimits, checked_manifest
 from fedmoe.server.statistics.contributors import Contributors
-from fedmoe.server.statistics.data_statistics import DataStatistics, body_limit, refuse_suspect
+from fedmoe.server.statistics.data_statistics import DataStatistics
 from fedmoe.server.statistics.reported_statistics import ReportedStatistics
-from fedmoe.server.storage.blobs import BlobStore, BlobWriter, FolderBlobStore, StorageFailedError
+from fedmoe.server.storage.blobs import BlobStore, FolderBlobStore
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.reported_statistics import Statistic
+from fedmoe.server.storage.records import Statistic
 from fedmoe.server.updates.committer import Committer
 from fedmoe.server.updates.held_updates import HeldUpdates
-from fedmoe.server.updates.in_flight import InFlight, InFlightBody
-from fedmoe.server.updates.landing import ReceivedUpdate, UpdateDecider
-from fedmoe.server.updates.memory_budget import MemoryBudget, SerialQueue
+from fedmoe.server.updates.in_flight import InFlight
+from fedmoe.server.updates.intake import UpdateIntake
+from fedmoe.server.updates.landing import UpdateDecider
 from fedmoe.server.updates.upload import (
-    ExpectedBody,
-    log_update,
-    opened_writer,
-    receive,
     settled,
-    submission_of,
-    usable_norm,
 )
 from fedmoe.server.updates.worker_leases import WorkerLeases
 from fedmoe.server.upkeep.background_merge import BackgroundMerge
@@ -61,25 +47,18 @@ from fedmoe.server.upkeep.undo import Undo
 from fedmoe.server.upkeep.withdrawal import Withdrawals
 from fedmoe.wire.contract.messages import (
     ChangeResult,
-    DataStatisticsHeader,
-    DataStatisticsResult,
     FederationInfo,
     ManifestMessage,
     RegisterRequest,
     RetractRequest,
     RollbackRequest,
     StatisticRequest,
-    UpdateHeader,
-    UpdateResult,
 )
 
 Result = TypeVar("Result")
 
 _log = structlog.get_logger("fedmoe.coordinator")
 
-# A body is the factors in float32 at most, plus the header of names.
-_CAP_SHARE = 1.05
-_CAP_BYTES = 1 << 20
 _THREADS = 4
 # A gateway of more experts than this is not built while a list waits for it.
 _MANY = 32
@@ -87,21 +66,10 @@ _MANY = 32
 _REST = 20.0
 # Who calls the service itself, without a request.
 _OPERATOR = Principal("admin")
-#: Updates being checked and decided at once, as float32: four of rank 16 for SmolLM2-135M, or one that is larger.
-_CHECKED_BYTES = 80 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Body:
-    """An update's body on its way in: the chunks, the declared length if any, and the promised sha256 (hex)."""
-
-    chunks: AsyncIterator[bytes]
-    length: int | None
-    sha256: str
 
 
 class CoordinatorService:
-    """Everything the coordinator does for its callers; owns the threads, not the journal or the blobs."""
+    """Everything the coordinator does for its callers; owns its threads, but neither journal nor blobs."""
 
     def __init__(
         self,
@@ -126,21 +94,32 @@ class CoordinatorService:
         self.statistics = DataStatistics(journal, blobs)
         #: Which history this is, so that an update of another one is not taken for one of it.
         self.current = current_history(journal)
-        self._landing = UpdateDecider(journal, self.current)
-        self._blobs = blobs
+        decider = UpdateDecider(journal, self.current)
         self._history = history
         self._min_sync_interval = min_sync_interval
         self._limits = limits or RegistrationLimits()
         self._clock = clock
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
         self._committer = Committer(coordinator, journal, self._after_commit, storage_problem)
-        self._in_flight = in_flight or InFlight(None)
-        self.held = HeldUpdates(coordinator, blobs, self._committer, self._landing, self._in_flight, clock)
+        markers = in_flight or InFlight(None)
+        self.held = HeldUpdates(coordinator, blobs, self._committer, decider, markers, clock)
+        self.intake = UpdateIntake(
+            coordinator,
+            journal,
+            blobs,
+            self.statistics,
+            decider,
+            self._committer,
+            markers,
+            self.leases,
+            self._pool,
+            lambda: self.now,
+        )
         self._undo = Undo(coordinator, history, self._committer, self.current, clock)
         erasure = Erasure(journal, blobs, history, self.statistics, self.reported, self.roster)
         self._withdrawals = Withdrawals(coordinator, journal, self._committer, self._undo, erasure, clock)
-        self._folding = BackgroundMerge(coordinator, history, blobs, self._committer, clock)
-        #: What decides which gateway goes out; None where every one does.
+        self._background_merge = BackgroundMerge(coordinator, history, blobs, self._committer, clock)
+        #: Decides which gateway is published; None where every one is.
         self.evaluation_gate = (
             EvaluationGate(
                 coordinator, journal, Publications(journal, blobs), gate_policy or GatePolicy(), clock, self.fail
@@ -148,22 +127,17 @@ class CoordinatorService:
             if coordinator.aggregation.evaluation_gate
             else None
         )
-        #: What bounds the bytes of updates; None where nothing does.
+        #: Bounds the bytes of updates; None where nothing does.
         self.retention: Retention | None = None
-        #: Told of the first expert there is, once.
+        #: Called with the first expert there is, once.
         self.on_first_expert: Callable[[ExpertModel], None] | None = None
-        #: Updates on their way in.
-        self.uploads = 0
-        self._memory = MemoryBudget(_CHECKED_BYTES)
-        # Statistics are merged with all others of their expert, by the threads that uploads need too.
-        self._merging = SerialQueue()
         self._noted: tuple[str, ...] = ()
         self._build_again = 0.0
         #: The experts as lists show them.
         self.entries = ExpertEntries(self.roster)
 
     def keep_below(self, most: int, blobs: FolderBlobStore) -> None:
-        """Let the oldest updates' bytes go, from `start` on, so that they are at most so many."""
+        """Keep at most so many bytes of updates, from `start` on: the oldest are deleted."""
         self.retention = Retention(
             self.coordinator, self.journal, blobs, self._history, self._committer, most, self._clock
         )
@@ -171,7 +145,7 @@ class CoordinatorService:
     def start(self) -> None:
         self._committer.start()
         self._withdrawals.finish()
-        self._folding.start()
+        self._background_merge.start()
         if self.retention is not None:
             self.retention.start()
         if self.evaluation_gate is not None:
@@ -181,7 +155,7 @@ class CoordinatorService:
         """Finish what was accepted, then stop the threads."""
         if self.evaluation_gate is not None:
             self.evaluation_gate.close()
-        self._folding.close()
+        self._background_merge.close()
         if self.retention is not None:
             self.retention.close()
         self._undo.close()
@@ -195,7 +169,7 @@ class CoordinatorService:
 
     @property
     def not_ready(self) -> str | None:
-        """Why nothing can be pushed, in words for anybody; None while it can."""
+        """Why nothing can be pushed, in words without secrets; None while it can."""
         if self.failed:
             return "storage failed; the coordinator's log says why"
         return None if self._committer.running else "the coordinator is starting or stopping"
@@ -225,7 +199,7 @@ class CoordinatorService:
         )
 
     async def register(self, request: RegisterRequest, principal: Principal = _OPERATOR) -> ExpertModel:
-        """Make the expert, or give the one there is; `principal` is who asks, and may not have too many."""
+        """Make the expert, or return the one there is; `principal` is the caller, whose experts are limited."""
         manifest = checked_manifest(request.manifest, self.coordinator.manifest)
 
         def decide(transaction: Transaction) -> ExpertModel:
@@ -240,11 +214,11 @@ class CoordinatorService:
             )
             return transaction.register(request.expert, by.worker, manifest, request.seed, self.now, by.token)
 
-        expert = await self._decided(self._committer.submit(decide), ExpertModel)
+        expert = await self._committer.decided(decide)
         _log.info("registered", expert=expert.name, worker=request.worker, version=expert.version)
-        tell, self.on_first_expert = self.on_first_expert, None
-        if tell is not None:
-            tell(expert)
+        callback, self.on_first_expert = self.on_first_expert, None
+        if callback is not None:
+            callback(expert)
         return expert
 
     @property
@@ -253,7 +227,7 @@ class CoordinatorService:
         return self.evaluation_gate is None or self.evaluation_gate.has_published
 
     def gateway(self) -> GatewayModel:
-        """The published gateway, or without a gate that of the newest state; says where it was not made as told."""
+        """The published gateway, or without a gate the newest; logs where it was not made as the options say."""
         gateway = self.coordinator.gateway() if self.evaluation_gate is None else self.evaluation_gate.published()
         gateway = self._shown(gateway)
         if gateway.notes != self._noted:
@@ -263,13 +237,13 @@ class CoordinatorService:
         return gateway
 
     def _shown(self, gateway: GatewayModel) -> GatewayModel:
-        """With the digests of its sources, under the names that experts go by."""
+        """The gateway with the digests of its sources, under its experts' newest names."""
         if gateway.sources and not gateway.source_digests:
             gateway = replace(gateway, source_digests=self.current.digests(gateway.sources))
         return gateway_by_title(gateway, self.coordinator.experts)
 
     def listed_gateway(self) -> GatewayModel:
-        """The gateway as a list shows it: of many experts the one built last, while the newest is built meanwhile."""
+        """The gateway for a list: of many experts the one built last, while the newest is built in the background."""
         built = self.coordinator.built
         if self.evaluation_gate is not None or built is None or len(built.sources) <= _MANY:
             return self.gateway()
@@ -279,142 +253,13 @@ class CoordinatorService:
         return self._shown(built)
 
     def _build(self) -> None:
-        """Build the newest gateway for those who list it, and leave the processor to others for a while."""
+        """Build the newest gateway for lists, and leave the processor to others for a while."""
         began = time.monotonic()
         try:
             self.gateway()
         finally:
             ended = time.monotonic()
             self._build_again = ended + _REST * (ended - began)
-
-    def knows(self, header: UpdateHeader) -> bool:
-        """Whether this very update has been taken in before."""
-        identity = (header.worker, header.epoch, header.sequence)
-        return self.coordinator.quarantine.knows(identity) or self.journal.find_update(*identity) is not None
-
-    async def push(self, header: UpdateHeader, body: Body, token: str = "") -> UpdateResult:
-        """Take one update in; answers the same to the same update however often it is sent.
-
-        `token` is the hash of the sender's token: what is held of the updates that came with one is bounded.
-        """
-        expert = self.coordinator.expert(header.expert)
-        if expert.retired and not await self._in_thread(lambda: self.knows(header)):
-            expert.require_active()
-        self.leases.check(header, token)
-        try:
-            result = await self._received(
-                header, lambda layout, writer: self._take(header, body, layout, writer, token)
-            )
-        except RefusedError as error:
-            if error.code == "sequence_reused":
-                self.leases.cloned(header)
-            raise
-        note = self.leases.warning(header.expert, header.worker)
-        return result.model_copy(update={"note": f"{result.note} {note}".strip()}) if note else result
-
-    async def push_data_statistics(
-        self, header: DataStatisticsHeader, body: Body, token: str = ""
-    ) -> DataStatisticsResult:
-        """Take in what a worker tells of its data; the same bytes again change nothing."""
-        self.coordinator.expert(header.expert).require_active()
-        return await self._received(
-            header, lambda layout, writer: self._take_statistics(header, body, layout, writer, token)
-        )
-
-    async def _received(
-        self,
-        header: UpdateHeader | DataStatisticsHeader,
-        take: Callable[[Layout, BlobWriter], Awaitable[Result]],
-    ) -> Result:
-        """What `take` makes of a body that arrives for an expert; nothing is left of one that is refused."""
-        self.check_storage()
-        expert = self.coordinator.expert(header.expert)
-        self.uploads += 1
-        try:
-            writer = await opened_writer(self._blobs, self._pool)
-            try:
-                return await take(expert.manifest.layout, writer)
-            finally:
-                await self._in_thread(writer.abort)
-        except (RefusedError, CodecError) as error:
-            code = getattr(error, "code", "refused")
-            _log.warning("refused", expert=header.expert, worker=header.worker, code=code, reason=str(error))
-            raise
-        except StorageFailedError as error:
-            self.fail(str(error))
-            raise
-        finally:
-            self.uploads -= 1
-
-    async def _take(
-        self, header: UpdateHeader, body: Body, layout: Layout, writer: BlobWriter, token: str
-    ) -> UpdateResult:
-        expected = ExpectedBody(int(layout.size * 4 * _CAP_SHARE) + _CAP_BYTES, body.length, body.sha256)
-        await receive(body.chunks, expected, writer, self._pool)
-        failpoints.reached("push.received")
-        marked = InFlightBody(writer.digest, header.expert, header.worker, header.sequence, writer.size)
-        async with self._memory.of(layout.size * 4):
-            with self._in_flight.processing(marked):
-                result = await self._judged(header, writer, layout, token)
-        failpoints.reached("push.answered")
-        self.leases.pushed(header, token)
-        log_update(header, result)
-        return result
-
-    async def _judged(self, header: UpdateHeader, writer: BlobWriter, layout: Layout, token: str) -> UpdateResult:
-        """Check, store and decide on an update that has arrived; from here to the end its numbers are in memory."""
-        arrived = await self._in_thread(lambda: self._check(header, writer, layout, token))
-        failpoints.reached("push.checked")
-        if arrived.delta is not None or arrived.suspicion:
-            await self._in_thread(writer.commit)
-            failpoints.reached("push.stored")
-        future = self._committer.submit(lambda transaction: self._landing.land(transaction, arrived, self.now))
-        return await self._decided(future, UpdateResult)
-
-    async def _take_statistics(
-        self, header: DataStatisticsHeader, body: Body, layout: Layout, writer: BlobWriter, token: str
-    ) -> DataStatisticsResult:
-        await receive(
-            body.chunks, ExpectedBody(body_limit(header.kind, layout), body.length, body.sha256), writer, self._pool
-        )
-        if writer.size == 0:
-            raise MalformedError("the body is empty")
-        refuse_suspect(self._in_flight.suspicion(writer.digest))
-        marked = InFlightBody(writer.digest, header.expert, header.worker, 0, writer.size)
-        async with self._merging.turn(token):
-            with self._in_flight.processing(marked):
-                failpoints.reached("statistics.checking")
-                await self._in_thread(lambda: self.statistics.check(header, writer.view(), layout))
-                digest = await self._in_thread(writer.commit)
-                future = self._committer.submit(
-                    lambda transaction: self.statistics.keep(transaction, header, digest, writer.size, self.now),
-                    alone=True,
-                )
-                result = await self._decided(future, DataStatisticsResult)
-        _log.info("statistics", worker=header.worker, **result.model_dump(exclude={"gateway_version"}))
-        return result
-
-    def _check(self, header: UpdateHeader, writer: BlobWriter, layout: Layout, token: str) -> ReceivedUpdate:
-        """The update and its delta, if the body is one that could land; no delta if its number is taken.
-
-        What cannot land is refused before it costs a write; the binding decision comes later, in order.
-        """
-        identity = (header.worker, header.epoch, header.sequence)
-        if self.coordinator.quarantine.knows(identity) or self.journal.find_update(*identity) is not None:
-            return ReceivedUpdate(header, submission_of(header, writer.digest), None, writer.size, token)
-        if writer.size == 0:
-            raise MalformedError("the body is empty")
-        self.current.check_update(header, self.coordinator.expert(header.expert))
-        suspicion = self._in_flight.suspicion(writer.digest)
-        if suspicion:
-            submission, flat = submission_of(header, writer.digest), None
-        else:
-            failpoints.reached("push.checking")
-            flat = decode(writer.view(), layout).flat
-            submission = submission_of(header, writer.digest, usable_norm(layout, flat))
-        transaction = self.coordinator.transaction()
-        transaction.hold(transaction.admit(submission, self.now), writer.size, token, suspicion)
-        return ReceivedUpdate(header, submission, flat, writer.size, token, suspicion)
 
     async def roll_back(self, request: RollbackRequest) -> ChangeResult:
         """The expert's next version gets the content of an earlier one."""
@@ -429,7 +274,7 @@ class CoordinatorService:
         return await self._withdrawals.withdraw(request)
 
     async def add_statistic(self, request: StatisticRequest) -> None:
-        """Keep a small fact a worker discloses."""
+        """Keep a statistic that a worker reports."""
         self.coordinator.expert(request.expert).require_active()
         self.check_storage()
         statistic = Statistic(request.expert, request.worker, request.kind, dict(request.values), self.now)
@@ -438,13 +283,7 @@ class CoordinatorService:
 
     async def change_experts(self, change: Callable[[Transaction], ExpertModel]) -> ExpertModel:
         """Rename, retire or bring back an expert."""
-        return await self._decided(self._committer.submit(change), ExpertModel)
-
-    async def _decided(self, future: Future[object], kind: type[Result]) -> Result:
-        # A cancelled request still waits for its decision: the bytes it stored must stay until they are journalled.
-        result = await settled(asyncio.wrap_future(future))
-        assert isinstance(result, kind), f"a decision gave {type(result)}, expected {kind}"
-        return result
+        return await self._committer.decided(change)
 
     async def _in_thread(self, call: Callable[[], Result]) -> Result:
         return await settled(asyncio.get_running_loop().run_in_executor(self._pool, call))
@@ -462,4 +301,4 @@ class CoordinatorService:
         if transaction.online_gateway is not None:
             if any(isinstance(event, GatewayMerged) for event in transaction.events):
                 self._history.prune_gateways(transaction.online_gateway)
-            self._folding.wake()
+            self._background_merge.wake()

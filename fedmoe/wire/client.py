@@ -18,11 +18,12 @@ from fedmoe.lora.codec import WireDtype
 from fedmoe.lora.manifest import Manifest
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.clocks import clock_difference
-from fedmoe.wire.contract.experts import RenameRequest, RetireRequest, UnretireRequest
-from fedmoe.wire.contract.gate import (
+from fedmoe.wire.contract.experts import ExpertInfo, Listing, RenameRequest, RetireRequest, UnretireRequest
+from fedmoe.wire.contract.gateway import (
     CandidatesAnswer,
     CandidatesRequest,
     CandidateWeightsRequest,
+    GatewayInfo,
     GatewayScores,
     ScoresResult,
     VerdictInfo,
@@ -34,10 +35,7 @@ from fedmoe.wire.contract.messages import (
     ChangeResult,
     DataStatisticsHeader,
     DataStatisticsResult,
-    ExpertInfo,
     FederationInfo,
-    GatewayInfo,
-    Listing,
     ManifestMessage,
     RegisterRequest,
     StartFrom,

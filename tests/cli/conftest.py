@@ -21,7 +21,7 @@ def house(tmp_path: Path) -> Iterator[House]:
     with capture_logs(), open_house(tmp_path / "house") as opened:
         opened.register("python", "sql")
         for sequence, worker in enumerate(["w1", "w2", "w1"]):
-            asyncio.run(opened.service.push(*make_push(make_body(sequence), sequence, sequence, worker)))
+            asyncio.run(opened.service.intake.push(*make_push(make_body(sequence), sequence, sequence, worker)))
         yield opened
 
 

@@ -51,7 +51,7 @@ def tiny_server(tmp_path: Path, manifest: Manifest) -> Iterator[LiveServer]:
     with capture_logs(), open_house(tmp_path / "house") as house:
         house.register("sql_expert", "docs", manifest=manifest)
         delta = np.random.default_rng(0).normal(0, 0.05, manifest.layout.size).astype(np.float32)
-        asyncio.run(house.service.push(*make_push(encode(manifest.layout, delta), 0, 0, expert="sql_expert")))
+        asyncio.run(house.service.intake.push(*make_push(encode(manifest.layout, delta), 0, 0, expert="sql_expert")))
         with listening(house.app) as running:
             yield running
 
@@ -60,7 +60,7 @@ def test_info_says_where_the_gateway_is_not_the_one_asked_for(tmp_path: Path, fe
     (tmp_path / "house").mkdir()
     with capture_logs(), open_house(tmp_path / "house", Aggregation(strategy="regmean")) as house:
         house.register("docs", "sql")
-        asyncio.run(house.service.push(*make_push(make_body(1), 0, 0, expert="docs")))
+        asyncio.run(house.service.intake.push(*make_push(make_body(1), 0, 0, expert="docs")))
         with listening(house.app) as running:
             said = fedmoe("gateway", "info", "--coordinator-url", running.url).out
     assert "gateway version 3, scaled of docs v1" in said
@@ -74,7 +74,7 @@ def test_info_tells_the_folds_of_a_gateway_that_lives(tmp_path: Path, fedmoe: Ru
         house.register("docs", "sql")
         with listening(house.app) as running:
             before = fedmoe("gateway", "info", "--coordinator-url", running.url).out
-            asyncio.run(house.service.push(*make_push(make_body(1), 0, 0, expert="docs", steps=3)))
+            asyncio.run(house.service.intake.push(*make_push(make_body(1), 0, 0, expert="docs", steps=3)))
             deadline = time.monotonic() + 20
             while " 1 folds" not in (said := fedmoe("gateway", "info", "--coordinator-url", running.url).out):
                 assert time.monotonic() < deadline, said
@@ -269,7 +269,7 @@ def test_experts_named_like_a_row_of_the_evaluation_take_nobodys_place(
     with capture_logs(), open_house(tmp_path / "named") as house:
         house.register("base", "gateway", "routed", "sql", manifest=manifest)
         delta = np.random.default_rng(0).normal(0, 0.05, manifest.layout.size).astype(np.float32)
-        asyncio.run(house.service.push(*make_push(encode(manifest.layout, delta), 0, 0, expert="base")))
+        asyncio.run(house.service.intake.push(*make_push(encode(manifest.layout, delta), 0, 0, expert="base")))
         with listening(house.app) as running:
             outcome = evaluate(fedmoe, running, *held_out, "--json")
     losses = json.loads(outcome.out)["losses"]

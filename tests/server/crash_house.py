@@ -81,7 +81,7 @@ class House:
         steps: int | None = None,
     ) -> UpdateResult:
         base = max(0, self.service.coordinator.expert(expert).version - behind)
-        return asyncio.run(self.service.push(*make_push(data, base, sequence, worker, expert, steps)))
+        return asyncio.run(self.service.intake.push(*make_push(data, base, sequence, worker, expert, steps)))
 
     def train(self, workers: Sequence[str], expert: str = "python") -> None:
         """One update from each worker named, with content that follows from the version it is made from."""

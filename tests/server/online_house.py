@@ -48,7 +48,7 @@ def difference(left: Adapter, right: Adapter) -> float:
 
 def interrupted_fold(house: House, meanwhile: Callable[[], object]) -> None:
     """A fold during which something happens between the computing and the decision."""
-    folding = house.service._folding
+    folding = house.service._background_merge
     plan = folding._plan()
     assert plan is not None
     folded = folding._compute(plan)

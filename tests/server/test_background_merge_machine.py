@@ -178,7 +178,7 @@ class FoldingMachine(RuleBasedStateMachine):
     @rule()
     def fold(self) -> None:
         ready = self.model.ready()
-        assert self.house.service._folding.merge_ready() is bool(ready)
+        assert self.house.service._background_merge.merge_ready() is bool(ready)
         if ready:
             self.model.fold(ready, self.model.sharing() > 1)
 
@@ -188,10 +188,10 @@ class FoldingMachine(RuleBasedStateMachine):
         if not self.model.ready():
             self.train(data)
         ready, several = self.model.ready(), self.model.sharing() > 1
-        plan = self.house.service._folding._plan()
+        plan = self.house.service._background_merge._plan()
         assert plan is not None
         assert plan.experts.keys() == ready.keys()
-        folded = self.house.service._folding._compute(plan)
+        folded = self.house.service._background_merge._compute(plan)
         match what:
             case "push":
                 self.push(data, data.draw(st.sampled_from(WORKERS)), None, 0)
@@ -204,11 +204,11 @@ class FoldingMachine(RuleBasedStateMachine):
             case "crash":
                 self.crash()
         if all(self.follows(name, seen) for name, (_, seen) in ready.items()):
-            self.house.service._folding._publish(plan, folded, 0.0)
+            self.house.service._background_merge._publish(plan, folded, 0.0)
             self.model.fold(ready, several)
         else:
             with pytest.raises(MergeOvertakenError):
-                self.house.service._folding._publish(plan, folded, 0.0)
+                self.house.service._background_merge._publish(plan, folded, 0.0)
 
     def follows(self, name: str, seen: Version) -> bool:
         newest = self.model.experts[name][-1].updates

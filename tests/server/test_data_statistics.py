@@ -23,8 +23,9 @@ from fedmoe.lora.regmean import regmean
 from fedmoe.lora.safetensors_bytes import encode_named, read_named
 from fedmoe.server.statistics import data_statistics
 from fedmoe.server.statistics.data_statistics import newest_of_each
-from fedmoe.server.storage.journal import DataStatistic
-from fedmoe.wire.contract.messages import SAFETENSORS, GatewayInfo
+from fedmoe.server.storage.records import DataStatistic
+from fedmoe.wire.contract.gateway import GatewayInfo
+from fedmoe.wire.contract.messages import SAFETENSORS
 
 PUSH, GET = "/push_data_statistics", "/data_statistics"
 REGMEAN = Aggregation(strategy="regmean")

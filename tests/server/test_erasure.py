@@ -216,7 +216,7 @@ def test_an_update_that_lands_between_retraction_and_erasure_goes_too_or_nothing
         result = await retract(undo, request)
         sequence = next(sequences, None)
         if sequence is not None:
-            await house.service.push(*make_push(make_body(sequence), result.version, sequence, "w1"))
+            await house.service.intake.push(*make_push(make_body(sequence), result.version, sequence, "w1"))
         return result
 
     monkeypatch.setattr(Undo, "retract", landing)

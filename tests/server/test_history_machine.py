@@ -194,7 +194,7 @@ class Machine(RuleBasedStateMachine):
     def send(self, pushes: list[Push]) -> list[UpdateResult | BaseException]:
         async def all_at_once() -> list[UpdateResult | BaseException]:
             calls = [
-                self.service.push(*make_push(make_body(p.seed), p.base_version, p.sequence, p.worker, p.expert))
+                self.service.intake.push(*make_push(make_body(p.seed), p.base_version, p.sequence, p.worker, p.expert))
                 for p in pushes
             ]
             return await asyncio.gather(*calls, return_exceptions=True)

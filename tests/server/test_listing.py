@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from test_expert_routes import change, listed, push, settle
 
 from fedmoe.server.service import _MANY
-from fedmoe.wire.contract.messages import Listing
+from fedmoe.wire.contract.experts import Listing
 
 
 @pytest.fixture

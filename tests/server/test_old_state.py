@@ -43,7 +43,7 @@ def test_what_lands_on_an_old_state_directory_is_there_after_a_restart(tmp_path:
     running = opened(state_dir, "initial")
     running.service.start()
     base = running.service.coordinator.expert("python").version
-    result = asyncio.run(running.service.push(*make_push(make_body(1000), base, 1000)))
+    result = asyncio.run(running.service.intake.push(*make_push(make_body(1000), base, 1000)))
     digest = running.service.coordinator.expert("python").digest
     assert running.service.journal.version_digest("python", result.version) == digest
     assert running.service.journal.version_digest("python", base) is None

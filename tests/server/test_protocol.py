@@ -92,7 +92,7 @@ def test_a_truncated_body_changes_nothing_and_prints_no_traceback_17(
     with server.connect() as connection:
         connection.sendall(head(lengthy(len(BODY))) + BODY[:-1])
     told, deadline = "", time.monotonic() + 20
-    while (house.service.uploads or "truncated" not in told) and time.monotonic() < deadline:
+    while (house.service.intake.uploads or "truncated" not in told) and time.monotonic() < deadline:
         time.sleep(0.01)
         # Each reading empties both streams: what is read must be kept.
         told += "".join(capfd.readouterr())
@@ -261,7 +261,7 @@ def test_slow_bodies_are_408_at_the_deadline_21(
     assert status(answer) == 408
     assert b"too_slow" in answer
     assert house.kept() == before
-    assert house.service.uploads == 0
+    assert house.service.intake.uploads == 0
 
 
 def trickle(connection: socket.socket) -> bytes:

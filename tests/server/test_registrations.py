@@ -34,7 +34,7 @@ def register(house: House, name: str, worker: str = "w1", by: Principal = JOIN, 
 
 def push(house: House, expert: str, seed: int) -> None:
     base = house.service.coordinator.expert(expert).version
-    asyncio.run(house.service.push(*make_push(make_body(seed), base, next(_numbers), expert=expert)))
+    asyncio.run(house.service.intake.push(*make_push(make_body(seed), base, next(_numbers), expert=expert)))
 
 
 def product(coordinator: CentralCoordinator) -> list[FloatMatrix]:

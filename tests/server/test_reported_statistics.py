@@ -13,7 +13,7 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal
 from fedmoe.server.statistics.reported_statistics import PAGE_BYTES, ReportedStatistics, StatisticLimits
 from fedmoe.server.storage.journal import SqlJournal
-from fedmoe.server.storage.reported_statistics import Statistic
+from fedmoe.server.storage.records import Statistic
 
 ANYBODY = Principal("admin")
 

@@ -14,7 +14,8 @@ from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.tokens import TokenGate
-from fedmoe.server.storage.journal import SqlJournal, TokenRecord
+from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.records import TokenRecord
 from fedmoe.wire.http.bearer import hash_token, new_token
 
 DAY = 86_400.0

@@ -41,7 +41,7 @@ def service() -> Iterator[CoordinatorService]:
 
 def push(service: CoordinatorService, worker: str, seed: int) -> None:
     base = service.coordinator.expert("python").version
-    asyncio.run(service.push(*make_push(make_body(seed), base, seed, worker)))
+    asyncio.run(service.intake.push(*make_push(make_body(seed), base, seed, worker)))
 
 
 def naive(service: CoordinatorService, kept: Callable[[UpdateAccepted], bool]) -> FloatVector:

@@ -63,7 +63,7 @@ def test_updates_that_wait_for_their_decision_do_not_pile_up_decoded(
     house.service._committer.submit(slow)
     reached.wait(30)
     with push_all(server.url, [make_body(seed) for seed in range(8)]):
-        while house.service.uploads < 8 or len(decoded) < 2:
+        while house.service.intake.uploads < 8 or len(decoded) < 2:
             time.sleep(0.005)
         time.sleep(0.2)
         assert len(decoded) == 2

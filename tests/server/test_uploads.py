@@ -71,7 +71,7 @@ def test_heads_alone_take_no_place(tmp_path: Path) -> None:
         silent = [crowd.enter_context(server.connect()) for _ in range(20)]
         for number, connection in enumerate(silent):
             connection.sendall(head(f"silent{number}"))
-        wait_for(lambda: house.service.uploads == 20)
+        wait_for(lambda: house.service.intake.uploads == 20)
         assert taken(house) == 0
         with CoordinatorClient(server.url) as client:
             assert client.push(header(), BODY).result.version == 1
@@ -117,7 +117,7 @@ def test_beside_a_token_that_takes_all_it_may_another_one_pushes_at_once(tmp_pat
         greedy = [crowd.enter_context(server.connect()) for _ in range(10)]
         for number, connection in enumerate(greedy):
             connection.sendall(head(f"greedy{number}", JOIN) + BODY[:10])
-        wait_for(lambda: taken(house) == 3 and house.service.uploads == 3)
+        wait_for(lambda: taken(house) == 3 and house.service.intake.uploads == 3)
         with CoordinatorClient(server.url, honest) as client:
             for sequence in range(5):
                 assert client.push(header(sequence=sequence), BODY).result.version == sequence + 1

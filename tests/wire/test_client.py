@@ -192,7 +192,7 @@ def test_a_coordinator_that_restarts_mid_push_takes_the_same_update_once_66(tmp_
             lines = [f"POST {target} HTTP/1.1", "Host: 127.0.0.1", f"Content-Type: {SAFETENSORS}"]
             lines += [f"Content-Digest: {content_digest(make_body(1))}", f"Content-Length: {len(make_body(1))}", "", ""]
             connection.sendall("\r\n".join(lines).encode() + make_body(1)[:20])
-            while not house.service.uploads:
+            while not house.service.intake.uploads:
                 time.sleep(0.005)
             port = server.port
             connection.close()

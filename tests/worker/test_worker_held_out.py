@@ -13,7 +13,8 @@ from fedmoe.cli import main
 from fedmoe.models.held_out import HeldOutPlan
 from fedmoe.runtime.records import Record, read_records
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.contract.messages import HELD_OUT, HeldOutInfo
+from fedmoe.wire.contract.experts import HeldOutInfo
+from fedmoe.wire.contract.messages import HELD_OUT
 
 
 def plan(every: int = 2, patience: int | None = None, threshold: float = 0.0) -> HeldOutPlan:

@@ -17,7 +17,8 @@ from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.manifest import BaseModel
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert, PulledGateway, PulledStatistics
-from fedmoe.wire.contract.messages import Listing, StatisticsKind
+from fedmoe.wire.contract.experts import Listing
+from fedmoe.wire.contract.messages import StatisticsKind
 
 _log = structlog.get_logger("fedmoe.serve")
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal
 from fedmoe.server.access.steady_clock import SteadyClock
-from fedmoe.server.storage.journal import Journal, TokenRecord
-from fedmoe.server.storage.token_facts import TokenFacts, TokenOrigin
+from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.records import TokenFacts, TokenOrigin, TokenRecord
 from fedmoe.wire.http.bearer import bearer_of, hash_token
 
 #: Under this key the journal holds the latest time that was seen.

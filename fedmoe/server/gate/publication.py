@@ -21,7 +21,7 @@ from fedmoe.lora.safetensors_bytes import CodecError
 from fedmoe.runtime import failpoints
 from fedmoe.server.storage.blobs import BlobReferences, BlobStore, CorruptBlobError, MissingBlobError, put
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.verdicts import GatewayVerdict
+from fedmoe.server.storage.records import GatewayVerdict
 
 _log = structlog.get_logger("fedmoe.gate")
 

@@ -1,9 +1,9 @@
-"""HTTP routes of the evaluation gate."""
+"""HTTP routes of the evaluation gate; without a gate they refuse."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
@@ -14,10 +14,10 @@ from fedmoe.server.access.security import Principal, principal_of
 from fedmoe.server.expert_names import by_title, may_use, resolve_expert
 from fedmoe.server.gate.candidates import CandidateSet
 from fedmoe.server.gate.gate import EvaluationGate
-from fedmoe.server.routes.weight_responses import WeightAnswers, adapter_weights
-from fedmoe.server.service import CoordinatorService
-from fedmoe.server.storage.verdicts import GatewayVerdict
-from fedmoe.wire.contract.gate import (
+from fedmoe.server.routes.parts import parts_of, service_of, with_first_name
+from fedmoe.server.routes.weight_responses import adapter_weights
+from fedmoe.server.storage.records import GatewayVerdict
+from fedmoe.wire.contract.gateway import (
     CandidateInfo,
     CandidatesAnswer,
     CandidateSetInfo,
@@ -30,79 +30,63 @@ from fedmoe.wire.contract.gate import (
     VerdictsRequest,
 )
 
-EvaluatorRequest = TypeVar("EvaluatorRequest", CandidatesRequest, GatewayScores)
+
+def add_gate_routes(app: FastAPI) -> None:
+    app.get("/gateway_candidates")(gateway_candidates)
+    app.post("/gateway_candidates")(announce_evaluator)
+    app.get("/gateway_candidate_weights")(gateway_candidate_weights)
+    app.post("/push_gateway_scores")(push_gateway_scores)
+    app.get("/gateway_verdicts")(gateway_verdicts)
 
 
-def gate_routes(app: FastAPI, service: CoordinatorService, answers: WeightAnswers) -> None:
-    """Add the routes; without a gate they refuse."""
-
-    @app.get("/gateway_candidates")
-    def gateway_candidates(request: Request, wanted: Annotated[CandidatesRequest, Query()]) -> CandidatesAnswer:
-        return _asked(service, _evaluators_own(request, service, wanted))
-
-    @app.post("/gateway_candidates")
-    def announce_evaluator(request: Request, wanted: CandidatesRequest) -> CandidatesAnswer:
-        wanted = _evaluators_own(request, service, wanted)
-        _gate(service).announce(wanted, principal_of(request).token)
-        return _asked(service, wanted)
-
-    @app.get("/gateway_candidate_weights")
-    def gateway_candidate_weights(request: Request, wanted: Annotated[CandidateWeightsRequest, Query()]) -> Response:
-        offer, adapter, expert = _gate(service).adapter(wanted.set, wanted.digest)
-        if expert is not None:
-            resolve_expert(service.coordinator.experts, principal_of(request), expert)
-        weights = adapter_weights(offer.version, adapter, wanted.digest, offer.sources, offer.base)
-        # Few ask for it and once each, so it is not kept.
-        return answers.answer(request, weights, "fp32", keep=False)
-
-    @app.post("/push_gateway_scores")
-    def push_gateway_scores(request: Request, scores: GatewayScores) -> ScoresResult:
-        scores = _evaluators_own(request, service, scores)
-        return ScoresResult(waiting_for=_gate(service).take(scores, principal_of(request).token))
-
-    @app.get("/gateway_verdicts")
-    def gateway_verdicts(request: Request, wanted: Annotated[VerdictsRequest, Query()]) -> VerdictsAnswer:
-        _gate(service)
-        principal = principal_of(request)
-        experts = service.coordinator.experts
-        found = [_verdict_info(one, principal, experts) for one in service.journal.verdicts(wanted.limit)]
-        return VerdictsAnswer(verdicts=found)
+def gateway_candidates(request: Request, wanted: Annotated[CandidatesRequest, Query()]) -> CandidatesAnswer:
+    principal_of(request).require_worker(wanted.evaluator)
+    return _open_set(request, with_first_name(request, wanted))
 
 
-def _asked(service: CoordinatorService, wanted: CandidatesRequest) -> CandidatesAnswer:
-    offer, left, status = _gate(service).ask(wanted)
-    told = None if offer is None else _set_info(offer, wanted.expert, left, service.coordinator.experts)
-    return CandidatesAnswer(open=told, status=status)
+def announce_evaluator(request: Request, wanted: CandidatesRequest) -> CandidatesAnswer:
+    principal_of(request).require_worker(wanted.evaluator)
+    wanted = with_first_name(request, wanted)
+    _gate(request).announce(wanted, principal_of(request).token)
+    return _open_set(request, wanted)
 
 
-def _verdict_info(found: GatewayVerdict, principal: Principal, experts: Mapping[str, ExpertModel]) -> VerdictInfo:
-    """A verdict with the scores of the experts that the asker's token may use."""
-    told = {key: found.payload[key] for key in ("version", "reason", "kept", "scores")}
-    published, undecided = found.payload["candidate"], found.payload.get("undecided", False)
-    info = VerdictInfo.model_validate({**told, "at": found.at, "published": published, "undecided": undecided})
-    scores = [
-        one.model_copy(update={"expert": experts[one.expert].title})
-        for one in info.scores
-        if one.expert in experts and may_use(principal, experts[one.expert])
-    ]
-    kept = {candidate: by_title(domains, experts) for candidate, domains in info.kept.items()}
-    return info.model_copy(update={"scores": scores, "kept": kept})
+def gateway_candidate_weights(request: Request, wanted: Annotated[CandidateWeightsRequest, Query()]) -> Response:
+    offer, adapter, expert = _gate(request).adapter(wanted.set, wanted.digest)
+    if expert is not None:
+        resolve_expert(service_of(request).coordinator.experts, principal_of(request), expert)
+    weights = adapter_weights(offer.version, adapter, wanted.digest, offer.sources, offer.base)
+    # Few ask for it and once each, so it is not kept.
+    return parts_of(request).answers.answer(request, weights, "fp32", keep=False)
 
 
-def _gate(service: CoordinatorService) -> EvaluationGate:
-    if service.evaluation_gate is None:
+def push_gateway_scores(request: Request, scores: GatewayScores) -> ScoresResult:
+    principal_of(request).require_worker(scores.evaluator)
+    scores = with_first_name(request, scores)
+    return ScoresResult(waiting_for=_gate(request).take(scores, principal_of(request).token))
+
+
+def gateway_verdicts(request: Request, wanted: Annotated[VerdictsRequest, Query()]) -> VerdictsAnswer:
+    _gate(request)
+    principal, service = principal_of(request), service_of(request)
+    verdicts = service.journal.verdicts(wanted.limit)
+    return VerdictsAnswer(verdicts=[_verdict_info(one, principal, service.coordinator.experts) for one in verdicts])
+
+
+def _gate(request: Request) -> EvaluationGate:
+    gate = service_of(request).evaluation_gate
+    if gate is None:
         raise RefusedError(
             "gate_disabled", "this coordinator publishes every gateway.", "Start it with --evaluation-gate."
         )
-    return service.evaluation_gate
+    return gate
 
 
-def _evaluators_own(request: Request, service: CoordinatorService, wanted: EvaluatorRequest) -> EvaluatorRequest:
-    """The request with the first name of its expert, if its token belongs to this evaluator and may use the expert."""
-    principal = principal_of(request)
-    principal.require_worker(wanted.evaluator)
-    first = resolve_expert(service.coordinator.experts, principal, wanted.expert)
-    return wanted.model_copy(update={"expert": first})
+def _open_set(request: Request, wanted: CandidatesRequest) -> CandidatesAnswer:
+    offer, left, status = _gate(request).ask(wanted)
+    experts = service_of(request).coordinator.experts
+    info = None if offer is None else _set_info(offer, wanted.expert, left, experts)
+    return CandidatesAnswer(open=info, status=status)
 
 
 def _set_info(
@@ -120,3 +104,18 @@ def _set_info(
         ],
         seconds_left=max(0.0, seconds_left),
     )
+
+
+def _verdict_info(verdict: GatewayVerdict, principal: Principal, experts: Mapping[str, ExpertModel]) -> VerdictInfo:
+    """A verdict with the scores of the experts that the caller's token may use."""
+    payload = verdict.payload
+    facts = {key: payload[key] for key in ("version", "reason", "kept", "scores")}
+    facts |= {"at": verdict.at, "published": payload["candidate"], "undecided": payload.get("undecided", False)}
+    info = VerdictInfo.model_validate(facts)
+    scores = [
+        one.model_copy(update={"expert": experts[one.expert].title})
+        for one in info.scores
+        if one.expert in experts and may_use(principal, experts[one.expert])
+    ]
+    kept = {candidate: by_title(domains, experts) for candidate, domains in info.kept.items()}
+    return info.model_copy(update={"scores": scores, "kept": kept})

@@ -6,30 +6,33 @@ from fastapi import FastAPI, Request
 
 from fedmoe.federation.events import UpdateHeld
 from fedmoe.server.access.security import principal_of
-from fedmoe.server.service import CoordinatorService
+from fedmoe.server.routes.parts import service_of
 from fedmoe.wire.contract.messages import UpdateResult
 from fedmoe.wire.contract.quarantine import HeldUpdateInfo, QuarantineListing, RejectRequest, ReleaseRequest
 
 
-def quarantine_routes(app: FastAPI, service: CoordinatorService) -> None:
-    """Add the routes."""
+def add_quarantine_routes(app: FastAPI) -> None:
+    app.get("/quarantine")(quarantine)
+    app.post("/quarantine/release")(release)
+    app.post("/quarantine/reject", status_code=204)(reject)
 
-    @app.get("/quarantine")
-    def quarantine(request: Request) -> QuarantineListing:
-        principal_of(request).require_admin()
-        held = sorted(service.coordinator.quarantine.held.values(), key=lambda update: update.number)
-        experts = service.coordinator.experts
-        return QuarantineListing(held=[_info(update, experts[update.expert].title, service.now) for update in held])
 
-    @app.post("/quarantine/release")
-    def release(request: Request, wanted: ReleaseRequest) -> UpdateResult:
-        principal_of(request).require_admin(held_update=str(wanted.number))
-        return service.held.release(wanted.number)
+def quarantine(request: Request) -> QuarantineListing:
+    principal_of(request).require_admin()
+    service = service_of(request)
+    held = sorted(service.coordinator.quarantine.held.values(), key=lambda update: update.number)
+    experts = service.coordinator.experts
+    return QuarantineListing(held=[_info(update, experts[update.expert].title, service.now) for update in held])
 
-    @app.post("/quarantine/reject", status_code=204)
-    def reject(request: Request, wanted: RejectRequest) -> None:
-        principal_of(request).require_admin(held_update=str(wanted.number))
-        service.held.reject(wanted.number, wanted.reason)
+
+def release(request: Request, wanted: ReleaseRequest) -> UpdateResult:
+    principal_of(request).require_admin(held_update=str(wanted.number))
+    return service_of(request).held.release(wanted.number)
+
+
+def reject(request: Request, wanted: RejectRequest) -> None:
+    principal_of(request).require_admin(held_update=str(wanted.number))
+    service_of(request).held.reject(wanted.number, wanted.reason)
 
 
 def _info(held: UpdateHeld, expert: str, now: float) -> HeldUpdateInfo:

@@ -6,33 +6,36 @@ from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 
 from fedmoe.server.access.security import principal_of
-from fedmoe.server.access.tokens import TokenEntry, TokenGate
+from fedmoe.server.access.tokens import TokenEntry
+from fedmoe.server.routes.parts import parts_of
 from fedmoe.wire.contract.tokens import RevokeRequest, TokenAnswer, TokenInfo, TokenListing, TokenRequest
 from fedmoe.wire.http.bearer import new_token
 
 
-def token_routes(app: FastAPI, gate: TokenGate) -> None:
-    """Add the routes."""
+def add_token_routes(app: FastAPI) -> None:
+    app.get("/tokens")(list_tokens)
+    app.post("/tokens")(make_token)
+    app.post("/tokens/revoke", status_code=204)(revoke_token)
 
-    @app.get("/tokens")
-    def list_tokens(request: Request) -> TokenListing:
-        principal_of(request).require_admin()
-        return TokenListing(tokens=[_info(token) for token in gate.known()])
 
-    @app.post("/tokens")
-    async def make_token(request: Request, wanted: TokenRequest) -> TokenAnswer:
-        principal = principal_of(request)
-        principal.require_admin(named_label=wanted.label, worker=wanted.worker or "")
-        token = new_token()
-        scope = (wanted.role, wanted.worker, wanted.experts, wanted.expires_in, wanted.label)
-        record = await run_in_threadpool(gate.add, token, *scope)
-        principal.named["named"] = record.hash[:12]
-        return TokenAnswer(token=token, hash=record.hash)
+def list_tokens(request: Request) -> TokenListing:
+    principal_of(request).require_admin()
+    return TokenListing(tokens=[_info(token) for token in parts_of(request).tokens.known()])
 
-    @app.post("/tokens/revoke", status_code=204)
-    async def revoke_token(request: Request, wanted: RevokeRequest) -> None:
-        principal_of(request).require_admin(named=wanted.hash[:12])
-        await run_in_threadpool(gate.revoke, wanted.hash)
+
+async def make_token(request: Request, wanted: TokenRequest) -> TokenAnswer:
+    principal = principal_of(request)
+    principal.require_admin(named_label=wanted.label, worker=wanted.worker or "")
+    token = new_token()
+    scope = (wanted.role, wanted.worker, wanted.experts, wanted.expires_in, wanted.label)
+    record = await run_in_threadpool(parts_of(request).tokens.add, token, *scope)
+    principal.named["named"] = record.hash[:12]
+    return TokenAnswer(token=token, hash=record.hash)
+
+
+async def revoke_token(request: Request, wanted: RevokeRequest) -> None:
+    principal_of(request).require_admin(named=wanted.hash[:12])
+    await run_in_threadpool(parts_of(request).tokens.revoke, wanted.hash)
 
 
 def _info(token: TokenEntry) -> TokenInfo:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from fedmoe.federation.events import Event, UpdateAccepted
-from fedmoe.server.storage.reported_statistics import Statistic
-from fedmoe.wire.contract.messages import HELD_OUT, HeldOutInfo, WorkerInfo
+from fedmoe.server.storage.records import Statistic
+from fedmoe.wire.contract.experts import HeldOutInfo, WorkerInfo
+from fedmoe.wire.contract.messages import HELD_OUT
 
 #: A worker of which so many updates in a row changed nothing is shown as not learning.
 NOT_LEARNING = 5

@@ -20,7 +20,8 @@ from fedmoe.lora.prompt_statistics import PromptStatistics, add_statistics
 from fedmoe.lora.safetensors_bytes import Buffer, CodecError
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import BlobReferences, BlobStore, CorruptBlobError, MissingBlobError
-from fedmoe.server.storage.journal import DataStatistic, Journal
+from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.records import DataStatistic
 from fedmoe.wire.contract.messages import DataStatisticsHeader, DataStatisticsResult, StatisticsKind
 
 _log = structlog.get_logger("fedmoe.coordinator")

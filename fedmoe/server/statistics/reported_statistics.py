@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.reported_statistics import Statistic, StoredStatistic
-from fedmoe.wire.contract.messages import HELD_OUT, HeldOutInfo
+from fedmoe.server.storage.records import Statistic, StoredStatistic
+from fedmoe.wire.contract.experts import HeldOutInfo
+from fedmoe.wire.contract.messages import HELD_OUT
 
 #: A page has so many rows, and so many bytes, at most; the first row is always in it.
 PAGE_ROWS = 1000

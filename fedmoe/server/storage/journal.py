@@ -6,11 +6,10 @@ survive a power cut. Nothing is ever changed in place; rollback and retraction a
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -32,44 +31,27 @@ from fedmoe.server.storage.incarnation import (
     to_text,
 )
 from fedmoe.server.storage.opening import HEAD, check_rows, checked_chain, checked_head, driver, make_tables
-from fedmoe.server.storage.released_bytes_table import ERASURE_REQUESTS, RELEASED_BYTES
-from fedmoe.server.storage.reported_statistics import Statistic, StoredStatistic, dropping, statistics_query
+from fedmoe.server.storage.records import (
+    DataStatistic,
+    GatewayVerdict,
+    Statistic,
+    StoredStatistic,
+    TokenFacts,
+    TokenRecord,
+)
 from fedmoe.server.storage.sqlite import journal_problem, opening_problem, set_pragmas
-from fedmoe.server.storage.tables import DATA_STATISTICS, EVENTS, META, SNAPSHOTS, STATISTICS, TOKENS
-from fedmoe.server.storage.token_facts import TOKEN_FACTS, TokenFacts
-from fedmoe.server.storage.verdicts import VERDICTS, GatewayVerdict, newest_verdicts
+from fedmoe.server.storage.tables import (
+    DATA_STATISTICS,
+    EVENTS,
+    META,
+    SNAPSHOTS,
+    STATISTICS,
+    TOKEN_FACTS,
+    TOKENS,
+    VERDICTS,
+)
 
 _put_meta = META.insert().prefix_with("OR REPLACE")
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRecord:
-    """What the journal knows of a token: its hash and what it may do, never the token.
-
-    `worker` and `experts` None mean any; `expires_at` is seconds since 1970, None never.
-    """
-
-    hash: str
-    role: str
-    worker: str | None = None
-    experts: tuple[str, ...] | None = None
-    expires_at: float | None = None
-    revoked: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class DataStatistic:
-    """What a worker tells of its data (`kind` is prompts or moments): the digest of the blob that holds it, its bytes.
-
-    A later one of the same expert, worker and kind takes the place of an earlier one; one of no size erased it.
-    """
-
-    expert: str
-    worker: str
-    kind: str
-    digest: str
-    size: int
-    at: float
 
 
 # Rows that one statement names; SQLite takes 32,766 parameters.
@@ -193,9 +175,7 @@ class SqlJournal:
             raise
 
     def _prepare(self, skip_damaged: bool) -> None:
-        make_tables(
-            self._connection, self._where, (DATA_STATISTICS, VERDICTS, TOKEN_FACTS, RELEASED_BYTES, ERASURE_REQUESTS)
-        )
+        make_tables(self._connection, self._where)
         check_rows(self._connection, self._where, skip_damaged)
         self._end = checked_chain(self._connection, self._where)
         self._head = checked_head(self._connection, self._where, self._end)
@@ -210,7 +190,7 @@ class SqlJournal:
         if events == 0:
             return GENESIS
         query = sa.select(EVENTS.c.chain).order_by(EVENTS.c.id).limit(1).offset(events - 1)
-        rows = self._read(query)
+        rows = self.query(query)
         return rows[0]["chain"] if rows else None
 
     def append(self, events: Sequence[Event], version_digests: Sequence[str | None] | None = None) -> None:
@@ -231,10 +211,10 @@ class SqlJournal:
 
     def version_digest(self, expert: str, version: int) -> str | None:
         query = sa.select(EVENTS.c.version_digest).where(EVENTS.c.expert == expert, EVENTS.c.version == version)
-        rows = self._read(query)
+        rows = self.query(query)
         return rows[0]["version_digest"] if rows else None
 
-    def _write(self, statement: sa.Executable, rows: list[dict[str, object]] | None = None) -> None:
+    def change(self, statement: sa.Executable, rows: list[dict[str, object]] | None = None) -> None:
         with self._lock:
             self._write_locked(statement, rows)
 
@@ -262,7 +242,7 @@ class SqlJournal:
             self._acknowledged.write(head)
             failpoints.reached("journal.counted")
 
-    def _read(self, statement: sa.Executable) -> list[sa.RowMapping]:
+    def query(self, statement: sa.Executable) -> list[sa.RowMapping]:
         with self._lock:
             try:
                 return list(self._connection.execute(statement).mappings())
@@ -270,12 +250,6 @@ class SqlJournal:
                 raise journal_problem(error, self._where) from error
             finally:
                 self._connection.rollback()
-
-    def query(self, statement: sa.Executable) -> list[sa.RowMapping]:
-        return self._read(statement)
-
-    def change(self, statement: sa.Executable, rows: list[dict[str, object]] | None = None) -> None:
-        self._write(statement, rows)
 
     def _fetch(self, query: str, values: Sequence[str | int] = ()) -> list[tuple[str, ...]]:
         """Many rows, as tuples: an object for each would take longer than to read them."""
@@ -299,34 +273,34 @@ class SqlJournal:
 
     def count(self) -> int:
         query = sa.select(sa.func.count().label("events")).select_from(EVENTS)
-        return int(self._read(query)[0]["events"])
+        return int(self.query(query)[0]["events"])
 
     def find_update(self, worker: str, epoch: str, sequence: int) -> UpdateAccepted | None:
         query = sa.select(EVENTS.c.payload).where(
             EVENTS.c.worker == worker, EVENTS.c.epoch == epoch, EVENTS.c.sequence == sequence
         )
-        for row in self._read(query):
+        for row in self.query(query):
             event = event_of("update", row["payload"])
             assert isinstance(event, UpdateAccepted)
             return event
         return None
 
     def add_snapshot(self, expert: str, version: int, digest: str) -> None:
-        self._write(
+        self.change(
             SNAPSHOTS.insert().prefix_with("OR REPLACE"), [{"expert": expert, "version": version, "digest": digest}]
         )
 
     def snapshots(self, expert: str) -> dict[int, str]:
         query = sa.select(SNAPSHOTS.c.version, SNAPSHOTS.c.digest).where(SNAPSHOTS.c.expert == expert)
-        return {row["version"]: row["digest"] for row in self._read(query)}
+        return {row["version"]: row["digest"] for row in self.query(query)}
 
     def drop_snapshot(self, expert: str, version: int) -> None:
-        self._write(SNAPSHOTS.delete().where(SNAPSHOTS.c.expert == expert, SNAPSHOTS.c.version == version))
+        self.change(SNAPSHOTS.delete().where(SNAPSHOTS.c.expert == expert, SNAPSHOTS.c.version == version))
 
     def named_elsewhere(self, expert: str, digests: Collection[str]) -> set[str]:
         tables = (EVENTS, SNAPSHOTS)
         queries = [sa.select(table.c.digest).where(table.c.expert != expert).distinct() for table in tables]
-        return {row["digest"] for query in queries for row in self._read(query)} & set(digests)
+        return {row["digest"] for query in queries for row in self.query(query)} & set(digests)
 
     def add_statistic(self, statistic: Statistic) -> StoredStatistic:
         with self._lock:
@@ -337,60 +311,55 @@ class SqlJournal:
             return kept
 
     def statistics(self, expert: str | None = None) -> list[Statistic]:
-        return [StoredStatistic.of_row(row).statistic for row in self._read(statistics_query(expert))]
+        query = sa.select(STATISTICS).order_by(STATISTICS.c.id)
+        query = query if expert is None else query.where(STATISTICS.c.expert == expert)
+        return [StoredStatistic.of_row(row).statistic for row in self.query(query)]
 
     def kept_statistics(self, ids: Collection[int] | None = None) -> list[StoredStatistic]:
-        return [StoredStatistic.of_row(row) for row in self._read(statistics_query(ids=ids))]
+        query = sa.select(STATISTICS).order_by(STATISTICS.c.id)
+        query = query if ids is None else query.where(STATISTICS.c.id.in_(ids))
+        return [StoredStatistic.of_row(row) for row in self.query(query)]
 
     def drop_statistics(self, ids: Collection[int]) -> None:
         ordered = sorted(ids)
         for start in range(0, len(ordered), _MOST_NAMED):
-            self._write(dropping(ordered[start : start + _MOST_NAMED]))
+            self.change(STATISTICS.delete().where(STATISTICS.c.id.in_(ordered[start : start + _MOST_NAMED])))
 
     def add_data_statistic(self, statistic: DataStatistic) -> None:
-        self._write(DATA_STATISTICS.insert(), [asdict(statistic)])
+        self.change(DATA_STATISTICS.insert(), [asdict(statistic)])
 
     def data_statistics(self) -> list[DataStatistic]:
         columns = [column for column in DATA_STATISTICS.c if column.name != "id"]
-        rows = self._read(sa.select(*columns).order_by(DATA_STATISTICS.c.id))
+        rows = self.query(sa.select(*columns).order_by(DATA_STATISTICS.c.id))
         return [DataStatistic(**row) for row in rows]
 
     def add_verdict(self, verdict: GatewayVerdict) -> None:
-        self._write(VERDICTS.insert(), [verdict.to_row()])
+        self.change(VERDICTS.insert(), [verdict.to_row()])
 
     def verdicts(self, limit: int, published_only: bool = False) -> list[GatewayVerdict]:
-        return [GatewayVerdict.of_row(row) for row in self._read(newest_verdicts(limit, published_only))]
+        query = sa.select(VERDICTS).order_by(VERDICTS.c.id.desc()).limit(limit)
+        query = query.where(VERDICTS.c.digest.is_not(None)) if published_only else query
+        return [GatewayVerdict.of_row(row) for row in self.query(query)]
 
     def put_token(self, token: TokenRecord) -> None:
-        row = asdict(token) | {"experts": json.dumps(token.experts) if token.experts is not None else None}
-        self._write(TOKENS.insert().prefix_with("OR REPLACE"), [row])
+        self.change(TOKENS.insert().prefix_with("OR REPLACE"), [token.to_row()])
 
     def tokens(self) -> list[TokenRecord]:
-        return [
-            TokenRecord(
-                row["hash"],
-                row["role"],
-                row["worker"],
-                tuple(json.loads(row["experts"])) if row["experts"] is not None else None,
-                row["expires_at"],
-                row["revoked"],
-            )
-            for row in self._read(sa.select(TOKENS))
-        ]
+        return [TokenRecord.of_row(row) for row in self.query(sa.select(TOKENS))]
 
     def put_token_facts(self, facts: Sequence[TokenFacts]) -> None:
         if facts:
-            self._write(TOKEN_FACTS.insert().prefix_with("OR REPLACE"), [one.to_row() for one in facts])
+            self.change(TOKEN_FACTS.insert().prefix_with("OR REPLACE"), [asdict(one) for one in facts])
 
     def token_facts(self) -> list[TokenFacts]:
-        return [TokenFacts(**row) for row in self._read(sa.select(TOKEN_FACTS))]
+        return [TokenFacts(**row) for row in self.query(sa.select(TOKEN_FACTS))]
 
     def meta(self, key: str) -> str | None:
-        rows = self._read(sa.select(META.c.value).where(META.c.key == key))
+        rows = self.query(sa.select(META.c.value).where(META.c.key == key))
         return rows[0]["value"] if rows else None
 
     def set_meta(self, key: str, value: str) -> None:
-        self._write(_put_meta, [{"key": key, "value": value}])
+        self.change(_put_meta, [{"key": key, "value": value}])
 
     def begin_incarnation(self) -> str:
         before = of_text(self.meta(INCARNATIONS_BEFORE))

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import sqlalchemy as sa
 
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.tables import DATA_STATISTICS, EVENTS, SNAPSHOTS
-from fedmoe.server.storage.verdicts import VERDICTS
+from fedmoe.server.storage.tables import DATA_STATISTICS, EVENTS, SNAPSHOTS, VERDICTS
 
 _PAGE = 10_000
 

@@ -17,7 +17,7 @@ from fedmoe.server.storage.incarnation import INCARNATION, new_incarnation
 from fedmoe.server.storage.schema import schema_of
 from fedmoe.server.storage.seals import DamagedRow, damaged_rows, drop_damaged, keep_seals, lost_seals, note_sealed
 from fedmoe.server.storage.sqlite import changed_outside, damaged_rows_problem, other_schema, unusable
-from fedmoe.server.storage.tables import META, SCHEMA_VERSION, SNAPSHOTS, TABLES
+from fedmoe.server.storage.tables import LATER_TABLES, META, SCHEMA_VERSION, SNAPSHOTS, TABLES
 
 #: The key in `meta` of the journal's own note of where it ends.
 HEAD = "head"
@@ -32,8 +32,8 @@ def driver(connection: sa.Connection) -> sqlite3.Connection:
     return found
 
 
-def make_tables(connection: sa.Connection, where: str, later: tuple[sa.Table, ...]) -> None:
-    """Make what is missing, `later` are tables that came later; refuses a damaged file and other schemas."""
+def make_tables(connection: sa.Connection, where: str) -> None:
+    """Make the tables that are missing; refuses a damaged file and other schemas."""
     damage = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
     if damage != "ok":
         raise unusable(where, " ".join(str(damage).split()))
@@ -47,9 +47,7 @@ def make_tables(connection: sa.Connection, where: str, later: tuple[sa.Table, ..
         connection.commit()
     elif found != SCHEMA_VERSION:
         raise other_schema(where, str(found))
-    # A program from before leaves them alone.
-    for table in later:
-        table.create(connection, checkfirst=True)
+    LATER_TABLES.create_all(connection)
     connection.commit()
 
 

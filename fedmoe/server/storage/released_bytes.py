@@ -11,8 +11,7 @@ import sqlalchemy as sa
 from fedmoe.federation.events import UpdateAccepted
 from fedmoe.server.storage.event_rows import event_of
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.released_bytes_table import ERASURE_REQUESTS, RELEASED_BYTES
-from fedmoe.server.storage.tables import EVENTS
+from fedmoe.server.storage.tables import ERASURE_REQUESTS, EVENTS, RELEASED_BYTES
 
 #: Bytes were bounded (`--keep-gb`), or a worker that withdrew was finish_erasure (`retract --erase`).
 Reason = Literal["keep_gb", "erase"]

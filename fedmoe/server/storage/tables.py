@@ -7,22 +7,44 @@ import sqlalchemy as sa
 #: 2: rows of events are chained and know the digest of the version they make.
 SCHEMA_VERSION = 2
 TABLES = sa.MetaData()
-META = sa.Table("meta", TABLES, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text))
+#: Tables that were added within a schema: made where they are missing. An older program leaves them alone.
+LATER_TABLES = sa.MetaData()
+
+
+def _id() -> sa.Column[int]:
+    return sa.Column("id", sa.Integer, primary_key=True, autoincrement=True)
+
+
+def _keys(*names: str) -> list[sa.Column[str]]:
+    return [sa.Column(name, sa.Text, primary_key=True) for name in names]
+
+
+def _texts(*names: str, nullable: bool = False) -> list[sa.Column[str]]:
+    return [sa.Column(name, sa.Text, nullable=nullable) for name in names]
+
+
+def _integer(name: str) -> sa.Column[int]:
+    return sa.Column(name, sa.Integer, nullable=False)
+
+
+def _time(name: str = "at", nullable: bool = False) -> sa.Column[float]:
+    return sa.Column(name, sa.Float, nullable=nullable)
+
+
+META = sa.Table("meta", TABLES, *_keys("key"), *_texts("value", nullable=True))
 EVENTS = sa.Table(
     "events",
     TABLES,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("expert", sa.Text, nullable=False),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("worker", sa.Text),
-    sa.Column("epoch", sa.Text),
+    _id(),
+    *_texts("kind", "expert"),
+    _integer("version"),
+    *_texts("worker", "epoch", nullable=True),
     sa.Column("sequence", sa.Integer),
-    sa.Column("digest", sa.Text),
-    sa.Column("payload", sa.Text, nullable=False),
+    *_texts("digest", nullable=True),
+    *_texts("payload"),
     # The content hash of the weights that the event leaves behind; none where it leaves the first ones of an expert,
     # or was journalled by schema 1.
-    sa.Column("version_digest", sa.Text),
+    *_texts("version_digest", nullable=True),
     # See `chain.link`.
     sa.Column("chain", sa.Text, nullable=False, server_default=""),
     # An update's identity: the same one can never be in the journal twice, whoever writes.
@@ -32,38 +54,43 @@ EVENTS = sa.Table(
 SNAPSHOTS = sa.Table(
     "snapshots",
     TABLES,
-    sa.Column("expert", sa.Text, primary_key=True),
+    *_keys("expert"),
     sa.Column("version", sa.Integer, primary_key=True),
-    sa.Column("digest", sa.Text, nullable=False),
+    *_texts("digest"),
 )
-STATISTICS = sa.Table(
-    "statistics",
-    TABLES,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("expert", sa.Text, nullable=False),
-    sa.Column("worker", sa.Text, nullable=False),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("payload", sa.Text, nullable=False),
-    sa.Column("at", sa.Float, nullable=False),
-)
-DATA_STATISTICS = sa.Table(
-    "data_statistics",
-    TABLES,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("expert", sa.Text, nullable=False),
-    sa.Column("worker", sa.Text, nullable=False),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("digest", sa.Text, nullable=False),
-    sa.Column("size", sa.Integer, nullable=False),
-    sa.Column("at", sa.Float, nullable=False),
-)
+STATISTICS = sa.Table("statistics", TABLES, _id(), *_texts("expert", "worker", "kind", "payload"), _time())
 TOKENS = sa.Table(
     "tokens",
     TABLES,
-    sa.Column("hash", sa.Text, primary_key=True),
-    sa.Column("role", sa.Text, nullable=False),
-    sa.Column("worker", sa.Text),
-    sa.Column("experts", sa.Text),
-    sa.Column("expires_at", sa.Float),
+    *_keys("hash"),
+    *_texts("role"),
+    *_texts("worker", "experts", nullable=True),
+    _time("expires_at", nullable=True),
     sa.Column("revoked", sa.Boolean, nullable=False, default=False),
 )
+DATA_STATISTICS = sa.Table(
+    "data_statistics", LATER_TABLES, _id(), *_texts("expert", "worker", "kind", "digest"), _integer("size"), _time()
+)
+VERDICTS = sa.Table(
+    "gateway_verdicts", LATER_TABLES, _id(), *_texts("digest", nullable=True), *_texts("payload"), _time()
+)
+TOKEN_FACTS = sa.Table(
+    "token_facts",
+    LATER_TABLES,
+    *_keys("hash"),
+    *_texts("label", "origin"),
+    *(_time(name, nullable=True) for name in ("made_at", "used_at")),
+    *_texts("used_from", nullable=True),
+)
+RELEASED_BYTES = sa.Table(
+    "let_go",
+    LATER_TABLES,
+    _id(),
+    *_texts("expert"),
+    *_texts("worker", nullable=True),
+    _integer("through"),
+    *_texts("reason"),
+    _time(),
+)
+#: Erasures that were asked for and are not finished.
+ERASURE_REQUESTS = sa.Table("to_erase", LATER_TABLES, *_keys("expert", "worker"), *_texts("reason"), _time())

@@ -1,17 +1,19 @@
 """The single writer thread: decides, journals in groups, publishes, then answers.
 
-Producers (request handlers) put a decision into the queue and wait for its future. The committer takes whatever is
-waiting, works it out in one transaction, journals that as one, publishes, and only then answers. So a slow fsync is
-shared by everybody who waited for it, and versions come in the order of the journal.
+Request handlers put a decision into the queue and wait for its future. The committer takes whatever waits, works it out
+in one transaction, journals that as one, publishes, and only then answers. So all requests of a group share a slow
+fsync, and versions come in the order of the journal.
 """
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import structlog
 
@@ -19,18 +21,19 @@ from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.runtime import failpoints
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.journal import Journal
+from fedmoe.server.updates.upload import settled
 
 _log = structlog.get_logger("fedmoe.committer")
 _MAX_GROUP = 64
 
-Decision = Callable[[Transaction], object]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class _Job:
     """`alone`: the decision reads the journal's past, so nothing undecided may stand before it in the same group."""
 
-    decide: Decision
+    decide: Callable[[Transaction], object]
     alone: bool
     answer: Future[object]
 
@@ -61,11 +64,15 @@ class Committer:
         """Whether decisions are taken."""
         return self._thread.is_alive()
 
-    def submit(self, decide: Decision, alone: bool = False) -> Future[object]:
+    def submit(self, decide: Callable[[Transaction], Result], alone: bool = False) -> Future[Result]:
         """Queue a decision; its future holds the result once it is durable and published."""
         answer: Future[object] = Future()
         self._queue.put(_Job(decide, alone, answer))
-        return answer
+        return cast("Future[Result]", answer)
+
+    async def decided(self, decide: Callable[[Transaction], Result], alone: bool = False) -> Result:
+        """The result of a decision; a cancelled request waits for it: its blobs must stay until they are journalled."""
+        return await settled(asyncio.wrap_future(self.submit(decide, alone)))
 
     def check_storage(self) -> None:
         """Raise `StorageFailedError`, now and from now on, if what is written is no longer where it can be found."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import structlog
 
 from fedmoe.coordinator import CentralCoordinator
-from fedmoe.federation.events import HeldUpdateRejected, UpdateHeld
+from fedmoe.federation.events import UpdateHeld
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.codec import decode
 from fedmoe.runtime.errors import RefusedError
@@ -42,7 +42,6 @@ class HeldUpdates:
             result = self.committer.submit(
                 lambda transaction: self.landing.release(transaction, number, delta, now())
             ).result()
-        assert isinstance(result, UpdateResult)
         self.in_flight.forget(held.digest)
         _log.warning("released", held=number, expert=result.expert, version=result.version)
         return result
@@ -51,7 +50,6 @@ class HeldUpdates:
         """A held update never lands; its sender is told, and its bytes go."""
         now = self.clock
         event = self.committer.submit(lambda transaction: transaction.reject(number, reason, now())).result()
-        assert isinstance(event, HeldUpdateRejected)
         _log.warning("rejected", held=event.held, expert=event.expert, worker=event.worker, sequence=event.sequence)
 
     def _read(self, held: UpdateHeld) -> FloatVector:

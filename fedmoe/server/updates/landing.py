@@ -15,8 +15,7 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.base_history import CurrentHistory
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.updates.upload import refuse_other_bytes
-from fedmoe.wire.contract.held_outcome import HeldOutcome
-from fedmoe.wire.contract.messages import UpdateHeader, UpdateResult
+from fedmoe.wire.contract.messages import HeldOutcome, UpdateHeader, UpdateResult
 
 # So many of what became of a worker's held updates are told with an answer.
 _MOST_OUTCOMES = 8

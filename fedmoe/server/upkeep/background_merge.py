@@ -159,7 +159,6 @@ class BackgroundMerge:
             event = self._committer.submit(lambda transaction: self._decide(transaction, seen)).result()
         finally:
             writer.abort()
-        assert isinstance(event, GatewayMerged)
         failpoints.reached("fold.published")
         _log.info(
             "folded",

@@ -167,11 +167,9 @@ class Retention:
         for held, digest in sorted(self._journal.snapshots(expert).items()):
             if held >= version and self._readable(digest):
                 return held
-        made = self._committer.submit(
+        return self._committer.submit(
             lambda transaction: self._history.snapshot(transaction.expert(expert)), alone=True
         ).result()
-        assert isinstance(made, int)
-        return made
 
     def _readable(self, digest: str) -> bool:
         try:

@@ -95,13 +95,16 @@ class Undo:
         return change_result(transaction, request.expert, rebuilt.removed, f"{rebuilt.note} {rejected}".strip())
 
     async def _done(self, what: str, name: str, worker: str | None, rebuild: Rebuild, decide: Decide) -> ChangeResult:
+        def whole(transaction: Transaction) -> ChangeResult:
+            expert = transaction.expert(name)
+            return decide(transaction, expert, rebuild(expert))
+
         result, rebuilt, tries = None, None, 0
         while result is None and tries < _TRIES:
             rebuilt, tries = await self._beside(name, worker, rebuild, rebuilt), tries + 1
             result = await self._decided(name, worker, rebuilt, decide) if rebuilt is not None else None
         if result is None:
-            result = await self._committed(lambda transaction: _whole(transaction, name, rebuild, decide))
-            assert result is not None, "the committer decides on all of it"
+            result = await self._committer.decided(whole, alone=True)
         _log.warning(what, expert=result.expert, version=result.version, removed=result.removed)
         return result
 
@@ -134,13 +137,7 @@ class Undo:
             newest = self._history.followed(rebuilt, expert, worker)
             return None if newest is None else decide(transaction, expert, newest)
 
-        return await self._committed(attempt)
-
-    async def _committed(self, decision: Callable[[Transaction], ChangeResult | None]) -> ChangeResult | None:
-        # A cancelled request still waits for its decision, as a push does.
-        result = await settled(asyncio.wrap_future(self._committer.submit(decision, alone=True)))
-        assert result is None or isinstance(result, ChangeResult), f"a decision gave {type(result)}"
-        return result
+        return await self._committer.decided(attempt, alone=True)
 
 
 def change_result(transaction: Transaction, name: str, removed: int = 0, note: str = "") -> ChangeResult:
@@ -154,8 +151,3 @@ def change_result(transaction: Transaction, name: str, removed: int = 0, note: s
         digest=expert.digest,
         note=note,
     )
-
-
-def _whole(transaction: Transaction, name: str, rebuild: Rebuild, decide: Decide) -> ChangeResult:
-    expert = transaction.expert(name)
-    return decide(transaction, expert, rebuild(expert))

@@ -6,11 +6,8 @@ interrupted.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar, cast
 
 import structlog
 
@@ -20,7 +17,6 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.released_bytes import ErasureRequest, finish_erasure, pending_erasures, request_erasure
 from fedmoe.server.updates.committer import Committer
-from fedmoe.server.updates.upload import settled
 from fedmoe.server.upkeep.erasure import Erasure, ErasureReport
 from fedmoe.server.upkeep.undo import Undo, change_result
 from fedmoe.wire.contract.messages import ChangeResult, RetractRequest
@@ -29,8 +25,6 @@ _log = structlog.get_logger("fedmoe.coordinator")
 
 # A worker may push between the retraction and the erasure; then both are done once more.
 _TRIES = 5
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +40,11 @@ class Withdrawals:
 
     async def withdraw(self, request: RetractRequest) -> ChangeResult:
         """Retract a worker, if that is not done yet, and remove its bytes for good; raises RefusedError."""
-        gave = await self._decided(lambda transaction: self._noted(transaction, request))
+        gave = await self.committer.decided(lambda transaction: self._noted(transaction, request), alone=True)
         failpoints.reached("erase.wanted")
         for _ in range(_TRIES):
             result = await self._without(request, gave)
-            found = await self._decided(lambda transaction: self._erase(transaction, request))
+            found = await self.committer.decided(lambda transaction: self._erase(transaction, request), alone=True)
             if found is not None:
                 await self._done(request)
                 notes = (result.note, "" if found.left in result.note else found.left, found.in_words())
@@ -64,7 +58,9 @@ class Withdrawals:
 
     async def _done(self, request: RetractRequest) -> None:
         """After what follows the decisions before it."""
-        await self._decided(lambda transaction: finish_erasure(self.journal, request.expert, request.worker))
+        await self.committer.decided(
+            lambda transaction: finish_erasure(self.journal, request.expert, request.worker), alone=True
+        )
 
     def finish(self) -> None:
         """Queue what was asked for before the last stop and is not done; for the start, before anything else."""
@@ -72,13 +68,11 @@ class Withdrawals:
             self._finish(RetractRequest(expert=wanted.expert, worker=wanted.worker, reason=wanted.reason, erase=True))
 
     def _finish(self, request: RetractRequest) -> None:
-        steps = [
-            self.committer.submit(lambda transaction: self._retract(transaction, request), alone=True),
-            self.committer.submit(lambda transaction: self._erase(transaction, request), alone=True),
-        ]
+        retraction = self.committer.submit(lambda transaction: self._retract(transaction, request), alone=True)
+        erasure = self.committer.submit(lambda transaction: self._erase(transaction, request), alone=True)
 
         def end(transaction: Transaction) -> None:
-            failed = next((step.exception() for step in steps if step.exception() is not None), None)
+            failed = retraction.exception() or erasure.exception()
             if failed is None:
                 finish_erasure(self.journal, request.expert, request.worker)
                 return
@@ -112,8 +106,3 @@ class Withdrawals:
         if self.erasure.holds(transaction, request.expert, request.worker):
             return None
         return self.erasure.erase(transaction, request, self.clock())
-
-    async def _decided(self, decide: Callable[[Transaction], Result]) -> Result:
-        # A cancelled request still waits for its decision, as a push does.
-        future = cast("Future[Result]", self.committer.submit(decide, alone=True))
-        return await settled(asyncio.wrap_future(future))

@@ -2,11 +2,86 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, Field, StringConstraints
 
-from fedmoe.wire.contract.messages import Count, ExpertName, Message, ShortText, WorkerName
+from fedmoe.wire.contract.gateway import GatewayInfo
+from fedmoe.wire.contract.messages import (
+    Count,
+    ExpertName,
+    HistoryMessage,
+    Message,
+    Sha256,
+    ShortText,
+    SparseMessage,
+    WorkerName,
+)
+
+
+class HeldOutInfo(Message):
+    """A worker's loss on held-out data of its own, nats per token: after which step, the first one, the lowest."""
+
+    step: int
+    loss: float
+    first: float
+    best: float
+    tokens: int
+
+
+class WorkerInfo(SparseMessage):
+    """What the coordinator last heard from a worker of an expert; `seconds_ago` since its last accepted update.
+
+    `held_out` is there if the caller asked for it and the worker measures itself, `flags` if the caller asked and an
+    administrator should look; else these keys are not sent, since older programs refuse keys that they do not know.
+    """
+
+    unsaid: ClassVar[Mapping[str, object]] = {"held_out": None, "flags": []}
+    worker: WorkerName
+    updates: int
+    staleness: int
+    loss: float | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    seconds_ago: float
+    held_out: HeldOutInfo | None = None
+    flags: list[str] = []
+
+
+class ExpertInfo(HistoryMessage):
+    """One expert in a listing; `digest` is the content hash of its weights.
+
+    `prompts` names the prompt statistics that `GET /data_statistics` gives for it; null while no worker has sent any.
+    `formerly` are names that it had before and that still mean it; `retired` that it takes no updates. Both are left
+    out where there is nothing to tell.
+    """
+
+    unsaid: ClassVar[Mapping[str, object]] = {"incarnation": None, "formerly": [], "retired": False}
+    name: ExpertName
+    version: int
+    rank: int
+    alpha: float
+    parameters: int
+    base: str
+    digest: Sha256
+    workers: list[WorkerInfo] = []
+    prompts: Sha256 | None = None
+    formerly: list[ExpertName] = []
+    retired: bool = False
+
+
+class Listing(SparseMessage):
+    """A page of experts in name order and the gateway, which is null while there is none or it is switched off.
+
+    `more` tells that others follow the last one.
+    """
+
+    unsaid: ClassVar[Mapping[str, object]] = {"more": False}
+    experts: list[ExpertInfo]
+    gateway: GatewayInfo | None
+    enable_gateway: bool
+    more: bool = False
 
 
 class ListingRequest(BaseModel):

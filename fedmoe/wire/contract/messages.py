@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -20,7 +21,6 @@ from fedmoe.lora.adapter import Layout, ModuleShape
 from fedmoe.lora.codec import WireDtype
 from fedmoe.lora.manifest import BaseModel as Base
 from fedmoe.lora.manifest import Manifest
-from fedmoe.wire.contract.held_outcome import HeldOutcome
 
 SAFETENSORS = "application/vnd.safetensors"
 PROBLEM = "application/problem+json"
@@ -81,17 +81,26 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class HistoryMessage(Message):
-    """An answer that names the history it is of; without a name the key is not sent, see `answers_with_new_keys`."""
+class SparseMessage(Message):
+    """A message that leaves out keys without news: older programs refuse keys that they do not know.
 
-    incarnation: Incarnation | None = None
+    `unsaid` are these keys, and the value with which each is not sent.
+    """
+
+    unsaid: ClassVar[Mapping[str, object]] = {}
 
     @model_serializer(mode="wrap")
-    def _without_what_is_not_named(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
-        values: dict[str, object] = handler(self)
-        if self.incarnation is None:
-            values.pop("incarnation", None)
-        return values
+    def _without_news(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        return {
+            key: value for key, value in handler(self).items() if key not in self.unsaid or value != self.unsaid[key]
+        }
+
+
+class HistoryMessage(SparseMessage):
+    """An answer that names the history it is of; without a name the key is not sent, see `answers_with_new_keys`."""
+
+    unsaid: ClassVar[Mapping[str, object]] = {"incarnation": None}
+    incarnation: Incarnation | None = None
 
 
 class BaseModelMessage(Message):
@@ -188,7 +197,17 @@ class UpdateHeader(Message):
     tokens: Count | None = None
 
 
-class UpdateResult(Message):
+class HeldOutcome(Message):
+    """Number and outcome of a held update: `held` still, `released` as `version`, or `rejected` with a reason."""
+
+    held: int
+    sequence: int
+    status: Literal["held", "released", "rejected"]
+    version: int | None = None
+    reason: str = ""
+
+
+class UpdateResult(SparseMessage):
     """What became of an update; the same for a repeated push, with `duplicate` set.
 
     A `quarantined` one, `held` under a number, has not landed: `version` is the expert's, unchanged, and `note` the
@@ -196,6 +215,13 @@ class UpdateResult(Message):
     epoch, the newest last. Keys without news are not sent: older programs refuse keys that they do not know.
     """
 
+    unsaid: ClassVar[Mapping[str, object]] = {
+        "incarnation": None,
+        "status": "landed",
+        "held": None,
+        "note": "",
+        "outcomes": [],
+    }
     expert: ExpertName
     version: int
     gateway_version: int
@@ -208,164 +234,6 @@ class UpdateResult(Message):
     held: int | None = None
     note: str = ""
     outcomes: list[HeldOutcome] = []
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
-        values: dict[str, object] = handler(self)
-        if self.status == "landed":
-            values.pop("status", None)
-            values.pop("held", None)
-        if not self.note:
-            values.pop("note", None)
-        if not self.outcomes:
-            values.pop("outcomes", None)
-        if self.incarnation is None:
-            values.pop("incarnation", None)
-        return values
-
-
-class ExpertInfo(HistoryMessage):
-    """One expert in a listing; `digest` is the content hash of its weights.
-
-    `prompts` names the prompt statistics that `GET /data_statistics` gives for it; null while no worker has sent any.
-    `formerly` are names that it had before and that still mean it; `retired` that it takes no updates. Both are left
-    out where there is nothing to tell.
-    """
-
-    name: ExpertName
-    version: int
-    rank: int
-    alpha: float
-    parameters: int
-    base: str
-    digest: Sha256
-    workers: list[WorkerInfo] = []
-    prompts: Sha256 | None = None
-    formerly: list[ExpertName] = []
-    retired: bool = False
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_not_named(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
-        unsaid = {key for key in ("incarnation", "formerly", "retired") if not getattr(self, key)}
-        return {key: value for key, value in handler(self).items() if key not in unsaid}
-
-
-class HeldOutInfo(Message):
-    """A worker's loss on held-out data of its own, nats per token: after which step, the first one, the lowest."""
-
-    step: int
-    loss: float
-    first: float
-    best: float
-    tokens: int
-
-
-class WorkerInfo(Message):
-    """What the coordinator last heard from a worker of an expert; `seconds_ago` since its last accepted update.
-
-    `held_out` is there if the caller asked for it and the worker measures itself, `flags` if the caller asked and an
-    administrator should look; else these keys are not sent, since older programs refuse keys that they do not know.
-    """
-
-    worker: WorkerName
-    updates: int
-    staleness: int
-    loss: float | None = None
-    steps: int | None = None
-    tokens: int | None = None
-    seconds_ago: float
-    held_out: HeldOutInfo | None = None
-    flags: list[str] = []
-
-    @model_serializer(mode="wrap")
-    def _without_what_nobody_told(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
-        values: dict[str, object] = handler(self)
-        if self.held_out is None:
-            values.pop("held_out", None)
-        if not self.flags:
-            values.pop("flags", None)
-        return values
-
-
-class GateInfo(Message):
-    """The evaluation gate: why the newest verdict was as it was (empty: none yet), when, and what it waits for now.
-
-    `undecided`: time was over before all scores were there, so the old gateway stayed. `at` is seconds since 1970;
-    `evaluators` are those heard of lately, as EVALUATOR/EXPERT.
-    """
-
-    reason: str
-    at: float | None
-    undecided: bool = False
-    status: str
-    evaluators: list[str]
-
-
-class BranchPointInfo(Message):
-    """Where an expert left the gateway: after which fold, as which version, and the steps trained since."""
-
-    gateway: int
-    version: int
-    steps: int
-
-
-class OnlineGatewayInfo(Message):
-    """A gateway that experts go on from: its folds so far, what the last one took, and how far each expert is from it.
-
-    `staleness` is how many folds behind each expert of the last fold was, `seconds` what computing it took.
-    """
-
-    folds: int
-    staleness: dict[str, int]
-    seconds: float
-    departures: dict[str, BranchPointInfo]
-
-
-class GatewayInfo(Message):
-    """The gateway: what it is made of and what a rank cut lost.
-
-    `statistics` are the sha256 of the input moments it was made with, by expert, `statistics_tokens` how many tokens
-    those of each expert rest on; `notes` say where it was not made as the coordinator was told to; `gate` is null
-    without an evaluation gate. `source_digests` are the content hashes of the `sources`, where they are known;
-    `left_out` says of experts that are no part of it why not.
-    """
-
-    version: int
-    strategy: str
-    rank: int
-    parameters: int
-    modules: int
-    lora_A_shape: tuple[int, int]
-    lora_B_shape: tuple[int, int]
-    sources: dict[str, int]
-    weights: dict[str, float]
-    truncation_error: float
-    digest: Sha256
-    statistics: dict[str, Sha256] = {}
-    statistics_tokens: dict[str, int] = {}
-    notes: list[str] = []
-    scale: float = 1.0
-    gate: GateInfo | None = None
-    living: OnlineGatewayInfo | None = None
-    source_digests: dict[str, Sha256] = {}
-    incarnation: Incarnation | None = None
-    left_out: dict[str, str] = {}
-
-
-class Listing(Message):
-    """A page of experts in name order and the gateway, which is null while there is none or it is switched off.
-
-    `more` tells that others follow the last one.
-    """
-
-    experts: list[ExpertInfo]
-    gateway: GatewayInfo | None
-    enable_gateway: bool
-    more: bool = False
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
-        return {key: value for key, value in handler(self).items() if value or key != "more"}
 
 
 class FederationInfo(HistoryMessage):

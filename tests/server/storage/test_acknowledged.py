@@ -22,7 +22,7 @@ from fedmoe.server.history.verification import verify_state
 from fedmoe.server.storage.acknowledged import AcknowledgedFile, Head, behind
 from fedmoe.server.storage.backup import make_backup
 from fedmoe.server.storage.blobs import StorageFailedError, put
-from fedmoe.server.storage.journal import TokenRecord
+from fedmoe.server.storage.records import TokenRecord
 from fedmoe.server.storage.state_dir import StateDir, StateDirError
 
 HEAD = Head(7, "a" * 64, 12, "b" * 32)

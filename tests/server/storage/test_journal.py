@@ -14,8 +14,8 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.event_rows import GATEWAY
 from fedmoe.server.storage.incarnation import FormerIncarnation, of_text
-from fedmoe.server.storage.journal import DataStatistic, DuplicateEventError, Journal, SqlJournal, TokenRecord
-from fedmoe.server.storage.reported_statistics import Statistic
+from fedmoe.server.storage.journal import DuplicateEventError, Journal, SqlJournal
+from fedmoe.server.storage.records import DataStatistic, Statistic, TokenRecord
 
 EVENTS: list[Event] = [
     registered(),

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from support import accepted, registered
 
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.journal import DataStatistic, SqlJournal, Statistic, TokenRecord
-from fedmoe.server.storage.verdicts import GatewayVerdict
+from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.records import DataStatistic, GatewayVerdict, Statistic, TokenRecord
 
 SEALED = ("meta", "snapshots", "statistics", "data_statistics", "tokens", "gateway_verdicts")
 

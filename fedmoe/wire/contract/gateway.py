@@ -1,4 +1,4 @@
-"""Messages between the evaluation gate and evaluators."""
+"""Messages about the gateway, and between its evaluation gate and evaluators."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fedmoe.wire.contract.messages import (
     NUMBER,
     Count,
     ExpertName,
+    Incarnation,
     Message,
     Sha256,
     ShortText,
@@ -24,6 +25,71 @@ Loss = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False), NUMBER]
 MAX_TOKENS = 1 << 40
 #: Candidates in one set; every one costs each owner a pass over the held-out data.
 MAX_CANDIDATES = 16
+
+
+class GateInfo(Message):
+    """The evaluation gate: why the newest verdict was as it was (empty: none yet), when, and what it waits for now.
+
+    `undecided`: time was over before all scores were there, so the old gateway stayed. `at` is seconds since 1970;
+    `evaluators` are those heard of lately, as EVALUATOR/EXPERT.
+    """
+
+    reason: str
+    at: float | None
+    undecided: bool = False
+    status: str
+    evaluators: list[str]
+
+
+class BranchPointInfo(Message):
+    """Where an expert left the gateway: after which fold, as which version, and the steps trained since."""
+
+    gateway: int
+    version: int
+    steps: int
+
+
+class OnlineGatewayInfo(Message):
+    """A gateway that experts go on from: its folds so far, what the last one took, and how far each expert is from it.
+
+    `staleness` is how many folds behind each expert of the last fold was, `seconds` what computing it took.
+    """
+
+    folds: int
+    staleness: dict[str, int]
+    seconds: float
+    departures: dict[str, BranchPointInfo]
+
+
+class GatewayInfo(Message):
+    """The gateway: what it is made of and what a rank cut lost.
+
+    `statistics` are the sha256 of the input moments it was made with, by expert, `statistics_tokens` how many tokens
+    those of each expert rest on; `notes` say where it was not made as the coordinator was told to; `gate` is null
+    without an evaluation gate. `source_digests` are the content hashes of the `sources`, where they are known;
+    `left_out` says of experts that are no part of it why not.
+    """
+
+    version: int
+    strategy: str
+    rank: int
+    parameters: int
+    modules: int
+    lora_A_shape: tuple[int, int]
+    lora_B_shape: tuple[int, int]
+    sources: dict[str, int]
+    weights: dict[str, float]
+    truncation_error: float
+    digest: Sha256
+    statistics: dict[str, Sha256] = {}
+    statistics_tokens: dict[str, int] = {}
+    notes: list[str] = []
+    scale: float = 1.0
+    gate: GateInfo | None = None
+    living: OnlineGatewayInfo | None = None
+    source_digests: dict[str, Sha256] = {}
+    incarnation: Incarnation | None = None
+    left_out: dict[str, str] = {}
 
 
 class CandidatesRequest(Message):
