@@ -23,14 +23,13 @@ from fedmoe.server.access.uploads import UploadAdmission
 from fedmoe.server.descriptors import few_left, in_use, raise_limit
 from fedmoe.server.gate.gate import GatePolicy
 from fedmoe.server.history.history import History
-from fedmoe.server.history.kept_choices import check_choices
 from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.routes.json_weights import JsonPolicy
 from fedmoe.server.routes.routes import create_app
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.audit import AUDIT_HEAD, AuditHead, AuditLog
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.choices import read_choices
+from fedmoe.server.storage.choices import check_choices, read_choices
 from fedmoe.server.storage.state_dir import StateDir
 from fedmoe.server.updates.in_flight import InFlight
 from fedmoe.server.upkeep.disk import DiskReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fedmoe.coordinator import GatewayModel
 from fedmoe.experts import ExpertModel, first_name
@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 
 
 def resolve_expert(experts: Mapping[str, ExpertModel], principal: Principal, name: str) -> str:
-    """The first name of the expert that is meant; refused unless the token may use it, by any of its names."""
+    """The first name of the expert `name` means; refused unless the token may use it, by any of its names."""
     principal.named["expert"] = name
     first = first_name(experts, name)
     if not (first in experts and may_use(principal, experts[first])):
@@ -29,28 +29,22 @@ def may_use(principal: Principal, expert: ExpertModel) -> bool:
 
 
 def scope_by_first_names(principal: Principal, experts: Mapping[str, ExpertModel]) -> Principal:
-    """The same with the scope of its token in first names."""
+    """The principal with the scope of its token in first names."""
     if principal.experts is None:
         return principal
     return replace(principal, experts=tuple(one.name for one in experts.values() if may_use(principal, one)))
 
 
 def by_title(values: Mapping[str, Value], experts: Mapping[str, ExpertModel]) -> dict[str, Value]:
-    """By the names that experts go by, what is given by their first ones."""
-    found = {experts[name].title if name in experts else name: value for name, value in values.items()}
-    return dict(sorted(found.items()))
+    """`values` by first name, keyed by the experts' newest names instead."""
+    titles = {experts[name].title if name in experts else name: value for name, value in values.items()}
+    return dict(sorted(titles.items()))
 
 
 def gateway_by_title(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -> GatewayModel:
-    """The gateway with the names that experts go by; the very same where nobody was renamed."""
+    """The gateway with its experts' newest names; the same object where none was renamed."""
     if not any(expert.names for expert in experts.values()):
         return gateway
-    return replace(
-        gateway,
-        sources=MappingProxyType(by_title(gateway.sources, experts)),
-        weights=MappingProxyType(by_title(gateway.weights, experts)),
-        statistics=MappingProxyType(by_title(gateway.statistics, experts)),
-        statistics_tokens=MappingProxyType(by_title(gateway.statistics_tokens, experts)),
-        source_digests=MappingProxyType(by_title(gateway.source_digests, experts)),
-        left_out=MappingProxyType(by_title(gateway.left_out, experts)),
-    )
+    named = ("sources", "weights", "statistics", "statistics_tokens", "source_digests", "left_out")
+    renamed: dict[str, Any] = {name: MappingProxyType(by_title(getattr(gateway, name), experts)) for name in named}
+    return replace(gateway, **renamed)

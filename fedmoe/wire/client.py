@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -17,7 +16,7 @@ from fedmoe import __version__ as _OURS
 from fedmoe.lora.codec import WireDtype
 from fedmoe.lora.manifest import Manifest
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.wire.clocks import clock_difference
+from fedmoe.wire.answer import Answer, CoordinatorUnavailableError
 from fedmoe.wire.contract.experts import ExpertInfo, Listing, RenameRequest, RetireRequest, UnretireRequest
 from fedmoe.wire.contract.gateway import (
     CandidatesAnswer,
@@ -30,7 +29,6 @@ from fedmoe.wire.contract.gateway import (
     VerdictsAnswer,
 )
 from fedmoe.wire.contract.messages import (
-    PROBLEM,
     SAFETENSORS,
     ChangeResult,
     DataStatisticsHeader,
@@ -47,7 +45,7 @@ from fedmoe.wire.contract.messages import (
 from fedmoe.wire.contract.quarantine import HeldUpdateInfo, QuarantineListing
 from fedmoe.wire.contract.tokens import TokenAnswer, TokenListing, TokenRequest
 from fedmoe.wire.contract.versions import PROTOCOL, PROTOCOL_HEADER, mismatch
-from fedmoe.wire.foreign_answers import seconds_asked
+from fedmoe.wire.foreign_answers import foreign
 from fedmoe.wire.proxy import ConnectionSettingError
 from fedmoe.wire.pulled_weights import (
     ANY,
@@ -60,16 +58,8 @@ from fedmoe.wire.pulled_weights import (
     pulled_expert,
     pulled_gateway,
 )
-from fedmoe.wire.replies import (
-    Answer,
-    Bounds,
-    CoordinatorUnavailableError,
-    expect_nothing,
-    foreign,
-    parsed,
-    parsed_problem,
-    read,
-)
+from fedmoe.wire.refusals import ANOTHER_HISTORY, TooStaleError, raise_for_refusal, wait_hint
+from fedmoe.wire.replies import Bounds, expect_nothing, parsed, parsed_problem, read
 from fedmoe.wire.transport import check_url, proxy_of, transport_for
 from fedmoe.wire.unreachable import unreachable
 
@@ -86,11 +76,6 @@ __all__ = [
     "TooStaleError",
 ]
 
-# Answers of a coordinator under load that a later try may not get.
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
-_LONGEST_WAIT = 60.0
-#: Refusals of a coordinator whose history is another than that of the base: only it may be at an earlier version.
-ANOTHER_HISTORY = frozenset({"unknown_version", "other_history"})
 # Between two pushes; no coordinator can be started that asks for more.
 _LONGEST_INTERVAL = 3600.0
 _JSON = Bounds()
@@ -104,12 +89,6 @@ class PushResult:
 
     result: UpdateResult
     newest: PulledExpert | None
-
-
-class TooStaleError(RefusedError):
-    """The update is older than the coordinator takes; `newest` is the version to go on from, if it came along."""
-
-    newest: PulledExpert | None = None
 
 
 class CoordinatorClient:
@@ -345,7 +324,7 @@ class CoordinatorClient:
 
     def _retried(self, method: str, path: str, bounds: Bounds = _JSON, **options: object) -> Answer:
         for attempt in stamina.retry_context(
-            on=_wait_hint, attempts=self._attempts, timeout=None, wait_initial=0.2, wait_max=5.0, wait_jitter=0.5
+            on=wait_hint, attempts=self._attempts, timeout=None, wait_initial=0.2, wait_max=5.0, wait_jitter=0.5
         ):
             with attempt:
                 return self._once(method, path, bounds, **options)
@@ -363,7 +342,7 @@ class CoordinatorClient:
         told = answer.headers.get(PROTOCOL_HEADER)
         if (refused := mismatch(told, "this program", f"the coordinator {self.url}", _OURS)) is not None:
             raise refused
-        _raise_for_refusal(answer)
+        raise_for_refusal(answer)
         return answer
 
 
@@ -379,27 +358,3 @@ def _result(answer: Answer, header: UpdateHeader, text: str | None = None, newes
             f"{result.version} of {result.expert}{with_weights}; nothing of it was taken",
         )
     return result
-
-
-def _wait_hint(error: Exception) -> bool | float:
-    """Whether to try again, and how long to wait if the server said so."""
-    if not isinstance(error, CoordinatorUnavailableError):
-        return False
-    return min(error.retry_after, _LONGEST_WAIT) if error.retry_after is not None else True
-
-
-def _raise_for_refusal(answer: Answer) -> None:
-    if answer.status in (200, 202, 204, 304) or (answer.status == 409 and answer.type == SAFETENSORS):
-        return
-    if answer.type != PROBLEM:
-        raise foreign(answer)
-    told = parsed_problem(answer)
-    if answer.status in _PASSING:
-        seconds = seconds_asked(answer)
-        raise CoordinatorUnavailableError(f"{told.code}: {told.detail} {told.fix}".strip(), seconds)
-    kind = TooStaleError if told.code == "too_stale" else RefusedError
-    facts = dict(told.model_extra or {})
-    clocks = clock_difference(facts.get("coordinator_time"), time.time()) if answer.status == 401 else ""
-    error = kind(told.code, f"{told.detail} {clocks}".strip(), told.fix)
-    error.facts = facts
-    raise error

@@ -44,7 +44,10 @@ def proxy_for(url: str, proxies: Mapping[str, str]) -> ProxyChoice | None:
     parts = urlsplit(url)
     host = (parts.hostname or "").rstrip(".")
     scheme = next((one for one in (parts.scheme, "all") if proxies.get(one)), None)
-    if scheme is None or is_loopback(host) or _is_excepted(parts.scheme, host, parts.port, proxies.get("no", "")):
+    if scheme is None or is_loopback(host):
+        return None
+    entries, port = proxies.get("no", "").split(","), parts.port or _PORTS.get(parts.scheme, 0)
+    if any(_matches(entry.strip().lower(), parts.scheme, host, port) for entry in entries):
         return None
     named = proxies[scheme]
     variable = f"{scheme.upper()}_PROXY"
@@ -73,12 +76,6 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return ipaddress.IPv4Address(socket.inet_aton(host)) if host[-1:].isalnum() else None
     except (OSError, UnicodeError):
         return None
-
-
-def _is_excepted(scheme: str, host: str, port: int | None, entries: str) -> bool:
-    return any(
-        _matches(entry.strip().lower(), scheme, host, port or _PORTS.get(scheme, 0)) for entry in entries.split(",")
-    )
 
 
 def _matches(entry: str, scheme: str, host: str, port: int) -> bool:

@@ -12,20 +12,9 @@ from pydantic import BaseModel, ValidationError
 from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.safetensors_bytes import MAX_HEADER_BYTES
 from fedmoe.runtime.safe_text import inert_json, shortened
-from fedmoe.wire.answer import Answer, CoordinatorUnavailableError, media_type
+from fedmoe.wire.answer import Answer, media_type
 from fedmoe.wire.contract.messages import SAFETENSORS, Problem
 from fedmoe.wire.foreign_answers import foreign
-
-__all__ = [
-    "Answer",
-    "Bounds",
-    "CoordinatorUnavailableError",
-    "expect_nothing",
-    "foreign",
-    "parsed",
-    "parsed_problem",
-    "read",
-]
 
 MessageT = TypeVar("MessageT", bound=BaseModel)
 # Length and padding of a safetensors header.

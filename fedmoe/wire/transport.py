@@ -52,7 +52,10 @@ def transport_for(url: str, proxy: ProxyChoice | None) -> httpx2.HTTPTransport:
     """Connections to `url`; raises `ConnectionSettingError` for a proxy or certificates that cannot be used."""
     encrypted = urlsplit(url).scheme == "https"
     try:
-        proxied = None if proxy is None else httpx2.Proxy(proxy.url, ssl_context=_for_proxy(proxy))
+        proxied = None
+        if proxy is not None:
+            tls = urlsplit(proxy.url).scheme == "https"
+            proxied = httpx2.Proxy(proxy.url, ssl_context=trusted_certificates() if tls else None)
     except (httpx2.InvalidURL, ValueError) as error:
         raise ConnectionSettingError(f"the proxy {proxy and proxy.variable} cannot be used: {error}") from error
     # Plain http needs no certificates, and must not fail over a variable that names them wrongly.
@@ -60,10 +63,6 @@ def transport_for(url: str, proxy: ProxyChoice | None) -> httpx2.HTTPTransport:
     transport = httpx2.HTTPTransport(verify=context, proxy=proxied)
     transport._pool._network_backend = _PacedBackend()
     return transport
-
-
-def _for_proxy(proxy: ProxyChoice) -> ssl.SSLContext | None:
-    return trusted_certificates() if urlsplit(proxy.url).scheme == "https" else None
 
 
 def trusted_certificates() -> ssl.SSLContext:

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from memory_blobs import MemoryBlobStore
 from support import MANIFEST, make_body, make_push, open_service
 
 from fedmoe.coordinator import Aggregation
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.update_rules import RuleState
 from fedmoe.server.service import CoordinatorService
-from fedmoe.server.storage.blobs import (
-    BlobStore,
-    MemoryBlobStore,
-)
+from fedmoe.server.storage.blobs import BlobStore
 from fedmoe.server.storage.journal import Journal, SqlJournal
 from fedmoe.wire.contract.messages import (
     ManifestMessage,

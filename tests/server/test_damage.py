@@ -9,13 +9,14 @@ import pytest
 from crash_house import House, assert_same_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_blobs import MemoryBlobStore
 from support import EagerHistory, make_body
 
 from fedmoe.coordinator import Aggregation, CentralCoordinator
 from fedmoe.federation.events import UpdateAccepted, UpdateLost
 from fedmoe.lora.codec import decode
 from fedmoe.server.history.damage import DamagedUpdateError, with_progress
-from fedmoe.server.storage.blobs import MemoryBlobStore, StorageFailedError
+from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.journal import SqlJournal
 
 

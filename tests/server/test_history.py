@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from crash_house import House, assert_same_state
+from memory_blobs import MemoryBlobStore
 from support import LAYOUT, MANIFEST, make_body, make_flat, open_service
 
 from fedmoe.coordinator import Aggregation, GatewayModel
@@ -20,12 +21,7 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.damage import DamagedUpdateError
 from fedmoe.server.history.history import History
 from fedmoe.server.history.snapshots import read_snapshot, snapshot_bytes
-from fedmoe.server.storage.blobs import (
-    BlobStore,
-    FolderBlobStore,
-    MemoryBlobStore,
-    put,
-)
+from fedmoe.server.storage.blobs import BlobStore, FolderBlobStore, put
 from fedmoe.server.storage.journal import Journal
 
 

@@ -24,6 +24,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from memory_blobs import MemoryBlobStore
 from support import LAYOUT, MANIFEST, make_flat, make_push, open_service, sha256
 
 from fedmoe.coordinator import Aggregation
@@ -34,7 +35,7 @@ from fedmoe.lora.codec import encode
 from fedmoe.lora.update_rules import USUAL_LEAST
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.service import CoordinatorService
-from fedmoe.server.storage.blobs import BlobStore, FolderBlobStore, MemoryBlobStore, put
+from fedmoe.server.storage.blobs import BlobStore, FolderBlobStore, put
 from fedmoe.server.storage.journal import Journal, SqlJournal
 from fedmoe.wire.contract.messages import (
     ManifestMessage,

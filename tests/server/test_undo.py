@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from memory_blobs import MemoryBlobStore
 from support import LAYOUT, MANIFEST, make_body, make_flat, make_push, open_service
 
 from fedmoe.coordinator import Aggregation
@@ -16,7 +17,6 @@ from fedmoe.lora.adapter import FloatVector, initial_adapter
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.history import History, RebuiltState
 from fedmoe.server.service import CoordinatorService
-from fedmoe.server.storage.blobs import MemoryBlobStore
 from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.server.upkeep import undo
 from fedmoe.wire.contract.messages import (

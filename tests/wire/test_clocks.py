@@ -9,7 +9,7 @@ from live import JOIN, listening, open_house
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.clocks import clock_difference
+from fedmoe.wire.unreachable import clock_difference
 
 
 @pytest.mark.parametrize(

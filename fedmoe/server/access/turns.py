@@ -123,7 +123,13 @@ class RequestTurns:
         account.refused_at = refusal_at(account.refused_at, now, least)
         late = account.refused_at - now
         await self._pause(late)
-        return _too_many(self._rate, wait - late)
+        return BodyRefusedError(
+            "too_many_requests",
+            f"this token asks for more than its share, which is {self._rate.per_second:g} requests a second, and less "
+            "where they take long and others ask too.",
+            "Retry after the time given; give each worker a token of its own, or raise --requests-per-second.",
+            retry_after=max(1, math.ceil(wait - late)),
+        )
 
     def _others(self, mine: _Account) -> bool:
         """Whether another token has asked lately."""
@@ -159,13 +165,3 @@ class RequestTurns:
 def refusal_at(before: float, now: float, least: float = 0.0) -> float:
     """When a token is told its next refusal, after the one at `before`: at a pace, and within a moment."""
     return now + min(max(least, before + 1.0 / _REFUSALS_PER_SECOND - now), _LATEST_REFUSAL)
-
-
-def _too_many(rate: Rate, wait: float) -> RefusedError:
-    return BodyRefusedError(
-        "too_many_requests",
-        f"this token asks for more than its share, which is {rate.per_second:g} requests a second, and less where "
-        "they take long and others ask too.",
-        "Retry after the time given; give each worker a token of its own, or raise --requests-per-second.",
-        retry_after=max(1, math.ceil(wait)),
-    )

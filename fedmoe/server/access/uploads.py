@@ -46,7 +46,12 @@ class UploadPlaces:
         except TimeoutError:
             if not leash.expired():
                 raise
-            raise _gave_way() from None
+            raise RefusedError(
+                "gave_way",
+                "the body paused, or its sender has many others, while others waited for a place.",
+                "Nothing was stored; send it again.",
+                retry_after=2,
+            ) from None
         finally:
             self._taken.pop(number, None)
             self._leashes.pop(number, None)
@@ -108,7 +113,13 @@ class PushPace:
         early = seconds_early(before.at if before else None, push.at, self._interval)
         if early:
             if not await asyncio.to_thread(self._knows, header):
-                raise _too_soon(header, early, self._interval)
+                raise RefusedError(
+                    "too_soon",
+                    f"worker {header.worker!r} pushed to {header.expert!r} less than {self._interval:g} s ago.",
+                    f"Push again in {early:.1f} s; the least interval is min_sync_interval of GET /federation.",
+                    retry_after=math.ceil(early),
+                    seconds_left=round(early, 3),
+                )
             yield
             return
         self._remember(key, push)
@@ -161,23 +172,4 @@ def _no_place(full: str, limits: UploadLimits) -> RefusedError:
         f"{full} has {most} uploads under way, which is all it may have.",
         "Retry after the time given; finish or close the others.",
         retry_after=2,
-    )
-
-
-def _gave_way() -> RefusedError:
-    return RefusedError(
-        "gave_way",
-        "the body paused, or its sender has many others, while others waited for a place.",
-        "Nothing was stored; send it again.",
-        retry_after=2,
-    )
-
-
-def _too_soon(header: UpdateHeader, early: float, interval: float) -> RefusedError:
-    return RefusedError(
-        "too_soon",
-        f"worker {header.worker!r} pushed to {header.expert!r} less than {interval:g} s ago.",
-        f"Push again in {early:.1f} s; the least interval is min_sync_interval of GET /federation.",
-        retry_after=math.ceil(early),
-        seconds_left=round(early, 3),
     )

@@ -73,7 +73,7 @@ class Evaluators:
         unproven = [one for one, found in self._heard.items() if not found.proven]
         own = [one for one in unproven if self._heard[one].token == token]
         if len(own) >= _MOST_UNPROVEN:
-            del self._heard[min(own, key=self._age)]
+            del self._heard[min(own, key=lambda one: self._heard[one].at)]
         if len(self._heard) < _MOST:
             return
         silent = [one for one, found in self._heard.items() if now - found.at >= seconds]
@@ -81,6 +81,3 @@ class Evaluators:
             del self._heard[one]
         if len(self._heard) >= _MOST:
             raise RefusedError("busy", f"{_MOST} evaluators are at work.", "Retry later.")
-
-    def _age(self, evaluator: Evaluator) -> float:
-        return self._heard[evaluator].at

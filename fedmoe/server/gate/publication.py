@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
+from typing import Any
 
 import structlog
 from pydantic import TypeAdapter
@@ -64,7 +65,8 @@ class Publications:
             described = _described.validate_python(verdict.payload["published"])
             try:
                 body = self._blobs.read(verdict.digest)
-                adapter = _adapter(body, layout.with_rank(described.rank), described.alpha)
+                ranked = layout.with_rank(described.rank)
+                adapter = Adapter(ranked, described.alpha, decode(body, ranked).flat)
             except (MissingBlobError, CorruptBlobError, CodecError) as error:
                 _log.error("gateway_lost", version=described.version, reason=str(error))
                 return
@@ -75,7 +77,9 @@ class Publications:
 
         Returns once it is on disk. The blob of the one before is let go of.
         """
-        blob = put(self._blobs, _body(gateway))
+        layout, flat = gateway.adapter.layout, gateway.adapter.flat
+        # The version makes these bytes unlike those of any update, which may be deleted on its own.
+        blob = put(self._blobs, encode(layout, flat, "fp32", {"gateway": str(gateway.version)}))
         failpoints.reached("gateway.stored")
         self._journal.add_verdict(GatewayVerdict(blob, {**told, "published": _description(gateway)}, at))
         failpoints.reached("gateway.journalled")
@@ -107,47 +111,15 @@ def published_blobs(journal: Journal) -> BlobReferences:
     return BlobReferences(set(digests[:1]), set(digests))
 
 
-def _body(gateway: GatewayModel) -> bytes:
-    # The version makes these bytes unlike those of any update, which may be let go of on its own.
-    adapter = gateway.adapter
-    return encode(adapter.layout, adapter.flat, "fp32", {"gateway": str(gateway.version)})
-
-
 def _description(gateway: GatewayModel) -> dict[str, object]:
-    described = _GatewayDescription(
-        gateway.version,
-        dict(gateway.sources),
-        dict(gateway.weights),
-        gateway.strategy,
-        gateway.scale,
-        gateway.truncation_error,
-        gateway.digest,
-        dict(gateway.statistics),
-        gateway.notes,
-        gateway.adapter.rank,
-        gateway.adapter.alpha,
-        dict(gateway.statistics_tokens),
-        dict(gateway.source_digests),
-    )
-    return dict(_described.dump_python(described, mode="json"))
+    values: dict[str, Any] = {field.name: getattr(gateway, field.name, None) for field in fields(_GatewayDescription)}
+    values |= {name: dict(value) for name, value in values.items() if isinstance(value, Mapping)}
+    values |= {"rank": gateway.adapter.rank, "alpha": gateway.adapter.alpha}
+    return dict(_described.dump_python(_GatewayDescription(**values), mode="json"))
 
 
 def _gateway(described: _GatewayDescription, adapter: Adapter) -> GatewayModel:
-    return GatewayModel(
-        adapter,
-        described.version,
-        MappingProxyType(described.sources),
-        MappingProxyType(described.weights),
-        described.strategy,
-        described.truncation_error,
-        described.digest,
-        MappingProxyType(described.statistics),
-        described.notes,
-        described.scale,
-        statistics_tokens=MappingProxyType(described.statistics_tokens),
-        source_digests=MappingProxyType(described.source_digests),
-    )
-
-
-def _adapter(body: bytes, layout: Layout, alpha: float) -> Adapter:
-    return Adapter(layout, alpha, decode(body, layout).flat)
+    values: dict[str, Any] = {field.name: getattr(described, field.name) for field in fields(described)}
+    values |= {name: MappingProxyType(value) for name, value in values.items() if isinstance(value, dict)}
+    del values["rank"], values["alpha"]
+    return GatewayModel(adapter, **values)

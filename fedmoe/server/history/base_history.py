@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedmoe.experts import ExpertModel
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.incarnation import INCARNATION
 from fedmoe.server.storage.journal import Journal
 from fedmoe.wire.contract.messages import INCARNATION_HEADER, RollbackRequest, UpdateHeader
+from fedmoe.wire.http.middleware import with_header
 
 #: The content digest of a version of an expert, None where it is not known.
 DigestOf = Callable[[str, int], str | None]
@@ -101,9 +101,5 @@ class IncarnationHeader:
         self._incarnation = incarnation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[INCARNATION_HEADER] = self._incarnation
-            await send(message)
-
-        await self._app(scope, receive, send_named if scope["type"] == "http" else send)
+        http = scope["type"] == "http"
+        await self._app(scope, receive, with_header(send, INCARNATION_HEADER, self._incarnation) if http else send)

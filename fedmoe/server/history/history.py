@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 import structlog
 
-from fedmoe.coordinator import Aggregation, CentralCoordinator, ExpertMoments, Transaction
+from fedmoe.coordinator import Aggregation, CentralCoordinator, Transaction
 from fedmoe.experts import ExpertModel, InitialWeights, Registrant
 from fedmoe.federation.events import (
     CountedUpdate,
@@ -42,7 +42,6 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.gate.publication import published_blobs
 from fedmoe.server.history.damage import MOST_LEFT_OUT, DamagedUpdateError, with_progress
 from fedmoe.server.history.event_queries import left_in_the_gateway, made_version, registration
-from fedmoe.server.history.kept_choices import check_choices
 from fedmoe.server.history.pruning import prune_plan
 from fedmoe.server.history.snapshots import best_snapshot, read_snapshot, snapshot_bytes
 from fedmoe.server.statistics.data_statistics import DataStatistics
@@ -54,7 +53,7 @@ from fedmoe.server.storage.blobs import (
     StorageFailedError,
     put,
 )
-from fedmoe.server.storage.choices import UPDATE_RULE, StoredChoices
+from fedmoe.server.storage.choices import UPDATE_RULE, StoredChoices, check_choices
 from fedmoe.server.storage.event_rows import GATEWAY, QUARANTINE, blob_of
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.released_bytes import oldest_undoable, releases
@@ -145,7 +144,9 @@ class History:
         manifest = binding_manifest(experts)
         online_gateway = self._recover_gateway(manifest, past, folds) if manifest else None
         version = sum(map(len, past.values())) + len(folds) + len(changes) + self._statistics.moments_arrived()
-        moments = self._moments(experts)
+        uses_moments = self._aggregation.uses_moments
+        found = {name: self._statistics.moments(name) for name in experts} if uses_moments else {}
+        moments = {name: moments for name, moments in found.items() if moments is not None}
         transaction = Transaction(
             self._aggregation, experts, manifest, version, [], moments, online_gateway, quarantine=quarantine
         )
@@ -185,11 +186,6 @@ class History:
 
     def _gateway_weights(self, digest: str, manifest: Manifest) -> FloatVector:
         return decode(self._blobs.read(digest), manifest.layout).flat
-
-    def _moments(self, experts: Iterable[str]) -> dict[str, ExpertMoments]:
-        """Those the gateway is made with; nothing where it is made without."""
-        found = {name: self._statistics.moments(name) for name in experts if self._aggregation.uses_moments}
-        return {name: moments for name, moments in found.items() if moments is not None}
 
     def _check_choices(self, folds: list[GatewayMerged]) -> None:
         rule = self._journal.meta(UPDATE_RULE)

@@ -78,7 +78,12 @@ class JsonWeights(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         slots = self._policy.slots
         if slots.locked() and not self._waits:
-            await problems.refusal(_busy())(scope, receive, send)
+            error = RefusedError(
+                "json_busy",
+                f"{_AT_ONCE} answers are being written as JSON.",
+                f"Retry after the time given, or send 'Accept: {SAFETENSORS}', which has no such limit.",
+            )
+            await problems.refusal(error)(scope, receive, send)
             return
         async with slots:
             await super().__call__(scope, receive, send)
@@ -96,14 +101,6 @@ class JsonWeights(StreamingResponse):
                 return  # an answer that is not complete ends its connection
             left -= loop.time() - started
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _busy() -> RefusedError:
-    return RefusedError(
-        "json_busy",
-        f"{_AT_ONCE} answers are being written as JSON.",
-        f"Retry after the time given, or send 'Accept: {SAFETENSORS}', which has no such limit.",
-    )
 
 
 def json_pieces(head: Mapping[str, object], modules: Modules) -> Iterator[bytes]:

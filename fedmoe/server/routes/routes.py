@@ -100,8 +100,8 @@ def create_app(
     add_gate_routes(app)
     add_quarantine_routes(app)
     add_token_routes(app)
-    app.add_middleware(NegotiationMiddleware, others=_WITH_TENSORS, answer=problems.refusal)
-    app.add_middleware(RepeatedMiddleware, answer=problems.refusal)
+    app.add_middleware(NegotiationMiddleware, others=_WITH_TENSORS, refuse=problems.refusal)
+    app.add_middleware(RepeatedMiddleware, refuse=problems.refusal)
     app.add_middleware(IncarnationHeader, incarnation=service.current.incarnation)
     app.add_middleware(GateMiddleware, gate=gate, token_rate=token_rate)
     if not gate.required:
@@ -111,7 +111,7 @@ def create_app(
             remedy="Use http://127.0.0.1, or start the coordinator with --host and tokens.",
             refuse=problems.refusal,
         )
-    app.add_middleware(ProtocolMiddleware, server="this coordinator", answer=problems.refusal)
+    app.add_middleware(ProtocolMiddleware, server="this coordinator", refuse=problems.refusal)
     if audit is not None:
         app.add_middleware(AuditMiddleware, log=audit, gate=gate)
     # These caps follow from the expert, so the service sets them.

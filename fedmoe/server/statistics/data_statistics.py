@@ -131,16 +131,15 @@ class DataStatistics:
     def tags(self, kind: StatisticsKind) -> dict[str, str]:
         """The `tag` of every expert that has statistics of a kind."""
         known = self._tags.get(kind)
-        if known is None:
-            known = self._tags[kind] = self._read_tags(kind)
-        return known
-
-    def _read_tags(self, kind: StatisticsKind) -> dict[str, str]:
+        if known is not None:
+            return known
         parts: dict[str, dict[str, str]] = {}
         for found in newest_of_each(self._journal.data_statistics()):
             if found.kind == kind:
                 parts.setdefault(found.expert, {})[found.worker] = found.digest
-        return {expert: hashlib.sha256(json.dumps(mine).encode()).hexdigest() for expert, mine in parts.items()}
+        tags = {expert: hashlib.sha256(json.dumps(mine).encode()).hexdigest() for expert, mine in parts.items()}
+        self._tags[kind] = tags
+        return tags
 
     def merged(self, expert: str, kind: StatisticsKind) -> bytes:
         """The statistics of all workers of an expert as one; raises `RefusedError` where there is nothing."""

@@ -29,6 +29,7 @@ from fedmoe.server.storage.incarnation import INCARNATION
 from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.server.storage.migration import migrate
 from fedmoe.server.storage.newest import lack_of
+from fedmoe.server.storage.sqlite import connect
 from fedmoe.server.storage.state_dir import StateDirError
 from fedmoe.server.storage.tables import SCHEMA_VERSION
 
@@ -177,7 +178,7 @@ def place_all(source: Path, target: Path) -> set[str]:
 def _copy_journal(source: Path, target: Path) -> None:
     """Copy the journal of one moment, from whoever writes it, as one file that is complete in itself."""
     os.close(os.open(target, os.O_RDWR | os.O_CREAT, 0o600))
-    with closing(_reading(source)) as live, closing(sqlite3.connect(target)) as copy:
+    with closing(connect(source, "ro", 30.0)) as live, closing(sqlite3.connect(target)) as copy:
         live.backup(copy)
     _complete_in_itself(target)
 
@@ -193,7 +194,7 @@ def _copy(state: Path, unfinished: Path) -> tuple[set[str], int]:
     """Blobs and journal so that the journal needs no blob that was let go of meanwhile; links made, blobs absent."""
     linked: set[str] = set()
     for _ in range(_TRIES):
-        with closing(_reading(state / JOURNAL)) as live:
+        with closing(connect(state / JOURNAL, "ro", 30.0)) as live:
             named = _named(live)
         gone = named - _names(state / BLOBS)
         linked |= place_all(state / BLOBS, unfinished / BLOBS)
@@ -201,7 +202,7 @@ def _copy(state: Path, unfinished: Path) -> tuple[set[str], int]:
         _copy_journal(state / JOURNAL, unfinished / JOURNAL)
         failpoints.reached("backup.journal_copied")
         linked |= place_all(state / BLOBS, unfinished / BLOBS)
-        with closing(_reading(unfinished / JOURNAL)) as copied:
+        with closing(connect(unfinished / JOURNAL, "ro", 30.0)) as copied:
             absent = _named(copied) - _names(unfinished / BLOBS)
         if absent <= gone:
             return linked, len(absent)
@@ -209,11 +210,6 @@ def _copy(state: Path, unfinished: Path) -> tuple[set[str], int]:
         f"while {state} was copied, {_TRIES} times in a row, blobs were let go of that the copy needs; try again, "
         "or keep more (--keep-updates, --keep-gb)"
     )
-
-
-def _reading(journal: Path) -> sqlite3.Connection:
-    """A connection that never writes, so that it cannot get into the way of the one that does."""
-    return sqlite3.connect(f"{journal.absolute().as_uri()}?mode=ro", uri=True, timeout=30.0)
 
 
 def _named(journal: sqlite3.Connection) -> set[str]:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmoe.runtime import failpoints
-from fedmoe.runtime.files import fsync_folder
+from fedmoe.runtime.files import fsync_file, fsync_folder
 from fedmoe.server.storage.chain import COLUMNS, GENESIS, link
 from fedmoe.server.storage.incarnation import INCARNATION, new_incarnation
 from fedmoe.server.storage.schema import schema_of
+from fedmoe.server.storage.sqlite import connect
 from fedmoe.server.storage.tables import SCHEMA_VERSION
 
 
@@ -52,7 +53,7 @@ def migrate(journal: Path) -> Migration | None:
 
 
 def _connect(journal: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(f"{journal.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=5.0)
+    connection = connect(journal, "rw", autocommit=True)
     connection.execute("PRAGMA synchronous=FULL")
     return connection
 
@@ -77,11 +78,7 @@ def _copied(connection: sqlite3.Connection, journal: Path, schema: int) -> Path:
         connection.backup(copy)
         copy.execute("PRAGMA journal_mode=DELETE")  # one file, complete in itself
     failpoints.reached("migrate.copied")
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_file(temporary)
     os.replace(temporary, final)
     fsync_folder(journal.parent)
     failpoints.reached("migrate.copy_kept")

@@ -15,8 +15,8 @@ from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.chain import COLUMNS, BrokenChainError, ChainEnd, check
 from fedmoe.server.storage.incarnation import INCARNATION, new_incarnation
 from fedmoe.server.storage.schema import schema_of
-from fedmoe.server.storage.seals import DamagedRow, damaged_rows, drop_damaged, keep_seals, lost_seals, note_sealed
-from fedmoe.server.storage.sqlite import changed_outside, damaged_rows_problem, other_schema, unusable
+from fedmoe.server.storage.seals import damaged_rows, drop_damaged, keep_seals, lost_seals, note_sealed
+from fedmoe.server.storage.sqlite import changed_outside, connect, damaged_rows_problem, other_schema, unusable
 from fedmoe.server.storage.tables import LATER_TABLES, META, SCHEMA_VERSION, SNAPSHOTS, TABLES
 
 #: The key in `meta` of the journal's own note of where it ends.
@@ -64,22 +64,23 @@ def check_rows(connection: sa.Connection, where: str, skip_damaged: bool) -> Non
     keep_seals(raw)
     connection.commit()
     damage = damaged_rows(raw)
-    fatal = [one for one in damage if not _may_go(one, skip_damaged)]
+    optional = {row.table for row in damage} - {META.name} if skip_damaged else {SNAPSHOTS.name}
+    fatal = [row for row in damage if row.table not in optional]
     if fatal:
         connection.rollback()
-        raise damaged_rows_problem(where, [str(one) for one in fatal], [one.table for one in fatal])
+        raise damaged_rows_problem(where, [str(row) for row in fatal], [row.table for row in fatal])
     drop_damaged(raw, damage)
     note_sealed(raw)
     raw.commit()
     connection.commit()
-    for one in damage:
-        _log.error("row_left_out", table=one.table, row=one.row, problem=one.problem)
+    for row in damage:
+        _log.error("row_left_out", table=row.table, row=row.row, problem=row.problem)
 
 
 def problems(path: Path) -> list[str]:
     """Everything that is not as it was written in a journal's file, in words; nothing in it is changed."""
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as connection:
+        with closing(connect(path, "rw")) as connection:
             damage = [row for (row,) in connection.execute("PRAGMA quick_check(20)") if row != "ok"]
             return [f"the journal's file: {one}" for one in damage] or _changed_rows(connection, str(path))
     except sqlite3.Error as error:
@@ -113,10 +114,6 @@ def _changed_rows(connection: sqlite3.Connection, where: str) -> list[str]:
 
 def _without_seals(tables: list[str]) -> str:
     return f"the seals of {', '.join(tables)} are gone, so that nobody can say what was written there"
-
-
-def _may_go(damage: DamagedRow, skip_damaged: bool) -> bool:
-    return damage.table == SNAPSHOTS.name or (skip_damaged and damage.table != META.name)
 
 
 def checked_chain(connection: sa.Connection, where: str) -> ChainEnd:

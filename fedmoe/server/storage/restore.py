@@ -19,7 +19,7 @@ from fedmoe.server.storage.audit import AUDIT_HEAD
 from fedmoe.server.storage.backup import BLOBS, JOURNAL, check_backup, place_all, remove
 from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.server.storage.migration import migrate
-from fedmoe.server.storage.sqlite import other_schema
+from fedmoe.server.storage.sqlite import connect, other_schema
 from fedmoe.server.storage.state_dir import StateDirError
 from fedmoe.server.storage.tables import SCHEMA_VERSION
 
@@ -100,7 +100,7 @@ def _holds_events(journal: Path) -> bool:
     if not journal.exists():
         return False
     try:
-        with closing(sqlite3.connect(f"{journal.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        with closing(connect(journal, "ro")) as connection:
             return bool(connection.execute("SELECT count(*) FROM events").fetchone()[0])
     except sqlite3.Error:
         return journal.stat().st_size > 0

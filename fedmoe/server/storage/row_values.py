@@ -37,7 +37,7 @@ def check_values(kind: type, values: Mapping[str, object]) -> None:
 
 @cache
 def _checks(kind: type) -> tuple[dict[str, Callable[[object], bool]], frozenset[str]]:
-    checks = {field.name: _FITS.get(str(field.type), _anything) for field in fields(kind)}
+    checks = {field.name: _FITS.get(str(field.type), lambda value: True) for field in fields(kind)}
     needed = frozenset(
         field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING
     )
@@ -48,41 +48,17 @@ def _not_a_number(constant: str) -> NoReturn:
     raise ValueError(f"its payload holds {constant}")
 
 
-def _text(value: object) -> bool:
-    return type(value) is str
-
-
-def _count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 64
-
-
 def _number(value: object) -> bool:
     if type(value) is int:
         return -(1 << 64) < value < 1 << 64
     return type(value) is float and math.isfinite(value)
 
 
-def _anything(value: object) -> bool:
-    return True
-
-
-def _texts(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(map(_text, value))
-
-
-def _counts(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_count, value.values()))
-
-
-def _numbers(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_number, value.values()))
-
-
 _FITS: Mapping[str, Callable[[object], bool]] = {
-    "str": _text,
-    "int": _count,
+    "str": lambda value: type(value) is str,
+    "int": lambda value: type(value) is int and 0 <= value < 1 << 64,
     "float": _number,
-    "tuple[str, ...]": _texts,
-    "dict[str, int]": _counts,
-    "dict[str, float]": _numbers,
+    "tuple[str, ...]": lambda value: isinstance(value, list | tuple) and all(map(_FITS["str"], value)),
+    "dict[str, int]": lambda value: isinstance(value, dict) and all(map(_FITS["int"], value.values())),
+    "dict[str, float]": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from pathlib import Path
+from typing import Literal
 
 from sqlalchemy.exc import DatabaseError
 
@@ -15,6 +16,14 @@ from fedmoe.server.storage.tables import SCHEMA_VERSION
 _PERHAPS_FULL = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 # The file beside the journal that maps its log has 32 KiB.
 _LEAST_ROOM = 64 << 10
+
+
+def connect(
+    path: Path, mode: Literal["ro", "rw"], timeout: float = 5.0, autocommit: bool = False
+) -> sqlite3.Connection:
+    """A plain connection to a database file that is there; a read-only one never gets into the way of the writer."""
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None if autocommit else "DEFERRED")
 
 
 def set_pragmas(connection: sqlite3.Connection, _: object) -> None:

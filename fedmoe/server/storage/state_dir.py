@@ -64,7 +64,8 @@ class StateDir:
             raise StateDirError(f"{path} is not writable for this user; fix its owner or choose another --state-dir")
         if path.stat().st_mode & 0o002:
             raise StateDirError(f"anybody may write to {path}; run 'chmod 700 {path}' first")
-        _check_files(path)
+        for problem in odd_files(path):
+            raise StateDirError(problem)
         lock = lock_state(path)
         opened = ExitStack()
         opened.callback(os.close, lock)
@@ -157,11 +158,6 @@ def odd_files(path: Path) -> list[str]:
                 "else the next start makes a new one"
             )
     return found
-
-
-def _check_files(path: Path) -> None:
-    for problem in odd_files(path):
-        raise StateDirError(problem)
 
 
 def lock_state(path: Path) -> int:

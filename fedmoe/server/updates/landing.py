@@ -74,7 +74,12 @@ class UpdateDecider:
         rejected, held = transaction.quarantine.rejected.get(identity), transaction.quarantine.held.get(identity)
         if rejected is not None:
             refuse_other_bytes(rejected, submission)
-            raise _rejection(rejected)
+            raise RefusedError(
+                "update_rejected",
+                f"an administrator rejected this update of worker {rejected.worker!r}: "
+                f"{rejected.reason or 'no reason'}.",
+                "Go on from the newest version without it.",
+            )
         earlier = held or self._earlier(transaction, identity)
         if earlier is None:
             return None
@@ -105,14 +110,6 @@ class UpdateDecider:
         return answer.model_copy(update=quarantined)
 
 
-def _rejection(rejected: HeldUpdateRejected) -> RefusedError:
-    return RefusedError(
-        "update_rejected",
-        f"an administrator rejected this update of worker {rejected.worker!r}: {rejected.reason or 'no reason'}.",
-        "Go on from the newest version without it.",
-    )
-
-
 def retract_held(transaction: Transaction, expert: str, worker: str, reason: str, at: float) -> str:
     """Reject what is held of a worker whose updates are taken back; what was done, in words."""
     held = transaction.quarantine.of_worker(expert, worker)
@@ -127,23 +124,22 @@ def retract_held(transaction: Transaction, expert: str, worker: str, reason: str
 def _outcomes(quarantine: Quarantine, submission: Submission) -> list[HeldOutcome]:
     """What became of the updates of the sender that were held, the newest last."""
     mine = (submission.expert, submission.worker, submission.epoch)
-    held = [_waiting(update) for update in quarantine.held.values() if _sender(update) == mine]
-    released = [_released(update) for update in quarantine.released.values() if _sender(update) == mine]
-    rejected = [_rejected(event) for event in quarantine.rejected.values() if _sender(event) == mine]
+    held = [
+        HeldOutcome(held=update.number, sequence=update.sequence, status="held")
+        for update in quarantine.held.values()
+        if _sender(update) == mine
+    ]
+    released = [
+        HeldOutcome(held=int(update.info["held"]), sequence=update.sequence, status="released", version=update.version)
+        for update in quarantine.released.values()
+        if _sender(update) == mine
+    ]
+    rejected = [
+        HeldOutcome(held=event.held, sequence=event.sequence, status="rejected", reason=event.reason)
+        for event in quarantine.rejected.values()
+        if _sender(event) == mine
+    ]
     return sorted(held + released + rejected, key=lambda outcome: outcome.held)[-_MOST_OUTCOMES:]
-
-
-def _waiting(update: UpdateHeld) -> HeldOutcome:
-    return HeldOutcome(held=update.number, sequence=update.sequence, status="held")
-
-
-def _released(update: UpdateAccepted) -> HeldOutcome:
-    number = int(update.info["held"])
-    return HeldOutcome(held=number, sequence=update.sequence, status="released", version=update.version)
-
-
-def _rejected(event: HeldUpdateRejected) -> HeldOutcome:
-    return HeldOutcome(held=event.held, sequence=event.sequence, status="rejected", reason=event.reason)
 
 
 def _sender(event: UpdateHeld | UpdateAccepted | HeldUpdateRejected) -> tuple[str, str, str]:

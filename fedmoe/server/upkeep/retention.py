@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 
 import structlog
 
@@ -159,8 +158,9 @@ class Retention:
         freed = sum(sizes[digest] for digest in digests)
         _log.warning("undo_ends", expert=expert, version=oldest, updates=len(digests), bytes=freed, most=self._most)
         record_release(self._journal, ReleasedBytes(expert, None, oldest, "keep_gb", self._clock()))
-        for some in _pieces(digests):
-            self._committer.submit(partial(self._remove, expert, some), alone=True).result()
+        for start in range(0, len(digests), _AT_ONCE):
+            piece = digests[start : start + _AT_ONCE]
+            self._committer.submit(partial(self._remove, expert, piece), alone=True).result()
 
     def _snapshot_from(self, expert: str, version: int) -> int:
         """The first version from this one on whose snapshot can be read; the newest one is made where there is none."""
@@ -185,9 +185,3 @@ class Retention:
         for digest in digests:
             if digest not in self._arrived:
                 self._blobs.delete(digest)
-
-
-def _pieces(digests: list[str]) -> Iterator[list[str]]:
-    waiting = iter(digests)
-    while piece := list(islice(waiting, _AT_ONCE)):
-        yield piece

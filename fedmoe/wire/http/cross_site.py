@@ -11,33 +11,28 @@ from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
 
 from fedmoe.runtime.errors import RefusedError
+from fedmoe.wire.http.middleware import RefusalMiddleware
 
 
-class CrossSiteMiddleware:
+class CrossSiteMiddleware(RefusalMiddleware):
     """For a server without tokens: takes nothing that a page of another site makes a browser send.
 
     With `loopback_only` requests must be addressed to this machine as well; `remedy` says what to do about one that is
-    not. `refuse` writes a refusal as the server tells it.
+    not.
     """
 
     def __init__(
         self, app: ASGIApp, loopback_only: bool, remedy: str, refuse: Callable[[RefusedError], Response]
     ) -> None:
-        self._app = app
+        super().__init__(app, refuse)
         self._loopback_only = loopback_only
         self._remedy = remedy
-        self._refuse = refuse
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (error := self._refusal(Headers(scope=scope))) is not None:
-            await self._refuse(error)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _refusal(self, headers: Headers) -> RefusedError | None:
+    def refusal(self, scope: Scope) -> RefusedError | None:
+        headers = Headers(scope=scope)
         host = headers.get("host", "")
         if self._loopback_only and (error := foreign_host(host, self._remedy)):
             return error

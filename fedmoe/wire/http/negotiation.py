@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.contract.messages import SAFETENSORS
+from fedmoe.wire.http.middleware import RefusalMiddleware
 
 JSON = "application/json"
 _MOST_RANGES = 256
@@ -61,26 +62,16 @@ def _number(given: str) -> float:
         return 1.0
 
 
-class NegotiationMiddleware:
-    """Refuses, before anything is done, who never takes JSON where there is nothing else; `answer` writes that.
+class NegotiationMiddleware(RefusalMiddleware):
+    """Refuses callers that never take JSON where there is nothing else; paths in `others` have another form."""
 
-    `others` are the paths with another form, which look for themselves.
-    """
-
-    def __init__(self, app: ASGIApp, others: frozenset[str], answer: Callable[[RefusedError], Response]) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, others: frozenset[str], refuse: Callable[[RefusedError], Response]) -> None:
+        super().__init__(app, refuse)
         self._others = others
-        self._answer = answer
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] == "http"
-            and scope["path"] not in self._others
-            and excludes(Headers(scope=scope).getlist("accept"), JSON)
-        ):
-            await self._answer(not_acceptable(JSON))(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+    def refusal(self, scope: Scope) -> RefusedError | None:
+        wrong = scope["path"] not in self._others and excludes(Headers(scope=scope).getlist("accept"), JSON)
+        return not_acceptable(JSON) if wrong else None
 
 
 def not_acceptable(form: str) -> RefusedError:

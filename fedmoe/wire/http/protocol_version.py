@@ -4,41 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedmoe import __version__
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.contract.versions import PROTOCOL, PROTOCOL_HEADER, mismatch
+from fedmoe.wire.http.middleware import RefusalMiddleware, with_header
 
 
-class ProtocolMiddleware:
-    """Names this server's protocol in every answer, and refuses requests of one too far from it; `answer` writes that.
+class ProtocolMiddleware(RefusalMiddleware):
+    """Names this server's protocol in every answer, and refuses requests of one too far from it.
 
     Requests without a number are taken: they come from earlier versions, and from programs that are none of ours.
     """
 
-    def __init__(self, app: ASGIApp, server: str, answer: Callable[[RefusedError], Response]) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, server: str, refuse: Callable[[RefusedError], Response]) -> None:
+        def refuse_with_upgrade(error: RefusedError) -> Response:
+            answer = refuse(error)
+            answer.headers["Upgrade"] = f"fedmoe/{PROTOCOL}"
+            return answer
+
+        super().__init__(app, refuse_with_upgrade)
         self._server = server
-        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        named = with_header(send, PROTOCOL_HEADER, str(PROTOCOL)) if scope["type"] == "http" else send
+        await super().__call__(scope, receive, named)
 
-        async def send_named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[PROTOCOL_HEADER] = str(PROTOCOL)
-            await send(message)
-
-        told = Headers(scope=scope).get(PROTOCOL_HEADER)
-        refused = mismatch(told, self._server, "the client", __version__)
-        if refused is None:
-            await self._app(scope, receive, send_named)
-            return
-        answer = self._answer(refused)
-        answer.headers["Upgrade"] = f"fedmoe/{PROTOCOL}"
-        await answer(scope, receive, send_named)
+    def refusal(self, scope: Scope) -> RefusedError | None:
+        return mismatch(Headers(scope=scope).get(PROTOCOL_HEADER), self._server, "the client", __version__)

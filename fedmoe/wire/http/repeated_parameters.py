@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from urllib.parse import parse_qsl
 
-from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
 from fedmoe.runtime.errors import RefusedError
+from fedmoe.wire.http.middleware import RefusalMiddleware
 
 #: Headers that decide something here and have one value; those that are lists may come in several lines.
 _ONE_VALUE = frozenset({"authorization", "content-length", "content-type", "fedmoe-protocol", "host", "user-agent"})
@@ -28,17 +28,11 @@ def repeated(query: bytes, headers: Iterable[tuple[bytes, bytes]]) -> str | None
     return None if key is None else f"the parameter {key[:80]!r}"
 
 
-class RepeatedMiddleware:
-    """Refuses requests that say something twice; `answer` writes that."""
+class RepeatedMiddleware(RefusalMiddleware):
+    """Refuses requests that say something twice."""
 
-    def __init__(self, app: ASGIApp, answer: Callable[[RefusedError], Response]) -> None:
-        self._app = app
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        told = repeated(scope["query_string"], scope["headers"]) if scope["type"] == "http" else None
-        if told is None:
-            await self._app(scope, receive, send)
-            return
-        error = RefusedError("malformed", f"{told} was given more than once; it has one value.", "Send it once.")
-        await self._answer(error)(scope, receive, send)
+    def refusal(self, scope: Scope) -> RefusedError | None:
+        what = repeated(scope["query_string"], scope["headers"])
+        if what is None:
+            return None
+        return RefusedError("malformed", f"{what} was given more than once; it has one value.", "Send it once.")

@@ -46,7 +46,7 @@ def test_the_right_key_opens_from_any_host() -> None:
 def test_a_client_of_another_protocol_is_told_so_as_the_openai_interface_tells_errors_71() -> None:
     app = client(None).app
     assert isinstance(app, Starlette)
-    app.add_middleware(ProtocolMiddleware, server="this gateway server", answer=refusal)
+    app.add_middleware(ProtocolMiddleware, server="this gateway server", refuse=refusal)
     asked = TestClient(app, base_url="http://127.0.0.1")
     answer = asked.get("/v1/models", headers={PROTOCOL_HEADER: "99"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (426, "upgrade_required")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from memory_blobs import MemoryBlobStore
 from support import sha256
 
 from fedmoe.runtime.errors import RefusedError
@@ -17,7 +18,6 @@ from fedmoe.server.storage.blobs import (
     BlobStore,
     CorruptBlobError,
     FolderBlobStore,
-    MemoryBlobStore,
     MissingBlobError,
     StorageFailedError,
     SweepReport,
