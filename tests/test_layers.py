@@ -280,7 +280,7 @@ HEAVY: dict[str, set[str]] = {
     "matplotlib": {"monitor", "monitor.charts"},
     "fastapi": {"gateway.serve", "server.access", "server.routes", "wire.http"},
     "starlette": {
-        *("gateway.serve", "server.access", "server.history", "server.routes", "server.updates", "wire.http"),
+        *("gateway.serve", "server.access", "server.routes", "server.updates", "wire.http"),
     },
     "uvicorn": {"distributed_coordinator", "gateway.serve", "wire.http"},
     "sqlalchemy": {"server.storage"},

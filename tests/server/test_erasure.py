@@ -242,9 +242,9 @@ def test_what_was_rebuilt_before_an_erasure_is_not_taken_after_it(house: House, 
     assert client.post("/retract", json={"expert": "python", "worker": "w1"}).status_code == 200
     expert = house.service.coordinator.expert("python")
     rebuilt = house.service._history.at_version(expert, 4)
-    assert house.service._history.followed(rebuilt, expert, None) is rebuilt
+    assert house.service._history.caught_up(rebuilt, expert, None) is rebuilt
     assert erase(client)["version"] == expert.version
-    assert house.service._history.followed(rebuilt, expert, None) is None
+    assert house.service._history.caught_up(rebuilt, expert, None) is None
 
 
 def test_without_the_flag_all_bytes_stay(house: House, client: TestClient) -> None:

@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
 from fedmoe.experts import ExpertModel
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.incarnation import INCARNATION
 from fedmoe.server.storage.journal import Journal
-from fedmoe.wire.contract.messages import INCARNATION_HEADER, RollbackRequest, UpdateHeader
-from fedmoe.wire.http.middleware import with_header
+from fedmoe.wire.contract.messages import RollbackRequest, UpdateHeader
 
 #: The content digest of a version of an expert, None where it is not known.
 DigestOf = Callable[[str, int], str | None]
@@ -82,24 +79,3 @@ def _unlike(expert: ExpertModel, version: int, told: str, here: str) -> str:
         f"version {version} of {expert.name} has digest {here[:12]} here, and {told[:12]} in the history that this "
         "request comes from."
     )
-
-
-def answers_with_new_keys(headers: Mapping[str, str]) -> bool:
-    """Whether a caller takes keys in an answer that it may not know.
-
-    Workers from before there were protocol numbers refuse them. They are known by their HTTP library, which names
-    itself where they do not; the header of every answer tells them no less.
-    """
-    return "fedmoe-protocol" in headers or not headers.get("user-agent", "").startswith("python-httpx")
-
-
-class IncarnationHeader:
-    """Every answer says which history it is of, in a header, so that weights stay the same bytes in all of them."""
-
-    def __init__(self, app: ASGIApp, incarnation: str) -> None:
-        self._app = app
-        self._incarnation = incarnation
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        http = scope["type"] == "http"
-        await self._app(scope, receive, with_header(send, INCARNATION_HEADER, self._incarnation) if http else send)

@@ -1,7 +1,7 @@
 """Recovery, snapshots, rollback and retraction, all by replay of the journal.
 
-Folding the same updates in the same order gives the same bits, so a snapshot plus the updates after it equals a replay
-from the start, and an expert without one worker is the replay without that worker's updates.
+The same updates in the same order give the same bits, so a snapshot plus the updates after it equals a replay from the
+start, and an expert without one worker is the replay without that worker's updates.
 """
 
 from __future__ import annotations
@@ -43,20 +43,19 @@ from fedmoe.server.gate.publication import published_blobs
 from fedmoe.server.history.damage import MOST_LEFT_OUT, DamagedUpdateError, with_progress
 from fedmoe.server.history.event_queries import left_in_the_gateway, made_version, registration
 from fedmoe.server.history.pruning import prune_plan
-from fedmoe.server.history.snapshots import best_snapshot, read_snapshot, snapshot_bytes
+from fedmoe.server.history.replay import Replay
+from fedmoe.server.history.snapshots import snapshot_bytes
 from fedmoe.server.statistics.data_statistics import DataStatistics
 from fedmoe.server.storage.blobs import (
     BlobReferences,
     BlobStore,
-    CorruptBlobError,
-    MissingBlobError,
     StorageFailedError,
     put,
 )
 from fedmoe.server.storage.choices import UPDATE_RULE, StoredChoices, check_choices
 from fedmoe.server.storage.event_rows import GATEWAY, QUARANTINE, blob_of
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.released_bytes import oldest_undoable, releases
+from fedmoe.server.storage.released_bytes import why_released
 
 SNAPSHOT_EVERY = 50
 
@@ -67,7 +66,7 @@ _log = structlog.get_logger("fedmoe.history")
 class RebuiltState:
     """A state rebuilt from the journal, and how many updates of the newest version it lacks.
 
-    `since` is what it is made of from where the expert left the gateway, and `note` what could not be taken back.
+    `since` are its updates since the expert branched from the gateway, `note` says what could not be taken back,
     `version` is that newest version, and `erasures` how many there had been.
     """
 
@@ -79,8 +78,8 @@ class RebuiltState:
     erasures: int = 0
 
 
-class History:
-    """Reads and writes the past of all experts in a journal and its blobs."""
+class History(Replay):
+    """Recovers experts, rebuilds earlier states of them, keeps snapshots, prunes what is not needed."""
 
     def __init__(
         self,
@@ -91,9 +90,7 @@ class History:
         clock: Callable[[], float] = time.time,
         skip_damaged: bool = False,
     ) -> None:
-        self._journal = journal
-        self._blobs = blobs
-        self._aggregation = aggregation
+        super().__init__(journal, blobs, aggregation)
         self._keep_updates = keep_updates
         self._clock = clock
         self._skip_damaged = skip_damaged
@@ -105,7 +102,7 @@ class History:
         self.erasures = 0
 
     def events_at_start(self) -> Iterable[Event]:
-        """Every event there is, in order: those that `recover` has just read, given away, or read now."""
+        """Every event in order: those that `recover` read, handed over once, or read now."""
         read, self._read = self._read, None
         return read if read is not None else self._journal.events()
 
@@ -160,7 +157,7 @@ class History:
         return self._recovered.quarantine.digests() if self._recovered is not None else set()
 
     def delete_rejected(self, digest: str) -> None:
-        """Delete the bytes of a rejected update, unless something else needs the same; for the committer's thread."""
+        """Delete a rejected update's bytes, unless something else needs the same; for the committer's thread."""
         needed = self.quarantined_blobs() | self._statistics.blobs().needed | published_blobs(self._journal).needed
         if digest not in needed | self._journal.named_elsewhere(QUARANTINE, {digest}):
             self._blobs.delete(digest)
@@ -168,7 +165,7 @@ class History:
     def _recover_gateway(
         self, manifest: Manifest, past: Mapping[str, list[Event]], folds: list[GatewayMerged]
     ) -> OnlineGateway | None:
-        """The gateway that experts go on from, if they do: its last fold's blob, and how far each expert is from it."""
+        """The online gateway, if there is one: the last merge's blob, and how far each expert is from it."""
         online_gateway = self._aggregation.first_gateway(manifest)
         if online_gateway is None:
             return None
@@ -183,9 +180,6 @@ class History:
             branch_point = BranchPoint(start(newest), count_steps(events, Lineage.updates(newest)))
             online_gateway = online_gateway.recovered(name, branch_point, step_counters(events))
         return online_gateway
-
-    def _gateway_weights(self, digest: str, manifest: Manifest) -> FloatVector:
-        return decode(self._blobs.read(digest), manifest.layout).flat
 
     def _check_choices(self, folds: list[GatewayMerged]) -> None:
         rule = self._journal.meta(UPDATE_RULE)
@@ -220,7 +214,7 @@ class History:
         return replace(expert, norms=tuple(usual)[::-1])
 
     def _recover_whole(self, events: list[Event]) -> ExpertModel:
-        """The expert, held against the digest that its version had; updates that cannot be read go if they may."""
+        """The expert, checked against its journalled digest; unreadable updates are left out if that is allowed."""
         while True:
             try:
                 expert = self._recover_expert(events)
@@ -241,7 +235,7 @@ class History:
         return expert
 
     def _journal_lost(self, experts: Mapping[str, ExpertModel]) -> None:
-        """Make it known for ever, once all experts could be rebuilt, which updates they were rebuilt without."""
+        """Journal which updates the experts were rebuilt without, once all experts could be rebuilt."""
         newest = {(expert.name, expert.version): expert.digest for expert in experts.values() if expert.version}
         self._journal.append(self._lost, [newest.get((lost.expert, lost.version)) for lost in self._lost])
         for lost in self._lost:
@@ -270,7 +264,7 @@ class History:
         updates = Lineage.updates(chains[version])
         kept = {update.identity for update in updates}
         removed = [update for update in Lineage.updates(chains[expert.version]) if update.identity not in kept]
-        with self._pruned_in_words():
+        with self._refusing_pruned():
             state = self._rebuild(registered, chains, chains[version])
         return RebuiltState(state, len(removed), count_steps(events, updates), "", expert.version, erasures)
 
@@ -280,20 +274,20 @@ class History:
         events, chains = self._past(expert)
         chain = without_worker(chains[expert.version], worker)
         removed = length(chains[expert.version]) - length(chain)
-        note = left_in_the_gateway(chains, self._folds(), expert.name, worker)
+        note = left_in_the_gateway(chains, self._merges(), expert.name, worker)
         if removed == 0:
             raise RefusedError(
                 "nothing_to_retract",
                 f"version {expert.version} of {expert.title} holds no update of worker {worker!r}.",
                 note or "Check the worker's name with 'fedmoe experts'.",
             )
-        with self._pruned_in_words():
+        with self._refusing_pruned():
             state = self._rebuild(registration(events), chains, chain)
         since = count_steps(events, Lineage.updates(chain))
         return RebuiltState(state, removed, since, note, expert.version, erasures)
 
-    def followed(self, rebuilt: RebuiltState, expert: ExpertModel, worker: str | None) -> RebuiltState | None:
-        """What was rebuilt, for the newer `expert`: without `worker`, or at an earlier version (None).
+    def caught_up(self, rebuilt: RebuiltState, expert: ExpertModel, worker: str | None) -> RebuiltState | None:
+        """`rebuilt` brought up to the newer `expert`: without `worker`, or at an earlier version (None).
 
         None if more came since than updates. Where experts go on from the gateway any change counts as more.
         """
@@ -307,30 +301,18 @@ class History:
         if self._aggregation.merge_after is not None or len(updates) < len(newer):
             return None
         kept = [] if worker is None else [update for update in updates if update.worker != worker]
-        with self._pruned_in_words():
+        with self._refusing_pruned():
             state = self._land(rebuilt.state, kept, expert.manifest)
         removed = rebuilt.removed + len(updates) - len(kept)
         return replace(rebuilt, state=state, removed=removed, version=expert.version)
 
-    def rebased_state(self, weights: FloatVector, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
-        """The state of an expert that goes on from a gateway with these updates, its server optimizer begun anew."""
-        return self._land(self._aggregation.rule.init(weights), updates, manifest)
-
-    def branch_weights(self, expert: ExpertModel, branch_point: BranchPoint) -> Adapter:
-        """Where the expert left the gateway, or began."""
-        if branch_point.left is not None:
-            weights = self._gateway_weights(branch_point.left.digest, expert.manifest)
-        else:
-            weights = self._beginning(registration(self._journal.events(expert.name)), None).weights
-        return Adapter(expert.manifest.layout, expert.manifest.alpha, weights)
-
     @contextmanager
-    def _pruned_in_words(self) -> Iterator[None]:
-        """What is no longer there because of `keep_updates` is a refusal, not damage."""
+    def _refusing_pruned(self) -> Iterator[None]:
+        """Updates whose bytes were removed on purpose are a refusal, not damage."""
         try:
             yield
         except DamagedUpdateError as error:
-            fix = self._why_let_go(error.update) if error.missing else None
+            fix = why_released(self._journal, error.update, self._keep_updates) if error.missing else None
             if fix is None:
                 raise
             raise RefusedError(
@@ -340,60 +322,8 @@ class History:
             ) from None
 
     def left_in_the_gateway(self, name: str, worker: str) -> str:
-        """What of a worker cannot be taken out of an expert, in words; empty where all can."""
-        return left_in_the_gateway(lineages(self._journal.events(name)), self._folds(), name, worker)
-
-    def _folds(self) -> list[GatewayMerged]:
-        return [event for event in self._journal.events(GATEWAY) if isinstance(event, GatewayMerged)]
-
-    def _past(self, expert: ExpertModel) -> tuple[list[Event], dict[int, Lineage | None]]:
-        events = [event for event in self._journal.events(expert.name) if made_version(event) <= expert.version]
-        return events, lineages(events)
-
-    def _rebuild(
-        self, registered: ExpertRegistered, chains: Mapping[int, Lineage | None], wanted: Lineage | None
-    ) -> RuleState:
-        """Fold `wanted` from the newest readable snapshot that is a beginning of it, or from where it starts."""
-        snapshots = self._journal.snapshots(registered.expert)
-        while found := best_snapshot(snapshots, chains, wanted):
-            digest = snapshots.pop(found.version)
-            try:
-                body = self._blobs.read(digest)
-            except (MissingBlobError, CorruptBlobError) as error:
-                # A snapshot only saves time: what it holds is folded again from an older one.
-                _log.error("snapshot_lost", expert=registered.expert, version=found.version, reason=str(error))
-                continue
-            state = read_snapshot(body, length(chains[found.version]))
-            return self._land(state, found.rest, registered.manifest)
-        state = self._beginning(registered, start(wanted))
-        return self._land(state, Lineage.updates(wanted), registered.manifest)
-
-    def _beginning(self, registered: ExpertRegistered, left: ExpertRebased | None) -> RuleState:
-        """Where updates begin to land: the gateway the expert went on from, or its first weights."""
-        rule = self._aggregation.rule
-        if left is not None:
-            return rule.init(self._gateway_weights(left.digest, registered.manifest))
-        return ExpertModel.initial(registered.expert, registered.manifest, registered.seed, rule).state
-
-    def _land(self, state: RuleState, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
-        for update in with_progress(updates):
-            try:
-                body = self._blobs.read(update.digest)
-            except (MissingBlobError, CorruptBlobError) as error:
-                raise DamagedUpdateError(update, str(error), isinstance(error, MissingBlobError)) from error
-            state = self._aggregation.rule.update(state, decode(body, manifest.layout).flat, update.coefficient)
-        return state
-
-    def _why_let_go(self, update: UpdateAccepted) -> str | None:
-        """Why an update's bytes are not there and what can be done; None if they should be."""
-        for one in releases(self._journal):
-            if one.expert == update.expert and one.through >= update.version and one.worker in (None, update.worker):
-                if one.worker is not None:
-                    return f"What {one.worker!r} gave was erased; versions made of it are gone for good."
-                return f"Choose version {oldest_undoable(self._journal, update.expert)} or a later one (--keep-gb)."
-        if self._keep_updates is not None:
-            return f"Only the last {self._keep_updates} updates can be undone (--keep-updates)."
-        return None
+        """What of a worker's updates stays in the gateway, in words; empty where all can be taken out."""
+        return left_in_the_gateway(lineages(self._journal.events(name)), self._merges(), name, worker)
 
     def snapshot_if_due(self, expert: ExpertModel, every: int = SNAPSHOT_EVERY) -> None:
         """Keep the expert's state every so many versions, so that recovery reads few updates; then prune."""
@@ -410,27 +340,27 @@ class History:
         return expert.version
 
     def prune_gateways(self, online_gateway: OnlineGateway) -> None:
-        """Drop the gateways that no expert goes on from any more, unless all of the past is kept."""
+        """Delete gateways that no expert branches from any more, unless the whole past is kept."""
         if self._keep_updates is None:
             return
         needed = {online_gateway.number} | {
             branch_point.gateway for branch_point in online_gateway.branch_points.values()
         }
-        folds = self._folds()
+        folds = self._merges()
         prune_plan = {fold.digest for fold in folds} - {fold.digest for fold in folds if fold.number in needed}
         for digest in prune_plan - self.quarantined_blobs() - self._journal.named_elsewhere(GATEWAY, prune_plan):
             self._blobs.delete(digest)
 
     def _prune(self, expert: ExpertModel, keep_updates: int) -> None:
-        """Drop what none of the last `keep_updates` changes needs to be undone."""
+        """Delete what undoing the last `keep_updates` changes does not need."""
         name = expert.name
         snapshots = self._journal.snapshots(name)
         oldest = max(0, expert.version - keep_updates)
-        found = prune_plan(list(self._journal.events(name)), snapshots, expert.version, oldest)
-        for version in found.snapshots:
+        plan = prune_plan(list(self._journal.events(name)), snapshots, expert.version, oldest)
+        for version in plan.snapshots:
             self._journal.drop_snapshot(name, version)
-        digests = found.updates | {snapshots[version] for version in found.snapshots}
-        digests -= {snapshots[version] for version in snapshots.keys() - found.snapshots}
+        digests = plan.updates | {snapshots[version] for version in plan.snapshots}
+        digests -= {snapshots[version] for version in snapshots.keys() - plan.snapshots}
         # Equal bytes are one blob, whoever sent them.
         for digest in digests - self.quarantined_blobs() - self._journal.named_elsewhere(name, digests):
             self._blobs.delete(digest)

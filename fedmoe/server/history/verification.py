@@ -70,7 +70,7 @@ def check_start(path: Path) -> None:
     Raises StorageFailedError or CorruptBlobError.
     """
     with closing(SqlJournal(path / "journal.sqlite")) as journal:
-        _Replay(journal, FolderBlobStore(path / "blobs"), VerificationReport()).recover_newest()
+        _Verifier(journal, FolderBlobStore(path / "blobs"), VerificationReport()).recover_newest()
 
 
 def _verify(path: Path) -> VerificationReport:
@@ -86,7 +86,7 @@ def _verify(path: Path) -> VerificationReport:
             _check_count(path, journal, found)
             audit = check_file(path, AuditHead.of_text(journal.meta(AUDIT_HEAD)))
             found.findings += [f"{AUDIT_FILE}: {what}" for what in audit.breaks]
-            _Replay(journal, blobs, found).run()
+            _Verifier(journal, blobs, found).run()
     except (StorageFailedError, sqlite3.Error) as error:
         found.findings.append(str(error))
     return found
@@ -109,7 +109,7 @@ def _check_count(path: Path, journal: SqlJournal, found: VerificationReport) -> 
         found.findings.append(f"the journal is not the newest: {lacking.reason}")
 
 
-class _Replay(History):
+class _Verifier(History):
     """Rebuilds every version in order and holds it against the digest that was journalled with it."""
 
     def __init__(self, journal: SqlJournal, blobs: FolderBlobStore, found: VerificationReport) -> None:

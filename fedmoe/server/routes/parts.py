@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from fastapi import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedmoe.coordinator import GatewayModel
 from fedmoe.server.access.security import principal_of
 from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.uploads import UploadAdmission
 from fedmoe.server.expert_names import resolve_expert
-from fedmoe.server.history.base_history import answers_with_new_keys
 from fedmoe.server.routes.weight_responses import WeightAnswers
 from fedmoe.server.service import CoordinatorService
 from fedmoe.wire.contract.experts import ExpertInfo
 from fedmoe.wire.contract.gateway import CandidatesRequest, GatewayScores
 from fedmoe.wire.contract.messages import (
+    INCARNATION_HEADER,
     ChangeResult,
     DataStatisticsHeader,
     FederationInfo,
@@ -27,6 +29,7 @@ from fedmoe.wire.contract.messages import (
     UpdateHeader,
     UpdateResult,
 )
+from fedmoe.wire.http.middleware import with_header
 
 ExpertRequestT = TypeVar(
     "ExpertRequestT",
@@ -72,3 +75,24 @@ def with_incarnation(request: Request, answer: HistoryAnswerT) -> HistoryAnswerT
     """The answer with the history it is of, where its caller takes that."""
     name = service_of(request).current.incarnation if answers_with_new_keys(request.headers) else None
     return answer.model_copy(update={"incarnation": name})
+
+
+def answers_with_new_keys(headers: Mapping[str, str]) -> bool:
+    """Whether a caller takes keys in an answer that it may not know.
+
+    Workers from before there were protocol numbers refuse them. They are known by their HTTP library, which names
+    itself where they do not; the header of every answer tells them no less.
+    """
+    return "fedmoe-protocol" in headers or not headers.get("user-agent", "").startswith("python-httpx")
+
+
+class IncarnationHeader:
+    """Every answer says which history it is of, in a header, so that weights stay the same bytes in all of them."""
+
+    def __init__(self, app: ASGIApp, incarnation: str) -> None:
+        self._app = app
+        self._incarnation = incarnation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        http = scope["type"] == "http"
+        await self._app(scope, receive, with_header(send, INCARNATION_HEADER, self._incarnation) if http else send)

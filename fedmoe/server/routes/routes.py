@@ -23,12 +23,11 @@ from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.turns import TOKEN_RATE
 from fedmoe.server.access.uploads import UploadAdmission
 from fedmoe.server.expert_names import may_use, resolve_expert, scope_by_first_names
-from fedmoe.server.history.base_history import IncarnationHeader
 from fedmoe.server.routes.documented_answers import ANSWERS, PROBLEMS
 from fedmoe.server.routes.expert_routes import add_expert_routes, expert_info, gateway_info
 from fedmoe.server.routes.gate_routes import add_gate_routes
 from fedmoe.server.routes.json_weights import JsonPolicy
-from fedmoe.server.routes.parts import Parts, parts_of, service_of, with_first_name, with_incarnation
+from fedmoe.server.routes.parts import IncarnationHeader, Parts, parts_of, service_of, with_first_name, with_incarnation
 from fedmoe.server.routes.quarantine_routes import add_quarantine_routes
 from fedmoe.server.routes.token_routes import add_token_routes
 from fedmoe.server.routes.weight_responses import (

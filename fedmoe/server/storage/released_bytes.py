@@ -86,6 +86,19 @@ def oldest_undoable(journal: Journal, expert: str) -> int:
     return max(bounded, default=0)
 
 
+def why_released(journal: Journal, update: UpdateAccepted, keep_updates: int | None) -> str | None:
+    """Why an update's bytes are not there, and what can be done; None if they should be."""
+    for release in releases(journal):
+        same = release.expert == update.expert and release.through >= update.version
+        if same and release.worker == update.worker:
+            return f"What {release.worker!r} gave was erased; versions made of it are gone for good."
+        if same and release.worker is None:
+            return f"Choose version {oldest_undoable(journal, update.expert)} or a later one (--keep-gb)."
+    if keep_updates is not None:
+        return f"Only the last {keep_updates} updates can be undone (--keep-updates)."
+    return None
+
+
 def stored_updates(journal: Journal, expert: str | None = None, worker: str | None = None) -> list[StoredUpdate]:
     """The updates in order, without what they say: quick for 100,000 of them."""
     columns = [EVENTS.c[name] for name in ("expert", "version", "worker", "digest")]

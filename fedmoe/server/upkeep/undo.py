@@ -116,7 +116,7 @@ class Undo:
 
         def work() -> RebuiltState | None:
             failpoints.reached("undo.rebuild")
-            return rebuild(expert) if known is None else self._history.followed(known, expert, worker)
+            return rebuild(expert) if known is None else self._history.caught_up(known, expert, worker)
 
         try:
             return await settled(asyncio.get_running_loop().run_in_executor(self._thread, work))
@@ -134,7 +134,7 @@ class Undo:
             expert = transaction.expert(name)
             if expert.version - rebuilt.version > _FEW:
                 return None
-            newest = self._history.followed(rebuilt, expert, worker)
+            newest = self._history.caught_up(rebuilt, expert, worker)
             return None if newest is None else decide(transaction, expert, newest)
 
         return await self._committer.decided(attempt, alone=True)
