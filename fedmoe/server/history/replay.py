@@ -71,7 +71,7 @@ class Replay:
     def _rebuild(
         self, registered: ExpertRegistered, chains: Mapping[int, Lineage | None], wanted: Lineage | None
     ) -> RuleState:
-        """The state after the updates `wanted`, from the newest readable snapshot of a beginning of it, or its start."""
+        """The state after the updates `wanted`, from the newest readable snapshot of a beginning of them, if any."""
         snapshots = self._journal.snapshots(registered.expert)
         while beginning := best_snapshot(snapshots, chains, wanted):
             digest = snapshots.pop(beginning.version)
