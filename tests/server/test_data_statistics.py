@@ -376,7 +376,7 @@ def test_statistics_of_an_older_version_count_as_none(two: House) -> None:
     old = encode_named(
         dict(read_named(body_of("prompts", 1))), {"format": "fedmoe-prompt-statistics", "first": "10", "second": "10"}
     )
-    writer = two.service._blobs.writer()
+    writer = two.service.intake._blobs.writer()
     writer.write(old)
     digest = writer.commit()
     two.service.journal.add_data_statistic(DataStatistic("python", "old", "prompts", digest, len(old), 1.0))

@@ -17,7 +17,7 @@ from fedmoe import distributed_coordinator
 from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
 from fedmoe.lora.codec import encode
-from fedmoe.server.storage import named_blobs as named
+from fedmoe.server.upkeep import sweep as daily_sweep
 from fedmoe.server.storage.blobs import SweepReport, put
 from fedmoe.server.upkeep.sweep import DailySweep
 
@@ -97,7 +97,7 @@ def test_what_no_row_names_at_two_sweeps_goes_to_the_trash_and_what_one_names_st
 def test_pages_are_read_to_the_end(
     house: House, swept: DailySweep, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(named, "_PAGE", 2)
+    monkeypatch.setattr(daily_sweep, "_PAGE", 2)
     kept = {push(house, seed) for seed in range(1, 6)}
     for _ in range(3):
         clocks.pass_days(1)

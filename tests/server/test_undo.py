@@ -167,7 +167,7 @@ def test_when_nothing_else_helps_the_committer_works_it_out(
         push(service, f"w{seed % 2}", seed)
     gate = Gate(monkeypatch, "without_worker")
     gate.go_on.set()
-    monkeypatch.setattr(History, "followed", lambda *given: None)
+    monkeypatch.setattr(History, "caught_up", lambda *given: None)
     result = asyncio.run(service.retract(RetractRequest(expert="python", worker="w1")))
     assert (result.removed, gate.times) == (3, undo._TRIES // 2 + 2)
     assert gate.threads[-1] == "fedmoe-committer"

@@ -45,7 +45,7 @@ def push_all(url: str, bodies: list[bytes]) -> ThreadPoolExecutor:
 def test_updates_that_wait_for_their_decision_do_not_pile_up_decoded(
     house: House, server: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house.service._memory = MemoryBudget(2 * LAYOUT.size * 4)
+    house.service.intake._memory = MemoryBudget(2 * LAYOUT.size * 4)
     decoded: list[int] = []
     usable = upload.usable_norm
 
@@ -53,7 +53,7 @@ def test_updates_that_wait_for_their_decision_do_not_pile_up_decoded(
         decoded.append(1)
         return usable(layout, flat)
 
-    monkeypatch.setattr("fedmoe.server.service.usable_norm", counted)
+    monkeypatch.setattr("fedmoe.server.updates.intake.usable_norm", counted)
     blocked, reached = threading.Event(), threading.Event()
 
     def slow(transaction: Transaction) -> None:

@@ -260,7 +260,7 @@ def test_reads_wait_as_long_as_the_server_asked_65() -> None:
 
 
 def test_a_server_cannot_make_a_client_wait_for_ever_65(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmoe.wire.client._LONGEST_WAIT", 0.1)
+    monkeypatch.setattr("fedmoe.wire.refusals._LONGEST_WAIT", 0.1)
     transport, asked = busy(2, "1000000")
     with CoordinatorClient("http://coordinator.example", transport=transport) as client:
         client.list_experts()
