@@ -14,11 +14,11 @@ _OPEN = Path("/proc/self/fd")
 def raise_limit() -> int:
     """Allow this process as many descriptors as its hard limit allows, at most 65,536; how many that are."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _WANTED if hard == resource.RLIM_INFINITY else min(_WANTED, hard)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
+    limit = _WANTED if hard == resource.RLIM_INFINITY else min(_WANTED, hard)
+    if soft == resource.RLIM_INFINITY or soft >= limit:
         return _WANTED if soft == resource.RLIM_INFINITY else soft
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return wanted
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit
 
 
 def in_use() -> int | None:

@@ -32,7 +32,7 @@ def scope_by_first_names(principal: Principal, experts: Mapping[str, ExpertModel
     """The principal with the scope of its token in first names."""
     if principal.experts is None:
         return principal
-    return replace(principal, experts=tuple(one.name for one in experts.values() if may_use(principal, one)))
+    return replace(principal, experts=tuple(expert.name for expert in experts.values() if may_use(principal, expert)))
 
 
 def by_title(values: Mapping[str, Value], experts: Mapping[str, ExpertModel]) -> dict[str, Value]:

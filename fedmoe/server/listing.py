@@ -99,17 +99,17 @@ class ExpertEntries:
         warnings = None if warning is None else self._roster.warnings(expert.name, warning)
         return _EntryKey(expert, self._roster.changes(expert.name), prompts, held_out, warnings)
 
-    def _entry(self, wanted: _EntryKey) -> _Entry:
-        expert, form = wanted.expert, (wanted.held_out, wanted.warnings is not None)
+    def _entry(self, key: _EntryKey) -> _Entry:
+        expert, form = key.expert, (key.held_out, key.warnings is not None)
         with self._lock:
-            kept = self._kept.get((expert.name, form))
-        if kept is not None and kept.of.same(wanted):
-            return kept
-        info = self.info(expert, wanted.prompts, 0.0, wanted.held_out, wanted.warnings)
+            cached = self._kept.get((expert.name, form))
+        if cached is not None and cached.of.same(key):
+            return cached
+        info = self.info(expert, key.prompts, 0.0, key.held_out, key.warnings)
         times = tuple(self._roster.heard_at(expert.name, worker.worker) for worker in info.workers)
         waiting = [worker.model_copy(update={"seconds_ago": -1.0}) for worker in info.workers]
         text = info.model_copy(update={"workers": waiting}).model_dump_json()
-        entry = _Entry(wanted, tuple(text.split(_PLACE)), times)
+        entry = _Entry(key, tuple(text.split(_PLACE)), times)
         with self._lock:
             self._kept[expert.name, form] = entry
         return entry

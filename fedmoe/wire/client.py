@@ -143,9 +143,9 @@ class CoordinatorClient:
 
     def date(self) -> float | None:
         """The coordinator's clock, seconds since 1970; None where it does not say. One try."""
-        told = str(self._once("GET", "/healthz", timeout=5.0).headers.get("date", ""))
+        text = str(self._once("GET", "/healthz", timeout=5.0).headers.get("date", ""))
         try:
-            return parsedate_to_datetime(told).timestamp()
+            return parsedate_to_datetime(text).timestamp()
         except ValueError:
             return None
 
@@ -161,11 +161,11 @@ class CoordinatorClient:
 
     def list_experts(self, retired: bool = False) -> Listing:
         """Every expert and the gateway, with the held-out losses that workers told; retired ones too if wanted."""
-        wanted: dict[str, bool | str] = {"held_out": True, "flags": True, **({"retired": True} if retired else {})}
-        listing = parsed(self._retried("GET", "/list_experts", _LISTING, params=wanted), Listing)
+        params: dict[str, bool | str] = {"held_out": True, "flags": True, **({"retired": True} if retired else {})}
+        listing = parsed(self._retried("GET", "/list_experts", _LISTING, params=params), Listing)
         experts, page = list(listing.experts), listing
         while page.more and page.experts:
-            following = wanted | {"after": page.experts[-1].name}
+            following = params | {"after": page.experts[-1].name}
             page = parsed(self._retried("GET", "/list_experts", _LISTING, params=following), Listing)
             experts += page.experts
         return listing.model_copy(update={"experts": experts, "more": False})
@@ -214,10 +214,10 @@ class CoordinatorClient:
         if answer.type != SAFETENSORS:
             return PushResult(_result(answer, header), None)
         if answer.status == 409:
-            told = parsed_problem(answer, answer.headers.get("fedmoe-result", ""))
-            error = TooStaleError(told.code, told.detail, told.fix)
-            least = 0 if told.code in ANOTHER_HISTORY else header.base_version
-            error.facts = dict(told.model_extra or {})
+            problem = parsed_problem(answer, answer.headers.get("fedmoe-result", ""))
+            error = TooStaleError(problem.code, problem.detail, problem.fix)
+            least = 0 if problem.code in ANOTHER_HISTORY else header.base_version
+            error.facts = dict(problem.model_extra or {})
             error.newest = pulled_expert(answer, header.expert, ExpectedWeights(manifest, least))
             raise error
         newest = pulled_expert(answer, header.expert, ExpectedWeights(manifest, header.base_version))
@@ -339,8 +339,8 @@ class CoordinatorClient:
         except httpx2.HTTPError as error:
             raise unreachable(self.url, error, self._proxy, len(sent), self._answered) from error
         self._answered = True
-        told = answer.headers.get(PROTOCOL_HEADER)
-        if (refused := mismatch(told, "this program", f"the coordinator {self.url}", _OURS)) is not None:
+        version = answer.headers.get(PROTOCOL_HEADER)
+        if (refused := mismatch(version, "this program", f"the coordinator {self.url}", _OURS)) is not None:
             raise refused
         raise_for_refusal(answer)
         return answer

@@ -107,7 +107,7 @@ class Delivery:
 
     @property
     def over(self) -> bool:
-        """Whether `answer` has something to say."""
+        """Whether the delivery has ended, so that `answer` returns its outcome or raises."""
         return self._done.is_set()
 
     def answer(self) -> DeliveryOutcome | None:

@@ -39,7 +39,7 @@ def foreign(answer: Answer, why: str = "") -> CoordinatorUnavailableError | Refu
             "NO_PROXY.",
         )
     return CoordinatorUnavailableError(
-        f"{_told(answer)}, which is not a FedMoE coordinator's answer; {_advice(answer)}",
+        f"{_summary(answer)}, which is not a FedMoE coordinator's answer; {_advice(answer)}",
         seconds_asked(answer),
         advised=True,
     )
@@ -63,7 +63,7 @@ def _sender(answer: Answer) -> str:
     return f"a proxy in front of {answer.host}" + (f" ({server})" if server else "")
 
 
-def _told(answer: Answer) -> str:
+def _summary(answer: Answer) -> str:
     kind = shortened(str(answer.headers.get("content-type", "no content type")), _SHOWN_CHARACTERS)
     sender = _sender(answer) if answer.status in _FROM_A_PROXY else answer.host
     return f"{sender} answered {answer.status} ({kind})"

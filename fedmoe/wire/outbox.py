@@ -132,7 +132,7 @@ class Outbox:
         return self._pending
 
     def settle(self) -> None:
-        """The pending update was answered, one way or the other: forget it."""
+        """Forget the pending update, which was answered one way or the other."""
         if self._pending is None:
             return
         self._change(next_sequence=self.next_sequence, pending_header=None, pending_sha256=None)

@@ -71,8 +71,8 @@ class PulledGateway:
     @property
     def source_digests(self) -> dict[str, str]:
         """The content hashes of its sources, where they are known."""
-        told = self.info.get("source_digests")
-        return {str(name): str(digest) for name, digest in told.items()} if isinstance(told, dict) else {}
+        digests = self.info.get("source_digests")
+        return {str(name): str(digest) for name, digest in digests.items()} if isinstance(digests, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,14 @@ def _mistaken(expert: str, expected: ExpectedWeights, name: str, version: int, m
     return ""
 
 
-def _check_numbers(answer: Answer, adapter: Adapter, told: str, exact: bool) -> None:
+def _check_numbers(answer: Answer, adapter: Adapter, promised: str, exact: bool) -> None:
     """Refuse numbers no adapter can be made of, and others than those whose digest the coordinator names."""
     with np.errstate(over="ignore", invalid="ignore"):
         largest = float(np.abs(adapter.flat).max(initial=0.0))
     if not largest <= LARGEST_NUMBER:
         kind = f"as large as {largest:.3g}" if math.isfinite(largest) else "that are not finite"
         raise foreign(answer, f"it sent weights {kind}; nothing of them was taken. Roll the expert back there")
-    if exact and digest(adapter) != told:
+    if exact and digest(adapter) != promised:
         raise foreign(answer, "it sent other weights than its digest names; nothing of them was taken")
 
 
@@ -175,8 +175,8 @@ def pulled_gateway(answer: Answer, dtype: WireDtype = "fp32") -> PulledGateway:
 
 def incarnation_of(answer: Answer) -> str | None:
     """Which history an answer is of; None for a coordinator that does not say, or says nothing that can be one."""
-    told = answer.headers.get(INCARNATION_HEADER)
-    return told if told is not None and _INCARNATION.fullmatch(told) else None
+    incarnation = answer.headers.get(INCARNATION_HEADER)
+    return incarnation if incarnation is not None and _INCARNATION.fullmatch(incarnation) else None
 
 
 def _mapping(value: object) -> dict[object, object]:

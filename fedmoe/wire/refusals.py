@@ -31,14 +31,14 @@ def raise_for_refusal(answer: Answer) -> None:
         return
     if answer.type != PROBLEM:
         raise foreign(answer)
-    told = parsed_problem(answer)
+    problem = parsed_problem(answer)
     if answer.status in _PASSING:
         seconds = seconds_asked(answer)
-        raise CoordinatorUnavailableError(f"{told.code}: {told.detail} {told.fix}".strip(), seconds)
-    kind = TooStaleError if told.code == "too_stale" else RefusedError
-    facts = dict(told.model_extra or {})
+        raise CoordinatorUnavailableError(f"{problem.code}: {problem.detail} {problem.fix}".strip(), seconds)
+    kind = TooStaleError if problem.code == "too_stale" else RefusedError
+    facts = dict(problem.model_extra or {})
     clocks = clock_difference(facts.get("coordinator_time"), time.time()) if answer.status == 401 else ""
-    error = kind(told.code, f"{told.detail} {clocks}".strip(), told.fix)
+    error = kind(problem.code, f"{problem.detail} {clocks}".strip(), problem.fix)
     error.facts = facts
     raise error
 

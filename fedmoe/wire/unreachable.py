@@ -37,7 +37,7 @@ _CERTIFICATE = {
 def unreachable(
     url: str, error: httpx2.HTTPError, proxy: ProxyChoice | None, sent: int, answered: bool = False
 ) -> Exception:
-    """The error to raise for one of the transport; it tells whose fault it probably is and what to do.
+    """The error for a failure of the transport: says whose fault it probably is and what to do.
 
     `answered` says that this port has answered before, so that it surely speaks what is asked in.
 
@@ -46,25 +46,25 @@ def unreachable(
     if isinstance(error, httpx2.ProxyError) and proxy is not None:
         return _refused_by(proxy, shortened(str(error), 120))
     through = f"through the proxy {proxy.shown}" if proxy is not None else ""
-    told = _certificate(url, error) or (None if answered else _wrong_protocol(url, error, proxy))
-    if told is not None:
-        return CoordinatorUnavailableError(f"{url}: {told}", advised=True)
+    problem = _certificate(url, error) or (None if answered else _wrong_protocol(url, error, proxy))
+    if problem is not None:
+        return CoordinatorUnavailableError(f"{url}: {problem}", advised=True)
     reason = _reason(error)
     if sent and isinstance(error, httpx2.ReadError | httpx2.WriteError | httpx2.RemoteProtocolError):
         reason += f" (a body of {sent:,} bytes was sent; a proxy's size limit can end like this)"
     return CoordinatorUnavailableError(" ".join(f"{url} does not answer {through}".split()) + f": {reason}")
 
 
-def _refused_by(proxy: ProxyChoice, told: str) -> Exception:
-    said = f"the proxy {proxy.shown} answered {told}"
-    if told.startswith("407"):
+def _refused_by(proxy: ProxyChoice, answer: str) -> Exception:
+    prefix = f"the proxy {proxy.shown} answered {answer}"
+    if answer.startswith("407"):
         return RefusedError(
             "proxy_authentication",
-            f"{said}: it wants a user and a password.",
+            f"{prefix}: it wants a user and a password.",
             f"Write them into {proxy.variable} as http://USER:PASSWORD@HOST:PORT.",
         )
     advice = "let its operator allow the coordinator's host and port, or put the host into NO_PROXY"
-    return CoordinatorUnavailableError(f"{said}, so the coordinator was not reached; {advice}", advised=True)
+    return CoordinatorUnavailableError(f"{prefix}, so the coordinator was not reached; {advice}", advised=True)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -78,18 +78,18 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _certificate(url: str, error: httpx2.HTTPError) -> str | None:
-    found = next((one for one in _causes(error) if isinstance(one, ssl.SSLCertVerificationError)), None)
-    if found is None:
+    failure = next((cause for cause in _causes(error) if isinstance(cause, ssl.SSLCertVerificationError)), None)
+    if failure is None:
         return None
-    what, advice = _CERTIFICATE.get(found.verify_code, ("not trusted", _TRUST))
-    detail = shortened(found.verify_message or str(found), 200)
+    what, advice = _CERTIFICATE.get(failure.verify_code, ("not trusted", _TRUST))
+    detail = shortened(failure.verify_message or str(failure), 200)
     return f"certificate {what} ({detail}): {advice}. `fedmoe doctor --coordinator-url {url}` shows the certificate"
 
 
 def _wrong_protocol(url: str, error: httpx2.HTTPError, proxy: ProxyChoice | None) -> str | None:
     parts = urlsplit(url)
-    spoken = next((one for one in _causes(error) if isinstance(one, ssl.SSLError)), None)
-    if parts.scheme == "https" and spoken is not None and any(word in str(spoken) for word in _NOT_TLS):
+    failure = next((cause for cause in _causes(error) if isinstance(cause, ssl.SSLError)), None)
+    if parts.scheme == "https" and failure is not None and any(word in str(failure) for word in _NOT_TLS):
         return "this port speaks http, not https: write http:// in the URL, or start the coordinator with --tls-cert"
     if parts.scheme != "http" or proxy is not None:
         return None
@@ -113,7 +113,7 @@ def speaks_tls(host: str, port: int) -> bool:
 
 
 def _reason(error: httpx2.HTTPError) -> str:
-    cause = next((one for one in _causes(error) if isinstance(one, OSError)), None)
+    cause = next((origin for origin in _causes(error) if isinstance(origin, OSError)), None)
     if isinstance(error, httpx2.ConnectTimeout):
         return "no connection in time; a firewall may drop it, or the address is wrong"
     if isinstance(error, httpx2.TimeoutException):

@@ -17,8 +17,8 @@ from fedmoe import distributed_coordinator
 from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
 from fedmoe.lora.codec import encode
-from fedmoe.server.upkeep import sweep as daily_sweep
 from fedmoe.server.storage.blobs import SweepReport, put
+from fedmoe.server.upkeep import sweep as daily_sweep
 from fedmoe.server.upkeep.sweep import DailySweep
 
 DAY = 86_400.0

@@ -18,7 +18,7 @@ class BodyLimits:
 
 
 class BufferedBodies:
-    """What is held of bodies that are not answered yet; for one event loop."""
+    """The JSON bodies in memory that are not answered yet; for one event loop."""
 
     def __init__(self, limits: BodyLimits | None = None) -> None:
         self.limits = limits or BodyLimits()
@@ -26,7 +26,7 @@ class BufferedBodies:
         self.total = 0
 
     def of(self, token: str) -> BufferedBody:
-        """A body of this token, of which nothing has come; an empty token is everybody's, and has all the room."""
+        """A new body of this token; an empty token stands for all callers and is limited by the total only."""
         return BufferedBody(self, token)
 
 

@@ -105,8 +105,8 @@ def problem(code: str, status: int, detail: str, fix: str = "", **facts: object)
 
 def _content(code: str, status: int, detail: str, fix: str, facts: Mapping[str, object]) -> dict[str, object]:
     title = HTTPStatus(status).phrase
-    told = Problem(title=title, status=status, code=code, detail=_inert(detail), fix=fix, **facts)  # type: ignore[arg-type]
-    return told.model_dump()
+    problem_details = Problem(title=title, status=status, code=code, detail=_inert(detail), fix=fix, **facts)  # type: ignore[arg-type]
+    return problem_details.model_dump()
 
 
 def _inert(text: str) -> str:
@@ -150,9 +150,9 @@ def install(app: FastAPI) -> None:
     async def _http(request: Request, error: HTTPException) -> Response:
         codes = {400: "malformed", 404: "unknown_route", 405: "method_not_allowed", 413: "too_large"}
         code = codes.get(error.status_code, "http_error")
-        told = problem(code, error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}.")
-        told.headers.update(allowed(request, error.headers))
-        return told
+        response = problem(code, error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}.")
+        response.headers.update(allowed(request, error.headers))
+        return response
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> Response:

@@ -93,10 +93,10 @@ def find_place(token: str, worker: str, taken: Sequence[ActiveUpload], limits: U
     Where a limit is reached, the upload of those under it that was silent longest gives way. Where all places are
     taken by others, the smallest upload of the token that has most of them gives way to one that has less than half.
     """
-    of_worker = [one for one in taken if (one.token, one.worker) == (token, worker)]
+    of_worker = [upload for upload in taken if (upload.token, upload.worker) == (token, worker)]
     if len(of_worker) >= limits.of_worker:
         return _given_up(of_worker, limits, now) or Place(full=f"worker {worker!r}")
-    of_token = [one for one in taken if one.token == token]
+    of_token = [upload for upload in taken if upload.token == token]
     if token and len(of_token) >= limits.of_token:
         return _given_up(of_token, limits, now) or Place(full="this token")
     if len(taken) < limits.total:
@@ -105,7 +105,7 @@ def find_place(token: str, worker: str, taken: Sequence[ActiveUpload], limits: U
 
 
 def _given_up(taken: Sequence[ActiveUpload], limits: UploadLimits, now: float) -> Place | None:
-    longest = min(taken, key=lambda one: (one.heard_at, one.number))
+    longest = min(taken, key=lambda upload: (upload.heard_at, upload.number))
     return Place(longest.number) if now - longest.heard_at >= limits.silent_seconds else None
 
 

@@ -80,8 +80,8 @@ class TokenGate:
         """All tokens, the oldest first."""
         with self._lock:
             self._note_uses()
-            found = [TokenEntry(one, self._facts[one.hash], self._usable(one)) for one in self._records.values()]
-        return sorted(found, key=lambda token: (token.facts.made_at or 0.0, token.record.hash))
+            entries = [TokenEntry(one, self._facts[one.hash], self._usable(one)) for one in self._records.values()]
+        return sorted(entries, key=lambda token: (token.facts.made_at or 0.0, token.record.hash))
 
     def label(self, token_hash: str) -> str:
         """What people call a token; empty for none."""
@@ -125,9 +125,9 @@ class TokenGate:
         revoked: list[TokenRecord] = []
         for role, token in given.items():
             self._take(role, token)
-            replaced = [one for one in self._given(role) if one.hash != hash_token(token)]
-            for one in replaced:
-                self.revoke(one.hash)
+            replaced = [record for record in self._given(role) if record.hash != hash_token(token)]
+            for record in replaced:
+                self.revoke(record.hash)
             revoked += replaced
         return revoked
 
@@ -146,14 +146,14 @@ class TokenGate:
         given = {facts.hash for facts in self._facts.values() if facts.origin == "given"}
         return [one for one in self._records.values() if one.hash in given and one.role == role and not one.revoked]
 
-    def _require_same(self, wanted: TokenRecord) -> None:
+    def _require_same(self, given: TokenRecord) -> None:
         """Refuse to give a token that is known already other rights, or new life."""
-        known = self._records.get(wanted.hash)
-        if known is None and wanted.hash in self._facts:
+        known = self._records.get(given.hash)
+        if known is None and given.hash in self._facts:
             # It may have been revoked: nobody can know any more.
             raise RefusedError(
                 "token_revoked",
-                f"what the given {wanted.role} token may do was damaged in the journal and left out.",
+                f"what the given {given.role} token may do was damaged in the journal and left out.",
                 "Give another one, or unset the variable: the other tokens stay valid.",
             )
         if known is None:
@@ -161,17 +161,17 @@ class TokenGate:
         if known.revoked:
             raise RefusedError(
                 "token_revoked",
-                f"the given {wanted.role} token was revoked.",
+                f"the given {given.role} token was revoked.",
                 "Give another one, or unset the variable: the other tokens stay valid.",
             )
-        if (known.role, known.worker, known.experts) != (wanted.role, wanted.worker, wanted.experts):
+        if (known.role, known.worker, known.experts) != (given.role, given.worker, given.experts):
             raise RefusedError(
                 "token_mismatch",
-                f"the token given as {wanted.role} token is known here as a token with other rights ({known.role}).",
+                f"the token given as {given.role} token is known here as a token with other rights ({known.role}).",
                 "Give another one.",
             )
         if not self._usable(known):
-            raise RefusedError("token_mismatch", f"the given {wanted.role} token has expired.", "Give another one.")
+            raise RefusedError("token_mismatch", f"the given {given.role} token has expired.", "Give another one.")
 
     def revoke(self, token_hash: str) -> None:
         """Refuse a token from now on, and stop what is under way with it."""
@@ -194,13 +194,13 @@ class TokenGate:
             raise self._unauthorised("a token is needed and none was sent.")
         presented = hash_token(token)
         # The look-up is by hash of 256 random bits: what its timing may tell about a hash leads to no token.
-        found = self._records.get(presented)
-        if found is None or not hmac.compare_digest(found.hash, presented):
+        record = self._records.get(presented)
+        if record is None or not hmac.compare_digest(record.hash, presented):
             raise self._unauthorised("this token is not known here.")
-        if not self._usable(found):
+        if not self._usable(record):
             raise self.ended(presented)
         self._used[presented] = (self._wall(), address)
-        return Principal(found.role, found.worker, found.experts, presented)
+        return Principal(record.role, record.worker, record.experts, presented)
 
     def ended(self, token_hash: str) -> RefusedError:
         """The refusal of a token that was revoked or has expired."""

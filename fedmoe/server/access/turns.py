@@ -92,7 +92,7 @@ class RequestTurns:
         return RequestTurn(self, None if path in UPLOADS else account)
 
     async def begin(self, account: _Account) -> float | None:
-        """Hold one of a token's few places once the work done for it is paid for; when that was.
+        """Wait for one of the token's places, and until its earlier work is paid for; when the work began.
 
         None where no other token asks, or this one asks for little at once: then nobody waits.
         """
@@ -117,7 +117,7 @@ class RequestTurns:
         raise await self._too_many(account, wait)
 
     async def _too_many(self, account: _Account, wait: float, least: float = 0.0) -> RefusedError:
-        """The refusal of a request that may come again in `wait` seconds, when it is this token's turn to be told."""
+        """The refusal of a request that may be retried in `wait` seconds, delayed to the token's pace of refusals."""
         assert self._rate is not None, "without a rate there are no accounts"
         now = self._clock()
         account.refused_at = refusal_at(account.refused_at, now, least)
@@ -163,5 +163,5 @@ class RequestTurns:
 
 
 def refusal_at(before: float, now: float, least: float = 0.0) -> float:
-    """When a token is told its next refusal, after the one at `before`: at a pace, and within a moment."""
+    """When to answer a token's next refusal, after the one at `before`: paced, and delayed by a few seconds at most."""
     return now + min(max(least, before + 1.0 / _REFUSALS_PER_SECOND - now), _LATEST_REFUSAL)

@@ -74,8 +74,8 @@ def offered(aggregation: Aggregation, count: int, with_moments: bool) -> list[tu
     asked = STRATEGIES.get(aggregation.strategy)
     own = asked.weight(count) if asked is not None and asked.scale is None else None
     plain = {round(min(1.0, over / count), 6) for over in SCALES["scaled"]} | ({own} if own is not None else set())
-    found = [("scaled", tuple(sorted(plain)))]
-    return found + ([(name, SCALES[name]) for name in STRATEGIES_WITH_MOMENTS] if with_moments else [])
+    strategies = [("scaled", tuple(sorted(plain)))]
+    return strategies + ([(name, SCALES[name]) for name in STRATEGIES_WITH_MOMENTS] if with_moments else [])
 
 
 def make_candidates(
@@ -119,7 +119,7 @@ def waiting_for(
     `heard` says when each evaluator was last heard of; shortly is as long as a set may stay open. So nobody drops out
     of a set because its scores take long.
     """
-    return sorted(one for one, at in heard.items() if opened_at - at < seconds and one not in scored)
+    return sorted(evaluator for evaluator, at in heard.items() if opened_at - at < seconds and evaluator not in scored)
 
 
 def decide(
@@ -132,19 +132,19 @@ def decide(
     """
     before = None if offer.published is None else f"version {offer.published.version}"
     compared = None if taken_back else before
-    measured, names = [_scores(found, before) for found in scores], [candidate.name for candidate in offer.candidates]
+    measured, names = [_scores(score, before) for score in scores], [candidate.name for candidate in offer.candidates]
     verdict = judge(measured, names, compared, tolerance)
     reason = verdict.reason
     if taken_back and before is not None:
         reason += f"; {before} does not count: it holds what was taken back from {', '.join(sorted(taken_back))}"
-    unheard = sorted(offer.experts.keys() - {found.expert for found in scores})
+    unheard = sorted(offer.experts.keys() - {score.expert for score in scores})
     if unheard:
         reason += f"; without an evaluator's scores: {', '.join(unheard)}"
     return GateDecision(verdict.serve or before, reason, verdict.kept)
 
 
-def _scores(found: GatewayScores, published: str | None) -> Scores:
-    gateways = dict(found.candidates)
-    if published is not None and found.published is not None:
-        gateways[published] = found.published
-    return Scores(found.evaluator, found.expert, found.tokens, found.base, found.own, gateways)
+def _scores(score: GatewayScores, published: str | None) -> Scores:
+    gateways = dict(score.candidates)
+    if published is not None and score.published is not None:
+        gateways[published] = score.published
+    return Scores(score.evaluator, score.expert, score.tokens, score.base, score.own, gateways)

@@ -38,10 +38,10 @@ class Evaluators:
 
     def hear(self, evaluator: Evaluator, token: str, now: float, seconds: float) -> None:
         """Take note of one; `seconds` is how long a silent one counts. Refuses where only active ones are known."""
-        known = self._heard.get(evaluator)
-        if known is None:
+        record = self._heard.get(evaluator)
+        if record is None:
             self._make_room(token, now, seconds)
-        self._heard[evaluator] = replace(known or _EvaluatorRecord(now, token), at=now, token=token)
+        self._heard[evaluator] = replace(record or _EvaluatorRecord(now, token), at=now, token=token)
 
     def score(self, evaluator: Evaluator, token: str, now: float, seconds: float) -> None:
         """Take note of one that scored a set."""
@@ -51,33 +51,33 @@ class Evaluators:
         self._heard[evaluator] = _EvaluatorRecord(now, token, proven=True)
 
     def miss(self, evaluators: Iterable[Evaluator]) -> None:
-        """These were waited for in vain."""
+        """Count a missed set for each of these evaluators."""
         for evaluator in evaluators:
-            found = self._heard[evaluator]
-            self._heard[evaluator] = replace(found, missed=found.missed + 1)
+            record = self._heard[evaluator]
+            self._heard[evaluator] = replace(record, missed=record.missed + 1)
         self._missed_by_token.update({self._heard[one].token for one in evaluators if not self._heard[one].proven})
 
     def awaited(self, experts: Collection[str]) -> dict[Evaluator, float]:
         """When those were last heard of whose scores a set of these experts waits for."""
-        return {one: found.at for one, found in self._heard.items() if one[1] in experts and self._hopeful(found)}
+        return {one: record.at for one, record in self._heard.items() if one[1] in experts and self._hopeful(record)}
 
     def active(self, now: float, seconds: float) -> list[Evaluator]:
         """Those heard of in the last `seconds`, in name order."""
-        return sorted(one for one, found in self._heard.items() if now - found.at < seconds)
+        return sorted(evaluator for evaluator, record in self._heard.items() if now - record.at < seconds)
 
-    def _hopeful(self, found: _EvaluatorRecord) -> bool:
-        trusted = found.proven or self._missed_by_token[found.token] < PATIENCE
-        return trusted and found.missed < PATIENCE
+    def _hopeful(self, record: _EvaluatorRecord) -> bool:
+        trusted = record.proven or self._missed_by_token[record.token] < PATIENCE
+        return trusted and record.missed < PATIENCE
 
     def _make_room(self, token: str, now: float, seconds: float) -> None:
-        unproven = [one for one, found in self._heard.items() if not found.proven]
-        own = [one for one in unproven if self._heard[one].token == token]
+        unproven = [evaluator for evaluator, record in self._heard.items() if not record.proven]
+        own = [evaluator for evaluator in unproven if self._heard[evaluator].token == token]
         if len(own) >= _MOST_UNPROVEN:
-            del self._heard[min(own, key=lambda one: self._heard[one].at)]
+            del self._heard[min(own, key=lambda evaluator: self._heard[evaluator].at)]
         if len(self._heard) < _MOST:
             return
-        silent = [one for one, found in self._heard.items() if now - found.at >= seconds]
-        for one in silent or unproven[:1]:
-            del self._heard[one]
+        silent = [evaluator for evaluator, record in self._heard.items() if now - record.at >= seconds]
+        for evaluator in silent or unproven[:1]:
+            del self._heard[evaluator]
         if len(self._heard) >= _MOST:
             raise RefusedError("busy", f"{_MOST} evaluators are at work.", "Retry later.")

@@ -118,8 +118,8 @@ class EvaluationGate:
         """The gateway that is out; refuses with the reason where none is."""
         current = self._publications.current
         if current is None:
-            told = self.info()
-            reason = f"{told.reason}; {told.status}" if told.reason else told.status
+            info = self.info()
+            reason = f"{info.reason}; {info.status}" if info.reason else info.status
             raise RefusedError(
                 "gateway_not_published",
                 f"this coordinator publishes what evaluators let through, and nothing is out yet: {reason}.",
@@ -140,7 +140,7 @@ class EvaluationGate:
             )
 
     def announce(self, request: CandidatesRequest, token: str = "") -> None:
-        """Take note of an evaluator at work; sets wait for it from now on. `token` is the hash of the one shown."""
+        """Register an evaluator; sets wait for its scores from now on. `token` is the hash of the one shown."""
         self._coordinator.expert(request.expert)
         with self._lock:
             self._evaluators.hear((request.evaluator, request.expert), token, self._clock(), self._policy.seconds)
@@ -195,7 +195,7 @@ class EvaluationGate:
             self._leave_undecided(closed)
         elif closed is not None:
             self._judge(closed.offer, closed.scores)
-        elif self._wanted():
+        elif self._set_is_due():
             self._make()
 
     def _run(self) -> None:
@@ -233,19 +233,19 @@ class EvaluationGate:
             if offer is None:
                 return None
             missing = self._missing(offer)
-            found = outcome(offer.opened_at, now, seconds, self._scores, self._evaluators.awaited(offer.experts))
-            if found == "wait":
+            state = outcome(offer.opened_at, now, seconds, self._scores, self._evaluators.awaited(offer.experts))
+            if state == "wait":
                 return None
             self._evaluators.miss(missing)
-            closed = _ClosedSet(offer, list(self._scores.values()), found == "undecided", missing)
+            closed = _ClosedSet(offer, list(self._scores.values()), state == "undecided", missing)
             self._open, self._scores = None, {}
         return closed
 
-    def _wanted(self) -> bool:
-        """Whether somebody asked for a set since the last one was made, and there is something new to make it of."""
+    def _set_is_due(self) -> bool:
+        """Whether an evaluator asked for a set since the last one, and experts have changed."""
         with self._lock:
-            wanted, self._asked = self._asked and self._open is None, False
-        return wanted and self._coordinator.gateway_version > self._judged
+            requested, self._asked = self._asked and self._open is None, False
+        return requested and self._coordinator.gateway_version > self._judged
 
     def _make(self) -> None:
         view = self._coordinator.transaction()  # experts, version and moments of one moment
@@ -283,9 +283,9 @@ class EvaluationGate:
                 self._given_up = f"the last set was made before {names} was retired, rolled back or retracted from"
             return
         out = self._publications.current
-        gone = {*self._publications.taken_back(), *(retired & out.sources.keys() if out is not None else ())}
-        verdict = decide(offer, scores, self._policy.tolerance, gone)
-        chosen = next((one for one in offer.candidates if one.name == verdict.serve), None)
+        withdrawn = {*self._publications.taken_back(), *(retired & out.sources.keys() if out is not None else ())}
+        verdict = decide(offer, scores, self._policy.tolerance, withdrawn)
+        chosen = next((candidate for candidate in offer.candidates if candidate.name == verdict.serve), None)
         at, told = (
             self._clock(),
             _verdict_payload(offer, scores, verdict, chosen.name if chosen else None, undecided=False),
@@ -300,7 +300,7 @@ class EvaluationGate:
         _log.info(event, version=offer.version, candidate=chosen.name if chosen else None, reason=verdict.reason)
 
     def _leave_undecided(self, closed: _ClosedSet) -> None:
-        """Note that time was over: what is out stays, and the same state is offered again to whoever asks."""
+        """Journal that the set timed out: the published gateway stays, and the state is offered again on request."""
         reason = closed.reason(self._policy.seconds)
         at, offer = self._clock(), closed.offer
         self._publications.keep(
@@ -357,5 +357,5 @@ def _verdict_payload(
         "undecided": undecided,
         "reason": verdict.reason,
         "kept": {name: dict(kept) for name, kept in verdict.kept.items()},
-        "scores": [found.model_dump() for found in scores],
+        "scores": [score.model_dump() for score in scores],
     }

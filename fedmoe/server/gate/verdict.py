@@ -66,27 +66,27 @@ def judge(
         return GateDecision(published, _nothing_to_judge(scores, names))
     worst = {name: min(shares.items(), key=lambda item: item[1]) for name, shares in kept.items()}
     best = max(candidates, key=lambda name: worst[name][1])
-    told = f"{best} keeps {_percent(worst[best][1])} of the gain on its worst domain, {worst[best][0]}"
-    rest = sorted({found.domain for found in scores} - kept[best].keys())
+    text = f"{best} keeps {_percent(worst[best][1])} of the gain on its worst domain, {worst[best][0]}"
+    rest = sorted({score.domain for score in scores} - kept[best].keys())
     unjudged = f"; not judged: {', '.join(rest)}" if rest else ""
     if published is None:
-        return GateDecision(best, f"{told}; there is none to compare with{unjudged}", kept)
+        return GateDecision(best, f"{text}; there is none to compare with{unjudged}", kept)
     before = f"{published} keeps {_percent(worst[published][1])} on its worst, {worst[published][0]}"
     if worst[best][1] < worst[published][1] - tolerance:
-        return GateDecision(published, f"{told}, but {before}: more than {_percent(tolerance)} lower{unjudged}", kept)
-    return GateDecision(best, f"{told}; {before}{unjudged}", kept)
+        return GateDecision(published, f"{text}, but {before}: more than {_percent(tolerance)} lower{unjudged}", kept)
+    return GateDecision(best, f"{text}; {before}{unjudged}", kept)
 
 
 def _kept(scores: Sequence[Scores], names: Sequence[str], published: str | None) -> dict[str, dict[str, float]]:
     """gateway -> domain -> share of the domain's gain, over all evaluators that measured every gateway."""
     kept: dict[str, dict[str, float]] = {name: {} for name in names}
-    complete = [found for found in scores if found.gateways.keys() >= set(names)]
-    for domain in dict.fromkeys(found.domain for found in complete):
-        here = [found for found in complete if found.domain == domain]
-        weights = _weights([found.tokens for found in here])
-        base = _mean([found.base for found in here], weights)
-        gains = {name: base - _mean([found.gateways[name] for found in here], weights) for name in names}
-        own = base - _mean([found.expert for found in here], weights)
+    complete = [score for score in scores if score.gateways.keys() >= set(names)]
+    for domain in dict.fromkeys(score.domain for score in complete):
+        here = [score for score in complete if score.domain == domain]
+        weights = _weights([score.tokens for score in here])
+        base = _mean([score.base for score in here], weights)
+        gains = {name: base - _mean([score.gateways[name] for score in here], weights) for name in names}
+        own = base - _mean([score.expert for score in here], weights)
         gain = own if published is None else max(own, gains[published])
         if gain >= SMALLEST_GAIN:
             for name in names:
@@ -105,7 +105,7 @@ def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
 
 
 def _nothing_to_judge(scores: Sequence[Scores], names: Sequence[str]) -> str:
-    if not any(found.gateways.keys() >= set(names) for found in scores):
+    if not any(score.gateways.keys() >= set(names) for score in scores):
         return f"nobody measured all of {', '.join(names)} on the same tokens; {len(scores)} scores were given"
     return f"no own expert gains {SMALLEST_GAIN:g} nats per token or more, so there is nothing a gateway could keep"
 

@@ -33,8 +33,8 @@ class CurrentHistory:
 
     def digests(self, versions: Mapping[str, int]) -> dict[str, str]:
         """The content digests of versions of experts, of those that are known."""
-        found = {name: self.digest_of(name, version) for name, version in versions.items()}
-        return {name: digest for name, digest in found.items() if digest is not None}
+        known = {name: self.digest_of(name, version) for name, version in versions.items()}
+        return {name: digest for name, digest in known.items() if digest is not None}
 
     def check_update(self, header: UpdateHeader, expert: ExpertModel) -> None:
         """Refuse an update that says it was made in another history; one that says nothing is taken at its number."""
@@ -45,23 +45,23 @@ class CurrentHistory:
                 f"version {expert.version}.",
                 expert,
             )
-        version, told = header.base_version, header.base_digest
-        if told is None or version > expert.version:
+        version, digest = header.base_version, header.base_digest
+        if digest is None or version > expert.version:
             return
         here = expert.digest if version == expert.version else self.digest_of(expert.name, version)
-        if here is not None and here != told:
-            raise self._refusal(_unlike(expert, version, told, here), expert)
+        if here is not None and here != digest:
+            raise self._refusal(_unlike(expert, version, digest, here), expert)
 
-    def check_rollback(self, request: RollbackRequest, expert: ExpertModel, found: str) -> None:
-        """Refuse to go back to a version that was named in another history; `found` is the digest it has here."""
+    def check_rollback(self, request: RollbackRequest, expert: ExpertModel, digest: str) -> None:
+        """Refuse to go back to a version that was named in another history; `digest` is the digest it has here."""
         if request.incarnation not in (None, self.incarnation):
             raise self._refusal(
                 f"version {request.to_version} of {expert.name} was named in the history {request.incarnation}; "
                 f"this coordinator goes on with the history {self.incarnation}.",
                 expert,
             )
-        if request.to_digest is not None and not found.startswith(request.to_digest):
-            raise self._refusal(_unlike(expert, request.to_version, request.to_digest, found), expert)
+        if request.to_digest is not None and not digest.startswith(request.to_digest):
+            raise self._refusal(_unlike(expert, request.to_version, request.to_digest, digest), expert)
 
     def _refusal(self, detail: str, expert: ExpertModel) -> RefusedError:
         return RefusedError(
@@ -74,8 +74,8 @@ class CurrentHistory:
         )
 
 
-def _unlike(expert: ExpertModel, version: int, told: str, here: str) -> str:
+def _unlike(expert: ExpertModel, version: int, theirs: str, ours: str) -> str:
     return (
-        f"version {version} of {expert.name} has digest {here[:12]} here, and {told[:12]} in the history that this "
+        f"version {version} of {expert.name} has digest {ours[:12]} here, and {theirs[:12]} in the history that this "
         "request comes from."
     )

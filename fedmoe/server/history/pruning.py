@@ -27,43 +27,43 @@ def prune_plan(events: Sequence[Event], snapshots: Mapping[int, str], newest: in
     needed = {update.digest for update in updates if update.version > oldest}
     bases = {version for version in snapshots if version >= oldest}
     # Rollbacks and retractions make new versions of old updates, so each version's own beginning is asked for.
-    known: dict[int, Lineage | None] = {}
-    for beginning in {_until(chains[version], oldest, known) for version in range(oldest, newest + 1)}:
-        found = best_snapshot(snapshots, chains, beginning)
-        bases |= {found.version} if found else set()
-        needed |= {update.digest for update in (found.rest if found else Lineage.updates(beginning))}
+    seen: dict[int, Lineage | None] = {}
+    for beginning in {_until(chains[version], oldest, seen) for version in range(oldest, newest + 1)}:
+        start = best_snapshot(snapshots, chains, beginning)
+        bases |= {start.version} if start else set()
+        needed |= {update.digest for update in (start.rest if start else Lineage.updates(beginning))}
     needed |= {snapshots[version] for version in bases}
     return PrunePlan(frozenset({update.digest for update in updates} - needed), frozenset(snapshots.keys() - bases))
 
 
-def _until(chain: Lineage | None, version: int, known: dict[int, Lineage | None]) -> Lineage | None:
-    """The beginning of a chain that only holds updates up to `version`; `known` has those of parts seen before."""
+def _until(chain: Lineage | None, version: int, seen: dict[int, Lineage | None]) -> Lineage | None:
+    """The beginning of a chain that only holds updates up to `version`; `seen` has those of parts seen before."""
     passed: list[int] = []
     while chain is not None and chain.update is not None and chain.update.version > version:
-        if id(chain) in known:
-            chain = known[id(chain)]
+        if id(chain) in seen:
+            chain = seen[id(chain)]
             break
         passed.append(id(chain))
         chain = chain.before
-    known.update(dict.fromkeys(passed, chain))
+    seen.update(dict.fromkeys(passed, chain))
     return chain
 
 
 def made_of(events: Iterable[Event], versions: Iterable[int], worker: str) -> set[int]:
     """Those of the `versions` of ONE expert that hold an update of a worker."""
-    chains, known = lineages(events), dict[int, bool]()
+    chains, seen = lineages(events), dict[int, bool]()
 
     def holds(chain: Lineage | None) -> bool:
         passed: list[int] = []
-        while chain is not None and chain.update is not None and id(chain) not in known:
+        while chain is not None and chain.update is not None and id(chain) not in seen:
             passed.append(id(chain))
             if chain.update.worker == worker:
-                known[id(chain)] = True
+                seen[id(chain)] = True
                 break
             chain = chain.before
-        found = known.get(id(chain), False)
-        known.update(dict.fromkeys(passed, found))
-        return found
+        contains = seen.get(id(chain), False)
+        seen.update(dict.fromkeys(passed, contains))
+        return contains
 
     return {version for version in sorted(versions) if holds(chains[version])}
 
@@ -73,15 +73,15 @@ def first_to_go(updates: Iterable[tuple[str, int, str]], sizes: Mapping[str, int
 
     `updates` are (expert, version, digest) in order, the oldest first; equal bytes are one blob and count once.
     """
-    kept, total = set[str](), 0
-    found: dict[str, int] = {}
+    digests, total = set[str](), 0
+    versions: dict[str, int] = {}
     for expert, version, digest in reversed(list(updates)):
-        if digest in kept or digest not in sizes:
+        if digest in digests or digest not in sizes:
             continue
         if total + sizes[digest] > most:
-            found.setdefault(expert, version)
+            versions.setdefault(expert, version)
             total = most  # whatever is older goes too
             continue
-        kept.add(digest)
+        digests.add(digest)
         total += sizes[digest]
-    return found
+    return versions

@@ -69,11 +69,11 @@ class Replay:
         return events, lineages(events)
 
     def _rebuild(
-        self, registered: ExpertRegistered, chains: Mapping[int, Lineage | None], wanted: Lineage | None
+        self, registered: ExpertRegistered, chains: Mapping[int, Lineage | None], chain: Lineage | None
     ) -> RuleState:
-        """The state after the updates `wanted`, from the newest readable snapshot of a beginning of them, if any."""
+        """The state after the updates `chain`, from the newest readable snapshot of a beginning of them, if any."""
         snapshots = self._journal.snapshots(registered.expert)
-        while beginning := best_snapshot(snapshots, chains, wanted):
+        while beginning := best_snapshot(snapshots, chains, chain):
             digest = snapshots.pop(beginning.version)
             try:
                 body = self._blobs.read(digest)
@@ -83,8 +83,8 @@ class Replay:
                 continue
             state = read_snapshot(body, length(chains[beginning.version]))
             return self._land(state, beginning.rest, registered.manifest)
-        state = self._beginning(registered, start(wanted))
-        return self._land(state, Lineage.updates(wanted), registered.manifest)
+        state = self._beginning(registered, start(chain))
+        return self._land(state, Lineage.updates(chain), registered.manifest)
 
     def _beginning(self, registered: ExpertRegistered, left: ExpertRebased | None) -> RuleState:
         """The state before any update: the gateway that the expert was rebased onto, or its first weights."""

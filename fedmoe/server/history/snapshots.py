@@ -33,16 +33,16 @@ class ReplayStart:
 
 
 def best_snapshot(
-    snapshots: Mapping[int, str], chains: Mapping[int, Lineage | None], wanted: Lineage | None
+    snapshots: Mapping[int, str], chains: Mapping[int, Lineage | None], chain: Lineage | None
 ) -> ReplayStart | None:
-    """The longest beginning of `wanted` that a snapshot holds."""
-    held = {id(chains[version]): version for version in snapshots if version in chains}
+    """The longest beginning of `chain` that a snapshot holds."""
+    snapshot_of = {id(chains[version]): version for version in snapshots if version in chains}
     rest: list[UpdateAccepted] = []
-    while wanted is not None:
-        if id(wanted) in held:
-            return ReplayStart(held[id(wanted)], rest[::-1])
-        if wanted.update is None:
+    while chain is not None:
+        if id(chain) in snapshot_of:
+            return ReplayStart(snapshot_of[id(chain)], rest[::-1])
+        if chain.update is None:
             return None
-        rest.append(wanted.update)
-        wanted = wanted.before
+        rest.append(chain.update)
+        chain = chain.before
     return None

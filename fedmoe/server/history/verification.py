@@ -74,48 +74,48 @@ def check_start(path: Path) -> None:
 
 
 def _verify(path: Path) -> VerificationReport:
-    found = VerificationReport(findings=odd_files(path))
+    report = VerificationReport(findings=odd_files(path))
     blobs = FolderBlobStore(path / "blobs")
     try:
         damage = problems(path / "journal.sqlite")
-        found.findings += damage
-        _check_blobs(blobs, found)
+        report.findings += damage
+        _check_blobs(blobs, report)
         if damage:
-            return found  # a journal that is not as it was written says nothing about the rest
+            return report  # a journal that is not as it was written says nothing about the rest
         with closing(SqlJournal(path / "journal.sqlite")) as journal:
-            _check_count(path, journal, found)
+            _check_count(path, journal, report)
             audit = check_file(path, AuditHead.of_text(journal.meta(AUDIT_HEAD)))
-            found.findings += [f"{AUDIT_FILE}: {what}" for what in audit.breaks]
-            _Verifier(journal, blobs, found).run()
+            report.findings += [f"{AUDIT_FILE}: {what}" for what in audit.breaks]
+            _Verifier(journal, blobs, report).run()
     except (StorageFailedError, sqlite3.Error) as error:
-        found.findings.append(str(error))
-    return found
+        report.findings.append(str(error))
+    return report
 
 
-def _check_blobs(blobs: FolderBlobStore, found: VerificationReport) -> None:
+def _check_blobs(blobs: FolderBlobStore, report: VerificationReport) -> None:
     """Read every blob."""
     for name in sorted(blobs.digests()):
-        found.blobs += 1
+        report.blobs += 1
         try:
             blobs.read(name)
         except (CorruptBlobError, MissingBlobError, OSError) as error:
-            found.findings.append(str(error))
+            report.findings.append(str(error))
 
 
-def _check_count(path: Path, journal: SqlJournal, found: VerificationReport) -> None:
-    found.events, found.incarnation = journal.head.events, journal.head.incarnation
+def _check_count(path: Path, journal: SqlJournal, report: VerificationReport) -> None:
+    report.events, report.incarnation = journal.head.events, journal.head.incarnation
     lacking = lack_of(journal, read_acknowledged(path / "acknowledged"))
     if lacking is not None:
-        found.findings.append(f"the journal is not the newest: {lacking.reason}")
+        report.findings.append(f"the journal is not the newest: {lacking.reason}")
 
 
 class _Verifier(History):
     """Rebuilds every version in order and holds it against the digest that was journalled with it."""
 
-    def __init__(self, journal: SqlJournal, blobs: FolderBlobStore, found: VerificationReport) -> None:
+    def __init__(self, journal: SqlJournal, blobs: FolderBlobStore, report: VerificationReport) -> None:
         optimizer, _, size = (journal.meta(UPDATE_RULE) or "sgd").partition(", buffer of ")
         super().__init__(journal, blobs, Aggregation(server_optimizer=optimizer, buffer_size=int(size or 1)))
-        self._found = found
+        self._found = report
 
     def run(self) -> None:
         past: dict[str, list[Event]] = {}

@@ -163,13 +163,13 @@ ANSWERS: Mapping[Route, Answers] = {
 
 def _answer(status: int, codes: list[str]) -> Json:
     named = {"type": "object", "properties": {"status": {"const": status}, "code": {"enum": codes}}}
-    told: Json = {
+    answer: Json = {
         "description": f"a problem with the code {', '.join(codes)}",
         "content": {PROBLEM: {"schema": {"allOf": [{"$ref": "#/components/schemas/Problem"}, named]}}},
     }
     if status == 429 or any(code in RETRY_AFTER for code in codes):
-        told["headers"] = {"Retry-After": _TEXT}
-    return told
+        answer["headers"] = {"Retry-After": _TEXT}
+    return answer
 
 
 PROBLEMS = Problems(

@@ -38,18 +38,18 @@ def add_expert_routes(app: FastAPI) -> None:
     app.post("/unretire_expert")(unretire_expert)
 
 
-def list_experts(request: Request, wanted: Annotated[ListingRequest, Query()]) -> Response:
+def list_experts(request: Request, message: Annotated[ListingRequest, Query()]) -> Response:
     principal, service = principal_of(request), service_of(request)
     coordinator = service.coordinator
     enabled = coordinator.aggregation.enable_gateway
     gateway = _gateway_json(parts_of(request)) if enabled and coordinator.active and service.has_gateway else "null"
-    experts = [one for one in coordinator.experts.values() if wanted.retired or not one.retired]
+    experts = [one for one in coordinator.experts.values() if message.retired or not one.retired]
     ordered = sorted((one for one in experts if may_use(principal, one)), key=lambda one: one.title)
-    following = [one for one in ordered if one.title > wanted.after]
-    warning = service.leases.warning if wanted.flags else None
-    page, prompts = following[: wanted.limit], service.statistics.tags("prompts")
-    entries = service.entries.written(page, prompts, service.now, wanted.held_out, warning)
-    more = ',"more":true' if len(following) > wanted.limit else ""
+    following = [one for one in ordered if one.title > message.after]
+    warning = service.leases.warning if message.flags else None
+    page, prompts = following[: message.limit], service.statistics.tags("prompts")
+    entries = service.entries.written(page, prompts, service.now, message.held_out, warning)
+    more = ',"more":true' if len(following) > message.limit else ""
     text = f'{{"experts":{entries},"gateway":{gateway},"enable_gateway":{json.dumps(enabled)}{more}}}'
     return Response(text, media_type="application/json")
 
@@ -64,28 +64,28 @@ def _gateway_json(parts: Parts) -> str:
     return text
 
 
-async def rename_expert(request: Request, wanted: RenameRequest) -> ExpertInfo:
+async def rename_expert(request: Request, message: RenameRequest) -> ExpertInfo:
     service = service_of(request)
     expert, info = await _change(
-        request, wanted.expert, lambda transaction: transaction.rename(wanted.expert, wanted.name, service.now)
+        request, message.expert, lambda transaction: transaction.rename(message.expert, message.name, service.now)
     )
-    _log.warning("renamed", expert=expert.name, name=expert.title, formerly=wanted.expert)
+    _log.warning("renamed", expert=expert.name, name=expert.title, formerly=message.expert)
     return info
 
 
-async def retire_expert(request: Request, wanted: RetireRequest) -> ExpertInfo:
+async def retire_expert(request: Request, message: RetireRequest) -> ExpertInfo:
     service = service_of(request)
     expert, info = await _change(
-        request, wanted.expert, lambda transaction: transaction.retire(wanted.expert, wanted.reason, service.now)
+        request, message.expert, lambda transaction: transaction.retire(message.expert, message.reason, service.now)
     )
-    _log.warning("retired", expert=expert.title, reason=wanted.reason)
+    _log.warning("retired", expert=expert.title, reason=message.reason)
     return info
 
 
-async def unretire_expert(request: Request, wanted: UnretireRequest) -> ExpertInfo:
+async def unretire_expert(request: Request, message: UnretireRequest) -> ExpertInfo:
     service = service_of(request)
     expert, info = await _change(
-        request, wanted.expert, lambda transaction: transaction.unretire(wanted.expert, service.now)
+        request, message.expert, lambda transaction: transaction.unretire(message.expert, service.now)
     )
     _log.warning("unretired", expert=expert.title)
     return info

@@ -39,23 +39,23 @@ def add_gate_routes(app: FastAPI) -> None:
     app.get("/gateway_verdicts")(gateway_verdicts)
 
 
-def gateway_candidates(request: Request, wanted: Annotated[CandidatesRequest, Query()]) -> CandidatesAnswer:
-    principal_of(request).require_worker(wanted.evaluator)
-    return _open_set(request, with_first_name(request, wanted))
+def gateway_candidates(request: Request, message: Annotated[CandidatesRequest, Query()]) -> CandidatesAnswer:
+    principal_of(request).require_worker(message.evaluator)
+    return _open_set(request, with_first_name(request, message))
 
 
-def announce_evaluator(request: Request, wanted: CandidatesRequest) -> CandidatesAnswer:
-    principal_of(request).require_worker(wanted.evaluator)
-    wanted = with_first_name(request, wanted)
-    _gate(request).announce(wanted, principal_of(request).token)
-    return _open_set(request, wanted)
+def announce_evaluator(request: Request, message: CandidatesRequest) -> CandidatesAnswer:
+    principal_of(request).require_worker(message.evaluator)
+    message = with_first_name(request, message)
+    _gate(request).announce(message, principal_of(request).token)
+    return _open_set(request, message)
 
 
-def gateway_candidate_weights(request: Request, wanted: Annotated[CandidateWeightsRequest, Query()]) -> Response:
-    offer, adapter, expert = _gate(request).adapter(wanted.set, wanted.digest)
+def gateway_candidate_weights(request: Request, message: Annotated[CandidateWeightsRequest, Query()]) -> Response:
+    offer, adapter, expert = _gate(request).adapter(message.set, message.digest)
     if expert is not None:
         resolve_expert(service_of(request).coordinator.experts, principal_of(request), expert)
-    weights = adapter_weights(offer.version, adapter, wanted.digest, offer.sources, offer.base)
+    weights = adapter_weights(offer.version, adapter, message.digest, offer.sources, offer.base)
     # Few ask for it and once each, so it is not kept.
     return parts_of(request).answers.answer(request, weights, "fp32", keep=False)
 
@@ -66,10 +66,10 @@ def push_gateway_scores(request: Request, scores: GatewayScores) -> ScoresResult
     return ScoresResult(waiting_for=_gate(request).take(scores, principal_of(request).token))
 
 
-def gateway_verdicts(request: Request, wanted: Annotated[VerdictsRequest, Query()]) -> VerdictsAnswer:
+def gateway_verdicts(request: Request, message: Annotated[VerdictsRequest, Query()]) -> VerdictsAnswer:
     _gate(request)
     principal, service = principal_of(request), service_of(request)
-    verdicts = service.journal.verdicts(wanted.limit)
+    verdicts = service.journal.verdicts(message.limit)
     return VerdictsAnswer(verdicts=[_verdict_info(one, principal, service.coordinator.experts) for one in verdicts])
 
 
@@ -82,10 +82,10 @@ def _gate(request: Request) -> EvaluationGate:
     return gate
 
 
-def _open_set(request: Request, wanted: CandidatesRequest) -> CandidatesAnswer:
-    offer, left, status = _gate(request).ask(wanted)
+def _open_set(request: Request, message: CandidatesRequest) -> CandidatesAnswer:
+    offer, left, status = _gate(request).ask(message)
     experts = service_of(request).coordinator.experts
-    info = None if offer is None else _set_info(offer, wanted.expert, left, experts)
+    info = None if offer is None else _set_info(offer, message.expert, left, experts)
     return CandidatesAnswer(open=info, status=status)
 
 

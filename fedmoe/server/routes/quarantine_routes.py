@@ -25,14 +25,14 @@ def quarantine(request: Request) -> QuarantineListing:
     return QuarantineListing(held=[_info(update, experts[update.expert].title, service.now) for update in held])
 
 
-def release(request: Request, wanted: ReleaseRequest) -> UpdateResult:
-    principal_of(request).require_admin(held_update=str(wanted.number))
-    return service_of(request).held.release(wanted.number)
+def release(request: Request, message: ReleaseRequest) -> UpdateResult:
+    principal_of(request).require_admin(held_update=str(message.number))
+    return service_of(request).held.release(message.number)
 
 
-def reject(request: Request, wanted: RejectRequest) -> None:
-    principal_of(request).require_admin(held_update=str(wanted.number))
-    service_of(request).held.reject(wanted.number, wanted.reason)
+def reject(request: Request, message: RejectRequest) -> None:
+    principal_of(request).require_admin(held_update=str(message.number))
+    service_of(request).held.reject(message.number, message.reason)
 
 
 def _info(held: UpdateHeld, expert: str, now: float) -> HeldUpdateInfo:

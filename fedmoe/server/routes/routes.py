@@ -166,11 +166,11 @@ def get_all_expert_weights(request: Request, dtype: WireDtype = "fp32") -> Respo
     return parts_of(request).answers.answer(request, all_weights(experts, view.gateway_version), dtype)
 
 
-def get_expert_weights(request: Request, wanted: ExpertRequest) -> Response:
+def get_expert_weights(request: Request, message: ExpertRequest) -> Response:
     coordinator = service_of(request).coordinator
-    first = resolve_expert(coordinator.experts, principal_of(request), wanted.expert)
-    weights = expert_weights(coordinator.expert(first), wanted.expert)
-    return parts_of(request).answers.answer(request, weights, wanted.dtype)
+    first = resolve_expert(coordinator.experts, principal_of(request), message.expert)
+    weights = expert_weights(coordinator.expert(first), message.expert)
+    return parts_of(request).answers.answer(request, weights, message.dtype)
 
 
 def get_gateway_info(request: Request) -> GatewayInfo:
@@ -178,11 +178,11 @@ def get_gateway_info(request: Request) -> GatewayInfo:
     return gateway_info(service, service.gateway())
 
 
-def statistics(request: Request, wanted: Annotated[StatisticsRequest, Query()]) -> Response:
-    service, principal, facts = service_of(request), principal_of(request), wanted.model_dump()
+def statistics(request: Request, message: Annotated[StatisticsRequest, Query()]) -> Response:
+    service, principal, facts = service_of(request), principal_of(request), message.model_dump()
     experts = service.coordinator.experts
-    if wanted.expert is not None:
-        facts["expert"] = resolve_expert(experts, principal, wanted.expert)
+    if message.expert is not None:
+        facts["expert"] = resolve_expert(experts, principal, message.expert)
     rows, following = service.reported.page(scope_by_first_names(principal, experts), **facts)
     headers = {} if following is None else {"FedMoE-Next": str(following)}
     return JSONResponse([_statistic(row, experts) for row in rows], headers=headers)
@@ -195,21 +195,21 @@ def _statistic(row: StoredStatistic, experts: Mapping[str, ExpertModel]) -> dict
     return {"id": row.id, **facts, "at": one.at}
 
 
-def data_statistics(request: Request, wanted: Annotated[DataStatisticsRequest, Query()]) -> Response:
+def data_statistics(request: Request, message: Annotated[DataStatisticsRequest, Query()]) -> Response:
     service = service_of(request)
-    first = resolve_expert(service.coordinator.experts, principal_of(request), wanted.expert)
+    first = resolve_expert(service.coordinator.experts, principal_of(request), message.expert)
     service.coordinator.expert(first)
-    tag = service.statistics.tag(first, wanted.kind)
-    return answer_statistics(request, tag, lambda: service.statistics.merged(first, wanted.kind))
+    tag = service.statistics.tag(first, message.kind)
+    return answer_statistics(request, tag, lambda: service.statistics.merged(first, message.kind))
 
 
-async def register_expert(request: Request, wanted: RegisterRequest) -> ExpertInfo:
+async def register_expert(request: Request, message: RegisterRequest) -> ExpertInfo:
     principal, service = principal_of(request), service_of(request)
-    resolve_expert(service.coordinator.experts, principal, wanted.expert)
-    principal.require_worker(wanted.worker)
-    expert = await service.register(wanted, principal)
+    resolve_expert(service.coordinator.experts, principal, message.expert)
+    principal.require_worker(message.worker)
+    expert = await service.register(message, principal)
     info = await run_in_threadpool(expert_info, expert, service)
-    return with_incarnation(request, info.model_copy(update={"name": wanted.expert}))
+    return with_incarnation(request, info.model_copy(update={"name": message.expert}))
 
 
 async def push_expert_update(request: Request, header: Annotated[UpdateHeader, Query()]) -> Response:
@@ -242,9 +242,9 @@ def _with_weights(request: Request, name: str, status: int, facts: dict[str, obj
     return parts_of(request).answers.answer(request, weights, "fp32", status, facts)
 
 
-async def push_statistics(request: Request, wanted: StatisticRequest) -> None:
-    principal_of(request).require_worker(wanted.worker)
-    await service_of(request).add_statistic(with_first_name(request, wanted))
+async def push_statistics(request: Request, message: StatisticRequest) -> None:
+    principal_of(request).require_worker(message.worker)
+    await service_of(request).add_statistic(with_first_name(request, message))
 
 
 async def push_data_statistics(
@@ -260,17 +260,17 @@ async def push_data_statistics(
     return result.model_copy(update={"expert": header.expert})
 
 
-async def rollback(request: Request, wanted: RollbackRequest) -> ChangeResult:
-    principal_of(request).require_admin(expert=wanted.expert)
-    result = await service_of(request).roll_back(with_first_name(request, wanted))
-    return with_incarnation(request, result.model_copy(update={"expert": wanted.expert}))
+async def rollback(request: Request, message: RollbackRequest) -> ChangeResult:
+    principal_of(request).require_admin(expert=message.expert)
+    result = await service_of(request).roll_back(with_first_name(request, message))
+    return with_incarnation(request, result.model_copy(update={"expert": message.expert}))
 
 
-async def retract(request: Request, wanted: RetractRequest) -> ChangeResult:
-    principal_of(request).require_admin(expert=wanted.expert, worker=wanted.worker)
-    service, internal = service_of(request), with_first_name(request, wanted)
-    result = await (service.withdraw(internal) if wanted.erase else service.retract(internal))
-    return with_incarnation(request, result.model_copy(update={"expert": wanted.expert}))
+async def retract(request: Request, message: RetractRequest) -> ChangeResult:
+    principal_of(request).require_admin(expert=message.expert, worker=message.worker)
+    service, internal = service_of(request), with_first_name(request, message)
+    result = await (service.withdraw(internal) if message.erase else service.retract(internal))
+    return with_incarnation(request, result.model_copy(update={"expert": message.expert}))
 
 
 def _tensor_body(request: Request) -> Body:

@@ -23,19 +23,19 @@ def list_tokens(request: Request) -> TokenListing:
     return TokenListing(tokens=[_info(token) for token in parts_of(request).tokens.known()])
 
 
-async def make_token(request: Request, wanted: TokenRequest) -> TokenAnswer:
+async def make_token(request: Request, message: TokenRequest) -> TokenAnswer:
     principal = principal_of(request)
-    principal.require_admin(named_label=wanted.label, worker=wanted.worker or "")
+    principal.require_admin(named_label=message.label, worker=message.worker or "")
     token = new_token()
-    scope = (wanted.role, wanted.worker, wanted.experts, wanted.expires_in, wanted.label)
+    scope = (message.role, message.worker, message.experts, message.expires_in, message.label)
     record = await run_in_threadpool(parts_of(request).tokens.add, token, *scope)
     principal.named["named"] = record.hash[:12]
     return TokenAnswer(token=token, hash=record.hash)
 
 
-async def revoke_token(request: Request, wanted: RevokeRequest) -> None:
-    principal_of(request).require_admin(named=wanted.hash[:12])
-    await run_in_threadpool(parts_of(request).tokens.revoke, wanted.hash)
+async def revoke_token(request: Request, message: RevokeRequest) -> None:
+    principal_of(request).require_admin(named=message.hash[:12])
+    await run_in_threadpool(parts_of(request).tokens.revoke, message.hash)
 
 
 def _info(token: TokenEntry) -> TokenInfo:

@@ -30,7 +30,7 @@ class _WorkerRecord:
 class Contributors:
     """Counts accepted updates per expert and worker; filled from the journal at start, then by every commit.
 
-    Of the held-out losses that workers tell it keeps the newest of each.
+    Keeps the newest held-out loss of each.
     """
 
     def __init__(self, events: Iterable[Event], statistics: Iterable[Statistic] = ()) -> None:
@@ -42,22 +42,22 @@ class Contributors:
             self.hear(statistic)
 
     def hear(self, statistic: Statistic) -> None:
-        """Take note of a held-out loss; what is none, or lacks a number, is somebody else's."""
+        """Note a held-out loss; statistics of other kinds, or that lack a number, are ignored."""
         if statistic.kind != HELD_OUT:
             return
         try:
-            told = HeldOutInfo.model_validate(dict(statistic.payload))
+            held_out = HeldOutInfo.model_validate(dict(statistic.payload))
         except ValidationError:
             return
         key = (statistic.expert, statistic.worker)
         self._held_out.pop(key, None)
-        self._held_out[key] = told
+        self._held_out[key] = held_out
         self._changes[statistic.expert] += 1
         if len(self._held_out) > _MOST_TOLD:
             del self._held_out[next(iter(self._held_out))]
 
     def forget(self, expert: str, worker: str) -> None:
-        """What a worker told of an expert was erased."""
+        """Drop a worker's held-out loss, after its erasure."""
         self._held_out.pop((expert, worker), None)
         self._changes[expert] += 1
 
@@ -72,7 +72,7 @@ class Contributors:
                 self._changes[event.expert] += 1
 
     def changes(self, expert: str) -> int:
-        """How often something was heard of an expert's workers."""
+        """A counter that rises with every update or held-out loss of an expert's workers."""
         return self._changes[expert]
 
     def heard_at(self, expert: str, worker: str) -> float:
@@ -94,10 +94,10 @@ class Contributors:
 
         With a `warning`, that of an expert's worker is among its flags, beside those that follow from its updates.
         """
-        told = self._held_out if held_out else {}
+        losses = self._held_out if held_out else {}
         mine = sorted(self._seen.get(expert, {}).items())
         return [
-            _info(seen, now, told.get((expert, name)), _flags(seen, warning(expert, name)) if warning else [])
+            _info(seen, now, losses.get((expert, name)), _flags(seen, warning(expert, name)) if warning else [])
             for name, seen in mine
         ]
 

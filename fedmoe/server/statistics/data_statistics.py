@@ -54,11 +54,11 @@ def read_moments(body: Buffer, layout: Layout) -> InputMoments:
     except ValueError as error:
         raise _mismatch(str(error)) from error
     expected = {module.name: module.in_features for module in layout.modules}
-    found = {name: module.features for name, module in moments.modules.items()}
-    if found != expected:
-        odd = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    given = {name: module.features for name, module in moments.modules.items()}
+    if given != expected:
+        odd = min(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
         raise _mismatch(
-            f"module {odd[:200]!r}: expected {expected.get(odd)} input features, got {found.get(odd)} (None: not there)"
+            f"module {odd[:200]!r}: expected {expected.get(odd)} input features, got {given.get(odd)} (None: not there)"
         )
     largest = max(float(abs(part).max()) for m in moments.modules.values() for part in (m.diagonal, m.sketch))
     if largest > MAX_MOMENT:
@@ -77,7 +77,7 @@ def read_prompts(body: Buffer) -> PromptStatistics:
 
 
 def refuse_suspect(suspicion: str) -> None:
-    """Refuse bytes that the coordinator was killed by again and again."""
+    """Refuse bytes whose processing killed the coordinator again and again."""
     if suspicion:
         raise _mismatch(suspicion)
 
@@ -99,9 +99,9 @@ def merge_bodies(kind: StatisticsKind, bodies: Mapping[str, bytes]) -> bytes:
 
 
 def newest_of_each(arrived: Iterable[DataStatistic]) -> list[DataStatistic]:
-    """The one that counts of every expert, kind and worker, in the order of these names; none where it was erased."""
-    kept = {(found.expert, found.kind, found.worker): found for found in arrived}
-    return [kept[key] for key in sorted(kept) if kept[key].size]
+    """The newest of every expert, kind and worker, in that order; none where it was erased."""
+    newest = {(row.expert, row.kind, row.worker): row for row in arrived}
+    return [newest[key] for key in sorted(newest) if newest[key].size]
 
 
 class DataStatistics:
@@ -115,14 +115,14 @@ class DataStatistics:
     def blobs(self) -> BlobReferences:
         """The blobs that are needed, and those that others took the place of."""
         arrived = self._journal.data_statistics()
-        return BlobReferences({found.digest for found in newest_of_each(arrived)}, {found.digest for found in arrived})
+        return BlobReferences({row.digest for row in newest_of_each(arrived)}, {row.digest for row in arrived})
 
     def moments_arrived(self) -> int:
-        """How often moments came, replaced ones counted: so often they raised the gateway's version."""
-        return sum(found.kind == "moments" for found in self._journal.data_statistics())
+        """How many moments arrived, replaced ones included: each raised the gateway's version."""
+        return sum(row.kind == "moments" for row in self._journal.data_statistics())
 
     def tag(self, expert: str, kind: StatisticsKind) -> str:
-        """Names what `merged` gives, without reading it; raises `RefusedError` where there is nothing."""
+        """An ETag of what `merged` returns; raises `RefusedError` where there is nothing."""
         tags = self.tags(kind)
         if expert not in tags:
             raise _nothing(expert, kind)
@@ -130,13 +130,13 @@ class DataStatistics:
 
     def tags(self, kind: StatisticsKind) -> dict[str, str]:
         """The `tag` of every expert that has statistics of a kind."""
-        known = self._tags.get(kind)
-        if known is not None:
-            return known
+        cached = self._tags.get(kind)
+        if cached is not None:
+            return cached
         parts: dict[str, dict[str, str]] = {}
-        for found in newest_of_each(self._journal.data_statistics()):
-            if found.kind == kind:
-                parts.setdefault(found.expert, {})[found.worker] = found.digest
+        for row in newest_of_each(self._journal.data_statistics()):
+            if row.kind == kind:
+                parts.setdefault(row.expert, {})[row.worker] = row.digest
         tags = {expert: hashlib.sha256(json.dumps(mine).encode()).hexdigest() for expert, mine in parts.items()}
         self._tags[kind] = tags
         return tags
@@ -164,8 +164,8 @@ class DataStatistics:
 
     def _refuse_too_many(self, header: DataStatisticsHeader, size: int) -> None:
         """All of an expert are read to merge them, so they have a bound together."""
-        others = [found for found in self._of(header.expert, header.kind) if found.worker != header.worker]
-        together_size = size + sum(found.size for found in others)
+        others = [row for row in self._of(header.expert, header.kind) if row.worker != header.worker]
+        together_size = size + sum(row.size for row in others)
         if len(others) >= _MOST_WORKERS or together_size > _MOST_BYTES:
             raise RefusedError(
                 "too_many_statistics",
@@ -186,9 +186,9 @@ class DataStatistics:
             header.kind, self._bodies(header.expert, header.kind) | {header.worker: self._blobs.read(digest)}
         )
         moments = _digested(merged) if header.kind == "moments" and transaction.aggregation.uses_moments else None
-        kept = {found.worker: found.digest for found in self._of(header.expert, header.kind)}
+        digests = {row.worker: row.digest for row in self._of(header.expert, header.kind)}
         in_use = transaction.moments.get(header.expert)
-        duplicate = kept.get(header.worker) == digest and (
+        duplicate = digests.get(header.worker) == digest and (
             moments is None or (in_use is not None and in_use.digest == moments.digest)
         )
         if not duplicate:
@@ -205,55 +205,55 @@ class DataStatistics:
         )
 
     def erase(self, transaction: Transaction, expert: str, worker: str, at: float) -> int:
-        """Remove what a worker told of its data for good; how many bodies. For the committer, in a group of its own.
+        """Delete a worker's data statistics for good; how many bodies. For the committer, in a group of its own.
 
         A row without a size takes the place of what was told, so that the gateway's version still counts all of them.
         """
         arrived = self._journal.data_statistics()
-        for found in newest_of_each(arrived):
-            if (found.expert, found.worker) == (expert, worker):
-                self._journal.add_data_statistic(replace(found, size=0, at=at))
-                if found.kind == "moments":
+        for row in newest_of_each(arrived):
+            if (row.expert, row.worker) == (expert, worker):
+                self._journal.add_data_statistic(replace(row, size=0, at=at))
+                if row.kind == "moments":
                     transaction.moments.pop(expert, None)
                     transaction.learn_moments(
                         expert, self.moments(expert) if transaction.aggregation.uses_moments else None
                     )
-        mine = {found.digest for found in arrived if (found.expert, found.worker) == (expert, worker)}
-        gone = mine - {found.digest for found in newest_of_each(self._journal.data_statistics())}
+        mine = {row.digest for row in arrived if (row.expert, row.worker) == (expert, worker)}
+        unneeded = mine - {row.digest for row in newest_of_each(self._journal.data_statistics())}
         self._tags.clear()
-        for digest in gone:
+        for digest in unneeded:
             self._blobs.delete(digest)
-        return len(gone)
+        return len(unneeded)
 
     def _of(self, expert: str, kind: StatisticsKind) -> list[DataStatistic]:
-        found = newest_of_each(self._journal.data_statistics())
-        return [one for one in found if (one.expert, one.kind) == (expert, kind)]
+        newest = newest_of_each(self._journal.data_statistics())
+        return [row for row in newest if (row.expert, row.kind) == (expert, kind)]
 
     def _bodies(self, expert: str, kind: StatisticsKind) -> dict[str, bytes]:
         """Worker -> bytes, of all that can be read."""
-        bodies = {found.worker: self._read(found) for found in self._of(expert, kind)}
+        bodies = {row.worker: self._read(row) for row in self._of(expert, kind)}
         return {worker: body for worker, body in bodies.items() if body is not None}
 
-    def _read(self, found: DataStatistic) -> bytes | None:
+    def _read(self, row: DataStatistic) -> bytes | None:
         try:
-            body = self._blobs.read(found.digest)
-            if found.kind == "prompts":
+            body = self._blobs.read(row.digest)
+            if row.kind == "prompts":
                 PromptStatistics.from_bytes(body)  # those of an older fedmoe are as good as none
             return body
         except (MissingBlobError, CorruptBlobError, CodecError) as error:
-            facts = {"expert": found.expert, "worker": found.worker, "kind": found.kind}
+            facts = {"expert": row.expert, "worker": row.worker, "kind": row.kind}
             _log.error("statistics_lost", **facts, reason=str(error))
             return None
 
     def _check_width(self, header: DataStatisticsHeader, prompts: PromptStatistics) -> None:
         """One base model gives features of one width; those of another would keep a gateway from routing at all."""
-        for found in newest_of_each(self._journal.data_statistics()):
-            own = (found.expert, found.worker) == (header.expert, header.worker)
-            body = self._read(found) if found.kind == "prompts" and not own else None
+        for row in newest_of_each(self._journal.data_statistics()):
+            own = (row.expert, row.worker) == (header.expert, header.worker)
+            body = self._read(row) if row.kind == "prompts" and not own else None
             if body is not None:
                 width = PromptStatistics.from_bytes(body).width
                 if width != prompts.width:
-                    raise _mismatch(f"the features have width {prompts.width}, those of {found.expert} {width}")
+                    raise _mismatch(f"the features have width {prompts.width}, those of {row.expert} {width}")
                 return
 
 

@@ -1,7 +1,7 @@
 """Small statistics that workers report: bounded, thinned out with age, read page by page.
 
-Of a worker's held-out losses the newest and the best stay, and the others thin out with age; of all other kinds a
-worker may tell so much, and more once what it told before has aged. Together they take so many bytes at most.
+Of a worker's held-out losses the newest and the best stay, and the others thin out with age. Statistics of other kinds
+are limited per worker, and old ones make room for new ones. All together are limited in bytes.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class ReportedStatistics:
         self._of: dict[tuple[str, str], dict[int, _Row]] = {}
         self._own: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[str] = Counter()
-        for kept in journal.kept_statistics():
-            self._add(_row(kept))
+        for stored in journal.kept_statistics():
+            self._add(_row(stored))
         surplus = {row.id for rows in self._of.values() for row in self._too_dense(rows.values())}
         self._drop(surplus)
         surplus |= set(self._overfull(0))
@@ -78,7 +78,7 @@ class ReportedStatistics:
             journal.drop_statistics(surplus)
 
     def add(self, statistic: Statistic) -> None:
-        """Keep one, in the place of older ones where there are too many; refuses what is too much at once."""
+        """Store a statistic, in place of older ones where there are too many; refuses too many at once."""
         size = len(str(statistic.to_row()["payload"])) + _OVERHEAD
         if size > self._limits.row:
             raise RefusedError(
@@ -88,23 +88,23 @@ class ReportedStatistics:
             )
         with self._lock:
             aged = self._aged(statistic, size)
-            kept = self._journal.add_statistic(statistic)
-            self._add(_row(kept))
+            stored = self._journal.add_statistic(statistic)
+            self._add(_row(stored))
             self._drop(aged)
             thinned = {row.id for row in self._too_dense(self._of[statistic.expert, statistic.worker].values())}
             self._drop(thinned)
-            gone = aged | thinned | set(self._overfull(kept.id))
-            if gone:
-                self._journal.drop_statistics(gone)
+            dropped = aged | thinned | set(self._overfull(stored.id))
+            if dropped:
+                self._journal.drop_statistics(dropped)
 
     def erase(self, expert: str, worker: str) -> int:
-        """Remove all that a worker told of an expert; how many rows that were."""
+        """Delete a worker's statistics of an expert; how many rows."""
         with self._lock:
-            gone = set(self._of.get((expert, worker), {}))
-            self._drop(gone)
-            if gone:
-                self._journal.drop_statistics(gone)
-        return len(gone)
+            ids = set(self._of.get((expert, worker), {}))
+            self._drop(ids)
+            if ids:
+                self._journal.drop_statistics(ids)
+        return len(ids)
 
     def page(
         self,
@@ -123,47 +123,47 @@ class ReportedStatistics:
             principal.require_expert(expert)
         if worker is not None:
             principal.require_worker(worker)
-        wanted = worker or principal.worker
+        owner = worker or principal.worker
 
         def readable(row: _Row) -> bool:
-            named = expert in (None, row.expert) and wanted in (None, row.worker) and kind in (None, row.kind)
+            named = expert in (None, row.expert) and owner in (None, row.worker) and kind in (None, row.kind)
             return named and principal.may_use(row.expert)
 
         with self._lock:
-            found = [row for row in self._rows.values() if row.id > after and readable(row)]
-        ids = list(_first(found, limit))
+            matching = [row for row in self._rows.values() if row.id > after and readable(row)]
+        ids = list(_first(matching, limit))
         rows = self._journal.kept_statistics(ids=ids) if ids else []
-        return rows, ids[-1] if len(ids) < len(found) else None
+        return rows, ids[-1] if len(ids) < len(matching) else None
 
     def _aged(self, statistic: Statistic, size: int) -> set[int]:
-        """The worker's rows that make room; held-out losses are thinned instead."""
+        """The worker's rows that make room for a new one; held-out losses are thinned out instead."""
         if _loss(statistic) is not None:
             return set()
         limits, now = self._limits, statistic.at
         own = [row for row in self._of.get((statistic.expert, statistic.worker), {}).values() if row.loss is None]
-        rows, held = len(own) + 1, sum(row.size for row in own) + size
-        gone = set()
+        rows, total = len(own) + 1, sum(row.size for row in own) + size
+        aged = set()
         for row in own:
-            if rows <= limits.rows and held <= limits.own:
+            if rows <= limits.rows and total <= limits.own:
                 break
             if now - row.at < limits.seconds:
                 raise RefusedError(
                     "too_many_statistics",
-                    f"worker {statistic.worker!r} told {rows - 1} statistics of {statistic.expert}, {held - size} B; "
+                    f"worker {statistic.worker!r} told {rows - 1} statistics of {statistic.expert}, {total - size} B; "
                     f"at most {limits.rows} and {limits.own} bytes are kept within {limits.seconds:g} seconds.",
                     "Send fewer, or smaller ones.",
                 )
-            gone.add(row.id)
-            rows, held = rows - 1, held - row.size
-        return gone
+            aged.add(row.id)
+            rows, total = rows - 1, total - row.size
+        return aged
 
     def _too_dense(self, rows: Iterable[_Row]) -> list[_Row]:
         """Every second held-out loss once there are too many, without the newest and the best: older ones thin out."""
-        told = [row for row in rows if row.loss is not None]
-        if len(told) <= self._limits.held_out:
+        losses = [row for row in rows if row.loss is not None]
+        if len(losses) <= self._limits.held_out:
             return []
-        best = min(told, key=lambda row: math.inf if row.loss is None else row.loss)
-        return [row for row in told[-2::-2] if row is not best]
+        best = min(losses, key=lambda row: math.inf if row.loss is None else row.loss)
+        return [row for row in losses[-2::-2] if row is not best]
 
     def _overfull(self, newest: int) -> Iterator[int]:
         """Rows that go because an expert, or all, have too many bytes: the oldest of whoever told the most."""
@@ -176,7 +176,7 @@ class ReportedStatistics:
             yield oldest
 
     def _over(self) -> set[str]:
-        """The experts of which something has to go."""
+        """The experts whose statistics take too many bytes."""
         if sum(self._bytes.values()) > self._limits.whole:
             return set(self._bytes)
         return {expert for expert, size in self._bytes.items() if size > self._limits.expert}
@@ -198,17 +198,17 @@ class ReportedStatistics:
                 del self._of[key], self._own[key]
 
 
-def _row(kept: StoredStatistic) -> _Row:
-    told = kept.statistic
-    return _Row(kept.id, told.expert, told.worker, told.kind, kept.size + _OVERHEAD, told.at, _loss(told))
+def _row(stored: StoredStatistic) -> _Row:
+    fact = stored.statistic
+    return _Row(stored.id, fact.expert, fact.worker, fact.kind, stored.size + _OVERHEAD, fact.at, _loss(fact))
 
 
-def _loss(told: Statistic) -> float | None:
+def _loss(statistic: Statistic) -> float | None:
     """The held-out loss that a statistic tells; None for one of another kind, or that lacks a number."""
-    if told.kind != HELD_OUT:
+    if statistic.kind != HELD_OUT:
         return None
     try:
-        return HeldOutInfo.model_validate(dict(told.payload)).loss
+        return HeldOutInfo.model_validate(dict(statistic.payload)).loss
     except ValidationError:
         return None
 

@@ -125,15 +125,15 @@ class AuditLog:
         self._path = folder / AUDIT_FILE
         self._clock = clock
         self._most_bytes, self._most_files = most_bytes, most_files
-        found = check_file(folder, known)
+        check = check_file(folder, known)
         # The folder that was opened, whatever takes its name later: another coordinator's log is not to be written to.
         self._folder_descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        self._head = found.head
+        self._head = check.head
         self._descriptor = -1
         self._size = 0
         self._lost = 0
         self._waiting: queue.SimpleQueue[Mapping[str, Fact] | None] = queue.SimpleQueue()
-        for reason in found.breaks:
+        for reason in check.breaks:
             _log.error("audit_chain_broken", file=str(self._path), reason=reason)
             self.write(what="audit_chain_broken", detail=reason)
         self._thread = threading.Thread(target=self._run, name="fedmoe-audit", daemon=True)

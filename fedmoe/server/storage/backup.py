@@ -132,10 +132,10 @@ def check_backup(folder: Path) -> Backup:
     """The backup in a folder, if every byte is as it was made; raises StateDirError or StorageFailedError."""
     backup = read_backup(folder)
     try:
-        names, found = _names(folder / BLOBS), _sha256(folder / JOURNAL)
+        names, sha256 = _names(folder / BLOBS), _sha256(folder / JOURNAL)
     except OSError as error:
         raise StorageFailedError(f"the backup {folder} is not whole: {error}; take another one") from error
-    if found != backup.journal_sha256:
+    if sha256 != backup.journal_sha256:
         raise StorageFailedError(f"{folder / JOURNAL} is damaged: it is not the file that was backed up")
     if _of_names(names) != backup.names_sha256:
         raise StorageFailedError(f"{folder / BLOBS} holds {len(names)} blobs, {backup.blobs} others were backed up")
@@ -196,7 +196,7 @@ def _copy(state: Path, unfinished: Path) -> tuple[set[str], int]:
     for _ in range(_TRIES):
         with closing(connect(state / JOURNAL, "ro", 30.0)) as live:
             named = _named(live)
-        gone = named - _names(state / BLOBS)
+        missing = named - _names(state / BLOBS)
         linked |= place_all(state / BLOBS, unfinished / BLOBS)
         failpoints.reached("backup.blobs_placed")
         _copy_journal(state / JOURNAL, unfinished / JOURNAL)
@@ -204,7 +204,7 @@ def _copy(state: Path, unfinished: Path) -> tuple[set[str], int]:
         linked |= place_all(state / BLOBS, unfinished / BLOBS)
         with closing(connect(unfinished / JOURNAL, "ro", 30.0)) as copied:
             absent = _named(copied) - _names(unfinished / BLOBS)
-        if absent <= gone:
+        if absent <= missing:
             return linked, len(absent)
     raise StateDirError(
         f"while {state} was copied, {_TRIES} times in a row, blobs were let go of that the copy needs; try again, "
@@ -218,11 +218,11 @@ def _named(journal: sqlite3.Connection) -> set[str]:
         "SELECT m.name FROM sqlite_master AS m JOIN pragma_table_info(m.name) AS c WHERE m.type = 'table' "
         "AND c.name = 'digest'"
     ).fetchall()
-    found: set[str] = set()
+    digests: set[str] = set()
     for (table,) in tables:
         rows = journal.execute(f'SELECT DISTINCT digest FROM "{table}" WHERE digest IS NOT NULL')  # noqa: S608
-        found.update(str(digest) for (digest,) in rows)
-    return found
+        digests.update(str(digest) for (digest,) in rows)
+    return digests
 
 
 def _names(folder: Path) -> set[str]:

@@ -186,9 +186,9 @@ class FolderBlobStore:
             raise CorruptBlobError(f"blob {digest} is no file; restore it from a backup")
         with open(descriptor, "rb") as file:
             data = file.read()
-        found = hashlib.sha256(data).hexdigest()
-        if found != digest:
-            raise CorruptBlobError(f"blob {digest} holds bytes with digest {found}; restore it from a backup")
+        actual = hashlib.sha256(data).hexdigest()
+        if actual != digest:
+            raise CorruptBlobError(f"blob {digest} holds bytes with digest {actual}; restore it from a backup")
         return data
 
     def delete(self, digest: str) -> None:

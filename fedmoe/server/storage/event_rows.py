@@ -90,16 +90,16 @@ def _place(event: Event) -> tuple[str, int]:
 def event_of(kind: str, payload: str) -> Event:
     """The event that `row_of` wrote; raises `StorageFailedError` for a row that it cannot have written."""
     try:
-        found = _KINDS.get(kind)
-        if found is None:
+        event_type = _KINDS.get(kind)
+        if event_type is None:
             raise ValueError(f"its kind is {kind!r}, which this version does not know")
         values = parse_payload(payload)
-        check_values(found, values)
+        check_values(event_type, values)
         if kind == "register":
             values["manifest"] = _manifest(values["manifest"])
         if kind == "fold":
             values["notes"] = tuple(cast(list[str], values["notes"]))
-        return found(**values)  # type: ignore[arg-type]  # check_values has looked
+        return event_type(**values)  # type: ignore[arg-type]  # check_values has looked
     except ValueError as error:
         raise StorageFailedError(
             f"a row of the journal cannot be read: {error}. "

@@ -38,18 +38,18 @@ def migrate(journal: Path) -> Migration | None:
     """
     for rest in journal.parent.glob(f".{journal.name}-copy*"):
         rest.unlink()
-    found = _schema(journal)
-    if found is None or found >= SCHEMA_VERSION:
+    schema_before = _schema(journal)
+    if schema_before is None or schema_before >= SCHEMA_VERSION:
         return None
     with closing(_connect(journal)) as connection:
-        copy = _copied(connection, journal, found)
+        copy = _copied(connection, journal, schema_before)
         with _transaction(connection):
-            for schema in range(found, SCHEMA_VERSION):
+            for schema in range(schema_before, SCHEMA_VERSION):
                 _STEPS[schema](connection)
             connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", [str(SCHEMA_VERSION)])
             failpoints.reached("migrate.before_commit")
     failpoints.reached("migrate.committed")
-    return Migration(found, copy)
+    return Migration(schema_before, copy)
 
 
 def _connect(journal: Path) -> sqlite3.Connection:

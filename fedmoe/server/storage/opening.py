@@ -27,9 +27,9 @@ _log = structlog.get_logger("fedmoe.journal")
 
 def driver(connection: sa.Connection) -> sqlite3.Connection:
     """SQLite's own connection, for reading many rows without the cost of an object for each."""
-    found = connection.connection.driver_connection
-    assert isinstance(found, sqlite3.Connection)
-    return found
+    raw = connection.connection.driver_connection
+    assert isinstance(raw, sqlite3.Connection)
+    return raw
 
 
 def make_tables(connection: sa.Connection, where: str) -> None:
@@ -38,15 +38,15 @@ def make_tables(connection: sa.Connection, where: str) -> None:
     if damage != "ok":
         raise unusable(where, " ".join(str(damage).split()))
     # The version is read before any table is made, so that another version's journal stays as it is.
-    found = schema_of(driver(connection), where)
+    schema = schema_of(driver(connection), where)
     connection.rollback()
-    if found is None:
+    if schema is None:
         TABLES.create_all(connection)
         made = {"schema_version": str(SCHEMA_VERSION), INCARNATION: new_incarnation()}
         connection.execute(META.insert(), [{"key": key, "value": value} for key, value in made.items()])
         connection.commit()
-    elif found != SCHEMA_VERSION:
-        raise other_schema(where, str(found))
+    elif schema != SCHEMA_VERSION:
+        raise other_schema(where, str(schema))
     LATER_TABLES.create_all(connection)
     connection.commit()
 
@@ -82,22 +82,22 @@ def problems(path: Path) -> list[str]:
     try:
         with closing(connect(path, "rw")) as connection:
             damage = [row for (row,) in connection.execute("PRAGMA quick_check(20)") if row != "ok"]
-            return [f"the journal's file: {one}" for one in damage] or _changed_rows(connection, str(path))
+            return [f"the journal's file: {problem}" for problem in damage] or _changed_rows(connection, str(path))
     except sqlite3.Error as error:
         return [f"the journal cannot be read: {error}"]
 
 
 def _changed_rows(connection: sqlite3.Connection, where: str) -> list[str]:
     try:
-        found = schema_of(connection, where)
+        schema = schema_of(connection, where)
     except StorageFailedError as error:
         return [str(error)]
-    if found != SCHEMA_VERSION:
-        return [str(other_schema(where, str(found) if found else "none"))]
+    if schema != SCHEMA_VERSION:
+        return [str(other_schema(where, str(schema) if schema else "none"))]
     lost = lost_seals(connection)
     if lost:
         return [_without_seals(lost)]
-    changed = [str(one) for one in damaged_rows(connection)]
+    changed = [str(row) for row in damaged_rows(connection)]
     try:
         end = check(connection.execute(_EVENTS))
     except BrokenChainError as error:
@@ -141,5 +141,5 @@ def checked_head(connection: sa.Connection, where: str, end: ChainEnd) -> Head:
 
 
 def _meta(connection: sa.Connection, key: str) -> str | None:
-    found: str | None = connection.execute(sa.select(META.c.value).where(META.c.key == key)).scalar_one_or_none()
-    return found
+    value: str | None = connection.execute(sa.select(META.c.value).where(META.c.key == key)).scalar_one_or_none()
+    return value

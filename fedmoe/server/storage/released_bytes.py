@@ -51,9 +51,9 @@ class StoredUpdate:
     digest: str
 
 
-def record_release(journal: Journal, one: ReleasedBytes) -> None:
+def record_release(journal: Journal, release: ReleasedBytes) -> None:
     """Note what is about to be let go of; durable on return, so that a kill in the middle leaves no riddle."""
-    journal.change(RELEASED_BYTES.insert(), [asdict(one)])
+    journal.change(RELEASED_BYTES.insert(), [asdict(release)])
 
 
 def releases(journal: Journal) -> list[ReleasedBytes]:
@@ -62,9 +62,9 @@ def releases(journal: Journal) -> list[ReleasedBytes]:
     return [ReleasedBytes(**row) for row in journal.query(sa.select(*columns).order_by(RELEASED_BYTES.c.id))]
 
 
-def request_erasure(journal: Journal, wanted: ErasureRequest) -> None:
+def request_erasure(journal: Journal, request: ErasureRequest) -> None:
     """Note that an erasure was asked for; durable on return."""
-    journal.change(ERASURE_REQUESTS.insert().prefix_with("OR REPLACE"), [asdict(wanted)])
+    journal.change(ERASURE_REQUESTS.insert().prefix_with("OR REPLACE"), [asdict(request)])
 
 
 def pending_erasures(journal: Journal) -> list[ErasureRequest]:
@@ -74,7 +74,7 @@ def pending_erasures(journal: Journal) -> list[ErasureRequest]:
 
 def finish_erasure(journal: Journal, expert: str, worker: str) -> None:
     """Note that an erasure is finished, if it was asked for."""
-    if any((one.expert, one.worker) == (expert, worker) for one in pending_erasures(journal)):
+    if any((request.expert, request.worker) == (expert, worker) for request in pending_erasures(journal)):
         journal.change(
             ERASURE_REQUESTS.delete().where(ERASURE_REQUESTS.c.expert == expert, ERASURE_REQUESTS.c.worker == worker)
         )
@@ -82,7 +82,7 @@ def finish_erasure(journal: Journal, expert: str, worker: str) -> None:
 
 def oldest_undoable(journal: Journal, expert: str) -> int:
     """The first version that an expert can still be taken back to, as far as bytes were bounded."""
-    bounded = (one.through for one in releases(journal) if one.expert == expert and one.worker is None)
+    bounded = (release.through for release in releases(journal) if release.expert == expert and release.worker is None)
     return max(bounded, default=0)
 
 
@@ -113,8 +113,8 @@ def stored_updates(journal: Journal, expert: str | None = None, worker: str | No
 def newest_updates(journal: Journal, most: int) -> list[UpdateAccepted]:
     """The newest updates, oldest first."""
     query = sa.select(EVENTS.c.payload).where(EVENTS.c.kind == "update").order_by(EVENTS.c.id.desc()).limit(most)
-    found = [event_of("update", row["payload"]) for row in journal.query(query)]
-    return [event for event in reversed(found) if isinstance(event, UpdateAccepted)]
+    events = [event_of("update", row["payload"]) for row in journal.query(query)]
+    return [event for event in reversed(events) if isinstance(event, UpdateAccepted)]
 
 
 def forget_log(journal: Journal) -> None:

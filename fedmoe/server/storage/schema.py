@@ -21,21 +21,21 @@ def schema_of(connection: sqlite3.Connection, where: str) -> int | None:
     meta = dict(connection.execute("SELECT key, value FROM meta").fetchall()) if META.name in tables else {}
     if not meta:
         return None
-    told = meta.get("schema_version")
-    if told is None:
+    recorded = meta.get("schema_version")
+    if recorded is None:
         raise changed_outside(where, "the row of meta that says which schema it has is gone")
-    number = _number(told)
+    number = _number(recorded)
     if number is None or number < _FIRST:
-        raise changed_outside(where, f"its schema is {told!r}, which no version of this program writes")
+        raise changed_outside(where, f"its schema is {recorded!r}, which no version of this program writes")
     if number > SCHEMA_VERSION:
         raise other_schema(where, str(number))
     columns = {row[1] for row in connection.execute(f'PRAGMA main.table_info("{EVENTS.name}")')}
-    found = "no rows of events" if not columns else f"its rows are those of schema {2 if columns >= _SINCE_2 else 1}"
+    says = "no rows of events" if not columns else f"its rows are those of schema {2 if columns >= _SINCE_2 else 1}"
     if not columns or (number >= 2) != (columns >= _SINCE_2):
-        raise changed_outside(where, f"it says schema {number}, and {found}; a number set by hand can be set back")
+        raise changed_outside(where, f"it says schema {number}, and {says}; a number set by hand can be set back")
     return number
 
 
-def _number(told: object) -> int | None:
-    text = str(told)
+def _number(recorded: object) -> int | None:
+    text = str(recorded)
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else None

@@ -63,9 +63,9 @@ def keep_seals(connection: sqlite3.Connection) -> None:
     # REPLACE deletes a row first, and only with this its triggers run.
     connection.execute("PRAGMA recursive_triggers=ON")
     connection.execute(_CREATE)
-    known = _known(connection)
+    sealed = _known(connection)
     for table in _tables(connection):
-        if table.name not in known:
+        if table.name not in sealed:
             connection.execute("INSERT INTO seals VALUES (?, '', '')", [table.name])
             connection.execute(f"INSERT INTO seals SELECT '{table.name}', {table.of('t')} FROM \"{table.name}\" AS t")
         for statement in _triggers(table):
@@ -83,9 +83,9 @@ def lost_seals(connection: sqlite3.Connection) -> list[str]:
     """Tables that had seals and have none any more, in name order: what they hold cannot be checked."""
     noted = connection.execute("SELECT value FROM meta WHERE key = ?", [SEALED]).fetchone()
     there = connection.execute("SELECT 1 FROM main.sqlite_master WHERE name = 'seals'").fetchone()
-    known = _known(connection) if there else set()
+    sealed = _known(connection) if there else set()
     try:
-        return sorted(set(json.loads(noted[0])) - known) if noted else []
+        return sorted(set(json.loads(noted[0])) - sealed) if noted else []
     except (TypeError, ValueError):
         return []  # an edited note does not fit its own seal
 
@@ -96,20 +96,20 @@ def _known(connection: sqlite3.Connection) -> set[str]:
 
 def damaged_rows(connection: sqlite3.Connection) -> list[DamagedRow]:
     """Every row that is not as the journal wrote it; of tables that have seals."""
-    known = _known(connection)
-    tables = [table for table in _tables(connection) if table.name in known]
-    gone = [DamagedRow(name, "", "is gone with its table") for name in known - {table.name for table in tables}]
-    return gone + [damage for table in tables for damage in _damaged(connection, table)]
+    sealed = _known(connection)
+    tables = [table for table in _tables(connection) if table.name in sealed]
+    lost = [DamagedRow(name, "", "is gone with its table") for name in sealed - {table.name for table in tables}]
+    return lost + [damage for table in tables for damage in _damaged(connection, table)]
 
 
 def drop_damaged(connection: sqlite3.Connection, damage: Iterable[DamagedRow]) -> None:
     """Take rows that are not as they were written out of their tables; leaves a transaction open."""
     tables = {table.name: table for table in _tables(connection)}
-    for one in damage:
-        if one.table in tables:
-            key = tables[one.table].key_of("t")
-            connection.execute(f'DELETE FROM "{one.table}" AS t WHERE {key} = ?', [one.row])
-        connection.execute("DELETE FROM seals WHERE place = ? AND row = ?", [one.table, one.row])
+    for row in damage:
+        if row.table in tables:
+            key = tables[row.table].key_of("t")
+            connection.execute(f'DELETE FROM "{row.table}" AS t WHERE {key} = ?', [row.row])
+        connection.execute("DELETE FROM seals WHERE place = ? AND row = ?", [row.table, row.row])
 
 
 def _damaged(connection: sqlite3.Connection, table: _SealedTable) -> Iterator[DamagedRow]:
@@ -128,15 +128,15 @@ def _damaged(connection: sqlite3.Connection, table: _SealedTable) -> Iterator[Da
 
 def _tables(connection: sqlite3.Connection) -> list[_SealedTable]:
     names = connection.execute("SELECT name FROM main.sqlite_master WHERE type = 'table' ORDER BY name").fetchall()
-    wanted = [
+    sealed = [
         name for (name,) in names if name not in _UNSEALED and name.isidentifier() and not name.startswith("sqlite_")
     ]
-    found = []
-    for name in wanted:
+    tables = []
+    for name in sealed:
         columns = connection.execute(f'PRAGMA main.table_info("{name}")').fetchall()
         key = tuple(column[1] for column in sorted(columns, key=lambda column: column[5]) if column[5])
-        found.append(_SealedTable(name, key, tuple(column[1] for column in columns)))
-    return found
+        tables.append(_SealedTable(name, key, tuple(column[1] for column in columns)))
+    return tables
 
 
 def _triggers(table: _SealedTable) -> Iterator[str]:

@@ -103,10 +103,10 @@ class StateDir:
         """
         for file, identity in self.opened.items():
             try:
-                found = _identity(file)
+                current = _identity(file)
             except OSError as error:
                 return f"{file} is gone: {error.strerror}"
-            if found != identity:
+            if current != identity:
                 return f"{file} was replaced by another one"
         return None
 
@@ -147,17 +147,17 @@ class StateDir:
 
 def odd_files(path: Path) -> list[str]:
     """What lies in the place of a file that a state directory needs and is none, in words with what to do."""
-    found = []
+    problems = []
     for name, what in (("acknowledged", "how far the journal had come"), (AUDIT_FILE, "the audit log")):
         file = path / name
         link = file.is_symlink() and name == "acknowledged"  # a log may lie elsewhere
         if link or (file.exists() and not file.is_file()):
             kind = "a symbolic link" if link else "a folder" if file.is_dir() else "no regular file"
-            found.append(
+            problems.append(
                 f"{file}, which holds {what}, is {kind}; move it away. If the file itself is found, put it back, "
                 "else the next start makes a new one"
             )
-    return found
+    return problems
 
 
 def lock_state(path: Path) -> int:
@@ -186,5 +186,5 @@ def _check_file_system(path: Path, allow: bool) -> None:
 
 
 def _identity(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_dev, found.st_ino
+    status = file.stat()
+    return status.st_dev, status.st_ino

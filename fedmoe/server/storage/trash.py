@@ -34,11 +34,11 @@ class Trash:
 
     def take_back(self, name: str, to: Path) -> bool:
         """Move the newest file of this name to `to`, if there is one."""
-        found = [day / name for day in self._days() if (day / name).exists()]
-        if found:
-            os.replace(found[-1], to)
+        copies = [day / name for day in self._days() if (day / name).exists()]
+        if copies:
+            os.replace(copies[-1], to)
             fsync_folder(to.parent)
-        return bool(found)
+        return bool(copies)
 
     def names(self) -> set[str]:
         return {entry.name for day in self._days() for entry in day.iterdir()}

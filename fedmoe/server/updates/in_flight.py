@@ -54,16 +54,16 @@ class InFlight:
         for path in sorted(folder.iterdir()):
             if not _NAME.fullmatch(path.name):
                 continue
-            told = _told(path)
-            crashes, running = int(told.get("crashes", 0)), bool(told.get("running", True))
+            marker = _read_marker(path)
+            crashes, running = int(marker.get("crashes", 0)), bool(marker.get("running", True))
             if not running and time.time() - path.stat().st_mtime > _KEPT_SECONDS:
                 path.unlink()
                 continue
             self._crashes[path.name] = crashes + running
             if running:
-                told |= {"crashes": crashes + 1, "running": False}
-                path.write_text(json.dumps(told))
-                shown = {key: told[key] for key in ("expert", "worker", "sequence", "size") if key in told}
+                marker |= {"crashes": crashes + 1, "running": False}
+                path.write_text(json.dumps(marker))
+                shown = {key: marker[key] for key in ("expert", "worker", "sequence", "size") if key in marker}
                 _log.warning("was_in_flight", **shown, digest=path.name[:12], crashes=crashes + 1)
 
     def suspicion(self, digest: str) -> str:
@@ -86,16 +86,16 @@ class InFlight:
             self._end(self._folder, body.digest)
 
     def forget(self, digest: str) -> None:
-        """These bytes were processed after all: nothing speaks against them any more."""
+        """Drop the crash count of bytes that were processed after all."""
         if self._folder is not None and self._crashes.pop(digest, 0):
             (self._folder / digest).unlink(missing_ok=True)
 
     def _begin(self, folder: Path, body: InFlightBody) -> None:
         with self._lock:
             self._running[body.digest] += 1
-            told = asdict(body) | {"crashes": self._crashes.get(body.digest, 0), "running": True}
+            marker = asdict(body) | {"crashes": self._crashes.get(body.digest, 0), "running": True}
             try:
-                (folder / body.digest).write_text(json.dumps(told))
+                (folder / body.digest).write_text(json.dumps(marker))
             except OSError as error:
                 # Whether the disk is full is for those to say who need it; without a marker a crash is not counted.
                 _log.warning("not_marked", digest=body.digest[:12], reason=error.strerror)
@@ -110,9 +110,9 @@ class InFlight:
                 (folder / digest).unlink(missing_ok=True)
 
 
-def _told(path: Path) -> dict[str, int | str | bool]:
+def _read_marker(path: Path) -> dict[str, int | str | bool]:
     try:
-        told = json.loads(path.read_bytes())
+        marker = json.loads(path.read_bytes())
     except ValueError:
         return {}
-    return told if isinstance(told, dict) else {}
+    return marker if isinstance(marker, dict) else {}

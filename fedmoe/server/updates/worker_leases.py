@@ -36,22 +36,22 @@ class WorkerLeases:
 
     def following(self, events: Iterable[Event]) -> Iterator[Event]:
         """The same events; once they are over, whoever pushed last has the lease."""
-        found: dict[tuple[str, str], _PushHistory] = {}
+        histories: dict[tuple[str, str], _PushHistory] = {}
         for event in events:
             if isinstance(event, UpdateAccepted) and "held" not in event.info:
                 key = (event.expert, event.worker)
-                past = found.get(key)
-                if past is None:
-                    found[key] = _PushHistory(event.epoch, event.at)
-                elif past.epoch == event.epoch:
-                    past.interval, past.at = event.at - past.at, event.at
+                history = histories.get(key)
+                if history is None:
+                    histories[key] = _PushHistory(event.epoch, event.at)
+                elif history.epoch == event.epoch:
+                    history.interval, history.at = event.at - history.at, event.at
                 else:
-                    former = (*(epoch for epoch in past.former if epoch != event.epoch), past.epoch)
-                    found[key] = _PushHistory(event.epoch, event.at, former=former)
+                    former = (*(epoch for epoch in history.former if epoch != event.epoch), history.epoch)
+                    histories[key] = _PushHistory(event.epoch, event.at, former=former)
             yield event
         now = self._clock()
-        for key, past in found.items():
-            self._leases[key] = lease_after_restart(past.epoch, past.interval, past.former, now)
+        for key, history in histories.items():
+            self._leases[key] = lease_after_restart(history.epoch, history.interval, history.former, now)
 
     def check(self, header: UpdateHeader, token: str) -> None:
         """Refuse a push from a second place while the first one pushes; before its body is read."""
@@ -62,7 +62,7 @@ class WorkerLeases:
             raise lease.refusal(header.worker, header.epoch, now)
 
     def pushed(self, header: UpdateHeader, token: str) -> None:
-        """A push of this epoch was answered."""
+        """Extend the lease after a push of this epoch was answered."""
         key, now = (header.expert, header.worker), self._clock()
         before = self._leases.get(key)
         lease = before.pushed(header.epoch, token, now) if before else Lease(header.epoch, token, now)
@@ -71,7 +71,7 @@ class WorkerLeases:
         self._leases[key] = lease
 
     def cloned(self, header: UpdateHeader) -> None:
-        """Two pushes had one number and other bytes: somebody copied the state directory."""
+        """Note that two pushes had one number and different bytes: the state directory was copied."""
         key, now = (header.expert, header.worker), self._clock()
         if key in self._leases:
             self._leases[key] = self._leases[key].tried(now)

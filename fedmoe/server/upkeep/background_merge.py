@@ -1,9 +1,9 @@
 """Background merge: experts with enough new steps are merged into the gateway and rebased onto it.
 
 A thread of its own plans on what is published, computes and stores the next gateway. Then the committer, in the order
-of the journal, makes it the gateway and moves the folded experts onto it, in one transaction: a crash leaves all of it
-or nothing. What landed on an expert meanwhile lands on the gateway once more. An expert that was rolled back meanwhile
-makes the fold void; the next one is planned at once.
+of the journal, makes it the gateway and rebases the merged experts onto it, in one transaction: a crash leaves all or
+nothing of it. Updates that landed on an expert meanwhile are kept: they land again on top of the gateway. An expert
+that was rolled back meanwhile makes the merge void; the next one is planned at once.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from fedmoe.server.updates.committer import Committer
 
 _log = structlog.get_logger("fedmoe.folding")
 
-#: An expert that nobody has trained for so long is folded with the few steps that it has: more may never come. Far
-#: above the sync intervals that are recommended, so that an expert under way is not folded update by update; one whose
-#: workers push even less often is.
-REST_SECONDS = 300.0
+#: An expert without updates for so long is idle, and merged with the few steps that it has: more may never come. Far
+#: above the recommended sync intervals, so that an expert in training is not merged update by update.
+IDLE_SECONDS = 300.0
 _LOOK_SECONDS = 30.0
-# Of a fold under way when the coordinator is told to stop; it is computed anew after the next start.
+# For a merge under way when the coordinator stops; it is computed anew after the next start.
 _LAST_WAIT_SECONDS = 5.0
 
 
@@ -44,11 +43,11 @@ class MergeFailedError(Exception):
 
 
 class MergeOvertakenError(Exception):
-    """An expert was rolled back, or a worker retracted from it, while its fold was computed; nothing was changed."""
+    """An expert was rolled back, or a worker retracted from it, while its merge was computed; nothing was changed."""
 
 
 class BackgroundMerge:
-    """The thread that folds, after `wake` and for whoever came to rest; idle where nobody goes on from the gateway."""
+    """The thread that merges, after `wake` and when experts become idle; not started without `merge_after`."""
 
     def __init__(
         self,
@@ -69,17 +68,17 @@ class BackgroundMerge:
         self._thread = threading.Thread(target=self._run, name="fedmoe-folding", daemon=True)
 
     def start(self) -> None:
-        """Start where experts go on from the gateway; what was ready before a restart is folded now."""
+        """Start if experts are rebased onto the gateway; what was ready before a restart is merged now."""
         if self._coordinator.aggregation.merge_after is not None:
             self.wake()
             self._thread.start()
 
     def wake(self) -> None:
-        """Something changed: look who is ready."""
+        """Look for experts that are ready; call it after each change."""
         self._due.set()
 
     def close(self) -> None:
-        """Stop; a fold that is not computed soon is dropped. Safe to call before `start` and more than once."""
+        """Stop; a merge that is not computed soon is dropped. Safe to call before `start` and more than once."""
         self._closing.set()
         self.wake()
         if self._thread.is_alive():
@@ -101,15 +100,15 @@ class BackgroundMerge:
                 _log.error("fold_failed", reason=str(error) or repr(error))
 
     def merge_ready(self) -> bool:
-        """Fold all experts that are ready, if there are any; whether it is worth to look again."""
+        """Merge all experts that are ready, if any; whether it is worth looking again."""
         plan = self._plan()
         if plan is None:
             return False
         began = time.perf_counter()
         try:
-            folded = self._compute(plan)
+            merged = self._compute(plan)
             if not self._closing.is_set():
-                self._publish(plan, folded, time.perf_counter() - began)
+                self._publish(plan, merged, time.perf_counter() - began)
         except MergeOvertakenError as error:
             _log.warning("fold_dropped", reason=str(error))
         return True
@@ -119,7 +118,7 @@ class BackgroundMerge:
         aggregation = view.aggregation
         if view.online_gateway is None or aggregation.merge_after is None:
             return None
-        moments = {name: found.moments for name, found in view.moments.items()}
+        moments = {name: expert_moments.moments for name, expert_moments in view.moments.items()}
         weight = STALENESS[aggregation.fold_staleness]
         return plan_merge(
             view.online_gateway,
@@ -132,9 +131,9 @@ class BackgroundMerge:
         )
 
     def _idle_since(self) -> float:
-        """Who last sent something then or before is at rest. While the coordinator was away nobody could send."""
+        """Experts whose last update is older than this are idle; downtime of the coordinator is excluded."""
         now = self._clock()
-        return now - REST_SECONDS if now - self._heard_since >= REST_SECONDS else -math.inf
+        return now - IDLE_SECONDS if now - self._heard_since >= IDLE_SECONDS else -math.inf
 
     def _compute(self, plan: MergePlan) -> TruncatedAdapter:
         left = plan.gateway.branch_points
@@ -142,20 +141,20 @@ class BackgroundMerge:
             starts = {name: self._history.branch_weights(expert, left[name]) for name, expert in plan.experts.items()}
         except (MissingBlobError, CorruptBlobError) as error:
             raise MergeFailedError(f"where an expert left the gateway cannot be read: {error}") from error
-        folded = plan.compute(starts)
-        if not np.isfinite(folded.adapter.flat).all():
+        merged = plan.compute(starts)
+        if not np.isfinite(merged.adapter.flat).all():
             raise MergeFailedError(f"the fold of {', '.join(plan.experts)} is not finite; roll the broken one back")
         failpoints.reached("fold.computed")
-        return folded
+        return merged
 
-    def _publish(self, plan: MergePlan, folded: TruncatedAdapter, seconds: float) -> None:
-        """Store the next gateway, then let the committer make it the gateway."""
+    def _publish(self, plan: MergePlan, merged: TruncatedAdapter, seconds: float) -> None:
+        """Store the next gateway, then have the committer publish it."""
         writer = self._blobs.writer()
         try:
-            writer.write(encode(folded.adapter.layout, folded.adapter.flat))
+            writer.write(encode(merged.adapter.layout, merged.adapter.flat))
             digest = writer.commit()
             failpoints.reached("fold.stored")
-            seen = _MergeResult(plan, folded, digest, seconds)
+            seen = _MergeResult(plan, merged, digest, seconds)
             event = self._committer.submit(lambda transaction: self._decide(transaction, seen)).result()
         finally:
             writer.abort()
@@ -173,11 +172,11 @@ class BackgroundMerge:
         )
 
     def _decide(self, transaction: Transaction, computed: _MergeResult) -> GatewayMerged:
-        """The fold and where its experts go on, in the journal's order; refused if one did not only train meanwhile."""
+        """Apply the merge and rebase its experts, in the journal's order; raises if one did more than train."""
         event = computed.event(transaction.gateway_version + 1, self._clock())
-        assert transaction.online_gateway is not None, "only a gateway that lives is folded into"
+        assert transaction.online_gateway is not None, "only an online gateway is merged into"
         branch_points = transaction.online_gateway.branch_points
-        transaction.apply(event, gateway=computed.folded.adapter)
+        transaction.apply(event, gateway=computed.merged.adapter)
         for name, version in event.sources.items():
             expert = transaction.expert(name)
             if expert.retired:
@@ -190,18 +189,18 @@ class BackgroundMerge:
                     f"{name} changed from version {version} to {expert.version} by more than updates.",
                 )
             updates = [one.update for one in rest]
-            state = self._history.rebased_state(computed.folded.adapter.flat, updates, expert.manifest)
-            went_on = ExpertRebased(name, event.number, event.digest, len(rest), expert.version + 1, event.at)
-            transaction.apply(went_on, rebuilt=state, since=rest)
+            state = self._history.rebased_state(computed.merged.adapter.flat, updates, expert.manifest)
+            rebased = ExpertRebased(name, event.number, event.digest, len(rest), expert.version + 1, event.at)
+            transaction.apply(rebased, rebuilt=state, since=rest)
         return event
 
 
 @dataclass(frozen=True)
 class _MergeResult:
-    """A fold that was computed, in so many seconds, and stored as the blob `digest`."""
+    """A merge that was computed, in so many seconds, and stored as the blob `digest`."""
 
     plan: MergePlan
-    folded: TruncatedAdapter
+    merged: TruncatedAdapter
     digest: str
     seconds: float
 
@@ -215,7 +214,7 @@ class _MergeResult:
             sources,
             dict(plan.staleness),
             dict(plan.weights),
-            self.folded.truncation_error,
+            self.merged.truncation_error,
             round(self.seconds, 3),
             plan.notes,
             at,

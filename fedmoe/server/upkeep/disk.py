@@ -80,19 +80,19 @@ class DiskReport:
         sizes = {update.digest: self.blobs.size(update.digest) for update in newest}
         there = {digest: size for digest, size in sizes.items() if size}
         largest = max(expert.manifest.layout.size for expert in experts)
-        found = growth(largest, self.min_sync_interval, newest, there)
+        estimate = growth(largest, self.min_sync_interval, newest, there)
         free = shutil.disk_usage(self.blobs.folder).free
-        _log.info("disk", says=disk_line(found, free, self.kept.most), kept_gb=self.kept.gb, kept_by=self.kept.basis)
+        _log.info("disk", says=disk_line(estimate, free, self.kept.most), kept_gb=self.kept.gb, kept_by=self.kept.basis)
 
 
-def disk_line(found: Growth, free: int, most: int) -> str:
+def disk_line(estimate: Growth, free: int, most: int) -> str:
     """The line: bytes an update, an hour and worker, and the hours until the disk, or the bytes to keep, are full."""
-    hours = free / (found.an_hour * found.workers)
-    workers = "one worker" if found.workers == 1 else f"{found.workers} workers"
-    kept = most / (found.an_hour * found.workers)
+    hours = free / (estimate.an_hour * estimate.workers)
+    workers = "one worker" if estimate.workers == 1 else f"{estimate.workers} workers"
+    kept = most / (estimate.an_hour * estimate.workers)
     return (
-        f"{_size(found.update)} an update, {_size(found.an_hour)} an hour and worker, {_size(free)} free = "
-        f"{_long(hours)} of {workers} ({found.basis}); the newest {_size(most)} of updates are kept, "
+        f"{_size(estimate.update)} an update, {_size(estimate.an_hour)} an hour and worker, {_size(free)} free = "
+        f"{_long(hours)} of {workers} ({estimate.basis}); the newest {_size(most)} of updates are kept, "
         f"{_long(kept)} of {workers}"
     )
 

@@ -36,7 +36,7 @@ _log = structlog.get_logger("fedmoe.coordinator")
 
 @dataclass(frozen=True, slots=True)
 class ErasureReport:
-    """How many updates and snapshots went, and how many rows and bodies of statistics.
+    """How many updates, snapshots and statistics were erased.
 
     `left` says in words what stays in the gateway, if anything.
     """
@@ -66,16 +66,16 @@ class Erasure:
     roster: Contributors
 
     def gave(self, transaction: Transaction, expert: str, worker: str) -> bool:
-        """Whether a worker ever landed an update on an expert, or one of it waits."""
+        """Whether an update of the worker ever landed on the expert, or waits in quarantine."""
         return bool(stored_updates(self.journal, expert, worker) or transaction.quarantine.of_worker(expert, worker))
 
     def holds(self, transaction: Transaction, expert: str, worker: str) -> bool:
-        """Whether the newest version of an expert is made of an update of a worker."""
+        """Whether the newest version of an expert contains an update of a worker."""
         chains = lineages(self.journal.events(expert))
         return any(update.worker == worker for update in Lineage.updates(chains[transaction.expert(expert).version]))
 
     def erase(self, transaction: Transaction, request: RetractRequest, at: float) -> ErasureReport:
-        """Erase what a worker gave to an expert whose newest version holds nothing of it any more."""
+        """Erase a worker's contributions to an expert whose newest version contains none of them any more."""
         name, worker = request.expert, request.worker
         retract_held(transaction, name, worker, request.reason, at)
         expert, updates = transaction.expert(name), stored_updates(self.journal, name)

@@ -46,7 +46,7 @@ class RetentionBound:
 
 
 def retention_bound(keep_gb: float | None, journal: Journal, blobs: FolderBlobStore) -> RetentionBound:
-    """What was asked for, in GB of 10^9 bytes, or what the first start without it found: half of the free disk."""
+    """The bound asked for, in GB of 10^9 bytes; else half of the disk that was free at the first start without one."""
     if keep_gb is not None:
         return RetentionBound(int(keep_gb * 1e9), "--keep-gb")
     kept = journal.meta(_KEEP_BYTES)
@@ -124,7 +124,7 @@ class Retention:
                 _log.error("retention_failed", reason=str(error) or repr(error))
 
     def keep_below(self) -> None:
-        """Let the oldest updates go until the rest are below the bound."""
+        """Delete the oldest updates' bytes until the rest are below the bound."""
         sizes = self._measure()
         if self._bytes <= self._most:
             return
@@ -147,7 +147,7 @@ class Retention:
         return sizes
 
     def _release(self, expert: str, version: int, sizes: dict[str, int]) -> None:
-        """Let updates of an expert go up to the first version from `version` on that a snapshot holds."""
+        """Delete an expert's updates up to the first version from `version` on that has a snapshot."""
         oldest = self._snapshot_from(expert, version)
         events = list(self._journal.events(expert))
         found = prune_plan(events, self._journal.snapshots(expert), self._coordinator.expert(expert).version, oldest)
@@ -179,7 +179,7 @@ class Retention:
         return True
 
     def _remove(self, expert: str, digests: list[str], transaction: Transaction) -> None:
-        """For the committer: what came since may name the same bytes, and a rollback may need old ones again."""
+        """For the committer: updates since may have the same bytes, and a rollback may need old ones again."""
         if expert in self._changed:
             return
         for digest in digests:

@@ -50,7 +50,7 @@ class DailySweep:
         return self._monotonic() >= self._next
 
     def sweep(self) -> SweepReport:
-        """Move what is unnamed since the last sweep to the trash, and remove what has been there for long."""
+        """Move blobs that were unnamed at the last sweep too to the trash, and delete old trash."""
         self._next = self._monotonic() + UNNAMED_SECONDS
         try:
             swept = self._swept()
@@ -71,7 +71,7 @@ class DailySweep:
         return SweepReport(trash.empty(min(now, newest)), moved)
 
     def _unnamed(self) -> dict[str, Identity]:
-        """The blobs that no row names. They are listed first: what is journalled meanwhile is named by then."""
+        """Blobs that no row names. They are listed before the rows are read, so that new ones are not missed."""
         unnamed = {name: identity for name in self._blobs.digests() if (identity := self._identity(name))}
         for digest in named_blobs(self._journal):
             unnamed.pop(digest, None)

@@ -1,8 +1,8 @@
 """Rollback and retraction: rebuilt in a thread beside the pushes, decided by the committer.
 
-A thread of its own rebuilds the expert from a past that never changes. What lands meanwhile lands on what was rebuilt
-too, until so little is left that the committer does it with the decision. If more than updates came between, it begins
-anew, and at last the committer does all of it. The bits are the same whoever does it.
+A thread of its own rebuilds the expert from journalled events. Updates that land meanwhile are added to the rebuilt
+state, until so few are left that the committer adds them with the decision. If anything but updates came between, the
+thread starts over; after a few tries the committer rebuilds alone. The bits are the same either way.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Undo:
         return await self._done("retracted", request.expert, request.worker, rebuild, decide)
 
     def retract_now(self, transaction: Transaction, request: RetractRequest) -> ChangeResult:
-        """The same for the committer, in a group of its own, all of it at once."""
+        """`retract` for the committer, in a group of its own: rebuilt and decided at once."""
         return self._retracted(
             request, transaction, self._history.without_worker(transaction.expert(request.expert), request.worker)
         )
@@ -111,7 +111,7 @@ class Undo:
     async def _beside(
         self, name: str, worker: str | None, rebuild: Rebuild, known: RebuiltState | None
     ) -> RebuiltState | None:
-        """The expert as it is now, rebuilt, from what is known of an earlier state; None if it changed too much."""
+        """The newest expert, rebuilt (or `known` brought up to it); None if it changed by more than updates."""
         expert = self._coordinator.expert(name)
 
         def work() -> RebuiltState | None:
@@ -128,7 +128,7 @@ class Undo:
     async def _decided(
         self, name: str, worker: str | None, rebuilt: RebuiltState, decide: Decide
     ) -> ChangeResult | None:
-        """The result; None if so much landed meanwhile that it has to be worked out beside the pushes once more."""
+        """The result; None if too much landed meanwhile, so that the rebuilt state must be brought up to date first."""
 
         def attempt(transaction: Transaction) -> ChangeResult | None:
             expert = transaction.expert(name)
@@ -141,7 +141,7 @@ class Undo:
 
 
 def change_result(transaction: Transaction, name: str, removed: int = 0, note: str = "") -> ChangeResult:
-    """The expert as it is in a transaction, as an answer."""
+    """The answer for an expert as it is in a transaction."""
     expert = transaction.expert(name)
     return ChangeResult(
         expert=name,

@@ -44,10 +44,10 @@ class Withdrawals:
         failpoints.reached("erase.wanted")
         for _ in range(_TRIES):
             result = await self._without(request, gave)
-            found = await self.committer.decided(lambda transaction: self._erase(transaction, request), alone=True)
-            if found is not None:
+            report = await self.committer.decided(lambda transaction: self._erase(transaction, request), alone=True)
+            if report is not None:
                 await self._done(request)
-                notes = (result.note, "" if found.left in result.note else found.left, found.in_words())
+                notes = (result.note, "" if report.left in result.note else report.left, report.in_words())
                 return result.model_copy(update={"note": " ".join(filter(None, notes))})
         await self._done(request)
         raise RefusedError(
@@ -57,15 +57,15 @@ class Withdrawals:
         )
 
     async def _done(self, request: RetractRequest) -> None:
-        """After what follows the decisions before it."""
+        """Note that the withdrawal is over."""
         await self.committer.decided(
             lambda transaction: finish_erasure(self.journal, request.expert, request.worker), alone=True
         )
 
     def finish(self) -> None:
-        """Queue what was asked for before the last stop and is not done; for the start, before anything else."""
-        for wanted in pending_erasures(self.journal):
-            self._finish(RetractRequest(expert=wanted.expert, worker=wanted.worker, reason=wanted.reason, erase=True))
+        """Queue withdrawals that the last stop interrupted; called at the start, before anything else."""
+        for due in pending_erasures(self.journal):
+            self._finish(RetractRequest(expert=due.expert, worker=due.worker, reason=due.reason, erase=True))
 
     def _finish(self, request: RetractRequest) -> None:
         retraction = self.committer.submit(lambda transaction: self._retract(transaction, request), alone=True)
@@ -82,7 +82,7 @@ class Withdrawals:
         self.committer.submit(end, alone=True)
 
     def _noted(self, transaction: Transaction, request: RetractRequest) -> bool:
-        """Note what is to be done, if there is anything; whether there is."""
+        """Note the withdrawal, if the worker contributed anything; whether it did."""
         transaction.expert(request.expert)
         gave = self.erasure.gave(transaction, request.expert, request.worker)
         if gave:

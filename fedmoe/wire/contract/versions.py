@@ -15,16 +15,16 @@ PROTOCOL_HEADER = "FedMoE-Protocol"
 _BEFORE_NUMBERS = 1
 
 
-def mismatch(told: str | None, here: str, there: str, version: str) -> RefusedError | None:
-    """The refusal of a peer whose header says `told`, None if it is near enough; `here` and `there` name the ends.
+def mismatch(header: str | None, here: str, there: str, version: str) -> RefusedError | None:
+    """The refusal of a peer whose header says `header`, None if it is near enough; `here` and `there` name the ends.
 
     `version` is the installed version of this end.
     """
-    number = _number(told)
+    number = _number(header)
     if number is not None and abs(number - PROTOCOL) <= 1:
         return None
     old = there if number is None or number < PROTOCOL else here
-    said = shortened(told or "", 40)
+    said = shortened(header or "", 40)
     return RefusedError(
         "upgrade_required",
         f"{here} (fedmoe {version}) speaks protocol {PROTOCOL}, and {PROTOCOL - 1} and {PROTOCOL + 1}; "
@@ -36,7 +36,7 @@ def mismatch(told: str | None, here: str, there: str, version: str) -> RefusedEr
     )
 
 
-def _number(told: str | None) -> int | None:
-    if told is None:
+def _number(header: str | None) -> int | None:
+    if header is None:
         return _BEFORE_NUMBERS
-    return int(told) if told.isascii() and told.isdecimal() and len(told) < 20 else None
+    return int(header) if header.isascii() and header.isdecimal() and len(header) < 20 else None

@@ -10,11 +10,11 @@ from starlette.routing import BaseRoute, Match, Route
 
 def allowed(request: Request, headers: Mapping[str, str] | None) -> dict[str, str]:
     """The headers of a refusal; `Allow` has every method of the path, and HEAD where there is GET."""
-    found = dict(headers or {})
-    if "Allow" in found:
+    answer_headers = dict(headers or {})
+    if "Allow" in answer_headers:
         methods = {method for route in request.app.routes for method in _methods(route, request)}
-        found["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
-    return found
+        answer_headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+    return answer_headers
 
 
 def _methods(route: BaseRoute, request: Request) -> set[str]:

@@ -39,19 +39,19 @@ def excludes(accept: Sequence[str], form: str) -> bool:
 
 def _weight(ranges: dict[str, float], form: str) -> float | None:
     """The weight of a media type by the nearest range that covers it; None where none does."""
-    return next((ranges[one] for one in (form, f"{form.partition('/')[0]}/*", "*/*") if one in ranges), None)
+    return next((ranges[media] for media in (form, f"{form.partition('/')[0]}/*", "*/*") if media in ranges), None)
 
 
 def _ranges(accept: Sequence[str]) -> dict[str, float]:
     """Media range -> weight; of one that is named twice the smaller, so that 0 stays never."""
-    found: dict[str, float] = {}
+    ranges: dict[str, float] = {}
     for entry in ",".join(accept).split(",")[:_MOST_RANGES]:
         name, *parameters = (part.strip().lower() for part in entry.split(";"))
-        told = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parameters)}
-        weight = _number(told.pop("q", "1"))
-        if weight or not told:  # with parameters of its own it is a variant that is excluded, which we do not send
-            found[name] = min(weight, found.get(name, 1.0))
-    return found
+        values = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parameters)}
+        weight = _number(values.pop("q", "1"))
+        if weight or not values:  # with parameters of its own it is a variant that is excluded, which we do not send
+            ranges[name] = min(weight, ranges.get(name, 1.0))
+    return ranges
 
 
 def _number(given: str) -> float:

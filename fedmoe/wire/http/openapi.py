@@ -82,18 +82,18 @@ def _add(operation: Json, answers: Answers, problems: Problems) -> None:
         operation["parameters"] = [*_list(operation.get("parameters", [])), *answers.parameters]
     if answers.body is not None:
         operation["requestBody"] = answers.body
-    for status, found in _by_status(codes, problems.status).items():
-        responses[str(status)] = problems.answer(status, found)
+    for status, same_status in _by_status(codes, problems.status).items():
+        responses[str(status)] = problems.answer(status, same_status)
     for status, answer in answers.others.items():
         responses[str(status)] = _both(_object(responses.get(str(status), {})), answer)
     operation["responses"] = dict(sorted(responses.items()))
 
 
 def _by_status(codes: Iterable[str], status_of: Callable[[str], int]) -> dict[int, list[str]]:
-    found: dict[int, list[str]] = {}
+    by_status: dict[int, list[str]] = {}
     for code in sorted(set(codes)):
-        found.setdefault(status_of(code), []).append(code)
-    return found
+        by_status.setdefault(status_of(code), []).append(code)
+    return by_status
 
 
 def _both(one: Json, other: Json) -> Json:
