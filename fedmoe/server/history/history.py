@@ -20,7 +20,6 @@ from fedmoe.federation.events import (
     CountedUpdate,
     Event,
     EventInputs,
-    ExpertRebased,
     ExpertRegistered,
     GatewayMerged,
     QuarantineEvent,
@@ -34,13 +33,12 @@ from fedmoe.federation.lineage import Lineage, length, start, without_worker
 from fedmoe.federation.online_gateway import BranchPoint, OnlineGateway, count_steps, step_counters
 from fedmoe.federation.quarantine import Quarantine
 from fedmoe.federation.transitions import TRANSITIONS, lineages
-from fedmoe.lora.adapter import Adapter, FloatVector, Layout
-from fedmoe.lora.codec import decode
+from fedmoe.lora.adapter import Adapter, Layout
 from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.update_rules import USUAL_WINDOW, RuleState
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.gate.publication import published_blobs
-from fedmoe.server.history.damage import MOST_LEFT_OUT, DamagedUpdateError, with_progress
+from fedmoe.server.history.damage import MOST_LEFT_OUT, DamagedUpdateError
 from fedmoe.server.history.event_queries import left_in_the_gateway, made_version, registration
 from fedmoe.server.history.pruning import prune_plan
 from fedmoe.server.history.replay import Replay

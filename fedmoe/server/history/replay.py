@@ -13,13 +13,11 @@ from fedmoe.federation.events import (
     ExpertRebased,
     ExpertRegistered,
     GatewayMerged,
-    Lineage,
     UpdateAccepted,
-    length,
-    lineages,
-    start,
 )
+from fedmoe.federation.lineage import Lineage, length, start
 from fedmoe.federation.online_gateway import BranchPoint
+from fedmoe.federation.transitions import lineages
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import decode
 from fedmoe.lora.manifest import Manifest

@@ -16,7 +16,8 @@ import structlog
 
 from fedmoe.coordinator import CentralCoordinator
 from fedmoe.lora.adapter import Layout
-from fedmoe.lora.codec import CodecError, MalformedError, decode
+from fedmoe.lora.codec import decode
+from fedmoe.lora.safetensors_bytes import CodecError, MalformedError
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.base_history import CurrentHistory
@@ -185,7 +186,7 @@ class UpdateIntake:
         if self.knows(header):
             return ReceivedUpdate(header, submission_of(header, writer.digest), None, writer.size, token)
         if writer.size == 0:
-            raise MalformedError("malformed", "the body is empty")
+            raise MalformedError("the body is empty")
         self._current.check_update(header, self._coordinator.expert(header.expert))
         suspicion = self._in_flight.suspicion(writer.digest)
         if suspicion:
@@ -204,7 +205,7 @@ class UpdateIntake:
         expected = ExpectedBody(body_limit(header.kind, layout), body.length, body.sha256)
         await receive(body.chunks, expected, writer, self._pool)
         if writer.size == 0:
-            raise MalformedError("malformed", "the body is empty")
+            raise MalformedError("the body is empty")
         refuse_suspect(self._in_flight.suspicion(writer.digest))
         marked = InFlightBody(writer.digest, header.expert, header.worker, 0, writer.size)
         async with self._merging.turn(token):
