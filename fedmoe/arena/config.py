@@ -175,14 +175,19 @@ def read_config(path: Path) -> ArenaConfig:
     try:
         return ArenaConfig.model_validate(values)
     except ValidationError as error:
-        problems = [_problem(each["loc"], each["type"], each["msg"]) for each in error.errors(include_url=False)]
+        problems = [
+            _problem(each["loc"], each["type"], each["msg"], each["input"]) for each in error.errors(include_url=False)
+        ]
         raise ArenaConfigError(f"{path}: " + "; ".join(problems)) from error
 
 
-def _problem(place: tuple[int | str, ...], kind: str, message: str) -> str:
+def _problem(place: tuple[int | str, ...], kind: str, message: str, given: object) -> str:
     where = ".".join(map(str, place))
     if kind not in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{where}: {message}"
+        shown = repr(given)
+        # A whole section is too long to be shown, and some messages have what was given already.
+        is_shown = isinstance(given, str | int | float) and len(shown) <= 80 and str(given) not in message
+        return f"{where}: {message}" + (f", got {shown}" if is_shown else "")
     close = difflib.get_close_matches(str(place[-1]), _section_keys(place[:-1]), 1)
     return f"{where}: there is no such key" + (f"; did you mean {close[0]}?" if close else "")
 
