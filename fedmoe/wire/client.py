@@ -160,7 +160,7 @@ class CoordinatorClient:
         return info
 
     def list_experts(self, retired: bool = False) -> Listing:
-        """Every expert and the gateway, with the held-out losses that workers told; retired ones too if wanted."""
+        """Every expert and the gateway, with the held-out losses that workers reported; retired ones too if wanted."""
         params: dict[str, bool | str] = {"held_out": True, "flags": True, **({"retired": True} if retired else {})}
         listing = parsed(self._retried("GET", "/list_experts", _LISTING, params=params), Listing)
         experts, page = list(listing.experts), listing

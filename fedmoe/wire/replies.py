@@ -83,9 +83,9 @@ def parsed(answer: Answer, kind: type[MessageT], text: str | None = None) -> Mes
 
 def parsed_problem(answer: Answer, text: str | None = None) -> Problem:
     """The problem an error's body describes, or `text` where a header carries it; its texts are inert and not long."""
-    told = parsed(answer, Problem, text)
-    return told.model_copy(
-        update={"code": shortened(told.code, 80), "detail": shortened(told.detail), "fix": shortened(told.fix)}
+    problem = parsed(answer, Problem, text)
+    return problem.model_copy(
+        update={"code": shortened(problem.code, 80), "detail": shortened(problem.detail), "fix": shortened(problem.fix)}
     )
 
 

@@ -36,7 +36,7 @@ def check_url(url: str) -> None:
 
 
 def proxy_of(url: str, token: str | None) -> ProxyChoice | None:
-    """The proxy that the environment names for a URL; a token that it will read is told of."""
+    """The proxy that the environment names for a URL; warns of a token that the proxy can read."""
     proxy = proxy_for(url, getproxies())
     if proxy is not None and token and url.lower().startswith("http://"):
         warn(

@@ -286,18 +286,16 @@ class EvaluationGate:
         withdrawn = {*self._publications.taken_back(), *(retired & out.sources.keys() if out is not None else ())}
         verdict = decide(offer, scores, self._policy.tolerance, withdrawn)
         chosen = next((candidate for candidate in offer.candidates if candidate.name == verdict.serve), None)
-        at, told = (
-            self._clock(),
-            _verdict_payload(offer, scores, verdict, chosen.name if chosen else None, undecided=False),
-        )
+        at, name = self._clock(), chosen.name if chosen else None
+        payload = _verdict_payload(offer, scores, verdict, name, undecided=False)
         if chosen is not None:
-            self._publications.publish(chosen.gateway(), told, at)
+            self._publications.publish(chosen.gateway(), payload, at)
         else:
-            self._publications.keep(told, at)
+            self._publications.keep(payload, at)
         with self._lock:
             self._judged, self._reason, self._at, self._undecided = offer.version, verdict.reason, at, False
         event = "gateway_published" if chosen is not None else "gateway_kept"
-        _log.info(event, version=offer.version, candidate=chosen.name if chosen else None, reason=verdict.reason)
+        _log.info(event, version=offer.version, candidate=name, reason=verdict.reason)
 
     def _leave_undecided(self, closed: _ClosedSet) -> None:
         """Journal that the set timed out: the published gateway stays, and the state is offered again on request."""

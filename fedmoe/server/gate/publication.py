@@ -72,7 +72,7 @@ class Publications:
                 return
             self._blob, self.current = verdict.digest, _gateway(described, adapter)
 
-    def publish(self, gateway: GatewayModel, told: Mapping[str, object], at: float) -> None:
+    def publish(self, gateway: GatewayModel, payload: Mapping[str, object], at: float) -> None:
         """Make a gateway the one that is served, with the verdict that lets it out; `at` is seconds since 1970.
 
         Returns once it is on disk. The blob of the one before is let go of.
@@ -81,15 +81,15 @@ class Publications:
         # The version makes these bytes unlike those of any update, which may be deleted on its own.
         blob = put(self._blobs, encode(layout, flat, "fp32", {"gateway": str(gateway.version)}))
         failpoints.reached("gateway.stored")
-        self._journal.add_verdict(GatewayVerdict(blob, {**told, "published": _description(gateway)}, at))
+        self._journal.add_verdict(GatewayVerdict(blob, {**payload, "published": _description(gateway)}, at))
         failpoints.reached("gateway.journalled")
         before, self._blob, self.current = self._blob, blob, gateway
         if before is not None and before != blob:
             self._blobs.delete(before)
 
-    def keep(self, told: Mapping[str, object], at: float) -> None:
+    def keep(self, payload: Mapping[str, object], at: float) -> None:
         """Note a verdict that leaves all as it is."""
-        self._journal.add_verdict(GatewayVerdict(None, {**told, "published": None}, at))
+        self._journal.add_verdict(GatewayVerdict(None, {**payload, "published": None}, at))
 
     def taken_back(self) -> list[str]:
         """Experts that were rolled back or retracted from after the published gateway was made of them."""

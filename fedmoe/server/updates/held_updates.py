@@ -47,7 +47,7 @@ class HeldUpdates:
         return result
 
     def reject(self, number: int, reason: str) -> None:
-        """A held update never lands; its sender is told, and its bytes go."""
+        """Reject a held update: it never lands, its sender is told, its bytes are deleted."""
         now = self.clock
         event = self.committer.submit(lambda transaction: transaction.reject(number, reason, now())).result()
         _log.warning("rejected", held=event.held, expert=event.expert, worker=event.worker, sequence=event.sequence)

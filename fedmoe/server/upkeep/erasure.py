@@ -98,9 +98,9 @@ class Erasure:
         failpoints.reached("erase.blobs_gone")
         for version in holding:
             self.journal.drop_snapshot(name, version)
-        told = self.reported.erase(name, worker) + self.statistics.erase(transaction, name, worker, at)
+        statistics = self.reported.erase(name, worker) + self.statistics.erase(transaction, name, worker, at)
         forget_log(self.journal)
         self.roster.forget(name, worker)
-        erased = ErasureReport(len(mine), len(holding), told, self.history.left_in_the_gateway(name, worker))
+        erased = ErasureReport(len(mine), len(holding), statistics, self.history.left_in_the_gateway(name, worker))
         _log.warning("erased", expert=name, worker=worker, reason=request.reason, **asdict(erased))
         return erased

@@ -84,7 +84,7 @@ class Retention:
         self._bytes = 0
         self._arrived: set[str] = set()
         self._changed: set[str] = set()
-        self._told_at = 0
+        self._warned_at = 0
 
     def start(self) -> None:
         """Start; what is too much already goes first."""
@@ -134,8 +134,8 @@ class Retention:
                 return
             self._release(expert, version, sizes)
         self._measure()
-        if self._bytes > self._most and self._bytes > 1.1 * self._told_at:
-            self._told_at = self._bytes
+        if self._bytes > self._most and self._bytes > 1.1 * self._warned_at:
+            self._warned_at = self._bytes
             _log.warning("keep_gb_not_met", kept=self._bytes, most=self._most, reason="the versions kept need them all")
 
     def _measure(self) -> dict[str, int]:
