@@ -50,7 +50,7 @@ class Scripted:
             raise answer
         return answer
 
-    def pull_expert(self, expert: str, expected: ExpectedWeights) -> PulledExpert:
+    def pull_expert(self, expert: str, expected: ExpectedWeights, dtype: str = "fp32") -> PulledExpert:
         answer = self.pulls.pop(0)
         if isinstance(answer, Exception):
             raise answer
