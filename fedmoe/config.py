@@ -1,4 +1,4 @@
-"""Configuration of every process: flag, else environment variable, else default; an unknown one is an error."""
+"""Configuration of every process: flag, else environment variable, else default; unknown variables are errors."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from fedmoe.server.storage.audit import AUDIT_HEAD, AuditHead, AuditLog
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.choices import check_choices, read_choices
 from fedmoe.server.storage.state_dir import StateDir
-from fedmoe.server.updates.in_flight import InFlight
+from fedmoe.server.updates.in_flight import CrashMarkers
 from fedmoe.server.upkeep.disk import DiskReport
 from fedmoe.server.upkeep.retention import retention_bound
 from fedmoe.server.upkeep.sweep import DailySweep
@@ -97,7 +97,7 @@ class DistributedCoordinator:
             gate_policy=GatePolicy(config.gate_tolerance, config.gate_seconds),
             storage_problem=self._state.problem,
             limits=RegistrationLimits(config.max_parameters, config.max_experts),
-            in_flight=InFlight(self._state.path / "in_flight"),
+            in_flight=CrashMarkers(self._state.path / "in_flight"),
         )
         self._sweeping = DailySweep(journal, blobs, history)
         self._bound_bytes(config)

@@ -33,14 +33,14 @@ import structlog
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.codec import WireDtype, decode, encode
 from fedmoe.qwen_finetune import NonFiniteError
-from fedmoe.qwen_worker import Companion, EvaluationRecord, QwenWorker, StepRecord
+from fedmoe.qwen_worker import CheckpointExtras, EvaluationRecord, QwenWorker, StepRecord
 from fedmoe.runtime import failpoints
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, ExpectedWeights, PulledExpert
 from fedmoe.wire.contract.messages import StartFrom, StatisticRequest, UpdateHeader
 from fedmoe.wire.delivery import Delivery, DeliveryOutcome
 from fedmoe.wire.outbox import Outbox, PendingUpdate
 from fedmoe.worker.failures import DivergedError, WorkerFailedError, device_failure, on_rank_zero
-from fedmoe.worker.progress import Progress, SyncPoint
+from fedmoe.worker.progress import Progress, WorkerSyncPoint
 from fedmoe.worker.report import WorkerReport, warn_of_other_history
 from fedmoe.worker.restart import resume_worker
 
@@ -171,7 +171,7 @@ class DistributedWorker:
         self._delivery = Delivery(self._client, pending, self._coordinator_away, fact, manifest, dtype)
         return self._delivery
 
-    def _deliver_leftover(self, saved: SyncPoint | None) -> DeliveryOutcome | None:
+    def _deliver_leftover(self, saved: WorkerSyncPoint | None) -> DeliveryOutcome | None:
         """What became of the update an earlier run left; None if it left none, or when told to stop meanwhile."""
         pending = self._box.pending
         if pending is None:
@@ -197,7 +197,7 @@ class DistributedWorker:
         self._delivery = None
         return answer
 
-    def _starting_weights(self, newest: PulledExpert, saved: SyncPoint | None, returned: bool) -> FloatVector:
+    def _starting_weights(self, newest: PulledExpert, saved: WorkerSyncPoint | None, returned: bool) -> FloatVector:
         """The newest version, plus what the checkpoint holds that no update has carried, plus a refused update."""
         start = newest.weights
         if saved is not None and saved.next_sequence == self._box.next_sequence:
@@ -384,11 +384,11 @@ class DistributedWorker:
 
     def _save(self, absorbed: bool = False) -> None:
         """Write a checkpoint; `absorbed` says that the pending update's content is in it again; all ranks."""
-        companion = Companion()
+        companion = CheckpointExtras()
         if self._talks and self._reference is not None:
             number = self._require_pending().header.sequence if absorbed else None
             incarnation = self._base.incarnation if self._base else None
-            point = SyncPoint(self._reference, self._box.next_sequence, self._progress, number, incarnation)
+            point = WorkerSyncPoint(self._reference, self._box.next_sequence, self._progress, number, incarnation)
             companion = point.companion()
         self.worker.save(self._checkpoints, companion)
         failpoints.reached("worker.saved")

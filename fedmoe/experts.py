@@ -1,4 +1,4 @@
-"""Experts: weights, version and names of one, how an update lands on it, and the refusals of what does not fit."""
+"""The expert model: weights, version and names; applies updates, refuses manifests that do not match."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from fedmoe.models.device_faults import free_unused, halve_batches, is_out_of_me
 from fedmoe.models.lora_layers import attach
 from fedmoe.models.packed import check_model, count_targets, enable_checkpointing, token_losses
 from fedmoe.models.parallel import ProcessGroup
-from fedmoe.models.schedule import LoraConfig, ScheduleEnded, TrainingConfig, learning_rate_at
+from fedmoe.models.schedule import LoraConfig, ScheduleEndedError, TrainingConfig, learning_rate_at
 from fedmoe.models.stopping import strip_stop_tokens
 from fedmoe.runtime.device import LossScale, autocast
 
@@ -30,7 +30,7 @@ __all__ = [
     "NonFiniteError",
     "OptimizerArrays",
     "QwenLoRAExpert",
-    "ScheduleEnded",
+    "ScheduleEndedError",
     "StepRecord",
     "TrainingConfig",
 ]
@@ -128,7 +128,7 @@ class QwenLoRAExpert:
     def train_step(self, batches: Sequence[Batch]) -> StepRecord:
         """One optimizer step over all `batches` (micro-batches) of all ranks, each labelled token counting the same.
 
-        Raises NonFiniteError, with weights and optimizer unchanged, ScheduleEnded beyond `max_steps`, and ValueError
+        Raises NonFiniteError, with weights and optimizer unchanged, ScheduleEndedError beyond `max_steps`, and ValueError
         when no token is labelled.
         """
         started = time.perf_counter()

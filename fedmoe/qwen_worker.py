@@ -1,4 +1,4 @@
-"""`QwenWorker`: trains one expert on private data for an interval at a time; without any network."""
+"""`QwenWorker`: trains one expert on private data, one sync interval at a time; no network access."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from fedmoe.models.held_out import HeldOutPlan, HeldOutState
 from fedmoe.models.worker_state import WorkerCheckpointError, WorkerState, has_state, load_state, save_state
 from fedmoe.qwen_finetune import QwenLoRAExpert, StepRecord
 
-__all__ = ["Companion", "EvaluationRecord", "IntervalResult", "QwenWorker", "StepRecord", "WorkerCheckpointError"]
+__all__ = [
+    "CheckpointExtras",
+    "EvaluationRecord",
+    "IntervalResult",
+    "QwenWorker",
+    "StepRecord",
+    "WorkerCheckpointError",
+]
 
 _OPTIMIZER = "optimizer."
 _VECTOR = "vector."
@@ -53,7 +60,7 @@ class IntervalResult:
 
 
 @dataclass(frozen=True)
-class Companion:
+class CheckpointExtras:
     """What a caller keeps beside the worker in the same atomic checkpoint: short texts and float32 vectors."""
 
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -168,12 +175,12 @@ class QwenWorker:
             self.expert.load_weights(weights)
         self._group.broadcast_(self.expert.attached.parameter.data)
 
-    def save(self, folder: Path, companion: Companion | None = None) -> Path:
+    def save(self, folder: Path, companion: CheckpointExtras | None = None) -> Path:
         """Write weights, optimizer, step counter and sampler cursor, atomically; returns this rank's file.
 
         A crash at any moment leaves the previous checkpoint or the new one.
         """
-        kept = companion or Companion()
+        kept = companion or CheckpointExtras()
         if self._group.rank == 0:
             write_hashes(folder, self._hashes)
         digest = digest_of(self._hashes)
@@ -194,7 +201,7 @@ class QwenWorker:
             remove_other_hashes(folder, digest)
         return file
 
-    def restore(self, folder: Path, allow_changed_data: bool = False) -> Companion | None:
+    def restore(self, folder: Path, allow_changed_data: bool = False) -> CheckpointExtras | None:
         """Go on from the newest checkpoint in `folder`, or return None when there is none yet.
 
         Weights, optimizer and step are always taken over. On the same data in the same order so is the place in them;
@@ -217,7 +224,7 @@ class QwenWorker:
         self.expert.load_weights(np.asarray(state.arrays["weights"], np.float32))
         self.expert.load_optimizer_state(_with_prefix(state, _OPTIMIZER))
         vectors = {name: np.asarray(array, np.float32) for name, array in _with_prefix(state, _VECTOR).items()}
-        return Companion({name: str(text) for name, text in state.values["texts"].items()}, vectors)
+        return CheckpointExtras({name: str(text) for name, text in state.values["texts"].items()}, vectors)
 
     def _restore_place(self, folder: Path, state: WorkerState, allow_changed: bool) -> None:
         """Restore the place in the data or begin a new epoch; if one rank's data changed, all ranks begin anew."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fedmoe.arena.config import ArenaConfig, Option
-from fedmoe.arena.modes.competitive import Competitive
+from fedmoe.arena.modes.competitive import CompetitiveMode
 from fedmoe.arena.modes.credit import SeatCredit, credit_rule, decompose
 from fedmoe.arena.modes.judging import add_advantages, credit_seats, make_examples
 from fedmoe.arena.modes.memory import ModeMemory
@@ -111,7 +111,7 @@ class Neighbours:
     playing = "neighbours"
 
     def __init__(self) -> None:
-        self._table = Competitive()
+        self._table = CompetitiveMode()
         self._rule = credit_rule("generous")
 
     def check(self, task: Letters, policies: int) -> None:

@@ -12,7 +12,7 @@ from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import load_base
 from fedmoe.models.packed import attention_mask, count_targets, token_losses
-from fedmoe.qwen_finetune import LoraConfig, NonFiniteError, QwenLoRAExpert, ScheduleEnded, TrainingConfig
+from fedmoe.qwen_finetune import LoraConfig, NonFiniteError, QwenLoRAExpert, ScheduleEndedError, TrainingConfig
 
 CPU = torch.device("cpu")
 LORA = LoraConfig(r=4, lora_alpha=8)
@@ -143,7 +143,7 @@ def test_the_rate_of_each_step_follows_the_schedule_until_it_ends() -> None:
     assert [expert.train_step([batch]).learning_rate for _ in range(3)] == [1.0, 1.0, 0.5]
     assert expert.finished
     before = expert.weights()
-    with pytest.raises(ScheduleEnded):
+    with pytest.raises(ScheduleEndedError):
         expert.train_step([batch])
     np.testing.assert_array_equal(expert.weights(), before)
 

@@ -17,7 +17,7 @@ from fedmoe.models.base import load_base
 from fedmoe.models.held_out import HeldOutPlan
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.qwen_finetune import LoraConfig, NonFiniteError, QwenLoRAExpert, TrainingConfig
-from fedmoe.qwen_worker import Companion, EvaluationRecord, QwenWorker, StepRecord, WorkerCheckpointError
+from fedmoe.qwen_worker import CheckpointExtras, EvaluationRecord, QwenWorker, StepRecord, WorkerCheckpointError
 from fedmoe.runtime.files import write_atomic
 
 
@@ -156,7 +156,7 @@ def test_a_restart_continues_with_the_identical_losses(tmp_path: Path) -> None:
     worker.save(tmp_path)
     expected = run(worker, 12)
     fresh = worker_with()
-    assert fresh.restore(tmp_path) == Companion()
+    assert fresh.restore(tmp_path) == CheckpointExtras()
     assert fresh.step == 5
     assert run(fresh, 12) == expected
     np.testing.assert_array_equal(fresh.weights(), worker.weights())
@@ -164,7 +164,7 @@ def test_a_restart_continues_with_the_identical_losses(tmp_path: Path) -> None:
 
 def test_a_caller_keeps_texts_and_vectors_in_the_same_checkpoint(tmp_path: Path) -> None:
     worker = worker_with()
-    worker.save(tmp_path, Companion({"version": "7"}, {"base": np.arange(5, dtype=np.float32)}))
+    worker.save(tmp_path, CheckpointExtras({"version": "7"}, {"base": np.arange(5, dtype=np.float32)}))
     kept = worker_with().restore(tmp_path)
     assert kept is not None
     assert kept.texts == {"version": "7"}
@@ -310,7 +310,7 @@ def test_data_that_grew_keep_weights_moments_and_step_and_begin_a_new_epoch(tmp_
     run(worker, 3)
     worker.save(tmp_path)
     grown = worker_with(data=pack(samples(37), 32, 0))
-    assert grown.restore(tmp_path) == Companion()
+    assert grown.restore(tmp_path) == CheckpointExtras()
     assert (grown.step, grown.new_order, grown.data_change) == (3, True, DataChange(kept=30, gone=0, new=7))
     np.testing.assert_array_equal(grown.weights(), worker.weights())
     before, after = worker.expert.optimizer_state(), grown.expert.optimizer_state()

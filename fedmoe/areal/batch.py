@@ -1,4 +1,4 @@
-"""Examples as flat arrays, which travel to the learner's process and become what its loss takes."""
+"""Training examples as flat arrays for the learner's process; advantages scaled to the loss aggregation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequences as the padded dictionaries of tensors that AReaL's actor takes, one a sequence of L = P + T tokens."""
+"""Collation for AReaL's actor: one padded dictionary of tensors per sequence of L = P + T tokens."""
 
 from __future__ import annotations
 

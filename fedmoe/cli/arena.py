@@ -18,7 +18,7 @@ from fedmoe.runtime.logs import configure
 if TYPE_CHECKING:
     from fedmoe.arena.config import ArenaConfig
     from fedmoe.arena.run.options import RunOptions
-    from fedmoe.arena.run.results import Ending
+    from fedmoe.arena.run.results import RunOutcome
     from fedmoe.arena.run.run import LearnerMaker
 
 app = typer.Typer(help="Train several LoRA policies with and against each other in one task.", no_args_is_help=True)
@@ -121,7 +121,9 @@ def _configured(path: Path, coordinator_url: str | None) -> ArenaConfig:
     return config.model_copy(update={"federation": federation.model_copy(update={"url": coordinator_url})})
 
 
-def _run(config: ArenaConfig, out: Path, prometheus_port: int | None, tensorboard: bool, **options: object) -> Ending:
+def _run(
+    config: ArenaConfig, out: Path, prometheus_port: int | None, tensorboard: bool, **options: object
+) -> RunOutcome:
     with importing("arena"):
         from fedmoe.arena.run.options import RunOptions, Stop
         from fedmoe.arena.run.run import run_arena

@@ -8,7 +8,7 @@ import typer
 
 from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, Token, client
 from fedmoe.cli.output import CommandError, say, show_json, show_table
-from fedmoe.wire.contract.experts import ExpertInfo, HeldOutInfo, Listing
+from fedmoe.wire.contract.experts import ExpertInfo, ExpertListing, HeldOutInfo
 from fedmoe.wire.contract.messages import ChangeResult
 
 app = typer.Typer()
@@ -34,7 +34,7 @@ def list_experts(coordinator_url: CoordinatorUrl = DEFAULT_URL, token: Token = N
     show_listing(listing, as_json)
 
 
-def show_listing(listing: Listing, as_json: bool) -> None:
+def show_listing(listing: ExpertListing, as_json: bool) -> None:
     """Print experts, workers and the gateway."""
     if as_json:
         show_json(listing)

@@ -1,4 +1,4 @@
-"""`fedmoe worker`, from its configuration to a running worker; what can be refused is refused before the long work."""
+"""Sets up `fedmoe worker` from its configuration; everything that can be refused early is, before slow steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedmoe.worker.options import adapter_layout, check_federation, check_proces
 from fedmoe.worker.phases import PhaseLog, log_phase
 from fedmoe.worker.restart import check_data
 from fedmoe.worker.statistics import (
-    Disclosure,
+    StatisticsSender,
     data_statistics,
     read_cached,
     statistics_key,
@@ -85,9 +85,9 @@ def _train(
     checkpoints, allowed = state_dir / "checkpoint", config.allow_changed_data
     on_rank_zero(group, lambda: check_data(checkpoints, data.sampler, data.hashes, allowed, group))
 
-    def disclose() -> Disclosure | None:
+    def disclose() -> StatisticsSender | None:
         statistics = statistics_to_send(config, base, data.blocks, state_dir / "statistics")
-        return Disclosure(client, config.specialty, config.worker_id, statistics) if statistics else None
+        return StatisticsSender(client, config.specialty, config.worker_id, statistics) if statistics else None
 
     # On the bare base model, so before an adapter is attached.
     disclosure = on_rank_zero(group, disclose)

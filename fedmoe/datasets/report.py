@@ -1,4 +1,4 @@
-"""Report on training data before the first step: formats, what is learned, and what is not, with its reason."""
+"""Report on training data before the first step: formats, tokens learned, rows left out and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scans rows into samples and counts each: its format, or why it is not used."""
+"""Converts rows to samples, and counts rows by format or by reason for leaving them out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Aggregation: how updates are weighed and the gateway is made, as an operator configures it."""
+"""Aggregation settings: how updates are weighted and the gateway is merged."""
 
 from __future__ import annotations
 

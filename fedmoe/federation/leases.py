@@ -1,4 +1,4 @@
-"""Leases: a worker's id trains an expert in one place at a time, as its pushes show.
+"""Leases: only one place at a time may push under a worker's id; each push takes or renews the lease.
 
 A state directory has an epoch. Whoever pushes first under a worker's id holds its lease, and keeps it with every push;
 a second epoch is refused meanwhile. When the holder has been silent for long enough, the second takes over, and the

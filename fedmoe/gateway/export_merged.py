@@ -1,4 +1,4 @@
-"""Exports the base model with an adapter's products added to its weights, as an ordinary checkpoint folder.
+"""Exports the base model with an adapter merged into its weights, as an ordinary checkpoint folder.
 
 The checkpoint's files are copied and the adapted weights changed in place, a band of rows at a time, so that memory
 holds one band and never the model.

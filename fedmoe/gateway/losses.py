@@ -1,4 +1,4 @@
-"""Matrix of held-out losses: models by domains, with the losses of single blocks."""
+"""Matrix of held-out losses, models by domains, with the loss of every block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reranks the likely experts of a prompt: the adapter that explains it best answers, or the merged one.
+"""Chooses the adapter for a prompt: reranks the router's top experts and the merged adapter by likelihood.
 
 A router knows whose prompts look like this one, an adapter whether it can do anything with it. Experts that a router
 cannot tell apart are told apart by the likelihood that each gives the prompt, and a prompt of no expert's domain shows
@@ -27,22 +27,22 @@ MERGED_PRIOR = 0.8
 
 
 @dataclass(frozen=True, slots=True)
-class Candidates:
+class ExpertCandidates:
     """The tokens of a prompt to look at again, and the natural logarithm of each likely expert's probability."""
 
     text: tuple[int, ...]
     log_priors: Mapping[str, float]
 
 
-def candidates(text: Sequence[int], names: Sequence[str], probabilities: Float64Array) -> Candidates:
+def candidates(text: Sequence[int], names: Sequence[str], probabilities: Float64Array) -> ExpertCandidates:
     """The likeliest experts of one prompt: `probabilities` (experts,) as a router gives them for `names`."""
     likely = [place for place in np.argsort(-probabilities, kind="stable")[:MOST] if probabilities[place] >= LEAST]
     # A row of many experts, all alike, may leave none above LEAST; the likeliest always stays.
     likely = likely or [np.argmax(probabilities)]
-    return Candidates(tuple(text[:SEEN]), {names[place]: float(np.log(probabilities[place])) for place in likely})
+    return ExpertCandidates(tuple(text[:SEEN]), {names[place]: float(np.log(probabilities[place])) for place in likely})
 
 
-def choose(candidates: Candidates, log_likelihoods: Mapping[str, float], merged: str) -> str:
+def choose(candidates: ExpertCandidates, log_likelihoods: Mapping[str, float], merged: str) -> str:
     """The expert or `merged` with the highest ln prior + TRUST ln p(text); ties go to the first name.
 
     `log_likelihoods` are in nats, by name: of every candidate, and of `merged` where there is a merged adapter. Raises

@@ -1,4 +1,4 @@
-"""Prompt routers: which expert a prompt belongs to, decided on features of the base model; none is trained.
+"""Prompt routers: the probability of every expert for a prompt, from features of the base model.
 
 A router turns feature vectors, one row a prompt, into a probability for every expert; `fedmoe.gateway.rerank` decides
 between the likely ones and the merged adapter. `SequenceRouter` needs a few numbers from each expert's workers,

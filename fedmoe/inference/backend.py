@@ -31,7 +31,7 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingOptions:
     """How tokens are drawn: `temperature` 0 takes the likeliest; `top_p` 1 cuts nothing; `seed` fixes the draws.
 
     `alternatives`: how many of the likeliest tokens to report beside the one drawn; None: no log-probabilities at all.
@@ -45,12 +45,12 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
+class ContinuationRequest:
     """A request for one continuation; `model` None is the base model alone."""
 
     model: ServedModel | None
     prompt: tuple[int, ...]
-    sampling: Sampling
+    sampling: SamplingOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Likelihood:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class DecodingStep:
     """The next token; `finish` says that it is the last and why. A last step may come without a token.
 
     A token that ended the text by itself ("stop") is given like any other.
@@ -88,7 +88,7 @@ class Backend(Protocol):
     def loaded(self) -> frozenset[ServedModel]:
         """The versions that can be generated with."""
 
-    def generate(self, wanted: Generation) -> AsyncGenerator[Step, None]:
+    def generate(self, wanted: ContinuationRequest) -> AsyncGenerator[DecodingStep, None]:
         """The tokens as they come; closing the generator before its end gives up the rest.
 
         Raises BackendError for a version that is not loaded, and when generation fails.

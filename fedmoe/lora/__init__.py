@@ -1,1 +1,1 @@
-"""Ground floor: LoRA algebra on numpy arrays; no file, socket, clock, global random state or torch."""
+"""LoRA algebra on numpy arrays, without files, sockets, clocks, global random state or torch."""

@@ -1,4 +1,4 @@
-"""Merge strategies: several experts become one adapter, exactly in the product or in the metric of their inputs."""
+"""Merge strategies: several experts become one adapter, by an exact sum of their products or by RegMean."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class MergeResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Strategy:
+class MergeStrategy:
     """A merge strategy: the weight of each of `count` experts, and the scale for as many if it has one."""
 
     weight: Callable[[int], float]
@@ -55,19 +55,19 @@ def damping(count: int) -> float:
 
 
 #: Strategy name -> what it does, for those that need nothing but the experts.
-STRATEGIES: dict[str, Strategy] = {
-    "weighted_average": Strategy(lambda count: 1.0 / count),
-    "sum": Strategy(lambda count: 1.0),
-    "concat": Strategy(lambda count: 1.0),  # `sum` by the name that other tools give to the exact stack
-    "scaled": Strategy(lambda count: 1.0, scale=damping),
+STRATEGIES: dict[str, MergeStrategy] = {
+    "weighted_average": MergeStrategy(lambda count: 1.0 / count),
+    "sum": MergeStrategy(lambda count: 1.0),
+    "concat": MergeStrategy(lambda count: 1.0),  # `sum` by the name that other tools give to the exact stack
+    "scaled": MergeStrategy(lambda count: 1.0, scale=damping),
 }
 #: Those that need the input moments of every expert as well.
-STRATEGIES_WITH_MOMENTS: dict[str, Strategy] = {
-    "regmean": Strategy(lambda count: 1.0, scale=lambda count: SCALE if count > 1 else 1.0)
+STRATEGIES_WITH_MOMENTS: dict[str, MergeStrategy] = {
+    "regmean": MergeStrategy(lambda count: 1.0, scale=lambda count: SCALE if count > 1 else 1.0)
 }
 
 
-def _strategy(name: str) -> Strategy:
+def _strategy(name: str) -> MergeStrategy:
     strategies = STRATEGIES | STRATEGIES_WITH_MOMENTS
     if name not in strategies:
         raise ValueError(f"unknown strategy {name!r}; known: {', '.join(sorted(strategies))}")

@@ -1,4 +1,4 @@
-"""Online merge: the deltas of whichever experts are ready are merged into the gateway, without a barrier.
+"""Online merge: merges the deltas of the experts that are ready into the gateway, without a barrier.
 
 Expert e branched from a gateway with product W_s and now has W_e. Its delta D_e = W_e - W_s is merged as
 

@@ -1,4 +1,4 @@
-"""Prompt statistics that a site discloses for routing: how many prompts, the mean of their features, their spread.
+"""Prompt statistics that a site discloses for routing: number of prompts, mean and covariance of their features.
 
 The numbers are of prompt features (`fedmoe.models.prompt_features`), vectors of d numbers. They come in two halves, of
 different samples: a router fitted to one half is checked on the other, so that its probabilities are honest although no

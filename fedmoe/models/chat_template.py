@@ -1,4 +1,4 @@
-"""Chat templates: one that replaces the tokenizer's own, arguments fixed in it, and the check of what is given."""
+"""Chat template given in place of the tokenizer's own, its fixed arguments, and checks of both."""
 
 from __future__ import annotations
 

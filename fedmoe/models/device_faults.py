@@ -1,4 +1,4 @@
-"""Device failures: out of memory or broken, told by the error; and smaller batches where memory ran out."""
+"""Device failures: classifies errors (out of memory, broken device), and halves batches for which memory ran out."""
 
 from __future__ import annotations
 

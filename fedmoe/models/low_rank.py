@@ -1,4 +1,4 @@
-"""A frozen linear layer and the low-rank terms of some of its rows as one operation with a backward pass of its own.
+"""Frozen linear layer plus low-rank terms of some rows, fused into one operation with its own backward pass.
 
 Composed of single operations, PyTorch would copy the whole output once a call and fill a gradient of full size with
 zeros for every adapter; here each adapter's term is added in place, forward and backward.

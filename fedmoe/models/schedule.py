@@ -8,7 +8,7 @@ from dataclasses import dataclass
 SCHEDULERS = ("constant", "linear", "cosine")
 
 
-class ScheduleEnded(RuntimeError):
+class ScheduleEndedError(RuntimeError):
     """A step beyond `max_steps`."""
 
 
@@ -63,12 +63,12 @@ class TrainingConfig:
 
 
 def learning_rate_at(config: TrainingConfig, step: int) -> float:
-    """The learning rate of step `step`, counted from 0; raises ScheduleEnded from `max_steps` on.
+    """The learning rate of step `step`, counted from 0; raises ScheduleEndedError from `max_steps` on.
 
     Warm-up rises by (step + 1) / warmup_steps, so no step is wasted at rate 0; then linear or half a cosine to 0.
     """
     if config.max_steps and step >= config.max_steps:
-        raise ScheduleEnded(f"all {config.max_steps} steps of max_steps are done; raise max_steps to go on")
+        raise ScheduleEndedError(f"all {config.max_steps} steps of max_steps are done; raise max_steps to go on")
     if step < config.warmup_steps:
         return config.learning_rate * ((step + 1) / config.warmup_steps)
     if config.lr_scheduler_type == "constant":

@@ -1,4 +1,4 @@
-"""The longest row of tokens: bounded by the base model's context, and by the memory that a training step needs."""
+"""Maximum row length in tokens: limited by the base model's context and by the memory of a training step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokens that end an answer, and the context length of a base model."""
+"""Stop tokens and context length of a base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Colours, curves and words that pictures, interactive page and terminal share; needs no drawing library."""
+"""Colours, curve names and number formats shared by charts, interactive page and terminal; no drawing library."""
 
 from __future__ import annotations
 

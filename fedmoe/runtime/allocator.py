@@ -1,4 +1,4 @@
-"""Return freed memory to the system; for servers that live long and idle often."""
+"""Returns freed memory to the operating system, for long-running servers that are often idle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors with causes outside the program: what is wrong, what was got, what to do."""
+"""Base classes of expected errors, whose messages say what is wrong, what was found and what to do."""
 
 from __future__ import annotations
 

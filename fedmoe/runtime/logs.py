@@ -1,4 +1,4 @@
-"""Logging: for people on a terminal, one JSON object a line elsewhere, and the log files of an arena run.
+"""Logging: readable on a terminal, one JSON object per line elsewhere, and the log files of an arena run.
 
 A run writes one line an event. `logs/training_runner.log` tells the life of the process: everything logged through
 structlog (start, resources, checkpoints, memory, end) and warnings of other libraries. `logs/training.log` tells the

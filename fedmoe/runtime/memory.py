@@ -1,4 +1,4 @@
-"""Memory of a run: its limit, what it uses, and the guard that keeps the one below the other.
+"""Memory of a run: its limit, its use, and the guard that keeps use below the limit.
 
 All sizes are in bytes; GiB and the `_gb` of options are 2^30 of them.
 """

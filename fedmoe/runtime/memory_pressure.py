@@ -1,4 +1,4 @@
-"""Decisions about memory pressure, without I/O: drop caches first, then halve micro-batches, at last stop in order."""
+"""Decisions under memory pressure, without I/O: drop caches, then halve micro-batches, finally stop gracefully."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that is repeated in a thread of its own while something else goes on."""
+"""Calls a function periodically in a background thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records: an append-only file of JSON lines, written by what measures and read by what shows."""
+"""Records: an append-only file of JSON lines, written by runs and read by charts and live views."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signal handling: the first SIGTERM or SIGINT stops in order, a later one ends the process at once."""
+"""Signal handling: the first SIGTERM or SIGINT stops gracefully, a later one ends the process at once."""
 
 from __future__ import annotations
 

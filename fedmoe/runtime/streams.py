@@ -1,4 +1,4 @@
-"""Standard output and error that take any text in any encoding, and whose reader may leave early."""
+"""Standard output and error of commands: unencodable text is escaped; a closed pipe ends the command quietly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Number of threads that a process computes with, and settings that let them sleep while they wait.
+"""Chooses the number of compute threads of a process, and lets idle threads sleep instead of spin.
 
 Threads that spin while they wait for each other take the cores from those they wait for: several processes on one
 machine then cost many times what they cost alone. The libraries read their settings when they are loaded, so
@@ -50,14 +50,14 @@ class CoreUse:
 
 
 @dataclass(frozen=True, slots=True)
-class Threads:
+class ThreadCount:
     """A number of threads, and a sentence that says why."""
 
     count: int
     reason: str
 
 
-def choose_threads(use: CoreUse, teams: int = 1) -> Threads:
+def choose_threads(use: CoreUse, teams: int = 1) -> ThreadCount:
     """The threads that fit on what is free; where others have just begun and look idle, an equal share of the cores.
 
     `teams` of threads compute at once in every rank. Never fewer than 1, never more than there are cores.
@@ -73,18 +73,18 @@ def choose_threads(use: CoreUse, teams: int = 1) -> Threads:
         reason += f"; shared by {use.ranks} ranks"
     if teams > 1:
         reason += f"; {teams} teams of threads"
-    return Threads(max(1, int(free / (use.ranks * teams))), reason)
+    return ThreadCount(max(1, int(free / (use.ranks * teams))), reason)
 
 
-def asked_for(environment: Mapping[str, str]) -> Threads | None:
+def asked_for(environment: Mapping[str, str]) -> ThreadCount | None:
     """What the user has set, if anything."""
     for name in _COUNTS:
         if text := environment.get(name, "").split(",")[0].strip():
-            return Threads(int(text) if text.isdecimal() else 0, f"{name}={text}")
+            return ThreadCount(int(text) if text.isdecimal() else 0, f"{name}={text}")
     return None
 
 
-def own_threads(environment: Mapping[str, str], teams: int = 1) -> Threads:
+def own_threads(environment: Mapping[str, str], teams: int = 1) -> ThreadCount:
     """The number of threads for this process, by what the user has set or by what is free; takes a moment."""
     return asked_for(environment) or choose_threads(core_use(environment), teams)
 

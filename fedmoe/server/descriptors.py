@@ -1,4 +1,4 @@
-"""File descriptors: raises this process's limit, counts those in use, tells when few are left."""
+"""File descriptors: raises this process's limit, counts those in use, warns when few are left."""
 
 from __future__ import annotations
 

@@ -26,14 +26,14 @@ from fedmoe.server.history.history import History
 from fedmoe.server.listing import ExpertEntries
 from fedmoe.server.registrations import RegistrationLimits, checked_manifest
 from fedmoe.server.statistics.contributors import Contributors
-from fedmoe.server.statistics.data_statistics import DataStatistics
+from fedmoe.server.statistics.data_statistics import DataStatisticsStore
 from fedmoe.server.statistics.reported_statistics import ReportedStatistics
 from fedmoe.server.storage.blobs import BlobStore, FolderBlobStore
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.records import Statistic
 from fedmoe.server.updates.committer import Committer
 from fedmoe.server.updates.held_updates import HeldUpdates
-from fedmoe.server.updates.in_flight import InFlight
+from fedmoe.server.updates.in_flight import CrashMarkers
 from fedmoe.server.updates.intake import UpdateIntake
 from fedmoe.server.updates.landing import UpdateDecider
 from fedmoe.server.updates.upload import (
@@ -82,7 +82,7 @@ class CoordinatorService:
         gate_policy: GatePolicy | None = None,
         storage_problem: Callable[[], str | None] = lambda: None,
         limits: RegistrationLimits | None = None,
-        in_flight: InFlight | None = None,
+        in_flight: CrashMarkers | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.coordinator = coordinator
@@ -91,7 +91,7 @@ class CoordinatorService:
         self.leases = WorkerLeases(monotonic)
         self.roster = Contributors(self.leases.following(history.events_at_start()), journal.statistics())
         self.reported = ReportedStatistics(journal)
-        self.statistics = DataStatistics(journal, blobs)
+        self.statistics = DataStatisticsStore(journal, blobs)
         #: Which history this is, so that an update of another one is not taken for one of it.
         self.current = current_history(journal)
         decider = UpdateDecider(journal, self.current)
@@ -101,7 +101,7 @@ class CoordinatorService:
         self._clock = clock
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
         self._committer = Committer(coordinator, journal, self._after_commit, storage_problem)
-        markers = in_flight or InFlight(None)
+        markers = in_flight or CrashMarkers(None)
         self.held = HeldUpdates(coordinator, blobs, self._committer, decider, markers, clock)
         self.intake = UpdateIntake(
             coordinator,

@@ -17,7 +17,7 @@ from fedmoe.lora.codec import WireDtype
 from fedmoe.lora.manifest import Manifest
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.answer import Answer, CoordinatorUnavailableError
-from fedmoe.wire.contract.experts import ExpertInfo, Listing, RenameRequest, RetireRequest, UnretireRequest
+from fedmoe.wire.contract.experts import ExpertInfo, ExpertListing, RenameRequest, RetireRequest, UnretireRequest
 from fedmoe.wire.contract.gateway import (
     CandidatesAnswer,
     CandidatesRequest,
@@ -59,7 +59,7 @@ from fedmoe.wire.pulled_weights import (
     pulled_gateway,
 )
 from fedmoe.wire.refusals import ANOTHER_HISTORY, TooStaleError, raise_for_refusal, wait_hint
-from fedmoe.wire.replies import Bounds, expect_nothing, parsed, parsed_problem, read
+from fedmoe.wire.replies import BodySizeLimits, expect_nothing, parsed, parsed_problem, read
 from fedmoe.wire.transport import check_url, proxy_of, transport_for
 from fedmoe.wire.unreachable import unreachable
 
@@ -78,9 +78,9 @@ __all__ = [
 
 # Between two pushes; no coordinator can be started that asks for more.
 _LONGEST_INTERVAL = 3600.0
-_JSON = Bounds()
+_JSON = BodySizeLimits()
 # Every expert with its workers.
-_LISTING = Bounds(json=32 << 20)
+_LISTING = BodySizeLimits(json=32 << 20)
 
 
 @dataclass(frozen=True)
@@ -159,14 +159,14 @@ class CoordinatorClient:
             )
         return info
 
-    def list_experts(self, retired: bool = False) -> Listing:
+    def list_experts(self, retired: bool = False) -> ExpertListing:
         """Every expert and the gateway, with the held-out losses that workers reported; retired ones too if wanted."""
         params: dict[str, bool | str] = {"held_out": True, "flags": True, **({"retired": True} if retired else {})}
-        listing = parsed(self._retried("GET", "/list_experts", _LISTING, params=params), Listing)
+        listing = parsed(self._retried("GET", "/list_experts", _LISTING, params=params), ExpertListing)
         experts, page = list(listing.experts), listing
         while page.more and page.experts:
             following = params | {"after": page.experts[-1].name}
-            page = parsed(self._retried("GET", "/list_experts", _LISTING, params=following), Listing)
+            page = parsed(self._retried("GET", "/list_experts", _LISTING, params=following), ExpertListing)
             experts += page.experts
         return listing.model_copy(update={"experts": experts, "more": False})
 
@@ -193,7 +193,7 @@ class CoordinatorClient:
     ) -> PulledExpert | None:
         """The expert's newest weights, as `expected`; None if they are still those of `etag`."""
         headers = {"Accept": SAFETENSORS} | ({"If-None-Match": etag} if etag else {})
-        body, bounds = {"expert": expert, "dtype": dtype}, Bounds.of(expected.manifest)
+        body, bounds = {"expert": expert, "dtype": dtype}, BodySizeLimits.of(expected.manifest)
         answer = self._retried("POST", "/get_expert_weights", bounds, json=body, headers=headers)
         return None if answer.status == 304 and etag else pulled_expert(answer, expert, expected, dtype)
 
@@ -209,7 +209,7 @@ class CoordinatorClient:
         `manifest` is the one the expert was registered with: newest weights of another are refused.
         """
         headers = body_headers(body) | {"Accept": SAFETENSORS}
-        params, bounds = header.model_dump(exclude_none=True), Bounds.of(manifest)
+        params, bounds = header.model_dump(exclude_none=True), BodySizeLimits.of(manifest)
         answer = self._once("POST", "/push_expert_update", bounds, params=params, content=body, headers=headers)
         if answer.type != SAFETENSORS:
             return PushResult(_result(answer, header), None)
@@ -322,7 +322,7 @@ class CoordinatorClient:
     def _post(self, path: str, message: BaseModel) -> Answer:
         return self._retried("POST", path, json=message.model_dump(mode="json"))
 
-    def _retried(self, method: str, path: str, bounds: Bounds = _JSON, **options: object) -> Answer:
+    def _retried(self, method: str, path: str, bounds: BodySizeLimits = _JSON, **options: object) -> Answer:
         for attempt in stamina.retry_context(
             on=wait_hint, attempts=self._attempts, timeout=None, wait_initial=0.2, wait_max=5.0, wait_jitter=0.5
         ):
@@ -330,7 +330,7 @@ class CoordinatorClient:
                 return self._once(method, path, bounds, **options)
         raise AssertionError("the last attempt returns or raises")
 
-    def _once(self, method: str, path: str, bounds: Bounds = _JSON, **options: object) -> Answer:
+    def _once(self, method: str, path: str, bounds: BodySizeLimits = _JSON, **options: object) -> Answer:
         content = options.get("content")
         sent = content if isinstance(content, bytes) else b""
         try:

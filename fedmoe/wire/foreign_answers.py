@@ -1,4 +1,4 @@
-"""Answers that are not a coordinator's: who probably sent them, and what to do.
+"""Responses that no coordinator sent: their likely sender (proxy, web server), and what to do.
 
 What only another setting cures (a size limit, a proxy's password) is a refusal; all else may pass and is waited out.
 """

@@ -23,7 +23,7 @@ _ASK = "this is not a FedMoE coordinator's answer: check the URL, and whether a 
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class BodySizeLimits:
     """The largest body that is read, in bytes: of JSON, and of weights (by default a gateway of many experts)."""
 
     json: int = 4 << 20
@@ -35,7 +35,7 @@ class Bounds:
         return cls() if manifest is None else cls(weights=4 * manifest.layout.size + MAX_HEADER_BYTES + _HEADER_SLACK)
 
 
-def read(response: httpx2.Response, bounds: Bounds, via: str = "", sent: bytes = b"") -> Answer:
+def read(response: httpx2.Response, bounds: BodySizeLimits, via: str = "", sent: bytes = b"") -> Answer:
     """The whole answer, within `bounds`; its body is not decoded.
 
     A coordinator never compresses, and a bomb must not be unpacked. Memory grows with what arrives, not with what is

@@ -1,4 +1,4 @@
-"""Checks of options against each other, the data, the base model and the machine, before the long work."""
+"""Checks options against each other, the data, the base model and the machine, before training starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was learned and not yet sent, and its form in a checkpoint."""
+"""Progress not yet sent: steps, tokens and loss since the last update, and the sync state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from fedmoe.lora.adapter import FloatVector
-from fedmoe.qwen_worker import Companion, StepRecord
+from fedmoe.qwen_worker import CheckpointExtras, StepRecord
 
 _REFERENCE = "reference"
 
@@ -33,7 +33,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class SyncPoint:
+class WorkerSyncPoint:
     """Where the sync stands in a checkpoint: what no update has carried is the local weights minus `reference`.
 
     That holds while the next update's number is `next_sequence`; a later update carried it. `absorbed` is the number
@@ -47,7 +47,7 @@ class SyncPoint:
     absorbed: int | None = None
     incarnation: str | None = None
 
-    def companion(self) -> Companion:
+    def companion(self) -> CheckpointExtras:
         """As a checkpoint keeps it."""
         progress = self.progress
         texts = {
@@ -60,10 +60,10 @@ class SyncPoint:
             texts["absorbed"] = str(self.absorbed)
         if self.incarnation is not None:
             texts["incarnation"] = self.incarnation
-        return Companion(texts, {_REFERENCE: self.reference})
+        return CheckpointExtras(texts, {_REFERENCE: self.reference})
 
     @classmethod
-    def of(cls, companion: Companion | None) -> Self | None:
+    def of(cls, companion: CheckpointExtras | None) -> Self | None:
         """What a checkpoint kept; None without one, or for a process that does not talk to the coordinator."""
         if companion is None or _REFERENCE not in companion.vectors:
             return None

@@ -13,7 +13,7 @@ from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert
 from fedmoe.wire.contract.messages import HELD_OUT, StatisticRequest, UpdateHeader, UpdateResult
 from fedmoe.wire.delivery import DeliveryOutcome
 from fedmoe.wire.outbox import PendingUpdate
-from fedmoe.worker.progress import SyncPoint
+from fedmoe.worker.progress import WorkerSyncPoint
 
 _log = structlog.get_logger("fedmoe.worker")
 _HELD = "the coordinator keeps it until an administrator decides; training goes on without it and nothing is sent twice"
@@ -142,7 +142,7 @@ class WorkerReport:
         _log.warning("coordinator_away", reason=str(error), retry_after=error.retry_after)
 
 
-def warn_of_other_history(saved: SyncPoint, newest: PulledExpert) -> None:
+def warn_of_other_history(saved: WorkerSyncPoint, newest: PulledExpert) -> None:
     """Log a warning if a checkpoint was made in another history than the one that its worker continues with."""
     if saved.incarnation is None or saved.incarnation == newest.incarnation:
         return

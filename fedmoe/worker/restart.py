@@ -14,7 +14,7 @@ from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.worker_state import has_state, peek_values
 from fedmoe.qwen_worker import QwenWorker
 from fedmoe.worker.failures import WorkerFailedError
-from fedmoe.worker.progress import SyncPoint
+from fedmoe.worker.progress import WorkerSyncPoint
 
 _log = structlog.get_logger("fedmoe.worker")
 
@@ -40,7 +40,7 @@ def _refusal(error: DataError, checkpoints: Path) -> WorkerFailedError:
     )
 
 
-def resume_worker(worker: QwenWorker, checkpoints: Path, allow_changed_data: bool) -> SyncPoint | None:
+def resume_worker(worker: QwenWorker, checkpoints: Path, allow_changed_data: bool) -> WorkerSyncPoint | None:
     """Restore the newest checkpoint, if there is one, and tell of other data; all ranks call it."""
     try:
         companion = worker.restore(checkpoints, allow_changed_data)
@@ -52,7 +52,7 @@ def resume_worker(worker: QwenWorker, checkpoints: Path, allow_changed_data: boo
         _tell(worker)
     if worker.measured_anew and worker.expert.group.rank == 0:
         _log.warning("held_out_changed", note="first and lowest loss, and the count of early stopping, begin anew")
-    return SyncPoint.of(companion)
+    return WorkerSyncPoint.of(companion)
 
 
 def _tell(worker: QwenWorker) -> None:

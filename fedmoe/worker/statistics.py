@@ -1,4 +1,4 @@
-"""Statistics of a worker's data, which it discloses so that experts merge and route well: made, cached and sent.
+"""Statistics of a worker's data for merging and routing: computed, cached and sent to the coordinator.
 
 Disclosed are: of the prompts, in two halves, how many samples there were, the mean of their features on the base
 model (hidden states after up to four numbers of layers, d numbers in all), and of their covariance the 64 main
@@ -235,7 +235,7 @@ def _name(kind: StatisticsKind, key: str, body: bytes) -> str:
     return f"{kind}-{key}-{hashlib.sha256(body).hexdigest()[:32]}.safetensors"
 
 
-class Disclosure:
+class StatisticsSender:
     """Sends the statistics of a worker's data once; while the coordinator is away, again and again, as updates are.
 
     A refusal is logged and ends it. The thread is a daemon: a worker that must leave leaves.

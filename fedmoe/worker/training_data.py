@@ -1,4 +1,4 @@
-"""A worker's data: read, reported, split, packed and checked before the long work."""
+"""A worker's data: read, reported, split, packed and checked before training starts."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def staleness(arena: Arena) -> set[object]:
 def replace_at(monkeypatch: pytest.MonkeyPatch, iterations: dict[int, tuple[str, str]]) -> None:
     """Competitive mode replaces the first by a copy of the second at these iterations, whatever the ratings."""
 
-    class Wishes(competitive.Competitive):
+    class Wishes(competitive.CompetitiveMode):
         def judge(self, memory, planning, played):  # type: ignore[no-untyped-def]
             wanted = iterations.get(planning.iteration)
             chosen = Replacement(*wanted, "made by the test") if wanted else None
@@ -301,7 +301,7 @@ def test_what_is_evaluated_first_is_the_base_model() -> None:
 
 
 def test_a_single_policy_has_a_champion_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Solo(competitive.Competitive):
+    class Solo(competitive.CompetitiveMode):
         def check(self, task: object, policies: int) -> None:
             """Anybody."""
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.gateway.rerank import LEAST, MERGED_PRIOR, MOST, SEEN, TRUST, Candidates, candidates, choose
+from fedmoe.gateway.rerank import LEAST, MERGED_PRIOR, MOST, SEEN, TRUST, ExpertCandidates, candidates, choose
 
 NAMES = ("art", "law", "music", "sport", "war")
 
 
 def given_to(priors: dict[str, float], likelihoods: dict[str, float]) -> str:
-    found = Candidates((1, 2), {name: math.log(prior) for name, prior in priors.items()})
+    found = ExpertCandidates((1, 2), {name: math.log(prior) for name, prior in priors.items()})
     return choose(found, likelihoods, "gateway")
 
 

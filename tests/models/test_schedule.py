@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.models.schedule import LoraConfig, ScheduleEnded, TrainingConfig, learning_rate_at
+from fedmoe.models.schedule import LoraConfig, ScheduleEndedError, TrainingConfig, learning_rate_at
 
 
 def test_warm_up_rises_in_equal_steps_and_then_stays() -> None:
@@ -34,7 +34,7 @@ def test_every_rate_is_positive_and_at_most_the_peak(kind: str, warmup: int, mor
     assert all(0 < rate <= peak for rate in rates)
     assert rates[: warmup + 1] == sorted(rates[: warmup + 1])
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
-    with pytest.raises(ScheduleEnded, match="max_steps"):
+    with pytest.raises(ScheduleEndedError, match="max_steps"):
         learning_rate_at(config, warmup + more)
 
 

@@ -12,7 +12,7 @@ from support import MANIFEST, CoordinatorProcess, make_body, sha256
 
 from fedmoe.lora.prompt_statistics import PromptStatistics
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.updates.in_flight import MOST_CRASHES, InFlight, InFlightBody
+from fedmoe.server.updates.in_flight import MOST_CRASHES, CrashMarkers, InFlightBody
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.contract.messages import DataStatisticsHeader, UpdateHeader
 
@@ -26,25 +26,25 @@ class Killed(BaseException):
 
 def crash(folder: Path, body: InFlightBody) -> None:
     """A process that ends while it processes a body."""
-    InFlight(folder)._begin(folder, body)
+    CrashMarkers(folder)._begin(folder, body)
 
 
 def test_what_was_in_flight_is_named_and_after_some_ends_suspicious_16(tmp_path: Path) -> None:
     for number in range(MOST_CRASHES):
-        assert InFlight(tmp_path).suspicion(BODY.digest) == ""
+        assert CrashMarkers(tmp_path).suspicion(BODY.digest) == ""
         crash(tmp_path, BODY)
         with capture_logs() as logs:
-            InFlight(tmp_path)
+            CrashMarkers(tmp_path)
         (line,) = [line for line in logs if line["event"] == "was_in_flight"]
         assert (line["worker"], line["sequence"], line["crashes"]) == ("w1", 7, number + 1)
-    again = InFlight(tmp_path)
+    again = CrashMarkers(tmp_path)
     assert f"killed {MOST_CRASHES} times" in again.suspicion(BODY.digest)
     # A start alone counts nothing, and other bodies are not suspected.
-    assert InFlight(tmp_path).suspicion(BODY.digest) == again.suspicion(BODY.digest)
+    assert CrashMarkers(tmp_path).suspicion(BODY.digest) == again.suspicion(BODY.digest)
     assert again.suspicion(OTHER.digest) == ""
     with again.processing(BODY):
         pass
-    assert InFlight(tmp_path).suspicion(BODY.digest)
+    assert CrashMarkers(tmp_path).suspicion(BODY.digest)
 
 
 @pytest.mark.parametrize("error", [None, ValueError])
@@ -53,7 +53,7 @@ def test_a_body_that_was_answered_begins_anew_whatever_the_answer_16(
 ) -> None:
     for _ in range(MOST_CRASHES - 1):
         crash(tmp_path, BODY)
-        running = InFlight(tmp_path)
+        running = CrashMarkers(tmp_path)
     try:
         with running.processing(BODY):
             if error is not None:
@@ -62,11 +62,11 @@ def test_a_body_that_was_answered_begins_anew_whatever_the_answer_16(
         pass
     assert list(tmp_path.iterdir()) == []
     crash(tmp_path, BODY)
-    assert InFlight(tmp_path).suspicion(BODY.digest) == ""
+    assert CrashMarkers(tmp_path).suspicion(BODY.digest) == ""
 
 
 def test_the_same_bytes_twice_at_once_are_marked_until_both_are_answered_16(tmp_path: Path) -> None:
-    running = InFlight(tmp_path)
+    running = CrashMarkers(tmp_path)
     with running.processing(BODY):
         with running.processing(BODY):
             pass
@@ -78,7 +78,7 @@ def test_damaged_and_foreign_files_stop_no_start_16(tmp_path: Path) -> None:
     (tmp_path / BODY.digest).write_bytes(b"")
     (tmp_path / OTHER.digest).write_bytes(b"[1]")
     (tmp_path / "notes.txt").write_text("mine")
-    found = InFlight(tmp_path)
+    found = CrashMarkers(tmp_path)
     assert json.loads((tmp_path / BODY.digest).read_text())["crashes"] == 1
     assert (found.suspicion(BODY.digest), (tmp_path / "notes.txt").read_text()) == ("", "mine")
 

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from test_expert_routes import change, listed, push, settle
 
 from fedmoe.server.service import _MANY
-from fedmoe.wire.contract.experts import Listing
+from fedmoe.wire.contract.experts import ExpertListing
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_what_changed_since_the_last_list_is_in_the_next_one(house: House) -> No
         change(http, "retire", expert="docs")
         change(http, "rename", expert="sql", name="a-sql")
         assert list(listed(http)) == ["a-sql", "law"]
-        assert Listing.model_validate(http.get("/list_experts").json()).experts[1].version == 1
+        assert ExpertListing.model_validate(http.get("/list_experts").json()).experts[1].version == 1
 
 
 def test_how_long_ago_a_worker_was_heard_of_goes_on_while_nothing_changes(house: House) -> None:

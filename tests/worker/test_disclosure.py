@@ -23,7 +23,7 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.stop_signals import StopOnSignal
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.contract.messages import DataStatisticsHeader
-from fedmoe.worker.statistics import DataStatistics, Disclosure, data_statistics
+from fedmoe.worker.statistics import DataStatistics, StatisticsSender, data_statistics
 
 BODIES = {"prompts": b"p", "moments": b"m"}
 AWAY = CoordinatorUnavailableError("away")
@@ -43,8 +43,8 @@ class Scripted:
             raise self.failures.pop(0)
         self.taken.append((header.kind, body))
 
-    def disclosure(self) -> Disclosure:
-        started = Disclosure(cast(CoordinatorClient, self), "python", "w1", {"prompts": b"p", "moments": b"m"})
+    def disclosure(self) -> StatisticsSender:
+        started = StatisticsSender(cast(CoordinatorClient, self), "python", "w1", {"prompts": b"p", "moments": b"m"})
         started.start()
         return started
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from fedmoe.qwen_worker import Companion, StepRecord
-from fedmoe.worker.progress import Progress, SyncPoint
+from fedmoe.qwen_worker import CheckpointExtras, StepRecord
+from fedmoe.worker.progress import Progress, WorkerSyncPoint
 
 
 def test_the_mean_loss_counts_every_token_the_same() -> None:
@@ -15,13 +15,13 @@ def test_the_mean_loss_counts_every_token_the_same() -> None:
 
 @pytest.mark.parametrize("absorbed", [None, 0, 7])
 def test_a_sync_point_survives_a_checkpoint(absorbed: int | None) -> None:
-    point = SyncPoint(np.arange(3, dtype=np.float32), 8, Progress(3, 41, 0.1 + 0.2), absorbed)
-    again = SyncPoint.of(point.companion())
+    point = WorkerSyncPoint(np.arange(3, dtype=np.float32), 8, Progress(3, 41, 0.1 + 0.2), absorbed)
+    again = WorkerSyncPoint.of(point.companion())
     assert again is not None
     assert (again.next_sequence, again.progress, again.absorbed) == (8, point.progress, absorbed)
     np.testing.assert_array_equal(again.reference, point.reference)
 
 
 def test_a_checkpoint_of_a_rank_that_does_not_talk_has_none() -> None:
-    assert SyncPoint.of(None) is None
-    assert SyncPoint.of(Companion()) is None
+    assert WorkerSyncPoint.of(None) is None
+    assert WorkerSyncPoint.of(CheckpointExtras()) is None

@@ -1,12 +1,12 @@
-"""The link of one policy to its expert: what was downloaded, what is under way, and what has still to travel.
+"""Link of one policy to its expert: the downloaded weights, the update in flight, and the change not yet sent.
 
     policy                        RUN/federation/NAME/             coordinator
     local - base = delta  ------> update-N, identity.json  ------> base + delta -> newest version
     local = newest + (local - reference) <- point.safetensors <--- newest version
 
 `reference` is what the coordinator knows of the policy: the base, plus the update under way. Everything is on disk
-before it counts: an update before it is sent, its answer (`SyncPoint`) before the update is forgotten. So a process
-killed at any moment sends again what was not answered, under the same number, and knows what was handed over already.
+before it counts: an update before it is sent, its answer (`PolicySyncPoint`) before the update is forgotten. So a
+process killed at any moment sends again what was not answered, under the same number, and knows what was delivered.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FederationError(ExpectedError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class SyncPoint:
+class PolicySyncPoint:
     """The newest moment at which policy and expert were brought together.
 
     `base`: the expert as downloaded, at `version`; `local`: the policy from then on (the base and what has still to
@@ -123,9 +123,9 @@ class ExpertLink:
             self._outbox.close()
             raise
 
-    def _read(self) -> SyncPoint | None:
+    def _read(self) -> PolicySyncPoint | None:
         try:
-            return SyncPoint.decoded(self._file.read_bytes(), self._manifest.layout.size)
+            return PolicySyncPoint.decoded(self._file.read_bytes(), self._manifest.layout.size)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -173,7 +173,7 @@ class ExpertLink:
         if self._point is None:
             pulled = client.pull_expert(self.expert, expected=ExpectedWeights(self._manifest))
             assert pulled is not None, "without an ETag there is always an answer"
-            self._record(SyncPoint.of(pulled, pulled.weights))
+            self._record(PolicySyncPoint.of(pulled, pulled.weights))
         return self.newest_local()
 
     def newest_local(self) -> FloatVector:
@@ -199,7 +199,7 @@ class ExpertLink:
         self._delivery = Delivery(client, pending, trouble, manifest=self._manifest)
         return True
 
-    def _header(self, point: SyncPoint, steps: int) -> UpdateHeader:
+    def _header(self, point: PolicySyncPoint, steps: int) -> UpdateHeader:
         return UpdateHeader(
             expert=self.expert,
             worker=self._worker,
@@ -257,12 +257,12 @@ class ExpertLink:
         before = self._require_point()
         here, there = (newest.version, newest.incarnation), (before.version, before.incarnation)
         if changed or answered != before.answered or here != there:
-            self._record(SyncPoint.of(newest, merged, answered, before.count + 1))
+            self._record(PolicySyncPoint.of(newest, merged, answered, before.count + 1))
             self._settle()
         self._etag = newest.etag
         return merged if changed else None
 
-    def _record(self, point: SyncPoint) -> None:
+    def _record(self, point: PolicySyncPoint) -> None:
         write_atomic(self._file, point.encoded())
         failpoints.reached("league.recorded")
         self._point = point
@@ -272,7 +272,7 @@ class ExpertLink:
         self._outbox.settle()
         self._reference = self._known_to_coordinator()
 
-    def _require_point(self) -> SyncPoint:
+    def _require_point(self) -> PolicySyncPoint:
         assert self._point is not None, "a link begins with a download"
         return self._point
 

@@ -54,7 +54,7 @@ class AdaptRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Knobs:
+class TuningParameters:
     """What is adapted; the scale of the product is alpha / rank."""
 
     learning_rate: float
@@ -70,7 +70,7 @@ class Knobs:
         """The factor in front of the product."""
         return self.alpha / self.rank
 
-    def changed(self, change: Change) -> Knobs:
+    def changed(self, change: TuningChange) -> TuningParameters:
         """The knobs after a change; the scale stays where the rank grows."""
         if change.what == "learning_rate":
             return replace(self, learning_rate=change.after)
@@ -81,7 +81,7 @@ class Knobs:
 
 
 @dataclass(frozen=True, slots=True)
-class Effect:
+class UpdateEffect:
     """What one update did: the reward after it, and per token the KL (nats) it moved by and the gap to the rollout."""
 
     reward: float
@@ -90,7 +90,7 @@ class Effect:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class TuningChange:
     """One change, to be logged: after which effect, what, from where to where, and why."""
 
     effect: int
@@ -108,7 +108,7 @@ class AdaptiveLora:
     the reward stands still below the ceiling: the rate if updates move too little, else the scale, at last the rank.
     """
 
-    knobs: Knobs
+    knobs: TuningParameters
     effects: int = 0
     fast: float = 0.0
     slow: float = 0.0
@@ -116,7 +116,7 @@ class AdaptiveLora:
     waited: int = 0
     resting: int = 0
 
-    def observe(self, effect: Effect, rules: AdaptRules) -> tuple[AdaptiveLora, Change | None]:
+    def observe(self, effect: UpdateEffect, rules: AdaptRules) -> tuple[AdaptiveLora, TuningChange | None]:
         """Take in one effect; at most one change at a time. Raises `AdaptError` for a reward that is not finite."""
         after = self._averaged(effect.reward, rules)
         change = None if after.resting else after._next_change(effect, rules)
@@ -137,7 +137,7 @@ class AdaptiveLora:
         best, waited = (fast, 0) if gained else (self.best, self.waited + 1)
         return replace(self, effects=self.effects + 1, fast=fast, slow=slow, best=best, waited=waited)
 
-    def _next_change(self, effect: Effect, rules: AdaptRules) -> Change | None:
+    def _next_change(self, effect: UpdateEffect, rules: AdaptRules) -> TuningChange | None:
         alarm = gap_alarm(effect.gap)
         if alarm:
             return self._lowered(rules, alarm)
@@ -151,36 +151,38 @@ class AdaptiveLora:
             return self._raised(rules, effect.kl)
         return None
 
-    def _lowered(self, rules: AdaptRules, reason: str) -> Change | None:
+    def _lowered(self, rules: AdaptRules, reason: str) -> TuningChange | None:
         knobs = self.knobs
         if knobs.learning_rate > rules.min_rate:
             rate = max(knobs.learning_rate * _LOWER, rules.min_rate)
-            return Change(self.effects, "learning_rate", knobs.learning_rate, rate, reason)
+            return TuningChange(self.effects, "learning_rate", knobs.learning_rate, rate, reason)
         if knobs.scale > rules.min_scale:
             alpha = max(knobs.scale * _LOWER, rules.min_scale) * knobs.rank
             reason = f"{reason}; the learning rate is at its minimum"
-            return Change(self.effects, "alpha", knobs.alpha, alpha, reason)
+            return TuningChange(self.effects, "alpha", knobs.alpha, alpha, reason)
         return None
 
-    def _raised(self, rules: AdaptRules, kl: float) -> Change | None:
+    def _raised(self, rules: AdaptRules, kl: float) -> TuningChange | None:
         knobs = self.knobs
         reason = f"no gain of {rules.min_gain} over the reward {self.best:.3g} for {self.waited} effects"
         too_little = kl < rules.kl_low
         if too_little and knobs.learning_rate < rules.max_rate:
             rate = min(knobs.learning_rate * _RAISE_RATE, rules.max_rate)
             reason = f"{reason}; an update moves the policy by {kl:.3g} nats per token only"
-            return Change(self.effects, "learning_rate", knobs.learning_rate, rate, reason)
+            return TuningChange(self.effects, "learning_rate", knobs.learning_rate, rate, reason)
         held = "the learning rate is at its maximum" if too_little else "updates are large enough"
         if knobs.scale < rules.max_scale:
             alpha = min(knobs.scale * _RAISE, rules.max_scale) * knobs.rank
-            return Change(self.effects, "alpha", knobs.alpha, alpha, f"{reason}; {held}")
+            return TuningChange(self.effects, "alpha", knobs.alpha, alpha, f"{reason}; {held}")
         if knobs.rank < rules.max_rank:
             rank = min(knobs.rank * _RAISE, rules.max_rank)
-            return Change(self.effects, "rank", knobs.rank, rank, f"{reason}; {held} and the scale at its maximum")
+            return TuningChange(
+                self.effects, "rank", knobs.rank, rank, f"{reason}; {held} and the scale at its maximum"
+            )
         return None
 
 
-def fitted(adapter: Adapter, knobs: Knobs, seed: int) -> Adapter:
+def fitted(adapter: Adapter, knobs: TuningParameters, seed: int) -> Adapter:
     """The adapter at the rank and alpha of `knobs`, computing the same function; `seed` draws new rows of A.
 
     Raises `ShapeError` if the rank would shrink.

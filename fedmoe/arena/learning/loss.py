@@ -1,4 +1,4 @@
-"""Policy-gradient losses on flat tensors of tokens, each divided by a constant that is known before the first backward.
+"""Policy-gradient losses on flat token tensors, normalised by a constant known before the first backward pass.
 
 A constant denominator makes accumulated micro-batches equal the whole batch, and training beside other policies equal
 training alone: no token changes what another one weighs.

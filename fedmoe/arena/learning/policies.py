@@ -1,4 +1,4 @@
-"""The policies of a run: live weights in the learner, versions in the engine, and how they are tuned."""
+"""Policies of a run: live weights in the learner, published versions in the engine, and adaptive tuning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe.arena.learning.adapt import AdaptiveLora, AdaptRules, Change, Effect, Knobs, fitted
+from fedmoe.arena.learning.adapt import AdaptiveLora, AdaptRules, TuningChange, TuningParameters, UpdateEffect, fitted
 from fedmoe.arena.learning.learner import AdamState, PolicyLearner, PolicyUpdate
 from fedmoe.arena.population.pbt import Birth, PolicyLineage, Replacement, perturb
 from fedmoe.arena.rollout.episodes import Player
@@ -63,7 +63,7 @@ class Policies:
     def add(self, name: str, adapter: Adapter) -> None:
         """A new policy at version 0."""
         self.learner.add(name, adapter)
-        knobs = Knobs(self.learner.learning_rate(name), adapter.alpha, adapter.rank)
+        knobs = TuningParameters(self.learner.learning_rate(name), adapter.alpha, adapter.rank)
         self._policies[name] = _PolicyStatus(0, 0, AdaptiveLora(knobs))
         self._publish(name)
 
@@ -101,12 +101,12 @@ class Policies:
 
     def learned(
         self, updates: Mapping[str, PolicyUpdate], rewards: Mapping[str, float], staleness: Mapping[str, int]
-    ) -> dict[str, list[Change]]:
+    ) -> dict[str, list[TuningChange]]:
         """A batch was learned from: every policy gets its next version; returns how the tuning changed.
 
         `staleness`: how many versions old the weights that sampled were.
         """
-        changes: dict[str, list[Change]] = {}
+        changes: dict[str, list[TuningChange]] = {}
         for name, status in self._policies.items():
             if name in updates:
                 status.updates += 1
@@ -116,7 +116,7 @@ class Policies:
         self._in_flight -= 1
         return changes
 
-    def _tuned(self, name: str, update: PolicyUpdate, reward: float, staleness: int) -> list[Change]:
+    def _tuned(self, name: str, update: PolicyUpdate, reward: float, staleness: int) -> list[TuningChange]:
         if self._rules is None:
             return []
         status = self._policies[name]
@@ -124,7 +124,7 @@ class Policies:
         # With one step from a batch its own KL is seen with the next batch only, sampled `staleness` updates ago. The
         # gap is the engine's error only where both had the same version.
         moved = update.moved / staleness if staleness else statistics.kl_k3
-        effect = Effect(reward, moved, 0.0 if staleness else statistics.gap_mean)
+        effect = UpdateEffect(reward, moved, 0.0 if staleness else statistics.gap_mean)
         status.tuning, change = status.tuning.observe(effect, self._rules)
         if change is None:
             return []
@@ -135,7 +135,7 @@ class Policies:
             self._refit(name, knobs, status.version)
         return [change]
 
-    def _refit(self, name: str, knobs: Knobs, seed: int) -> None:
+    def _refit(self, name: str, knobs: TuningParameters, seed: int) -> None:
         before, state = self.learner.adapter(name), self.learner.optimizer_state(name)
         after = fitted(before, knobs, seed)
         if after.layout != before.layout:
@@ -153,7 +153,7 @@ class Policies:
         status = self._policies[replacement.worst]
         status.version += 1
         status.updates += 1
-        status.tuning = AdaptiveLora(Knobs(status.tuning.knobs.learning_rate, child.alpha, child.rank))
+        status.tuning = AdaptiveLora(TuningParameters(status.tuning.knobs.learning_rate, child.alpha, child.rank))
         lineage.add(Birth(self.key(replacement.worst), parent, iteration, replacement.reason, PERTURBATION))
         self._publish(replacement.worst)
 

@@ -1,1 +1,1 @@
-"""The modes: how seats are formed and how outcomes become rewards."""
+"""Training modes: how policies are assigned to seats, and how outcomes become rewards and advantages."""

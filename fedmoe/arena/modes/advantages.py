@@ -1,4 +1,4 @@
-"""Advantages: rewards less the mean of their group (GRPO), or less a moving average per task, role and policy.
+"""Advantages: reward minus group mean (GRPO), or minus a moving average per task, role and policy.
 
 Never one mean across policies or roles: in a game whose first mover wins more often, a shared mean rewards the seat.
 """

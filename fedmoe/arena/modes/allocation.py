@@ -1,4 +1,4 @@
-"""Neyman allocation: divides a fixed number of episodes in proportion to how much their rewards still differ."""
+"""Neyman allocation: divides a fixed number of episodes in proportion to the standard deviation of their rewards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Competitive mode: every policy for itself; the worst-rated is replaced when it is surely worse than the best."""
+"""Competitive mode: every policy for itself; the worst-rated policy may be replaced, as `population.pbt` decides."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RULE = weighted_rule(WEIGHTS)
 FROZEN_SHARE = 0.25
 
 
-class Competitive(SimpleMode):
+class CompetitiveMode(SimpleMode):
     """Policies answer or play independently, against each other and against frozen opponents.
 
     Tasks for more seats than policies get all policies at one table, others get full tables of some (games for two:

@@ -19,7 +19,7 @@ WEIGHTS = Credit(individual=1.0, shared=0.25, difference=1.0)
 _RULE = weighted_rule(WEIGHTS)
 
 
-class Cooperative(SimpleMode):
+class CooperativeMode(SimpleMode):
     """All policies are one team; the seats' order changes from group to group.
 
     Rollout budget moves to the ways of working together (the task's strategies) in which the rewards of a group still

@@ -1,4 +1,4 @@
-"""Credit rules: turn the outcome of an episode into one reward a seat, with the parts that the reward is made of."""
+"""Credit rules: turn the outcome of an episode into one reward per seat, with the components of that reward."""
 
 from __future__ import annotations
 

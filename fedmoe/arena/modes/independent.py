@@ -16,7 +16,7 @@ WEIGHTS = Credit(individual=1.0)
 _RULE = weighted_rule(WEIGHTS)
 
 
-class Independent(SimpleMode):
+class IndependentMode(SimpleMode):
     """One policy at a table, `groups` problems of its own and `samples` answers to each; no ratings, no team."""
 
     name = "independent"

@@ -1,4 +1,4 @@
-"""Steps that all modes share: credits of seats, advantages, examples to learn from, and ratings."""
+"""Steps that all modes share: credit per seat, choice of the advantage, training examples, rating updates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What modes remember between iterations: ratings, baselines, opponents, lineage, strategies and learning signals."""
+"""State of modes between iterations: ratings, baselines, opponents, lineage, strategies and learning signals."""
 
 from __future__ import annotations
 

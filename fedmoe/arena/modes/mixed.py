@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
-from fedmoe.arena.modes.competitive import Competitive
-from fedmoe.arena.modes.cooperative import Cooperative
+from fedmoe.arena.modes.competitive import CompetitiveMode
+from fedmoe.arena.modes.cooperative import CooperativeMode
 from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, Mode, PlanInputs
 from fedmoe.arena.modes.switching import Measurement, ModeSwitch, SwitchRules, agreement
-from fedmoe.arena.modes.team_battle import TeamBattle
+from fedmoe.arena.modes.team_battle import TeamBattleMode
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
 from fedmoe.arena.tasks.task import Task
 from fedmoe.runtime.saved_state import restored, saved_state
@@ -20,7 +20,7 @@ from fedmoe.runtime.saved_state import restored, saved_state
 RULES = SwitchRules(exploration=9, min_stay=4, window=6)
 
 
-class Mixed:
+class MixedMode:
     """Plays one of its parts, chooses the next after every iteration, and resets the baselines on a switch.
 
     Every problem of training is drawn fresh, so the mean score on it measures progress without bias.
@@ -29,7 +29,7 @@ class Mixed:
     name = "mixed"
 
     def __init__(self, rules: SwitchRules = RULES) -> None:
-        parts: tuple[Mode, ...] = (Cooperative(), Competitive(), TeamBattle())
+        parts: tuple[Mode, ...] = (CooperativeMode(), CompetitiveMode(), TeamBattleMode())
         self._parts = {part.name: part for part in parts}
         self._switch = ModeSwitch(tuple(self._parts), rules)
 

@@ -1,4 +1,4 @@
-"""A bandit for teams (EXP3.S): learns which strategy and first speaker pay against opponents that learn too."""
+"""EXP3.S bandit for teams: learns which strategy and first speaker pay off against opponents that also learn."""
 
 from __future__ import annotations
 

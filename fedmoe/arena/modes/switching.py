@@ -1,4 +1,4 @@
-"""The switch of mixed mode: chooses the next mode from measured learning progress, with the numbers as its reason."""
+"""Mode switching in mixed mode: chooses the next mode from measured learning progress, and states the reason."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _RULE = weighted_rule(WEIGHTS)
 TEAMS = 2
 
 
-class TeamBattle(SimpleMode):
+class TeamBattleMode(SimpleMode):
     """Policies are divided into two teams of about equal rating, anew for every group.
 
     Each team chooses how it works (which drafts are shared, who speaks first) by a bandit made for opponents that

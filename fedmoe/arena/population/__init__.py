@@ -1,1 +1,1 @@
-"""The population: ratings, opponents, and who is replaced by whom."""
+"""The population: ratings, pool of opponents, and replacement of the worst policy (population based training)."""

@@ -1,4 +1,4 @@
-"""Population based training: the worst policy is replaced by a perturbed copy of the best, and every birth is kept.
+"""Population based training: when the worst policy becomes a perturbed copy of the best; the lineage of policies.
 
 Jaderberg et al. 2017 (exploit and explore), with one difference: a policy is given up only when the ratings say
 surely, not merely on average, that it is worse.

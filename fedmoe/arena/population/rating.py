@@ -1,4 +1,4 @@
-"""Ratings of players from games between teams, with ties: Bradley-Terry, a mean and a standard deviation a player."""
+"""Ratings from games between teams, with ties: Bradley-Terry, a mean and a standard deviation per player."""
 
 from __future__ import annotations
 

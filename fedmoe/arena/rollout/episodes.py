@@ -1,4 +1,4 @@
-"""What was played: the plan of an episode, and every turn of it with the three log-probabilities of each token."""
+"""Episode data: players, plans, played turns with the log-probability of each sampled token, training examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of installed packages: further numbers on every iteration's episodes."""
+"""Plug-in metrics: extra numbers that installed packages compute from the episodes of each iteration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapters of a checkpoint as files that give the same bits back."""
+"""Adapters of a checkpoint as files, restored bit for bit."""
 
 from __future__ import annotations
 

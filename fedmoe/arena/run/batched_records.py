@@ -1,4 +1,4 @@
-"""Records in batches: one write an iteration instead of one a record, and a curve without doubles after a resume."""
+"""Buffered records: one write per iteration instead of one per record; no duplicates after a resume."""
 
 from __future__ import annotations
 

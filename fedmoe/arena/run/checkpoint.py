@@ -1,4 +1,4 @@
-"""Checkpoints of an arena run: folders that are there whole or not at all, and resume bit for bit.
+"""Checkpoints of an arena run: folders written atomically, from which a run resumes bit for bit.
 
     checkpoints/checkpoint_20260131_120000/      named by the time in UTC, always later than the one before
         manifest.json                            sha256 and size of every other file

@@ -1,4 +1,4 @@
-"""The log of some episodes of every iteration for people: who saw what, said what, and what it was worth.
+"""Episode log for people: some episodes of each iteration, with prompts, answers, scores and rewards.
 
 RUN/episodes.jsonl holds one line an episode, the newest ones within a number of bytes. A run that is resumed repeats
 iterations, so what an earlier start wrote of them goes first, and so does half a line of a process that was killed.

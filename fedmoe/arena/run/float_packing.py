@@ -1,4 +1,4 @@
-"""float32 arrays as smaller safetensors bytes, without loss: only the top byte of every number is compressed.
+"""Lossless compression of float32 arrays in safetensors: only the top byte of each number is compressed.
 
 Trained weights and optimizer moments are noise in their lower 24 bits, which no compressor makes smaller; the top byte
 (sign and most of the exponent) takes few values. Measured on LoRA weights and Adam moments of SmolLM2-135M (rank 8,

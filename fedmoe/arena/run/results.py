@@ -1,4 +1,4 @@
-"""The result files of a run, built from its records: what was reached, and under which circumstances."""
+"""Result files of a run, built from its records: results of every policy, and the report on the run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Status = Literal["running", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class RunOutcome:
     """How a run ended, or that it still runs; `reason` in words for people."""
 
     status: Status
@@ -155,7 +155,7 @@ def build_report(
     environment: Json,
     started: float,
     ended: float,
-    ending: Ending,
+    ending: RunOutcome,
     checkpoints: Sequence[str],
     resumed_from: str | None,
 ) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""A whole run in its folder: started or resumed, logged, checkpointed, measured, and ended in order.
+"""A whole run in its folder: starts or resumes, logs, checkpoints, measures, and shuts down cleanly.
 
 RUN/metrics.jsonl                              every record, the source of all charts
 RUN/logs/training_runner.log, training.log     for people
@@ -32,7 +32,7 @@ from fedmoe.arena.run.checkpoint import ArenaState, Checkpoint
 from fedmoe.arena.run.engines import make_engine
 from fedmoe.arena.run.episode_log import EPISODES, EpisodeLog
 from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch, unwatched
-from fedmoe.arena.run.results import REPORT, RESULTS, Ending
+from fedmoe.arena.run.results import REPORT, RESULTS, RunOutcome
 from fedmoe.arena.run.resuming import accepted_changes
 from fedmoe.arena.run.sorted_records import sort_records
 from fedmoe.arena.run.weight_check import WeightCheck, make_probes
@@ -99,7 +99,7 @@ def run_arena(
     stop: Stop,
     watch: Watch = unwatched,
     learners: Mapping[str, LearnerMaker] = _NO_LEARNERS,
-) -> Ending:
+) -> RunOutcome:
     """Train until the configured iterations are done or `stop` is asked; returns how it ended.
 
     `learners` are kinds of learners beside our own and those that installed packages offer as `fedmoe.learners`.
@@ -268,9 +268,9 @@ def _announce(run: _Run) -> None:
     )
 
 
-def _train(run: _Run, stop: Stop) -> Ending:
+def _train(run: _Run, stop: Stop) -> RunOutcome:
     """Iterations with evaluations and checkpoints between them, and the files at the end however it ends."""
-    ending = Ending("failed", "ended by an error; see logs/training_runner.log")
+    ending = RunOutcome("failed", "ended by an error; see logs/training_runner.log")
     try:
         if run.resumed_from is None:
             _evaluate(run)
@@ -281,11 +281,11 @@ def _train(run: _Run, stop: Stop) -> Ending:
             run.league.leave()
         if run.trainer.iteration < run.config.iterations:
             _save(run)
-            ending = Ending("stopped", stop.reason)
+            ending = RunOutcome("stopped", stop.reason)
         else:
-            ending = Ending("finished")
+            ending = RunOutcome("finished")
     except MemoryLimitError as error:
-        ending = Ending("stopped", str(error))
+        ending = RunOutcome("stopped", str(error))
         raise
     finally:
         run.records.flush()
@@ -345,7 +345,7 @@ def _save(run: _Run) -> None:
     """Write a checkpoint, with the result files and logs as they stand, and prune older ones."""
     folder = run.options.folder
     length = run.records.sync()
-    _write_results(run, Ending("running"))
+    _write_results(run, RunOutcome("running"))
     state = ArenaState(
         iteration=run.trainer.iteration,
         config=run.config.model_dump(mode="json"),
@@ -366,7 +366,7 @@ def _save(run: _Run) -> None:
     run.logs.runner.info("checkpoint", name=path.name, iteration=run.trainer.iteration, removed=len(removed))
 
 
-def _write_results(run: _Run, ending: Ending) -> None:
+def _write_results(run: _Run, ending: RunOutcome) -> None:
     folder = run.options.folder
     records = sort_records(read_records(folder / METRICS))
     digests = {str(key): digest(adapter) for key, adapter in run.policies.adapters().items()}

@@ -1,4 +1,4 @@
-"""The records of a run, sorted by what they are about in one pass over the file."""
+"""Records of a run, grouped by policy and kind in one pass over the file."""
 
 from __future__ import annotations
 

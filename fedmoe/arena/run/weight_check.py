@@ -1,4 +1,4 @@
-"""A check after every published version that a remote engine computes what the trainer computes."""
+"""Compares log-probabilities of a remote engine with the trainer's after every published version."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The tasks that come with FedMoE."""
+"""The task protocol, and the tasks that come with FedMoE."""

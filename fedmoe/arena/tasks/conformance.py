@@ -1,4 +1,4 @@
-"""The conformance suite of tasks: laws that every task obeys, to be checked by a plug-in's author too."""
+"""Conformance suite for tasks: rules that every task must pass; plug-in authors can run it on their own."""
 
 from __future__ import annotations
 

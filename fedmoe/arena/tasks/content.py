@@ -1,4 +1,4 @@
-"""Keys of a question's content, apart from its wording: the same numbers in another order are the same question.
+"""Content keys of questions, for the held-out split: reworded or reordered questions get the same key.
 
 Held-out questions must differ from trained ones in content: a policy that learned 7 x 3 knows 3 x 7. A key is rather
 too coarse than too fine: questions that share one stand on the same side, which costs some but lets nothing through.

@@ -1,4 +1,4 @@
-"""The table of TextArena's small games: legal moves, how much of the past matters, players of known strength."""
+"""Rules of TextArena's small games: legal moves, what a player has to see, scripted players of known strength."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Live progress of the demonstration: one line a worker, redrawn on a terminal, printed now and then elsewhere."""
+"""Live progress of the demonstration: one line per worker, redrawn on a terminal, else printed periodically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources of the demo domains: the running interpreter's library, and pinned packages of the index."""
+"""Sources of the demo domains: Python's standard library, and pinned packages from the package index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples, which rows become: a text, a prompt with its completion, or a conversation.
+"""Sample types that rows are converted to: a text, a prompt with its completion, or a conversation.
 
 `fedmoe.datasets.split.row_hash` reads their representation: other names of classes or fields would move held-out rows
 into the training data.

@@ -1,4 +1,4 @@
-"""Turns of conversations in public data: roles, contents, tool calls, marks of what is to be learned."""
+"""Turns of conversations in public data: roles, contents, tool calls, flags of turns to learn or to mask."""
 
 from __future__ import annotations
 

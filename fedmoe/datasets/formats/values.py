@@ -1,4 +1,4 @@
-"""Checked values of a row: strings, lists and marks; what does not fit is a `RowError`."""
+"""Type-checked values of a row: strings, lists and learn/mask flags; invalid values raise `RowError`."""
 
 from __future__ import annotations
 

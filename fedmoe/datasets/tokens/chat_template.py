@@ -1,4 +1,4 @@
-"""Renders conversations by the tokenizer's chat template, and finds each answer in the rendered text.
+"""Renders conversations by the chat template and decides which tokens of a chat are learned: the answers.
 
 Templates need no `{% generation %}` marks: an answer is what the template adds to the turns before it. Templates of
 reasoning models open a thought (`<think>`) for the answer to come but leave it out of answered turns; there the

@@ -1,4 +1,4 @@
-"""Fits samples to `max_length`: running text is split; of a conversation the question always stays."""
+"""Fits samples to `max_length`: plain text is split; long answers are truncated, split or dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packs samples of many lengths into blocks of one length, without attention across samples; samples batches."""
+"""Packs samples into blocks of equal length without attention across samples, and draws batches of blocks."""
 
 from __future__ import annotations
 

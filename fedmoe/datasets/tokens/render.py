@@ -1,4 +1,4 @@
-"""Renders samples to tokens and labels: this file and `chat_template.py` decide which tokens are learned."""
+"""Renders samples to tokens and labels; which tokens of texts and completions are learned (chats: `chat_template`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenises samples, in several processes where that pays, and counts what did not become tokens."""
+"""Tokenises samples, in several processes where that is faster, and counts samples left out or cut."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RefusedSample:
     """A sample that the chat template refuses, by its number among the samples."""
 
     number: int
@@ -48,7 +48,7 @@ class TokenData:
     samples: list[TokenizedSample] = field(default_factory=list)
     row_of: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    refused: list[Refusal] = field(default_factory=list)
+    refused: list[RefusedSample] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     too_long: list[int] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -60,7 +60,7 @@ class TokenData:
         self.samples += later.samples
         self.row_of += [self.given + number for number in later.row_of]
         self.lengths += later.lengths
-        self.refused += [Refusal(self.given + refusal.number, refusal.reason) for refusal in later.refused]
+        self.refused += [RefusedSample(self.given + refusal.number, refusal.reason) for refusal in later.refused]
         self.empty += [self.given + number for number in later.empty]
         self.too_long += [self.given + number for number in later.too_long]
         self.counts.update(later.counts)
@@ -114,7 +114,7 @@ class _ChunkTokenizer:
             try:
                 rendering = render(sample, self.tokenizer)
             except TemplateRefusalError as error:
-                data.refused.append(Refusal(number, str(error)))
+                data.refused.append(RefusedSample(number, str(error)))
                 continue
             data.notes.update(rendering.notes)
             data.lengths.append(max(len(whole.input_ids) for whole in rendering.samples))

@@ -1,4 +1,4 @@
-"""The model `auto`: routes a prompt by the prompt statistics that experts' workers sent to the coordinator."""
+"""The model `auto`: likely experts of a prompt, by workers' prompt statistics; `gateway.rerank` chooses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
-from fedmoe.gateway.rerank import Candidates, candidates
+from fedmoe.gateway.rerank import ExpertCandidates, candidates
 from fedmoe.gateway.routers import FeatureRouter, SequenceRouter
 from fedmoe.lora.prompt_statistics import PromptStatistics
 from fedmoe.lora.safetensors_bytes import CodecError
@@ -38,7 +38,7 @@ class PromptRouter:
         """The experts it chooses between, none while fewer than two have statistics: there is no model `auto` then."""
         return self._router.names if self._router is not None else ()
 
-    def candidates(self, prompt: Sequence[int]) -> Candidates | None:
+    def candidates(self, prompt: Sequence[int]) -> ExpertCandidates | None:
         """The likely experts of a prompt, looked at without the chat template's frame; None while there are not two.
 
         May take as long as a pass over the prompt.

@@ -8,7 +8,7 @@ from typing import Literal
 
 from fedmoe.gateway.serve.service import Chunk, Origin, Usage
 from fedmoe.gateway.serve.text import PromptEncoder
-from fedmoe.inference.backend import Step
+from fedmoe.inference.backend import DecodingStep
 
 JsonObject = dict[str, object]
 EndpointKind = Literal["chat", "text"]
@@ -76,7 +76,7 @@ class ResponseBuilder:
             return {"index": index, "message": {"role": "assistant", "content": chunk.text, "refusal": None}, **ending}
         return {"index": index, "delta": {"content": chunk.text} if chunk.text else {}, **ending}
 
-    def _chat_likelihoods(self, steps: Sequence[Step]) -> JsonObject | None:
+    def _chat_likelihoods(self, steps: Sequence[DecodingStep]) -> JsonObject | None:
         if self.alternatives is None:
             return None
         content = []
@@ -92,7 +92,7 @@ class ResponseBuilder:
         # The bytes of a part of a letter cannot be told.
         return {"token": shown, "logprob": logprob, "bytes": None if "\ufffd" in shown else list(shown.encode())}
 
-    def _text_likelihoods(self, steps: Sequence[Step]) -> JsonObject | None:
+    def _text_likelihoods(self, steps: Sequence[DecodingStep]) -> JsonObject | None:
         if self.alternatives is None:
             return None
         shown = self.prompter.shown

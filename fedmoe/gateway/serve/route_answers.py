@@ -1,4 +1,4 @@
-"""Documented answers of every route of the gateway server, beside what its types say; a test checks answers by it."""
+"""Documented error codes, statuses and responses of the gateway server's routes, for `/openapi.json`."""
 
 from __future__ import annotations
 

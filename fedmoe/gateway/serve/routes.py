@@ -1,4 +1,4 @@
-"""HTTP routes of the gateway server: whole answers, event streams, and clients that disconnect."""
+"""HTTP routes of the gateway server: complete responses, server-sent event streams, client disconnects."""
 
 from __future__ import annotations
 

@@ -19,7 +19,15 @@ from fedmoe.gateway.serve.catalogue import AUTO, BASE, GATEWAY, Catalogue
 from fedmoe.gateway.serve.counters import Counters
 from fedmoe.gateway.serve.problems import ApiError
 from fedmoe.gateway.serve.text import PromptEncoder, StopStringFilter, TextStream
-from fedmoe.inference.backend import Backend, BackendError, Finish, Generation, Sampling, ServedModel, Step
+from fedmoe.inference.backend import (
+    Backend,
+    BackendError,
+    ContinuationRequest,
+    DecodingStep,
+    Finish,
+    SamplingOptions,
+    ServedModel,
+)
 from fedmoe.lora.manifest import BaseModel
 
 
@@ -73,7 +81,7 @@ class Chunk:
     """A piece of one choice's text, the steps it is made of, and why the choice ended if it did."""
 
     text: str
-    steps: tuple[Step, ...]
+    steps: tuple[DecodingStep, ...]
     finish: Finish | None
 
 
@@ -241,10 +249,10 @@ class ActiveRequest:
         request, service = self.request, self.service
         # Choices of one request differ: each has a seed of its own that follows from the request's.
         seed = service._random_seed() if request.seed is None else request.seed + index % request.n
-        sampling = Sampling(
+        sampling = SamplingOptions(
             request.most_new_tokens, request.temperature, request.top_p, seed % (1 << 63), request.alternatives
         )
-        generation = Generation(self.model, request.prompts[index // request.n], sampling)
+        generation = ContinuationRequest(self.model, request.prompts[index // request.n], sampling)
         text, stop_filter = TextStream(service.prompter), StopStringFilter(request.stops)
         async with aclosing(service.backend.generate(generation)) as steps:
             async for step in steps:

@@ -1,4 +1,4 @@
-"""Watches a coordinator: newer versions are fetched, loaded, and only then served; what fails changes nothing."""
+"""Watches a coordinator: newer versions are fetched, loaded, then served; a failed version changes nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.manifest import BaseModel
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert, PulledGateway, PulledStatistics
-from fedmoe.wire.contract.experts import Listing
+from fedmoe.wire.contract.experts import ExpertListing
 from fedmoe.wire.contract.messages import StatisticsKind
 
 _log = structlog.get_logger("fedmoe.serve")
@@ -28,7 +28,7 @@ _LONGEST_PAUSE = 60.0
 class ModelSource(Protocol):
     """The routes of a coordinator that are used; `CoordinatorClient` is one."""
 
-    def list_experts(self) -> Listing:
+    def list_experts(self) -> ExpertListing:
         """Every expert and the gateway, with versions and digests."""
         ...
 
@@ -135,7 +135,7 @@ class VersionWatcher:
             except BackendError as error:
                 _log.error("unload_failed", model=str(model), reason=str(error))
 
-    def _follow_prompts(self, listing: Listing) -> None:
+    def _follow_prompts(self, listing: ExpertListing) -> None:
         """Give the router the statistics of the experts that are served, where they changed or could not be had."""
         if self._router is None:
             return
@@ -152,7 +152,7 @@ class VersionWatcher:
         self._unrouted = self._router.follow(prompts, fetch)
         self._prompts, self._route_again = prompts, self._clock() + _LONGEST_PAUSE
 
-    def _listed(self, listing: Listing) -> dict[str, tuple[int, str]]:
+    def _listed(self, listing: ExpertListing) -> dict[str, tuple[int, str]]:
         """Version and digest of every model that can be served, by name."""
         reserved = RESERVED & {expert.name for expert in listing.experts}
         if reserved - self._reserved:

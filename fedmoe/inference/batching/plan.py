@@ -1,4 +1,4 @@
-"""The batch plan: which rows wait, which are computed, and who joins and leaves between two tokens.
+"""Batch plan: which requests wait, and which rows join and leave the batch between two decoding steps.
 
 No threads, no tensors, no clock: `scheduler` holds a lock around it and computes what it says.
 """

@@ -1,4 +1,4 @@
-"""Draws one token a row: by temperature, from the nucleus, with log-probabilities where they are asked for.
+"""Draws one token per row: temperature, top-p, and log-probabilities where requested.
 
 Drawn by the Gumbel-max rule: argmax of z / T + g with g from the Gumbel distribution is a draw from softmax(z / T)
 (Gumbel 1954). The last bits of z depend on who else is in the batch, and here they count only where two tokens tie;
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedmoe.inference.backend import Finish, Generation, Likelihood, Step
+from fedmoe.inference.backend import ContinuationRequest, DecodingStep, Finish, Likelihood
 
 
 class BatchRow:
     """One generation in the batch and its tokens so far."""
 
-    def __init__(self, wanted: Generation, stop_tokens: frozenset[int]) -> None:
+    def __init__(self, wanted: ContinuationRequest, stop_tokens: frozenset[int]) -> None:
         self.wanted = wanted
         self.adapter = None if wanted.model is None else str(wanted.model)
         self.tokens: list[int] = []
@@ -41,9 +41,9 @@ class BatchRow:
             return "stop"
         return "length" if len(self.tokens) >= self.wanted.sampling.max_new_tokens else None
 
-    def step(self) -> Step:
+    def step(self) -> DecodingStep:
         """The token drawn last."""
-        return Step(self.tokens[-1], self.finish, self.likelihood)
+        return DecodingStep(self.tokens[-1], self.finish, self.likelihood)
 
     def noise(self, vocabulary: int) -> NDArray[np.float32]:
         """Gumbel noise for the next token, float32 (vocabulary,): it follows from seed and place alone."""

@@ -15,7 +15,7 @@ from contextlib import suppress
 import structlog
 import torch
 
-from fedmoe.inference.backend import BackendError, Generation, ServedModel, Step
+from fedmoe.inference.backend import BackendError, ContinuationRequest, DecodingStep, ServedModel
 from fedmoe.inference.batching.kv_slots import KVSlots
 from fedmoe.inference.batching.plan import BatchPlan, ended_rows
 from fedmoe.inference.batching.sampler import BatchRow, draw
@@ -31,13 +31,13 @@ _log = structlog.get_logger("fedmoe.serve")
 #: Tokens of prompts read between two steps: enough to be fast, few enough that nobody waits for seconds.
 _PROMPT_TOKENS = 4096
 
-_Queue = asyncio.Queue[Step | BackendError]
+_Queue = asyncio.Queue[DecodingStep | BackendError]
 
 
 class _StreamedRow(BatchRow):
     """A row whose tokens go to a queue of an event loop."""
 
-    def __init__(self, wanted: Generation, stop: frozenset[int], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, wanted: ContinuationRequest, stop: frozenset[int], loop: asyncio.AbstractEventLoop) -> None:
         self.queue: _Queue = asyncio.Queue()
         self.loop = loop
         super().__init__(wanted, stop)
@@ -101,7 +101,7 @@ class TransformersBackend:
         """How many rows are in the batch, and how many wait."""
         return len(self._plan.rows), len(self._plan.waiting)
 
-    async def generate(self, wanted: Generation) -> AsyncGenerator[Step, None]:
+    async def generate(self, wanted: ContinuationRequest) -> AsyncGenerator[DecodingStep, None]:
         """The tokens as they come."""
         row = _StreamedRow(wanted, self._stop_tokens, asyncio.get_running_loop())
         self._enter(row)
@@ -251,9 +251,11 @@ def _deliver(rows: Sequence[_StreamedRow], broken: frozenset[int]) -> frozenset[
     return ended_rows(rows, broken)
 
 
-def _send(items: Iterable[tuple[_StreamedRow, Step | BackendError]]) -> None:
+def _send(items: Iterable[tuple[_StreamedRow, DecodingStep | BackendError]]) -> None:
     """Put every item into its row's queue; one call into an event loop for all its rows."""
-    by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[_Queue, Step | BackendError]]] = defaultdict(list)
+    by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[_Queue, DecodingStep | BackendError]]] = defaultdict(
+        list
+    )
     for row, item in items:
         by_loop[row.loop].append((row.queue, item))
     for loop, pairs in by_loop.items():
@@ -262,7 +264,7 @@ def _send(items: Iterable[tuple[_StreamedRow, Step | BackendError]]) -> None:
             loop.call_soon_threadsafe(_put, pairs)
 
 
-def _put(pairs: Sequence[tuple[_Queue, Step | BackendError]]) -> None:
+def _put(pairs: Sequence[tuple[_Queue, DecodingStep | BackendError]]) -> None:
     for queue, item in pairs:
         queue.put_nowait(item)
 

@@ -19,7 +19,14 @@ import httpx2
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from fedmoe.inference.backend import BackendError, Generation, Likelihood, Sampling, ServedModel, Step
+from fedmoe.inference.backend import (
+    BackendError,
+    ContinuationRequest,
+    DecodingStep,
+    Likelihood,
+    SamplingOptions,
+    ServedModel,
+)
 from fedmoe.inference.engine import AdapterKey, EngineError, SampleRequest
 from fedmoe.inference.verify import Probe
 from fedmoe.inference.vllm.check import Reference, VersionCheck
@@ -134,13 +141,13 @@ class VllmBackend:
         """How many streams are under way, and how many wait for a thread."""
         return self._running, max(0, self._submitted - self._running)
 
-    async def generate(self, wanted: Generation) -> AsyncGenerator[Step, None]:
+    async def generate(self, wanted: ContinuationRequest) -> AsyncGenerator[DecodingStep, None]:
         """The tokens as they come."""
         loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Step | BackendError] = asyncio.Queue()
+        queue: asyncio.Queue[DecodingStep | BackendError] = asyncio.Queue()
         stop = threading.Event()
 
-        def send(item: Step | BackendError) -> None:
+        def send(item: DecodingStep | BackendError) -> None:
             with suppress(RuntimeError):  # a loop that is closed has no listeners left
                 loop.call_soon_threadsafe(queue.put_nowait, item)
 
@@ -162,7 +169,9 @@ class VllmBackend:
         self._http.close()
         self._engine.close()
 
-    def _submit(self, wanted: Generation, send: Callable[[Step | BackendError], None], stop: threading.Event) -> None:
+    def _submit(
+        self, wanted: ContinuationRequest, send: Callable[[DecodingStep | BackendError], None], stop: threading.Event
+    ) -> None:
         naming = ExitStack()
         try:
             # From now on, not from when a thread is free: meanwhile the version must stay.
@@ -190,8 +199,8 @@ class VllmBackend:
     def _stream(
         self,
         held: ServedAdapter,
-        wanted: Generation,
-        send: Callable[[Step | BackendError], None],
+        wanted: ContinuationRequest,
+        send: Callable[[DecodingStep | BackendError], None],
         stop: threading.Event,
     ) -> None:
         if stop.is_set():
@@ -214,7 +223,7 @@ class VllmBackend:
             with self._lock:
                 self._running -= 1
 
-    def _steps(self, held: ServedAdapter, wanted: Generation) -> Iterator[Step]:
+    def _steps(self, held: ServedAdapter, wanted: ContinuationRequest) -> Iterator[DecodingStep]:
         sampling = wanted.sampling
         own_distribution = sampling.top_p == 1.0 and sampling.temperature in (0.0, 1.0)
         if sampling.alternatives is not None and self._engine.processed and not own_distribution:
@@ -243,7 +252,7 @@ class VllmBackend:
             return self._reference(adapter, probes)
 
 
-def _steps_of(text: str, name: str, sampling: Sampling) -> list[Step]:
+def _steps_of(text: str, name: str, sampling: SamplingOptions) -> list[DecodingStep]:
     """The steps in one event; refuses one that another model made."""
     event = json.loads(text)
     if "error" in event:
@@ -251,18 +260,18 @@ def _steps_of(text: str, name: str, sampling: Sampling) -> list[Step]:
     chunk = _CompletionChunk.model_validate(event)
     if chunk.model != name or len(chunk.choices) > 1:
         raise BackendError(f"asked {name}, got an answer of {chunk.model} with {len(chunk.choices)} choices")
-    steps: list[Step] = []
+    steps: list[DecodingStep] = []
     for part in chunk.choices:
         likelihoods = _likelihoods(part, sampling)
         tokens = part.token_ids or []
         finish = _finish(part.finish_reason)
         if likelihoods is None:
-            steps += [Step(token) for token in tokens]
+            steps += [DecodingStep(token) for token in tokens]
         else:
-            steps += [Step(token, None, likely) for token, likely in zip(tokens, likelihoods, strict=True)]
+            steps += [DecodingStep(token, None, likely) for token, likely in zip(tokens, likelihoods, strict=True)]
         if finish is not None:
-            last = steps.pop() if steps else Step(None)
-            steps.append(Step(last.token, finish, last.likelihood))
+            last = steps.pop() if steps else DecodingStep(None)
+            steps.append(DecodingStep(last.token, finish, last.likelihood))
     return steps
 
 
@@ -273,7 +282,7 @@ def _finish(reason: str | None) -> Literal["stop", "length"] | None:
     raise BackendError(f"the vLLM server broke a text off (finish_reason {reason!r}); see its log")
 
 
-def _likelihoods(part: _ChoiceDelta, sampling: Sampling) -> list[Likelihood] | None:
+def _likelihoods(part: _ChoiceDelta, sampling: SamplingOptions) -> list[Likelihood] | None:
     if sampling.alternatives is None:
         return None
     if part.logprobs is None:

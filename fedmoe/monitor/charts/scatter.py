@@ -1,4 +1,4 @@
-"""Scatter chart of efficiency against reward over time, sized by tokens."""
+"""Scatter chart of reward over efficiency: points sized by tokens, lighter where earlier."""
 
 from __future__ import annotations
 

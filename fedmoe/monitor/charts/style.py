@@ -1,4 +1,4 @@
-"""Shared look of the charts: head line, sample banner, axes, intervals, labels at the ends of curves."""
+"""Shared style of the charts: headline, sample banner, axes, intervals, labels at the ends of curves."""
 
 from __future__ import annotations
 

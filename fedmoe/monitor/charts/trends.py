@@ -1,4 +1,4 @@
-"""Trend chart: reward, accuracy, movement (KL) and entropy of every policy over the iterations."""
+"""Trend chart: reward, accuracy, KL divergence and entropy of every policy over the iterations."""
 
 from __future__ import annotations
 

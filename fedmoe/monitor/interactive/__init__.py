@@ -1,1 +1,1 @@
-"""The charts of an arena run as one interactive page that loads nothing from anywhere."""
+"""The charts of an arena run as one self-contained interactive page."""

@@ -1,4 +1,4 @@
-"""Interactive page: figures, Plotly's JavaScript and style in one HTML file that is forbidden to load anything."""
+"""Interactive page: figures, Plotly's JavaScript and style in one self-contained HTML file."""
 
 from __future__ import annotations
 

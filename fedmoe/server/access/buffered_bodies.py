@@ -1,4 +1,4 @@
-"""Limits on JSON bodies held in memory: bytes of one token, and in all."""
+"""Limits on JSON bodies held in memory: bytes per token, and in total."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quota arithmetic: rates, shares of work, places for uploads, the least interval between pushes.
+"""Quota arithmetic: request rates, shares of work, places for uploads, the minimum interval between pushes.
 
 Decisions only: who asks, what is taken and the time come in as arguments.
 """

@@ -1,4 +1,4 @@
-"""Authentication middleware: checks the token before the body is read, and ends requests whose token ends."""
+"""Authentication middleware: checks the token before the body is read; revoked or expired tokens end requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedmoe.server.access.turns import TOKEN_RATE, UPLOADS, RequestTurn, Request
 from fedmoe.wire.http.health import is_open
 
 
-class GateMiddleware:
+class AuthenticationMiddleware:
     """Asks for a token on everything but the open paths, before a byte of the body is read.
 
     What is under way with a token ends when it is revoked or expires: with 401, and nothing of it is kept.

@@ -1,4 +1,4 @@
-"""The coordinator's tokens: made, adopted, checked, revoked; their last uses noted."""
+"""The coordinator's tokens: created, adopted, checked, revoked, with the last use of each."""
 
 from __future__ import annotations
 

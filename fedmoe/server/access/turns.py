@@ -1,4 +1,4 @@
-"""Fair scheduling of requests by token: whoever asks more than its share waits, or is refused."""
+"""Fair scheduling: requests per second and share of work per token; requests above either wait or are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Admission of uploads: a place for each body, and the least interval between a worker's pushes."""
+"""Admission of uploads: a place for each body, and the minimum interval between a worker's pushes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Candidate gateways: which are offered, when a set is decided, and which candidate wins."""
+"""Candidate gateways: which are offered, when a set is decided, and whether its best replaces the published one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evaluators a candidate set waits for: bounded by token, given up after three sets without scores.
+"""Evaluators that a candidate set waits for: limited per token, dropped after three sets without scores.
 
 An invented name costs its inventor's token a place, and nobody else; a set waits for it a few times at most.
 """

@@ -1,4 +1,4 @@
-"""Refuses updates and rollbacks that were made in another history (before a restore), whatever their version.
+"""Refuses updates and rollbacks that are based on another history (before a restore), whatever their version.
 
 After a restore, the versions that were lost are numbered once more, with other weights. By its number alone an update
 of the lost history would be taken for one of this.

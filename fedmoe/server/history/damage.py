@@ -1,4 +1,4 @@
-"""Updates that cannot be read: the error, the event that leaves one out, progress of a replay."""
+"""Unreadable updates: the error that names one, the event that skips it; a replay's progress in the log."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ from fedmoe.server.history.event_queries import left_in_the_gateway, made_versio
 from fedmoe.server.history.pruning import prune_plan
 from fedmoe.server.history.replay import Replay
 from fedmoe.server.history.snapshots import snapshot_bytes
-from fedmoe.server.statistics.data_statistics import DataStatistics
+from fedmoe.server.statistics.data_statistics import DataStatisticsStore
 from fedmoe.server.storage.blobs import (
     BlobReferences,
     BlobStore,
@@ -94,7 +94,7 @@ class History(Replay):
         self._skip_damaged = skip_damaged
         self._read: list[Event] | None = None
         self._lost: list[UpdateLost] = []
-        self._statistics = DataStatistics(journal, blobs)
+        self._statistics = DataStatisticsStore(journal, blobs)
         self._recovered: CentralCoordinator | None = None
         #: Erasures since the start; what was rebuilt before one may be made of what is gone.
         self.erasures = 0

@@ -1,4 +1,4 @@
-"""Which updates and snapshots no version that can still be asked for needs."""
+"""Pruning plans: updates and snapshots that no version in the undo range needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each route may answer beside what its types say, for `/openapi.json`; a test checks all answers against it."""
+"""Documented responses of every route, errors included, for `/openapi.json`; a test checks responses against it."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ from fedmoe.experts import ExpertModel
 from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.server.access.security import principal_of
 from fedmoe.server.expert_names import by_title, may_use
-from fedmoe.server.routes.parts import Parts, parts_of, service_of
+from fedmoe.server.routes.app_state import AppState, parts_of, service_of
 from fedmoe.server.service import CoordinatorService
 from fedmoe.wire.contract.experts import (
     ExpertInfo,
-    Listing,
+    ExpertListing,
     ListingRequest,
     RenameRequest,
     RetireRequest,
@@ -32,7 +32,7 @@ _log = structlog.get_logger("fedmoe.coordinator")
 
 
 def add_expert_routes(app: FastAPI) -> None:
-    app.get("/list_experts", response_model=Listing)(list_experts)
+    app.get("/list_experts", response_model=ExpertListing)(list_experts)
     app.post("/rename_expert")(rename_expert)
     app.post("/retire_expert")(retire_expert)
     app.post("/unretire_expert")(unretire_expert)
@@ -54,7 +54,7 @@ def list_experts(request: Request, message: Annotated[ListingRequest, Query()]) 
     return Response(text, media_type="application/json")
 
 
-def _gateway_json(parts: Parts) -> str:
+def _gateway_json(parts: AppState) -> str:
     """The gateway in a listing, written once while it stays the same and no evaluation gate has its say."""
     gateway, last = parts.service.listed_gateway(), parts.listed_gateway
     if last is not None and last[0] is gateway and parts.service.evaluation_gate is None:

@@ -14,7 +14,7 @@ from fedmoe.server.access.security import Principal, principal_of
 from fedmoe.server.expert_names import by_title, may_use, resolve_expert
 from fedmoe.server.gate.candidates import CandidateSet
 from fedmoe.server.gate.gate import EvaluationGate
-from fedmoe.server.routes.parts import parts_of, service_of, with_first_name
+from fedmoe.server.routes.app_state import parts_of, service_of, with_first_name
 from fedmoe.server.routes.weight_responses import adapter_weights
 from fedmoe.server.storage.records import GatewayVerdict
 from fedmoe.wire.contract.gateway import (

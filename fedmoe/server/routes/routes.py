@@ -18,16 +18,23 @@ from fedmoe.server.access import problems
 from fedmoe.server.access.audited_requests import AuditMiddleware
 from fedmoe.server.access.quotas import Rate
 from fedmoe.server.access.security import principal_of
-from fedmoe.server.access.token_gate import GateMiddleware
+from fedmoe.server.access.token_gate import AuthenticationMiddleware
 from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.turns import TOKEN_RATE
 from fedmoe.server.access.uploads import UploadAdmission
 from fedmoe.server.expert_names import may_use, resolve_expert, scope_by_first_names
+from fedmoe.server.routes.app_state import (
+    AppState,
+    IncarnationHeader,
+    parts_of,
+    service_of,
+    with_first_name,
+    with_incarnation,
+)
 from fedmoe.server.routes.documented_answers import ANSWERS, PROBLEMS
 from fedmoe.server.routes.expert_routes import add_expert_routes, expert_info, gateway_info
 from fedmoe.server.routes.gate_routes import add_gate_routes
 from fedmoe.server.routes.json_weights import JsonPolicy
-from fedmoe.server.routes.parts import IncarnationHeader, Parts, parts_of, service_of, with_first_name, with_incarnation
 from fedmoe.server.routes.quarantine_routes import add_quarantine_routes
 from fedmoe.server.routes.token_routes import add_token_routes
 from fedmoe.server.routes.weight_responses import (
@@ -92,7 +99,7 @@ def create_app(
     """The coordinator's HTTP application; without tokens only requests addressed to this machine are taken."""
     app = FastAPI(title="FedMoE coordinator", version=__version__, docs_url=None, redoc_url=None)
     uploads = admission or UploadAdmission(None, service.intake.knows)
-    app.state.parts = Parts(service, gate, WeightAnswers(json or JsonPolicy()), uploads)
+    app.state.parts = AppState(service, gate, WeightAnswers(json or JsonPolicy()), uploads)
     problems.install(app)
     _add_routes(app)
     add_expert_routes(app)
@@ -102,7 +109,7 @@ def create_app(
     app.add_middleware(NegotiationMiddleware, others=_WITH_TENSORS, refuse=problems.refusal)
     app.add_middleware(RepeatedMiddleware, refuse=problems.refusal)
     app.add_middleware(IncarnationHeader, incarnation=service.current.incarnation)
-    app.add_middleware(GateMiddleware, gate=gate, token_rate=token_rate)
+    app.add_middleware(AuthenticationMiddleware, gate=gate, token_rate=token_rate)
     if not gate.required:
         app.add_middleware(
             CrossSiteMiddleware,

@@ -104,7 +104,7 @@ def newest_of_each(arrived: Iterable[DataStatistic]) -> list[DataStatistic]:
     return [newest[key] for key in sorted(newest) if newest[key].size]
 
 
-class DataStatistics:
+class DataStatisticsStore:
     """The data statistics in a journal and its blobs."""
 
     def __init__(self, journal: Journal, blobs: BlobStore) -> None:

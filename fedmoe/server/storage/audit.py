@@ -1,4 +1,4 @@
-"""The audit log: one JSON object a line, chained by hashes, rotated by size.
+"""The audit log: one JSON object per line, chained by hashes, rotated by size.
 
 A file of its own beside the journal, apart from the service log. It is bounded: a full file is set aside under the
 number of its first line, and only the newest of those stay. Every line has a number `n` and `chain`, the sha256 of the

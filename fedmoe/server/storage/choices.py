@@ -1,4 +1,4 @@
-"""The start options recorded in a journal of any schema, and the refusal of others."""
+"""Start options recorded in a journal of any schema; a start with incompatible ones is refused."""
 
 from __future__ import annotations
 

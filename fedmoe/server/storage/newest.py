@@ -1,4 +1,4 @@
-"""Whether a journal holds everything that was acknowledged, and if not, what to put back."""
+"""Checks that a journal holds all acknowledged events; if not, says what is missing and what to restore."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ OLDER = "An older journal.sqlite was put there, or its journal.sqlite-wal is gon
 
 
 @dataclass(frozen=True, slots=True)
-class Lack:
+class JournalGap:
     """What a journal lacks of what was acknowledged, in words, and how it came to that and what to put back."""
 
     reason: str
     advice: str = OLDER
 
 
-def lack_of(journal: SqlJournal, noted: Head | None) -> Lack | None:
+def lack_of(journal: SqlJournal, noted: Head | None) -> JournalGap | None:
     """What a journal lacks of what was noted; None where it has all of it, or nothing is known."""
     if noted is None:
         return None
     head = journal.head
     reason = behind(noted, head, journal.chain_at(noted.events))
     if not _left_behind(journal, noted):
-        return Lack(reason) if reason else None
-    return Lack(
+        return JournalGap(reason) if reason else None
+    return JournalGap(
         f"it is of the incarnation {head.incarnation}, and the one in use last was {noted.incarnation}, with "
         f"{noted.events} events" + (f" ({reason})" if reason else ""),
         "That other one began when this one was left, with --accept-older-journal or 'fedmoe state restore', and what "

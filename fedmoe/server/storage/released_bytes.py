@@ -1,4 +1,4 @@
-"""Updates whose bytes were removed on purpose, and erasures that are asked for."""
+"""Updates whose bytes were removed on purpose, and pending requests for erasure."""
 
 from __future__ import annotations
 

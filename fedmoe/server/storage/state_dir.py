@@ -19,7 +19,7 @@ from fedmoe.server.storage.blobs import NO_ROOM, FolderBlobStore, StorageFailedE
 from fedmoe.server.storage.incarnation import INCARNATIONS_BEFORE
 from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.server.storage.migration import migrate
-from fedmoe.server.storage.newest import Lack, lack_of
+from fedmoe.server.storage.newest import JournalGap, lack_of
 from fedmoe.server.storage.sqlite import opening_problem
 from fedmoe.server.storage.tables import SCHEMA_VERSION
 
@@ -137,12 +137,12 @@ class StateDir:
             )
         self.acknowledged.start_anew(self.journal.head)
 
-    def _blobs_alone(self) -> Lack | None:
+    def _blobs_alone(self) -> JournalGap | None:
         """A registration is journalled before the first blob can arrive: blobs without one are of another journal."""
         if self.journal.head.events or self.journal.meta(INCARNATIONS_BEFORE) is not None:
             return None
         alone = next(self.blobs.digests(), None) is not None
-        return Lack("it is empty but there are blobs of updates") if alone else None
+        return JournalGap("it is empty but there are blobs of updates") if alone else None
 
 
 def odd_files(path: Path) -> list[str]:

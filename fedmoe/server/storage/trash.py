@@ -1,4 +1,4 @@
-"""The trash for blobs that no journal names: kept for 30 days, taken back if a journal names them.
+"""Trash for blobs that no journal names: after a day unnamed, kept for 30 days, restored if named again.
 
 A blob is moved here when it has been unnamed for a day, and goes for good when it has been here for 30 days of the
 federation's own time: the newest event's, so that a clock set forward empties nothing.

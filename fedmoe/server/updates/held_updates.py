@@ -14,7 +14,7 @@ from fedmoe.lora.codec import decode
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError
 from fedmoe.server.updates.committer import Committer
-from fedmoe.server.updates.in_flight import InFlight, InFlightBody
+from fedmoe.server.updates.in_flight import CrashMarkers, InFlightBody
 from fedmoe.server.updates.landing import UpdateDecider
 from fedmoe.server.updates.upload import usable_norm
 from fedmoe.wire.contract.messages import UpdateResult
@@ -30,7 +30,7 @@ class HeldUpdates:
     blobs: BlobStore
     committer: Committer
     landing: UpdateDecider
-    in_flight: InFlight
+    in_flight: CrashMarkers
     clock: Callable[[], float]
 
     def release(self, number: int) -> UpdateResult:

@@ -1,4 +1,4 @@
-"""Crash markers: names the body that was being processed when the process died, and refuses it after three deaths.
+"""Crash markers: name the body being processed when the process died; refused after three crashes.
 
 A small file is written before a body is decoded and removed once it was answered. Files that a start finds are of
 bodies that were in flight when the process ended; the count of such ends is kept in them. It need not survive a power
@@ -38,7 +38,7 @@ class InFlightBody:
     size: int
 
 
-class InFlight:
+class CrashMarkers:
     """The markers in a folder; None keeps none."""
 
     def __init__(self, folder: Path | None) -> None:

@@ -21,11 +21,11 @@ from fedmoe.lora.safetensors_bytes import CodecError, MalformedError
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.base_history import CurrentHistory
-from fedmoe.server.statistics.data_statistics import DataStatistics, body_limit, refuse_suspect
+from fedmoe.server.statistics.data_statistics import DataStatisticsStore, body_limit, refuse_suspect
 from fedmoe.server.storage.blobs import BlobStore, BlobWriter, StorageFailedError
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.updates.committer import Committer
-from fedmoe.server.updates.in_flight import InFlight, InFlightBody
+from fedmoe.server.updates.in_flight import CrashMarkers, InFlightBody
 from fedmoe.server.updates.landing import ReceivedUpdate, UpdateDecider
 from fedmoe.server.updates.memory_budget import MemoryBudget, SerialQueue
 from fedmoe.server.updates.upload import (
@@ -68,10 +68,10 @@ class UpdateIntake:
         coordinator: CentralCoordinator,
         journal: Journal,
         blobs: BlobStore,
-        statistics: DataStatistics,
+        statistics: DataStatisticsStore,
         decider: UpdateDecider,
         committer: Committer,
-        in_flight: InFlight,
+        in_flight: CrashMarkers,
         leases: WorkerLeases,
         pool: Executor,
         clock: Callable[[], float],

@@ -17,7 +17,7 @@ from fedmoe.runtime import failpoints
 from fedmoe.server.history.history import History
 from fedmoe.server.history.pruning import made_of
 from fedmoe.server.statistics.contributors import Contributors
-from fedmoe.server.statistics.data_statistics import DataStatistics
+from fedmoe.server.statistics.data_statistics import DataStatisticsStore
 from fedmoe.server.statistics.reported_statistics import ReportedStatistics
 from fedmoe.server.storage.blobs import BlobStore
 from fedmoe.server.storage.journal import Journal
@@ -61,7 +61,7 @@ class Erasure:
     journal: Journal
     blobs: BlobStore
     history: History
-    statistics: DataStatistics
+    statistics: DataStatisticsStore
     reported: ReportedStatistics
     roster: Contributors
 

@@ -1,4 +1,4 @@
-"""The daily sweep of a running coordinator: unnamed blobs to the trash, old trash removed.
+"""Daily sweep of a running coordinator: moves unnamed blobs to the trash, removes old trash (`storage.trash`).
 
 A blob goes to the trash when two sweeps, a day apart by a clock that nobody sets, find it with no name in the journal.
 The journal is read in pages, so that no push waits for all of it.

@@ -71,7 +71,7 @@ class ExpertInfo(HistoryMessage):
     retired: bool = False
 
 
-class Listing(SparseMessage):
+class ExpertListing(SparseMessage):
     """A page of experts in name order and the gateway, which is null while there is none or it is switched off.
 
     `more` tells that others follow the last one.

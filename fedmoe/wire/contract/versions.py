@@ -1,4 +1,4 @@
-"""The protocol number in a header, and the refusal of peers too far apart.
+"""Protocol versions: the number in a header, and the refusal of peers more than one version apart.
 
 It rises when a request or an answer changes its meaning; new keys of answers and new optional parameters do not raise
 it. A version works with the one before and the one after it. Whoever sends no number is from before there was one.

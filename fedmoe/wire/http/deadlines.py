@@ -1,4 +1,4 @@
-"""uvicorn protocol with deadlines and size limits on request heads, and a least pace for receivers.
+"""uvicorn protocol with deadlines and size limits on request heads, and a minimum rate for slow receivers.
 
 uvicorn waits for ever for a head that trickles in, takes heads of any size, and keeps an answer in memory for as long
 as its receiver does not read. This protocol closes a connection that has not delivered a complete head within

@@ -1,4 +1,4 @@
-"""Listening sockets, and signals that end a server in order."""
+"""Listening sockets, and graceful shutdown of a server by signals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape of our middleware: refuse a request before anything else is done, add a header to every answer."""
+"""Base of our middleware: refuse a request before any other work, add a header to every response."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from fedmoe.arena.config import PolicySection
 from fedmoe.arena.league import league as federation
 from fedmoe.arena.league.league import FederationError, learning_rate_only
-from fedmoe.arena.learning.adapt import AdaptiveLora, AdaptRules, Effect, Knobs
+from fedmoe.arena.learning.adapt import AdaptiveLora, AdaptRules, TuningParameters, UpdateEffect
 from fedmoe.coordinator import seed_of
 from fedmoe.inference.engine import AdapterKey, EngineError
 from fedmoe.lora.adapter import Adapter, FloatVector, initial_adapter
@@ -394,8 +394,8 @@ def test_a_state_folder_that_is_not_the_checkpoints_is_refused(house: House, tmp
 def test_in_a_federation_only_the_learning_rate_adapts(effects: list[tuple[float, float, float]], rank: int) -> None:
     shape = PolicySection(rank=rank, alpha=5.0)
     rules = learning_rate_only(AdaptRules(patience=2, cooldown=0), shape)
-    state = AdaptiveLora(Knobs(1e-4, 5.0, rank))
+    state = AdaptiveLora(TuningParameters(1e-4, 5.0, rank))
     for effect in effects:
-        state, change = state.observe(Effect(*effect), rules)
+        state, change = state.observe(UpdateEffect(*effect), rules)
         assert change is None or change.what == "learning_rate"
     assert (state.knobs.alpha, state.knobs.rank) == (5.0, rank)

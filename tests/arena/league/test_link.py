@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from league_sites import House, Road, running_house
 from support import LAYOUT, MANIFEST, make_flat
 
-from fedmoe.arena.league.link import ExpertLink, FederationError, SyncPoint
+from fedmoe.arena.league.link import ExpertLink, FederationError, PolicySyncPoint
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.safetensors_bytes import encode_named
 from fedmoe.runtime import failpoints
@@ -207,7 +207,7 @@ def test_a_damaged_point_is_refused_by_name(house: House, tmp_path: Path) -> Non
     toy = Toy(house.url, tmp_path / "w1").start()
     toy.end()
     file = tmp_path / "w1" / "point.safetensors"
-    for damaged in (file.read_bytes()[:-1], b"", SyncPoint(make_flat(1)[:3], make_flat(1)[:3], 0).encoded()):
+    for damaged in (file.read_bytes()[:-1], b"", PolicySyncPoint(make_flat(1)[:3], make_flat(1)[:3], 0).encoded()):
         file.write_bytes(damaged)
         with pytest.raises(FederationError, match=r"point\.safetensors cannot be read"):
             ExpertLink(tmp_path / "w1", "w1", EXPERT, MANIFEST)
@@ -222,8 +222,8 @@ def test_without_a_coordinator_there_is_no_beginning(tmp_path: Path) -> None:
 
 @given(st.integers(0, 99), st.integers(-1, 99), st.integers(0, 99))
 def test_a_point_is_read_back_bit_for_bit(version: int, answered: int, count: int) -> None:
-    point = SyncPoint(make_flat(version), make_flat(count), version, answered, count)
-    read = SyncPoint.decoded(point.encoded(), LAYOUT.size)
+    point = PolicySyncPoint(make_flat(version), make_flat(count), version, answered, count)
+    read = PolicySyncPoint.decoded(point.encoded(), LAYOUT.size)
     np.testing.assert_array_equal([read.base, read.local], [point.base, point.local])
     assert (read.version, read.answered, read.count) == (version, answered, count)
 
@@ -334,14 +334,14 @@ def test_what_was_made_in_a_lost_history_is_moved_onto_the_one_there_is(tmp_path
 
 @pytest.mark.parametrize("place", [0.0, 0.001, 0.3, 0.7, 1.0])
 def test_a_flipped_bit_in_a_point_is_named_and_never_learned_from(place: float) -> None:
-    data = bytearray(SyncPoint(make_flat(1), make_flat(2), 3, 4, 5).encoded())
+    data = bytearray(PolicySyncPoint(make_flat(1), make_flat(2), 3, 4, 5).encoded())
     data[int(place * (len(data) - 1))] ^= 4
     with pytest.raises(ValueError):
-        SyncPoint.decoded(bytes(data), LAYOUT.size)
+        PolicySyncPoint.decoded(bytes(data), LAYOUT.size)
 
 
 def test_a_point_of_an_older_version_has_no_checksum_and_is_read() -> None:
     counts = '{"version": 3, "answered": 4, "count": 5}'
     old = encode_named({"base": make_flat(1), "local": make_flat(2)}, {"fedmoe": counts})
-    read = SyncPoint.decoded(old, LAYOUT.size)
+    read = PolicySyncPoint.decoded(old, LAYOUT.size)
     assert (read.version, read.answered, read.count) == (3, 4, 5)

@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.arena.learning.adapt import AdaptError, AdaptiveLora, AdaptRules, Change, Effect, Knobs, fitted
+from fedmoe.arena.learning.adapt import (
+    AdaptError,
+    AdaptiveLora,
+    AdaptRules,
+    TuningChange,
+    TuningParameters,
+    UpdateEffect,
+    fitted,
+)
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
 from fedmoe.runtime.saved_state import SavedStateError, restored, saved_state
 
@@ -29,14 +37,14 @@ RULES = AdaptRules(
     ceiling=0.9,
     cooldown=3,
 )
-KNOBS = Knobs(1e-4, 8.0, 4)
-HEALTHY = Effect(reward=0.5, kl=1e-3, gap=0.01)
+KNOBS = TuningParameters(1e-4, 8.0, 4)
+HEALTHY = UpdateEffect(reward=0.5, kl=1e-3, gap=0.01)
 effects = st.builds(
-    Effect, st.floats(-1, 1), st.sampled_from([0.0, 1e-5, 1e-3, 0.1, math.nan]), st.sampled_from([0.01, 0.3])
+    UpdateEffect, st.floats(-1, 1), st.sampled_from([0.0, 1e-5, 1e-3, 0.1, math.nan]), st.sampled_from([0.01, 0.3])
 )
 
 
-def watched(machine: AdaptiveLora, seen: Iterable[Effect]) -> tuple[AdaptiveLora, list[Change]]:
+def watched(machine: AdaptiveLora, seen: Iterable[UpdateEffect]) -> tuple[AdaptiveLora, list[TuningChange]]:
     changes = []
     for effect in seen:
         machine, change = machine.observe(effect, RULES)
@@ -58,7 +66,7 @@ def test_standing_still_raises_the_rate_first_then_the_scale_and_the_rank_at_las
     machine, changes = watched(AdaptiveLora(KNOBS), [stuck] * 120)
     kinds = [change.what for change in changes]
     assert kinds == ["learning_rate"] * 6 + ["alpha"] + ["rank"] * 2
-    assert machine.knobs == Knobs(1e-3, 64.0, 16)
+    assert machine.knobs == TuningParameters(1e-3, 64.0, 16)
     assert [change.after for change in changes[-3:]] == [16.0, 8, 16]
     assert all(change.reason.startswith("no gain of 0.01 over the reward 0.5 for ") for change in changes)
     assert "1e-06 nats per token only" in changes[0].reason
@@ -73,9 +81,9 @@ def test_updates_that_are_large_enough_raise_no_rate() -> None:
 
 
 def test_a_rank_grows_with_its_alpha_so_that_the_scale_stays() -> None:
-    machine, changes = watched(AdaptiveLora(Knobs(1e-3, 16.0, 4)), [HEALTHY] * 8)
-    assert changes == [Change(6, "rank", 4, 8, changes[0].reason)]
-    assert machine.knobs == Knobs(1e-3, 32.0, 8)
+    machine, changes = watched(AdaptiveLora(TuningParameters(1e-3, 16.0, 4)), [HEALTHY] * 8)
+    assert changes == [TuningChange(6, "rank", 4, 8, changes[0].reason)]
+    assert machine.knobs == TuningParameters(1e-3, 32.0, 8)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +94,12 @@ def test_a_rank_grows_with_its_alpha_so_that_the_scale_stays() -> None:
         (replace(HEALTHY, gap=0.3), "0.300 nats per token"),
     ],
 )
-def test_too_much_lowers_the_rate_first_and_then_the_scale(effect: Effect, words: str) -> None:
+def test_too_much_lowers_the_rate_first_and_then_the_scale(effect: UpdateEffect, words: str) -> None:
     machine, changes = watched(AdaptiveLora(KNOBS), [effect] * 40)
     assert [change.what for change in changes] == ["learning_rate"] * 4 + ["alpha"]
     assert [change.after for change in changes] == pytest.approx([5e-5, 2.5e-5, 1.25e-5, 1e-5, 4.0])
     assert all(words in change.reason for change in changes)
-    assert machine.knobs == Knobs(1e-5, 4.0, 4)
+    assert machine.knobs == TuningParameters(1e-5, 4.0, 4)
 
 
 def test_a_falling_reward_lowers_the_rate() -> None:
@@ -118,7 +126,7 @@ def test_after_a_change_it_waits() -> None:
 
 @laws
 @given(st.lists(effects, max_size=60))
-def test_no_history_leads_out_of_the_bounds(history: list[Effect]) -> None:
+def test_no_history_leads_out_of_the_bounds(history: list[UpdateEffect]) -> None:
     machine = AdaptiveLora(KNOBS)
     for effect in history:
         after, change = machine.observe(effect, RULES)
@@ -138,7 +146,7 @@ def test_no_history_leads_out_of_the_bounds(history: list[Effect]) -> None:
 
 @laws
 @given(st.lists(effects, max_size=40), st.lists(effects, max_size=40))
-def test_a_state_survives_json_and_goes_on_as_before(before: list[Effect], after: list[Effect]) -> None:
+def test_a_state_survives_json_and_goes_on_as_before(before: list[UpdateEffect], after: list[UpdateEffect]) -> None:
     machine, _ = watched(AdaptiveLora(KNOBS), before)
     again = restored(AdaptiveLora, json.loads(json.dumps(saved_state(machine), allow_nan=False)))
     assert again == machine
@@ -149,21 +157,21 @@ def test_an_adapter_fitted_to_the_knobs_computes_the_same() -> None:
     layout = Layout((ModuleShape("m", 6, 5),), 4)
     flat = np.random.default_rng(0).integers(-8, 9, layout.size).astype(np.float32)
     adapter = Adapter(layout, KNOBS.alpha, flat)
-    other = fitted(adapter, Knobs(1e-4, 64.0, 8), seed=1)
+    other = fitted(adapter, TuningParameters(1e-4, 64.0, 8), seed=1)
     assert (other.rank, other.alpha) == (8, 64.0)
     a, b = (factor.astype(np.float64) for factor in adapter.module("m"))
     new_a, new_b = (factor.astype(np.float64) for factor in other.module("m"))
     assert np.array_equal(adapter.scale * b @ a, other.scale * new_b @ new_a)
     assert fitted(adapter, KNOBS, seed=1) is adapter
     with pytest.raises(ShapeError, match="recompress"):
-        fitted(adapter, Knobs(1e-4, 8.0, 2), seed=1)
+        fitted(adapter, TuningParameters(1e-4, 8.0, 2), seed=1)
 
 
 def test_numbers_that_say_nothing_are_refused() -> None:
     with pytest.raises(AdaptError, match="reward"):
         AdaptiveLora(KNOBS).observe(replace(HEALTHY, reward=math.nan), RULES)
     with pytest.raises(AdaptError, match="positive"):
-        Knobs(0.0, 1.0, 1)
+        TuningParameters(0.0, 1.0, 1)
 
 
 @pytest.mark.parametrize("change", [{"knobs": {}}, {"knobs": 1}, {"more": 1}, {"fast": "0.5"}])

@@ -14,15 +14,15 @@ from letters import LettersTask, planned, played
 
 from fedmoe.arena.modes import competitive, cooperative, team_battle
 from fedmoe.arena.modes.advantages import BaselineKey
-from fedmoe.arena.modes.competitive import Competitive
-from fedmoe.arena.modes.cooperative import Cooperative
+from fedmoe.arena.modes.competitive import CompetitiveMode
+from fedmoe.arena.modes.cooperative import CooperativeMode
 from fedmoe.arena.modes.credit import Credit
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.mixed import Mixed
+from fedmoe.arena.modes.mixed import MixedMode
 from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, Mode, ModeError, PlanInputs
 from fedmoe.arena.modes.registry import MODES, make_mode
 from fedmoe.arena.modes.switching import SwitchRules
-from fedmoe.arena.modes.team_battle import TeamBattle
+from fedmoe.arena.modes.team_battle import TeamBattleMode
 from fedmoe.arena.population.pbt import SURELY, Birth
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player
 from fedmoe.arena.tasks.task import HELD_OUT, check_lineup
@@ -139,7 +139,7 @@ def test_independent_policies_share_neither_table_nor_problem_and_earn_what_they
 
 
 def test_cooperation_is_one_team_of_all_with_changing_order_and_strategy() -> None:
-    plans = Cooperative().plan(ModeMemory(), make_planning(groups=12))
+    plans = CooperativeMode().plan(ModeMemory(), make_planning(groups=12))
     assert all(len(plan.lineup.teams) == 1 for plan in plans)
     assert len({plan.lineup.teams[0].seats for plan in plans}) > 2
     assert len({plan.players for plan in plans}) > 2
@@ -147,7 +147,7 @@ def test_cooperation_is_one_team_of_all_with_changing_order_and_strategy() -> No
 
 
 def test_competition_is_everybody_for_himself_with_a_frozen_guest_in_a_quarter_of_the_groups() -> None:
-    plans = Competitive().plan(ModeMemory(), make_planning(groups=400, samples=2))
+    plans = CompetitiveMode().plan(ModeMemory(), make_planning(groups=400, samples=2))
     guests = [[player for player in plan.players if not player.learning] for plan in plans]
     assert {len(plan.lineup.teams) for plan in plans} == {4, 5}
     assert all(len(team.seats) == 1 for plan in plans for team in plan.lineup.teams)
@@ -157,7 +157,7 @@ def test_competition_is_everybody_for_himself_with_a_frozen_guest_in_a_quarter_o
 
 
 def test_where_not_all_fit_everybody_gets_as_many_tables_and_both_seats() -> None:
-    plans = Competitive().plan(ModeMemory(), make_planning(task=DUEL, groups=80, samples=2))
+    plans = CompetitiveMode().plan(ModeMemory(), make_planning(task=DUEL, groups=80, samples=2))
     assert {plan.lineup.seats for plan in plans} == {2}
     firsts = Counter(name for plan in plans for name in {player.name for player in plan.players if player.learning})
     assert min(firsts[name] for name in NAMES) >= 2 * 80 / len(NAMES)
@@ -168,15 +168,15 @@ def test_where_not_all_fit_everybody_gets_as_many_tables_and_both_seats() -> Non
 @pytest.mark.parametrize("seats", [(3, 3), (2, 3), (4, 4), (3, 4)])
 def test_a_table_that_policies_just_fill_is_full_with_a_frozen_guest_too(seats: tuple[int, int]) -> None:
     task = LettersTask(seats)
-    Competitive().check(task, 4)
-    plans = Competitive().plan(ModeMemory(), make_planning(task=task, groups=60, samples=1))
+    CompetitiveMode().check(task, 4)
+    plans = CompetitiveMode().plan(ModeMemory(), make_planning(task=task, groups=60, samples=1))
     assert {plan.lineup.seats for plan in plans} == {seats[1]}
     assert {sum(player.learning for player in plan.players) for plan in plans} == {seats[1], seats[1] - 1}
     assert all(len(set(plan.players)) == len(plan.players) for plan in plans)
 
 
 def test_a_battle_is_two_equal_teams_of_about_equal_rating_that_choose_their_way() -> None:
-    society, mode = ModeMemory(), TeamBattle()
+    society, mode = ModeMemory(), TeamBattleMode()
     for name in NAMES:
         society.ratings.ensure(name)
     for _ in range(30):  # ann and bob become much stronger than cy and dee
@@ -215,7 +215,7 @@ def weighed(weights: Credit, parts: Credit) -> float:
 
 def test_cooperation_pays_the_common_result_ones_own_and_what_the_team_would_miss() -> None:
     scores = {"ann": 0.8, "bob": 0.5, "cy": 0.2, "dee": 0.0}
-    _, found = judged(Cooperative(), ModeMemory(), make_planning(), by_name(scores))
+    _, found = judged(CooperativeMode(), ModeMemory(), make_planning(), by_name(scores))
     assert all(cooperative.WEIGHTS.parts()[name] for name in ("individual", "shared", "difference"))
     for result in found.results:
         # Without ann the team has 0.5, without any other still 0.8.
@@ -227,8 +227,8 @@ def test_cooperation_pays_the_common_result_ones_own_and_what_the_team_would_mis
 def test_competition_pays_ones_own_result_and_the_lead_over_the_rivals() -> None:
     scores = {"ann": 0.9, "bob": 0.6, "cy": 0.3, "dee": 0.0}
     ahead = {"ann": 0.6, "bob": 0.2, "cy": -0.2, "dee": -0.6}
-    plans = [plan for plan in Competitive().plan(ModeMemory(), make_planning(groups=8)) if plan.lineup.seats == 4]
-    found = Competitive().judge(ModeMemory(), make_planning(), [played(plan, by_name(scores)) for plan in plans])
+    plans = [plan for plan in CompetitiveMode().plan(ModeMemory(), make_planning(groups=8)) if plan.lineup.seats == 4]
+    found = CompetitiveMode().judge(ModeMemory(), make_planning(), [played(plan, by_name(scores)) for plan in plans])
     assert all(competitive.WEIGHTS.parts()[name] for name in ("individual", "versus"))
     for result in found.results:
         parts = Credit(scores[result.policy], scores[result.policy], None, ahead[result.policy])
@@ -238,7 +238,7 @@ def test_competition_pays_ones_own_result_and_the_lead_over_the_rivals() -> None
 
 def test_a_battle_is_zero_sum_between_teams_and_pays_what_each_member_adds() -> None:
     scores = {"ann": 0.8, "bob": 0.5, "cy": 0.2, "dee": 0.0}
-    episodes, found = judged(TeamBattle(), ModeMemory(), make_planning(groups=10), by_name(scores))
+    episodes, found = judged(TeamBattleMode(), ModeMemory(), make_planning(groups=10), by_name(scores))
     assert all(team_battle.WEIGHTS.parts()[name] for name in ("difference", "versus"))
     for index, episode in enumerate(episodes):
         own = {result.seat: result.credit for result in found.results if result.episode == index}
@@ -311,7 +311,7 @@ def test_an_action_that_the_limit_cut_costs_a_half_of_its_share(mode: str) -> No
 
 
 def test_a_draft_that_the_limit_cut_costs_the_draft_and_not_the_answer() -> None:
-    mode, society, planning = Cooperative(), ModeMemory(), make_planning()
+    mode, society, planning = CooperativeMode(), ModeMemory(), make_planning()
     episodes = []
     for plan in mode.plan(society, planning):
         one = played(plan, lambda player, sample: 0.0)
@@ -324,7 +324,7 @@ def test_a_draft_that_the_limit_cut_costs_the_draft_and_not_the_answer() -> None
 
 
 def test_in_a_game_the_baseline_is_a_moving_average_of_policy_and_seat() -> None:
-    society, mode = ModeMemory(), Competitive()
+    society, mode = ModeMemory(), CompetitiveMode()
     planning = make_planning(task=DUEL, groups=8, samples=2)
     plans = mode.plan(society, planning)
     episodes = [played(plan, lambda player, sample: 1.0 if player.name == "ann" else 0.0) for plan in plans]
@@ -345,7 +345,7 @@ def test_in_a_game_the_baseline_is_a_moving_average_of_policy_and_seat() -> None
 
 def test_games_between_teams_are_rated_and_cooperation_is_not() -> None:
     scores = by_name({"ann": 0.9, "bob": 0.6, "cy": 0.3, "dee": 0.0})
-    for mode in (Competitive(), TeamBattle()):
+    for mode in (CompetitiveMode(), TeamBattleMode()):
         society = ModeMemory()
         for iteration in range(6):
             judged(mode, society, make_planning(iteration), scores)
@@ -353,12 +353,12 @@ def test_games_between_teams_are_rated_and_cooperation_is_not() -> None:
         assert order == list(NAMES), mode.name
         assert all(society.ratings[name].games == 6 * 12 for name in NAMES)
     society = ModeMemory()
-    judged(Cooperative(), society, make_planning(), scores)
+    judged(CooperativeMode(), society, make_planning(), scores)
     assert not any(name in society.ratings for name in NAMES)
 
 
 def test_results_against_frozen_opponents_choose_the_next_ones() -> None:
-    society, mode = ModeMemory(), Competitive()
+    society, mode = ModeMemory(), CompetitiveMode()
     society.opponents.add_champion(AdapterKey("ann", 7), 30.0)
     strong = by_name(dict.fromkeys(NAMES, 0.5) | {"ann@7": 1.0})
     for iteration in range(6):
@@ -370,7 +370,7 @@ def test_results_against_frozen_opponents_choose_the_next_ones() -> None:
 
 
 def test_a_team_learns_which_way_of_working_wins() -> None:
-    society, mode = ModeMemory(), TeamBattle()
+    society, mode = ModeMemory(), TeamBattleMode()
 
     def score(plan: EpisodePlan) -> Score:
         ways = {plan.players[seat].name: team.strategy for team in plan.lineup.teams for seat in team.seats}
@@ -395,7 +395,7 @@ def test_a_team_learns_which_way_of_working_wins() -> None:
 
 
 def test_cooperation_moves_episodes_to_the_ways_in_which_rewards_still_differ() -> None:
-    society, mode = ModeMemory(), Cooperative()
+    society, mode = ModeMemory(), CooperativeMode()
     counts: list[Counter[str]] = []
     decisions: list[ArenaDecision] = []
     for iteration in range(8):
@@ -415,13 +415,13 @@ def test_cooperation_moves_episodes_to_the_ways_in_which_rewards_still_differ() 
 
 
 def test_fewer_groups_than_ways_of_working_still_make_a_plan() -> None:
-    society, mode = ModeMemory(), Cooperative()
+    society, mode = ModeMemory(), CooperativeMode()
     _, found = judged(mode, society, make_planning(groups=1), varied)
     assert found.examples
     assert found.decisions == ()
 
 
-class Eager(Competitive):
+class Eager(CompetitiveMode):
     """Replaces policies earlier."""
 
     def __init__(self, min_games: int, cooldown: int) -> None:
@@ -465,7 +465,7 @@ def test_equals_are_not_replaced() -> None:
 
 
 def test_mixed_mode_switches_with_a_reason_and_baselines_begin_anew() -> None:
-    society, mode = ModeMemory(), Mixed(SwitchRules(exploration=6, min_stay=2, window=3))
+    society, mode = ModeMemory(), MixedMode(SwitchRules(exploration=6, min_stay=2, window=3))
     seen, decisions = [], []
     for iteration in range(6):
         society.baselines.advantage(BaselineKey("t", "r", "ann"), [1.0])
@@ -484,7 +484,7 @@ def test_mixed_mode_switches_with_a_reason_and_baselines_begin_anew() -> None:
 
 
 def test_mixed_mode_leaves_a_mode_that_one_policy_dominates() -> None:
-    society, mode = ModeMemory(), Mixed(SwitchRules(exploration=3, min_stay=1, window=3))
+    society, mode = ModeMemory(), MixedMode(SwitchRules(exploration=3, min_stay=1, window=3))
     rng = np.random.default_rng(1)
     left = ""
     for iteration in range(30):
@@ -502,7 +502,7 @@ def test_mixed_mode_leaves_a_mode_that_one_policy_dominates() -> None:
 
 
 def test_mixed_mode_measures_agreement_on_tables_with_a_guest_too() -> None:
-    society, mode = ModeMemory(), Mixed(SwitchRules(exploration=3, min_stay=1, window=3))
+    society, mode = ModeMemory(), MixedMode(SwitchRules(exploration=3, min_stay=1, window=3))
     task = LettersTask((1, 4))
     mode.check(task, 4)
     for iteration in range(12):
@@ -514,7 +514,7 @@ def test_mixed_mode_measures_agreement_on_tables_with_a_guest_too() -> None:
 def test_a_mode_and_its_society_go_on_from_a_checkpoint_as_if_never_stopped(mode: str) -> None:
     first, society = make_mode(mode), ModeMemory()
     if mode == "mixed":
-        first = Mixed(SwitchRules(exploration=6, min_stay=2, window=3))
+        first = MixedMode(SwitchRules(exploration=6, min_stay=2, window=3))
     for iteration in range(3):
         judged(first, society, make_planning(iteration), varied)
     state = json.loads(json.dumps(first.state()))
@@ -541,7 +541,7 @@ def _same(one: Judgement, other: Judgement) -> bool:
     )
 
 
-class Quiet(Cooperative):
+class Quiet(CooperativeMode):
     """A mode of somebody else's."""
 
     name = "quiet"

@@ -17,13 +17,13 @@ from tiny_arena import NAMES, TIMES, curve, records_of, tiny_config
 
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.learning.learner import Learner
-from fedmoe.arena.modes.competitive import Competitive
+from fedmoe.arena.modes.competitive import CompetitiveMode
 from fedmoe.arena.modes.protocol import ModeError
 from fedmoe.arena.run import checkpoint
 from fedmoe.arena.run.batched_records import BatchedRecords
 from fedmoe.arena.run.episode_log import EPISODES, read_episodes
 from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch, unwatched
-from fedmoe.arena.run.results import REPORT, RESULTS, Ending
+from fedmoe.arena.run.results import REPORT, RESULTS, RunOutcome
 from fedmoe.arena.run.run import METRICS, run_arena
 from fedmoe.cli.arena_watch import ArenaWatch
 from fedmoe.lora.codec import digest
@@ -58,7 +58,7 @@ def run(
     stop: Stop | None = None,
     watch: Watch = unwatched,
     memory_limit_gb: float | None = None,
-) -> Ending:
+) -> RunOutcome:
     options = RunOptions(
         folder,
         resume=resume,
@@ -120,7 +120,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedmoe.arena.run.run.make_task", lambda name, options: LettersTask())
-        assert run(folder) == Ending("finished")
+        assert run(folder) == RunOutcome("finished")
     return folder
 
 
@@ -244,7 +244,7 @@ def stopped_after(folder: Path, iterations: int) -> None:
     if iterations == 0:
         stop.ask("enough")
     ending = run(folder, stop=stop, watch=after(iterations, lambda: stop.ask("enough")))
-    assert ending == Ending("stopped", "enough")
+    assert ending == RunOutcome("stopped", "enough")
     assert (report(folder)["status"], report(folder)["reason"]) == ("stopped", "enough")
     assert checkpoint.load(newest(folder)).iteration == iterations
 
@@ -253,7 +253,7 @@ def stopped_after(folder: Path, iterations: int) -> None:
 def test_a_run_that_was_stopped_goes_on_as_if_it_never_had(iterations: int, finished: Path, tmp_path: Path) -> None:
     stopped_after(tmp_path, iterations)
     last = newest(tmp_path).name
-    assert run(tmp_path, resume=True) == Ending("finished")
+    assert run(tmp_path, resume=True) == RunOutcome("finished")
     assert curve(tmp_path) == curve(finished)
     assert digests(tmp_path) == digests(finished)
     assert report(tmp_path)["resumed_from"] == last
@@ -266,7 +266,7 @@ def test_a_run_that_broke_goes_on_from_its_newest_checkpoint(iterations: int, fi
         run(tmp_path, watch=after(iterations, boom))
     assert report(tmp_path)["status"] == "failed"
     assert "Boom" in (tmp_path / "logs" / "training_runner.log").read_text()
-    assert run(tmp_path, resume=True) == Ending("finished")
+    assert run(tmp_path, resume=True) == RunOutcome("finished")
     assert curve(tmp_path) == curve(finished)
     assert digests(tmp_path) == digests(finished)
 
@@ -276,7 +276,7 @@ def test_a_run_may_be_stopped_and_continued_after_every_iteration(finished: Path
     for iterations in range(1, 5):
         stop = Stop()
         asked = after(iterations, lambda stop=stop: stop.ask("again"))  # type: ignore[misc]
-        assert run(tmp_path, resume=True, stop=stop, watch=asked) == Ending("stopped", "again")
+        assert run(tmp_path, resume=True, stop=stop, watch=asked) == RunOutcome("stopped", "again")
     assert run(tmp_path, resume=True).status == "finished"
     assert curve(tmp_path) == curve(finished)
     assert digests(tmp_path) == digests(finished)
@@ -295,8 +295,8 @@ def test_every_mode_and_bound_goes_on_exactly(mode: str, bound: int, tmp_path: P
 
 def test_a_game_with_a_replacement_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedmoe.arena.run.run.make_task", lambda name, options: DUEL)
-    monkeypatch.setattr(Competitive, "min_games", 2)
-    monkeypatch.setattr(Competitive, "cooldown", 3)
+    monkeypatch.setattr(CompetitiveMode, "min_games", 2)
+    monkeypatch.setattr(CompetitiveMode, "cooldown", 3)
     monkeypatch.setattr("fedmoe.arena.population.pbt.SURELY", 0.01)
     config = tiny_config([("competitive", 3), ("competitive", 4)], groups=4)
     stop = Stop()
@@ -313,13 +313,13 @@ def test_a_game_with_a_replacement_goes_on_exactly(tmp_path: Path, monkeypatch: 
 def test_a_finished_run_has_nothing_to_go_on_with(tmp_path: Path) -> None:
     run(tmp_path)
     before = curve(tmp_path), [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")]
-    assert run(tmp_path, resume=True) == Ending("finished")
+    assert run(tmp_path, resume=True) == RunOutcome("finished")
     assert (curve(tmp_path), [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")]) == before
 
 
 def test_a_stop_that_comes_with_the_last_iteration_finds_the_run_finished(tmp_path: Path) -> None:
     stop = Stop()
-    assert run(tmp_path, stop=stop, watch=after(5, lambda: stop.ask("too late"))) == Ending("finished")
+    assert run(tmp_path, stop=stop, watch=after(5, lambda: stop.ask("too late"))) == RunOutcome("finished")
 
 
 def test_a_run_is_never_written_over_unasked(tmp_path: Path) -> None:
@@ -345,13 +345,13 @@ def test_another_configuration_cannot_go_on_with_a_run(tmp_path: Path) -> None:
 
 def test_more_iterations_and_another_evaluation_may_go_on_and_are_told(tmp_path: Path) -> None:
     config = run_config()
-    assert run(tmp_path, config) == Ending("finished")
+    assert run(tmp_path, config) == RunOutcome("finished")
     last = config.phases[-1]
     phases = (*config.phases[:-1], last.model_copy(update={"iterations": last.iterations + 1}))
     more = config.model_copy(
         update={"phases": phases, "evaluation": config.evaluation.model_copy(update={"episodes": 9})}
     )
-    assert run(tmp_path, more, resume=True) == Ending("finished")
+    assert run(tmp_path, more, resume=True) == RunOutcome("finished")
     told = [str(record["after"]) for record in of_kind(tmp_path, "decision") if record["what"] == "configuration"]
     assert len(told) == 2
     assert "evaluation.episodes: 6 in the checkpoint, 9 now" in told
@@ -364,11 +364,11 @@ def test_a_start_that_was_refused_is_no_run(tmp_path: Path, monkeypatch: pytest.
         patch.setattr("fedmoe.arena.run.run.make_task", lambda name, options: DUEL)
         with pytest.raises(ModeError, match="team_battle"):
             run(tmp_path)
-    assert run(tmp_path, tiny_config([("competitive", 1)])) == Ending("finished")
+    assert run(tmp_path, tiny_config([("competitive", 1)])) == RunOutcome("finished")
 
 
 def test_to_resume_what_never_began_is_to_begin(tmp_path: Path, finished: Path) -> None:
-    assert run(tmp_path, resume=True) == Ending("finished")
+    assert run(tmp_path, resume=True) == RunOutcome("finished")
     assert curve(tmp_path) == curve(finished)
     assert "no_checkpoint" not in (tmp_path / "logs" / "training_runner.log").read_text()
 
@@ -390,7 +390,7 @@ def test_a_memory_limit_that_is_too_low_ends_the_run_in_order_e16(tmp_path: Path
     runner = (tmp_path / "logs" / "training_runner.log").read_text()
     assert "memory_caches_dropped" in runner
     assert "memory_limit_reached" in runner
-    assert run(tmp_path, resume=True) == Ending("finished")
+    assert run(tmp_path, resume=True) == RunOutcome("finished")
     assert curve(tmp_path) == curve(finished)
 
 
@@ -413,7 +413,7 @@ def test_an_update_that_does_not_fit_is_tried_again_with_a_smaller_batch_e16(
     config = tiny_config([("competitive", 2)], micro_batch_tokens=1024)
     run(tmp_path / "whole", config)
     short_of_memory(monkeypatch, lambda learner: learner.micro_batch_tokens <= 256)
-    assert run(tmp_path / "short", config) == Ending("finished")
+    assert run(tmp_path / "short", config) == RunOutcome("finished")
     runner = (tmp_path / "short" / "logs" / "training_runner.log").read_text()
     for before, after_it in ((1024, 512), (512, 256)):
         assert f'memory_batch_reduced before={before} after={after_it} reason="CUDA out of memory"' in runner
@@ -435,7 +435,7 @@ def test_an_update_that_never_fits_ends_the_run_where_it_can_go_on_exactly(
             run(tmp_path)
     assert report(tmp_path)["status"] == "stopped"
     assert checkpoint.load(newest(tmp_path)).iteration == 3
-    assert run(tmp_path, resume=True) == Ending("finished")
+    assert run(tmp_path, resume=True) == RunOutcome("finished")
     assert curve(tmp_path) == curve(finished)
     assert digests(tmp_path) == digests(finished)
 
@@ -464,7 +464,7 @@ def test_the_memory_limit_and_the_batch_follow_control_json_while_running_e16(tm
 
 
 def test_a_watched_run_ends_well_and_keeps_what_the_watchers_measured_e9_e23(tmp_path: Path) -> None:
-    assert run(tmp_path, watch=ArenaWatch(5, None, True)) == Ending("finished")
+    assert run(tmp_path, watch=ArenaWatch(5, None, True)) == RunOutcome("finished")
     system = of_kind(tmp_path, "system")
     assert system
     assert all(record["process_bytes"] for record in system)

@@ -13,7 +13,7 @@ from fedmoe.arena.run.checkpoint import config_digest
 from fedmoe.arena.run.results import (
     REPORT,
     RESULTS,
-    Ending,
+    RunOutcome,
     build_metrics,
     build_report,
     build_results,
@@ -63,14 +63,14 @@ def timing(iteration: int, seconds: float, tokens: int) -> Record:
     }
 
 
-def report(found: RunRecords, ending: Ending | None = None) -> dict[str, object]:
+def report(found: RunRecords, ending: RunOutcome | None = None) -> dict[str, object]:
     return build_report(
         found,
         config={"task": "t", "seed": 7},
         environment={"python": "3.11"},
         started=1_769_860_800.0,
         ended=1_769_860_890.5,
-        ending=ending or Ending("finished"),
+        ending=ending or RunOutcome("finished"),
         checkpoints=["checkpoint_20260131_120000"],
         resumed_from=None,
     )
@@ -202,7 +202,7 @@ def test_the_report_says_when_on_what_how_much_how_fast_and_how_it_ended_e12() -
             {"kind": "system", "process_bytes": 9, "cpu_percent": 4.0, "gpu_percent": None, "disk_free_bytes": 7},
         ]
     )
-    built = report(found, Ending("stopped", "asked to by a signal"))
+    built = report(found, RunOutcome("stopped", "asked to by a signal"))
     assert (built["status"], built["reason"]) == ("stopped", "asked to by a signal")
     assert (built["started"], built["ended"]) == ("2026-01-31T12:00:00+00:00", "2026-01-31T12:01:30+00:00")
     assert (built["seconds"], built["seed"]) == (90.5, 7)
@@ -224,7 +224,7 @@ def test_the_report_says_when_on_what_how_much_how_fast_and_how_it_ended_e12() -
 
 
 def test_a_run_that_still_goes_on_has_no_end() -> None:
-    built = report(sort_records([RUN]), Ending("running"))
+    built = report(sort_records([RUN]), RunOutcome("running"))
     assert (built["status"], built["ended"]) == ("running", None)
 
 
@@ -333,7 +333,7 @@ def test_the_report_warns_of_skipped_episodes_and_few_questions() -> None:
         environment={},
         started=0.0,
         ended=1.0,
-        ending=Ending("finished"),
+        ending=RunOutcome("finished"),
         checkpoints=[],
         resumed_from=None,
     )

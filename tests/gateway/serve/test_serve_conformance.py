@@ -18,7 +18,14 @@ from serve_house import tiny, tiny_adapter
 from streaming_vllm import StreamingFakeVllm
 
 from fedmoe.gateway.serve.app import VllmAddress, backend_maker
-from fedmoe.inference.backend import Backend, BackendError, Generation, Sampling, ServedModel, Step
+from fedmoe.inference.backend import (
+    Backend,
+    BackendError,
+    ContinuationRequest,
+    DecodingStep,
+    SamplingOptions,
+    ServedModel,
+)
 from fedmoe.inference.batching.scheduler import TransformersBackend
 from fedmoe.inference.verify import Probe
 from fedmoe.inference.vllm.backend import VllmBackend
@@ -31,7 +38,7 @@ from fedmoe.models.lora_layers import ALL_LINEAR, find_targets
 
 PROMPTS = ((3, 1, 4), (2, 7))
 ONE, TWO = ServedModel("python", 3, "a" * 64), ServedModel("sql", 1, "b" * 64)
-GREEDY = Sampling(8, temperature=0.0)
+GREEDY = SamplingOptions(8, temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -49,19 +56,21 @@ class Bench:
         for seed, model in enumerate(models):
             self.backend.load(model, self.adapter(seed))
 
-    def steps(self, *wanted: Generation) -> list[list[Step]]:
+    def steps(self, *wanted: ContinuationRequest) -> list[list[DecodingStep]]:
         """All generations at once, each to its end."""
 
-        async def one(generation: Generation) -> list[Step]:
+        async def one(generation: ContinuationRequest) -> list[DecodingStep]:
             return [step async for step in self.backend.generate(generation)]
 
-        async def together() -> list[list[Step]]:
+        async def together() -> list[list[DecodingStep]]:
             return await asyncio.gather(*(one(generation) for generation in wanted))
 
         return asyncio.run(together())
 
-    def wanted(self, model: ServedModel | None, sampling: Sampling = GREEDY, prompt: int = 0) -> Generation:
-        return Generation(model, self.prompts[prompt], sampling)
+    def wanted(
+        self, model: ServedModel | None, sampling: SamplingOptions = GREEDY, prompt: int = 0
+    ) -> ContinuationRequest:
+        return ContinuationRequest(model, self.prompts[prompt], sampling)
 
 
 def fake_bench(folder: Path) -> Bench:
@@ -116,7 +125,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     made.backend.close()
 
 
-def tokens_of(steps: Sequence[Step]) -> list[int]:
+def tokens_of(steps: Sequence[DecodingStep]) -> list[int]:
     return [step.token for step in steps if step.token is not None]
 
 
@@ -166,7 +175,7 @@ def test_only_the_last_step_says_that_it_is_the_last(bench: Bench) -> None:
     bench.load(ONE)
     for prompt in range(3):
         for most in (1, 2, 7):
-            (steps,) = bench.steps(bench.wanted(ONE, Sampling(most, 1.0, 1.0, seed=prompt), prompt))
+            (steps,) = bench.steps(bench.wanted(ONE, SamplingOptions(most, 1.0, 1.0, seed=prompt), prompt))
             assert [step.finish for step in steps[:-1]] == [None] * (len(steps) - 1)
             assert steps[-1].finish in ("stop", "length")
             assert 1 <= len(tokens_of(steps)) <= most
@@ -176,7 +185,7 @@ def test_only_the_last_step_says_that_it_is_the_last(bench: Bench) -> None:
 def test_nobody_gets_other_tokens_because_of_who_else_is_there(bench: Bench) -> None:
     bench.load(ONE, TWO)
     wanted = [
-        bench.wanted(model, Sampling(most, temperature, 1.0, seed), prompt)
+        bench.wanted(model, SamplingOptions(most, temperature, 1.0, seed), prompt)
         for model in (ONE, TWO, None)
         for prompt in range(3)
         for most, temperature, seed in ((3, 0.0, 0), (11, 0.8, prompt), (20, 0.0, 0))
@@ -188,7 +197,7 @@ def test_nobody_gets_other_tokens_because_of_who_else_is_there(bench: Bench) -> 
 
 def test_the_seed_fixes_the_draw(bench: Bench) -> None:
     bench.load(ONE)
-    wanted = [bench.wanted(ONE, Sampling(8, 1.0, 1.0, seed)) for seed in (*range(6), *range(6))]
+    wanted = [bench.wanted(ONE, SamplingOptions(8, 1.0, 1.0, seed)) for seed in (*range(6), *range(6))]
     drawn = [tokens_of(steps) for steps in bench.steps(*wanted)]
     assert drawn[:6] == drawn[6:]
     assert len({tuple(tokens) for tokens in drawn}) > 1
@@ -196,7 +205,7 @@ def test_the_seed_fixes_the_draw(bench: Bench) -> None:
 
 def test_a_nucleus_of_one_token_is_greedy(bench: Bench) -> None:
     bench.load(ONE)
-    greedy, nucleus = bench.steps(bench.wanted(ONE), bench.wanted(ONE, Sampling(8, 1.5, 1e-6, seed=4)))
+    greedy, nucleus = bench.steps(bench.wanted(ONE), bench.wanted(ONE, SamplingOptions(8, 1.5, 1e-6, seed=4)))
     assert tokens_of(greedy) == tokens_of(nucleus)
 
 
@@ -204,7 +213,7 @@ def test_likelihoods_are_those_of_the_model_whatever_the_temperature(bench: Benc
     bench.load(ONE)
     found = []
     for temperature in (0.0, 1.9 if bench.own_likelihoods else 1.0):
-        (steps,) = bench.steps(bench.wanted(ONE, Sampling(1, temperature, 1.0, 2, alternatives=4)))
+        (steps,) = bench.steps(bench.wanted(ONE, SamplingOptions(1, temperature, 1.0, 2, alternatives=4)))
         assert steps[0].likelihood is not None
         assert len(steps[0].likelihood.top) == 4
         found.append(steps[0].likelihood)
@@ -222,7 +231,7 @@ def test_who_leaves_early_frees_the_place(bench: Bench) -> None:
     bench.load(ONE)
 
     async def leave_early() -> None:
-        generations = [bench.backend.generate(bench.wanted(ONE, Sampling(100, 1.0, 1.0, s))) for s in range(6)]
+        generations = [bench.backend.generate(bench.wanted(ONE, SamplingOptions(100, 1.0, 1.0, s))) for s in range(6)]
         for one in generations:
             async with aclosing(one):
                 await anext(one)
@@ -241,7 +250,7 @@ async def idle(backend: Backend) -> None:
 
 def test_a_version_goes_when_nobody_uses_it_any_more(bench: Bench) -> None:
     bench.load(ONE, TWO)
-    generation = bench.wanted(ONE, Sampling(100, 0.0))
+    generation = bench.wanted(ONE, SamplingOptions(100, 0.0))
     alone = bench.steps(generation)[0]
     gone = threading.Event()
 
@@ -249,8 +258,8 @@ def test_a_version_goes_when_nobody_uses_it_any_more(bench: Bench) -> None:
         bench.backend.unload(ONE)
         gone.set()
 
-    async def overtaken() -> list[Step]:
-        found: list[Step] = []
+    async def overtaken() -> list[DecodingStep]:
+        found: list[DecodingStep] = []
         async for step in bench.backend.generate(generation):
             if not found:
                 thread.start()

@@ -17,7 +17,7 @@ from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.manifest import BaseModel, Manifest
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert, PulledGateway, PulledStatistics
-from fedmoe.wire.contract.experts import ExpertInfo, Listing
+from fedmoe.wire.contract.experts import ExpertInfo, ExpertListing
 from fedmoe.wire.contract.gateway import GatewayInfo
 from fedmoe.wire.contract.messages import StatisticsKind
 
@@ -39,7 +39,7 @@ class FakeSource:
     def digest(self, name: str, version: int) -> str:
         return f"{abs(hash((name, version))):064x}"[:64]
 
-    def list_experts(self) -> Listing:
+    def list_experts(self) -> ExpertListing:
         if self.lost:
             raise CoordinatorUnavailableError("no answer")
         experts = [
@@ -56,7 +56,7 @@ class FakeSource:
             )
             for n, v in self.experts.items()
         ]
-        return Listing(experts=experts, gateway=self._info(), enable_gateway=True)
+        return ExpertListing(experts=experts, gateway=self._info(), enable_gateway=True)
 
     def _info(self) -> GatewayInfo | None:
         if self.gateway is None:

@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 from serve_house import EXPERTS, Alone, Client, Served, serving, tiny_layout
 
-from fedmoe.gateway.rerank import Candidates
+from fedmoe.gateway.rerank import ExpertCandidates
 from fedmoe.gateway.serve.service import Limits
 from fedmoe.inference.backend import ServedModel
 from fedmoe.lora.adapter import Adapter
@@ -27,12 +27,12 @@ class FirstLetter:
 
     experts = EXPERTS
 
-    def candidates(self, prompt: Sequence[int]) -> Candidates | None:
+    def candidates(self, prompt: Sequence[int]) -> ExpertCandidates | None:
         letter = Alone().base.tokenizer.decode(prompt[-1:])
         if letter == "t":
             # So unlikely that the gateway answers, whatever the likelihoods are.
-            return Candidates(tuple(prompt), {"python": -1e6, "sql": -1e6})
-        return Candidates(tuple(prompt), {{"p": "python", "n": "nobody"}[letter]: 1e6})
+            return ExpertCandidates(tuple(prompt), {"python": -1e6, "sql": -1e6})
+        return ExpertCandidates(tuple(prompt), {{"p": "python", "n": "nobody"}[letter]: 1e6})
 
     def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:
         return {}

@@ -14,7 +14,7 @@ import openai
 import pytest
 from serve_house import EXPERTS, Served, serving
 
-from fedmoe.gateway.rerank import Candidates
+from fedmoe.gateway.rerank import ExpertCandidates
 from fedmoe.gateway.serve.service import Limits
 from fedmoe.inference.backend import ServedModel
 
@@ -29,7 +29,7 @@ class Waiting:
         self.routed = self.most = self._now = 0
         self._lock = threading.Lock()
 
-    def candidates(self, prompt: Sequence[int]) -> Candidates | None:
+    def candidates(self, prompt: Sequence[int]) -> ExpertCandidates | None:
         with self._lock:
             self.routed += 1
             self._now += 1
@@ -38,7 +38,7 @@ class Waiting:
         time.sleep(0.01)
         with self._lock:
             self._now -= 1
-        return Candidates(tuple(prompt), {"python": 1e6})
+        return ExpertCandidates(tuple(prompt), {"python": 1e6})
 
     def follow(self, listed: Mapping[str, str], fetch: Callable[[str], bytes]) -> Mapping[str, str]:
         return {}

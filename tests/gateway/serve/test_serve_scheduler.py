@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serve_house import Alone, tiny, tiny_adapter, tiny_layout
 
-from fedmoe.inference.backend import BackendError, Generation, Sampling, ServedModel, Step
+from fedmoe.inference.backend import BackendError, ContinuationRequest, DecodingStep, SamplingOptions, ServedModel
 from fedmoe.inference.batching import scheduler
 from fedmoe.inference.batching.kv_slots import KVSlots
 from fedmoe.inference.batching.plan import compaction
@@ -35,7 +35,7 @@ def backend() -> Iterator[TransformersBackend]:
     made.close()
 
 
-async def run(backend: TransformersBackend, wanted: Generation, delay: float = 0.0) -> list[Step]:
+async def run(backend: TransformersBackend, wanted: ContinuationRequest, delay: float = 0.0) -> list[DecodingStep]:
     await asyncio.sleep(delay)
     return [step async for step in backend.generate(wanted)]
 
@@ -43,16 +43,16 @@ async def run(backend: TransformersBackend, wanted: Generation, delay: float = 0
 def test_rows_that_join_and_leave_at_any_time_say_what_they_say_alone(backend: TransformersBackend) -> None:
     rng = np.random.default_rng(0)
     wanted = [
-        Generation(
+        ContinuationRequest(
             (PYTHON, SQL, None)[index % 3],
             tuple(int(token) for token in rng.integers(0, 256, rng.integers(1, 200))),
-            Sampling(int(rng.integers(1, 40)), 0.0),
+            SamplingOptions(int(rng.integers(1, 40)), 0.0),
         )
         for index in range(30)
     ]
     delays = rng.random(30) * 0.3
 
-    async def all_of_them() -> list[list[Step]]:
+    async def all_of_them() -> list[list[DecodingStep]]:
         return await asyncio.gather(*(run(backend, *pair) for pair in zip(wanted, delays, strict=True)))
 
     alone = Alone()
@@ -68,8 +68,8 @@ def test_a_row_whose_numbers_overflow_leaves_nothing_behind_for_those_who_get_it
 ) -> None:
     huge = ServedModel("huge", 1, "c" * 64)
     backend.load(huge, Adapter(tiny_layout(), 8.0, np.full(tiny_layout().size, 1e30, np.float32)))
-    good = Generation(PYTHON, tuple(range(60, 90)), Sampling(30, 0.0))
-    bad = Generation(huge, (5, 6, 7), Sampling(30, 0.0))
+    good = ContinuationRequest(PYTHON, tuple(range(60, 90)), SamplingOptions(30, 0.0))
+    bad = ContinuationRequest(huge, (5, 6, 7), SamplingOptions(30, 0.0))
     alone = asyncio.run(run(backend, good))
 
     async def mixed() -> list[object]:
@@ -84,7 +84,7 @@ def test_a_row_whose_numbers_overflow_leaves_nothing_behind_for_those_who_get_it
 def test_a_batch_that_fails_tells_everybody_and_the_next_one_works(
     backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = Generation(PYTHON, (5, 6, 7), Sampling(5, 0.0))
+    wanted = ContinuationRequest(PYTHON, (5, 6, 7), SamplingOptions(5, 0.0))
     alone = asyncio.run(run(backend, wanted))
 
     def fail(*_: object) -> None:
@@ -106,7 +106,7 @@ def test_a_batch_that_fails_tells_everybody_and_the_next_one_works(
 def test_closing_tells_those_who_are_there_and_refuses_others() -> None:
     backend = TransformersBackend(tiny(), [module.name for module in tiny_layout().modules], rows=2)
     backend._stop_tokens = frozenset()  # nobody ends before the close, however late that comes
-    wanted = Generation(None, (5, 6, 7), Sampling(100_000, 1.0))
+    wanted = ContinuationRequest(None, (5, 6, 7), SamplingOptions(100_000, 1.0))
 
     async def interrupted() -> list[object]:
         tasks = [asyncio.create_task(run(backend, wanted)) for _ in range(5)]
@@ -148,8 +148,8 @@ def test_slots_hold_every_row_s_own_numbers_and_zeros_behind(actions: Sequence[t
                 assert (found[row][:, ~seen] == 0).all()
 
 
-def rows_of(*samplings: Sampling) -> list[BatchRow]:
-    return [BatchRow(Generation(None, (1,), sampling), frozenset()) for sampling in samplings]
+def rows_of(*samplings: SamplingOptions) -> list[BatchRow]:
+    return [BatchRow(ContinuationRequest(None, (1,), sampling), frozenset()) for sampling in samplings]
 
 
 @given(st.floats(0.01, 0.99), st.floats(0.2, 2.0), st.integers(0, 1000))
@@ -159,7 +159,7 @@ def test_tokens_come_from_the_smallest_set_that_reaches_top_p(top_p: float, temp
     order = shares.argsort(descending=True).tolist()
     within = [0.0, *np.cumsum([float(shares[token]) for token in order]).tolist()]
     allowed = {token for token, (before, _) in zip(order, pairwise(within), strict=True) if before < top_p + 1e-5}
-    rows = rows_of(*(Sampling(1, temperature, top_p, draw) for draw in range(40)))
+    rows = rows_of(*(SamplingOptions(1, temperature, top_p, draw) for draw in range(40)))
     assert not draw(logits.repeat(40, 1), rows)
     assert {row.tokens[0] for row in rows} <= allowed
 
@@ -167,7 +167,7 @@ def test_tokens_come_from_the_smallest_set_that_reaches_top_p(top_p: float, temp
 def test_the_nucleus_is_drawn_from_in_proportion() -> None:
     logits = torch.tensor([3.0, 2.0, 1.0, -1.0]).log_softmax(0)
     shares = logits.exp()
-    rows = rows_of(*(Sampling(1, 1.0, 0.85, seed) for seed in range(4000)))
+    rows = rows_of(*(SamplingOptions(1, 1.0, 0.85, seed) for seed in range(4000)))
     draw(logits.repeat(4000, 1), rows)
     counted = Counter(row.tokens[0] for row in rows)
     assert set(counted) == {0, 1}
@@ -177,7 +177,7 @@ def test_the_nucleus_is_drawn_from_in_proportion() -> None:
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 2.0])
 def test_tokens_are_drawn_with_the_probabilities_of_the_temperature(temperature: float) -> None:
     logits = torch.tensor([2.0, 1.5, 0.0, -1.0])
-    rows = rows_of(*(Sampling(2, temperature, 1.0, seed) for seed in range(4000)))
+    rows = rows_of(*(SamplingOptions(2, temperature, 1.0, seed) for seed in range(4000)))
     for place in range(2):
         draw(logits.repeat(4000, 1), rows)
         counted = Counter(row.tokens[place] for row in rows)
@@ -187,22 +187,22 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_temperature(temperature:
 
 def test_a_row_s_draws_are_its_own_whoever_is_beside_it_and_whatever_the_last_bits() -> None:
     logits = torch.from_numpy(np.random.default_rng(0).normal(0, 2, (1, 500)).astype(np.float32))
-    many = rows_of(*(Sampling(1, 1.0, 1.0, seed) for seed in range(300)))
+    many = rows_of(*(SamplingOptions(1, 1.0, 1.0, seed) for seed in range(300)))
     draw(logits.repeat(300, 1) + 1e-6 * torch.randn(300, 500, generator=torch.Generator().manual_seed(1)), many)
-    alone = [rows_of(Sampling(1, 1.0, 1.0, seed)) for seed in range(300)]
+    alone = [rows_of(SamplingOptions(1, 1.0, 1.0, seed)) for seed in range(300)]
     for one in alone:
         draw(logits.clone(), one)
     assert [row.tokens for row in many] == [row.tokens for (row,) in alone]
 
 
 def test_the_smallest_temperature_is_greedy() -> None:
-    rows = rows_of(*(Sampling(1, 1e-30, 1.0, seed) for seed in range(20)))
+    rows = rows_of(*(SamplingOptions(1, 1e-30, 1.0, seed) for seed in range(20)))
     draw(torch.tensor([1.0, 1.5, 1e4]).repeat(20, 1), rows)
     assert {row.tokens[0] for row in rows} == {2}
 
 
 def test_a_row_without_numbers_does_not_spoil_the_others() -> None:
     logits = torch.tensor([[0.0, 5.0], [float("nan"), 0.0], [float("inf"), 0.0], [float("-inf"), 1.0]])
-    rows = rows_of(*(Sampling(1, 0.0, 1.0, 0, alternatives=1) for _ in range(4)))
+    rows = rows_of(*(SamplingOptions(1, 0.0, 1.0, 0, alternatives=1) for _ in range(4)))
     assert draw(logits, rows) == {1, 2}
     assert [rows[0].tokens, rows[3].tokens] == [[1], [1]]

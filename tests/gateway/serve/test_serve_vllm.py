@@ -15,7 +15,7 @@ from fake_vllm import MODEL, expected_scores, make_adapter
 from streaming_vllm import StreamingFakeVllm
 from test_serve_conformance import PROMPTS, fake_backend
 
-from fedmoe.inference.backend import BackendError, Generation, Sampling, ServedModel, Step
+from fedmoe.inference.backend import BackendError, ContinuationRequest, DecodingStep, SamplingOptions, ServedModel
 from fedmoe.inference.engine import EngineError
 from fedmoe.inference.verify import Probe
 from fedmoe.inference.vllm.backend import VllmBackend
@@ -25,15 +25,15 @@ from fedmoe.lora.adapter import Adapter, FloatArray, ShapeError
 PYTHON = ServedModel("python", 1, "a" * 64)
 
 
-def steps(backend: VllmBackend, wanted: Generation) -> list[Step]:
-    async def run() -> list[Step]:
+def steps(backend: VllmBackend, wanted: ContinuationRequest) -> list[DecodingStep]:
+    async def run() -> list[DecodingStep]:
         return [step async for step in backend.generate(wanted)]
 
     return asyncio.run(run())
 
 
-def generation(model: ServedModel | None = PYTHON, **sampling: float | int | None) -> Generation:
-    return Generation(model, (3, 1, 4), Sampling(**{"max_new_tokens": 6, **sampling}))  # type: ignore[arg-type]
+def generation(model: ServedModel | None = PYTHON, **sampling: float | int | None) -> ContinuationRequest:
+    return ContinuationRequest(model, (3, 1, 4), SamplingOptions(**{"max_new_tokens": 6, **sampling}))  # type: ignore[arg-type]
 
 
 def test_every_version_has_a_name_of_its_own_and_leaves_no_trace(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.inference.backend import Generation, Sampling
+from fedmoe.inference.backend import ContinuationRequest, SamplingOptions
 from fedmoe.inference.batching.plan import BatchPlan, compaction, ended_rows
 from fedmoe.inference.batching.sampler import BatchRow
 
 
 def row(prompt: int, new: int = 4) -> BatchRow:
-    return BatchRow(Generation(None, (1,) * prompt, Sampling(new)), frozenset({0}))
+    return BatchRow(ContinuationRequest(None, (1,) * prompt, SamplingOptions(new)), frozenset({0}))
 
 
 def plan(rows: list[BatchRow], most: int = 3, prompt_tokens: int = 10) -> BatchPlan[BatchRow]:

@@ -1,4 +1,4 @@
-"""What the route handlers of one application share, found through `request.app.state`."""
+"""Objects that the route handlers of one application share, kept in `request.app.state`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ HistoryAnswerT = TypeVar("HistoryAnswerT", ExpertInfo, FederationInfo, UpdateRes
 
 
 @dataclass
-class Parts:
+class AppState:
     """The service, its tokens, the writer of weights, the places for uploads; the gateway as lists last showed it."""
 
     service: CoordinatorService
@@ -55,9 +55,9 @@ class Parts:
     listed_gateway: tuple[GatewayModel, str] | None = None
 
 
-def parts_of(request: Request) -> Parts:
+def parts_of(request: Request) -> AppState:
     parts = request.app.state.parts
-    assert isinstance(parts, Parts), "create_app sets them"
+    assert isinstance(parts, AppState), "create_app sets them"
     return parts
 
 
