@@ -128,8 +128,8 @@ class QwenLoRAExpert:
     def train_step(self, batches: Sequence[Batch]) -> StepRecord:
         """One optimizer step over all `batches` (micro-batches) of all ranks, each labelled token counting the same.
 
-        Raises NonFiniteError, with weights and optimizer unchanged, ScheduleEndedError beyond `max_steps`, and ValueError
-        when no token is labelled.
+        Raises NonFiniteError, with weights and optimizer unchanged, ScheduleEndedError beyond `max_steps`, and
+        ValueError when no token is labelled.
         """
         started = time.perf_counter()
         rate = learning_rate_at(self.training, self.step)
