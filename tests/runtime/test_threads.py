@@ -173,7 +173,7 @@ def test_a_worker_that_has_just_begun_counts_before_it_is_busy(
 def test_commands_are_prepared_before_numpy_is_loaded() -> None:
     code = (
         "import sys, os, fedmoe.cli as cli; assert 'numpy' not in sys.modules\n"
-        "cli.prepare = lambda words: print(words, 'numpy' in sys.modules)\n"
+        "cli.prepare_threads = lambda words: print(words, 'numpy' in sys.modules)\n"
         "cli.main(['--version'])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -11,7 +11,7 @@ from fedmoe.wire.contract.messages import Problem
 
 PACKAGE = Path(fedmoe.__file__).parent
 # Raised by the codec, pydantic or the guard's own words, and answered from this table or next to it.
-NOT_RAISED_AS_REFUSAL = {"malformed"}
+NOT_RAISED_AS_REFUSAL = {"invalid_request"}
 # What the client makes of a proxy's answer; no server of ours raises these.
 OF_A_PROXY = {"proxy_authentication", "proxy_size_limit"}
 

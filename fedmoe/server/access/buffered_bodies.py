@@ -46,9 +46,9 @@ class BufferedBody:
             return
         limits, mine = self._bodies.limits, self._bodies.by_token[self._token]
         if self._token and mine + more > limits.of_token:
-            raise _no_room("quota_exceeded", "this token's", limits.of_token)
+            raise BodyRefusedError("quota_exceeded", *_no_room("this token's", limits.of_token), retry_after=2)
         if self._bodies.total + more > limits.total:
-            raise _no_room("busy", "all", limits.total)
+            raise BodyRefusedError("busy", *_no_room("all", limits.total), retry_after=2)
         self._count(more)
 
     def release(self) -> None:
@@ -62,10 +62,7 @@ class BufferedBody:
             del self._bodies.by_token[self._token]
 
 
-def _no_room(code: str, whose: str, most: int) -> BodyRefusedError:
-    return BodyRefusedError(
-        code,
-        f"{whose} requests under way hold {most} bytes of JSON, which is all they may.",
-        "Retry after the time given, with fewer or smaller bodies at once.",
-        retry_after=2,
-    )
+def _no_room(whose: str, most: int) -> tuple[str, str]:
+    """What is wrong, and what to do."""
+    detail = f"{whose} requests under way hold {most} bytes of JSON, which is all they may."
+    return detail, "Retry after the time given, with fewer or smaller bodies at once."

@@ -7,17 +7,16 @@ The journal is read in pages, so that no push waits for all of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import sqlalchemy as sa
 import structlog
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.history import History
 from fedmoe.server.storage.blobs import FolderBlobStore, StorageFailedError, SweepReport
 from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.named_blobs import named_blobs
 from fedmoe.server.storage.released_bytes import newest_updates
-from fedmoe.server.storage.tables import DATA_STATISTICS, EVENTS, SNAPSHOTS, VERDICTS
 from fedmoe.server.storage.trash import UNNAMED_SECONDS, Trash
 
 _log = structlog.get_logger("fedmoe.disk")
@@ -97,19 +96,3 @@ class DailySweep:
 
         self._blobs.pins.unless_pinned(name, move)
         return bool(moved)
-
-
-_PAGE = 10_000
-
-
-def named_blobs(journal: Journal) -> Iterator[str]:
-    """The digests in every table's column of that name. Those of held updates stand in their payloads only."""
-    last: int | None = 0
-    while last is not None:
-        page = sa.select(EVENTS.c.id, EVENTS.c.digest).where(EVENTS.c.id > last).order_by(EVENTS.c.id).limit(_PAGE)
-        rows = journal.query(page)
-        yield from (row["digest"] for row in rows if row["digest"] is not None)
-        last = rows[-1]["id"] if len(rows) == _PAGE else None
-    for table in (SNAPSHOTS, DATA_STATISTICS, VERDICTS):
-        found = journal.query(sa.select(table.c.digest).where(table.c.digest.is_not(None)))
-        yield from (row["digest"] for row in found)
