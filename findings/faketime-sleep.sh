@@ -17,8 +17,8 @@ trap 'rm -rf "$directory"' EXIT
 sed -n 's/^#> //p' "$0" >"$directory/expected"
 cd "$directory"
 apt-get download --quiet=2 libfaketime=0.9.10-2.1 2>apt-messages || { cat apt-messages; exit 1; }
-dpkg -x libfaketime_*.deb root
-library=$(echo "$directory"/root/usr/lib/*/faketime/libfaketimeMT.so.1)
+dpkg -x libfaketime_*.deb unpacked
+library=$(echo "$directory"/unpacked/usr/lib/*/faketime/libfaketimeMT.so.1)
 under() { env LD_PRELOAD="$library" FAKETIME=+2d "$@"; }
 cat >sleeps.py <<'PROGRAM'
 import time
