@@ -49,8 +49,8 @@ from fedmoe.lora.adapter import Layout, ModuleShape  # noqa: E402
 from fedmoe.lora.codec import encode  # noqa: E402
 from fedmoe.lora.manifest import BaseModel, Manifest  # noqa: E402
 from fedmoe.wire.client import CoordinatorClient  # noqa: E402
+from fedmoe.wire.contract.administration import TokenRequest  # noqa: E402
 from fedmoe.wire.contract.messages import SAFETENSORS, ManifestMessage  # noqa: E402
-from fedmoe.wire.contract.tokens import TokenRequest  # noqa: E402
 
 ADMIN, JOIN = "admin-token-of-this-benchmark-0", "join-token-of-this-benchmark-00"
 LAYOUT = Layout(tuple(ModuleShape(f"layers.{n}.q", 1024, 1024) for n in range(8)), 16)

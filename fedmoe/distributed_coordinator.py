@@ -15,8 +15,8 @@ import uvicorn
 
 from fedmoe.config import ADVISED_SYNC_INTERVAL, CoordinatorConfig
 from fedmoe.coordinator import Aggregation
-from fedmoe.runtime.allocator import trim
 from fedmoe.runtime.errors import RefusedError
+from fedmoe.runtime.memory import trim
 from fedmoe.server.access.quotas import Rate
 from fedmoe.server.access.tokens import KEEP_SECONDS, TokenGate
 from fedmoe.server.access.uploads import UploadAdmission
@@ -36,9 +36,9 @@ from fedmoe.server.upkeep.disk import DiskReport
 from fedmoe.server.upkeep.retention import retention_bound
 from fedmoe.server.upkeep.sweep import DailySweep
 from fedmoe.wire.http.bearer import new_token
-from fedmoe.wire.http.cross_site import is_loopback
 from fedmoe.wire.http.deadlines import GuardedProtocol
 from fedmoe.wire.http.listening import listen, own_signals
+from fedmoe.wire.http.middleware import is_loopback
 
 _log = structlog.get_logger("fedmoe.coordinator")
 

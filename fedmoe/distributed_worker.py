@@ -40,9 +40,8 @@ from fedmoe.wire.contract.messages import StartFrom, StatisticRequest, UpdateHea
 from fedmoe.wire.delivery import Delivery, DeliveryOutcome
 from fedmoe.wire.outbox import Outbox, PendingUpdate
 from fedmoe.worker.failures import DivergedError, WorkerFailedError, device_failure, on_rank_zero
-from fedmoe.worker.progress import Progress, WorkerSyncPoint
 from fedmoe.worker.report import WorkerReport, warn_of_other_history
-from fedmoe.worker.restart import resume_worker
+from fedmoe.worker.restart import Progress, WorkerSyncPoint, resume_worker
 
 __all__ = ["DistributedWorker", "SyncSettings", "WorkerFailedError"]
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from fedmoe.config import MAX_SYNC_INTERVAL, MIN_SYNC_INTERVAL, CoordinatorConfig, WorkerConfig
 from fedmoe.models.schedule import TrainingConfig
-from fedmoe.worker.options import training_config
+from fedmoe.worker.preparation import training_config
 
 NEEDED = {"coordinator_url": "http://127.0.0.1:5000", "worker_id": "w1", "specialty": "python", "dataset": "a.jsonl"}
 SECRET = "a-token-that-nobody-may-read-0001"

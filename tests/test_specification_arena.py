@@ -34,10 +34,9 @@ from fedmoe.inference.transformers_engine import TransformersEngine
 from fedmoe.lora.adapter import initial_adapter
 from fedmoe.models.base import load_base
 from fedmoe.models.multilora import MultiLora
-from fedmoe.runtime import resources as placement
-from fedmoe.runtime.mounts import Mount
+from fedmoe.runtime import placement as placement
+from fedmoe.runtime.placement import Mount, PlacementError
 from fedmoe.runtime.records import Record, RecordValue, read_records
-from fedmoe.runtime.resources import PlacementError
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("one", "two", "three", "four")

@@ -11,8 +11,8 @@ import typer
 
 from fedmoe.cli.output import CommandError, given
 from fedmoe.config import DEFAULT_PORT, CoordinatorConfig
-from fedmoe.runtime.allocator import give_back_freed_memory
 from fedmoe.runtime.logs import configure, log_uncaught, warn
+from fedmoe.runtime.memory import give_back_freed_memory
 
 if TYPE_CHECKING:
     from fedmoe.distributed_coordinator import DistributedCoordinator

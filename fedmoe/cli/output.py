@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 
 from fedmoe.runtime.errors import ExpectedError, RefusedError
 from fedmoe.runtime.safe_text import inert
-from fedmoe.wire.answer import CoordinatorUnavailableError
+from fedmoe.wire.answers import CoordinatorUnavailableError
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2

@@ -8,7 +8,7 @@ import typer
 
 from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, client
 from fedmoe.cli.output import show_json, show_table
-from fedmoe.wire.contract.quarantine import QuarantineListing
+from fedmoe.wire.contract.administration import QuarantineListing
 
 app = typer.Typer()
 HeldNumber = Annotated[int, typer.Argument(help="The number of the held update, as the list shows it.", min=1)]

@@ -89,7 +89,7 @@ def serve(
 def _keys(host: str, file: Path | None, insecure: bool) -> tuple[frozenset[str] | None, bool]:
     """The hashes of the API keys (None: no key is asked for), and whether only this machine is answered."""
     from fedmoe.gateway.serve.api_keys import read_keys
-    from fedmoe.wire.http.cross_site import is_loopback
+    from fedmoe.wire.http.middleware import is_loopback
 
     loopback = is_loopback(host)
     if file is None:

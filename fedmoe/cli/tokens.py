@@ -10,7 +10,7 @@ import typer
 from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, client
 from fedmoe.cli.output import CommandError, show_json, show_table
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.contract.tokens import TokenInfo, TokenRequest
+from fedmoe.wire.contract.administration import TokenInfo, TokenRequest
 
 app = typer.Typer(help="Make, list and revoke tokens (needs an admin token).", no_args_is_help=True)
 

@@ -24,8 +24,15 @@ from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.messages import StatisticsKind
 from fedmoe.wire.outbox import Outbox
 from fedmoe.worker.failures import on_rank_zero
-from fedmoe.worker.options import adapter_layout, check_federation, check_processes
-from fedmoe.worker.phases import PhaseLog, log_phase
+from fedmoe.worker.preparation import (
+    WorkerData,
+    adapter_layout,
+    check_federation,
+    check_processes,
+    check_sources,
+    worker_data,
+)
+from fedmoe.worker.report import PhaseLog, log_phase
 from fedmoe.worker.restart import check_data
 from fedmoe.worker.statistics import (
     StatisticsSender,
@@ -34,7 +41,6 @@ from fedmoe.worker.statistics import (
     statistics_key,
     write_cached,
 )
-from fedmoe.worker.training_data import WorkerData, check_sources, worker_data
 
 _log = structlog.get_logger("fedmoe.worker")
 

@@ -1,4 +1,4 @@
-"""Cores and memory that this process may use, by the machine and by the container it runs in.
+"""The machine, as a process may use it: cores, memory, the container's limits; versions and hardware for reports.
 
 A container shows its processes the whole machine and holds them to less; its limits are files of control groups. All
 sizes are in bytes.
@@ -6,13 +6,18 @@ sizes are in bytes.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import platform
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import psutil
+
+from fedmoe import __version__
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
@@ -160,3 +165,44 @@ def _text(file: Path) -> str:
         return file.read_text("utf-8")
     except OSError:  # not there, or the group went away meanwhile
         return ""
+
+
+_PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "textarena", "reasoning-gym", "openskill", "vllm")
+_CPU_INFORMATION = Path("/proc/cpuinfo")
+
+
+def environment() -> dict[str, object]:
+    """Versions and hardware for the run report; JSON types only, memory in bytes."""
+    return {
+        "fedmoe": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "processor": processor_name(_CPU_INFORMATION.read_text("utf-8") if _CPU_INFORMATION.is_file() else ""),
+        "cores": max(1, int(usable_cores())),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "memory_bytes": memory().total,
+        "gpus": _gpus(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor_name(information: str) -> str:
+    """The processor's name in the text of /proc/cpuinfo, or its architecture."""
+    match = re.search(r"^model name\s*:\s*(.+)$", information, re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def _gpus() -> list[dict[str, object]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    properties = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in properties]

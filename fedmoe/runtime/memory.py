@@ -1,24 +1,121 @@
-"""Memory of a run: its limit, its use, and the guard that keeps use below the limit.
+"""Memory of a run: its limit, its use, the guard that keeps use below it, and the file that changes both.
 
 All sizes are in bytes; GiB and the `_gb` of options are 2^30 of them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import json
+import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import structlog
 
-from fedmoe.runtime import allocator
-from fedmoe.runtime.control_file import Control
 from fedmoe.runtime.errors import ExpectedError
 from fedmoe.runtime.machine import memory
 from fedmoe.runtime.memory_pressure import Pressure, after_failure, pressure
 from fedmoe.runtime.periodic import repeated
+
+# Parameters of glibc's mallopt, from malloc.h.
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+_LARGE_BYTES = 256 << 10
+_ARENAS = 2
+
+
+def trim() -> None:
+    """Give back what small blocks have left free between those that are used."""
+    if _is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_freed_memory() -> None:
+    """Give large blocks back to the system once they are freed, and keep few places for small ones; glibc only.
+
+    By itself glibc takes the size of a freed block for the usual one: after the first freed update of 20 MB all others
+    come from arenas, one for each thread, which keep what was freed.
+    """
+    if not _is_glibc():
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+    mallopt(_M_ARENA_MAX, _ARENAS)
+
+
+def _is_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
+
+
+CONTROL = "control.json"
+_MOST_BYTES = 1 << 16
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What is asked for; None leaves a value as it is. `memory_limit_gb` counts 2^30 bytes."""
+
+    memory_limit_gb: float | None = None
+    max_batch: int | None = None
+
+
+class ControlError(ValueError):
+    """A control file that cannot be followed; says which key and what would do."""
+
+
+def parse_control(text: str) -> Control:
+    """The content of a control file; raises ControlError and takes nothing of it unless all of it is right."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ControlError(f"not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ControlError(f"a JSON object is needed, got {type(values).__name__}")
+    unknown = sorted(values.keys() - {"memory_limit_gb", "max_batch"})
+    if unknown:
+        raise ControlError(f"unknown keys {unknown}; known are memory_limit_gb and max_batch")
+    limit, batch = values.get("memory_limit_gb"), values.get("max_batch")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < 1 << 20):
+        raise ControlError(f"memory_limit_gb must be a positive number of GiB, got {limit!r}")
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch < 1 << 31):
+        raise ControlError(f"max_batch must be a positive whole number, got {batch!r}")
+    return Control(None if limit is None else float(limit), batch)
+
+
+class ControlFile:
+    """The control file of a run; one that is wrong is logged once and changes nothing, for a run must not die of it."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.path = run_folder / CONTROL
+        self._seen: tuple[int, int, int] | None = None
+
+    def changed(self) -> Control | None:
+        """What the file asks for, if it is new or was written since the last call; otherwise None."""
+        try:
+            status = self.path.stat()
+            mark = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if mark == self._seen:
+                return None
+            self._seen = mark
+            with self.path.open("rb") as file:
+                control = parse_control(file.read(_MOST_BYTES).decode())
+        except FileNotFoundError:
+            self._seen = None
+            return None
+        except (OSError, ValueError) as error:
+            _log.warning("control_file_ignored", file=os.fspath(self.path), reason=str(error))
+            return None
+        _log.info("control_file_read", memory_limit_gb=control.memory_limit_gb, max_batch=control.max_batch)
+        return control
+
 
 GIB = 1 << 30
 DEFAULT_LIMIT_GB = 32.0
@@ -67,7 +164,7 @@ def release_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    allocator.trim()
+    trim()
 
 
 class MemoryGuard:

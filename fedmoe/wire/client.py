@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -16,7 +17,24 @@ from fedmoe import __version__ as _OURS
 from fedmoe.lora.codec import WireDtype
 from fedmoe.lora.manifest import Manifest
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.wire.answer import Answer, CoordinatorUnavailableError
+from fedmoe.wire.answers import (
+    Answer,
+    BodySizeLimits,
+    CoordinatorUnavailableError,
+    expect_nothing,
+    foreign,
+    parsed,
+    parsed_problem,
+    read,
+    seconds_asked,
+)
+from fedmoe.wire.contract.administration import (
+    HeldUpdateInfo,
+    QuarantineListing,
+    TokenAnswer,
+    TokenListing,
+    TokenRequest,
+)
 from fedmoe.wire.contract.experts import ExpertInfo, ExpertListing, RenameRequest, RetireRequest, UnretireRequest
 from fedmoe.wire.contract.gateway import (
     CandidatesAnswer,
@@ -29,6 +47,7 @@ from fedmoe.wire.contract.gateway import (
     VerdictsAnswer,
 )
 from fedmoe.wire.contract.messages import (
+    PROBLEM,
     SAFETENSORS,
     ChangeResult,
     DataStatisticsHeader,
@@ -42,10 +61,7 @@ from fedmoe.wire.contract.messages import (
     UpdateHeader,
     UpdateResult,
 )
-from fedmoe.wire.contract.quarantine import HeldUpdateInfo, QuarantineListing
-from fedmoe.wire.contract.tokens import TokenAnswer, TokenListing, TokenRequest
 from fedmoe.wire.contract.versions import PROTOCOL, PROTOCOL_HEADER, mismatch
-from fedmoe.wire.foreign_answers import foreign
 from fedmoe.wire.proxy import ConnectionSettingError
 from fedmoe.wire.pulled_weights import (
     ANY,
@@ -58,10 +74,8 @@ from fedmoe.wire.pulled_weights import (
     pulled_expert,
     pulled_gateway,
 )
-from fedmoe.wire.refusals import ANOTHER_HISTORY, TooStaleError, raise_for_refusal, wait_hint
-from fedmoe.wire.replies import BodySizeLimits, expect_nothing, parsed, parsed_problem, read
 from fedmoe.wire.transport import check_url, proxy_of, transport_for
-from fedmoe.wire.unreachable import unreachable
+from fedmoe.wire.unreachable import clock_difference, unreachable
 
 __all__ = [
     "ANOTHER_HISTORY",
@@ -358,3 +372,41 @@ def _result(answer: Answer, header: UpdateHeader, text: str | None = None, newes
             f"{result.version} of {result.expert}{with_weights}; nothing of it was taken",
         )
     return result
+
+
+# Answers of a coordinator under load that a later try may not get.
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
+_LONGEST_WAIT = 60.0
+#: Refusals of a coordinator whose history is another than that of the base: only it may be at an earlier version.
+ANOTHER_HISTORY = frozenset({"unknown_version", "other_history"})
+
+
+class TooStaleError(RefusedError):
+    """The update is older than the coordinator takes; `newest` is the version to go on from, if it came along."""
+
+    newest: PulledExpert | None = None
+
+
+def raise_for_refusal(answer: Answer) -> None:
+    """Raise the error that an answer is; nothing for a success, or a refusal that comes with weights."""
+    if answer.status in (200, 202, 204, 304) or (answer.status == 409 and answer.type == SAFETENSORS):
+        return
+    if answer.type != PROBLEM:
+        raise foreign(answer)
+    problem = parsed_problem(answer)
+    if answer.status in _PASSING:
+        seconds = seconds_asked(answer)
+        raise CoordinatorUnavailableError(f"{problem.code}: {problem.detail} {problem.fix}".strip(), seconds)
+    kind = TooStaleError if problem.code == "too_stale" else RefusedError
+    facts = dict(problem.model_extra or {})
+    clocks = clock_difference(facts.get("coordinator_time"), time.time()) if answer.status == 401 else ""
+    error = kind(problem.code, f"{problem.detail} {clocks}".strip(), problem.fix)
+    error.facts = facts
+    raise error
+
+
+def wait_hint(error: Exception) -> bool | float:
+    """Whether to try again, and how long to wait if the server said so."""
+    if not isinstance(error, CoordinatorUnavailableError):
+        return False
+    return min(error.retry_after, _LONGEST_WAIT) if error.retry_after is not None else True

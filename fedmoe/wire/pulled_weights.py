@@ -16,9 +16,8 @@ from fedmoe.lora.codec import WireDtype, decode, digest
 from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.safetensors_bytes import CodecError, read_header
 from fedmoe.runtime.safe_text import inert, inert_json, shortened
-from fedmoe.wire.answer import Answer, CoordinatorUnavailableError
+from fedmoe.wire.answers import Answer, CoordinatorUnavailableError, foreign
 from fedmoe.wire.contract.messages import INCARNATION_HEADER, SAFETENSORS, ManifestMessage
-from fedmoe.wire.foreign_answers import foreign
 
 _INCARNATION = re.compile(r"[a-z0-9]{1,32}")
 #: The largest number of an adapter; real ones are near 1, and a coordinator takes no update of a norm above it.

@@ -13,7 +13,7 @@ import httpx2
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.safe_text import shortened
-from fedmoe.wire.answer import CoordinatorUnavailableError
+from fedmoe.wire.answers import CoordinatorUnavailableError
 from fedmoe.wire.proxy import ProxyChoice
 
 _PROBE_SECONDS = 2.0

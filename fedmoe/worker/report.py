@@ -1,9 +1,10 @@
-"""A worker's reports: log lines for its operator, records for programs that show them."""
+"""A worker's reports: log lines for its operator, phases before the first step, records for programs."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import structlog
 
@@ -13,7 +14,7 @@ from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert
 from fedmoe.wire.contract.messages import HELD_OUT, StatisticRequest, UpdateHeader, UpdateResult
 from fedmoe.wire.delivery import DeliveryOutcome
 from fedmoe.wire.outbox import PendingUpdate
-from fedmoe.worker.progress import WorkerSyncPoint
+from fedmoe.worker.restart import WorkerSyncPoint
 
 _log = structlog.get_logger("fedmoe.worker")
 _HELD = "the coordinator keeps it until an administrator decides; training goes on without it and nothing is sent twice"
@@ -163,3 +164,30 @@ def _tell_of_another_history(header: UpdateHeader, answer: DeliveryOutcome) -> N
         goes_on_from=answer.newest.version,
         sends_again=again + (f", {header.tokens} tokens of update {header.sequence}" if header.tokens else ""),
     )
+
+
+Phase = Literal["loading the base model", "preparing data", "statistics of the data", "training"]
+
+_log = structlog.get_logger("fedmoe.worker")
+#: The log line's event.
+EVENT = "phase"
+
+
+class PhaseLog:
+    """Logs the progress of a phase at each tenth of it, whatever the time."""
+
+    def __init__(self, phase: Phase) -> None:
+        self._phase = phase
+        self._logged = -1
+
+    def update(self, done: int, total: int) -> None:
+        """Log a line if another tenth of `total` is done."""
+        tenth = 10 * done // total if total else 10
+        if tenth > self._logged:
+            self._logged = tenth
+            _log.info(EVENT, phase=self._phase, done=done, total=total)
+
+
+def log_phase(phase: Phase, done: int | None = None) -> None:
+    """Log that a phase of unknown length begins, or how much of it is done."""
+    _log.info(EVENT, phase=phase, **({} if done is None else {"done": done}))

@@ -16,7 +16,7 @@ from fedmoe.cli import worker_setup as setup
 from fedmoe.config import WorkerConfig
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.runtime.stop_signals import StopOnSignal
-from fedmoe.worker import options as worker_options
+from fedmoe.worker import preparation as worker_options
 
 Told = Callable[..., str]
 NEEDED = {"coordinator_url": "http://127.0.0.1:5000", "worker_id": "w1", "specialty": "python", "dataset": "a.jsonl"}

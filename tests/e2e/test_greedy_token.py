@@ -11,8 +11,8 @@ from live import ADMIN, JOIN, content_digest
 from support import MANIFEST, CoordinatorProcess, make_body
 
 from fedmoe.wire.client import CoordinatorClient
+from fedmoe.wire.contract.administration import TokenRequest
 from fedmoe.wire.contract.messages import UpdateHeader
-from fedmoe.wire.contract.tokens import TokenRequest
 
 BODY = make_body(1)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from fedmoe.runtime.control_file import Control, ControlError, ControlFile, parse_control
+from fedmoe.runtime.memory import Control, ControlError, ControlFile, parse_control
 
 
 def test_a_control_file_is_read_once_each_time_it_changes(tmp_path: Path) -> None:

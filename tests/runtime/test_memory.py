@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from fedmoe.runtime.control_file import Control, ControlFile
 from fedmoe.runtime.machine import memory
 from fedmoe.runtime.memory import (
     GIB,
+    Control,
+    ControlFile,
     MemoryGuard,
     MemoryLimitError,
     choose_limit,

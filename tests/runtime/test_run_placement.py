@@ -12,13 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.runtime.mounts import Mount, mount_of, parse_mounts, read_mounts
-from fedmoe.runtime.resources import (
+from fedmoe.runtime.placement import (
+    Mount,
     PlacementError,
     check_file_system,
     make_temporary,
+    mount_of,
+    parse_mounts,
     place,
     plan_devices,
+    read_mounts,
     remove_temporary,
     require_space,
 )

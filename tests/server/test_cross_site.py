@@ -4,7 +4,7 @@ import pytest
 from live import House
 from starlette.routing import Route
 
-from fedmoe.wire.http.cross_site import foreign_host, foreign_page
+from fedmoe.wire.http.middleware import foreign_host, foreign_page
 
 HOST = "127.0.0.1:5000"
 

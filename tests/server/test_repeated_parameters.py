@@ -5,7 +5,7 @@ from live import JOIN, House, content_digest, push_headers, push_parameters
 from support import make_body
 
 from fedmoe.wire.contract.messages import SAFETENSORS
-from fedmoe.wire.http.repeated_parameters import repeated
+from fedmoe.wire.http.middleware import repeated
 
 BODY = make_body(0)
 

@@ -18,7 +18,7 @@ from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.wire.contract.messages import ManifestMessage
 from fedmoe.wire.http.bearer import hash_token, new_token
-from fedmoe.wire.http.cross_site import is_loopback
+from fedmoe.wire.http.middleware import is_loopback
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 

@@ -15,6 +15,7 @@ from fedmoe.lora.codec import WIRE_DTYPES, WireDtype, encode
 from fedmoe.lora.prompt_statistics import PromptStatistics, add_statistics
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, TooStaleError
+from fedmoe.wire.contract.administration import TokenRequest
 from fedmoe.wire.contract.messages import (
     PROBLEM,
     SAFETENSORS,
@@ -22,7 +23,6 @@ from fedmoe.wire.contract.messages import (
     StatisticRequest,
     UpdateHeader,
 )
-from fedmoe.wire.contract.tokens import TokenRequest
 
 
 def header(sequence: int = 0, base_version: int = 0, answer: str = "result") -> UpdateHeader:
@@ -260,7 +260,7 @@ def test_reads_wait_as_long_as_the_server_asked_65() -> None:
 
 
 def test_a_server_cannot_make_a_client_wait_for_ever_65(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmoe.wire.refusals._LONGEST_WAIT", 0.1)
+    monkeypatch.setattr("fedmoe.wire.client._LONGEST_WAIT", 0.1)
     transport, asked = busy(2, "1000000")
     with CoordinatorClient("http://coordinator.example", transport=transport) as client:
         client.list_experts()

@@ -32,7 +32,7 @@ def test_a_token_that_expired_is_refused_with_the_clocks_beside_each_other_53(
 ) -> None:
     with open_house(tmp_path, tokens=True) as house, listening(house.app) as server:
         house.gate.add("short-token-of-32-characters-000", "join", expires_in=0.001)
-        monkeypatch.setattr("fedmoe.wire.refusals.time", SimpleNamespace(time=lambda: time.time() + 420))
+        monkeypatch.setattr("fedmoe.wire.client.time", SimpleNamespace(time=lambda: time.time() + 420))
         for token, words in (
             ("short-token-of-32-characters-000", "this token has expired. This machine's clock is 7 min ahead"),
             (None, "a token is needed and none was sent. This machine's clock is 7 min"),

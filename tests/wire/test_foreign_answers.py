@@ -11,8 +11,8 @@ import pytest
 from support import MANIFEST
 
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
+from fedmoe.wire.contract.administration import TokenRequest
 from fedmoe.wire.contract.messages import PROBLEM, SAFETENSORS, StatisticRequest, UpdateHeader
-from fedmoe.wire.contract.tokens import TokenRequest
 
 TOKEN = "secret-token-of-some-length-000"
 

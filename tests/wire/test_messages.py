@@ -8,6 +8,7 @@ from support import MANIFEST
 
 from fedmoe.lora.adapter import Layout, ModuleShape
 from fedmoe.lora.manifest import BaseModel, Manifest
+from fedmoe.wire.contract.administration import TokenRequest
 from fedmoe.wire.contract.messages import (
     MAX_PARAMETERS,
     ExpertName,
@@ -15,7 +16,6 @@ from fedmoe.wire.contract.messages import (
     UpdateHeader,
     WorkerName,
 )
-from fedmoe.wire.contract.tokens import TokenRequest
 
 names = st.from_regex(r"[A-Za-z0-9_.-]{1,40}", fullmatch=True)
 manifests = st.builds(

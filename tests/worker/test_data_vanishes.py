@@ -12,7 +12,7 @@ from fedmoe.cli import worker_setup as setup
 from fedmoe.config import WorkerConfig
 from fedmoe.datasets.readers.common import DataError
 from fedmoe.worker.failures import WorkerFailedError
-from fedmoe.worker.training_data import WorkerData
+from fedmoe.worker.preparation import WorkerData
 
 
 def written(file: Path, rows: int, word: str = "river") -> Path:

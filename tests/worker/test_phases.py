@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from structlog.testing import capture_logs
 
-from fedmoe.worker.phases import PhaseLog, log_phase
+from fedmoe.worker.report import PhaseLog, log_phase
 
 
 def test_each_tenth_of_a_phase_is_told_once() -> None:

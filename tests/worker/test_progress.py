@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from fedmoe.qwen_worker import CheckpointExtras, StepRecord
-from fedmoe.worker.progress import Progress, WorkerSyncPoint
+from fedmoe.worker.restart import Progress, WorkerSyncPoint
 
 
 def test_the_mean_loss_counts_every_token_the_same() -> None:

@@ -36,7 +36,7 @@ from fedmoe.arena.run.float_packing import pack, unpack
 from fedmoe.lora.adapter import Adapter, FloatArray
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.files import fsync_folder
-from fedmoe.runtime.resources import require_space
+from fedmoe.runtime.placement import require_space
 
 Json = Mapping[str, object]
 

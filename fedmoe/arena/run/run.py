@@ -43,15 +43,13 @@ from fedmoe.lora.adapter import initial_adapter
 from fedmoe.lora.codec import digest
 from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
 from fedmoe.models.multilora import MultiLora
-from fedmoe.runtime.control_file import ControlFile
-from fedmoe.runtime.environment import environment
 from fedmoe.runtime.files import lock_folder
 from fedmoe.runtime.logs import RunLogs, log_files, run_logs
-from fedmoe.runtime.machine import memory
-from fedmoe.runtime.memory import MemoryGuard, MemoryLimitError, choose_limit, limit_gpu, watched
+from fedmoe.runtime.machine import environment, memory
+from fedmoe.runtime.memory import ControlFile, MemoryGuard, MemoryLimitError, choose_limit, limit_gpu, watched
+from fedmoe.runtime.placement import check_file_system, make_temporary, place, remove_temporary
 from fedmoe.runtime.plugins import PluginGroup
 from fedmoe.runtime.records import Recorder, RecordWriter, read_records
-from fedmoe.runtime.resources import check_file_system, make_temporary, place, remove_temporary
 from fedmoe.wire.client import CoordinatorClient
 
 METRICS = "metrics.jsonl"

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fedmoe.gateway.serve.problems import ApiError
 from fedmoe.runtime.files import write_atomic
 from fedmoe.wire.http.bearer import bearer_of, hash_token, new_token
-from fedmoe.wire.http.health import is_open
+from fedmoe.wire.http.middleware import is_open
 
 _HEXADECIMAL = frozenset("0123456789abcdef")
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from fedmoe.inference.backend import BackendError
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.wire.http.allowed_methods import allowed
+from fedmoe.wire.http.middleware import allowed
 
 _log = structlog.get_logger("fedmoe.serve")
 

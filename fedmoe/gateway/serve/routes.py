@@ -28,11 +28,14 @@ from fedmoe.gateway.serve.version_watcher import WatchHealth
 from fedmoe.inference.backend import BackendError
 from fedmoe.wire.http import openapi
 from fedmoe.wire.http.body_limits import BodyGuard
-from fedmoe.wire.http.cross_site import CrossSiteMiddleware
-from fedmoe.wire.http.health import HeadMiddleware, readiness
+from fedmoe.wire.http.middleware import (
+    CrossSiteMiddleware,
+    HeadMiddleware,
+    ProtocolMiddleware,
+    RepeatedMiddleware,
+    readiness,
+)
 from fedmoe.wire.http.negotiation import JSON, NegotiationMiddleware, excludes, not_acceptable
-from fedmoe.wire.http.protocol_version import ProtocolMiddleware
-from fedmoe.wire.http.repeated_parameters import RepeatedMiddleware
 
 MAX_BODY_BYTES = 1 << 20
 _CHAT, _TEXTS = "/v1/chat/completions", "/v1/completions"

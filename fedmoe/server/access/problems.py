@@ -17,7 +17,7 @@ from fedmoe.lora.safetensors_bytes import CodecError, MalformedError
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.wire.contract.messages import PROBLEM, VISIBLE, Problem
-from fedmoe.wire.http.allowed_methods import allowed
+from fedmoe.wire.http.middleware import allowed
 
 _log = structlog.get_logger("fedmoe.http")
 

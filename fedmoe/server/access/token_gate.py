@@ -17,7 +17,7 @@ from fedmoe.server.access.quotas import Rate
 from fedmoe.server.access.security import Principal
 from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.turns import TOKEN_RATE, UPLOADS, RequestTurn, RequestTurns
-from fedmoe.wire.http.health import is_open
+from fedmoe.wire.http.middleware import is_open
 
 
 class AuthenticationMiddleware:

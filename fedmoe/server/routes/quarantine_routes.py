@@ -7,8 +7,8 @@ from fastapi import FastAPI, Request
 from fedmoe.federation.events import UpdateHeld
 from fedmoe.server.access.security import principal_of
 from fedmoe.server.routes.app_state import service_of
+from fedmoe.wire.contract.administration import HeldUpdateInfo, QuarantineListing, RejectRequest, ReleaseRequest
 from fedmoe.wire.contract.messages import UpdateResult
-from fedmoe.wire.contract.quarantine import HeldUpdateInfo, QuarantineListing, RejectRequest, ReleaseRequest
 
 
 def add_quarantine_routes(app: FastAPI) -> None:

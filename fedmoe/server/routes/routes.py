@@ -69,11 +69,14 @@ from fedmoe.wire.contract.messages import (
 )
 from fedmoe.wire.http import openapi
 from fedmoe.wire.http.body_limits import BodyGuard
-from fedmoe.wire.http.cross_site import CrossSiteMiddleware
-from fedmoe.wire.http.health import HeadMiddleware, readiness
+from fedmoe.wire.http.middleware import (
+    CrossSiteMiddleware,
+    HeadMiddleware,
+    ProtocolMiddleware,
+    RepeatedMiddleware,
+    readiness,
+)
 from fedmoe.wire.http.negotiation import JSON, NegotiationMiddleware
-from fedmoe.wire.http.protocol_version import ProtocolMiddleware
-from fedmoe.wire.http.repeated_parameters import RepeatedMiddleware
 
 _PUSH = "/push_expert_update"
 _PUSH_STATISTICS = "/push_data_statistics"

@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 from fedmoe.server.access.security import principal_of
 from fedmoe.server.access.tokens import TokenEntry
 from fedmoe.server.routes.app_state import parts_of
-from fedmoe.wire.contract.tokens import RevokeRequest, TokenAnswer, TokenInfo, TokenListing, TokenRequest
+from fedmoe.wire.contract.administration import RevokeRequest, TokenAnswer, TokenInfo, TokenListing, TokenRequest
 from fedmoe.wire.http.bearer import new_token
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import structlog
 
 from fedmoe.runtime.files import FolderInUseError, lock_folder
-from fedmoe.runtime.mounts import mount_of, read_mounts
+from fedmoe.runtime.placement import mount_of, read_mounts
 from fedmoe.server.storage.acknowledged import AcknowledgedFile
 from fedmoe.server.storage.audit import AUDIT_FILE
 from fedmoe.server.storage.blobs import NO_ROOM, FolderBlobStore, StorageFailedError, no_room_to_start

@@ -1,14 +1,21 @@
-"""Base of our middleware: refuse a request before any other work, add a header to every response."""
+"""Middleware of both servers: HEAD as GET, protocol version; refuses cross-site and ambiguous requests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ipaddress
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from urllib.parse import parse_qsl
 
-from starlette.datastructures import MutableHeaders
-from starlette.responses import Response
+from fastapi import Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fedmoe import __version__
 from fedmoe.runtime.errors import RefusedError
+from fedmoe.wire.contract.versions import PROTOCOL, PROTOCOL_HEADER, mismatch
 
 
 class RefusalMiddleware:
@@ -36,3 +43,170 @@ def with_header(send: Send, name: str, value: str) -> Send:
         await send(message)
 
     return send_with_header
+
+
+#: Headers that decide something here and have one value; those that are lists may come in several lines.
+_ONE_VALUE = frozenset({"authorization", "content-length", "content-type", "fedmoe-protocol", "host", "user-agent"})
+
+
+def repeated(query: bytes, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """What a request says more than once, in words; None where everything is clear."""
+    names = Counter(name.lower().decode("latin-1") for name, _ in headers)
+    twice = sorted(name for name in _ONE_VALUE if names[name] > 1)
+    if twice:
+        return f"the header {twice[0]}"
+    if b"&" not in query:
+        return None
+    keys = Counter(key for key, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    key = next((key for key, count in keys.items() if count > 1), None)
+    return None if key is None else f"the parameter {key[:80]!r}"
+
+
+class RepeatedMiddleware(RefusalMiddleware):
+    """Refuses requests that say something twice."""
+
+    def refusal(self, scope: Scope) -> RefusedError | None:
+        what = repeated(scope["query_string"], scope["headers"])
+        if what is None:
+            return None
+        return RefusedError("malformed", f"{what} was given more than once; it has one value.", "Send it once.")
+
+
+class ProtocolMiddleware(RefusalMiddleware):
+    """Names this server's protocol in every answer, and refuses requests of one too far from it.
+
+    Requests without a number are taken: they come from earlier versions, and from programs that are none of ours.
+    """
+
+    def __init__(self, app: ASGIApp, server: str, refuse: Callable[[RefusedError], Response]) -> None:
+        def refuse_with_upgrade(error: RefusedError) -> Response:
+            answer = refuse(error)
+            answer.headers["Upgrade"] = f"fedmoe/{PROTOCOL}"
+            return answer
+
+        super().__init__(app, refuse_with_upgrade)
+        self._server = server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        named = with_header(send, PROTOCOL_HEADER, str(PROTOCOL)) if scope["type"] == "http" else send
+        await super().__call__(scope, receive, named)
+
+    def refusal(self, scope: Scope) -> RefusedError | None:
+        return mismatch(Headers(scope=scope).get(PROTOCOL_HEADER), self._server, "the client", __version__)
+
+
+class CrossSiteMiddleware(RefusalMiddleware):
+    """For a server without tokens: takes nothing that a page of another site makes a browser send.
+
+    With `loopback_only` requests must be addressed to this machine as well; `remedy` says what to do about one that is
+    not.
+    """
+
+    def __init__(
+        self, app: ASGIApp, loopback_only: bool, remedy: str, refuse: Callable[[RefusedError], Response]
+    ) -> None:
+        super().__init__(app, refuse)
+        self._loopback_only = loopback_only
+        self._remedy = remedy
+
+    def refusal(self, scope: Scope) -> RefusedError | None:
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if self._loopback_only and (error := foreign_host(host, self._remedy)):
+            return error
+        return foreign_page(host, headers.getlist("sec-fetch-site"), headers.getlist("origin"))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def foreign_host(host: str, remedy: str) -> RefusedError | None:
+    """What is wrong with a `Host` that is not this machine: a web page that rebinds its name still sends it."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if is_loopback(name):
+        return None
+    detail = (
+        f"where no token or key is asked for only requests addressed to this machine are taken, got Host {host[:80]!r}."
+    )
+    return RefusedError("host_not_allowed", detail, remedy)
+
+
+def foreign_page(host: str, sites: Sequence[str], origins: Sequence[str]) -> RefusedError | None:
+    """What is wrong with a request of a page that is not the server's own, by all its `Sec-Fetch-Site` and `Origin`.
+
+    Another port of this machine is another page too: browsers call it `same-site`.
+    """
+    for site in sites:
+        if site.strip().lower() not in ("same-origin", "none"):
+            return _of_another_site(f"Sec-Fetch-Site {site[:80]!r}")
+    for origin in origins:
+        if origin.strip().lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
+            return _of_another_site(f"Origin {origin[:80]!r}")
+    return None
+
+
+def _of_another_site(got: str) -> RefusedError:
+    asked = "where no token or key is asked for, nothing is taken that a page of another site makes a browser send"
+    return RefusedError("cross_site", f"{asked}, got {got}.", "Ask from a program, not from a web page.")
+
+
+#: Answered without a token: whether the process lives, and whether it can do its work.
+OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+
+
+class HeadMiddleware:
+    """Answers HEAD as GET without the body; stands before all others, which then see a GET."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def without_body(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        state = {**scope.get("state", {}), "head": True}
+        await self._app({**scope, "method": "GET", "state": state}, receive, without_body)
+
+
+def is_head(request: Request) -> bool:
+    """Whether the body of the answer goes nowhere, so that it need not be made."""
+    return bool(getattr(request.state, "head", False))
+
+
+def is_open(scope: Scope) -> bool:
+    """Whether a request needs no token."""
+    return scope["path"] in OPEN_PATHS and scope["method"] == "GET"
+
+
+def readiness(reason: str | None) -> Response:
+    """The answer of `/readyz`: 200, or 503 with the reason, in words that anybody may read."""
+    if reason is None:
+        return JSONResponse({"status": "ready"})
+    return JSONResponse({"status": "not ready", "reason": reason}, 503, {"Retry-After": "5"})
+
+
+def allowed(request: Request, headers: Mapping[str, str] | None) -> dict[str, str]:
+    """The headers of a refusal; `Allow` has every method of the path, and HEAD where there is GET."""
+    answer_headers = dict(headers or {})
+    if "Allow" in answer_headers:
+        methods = {method for route in request.app.routes for method in _methods(route, request)}
+        answer_headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+    return answer_headers
+
+
+def _methods(route: BaseRoute, request: Request) -> set[str]:
+    there = route.matches(request.scope)[0] is not Match.NONE
+    return set(route.methods or ()) if there and isinstance(route, Route) else set()

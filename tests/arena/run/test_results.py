@@ -21,8 +21,8 @@ from fedmoe.arena.run.results import (
 )
 from fedmoe.arena.run.sorted_records import RunRecords, sort_records
 from fedmoe.monitor.sample_records import sample_records
-from fedmoe.runtime import environment as environment_module
-from fedmoe.runtime.environment import environment, processor_name
+from fedmoe.runtime import machine as environment_module
+from fedmoe.runtime.machine import environment, processor_name
 from fedmoe.runtime.records import Record, RecordValue, RecordWriter, read_records
 
 RUN: Record = {

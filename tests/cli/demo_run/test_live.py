@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from fedmoe.cli.demo_run.live import DemoView
 from fedmoe.cli.demo_run.plan import WORKERS, DemoPlan
 from fedmoe.runtime.records import RecordWriter
-from fedmoe.worker.phases import PhaseLog, log_phase
+from fedmoe.worker.report import PhaseLog, log_phase
 
 
 def written(plan: DemoPlan, index: int) -> RecordWriter:
@@ -31,7 +31,7 @@ def shown(plan: DemoPlan, then: Callable[[], None] = lambda: None) -> str:
 
 
 def said(plan: DemoPlan, index: int, **told: object) -> None:
-    """A line of a worker's log, as `fedmoe.worker.phases` has it written."""
+    """A line of a worker's log, as `fedmoe.worker.report` has it written."""
     file = plan.log(WORKERS[index])
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as log:

@@ -16,7 +16,7 @@ from fedmoe.gateway.serve.problems import refusal
 from fedmoe.gateway.serve.routes import add_guard
 from fedmoe.wire.contract.versions import PROTOCOL, PROTOCOL_HEADER
 from fedmoe.wire.http.bearer import hash_token
-from fedmoe.wire.http.protocol_version import ProtocolMiddleware
+from fedmoe.wire.http.middleware import ProtocolMiddleware
 
 KEYS = frozenset({hash_token("right")})
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support import registered
 
-from fedmoe.runtime.mounts import Mount
+from fedmoe.runtime.placement import Mount
 from fedmoe.server.storage.blobs import StorageFailedError, put
 from fedmoe.server.storage.state_dir import StateDir, StateDirError
 

@@ -1,4 +1,4 @@
-"""Messages about tokens; for administrators."""
+"""Messages for administrators, about tokens and updates in quarantine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from fedmoe.wire.contract.messages import NUMBER, VISIBLE, ExpertName, Message, Sha256, WorkerName
+from fedmoe.wire.contract.messages import NUMBER, VISIBLE, EpochName, ExpertName, Message, Sha256, ShortText, WorkerName
 
 TokenLabel = Annotated[str, StringConstraints(max_length=60, pattern=VISIBLE)]
 
@@ -60,3 +60,42 @@ class RevokeRequest(Message):
     """Which token to revoke, by its hash."""
 
     hash: Sha256
+
+
+Number = Annotated[int, Field(ge=1, le=2**53)]
+
+
+class HeldUpdateInfo(Message):
+    """An update that waits for an administrator; `norm` is null where it was held unread, `at` seconds since 1970."""
+
+    number: int
+    expert: ExpertName
+    worker: WorkerName
+    epoch: EpochName
+    sequence: int
+    base_version: int
+    digest: Sha256
+    bytes: int
+    norm: float | None
+    reason: str
+    at: float
+    seconds_ago: float
+
+
+class QuarantineListing(Message):
+    """All that is held, the oldest first."""
+
+    held: list[HeldUpdateInfo]
+
+
+class ReleaseRequest(Message):
+    """Let the held update of this number land."""
+
+    number: Number
+
+
+class RejectRequest(Message):
+    """Never let the held update of this number land; its worker is told the reason."""
+
+    number: Number
+    reason: ShortText = ""
