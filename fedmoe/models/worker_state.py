@@ -71,8 +71,8 @@ def save_state(folder: Path, state: WorkerState, group: ProcessGroup) -> Path:
 def load_state(folder: Path, group: ProcessGroup) -> WorkerState:
     """This rank's part of the newest set that is whole on all ranks, which call it together.
 
-    Where a file of the newest is damaged it is logged, and the set before is taken. Raises CheckpointError when there
-    is none, none is whole, or another number of ranks saved it.
+    Where a file of the newest is damaged it is logged, and the set before is taken. Raises WorkerCheckpointError when
+    there is none, none is whole, or another number of ranks saved it.
     """
     newest, world_size = _newest(folder)
     if world_size != group.world_size:
@@ -86,7 +86,8 @@ def load_state(folder: Path, group: ProcessGroup) -> WorkerState:
             state = _read(folder, serial, group.rank)
         except WorkerCheckpointError as error:
             first = first or error
-        if not group.any_flag(state is None):
+        damaged = state is None
+        if not (group.any_flag(damaged) if group.world_size > 1 else damaged):
             assert state is not None
             if serial != newest:
                 _log.warning("older_checkpoint", reason=str(first), then="the one before it is taken")
@@ -100,7 +101,7 @@ def load_state(folder: Path, group: ProcessGroup) -> WorkerState:
 def peek_values(folder: Path, rank: int) -> Mapping[str, Mapping[str, object]]:
     """The JSON objects that `load_state` would give this rank, as far as it alone can tell.
 
-    Raises CheckpointError where no set is whole.
+    Raises WorkerCheckpointError where no set is whole.
     """
     newest, _ = _newest(folder)
     try:
@@ -110,7 +111,7 @@ def peek_values(folder: Path, rank: int) -> Mapping[str, Mapping[str, object]]:
 
 
 def _read(folder: Path, serial: int, rank: int) -> WorkerState:
-    """A file whose bytes have the hash in its name; raises CheckpointError otherwise, naming it."""
+    """A file whose bytes have the hash in its name; raises WorkerCheckpointError otherwise, naming it."""
     file = next(iter(_files(folder, serial, rank)), folder / f"checkpoint-{serial:08d}-rank-{rank}-*.safetensors")
     try:
         data = file.read_bytes()
