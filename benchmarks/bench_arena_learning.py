@@ -11,14 +11,12 @@ team-mate earns by difference reward among the trained ones, and whether ratings
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import pin_threads, write_result
+from lib.harness import pin_threads, write_result
 
 if TYPE_CHECKING:
     from fedmoe.arena.config import ArenaConfig

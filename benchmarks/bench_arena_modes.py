@@ -15,18 +15,16 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import ROOT, pin_threads, write_result
+from lib.harness import ROOT, pin_threads, write_result
 
 if TYPE_CHECKING:
-    from arena_modes_work import Measures
+    from lib.arena_modes import Measures
     from numpy.typing import NDArray
 
     from fedmoe.arena.config import ArenaConfig
@@ -39,7 +37,7 @@ Run = Mapping[str, object]
 
 def do(work: Path, config: ArenaConfig, measures: Measures, setting: str, seed: int) -> None:
     """One run, unless it is done or another process is at it."""
-    from arena_modes_work import Examination, train
+    from lib.arena_modes import Examination, train
 
     from fedmoe.runtime.files import FolderInUseError, lock_folder
 
@@ -214,7 +212,7 @@ def main() -> None:
     parser.add_argument("--name", default="arena_modes", help="name of the result file")
     options = parser.parse_args()
     pin_threads()
-    from arena_modes_work import Measures
+    from lib.arena_modes import Measures
 
     from fedmoe.arena.config import read_config
     from fedmoe.runtime.logs import configure

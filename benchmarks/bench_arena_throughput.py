@@ -33,12 +33,12 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 
-from arena_workload import MARK, NEW_TOKENS, SAMPLES
-from harness import RESULTS, ROOT, write_result
+from lib.arena_workload import MARK, NEW_TOKENS, SAMPLES
+from lib.harness import RESULTS, ROOT, write_result
 
 NAME = "arena_throughput"
-HERE = Path(__file__).resolve().parent
-PEERS = HERE / "peers"
+BENCHMARKS = Path(__file__).resolve().parent
+LIB, PEERS = BENCHMARKS / "lib", BENCHMARKS / "peers"
 POLICIES = (1, 2, 4, 8)
 ADAPTER_BYTES = 19_537_920
 
@@ -72,8 +72,8 @@ class System:
 # A micro-batch of ours holds the samples of one policy, so that memory for activations does not grow with P.
 _OURS = ("--micro-batch-tokens", "320")
 SYSTEMS = {
-    "fedmoe-fp32": System(HERE / "arena_step.py", ("--dtype", "fp32", *_OURS)),
-    "fedmoe-bf16": System(HERE / "arena_step.py", ("--dtype", "bf16", *_OURS)),
+    "fedmoe-fp32": System(LIB / "arena_step.py", ("--dtype", "fp32", *_OURS)),
+    "fedmoe-bf16": System(LIB / "arena_step.py", ("--dtype", "bf16", *_OURS)),
     "trl": System(PEERS / "trl_grpo.py", ("--checkpointing",), "FEDMOE_TRL_PYTHON", ".venv-trl", alone=True),
     "trl-plain": System(PEERS / "trl_grpo.py", (), "FEDMOE_TRL_PYTHON", ".venv-trl", alone=True),
     "trl-bf16": System(PEERS / "trl_grpo.py", ("--dtype", "bfloat16"), "FEDMOE_TRL_PYTHON", ".venv-trl", alone=True),
@@ -88,7 +88,7 @@ def run(name: str, policies: int, repeats: int, model: Path) -> Row:
     system = SYSTEMS[name]
     command = [system.interpreter(), str(system.script), "--model", str(model), "--policies", str(policies)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(ROOT) if system.python is None else ""
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, [BENCHMARKS, *([ROOT] if system.python is None else [])]))
     load = round(os.getloadavg()[0], 2)
     done = subprocess.run(
         [*command, "--repeats", str(repeats), *system.arguments],

@@ -40,15 +40,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from urllib.parse import urlencode
 
-from harness import pin_threads, write_result
+from lib.harness import pin_threads, write_result
 
 pin_threads(1)
 
 import ml_dtypes  # noqa: E402  # threads are pinned first
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
+from lib.shapes import smollm2_layout  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
-from shapes import smollm2_layout  # noqa: E402
 
 from fedmoe.lora.codec import WIRE_DTYPES, WireDtype, decode, encode  # noqa: E402
 from fedmoe.lora.manifest import BaseModel, Manifest  # noqa: E402

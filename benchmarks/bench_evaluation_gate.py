@@ -3,7 +3,7 @@
     python benchmarks/bench_evaluation_gate.py [--work FOLDER] [--blocks 16] [--state FOLDER]
 
 A coordinator process with `--evaluation-gate --strategy regmean`, and one `fedmoe evaluator` process for each of three
-domains (`merge_quality_work.py`: experts of 40 steps, their input moments, held-out text split by file). One after the
+domains (`lib/trained_experts.py`: experts of 40 steps, their input moments, held-out text split by file). One after the
 other: the experts are pushed and a first gateway goes out; the python expert is spoilt (its product times -1) and
 the gate must keep the gateway; the python expert is mended and a gateway goes out again. Last, updates are pushed while
 candidates are being merged, and their latency is compared with that of updates before.
@@ -22,12 +22,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import pin_threads, write_result
+from lib.harness import pin_threads, write_result
 
 pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
-from merge_quality_work import LENGTH, Work  # noqa: E402
+from lib.trained_experts import LENGTH, Work  # noqa: E402
 
 from fedmoe.coordinator import seed_of  # noqa: E402
 from fedmoe.datasets.demo.domains import DOMAINS  # noqa: E402

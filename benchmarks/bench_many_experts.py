@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from harness import write_result
+from lib.harness import write_result
 
 from fedmoe.lora.adapter import Layout, ModuleShape
 from fedmoe.lora.codec import encode

@@ -24,7 +24,7 @@ import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from harness import measure, pin_threads, write_result
+from lib.harness import measure, pin_threads, write_result
 
 pin_threads(1)
 

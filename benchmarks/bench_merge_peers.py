@@ -24,14 +24,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import RESULTS, pin_threads, write_result
+from lib.harness import RESULTS, pin_threads, write_result
 
 pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
 import torch  # noqa: E402
 from bench_merge_quality import OWN, SETS, TOKENS, times  # noqa: E402
-from merge_quality_work import Work  # noqa: E402
+from lib.trained_experts import Work  # noqa: E402
 from peft import ArrowConfig, PeftModel, create_arrow_model  # noqa: E402
 
 from fedmoe.datasets.tokens.packing import Block, collate  # noqa: E402

@@ -3,7 +3,7 @@
     python benchmarks/bench_merge_quality.py --work FOLDER [--domains demo|unseen|ten] [--seeds 0 1 2]
 
 For each seed experts (rank 16, all linear layers, 40 steps of 2 x 256 tokens, the same first A) are trained on the
-domains of `merge_domains.py`, their input moments are taken on the base model over about 6,000 of the training tokens,
+domains of `lib/merge_domains.py`, their input moments are taken on the base model over about 6,000 training tokens,
 and every merge is scored on the same held-out blocks. Held-out rows are split by file: scale and weights of `regmean`
 are chosen on the validation half, by the highest share that the worst domain keeps, and what is reported is of the test
 half. Data, experts, moments and losses stay in `--work` and are used again.
@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import pin_threads, write_result
+from lib.harness import pin_threads, write_result
 
 pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
-from merge_domains import DEMO, FURTHER, UNSEEN  # noqa: E402
-from merge_quality_work import Work  # noqa: E402
+from lib.merge_domains import DEMO, FURTHER, UNSEEN  # noqa: E402
+from lib.trained_experts import Work  # noqa: E402
 
 from fedmoe.datasets.tokens.packing import collate  # noqa: E402
 from fedmoe.gateway.evaluate import routed_to  # noqa: E402

@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from harness import Measured, measure, pin_threads, write_result
+from lib.harness import Measured, measure, pin_threads, write_result
 
 pin_threads(1)
 

@@ -25,15 +25,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import pin_threads, write_result
+from lib.harness import pin_threads, write_result
 
 pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
 import torch  # noqa: E402
 from bench_merge_quality import BLOCKS, TOKENS  # noqa: E402
-from merge_domains import DEMO, FURTHER, UNSEEN  # noqa: E402
-from merge_quality_work import Work  # noqa: E402
+from lib.merge_domains import DEMO, FURTHER, UNSEEN  # noqa: E402
+from lib.trained_experts import Work  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from fedmoe.gateway.losses import BASE  # noqa: E402

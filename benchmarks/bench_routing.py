@@ -6,7 +6,7 @@
 No expert is trained: routing needs the base model's features only. Each domain gives up to `--train` texts, of which
 the statistics of one worker are made as it makes them (their first 8 to 128 tokens, at most 64,000 tokens of a domain),
 and up to `--test` texts of other files, routed by their first 8 to 256 tokens, or all there are. Two more domains
-(`prompt_domains.RESERVED`), which no decision was based on, are added to the twelve.
+(`lib.prompt_domains.RESERVED`), which no decision was based on, are added to the twelve.
 
 Routers: `sequence` is the gateway's; `sequence, few texts` has statistics of 96 texts; `linear`, softmax regression,
 sees every single feature; `token pairs` is naive Bayes on tokens and pairs of neighbours of all texts: how far words
@@ -27,8 +27,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import pin_threads, write_result
-from prompt_domains import NAMES, RESERVED, PromptDomain, load_domains
+from lib.harness import pin_threads, write_result
+from lib.prompt_domains import NAMES, RESERVED, PromptDomain, load_domains
 
 pin_threads(1)
 

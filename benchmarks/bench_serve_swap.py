@@ -10,7 +10,7 @@ streamed, each over a connection of its own that stays open. Meanwhile versions 
 requests; every push changes an expert and so the gateway.
 
 `failed` counts answers other than 200 and streams that broke off; `mixed` those that are not what the version they
-name says alone (`swap_check.py`; recomputed afterwards for `--check` of the requests, since that costs as much as
+name says alone (`lib/swap_check.py`; recomputed afterwards for `--check` of the requests, since that costs as much as
 serving them). Latency is that of a whole request. `swap_delay` is from the answer to the push until the new expert is
 served: half the poll interval on average, then download, load, verification on vLLM, and publish. `quiet` is the same
 load beforehand with no version arriving.
@@ -29,14 +29,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from harness import pin_threads, write_result
+from lib.harness import pin_threads, write_result
 
 pin_threads(1)
 
 import httpx2  # noqa: E402  # threads are pinned first
 import numpy as np  # noqa: E402
-from swap_check import check  # noqa: E402
-from swap_load import (  # noqa: E402
+from lib.swap_check import check  # noqa: E402
+from lib.swap_load import (  # noqa: E402
     EXPERTS,
     RANK,
     SEED,

@@ -20,12 +20,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import pin_threads, write_result
+from lib.harness import pin_threads, write_result
 
 pin_threads(1)
 
 from bench_merge_quality import OWN, SETS, kept  # noqa: E402  # threads are pinned first
-from merge_quality_work import LENGTH, Work  # noqa: E402
+from lib.trained_experts import LENGTH, Work  # noqa: E402
 
 from fedmoe.datasets.tokens.packing import collate  # noqa: E402
 from fedmoe.gateway.evaluation_report import report_json  # noqa: E402

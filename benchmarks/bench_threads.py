@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import psutil
-from harness import ROOT, write_result
+from lib.harness import ROOT, write_result
 
 _SET_BY_USERS = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "TOKENIZERS_", "FEDMOE_")
 _POLL_SECONDS = 0.1

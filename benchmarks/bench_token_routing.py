@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from harness import pin_threads, write_result
+from lib.harness import pin_threads, write_result
 
 pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
 import torch  # noqa: E402
-from merge_quality_work import Work  # noqa: E402
+from lib.trained_experts import Work  # noqa: E402
 
 from fedmoe.datasets.demo.domains import DOMAINS  # noqa: E402
 from fedmoe.datasets.tokens.packing import Block, collate  # noqa: E402

@@ -14,8 +14,7 @@ import tempfile
 import typing
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arena_workload import (
+from lib.arena_workload import (
     ALPHA,
     LEARNING_RATE,
     NEW_TOKENS,

@@ -8,14 +8,11 @@ forward pass twice to save memory.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arena_workload import (
+from lib.arena_workload import (
     ALPHA,
     LEARNING_RATE,
     MODULES,

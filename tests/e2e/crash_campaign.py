@@ -211,7 +211,7 @@ def main() -> None:
     report |= outcome.to_json()
     print(report)
     if given.results:
-        from harness import add_run
+        from lib.harness import add_run
 
         add_run(given.results, report)
     sys.exit(1 if outcome.faults else 0)

@@ -92,7 +92,7 @@ def main() -> None:
     }
     print(report)
     if given.results:
-        from harness import add_run
+        from lib.harness import add_run
 
         add_run(given.results, report)
     sys.exit(1 if wrong else 0)

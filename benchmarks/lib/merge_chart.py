@@ -1,6 +1,6 @@
-"""The chart of what merges keep, from the results of `bench_merge_quality.py` and `bench_second_lap.py`.
+"""The chart of what merges keep, from the results of `bench_merge_quality.py` and `bench_repeated_merges.py`.
 
-python benchmarks/merge_chart.py        # writes results/merge_quality.png
+Drawn by `python benchmarks/tables.py --charts`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from harness import RESULTS
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedmoe.runtime.files import write_atomic
+from lib.harness import RESULTS
 
 #: Set of domains -> its title, and the aim in percent.
 SETS = {
@@ -28,9 +27,9 @@ WAYS = {
     "weighted_average": ("merge_quality", "weighted_average", "#999999"),
     "scaled": ("merge_quality", "scaled", "#999999"),
     "regmean": ("merge_quality", "regmean, chosen", "#0072B2"),
-    "one lap later, rank 16": ("second_lap", "second", "#009E73"),
-    "two laps later, rank 16": ("second_lap", "third", "#009E73"),
-    "three laps later, rank 16": ("second_lap", "fourth", "#009E73"),
+    "one lap later, rank 16": ("repeated_merges", "second", "#009E73"),
+    "two laps later, rank 16": ("repeated_merges", "third", "#009E73"),
+    "three laps later, rank 16": ("repeated_merges", "fourth", "#009E73"),
     "routed": ("merge_quality", "routed", "#D55E00"),
 }
 Shares = Mapping[str, float]
@@ -93,12 +92,3 @@ def _draw(axes: Axes, place: int, row: Row) -> None:
         kept = [100 * share for share in shares.values()]
         axes.plot(kept, [height] * len(kept), ".", color=row.colour, markersize=5, alpha=0.7)
         axes.plot([min(kept)] * 2, [height - 0.11, height + 0.11], color=row.colour, linewidth=2.5)
-
-
-def main() -> None:
-    write_atomic(RESULTS / "merge_quality.png", chart(), 0o644)
-    print(RESULTS / "merge_quality.png")
-
-
-if __name__ == "__main__":
-    main()

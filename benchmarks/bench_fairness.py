@@ -1,6 +1,6 @@
 """What an honest worker keeps of its rate beside one token that takes all it can get.
 
-    python benchmarks/bench_greedy_token.py [--seconds 2] [--windows 8]
+    python benchmarks/bench_fairness.py [--seconds 2] [--windows 8]
 
 A coordinator process on loopback asks for tokens. The honest worker has one of its own and pushes updates of 1 MB,
 each as soon as the one before is answered: an answer means on disk, in the journal and applied. Beside it, in a process
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from harness import pin_threads, write_result
+from lib.harness import pin_threads, write_result
 
 pin_threads(1)
 
@@ -234,9 +234,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--attacks", nargs="+", choices=list(CONNECTIONS), default=list(CONNECTIONS))
-    parser.add_argument("--name", default="greedy_token")
+    parser.add_argument("--name", default="fairness")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="fedmoe-greedy-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fedmoe-fairness-") as folder:
         process, port = start(Path(folder))
         try:
             with CoordinatorClient(f"http://127.0.0.1:{port}", JOIN) as client:

@@ -1,6 +1,6 @@
-"""What `bench_living_gateway.py` runs: workers of different speeds on a virtual clock, and one LoRA on pooled data.
+"""What `bench_online_gateway.py` runs: workers of different speeds on a virtual clock, and one LoRA on pooled data.
 
-Everything is a function of its inputs, so each leg of training and each fold is kept under the hash of what went in,
+Everything is a function of its inputs, so each leg of training is kept under the hash of what went in,
 and a run that was stopped goes on by being started again.
 """
 
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from merge_quality_work import BATCH, Work
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
@@ -24,9 +23,10 @@ from fedmoe.lora.online_merge import ExpertDelta
 from fedmoe.models.schedule import TrainingConfig
 from fedmoe.qwen_finetune import OptimizerArrays, QwenLoRAExpert
 from fedmoe.runtime.files import write_atomic
+from lib.trained_experts import BATCH, Work
 
 Arrays = dict[str, NDArray[np.generic]]
-Fold = Callable[[Adapter, Mapping[str, ExpertDelta]], Adapter]
+Merge = Callable[[Adapter, Mapping[str, ExpertDelta]], Adapter]
 
 #: The same for the workers and for the pooled data: constant after a warm-up that is done once.
 TRAINING = TrainingConfig(learning_rate=1e-3, warmup_steps=5, per_device_train_batch_size=BATCH)
@@ -98,7 +98,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Rules:
-    """How experts go on from the gateway: steps from one departure to the next, and what of the optimizer is kept."""
+    """How experts are rebased onto the gateway: steps from one merge to the next, and what of the optimizer is kept."""
 
     merge_after: Mapping[str, int]
     carry: bool = True
@@ -107,7 +107,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """The gateway after a fold: virtual time, steps of all experts that went into it, staleness of what was folded."""
+    """The gateway after a merge: virtual time, steps of all experts that went into it, staleness of what was merged."""
 
     time: float
     steps: int
@@ -129,10 +129,10 @@ def live(
     streams: Mapping[str, Sequence[Block]],
     speeds: Mapping[str, float],
     rules: Rules,
-    fold: Fold,
+    merge: Merge,
     horizon: float,
 ) -> Iterator[Moment]:
-    """The gateway after every fold until `horizon`; `speeds` are steps per unit of virtual time. Nobody waits."""
+    """The gateway after every merge until `horizon`; `speeds` are steps per unit of virtual time. Nobody waits."""
     gateway = trainer.first()
     workers = {name: _Worker(gateway) for name in sorted(streams)}
     queue = [(rules.merge_after[name] / speeds[name], name) for name in workers]
@@ -145,7 +145,7 @@ def live(
         weights, state = trainer.leg(name, blocks, worker.start.flat, worker.state)
         tau = version - worker.version
         now = Adapter(gateway.layout, gateway.alpha, weights)
-        gateway = fold(gateway, {name: ExpertDelta(worker.start, now, rules.staleness(tau))})
+        gateway = merge(gateway, {name: ExpertDelta(worker.start, now, rules.staleness(tau))})
         version, steps = version + 1, steps + count
         workers[name] = _Worker(gateway, version, worker.done + count, state if rules.carry else None)
         heapq.heappush(queue, (time + count / speeds[name], name))
@@ -153,7 +153,7 @@ def live(
 
 
 def pooled(trainer: Trainer, blocks: Sequence[Block], marks: Sequence[int]) -> Iterator[tuple[int, Adapter]]:
-    """One LoRA on `blocks`, told after each number of steps in `marks`, rising."""
+    """One LoRA on `blocks`, reported after each number of steps in `marks`, rising."""
     first = trainer.first()
     weights, state, done = first.flat, None, 0
     for mark in marks:

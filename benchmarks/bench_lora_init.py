@@ -1,6 +1,6 @@
 """Should experts of different domains start from the same A? SmolLM2-135M, held-out text.
 
-    python benchmarks/bench_first_a.py --work FOLDER [--domains demo|unseen] [--seeds 0 1 2]
+    python benchmarks/bench_lora_init.py --work FOLDER [--domains demo|unseen] [--seeds 0 1 2]
 
 The experts of `bench_merge_quality.py` (rank 16, 40 steps of 2 x 256 tokens) are trained again from other first A:
 
@@ -19,14 +19,14 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from harness import pin_threads, write_result
+from lib.harness import pin_threads, write_result
 
 pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
 from bench_merge_quality import OWN, SETS, TOKENS, Bench, kept  # noqa: E402
-from bench_second_lap import gone_on  # noqa: E402
-from merge_quality_work import STEPS, Work  # noqa: E402
+from bench_repeated_merges import continued  # noqa: E402
+from lib.trained_experts import STEPS, Work  # noqa: E402
 
 from fedmoe.gateway.evaluation_report import report_json  # noqa: E402
 from fedmoe.gateway.losses import BASE  # noqa: E402
@@ -72,7 +72,7 @@ def expert(work: Work, variant: str, domains: Sequence[str], domain: str) -> Ada
         start = first(shared.layout, shared.alpha, work.seed, list(domains).index(domain))
         identity = work.base.identity
         folder.parent.mkdir(parents=True, exist_ok=True)
-        found = gone_on(work, domain, start, 0, STEPS)
+        found = continued(work, domain, start, 0, STEPS)
         write_folder_atomic(folder, peft_files(found, identity.name, identity.revision))
     return read_peft({path.name: path.read_bytes() for path in folder.iterdir()})
 
@@ -112,7 +112,7 @@ def main() -> None:
             variant: measured(work, variant, domains, rank, asked.test_blocks) for variant in VARIANTS
         }
         arguments = {name: str(value) for name, value in vars(asked).items() if name != "work"}
-        print(write_result(f"first_a_{asked.domains}", by_seed, arguments, asked.seeds), flush=True)
+        print(write_result(f"lora_init_{asked.domains}", by_seed, arguments, asked.seeds), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""A gateway that lives against one LoRA on the pooled data: SmolLM2-135M, three workers of speeds 1, 2 and 4.
+"""The online gateway against one LoRA on the pooled data: SmolLM2-135M, three workers of speeds 1, 2 and 4.
 
-    python benchmarks/bench_living_gateway.py --work FOLDER [--seeds 0] [--horizon 30] [--blocks 12]
+    python benchmarks/bench_online_gateway.py --work FOLDER [--seeds 0] [--horizon 30] [--blocks 12]
 
 On a virtual clock the workers train an expert of rank 16 on the demonstration's three domains, 1, 2 and 4 steps of
-2 x 256 tokens per unit of time. Whoever has done `--merge-after` steps is folded into the gateway and goes on from it;
+2 x 256 tokens per unit of time. Whoever has done `--merge-after` steps is merged into the gateway and rebased onto it;
 nobody waits. The pooled LoRA gets the same blocks, shuffled, with the same optimizer and learning rate (constant after
 a warm-up of 5 steps). Both start from the same A.
 
 Compared at equal time (pooled on a machine of each speed, and of the mean speed 7/3) and at equal total steps, on
 held-out test blocks of files that no choice was made on (`--half validation` is for choosing). A gain is base - x in
 nats per token; intervals are 95 % of a paired bootstrap over blocks and know nothing of other seeds. Data, legs of
-training, folds and losses stay in `--work`: a run that was stopped goes on when it is started again.
+training, merges and losses stay in `--work`: a run that was stopped goes on when it is started again.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import RESULTS, pin_threads, write_result
+from lib.harness import RESULTS, pin_threads, write_result
 
 pin_threads(1)
 
-from living_chart import Gains, chart  # noqa: E402  # threads are pinned first
-from living_work import Kept, Moment, Rules, Trainer, live, mixed, pooled  # noqa: E402
-from merge_quality_work import BATCH, Work  # noqa: E402
+from lib.online_gateway import Kept, Moment, Rules, Trainer, live, mixed, pooled  # noqa: E402
+from lib.online_gateway_chart import Gains, chart  # noqa: E402  # threads are pinned first
+from lib.trained_experts import BATCH, Work  # noqa: E402
 
 from fedmoe.datasets.demo.domains import DOMAINS  # noqa: E402
 from fedmoe.datasets.tokens.packing import Block, collate  # noqa: E402
@@ -86,22 +86,22 @@ def steps_of(machine: str, time: int) -> int:
     return round(MACHINES[machine] * time)
 
 
-def living_rows(run: Run, trainer: Trainer, rules: Rules, scale: float, rows: Rows) -> list[dict[str, object]]:
-    """Adds the gateway at every mark to `rows`; gives every fold."""
+def online_rows(run: Run, trainer: Trainer, rules: Rules, scale: float, rows: Rows) -> list[dict[str, object]]:
+    """Adds the gateway at every mark to `rows`; returns every merge."""
     moments = run.moments()
 
-    def fold_in(gateway: Adapter, ready: Mapping[str, ExpertDelta]) -> Adapter:
+    def merge_in(gateway: Adapter, ready: Mapping[str, ExpertDelta]) -> Adapter:
         return merge_into_gateway(gateway, ready, moments, scale=scale).adapter
 
     waiting, _ = marks_of(run.horizon)
-    folds: list[dict[str, object]] = []
+    merges: list[dict[str, object]] = []
     newest: Moment | None = None
-    for moment in live(trainer, run.streams(), SPEEDS, rules, fold_in, run.horizon):
+    for moment in live(trainer, run.streams(), SPEEDS, rules, merge_in, run.horizon):
         waiting = score_until(run, trainer, waiting, moment.time, newest, rows)
         newest = moment
-        folds.append({"time": moment.time, "expert": moment.expert, "tau": moment.tau, "steps": moment.steps})
+        merges.append({"time": moment.time, "expert": moment.expert, "tau": moment.tau, "steps": moment.steps})
     score_until(run, trainer, waiting, run.horizon + 1, newest, rows)
-    return folds
+    return merges
 
 
 def score_until(
@@ -110,8 +110,8 @@ def score_until(
     """Scores the newest gateway for all marks before `time`; gives the marks that are left."""
     for mark in (mark for mark in waiting if mark < time - 1e-9 and newest is not None):
         trainer.close()
-        rows[living_name(mark)] = run.row(newest.gateway)
-        told(run, rows, living_name(mark))
+        rows[online_name(mark)] = run.row(newest.gateway)
+        report(run, rows, online_name(mark))
     return [mark for mark in waiting if mark >= time - 1e-9]
 
 
@@ -122,18 +122,18 @@ def pooled_rows(run: Run, trainer: Trainer, rows: Rows) -> None:
     for steps, adapter in pooled(trainer, mixed(run.streams(), run.work.seed), marks):
         trainer.close()
         rows[pooled_name(steps)] = run.row(adapter)
-        told(run, rows, pooled_name(steps))
+        report(run, rows, pooled_name(steps))
 
 
-def living_name(time: int) -> str:
-    return f"living, time {time}"
+def online_name(time: int) -> str:
+    return f"online, time {time}"
 
 
 def pooled_name(steps: int) -> str:
     return f"pooled, {steps} steps"
 
 
-def told(run: Run, rows: Rows, name: str) -> None:
+def report(run: Run, rows: Rows, name: str) -> None:
     found = gains(run.matrix({BASE: rows[BASE], name: rows[name]}), name)
     print(name, {domain: round(gain, 4) for domain, gain in found.items()}, flush=True)
 
@@ -149,7 +149,7 @@ def compared(matrix: LossMatrix, time: int, machine: str) -> dict[str, object]:
 
     No share is given where the pooled gain may be none.
     """
-    ours, theirs = living_name(time), pooled_name(steps_of(machine, time))
+    ours, theirs = online_name(time), pooled_name(steps_of(machine, time))
     found = retained_gains(matrix, dict.fromkeys(DOMAINS, theirs), [ours])
     shares = {one.domain: None if one.warning else rounded(one.kept[ours]) for one in found.domains}
     mean = gains(matrix, ours)["mean"] / gains(matrix, theirs)["mean"]
@@ -161,14 +161,14 @@ def rounded(found: BootstrapInterval) -> list[float]:
 
 
 def trained(run: Run, rules: Rules, scale: float) -> tuple[Rows, list[dict[str, object]]]:
-    """One seed: the block losses of all that is compared, and every fold."""
+    """One seed: the block losses of all that is compared, and every merge."""
     trainer = Trainer(run.work, Kept(run.work.folder / "living"))
     first = trainer.first()
     trainer.close()
     rows: Rows = {BASE: run.row(Adapter.zeros(first.layout, first.alpha))}
-    folds = living_rows(run, trainer, rules, scale, rows)
+    merges = online_rows(run, trainer, rules, scale, rows)
     pooled_rows(run, trainer, rows)
-    return rows, folds
+    return rows, merges
 
 
 def summary(run: Run, matrix: LossMatrix) -> dict[str, object]:
@@ -192,14 +192,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for data, training, moments and losses")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--horizon", type=int, default=30, help="units of virtual time, a multiple of 6")
-    parser.add_argument("--merge-after", type=int, default=10, help="steps from one fold of an expert to the next")
+    parser.add_argument("--merge-after", type=int, default=10, help="steps from one merge of an expert to the next")
     parser.add_argument("--scale", type=float, default=1.0, help="what the deltas are multiplied with")
     parser.add_argument("--columns", type=int, default=32, help="of the sketch of the input moments")
     parser.add_argument("--staleness", choices=sorted(STALENESS), default="constant")
-    parser.add_argument("--fresh-optimizer", action="store_true", help="a new optimizer, and warm-up, after every fold")
+    parser.add_argument("--fresh-optimizer", action="store_true", help="a new optimizer and warm-up after every merge")
     parser.add_argument("--half", choices=("validation", "test"), default="test")
     parser.add_argument("--blocks", type=int, default=12, help="held-out blocks of each domain")
-    parser.add_argument("--name", default="living_gateway", help="of the result's file and chart")
+    parser.add_argument("--name", default="online_gateway", help="of the result's file and chart")
     chosen = parser.parse_args()
     pin_torch(1)
     base = load_base("smollm2", "cpu")
@@ -210,10 +210,10 @@ def main() -> None:
         work = Work(chosen.work, base, seed)
         work.build()
         run = Run(work, chosen.half, chosen.blocks, chosen.horizon, chosen.columns)
-        rows, folds = trained(run, rules, chosen.scale)
+        rows, merges = trained(run, rules, chosen.scale)
         matrix = run.matrix(rows)
         gains_by_seed.append({name: gains(matrix, name) for name in rows})
-        by_seed[str(seed)] = {**summary(run, matrix), "folds": folds}
+        by_seed[str(seed)] = {**summary(run, matrix), "merges": merges}
         arguments = {name: str(value) for name, value in vars(chosen).items() if name != "work"}
         arguments |= {"speeds": str(SPEEDS), "dtype": str(base.dtype)}
         print(write_result(chosen.name, by_seed, arguments, chosen.seeds), flush=True)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from harness import pin_threads
+from lib.harness import pin_threads
 
 pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
 import torch  # noqa: E402
-from arena_workload import (  # noqa: E402
+
+from fedmoe.arena.learning.config import LearningConfig  # noqa: E402
+from fedmoe.arena.learning.learner import Learner  # noqa: E402
+from fedmoe.arena.learning.policies import Policies  # noqa: E402
+from fedmoe.arena.modes.advantages import group_advantages  # noqa: E402
+from fedmoe.arena.rollout.episodes import Example, PlayedTurn, Player  # noqa: E402
+from fedmoe.inference.engine import Sample, SampleRequest  # noqa: E402
+from fedmoe.inference.transformers_engine import TransformersEngine  # noqa: E402
+from fedmoe.lora.adapter import initial_adapter  # noqa: E402
+from fedmoe.models.base import load_base  # noqa: E402
+from fedmoe.models.multilora import MultiLora  # noqa: E402
+from lib.arena_workload import (  # noqa: E402
     ALPHA,
     LEARNING_RATE,
     MODULES,
@@ -22,17 +33,6 @@ from arena_workload import (  # noqa: E402
     report,
     reward,
 )
-
-from fedmoe.arena.learning.config import LearningConfig  # noqa: E402
-from fedmoe.arena.learning.learner import Learner  # noqa: E402
-from fedmoe.arena.learning.policies import Policies  # noqa: E402
-from fedmoe.arena.modes.advantages import group_advantages  # noqa: E402
-from fedmoe.arena.rollout.episodes import Example, PlayedTurn, Player  # noqa: E402
-from fedmoe.inference.engine import Sample, SampleRequest  # noqa: E402
-from fedmoe.inference.transformers_engine import TransformersEngine  # noqa: E402
-from fedmoe.lora.adapter import initial_adapter  # noqa: E402
-from fedmoe.models.base import load_base  # noqa: E402
-from fedmoe.models.multilora import MultiLora  # noqa: E402
 
 
 class Table:

@@ -1,11 +1,12 @@
-"""What a gateway of the experts' rank keeps of every one after all have gone on from it: SmolLM2-135M, held-out text.
+"""What a gateway keeps after all experts trained on from it and were merged again: SmolLM2-135M, held-out text.
 
-    python benchmarks/bench_second_lap.py --work FOLDER [--domains demo|unseen|ten] [--laps 1] [--steps 20] [--rank 16]
+    python benchmarks/bench_repeated_merges.py --work FOLDER [--domains demo|unseen|ten] [--laps 1] [--steps 20]
 
-The experts of `bench_merge_quality.py` (40 steps each) are merged into a gateway (`fedmoe.lora.online_merge`), each
-goes on from it for `--steps` steps of 2 x 256 tokens of its own further text with a new optimizer, and what they
-learned is merged again, `--laps` times. `kept` is (base - gateway) / (base - the expert of 40 steps), on the same test
-blocks as there; 1 means as good as every expert on its own domain, at once, for so many more steps of each.
+The experts of `bench_merge_quality.py` (40 steps each) are merged into a gateway of their rank
+(`fedmoe.lora.online_merge`). Each is rebased onto it and trains for `--steps` steps of 2 x 256 tokens of its own
+further text with a new optimizer; what they learned is merged again, `--laps` times. `kept` is (base - gateway) /
+(base - the expert of 40 steps), on the same test blocks as there; 1 means as good as every expert on its own domain,
+at once, for so many more steps of each.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from harness import pin_threads, write_result
+from lib.harness import pin_threads, write_result
 
 pin_threads(1)
 
 from bench_merge_quality import OWN, SETS, TOKENS  # noqa: E402  # threads are pinned first
-from merge_quality_work import BATCH, RANK, STEPS, TRAINING, Work  # noqa: E402
+from lib.trained_experts import BATCH, RANK, STEPS, TRAINING, Work  # noqa: E402
 
 from fedmoe.datasets.tokens.packing import collate  # noqa: E402
 from fedmoe.gateway.evaluation_report import report_json  # noqa: E402
@@ -33,8 +34,8 @@ from fedmoe.models.packed import count_targets  # noqa: E402
 from fedmoe.qwen_finetune import QwenLoRAExpert  # noqa: E402
 from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
 
-#: What the gateway is called after each fold.
-FOLDS = ("first", "second", "third", "fourth")
+#: What the gateway is called after each merge.
+MERGES = ("first", "second", "third", "fourth")
 
 
 def first_adapter(work: Work) -> Adapter:
@@ -46,7 +47,7 @@ def first_adapter(work: Work) -> Adapter:
         model.attached.detach()
 
 
-def gone_on(work: Work, domain: str, gateway: Adapter, done: int, steps: int) -> Adapter:
+def continued(work: Work, domain: str, gateway: Adapter, done: int, steps: int) -> Adapter:
     """An expert that trains on from the gateway, on the blocks that come after those of its `done` steps."""
     blocks = work.training_blocks(domain, (done + steps) * BATCH)[done * BATCH :]
     model = QwenLoRAExpert(work.base, work.lora, replace(TRAINING, max_steps=steps))
@@ -61,22 +62,22 @@ def gone_on(work: Work, domain: str, gateway: Adapter, done: int, steps: int) ->
 
 
 def gateways(work: Work, experts: Mapping[str, Adapter], steps: int, laps: int) -> dict[str, Adapter]:
-    """The gateway after the first fold, and after every lap."""
+    """The gateway after the first merge, and after every lap."""
     moments = {domain: work.moments(domain, 64, TOKENS) for domain in experts}
     gateway = start = first_adapter(work)
     found: dict[str, Adapter] = {}
     for lap in range(laps + 1):
         done = STEPS + (lap - 1) * steps
-        now = {domain: gone_on(work, domain, gateway, done, steps) for domain in experts} if lap else experts
+        now = {domain: continued(work, domain, gateway, done, steps) for domain in experts} if lap else experts
         gateway = merge_into_gateway(
             gateway, {domain: ExpertDelta(gateway, expert) for domain, expert in now.items()}, moments
         ).adapter
-        found[FOLDS[lap]] = gateway
+        found[MERGES[lap]] = gateway
     return {BASE: Adapter.zeros(start.layout, start.alpha), **found}
 
 
 def measured(work: Work, domains: tuple[str, ...], steps: int, laps: int, count: int) -> dict[str, object]:
-    """One seed: what the gateway keeps after every fold."""
+    """One seed: what the gateway keeps after every merge."""
     work.build(domains)
     experts = {domain: work.expert(domain) for domain in domains}
     found = gateways(work, experts, steps, laps)
@@ -88,14 +89,14 @@ def measured(work: Work, domains: tuple[str, ...], steps: int, laps: int, count:
     blocks = {domain: work.held_out("test", domain, count) for domain in domains}
     tokens = {domain: [count_targets(collate([block])) for block in found] for domain, found in blocks.items()}
     matrix = LossMatrix.of_blocks(rows, tokens)
-    return {"test": report_json(matrix, retained_gains(matrix, dict.fromkeys(domains, OWN), FOLDS[: laps + 1]))}
+    return {"test": report_json(matrix, retained_gains(matrix, dict.fromkeys(domains, OWN), MERGES[: laps + 1]))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of bench_merge_quality.py")
     parser.add_argument("--domains", choices=["demo", "unseen", "ten"], default="demo")
-    parser.add_argument("--laps", type=int, choices=range(1, len(FOLDS)), default=1)
+    parser.add_argument("--laps", type=int, choices=range(1, len(MERGES)), default=1)
     parser.add_argument("--steps", type=int, default=20, help="of every expert in a lap")
     parser.add_argument("--rank", type=int, default=RANK, help="of the experts and the gateway")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -104,7 +105,7 @@ def main() -> None:
     pin_torch(1)
     base = load_base("smollm2", "cpu")
     domains = tuple(SETS[asked.domains][0])
-    result = f"second_lap_{asked.domains}" + ("" if asked.rank == RANK else f"_rank{asked.rank}")
+    result = f"repeated_merges_{asked.domains}" + ("" if asked.rank == RANK else f"_rank{asked.rank}")
     by_seed = {}
     for seed in asked.seeds:
         work = Work(asked.work, base, seed, asked.rank)

@@ -1,4 +1,4 @@
-"""The chart of `bench_living_gateway.py`: gain on every domain over virtual time."""
+"""The chart of `bench_online_gateway.py`: gain on every domain over virtual time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 #: Name of a curve -> colour and line.
 STYLES = {
-    "living gateway": ("#0072B2", "-"),
+    "online gateway": ("#0072B2", "-"),
     "pooled, speed 4": ("#D55E00", "--"),
     "pooled, mean speed 7/3": ("#D55E00", "-"),
     "pooled, speed 1": ("#D55E00", ":"),
@@ -45,12 +45,12 @@ def curve(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Times and mean gains, from 0 on."""
     kind, _, machine = label.partition(", ")
-    living = kind == "living gateway"
+    online = kind == "online gateway"
     points = {0.0: 0.0}
     for name in gains_by_seed[0]:
-        if living and name.startswith("living, time "):
+        if online and name.startswith("online, time "):
             points[float(name.rpartition(" ")[2])] = mean_over(gains_by_seed, name, domain)
-        elif not living and name.startswith("pooled, "):
+        elif not online and name.startswith("pooled, "):
             points[float(name.split()[1]) / machines[machine]] = mean_over(gains_by_seed, name, domain)
     times = sorted(points)
     return np.array(times), np.array([points[time] for time in times])

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from merge_domains import DEMO, build
-
 from fedmoe.datasets.demo.domains import TEST, TRAIN
 from fedmoe.datasets.tokens.packing import Block, BlockSampler, collate, pack
 from fedmoe.gateway.evaluate import held_out_blocks
@@ -22,6 +20,7 @@ from fedmoe.models.prepare_data import prepare_samples
 from fedmoe.models.schedule import LoraConfig, TrainingConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
 from fedmoe.runtime.files import write_atomic, write_folder_atomic
+from lib.merge_domains import DEMO, build
 
 LENGTH = 256
 BATCH = 2

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from swap_load import Answer
 
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.sampling import SampleSpec, sample
+from lib.swap_load import Answer
 
 #: Nats.
 TOLERANCE = 5e-4

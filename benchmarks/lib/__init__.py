@@ -1,0 +1,1 @@
+"""What several benchmarks share: measuring, data, trained experts, loads, charts and tables."""
