@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Which build of torch `make install-locked` takes: cpu or cuda.
 TORCH ?= cpu
 
-.PHONY: help arena arena-install demo test lint types unit test-slow test-vllm test-areal bench install clean \
+.PHONY: help arena arena-install demo test lint types unit test-slow test-vllm test-areal bench bench-list install clean \
 	fuzz install-locked lock sbom diagrams
 
 help:
@@ -21,7 +21,8 @@ help:
 	@echo "make test-slow  the long tests: crashes by the hundred, real base model, real downloads"
 	@echo "make test-vllm  the vLLM engine against a live server (.venv-vllm)"
 	@echo "make test-areal the AReaL learner and workflow (.venv-areal)"
-	@echo "make bench      the benchmarks, results in benchmarks/results"
+	@echo "make bench      the benchmarks that need no peer and no long training, results in benchmarks/results;"
+	@echo "                NAME=update_norms runs one, BENCH_FLAGS gives it options, make bench-list names all"
 	@echo "make install    the environment alone (.venv)"
 	@echo "make install-locked TORCH=cpu|cuda   an environment of which every package is known by its hash (.venv-locked)"
 	@echo "make sbom       what that environment is made of: CycloneDX and licences (dist)"
@@ -83,8 +84,10 @@ test-slow: $(VENV)/.dev
 	$(PYTEST) --timeout 3600 -m slow
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/bench_recompress.py
-	$(BIN)/python benchmarks/bench_coordinator.py
+	$(BIN)/python benchmarks/run.py $(NAME) $(BENCH_FLAGS)
+
+bench-list:
+	@$(PYTHON) benchmarks/run.py --list
 
 fuzz: $(VENV)/.dev
 	scripts/fuzz.sh $(FUZZ_FLAGS)

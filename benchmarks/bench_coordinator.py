@@ -40,7 +40,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from urllib.parse import urlencode
 
-from lib.harness import pin_threads, write_result
+from lib.harness import ROOT, pin_threads, write_result
 
 pin_threads(1)
 
@@ -113,13 +113,14 @@ def prepare(dtype: WireDtype) -> Prepared:
     return Prepared(head, hashlib.sha256(head), dtype)
 
 
-def start_coordinator(state_dir: str) -> tuple[subprocess.Popen[bytes], int]:
-    """A coordinator process on a free port, healthy."""
+def start_coordinator(state_dir: str, source: Path = ROOT) -> tuple[subprocess.Popen[bytes], int]:
+    """A coordinator process with the package of `source` on a free port, healthy."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    command = [sys.executable, "-m", "fedmoe", "coordinator", "--port", str(port), "--state-dir", state_dir]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-P", "-m", "fedmoe", "coordinator", "--port", str(port), "--state-dir", state_dir]
+    environment = os.environ | {"PYTHONPATH": str(source)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with CoordinatorClient(f"http://127.0.0.1:{port}") as api:
         deadline = time.monotonic() + 60
         while not api.healthy():

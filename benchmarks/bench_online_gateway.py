@@ -25,7 +25,7 @@ from lib.harness import RESULTS, pin_threads, write_result
 pin_threads(1)
 
 from lib.online_gateway import Kept, Moment, Rules, Trainer, live, mixed, pooled  # noqa: E402
-from lib.online_gateway_chart import Gains, chart  # noqa: E402  # threads are pinned first
+from lib.online_gateway_chart import MACHINES, Gains, chart  # noqa: E402  # threads are pinned first
 from lib.trained_experts import BATCH, Work  # noqa: E402
 
 from fedmoe.datasets.demo.domains import DOMAINS  # noqa: E402
@@ -42,9 +42,6 @@ from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
 from fedmoe.runtime.files import write_atomic  # noqa: E402
 
 SPEEDS = dict(zip(DOMAINS, (1, 2, 4), strict=True))
-TOTAL = sum(SPEEDS.values())
-#: What one machine with the pooled data does in a unit of time: each worker's, the mean and what all do together.
-MACHINES = {"speed 1": 1.0, "speed 2": 2.0, "mean speed 7/3": TOTAL / 3, "speed 4": 4.0, "all steps": float(TOTAL)}
 TOKENS = 6_000
 
 Rows = dict[str, dict[str, list[float]]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -51,6 +52,13 @@ def code_of(document: Path) -> str:
 
 
 ALL_CODE = "\n".join(map(code_of, DOCUMENTS))
+#: Where names of modules, classes and functions are looked for; the change log names what was once there.
+NAMING = [
+    *(path for path in DOCUMENTS if path.name != "CHANGELOG.md"),
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "findings" / "README.md",
+]
+NAMES_CODE = "\n".join(map(code_of, NAMING))
 
 
 def test_every_promise_is_in_the_table_once() -> None:
@@ -149,6 +157,58 @@ def test_every_script_and_file_named_in_a_command_exists() -> None:
     named = set(re.findall(r"(?<![\w/.-])((?:scripts|benchmarks|tests|docs)/[\w/]+\.(?:sh|py|md|dot|txt))", ALL_CODE))
     assert {"scripts/start_worker.sh", "scripts/stop_all.sh"} <= named
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or is found in one; names that need AReaL are looked up in the source."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:count])
+        if path.is_dir() or path.with_suffix(".py").is_file():
+            break
+    rest = parts[count:]
+    if parts[:2] == ["fedmoe", "areal"] and rest:
+        return len(rest) == 1 and rest[0] in defined_in(path.with_suffix(".py"))
+    value: object = importlib.import_module(".".join(parts[:count]))
+    for part in rest:
+        value = getattr(value, part, None)
+    return value is not None
+
+
+def defined_in(file: Path) -> set[str]:
+    """The classes and functions of a module."""
+    kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, kinds)}
+
+
+def test_every_dotted_name_in_a_document_imports() -> None:
+    """Entry-point groups, under which other packages offer their own, look the same."""
+    named = set(re.findall(r"(?<![\w./-])fedmoe(?:\.\w+)+", NAMES_CODE))
+    groups = set(re.findall(r'"(fedmoe\.\w+)"', "".join(map(Path.read_text, (ROOT / "fedmoe").rglob("*.py")))))
+    assert {"fedmoe.lora.merge.merge", "fedmoe.areal.learner.ArealLearner", "fedmoe.tasks"} <= named
+    assert [name for name in sorted(named - groups) if not resolves(name)] == []
+
+
+def test_a_name_that_is_not_there_does_not_resolve() -> None:
+    assert not resolves("fedmoe.lora.merge.nonsense")
+    assert not resolves("fedmoe.areal.learner.nonsense")
+
+
+@pytest.mark.parametrize("document", NAMING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_import_in_a_code_block_works(document: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in modules:
+                assert not name.startswith("fedmoe") or resolves(name), name
+
+
+def test_every_source_file_named_in_a_document_exists() -> None:
+    named = set(re.findall(r"(?<![\w/.-])(fedmoe/[\w/]+\.py)", NAMES_CODE))
+    assert "fedmoe/lora/merge.py" in named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
 def test_every_make_target_named_in_a_document_exists() -> None:

@@ -17,6 +17,8 @@ STYLES = {
     "pooled, speed 1": ("#D55E00", ":"),
     "pooled, all steps": ("#999999", "-"),
 }
+#: Steps that one machine with the pooled data does in a unit of time: each worker's, the mean, what all do together.
+MACHINES = {"speed 1": 1.0, "speed 2": 2.0, "mean speed 7/3": 7 / 3, "speed 4": 4.0, "all steps": 7.0}
 Gains = Mapping[str, Mapping[str, float]]
 
 
