@@ -22,6 +22,7 @@ from pathlib import Path
 from lib.harness import ROOT
 
 FOLDER = ROOT / "benchmarks"
+_OURS = ("-h", "--help", "--list")
 _EXPERTS = "--work FOLDER, in which experts are trained for hours of processor time"
 
 
@@ -92,7 +93,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run; without, all that need nothing")
     parser.add_argument("--list", action="store_true", help="say what there is")
-    chosen, options = parser.parse_known_args()
+    words = sys.argv[1:]
+    # The first option that is not ours, and all that follows, goes to the benchmark.
+    cut = next((place for place, word in enumerate(words) if word.startswith("-") and word not in _OURS), len(words))
+    chosen, options = parser.parse_args(words[:cut]), words[cut:]
     if chosen.list:
         print(listing())
         return

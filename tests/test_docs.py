@@ -154,7 +154,11 @@ def test_a_script_named_in_the_documents_answers_help(script: str) -> None:
 
 
 def test_every_script_and_file_named_in_a_command_exists() -> None:
-    named = set(re.findall(r"(?<![\w/.-])((?:scripts|benchmarks|tests|docs)/[\w/]+\.(?:sh|py|md|dot|txt))", ALL_CODE))
+    named = set(
+        re.findall(
+            r"(?<![\w/.-])((?:scripts|benchmarks|tests|docs)/[\w/]+\.(?:sh|py|md|dot|txt))", ALL_CODE + NAMES_CODE
+        )
+    )
     assert {"scripts/start_worker.sh", "scripts/stop_all.sh"} <= named
     assert [name for name in named if not (ROOT / name).exists()] == []
 
