@@ -41,7 +41,7 @@ from lib.harness import ROOT, pin_threads, write_result
 pin_threads(1)
 
 import psutil  # noqa: E402  # threads are pinned first
-from bench_coordinator import Prepared, prepare, start_coordinator  # noqa: E402
+from bench_coordinator import Prepared, prepare, running_coordinator  # noqa: E402
 
 from fedmoe.wire.contract.messages import SAFETENSORS  # noqa: E402
 
@@ -88,10 +88,9 @@ def check_source(source: Path) -> None:
 @contextmanager
 def updates(source: Path, count: int, prepared: Prepared) -> Iterator[Side]:
     """A coordinator of this build or of the other: `count` updates after one another, each answered with weights."""
-    with tempfile.TemporaryDirectory(prefix="against-") as state:
-        process, port = start_coordinator(state, source)
-        seen = psutil.Process(process.pid)
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    with tempfile.TemporaryDirectory(prefix="against-") as state, running_coordinator(state, source) as running:
+        seen = psutil.Process(running.pid)
+        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=120)
         sequence = 0
         newest = b""
 
@@ -103,12 +102,8 @@ def updates(source: Path, count: int, prepared: Prepared) -> Iterator[Side]:
                 sequence += 1
             return float(sum(seen.cpu_times()[:2]) - before) / count
 
-        try:
-            yield once, lambda: hashlib.sha256(newest).hexdigest()
-        finally:
-            connection.close()
-            process.terminate()
-            process.wait(60)
+        yield once, lambda: hashlib.sha256(newest).hexdigest()
+        connection.close()
 
 
 def push(connection: http.client.HTTPConnection, prepared: Prepared, sequence: int) -> bytes:

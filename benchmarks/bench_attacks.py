@@ -25,11 +25,8 @@ import hashlib
 import http.client
 import json
 import os
-import shutil
 import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -45,6 +42,7 @@ pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
 import psutil  # noqa: E402
+from lib.coordinator_process import RunningCoordinator, coordinator_process  # noqa: E402
 
 from fedmoe.lora.adapter import Layout, ModuleShape  # noqa: E402
 from fedmoe.lora.codec import encode  # noqa: E402
@@ -57,35 +55,15 @@ _RANK, _MODULES = 16, 8
 SEED = 1
 
 
-class Coordinator:
-    """A coordinator process with one expert on a fresh folder."""
+def status(process: int, key: str) -> float:
+    """A line of /proc/PID/status in MB."""
+    text = Path(f"/proc/{process}/status").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith(f"{key}:")).split()[1]) / 1024
 
-    def __init__(self, manifest: Manifest) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="fedmoe-attacks-"))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        command = [sys.executable, "-m", "fedmoe", "coordinator", "--port", str(self.port), "--state-dir"]
-        with (self.folder / "log").open("wb") as log:
-            self.process = subprocess.Popen([*command, str(self.folder / "state")], stdout=log, stderr=log)
-        with CoordinatorClient(f"http://127.0.0.1:{self.port}") as client:
-            while not client.healthy():
-                time.sleep(0.05)
-            client.register("python", "w", manifest)
 
-    def status(self, key: str) -> float:
-        """A line of /proc/PID/status in MB."""
-        text = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(next(line for line in text.splitlines() if line.startswith(f"{key}:")).split()[1]) / 1024
-
-    def loop_waited(self) -> float:
-        """Seconds that the main thread was ready to run and did not."""
-        return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1]) / 1e9
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
-        shutil.rmtree(self.folder)
+def loop_waited(process: int) -> float:
+    """Seconds that the main thread was ready to run and did not."""
+    return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
 
 
 def ask_health(port: int, stop: Event, found: list[float]) -> None:
@@ -176,21 +154,32 @@ def quiet(port: int, seconds: float) -> None:
 
 
 def measured(name: str, manifest: Manifest, attack: Callable[..., None], *arguments: object) -> dict[str, object]:
-    """One attack on a fresh coordinator."""
-    coordinator = Coordinator(manifest)
+    """One attack on a fresh coordinator with one expert."""
+    with tempfile.TemporaryDirectory(prefix="fedmoe-attacks-") as state, coordinator_process(state) as running:
+        with CoordinatorClient(running.url) as client:
+            client.register("python", "w", manifest)
+        told = attacked(name, running, attack, *arguments)
+    print(json.dumps(told), flush=True)
+    return told
+
+
+def attacked(
+    name: str, running: RunningCoordinator, attack: Callable[..., None], *arguments: object
+) -> dict[str, object]:
+    """What the coordinator uses and how it answers while the attack lasts."""
     stop, manager = _CONTEXT.Event(), _CONTEXT.Manager()
     found, peak = manager.list(), [0.0, 0.0]
-    health = _CONTEXT.Process(target=ask_health, args=(coordinator.port, stop, found))
-    attacker = _CONTEXT.Process(target=attack, args=(coordinator.port, *arguments))
-    process = psutil.Process(coordinator.process.pid)
+    health = _CONTEXT.Process(target=ask_health, args=(running.port, stop, found))
+    attacker = _CONTEXT.Process(target=attack, args=(running.port, *arguments))
+    process = psutil.Process(running.pid)
     health.start()
     while len(found) < 10:
         time.sleep(0.05)
     del found[:]
-    cpu, waited, started = sum(process.cpu_times()[:2]), coordinator.loop_waited(), time.monotonic()
+    cpu, waited, started = sum(process.cpu_times()[:2]), loop_waited(running.pid), time.monotonic()
     attacker.start()
     while attacker.is_alive():
-        peak = [max(peak[0], coordinator.status("RssAnon")), max(peak[1], coordinator.status("VmRSS"))]
+        peak = [max(peak[0], status(running.pid, "RssAnon")), max(peak[1], status(running.pid, "VmRSS"))]
         time.sleep(0.02)
     seconds = time.monotonic() - started
     stop.set()
@@ -202,14 +191,12 @@ def measured(name: str, manifest: Manifest, attack: Callable[..., None], *argume
         "anonymous_mb_peak": peak[0],
         "resident_mb_peak": peak[1],
         "cpu_seconds": sum(process.cpu_times()[:2]) - cpu,
-        "loop_waited_for_a_processor_seconds": coordinator.loop_waited() - waited,
+        "loop_waited_for_a_processor_seconds": loop_waited(running.pid) - waited,
         "load_1_minute": os.getloadavg()[0],
     }
     time.sleep(3)
-    told["anonymous_mb_three_seconds_later"] = coordinator.status("RssAnon")
-    coordinator.close()
+    told["anonymous_mb_three_seconds_later"] = status(running.pid, "RssAnon")
     manager.shutdown()
-    print(json.dumps(told), flush=True)
     return told
 
 

@@ -29,12 +29,12 @@ import os
 import shutil
 import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,6 +47,7 @@ pin_threads(1)
 import ml_dtypes  # noqa: E402  # threads are pinned first
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
+from lib.coordinator_process import RunningCoordinator, coordinator_process  # noqa: E402
 from lib.shapes import smollm2_layout  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
@@ -113,23 +114,14 @@ def prepare(dtype: WireDtype) -> Prepared:
     return Prepared(head, hashlib.sha256(head), dtype)
 
 
-def start_coordinator(state_dir: str, source: Path = ROOT) -> tuple[subprocess.Popen[bytes], int]:
-    """A coordinator process with the package of `source` on a free port, healthy."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    command = [sys.executable, "-P", "-m", "fedmoe", "coordinator", "--port", str(port), "--state-dir", state_dir]
-    environment = os.environ | {"PYTHONPATH": str(source)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with CoordinatorClient(f"http://127.0.0.1:{port}") as api:
-        deadline = time.monotonic() + 60
-        while not api.healthy():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the coordinator did not start")
-            time.sleep(0.1)
-        for index in range(EXPERTS):
-            api.register(f"expert-{index}", "bench", MANIFEST)
-    return process, port
+@contextmanager
+def running_coordinator(state: str, source: Path = ROOT) -> Iterator[RunningCoordinator]:
+    """A coordinator process with the package of `source`, at which the experts are registered."""
+    with coordinator_process(state, source=source) as running:
+        with CoordinatorClient(running.url) as api:
+            for index in range(EXPERTS):
+                api.register(f"expert-{index}", "bench", MANIFEST)
+        yield running
 
 
 def push_until(port: int, worker: int, prepared: Prepared, stop: threading.Event, load: Load) -> None:
@@ -230,16 +222,15 @@ def measure_coordinator(
     workers: int, dtype: WireDtype, seconds: float, windows: int, scratch: str
 ) -> dict[str, object]:
     """One coordinator, one number of workers, one precision."""
-    state_dir = tempfile.mkdtemp(dir=scratch)
-    process, port = start_coordinator(state_dir)
-    try:
-        seen = psutil.Process(process.pid)
+    with tempfile.TemporaryDirectory(dir=scratch) as state, running_coordinator(state) as running:
+        port = running.port
+        seen = psutil.Process(running.pid)
         before = sum(seen.cpu_times()[:2])
         rates, pushes = run_pushes(port, workers, prepare(dtype), seconds, windows)
         cpu = sum(seen.cpu_times()[:2]) - before
         memory = seen.memory_full_info()
         pull = run_pulls(port, workers, dtype)
-        with CoordinatorClient(f"http://127.0.0.1:{port}") as api:
+        with CoordinatorClient(running.url) as api:
             pulled = api.pull_expert("expert-0", dtype=dtype)
         assert pulled is not None
         return {
@@ -250,10 +241,6 @@ def measure_coordinator(
             "server_cpu_seconds_per_update": cpu / len(pushes),
             "server_private_memory_mib": round(memory.uss / 2**20, 1),
         }
-    finally:
-        process.terminate()
-        process.wait(60)
-        shutil.rmtree(state_dir)
 
 
 def send_forever(port: int, body: bytes, count: int) -> None:

@@ -26,15 +26,12 @@ import json
 import os
 import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -44,6 +41,7 @@ pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
 import psutil  # noqa: E402
+from lib.coordinator_process import coordinator_process  # noqa: E402
 
 from fedmoe.lora.adapter import Layout, ModuleShape  # noqa: E402
 from fedmoe.lora.codec import encode  # noqa: E402
@@ -165,24 +163,6 @@ def upload_nothing(kind: str, port: int, token: str, number: int, go: Event) -> 
                     return
 
 
-def start(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """A coordinator that asks for tokens, and its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    environment = os.environ | {"FEDMOE_TOKEN": JOIN, "FEDMOE_ADMIN_TOKEN": ADMIN}
-    command = [sys.executable, "-m", "fedmoe", "coordinator", "--state-dir", str(folder / "state"), "--port", str(port)]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-    with CoordinatorClient(f"http://127.0.0.1:{port}", ADMIN) as client:
-        deadline = time.monotonic() + 60
-        while not client.healthy():
-            if time.monotonic() > deadline:
-                raise RuntimeError((folder / "log").read_text()[-2000:])
-            time.sleep(0.1)
-    return process, port
-
-
 def token_for(port: int, worker: str | None) -> str:
     with CoordinatorClient(f"http://127.0.0.1:{port}", ADMIN) as client:
         return client.make_token(TokenRequest(role="worker" if worker else "join", worker=worker, label="bench")).token
@@ -236,21 +216,20 @@ def main() -> None:
     parser.add_argument("--attacks", nargs="+", choices=list(CONNECTIONS), default=list(CONNECTIONS))
     parser.add_argument("--name", default="fairness")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="fedmoe-fairness-") as folder:
-        process, port = start(Path(folder))
-        try:
-            with CoordinatorClient(f"http://127.0.0.1:{port}", JOIN) as client:
-                client.register("python", "honest", manifest(LAYOUT))
-            honest = Honest(port, token_for(port, "honest"))
-            honest.rate(3.0)
-            results: dict[str, object] = {"load_average_before": os.getloadavg()}
-            for kind in given.attacks:
-                results[kind] = measure_attack(kind, port, process.pid, honest, given.seconds, given.windows)
-                print(kind, json.dumps(results[kind]), flush=True)
-            results |= {"honest_answers_by_status": honest.answers, "load_average_after": os.getloadavg()}
-        finally:
-            process.terminate()
-            process.wait(40)
+    tokens = {"FEDMOE_TOKEN": JOIN, "FEDMOE_ADMIN_TOKEN": ADMIN}
+    with (
+        tempfile.TemporaryDirectory(prefix="fedmoe-fairness-") as state,
+        coordinator_process(state, variables=tokens) as running,
+    ):
+        with CoordinatorClient(running.url, JOIN) as client:
+            client.register("python", "honest", manifest(LAYOUT))
+        honest = Honest(running.port, token_for(running.port, "honest"))
+        honest.rate(3.0)
+        results: dict[str, object] = {"load_average_before": os.getloadavg()}
+        for kind in given.attacks:
+            results[kind] = measure_attack(kind, running.port, running.pid, honest, given.seconds, given.windows)
+            print(kind, json.dumps(results[kind]), flush=True)
+        results |= {"honest_answers_by_status": honest.answers, "load_average_after": os.getloadavg()}
     print(write_result(given.name, results, vars(given), seeds=[0]))
 
 

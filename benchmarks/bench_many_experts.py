@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import psutil
+from lib.coordinator_process import coordinator_process
 from lib.harness import write_result
 
 from fedmoe.lora.adapter import Layout, ModuleShape
@@ -34,8 +33,8 @@ SEED = 7
 class Caller:
     """Registers and pushes for all experts, by hand: no worker trains."""
 
-    def __init__(self, port: int) -> None:
-        self.api = CoordinatorClient(f"http://127.0.0.1:{port}")
+    def __init__(self, url: str) -> None:
+        self.api = CoordinatorClient(url)
         self.versions: dict[str, int] = {}
         self.sequence = 0
         self._numbers = np.random.default_rng(SEED)
@@ -49,24 +48,6 @@ class Caller:
         self.sequence += 1
 
 
-def start(state_dir: str) -> tuple[subprocess.Popen[bytes], int, float]:
-    """A coordinator process, its port, and the seconds until it answered."""
-    from socket import socket
-
-    with socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    command = [sys.executable, "-m", "fedmoe", "coordinator", "--port", str(port), "--state-dir", state_dir]
-    began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with CoordinatorClient(f"http://127.0.0.1:{port}") as api:
-        while not api.healthy():
-            if process.poll() is not None or time.monotonic() - began > 120:
-                raise RuntimeError("the coordinator did not start")
-            time.sleep(0.05)
-    return process, port, time.monotonic() - began
-
-
 def milliseconds(seconds: list[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, median, high = statistics.quantiles(seconds, n=4)
@@ -75,9 +56,8 @@ def milliseconds(seconds: list[float]) -> dict[str, float]:
 
 def measure(experts: int, repeats: int, folder: str) -> dict[str, object]:
     """One number of experts."""
-    process, port, _ = start(folder)
-    try:
-        caller = Caller(port)
+    with coordinator_process(folder) as running:
+        caller = Caller(running.url)
         names = [f"expert-{number}" for number in range(experts)]
         for name in names:
             caller.api.register(name, "bench", MANIFEST)
@@ -93,13 +73,9 @@ def measure(experts: int, repeats: int, folder: str) -> dict[str, object]:
             pairs["push"].append(pushed - began)
             pairs["list"].append(listed - pushed)
             pairs["push_and_list"].append(listed - began)
-        memory = psutil.Process(process.pid).memory_info().rss
-    finally:
-        process.terminate()
-        process.wait(60)
-    process, _, seconds = start(folder)
-    process.terminate()
-    process.wait(60)
+        memory = psutil.Process(running.pid).memory_info().rss
+    with coordinator_process(folder) as again:
+        seconds = again.start_seconds
     times = {name: milliseconds(found) for name, found in pairs.items()}
     return {**times, "list_bytes": len(listing.body), "resident_mib": round(memory / 2**20, 1), "start_s": seconds}
 

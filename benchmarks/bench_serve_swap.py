@@ -35,6 +35,7 @@ pin_threads(1)
 
 import httpx2  # noqa: E402  # threads are pinned first
 import numpy as np  # noqa: E402
+from lib.coordinator_process import coordinator_process  # noqa: E402
 from lib.swap_check import check  # noqa: E402
 from lib.swap_load import (  # noqa: E402
     EXPERTS,
@@ -43,7 +44,6 @@ from lib.swap_load import (  # noqa: E402
     Load,
     Pusher,
     Swaps,
-    coordinator,
     latencies,
     listening,
     manifest_of,
@@ -105,7 +105,8 @@ def measure(base: LoadedBase, options: argparse.Namespace) -> Measurement:
     limits = Limits(128, options.tokens, 4 * options.clients)
     with ExitStack() as stack:
         address = stack.enter_context(vllm_address(options))
-        url = stack.enter_context(coordinator(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
+        state = stack.enter_context(tempfile.TemporaryDirectory())
+        url = stack.enter_context(coordinator_process(state, ["--min-sync-interval", "0"])).url
         api, followed = (stack.enter_context(CoordinatorClient(url)) for _ in range(2))
         for expert in EXPERTS:
             api.register(expert, "bench", manifest)

@@ -1,4 +1,4 @@
-"""The parts of `bench_serve_swap.py` that make the load: a coordinator, versions pushed to it, clients that ask."""
+"""The parts of `bench_serve_swap.py` that make the load: versions pushed to a coordinator, clients that ask."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ import json
 import random
 import socket
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import uvicorn
@@ -56,33 +53,6 @@ def manifest_of(base: LoadedBase) -> Manifest:
     found = find_targets(base.model, ALL_LINEAR)
     modules = tuple(ModuleShape(name, layer.in_features, layer.out_features) for name, layer in found)
     return Manifest(base.identity, Layout(modules, RANK), 2.0 * RANK)
-
-
-@contextmanager
-def coordinator(folder: Path) -> Iterator[str]:
-    """A coordinator process on a free port, healthy."""
-    port = free_port()
-    command = [sys.executable, "-m", "fedmoe", "coordinator", "--port", str(port), "--state-dir", str(folder)]
-    process = subprocess.Popen(
-        [*command, "--min-sync-interval", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        with CoordinatorClient(f"http://127.0.0.1:{port}") as api:
-            deadline = time.monotonic() + 120
-            while not api.healthy():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("the coordinator did not start")
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
