@@ -41,7 +41,7 @@ from fedmoe.lora.regmean import regmean  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
 from fedmoe.models.packed import count_targets  # noqa: E402
 from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
-from fedmoe.worker.statistics import StatisticsBudget, prompt_statistics  # noqa: E402
+from fedmoe.worker.statistics import StatisticsBudget, prompt_statistics, sample_prompts  # noqa: E402
 
 #: Name -> domains, and the highest rank of a merged adapter.
 SETS = {"demo": (DEMO, 64), "unseen": (UNSEEN, 64), "ten": ((*DEMO, *FURTHER), 128)}
@@ -114,7 +114,8 @@ def routes(bench: Bench, merged: Adapter) -> dict[str, list[str]]:
     """Who gets each test block by its first 32 tokens: an expert, or `MERGED`."""
     work, budget = bench.work, StatisticsBudget().prompt_tokens
     known = {
-        domain: prompt_statistics(work.base, work.training_blocks(domain, BLOCKS), budget) for domain in bench.experts
+        domain: prompt_statistics(work.base, sample_prompts(work.base, work.training_blocks(domain, BLOCKS), budget))
+        for domain in bench.experts
     }
     held_out = {domain: work.held_out("test", domain, bench.blocks["test"]) for domain in bench.experts}
     return routed_to(work.base, SequenceRouter.fit(known), {**bench.experts, MERGED: merged}, held_out, MERGED)

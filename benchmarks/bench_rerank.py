@@ -48,7 +48,7 @@ from fedmoe.models.multilora import MultiLora  # noqa: E402
 from fedmoe.models.policy_logprobs import log_likelihoods  # noqa: E402
 from fedmoe.models.prompt_features import prefix_features  # noqa: E402
 from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
-from fedmoe.worker.statistics import StatisticsBudget, prompt_statistics  # noqa: E402
+from fedmoe.worker.statistics import StatisticsBudget, prompt_statistics, sample_prompts  # noqa: E402
 
 Array = NDArray[np.float64]
 NAMES = (*DEMO, *FURTHER, *UNSEEN)
@@ -198,7 +198,10 @@ def results(work: Work, count: int, half: str) -> dict[str, object]:
     """All numbers with each count of experts."""
     rows, owners = prompts_of(work, count, half)
     budget = StatisticsBudget().prompt_tokens
-    statistics = {name: prompt_statistics(work.base, work.training_blocks(name, BLOCKS), budget) for name in NAMES}
+    statistics = {
+        name: prompt_statistics(work.base, sample_prompts(work.base, work.training_blocks(name, BLOCKS), budget))
+        for name in NAMES
+    }
     features = features_of(work, rows)
     first = work.expert(NAMES[0])
     losses = {BASE: token_losses(work, Adapter.zeros(first.layout, first.alpha), rows)}

@@ -42,7 +42,7 @@ from fedmoe.models.multilora import MultiLora, TokenWeights  # noqa: E402
 from fedmoe.models.packed import token_losses  # noqa: E402
 from fedmoe.models.prompt_features import prompt_features  # noqa: E402
 from fedmoe.runtime.device import pin_threads as pin_torch  # noqa: E402
-from fedmoe.worker.statistics import StatisticsBudget, prompt_statistics  # noqa: E402
+from fedmoe.worker.statistics import StatisticsBudget, prompt_statistics, sample_prompts  # noqa: E402
 
 BATCH = 4
 Way = Callable[[int], AbstractContextManager[None]]
@@ -126,7 +126,10 @@ def choices_by_block(
 ) -> dict[str, dict[str, Sequence[str | None]]]:
     """Way -> domain -> the expert of each block."""
     budget = StatisticsBudget().prompt_tokens
-    told = {domain: prompt_statistics(base, work.training_blocks(domain), budget) for domain in held_out}
+    told = {
+        domain: prompt_statistics(base, sample_prompts(base, work.training_blocks(domain), budget))
+        for domain in held_out
+    }
     sequence = SequenceRouter.fit(told)
     found: dict[str, dict[str, Sequence[str | None]]] = {"sequence": {}, "spectral, sequence": {}}
     for domain, blocks in held_out.items():

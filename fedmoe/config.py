@@ -97,10 +97,10 @@ class _ProcessConfig(BaseSettings):
     @classmethod
     def _no_unknown_variable(cls, values: object) -> object:
         prefix = str(cls.model_config["env_prefix"])
-        known = [prefix + name.upper() for name in cls.model_fields]
+        variables = [prefix + name.upper() for name in cls.model_fields]
         for variable in os.environ:
-            if variable.startswith(prefix) and variable not in known and not _OF_OTHERS.search(variable):
-                close = difflib.get_close_matches(variable, known, 1)
+            if variable.startswith(prefix) and variable not in variables and not _OF_OTHERS.search(variable):
+                close = difflib.get_close_matches(variable, variables, 1)
                 hint = f"did you mean {close[0]}?" if close else "unset it."
                 raise ValueError(f"the environment variable {variable} is not known; {hint}")
         return values

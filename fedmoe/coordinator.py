@@ -18,7 +18,7 @@ from fedmoe.federation.gateway_members import left_out, left_out_of_online_gatew
 from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.federation.quarantine import Quarantine
 from fedmoe.federation.transaction import Submission, Transaction
-from fedmoe.lora.adapter import Adapter, FloatVector, Layout
+from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.merge import STRATEGIES_WITH_MOMENTS, merge
@@ -70,12 +70,6 @@ class GatewayModel:
     left_out: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
-    def of_base(cls, version: int, layout: Layout, strategy: str, left_out: Mapping[str, str]) -> GatewayModel:
-        """The gateway while no expert has learned anything: it does what the base model does."""
-        adapter = Adapter.zeros(layout, layout.rank)
-        return cls(adapter, version, {}, {}, strategy, 0.0, digest(adapter), {}, (), left_out=left_out)
-
-    @classmethod
     def build(
         cls,
         version: int,
@@ -84,7 +78,7 @@ class GatewayModel:
         moments: Mapping[str, ExpertMoments] = MappingProxyType({}),
         scale: float | None = None,
     ) -> GatewayModel:
-        """Merge the experts as they are now, those that learned something.
+        """Merge the experts that learned something as they are now; without any it does what the base model does.
 
         `gateway_rank` None keeps the merge exact; one with moments keeps `ENERGY` of it. Where the strategy needs
         `moments` and an expert has none, it is `WITHOUT_MOMENTS` instead, and `notes` say so. `scale` None is the
@@ -93,8 +87,9 @@ class GatewayModel:
         without = left_out(experts, aggregation.buffer_size)
         if len(without) == len(experts):
             layout = next(expert for expert in experts.values() if not expert.retired).manifest.layout
-            layout = layout.with_rank(min(layout.rank, aggregation.gateway_rank or layout.rank))
-            return cls.of_base(version, layout, aggregation.strategy, without)
+            rank = min(layout.rank, aggregation.gateway_rank or layout.rank)
+            adapter = Adapter.zeros(layout.with_rank(rank), rank)
+            return cls(adapter, version, {}, {}, aggregation.strategy, 0.0, digest(adapter), {}, (), left_out=without)
         experts = members(experts, aggregation.buffer_size)
         moments = {name: moments[name] for name in sorted(experts.keys() & moments.keys())}
         with_moments = aggregation.strategy in STRATEGIES_WITH_MOMENTS and moments.keys() == experts.keys()
@@ -158,8 +153,9 @@ class CentralCoordinator:
     """
 
     def __init__(self, aggregation: Aggregation | None = None, enable_gateway: bool | None = None) -> None:
-        chosen = aggregation or Aggregation()
-        self.aggregation = chosen if enable_gateway is None else replace(chosen, enable_gateway=enable_gateway)
+        self.aggregation = aggregation or Aggregation()
+        if enable_gateway is not None:
+            self.aggregation = replace(self.aggregation, enable_gateway=enable_gateway)
         # Swapped as one: no reader sees half a change.
         self._published = Transaction(self.aggregation, {}, None, 0)
         self._gateway: GatewayModel | None = None

@@ -36,9 +36,8 @@ from fedmoe.server.upkeep.disk import DiskReport
 from fedmoe.server.upkeep.retention import retention_bound
 from fedmoe.server.upkeep.sweep import DailySweep
 from fedmoe.wire.http.bearer import new_token
-from fedmoe.wire.http.deadlines import GuardedProtocol
-from fedmoe.wire.http.listening import listen, own_signals
 from fedmoe.wire.http.middleware import is_loopback
+from fedmoe.wire.http.serving import GuardedProtocol, listen, own_signals
 
 _log = structlog.get_logger("fedmoe.coordinator")
 
@@ -61,7 +60,6 @@ class DistributedCoordinator:
 
     def __init__(self, config: CoordinatorConfig) -> None:
         self.config = config
-        self._audit: AuditLog | None = None
         self._descriptors = raise_limit()
         self._few_descriptors = False
         aggregation = _aggregation(config)
@@ -72,15 +70,12 @@ class DistributedCoordinator:
             config.allow_network_fs,
             lambda journal: check_choices(aggregation, read_choices(journal)),
         )
-        try:
-            self._open(config, aggregation)
-        except BaseException:
-            if self._audit is not None:
-                self._audit.close()
-            self._state.close()
-            raise
+        with contextlib.ExitStack() as opened:
+            opened.callback(self._state.close)
+            self._open(config, aggregation, opened)
+            opened.pop_all()
 
-    def _open(self, config: CoordinatorConfig, aggregation: Aggregation) -> None:
+    def _open(self, config: CoordinatorConfig, aggregation: Aggregation, opened: contextlib.ExitStack) -> None:
         journal, blobs = self._state.journal, self._state.blobs
         history = History(journal, blobs, aggregation, config.keep_updates, skip_damaged=config.skip_damaged)
         started = time.perf_counter()
@@ -103,6 +98,7 @@ class DistributedCoordinator:
         self._bound_bytes(config)
         self._noted = AuditHead.of_text(journal.meta(AUDIT_HEAD))
         self._audit = AuditLog(self._state.path, time.time, self._noted)
+        opened.callback(self._audit.close)
         self.new_tokens = self._prepare_tokens(config)
         made = ", ".join(self.new_tokens)
         self._audit.write(what="start", asks_for_tokens=self.gate.required, address=config.host, tokens_made=made)
@@ -126,8 +122,7 @@ class DistributedCoordinator:
         self.gate.required = needed and not config.insecure
         for record in self.gate.adopt(given):
             _log.warning("token_replaced", role=record.role, hash=record.hash[:12], reason="another one was given")
-            if self._audit is not None:
-                self._audit.write(what="token replaced at start", named=record.hash[:12], role=record.role)
+            self._audit.write(what="token replaced at start", named=record.hash[:12], role=record.role)
         if config.insecure:
             _log.warning("insecure", tokens_not_asked_for=len(self.gate.known()))
         if self.gate.clock_behind > _CLOCK_BEHIND:
@@ -139,14 +134,14 @@ class DistributedCoordinator:
 
     def _bound_bytes(self, config: CoordinatorConfig) -> None:
         """Bound the bytes of updates, and say how fast they grow: now, or once there is an expert."""
-        blobs, kept = self._state.blobs, retention_bound(config.keep_gb, self._state.journal, self._state.blobs)
-        self.service.keep_below(kept.most, blobs)
-        say = DiskReport(self._state.journal, blobs, config.min_sync_interval or ADVISED_SYNC_INTERVAL, kept)
-        experts = self.service.coordinator.experts
-        if experts:
-            say(experts.values())
+        journal, blobs = self._state.journal, self._state.blobs
+        bound = retention_bound(config.keep_gb, journal, blobs)
+        self.service.keep_below(bound.most, blobs)
+        report = DiskReport(journal, blobs, config.min_sync_interval or ADVISED_SYNC_INTERVAL, bound)
+        if experts := self.service.coordinator.experts:
+            report(experts.values())
         else:
-            self.service.on_first_expert = lambda expert: say([expert])
+            self.service.on_first_expert = lambda expert: report([expert])
 
     def serve(self) -> int:
         """Listen until SIGTERM or SIGINT; finishes requests under way, then returns the exit status."""
@@ -206,15 +201,14 @@ class DistributedCoordinator:
         used = in_use()
         few = few_left(used, self._descriptors)
         if few and not self._few_descriptors:
-            fix = "raise 'ulimit -n'"
-            _log.error("few_file_descriptors", used=used, limit=self._descriptors, fix=fix)
+            _log.error("few_file_descriptors", used=used, limit=self._descriptors, fix="raise 'ulimit -n'")
         self._few_descriptors = few
 
     def _keep(self, at_the_end: bool = False) -> None:
         try:
             if at_the_end or self.gate.keeping_is_due:
                 self.gate.keep()
-            if self._audit is not None and self._audit.head != self._noted:
+            if self._audit.head != self._noted:
                 self._noted = self._audit.head
                 self._state.journal.set_meta(AUDIT_HEAD, str(self._noted))
         except (RefusedError, StorageFailedError) as error:
@@ -243,9 +237,8 @@ class DistributedCoordinator:
     def close(self) -> None:
         """Finish what was accepted and give the state directory back."""
         self.service.close()
-        if self._audit is not None:
-            self._audit.write(what="stop")
-            self._audit.close()
+        self._audit.write(what="stop")
+        self._audit.close()
         self._keep(at_the_end=True)
         self._state.close()
 

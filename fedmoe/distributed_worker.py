@@ -39,9 +39,16 @@ from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, E
 from fedmoe.wire.contract.messages import StartFrom, StatisticRequest, UpdateHeader
 from fedmoe.wire.delivery import Delivery, DeliveryOutcome
 from fedmoe.wire.outbox import Outbox, PendingUpdate
-from fedmoe.worker.failures import DivergedError, WorkerFailedError, device_failure, on_rank_zero
-from fedmoe.worker.report import WorkerReport, warn_of_other_history
-from fedmoe.worker.restart import Progress, WorkerSyncPoint, resume_worker
+from fedmoe.worker.recovery import (
+    DivergedError,
+    Progress,
+    WorkerFailedError,
+    WorkerSyncPoint,
+    device_failure,
+    on_rank_zero,
+    resume_worker,
+)
+from fedmoe.worker.report import WorkerReport, warn_of_absence, warn_of_other_history
 
 __all__ = ["DistributedWorker", "SyncSettings", "WorkerFailedError"]
 
@@ -87,8 +94,7 @@ class DistributedWorker:
         self.worker = worker
         self._client = client
         self._settings = settings
-        self._state_dir = state_dir
-        self._checkpoints = state_dir / "checkpoint"
+        self._state_dir, self._checkpoints = state_dir, state_dir / "checkpoint"
         self._group = worker.expert.group
         self._talks = self._group.rank == 0
         self._outbox = outbox
@@ -133,7 +139,7 @@ class DistributedWorker:
                 self._save()
 
     def _join(self) -> bool:
-        """Register, take up where the last run was, deliver what it left, pull; False if told to stop meanwhile."""
+        """Register, take up where the last run was, deliver what it left, pull; False if asked to stop meanwhile."""
         on_rank_zero(self._group, self._register)
         saved = resume_worker(self.worker, self._checkpoints, self._settings.allow_changed_data)
         answer = on_rank_zero(self._group, lambda: self._deliver_leftover(saved))
@@ -142,7 +148,7 @@ class DistributedWorker:
             return False
         newest = on_rank_zero(self._group, self._pull)
         self.worker.load(self._starting_weights(newest, saved, returned) if newest else None)
-        self._adopt(newest)
+        self._base, self._reference = newest, newest.weights if newest else None
         if self._group.flag(returned):
             self._restore_refused()
         self._cut_at = self._clock()
@@ -165,13 +171,12 @@ class DistributedWorker:
         _log.info("pulled", expert=pulled.name, version=pulled.version, digest=pulled.digest[:12])
         return pulled
 
-    def _start_delivery(self, pending: PendingUpdate, fact: StatisticRequest | None) -> Delivery:
+    def _start_delivery(self, pending: PendingUpdate, fact: StatisticRequest | None) -> None:
         manifest, dtype = self.worker.manifest, self._settings.wire_dtype
-        self._delivery = Delivery(self._client, pending, self._coordinator_away, fact, manifest, dtype)
-        return self._delivery
+        self._delivery = Delivery(self._client, pending, warn_of_absence, fact, manifest, dtype)
 
     def _deliver_leftover(self, saved: WorkerSyncPoint | None) -> DeliveryOutcome | None:
-        """What became of the update an earlier run left; None if it left none, or when told to stop meanwhile."""
+        """What became of the update an earlier run left; None if it left none, or when asked to stop meanwhile."""
         pending = self._box.pending
         if pending is None:
             return None
@@ -180,9 +185,9 @@ class DistributedWorker:
             self._box.settle()
             return None
         _log.info("delivering", sequence=pending.header.sequence)
-        delivery = self._start_delivery(pending, None)
+        self._start_delivery(pending, None)
         self._await_answer(self._settings.max_unsynced)
-        answer = delivery.answer()
+        answer = self._reported_answer()
         if answer is None:
             self._report_undelivered()
             return None
@@ -190,7 +195,6 @@ class DistributedWorker:
             if answer.poisoned:
                 self._box.settle()
             raise answer.refused
-        self._report_answer(answer)
         if not answer.returned:
             self._box.settle()
         self._delivery = None
@@ -210,37 +214,30 @@ class DistributedWorker:
             self._progress += Progress(1, tokens, (pending.header.loss or 0.0) * tokens)
         return start
 
-    def _adopt(self, newest: PulledExpert | None) -> None:
-        self._base = newest
-        self._reference = newest.weights if newest else None
-
     def _train(self) -> None:
         """Train until a push is due, an answer has come, or training may not go on without one."""
-        overdue = self._clock() - self._cut_at >= self._settings.max_unsynced
-        if self._group.flag(self._delivery is not None and overdue):
-            if self._delivery is not None:
-                self._delivery.wait(_TICK_SECONDS)
+        delivery, since_cut = self._delivery, self._clock() - self._cut_at
+        seconds = self._interval - since_cut
+        if delivery is not None:
+            seconds = min(self._interval, self._settings.max_unsynced - since_cut)
+        if self._group.flag(delivery is not None and since_cut >= self._settings.max_unsynced):
+            if delivery is not None:
+                delivery.wait(_TICK_SECONDS)
             return
-        seconds = self._seconds_to_train()
+
+        def interrupted() -> bool:
+            return self._stop.is_set() or (delivery is not None and delivery.over)
+
         # Where one step takes longer than the interval, there is still one step between two pushes.
         one_step = self._group.flag(seconds <= 0)
         try:
             seconds, steps = (math.inf, 1) if one_step else (seconds, None)
-            self.worker.train_for(seconds, self._interrupted, self._step_done, steps, self._evaluated)
+            self.worker.train_for(seconds, interrupted, self._step_done, steps, self._evaluated)
         except NonFiniteError as error:
             self._skip_batch(error)
         except (RuntimeError, MemoryError) as failed:
             save = self._save if self._group.world_size == 1 else None
             raise device_failure(failed, self.worker.step, save) from failed
-
-    def _seconds_to_train(self) -> float:
-        since_cut = self._clock() - self._cut_at
-        if self._delivery is None:
-            return self._interval - since_cut
-        return min(self._interval, self._settings.max_unsynced - since_cut)
-
-    def _interrupted(self) -> bool:
-        return self._stop.is_set() or (self._delivery is not None and self._delivery.over)
 
     def _skip_batch(self, error: NonFiniteError) -> None:
         self._non_finite += 1
@@ -256,12 +253,12 @@ class DistributedWorker:
         self._non_finite = 0
         self._progress = self._progress.after(record)
         if self._report is not None:
-            self._report.step(record, self._base.version if self._base else None)
+            self._report.step(record, self._require_base().version)
         self._on_step(record)
 
     def _evaluated(self, record: EvaluationRecord) -> None:
         if self._report is not None:
-            self._report.evaluated(record, self._base.version if self._base else None, self.worker.stopped_early)
+            self._report.evaluated(record, self._require_base().version, self.worker.stopped_early)
 
     def _send_if_due(self) -> None:
         if self._delivery is None and self._progress.steps and self._clock() - self._cut_at >= self._interval:
@@ -296,7 +293,7 @@ class DistributedWorker:
 
     def _absorb_answer(self) -> None:
         """Once the answer is there, rebase onto the newest version; all ranks."""
-        answer = on_rank_zero(self._group, self._usable_answer)
+        answer = on_rank_zero(self._group, self._reported_answer)
         if not self._group.flag(answer is not None):
             return
         if self._group.flag(answer is not None and answer.newest is None):
@@ -307,7 +304,7 @@ class DistributedWorker:
         reference = self._base.weights if returned and self._base else self._reference
         newest = answer.newest if answer else None
         self.worker.rebase(newest.weights if newest else None, reference)
-        self._adopt(newest)
+        self._base, self._reference = newest, newest.weights if newest else None
         if self._group.flag(returned):
             self._progress += self._under_way
             self._restore_refused()
@@ -315,15 +312,11 @@ class DistributedWorker:
             self._box.settle()
         self._delivery = None
 
-    def _usable_answer(self) -> DeliveryOutcome | None:
+    def _reported_answer(self) -> DeliveryOutcome | None:
         answer = self._delivery.answer() if self._delivery is not None else None
-        if answer is not None:
-            self._report_answer(answer)
-        return answer
-
-    def _report_answer(self, answer: DeliveryOutcome) -> None:
-        if self._report is not None:
+        if answer is not None and self._report is not None:
             self._report.answered(self._require_pending(), answer)
+        return answer
 
     def _restore_refused(self) -> None:
         """A refused update is local progress again: first on disk, then out of the outbox; all ranks."""
@@ -361,7 +354,7 @@ class DistributedWorker:
         return self._group.flag(self._delivery is None)
 
     def _await_answer(self, seconds: float) -> None:
-        """Wait for the answer to the update under way, so long, or less when told to stop."""
+        """Wait for the answer to the update under way, so long, or less when asked to stop."""
         assert self._delivery is not None
         deadline = self._clock() + seconds
         while not self._delivery.wait(_TICK_SECONDS) and self._clock() < deadline:
@@ -369,7 +362,7 @@ class DistributedWorker:
                 deadline = min(deadline, self._clock() + _LAST_WAIT_SECONDS)
 
     def _report_undelivered(self) -> None:
-        """One who was told to stop may leave an update for the next start; for a schedule's end it is a failure."""
+        """One who was asked to stop may leave an update for the next start; for a schedule's end it is a failure."""
         if self._delivery is None:
             _log.info("left", step=self.worker.step, version=self._require_base().version)
             return
@@ -383,19 +376,14 @@ class DistributedWorker:
 
     def _save(self, absorbed: bool = False) -> None:
         """Write a checkpoint; `absorbed` says that the pending update's content is in it again; all ranks."""
-        companion = CheckpointExtras()
-        if self._talks and self._reference is not None:
+        extras = CheckpointExtras()
+        if self._talks and self._base is not None and self._reference is not None:
             number = self._require_pending().header.sequence if absorbed else None
-            incarnation = self._base.incarnation if self._base else None
-            point = WorkerSyncPoint(self._reference, self._box.next_sequence, self._progress, number, incarnation)
-            companion = point.companion()
-        self.worker.save(self._checkpoints, companion)
+            position = (self._reference, self._box.next_sequence, self._progress, number, self._base.incarnation)
+            extras = WorkerSyncPoint(*position).extras()
+        self.worker.save(self._checkpoints, extras)
         failpoints.reached("worker.saved")
         self._saved_at = self._clock()
-
-    def _coordinator_away(self, error: CoordinatorUnavailableError) -> None:
-        if self._report is not None:
-            self._report.away(error)
 
     def _require_base(self) -> PulledExpert:
         assert self._base is not None, "the loop starts with a pull"

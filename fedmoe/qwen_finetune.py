@@ -91,14 +91,18 @@ class QwenLoRAExpert:
             base.model, shape.target_modules, shape.r, shape.lora_alpha, shape.lora_dropout, shape.seed
         )
         self.group.broadcast_(self.attached.parameter.data)
-        self.step = 0
         #: Whether micro-batches are half as large as asked for, since memory once ran out.
         self.halves = False
         self._sum_dtype = torch.float32 if base.device.type == "mps" else torch.float64
-        self._scale = LossScale.start(base.dtype)
-        self._optimizer = self._new_optimizer()
+        self._reset_optimizer()
         if self.training.gradient_checkpointing:
             enable_checkpointing(base.model)
+
+    def _reset_optimizer(self) -> None:
+        self.step = 0
+        self._scale = LossScale.start(self.base.dtype)
+        rate, decay = self.training.learning_rate, self.training.weight_decay
+        self._optimizer = torch.optim.AdamW([self.attached.parameter], lr=rate, weight_decay=decay, fused=True)
 
     @property
     def manifest(self) -> Manifest:
@@ -233,21 +237,10 @@ class QwenLoRAExpert:
         moments = {name: torch.tensor(state[name], device=parameter.device) for name in _MOMENTS}
         count = torch.tensor(float(self.step), dtype=torch.float32, device=parameter.device)
         self._optimizer.state[parameter] = {"step": count, **moments}
-        if not self.lora.lora_dropout:
-            return
-        if self.base.device.type == "cuda":
+        if self.lora.lora_dropout and self.base.device.type == "cuda":
             torch.cuda.set_rng_state(torch.tensor(state["random_state"]), self.base.device)
-        else:
+        elif self.lora.lora_dropout:
             torch.set_rng_state(torch.tensor(state["random_state"]))
-
-    def _reset_optimizer(self) -> None:
-        self.step = 0
-        self._scale = LossScale.start(self.base.dtype)
-        self._optimizer = self._new_optimizer()
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        rate, decay = self.training.learning_rate, self.training.weight_decay
-        return torch.optim.AdamW([self.attached.parameter], lr=rate, weight_decay=decay, fused=True)
 
     def _gradient(self, batches: Sequence[Batch], tokens: int) -> tuple[float, float]:
         # Every rank sees the same summed loss and gradient, so all of them retry, go on or raise alike.

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedmoe.datasets.readers.common import DataError
-from fedmoe.datasets.tokens.packing import Batch, BlockSampler, collate
+from fedmoe.datasets.tokens.packing import BlockSampler, collate
 from fedmoe.datasets.tokens.sample_hashes import DataChange, SampleHashes, digest_of, sample_hashes
 from fedmoe.lora.adapter import FloatVector, ShapeError
 from fedmoe.lora.manifest import Manifest
@@ -139,14 +139,15 @@ class QwenWorker:
         and so is `on_evaluation` where a held-out plan asks for a measurement.
         NonFiniteError passes through: that batch is used up, weights are unchanged, and training may be resumed.
         """
-        started = self._clock()
-        steps, tokens, nats = 0, 0, 0.0
+        started, training = self._clock(), self.expert.training
+        steps, tokens, nats, size = 0, 0, 0.0, training.per_device_train_batch_size
         while True:
             self._evaluate_if_due(should_stop, on_evaluation)
             over = self._ended or (max_steps is not None and steps >= max_steps)
             if self._group.flag(over or should_stop() or self._clock() >= started + seconds):
                 break
-            result = self.expert.train_step(self._next_batches())
+            batches = [collate(self.sampler.next(size)) for _ in range(training.gradient_accumulation_steps)]
+            result = self.expert.train_step(batches)
             steps, tokens, nats = steps + 1, tokens + result.tokens, nats + result.loss * result.tokens
             on_step(result)
         return IntervalResult(steps, tokens, nats / tokens if tokens else float("nan"), self._clock() - started)
@@ -164,7 +165,15 @@ class QwenWorker:
         if self._group.rank == 0:
             if new_base is None or sent_local is None:
                 raise ValueError("rank 0 must pass the new base and the weights that were sent")
-            self.expert.load_weights(self._rebased(new_base, sent_local))
+            local = self.weights()
+            for name, vector in (("new_base", new_base), ("sent_local", sent_local)):
+                if vector.dtype != np.float32 or vector.shape != local.shape:
+                    raise ShapeError(
+                        f"{name}: expected {local.size} float32 numbers, got {vector.dtype} of shape {vector.shape}"
+                    )
+            local -= sent_local
+            local += new_base
+            self.expert.load_weights(local)
         self._group.broadcast_(self.expert.attached.parameter.data)
 
     def load(self, weights: FloatVector | None) -> None:
@@ -175,17 +184,16 @@ class QwenWorker:
             self.expert.load_weights(weights)
         self._group.broadcast_(self.expert.attached.parameter.data)
 
-    def save(self, folder: Path, companion: CheckpointExtras | None = None) -> Path:
+    def save(self, folder: Path, extras: CheckpointExtras | None = None) -> Path:
         """Write weights, optimizer, step counter and sampler cursor, atomically; returns this rank's file.
 
         A crash at any moment leaves the previous checkpoint or the new one.
         """
-        kept = companion or CheckpointExtras()
+        extras, digest = extras or CheckpointExtras(), digest_of(self._hashes)
         if self._group.rank == 0:
             write_hashes(folder, self._hashes)
-        digest = digest_of(self._hashes)
         arrays = {"weights": self.weights()}
-        arrays |= {_VECTOR + name: vector for name, vector in kept.vectors.items()}
+        arrays |= {_VECTOR + name: vector for name, vector in extras.vectors.items()}
         state = WorkerState(
             arrays | {_OPTIMIZER + name: array for name, array in self.expert.optimizer_state().items()},
             {
@@ -193,7 +201,7 @@ class QwenWorker:
                 "sampler": self.sampler.state(),
                 "data": {DIGEST: digest},
                 "held_out": self.measured.to_json(),
-                "texts": dict(kept.texts),
+                "texts": dict(extras.texts),
             },
         )
         file = save_state(folder, state, self._group)
@@ -254,24 +262,6 @@ class QwenWorker:
         self.measured = state = self.measured.after(self.step, result.loss, plan.threshold)
         seconds, history = self._clock() - started, (state.first, state.best, state.worse)
         on_evaluation(EvaluationRecord(self.step, result.loss, result.tokens, seconds, *history))
-
-    def _rebased(self, new_base: FloatVector, sent_local: FloatVector) -> FloatVector:
-        local = self.weights()
-        for name, vector in (("new_base", new_base), ("sent_local", sent_local)):
-            if vector.dtype != np.float32 or vector.shape != local.shape:
-                raise ShapeError(
-                    f"{name}: expected {local.size} float32 numbers, got {vector.dtype} of shape {vector.shape}"
-                )
-        local -= sent_local
-        local += new_base
-        return local
-
-    def _next_batches(self) -> list[Batch]:
-        training = self.expert.training
-        return [
-            collate(self.sampler.next(training.per_device_train_batch_size))
-            for _ in range(training.gradient_accumulation_steps)
-        ]
 
 
 def _with_prefix(state: WorkerState, prefix: str) -> dict[str, np.ndarray]:

@@ -35,7 +35,7 @@ from fedmoe.server.storage.audit import AuditLog
 from fedmoe.server.storage.blobs import FolderBlobStore
 from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.wire.contract.messages import SAFETENSORS, ManifestMessage, RegisterRequest
-from fedmoe.wire.http.deadlines import GuardedProtocol
+from fedmoe.wire.http.serving import GuardedProtocol
 
 JOIN, ADMIN = "join-token-of-32-characters-00000", "admin-token-of-32-characters-0000"
 

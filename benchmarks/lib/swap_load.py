@@ -26,7 +26,7 @@ from fedmoe.models.base import LoadedBase
 from fedmoe.models.lora_layers import ALL_LINEAR, find_targets
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.messages import UpdateHeader
-from fedmoe.wire.http.deadlines import GuardedProtocol
+from fedmoe.wire.http.serving import GuardedProtocol
 
 EXPERTS = ("python", "sql")
 RANK = 16

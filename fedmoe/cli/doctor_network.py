@@ -19,8 +19,7 @@ from fedmoe.cli.options import client
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.safe_text import inert
 from fedmoe.wire.client import ConnectionSettingError, CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.proxy import is_loopback, proxy_for
-from fedmoe.wire.transport import transport_for, trusted_certificates
+from fedmoe.wire.transport import is_loopback, proxy_for, transport_for, trusted_certificates
 
 _SECONDS = 5.0
 # Tokens that expire, and logs of two machines laid beside each other, go wrong from here on.

@@ -23,7 +23,6 @@ from fedmoe.runtime.stop_signals import StopOnSignal
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.messages import StatisticsKind
 from fedmoe.wire.outbox import Outbox
-from fedmoe.worker.failures import on_rank_zero
 from fedmoe.worker.preparation import (
     WorkerData,
     adapter_layout,
@@ -32,8 +31,8 @@ from fedmoe.worker.preparation import (
     check_sources,
     worker_data,
 )
+from fedmoe.worker.recovery import check_data, on_rank_zero
 from fedmoe.worker.report import PhaseLog, log_phase
-from fedmoe.worker.restart import check_data
 from fedmoe.worker.statistics import (
     StatisticsSender,
     data_statistics,

@@ -61,9 +61,7 @@ def keep_file(purpose: str, name: str, content: bytes) -> None:
 def cache_or_temporary_root() -> Path:
     """The cache's folder to build in; where it cannot be written, a temporary one that goes when this process ends."""
     root = cache_root()
-    if root is not None and can_be_written(root):
-        return root
-    return temporary_root()
+    return root if root is not None and can_be_written(root) else temporary_root()
 
 
 def temporary_root() -> Path:

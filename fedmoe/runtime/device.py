@@ -116,16 +116,12 @@ def pin_threads(threads: int | None = None) -> int:
 
     On shared cores two spinning threads can be ten times slower than one.
     """
-    count = threads if threads is not None else _threads_from_environment()
-    if count is not None:
-        if count < 1:
-            raise DeviceError(f"the number of threads must be at least 1, got {count}")
-        torch.set_num_threads(count)
+    if threads is None and (text := os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()):
+        if not text.isdecimal():
+            raise DeviceError(f"OMP_NUM_THREADS must be a number, got {text!r}")
+        threads = int(text)
+    if threads is not None:
+        if threads < 1:
+            raise DeviceError(f"the number of threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
     return int(torch.get_num_threads())
-
-
-def _threads_from_environment() -> int | None:
-    text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if text and not text.isdecimal():
-        raise DeviceError(f"OMP_NUM_THREADS must be a number, got {text!r}")
-    return int(text) if text else None

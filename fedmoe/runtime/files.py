@@ -81,22 +81,18 @@ def _replace_folder(new: Path, folder: Path) -> None:
 
 def fsync_folder(folder: Path) -> None:
     """Make renames and new names inside a folder durable."""
-    _fsync(folder, os.O_DIRECTORY)
+    fsync_file(folder, os.O_DIRECTORY)
 
 
 def fsync_files(folder: Path) -> None:
     """Make the content of every file of a folder, and their names, durable."""
     for file in folder.iterdir():
-        _fsync(file)
+        fsync_file(file)
     fsync_folder(folder)
 
 
-def fsync_file(path: Path) -> None:
+def fsync_file(path: Path, flags: int = 0) -> None:
     """Make the content of a file durable."""
-    _fsync(path)
-
-
-def _fsync(path: Path, flags: int = 0) -> None:
     descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(descriptor)

@@ -77,9 +77,7 @@ def usable_cores() -> float:
 
 def bound_cores() -> set[int]:
     """The numbers of the cores this process is bound to: all, where nothing binds it."""
-    if hasattr(os, "sched_getaffinity"):
-        return set(os.sched_getaffinity(0))
-    return set(range(os.cpu_count() or 1))
+    return set(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 def busy_cores(seconds: float) -> float:
@@ -88,12 +86,8 @@ def busy_cores(seconds: float) -> float:
     time.sleep(seconds)
     after = psutil.cpu_times(percpu=True)
     bound = bound_cores()
-    shares = [
-        _busy_share(first._asdict(), last._asdict())
-        for core, (first, last) in enumerate(zip(before, after, strict=False))
-        if core in bound
-    ]
-    return sum(shares)
+    cores = enumerate(zip(before, after, strict=False))
+    return sum(_busy_share(first._asdict(), last._asdict()) for core, (first, last) in cores if core in bound)
 
 
 def _busy_share(before: dict[str, float], after: dict[str, float]) -> float:
@@ -129,13 +123,11 @@ def own_groups(controller: str, own: str, root: Path) -> Iterator[ControlGroup]:
 
 def group_memory(group: ControlGroup) -> Memory | None:
     """The limit of a group and what is free below it, or None where it has no limit."""
-    names = (
-        ("memory.limit_in_bytes", "memory.usage_in_bytes") if group.version == 1 else ("memory.max", "memory.current")
-    )
-    limit = parse_limit(_text(group.folder / names[0]))
+    most, use = ("limit_in_bytes", "usage_in_bytes") if group.version == 1 else ("max", "current")
+    limit = parse_limit(_text(group.folder / f"memory.{most}"))
     if limit is None:
         return None
-    used = parse_limit(_text(group.folder / names[1])) or 0
+    used = parse_limit(_text(group.folder / f"memory.{use}")) or 0
     rows = dict(line.split(maxsplit=1) for line in _text(group.folder / "memory.stat").splitlines() if " " in line)
     reclaimable = sum(parse_limit(rows.get(name, "")) or 0 for name in _RECLAIMABLE[group.version])
     return Memory(limit, max(0, limit - max(0, used - reclaimable)))
@@ -147,17 +139,14 @@ def cpu_share(group: ControlGroup) -> float | None:
         quota, period = (_text(group.folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
     else:
         quota, _, period = _text(group.folder / "cpu.max").strip().partition(" ")
-    if not (quota.isdecimal() and period.isdecimal()) or int(quota) == 0 or int(period) == 0:
-        return None
-    return int(quota) / int(period)
+    limited = quota.isdecimal() and period.isdecimal() and int(quota) > 0 and int(period) > 0
+    return int(quota) / int(period) if limited else None
 
 
 def parse_limit(text: str) -> int | None:
     """The number of bytes in such a file, or None where there is none (version 1 writes a huge one for that)."""
     value = text.strip()
-    if not value.isdecimal() or int(value) >= 1 << 60:
-        return None
-    return int(value)
+    return int(value) if value.isdecimal() and int(value) < 1 << 60 else None
 
 
 def _text(file: Path) -> str:
@@ -177,7 +166,7 @@ def environment() -> dict[str, object]:
         "fedmoe": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES if _is_installed(name)},
         "processor": processor_name(_CPU_INFORMATION.read_text("utf-8") if _CPU_INFORMATION.is_file() else ""),
         "cores": max(1, int(usable_cores())),
         "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -186,11 +175,8 @@ def environment() -> dict[str, object]:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _is_installed(package: str) -> bool:
+    return next(iter(importlib.metadata.distributions(name=package)), None) is not None
 
 
 def processor_name(information: str) -> str:

@@ -21,7 +21,7 @@ import structlog
 
 from fedmoe.runtime.errors import ExpectedError
 from fedmoe.runtime.machine import memory
-from fedmoe.runtime.memory_pressure import Pressure, after_failure, pressure
+from fedmoe.runtime.memory_pressure import Action, Pressure, after_failure, pressure
 from fedmoe.runtime.periodic import repeated
 
 # Parameters of glibc's mallopt, from malloc.h.
@@ -43,11 +43,10 @@ def give_back_freed_memory() -> None:
     By itself glibc takes the size of a freed block for the usual one: after the first freed update of 20 MB all others
     come from arenas, one for each thread, which keep what was freed.
     """
-    if not _is_glibc():
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-    mallopt(_M_ARENA_MAX, _ARENAS)
+    if _is_glibc():
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        mallopt(_M_ARENA_MAX, _ARENAS)
 
 
 def _is_glibc() -> bool:
@@ -67,26 +66,22 @@ class Control:
     max_batch: int | None = None
 
 
-class ControlError(ValueError):
-    """A control file that cannot be followed; says which key and what would do."""
-
-
 def parse_control(text: str) -> Control:
-    """The content of a control file; raises ControlError and takes nothing of it unless all of it is right."""
+    """The content of a control file; raises ValueError and takes nothing of it unless all of it is right."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ControlError(f"not JSON: {error}") from None
+        raise ValueError(f"not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ControlError(f"a JSON object is needed, got {type(values).__name__}")
+        raise ValueError(f"a JSON object is needed, got {type(values).__name__}")
     unknown = sorted(values.keys() - {"memory_limit_gb", "max_batch"})
     if unknown:
-        raise ControlError(f"unknown keys {unknown}; known are memory_limit_gb and max_batch")
+        raise ValueError(f"unknown keys {unknown}; known are memory_limit_gb and max_batch")
     limit, batch = values.get("memory_limit_gb"), values.get("max_batch")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < 1 << 20):
-        raise ControlError(f"memory_limit_gb must be a positive number of GiB, got {limit!r}")
+        raise ValueError(f"memory_limit_gb must be a positive number of GiB, got {limit!r}")
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch < 1 << 31):
-        raise ControlError(f"max_batch must be a positive whole number, got {batch!r}")
+        raise ValueError(f"max_batch must be a positive whole number, got {batch!r}")
     return Control(None if limit is None else float(limit), batch)
 
 
@@ -223,10 +218,10 @@ class MemoryGuard:
         used, self._most_since_check = self._most_since_check, 0
         before = self.batch
         action, self._state = pressure(used, self.limit, self._state)
-        if action.stop:
+        if action is Action.STOP:
             text = f"{used / GIB:.2f} GiB are in use, above the limit of {self.limit / GIB:.2f} GiB, and caches are "
             raise self._stop(text + f"empty and the micro-batch is at its smallest ({before})")
-        if action.drop_caches:
+        if action is Action.DROP_CACHES:
             self._drop_caches(used)
         if self.batch != before:
             self._log_batch(before, f"{used / GIB:.2f} of {self.limit / GIB:.2f} GiB in use")

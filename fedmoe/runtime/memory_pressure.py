@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 
 #: From this share of the limit on something is done, below the other for a while it is taken back.
 NEAR = 0.85
@@ -42,17 +43,12 @@ class Pressure:
         return replace(self, most=most, batch=most if self.batch == self.most else min(self.batch, most))
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(Enum):
     """What to do now besides using the batch of the new state: empty the caches, or stop, for nothing else is left."""
 
-    drop_caches: bool = False
-    stop: bool = False
-
-
-NOTHING = Action()
-DROP_CACHES = Action(drop_caches=True)
-STOP = Action(stop=True)
+    NOTHING = auto()
+    DROP_CACHES = auto()
+    STOP = auto()
 
 
 def pressure(used: int, limit: int, state: Pressure) -> tuple[Action, Pressure]:
@@ -61,42 +57,27 @@ def pressure(used: int, limit: int, state: Pressure) -> tuple[Action, Pressure]:
     Near the limit caches go first; if that was not enough the batch halves, down to its floor, and gets a few checks
     to take effect. Above the limit both happen at once; above it with empty caches and the smallest batch: stop.
     """
-    if used > limit:
-        return _above(replace(state, calm=0))
-    if used >= NEAR * limit:
-        return _near(replace(state, calm=0))
+    calm = state.calm + 1 if used < CALM * limit else 0
+    state = replace(state, calm=calm)
     rested = replace(state, dropped=False, settling=max(state.settling - 1, 0))
-    if used >= CALM * limit:
-        return NOTHING, replace(rested, calm=0)
-    return NOTHING, _calm(replace(rested, calm=rested.calm + 1))
-
-
-def _above(state: Pressure) -> tuple[Action, Pressure]:
-    if state.batch > state.least:
-        return DROP_CACHES, replace(_halved(state), dropped=True)
-    return (STOP, state) if state.dropped else (DROP_CACHES, replace(state, dropped=True))
-
-
-def _near(state: Pressure) -> tuple[Action, Pressure]:
-    rested = replace(state, settling=max(state.settling - 1, 0))
-    if not state.dropped:
-        return DROP_CACHES, replace(rested, dropped=True)
-    if state.batch > state.least and state.settling == 0:
-        return NOTHING, _halved(state)
-    # Caches fill up again, so they are emptied again at the next check.
-    return NOTHING, replace(rested, dropped=False)
+    if used > limit:
+        if state.batch > state.least:
+            return Action.DROP_CACHES, replace(_halved(state), dropped=True)
+        return Action.STOP if state.dropped else Action.DROP_CACHES, replace(state, dropped=True)
+    if used >= NEAR * limit and not state.dropped:
+        return Action.DROP_CACHES, replace(rested, dropped=True)
+    if used >= NEAR * limit and state.batch > state.least and state.settling == 0:
+        return Action.NOTHING, _halved(state)
+    # Near the limit caches fill up again, so they are emptied again at the next check.
+    if calm < state.patience or state.batch == state.most:
+        return Action.NOTHING, rested
+    return Action.NOTHING, replace(rested, batch=min(state.batch * 2, state.most), calm=0, grown=True)
 
 
 def _halved(state: Pressure) -> Pressure:
     patience = min(state.patience * 2, MOST_CALM_CHECKS) if state.grown else state.patience
     batch = max(state.batch // 2, state.least)
     return replace(state, batch=batch, dropped=False, settling=SETTLE_CHECKS, patience=patience, grown=False)
-
-
-def _calm(state: Pressure) -> Pressure:
-    if state.calm < state.patience or state.batch == state.most:
-        return state
-    return replace(state, batch=min(state.batch * 2, state.most), calm=0, grown=True)
 
 
 def after_failure(state: Pressure) -> Pressure | None:

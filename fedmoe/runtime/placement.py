@@ -79,12 +79,8 @@ def _unescaped(text: str) -> str:
 
 def mount_of(path: str, mounts: Sequence[Mount]) -> Mount | None:
     """The mount that an absolute path without links lies on: the longest prefix, of equal ones the last mounted."""
-    nearest: Mount | None = None
-    for mount in mounts:
-        covers = PurePosixPath(path).is_relative_to(mount.point)
-        if covers and (nearest is None or len(mount.point) >= len(nearest.point)):
-            nearest = mount
-    return nearest
+    covering = [mount for mount in reversed(mounts) if PurePosixPath(path).is_relative_to(mount.point)]
+    return max(covering, key=lambda mount: len(mount.point), default=None)
 
 
 def read_mounts() -> list[Mount]:
@@ -122,7 +118,7 @@ def check_file_system(folder: Path, allow_network: bool = False, mounts: Sequenc
 
 
 def require_space(folder: Path, needed: int, reserve: int = _RESERVE_BYTES) -> int:
-    """Refuse to begin what does not fit: `wanted` bytes and a reserve; returns the free bytes.
+    """Refuse to begin what does not fit: `needed` bytes and a reserve; returns the free bytes.
 
     Raises OSError (ENOSPC) with what to do, before anything is written.
     """
@@ -160,21 +156,13 @@ def remove_temporary(run_folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-@dataclass(frozen=True, slots=True)
-class Devices:
-    """Where rollouts are sampled, where policies learn, and why, in words for people."""
+def plan_devices(cuda_count: int, fallback: str, rollout: str = "auto", learner: str = "auto") -> tuple[str, str, str]:
+    """The devices of (rollout, learner), and why, in words for people.
 
-    rollout: str
-    learner: str
-    plan: str
-
-
-def plan_devices(cuda_count: int, fallback: str, rollout: str = "auto", learner: str = "auto") -> Devices:
-    """Which device does what: two GPUs or more work side by side, one does both, without one `fallback` does.
-
-    Devices asked for by name are taken as they are.
+    Two GPUs or more work side by side, one does both, without one `fallback` does. Devices asked for by name are taken
+    as they are.
     """
-    pool = [_device(index) for index in range(cuda_count)] or [fallback]
+    pool = [f"cuda:{index}" for index in range(cuda_count)] or [fallback]
     if learner == rollout == "auto":
         learner, rollout = pool[0], pool[min(1, len(pool) - 1)]
     elif rollout == "auto":
@@ -182,17 +170,13 @@ def plan_devices(cuda_count: int, fallback: str, rollout: str = "auto", learner:
     elif learner == "auto":
         learner = _free(pool, rollout)
     seen = f"{cuda_count} CUDA device{'' if cuda_count == 1 else 's'} found" if cuda_count else "no CUDA device found"
-    return Devices(rollout, learner, f"rollouts on {rollout}, learning on {learner}; {seen}")
+    return rollout, learner, f"rollouts on {rollout}, learning on {learner}; {seen}"
 
 
 def _free(pool: Sequence[str], taken: str) -> str:
     """The first device that is not taken, or the first one."""
-    name = _device(0) if taken == "cuda" else taken
+    name = "cuda:0" if taken == "cuda" else taken
     return next((device for device in pool if device != name), pool[0])
-
-
-def _device(index: int) -> str:
-    return f"cuda:{index}"
 
 
 def place(rollout: str = "auto", learner: str = "auto") -> tuple[torch.device, torch.device, str]:
@@ -205,5 +189,5 @@ def place(rollout: str = "auto", learner: str = "auto") -> tuple[torch.device, t
     from fedmoe.runtime.device import choose_device
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    devices = plan_devices(count, str(choose_device("auto")), rollout, learner)
-    return choose_device(devices.rollout), choose_device(devices.learner), devices.plan
+    rollout, learner, plan = plan_devices(count, str(choose_device("auto")), rollout, learner)
+    return choose_device(rollout), choose_device(learner), plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 Plugin = TypeVar("Plugin", bound=Callable[..., object])
@@ -37,16 +37,13 @@ class PluginGroup(Generic[Plugin]):
             return self.built_in[name]
         if not points:
             raise self.error(f"{self.noun} {name!r} is not known; there are: {', '.join(self.names())}")
-        return self._load(points[0])
+        loaded = points[0].load()
+        if not callable(loaded):
+            kind = type(loaded).__name__
+            raise self.error(f"{self.noun} {name!r} ({points[0].value}) is a {kind}, not a callable")
+        plugin: Plugin = loaded
+        return plugin
 
     def installed(self) -> dict[str, Plugin]:
         """All objects of installed packages by name."""
         return {point.name: self.get(point.name) for point in entry_points(group=self.group)}
-
-    def _load(self, point: EntryPoint) -> Plugin:
-        loaded = point.load()
-        if not callable(loaded):
-            kind = type(loaded).__name__
-            raise self.error(f"{self.noun} {point.name!r} ({point.value}) is a {kind}, not a callable")
-        plugin: Plugin = loaded
-        return plugin

@@ -39,7 +39,10 @@ class RecordWriter:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._path = path
         self._clock = clock
-        self._end_cut_line()
+        # A crash of the machine can leave half a line: end it, so that it spoils itself only and not the next.
+        size = os.fstat(self._descriptor).st_size
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+            self._append(b"\n")
 
     def write(self, kind: str, **values: RecordValue) -> None:
         """Append one record."""
@@ -47,8 +50,11 @@ class RecordWriter:
 
     def stamped(self, kind: str, values: Record) -> Record:
         """A record of this moment, to be written later with `write_many`."""
-        record: dict[str, RecordValue] = {"at": round(self._clock(), 3), "kind": kind}
-        return record | {key: _plain(value) for key, value in values.items()}
+        record: dict[str, RecordValue] = {"at": round(self._clock(), 3), "kind": kind, **values}
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
 
     def write_many(self, records: Iterable[Record]) -> None:
         """Append records that `stamped` made, in one write."""
@@ -67,29 +73,14 @@ class RecordWriter:
         if os.write(self._descriptor, line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
-    def _end_cut_line(self) -> None:
-        """A crash of the machine can leave half a line: end it, so that it spoils itself only and not the next."""
-        size = os.fstat(self._descriptor).st_size
-        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-            self._append(b"\n")
-
-
-def _plain(value: RecordValue) -> RecordValue:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
 
 def read_records(path: Path) -> Iterator[Record]:
     """All whole records of a file; a line cut by a crash, or still being written, is left out."""
     with path.open("rb") as lines:
         for line in lines:
-            record = _parsed(line) if line.endswith(b"\n") else None
-            if record is not None:
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                continue
+            if isinstance(record, dict):
                 yield record
-
-
-def _parsed(line: bytes) -> Record | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None

@@ -85,16 +85,14 @@ def asked_for(environment: Mapping[str, str]) -> ThreadCount | None:
 
 
 def own_threads(environment: Mapping[str, str], teams: int = 1) -> ThreadCount:
-    """The number of threads for this process, by what the user has set or by what is free; takes a moment."""
-    return asked_for(environment) or choose_threads(core_use(environment), teams)
-
-
-def core_use(environment: Mapping[str, str]) -> CoreUse:
-    """Look at the machine for a quarter of a second."""
+    """The number of threads for this process, by what the user has set or by what is free in the next moment."""
+    if (given := asked_for(environment)) is not None:
+        return given
     text = environment.get("LOCAL_WORLD_SIZE", "1")
     ranks = max(1, int(text)) if text.isdecimal() else 1
     others = other_processes(in_a_group=ranks > 1)
-    return CoreUse(len(bound_cores()), busy_cores(_SAMPLE_SECONDS), usable_cores(), len(others), ranks)
+    use = CoreUse(len(bound_cores()), busy_cores(_SAMPLE_SECONDS), usable_cores(), len(others), ranks)
+    return choose_threads(use, teams)
 
 
 def waiting_settings(environment: Mapping[str, str]) -> dict[str, str]:
@@ -110,10 +108,8 @@ def prepare_threads(command: Sequence[str]) -> None:
     """Set this process's environment for a command, `["worker", ...]`; before numpy or torch is imported."""
     os.environ.update(waiting_settings(os.environ))
     teams = teams_of(command)
-    if teams is None:
-        return
-    threads = own_threads(os.environ, teams)
-    if threads.count:  # what the user has set to something that is no number is told where threads are set
+    # What the user has set to something that is no number is refused where threads are set.
+    if teams is not None and (threads := own_threads(os.environ, teams)).count:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads.count))
 
 
@@ -129,8 +125,7 @@ def command_of(command_line: Sequence[str]) -> list[str] | None:
     for place, word in enumerate(command_line[1:8], 1):
         name = PurePath(word).name.lower().removesuffix(".exe")
         if name in ("fedmoe", "run_worker.py"):
-            rest = list(command_line[place + 1 :])
-            return rest if name == "fedmoe" else ["worker", *rest]
+            return [*([] if name == "fedmoe" else ["worker"]), *command_line[place + 1 :]]
     return None
 
 
@@ -145,8 +140,5 @@ def other_processes(in_a_group: bool = False) -> set[int]:
         if command is not None and teams_of(command) is not None:
             computing[process.pid] = process.info["ppid"]
     launcher = os.getppid() if in_a_group else None
-    return {
-        number
-        for number, parent in computing.items()
-        if number != os.getpid() and parent not in computing and parent != launcher
-    }
+    others = computing.keys() - {os.getpid()}
+    return {number for number in others if computing[number] not in {*computing, launcher}}

@@ -18,6 +18,24 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.safe_text import inert_json, shortened
 from fedmoe.wire.contract.messages import SAFETENSORS, Problem
 
+MessageT = TypeVar("MessageT", bound=BaseModel)
+_SHOWN_CHARACTERS = 120
+# More is no honest wish: the usual pauses are kept instead.
+_LONGEST_ASKED = 3600
+# Of nginx and of Go, on a port that speaks TLS.
+_WANTS_TLS = (b"plain HTTP request was sent to HTTPS port", b"HTTP request to an HTTPS server")
+_FROM_A_PROXY = {
+    403: "forbids the request; let its operator allow the coordinator's address and routes",
+    429: "sheds load",
+    502: "does not reach the coordinator behind it; see that it runs, and where the proxy looks for it",
+    503: "has no coordinator to hand the request to; see that it runs, and where the proxy looks for it",
+    504: "waited in vain for the coordinator behind it; see that it runs, or raise the proxy's read timeout",
+    511: "wants somebody to log in to the network first",
+}
+# Length and padding of a safetensors header.
+_HEADER_SLACK = 64
+_ASK = "this is not a FedMoE coordinator's answer: check the URL, and whether a proxy stands in between"
+
 
 class CoordinatorUnavailableError(Exception):
     """No usable answer: not reachable, shedding load, or something in between answered; try again later.
@@ -33,43 +51,19 @@ class CoordinatorUnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """A complete answer, its body as it travelled; `via` names the proxy it came through, `sent` the bytes it is to.
-
-    Of these `numbers` are those of the tensors; the rest are their names.
-    """
+    """A complete answer, its body as it travelled; `via` names the proxy it came through, `sent` the body it is to."""
 
     host: str
     status: int
     headers: httpx2.Headers
-    body: bytes | bytearray
+    body: bytes | bytearray = b""
     via: str = ""
-    sent: int = 0
-    numbers: int = 0
+    sent: bytes = b""
 
     @property
     def type(self) -> str:
-        return media_type(self.headers)
-
-
-def media_type(headers: httpx2.Headers) -> str:
-    """The Content-Type without its parameters, in lower case."""
-    return str(headers.get("content-type", "")).partition(";")[0].strip().lower()
-
-
-_SHOWN_CHARACTERS = 120
-_MEBIBYTE = 1 << 20
-# More is no honest wish: the usual pauses are kept instead.
-_LONGEST_ASKED = 3600
-# Of nginx and of Go, on a port that speaks TLS.
-_WANTS_TLS = (b"plain HTTP request was sent to HTTPS port", b"HTTP request to an HTTPS server")
-_FROM_A_PROXY = {
-    403: "forbids the request; let its operator allow the coordinator's address and routes",
-    429: "sheds load",
-    502: "does not reach the coordinator behind it; see that it runs, and where the proxy looks for it",
-    503: "has no coordinator to hand the request to; see that it runs, and where the proxy looks for it",
-    504: "waited in vain for the coordinator behind it; see that it runs, or raise the proxy's read timeout",
-    511: "wants somebody to log in to the network first",
-}
+        """The Content-Type without its parameters, in lower case."""
+        return str(self.headers.get("content-type", "")).partition(";")[0].strip().lower()
 
 
 def foreign(answer: Answer, why: str = "") -> CoordinatorUnavailableError | RefusedError:
@@ -85,18 +79,20 @@ def foreign(answer: Answer, why: str = "") -> CoordinatorUnavailableError | Refu
             "Set HTTP_PROXY or HTTPS_PROXY to http://USER:PASSWORD@HOST:PORT, or put the coordinator's host into "
             "NO_PROXY.",
         )
-    return CoordinatorUnavailableError(
-        f"{_summary(answer)}, which is not a FedMoE coordinator's answer; {_advice(answer)}",
-        seconds_asked(answer),
-        advised=True,
-    )
+    kind = shortened(str(answer.headers.get("content-type", "no content type")), _SHOWN_CHARACTERS)
+    sender = _sender(answer) if answer.status in _FROM_A_PROXY else answer.host
+    text = f"{sender} answered {answer.status} ({kind}), which is not a FedMoE coordinator's answer; {_advice(answer)}"
+    return CoordinatorUnavailableError(text, seconds_asked(answer), advised=True)
 
 
 def _too_large(answer: Answer) -> RefusedError:
-    limit = max(1, -(-answer.sent * 21 // (20 * _MEBIBYTE)))
+    size = len(answer.sent)
+    # Those of a safetensors body behind its header.
+    numbers = max(0, size - 8 - int.from_bytes(answer.sent[:8], "little"))
+    limit = max(1, -(-size * 21 // (20 << 20)))
     return RefusedError(
         "proxy_size_limit",
-        f"{_sender(answer)} answered 413: a body of {answer.sent:,} bytes ({answer.numbers:,} of them the numbers) "
+        f"{_sender(answer)} answered 413: a body of {size:,} bytes ({numbers:,} of them the numbers) "
         "is too large for it, though not for the coordinator.",
         f"Raise its size limit for request bodies to {limit} MiB or more (nginx: client_max_body_size {limit}m), or "
         "send less with --wire-dtype int8 or a smaller --lora-r.",
@@ -110,17 +106,11 @@ def _sender(answer: Answer) -> str:
     return f"a proxy in front of {answer.host}" + (f" ({server})" if server else "")
 
 
-def _summary(answer: Answer) -> str:
-    kind = shortened(str(answer.headers.get("content-type", "no content type")), _SHOWN_CHARACTERS)
-    sender = _sender(answer) if answer.status in _FROM_A_PROXY else answer.host
-    return f"{sender} answered {answer.status} ({kind})"
-
-
 def _advice(answer: Answer) -> str:
     if answer.status == 400 and any(words in answer.body for words in _WANTS_TLS):
         return "this port speaks https: write https:// in the URL"
-    if known := _FROM_A_PROXY.get(answer.status):
-        return f"it {known}; or check the URL"
+    if reason := _FROM_A_PROXY.get(answer.status):
+        return f"it {reason}; or check the URL"
     if 300 <= answer.status < 400 and (target := str(answer.headers.get("location", ""))):
         return f"it redirects to {shortened(target, _SHOWN_CHARACTERS)}, and a token follows no redirect: check the URL"
     return "check the URL, and whether a proxy stands in between"
@@ -130,12 +120,6 @@ def seconds_asked(answer: Answer) -> float | None:
     """How long the server asks to wait, in seconds; None where it does not say, or says what nobody can mean."""
     asked = str(answer.headers.get("retry-after", ""))
     return float(asked) if asked.isdecimal() and len(asked) < 6 and int(asked) <= _LONGEST_ASKED else None
-
-
-MessageT = TypeVar("MessageT", bound=BaseModel)
-# Length and padding of a safetensors header.
-_HEADER_SLACK = 64
-_ASK = "this is not a FedMoE coordinator's answer: check the URL, and whether a proxy stands in between"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +141,12 @@ def read(response: httpx2.Response, bounds: BodySizeLimits, via: str = "", sent:
     A coordinator never compresses, and a bomb must not be unpacked. Memory grows with what arrives, not with what is
     announced.
     """
-    headers = response.headers
-    empty = Answer(response.request.url.host, response.status_code, headers, b"", via, len(sent), _numbers(sent))
-    if headers.get("content-encoding", "identity") != "identity":
+    empty = Answer(response.request.url.host, response.status_code, response.headers, via=via, sent=sent)
+    if response.headers.get("content-encoding", "identity") != "identity":
         raise foreign(empty)
-    bound = bounds.weights if media_type(headers) == SAFETENSORS else bounds.json
-    announced = _announced(headers)
+    bound = bounds.weights if empty.type == SAFETENSORS else bounds.json
+    length = str(response.headers.get("content-length", ""))
+    announced = int(length) if length.isdecimal() and len(length) < 20 else None
     if announced is not None and announced > bound:
         raise foreign(empty, f"a body of {announced:,} bytes is announced, at most {bound:,} are expected; {_ASK}")
     body = bytearray()
@@ -173,16 +157,6 @@ def read(response: httpx2.Response, bounds: BodySizeLimits, via: str = "", sent:
     if announced is not None and announced != len(body):
         raise foreign(empty)
     return replace(empty, body=body)
-
-
-def _numbers(body: bytes) -> int:
-    """The bytes of a safetensors body behind its header."""
-    return max(0, len(body) - 8 - int.from_bytes(body[:8], "little"))
-
-
-def _announced(headers: httpx2.Headers) -> int | None:
-    length = str(headers.get("content-length", ""))
-    return int(length) if length.isdecimal() and len(length) < 20 else None
 
 
 def parsed(answer: Answer, kind: type[MessageT], text: str | None = None) -> MessageT:

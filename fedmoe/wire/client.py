@@ -6,7 +6,6 @@ import json
 import time
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from types import TracebackType
 from typing import Self
 
 import httpx2
@@ -28,41 +27,9 @@ from fedmoe.wire.answers import (
     read,
     seconds_asked,
 )
-from fedmoe.wire.contract.administration import (
-    HeldUpdateInfo,
-    QuarantineListing,
-    TokenAnswer,
-    TokenListing,
-    TokenRequest,
-)
-from fedmoe.wire.contract.experts import ExpertInfo, ExpertListing, RenameRequest, RetireRequest, UnretireRequest
-from fedmoe.wire.contract.gateway import (
-    CandidatesAnswer,
-    CandidatesRequest,
-    CandidateWeightsRequest,
-    GatewayInfo,
-    GatewayScores,
-    ScoresResult,
-    VerdictInfo,
-    VerdictsAnswer,
-)
-from fedmoe.wire.contract.messages import (
-    PROBLEM,
-    SAFETENSORS,
-    ChangeResult,
-    DataStatisticsHeader,
-    DataStatisticsResult,
-    FederationInfo,
-    ManifestMessage,
-    RegisterRequest,
-    StartFrom,
-    StatisticRequest,
-    StatisticsKind,
-    UpdateHeader,
-    UpdateResult,
-)
+from fedmoe.wire.contract import administration, experts, gateway, messages
+from fedmoe.wire.contract.messages import PROBLEM, SAFETENSORS
 from fedmoe.wire.contract.versions import PROTOCOL, PROTOCOL_HEADER, mismatch
-from fedmoe.wire.proxy import ConnectionSettingError
 from fedmoe.wire.pulled_weights import (
     ANY,
     ExpectedWeights,
@@ -74,7 +41,7 @@ from fedmoe.wire.pulled_weights import (
     pulled_expert,
     pulled_gateway,
 )
-from fedmoe.wire.transport import check_url, proxy_of, transport_for
+from fedmoe.wire.transport import ConnectionSettingError, check_url, proxy_of, transport_for
 from fedmoe.wire.unreachable import clock_difference, unreachable
 
 __all__ = [
@@ -92,16 +59,28 @@ __all__ = [
 
 # Between two pushes; no coordinator can be started that asks for more.
 _LONGEST_INTERVAL = 3600.0
+_LONGEST_WAIT = 60.0
 _JSON = BodySizeLimits()
 # Every expert with its workers.
 _LISTING = BodySizeLimits(json=32 << 20)
+_TENSORS = {"Accept": SAFETENSORS}
+# Answers of a coordinator under load that a later try may not get.
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
+#: Refusals of a coordinator whose history is another than that of the base: only it may be at an earlier version.
+ANOTHER_HISTORY = frozenset({"unknown_version", "other_history"})
+
+
+class TooStaleError(RefusedError):
+    """The update is older than the coordinator takes; `newest` is the version to go on from, if it came along."""
+
+    newest: PulledExpert | None = None
 
 
 @dataclass(frozen=True)
 class PushResult:
     """What became of a push; `newest` holds the newest weights if they were asked for."""
 
-    result: UpdateResult
+    result: messages.UpdateResult
     newest: PulledExpert | None
 
 
@@ -113,12 +92,7 @@ class CoordinatorClient:
     """
 
     def __init__(
-        self,
-        url: str,
-        token: str | None = None,
-        attempts: int = 4,
-        timeout: float = 60.0,
-        transport: httpx2.BaseTransport | None = None,
+        self, url: str, token: str | None = None, attempts: int = 4, transport: httpx2.BaseTransport | None = None
     ) -> None:
         headers = {"Accept-Encoding": "identity", PROTOCOL_HEADER: str(PROTOCOL)}
         headers |= {"Authorization": f"Bearer {token}"} if token else {}
@@ -128,7 +102,7 @@ class CoordinatorClient:
         self._http = httpx2.Client(
             base_url=url,
             headers=headers,
-            timeout=httpx2.Timeout(timeout, connect=10.0),
+            timeout=httpx2.Timeout(60.0, connect=10.0),
             follow_redirects=False,
             transport=transport or transport_for(url, self._proxy),
         )
@@ -139,9 +113,7 @@ class CoordinatorClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -150,8 +122,7 @@ class CoordinatorClient:
     def healthy(self) -> bool:
         """Whether the coordinator answers and trusts its storage; one try."""
         try:
-            answer = self._once("GET", "/healthz", timeout=2.0)
-            return bool(json.loads(answer.body)["status"] == "ok")
+            return bool(json.loads(self._once("GET", "/healthz", timeout=2.0).body)["status"] == "ok")
         except (CoordinatorUnavailableError, RefusedError, ValueError, KeyError, TypeError):
             return False
 
@@ -163,182 +134,176 @@ class CoordinatorClient:
         except ValueError:
             return None
 
-    def federation(self) -> FederationInfo:
+    def federation(self) -> messages.FederationInfo:
         """The federation's manifest and limits."""
-        answer = self._get("/federation")
-        info = parsed(answer, FederationInfo)
+        answer = self._retried("GET", "/federation")
+        info = parsed(answer, messages.FederationInfo)
         if not 0 <= info.min_sync_interval <= _LONGEST_INTERVAL:
             raise foreign(
                 answer, f"it asks for {info.min_sync_interval} seconds between pushes; no worker can keep that"
             )
         return info
 
-    def list_experts(self, retired: bool = False) -> ExpertListing:
-        """Every expert and the gateway, with the held-out losses that workers reported; retired ones too if wanted."""
+    def list_experts(self, retired: bool = False) -> experts.ExpertListing:
+        """Every expert and the gateway, with the held-out losses that workers reported; with `retired` those too."""
         params: dict[str, bool | str] = {"held_out": True, "flags": True, **({"retired": True} if retired else {})}
-        listing = parsed(self._retried("GET", "/list_experts", _LISTING, params=params), ExpertListing)
-        experts, page = list(listing.experts), listing
+        listing = page = self._listing(params)
+        infos = list(page.experts)
         while page.more and page.experts:
-            following = params | {"after": page.experts[-1].name}
-            page = parsed(self._retried("GET", "/list_experts", _LISTING, params=following), ExpertListing)
-            experts += page.experts
-        return listing.model_copy(update={"experts": experts, "more": False})
+            page = self._listing(params | {"after": page.experts[-1].name})
+            infos += page.experts
+        return listing.model_copy(update={"experts": infos, "more": False})
 
-    def gateway_info(self) -> GatewayInfo:
+    def _listing(self, params: dict[str, bool | str]) -> experts.ExpertListing:
+        return parsed(self._retried("GET", "/list_experts", _LISTING, params=params), experts.ExpertListing)
+
+    def gateway_info(self) -> gateway.GatewayInfo:
         """The gateway without its weights."""
-        return parsed(self._get("/get_gateway_info"), GatewayInfo)
+        return parsed(self._retried("GET", "/get_gateway_info"), gateway.GatewayInfo)
 
     def register(
-        self,
-        expert: str,
-        worker: str,
-        manifest: Manifest,
-        seed: int | None = None,
-        start_from: StartFrom | None = None,
-    ) -> ExpertInfo:
+        self, expert: str, worker: str, manifest: Manifest, start_from: messages.StartFrom | None = None
+    ) -> experts.ExpertInfo:
         """Make the expert, or confirm that it is there with this manifest, and starts from where it should."""
-        message = RegisterRequest(
-            expert=expert, worker=worker, manifest=ManifestMessage.of(manifest), seed=seed, start_from=start_from
-        )
-        return parsed(self._post("/register_expert", message), ExpertInfo)
+        shape = messages.ManifestMessage.of(manifest)
+        message = messages.RegisterRequest(expert=expert, worker=worker, manifest=shape, start_from=start_from)
+        return parsed(self._post("/register_expert", message), experts.ExpertInfo)
 
     def pull_expert(
         self, expert: str, etag: str | None = None, dtype: WireDtype = "fp32", expected: ExpectedWeights = ANY
     ) -> PulledExpert | None:
         """The expert's newest weights, as `expected`; None if they are still those of `etag`."""
-        headers = {"Accept": SAFETENSORS} | ({"If-None-Match": etag} if etag else {})
+        headers = _TENSORS | ({"If-None-Match": etag} if etag else {})
         body, bounds = {"expert": expert, "dtype": dtype}, BodySizeLimits.of(expected.manifest)
         answer = self._retried("POST", "/get_expert_weights", bounds, json=body, headers=headers)
         return None if answer.status == 304 and etag else pulled_expert(answer, expert, expected, dtype)
 
-    def pull_gateway(self, etag: str | None = None, dtype: WireDtype = "fp32") -> PulledGateway | None:
-        """The newest gateway; None if it is still that of `etag`."""
-        headers = {"Accept": SAFETENSORS} | ({"If-None-Match": etag} if etag else {})
-        answer = self._retried("GET", "/get_gateway_weights", params={"dtype": dtype}, headers=headers)
-        return None if answer.status == 304 and etag else pulled_gateway(answer, dtype)
+    def pull_gateway(self) -> PulledGateway:
+        """The newest gateway, in full precision."""
+        return pulled_gateway(self._retried("GET", "/get_gateway_weights", headers=_TENSORS))
 
-    def push(self, header: UpdateHeader, body: bytes, manifest: Manifest | None = None) -> PushResult:
+    def push(self, header: messages.UpdateHeader, body: bytes, manifest: Manifest | None = None) -> PushResult:
         """Send an update once; sending the same one again later is safe.
 
         `manifest` is the one the expert was registered with: newest weights of another are refused.
         """
-        headers = body_headers(body) | {"Accept": SAFETENSORS}
-        params, bounds = header.model_dump(exclude_none=True), BodySizeLimits.of(manifest)
+        headers, bounds = body_headers(body) | _TENSORS, BodySizeLimits.of(manifest)
+        params = header.model_dump(exclude_none=True)
         answer = self._once("POST", "/push_expert_update", bounds, params=params, content=body, headers=headers)
         if answer.type != SAFETENSORS:
             return PushResult(_result(answer, header), None)
+        beside, least = answer.headers.get("fedmoe-result", ""), header.base_version
         if answer.status == 409:
-            problem = parsed_problem(answer, answer.headers.get("fedmoe-result", ""))
+            problem = parsed_problem(answer, beside)
             error = TooStaleError(problem.code, problem.detail, problem.fix)
-            least = 0 if problem.code in ANOTHER_HISTORY else header.base_version
             error.facts = dict(problem.model_extra or {})
+            least = 0 if problem.code in ANOTHER_HISTORY else least
             error.newest = pulled_expert(answer, header.expert, ExpectedWeights(manifest, least))
             raise error
-        newest = pulled_expert(answer, header.expert, ExpectedWeights(manifest, header.base_version))
-        return PushResult(_result(answer, header, answer.headers.get("fedmoe-result", ""), newest.version), newest)
+        newest = pulled_expert(answer, header.expert, ExpectedWeights(manifest, least))
+        return PushResult(_result(answer, header, beside, newest.version), newest)
 
-    def push_statistic(self, statistic: StatisticRequest) -> None:
+    def push_statistic(self, statistic: messages.StatisticRequest) -> None:
         """Disclose a small fact, for example a held-out loss."""
         expect_nothing(self._post("/push_statistics", statistic))
 
-    def push_data_statistics(self, header: DataStatisticsHeader, body: bytes) -> DataStatisticsResult:
+    def push_data_statistics(self, header: messages.DataStatisticsHeader, body: bytes) -> messages.DataStatisticsResult:
         """Disclose statistics of a worker's data, once; sending the same ones again later is safe."""
         params, headers = header.model_dump(), body_headers(body)
         answer = self._once("POST", "/push_data_statistics", params=params, content=body, headers=headers)
-        return parsed(answer, DataStatisticsResult)
+        return parsed(answer, messages.DataStatisticsResult)
 
-    def data_statistics(self, expert: str, kind: StatisticsKind, etag: str | None = None) -> PulledStatistics | None:
-        """What all workers of an expert tell of their data, merged; None if it is still that of `etag`.
+    def data_statistics(self, expert: str, kind: messages.StatisticsKind) -> PulledStatistics:
+        """What all workers of an expert report about their data, merged.
 
         Raises `RefusedError` with the code `no_statistics` where no worker has sent any.
         """
-        headers = {"Accept": SAFETENSORS} | ({"If-None-Match": etag} if etag else {})
         params = {"expert": expert, "kind": kind}
-        answer = self._retried("GET", "/data_statistics", params=params, headers=headers)
-        if answer.status == 304 and etag:
-            return None
+        answer = self._retried("GET", "/data_statistics", params=params, headers=_TENSORS)
         check_promise(answer)
         return PulledStatistics(bytes(answer.body), answer.headers.get("etag", ""))
 
-    def gateway_candidates(self, request: CandidatesRequest) -> CandidatesAnswer:
+    def gateway_candidates(self, request: gateway.CandidatesRequest) -> gateway.CandidatesAnswer:
         """The gateways that wait for this evaluator's scores; from now on sets wait for them."""
         try:
-            return parsed(self._post("/gateway_candidates", request), CandidatesAnswer)
+            answer = self._post("/gateway_candidates", request)
         except RefusedError as error:
             if error.code != "method_not_allowed":
                 raise
             # A coordinator of before waits for whoever asks.
-            return parsed(self._retried("GET", "/gateway_candidates", params=request.model_dump()), CandidatesAnswer)
+            answer = self._retried("GET", "/gateway_candidates", params=request.model_dump())
+        return parsed(answer, gateway.CandidatesAnswer)
 
-    def pull_candidate(self, request: CandidateWeightsRequest) -> PulledGateway:
+    def pull_candidate(self, request: gateway.CandidateWeightsRequest) -> PulledGateway:
         """An adapter of the open set, at scale 1; refused with `candidates_closed` once the set is not open."""
-        headers, params = {"Accept": SAFETENSORS}, request.model_dump()
-        return pulled_gateway(self._retried("GET", "/gateway_candidate_weights", params=params, headers=headers))
+        params = request.model_dump()
+        return pulled_gateway(self._retried("GET", "/gateway_candidate_weights", params=params, headers=_TENSORS))
 
-    def push_gateway_scores(self, scores: GatewayScores) -> ScoresResult:
+    def push_gateway_scores(self, scores: gateway.GatewayScores) -> gateway.ScoresResult:
         """Send held-out losses of everything in the open set; sending them again is safe."""
-        return parsed(self._post("/push_gateway_scores", scores), ScoresResult)
+        return parsed(self._post("/push_gateway_scores", scores), gateway.ScoresResult)
 
-    def gateway_verdicts(self, limit: int = 20) -> list[VerdictInfo]:
+    def gateway_verdicts(self, limit: int = 20) -> list[gateway.VerdictInfo]:
         """The newest verdicts of the evaluation gate, the newest first."""
-        return parsed(self._retried("GET", "/gateway_verdicts", params={"limit": limit}), VerdictsAnswer).verdicts
+        answer = self._retried("GET", "/gateway_verdicts", params={"limit": limit})
+        return parsed(answer, gateway.VerdictsAnswer).verdicts
 
-    def roll_back(self, expert: str, to_version: int, reason: str = "", to_digest: str | None = None) -> ChangeResult:
+    def roll_back(
+        self, expert: str, to_version: int, reason: str = "", to_digest: str | None = None
+    ) -> messages.ChangeResult:
         """Give the expert the content of an earlier version, as a new version; with its digest, only if it is that."""
         body = {"expert": expert, "to_version": to_version, "reason": reason}
         body |= {"to_digest": to_digest} if to_digest is not None else {}
-        return parsed(self._once("POST", "/rollback", json=body), ChangeResult)
+        return parsed(self._once("POST", "/rollback", json=body), messages.ChangeResult)
 
-    def retract(self, expert: str, worker: str, reason: str = "", erase: bool = False) -> ChangeResult:
+    def retract(self, expert: str, worker: str, reason: str = "", erase: bool = False) -> messages.ChangeResult:
         """Take one worker's updates out of the expert, as a new version; with `erase` their bytes go for good."""
         body = {"expert": expert, "worker": worker, "reason": reason} | ({"erase": True} if erase else {})
-        return parsed(self._once("POST", "/retract", json=body), ChangeResult)
+        return parsed(self._once("POST", "/retract", json=body), messages.ChangeResult)
 
-    def quarantine(self) -> list[HeldUpdateInfo]:
+    def quarantine(self) -> list[administration.HeldUpdateInfo]:
         """The updates that wait for an administrator, the oldest first."""
-        return parsed(self._get("/quarantine"), QuarantineListing).held
+        return parsed(self._retried("GET", "/quarantine"), administration.QuarantineListing).held
 
-    def release_held(self, number: int) -> UpdateResult:
+    def release_held(self, number: int) -> messages.UpdateResult:
         """Let a held update land."""
-        return parsed(self._once("POST", "/quarantine/release", json={"number": number}), UpdateResult)
+        return parsed(self._once("POST", "/quarantine/release", json={"number": number}), messages.UpdateResult)
 
     def reject_held(self, number: int, reason: str = "") -> None:
         """Never let a held update land."""
         expect_nothing(self._once("POST", "/quarantine/reject", json={"number": number, "reason": reason}))
 
-    def rename_expert(self, expert: str, name: str) -> ExpertInfo:
+    def rename_expert(self, expert: str, name: str) -> experts.ExpertInfo:
         """Give an expert another name; its former ones still mean it."""
-        return parsed(self._post("/rename_expert", RenameRequest(expert=expert, name=name)), ExpertInfo)
+        return parsed(self._post("/rename_expert", experts.RenameRequest(expert=expert, name=name)), experts.ExpertInfo)
 
-    def retire_expert(self, expert: str, reason: str = "") -> ExpertInfo:
+    def retire_expert(self, expert: str, reason: str = "") -> experts.ExpertInfo:
         """Take an expert out of the gateway and refuse updates of it; what it is stays."""
-        return parsed(self._post("/retire_expert", RetireRequest(expert=expert, reason=reason)), ExpertInfo)
+        message = experts.RetireRequest(expert=expert, reason=reason)
+        return parsed(self._post("/retire_expert", message), experts.ExpertInfo)
 
-    def unretire_expert(self, expert: str) -> ExpertInfo:
+    def unretire_expert(self, expert: str) -> experts.ExpertInfo:
         """Bring a retired expert back as it was."""
-        return parsed(self._post("/unretire_expert", UnretireRequest(expert=expert)), ExpertInfo)
+        return parsed(self._post("/unretire_expert", experts.UnretireRequest(expert=expert)), experts.ExpertInfo)
 
-    def make_token(self, request: TokenRequest) -> TokenAnswer:
+    def make_token(self, request: administration.TokenRequest) -> administration.TokenAnswer:
         """A new token; shown once."""
-        return parsed(self._once("POST", "/tokens", json=request.model_dump()), TokenAnswer)
+        return parsed(self._once("POST", "/tokens", json=request.model_dump()), administration.TokenAnswer)
 
-    def tokens(self) -> TokenListing:
+    def tokens(self) -> administration.TokenListing:
         """All tokens, without what they are."""
-        return parsed(self._get("/tokens"), TokenListing)
+        return parsed(self._retried("GET", "/tokens"), administration.TokenListing)
 
     def revoke_token(self, token_hash: str) -> None:
         """Refuse a token from now on."""
         expect_nothing(self._once("POST", "/tokens/revoke", json={"hash": token_hash}))
-
-    def _get(self, path: str) -> Answer:
-        return self._retried("GET", path)
 
     def _post(self, path: str, message: BaseModel) -> Answer:
         return self._retried("POST", path, json=message.model_dump(mode="json"))
 
     def _retried(self, method: str, path: str, bounds: BodySizeLimits = _JSON, **options: object) -> Answer:
         for attempt in stamina.retry_context(
-            on=wait_hint, attempts=self._attempts, timeout=None, wait_initial=0.2, wait_max=5.0, wait_jitter=0.5
+            on=_wait_hint, attempts=self._attempts, timeout=None, wait_initial=0.2, wait_max=5.0, wait_jitter=0.5
         ):
             with attempt:
                 return self._once(method, path, bounds, **options)
@@ -356,13 +321,15 @@ class CoordinatorClient:
         version = answer.headers.get(PROTOCOL_HEADER)
         if (refused := mismatch(version, "this program", f"the coordinator {self.url}", _OURS)) is not None:
             raise refused
-        raise_for_refusal(answer)
+        _raise_for_refusal(answer)
         return answer
 
 
-def _result(answer: Answer, header: UpdateHeader, text: str | None = None, newest: int | None = None) -> UpdateResult:
+def _result(
+    answer: Answer, header: messages.UpdateHeader, text: str | None = None, newest: int | None = None
+) -> messages.UpdateResult:
     """What became of an update, if it can be: of this expert, not older than its base nor newer than the weights."""
-    result = parsed(answer, UpdateResult, text)
+    result = parsed(answer, messages.UpdateResult, text)
     usual = result.expert == header.expert and result.version >= header.base_version
     if not usual or (newest is not None and newest < result.version):
         with_weights = "" if newest is None else f" with weights of version {newest}"
@@ -374,20 +341,7 @@ def _result(answer: Answer, header: UpdateHeader, text: str | None = None, newes
     return result
 
 
-# Answers of a coordinator under load that a later try may not get.
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
-_LONGEST_WAIT = 60.0
-#: Refusals of a coordinator whose history is another than that of the base: only it may be at an earlier version.
-ANOTHER_HISTORY = frozenset({"unknown_version", "other_history"})
-
-
-class TooStaleError(RefusedError):
-    """The update is older than the coordinator takes; `newest` is the version to go on from, if it came along."""
-
-    newest: PulledExpert | None = None
-
-
-def raise_for_refusal(answer: Answer) -> None:
+def _raise_for_refusal(answer: Answer) -> None:
     """Raise the error that an answer is; nothing for a success, or a refusal that comes with weights."""
     if answer.status in (200, 202, 204, 304) or (answer.status == 409 and answer.type == SAFETENSORS):
         return
@@ -395,17 +349,17 @@ def raise_for_refusal(answer: Answer) -> None:
         raise foreign(answer)
     problem = parsed_problem(answer)
     if answer.status in _PASSING:
-        seconds = seconds_asked(answer)
-        raise CoordinatorUnavailableError(f"{problem.code}: {problem.detail} {problem.fix}".strip(), seconds)
-    kind = TooStaleError if problem.code == "too_stale" else RefusedError
+        text = f"{problem.code}: {problem.detail} {problem.fix}".strip()
+        raise CoordinatorUnavailableError(text, seconds_asked(answer))
     facts = dict(problem.model_extra or {})
     clocks = clock_difference(facts.get("coordinator_time"), time.time()) if answer.status == 401 else ""
+    kind = TooStaleError if problem.code == "too_stale" else RefusedError
     error = kind(problem.code, f"{problem.detail} {clocks}".strip(), problem.fix)
     error.facts = facts
     raise error
 
 
-def wait_hint(error: Exception) -> bool | float:
+def _wait_hint(error: Exception) -> bool | float:
     """Whether to try again, and how long to wait if the server said so."""
     if not isinstance(error, CoordinatorUnavailableError):
         return False

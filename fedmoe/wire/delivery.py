@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -30,11 +31,11 @@ Result = TypeVar("Result")
 _log = structlog.get_logger("fedmoe.worker")
 
 #: Refusals that a newer version cures: what was learned is kept and moved onto it.
-CURED_BY_PULLING = frozenset({"too_stale", "unknown_version", "other_history"})
+CURED_BY_PULLING = ANOTHER_HISTORY | {"too_stale"}
 #: The coordinator got other bytes than were sent: a fault on the way, which the next try may not meet.
-DAMAGED_ON_THE_WAY = frozenset({"digest_mismatch", "truncated"})
+_DAMAGED_ON_THE_WAY = frozenset({"digest_mismatch", "truncated"})
 #: An administrator's word on an update that was held: it is over, and what it brought must not be sent again.
-REJECTED = "update_rejected"
+_REJECTED = "update_rejected"
 #: Another worker of this id pushes; when it is silent for long enough, this one takes over.
 _HELD_ELSEWHERE = "lease_held"
 # Refusals of the numbers themselves.
@@ -79,7 +80,7 @@ class Delivery:
     """Sends one pending update from a thread of its own; `answer` is there once the coordinator has spoken.
 
     While the coordinator is away or sheds load, tries go on, `pause_seconds` apart. The thread is a daemon: a worker
-    that must leave leaves, and sends the update after its restart. `fact` is told after an update that landed, once:
+    that must leave leaves, and sends the update after its restart. `fact` is sent after an update that landed, once:
     a newer one follows with the next. Newest weights have to be of `manifest`; others are waited out. Where they do not
     come with the answer they are pulled in `dtype`.
     """
@@ -88,7 +89,7 @@ class Delivery:
         self,
         client: CoordinatorClient,
         pending: PendingUpdate,
-        on_trouble: Callable[[CoordinatorUnavailableError], None] = lambda _: None,
+        on_trouble: Callable[[CoordinatorUnavailableError], None],
         fact: StatisticRequest | None = None,
         manifest: Manifest | None = None,
         dtype: WireDtype = "fp32",
@@ -100,27 +101,21 @@ class Delivery:
         self._on_trouble = on_trouble
         self._started = time.monotonic()
         self._closed = threading.Event()
-        self._done = threading.Event()
-        self._answer: DeliveryOutcome | None = None
-        self._failure: BaseException | None = None
+        self._outcome: futures.Future[DeliveryOutcome | None] = futures.Future()
         threading.Thread(target=self._run, name="fedmoe-delivery", daemon=True).start()
 
     @property
     def over(self) -> bool:
         """Whether the delivery has ended, so that `answer` returns its outcome or raises."""
-        return self._done.is_set()
+        return self._outcome.done()
 
     def answer(self) -> DeliveryOutcome | None:
         """The answer, or None while the update is still on its way; raises what broke the delivery itself."""
-        if not self._done.is_set():
-            return None
-        if self._failure is not None:
-            raise self._failure
-        return self._answer
+        return self._outcome.result() if self._outcome.done() else None
 
     def wait(self, seconds: float) -> bool:
         """Wait for the answer, at most so long; whether `answer` has something to say."""
-        return self._done.wait(seconds)
+        return bool(futures.wait([self._outcome], seconds).done)
 
     def close(self) -> None:
         """Try no more; an update that was not answered stays in the outbox."""
@@ -128,10 +123,9 @@ class Delivery:
 
     def _run(self) -> None:
         try:
-            self._answer = self._deliver()
+            self._outcome.set_result(self._deliver())
         except BaseException as error:
-            self._failure = error
-        self._done.set()
+            self._outcome.set_exception(error)
 
     def _deliver(self) -> DeliveryOutcome | None:
         try:
@@ -141,48 +135,38 @@ class Delivery:
         if pushed is None:
             return None
         newest = pushed.newest or self._persist(lambda: self._pull(pushed.result.version))
-        if pushed.result.status == "landed":
-            self._tell_fact()
-        return DeliveryOutcome(pushed.result, None, newest, self._seconds) if newest else None
-
-    def _tell_fact(self) -> None:
-        if self._fact is None:
-            return
-        try:
-            self._client.push_statistic(self._fact)
-        except (CoordinatorUnavailableError, RefusedError) as error:
-            _log.warning("not_told", kind=self._fact.kind, reason=str(error))
+        if self._fact is not None and pushed.result.status == "landed":
+            try:
+                self._client.push_statistic(self._fact)
+            except (CoordinatorUnavailableError, RefusedError) as error:
+                _log.warning("not_told", kind=self._fact.kind, reason=str(error))
+        return self._ended(pushed.result, None, newest) if newest else None
 
     def _after_refusal(self, refused: RefusedError) -> DeliveryOutcome | None:
-        if refused.code not in CURED_BY_PULLING | {REJECTED}:
-            return DeliveryOutcome(None, refused, None, self._seconds)
+        if refused.code not in CURED_BY_PULLING | {_REJECTED}:
+            return self._ended(None, refused, None)
         newest = refused.newest if isinstance(refused, TooStaleError) else None
         least = 0 if refused.code in ANOTHER_HISTORY else self.pending.header.base_version
         newest = newest or self._persist(lambda: self._pull(least))
-        return DeliveryOutcome(None, refused, newest, self._seconds) if newest else None
+        return self._ended(None, refused, newest) if newest else None
+
+    def _ended(
+        self, result: UpdateResult | None, refused: RefusedError | None, newest: PulledExpert | None
+    ) -> DeliveryOutcome:
+        return DeliveryOutcome(result, refused, newest, time.monotonic() - self._started)
 
     def _persist(self, call: Callable[[], Result]) -> Result | None:
-        """The result of `call`, tried until it gives one; None once the delivery is closed."""
-        tries = 0
-        while not self._closed.is_set():
-            try:
-                return call()
-            except CoordinatorUnavailableError as error:
-                tries += 1
-                self._on_trouble(error)
-                # Pauses spread load, they are no secret.
-                self._closed.wait(pause_seconds(tries, error.retry_after, random.random()))  # noqa: S311
-        return None
+        return until_answered(call, self._closed, self._on_trouble)
 
     def _push(self) -> PushResult:
         try:
             return self._client.push(self.pending.header, self.pending.body, self._manifest)
         except RefusedError as error:
-            if error.code in DAMAGED_ON_THE_WAY:
-                raise CoordinatorUnavailableError(f"{error.code}: {error}") from error
-            if error.code == _HELD_ELSEWHERE:
-                raise CoordinatorUnavailableError(f"{error.code}: {error}", _seconds_left(error)) from error
-            raise
+            if error.code != _HELD_ELSEWHERE:
+                raise
+            left = error.facts.get("seconds_left")
+            seconds = float(left) if isinstance(left, int | float) else None
+            raise CoordinatorUnavailableError(f"{error.code}: {error}", seconds) from error
 
     def _pull(self, least_version: int) -> PulledExpert:
         expected = ExpectedWeights(self._manifest, least_version)
@@ -190,14 +174,31 @@ class Delivery:
         assert pulled is not None, "without an ETag there is always an answer"
         return pulled
 
-    @property
-    def _seconds(self) -> float:
-        return time.monotonic() - self._started
 
+def until_answered(
+    call: Callable[[], Result],
+    closed: threading.Event,
+    on_trouble: Callable[[CoordinatorUnavailableError], None] = lambda _: None,
+) -> Result | None:
+    """The result of `call`, tried until it gives one, `pause_seconds` apart; None once `closed`.
 
-def _seconds_left(error: RefusedError) -> float | None:
-    seconds = error.facts.get("seconds_left")
-    return float(seconds) if isinstance(seconds, int | float) else None
+    `on_trouble` gets what went wrong with a try: no answer, or bytes that were damaged on their way.
+    """
+    tries = 0
+    while not closed.is_set():
+        try:
+            return call()
+        except CoordinatorUnavailableError as error:
+            trouble = error
+        except RefusedError as error:
+            if error.code not in _DAMAGED_ON_THE_WAY:
+                raise
+            trouble = CoordinatorUnavailableError(f"{error.code}: {error}")
+        tries += 1
+        on_trouble(trouble)
+        # Pauses spread load, they are no secret.
+        closed.wait(pause_seconds(tries, trouble.retry_after, random.random()))  # noqa: S311
+    return None
 
 
 def pause_seconds(tries: int, retry_after: float | None, chance: float) -> float:

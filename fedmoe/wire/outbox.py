@@ -64,18 +64,18 @@ class _Identity(BaseModel):
 
 def _read_identity(data: bytes) -> _Identity:
     """What the file says; raises ValueError where it is not what was written. Older versions wrote no checksum."""
-    kept = json.loads(data)
-    if not isinstance(kept, dict):
+    values = json.loads(data)
+    if not isinstance(values, dict):
         raise ValueError("it is no JSON object")
-    checksum = kept.pop(_CHECKSUM, None)
-    identity = _Identity.model_validate(kept)
-    if checksum is not None and checksum != _checksum(kept):
+    checksum = values.pop(_CHECKSUM, None)
+    identity = _Identity.model_validate(values)
+    if checksum is not None and checksum != _checksum(values):
         raise ValueError("its checksum is another: it is damaged, or was edited")
     return identity
 
 
-def _checksum(kept: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+def _checksum(values: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class Outbox:
@@ -87,21 +87,26 @@ class Outbox:
     def __init__(self, folder: Path, worker: str, expert: str) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
-        self._lock: int | None = self._locked()
         try:
-            self._identity = self._load() or _Identity(worker=worker, expert=expert, epoch=secrets.token_hex(8))
-            self._refuse_another(worker, expert)
+            self._lock: int | None = lock_folder(folder)
+        except FolderInUseError as error:
+            raise OutboxError(
+                f"{folder} is in use by the worker with process id {error.holder}; "
+                "stop it first or choose another --state-dir"
+            ) from None
+        try:
+            mine = self._identity = self._load() or _Identity(worker=worker, expert=expert, epoch=secrets.token_hex(8))
+            if (mine.worker, mine.expert) != (worker, expert):
+                raise OutboxError(
+                    f"{folder} belongs to worker {mine.worker!r} training {mine.expert!r}, "
+                    f"not to {worker!r} training {expert!r}; choose another --state-dir"
+                )
             self._pending = self._load_pending()
             self._sweep()
-            self._store(self._identity)
+            self._store(mine)
         except BaseException:
             self.close()
             raise
-
-    @property
-    def folder(self) -> Path:
-        """The worker's state directory."""
-        return self._folder
 
     @property
     def epoch(self) -> str:
@@ -126,7 +131,8 @@ class Outbox:
         sha256 = hashlib.sha256(body).hexdigest()
         write_atomic(self._body_path(self.next_sequence), body)
         failpoints.reached("worker.body_written")
-        self._change(next_sequence=self.next_sequence + 1, pending_header=numbered, pending_sha256=sha256)
+        under_way = {"next_sequence": numbered.sequence + 1, "pending_header": numbered, "pending_sha256": sha256}
+        self._store(self._identity.model_copy(update=under_way))
         failpoints.reached("worker.cut")
         self._pending = PendingUpdate(numbered, body, sha256)
         return self._pending
@@ -135,7 +141,7 @@ class Outbox:
         """Forget the pending update, which was answered one way or the other."""
         if self._pending is None:
             return
-        self._change(next_sequence=self.next_sequence, pending_header=None, pending_sha256=None)
+        self._store(self._identity.model_copy(update={"pending_header": None, "pending_sha256": None}))
         failpoints.reached("worker.settled")
         self._body_path(self._pending.header.sequence).unlink(missing_ok=True)
         self._pending = None
@@ -146,42 +152,12 @@ class Outbox:
         if lock is not None:
             os.close(lock)
 
-    def _locked(self) -> int:
-        try:
-            return lock_folder(self._folder)
-        except FolderInUseError as error:
-            raise OutboxError(
-                f"{self._folder} is in use by the worker with process id {error.holder}; "
-                "stop it first or choose another --state-dir"
-            ) from None
-
-    def _refuse_another(self, worker: str, expert: str) -> None:
-        mine = self._identity
-        if (mine.worker, mine.expert) != (worker, expert):
-            raise OutboxError(
-                f"{self._folder} belongs to worker {mine.worker!r} training {mine.expert!r}, "
-                f"not to {worker!r} training {expert!r}; choose another --state-dir"
-            )
-
     def _body_path(self, sequence: int) -> Path:
         return self._folder / f"update-{sequence}.safetensors"
 
-    def _change(self, next_sequence: int, pending_header: UpdateHeader | None, pending_sha256: str | None) -> None:
-        mine = self._identity
-        self._store(
-            _Identity(
-                worker=mine.worker,
-                expert=mine.expert,
-                epoch=mine.epoch,
-                next_sequence=next_sequence,
-                pending_header=pending_header,
-                pending_sha256=pending_sha256,
-            )
-        )
-
     def _store(self, identity: _Identity) -> None:
-        kept = identity.model_dump(mode="json")
-        write_atomic(self._folder / _IDENTITY, json.dumps(kept | {_CHECKSUM: _checksum(kept)}, indent=1).encode())
+        values = identity.model_dump(mode="json")
+        write_atomic(self._folder / _IDENTITY, json.dumps(values | {_CHECKSUM: _checksum(values)}, indent=1).encode())
         self._identity = identity
 
     def _load(self) -> _Identity | None:

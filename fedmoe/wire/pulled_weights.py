@@ -19,7 +19,6 @@ from fedmoe.runtime.safe_text import inert, inert_json, shortened
 from fedmoe.wire.answers import Answer, CoordinatorUnavailableError, foreign
 from fedmoe.wire.contract.messages import INCARNATION_HEADER, SAFETENSORS, ManifestMessage
 
-_INCARNATION = re.compile(r"[a-z0-9]{1,32}")
 #: The largest number of an adapter; real ones are near 1, and a coordinator takes no update of a norm above it.
 LARGEST_NUMBER = 1e9
 
@@ -34,7 +33,7 @@ class PulledExpert:
     manifest: Manifest
     weights: FloatVector
     etag: str
-    #: The history it is of; None where the coordinator does not say.
+    #: The history it is of; None where the coordinator does not say, or says nothing that can be one.
     incarnation: str | None = None
 
     @property
@@ -120,11 +119,10 @@ def pulled_expert(
         if problem := _mistaken(expert, expected, name, version, manifest):
             raise foreign(answer, problem)
         weights = decode(answer.body, manifest.layout).flat
-        etag, incarnation = answer.headers.get("etag", ""), incarnation_of(answer)
-        pulled = PulledExpert(name, version, str(info["digest"]), manifest, weights, etag, incarnation)
+        pulled = PulledExpert(name, version, str(info["digest"]), manifest, weights, *_etag_and_incarnation(answer))
     except (KeyError, ValueError, RecursionError) as error:
         raise foreign(answer) from error
-    _check_numbers(answer, pulled.adapter, pulled.digest, exact=dtype == "fp32")
+    _check_numbers(answer, pulled.adapter, pulled.digest, dtype)
     return pulled
 
 
@@ -132,10 +130,10 @@ def _mistaken(expert: str, expected: ExpectedWeights, name: str, version: int, m
     """Why these are not the weights that were asked for; empty if they are."""
     if name != expert:
         return f"it sent the expert '{shortened(name, 80)}' instead of '{expert}'; nothing of it was taken"
-    if version < max(0, expected.least_version):
+    least = max(0, expected.least_version)
+    if version < least:
         return (
-            f"it sent version {version} of {expert}, though version {max(0, expected.least_version)} was there before; "
-            "nothing of it was taken"
+            f"it sent version {version} of {expert}, though version {least} was there before; nothing of it was taken"
         )
     differences = expected.manifest.differences(manifest) if expected.manifest is not None else []
     if differences:
@@ -143,19 +141,19 @@ def _mistaken(expert: str, expected: ExpectedWeights, name: str, version: int, m
     return ""
 
 
-def _check_numbers(answer: Answer, adapter: Adapter, promised: str, exact: bool) -> None:
+def _check_numbers(answer: Answer, adapter: Adapter, promised: str, dtype: WireDtype) -> None:
     """Refuse numbers no adapter can be made of, and others than those whose digest the coordinator names."""
     with np.errstate(over="ignore", invalid="ignore"):
         largest = float(np.abs(adapter.flat).max(initial=0.0))
     if not largest <= LARGEST_NUMBER:
         kind = f"as large as {largest:.3g}" if math.isfinite(largest) else "that are not finite"
         raise foreign(answer, f"it sent weights {kind}; nothing of them was taken. Roll the expert back there")
-    if exact and digest(adapter) != promised:
+    if dtype == "fp32" and digest(adapter) != promised:
         raise foreign(answer, "it sent other weights than its digest names; nothing of them was taken")
 
 
-def pulled_gateway(answer: Answer, dtype: WireDtype = "fp32") -> PulledGateway:
-    """A gateway's weights in an answer, or a candidate's."""
+def pulled_gateway(answer: Answer) -> PulledGateway:
+    """A gateway's weights in an answer, or a candidate's, in full precision."""
     info = _info(answer)
     try:
         layout = _layout_of(answer.body)
@@ -167,15 +165,13 @@ def pulled_gateway(answer: Answer, dtype: WireDtype = "fp32") -> PulledGateway:
             raise ValueError(f"no gateway has version {version} and alpha {adapter.alpha}")
     except (KeyError, ValueError, RecursionError, OverflowError) as error:
         raise foreign(answer) from error
-    _check_numbers(answer, adapter, str(info["digest"]), exact=dtype == "fp32")
-    named, etag = (version, str(info["digest"])), answer.headers.get("etag", "")
-    return PulledGateway(*named, adapter, sources, base, info, etag, incarnation_of(answer))
+    _check_numbers(answer, adapter, str(info["digest"]), "fp32")
+    return PulledGateway(version, str(info["digest"]), adapter, sources, base, info, *_etag_and_incarnation(answer))
 
 
-def incarnation_of(answer: Answer) -> str | None:
-    """Which history an answer is of; None for a coordinator that does not say, or says nothing that can be one."""
-    incarnation = answer.headers.get(INCARNATION_HEADER)
-    return incarnation if incarnation is not None and _INCARNATION.fullmatch(incarnation) else None
+def _etag_and_incarnation(answer: Answer) -> tuple[str, str | None]:
+    incarnation = str(answer.headers.get(INCARNATION_HEADER, ""))
+    return answer.headers.get("etag", ""), incarnation if re.fullmatch(r"[a-z0-9]{1,32}", incarnation) else None
 
 
 def _mapping(value: object) -> dict[object, object]:
@@ -187,14 +183,11 @@ def _mapping(value: object) -> dict[object, object]:
 def _layout_of(body: bytes | bytearray) -> Layout:
     """The layout that a body's own tensors describe; a gateway's rank is not known beforehand."""
     entries, _, _ = read_header(body)
-    modules = []
-    ranks = set()
-    for name, entry in entries.items():
-        if name.endswith(".lora_A"):
-            module = name.removesuffix(".lora_A")
-            (rank, n_in), (n_out, _) = entry.shape, entries[f"{module}.lora_B"].shape
-            ranks.add(rank)
-            modules.append(ModuleShape(module, n_in, n_out))
+    modules, ranks = [], set()
+    for name in (name.removesuffix(".lora_A") for name in entries if name.endswith(".lora_A")):
+        (rank, n_in), (n_out, _) = entries[f"{name}.lora_A"].shape, entries[f"{name}.lora_B"].shape
+        ranks.add(rank)
+        modules.append(ModuleShape(name, n_in, n_out))
     if len(ranks) != 1:
         raise ValueError(f"the gateway's factors have ranks {sorted(ranks)}, expected one")
     return Layout(tuple(modules), ranks.pop())

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import socket
 import ssl
-from collections.abc import Iterator
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
@@ -14,24 +14,25 @@ import httpx2
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.safe_text import shortened
 from fedmoe.wire.answers import CoordinatorUnavailableError
-from fedmoe.wire.proxy import ProxyChoice
+from fedmoe.wire.transport import ProxyChoice
 
+ErrorT = TypeVar("ErrorT", bound=BaseException)
 _PROBE_SECONDS = 2.0
 # What OpenSSL says of bytes that are no TLS.
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
-# X509_V_ERR_* of OpenSSL, https://docs.openssl.org/3.0/man3/X509_STORE_CTX_get_error/.
-_NOT_YET_VALID, _EXPIRED, _SELF_SIGNED, _SELF_SIGNED_IN_CHAIN = 9, 10, 18, 19
-_WRONG_HOST, _WRONG_ADDRESS = 62, 64
 _TRUST = "set SSL_CERT_FILE to a PEM file with the certificate of its authority, or of the coordinator itself"
-#: A certificate's verification error of OpenSSL -> what is wrong, and what to do.
+_OTHER_NAME = "use a name or address that is in it, or make one that has this one"
+#: X509_V_ERR_* of OpenSSL (https://docs.openssl.org/3.0/man3/X509_STORE_CTX_get_error/) -> what is wrong, what to do.
 _CERTIFICATE = {
-    _NOT_YET_VALID: ("is not valid yet", "set this machine's clock, or make a new certificate"),
-    _EXPIRED: ("expired", "make a new one for the coordinator and restart it, or set this machine's clock"),
-    _SELF_SIGNED: ("not trusted: it is self-signed", _TRUST),
-    _SELF_SIGNED_IN_CHAIN: ("not trusted: its authority is not known here", _TRUST),
-    _WRONG_HOST: ("is for another host", "use a name or address that is in it, or make one that has this one"),
-    _WRONG_ADDRESS: ("is for another address", "use a name or address that is in it, or make one that has this one"),
+    9: ("is not valid yet", "set this machine's clock, or make a new certificate"),
+    10: ("expired", "make a new one for the coordinator and restart it, or set this machine's clock"),
+    18: ("not trusted: it is self-signed", _TRUST),
+    19: ("not trusted: its authority is not known here", _TRUST),
+    62: ("is for another host", _OTHER_NAME),
+    64: ("is for another address", _OTHER_NAME),
 }
+#: Less is reported to nobody: the answer was on its way, and clocks differ.
+_REPORTED_FROM = 60.0
 
 
 def unreachable(
@@ -40,19 +41,18 @@ def unreachable(
     """The error for a failure of the transport: says whose fault it probably is and what to do.
 
     `answered` says that this port has answered before, so that it surely speaks what is asked in.
-
     A CoordinatorUnavailableError, or a RefusedError where only another setting helps: a proxy's password.
     """
     if isinstance(error, httpx2.ProxyError) and proxy is not None:
         return _refused_by(proxy, shortened(str(error), 120))
-    through = f"through the proxy {proxy.shown}" if proxy is not None else ""
     problem = _certificate(url, error) or (None if answered else _wrong_protocol(url, error, proxy))
     if problem is not None:
         return CoordinatorUnavailableError(f"{url}: {problem}", advised=True)
     reason = _reason(error)
     if sent and isinstance(error, httpx2.ReadError | httpx2.WriteError | httpx2.RemoteProtocolError):
         reason += f" (a body of {sent:,} bytes was sent; a proxy's size limit can end like this)"
-    return CoordinatorUnavailableError(" ".join(f"{url} does not answer {through}".split()) + f": {reason}")
+    through = f" through the proxy {proxy.shown}" if proxy is not None else ""
+    return CoordinatorUnavailableError(f"{url} does not answer{through}: {reason}")
 
 
 def _refused_by(proxy: ProxyChoice, answer: str) -> Exception:
@@ -67,18 +67,18 @@ def _refused_by(proxy: ProxyChoice, answer: str) -> Exception:
     return CoordinatorUnavailableError(f"{prefix}, so the coordinator was not reached; {advice}", advised=True)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from, the outermost first."""
+def _cause(error: BaseException, kind: type[ErrorT]) -> ErrorT | None:
+    """The error, or the nearest that it came from, of this kind."""
     cause: BaseException | None = error
     for _ in range(8):
-        if cause is None:
-            return
-        yield cause
+        if cause is None or isinstance(cause, kind):
+            return cause
         cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _certificate(url: str, error: httpx2.HTTPError) -> str | None:
-    failure = next((cause for cause in _causes(error) if isinstance(cause, ssl.SSLCertVerificationError)), None)
+    failure = _cause(error, ssl.SSLCertVerificationError)
     if failure is None:
         return None
     what, advice = _CERTIFICATE.get(failure.verify_code, ("not trusted", _TRUST))
@@ -88,7 +88,7 @@ def _certificate(url: str, error: httpx2.HTTPError) -> str | None:
 
 def _wrong_protocol(url: str, error: httpx2.HTTPError, proxy: ProxyChoice | None) -> str | None:
     parts = urlsplit(url)
-    failure = next((cause for cause in _causes(error) if isinstance(cause, ssl.SSLError)), None)
+    failure = _cause(error, ssl.SSLError)
     if parts.scheme == "https" and failure is not None and any(word in str(failure) for word in _NOT_TLS):
         return "this port speaks http, not https: write http:// in the URL, or start the coordinator with --tls-cert"
     if parts.scheme != "http" or proxy is not None:
@@ -113,7 +113,7 @@ def speaks_tls(host: str, port: int) -> bool:
 
 
 def _reason(error: httpx2.HTTPError) -> str:
-    cause = next((origin for origin in _causes(error) if isinstance(origin, OSError)), None)
+    cause = _cause(error, OSError)
     if isinstance(error, httpx2.ConnectTimeout):
         return "no connection in time; a firewall may drop it, or the address is wrong"
     if isinstance(error, httpx2.TimeoutException):
@@ -125,10 +125,6 @@ def _reason(error: httpx2.HTTPError) -> str:
     return shortened(str(error) or type(error).__name__, 300)
 
 
-#: Less is told to nobody: the answer was on its way, and clocks differ.
-_TOLD_FROM = 60.0
-
-
 def clock_difference(coordinator_time: object, now: float) -> str:
     """A sentence on this machine's clock, `now`, beside the time in a coordinator's answer; empty if they agree.
 
@@ -137,7 +133,7 @@ def clock_difference(coordinator_time: object, now: float) -> str:
     if isinstance(coordinator_time, bool) or not isinstance(coordinator_time, (int, float)):
         return ""
     ahead = now - coordinator_time
-    if not _TOLD_FROM <= abs(ahead) < float("inf"):
+    if not _REPORTED_FROM <= abs(ahead) < float("inf"):
         return ""
     minutes = round(abs(ahead) / 60)
     far = f"{minutes} min" if minutes < 120 else f"{minutes / 60:.0f} h"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import structlog
 
@@ -50,14 +50,15 @@ def check_processes(config: WorkerConfig) -> None:
 def adapter_layout(config: WorkerConfig, base: LoadedBase, targets: str | tuple[str, ...]) -> Layout:
     """The shape of the adapter that these options make; raises TargetError, or OptionError if it cannot travel."""
     try:
-        found = find_targets(base.model, targets)
+        modules = find_targets(base.model, targets)
     except TargetError as error:
         raise TargetError(f"--target-modules: {error}") from error
-    layout = Layout(tuple(ModuleShape(name, one.in_features, one.out_features) for name, one in found), config.lora_r)
+    shapes = tuple(ModuleShape(name, module.in_features, module.out_features) for name, module in modules)
+    layout = Layout(shapes, config.lora_r)
     if layout.size > MAX_PARAMETERS:
         raise OptionError(
-            f"--lora-r {config.lora_r} on {len(found)} modules makes an adapter of {layout.size:,} parameters; at most "
-            f"{MAX_PARAMETERS:,} can travel: give a smaller --lora-r or fewer --target-modules"
+            f"--lora-r {config.lora_r} on {len(modules)} modules makes an adapter of {layout.size:,} parameters; at "
+            f"most {MAX_PARAMETERS:,} can travel: give a smaller --lora-r or fewer --target-modules"
         )
     return layout
 
@@ -98,70 +99,27 @@ def training_config(config: WorkerConfig, blocks: int) -> TrainingConfig:
     """How to train on `blocks` blocks an epoch and process; raises OptionError for a schedule of no length."""
     steps = config.max_steps
     if config.num_train_epochs is not None:
-        steps = steps_of_epochs(config.num_train_epochs, blocks, config)
-        decays = config.lr_scheduler_type != "constant"
-        if decays and steps <= config.warmup_steps:
+        # The last pass is rounded up.
+        steps = max(1, math.ceil(config.num_train_epochs * blocks / _blocks_per_step(config)))
+        if config.lr_scheduler_type != "constant" and steps <= config.warmup_steps:
             raise OptionError(
                 f"--num-train-epochs {config.num_train_epochs:g} are {steps} steps of these data, and --warmup-steps "
                 f"{config.warmup_steps} leave nothing for --lr-scheduler-type {config.lr_scheduler_type}; give "
                 f"--warmup-steps at most {steps - 1}, or more epochs"
             )
         _log.info("epochs", num_train_epochs=config.num_train_epochs, blocks=blocks, max_steps=steps)
-    return TrainingConfig(
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        warmup_steps=config.warmup_steps,
-        lr_scheduler_type=config.lr_scheduler_type,
-        max_steps=steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
+    # The same names and meanings in both.
+    values = {field.name: getattr(config, field.name) for field in fields(TrainingConfig)}
+    return TrainingConfig(**values | {"max_steps": steps})
 
 
-def tokens_per_step(config: WorkerConfig, max_length: int) -> int:
-    """Tokens of an optimizer step and process, padding included."""
-    return max_length * config.per_device_train_batch_size * config.gradient_accumulation_steps
-
-
-def steps_of_epochs(epochs: float, blocks: int, config: WorkerConfig) -> int:
-    """Optimizer steps of so many passes over `blocks` blocks a process, the last one rounded up; at least 1."""
-    return max(
-        1, math.ceil(epochs * blocks / (config.per_device_train_batch_size * config.gradient_accumulation_steps))
-    )
-
-
-def held_out_plan(config: WorkerConfig, blocks: Sequence[Block]) -> HeldOutPlan:
-    """What is measured of these held-out blocks: the first ones, bounded by their tokens."""
-    measured = first_blocks(blocks)
-    return HeldOutPlan(
-        measured,
-        digest_of(sample_hashes(measured)),
-        config.eval_steps,
-        config.early_stopping_patience,
-        config.early_stopping_threshold,
-    )
-
-
-def log_held_out(plan: HeldOutPlan, samples: Sequence[TokenizedSample], train: SampleHashes) -> None:
-    """Say what is measured, of how much, and what of it is in the samples trained on, `train`, too."""
-    measured = sample_hashes(plan.blocks)
-    _log.info(
-        "held_out_data",
-        samples=len(samples),
-        measured=len(measured),
-        blocks=len(plan.blocks),
-        eval_steps=plan.eval_steps,
-    )
-    trained = change_between(measured, train).kept
-    if trained:
-        _log.warning("held_out_is_trained_on", samples=trained, of=len(measured))
+def _blocks_per_step(config: WorkerConfig) -> int:
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps
 
 
 _log = structlog.get_logger("fedmoe.worker")
 # Samples until the first line that tells how far tokenising is, and between two lines at most; first they double.
-_TOLD_FIRST, _TOLD_EVERY = 500, 20_000
+_LOGGED_FIRST, _LOGGED_EVERY = 500, 20_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +135,8 @@ class WorkerData:
     training: TrainingConfig
 
 
-def data_options(config: WorkerConfig) -> DataOptions:
-    """How this worker's files become samples; raises `DataError` for columns that cannot be mapped so."""
+def _data_options(config: WorkerConfig) -> DataOptions:
+    """Raises `DataError` for columns that cannot be mapped so."""
     return DataOptions(RowOptions.mapping(config.map), config.long_rows)
 
 
@@ -186,7 +144,7 @@ def check_sources(config: WorkerConfig) -> None:
     """Look at the first rows of every file, before any model is loaded; raises `DataError`."""
     for name in (config.dataset, config.eval_dataset):
         if name is not None:
-            check_beginning(name, data_options(config).rows)
+            check_beginning(name, _data_options(config).rows)
 
 
 def worker_data(
@@ -199,17 +157,25 @@ def worker_data(
         log_phase("preparing data")
     data = _prepared(config, config.dataset, base, length, processes)
     if group.rank == 0:
-        _log.info("dataset", **data.report.summary, kept=data.kept, tokens_per_step=tokens_per_step(config, length))
+        # Of a process, padding included.
+        tokens = length * _blocks_per_step(config)
+        _log.info("dataset", **data.report.summary, kept=data.kept, tokens_per_step=tokens)
         print(data.report.text, *data.report.previews, sep="\n", flush=True)
     train, held_out = _sides(config, data, base, length, processes)
     blocks = pack(train, length, config.seed, pad_token(base))
     sampler = block_sampler(blocks, config, group.rank, group.world_size)
     hashes, plan = sample_hashes(blocks), None
     if held_out:
-        # A fixed seed: whoever measures on the same rows measures on the same blocks.
-        plan = held_out_plan(config, pack(held_out, length, 0, pad_token(base)))
+        # A fixed seed: whoever measures on the same rows measures on the same blocks, the first ones.
+        measured = first_blocks(pack(held_out, length, 0, pad_token(base)))
+        their_hashes = sample_hashes(measured)
+        patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
+        plan = HeldOutPlan(measured, digest_of(their_hashes), config.eval_steps, patience, threshold)
         if group.rank == 0:
-            log_held_out(plan, held_out, hashes)
+            sizes = {"samples": len(held_out), "measured": len(their_hashes), "blocks": len(measured)}
+            _log.info("held_out_data", **sizes, eval_steps=config.eval_steps)
+            if trained := change_between(their_hashes, hashes).kept:
+                _log.warning("held_out_is_trained_on", samples=trained, of=len(their_hashes))
     return WorkerData(blocks, hashes, sampler, plan, training_config(config, sampler.shard))
 
 
@@ -231,20 +197,13 @@ def _sides(
 
 
 def _prepared(config: WorkerConfig, name: str, base: LoadedBase, length: int, processes: int) -> PreparedData:
-    told = 0
+    logged = 0
 
     def progress(done: int) -> None:
-        nonlocal told
-        if done - told >= min(max(told, _TOLD_FIRST), _TOLD_EVERY):
-            told = done
+        nonlocal logged
+        if done - logged >= min(max(logged, _LOGGED_FIRST), _LOGGED_EVERY):
+            logged = done
             log_phase("preparing data", done)
 
-    return prepare_samples(
-        name,
-        base.tokenizer,
-        length,
-        data_options(config),
-        cache=cache_folder("tokens"),
-        processes=processes,
-        progress=progress,
-    )
+    options, cache = _data_options(config), cache_folder("tokens")
+    return prepare_samples(name, base.tokenizer, length, options, cache=cache, processes=processes, progress=progress)

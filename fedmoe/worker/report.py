@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -11,10 +12,10 @@ import structlog
 from fedmoe.qwen_worker import EvaluationRecord, StepRecord
 from fedmoe.runtime.records import RecordWriter
 from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert
-from fedmoe.wire.contract.messages import HELD_OUT, StatisticRequest, UpdateHeader, UpdateResult
+from fedmoe.wire.contract.messages import HELD_OUT, StatisticRequest, UpdateResult
 from fedmoe.wire.delivery import DeliveryOutcome
 from fedmoe.wire.outbox import PendingUpdate
-from fedmoe.worker.restart import WorkerSyncPoint
+from fedmoe.worker.recovery import WorkerSyncPoint
 
 _log = structlog.get_logger("fedmoe.worker")
 _HELD = "the coordinator keeps it until an administrator decides; training goes on without it and nothing is sent twice"
@@ -30,13 +31,13 @@ class WorkerReport:
         self._staleness = 0
         self._newest: EvaluationRecord | None = None
         self._under_way: EvaluationRecord | None = None
-        self._told: dict[int, str] = {}
-        self._noted: set[str] = set()
+        self._statuses: dict[int, str] = {}
+        self._notes: set[str] = set()
 
     def close(self) -> None:
         self._records.close()
 
-    def step(self, record: StepRecord, version: int | None) -> None:
+    def step(self, record: StepRecord, version: int) -> None:
         """One training step on top of `version`."""
         self._records.write(
             "step",
@@ -52,32 +53,19 @@ class WorkerReport:
             staleness=self._staleness,
         )
 
-    def evaluated(self, record: EvaluationRecord, version: int | None, stopped: bool) -> None:
+    def evaluated(self, record: EvaluationRecord, version: int, stopped: bool) -> None:
         """The held-out loss of the weights on top of `version`; `stopped` says that it ends the training."""
         self._newest = record
         shown = {"loss": round(record.loss, 4), "first": round(record.first, 4), "best": round(record.best, 4)}
         _log.info("held_out", step=record.step, **shown, tokens=record.tokens, seconds=round(record.seconds, 2))
         if stopped:
-            _log.info(
-                "stopped_early", step=record.step, reason=f"held-out loss not lower {record.worse} times in a row"
-            )
-        self._records.write(
-            "held_out",
-            worker=self._worker,
-            expert=self._expert,
-            step=record.step,
-            loss=record.loss,
-            first=record.first,
-            best=record.best,
-            worse=record.worse,
-            tokens=record.tokens,
-            seconds=record.seconds,
-            version=version,
-            stopped=stopped,
-        )
+            reason = f"held-out loss not lower {record.worse} times in a row"
+            _log.info("stopped_early", step=record.step, reason=reason)
+        measured = {**asdict(record), "version": version, "stopped": stopped}
+        self._records.write("held_out", worker=self._worker, expert=self._expert, **measured)
 
     def fact(self) -> StatisticRequest | None:
-        """The newest held-out loss as the coordinator is told of it, with an update that lands; None without one."""
+        """The newest held-out loss, for the coordinator to get with an update that lands; None without one."""
         self._under_way = record = self._newest
         if record is None or not math.isfinite(record.loss):
             return None
@@ -92,78 +80,59 @@ class WorkerReport:
         result, refused = answer.result, answer.refused
         if result is None:
             _log.warning("refused", sequence=sequence, code=refused and refused.code, reason=str(refused))
-            _tell_of_another_history(pending.header, answer)
+            if refused is not None and refused.code == "other_history" and answer.newest is not None:
+                again = f"all that was learned since version {pending.header.base_version} and not acknowledged"
+                if pending.header.tokens:
+                    again += f", {pending.header.tokens} tokens of update {sequence}"
+                _warn_of_other_history(pending.header.incarnation, answer.newest, again)
             return
-        self._tell_outcomes(result)
+        self._report_outcomes(result)
         if answer.held:
             _log.warning("quarantined", sequence=sequence, held=result.held, reason=result.note, meaning=_HELD)
             return
-        if result.note and result.note not in self._noted:
-            self._noted.add(result.note)
+        if result.note and result.note not in self._notes:
+            self._notes.add(result.note)
             _log.warning("coordinator_warns", sequence=sequence, note=result.note)
         self._staleness = result.staleness
         if self._newest is self._under_way:
             self._newest = None
-        digest = (answer.newest.digest if answer.newest else result.digest)[:12]
-        _log.info(
-            "pushed",
-            sequence=sequence,
-            version=result.version,
-            staleness=result.staleness,
-            duplicate=result.duplicate,
-            digest=digest,
-            bytes=len(pending.body),
-            loss=None if loss is None else round(loss, 4),
-            seconds=round(answer.seconds, 3),
-        )
-        self._records.write(
-            "push",
-            worker=self._worker,
-            expert=self._expert,
-            sequence=sequence,
-            version=result.version,
-            staleness=result.staleness,
-            digest=digest,
-            bytes=len(pending.body),
-            loss=loss,
-            seconds=answer.seconds,
-        )
+        pushed: dict[str, int | str] = {
+            "sequence": sequence,
+            "version": result.version,
+            "staleness": result.staleness,
+            "digest": (answer.newest.digest if answer.newest else result.digest)[:12],
+            "bytes": len(pending.body),
+        }
+        shown, seconds = None if loss is None else round(loss, 4), round(answer.seconds, 3)
+        _log.info("pushed", **pushed, duplicate=result.duplicate, loss=shown, seconds=seconds)
+        measured = {**pushed, "loss": loss, "seconds": answer.seconds}
+        self._records.write("push", worker=self._worker, expert=self._expert, **measured)
 
-    def _tell_outcomes(self, result: UpdateResult) -> None:
+    def _report_outcomes(self, result: UpdateResult) -> None:
         """What became of updates that were held, each once."""
         for outcome in result.outcomes:
-            if self._told.get(outcome.held) != outcome.status:
-                self._told[outcome.held] = outcome.status
-                told = outcome.model_dump(include={"sequence", "held", "version", "reason"}, exclude_none=True)
+            if self._statuses.get(outcome.held) != outcome.status:
+                self._statuses[outcome.held] = outcome.status
+                values = outcome.model_dump(include={"sequence", "held", "version", "reason"}, exclude_none=True)
                 if outcome.status != "held":
-                    _log.warning(f"held_update_{outcome.status}", **told)
+                    _log.warning(f"held_update_{outcome.status}", **values)
 
-    def away(self, error: CoordinatorUnavailableError) -> None:
-        """A try that was not answered; called from the delivery's thread."""
-        _log.warning("coordinator_away", reason=str(error), retry_after=error.retry_after)
+
+def warn_of_absence(error: CoordinatorUnavailableError) -> None:
+    """Log a try that was not answered; called from the delivery's thread."""
+    _log.warning("coordinator_away", reason=str(error), retry_after=error.retry_after)
 
 
 def warn_of_other_history(saved: WorkerSyncPoint, newest: PulledExpert) -> None:
     """Log a warning if a checkpoint was made in another history than the one that its worker continues with."""
-    if saved.incarnation is None or saved.incarnation == newest.incarnation:
-        return
-    again = f"{saved.progress.steps} steps, {saved.progress.tokens} tokens that no update has carried"
-    told = {"was": saved.incarnation, "now": newest.incarnation, "goes_on_from": newest.version}
-    _log.warning("other_history", expert=newest.name, **told, sends_again=again)
+    if saved.incarnation is not None and saved.incarnation != newest.incarnation:
+        again = f"{saved.progress.steps} steps, {saved.progress.tokens} tokens that no update has carried"
+        _warn_of_other_history(saved.incarnation, newest, again)
 
 
-def _tell_of_another_history(header: UpdateHeader, answer: DeliveryOutcome) -> None:
-    if answer.refused is None or answer.refused.code != "other_history" or answer.newest is None:
-        return
-    again = f"all that was learned since version {header.base_version} and not acknowledged"
-    _log.warning(
-        "other_history",
-        expert=header.expert,
-        was=header.incarnation,
-        now=answer.newest.incarnation,
-        goes_on_from=answer.newest.version,
-        sends_again=again + (f", {header.tokens} tokens of update {header.sequence}" if header.tokens else ""),
-    )
+def _warn_of_other_history(was: str | None, newest: PulledExpert, again: str) -> None:
+    histories = {"was": was, "now": newest.incarnation, "goes_on_from": newest.version}
+    _log.warning("other_history", expert=newest.name, **histories, sends_again=again)
 
 
 Phase = Literal["loading the base model", "preparing data", "statistics of the data", "training"]

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +37,9 @@ from fedmoe.models.input_moments import MomentsCollector
 from fedmoe.models.prompt_features import prefix_features
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.files import write_atomic
-from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
+from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.messages import DataStatisticsHeader, StatisticsKind
-from fedmoe.wire.delivery import DAMAGED_ON_THE_WAY, pause_seconds
+from fedmoe.wire.delivery import until_answered
 
 #: Fewer samples than this say too much about each of them, and too little about the domain.
 LEAST_PROMPTS = 16
@@ -55,12 +55,8 @@ _TICK_SECONDS = 0.2
 _KINDS: tuple[StatisticsKind, ...] = ("prompts", "moments")
 _log = structlog.get_logger("fedmoe.worker")
 
-# Tokens of a sample, and how many of the first are a prompt, rising.
-_Prompt = tuple[Sequence[int], tuple[int, ...]]
-
-
-class TooLittleDataError(ValueError):
-    """Too few samples to disclose anything about them."""
+#: Tokens of a sample, and how many of the first are a prompt, rising.
+Prompt = tuple[Sequence[int], tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +99,14 @@ def data_statistics(
 
     Blocks are taken in order until the budget is used up; `pack` has shuffled them. `LEAST_PROMPTS` prompts and one
     block are used, however small the budget. `progress` gets the tokens looked at so far and their final number. Raises
-    `TooLittleDataError` for blocks with fewer samples.
+    ValueError for blocks with fewer samples.
     """
     allowed = budget or StatisticsBudget()
     tokens = sum(map(_moment_tokens, blocks))
-    chosen = _chosen(base, blocks, allowed.prompt_tokens)
+    chosen = sample_prompts(base, blocks, allowed.prompt_tokens)
     of_prompts, of_moments = sum(lengths[-1] for _, lengths in chosen), min(tokens, allowed.tokens)
     total = of_prompts + of_moments
-    prompts = _prompt_statistics(base, chosen, lambda done: progress(done, total))
+    prompts = prompt_statistics(base, chosen, lambda done: progress(done, total))
     used = 0
     with MomentsCollector(base, targets) as collector:
         for block in blocks:
@@ -122,28 +118,18 @@ def data_statistics(
     return DataStatistics(prompts, collector.moments(), sum(1 for _ in _samples(blocks)), tokens)
 
 
-def prompt_statistics(base: LoadedBase, blocks: Sequence[Block], tokens: int) -> PromptStatistics:
-    """The statistics of the prompts in `blocks`, of about `tokens` tokens.
-
-    A sample whose beginning carries no loss (a question with its answer) gives that beginning, up to `LONGEST_PROMPT`
-    tokens and without the chat template's frame. Other samples (running text) give their first `PROMPT_LENGTHS` tokens,
-    all out of one pass. Raises `TooLittleDataError` where there are not `LEAST_PROMPTS` samples of at least two tokens.
-    """
-    return _prompt_statistics(base, _chosen(base, blocks, tokens), lambda done: None)
-
-
-def _prompt_statistics(
-    base: LoadedBase, chosen: Sequence[_Prompt], progress: Callable[[int], None]
+def prompt_statistics(
+    base: LoadedBase, chosen: Sequence[Prompt], progress: Callable[[int], None] = lambda done: None
 ) -> PromptStatistics:
+    """The statistics of prompts; `progress` gets the tokens looked at so far."""
     parts: list[FloatMatrix] = []
-    of_row: list[int] = []
     used = 0
     for start in range(0, len(chosen), _SAMPLES_AT_ONCE):
         ids, lengths = zip(*chosen[start : start + _SAMPLES_AT_ONCE], strict=True)
         parts.append(prefix_features(base, ids, lengths))
-        of_row += [start + place for place, wanted in enumerate(lengths) for _ in wanted]
-        used += sum(wanted[-1] for wanted in lengths)
+        used += sum(prefixes[-1] for prefixes in lengths)
         progress(used)
+    of_row = [sample for sample, (_, prefixes) in enumerate(chosen) for _ in prefixes]
     return PromptStatistics.of(np.concatenate(parts), of_row)
 
 
@@ -152,9 +138,14 @@ def _moment_tokens(block: Block) -> int:
     return int(np.count_nonzero(block.segment_ids >= 0)) if (block.labels != MASKED).any() else 0
 
 
-def _chosen(base: LoadedBase, blocks: Sequence[Block], tokens: int) -> list[_Prompt]:
-    """Samples with the lengths of their prompts: until `tokens` are used, but not fewer than `LEAST_PROMPTS`."""
-    chosen: list[_Prompt] = []
+def sample_prompts(base: LoadedBase, blocks: Sequence[Block], tokens: int) -> list[Prompt]:
+    """The prompts in `blocks`: until about `tokens` tokens are used, but not fewer than `LEAST_PROMPTS`.
+
+    A sample whose beginning carries no loss (a question with its answer) gives that beginning, up to `LONGEST_PROMPT`
+    tokens and without the chat template's frame. Other samples (running text) give their first `PROMPT_LENGTHS` tokens,
+    all out of one pass. Raises ValueError where there are not `LEAST_PROMPTS` samples of at least two tokens.
+    """
+    chosen: list[Prompt] = []
     frame = ChatFrame.of(base.tokenizer)
     used = 0
     for ids, labels in _samples(blocks):
@@ -165,7 +156,7 @@ def _chosen(base: LoadedBase, blocks: Sequence[Block], tokens: int) -> list[_Pro
             chosen.append((prompt, lengths))
             used += lengths[-1]
     if len(chosen) < LEAST_PROMPTS:
-        raise TooLittleDataError(
+        raise ValueError(
             f"statistics are made of at least {LEAST_PROMPTS} samples of two tokens or more, there are {len(chosen)}; "
             "give the worker more data, or let it send none"
         )
@@ -184,9 +175,9 @@ def _prompts(ids: Int64Array, labels: Int64Array, frame: ChatFrame) -> tuple[Seq
     """A sample's tokens, and how many of the first are a prompt, rising; no number for a sample that is too short."""
     learned = np.flatnonzero(labels != MASKED)
     # The first token never carries loss, so in running text the second is the first that does.
-    asked = int(learned[0]) if learned.size else len(labels)
-    if asked > 1:
-        prompt = frame.removed(ids[:asked].tolist())[:LONGEST_PROMPT]
+    beginning = int(learned[0]) if learned.size else len(labels)
+    if beginning > 1:
+        prompt = frame.removed(ids[:beginning].tolist())[:LONGEST_PROMPT]
         return prompt, (len(prompt),)
     lengths = tuple(length for length in PROMPT_LENGTHS if length <= len(labels))
     return ids.tolist(), lengths or ((len(labels),) if len(labels) > 1 else ())
@@ -277,7 +268,8 @@ class StatisticsSender:
         while self._waiting:
             header, body = self._waiting.pop(0)  # let go of once sent: as large as an adapter
             try:
-                self._send(header, body)
+                if until_answered(partial(self._client.push_data_statistics, header, body), self._closed) is not None:
+                    _log.info("statistics_sent", kind=header.kind, size=len(body))
             except RefusedError as error:
                 _log.warning("statistics_refused", kind=header.kind, code=error.code, reason=str(error))
             except Exception as error:
@@ -285,18 +277,3 @@ class StatisticsSender:
                 if not self._closed.is_set():
                     _log.warning("statistics_not_sent", kind=header.kind, reason=repr(error))
                 return
-
-    def _send(self, header: DataStatisticsHeader, body: bytes) -> None:
-        tries = 0
-        while not self._closed.is_set():
-            try:
-                self._client.push_data_statistics(header, body)
-                _log.info("statistics_sent", kind=header.kind, size=len(body))
-                return
-            except (CoordinatorUnavailableError, RefusedError) as error:
-                if isinstance(error, RefusedError) and error.code not in DAMAGED_ON_THE_WAY:
-                    raise
-                tries += 1
-                asked = error.retry_after if isinstance(error, CoordinatorUnavailableError) else None
-            # Pauses spread load, they are no secret.
-            self._closed.wait(pause_seconds(tries, asked, random.random()))  # noqa: S311

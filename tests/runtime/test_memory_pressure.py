@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.runtime.memory_pressure import CALM_CHECKS, DROP_CACHES, NOTHING, STOP, Pressure, after_failure, pressure
+from fedmoe.runtime.memory_pressure import CALM_CHECKS, Action, Pressure, after_failure, pressure
 
 LIMIT = 1000
 
@@ -24,20 +24,20 @@ def run(state: Pressure, *used: int) -> tuple[list[object], Pressure]:
 def test_below_85_percent_nothing_happens() -> None:
     state = Pressure(batch=8, most=8)
     actions, after = run(state, 0, 500, 699, 700, 849)
-    assert actions == [NOTHING] * 5
+    assert actions == [Action.NOTHING] * 5
     assert after.batch == 8
 
 
 def test_near_the_limit_caches_go_first_and_then_the_batch_halves_e16() -> None:
     actions, after = run(Pressure(batch=8, most=8), 850)
-    assert (actions, after.batch) == ([DROP_CACHES], 8)
+    assert (actions, after.batch) == ([Action.DROP_CACHES], 8)
     actions, after = run(after, 850)
-    assert (actions, after.batch) == ([NOTHING], 4)
+    assert (actions, after.batch) == ([Action.NOTHING], 4)
 
 
 def test_when_empty_caches_were_enough_the_batch_stays() -> None:
     actions, after = run(Pressure(batch=8, most=8), 900, 800, 900, 800)
-    assert actions == [DROP_CACHES, NOTHING, DROP_CACHES, NOTHING]
+    assert actions == [Action.DROP_CACHES, Action.NOTHING, Action.DROP_CACHES, Action.NOTHING]
     assert after.batch == 8
 
 
@@ -56,16 +56,16 @@ def test_above_the_limit_both_happen_at_once_down_to_the_floor_and_then_it_stops
     for _ in range(2):
         (action,), state = run(state, 1001)
         sizes.append((action, state.batch))
-    assert sizes == [(DROP_CACHES, 4), (DROP_CACHES, 2)]
-    assert run(state, 1001)[0] == [STOP]
+    assert sizes == [(Action.DROP_CACHES, 4), (Action.DROP_CACHES, 2)]
+    assert run(state, 1001)[0] == [Action.STOP]
 
 
 def test_the_smallest_batch_from_the_start_is_told_to_drop_caches_before_it_is_told_to_stop() -> None:
-    assert run(Pressure(batch=1, most=1), 2000, 2000)[0] == [DROP_CACHES, STOP]
+    assert run(Pressure(batch=1, most=1), 2000, 2000)[0] == [Action.DROP_CACHES, Action.STOP]
 
 
 def test_exactly_the_limit_is_near_and_not_above() -> None:
-    assert STOP not in run(Pressure(batch=1, most=1), *[1000] * 50)[0]
+    assert Action.STOP not in run(Pressure(batch=1, most=1), *[1000] * 50)[0]
 
 
 def test_after_calm_the_batch_grows_back_e16() -> None:
@@ -102,7 +102,7 @@ def test_whatever_happens_the_batch_stays_in_its_bounds_and_stop_is_the_last_res
         before = state
         action, state = pressure(used, LIMIT, before)
         assert before.least <= state.batch <= before.most
-        if action == STOP:
+        if action == Action.STOP:
             assert used > LIMIT
             assert before.batch == before.least
             assert before.dropped
@@ -127,7 +127,7 @@ def test_between_a_halving_and_a_growth_lie_many_calm_checks(state: Pressure, se
 @given(states, st.integers(700, 849), st.integers(1, 300))
 def test_between_the_two_shares_nothing_ever_changes(state: Pressure, used: int, checks: int) -> None:
     actions, after = run(state, *[used] * checks)
-    assert set(actions) == {NOTHING}
+    assert set(actions) == {Action.NOTHING}
     assert after.batch == state.batch
 
 
@@ -137,7 +137,7 @@ def test_when_use_follows_the_batch_it_settles_and_hardly_ever_changes_again(fix
     state, changes = Pressure(batch=32, most=32), []
     for check in range(3000):
         action, after = pressure(fixed + per_row * state.batch, LIMIT, state)
-        assert action != STOP
+        assert action != Action.STOP
         if after.batch != state.batch:
             changes.append(check)
         state = after

@@ -193,15 +193,15 @@ def test_a_link_in_place_of_the_temporary_folder_is_not_followed(tmp_path: Path)
 def test_two_gpus_work_side_by_side_one_does_both_none_means_cpu_e18(
     count: int, rollout: str, learner: str, expected: tuple[str, str]
 ) -> None:
-    plan = plan_devices(count, "cpu", rollout, learner)
-    assert (plan.rollout, plan.learner) == expected
-    assert f"rollouts on {expected[0]}, learning on {expected[1]}" in plan.plan
+    *devices, plan = plan_devices(count, "cpu", rollout, learner)
+    assert tuple(devices) == expected
+    assert f"rollouts on {expected[0]}, learning on {expected[1]}" in plan
 
 
 def test_the_plan_says_what_was_found() -> None:
-    found = [plan_devices(count, "cpu").plan.partition("; ")[2] for count in range(3)]
+    found = [plan_devices(count, "cpu")[2].partition("; ")[2] for count in range(3)]
     assert found == ["no CUDA device found", "1 CUDA device found", "2 CUDA devices found"]
-    assert plan_devices(0, "mps").plan == "rollouts on mps, learning on mps; no CUDA device found"
+    assert plan_devices(0, "mps")[2] == "rollouts on mps, learning on mps; no CUDA device found"
 
 
 def test_without_a_gpu_everything_runs_on_the_cpu_and_a_named_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

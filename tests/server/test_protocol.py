@@ -16,7 +16,7 @@ from support import MANIFEST, make_body
 from fedmoe.lora.adapter import Layout, ModuleShape
 from fedmoe.lora.manifest import Manifest
 from fedmoe.wire.http import body_limits as guard
-from fedmoe.wire.http import deadlines as protocol
+from fedmoe.wire.http import serving as protocol
 
 BODY = make_body(1)
 PUSH = b"/push_expert_update?expert=python&worker=w1&epoch=e1&sequence=0&base_version=0"

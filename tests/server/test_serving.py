@@ -16,7 +16,7 @@ from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.messages import UpdateHeader
-from fedmoe.wire.http.listening import PortInUseError
+from fedmoe.wire.http.serving import PortInUseError
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -20,7 +20,7 @@ from support import MANIFEST
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import ConnectionSettingError, CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.contract.messages import UpdateHeader
-from fedmoe.wire.proxy import is_loopback, proxy_for
+from fedmoe.wire.transport import is_loopback, proxy_for
 
 TOKEN = "secret-token-of-some-length-000"
 VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")

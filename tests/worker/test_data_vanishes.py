@@ -11,8 +11,8 @@ from workers import Federation
 from fedmoe.cli import worker_setup as setup
 from fedmoe.config import WorkerConfig
 from fedmoe.datasets.readers.common import DataError
-from fedmoe.worker.failures import WorkerFailedError
 from fedmoe.worker.preparation import WorkerData
+from fedmoe.worker.recovery import WorkerFailedError
 
 
 def written(file: Path, rows: int, word: str = "river") -> Path:

@@ -16,7 +16,7 @@ from fedmoe.datasets.tokens.packing import Batch, collate
 from fedmoe.distributed_worker import DistributedWorker
 from fedmoe.models.device_faults import device_fault, halve_batches
 from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert, TrainingConfig
-from fedmoe.worker.failures import DeviceFailedError, WorkerFailedError
+from fedmoe.worker.recovery import DeviceFailedError, WorkerFailedError
 
 CUDA_OOM = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.00 GiB"
 BROKEN = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported"

@@ -56,7 +56,7 @@ def logged(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.fixture
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmoe.worker.statistics.pause_seconds", lambda *_: 0.001)
+    monkeypatch.setattr("fedmoe.wire.delivery.pause_seconds", lambda *_: 0.001)
 
 
 @pytest.mark.usefixtures("_short_pauses")

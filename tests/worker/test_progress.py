@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from fedmoe.qwen_worker import CheckpointExtras, StepRecord
-from fedmoe.worker.restart import Progress, WorkerSyncPoint
+from fedmoe.worker.recovery import Progress, WorkerSyncPoint
 
 
 def test_the_mean_loss_counts_every_token_the_same() -> None:
@@ -16,7 +16,7 @@ def test_the_mean_loss_counts_every_token_the_same() -> None:
 @pytest.mark.parametrize("absorbed", [None, 0, 7])
 def test_a_sync_point_survives_a_checkpoint(absorbed: int | None) -> None:
     point = WorkerSyncPoint(np.arange(3, dtype=np.float32), 8, Progress(3, 41, 0.1 + 0.2), absorbed)
-    again = WorkerSyncPoint.of(point.companion())
+    again = WorkerSyncPoint.of(point.extras())
     assert again is not None
     assert (again.next_sequence, again.progress, again.absorbed) == (8, point.progress, absorbed)
     np.testing.assert_array_equal(again.reference, point.reference)

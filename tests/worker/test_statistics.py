@@ -20,9 +20,9 @@ from fedmoe.worker.statistics import (
     LONGEST_PROMPT,
     PROMPT_LENGTHS,
     StatisticsBudget,
-    TooLittleDataError,
     data_statistics,
     prompt_statistics,
+    sample_prompts,
 )
 
 WORDS = {"numbers": "0123456789 +-=", "letters": "abcdefghijklmnop "}
@@ -68,7 +68,7 @@ def alike(left: FeatureMoments, right: FeatureMoments) -> None:
 
 def test_running_text_gives_its_beginnings_of_several_lengths(base: LoadedBase) -> None:
     packed = blocks([text(length, length) for length in (5, 8, 20, 70, 100, *range(30, 42))])
-    found = prompt_statistics(base, packed, 10_000)
+    found = prompt_statistics(base, sample_prompts(base, packed, 10_000))
     ids = [row for row, _ in in_order(packed)]
     lengths = [tuple(n for n in PROMPT_LENGTHS if n <= len(row)) or (len(row),) for row in ids]
     of_row = [place for place, wanted in enumerate(lengths) for _ in wanted]
@@ -82,7 +82,7 @@ def test_a_question_with_an_answer_gives_the_question(base: LoadedBase) -> None:
     packed = blocks([answered(length, 30, length) for length in range(10, 30)])
     questions = [row[: labels.count(MASKED)] for row, labels in in_order(packed)]
     assert sorted(map(len, questions)) == list(range(10, 30))
-    found = prompt_statistics(base, packed, 10_000)
+    found = prompt_statistics(base, sample_prompts(base, packed, 10_000))
     expected = PromptStatistics.of(prompt_features(base, questions))
     alike(found.first, expected.first)
     alike(found.second, expected.second)
@@ -90,15 +90,15 @@ def test_a_question_with_an_answer_gives_the_question(base: LoadedBase) -> None:
 
 def test_a_very_long_question_is_cut(base: LoadedBase) -> None:
     packed = pack([answered(LONGEST_PROMPT + 44, 20, seed) for seed in range(20)], 400, 0)
-    found = prompt_statistics(base, packed, 100_000)
+    found = prompt_statistics(base, sample_prompts(base, packed, 100_000))
     cut = [row[:LONGEST_PROMPT] for row, _ in in_order(packed)]
     alike(found.together(), PromptStatistics.of(prompt_features(base, cut)).together())
 
 
 def test_tokens_are_bounded_but_a_few_prompts_there_are(base: LoadedBase) -> None:
     packed = blocks([text(64, seed) for seed in range(60)])
-    assert prompt_statistics(base, packed, 64 * 20).count == 20
-    assert prompt_statistics(base, packed, 1).count == LEAST_PROMPTS
+    assert prompt_statistics(base, sample_prompts(base, packed, 64 * 20)).count == 20
+    assert prompt_statistics(base, sample_prompts(base, packed, 1)).count == LEAST_PROMPTS
     found = data_statistics(base, packed, "q_proj", StatisticsBudget(prompt_tokens=64 * 20, tokens=64 * 20))
     assert found.prompts.count == 20
     assert 64 * 20 <= found.moments.tokens < 64 * 20 + 300
@@ -135,7 +135,7 @@ def test_statistics_do_not_depend_on_time(base: LoadedBase, monkeypatch: pytest.
 
 def test_too_few_samples_tell_too_much(base: LoadedBase) -> None:
     packed = blocks([text(40, seed) for seed in range(LEAST_PROMPTS - 1)] + [text(1, 99)])
-    with pytest.raises(TooLittleDataError, match="at least 16 samples of two tokens or more, there are 15"):
+    with pytest.raises(ValueError, match="at least 16 samples of two tokens or more, there are 15"):
         data_statistics(base, packed, "q_proj")
 
 
@@ -154,7 +154,9 @@ def test_bytes_are_what_the_gateway_reads(base: LoadedBase) -> None:
 
 def test_a_gateway_routes_by_what_two_workers_sent(base: LoadedBase) -> None:
     sent = {
-        name: prompt_statistics(base, blocks([text(40, seed, alphabet) for seed in range(40)]), 10_000)
+        name: prompt_statistics(
+            base, sample_prompts(base, blocks([text(40, seed, alphabet) for seed in range(40)]), 10_000)
+        )
         for name, alphabet in WORDS.items()
     }
     router = SequenceRouter.fit(sent)

@@ -31,9 +31,8 @@ from fedmoe.lora.adapter import Adapter, FloatArray
 from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase, context_length, stop_tokens
 from fedmoe.models.multilora import MultiLora
-from fedmoe.wire.http.deadlines import GuardedProtocol
-from fedmoe.wire.http.listening import listen as listen_on
-from fedmoe.wire.http.listening import own_signals
+from fedmoe.wire.http.serving import GuardedProtocol, own_signals
+from fedmoe.wire.http.serving import listen as listen_on
 
 _log = structlog.get_logger("fedmoe.serve")
 

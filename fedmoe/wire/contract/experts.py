@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, Field, StringConstraints
@@ -37,7 +36,7 @@ class WorkerInfo(SparseMessage):
     administrator should look; else these keys are not sent, since older programs refuse keys that they do not know.
     """
 
-    unsaid: ClassVar[Mapping[str, object]] = {"held_out": None, "flags": []}
+    sparse: ClassVar[frozenset[str]] = frozenset({"held_out", "flags"})
     worker: WorkerName
     updates: int
     staleness: int
@@ -57,7 +56,7 @@ class ExpertInfo(HistoryMessage):
     out where there is nothing to tell.
     """
 
-    unsaid: ClassVar[Mapping[str, object]] = {"incarnation": None, "formerly": [], "retired": False}
+    sparse: ClassVar[frozenset[str]] = frozenset({"incarnation", "formerly", "retired"})
     name: ExpertName
     version: int
     rank: int
@@ -77,7 +76,7 @@ class ExpertListing(SparseMessage):
     `more` tells that others follow the last one.
     """
 
-    unsaid: ClassVar[Mapping[str, object]] = {"more": False}
+    sparse: ClassVar[frozenset[str]] = frozenset({"more"})
     experts: list[ExpertInfo]
     gateway: GatewayInfo | None
     enable_gateway: bool

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
@@ -54,7 +53,6 @@ def _no_text(value: object) -> object:
 #: Of a number in a JSON body, which may not be spelled as text; in a query everything is text.
 NUMBER = BeforeValidator(_no_text)
 
-
 # Shown to people in logs, terminals and pages: nothing that moves a cursor or turns the reading direction.
 # A pattern, so that /openapi.json says it too: no control (Cc), format (Cf) or separating (Zl, Zp) character.
 _UNSEEN = (
@@ -66,7 +64,8 @@ VISIBLE = f"^[^{_UNSEEN}]*$"
 ShortText = Annotated[str, StringConstraints(max_length=200, pattern=VISIBLE)]
 # Of a mapping whose names have a pattern; pydantic leaves it out, and other names would then be allowed.
 NO_OTHER_KEYS: dict[str, JsonValue] = {"additionalProperties": False}
-ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
+_ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
+_Features = Annotated[int, Field(ge=1, le=1 << 24), NUMBER]
 #: Numbers in an adapter, 4 GiB as float32; more is a mistake, and would be memory taken by a message of a few bytes.
 MAX_PARAMETERS = 1 << 30
 #: A seed's largest value: nearly 2^64, and the same for readers of JSON to whom every number is a double.
@@ -84,22 +83,21 @@ class Message(BaseModel):
 class SparseMessage(Message):
     """A message that leaves out keys without news: older programs refuse keys that they do not know.
 
-    `unsaid` are these keys, and the value with which each is not sent.
+    These are the keys in `sparse`, where they have their default.
     """
 
-    unsaid: ClassVar[Mapping[str, object]] = {}
+    sparse: ClassVar[frozenset[str]] = frozenset()
 
     @model_serializer(mode="wrap")
     def _without_news(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
-        return {
-            key: value for key, value in handler(self).items() if key not in self.unsaid or value != self.unsaid[key]
-        }
+        unsaid = {key: type(self).model_fields[key].default for key in self.sparse}
+        return {key: value for key, value in handler(self).items() if key not in unsaid or value != unsaid[key]}
 
 
 class HistoryMessage(SparseMessage):
     """An answer that names the history it is of; without a name the key is not sent, see `answers_with_new_keys`."""
 
-    unsaid: ClassVar[Mapping[str, object]] = {"incarnation": None}
+    sparse: ClassVar[frozenset[str]] = frozenset({"incarnation"})
     incarnation: Incarnation | None = None
 
 
@@ -112,9 +110,6 @@ class BaseModelMessage(Message):
     tokenizer_hash: Sha256
 
 
-_Features = Annotated[int, Field(ge=1, le=1 << 24), NUMBER]
-
-
 class ManifestMessage(Message):
     """The LoRA contract of a federation; `modules` are `[name, in_features, out_features]`."""
 
@@ -122,7 +117,7 @@ class ManifestMessage(Message):
     rank: Annotated[int, Field(ge=1, le=1024), NUMBER]
     alpha: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False), NUMBER]
     modules: Annotated[
-        list[tuple[ModuleName, _Features, _Features]],
+        list[tuple[_ModuleName, _Features, _Features]],
         Field(min_length=1, max_length=4096, json_schema_extra={"uniqueItems": True}),
         FailFast(),
     ]
@@ -215,13 +210,7 @@ class UpdateResult(SparseMessage):
     epoch, the newest last. Keys without news are not sent: older programs refuse keys that they do not know.
     """
 
-    unsaid: ClassVar[Mapping[str, object]] = {
-        "incarnation": None,
-        "status": "landed",
-        "held": None,
-        "note": "",
-        "outcomes": [],
-    }
+    sparse: ClassVar[frozenset[str]] = frozenset({"incarnation", "status", "held", "note", "outcomes"})
     expert: ExpertName
     version: int
     gateway_version: int

@@ -12,7 +12,6 @@ from fedmoe.runtime.safe_text import shortened
 #: The protocol of this version.
 PROTOCOL = 2
 PROTOCOL_HEADER = "FedMoE-Protocol"
-_BEFORE_NUMBERS = 1
 
 
 def mismatch(header: str | None, here: str, there: str, version: str) -> RefusedError | None:
@@ -20,7 +19,8 @@ def mismatch(header: str | None, here: str, there: str, version: str) -> Refused
 
     `version` is the installed version of this end.
     """
-    number = _number(header)
+    text = "1" if header is None else header
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
     if number is not None and abs(number - PROTOCOL) <= 1:
         return None
     old = there if number is None or number < PROTOCOL else here
@@ -34,9 +34,3 @@ def mismatch(header: str | None, here: str, there: str, version: str) -> Refused
         fedmoe=version,
         got=said,
     )
-
-
-def _number(header: str | None) -> int | None:
-    if header is None:
-        return _BEFORE_NUMBERS
-    return int(header) if header.isascii() and header.isdecimal() and len(header) < 20 else None

@@ -7,15 +7,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from urllib.parse import parse_qsl
 
-from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Match, Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedmoe import __version__
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.contract.versions import PROTOCOL, PROTOCOL_HEADER, mismatch
+
+#: Answered without a token: whether the process lives, and whether it can do its work.
+OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+#: Headers that decide something here and have one value; those that are lists may come in several lines.
+_ONE_VALUE = frozenset({"authorization", "content-length", "content-type", "fedmoe-protocol", "host", "user-agent"})
 
 
 class RefusalMiddleware:
@@ -45,8 +50,14 @@ def with_header(send: Send, name: str, value: str) -> Send:
     return send_with_header
 
 
-#: Headers that decide something here and have one value; those that are lists may come in several lines.
-_ONE_VALUE = frozenset({"authorization", "content-length", "content-type", "fedmoe-protocol", "host", "user-agent"})
+class RepeatedMiddleware(RefusalMiddleware):
+    """Refuses requests that give a parameter or a single-valued header twice."""
+
+    def refusal(self, scope: Scope) -> RefusedError | None:
+        what = repeated(scope["query_string"], scope["headers"])
+        if what is None:
+            return None
+        return RefusedError("malformed", f"{what} was given more than once; it has one value.", "Send it once.")
 
 
 def repeated(query: bytes, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
@@ -58,18 +69,7 @@ def repeated(query: bytes, headers: Iterable[tuple[bytes, bytes]]) -> str | None
     if b"&" not in query:
         return None
     keys = Counter(key for key, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True))
-    key = next((key for key, count in keys.items() if count > 1), None)
-    return None if key is None else f"the parameter {key[:80]!r}"
-
-
-class RepeatedMiddleware(RefusalMiddleware):
-    """Refuses requests that say something twice."""
-
-    def refusal(self, scope: Scope) -> RefusedError | None:
-        what = repeated(scope["query_string"], scope["headers"])
-        if what is None:
-            return None
-        return RefusedError("malformed", f"{what} was given more than once; it has one value.", "Send it once.")
+    return next((f"the parameter {key[:80]!r}" for key, count in keys.items() if count > 1), None)
 
 
 class ProtocolMiddleware(RefusalMiddleware):
@@ -98,6 +98,8 @@ class ProtocolMiddleware(RefusalMiddleware):
 class CrossSiteMiddleware(RefusalMiddleware):
     """For a server without tokens: takes nothing that a page of another site makes a browser send.
 
+    A browser on this machine reaches a server on loopback. What it cannot hide is the name it asked for (`Host`), the
+    page that asked (`Origin`), and how far that page is from the server (`Sec-Fetch-Site`, of every current browser).
     With `loopback_only` requests must be addressed to this machine as well; `remedy` says what to do about one that is
     not.
     """
@@ -132,10 +134,8 @@ def foreign_host(host: str, remedy: str) -> RefusedError | None:
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if is_loopback(name):
         return None
-    detail = (
-        f"where no token or key is asked for only requests addressed to this machine are taken, got Host {host[:80]!r}."
-    )
-    return RefusedError("host_not_allowed", detail, remedy)
+    asked = "where no token or key is asked for only requests addressed to this machine are taken"
+    return RefusedError("host_not_allowed", f"{asked}, got Host {host[:80]!r}.", remedy)
 
 
 def foreign_page(host: str, sites: Sequence[str], origins: Sequence[str]) -> RefusedError | None:
@@ -143,22 +143,13 @@ def foreign_page(host: str, sites: Sequence[str], origins: Sequence[str]) -> Ref
 
     Another port of this machine is another page too: browsers call it `same-site`.
     """
-    for site in sites:
-        if site.strip().lower() not in ("same-origin", "none"):
-            return _of_another_site(f"Sec-Fetch-Site {site[:80]!r}")
-    for origin in origins:
-        if origin.strip().lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
-            return _of_another_site(f"Origin {origin[:80]!r}")
-    return None
-
-
-def _of_another_site(got: str) -> RefusedError:
+    own = (f"http://{host}".lower(), f"https://{host}".lower())
+    foreign = [f"Sec-Fetch-Site {site[:80]!r}" for site in sites if site.strip().lower() not in ("same-origin", "none")]
+    foreign += [f"Origin {origin[:80]!r}" for origin in origins if origin.strip().lower() not in own]
+    if not foreign:
+        return None
     asked = "where no token or key is asked for, nothing is taken that a page of another site makes a browser send"
-    return RefusedError("cross_site", f"{asked}, got {got}.", "Ask from a program, not from a web page.")
-
-
-#: Answered without a token: whether the process lives, and whether it can do its work.
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+    return RefusedError("cross_site", f"{asked}, got {foreign[0]}.", "Ask from a program, not from a web page.")
 
 
 class HeadMiddleware:
@@ -173,9 +164,7 @@ class HeadMiddleware:
             return
 
         async def without_body(message: Message) -> None:
-            if message["type"] == "http.response.body":
-                message = {**message, "body": b""}
-            await send(message)
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
         state = {**scope.get("state", {}), "head": True}
         await self._app({**scope, "method": "GET", "state": state}, receive, without_body)
@@ -199,14 +188,11 @@ def readiness(reason: str | None) -> Response:
 
 
 def allowed(request: Request, headers: Mapping[str, str] | None) -> dict[str, str]:
-    """The headers of a refusal; `Allow` has every method of the path, and HEAD where there is GET."""
+    """The headers of a refusal; `Allow` of a 405 has every method of the path, and HEAD where there is GET."""
     answer_headers = dict(headers or {})
     if "Allow" in answer_headers:
-        methods = {method for route in request.app.routes for method in _methods(route, request)}
+        routes = [route for route in request.app.routes if isinstance(route, Route)]
+        matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+        methods = {method for route in matching for method in route.methods or ()}
         answer_headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
     return answer_headers
-
-
-def _methods(route: BaseRoute, request: Request) -> set[str]:
-    there = route.matches(request.scope)[0] is not Match.NONE
-    return set(route.methods or ()) if there and isinstance(route, Route) else set()

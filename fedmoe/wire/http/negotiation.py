@@ -23,8 +23,7 @@ def weight_form(accept: Sequence[str]) -> str | None:
     """
     ranges = _ranges(accept)
     as_json, as_tensors = _weight(ranges, JSON), _weight(ranges, SAFETENSORS)
-    named = SAFETENSORS in ranges
-    if as_tensors and (as_json == 0 or (named and as_tensors >= (as_json or 0.0))):
+    if as_tensors and (as_json == 0 or (SAFETENSORS in ranges and as_tensors >= (as_json or 0.0))):
         return SAFETENSORS
     return None if as_json == 0 else JSON
 

@@ -6,7 +6,7 @@ part of the answer with its status.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from fastapi import FastAPI
@@ -73,40 +73,29 @@ def _described(app: FastAPI, table: Mapping[Route, Answers], problems: Problems,
 
 def _add(operation: Json, answers: Answers, problems: Problems) -> None:
     responses = _object(operation["responses"])
-    if str(422) in responses:  # FastAPI's own form of it, which we never send
-        del responses["422"]
+    responses.pop("422", None)  # FastAPI's own form of it, which we never send
     codes = [*problems.everywhere, *answers.problems]
     codes += problems.with_json if "requestBody" in operation else ()
     codes += problems.with_parameters if operation.get("parameters") else ()
     if answers.parameters:
-        operation["parameters"] = [*_list(operation.get("parameters", [])), *answers.parameters]
+        parameters = operation.get("parameters", [])
+        assert isinstance(parameters, list)
+        operation["parameters"] = [*parameters, *answers.parameters]
     if answers.body is not None:
         operation["requestBody"] = answers.body
-    for status, same_status in _by_status(codes, problems.status).items():
-        responses[str(status)] = problems.answer(status, same_status)
-    for status, answer in answers.others.items():
-        responses[str(status)] = _both(_object(responses.get(str(status), {})), answer)
-    operation["responses"] = dict(sorted(responses.items()))
-
-
-def _by_status(codes: Iterable[str], status_of: Callable[[str], int]) -> dict[int, list[str]]:
     by_status: dict[int, list[str]] = {}
     for code in sorted(set(codes)):
-        by_status.setdefault(status_of(code), []).append(code)
-    return by_status
-
-
-def _both(one: Json, other: Json) -> Json:
-    """An answer that has one or the other content: a success as described here, or a problem beside another body."""
-    content = {**_object(one.get("content", {})), **_object(other.get("content", {}))}
-    return {**one, **other} | ({"content": content} if content else {})
+        by_status.setdefault(problems.status(code), []).append(code)
+    for status, same_status in by_status.items():
+        responses[str(status)] = problems.answer(status, same_status)
+    for status, answer in answers.others.items():
+        # One or the other content: a success as described here, or a problem beside another body.
+        problem = _object(responses.get(str(status), {}))
+        content = {**_object(problem.get("content", {})), **_object(answer.get("content", {}))}
+        responses[str(status)] = {**problem, **answer} | ({"content": content} if content else {})
+    operation["responses"] = dict(sorted(responses.items()))
 
 
 def _object(value: object) -> Json:
     assert isinstance(value, dict)
-    return value
-
-
-def _list(value: object) -> list[object]:
-    assert isinstance(value, list)
     return value

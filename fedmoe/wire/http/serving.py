@@ -1,7 +1,7 @@
-"""uvicorn protocol with deadlines and size limits on request heads, and a minimum rate for slow receivers.
+"""Serving with uvicorn: sockets, graceful shutdown; deadlines and size limits on request heads, a pace for receivers.
 
 uvicorn waits for ever for a head that trickles in, takes heads of any size, and keeps an answer in memory for as long
-as its receiver does not read. This protocol closes a connection that has not delivered a complete head within
+as its receiver does not read. `GuardedProtocol` closes a connection that has not delivered a complete head within
 `HEAD_SECONDS`, be it slow, silent or idle from the start, answers 431 to one that is too large, and drops receivers
 that read slower than `MIN_READ_BYTES_PER_SECOND`.
 """
@@ -9,9 +9,15 @@ that read slower than `MIN_READ_BYTES_PER_SECOND`.
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import structlog
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _log = structlog.get_logger("fedmoe.http")
@@ -151,3 +157,51 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
+
+
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class PortInUseError(Exception):
+    """The address cannot be listened on; the message names it and the way out."""
+
+
+@contextmanager
+def own_signals(server: uvicorn.Server) -> Iterator[None]:
+    """Let a stop end in our clean-up: the first signal finishes what is under way, the second ends it at once.
+
+    A terminal that is closed is a stop too, unless whoever started this process said otherwise (`nohup`). uvicorn's own
+    handler would raise the signal again when it is done, which would end the process.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    server.handle_exit = stop  # type: ignore[method-assign, assignment]
+    stops = [number for number in _STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in stops}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; raises `PortInUseError` where that is not to be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise PortInUseError(
+            f"cannot listen on {host}:{port}: {error.strerror}. "
+            "Stop what holds the port (on macOS AirPlay uses 5000), or choose another --port."
+        ) from error
+    return listener

@@ -1,10 +1,11 @@
-"""Restarts: progress not yet sent, kept in the checkpoint that training is resumed from; changed data are refused."""
+"""Failure and restart of a worker: its errors, progress not yet sent, and the checkpoint it is resumed from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import structlog
 
@@ -13,10 +14,58 @@ from fedmoe.datasets.tokens.packing import BlockSampler
 from fedmoe.datasets.tokens.sample_hashes import SampleHashes
 from fedmoe.lora.adapter import FloatVector
 from fedmoe.models.data_hashes import check_data_change
+from fedmoe.models.device_faults import device_fault
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.worker_state import has_state, peek_values
 from fedmoe.qwen_worker import CheckpointExtras, QwenWorker, StepRecord
-from fedmoe.worker.failures import WorkerFailedError
+
+Result = TypeVar("Result")
+_log = structlog.get_logger("fedmoe.worker")
+
+
+class WorkerFailedError(Exception):
+    """The worker cannot go on; what it learned is saved, and the message says what to do."""
+
+
+class DeviceFailedError(WorkerFailedError):
+    """The device has no memory left or is broken."""
+
+
+class DivergedError(WorkerFailedError):
+    """Loss, gradient or weights are not finite, again and again."""
+
+
+def on_rank_zero(group: ProcessGroup, act: Callable[[], Result]) -> Result | None:
+    """The result of `act` on rank 0, None elsewhere; all ranks call it, and all raise if `act` fails on rank 0."""
+    result, failure = None, None
+    if group.rank == 0:
+        try:
+            result = act()
+        except Exception as error:
+            failure = error
+    if group.flag(failure is not None):
+        raise failure or WorkerFailedError("process 0 of this group cannot go on; its message says why")
+    return result
+
+
+def device_failure(error: RuntimeError | MemoryError, step: int, save: Callable[[], None] | None) -> Exception:
+    """The error to end with: `error` itself if it is not the device's, else one that says what was saved.
+
+    `save` is None where other processes of a group may not have failed, and would not save with this one.
+    """
+    fault = device_fault(error)
+    if fault is None:
+        return error
+    kept = "the next start goes on from the newest checkpoint"
+    try:
+        if save is not None:
+            save()
+            kept = f"step {step} is saved"
+    except (RuntimeError, MemoryError) as lost:
+        _log.warning("not_saved", reason=str(lost)[:300])
+    _log.error("device_failed", reason=fault, kept=kept, step=step)
+    return DeviceFailedError(f"{fault}. Nothing broken was pushed; {kept}")
+
 
 _REFERENCE = "reference"
 
@@ -57,31 +106,25 @@ class WorkerSyncPoint:
     absorbed: int | None = None
     incarnation: str | None = None
 
-    def companion(self) -> CheckpointExtras:
+    def extras(self) -> CheckpointExtras:
         """As a checkpoint keeps it."""
-        progress = self.progress
-        texts = {
-            "next_sequence": str(self.next_sequence),
-            "steps": str(progress.steps),
-            "tokens": str(progress.tokens),
-            "nats": progress.nats.hex(),
-        }
-        if self.absorbed is not None:
-            texts["absorbed"] = str(self.absorbed)
-        if self.incarnation is not None:
-            texts["incarnation"] = self.incarnation
-        return CheckpointExtras(texts, {_REFERENCE: self.reference})
+        steps, tokens, nats = self.progress.steps, self.progress.tokens, self.progress.nats.hex()
+        texts = {"next_sequence": self.next_sequence, "steps": steps, "tokens": tokens, "nats": nats}
+        texts |= {"absorbed": self.absorbed, "incarnation": self.incarnation}
+        given = {name: str(value) for name, value in texts.items() if value is not None}
+        return CheckpointExtras(given, {_REFERENCE: self.reference})
 
     @classmethod
-    def of(cls, companion: CheckpointExtras | None) -> Self | None:
+    def of(cls, extras: CheckpointExtras | None) -> Self | None:
         """What a checkpoint kept; None without one, or for a process that does not talk to the coordinator."""
-        if companion is None or _REFERENCE not in companion.vectors:
+        if extras is None or _REFERENCE not in extras.vectors:
             return None
-        texts = companion.texts
+        texts = extras.texts
         progress = Progress(int(texts["steps"]), int(texts["tokens"]), float.fromhex(texts["nats"]))
         absorbed = int(texts["absorbed"]) if "absorbed" in texts else None
-        incarnation = texts.get("incarnation")
-        return cls(companion.vectors[_REFERENCE], int(texts["next_sequence"]), progress, absorbed, incarnation)
+        return cls(
+            extras.vectors[_REFERENCE], int(texts["next_sequence"]), progress, absorbed, texts.get("incarnation")
+        )
 
 
 _log = structlog.get_logger("fedmoe.worker")
@@ -109,28 +152,20 @@ def _refusal(error: DataError, checkpoints: Path) -> WorkerFailedError:
 
 
 def resume_worker(worker: QwenWorker, checkpoints: Path, allow_changed_data: bool) -> WorkerSyncPoint | None:
-    """Restore the newest checkpoint, if there is one, and tell of other data; all ranks call it."""
+    """Restore the newest checkpoint, if there is one, and warn of other data; all ranks call it."""
     try:
-        companion = worker.restore(checkpoints, allow_changed_data)
+        extras = worker.restore(checkpoints, allow_changed_data)
     except DataError as error:
         raise _refusal(error, checkpoints) from error
-    if companion is not None:
+    if extras is not None:
         _log.info("restored", step=worker.step)
     if worker.new_order and worker.expert.group.rank == 0:
-        _tell(worker)
+        change, counts, what = worker.data_change, {}, "they cannot be compared with those of the checkpoint"
+        if change is not None:
+            counts = {"kept": change.kept, "new": change.new, "gone": change.gone}
+            what = "samples are gone or changed" if change.gone else "they grew" if change.new else "another order"
+        note = "weights, moments and step are kept; a new epoch"
+        _log.warning("data_changed", what=what, **counts, step=worker.step, note=note)
     if worker.measured_anew and worker.expert.group.rank == 0:
         _log.warning("held_out_changed", note="first and lowest loss, and the count of early stopping, begin anew")
-    return WorkerSyncPoint.of(companion)
-
-
-def _tell(worker: QwenWorker) -> None:
-    change = worker.data_change
-    if change is None:
-        counts: dict[str, int] = {}
-        what = "they cannot be compared with those of the checkpoint"
-    else:
-        counts = {"kept": change.kept, "new": change.new, "gone": change.gone}
-        what = "samples are gone or changed" if change.gone else "they grew" if change.new else "another order"
-    _log.warning(
-        "data_changed", what=what, **counts, step=worker.step, note="weights, moments and step are kept; a new epoch"
-    )
+    return WorkerSyncPoint.of(extras)
