@@ -40,7 +40,7 @@ from fedmoe.lora.codec import encode  # noqa: E402
 from fedmoe.lora.manifest import Manifest  # noqa: E402
 from fedmoe.models.base import load_base  # noqa: E402
 from fedmoe.wire.client import CoordinatorClient  # noqa: E402
-from fedmoe.wire.contract.gateway import CandidatesRequest, VerdictInfo  # noqa: E402
+from fedmoe.wire.contract.experts import CandidatesRequest, VerdictInfo  # noqa: E402
 from fedmoe.wire.contract.messages import DataStatisticsHeader, UpdateHeader  # noqa: E402
 
 PORT = 5871

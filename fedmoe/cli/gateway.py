@@ -29,7 +29,7 @@ from fedmoe.lora.diagnostics import audit as merge_audit
 from fedmoe.lora.formats import npz_bytes
 from fedmoe.runtime.files import write_atomic
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.contract.gateway import GatewayInfo, OnlineGatewayInfo
+from fedmoe.wire.contract.experts import GatewayInfo, OnlineGatewayInfo
 
 app = typer.Typer(help="Look at the gateway, save it, export it, try it.", no_args_is_help=True)
 

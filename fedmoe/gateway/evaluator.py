@@ -28,7 +28,7 @@ from fedmoe.runtime.device import choose_device, pin_threads
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.stop_signals import StopOnSignal
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, PulledGateway
-from fedmoe.wire.contract.gateway import CandidateSetInfo, CandidatesRequest, CandidateWeightsRequest, GatewayScores
+from fedmoe.wire.contract.experts import CandidateSetInfo, CandidatesRequest, CandidateWeightsRequest, GatewayScores
 from fedmoe.wire.delivery import pause_seconds
 
 _log = structlog.get_logger("fedmoe.evaluator")

@@ -27,7 +27,7 @@ from fedmoe.wire.answers import (
     read,
     seconds_asked,
 )
-from fedmoe.wire.contract import administration, experts, gateway, messages
+from fedmoe.wire.contract import administration, experts, messages
 from fedmoe.wire.contract.messages import PROBLEM, SAFETENSORS
 from fedmoe.wire.contract.versions import PROTOCOL, PROTOCOL_HEADER, mismatch
 from fedmoe.wire.pulled_weights import (
@@ -92,7 +92,12 @@ class CoordinatorClient:
     """
 
     def __init__(
-        self, url: str, token: str | None = None, attempts: int = 4, transport: httpx2.BaseTransport | None = None
+        self,
+        url: str,
+        token: str | None = None,
+        attempts: int = 4,
+        timeout: float = 60.0,
+        transport: httpx2.BaseTransport | None = None,
     ) -> None:
         headers = {"Accept-Encoding": "identity", PROTOCOL_HEADER: str(PROTOCOL)}
         headers |= {"Authorization": f"Bearer {token}"} if token else {}
@@ -102,7 +107,7 @@ class CoordinatorClient:
         self._http = httpx2.Client(
             base_url=url,
             headers=headers,
-            timeout=httpx2.Timeout(60.0, connect=10.0),
+            timeout=httpx2.Timeout(timeout, connect=10.0),
             follow_redirects=False,
             transport=transport or transport_for(url, self._proxy),
         )
@@ -157,9 +162,9 @@ class CoordinatorClient:
     def _listing(self, params: dict[str, bool | str]) -> experts.ExpertListing:
         return parsed(self._retried("GET", "/list_experts", _LISTING, params=params), experts.ExpertListing)
 
-    def gateway_info(self) -> gateway.GatewayInfo:
+    def gateway_info(self) -> experts.GatewayInfo:
         """The gateway without its weights."""
-        return parsed(self._retried("GET", "/get_gateway_info"), gateway.GatewayInfo)
+        return parsed(self._retried("GET", "/get_gateway_info"), experts.GatewayInfo)
 
     def register(
         self, expert: str, worker: str, manifest: Manifest, start_from: messages.StartFrom | None = None
@@ -223,7 +228,7 @@ class CoordinatorClient:
         check_promise(answer)
         return PulledStatistics(bytes(answer.body), answer.headers.get("etag", ""))
 
-    def gateway_candidates(self, request: gateway.CandidatesRequest) -> gateway.CandidatesAnswer:
+    def gateway_candidates(self, request: experts.CandidatesRequest) -> experts.CandidatesAnswer:
         """The gateways that wait for this evaluator's scores; from now on sets wait for them."""
         try:
             answer = self._post("/gateway_candidates", request)
@@ -232,21 +237,21 @@ class CoordinatorClient:
                 raise
             # A coordinator of before waits for whoever asks.
             answer = self._retried("GET", "/gateway_candidates", params=request.model_dump())
-        return parsed(answer, gateway.CandidatesAnswer)
+        return parsed(answer, experts.CandidatesAnswer)
 
-    def pull_candidate(self, request: gateway.CandidateWeightsRequest) -> PulledGateway:
+    def pull_candidate(self, request: experts.CandidateWeightsRequest) -> PulledGateway:
         """An adapter of the open set, at scale 1; refused with `candidates_closed` once the set is not open."""
         params = request.model_dump()
         return pulled_gateway(self._retried("GET", "/gateway_candidate_weights", params=params, headers=_TENSORS))
 
-    def push_gateway_scores(self, scores: gateway.GatewayScores) -> gateway.ScoresResult:
+    def push_gateway_scores(self, scores: experts.GatewayScores) -> experts.ScoresResult:
         """Send held-out losses of everything in the open set; sending them again is safe."""
-        return parsed(self._post("/push_gateway_scores", scores), gateway.ScoresResult)
+        return parsed(self._post("/push_gateway_scores", scores), experts.ScoresResult)
 
-    def gateway_verdicts(self, limit: int = 20) -> list[gateway.VerdictInfo]:
+    def gateway_verdicts(self, limit: int = 20) -> list[experts.VerdictInfo]:
         """The newest verdicts of the evaluation gate, the newest first."""
         answer = self._retried("GET", "/gateway_verdicts", params={"limit": limit})
-        return parsed(answer, gateway.VerdictsAnswer).verdicts
+        return parsed(answer, experts.VerdictsAnswer).verdicts
 
     def roll_back(
         self, expert: str, to_version: int, reason: str = "", to_digest: str | None = None

@@ -89,7 +89,7 @@ class Delivery:
         self,
         client: CoordinatorClient,
         pending: PendingUpdate,
-        on_trouble: Callable[[CoordinatorUnavailableError], None],
+        on_trouble: Callable[[CoordinatorUnavailableError], None] = lambda _: None,
         fact: StatisticRequest | None = None,
         manifest: Manifest | None = None,
         dtype: WireDtype = "fp32",

@@ -24,7 +24,7 @@ from fedmoe.lora.adapter import FloatVector, initial_adapter
 from fedmoe.lora.codec import decode
 from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.contract.gateway import GatewayInfo
+from fedmoe.wire.contract.experts import GatewayInfo
 from fedmoe.wire.contract.messages import UpdateHeader
 
 Start = Callable[..., CoordinatorProcess]

@@ -12,7 +12,7 @@ import pytest
 from support import MANIFEST, CoordinatorProcess, make_body
 
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.contract.gateway import CandidateSetInfo, CandidatesRequest, GatewayScores
+from fedmoe.wire.contract.experts import CandidateSetInfo, CandidatesRequest, GatewayScores
 from fedmoe.wire.contract.messages import SAFETENSORS, UpdateHeader
 
 Make = Callable[..., CoordinatorProcess]

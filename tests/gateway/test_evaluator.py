@@ -26,7 +26,7 @@ from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert, TrainingConfig
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.gate.gate import GatePolicy
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.contract.gateway import CandidatesRequest, VerdictInfo
+from fedmoe.wire.contract.experts import CandidatesRequest, VerdictInfo
 from fedmoe.wire.contract.messages import UpdateHeader
 
 DOMAINS = {"up": 1, "down": -1}

@@ -23,7 +23,7 @@ from fedmoe.server.gate.candidates import (
     outcome,
     waiting_for,
 )
-from fedmoe.wire.contract.gateway import MAX_CANDIDATES, GatewayScores
+from fedmoe.wire.contract.experts import MAX_CANDIDATES, GatewayScores
 
 
 def expert(name: str, seed: int) -> ExpertModel:

@@ -24,7 +24,7 @@ from fedmoe.lora.safetensors_bytes import encode_named, read_named
 from fedmoe.server.statistics import data_statistics
 from fedmoe.server.statistics.data_statistics import newest_of_each
 from fedmoe.server.storage.records import DataStatistic
-from fedmoe.wire.contract.gateway import GatewayInfo
+from fedmoe.wire.contract.experts import GatewayInfo
 from fedmoe.wire.contract.messages import SAFETENSORS
 
 PUSH, GET = "/push_data_statistics", "/data_statistics"

@@ -8,7 +8,7 @@ from starlette.routing import Route
 from support import make_body
 
 from fedmoe.wire.contract.messages import SAFETENSORS
-from fedmoe.wire.http.negotiation import JSON, excludes, weight_form
+from fedmoe.wire.http.middleware import JSON, excludes, weight_form
 
 WEIGHTS = ("/get_gateway_weights", "/get_all_expert_weights")
 

@@ -35,16 +35,14 @@ def test_an_update_is_sent_until_it_is_answered_and_lands_once(
     np.testing.assert_array_equal(house.weights, local(worker))
 
 
-def test_a_busy_coordinator_is_given_the_time_it_asked_for(house: Federation, tmp_path: Path) -> None:
+def test_a_busy_coordinator_is_given_the_time_it_asked_for(
+    house: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[float | None] = []
-
-    def listen(worker: DistributedWorker) -> None:
-        assert worker._report is not None
-        worker._report.away = lambda error: told.append(error.retry_after)  # type: ignore[method-assign]
-
+    monkeypatch.setattr("fedmoe.distributed_worker.warn_of_absence", lambda error: told.append(error.retry_after))
     setup = Setup(house.url, tmp_path / "w1", steps=1, every=1, road=Road("busy"), after_step=wait_for_answer)
     started = time.monotonic()
-    worker = setup.run(listen)
+    worker = setup.run()
     assert told == [2.0]
     assert time.monotonic() - started >= 2.0
     assert numbers(house) == [0]

@@ -20,7 +20,7 @@ from fedmoe.models.input_moments import MomentsCollector
 from fedmoe.qwen_worker import StepRecord
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.contract.gateway import GatewayInfo
+from fedmoe.wire.contract.experts import GatewayInfo
 from fedmoe.wire.contract.messages import DataStatisticsHeader
 
 MERGE_AFTER = 8

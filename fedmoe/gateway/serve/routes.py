@@ -29,13 +29,16 @@ from fedmoe.inference.backend import BackendError
 from fedmoe.wire.http import openapi
 from fedmoe.wire.http.body_limits import BodyGuard
 from fedmoe.wire.http.middleware import (
+    JSON,
     CrossSiteMiddleware,
     HeadMiddleware,
+    NegotiationMiddleware,
     ProtocolMiddleware,
     RepeatedMiddleware,
+    excludes,
+    not_acceptable,
     readiness,
 )
-from fedmoe.wire.http.negotiation import JSON, NegotiationMiddleware, excludes, not_acceptable
 
 MAX_BODY_BYTES = 1 << 20
 _CHAT, _TEXTS = "/v1/chat/completions", "/v1/completions"

@@ -15,7 +15,7 @@ from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import BaseModel
 from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS
 from fedmoe.server.gate.verdict import GateDecision, Scores, judge
-from fedmoe.wire.contract.gateway import GatewayScores
+from fedmoe.wire.contract.experts import GatewayScores
 
 #: Scales that are tried, by strategy: multiples of the mean for the plain stack, around the measured best for regmean.
 #: Each one costs every owner a pass over the held-out data, so there are few.

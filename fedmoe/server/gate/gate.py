@@ -30,7 +30,7 @@ from fedmoe.server.gate.publication import Publications, taken_back
 from fedmoe.server.gate.verdict import GateDecision
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.journal import Journal
-from fedmoe.wire.contract.gateway import CandidatesRequest, GateInfo, GatewayScores
+from fedmoe.wire.contract.experts import CandidatesRequest, GateInfo, GatewayScores
 
 _log = structlog.get_logger("fedmoe.gate")
 

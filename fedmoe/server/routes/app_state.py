@@ -16,8 +16,7 @@ from fedmoe.server.access.uploads import UploadAdmission
 from fedmoe.server.expert_names import resolve_expert
 from fedmoe.server.routes.weight_responses import WeightAnswers
 from fedmoe.server.service import CoordinatorService
-from fedmoe.wire.contract.experts import ExpertInfo
-from fedmoe.wire.contract.gateway import CandidatesRequest, GatewayScores
+from fedmoe.wire.contract.experts import CandidatesRequest, ExpertInfo, GatewayScores
 from fedmoe.wire.contract.messages import (
     INCARNATION_HEADER,
     ChangeResult,

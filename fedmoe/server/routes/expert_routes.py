@@ -19,14 +19,16 @@ from fedmoe.server.expert_names import by_title, may_use
 from fedmoe.server.routes.app_state import AppState, parts_of, service_of
 from fedmoe.server.service import CoordinatorService
 from fedmoe.wire.contract.experts import (
+    BranchPointInfo,
     ExpertInfo,
     ExpertListing,
+    GatewayInfo,
     ListingRequest,
+    OnlineGatewayInfo,
     RenameRequest,
     RetireRequest,
     UnretireRequest,
 )
-from fedmoe.wire.contract.gateway import BranchPointInfo, GatewayInfo, OnlineGatewayInfo
 
 _log = structlog.get_logger("fedmoe.coordinator")
 

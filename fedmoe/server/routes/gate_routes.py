@@ -17,7 +17,7 @@ from fedmoe.server.gate.gate import EvaluationGate
 from fedmoe.server.routes.app_state import parts_of, service_of, with_first_name
 from fedmoe.server.routes.weight_responses import adapter_weights
 from fedmoe.server.storage.records import GatewayVerdict
-from fedmoe.wire.contract.gateway import (
+from fedmoe.wire.contract.experts import (
     CandidateInfo,
     CandidatesAnswer,
     CandidateSetInfo,

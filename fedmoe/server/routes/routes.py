@@ -50,8 +50,7 @@ from fedmoe.server.storage.audit import AuditLog
 from fedmoe.server.storage.records import StoredStatistic
 from fedmoe.server.updates.intake import Body
 from fedmoe.server.updates.upload import parse_content_digest
-from fedmoe.wire.contract.experts import ExpertInfo, StatisticsRequest
-from fedmoe.wire.contract.gateway import GatewayInfo
+from fedmoe.wire.contract.experts import ExpertInfo, GatewayInfo, StatisticsRequest
 from fedmoe.wire.contract.messages import (
     SAFETENSORS,
     ChangeResult,
@@ -70,13 +69,14 @@ from fedmoe.wire.contract.messages import (
 from fedmoe.wire.http import openapi
 from fedmoe.wire.http.body_limits import BodyGuard
 from fedmoe.wire.http.middleware import (
+    JSON,
     CrossSiteMiddleware,
     HeadMiddleware,
+    NegotiationMiddleware,
     ProtocolMiddleware,
     RepeatedMiddleware,
     readiness,
 )
-from fedmoe.wire.http.negotiation import JSON, NegotiationMiddleware
 
 _PUSH = "/push_expert_update"
 _PUSH_STATISTICS = "/push_data_statistics"

@@ -21,8 +21,7 @@ from fedmoe.lora.safetensors_bytes import read_header
 from fedmoe.server.routes.json_weights import JsonPolicy, JsonWeights
 from fedmoe.server.updates.upload import content_digest
 from fedmoe.wire.contract.messages import SAFETENSORS
-from fedmoe.wire.http.middleware import is_head
-from fedmoe.wire.http.negotiation import JSON, excludes, not_acceptable, weight_form
+from fedmoe.wire.http.middleware import JSON, excludes, is_head, not_acceptable, weight_form
 
 Info = Mapping[str, object]
 Part = bytes | memoryview

@@ -17,8 +17,7 @@ from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.manifest import BaseModel, Manifest
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert, PulledGateway, PulledStatistics
-from fedmoe.wire.contract.experts import ExpertInfo, ExpertListing
-from fedmoe.wire.contract.gateway import GatewayInfo
+from fedmoe.wire.contract.experts import ExpertInfo, ExpertListing, GatewayInfo
 from fedmoe.wire.contract.messages import StatisticsKind
 
 OTHER_BASE = Manifest(BaseModel("other", "main", "e" * 64, "f" * 64), LAYOUT, 4.0)
