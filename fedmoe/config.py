@@ -169,12 +169,12 @@ class CoordinatorConfig(_ProcessConfig):
             raise ValueError("--start-from gateway needs the gateway; drop --no-enable-gateway")
         if from_gateway and given & {"strategy", "gateway_rank"}:
             raise ValueError(
-                "with --start-from gateway the gateway is folded at the experts' rank; "
+                "with --start-from gateway the gateway is merged at the experts' rank; "
                 "drop --strategy and --gateway-rank"
             )
         if not from_gateway and given & {"merge_after", "fold_staleness"}:
             raise ValueError(
-                "--merge-after and --fold-staleness are for experts that go on from the gateway; "
+                "--merge-after and --fold-staleness are for experts that are rebased onto the gateway; "
                 "add --start-from gateway"
             )
         if self.token is not None and self.token == self.admin_token:

@@ -120,7 +120,12 @@ class DistributedWorker:
         """
         try:
             if self._join():
-                self._loop()
+                while not self._group.flag(self._stop.is_set() or self.worker.finished):
+                    self._train()
+                    self._absorb_answer()
+                    on_rank_zero(self._group, self._send_if_due)
+                    if self._group.flag(self._clock() - self._saved_at > _CHECKPOINT_SECONDS):
+                        self._save()
                 self._leave()
         except OSError as error:
             raise WorkerFailedError(f"{error.filename or self._state_dir}: {error.strerror or error}") from error
@@ -129,14 +134,6 @@ class DistributedWorker:
                 self._delivery.close()
             if self._report is not None:
                 self._report.close()
-
-    def _loop(self) -> None:
-        while not self._group.flag(self._stop.is_set() or self.worker.finished):
-            self._train()
-            self._absorb_answer()
-            on_rank_zero(self._group, self._send_if_due)
-            if self._group.flag(self._clock() - self._saved_at > _CHECKPOINT_SECONDS):
-                self._save()
 
     def _join(self) -> bool:
         """Register, take up where the last run was, deliver what it left, pull; False if asked to stop meanwhile."""
@@ -336,22 +333,21 @@ class DistributedWorker:
     def _leave(self) -> None:
         """Save, deliver what is under way and what is left, within a bound; what is not answered waits on disk."""
         self._save()
-        began = self._clock()
-        while self._delivered(began) and self._group.flag(self._progress.steps > 0 and self._left(began) > 0):
-            on_rank_zero(self._group, self._send)
+        began, sends = self._clock(), True
+        while sends:
+            if self._delivery is not None:
+                self._await_answer(self._left(began))
+            self._absorb_answer()
+            answered = self._delivery is None
+            sends = self._group.flag(answered and self._progress.steps > 0 and self._left(began) > 0)
+            if sends:
+                on_rank_zero(self._group, self._send)
         self._save()
         on_rank_zero(self._group, self._report_undelivered)
 
     def _left(self, began: float) -> float:
         patience = _LAST_WAIT_SECONDS if self._stop.is_set() else self._settings.max_unsynced
         return began + patience - self._clock()
-
-    def _delivered(self, began: float) -> bool:
-        """Wait for the answer to the update under way and take it in; whether none is under way any more; all ranks."""
-        if self._delivery is not None:
-            self._await_answer(self._left(began))
-        self._absorb_answer()
-        return self._group.flag(self._delivery is None)
 
     def _await_answer(self, seconds: float) -> None:
         """Wait for the answer to the update under way, so long, or less when asked to stop."""

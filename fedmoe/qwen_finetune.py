@@ -229,7 +229,7 @@ class QwenLoRAExpert:
             if got != shape:
                 raise ValueError(f"optimizer state {name}: expected shape {shape}, got {got}")
         if self.lora.lora_dropout and "random_state" not in state:
-            raise ValueError("optimizer state has no random_state, which dropout needs to go on as before")
+            raise ValueError("optimizer state has no random_state, which dropout needs to resume")
         self._reset_optimizer()
         self.step = int(state["step"][0])
         value, good_steps = (float(number) for number in state["loss_scale"])

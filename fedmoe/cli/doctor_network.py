@@ -19,7 +19,7 @@ from fedmoe.cli.options import client
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.safe_text import inert
 from fedmoe.wire.client import ConnectionSettingError, CoordinatorClient, CoordinatorUnavailableError
-from fedmoe.wire.transport import is_loopback, proxy_for, transport_for, trusted_certificates
+from fedmoe.wire.transport import names_this_machine, proxy_for, transport_for, trusted_certificates
 
 _SECONDS = 5.0
 # Tokens that expire, and logs of two machines laid beside each other, go wrong from here on.
@@ -52,7 +52,7 @@ def coordinator_findings(url: str, token: str | None) -> Iterator[Finding]:
         yield Finding("connection", "ok", f"through the proxy {proxy.shown}" if proxy else "direct, no proxy")
         if parts.scheme == "https" and proxy is None:
             yield _certificate(host, port)
-        elif token and not is_loopback(host):
+        elif token and not names_this_machine(host):
             fix = "start the coordinator with --tls-cert and --tls-key, and use https://"
             yield Finding("TLS", "note", "none: the token and all weights travel in clear", fix)
         yield from _answers(api, url, host, port)
@@ -78,7 +78,7 @@ def _answers(api: CoordinatorClient, url: str, host: str, port: int) -> Iterator
 
 def _no_answer(error: Exception, url: str, host: str, port: int) -> Iterator[Finding]:
     advised = isinstance(error, RefusedError) or (isinstance(error, CoordinatorUnavailableError) and error.advised)
-    if not is_loopback(host):
+    if not names_this_machine(host):
         fix = "" if advised else "check the URL, that the coordinator runs there with --host, and firewalls"
         yield Finding("coordinator", "problem", str(error), fix)
         return

@@ -68,7 +68,7 @@ def cpu_has_bf16() -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in flags)
-    # PyTorch before that function: Linux tells the same flags.
+    # PyTorch before that function: Linux names the same flags.
     information = Path("/proc/cpuinfo")
     return information.is_file() and not flags.isdisjoint(information.read_text("utf-8").split())
 

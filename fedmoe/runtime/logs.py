@@ -1,7 +1,7 @@
 """Logging: readable on a terminal, one JSON object per line elsewhere, and the log files of an arena run.
 
-A run writes one line an event. `logs/training_runner.log` tells the life of the process: everything logged through
-structlog (start, resources, checkpoints, memory, end) and warnings of other libraries. `logs/training.log` tells the
+A run writes one line an event. `logs/training_runner.log` is about the process: everything logged through
+structlog (start, resources, checkpoints, memory, end) and warnings of other libraries. `logs/training.log` is about the
 training: iterations and decisions. Both are rotated by size.
 """
 

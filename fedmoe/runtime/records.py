@@ -20,11 +20,9 @@ class Recorder(Protocol):
 
     def write(self, kind: str, **values: RecordValue) -> None:
         """Keep one record."""
-        ...
 
     def close(self) -> None:
         """Release what is held."""
-        ...
 
 
 class RecordWriter:

@@ -15,7 +15,8 @@ def inert(text: str, keep: str = "") -> str:
     if text.isascii() and text.isprintable():
         return text
     unsafe = {character for character in {*text} - {*keep} if unicodedata.category(character) in _UNSAFE}
-    return "".join(_escaped(character) if character in unsafe else character for character in text)
+    escapes = {ord(letter): letter.encode("unicode_escape", "surrogatepass").decode("ascii") for letter in unsafe}
+    return text.translate(escapes)
 
 
 def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
@@ -32,7 +33,3 @@ def inert_json(value: object) -> object:
     if isinstance(value, dict):
         return {inert(key): inert_json(item) for key, item in value.items()}
     return value
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")

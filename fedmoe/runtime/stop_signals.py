@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-# torchrun and some supervisors send the same signal twice in a row; only a later one is a second wish.
-_SAME_WISH_SECONDS = 2.0
+# torchrun and some supervisors send the same signal twice in a row; only a later one is a second request.
+_SAME_REQUEST_SECONDS = 2.0
 
 
 class StopOnSignal:
@@ -33,5 +33,5 @@ class StopOnSignal:
         if self._first is None:
             self._first = self._clock()
             self._stop()
-        elif self._clock() - self._first >= _SAME_WISH_SECONDS:
+        elif self._clock() - self._first >= _SAME_REQUEST_SECONDS:
             os._exit(128 + number)

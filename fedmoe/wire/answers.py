@@ -1,4 +1,4 @@
-"""Reads HTTP answers: size-bounded, never decompressed; tells the coordinator's from those of proxies and web servers.
+"""Reads HTTP answers: size-bounded, never decompressed; recognises those of proxies and web servers.
 
 What only another setting cures (a size limit, a proxy's password) is a refusal; all else may pass and is waited out.
 """
@@ -20,7 +20,7 @@ from fedmoe.wire.contract.messages import SAFETENSORS, Problem
 
 MessageT = TypeVar("MessageT", bound=BaseModel)
 _SHOWN_CHARACTERS = 120
-# More is no honest wish: the usual pauses are kept instead.
+# Nobody means more: the usual pauses are kept instead.
 _LONGEST_ASKED = 3600
 # Of nginx and of Go, on a port that speaks TLS.
 _WANTS_TLS = (b"plain HTTP request was sent to HTTPS port", b"HTTP request to an HTTPS server")
@@ -40,7 +40,7 @@ _ASK = "this is not a FedMoE coordinator's answer: check the URL, and whether a 
 class CoordinatorUnavailableError(Exception):
     """No usable answer: not reachable, shedding load, or something in between answered; try again later.
 
-    `retry_after` is what the server asked to wait, in seconds. `advised` says that the message tells what to do.
+    `retry_after` is what the server asked to wait, in seconds. `advised`: the message says what to do.
     """
 
     def __init__(self, message: str, retry_after: float | None = None, advised: bool = False) -> None:

@@ -71,7 +71,7 @@ ANOTHER_HISTORY = frozenset({"unknown_version", "other_history"})
 
 
 class TooStaleError(RefusedError):
-    """The update is older than the coordinator takes; `newest` is the version to go on from, if it came along."""
+    """The update is older than the coordinator takes; `newest` is the version to rebase onto, if it came along."""
 
     newest: PulledExpert | None = None
 

@@ -49,7 +49,7 @@ _LONGEST_ASKED = 60.0
 class DeliveryOutcome:
     """The end of a delivery: what became of the update, or why it was refused.
 
-    `newest` is the version to go on from; there is none after a refusal that no newer version cures.
+    `newest` is the version to rebase onto; there is none after a refusal that no newer version cures.
     """
 
     result: UpdateResult | None

@@ -57,7 +57,7 @@ def proxy_for(url: str, proxies: Mapping[str, str]) -> ProxyChoice | None:
     parts = urlsplit(url)
     host = (parts.hostname or "").rstrip(".")
     scheme = next((scheme for scheme in (parts.scheme, "all") if proxies.get(scheme)), None)
-    if scheme is None or is_loopback(host):
+    if scheme is None or names_this_machine(host):
         return None
     entries, port = proxies.get("no", "").split(","), parts.port or _PORTS.get(parts.scheme, 0)
     if any(_matches(entry.strip().lower(), parts.scheme, host, port) for entry in entries):
@@ -68,7 +68,7 @@ def proxy_for(url: str, proxies: Mapping[str, str]) -> ProxyChoice | None:
     return proxy
 
 
-def is_loopback(host: str) -> bool:
+def names_this_machine(host: str) -> bool:
     """Whether a host names this machine itself: localhost, 127.0.0.0/8 in any spelling, ::1, and the empty address."""
     if host.lower() == "localhost" or host.lower().endswith(".localhost"):
         return True

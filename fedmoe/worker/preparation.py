@@ -118,7 +118,7 @@ def _blocks_per_step(config: WorkerConfig) -> int:
 
 
 _log = structlog.get_logger("fedmoe.worker")
-# Samples until the first line that tells how far tokenising is, and between two lines at most; first they double.
+# Samples until the first line about the progress of tokenising, and between two lines at most; first they double.
 _LOGGED_FIRST, _LOGGED_EVERY = 500, 20_000
 
 

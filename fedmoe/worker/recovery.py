@@ -56,15 +56,15 @@ def device_failure(error: RuntimeError | MemoryError, step: int, save: Callable[
     fault = device_fault(error)
     if fault is None:
         return error
-    kept = "the next start goes on from the newest checkpoint"
+    saved = "the next start resumes the newest checkpoint"
     try:
         if save is not None:
             save()
-            kept = f"step {step} is saved"
+            saved = f"step {step} is saved"
     except (RuntimeError, MemoryError) as lost:
         _log.warning("not_saved", reason=str(lost)[:300])
-    _log.error("device_failed", reason=fault, kept=kept, step=step)
-    return DeviceFailedError(f"{fault}. Nothing broken was pushed; {kept}")
+    _log.error("device_failed", reason=fault, kept=saved, step=step)
+    return DeviceFailedError(f"{fault}. Nothing broken was pushed; {saved}")
 
 
 _REFERENCE = "reference"

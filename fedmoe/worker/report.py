@@ -138,8 +138,6 @@ def _warn_of_other_history(was: str | None, newest: PulledExpert, again: str) ->
 Phase = Literal["loading the base model", "preparing data", "statistics of the data", "training"]
 
 _log = structlog.get_logger("fedmoe.worker")
-#: The log line's event.
-EVENT = "phase"
 
 
 class PhaseLog:
@@ -154,9 +152,9 @@ class PhaseLog:
         tenth = 10 * done // total if total else 10
         if tenth > self._logged:
             self._logged = tenth
-            _log.info(EVENT, phase=self._phase, done=done, total=total)
+            _log.info("phase", phase=self._phase, done=done, total=total)
 
 
 def log_phase(phase: Phase, done: int | None = None) -> None:
     """Log that a phase of unknown length begins, or how much of it is done."""
-    _log.info(EVENT, phase=phase, **({} if done is None else {"done": done}))
+    _log.info("phase", phase=phase, **({} if done is None else {"done": done}))

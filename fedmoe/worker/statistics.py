@@ -45,11 +45,11 @@ from fedmoe.wire.delivery import until_answered
 LEAST_PROMPTS = 16
 #: Beginnings of a text that stand for prompts, in tokens; short ones are vaguer, and a router has to know that.
 PROMPT_LENGTHS = (8, 16, 32, 64, 128)
-#: The longest prompt, in tokens, whose end is still looked at.
+#: The longest prompt, in tokens, that is used whole.
 LONGEST_PROMPT = 256
 # Samples between two reports of progress.
 _SAMPLES_AT_ONCE = 16
-# Seconds that a worker which was told to stop waits for statistics that are still on their way.
+# Seconds that a worker which was asked to stop waits for statistics that are still on their way.
 _LAST_WAIT_SECONDS = 5.0
 _TICK_SECONDS = 0.2
 _KINDS: tuple[StatisticsKind, ...] = ("prompts", "moments")
@@ -98,7 +98,7 @@ def data_statistics(
     """The statistics of packed training blocks on a bare base model (call it before an adapter is attached).
 
     Blocks are taken in order until the budget is used up; `pack` has shuffled them. `LEAST_PROMPTS` prompts and one
-    block are used, however small the budget. `progress` gets the tokens looked at so far and their final number. Raises
+    block are used, however small the budget. `progress` gets the tokens done so far and their final number. Raises
     ValueError for blocks with fewer samples.
     """
     allowed = budget or StatisticsBudget()
@@ -121,7 +121,7 @@ def data_statistics(
 def prompt_statistics(
     base: LoadedBase, chosen: Sequence[Prompt], progress: Callable[[int], None] = lambda done: None
 ) -> PromptStatistics:
-    """The statistics of prompts; `progress` gets the tokens looked at so far."""
+    """The statistics of prompts; `progress` gets the tokens done so far."""
     parts: list[FloatMatrix] = []
     used = 0
     for start in range(0, len(chosen), _SAMPLES_AT_ONCE):

@@ -20,7 +20,7 @@ from support import MANIFEST
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import ConnectionSettingError, CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.contract.messages import UpdateHeader
-from fedmoe.wire.transport import is_loopback, proxy_for
+from fedmoe.wire.transport import names_this_machine, proxy_for
 
 TOKEN = "secret-token-of-some-length-000"
 VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -329,12 +329,12 @@ def test_https_and_http_have_their_own_variables_and_all_is_for_the_rest() -> No
 
 @pytest.mark.parametrize("host", ["10.0.0.1", "example", "localhost.example", "128.0.0.1", "1270.0.0.1", "fd00::1", ""])
 def test_what_is_not_this_machine(host: str) -> None:
-    assert not is_loopback(host)
+    assert not names_this_machine(host)
 
 
 @pytest.mark.parametrize("host", ["::1", "::ffff:127.0.0.1", "::", "a.localhost", "0x7f000001", "127.1"])
 def test_other_spellings_of_this_machine(host: str) -> None:
-    assert is_loopback(host)
+    assert names_this_machine(host)
 
 
 def test_a_command_tells_a_wrong_proxy_in_one_line_with_status_2(

@@ -145,7 +145,7 @@ def test_weights_that_cannot_be_read_any_more_leave_the_newest_checkpoint_77(hou
 
         worker.worker.save = save  # type: ignore[method-assign]
 
-    with pytest.raises(DeviceFailedError, match="goes on from the newest checkpoint"):
+    with pytest.raises(DeviceFailedError, match="resumes the newest checkpoint"):
         setup.run(lost)
     assert setup.run().worker.step == 8
 

@@ -95,7 +95,7 @@ class ReleaseRequest(Message):
 
 
 class RejectRequest(Message):
-    """Never let the held update of this number land; its worker is told the reason."""
+    """Never let the held update of this number land; its worker gets the reason."""
 
     number: Number
     reason: ShortText = ""

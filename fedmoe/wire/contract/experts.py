@@ -44,7 +44,7 @@ class GateInfo(Message):
 
 
 class BranchPointInfo(Message):
-    """Where an expert left the gateway: after which fold, as which version, and the steps trained since."""
+    """Where an expert branched from the gateway: after which merge, as which version, and the steps trained since."""
 
     gateway: int
     version: int
@@ -52,9 +52,9 @@ class BranchPointInfo(Message):
 
 
 class OnlineGatewayInfo(Message):
-    """A gateway that experts go on from: its folds so far, what the last one took, and how far each expert is from it.
+    """An online gateway: its merges so far, what the last one took, and how far each expert is from it.
 
-    `staleness` is how many folds behind each expert of the last fold was, `seconds` what computing it took.
+    `staleness` is how many merges behind each expert of the last merge was, `seconds` what computing it took.
     """
 
     folds: int
@@ -67,7 +67,7 @@ class GatewayInfo(Message):
     """The gateway: what it is made of and what a rank cut lost.
 
     `statistics` are the sha256 of the input moments it was made with, by expert, `statistics_tokens` how many tokens
-    those of each expert rest on; `notes` say where it was not made as the coordinator was told to; `gate` is null
+    those of each expert rest on; `notes` say where it was not made as configured; `gate` is null
     without an evaluation gate. `source_digests` are the content hashes of the `sources`, where they are known;
     `left_out` says of experts that are no part of it why not.
     """
@@ -242,7 +242,7 @@ class ExpertInfo(HistoryMessage):
 class ExpertListing(SparseMessage):
     """A page of experts in name order and the gateway, which is null while there is none or it is switched off.
 
-    `more` tells that others follow the last one.
+    `more` says that others follow the last one.
     """
 
     sparse: ClassVar[frozenset[str]] = frozenset({"more"})
@@ -255,7 +255,7 @@ class ExpertListing(SparseMessage):
 class ListingRequest(BaseModel):
     """Which experts: those after the name `after`, at most `limit`, with retired ones if wanted.
 
-    With `held_out` each worker's newest held-out loss is told, with `flags` what to look at of it.
+    With `held_out` each worker's newest held-out loss is added, with `flags` what an administrator should look at.
     """
 
     held_out: bool = False

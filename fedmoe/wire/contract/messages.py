@@ -35,7 +35,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 DigestStart = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{12,64}$")]
 #: Names one history of a coordinator; one that was restored or made anew has another.
 Incarnation = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]{1,32}$")]
-#: The kind of a statistic that tells a worker's held-out loss, with the numbers of `HeldOutInfo`.
+#: The kind of a statistic that is a worker's held-out loss, with the numbers of `HeldOutInfo`.
 HELD_OUT = "held_out"
 StatisticsKind = Literal["prompts", "moments"]
 #: Where experts start: each from first weights of its own, or from the gateway, and from its next version again.
@@ -130,7 +130,7 @@ class ManifestMessage(Message):
         return message
 
     def check(self) -> None:
-        """Raise ValueError for more than can be kept and sent; no schema tells of that."""
+        """Raise ValueError for more than can be kept and sent; no schema says that."""
         parameters = self.rank * sum(n_in + n_out for _, n_in, n_out in self.modules)
         if parameters > MAX_PARAMETERS:
             raise ValueError(f"the adapter has {parameters} parameters; at most {MAX_PARAMETERS} are taken")
@@ -153,7 +153,7 @@ class ManifestMessage(Message):
 
 
 class RegisterRequest(Message):
-    """A worker's wish that an expert exist; `seed` fixes its first A, by default it follows from the name.
+    """A worker asks for an expert; `seed` fixes its first A, by default it follows from the name.
 
     `start_from` is what the worker counts on, refused if experts here start otherwise; null counts on none.
     """
@@ -228,7 +228,7 @@ class UpdateResult(SparseMessage):
 class FederationInfo(HistoryMessage):
     """What a worker must know before it loads a model; `manifest` is null until the first expert is registered.
 
-    Where experts start from the gateway, each goes on from its next version after `merge_after` steps.
+    Where experts start from the gateway, each is rebased onto its next version after `merge_after` steps.
     """
 
     fedmoe: str

@@ -29,7 +29,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Problems:
-    """How a server tells its problems: the status of a code, the answer with a status and its codes, their schemas."""
+    """How a server reports problems: the status of a code, the answer with a status and its codes, their schemas."""
 
     status: Callable[[str], int]
     answer: Callable[[int, list[str]], Json]

@@ -25,7 +25,7 @@ _log = structlog.get_logger("fedmoe.http")
 HEAD_SECONDS = 10.0
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEAD_FIELDS = 128
-#: How often the progress of a receiver is looked at, and what it must read in between.
+#: How often the progress of a receiver is measured, and what it must read in between.
 WRITE_SECONDS = 20.0
 MIN_READ_BYTES_PER_SECOND = 16 << 10
 # After a refusal the rest of the head is thrown away this long; closing at once could destroy the answer on its way.
