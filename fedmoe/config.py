@@ -38,6 +38,7 @@ MIN_SYNC_INTERVAL = 0.01
 MAX_SYNC_INTERVAL = 3600.0
 #: What a coordinator advises where no interval is configured.
 ADVISED_SYNC_INTERVAL = 1.0
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _seconds(value: object) -> float:
@@ -82,7 +83,6 @@ def _usable_token(value: SecretStr) -> SecretStr:
     return value
 
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SyncInterval = Annotated[float, BeforeValidator(_seconds)]
 Token = Annotated[SecretStr, AfterValidator(_usable_token)]
 

@@ -248,7 +248,7 @@ class DistributedWorker:
 
     def _step_done(self, record: StepRecord) -> None:
         self._non_finite = 0
-        self._progress = self._progress.after(record)
+        self._progress += Progress(1, record.tokens, record.loss * record.tokens)
         if self._report is not None:
             self._report.step(record, self._require_base().version)
         self._on_step(record)

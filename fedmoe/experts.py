@@ -17,6 +17,9 @@ from fedmoe.lora.manifest import BaseModel, Manifest, base_differences
 from fedmoe.lora.update_rules import USUAL_WINDOW, RuleState, UpdateRule, first_not_finite
 from fedmoe.runtime.errors import RefusedError
 
+# Names that a refusal lists.
+_MOST_LISTED = 20
+
 
 @dataclass(frozen=True)
 class InitialWeights:
@@ -134,10 +137,6 @@ class ExpertModel:
                 f"the expert {self.title} is retired and takes no updates.",
                 f"Start the worker with another --specialty, or bring it back: 'fedmoe experts unretire {self.title}'.",
             )
-
-
-# Names that a refusal lists.
-_MOST_LISTED = 20
 
 
 def first_name(experts: Mapping[str, ExpertModel], name: str) -> str:

@@ -135,9 +135,7 @@ def _prompt_statistics(api: CoordinatorClient, models: Set[str]) -> dict[str, Pr
         if expert.prompts is None or expert.name not in models - _RESERVED:
             continue
         try:
-            pulled = api.data_statistics(expert.name, "prompts")
-            assert pulled is not None, "without an ETag there is always an answer"
-            statistics[expert.name] = PromptStatistics.from_bytes(pulled.body)
+            statistics[expert.name] = PromptStatistics.from_bytes(api.data_statistics(expert.name, "prompts"))
         except (CodecError, RefusedError) as error:
             print(f"warning: nothing is routed to {expert.name}: {error}", file=sys.stderr)
     if len(statistics) < 2:

@@ -26,6 +26,8 @@ _RECLAIMABLE = {
     1: ("total_inactive_file", "total_active_file"),
     2: ("inactive_file", "active_file", "slab_reclaimable"),
 }
+_PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "textarena", "reasoning-gym", "openskill", "vllm")
+_CPU_INFORMATION = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +156,6 @@ def _text(file: Path) -> str:
         return file.read_text("utf-8")
     except OSError:  # not there, or the group went away meanwhile
         return ""
-
-
-_PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "textarena", "reasoning-gym", "openskill", "vllm")
-_CPU_INFORMATION = Path("/proc/cpuinfo")
 
 
 def environment() -> dict[str, object]:

@@ -29,6 +29,13 @@ _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _LARGE_BYTES = 256 << 10
 _ARENAS = 2
+CONTROL = "control.json"
+_MOST_BYTES = 1 << 16
+_log = structlog.get_logger()
+GIB = 1 << 30
+DEFAULT_LIMIT_GB = 32.0
+#: The share of what the machine or container has that may be used: its last bytes are the kernel's to kill for.
+USABLE = 0.95
 
 
 def trim() -> None:
@@ -51,11 +58,6 @@ def give_back_freed_memory() -> None:
 
 def _is_glibc() -> bool:
     return platform.libc_ver()[0] == "glibc"
-
-
-CONTROL = "control.json"
-_MOST_BYTES = 1 << 16
-_log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +112,6 @@ class ControlFile:
             return None
         _log.info("control_file_read", memory_limit_gb=control.memory_limit_gb, max_batch=control.max_batch)
         return control
-
-
-GIB = 1 << 30
-DEFAULT_LIMIT_GB = 32.0
-#: The share of what the machine or container has that may be used: its last bytes are the kernel's to kill for.
-USABLE = 0.95
-_log = structlog.get_logger()
 
 
 class MemoryLimitError(ExpectedError, RuntimeError):

@@ -37,6 +37,9 @@ _REMOTE_SOURCE = re.compile(r"^([\w.@-]+:/|//|https?://|s3://|oss://|gs://)")
 #: CPFS over NFS or EFC says so in the name of its server; its client maps that to the address 127.0.1.255.
 _CPFS = re.compile(r"\bcpfs\b|^127\.0\.1\.255:", re.IGNORECASE)
 _MOUNTS = Path("/proc/self/mountinfo")
+_RESERVE_BYTES = 64 << 20
+_TEMPORARY = "tmp"
+_log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +91,6 @@ def read_mounts() -> list[Mount]:
     if _MOUNTS.is_file():
         return parse_mounts(_MOUNTS.read_text("utf-8", "surrogateescape"))
     return [Mount(part.mountpoint, part.fstype, part.device) for part in psutil.disk_partitions(all=True)]
-
-
-_RESERVE_BYTES = 64 << 20
-_TEMPORARY = "tmp"
-_log = structlog.get_logger()
 
 
 class PlacementError(ExpectedError, RuntimeError):

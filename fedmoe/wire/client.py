@@ -35,7 +35,6 @@ from fedmoe.wire.pulled_weights import (
     ExpectedWeights,
     PulledExpert,
     PulledGateway,
-    PulledStatistics,
     body_headers,
     check_promise,
     pulled_expert,
@@ -52,7 +51,6 @@ __all__ = [
     "ExpectedWeights",
     "PulledExpert",
     "PulledGateway",
-    "PulledStatistics",
     "PushResult",
     "TooStaleError",
 ]
@@ -218,15 +216,15 @@ class CoordinatorClient:
         answer = self._once("POST", "/push_data_statistics", params=params, content=body, headers=headers)
         return parsed(answer, messages.DataStatisticsResult)
 
-    def data_statistics(self, expert: str, kind: messages.StatisticsKind) -> PulledStatistics:
-        """What all workers of an expert report about their data, merged.
+    def data_statistics(self, expert: str, kind: messages.StatisticsKind) -> bytes:
+        """What all workers of an expert report about their data, merged, checked against the answer's digest.
 
         Raises `RefusedError` with the code `no_statistics` where no worker has sent any.
         """
         params = {"expert": expert, "kind": kind}
         answer = self._retried("GET", "/data_statistics", params=params, headers=_TENSORS)
         check_promise(answer)
-        return PulledStatistics(bytes(answer.body), answer.headers.get("etag", ""))
+        return bytes(answer.body)
 
     def gateway_candidates(self, request: experts.CandidatesRequest) -> experts.CandidatesAnswer:
         """The gateways that wait for this evaluator's scores; from now on sets wait for them."""

@@ -63,7 +63,6 @@ class PulledGateway:
     sources: dict[str, int]
     base: dict[str, str]
     info: dict[str, object]
-    etag: str
     incarnation: str | None = None
 
     @property
@@ -71,14 +70,6 @@ class PulledGateway:
         """The content hashes of its sources, where they are known."""
         digests = self.info.get("source_digests")
         return {str(name): str(digest) for name, digest in digests.items()} if isinstance(digests, dict) else {}
-
-
-@dataclass(frozen=True)
-class PulledStatistics:
-    """Data statistics as downloaded, the bytes checked against the answer's digest; `etag` names them."""
-
-    body: bytes
-    etag: str
 
 
 def body_headers(body: bytes | bytearray) -> dict[str, str]:
@@ -119,7 +110,8 @@ def pulled_expert(
         if problem := _mistaken(expert, expected, name, version, manifest):
             raise foreign(answer, problem)
         weights = decode(answer.body, manifest.layout).flat
-        pulled = PulledExpert(name, version, str(info["digest"]), manifest, weights, *_etag_and_incarnation(answer))
+        etag, incarnation = answer.headers.get("etag", ""), _incarnation(answer)
+        pulled = PulledExpert(name, version, str(info["digest"]), manifest, weights, etag, incarnation)
     except (KeyError, ValueError, RecursionError) as error:
         raise foreign(answer) from error
     _check_numbers(answer, pulled.adapter, pulled.digest, dtype)
@@ -166,12 +158,12 @@ def pulled_gateway(answer: Answer) -> PulledGateway:
     except (KeyError, ValueError, RecursionError, OverflowError) as error:
         raise foreign(answer) from error
     _check_numbers(answer, adapter, str(info["digest"]), "fp32")
-    return PulledGateway(version, str(info["digest"]), adapter, sources, base, info, *_etag_and_incarnation(answer))
+    return PulledGateway(version, str(info["digest"]), adapter, sources, base, info, _incarnation(answer))
 
 
-def _etag_and_incarnation(answer: Answer) -> tuple[str, str | None]:
+def _incarnation(answer: Answer) -> str | None:
     incarnation = str(answer.headers.get(INCARNATION_HEADER, ""))
-    return answer.headers.get("etag", ""), incarnation if re.fullmatch(r"[a-z0-9]{1,32}", incarnation) else None
+    return incarnation if re.fullmatch(r"[a-z0-9]{1,32}", incarnation) else None
 
 
 def _mapping(value: object) -> dict[object, object]:

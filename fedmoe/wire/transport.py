@@ -28,6 +28,8 @@ from fedmoe.runtime.logs import warn
 
 _PORTS = {"http": 80, "https": 443}
 _SCHEMES = ("http", "https", "socks5", "socks5h")
+LEAST_BYTES_PER_SECOND = 1 << 10
+PACE_SECONDS = 20.0
 
 
 class ConnectionSettingError(ValueError):
@@ -136,10 +138,6 @@ def _check(proxy: ProxyChoice, host: str) -> None:
     else:
         return
     raise ConnectionSettingError(f"{proxy.variable} {problem}")
-
-
-LEAST_BYTES_PER_SECOND = 1 << 10
-PACE_SECONDS = 20.0
 
 
 def check_url(url: str) -> None:

@@ -30,6 +30,8 @@ from fedmoe.wire.contract.messages import MAX_PARAMETERS
 from fedmoe.worker.report import log_phase
 
 _log = structlog.get_logger("fedmoe.worker")
+# Samples until the first line about the progress of tokenising, and between two lines at most; first they double.
+_LOGGED_FIRST, _LOGGED_EVERY = 500, 20_000
 
 
 class OptionError(ValueError):
@@ -115,11 +117,6 @@ def training_config(config: WorkerConfig, blocks: int) -> TrainingConfig:
 
 def _blocks_per_step(config: WorkerConfig) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps
-
-
-_log = structlog.get_logger("fedmoe.worker")
-# Samples until the first line about the progress of tokenising, and between two lines at most; first they double.
-_LOGGED_FIRST, _LOGGED_EVERY = 500, 20_000
 
 
 @dataclass(frozen=True, eq=False)

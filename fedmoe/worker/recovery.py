@@ -17,10 +17,11 @@ from fedmoe.models.data_hashes import check_data_change
 from fedmoe.models.device_faults import device_fault
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.worker_state import has_state, peek_values
-from fedmoe.qwen_worker import CheckpointExtras, QwenWorker, StepRecord
+from fedmoe.qwen_worker import CheckpointExtras, QwenWorker
 
 Result = TypeVar("Result")
 _log = structlog.get_logger("fedmoe.worker")
+_REFERENCE = "reference"
 
 
 class WorkerFailedError(Exception):
@@ -67,9 +68,6 @@ def device_failure(error: RuntimeError | MemoryError, step: int, save: Callable[
     return DeviceFailedError(f"{fault}. Nothing broken was pushed; {saved}")
 
 
-_REFERENCE = "reference"
-
-
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Optimizer steps, the labelled tokens in them, and their summed loss in nats, for an update's header."""
@@ -82,10 +80,6 @@ class Progress:
     def mean_loss(self) -> float | None:
         """Nats per token; None without tokens."""
         return self.nats / self.tokens if self.tokens else None
-
-    def after(self, record: StepRecord) -> Progress:
-        """With one more step."""
-        return self + Progress(1, record.tokens, record.loss * record.tokens)
 
     def __add__(self, other: Progress) -> Progress:
         return Progress(self.steps + other.steps, self.tokens + other.tokens, self.nats + other.nats)
@@ -125,9 +119,6 @@ class WorkerSyncPoint:
         return cls(
             extras.vectors[_REFERENCE], int(texts["next_sequence"]), progress, absorbed, texts.get("incarnation")
         )
-
-
-_log = structlog.get_logger("fedmoe.worker")
 
 
 def check_data(

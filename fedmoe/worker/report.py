@@ -19,6 +19,7 @@ from fedmoe.worker.recovery import WorkerSyncPoint
 
 _log = structlog.get_logger("fedmoe.worker")
 _HELD = "the coordinator keeps it until an administrator decides; training goes on without it and nothing is sent twice"
+Phase = Literal["loading the base model", "preparing data", "statistics of the data", "training"]
 
 
 class WorkerReport:
@@ -133,11 +134,6 @@ def warn_of_other_history(saved: WorkerSyncPoint, newest: PulledExpert) -> None:
 def _warn_of_other_history(was: str | None, newest: PulledExpert, again: str) -> None:
     histories = {"was": was, "now": newest.incarnation, "goes_on_from": newest.version}
     _log.warning("other_history", expert=newest.name, **histories, sends_again=again)
-
-
-Phase = Literal["loading the base model", "preparing data", "statistics of the data", "training"]
-
-_log = structlog.get_logger("fedmoe.worker")
 
 
 class PhaseLog:

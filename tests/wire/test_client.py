@@ -53,7 +53,7 @@ def test_data_statistics_travel_both_ways(client: CoordinatorClient) -> None:
         told = client.push_data_statistics(DataStatisticsHeader(expert="python", worker=worker, kind="prompts"), body)
         assert (told.expert, told.kind, told.duplicate) == ("python", "prompts", False)
     pulled = client.data_statistics("python", "prompts")
-    assert pulled.body == add_statistics([PromptStatistics.from_bytes(body) for body in bodies]).to_bytes()
+    assert pulled == add_statistics([PromptStatistics.from_bytes(body) for body in bodies]).to_bytes()
     with pytest.raises(RefusedError, match="no worker of 'python'") as refused:
         client.data_statistics("python", "moments")
     assert refused.value.code == "no_statistics"

@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from fedmoe.qwen_worker import CheckpointExtras, StepRecord
+from fedmoe.qwen_worker import CheckpointExtras
 from fedmoe.worker.recovery import Progress, WorkerSyncPoint
 
 
 def test_the_mean_loss_counts_every_token_the_same() -> None:
     assert Progress().mean_loss is None
-    progress = Progress().after(StepRecord(1, 2.0, 10, 0, 0, 0)).after(StepRecord(2, 4.0, 30, 0, 0, 0))
+    progress = Progress(1, 10, 2.0 * 10) + Progress(1, 30, 4.0 * 30)
     assert (progress.steps, progress.tokens) == (2, 40)
     assert progress.mean_loss == pytest.approx(3.5)
     assert (progress + progress).mean_loss == pytest.approx(3.5)

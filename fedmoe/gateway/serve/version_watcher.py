@@ -16,7 +16,7 @@ from fedmoe.inference.backend import Backend, BackendError, ServedModel
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.manifest import BaseModel
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert, PulledGateway, PulledStatistics
+from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert, PulledGateway
 from fedmoe.wire.contract.experts import ExpertListing
 from fedmoe.wire.contract.messages import StatisticsKind
 
@@ -40,7 +40,7 @@ class ModelSource(Protocol):
         """The newest gateway."""
         ...
 
-    def data_statistics(self, expert: str, kind: StatisticsKind) -> PulledStatistics | None:
+    def data_statistics(self, expert: str, kind: StatisticsKind) -> bytes:
         """What an expert's workers report about their data."""
         ...
 
@@ -145,9 +145,7 @@ class VersionWatcher:
             return
 
         def fetch(expert: str) -> bytes:
-            pulled = self._source.data_statistics(expert, "prompts")
-            assert pulled is not None, "without an ETag there is always an answer"
-            return pulled.body
+            return self._source.data_statistics(expert, "prompts")
 
         self._unrouted = self._router.follow(prompts, fetch)
         self._prompts, self._route_again = prompts, self._clock() + _LONGEST_PAUSE

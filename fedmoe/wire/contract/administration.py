@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints
 from fedmoe.wire.contract.messages import NUMBER, VISIBLE, EpochName, ExpertName, Message, Sha256, ShortText, WorkerName
 
 TokenLabel = Annotated[str, StringConstraints(max_length=60, pattern=VISIBLE)]
+Number = Annotated[int, Field(ge=1, le=2**53)]
 
 
 class TokenRequest(Message):
@@ -60,9 +61,6 @@ class RevokeRequest(Message):
     """Which token to revoke, by its hash."""
 
     hash: Sha256
-
-
-Number = Annotated[int, Field(ge=1, le=2**53)]
 
 
 class HeldUpdateInfo(Message):

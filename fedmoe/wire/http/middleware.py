@@ -22,6 +22,8 @@ from fedmoe.wire.contract.versions import PROTOCOL, PROTOCOL_HEADER, mismatch
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 #: Headers that decide something here and have one value; those that are lists may come in several lines.
 _ONE_VALUE = frozenset({"authorization", "content-length", "content-type", "fedmoe-protocol", "host", "user-agent"})
+JSON = "application/json"
+_MOST_RANGES = 256
 
 
 class RefusalMiddleware:
@@ -197,10 +199,6 @@ def allowed(request: Request, headers: Mapping[str, str] | None) -> dict[str, st
         methods = {method for route in matching for method in route.methods or ()}
         answer_headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
     return answer_headers
-
-
-JSON = "application/json"
-_MOST_RANGES = 256
 
 
 def weight_form(accept: Sequence[str]) -> str | None:

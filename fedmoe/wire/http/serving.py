@@ -33,6 +33,7 @@ _LINGER_SECONDS = 2.0
 _SLICE = 16 << 10
 _TLS_HANDSHAKE = b"\x16\x03"
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class _TooManyFieldsError(Exception):
@@ -157,9 +158,6 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
-
-
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class PortInUseError(Exception):

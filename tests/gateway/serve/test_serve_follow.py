@@ -16,7 +16,7 @@ from fedmoe.inference.backend import BackendError, ServedModel
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.manifest import BaseModel, Manifest
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert, PulledGateway, PulledStatistics
+from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert, PulledGateway
 from fedmoe.wire.contract.experts import ExpertInfo, ExpertListing, GatewayInfo
 from fedmoe.wire.contract.messages import StatisticsKind
 
@@ -84,14 +84,14 @@ class FakeSource:
             expert, version, self.digest(expert, version), self.manifest, make_adapter(version).flat, ""
         )
 
-    def data_statistics(self, expert: str, kind: StatisticsKind) -> PulledStatistics | None:
-        return PulledStatistics(f"{kind} of {expert}".encode(), self.prompts[expert])
+    def data_statistics(self, expert: str, kind: StatisticsKind) -> bytes:
+        return f"{kind} of {expert}".encode()
 
     def pull_gateway(self) -> PulledGateway | None:
         assert self.gateway is not None
         base = {"weights_hash": self.manifest.base.weights_hash, "tokenizer_hash": self.manifest.base.tokenizer_hash}
         digest = self.digest("gateway", self.gateway)
-        return PulledGateway(self.gateway, digest, make_adapter(self.gateway), {}, base, {}, "")
+        return PulledGateway(self.gateway, digest, make_adapter(self.gateway), {}, base, {})
 
 
 @dataclass
