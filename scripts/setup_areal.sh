@@ -12,7 +12,7 @@ imports=(
     lark einops pillow pybase64 zstandard nvidia-ml-py tabulate math-verify swanlab trackio tensorboardX wandb
 )
 # What FedMoE's arena imports in its processes, its tasks, and its tests.
-ours=(numpy ml-dtypes filelock psutil reasoning-gym textarena pytest pytest-timeout hypothesis)
+ours=(numpy ml-dtypes filelock psutil structlog stamina reasoning-gym textarena pytest pytest-timeout hypothesis)
 # Its loss is compared with TRL's; TRL's pins are newer than AReaL's.
 without_dependencies=("$areal" trl==1.16.0)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)

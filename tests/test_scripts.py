@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -220,3 +221,30 @@ def test_a_worker_starts_trains_and_stops_before_the_coordinator(machine: Machin
     assert command_line(pid) == command_line(coordinator) == ""
     assert list(machine.run_dir.iterdir()) == []
     assert "pushed" in (machine.logs / "worker-Worker-1.log").read_text()
+
+
+def _imports_at_load(modules: list[str]) -> set[str]:
+    """The packages other than ours that are loaded with these modules of ours, those of the standard library apart."""
+    seen: set[str] = set()
+    packages: set[str] = set()
+    while modules:
+        name = modules.pop()
+        file = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+        file = file if file.exists() else file.with_suffix("") / "__init__.py"
+        if name in seen or not file.exists():
+            continue
+        seen.add(name)
+        for node in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                packages.add(node.module.partition(".")[0])
+            elif isinstance(node, ast.Import):
+                modules += [alias.name for alias in node.names]
+                packages |= {alias.name.partition(".")[0] for alias in node.names}
+    return packages - set(sys.stdlib_module_names) - {"fedmoe"}
+
+
+def test_areals_environment_has_what_our_modules_load_there() -> None:
+    there = [f"fedmoe.areal.{name}" for name in ("actor", "process", "workflow", "stock_vllm")]
+    pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints-areal.txt").read_text("utf-8").split()}
+    assert {"torch", "transformers", "numpy"} <= _imports_at_load(there) <= pinned | {"areal"}
