@@ -73,8 +73,8 @@ def run_mode(mode: str, seed: int, options: argparse.Namespace) -> dict[str, obj
     policies = {str(name): {key: one[key] for key in CHOICES} for name, one in last.items()}
     found = {
         "policies": policies,
-        "better_than_base": sum(float(one["gain_low"]) > 0 for one in policies.values()),
-        "beat_frozen_base": sum(float(one["win_low"]) > 0.5 for one in policies.values()),
+        "better_than_base": sum(float(str(one["gain_low"])) > 0 for one in policies.values()),
+        "beat_frozen_base": sum(float(str(one["win_low"])) > 0.5 for one in policies.values()),
         # A new adapter changes nothing, so the first evaluation's share of usable actions is the base model's.
         "base_valid": against_base[0]["valid"],
         "seconds": sum(float(str(one["iteration_seconds"])) for one in records if one["kind"] == "timing"),

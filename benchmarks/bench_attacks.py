@@ -130,7 +130,7 @@ def pull_json(port: int, seconds: float) -> None:
 
 
 def hold_silent(port: int, seconds: float) -> None:
-    end, held = time.monotonic() + seconds, []
+    end, held = time.monotonic() + seconds, list[socket.socket]()
     while time.monotonic() < end:
         while len(held) < 500:
             held.append(socket.create_connection(("127.0.0.1", port), 30))

@@ -57,7 +57,7 @@ from fedmoe.lora.update_rules import (  # noqa: E402
     add_scaled,
     first_not_finite,
 )
-from fedmoe.server.storage.blobs import fsync_folder  # noqa: E402
+from fedmoe.runtime.files import fsync_folder  # noqa: E402
 from fedmoe.wire.client import CoordinatorClient  # noqa: E402
 from fedmoe.wire.contract.messages import SAFETENSORS  # noqa: E402
 

@@ -42,8 +42,9 @@ class Caller:
     def push(self, expert: str) -> None:
         delta = self._numbers.normal(0, 0.01, LAYOUT.size).astype(np.float32)
         base = self.versions.get(expert, 0)
-        named = {"expert": expert, "worker": f"w-{expert}", "epoch": "e1"}
-        header = UpdateHeader(**named, sequence=self.sequence, base_version=base)
+        header = UpdateHeader(
+            expert=expert, worker=f"w-{expert}", epoch="e1", sequence=self.sequence, base_version=base
+        )
         self.versions[expert] = self.api.push(header, encode(LAYOUT, delta)).result.version
         self.sequence += 1
 

@@ -105,7 +105,9 @@ def score_until(
     run: Run, trainer: Trainer, waiting: list[int], time: float, newest: Moment | None, rows: Rows
 ) -> list[int]:
     """Scores the newest gateway for all marks before `time`; gives the marks that are left."""
-    for mark in (mark for mark in waiting if mark < time - 1e-9 and newest is not None):
+    for mark in (mark for mark in waiting if mark < time - 1e-9):
+        if newest is None:
+            break
         trainer.close()
         rows[online_name(mark)] = run.row(newest.gateway)
         report(run, rows, online_name(mark))

@@ -24,6 +24,8 @@ from pathlib import Path
 
 from lib.harness import pin_threads, write_result
 
+from fedmoe.server.history.snapshots import snapshot_bytes
+
 pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
@@ -34,7 +36,7 @@ from fedmoe.lora.adapter import Layout, ModuleShape  # noqa: E402
 from fedmoe.lora.codec import encode  # noqa: E402
 from fedmoe.lora.manifest import BaseModel, Manifest  # noqa: E402
 from fedmoe.lora.update_rules import RULES  # noqa: E402
-from fedmoe.server.history.history import SNAPSHOT_EVERY, snapshot_bytes  # noqa: E402
+from fedmoe.server.history.history import SNAPSHOT_EVERY  # noqa: E402
 from fedmoe.server.storage.state_dir import StateDir  # noqa: E402
 
 LAYOUT = Layout((ModuleShape("layers.0.q", 12, 8), ModuleShape("layers.0.v", 12, 10)), 2)

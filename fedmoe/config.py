@@ -137,8 +137,8 @@ class CoordinatorConfig(_ProcessConfig):
     min_sync_interval: Annotated[float, Field(ge=0, le=MAX_SYNC_INTERVAL, allow_inf_nan=False)] | None = None
     requests_per_second: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 100.0
     json_limit: Annotated[int, Field(ge=0)] = 8_000_000
-    token: Token | None = Field(None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
-    admin_token: Token | None = Field(None, validation_alias=AliasChoices("admin_token", "FEDMOE_ADMIN_TOKEN"))
+    token: Token | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
+    admin_token: Token | None = Field(default=None, validation_alias=AliasChoices("admin_token", "FEDMOE_ADMIN_TOKEN"))
     insecure: bool = False
     accept_older_journal: bool = False
     skip_damaged: bool = False
@@ -186,7 +186,7 @@ class _CallerConfig(_ProcessConfig):
     """What processes that call a coordinator have in common."""
 
     coordinator_url: Annotated[str, AfterValidator(_usable_url)]
-    token: Token | None = Field(None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
+    token: Token | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
 
 
 class EvaluatorConfig(_CallerConfig):
@@ -252,7 +252,7 @@ class WorkerConfig(_CallerConfig):
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 16
     lora_alpha: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 32.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
-    target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = Field(("all-linear",), min_length=1)
+    target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=("all-linear",), min_length=1)
     seed: Annotated[int, Field(ge=0)] = 0
     send_statistics: bool = True
 

@@ -18,6 +18,7 @@ from support import LAYOUT, MANIFEST, make_body, make_flat, make_submission
 
 from fedmoe.coordinator import Aggregation, CentralCoordinator
 from fedmoe.experts import ExpertModel
+from fedmoe.federation.events import UpdateAccepted
 from fedmoe.lora.adapter import Layout, ModuleShape
 from fedmoe.lora.codec import encode
 from fedmoe.lora.update_rules import RULES, polynomial
@@ -50,6 +51,7 @@ def test_c1_the_central_coordinator_lands_updates_and_makes_the_gateway() -> Non
     accepted = coordinator.push_update(make_submission(), make_flat(1))
     gateway = coordinator.gateway()
     assert isinstance(gateway, GatewayModel)
+    assert isinstance(accepted, UpdateAccepted)
     assert (accepted.version, gateway.version, dict(gateway.sources)) == (1, 2, {"python": 1})
 
 
@@ -114,6 +116,7 @@ def test_d2_an_update_lands_with_learning_rate_and_decay_by_version_difference()
     weights = coordinator.register_expert("python", MANIFEST).state.weights
     for sequence in range(3):  # all three were made from version 0
         accepted = coordinator.push_update(make_submission(sequence=sequence), make_flat(sequence))
+        assert isinstance(accepted, UpdateAccepted)
         assert accepted.staleness == sequence
         assert accepted.coefficient == 0.5 * polynomial(sequence)
         weights = weights + np.float32(accepted.coefficient) * make_flat(sequence)
@@ -207,7 +210,9 @@ def test_d9_what_goes_wrong_is_told_in_the_error_and_in_the_log(house: House, se
 def test_b6_d9_without_a_gateway_updates_still_land_and_the_answer_names_the_option() -> None:
     coordinator = CentralCoordinator(enable_gateway=False)
     coordinator.register_expert("python", MANIFEST)
-    assert coordinator.push_update(make_submission(), make_flat(1)).version == 1
+    accepted = coordinator.push_update(make_submission(), make_flat(1))
+    assert isinstance(accepted, UpdateAccepted)
+    assert accepted.version == 1
     with pytest.raises(RefusedError, match="--enable-gateway") as refused:
         coordinator.gateway()
     assert refused.value.code == "gateway_disabled"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -193,7 +194,7 @@ class Setup:
         training = TrainingConfig(learning_rate=5e-3, max_steps=self.steps, warmup_steps=2)
         expert = QwenLoRAExpert(tiny_base(), LoraConfig(self.rank, 8, seed=seed_of(self.expert) % 2**63), training)
         sampler = BlockSampler(self.data, seed=1)
-        clocks = {"clock": self.clock} if self.clock else {}
+        clock: Callable[[], float] = self.clock or time.monotonic
         start = (self.start_from, self.allow_changed_data)
         settings = SyncSettings(self.name, self.expert, self.every, self.max_unsynced, self.wire, *start)
         client = CoordinatorClient(self.url, transport=self.road, attempts=1)
@@ -205,14 +206,14 @@ class Setup:
             self.after_step(worker, record)
 
         worker = DistributedWorker(
-            QwenWorker(expert, sampler, held_out=self.held_out, **clocks),
+            QwenWorker(expert, sampler, held_out=self.held_out, clock=clock),
             client,
             settings,
             self.state_dir,
             outbox,
             on_step,
             self.on_registered,
-            **clocks,
+            clock,
         )
         self._closing = [outbox.close, client.close]
         self.last = worker

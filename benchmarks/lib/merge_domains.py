@@ -13,12 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fedmoe.datasets.demo.chunks import prose_chunks
-from fedmoe.datasets.demo.domains import DOMAINS as DEMO
-from fedmoe.datasets.demo.domains import TEST, TRAIN, Recipe, build_domains, split_chunks
+from fedmoe.datasets.demo.domains import DOMAINS, TEST, TRAIN, Recipe, build_domains, split_chunks
 from fedmoe.datasets.demo.sources import Package
 from fedmoe.runtime.files import write_atomic
 from lib.prompt_domains import INSTALLED, installed_documents
 
+DEMO = DOMAINS
 FURTHER = ("cpp", "stubs", "readmes", "cython", "tests", "cmake", "cuda")
 
 

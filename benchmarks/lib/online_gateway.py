@@ -77,7 +77,7 @@ class Trainer:
             print(f"  {name} step {model.step} loss {done.loss:.3f} {done.seconds:.1f} s", flush=True)
             return {"weights": model.weights(), **model.optimizer_state()}
 
-        inputs = [start, *(block.input_ids for block in blocks)]
+        inputs: list[NDArray[np.generic]] = [start, *(block.input_ids for block in blocks)]
         inputs += [state[key] for key in sorted(state)] if state else []
         found = self.kept.get(["leg", self.work.seed, TRAINING.learning_rate, state is None], inputs, make)
         weights = np.asarray(found.pop("weights"), np.float32)

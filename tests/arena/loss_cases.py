@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
 from fedmoe.arena.learning.config import LossConfig
 from fedmoe.arena.learning.loss import LOSSES, LossStatistics, LossTokens
+
+LossName = Literal["reinforce", "clipped", "decoupled"]
+AggregationName = Literal["token_mean", "sequence_mean", "constant"]
 
 
 def random_tokens(seed: int, count: int = 24, spread: float = 0.5) -> LossTokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ SAID = {"role": "assistant", "content": "Ho"}
 BAD = {"role": "assistant", "content": "Go away"}
 
 
-def read(folder: Path, *rows: dict[str, object], columns: tuple[str, ...] = ()) -> tuple[list[str], RowCounts]:
+def read(folder: Path, *rows: Mapping[str, object], columns: tuple[str, ...] = ()) -> tuple[list[str], RowCounts]:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     scan = RowScan(file, RowOptions.mapping(columns))

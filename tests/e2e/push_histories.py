@@ -106,7 +106,7 @@ def faults_of(
     begins = dict(began_with or {})
     found = [*_wrong_answers(pushes), *_contents(reads)]
     known = list(pushes) if journal is None else _with_journal(pushes, journal, begins, found)
-    for expert in sorted({one.expert for one in (*pushes, *reads)}):
+    for expert in sorted({push.expert for push in pushes} | {read.expert for read in reads}):
         mine = [push for push in known if push.expert == expert]
         seen = [read for read in reads if read.expert == expert]
         found += _order_faults(expert, mine, seen, begins.get(expert, 0), every_landing_known=journal is not None)

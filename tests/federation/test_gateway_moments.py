@@ -16,7 +16,7 @@ REGMEAN = Aggregation(strategy="regmean")
 def moments(seed: int) -> ExpertMoments:
     """Moments of random inputs; the sketches are the whole matrices."""
     x = np.random.default_rng(seed).normal(size=(40, 6)).astype(np.float32)
-    one = ModuleMoments(np.square(x).mean(axis=0), x.T @ x / len(x))
+    one = ModuleMoments(np.square(x).mean(axis=0), x.T @ x / np.float32(len(x)))
     return ExpertMoments(InputMoments({module.name: one for module in LAYOUT.modules}, 4_000, 0), f"{seed}" * 64)
 
 

@@ -21,7 +21,7 @@ from support import LAYOUT, accepted, make_adapter, make_flat, registered
 from fedmoe.datasets.readers.common import DataError, ReadOptions
 from fedmoe.datasets.readers.data_file import read_file
 from fedmoe.datasets.row_scan import check_file
-from fedmoe.federation.events import ExpertRebased, ExpertRolledBack, GatewayMerged, WorkerRetracted
+from fedmoe.federation.events import Event, ExpertRebased, ExpertRolledBack, GatewayMerged, WorkerRetracted
 from fedmoe.lora.codec import WIRE_DTYPES, decode, encode
 from fedmoe.lora.formats import npz_bytes, read_npz
 from fedmoe.lora.safetensors_bytes import CodecError, encode_named, read_header, read_named
@@ -149,7 +149,7 @@ def seeds(name: str) -> list[bytes]:
     if name == "npz":
         return [npz_bytes(make_adapter(1), 3, {"python": 2})]
     if name == "journal_rows":
-        events = [
+        events: list[Event] = [
             registered(),
             accepted(1),
             ExpertRolledBack("a", 1, 2, "", 5.0),
@@ -157,8 +157,8 @@ def seeds(name: str) -> list[bytes]:
             GatewayMerged(1, 4, "a" * 64, {"a": 3}, {"a": 0}, {"a": 0.5}, 0.0, 1.0, ("one",), 7.0),
             ExpertRebased("a", 1, "a" * 64, 0, 4, 8.0),
         ]
-        rows = [row_of(event) for event in events]
-        return [f"{row['kind']}\n{row['payload']}".encode() for row in rows]
+        stored = [row_of(event) for event in events]
+        return [f"{row['kind']}\n{row['payload']}".encode() for row in stored]
     if name in ("parquet", "arrow"):
         return [
             b'{"text": ["one", "two", null], "n": [1, 2, 3]}',

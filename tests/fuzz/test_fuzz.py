@@ -44,6 +44,6 @@ def test_any_bytes_are_read_or_refused_in_words(name: str) -> None:
 
 
 def test_a_reader_that_fails_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fuzz_targets.read_named", lambda data: {}[len(data)])
+    monkeypatch.setattr("fuzz_targets.read_named", lambda data: dict[int, int]()[len(data)])
     with pytest.raises(KeyError):
         TARGETS["container"](seeds("container")[0])

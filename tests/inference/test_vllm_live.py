@@ -20,7 +20,7 @@ from fedmoe.inference.engine import AdapterKey, EngineError, SampleRequest
 from fedmoe.inference.verify import Probe, verify_sync
 from fedmoe.inference.vllm.engine import VllmEngine
 from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer, loras_needed
-from fedmoe.lora.adapter import Adapter, FloatArray
+from fedmoe.lora.adapter import Adapter, FloatArray, initial_adapter
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.lora_layers import ALL_LINEAR, AttachedAdapter, attach
 
@@ -47,10 +47,7 @@ class Trainer:
     attached: AttachedAdapter
 
     def score(self, weights: Adapter | None, prompt: Sequence[int], tokens: Sequence[int]) -> FloatArray:
-        if weights is None:
-            with self.attached.disabled():
-                return self._score(prompt, tokens)
-        self.attached.load(weights)
+        self.attached.load(initial_adapter(LAYOUT, 2 * RANK, 0) if weights is None else weights)
         return self._score(prompt, tokens)
 
     def _score(self, prompt: Sequence[int], tokens: Sequence[int]) -> FloatArray:

@@ -161,7 +161,7 @@ def test_a_buffer_feeds_its_rule_with_means(name: str) -> None:
     np.testing.assert_array_equal(state.weights, weights)
     for delta in deltas[2:]:
         state = rule.update(state, delta, 0.5)
-    means = [np.mean(deltas[start : start + 3], axis=0, dtype=np.float32) for start in (0, 3)]
+    means = [np.asarray(np.mean(deltas[start : start + 3], axis=0), np.float32) for start in (0, 3)]
     np.testing.assert_allclose(state.weights, folded(name, weights, means, 0.5).weights, rtol=1e-4, atol=1e-5)
     assert state.count == 6
     assert len(state.moments) == rule.moments == RULES[name].moments + 1

@@ -73,7 +73,7 @@ def test_answers_stay_marked(asking: Path) -> None:
 def test_arguments_go_to_the_models_own_template_too(tmp_path: Path) -> None:
     base = load_base("tiny", "cpu", "fp32")
     base.tokenizer.chat_template = {"default": ASKING, "tool_use": CHATML}
-    ChatTemplate({}.get("x"), {"style": 1}).apply(base.tokenizer, "here")
+    ChatTemplate(None, {"style": 1}).apply(base.tokenizer, "here")
     assert rendered(base).startswith("1<|im_start|>")
 
 

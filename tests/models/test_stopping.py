@@ -120,7 +120,7 @@ def saying(base: LoadedBase, text: str) -> LoadedBase:
     tokens = base.tokenizer(text)["input_ids"]
     head = base.model.get_output_embeddings()
 
-    class Said(torch.nn.Module):
+    class Said(torch.nn.Module):  # type: ignore[misc]  # torch is not followed
         def __init__(self) -> None:
             super().__init__()
             self.weight = head.weight

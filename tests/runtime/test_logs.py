@@ -109,7 +109,7 @@ def test_the_service_log_of_a_coordinator_is_json_lines_whatever_it_is_sent(tmp_
     )
     try:
         assert process.stderr is not None
-        said = []
+        said: list[str] = []
         while not any("listening" in line for line in said):
             said.append(process.stderr.readline())
         with CoordinatorClient(f"http://127.0.0.1:{port}") as client:

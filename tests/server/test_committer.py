@@ -135,11 +135,11 @@ def test_a_decision_that_fails_half_way_leaves_nothing_behind(house: House) -> N
         raise RuntimeError("after the update had landed")
 
     first = house.block()
-    answers = [house.push(1), house.committer.submit(fail_late), house.push(2)]
+    before, late, after = house.push(1), house.committer.submit(fail_late), house.push(2)
     house.gate.open.set()
     with pytest.raises(RuntimeError, match="after the update had landed"):
-        answers[1].result(10)
-    assert [version_of(answer) for answer in (first, answers[0], answers[2])] == [1, 2, 3]
+        late.result(10)
+    assert [version_of(answer) for answer in (first, before, after)] == [1, 2, 3]
     assert house.gate.journal.count() == house.version == 3
 
 

@@ -44,7 +44,7 @@ def moments(seed: int, sizes: Sizes = SIZES, columns: int = 3, tokens: int = 5_0
     modules = {}
     for name, features in sizes.items():
         x = inputs(seed, features)
-        gram = x.T @ x / len(x)
+        gram: FloatMatrix = x.T @ x / np.float32(len(x))
         modules[name] = ModuleMoments(np.square(x).mean(axis=0), gram @ omega(0, name, features, columns))
     return InputMoments(modules, tokens, 0)
 

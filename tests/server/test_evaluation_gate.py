@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 import pytest
 from live import JOIN, House, open_house, push_headers, push_parameters
@@ -25,7 +26,8 @@ from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.wire.contract.messages import SAFETENSORS
 
 GATED = Aggregation(evaluation_gate=True)
-Told = Mapping[str, object]
+Told = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass
@@ -45,13 +47,13 @@ def push(client: TestClient, expert: str, sequence: int, seed: int) -> None:
     assert answer.is_success, answer.text
 
 
-def ask(client: TestClient, expert: str, evaluator: str | None = None) -> dict[str, object]:
+def ask(client: TestClient, expert: str, evaluator: str | None = None) -> dict[str, Any]:
     answer = client.post("/gateway_candidates", json={"evaluator": evaluator or f"e-{expert}", "expert": expert})
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
 
 
-def eventually(condition: Callable[[], object], what: str) -> object:
+def eventually(condition: Callable[[], T], what: str) -> T:
     deadline = time.monotonic() + 10
     while not (found := condition()):
         assert time.monotonic() < deadline, f"{what} did not come"
@@ -59,14 +61,14 @@ def eventually(condition: Callable[[], object], what: str) -> object:
     return found
 
 
-def open_set(client: TestClient, expert: str) -> dict[str, object]:
+def open_set(client: TestClient, expert: str) -> dict[str, Any]:
     """The set that waits for this expert's evaluator, once it has been made."""
-    return dict(eventually(lambda: ask(client, expert)["open"], "a set of candidates"))  # type: ignore[call-overload]
+    return dict(eventually(lambda: ask(client, expert)["open"], "a set of candidates"))
 
 
 def scores(offer: Told, expert: str, best: str = "", kept: float = 0.5, published: float = 0.5) -> dict[str, object]:
     """Losses that keep a share of a gain of 1 nat; the candidate `best` keeps 0.1 more."""
-    names = [str(candidate["name"]) for candidate in offer["candidates"]]  # type: ignore[attr-defined]
+    names = [str(candidate["name"]) for candidate in offer["candidates"]]
     return {
         "set": offer["id"],
         "evaluator": f"e-{expert}",
@@ -86,7 +88,7 @@ def judged(client: TestClient, before: int = 0) -> dict[str, object]:
         found = client.get("/gateway_verdicts").json()["verdicts"]
         return list(found) if len(found) > before else []
 
-    return dict(eventually(newest, "a verdict")[0])  # type: ignore[index]
+    return dict(eventually(newest, "a verdict")[0])
 
 
 def judge_all(client: TestClient, before: int = 0, **facts: float | str) -> dict[str, object]:
@@ -149,8 +151,8 @@ def test_a_coordinator_without_a_gate_says_so(tmp_path: Path) -> None:
 def test_a_set_names_what_is_to_be_scored_and_every_adapter_can_be_had(two: TestClient) -> None:
     offer = open_set(two, "python")
     assert offer["sources"] == {"python": 1, "sql": 1}
-    assert [c["name"] for c in offer["candidates"]] == ["scaled x0.5", "scaled x0.6", "scaled x0.9", "scaled x1"]  # type: ignore[attr-defined]
-    digests = {str(offer["own"])} | {str(c["digest"]) for c in offer["candidates"]}  # type: ignore[attr-defined]
+    assert [c["name"] for c in offer["candidates"]] == ["scaled x0.5", "scaled x0.6", "scaled x0.9", "scaled x1"]
+    digests = {str(offer["own"])} | {str(c["digest"]) for c in offer["candidates"]}
     assert len(digests) == 2
     for digest in digests:
         answer = two.get("/gateway_candidate_weights", params={"set": offer["id"], "digest": digest})
@@ -226,7 +228,7 @@ def test_an_expert_that_came_later_waits_for_the_next_set_and_holds_nobody_up(tm
         assert ask(client, "docs")["open"] is None
         assert client.post("/push_gateway_scores", json=scores(offer, "python")).json() == {"waiting_for": []}
         assert "without an evaluator's scores: sql" in str(judged(client)["reason"])
-        assert "docs" in open_set(client, "docs")["sources"]  # type: ignore[operator]
+        assert "docs" in open_set(client, "docs")["sources"]
 
 
 # What is refused.
@@ -530,7 +532,7 @@ def test_the_gate_tries_regmean_once_every_expert_has_told_of_its_inputs(tmp_pat
     with trained(tmp_path) as (_, client):
         for expert in ("python", "sql"):
             assert send(client, "moments", body_of("moments", 1), expert=expert)[0] == 200
-        names = [candidate["name"] for candidate in open_set(client, "python")["candidates"]]  # type: ignore[attr-defined]
+        names = [candidate["name"] for candidate in open_set(client, "python")["candidates"]]
         assert names[-3:] == ["regmean x1.1", "regmean x1.3", "regmean x1.5"]
         judge_all(client, best="regmean x1.3")
         info = client.get("/get_gateway_info").json()
@@ -555,7 +557,7 @@ def test_of_a_gateway_that_lives_a_copy_goes_out_and_experts_go_on_all_the_same(
     with trained(tmp_path, Aggregation(evaluation_gate=True, merge_after=3)) as (house, client):
         push_steps(client, "python", 1, 3)
         eventually(lambda: folds(client, house) == 1, "the first fold")
-        assert [c["name"] for c in open_set(client, "python")["candidates"]] == ["living"]  # type: ignore[attr-defined]
+        assert [c["name"] for c in open_set(client, "python")["candidates"]] == ["living"]
         assert judge_all(client)["published"] == "living"
         out, info = gateway_bytes(client), client.get("/get_gateway_info").json()
         assert (info["strategy"], info["sources"]) == ("living", {"python": 2})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from live import ADMIN, House, open_house, push_headers, push_parameters
@@ -49,8 +50,8 @@ def change(client: TestClient, what: str, status: int = 200, **body: str) -> dic
     return dict(answer.json())
 
 
-def listed(client: TestClient, **parameters: object) -> dict[str, dict[str, object]]:
-    answer = client.get("/list_experts", params=parameters).json()  # type: ignore[arg-type]
+def listed(client: TestClient, **parameters: str | float | None) -> dict[str, dict[str, Any]]:
+    answer = client.get("/list_experts", params=parameters).json()
     return {expert["name"]: expert for expert in answer["experts"]}
 
 
@@ -116,7 +117,7 @@ def test_a_renamed_expert_goes_by_its_new_name_and_its_former_one_still_means_it
     def check(client: TestClient, version: int) -> None:
         found = listed(client)
         assert found.keys() == {"law_expert", "sql"}
-        assert [worker["updates"] for worker in found["law_expert"]["workers"]] == [version]  # type: ignore[attr-defined]
+        assert [worker["updates"] for worker in found["law_expert"]["workers"]] == [version]
         info = client.get("/get_gateway_info").json()
         assert info["sources"] == {"law_expert": version, "sql": 1}
         assert info["weights"] == {"law_expert": 0.5, "sql": 0.5}

@@ -8,6 +8,7 @@ import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from live import House, open_house
 from support import LAYOUT, MANIFEST, make_body, make_push
@@ -39,7 +40,7 @@ def push(house: House, expert: str, seed: int) -> None:
 
 def product(coordinator: CentralCoordinator) -> list[FloatMatrix]:
     adapter = coordinator.gateway().adapter
-    return [adapter.scale * b @ a for _, a, b in adapter.factors()]
+    return [np.asarray(adapter.scale * b @ a, np.float32) for _, a, b in adapter.factors()]
 
 
 def test_an_expert_that_nobody_trained_takes_no_memory_also_after_a_restart(tmp_path: Path) -> None:

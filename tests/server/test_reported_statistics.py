@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from live import ADMIN, JOIN, House, open_house
@@ -34,7 +35,7 @@ def journal() -> Iterator[SqlJournal]:
     journal.close()
 
 
-def steps(told: ReportedStatistics) -> list[object]:
+def steps(told: ReportedStatistics) -> list[Any]:
     return [row.statistic.payload["step"] for row in told.page(ANYBODY)[0]]
 
 
@@ -46,8 +47,8 @@ def test_held_out_losses_thin_out_with_age_but_the_best_and_the_newest_stay_57(j
     kept = steps(told)
     assert len(kept) <= 16
     assert {101, 499} <= set(kept)
-    assert min(kept) < 200  # type: ignore[type-var]  # the curve still shows how it began
-    assert kept == sorted(kept)  # type: ignore[type-var]
+    assert min(kept) < 200  # the curve still shows how it began
+    assert kept == sorted(kept)
     assert steps(ReportedStatistics(journal, limits)) == kept
     assert len(journal.statistics()) == len(kept)
 

@@ -11,6 +11,7 @@ from crash_house import House, assert_same_state
 from structlog.testing import capture_logs
 from support import EagerHistory, accepted, make_body, registered
 
+from fedmoe.federation.events import Event
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.history import History
 from fedmoe.server.history.pruning import first_to_go, made_of, prune_plan
@@ -255,7 +256,7 @@ def test_which_go_first() -> None:
 
 def test_a_long_history_is_worked_out_in_linear_time(house: House) -> None:
     """Ten thousand versions of which half go: quadratic work would take minutes."""
-    events = [registered(), *(accepted(version) for version in range(1, 10_001))]
+    events: list[Event] = [registered(), *(accepted(version) for version in range(1, 10_001))]
     found = prune_plan(events, {5_000: "s"}, 10_000, 5_000)
     assert len(found.updates) == 5_000
     assert made_of(events, range(0, 10_001, 50), "w1") == set(range(50, 10_001, 50))

@@ -18,6 +18,7 @@ from support import LAYOUT, MANIFEST, CoordinatorProcess, make_body, make_flat
 from fedmoe.coordinator import Transaction
 from fedmoe.lora.adapter import FloatVector, Layout, ModuleShape
 from fedmoe.lora.codec import encode
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import FileBlobWriter
 from fedmoe.server.updates import upload
 from fedmoe.server.updates.memory_budget import MemoryBudget
@@ -102,7 +103,7 @@ def test_a_request_that_is_given_up_while_its_file_is_made_leaves_none(house: Ho
 def test_an_absurd_norm_is_told_without_a_copy_in_double_precision() -> None:
     layout = Layout((ModuleShape("m", 300_000, 100_000),), 1)
     flat = np.full(layout.size, 1e30, np.float32)
-    with pytest.raises(upload.RefusedError) as refused:
+    with pytest.raises(RefusedError) as refused:
         upload.usable_norm(layout, flat)
     assert refused.value.facts["norm"] == pytest.approx(1e30 * layout.size**0.5)
 

@@ -172,8 +172,8 @@ def test_a_push_before_the_least_interval_is_429_with_the_seconds_left_58(tmp_pa
     with open_house(tmp_path, min_sync_interval=30.0) as house, house.client() as client:
         house.register("python", "law")
 
-        def push(sequence: int, body: bytes = BODY, **others: str) -> tuple[int, str]:
-            parameters = push_parameters(sequence, **others)
+        def push(sequence: int, body: bytes = BODY, expert: str = "python", worker: str = "w1") -> tuple[int, str]:
+            parameters = push_parameters(sequence, expert=expert, worker=worker)
             answer = client.post("/push_expert_update", params=parameters, content=body, headers=push_headers(body))
             return answer.status_code, answer.json().get("code", "ok")
 

@@ -20,7 +20,7 @@ from fedmoe.wire.unreachable import clock_difference
         (1000 - 420, "This machine's clock is 7 min ahead of the coordinator's."),
         (1000 + 420.0, "This machine's clock is 7 min behind the coordinator's."),
         (1000 + 86_400, "This machine's clock is 24 h behind the coordinator's."),
-        *[(odd, "") for odd in (None, "1", True, [], float("nan"), float("inf"), float("-inf"))],
+        *[(odd, "") for odd in tuple[object, ...]((None, "1", True, [], float("nan"), float("inf"), float("-inf")))],
     ],
 )
 def test_a_worker_can_say_how_far_its_clock_is_off_53(coordinator_time: object, said: str) -> None:

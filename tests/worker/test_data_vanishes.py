@@ -11,7 +11,7 @@ from workers import Federation
 from fedmoe.cli import worker_setup as setup
 from fedmoe.config import WorkerConfig
 from fedmoe.datasets.readers.common import DataError
-from fedmoe.worker.preparation import WorkerData
+from fedmoe.worker.preparation import WorkerData, worker_data
 from fedmoe.worker.recovery import WorkerFailedError
 
 
@@ -45,7 +45,7 @@ def test_data_that_vanish_or_change_during_training_63(
 ) -> None:
     monkeypatch.setenv("FEDMOE_CACHE", str(tmp_path / "cache"))
     file = written(tmp_path / "data.jsonl", 24)
-    real = setup.worker_data
+    real = worker_data
 
     def then_gone(*arguments: object) -> WorkerData:
         found = real(*arguments)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from fedmoe import qwen_finetune
 from fedmoe.datasets.tokens.packing import Batch, collate
 from fedmoe.distributed_worker import DistributedWorker
 from fedmoe.models.device_faults import device_fault, halve_batches
+from fedmoe.models.packed import token_losses
 from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert, TrainingConfig
 from fedmoe.worker.recovery import DeviceFailedError, WorkerFailedError
 
@@ -24,13 +25,13 @@ BROKEN = "CUDA error: an illegal memory access was encountered\nCUDA kernel erro
 
 def too_small_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A simulated device that has no memory for more rows than so many at once; gives the rows it was asked for."""
-    real, asked = qwen_finetune.token_losses, list[int]()
+    real, asked = token_losses, list[int]()
 
-    def limited(model: object, batch: Batch, device: object) -> object:
+    def limited(model: object, batch: Batch, device: torch.device) -> object:
         asked.append(len(batch.input_ids))
         if len(batch.input_ids) > rows:
             raise torch.OutOfMemoryError(CUDA_OOM)
-        return real(model, batch, device)  # type: ignore[arg-type]
+        return real(model, batch, device)
 
     monkeypatch.setattr(qwen_finetune, "token_losses", limited)
     return asked

@@ -15,7 +15,8 @@ from structlog.testing import capture_logs
 
 from fedmoe.arena.config import PolicySection
 from fedmoe.arena.league import league as federation
-from fedmoe.arena.league.league import FederationError, learning_rate_only
+from fedmoe.arena.league.league import learning_rate_only
+from fedmoe.arena.league.link import FederationError
 from fedmoe.arena.learning.adapt import AdaptiveLora, AdaptRules, TuningParameters, UpdateEffect
 from fedmoe.coordinator import seed_of
 from fedmoe.inference.engine import AdapterKey, EngineError
@@ -96,7 +97,7 @@ def test_two_sites_meet_each_others_experts(house: House, tmp_path: Path) -> Non
     assert foreign(one) == ["alpha@1", "beta@1"]
     np.testing.assert_array_equal(one.policies.adapters()[AdapterKey("alpha", 1)].flat, house.weights("alpha"))
     met = one.trainer.memory.opponents.results
-    assert {"alpha@1", "beta@1"} & {name for known in met.values() for name in known}  # type: ignore[attr-defined]
+    assert {"alpha@1", "beta@1"} & {name for known in met.values() for name in known}
     found = {(comparison.policy, comparison.opponent) for comparison in one.trainer.evaluate()}
     assert found == {(name, rival) for name in one.names for rival in ("base", "beta@1")}
     one.close()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from loss_cases import AggregationName, LossName
 
 from fedmoe.arena.learning.config import LearningConfig
 from fedmoe.arena.learning.learner import AdamState, Learner
@@ -65,7 +66,7 @@ def assert_equal_state(one: AdamState, other: AdamState) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("loss", ["decoupled", "clipped", "reinforce"])
-def test_rewarded_tokens_become_likelier_and_punished_ones_less(loss: str, device: str) -> None:
+def test_rewarded_tokens_become_likelier_and_punished_ones_less(loss: LossName, device: str) -> None:
     learner = make_learner(replace(CONFIG, loss=loss), device=device)
     examples = [one for name in ("a", "b") for one in make_examples(learner, name)]
     before = scores(learner, examples)
@@ -82,7 +83,7 @@ def test_rewarded_tokens_become_likelier_and_punished_ones_less(loss: str, devic
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
-def test_policies_beside_each_other_change_as_they_would_alone(aggregation: str) -> None:
+def test_policies_beside_each_other_change_as_they_would_alone(aggregation: AggregationName) -> None:
     config = replace(CONFIG, aggregation=aggregation)
     together = make_learner(config)
     examples = {name: make_examples(together, name, count) for name, count in (("a", 6), ("b", 4))}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import computed, fresh, part, random_tokens
+from loss_cases import LossName, computed, fresh, part, random_tokens
 from pydantic import ValidationError
 
 from fedmoe.arena.learning.config import LossConfig
@@ -112,7 +112,7 @@ def test_the_gradient_of_reinforce_is_the_advantage_of_every_token(seed: int) ->
 
 @laws
 @given(seeds, st.sampled_from(["clipped", "decoupled"]))
-def test_on_policy_every_loss_has_the_gradient_of_reinforce(seed: int, name: str) -> None:
+def test_on_policy_every_loss_has_the_gradient_of_reinforce(seed: int, name: LossName) -> None:
     drawn = random_tokens(seed)
     there = drawn.current.detach()
     tokens = replace(drawn, proximal=there, behaviour=there)
@@ -188,7 +188,7 @@ def test_an_aggregation_of_nothing_can_still_be_divided_by() -> None:
 
 def test_a_ratio_beyond_all_measure_gives_no_nan() -> None:
     for advantage in (1.0, -1.0):
-        for name in LOSSES:
+        for name in get_args(LossName):
             loss, gradient, _ = computed(single(500.0, advantage, behaviour=-500.0), LossConfig(name), 1.0)
             assert math.isfinite(loss)
             assert gradient.isfinite().all()
@@ -201,7 +201,7 @@ def test_a_number_under_the_mask_that_is_not_finite_is_refused(field: str, value
     good = torch.tensor([-1.0, -1.0], dtype=torch.float64)
     tensors = dict.fromkeys(("current", "proximal", "behaviour", "advantages", "weights"), good) | {field: spoiled}
     tokens = LossTokens(**tensors, mask=torch.tensor([True, True]))
-    for name in LOSSES:
+    for name in get_args(LossName):
         with pytest.raises(LossError, match="not finite"):
             LOSSES[name](tokens, LossConfig(name), 1.0)
 

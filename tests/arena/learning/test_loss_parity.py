@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from loss_cases import computed, random_tokens
+from loss_cases import AggregationName, computed, random_tokens
 
 from fedmoe.arena.learning.config import LossConfig
 from fedmoe.arena.learning.loss import AGGREGATIONS, WEIGHT_CAP, LossStatistics, LossTokens
@@ -154,7 +154,7 @@ def aggregated(seed: int, name: str) -> tuple[LossTokens, float]:
     ("name", "loss_type"),
     [("token_mean", "dapo"), ("token_mean", "bnpo"), ("sequence_mean", "grpo"), ("constant", "dr_grpo")],
 )
-def test_clipped_is_trls_grpo_loss(seed: int, name: str, loss_type: str) -> None:
+def test_clipped_is_trls_grpo_loss(seed: int, name: AggregationName, loss_type: str) -> None:
     tokens, denominator = aggregated(seed, name)
     config = LossConfig("clipped", name, clip_high=0.28)
     assert_equal(computed(tokens, config, denominator), trl_loss(tokens, config, loss_type))

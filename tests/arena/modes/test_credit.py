@@ -156,7 +156,8 @@ def test_a_rule_is_found_by_name_in_an_installed_package(monkeypatch: pytest.Mon
     installed(
         monkeypatch, ("foreign", "fedmoe.arena.modes.credit:decompose"), ("odd", "fedmoe.arena.modes.credit:__name__")
     )
-    assert credit_rule("foreign") is decompose
+    foreign: object = credit_rule("foreign")
+    assert foreign is decompose
     with pytest.raises(CreditError, match=r"'odd' .* is a str"):
         credit_rule("odd")
     with pytest.raises(CreditError, match=r"'nothing' is not known; there are: foreign, odd"):

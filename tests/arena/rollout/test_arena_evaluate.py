@@ -11,7 +11,8 @@ import pytest
 from letters import LettersEpisode, LettersTask, made_outcome
 
 from fedmoe.arena.rollout.episodes import Player
-from fedmoe.arena.rollout.evaluate import CHANCE, Comparison, HeldOutEvaluator, MeanInterval
+from fedmoe.arena.rollout.evaluate import CHANCE, Comparison, HeldOutEvaluator
+from fedmoe.arena.rollout.interval import MeanInterval
 from fedmoe.arena.rollout.play import RolloutError, RolloutSettings
 from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Outcome, PromptMessage
 from fedmoe.inference.engine import AdapterKey, Sample, SampleRequest

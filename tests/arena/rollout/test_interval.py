@@ -21,7 +21,7 @@ def test_asking_again_makes_nothing_surer() -> None:
     values = np.random.default_rng(0).random(30)
     once, often = MeanInterval.of(values, range(30)), MeanInterval.of(np.tile(values, 9), [*range(30)] * 9)
     assert often.mean == pytest.approx(once.mean)
-    assert (often.low, often.high) == (pytest.approx(once.low), pytest.approx(once.high))
+    assert (often.low, often.high) == pytest.approx((once.low, once.high))
     assert MeanInterval.of(np.tile(values, 9), range(270)).low > once.low
 
 
@@ -43,7 +43,8 @@ def test_a_constant_is_sure_only_within_the_bounds(
     value: float, bounds: tuple[float, float], low: float, high: float
 ) -> None:
     found = MeanInterval.of(np.full(14, value), [*range(7)] * 2, bounds)
-    assert (found.mean, found.low, found.high) == (value, pytest.approx(low), pytest.approx(high))
+    assert found.mean == value
+    assert (found.low, found.high) == pytest.approx((low, high))
 
 
 def test_a_single_question_says_nothing_of_others() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from fedmoe.arena.rollout.play import RolloutError, RolloutSettings
 from fedmoe.arena.rollout.tournament import Meeting, Side, Tally, TournamentRow, TournamentTable, run_tournament
 from fedmoe.arena.tasks.task import HELD_OUT, Lineup, Outcome, PromptMessage, TaskError
 from fedmoe.arena.tasks.textarena_games import TextArenaTask
-from fedmoe.inference.engine import AdapterKey, Sample, SampleRequest
+from fedmoe.inference.engine import AdapterKey, Engine, Sample, SampleRequest
 
 SAYS = {"good": "abcd", "fair": "abλλ", "bad": "λλλλ", "mute": "", "base": "λλλλ"}
 GOOD, FAIR, BAD, MUTE = (Player(name, AdapterKey(name, 1)) for name in ("good", "fair", "bad", "mute"))
@@ -30,6 +31,11 @@ class SayingEngine:
     def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
         texts = [SAYS[request.adapter.name if request.adapter else "base"] for request in requests]
         return [Sample(tuple(map(ord, text)), np.zeros(len(text), np.float32), True) for text in texts]
+
+
+def engine() -> Engine:
+    """Players only ask for samples."""
+    return cast(Engine, SayingEngine())
 
 
 class PlainCodec:
@@ -67,10 +73,7 @@ class _StrictEpisode(LettersEpisode):
 
 
 def table(task: LettersTask, players: Sequence[Player], deals: int = 6, seed: int = 0) -> TournamentTable:
-    return run_tournament(
-        *(task, players, SayingEngine(), PlainCodec(), deals, seed),
-        RolloutSettings(),  # type: ignore[arg-type]
-    )
+    return run_tournament(task, players, engine(), PlainCodec(), deals, seed, RolloutSettings())
 
 
 def row(found: TournamentTable, name: str) -> TournamentRow:
@@ -153,10 +156,8 @@ def test_the_same_seed_gives_the_same_table_and_another_one_other_draws() -> Non
 
 
 def test_a_real_game_is_played_by_the_scripted_and_the_random_player_beside_a_model() -> None:
-    found = run_tournament(
-        *(TextArenaTask("TicTacToe-v0"), [BASE, CHANCE, RULES], SayingEngine(), PlainCodec(), 6, 0),
-        RolloutSettings(),
-    )  # type: ignore[arg-type,call-arg]
+    task, players = TextArenaTask("TicTacToe-v0"), [BASE, CHANCE, RULES]
+    found = run_tournament(task, players, engine(), PlainCodec(), 6, 0, RolloutSettings())
     assert [row.player for row in found.rows] == [SCRIPTED, "random", "base"]
     scripted, base = row(found, SCRIPTED).tally, row(found, "base").tally
     assert (scripted.losses_by_play, scripted.losses_by_errors) == (0, 0)

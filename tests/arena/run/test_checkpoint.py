@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from fedmoe.arena.run.adapter_files import CheckpointError
 from fedmoe.arena.run.checkpoint import (
     ArenaState,
-    CheckpointError,
     checkpoints,
     clean,
     config_digest,

@@ -9,7 +9,8 @@ import pytest
 
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.run import checkpoint
-from fedmoe.arena.run.checkpoint import ArenaState, CheckpointError
+from fedmoe.arena.run.adapter_files import CheckpointError
+from fedmoe.arena.run.checkpoint import ArenaState
 from fedmoe.arena.run.entrants import EntrantError, read_field
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
 from fedmoe.lora.formats import peft_files

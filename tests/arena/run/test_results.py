@@ -337,7 +337,10 @@ def test_the_report_warns_of_skipped_episodes_and_few_questions() -> None:
         checkpoints=[],
         resumed_from=None,
     )
-    first, second = report["warnings"]  # type: ignore[misc]
+    warnings, work = report["warnings"], report["work"]
+    assert isinstance(warnings, list)
+    assert isinstance(work, dict)
+    first, second = warnings
     assert first == "6 episodes of training failed and were left out, the last by a bug"
     assert "over 18 different questions only" in second
-    assert report["work"]["skipped_episodes"] == 6  # type: ignore[index]
+    assert work["skipped_episodes"] == 6

@@ -17,6 +17,7 @@ class Capital:
 
     question: str = "Capital of Italy?"
     answer: str = "Rome"
+    content: str = "Italy"
 
     def score(self, answer: str) -> float:
         return 1.0 if answer.casefold() == "rome" else 0.1

@@ -15,6 +15,7 @@ from fedmoe.cli.demo_run.plan import GENERAL, WORKERS, DemoPlan
 from fedmoe.cli.demo_run.report import GATEWAY
 from fedmoe.lora.formats import read_peft
 from fedmoe.lora.moments import LEAST_TOKENS
+from fedmoe.runtime.records import Record
 
 TEXTS = {
     "python": "def add(left, right):\n    return left + right\n",
@@ -30,8 +31,8 @@ def write_data(folder: Path) -> None:
             lines = [json.dumps({"text": text * (1 + number % 5)}) for number in range(rows)]
             (folder / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     (folder / GENERAL).mkdir()
-    rows = [json.dumps({"text": f"Number {number} of the stories was told by the fire."}) for number in range(20)]
-    (folder / GENERAL / "test.jsonl").write_text("\n".join(rows) + "\n")
+    lines = [json.dumps({"text": f"Number {number} of the stories was told by the fire."}) for number in range(20)]
+    (folder / GENERAL / "test.jsonl").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
@@ -93,6 +94,6 @@ def check_adapters(plan: DemoPlan) -> None:
 
 
 def test_the_time_between_two_runs_is_no_training_time() -> None:
-    records = [{"at": at, "kind": "step"} for at in (0.0, 4.0, 10.0, 500.0, 503.0)]
+    records: list[Record] = [{"at": at, "kind": "step"} for at in (0.0, 4.0, 10.0, 500.0, 503.0)]
     assert run.training_seconds(records) == 13.0
     assert run.training_seconds([]) == 0.0

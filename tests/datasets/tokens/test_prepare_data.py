@@ -103,7 +103,9 @@ def test_where_marks_keep_all_rows_out_a_larger_length_is_not_advised(tmp_path: 
 
 
 def test_several_processes_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [chat(f"question {i}", f"answer {i} " * (i % 40)) if i % 40 else {"text": f"text {i}"} for i in range(300)]
+    rows: list[dict[str, object]] = [
+        chat(f"question {i}", f"answer {i} " * (i % 40)) if i % 40 else {"text": f"text {i}"} for i in range(300)
+    ]
     rows[7] = {"id": 1}
     file = write(tmp_path / "a.jsonl", *rows)
     alone = prepare_samples(file, TOKENIZER, 200)

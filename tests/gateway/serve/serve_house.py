@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import openai
@@ -121,9 +121,9 @@ def serving(
     rows: int = 8,
     keys: frozenset[str] | None = None,
     poll_seconds: float = 0.02,
-    router: PromptRouter | None = None,
+    router: object = None,
 ) -> Iterator[Served]:
-    """A server for two experts whose adapters are away from zero."""
+    """A server for two experts whose adapters are away from zero; `router` stands for a `PromptRouter`."""
     with open_house(folder) as house:
         house.register(*EXPERTS, manifest=tiny_manifest())
         with listening(house.app) as coordinator, CoordinatorClient(coordinator.url, attempts=1) as api:
@@ -132,7 +132,9 @@ def serving(
                 served.push(expert, 100 + seed)
             gate = Endpoint("127.0.0.1", 0, keys, keys is None)
             maker = backend_maker(rows, None)
-            with open_server(api, tiny_manifest(), tiny(), maker, limits, gate, poll_seconds, router) as running:
+            with open_server(
+                api, tiny_manifest(), tiny(), maker, limits, gate, poll_seconds, cast("PromptRouter | None", router)
+            ) as running:
                 served.service, served.watcher = running.service, running.watcher
                 with listening(running.app) as server:
                     served.url = server.url

@@ -152,7 +152,7 @@ class House:
             MANIFEST.base,
             poll_seconds=1.0,
             clock=lambda: self.now,
-            router=self.router,
+            router=self.router,  # type: ignore[arg-type]  # only what it is asked for
         )
 
     def served(self) -> dict[str, int]:

@@ -81,7 +81,7 @@ def test_experts_that_look_alike_are_all_candidates() -> None:
 
 def test_one_expert_is_nothing_to_choose_between() -> None:
     router, _ = followed("python")
-    assert router.experts == ()
+    assert not router.experts
     assert router.candidates((97, 98, 99)) is None
 
 
@@ -93,7 +93,7 @@ def test_an_expert_that_arrives_is_routed_to_and_one_that_leaves_is_not() -> Non
     router.follow({"python": "1", "sql": "1"}, shelf.fetch)
     assert router.experts == ("python", "sql")
     router.follow({"sql": "1"}, shelf.fetch)
-    assert router.experts == ()
+    assert not router.experts
 
 
 def test_only_statistics_that_changed_are_fetched() -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
 from serve_house import EXPERTS, Alone, Client, Served, serving
 
 from fedmoe.gateway.serve.service import Limits
-from fedmoe.inference.batching import scheduler
+from fedmoe.inference.batching import sampler, scheduler
 
 REQUESTS, VERSIONS, CLIENTS, TOKENS = 200, 10, 8, 12
 
@@ -84,13 +86,13 @@ def assert_old_versions_go(served: Served) -> None:
 
 def test_an_answer_ends_on_the_version_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 81."""
-    overtaken, steps, draw = threading.Event(), count(), scheduler.draw
+    overtaken, steps, draw = threading.Event(), count(), sampler.draw
 
-    def waiting_draw(*given: object) -> object:
+    def waiting_draw(logits: torch.Tensor, rows: Sequence[sampler.BatchRow]) -> frozenset[int]:
         """The model waits after its fifth token: on busy cores the answer would be there before the version."""
         if next(steps) == 5:
             assert overtaken.wait(60)
-        return draw(*given)
+        return draw(logits, rows)
 
     monkeypatch.setattr(scheduler, "draw", waiting_draw)
     with serving(tmp_path, Limits(64, 256, 64)) as served, served.client() as client:

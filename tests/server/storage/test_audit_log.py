@@ -137,7 +137,7 @@ def test_what_the_disk_does_not_take_is_counted_and_said_once(tmp_path: Path, mo
         return real(descriptor, data)
 
     with structlog.testing.capture_logs() as told:
-        monkeypatch.setattr(audit.os, "write", write)
+        monkeypatch.setattr(os, "write", write)
         for _ in range(3):
             log.write(what="lost")
         wait_for(lambda: log._lost == 3)

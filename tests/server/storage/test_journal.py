@@ -87,7 +87,9 @@ def test_events_come_back_equal_and_in_order(journal: Journal) -> None:
 
 def test_events_of_one_expert_from_a_version_on(journal: Journal) -> None:
     journal.append(EVENTS)
-    assert list(journal.events("python")) == [e for e in EVENTS if e.expert == "python"]
+    assert list(journal.events("python")) == [
+        e for e in EVENTS if not isinstance(e, GatewayMerged) and e.expert == "python"
+    ]
     assert list(journal.events("python", after_version=2)) == EVENTS[-2:]
     assert list(journal.events("nobody")) == []
 
