@@ -3,11 +3,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import structlog
 from hypothesis import settings
 from support import CoordinatorProcess
+
+if TYPE_CHECKING:
+    from live import House
+
+    from fedmoe.models.base import LoadedBase
 
 # The same examples everywhere: a change is judged by what it changed. HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -34,3 +40,20 @@ def coordinator_process(tmp_path: Path) -> Iterator[Callable[..., CoordinatorPro
     for process in made:
         if process.process is not None:
             process.kill()
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    """An open coordinator without tokens and without experts."""
+    from live import open_house
+
+    with open_house(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def base() -> LoadedBase:
+    """The tiny base model, one for the tests of a file that leave it as it is."""
+    from fedmoe.models.base import load_base
+
+    return load_base("tiny", "cpu", "fp32")

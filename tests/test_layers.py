@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -448,3 +449,8 @@ def test_nothing_runs_code_that_comes_with_data(name: str) -> None:
             target = node.func.value
             if isinstance(target, ast.Name) and target.id in ("np", "numpy"):
                 assert any(keyword.arg == "allow_pickle" for keyword in node.keywords)
+
+
+def test_what_tests_share_lies_in_no_test_module() -> None:
+    sources = (ROOT / "tests").rglob("*.py")
+    assert not [path.name for path in sources if re.search(r"^\s*(from|import) test_", path.read_text(), re.MULTILINE)]

@@ -9,7 +9,7 @@ import numpy as np
 from fedmoe.arena.rollout.episodes import Example, PlayedTurn, Player
 from fedmoe.arena.tasks.task import Episode, Lineup, Outcome, PromptMessage, Task, check_actions, check_lineup
 from fedmoe.inference.engine import AdapterKey
-from fedmoe.lora.adapter import Adapter, FloatArray, Layout
+from fedmoe.lora.adapter import FloatArray
 
 VOCABULARY = 259
 
@@ -33,12 +33,6 @@ def random_pairs(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]
     rng = np.random.default_rng(seed)
     lengths = [(int(rng.integers(3, 41)), int(rng.integers(1, 13))) for _ in range(count)]
     return [(rng.integers(0, 256, p).tolist(), rng.integers(0, 256, t).tolist()) for p, t in lengths]
-
-
-def random_adapter(layout: Layout, alpha: float, seed: int = 0) -> Adapter:
-    """An adapter that changes what the model says."""
-    flat = np.random.default_rng(seed).normal(0.0, 0.1, layout.size).astype(np.float32)
-    return Adapter(layout, alpha, flat)
 
 
 class CountingTask:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from areal_cases import example, random_adapter, random_pairs
+from areal_cases import example, random_pairs
+from builders import random_adapter
 
 from fedmoe.areal.batch import ExampleBatch, Sequences
 from fedmoe.areal.config import ArealConfig
@@ -64,7 +65,7 @@ def test_areals_own_engine_passes_with_one_sequence_at_a_time(config: ArealConfi
 @pytest.mark.parametrize("limit", [None, 64, 1024])
 def test_batched_equals_alone(config: ArealConfig, make: MakeActor, limit: int | None) -> None:
     actor, pairs = make(replace(config, tokens_per_micro_batch=limit)), random_pairs(12)
-    actor.load(random_adapter(actor.adapter().layout, 8.0), version=0)
+    actor.load(random_adapter(actor.adapter().layout, alpha=8.0), version=0)
     together = actor.score(Sequences.of(pairs))
     for pair, scores in zip(pairs, together, strict=True):
         np.testing.assert_allclose(scores, actor.score(Sequences.of([pair]))[0], atol=2e-5)
@@ -76,7 +77,7 @@ def test_packing_changes_no_update(config: ArealConfig, make: MakeActor) -> None
     for limit in (None, 1024):
         # A small step size: AdamW's first steps follow the sign of a gradient, which rounding may turn where it is 0.
         actor = make(replace(config, tokens_per_micro_batch=limit))
-        actor.load(random_adapter(actor.adapter().layout, 8.0), version=0)
+        actor.load(random_adapter(actor.adapter().layout, alpha=8.0), version=0)
         actor.update(ExampleBatch.of(examples))
         adapters.append(actor.adapter().flat)
     moved = np.abs(adapters[0] - adapters[1])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from areal_cases import example, random_adapter, random_pairs
+from areal_cases import example, random_pairs
+from builders import random_adapter
 
 from fedmoe.areal.config import AdamSettings, ArealConfig, ArealError, LoraSettings
 from fedmoe.areal.learner import ArealLearner, ArealProcessError
@@ -30,7 +31,7 @@ def process(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture
 def learner(process: ArealLearner) -> ArealLearner:
     """A learner at version 0, with an adapter that changes little and a fresh optimizer; making one takes long."""
-    start = random_adapter(process.layout, 8.0)
+    start = random_adapter(process.layout, alpha=8.0)
     process.replace(Adapter(start.layout, 8.0, start.flat * np.float32(0.1)), version=0)
     process.set_learning_rate(1e-2)
     return process
@@ -90,7 +91,7 @@ def test_the_adapter_gives_the_same_log_probabilities_in_our_own_model(learner: 
 
 def test_an_adapter_goes_in_and_comes_out_unchanged(learner: ArealLearner) -> None:
     before = learner.score([([1, 2], [3, 4])])[0]
-    given = random_adapter(learner.layout, 8.0, seed=1)
+    given = random_adapter(learner.layout, 1, alpha=8.0)
     learner.replace(given, version=7)
     assert learner.version == 7
     taken = learner.adapter()

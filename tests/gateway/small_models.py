@@ -50,12 +50,6 @@ def layout_of(model: PreTrainedModel, targets: str = ALL_LINEAR, rank: int = 3) 
     return Layout(tuple(shapes), rank)
 
 
-def random_adapter(layout: Layout, seed: int = 1, spread: float = 0.15) -> Adapter:
-    """An adapter whose scale is not 1."""
-    numbers = np.random.default_rng(seed).normal(0, spread, layout.size)
-    return Adapter(layout, 2.0 * layout.rank, numbers.astype(np.float32))
-
-
 def exportable(folder: Path, adapter: Adapter, name: str = "gateway") -> ExportSource:
     base = BaseModel("small/base", "r1", weights_hash(folder), "b" * 64)
     return ExportSource(name, 7, adapter, {"python": ExpertVersion(3, "c" * 64), "sql": ExpertVersion(4, None)}, base)

@@ -15,15 +15,10 @@ from fedmoe.gateway.retained_gain import retained_gains
 from fedmoe.gateway.routers import SequenceRouter
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.algebra import stack
-from fedmoe.models.base import LoadedBase, load_base
+from fedmoe.models.base import LoadedBase
 from fedmoe.models.prompt_features import features_width
 from fedmoe.models.schedule import LoraConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
-
-
-@pytest.fixture(scope="module")
-def base() -> LoadedBase:
-    return load_base("tiny", "cpu", "fp32")
 
 
 def random_adapters(base: LoadedBase) -> tuple[Adapter, Adapter]:

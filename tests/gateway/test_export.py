@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_models import exportable, layout_of, load, logits, other_base, random_adapter, save_llama
+from builders import random_adapter
+from small_models import exportable, layout_of, load, logits, other_base, save_llama
 
 from fedmoe.gateway.export import (
     MANIFEST_NAME,
@@ -33,7 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(base: Path) -> ExportSource:
-    return exportable(base, random_adapter(layout_of(load(base))))
+    return exportable(base, random_adapter(layout_of(load(base)), 1, 0.15))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -95,7 +96,7 @@ def test_another_base_model_is_refused_by_its_hash(source: ExportSource) -> None
 
 def test_an_adapted_head_that_is_the_embedding_too_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path)
-    source = exportable(tmp_path, random_adapter(layout_of(load(tmp_path), "lm_head")))
+    source = exportable(tmp_path, random_adapter(layout_of(load(tmp_path), "lm_head"), 1, 0.15))
     with pytest.raises(ExportError, match="lm_head, which is tied"):
         check_untied(source, {"tie_word_embeddings": True})
     check_untied(source, {"tie_word_embeddings": False})

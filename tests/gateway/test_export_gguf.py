@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import random_adapter
 from gguf_checkpoint import read_adapter, write_llama
-from small_models import exportable, layout_of, load, logits, other_base, random_adapter, save_llama
+from small_models import exportable, layout_of, load, logits, other_base, save_llama
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -27,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(base: Path) -> ExportSource:
-    return exportable(base, random_adapter(layout_of(load(base))))
+    return exportable(base, random_adapter(layout_of(load(base)), 1, 0.15))
 
 
 def test_the_metadata_says_adapter_lora_and_scale_one(base: Path, source: ExportSource, tmp_path: Path) -> None:
@@ -44,7 +45,7 @@ def test_the_metadata_says_adapter_lora_and_scale_one(base: Path, source: Export
 
 def test_qwen2_keeps_every_row_where_it_is(tmp_path: Path) -> None:
     save_tiny(tmp_path / "base")
-    source = exportable(tmp_path / "base", random_adapter(layout_of(load(tmp_path / "base"))))
+    source = exportable(tmp_path / "base", random_adapter(layout_of(load(tmp_path / "base")), 1, 0.15))
     export_gguf_lora(source, tmp_path / "base", tmp_path / "out.gguf")
     tensors, said = read_adapter(tmp_path / "out.gguf")
     assert said["general.architecture"] == "qwen2"

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import random_adapter
 from safetensors.torch import load_file, save_file
-from small_models import exportable, layout_of, load, logits, other_base, random_adapter, save_llama
+from small_models import exportable, layout_of, load, logits, other_base, save_llama
 
 from fedmoe.gateway import export_merged as module
 from fedmoe.gateway.export import MANIFEST_NAME, ExportError, ExportSource
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def source_for(folder: Path, spread: float = 0.15) -> ExportSource:
-    return exportable(folder, random_adapter(layout_of(load(folder)), spread=spread))
+    return exportable(folder, random_adapter(layout_of(load(folder)), 1, spread))
 
 
 def nothing_beside(target: Path) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
+from builders import random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,11 +37,6 @@ def statistics(data: Mapping[str, FloatMatrix]) -> dict[str, PromptStatistics]:
 LAYOUT = Layout((ModuleShape("a", 10, 7), ModuleShape("b", 8, 5)), 4)
 
 
-def random_adapter(seed: int, layout: Layout = LAYOUT) -> Adapter:
-    draws = np.random.default_rng(seed)
-    return Adapter(layout, 8.0, draws.standard_normal(layout.size).astype(np.float32))
-
-
 def loud(place: int, count: int, seed: int) -> FloatMatrix:
     """Energies (prompts, rows) as if the expert at `place` answered louder."""
     draws = np.random.default_rng([seed, place])
@@ -58,7 +54,7 @@ def linear() -> FeatureRouter:
 
 
 def spectral() -> FeatureRouter:
-    adapters = {name: random_adapter(place) for place, name in enumerate(NAMES)}
+    adapters = {name: random_adapter(LAYOUT, place, 1.0, 8.0) for place, name in enumerate(NAMES)}
     reference = np.random.default_rng(0).uniform(0.5, 1.5, (60, 12)).astype(np.float32)
     return SpectralRouter.of(adapters, reference)
 
@@ -232,7 +228,7 @@ def test_a_linear_router_weighs_experts_alike_however_many_prompts_they_have() -
 
 
 def test_energies_are_those_of_the_dense_product() -> None:
-    adapters = {"art": random_adapter(1), "law": random_adapter(2, LAYOUT.with_rank(2))}
+    adapters = {"art": random_adapter(LAYOUT, 1, 1.0, 8.0), "law": random_adapter(LAYOUT.with_rank(2), 2, 1.0, 8.0)}
     router = SpectralRouter.of(adapters)
     x = np.random.default_rng(3).standard_normal((6, 8)).astype(np.float32)
     found = router.energies(np.square(x @ router.projections["b"].T))
@@ -245,7 +241,7 @@ def test_energies_are_those_of_the_dense_product() -> None:
 
 def test_how_a_product_is_split_into_factors_does_not_matter() -> None:
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))[0] * 3
-    adapter = random_adapter(1)
+    adapter = random_adapter(LAYOUT, 1, 1.0, 8.0)
     factors = {
         module.name: (np.linalg.inv(turn) @ a.astype(np.float64), 5 * b.astype(np.float64) @ turn)
         for module, a, b in adapter.factors()
@@ -257,7 +253,7 @@ def test_how_a_product_is_split_into_factors_does_not_matter() -> None:
 
 
 def test_a_reference_takes_out_that_one_expert_is_louder_on_everything() -> None:
-    adapters = {name: random_adapter(place) for place, name in enumerate(NAMES)}
+    adapters = {name: random_adapter(LAYOUT, place, 1.0, 8.0) for place, name in enumerate(NAMES)}
     bias = np.repeat([8.0, 1.0, 1.0], LAYOUT.rank).astype(np.float32)
     reference = np.random.default_rng(0).uniform(0.5, 1.5, (60, 12)).astype(np.float32) * bias
     features = loud(1, 30, 2) * bias
@@ -266,7 +262,7 @@ def test_a_reference_takes_out_that_one_expert_is_louder_on_everything() -> None
 
 
 def test_an_adapter_of_zeros_is_silent() -> None:
-    router = SpectralRouter.of({"art": random_adapter(1), "law": Adapter.zeros(LAYOUT, 4.0)})
+    router = SpectralRouter.of({"art": random_adapter(LAYOUT, 1, 1.0, 8.0), "law": Adapter.zeros(LAYOUT, 4.0)})
     x = np.random.default_rng(1).standard_normal((5, 10)).astype(np.float32)
     assert likeliest(router, np.square(x @ router.projections["a"].T)) == ("art",) * 5
 
@@ -274,4 +270,4 @@ def test_an_adapter_of_zeros_is_silent() -> None:
 def test_adapters_for_different_modules_are_not_compared() -> None:
     other = Layout((ModuleShape("a", 10, 7),), 4)
     with pytest.raises(ShapeError, match="different modules"):
-        SpectralRouter.of({"art": random_adapter(1), "law": random_adapter(2, other)})
+        SpectralRouter.of({"art": random_adapter(LAYOUT, 1, 1.0, 8.0), "law": random_adapter(other, 2, 1.0, 8.0)})

@@ -9,12 +9,13 @@ from pathlib import Path
 import fake_vllm
 import numpy as np
 import pytest
+from builders import random_adapter, smollm2_layout
 
 from fedmoe.inference.engine import AdapterKey, Engine, EngineError, Sample, SampleRequest
 from fedmoe.inference.verify import Probe, verify_sync
 from fedmoe.inference.vllm.engine import VllmEngine
 from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer
-from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
+from fedmoe.lora.adapter import Adapter
 
 ONE, TWO, THREE = AdapterKey("poet", 0), AdapterKey("critic", 0), AdapterKey("judge", 4)
 KEYS = (ONE, TWO, THREE)
@@ -38,23 +39,6 @@ class Bench:
 
     def score(self, key: AdapterKey | None) -> np.ndarray:
         return self.engine.score(key, self.prompts[0], self.prompts[1][:4])
-
-
-def random_adapter(layout: Layout, seed: int, spread: float) -> Adapter:
-    """An adapter whose A and B are both away from zero."""
-    flat = np.random.default_rng(seed).normal(0.0, spread, layout.size).astype(np.float32)
-    return Adapter(layout, 2.0 * layout.rank, flat)
-
-
-def smollm2_layout(rank: int = 8) -> Layout:
-    """All linear layers of SmolLM2-135M."""
-    attention = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576)}
-    feed_forward = {"gate": (576, 1536), "up": (576, 1536), "down": (1536, 576)}
-    sizes = {f"self_attn.{name}_proj": size for name, size in attention.items()}
-    sizes |= {f"mlp.{name}_proj": size for name, size in feed_forward.items()}
-    return Layout(
-        tuple(ModuleShape(f"model.layers.{i}.{name}", *size) for i in range(30) for name, size in sizes.items()), rank
-    )
 
 
 def fake_bench(folder: Path) -> Bench:

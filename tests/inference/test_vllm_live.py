@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from test_engine_conformance import random_adapter, smollm2_layout
+from builders import random_adapter, smollm2_layout
 from vllm_bench import POLICIES, RANK, STALENESS
 
 from fedmoe.inference.engine import AdapterKey, EngineError, SampleRequest

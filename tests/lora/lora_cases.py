@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 
+import builders
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
+from fedmoe.lora.moments import InputMoments, ModuleMoments, omega
+
+Matrix = NDArray[np.float64]
 
 Dense = dict[str, NDArray[np.float64]]
 
+#: A and B around one, at alpha 16.
+random_adapter = partial(builders.random_adapter, spread=1.0, alpha=16.0)
 laws = settings(deadline=None, max_examples=50)
 seeds = st.integers(0, 2**32 - 1)
 features = st.integers(1, 12)
@@ -64,10 +71,6 @@ def random_flat(layout: Layout, seed: int) -> NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal(layout.size).astype(np.float32)
 
 
-def random_adapter(layout: Layout, seed: int, alpha: float = 16.0) -> Adapter:
-    return Adapter(layout, alpha, random_flat(layout, seed))
-
-
 def dense(adapter: Adapter) -> Dense:
     return {
         module.name: adapter.alpha / adapter.rank * (b.astype(np.float64) @ a.astype(np.float64))
@@ -109,3 +112,24 @@ def raw_body(header: object, data: bytes = b"") -> bytes:
 
 def entry(dtype: str, shape: list[int], start: int, stop: int) -> Mapping[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+def gram_of(features: int, seed: int) -> Matrix:
+    rng = np.random.default_rng(seed)
+    inputs = rng.standard_normal((60, features)) * rng.uniform(0.1, 3, features)
+    product: Matrix = inputs.T @ inputs / 60
+    return product
+
+
+def moments_of(grams: Mapping[str, Matrix], columns: int | None = None) -> InputMoments:
+    """Moments of modules with these Gram matrices; exact without `columns`."""
+    modules = {}
+    for name, gram in grams.items():
+        sketch = gram @ omega(0, name, len(gram), min(columns or len(gram), len(gram)))
+        modules[name] = ModuleMoments(np.diagonal(gram).astype(np.float32), sketch.astype(np.float32))
+    return InputMoments(modules, 6_000, 0)
+
+
+def random_moments(layout: Layout, seed: int, columns: int | None = None) -> InputMoments:
+    """One input per number of features, as query and key have it."""
+    return moments_of({shape.name: gram_of(shape.in_features, seed) for shape in layout.modules}, columns)

@@ -158,7 +158,7 @@ def test_the_product_norm_is_the_frobenius_norm_of_the_dense_products(adapter: A
 @laws
 @given(seeds, alphas)
 def test_turning_the_factors_changes_neither_norm_nor_cut(seed: int, alpha: float) -> None:
-    adapter = random_adapter(Layout(MODULES, 4), seed, alpha)
+    adapter = random_adapter(Layout(MODULES, 4), seed, alpha=alpha)
     turn, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((4, 4)))
     turned = Adapter.from_factors({m.name: (turn.T @ a, b @ turn) for m, a, b in adapter.factors()}, alpha)
     assert product_norm(turned) == pytest.approx(product_norm(adapter), rel=1e-5)

@@ -302,7 +302,7 @@ def test_a_damaged_body_is_decoded_or_refused_and_nothing_else(wire_dtype: WireD
 
 
 def test_a_digest_is_of_layout_alpha_and_numbers() -> None:
-    adapter = random_adapter(LAYOUT, 0, 16)
+    adapter = random_adapter(LAYOUT, 0)
     assert digest(adapter) == digest(Adapter(LAYOUT, 16.0, FLAT.copy()))
     assert len(digest(adapter)) == 64
     other_names = Layout((ModuleShape("model.q", 6, 4), ModuleShape("model.uq", 3, 5)), 2)

@@ -6,9 +6,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_cases import Dense, adapters, bulk, dense, distance, laws, norm, random_adapter, random_flat, seeds
+from lora_cases import (
+    Dense,
+    adapters,
+    bulk,
+    dense,
+    distance,
+    laws,
+    moments_of,
+    norm,
+    random_adapter,
+    random_flat,
+    random_moments,
+    seeds,
+)
 from numpy.typing import NDArray
-from test_regmean import moments_of, random_moments
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
 from fedmoe.lora.moments import InputMoments

@@ -6,38 +6,28 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_cases import Dense, adapters, bulk, dense, distance, laws, norm, random_adapter, seeds
-from numpy.typing import NDArray
+from lora_cases import (
+    Dense,
+    adapters,
+    bulk,
+    dense,
+    distance,
+    gram_of,
+    laws,
+    moments_of,
+    norm,
+    random_adapter,
+    random_moments,
+    seeds,
+)
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
 from fedmoe.lora.algebra import recompress, scaled
-from fedmoe.lora.moments import LEAST_TOKENS, InputMoments, ModuleMoments, omega
+from fedmoe.lora.moments import LEAST_TOKENS, InputMoments
 from fedmoe.lora.regmean import SCALE, regmean
 
-Matrix = NDArray[np.float64]
 LAYOUT = Layout((ModuleShape("q", 20, 12), ModuleShape("k", 20, 5), ModuleShape("up", 9, 31)), 3)
 NAMES = ["a", "b", "c"]
-
-
-def gram_of(features: int, seed: int) -> Matrix:
-    rng = np.random.default_rng(seed)
-    inputs = rng.standard_normal((60, features)) * rng.uniform(0.1, 3, features)
-    product: Matrix = inputs.T @ inputs / 60
-    return product
-
-
-def moments_of(grams: Mapping[str, Matrix], columns: int | None = None) -> InputMoments:
-    """Moments of modules with these Gram matrices; exact without `columns`."""
-    modules = {}
-    for name, gram in grams.items():
-        sketch = gram @ omega(0, name, len(gram), min(columns or len(gram), len(gram)))
-        modules[name] = ModuleMoments(np.diagonal(gram).astype(np.float32), sketch.astype(np.float32))
-    return InputMoments(modules, 6_000, 0)
-
-
-def random_moments(layout: Layout, seed: int, columns: int | None = None) -> InputMoments:
-    """One input per number of features, as query and key have it."""
-    return moments_of({shape.name: gram_of(shape.in_features, seed) for shape in layout.modules}, columns)
 
 
 def experts_and_moments(columns: int | None = None) -> tuple[dict[str, Adapter], dict[str, InputMoments]]:
@@ -146,7 +136,7 @@ def test_a_rank_by_energy_is_the_smallest_that_keeps_it_and_is_bounded() -> None
 @given(adapters(), seeds, st.booleans(), st.sampled_from([None, "same"]))
 def test_one_expert_alone_gives_itself_back(adapter: Adapter, seed: int, living: bool, rank: str | None) -> None:
     moments = {"only": random_moments(adapter.layout, seed)}
-    start = random_adapter(adapter.layout, 5, 1.0) if living else None
+    start = random_adapter(adapter.layout, 5, alpha=1.0) if living else None
     merged = regmean({"only": adapter}, moments, start=start, rank=adapter.rank if rank else None)
     size = bulk(adapter) + (bulk(start) if start else 0.0)
     assert distance(dense(merged.adapter), dense(adapter)) <= 1e-4 * size

@@ -9,9 +9,9 @@ import numpy as np
 import peft
 import pytest
 import torch
+from builders import random_adapter
 from transformers import PreTrainedModel
 
-from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.tiny import tiny_model
@@ -21,18 +21,12 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES: Mapping[str, tuple[int, float]] = {"a": (4, 8.0), "b": (2, 8.0), "c": (8, 4.0)}
 
 
-def random_adapter(multi: MultiLora, rank: int, alpha: float, seed: int, spread: float = 0.1) -> Adapter:
-    """A and B both away from zero."""
-    layout = multi.layout(rank)
-    return Adapter(layout, alpha, np.random.default_rng(seed).normal(0, spread, layout.size).astype(np.float32))
-
-
 def with_adapters(device: str = "cpu", dtype: str = "fp32", trainable: bool = True) -> tuple[LoadedBase, MultiLora]:
     """The tiny model with the adapters of SHAPES."""
     base = load_base("tiny", device=device, dtype=dtype)
     multi = MultiLora(base.model)
     for seed, (name, (rank, alpha)) in enumerate(SHAPES.items()):
-        multi.add(name, random_adapter(multi, rank, alpha, seed), trainable=trainable)
+        multi.add(name, random_adapter(multi.layout(rank), seed, alpha=alpha), trainable=trainable)
     return base, multi
 
 

@@ -8,11 +8,6 @@ from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.models.chat_frame import ChatFrame
 
 
-@pytest.fixture(scope="module")
-def base() -> LoadedBase:
-    return load_base("tiny", "cpu", "fp32")
-
-
 def tokens(base: LoadedBase, text: str) -> list[int]:
     return list(base.tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from multilora_cases import DEVICES, SHAPES, PeftReference, random_adapter, random_ids, with_adapters
+from builders import random_adapter
+from multilora_cases import DEVICES, SHAPES, PeftReference, random_ids, with_adapters
 
 from fedmoe.lora.adapter import Adapter, ModuleShape, ShapeError
 from fedmoe.models.base import LoadedBase
@@ -165,7 +166,7 @@ def test_a_gradient_is_that_of_the_rows_alone(pair: tuple[LoadedBase, MultiLora]
 
 def test_rows_whose_numbers_overflow_leave_the_others_alone(pair: tuple[LoadedBase, MultiLora]) -> None:
     base, multi = pair
-    multi.add("wild", random_adapter(multi, 2, 1.0, 9, spread=1e20))
+    multi.add("wild", random_adapter(multi.layout(2), 9, 1e20, 1.0))
     ids, names = random_ids(4, 1), ("a", "wild", "b", None)
     with torch.no_grad():
         fine = logits_of(base, multi, ("a", "a", "b", None), ids)
@@ -179,7 +180,7 @@ def test_rows_whose_numbers_overflow_leave_the_others_alone(pair: tuple[LoadedBa
 
 def test_two_threads_at_once_give_what_each_gives_alone(pair: tuple[LoadedBase, MultiLora]) -> None:
     base, multi = pair
-    multi.add("frozen", random_adapter(multi, 3, 3.0, 7))
+    multi.add("frozen", random_adapter(multi.layout(3), 7, alpha=3.0))
     ids, decoded_ids = random_ids(4, 9), random_ids(3, 1)
     expected = backward(base, multi, ("a", "b", None, "a"), ids, [1.0] * 4)
     with multi.decoding_rows(["frozen", None, "c"]):
@@ -219,7 +220,7 @@ def test_an_adapter_that_is_removed_or_replaced_serves_the_running_batch_to_its_
         before = logits_of(base, multi, ["a", "b"], ids)
         with multi.rows(["a", "b"]):
             multi.remove("a")
-            multi.replace("b", random_adapter(multi, 6, 2.0, 11))
+            multi.replace("b", random_adapter(multi.layout(6), 11, alpha=2.0))
             torch.testing.assert_close(base.model(ids, use_cache=False).logits, before, atol=0, rtol=0)
         after = logits_of(base, multi, [None, "b"], ids)
     assert (after - before).abs().amax(dim=(1, 2)).min() > 1e-2
@@ -281,7 +282,7 @@ def test_numbers_that_are_not_finite_are_refused_and_change_nothing(
 
 def test_numbers_the_compute_dtype_cannot_hold_are_refused() -> None:
     _, multi = with_adapters(dtype="fp16")
-    too_large = random_adapter(multi, 2, 2.0, 0, spread=1e5)
+    too_large = random_adapter(multi.layout(2), 0, 1e5, 2.0)
     with pytest.raises(ShapeError, match="float16"):
         multi.add("d", too_large)
 
@@ -298,7 +299,7 @@ def test_a_taken_name_and_other_modules_are_refused(pair: tuple[LoadedBase, Mult
 def test_an_adapter_comes_out_as_it_went_in(pair: tuple[LoadedBase, MultiLora]) -> None:
     _, multi = pair
     for seed, (name, (rank, alpha)) in enumerate(SHAPES.items()):
-        given, taken = random_adapter(multi, rank, alpha, seed), multi.slot(name).adapter()
+        given, taken = random_adapter(multi.layout(rank), seed, alpha=alpha), multi.slot(name).adapter()
         np.testing.assert_array_equal(taken.flat, given.flat)
         assert (taken.alpha, taken.layout) == (given.alpha, given.layout)
     taken = multi.slot("a").adapter()

@@ -14,11 +14,6 @@ from fedmoe.models.prompt_features import features_width, prefix_features, promp
 LENGTHS = (5, 1, 64, 2, 17, 40)
 
 
-@pytest.fixture(scope="module")
-def base() -> LoadedBase:
-    return load_base("tiny", "cpu", "fp32")
-
-
 def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[list[int]]:
     draws = np.random.default_rng(seed)
     return [draws.integers(0, 256, length).tolist() for length in lengths]

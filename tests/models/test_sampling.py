@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from multilora_cases import DEVICES, random_adapter, random_tokens, with_adapters
+from builders import random_adapter
+from multilora_cases import DEVICES, random_tokens, with_adapters
 
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.final_logits import UnsupportedModelError
@@ -210,7 +211,7 @@ def test_a_wish_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
 
 def test_a_model_whose_numbers_overflow_is_an_error_that_names_the_adapter() -> None:
     base, multi = with_adapters()
-    multi.add("wild", random_adapter(multi, 2, 1.0, 9, spread=1e20))
+    multi.add("wild", random_adapter(multi.layout(2), 9, 1e20, 1.0))
     with pytest.raises(FloatingPointError, match="wild"):
         drawn((base, multi), [SampleSpec("wild", (65, 66), 3, 1.0, 0), SampleSpec("a", (65,), 3, 1.0, 0)])
 

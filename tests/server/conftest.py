@@ -9,13 +9,6 @@ from starlette.testclient import TestClient
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    """An open coordinator on loopback, without tokens and without experts."""
-    with open_house(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
 def locked_house(tmp_path: Path) -> Iterator[House]:
     """A coordinator that asks for tokens."""
     with open_house(tmp_path, tokens=True) as opened:

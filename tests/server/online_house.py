@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from crash_house import House
-from test_data_statistics import moments as input_moments
+from reported_data import moments as input_moments
 
 from fedmoe.coordinator import Aggregation, ExpertMoments, GatewayModel, Transaction
 from fedmoe.federation.events import GatewayMerged

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from live import JOIN, House, content_digest, open_house, push_headers, push_parameters
+from reported_data import REGMEAN, SIZES, body_of, moments, prompts, send
 from starlette.testclient import TestClient
-from support import LAYOUT, make_body
+from support import make_body
 
 from fedmoe.cli.gateway import _show_info
 from fedmoe.coordinator import Aggregation, GatewayModel
-from fedmoe.lora.adapter import FloatMatrix
-from fedmoe.lora.moments import InputMoments, ModuleMoments, merge_moments, omega
-from fedmoe.lora.prompt_statistics import PromptStatistics, add_statistics
+from fedmoe.lora.moments import InputMoments, merge_moments
+from fedmoe.lora.prompt_statistics import add_statistics
 from fedmoe.lora.regmean import regmean
 from fedmoe.lora.safetensors_bytes import encode_named, read_named
 from fedmoe.server.statistics import data_statistics
@@ -27,47 +27,7 @@ from fedmoe.server.storage.records import DataStatistic
 from fedmoe.wire.contract.experts import GatewayInfo
 from fedmoe.wire.contract.messages import SAFETENSORS
 
-PUSH, GET = "/push_data_statistics", "/data_statistics"
-REGMEAN = Aggregation(strategy="regmean")
-Sizes = Mapping[str, int]
-SIZES = {module.name: module.in_features for module in LAYOUT.modules}
-
-
-def inputs(seed: int, features: int = 6, rows: int = 50) -> FloatMatrix:
-    random = np.random.default_rng(seed)
-    drawn: FloatMatrix = (random.normal(size=(rows, features)) * random.uniform(0.1, 3, features)).astype(np.float32)
-    return drawn
-
-
-def moments(seed: int, sizes: Sizes = SIZES, columns: int = 3, tokens: int = 5_000) -> InputMoments:
-    """Moments of random inputs, the same for every module of a size, as those of query and value are."""
-    modules = {}
-    for name, features in sizes.items():
-        x = inputs(seed, features)
-        gram: FloatMatrix = x.T @ x / np.float32(len(x))
-        modules[name] = ModuleMoments(np.square(x).mean(axis=0), gram @ omega(0, name, features, columns))
-    return InputMoments(modules, tokens, 0)
-
-
-def prompts(seed: int, width: int = 5) -> PromptStatistics:
-    return PromptStatistics.of(inputs(seed, width, 20))
-
-
-def body_of(kind: str, seed: int) -> bytes:
-    return moments(seed).to_bytes() if kind == "moments" else prompts(seed).to_bytes()
-
-
-def send(
-    client: TestClient, kind: str, body: bytes, worker: str = "w1", expert: str = "python", **headers: str
-) -> tuple[int, dict[str, object]]:
-    """Push statistics; status and answer."""
-    answer = client.post(
-        PUSH,
-        params={"expert": expert, "worker": worker, "kind": kind},
-        content=body,
-        headers=push_headers(body) | {name.replace("_", "-"): value for name, value in headers.items()},
-    )
-    return answer.status_code, answer.json()
+GET = "/data_statistics"
 
 
 def fetched(client: TestClient, kind: str, expert: str = "python") -> bytes:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from live import House, open_house, push_headers, push_parameters
+from reported_data import REGMEAN, body_of, send
 from starlette.testclient import TestClient
 from support import LAYOUT, make_body, make_flat, make_push, sha256
-from test_data_statistics import REGMEAN, body_of, send
 
 from fedmoe.lora.codec import encode
 from fedmoe.runtime import failpoints

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_evaluation_gate import Clock, ask, gate_of, judged, open_set, scores, timed, trained
+from gated_house import Clock, ask, gate_of, judged, open_set, scores, timed, trained
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.gate.evaluators import Evaluators

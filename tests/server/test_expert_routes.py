@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from live import ADMIN, House, open_house, push_headers, push_parameters
+from expert_requests import LARGE, change, listed, push, settle
+from live import ADMIN, House, open_house
 from starlette.testclient import TestClient
-from support import LAYOUT, MANIFEST, make_body
-from test_registrations import LARGE
+from support import LAYOUT, MANIFEST
 
 from fedmoe.federation.aggregation import Aggregation
 from fedmoe.lora.codec import decode
@@ -34,25 +33,6 @@ def http(house: House) -> Iterator[TestClient]:
         for number, expert in enumerate(["law", "sql"]):
             push(client, expert, number, 0)
         yield client
-
-
-def push(client: TestClient, expert: str, sequence: int, base: int, status: int = 200) -> dict[str, object]:
-    body = make_body(sequence)
-    parameters = push_parameters(sequence, base, expert=expert)
-    answer = client.post("/push_expert_update", params=parameters, content=body, headers=push_headers(body))
-    assert answer.status_code == status, answer.text
-    return dict(answer.json())
-
-
-def change(client: TestClient, what: str, status: int = 200, **body: str) -> dict[str, object]:
-    answer = client.post(f"/{what}_expert", json=body)
-    assert answer.status_code == status, answer.text
-    return dict(answer.json())
-
-
-def listed(client: TestClient, **parameters: str | float | None) -> dict[str, dict[str, Any]]:
-    answer = client.get("/list_experts", params=parameters).json()
-    return {expert["name"]: expert for expert in answer["experts"]}
 
 
 def pull(client: TestClient, expert: str) -> tuple[str, bytes, dict[str, str]]:
@@ -143,10 +123,6 @@ def test_a_renamed_expert_goes_by_its_new_name_and_its_former_one_still_means_it
         gone = client.post("/retract", json={"expert": "law", "worker": "w1"}).json()
         assert (gone["expert"], gone["removed"]) == ("law", 1)
         assert client.get("/get_gateway_info").json()["left_out"] == {"law_expert": "no update has landed on it yet"}
-
-
-def settle(house: House) -> None:
-    house.service._committer.submit(lambda transaction: None).result(10)
 
 
 def test_names_are_never_given_to_a_second_expert(http: TestClient, house: House) -> None:

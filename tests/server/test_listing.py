@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
-from live import House, open_house
+from expert_requests import change, listed, push, settle
+from live import House
 from starlette.testclient import TestClient
-from test_expert_routes import change, listed, push, settle
 
 from fedmoe.server.service import _MANY
 from fedmoe.wire.contract.experts import ExpertListing
-
-
-@pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    with open_house(tmp_path) as house:
-        yield house
 
 
 def test_what_changed_since_the_last_list_is_in_the_next_one(house: House) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from expert_requests import LARGE
 from live import House, open_house
 from support import LAYOUT, MANIFEST, make_body, make_push
 
 from fedmoe.coordinator import CentralCoordinator
 from fedmoe.federation.aggregation import Aggregation
-from fedmoe.lora.adapter import FloatMatrix, Layout, ModuleShape, initial_adapter
+from fedmoe.lora.adapter import FloatMatrix, initial_adapter
 from fedmoe.lora.manifest import Manifest
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal
@@ -23,7 +24,6 @@ from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.routes.weight_responses import EncodedCache, expert_weights
 from fedmoe.wire.contract.messages import ManifestMessage, RegisterRequest
 
-LARGE = replace(MANIFEST, layout=Layout((ModuleShape("layers.0.q", 60_000, 40_000),), 2))
 JOIN = Principal("join", token="a" * 64)
 _numbers = itertools.count()
 

@@ -1,19 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from live import House, LiveServer, listening, open_house
+from live import House, LiveServer, listening
 
 from fedmoe.wire.client import CoordinatorClient
-
-
-@pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    """An open coordinator on loopback, without tokens and without experts."""
-    with open_house(tmp_path) as opened:
-        yield opened
 
 
 @pytest.fixture

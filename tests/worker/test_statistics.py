@@ -13,7 +13,7 @@ from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample
 from fedmoe.gateway.routers import SequenceRouter, likeliest
 from fedmoe.lora.moments import InputMoments
 from fedmoe.lora.prompt_statistics import FeatureMoments, PromptStatistics
-from fedmoe.models.base import LoadedBase, load_base
+from fedmoe.models.base import LoadedBase
 from fedmoe.models.prompt_features import prefix_features, prompt_features
 from fedmoe.worker.statistics import (
     LEAST_PROMPTS,
@@ -26,11 +26,6 @@ from fedmoe.worker.statistics import (
 )
 
 WORDS = {"numbers": "0123456789 +-=", "letters": "abcdefghijklmnop "}
-
-
-@pytest.fixture(scope="module")
-def base() -> LoadedBase:
-    return load_base("tiny", "cpu", "fp32")
 
 
 def text(length: int, seed: int, alphabet: str = WORDS["letters"]) -> TokenizedSample:

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from builders import random_adapter
 from loss_cases import AggregationName, LossName
 
 from fedmoe.arena.learning.config import LearningConfig
 from fedmoe.arena.learning.learner import AdamState, Learner
 from fedmoe.arena.learning.loss import LossError
 from fedmoe.arena.rollout.episodes import Example, PlayedTurn, Player
-from fedmoe.lora.adapter import Adapter, ShapeError
+from fedmoe.lora.adapter import ShapeError
 from fedmoe.models.base import load_base
 from fedmoe.models.multilora import MultiLora, UnknownAdapterError
 from fedmoe.models.policy_logprobs import Continuation, MicroBatch, plan_micro_batches
@@ -28,13 +29,8 @@ def make_learner(config: LearningConfig = CONFIG, names: Sequence[str] = ("a", "
     base = load_base("tiny", device=device, dtype="fp32")
     learner = Learner(base, MultiLora(base.model), config)
     for name in names:
-        learner.add(name, random_adapter(learner, seed=ord(name)))
+        learner.add(name, random_adapter(learner.layout(4), ord(name), alpha=8.0))
     return learner
-
-
-def random_adapter(learner: Learner, seed: int, rank: int = 4) -> Adapter:
-    layout = learner.layout(rank)
-    return Adapter(layout, 8.0, np.random.default_rng(seed).normal(0, 0.1, layout.size).astype(np.float32))
 
 
 def make_examples(learner: Learner, name: str, count: int = 6, seed: int = 0) -> list[Example]:
@@ -189,13 +185,13 @@ def test_saved_moments_are_copies() -> None:
 def test_replacing_without_moments_starts_anew_also_with_another_rank() -> None:
     learner = make_learner()
     learner.update(make_examples(learner, "a"), LENGTH)
-    learner.replace("a", random_adapter(learner, seed=5, rank=7))
+    learner.replace("a", random_adapter(learner.layout(7), 5, alpha=8.0))
     assert learner.adapter("a").rank == 7
     assert learner.optimizer_state("a").steps == 0
     assert not learner.optimizer_state("a").first.any()
     assert learner.update(make_examples(learner, "a"), LENGTH)["a"].gradient_norm > 0
     with pytest.raises(ShapeError, match="do not fit"):
-        learner.replace("a", random_adapter(learner, seed=5, rank=2), learner.optimizer_state("a"))
+        learner.replace("a", random_adapter(learner.layout(2), 5, alpha=8.0), learner.optimizer_state("a"))
     assert learner.adapter("a").rank == 7
 
 
@@ -271,7 +267,7 @@ def test_a_policy_that_is_not_there_is_named() -> None:
     with pytest.raises(UnknownAdapterError, match=r"\['c'\] to train; there are: \['a', 'b'\]"):
         learner.update([one, replace(one, policy="c")], LENGTH)
     with pytest.raises(ShapeError, match="'a' is there already"):
-        learner.add("a", random_adapter(learner, seed=1))
+        learner.add("a", random_adapter(learner.layout(4), 1, alpha=8.0))
 
 
 @pytest.mark.parametrize(
@@ -292,7 +288,7 @@ def test_settings_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
 def test_bfloat16_learns_too() -> None:
     base = load_base("tiny", device="cpu", dtype="bf16")
     learner = Learner(base, MultiLora(base.model), replace(CONFIG, learning_rate=3e-3))
-    learner.add("a", random_adapter(learner, seed=1))
+    learner.add("a", random_adapter(learner.layout(4), 1, alpha=8.0))
     examples = make_examples(learner, "a")
     before = scores(learner, examples)
     for _ in range(4):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from builders import random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
@@ -18,11 +19,6 @@ LAYOUT = Layout((ModuleShape("down", 12, 6), ModuleShape("up", 6, 12)), rank=2)
 
 def rated(players: dict[str, tuple[float, float, int]]) -> Ratings:
     return Ratings(0.0, {name: Rating(*rating) for name, rating in players.items()})
-
-
-def random_adapter(seed: int) -> Adapter:
-    rng = np.random.default_rng(seed)
-    return Adapter(LAYOUT, 4.0, rng.standard_normal(LAYOUT.size).astype(np.float32))
 
 
 players = st.dictionaries(
@@ -120,7 +116,7 @@ def test_of_players_of_known_strength_a_weak_one_goes_after_some_dozens_of_games
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1000), st.floats(0, 2))
 def test_the_noise_of_each_factor_is_as_long_as_asked(seed: int, relative: float) -> None:
-    parent = random_adapter(seed)
+    parent = random_adapter(LAYOUT, seed, 1.0, 4.0)
     child = perturb(parent, relative, np.random.default_rng(seed))
     for (_, a, b), (_, child_a, child_b) in zip(parent.factors(), child.factors(), strict=True):
         for before, after in ((a, child_a), (b, child_b)):
@@ -128,7 +124,7 @@ def test_the_noise_of_each_factor_is_as_long_as_asked(seed: int, relative: float
 
 
 def test_a_policy_that_has_learned_nothing_stays_the_base_model() -> None:
-    flat = random_adapter(0).flat.copy()
+    flat = random_adapter(LAYOUT, 0, 1.0, 4.0).flat.copy()
     for _, _, b in LAYOUT.factors(flat):
         b[...] = 0
     parent = Adapter(LAYOUT, 4.0, flat)
@@ -139,7 +135,7 @@ def test_a_policy_that_has_learned_nothing_stays_the_base_model() -> None:
 
 
 def test_noise_depends_on_the_generator_only_and_leaves_the_parent_alone() -> None:
-    parent = random_adapter(0)
+    parent = random_adapter(LAYOUT, 0, 1.0, 4.0)
     before = parent.flat.copy()
     one, same, other = (perturb(parent, 0.1, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert np.array_equal(one.flat, same.flat)

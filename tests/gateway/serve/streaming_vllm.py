@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import fake_vllm
 import httpx2
 from fake_vllm import FakeVllm
+
+from fedmoe.inference.verify import Probe
+from fedmoe.inference.vllm.backend import VllmBackend
+from fedmoe.inference.vllm.engine import VllmEngine
+from fedmoe.lora.adapter import Adapter, FloatArray
+
+PROMPTS = ((3, 1, 4), (2, 7))
 
 
 @dataclass
@@ -61,3 +70,12 @@ def _events(model: str, choice: dict[str, object], wanted: bool) -> Iterator[dic
                 }
             ],
         }
+
+
+def fake_backend(fake: StreamingFakeVllm, folder: Path) -> VllmBackend:
+    engine = VllmEngine("http://fake", fake_vllm.MODEL, folder, transport=fake.transport)
+
+    def reference(adapter: Adapter | None, wanted: Sequence[Probe]) -> list[FloatArray]:
+        return [fake_vllm.expected_scores(adapter, probe.prompt, probe.tokens) for probe in wanted]
+
+    return VllmBackend("http://fake", engine, reference, PROMPTS, rows=4, transport=fake.transport)

@@ -15,7 +15,7 @@ import fake_vllm
 import numpy as np
 import pytest
 from serve_house import tiny, tiny_adapter
-from streaming_vllm import StreamingFakeVllm
+from streaming_vllm import StreamingFakeVllm, fake_backend
 
 from fedmoe.gateway.serve.app import VllmAddress, backend_maker
 from fedmoe.inference.backend import (
@@ -27,16 +27,12 @@ from fedmoe.inference.backend import (
     ServedModel,
 )
 from fedmoe.inference.batching.scheduler import TransformersBackend
-from fedmoe.inference.verify import Probe
-from fedmoe.inference.vllm.backend import VllmBackend
-from fedmoe.inference.vllm.engine import VllmEngine
 from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer
-from fedmoe.lora.adapter import Adapter, FloatArray, Layout, ModuleShape
+from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
 from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import load_base
 from fedmoe.models.lora_layers import ALL_LINEAR, find_targets
 
-PROMPTS = ((3, 1, 4), (2, 7))
 ONE, TWO = ServedModel("python", 3, "a" * 64), ServedModel("sql", 1, "b" * 64)
 GREEDY = SamplingOptions(8, temperature=0.0)
 
@@ -78,15 +74,6 @@ def fake_bench(folder: Path) -> Bench:
     backend = fake_backend(fake, folder)
     misfit = fake_vllm.make_adapter(1, rank=fake.max_rank + 1)
     return Bench(backend, fake_vllm.make_adapter, ((3, 1, 4, 1, 5), (9, 2, 6, 5, 3, 5), (8, 9, 7)), 1e-4, misfit)
-
-
-def fake_backend(fake: StreamingFakeVllm, folder: Path) -> VllmBackend:
-    engine = VllmEngine("http://fake", fake_vllm.MODEL, folder, transport=fake.transport)
-
-    def reference(adapter: Adapter | None, wanted: Sequence[Probe]) -> list[FloatArray]:
-        return [fake_vllm.expected_scores(adapter, probe.prompt, probe.tokens) for probe in wanted]
-
-    return VllmBackend("http://fake", engine, reference, PROMPTS, rows=4, transport=fake.transport)
 
 
 def transformers_bench() -> Bench:

@@ -12,8 +12,7 @@ import httpx2
 import numpy as np
 import pytest
 from fake_vllm import MODEL, expected_scores, make_adapter
-from streaming_vllm import StreamingFakeVllm
-from test_serve_conformance import PROMPTS, fake_backend
+from streaming_vllm import PROMPTS, StreamingFakeVllm, fake_backend
 
 from fedmoe.inference.backend import BackendError, ContinuationRequest, DecodingStep, SamplingOptions, ServedModel
 from fedmoe.inference.engine import EngineError
