@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedmoe.models.base import LoadedBase
 
 # The same examples everywhere: a change is judged by what it changed. HYPOTHESIS_PROFILE=default looks for new ones.
-settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("repeatable", derandomize=True, max_examples=50)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
@@ -32,8 +32,8 @@ def coordinator_process(tmp_path: Path) -> Iterator[Callable[..., CoordinatorPro
     """Makes coordinator processes on one state directory; every one of them is ended by its own process id."""
     made: list[CoordinatorProcess] = []
 
-    def make(arguments: Sequence[str] = ()) -> CoordinatorProcess:
-        made.append(CoordinatorProcess(tmp_path / "state", arguments=arguments))
+    def make(arguments: Sequence[str] = (), fresh: bool = False) -> CoordinatorProcess:
+        made.append(CoordinatorProcess(tmp_path / "state", arguments=arguments, fresh=fresh))
         return made[-1]
 
     yield make

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from forks import Fork, Process
 
 from fedmoe.coordinator import Aggregation, Submission
 from fedmoe.federation.events import ExpertRegistered, UpdateAccepted
@@ -138,12 +139,16 @@ def free_port() -> int:
 
 @dataclass
 class CoordinatorProcess:
-    """A coordinator in a process of its own, to be started, killed and started again on one state directory."""
+    """A coordinator in a process of its own, to be started, killed and started again on one state directory.
+
+    Forked, unless it is to be `fresh`: for tests of the start itself, of its memory and of what it inherits.
+    """
 
     state_dir: Path
     port: int = field(default_factory=free_port)
     arguments: Sequence[str] = ()
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
+    fresh: bool = False
 
     @property
     def url(self) -> str:
@@ -158,9 +163,11 @@ class CoordinatorProcess:
         command = [sys.executable, "-m", "fedmoe", "coordinator", "--port", str(self.port)]
         return [*command, "--state-dir", str(self.state_dir), *self.arguments]
 
-    def launch(self, failpoints: str) -> subprocess.Popen[bytes]:
+    def launch(self, failpoints: str) -> Process:
         """Start it, and do not wait."""
         environment = os.environ | {"FEDMOE_FAILPOINTS": failpoints, "OMP_NUM_THREADS": "1"}
+        if not self.fresh:
+            return Fork(self.command()[1:], self.log, environment=environment)
         with self.log.open("ab") as log:
             return subprocess.Popen(self.command(), stdout=log, stderr=log, env=environment)
 

@@ -5,7 +5,6 @@ They are forked from one process that has imported torch already, which saves se
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
@@ -14,21 +13,16 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from forks import FORKS, enter
 from letters import LettersTask
 from tiny_arena import write_config
 
 from fedmoe.arena.config import ArenaConfig
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tiny_arena", "fedmoe.cli.commands", "fedmoe.arena.run.run", "fedmoe.cli.arena_watch"])
-
 
 def train(arguments: Sequence[str], log: str) -> None:
     """`fedmoe arena train` on the task of these tests, told into a file."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    enter((log, log), os.environ | {"OMP_NUM_THREADS": "1"})
     import fedmoe.arena.run.run
     from fedmoe.cli import main
 
@@ -53,7 +47,7 @@ class ArenaProcess:
         file = write_config(self.folder.with_suffix(".toml"), self.config)
         arguments = [str(file), "--out", str(self.folder), "--resume", "--no-charts", "--no-tensorboard"]
         devices = ["--dtype", "fp32", "--rollout-device", "cpu", "--learner-device", "cpu"]
-        self.process = _FORKS.Process(target=train, args=([*arguments, *devices, *options], str(self.log)))
+        self.process = FORKS.Process(target=train, args=([*arguments, *devices, *options], str(self.log)))
         self.process.start()
         return self.process
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
 import typer
+from forks import Fork
 
 from fedmoe.cli.commands import app
 from fedmoe.cli.gateway import get_gateway_model
@@ -69,11 +71,22 @@ def option_lines() -> list[str]:
 
 
 def run_script(*arguments: str, environment: dict[str, str] | None = None) -> Outcome:
-    """Run a Python script or module of the repository in a process of its own."""
+    """Run a script or module of the repository in a process of its own; what it loads itself is loaded already."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = Fork(arguments, out, err, _clean_environment() | (environment or {}), ROOT)
+        try:
+            return Outcome(process.wait(120), out.read_text(), err.read_text())
+        finally:
+            process.kill()
+
+
+def run_code(code: str) -> Outcome:
+    """Run Python code in a process that has loaded nothing before."""
     done = subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, "-c", code],
         cwd=ROOT,
-        env=_clean_environment() | (environment or {}),
+        env=_clean_environment(),
         capture_output=True,
         text=True,
         timeout=120,

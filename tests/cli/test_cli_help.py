@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from command import Outcome, commands, run_script
+from command import Outcome, commands, run_code, run_script
 
 # What a coordinator or a person who reads the help has no use for.
 HEAVY = ("torch", "transformers", "tokenizers", "peft", "matplotlib", "pyarrow", "fastapi", "uvicorn", "sqlalchemy")
@@ -47,7 +47,7 @@ except SystemExit as left:
 print(sorted(sys.modules.keys() & set({HEAVY!r})), file=sys.stderr)
 """
     started = time.monotonic()
-    outcome = run_script("-c", code)
+    outcome = run_code(code)
     assert outcome.err.strip() == "[]"
     # About half a second alone; this bound only catches a heavy import that comes under another name.
     assert time.monotonic() - started < 10

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forks import Fork
 from support import CoordinatorProcess
 from worker_process import WorkerProcess, write_dataset
 
@@ -20,13 +19,12 @@ from fedmoe.wire.client import CoordinatorClient
 EVALUATOR = ("--evaluator-id", "E1", "--expert", "python", "--base-model", "tiny", "--dtype", "fp32", "--device", "cpu")
 
 
-def start_evaluator(url: str, folder: Path) -> subprocess.Popen[bytes]:
+def start_evaluator(url: str, folder: Path) -> Fork:
     """An evaluator on rows that the worker does not train on."""
     held_out = write_dataset(folder / "held_out.jsonl", rows=60)
     sizes = ("--held-out", str(held_out), "--max-length", "32", "--held-out-blocks", "8", "--poll-interval", "0.1")
-    command = [sys.executable, "-m", "fedmoe", "evaluator", "--coordinator-url", url, *EVALUATOR, *sizes]
-    with (folder / "evaluator.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = ["-m", "fedmoe", "evaluator", "--coordinator-url", url, *EVALUATOR, *sizes]
+    return Fork(command, folder / "evaluator.log", environment=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def all_is_judged(client: CoordinatorClient) -> bool:

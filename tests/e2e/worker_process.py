@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crash_load import read_journal
+from forks import FORKS, enter
 from support import CoordinatorProcess
 
 from fedmoe.federation.events import UpdateAccepted
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["fedmoe.cli.commands", "fedmoe.cli.worker_setup"])
 Line = dict[str, object]
 
 
@@ -74,7 +73,7 @@ class WorkerProcess:
     ) -> multiprocessing.process.BaseProcess:
         """The same, from the process that is warm already."""
         arguments = (self.arguments(), failpoints, dict(environment or {}), str(self.log))
-        process = _FORKS.Process(target=run_command, args=arguments)
+        process = FORKS.Process(target=run_command, args=arguments)
         process.start()
         return process
 
@@ -104,15 +103,9 @@ class WorkerProcess:
 
 def run_command(arguments: list[str], failpoints_text: str, environment: dict[str, str], log: str) -> None:
     """The command line in a forked process, its output appended to a file."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
+    enter((log, log), os.environ | environment | {"FEDMOE_FAILPOINTS": failpoints_text})
     from fedmoe.cli import main
-    from fedmoe.runtime import failpoints
 
-    os.environ.update(environment)
-    # Read from the environment at import, which was in another process.
-    failpoints._remaining.update(failpoints._parse(failpoints_text))
     main(arguments)
 
 

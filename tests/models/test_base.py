@@ -1,13 +1,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx2
 import pytest
 import torch
+from forks import Fork
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
@@ -202,12 +201,10 @@ def build(folder):
 print((build_once("thing", build) / "file").read_text())
 """
     log = own_cache.parent / "log"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(log)], stdout=subprocess.PIPE, text=True) for _ in range(3)
-    ]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert len(set(outputs)) == 1
+    outputs = [own_cache.parent / f"output-{number}" for number in range(3)]
+    processes = [Fork(["-c", code, str(log)], output) for output in outputs]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert len({output.read_text() for output in outputs}) == 1
     assert log.read_text() == "built\n"
 
 

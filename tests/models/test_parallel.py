@@ -2,13 +2,12 @@
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import Fork
 
 from fedmoe.models.parallel import ParallelError, ProcessGroup, join_group
 
@@ -76,11 +75,10 @@ def launch(target: Path, world_size: int) -> None:
     processes = []
     for rank in range(world_size):
         environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-c", PROGRAM, str(target)]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        log = target.with_name(f"{target.name}-{rank}.log")
+        processes.append((Fork(["-c", PROGRAM, str(target)], log, environment=environment), log))
+    for process, log in processes:
+        assert process.wait(120) == 0, log.read_text()
 
 
 def test_two_processes_with_half_the_batch_each_equal_one_with_the_whole(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_started_with_nohup_it_outlives_its_terminal_76(
 ) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as children inherit it
     try:
-        running = coordinator_process()
+        running = coordinator_process(fresh=True)
         running.start()
     finally:
         signal.signal(signal.SIGHUP, before)

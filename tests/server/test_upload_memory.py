@@ -114,7 +114,7 @@ def test_many_large_uploads_at_once_take_bounded_memory_and_give_it_back(
     coordinator_process: Callable[..., CoordinatorProcess],
 ) -> None:
     layout = Layout((ModuleShape("m", 150_000, 100_000),), 16)  # 16 MB as float32
-    house = coordinator_process()
+    house = coordinator_process(fresh=True)
     house.start()
     assert house.process is not None
     with CoordinatorClient(house.url) as client:

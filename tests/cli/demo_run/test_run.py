@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from forks import Fork
 from rich.console import Console
 
 from fedmoe.cli.demo_run import run
 from fedmoe.cli.demo_run.plan import GENERAL, WORKERS, DemoPlan
+from fedmoe.cli.demo_run.processes import DemoProcess
 from fedmoe.cli.demo_run.report import GATEWAY
 from fedmoe.lora.formats import read_peft
 from fedmoe.lora.moments import LEAST_TOKENS
@@ -35,11 +40,19 @@ def write_data(folder: Path) -> None:
     (folder / GENERAL / "test.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def forked(name: str, arguments: Sequence[str], log: Path, niceness: int = 0) -> DemoProcess:
+    """As `start` does it, without the seconds that six workers take to load torch; `start` has a test of its own."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process: Any = Fork(["-m", "fedmoe", *arguments], log, environment=os.environ | {"OMP_NUM_THREADS": "1"})
+    return DemoProcess(name, process, log)
+
+
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoPlan:
     write_data(tmp_path / "data")
     # The data is there; making it needs a package registry and has tests of its own.
     monkeypatch.setattr(run, "build_domains", lambda *_, **__: {})
+    monkeypatch.setattr(run, "start", forked)
     monkeypatch.chdir(tmp_path)
     return DemoPlan(
         tmp_path / "run", tmp_path / "data", "tiny", steps=12, sync_interval=1.0, max_length=64, held_out_blocks=4

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ import httpx2
 import openai
 import pytest
 import typer
+from forks import Fork
 from live import listening, open_house
 from serve_house import tiny, tiny_manifest
 from support import MANIFEST, free_port
@@ -26,8 +25,6 @@ from fedmoe.gateway.serve.app import Endpoint, ServeError, open_server
 from fedmoe.gateway.serve.service import Limits
 from fedmoe.lora.manifest import Manifest
 
-COMMAND = "import typer; from fedmoe.cli.serve import serve; typer.run(serve)"
-
 
 def run(*arguments: str) -> None:
     """The command in this process, without the shell around it."""
@@ -37,14 +34,9 @@ def run(*arguments: str) -> None:
 
 
 @contextmanager
-def process(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    with log.open("wb") as output:
-        made = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, "--base-model", "tiny", "--device", "cpu", *arguments],
-            stdout=output,
-            stderr=output,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+def process(log: Path, *arguments: str) -> Iterator[Fork]:
+    command = ["-m", "fedmoe", "gateway", "serve", "--base-model", "tiny", "--device", "cpu", *arguments]
+    made = Fork(command, log, environment=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         yield made
     finally:
@@ -52,7 +44,7 @@ def process(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
         made.wait(20)
 
 
-def await_health(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+def await_health(url: str, server: Fork, log: Path) -> None:
     deadline = time.monotonic() + 120
     while True:
         try:

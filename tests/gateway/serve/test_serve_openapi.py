@@ -35,6 +35,11 @@ def app_of(served: Served) -> FastAPI:
     return create_app(served.service, served.watcher.health, None, True)
 
 
+@pytest.fixture(scope="module")
+def document(served: Served) -> dict[str, Any]:
+    return app_of(served).openapi()
+
+
 def test_every_route_stands_in_the_table_with_every_code(served: Served) -> None:
     app = app_of(served)
     routes = {(m, route.path) for route in app.routes if isinstance(route, APIRoute) for m in route.methods or ()}
@@ -71,11 +76,13 @@ def test_every_route_stands_in_the_table_with_every_code(served: Served) -> None
         ("POST", "/v1/chat/completions", [], "malformed"),
     ],
 )
-def test_what_is_answered_is_documented(served: Served, method: str, path: str, body: object, code: str | None) -> None:
+def test_what_is_answered_is_documented(
+    served: Served, document: dict[str, Any], method: str, path: str, body: object, code: str | None
+) -> None:
     with httpx2.Client(base_url=served.url, timeout=60) as client:
         answer = client.request(method, path, json=body) if body is not None else client.request(method, path)
     type_ = answer.headers.get("content-type", "")
-    check_documented(app_of(served), method, path, answer.status_code, type_, answer.content)
+    check_documented(document, method, path, answer.status_code, type_, answer.content)
     assert (answer.json()["error"]["code"] if answer.status_code >= 400 and answer.content else None) == code
 
 
