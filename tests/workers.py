@@ -106,7 +106,7 @@ class Road(httpx2.BaseTransport):
         self.open_for_pushes = threading.Event()
         self.open_for_pushes.set()
         self.pushes: list[httpx2.URL] = []
-        self._inner = httpx2.HTTPTransport()
+        self._inner = httpx2.HTTPTransport(verify=False)
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         if self.closed.is_set():

@@ -43,7 +43,7 @@ class Listening(httpx2.BaseTransport):
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, bytes]] = []
-        self._inner = httpx2.HTTPTransport()
+        self._inner = httpx2.HTTPTransport(verify=False)
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         self.sent.append((str(request.url), request.read()))

@@ -152,7 +152,7 @@ class LosesAnswers(httpx2.BaseTransport):
     """A network on which the request arrives and the answer does not, a given number of times."""
 
     def __init__(self, losses: int) -> None:
-        self.inner = httpx2.HTTPTransport()
+        self.inner = httpx2.HTTPTransport(verify=False)
         self.losses = losses
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
