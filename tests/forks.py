@@ -12,6 +12,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -78,6 +79,20 @@ class Fork:
 
 
 Process = subprocess.Popen[bytes] | Fork
+
+
+def run(
+    *arguments: str, environment: Mapping[str, str] | None = None, folder: Path | None = None, timeout: float = 120.0
+) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` to its end: its status, its standard output and its standard error."""
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        process = Fork(arguments, out, err, environment, folder)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, status, out.read_text(), err.read_text())
 
 
 def _run(arguments: list[str], streams: tuple[str, str], environment: dict[str, str], folder: str) -> None:

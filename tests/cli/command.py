@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
+import forks
 import typer
-from forks import Fork
 
 from fedmoe.cli.commands import app
 from fedmoe.cli.gateway import get_gateway_model
@@ -72,13 +71,8 @@ def option_lines() -> list[str]:
 
 def run_script(*arguments: str, environment: dict[str, str] | None = None) -> Outcome:
     """Run a script or module of the repository in a process of its own; what it loads itself is loaded already."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        process = Fork(arguments, out, err, _clean_environment() | (environment or {}), ROOT)
-        try:
-            return Outcome(process.wait(120), out.read_text(), err.read_text())
-        finally:
-            process.kill()
+    done = forks.run(*arguments, environment=_clean_environment() | (environment or {}), folder=ROOT)
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def run_code(code: str) -> Outcome:

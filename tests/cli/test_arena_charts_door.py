@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 from fedmoe.cli import arena_charts as arena_charts
@@ -24,8 +24,7 @@ FILES = {
 
 
 def door(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "demo" / name), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return forks.run(str(ROOT / "demo" / name), *arguments, folder=folder)
 
 
 def test_sample_data_then_charts(tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 from crash_load import EXPERTS, Pusher, fold, gather, landed, pull, read_journal, register, start_pushers
@@ -23,8 +22,7 @@ from fedmoe.wire.contract.messages import UpdateHeader
 
 def state_command(*arguments: object) -> dict[str, object]:
     """`fedmoe state ...` in a process of its own; what it prints as JSON."""
-    words = [sys.executable, "-m", "fedmoe", "state", *map(str, arguments), "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = forks.run("-m", "fedmoe", "state", *map(str, arguments), "--json")
     assert done.returncode == 0, done.stderr
     found: dict[str, object] = json.loads(done.stdout)
     return found

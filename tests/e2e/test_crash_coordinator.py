@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 from crash_campaign import Plan, run
@@ -121,13 +120,7 @@ def test_a_second_coordinator_on_the_same_state_exits_naming_the_first(
     coordinator: CoordinatorProcess = coordinator_process()
     coordinator.start()
     assert coordinator.process is not None
-    second = subprocess.run(
-        [sys.executable, "-m", "fedmoe", "coordinator", "--port", "0", "--state-dir", str(tmp_path / "state")],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
+    second = forks.run("-m", "fedmoe", "coordinator", "--port", "0", "--state-dir", str(tmp_path / "state"), timeout=20)
     assert second.returncode != 0
     assert f"process id {coordinator.process.pid}" in second.stderr
     assert "Traceback" not in second.stderr

@@ -9,15 +9,13 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from crash_load import read_journal
-from forks import FORKS, enter
+from forks import FORKS, Fork, enter
 from support import CoordinatorProcess
 
 from fedmoe.federation.events import UpdateAccepted
@@ -42,7 +40,7 @@ class WorkerProcess:
     name: str = "w1"
     options: Sequence[str] = ()
     log: Path = field(init=False)
-    process: subprocess.Popen[bytes] | None = None
+    process: Fork | None = None
 
     def __post_init__(self) -> None:
         self.log = self.folder / f"{self.name}.log"
@@ -60,12 +58,10 @@ class WorkerProcess:
             *("--max-steps", str(self.steps), *self.options),
         ]
 
-    def start(self, launcher: Sequence[str] = ("-m", "fedmoe")) -> subprocess.Popen[bytes]:
-        """As an operator starts it."""
+    def start(self, launcher: Sequence[str] = ("-m", "fedmoe")) -> Fork:
+        """Start it with another program, or with all that an operator may say."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        with self.log.open("ab") as log:
-            command = [sys.executable, *launcher, *self.arguments()]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        self.process = Fork([*launcher, *self.arguments()], self.log, environment=environment)
         return self.process
 
     def fork(

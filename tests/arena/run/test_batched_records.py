@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import forks
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -143,6 +142,6 @@ with BatchedRecords(RecordWriter(Path(sys.argv[1]))) as records:
 
 def test_a_killed_process_loses_only_the_iteration_under_way(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(file)], check=False)
+    done = forks.run("-c", KILLED, str(file))
     assert done.returncode == -signal.SIGKILL
     assert numbers(file) == [1]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from checkpoint_states import assert_same, state
+from forks import Fork
 from structlog.testing import capture_logs
 
 from fedmoe.arena.run.checkpoint import checkpoints, clean, load_newest
@@ -19,7 +18,6 @@ from fedmoe.arena.run.checkpoint import checkpoints, clean, load_newest
 SAVER = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
 from checkpoint_states import saved
 from fedmoe.runtime import logs
 from fedmoe.arena.run.checkpoint import clean, load_newest, prune
@@ -36,14 +34,9 @@ while True:
 """
 
 
-def start_saving(folder: Path, failpoints: str = "") -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", SAVER, str(folder), str(Path(__file__).parents[1])],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"FEDMOE_FAILPOINTS": failpoints, "OMP_NUM_THREADS": "1"},
-    )
+def start_saving(folder: Path, printed: Path, failpoints: str = "") -> Fork:
+    environment = os.environ | {"FEDMOE_FAILPOINTS": failpoints, "OMP_NUM_THREADS": "1"}
+    return Fork(["-c", SAVER, str(folder)], printed, printed.with_suffix(".err"), environment)
 
 
 def assert_the_newest_is_whole(folder: Path, promised: int) -> None:
@@ -60,31 +53,28 @@ def assert_the_newest_is_whole(folder: Path, promised: int) -> None:
     ["checkpoint.file_written=11", "checkpoint.file_written=17", "checkpoint.written=2", "checkpoint.renamed=2"],
 )
 def test_killed_at_any_step_of_a_save_the_one_before_is_whole(place: str, tmp_path: Path) -> None:
-    process = start_saving(tmp_path, place)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    assert printed == "1\n"
-    assert_the_newest_is_whole(tmp_path, 1)
-    left = len(list(tmp_path.iterdir())) - len(checkpoints(tmp_path))
+    folder, printed = tmp_path / "checkpoints", tmp_path / "printed"
+    assert start_saving(folder, printed, place).wait(60) == -signal.SIGKILL
+    assert printed.read_text() == "1\n"
+    assert_the_newest_is_whole(folder, 1)
+    left = len(list(folder.iterdir())) - len(checkpoints(folder))
     assert left == (0 if "renamed" in place else 1)
-    clean(tmp_path)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name for path in checkpoints(tmp_path)]
+    clean(folder)
+    assert sorted(entry.name for entry in folder.iterdir()) == [path.name for path in checkpoints(folder)]
 
 
 def kill_at_random(folder: Path, times: int, seed: int) -> None:
     rng = random.Random(seed)
-    promised = 0
-    for _ in range(times):
-        process = start_saving(folder)
-        assert process.stdout is not None
-        promised = int(process.stdout.readline())
+    for number in range(times):
+        printed = folder / f"printed-{number}"
+        process = start_saving(folder / "checkpoints", printed)
+        while not (printed.exists() and printed.read_bytes().endswith(b"\n")):
+            assert process.poll() is None, printed.with_suffix(".err").read_text()
+            time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.08))
         process.kill()
-        numbers = process.stdout.read().split()
-        process.stdout.close()
         process.wait()
-        promised = int(numbers[-1]) if numbers else promised
-        assert_the_newest_is_whole(folder, promised)
+        assert_the_newest_is_whole(folder / "checkpoints", int(printed.read_text().split()[-1]))
 
 
 def test_killed_at_random_moments_a_run_always_finds_its_newest_checkpoint(tmp_path: Path) -> None:

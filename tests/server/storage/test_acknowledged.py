@@ -7,12 +7,11 @@ import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import forks
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -307,18 +306,9 @@ for version in range(1, 9):
 @pytest.mark.parametrize("place", ["journal.committed", "journal.counted"])
 @pytest.mark.parametrize("hit", [1, 2, 5])
 def test_killed_around_the_count_the_next_start_has_what_was_told(tmp_path: Path, place: str, hit: int) -> None:
-    environment = os.environ | {
-        "FEDMOE_FAILPOINTS": f"{place}={hit}",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    killed = subprocess.run(
-        [sys.executable, "-c", APPEND, str(tmp_path / "state")],
-        env=environment,
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    environment = os.environ | {"FEDMOE_FAILPOINTS": f"{place}={hit}"}
+    killed = forks.run("-c", APPEND, str(tmp_path / "state"), environment=environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     told = len(killed.stdout.split())
     state = StateDir.open(tmp_path / "state")
     assert state.journal.count() in (told + 2, (told + 1) if told else 0)

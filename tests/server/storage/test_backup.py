@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import forks
 import pytest
 from support import accepted, registered, sha256
 
@@ -188,7 +187,7 @@ def test_a_killed_backup_is_not_taken_for_one_and_the_next_one_takes_its_place(
         "make_backup(Path(sys.argv[1]), Path(sys.argv[2]), 0.0)"
     )
     environment = os.environ | {"FEDMOE_FAILPOINTS": f"{place}=1"}
-    killed = subprocess.run([sys.executable, "-c", code, str(state.path), str(target)], env=environment)
+    killed = forks.run("-c", code, str(state.path), str(target), environment=environment)
     assert killed.returncode == -9
     left = target.with_name(".backup.unfinished")
     assert (left.exists(), target.exists()) == (True, False)

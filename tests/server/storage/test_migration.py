@@ -6,10 +6,9 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 from state_fixture import unpacked
 from typer.testing import CliRunner
@@ -62,13 +61,7 @@ def test_a_journal_of_schema_1_is_chained_and_a_copy_of_it_stays(tmp_path: Path)
 def test_killed_at_any_step_the_next_start_finishes_and_the_copy_is_kept_5(tmp_path: Path, step: str) -> None:
     state_dir = unpacked(tmp_path, "initial")
     before = rows(state_dir / "journal.sqlite")
-    killed = subprocess.run(
-        [sys.executable, "-c", OPEN, str(state_dir)],
-        env=os.environ | {"FEDMOE_FAILPOINTS": f"{step}=1"},
-        timeout=60,
-        check=False,
-        stderr=subprocess.DEVNULL,
-    )
+    killed = forks.run("-c", OPEN, str(state_dir), environment=os.environ | {"FEDMOE_FAILPOINTS": f"{step}=1"})
     assert killed.returncode == -signal.SIGKILL
     state = StateDir.open(state_dir)
     assert state.journal.count() == len(before)
