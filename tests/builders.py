@@ -1,6 +1,11 @@
-"""Adapters that tests of every component are made of."""
+"""What tests of every component are made of: adapters, files of rows; and waiting for what comes about."""
 
 from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -22,3 +27,17 @@ def smollm2_layout(rank: int = 8) -> Layout:
     return Layout(
         tuple(ModuleShape(f"model.layers.{i}.{name}", *size) for i in range(30) for name, size in sizes.items()), rank
     )
+
+
+def write_rows(path: Path, *rows: object) -> Path:
+    """A file with one JSON value a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Return once it is so; fails if it never comes about."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from builders import write_rows
 from command import Outcome
 
 Run = Callable[..., Outcome]
@@ -18,14 +19,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDMOE_CACHE", str(tmp_path / "cache"))
 
 
-def write(path: Path, *rows: object) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 def test_with_a_base_model_tokens_are_counted_and_two_samples_shown(fedmoe: Run, tmp_path: Path) -> None:
     rows = [{"messages": TURNS}] * 3 + [{"text": "x" * 100}]
-    outcome = fedmoe("data", "check", write(tmp_path / "a.jsonl", *rows), "--base-model", "tiny", "--max-length", "64")
+    outcome = fedmoe(
+        "data", "check", str(write_rows(tmp_path / "a.jsonl", *rows)), "--base-model", "tiny", "--max-length", "64"
+    )
     assert outcome.status == 0
     assert "4 of 4 rows fit, formats messages (3 rows), text (1 row)" in outcome.out
     assert "split: 1 row beyond that length" in outcome.out
@@ -34,7 +32,7 @@ def test_with_a_base_model_tokens_are_counted_and_two_samples_shown(fedmoe: Run,
 
 
 def test_json_holds_the_same(fedmoe: Run, tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", {"messages": TURNS, "id": 1})
+    file = str(write_rows(tmp_path / "a.jsonl", {"messages": TURNS, "id": 1}))
     report = json.loads(fedmoe("data", "check", file, "--base-model", "tiny", "--json").out)
     assert report["ok"] is True
     assert report["tokens"]["max_length"] == 1024
@@ -44,7 +42,7 @@ def test_json_holds_the_same(fedmoe: Run, tmp_path: Path) -> None:
 
 
 def test_the_second_look_takes_the_kept_tokens(fedmoe: Run, tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", {"messages": TURNS})
+    file = str(write_rows(tmp_path / "a.jsonl", {"messages": TURNS}))
     first = fedmoe("data", "check", file, "--base-model", "tiny")
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
     assert fedmoe("data", "check", file, "--base-model", "tiny").out == first.out
@@ -53,15 +51,19 @@ def test_the_second_look_takes_the_kept_tokens(fedmoe: Run, tmp_path: Path) -> N
 def test_a_row_that_the_template_refuses_ends_with_status_1_and_its_line(fedmoe: Run, tmp_path: Path) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     called = {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}
-    outcome = fedmoe("data", "check", write(tmp_path / "a.jsonl", called, {"messages": TURNS}), "--base-model", "tiny")
+    outcome = fedmoe(
+        "data", "check", str(write_rows(tmp_path / "a.jsonl", called, {"messages": TURNS})), "--base-model", "tiny"
+    )
     assert outcome.status == 1
     assert "line 1: the chat template does not render tool_calls" in outcome.out
 
 
 def test_the_advice_for_a_template_that_does_not_render_calls_works(fedmoe: Run, tmp_path: Path) -> None:
     call = {"type": "function", "function": {"name": "look_up", "arguments": '{"x": 1}'}}
-    file = write(
-        tmp_path / "a.jsonl", {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    file = str(
+        write_rows(
+            tmp_path / "a.jsonl", {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}
+        )
     )
     assert "--chat-template FILE" in fedmoe("data", "check", file, "--base-model", "tiny").out
     template = tmp_path / "with_calls.jinja"
@@ -77,7 +79,7 @@ def test_the_advice_for_a_template_that_does_not_render_calls_works(fedmoe: Run,
 
 def test_long_rows_are_cut_split_or_dropped_as_asked(fedmoe: Run, tmp_path: Path) -> None:
     long = {"messages": [TURNS[0], {"role": "assistant", "content": "so " * 100}]}
-    file = write(tmp_path / "a.jsonl", long, {"messages": TURNS})
+    file = str(write_rows(tmp_path / "a.jsonl", long, {"messages": TURNS}))
     check = ("data", "check", file, "--base-model", "tiny", "--max-length", "100")
     assert "cut: in 1 row the tail of an answer" in fedmoe(*check).out
     assert "split: 1 row beyond that length" in fedmoe(*check, "--long-rows", "split").out
@@ -97,20 +99,20 @@ def test_long_rows_are_cut_split_or_dropped_as_asked(fedmoe: Run, tmp_path: Path
     ],
 )
 def test_options_about_tokens_need_a_base_model(option: tuple[str, str], fedmoe: Run, tmp_path: Path) -> None:
-    outcome = fedmoe("data", "check", write(tmp_path / "a.jsonl", {"text": "a"}), *option)
+    outcome = fedmoe("data", "check", str(write_rows(tmp_path / "a.jsonl", {"text": "a"})), *option)
     assert outcome.status == 1
     assert f"{option[0]} needs --base-model" in outcome.err
 
 
 def test_a_length_beyond_the_context_is_refused_with_both(fedmoe: Run, tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", {"text": "a"})
+    file = str(write_rows(tmp_path / "a.jsonl", {"text": "a"}))
     outcome = fedmoe("data", "check", file, "--base-model", "tiny", "--max-length", "4096")
     assert outcome.status == 1
     assert "--max-length 4096 is more than the base model's context of 2048 tokens" in outcome.err
 
 
 def test_columns_are_mapped_and_a_wrong_map_says_how(fedmoe: Run, tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", {"frage": "a", "antwort": "b"})
+    file = str(write_rows(tmp_path / "a.jsonl", {"frage": "a", "antwort": "b"}))
     assert fedmoe("data", "check", file).status == 1
     outcome = fedmoe("data", "check", file, "--map", "frage=question", "--map", "antwort=answer")
     assert outcome.status == 0

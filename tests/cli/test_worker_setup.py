@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from builders import write_rows
 from live import JOIN, listening, open_house
 from support import free_port
 from workers import Federation, Setup, blocks, federation
@@ -21,11 +22,6 @@ from fedmoe.worker import preparation as worker_options
 Told = Callable[..., str]
 NEEDED = {"coordinator_url": "http://127.0.0.1:5000", "worker_id": "w1", "specialty": "python", "dataset": "a.jsonl"}
 GOOD = [{"prompt": f"{n} and one is ", "completion": f"{n + 1}"} for n in range(20)]
-
-
-def write(file: Path, rows: list[dict[str, object]] | list[dict[str, str]]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 @pytest.fixture
@@ -93,14 +89,14 @@ def test_data_that_is_not_fit_is_told_before_the_base_model_is_loaded(
 
 @pytest.mark.usefixtures("_no_base_model")
 def test_a_coordinator_that_is_not_there_is_told_before_the_base_model_is_loaded(told: Told, tmp_path: Path) -> None:
-    said = told(69, write(tmp_path / "d.jsonl", GOOD))
+    said = told(69, write_rows(tmp_path / "d.jsonl", *GOOD))
     assert "does not answer" in said
     assert said.count("\n") == 0
 
 
 @pytest.mark.usefixtures("_no_base_model")
 def test_a_path_that_is_not_the_coordinators_is_named(told: Told, tmp_path: Path, house: Federation) -> None:
-    said = told(1, write(tmp_path / "d.jsonl", GOOD), url=f"{house.url}/somewhere")
+    said = told(1, write_rows(tmp_path / "d.jsonl", *GOOD), url=f"{house.url}/somewhere")
     assert said == "error: GET /somewhere/federation: Not Found. [unknown_route]"
 
 
@@ -127,7 +123,7 @@ def test_a_missing_or_wrong_token_is_told_without_showing_it(
 ) -> None:
     (tmp_path / "locked").mkdir()
     with open_house(tmp_path / "locked", tokens=True) as opened, listening(opened.app) as server:
-        said = told(1, write(tmp_path / "d.jsonl", GOOD), *options, url=server.url)
+        said = told(1, write_rows(tmp_path / "d.jsonl", *GOOD), *options, url=server.url)
     assert words in said.lower()
     assert "[unauthorised]" in said
     assert "x" * 32 not in said
@@ -138,7 +134,7 @@ def test_a_missing_or_wrong_token_is_told_without_showing_it(
 def test_a_state_directory_of_another_worker_is_told_before_the_base_model_is_loaded(
     told: Told, tmp_path: Path, house: Federation
 ) -> None:
-    file = write(tmp_path / "d.jsonl", GOOD)
+    file = write_rows(tmp_path / "d.jsonl", *GOOD)
     (tmp_path / "w1").mkdir()
     identity = {"worker": "w2", "expert": "sql", "epoch": "e1"}
     (tmp_path / "w1" / "identity.json").write_text(json.dumps(identity))
@@ -147,7 +143,7 @@ def test_a_state_directory_of_another_worker_is_told_before_the_base_model_is_lo
 
 @pytest.mark.usefixtures("_no_base_model")
 def test_a_state_directory_that_cannot_be_made_is_told(told: Told, tmp_path: Path, house: Federation) -> None:
-    file = write(tmp_path / "d.jsonl", GOOD)
+    file = write_rows(tmp_path / "d.jsonl", *GOOD)
     (tmp_path / "w1").write_text("a file")
     assert "w1" in told(1, file, url=house.url)
 
@@ -180,7 +176,7 @@ def _no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_that_do_not_fit_are_told_by_their_flag_before_the_long_work(
     options: list[str], words: list[str], told: Told, tmp_path: Path, house: Federation
 ) -> None:
-    said = told(1, write(tmp_path / "d.jsonl", GOOD), *options, url=house.url)
+    said = told(1, write_rows(tmp_path / "d.jsonl", *GOOD), *options, url=house.url)
     for word in words:
         assert word in said
 
@@ -191,7 +187,7 @@ def test_a_step_without_room_is_refused_with_what_fits(
 ) -> None:
     monkeypatch.setattr(worker_options, "free_memory", lambda device, processes: 60 << 20)
     batch = ("--per-device-train-batch-size", "4")
-    said = told(1, write(tmp_path / "d.jsonl", GOOD), *batch, url=house.url)
+    said = told(1, write_rows(tmp_path / "d.jsonl", *GOOD), *batch, url=house.url)
     assert "a training step of 4 rows of 1024 tokens takes about 0.12 GiB" in said
     length = said.partition("--max-length ")[2].partition(",")[0]
     fits = WorkerConfig(**NEEDED, max_length=int(length), per_device_train_batch_size=4)  # type: ignore[arg-type]
@@ -206,7 +202,7 @@ def test_an_adapter_unlike_the_federations_is_refused_before_the_long_work(
 ) -> None:
     Setup(house.url, tmp_path / "w2", name="w2", steps=1).run()
     monkeypatch.setattr(setup, "worker_data", None)
-    said = told(1, write(tmp_path / "d.jsonl", GOOD), "--lora-r", "8", "--lora-alpha", "8", url=house.url)
+    said = told(1, write_rows(tmp_path / "d.jsonl", *GOOD), "--lora-r", "8", "--lora-alpha", "8", url=house.url)
     assert "all experts share one LoRA configuration; rank: expected 4, got 8. Give --base-model, --lora-r" in said
 
 
@@ -217,10 +213,10 @@ def test_changed_data_are_refused_before_the_long_work(
     monkeypatch.setattr(StopOnSignal, "install", lambda self: None)
     fixed = ["--coordinator-url", house.url, "--worker-id", "w1", "--specialty", "python", "--base-model", "tiny"]
     state = ["--state-dir", str(tmp_path / "w1"), "--dtype", "fp32", "--device", "cpu", "--no-send-statistics"]
-    data = write(tmp_path / "d.jsonl", GOOD)
+    data = write_rows(tmp_path / "d.jsonl", *GOOD)
     main(["worker", *fixed, *state, "--dataset", str(data), "--max-steps", "1"])
     monkeypatch.setattr(setup, "data_statistics", None)
-    said = told(1, write(tmp_path / "d.jsonl", GOOD[3:]), url=house.url)
+    said = told(1, write_rows(tmp_path / "d.jsonl", *GOOD[3:]), url=house.url)
     assert "the checkpoint is of other data: 3 of 20 samples are gone or changed, 0 are new" in said
     assert "--allow-changed-data" in said
     main(["worker", *fixed, *state, "--dataset", str(data), "--max-steps", "2", "--allow-changed-data"])
@@ -232,7 +228,7 @@ def test_one_device_for_several_processes_is_refused(
     device: str, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    said = told(1, write(tmp_path / "d.jsonl", GOOD), "--device", device)
+    said = told(1, write_rows(tmp_path / "d.jsonl", *GOOD), "--device", device)
     assert f"--device {device} names one device, but WORLD_SIZE is 2" in said
 
 
@@ -263,7 +259,7 @@ def test_values_may_come_from_the_environment(
         "COORDINATOR_URL": house.url,
         "WORKER_ID": "w1",
         "SPECIALTY": "python",
-        "DATASET": str(write(tmp_path / "d.jsonl", GOOD)),
+        "DATASET": str(write_rows(tmp_path / "d.jsonl", *GOOD)),
         "STATE_DIR": str(tmp_path / "w1"),
         "BASE_MODEL": "tiny",
         "DTYPE": "fp32",

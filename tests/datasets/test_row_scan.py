@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from builders import write_rows
 
 from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
 from fedmoe.datasets.readers.common import DataError
@@ -13,11 +14,6 @@ from fedmoe.datasets.row_scan import RowOptions, RowScan, check_file
 
 USER_ASSISTANT = (Message("user", "hi"), Message("assistant", "ho"))
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-
-
-def write(path: Path, *rows: object) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def samples_of(path: Path, *columns: tuple[str, str]) -> tuple[Sample, ...]:
@@ -49,7 +45,7 @@ def samples_of(path: Path, *columns: tuple[str, str]) -> tuple[Sample, ...]:
     ],
 )
 def test_each_shape_is_recognised(tmp_path: Path, row: dict[str, object], name: str, sample: Sample) -> None:
-    file = write(tmp_path / "a.jsonl", row)
+    file = write_rows(tmp_path / "a.jsonl", row)
     assert check_file(file).format == name
     assert samples_of(file) == (sample,)
 
@@ -80,7 +76,7 @@ def test_each_shape_is_recognised(tmp_path: Path, row: dict[str, object], name: 
     ],
 )
 def test_a_row_that_does_not_fit_is_named(tmp_path: Path, row: dict[str, object], reason: str) -> None:
-    report = check_file(write(tmp_path / "a.jsonl", {"messages": TURNS}, row), RowOptions(max_bad_fraction=0.5))
+    report = check_file(write_rows(tmp_path / "a.jsonl", {"messages": TURNS}, row), RowOptions(max_bad_fraction=0.5))
     assert (report.rows, report.good, report.bad_count) == (2, 1, 1)
     assert report.counts.bad[0].line == 2
     assert reason in report.counts.bad[0].reason
@@ -89,11 +85,11 @@ def test_a_row_that_does_not_fit_is_named(tmp_path: Path, row: dict[str, object]
 
 def test_one_bad_row_in_a_hundred_is_tolerated_and_reported_two_are_not(tmp_path: Path) -> None:
     good = [{"text": f"row {i}"} for i in range(99)]
-    report = check_file(write(tmp_path / "a.jsonl", *good, {"text": ""}))
+    report = check_file(write_rows(tmp_path / "a.jsonl", *good, {"text": ""}))
     assert report.good == 99
     assert report.problem is None
     assert "line 100: 'text' is empty" in report.text
-    worse = check_file(write(tmp_path / "b.jsonl", *good[:98], {"text": ""}, {"text": " "}))
+    worse = check_file(write_rows(tmp_path / "b.jsonl", *good[:98], {"text": ""}, {"text": " "}))
     with pytest.raises(
         DataError, match=r"2 of 100 rows are bad \(2\.0%, allowed are 1\.0%\)[^$]*line 99:[^$]*line 100:"
     ):
@@ -101,7 +97,7 @@ def test_one_bad_row_in_a_hundred_is_tolerated_and_reported_two_are_not(tmp_path
 
 
 def test_wrong_keys_list_the_accepted_shapes_and_the_advice_works(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", {"frage": "a", "antwort": "b"})
+    path = write_rows(tmp_path / "a.jsonl", {"frage": "a", "antwort": "b"})
     report = check_file(path)
     assert report.to_json()["ok"] is False
     for part in (
@@ -116,7 +112,7 @@ def test_wrong_keys_list_the_accepted_shapes_and_the_advice_works(tmp_path: Path
 
 
 def test_a_map_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", {"text": "a"})
+    path = write_rows(tmp_path / "a.jsonl", {"text": "a"})
     with pytest.raises(DataError, match="'wort', which no row has; the first row has \\['text'\\]"):
         check_file(path, RowOptions((("wort", "text"),)))
     with pytest.raises(DataError, match="the name 'antwort', which no format has"):
@@ -126,14 +122,14 @@ def test_a_map_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_mapped_column_takes_the_place_of_one_of_that_name(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", {"text": "a rendering", "prompt": "p", "raw": "what is meant"})
+    path = write_rows(tmp_path / "a.jsonl", {"text": "a rendering", "prompt": "p", "raw": "what is meant"})
     assert samples_of(path, ("raw", "text")) == (Text(1, "what is meant"),)
 
 
 def test_rows_of_several_formats_are_each_read_by_their_own_and_said(tmp_path: Path) -> None:
     union = {"messages": None, "prompt": None, "completion": None, "text": None}
     rows = [union | {"messages": TURNS}, union | {"prompt": "p", "completion": "c"}, union | {"text": "t"}]
-    path = write(tmp_path / "a.jsonl", *rows)
+    path = write_rows(tmp_path / "a.jsonl", *rows)
     assert samples_of(path) == (Chat(1, USER_ASSISTANT), Completion(2, "p", "c"), Text(3, "t"))
     assert "formats messages (1 row), prompt+completion (1 row), text (1 row)" in check_file(path).text
 
@@ -145,27 +141,27 @@ def test_a_file_without_a_readable_row_says_so(tmp_path: Path) -> None:
 
 
 def test_a_file_with_only_bad_rows_is_refused_whatever_is_allowed(tmp_path: Path) -> None:
-    report = check_file(write(tmp_path / "a.jsonl", {"text": ""}), RowOptions(max_bad_fraction=0.99))
+    report = check_file(write_rows(tmp_path / "a.jsonl", {"text": ""}), RowOptions(max_bad_fraction=0.99))
     assert "1 of 1 rows are bad" in str(report.problem)
 
 
 def test_many_bad_rows_are_counted_but_not_all_kept(tmp_path: Path) -> None:
-    report = check_file(write(tmp_path / "a.jsonl", *([{"text": ""}] * 500)))
+    report = check_file(write_rows(tmp_path / "a.jsonl", *([{"text": ""}] * 500)))
     assert report.bad_count == 500
     assert len(report.counts.bad) == 100
     assert "and 490 more" in report.text
 
 
 def test_columns_that_are_not_used_are_reported(tmp_path: Path) -> None:
-    report = check_file(write(tmp_path / "a.jsonl", {"text": "a", "license": "MIT"}))
+    report = check_file(write_rows(tmp_path / "a.jsonl", {"text": "a", "license": "MIT"}))
     assert report.counts.ignored == ("license",)
     assert "not used: license" in report.text
 
 
 def test_the_report_is_json_and_knows_the_file_by_content(tmp_path: Path) -> None:
-    one = check_file(write(tmp_path / "a.jsonl", {"text": "a"}))
-    same = check_file(write(tmp_path / "b.jsonl", {"text": "a"}))
-    other = check_file(write(tmp_path / "c.jsonl", {"text": "b"}))
+    one = check_file(write_rows(tmp_path / "a.jsonl", {"text": "a"}))
+    same = check_file(write_rows(tmp_path / "b.jsonl", {"text": "a"}))
+    other = check_file(write_rows(tmp_path / "c.jsonl", {"text": "b"}))
     assert one.sha256 == same.sha256 != other.sha256
     assert json.loads(json.dumps(one.to_json()))["ok"] is True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
+from builders import wait_until
 from workers import Federation, federation, tiny_base
 
 from fedmoe.coordinator import seed_of
@@ -116,13 +117,6 @@ def verdicts(client: CoordinatorClient, count: int) -> list[VerdictInfo]:
     return found
 
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def worst_kept(adapters: Mapping[str, Adapter], own: Mapping[str, Adapter]) -> dict[str, float]:
     """What each adapter keeps of the own expert's gain on its worst domain, measured by `gateway evaluate`'s code."""
     held_out = {name: counting(step, 1, 6) for name, step in DOMAINS.items()}
@@ -166,7 +160,7 @@ def test_the_best_scale_goes_out_a_worse_gateway_does_not_and_a_better_one_does_
 
         up.push(-damage)
         down.learn(10)
-        until(lambda: client.gateway_info().sources == {"up": 3, "down": 2})
+        wait_until(lambda: client.gateway_info().sources == {"up": 3, "down": 2})
         assert client.gateway_verdicts()[0].published is not None
 
 
@@ -190,7 +184,7 @@ def test_numbers_leave_the_machine_and_nothing_else(house: Federation, client: C
     road = Listening()
     with CoordinatorClient(house.url, transport=road) as own:
         evaluator = GatewayEvaluator(own, scorer("up"), "e1", "up", 1.0)
-        until(evaluator.score_once)
+        wait_until(evaluator.score_once)
     posted = [json.loads(body) for url, body in road.sent if body and not url.endswith("/gateway_candidates")]
     assert len(posted) == 1
     assert posted[0].keys() == {"set", "evaluator", "expert", "tokens", "base", "own", "published", "candidates"}
@@ -204,7 +198,7 @@ def test_numbers_leave_the_machine_and_nothing_else(house: Federation, client: C
 def test_the_losses_are_those_of_the_evaluation_command(house: Federation, client: CoordinatorClient) -> None:
     trainer = Trainer(client, "up")
     trainer.learn(5)
-    until(GatewayEvaluator(client, scorer("up"), "e1", "up", 1.0).score_once)
+    wait_until(GatewayEvaluator(client, scorer("up"), "e1", "up", 1.0).score_once)
     (found,) = verdicts(client, 1)[0].scores
     pulled = client.pull_expert("up")
     assert pulled is not None
@@ -230,13 +224,13 @@ def test_base_own_expert_and_what_went_out_are_measured_once(
 
     monkeypatch.setattr(HeldOutScorer, "_measure", counted)
     evaluator = GatewayEvaluator(client, scorer("up"), "e1", "up", 1.0)
-    until(evaluator.score_once)
+    wait_until(evaluator.score_once)
     assert len(measured) == 2 + 3  # base model, own expert, three scales
     for count, size in ((1, 1e-6), (2, 0.2)):
         before = verdicts(client, count)[0]
         assert before.published is not None or count == 2
         down.push(np.full(down.known.size, size, np.float32))
-        until(evaluator.score_once)
+        wait_until(evaluator.score_once)
         assert len(measured) == 5 + 3 * count  # the new candidates; what went out was a candidate, so it is known
 
 
@@ -252,7 +246,7 @@ def test_a_candidate_that_went_out_has_the_very_loss_it_was_chosen_for(
         for domain in DOMAINS:
             client.gateway_candidates(CandidatesRequest(evaluator=f"e-{domain}", expert=domain))
         for domain in DOMAINS:
-            until(GatewayEvaluator(client, scorer(domain), f"e-{domain}", domain, 1.0).score_once)
+            wait_until(GatewayEvaluator(client, scorer(domain), f"e-{domain}", domain, 1.0).score_once)
 
     scored_anew()
     chosen = verdicts(client, 1)[0]
@@ -296,18 +290,18 @@ def test_a_set_that_is_closed_while_it_is_scored_is_left_and_what_was_measured_i
         measured[0] += 1
         if measured[0] == 3:
             monkeypatch.setattr(gate, "_policy", GatePolicy(seconds=0.0))
-            until(client.gateway_verdicts)
+            wait_until(client.gateway_verdicts)
             monkeypatch.setattr(gate, "_policy", GatePolicy())
         return measure(self, adapter)
 
     monkeypatch.setattr(HeldOutScorer, "_measure", closed_at_the_third)
     evaluator = GatewayEvaluator(client, scorer("up"), "e1", "up", 1.0)
-    until(lambda: client.gateway_candidates(CandidatesRequest(evaluator="e1", expert="up")).open)
+    wait_until(lambda: client.gateway_candidates(CandidatesRequest(evaluator="e1", expert="up")).open)
     with pytest.raises(RefusedError, match="closed before it was scored"):
         evaluator.score_once()
     assert verdicts(client, 1)[0].undecided
     assert measured == [3]
-    until(evaluator.score_once)
+    wait_until(evaluator.score_once)
     assert measured == [2 + 3]  # base, own expert and three scales, each once
 
 
@@ -322,7 +316,7 @@ def test_another_base_model_is_named_and_nothing_is_sent(
         other, "base", replace(other.base, identity=replace(other.base.identity, weights_hash="0" * 64))
     )
     evaluator = GatewayEvaluator(client, other, "e1", "up", 1.0)
-    until(lambda: client.gateway_candidates(CandidatesRequest(evaluator="e1", expert="up")).open)
+    wait_until(lambda: client.gateway_candidates(CandidatesRequest(evaluator="e1", expert="up")).open)
     with pytest.raises(BaseMismatchError, match="--base-model"):
         evaluator.score_once()
     assert client.gateway_verdicts() == []
@@ -336,4 +330,4 @@ def test_an_evaluator_waits_for_a_coordinator_that_is_away_and_an_expert_that_is
         house.start()
         with CoordinatorClient(house.url) as client:
             Trainer(client, "up").learn(3)
-            until(lambda: any(found.published == "scaled x1" for found in client.gateway_verdicts()))
+            wait_until(lambda: any(found.published == "scaled x1" for found in client.gateway_verdicts()))

@@ -9,8 +9,9 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
+from builders import wait_until
 from fake_vllm import END, FakeVllm, expected_scores, make_adapter
-from vllm_bench import ONE, PROMPT, TWO, Make, folders, loads, request, served, wait_until
+from vllm_bench import ONE, PROMPT, TWO, Make, folders, loads, request, served
 
 from fedmoe.inference.engine import AdapterKey, EngineError, Sample
 

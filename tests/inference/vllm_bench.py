@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,9 +33,3 @@ def loads(fake: FakeVllm) -> list[str]:
 def served(fake: FakeVllm) -> list[str]:
     """The keys of the policies' versions on the server."""
     return [name.rpartition(".")[0] for name in fake.adapters if not name.startswith("zeros@")]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.001)

@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+from builders import wait_until
 from support import free_port
 
 from fedmoe.server.descriptors import few_left, in_use, raise_limit
@@ -50,30 +51,23 @@ def test_out_of_descriptors_it_neither_spins_nor_ends_says_so_and_recovers_15(tm
         process = subprocess.Popen(command, stdout=file, stderr=file)
     try:
         with CoordinatorClient(f"http://127.0.0.1:{port}") as client, ExitStack() as crowd:
-            wait_for(client.healthy)
+            wait_until(client.healthy)
             client.close()
             for _ in range(200):
                 with suppress(OSError):
                     crowd.enter_context(socket.create_connection(("127.0.0.1", port), 1))
-            wait_for(lambda: "few_file_descriptors" in events(log))
+            wait_until(lambda: "few_file_descriptors" in events(log))
             before, started = cpu_seconds(process.pid), time.monotonic()
             time.sleep(1.0)
             assert cpu_seconds(process.pid) - before < 0.5 * (time.monotonic() - started)
             assert process.poll() is None
         with CoordinatorClient(f"http://127.0.0.1:{port}") as client:
-            wait_for(client.healthy)
+            wait_until(client.healthy)
         process.send_signal(signal.SIGTERM)
         assert process.wait(40) == 0
     finally:
         process.kill()
     assert events(log).count("few_file_descriptors") == 1
-
-
-def wait_for(condition: object) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def test_the_soft_limit_is_raised_to_the_hard_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from builders import wait_until
 from live import ADMIN, JOIN, House, LiveServer, content_digest, listening, open_house, push_headers, push_parameters
 from support import make_body
 
@@ -33,13 +34,6 @@ def header(worker: str = "w1", sequence: int = 0) -> UpdateHeader:
     return UpdateHeader(expert="python", worker=worker, epoch="e1", sequence=sequence, base_version=0)
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
-
-
 def test_more_uploads_than_fit_are_sent_away_with_a_time_to_come_back_65(tmp_path: Path) -> None:
     limits = UploadLimits(total=2, silent_seconds=60)
     with open_house(tmp_path, uploads=limits) as house, listening(house.app) as server, ExitStack() as crowd:
@@ -48,7 +42,7 @@ def test_more_uploads_than_fit_are_sent_away_with_a_time_to_come_back_65(tmp_pat
         for name, connection in (("slow1", first), ("slow2", second)):
             connection.sendall(head(name) + BODY[:10])
         with CoordinatorClient(server.url) as client:
-            wait_for(lambda: taken(house) == 2)
+            wait_until(lambda: taken(house) == 2)
             with pytest.raises(CoordinatorUnavailableError, match="busy") as refused:
                 client.push(header(), BODY)
             assert refused.value.retry_after == 2.0
@@ -71,7 +65,7 @@ def test_heads_alone_take_no_place(tmp_path: Path) -> None:
         silent = [crowd.enter_context(server.connect()) for _ in range(20)]
         for number, connection in enumerate(silent):
             connection.sendall(head(f"silent{number}"))
-        wait_for(lambda: house.service.intake.uploads == 20)
+        wait_until(lambda: house.service.intake.uploads == 20)
         assert taken(house) == 0
         with CoordinatorClient(server.url) as client:
             assert client.push(header(), BODY).result.version == 1
@@ -90,7 +84,7 @@ def test_a_token_has_its_share_and_its_silent_uploads_give_way_to_its_own(tmp_pa
         greedy = [crowd.enter_context(server.connect()) for _ in range(3)]
         for number, connection in enumerate(greedy):
             connection.sendall(head(f"greedy{number}", JOIN) + BODY[:10])
-            wait_for(lambda number=number: taken(house) == number + 1)  # type: ignore[misc]
+            wait_until(lambda number=number: taken(house) == number + 1)  # type: ignore[misc]
         time.sleep(0.25)
         with CoordinatorClient(server.url, JOIN) as client:
             assert client.push(header(), BODY).result.version == 1
@@ -117,7 +111,7 @@ def test_beside_a_token_that_takes_all_it_may_another_one_pushes_at_once(tmp_pat
         greedy = [crowd.enter_context(server.connect()) for _ in range(10)]
         for number, connection in enumerate(greedy):
             connection.sendall(head(f"greedy{number}", JOIN) + BODY[:10])
-        wait_for(lambda: taken(house) == 3 and house.service.intake.uploads == 3)
+        wait_until(lambda: taken(house) == 3 and house.service.intake.uploads == 3)
         with CoordinatorClient(server.url, honest) as client:
             for sequence in range(5):
                 assert client.push(header(sequence=sequence), BODY).result.version == sequence + 1
@@ -137,7 +131,7 @@ def test_a_token_that_ends_ends_its_upload_with_401_and_nothing_lands_52(
     before = house.kept()
     with server.connect() as connection:
         connection.sendall(head("w1", token) + BODY[:10])
-        wait_for(lambda: taken(house) == 1)
+        wait_until(lambda: taken(house) == 1)
         if how == "revoked":
             with CoordinatorClient(server.url, ADMIN) as client:
                 client.revoke_token(record.hash)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import write_rows
 from tiny_tokenizer import make_tokenizer
 
 from fedmoe.datasets.readers.common import DataError
@@ -27,11 +28,6 @@ def chat(*contents: str) -> dict[str, object]:
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]}
 
 
-def write(path: Path, *rows: object) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def same(left: PreparedData, right: PreparedData) -> bool:
     return (
         left.report == right.report
@@ -46,7 +42,7 @@ def same(left: PreparedData, right: PreparedData) -> bool:
 def test_one_refused_row_of_two_hundred_is_named_and_ends_nothing(tmp_path: Path) -> None:
     rows = [chat(f"q {i}", f"a {i}") for i in range(200)]
     rows[137] = {"messages": [{"role": "user", "content": "hello?"}, *rows[137]["messages"]]}  # type: ignore[misc]
-    found = prepare_samples(write(tmp_path / "a.jsonl", *rows), STRICT, 128)
+    found = prepare_samples(write_rows(tmp_path / "a.jsonl", *rows), STRICT, 128)
     assert len(found.samples) == found.report.good == 199
     assert len(set(found.row_hashes.tolist())) == 199
     assert "line 138: the chat template refuses the turns" in found.report.text
@@ -59,12 +55,12 @@ def test_refused_and_unreadable_rows_share_one_budget(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"2 of 100 rows are bad[^$]*line 99: 'messages'[^$]*line 100: the chat template"
     ):
-        prepare_samples(write(tmp_path / "a.jsonl", *good, {"messages": []}, twice), STRICT, 128)
+        prepare_samples(write_rows(tmp_path / "a.jsonl", *good, {"messages": []}, twice), STRICT, 128)
 
 
 def test_the_report_counts_what_is_learned_and_what_is_not(tmp_path: Path) -> None:
     rows = [chat("q", "a"), chat("q", "b" * 100), chat("q" * 100, "a"), chat("q", "c" * 30)]
-    file = write(tmp_path / "a.jsonl", *rows)
+    file = write_rows(tmp_path / "a.jsonl", *rows)
     report = prepare_samples(file, TOKENIZER, 80).report
     assert report.tokens is not None
     assert (report.good, report.tokens.cut, report.tokens.too_long, report.tokens.samples) == (3, 1, 1, 3)
@@ -86,7 +82,7 @@ def test_the_report_counts_what_is_learned_and_what_is_not(tmp_path: Path) -> No
 
 def test_data_of_which_nothing_can_be_learned_are_refused_with_the_reason(tmp_path: Path) -> None:
     """Fault 64."""
-    file = write(tmp_path / "a.jsonl", chat("q" * 100, "a"))
+    file = write_rows(tmp_path / "a.jsonl", chat("q" * 100, "a"))
     with pytest.raises(
         DataError, match=r"not one of 1 rows .*1 row: no part of an answer fits 60 tokens.*--max-length"
     ):
@@ -95,7 +91,7 @@ def test_data_of_which_nothing_can_be_learned_are_refused_with_the_reason(tmp_pa
 
 
 def test_where_marks_keep_all_rows_out_a_larger_length_is_not_advised(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", {"prompt": "q", "completion": "a", "label": False})
+    file = write_rows(tmp_path / "a.jsonl", {"prompt": "q", "completion": "a", "label": False})
     problem = prepare_samples(file, TOKENIZER, 60, refuse=False).report.problem
     assert problem is not None
     assert "'label' false" in problem
@@ -107,7 +103,7 @@ def test_several_processes_give_the_same(tmp_path: Path, monkeypatch: pytest.Mon
         chat(f"question {i}", f"answer {i} " * (i % 40)) if i % 40 else {"text": f"text {i}"} for i in range(300)
     ]
     rows[7] = {"id": 1}
-    file = write(tmp_path / "a.jsonl", *rows)
+    file = write_rows(tmp_path / "a.jsonl", *rows)
     alone = prepare_samples(file, TOKENIZER, 200)
     monkeypatch.setattr(tokenization, "PARALLEL_FROM", 100)
     monkeypatch.setattr(tokenization, "_CHUNK", 32)
@@ -120,7 +116,7 @@ def test_several_processes_give_the_same(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_tokens_are_kept_for_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = write(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * i) for i in range(1, 60)])
+    file = write_rows(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * i) for i in range(1, 60)])
     first = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
     assert not first.kept
     monkeypatch.setattr("fedmoe.models.prepare_data.tokenize_samples", None)  # not called again
@@ -133,7 +129,7 @@ def test_tokens_are_kept_for_the_next_start(tmp_path: Path, monkeypatch: pytest.
 
 def test_other_data_options_lengths_and_templates_are_tokenised_anew(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    file = write(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * 99) for i in range(9)])
+    file = write_rows(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * 99) for i in range(9)])
     assert not prepare_samples(file, TOKENIZER, 64, cache=kept, refuse=False).kept
     assert not prepare_samples(file, TOKENIZER, 65, cache=kept, refuse=False).kept
     assert not prepare_samples(file, TOKENIZER, 64, DataOptions(long_rows="split"), cache=kept, refuse=False).kept
@@ -141,7 +137,7 @@ def test_other_data_options_lengths_and_templates_are_tokenised_anew(tmp_path: P
         file, TOKENIZER, 64, DataOptions(RowOptions(max_bad_fraction=0.5)), cache=kept, refuse=False
     ).kept
     assert not prepare_samples(file, STRICT, 64, cache=kept, refuse=False).kept
-    write(file, chat("q", "other"))
+    write_rows(file, chat("q", "other"))
     assert not prepare_samples(file, TOKENIZER, 64, cache=kept, refuse=False).kept
 
 
@@ -160,9 +156,9 @@ def test_the_same_bytes_under_another_suffix_are_read_anew(tmp_path: Path) -> No
 def test_what_of_a_folder_is_not_read_is_said_beside_kept_tokens_too(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
-    write(folder / "train.jsonl", {"text": "once"})
+    write_rows(folder / "train.jsonl", {"text": "once"})
     first = prepare_samples(folder, TOKENIZER, 128, cache=tmp_path / "kept", refuse=False)
-    write(folder / "test.jsonl", {"text": "twice"})
+    write_rows(folder / "test.jsonl", {"text": "twice"})
     again = prepare_samples(folder, TOKENIZER, 128, cache=tmp_path / "kept", refuse=False)
     assert (first.report.notes, again.kept) == ((), True)
     assert "test: not trained on" in again.report.text
@@ -170,13 +166,13 @@ def test_what_of_a_folder_is_not_read_is_said_beside_kept_tokens_too(tmp_path: P
 
 def test_a_template_that_looks_at_the_clock_is_never_kept(tmp_path: Path) -> None:
     clock = make_tokenizer("{{ strftime_now('%Y') }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
-    file = write(tmp_path / "a.jsonl", *[chat("q", "a")] * 3)
+    file = write_rows(tmp_path / "a.jsonl", *[chat("q", "a")] * 3)
     prepare_samples(file, clock, 64, cache=tmp_path / "kept", refuse=False)
     assert not prepare_samples(file, clock, 64, cache=tmp_path / "kept", refuse=False).kept
 
 
 def test_damaged_kept_tokens_are_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = write(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * 20) for i in range(30)])
+    file = write_rows(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * 20) for i in range(30)])
     first = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
     (kept,) = (tmp_path / "kept").iterdir()
     whole = kept.read_bytes()
@@ -191,18 +187,20 @@ def test_damaged_kept_tokens_are_made_anew(tmp_path: Path, caplog: pytest.LogCap
 
 def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    file = write(tmp_path / "a.jsonl", chat("q", "a"))
+    file = write_rows(tmp_path / "a.jsonl", chat("q", "a"))
     assert prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "file" / "below").samples
 
 
 def test_few_files_are_kept(tmp_path: Path) -> None:
     for number in range(12):
-        prepare_samples(write(tmp_path / "a.jsonl", chat("q", f"a {number}")), TOKENIZER, 64, cache=tmp_path / "kept")
+        prepare_samples(
+            write_rows(tmp_path / "a.jsonl", chat("q", f"a {number}")), TOKENIZER, 64, cache=tmp_path / "kept"
+        )
     assert len(list((tmp_path / "kept").iterdir())) == 8
 
 
 def test_kept_tokens_are_for_their_owner_alone(tmp_path: Path) -> None:
-    prepare_samples(write(tmp_path / "a.jsonl", chat("q", "a")), TOKENIZER, 64, cache=tmp_path / "kept")
+    prepare_samples(write_rows(tmp_path / "a.jsonl", chat("q", "a")), TOKENIZER, 64, cache=tmp_path / "kept")
     (kept,) = (tmp_path / "kept").iterdir()
     assert kept.stat().st_mode & 0o077 == 0
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from builders import wait_until
 from support import LAYOUT, MANIFEST, make_adapter
 
 from fedmoe.gateway.serve.catalogue import Catalogue
@@ -307,14 +307,7 @@ def test_the_thread_goes_on_and_unloads_when_the_last_lease_ends() -> None:
     house.watcher.start()
     with house.catalogue.lease("python") as (old, _):
         house.source.experts["python"] = 2
-        wait_for(lambda: house.served()["python"] == 2)
+        wait_until(lambda: house.served()["python"] == 2)
         assert old in house.backend.held
-    wait_for(lambda: old not in house.backend.held)
+    wait_until(lambda: old not in house.backend.held)
     house.watcher.close()
-
-
-def wait_for(met: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not met():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)

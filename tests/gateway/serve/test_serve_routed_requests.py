@@ -12,6 +12,7 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+from builders import wait_until
 from serve_house import EXPERTS, Served, serving
 
 from fedmoe.gateway.rerank import ExpertCandidates
@@ -57,13 +58,6 @@ def served(tmp_path: Path, router: Waiting) -> Iterator[Served]:
         yield running
 
 
-def until(met: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not met():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def ask(served: Served) -> str:
     with served.client() as client:
         return str(client.completions.create(model="auto", prompt="abc", max_tokens=2).model)
@@ -74,7 +68,7 @@ def test_prompts_are_routed_one_after_the_other_and_wait_in_the_places_of_their_
 ) -> None:
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask, served) for _ in range(8)]
-        until(lambda: served.service._admitted == 8)
+        wait_until(lambda: served.service._admitted == 8)
         with pytest.raises(openai.RateLimitError):
             ask(served)
         with served.client() as client:
@@ -90,7 +84,7 @@ def test_nobody_is_routed_who_went_away_before_it_was_his_turn(served: Served, r
         for _ in range(3):
             with pytest.raises(httpx2.ReadTimeout):
                 impatient.post("/v1/completions", json=body)
-    until(lambda: served.service._admitted == 0)
+    wait_until(lambda: served.service._admitted == 0)
     assert served.service.counters.refused == {"client_gone": 3}
     router.go.set()
     assert ask(served) == "python"

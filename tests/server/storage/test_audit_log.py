@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+from builders import wait_until
 
 from fedmoe.server.storage import audit
 from fedmoe.server.storage.audit import AuditHead, AuditLog, check_file, check_lines
@@ -86,7 +87,7 @@ def test_a_file_that_was_deleted_or_rotated_is_opened_again_and_the_chain_goes_o
     path = tmp_path / "audit.jsonl"
     log = AuditLog(tmp_path, lambda: 0.0, AuditHead())
     log.write(what="before")
-    wait_for(lambda: log.head.n == 1)
+    wait_until(lambda: log.head.n == 1)
     if how == "deleted":
         path.unlink()
     elif how == "cut":
@@ -102,15 +103,6 @@ def test_a_file_that_was_deleted_or_rotated_is_opened_again_and_the_chain_goes_o
     found = [json.loads(line) for line in lines_of(tmp_path)]
     assert [(line["n"], line["what"]) for line in found] == [(2, "audit_file_reopened"), (3, "after")]
     assert check_file(tmp_path, log.head).breaks == ()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    tick = threading.Event()
-    for _ in range(2000):
-        if condition():
-            return
-        tick.wait(0.005)
-    raise AssertionError("waited in vain")
 
 
 def test_the_log_is_bounded_and_full_files_are_set_aside_under_their_first_line_85(tmp_path: Path) -> None:
@@ -140,7 +132,7 @@ def test_what_the_disk_does_not_take_is_counted_and_said_once(tmp_path: Path, mo
         monkeypatch.setattr(os, "write", write)
         for _ in range(3):
             log.write(what="lost")
-        wait_for(lambda: log._lost == 3)
+        wait_until(lambda: log._lost == 3)
         full.clear()
         log.write(what="kept")
         log.close()
