@@ -80,6 +80,13 @@ def test_an_answer_is_written_in_small_pieces(shape: tuple[int, int]) -> None:
     assert modules["m"]["lora_B"] == values.T.tolist()
 
 
+def test_many_small_modules_are_written_in_few_pieces() -> None:
+    small = np.ones((2, 2), np.float32)
+    pieces = list(json_pieces({"version": 0}, [(f"m{number}", small, small) for number in range(6_000)]))
+    assert len(pieces) <= sum(map(len, pieces)) // 60_000 + 1
+    assert len(json.loads(b"".join(pieces))["modules"]) == 6_000
+
+
 def test_more_numbers_than_are_written_as_json_are_406_and_the_advice_works(house: House) -> None:
     house.register("python", "law")
     for limit, status in ((2 * LAYOUT.size, 200), (2 * LAYOUT.size - 1, 406)):

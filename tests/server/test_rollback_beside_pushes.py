@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,8 @@ def test_rollbacks_and_retractions_beside_pushes_make_one_history_82(tmp_path: P
     def change(url: str) -> None:
         with CoordinatorClient(url) as client:
             for number in range(10):
-                head = client.list_experts().experts[0].version
-                if head < 2:
-                    continue
+                while (head := client.list_experts().experts[0].version) < 2:
+                    time.sleep(0.005)
                 change = client.roll_back("python", head - 1 - number % 2, "worse")
                 with lock:
                     versions.append(change.version)
