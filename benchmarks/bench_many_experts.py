@@ -69,7 +69,7 @@ def measure(experts: int, repeats: int, folder: str) -> dict[str, object]:
             began = time.perf_counter()
             caller.push(names[0])
             pushed = time.perf_counter()
-            listing = caller.api._get("/list_experts")
+            listing = caller.api._retried("GET", "/list_experts")
             listed = time.perf_counter()
             pairs["push"].append(pushed - began)
             pairs["list"].append(listed - pushed)

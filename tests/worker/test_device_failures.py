@@ -17,6 +17,7 @@ from fedmoe.distributed_worker import DistributedWorker
 from fedmoe.models.device_faults import device_fault, halve_batches
 from fedmoe.models.packed import token_losses
 from fedmoe.qwen_finetune import LoraConfig, QwenLoRAExpert, TrainingConfig
+from fedmoe.qwen_worker import CheckpointExtras
 from fedmoe.worker.recovery import DeviceFailedError, WorkerFailedError
 
 CUDA_OOM = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.00 GiB"
@@ -139,10 +140,10 @@ def test_weights_that_cannot_be_read_any_more_leave_the_newest_checkpoint_77(hou
         fails_at(6, lambda: RuntimeError(BROKEN))(worker)
         real = worker.worker.save
 
-        def save(folder: Path, companion: object = None) -> Path:
+        def save(folder: Path, extras: CheckpointExtras | None = None) -> Path:
             if worker.worker.step >= 5:
                 raise RuntimeError(BROKEN)
-            return real(folder, companion)  # type: ignore[arg-type]
+            return real(folder, extras)
 
         worker.worker.save = save  # type: ignore[method-assign]
 

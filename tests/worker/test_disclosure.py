@@ -268,8 +268,8 @@ def test_a_worker_sends_its_statistics_once_and_the_coordinator_can_use_them(
         prompts, moments = client.data_statistics("python", "prompts"), client.data_statistics("python", "moments")
     assert prompts is not None
     assert moments is not None
-    assert PromptStatistics.from_bytes(prompts.body).count == 20
-    assert set(InputMoments.from_bytes(moments.body).modules) == {m.name for m in house.expert.manifest.layout.modules}
+    assert PromptStatistics.from_bytes(prompts).count == 20
+    assert set(InputMoments.from_bytes(moments).modules) == {m.name for m in house.expert.manifest.layout.modules}
     worked(20)
     assert kinds(house) == ["prompts", "moments"]
 
