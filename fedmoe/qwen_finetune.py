@@ -20,8 +20,8 @@ from fedmoe.models.device_faults import free_unused, halve_batches, is_out_of_me
 from fedmoe.models.lora_layers import attach
 from fedmoe.models.packed import check_model, count_targets, enable_checkpointing, token_losses
 from fedmoe.models.parallel import ProcessGroup
-from fedmoe.models.schedule import LoraConfig, ScheduleEndedError, TrainingConfig, learning_rate_at
-from fedmoe.models.stopping import strip_stop_tokens
+from fedmoe.models.stop_tokens import strip_stop_tokens
+from fedmoe.models.training_config import LoraConfig, ScheduleEndedError, TrainingConfig, learning_rate_at
 from fedmoe.runtime.device import LossScale, autocast
 
 __all__ = [

@@ -11,10 +11,18 @@ import numpy as np
 
 from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.tokens.packing import BlockSampler, collate
-from fedmoe.datasets.tokens.sample_hashes import DataChange, SampleHashes, digest_of, sample_hashes
 from fedmoe.lora.adapter import FloatVector, ShapeError
 from fedmoe.lora.manifest import Manifest
-from fedmoe.models.data_hashes import DIGEST, check_data_change, remove_other_hashes, write_hashes
+from fedmoe.models.data_hashes import (
+    DIGEST,
+    DataChange,
+    SampleHashes,
+    check_data_change,
+    digest_of,
+    remove_other_hashes,
+    sample_hashes,
+    write_hashes,
+)
 from fedmoe.models.held_out import HeldOutPlan, HeldOutState
 from fedmoe.models.worker_state import WorkerCheckpointError, WorkerState, has_state, load_state, save_state
 from fedmoe.qwen_finetune import QwenLoRAExpert, StepRecord

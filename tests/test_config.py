@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from fedmoe.config import MAX_SYNC_INTERVAL, MIN_SYNC_INTERVAL, CoordinatorConfig, WorkerConfig
-from fedmoe.models.schedule import TrainingConfig
+from fedmoe.models.training_config import TrainingConfig
 from fedmoe.worker.preparation import training_config
 
 NEEDED = {"coordinator_url": "http://127.0.0.1:5000", "worker_id": "w1", "specialty": "python", "dataset": "a.jsonl"}

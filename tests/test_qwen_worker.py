@@ -9,11 +9,11 @@ import torch
 
 from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.tokens.packing import Block, BlockSampler, pack
-from fedmoe.datasets.tokens.sample_hashes import DataChange
 from fedmoe.datasets.tokens.tokenized_sample import TokenizedSample
 from fedmoe.lora.adapter import FloatVector, ShapeError
 from fedmoe.models import worker_state
 from fedmoe.models.base import load_base
+from fedmoe.models.data_hashes import DataChange
 from fedmoe.models.held_out import HeldOutPlan
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.qwen_finetune import LoraConfig, NonFiniteError, QwenLoRAExpert, TrainingConfig

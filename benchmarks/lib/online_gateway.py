@@ -20,7 +20,7 @@ from safetensors.numpy import load, save
 from fedmoe.datasets.tokens.packing import Block, collate
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.online_merge import ExpertDelta
-from fedmoe.models.schedule import TrainingConfig
+from fedmoe.models.training_config import TrainingConfig
 from fedmoe.qwen_finetune import OptimizerArrays, QwenLoRAExpert
 from fedmoe.runtime.files import write_atomic
 from lib.trained_experts import BATCH, Work

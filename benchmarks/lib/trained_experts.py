@@ -17,7 +17,7 @@ from fedmoe.lora.moments import InputMoments
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.input_moments import MomentsCollector
 from fedmoe.models.prepare_data import prepare_samples
-from fedmoe.models.schedule import LoraConfig, TrainingConfig
+from fedmoe.models.training_config import LoraConfig, TrainingConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
 from fedmoe.runtime.files import write_atomic, write_folder_atomic
 from lib.merge_domains import DEMO, build

@@ -28,7 +28,7 @@ from fedmoe.areal.rewards import SEATS, SEED, Reward, seat_reward
 from fedmoe.arena.rollout.chat import ChatCodec
 from fedmoe.arena.tasks.registry import make_task
 from fedmoe.arena.tasks.task import Episode, Lineup, PromptMessage, Task, check_lineup
-from fedmoe.models.stopping import end_marks
+from fedmoe.models.stop_tokens import end_marks
 
 #: Plays the seats that the policy does not: from task, episode, seat and random state to an action.
 Opponent = Callable[[Task, Episode, int, np.random.Generator], Awaitable[str]]

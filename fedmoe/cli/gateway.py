@@ -136,7 +136,7 @@ def generate(
     token: Token = None,
 ) -> None:
     """Load the gateway (or an expert) on its base model and let it answer."""
-    from fedmoe.models.schedule import LoraConfig
+    from fedmoe.models.training_config import LoraConfig
     from fedmoe.qwen_finetune import QwenLoRAExpert
 
     chat = given_template(chat_template, chat_template_kwargs)

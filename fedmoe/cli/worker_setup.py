@@ -15,7 +15,7 @@ from fedmoe.distributed_worker import DistributedWorker, SyncSettings
 from fedmoe.lora.moments import InputMoments, thin
 from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
 from fedmoe.models.parallel import ProcessGroup, join_group, local_rank
-from fedmoe.models.schedule import LoraConfig
+from fedmoe.models.training_config import LoraConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
 from fedmoe.qwen_worker import QwenWorker
 from fedmoe.runtime.device import choose_device, pin_threads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from fedmoe.datasets.formats.row_formats import accepted_shapes
 from fedmoe.datasets.readers.common import BadRow, DataError
@@ -11,26 +11,6 @@ from fedmoe.datasets.readers.common import BadRow, DataError
 MAX_BAD_FRACTION = 0.01
 BAD_ROWS_KEPT = 100
 _BAD_ROWS_SHOWN = 10
-
-
-@dataclass(frozen=True)
-class RowCounts:
-    """What the rows are, before any tokenizer is known; `bad` holds the first `BAD_ROWS_KEPT` of `bad_count`.
-
-    `formats`: rows by format; `left_out`: rows that their own marks keep out, by reason; `ignored`: keys that hold
-    something and are not used; `obeyed`: keys with a meaning that are; `rejected`: answers of preference data that
-    are not learned.
-    """
-
-    rows: int
-    formats: Mapping[str, int]
-    bad: tuple[BadRow, ...] = ()
-    bad_count: int = 0
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
-    obeyed: tuple[str, ...] = ()
-    rejected: int = 0
-    first_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,36 +42,40 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The report on one data source; `tokens` is None where no base model was named."""
+    """The report on one data source; `tokens` is None where no base model was named.
+
+    `bad` holds the first `BAD_ROWS_KEPT` of `bad_count` rows (among all `rows`) that cannot be used: unreadable, unfit
+    for their format, or refused by the chat template. `formats`: rows by format; `marked_out`: rows that their own
+    marks keep out, by reason; `ignored`: keys that hold something and are not used; `obeyed`: keys with a meaning that
+    are; `rejected`: answers of preference data that are not learned.
+    """
 
     source: str
     sha256: str
     files: int
-    counts: RowCounts
     max_bad_fraction: float
+    rows: int
+    formats: Mapping[str, int]
+    bad: tuple[BadRow, ...]
+    bad_count: int
+    marked_out: Mapping[str, int]
+    ignored: tuple[str, ...]
+    obeyed: tuple[str, ...]
+    rejected: int
+    first_keys: tuple[str, ...]
+    notes: tuple[str, ...]
     tokens: TokenCounts | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def rows(self) -> int:
-        """All rows, bad ones included."""
-        return self.counts.rows
-
-    @property
-    def bad_count(self) -> int:
-        """Rows that cannot be used: unreadable, unfit for their format, or refused by the chat template."""
-        return self.counts.bad_count
 
     @property
     def format(self) -> str | None:
         """The formats found, the most frequent first."""
-        names = sorted(self.counts.formats, key=lambda name: -self.counts.formats[name])
+        names = sorted(self.formats, key=lambda name: -self.formats[name])
         return ", ".join(names) or None
 
     @property
     def left_out(self) -> Mapping[str, int]:
         """Sound rows of which nothing is learned, by reason."""
-        reasons = dict(self.counts.left_out)
+        reasons = dict(self.marked_out)
         if self.tokens and self.tokens.too_long:
             reasons[f"no part of an answer fits {self.tokens.max_length:,} tokens"] = self.tokens.too_long
         if self.tokens and self.tokens.empty:
@@ -106,8 +90,8 @@ class DataReport:
     @property
     def problem(self) -> str | None:
         """Why training refuses the data and what to do, or None if they are fit."""
-        if not self.counts.formats:
-            keys = f"the first row has {list(self.counts.first_keys)}" if self.counts.first_keys else "no row was read"
+        if not self.formats:
+            keys = f"the first row has {list(self.first_keys)}" if self.first_keys else "no row was read"
             return (
                 f"{self.source}: no known row format ({keys}); rename columns with --map COLUMN=NAME, for example "
                 f"--map question=prompt --map answer=completion; accepted are\n{accepted_shapes()}{self._bad_lines()}"
@@ -151,39 +135,25 @@ class DataReport:
         """The report for people, without the samples."""
         if self.problem:
             return self.problem
-        formats = ", ".join(f"{name} ({_rows(count)})" for name, count in self.counts.formats.items())
-        formats = f"format {self.format}" if len(self.counts.formats) == 1 else f"formats {formats}"
+        formats = ", ".join(f"{name} ({_rows(count)})" for name, count in self.formats.items())
+        formats = f"format {self.format}" if len(self.formats) == 1 else f"formats {formats}"
         lines = [f"{self.source}: {self.good:,} of {self.rows:,} rows fit, {formats}", *self._token_lines()]
         lines += [f"left out: {_rows(count)}, {reason}" for reason, count in self.left_out.items()]
-        if self.counts.rejected:
-            lines.append(f"preference data: {self.counts.rejected:,} rejected answers are not learned")
-        if self.counts.obeyed:
-            lines.append(f"obeyed: {', '.join(self.counts.obeyed)}")
-        if self.counts.ignored:
-            lines.append(f"not used: {', '.join(self.counts.ignored)}")
+        if self.rejected:
+            lines.append(f"preference data: {self.rejected:,} rejected answers are not learned")
+        if self.obeyed:
+            lines.append(f"obeyed: {', '.join(self.obeyed)}")
+        if self.ignored:
+            lines.append(f"not used: {', '.join(self.ignored)}")
         return "\n  ".join([*lines, *(f"note: {note}" for note in self.notes)]) + self._bad_lines()
 
     def to_json(self) -> dict[str, object]:
-        """JSON types only."""
-        return {
-            "path": self.source,
-            "sha256": self.sha256,
-            "files": self.files,
-            "format": self.format,
-            "formats": dict(self.counts.formats),
-            "rows": self.rows,
-            "good": self.good,
-            "bad_count": self.bad_count,
-            "bad": [{"file": row.file, "line": row.line, "reason": row.reason} for row in self.counts.bad],
-            "left_out": dict(self.left_out),
-            "rejected": self.counts.rejected,
-            "obeyed": list(self.counts.obeyed),
-            "ignored": list(self.counts.ignored),
-            "tokens": asdict(self.tokens) if self.tokens else None,
-            "notes": list(self.notes),
-            "ok": self.problem is None,
-            "problem": self.problem,
-        }
+        """The fields and what follows from them, as `json` writes them."""
+        fields = asdict(self)
+        for name in ("source", "max_bad_fraction", "marked_out", "first_keys"):
+            del fields[name]
+        derived = {"good": self.good, "left_out": self.left_out, "ok": self.problem is None, "problem": self.problem}
+        return {"path": self.source, "format": self.format} | fields | derived
 
     def _token_lines(self) -> Sequence[str]:
         counts = self.tokens
@@ -205,8 +175,7 @@ class DataReport:
         return [*lines, *(f"{note} ({_rows(count)})" for note, count in counts.notes.items())]
 
     def _bad_lines(self) -> str:
-        shown = self.counts.bad[:_BAD_ROWS_SHOWN]
-        lines = [f"\n  {row.place}: {row.reason}" for row in shown]
+        lines = [f"\n  {row.place}: {row.reason}" for row in self.bad[:_BAD_ROWS_SHOWN]]
         more = self.bad_count - len(lines)
         return "".join(lines) + (f"\n  and {more:,} more" if more > 0 else "")
 

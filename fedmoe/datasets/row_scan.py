@@ -1,31 +1,53 @@
-"""Converts rows to samples, and counts rows by format or by reason for leaving them out."""
+"""Converts rows to samples, counts rows by format or by reason for leaving them out, and holds rows out of training."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from fedmoe.datasets.formats.row_formats import (
-    KNOWN_COLUMNS,
-    LeftOutRow,
-    detect_format,
-    keys_not_used,
-    keys_obeyed,
-    no_known_format,
-    normalise,
-)
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmoe.datasets.formats.row_formats import KNOWN_COLUMNS, convert, detect_format, keys_not_used, keys_obeyed
 from fedmoe.datasets.formats.samples import Sample
 from fedmoe.datasets.formats.turns import with_decoded_turns
+from fedmoe.datasets.formats.values import RowError, RowLeftOutError, some_keys
 from fedmoe.datasets.readers.common import BadRow, DataError, DataRow
 from fedmoe.datasets.readers.data_source import DataSource, open_source
-from fedmoe.datasets.report import BAD_ROWS_KEPT, MAX_BAD_FRACTION, DataReport, RowCounts
-from fedmoe.datasets.split import row_hash
+from fedmoe.datasets.report import BAD_ROWS_KEPT, MAX_BAD_FRACTION, DataReport, TokenCounts
 
 _KEYS_KEPT = 32
 _FIRST_ROWS = 1000
+#: One number a row, drawn from its content.
+RowHashes = NDArray[np.uint64]
+
+
+def row_hash(sample: Sample) -> int:
+    """64 bits of a row's content, wherever it stands; equal rows have equal ones.
+
+    The names of the sample's classes and fields are part of it, so they must not change.
+    """
+    content = repr(replace(sample, line=0, file="")).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
+def held_out_rows(hashes: RowHashes, fraction: float) -> NDArray[np.bool_]:
+    """Which of these rows are among the `fraction` (0 to 1) that is held out; raises `DataError` for an empty side.
+
+    Chosen by their content, so that a row never changes sides when data grow.
+    """
+    held_out = hashes.astype(np.float64) < fraction * 2.0**64
+    if held_out.all() or not held_out.any():
+        empty = "nothing to train on" if held_out.any() else "no row held out"
+        raise DataError(
+            f"--eval-split {fraction:g} leaves {empty} of {len(set(hashes.tolist()))} different rows; "
+            "give another fraction, more data, or --eval-dataset FILE"
+        )
+    return held_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +112,7 @@ class RowScan:
         #: Rows seen so far.
         self.rows = self._rejected = self._bad_count = 0
         self._formats: Counter[str] = Counter()
-        self._left_out: Counter[str] = Counter()
+        self._marked_out: Counter[str] = Counter()
         self._bad: list[BadRow] = []
         self._ignored: set[str] = set()
         self._obeyed: set[str] = set()
@@ -101,65 +123,65 @@ class RowScan:
         """The usable ones among the first `rows` rows (None: all) as samples, in their order."""
         for row in islice(self.source.rows(), rows):
             self.rows += 1
-            result = self._result(row)
-            if isinstance(result, BadRow):
+            try:
+                sample = self._sample(row)
+            except RowLeftOutError as error:
+                self._marked_out[str(error)] += 1
+            except RowError as error:
                 self._bad_count += 1
                 if len(self._bad) < BAD_ROWS_KEPT:
-                    self._bad.append(result)
-            elif isinstance(result, LeftOutRow):
-                self._left_out[result.reason] += 1
+                    self._bad.append(BadRow(row.line, str(error), row.file))
             else:
-                self.places.append((result.file, result.line))
-                self.hashes.append(row_hash(result))
-                yield result
+                self.places.append((sample.file, sample.line))
+                self.hashes.append(row_hash(sample))
+                yield sample
         missing = sorted(set(self._names) - self._mapped)
         if missing and (rows is None or self.rows < rows):
             keys = f"the first row has {list(self._first_keys)}" if self._first_keys else "no row could be read"
             raise DataError(f"{self.source.name}: --map names the column {missing[0]!r}, which no row has; {keys}")
 
-    def counts(self, refused: tuple[BadRow, ...] = ()) -> RowCounts:
-        """The account so far; `refused` rows, which passed the scan, count as bad."""
+    def report(self, refused: Sequence[BadRow] = (), tokens: TokenCounts | None = None) -> DataReport:
+        """The report on the rows so far; `refused` ones, which passed the scan, count as bad."""
         bad = sorted((*self._bad, *refused), key=lambda row: (row.file, row.line))
-        unread = self.source.options.unread - KNOWN_COLUMNS
-        return RowCounts(
+        unread = self.source.options.unread
+        return DataReport(
+            source=self.source.name,
+            sha256=self.source.fingerprint(),
+            files=len(self.source.files),
+            max_bad_fraction=self._options.max_bad_fraction,
             rows=self.rows,
             formats=dict(self._formats),
             bad=tuple(bad[:BAD_ROWS_KEPT]),
             bad_count=self._bad_count + len(refused),
-            left_out=dict(self._left_out),
-            ignored=tuple(sorted(self._ignored | unread)[:_KEYS_KEPT]),
+            marked_out=dict(self._marked_out),
+            ignored=tuple(sorted(self._ignored | (unread - KNOWN_COLUMNS))[:_KEYS_KEPT]),
             obeyed=tuple(sorted(self._obeyed)),
             rejected=self._rejected,
-            first_keys=self._first_keys or tuple(sorted(self.source.options.unread)[:8]),
-        )
-
-    def report(self) -> DataReport:
-        """The report on the rows alone."""
-        return DataReport(
-            str(self.source.name),
-            self.source.fingerprint(),
-            len(self.source.files),
-            self.counts(),
-            self._options.max_bad_fraction,
+            first_keys=self._first_keys or tuple(sorted(unread)[:8]),
             notes=self.source.left_out,
+            tokens=tokens,
         )
 
-    def _result(self, row: DataRow | BadRow) -> Sample | BadRow | LeftOutRow:
+    def _sample(self, row: DataRow | BadRow) -> Sample:
         if isinstance(row, BadRow):
-            return row
+            raise RowError(row.reason)
         self._first_keys = self._first_keys or tuple(str(key)[:40] for key in list(row.fields)[:8])
         row = DataRow(row.line, with_decoded_turns(self._renamed(row.fields)), row.file)
         shape = detect_format(row, self._names.values())
         if shape is None:
-            return no_known_format(row)
+            raise RowError(f"no known format; found the keys {some_keys(row.fields)}")
         if len(self._ignored) < _KEYS_KEPT:
             self._ignored |= keys_not_used(shape, row)
         self._obeyed |= keys_obeyed(shape, row)
         self._formats[shape.name] += 1
-        result = normalise(shape, row)
-        if not isinstance(result, BadRow):
-            self._rejected += row.fields.get("rejected") is not None and shape.name == "preference"
-        return result
+        rejected = row.fields.get("rejected") is not None and shape.name == "preference"
+        try:
+            return convert(shape, row)
+        except RowError:
+            rejected = False
+            raise
+        finally:
+            self._rejected += rejected
 
     def _renamed(self, fields: Mapping[str, object]) -> Mapping[str, object]:
         if not self._names:

@@ -18,8 +18,8 @@ from fedmoe.models.packed import count_targets
 from fedmoe.models.policy_logprobs import log_likelihoods
 from fedmoe.models.prepare_data import DataOptions, prepare_samples
 from fedmoe.models.prompt_features import prompt_features
-from fedmoe.models.schedule import LoraConfig
 from fedmoe.models.step_memory import resolve_max_length
+from fedmoe.models.training_config import LoraConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
 
 __all__ = ["BASE", "ROUTED_BY", "LossMatrix", "evaluate", "held_out_blocks", "routed_to"]

@@ -22,7 +22,7 @@ from fedmoe.lora.algebra import scaled
 from fedmoe.lora.codec import digest
 from fedmoe.models.base import ChatTemplate, LoadedBase, load_base
 from fedmoe.models.prepare_data import DataOptions
-from fedmoe.models.schedule import LoraConfig
+from fedmoe.models.training_config import LoraConfig
 from fedmoe.qwen_finetune import EvaluationResult, QwenLoRAExpert
 from fedmoe.runtime.device import choose_device, pin_threads
 from fedmoe.runtime.errors import RefusedError

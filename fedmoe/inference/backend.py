@@ -88,7 +88,7 @@ class Backend(Protocol):
     def loaded(self) -> frozenset[ServedModel]:
         """The versions that can be generated with."""
 
-    def generate(self, wanted: ContinuationRequest) -> AsyncGenerator[DecodingStep, None]:
+    def generate(self, request: ContinuationRequest) -> AsyncGenerator[DecodingStep, None]:
         """The tokens as they come; closing the generator before its end gives up the rest.
 
         Raises BackendError for a version that is not loaded, and when generation fails.

@@ -62,7 +62,7 @@ class Engine(Protocol):
         """Make one version of one policy available; loading a key again is an error."""
 
     def unload(self, key: AdapterKey) -> None:
-        """Let a version go; unknown keys are an error."""
+        """Unload a version; unknown keys are an error."""
 
     def loaded(self) -> frozenset[AdapterKey]:
         """The adapters that can be sampled from."""
@@ -74,7 +74,7 @@ class Engine(Protocol):
         """The log-probability (temperature 1) of each of `tokens` after `prompt`, for verifying a synchronisation."""
 
     def close(self) -> None:
-        """Give back what the engine holds."""
+        """Release what the engine holds."""
 
 
 def context_limit(engine: Engine) -> int | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, eq=False)
-class _Ticket:
+class _Block:
     exclusive: bool
 
 
@@ -21,45 +21,30 @@ class FairLock:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: list[_Ticket] = []
-        self._readers = 0
-        self._writing = False
+        #: Those that run and those that wait, in the order they came.
+        self._blocks: list[_Block] = []
 
-    @contextmanager
-    def shared(self) -> Iterator[None]:
+    def shared(self) -> AbstractContextManager[None]:
         """Waits while an exclusive block runs, or waits since before."""
-        with self._changed:
-            ticket = _Ticket(exclusive=False)
-            self._wait(ticket, lambda: not self._writing and not self._behind_writer(ticket))
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._readers -= 1
-                self._changed.notify_all()
+        return self._turn(_Block(exclusive=False))
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Waits until all blocks that came before have ended."""
+        return self._turn(_Block(exclusive=True))
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Waits until all blocks that came before have ended."""
+    def _turn(self, block: _Block) -> Iterator[None]:
         with self._changed:
-            ticket = _Ticket(exclusive=True)
-            self._wait(ticket, lambda: self._waiting[0] is ticket and not self._writing and not self._readers)
-            self._writing = True
+            self._blocks.append(block)
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._may_run(block))
             yield
         finally:
             with self._changed:
-                self._writing = False
+                self._blocks.remove(block)
                 self._changed.notify_all()
 
-    def _wait(self, ticket: _Ticket, may_run: Callable[[], bool]) -> None:
-        self._waiting.append(ticket)
-        try:
-            self._changed.wait_for(may_run)
-        finally:
-            self._waiting.remove(ticket)
-            self._changed.notify_all()
-
-    def _behind_writer(self, ticket: _Ticket) -> bool:
-        return any(other.exclusive for other in self._waiting[: self._waiting.index(ticket)])
+    def _may_run(self, block: _Block) -> bool:
+        before = self._blocks[: self._blocks.index(block)]
+        return not (before if block.exclusive else any(other.exclusive for other in before))

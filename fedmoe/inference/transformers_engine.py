@@ -43,7 +43,7 @@ class TransformersEngine:
         self._keys.add(key)
 
     def unload(self, key: AdapterKey) -> None:
-        """Let a version go."""
+        """Unload a version; raises EngineError for one that is not loaded."""
         self._multi.remove(self._name(key) or "")
         self._keys.remove(key)
 
@@ -54,8 +54,10 @@ class TransformersEngine:
     def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
         """Answer all requests, in their order."""
         specs = [
-            SampleSpec(self._name(one.adapter), one.prompt, one.max_new_tokens, one.temperature, one.seed)
-            for one in requests
+            SampleSpec(
+                self._name(request.adapter), request.prompt, request.max_new_tokens, request.temperature, request.seed
+            )
+            for request in requests
         ]
         try:
             results = sample(self._base.model, self._multi, specs, self._stop_tokens, self.limits)
@@ -69,7 +71,7 @@ class TransformersEngine:
         return scores
 
     def close(self) -> None:
-        """Let all versions go."""
+        """Unload all versions."""
         for key in tuple(self._keys):
             self.unload(key)
 

@@ -62,7 +62,15 @@ def verify_sync(
             f"{mean:.4g}, probe {worst}, tolerance {tolerance:g}); it computes with other weights or in another "
             "precision: load the version again under a new key, and give engine and trainer the same dtype"
         )
-    change = None if previous_key is None else _change(engine, key, previous_key, probes, scores)
+    if previous_key is None:
+        return SyncReport(largest, mean, None)
+    before = [engine.score(previous_key, probe.prompt, probe.tokens) for probe in probes]
+    change = max(float(np.abs(new - old).max()) for new, old in zip(scores, before, strict=True))
+    if change == 0.0:
+        raise EngineError(
+            f"the engine's log-probabilities under {key} are exactly those under {previous_key}, although the weights "
+            "differ; it still serves the old version: check that every version has a name and a folder of its own"
+        )
     return SyncReport(largest, mean, change)
 
 
@@ -75,16 +83,3 @@ def _gap(key: AdapterKey, own: FloatArray, reference: FloatArray) -> FloatArray:
         raise EngineError(f"a log-probability under {key} is not finite; the adapter or the model has overflowed")
     gap: FloatArray = np.abs(own - reference)
     return gap
-
-
-def _change(
-    engine: Engine, key: AdapterKey, previous: AdapterKey, probes: Sequence[Probe], scores: Sequence[FloatArray]
-) -> float:
-    before = [engine.score(previous, probe.prompt, probe.tokens) for probe in probes]
-    change = max(float(np.abs(new - old).max()) for new, old in zip(scores, before, strict=True))
-    if change == 0.0:
-        raise EngineError(
-            f"the engine's log-probabilities under {key} are exactly those under {previous}, although the weights "
-            "differ; it still serves the old version: check that every version has a name and a folder of its own"
-        )
-    return change

@@ -24,14 +24,13 @@ from fedmoe.models.base_check import (
     stored_template_findings,
     template_findings,
 )
-from fedmoe.models.cache import build_once
 from fedmoe.models.chat_template import ChatTemplate, template_hash
 from fedmoe.models.identity import BaseModelError, checkpoint_files, tokenizer_hash, weights_hash
 from fedmoe.models.smollm2 import REVISION as SMOLLM2_REVISION
 from fedmoe.models.smollm2 import prepare_smollm2
-from fedmoe.models.stopping import context_of, stop_token_ids
+from fedmoe.models.stop_tokens import context_of, stop_token_ids
 from fedmoe.models.tiny import save_tiny, tiny_hashes, tiny_model, tiny_tokenizer
-from fedmoe.runtime.cache import can_be_written, temporary_root
+from fedmoe.runtime.cache import build_once, can_be_written, temporary_root
 from fedmoe.runtime.device import choose_device, choose_dtype
 
 __all__ = [
@@ -231,7 +230,7 @@ def _load_folder(
             trust_remote_code=False,
             local_files_only=True,
             attn_implementation="sdpa",
-            # What is missing or of another shape is told by us, with both values.
+            # What is missing or of another shape is reported by us, with both values.
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )

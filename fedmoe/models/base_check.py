@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmoe.models.chat_template import OTHER_TEMPLATE, rendered, templates_of, variables
 from fedmoe.models.identity import BaseModelError
-from fedmoe.models.stopping import context_of, end_marks, special_tokens, stop_token_ids
+from fedmoe.models.stop_tokens import context_of, end_marks, special_tokens, stop_token_ids
 
 _SETTINGS: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda value: value >= 0, "0 or more"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
+
+from fedmoe.models.prefix_tree import shared_length
 
 # Two things to say that have nothing in common: what renders alike around both is the template's.
 _CONTENTS = ("0", "Why")
@@ -33,8 +34,8 @@ class ChatFrame:
             return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
         first, second = map(render, _CONTENTS)
-        start = _common(first, second)
-        end = _common(first[start:][::-1], second[start:][::-1])
+        start = shared_length(first, second)
+        end = shared_length(first[start:][::-1], second[start:][::-1])
         return cls(first[:start], first[len(first) - end :])
 
     def removed(self, prompt: Sequence[int]) -> Sequence[int]:
@@ -43,14 +44,9 @@ class ChatFrame:
         Routers compare what users say with texts that workers have: a frame that every prompt shares would drown short
         prompts, and no running text has it. Of a conversation with a system prompt of its own that prompt stays.
         """
-        start = _common(prompt, self.before)
+        start = shared_length(prompt, self.before)
         if start < _NO_CHANCE:
             return prompt
         ends = bool(self.after) and tuple(prompt[-len(self.after) :]) == self.after
         stop = len(prompt) - len(self.after) * ends
         return prompt[start:stop] if start < stop else prompt
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
+from fedmoe.datasets.readers.text_rows import decode_json
 from fedmoe.models.identity import BaseModelError
 
 #: Advice where a template is the trouble.
@@ -158,7 +158,7 @@ def _read(file: Path) -> str:
 
 def _arguments(text: str) -> dict[str, object]:
     try:
-        values = json.loads(text, parse_constant=_no_constant)
+        values = decode_json(text)
     except ValueError as error:
         raise BaseModelError(f"--chat-template-kwargs is no JSON: {error}; got {text[:80]!r}") from error
     if not isinstance(values, dict):
@@ -168,22 +168,15 @@ def _arguments(text: str) -> dict[str, object]:
     return values
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
-
-
 def _literal(value: object) -> str:
-    """A JSON value as Jinja writes it."""
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, int | float):
-        if not math.isfinite(value):
-            raise BaseModelError(f"--chat-template-kwargs holds {value}, which is no JSON value")
-        return repr(value)
+    """A JSON value as Jinja writes it: as JSON does, but for null."""
+    if value is None:
+        return "none"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_literal(str(name))}: {_literal(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_literal, value)) + "]"
-    raise BaseModelError(f"the chat template's arguments hold a {type(value).__name__}, which is no JSON value")
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):
+        raise BaseModelError(f"the chat template's arguments hold {str(value)[:40]}, which is no JSON value") from None

@@ -54,7 +54,7 @@ def halve_batches(batches: Sequence[Batch]) -> list[Batch] | None:
 
 
 def free_unused() -> None:
-    """Give back what no tensor uses any more, so that a smaller batch finds room."""
+    """Free what no tensor uses any more, so that a smaller batch finds room."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -86,7 +86,7 @@ class _ChosenLogprobs(torch.autograd.Function):  # type: ignore[misc]
         temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs, entropies, means = [], [], []
-        (starts, bounds), wanted = parts, ctx.needs_input_grad[0]
+        (starts, bounds), needs_gradient = parts, ctx.needs_input_grad[0]
         for start, stop, begin, end in zip(starts, starts[1:], bounds, bounds[1:], strict=False):
             inside, chosen = places[begin:end] - start, targets[begin:end]
             logits = functional.linear(hidden[start:stop], weight, bias).float().div_(temperature)
@@ -96,12 +96,12 @@ class _ChosenLogprobs(torch.autograd.Function):  # type: ignore[misc]
             logprobs.append(logits[inside, chosen] - total.log()[inside])
             expected = torch.bmm(shares[:, None], logits[:, :, None])[:, 0, 0] / total
             entropies.append((total.log() - expected)[inside])
-            if wanted:
+            if needs_gradient:
                 means.append((shares.to(weight.dtype) @ weight).float() / total[:, None])
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
         ctx.temperature = temperature
-        ctx.save_for_backward(weight, places, targets, *([torch.cat(means)] if wanted else []))
+        ctx.save_for_backward(weight, places, targets, *([torch.cat(means)] if needs_gradient else []))
         return torch.cat(logprobs), entropy
 
     @staticmethod

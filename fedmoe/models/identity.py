@@ -67,7 +67,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = _names_in(index)
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BaseModelError(f"{index} is no index of weights ({error!r}); download it again") from error
+        if not names or not all(isinstance(name, str) for name in names):
+            raise BaseModelError(f"{index} names no files of weights; download it again")
     for name in names:
         if Path(name).name != name:
             raise BaseModelError(f"{index} names {name!r}, which is not a file of its own folder")
@@ -83,16 +88,6 @@ def checkpoint_files(folder: Path) -> list[Path]:
             "remove one of them"
         )
     return [folder / name for name in names]
-
-
-def _names_in(index: Path) -> list[str]:
-    try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BaseModelError(f"{index} is no index of weights ({error!r}); download it again") from error
-    if not names or not all(isinstance(name, str) for name in names):
-        raise BaseModelError(f"{index} names no files of weights; download it again")
-    return sorted(names)
 
 
 def _stored_tensors(file: Path) -> list[tuple[str, str, list[int], Iterator[bytes]]]:

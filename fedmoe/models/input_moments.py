@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -60,14 +59,12 @@ class MomentsCollector:
     def __enter__(self) -> Self:
         # The base is frozen: gradients flow because its first activations ask for them.
         embeddings = self._base.model.get_input_embeddings()
-        self._hooks.append(embeddings.register_forward_hook(_ask_for_gradient))
+        self._hooks.append(embeddings.register_forward_hook(lambda _, __, output: output.detach().requires_grad_()))
         for name, layer in self._layers.items():
             self._hooks.append(layer.register_forward_hook(partial(self._see, name)))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -123,10 +120,6 @@ class MomentsCollector:
                     weights = weights + self._weights[name]
             for name in names:
                 self._sums[name].add(self._inputs[name][real], weights[real])
-
-
-def _ask_for_gradient(module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    return output.detach().requires_grad_()
 
 
 class _Sums:

@@ -167,7 +167,11 @@ def find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> list[
     linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     chosen: set[str] = set()
     for target in targets:
-        matched = _matches(model, linear, target)
+        if target == ALL_LINEAR:
+            head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+            matched = {name for name, module in linear.items() if module is not head}
+        else:
+            matched = {name for name in linear if name == target or name.endswith(f".{target}")}
         if not matched:
             ends = sorted({name.rpartition(".")[2] for name in linear})
             raise TargetError(f"no linear layer is named {target!r}; the model has {', '.join(ends)}, or {ALL_LINEAR}")
@@ -175,13 +179,6 @@ def find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> list[
     if not chosen:
         raise TargetError(f"target_modules is empty; name at least one linear layer or {ALL_LINEAR}")
     return [(name, module) for name, module in linear.items() if name in chosen]
-
-
-def _matches(model: nn.Module, linear: dict[str, nn.Linear], target: str) -> set[str]:
-    if target == ALL_LINEAR:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        return {name for name, module in linear.items() if module is not head}
-    return {name for name in linear if name == target or name.endswith(f".{target}")}
 
 
 def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +20,93 @@ from torch.nn import functional
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
 from fedmoe.models.lora_layers import ALL_LINEAR, TargetError, find_targets, replace_module
-from fedmoe.models.low_rank import RowsTerm, linear_with_terms
+
+
+@dataclass(frozen=True, slots=True)
+class RowsTerm:
+    """Rows [start, stop) of a batch get `scale` * (x @ a^T) @ b^T on top; a (r, in), b (out, r), in the dtype of x."""
+
+    start: int
+    stop: int
+    scale: float
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def linear_with_terms(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, terms: Sequence[RowsTerm]
+) -> torch.Tensor:
+    """x (rows, ..., in) -> x @ weight^T + bias (rows, ..., out), plus the terms of its rows.
+
+    `weight` and `bias` are frozen: gradients go to x and to the factors of the terms.
+    """
+    if not torch.is_grad_enabled():
+        return _forward(x, weight, bias, terms)[0]
+    spans = tuple((term.start, term.stop, term.scale) for term in terms)
+    factors = [factor for term in terms for factor in (term.a, term.b)]
+    out: torch.Tensor = _LinearWithTerms.apply(x, weight, bias, spans, *factors)
+    return out
+
+
+def _forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, terms: Sequence[RowsTerm]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output, and x @ a^T of every term, (rows of the term * ..., r)."""
+    out = functional.linear(x, weight, bias)
+    inners = []
+    for term in terms:
+        inner = _matrix(x, term.start, term.stop) @ term.a.t()
+        _matrix(out, term.start, term.stop).addmm_(inner, term.b.t(), alpha=term.scale)
+        inners.append(inner)
+    return out, inners
+
+
+def _matrix(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Rows [start, stop) of a tensor (rows, ..., n) as a matrix (rows * ..., n); a view of a contiguous one."""
+    return tensor[start:stop].flatten(0, -2)
+
+
+class _LinearWithTerms(torch.autograd.Function):  # type: ignore[misc]
+    """One operation with its own backward pass.
+
+    Composed of single operations, PyTorch would copy the whole output once a call and fill a gradient of full size with
+    zeros for every adapter; here each adapter's term is added in place, forward and backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        spans: tuple[tuple[int, int, float], ...],
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        pairs = zip(spans, factors[::2], factors[1::2], strict=True)
+        out, inners = _forward(x, weight, bias, [RowsTerm(*span, a, b) for span, a, b in pairs])
+        ctx.spans = spans
+        ctx.save_for_backward(x, weight, *factors, *inners)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, *rest = ctx.saved_tensors
+        count = len(ctx.spans)
+        gradient = gradient.contiguous()
+        back = gradient @ weight if ctx.needs_input_grad[0] else None
+        gradients: list[torch.Tensor | None] = []
+        for index, (start, stop, scale) in enumerate(ctx.spans):
+            a, b, inner = rest[2 * index], rest[2 * index + 1], rest[2 * count + index]
+            given = _matrix(gradient, start, stop)
+            given_inner = (given @ b).mul_(scale)
+            if back is not None:
+                _matrix(back, start, stop).addmm_(given_inner, a)
+            wants_a, wants_b = ctx.needs_input_grad[4 + 2 * index : 6 + 2 * index]
+            gradients.append(given_inner.t() @ _matrix(x, start, stop) if wants_a else None)
+            gradients.append((given.t() @ inner).mul_(scale) if wants_b else None)
+        return back, None, None, None, *gradients
+
 
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 #: Module, its inputs (rows, positions, in) -> the weight of every expert for every token (rows, positions, experts).
@@ -83,18 +170,17 @@ class _Run:
     factors: Factors
 
 
+@dataclass
 class _Runs:
     """Multiplies each run of rows with its own adapter: no work is wasted, whatever the ranks."""
 
-    def __init__(self, runs: Sequence[_Run], rows: int) -> None:
-        self.runs = runs
-        self.rows = rows
+    runs: Sequence[_Run]
+    rows: int
 
     def keep(self, indices: torch.Tensor) -> None:
-        """Go on with some rows of a batch that has one adapter only."""
-        (run,) = self.runs
+        """Keep only some rows of a batch that has one adapter, or none."""
         self.rows = len(indices)
-        self.runs = [replace(run, stop=self.rows)]
+        self.runs = [replace(run, stop=self.rows) for run in self.runs]
 
     def apply(self, module: str, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         """layer(x) + scale * (x @ A^T) @ B^T, each run of rows with its own factors."""
@@ -128,7 +214,7 @@ class _Stack:
         }
 
     def keep(self, indices: torch.Tensor) -> None:
-        """Go on with the rows at `indices`."""
+        """Keep only the rows at `indices`."""
         self.other = self.other[indices]
         self.rows = len(indices)
 
@@ -169,6 +255,9 @@ class _Mixture:
         return functional.linear(x, layer.weight, layer.bias) + functional.linear(inner, b)
 
 
+#: The rows of a batch that is being decoded; `keep` keeps those at some indices, int64 (k,), in that order.
+DecodingRows: TypeAlias = _Runs | _Stack
+
 _ACTIVE: ContextVar[_Runs | _Stack | _Mixture | None] = ContextVar("rows of the running batch", default=None)
 
 
@@ -180,18 +269,6 @@ def _active(rows: _Runs | _Stack | _Mixture | None) -> Iterator[None]:
         yield
     finally:
         _ACTIVE.reset(token)
-
-
-class DecodingRows:
-    """The rows of a batch that is being decoded; `keep` goes on with some of them."""
-
-    def __init__(self, rows: _Runs | _Stack | None) -> None:
-        self._rows = rows
-
-    def keep(self, indices: torch.Tensor) -> None:
-        """Go on with the rows at `indices`, int64 (k,), in that order."""
-        if self._rows is not None:
-            self._rows.keep(indices)
 
 
 class MultiLoraLinear(nn.Module):  # type: ignore[misc]
@@ -284,10 +361,10 @@ class MultiLora:
         """As `rows`, for decoding: fast for one token a row, without gradients."""
         with torch.no_grad():
             runs = self._runs(names)
-            alone = len(runs) == 1 and runs[0].stop - runs[0].start == len(names)
-            rows = _Runs(runs, len(names)) if alone else _Stack(runs, len(names)) if runs else None
+            same = not runs or runs[0].stop - runs[0].start == len(names)
+            rows: DecodingRows = _Runs(runs, len(names)) if same else _Stack(runs, len(names))
             with _active(rows):
-                yield DecodingRows(rows)
+                yield rows
 
     @contextmanager
     def mixed(self, names: Sequence[str], weights: TokenWeights, rows: int) -> Iterator[None]:

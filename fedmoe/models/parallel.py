@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,7 +20,6 @@ class ProcessGroup:
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
     device: torch.device = torch.device("cpu")
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -62,9 +60,9 @@ class ProcessGroup:
             distributed.destroy_process_group()
 
 
-def local_rank(environment: Mapping[str, str] | None = None) -> int:
+def local_rank() -> int:
     """LOCAL_RANK, or 0 outside torchrun; it chooses the CUDA device."""
-    return _number(os.environ if environment is None else environment, "LOCAL_RANK", 0)
+    return _number("LOCAL_RANK", 0)
 
 
 def join_group(device: torch.device, timeout_seconds: float = 600.0) -> ProcessGroup:
@@ -73,13 +71,13 @@ def join_group(device: torch.device, timeout_seconds: float = 600.0) -> ProcessG
     gloo on CPU, nccl on CUDA. No WORLD_SIZE or 1 is a single process. A rank that stays away fails the others after
     `timeout_seconds`. Raises ParallelError when the environment is incomplete.
     """
-    world_size = _number(os.environ, "WORLD_SIZE", 1)
+    world_size = _number("WORLD_SIZE", 1)
     if world_size == 1:
         return ProcessGroup(device=device)
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ParallelError(f"WORLD_SIZE is {world_size} but {', '.join(missing)} are not set; start with torchrun")
-    rank = _number(os.environ, "RANK", 0)
+    rank = _number("RANK", 0)
     if rank >= world_size:
         raise ParallelError(f"RANK is {rank}, but WORLD_SIZE is {world_size}")
     if device.type == "cuda":
@@ -88,11 +86,11 @@ def join_group(device: torch.device, timeout_seconds: float = 600.0) -> ProcessG
     distributed.init_process_group(
         backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds)
     )
-    return ProcessGroup(rank, world_size, _number(os.environ, "LOCAL_RANK", 0), device)
+    return ProcessGroup(rank, world_size, device)
 
 
-def _number(environment: Mapping[str, str], name: str, default: int) -> int:
-    text = environment.get(name, str(default))
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
     if not text.isdecimal():
         raise ParallelError(f"{name} must be a number from 0 up, got {text!r}")
     return int(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,11 +38,6 @@ class MicroBatch:
     adapters: tuple[str | None, ...]
     forests: tuple[Forest, ...]
 
-    @property
-    def nodes(self) -> int:
-        """Padded size in tokens."""
-        return len(self.forests) * max(len(forest) for forest in self.forests)
-
     def members(self) -> list[int]:
         """The continuations in it, in the order `token_logprobs` gives their tokens."""
         return [member for forest in self.forests for member in forest.members]
@@ -55,7 +50,15 @@ def plan_micro_batches(continuations: Sequence[Continuation], max_tokens: int, m
     """
     longest = max((len(each.prompt) + len(each.tokens) for each in continuations), default=0)
     # A row must have room for a long prompt and several continuations of it, or the prompt would be computed for each.
-    rows = sorted(_rows(continuations, min(max(max_row, 2 * longest), max_tokens)), key=lambda row: -len(row[1]))
+    max_row = min(max(max_row, 2 * longest), max_tokens)
+    rows: list[tuple[str | None, Forest]] = []
+    for adapter in dict.fromkeys(each.adapter for each in continuations):
+        members = [index for index, each in enumerate(continuations) if each.adapter == adapter]
+        # The last token predicts nothing, so it needs no node.
+        sequences = [continuations[index].prompt + continuations[index].tokens[:-1] for index in members]
+        for forest in grow_forests(sequences, max_row):
+            rows.append((adapter, replace(forest, members=tuple(members[member] for member in forest.members))))
+    rows.sort(key=lambda row: -len(row[1]))
     batches: list[list[tuple[str | None, Forest]]] = []
     for row in rows:
         # Rows come longest first, so the first row of a batch is its padded length.
@@ -65,15 +68,6 @@ def plan_micro_batches(continuations: Sequence[Continuation], max_tokens: int, m
             batches.append([row])
     ordered = [sorted(batch, key=lambda row: (row[0] is None, row[0] or "")) for batch in batches]
     return [MicroBatch(tuple(row[0] for row in batch), tuple(row[1] for row in batch)) for batch in ordered]
-
-
-def _rows(continuations: Sequence[Continuation], max_row: int) -> Iterator[tuple[str | None, Forest]]:
-    for adapter in dict.fromkeys(each.adapter for each in continuations):
-        members = [index for index, each in enumerate(continuations) if each.adapter == adapter]
-        # The last token predicts nothing, so it needs no node.
-        sequences = [continuations[index].prompt + continuations[index].tokens[:-1] for index in members]
-        for forest in grow_forests(sequences, max_row):
-            yield adapter, replace(forest, members=tuple(members[member] for member in forest.members))
 
 
 @dataclass(frozen=True)
@@ -100,13 +94,10 @@ def token_logprobs(
     Call inside `multi.rows(batch.adapters)`.
     """
     device = multi.device
-    packed = batch_forests(batch.forests)
-    ids, positions, mask = (
-        torch.from_numpy(array).to(device) for array in (packed.input_ids, packed.position_ids, packed.mask)
-    )
+    ids, positions, mask = batch_forests(batch.forests, device)
     decoder = model.get_decoder()
     hidden = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-    predictors, targets, owners = _targets(batch, continuations, packed.input_ids.shape[1])
+    predictors, targets, owners = _targets(batch, continuations, ids.shape[1])
     nodes, places = np.unique(predictors, return_inverse=True)
     order = np.argsort(places, kind="stable")
     chosen = hidden.flatten(0, 1)[torch.from_numpy(nodes).to(device)]

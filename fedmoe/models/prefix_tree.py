@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 IntVector = NDArray[np.int64]
@@ -44,46 +45,12 @@ class Forest:
         return looks
 
 
-class _ForestBuilder:
-    """A forest that sequences are added to; token by token only where they differ from the one before."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.parents: list[int] = []
-        self.depths: list[int] = []
-        self.paths: list[IntVector] = []
-        self.members: list[int] = []
-        self._previous: Sequence[int] = ()
-        self._path: list[int] = []
-
-    def cost(self, sequence: Sequence[int]) -> int:
-        return len(sequence) - _shared(self._previous, sequence)
-
-    def add(self, member: int, sequence: Sequence[int]) -> None:
-        shared = _shared(self._previous, sequence)
-        del self._path[shared:]
-        for depth in range(shared, len(sequence)):
-            self.parents.append(self._path[-1] if self._path else ROOT)
-            self._path.append(len(self.tokens))
-            self.tokens.append(sequence[depth])
-            self.depths.append(depth)
-        self._previous = sequence
-        self.paths.append(np.array(self._path, np.int64))
-        self.members.append(member)
-
-    def forest(self) -> Forest:
-        tokens, parents, depths = (np.array(values, np.int64) for values in (self.tokens, self.parents, self.depths))
-        return Forest(tokens, parents, depths, tuple(self.paths), tuple(self.members))
-
-
-def _shared(before: Sequence[int], sequence: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    count = 0
-    for one, other in zip(before, sequence, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
+def shared_length(before: Sequence[int], sequence: Sequence[int]) -> int:
+    """How many tokens both begin with in common."""
+    for place, (left, right) in enumerate(zip(before, sequence, strict=False)):
+        if left != right:
+            return place
+    return min(len(before), len(sequence))
 
 
 def grow_forests(sequences: Sequence[Sequence[int]], max_nodes: int) -> list[Forest]:
@@ -93,34 +60,47 @@ def grow_forests(sequences: Sequence[Sequence[int]], max_nodes: int) -> list[For
     """
     if any(not sequence for sequence in sequences):
         raise ValueError("an empty sequence has no node; leave it out")
-    forests: list[Forest] = []
-    builder = _ForestBuilder()
+    groups: list[list[int]] = []
+    nodes = 0
+    previous: Sequence[int] = ()
     for member in sorted(range(len(sequences)), key=lambda index: tuple(sequences[index])):
         sequence = sequences[member]
-        cost = builder.cost(sequence)
-        if builder.members and cost > 0 and len(builder.tokens) + cost > max_nodes:
-            forests.append(builder.forest())
-            builder = _ForestBuilder()
-        builder.add(member, sequence)
-    if builder.members:
-        forests.append(builder.forest())
-    return forests
+        cost = len(sequence) - shared_length(previous, sequence)
+        if not groups or (cost > 0 and nodes + cost > max_nodes):
+            groups.append([])
+            nodes, cost = 0, len(sequence)
+        groups[-1].append(member)
+        nodes, previous = nodes + cost, sequence
+    return [_forest(sequences, members) for members in groups]
 
 
-@dataclass(frozen=True)
-class ForestBatch:
+def _forest(sequences: Sequence[Sequence[int]], members: Sequence[int]) -> Forest:
+    """The forest of some sequences; token by token only where they differ from the one before."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    depths: list[int] = []
+    paths: list[IntVector] = []
+    path: list[int] = []
+    previous: Sequence[int] = ()
+    for member in members:
+        sequence = sequences[member]
+        del path[shared_length(previous, sequence) :]
+        for depth in range(len(path), len(sequence)):
+            parents.append(path[-1] if path else ROOT)
+            path.append(len(tokens))
+            tokens.append(sequence[depth])
+            depths.append(depth)
+        paths.append(np.array(path, np.int64))
+        previous = sequence
+    nodes, above, places = (np.array(values, np.int64) for values in (tokens, parents, depths))
+    return Forest(nodes, above, places, tuple(paths), tuple(members))
+
+
+def batch_forests(forests: Sequence[Forest], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forests as rows of one batch, padded at the end with nodes that see only themselves.
 
-    `input_ids`, `position_ids`: int64 (rows, n); `mask`: bool (rows, 1, n, n).
+    Token ids and positions, int64 (rows, n), and the mask, bool (rows, 1, n, n).
     """
-
-    input_ids: IntVector
-    position_ids: IntVector
-    mask: NDArray[np.bool_]
-
-
-def batch_forests(forests: Sequence[Forest]) -> ForestBatch:
-    """Stack forests, padded to the longest."""
     rows, size = len(forests), max(len(forest) for forest in forests)
     ids = np.zeros((rows, size), np.int64)
     positions = np.zeros((rows, size), np.int64)
@@ -131,4 +111,4 @@ def batch_forests(forests: Sequence[Forest]) -> ForestBatch:
         ids[row, :count] = forest.tokens
         positions[row, :count] = forest.depths
         mask[row, 0, :count, :count] = forest.mask()
-    return ForestBatch(ids, positions, mask)
+    return torch.from_numpy(ids).to(device), torch.from_numpy(positions).to(device), torch.from_numpy(mask).to(device)

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache as once
+from importlib.metadata import version
+from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
+from fedmoe import datasets
 from fedmoe.datasets.readers.common import BadRow, DataError
 from fedmoe.datasets.readers.compressed import bare_name
 from fedmoe.datasets.report import DataReport, TokenCounts
-from fedmoe.datasets.row_scan import RowOptions, RowScan
-from fedmoe.datasets.split import RowHashes
-from fedmoe.datasets.tokens.long_samples import LONG_ROW_POLICIES, LongRowPolicy
-from fedmoe.datasets.tokens.tokenization import TokenData, tokenize_samples
-from fedmoe.datasets.tokens.tokenized_sample import TokenizedSample, Tokenizer, previews
-from fedmoe.models.token_cache import CachedTokens, TokenCache
+from fedmoe.datasets.row_scan import RowHashes, RowOptions, RowScan
+from fedmoe.datasets.tokens.tokenization import LONG_ROW_POLICIES, LongRowPolicy, TokenData, tokenize_samples
+from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample, Tokenizer, previews
+from fedmoe.runtime.files import write_atomic
+
+_log = logging.getLogger(__name__)
+_REPORT: TypeAdapter[DataReport] = TypeAdapter(DataReport)
+#: Other data than the newest are tokenised again: the folder holds copies of private data and stays small.
+_FILES_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +85,25 @@ def prepare_samples(
     scan = RowScan(name, options.rows)
     # The name's end tells how the bytes are read: the same ones are other rows as .csv and as .tsv.
     kinds = sorted({bare_name(path.name).rpartition(".")[2].lower() for path in scan.source.files})
-    place = TokenCache.of(cache, tokenizer, [scan.source.fingerprint(), kinds, max_length, asdict(options)])
-    if place and (cached := place.read()):
+    made_of = [scan.source.fingerprint(), kinds, max_length, asdict(options)]
+    file = _cache_file(cache, tokenizer, made_of) if cache else None
+    if file and (cached := _read_cache(file)):
         # What of a folder is not read is no part of what the tokens follow from.
-        report = replace(cached.report, source=str(name), notes=scan.source.left_out)
-        return PreparedData(cached.samples, cached.row_hashes, report, kept=True)
+        return replace(cached, report=replace(cached.report, source=str(name), notes=scan.source.left_out))
     data = tokenize_samples(scan.samples(), tokenizer, max_length, options.long_rows, processes, progress)
     report = _report(scan, data, tokenizer, max_length, options)
     if refuse:
         report.raise_problem()
     hashes = np.array([scan.hashes[number] for number in data.row_of], np.uint64)
-    if place and not report.problem:
-        place.write(CachedTokens(tuple(data.samples), hashes, report))
-    return PreparedData(tuple(data.samples), hashes, report)
+    prepared = PreparedData(tuple(data.samples), hashes, report)
+    if file and not report.problem:
+        _write_cache(file, prepared)
+    return prepared
 
 
 def _report(scan: RowScan, data: TokenData, tokenizer: Tokenizer, max_length: int, options: DataOptions) -> DataReport:
-    places = ((scan.places[refusal.number], refusal.reason) for refusal in data.refused)
-    refused = tuple(BadRow(line, reason, file) for (file, line), reason in places)
+    places = ((scan.places[number], reason) for number, reason in data.refused)
+    refused = [BadRow(line, reason, file) for (file, line), reason in places]
     tokens = TokenCounts(
         max_length=max_length,
         long_rows=options.long_rows,
@@ -106,4 +122,82 @@ def _report(scan: RowScan, data: TokenData, tokenizer: Tokenizer, max_length: in
         notes=dict(data.notes),
         previews=previews(data.samples, tokenizer),
     )
-    return replace(scan.report(), counts=scan.counts(refused), tokens=tokens)
+    return scan.report(refused, tokens)
+
+
+def _cache_file(folder: Path, tokenizer: Tokenizer, made_of: Sequence[object]) -> Path | None:
+    """The file for data and options (`made_of`, JSON values), tokenizer and code; None where tokens cannot be kept."""
+    template = str(tokenizer.chat_template or "")
+    # Others cannot say what the tokens follow from, or they look at the clock.
+    if not tokenizer.is_fast or "strftime_now" in template:
+        return None
+    # A fast tokenizer of transformers; `Tokenizer` is only what tokenising needs of it.
+    vocabulary = hashlib.sha256(str(attrgetter("backend_tokenizer")(tokenizer).to_str()).encode()).hexdigest()
+    identity = [vocabulary, template, tokenizer.eos_token_id, tokenizer.bos_token_id, version("transformers")]
+    key = hashlib.sha256(json.dumps([_code_hash(), identity, *made_of], sort_keys=True).encode()).hexdigest()
+    return folder / f"{key[:40]}.safetensors"
+
+
+def _read_cache(path: Path) -> PreparedData | None:
+    """What is kept, or None if nothing is or it is damaged; a damaged file is made anew."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            arrays: dict[str, NDArray[np.generic]] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        if metadata.get("digest") != _digest(arrays):
+            raise ValueError("its content is not what was written")
+        report = _REPORT.validate_json(metadata["report"])
+        all_ids, all_learned = arrays["ids"].astype(np.int64), arrays["learned"].astype(np.bool_)
+        samples = []
+        for start, stop in pairwise([0, *np.cumsum(arrays["sizes"].astype(np.int64)).tolist()]):
+            ids = all_ids[start:stop]
+            samples.append(TokenizedSample(ids, np.where(all_learned[start:stop], ids, MASKED)))
+        row_hashes = arrays["row_hashes"].astype(np.uint64)
+        path.touch()
+    except (OSError, SafetensorError, ValidationError, ValueError, KeyError) as error:
+        _log.warning("kept tokens cannot be used and are made anew: %s: %s", path, error)
+        return None
+    return PreparedData(tuple(samples), row_hashes, report, kept=True)
+
+
+def _write_cache(file: Path, data: PreparedData) -> None:
+    """Keep these tokens; a folder that takes none costs only time at the next start."""
+    arrays: dict[str, NDArray[np.generic]] = {
+        "ids": np.concatenate([np.empty(0, np.int32), *(sample.input_ids.astype(np.int32) for sample in data.samples)]),
+        "learned": np.concatenate([np.empty(0, np.uint8), *(sample.labels != MASKED for sample in data.samples)]),
+        "sizes": np.array([len(sample.input_ids) for sample in data.samples], np.int64),
+        "row_hashes": data.row_hashes,
+    }
+    metadata = {"report": _REPORT.dump_json(data.report).decode(), "digest": _digest(arrays)}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomic(file, save(arrays, metadata))
+        for old in sorted(file.parent.glob("*.safetensors"), key=_changed, reverse=True)[_FILES_KEPT:]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        _log.warning("tokens are not kept for the next start: %s", error)
+
+
+def _changed(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # another process has just removed it
+        return 0.0
+
+
+def _digest(arrays: dict[str, NDArray[np.generic]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
+
+
+@once
+def _code_hash() -> str:
+    """Of the source that turns rows into tokens: another version may render other ones."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for file in sorted(Path(datasets.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

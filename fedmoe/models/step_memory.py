@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -84,23 +85,19 @@ def step_bytes(shape: StepShape) -> int:
     tokens = shape.length * shape.batch
     layer = (6 * shape.hidden + 6 * shape.width + 6 * shape.inner + 7 * shape.rank) * shape.item
     mask = shape.length * shape.length * shape.batch * shape.item
-    kept = shape.layers * (tokens * layer + mask)
+    activations = shape.layers * (tokens * layer + mask)
     if shape.checkpointing:
         # One layer is computed again, with gradients of about its own size.
-        kept = shape.layers * tokens * shape.hidden * shape.item + 2 * (tokens * layer + mask)
+        activations = shape.layers * tokens * shape.hidden * shape.item + 2 * (tokens * layer + mask)
     logits = _LOGIT_COPIES * tokens * shape.vocabulary * 4
-    return 16 * shape.adapter + kept + logits + _FIXED_BYTES
+    return 16 * shape.adapter + activations + logits + _FIXED_BYTES
 
 
 def largest_length(shape: StepShape, available: int) -> int | None:
     """The longest row, up to that of `shape`, with which a step fits; None if none does."""
-    if step_bytes(replace(shape, length=_SHORTEST)) > available:
-        return None
-    fits, most = _SHORTEST, shape.length + 1
-    while most - fits > 1:
-        middle = (fits + most) // 2
-        fits, most = (middle, most) if step_bytes(replace(shape, length=middle)) <= available else (fits, middle)
-    return fits
+    lengths = range(_SHORTEST, max(_SHORTEST, shape.length) + 1)
+    fitting = bisect_right(lengths, available, key=lambda length: step_bytes(replace(shape, length=length)))
+    return lengths[fitting - 1] if fitting else None
 
 
 def check_memory(shape: StepShape, available: int) -> None:

@@ -1,4 +1,4 @@
-"""Cache folders for what can be made again: prepared base models, hashes, tokenised data.
+"""Cache folders for what can be made again (base models, hashes, tokenised data), and folders built once in them.
 
 A home that cannot be written costs a cache and a warning, not the run.
 """
@@ -9,10 +9,11 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from fedmoe.runtime.files import write_atomic
+from fedmoe.runtime.files import fsync_files, fsync_folder, write_atomic
 from fedmoe.runtime.logs import warn
 
 
@@ -95,3 +96,34 @@ def _temporary_root(process: int) -> Path:
 
     atexit.register(remove)
     return folder
+
+
+def build_once(name: str, build: Callable[[Path], None]) -> Path:
+    """The cached folder `name`; if it is not there, one process fills a temporary folder by `build` and renames it.
+
+    Others wait. A build that fails or is killed leaves nothing under the name. Where the cache cannot be written, what
+    it holds is used all the same, and the rest is built for this process alone.
+    """
+    from filelock import FileLock  # comes with the extra `fedmoe[worker]`, as all that is built does
+
+    cached = cache_root()
+    if cached is not None and (cached / name).is_dir():
+        return cached / name
+    root = cache_or_temporary_root()
+    target = root / name
+    with FileLock(str(root / f"{name}.lock")):
+        if target.is_dir():
+            return target
+        for left_over in root.glob(f".{name}-*"):
+            shutil.rmtree(left_over)
+        temporary = root / f".{name}-{os.getpid()}"
+        temporary.mkdir()
+        try:
+            build(temporary)
+            fsync_files(temporary)
+            os.rename(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        fsync_folder(root)
+    return target

@@ -11,20 +11,19 @@ import structlog
 
 from fedmoe.config import WorkerConfig
 from fedmoe.datasets.readers.common import DataError
-from fedmoe.datasets.row_scan import RowOptions, check_beginning
-from fedmoe.datasets.split import held_out_rows
+from fedmoe.datasets.row_scan import RowOptions, check_beginning, held_out_rows
 from fedmoe.datasets.tokens.packing import Block, BlockSampler, pack
-from fedmoe.datasets.tokens.sample_hashes import SampleHashes, change_between, digest_of, sample_hashes
 from fedmoe.datasets.tokens.tokenized_sample import TokenizedSample
 from fedmoe.lora.adapter import Layout, ModuleShape
 from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase, context_length, pad_token
+from fedmoe.models.data_hashes import SampleHashes, change_between, digest_of, sample_hashes
 from fedmoe.models.held_out import HeldOutPlan, first_blocks
 from fedmoe.models.lora_layers import TargetError, find_targets
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.prepare_data import DataOptions, PreparedData, prepare_samples
-from fedmoe.models.schedule import TrainingConfig
 from fedmoe.models.step_memory import StepShape, check_memory, free_memory, resolve_max_length
+from fedmoe.models.training_config import TrainingConfig
 from fedmoe.runtime.cache import cache_folder
 from fedmoe.wire.contract.messages import MAX_PARAMETERS
 from fedmoe.worker.report import log_phase

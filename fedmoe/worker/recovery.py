@@ -11,9 +11,8 @@ import structlog
 
 from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.tokens.packing import BlockSampler
-from fedmoe.datasets.tokens.sample_hashes import SampleHashes
 from fedmoe.lora.adapter import FloatVector
-from fedmoe.models.data_hashes import check_data_change
+from fedmoe.models.data_hashes import SampleHashes, check_data_change
 from fedmoe.models.device_faults import device_fault
 from fedmoe.models.parallel import ProcessGroup
 from fedmoe.models.worker_state import has_state, peek_values

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedmoe.datasets.formats.samples import Chat, Completion, Sample
-from fedmoe.datasets.report import RowCounts
+from fedmoe.datasets.report import DataReport
 from fedmoe.datasets.row_scan import RowOptions, RowScan
 
 ASKED = {"role": "user", "content": "Hi"}
@@ -17,11 +17,11 @@ SAID = {"role": "assistant", "content": "Ho"}
 BAD = {"role": "assistant", "content": "Go away"}
 
 
-def read(folder: Path, *rows: Mapping[str, object], columns: tuple[str, ...] = ()) -> tuple[list[str], RowCounts]:
+def read(folder: Path, *rows: Mapping[str, object], columns: tuple[str, ...] = ()) -> tuple[list[str], DataReport]:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     scan = RowScan(file, RowOptions.mapping(columns))
-    return [shown(sample) for sample in scan.samples()], scan.counts()
+    return [shown(sample) for sample in scan.samples()], scan.report()
 
 
 def shown(sample: Sample) -> str:
@@ -50,8 +50,8 @@ def shown(sample: Sample) -> str:
 def test_system_prompt_history_and_tools_are_kept_beside_every_shape(
     row: dict[str, object], becomes: str, tmp_path: Path
 ) -> None:
-    samples, counts = read(tmp_path, row)
-    assert (samples, counts.bad_count, counts.ignored) == ([becomes], 0, ())
+    samples, report = read(tmp_path, row)
+    assert (samples, report.bad_count, report.ignored) == ([becomes], 0, ())
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_system_prompt_history_and_tools_are_kept_beside_every_shape(
     ],
 )
 def test_two_different_system_prompts_are_a_bad_row(row: dict[str, object], tmp_path: Path) -> None:
-    _, counts = read(tmp_path, row)
-    assert "two different system prompts" in counts.bad[0].reason
+    _, report = read(tmp_path, row)
+    assert "two different system prompts" in report.bad[0].reason
 
 
 @pytest.mark.parametrize(
@@ -81,33 +81,33 @@ def test_two_different_system_prompts_are_a_bad_row(row: dict[str, object], tmp_
 def test_of_preference_data_the_chosen_answer_is_learned_after_its_whole_context(
     row: dict[str, object], becomes: str, tmp_path: Path
 ) -> None:
-    samples, counts = read(tmp_path, row)
-    assert (samples, counts.rejected) == ([becomes], 1)
+    samples, report = read(tmp_path, row)
+    assert (samples, report.rejected) == ([becomes], 1)
 
 
 def test_turns_written_as_json_in_a_cell_are_turns_and_their_keys_are_named(tmp_path: Path) -> None:
     row = {"prompt": json.dumps([ASKED]), "completion": json.dumps([{**SAID, "weight": 1, "score": 3}])}
-    samples, counts = read(tmp_path, row, {"prompt": "List?", "completion": '[{"name": "f", "role": "admin"}]'})
+    samples, report = read(tmp_path, row, {"prompt": "List?", "completion": '[{"name": "f", "role": "admin"}]'})
     assert samples == ["u:Hi *a:Ho", 'List? *[{"name": "f", "role": "admin"}]']
-    assert (counts.obeyed, counts.ignored) == (("completion[].weight",), ("completion[].score",))
+    assert (report.obeyed, report.ignored) == (("completion[].weight",), ("completion[].score",))
 
 
 @pytest.mark.parametrize("label", ["False", "false", 0, "0", False, "undesirable"])
 def test_an_unwanted_answer_is_left_out_however_its_label_is_written(label: object, tmp_path: Path) -> None:
-    samples, counts = read(tmp_path, {"prompt": "2+2=", "completion": "5", "label": label})
-    assert (samples, sum(counts.left_out.values())) == ([], 1)
+    samples, report = read(tmp_path, {"prompt": "2+2=", "completion": "5", "label": label})
+    assert (samples, sum(report.left_out.values())) == ([], 1)
 
 
 def test_a_label_that_is_no_mark_is_named_as_not_used(tmp_path: Path) -> None:
-    samples, counts = read(tmp_path, {"question": "Hi", "answer": "Ho", "label": "greeting"})
-    assert (samples, counts.ignored) == (["u:Hi *a:Ho"], ("label",))
+    samples, report = read(tmp_path, {"question": "Hi", "answer": "Ho", "label": "greeting"})
+    assert (samples, report.ignored) == (["u:Hi *a:Ho"], ("label",))
 
 
 def test_marks_of_pairs_are_obeyed_and_their_keys_used(tmp_path: Path) -> None:
     pairs = [{"input": "A", "output": "B", "output_with_loss": False}, {"human": "Hi", "assistant": "Ho"}]
-    samples, counts = read(tmp_path, {"conversation": pairs})
-    assert (samples, counts.ignored) == (["u:A a:B u:Hi *a:Ho"], ())
-    assert counts.obeyed == ("conversation[].output_with_loss",)
+    samples, report = read(tmp_path, {"conversation": pairs})
+    assert (samples, report.ignored) == (["u:A a:B u:Hi *a:Ho"], ())
+    assert report.obeyed == ("conversation[].output_with_loss",)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_marks_of_pairs_are_obeyed_and_their_keys_used(tmp_path: Path) -> None:
 def test_empty_turns_rows_inside_of_a_row_other_masks_and_two_calls_are_bad_rows(
     row: dict[str, object], tmp_path: Path
 ) -> None:
-    samples, counts = read(tmp_path, row)
-    assert (samples, counts.bad_count) == ([], 1)
+    samples, report = read(tmp_path, row)
+    assert (samples, report.bad_count) == ([], 1)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_empty_turns_rows_inside_of_a_row_other_masks_and_two_calls_are_bad_rows
     ],
 )
 def test_what_a_question_is_about_stays_with_it(row: dict[str, object], becomes: str, tmp_path: Path) -> None:
-    samples, counts = read(tmp_path, row)
-    assert (samples, counts.ignored) == ([becomes], ())
+    samples, report = read(tmp_path, row)
+    assert (samples, report.ignored) == ([becomes], ())
 
 
 def test_a_conversation_may_be_a_list_of_strings(tmp_path: Path) -> None:
@@ -163,11 +163,11 @@ def test_a_mapped_column_replaces_its_name_only_where_a_row_has_it(tmp_path: Pat
         {"frage": "A", "antwort": "B", "prompt": "other", "completion": "other"},
         {"prompt": "C", "completion": "D"},
     ]
-    samples, counts = read(tmp_path, *rows, columns=("frage=prompt", "antwort=completion"))
-    assert (samples, counts.ignored) == (["A *B", "C *D"], ("completion", "prompt"))
+    samples, report = read(tmp_path, *rows, columns=("frage=prompt", "antwort=completion"))
+    assert (samples, report.ignored) == (["A *B", "C *D"], ("completion", "prompt"))
 
 
 def test_a_mapping_chooses_the_shape(tmp_path: Path) -> None:
     row: dict[str, object] = {"instruction": "A", "output": "B", "body": "Once."}
-    samples, counts = read(tmp_path, row, columns=("body=text",))
-    assert (samples, counts.ignored) == (["*Once."], ("instruction", "output"))
+    samples, report = read(tmp_path, row, columns=("body=text",))
+    assert (samples, report.ignored) == (["*Once."], ("instruction", "output"))

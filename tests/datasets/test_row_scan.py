@@ -78,8 +78,8 @@ def test_each_shape_is_recognised(tmp_path: Path, row: dict[str, object], name: 
 def test_a_row_that_does_not_fit_is_named(tmp_path: Path, row: dict[str, object], reason: str) -> None:
     report = check_file(write_rows(tmp_path / "a.jsonl", {"messages": TURNS}, row), RowOptions(max_bad_fraction=0.5))
     assert (report.rows, report.good, report.bad_count) == (2, 1, 1)
-    assert report.counts.bad[0].line == 2
-    assert reason in report.counts.bad[0].reason
+    assert report.bad[0].line == 2
+    assert reason in report.bad[0].reason
     assert report.problem is None
 
 
@@ -148,13 +148,13 @@ def test_a_file_with_only_bad_rows_is_refused_whatever_is_allowed(tmp_path: Path
 def test_many_bad_rows_are_counted_but_not_all_kept(tmp_path: Path) -> None:
     report = check_file(write_rows(tmp_path / "a.jsonl", *([{"text": ""}] * 500)))
     assert report.bad_count == 500
-    assert len(report.counts.bad) == 100
+    assert len(report.bad) == 100
     assert "and 490 more" in report.text
 
 
 def test_columns_that_are_not_used_are_reported(tmp_path: Path) -> None:
     report = check_file(write_rows(tmp_path / "a.jsonl", {"text": "a", "license": "MIT"}))
-    assert report.counts.ignored == ("license",)
+    assert report.ignored == ("license",)
     assert "not used: license" in report.text
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from fedmoe.datasets.formats.samples import Chat, Completion, Message, Text
 from fedmoe.datasets.readers.common import DataError
-from fedmoe.datasets.split import RowHashes, held_out_rows, row_hash
+from fedmoe.datasets.row_scan import RowHashes, held_out_rows, row_hash
 
 
 def hashes(*numbers: int) -> RowHashes:

@@ -17,7 +17,7 @@ from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.algebra import stack
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.prompt_features import features_width
-from fedmoe.models.schedule import LoraConfig
+from fedmoe.models.training_config import LoraConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
 
 

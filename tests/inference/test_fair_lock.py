@@ -56,7 +56,7 @@ def test_newcomers_wait_for_one_that_waits_to_be_alone() -> None:
         held = pool.submit(first)
         assert first_in.wait(10)
         waiting = pool.submit(alone)
-        while not lock._waiting:
+        while len(lock._blocks) < 2:
             pass
         late = pool.submit(newcomer)
         let_go.set()

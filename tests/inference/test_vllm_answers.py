@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from vllm_bench import Make, request
 
 from fedmoe.inference.engine import EngineError
+from fedmoe.inference.vllm.client import CompletionChoice, VllmClient, logprobs_are_processed, read_metrics
 from fedmoe.inference.vllm.engine import VllmEngine
-from fedmoe.inference.vllm.http import VllmClient
-from fedmoe.inference.vllm.messages import CompletionChoice, logprobs_are_processed, read_metrics
 
 
 def test_an_answer_in_another_models_name_is_refused() -> None:

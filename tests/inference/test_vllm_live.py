@@ -168,7 +168,7 @@ def test_an_unloaded_version_is_gone_on_the_server_too(engine: VllmEngine, vllm_
     engine.unload(POET)
     with pytest.raises(EngineError, match="not loaded: poet@0; loaded: critic@0"):
         engine.sample([request(CRITIC), request(POET)])
-    served = [name.rpartition(".")[0] for name in engine._client.models() if name != SERVED_NAME]
+    served = [name.rpartition(".")[0] for name in engine.client.models() if name != SERVED_NAME]
     assert sorted(served) == ["critic@0", "zeros@0"]
     assert vllm_server.running()
 

@@ -11,8 +11,8 @@ from fake_vllm import LIMIT, MODEL, FakeVllm, expected_scores, make_adapter
 from vllm_bench import ONE, PROMPT, TWO, Make, folders, request, served
 
 from fedmoe.inference.engine import AdapterKey, EngineError, context_limit
+from fedmoe.inference.vllm.client import VllmClient
 from fedmoe.inference.vllm.engine import VllmEngine
-from fedmoe.inference.vllm.http import VllmClient
 
 
 def test_a_server_that_does_not_answer_is_named(tmp_path: Path) -> None:

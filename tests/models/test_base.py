@@ -10,8 +10,9 @@ from forks import Fork
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
-from fedmoe.models import cache, identity, smollm2
+from fedmoe.models import identity, smollm2
 from fedmoe.models.base import BaseModelError, load_base, prepare_base
+from fedmoe.runtime.cache import build_once
 
 TINY_WEIGHTS = "f0b73007bfb902d7f4e9f7ee83dc901c09b79d65ba198be08eb1678bc534fe78"
 TINY_TOKENIZER = "2cd71fa489811ace39273a0ab662c39370a9578b5b83b06759d2d378015f005c"
@@ -182,9 +183,9 @@ def test_a_build_that_fails_leaves_nothing_behind(own_cache: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        cache.build_once("thing", fail)
+        build_once("thing", fail)
     assert not (own_cache / "thing").exists()
-    assert cache.build_once("thing", lambda folder: None).is_dir()
+    assert build_once("thing", lambda folder: None).is_dir()
     assert not list(own_cache.glob(".thing-*"))
 
 
@@ -192,7 +193,7 @@ def test_three_processes_that_start_at_once_build_once(own_cache: Path) -> None:
     code = """
 import os, sys, time
 from pathlib import Path
-from fedmoe.models.cache import build_once
+from fedmoe.runtime.cache import build_once
 def build(folder):
     time.sleep(0.3)
     (folder / "file").write_text(str(os.getpid()))

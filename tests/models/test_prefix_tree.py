@@ -76,16 +76,16 @@ def test_common_beginnings_are_one_path(sequences: list[tuple[int, ...]], budget
 @given(SEQUENCES.filter(len), BUDGETS)
 def test_a_batch_pads_with_nodes_that_touch_nobody(sequences: list[tuple[int, ...]], budget: int) -> None:
     forests = grow_forests(sequences, budget)
-    batch = batch_forests(forests)
+    ids, positions, mask = batch_forests(forests, torch.device("cpu"))
     size = max(map(len, forests))
-    assert batch.mask.shape == (len(forests), 1, size, size)
+    assert mask.shape == (len(forests), 1, size, size)
     for row, forest in enumerate(forests):
         count = len(forest)
-        assert batch.input_ids[row, :count].tolist() == forest.tokens.tolist()
-        assert batch.position_ids[row, :count].tolist() == forest.depths.tolist()
-        np.testing.assert_array_equal(batch.mask[row, 0, :count, :count], forest.mask())
-        assert not batch.mask[row, 0, :count, count:].any()
-        np.testing.assert_array_equal(batch.mask[row, 0, count:], np.eye(size, dtype=np.bool_)[count:])
+        assert ids[row, :count].tolist() == forest.tokens.tolist()
+        assert positions[row, :count].tolist() == forest.depths.tolist()
+        np.testing.assert_array_equal(mask[row, 0, :count, :count], forest.mask())
+        assert not mask[row, 0, :count, count:].any()
+        np.testing.assert_array_equal(mask[row, 0, count:], np.eye(size, dtype=np.bool_)[count:])
 
 
 def test_equal_sequences_share_everything_even_beyond_the_budget() -> None:
@@ -118,10 +118,7 @@ def test_long_shared_prompts_are_computed_alike(device: str) -> None:
 def assert_computed_alike(sequences: list[tuple[int, ...]], budget: int, device: str) -> None:
     model = tiny_model().eval().to(device)
     forests = grow_forests(sequences, budget)
-    batch = batch_forests(forests)
-    ids, positions, mask = (
-        torch.from_numpy(array).to(device) for array in (batch.input_ids, batch.position_ids, batch.mask)
-    )
+    ids, positions, mask = batch_forests(forests, torch.device(device))
     with torch.no_grad():
         logits = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
         for row, forest in enumerate(forests):

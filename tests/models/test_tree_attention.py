@@ -18,7 +18,7 @@ Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def tree_mask() -> torch.Tensor:
-    return torch.from_numpy(batch_forests(grow_forests(SEQUENCES, 8)).mask)
+    return batch_forests(grow_forests(SEQUENCES, 8), torch.device("cpu"))[2]
 
 
 def parts(mask: torch.Tensor, heads: int, key_heads: int, dtype: torch.dtype) -> Three:
@@ -78,8 +78,7 @@ def test_a_model_trains_with_it_and_samples_without(monkeypatch: pytest.MonkeyPa
     plain, model = (tiny_model().requires_grad_(False).eval() for _ in range(2))
     use_tree_attention(model)
     check_causal_model(model)
-    batch = batch_forests(grow_forests(SEQUENCES, 8))
-    ids, positions, mask = (torch.from_numpy(array) for array in (batch.input_ids, batch.position_ids, batch.mask))
+    ids, positions, mask = batch_forests(grow_forests(SEQUENCES, 8), torch.device("cpu"))
     gradients = []
     for each in (plain, model):
         embedded = each.get_input_embeddings()(ids).requires_grad_()

@@ -93,7 +93,7 @@ def test_a_base_model_is_made_where_there_is_no_cache_and_leaves_nothing(closed:
 
 
 def test_a_cache_that_can_only_be_read_is_read(closed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedmoe.models.cache import build_once
+    from fedmoe.runtime.cache import build_once
 
     (closed / "cache" / "base").mkdir(parents=True)
     monkeypatch.setenv("FEDMOE_CACHE", str(closed / "cache"))

@@ -9,7 +9,7 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from fedmoe.arena.tasks.task import PromptMessage, TaskError
-from fedmoe.models.stopping import end_marks, strip_stop_tokens
+from fedmoe.models.stop_tokens import end_marks, strip_stop_tokens
 
 
 class Codec(Protocol):

@@ -141,15 +141,15 @@ def _domain(
         say(f"{folder.name}: already there")
         return there
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        source = fetch_documents(recipe.source, Path(scratch), archives, say)
+        documents, origin = fetch_documents(recipe.source, Path(scratch), archives, say)
         split = held_out_chunks if recipe.held_out else split_chunks
-        train, test, dropped = split(source.documents, recipe.chunks)
+        train, test, dropped = split(documents, recipe.chunks)
         if not test or not (train or recipe.held_out):
             raise DataError(f"{folder.name}: {len(train)} train and {len(test)} test rows; the source is too small")
         fresh = Path(scratch) / "fresh"
         fresh.mkdir()
         summary = DomainSummary(folder, _size(train), _size(test), dropped, built=True)
-        _write(fresh, train, test, summary, source.origin)
+        _write(fresh, train, test, summary, origin)
         _replace(folder, fresh, Path(scratch) / "old")
     say(f"{folder.name}: {summary.train.rows:,} train and {summary.test.rows:,} test rows")
     return summary

@@ -42,31 +42,22 @@ class Package:
     accepts: Callable[[PurePosixPath], bool]
 
 
-@dataclass(frozen=True)
-class DocumentSet:
-    """Documents in path order, and what they were taken from."""
-
-    documents: tuple[Document, ...]
-    origin: dict[str, str]
-
-
 def fetch_documents(
     source: Package | None, scratch: Path, archives: Path | None, say: Callable[[str], None]
-) -> DocumentSet:
-    """The documents of a package, or of the running interpreter's library without its tests (None).
+) -> tuple[list[Document], dict[str, str]]:
+    """The documents of a package, or of the running interpreter's library without its tests (None), and their origin.
 
-    A package's archive is taken from `archives` if it is there, else from the index.
+    In the order of their paths. A package's archive is taken from `archives` if it is there, else from the index.
     """
     if source is None:
         return _library()
     archive = _archive(source, scratch, archives, say)
     say(f"{source.name} {source.version}: reading {source.archive}")
-    documents = tuple(sorted(read_archive(archive, source.accepts), key=lambda document: document.path))
+    documents = sorted(read_archive(archive, source.accepts), key=lambda document: document.path)
     if not documents:
         raise DataError(f"{archive}: none of the expected files is in the archive")
     origin = {"package": source.name, "version": source.version, "archive": source.archive}
-    origin |= {"sha256": source.sha256, "licence": source.licence}
-    return DocumentSet(documents, origin)
+    return documents, origin | {"sha256": source.sha256, "licence": source.licence}
 
 
 def read_archive(archive: Path, accepts: Callable[[PurePosixPath], bool]) -> Iterator[Document]:
@@ -122,12 +113,12 @@ def _by_hand(package: Package) -> str:
     return f"fetch {package.archive} elsewhere and name its folder as `archives`"
 
 
-def _library() -> DocumentSet:
+def _library() -> tuple[list[Document], dict[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     paths = sorted(path for path in root.rglob("*.py") if _NOT_LIBRARY.isdisjoint(path.relative_to(root).parts))
     written = [path for path in paths if not path.name.startswith(_GENERATED)]
     texts = [(path.relative_to(root).as_posix(), _decode(path.read_bytes())) for path in written]
-    documents = tuple(Document(name, text) for name, text in texts if text is not None)
+    documents = [Document(name, text) for name, text in texts if text is not None]
     if not documents:
         raise DataError(f"{root}: the standard library is not there as .py files; use a Python that has them")
     digest = hashlib.sha256()
@@ -135,7 +126,7 @@ def _library() -> DocumentSet:
         digest.update(f"{document.path}\0{document.text}\0".encode())
     version = ".".join(str(part) for part in sys.version_info[:3])
     origin = {"package": "Python standard library", "version": version, "sha256": digest.hexdigest()}
-    return DocumentSet(documents, {**origin, "licence": "PSF-2.0"})
+    return documents, {**origin, "licence": "PSF-2.0"}
 
 
 def _decode(data: bytes) -> str | None:

@@ -1,11 +1,15 @@
-"""Row formats of public data sets: recognised by their keys, converted to samples."""
+"""Row formats of public data sets: recognised by their keys, converted to samples.
+
+Of preference data the chosen answer is learned, the rejected one only counted.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
-from fedmoe.datasets.formats import preferences
 from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
 from fedmoe.datasets.formats.turns import (
     MEDIA_KEYS,
@@ -20,17 +24,25 @@ from fedmoe.datasets.formats.turns import (
     turns_of,
     unused_keys,
 )
-from fedmoe.datasets.formats.values import RowError, RowLeftOutError, items, mark, some_keys, string
-from fedmoe.datasets.readers.common import BadRow, DataRow
+from fedmoe.datasets.formats.values import RowError, RowLeftOutError, items, mark, string
+from fedmoe.datasets.readers.common import DataRow
 
-
-@dataclass(frozen=True, slots=True)
-class LeftOutRow:
-    """A sound row that its own marks keep out of the training."""
-
-    line: int
-    reason: str
-    file: str = ""
+_SYSTEM_KEYS = ("system", "system_prompt")
+#: Keys that make a conversation of a prompt with its completion.
+_CHAT_KEYS = (*_SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs")
+#: Keys that say whether an answer is wanted (KTO in TRL and LLaMA-Factory).
+_WANTED_KEYS = ("label", "kto_tag")
+_WANTED_WORDS = {"true": True, "1": True, "desirable": True, "false": False, "0": False, "undesirable": False}
+#: Keys that any conversation may have beside its own.
+_OF_CHATS = (*_CHAT_KEYS, *_WANTED_KEYS)
+#: Keys that any row may have.
+_ROW_KEYS = (*MEDIA_KEYS, "weight", "train")
+#: Columns of preference data that may hold what the answers answer, as text.
+_PROMPT_KEYS = ("prompt", "question", "instruction", "query", "input")
+#: Columns that may hold it as turns, as a list under `prompt` may.
+_TURN_KEYS = ("conversations", "messages")
+# Anthropic's HH-RLHF writes a whole conversation as one string.
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -43,34 +55,25 @@ class RowFormat:
     convert: Callable[[DataRow], Sample]
     optional: tuple[str, ...] = ()
 
-    def fits(self, row: DataRow) -> bool:
-        """Whether the row has the keys, none of them null."""
-        return all(row.fields.get(key) is not None for key in self.keys)
-
 
 def detect_format(row: DataRow, mapped: Collection[str] = ()) -> RowFormat | None:
     """The format whose keys the row has, first by how many of the `mapped` names it uses.
 
     Chat shapes win over `text`, which may be a rendering of them.
     """
-    fitting = [shape for shape in FORMATS if shape.fits(row)]
+    fitting = [shape for shape in FORMATS if all(row.fields.get(key) is not None for key in shape.keys)]
     return max(fitting, key=lambda shape: sum(key in mapped for key in shape.keys), default=None)
 
 
-def normalise(shape: RowFormat, row: DataRow) -> Sample | BadRow | LeftOutRow:
-    """The sample of a row in this format, what is wrong with it, or which of its marks keeps it out."""
-    try:
-        for key in MEDIA_KEYS:
-            if row.fields.get(key):
-                raise RowError(f"the row holds {key!r}: only text can be learned")
-        for key in ("weight", "train"):
-            if _is_said(row.fields.get(key)) and not mark(key, row.fields[key]):
-                raise RowLeftOutError(f"{key!r} of the row says that it is not to be learned")
-        return shape.convert(row)
-    except RowLeftOutError as left_out:
-        return LeftOutRow(row.line, str(left_out), row.file)
-    except RowError as error:
-        return BadRow(row.line, str(error), row.file)
+def convert(shape: RowFormat, row: DataRow) -> Sample:
+    """The sample of a row in this format; raises `RowError`, or `RowLeftOutError` where its own marks keep it out."""
+    for key in MEDIA_KEYS:
+        if row.fields.get(key):
+            raise RowError(f"the row holds {key!r}: only text can be learned")
+    for key in ("weight", "train"):
+        if _is_said(row.fields.get(key)) and not mark(key, row.fields[key]):
+            raise RowLeftOutError(f"{key!r} of the row says that it is not to be learned")
+    return shape.convert(row)
 
 
 def keys_not_used(shape: RowFormat, row: DataRow) -> frozenset[str]:
@@ -101,10 +104,14 @@ def _in_turns(row: DataRow, keys_of: Callable[[list[object]], frozenset[str]]) -
 def _completion(row: DataRow) -> Sample:
     _refuse_unwanted(row)
     if isinstance(row.fields["prompt"], list) or isinstance(row.fields["completion"], list):
-        asked = _turns_or_text(row.fields, "prompt", "user")
+        asked, answered = (
+            [Message(role, string(row.fields, key))]
+            if isinstance(row.fields[key], str)
+            else [message(item) for item in items(row.fields, key)]
+            for key, role in (("prompt", "user"), ("completion", "assistant"))
+        )
         # TRL's conversational prompt is context, whoever spoke in it.
-        context = [preferences.as_context(turn) for turn in asked]
-        return _chat(row, [*context, *_turns_or_text(row.fields, "completion", "assistant")])
+        return _chat(row, [*(_as_context(turn) for turn in asked), *answered])
     prompt = string(row.fields, "prompt", may_be_empty=True)
     return _plain_or_chat(row, Completion(row.line, prompt, string(row.fields, "completion"), row.file))
 
@@ -118,17 +125,6 @@ def _plain_or_chat(row: DataRow, plain: Completion) -> Sample:
         return plain
     asked = [Message("user", plain.prompt)] if plain.prompt.strip() else []
     return _chat(row, [*asked, Message("assistant", plain.completion)])
-
-
-def _turns_or_text(fields: Mapping[str, object], key: str, role: str) -> list[Message]:
-    if isinstance(fields[key], str):
-        return [Message(role, string(fields, key))]
-    return [message(item) for item in items(fields, key)]
-
-
-def _preference(row: DataRow) -> Sample:
-    chosen = preferences.chosen_answer(row)
-    return _chat(row, chosen) if isinstance(chosen, list) else _plain_or_chat(row, chosen)
 
 
 def _refuse_unwanted(row: DataRow) -> None:
@@ -176,16 +172,89 @@ def _is_said(value: object) -> bool:
     return value is not None and not (isinstance(value, str) and not value.strip())
 
 
-_SYSTEM_KEYS = ("system", "system_prompt")
-#: Keys that make a conversation of a prompt with its completion.
-_CHAT_KEYS = (*_SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs")
-#: Keys that say whether an answer is wanted (KTO in TRL and LLaMA-Factory).
-_WANTED_KEYS = ("label", "kto_tag")
-_WANTED_WORDS = {"true": True, "1": True, "desirable": True, "false": False, "0": False, "undesirable": False}
-#: Keys that any conversation may have beside its own.
-_OF_CHATS = (*_CHAT_KEYS, *_WANTED_KEYS)
-#: Keys that any row may have.
-_ROW_KEYS = (*MEDIA_KEYS, "weight", "train")
+def _preference(row: DataRow) -> Sample:
+    """What a row with a chosen answer becomes: a conversation, or a prompt with its completion."""
+    fields = row.fields
+    chosen, rejected = fields["chosen"], fields.get("rejected")
+    if isinstance(chosen, list):
+        turns = [message(item) for item in items(fields, "chosen")]
+        other = [message(item) for item in rejected] if isinstance(rejected, list) else []
+        # Turns that the rejected answer shares are context.
+        beginning = len(other) if len(other) < len(turns) else 0
+        shared = next((i for i, pair in enumerate(zip(turns, other, strict=False)) if pair[0] != pair[1]), beginning)
+        answer = [_as_context(turn) for turn in turns[:shared]] + turns[shared:]
+        return _chat(row, _joined(_context(fields, turns), answer))
+    if isinstance(chosen, Mapping):
+        return _chat(row, _joined(_context(fields, []), [message(chosen)]))
+    text = string(fields, "chosen")
+    if _turn_column(fields):
+        return _chat(row, _joined(_context(fields, []), [Message("assistant", text)]))
+    if _SPEAKER.match(text):
+        return _chat(row, _transcript(text))
+    asked = _prompt_key(fields)
+    if asked is not None and asked != "prompt":
+        return _chat(row, [_question(fields, asked), Message("assistant", text)])
+    prompt = _shared_beginning(fields, text) if asked is None else string(fields, "prompt", may_be_empty=True)
+    completion = text[len(prompt) :] if asked is None else text
+    return _plain_or_chat(row, Completion(row.line, prompt, completion, row.file))
+
+
+def _as_context(turn: Message) -> Message:
+    """The same turn, not to be learned."""
+    return Message(turn.role, turn.content, False, turn.extras)
+
+
+def _turn_column(fields: Mapping[str, object]) -> str | None:
+    column = next((key for key in _TURN_KEYS if fields.get(key)), None)
+    return column or ("prompt" if isinstance(fields.get("prompt"), list) else None)
+
+
+def _prompt_key(fields: Mapping[str, object]) -> str | None:
+    return next((key for key in _PROMPT_KEYS if fields.get(key) is not None), None)
+
+
+def _question(fields: Mapping[str, object], asked: str) -> Message:
+    question = string(fields, asked)
+    about = string(fields, "input", may_be_empty=True) if asked in ("question", "instruction") else ""
+    return Message("user", f"{question}\n\n{about}" if about.strip() else question)
+
+
+def _context(fields: Mapping[str, object], answer: list[Message]) -> list[Message]:
+    """The turns before the answer; a question as text is one of them unless the answer begins with its own."""
+    if column := _turn_column(fields):
+        return [message(item) for item in items(fields, column)]
+    asked = _prompt_key(fields)
+    answers_only = not answer or answer[0].role == "assistant"
+    return [_question(fields, asked)] if asked and answers_only else []
+
+
+def _joined(context: list[Message], answer: list[Message]) -> list[Message]:
+    """Context, which is not learned, and answer; turns that both of them hold stand once."""
+    before = [(turn.role, turn.content) for turn in context]
+    after = [(turn.role, turn.content) for turn in answer]
+    both = next(n for n in range(min(len(before), len(after)), -1, -1) if before[len(before) - n :] == after[:n])
+    return [_as_context(turn) for turn in context[: len(before) - both]] + answer
+
+
+def _transcript(text: str) -> list[Message]:
+    parts = _SPEAKER.split(text)[1:]
+    speakers, said = parts[::2], [part.strip() for part in parts[1::2]]
+    if speakers[-1] != "Assistant" or not said[-1]:
+        raise RowError("'chosen' does not end with an answer of the assistant")
+    # Only the last answer was chosen; earlier ones are what both continuations share.
+    return [
+        Message("user" if speaker == "Human" else "assistant", words, learned=place == len(said) - 1)
+        for place, (speaker, words) in enumerate(zip(speakers, said, strict=True))
+    ]
+
+
+def _shared_beginning(fields: Mapping[str, object], answer: str) -> str:
+    """The beginning that both answers share is the prompt (as TRL takes it), up to the last blank."""
+    rejected = string(fields, "rejected", may_be_empty=True)
+    if not rejected:
+        raise RowError("'chosen' has neither a prompt nor a 'rejected' answer beside it; add the column 'prompt'")
+    shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(answer, rejected, strict=False)))
+    return shared[: shared.rfind(" ") + 1] if shared != answer else ""
 
 
 def _pair_format(name: str, question: str, answer: str, shown: str = "", about: tuple[str, ...] = ()) -> RowFormat:
@@ -223,7 +292,7 @@ FORMATS = (
         ("chosen",),
         '{"prompt": "...", "chosen": "...", "rejected": "..."}; the chosen answer is learned',
         _preference,
-        ("rejected", *preferences.TURN_KEYS, *preferences.PROMPT_KEYS, *_OF_CHATS),
+        ("rejected", *_TURN_KEYS, *_PROMPT_KEYS, *_OF_CHATS),
     ),
     _turns_format(
         "messages", "messages", '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
@@ -252,8 +321,3 @@ FORMATS = (
 
 #: Every column that some format looks at; readers need no other.
 KNOWN_COLUMNS = frozenset(key for shape in FORMATS for key in (*shape.keys, *shape.optional)) | frozenset(_ROW_KEYS)
-
-
-def no_known_format(row: DataRow) -> BadRow:
-    """A row without the keys of any format."""
-    return BadRow(row.line, f"no known format; found the keys {some_keys(row.fields)}", row.file)

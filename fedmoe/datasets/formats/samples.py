@@ -1,7 +1,7 @@
 """Sample types that rows are converted to: a text, a prompt with its completion, or a conversation.
 
-`fedmoe.datasets.split.row_hash` reads their representation: other names of classes or fields would move held-out rows
-into the training data.
+`fedmoe.datasets.row_scan.row_hash` reads their representation: other names of classes or fields would move held-out
+rows into the training data.
 """
 
 from __future__ import annotations

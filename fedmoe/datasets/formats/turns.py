@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fedmoe.datasets.formats.samples import Message
 from fedmoe.datasets.formats.values import RowError, checked_text, mark, some_keys, string
-from fedmoe.datasets.readers.json_rows import decode_json
+from fedmoe.datasets.readers.text_rows import decode_json
 
 #: The roles of chat templates.
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -41,7 +41,11 @@ def message(item: object) -> Message:
         raise RowError(f"a turn must be an object with 'role' and 'content', got {type(item).__name__}")
     _refuse(item)
     named = string(item, _key_of(item, _ROLE_KEYS))
-    role = _role(named)
+    name = named.strip().casefold()
+    role = "assistant" if name in _CALL_ROLES else _ALIASES.get(name, name)
+    if role not in ROLES:
+        roles = ", ".join((*ROLES, *_ALIASES, *sorted(_CALL_ROLES)))
+        raise RowError(f"unknown role {named[:40]!r}; known are {roles}")
     content = _content(item, _key_of(item, _CONTENT_KEYS))
     extras = _extras(item)
     if named.casefold() in _CALL_ROLES and (calls := _calls_in(content)):
@@ -111,14 +115,6 @@ def _key_of(item: Mapping[str, object], keys: Sequence[str]) -> str:
     return next((key for key in keys if item.get(key) is not None), next((key for key in keys if key in item), keys[0]))
 
 
-def _role(named: str) -> str:
-    name = named.strip().casefold()
-    role = "assistant" if name in _CALL_ROLES else _ALIASES.get(name, name)
-    if role not in ROLES:
-        raise RowError(f"unknown role {named[:40]!r}; known are {', '.join((*ROLES, *_ALIASES, *sorted(_CALL_ROLES)))}")
-    return role
-
-
 def _content(item: Mapping[str, object], key: str) -> str:
     value = item.get(key)
     if isinstance(value, Mapping):
@@ -163,7 +159,7 @@ def _extras(item: Mapping[str, object]) -> dict[str, object]:
     reasoning = next((item[key] for key in ("reasoning_content", "reasoning", "thinking") if item.get(key)), None)
     if reasoning is not None:
         extras["reasoning_content"] = string({"reasoning_content": reasoning}, "reasoning_content")
-    if calls := _called(item):
+    if calls := _calls(item):
         extras["tool_calls"] = calls
     for key in ("tool_call_id", "name"):
         if item.get(key):
@@ -171,7 +167,7 @@ def _extras(item: Mapping[str, object]) -> dict[str, object]:
     return extras
 
 
-def _called(item: Mapping[str, object]) -> list[dict[str, object]]:
+def _calls(item: Mapping[str, object]) -> list[dict[str, object]]:
     """The calls of a turn, in OpenAI's shape or its older one."""
     calls, older = item.get("tool_calls"), item.get("function_call")
     if isinstance(calls, str):
@@ -267,9 +263,6 @@ def _turns_in(cell: object) -> list[object] | None:
     except ValueError:
         return None
     turns = value if isinstance(value, list) else [value]
-    return turns if turns and all(isinstance(turn, Mapping) and _is_turn(turn) for turn in turns) else None
-
-
-def _is_turn(item: Mapping[str, object]) -> bool:
-    said = (*_CONTENT_KEYS, "tool_calls", "function_call")
-    return any(key in item for key in _ROLE_KEYS) and any(key in item for key in said)
+    said = {*_CONTENT_KEYS, "tool_calls", "function_call"}
+    are_turns = (isinstance(turn, Mapping) and turn.keys() & _ROLE_KEYS and turn.keys() & said for turn in turns)
+    return turns if turns and all(are_turns) else None

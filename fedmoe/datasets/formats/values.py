@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedmoe.datasets.readers.json_rows import decode_json
+from fedmoe.datasets.readers.text_rows import decode_json
 
 
 class RowError(ValueError):

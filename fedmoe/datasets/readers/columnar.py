@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmoe.datasets.readers.common import MAX_COLUMNS, BadRow, DataError, DataRow, DataRows, ReadOptions
-from fedmoe.datasets.readers.json_rows import decode_json
+from fedmoe.datasets.readers.text_rows import decode_json
 
 if TYPE_CHECKING:
-    from pyarrow import Array, DataType, RecordBatch
-    from pyarrow.parquet import ParquetFile
+    from pyarrow import DataType, RecordBatch
 
 ROWS_AT_ONCE = 256
 ARROW_MAGIC = b"ARROW1"
@@ -42,9 +41,15 @@ def read_parquet(path: Path, options: ReadOptions) -> DataRows:
     number = 0
     try:
         columns = _wanted_columns(path, file.schema_arrow.names, options)
-        _check_sizes(path, file, set(columns))
+        metadata = file.metadata
+        leaves = (metadata.schema.column(index).path for index in range(metadata.num_columns))
+        _check_count(path, sum(name in columns or name.partition(".")[0] in columns for name in leaves))
+        for index in range(metadata.num_row_groups):
+            size = metadata.row_group(index).total_byte_size
+            if size > MAX_ROW_GROUP_BYTES:
+                raise DataError(f"{path}: row group {index} holds {size:,} bytes; write smaller row groups")
         if not columns:
-            yield from (DataRow(line, {}) for line in range(1, file.metadata.num_rows + 1))
+            yield from (DataRow(line, {}) for line in range(1, metadata.num_rows + 1))
             return
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns, use_threads=False):
             # A column called `a.b` comes along with a wanted `a`.
@@ -105,16 +110,6 @@ def _batches(path: Path, options: ReadOptions) -> Iterator[RecordBatch]:
             yield from (batch.select(columns) for batch in reader)
 
 
-def _check_sizes(path: Path, file: ParquetFile, columns: set[str]) -> None:
-    metadata = file.metadata
-    leaves = (metadata.schema.column(index).path for index in range(metadata.num_columns))
-    _check_count(path, sum(name in columns or name.partition(".")[0] in columns for name in leaves))
-    for index in range(metadata.num_row_groups):
-        size = metadata.row_group(index).total_byte_size
-        if size > MAX_ROW_GROUP_BYTES:
-            raise DataError(f"{path}: row group {index} holds {size:,} bytes; write smaller row groups")
-
-
 def _check_count(path: Path, columns: int) -> None:
     if columns > MAX_COLUMNS:
         raise DataError(f"{path}: {columns:,} columns, at most {MAX_COLUMNS} are read; keep those needed")
@@ -156,7 +151,12 @@ def _one_row(batch: RecordBatch, number: int) -> DataRow | BadRow:
 def _to_python(batch: RecordBatch) -> list[dict[str, object]]:
     import pyarrow as pa
 
-    arrays = [_in_microseconds(column) for column in batch.columns]
+    # Nanoseconds have no Python value without pandas, and time zones none without a database of them.
+    kinds = [_microseconds(column.type) for column in batch.columns]
+    arrays = [
+        column if kind.equals(column.type) else column.cast(kind, safe=False)
+        for column, kind in zip(batch.columns, kinds, strict=True)
+    ]
     plain = pa.RecordBatch.from_arrays(arrays, names=batch.schema.names) if arrays else batch
     rows: list[dict[str, object]] = [
         {name: value for name, cell in row.items() if (value := _plain(cell, nested=False)) is not None}
@@ -183,12 +183,6 @@ def _decoded(value: object, kind: DataType) -> object:
     if isinstance(value, dict) and types.is_struct(kind):
         return {name: _decoded(item, kind.field(name).type) for name, item in value.items()}
     return value
-
-
-def _in_microseconds(column: Array) -> Array:
-    """Nanoseconds have no Python value without pandas, and time zones none without a database of them."""
-    target = _microseconds(column.type)
-    return column if target.equals(column.type) else column.cast(target, safe=False)
 
 
 def _microseconds(kind: DataType) -> DataType:

@@ -7,13 +7,13 @@ reader nor goes unseen. A file that cannot be read at all raises `DataError`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path, PurePath
 
 from fedmoe.datasets.readers.columnar import ARROW_MAGIC, read_arrow, read_parquet
 from fedmoe.datasets.readers.common import DataError, DataRows, ReadOptions
 from fedmoe.datasets.readers.compressed import STREAM_ERRORS, bare_name, compression_of, head, reason_of
-from fedmoe.datasets.readers.csv_rows import read_csv, read_tsv
-from fedmoe.datasets.readers.json_rows import read_json, read_jsonl
+from fedmoe.datasets.readers.text_rows import read_csv, read_json, read_jsonl
 
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 PARQUET_MAGIC = b"PAR1"
@@ -33,17 +33,6 @@ def read_file(path: Path, options: ReadOptions, *, may_be_empty: bool = False) -
     Raises `DataError` at once if the file is missing, empty or of an unknown kind, and while reading if it turns out
     to hold no row at all (one part of many `may_be_empty`), changes, or cannot be unpacked or decoded.
     """
-    _check_regular(path)
-    reader = READERS[_kind(path, may_be_empty)]
-    return _watched(path, reader(path, options), may_be_empty)
-
-
-def is_data_name(name: str) -> bool:
-    """Whether a file of this name is read as data, compressed or not."""
-    return PurePath(bare_name(name)).suffix.lower() in READERS
-
-
-def _check_regular(path: Path) -> None:
     if not path.exists():
         raise DataError(f"{path}: no such file; check the path, it is relative to {Path.cwd()}")
     if not path.is_file():
@@ -57,6 +46,13 @@ def _check_regular(path: Path) -> None:
         raise DataError(f"{path}: the file is empty (0 bytes); write at least one row")
     if start.startswith(LFS_POINTER):
         raise DataError(f"{path}: only a pointer of Git LFS, not the data; fetch them: git lfs pull")
+    reader = READERS[_kind(path, may_be_empty)]
+    return _watched(path, reader(path, options), may_be_empty)
+
+
+def is_data_name(name: str) -> bool:
+    """Whether a file of this name is read as data, compressed or not."""
+    return PurePath(bare_name(name)).suffix.lower() in READERS
 
 
 def _kind(path: Path, may_be_empty: bool) -> str:
@@ -130,7 +126,7 @@ READERS: Mapping[str, Callable[[Path, ReadOptions], DataRows]] = {
     ".jsonlines": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
-    ".tsv": read_tsv,
+    ".tsv": partial(read_csv, delimiter="\t"),
     ".parquet": read_parquet,
     ".arrow": read_arrow,
     ".feather": read_arrow,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedmoe.datasets.readers.common import DataError, DataRows, ReadOptions
-from fedmoe.datasets.readers.data_file import read_file
+from fedmoe.datasets.readers.data_file import is_data_name, read_file
 from fedmoe.datasets.readers.folders import files_of_folder
-from fedmoe.datasets.readers.hub import fetch, parse_hub_id
+
+_ID = re.compile(
+    r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<config>[\w][\w.-]*))?(?:@(?P<revision>[\w./-]+))?(?::(?P<split>\w+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,8 @@ def open_source(name: str | Path, columns: Collection[str] | None = None) -> Dat
             files, left_out = fetch(hub_id)
             return DataSource(text, files, files[0].parent, left_out, options)
     if is_folder:
-        content = files_of_folder(folder, split)
-        return DataSource(text, content.files, folder, content.left_out, options)
+        files, left_out = files_of_folder(folder, split)
+        return DataSource(text, files, folder, left_out, options)
     source = DataSource(text, (path,), options=options)
     source.rows()  # what is refused without reading is refused now
     return source
@@ -94,3 +98,58 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
+
+
+@dataclass(frozen=True, slots=True)
+class HubId:
+    """`owner/name`, `owner/name/config`, with `@revision` and `:split` behind it."""
+
+    name: str
+    config: str | None = None
+    revision: str | None = None
+    split: str | None = None
+
+
+def parse_hub_id(text: str) -> HubId | None:
+    """The parts of a hub id; None for a data file's name, or a path below a folder that exists."""
+    match = _ID.fullmatch(text)
+    if match is None or is_data_name(text) or Path(text).parts[0] in (".", "..") or Path(text).parent.exists():
+        return None
+    return HubId(match["name"], match["config"], match["revision"], match["split"])
+
+
+def fetch(hub_id: HubId) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """The Arrow files that the library `datasets` (extra `fedmoe[hub]`) keeps of one split, and what is left out."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(
+            f"{hub_id.name}: no such file or folder here; to fetch it from a hub: pip install 'fedmoe[hub]'"
+        ) from error
+    try:
+        loaded = load_dataset(hub_id.name, name=hub_id.config, revision=hub_id.revision)
+        splits = {str(name): [str(file["filename"]) for file in data.cache_files] for name, data in loaded.items()}
+    except Exception as error:  # the network's, the hub's and the builder's errors have no common class
+        first = str(error).strip().partition("\n")[0][:300]
+        raise DataError(
+            f"{hub_id.name}: no such file or folder here, and not had from the hub: {type(error).__name__}: {first}; "
+            "check the name, the network, and HF_TOKEN if it is private"
+        ) from error
+    split = _split(hub_id, splits)
+    others = tuple(f"{name}: not trained on, beside {split}" for name in splits if name != split)
+    if not splits[split]:
+        raise DataError(f"{hub_id.name}: `datasets` keeps it in memory; unset HF_DATASETS_IN_MEMORY_MAX_SIZE")
+    return tuple(Path(file) for file in splits[split]), others
+
+
+def _split(hub_id: HubId, splits: Mapping[str, object]) -> str:
+    if hub_id.split is not None:
+        if hub_id.split not in splits:
+            raise DataError(f"{hub_id.name}: no split {hub_id.split!r}; there is {', '.join(splits)}")
+        return hub_id.split
+    if "train" in splits:
+        return "train"
+    names = list(splits)
+    base = f"{hub_id.name}/{hub_id.config}" if hub_id.config else hub_id.name
+    base += f"@{hub_id.revision}" if hub_id.revision else ""
+    raise DataError(f"{hub_id.name}: no split called train, but {', '.join(names)}; name one: {base}:{names[0]}")

@@ -34,14 +34,6 @@ _PART = re.compile(r"[-_.](?:(?:part|shard)[-_.]?)?[0-9]+(?:-of-[0-9]+)?$", re.I
 
 
 @dataclass(frozen=True)
-class FolderFiles:
-    """The data files in reading order, and a sentence for each kind of thing that is not read."""
-
-    files: tuple[Path, ...]
-    left_out: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class _DataFile:
     """One data file: its path inside the folder, and the split that its names tell."""
 
@@ -54,20 +46,33 @@ class _DataFile:
         return _SHARD.search(PurePosixPath(self.path.name).stem) is not None
 
 
-def files_of_folder(folder: Path, split: str | None = None) -> FolderFiles:
+def files_of_folder(folder: Path, split: str | None = None) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """The data files below a folder in natural order (`part-2` before `part-10`); of several splits the training one.
+
+    With a sentence for each kind of thing that is not read.
 
     `split` chooses one by its name. Raises `DataError` if there is no data, or if the choice is not clear.
     """
     notes: list[str] = []
     paths = list(_data_files(folder, notes))
     if not paths:
-        raise DataError(f"{folder}: no data file in this folder; found {_what_is_there(folder, notes)}")
-    _check_twins(folder, paths)
+        there = "it empty" if not os.listdir(folder) else "only hidden names and empty folders"
+        if notes:
+            there = notes[0].partition(": no rows")[0] + "; read are .jsonl, .json, .csv, .tsv, .parquet and .arrow"
+        raise DataError(f"{folder}: no data file in this folder; found {there}")
+    names = {str(path) for path in paths}
+    for path in paths:
+        bare = str(path.with_name(bare_name(path.name)))
+        if bare != str(path) and bare in names:  # a file beside its own compressed copy would be learned twice
+            raise DataError(f"{folder}: holds {bare} and {path}, the same rows twice; give one file: {folder / bare}")
     files = [_classified(path) for path in sorted(paths, key=natural_key)]
-    chosen = _of_split(folder, files, split) if split is not None else _training(folder, files, notes)
+    if split is None:
+        chosen = _training(folder, files, notes)
+    elif not (chosen := [file for file in files if file.split == split]):
+        splits = ", ".join(sorted({file.split for file in files if file.split}))
+        raise DataError(f"{folder}: no split {split!r}; there is {splits or 'no file with a split in its name'}")
     _check_configurations(folder, chosen)
-    return FolderFiles(tuple(folder / file.path for file in chosen), tuple(notes))
+    return tuple(folder / file.path for file in chosen), tuple(notes)
 
 
 def natural_key(path: PurePosixPath | str) -> tuple[tuple[int, int, str], ...]:
@@ -134,25 +139,14 @@ def _saved_to_disk(folder: Path) -> list[str] | None:
 def _is_data(path: Path) -> bool:
     if path.name.lower() in METADATA or not is_data_name(path.name) or (path.is_file() and not path.stat().st_size):
         return False
-    return PurePosixPath(bare_name(path.name)).suffix.lower() != ".json" or _holds_rows(path)
-
-
-def _holds_rows(path: Path) -> bool:
-    """Whether a .json file is an array or lines of objects, and not one object over several lines."""
+    if PurePosixPath(bare_name(path.name)).suffix.lower() != ".json":
+        return True
     if not path.is_file():
         return False
+    # An array or lines of objects, and not one object over several lines.
     start = head(path).removeprefix(UTF8_BOM).lstrip()
     first, newline, _ = start.partition(b"\n")
     return start.startswith(b"[") or (start.startswith(b"{") and (first.rstrip().endswith(b"}") or not newline))
-
-
-def _check_twins(folder: Path, paths: Sequence[PurePosixPath]) -> None:
-    """Refuse a file beside its own compressed copy: it would be learned twice."""
-    names = {str(path) for path in paths}
-    for path in paths:
-        bare = str(path.with_name(bare_name(path.name)))
-        if bare != str(path) and bare in names:
-            raise DataError(f"{folder}: holds {bare} and {path}, the same rows twice; give one file: {folder / bare}")
 
 
 def _classified(path: PurePosixPath) -> _DataFile:
@@ -164,16 +158,6 @@ def _classified(path: PurePosixPath) -> _DataFile:
                 rest = shorter
             return _DataFile(path, rest, match["train"] is None)
     return _DataFile(path, None, held_out=False)
-
-
-def _of_split(folder: Path, files: Sequence[_DataFile], split: str) -> list[_DataFile]:
-    chosen = [file for file in files if file.split == split]
-    if not chosen:
-        names = sorted({file.split for file in files if file.split})
-        raise DataError(
-            f"{folder}: no split {split!r}; there is {', '.join(names) or 'no file with a split in its name'}"
-        )
-    return chosen
 
 
 def _training(folder: Path, files: Sequence[_DataFile], notes: list[str]) -> list[_DataFile]:
@@ -208,12 +192,6 @@ def _check_configurations(folder: Path, chosen: Sequence[_DataFile]) -> None:
     if len(several) > 1:
         names = sorted(several)
         raise DataError(f"{folder}: holds several data sets ({_some(names)}); give one: {folder / names[0]}")
-
-
-def _what_is_there(folder: Path, notes: Sequence[str]) -> str:
-    if notes:
-        return notes[0].partition(": no rows")[0] + "; read are .jsonl, .json, .csv, .tsv, .parquet and .arrow"
-    return "it empty" if not os.listdir(folder) else "only hidden names and empty folders"
 
 
 def _some(names: Sequence[str]) -> str:

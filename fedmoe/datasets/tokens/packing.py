@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -103,12 +103,7 @@ def collate(blocks: Sequence[Block]) -> Batch:
     """Blocks of one length as a batch of shape (batch, length)."""
     if not blocks:
         raise DataError("a batch needs at least one block")
-    return Batch(
-        np.stack([block.input_ids for block in blocks]),
-        np.stack([block.labels for block in blocks]),
-        np.stack([block.position_ids for block in blocks]),
-        np.stack([block.segment_ids for block in blocks]),
-    )
+    return Batch(*(np.stack([getattr(block, field.name) for block in blocks]) for field in fields(Block)))
 
 
 class BlockSampler:
@@ -123,33 +118,19 @@ class BlockSampler:
             raise DataError(f"rank must be in 0..{world_size - 1}, got {rank}")
         if len(blocks) < world_size:
             raise DataError(f"{len(blocks)} blocks cannot be shared by {world_size} processes; give more data")
-        self._blocks = blocks
+        #: All blocks, those of other shards too.
+        self.blocks = blocks
         fingerprint = 0
         for block in blocks:
             fingerprint = zlib.crc32(block.labels.tobytes(), zlib.crc32(block.input_ids.tobytes(), fingerprint))
-        self._identity = {
-            "seed": seed,
-            "rank": rank,
-            "world_size": world_size,
-            "blocks": len(blocks),
-            "fingerprint": fingerprint,
-        }
+        self._identity = {"seed": seed, "rank": rank, "world_size": world_size, "blocks": len(blocks)}
+        self._identity["fingerprint"] = fingerprint
         self._move_to(0, 0)
-
-    @property
-    def blocks(self) -> Sequence[Block]:
-        """All blocks, those of other shards too."""
-        return self._blocks
 
     @property
     def shard(self) -> int:
         """Blocks that this rank is given in an epoch."""
         return len(self._order)
-
-    @property
-    def epoch(self) -> int:
-        """Times the whole shard has been given out."""
-        return self._epoch
 
     def next(self, batch_size: int) -> list[Block]:
         """The next `batch_size` blocks, across the end of an epoch where needed."""
@@ -157,22 +138,22 @@ class BlockSampler:
             raise DataError(f"batch_size must be at least 1, got {batch_size}")
         taken: list[Block] = []
         while len(taken) < batch_size:
-            taken.append(self._blocks[self._order[self._position]])
+            taken.append(self.blocks[self._order[self._position]])
             self._position += 1
             if self._position == len(self._order):
-                self._move_to(self._epoch + 1, 0)
+                self._move_to(self.epoch + 1, 0)
         return taken
 
     def state(self) -> dict[str, int]:
         """Where the sampler stands, and of what data; `restore` takes it back."""
-        return {**self._identity, "epoch": self._epoch, "position": self._position}
+        return {**self._identity, "epoch": self.epoch, "position": self._position}
 
     def fits(self, state: Mapping[str, int]) -> bool:
         """Whether `state` was taken of the same data in the same order, by the same shard."""
         return all(state.get(key) == now for key, now in self._identity.items())
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on exactly where `state` was taken; raises `DataError` if it does not fit."""
+        """Resume exactly where `state` was taken; raises `DataError` if it does not fit."""
         if not self.fits(state):
             now = self._identity
             changed = [f"{key} {state.get(key)} -> {now[key]}" for key in now if state.get(key) != now[key]]
@@ -188,8 +169,10 @@ class BlockSampler:
 
     def _move_to(self, epoch: int, position: int) -> None:
         """Stand at a place of the order that belongs to the epoch."""
-        self._epoch, self._position = epoch, position
-        total, world_size = len(self._blocks), self._identity["world_size"]
+        #: Times the whole shard has been given out.
+        self.epoch = epoch
+        self._position = position
+        total, world_size = len(self.blocks), self._identity["world_size"]
         random = np.random.default_rng((self._identity["seed"], epoch))
         order: list[int] = random.permutation(total)[: total - total % world_size].tolist()
         self._order = order[self._identity["rank"] :: world_size]

@@ -144,7 +144,7 @@ def _vllm(base: LoadedBase, modules: Sequence[str], rows: int, address: VllmAddr
         finally:
             own.unload(key)
 
-    return VllmBackend(address.url, engine, reference, prompts, address.token, rows)
+    return VllmBackend(engine, reference, prompts, rows)
 
 
 def listen(running: GatewayServer, gate: Endpoint) -> None:

@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedmoe.gateway.serve.problems import ApiError, too_long
-from fedmoe.models.stopping import strip_stop_tokens
+from fedmoe.models.stop_tokens import strip_stop_tokens
 
 #: No tokenizer makes fewer tokens of a text than one for so many characters, so longer ones are refused unread.
 _MOST_CHARACTERS_A_TOKEN = 64

@@ -90,18 +90,17 @@ class KVSlots:
             for layer in self._layers:
                 layer.resize(slots if count <= slots else max(count, 2 * slots), max(room, needed))
         columns = torch.arange(layers[0][0].shape[2], device=self._device)
-        behind = columns[None, :] >= torch.tensor(list(lengths), device=self._device)[:, None]
-        behind = behind[:, None, :, None]
+        behind = (columns[None, :] >= torch.tensor(list(lengths), device=self._device)[:, None])[:, None, :, None]
         for ours, (keys, values) in zip(self._layers, layers, strict=True):
             ours.put(first, keys.masked_fill(behind, 0), values.masked_fill(behind, 0))
 
-    def keep(self, kept: Sequence[int]) -> None:
-        """Go on with the rows `kept`, in that order; each of them either stays or moves to a slot before its own."""
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in that order; each of them either stays or moves to a slot before its own."""
         stop = max(self._lengths, default=0)
-        moved = [(source, target) for target, source in enumerate(kept) if source != target]
-        self._lengths = [self._lengths[row] for row in kept]
-        self._room = [self._room[row] for row in kept]
-        if not kept:
+        moved = [(source, target) for target, source in enumerate(rows) if source != target]
+        self._lengths = [self._lengths[row] for row in rows]
+        self._room = [self._room[row] for row in rows]
+        if not rows:
             self._layers, self.cache = [], Cache(layers=[])
             return
         if moved:

@@ -39,7 +39,7 @@ class BatchPlan(Generic[Row]):
         dropped: list[Row] = []
         tokens = 0
         while self.waiting and len(self.rows) + len(joining) < self._most:
-            tokens += len(self.waiting[0].wanted.prompt)
+            tokens += len(self.waiting[0].request.prompt)
             if joining and tokens > self._prompt_tokens:
                 break
             row = self.waiting.popleft()
@@ -47,7 +47,7 @@ class BatchPlan(Generic[Row]):
         return joining, dropped
 
     def put_back(self, joining: Sequence[Row]) -> None:
-        """Let rows wait again that were taken to join, before all others."""
+        """Put rows that were taken to join back at the head of the queue."""
         self.waiting.extendleft(reversed(joining))
 
     def given_up(self) -> frozenset[int]:
@@ -57,9 +57,9 @@ class BatchPlan(Generic[Row]):
     def leave(self, places: frozenset[int]) -> tuple[list[Row], list[int]]:
         """Take the rows at `places` out; returns them, and for each place that stays which row moves there."""
         left = [self.rows[place] for place in sorted(places)]
-        kept = compaction(len(self.rows), places)
-        self.rows = [self.rows[place] for place in kept]
-        return left, kept
+        staying = compaction(len(self.rows), places)
+        self.rows = [self.rows[place] for place in staying]
+        return left, staying
 
     def clear(self) -> list[Row]:
         """Take out all rows, those that wait too."""

@@ -20,9 +20,9 @@ from fedmoe.inference.backend import ContinuationRequest, DecodingStep, Finish, 
 class BatchRow:
     """One generation in the batch and its tokens so far."""
 
-    def __init__(self, wanted: ContinuationRequest, stop_tokens: frozenset[int]) -> None:
-        self.wanted = wanted
-        self.adapter = None if wanted.model is None else str(wanted.model)
+    def __init__(self, request: ContinuationRequest, stop_tokens: frozenset[int]) -> None:
+        self.request = request
+        self.adapter = None if request.model is None else str(request.model)
         self.tokens: list[int] = []
         self.likelihood: Likelihood | None = None
         #: Set when the caller no longer wants the rest.
@@ -32,14 +32,14 @@ class BatchRow:
     @property
     def room(self) -> int:
         """How long the whole text can get, in tokens."""
-        return len(self.wanted.prompt) + self.wanted.sampling.max_new_tokens
+        return len(self.request.prompt) + self.request.sampling.max_new_tokens
 
     @property
     def finish(self) -> Finish | None:
         """Why there is no next token, if so."""
         if self.tokens and self.tokens[-1] in self._stop_tokens:
             return "stop"
-        return "length" if len(self.tokens) >= self.wanted.sampling.max_new_tokens else None
+        return "length" if len(self.tokens) >= self.request.sampling.max_new_tokens else None
 
     def step(self) -> DecodingStep:
         """The token drawn last."""
@@ -47,7 +47,7 @@ class BatchRow:
 
     def noise(self, vocabulary: int) -> NDArray[np.float32]:
         """Gumbel noise for the next token, float32 (vocabulary,): it follows from seed and place alone."""
-        key = self.wanted.sampling.seed % (1 << 64), len(self.tokens)
+        key = self.request.sampling.seed % (1 << 64), len(self.tokens)
         generator = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
         waits = generator.standard_exponential(vocabulary, dtype=np.float32)
         return -np.log(np.maximum(waits, np.float32(1e-30)))
@@ -61,42 +61,33 @@ def draw(logits: torch.Tensor, rows: Sequence[BatchRow]) -> frozenset[int]:
     broken = frozenset((~logits.amax(dim=-1).isfinite()).nonzero()[:, 0].tolist())
     if broken:
         logits[list(broken)] = 0.0
-    asking = [index for index, row in enumerate(rows) if row.wanted.sampling.alternatives is not None]
+    asking = [index for index, row in enumerate(rows) if row.request.sampling.alternatives is not None]
     own = logits[asking].log_softmax(dim=-1)
-    warm = [index for index, row in enumerate(rows) if row.wanted.sampling.temperature > 0]
+    warm = [index for index, row in enumerate(rows) if row.request.sampling.temperature > 0]
     if warm:
         logits[warm] = _noisy(logits[warm], [rows[index] for index in warm])
     for row, token in zip(rows, logits.argmax(dim=-1).tolist(), strict=True):
         row.tokens.append(token)
     for place, index in enumerate(asking):
-        rows[index].likelihood = _likelihood(own[place], rows[index])
+        row, alternatives = rows[index], rows[index].request.sampling.alternatives or 0
+        top = own[place].topk(min(alternatives, own.shape[-1]))
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        row.likelihood = Likelihood(float(own[place, row.tokens[-1]]), tuple(pairs))
     return broken
 
 
 def _noisy(logits: torch.Tensor, rows: Sequence[BatchRow]) -> torch.Tensor:
     """z / T without what lies outside the nucleus, plus each row's noise; all of it (rows, vocabulary)."""
-    temperatures = torch.tensor([[row.wanted.sampling.temperature] for row in rows], device=logits.device)
+    temperatures = torch.tensor([[row.request.sampling.temperature] for row in rows], device=logits.device)
     # Relative to the highest, so that a very small temperature makes no infinity out of it.
     scores = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures)
-    _cut_to_nucleus(scores, rows)
+    # Leave each row the likeliest tokens that together reach its top_p (Holtzman et al. 2020); the likeliest stays.
+    if cut := [index for index, row in enumerate(rows) if row.request.sampling.top_p < 1.0]:
+        shares = torch.tensor([[rows[index].request.sampling.top_p] for index in cut], device=scores.device)
+        ordered, order = scores[cut].sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        outside = probabilities.cumsum(dim=-1) - probabilities >= shares
+        outside[:, 0] = False
+        scores[cut] = torch.empty_like(ordered).scatter_(1, order, ordered.masked_fill_(outside, -torch.inf))
     noise = np.stack([row.noise(logits.shape[-1]) for row in rows])
     return scores.add_(torch.from_numpy(noise).to(logits.device))
-
-
-def _cut_to_nucleus(scores: torch.Tensor, rows: Sequence[BatchRow]) -> None:
-    """Leave each row the likeliest tokens that together reach its top_p (Holtzman et al. 2020); the likeliest stays."""
-    cut = [index for index, row in enumerate(rows) if row.wanted.sampling.top_p < 1.0]
-    if not cut:
-        return
-    shares = torch.tensor([[rows[index].wanted.sampling.top_p] for index in cut], device=scores.device)
-    ordered, order = scores[cut].sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(dim=-1)
-    outside = probabilities.cumsum(dim=-1) - probabilities >= shares
-    outside[:, 0] = False
-    scores[cut] = torch.empty_like(ordered).scatter_(1, order, ordered.masked_fill_(outside, -torch.inf))
-
-
-def _likelihood(own: torch.Tensor, row: BatchRow) -> Likelihood:
-    top = own.topk(min(row.wanted.sampling.alternatives or 0, len(own)))
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return Likelihood(float(own[row.tokens[-1]]), tuple(pairs))

@@ -32,15 +32,16 @@ _log = structlog.get_logger("fedmoe.serve")
 _PROMPT_TOKENS = 4096
 
 _Queue = asyncio.Queue[DecodingStep | BackendError]
+_Delivery = tuple[_Queue, DecodingStep | BackendError]
 
 
 class _StreamedRow(BatchRow):
     """A row whose tokens go to a queue of an event loop."""
 
-    def __init__(self, wanted: ContinuationRequest, stop: frozenset[int], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, request: ContinuationRequest, stop: frozenset[int], loop: asyncio.AbstractEventLoop) -> None:
         self.queue: _Queue = asyncio.Queue()
         self.loop = loop
-        super().__init__(wanted, stop)
+        super().__init__(request, stop)
 
 
 class TransformersBackend:
@@ -76,7 +77,7 @@ class TransformersBackend:
             self._loaded.add(model)
 
     def unload(self, model: ServedModel) -> None:
-        """Let a version go once no row uses it."""
+        """Unload a version once no row uses it."""
         with self._changed:
             if model not in self._loaded:
                 raise BackendError(f"{model} is not loaded; loaded: {_listed(self._loaded)}")
@@ -101,10 +102,17 @@ class TransformersBackend:
         """How many rows are in the batch, and how many wait."""
         return len(self._plan.rows), len(self._plan.waiting)
 
-    async def generate(self, wanted: ContinuationRequest) -> AsyncGenerator[DecodingStep, None]:
+    async def generate(self, request: ContinuationRequest) -> AsyncGenerator[DecodingStep, None]:
         """The tokens as they come."""
-        row = _StreamedRow(wanted, self._stop_tokens, asyncio.get_running_loop())
-        self._enter(row)
+        row = _StreamedRow(request, self._stop_tokens, asyncio.get_running_loop())
+        with self._changed:
+            if self._closed:
+                raise BackendError("the server is stopping")
+            if request.model is not None and request.model not in self._loaded:
+                raise BackendError(f"{request.model} is not loaded; loaded: {_listed(self._loaded)}")
+            self._users[request.model] += 1
+            self._plan.waiting.append(row)
+            self._changed.notify_all()
         try:
             while True:
                 item = await row.queue.get()
@@ -124,17 +132,6 @@ class TransformersBackend:
         self._thread.join()
         self._multi.detach()
 
-    def _enter(self, row: _StreamedRow) -> None:
-        model = row.wanted.model
-        with self._changed:
-            if self._closed:
-                raise BackendError("the server is stopping")
-            if model is not None and model not in self._loaded:
-                raise BackendError(f"{model} is not loaded; loaded: {_listed(self._loaded)}")
-            self._users[model] += 1
-            self._plan.waiting.append(row)
-            self._changed.notify_all()
-
     def _give_up(self, row: _StreamedRow) -> None:
         """A row in the batch is dropped before the next step; one that waits is gone at once."""
         row.given_up = True
@@ -145,15 +142,19 @@ class TransformersBackend:
         self._release([row])
 
     def _release(self, rows: Sequence[_StreamedRow]) -> None:
-        """Let the versions of rows go that are no longer computed."""
+        """Release the versions of rows that are no longer computed."""
         with self._changed:
             for row in rows:
-                self._users[row.wanted.model] -= 1
+                self._users[row.request.model] -= 1
             self._changed.notify_all()
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _run(self) -> None:
-        while self._await_work():
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._plan.waiting or self._plan.rows)
+            if self._closed:
+                break
             try:
                 self._admit()
                 self._decode()
@@ -161,11 +162,6 @@ class TransformersBackend:
                 _log.error("batch_failed", error=repr(error), rows=len(self._plan.rows))
                 self._fail_all(f"the batch failed: {type(error).__name__}: {error}")
         self._fail_all("the server is stopping")
-
-    def _await_work(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._plan.waiting or self._plan.rows)
-            return not self._closed
 
     def _fail_all(self, why: str) -> None:
         with self._changed:
@@ -183,8 +179,8 @@ class TransformersBackend:
             return
         try:
             # Of these only prompt and adapter count here: nothing is drawn by them.
-            wanted = [SampleSpec(row.adapter, row.wanted.prompt, 1, 0.0, 0) for row in joining]
-            prompts = read_prompts(self._model, self._multi, wanted, 0, SamplingLimits(prompt_tokens=_PROMPT_TOKENS))
+            specs = [SampleSpec(row.adapter, row.request.prompt, 1, 0.0, 0) for row in joining]
+            prompts = read_prompts(self._model, self._multi, specs, 0, SamplingLimits(prompt_tokens=_PROMPT_TOKENS))
             broken = draw(prompts.logits, joining)
         except BaseException:
             # Not in the batch yet: `_fail_all` has to find them.
@@ -196,8 +192,8 @@ class TransformersBackend:
         if running:
             chosen = torch.tensor(running, device=self._multi.device)
             self._slots.join(
-                [(layer.keys[chosen], layer.values[chosen]) for layer in prompts.layers],
-                [len(joining[place].wanted.prompt) for place in running],
+                [(layer.keys[chosen], layer.values[chosen]) for layer in prompts.cache.layers],
+                [len(joining[place].request.prompt) for place in running],
                 [joining[place].room for place in running],
             )
         self._plan.rows += [joining[place] for place in running]
@@ -213,31 +209,27 @@ class TransformersBackend:
                 self._drop(plan.given_up(), decoding)
                 if not plan.rows:
                     return
-                self._step(decoding)
+                tokens = torch.tensor([[row.tokens[-1]] for row in plan.rows], device=self._multi.device)
+                looks, positions = self._slots.advance()
+                hidden = self._model.get_decoder()(
+                    input_ids=tokens,
+                    attention_mask=looks,
+                    position_ids=positions,
+                    past_key_values=self._slots.cache,
+                    use_cache=True,
+                ).last_hidden_state
+                broken = draw(logits_of(self._model, hidden[:, 0]), plan.rows)
+                self._drop(_deliver(plan.rows, broken), decoding)
                 if not plan.rows or self._closed or plan.has_room:
                     return
-
-    def _step(self, decoding: DecodingRows) -> None:
-        rows = self._plan.rows
-        tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=self._multi.device)
-        looks, positions = self._slots.advance()
-        hidden = self._model.get_decoder()(
-            input_ids=tokens,
-            attention_mask=looks,
-            position_ids=positions,
-            past_key_values=self._slots.cache,
-            use_cache=True,
-        ).last_hidden_state
-        broken = draw(logits_of(self._model, hidden[:, 0]), rows)
-        self._drop(_deliver(rows, broken), decoding)
 
     def _drop(self, places: frozenset[int], decoding: DecodingRows) -> None:
         if not places:
             return
-        left, kept = self._plan.leave(places)
-        self._slots.keep(kept)
-        if kept:
-            decoding.keep(torch.tensor(kept, device=self._multi.device))
+        left, staying = self._plan.leave(places)
+        self._slots.keep(staying)
+        if staying:
+            decoding.keep(torch.tensor(staying, device=self._multi.device))
         self._release(left)
 
 
@@ -253,19 +245,17 @@ def _deliver(rows: Sequence[_StreamedRow], broken: frozenset[int]) -> frozenset[
 
 def _send(items: Iterable[tuple[_StreamedRow, DecodingStep | BackendError]]) -> None:
     """Put every item into its row's queue; one call into an event loop for all its rows."""
-    by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[_Queue, DecodingStep | BackendError]]] = defaultdict(
-        list
-    )
+    by_loop: defaultdict[asyncio.AbstractEventLoop, list[_Delivery]] = defaultdict(list)
     for row, item in items:
         by_loop[row.loop].append((row.queue, item))
-    for loop, pairs in by_loop.items():
+    for loop, deliveries in by_loop.items():
         # A loop that is closed has no listeners left.
         with suppress(RuntimeError):
-            loop.call_soon_threadsafe(_put, pairs)
+            loop.call_soon_threadsafe(_put, deliveries)
 
 
-def _put(pairs: Sequence[tuple[_Queue, DecodingStep | BackendError]]) -> None:
-    for queue, item in pairs:
+def _put(deliveries: Sequence[_Delivery]) -> None:
+    for queue, item in deliveries:
         queue.put_nowait(item)
 
 

@@ -11,42 +11,108 @@ import json
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from itertools import count
-from typing import Literal
+from typing import cast
 
 import httpx2
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from fedmoe.inference.backend import (
     BackendError,
     ContinuationRequest,
     DecodingStep,
+    Finish,
     Likelihood,
     SamplingOptions,
     ServedModel,
 )
-from fedmoe.inference.engine import AdapterKey, EngineError, SampleRequest
+from fedmoe.inference.engine import AdapterKey, Engine, EngineError, SampleRequest
 from fedmoe.inference.verify import Probe
-from fedmoe.inference.vllm.check import Reference, VersionCheck
+from fedmoe.inference.vllm.client import CompletionAnswer, CompletionChoice, completion_body
 from fedmoe.inference.vllm.engine import ServedAdapter, VllmEngine
-from fedmoe.inference.vllm.messages import CompletionLogprobs, completion_body
 from fedmoe.lora.adapter import Adapter, FloatArray, ShapeError
 
-# Seconds without a token after which a stream is given up.
-_LONGEST_SILENCE = 300.0
+#: Nats by which one token may differ: two implementations in bfloat16 differ by up to about 0.2, measured.
+TOLERANCE = 0.5
+_MORE_THAN_ROUNDING = 0.05
+# What stands still moves by the rounding of another batch only.
+_STANDS_STILL = 0.1
+_TOKENS = 4
+
+#: The log-probabilities that our own model gives tokens after prompts with an adapter (None: the base model alone).
+Reference = Callable[[Adapter | None, Sequence[Probe]], Sequence[FloatArray]]
 
 
-class _ChoiceDelta(BaseModel):
-    finish_reason: str | None = None
-    token_ids: list[int] | None = None
-    logprobs: CompletionLogprobs | None = None
+@dataclass(frozen=True, slots=True)
+class ScoreComparison:
+    """The server's continuations of the prompts, and the log-probabilities of their tokens, (T,): served and ours."""
+
+    probes: tuple[Probe, ...]
+    served: FloatArray
+    ours: FloatArray
+
+    @property
+    def gap(self) -> float:
+        """The largest difference in nats; NaN if a number is."""
+        return float(np.abs(self.served - self.ours).max())
 
 
-class _CompletionChunk(BaseModel):
-    model: str
-    choices: list[_ChoiceDelta]
+class VersionCheck:
+    """Compares versions on `engine` with our own model, and each with the one of its name before it.
+
+    By requests like those of any client: the server continues a few prompts under a version, and our own model says how
+    likely each of these tokens is under it. The other way round, scoring given tokens on the server, needs it alone: on
+    a CPU vLLM dies where a prompt is scored beside other requests. For every version all answers under way would have
+    to end first, while new ones wait. And scoring goes round the server's prefix cache, which answers do not.
+
+    Both checks raise EngineError where the server does not compute what we do; only what was right is remembered.
+    """
+
+    def __init__(self, engine: Engine, reference: Reference, prompts: Sequence[tuple[int, ...]]) -> None:
+        self._engine = engine
+        self._reference = reference
+        self._prompts = prompts
+        self._former: dict[str, ScoreComparison] = {}
+
+    def base(self) -> None:
+        """Refuse a server of another base model."""
+        comparison = self._compare(None, None)
+        if not comparison.gap <= TOLERANCE:
+            raise EngineError(
+                f"the server's base model is up to {comparison.gap:.3g} nats a token off ours: it serves another model"
+            )
+
+    def version(self, key: AdapterKey, adapter: Adapter) -> None:
+        """Refuse a version that the server computes differently from us, or exactly as the one before it."""
+        comparison = self._compare(key, adapter)
+        if not comparison.gap <= TOLERANCE:
+            raise EngineError(
+                f"the server's log-probabilities under {key} are up to {comparison.gap:.4g} nats off ours (tolerance "
+                f"{TOLERANCE:g}); it computes with other weights or in another precision: see its log, and whether "
+                "it serves the same base model"
+            )
+        former = self._former.get(key.name)
+        # Old weights draw the same tokens again. In bfloat16, rounding can hide a move of a few hundredths of a nat.
+        if former is not None and comparison.probes == former.probes:
+            moved = float(np.abs(comparison.ours - former.ours).max())
+            served = float(np.abs(comparison.served - former.served).max())
+            if moved > _MORE_THAN_ROUNDING and served < _STANDS_STILL * moved:
+                raise EngineError(
+                    f"the server's log-probabilities under {key} are those of the version before, although the weights "
+                    "differ; it still serves the old one: see its log, and whether it reads the folder that we write"
+                )
+        self._former[key.name] = comparison
+
+    def _compare(self, key: AdapterKey | None, adapter: Adapter | None) -> ScoreComparison:
+        # Drawn tokens say more about the weights than the likeliest, which many weights agree on.
+        requests = [SampleRequest(key, prompt, _TOKENS, 1.0, seed) for seed, prompt in enumerate(self._prompts)]
+        samples = self._engine.sample(requests)
+        probes = tuple(Probe(prompt, sample.tokens) for prompt, sample in zip(self._prompts, samples, strict=True))
+        ours, served = self._reference(adapter, probes), [sample.logprobs for sample in samples]
+        return ScoreComparison(probes, np.concatenate(served), np.concatenate(ours))
 
 
 class VllmBackend:
@@ -57,14 +123,7 @@ class VllmBackend:
     """
 
     def __init__(
-        self,
-        url: str,
-        engine: VllmEngine,
-        reference: Reference,
-        prompts: Sequence[tuple[int, ...]],
-        token: str | None = None,
-        rows: int = 64,
-        transport: httpx2.BaseTransport | None = None,
+        self, engine: VllmEngine, reference: Reference, prompts: Sequence[tuple[int, ...]], rows: int = 64
     ) -> None:
         self._engine = engine
         self._reference = reference
@@ -75,13 +134,6 @@ class VllmBackend:
         self._keys: dict[ServedModel, AdapterKey] = {}
         self._adapters: dict[ServedModel, Adapter] = {}
         self._running = self._submitted = 0
-        self._http = httpx2.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx2.Timeout(_LONGEST_SILENCE, connect=10.0, pool=None),
-            limits=httpx2.Limits(max_connections=rows, max_keepalive_connections=rows),
-            transport=transport,
-        )
         self._pool = ThreadPoolExecutor(rows, thread_name_prefix="vllm-stream")
         try:
             self._check.base()
@@ -109,7 +161,7 @@ class VllmBackend:
             self._keys[model], self._adapters[model] = key, adapter
 
     def unload(self, model: ServedModel) -> None:
-        """Let a version go once no stream names it."""
+        """Unload a version once no stream names it."""
         with self._lock:
             key = self._keys.pop(model, None)
             self._adapters.pop(model, None)
@@ -141,7 +193,7 @@ class VllmBackend:
         """How many streams are under way, and how many wait for a thread."""
         return self._running, max(0, self._submitted - self._running)
 
-    async def generate(self, wanted: ContinuationRequest) -> AsyncGenerator[DecodingStep, None]:
+    async def generate(self, request: ContinuationRequest) -> AsyncGenerator[DecodingStep, None]:
         """The tokens as they come."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[DecodingStep | BackendError] = asyncio.Queue()
@@ -151,7 +203,21 @@ class VllmBackend:
             with suppress(RuntimeError):  # a loop that is closed has no listeners left
                 loop.call_soon_threadsafe(queue.put_nowait, item)
 
-        self._submit(wanted, send, stop)
+        naming = ExitStack()
+        try:
+            # From now on, not from when a thread is free: meanwhile the version must stay.
+            (held,) = naming.enter_context(self._engine.naming([self._key(request.model)]))
+        except EngineError as error:
+            raise BackendError(str(error)) from error
+        with self._lock:
+            self._submitted += 1
+
+        def done(_: object) -> None:
+            naming.close()
+            with self._lock:
+                self._submitted -= 1
+
+        self._pool.submit(self._stream, held, request, send, stop).add_done_callback(done)
         try:
             while True:
                 item = await queue.get()
@@ -166,27 +232,7 @@ class VllmBackend:
     def close(self) -> None:
         """Cancel all streams and unload our adapters; the server itself runs on."""
         self._pool.shutdown(cancel_futures=True)
-        self._http.close()
         self._engine.close()
-
-    def _submit(
-        self, wanted: ContinuationRequest, send: Callable[[DecodingStep | BackendError], None], stop: threading.Event
-    ) -> None:
-        naming = ExitStack()
-        try:
-            # From now on, not from when a thread is free: meanwhile the version must stay.
-            (held,) = naming.enter_context(self._engine.naming([self._key(wanted.model)]))
-        except EngineError as error:
-            raise BackendError(str(error)) from error
-        with self._lock:
-            self._submitted += 1
-
-        def done(_: object) -> None:
-            naming.close()
-            with self._lock:
-                self._submitted -= 1
-
-        self._pool.submit(self._stream, held, wanted, send, stop).add_done_callback(done)
 
     def _key(self, model: ServedModel | None) -> AdapterKey | None:
         if model is None:
@@ -199,7 +245,7 @@ class VllmBackend:
     def _stream(
         self,
         held: ServedAdapter,
-        wanted: ContinuationRequest,
+        request: ContinuationRequest,
         send: Callable[[DecodingStep | BackendError], None],
         stop: threading.Event,
     ) -> None:
@@ -209,7 +255,7 @@ class VllmBackend:
             self._running += 1
         try:
             with self._engine.weights_lock.shared():
-                for step in self._steps(held, wanted):
+                for step in self._steps(held, request):
                     if stop.is_set():
                         # The server may still be at work on it: its folder must outlive that.
                         held.lingering = True
@@ -217,33 +263,31 @@ class VllmBackend:
                     send(step)
         except BackendError as error:
             send(error)
+        except EngineError as error:
+            send(BackendError(str(error)))
         except (httpx2.HTTPError, ValidationError, ValueError) as error:
             send(BackendError(f"the vLLM server broke off: {error!r}"))
         finally:
             with self._lock:
                 self._running -= 1
 
-    def _steps(self, held: ServedAdapter, wanted: ContinuationRequest) -> Iterator[DecodingStep]:
-        sampling = wanted.sampling
+    def _steps(self, held: ServedAdapter, request: ContinuationRequest) -> Iterator[DecodingStep]:
+        sampling = request.sampling
         own_distribution = sampling.top_p == 1.0 and sampling.temperature in (0.0, 1.0)
         if sampling.alternatives is not None and self._engine.processed and not own_distribution:
             raise BackendError(
                 "the vLLM server gives log-probabilities after temperature and top_p, which are not the model's own; "
                 "ask at temperature 1 and top_p 1, or start it with --logprobs-mode raw_logprobs"
             )
-        request = SampleRequest(None, wanted.prompt, sampling.max_new_tokens, sampling.temperature, sampling.seed)
+        plain = SampleRequest(None, request.prompt, sampling.max_new_tokens, sampling.temperature, sampling.seed)
         streamed = {"stream": True, "top_p": sampling.top_p, "logprobs": sampling.alternatives}
-        body = completion_body(held.name, request, self._engine.stop_tokens) | streamed
-        with self._http.stream("POST", "/v1/completions", json=body) as answer:
-            if answer.status_code != 200:
-                answer.read()
-                raise BackendError(f"the vLLM server answered {answer.status_code}: {answer.text[:300]}")
-            for line in answer.iter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    steps = _steps_of(line[6:], held.name, sampling)
-                    yield from steps
-                    if steps and steps[-1].finish is not None:
-                        return
+        body = completion_body(held.name, plain, self._engine.stop_tokens) | streamed
+        with closing(self._engine.client.events(body)) as events:
+            for event in events:
+                steps = _steps_of(event, held.name, sampling)
+                yield from steps
+                if steps and steps[-1].finish is not None:
+                    return
         raise BackendError("the vLLM server's answer ended before its text did; see its log")
 
     def _own_scores(self, adapter: Adapter | None, probes: Sequence[Probe]) -> Sequence[FloatArray]:
@@ -257,34 +301,23 @@ def _steps_of(text: str, name: str, sampling: SamplingOptions) -> list[DecodingS
     event = json.loads(text)
     if "error" in event:
         raise BackendError(f"the vLLM server failed: {str(event['error'])[:300]}")
-    chunk = _CompletionChunk.model_validate(event)
+    chunk = CompletionAnswer.model_validate(event)
     if chunk.model != name or len(chunk.choices) > 1:
         raise BackendError(f"asked {name}, got an answer of {chunk.model} with {len(chunk.choices)} choices")
     steps: list[DecodingStep] = []
     for part in chunk.choices:
-        likelihoods = _likelihoods(part, sampling)
-        tokens = part.token_ids or []
-        finish = _finish(part.finish_reason)
-        if likelihoods is None:
-            steps += [DecodingStep(token) for token in tokens]
-        else:
-            steps += [DecodingStep(token, None, likely) for token, likely in zip(tokens, likelihoods, strict=True)]
+        tokens, finish, most = part.token_ids or [], part.finish_reason, sampling.alternatives
+        likelihoods = [None] * len(tokens) if most is None else _likelihoods(part, most)
+        if finish not in (None, "stop", "length"):
+            raise BackendError(f"the vLLM server broke a text off (finish_reason {finish!r}); see its log")
+        steps += [DecodingStep(token, None, likely) for token, likely in zip(tokens, likelihoods, strict=True)]
         if finish is not None:
             last = steps.pop() if steps else DecodingStep(None)
-            steps.append(DecodingStep(last.token, finish, last.likelihood))
+            steps.append(DecodingStep(last.token, cast(Finish, finish), last.likelihood))
     return steps
 
 
-def _finish(reason: str | None) -> Literal["stop", "length"] | None:
-    match reason:
-        case None | "stop" | "length":
-            return reason
-    raise BackendError(f"the vLLM server broke a text off (finish_reason {reason!r}); see its log")
-
-
-def _likelihoods(part: _ChoiceDelta, sampling: SamplingOptions) -> list[Likelihood] | None:
-    if sampling.alternatives is None:
-        return None
+def _likelihoods(part: CompletionChoice, alternatives: int) -> Sequence[Likelihood | None]:
     if part.logprobs is None:
         return []
     tops = part.logprobs.top_logprobs or [None] * len(part.logprobs.token_logprobs)
@@ -294,5 +327,5 @@ def _likelihoods(part: _ChoiceDelta, sampling: SamplingOptions) -> list[Likeliho
             raise BackendError("the vLLM server gave a token without its log-probability")
         named = [(int(token.rpartition(":")[2]), logprob) for token, logprob in (top or {}).items()]
         named.sort(key=lambda pair: -pair[1])
-        likelihoods.append(Likelihood(chosen, tuple(named[: sampling.alternatives])))
+        likelihoods.append(Likelihood(chosen, tuple(named[:alternatives])))
     return likelihoods

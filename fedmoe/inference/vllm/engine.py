@@ -21,16 +21,16 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import httpx2
 
 from fedmoe.inference.engine import AdapterKey, EngineError, Sample, SampleRequest
 from fedmoe.inference.fair_lock import FairLock
-from fedmoe.inference.vllm.http import ServerTimeoutError, VllmClient
-from fedmoe.inference.vllm.messages import (
+from fedmoe.inference.vllm.client import (
     CompletionChoice,
+    ServerTimeoutError,
+    VllmClient,
     check_request,
     completion_body,
     logprobs_are_processed,
@@ -105,7 +105,7 @@ class VllmEngine:
             self._lock = lock_folder(self._folder)
         except FolderInUseError as error:
             raise EngineError(f"{error}; give every engine an adapters folder of its own") from error
-        self._client = VllmClient(url, token, timeout, concurrency, attempts, transport)
+        self.client = VllmClient(url, token, timeout, concurrency, attempts, transport)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="vllm-request")
         try:
             self._check_server()
@@ -116,9 +116,7 @@ class VllmEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def load(self, key: AdapterKey, adapter: Adapter) -> None:
@@ -129,9 +127,22 @@ class VllmEngine:
         if not _SAFE_NAME.fullmatch(key.name) or key.version < 0:
             raise EngineError(f"{key} cannot name an adapter; use letters, digits, '_', '.', '-' and a version from 0")
         with self._changing:
-            self._check_room(key)
+            if self._closed:
+                raise EngineError("the engine is closed")
+            if key in self._held:
+                raise EngineError(f"{key} is loaded already; a version is loaded once and never changes")
+            if self._max_loras is not None and len(self._held) + 1 >= self._max_loras:
+                raise EngineError(
+                    f"the server batches at most {self._max_loras} adapters, one of them for the base model, and holds "
+                    f"{len(self._held)} versions: unload old ones, or start it with --max-loras of at least "
+                    "policies x (staleness + 2) + 1"
+                )
             if self._base.name == self._model:
-                self._replace_base(Adapter.zeros(adapter.layout.with_rank(1), 1.0))
+                # From now on the base model is asked for as an adapter of zeros, never again by its name.
+                zeros = self._put(AdapterKey(_ZEROS, 0), Adapter.zeros(adapter.layout.with_rank(1), 1.0))
+                with self._changed:
+                    plain, self._base = self._base, zeros
+                    self._await_idle(plain)
             held = self._put(key, adapter)
             with self._changed:
                 self._held[key] = held
@@ -141,7 +152,7 @@ class VllmEngine:
         with self._changing:
             held = self._retire(key)
             try:
-                self._client.unload(held.name)
+                self.client.unload(held.name)
             except BaseException:
                 with self._changed:
                     self._held[key] = held
@@ -161,7 +172,14 @@ class VllmEngine:
         with self.naming([request.adapter for request in requests]) as held:
             pairs = zip(held, requests, strict=True)
             bodies = [completion_body(adapter.name, request, self.stop_tokens) for adapter, request in pairs]
-            choices = self._complete(held, bodies)
+            futures = [self._pool.submit(self._complete_shared, *pair) for pair in zip(held, bodies, strict=True)]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            for future in futures:
+                future.cancel()  # does nothing to those that are done or under way
+            wait(futures)
+            # The one that failed says why: a cancelled one tells nothing.
+            failed = [future for future in futures if not future.cancelled() and future.exception() is not None]
+            choices = [future.result() for future in failed[:1] or futures]
         return [sample_of(choice, request) for choice, request in zip(choices, requests, strict=True)]
 
     def score(self, key: AdapterKey | None, prompt: Sequence[int], tokens: Sequence[int]) -> FloatArray:
@@ -180,16 +198,16 @@ class VllmEngine:
             for key in self.loaded():
                 # Whatever became of the server, the folders here must go.
                 with suppress(EngineError):
-                    self._client.unload(self._retire(key).name)
+                    self.client.unload(self._retire(key).name)
             if self._base.name != self._model:
                 with suppress(EngineError):
-                    self._client.unload(self._base.name)
+                    self.client.unload(self._base.name)
             self._release()
 
     def _release(self) -> None:
         self._closed = True
         self._pool.shutdown(cancel_futures=True)
-        self._client.close()
+        self.client.close()
         self._sweep_folders()
         os.close(self._lock)
 
@@ -199,15 +217,19 @@ class VllmEngine:
                 shutil.rmtree(folder)
 
     def _check_server(self) -> None:
-        served = self._client.models()
+        served = self.client.models()
         if self._model not in served:
             raise EngineError(f"the server has no model {self._model!r}; it serves {', '.join(sorted(served))}")
-        self.context = self._client.context(self._model)
-        self._client.check_lora_routes()
-        if self._client.facts().lora is False:
+        self.context = served[self._model].max_model_len
+        self.client.check_lora_routes()
+        if self.client.facts().lora is False:
             raise EngineError("the vLLM server runs without adapters; start it with --enable-lora")
-        self.processed = self._probe_logprobs()
-        facts = self._client.facts()  # again: the number of adapter slots shows only after a first request
+        # Whether log-probabilities are those after temperature, found by asking for the same place at two.
+        body = {**completion_body(self._model, SampleRequest(None, _PROBE_PROMPT, 1, 1.0, 0)), "logprobs": 5}
+        plain = self.client.complete(body)
+        flattened = self.client.complete({**body, "temperature": _PROBE_TEMPERATURE})
+        self.processed = logprobs_are_processed(plain, flattened, _PROBE_TEMPERATURE)
+        facts = self.client.facts()  # again: the number of adapter slots shows only after a first request
         if facts.replicas is not None and facts.replicas > 1:
             raise EngineError(
                 f"the server has {facts.replicas} data-parallel replicas and an adapter reaches only one of them; "
@@ -215,18 +237,11 @@ class VllmEngine:
             )
         self._max_loras = facts.max_loras
         # What an engine that was killed left behind: the folder is ours, so no one else uses its adapters.
-        for name, path in served.items():
-            if Path(path).parent == self._folder and _OWN_FOLDER.fullmatch(Path(path).name):
-                self._client.unload(name)
+        for name, card in served.items():
+            path = Path(card.root or "")
+            if path.parent == self._folder and _OWN_FOLDER.fullmatch(path.name):
+                self.client.unload(name)
         self._sweep_folders()
-
-    def _probe_logprobs(self) -> bool:
-        """Whether log-probabilities are those after temperature, found by asking for the same place at two."""
-        request = SampleRequest(None, _PROBE_PROMPT, 1, 1.0, 0)
-        body = {**completion_body(self._model, request), "logprobs": 5}
-        plain = self._client.complete(body)
-        flattened = self._client.complete({**body, "temperature": _PROBE_TEMPERATURE})
-        return logprobs_are_processed(plain, flattened, _PROBE_TEMPERATURE)
 
     def _put(self, key: AdapterKey, adapter: Adapter) -> ServedAdapter:
         # Keys may come back in another run on the same server; the server must never take one for the other.
@@ -234,35 +249,16 @@ class VllmEngine:
         held = ServedAdapter(name, self._folder / name)
         write_folder_atomic(held.folder, peft_files(adapter, self._model))
         try:
-            self._client.load(name, str(held.folder))
-            served = self._client.models().get(name)
-            if served != str(held.folder):
+            self.client.load(name, str(held.folder))
+            served = self.client.models().get(name)
+            if served is None or served.root != str(held.folder):
                 raise EngineError(f"the server took {name} but lists it as {served!r}, expected {held.folder}")
         except BaseException:
             with suppress(EngineError):
-                self._client.unload(name)
+                self.client.unload(name)
             shutil.rmtree(held.folder)
             raise
         return held
-
-    def _replace_base(self, zeros: Adapter) -> None:
-        """From now on ask for the base model as an adapter of zeros; waits until nothing asks for it by its name."""
-        held = self._put(AdapterKey(_ZEROS, 0), zeros)
-        with self._changed:
-            plain, self._base = self._base, held
-            self._await_idle(plain)
-
-    def _check_room(self, key: AdapterKey) -> None:
-        if self._closed:
-            raise EngineError("the engine is closed")
-        if key in self.loaded():
-            raise EngineError(f"{key} is loaded already; a version is loaded once and never changes")
-        if self._max_loras is not None and len(self.loaded()) + 1 >= self._max_loras:
-            raise EngineError(
-                f"the server batches at most {self._max_loras} adapters, one of them for the base model, and holds "
-                f"{len(self.loaded())} versions: unload old ones, or start it with --max-loras of at least "
-                "policies x (staleness + 2) + 1"
-            )
 
     def _retire(self, key: AdapterKey) -> ServedAdapter:
         """Take `key` out of use and wait until nothing names it."""
@@ -301,23 +297,13 @@ class VllmEngine:
                     adapter.in_flight -= 1
                 self._changed.notify_all()
 
-    def _complete(self, held: Sequence[ServedAdapter], bodies: Sequence[dict[str, object]]) -> list[CompletionChoice]:
-        def complete(adapter: ServedAdapter, body: dict[str, object]) -> CompletionChoice:
-            with self.weights_lock.shared():
-                return self._complete_one(adapter, body)
-
-        futures = [self._pool.submit(complete, *pair) for pair in zip(held, bodies, strict=True)]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        for future in futures:
-            future.cancel()  # does nothing to those that are done or under way
-        wait(futures)
-        # The one that failed says why: a cancelled one tells nothing.
-        failed = [future for future in futures if not future.cancelled() and future.exception() is not None]
-        return [future.result() for future in failed[:1] or futures]
+    def _complete_shared(self, held: ServedAdapter, body: dict[str, object]) -> CompletionChoice:
+        with self.weights_lock.shared():
+            return self._complete_one(held, body)
 
     def _complete_one(self, held: ServedAdapter, body: dict[str, object]) -> CompletionChoice:
         try:
-            return self._client.complete(body)
+            return self.client.complete(body)
         except ServerTimeoutError:
             held.lingering = True
             raise

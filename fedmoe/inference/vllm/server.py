@@ -9,9 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, Self
 
 import httpx2
@@ -31,9 +31,8 @@ _GUARD = Path(__file__).with_name("watchdog.py")
 class VllmSettings:
     """How to start a server. `python` is that of an environment with vLLM, `model` a checkpoint folder.
 
-    `max_rank` must be the highest rank that any adapter may get while the server runs. On a CPU `kv_cache_gib` is
-    what the cache may take and `threads` how many cores; on a GPU `gpu_share` is the part of its memory to take,
-    which must leave room for the trainer.
+    `max_rank` must be the highest rank that any adapter may get while the server runs. On a GPU `gpu_share` is the part
+    of its memory to take, which must leave room for the trainer.
     """
 
     python: Path
@@ -43,8 +42,6 @@ class VllmSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_tokens: int = 2048
     device: Literal["cpu", "cuda"] = "cpu"
-    kv_cache_gib: int = 1
-    threads: int = 1
     gpu_share: float = 0.4
 
 
@@ -87,10 +84,10 @@ def server_environment(settings: VllmSettings, inherited: Mapping[str, str]) -> 
         "PYTHONSAFEPATH": "1",
     }
     if settings.device == "cpu":
-        environment["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
+        environment["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
         # Pinning to cores is for a machine of its own; the trainer wants them too.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        environment["OMP_NUM_THREADS"] = str(settings.threads)
+        environment["OMP_NUM_THREADS"] = "1"
         # Without this the first completion waits 20 s for a kernel to be compiled that saves microseconds.
         environment["TORCHDYNAMO_DISABLE"] = "1"
         # On busy cores a step takes minutes; after 300 s vLLM would take its own worker for dead and end.
@@ -135,9 +132,7 @@ class VllmServer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     @property
@@ -168,7 +163,10 @@ class VllmServer:
         self._stopped = True
 
     def _await_health(self, end: float, deadline: float) -> None:
-        while not self._healthy():
+        while True:
+            with suppress(httpx2.HTTPError):
+                if httpx2.get(f"{self.url}/health", timeout=2.0).status_code == 200:
+                    return
             if not self.running():
                 raise EngineError(f"the vLLM server ended while it started; the end of {self.log}:\n{self.tail()}")
             if time.monotonic() > end:
@@ -176,9 +174,3 @@ class VllmServer:
                     f"the vLLM server was not ready after {deadline:g} s; the end of {self.log}:\n{self.tail()}"
                 )
             time.sleep(0.25)
-
-    def _healthy(self) -> bool:
-        try:
-            return httpx2.get(f"{self.url}/health", timeout=2.0).status_code == 200
-        except httpx2.HTTPError:
-            return False

@@ -23,7 +23,7 @@ from fedmoe.inference.engine import AdapterKey, EngineError
 from fedmoe.lora.adapter import Adapter, FloatVector, initial_adapter
 from fedmoe.lora.manifest import BaseModel, Manifest
 from fedmoe.models.base import load_base
-from fedmoe.models.schedule import LoraConfig, TrainingConfig
+from fedmoe.models.training_config import LoraConfig, TrainingConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError

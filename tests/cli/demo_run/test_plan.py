@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedmoe.cli.demo_run.plan import WORKERS, DemoPlan
-from fedmoe.models.schedule import TrainingConfig, learning_rate_at
+from fedmoe.models.training_config import TrainingConfig, learning_rate_at
 
 
 def options(steps: int) -> dict[str, str]:

@@ -112,7 +112,7 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path: Path) -> None:
     folder_of(tmp_path, "a.jsonl", "b.jsonl")
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\nno\n{"text": ""}\n')
     report = check_file(tmp_path, RowOptions(max_bad_fraction=0.9))
-    assert [(row.file, row.line) for row in report.counts.bad] == [("b.jsonl", 2), ("b.jsonl", 3)]
+    assert [(row.file, row.line) for row in report.bad] == [("b.jsonl", 2), ("b.jsonl", 3)]
     assert "b.jsonl line 2: not JSON" in report.text
     assert BadRow(2, "", "").place == "line 2"
 

@@ -10,8 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from fedmoe.datasets.readers.common import DataError
-from fedmoe.datasets.readers.data_source import open_source
-from fedmoe.datasets.readers.hub import HubId, parse_hub_id
+from fedmoe.datasets.readers.data_source import HubId, open_source, parse_hub_id
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from template_styles import STYLES, Style, tokenizer_of
 from transformers import PreTrainedTokenizerFast
 
 from fedmoe.datasets.formats.samples import Chat, Message
-from fedmoe.datasets.tokens.chat_template import TemplateRefusalError
-from fedmoe.datasets.tokens.render import render
+from fedmoe.datasets.tokens.render import TemplateRefusalError, render
 from fedmoe.datasets.tokens.tokenization import tokenize_samples
 from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample
 
@@ -86,8 +85,8 @@ def test_tool_turns_that_the_template_cannot_render_are_refused() -> None:
 def test_a_strict_template_refuses_its_row_alone() -> None:
     twice = Chat(1, (Message("system", "S"), *chat("Why?", "So.").messages))
     found = tokenize_samples([chat("Why?", "So."), twice], TOKENIZERS["brackets"], 99)
-    assert [one.number for one in found.refused] == [1]
-    assert "no role system" in found.refused[0].reason
+    assert [number for number, _ in found.refused] == [1]
+    assert "no role system" in found.refused[0][1]
 
 
 @pytest.mark.parametrize(

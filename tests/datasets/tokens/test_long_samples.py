@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
 
 from fedmoe.datasets.formats.samples import Chat, Message, Text
-from fedmoe.datasets.tokens.long_samples import LONG_ROW_POLICIES, LongRowPolicy, fit
-from fedmoe.datasets.tokens.tokenization import tokenize_samples
+from fedmoe.datasets.tokens.tokenization import LONG_ROW_POLICIES, LongRowPolicy, fit, tokenize_samples
 from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample
 
 TOKENIZER = make_tokenizer(

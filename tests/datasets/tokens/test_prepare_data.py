@@ -13,7 +13,7 @@ from tiny_tokenizer import make_tokenizer
 from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.row_scan import RowOptions
 from fedmoe.datasets.tokens import tokenization
-from fedmoe.models import token_cache
+from fedmoe.models import prepare_data
 from fedmoe.models.prepare_data import DataOptions, PreparedData, prepare_samples
 
 TOKENIZER = make_tokenizer()
@@ -209,5 +209,5 @@ def test_kept_tokens_follow_from_the_code_that_makes_them(monkeypatch: pytest.Mo
     read: list[str] = []
     read_bytes = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda file: read.append(file.name) or read_bytes(file))  # type: ignore[func-returns-value]
-    token_cache._code_hash.__wrapped__()
-    assert {"csv_rows.py", "row_formats.py", "chat_template.py", "render.py", "long_samples.py"} <= set(read)
+    prepare_data._code_hash.__wrapped__()
+    assert {"text_rows.py", "row_formats.py", "render.py", "tokenization.py", "prepare_data.py"} <= set(read)

@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
 from fedmoe.datasets.readers.common import DataError
-from fedmoe.datasets.tokens.chat_template import TemplateRefusalError
-from fedmoe.datasets.tokens.render import render
+from fedmoe.datasets.tokens.render import TemplateRefusalError, render
 from fedmoe.datasets.tokens.tokenization import tokenize_samples
 from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample, Tokenizer, previews
 
@@ -140,7 +139,7 @@ def test_a_row_that_the_template_refuses_is_named_and_the_others_are_learned(tem
     with pytest.raises(TemplateRefusalError, match=message):
         render_sample(refused, make_tokenizer(template))
     found = tokenize_samples([Text(1, "a"), refused, Text(3, "b")], make_tokenizer(template), 64)
-    assert [one.number for one in found.refused] == [1]
+    assert [number for number, _ in found.refused] == [1]
     assert found.row_of == [0, 2]
 
 

@@ -78,4 +78,4 @@ def fake_backend(fake: StreamingFakeVllm, folder: Path) -> VllmBackend:
     def reference(adapter: Adapter | None, wanted: Sequence[Probe]) -> list[FloatArray]:
         return [fake_vllm.expected_scores(adapter, probe.prompt, probe.tokens) for probe in wanted]
 
-    return VllmBackend("http://fake", engine, reference, PROMPTS, rows=4, transport=fake.transport)
+    return VllmBackend(engine, reference, PROMPTS, rows=4)

@@ -56,7 +56,7 @@ def test_weights_that_do_not_compute_as_ours_are_not_served(tmp_path: Path) -> N
     def mistaken(adapter: Adapter | None, probes: Sequence[Probe]) -> list[FloatArray]:
         return [expected_scores(None if adapter is None else make_adapter(99), p.prompt, p.tokens) for p in probes]
 
-    backend = VllmBackend("http://fake", engine, mistaken, PROMPTS, transport=fake.transport)
+    backend = VllmBackend(engine, mistaken, PROMPTS)
     with pytest.raises(BackendError, match=r"python@1.* nats off"):
         backend.load(PYTHON, make_adapter(1))
     assert backend.loaded() == frozenset()
@@ -73,7 +73,7 @@ def test_a_version_that_our_own_model_cannot_hold_is_refused_and_leaves_nothing(
             raise ShapeError("the adapter has numbers that are not finite in torch.float16")
         return [expected_scores(None, probe.prompt, probe.tokens) for probe in probes]
 
-    backend = VllmBackend("http://fake", engine, narrow, PROMPTS, transport=fake.transport)
+    backend = VllmBackend(engine, narrow, PROMPTS)
     with pytest.raises(BackendError, match=r"python@1.* not finite in torch.float16"):
         backend.load(PYTHON, make_adapter(1))
     assert backend.loaded() == frozenset()
@@ -142,7 +142,7 @@ def test_a_server_of_another_base_model_is_refused_at_the_start(tmp_path: Path) 
         return [expected_scores(make_adapter(99), p.prompt, p.tokens) for p in probes]
 
     with pytest.raises(EngineError, match="another model"):
-        VllmBackend("http://fake", engine, other, PROMPTS, transport=fake.transport)
+        VllmBackend(engine, other, PROMPTS)
 
 
 def test_an_answer_of_another_model_is_an_error(tmp_path: Path) -> None:

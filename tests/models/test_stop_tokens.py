@@ -26,7 +26,7 @@ from fedmoe.datasets.tokens.tokenized_sample import MASKED
 from fedmoe.gateway.serve.text import PromptEncoder, TextStream
 from fedmoe.inference import transformers_engine
 from fedmoe.models.base import LoadedBase, load_base, pad_token, stop_tokens
-from fedmoe.models.stopping import end_marks, stop_token_ids
+from fedmoe.models.stop_tokens import end_marks, stop_token_ids
 from fedmoe.models.tiny import tiny_tokenizer
 from fedmoe.qwen_finetune import QwenLoRAExpert
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.models.schedule import LoraConfig, ScheduleEndedError, TrainingConfig, learning_rate_at
+from fedmoe.models.training_config import LoraConfig, ScheduleEndedError, TrainingConfig, learning_rate_at
 
 
 def test_warm_up_rises_in_equal_steps_and_then_stays() -> None:

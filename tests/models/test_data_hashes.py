@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmoe.datasets.tokens.packing import Block, pack
-from fedmoe.datasets.tokens.sample_hashes import DataChange, change_between, digest_of, sample_hashes
 from fedmoe.datasets.tokens.tokenized_sample import MASKED, TokenizedSample
+from fedmoe.models.data_hashes import DataChange, change_between, digest_of, sample_hashes
 
 rows = st.lists(st.integers(0, 5), max_size=12)
 
