@@ -67,16 +67,13 @@ def strategies(
     adapters: Mapping[str, Adapter], moments: Mapping[str, InputMoments]
 ) -> dict[str, Callable[[], MergeResult | None]]:
     """What is measured, by name."""
-    start = next(iter(adapters.values()))
     return {
         "weighted_average, exact": lambda: merge(adapters),
         "sum, exact": lambda: merge(adapters, "sum"),
         "concat, exact": lambda: merge(adapters, "concat"),
         "scaled, energy 0.99": lambda: merge(adapters, "scaled", energy=0.99),
-        "scaled, rank 64, outliers capped": lambda: merge(adapters, "scaled", rank=MOST_RANK, norm_cap="module"),
         "regmean, exact": lambda: merge(adapters, "regmean", moments=moments),
         "regmean, energy 0.99": lambda: merge(adapters, "regmean", moments=moments, energy=0.99),
-        "regmean of deltas, rank 64": lambda: merge(adapters, "regmean", moments=moments, rank=MOST_RANK, start=start),
         "audit": lambda: _audited(adapters),
     }
 

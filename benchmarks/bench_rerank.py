@@ -5,7 +5,7 @@
 The experts of `bench_merge_quality.py` (seed 0), all thirteen; the first 3, 6, 10 or 12 of them have an expert and are
 merged by `regmean`, the others are foreign. A text's first 8 to 64 tokens are the prompt. It goes to an expert or to
 the merged adapter, once by the router alone (the likeliest expert, the merged adapter below a confidence of 0.9), once
-as the server does it (`fedmoe.gateway.rerank`), and whoever got it is scored on the rest of the text, up to 128 tokens.
+as the server does it, and whoever got it is scored on the rest of the text, up to 128 tokens.
 
 `right` is the share of prompts whose own expert is the best of the experts, by the router, by likelihood alone and by
 both; `to_gateway` the share that the merged
@@ -37,8 +37,14 @@ from lib.trained_experts import Work  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from fedmoe.gateway.losses import BASE  # noqa: E402
-from fedmoe.gateway.rerank import LEAST, MERGED_PRIOR, TRUST, candidates, choose  # noqa: E402
-from fedmoe.gateway.routers import SequenceRouter  # noqa: E402
+from fedmoe.gateway.routers import (  # noqa: E402
+    LEAST,
+    MERGED_PRIOR,
+    TRUST,
+    SequenceRouter,
+    candidates,
+    choose,
+)
 from fedmoe.lora.adapter import Adapter  # noqa: E402
 from fedmoe.lora.prompt_statistics import PromptStatistics  # noqa: E402
 from fedmoe.lora.regmean import regmean  # noqa: E402

@@ -33,9 +33,10 @@ from lib.prompt_domains import NAMES, RESERVED, PromptDomain, load_domains
 pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
+from lib.routing_baselines import likeliest, linear_router  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from fedmoe.gateway.routers import FeatureRouter, LinearRouter, SequenceRouter, likeliest  # noqa: E402
+from fedmoe.gateway.routers import SequenceRouter  # noqa: E402
 from fedmoe.lora.adapter import FloatMatrix  # noqa: E402
 from fedmoe.lora.prompt_statistics import PromptStatistics  # noqa: E402
 from fedmoe.models.base import LoadedBase, load_base  # noqa: E402
@@ -100,7 +101,7 @@ def has(rows: Sequence[Sequence[int]], length: int) -> list[bool]:
 Scores = Callable[[Domain, int], FloatMatrix]
 
 
-def by_features(router: FeatureRouter) -> Scores:
+def by_features(router: SequenceRouter) -> Scores:
     return lambda domain, length: router.probabilities(domain.test[length]).astype(np.float32)
 
 
@@ -110,7 +111,7 @@ def sequence(domains: Mapping[str, Domain], texts: int) -> Scores:
 
 def linear(domains: Mapping[str, Domain]) -> Scores:
     """On every second beginning: what it takes is time."""
-    return by_features(LinearRouter.fit({name: found.train[::2] for name, found in domains.items()}))
+    return by_features(linear_router({name: found.train[::2] for name, found in domains.items()}))
 
 
 def token_pairs(base: LoadedBase, domains: Mapping[str, Domain]) -> Scores:

@@ -29,13 +29,13 @@ pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
 import torch  # noqa: E402
+from lib.routing_baselines import SpectralRouter, SpectralWeights, likeliest  # noqa: E402
 from lib.trained_experts import Work  # noqa: E402
 
 from fedmoe.datasets.demo.domains import DOMAINS  # noqa: E402
 from fedmoe.datasets.tokens.packing import Block, collate  # noqa: E402
 from fedmoe.gateway.evaluate import ROUTED_BY  # noqa: E402
-from fedmoe.gateway.routers import SequenceRouter, SpectralRouter, likeliest  # noqa: E402
-from fedmoe.gateway.token_routing import SpectralWeights  # noqa: E402
+from fedmoe.gateway.routers import SequenceRouter  # noqa: E402
 from fedmoe.lora.adapter import FloatMatrix  # noqa: E402
 from fedmoe.models.base import LoadedBase, load_base  # noqa: E402
 from fedmoe.models.multilora import MultiLora, TokenWeights  # noqa: E402

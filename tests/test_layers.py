@@ -259,7 +259,7 @@ LAYERS: dict[str, set[str]] = {
 #: Parts that decide and do nothing else: time, randomness and bytes come in as arguments.
 PURE = (
     *("coordinator", "experts", "federation", "lora"),
-    *("gateway.losses", "gateway.rerank", "gateway.retained_gain", "gateway.routers", "server.gate.verdict"),
+    *("gateway.losses", "gateway.retained_gain", "gateway.routers", "server.gate.verdict"),
 )
 INPUT_AND_OUTPUT = {
     *("asyncio", "datetime", "fastapi", "http", "httpx2", "logging", "multiprocessing", "os", "pathlib", "random"),

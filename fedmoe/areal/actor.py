@@ -15,8 +15,7 @@ from areal.api.cli_args import MicroBatchSpec, OptimizerConfig, PPOActorConfig, 
 from areal.engine.fsdp_engine import FSDPPPOActor
 from areal.infra.platforms import current_platform
 
-from fedmoe.areal.batch import ExampleBatch, Sequences, minibatch_bounds, scaled_advantages
-from fedmoe.areal.collate import TensorRow, ppo_row, sequence_row
+from fedmoe.areal.batch import ExampleBatch, Sequences, TensorRow, ppo_row, scaled_advantages, sequence_row
 from fedmoe.areal.config import ArealConfig, ArealError, check_base_folder
 from fedmoe.areal.packing_check import check_isolation
 from fedmoe.areal.statistics import ArealUpdate, summarise
@@ -108,8 +107,8 @@ class ArealActor:
         """Learn from a batch; the proximal log-probabilities are those before the first optimizer step."""
         proximal = self._log_probabilities(batch.sequences)
         exported: list[Mapping[str, float]] = []
-        for start, stop in minibatch_bounds(len(batch.sequences), self._config.minibatches) * self._config.epochs:
-            rows = self._rows(batch, start, stop, proximal[start:stop])
+        for _ in range(self._config.epochs):
+            rows = self._rows(batch, proximal)
             self._plan_micro_batches(rows)
             self._engine.ppo_update(rows)
             self._engine.lr_scheduler_step()
@@ -120,15 +119,14 @@ class ArealActor:
             self._engine.set_version(self.version + 1)
         return summary
 
-    def _rows(self, batch: ExampleBatch, start: int, stop: int, proximal: Sequence[torch.Tensor]) -> list[TensorRow]:
-        sequences = list(batch.sequences)[start:stop]
-        behaviour = batch.sequences.split(batch.behaviour)[start:stop]
-        advantages = scaled_advantages(batch, start, stop, self._config.loss.aggregation)
-        facts = zip(batch.rewards[start:stop], batch.versions[start:stop], strict=True)
+    def _rows(self, batch: ExampleBatch, proximal: Sequence[torch.Tensor]) -> list[TensorRow]:
+        behaviour = batch.sequences.split(batch.behaviour)
+        advantages = scaled_advantages(batch, self._config.loss.aggregation)
+        facts = zip(batch.rewards, batch.versions, strict=True)
         return [
             ppo_row(*sequence, old, advantage, before, float(reward), int(version))
             for sequence, old, advantage, before, (reward, version) in zip(
-                sequences, behaviour, advantages, proximal, facts, strict=True
+                batch.sequences, behaviour, advantages, proximal, facts, strict=True
             )
         ]
 
@@ -141,14 +139,7 @@ class ArealActor:
         return self._as_adapter(lambda parameter: parameter)
 
     def load(self, adapter: Adapter, version: int) -> None:
-        """Continue from another adapter, with a fresh optimizer; raises `ArealError` for one of another shape."""
-        own = self.adapter()
-        if adapter.layout != own.layout or adapter.alpha != own.alpha:
-            raise ArealError(
-                f"the adapter has rank {adapter.rank}, alpha {adapter.alpha:g} and {len(adapter.layout.modules)} "
-                f"modules, the learner rank {own.rank}, alpha {own.alpha:g} and {len(own.layout.modules)}; rank, "
-                "alpha and modules must be the same"
-            )
+        """Continue from another adapter of the same rank, alpha and modules, with a fresh optimizer."""
         with torch.no_grad():
             for name, parameter in self._parameters().items():
                 _local(parameter).copy_(torch.from_numpy(_factor(adapter, name).copy()))
@@ -198,7 +189,7 @@ class ArealActor:
             module, factor = _place(name)
             factors.setdefault(module, {})[factor] = _local(value_of(parameter)).detach().float().cpu().numpy()
         pairs = {module: (pair["lora_A"], pair["lora_B"]) for module, pair in factors.items()}
-        return Adapter.from_factors(pairs, float(self._config.lora.alpha))
+        return Adapter.from_factors(pairs, float(self._config.alpha))
 
     def close(self) -> None:
         """Release the model and the process group."""
@@ -212,7 +203,7 @@ def actor_settings(config: ArealConfig) -> PPOActorConfig:
 
     Behaviour log-probabilities enter AReaL's loss through `rejection_sampling` only; without it they are ignored.
     """
-    loss, adam = config.loss, config.optimizer
+    loss = config.loss
     return PPOActorConfig(
         experiment_name="fedmoe",
         trial_name="arena",
@@ -224,18 +215,18 @@ def actor_settings(config: ArealConfig) -> PPOActorConfig:
         disable_dropout=True,
         temperature=config.temperature,
         use_lora=True,
-        lora_rank=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        target_modules=list(config.lora.target_modules),
+        lora_rank=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=["all-linear"],
         weight_update_mode="disk",
         optimizer=OptimizerConfig(
             type="adam",
-            lr=adam.learning_rate,
-            beta1=adam.beta1,
-            beta2=adam.beta2,
-            eps=adam.epsilon,
-            weight_decay=adam.weight_decay,
-            gradient_clipping=adam.gradient_clipping,
+            lr=config.learning_rate,
+            beta1=0.9,
+            beta2=0.95,  # that of the other learner
+            eps=1e-8,
+            weight_decay=config.weight_decay,
+            gradient_clipping=config.max_grad_norm,
             lr_scheduler_type="constant",
             warmup_steps_proportion=0.0,
         ),

@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -60,30 +59,22 @@ class ArealLearner:
         check_base_folder(Path(config.base_folder))
         work_dir.mkdir(parents=True, exist_ok=True)
         self._work_dir = work_dir
-        self._version = version
-        self._alpha = float(config.lora.alpha)
+        #: The version of the adapter: it rises with every update that moved it.
+        self.version = version
+        self._alpha = float(config.alpha)
         self._channel, self._process = _launch(work_dir / _LOG, python or Path(sys.executable))
         self._channel.settimeout(timeout)
         try:
             answer = self._ask(Frame("start", {"config": config.as_json(), "version": version}))
             lines = [line.split() for line in str(answer.values["modules"]).splitlines()]
             modules = tuple(ModuleShape(name, int(inner), int(outer)) for name, inner, outer in lines)
-            self._layout = Layout(modules, config.lora.rank)
+            #: The adapter's rank and modules, which an adapter to load must have too.
+            self.layout = Layout(modules, config.rank)
             if start is not None:
                 self.replace(start, version)
         except BaseException:
             self.close()
             raise
-
-    @property
-    def version(self) -> int:
-        """The version of the adapter: it rises with every update that moved it."""
-        return self._version
-
-    @property
-    def layout(self) -> Layout:
-        """The adapter's rank and modules, which an adapter to load must have too."""
-        return self._layout
 
     def update(self, examples: Sequence[Example]) -> ArealUpdate:
         """Learn from examples: the version rises by one, unless no step could be taken.
@@ -94,7 +85,7 @@ class ArealLearner:
         values = dict(answer.values)
         version = values.pop("new_version")
         assert isinstance(version, int)
-        self._version = version
+        self.version = version
         return ArealUpdate(**values)  # type: ignore[arg-type]
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[FloatArray]:
@@ -117,14 +108,14 @@ class ArealLearner:
 
         With what `adapter`, `version` and `optimizer_state` gave, training goes on as if it had never stopped.
         """
-        if adapter.layout != self._layout or adapter.alpha != self._alpha:
+        if adapter.layout != self.layout or adapter.alpha != self._alpha:
             raise ArealError(
                 f"the adapter has rank {adapter.rank}, alpha {adapter.alpha:g} and {len(adapter.layout.modules)} "
-                f"modules, the learner rank {self._layout.rank}, alpha {self._alpha:g} and "
-                f"{len(self._layout.modules)}; rank, alpha and modules must be the same"
+                f"modules, the learner rank {self.layout.rank}, alpha {self._alpha:g} and "
+                f"{len(self.layout.modules)}; rank, alpha and modules must be the same"
             )
         self._ask(Frame("load", {"alpha": adapter.alpha, "version": version}, {"flat": adapter.flat}))
-        self._version = version
+        self.version = version
         if state is not None:
             steps = np.array([state.steps], np.float32)
             arrays = {"first_moment": state.first, "second_moment": state.second, "steps": steps}
@@ -151,9 +142,7 @@ class ArealLearner:
     def __enter__(self) -> ArealLearner:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _ask(self, request: Frame) -> Frame:

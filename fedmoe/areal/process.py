@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from fedmoe.lora.adapter import Adapter, ShapeError
 
 if TYPE_CHECKING:
     from fedmoe.areal.actor import ArealActor
+
+_Kind = TypeVar("_Kind", str, int, float)
 
 
 def serve(channel: socket.socket) -> None:
@@ -58,7 +60,7 @@ def _start(request: Frame) -> tuple[ArealActor, Frame]:
             f"{sys.executable} has no usable AReaL ({error}); make its environment with scripts/setup_areal.sh FOLDER "
             "and give FOLDER/bin/python"
         ) from error
-    actor = ArealActor(ArealConfig.from_json(_text(request, "config")), _whole(request, "version"))
+    actor = ArealActor(ArealConfig.from_json(_value(request, "config", str)), _value(request, "version", int))
     modules = actor.adapter().layout.modules
     lines = (f"{module.name} {module.in_features} {module.out_features}" for module in modules)
     return actor, Frame("started", {"modules": "\n".join(lines)})
@@ -75,24 +77,23 @@ def _score(actor: ArealActor, request: Frame) -> Frame:
 
 
 def _save(actor: ArealActor, request: Frame) -> Frame:
-    folder = Path(tempfile.mkdtemp(prefix=f"adapter-{actor.version}-", dir=_text(request, "folder")))
+    folder = Path(tempfile.mkdtemp(prefix=f"adapter-{actor.version}-", dir=_value(request, "folder", str)))
     actor.save(folder)
     return Frame("saved", {"folder": folder.name})
 
 
 def _load(actor: ArealActor, request: Frame) -> Frame:
     try:
-        adapter = Adapter(
-            actor.adapter().layout, _positive(request, "alpha"), np.asarray(request.arrays["flat"], np.float32)
-        )
+        flat = np.asarray(request.arrays["flat"], np.float32)
+        adapter = Adapter(actor.adapter().layout, _value(request, "alpha", float), flat)
     except ShapeError as error:
         raise ArealError(str(error)) from error
-    actor.load(adapter, _whole(request, "version"))
+    actor.load(adapter, _value(request, "version", int))
     return Frame("loaded")
 
 
 def _set_learning_rate(actor: ArealActor, request: Frame) -> Frame:
-    actor.set_learning_rate(_positive(request, "rate"))
+    actor.set_learning_rate(_value(request, "rate", float))
     return Frame("set")
 
 
@@ -112,24 +113,10 @@ _OPERATIONS: Mapping[str, Callable[[ArealActor, Frame], Frame]] = {
 }
 
 
-def _positive(request: Frame, name: str) -> float:
+def _value(request: Frame, name: str, kind: type[_Kind]) -> _Kind:
     value = request.values.get(name)
-    if not isinstance(value, float) or not value > 0:
-        raise ArealError(f"the request {request.kind!r} needs a positive number {name}, got {value!r}")
-    return value
-
-
-def _text(request: Frame, name: str) -> str:
-    value = request.values.get(name)
-    if not isinstance(value, str):
-        raise ArealError(f"the request {request.kind!r} needs a text {name}, got {value!r}")
-    return value
-
-
-def _whole(request: Frame, name: str) -> int:
-    value = request.values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArealError(f"the request {request.kind!r} needs a whole number {name}, got {value!r}")
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ArealError(f"the request {request.kind!r} needs {name} as {kind.__name__}, got {value!r}")
     return value
 
 

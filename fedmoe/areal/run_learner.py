@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from fedmoe.areal.config import AdamSettings, ArealConfig, ArealError, LoraSettings
+from fedmoe.areal.config import ArealConfig, ArealError
 from fedmoe.areal.learner import ArealLearner
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.learning.config import LossConfig
-from fedmoe.arena.learning.learner import AdamState, PolicyUpdate
+from fedmoe.arena.learning.learner import AdamState, PolicyLearner, PolicyUpdate
 from fedmoe.arena.learning.loss import LossStatistics
 from fedmoe.arena.rollout.episodes import Example
 from fedmoe.lora.adapter import Adapter, FloatVector, Layout
@@ -48,14 +48,16 @@ def areal_config(config: ArenaConfig) -> ArealConfig:
         )
     return ArealConfig(
         str(prepare_base(config.base_model).resolve()),
-        LoraSettings(shape.rank, int(shape.scaled_alpha)),
-        # The second beta is that of the other learner.
-        AdamSettings(learning.learning_rate, 0.9, 0.95, 1e-8, learning.weight_decay, learning.max_grad_norm),
+        shape.rank,
+        int(shape.scaled_alpha),
+        learning.learning_rate,
+        learning.weight_decay,
+        learning.max_grad_norm,
         LossConfig(learning.loss, learning.aggregation, learning.clip_low, learning.clip_high),
         learning.temperature,
         learning.epochs,
-        tokens_per_micro_batch=learning.micro_batch_tokens,
-        seed=config.seed,
+        learning.micro_batch_tokens,
+        config.seed,
     )
 
 
@@ -66,7 +68,7 @@ def areal_learner(config: ArenaConfig, folder: Path, base: LoadedBase, multi: Mu
         yield ArealRunLearner(config, folder / "areal", multi, processes)
 
 
-class ArealRunLearner:
+class ArealRunLearner(PolicyLearner):
     """Trains every policy by AReaL in a process of its own, which holds a copy of the base model in float32.
 
     Policies are updated one after the other: after a failure those before it are updated already, and the run goes on
@@ -82,7 +84,6 @@ class ArealRunLearner:
         self._steps: dict[str, int] = {}
 
     def layout(self, rank: int) -> Layout:
-        """The layout of an adapter of `rank` for the base model."""
         return self._multi.layout(rank)
 
     def add(self, name: str, adapter: Adapter) -> None:
@@ -93,7 +94,6 @@ class ArealRunLearner:
         self._rates[name], self._steps[name] = self._config.learning_rate, 0
 
     def adapter(self, name: str) -> Adapter:
-        """The policy's current factors, copied."""
         return self._learners[name].adapter()
 
     def score(self, name: str, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> FloatVector:
@@ -107,21 +107,18 @@ class ArealRunLearner:
         self._steps[name] = state.steps if state else 0
 
     def optimizer_state(self, name: str) -> AdamState:
-        """The policy's optimizer, copied."""
         return self._learners[name].optimizer_state()
 
     def learning_rate(self, name: str) -> float:
-        """The policy's learning rate after warm-up."""
         return self._rates[name]
 
     def set_learning_rate(self, name: str, rate: float) -> None:
-        """Change it from the next step on."""
         self._rates[name] = rate
 
     def update(self, examples: Sequence[Example], max_tokens: int) -> dict[str, PolicyUpdate]:
         """Train every policy that has examples; raises ArealError for a gradient that is not finite."""
         names = dict.fromkeys(example.policy for example in examples)
-        return {name: self._update(name, [one for one in examples if one.policy == name]) for name in names}
+        return {name: self._update(name, [example for example in examples if example.policy == name]) for name in names}
 
     def _update(self, name: str, examples: Sequence[Example]) -> PolicyUpdate:
         learner, warmup = self._learners[name], max(1, self._config.warmup_steps)

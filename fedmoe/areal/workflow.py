@@ -22,7 +22,7 @@ from areal.utils.data import concat_padded_tensors
 from areal.utils.hf_utils import load_hf_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe.areal.collate import TensorRow
+from fedmoe.areal.batch import TensorRow
 from fedmoe.areal.config import ArealError
 from fedmoe.areal.rewards import SEATS, SEED, Reward, seat_reward
 from fedmoe.arena.rollout.chat import ChatCodec
@@ -103,8 +103,8 @@ class ArenaWorkflow(RolloutWorkflow):  # type: ignore[misc]
     def _read(self, data: Mapping[str, object]) -> tuple[int, frozenset[int]]:
         every = range(self._lineup.seats)
         seed, seats = data.get(SEED), data.get(SEATS, every)
-        known = isinstance(seats, Sequence) and len(seats) > 0 and set(seats) <= set(every)
-        if not isinstance(seed, int) or seed < 0 or not isinstance(seats, Sequence) or not known:
+        valid = isinstance(seats, Sequence) and len(seats) > 0 and set(seats) <= set(every)
+        if not isinstance(seed, int) or seed < 0 or not isinstance(seats, Sequence) or not valid:
             raise ArealError(f"a row of data needs a {SEED} from 0 on and {SEATS} out of {[*every]}, got {dict(data)}")
         return seed, frozenset(seats)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from fedmoe.arena.learning.learner import PolicyUpdate
 from fedmoe.arena.learning.policies import Policies
@@ -13,6 +13,8 @@ from fedmoe.arena.rollout.episodes import PlayedEpisode
 from fedmoe.arena.rollout.evaluate import Comparison, FrontRunner
 from fedmoe.arena.rollout.interval import MeanInterval
 from fedmoe.runtime.records import Recorder, RecordValue
+
+_CREDIT = ("shared", "difference", "individual", "versus")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +61,7 @@ def write_iteration(records: Recorder, report: IterationReport, policies: Polici
 
 def write_decision(records: Recorder, iteration: int, mode: str, decision: ArenaDecision) -> None:
     """One decision with its reason."""
-    records.write(
-        "decision",
-        iteration=iteration,
-        mode=mode,
-        policy=decision.policy,
-        what=decision.what,
-        before=decision.before,
-        after=decision.after,
-        reason=decision.reason,
-    )
+    records.write("decision", iteration=iteration, mode=mode, **asdict(decision))
 
 
 def write_leader(records: Recorder, iteration: int, mode: str, leader: FrontRunner) -> None:
@@ -83,11 +76,6 @@ def write_leader(records: Recorder, iteration: int, mode: str, leader: FrontRunn
         **_bounds(leader.lead, "lead", "lead_low", "lead_high"),
         questions=leader.questions,
     )
-
-
-def write_skipped(records: Recorder, iteration: int, where: str, episodes: int, reason: str) -> None:
-    """How many episodes of an iteration or of an evaluation failed and were left out, and why the first did."""
-    records.write("skipped", iteration=iteration, where=where, episodes=episodes, reason=reason)
 
 
 def write_comparison(records: Recorder, iteration: int, mode: str, comparison: Comparison, version: int) -> None:
@@ -123,11 +111,6 @@ def accuracies(played: Sequence[PlayedEpisode]) -> dict[str, float]:
             if player.learning:
                 scores.setdefault(player.name, []).append(score)
     return {name: sum(values) / len(values) for name, values in scores.items()}
-
-
-def sampled_tokens(played: Sequence[PlayedEpisode]) -> int:
-    """How many tokens all players sampled."""
-    return sum(len(turn.tokens) for episode in played for turn in episode.turns)
 
 
 def pace(iterations: Sequence[tuple[int, float]]) -> float | None:
@@ -186,18 +169,11 @@ def _write_policy(records: Recorder, report: IterationReport, policies: Policies
     )
 
 
-def _write_credit(records: Recorder, report: IterationReport, name: str) -> None:
-    parts = [result.credit.parts for result in report.judged.results if result.policy == name]
+def _write_credit(records: Recorder, report: IterationReport, policy: str) -> None:
+    parts = [result.credit.parts for result in report.judged.results if result.policy == policy]
     if parts:
-        records.write(
-            "credit",
-            iteration=report.iteration,
-            policy=name,
-            shared=_mean([part.shared for part in parts]),
-            difference=_mean([part.difference for part in parts]),
-            individual=_mean([part.individual for part in parts]),
-            versus=_mean([part.versus for part in parts]),
-        )
+        means = {name: _mean([getattr(part, name) for part in parts]) for name in _CREDIT}
+        records.write("credit", iteration=report.iteration, policy=policy, **means)
 
 
 def _write_whole(records: Recorder, report: IterationReport) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import structlog
 
+from fedmoe.arena import reporting
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.learning.learner import PolicyUpdate
 from fedmoe.arena.learning.loss import gap_alarm
@@ -26,18 +27,6 @@ from fedmoe.arena.learning.policies import Policies
 from fedmoe.arena.modes.memory import ModeMemory
 from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, Mode, PlanInputs
 from fedmoe.arena.modes.registry import make_mode
-from fedmoe.arena.reporting import (
-    IterationReport,
-    Timing,
-    accuracies,
-    pace,
-    sampled_tokens,
-    write_comparison,
-    write_decision,
-    write_iteration,
-    write_leader,
-    write_skipped,
-)
 from fedmoe.arena.rollout.chat import Codec
 from fedmoe.arena.rollout.episodes import PlayedEpisode, Player
 from fedmoe.arena.rollout.evaluate import BASE, CHANCE, Comparison, HeldOutEvaluator
@@ -48,6 +37,7 @@ from fedmoe.inference.engine import AdapterKey, Engine, context_limit
 from fedmoe.lora.algebra import product_norm
 from fedmoe.runtime.device import pin_threads
 from fedmoe.runtime.records import Recorder
+from fedmoe.runtime.saved_state import restored, saved_state
 
 _log = structlog.get_logger("fedmoe.arena")
 
@@ -72,13 +62,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        config: ArenaConfig,
-        task: Task,
-        policies: Policies,
-        engine: Engine,
-        codec: Codec,
-        records: Recorder,
+        self, config: ArenaConfig, task: Task, policies: Policies, engine: Engine, codec: Codec, records: Recorder
     ) -> None:
         self.config = config
         self.iteration = 0
@@ -97,7 +81,7 @@ class Trainer:
         self.playing = ""
         self.may_sample_ahead: Callable[[int], bool] = lambda iteration: True
         #: Called with everything there is to say about an iteration, after its records.
-        self.after_iteration: Callable[[IterationReport], None] = lambda report: None
+        self.after_iteration: Callable[[reporting.IterationReport], None] = lambda report: None
 
     def _mode_of(self, iteration: int) -> Mode:
         return self._modes[self.config.phase_at(iteration)[0]]
@@ -119,14 +103,15 @@ class Trainer:
         learning = time.perf_counter()
         updates = self.policies.learner.update(judged.examples, self._task.max_action_tokens)
         learn_seconds = time.perf_counter() - learning
-        changes = self.policies.learned(updates, accuracies(played), staleness)
+        changes = self.policies.learned(updates, reporting.accuracies(played), staleness)
         self.let_go()
         lanes = 2 if self._pending else 1
-        tokens, seconds = sampled_tokens(played), time.perf_counter() - began
+        tokens = sum(len(turn.tokens) for episode in played for turn in episode.turns)
+        seconds = time.perf_counter() - began
         self._pace.append((tokens, seconds))
-        timing = Timing(rollout_seconds, learn_seconds, seconds, lanes, tokens, pace(self._pace))
-        report = IterationReport(self.iteration, playing, played, judged, updates, staleness, timing)
-        write_iteration(self._records, report, self.policies, self.memory)
+        timing = reporting.Timing(rollout_seconds, learn_seconds, seconds, lanes, tokens, reporting.pace(self._pace))
+        report = reporting.IterationReport(self.iteration, playing, played, judged, updates, staleness, timing)
+        reporting.write_iteration(self._records, report, self.policies, self.memory)
         if rollout.failed:
             self._skipped("training", len(rollout.failed), rollout.reason)
         self.after_iteration(report)
@@ -135,7 +120,7 @@ class Trainer:
         for name, made in changes.items():
             for change in made:
                 decision = ArenaDecision(change.what, name, f"{change.before:g}", f"{change.after:g}", change.reason)
-                write_decision(self._records, self.iteration, playing, decision)
+                reporting.write_decision(self._records, self.iteration, playing, decision)
         self._watch(updates, staleness)
         self.iteration += 1
 
@@ -194,12 +179,14 @@ class Trainer:
             alarm = gap_alarm(update.statistics.gap_mean) if staleness[name] == 0 else None
             if alarm:
                 _log.warning("logprob_gap", policy=name, reason=alarm)
-                write_decision(self._records, self.iteration, self.playing, ArenaDecision("alarm", name, "", "", alarm))
+                reporting.write_decision(
+                    self._records, self.iteration, self.playing, ArenaDecision("alarm", name, "", "", alarm)
+                )
 
     def _skipped(self, where: str, episodes: int, reason: str) -> None:
         """Say how many episodes failed: they are left out, and the run goes on."""
         _log.warning("episodes_skipped", where=where, iteration=self.iteration, episodes=episodes, reason=reason)
-        write_skipped(self._records, self.iteration, where, episodes, reason)
+        self._records.write("skipped", iteration=self.iteration, where=where, episodes=episodes, reason=reason)
 
     def evaluate(self) -> list[Comparison]:
         """Every policy beside the base model on held-out episodes, and against frozen opponents; with records."""
@@ -211,10 +198,12 @@ class Trainer:
             players[player.name] = Player(player.name, None) if untrained else player
             for opponent in self._frozen(player.name):
                 comparison = self._evaluator.compare(players[player.name], opponent)
-                write_comparison(self._records, self.iteration, mode, comparison, self.policies.version(player.name))
+                reporting.write_comparison(
+                    self._records, self.iteration, mode, comparison, self.policies.version(player.name)
+                )
                 comparisons.append(comparison)
         if len(players) > 1:
-            write_leader(self._records, self.iteration, mode, self._evaluator.leader(players))
+            reporting.write_leader(self._records, self.iteration, mode, self._evaluator.leader(players))
         worst = max(comparisons, key=lambda comparison: comparison.failed)
         if worst.failed:
             self._skipped("evaluation", worst.failed, worst.reason)
@@ -246,7 +235,7 @@ class Trainer:
         ahead = self._pending.planning.policies if self._pending else None
         return {
             "iteration": self.iteration,
-            "society": self.memory.state(),
+            "society": saved_state(self.memory),
             "modes": [mode.state() for mode in self._modes],
             "policies": self.policies.state(),
             "sampling_with": {player.name: _version(player) for player in ahead} if ahead else None,
@@ -258,7 +247,7 @@ class Trainer:
         memory, modes, sampling = state["society"], state["modes"], state["sampling_with"]
         assert isinstance(memory, Mapping)
         assert isinstance(modes, list)
-        self.memory = ModeMemory.from_state(memory)
+        self.memory = restored(ModeMemory, memory)
         # Phases that have not begun have no state yet, and there may be other ones than before.
         begun = 1 + self.config.phase_at(max(0, self.iteration - 1))[0]
         for mode, saved in zip(self._modes[:begun], modes, strict=False):

@@ -75,7 +75,7 @@ def _write(source: ExportSource, format: Format, target: Path, base_model: str, 
         export_gguf_lora(source, folder, target, force)
         return ""
     rounding = export_merged(source, folder, target, force)
-    return f" (rounding to the base model's dtype changed the products by {100 * rounding.relative:.2g} %)"
+    return f" (rounding to the base model's dtype changed the products by {100 * rounding:.2g} %)"
 
 
 def _own_folder(source: ExportSource, base_model: str) -> Path | None:

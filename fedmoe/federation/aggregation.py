@@ -56,7 +56,7 @@ class Aggregation:
             if value not in table:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(sorted(table))}")
         if self.merge_after is not None and not (self.merge_after >= 1 and self.enable_gateway):
-            raise ValueError(f"experts go on from a gateway after 1 step or more, got {self.merge_after}, and need one")
+            raise ValueError(f"experts are merged after 1 step or more, into a gateway; got {self.merge_after}")
 
     @property
     def rule(self) -> UpdateRule:

@@ -9,7 +9,7 @@ from fedmoe.federation.online_gateway import OnlineGateway
 
 RETIRED = "it is retired"
 UNTRAINED = "no update has landed on it yet"
-MERGED = "it is retired; what was folded of it before stays in the gateway"
+MERGED = "it is retired; what was merged of it before stays in the gateway"
 BUFFERED = "its first updates wait in the buffer"
 
 

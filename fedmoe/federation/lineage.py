@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fedmoe.federation.events import ExpertRebased, ExpertRolledBack, UpdateAccepted, UpdateLost, WorkerRetracted
+from fedmoe.federation.events import ExpertRebased, UpdateAccepted, UpdateLost
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,21 +48,6 @@ def length(chain: Lineage | None) -> int:
 def start(chain: Lineage | None) -> ExpertRebased | None:
     """Where the expert was last rebased onto the gateway before the chain's updates; None if it began at version 0."""
     return chain.start if chain is not None else None
-
-
-def after_update(chains: Chains, newest: Lineage | None, event: UpdateAccepted) -> Lineage:
-    """One update more than the newest version."""
-    return Lineage.extend(newest, event)
-
-
-def after_rollback(chains: Chains, newest: Lineage | None, event: ExpertRolledBack) -> Lineage | None:
-    """The updates of an earlier version."""
-    return chains[event.to_version]
-
-
-def after_retraction(chains: Chains, newest: Lineage | None, event: WorkerRetracted) -> Lineage | None:
-    """Those of the newest version but one worker's."""
-    return without_worker(newest, event.worker)
 
 
 def after_loss(chains: Chains, newest: Lineage | None, event: UpdateLost) -> Lineage | None:

@@ -229,7 +229,7 @@ def plan_merge(
     staleness = {name: gateway.number - branch_points[name].gateway for name in ready}
     moments = {name: moments[name] for name in sorted(moments.keys() & sharing)}
     early = tuple(
-        f"{name} was folded after {branch_points[name].steps} of {merge_after} steps: nobody had trained it for a while"
+        f"{name} was merged after {branch_points[name].steps} of {merge_after} steps: nobody had trained it for a while"
         for name in ready
         if branch_points[name].steps < merge_after
     )

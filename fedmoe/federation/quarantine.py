@@ -39,13 +39,13 @@ class Quarantine:
         """With one event more."""
         match event:
             case UpdateHeld():
-                return replace(self, held=_with(self.held, event.identity, event), number=event.number)
+                return replace(self, held=MappingProxyType({**self.held, event.identity: event}), number=event.number)
             case HeldUpdateRejected():
-                rejected = _with(self.rejected, event.identity, event)
+                rejected = MappingProxyType({**self.rejected, event.identity: event})
                 held = _without(self.held, event.identity)
                 return replace(self, held=held, rejected=rejected, number=event.number)
             case UpdateAccepted() if event.identity in self.held:
-                released = _with(self.released, event.identity, event)
+                released = MappingProxyType({**self.released, event.identity: event})
                 return replace(self, held=_without(self.held, event.identity), released=released)
             case _:
                 return self
@@ -90,10 +90,6 @@ def _full(update: UpdateHeld, waiting: str) -> RefusedError:
         f"{update.reason}; it would be held for an administrator, and {waiting} wait already.",
         "An administrator releases or rejects them ('fedmoe quarantine'); then the same update is taken.",
     )
-
-
-def _with(updates: Mapping[Identity, Value], key: Identity, value: Value) -> Mapping[Identity, Value]:
-    return MappingProxyType({**updates, key: value})
 
 
 def _without(updates: Mapping[Identity, Value], key: Identity) -> Mapping[Identity, Value]:

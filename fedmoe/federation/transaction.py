@@ -25,10 +25,9 @@ from fedmoe.federation.events import (
     VersionEvent,
     WorkerRetracted,
 )
-from fedmoe.federation.expert_changes import binding_manifest
 from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.federation.quarantine import Quarantine
-from fedmoe.federation.transitions import TRANSITIONS
+from fedmoe.federation.transitions import TRANSITIONS, binding_manifest
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.update_rules import RuleState, clip_factor, times_usual
@@ -200,19 +199,9 @@ class Transaction:
             times, most = times_usual(submission.norm, expert.norms), self.aggregation.hold_norm
             if times is not None and most > 0 and times < 1 / most:
                 info |= {"low": 1.0}
-        return UpdateAccepted(
-            expert.name,
-            submission.worker,
-            submission.epoch,
-            submission.sequence,
-            submission.base_version,
-            submission.digest,
-            staleness,
-            clip * self.aggregation.coefficient(staleness),
-            expert.version + 1,
-            at,
-            info,
-        )
+        sent = (submission.worker, submission.epoch, submission.sequence, submission.base_version, submission.digest)
+        coefficient = clip * self.aggregation.coefficient(staleness)
+        return UpdateAccepted(expert.name, *sent, staleness, coefficient, expert.version + 1, at, info)
 
     def hold(self, update: UpdateAccepted, size: int, token: str, suspicion: str = "") -> UpdateHeld | None:
         """The update as it waits for an administrator; None if it may land as it is.
@@ -223,22 +212,9 @@ class Transaction:
         reason = suspicion or self._unusual(update)
         if not reason:
             return None
-        held = UpdateHeld(
-            self.quarantine.number + 1,
-            update.expert,
-            update.worker,
-            update.epoch,
-            update.sequence,
-            update.base_version,
-            update.digest,
-            size,
-            self.expert(update.expert).version,
-            update.staleness,
-            reason,
-            token,
-            update.at,
-            update.info,
-        )
+        number, newest = self.quarantine.number + 1, self.expert(update.expert).version
+        sent = (update.expert, *update.identity, update.base_version, update.digest)
+        held = UpdateHeld(number, *sent, size, newest, update.staleness, reason, token, update.at, update.info)
         self.quarantine.check_room(held)
         return held
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from fedmoe.experts import ExpertModel
-from fedmoe.federation import expert_changes, lineage
+from fedmoe.experts import ExpertModel, Registrant
 from fedmoe.federation.events import (
     Event,
     EventInputs,
@@ -25,9 +24,11 @@ from fedmoe.federation.events import (
     VersionEvent,
     WorkerRetracted,
 )
-from fedmoe.federation.lineage import Chains, Lineage
+from fedmoe.federation.lineage import Chains, Lineage, after_loss, after_rebase, without_worker
 from fedmoe.federation.online_gateway import OnlineGateway
+from fedmoe.lora.manifest import Manifest
 
+Experts = Mapping[str, ExpertModel]
 _Kind = TypeVar("_Kind")
 
 
@@ -39,22 +40,51 @@ class Transition(Generic[_Kind]):
     the updates of the version that the event makes from those of all earlier versions and of the newest one.
     """
 
-    expert: Callable[[Mapping[str, ExpertModel], _Kind, EventInputs], ExpertModel] | None = None
+    expert: Callable[[Experts, _Kind, EventInputs], ExpertModel] | None = None
     gateway: Callable[[OnlineGateway, _Kind, EventInputs], OnlineGateway] | None = None
     lineage: Callable[[Chains, Lineage | None, _Kind], Lineage | None] | None = None
 
 
+def _register(experts: Experts, event: ExpertRegistered, inputs: EventInputs) -> ExpertModel:
+    """The new expert, at version 0."""
+    expert = ExpertModel.initial(event.expert, event.manifest, event.seed, inputs.rule)
+    return replace(expert, registrant=Registrant(event.worker, event.token))
+
+
+def _land(experts: Experts, event: UpdateAccepted, inputs: EventInputs) -> ExpertModel:
+    """The next version, with the update's delta landed on it."""
+    assert inputs.delta is not None, "an accepted update is applied with its delta"
+    landed = experts[event.expert].land(inputs.delta, event.coefficient, inputs.rule)
+    return landed.with_norm(event.landed_norm)
+
+
+def _rebuild(experts: Experts, event: VersionEvent, inputs: EventInputs) -> ExpertModel:
+    """The next version, with a state that was rebuilt."""
+    assert inputs.rebuilt is not None, "such a change is applied with the rebuilt state"
+    return experts[event.expert].with_state(inputs.rebuilt)
+
+
 TRANSITIONS: Mapping[type[Event], Transition[Any]] = {
-    ExpertRegistered: Transition(expert_changes.register, OnlineGateway.after_registration),
-    UpdateAccepted: Transition(expert_changes.land, OnlineGateway.after_update, lineage.after_update),
-    ExpertRolledBack: Transition(expert_changes.rebuild, OnlineGateway.after_rebuild, lineage.after_rollback),
-    WorkerRetracted: Transition(expert_changes.rebuild, OnlineGateway.after_rebuild, lineage.after_retraction),
-    UpdateLost: Transition(expert_changes.rebuild, OnlineGateway.after_rebuild, lineage.after_loss),
-    ExpertRebased: Transition(expert_changes.rebuild, OnlineGateway.after_rebase, lineage.after_rebase),
+    ExpertRegistered: Transition(_register, OnlineGateway.after_registration),
+    UpdateAccepted: Transition(
+        _land, OnlineGateway.after_update, lambda _, newest, event: Lineage.extend(newest, event)
+    ),
+    ExpertRolledBack: Transition(
+        _rebuild, OnlineGateway.after_rebuild, lambda chains, _, event: chains[event.to_version]
+    ),
+    WorkerRetracted: Transition(
+        _rebuild, OnlineGateway.after_rebuild, lambda _, newest, event: without_worker(newest, event.worker)
+    ),
+    UpdateLost: Transition(_rebuild, OnlineGateway.after_rebuild, after_loss),
+    ExpertRebased: Transition(_rebuild, OnlineGateway.after_rebase, after_rebase),
     GatewayMerged: Transition(None, OnlineGateway.after_merge),
-    ExpertRenamed: Transition(expert_changes.rename),
-    ExpertRetired: Transition(expert_changes.retire),
-    ExpertUnretired: Transition(expert_changes.unretire, OnlineGateway.after_return),
+    ExpertRenamed: Transition(
+        lambda experts, event, _: replace(experts[event.expert], names=(*experts[event.expert].names, event.name))
+    ),
+    ExpertRetired: Transition(lambda experts, event, _: replace(experts[event.expert], retired=True)),
+    ExpertUnretired: Transition(
+        lambda experts, event, _: replace(experts[event.expert], retired=False), OnlineGateway.after_return
+    ),
     UpdateHeld: Transition(),
     HeldUpdateRejected: Transition(),
 }
@@ -75,3 +105,12 @@ def lineages(events: Iterable[Event]) -> dict[int, Lineage | None]:
             chains[event.version] = change(chains, chains[newest], event)
             newest = event.version
     return chains
+
+
+def binding_manifest(experts: Experts) -> Manifest | None:
+    """What all experts of the federation share; None while there are none but retired ones that never changed.
+
+    So an administrator can take back a first registration that was a mistake, and the next one decides anew.
+    """
+    binding = (expert.manifest for expert in experts.values() if expert.version > 0 or not expert.retired)
+    return next(binding, None)

@@ -8,8 +8,7 @@ from pathlib import Path
 from fedmoe.datasets.report import DataReport
 from fedmoe.datasets.tokens.packing import Block, collate, pack
 from fedmoe.gateway.losses import BASE, LossMatrix
-from fedmoe.gateway.rerank import candidates, choose
-from fedmoe.gateway.routers import FeatureRouter
+from fedmoe.gateway.routers import SequenceRouter, candidates, choose
 from fedmoe.lora.adapter import Adapter
 from fedmoe.models.base import LoadedBase, context_length, pad_token
 from fedmoe.models.chat_frame import ChatFrame
@@ -75,7 +74,7 @@ def held_out_blocks(
 
 def routed_to(
     base: LoadedBase,
-    router: FeatureRouter,
+    router: SequenceRouter,
     adapters: Mapping[str, Adapter],
     held_out: Mapping[str, Sequence[Block]],
     merged: str,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,30 +56,9 @@ class _StoredWeight:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class RoundingLoss:
-    """What storing the sum in the base model's dtype lost: squared norms of the error and of the product."""
-
-    error: float = 0.0
-    product: float = 0.0
-
-    def __add__(self, other: RoundingLoss) -> RoundingLoss:
-        return RoundingLoss(self.error + other.error, self.product + other.product)
-
-    @property
-    def relative(self) -> float:
-        """Norm of the error as a share of the norm of all products."""
-        return math.sqrt(self.error / self.product) if self.product > 0 else 0.0
-
-
-def export_merged(
-    source: ExportSource,
-    base_folder: Path,
-    target: Path,
-    force: bool = False,
-    progress: Callable[[str], None] = lambda _: None,
-) -> RoundingLoss:
-    """Write the merged checkpoint: base dtype kept, sums in float32, config and tokenizer as they are.
+def export_merged(source: ExportSource, base_folder: Path, target: Path, force: bool = False) -> float:
+    """Write the merged checkpoint: base dtype kept, sums in float32, config and tokenizer as they are; returns what
+    storing the sums in the base model's dtype lost, as a share of the norm of all products.
 
     Checked after writing. Raises ExportError when the base model is another one, its weights are not stored as
     float32, bfloat16 or float16, or it lacks a module.
@@ -96,18 +75,18 @@ def export_merged(
             if path.is_file() and path.name not in _NOT_COPIED:
                 # Contents only: the base may be read-only, or links into a cache.
                 shutil.copyfile(path, folder / path.name)
-        rounding = RoundingLoss()
+        error = product = 0.0
         adapter = baked(source.adapter)
         for module, a, b in adapter.factors():
-            progress(module.name)
             place = places[module.name]
-            rounding += _add(folder / place.file.name, place, a, b)
+            lost, added = _add(folder / place.file.name, place, a, b)
+            error, product = error + lost, product + added
         _check(folder, adapter, places)
         libraries = ("numpy", "ml-dtypes", "safetensors")
-        facts = {"relative_rounding_error": rounding.relative}
-        manifest = source.manifest("merged", file_hashes(folder), libraries, **facts)
+        relative = math.sqrt(error / product) if product > 0 else 0.0
+        manifest = source.manifest("merged", file_hashes(folder), libraries, relative_rounding_error=relative)
         write_atomic(folder / MANIFEST_NAME, manifest, 0o644)
-    return rounding
+    return relative
 
 
 def _places(source: ExportSource, base_folder: Path) -> dict[str, _StoredWeight]:
@@ -148,10 +127,10 @@ def _open(file: Path, place: _StoredWeight, mode: Literal["r", "r+"]) -> _Stored
     return opened
 
 
-def _add(file: Path, place: _StoredWeight, a: FloatMatrix, b: FloatMatrix) -> RoundingLoss:
-    """W += B @ A, in float32 and then the stored dtype."""
+def _add(file: Path, place: _StoredWeight, a: FloatMatrix, b: FloatMatrix) -> tuple[float, float]:
+    """W += B @ A, in float32 and then the stored dtype; the squared norms of the rounding error and of the product."""
     weights = _open(file, place, "r+")
-    rounding = RoundingLoss()
+    error = energy = 0.0
     rows = _rows(a)
     for start in range(0, len(b), rows):
         band = slice(start, start + rows)
@@ -164,9 +143,9 @@ def _add(file: Path, place: _StoredWeight, a: FloatMatrix, b: FloatMatrix) -> Ro
             raise ExportError(f"a merged weight does not fit into {place.dtype}: the largest is {largest}")
         weights[band] = stored
         lost = stored.astype(np.float32) - exact
-        rounding += RoundingLoss(float(np.vdot(lost, lost)), float(np.vdot(product, product)))
+        error, energy = error + float(np.vdot(lost, lost)), energy + float(np.vdot(product, product))
     weights.flush()
-    return rounding
+    return error, energy
 
 
 def _rows(a: FloatMatrix) -> int:

@@ -1,56 +1,36 @@
-"""Prompt routers: the probability of every expert for a prompt, from features of the base model.
+"""Prompt router: the expert or the merged adapter for a prompt, from features of the base model and likelihoods.
 
-A router turns feature vectors, one row a prompt, into a probability for every expert; `fedmoe.gateway.rerank` decides
-between the likely ones and the merged adapter. `SequenceRouter` needs a few numbers from each expert's workers,
-`SpectralRouter` nothing but the adapters, `LinearRouter` labelled prompts.
+The router turns feature vectors, one row a prompt, into a probability for every expert; it needs a few numbers from
+each expert's workers. Its likeliest experts and the merged adapter are ranked again by likelihood. A router knows whose
+prompts look like this one, an adapter whether it can do anything with it: experts that a router cannot tell apart are
+told apart by the likelihood that each gives the prompt, and a prompt of no expert's domain shows in the merged adapter
+explaining it better. That needs nothing but the adapters themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ShapeError
+from fedmoe.lora.adapter import Float64Array, FloatMatrix, ShapeError
 from fedmoe.lora.prompt_statistics import FeatureMoments, PromptStatistics, orthogonal_rows
 
 
-class FeatureRouter(Protocol):
-    """Turns feature vectors into probabilities of experts."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The experts, in name order."""
-        ...
-
-    @property
-    def width(self) -> int:
-        """Numbers in one prompt's features."""
-        ...
-
-    def probabilities(self, features: FloatMatrix) -> Float64Array:
-        """features (prompts, width) -> (prompts, experts), rows that add up to 1; raises `ShapeError`."""
-        ...
-
-
-def likeliest(router: FeatureRouter, features: FloatMatrix) -> tuple[str, ...]:
-    """The likeliest expert of every prompt, however unsure; raises as `FeatureRouter.probabilities` does."""
-    return tuple(router.names[place] for place in router.probabilities(features).argmax(axis=1))
-
-
 @dataclass(frozen=True, eq=False)
-class _LinearScores:
-    """log p(expert | x) = x' weights + offsets + a constant: `weights` (d, experts), `offsets` (experts,), float64."""
+class SequenceRouter:
+    """Linear discriminant analysis: a centroid for every expert and one covariance for all.
+
+    log p(expert | x) = x' weights + offsets + a constant: `weights` (d, experts), `offsets` (experts,), float64. The
+    experts' `names` are in order; prompt features have d numbers, see `fedmoe.models.prompt_features`.
+    """
 
     names: tuple[str, ...]
     weights: Float64Array
     offsets: Float64Array
 
     def __post_init__(self) -> None:
-        _check(self.names)
         if self.weights.ndim != 2 or {self.weights.shape[1:], self.offsets.shape} != {(len(self.names),)}:
             raise ShapeError(
                 f"{len(self.names)} experts need a column of weights and an offset each, "
@@ -59,14 +39,12 @@ class _LinearScores:
 
     @property
     def width(self) -> int:
+        """Numbers in one prompt's features."""
         return int(self.weights.shape[0])
 
     def probabilities(self, features: FloatMatrix) -> Float64Array:
-        return _softmax(_wide(features, self.width) @ self.weights + self.offsets)
-
-
-class SequenceRouter(_LinearScores):
-    """Linear discriminant analysis: a centroid for every expert and one covariance for all."""
+        """features (prompts, width) -> (prompts, experts), rows that add up to 1; raises `ShapeError`."""
+        return softmax(wide(features, self.width) @ self.weights + self.offsets)
 
     @classmethod
     def fit(cls, statistics: Mapping[str, PromptStatistics], shrinkage: float | None = None) -> SequenceRouter:
@@ -80,8 +58,9 @@ class SequenceRouter(_LinearScores):
         of different width and `ValueError` where no expert has two prompts that differ.
         """
         names = tuple(sorted(statistics))
-        _check(names)
-        if len({part.width for part in statistics.values()}) != 1:
+        if not names:
+            raise ValueError("a router needs at least one expert, got none")
+        if len({part.width for part in statistics.values()}) > 1:
             got = {name: statistics[name].width for name in names}
             raise ShapeError(f"prompt features must have one width, of one base model; got {got}")
         first = [statistics[name].first for name in names]
@@ -89,32 +68,6 @@ class SequenceRouter(_LinearScores):
         temperature = _temperature([(first, second), (second, first)], shrinkage) if len(names) > 1 else 1.0
         weights, offsets = _discriminants([statistics[name].together() for name in names], shrinkage)
         return cls(names, weights / temperature, offsets / temperature)
-
-
-class LinearRouter(_LinearScores):
-    """Softmax regression on labelled prompts, for a gateway that has some of its own."""
-
-    @classmethod
-    def fit(cls, features: Mapping[str, FloatMatrix]) -> LinearRouter:
-        """The router of these experts from prompt features (prompts, d) of each, every expert counting the same.
-
-        Features are scaled to variance 1; the sum of squared weights costs `_DECAY` / 2. Full-batch gradient descent
-        with Nesterov's momentum, its step from the largest curvature, so there is nothing to tune. Raises `ShapeError`
-        for features of different width and ValueError for an expert without prompts.
-        """
-        names = tuple(sorted(features))
-        _check(names)
-        empty = [name for name in names if features[name].ndim != 2 or not len(features[name])]
-        if empty:
-            raise ValueError(f"every expert needs a matrix with a row for each prompt; not so: {empty[:5]}")
-        if len({features[name].shape[1] for name in names}) != 1:
-            raise ShapeError(f"features must have one width, got { {name: features[name].shape[1] for name in names} }")
-        x = np.concatenate([features[name] for name in names]).astype(np.float64)
-        labels = np.repeat(np.arange(len(names)), [len(features[name]) for name in names])
-        centre, scale = x.mean(axis=0), x.std(axis=0)
-        scale = np.maximum(scale, 1e-3 * np.sqrt(np.square(scale).mean()) + np.finfo(np.float64).tiny)
-        weights = _softmax_regression((x - centre) / scale, labels, len(names)) / scale[:, None]
-        return cls(names, weights, -centre @ weights)
 
 
 def _discriminants(parts: Sequence[FeatureMoments], shrinkage: float | None) -> tuple[Float64Array, Float64Array]:
@@ -207,94 +160,8 @@ def _temperature(folds: Sequence[tuple[Sequence[FeatureMoments], ...]], shrinkag
     return float(_TEMPERATURES[losses.argmin()])
 
 
-# Enough against a fit to single prompts; not tuned.
-_DECAY = 0.01
-_STEPS = 300
-
-
-def _softmax_regression(x: Float64Array, labels: NDArray[np.int64], classes: int) -> Float64Array:
-    """Weights (d, classes) without offsets, for centred x (n, d)."""
-    share = 1.0 / (classes * np.bincount(labels, minlength=classes))[labels]
-    targets = np.eye(classes)[labels]
-    heavy = x * share[:, None]
-    # The softmax's curvature is at most a half of that of x' x.
-    step = 1.0 / (0.5 * float(np.linalg.norm(x * np.sqrt(share)[:, None], 2)) ** 2 + _DECAY)
-    weights = previous = np.zeros((x.shape[1], classes))
-    for count in range(_STEPS):
-        ahead = weights + count / (count + 3) * (weights - previous)
-        slope = heavy.T @ (_softmax(x @ ahead) - targets) + _DECAY * ahead
-        weights, previous = ahead - step * slope, weights
-    return weights
-
-
-@dataclass(frozen=True, eq=False)
-class SpectralRouter:
-    """The expert whose adapter answers a prompt loudest, from the adapters alone.
-
-    In one module expert e answers x with energy ||B A x||^2 / ||B A||_F^2 = ||P x||^2 with P = H' A / ||B A||_F and
-    H H' = B'B, r rows (SpectR, 2025, by way of an r x r Gram matrix). `projections` holds the P of all experts stacked,
-    module -> (R, n) float32, rows `starts[e]` to `starts[e + 1]` those of expert e. A prompt's features (R,) are the
-    rows' mean energies over modules and positions, see `fedmoe.models.prompt_features.row_energies`.
-    """
-
-    names: tuple[str, ...]
-    projections: Mapping[str, FloatMatrix]
-    starts: tuple[int, ...]
-    centre: Float64Array
-    spread: Float64Array
-
-    @property
-    def width(self) -> int:
-        return self.starts[-1]
-
-    @classmethod
-    def of(cls, adapters: Mapping[str, Adapter], reference: FloatMatrix | None = None) -> SpectralRouter:
-        """The router of these adapters, all for the same modules; raises `ShapeError` otherwise.
-
-        An expert may be louder than another on every text. `reference`, energies (prompts, R) of text of no domain in
-        particular, takes that out: scores are then standard deviations above the reference.
-        """
-        names = tuple(sorted(adapters))
-        _check(names)
-        if len({adapters[name].layout.modules for name in names}) != 1:
-            raise ShapeError("adapters for different modules cannot be compared; they need one base and target_modules")
-        modules = adapters[names[0]].layout.modules
-        projections = {
-            module.name: np.concatenate([_projection(*adapters[name].module(module.name)) for name in names])
-            for module in modules
-        }
-        starts = (0, *np.cumsum([adapters[name].rank for name in names]).tolist())
-        router = cls(names, projections, starts, np.zeros(len(names)), np.ones(len(names)))
-        if reference is None:
-            return router
-        loud = router._levels(reference)
-        return replace(router, centre=loud.mean(axis=0), spread=np.maximum(loud.std(axis=0), 1e-3))
-
-    def energies(self, rows: FloatMatrix) -> FloatMatrix:
-        """Energies of single rows (tokens or prompts, R) -> of whole experts (tokens or prompts, experts)."""
-        return np.add.reduceat(_wide(rows, self.width), self.starts[:-1], axis=1).astype(np.float32)
-
-    def probabilities(self, features: FloatMatrix) -> Float64Array:
-        return _softmax((self._levels(features) - self.centre) / self.spread)
-
-    def _levels(self, features: FloatMatrix) -> Float64Array:
-        return np.log(np.maximum(self.energies(features).astype(np.float64), 1e-30))
-
-
-def _projection(a: FloatMatrix, b: FloatMatrix) -> FloatMatrix:
-    """P (r, n) with ||P x|| = ||B A x|| / ||B A||_F; zeros for a product of zero."""
-    values, vectors = np.linalg.eigh(b.T.astype(np.float64) @ b.astype(np.float64))
-    rows = (np.sqrt(np.clip(values, 0.0, None))[:, None] * vectors.T) @ a.astype(np.float64)
-    norm = float(np.linalg.norm(rows))
-    return np.asarray(rows / norm if norm > 0 else rows, np.float32)
-
-
-def _check(names: Sequence[str]) -> None:
-    if not names:
-        raise ValueError("a router needs at least one expert, got none")
-
-
-def _wide(features: FloatMatrix, width: int) -> Float64Array:
+def wide(features: FloatMatrix, width: int) -> Float64Array:
+    """The features (prompts, width) in float64; refuses other shapes and what is not finite."""
     if features.ndim != 2 or features.shape[1] != width:
         raise ShapeError(f"features must be a matrix with {width} columns, got shape {features.shape}")
     if not np.isfinite(features).all():
@@ -302,6 +169,51 @@ def _wide(features: FloatMatrix, width: int) -> Float64Array:
     return features.astype(np.float64)
 
 
-def _softmax(scores: Float64Array) -> Float64Array:
+def softmax(scores: Float64Array) -> Float64Array:
+    """Scores (prompts, experts) as probabilities."""
     powers = np.exp(scores - scores.max(axis=1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+#: How many experts are looked at again, and how likely one must be for that.
+MOST, LEAST = 3, 0.01
+#: Of a long prompt so many tokens, its first, are enough.
+SEEN = 128
+#: What a nat of log-likelihood counts beside a nat of the router's: tokens of one text say the same again and again,
+#: and experts are no calibrated models of their domains.
+TRUST = 0.2
+#: What the merged adapter starts with: beside a sure router it has to explain a prompt better by -ln(0.8) / TRUST = 1.1
+#: nats to get it, and where the router knows nothing it gets the prompt unless an expert explains it better by far.
+MERGED_PRIOR = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCandidates:
+    """The tokens of a prompt to look at again, and the natural logarithm of each likely expert's probability."""
+
+    text: tuple[int, ...]
+    log_priors: Mapping[str, float]
+
+
+def candidates(text: Sequence[int], names: Sequence[str], probabilities: Float64Array) -> ExpertCandidates:
+    """The likeliest experts of one prompt: `probabilities` (experts,) as a router gives them for `names`."""
+    likely = [place for place in np.argsort(-probabilities, kind="stable")[:MOST] if probabilities[place] >= LEAST]
+    # A row of many experts, all alike, may leave none above LEAST; the likeliest always stays.
+    likely = likely or [np.argmax(probabilities)]
+    return ExpertCandidates(tuple(text[:SEEN]), {names[place]: float(np.log(probabilities[place])) for place in likely})
+
+
+def choose(candidates: ExpertCandidates, log_likelihoods: Mapping[str, float], merged: str) -> str:
+    """The expert or `merged` with the highest ln prior + TRUST ln p(text); ties go to the first name.
+
+    `log_likelihoods` are in nats, by name: of every candidate, and of `merged` where there is a merged adapter. Raises
+    ValueError for one that is missing or not a number.
+    """
+    priors = dict(candidates.log_priors)
+    if merged in log_likelihoods:
+        priors[merged] = float(np.log(MERGED_PRIOR))
+    scores = {name: prior + TRUST * log_likelihoods.get(name, np.nan) for name, prior in priors.items()}
+    wrong = sorted(name for name, score in scores.items() if not np.isfinite(score))
+    if wrong:
+        raise ValueError(f"a finite log-likelihood is needed of {', '.join(priors)}; there is none of {wrong[:5]}")
+    return min(scores, key=lambda name: (-scores[name], name))

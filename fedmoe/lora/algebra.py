@@ -7,7 +7,7 @@ Everything here works from stacked factors and R x R Gram matrices (R = sum of r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +20,9 @@ _RELATIVE_FLOOR = 1e-15
 
 def scaled(adapter: Adapter, factor: float) -> Adapter:
     """The adapter whose product is `factor` times this one's; A and alpha stay, B carries the factor."""
-    return scaled_by_module(adapter, dict.fromkeys(adapter.layout.spans, factor))
-
-
-def scaled_by_module(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
-    """The adapter whose product is multiplied by a factor of its own in every module; B carries it."""
     flat = adapter.flat.copy()
-    for module, _, b in adapter.layout.factors(flat):
-        b *= _single(factors[module.name])
+    for _, _, b in adapter.layout.factors(flat):
+        b *= _single(factor)
     return Adapter(adapter.layout, adapter.alpha, flat)
 
 
@@ -170,15 +165,7 @@ def _square_root(gram: Float64Array) -> Float64Array:
         return root
 
 
-def module_norms(adapter: Adapter) -> dict[str, float]:
-    """Frobenius norm of every module's product, sqrt(s^2 tr(B'B A A'))."""
-    return {module.name: adapter.scale * math.sqrt(max(_energy(a, b), 0.0)) for module, a, b in adapter.factors()}
-
-
 def product_norm(adapter: Adapter) -> float:
     """Frobenius norm of all products together, sqrt(sum over modules of ||s B A||_F^2)."""
-    return adapter.scale * math.sqrt(max(sum(_energy(a, b) for _, a, b in adapter.factors()), 0.0))
-
-
-def _energy(a: FloatMatrix, b: FloatMatrix) -> float:
-    return float((_gram(b) * _gram(a.T)).sum())
+    energy = sum(float((_gram(b) * _gram(a.T)).sum()) for _, a, b in adapter.factors())
+    return adapter.scale * math.sqrt(max(energy, 0.0))

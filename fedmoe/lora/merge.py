@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from fedmoe.lora.adapter import Adapter, ShapeError
-from fedmoe.lora.algebra import TruncatedAdapter, module_norms, recompress, scaled_by_module, stack
+from fedmoe.lora.algebra import TruncatedAdapter, recompress, stack
 from fedmoe.lora.moments import InputMoments, thin_notes
 from fedmoe.lora.regmean import RANK_CAP, SCALE, regmean
 
 # How much more than the mean of the experts where nothing better is known: with three the best of two measurements were
 # 1.5 and 2.25. A share of the sum would not do: with ten experts 0.6 of it left less than the base model.
 _OVER_MEAN = 1.8
-
-NormCap = Literal["module", "whole"]
 
 
 @dataclass(frozen=True)
@@ -83,16 +79,12 @@ def merge(
     scale: float | None = None,
     moments: Mapping[str, InputMoments] | None = None,
     without_moments: str | None = None,
-    norm_cap: NormCap | None = None,
-    start: Adapter | None = None,
 ) -> MergeResult:
     """Merge experts exactly in the product, scale * sum_k w_k s_k B_k A_k, or by `regmean`; cut only if asked.
 
     The result has the sum of ranks; or `rank`; or with `energy` in (0, 1] the smallest rank that keeps this share of
     every module, at most `rank` (64 if not given). `scale` is for `scaled` and `regmean`. `without_moments` names the
-    strategy to take where `regmean` lacks the moments of an expert, which is an error otherwise. `norm_cap` shrinks
-    experts that are larger than the median one, whole or in each module. With `start`, from which all experts branched,
-    the deltas expert - start are merged and the start is added.
+    strategy to take where `regmean` lacks the moments of an expert, which is an error otherwise.
     The order of `experts` does not matter: sources are taken in name order, so the bytes are the same.
     """
     used, notes = _strategy_in_reach(strategy, experts, moments or {}, without_moments)
@@ -103,25 +95,17 @@ def merge(
         raise ShapeError(f"the gateway's rank must be at least 1, got {rank}")
     factor = _scale(used, scale if used == strategy else None, len(planned))
     ordered = {name: experts[name] for name in planned}
-    if norm_cap is not None:
-        ordered, done = cap_norms(ordered, norm_cap, start)
-        notes += done
     if used in STRATEGIES_WITH_MOMENTS:
         assert moments is not None
         notes += thin_notes({name: moments[name].tokens for name in ordered})
-        result = regmean(ordered, moments, factor, weights=planned, rank=rank, energy=energy, start=start)
+        result = regmean(ordered, moments, factor, weights=planned, rank=rank, energy=energy)
     else:
-        terms = [(factor * weight, ordered[name]) for name, weight in planned.items()]
-        rest = [] if start is None else [(1.0 - math.fsum(share for share, _ in terms), start)]
-        result = _cut(stack(terms + rest), rank, energy)
+        result = _cut(stack([(factor * weight, ordered[name]) for name, weight in planned.items()]), rank, energy)
     return MergeResult(result.adapter, planned, result.truncation_error, used, factor, notes)
 
 
 def _strategy_in_reach(
-    strategy: str,
-    experts: Mapping[str, Adapter],
-    moments: Mapping[str, InputMoments],
-    otherwise: str | None,
+    strategy: str, experts: Mapping[str, Adapter], moments: Mapping[str, InputMoments], otherwise: str | None
 ) -> tuple[str, tuple[str, ...]]:
     """The strategy asked for, or where moments are missing the one named for that case, with a note."""
     _strategy(strategy)
@@ -157,50 +141,3 @@ def _cut(exact: Adapter, rank: int | None, energy: float | None) -> TruncatedAda
     cut = recompress(exact, energy=energy)
     limit = rank or RANK_CAP
     return cut if cut.adapter.rank <= limit else recompress(exact, limit)
-
-
-def cap_norms(
-    experts: Mapping[str, Adapter], unit: NormCap, start: Adapter | None = None
-) -> tuple[dict[str, Adapter], tuple[str, ...]]:
-    """The experts with no product larger than the median one, n_i = min(1, median_j |dW_j| / |dW_i|), and notes.
-
-    Per module, or for whole experts; experts that do nothing (in a module) do not count for the median. With `start`,
-    the deltas expert - start are measured and shrunk. Norms are Frobenius norms of the products.
-    """
-    norms = {name: _norms(experts[name], unit, start) for name in sorted(experts)}
-    modules = next(iter(norms.values()), {})
-    usual = {module: _median_of_used([of_expert[module] for of_expert in norms.values()]) for module in modules}
-    result, notes = {}, []
-    for name, of_expert in norms.items():
-        factors = {module: usual[module] / norm for module, norm in of_expert.items() if norm > usual[module]}
-        result[name] = _shrunk(experts[name], factors, start) if factors else experts[name]
-        if factors:
-            where = "" if unit == "whole" else f" in {len(factors)} of {len(modules)} modules"
-            least = min(factors.values())
-            notes.append(f"{name} was larger than the median expert{where}; shrunk to {least:.3g} of its size or more")
-    return result, tuple(notes)
-
-
-#: The name under which the norm of a whole adapter goes.
-_WHOLE = ""
-
-
-def _norms(expert: Adapter, unit: NormCap, start: Adapter | None) -> dict[str, float]:
-    norms = module_norms(expert if start is None else stack([(1.0, expert), (-1.0, start)]))
-    return norms if unit == "module" else {_WHOLE: math.hypot(*norms.values())}
-
-
-def _median_of_used(norms: list[float]) -> float:
-    used = [norm for norm in norms if norm > 0]
-    return statistics.median(used) if used else 0.0
-
-
-def _shrunk(expert: Adapter, factors: Mapping[str, float], start: Adapter | None) -> Adapter:
-    """The expert, or its delta, times a factor per module; at the cost of the start's rank if there is one."""
-    shares = {module.name: factors.get(_WHOLE, factors.get(module.name, 1.0)) for module in expert.layout.modules}
-    smaller = scaled_by_module(expert, shares)
-    if start is None:
-        return smaller
-    return stack(
-        [(1.0, smaller), (1.0, scaled_by_module(start, {name: 1.0 - share for name, share in shares.items()}))]
-    )

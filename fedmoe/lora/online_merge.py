@@ -12,24 +12,15 @@ product those are taken that are nearest to where the experts took theirs, so th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from fedmoe.lora import regmean
 from fedmoe.lora.adapter import Adapter, Float64Array, FloatMatrix, ShapeError
 from fedmoe.lora.algebra import TruncatedAdapter, recompress, stack
 from fedmoe.lora.moments import Gram, InputMoments, sum_of_grams
-from fedmoe.lora.regmean import (
-    PRIOR,
-    RIDGE,
-    Solution,
-    check_moments,
-    cut_in_metric,
-    grams_by_input,
-    input_weight,
-    wide_factors,
-)
 
 # The least length of a direction of A, as a share of the largest: below, B would have to be too large for float32.
 _LEAST = 1e-6
@@ -45,12 +36,7 @@ class ExpertDelta:
 
 
 def merge_into_gateway(
-    gateway: Adapter,
-    ready: Mapping[str, ExpertDelta],
-    moments: Mapping[str, InputMoments],
-    *,
-    scale: float = 1.0,
-    ridge: float = RIDGE,
+    gateway: Adapter, ready: Mapping[str, ExpertDelta], moments: Mapping[str, InputMoments], *, scale: float = 1.0
 ) -> TruncatedAdapter:
     """The gateway with what the `ready` experts learned since they branched; their names' order does not matter.
 
@@ -59,58 +45,38 @@ def merge_into_gateway(
     Raises `ValueError` for numbers out of range or experts without moments, `ShapeError` for adapters of another layout
     than the gateway's or moments of other modules.
     """
-    _check(gateway, ready, moments, scale, ridge)
-    plan = _Plan(gateway, ready, moments, scale, ridge)
+    _check(gateway, ready, moments, scale)
+    prior = regmean.PRIOR if len(moments) > 1 else 1.0
     flat = gateway.flat.copy()
     views = {module.name: (a, b) for module, a, b in gateway.layout.factors(flat)}
     kept = lost = 0.0
     experts = sorted(moments)
-    for names, grams in grams_by_input([moments[expert] for expert in experts], gateway.layout.modules):
+    for names, grams in regmean.grams_by_input([moments[expert] for expert in experts], gateway.layout.modules):
         for name in names:
-            part = _fold_module(plan, name, dict(zip(experts, grams, strict=True)))
-            if part is None:
+            moved = {
+                expert: delta
+                for expert, delta in sorted(ready.items())
+                if delta.weight > 0 and not _same(delta.start, delta.now, name)
+            }
+            if not moved:
                 continue
+            cut, a_target = _merged_module(gateway, name, moved, dict(zip(experts, grams, strict=True)), scale, prior)
+            a_new, b_new = nearest_factors(cut.a, cut.b, a_target)
             a, b = views[name]
-            a[...], b[...] = part.a, part.b / gateway.scale
-            kept, lost = kept + part.kept, lost + part.lost
+            a[...], b[...] = a_new, b_new / gateway.scale
+            kept += float(cut.energies[: gateway.rank].sum())
+            lost += float(cut.energies[gateway.rank :].sum())
     error = float(np.sqrt(lost / (kept + lost))) if lost > 0 else 0.0
     return TruncatedAdapter(Adapter(gateway.layout, gateway.alpha, flat), error)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    gateway: Adapter
-    ready: Mapping[str, ExpertDelta]
-    moments: Mapping[str, InputMoments]
-    scale: float
-    ridge: float
-
-    @property
-    def prior(self) -> float:
-        return PRIOR if len(self.moments) > 1 else 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One module of the next gateway: product b @ a, and the energies of outputs that were kept and lost."""
-
-    a: Float64Array
-    b: Float64Array
-    kept: float
-    lost: float
-
-
 def _check(
-    gateway: Adapter,
-    ready: Mapping[str, ExpertDelta],
-    moments: Mapping[str, InputMoments],
-    scale: float,
-    ridge: float,
+    gateway: Adapter, ready: Mapping[str, ExpertDelta], moments: Mapping[str, InputMoments], scale: float
 ) -> None:
     if not ready:
         raise ValueError("no expert is ready; a merge needs at least one")
-    if not ridge > 0 or not 0 < scale < np.inf:
-        raise ValueError(f"ridge and scale must be positive numbers, got {ridge} and {scale}")
+    if not 0 < scale < np.inf:
+        raise ValueError(f"the scale must be a positive number, got {scale}")
     missing = sorted(ready.keys() - moments.keys())
     if missing:
         raise ValueError(f"a merge needs the input moments of every expert and has none of {missing}")
@@ -123,42 +89,30 @@ def _check(
                     f"{name} has rank {adapter.rank} and {len(adapter.layout.modules)} modules, not the gateway's rank "
                     f"{gateway.rank} and modules; experts are rebased onto the gateway at its own rank"
                 )
-    check_moments(moments, gateway.layout.modules)
+    regmean.check_moments(moments, gateway.layout.modules)
 
 
-def _fold_module(plan: _Plan, name: str, grams: Mapping[str, Gram]) -> _Part | None:
-    """The module's next factors; None where no expert has moved."""
-    moved = {
-        expert: delta
-        for expert, delta in sorted(plan.ready.items())
-        if delta.weight > 0 and not _same(delta.start, delta.now, name)
-    }
-    if not moved:
-        return None
-    a_gateway, b_gateway = wide_factors(plan.gateway, name)
-    shares = {expert: input_weight(gram) for expert, gram in grams.items()}
+def _merged_module(
+    gateway: Adapter, name: str, moved: Mapping[str, ExpertDelta], grams: Mapping[str, Gram], scale: float, prior: float
+) -> tuple[regmean.MetricCut, Float64Array]:
+    """The module's next product, cut in the metric of M, and the gateway's A with what each expert's own A learned."""
+    a_gateway, b_gateway = regmean.wide_factors(gateway, name)
+    shares = {expert: regmean.input_weight(gram) for expert, gram in grams.items()}
     metric = sum_of_grams([(shares[expert], gram) for expert, gram in grams.items()])
-    rho = plan.ridge * float(metric.full_diagonal.mean()) or 1.0
+    rho = regmean.RIDGE * float(metric.full_diagonal.mean()) or 1.0
     metric = metric.plus(rho)
     images, columns = [metric.rows(a_gateway)], [b_gateway]
     for expert, delta in moved.items():
-        (a_start, b_start), (a, b) = wide_factors(delta.start, name), wide_factors(delta.now, name)
+        (a_start, b_start), (a, b) = regmean.wide_factors(delta.start, name), regmean.wide_factors(delta.now, name)
         rows = np.vstack([a, a_start])
-        images.append(plan.scale * (shares[expert] * grams[expert].rows(rows) + plan.prior * rho * rows))
+        images.append(scale * (shares[expert] * grams[expert].rows(rows) + prior * rho * rows))
         columns += [delta.weight * b, -delta.weight * b_start]
     learned = metric.solve(np.vstack(images[1:]))
-    whole = Solution(np.vstack([a_gateway, learned]), np.hstack(columns), np.vstack(images))
-    cut = cut_in_metric(whole, plan.gateway.rank)
-    weights = [delta.weight for delta in moved.values()]
-    a_new, b_new = nearest_factors(cut.a, cut.b, _as_learned(a_gateway, learned, weights))
-    kept, lost = cut.energies[: plan.gateway.rank], cut.energies[plan.gateway.rank :]
-    return _Part(a_new, b_new, float(kept.sum()), float(lost.sum()))
-
-
-def _as_learned(a_gateway: Float64Array, learned: Float64Array, weights: Sequence[float]) -> Float64Array:
-    """The gateway's A with what each expert's own A learned: `learned` has all that is merged of A and of A's start."""
-    after, before = learned.reshape(len(weights), 2, *a_gateway.shape).swapaxes(0, 1)
-    return a_gateway + np.tensordot(np.asarray(weights), after - before, 1)
+    whole = regmean.Solution(np.vstack([a_gateway, learned]), np.hstack(columns), np.vstack(images))
+    # `learned` has all that is merged of A and of A's start.
+    after, before = learned.reshape(len(moved), 2, *a_gateway.shape).swapaxes(0, 1)
+    weights = np.asarray([delta.weight for delta in moved.values()])
+    return regmean.cut_in_metric(whole, gateway.rank), a_gateway + np.tensordot(weights, after - before, 1)
 
 
 def _same(left: Adapter, right: Adapter, name: str) -> bool:

@@ -43,9 +43,7 @@ class _Plan:
     experts: Sequence[Adapter]
     moments: Sequence[InputMoments]
     weights: Sequence[float]
-    start: Adapter | None
     scale: float
-    ridge: float
 
     @property
     def prior(self) -> float:
@@ -55,7 +53,7 @@ class _Plan:
     @property
     def rank(self) -> int:
         """The rank at which nothing is cut."""
-        return sum(adapter.rank for adapter in self.experts) + (self.start.rank if self.start else 0)
+        return sum(adapter.rank for adapter in self.experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,7 @@ class Solution:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cut:
+class MetricCut:
     """The leading directions of one module's W in the metric of M, and the energies of all R, falling."""
 
     a: FloatMatrix
@@ -80,31 +78,27 @@ def regmean(
     experts: Mapping[str, Adapter],
     moments: Mapping[str, InputMoments],
     scale: float | None = None,
-    ridge: float = RIDGE,
     weights: Mapping[str, float] | None = None,
     rank: int | None = None,
     energy: float | None = None,
-    start: Adapter | None = None,
 ) -> TruncatedAdapter:
     """The experts merged in the metric of their own inputs; one expert alone comes back as it is.
 
     `scale` multiplies the result (1.3 for several experts if not given), `weights` say how much each expert's inputs
     count. The rank is the sum of ranks, or `rank`, or with `energy` the smallest that keeps this share in every module,
-    at most `rank` (64 if not given). With `start` the deltas expert - start are merged, and the start is added.
+    at most `rank` (64 if not given).
     The truncation error is relative and in the metric of M, that is of outputs. Raises `ValueError` for experts without
     moments and `ShapeError` for adapters or moments of other modules.
     """
-    _check(experts, moments, start)
-    if not ridge > 0 or (energy is not None and not 0 < energy <= 1) or (rank is not None and rank < 1):
-        raise ValueError(f"ridge > 0, rank >= 1 and energy in (0, 1] are needed, got {ridge}, {rank} and {energy}")
+    _check(experts, moments)
+    if (energy is not None and not 0 < energy <= 1) or (rank is not None and rank < 1):
+        raise ValueError(f"rank >= 1 and energy in (0, 1] are needed, got {rank} and {energy}")
     names = sorted(experts)
     plan = _Plan(
         [experts[name] for name in names],
         [moments[name] for name in names],
         [1.0 if weights is None else weights[name] for name in names],
-        start,
         scale if scale is not None else SCALE if len(names) > 1 else 1.0,
-        ridge,
     )
     limit = min(plan.rank, rank or (plan.rank if energy is None else RANK_CAP))
     if energy is None and limit == plan.rank:
@@ -112,7 +106,7 @@ def regmean(
     return _cut_to(plan, limit, energy)
 
 
-def _check(experts: Mapping[str, Adapter], moments: Mapping[str, InputMoments], start: Adapter | None) -> None:
+def _check(experts: Mapping[str, Adapter], moments: Mapping[str, InputMoments]) -> None:
     if not experts:
         raise ValueError("there is no expert to merge yet; a worker has to register one first")
     missing = sorted(experts.keys() - moments.keys())
@@ -122,9 +116,8 @@ def _check(experts: Mapping[str, Adapter], moments: Mapping[str, InputMoments], 
             "collect them on the experts' own training text, or merge with another strategy"
         )
     modules = next(iter(experts.values())).layout.modules
-    for adapter in (*experts.values(), *([start] if start else [])):
-        if adapter.layout.modules != modules:
-            raise ShapeError("adapters with different modules cannot be merged; they need one base and target_modules")
+    if any(adapter.layout.modules != modules for adapter in experts.values()):
+        raise ShapeError("adapters with different modules cannot be merged; they need one base and target_modules")
     check_moments({name: moments[name] for name in experts}, modules)
 
 
@@ -167,10 +160,9 @@ def input_weight(gram: Gram) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Module:
-    """One module's factors, A_i G_i of each expert (with the start's rows below), and which experts do anything."""
+    """One module's factors, A_i G_i of each expert, and which experts do anything."""
 
     experts: Sequence[Factors64]
-    start: Factors64
     images: Sequence[Float64Array]
     moved: tuple[bool, ...]
 
@@ -184,13 +176,8 @@ def _solutions(plan: _Plan) -> Iterator[tuple[str, Solution]]:
 
 def _module(plan: _Plan, name: str, grams: Sequence[Gram]) -> _Module:
     experts = [wide_factors(adapter, name) for adapter in plan.experts]
-    start = wide_factors(plan.start, name) if plan.start else (experts[0][0][:0], experts[0][1][:, :0])
-    images, moved = [], []
-    for (a, b), gram in zip(experts, grams, strict=True):
-        image, does = _seen(np.vstack([a, start[0]]), np.hstack([b, -start[1]]), gram)
-        images.append(image)
-        moved.append(does)
-    return _Module(experts, start, images, tuple(moved))
+    seen = [_seen(a, b, gram) for (a, b), gram in zip(experts, grams, strict=True)]
+    return _Module(experts, [image for image, _ in seen], tuple(does for _, does in seen))
 
 
 def _solve(plan: _Plan, alike: Mapping[str, _Module], grams: Sequence[Gram]) -> Iterator[tuple[str, Solution]]:
@@ -202,24 +189,19 @@ def _solve(plan: _Plan, alike: Mapping[str, _Module], grams: Sequence[Gram]) -> 
     ]
     metric = sum_of_grams(list(zip(shares, grams, strict=True)))
     # Where no expert does anything, M may be any multiple of the identity.
-    rho = plan.ridge * float(metric.full_diagonal.mean()) or 1.0
-    images = [_image(plan, module, shares, rho) for module in alike.values()]
+    rho = RIDGE * float(metric.full_diagonal.mean()) or 1.0
+    images = [
+        np.vstack(
+            [
+                plan.scale * (share * image + plan.prior * rho * a)
+                for (a, _), image, share in zip(module.experts, module.images, shares, strict=True)
+            ]
+        )
+        for module in alike.values()
+    ]
     solved = np.split(metric.plus(rho).solve(np.vstack(images)), np.cumsum([len(image) for image in images])[:-1])
     for (name, module), a, image in zip(alike.items(), solved, images, strict=True):
-        yield name, Solution(a, np.hstack([*(b for _, b in module.experts), module.start[1]]), image)
-
-
-def _image(plan: _Plan, module: _Module, shares: Sequence[float], rho: float) -> Float64Array:
-    """The answer's rows of A times M."""
-    rows = [
-        plan.scale * (share * image[: len(a)] + plan.prior * rho * a)
-        for (a, _), image, share in zip(module.experts, module.images, shares, strict=True)
-    ]
-    # start + scale * (deltas merged): the start's own rows of A times M, less what the deltas took off it.
-    below = (1 - plan.scale * plan.prior * len(module.experts)) * rho * module.start[0]
-    for (a, _), image, share in zip(module.experts, module.images, shares, strict=True):
-        below = below + (1 - plan.scale) * share * image[len(a) :]
-    return np.vstack([*rows, below])
+        yield name, Solution(a, np.hstack([b for _, b in module.experts]), image)
 
 
 def wide_factors(adapter: Adapter, name: str) -> Factors64:
@@ -232,7 +214,7 @@ def _seen(a: Float64Array, b: Float64Array, gram: Gram) -> tuple[Float64Array, b
     """A G, and whether outputs B A x exceed rounding."""
     image = gram.rows(a)
     energy = float(((b.T @ b) * (image @ a.T)).sum())
-    # Before anything cancels: an expert that has not moved is its start less its start, to rounding.
+    # Before anything cancels: the factors of an expert that does nothing may cancel to rounding only.
     bulk = float((np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=0)).sum())
     return image, energy > _SILENT * bulk**2 * float(gram.full_diagonal.mean())
 
@@ -264,7 +246,7 @@ def _cut_to(plan: _Plan, limit: int, energy: float | None) -> TruncatedAdapter:
     return TruncatedAdapter(Adapter(layout, float(rank), flat), float(np.sqrt(lost / total)) if total > 0 else 0.0)
 
 
-def cut_in_metric(solution: Solution, limit: int) -> _Cut:
+def cut_in_metric(solution: Solution, limit: int) -> MetricCut:
     """W's leading singular directions in the metric of M, as `algebra._core` finds them in the plain one."""
     gram_a, gram_b = solution.image @ solution.a.T, solution.b.T @ solution.b
     sizes = np.sqrt(np.clip(np.diagonal(gram_a), 0.0, None))
@@ -281,4 +263,4 @@ def cut_in_metric(solution: Solution, limit: int) -> _Cut:
     # Rows of A come out of length 1 in the metric of M, whatever its unit; of length 1 they fit into float32.
     lengths = np.linalg.norm(a, axis=1)
     lengths[lengths == 0] = 1.0
-    return _Cut((a / lengths[:, None]).astype(np.float32), (b * lengths).astype(np.float32), energies)
+    return MetricCut((a / lengths[:, None]).astype(np.float32), (b * lengths).astype(np.float32), energies)

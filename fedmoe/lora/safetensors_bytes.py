@@ -198,8 +198,7 @@ def read_named(body: Buffer) -> dict[str, NDArray[np.float32]]:
     for name, entry in entries.items():
         if entry.dtype not in _READ_AS:
             raise MismatchError(
-                "dtype_not_accepted",
-                f"{shown([name])} is {shown([entry.dtype])}; {', '.join(_READ_AS)} are read",
+                "dtype_not_accepted", f"{shown([name])} is {shown([entry.dtype])}; {', '.join(_READ_AS)} are read"
             )
         values = np.frombuffer(data[entry.start : entry.stop], _READ_AS[entry.dtype])
         with np.errstate(invalid="ignore"):  # a signalling NaN stays a NaN, for the finite check to name

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.areal.config import AdamSettings, ArealConfig, LoraSettings
+from fedmoe.areal.config import ArealConfig
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def base_folder() -> Path:
 @pytest.fixture
 def config(base_folder: Path) -> ArealConfig:
     """A learner of the tiny base model that moves visibly in one step."""
-    return ArealConfig(str(base_folder), LoraSettings(rank=4, alpha=8), AdamSettings(learning_rate=1e-2))
+    return ArealConfig(str(base_folder), rank=4, alpha=8, learning_rate=1e-2)
 
 
 @pytest.fixture

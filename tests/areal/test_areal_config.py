@@ -2,27 +2,29 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import save
 
-from fedmoe.areal.config import AdamSettings, ArealConfig, ArealError, LoraSettings, check_base_folder
+from fedmoe.areal.config import ArealConfig, ArealError, check_base_folder
 from fedmoe.arena.learning.config import LossConfig
 
 
 def test_a_configuration_comes_back_from_json() -> None:
     config = ArealConfig(
         "/models/base",
-        LoraSettings(4, 8, ("q_proj", "v_proj")),
-        AdamSettings(learning_rate=3e-4),
-        LossConfig(aggregation="sequence_mean", clip_high=0.3),
+        4,
+        8,
+        3e-4,
+        loss=LossConfig(aggregation="sequence_mean", clip_high=0.3),
         temperature=0.7,
         tokens_per_micro_batch=None,
     )
     assert ArealConfig.from_json(config.as_json()) == config
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"base_folder": "x"}', "null"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rank": 4}', "null"])
 def test_another_json_is_refused(text: str) -> None:
     with pytest.raises(ArealError, match="not the configuration"):
         ArealConfig.from_json(text)
@@ -34,24 +36,16 @@ def test_an_unknown_key_is_refused() -> None:
         ArealConfig.from_json(json.dumps({**values, "surprise": 1}))
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(0, 16), (8, 0), (8, 16.5), (True, 16)])
-def test_rank_and_alpha_are_whole_numbers(rank: int, alpha: int) -> None:
-    with pytest.raises(ArealError, match="whole number"):
-        LoraSettings(rank, alpha)
+@pytest.mark.parametrize("changes", [{"rank": 0}, {"alpha": 0}, {"alpha": 16.5}])
+def test_rank_and_alpha_are_whole_numbers(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        replace(ArealConfig("x"), **changes)
 
 
-@pytest.mark.parametrize("modules", [(), ("",), ("all-linear", "q_proj")])
-def test_target_modules_name_something(modules: tuple[str, ...]) -> None:
-    with pytest.raises(ArealError):
-        LoraSettings(target_modules=modules)
-
-
-@pytest.mark.parametrize(
-    "changes", [{"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"beta2": 1.0}, {"gradient_clipping": 0.0}]
-)
-def test_an_optimizer_that_cannot_step_is_refused(changes: dict[str, float]) -> None:
-    with pytest.raises(ArealError):
-        replace(AdamSettings(), **changes)
+@pytest.mark.parametrize("changes", [{"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"max_grad_norm": 0.0}])
+def test_an_optimizer_that_cannot_step_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        replace(ArealConfig("x"), **changes)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +60,7 @@ def test_a_loss_that_areal_does_not_have_is_refused_not_approximated(loss: LossC
         ArealConfig("x", loss=loss)
 
 
-@pytest.mark.parametrize("name", ["temperature", "epochs", "minibatches", "tokens_per_micro_batch"])
+@pytest.mark.parametrize("name", ["temperature", "epochs", "tokens_per_micro_batch"])
 def test_counts_and_temperature_are_positive(name: str) -> None:
     values = json.loads(ArealConfig("x").as_json())
     with pytest.raises(ArealError, match=name):

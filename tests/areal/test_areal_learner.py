@@ -12,18 +12,17 @@ import pytest
 from areal_cases import example, random_pairs
 from builders import random_adapter
 
-from fedmoe.areal.config import AdamSettings, ArealConfig, ArealError, LoraSettings
+from fedmoe.areal.config import ArealConfig, ArealError
 from fedmoe.areal.learner import ArealLearner, ArealProcessError
 from fedmoe.arena.rollout.episodes import Example
 from fedmoe.lora.adapter import Adapter, Layout
 
 pytestmark = [pytest.mark.areal, pytest.mark.filterwarnings("ignore")]
-LORA = LoraSettings(rank=4, alpha=8)
 
 
 @pytest.fixture(scope="module")
 def process(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ArealLearner]:
-    config = ArealConfig(str(base_folder), LORA, AdamSettings(learning_rate=1e-2))
+    config = ArealConfig(str(base_folder), rank=4, alpha=8, learning_rate=1e-2)
     with ArealLearner(config, tmp_path_factory.mktemp("learner"), timeout=120.0) as one:
         yield one
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from areal_cases import COUNTING
 
-from fedmoe.areal.collate import TensorRow
-from fedmoe.areal.config import AdamSettings, ArealConfig, LoraSettings
+from fedmoe.areal.batch import TensorRow
+from fedmoe.areal.config import ArealConfig
 from fedmoe.areal.learner import ArealLearner
 from fedmoe.areal.rewards import episode_rows
 from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer, VllmSettings
@@ -100,7 +100,7 @@ def _rollouts(engine: StockVllmEngine, smollm2: Path) -> list[TensorRow]:
 def test_rollouts_of_each_version_have_the_learners_own_log_probabilities(
     engine: StockVllmEngine, smollm2: Path, tmp_path: Path
 ) -> None:
-    config = ArealConfig(str(smollm2), LoraSettings(RANK, 16), AdamSettings())
+    config = ArealConfig(str(smollm2), RANK, 16)
     with ArealLearner(config, tmp_path / "learner") as learner:
         for version in (0, 1):
             flat = np.random.default_rng(version).normal(0.0, 0.02, learner.layout.size).astype(np.float32)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from areal_cases import COUNTING
 
-from fedmoe.areal.collate import TensorRow
+from fedmoe.areal.batch import TensorRow
 from fedmoe.areal.config import ArealConfig, ArealError
 from fedmoe.areal.rewards import Reward, episode_rows, lead_reward, seat_reward, team_reward
 from fedmoe.arena.tasks.task import Episode, Lineup, Task, Team

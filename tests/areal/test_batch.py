@@ -4,8 +4,7 @@ from areal_cases import example, random_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.areal.batch import ExampleBatch, Sequences, minibatch_bounds, scaled_advantages
-from fedmoe.areal.collate import ppo_row, sequence_row
+from fedmoe.areal.batch import ExampleBatch, Sequences, ppo_row, scaled_advantages, sequence_row
 from fedmoe.areal.config import ArealError
 
 IDS = st.lists(st.integers(0, 99), min_size=1, max_size=5)
@@ -67,24 +66,14 @@ def test_arrays_that_contradict_each_other_are_refused(name: str) -> None:
 
 
 def test_under_token_mean_advantages_stay_as_they_are() -> None:
-    batch = ExampleBatch.of([example([1], [2, 3], 0.5), example([1], [2], -1.0), example([1], [2], 7.0)])
-    assert [part.tolist() for part in scaled_advantages(batch, 0, 2, "token_mean")] == [[0.5, 0.5], [-1.0]]
+    batch = ExampleBatch.of([example([1], [2, 3], 0.5), example([1], [2], -1.0)])
+    assert [part.tolist() for part in scaled_advantages(batch, "token_mean")] == [[0.5, 0.5], [-1.0]]
 
 
 def test_under_sequence_mean_every_sequence_weighs_the_same() -> None:
     batch = ExampleBatch.of([example([1], [2] * length, 1.0) for length in (1, 2, 5)])
-    sums = [float(part.sum()) for part in scaled_advantages(batch, 0, 3, "sequence_mean")]
+    sums = [float(part.sum()) for part in scaled_advantages(batch, "sequence_mean")]
     assert sums == pytest.approx([8 / 3] * 3)  # AReaL divides by 8 tokens: a third each
-
-
-@settings(deadline=None)
-@given(st.integers(1, 50), st.integers(1, 10))
-def test_minibatches_cover_every_example_once(count: int, minibatches: int) -> None:
-    bounds = minibatch_bounds(count, minibatches)
-    assert [place for start, stop in bounds for place in range(start, stop)] == list(range(count))
-    sizes = [stop - start for start, stop in bounds]
-    assert len(sizes) == min(count, minibatches)
-    assert max(sizes) - min(sizes) <= 1
 
 
 def test_a_row_puts_what_is_about_a_token_one_place_before_it() -> None:

@@ -37,9 +37,9 @@ class StandIn:
     """Adds the sum of rewards, times the learning rate, to every weight; its moments count the updates."""
 
     def __init__(self, config, version):
-        self.version, self.steps, self.rate = version, 0, config.optimizer.learning_rate
+        self.version, self.steps, self.rate = version, 0, config.learning_rate
         modules = tuple(ModuleShape(name, int(inner), int(outer)) for name, inner, outer in SHAPES)
-        self.now = Adapter.zeros(Layout(modules, config.lora.rank), float(config.lora.alpha))
+        self.now = Adapter.zeros(Layout(modules, config.rank), float(config.alpha))
 
     def adapter(self):
         return self.now

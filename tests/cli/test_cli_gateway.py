@@ -235,7 +235,7 @@ def test_an_evaluation_routes_where_two_experts_have_prompt_statistics(
     from fedmoe.models.prompt_features import prompt_features
 
     # By the statistics alone: one expert is noise and the other nothing, so what they explain says little.
-    monkeypatch.setattr("fedmoe.gateway.rerank.TRUST", 0.0)
+    monkeypatch.setattr("fedmoe.gateway.routers.TRUST", 0.0)
     base = load_base("tiny", "cpu", "fp32")
     assert "not routed" in evaluate(fedmoe, tiny_server, *held_out, "--json").err
     with CoordinatorClient(tiny_server.url, attempts=1) as api:

@@ -114,7 +114,7 @@ def test_an_expert_that_nobody_trains_any_more_is_folded_with_what_it_has() -> N
     assert plan is not None
     assert "docs" in plan.experts
     assert "python" not in plan.experts  # it did no step, so there is nothing of it to fold
-    assert plan.notes[0] == "docs was folded after 4 of 10 steps: nobody had trained it for a while"
+    assert plan.notes[0] == "docs was merged after 4 of 10 steps: nobody had trained it for a while"
 
 
 def test_moments_are_needed_and_used_of_all_that_have_trained() -> None:

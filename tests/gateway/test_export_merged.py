@@ -39,7 +39,7 @@ def test_the_merged_folder_computes_what_base_and_adapter_do(
     source = source_for(base)
     rounding = export_merged(source, base, tmp_path / "merged")
     assert np.abs(logits(load(tmp_path / "merged")) - logits(load(base), source.adapter)).max() < 1e-4
-    assert rounding.relative < 1e-6
+    assert rounding < 1e-6
     assert nothing_beside(tmp_path / "merged")
 
 
@@ -65,12 +65,12 @@ def test_the_base_models_dtype_is_kept_and_the_sum_is_rounded_once(tmp_path: Pat
         assert (after[name].float() - exact).abs().max() <= exact.abs().max() * 2**-8
         error += float((after[name].float() - exact).square().sum())
         total += float(product.square().sum())
-    assert rounding.relative == pytest.approx((error / total) ** 0.5, rel=1e-3)
+    assert rounding == pytest.approx((error / total) ** 0.5, rel=1e-3)
     untouched = before.keys() - {f"{shape.name}.weight" for shape in source.adapter.layout.modules}
     assert untouched
     assert all(torch.equal(before[name], after[name]) for name in untouched)
     said = json.loads((tmp_path / "merged" / MANIFEST_NAME).read_text())
-    assert said["relative_rounding_error"] == rounding.relative
+    assert said["relative_rounding_error"] == rounding
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= said["files"].keys()
 
 
@@ -115,7 +115,7 @@ def test_a_failure_in_between_leaves_nothing_behind(tmp_path: Path, monkeypatch:
 
 def test_a_weight_that_was_not_written_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_llama(tmp_path / "base")
-    monkeypatch.setattr(module, "_add", lambda *_: module.RoundingLoss())
+    monkeypatch.setattr(module, "_add", lambda *_: (0.0, 0.0))
     with pytest.raises(ExportError, match="is not what was written"):
         export_merged(source_for(base), base, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.gateway.rerank import LEAST, MERGED_PRIOR, MOST, SEEN, TRUST, ExpertCandidates, candidates, choose
+from fedmoe.gateway.routers import LEAST, MERGED_PRIOR, MOST, SEEN, TRUST, ExpertCandidates, candidates, choose
 
 NAMES = ("art", "law", "music", "sport", "war")
 

@@ -1,89 +1,31 @@
-"""Routers: one suite for all of them, then what each promises alone."""
+"""The sequence router: what it says of prompts, and what it is fitted from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import numpy as np
 import pytest
-from builders import random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from router_cases import NAMES, WIDTH, clouds, likeliest, prompts, statistics
 
-from fedmoe.gateway.routers import FeatureRouter, LinearRouter, SequenceRouter, SpectralRouter, likeliest
-from fedmoe.lora.adapter import Adapter, FloatMatrix, Layout, ModuleShape, ShapeError
+from fedmoe.gateway.routers import SequenceRouter
+from fedmoe.lora.adapter import ShapeError
 from fedmoe.lora.prompt_statistics import PromptStatistics
 
-NAMES = ("art", "law", "music")
-WIDTH = 12
 
-
-def prompts(place: int, count: int, seed: int, apart: float = 6.0, width: int = WIDTH) -> FloatMatrix:
-    """Prompts of the expert at `place`: a normal cloud around a centre of its own."""
-    draws = np.random.default_rng([seed, place])
-    centre = np.random.default_rng(place).standard_normal(width)
-    centre *= apart / np.linalg.norm(centre)
-    return (centre + draws.standard_normal((count, width))).astype(np.float32)
-
-
-def clouds(count: int = 40, seed: int = 1, apart: float = 6.0, width: int = WIDTH) -> dict[str, FloatMatrix]:
-    return {name: prompts(place, count, seed, apart, width) for place, name in enumerate(NAMES)}
-
-
-def statistics(data: Mapping[str, FloatMatrix]) -> dict[str, PromptStatistics]:
-    return {name: PromptStatistics.of(rows) for name, rows in data.items()}
-
-
-LAYOUT = Layout((ModuleShape("a", 10, 7), ModuleShape("b", 8, 5)), 4)
-
-
-def loud(place: int, count: int, seed: int) -> FloatMatrix:
-    """Energies (prompts, rows) as if the expert at `place` answered louder."""
-    draws = np.random.default_rng([seed, place])
-    energies = draws.uniform(0.5, 1.5, (count, len(NAMES) * LAYOUT.rank))
-    energies[:, place * LAYOUT.rank : (place + 1) * LAYOUT.rank] *= 4
-    return energies.astype(np.float32)
-
-
-def sequence() -> FeatureRouter:
+def sequence() -> SequenceRouter:
     return SequenceRouter.fit(statistics(clouds()))
 
 
-def linear() -> FeatureRouter:
-    return LinearRouter.fit(clouds())
-
-
-def spectral() -> FeatureRouter:
-    adapters = {name: random_adapter(LAYOUT, place, 1.0, 8.0) for place, name in enumerate(NAMES)}
-    reference = np.random.default_rng(0).uniform(0.5, 1.5, (60, 12)).astype(np.float32)
-    return SpectralRouter.of(adapters, reference)
-
-
-Case = tuple[Callable[[], FeatureRouter], Callable[[int, int, int], FloatMatrix]]
-
-
-@pytest.fixture(params=["sequence", "linear", "spectral"])
-def case(request: pytest.FixtureRequest) -> Case:
-    """How to make the router, and prompts that belong to the expert at a place."""
-    cases: dict[str, Case] = {
-        "sequence": (sequence, prompts),
-        "linear": (linear, prompts),
-        "spectral": (spectral, loud),
-    }
-    return cases[request.param]
-
-
-def test_prompts_find_their_expert(case: Case) -> None:
-    make, draw = case
-    router = make()
+def test_prompts_find_their_expert() -> None:
+    router = sequence()
     assert router.names == NAMES
     for place, name in enumerate(NAMES):
-        assert likeliest(router, draw(place, 50, 9)).count(name) >= 48
+        assert likeliest(router, prompts(place, 50, 9)).count(name) >= 48
 
 
-def test_probabilities_add_up_to_one_and_the_largest_names_the_expert(case: Case) -> None:
-    make, draw = case
-    router, features = make(), draw(1, 20, 3)
+def test_probabilities_add_up_to_one_and_the_largest_names_the_expert() -> None:
+    router, features = sequence(), prompts(1, 20, 3)
     probabilities = router.probabilities(features)
     assert probabilities.shape == (20, 3)
     assert (probabilities >= 0).all()
@@ -91,20 +33,19 @@ def test_probabilities_add_up_to_one_and_the_largest_names_the_expert(case: Case
     assert likeliest(router, features) == tuple(NAMES[place] for place in probabilities.argmax(axis=1))
 
 
-def test_a_prompt_is_routed_alike_alone_and_in_a_batch(case: Case) -> None:
-    make, draw = case
-    router, features = make(), draw(2, 7, 4)
+def test_a_prompt_is_routed_alike_alone_and_in_a_batch() -> None:
+    router, features = sequence(), prompts(2, 7, 4)
     alone = np.concatenate([router.probabilities(features[[row]]) for row in range(7)])
     np.testing.assert_allclose(router.probabilities(features), alone, rtol=1e-9, atol=1e-12)
 
 
-def test_no_prompt_is_no_route(case: Case) -> None:
-    router = case[0]()
+def test_no_prompt_is_no_route() -> None:
+    router = sequence()
     assert likeliest(router, np.zeros((0, router.width), np.float32)) == ()
 
 
-def test_features_that_are_none_are_refused(case: Case) -> None:
-    router = case[0]()
+def test_features_that_are_none_are_refused() -> None:
+    router = sequence()
     with pytest.raises(ShapeError, match=f"{router.width} columns"):
         router.probabilities(np.zeros((2, router.width + 1), np.float32))
     with pytest.raises(ShapeError, match="must be a matrix"):
@@ -114,9 +55,8 @@ def test_features_that_are_none_are_refused(case: Case) -> None:
 
 
 def test_no_expert_is_refused() -> None:
-    for fit in (SequenceRouter.fit, LinearRouter.fit, SpectralRouter.of):
-        with pytest.raises(ValueError, match="at least one expert"):
-            fit({})
+    with pytest.raises(ValueError, match="at least one expert"):
+        SequenceRouter.fit({})
 
 
 def test_one_expert_gets_everything() -> None:
@@ -212,62 +152,3 @@ def test_statistics_that_make_no_router_are_refused() -> None:
     for shrinkage in (0.0, 1.5):
         with pytest.raises(ValueError, match="shrinkage must be"):
             SequenceRouter.fit(statistics(clouds()), shrinkage)
-
-
-def test_a_linear_router_needs_prompts_of_every_expert_and_of_one_width() -> None:
-    with pytest.raises(ValueError, match=r"not so: \['law'\]"):
-        LinearRouter.fit({"art": prompts(0, 4, 1), "law": np.zeros((0, WIDTH), np.float32)})
-    with pytest.raises(ShapeError, match="one width"):
-        LinearRouter.fit({"art": prompts(0, 4, 1), "law": prompts(1, 4, 1, width=3)})
-
-
-def test_a_linear_router_weighs_experts_alike_however_many_prompts_they_have() -> None:
-    few, many = prompts(0, 5, 1, 3.0), prompts(1, 400, 1, 3.0)
-    router = LinearRouter.fit({"few": few, "many": many})
-    assert likeliest(router, prompts(0, 60, 2, 3.0)).count("few") >= 45
-
-
-def test_energies_are_those_of_the_dense_product() -> None:
-    adapters = {"art": random_adapter(LAYOUT, 1, 1.0, 8.0), "law": random_adapter(LAYOUT.with_rank(2), 2, 1.0, 8.0)}
-    router = SpectralRouter.of(adapters)
-    x = np.random.default_rng(3).standard_normal((6, 8)).astype(np.float32)
-    found = router.energies(np.square(x @ router.projections["b"].T))
-    for column, adapter in enumerate(adapters.values()):
-        a, b = adapter.module("b")
-        dense = b.astype(np.float64) @ a
-        expected = np.square(x @ dense.T).sum(axis=1) / np.square(dense).sum()
-        np.testing.assert_allclose(found[:, column], expected, rtol=1e-4)
-
-
-def test_how_a_product_is_split_into_factors_does_not_matter() -> None:
-    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))[0] * 3
-    adapter = random_adapter(LAYOUT, 1, 1.0, 8.0)
-    factors = {
-        module.name: (np.linalg.inv(turn) @ a.astype(np.float64), 5 * b.astype(np.float64) @ turn)
-        for module, a, b in adapter.factors()
-    }
-    plain, turned = (SpectralRouter.of({"x": given}) for given in (adapter, Adapter.from_factors(factors, 1.0)))
-    x = np.random.default_rng(3).standard_normal((6, 10)).astype(np.float32)
-    left, right = (router.energies(np.square(x @ router.projections["a"].T)) for router in (plain, turned))
-    np.testing.assert_allclose(left, right, rtol=1e-3)
-
-
-def test_a_reference_takes_out_that_one_expert_is_louder_on_everything() -> None:
-    adapters = {name: random_adapter(LAYOUT, place, 1.0, 8.0) for place, name in enumerate(NAMES)}
-    bias = np.repeat([8.0, 1.0, 1.0], LAYOUT.rank).astype(np.float32)
-    reference = np.random.default_rng(0).uniform(0.5, 1.5, (60, 12)).astype(np.float32) * bias
-    features = loud(1, 30, 2) * bias
-    assert "law" not in likeliest(SpectralRouter.of(adapters), features)
-    assert set(likeliest(SpectralRouter.of(adapters, reference), features)) == {"law"}
-
-
-def test_an_adapter_of_zeros_is_silent() -> None:
-    router = SpectralRouter.of({"art": random_adapter(LAYOUT, 1, 1.0, 8.0), "law": Adapter.zeros(LAYOUT, 4.0)})
-    x = np.random.default_rng(1).standard_normal((5, 10)).astype(np.float32)
-    assert likeliest(router, np.square(x @ router.projections["a"].T)) == ("art",) * 5
-
-
-def test_adapters_for_different_modules_are_not_compared() -> None:
-    other = Layout((ModuleShape("a", 10, 7),), 4)
-    with pytest.raises(ShapeError, match="different modules"):
-        SpectralRouter.of({"art": random_adapter(LAYOUT, 1, 1.0, 8.0), "law": random_adapter(other, 2, 1.0, 8.0)})

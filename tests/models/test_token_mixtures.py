@@ -1,14 +1,11 @@
-"""Every token its own mixture of adapters, against a dense reference; and the loudest experts of a token."""
+"""Every token its own mixture of adapters, against a dense reference."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from multilora_cases import SHAPES, random_ids, with_adapters
 
-from fedmoe.gateway.routers import SpectralRouter
-from fedmoe.gateway.token_routing import SpectralWeights
 from fedmoe.lora.adapter import ShapeError
 from fedmoe.models.base import LoadedBase
 from fedmoe.models.multilora import MultiLora, UnknownAdapterError
@@ -67,29 +64,3 @@ def test_weights_that_do_not_fit_are_refused(pair: tuple[LoadedBase, MultiLora])
         logits(base, multi, torch.ones(ROWS, LENGTH, 2))
     with pytest.raises(UnknownAdapterError), multi.mixed(["nobody"], lambda module, x: x, 1):
         pass
-
-
-@pytest.mark.parametrize("top", [1, 2, 3])
-def test_the_loudest_experts_of_a_token_share_its_weight_by_their_energies(
-    pair: tuple[LoadedBase, MultiLora], top: int
-) -> None:
-    _, multi = pair
-    adapters = {name: multi.slot(name).adapter() for name in NAMES}
-    router = SpectralRouter.of(adapters)
-    module = multi.modules[0]
-    x = torch.randn(ROWS, LENGTH, module.in_features, generator=torch.Generator().manual_seed(2))
-    found = SpectralWeights(router.projections, router.starts, top, torch.device("cpu"))(module.name, x).numpy()
-    loud = np.stack(
-        [
-            np.square(x.numpy() @ (b @ a).T).sum(axis=-1) / np.square(b @ a).sum()
-            for a, b in (adapters[name].module(module.name) for name in NAMES)
-        ],
-        axis=-1,
-    )
-    loud[loud < np.sort(loud, axis=-1)[..., [-top]]] = 0
-    np.testing.assert_allclose(found, loud / loud.sum(axis=-1, keepdims=True), rtol=1e-3, atol=1e-5)
-
-
-def test_more_experts_than_there_are_cannot_be_taken() -> None:
-    with pytest.raises(ValueError, match="of 2 experts 1 to 2 can be taken, got 3"):
-        SpectralWeights({}, (0, 1, 2), 3, torch.device("cpu"))

@@ -4,7 +4,7 @@
     policy solver   -- its updates -->   expert solver, version rises   -->      opponent solver@7, frozen
     opponent critic@4, frozen      <--   expert critic, version rises   <-- its updates --   policy critic
 
-Two sites may also train the same expert: each pushes what it learned and goes on from what both have learned. The
+Two sites may also train the same expert: each pushes what it learned and is rebased onto what both have learned. The
 coordinator being away never stops the training: what has to travel waits on disk (see `link`).
 """
 
@@ -106,7 +106,7 @@ class League:
     def exchange(self, memory: ModeMemory, iteration: int) -> None:
         """Push what the policies have learned, take over what others have, and meet their newest experts.
 
-        A coordinator that is away is told once and tried again the next time.
+        A coordinator that is away is logged once and tried again the next time.
         """
         early = time.monotonic() - self._exchanged_at < self._least_seconds
         if early and iteration < self._iterations:
@@ -120,7 +120,10 @@ class League:
             self._policies.let_go([opponent.key for opponent in memory.opponents.opponents if opponent.key])
         self._exchanged_at = time.monotonic()
         if not any(link.under_way for link in self._links.values()):
-            self._back()
+            with self._telling:
+                was_away, self._away = self._away, False
+            if was_away:
+                _log.info("coordinator_back", url=self._client.url)
 
     def _exchange(self, memory: ModeMemory) -> None:
         # Also the cheapest way to learn that nobody is there.
@@ -152,7 +155,7 @@ class League:
                     return
 
     def meet(self, memory: ModeMemory) -> None:
-        """Take in the newest experts of other sites as opponents; a coordinator that is away is told once."""
+        """Take in the newest experts of other sites as opponents; a coordinator that is away is logged once."""
         try:
             self._meet(memory)
         except CoordinatorUnavailableError as error:
@@ -211,12 +214,6 @@ class League:
         if not was_away:
             _log.warning("coordinator_away", reason=str(error), then="training goes on; updates go later")
 
-    def _back(self) -> None:
-        with self._telling:
-            was_away, self._away = self._away, False
-        if was_away:
-            _log.info("coordinator_back", url=self._client.url)
-
     def leave(self) -> None:
         """Hand over what has still to travel; call it before the last checkpoint, and `close` waits for the answers."""
         self._leaving = True
@@ -252,7 +249,7 @@ def _behind(link: ExpertLink, saved: object) -> bool:
     if not isinstance(saved, list) or not link.begun or saved[0] != link.mark[0] or saved[1:] > link.mark[1:]:
         raise FederationError(
             f"the state folder of {link.expert} is not the one this checkpoint was made with, so what the coordinator "
-            "knows of it cannot be told; restore RUN/federation, or begin anew with --fresh"
+            "knows of it is not known here; restore RUN/federation, or begin anew with --fresh"
         )
     return saved != link.mark
 

@@ -251,7 +251,7 @@ class ExpertLink:
     def _move(
         self, newest: PulledExpert, local: FloatVector, reference: FloatVector, answered: int
     ) -> FloatVector | None:
-        """Go on from `newest` with what has still to travel, `local - reference`; None if the weights stay."""
+        """Rebase what has still to travel, `local - reference`, onto `newest`; None if the weights stay."""
         changed = not np.array_equal(newest.weights, reference)
         merged = newest.weights + (local - reference) if changed else local
         before = self._require_point()
@@ -285,7 +285,7 @@ class ExpertLink:
         return left
 
 
-#: Told about every try that was not answered, from the delivery's own thread.
+#: Called with the error of every try that was not answered, in the delivery's own thread.
 OnFailure = Callable[[CoordinatorUnavailableError], None]
 
 

@@ -139,12 +139,12 @@ class _LivePolicy:
         return rate
 
 
-class Learner:
+class Learner(PolicyLearner):
     """Trains policies on examples, all of them in the same micro-batches; blind to tasks and modes.
 
     A policy trained beside others gets the gradient it would get alone: its loss is divided by its own constants.
-    `when_short` is told when memory ran out in the middle of an update and returns the `micro_batch_tokens` to try
-    again with, or raises; without it the error goes up.
+    `when_short` is called when memory ran out in the middle of an update and returns the `micro_batch_tokens` to try
+    again with, or raises; without it the error is raised.
     """
 
     def __init__(self, base: LoadedBase, multi: MultiLora, config: LearningConfig) -> None:
@@ -159,15 +159,12 @@ class Learner:
         self._policies: dict[str, _LivePolicy] = {}
 
     def layout(self, rank: int) -> Layout:
-        """The layout of an adapter of `rank` for the base model."""
         return self._multi.layout(rank)
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """A new policy that starts from `adapter`."""
         self._policies[name] = _LivePolicy(name, self._multi, adapter, self.config)
 
     def adapter(self, name: str) -> Adapter:
-        """The live factors of a policy, copied."""
         return self._multi.slot(name).adapter()
 
     def score(self, name: str, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> FloatVector:
@@ -179,19 +176,15 @@ class Learner:
         return np.asarray(scored.logprobs.cpu().numpy(), np.float32)
 
     def replace(self, name: str, adapter: Adapter, state: AdamState | None = None) -> None:
-        """Give a policy other factors (a copy of a better one, a higher rank, a checkpoint)."""
         self._policies[name].replace(adapter, state)
 
     def optimizer_state(self, name: str) -> AdamState:
-        """The policy's optimizer, copied."""
         return self._policies[name].state()
 
     def learning_rate(self, name: str) -> float:
-        """The policy's learning rate after warm-up."""
         return self._policies[name].rate
 
     def set_learning_rate(self, name: str, rate: float) -> None:
-        """Change it from the next step on."""
         if not rate > 0:
             raise ValueError(f"a learning rate must be positive, got {rate}")
         self._policies[name].rate = rate
@@ -245,7 +238,7 @@ class Learner:
     def _accumulate(
         self, examples: Sequence[Example], max_tokens: int, proximal: dict[int, FloatVector]
     ) -> dict[str, list[_PartReport]]:
-        continuations = [Continuation(one.policy, one.turn.prompt, one.turn.tokens) for one in examples]
+        continuations = [Continuation(e.policy, e.turn.prompt, e.turn.tokens) for e in examples]
         weights, denominators = _weighing(examples, self.config.aggregation, max_tokens)
         reports: dict[str, list[_PartReport]] = {}
         for batch in plan_micro_batches(continuations, self.micro_batch_tokens):

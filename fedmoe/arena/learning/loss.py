@@ -152,16 +152,13 @@ def combined(parts: Sequence[LossStatistics]) -> LossStatistics:
     if not parts:
         raise LossError("there are no statistics to combine: at least one micro-batch is needed")
     tokens = [part.tokens for part in parts]
-    kept = [part.tokens * (1 - part.masked_fraction) for part in parts]
+    used = [part.tokens * (1 - part.masked_fraction) for part in parts]
+    means = ("clip_fraction", "gap_mean", "kl_k1", "kl_k3", "masked_fraction")
     return LossStatistics(
         tokens=sum(tokens),
-        clip_fraction=_mean([part.clip_fraction for part in parts], tokens),
-        gap_mean=_mean([part.gap_mean for part in parts], tokens),
         gap_max=max(part.gap_max for part in parts),
-        kl_k1=_mean([part.kl_k1 for part in parts], tokens),
-        kl_k3=_mean([part.kl_k3 for part in parts], tokens),
-        importance_weight=_mean([part.importance_weight for part in parts], kept),
-        masked_fraction=_mean([part.masked_fraction for part in parts], tokens),
+        importance_weight=_mean([part.importance_weight for part in parts], used),
+        **{name: _mean([getattr(part, name) for part in parts], tokens) for name in means},
     )
 
 
@@ -190,37 +187,33 @@ def _surrogate(tokens: LossTokens, ratio: torch.Tensor, config: LossConfig) -> t
 
 
 def _aggregate(
-    tokens: LossTokens,
-    denominator: float,
-    objective: torch.Tensor,
-    by_clip: torch.Tensor,
-    weight: torch.Tensor | None,
+    tokens: LossTokens, denominator: float, objective: torch.Tensor, by_clip: torch.Tensor, weight: torch.Tensor | None
 ) -> tuple[torch.Tensor, LossStatistics]:
     if not (math.isfinite(denominator) and denominator > 0):
         raise LossError(f"the denominator must be a positive number known in advance, got {denominator}")
-    kept = tokens.mask if weight is None else tokens.mask & (weight <= WEIGHT_CAP)
+    used = tokens.mask if weight is None else tokens.mask & (weight <= WEIGHT_CAP)
     weight = torch.ones_like(tokens.behaviour) if weight is None else weight
-    per_token = torch.where(kept, objective * weight, 0.0)
+    per_token = torch.where(used, objective * weight, 0.0)
     loss = torch.where(tokens.mask, tokens.weights * per_token, 0.0).sum() / denominator
-    return loss, _statistics(tokens, by_clip, kept, weight)
+    return loss, _statistics(tokens, by_clip, used, weight)
 
 
-def _statistics(tokens: LossTokens, by_clip: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor) -> LossStatistics:
+def _statistics(tokens: LossTokens, by_clip: torch.Tensor, used: torch.Tensor, weight: torch.Tensor) -> LossStatistics:
     with torch.no_grad():
         gap = torch.where(tokens.mask, tokens.proximal - tokens.behaviour, 0.0).abs()
         moved = tokens.log_ratio(tokens.current, tokens.proximal)
         # Finite exactly when every input under the mask is (the clamp of a ratio would hide some).
         total = tokens.current + tokens.proximal + tokens.behaviour + tokens.advantages + tokens.weights
         sums = [
-            *(tokens.mask.sum(), kept.sum(), (by_clip & kept).sum()),
+            *(tokens.mask.sum(), used.sum(), (by_clip & used).sum()),
             *(gap.sum(), gap.max() if gap.numel() else gap.sum(), -moved.sum(), k3(moved).sum()),
-            *(torch.where(kept, weight, 0.0).sum(), torch.where(tokens.mask, total, 0.0).sum()),
+            *(torch.where(used, weight, 0.0).sum(), torch.where(tokens.mask, total, 0.0).sum()),
         ]
         # One transfer from the device instead of nine.
         values = torch.stack([value.to(gap.device, torch.float64) for value in sums]).tolist()
     if not all(math.isfinite(value) for value in values):
         raise LossError("inputs under the mask are not finite; check the model's outputs, the rollout and the rewards")
-    count, kept_count, clips, gap_sum, gap_max, k1_sum, k3_sum, weights, _ = values
+    count, used_count, clips, gap_sum, gap_max, k1_sum, k3_sum, weights, _ = values
     share = 1.0 / max(count, 1.0)
     return LossStatistics(
         tokens=int(count),
@@ -229,8 +222,8 @@ def _statistics(tokens: LossTokens, by_clip: torch.Tensor, kept: torch.Tensor, w
         gap_max=gap_max,
         kl_k1=k1_sum * share,
         kl_k3=k3_sum * share,
-        importance_weight=weights / max(kept_count, 1.0),
-        masked_fraction=(count - kept_count) * share,
+        importance_weight=weights / max(used_count, 1.0),
+        masked_fraction=(count - used_count) * share,
     )
 
 

@@ -49,7 +49,7 @@ class Policies:
         self._staleness = max_staleness
         self._rules = rules
         self._policies: dict[str, _PolicyStatus] = {}
-        self._kept: dict[AdapterKey, Adapter] = {}
+        self._adapters: dict[AdapterKey, Adapter] = {}
         # Batches whose sampling has begun and that were not learned from yet: each will be so many versions late.
         self._in_flight = 0
         #: Called with every version that is published and the one before it where that has other weights.
@@ -85,7 +85,7 @@ class Policies:
 
     def adapter(self, name: str) -> Adapter:
         """The newest published weights."""
-        return self._kept[self.key(name)]
+        return self._adapters[self.key(name)]
 
     def may_start(self) -> bool:
         """Whether another batch may be sampled with the present versions.
@@ -166,26 +166,26 @@ class Policies:
     def hold(self, key: AdapterKey, adapter: Adapter) -> None:
         """Make a frozen adapter from elsewhere available; like an old version, it goes when nobody needs it."""
         self.engine.load(key, adapter)
-        self._kept[key] = adapter
+        self._adapters[key] = adapter
 
     def _publish(self, name: str) -> None:
-        key = self.key(name)
-        self._kept[key] = self.learner.adapter(name)
-        self.engine.load(key, self._kept[key])
+        key, adapter = self.key(name), self.learner.adapter(name)
+        self._adapters[key] = adapter
+        self.engine.load(key, adapter)
         before = AdapterKey(name, key.version - 1)
-        changed = before in self._kept and not np.array_equal(self._kept[before].flat, self._kept[key].flat)
+        changed = before in self._adapters and not np.array_equal(self._adapters[before].flat, adapter.flat)
         self.after_publish(key, before if changed else None)
 
     def let_go(self, needed: Sequence[AdapterKey]) -> None:
         """Unload versions that neither are the newest nor in `needed`."""
         keep = {self.key(name) for name in self._policies} | set(needed)
-        for key in [key for key in self._kept if key not in keep]:
+        for key in [key for key in self._adapters if key not in keep]:
             self.engine.unload(key)
-            del self._kept[key]
+            del self._adapters[key]
 
     def adapters(self) -> dict[AdapterKey, Adapter]:
         """All versions that are still there."""
-        return dict(self._kept)
+        return dict(self._adapters)
 
     def state(self) -> dict[str, object]:
         """Counters and tuning, as JSON; weights and moments are arrays of their own."""
@@ -221,9 +221,9 @@ class Policies:
         moments: Mapping[str, FloatVector],
     ) -> None:
         """Take over a checkpoint: policies that `add` made get their weights, moments and versions back."""
-        for key in tuple(self._kept):
+        for key in tuple(self._adapters):
             self.engine.unload(key)
-            del self._kept[key]
+            del self._adapters[key]
         for name, values in saved.items():
             state, status = restored(PolicyState, values), self._policies[name]
             status.version, status.updates, status.tuning = state.version, state.updates, state.tuning

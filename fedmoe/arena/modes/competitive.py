@@ -8,7 +8,7 @@ from dataclasses import replace
 from fedmoe.arena.modes.credit import Credit, weighted_rule
 from fedmoe.arena.modes.judging import add_advantages, credit_seats, make_examples, task_seeds, update_ratings
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, ModeError, PlanInputs, SimpleMode
+from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, Mode, ModeError, PlanInputs
 from fedmoe.arena.population.pbt import choose_replacement
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player
 from fedmoe.arena.tasks.task import Lineup, Task
@@ -21,7 +21,7 @@ _RULE = weighted_rule(WEIGHTS)
 FROZEN_SHARE = 0.25
 
 
-class CompetitiveMode(SimpleMode):
+class CompetitiveMode(Mode):
     """Policies answer or play independently, against each other and against frozen opponents.
 
     Tasks for more seats than policies get all policies at one table, others get full tables of some (games for two:

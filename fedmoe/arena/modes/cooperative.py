@@ -8,7 +8,7 @@ from fedmoe.arena.modes.allocation import allocate
 from fedmoe.arena.modes.credit import Credit, weighted_rule
 from fedmoe.arena.modes.judging import add_advantages, credit_seats, make_examples, mean_rewards_by_group, task_seeds
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, ModeError, PlanInputs, SimpleMode
+from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, Mode, ModeError, PlanInputs
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
 from fedmoe.arena.tasks.task import Lineup, Task, Team
 
@@ -19,7 +19,7 @@ WEIGHTS = Credit(individual=1.0, shared=0.25, difference=1.0)
 _RULE = weighted_rule(WEIGHTS)
 
 
-class CooperativeMode(SimpleMode):
+class CooperativeMode(Mode):
     """All policies are one team; the seats' order changes from group to group.
 
     Rollout budget moves to the ways of working together (the task's strategies) in which the rewards of a group still

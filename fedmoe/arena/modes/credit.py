@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 
 from fedmoe.arena.tasks.task import Lineup, Outcome
 from fedmoe.runtime.errors import ExpectedError
@@ -30,7 +29,7 @@ class Credit:
     difference: float | None = 0.0
     versus: float | None = 0.0
 
-    def parts(self) -> Mapping[str, float | None]:
+    def parts(self) -> dict[str, float | None]:
         """Name -> number."""
         return asdict(self)
 
@@ -62,7 +61,12 @@ def weighted_rule(weights: Credit) -> CreditRule:
     numbers = [weight for weight in weights.parts().values() if weight is not None]
     if len(numbers) < 4 or not all(map(math.isfinite, numbers)) or not any(numbers):
         raise CreditError(f"weights must be finite numbers, at least one of them not zero, got {weights}")
-    return partial(_rewarded, weights)
+
+    def rule(outcome: Outcome, lineup: Lineup) -> tuple[SeatCredit, ...]:
+        decomposed = decompose(outcome, lineup)
+        return tuple(SeatCredit(_reward(weights, parts, seat), parts) for seat, parts in enumerate(decomposed))
+
+    return rule
 
 
 def decompose(outcome: Outcome, lineup: Lineup) -> tuple[Credit, ...]:
@@ -84,11 +88,6 @@ def decompose(outcome: Outcome, lineup: Lineup) -> tuple[Credit, ...]:
 def _ahead(scores: tuple[float, ...], team: int) -> float | None:
     others = scores[:team] + scores[team + 1 :]
     return scores[team] - sum(others) / len(others) if others else None
-
-
-def _rewarded(weights: Credit, outcome: Outcome, lineup: Lineup) -> tuple[SeatCredit, ...]:
-    decomposed = decompose(outcome, lineup)
-    return tuple(SeatCredit(_reward(weights, parts, seat), parts) for seat, parts in enumerate(decomposed))
 
 
 _MISSING = {

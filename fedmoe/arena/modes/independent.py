@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fedmoe.arena.modes.credit import Credit, weighted_rule
 from fedmoe.arena.modes.judging import add_advantages, credit_seats, make_examples, task_seeds
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import Judgement, ModeError, PlanInputs, SimpleMode
+from fedmoe.arena.modes.protocol import Judgement, Mode, ModeError, PlanInputs
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
 from fedmoe.arena.tasks.task import Lineup, Task
 
@@ -16,7 +16,7 @@ WEIGHTS = Credit(individual=1.0)
 _RULE = weighted_rule(WEIGHTS)
 
 
-class IndependentMode(SimpleMode):
+class IndependentMode(Mode):
     """One policy at a table, `groups` problems of its own and `samples` answers to each; no ratings, no team."""
 
     name = "independent"

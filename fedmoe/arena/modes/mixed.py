@@ -20,7 +20,7 @@ from fedmoe.runtime.saved_state import restored, saved_state
 RULES = SwitchRules(exploration=9, min_stay=4, window=6)
 
 
-class MixedMode:
+class MixedMode(Mode):
     """Plays one of its parts, chooses the next after every iteration, and resets the baselines on a switch.
 
     Every problem of training is drawn fresh, so the mean score on it measures progress without bias.

@@ -86,16 +86,16 @@ class Judgement:
 class Mode(Protocol):
     """A training mode: assigns policies to seats and teams, and turns outcomes into rewards and advantages.
 
-    Call `plan`, then `judge`, once per iteration.
+    Call `plan`, then `judge`, once per iteration. `name` stands in configurations and records. A subclass is always the
+    mode being played and remembers nothing by itself, unless it says otherwise.
     """
 
-    @property
-    def name(self) -> str:
-        """The name in configurations and records."""
+    name: str
 
     @property
     def playing(self) -> str:
         """The mode being played: its own name, or that of the part a mixed mode is in."""
+        return self.name
 
     def check(self, task: Task, policies: int) -> None:
         """Refuse a task or a number of policies that the mode cannot be played with, with ModeError."""
@@ -108,24 +108,8 @@ class Mode(Protocol):
 
     def state(self) -> dict[str, object]:
         """What the mode itself remembers, besides the memory, as JSON."""
-
-    def restore(self, state: Mapping[str, object]) -> None:
-        """Take over what `state` wrote."""
-
-
-class SimpleMode:
-    """Base of modes that remember nothing by themselves and are always the mode being played."""
-
-    name: str
-
-    @property
-    def playing(self) -> str:
-        """Its own name."""
-        return self.name
-
-    def state(self) -> dict[str, object]:
-        """Nothing besides the memory."""
         return {}
 
     def restore(self, state: Mapping[str, object]) -> None:
-        """Nothing to take over."""
+        """Take over what `state` wrote."""
+        return

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fedmoe.arena.modes.credit import Credit, weighted_rule
 from fedmoe.arena.modes.judging import add_advantages, credit_seats, make_examples, task_seeds, update_ratings
 from fedmoe.arena.modes.memory import ModeMemory
-from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, ModeError, PlanInputs, SimpleMode
+from fedmoe.arena.modes.protocol import ArenaDecision, Judgement, Mode, ModeError, PlanInputs
 from fedmoe.arena.modes.strategy import StrategyDraw, team_options
 from fedmoe.arena.modes.teams import balanced_teams
 from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode
@@ -19,7 +19,7 @@ _RULE = weighted_rule(WEIGHTS)
 TEAMS = 2
 
 
-class TeamBattleMode(SimpleMode):
+class TeamBattleMode(Mode):
     """Policies are divided into two teams of about equal rating, anew for every group.
 
     Each team chooses how it works (which drafts are shared, who speaks first) by a bandit made for opponents that

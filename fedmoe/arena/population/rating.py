@@ -108,10 +108,11 @@ class Ratings:
         nothing to learn) and for scores that are not numbers; then nothing has changed.
         """
         self._check(teams, scores)
-        before = [[self._for_model(player) for player in team] for team in teams]
-        after = self._model.rate(before, scores=[float(score) for score in scores])
-        for team, rated in zip(teams, after, strict=True):
-            for player, rating in zip(team, rated, strict=True):
+        model, rated = self._model, self.players
+        before = [[model.create_rating([rated[name].mu, rated[name].sigma], name) for name in team] for team in teams]
+        after = model.rate(before, scores=[float(score) for score in scores])
+        for team, ratings in zip(teams, after, strict=True):
+            for player, rating in zip(team, ratings, strict=True):
                 games = self.players[player].games + 1
                 self.players[player] = Rating(rating.mu, rating.sigma, games)
 
@@ -129,10 +130,6 @@ class Ratings:
             raise ValueError(f"a leader needs two or more players, got {list(players)}")
         first = min(players, key=lambda player: (-self[player].low, player))
         return first, self[first].low - max(self[player].high for player in players if player != first)
-
-    def _for_model(self, player: str) -> BradleyTerryFullRating:
-        rating = self[player]
-        return self._model.create_rating([rating.mu, rating.sigma], player)
 
     def _check(self, teams: Sequence[Sequence[str]], scores: Sequence[float]) -> None:
         if len(teams) < 2 or len(teams) != len(scores) or any(not team for team in teams):

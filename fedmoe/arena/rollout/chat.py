@@ -22,7 +22,7 @@ class Codec(Protocol):
         """The text of an answer, without special tokens."""
 
 
-class ChatCodec:
+class ChatCodec(Codec):
     """The tokenizer's chat template; a prompt above `max_prompt_tokens` is an error, never cut in silence."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int = 1024) -> None:
@@ -34,7 +34,6 @@ class ChatCodec:
         self._cached = lru_cache(maxsize=4096)(self._encoded)
 
     def prompt(self, messages: Sequence[PromptMessage]) -> tuple[int, ...]:
-        """The token ids after which an answer is sampled."""
         return self._cached(tuple(messages))
 
     def text(self, tokens: Sequence[int]) -> str:

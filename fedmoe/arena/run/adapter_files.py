@@ -1,21 +1,29 @@
-"""Adapters of a checkpoint as files, restored bit for bit."""
+"""Adapters and arrays of a checkpoint as files, restored bit for bit.
+
+Of each number of an array only the top byte is compressed. Trained weights and optimizer moments are noise in their
+lower 24 bits, which no compressor makes smaller; the top byte (sign and most of the exponent) takes few values.
+Measured on LoRA weights and Adam moments of SmolLM2-135M (rank 8, 10 MB each): 83-85 % of the size at 400 MB/s or more,
+where zlib over everything gives 92-94 % at 12 MB/s.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypedDict
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
-from fedmoe.arena.run.float_packing import pack, unpack
-from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
+from fedmoe.lora.adapter import Adapter, FloatArray, Layout, ModuleShape
 from fedmoe.lora.algebra import baked
 from fedmoe.lora.formats import PEFT_CONFIG, PEFT_WEIGHTS, peft_files, read_peft
 from fedmoe.runtime.errors import ExpectedError
 
 _ADAPTER_KEY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)@(?P<version>\d{1,18})", re.ASCII)
+_BYTES = 4
 
 
 class CheckpointError(ExpectedError, RuntimeError):
@@ -37,47 +45,42 @@ class AdapterEntry(TypedDict):
     peft: bool
 
 
-@dataclass(frozen=True, eq=False)
-class AdapterFiles:
-    """Adapters by `NAME@VERSION` on their way to disk: `index` and `layouts` are JSON, `contents` the files."""
+def write_adapters(
+    adapters: Mapping[str, Adapter], base_model: str, write: Callable[[str, bytes], None]
+) -> tuple[dict[str, AdapterEntry], list[LayoutJson]]:
+    """Write adapters by `NAME@VERSION`, one file at a time, and return their index and layouts.
 
-    adapters: Mapping[str, Adapter]
-    base_model: str
-    index: Mapping[str, AdapterEntry]
-    layouts: list[LayoutJson]
-
-    def contents(self) -> Iterator[tuple[str, bytes]]:
-        """File names with their bytes, one at a time: adapters of a large run do not fit into memory twice."""
-        newest = _newest(self.adapters)
-        for key, adapter in self.adapters.items():
-            if key in newest:
-                for name, data in peft_files(adapter, self.base_model).items():
-                    yield f"{_peft_folder(key)}/{name}", data
-            if not self.index[key]["peft"]:
-                yield _packed_file(key), pack(adapter.flat)
-
-
-def plan_adapter_files(adapters: Mapping[str, Adapter], base_model: str) -> AdapterFiles:
-    """Plan the files: the newest version of each name as a PEFT folder, the others packed.
-
-    PEFT's format has the scale multiplied into B. Where that rounds (a scale that is no power of two), the newest
-    version is packed as well, and read from there.
+    The newest version of each name becomes a PEFT folder, the others are packed. PEFT's format has the scale multiplied
+    into B. Where that rounds (a scale that is no power of two), the newest version is packed as well, and read from
+    there.
     """
     newest = _newest(adapters)
     layouts: list[Layout] = []
     index: dict[str, AdapterEntry] = {}
     for key, adapter in adapters.items():
+        exact = False
+        if key in newest:
+            for name, data in peft_files(adapter, base_model).items():
+                write(f"{_peft_folder(key)}/{name}", data)
+            read_back = _unbaked(baked(adapter), adapter.alpha).flat
+            exact = np.array_equal(adapter.flat.view(np.uint32), read_back.view(np.uint32))
+        if not exact:
+            write(_packed_file(key), pack(adapter.flat))
         if adapter.layout not in layouts:
             layouts.append(adapter.layout)
-        read_back = _unbaked(baked(adapter), adapter.alpha).flat if key in newest else None
-        exact = read_back is not None and np.array_equal(adapter.flat.view(np.uint32), read_back.view(np.uint32))
         index[key] = {"alpha": adapter.alpha, "layout": layouts.index(adapter.layout), "peft": exact}
-    return AdapterFiles(adapters, base_model, index, [_layout_json(layout) for layout in layouts])
+    shapes: list[LayoutJson] = [
+        {"rank": layout.rank, "modules": [[m.name, m.in_features, m.out_features] for m in layout.modules]}
+        for layout in layouts
+    ]
+    return index, shapes
 
 
 def read_adapter(key: str, entry: AdapterEntry, layouts: list[LayoutJson], read: Callable[[str], bytes]) -> Adapter:
     """The adapter of an index entry, bit for bit; `read` gives the bytes of a file by name. Raises ValueError."""
-    layout = _layout(layouts[entry["layout"]])
+    shape = layouts[entry["layout"]]
+    modules = (ModuleShape(str(name), int(str(n_in)), int(str(n_out))) for name, n_in, n_out in shape["modules"])
+    layout = Layout(tuple(modules), shape["rank"])
     if not entry["peft"]:
         return Adapter(layout, entry["alpha"], unpack(read(_packed_file(key))))
     folder = _peft_folder(key)
@@ -115,10 +118,35 @@ def _unbaked(adapter: Adapter, alpha: float) -> Adapter:
     return Adapter(adapter.layout, alpha, flat)
 
 
-def _layout_json(layout: Layout) -> LayoutJson:
-    return {"rank": layout.rank, "modules": [[m.name, m.in_features, m.out_features] for m in layout.modules]}
+def pack(values: FloatArray) -> bytes:
+    """The array as safetensors: `low` (3 x shape, bytes 0 to 2 of each number) and `high` (byte 3, zlib)."""
+    if values.dtype != np.float32:
+        raise TypeError(f"float32 arrays are packed, got {values.dtype}")
+    numbers = np.ascontiguousarray(values, "<f4").reshape(-1)
+    planes = np.ascontiguousarray(numbers.view(np.uint8).reshape(-1, _BYTES).T)
+    coder = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 8, zlib.Z_HUFFMAN_ONLY)
+    high = coder.compress(planes[-1].data) + coder.flush()
+    low = planes[:-1].reshape(_BYTES - 1, *values.shape)
+    return save({"low": low, "high": np.frombuffer(high, np.uint8)})
 
 
-def _layout(values: LayoutJson) -> Layout:
-    modules = (ModuleShape(str(name), int(str(n_in)), int(str(n_out))) for name, n_in, n_out in values["modules"])
-    return Layout(tuple(modules), values["rank"])
+def unpack(data: bytes) -> FloatArray:
+    """The array that `pack` was given, bit for bit; raises ValueError for bytes that `pack` did not make."""
+    try:
+        tensors = load(data)
+        low, high = tensors["low"], tensors["high"]
+        if low.dtype != np.uint8 or high.dtype != np.uint8 or low.shape[:1] != (_BYTES - 1,):
+            raise ValueError(f"'low' is {low.dtype} of shape {low.shape}, 'high' {high.dtype}")
+        numbers = np.empty((low.size // (_BYTES - 1), _BYTES), np.uint8)
+        numbers[:, :-1] = low.reshape(_BYTES - 1, -1).T
+        numbers[:, -1] = np.frombuffer(_inflated(high.tobytes(), len(numbers)), np.uint8)
+    except (SafetensorError, KeyError, zlib.error, ValueError) as error:
+        raise ValueError(f"not a packed array: {error}") from error
+    return numbers.reshape(-1).view("<f4").astype(np.float32, copy=False).reshape(low.shape[1:])
+
+
+def _inflated(data: bytes, expected: int) -> bytes:
+    inflated = zlib.decompressobj().decompress(data, expected + 1)
+    if len(inflated) != expected:
+        raise ValueError(f"'high' holds {len(inflated)} bytes or more, expected {expected}")
+    return inflated

@@ -26,13 +26,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import structlog
 
-from fedmoe.arena.run.adapter_files import CheckpointError, plan_adapter_files, read_adapter
-from fedmoe.arena.run.float_packing import pack, unpack
+from fedmoe.arena.run.adapter_files import CheckpointError, pack, read_adapter, unpack, write_adapters
 from fedmoe.lora.adapter import Adapter, FloatArray
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.files import fsync_folder
@@ -45,7 +43,6 @@ _STATE = "state.json.gz"
 _FORMAT = 1
 _NAME = "checkpoint_%Y%m%d_%H%M%S"
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9][\w.@-]*(/[A-Za-z0-9][\w.@-]*)*", re.ASCII)
-_CHUNK = 1 << 20
 _log = structlog.get_logger("fedmoe.arena")
 
 
@@ -68,9 +65,8 @@ class ArenaState:
     @property
     def size(self) -> int:
         """About how many bytes a checkpoint takes at most, without logs."""
-        return sum(array.nbytes for array in self.arrays.values()) + sum(
-            adapter.flat.nbytes for adapter in self.adapters.values()
-        )
+        weights = (adapter.flat for adapter in self.adapters.values())
+        return sum(array.nbytes for array in (*self.arrays.values(), *weights))
 
 
 @dataclass(frozen=True)
@@ -121,13 +117,7 @@ def prune(folder: Path, keep: int, in_use: Path) -> list[Path]:
 
 
 def save(
-    folder: Path,
-    state: ArenaState,
-    *,
-    metrics: Json,
-    base_model: str,
-    now: float,
-    copies: Mapping[str, Path],
+    folder: Path, state: ArenaState, *, metrics: Json, base_model: str, now: float, copies: Mapping[str, Path]
 ) -> Path:
     """Write a checkpoint into `folder` and return its path; it is durable then.
 
@@ -164,20 +154,18 @@ def _next_name(folder: Path, now: float) -> str:
 
 
 def _write_all(writer: _CheckpointWriter, state: ArenaState, metrics: Json, base_model: str) -> None:
-    files = plan_adapter_files(state.adapters, base_model)
     for name, array in state.arrays.items():
         if not _ARRAY_NAME.fullmatch(name) or array.dtype != np.float32:
             raise CheckpointError(f"array {name!r} of {array.dtype}: plain names and float32 are needed")
         writer.write(f"arrays/{name}.safetensors", pack(array))
-    for file, content in files.contents():
-        writer.write(file, content)
+    index, layouts = write_adapters(state.adapters, base_model, writer.write)
     values: dict[str, object] = {
         "format": _FORMAT,
         "iteration": state.iteration,
         "records_bytes": state.records_bytes,
         "arrays": list(state.arrays),
-        "adapters": files.index,
-        "layouts": files.layouts,
+        "adapters": index,
+        "layouts": layouts,
         "state": _plain(state.state, "state"),
     }
     writer.write(_STATE, gzip.compress(json.dumps(values, separators=(",", ":")).encode(), 6, mtime=0))
@@ -215,50 +203,29 @@ class _CheckpointWriter:
 
     def write(self, name: str, data: bytes) -> None:
         """Write one file."""
-        with self._created(name) as file:
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data)
-            _sync(file)
+            file.flush()
+            os.fsync(file.fileno())
         self._files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         failpoints.reached("checkpoint.file_written")
 
     def copy(self, name: str, source: Path) -> None:
         """Compress a copy of `source` as `NAME.gz`."""
         try:
-            opened = source.open("rb")
+            content = source.read_bytes()
         except FileNotFoundError:
             _log.warning("checkpoint_copy_left_out", file=str(source), reason="it is not there")
             return
-        target = f"{name}.gz"
-        with opened, self._created(target) as file:
-            with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
-                shutil.copyfileobj(opened, packed, _CHUNK)
-            _sync(file)
-        written = self._folder / target
-        self._files[target] = {"sha256": _sha256(written), "bytes": written.stat().st_size}
+        self.write(f"{name}.gz", gzip.compress(content, 6, mtime=0))
 
     def finish(self) -> None:
         """Write the manifest and make all names durable."""
-        content = _pretty({"format": _FORMAT, "files": self._files})
-        with self._created(MANIFEST) as file:
-            file.write(content)
-            _sync(file)
+        self.write(MANIFEST, _pretty({"format": _FORMAT, "files": self._files}))
         for folder, _, _ in os.walk(self._folder, topdown=False):
             fsync_folder(Path(folder))
-
-    def _created(self, name: str) -> IO[bytes]:
-        path = self._folder / name
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
@@ -312,25 +279,19 @@ class _CheckpointReader:
             data = (self._folder / name).read_bytes()
         except OSError as error:
             raise CheckpointError(f"{self._folder.name}: {name} cannot be read: {error.strerror}") from error
-        self._compare(name, hashlib.sha256(data).hexdigest(), len(data))
+        got, (sha256, size) = hashlib.sha256(data).hexdigest(), self._expected[name]
+        if (got, len(data)) != (sha256, size):
+            raise CheckpointError(
+                f"{self._folder.name}: {name} is damaged: expected {size} bytes with sha256 {sha256[:12]}..., got "
+                f"{len(data)} with {got[:12]}..."
+            )
         self._seen.add(name)
         return data
 
     def check_others(self) -> None:
         """Compare what was not read with its hash: a copy of a log may be damaged too."""
         for name in sorted(self._expected.keys() - self._seen):
-            try:
-                self._compare(name, _sha256(self._folder / name), (self._folder / name).stat().st_size)
-            except OSError as error:
-                raise CheckpointError(f"{self._folder.name}: {name} cannot be read: {error.strerror}") from error
-
-    def _compare(self, name: str, sha256: str, size: int) -> None:
-        recorded, recorded_size = self._expected[name]
-        if (sha256, size) != (recorded, recorded_size):
-            raise CheckpointError(
-                f"{self._folder.name}: {name} is damaged: expected {recorded_size} bytes with sha256 "
-                f"{recorded[:12]}..., got {size} with {sha256[:12]}..."
-            )
+            self.read(name)
 
 
 def _state(reader: _CheckpointReader) -> ArenaState:

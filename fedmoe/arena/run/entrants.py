@@ -90,11 +90,11 @@ def _state(path: Path) -> ArenaState | None:
 def _check_alike(configs: Mapping[Path, ArenaConfig]) -> None:
     first, *others = configs
     for other in others:
-        one, two = configs[first], configs[other]
+        ours, yours = configs[first], configs[other]
         for what, mine, theirs in (
-            ("base models", one.base_model, two.base_model),
-            ("tasks", _task(one.task), _task(two.task)),
-            ("chat templates", _template(one), _template(two)),
+            ("base models", ours.base_model, yours.base_model),
+            ("tasks", _task(ours.task), _task(yours.task)),
+            ("chat templates", _template(ours), _template(yours)),
         ):
             if mine != theirs:
                 raise EntrantError(f"players of different {what} cannot meet: {first} has {mine}, {other} has {theirs}")
@@ -113,8 +113,8 @@ def _task(task: TaskSection) -> str:
 def _policies(path: Path, label: str, state: ArenaState) -> Iterator[Entrant]:
     policies = state.state["policies"]
     assert isinstance(policies, Mapping)
-    for name, one in policies.items():
-        version = int(one["version"])
+    for name, state_of_policy in policies.items():
+        version = int(state_of_policy["version"])
         adapter = state.adapters[f"{name}@{version}"]
         yield Entrant(AdapterKey(f"{label}{name}", version), f"{label}{name}@{version}", adapter, None, path)
 

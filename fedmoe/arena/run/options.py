@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,6 @@ class RunError(ExpectedError, RuntimeError):
 
 #: Given the writer of records, the run's folder and its memory limit in bytes: the writer to use instead.
 Watch = Callable[[BatchedRecords, Path, Callable[[], int]], AbstractContextManager[Recorder]]
-
-
-@contextmanager
-def unwatched(records: BatchedRecords, folder: Path, limit: Callable[[], int]) -> Iterator[Recorder]:
-    """No observer: the records themselves."""
-    yield records
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ def _completed(saved: Json) -> Json:
     """The settings of a checkpoint with those that were not there yet when it was made, at their defaults."""
     try:
         return ArenaConfig.model_validate(saved).model_dump(mode="json")
-    except ValidationError:  # of a later version, or of none: what differs is told as it is
+    except ValidationError:  # of a later version, or of none: what differs is reported as it is
         return saved
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedmoe.arena.config import ArenaConfig
@@ -31,10 +31,9 @@ from fedmoe.arena.run.batched_records import BatchedRecords, truncate_records
 from fedmoe.arena.run.checkpoint import ArenaState, Checkpoint
 from fedmoe.arena.run.engines import make_engine
 from fedmoe.arena.run.episode_log import EPISODES, EpisodeLog
-from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch, unwatched
-from fedmoe.arena.run.results import REPORT, RESULTS, RunOutcome
+from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch
+from fedmoe.arena.run.results import REPORT, RESULTS, RunOutcome, sort_records
 from fedmoe.arena.run.resuming import accepted_changes
-from fedmoe.arena.run.sorted_records import sort_records
 from fedmoe.arena.run.weight_check import WeightCheck, make_probes
 from fedmoe.arena.tasks.registry import make_task
 from fedmoe.arena.trainer import Trainer
@@ -63,10 +62,11 @@ LearnerMaker = Callable[[ArenaConfig, Path, LoadedBase, MultiLora], AbstractCont
 _NO_LEARNERS: Mapping[str, LearnerMaker] = {}
 
 
-@contextmanager
-def multilora_learner(config: ArenaConfig, folder: Path, base: LoadedBase, multi: MultiLora) -> Iterator[Learner]:
+def _multilora(
+    config: ArenaConfig, folder: Path, base: LoadedBase, multi: MultiLora
+) -> AbstractContextManager[Learner]:
     """The learner in this process, which trains all policies in one batch."""
-    yield Learner(base, multi, config.learning)
+    return nullcontext(Learner(base, multi, config.learning))
 
 
 @dataclass
@@ -85,17 +85,14 @@ class _Run:
     league: League | None
     started: float
     resumed_from: str | None
-    control: ControlFile = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.control = ControlFile(self.options.folder)
+    control: ControlFile
 
 
 def run_arena(
     config: ArenaConfig,
     options: RunOptions,
     stop: Stop,
-    watch: Watch = unwatched,
+    watch: Watch | None = None,
     learners: Mapping[str, LearnerMaker] = _NO_LEARNERS,
 ) -> RunOutcome:
     """Train until the configured iterations are done or `stop` is asked; returns how it ended.
@@ -103,7 +100,7 @@ def run_arena(
     `learners` are kinds of learners beside our own and those that installed packages offer as `fedmoe.learners`.
     Raises RunError for a folder that cannot be used, and what tasks, modes, models and the coordinator raise.
     """
-    makers: dict[str, LearnerMaker] = {"multilora": multilora_learner, **learners}
+    makers: dict[str, LearnerMaker] = {"multilora": _multilora, **learners}
     make_learner = PluginGroup("fedmoe.learners", "learner", RunError, makers).get(config.learning.kind)
     check_file_system(options.folder, options.allow_network_fs)
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +119,7 @@ def run_arena(
 
 
 def _earlier(config: ArenaConfig, options: RunOptions, logs: RunLogs) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to go on from, and which settings have changed since then, in words.
+    """The checkpoint to resume from, and which settings have changed since then, in words.
 
     Refuses to write over another run or to go on with another configuration.
     """
@@ -155,7 +152,7 @@ def _assemble(
     earlier: Checkpoint | None,
     logs: RunLogs,
     stack: ExitStack,
-    watch: Watch,
+    watch: Watch | None,
     make_learner: LearnerMaker,
 ) -> _Run:
     started = time.time()
@@ -186,7 +183,7 @@ def _assemble(
         learner.when_short = guard.failed
     stack.enter_context(watched(guard))
     records = stack.enter_context(BatchedRecords(RecordWriter(folder / METRICS)))
-    sink = stack.enter_context(watch(records, folder, lambda: guard.limit))
+    sink = stack.enter_context(watch(records, folder, lambda: guard.limit)) if watch else records
     trainer = Trainer(config, task, policies, engine, codec, sink)
     next_iteration = earlier.state.iteration if earlier else 0
     trainer.after_iteration = EpisodeLog(folder / EPISODES, config.episodes, config.seed, next_iteration).write
@@ -196,7 +193,10 @@ def _assemble(
         stack.callback(league.close)
         trainer.may_sample_ahead = lambda following: not league.due(following)
     resumed_from = earlier.path.name if earlier else None
-    return _Run(config, options, base, policies, trainer, guard, records, sink, logs, league, started, resumed_from)
+    control = ControlFile(folder)
+    return _Run(
+        config, options, base, policies, trainer, guard, records, sink, logs, league, started, resumed_from, control
+    )
 
 
 def _join(config: ArenaConfig, options: RunOptions, base: LoadedBase, policies: Policies) -> League | None:
@@ -236,7 +236,7 @@ def _add_from_seed(run: _Run, name: str) -> None:
 
 
 def _restore(run: _Run, saved: ArenaState, changes: Sequence[str]) -> None:
-    """The policies of a checkpoint, and everything that goes on from there."""
+    """The policies of a checkpoint, and everything that resumes from there."""
     for name in run.config.policies.all_names:
         _add_from_seed(run, name)
     # A reader of the curve sees where settings changed.

@@ -71,7 +71,8 @@ class CommitteeEpisode:
             self._drafts, self._drafting = answers, False
             return
         finals = [answers[seat] for seat in range(self._lineup.seats)]
-        valid = tuple(self._valid(seat, final) for seat, final in enumerate(finals))
+        given = ([final, *([self._drafts[seat]] if seat in self._drafts else [])] for seat, final in enumerate(finals))
+        valid = tuple(sum(map(bool, texts)) / len(texts) for texts in given)
         outcome = Ballot.of(self._problem, finals).outcome(self._lineup, valid)
         drafted = {
             seat: (self._problem.score(draft), outcome.seat_scores[seat]) for seat, draft in self._drafts.items()
@@ -86,10 +87,6 @@ class CommitteeEpisode:
 
     def _shown(self, seat: int) -> str:
         return quote(self._drafts[seat], DRAFT_CHARS) or "(none)"
-
-    def _valid(self, seat: int, final: str) -> float:
-        given = [final, *([self._drafts[seat]] if seat in self._drafts else [])]
-        return sum(bool(answer) for answer in given) / len(given)
 
 
 def _drafters(team: Team) -> tuple[int, ...]:

@@ -13,10 +13,6 @@ from fedmoe.runtime.plugins import PluginGroup
 TaskFactory = Callable[[str, Mapping[str, Option]], Task]
 
 
-def _committee(dataset: str, options: Mapping[str, Option]) -> Task:
-    return CommitteeTask(ReasoningProblems(dataset, options))
-
-
 def _textarena(env_id: str, options: Mapping[str, Option]) -> Task:
     from fedmoe.arena.tasks.textarena_games import TextArenaTask
 
@@ -29,7 +25,11 @@ _PLUGINS: PluginGroup[TaskFactory] = PluginGroup(
     "fedmoe.tasks",
     "task kind",
     TaskError,
-    {"committee": _committee, "reasoning": ReasoningTask, "textarena": _textarena},
+    {
+        "committee": lambda dataset, options: CommitteeTask(ReasoningProblems(dataset, options)),
+        "reasoning": ReasoningTask,
+        "textarena": _textarena,
+    },
 )
 
 

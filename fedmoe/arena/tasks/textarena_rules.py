@@ -130,7 +130,6 @@ NEEDS_MORE: Mapping[str, str] = {
         "word lists to be downloaded",
     ),
     **dict.fromkeys(
-        ("Debate", "GuessWho", "ScenarioPlanning", "TwentyQuestions"),
-        "a judge model behind a network key",
+        ("Debate", "GuessWho", "ScenarioPlanning", "TwentyQuestions"), "a judge model behind a network key"
     ),
 }

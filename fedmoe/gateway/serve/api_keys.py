@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
 
-from fedmoe.gateway.serve.problems import ApiError
+from fedmoe.gateway.serve.problems import refusal
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.files import write_atomic
 from fedmoe.wire.http.bearer import bearer_of, hash_token, new_token
-from fedmoe.wire.http.middleware import is_open
+from fedmoe.wire.http.middleware import RefusalMiddleware, is_open
 
 _HEXADECIMAL = frozenset("0123456789abcdef")
 
@@ -45,25 +46,20 @@ def read_keys(file: Path) -> tuple[frozenset[str], str | None]:
     return frozenset(hashes), None
 
 
-class ApiKeyMiddleware:
+class ApiKeyMiddleware(RefusalMiddleware):
     """Requires one of `keys` (hashes) on all but the open paths, before a byte of the body is read."""
 
     def __init__(self, app: ASGIApp, keys: frozenset[str]) -> None:
-        self._app, self._keys = app, keys
+        super().__init__(app, refusal)
+        self._keys = keys
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_open(scope):
-            error = self._refusal(Headers(scope=scope))
-            if error is not None:
-                await error.response()(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def _refusal(self, headers: Headers) -> ApiError | None:
-        key = bearer_of(headers.get("authorization"))
+    def refusal(self, scope: Scope) -> RefusedError | None:
+        if is_open(scope):
+            return None
+        key = bearer_of(Headers(scope=scope).get("authorization"))
         if key is None:
-            return ApiError(401, "no_api_key", "an API key is needed and none was sent: Authorization: Bearer KEY")
+            return RefusedError("no_api_key", "an API key is needed and none was sent: Authorization: Bearer KEY")
         # The look-up is by hash of 256 random bits: what its timing may tell about a hash leads to no key.
         if hash_token(key) not in self._keys:
-            return ApiError(401, "invalid_api_key", "this API key is not known here")
+            return RefusedError("invalid_api_key", "this API key is not known here")
         return None

@@ -19,7 +19,7 @@ from fedmoe.gateway.serve.catalogue import Catalogue
 from fedmoe.gateway.serve.routes import create_app
 from fedmoe.gateway.serve.service import Limits, Service
 from fedmoe.gateway.serve.text import PromptEncoder
-from fedmoe.gateway.serve.version_watcher import ModelSource, VersionWatcher
+from fedmoe.gateway.serve.version_watcher import VersionWatcher
 from fedmoe.inference.backend import Backend
 from fedmoe.inference.batching.scheduler import TransformersBackend
 from fedmoe.inference.engine import AdapterKey
@@ -31,6 +31,7 @@ from fedmoe.lora.adapter import Adapter, FloatArray
 from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase, context_length, stop_tokens
 from fedmoe.models.multilora import MultiLora
+from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.http.serving import GuardedProtocol, own_signals
 from fedmoe.wire.http.serving import listen as listen_on
 
@@ -79,7 +80,7 @@ class GatewayServer:
 
 @contextmanager
 def open_server(
-    source: ModelSource,
+    source: CoordinatorClient,
     manifest: Manifest,
     base: LoadedBase,
     make_backend: Callable[[LoadedBase, Manifest], Backend],

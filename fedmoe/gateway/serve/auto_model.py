@@ -1,4 +1,4 @@
-"""The model `auto`: likely experts of a prompt, by workers' prompt statistics; `gateway.rerank` chooses."""
+"""The model `auto`: likely experts of a prompt, by workers' prompt statistics; `gateway.routers` chooses."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
-from fedmoe.gateway.rerank import ExpertCandidates, candidates
-from fedmoe.gateway.routers import FeatureRouter, SequenceRouter
+from fedmoe.gateway.routers import ExpertCandidates, SequenceRouter, candidates
 from fedmoe.lora.prompt_statistics import PromptStatistics
 from fedmoe.lora.safetensors_bytes import CodecError
 from fedmoe.models.base import LoadedBase
@@ -26,7 +25,7 @@ class PromptRouter:
     router from beginning to end.
     """
 
-    def __init__(self, base: LoadedBase, router: FeatureRouter | None = None) -> None:
+    def __init__(self, base: LoadedBase, router: SequenceRouter | None = None) -> None:
         self._base, self._width = base, features_width(base)
         self._frame = ChatFrame.of(base.tokenizer)
         self._router = router

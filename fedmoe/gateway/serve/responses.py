@@ -89,7 +89,7 @@ class ResponseBuilder:
 
     def _token(self, token: int, logprob: float) -> JsonObject:
         shown = self.prompter.shown(token)
-        # The bytes of a part of a letter cannot be told.
+        # The bytes of a part of a letter are not known.
         return {"token": shown, "logprob": logprob, "bytes": None if "\ufffd" in shown else list(shown.encode())}
 
     def _text_likelihoods(self, steps: Sequence[DecodingStep]) -> JsonObject | None:

@@ -1,35 +1,12 @@
-"""Documented error codes, statuses and responses of the gateway server's routes, for `/openapi.json`."""
+"""Documented error codes and responses of the gateway server's routes, for `/openapi.json`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fedmoe.gateway.serve.problems import STATUS
 from fedmoe.wire.http.openapi import Answers, Json, Problems, Route
 
-#: Code of an error -> HTTP status.
-STATUS = {
-    "no_api_key": 401,
-    "invalid_api_key": 401,
-    "cross_site": 403,
-    "host_not_allowed": 421,
-    "internal_error": 500,
-    "malformed": 400,
-    "invalid_value": 400,
-    "unknown_parameter": 400,
-    "too_slow": 408,
-    "too_large": 413,
-    "model_not_found": 404,
-    "not_acceptable": 406,
-    "context_length_exceeded": 400,
-    "one_prompt_only": 400,
-    "empty_prompt": 400,
-    "invalid_messages": 400,
-    "invalid_token": 400,
-    "no_chat_template": 400,
-    "server_busy": 429,
-    "generation_failed": 500,
-    "routed_model_missing": 503,
-}
 _TEXT: Json = {"schema": {"type": "string"}}
 _ERROR: Json = {
     "type": "object",

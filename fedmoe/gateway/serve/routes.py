@@ -172,13 +172,13 @@ def _check(request: Request, service: Service, body: OpenAIRequest) -> None:
         service.counters.refused[error.code] += 1
         raise
     if body.contradiction is not None:
-        raise ApiError(400, "invalid_value", body.contradiction)
+        raise ApiError("invalid_value", body.contradiction)
 
 
 def _check_name(service: Service, name: str) -> None:
     if name not in service.names():
         there = ", ".join(service.names())
-        raise ApiError(404, "model_not_found", f"there is no model {name[:80]!r}; there are: {there}", "model")
+        raise ApiError("model_not_found", f"there is no model {name[:80]!r}; there are: {there}", "model")
 
 
 def _generation(
@@ -186,11 +186,9 @@ def _generation(
 ) -> GenerationRequest:
     limit = service.limits.output_tokens
     if most is not None and most > limit:
-        raise ApiError(400, "invalid_value", f"at most {limit} tokens are generated here, got {most}", "max_tokens")
+        raise ApiError("invalid_value", f"at most {limit} tokens are generated here, got {most}", "max_tokens")
     if len(prompts) * (body.n or 1) > MOST_CHOICES:
-        raise ApiError(
-            400, "invalid_value", f"prompts times n may be {MOST_CHOICES}, got {len(prompts)} x {body.n}", "n"
-        )
+        raise ApiError("invalid_value", f"prompts times n may be {MOST_CHOICES}, got {len(prompts)} x {body.n}", "n")
     return GenerationRequest(
         body.model,
         tuple(prompts),

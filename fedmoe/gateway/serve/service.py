@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
-from fedmoe.gateway.rerank import choose
+from fedmoe.gateway.routers import choose
 from fedmoe.gateway.serve.auto_model import PromptRouter
 from fedmoe.gateway.serve.catalogue import AUTO, BASE, GATEWAY, Catalogue
 from fedmoe.gateway.serve.counters import Counters
@@ -140,7 +140,6 @@ class Service:
     def _admission(self, choices: int) -> Iterator[None]:
         if self._admitted + choices > self.limits.generations:
             raise ApiError(
-                429,
                 "server_busy",
                 f"{self._admitted} generations are under way or wait, at most {self.limits.generations} may; "
                 f"{choices} more do not fit now: try again in a moment",
@@ -163,7 +162,7 @@ class Service:
             if name == AUTO and len(self._router.experts) > 1:
                 if len(request.prompts) != 1:
                     why = "a request to auto has one prompt; send one request each"
-                    raise ApiError(400, "one_prompt_only", why, "prompt")
+                    raise ApiError("one_prompt_only", why, "prompt")
                 loop = asyncio.get_running_loop()
                 name = await loop.run_in_executor(self._routing, self._route, request.prompts[0])
             model, snapshot = None, self.catalogue.snapshot
@@ -202,9 +201,9 @@ class Service:
         """What to say where `name` is not served: a client that asked `auto` did not choose it, and may ask again."""
         there = ", ".join(self.names())
         if requested == name:
-            return ApiError(404, "model_not_found", f"there is no model {name!r}; there are: {there}", "model")
+            return ApiError("model_not_found", f"there is no model {name!r}; there are: {there}", "model")
         why = f"this prompt may belong to {name!r}, which is not served now; there are: {there}"
-        return ApiError(503, "routed_model_missing", why)
+        return ApiError("routed_model_missing", why)
 
 
 @dataclass

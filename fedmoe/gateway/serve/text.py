@@ -30,14 +30,14 @@ class PromptEncoder:
         """The prompt of a conversation by the base model's own chat template."""
         if not getattr(self._tokenizer, "chat_template", None):
             raise ApiError(
-                400, "no_chat_template", "the base model has no chat template; use /v1/completions", param="messages"
+                "no_chat_template", "the base model has no chat template; use /v1/completions", param="messages"
             )
         self._check_characters(sum(len(message["content"]) for message in messages), "messages")
         try:
             text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise ApiError(
-                400, "invalid_messages", f"the base model's chat template refuses these messages: {error}", "messages"
+                "invalid_messages", f"the base model's chat template refuses these messages: {error}", "messages"
             ) from error
         return self._checked(self._tokenizer(text, add_special_tokens=False)["input_ids"], "messages")
 
@@ -50,9 +50,7 @@ class PromptEncoder:
         """A prompt that came as token ids."""
         wrong = next((token for token in tokens if not 0 <= token < self._vocabulary), None)
         if wrong is not None:
-            raise ApiError(
-                400, "invalid_token", f"token ids are from 0 to {self._vocabulary - 1}, got {wrong}", "prompt"
-            )
+            raise ApiError("invalid_token", f"token ids are from 0 to {self._vocabulary - 1}, got {wrong}", "prompt")
         return self._checked(tokens, "prompt")
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -70,7 +68,7 @@ class PromptEncoder:
 
     def _checked(self, tokens: Sequence[int], param: str) -> tuple[int, ...]:
         if not tokens:
-            raise ApiError(400, "empty_prompt", "the prompt has no tokens; there is nothing to continue", param)
+            raise ApiError("empty_prompt", "the prompt has no tokens; there is nothing to continue", param)
         if len(tokens) > self._most:
             raise too_long(f"{len(tokens)} tokens", self._most, param)
         return tuple(tokens)

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import structlog
 
@@ -16,33 +15,12 @@ from fedmoe.inference.backend import Backend, BackendError, ServedModel
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.manifest import BaseModel
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.wire.client import CoordinatorUnavailableError, PulledExpert, PulledGateway
+from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, PulledExpert, PulledGateway
 from fedmoe.wire.contract.experts import ExpertListing
-from fedmoe.wire.contract.messages import StatisticsKind
 
 _log = structlog.get_logger("fedmoe.serve")
 
 _LONGEST_PAUSE = 60.0
-
-
-class ModelSource(Protocol):
-    """The routes of a coordinator that are used; `CoordinatorClient` is one."""
-
-    def list_experts(self) -> ExpertListing:
-        """Every expert and the gateway, with versions and digests."""
-        ...
-
-    def pull_expert(self, expert: str) -> PulledExpert | None:
-        """An expert's newest weights."""
-        ...
-
-    def pull_gateway(self) -> PulledGateway | None:
-        """The newest gateway."""
-        ...
-
-    def data_statistics(self, expert: str, kind: StatisticsKind) -> bytes:
-        """What an expert's workers report about their data."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +49,7 @@ class VersionWatcher:
 
     def __init__(
         self,
-        source: ModelSource,
+        source: CoordinatorClient,
         catalogue: Catalogue,
         backend: Backend,
         base: BaseModel,

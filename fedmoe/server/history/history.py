@@ -28,11 +28,10 @@ from fedmoe.federation.events import (
     UpdateLost,
     VersionEvent,
 )
-from fedmoe.federation.expert_changes import binding_manifest
 from fedmoe.federation.lineage import Lineage, length, start, without_worker
 from fedmoe.federation.online_gateway import BranchPoint, OnlineGateway, count_steps, step_counters
 from fedmoe.federation.quarantine import Quarantine
-from fedmoe.federation.transitions import TRANSITIONS, lineages
+from fedmoe.federation.transitions import TRANSITIONS, binding_manifest, lineages
 from fedmoe.lora.adapter import Adapter, Layout
 from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.update_rules import USUAL_WINDOW, RuleState

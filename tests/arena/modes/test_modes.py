@@ -28,6 +28,7 @@ from fedmoe.arena.rollout.episodes import EpisodePlan, PlayedEpisode, Player
 from fedmoe.arena.tasks.task import HELD_OUT, check_lineup
 from fedmoe.inference.engine import AdapterKey
 from fedmoe.runtime import plugins
+from fedmoe.runtime.saved_state import restored, saved_state
 
 NAMES = ("ann", "bob", "cy", "dee")
 TASK = LettersTask()
@@ -43,7 +44,7 @@ def make_planning(
 
 def copied(society: ModeMemory) -> ModeMemory:
     """The same through JSON, as a checkpoint keeps it."""
-    return ModeMemory.from_state(json.loads(json.dumps(society.state())))
+    return restored(ModeMemory, json.loads(json.dumps(saved_state(society))))
 
 
 def by_name(scores: Mapping[str, float]) -> Score:
@@ -520,7 +521,7 @@ def test_a_mode_and_its_society_go_on_from_a_checkpoint_as_if_never_stopped(mode
     state = json.loads(json.dumps(first.state()))
     second, later = make_mode(mode), copied(society)
     second.restore(state)
-    assert later.state() == society.state()
+    assert saved_state(later) == saved_state(society)
     for iteration in range(3, 9):
         assert second.playing == first.playing
         one, other = (
@@ -528,7 +529,7 @@ def test_a_mode_and_its_society_go_on_from_a_checkpoint_as_if_never_stopped(mode
         )
         assert [episode.plan for episode in one[0]] == [episode.plan for episode in other[0]]
         assert _same(one[1], other[1])
-    assert json.dumps(later.state()) == json.dumps(society.state())
+    assert json.dumps(saved_state(later)) == json.dumps(saved_state(society))
 
 
 def _same(one: Judgement, other: Judgement) -> bool:

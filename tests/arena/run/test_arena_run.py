@@ -22,7 +22,7 @@ from fedmoe.arena.modes.protocol import ModeError
 from fedmoe.arena.run import checkpoint
 from fedmoe.arena.run.batched_records import BatchedRecords
 from fedmoe.arena.run.episode_log import EPISODES, read_episodes
-from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch, unwatched
+from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch
 from fedmoe.arena.run.results import REPORT, RESULTS, RunOutcome
 from fedmoe.arena.run.run import METRICS, run_arena
 from fedmoe.cli.arena_watch import ArenaWatch
@@ -56,7 +56,7 @@ def run(
     *,
     resume: bool = False,
     stop: Stop | None = None,
-    watch: Watch = unwatched,
+    watch: Watch | None = None,
     memory_limit_gb: float | None = None,
 ) -> RunOutcome:
     options = RunOptions(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedmoe.arena.run.float_packing import pack, unpack
+from fedmoe.arena.run.adapter_files import pack, unpack
 
 
 @given(hnp.arrays(np.uint32, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=7)))

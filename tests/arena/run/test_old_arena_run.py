@@ -12,7 +12,7 @@ from tiny_arena import tiny_config
 
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.run import checkpoint
-from fedmoe.arena.run.options import RunOptions, Stop, unwatched
+from fedmoe.arena.run.options import RunOptions, Stop
 from fedmoe.arena.run.results import REPORT
 from fedmoe.arena.run.run import run_arena
 
@@ -41,6 +41,6 @@ def test_the_run_goes_on_and_ends_71(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("fedmoe.arena.run.run.make_task", lambda name, options: LettersTask())
     folder = unpacked(tmp_path)
     options = RunOptions(folder, resume=True, rollout_device="cpu", learner_device="cpu", dtype="fp32")
-    ending = run_arena(config(), options, Stop(), unwatched)
+    ending = run_arena(config(), options, Stop())
     assert ending.status == "finished"
     assert json.loads((folder / REPORT).read_text())["resumed_from"] == "checkpoint_20261130_135943"

@@ -14,12 +14,13 @@ from fedmoe.arena.run.results import (
     REPORT,
     RESULTS,
     RunOutcome,
+    RunRecords,
     build_metrics,
     build_report,
     build_results,
+    sort_records,
     write_json,
 )
-from fedmoe.arena.run.sorted_records import RunRecords, sort_records
 from fedmoe.monitor.sample_records import sample_records
 from fedmoe.runtime import machine as environment_module
 from fedmoe.runtime.machine import environment, processor_name

@@ -146,7 +146,7 @@ class House:
 
     def __post_init__(self) -> None:
         self.watcher = VersionWatcher(
-            self.source,
+            self.source,  # type: ignore[arg-type]  # the routes that are followed
             self.catalogue,
             self.backend,  # type: ignore[arg-type]  # no generations here
             MANIFEST.base,

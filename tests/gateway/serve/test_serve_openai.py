@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 from serve_house import EXPERTS, Alone, Client, Served, serving, tiny_layout
 
-from fedmoe.gateway.rerank import ExpertCandidates
+from fedmoe.gateway.routers import ExpertCandidates
 from fedmoe.gateway.serve.service import Limits
 from fedmoe.inference.backend import ServedModel
 from fedmoe.lora.adapter import Adapter

@@ -15,7 +15,7 @@ import pytest
 from builders import wait_until
 from serve_house import EXPERTS, Served, serving
 
-from fedmoe.gateway.rerank import ExpertCandidates
+from fedmoe.gateway.routers import ExpertCandidates
 from fedmoe.gateway.serve.service import Limits
 from fedmoe.inference.backend import ServedModel
 

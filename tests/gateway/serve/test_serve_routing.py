@@ -13,8 +13,7 @@ import torch
 from live import push_headers
 from serve_house import Served, serving, tiny
 
-from fedmoe.gateway.rerank import choose
-from fedmoe.gateway.routers import SequenceRouter
+from fedmoe.gateway.routers import SequenceRouter, choose
 from fedmoe.gateway.serve.auto_model import PromptRouter
 from fedmoe.gateway.serve.service import Limits
 from fedmoe.lora.adapter import Adapter
