@@ -9,18 +9,22 @@ from typing import Annotated
 
 import typer
 
-from fedmoe.cli.base_model import given_template, loaded
 from fedmoe.cli.coordinator import check_tls
-from fedmoe.cli.options import DEFAULT_URL, ChatTemplateFile, ChatTemplateKwargs, CoordinatorUrl, Token, client
+from fedmoe.cli.options import (
+    DEFAULT_URL,
+    ChatTemplateFile,
+    ChatTemplateKwargs,
+    CoordinatorUrl,
+    Token,
+    client,
+    given_template,
+    loaded,
+)
 from fedmoe.cli.output import CommandError, importing
 from fedmoe.runtime.logs import configure, log_uncaught
 
-
-class BackendKind(StrEnum):
-    """Where tokens are computed."""
-
-    transformers = "transformers"
-    vllm = "vllm"
+#: Where tokens are computed.
+BackendKind = StrEnum("BackendKind", ["transformers", "vllm"])
 
 
 def serve(
