@@ -25,7 +25,7 @@ FORKS.set_forkserver_preload(
         "fedmoe.gateway.evaluator",
         "fedmoe.gateway.serve.app",
         "fedmoe.arena.run.run",
-        "fedmoe.cli.arena_watch",
+        "fedmoe.monitor.exporters",
     ]
 )
 

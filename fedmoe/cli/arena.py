@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,13 +12,13 @@ import typer
 
 from fedmoe.cli.arena_episodes import episodes
 from fedmoe.cli.arena_tournament import tournament
-from fedmoe.cli.base_model import given_template
+from fedmoe.cli.options import Token, given_template
 from fedmoe.cli.output import CommandError, importing
 from fedmoe.runtime.logs import configure
 
 if TYPE_CHECKING:
     from fedmoe.arena.config import ArenaConfig
-    from fedmoe.arena.run.options import RunOptions
+    from fedmoe.arena.run.options import RunOptions, Watch
     from fedmoe.arena.run.results import RunOutcome
     from fedmoe.arena.run.run import LearnerMaker
 
@@ -41,7 +42,7 @@ def train(
         str | None,
         typer.Option(envvar="FEDMOE_COORDINATOR_URL", help="Every policy becomes an expert of this coordinator."),
     ] = None,
-    token: Annotated[str | None, typer.Option(envvar="FEDMOE_TOKEN", help="Token, where one is asked for.")] = None,
+    token: Token = None,
     memory_limit_gb: Annotated[
         float | None, typer.Option(min=0.5, help="Memory limit in GiB; change it in OUT/control.json. \\[default: 32]")
     ] = None,
@@ -61,24 +62,19 @@ def train(
         raise CommandError("--resume goes on with a run and --fresh begins anew; pass one of them")
     configure()
     run = _configured(config, coordinator_url)
+    with importing("arena"):
+        from fedmoe.arena.run.options import RunOptions
+        from fedmoe.monitor.exporters import all_monitors
     if fresh:
         _move_aside(out)
-    ending = _run(
-        run,
-        out,
-        prometheus_port,
-        tensorboard,
-        resume=resume,
-        token=token,
-        memory_limit_gb=memory_limit_gb,
-        gpu_memory_limit_gb=gpu_memory_limit_gb,
-        allow_network_fs=allow_network_fs,
-        rollout_device=rollout_device,
-        learner_device=learner_device,
-        dtype=dtype,
+    limits = (memory_limit_gb, gpu_memory_limit_gb, allow_network_fs)
+    options = RunOptions(out, resume, *limits, rollout_device, learner_device, dtype, token)
+    monitors = partial(
+        all_monitors, iterations=run.iterations, prometheus_port=prometheus_port, tensorboard=tensorboard
     )
+    ending = _run(run, options, monitors)
     if charts:
-        _draw(out)
+        draw(out)
     print(f"{ending.status}{f' ({ending.reason})' if ending.reason else ''}; everything is in {out}")
 
 
@@ -103,11 +99,12 @@ def check(config: Config) -> None:
 
 
 @app.command("charts")
-def charts_command(
-    out: Annotated[Path, typer.Argument(help="Folder of a run.")] = Path("runs/arena"),
-) -> None:
+def draw(out: Annotated[Path, typer.Argument(help="Folder of a run.")] = Path("runs/arena")) -> None:
     """Draw the charts of a run as it stands."""
-    _draw(out)
+    from fedmoe.cli.arena_charts import draw_charts, load_series
+
+    for path in draw_charts(load_series(out / "metrics.jsonl"), out / "visualization_outputs"):
+        print(f"drew {path}")
 
 
 def _configured(path: Path, coordinator_url: str | None) -> ArenaConfig:
@@ -121,39 +118,24 @@ def _configured(path: Path, coordinator_url: str | None) -> ArenaConfig:
     return config.model_copy(update={"federation": federation.model_copy(update={"url": coordinator_url})})
 
 
-def _run(
-    config: ArenaConfig, out: Path, prometheus_port: int | None, tensorboard: bool, **options: object
-) -> RunOutcome:
+def _run(config: ArenaConfig, options: RunOptions, watch: Watch) -> RunOutcome:
     with importing("arena"):
-        from fedmoe.arena.run.options import RunOptions, Stop
+        from fedmoe.arena.run.options import Stop
         from fedmoe.arena.run.run import run_arena
-        from fedmoe.cli.arena_watch import ArenaWatch
         from fedmoe.runtime.device import pin_threads
         from fedmoe.runtime.stop_signals import StopOnSignal
 
     pin_threads()
     stop = Stop()
     StopOnSignal(lambda: stop.ask("asked to stop by a signal")).install()
-    chosen: RunOptions = RunOptions(out, **options)  # type: ignore[arg-type]
-    watch = ArenaWatch(config.iterations, prometheus_port, tensorboard)
-    return run_arena(config, chosen, stop, watch, _learners(config))
+    learners: dict[str, LearnerMaker] = {}
+    if config.learning.kind == "areal":
+        # The arena does not know of it; what it needs is checked before anything is loaded.
+        from fedmoe.areal.run_learner import areal_learner, check_environment
 
-
-def _learners(config: ArenaConfig) -> dict[str, LearnerMaker]:
-    """Learners that the arena does not know of; what they need is checked before anything is loaded."""
-    if config.learning.kind != "areal":
-        return {}
-    from fedmoe.areal.run_learner import areal_learner, check_environment
-
-    check_environment(config.learning.python)
-    return {"areal": areal_learner}
-
-
-def _draw(out: Path) -> None:
-    from fedmoe.cli.arena_charts import draw_charts, load_series
-
-    for path in draw_charts(load_series(out / "metrics.jsonl"), out / "visualization_outputs"):
-        print(f"drew {path}")
+        check_environment(config.learning.python)
+        learners["areal"] = areal_learner
+    return run_arena(config, options, stop, watch, learners)
 
 
 #: Files and folders of a run; anything else in its folder is left where it is.

@@ -11,10 +11,9 @@ from typing import Annotated
 
 import typer
 
-from fedmoe.cli.output import guarded, importing
+from fedmoe.cli.output import CommandError, guarded, importing
 from fedmoe.monitor.arena_series import ArenaSeries, NoRecordsError, arena_series
 from fedmoe.monitor.sample_records import sample_records
-from fedmoe.runtime.errors import ExpectedError
 from fedmoe.runtime.files import write_atomic
 from fedmoe.runtime.records import read_records
 from fedmoe.runtime.streams import printing_safely
@@ -25,18 +24,11 @@ SAMPLE_RECORDS = Path("runs/arena-sample/metrics.jsonl")
 CHART_FOLDER = Path("visualization_outputs")
 
 
-class ChartError(ExpectedError):
-    """Charts or sample data could not be made; the message says why and what to do."""
-
-
 def write_sample(path: Path, policies: int, iterations: int, seed: int) -> int:
-    """Write sample records over earlier ones; returns how many. Raises ChartError rather than touch a real run."""
+    """Write sample records over earlier ones; returns how many. Raises CommandError rather than touch a real run."""
     if path.exists() and not all(record.get("sample") is True for record in read_records(path)):
-        raise ChartError(f"{path} holds the records of a real run and is left alone; choose another file with --out")
-    try:
-        records = sample_records(policies, iterations, seed, started=time.time() - 14.0 * iterations)
-    except ValueError as error:
-        raise ChartError(str(error)) from error
+        raise CommandError(f"{path} holds the records of a real run and is left alone; choose another file with --out")
+    records = sample_records(policies, iterations, seed, started=time.time() - 14.0 * iterations)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in records).encode())
     return len(records)
@@ -45,29 +37,26 @@ def write_sample(path: Path, policies: int, iterations: int, seed: int) -> int:
 def choose_records(given: Path | None) -> Path:
     """The file to draw from: the one that was given, else the latest real run's, else the sample data.
 
-    Raises ChartError when there is none.
+    Raises CommandError when there is none.
     """
-    if given is not None:
-        if given.is_file():
-            return given
-        raise ChartError(f"{given} is not there; pass the metrics.jsonl of a run with --records")
-    runs = [path for path in RUN_RECORDS if path.is_file()]
-    if runs:
-        return max(runs, key=lambda path: path.stat().st_mtime)
-    if SAMPLE_RECORDS.is_file():
-        return SAMPLE_RECORDS
-    raise ChartError(
+    if given is not None and not given.is_file():
+        raise CommandError(f"{given} is not there; pass the metrics.jsonl of a run with --records")
+    runs = sorted((path for path in RUN_RECORDS if path.is_file()), key=lambda path: -path.stat().st_mtime)
+    for path in (given, *runs, SAMPLE_RECORDS):
+        if path is not None and path.is_file():
+            return path
+    raise CommandError(
         f"neither a run ({', '.join(map(str, RUN_RECORDS))}) nor {SAMPLE_RECORDS} is there; train first, or run: "
         "python demo/generate_test_data.py"
     )
 
 
 def load_series(records: Path) -> ArenaSeries:
-    """Everything a file of records says about a run; raises ChartError when it holds nothing to draw."""
+    """Everything a file of records says about a run; raises CommandError when it holds nothing to draw."""
     try:
         return arena_series(read_records(records))
     except NoRecordsError as error:
-        raise ChartError(f"{records}: {error}") from error
+        raise CommandError(f"{records}: {error}") from error
 
 
 def draw_charts(series: ArenaSeries, folder: Path) -> Iterator[Path]:

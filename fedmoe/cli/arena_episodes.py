@@ -30,9 +30,14 @@ def episodes(
     """Show episodes of a run as it stands, the newest unless rewards decide; control characters are shown, not sent."""
     if lowest_reward and highest_reward:
         raise CommandError("--lowest-reward and --highest-reward are opposites; pass one of them")
-    from fedmoe.arena.run.episode_log import select
+    from fedmoe.arena.run.episode_log import EPISODES, read_episodes, select
 
-    rows = _rows(run)
+    try:
+        rows = read_episodes(run / EPISODES)
+    except FileNotFoundError:
+        raise CommandError(
+            f"{run} has no {EPISODES}: no run was begun there, or with [episodes] per_iteration = 0"
+        ) from None
     _check(rows, policy, iteration)
     order: Order = "lowest" if lowest_reward else "highest" if highest_reward else "newest"
     chosen = select(rows, limit, order, policy, iteration)
@@ -42,17 +47,6 @@ def episodes(
     for row in chosen:
         print("\n".join(_shown(row)), end="\n\n")
     print(f"{len(chosen)} of {len(rows)} episodes that were kept")
-
-
-def _rows(run: Path) -> list[EpisodeRow]:
-    from fedmoe.arena.run.episode_log import EPISODES, read_episodes
-
-    try:
-        return read_episodes(run / EPISODES)
-    except FileNotFoundError:
-        raise CommandError(
-            f"{run} has no {EPISODES}: no run was begun there, or with [episodes] per_iteration = 0"
-        ) from None
 
 
 def _check(rows: list[EpisodeRow], policy: str | None, iteration: int | None) -> None:

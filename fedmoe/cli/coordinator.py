@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import ssl
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import typer
 
-from fedmoe.cli.output import CommandError, given
+from fedmoe.cli.options import JOIN_TOKEN, OptionText, configured
+from fedmoe.cli.output import CommandError
 from fedmoe.config import DEFAULT_PORT, CoordinatorConfig
 from fedmoe.runtime.logs import configure, log_uncaught, warn
 from fedmoe.runtime.memory import give_back_freed_memory
@@ -18,107 +20,53 @@ if TYPE_CHECKING:
     from fedmoe.distributed_coordinator import DistributedCoordinator
 
 
-def coordinator(
-    host: Annotated[str | None, typer.Option(help="Address to listen on. \\[default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help=f"Port. \\[default: {DEFAULT_PORT}]")] = None,
-    state_dir: Annotated[str | None, typer.Option(help="Journal and blobs. \\[default: runs/coordinator]")] = None,
-    enable_gateway: Annotated[bool | None, typer.Option(help="Make a gateway of all experts. \\[default: on]")] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(help="How experts are merged: weighted_average (default), sum, concat, scaled, regmean."),
-    ] = None,
-    gateway_rank: Annotated[
-        int | None, typer.Option(help="Cut the gateway to this rank. \\[default: exact; regmean: by energy, up to 64]")
-    ] = None,
-    evaluation_gate: Annotated[
-        bool | None,
-        typer.Option(help="Publish a gateway only if evaluators' held-out losses allow it. \\[default: off]"),
-    ] = None,
-    gate_tolerance: Annotated[
-        float | None, typer.Option(help="Share of its gain that the worst domain may lose. \\[default: 0.01]")
-    ] = None,
-    gate_seconds: Annotated[
-        float | None, typer.Option(help="Seconds that evaluators have to score candidates. \\[default: 300]")
-    ] = None,
-    start_from: Annotated[
-        str | None, typer.Option(help="Experts start from: initial (default), or gateway, again after every merge.")
-    ] = None,
-    merge_after: Annotated[
-        int | None, typer.Option(help="Steps before an expert is merged and rebased onto the gateway. \\[default: 10]")
-    ] = None,
-    fold_staleness: Annotated[
-        str | None,
-        typer.Option(help="Weight of a merge by how many merges it missed; as --staleness. \\[default: constant]"),
-    ] = None,
-    server_learning_rate: Annotated[
-        float | None, typer.Option(help="lr in: expert += lr * s(staleness) * delta.")
-    ] = None,
-    server_optimizer: Annotated[
-        str | None, typer.Option(help="What applies updates: sgd (default), nesterov or adam.")
-    ] = None,
-    buffer_size: Annotated[int | None, typer.Option(help="Updates averaged into one step. \\[default: 1]")] = None,
-    clip_norm: Annotated[
-        float | None, typer.Option(help="Scale updates down to this multiple of the usual norm. \\[default: never]")
-    ] = None,
-    hold_norm: Annotated[
-        float | None,
-        typer.Option(help="Hold updates above this multiple of the usual norm for an admin; 0: none. \\[default: 50]"),
-    ] = None,
-    staleness: Annotated[
-        str | None, typer.Option(help="Weight of stale updates: constant, polynomial (default), hinge or exponential.")
-    ] = None,
-    max_staleness: Annotated[int | None, typer.Option(help="Refuse updates older than this. \\[default: none]")] = None,
-    keep_updates: Annotated[
-        int | None,
-        typer.Option(help="Updates per expert that can be undone; older bytes are deleted. \\[default: all]"),
-    ] = None,
-    max_parameters: Annotated[
-        int | None, typer.Option(help="Parameters that an expert may have. \\[default: 268435456, 1 GiB in fp32]")
-    ] = None,
-    max_experts: Annotated[
-        int | None, typer.Option(help="Experts that there may be, retired ones not counted. \\[default: 1024]")
-    ] = None,
-    keep_gb: Annotated[
-        float | None,
-        typer.Option(help="GB of updates' bytes to keep. \\[default: half of what was free at the first start]"),
-    ] = None,
-    min_sync_interval: Annotated[
-        float | None,
-        typer.Option(
-            help="Refuse pushes that a worker makes to an expert sooner than this, in seconds. \\[default: advise 1]"
-        ),
-    ] = None,
-    requests_per_second: Annotated[
-        float | None,
-        typer.Option(help="Requests that one token may make in a second, on average; 0: no limit. \\[default: 100]"),
-    ] = None,
-    json_limit: Annotated[
-        int | None,
-        typer.Option(help="Numbers that an answer in JSON may have; more only as safetensors. \\[default: 8000000]"),
-    ] = None,
-    token: Annotated[str | None, typer.Option(help="Join token; better as FEDMOE_TOKEN.", show_default=False)] = None,
-    admin_token: Annotated[
-        str | None, typer.Option(help="Admin token; better as FEDMOE_ADMIN_TOKEN.", show_default=False)
-    ] = None,
-    insecure: Annotated[bool | None, typer.Option("--insecure", help="Ask for no token, even off loopback.")] = None,
-    allow_network_fs: Annotated[
-        bool | None, typer.Option("--allow-network-fs", help="Accept a state directory on a network file system.")
-    ] = None,
-    skip_damaged: Annotated[
-        bool | None,
-        typer.Option("--skip-damaged", help="Start, this once, without updates and rows whose bytes are damaged."),
-    ] = None,
-    accept_older_journal: Annotated[
-        bool | None,
-        typer.Option(
-            "--accept-older-journal", help="Start, this once, from a journal that lacks acknowledged updates."
-        ),
-    ] = None,
-    tls_cert: Annotated[str | None, typer.Option(help="TLS certificate chain (PEM).")] = None,
-    tls_key: Annotated[str | None, typer.Option(help="TLS private key (PEM).")] = None,
-) -> None:
+_OPTIONS: Mapping[str, OptionText] = {
+    "host": "Address to listen on. [default: 127.0.0.1]",
+    "port": f"Port. [default: {DEFAULT_PORT}]",
+    "state_dir": "Journal and blobs. [default: runs/coordinator]",
+    "enable_gateway": "Make a gateway of all experts. [default: on]",
+    "strategy": "How experts are merged: weighted_average (default), sum, concat, scaled, regmean.",
+    "gateway_rank": "Cut the gateway to this rank. [default: exact; regmean: by energy, up to 64]",
+    "evaluation_gate": "Publish a gateway only if evaluators' held-out losses allow it. [default: off]",
+    "gate_tolerance": "Share of its gain that the worst domain may lose. [default: 0.01]",
+    "gate_seconds": "Seconds that evaluators have to score candidates. [default: 300]",
+    "start_from": "Experts start from: initial (default), or gateway, again after every merge.",
+    "merge_after": "Steps before an expert is merged and rebased onto the gateway. [default: 10]",
+    "fold_staleness": "Weight of a merge by how many merges it missed; as --staleness. [default: constant]",
+    "server_learning_rate": "lr in: expert += lr * s(staleness) * delta.",
+    "server_optimizer": "What applies updates: sgd (default), nesterov or adam.",
+    "buffer_size": "Updates averaged into one step. [default: 1]",
+    "clip_norm": "Scale updates down to this multiple of the usual norm. [default: never]",
+    "hold_norm": "Hold updates above this multiple of the usual norm for an admin; 0: none. [default: 50]",
+    "staleness": "Weight of stale updates: constant, polynomial (default), hinge or exponential.",
+    "max_staleness": "Refuse updates older than this. [default: none]",
+    "keep_updates": "Updates per expert that can be undone; older bytes are deleted. [default: all]",
+    "max_parameters": "Parameters that an expert may have. [default: 268435456, 1 GiB in fp32]",
+    "max_experts": "Experts that there may be, retired ones not counted. [default: 1024]",
+    "keep_gb": "GB of updates' bytes to keep. [default: half of what was free at the first start]",
+    "min_sync_interval": (
+        "Refuse pushes that a worker makes to an expert sooner than this, in seconds. [default: advise 1]"
+    ),
+    "requests_per_second": "Requests that one token may make in a second, on average; 0: no limit. [default: 100]",
+    "json_limit": "Numbers that an answer in JSON may have; more only as safetensors. [default: 8000000]",
+    "token": JOIN_TOKEN,
+    "admin_token": typer.Option(help="Admin token; better as FEDMOE_ADMIN_TOKEN.", show_default=False),
+    "insecure": typer.Option("--insecure", help="Ask for no token, even off loopback."),
+    "allow_network_fs": typer.Option("--allow-network-fs", help="Accept a state directory on a network file system."),
+    "skip_damaged": typer.Option(
+        "--skip-damaged", help="Start, this once, without updates and rows whose bytes are damaged."
+    ),
+    "accept_older_journal": typer.Option(
+        "--accept-older-journal", help="Start, this once, from a journal that lacks acknowledged updates."
+    ),
+    "tls_cert": "TLS certificate chain (PEM).",
+    "tls_key": "TLS private key (PEM).",
+}
+
+
+@configured(CoordinatorConfig, _OPTIONS)
+def coordinator(config: CoordinatorConfig) -> None:
     """Start a coordinator: keeps the experts, lands updates on them, makes the gateway."""
-    config = CoordinatorConfig(**given(**locals()))  # type: ignore[arg-type]
     check_tls(config.tls_cert, config.tls_key)
     configure()
     log_uncaught()

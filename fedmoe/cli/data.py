@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmoe.cli.base_model import given_template
-from fedmoe.cli.options import AsJson, ChatTemplateFile, ChatTemplateKwargs, DataMap, LongRows
+from fedmoe.cli.options import AsJson, ChatTemplateFile, ChatTemplateKwargs, DataMap, LongRows, given_template
 from fedmoe.cli.output import CommandError, show_json, show_table
 
 if TYPE_CHECKING:
     from fedmoe.datasets.report import DataReport
-    from fedmoe.datasets.row_scan import RowOptions
+    from fedmoe.models.base import ChatTemplate
+    from fedmoe.models.prepare_data import DataOptions
 
 _SHOWN_FROM = 2_000
 
@@ -68,11 +68,14 @@ def check(
     if base_model is None:
         needing = {"--max-length": max_length, "--long-rows": long_rows, "--chat-template": chat_template}
         needing |= {"--chat-template-kwargs": chat_template_kwargs}
-        for flag in (flag for flag, value in needing.items() if value is not None):
+        if flag := next((flag for flag, value in needing.items() if value is not None), ""):
             raise CommandError(f"{flag} needs --base-model: without one there are no tokens to count")
         report = check_file(file, rows)
     else:
-        report = _report_for(base_model, file, max_length, rows, long_rows, chat_template, chat_template_kwargs)
+        chat = given_template(chat_template, chat_template_kwargs)
+        from fedmoe.models.prepare_data import DataOptions
+
+        report = _report_for(base_model, file, max_length, DataOptions.of(rows, long_rows), chat)
     if as_json:
         show_json(report.to_json())
     else:
@@ -82,24 +85,16 @@ def check(
 
 
 def _report_for(
-    base_model: str,
-    file: str,
-    max_length: int | None,
-    rows: RowOptions,
-    long_rows: str | None,
-    chat_template: str | None,
-    chat_template_kwargs: str | None,
+    base_model: str, file: str, max_length: int | None, options: DataOptions, chat: ChatTemplate
 ) -> DataReport:
-    chat = given_template(chat_template, chat_template_kwargs)
     from fedmoe.datasets.row_scan import check_beginning
     from fedmoe.models.base import load_tokenizer
-    from fedmoe.models.prepare_data import DataOptions, prepare_samples
+    from fedmoe.models.prepare_data import prepare_samples
     from fedmoe.models.step_memory import resolve_max_length
     from fedmoe.runtime.cache import cache_folder
     from fedmoe.runtime.device import pin_threads
 
-    options = DataOptions.of(rows, long_rows)
-    check_beginning(file, rows)
+    check_beginning(file, options.rows)
     tokenizer, context = load_tokenizer(base_model, chat)
     length = resolve_max_length(max_length, context)
     cache = cache_folder("tokens")

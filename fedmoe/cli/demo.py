@@ -36,20 +36,14 @@ def demo(
         aside = out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         out.rename(aside)
         print(f"moved the earlier run to {aside}")
-    _check_same_plan(plan.folder, {"base_model": base_model, "steps": steps})
+    # A run continues only with the plan it began with.
+    out.mkdir(parents=True, exist_ok=True)
+    file, chosen = out / "plan.json", {"base_model": base_model, "steps": steps}
+    before = json.loads(file.read_text()) if file.exists() else chosen
+    if before != chosen:
+        raise CommandError(f"{out} was begun with {before}, not {chosen}; pass --fresh or choose another --out")
+    file.write_text(json.dumps(chosen))
     try:
         run_demo(plan, Console())
     except KeyboardInterrupt:
         raise CommandError("stopped; run the same command again to continue") from None
-
-
-def _check_same_plan(folder: Path, plan: dict[str, object]) -> None:
-    """A run continues only with the plan it began with."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "plan.json"
-    if not file.exists():
-        file.write_text(json.dumps(plan))
-        return
-    before = json.loads(file.read_text())
-    if before != plan:
-        raise CommandError(f"{folder} was begun with {before}, not {plan}; pass --fresh or choose another --out")

@@ -8,7 +8,7 @@ import resource
 import shutil
 import sqlite3
 import sys
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -37,24 +37,14 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check machine, packages, GPU, and the way to the coordinator; every problem comes with its fix."""
-    checks: list[Callable[[], Finding]] = [
-        lambda: Finding("Python", "ok", sys.version.split()[0]),
-        _sqlite,
-        _disk,
-        _memory,
-        _limits,
-        _threads,
-        lambda: _package("torch", "pip install 'fedmoe[worker]'"),
-        lambda: _package("transformers", "pip install 'fedmoe[worker]'"),
-        _device,
-    ]
-    findings = [*(check() for check in checks), *coordinator_findings(coordinator_url, token)]
+    findings = [Finding("Python", "ok", sys.version.split()[0]), _sqlite(), _disk(), _memory(), _limits(), _threads()]
+    findings += [_package("torch"), _package("transformers"), _device(), *coordinator_findings(coordinator_url, token)]
     if hub:
         findings.append(hub_finding())
     if dataset is not None:
         findings.append(_dataset(dataset))
     if as_json:
-        show_json([{"what": f.what, "state": f.state, "found": f.found, "fix": f.fix} for f in findings])
+        show_json([asdict(finding) for finding in findings])
     else:
         for finding in findings:
             fix = f"  -> {finding.fix}" if finding.fix else ""
@@ -64,16 +54,13 @@ def doctor(
 
 
 def _sqlite() -> Finding:
-    if sqlite3.sqlite_version_info >= _SOUND_SQLITE:
-        return Finding("SQLite", "ok", sqlite3.sqlite_version)
     fix = "fine with one coordinator per state directory; do not open its journal while it runs, keep it off NFS"
-    return Finding("SQLite", "note", sqlite3.sqlite_version, fix)
+    return Finding.judged("SQLite", sqlite3.sqlite_version, sqlite3.sqlite_version_info >= _SOUND_SQLITE, fix)
 
 
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free
-    shown = f"{free / 2**30:.1f} GiB free here"
-    return Finding("disk", "ok", shown) if free > _LEAST_DISK else Finding("disk", "problem", shown, "free some space")
+    return Finding.judged("disk", f"{free / 2**30:.1f} GiB free here", free > _LEAST_DISK, "free some space", "problem")
 
 
 def _memory() -> Finding:
@@ -82,20 +69,16 @@ def _memory() -> Finding:
     machine = machine_memory()
     if limit.total < machine:
         shown += f" to this container, of a machine with {machine / 2**30:.1f} GiB"
-    if limit.available >= _LEAST_MEMORY:
-        return Finding("memory", "ok", shown)
     fix = "end other programs, or give the container more (docker run --memory); a coordinator needs about 0.5 GiB"
-    return Finding("memory", "note", shown, fix)
+    return Finding.judged("memory", shown, limit.available >= _LEAST_MEMORY, fix)
 
 
 def _limits() -> Finding:
     """What this process may use of the machine, by its container and its shell."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     shown = f"{usable_cores():g} of {os.cpu_count() or 1} cores, {files} open files"
-    if files == resource.RLIM_INFINITY or files >= _LEAST_FILES:
-        return Finding("limits", "ok", shown)
     fix = f"raise it before the start: ulimit -n {_LEAST_FILES}; each connection of a coordinator takes one"
-    return Finding("limits", "note", shown, fix)
+    return Finding.judged("limits", shown, files == resource.RLIM_INFINITY or files >= _LEAST_FILES, fix)
 
 
 def _threads() -> Finding:
@@ -106,11 +89,12 @@ def _threads() -> Finding:
     return Finding("threads", "problem", f"{chosen.reason} is no number of threads", "unset it, or set it to 1 or more")
 
 
-def _package(name: str, fix: str) -> Finding:
+def _package(name: str) -> Finding:
     try:
         return Finding(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name, "note", "not installed; a coordinator does not need it", f"for a worker: {fix}")
+        fix = "for a worker: pip install 'fedmoe[worker]'"
+        return Finding(name, "note", "not installed; a coordinator does not need it", fix)
 
 
 def _device() -> Finding:
@@ -128,9 +112,8 @@ def _device() -> Finding:
     if free is None:
         return Finding("device", "ok", shown)
     shown += f", {free[0] / 2**30:.1f} of {free[1] / 2**30:.1f} GiB free"
-    if free[0] >= _LEAST_MEMORY:
-        return Finding("device", "ok", shown)
-    return Finding("device", "note", shown, "nvidia-smi shows what holds it; end that, or choose another with --device")
+    fix = "nvidia-smi shows what holds it; end that, or choose another with --device"
+    return Finding.judged("device", shown, free[0] >= _LEAST_MEMORY, fix)
 
 
 def _dataset(path: Path) -> Finding:

@@ -37,6 +37,11 @@ class Finding:
     found: str
     fix: str = ""
 
+    @classmethod
+    def judged(cls, what: str, found: str, good: bool, fix: str, state: str = "note") -> Finding:
+        """All is well, or `state` and what to do."""
+        return cls(what, "ok", found) if good else cls(what, state, found, fix)
+
 
 def coordinator_findings(url: str, token: str | None) -> Iterator[Finding]:
     """The way to a coordinator, from the proxy to the answer; what stands in the way of the rest ends it."""
@@ -110,10 +115,8 @@ def port_holder(host: str, port: int) -> str | None:
 
 def _clock(ahead: float) -> Finding:
     shown = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the coordinator's"
-    if abs(ahead) < _CLOCK_SECONDS:
-        return Finding("clock", "ok", shown)
     fix = "let both machines set their clocks by the network (timedatectl set-ntp true); tokens expire by them"
-    return Finding("clock", "problem", shown, fix)
+    return Finding.judged("clock", shown, abs(ahead) < _CLOCK_SECONDS, fix, "problem")
 
 
 def _certificate(host: str, port: int) -> Finding:
@@ -137,10 +140,8 @@ def _certificate(host: str, port: int) -> Finding:
     except (OSError, KeyError, ValueError) as error:
         return Finding("TLS", "problem", f"{inert(str(error))}, {shown}", "see the line `coordinator`")
     left = end - time.time()
-    days = f"{shown}, valid for {left / 86400:.0f} days"
-    if left < _EXPIRES_SOON:
-        return Finding("TLS", "note", days, "make a new certificate, and restart the coordinator with it")
-    return Finding("TLS", "ok", days)
+    fix = "make a new certificate, and restart the coordinator with it"
+    return Finding.judged("TLS", f"{shown}, valid for {left / 86400:.0f} days", left >= _EXPIRES_SOON, fix)
 
 
 def fingerprint(host: str, port: int) -> str:
@@ -173,6 +174,5 @@ def hub_finding() -> Finding:
         return Finding("hub", "problem", f"{endpoint} does not answer ({reason})", folders)
     if status in (401, 403):
         return Finding("hub", "problem", f"{endpoint} answered {status}", "set HF_TOKEN, or let the proxy pass it")
-    if status != 200:
-        return Finding("hub", "problem", f"{endpoint} answered {status}", f"set HF_ENDPOINT to a hub, or {folders}")
-    return Finding("hub", "ok", endpoint)
+    shown = endpoint if status == 200 else f"{endpoint} answered {status}"
+    return Finding.judged("hub", shown, status == 200, f"set HF_ENDPOINT to a hub, or {folders}", "problem")

@@ -6,20 +6,20 @@ from typing import Annotated
 
 import typer
 
-from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, Token, client
-from fedmoe.cli.output import CommandError, say, show_json, show_table
+from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, Token, with_client
+from fedmoe.cli.output import CommandError, show, show_json, show_table
+from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.experts import ExpertInfo, ExpertListing, HeldOutInfo
 from fedmoe.wire.contract.messages import ChangeResult
 
 app = typer.Typer()
+ExpertArgument = Annotated[str, typer.Argument(help="Which expert.")]
+Reason = Annotated[str, typer.Option(help="Kept in the journal.")]
 
 
 @app.callback(invoke_without_command=True)
 def experts(
-    context: typer.Context,
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: Token = None,
-    as_json: AsJson = False,
+    context: typer.Context, coordinator_url: CoordinatorUrl = DEFAULT_URL, token: Token = None, as_json: AsJson = False
 ) -> None:
     """List, make, rename and retire experts; without a further word it lists them."""
     if context.invoked_subcommand is None:
@@ -27,10 +27,10 @@ def experts(
 
 
 @app.command("list")
-def list_experts(coordinator_url: CoordinatorUrl = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+@with_client()
+def list_experts(api: CoordinatorClient, as_json: AsJson = False) -> None:
     """List every expert, its workers, and the gateway."""
-    with client(coordinator_url, token) as api:
-        listing = api.list_experts(retired=True)
+    listing = api.list_experts(retired=True)
     show_listing(listing, as_json)
 
 
@@ -81,18 +81,17 @@ def _held_out(losses: HeldOutInfo | None) -> str:
 
 
 @app.command()
+@with_client()
 def create(
+    api: CoordinatorClient,
     names: Annotated[list[str], typer.Argument(help="Names of the experts to make.")],
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: Token = None,
     as_json: AsJson = False,
 ) -> None:
     """Make experts with the LoRA configuration of those there are (the first one is made by its first worker)."""
-    with client(coordinator_url, token) as api:
-        manifest = api.federation().manifest
-        if manifest is None:
-            raise CommandError("this federation has no LoRA configuration yet; start its first worker instead")
-        made = [api.register(name, "operator", manifest.manifest()) for name in names]
+    manifest = api.federation().manifest
+    if manifest is None:
+        raise CommandError("this federation has no LoRA configuration yet; start its first worker instead")
+    made = [api.register(name, "operator", manifest.manifest()) for name in names]
     if as_json:
         show_json([expert.model_dump(mode="json") for expert in made])
     else:
@@ -101,68 +100,53 @@ def create(
 
 
 @app.command()
+@with_client(AdminToken)
 def rename(
-    expert: Annotated[str, typer.Argument(help="Which expert.")],
+    api: CoordinatorClient,
+    expert: ExpertArgument,
     name: Annotated[str, typer.Argument(help="The name it goes by from now on.")],
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: AdminToken = None,
     as_json: AsJson = False,
 ) -> None:
     """Give an expert another name; workers that still use the former one are served as before."""
-    with client(coordinator_url, token) as api:
-        _show_expert(api.rename_expert(expert, name), f"{expert} is now {name}", as_json)
+    changed = api.rename_expert(expert, name)
+    show(changed, as_json, f"{expert} is now {name}, at version {changed.version}")
 
 
 @app.command()
-def retire(
-    expert: Annotated[str, typer.Argument(help="Which expert.")],
-    reason: Annotated[str, typer.Option(help="Kept in the journal.")] = "",
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: AdminToken = None,
-    as_json: AsJson = False,
-) -> None:
+@with_client(AdminToken)
+def retire(api: CoordinatorClient, expert: ExpertArgument, reason: Reason = "", as_json: AsJson = False) -> None:
     """Take an expert out of the gateway and refuse its updates; what it is stays."""
-    with client(coordinator_url, token) as api:
-        _show_expert(api.retire_expert(expert, reason), f"{expert} is retired", as_json)
+    changed = api.retire_expert(expert, reason)
+    show(changed, as_json, f"{expert} is retired, at version {changed.version}")
 
 
 @app.command()
-def unretire(
-    expert: Annotated[str, typer.Argument(help="Which expert.")],
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: AdminToken = None,
-    as_json: AsJson = False,
-) -> None:
+@with_client(AdminToken)
+def unretire(api: CoordinatorClient, expert: ExpertArgument, as_json: AsJson = False) -> None:
     """Bring a retired expert back as it was."""
-    with client(coordinator_url, token) as api:
-        _show_expert(api.unretire_expert(expert), f"{expert} is back", as_json)
+    changed = api.unretire_expert(expert)
+    show(changed, as_json, f"{expert} is back, at version {changed.version}")
 
 
-def _show_expert(expert: ExpertInfo, done: str, as_json: bool) -> None:
-    if as_json:
-        show_json(expert)
-    else:
-        say(f"{done}, at version {expert.version}")
-
-
+@with_client(AdminToken)
 def rollback(
-    expert: Annotated[str, typer.Argument(help="Which expert.")],
+    api: CoordinatorClient,
+    expert: ExpertArgument,
     to_version: Annotated[int, typer.Argument(help="The version whose content it gets.")],
     digest: Annotated[
         str | None, typer.Option(help="Its digest (12 digits or more): refused if that version is another one here.")
     ] = None,
-    reason: Annotated[str, typer.Option(help="Kept in the journal.")] = "",
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: AdminToken = None,
+    reason: Reason = "",
     as_json: AsJson = False,
 ) -> None:
     """Give an expert the content of an earlier version, as a new version."""
-    with client(coordinator_url, token) as api:
-        _show_change(api.roll_back(expert, to_version, reason, digest), as_json)
+    _show_change(api.roll_back(expert, to_version, reason, digest), as_json)
 
 
+@with_client(AdminToken)
 def retract(
-    expert: Annotated[str, typer.Argument(help="Which expert.")],
+    api: CoordinatorClient,
+    expert: ExpertArgument,
     worker: Annotated[str, typer.Argument(help="Whose updates to take out.")],
     erase: Annotated[
         bool,
@@ -170,20 +154,13 @@ def retract(
             "--erase", help="Delete their bytes, and the statistics that the worker sent of its data, for good."
         ),
     ] = False,
-    reason: Annotated[str, typer.Option(help="Kept in the journal.")] = "",
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: AdminToken = None,
+    reason: Reason = "",
     as_json: AsJson = False,
 ) -> None:
     """Take all updates of one worker out of an expert, by replaying the journal without them."""
-    with client(coordinator_url, token) as api:
-        _show_change(api.retract(expert, worker, reason, erase), as_json)
+    _show_change(api.retract(expert, worker, reason, erase), as_json)
 
 
 def _show_change(change: ChangeResult, as_json: bool) -> None:
-    if as_json:
-        show_json(change)
-    else:
-        print(f"{change.expert} is now version {change.version}, {change.removed} updates fewer ({change.digest[:12]})")
-        if change.note:
-            say(change.note)
+    done = f"{change.expert} is now version {change.version}, {change.removed} updates fewer ({change.digest[:12]})"
+    show(change, as_json, done, *([change.note] if change.note else []))

@@ -9,7 +9,6 @@ from typing import Annotated, TextIO
 
 import typer
 
-from fedmoe.cli.base_model import given_template, loaded
 from fedmoe.cli.experts import show_listing
 from fedmoe.cli.gateway_evaluate import evaluate
 from fedmoe.cli.gateway_export import GATEWAY, export, pull
@@ -21,6 +20,9 @@ from fedmoe.cli.options import (
     CoordinatorUrl,
     Token,
     client,
+    given_template,
+    loaded,
+    with_client,
 )
 from fedmoe.cli.output import CommandError, say, show_json, show_table
 from fedmoe.cli.serve import serve
@@ -29,16 +31,16 @@ from fedmoe.lora.diagnostics import audit as merge_audit
 from fedmoe.lora.formats import npz_bytes
 from fedmoe.runtime.files import write_atomic
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.contract.experts import GatewayInfo, OnlineGatewayInfo
+from fedmoe.wire.contract.experts import GatewayInfo
 
 app = typer.Typer(help="Look at the gateway, save it, export it, try it.", no_args_is_help=True)
 
 
 @app.command()
-def info(coordinator_url: CoordinatorUrl = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+@with_client()
+def info(api: CoordinatorClient, as_json: AsJson = False) -> None:
     """Print the gateway's version, sources and shapes."""
-    with client(coordinator_url, token) as api:
-        _show_info(api.gateway_info(), as_json)
+    _show_info(api.gateway_info(), as_json)
 
 
 def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
@@ -54,33 +56,28 @@ def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
     if gateway.statistics_tokens:
         moments = ", ".join(f"{name} {tokens:,}" for name, tokens in gateway.statistics_tokens.items())
         say(f"  input moments of so many tokens: {moments}")
-    if gateway.living is not None:
-        _show_living(gateway.living)
+    if (online := gateway.living) is not None:
+        last = ", ".join(f"{name} (staleness {tau})" for name, tau in online.staleness.items())
+        say(f"  {online.folds} folds" + (f", the last of {last} in {online.seconds:.1f} s" if last else ""))
+        for name, left in online.departures.items():
+            say(f"  {name} left after fold {left.gateway} as v{left.version}, {left.steps} steps since")
     for note in gateway.notes:
         say(f"  note: {note}")
     for name, reason in gateway.left_out.items():
         say(f"  left out: {name} ({reason})")
-    if gateway.gate is not None:
-        say(f"  gate: {gateway.gate.reason}")
-        say(f"  gate: {gateway.gate.status}; evaluators: {', '.join(gateway.gate.evaluators) or 'none'}")
-
-
-def _show_living(living: OnlineGatewayInfo) -> None:
-    last = ", ".join(f"{name} (staleness {tau})" for name, tau in living.staleness.items())
-    say(f"  {living.folds} folds" + (f", the last of {last} in {living.seconds:.1f} s" if last else ""))
-    for name, left in living.departures.items():
-        say(f"  {name} left after fold {left.gateway} as v{left.version}, {left.steps} steps since")
+    if (gate := gateway.gate) is not None:
+        say(f"  gate: {gate.reason}")
+        say(f"  gate: {gate.status}; evaluators: {', '.join(gate.evaluators) or 'none'}")
 
 
 @app.command()
+@with_client()
 def save(
+    api: CoordinatorClient,
     file: Annotated[Path, typer.Argument(help="The npz file to write.")] = Path("gateway_model.npz"),
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: Token = None,
 ) -> None:
     """Save the gateway as npz: lora_A, lora_B, version, module names and offsets."""
-    with client(coordinator_url, token) as api:
-        _save(api, file, sys.stdout)
+    _save(api, file, sys.stdout)
 
 
 def _save(api: CoordinatorClient, file: Path, out: TextIO) -> None:
@@ -91,13 +88,13 @@ def _save(api: CoordinatorClient, file: Path, out: TextIO) -> None:
 
 
 @app.command()
-def audit(coordinator_url: CoordinatorUrl = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+@with_client()
+def audit(api: CoordinatorClient, as_json: AsJson = False) -> None:
     """Show how large the experts are, how much each two of them share, and which rank their sum will need."""
-    with client(coordinator_url, token) as api:
-        names = [expert.name for expert in api.list_experts().experts]
-        if not names:
-            raise CommandError("this federation has no experts yet; start a worker first")
-        report = merge_audit({name: pull(api, name).adapter for name in names})
+    names = [expert.name for expert in api.list_experts().experts]
+    if not names:
+        raise CommandError("this federation has no experts yet; start a worker first")
+    report = merge_audit({name: pull(api, name).adapter for name in names})
     if as_json:
         show_json(asdict(report))
     else:
@@ -118,13 +115,14 @@ def _cosines(overlap: Overlap) -> str:
     return f"{overlap.median:.2f}, {overlap.maximum:.2f}"
 
 
-app.command()(export)
-app.command()(evaluate)
-app.command()(serve)
+for command in (export, evaluate, serve):
+    app.command()(command)
 
 
 @app.command()
+@with_client()
 def generate(
+    api: CoordinatorClient,
     prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
     base_model: Annotated[str, typer.Option(help="The federation's base model: smollm2, a folder or a hub id.")],
     expert: Annotated[str, typer.Option(help="An expert's name, or 'gateway'.")] = GATEWAY,
@@ -132,16 +130,13 @@ def generate(
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
     chat_template: ChatTemplateFile = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: Token = None,
 ) -> None:
     """Load the gateway (or an expert) on its base model and let it answer."""
     from fedmoe.models.training_config import LoraConfig
     from fedmoe.qwen_finetune import QwenLoRAExpert
 
     chat = given_template(chat_template, chat_template_kwargs)
-    with client(coordinator_url, token) as api:
-        adapter = pull(api, expert).adapter
+    adapter = pull(api, expert).adapter
     targets = tuple(sorted({module.name for module in adapter.layout.modules}))
     config = LoraConfig(adapter.rank, adapter.alpha, target_modules=targets)
     model = QwenLoRAExpert(loaded(base_model, device, chat), config)

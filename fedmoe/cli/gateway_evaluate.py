@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmoe.cli.base_model import given_template, loaded
-from fedmoe.cli.gateway_export import GATEWAY, base_of, pull
+from fedmoe.cli.gateway_export import GATEWAY, base_of, check_weights, pull
 from fedmoe.cli.options import (
-    DEFAULT_URL,
     AsJson,
     ChatTemplateFile,
     ChatTemplateKwargs,
-    CoordinatorUrl,
     DataMap,
-    Token,
-    client,
+    given_template,
+    loaded,
+    with_client,
 )
 from fedmoe.cli.output import CommandError, importing, show_json, show_table
 from fedmoe.gateway.routers import SequenceRouter
@@ -32,8 +30,8 @@ from fedmoe.runtime.files import write_atomic
 from fedmoe.wire.client import CoordinatorClient
 
 if TYPE_CHECKING:
-    from fedmoe.datasets.report import DataReport
     from fedmoe.datasets.row_scan import RowOptions
+    from fedmoe.datasets.tokens.packing import Block
     from fedmoe.gateway.losses import LossMatrix
     from fedmoe.gateway.retained_gain import RetainedGains
     from fedmoe.models.base import LoadedBase
@@ -44,7 +42,9 @@ ROUTED = "routed"
 _RESERVED = frozenset({"base", GATEWAY, ROUTED})
 
 
+@with_client()
 def evaluate(
+    api: CoordinatorClient,
     base_model: Annotated[str, typer.Option(help="The federation's base model: smollm2, a folder or a hub id.")],
     domains: Annotated[
         list[str],
@@ -64,8 +64,6 @@ def evaluate(
     chat_template: ChatTemplateFile = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the results into this PNG file.")] = None,
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: Token = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure base model, every expert and the gateway on every domain, and how much of each gain the gateway keeps.
@@ -74,24 +72,33 @@ def evaluate(
     its first 32 tokens are routed to.
     """
     from fedmoe.datasets.row_scan import RowOptions
+    from fedmoe.gateway.evaluate import held_out_blocks
+    from fedmoe.gateway.evaluation_report import own_experts
+    from fedmoe.gateway.retained_gain import retained_gains
+    from fedmoe.models.prepare_data import DataOptions
 
     rows = RowOptions.mapping(map or ())
     files = _files(domains, rows)
     chat = given_template(chat_template, chat_template_kwargs)
-    with client(coordinator_url, token) as api:
-        adapters, identity = _models(api)
-        prompts = _prompt_statistics(api, adapters.keys())
+    adapters, identity = _models(api)
+    prompts = _prompt_statistics(api, adapters.keys())
     base = loaded(base_model, device, chat)
-    matrix = _measure(base, identity, adapters, (files, rows), (blocks, max_length, batch_size), prompts)
-    retained = _retained(matrix, [name for name in (GATEWAY, ROUTED) if name in matrix.models])
-    if as_json:
-        from fedmoe.gateway.evaluation_report import report_json
-
-        show_json(report_json(matrix, retained))
-    else:
-        _show(matrix, retained)
+    check_weights("the experts were", identity, base.identity.name, base.identity.weights_hash)
+    held_out = {
+        name: held_out_blocks(file, base, max_length, blocks, DataOptions(rows), lambda report: _note(report.text))
+        for name, file in files.items()
+    }
+    matrix = _measure(base, adapters, held_out, batch_size, prompts)
+    own, judged = own_experts(matrix.domains, matrix.models), [m for m in (GATEWAY, ROUTED) if m in matrix.models]
+    # None without a model to judge or a domain with an own expert.
+    gains = retained_gains(matrix, own, judged) if own and judged else None
+    _show(matrix, gains, as_json)
     if plot is not None:
-        _draw(plot, matrix, retained, identity.name)
+        _draw(plot, matrix, gains, identity.name)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _files(domains: Sequence[str], rows: RowOptions) -> dict[str, str]:
@@ -117,7 +124,7 @@ def _models(api: CoordinatorClient) -> tuple[dict[str, Adapter], BaseModel]:
     listing = api.list_experts()
     experts = [expert.name for expert in listing.experts]
     for name in sorted(_RESERVED.intersection(experts)):
-        print(f"warning: the expert {name} is left out: here {name} means something else", file=sys.stderr)
+        _note(f"warning: the expert {name} is left out: here {name} means something else")
     names = [name for name in experts if name not in _RESERVED] + ([GATEWAY] if listing.gateway else [])
     if not names:
         raise CommandError("this federation has no experts yet; start a worker first")
@@ -128,7 +135,7 @@ def _models(api: CoordinatorClient) -> tuple[dict[str, Adapter], BaseModel]:
 def _prompt_statistics(api: CoordinatorClient, models: Set[str]) -> dict[str, PromptStatistics]:
     """What the workers of the experts in `models` tell of their prompts; empty where nothing can be routed."""
     if GATEWAY not in models:
-        print("not routed: this federation has no gateway", file=sys.stderr)
+        _note("not routed: this federation has no gateway")
         return {}
     statistics = {}
     for expert in api.list_experts().experts:
@@ -137,68 +144,46 @@ def _prompt_statistics(api: CoordinatorClient, models: Set[str]) -> dict[str, Pr
         try:
             statistics[expert.name] = PromptStatistics.from_bytes(api.data_statistics(expert.name, "prompts"))
         except (CodecError, RefusedError) as error:
-            print(f"warning: nothing is routed to {expert.name}: {error}", file=sys.stderr)
+            _note(f"warning: nothing is routed to {expert.name}: {error}")
     if len(statistics) < 2:
-        print("not routed: fewer than two experts have prompt statistics", file=sys.stderr)
+        _note("not routed: fewer than two experts have prompt statistics")
     return statistics if len(statistics) > 1 else {}
 
 
 def _measure(
     base: LoadedBase,
-    identity: BaseModel,
     adapters: Mapping[str, Adapter],
-    data: tuple[Mapping[str, str], RowOptions],
-    sizes: tuple[int, int | None, int],
+    held_out: Mapping[str, Sequence[Block]],
+    batch_size: int,
     prompts: Mapping[str, PromptStatistics],
 ) -> LossMatrix:
     from fedmoe.gateway.evaluate import evaluate as measure
-    from fedmoe.gateway.evaluate import held_out_blocks, routed_to
-    from fedmoe.models.prepare_data import DataOptions
+    from fedmoe.gateway.evaluate import routed_to
 
-    limit, max_length, batch_size = sizes
-    if base.identity.weights_hash != identity.weights_hash:
-        raise CommandError(
-            f"the experts were trained on {identity.name} (weights {identity.weights_hash[:12]}), but "
-            f"{base.identity.name} has weights {base.identity.weights_hash[:12]}; name the federation's base "
-            "model with --base-model"
-        )
-    files, rows = data
-    held_out = {
-        name: held_out_blocks(file, base, max_length, limit, DataOptions(rows), _tell) for name, file in files.items()
-    }
-    matrix = measure(base, adapters, held_out, batch_size, lambda line: print(line, file=sys.stderr))
+    matrix = measure(base, adapters, held_out, batch_size, _note)
     if not prompts:
         return matrix
     choices = routed_to(base, SequenceRouter.fit(prompts), adapters, held_out, GATEWAY)
     return matrix.with_rows({ROUTED: matrix.routed(choices)})
 
 
-def _tell(report: DataReport) -> None:
-    print(report.text, file=sys.stderr)
+def _show(matrix: LossMatrix, gains: RetainedGains | None, as_json: bool) -> None:
+    from fedmoe.gateway.evaluation_report import loss_table, report_json, retained_table
 
-
-def _retained(matrix: LossMatrix, models: Sequence[str]) -> RetainedGains | None:
-    """What the models keep of the experts' gains; None without a model to judge or a domain with an own expert."""
-    from fedmoe.gateway.evaluation_report import own_experts
-    from fedmoe.gateway.retained_gain import retained_gains
-
-    own = own_experts(matrix.domains, matrix.models)
-    return retained_gains(matrix, own, models) if own and models else None
-
-
-def _show(matrix: LossMatrix, gains: RetainedGains | None) -> None:
-    from fedmoe.gateway.evaluation_report import loss_table, retained_table
-
+    if as_json:
+        show_json(report_json(matrix, gains))
+        return
     show_table("Held-out loss (nats per token)", *loss_table(matrix))
     if gains is not None:
         show_table("Gain kept, with 95 % intervals", *retained_table(gains))
         for warning in gains.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            _note(f"warning: {warning}")
 
 
 def _draw(file: Path, matrix: LossMatrix, gains: RetainedGains | None, base: str) -> None:
     with importing("charts"):
-        from fedmoe.monitor.charts.gateway import GatewayResults, gateway_chart
+        from fedmoe.monitor.charts.gateway import GatewayResults, gateway_figure
+        from fedmoe.monitor.picture import png
     from fedmoe.monitor.arena_series import Estimate
 
     domains = gains.domains if gains is not None else ()
@@ -214,5 +199,5 @@ def _draw(file: Path, matrix: LossMatrix, gains: RetainedGains | None, base: str
         f"{base}  ·  held-out tokens: " + ", ".join(f"{name} {count:,}" for name, count in matrix.tokens.items()),
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, gateway_chart(results), 0o644)
-    print(f"drew {file}", file=sys.stderr)
+    write_atomic(file, png(gateway_figure(results)), 0o644)
+    _note(f"drew {file}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmoe.cli.options import DEFAULT_URL, CoordinatorUrl, Token, client
+from fedmoe.cli.options import with_client
 from fedmoe.cli.output import CommandError, importing
 from fedmoe.lora.manifest import BaseModel
 from fedmoe.wire.client import CoordinatorClient, PulledExpert, PulledGateway
@@ -19,16 +19,13 @@ if TYPE_CHECKING:
 GATEWAY = "gateway"
 
 
-class Format(StrEnum):
-    """What an export writes."""
-
-    peft = "peft"
-    npz = "npz"
-    merged = "merged"
-    gguf_lora = "gguf-lora"
+#: What an export writes.
+Format = StrEnum("Format", {"peft": "peft", "npz": "npz", "merged": "merged", "gguf_lora": "gguf-lora"})
 
 
+@with_client()
 def export(
+    api: CoordinatorClient,
     target: Annotated[Path, typer.Argument(help="Folder (peft, merged) or file (npz, gguf-lora) to write.")],
     format: Annotated[
         Format,
@@ -44,12 +41,9 @@ def export(
         typer.Option(help="The federation's base model, for merged and gguf-lora; for peft a folder to name."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: Token = None,
 ) -> None:
     """Export the gateway or one expert for other tools, with a manifest of what it was made of."""
-    with client(coordinator_url, token) as api:
-        source = _source(api, expert)
+    source = _source(api, expert)
     if format in (Format.merged, Format.gguf_lora) and base_model is None:
         raise CommandError(f"--format {format} needs --base-model; {expert} belongs on {source.base.name}")
     facts = _write(source, format, target, base_model or "", force)
@@ -86,13 +80,17 @@ def _own_folder(source: ExportSource, base_model: str) -> Path | None:
     with importing("worker"):
         from fedmoe.models.base import prepare_base
         from fedmoe.models.identity import weights_hash
-    own_hash, trained_hash = weights_hash(prepare_base(base_model)), source.base.weights_hash
-    if own_hash != trained_hash:
-        raise CommandError(
-            f"{source.name} was trained on {source.base.name} (weights {trained_hash[:12]}), but {base_model} has "
-            f"weights {own_hash[:12]}; name the federation's base model with --base-model"
-        )
+    check_weights(f"{source.name} was", source.base, base_model, weights_hash(prepare_base(base_model)))
     return folder
+
+
+def check_weights(trained: str, base: BaseModel, name: str, weights_hash: str) -> None:
+    """Raise CommandError where the base model `name` has other weights than what was trained on."""
+    if weights_hash != base.weights_hash:
+        raise CommandError(
+            f"{trained} trained on {base.name} (weights {base.weights_hash[:12]}), but {name} has weights "
+            f"{weights_hash[:12]}; name the federation's base model with --base-model"
+        )
 
 
 def _source(api: CoordinatorClient, name: str) -> ExportSource:

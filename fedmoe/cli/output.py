@@ -75,31 +75,19 @@ def _misused(error: TyperException) -> NoReturn:
 
 def _expected_status(error: Exception) -> int | None:
     """The exit status of an error that users meet; None for our own bugs, which show their traceback."""
-    statuses = {
+    failures = (
+        *("StateDirError", "DataError", "OptionError", "LengthError", "BaseMismatchError", "TargetError"),
+        *("ParallelError", "WorkerCheckpointError", "OutboxError", "WorkerFailedError", "ServeError", "BackendError"),
+        *("ExportError", "KeyFileError", "ExpectedError", "OSError"),
+    )
+    statuses = dict.fromkeys(failures, EXIT_ERROR) | {
         "ConnectionSettingError": EXIT_USAGE,
-        "StateDirError": EXIT_ERROR,
+        "DivergedError": EXIT_DIVERGED,
+        "DeviceFailedError": EXIT_DEVICE,
         "StorageFailedError": EXIT_STORAGE,
         "MissingBlobError": EXIT_STORAGE,
         "CorruptBlobError": EXIT_STORAGE,
         "PortInUseError": EXIT_PORT_IN_USE,
-        "DataError": EXIT_ERROR,
-        "OptionError": EXIT_ERROR,
-        "LengthError": EXIT_ERROR,
-        "BaseMismatchError": EXIT_ERROR,
-        "TargetError": EXIT_ERROR,
-        "ParallelError": EXIT_ERROR,
-        "CheckpointError": EXIT_ERROR,
-        "WorkerCheckpointError": EXIT_ERROR,
-        "OutboxError": EXIT_ERROR,
-        "WorkerFailedError": EXIT_ERROR,
-        "DivergedError": EXIT_DIVERGED,
-        "DeviceFailedError": EXIT_DEVICE,
-        "ServeError": EXIT_ERROR,
-        "BackendError": EXIT_ERROR,
-        "ExportError": EXIT_ERROR,
-        "KeyFileError": EXIT_ERROR,
-        "ExpectedError": EXIT_ERROR,
-        "OSError": EXIT_ERROR,
     }
     # By name, so that this table loads none of the heavy modules that define them.
     return next((statuses[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in statuses), None)
@@ -123,16 +111,20 @@ def _option_problem(problem: Mapping[str, object]) -> str:
     return f"{name}: {message}" + ("" if hidden else f", got {value!r}")
 
 
-def given(**options: object) -> dict[str, object]:
-    """The options that were given on the command line; the others are left to environment variables and defaults."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def show_json(value: BaseModel | Mapping[str, object] | Sequence[object]) -> None:
     """Print one JSON document on standard output."""
     content = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     # JSON escapes all other control characters; this one stands in texts only.
     print(json.dumps(content, indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
+
+
+def show(answer: BaseModel, as_json: bool, *lines: str) -> None:
+    """Print an answer as JSON for programs, or these lines for people."""
+    if as_json:
+        show_json(answer)
+    else:
+        for line in lines:
+            say(line)
 
 
 def say(text: str) -> None:

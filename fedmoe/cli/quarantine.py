@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, client
-from fedmoe.cli.output import show_json, show_table
+from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, with_client
+from fedmoe.cli.output import show, show_json, show_table
+from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.administration import QuarantineListing
 
 app = typer.Typer()
@@ -27,10 +28,10 @@ def quarantine(
 
 
 @app.command("list")
-def list_held(coordinator_url: CoordinatorUrl = DEFAULT_URL, token: AdminToken = None, as_json: AsJson = False) -> None:
+@with_client(AdminToken)
+def list_held(api: CoordinatorClient, as_json: AsJson = False) -> None:
     """List the updates that wait, with the reason."""
-    with client(coordinator_url, token) as api:
-        held = api.quarantine()
+    held = api.quarantine()
     if as_json:
         show_json(QuarantineListing(held=held))
         return
@@ -44,26 +45,20 @@ def list_held(coordinator_url: CoordinatorUrl = DEFAULT_URL, token: AdminToken =
 
 
 @app.command()
-def release(
-    number: HeldNumber, coordinator_url: CoordinatorUrl = DEFAULT_URL, token: AdminToken = None, as_json: AsJson = False
-) -> None:
+@with_client(AdminToken)
+def release(api: CoordinatorClient, number: HeldNumber, as_json: AsJson = False) -> None:
     """Let a held update land, as if it had arrived now."""
-    with client(coordinator_url, token) as api:
-        result = api.release_held(number)
-    if as_json:
-        show_json(result)
-    else:
-        print(f"{result.expert} is now version {result.version} (staleness {result.staleness})")
+    result = api.release_held(number)
+    show(result, as_json, f"{result.expert} is now version {result.version} (staleness {result.staleness})")
 
 
 @app.command()
+@with_client(AdminToken)
 def reject(
+    api: CoordinatorClient,
     number: HeldNumber,
     reason: Annotated[str, typer.Option(help="Kept in the journal, and told to the worker.")] = "",
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: AdminToken = None,
 ) -> None:
     """Never let a held update land, and delete its bytes; its worker is told."""
-    with client(coordinator_url, token) as api:
-        api.reject_held(number, reason)
+    api.reject_held(number, reason)
     print(f"held update {number} was rejected")

@@ -9,21 +9,19 @@ from typing import Annotated
 
 import typer
 
-from fedmoe.cli.base_model import given_template, loaded
 from fedmoe.cli.coordinator import check_tls
-from fedmoe.cli.options import DEFAULT_URL, ChatTemplateFile, ChatTemplateKwargs, CoordinatorUrl, Token, client
+from fedmoe.cli.options import ChatTemplateFile, ChatTemplateKwargs, given_template, loaded, with_client
 from fedmoe.cli.output import CommandError, importing
 from fedmoe.runtime.logs import configure, log_uncaught
+from fedmoe.wire.client import CoordinatorClient
+
+#: Where tokens are computed.
+BackendKind = StrEnum("BackendKind", ["transformers", "vllm"])
 
 
-class BackendKind(StrEnum):
-    """Where tokens are computed."""
-
-    transformers = "transformers"
-    vllm = "vllm"
-
-
+@with_client()
 def serve(
+    api: CoordinatorClient,
     base_model: Annotated[str, typer.Option(help="The federation's base model: smollm2, a folder or a hub id.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port.")] = 8080,
@@ -52,8 +50,6 @@ def serve(
     ] = None,
     tls_cert: Annotated[str | None, typer.Option(help="TLS certificate chain (PEM).")] = None,
     tls_key: Annotated[str | None, typer.Option(help="TLS private key (PEM).")] = None,
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: Token = None,
 ) -> None:
     """Serve the gateway and every expert over an OpenAI-compatible interface; newer versions come by themselves."""
     if (backend is BackendKind.vllm) != (vllm_url is not None):
@@ -73,17 +69,16 @@ def serve(
     gate = process.Endpoint(host, port, keys, loopback, tls_cert, tls_key)
     limits = Limits(max_prompt_tokens, max_output_tokens, max_batch + max_queue)
     address = process.VllmAddress(vllm_url, vllm_model, vllm_adapters, vllm_token) if vllm_url is not None else None
-    with client(coordinator_url, token) as api:
-        manifest = api.federation().manifest
-        if manifest is None:
-            raise CommandError(
-                "the coordinator has no experts yet, so nobody knows what to serve; start a worker, or register an "
-                "expert with 'fedmoe experts create'"
-            )
-        base = loaded(base_model, device, chat, dtype)
-        maker = process.backend_maker(max_batch, address)
-        with process.open_server(api, manifest.manifest(), base, maker, limits, gate, poll_interval) as running:
-            process.listen(running, gate)
+    manifest = api.federation().manifest
+    if manifest is None:
+        raise CommandError(
+            "the coordinator has no experts yet, so nobody knows what to serve; start a worker, or register an "
+            "expert with 'fedmoe experts create'"
+        )
+    base = loaded(base_model, device, chat, dtype)
+    maker = process.backend_maker(max_batch, address)
+    with process.open_server(api, manifest.manifest(), base, maker, limits, gate, poll_interval) as running:
+        process.listen(running, gate)
 
 
 def _keys(host: str, file: Path | None, insecure: bool) -> tuple[frozenset[str] | None, bool]:

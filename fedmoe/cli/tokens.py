@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fedmoe.cli.options import DEFAULT_URL, AdminToken, AsJson, CoordinatorUrl, client
-from fedmoe.cli.output import CommandError, show_json, show_table
+from fedmoe.cli.options import AdminToken, AsJson, with_client
+from fedmoe.cli.output import CommandError, show, show_json, show_table
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.administration import TokenInfo, TokenRequest
 
@@ -19,52 +19,42 @@ _SHOWN_HASH = 8
 
 
 @app.command()
+@with_client(AdminToken)
 def create(
+    api: CoordinatorClient,
     worker: Annotated[str | None, typer.Option(help="Only for this worker.")] = None,
     expert: Annotated[list[str] | None, typer.Option(help="Only for these experts, repeatable.")] = None,
     role: Annotated[str, typer.Option(help="worker, join or admin.")] = "worker",
     expires_in: Annotated[float | None, typer.Option(help="Seconds until it expires. \\[default: never]")] = None,
     label: Annotated[str, typer.Option(help="What people call it, shown in lists and logs.")] = "",
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: AdminToken = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a token; it is shown once."""
     fields = {"role": role, "worker": worker, "experts": expert, "expires_in": expires_in, "label": label}
-    request = TokenRequest.model_validate(fields)
-    with client(coordinator_url, token) as api:
-        answer = api.make_token(request)
-    if as_json:
-        show_json(answer)
-    else:
-        print(f"token  {answer.token}\nhash   {answer.hash}  (to revoke it)")
+    answer = api.make_token(TokenRequest.model_validate(fields))
+    show(answer, as_json, f"token  {answer.token}", f"hash   {answer.hash}  (to revoke it)")
 
 
 @app.command("list")
-def list_tokens(
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: AdminToken = None,
-    as_json: AsJson = False,
-) -> None:
+@with_client(AdminToken)
+def list_tokens(api: CoordinatorClient, as_json: AsJson = False) -> None:
     """Show all tokens: whose they are, what they may do, when they were used. What they are is not kept."""
-    with client(coordinator_url, token) as api:
-        listing = api.tokens()
+    listing = api.tokens()
     if as_json:
         show_json(listing)
         return
     columns = ("hash", "label", "role", "for", "made", "last used", "state")
-    show_table(f"Tokens of {coordinator_url}", columns, [_row(info) for info in listing.tokens])
+    show_table(f"Tokens of {api.url}", columns, [_row(info) for info in listing.tokens])
 
 
 @app.command()
+@with_client(AdminToken)
 def revoke(
+    api: CoordinatorClient,
     token_hash: Annotated[str, typer.Argument(help="The token's hash, or its beginning, as 'token list' shows it.")],
-    coordinator_url: CoordinatorUrl = DEFAULT_URL,
-    token: AdminToken = None,
 ) -> None:
     """Refuse a token from now on, and stop what is under way with it."""
-    with client(coordinator_url, token) as api:
-        api.revoke_token(token_hash if len(token_hash) >= _WHOLE_HASH else _completed(api, token_hash))
+    api.revoke_token(token_hash if len(token_hash) >= _WHOLE_HASH else _completed(api, token_hash))
     print("revoked")
 
 

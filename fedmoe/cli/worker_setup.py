@@ -33,13 +33,7 @@ from fedmoe.worker.preparation import (
 )
 from fedmoe.worker.recovery import check_data, on_rank_zero
 from fedmoe.worker.report import PhaseLog, log_phase
-from fedmoe.worker.statistics import (
-    StatisticsSender,
-    data_statistics,
-    read_cached,
-    statistics_key,
-    write_cached,
-)
+from fedmoe.worker.statistics import StatisticsSender, data_statistics, read_cached, statistics_key, write_cached
 
 _log = structlog.get_logger("fedmoe.worker")
 
@@ -96,12 +90,18 @@ def _train(
 
     # On the bare base model, so before an adapter is attached.
     disclosure = on_rank_zero(group, disclose)
+    seed = seed_of(config.specialty) % 2**63
+    lora = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout, _targets(config), seed)
+    settings = SyncSettings(
+        *(config.worker_id, config.specialty, config.sync_interval, config.max_unsynced),
+        *(config.wire_dtype, config.start_from, config.allow_changed_data),
+    )
     try:
-        expert = QwenLoRAExpert(base, _lora(config), data.training, group)
+        expert = QwenLoRAExpert(base, lora, data.training, group)
         worker = DistributedWorker(
             QwenWorker(expert, data.sampler, held_out=data.held_out, hashes=data.hashes),
             client,
-            _sync_settings(config),
+            settings,
             state_dir,
             outbox,
             on_registered=disclosure.start if disclosure is not None else lambda: None,
@@ -162,23 +162,6 @@ def statistics_to_send(
 def _warn_if_thin(tokens: int) -> None:
     if note := thin(tokens):
         _log.warning("thin_statistics", reason=f"the data give {note}")
-
-
-def _sync_settings(config: WorkerConfig) -> SyncSettings:
-    return SyncSettings(
-        config.worker_id,
-        config.specialty,
-        config.sync_interval,
-        config.max_unsynced,
-        config.wire_dtype,
-        config.start_from,
-        config.allow_changed_data,
-    )
-
-
-def _lora(config: WorkerConfig) -> LoraConfig:
-    seed = seed_of(config.specialty) % 2**63
-    return LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout, _targets(config), seed)
 
 
 def _targets(config: WorkerConfig) -> str | tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -114,8 +115,8 @@ class EvaluationPoint:
     base: Estimate
     win: Estimate
     episodes: float
-    questions: float = math.nan
-    few: bool = False
+    questions: float
+    few: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +182,10 @@ def arena_series(records: Iterable[Record]) -> ArenaSeries:
     start = min(_number(record.get("at")) for group in by_kind.values() for record in group)
     system = [{**record, "iteration": round(_number(record.get("at")) - start, 3)} for record in by_kind["system"]]
     policies = _policies(by_kind)
+    run: Record = by_kind["run"][-1] if by_kind["run"] else {}
+    sample = any(record.get("sample") is True for group in by_kind.values() for record in group)
     return ArenaSeries(
-        facts=_facts(by_kind),
+        facts=RunFacts(**_texts(run, "task", "mode", "seed", "base_model"), sample=sample),
         policies=policies,
         tables=_tables(by_kind["policy"], policies),
         credit=_tables(by_kind["credit"], policies),
@@ -191,7 +194,7 @@ def arena_series(records: Iterable[Record]) -> ArenaSeries:
         timing=_table(by_kind["timing"]),
         system=_table(system),
         evaluations=_evaluations(by_kind["evaluation"]),
-        leader=_lead(by_kind["leader"]),
+        leader=_lead(by_kind["leader"][-1]) if by_kind["leader"] else None,
         decisions=_decisions(by_kind["decision"]),
         modes=_mode_spans([*by_kind["team"], *by_kind["policy"]]),
     )
@@ -223,12 +226,11 @@ def smoothing_span(series: ArenaSeries) -> int:
 
 
 def _by_kind(records: Iterable[Record]) -> dict[str, list[Record]]:
-    by_kind: dict[str, list[Record]] = {kind: [] for kind in KINDS}
+    by_kind: defaultdict[str, list[Record]] = defaultdict(list)
     for record in records:
-        by_kind.setdefault(str(record.get("kind")), []).append(record)
-    if not any(by_kind[kind] for kind in KINDS):
-        others = ", ".join(sorted(by_kind.keys() - set(KINDS)))
-        got = f"only records of kind {others}" if others else "none"
+        by_kind[str(record.get("kind"))].append(record)
+    if by_kind.keys().isdisjoint(KINDS):
+        got = f"only records of kind {', '.join(sorted(by_kind))}" if by_kind else "none"
         raise NoRecordsError(f"no records of an arena run, got {got}; train one, or make sample data")
     return {kind: by_kind[kind] for kind in KINDS}
 
@@ -244,16 +246,8 @@ def _text(value: RecordValue) -> str:
     return "" if value is None else str(value)
 
 
-def _facts(by_kind: Mapping[str, Sequence[Record]]) -> RunFacts:
-    run: Record = by_kind["run"][-1] if by_kind["run"] else {}
-    sample = any(record.get("sample") is True for group in by_kind.values() for record in group)
-    return RunFacts(
-        task=_text(run.get("task")),
-        mode=_text(run.get("mode")),
-        seed=_text(run.get("seed")),
-        base_model=_text(run.get("base_model")),
-        sample=sample,
-    )
+def _texts(record: Record, *names: str) -> dict[str, str]:
+    return {name: _text(record.get(name)) for name in names}
 
 
 def _policies(by_kind: Mapping[str, Sequence[Record]]) -> tuple[str, ...]:
@@ -281,9 +275,8 @@ def _table(records: Iterable[Record]) -> SeriesTable:
     order = sorted(rows)
     names = dict.fromkeys(name for iteration in order for name in rows[iteration])
     columns = {name: np.array([rows[iteration].get(name, math.nan) for iteration in order]) for name in names}
-    return SeriesTable(
-        np.array(order, dtype=np.float64), {name: c for name, c in columns.items() if np.isfinite(c).any()}
-    )
+    columns = {name: column for name, column in columns.items() if np.isfinite(column).any()}
+    return SeriesTable(np.array(order, dtype=np.float64), columns)
 
 
 def _in_order(records: Iterable[Record]) -> list[Record]:
@@ -296,8 +289,7 @@ def _evaluations(records: Iterable[Record]) -> tuple[EvaluationPoint, ...]:
     return tuple(
         EvaluationPoint(
             iteration=_number(record["iteration"]),
-            policy=_text(record.get("policy")),
-            opponent=_text(record.get("opponent")),
+            **_texts(record, "policy", "opponent"),
             score=_estimate(record, "score", "low", "high"),
             base=_estimate(record, "base_score", "base_low", "base_high"),
             win=_estimate(record, "win_rate", "win_low", "win_high"),
@@ -309,12 +301,9 @@ def _evaluations(records: Iterable[Record]) -> tuple[EvaluationPoint, ...]:
     )
 
 
-def _lead(records: Sequence[Record]) -> Lead | None:
-    if not records:
-        return None
-    newest = records[-1]
-    policy, rival = (_text(newest.get(name)) for name in ("policy", "rival"))
-    return Lead(policy, newest.get("apart") is True, rival, _estimate(newest, "lead", "lead_low", "lead_high"))
+def _lead(record: Record) -> Lead:
+    lead, apart = _estimate(record, "lead", "lead_low", "lead_high"), record.get("apart") is True
+    return Lead(**_texts(record, "policy", "rival"), apart=apart, lead=lead)
 
 
 def _estimate(record: Record, *names: str) -> Estimate:
@@ -323,10 +312,7 @@ def _estimate(record: Record, *names: str) -> Estimate:
 
 def _decisions(records: Iterable[Record]) -> tuple[DecisionPoint, ...]:
     names = ("policy", "what", "before", "after", "reason")
-    return tuple(
-        DecisionPoint(_number(record["iteration"]), *(_text(record.get(name)) for name in names))
-        for record in _in_order(records)
-    )
+    return tuple(DecisionPoint(_number(r["iteration"]), **_texts(r, *names)) for r in _in_order(records))
 
 
 def _mode_spans(records: Iterable[Record]) -> tuple[ModeSpan, ...]:

@@ -1,4 +1,4 @@
-"""Live export of records: TensorBoard files, Prometheus gauges, or any other sink.
+"""Live export of records to the terminal, TensorBoard files, Prometheus gauges, or any other sink.
 
 A monitor that cannot be opened is an error; one that fails later is reported once and then left out, since showing a
 run must not end it.
@@ -12,11 +12,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
+from rich.console import Console
 
+from fedmoe.monitor.system import sampled_system
+from fedmoe.monitor.terminal import TerminalView
 from fedmoe.runtime.records import Record, Recorder, RecordValue
 
 if TYPE_CHECKING:
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Kinds of records whose numbers are curves.
 _CURVES = ("policy", "team", "credit", "rating", "evaluation", "timing", "system")
+#: What tells several curves of a kind apart.
+_LABEL_NAMES = {**dict.fromkeys(("policy", "credit", "rating"), ("policy",)), "evaluation": ("policy", "opponent")}
 #: Fields that say what a record is about and are no curves themselves.
 _LABELS = ("at", "iteration", "policy", "mode", "opponent", "sample")
 
@@ -74,6 +80,31 @@ class WatchedWriter:
                 self._sinks.remove(sink)
                 name = type(sink).__name__
                 structlog.get_logger().warning("monitor_failed", monitor=name, reason=str(error), left_out=True)
+
+
+@contextmanager
+def all_monitors(
+    records: Recorder,
+    folder: Path,
+    limit: Callable[[], int],
+    iterations: int,
+    prometheus_port: int | None,
+    tensorboard: bool,
+) -> Iterator[WatchedWriter]:
+    """The writer to use instead of `records` in a run of so many iterations; one that cannot be opened is an error.
+
+    Shown on the terminal, and by TensorBoard and Prometheus where asked for, with samples of the machine's load.
+    """
+    with ExitStack() as stack:
+        sinks: list[Sink] = [stack.enter_context(TerminalView(Console(), iterations))]
+        if tensorboard:
+            sinks.append(TensorBoardSink(folder / "tensorboard"))
+        if prometheus_port is not None:
+            sinks.append(PrometheusSink(prometheus_port))
+        writer = WatchedWriter(records, sinks)
+        stack.callback(writer.close)
+        stack.enter_context(sampled_system(writer, folder, memory_limit=limit))
+        yield writer
 
 
 class TensorBoardSink:
@@ -134,7 +165,7 @@ class PrometheusSink:
         if record["kind"] == "policy" and isinstance(iteration, int | float):
             self._gauge("run", "iteration", ()).set(float(iteration))
         for kind, field, labels, value in _values(record):
-            gauge = self._gauge(kind, field, _label_names(kind))
+            gauge = self._gauge(kind, field, _LABEL_NAMES.get(kind, ()))
             (gauge.labels(*labels) if labels else gauge).set(value)
 
     def close(self) -> None:
@@ -153,18 +184,12 @@ class PrometheusSink:
         return self._gauges[name]
 
 
-def _label_names(kind: str) -> tuple[str, ...]:
-    if kind == "evaluation":
-        return ("policy", "opponent")
-    return ("policy",) if kind in ("policy", "credit", "rating") else ()
-
-
 def _values(record: Record) -> Iterator[tuple[str, str, tuple[str, ...], float]]:
     """Kind, field, labels and value of every number of a record that is a curve."""
     kind = str(record["kind"])
     if kind not in _CURVES:
         return
-    labels = tuple(str(record.get(name) or "") for name in _label_names(kind))
+    labels = tuple(str(record.get(name) or "") for name in _LABEL_NAMES.get(kind, ()))
     for field, value in record.items():
         if field not in _LABELS and isinstance(value, int | float) and math.isfinite(value):
             yield kind, field, labels, float(value)

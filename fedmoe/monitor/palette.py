@@ -1,4 +1,4 @@
-"""Colours, curve names and number formats shared by charts, interactive page and terminal; no drawing library."""
+"""Colours, texts and number formats shared by charts, interactive page and terminal; no drawing library."""
 
 from __future__ import annotations
 
@@ -11,18 +11,6 @@ MUTED = "#5F6B7A"
 SAMPLE_COLOUR = "#B3261E"
 SAMPLE_TEXT = "SAMPLE DATA  ·  made-up numbers that show what the charts look like; nothing was trained or measured"
 
-#: The trends: column, title, unit.
-TREND_PANELS = (
-    ("reward", "Reward", "mean reward per episode"),
-    ("accuracy", "Accuracy", "mean seat score (0 to 1)"),
-    ("kl", "Movement since sampling", "KL divergence (nats per token)"),
-    ("entropy", "Entropy", "entropy (nats per token)"),
-)
-CREDIT_PARTS = ("shared", "individual", "difference", "versus")
-#: Column -> the name of its curve.
-TEAM_CURVES = {name: name.replace("_", " ") for name in ("team_score", "completion", "utilisation", "cooperation")}
-SYSTEM_CURVES = {"cpu_percent": "CPU", "memory_percent": "memory", "gpu_percent": "GPU", "disk_percent": "disk"}
-
 #: Okabe and Ito's colours that stand out on white, then two of Tol's: distinguishable with any colour vision.
 POLICY_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#555555")
 _TINTS = {"cooperative": "#E3F2EA", "competitive": "#FCEBDD", "team_battle": "#E4EBF8", "mixed": "#F1EAF6"}
@@ -30,8 +18,8 @@ _OTHER_TINTS = ("#FBF6D9", "#E2F3F5", "#F6E6EE", "#ECECEC")
 
 
 def policy_colour(series: ArenaSeries, policy: str) -> str:
-    """A policy's colour, the same in every chart of a run; beyond eight policies colours come again."""
-    return POLICY_COLOURS[series.policies.index(policy) % len(POLICY_COLOURS)]
+    """A policy's colour, the same in every chart of a run; beyond eight they come again. Black for the whole run."""
+    return POLICY_COLOURS[series.policies.index(policy) % len(POLICY_COLOURS)] if policy in series.policies else INK
 
 
 def policy_dash(series: ArenaSeries, policy: str) -> str:

@@ -10,8 +10,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -48,7 +47,9 @@ class Font:
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file at its own resolution."""
     buffer = io.BytesIO()
-    with _quiet_fonts(), warnings.catch_warnings(record=True) as caught:
+    # That a stand-in has no bold is of no use to anybody.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         show_all_characters(figure)
         FigureCanvasAgg(figure).print_png(buffer)
@@ -57,18 +58,6 @@ def png(figure: Figure) -> bytes:
         if not _MISSING.match(str(warning.message)):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return buffer.getvalue()
-
-
-@contextmanager
-def _quiet_fonts() -> Iterator[None]:
-    """That a stand-in has no bold is of no use to anybody."""
-    log = logging.getLogger("matplotlib.font_manager")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def show_all_characters(figure: Figure) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 from fedmoe.runtime.records import Record, RecordValue
 
 _NAMES = ("solver", "checker", "planner", "critic", "scout", "judge", "builder", "skeptic")
+#: Of a policy's start, end, speed and tokens.
+_RANGES = ((0.12, 0.3), (0.55, 0.92), (2.5, 6.0), (9e3, 2.2e4))
 _MODES = ("cooperative", "competitive", "team_battle")
 _SECONDS = 14.0
 _EVALUATE_EVERY = 10
@@ -49,16 +51,13 @@ def sample_records(policies: int = 4, iterations: int = 120, seed: int = 0, star
     if not 1 <= policies <= len(_NAMES) or iterations < 1:
         raise ValueError(f"1 to {len(_NAMES)} policies and at least 1 iteration, got {policies} and {iterations}")
     rng = np.random.default_rng(seed)
-    players = [_player(name, rng) for name in _NAMES[:policies]]
-    run: dict[str, RecordValue] = {
-        "kind": "run",
-        "task": "sample:arithmetic",
-        "mode": "mixed",
-        "seed": seed,
-        "policies": ",".join(_NAMES[:policies]),
-        "base_model": "sample",
-    }
-    records: list[Record] = [{"at": started, "sample": True} | run]
+    players = []
+    for name in _NAMES[:policies]:
+        start, end, speed, tokens = (float(rng.uniform(*limits)) for limits in _RANGES)
+        players.append(_Policy(name, start, end, speed, tokens))
+    run = {"kind": "run", "task": "sample:arithmetic", "mode": "mixed", "base_model": "sample"}
+    named: Record = run | {"policies": ",".join(_NAMES[:policies])}
+    records: list[Record] = [{"at": started, "sample": True, "seed": seed, **named}]
     for iteration in range(iterations):
         at = started + _SECONDS * (iteration + 1)
         values = _iteration(players, iteration, iterations, rng)
@@ -68,10 +67,8 @@ def sample_records(policies: int = 4, iterations: int = 120, seed: int = 0, star
     return records
 
 
-def _player(name: str, rng: np.random.Generator) -> _Policy:
-    start = float(rng.uniform(0.12, 0.3))
-    end = float(rng.uniform(0.55, 0.92))
-    return _Policy(name, start, end, float(rng.uniform(2.5, 6.0)), float(rng.uniform(9e3, 2.2e4)))
+def _share(value: float) -> float:
+    return float(np.clip(value, 0, 1))
 
 
 def _mode(iteration: int, iterations: int) -> str:
@@ -79,11 +76,12 @@ def _mode(iteration: int, iterations: int) -> str:
 
 
 def _iteration(players: list[_Policy], iteration: int, iterations: int, rng: np.random.Generator) -> Iterator[Record]:
-    mode = _mode(iteration, iterations)
     share = iteration / max(iterations - 1, 1)
-    head: dict[str, RecordValue] = {"iteration": iteration, "mode": mode}
+    head: dict[str, RecordValue] = {"iteration": iteration, "mode": _mode(iteration, iterations)}
     seconds = _SECONDS * float(rng.normal(1, 0.06))
-    rewards = [_reward(player, share, rng) for player in players]
+    for player in players:
+        player.noise = 0.7 * player.noise + float(rng.normal(0, 0.022))
+    rewards = [_share(player.skill(share) + player.noise) for player in players]
     tokens = 0
     for player, reward in zip(players, rewards, strict=True):
         record = _policy_record(player, reward, share, seconds, rng)
@@ -91,21 +89,33 @@ def _iteration(players: list[_Policy], iteration: int, iterations: int, rng: np.
         yield {**head, "kind": "policy", **record}
         yield {"iteration": iteration, "kind": "credit", "policy": player.name, **_credit(reward, rewards, rng)}
         yield {"iteration": iteration, "kind": "rating", "policy": player.name, **_rating(player, players, share, rng)}
-    yield {**head, "kind": "team", **_team(rewards, share, rng)}
+    yield {
+        **head,
+        "kind": "team",
+        "cooperation": float(0.03 + 0.16 * (1 - math.exp(-3 * share)) + rng.normal(0, 0.012)),
+        "completion": _share(0.72 + 0.26 * (1 - math.exp(-5 * share)) + rng.normal(0, 0.01)),
+        "utilisation": _share(0.84 + rng.normal(0, 0.03)),
+        "team_score": _share(max(rewards) + 0.04 + rng.normal(0, 0.015)),
+    }
     parts = {"rollout_seconds": 0.62 * seconds, "learn_seconds": 0.34 * seconds, "iteration_seconds": seconds}
     speed = {"tokens": tokens, "tokens_per_second": tokens / seconds}
     yield {"iteration": iteration, "kind": "timing", **parts, **speed}
-    yield {"kind": "system", **_system(share, rng)}
+    yield {
+        "kind": "system",
+        "cpu_percent": float(np.clip(rng.normal(63, 6), 0, 100)),
+        "memory_percent": 31 + 7 * share + float(rng.normal(0, 0.4)),
+        "process_bytes": int((5.2 + 1.6 * share) * _GIB),
+        "memory_limit_bytes": int(32 * _GIB),
+        "gpu_percent": float(np.clip(rng.normal(82, 5), 0, 100)),
+        "gpu_memory_bytes": int(11.5 * _GIB),
+        "disk_percent": 41 + 2 * share,
+        "disk_free_bytes": int((240 - 8 * share) * _GIB),
+    }
     yield from _decisions(players, iteration, iterations, head)
     if iteration % _EVALUATE_EVERY == _EVALUATE_EVERY - 1 or iteration == iterations - 1:
         yield from ({**head, "kind": "evaluation", **_evaluation(player, share, rng)} for player in players)
         if len(players) > 1:
             yield {**head, "kind": "leader", **_leader(players, share)}
-
-
-def _reward(player: _Policy, share: float, rng: np.random.Generator) -> float:
-    player.noise = 0.7 * player.noise + float(rng.normal(0, 0.022))
-    return float(np.clip(player.skill(share) + player.noise, 0, 1))
 
 
 def _policy_record(
@@ -120,9 +130,9 @@ def _policy_record(
         "tokens": tokens,
         "episodes": 64,
         "turns": 64,
-        "accuracy": float(np.clip(reward + rng.normal(0.02, 0.02), 0, 1)),
-        "ended": float(np.clip(1 - 0.5 * math.exp(-5 * share), 0, 1)),
-        "valid": float(np.clip(1 - 0.35 * math.exp(-7 * share) + rng.normal(0, 0.01), 0, 1)),
+        "accuracy": _share(reward + rng.normal(0.02, 0.02)),
+        "ended": _share(1 - 0.5 * math.exp(-5 * share)),
+        "valid": _share(1 - 0.35 * math.exp(-7 * share) + rng.normal(0, 0.01)),
         "efficiency_second": reward / seconds,
         "efficiency_token": 1000 * reward / tokens,
         "loss": float(0.05 * math.exp(-2 * share) + rng.normal(0, 0.01)),
@@ -134,7 +144,7 @@ def _policy_record(
         "version": player.version,
         "weight_updates": player.version,
         "gap": float(abs(rng.normal(0.012, 0.004))),
-        "clip_fraction": float(np.clip(rng.normal(0.04, 0.01), 0, 1)),
+        "clip_fraction": _share(rng.normal(0.04, 0.01)),
     }
 
 
@@ -155,35 +165,13 @@ def _rating(player: _Policy, players: list[_Policy], share: float, rng: np.rando
     return {"mu": player.mu, "sigma": player.sigma, "games": 16 * player.version}
 
 
-def _team(rewards: list[float], share: float, rng: np.random.Generator) -> dict[str, RecordValue]:
-    return {
-        "cooperation": float(0.03 + 0.16 * (1 - math.exp(-3 * share)) + rng.normal(0, 0.012)),
-        "completion": float(np.clip(0.72 + 0.26 * (1 - math.exp(-5 * share)) + rng.normal(0, 0.01), 0, 1)),
-        "utilisation": float(np.clip(0.84 + rng.normal(0, 0.03), 0, 1)),
-        "team_score": float(np.clip(max(rewards) + 0.04 + rng.normal(0, 0.015), 0, 1)),
-    }
-
-
-def _system(share: float, rng: np.random.Generator) -> dict[str, RecordValue]:
-    return {
-        "cpu_percent": float(np.clip(rng.normal(63, 6), 0, 100)),
-        "memory_percent": 31 + 7 * share + float(rng.normal(0, 0.4)),
-        "process_bytes": int((5.2 + 1.6 * share) * _GIB),
-        "memory_limit_bytes": int(32 * _GIB),
-        "gpu_percent": float(np.clip(rng.normal(82, 5), 0, 100)),
-        "gpu_memory_bytes": int(11.5 * _GIB),
-        "disk_percent": 41 + 2 * share,
-        "disk_free_bytes": int((240 - 8 * share) * _GIB),
-    }
-
-
 def _evaluation(player: _Policy, share: float, rng: np.random.Generator) -> dict[str, RecordValue]:
     score, base = _measured(player.skill(share), rng), _measured(player.start, rng)
-    win = _measured(float(np.clip(0.5 + 0.75 * (player.skill(share) - player.start), 0, 1)), rng)
+    win = _measured(_share(0.5 + 0.75 * (player.skill(share) - player.start)), rng)
     names = ("score", "low", "high", "base_score", "base_low", "base_high", "win_rate", "win_low", "win_high")
-    head: dict[str, RecordValue] = {"policy": player.name, "opponent": "base model"}
-    head |= {"episodes": _EPISODES, "questions": _EPISODES, "few": False}
-    return head | dict(zip(names, (*score, *base, *win), strict=True))
+    values: dict[str, RecordValue] = dict(zip(names, (*score, *base, *win), strict=True))
+    known = {"episodes": _EPISODES, "questions": _EPISODES, "few": False}
+    return {"policy": player.name, "opponent": "base model"} | known | values
 
 
 def _leader(players: list[_Policy], share: float) -> dict[str, RecordValue]:

@@ -79,8 +79,7 @@ def find_gpus() -> GpuReader:
         return no_gpus
 
     def read() -> tuple[float | None, int] | None:
-        busy: list[float] = []
-        held: list[int] = []
+        busy, held = list[float](), list[int]()
         for handle in handles:
             with contextlib.suppress(pynvml.NVMLError):
                 held.append(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used))

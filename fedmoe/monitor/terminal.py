@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group, RenderableType
@@ -35,18 +34,14 @@ def sparkline(values: Sequence[float], width: int = _SPARKS) -> str:
 
 
 class TerminalView:
-    """Shows what the records say: redrawn on a terminal, one line an iteration and decision elsewhere. A `Sink`.
+    """Shows what the records of a run of so many iterations say: redrawn on a terminal, lines elsewhere. A `Sink`."""
 
-    `iterations` is how many the run will have; 0 when that is not known.
-    """
-
-    def __init__(self, console: Console, iterations: int = 0) -> None:
+    def __init__(self, console: Console, iterations: int) -> None:
         self._console = console
         self._iterations = iterations
         self._newest: dict[tuple[str, str], Record] = {}
         self._rewards: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_SPARKS))
         self._skipped = 0
-        self._leader: Record = {}
         self._decisions: deque[Record] = deque(maxlen=_DECISIONS)
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
 
@@ -55,9 +50,7 @@ class TerminalView:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -68,13 +61,13 @@ class TerminalView:
     def write(self, record: Record) -> None:
         """Take one record and show what is new."""
         kind, policy = str(record["kind"]), str(record.get("policy") or "")
+        if kind in ("leader", "skipped"):
+            policy = ""  # what counts is the newest of any
         self._newest[kind, policy] = record
         if kind == "policy":
             self._rewards[policy].append(_number(record, "reward"))
         elif kind == "decision":
             self._decisions.append(record)
-        elif kind == "leader":
-            self._leader = record
         elif kind == "skipped":
             self._skipped += int(_number(record, "episodes"))
         if self._live is not None:
@@ -84,25 +77,25 @@ class TerminalView:
 
     def _print(self, record: Record, kind: str) -> None:
         """The plain way: a head line, then a line when an iteration is through (its timing comes last) or decided."""
-        lines: list[str] = []
         if kind == "run":
-            lines = [*([SAMPLE_TEXT] if record.get("sample") is True else []), _head(record)]
+            text = f"{SAMPLE_TEXT}\n" if record.get("sample") is True else ""
+            text += _head(record)
         elif kind == "timing":
-            lines = [self._line(record)]
+            text = self._line(record)
         elif kind in _SENTENCES:
-            lines = [f"  {_SENTENCES[kind](record)}"]
-        for line in lines:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            text = f"  {_SENTENCES[kind](record)}"
+        else:
+            return
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _line(self, timing: Record) -> str:
-        of = f"/{self._iterations}" if self._iterations else ""
         policies = "  ".join(
             f"{policy} reward {_show(record, 'reward')} accuracy {_show(record, 'accuracy')}"
             f" version {_show(record, 'version', 0)}"
             for policy, record in self._of_policies()
         )
         speed = f"{_show(timing, 'iteration_seconds', 1)} s, {_show(timing, 'tokens_per_second', 0)} tokens/s"
-        return f"iteration {_done(timing)}{of}  {speed}  {policies}"
+        return f"iteration {_done(timing)}/{self._iterations}  {speed}  {policies}"
 
     def _picture(self) -> RenderableType:
         parts: list[RenderableType] = []
@@ -111,10 +104,9 @@ class TerminalView:
         parts += [Text(_head(record), style="bold") for record in self._of_kind("run")]
         parts += [self._progress(), self._policies(), Text(self._system(), style="dim")]
         parts += [Text(_evaluation(record)) for record in self._of_kind("evaluation")]
-        parts += [Text(_leader(self._leader))] if self._leader else []
-        if self._skipped:
-            newest = _skipped(self._newest["skipped", ""])
-            parts.append(Text(f"{self._skipped} episodes skipped so far; {newest}", style="red"))
+        parts += [Text(_leader(record)) for record in self._of_kind("leader")]
+        for record in self._of_kind("skipped"):
+            parts.append(Text(f"{self._skipped} episodes skipped so far; {_skipped(record)}", style="red"))
         parts += [Text(_decision(decision)) for decision in self._decisions]
         return Group(*parts)
 
@@ -125,16 +117,14 @@ class TerminalView:
     def _progress(self) -> RenderableType:
         done = max(map(_done, self._of_kind("policy", "timing")), default=0)
         timing = self._newest.get(("timing", ""), {})
-        text = f"{done} of {self._iterations} iterations" if self._iterations else f"{done} iterations"
+        text, left = f"{done} of {self._iterations} iterations", self._iterations - done
         if timing:
             seconds = _show(timing, "iteration_seconds", 1)
             text += f", {seconds} s each, {_show(timing, 'tokens_per_second', 0)} tokens/s"
-        left = self._iterations - done
-        if self._iterations and timing and left > 0:
+        if timing and left > 0:
             text += f", about {left * _number(timing, 'iteration_seconds') / 60:.0f} min left"
         grid = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=self._iterations or None, completed=done, width=40, pulse=not self._iterations)
-        grid.add_row(bar, text)
+        grid.add_row(ProgressBar(total=self._iterations, completed=done, width=40), text)
         return grid
 
     def _policies(self) -> Table:

@@ -10,7 +10,8 @@ import forks
 import pytest
 
 from fedmoe.cli import arena_charts as arena_charts
-from fedmoe.cli.arena_charts import ChartError, choose_records, draw_charts, load_series, write_sample
+from fedmoe.cli.arena_charts import choose_records, draw_charts, load_series, write_sample
+from fedmoe.cli.output import CommandError
 from fedmoe.monitor.arena_series import KINDS
 from fedmoe.monitor.sample_records import sample_records
 from fedmoe.runtime.records import RecordWriter, read_records
@@ -39,7 +40,7 @@ def test_sample_data_then_charts(tmp_path: Path) -> None:
 
 def test_a_real_run_comes_before_sample_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ChartError, match=r"neither .*generate_test_data\.py"):
+    with pytest.raises(CommandError, match=r"neither .*generate_test_data\.py"):
         choose_records(None)
     write_sample(arena_charts.SAMPLE_RECORDS, 1, 2, 0)
     assert choose_records(None) == arena_charts.SAMPLE_RECORDS
@@ -49,7 +50,7 @@ def test_a_real_run_comes_before_sample_data(tmp_path: Path, monkeypatch: pytest
     assert choose_records(None) == arena_charts.RUN_RECORDS[1]
     assert not load_series(arena_charts.RUN_RECORDS[1]).facts.sample
     assert choose_records(arena_charts.SAMPLE_RECORDS) == arena_charts.SAMPLE_RECORDS
-    with pytest.raises(ChartError, match="elsewhere is not there"):
+    with pytest.raises(CommandError, match="elsewhere is not there"):
         choose_records(Path("elsewhere"))
 
 
@@ -59,7 +60,7 @@ def test_the_records_of_a_real_run_are_left_alone(tmp_path: Path) -> None:
     writer.write("policy", policy="a", iteration=0)
     writer.close()
     before = path.read_bytes()
-    with pytest.raises(ChartError, match="real run"):
+    with pytest.raises(CommandError, match="real run"):
         write_sample(path, 2, 3, 0)
     assert path.read_bytes() == before
 

@@ -44,7 +44,7 @@ def assert_refused(outcome: Outcome, status: int, *words: str) -> None:
         ([*WORKER, "--dataset", "d", "--lr-scheduler-type", "linear"], ["--max-steps"]),
         (WORKER, ["--dataset", "worker --help"]),
         (["gatewey"], ["gatewey", "--help"]),
-        (["gateway", "info", "--coordinator-url", "localhost"], ["--coordinator-url", "http://192.168.1.100:5000"]),
+        (["gateway", "info", "--coordinator-url", "localhost"], ["--coordinator-url", "http://10.0.0.1:5000"]),
         (["gateway", "export"], ["target"]),
         (["gateway", "export", "x", "--format", "onnx"], ["peft", "npz"]),
         (["token", "create", "--role", "king"], ["--role", "'worker', 'join' or 'admin'"]),

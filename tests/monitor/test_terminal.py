@@ -14,7 +14,7 @@ from fedmoe.monitor.terminal import TerminalView, sparkline
 from fedmoe.runtime.records import Record
 
 
-def shown(records: list[Record], terminal: bool, iterations: int = 0) -> str:
+def shown(records: list[Record], terminal: bool, iterations: int = 5) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=140, height=60, color_system=None)
     with TerminalView(console, iterations) as view:

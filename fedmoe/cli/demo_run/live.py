@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from fedmoe.cli.demo_run.plan import WORKERS, DemoPlan
-from fedmoe.runtime.records import Record
 
 _PRINT_SECONDS = 15.0
 #: Before a worker logs anything, and once its steps are what there is to show.
@@ -22,59 +21,44 @@ STARTING, TRAINING = "starting", "training"
 _COLUMNS = ("worker", "phase", "step", "loss", "tokens/s", "version", "staleness", "pushes")
 
 
-class _Tail:
-    """What is new in a file that is being written, line by line; half a line waits until it is whole."""
-
-    def __init__(self, path: Path, position: int = 0) -> None:
-        self._path = path
-        self._position = position
-        self._rest = b""
-
-    def lines(self) -> list[bytes]:
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._position)
-            data = self._rest + file.read()
-            self._position = file.tell()
-        *lines, self._rest = data.split(b"\n")
-        return lines
+def _objects(path: Path, position: int = 0) -> Iterator[dict[str, Any] | None]:
+    """JSON objects in a file that is being written, one by one; None at its end so far. Other lines are left out."""
+    rest = b""
+    while True:
+        lines: list[bytes] = []
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(position)
+                *lines, rest = (rest + file.read()).split(b"\n")  # half a line waits until it is whole
+                position = file.tell()
+        for line in lines:
+            with suppress(ValueError):
+                if isinstance(value := json.loads(line), dict):
+                    yield value
+        yield None
 
 
 class _WorkerProgress:
     """Progress of one worker: the phase that it logs, its newest step, the number of its pushes."""
 
     def __init__(self, records: Path, log: Path) -> None:
-        self._records = _Tail(records)
+        self._records = _objects(records)
         # What an earlier run of the same folder logged is over.
-        self._log = _Tail(log, log.stat().st_size if log.exists() else 0)
+        self._log = _objects(log, log.stat().st_size if log.exists() else 0)
         self.phase = STARTING
-        self.step: Record | None = None
+        self.step: dict[str, Any] | None = None
         self.pushes = 0
 
     def read(self) -> None:
-        for line in self._records.lines():
-            record = json.loads(line)
+        while (record := next(self._records)) is not None:
             if record["kind"] == "step":
                 self.step = record
             self.pushes += record["kind"] == "push"
-        for line in self._log.lines():
-            self.phase = _phase(line) or self.phase
-
-
-def _phase(line: bytes) -> str:
-    """The phase that a line of a worker's log tells of; empty for any other line."""
-    if not line.startswith(b"{"):
-        return ""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return ""
-    if event.get("event") != "phase":
-        return ""
-    done = f" {event['done']:,}" if "done" in event else ""
-    total = f"/{event['total']:,}" if "total" in event else ""
-    return f"{event['phase']}{done}{total}"
+        while (event := next(self._log)) is not None:
+            if event.get("event") == "phase":
+                done = f" {event['done']:,}" if "done" in event else ""
+                total = f"/{event['total']:,}" if "total" in event else ""
+                self.phase = f"{event['phase']}{done}{total}"
 
 
 class DemoView:
@@ -98,9 +82,7 @@ class DemoView:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.refresh(force=True)
         if self._live is not None:
             self._live.stop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +25,6 @@ WORKERS = (
     DemoWorker("Worker-2-SQL", "sql_expert", "sql", 3),
     DemoWorker("Worker-3-Docs", "docs_expert", "docs", 6),
 )
-
-
 #: Steps in which the learning rate rises, where a run has more than that.
 WARMUP_STEPS = 5
 
@@ -50,31 +47,27 @@ class DemoPlan:
     held_out_blocks: int = 16
     seed: int = 0
 
-    @property
-    def coordinator_dir(self) -> Path:
-        return self.folder / "coordinator"
-
     def worker_dir(self, worker: DemoWorker) -> Path:
         return self.folder / "workers" / worker.name
 
-    def train_file(self, worker: DemoWorker) -> Path:
-        return self.data / worker.domain / "train.jsonl"
-
-    def test_file(self, worker: DemoWorker) -> Path:
-        return self.data / worker.domain / "test.jsonl"
-
-    @property
-    def general_file(self) -> Path:
-        """Text that nobody trains on."""
-        return self.data / GENERAL / "test.jsonl"
+    def test_file(self, domain: str) -> Path:
+        """Held-out text of a domain; that of `GENERAL` is text that nobody trained on."""
+        return self.data / domain / "test.jsonl"
 
     def log(self, worker: DemoWorker) -> Path:
         return self.folder / "logs" / f"{worker.name}.log"
 
     def coordinator_command(self, port: int) -> list[str]:
         """The options of `fedmoe` that start the coordinator."""
-        options = {"--port": port, "--state-dir": self.coordinator_dir, "--strategy": "regmean"}
-        return ["coordinator", *_words(options)]
+        return [
+            "coordinator",
+            "--port",
+            str(port),
+            "--state-dir",
+            str(self.folder / "coordinator"),
+            "--strategy",
+            "regmean",
+        ]
 
     def worker_command(self, worker: DemoWorker, url: str) -> list[str]:
         """The options of `fedmoe` that start a worker."""
@@ -82,7 +75,7 @@ class DemoPlan:
             "--coordinator-url": url,
             "--worker-id": worker.name,
             "--specialty": worker.expert,
-            "--dataset": self.train_file(worker),
+            "--dataset": self.data / worker.domain / "train.jsonl",
             "--state-dir": self.worker_dir(worker),
             "--base-model": self.base_model,
             "--sync-interval": self.sync_interval,
@@ -96,8 +89,4 @@ class DemoPlan:
             "--wire-dtype": "bf16",
             "--seed": self.seed,
         }
-        return ["worker", *_words(options)]
-
-
-def _words(options: Mapping[str, object]) -> list[str]:
-    return [str(part) for pair in options.items() for part in pair]
+        return ["worker", *(str(word) for option in options.items() for word in option)]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
@@ -13,102 +12,77 @@ from fedmoe.cli.demo_run.plan import GENERAL, WORKERS
 from fedmoe.gateway.evaluate import BASE, LossMatrix
 
 GATEWAY = "gateway"
+_EXPERTS = tuple(worker.expert for worker in WORKERS)
+_HEAD = ("domain", "base", "own expert", "change", "other experts", "gateway", "gain kept")
+_NOTES = (
+    "*gain kept* is (base - gateway) / (base - own expert).",
+    f"*{GENERAL}* is text of a domain that nobody trained on (a story of 1889): its last column is how much higher the "
+    "gateway's loss is there than the base model's. Near 0 says that the gateway forgot nothing.",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class DomainResult:
-    """Held-out losses on one domain, in nats per token; `others` are the experts of the other domains."""
+    """Held-out losses on one domain, in nats per token; `others` are the experts of the other domains.
+
+    `improvement`: how much lower the own expert's loss is than the base model's, as a share of it. `gain_kept`: the
+    share of the own expert's gain that the gateway keeps; None where there is none.
+    """
 
     base: float
     expert: float
-    gateway: float
     others: Mapping[str, float]
-    tokens: int
-
-    @property
-    def improvement(self) -> float:
-        """How much lower the own expert's loss is than the base model's, as a share of it."""
-        return (self.base - self.expert) / self.base
-
-    @property
-    def gain_kept(self) -> float:
-        """The share of the own expert's gain that the gateway keeps."""
-        gain = self.base - self.expert
-        return (self.base - self.gateway) / gain if gain != 0 else float("nan")
+    gateway: float
+    improvement: float
+    gain_kept: float | None
+    held_out_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class GeneralResult:
-    """Held-out losses on text of no domain, in nats per token: what the experts and the gateway do to the rest."""
+    """Held-out losses on text of no domain, in nats per token: what the experts and the gateway do to the rest.
+
+    `change`: how much higher the gateway's loss is than the base model's, as a share of it; below 0 it is lower.
+    """
 
     base: float
     experts: Mapping[str, float]
     gateway: float
-    tokens: int
-
-    @property
-    def change(self) -> float:
-        """How much higher the gateway's loss is than the base model's, as a share of it; below 0 it is lower."""
-        return (self.gateway - self.base) / self.base
+    change: float
+    held_out_tokens: int
 
 
-def general_result(matrix: LossMatrix) -> GeneralResult:
-    """The column of text that nobody trained on."""
-    losses = {name: matrix.losses[name][GENERAL] for name in (BASE, GATEWAY, *(w.expert for w in WORKERS))}
-    experts = {worker.expert: losses[worker.expert] for worker in WORKERS}
-    return GeneralResult(losses[BASE], experts, losses[GATEWAY], matrix.tokens[GENERAL])
-
-
-def results(matrix: LossMatrix) -> dict[str, DomainResult]:
-    """The matrix, seen from every domain."""
+def results(matrix: LossMatrix) -> tuple[dict[str, DomainResult], GeneralResult]:
+    """The matrix, seen from every domain, and from text that nobody trained on."""
     domains = {}
     for worker in WORKERS:
-        losses = {model: matrix.losses[model][worker.domain] for model in (BASE, GATEWAY, *(w.expert for w in WORKERS))}
-        base, gateway, own = losses.pop(BASE), losses.pop(GATEWAY), losses.pop(worker.expert)
-        domains[worker.domain] = DomainResult(base, own, gateway, losses, matrix.tokens[worker.domain])
-    return domains
+        base, gateway, others = _losses(matrix, worker.domain)
+        own = others.pop(worker.expert)
+        kept = (base - gateway) / (base - own) if base != own else None
+        tokens = matrix.tokens[worker.domain]
+        domains[worker.domain] = DomainResult(base, own, others, gateway, (base - own) / base, kept, tokens)
+    base, gateway, experts = _losses(matrix, GENERAL)
+    return domains, GeneralResult(base, experts, gateway, (gateway - base) / base, matrix.tokens[GENERAL])
+
+
+def _losses(matrix: LossMatrix, domain: str) -> tuple[float, float, dict[str, float]]:
+    """Of the base model, the gateway, and every expert."""
+    experts = {expert: matrix.losses[expert][domain] for expert in _EXPERTS}
+    return matrix.losses[BASE][domain], matrix.losses[GATEWAY][domain], experts
 
 
 def report_json(domains: Mapping[str, DomainResult], general: GeneralResult, facts: Mapping[str, object]) -> str:
     """The report for programs; losses are mean held-out nats per token."""
-    content = {
-        **facts,
-        "domains": {
-            name: {
-                "base": result.base,
-                "expert": result.expert,
-                "others": dict(result.others),
-                "gateway": result.gateway,
-                "improvement": result.improvement,
-                "gain_kept": result.gain_kept if math.isfinite(result.gain_kept) else None,
-                "held_out_tokens": result.tokens,
-            }
-            for name, result in domains.items()
-        },
-        GENERAL: {
-            "base": general.base,
-            "experts": dict(general.experts),
-            "gateway": general.gateway,
-            "change": general.change,
-            "held_out_tokens": general.tokens,
-        },
-    }
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    rows = {name: asdict(result) for name, result in domains.items()}
+    return json.dumps({**facts, "domains": rows, GENERAL: asdict(general)}, indent=2, allow_nan=False) + "\n"
 
 
 def _rows(domains: Mapping[str, DomainResult], general: GeneralResult) -> list[tuple[str, ...]]:
-    rows = [
-        (
-            name,
-            f"{result.base:.3f}",
-            f"{result.expert:.3f}",
-            f"{-100 * result.improvement:.1f} %",
-            _named(result.others),
-            f"{result.gateway:.3f}",
-            f"{100 * result.gain_kept:.0f} %",
-        )
-        for name, result in domains.items()
-    ]
+    rows = []
+    for name, result in domains.items():
+        change, kept = f"{-100 * result.improvement:.1f} %", result.gain_kept
+        losses = (f"{result.base:.3f}", f"{result.expert:.3f}", change, _named(result.others), f"{result.gateway:.3f}")
+        rows.append((name, *losses, "-" if kept is None else f"{100 * kept:.0f} %"))
     changed = f"({100 * general.change:+.1f} %)"
     last = (GENERAL, f"{general.base:.3f}", "", "", _named(general.experts), f"{general.gateway:.3f}", changed)
     return [*rows, last]
@@ -116,9 +90,6 @@ def _rows(domains: Mapping[str, DomainResult], general: GeneralResult) -> list[t
 
 def _named(losses: Mapping[str, float]) -> str:
     return ", ".join(f"{expert.removesuffix('_expert')} {loss:.3f}" for expert, loss in losses.items())
-
-
-_HEAD = ("domain", "base", "own expert", "change", "other experts", "gateway", "gain kept")
 
 
 def report_table(domains: Mapping[str, DomainResult], general: GeneralResult) -> Table:
@@ -134,13 +105,6 @@ def report_markdown(domains: Mapping[str, DomainResult], general: GeneralResult,
     lines = ["# FedMoE demonstration", "", "Held-out loss in nats per token; lower is better.", ""]
     lines += ["| " + " | ".join(_HEAD) + " |", "|" + " --- |" * len(_HEAD)]
     lines += ["| " + " | ".join(row) + " |" for row in _rows(domains, general)]
-    lines += ["", "*gain kept* is (base - gateway) / (base - own expert).", "", _GENERAL, ""]
-    lines += ["![loss](loss.png)", "", "## Facts", ""]
+    lines += ["", _NOTES[0], "", _NOTES[1], "", "![loss](loss.png)", "", "## Facts", ""]
     lines += [f"- {name.replace('_', ' ')}: {json.dumps(value)}" for name, value in facts.items()]
     return "\n".join(lines) + "\n"
-
-
-_GENERAL = (
-    f"*{GENERAL}* is text of a domain that nobody trained on (a story of 1889): its last column is how much higher the "
-    "gateway's loss is there than the base model's. Near 0 says that the gateway forgot nothing."
-)

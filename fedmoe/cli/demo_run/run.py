@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from itertools import pairwise
+from typing import Any
 
 from rich.console import Console
 
@@ -15,18 +15,9 @@ from fedmoe import __version__
 from fedmoe.cli.demo_run.live import DemoView
 from fedmoe.cli.demo_run.plan import GENERAL, WORKERS, DemoPlan
 from fedmoe.cli.demo_run.processes import DemoProcess, free_port, start, wait_until_healthy
-from fedmoe.cli.demo_run.report import (
-    GATEWAY,
-    DomainResult,
-    GeneralResult,
-    general_result,
-    report_json,
-    report_markdown,
-    report_table,
-    results,
-)
+from fedmoe.cli.demo_run.report import GATEWAY, report_json, report_markdown, report_table, results
 from fedmoe.datasets.demo.domains import GENERAL_RECIPES, build_domains
-from fedmoe.gateway.evaluate import evaluate, held_out_blocks
+from fedmoe.gateway.evaluate import LossMatrix, evaluate, held_out_blocks
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.formats import npz_bytes, peft_files, read_peft
 from fedmoe.models.base import load_base, prepare_base
@@ -40,7 +31,7 @@ from fedmoe.wire.client import CoordinatorClient
 _POLL_SECONDS = 0.5
 
 
-def run_demo(plan: DemoPlan, console: Console) -> dict[str, DomainResult]:
+def run_demo(plan: DemoPlan, console: Console) -> None:
     """The whole demonstration; continues where an earlier run of the same folder stopped."""
     started = time.monotonic()
     console.print(f"[bold]1/4[/] base model {plan.base_model} and data")
@@ -54,50 +45,38 @@ def run_demo(plan: DemoPlan, console: Console) -> dict[str, DomainResult]:
     console.print(f"[bold]2/4[/] coordinator and {len(WORKERS)} workers on loopback, {plan.steps} steps each")
     _train(plan, console)
     console.print("[bold]3/4[/] held-out losses")
-    domains, general = _measure(plan, console)
+    matrix, facts = _measure(plan, console)
     console.print("[bold]4/4[/] report")
-    console.print(report_table(domains, general))
+    _write_report(plan, matrix, facts)
+    console.print(report_table(*results(matrix)))
     # What the gateway's statistics rest on, and what was not done as it was asked for.
-    facts = json.loads((plan.folder / "models.json").read_bytes())
     tokens = ", ".join(f"{name} {count:,}" for name, count in facts["statistics_tokens"].items())
     for line in [f"input moments of so many tokens: {tokens}", *(f"note: {note}" for note in facts["notes"])]:
         console.print(line, highlight=False)
     took = time.monotonic() - started
     console.print(f"{plan.folder}/ holds the adapters, gateway_model.npz, metrics.jsonl and report.md ({took:.0f} s)")
-    return domains
 
 
 def _train(plan: DemoPlan, console: Console) -> None:
     """Run coordinator and workers until every worker has done its steps; then save what they made and stop."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with _stopped_at_the_end() as running:
+    with ExitStack() as started:  # stops what was started, the last first, whatever happens in between
         coordinator = start("coordinator", plan.coordinator_command(port), plan.folder / "logs" / "coordinator.log")
-        running.append(coordinator)
+        started.callback(coordinator.stop)
         wait_until_healthy(coordinator, url)
         view = DemoView(plan, console)  # looks at what is logged from now on
-        workers = [
-            start(worker.name, plan.worker_command(worker, url), plan.log(worker), worker.niceness)
-            for worker in WORKERS
-        ]
-        running += workers
+        workers: list[DemoProcess] = []
+        for worker in WORKERS:
+            command = plan.worker_command(worker, url)
+            workers.append(start(worker.name, command, plan.log(worker), worker.niceness))
+            started.callback(workers[-1].stop)
         with view:
             # All of them are looked at, so that a failure is seen while others run.
-            while sum(worker.check() for worker in workers) and coordinator.check():
+            while sum(process.check() for process in workers) and coordinator.check():
                 view.refresh()
                 time.sleep(_POLL_SECONDS)
         _save_models(plan, url)
-
-
-@contextmanager
-def _stopped_at_the_end() -> Iterator[list[DemoProcess]]:
-    """Stops what was started, the last first, whatever happens in between."""
-    running: list[DemoProcess] = []
-    try:
-        yield running
-    finally:
-        for process in reversed(running):
-            process.stop()
 
 
 def _save_models(plan: DemoPlan, url: str) -> None:
@@ -105,11 +84,14 @@ def _save_models(plan: DemoPlan, url: str) -> None:
     with CoordinatorClient(url) as api:
         gateway = api.pull_gateway()
         assert gateway is not None, "without an ETag there is always an answer"
+        models: list[tuple[str, Adapter]] = [(GATEWAY, gateway.adapter)]
         for worker in WORKERS:
             pulled = api.pull_expert(worker.expert)
             assert pulled is not None, "without an ETag there is always an answer"
-            _save_peft(plan, worker.expert, pulled.adapter, gateway.base)
-    _save_peft(plan, GATEWAY, gateway.adapter, gateway.base)
+            models.append((worker.expert, pulled.adapter))
+    for name, adapter in models:
+        files = peft_files(adapter, gateway.base["name"], gateway.base["revision"])
+        write_folder_atomic(plan.folder / "adapters" / name, files, force=True)
     write_atomic(plan.folder / "gateway_model.npz", npz_bytes(gateway.adapter, gateway.version, gateway.sources), 0o644)
     facts = {
         "gateway_version": gateway.version,
@@ -121,28 +103,21 @@ def _save_models(plan: DemoPlan, url: str) -> None:
     write_atomic(plan.folder / "models.json", json.dumps(facts, indent=2).encode(), 0o644)
 
 
-def _save_peft(plan: DemoPlan, name: str, adapter: Adapter, base: dict[str, str]) -> None:
-    files = peft_files(adapter, base["name"], base["revision"])
-    write_folder_atomic(plan.folder / "adapters" / name, files, force=True)
-
-
-def _measure(plan: DemoPlan, console: Console) -> tuple[dict[str, DomainResult], GeneralResult]:
-    """Score the saved models on the held-out files, with what cores are free after training; write the report."""
+def _measure(plan: DemoPlan, console: Console) -> tuple[LossMatrix, dict[str, Any]]:
+    """Score the saved models on the held-out files, with what cores are free after training; also facts of the run."""
     pin_threads(own_threads(os.environ).count or None)
     base = load_base(plan.base_model)
     names = [*(worker.expert for worker in WORKERS), GATEWAY]
     folders = {name: (plan.folder / "adapters" / name).iterdir() for name in names}
     adapters = {name: read_peft({path.name: path.read_bytes() for path in files}) for name, files in folders.items()}
-    test_files = {worker.domain: plan.test_file(worker) for worker in WORKERS} | {GENERAL: plan.general_file}
     # The first blocks of each file in a fixed, shuffled order, the same in every run.
     held_out = {
-        domain: held_out_blocks(file, base, plan.max_length, plan.held_out_blocks)
-        for domain, file in test_files.items()
+        domain: held_out_blocks(plan.test_file(domain), base, plan.max_length, plan.held_out_blocks)
+        for domain in (*(worker.domain for worker in WORKERS), GENERAL)
     }
     with console.status("") as status:
         matrix = evaluate(base, adapters, held_out, progress=status.update)
-    domains, general = results(matrix), general_result(matrix)
-    facts = {
+    return matrix, {
         "fedmoe": __version__,
         "base_model": base.identity.name,
         "steps_per_worker": plan.steps,
@@ -152,23 +127,23 @@ def _measure(plan: DemoPlan, console: Console) -> tuple[dict[str, DomainResult],
         "dtype": str(base.dtype),
         **json.loads((plan.folder / "models.json").read_bytes()),
     }
-    _write_report(plan, domains, general, facts)
-    return domains, general
 
 
-def _write_report(
-    plan: DemoPlan, domains: dict[str, DomainResult], general: GeneralResult, facts: dict[str, object]
-) -> None:
-    records = _all_records(plan)
+def _write_report(plan: DemoPlan, matrix: LossMatrix, facts: dict[str, Any]) -> None:
+    records, (domains, general) = _all_records(plan), results(matrix)
     held_out = {
         name: {"base": result.base, "own expert": result.expert, "gateway": result.gateway}
         for name, result in domains.items()
     }
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomic(plan.folder / "metrics.jsonl", lines.encode(), 0o644)
-    write_atomic(plan.folder / "loss.png", loss_chart(records, held_out), 0o644)
-    write_atomic(plan.folder / "report.md", report_markdown(domains, general, facts).encode(), 0o644)
-    write_atomic(plan.folder / "report.json", report_json(domains, general, facts).encode(), 0o644)
+    files = {
+        "metrics.jsonl": lines.encode(),
+        "loss.png": loss_chart(records, held_out),
+        "report.md": report_markdown(domains, general, facts).encode(),
+        "report.json": report_json(domains, general, facts).encode(),
+    }
+    for name, data in files.items():
+        write_atomic(plan.folder / name, data, 0o644)
 
 
 def training_seconds(records: list[Record], pause: float = 60.0) -> float:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from matplotlib.figure import Figure
 
 from fedmoe.monitor.arena_series import ArenaSeries
+from fedmoe.monitor.charts.curves import training_trends
 from fedmoe.monitor.charts.dashboard import comprehensive_dashboard
 from fedmoe.monitor.charts.heatmap import performance_landscape
 from fedmoe.monitor.charts.performance import model_performance
 from fedmoe.monitor.charts.radar import model_capability
 from fedmoe.monitor.charts.scatter import performance_scatter
-from fedmoe.monitor.charts.trends import training_trends
 from fedmoe.monitor.picture import png
 
 __all__ = ["CHARTS", "arena_pictures"]

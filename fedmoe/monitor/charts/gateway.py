@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
 
 from fedmoe.monitor.arena_series import Estimate
-from fedmoe.monitor.charts.style import DPI, dress, interval_bar, plain, say_empty
+from fedmoe.monitor.charts.style import blank_figure, dress, head_legend, interval_bar, plain, say_empty
 from fedmoe.monitor.palette import INK, MUTED, POLICY_COLOURS
-from fedmoe.monitor.picture import png
 
 _GAIN = LinearSegmentedColormap.from_list("gain", ["#D55E00", "#FFFFFF", "#0072B2"])
-_HEAD_INCHES = 0.8
-_FOOT_INCHES = 0.52
 _ROW_INCHES = 0.52
 _BAR_INCHES = 0.34
 
@@ -39,43 +36,30 @@ class GatewayResults:
     note: str = ""
 
     @property
-    def judged(self) -> list[str]:
-        """The models that bars are drawn for."""
-        return list(dict.fromkeys(model for shares in self.kept.values() for model in shares))
-
-
-def gateway_chart(results: GatewayResults) -> bytes:
-    """The picture as PNG bytes."""
-    return png(gateway_figure(results))
+    def colours(self) -> dict[str, str]:
+        """The models that bars are drawn for, each with its colour."""
+        models = dict.fromkeys(model for shares in self.kept.values() for model in shares)
+        return dict(zip(models, cycle(POLICY_COLOURS), strict=False))
 
 
 def gateway_figure(results: GatewayResults) -> Figure:
     """Left: change of held-out loss against the base model. Right: gain kept, with 95 % intervals."""
-    bars = len(results.kept) * (len(results.judged) + 0.8)
-    height = _HEAD_INCHES + _FOOT_INCHES + 1.0 + max(_ROW_INCHES * len(results.losses), _BAR_INCHES * bars, 1.6)
+    bars = len(results.kept) * (len(results.colours) + 0.8)
+    height = 2.2 + max(_ROW_INCHES * len(results.losses), _BAR_INCHES * bars, 1.6)
     left = 2.4 + 1.25 * len(next(iter(results.losses.values())))
-    figure = _empty(results.note, left + 6.4, height, bool(results.uncertain))
-    heat, shares = figure.subplots(1, 2, width_ratios=(left, 6.0))
-    _heat_map(heat, results)
-    _bars(shares, results)
-    if len(results.judged) > 1:
-        _legend(figure, results)
-    return figure
-
-
-def _empty(note: str, width: float, height: float, uncertain: bool) -> Figure:
-    room = (0.1 / width, _FOOT_INCHES / height, 1 - 0.2 / width, 1 - (_HEAD_INCHES + _FOOT_INCHES) / height)
-    engine = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.05, rect=room)
-    figure = Figure(figsize=(width, height), dpi=DPI, layout=engine, facecolor="white")
-    title = "What the gateway keeps of its experts"
-    figure.text(0.16 / width, 1 - 0.14 / height, title, va="top", size=14, weight="bold", color=INK)
-    figure.text(0.16 / width, 1 - 0.46 / height, plain(note, 110), va="top", size=9, color=MUTED)
     foot = (
         "Left: nats per token; blue is better than the base model, boxed the domain's own expert.\n"
         "Right: (base − model) / (base − own expert), 95 % intervals from a paired bootstrap over held-out blocks."
     )
-    foot += "  ?: the own gain may be none." if uncertain else ""
-    figure.text(0.16 / width, 0.1 / height, foot, va="bottom", size=8, color=MUTED)
+    foot += "  ?: the own gain may be none." if results.uncertain else ""
+    title = "What the gateway keeps of its experts"
+    figure = blank_figure(title, plain(results.note, 110), left + 6.4, height, foot)
+    heat, shares = figure.subplots(1, 2, width_ratios=(left, 6.0))
+    _heat_map(heat, results)
+    _bars(shares, results)
+    if len(results.colours) > 1:
+        models = [Patch(color=colour, label=plain(model, 18)) for model, colour in results.colours.items()]
+        head_legend(figure, models)
     return figure
 
 
@@ -88,7 +72,10 @@ def _heat_map(axes: Axes, results: GatewayResults) -> None:
     dress(axes, "Held-out loss, and change", grid="")
     for row, model in enumerate(models):
         for column, domain in enumerate(domains):
-            _cell(axes, row, column, results.losses[model][domain], gains[row, column], reach, first=row == 0)
+            loss, gain = f"{results.losses[model][domain]:.3f}", gains[row, column]
+            text = f"{loss}\n{-gain:+.3f}".replace("-", "−") if row else loss
+            style = {"ha": "center", "va": "center", "size": 9, "linespacing": 1.25}
+            axes.text(column + 0.5, row + 0.5, text, style, color="white" if abs(gain) > 0.6 * reach else INK)
             if results.own.get(domain) == model:
                 box = Rectangle((column + 0.03, row + 0.05), 0.94, 0.9, fill=False, edgecolor=INK, linewidth=1.6)
                 axes.add_patch(box)
@@ -98,19 +85,13 @@ def _heat_map(axes: Axes, results: GatewayResults) -> None:
     axes.spines["bottom"].set_visible(False)
 
 
-def _cell(axes: Axes, row: int, column: int, loss: float, gain: float, reach: float, first: bool) -> None:
-    text = f"{loss:.3f}" if first else f"{loss:.3f}\n{-gain:+.3f}".replace("-", "−")
-    colour = "white" if abs(gain) > 0.6 * reach else INK
-    axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", size=9, color=colour, linespacing=1.25)
-
-
 def _bars(axes: Axes, results: GatewayResults) -> None:
     title = "Share of the own expert's gain that is kept"
     if not results.kept:
         say_empty(axes, title, "no domain has an expert of its own")
         return
     dress(axes, title, grid="x")
-    colours, (low, high) = _colours(results), _limits(results)
+    colours, (low, high) = results.colours, _limits(results)
     reach = high - low
     centres = []
     for group, (domain, shares) in enumerate(results.kept.items()):
@@ -132,26 +113,6 @@ def _bars(axes: Axes, results: GatewayResults) -> None:
     names = [plain(domain, 14) + (" ?" if domain in results.uncertain else "") for domain in results.kept]
     axes.set_yticks(centres, names, size=9.5, color=INK)
     axes.set_ylim(centres[-1] + (len(colours) - 1) / 2 + 0.8, -0.8)
-
-
-def _colours(results: GatewayResults) -> dict[str, str]:
-    return {model: POLICY_COLOURS[place % len(POLICY_COLOURS)] for place, model in enumerate(results.judged)}
-
-
-def _legend(figure: Figure, results: GatewayResults) -> None:
-    """In the head, at the right: which bar is whose."""
-    width, height = figure.get_size_inches()
-    legend = figure.legend(
-        handles=[Patch(color=colour, label=plain(model, 18)) for model, colour in _colours(results).items()],
-        ncols=4,
-        frameon=False,
-        fontsize=9,
-        labelcolor=MUTED,
-        loc="upper right",
-        bbox_to_anchor=(1 - 0.1 / width, 1 - 0.12 / height),
-        borderaxespad=0,
-    )
-    legend.set_in_layout(False)
 
 
 def _limits(results: GatewayResults) -> tuple[float, float]:

@@ -13,11 +13,12 @@ from mpl_toolkits.mplot3d.axes3d import Axes3D
 
 from fedmoe.lora.adapter import Float64Array
 from fedmoe.monitor.arena_series import ArenaSeries
+from fedmoe.monitor.chart_data import RewardGrid, reward_grid
 from fedmoe.monitor.charts.style import dress, new_figure, plain, policy_rows
 from fedmoe.monitor.palette import INK, MUTED, policy_colour
-from fedmoe.monitor.reward_grid import RewardGrid, reward_grid
 
 _COLOURS = colormaps["viridis"]
+_TITLE = "Reward by policy and iteration"
 _BINS = 36
 _WIDTH = 12.5
 _STAGE_INCHES = 11.0
@@ -26,11 +27,12 @@ _STAGE_INCHES = 11.0
 def performance_landscape(series: ArenaSeries) -> Figure:
     """3-D bars for the shape, a flat heat map with the same colours for reading numbers off."""
     land = reward_grid(series, _BINS)
-    foot = f"Each cell: mean over {land.width:.0f} iterations." if land.width > 1 else ""
-    figure = new_figure(series, "Reward by policy and iteration", "", _WIDTH, 7.8 + 0.3 * len(land.policies), foot)
-    if not land.policies:
+    if land is None:
+        figure = new_figure(series, _TITLE, "", _WIDTH, 7.8)
         figure.text(0.5, 0.5, "no rewards recorded", ha="center", color=MUTED, size=11)
         return figure
+    foot = f"Each cell: mean over {land.width:.0f} iterations." if land.width > 1 else ""
+    figure = new_figure(series, _TITLE, "", _WIDTH, 7.8 + 0.3 * len(land.policies), foot)
     low = float(np.nanmin(land.values))
     scale = Normalize(low, max(float(np.nanmax(land.values)), low + 1e-9))
     # The stage is placed by hand: what a layout engine measures of a 3-D scene is its box, not what is seen of it.

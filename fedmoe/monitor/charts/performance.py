@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fedmoe.lora.adapter import Float64Array
 from fedmoe.monitor.arena_series import ArenaSeries, Estimate, EvaluationPoint, window
 from fedmoe.monitor.charts.style import dress, interval_bar, new_figure, plain, policy_rows, say_empty
 from fedmoe.monitor.palette import INK, MUTED, policy_colour
@@ -19,7 +20,9 @@ _BASE = "#B8C0CA"
 def model_performance(series: ArenaSeries) -> Figure:
     """Two panels of bars: scores after and before training, and win rates, as measured on held-out episodes."""
     final = series.final_evaluations()
-    scored = [point for point in newest_of_each(final) if math.isfinite(point.score.value)]
+    newest = {point.policy: point for point in sorted(final, key=lambda point: point.iteration)}
+    scored = [newest[policy] for policy in dict.fromkeys(point.policy for point in final)]
+    scored = [point for point in scored if math.isfinite(point.score.value)]
     played = [point for point in final if math.isfinite(point.win.value)]
     rows = max(2 * len(scored or series.policies), len(played), 4)
     title = "Final performance against the base model"
@@ -38,25 +41,14 @@ def model_performance(series: ArenaSeries) -> Figure:
     return figure
 
 
-def newest_of_each(evaluations: Sequence[EvaluationPoint]) -> list[EvaluationPoint]:
-    """One evaluation for each policy: the newest."""
-    newest: dict[str, EvaluationPoint] = {}
-    for point in evaluations:
-        if point.policy not in newest or point.iteration >= newest[point.policy].iteration:
-            newest[point.policy] = point
-    return list(newest.values())
-
-
 def _episodes(final: Sequence[EvaluationPoint]) -> str:
-    counts = sorted({point.episodes for point in final if math.isfinite(point.episodes)})
+    counts = sorted({f"{point.episodes:.0f}" for point in final if math.isfinite(point.episodes)}, key=int)
     if not counts:
         return ""
-    span = f"{counts[0]:.0f}" if counts[0] == counts[-1] else f"{counts[0]:.0f}–{counts[-1]:.0f}"
-    questions = min((point.questions for point in final if math.isfinite(point.questions)), default=math.nan)
-    if not math.isfinite(questions):
-        return f"evaluated on {span} episodes each"
+    text = f"evaluated on {'–'.join(dict.fromkeys((counts[0], counts[-1])))} episodes each"
+    questions = [point.questions for point in final if math.isfinite(point.questions)]
     few = ": too few to say much of others" if any(point.few for point in final) else ""
-    return f"evaluated on {span} episodes each, about {questions:.0f} different questions{few}"
+    return f"{text}, about {min(questions):.0f} different questions{few}" if questions else text
 
 
 def _pairs(axes: Axes, series: ArenaSeries, rows: Sequence[tuple[str, Estimate, Estimate]]) -> None:
@@ -112,13 +104,11 @@ def _training_only(axes: Axes, series: ArenaSeries) -> None:
 def _ends(series: ArenaSeries, policy: str) -> tuple[Estimate, Estimate]:
     values = series.tables[policy].points("accuracy")[1]
     count = window(len(values))
-    return _mean(values[len(values) - count :].tolist()), _mean(values[:count].tolist())
+    return _mean(values[len(values) - count :]), _mean(values[:count])
 
 
-def _mean(values: Sequence[float]) -> Estimate:
-    if not values:
-        return Estimate(math.nan, math.nan, math.nan)
-    mean = float(np.mean(values))
+def _mean(values: Float64Array) -> Estimate:
+    mean = float(values.mean()) if len(values) else math.nan
     half = 1.96 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Estimate(mean, mean - half, mean + half)
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 
 from fedmoe.monitor.arena_series import ArenaSeries
-from fedmoe.monitor.capability import AXES, capabilities, present_axes
+from fedmoe.monitor.chart_data import ABILITIES, capabilities, recorded_abilities
 from fedmoe.monitor.charts.style import new_figure, plain
 from fedmoe.monitor.palette import INK, MUTED, policy_colour
 
@@ -19,12 +19,12 @@ _COLUMNS = 4
 def model_capability(series: ArenaSeries) -> Figure:
     """Small radars side by side: shape and rank are seen at a glance, also with eight policies."""
     values = capabilities(series)
-    shown = present_axes(values)
+    shown = recorded_abilities(values)
     policies = [policy for policy in series.policies if any(math.isfinite(value) for value in values[policy].values())]
     columns = min(_COLUMNS, max(len(policies), 1))
     rows = math.ceil(len(policies) / columns) or 1
-    foot = "\n".join(f"{name}: {AXES[name]}" for name in shown) if shown else ""
-    missing = [name for name in AXES if name not in shown]
+    foot = "\n".join(f"{name}: {ABILITIES[name]}" for name in shown) if shown else ""
+    missing = [name for name in ABILITIES if name not in shown]
     note = f"not recorded: {', '.join(missing)}" if missing and shown else "grey: the other policies"
     width = max(3.3 * columns, 9.6)
     figure = new_figure(series, "Capability", note, width, 2.95 * rows + 0.95 + 0.16 * len(shown), foot)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,23 +14,13 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from fedmoe.monitor.arena_series import ArenaSeries, Estimate
-from fedmoe.monitor.charts.label_layout import spread
+from fedmoe.monitor.chart_data import Curve
 from fedmoe.monitor.palette import INK, MUTED, SAMPLE_COLOUR, SAMPLE_TEXT, mode_tint, policy_colour, run_line
 
 DPI = 150
 _HEAD_INCHES = 0.78
 _BANNER_INCHES = 0.34
 _FOOT_INCHES = 0.26
-
-
-@dataclass(frozen=True, slots=True)
-class CurveEnd:
-    """Where a curve ends (data coordinates) and what is written there."""
-
-    text: str
-    colour: str
-    x: float
-    y: float
 
 
 def plain(text: str, longest: int = 22) -> str:
@@ -44,8 +32,14 @@ def plain(text: str, longest: int = 22) -> str:
 
 
 def new_figure(series: ArenaSeries, title: str, note: str, width: float, height: float, foot: str = "") -> Figure:
-    """An empty figure (inches) with a head line, what ran, a foot note, and a banner across the top for sample data."""
-    banner = _BANNER_INCHES if series.facts.sample else 0.0
+    """An empty figure for a run: `note` beside what ran, and a banner across the top for sample data."""
+    second = "  ·  ".join(part for part in (run_line(series, plain), note) if part)
+    return blank_figure(title, second, width, height, foot, series.facts.sample)
+
+
+def blank_figure(title: str, second: str, width: float, height: float, foot: str, sample: bool = False) -> Figure:
+    """An empty figure (inches) with a head line, a second line below it, and a foot note."""
+    banner = _BANNER_INCHES if sample else 0.0
     height += banner
     left, top = 0.16 / width, 1 - banner / height
     bottom = (_FOOT_INCHES + 0.14 * foot.count("\n")) / height if foot else 0.04 / height
@@ -58,7 +52,6 @@ def new_figure(series: ArenaSeries, title: str, note: str, width: float, height:
         style = {"ha": "center", "va": "center", "color": "white", "weight": "bold"}
         figure.text(0.5, (1 + top) / 2, SAMPLE_TEXT, style, size=11, zorder=6)
     figure.text(left, top - 0.14 / height, title, va="top", size=14, weight="bold", color=INK)
-    second = "  ·  ".join(part for part in (run_line(series, plain), note) if part)
     figure.text(left, top - 0.46 / height, second, va="top", size=9, color=MUTED)
     if foot:
         figure.text(left, 0.08 / height, foot, va="bottom", size=8, color=MUTED)
@@ -74,9 +67,8 @@ def dress(axes: Axes, title: str, x: str = "", y: str = "", grid: Literal["both"
     axes.set_axisbelow(True)
     if grid:
         axes.grid(axis=grid, color="#DDE1E6", linewidth=0.8)
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(side == "bottom")
-        axes.spines[side].set_color("#B8C0CA")
+    axes.spines[:].set_color("#B8C0CA")
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def say_empty(axes: Axes, title: str, text: str) -> None:
@@ -84,8 +76,7 @@ def say_empty(axes: Axes, title: str, text: str) -> None:
     axes.set_title(title, loc="left", size=10.5, weight="bold", color=INK, pad=8)
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", size=9, color=MUTED)
     axes.set(xticks=[], yticks=[])
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_color("#E4E7EB")
+    axes.spines[:].set_color("#E4E7EB")
 
 
 def interval_bar(axes: Axes, place: float, height: float, estimate: Estimate, colour: str) -> None:
@@ -121,16 +112,16 @@ def mode_legend(figure: Figure, series: ArenaSeries) -> None:
     names = dict.fromkeys(span.mode.partition(":")[0] for span in series.modes)
     if names:
         handles = [Patch(color=mode_tint(name), label=plain(name.replace("_", " "))) for name in names]
-        head_legend(figure, series, "mode", handles)
+        head_legend(figure, [Patch(alpha=0, label="mode"), *handles], series.facts.sample)
 
 
-def head_legend(figure: Figure, series: ArenaSeries, title: str, handles: Sequence[Artist]) -> None:
+def head_legend(figure: Figure, handles: Sequence[Artist], sample: bool = False) -> None:
     """A legend in one line at the right of the head, beside the title: the line below may be long."""
     width, height = figure.get_size_inches()
-    top = height - (_BANNER_INCHES if series.facts.sample else 0.0)
+    top = height - (_BANNER_INCHES if sample else 0.0)
     legend = figure.legend(
-        handles=[Patch(alpha=0, label=title), *handles],
-        ncols=len(handles) + 1,
+        handles=list(handles),
+        ncols=len(handles),
         frameon=False,
         loc="upper right",
         bbox_to_anchor=(1 - 0.1 / width, (top - 0.14) / height),
@@ -143,40 +134,43 @@ def head_legend(figure: Figure, series: ArenaSeries, title: str, handles: Sequen
     legend.set_in_layout(False)
 
 
-def end_labels(axes: Axes, ends: Sequence[CurveEnd], inches: float, size: float = 8.5) -> None:
-    """Write every curve's name beside its end, moved apart so that none covers another.
+def end_labels(axes: Axes, curves: Sequence[Curve], inches: float, longest: int = 16) -> None:
+    """Write every curve's name beside the end of its smooth line, moved apart so that none covers another.
 
-    Set the limits first; `inches` is about the height of the panel.
+    Set the limits first; `inches` is about the height of the panel, `longest` the most characters of a name.
     """
     low, high = axes.get_ylim()
-    right = axes.get_xlim()[1]
-    order = sorted((end for end in ends if math.isfinite(end.y)), key=lambda end: end.y)
-    places = [(end.y - low) / (high - low) for end in order]
-    for end, place in zip(order, spread(places, size * 1.25 / 72 / inches), strict=True):
+    right, size = axes.get_xlim()[1], 8.5
+    order = sorted((curve for curve in curves if math.isfinite(curve.smooth[-1])), key=lambda curve: curve.smooth[-1])
+    places = [(float(curve.smooth[-1]) - low) / (high - low) for curve in order]
+    for curve, place in zip(order, spread(places, size * 1.25 / 72 / inches), strict=True):
+        x, y = float(curve.x[-1]), float(curve.smooth[-1])
+        line = {"arrowstyle": "-", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
         axes.annotate(
-            *(end.text, (end.x, end.y)),
+            *(plain(curve.name, longest), (x, y)),
             xytext=(1.035, place),
             textcoords="axes fraction",
             annotation_clip=False,
             va="center",
-            color=end.colour,
+            color=curve.colour,
             size=size,
             weight="bold",
-            arrowprops={
-                "arrowstyle": "-",
-                "color": end.colour,
-                "linewidth": 0.7,
-                "shrinkA": 1,
-                "shrinkB": 0,
-                "relpos": (0, 0.5),
-                "alpha": 0.6 if end.x < right else 0.8,
-            },
+            arrowprops=line | {"color": curve.colour, "alpha": 0.6 if x < right else 0.8},
         )
 
 
-def robust_limits(raw: Sequence[float], shown: Sequence[float]) -> tuple[float, float]:
-    """Limits that hold every smoothed value and the middle 98 % of the raw ones, with a margin."""
-    values = np.concatenate([np.percentile(raw, [1, 99]) if len(raw) else [], np.asarray(shown, dtype=np.float64)])
-    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-    margin = 0.07 * (high - low) or max(abs(high) * 0.1, 0.05)
-    return low - margin, high + margin
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Ascending places in [0, 1] as near as can be to the wanted ones (ascending), `gap` apart where there is room.
+
+    Least squares: values that are too close form a block that is centred on their mean (pool adjacent violators).
+    """
+    gap = min(gap, 1 / max(len(places) - 1, 1))
+    blocks: list[tuple[float, int]] = []
+    for index, value in enumerate(places):
+        blocks.append((value - index * gap, 1))
+        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
+            (before, many), (mean, count) = blocks[-2:]
+            blocks[-2:] = [((before * many + mean * count) / (many + count), many + count)]
+    shifts = [mean for mean, count in blocks for _ in range(count)]
+    highest = 1 - (len(places) - 1) * gap
+    return [min(max(shift, 0.0), highest) + index * gap for index, shift in enumerate(shifts)]

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedmoe.lora.adapter import Float64Array
-from fedmoe.monitor.arena_series import ArenaSeries, SeriesTable, smoothed, smoothing_span
-from fedmoe.monitor.capability import capabilities, present_axes
-from fedmoe.monitor.palette import (
-    CREDIT_PARTS,
-    INK,
-    MUTED,
-    POLICY_COLOURS,
-    SYSTEM_CURVES,
-    TEAM_CURVES,
+from fedmoe.monitor.arena_series import ArenaSeries
+from fedmoe.monitor.chart_data import (
+    CREDIT_COLOURS,
     TREND_PANELS,
-    faded,
-    mode_tint,
-    policy_colour,
+    Curve,
+    capabilities,
+    credit_table,
+    policy_curves,
+    rating_curves,
+    recorded_abilities,
+    reward_grid,
+    system_curves,
+    team_curves,
+    time_layers,
 )
-from fedmoe.monitor.reward_grid import reward_grid
+from fedmoe.monitor.palette import INK, MUTED, faded, mode_tint, policy_colour
 
 PlotlyJson = dict[str, object]
-#: A curve's name, its points (x, y), its colour.
-_Curve = tuple[str, tuple[Float64Array, Float64Array], str]
 _DECIMALS = 6
 _BINS = 60
 
@@ -51,49 +50,41 @@ def interactive_figures(series: ArenaSeries) -> list[InteractiveFigure]:
 
 def _trends(series: ArenaSeries) -> Iterator[InteractiveFigure]:
     for column, title, unit in TREND_PANELS:
-        curves = [
-            (policy, table.points(column), policy_colour(series, policy)) for policy, table in series.tables.items()
-        ]
-        yield InteractiveFigure(column, title, _lines(series, curves), _layout("iteration", unit, _mode_shapes(series)))
+        layout = _layout("iteration", unit, _mode_shapes(series))
+        yield InteractiveFigure(column, title, _lines(policy_curves(series, series.tables, column)), layout)
 
 
 def _surface(series: ArenaSeries) -> InteractiveFigure:
     """The landscape of rewards: turn it with the mouse."""
-    land = reward_grid(series, _BINS)
-    places = list(range(1, len(land.policies) + 1))
-    middles = _numbers(land.starts + land.lengths / 2)
-    surface: PlotlyJson = {
-        "type": "surface",
-        "x": middles,
-        "y": places,
-        "z": [_numbers(row) for row in land.values],
-        "customdata": [[policy] * len(middles) for policy in land.policies],
-        "colorscale": "Viridis",
-        "colorbar": {"title": {"text": "reward"}, "thickness": 14},
-        "contours": {"y": {"show": True, "color": "#FFFFFF", "width": 2}},
-        "hovertemplate": "%{customdata}<br>iteration %{x:.0f}<br>reward %{z:.3f}<extra></extra>",
-    }
-    # A surface needs two rows; one policy is a ribbon.
-    if len(places) == 1:
-        names = list(land.policies) * len(middles)
-        surface |= {"y": [0.5, 1.5], "z": [_numbers(land.values[0])] * 2, "customdata": [names] * 2}
-    frame = _layout("", "") | {"scene": _scene(land.policies), "height": 560}
-    data = [surface] if len(middles) > 1 else []
-    title = "Reward by policy and iteration (turn it with the mouse)"
-    return InteractiveFigure("surface", title, data, frame, wide=True)
-
-
-def _scene(policies: Sequence[str]) -> PlotlyJson:
-    """The stage of the surface: its axes, its shape, where it is seen from at first."""
-    places = list(range(1, len(policies) + 1))
-    return {
+    land, data = reward_grid(series, _BINS), list[PlotlyJson]()
+    policies = [] if land is None else list(land.policies)
+    if land is not None and len(land.starts) > 1:
+        # A surface needs two rows; one policy is a ribbon.
+        ribbon = len(policies) == 1
+        surface: PlotlyJson = {
+            "type": "surface",
+            "x": _numbers(land.starts + land.lengths / 2),
+            "y": [0.5, 1.5] if ribbon else list(range(1, len(policies) + 1)),
+            "z": [_numbers(row) for row in land.values] * (1 + ribbon),
+            "customdata": [[policy] * len(land.starts) for policy in policies] * (1 + ribbon),
+            "colorscale": "Viridis",
+            "colorbar": {"title": {"text": "reward"}, "thickness": 14},
+            "contours": {"y": {"show": True, "color": "#FFFFFF", "width": 2}},
+            "hovertemplate": "%{customdata}<br>iteration %{x:.0f}<br>reward %{z:.3f}<extra></extra>",
+        }
+        data.append(surface)
+    rows = {"tickvals": list(range(1, len(policies) + 1)), "ticktext": policies}
+    scene = {
         "xaxis": _axis("iteration"),
-        "yaxis": _axis("") | {"tickvals": places, "ticktext": list(policies), "range": [0.5, len(policies) + 0.5]},
+        "yaxis": _axis("") | rows | {"range": [0.5, len(policies) + 0.5]},
         "zaxis": _axis("reward"),
         "aspectmode": "manual",
         "aspectratio": {"x": 1.9, "y": 1.1, "z": 0.8},
+        # Where it is seen from at first.
         "camera": {"eye": {"x": 1.25, "y": -2.1, "z": 0.95}, "center": {"x": 0, "y": 0, "z": -0.2}},
     }
+    frame, title = _layout("", ""), "Reward by policy and iteration (turn it with the mouse)"
+    return InteractiveFigure("surface", title, data, frame | {"scene": scene, "height": 560}, wide=True)
 
 
 def _scatter(series: ArenaSeries) -> InteractiveFigure:
@@ -105,26 +96,19 @@ def _scatter(series: ArenaSeries) -> InteractiveFigure:
         paid = np.nan_to_num(table.column("tokens")[there])
         sizes = 4 + 12 * np.sqrt(paid / largest) if largest > 0 else np.full(len(paid), 8.0)
         if there.any():
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": policy,
-                    "x": _numbers(table.column("efficiency_token")[there]),
-                    "y": _numbers(table.column("reward")[there]),
-                    "customdata": [list(pair) for pair in zip(_numbers(table.x[there]), _numbers(paid), strict=True)],
-                    "marker": {"size": _numbers(sizes), "color": policy_colour(series, policy), "opacity": 0.45},
-                    "hovertemplate": "iteration %{customdata[0]:.0f}<br>reward %{y:.3f}<br>"
-                    "%{x:.4f} per 1000 tokens<br>%{customdata[1]:,.0f} tokens",
-                }
-            )
+            points = [list(pair) for pair in zip(_numbers(table.x[there]), _numbers(paid), strict=True)]
+            marker = {"size": _numbers(sizes), "color": policy_colour(series, policy), "opacity": 0.45}
+            x, y = (_numbers(table.column(name)[there]) for name in ("efficiency_token", "reward"))
+            hover = "reward %{y:.3f}<br>%{x:.4f} per 1000 tokens<br>%{customdata[1]:,.0f} tokens"
+            marks = _marks(policy, x, y, marker, "iteration %{customdata[0]:.0f}<br>" + hover)
+            data.append(marks | {"customdata": points})
     frame = _layout("efficiency (reward per 1000 tokens)", "mean reward per episode") | {"hovermode": "closest"}
     return InteractiveFigure("scatter", "Efficiency and reward (size: tokens)", data, frame)
 
 
 def _radar(series: ArenaSeries) -> InteractiveFigure:
     values = capabilities(series)
-    shown = present_axes(values)
+    shown = recorded_abilities(values)
     around = [*shown, *shown[:1]]
     data: list[PlotlyJson] = [
         {
@@ -171,59 +155,46 @@ def _bars(series: ArenaSeries) -> InteractiveFigure:
 
 def _ratings(series: ArenaSeries) -> InteractiveFigure:
     data: list[PlotlyJson] = []
-    for policy, table in series.rating.items():
-        x, mu = table.points("mu")
-        if not len(x):
-            continue
-        sigma = np.nan_to_num(table.column("sigma")[np.isfinite(table.column("mu"))])
-        colour = policy_colour(series, policy)
-        band = _curve(np.concatenate([x, x[::-1]]), np.concatenate([mu + sigma, (mu - sigma)[::-1]]), policy, colour)
-        band |= {"fill": "toself", "fillcolor": faded(colour, 0.1), "showlegend": False, "hoverinfo": "skip"}
-        band["line"] = {"width": 0}
-        data += [band, _curve(x, mu, policy, colour)]
+    for curve, sigma in rating_curves(series):
+        x, around = curve.x, np.concatenate([curve.y + sigma, (curve.y - sigma)[::-1]])
+        band = _line(curve, np.concatenate([x, x[::-1]]), around, width=0)
+        band |= {"fill": "toself", "fillcolor": faded(curve.colour, 0.1), "showlegend": False, "hoverinfo": "skip"}
+        data += [band, _line(curve, x, curve.y)]
     frame = _layout("iteration", "rating mu (OpenSkill points)")
     return InteractiveFigure("rating", "Rating (band: one sigma)", data, frame)
 
 
 def _credit(series: ArenaSeries) -> InteractiveFigure:
-    policies = [policy for policy in series.policies if len(series.credit[policy])]
-    values = [[series.credit[policy].recent(part) for part in CREDIT_PARTS] for policy in policies]
-    finite = [abs(value) for row in values for value in row if math.isfinite(value)]
-    trace: PlotlyJson = {
-        "type": "heatmap",
-        "x": list(CREDIT_PARTS),
-        "y": policies,
-        "z": [_numbers(np.array(row)) for row in values],
-        "texttemplate": "%{z:+.2f}",
-        "colorscale": [[0, "#D98550"], [0.5, "#FFFFFF"], [1, "#5B9CCB"]],
-        "zmin": -max(finite, default=1.0),
-        "zmax": max(finite, default=1.0),
-        "showscale": False,
-        "xgap": 2,
-        "ygap": 2,
-    }
+    credit, data = credit_table(series), list[PlotlyJson]()
+    if credit is not None:
+        policies, parts, values = credit
+        limit = float(np.nanmax(np.abs(values)))
+        trace: PlotlyJson = {
+            "type": "heatmap",
+            "x": parts,
+            "y": policies,
+            "z": [_numbers(row) for row in values],
+            "texttemplate": "%{z:+.2f}",
+            "colorscale": [[place, colour] for place, colour in zip((0, 0.5, 1), CREDIT_COLOURS, strict=True)],
+        }
+        data.append(trace | {"zmin": -limit, "zmax": limit, "showscale": False, "xgap": 2, "ygap": 2})
     frame = _layout("", "") | {"yaxis": _axis("") | {"autorange": "reversed"}, "hovermode": "closest"}
-    return InteractiveFigure("credit", "Credit, mean of the last fifth", [trace] if finite else [], frame)
+    return InteractiveFigure("credit", "Credit, mean of the last fifth", data, frame)
 
 
 def _team(series: ArenaSeries) -> InteractiveFigure:
     frame = _layout("iteration", "share or score (0 to 1)", _mode_shapes(series))
-    return InteractiveFigure("team", "Team", _lines(series, _columns(series.team, TEAM_CURVES)), frame)
+    return InteractiveFigure("team", "Team", _lines(team_curves(series)), frame)
 
 
 def _system(series: ArenaSeries) -> InteractiveFigure:
     frame = _layout("seconds since the start", "percent")
-    return InteractiveFigure("system", "System", _lines(series, _columns(series.system, SYSTEM_CURVES)), frame)
+    return InteractiveFigure("system", "System", _lines(system_curves(series)), frame)
 
 
 def _speed(series: ArenaSeries) -> InteractiveFigure:
-    parts = [("rollout", POLICY_COLOURS[5]), ("learn", POLICY_COLOURS[4])]
-    points = [(name, series.timing.points(f"{name}_seconds"), colour) for name, colour in parts]
-    data = [
-        _curve(*xy, name, colour) | {"stackgroup": "time", "line": {"width": 0, "color": colour}}
-        for name, xy, colour in points
-        if len(xy[0])
-    ]
+    layers = [_line(layer, layer.x, layer.smooth - layer.y, width=0) for layer in time_layers(series)]
+    data = [layer | {"stackgroup": "time"} for layer in layers]
     return InteractiveFigure("timing", "Time per iteration", data, _layout("iteration", "seconds"))
 
 
@@ -231,21 +202,18 @@ def _decisions(series: ArenaSeries) -> InteractiveFigure:
     data: list[PlotlyJson] = []
     for policy in dict.fromkeys(decision.policy for decision in series.decisions):
         decisions = [decision for decision in series.decisions if decision.policy == policy]
-        colour = policy_colour(series, policy) if policy in series.policies else INK
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": policy or "whole run",
-                "x": [decision.iteration for decision in decisions],
-                "y": [decision.what.replace("_", " ") for decision in decisions],
-                "text": [f"{d.before} → {d.after}<br>{d.reason}" for d in decisions],
-                "marker": {"size": 13, "symbol": "diamond", "color": colour},
-                "hovertemplate": "iteration %{x:.0f}<br>%{text}",
-            }
-        )
+        x, y = [d.iteration for d in decisions], [d.what.replace("_", " ") for d in decisions]
+        marker = {"size": 13, "symbol": "diamond", "color": policy_colour(series, policy)}
+        marks = _marks(policy or "whole run", x, y, marker, "iteration %{x:.0f}<br>%{text}")
+        data.append(marks | {"text": [f"{d.before} → {d.after}<br>{d.reason}" for d in decisions]})
     frame = _layout("iteration", "", _mode_shapes(series)) | {"hovermode": "closest"}
     return InteractiveFigure("decisions", "Decisions", data, frame)
+
+
+def _marks(name: str, x: Sequence[object], y: Sequence[object], marker: PlotlyJson, hover: str) -> PlotlyJson:
+    """Points without a line."""
+    places = {"x": list(x), "y": list(y)}
+    return {"type": "scatter", "mode": "markers", "name": name, **places, "marker": marker, "hovertemplate": hover}
 
 
 def _numbers(values: Float64Array) -> list[float | None]:
@@ -276,44 +244,38 @@ def _layout(x: str, y: str, shapes: Sequence[PlotlyJson] = ()) -> PlotlyJson:
 
 def _mode_shapes(series: ArenaSeries) -> list[PlotlyJson]:
     """Tinted stretches behind the curves, each with its mode written at its foot."""
-    place = {"type": "rect", "layer": "below", "xref": "x", "yref": "paper"}
+    place = {"type": "rect", "layer": "below", "xref": "x", "yref": "paper", "y0": 0, "y1": 1, "line": {"width": 0}}
     label = {"textposition": "bottom left", "font": {"size": 9, "color": MUTED}}
     return [
         {
             **place,
             "x0": span.start,
             "x1": span.end,
-            "y0": 0,
-            "y1": 1,
             "fillcolor": mode_tint(span.mode),
-            "line": {"width": 0},
             "label": {"text": span.mode.replace("_", " "), **label},
         }
         for span in series.modes
     ]
 
 
-def _curve(x: Float64Array, y: Float64Array, name: str, colour: str) -> PlotlyJson:
-    """A line without points."""
-    line = {"color": colour, "width": 2.4, "dash": "solid"}
-    places = {"x": _numbers(x), "y": _numbers(y)}
-    return {"type": "scatter", "mode": "lines", "name": name, "legendgroup": name, **places, "line": line}
+def _line(curve: Curve, x: Float64Array, y: Float64Array, width: float = 2.4) -> PlotlyJson:
+    """A line without points, named and coloured as the curve."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": curve.name,
+        "legendgroup": curve.name,
+        "x": _numbers(x),
+        "y": _numbers(y),
+        "line": {"color": curve.colour, "width": width, "dash": "solid"},
+    }
 
 
-def _columns(table: SeriesTable, names: Mapping[str, str]) -> Iterator[_Curve]:
-    for (column, name), colour in zip(names.items(), POLICY_COLOURS, strict=False):
-        yield name, table.points(column), colour
-
-
-def _lines(series: ArenaSeries, curves: Iterable[_Curve]) -> list[PlotlyJson]:
-    """The numbers as recorded, thin and silent, and their moving average; curves without numbers are left out."""
-    span, data = smoothing_span(series), list[PlotlyJson]()
-    for name, (x, y), colour in curves:
-        if len(x):
-            silent: PlotlyJson = {"opacity": 0.3, "showlegend": False, "hoverinfo": "skip"}
-            thin = _curve(x, y, name, colour) | silent | {"line": {"color": colour, "width": 1}}
-            data += [thin, _curve(x, smoothed(y, span), name, colour)]
-    return data
+def _lines(curves: Iterable[Curve]) -> list[PlotlyJson]:
+    """The numbers as recorded, thin and silent, and their moving average."""
+    silent: PlotlyJson = {"opacity": 0.3, "showlegend": False, "hoverinfo": "skip"}
+    pairs = [(_line(c, c.x, c.y, width=1) | silent, _line(c, c.x, c.smooth)) for c in curves]
+    return [line for pair in pairs for line in pair]
 
 
 _OTHERS: tuple[Callable[[ArenaSeries], InteractiveFigure], ...] = (

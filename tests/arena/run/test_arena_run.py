@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +26,8 @@ from fedmoe.arena.run.episode_log import EPISODES, read_episodes
 from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch
 from fedmoe.arena.run.results import REPORT, RESULTS, RunOutcome
 from fedmoe.arena.run.run import METRICS, run_arena
-from fedmoe.cli.arena_watch import ArenaWatch
 from fedmoe.lora.codec import digest
+from fedmoe.monitor.exporters import all_monitors
 from fedmoe.runtime.files import FolderInUseError, lock_folder
 from fedmoe.runtime.memory import GIB, MemoryLimitError
 from fedmoe.runtime.records import Record, Recorder, RecordValue
@@ -464,7 +465,9 @@ def test_the_memory_limit_and_the_batch_follow_control_json_while_running_e16(tm
 
 
 def test_a_watched_run_ends_well_and_keeps_what_the_watchers_measured_e9_e23(tmp_path: Path) -> None:
-    assert run(tmp_path, watch=ArenaWatch(5, None, True)) == RunOutcome("finished")
+    assert run(
+        tmp_path, watch=partial(all_monitors, iterations=5, prometheus_port=None, tensorboard=True)
+    ) == RunOutcome("finished")
     system = of_kind(tmp_path, "system")
     assert system
     assert all(record["process_bytes"] for record in system)

@@ -8,7 +8,7 @@ import pytest
 from arena_records import series_of, without
 
 from fedmoe.monitor.arena_series import arena_series
-from fedmoe.monitor.capability import AXES, capabilities, present_axes
+from fedmoe.monitor.chart_data import ABILITIES, capabilities, recorded_abilities
 from fedmoe.runtime.records import Record
 
 
@@ -21,7 +21,7 @@ def rewards(name: str, values: list[float], **more: float) -> list[Record]:
 
 def test_every_ability_is_a_share() -> None:
     for found in capabilities(series_of(5, 30)).values():
-        assert set(found) == set(AXES)
+        assert set(found) == set(ABILITIES)
         assert all(0 <= value <= 1 for value in found.values())
 
 
@@ -63,4 +63,4 @@ def test_a_policy_that_costs_its_team_is_below_a_half() -> None:
 def test_what_nobody_recorded_is_no_axis() -> None:
     values = capabilities(arena_series(without("rating")))
     assert all(math.isnan(found["rating"]) for found in values.values())
-    assert present_axes(values) == [name for name in AXES if name != "rating"]
+    assert recorded_abilities(values) == [name for name in ABILITIES if name != "rating"]
