@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from fedmoe.experts import ExpertModel
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.storage.incarnation import INCARNATION
 from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.tables import INCARNATION
 from fedmoe.wire.contract.messages import RollbackRequest, UpdateHeader
 
 #: The content digest of a version of an expert, None where it is not known.

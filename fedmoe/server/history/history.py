@@ -50,10 +50,11 @@ from fedmoe.server.storage.blobs import (
     StorageFailedError,
     put,
 )
-from fedmoe.server.storage.choices import UPDATE_RULE, StoredChoices, check_choices
 from fedmoe.server.storage.event_rows import GATEWAY, QUARANTINE, blob_of
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.released_bytes import why_released
+from fedmoe.server.storage.start_options import check_options
+from fedmoe.server.storage.tables import UPDATE_RULE
 
 SNAPSHOT_EVERY = 50
 
@@ -181,7 +182,7 @@ class History(Replay):
 
     def _check_choices(self, folds: list[GatewayMerged]) -> None:
         rule = self._journal.meta(UPDATE_RULE)
-        check_choices(self._aggregation, StoredChoices(rule, folds[-1].number if folds else None))
+        check_options(self._aggregation, rule, folds[-1].number if folds else None)
         if rule is None:
             self._journal.set_meta(UPDATE_RULE, self._aggregation.rule.name)
 

@@ -27,12 +27,10 @@ from fedmoe.server.history.history import History
 from fedmoe.server.storage.acknowledged import read_acknowledged
 from fedmoe.server.storage.audit import AUDIT_FILE, AUDIT_HEAD, AuditHead, check_file
 from fedmoe.server.storage.blobs import CorruptBlobError, FolderBlobStore, MissingBlobError, StorageFailedError
-from fedmoe.server.storage.choices import UPDATE_RULE
 from fedmoe.server.storage.event_rows import GATEWAY, blob_of
-from fedmoe.server.storage.journal import SqlJournal
-from fedmoe.server.storage.newest import lack_of
-from fedmoe.server.storage.opening import problems
+from fedmoe.server.storage.sqlite_journal import SqliteJournal, problems
 from fedmoe.server.storage.state_dir import StateDirError, lock_state, odd_files
+from fedmoe.server.storage.tables import UPDATE_RULE
 
 
 @dataclass
@@ -69,7 +67,7 @@ def check_start(path: Path) -> None:
 
     Raises StorageFailedError or CorruptBlobError.
     """
-    with closing(SqlJournal(path / "journal.sqlite")) as journal:
+    with closing(SqliteJournal(path / "journal.sqlite")) as journal:
         _Verifier(journal, FolderBlobStore(path / "blobs"), VerificationReport()).recover_newest()
 
 
@@ -82,7 +80,7 @@ def _verify(path: Path) -> VerificationReport:
         _check_blobs(blobs, report)
         if damage:
             return report  # a journal that is not as it was written says nothing about the rest
-        with closing(SqlJournal(path / "journal.sqlite")) as journal:
+        with closing(SqliteJournal(path / "journal.sqlite")) as journal:
             _check_count(path, journal, report)
             audit = check_file(path, AuditHead.of_text(journal.meta(AUDIT_HEAD)))
             report.findings += [f"{AUDIT_FILE}: {what}" for what in audit.breaks]
@@ -102,9 +100,9 @@ def _check_blobs(blobs: FolderBlobStore, report: VerificationReport) -> None:
             report.findings.append(str(error))
 
 
-def _check_count(path: Path, journal: SqlJournal, report: VerificationReport) -> None:
+def _check_count(path: Path, journal: SqliteJournal, report: VerificationReport) -> None:
     report.events, report.incarnation = journal.head.events, journal.head.incarnation
-    lacking = lack_of(journal, read_acknowledged(path / "acknowledged"))
+    lacking = journal.gap_since(read_acknowledged(path / "acknowledged"))
     if lacking is not None:
         report.findings.append(f"the journal is not the newest: {lacking.reason}")
 
@@ -112,7 +110,7 @@ def _check_count(path: Path, journal: SqlJournal, report: VerificationReport) ->
 class _Verifier(History):
     """Rebuilds every version in order and holds it against the digest that was journalled with it."""
 
-    def __init__(self, journal: SqlJournal, blobs: FolderBlobStore, report: VerificationReport) -> None:
+    def __init__(self, journal: SqliteJournal, blobs: FolderBlobStore, report: VerificationReport) -> None:
         optimizer, _, size = (journal.meta(UPDATE_RULE) or "sgd").partition(", buffer of ")
         super().__init__(journal, blobs, Aggregation(server_optimizer=optimizer, buffer_size=int(size or 1)))
         self._found = report

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.records import Statistic, StoredStatistic
+from fedmoe.server.storage.records import Statistic, StoredStatistic, to_row
 from fedmoe.wire.contract.experts import HeldOutInfo
 from fedmoe.wire.contract.messages import HELD_OUT
 
@@ -69,7 +69,7 @@ class ReportedStatistics:
         self._of: dict[tuple[str, str], dict[int, _Row]] = {}
         self._own: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[str] = Counter()
-        for stored in journal.kept_statistics():
+        for stored in journal.stored_statistics():
             self._add(_row(stored))
         surplus = {row.id for rows in self._of.values() for row in self._too_dense(rows.values())}
         self._drop(surplus)
@@ -79,7 +79,7 @@ class ReportedStatistics:
 
     def add(self, statistic: Statistic) -> None:
         """Store a statistic, in place of older ones where there are too many; refuses too many at once."""
-        size = len(str(statistic.to_row()["payload"])) + _OVERHEAD
+        size = len(to_row(statistic)["payload"]) + _OVERHEAD
         if size > self._limits.row:
             raise RefusedError(
                 "too_large",
@@ -132,7 +132,7 @@ class ReportedStatistics:
         with self._lock:
             matching = [row for row in self._rows.values() if row.id > after and readable(row)]
         ids = list(_first(matching, limit))
-        rows = self._journal.kept_statistics(ids=ids) if ids else []
+        rows = self._journal.stored_statistics(ids) if ids else []
         return rows, ids[-1] if len(ids) < len(matching) else None
 
     def _aged(self, statistic: Statistic, size: int) -> set[int]:

@@ -25,13 +25,11 @@ from fedmoe.runtime import failpoints
 from fedmoe.runtime.files import FolderInUseError, fsync_file, fsync_folder, lock_folder, write_atomic
 from fedmoe.server.storage.acknowledged import Head, read_acknowledged
 from fedmoe.server.storage.blobs import NO_ROOM, CorruptBlobError, MissingBlobError, StorageFailedError
-from fedmoe.server.storage.incarnation import INCARNATION
-from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.server.storage.migration import migrate
-from fedmoe.server.storage.newest import lack_of
 from fedmoe.server.storage.sqlite import connect
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.storage.state_dir import StateDirError
-from fedmoe.server.storage.tables import SCHEMA_VERSION
+from fedmoe.server.storage.tables import INCARNATION, SCHEMA_VERSION
 
 JOURNAL, BLOBS = "journal.sqlite", "blobs"
 #: The file by which a folder is known as a whole backup.
@@ -105,8 +103,8 @@ def make_backup(state: Path, target: Path, at: float, check: Callable[[Path], No
 
 def _checked_journal(state: Path, copy: Path, noted: Head | None) -> tuple[str, int]:
     """Incarnation and events of the copied journal, if it holds all that was acknowledged before."""
-    with closing(SqlJournal(copy)) as journal:
-        lacking = lack_of(journal, noted)
+    with closing(SqliteJournal(copy)) as journal:
+        lacking = journal.gap_since(noted)
         if lacking is None:
             return journal.meta(INCARNATION) or "", journal.count()
     raise StorageFailedError(

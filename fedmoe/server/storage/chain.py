@@ -46,7 +46,7 @@ class ChainEnd:
         return ChainEnd(row, link(self.chain, content), self.rows + 1)
 
 
-class BrokenChainError(Exception):
+class BrokenChainError(ValueError):
     """A row is not the one that was written; `row` is its id, `event` counts from 1."""
 
     def __init__(self, row: object, event: int, expert: object, version: object) -> None:

@@ -17,9 +17,9 @@ from fedmoe.runtime.files import FolderInUseError, fsync_folder, lock_folder, wr
 from fedmoe.server.storage.acknowledged import AcknowledgedFile
 from fedmoe.server.storage.audit import AUDIT_HEAD
 from fedmoe.server.storage.backup import BLOBS, JOURNAL, check_backup, place_all, remove
-from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.server.storage.migration import migrate
 from fedmoe.server.storage.sqlite import connect, other_schema
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.storage.state_dir import StateDirError
 from fedmoe.server.storage.tables import SCHEMA_VERSION
 
@@ -117,7 +117,7 @@ def _fill(backup: Path, state: Path) -> str:
     migrated = migrate(state / _NEW_JOURNAL)
     if migrated is not None:
         migrated.copy.unlink()  # the backup is one
-    with closing(SqlJournal(state / _NEW_JOURNAL)) as journal:
+    with closing(SqliteJournal(state / _NEW_JOURNAL)) as journal:
         journal.set_meta(AUDIT_HEAD, "")  # the audit log is no part of a backup: a new one begins
         incarnation, head = journal.begin_incarnation(), journal.head
     with closing(AcknowledgedFile(state / "acknowledged")) as acknowledged:

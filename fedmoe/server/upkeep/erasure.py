@@ -23,7 +23,6 @@ from fedmoe.server.storage.blobs import BlobStore
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.released_bytes import (
     ReleasedBytes,
-    forget_log,
     named_by_others,
     record_release,
     stored_updates,
@@ -99,7 +98,7 @@ class Erasure:
         for version in holding:
             self.journal.drop_snapshot(name, version)
         statistics = self.reported.erase(name, worker) + self.statistics.erase(transaction, name, worker, at)
-        forget_log(self.journal)
+        self.journal.forget_log()
         self.roster.forget(name, worker)
         erased = ErasureReport(len(mine), len(holding), statistics, self.history.left_in_the_gateway(name, worker))
         _log.warning("erased", expert=name, worker=worker, reason=request.reason, **asdict(erased))

@@ -15,7 +15,6 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.history import History
 from fedmoe.server.storage.blobs import FolderBlobStore, StorageFailedError, SweepReport
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.named_blobs import named_blobs
 from fedmoe.server.storage.released_bytes import newest_updates
 from fedmoe.server.storage.trash import UNNAMED_SECONDS, Trash
 
@@ -72,7 +71,7 @@ class DailySweep:
     def _unnamed(self) -> dict[str, Identity]:
         """Blobs that no row names. They are listed before the rows are read, so that new ones are not missed."""
         unnamed = {name: identity for name in self._blobs.digests() if (identity := self._identity(name))}
-        for digest in named_blobs(self._journal):
+        for digest in self._journal.named_blobs():
             unnamed.pop(digest, None)
         for digest in self._history.quarantined_blobs():
             unnamed.pop(digest, None)
