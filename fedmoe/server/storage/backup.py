@@ -26,7 +26,7 @@ from fedmoe.runtime.files import FolderInUseError, fsync_file, fsync_folder, loc
 from fedmoe.server.storage.acknowledged import Head, read_acknowledged
 from fedmoe.server.storage.blobs import NO_ROOM, CorruptBlobError, MissingBlobError, StorageFailedError
 from fedmoe.server.storage.migration import migrate
-from fedmoe.server.storage.sqlite import connect
+from fedmoe.server.storage.sqlite import complete_in_itself, connect, copy_to, error_code
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.storage.state_dir import StateDirError
 from fedmoe.server.storage.tables import INCARNATION, SCHEMA_VERSION
@@ -81,16 +81,25 @@ def make_backup(state: Path, target: Path, at: float, check: Callable[[Path], No
         earlier = migrate(unfinished / JOURNAL)  # what is checked is a journal of this schema
         incarnation, events = _checked_journal(state, unfinished / JOURNAL, noted)
         check(unfinished)
-        _complete_in_itself(unfinished / JOURNAL)
+        complete_in_itself(unfinished / JOURNAL)
         if earlier is not None:
             os.replace(earlier.copy, unfinished / JOURNAL)
         remove(unfinished, keep={JOURNAL, BLOBS, _LOCK})
         names = _names(unfinished / BLOBS)
-        size = sum((unfinished / BLOBS / name).stat().st_size for name in names)
-        counts = (len(names), size, len(linked - damaged), absent, len(damaged))
-        hashes = (_sha256(unfinished / JOURNAL), _of_names(names))
-        history = ("", earlier.before) if earlier else (incarnation, SCHEMA_VERSION)
-        backup = Backup(__version__, at, history[0], events, *counts, *hashes, history[1])
+        backup = Backup(
+            __version__,
+            at,
+            "" if earlier else incarnation,
+            events,
+            blobs=len(names),
+            size=sum((unfinished / BLOBS / name).stat().st_size for name in names),
+            linked=len(linked - damaged),
+            absent=absent,
+            damaged=len(damaged),
+            journal_sha256=_sha256(unfinished / JOURNAL),
+            names_sha256=_of_names(names),
+            schema=earlier.before if earlier else SCHEMA_VERSION,
+        )
         failpoints.reached("backup.before_note")
         write_atomic(unfinished / NOTE, json.dumps(asdict(backup), indent=1).encode())
         fsync_folder(unfinished / BLOBS)
@@ -147,45 +156,27 @@ def _damaged(folder: Path) -> set[str]:
     return {name for name in _names(folder) if (folder / name).is_symlink() or _sha256(folder / name) != name}
 
 
-def place(source: Path, target: Path) -> bool:
-    """Give a file that never changes a second place, by a hard link where that can be, else a copy; whether linked."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except FileNotFoundError:
-        raise
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(source, target, follow_symlinks=False)
-        target.chmod(0o600)
-        fsync_file(target)
-        return False
-    return True
-
-
 def place_all(source: Path, target: Path) -> set[str]:
-    """Place the blobs of one folder that another lacks; those that vanish meanwhile are left out. The names linked."""
+    """Give blobs that another folder lacks a second place there; those that vanish meanwhile are left out.
+
+    By hard links where that can be, whose names are returned, else by copies.
+    """
     linked = set()
     for name in _names(source) - _names(target):
+        file, second = source / name, target / name
         try:
-            if place(source / name, target / name):
+            try:
+                os.link(file, second, follow_symlinks=False)
                 linked.add(name)
+            except FileNotFoundError:
+                raise
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(file, second, follow_symlinks=False)
+                second.chmod(0o600)
+                fsync_file(second)
         except FileNotFoundError:
-            (target / name).unlink(missing_ok=True)
+            second.unlink(missing_ok=True)
     return linked
-
-
-def _copy_journal(source: Path, target: Path) -> None:
-    """Copy the journal of one moment, from whoever writes it, as one file that is complete in itself."""
-    os.close(os.open(target, os.O_RDWR | os.O_CREAT, 0o600))
-    with closing(connect(source, "ro", 30.0)) as live, closing(sqlite3.connect(target)) as copy:
-        live.backup(copy)
-    _complete_in_itself(target)
-
-
-def _complete_in_itself(journal: Path) -> None:
-    """Leave no log beside a journal, so that the one file is all of it, even where nothing can be written."""
-    with closing(sqlite3.connect(journal)) as connection:
-        connection.execute("PRAGMA journal_mode=DELETE")
-    fsync_file(journal)
 
 
 def _copy(state: Path, unfinished: Path) -> tuple[set[str], int]:
@@ -197,7 +188,8 @@ def _copy(state: Path, unfinished: Path) -> tuple[set[str], int]:
         missing = named - _names(state / BLOBS)
         linked |= place_all(state / BLOBS, unfinished / BLOBS)
         failpoints.reached("backup.blobs_placed")
-        _copy_journal(state / JOURNAL, unfinished / JOURNAL)
+        with closing(connect(state / JOURNAL, "ro", 30.0)) as live:
+            copy_to(unfinished / JOURNAL, live)
         failpoints.reached("backup.journal_copied")
         linked |= place_all(state / BLOBS, unfinished / BLOBS)
         with closing(connect(unfinished / JOURNAL, "ro", 30.0)) as copied:
@@ -280,7 +272,7 @@ def _said_in_words(state: Path, target: Path, unfinished: Path) -> Iterator[None
         # Found in the copy, which is gone by now; what it is a copy of is what somebody can look at.
         raise StorageFailedError(str(error).replace(str(unfinished), str(state))) from error
     except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+        if error_code(error) == sqlite3.SQLITE_FULL:
             raise _no_room(target) from error
         raise StorageFailedError(f"the journal cannot be copied: {error}; see 'fedmoe state verify'") from error
     except OSError as error:

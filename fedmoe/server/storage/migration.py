@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmoe.runtime import failpoints
-from fedmoe.runtime.files import fsync_file, fsync_folder
+from fedmoe.runtime.files import fsync_folder
 from fedmoe.server.storage.chain import COLUMNS, GENESIS, link
-from fedmoe.server.storage.sqlite import changed_outside, connect, other_schema
+from fedmoe.server.storage.sqlite import changed_outside, connect, copy_to, other_schema
 from fedmoe.server.storage.tables import EVENTS, INCARNATION, META, SCHEMA_VERSION
 
 # Columns of events that schema 1 lacks.
@@ -101,12 +101,8 @@ def _copied(connection: sqlite3.Connection, journal: Path, schema: int) -> Path:
     events = connection.execute("SELECT count(*) FROM events").fetchone()[0]
     final = journal.with_name(f"{journal.stem}-schema-{schema}-{events}-events{journal.suffix}")
     temporary = journal.with_name(f".{journal.name}-copy")
-    os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-    with closing(sqlite3.connect(temporary)) as copy:
-        connection.backup(copy)
-        copy.execute("PRAGMA journal_mode=DELETE")  # one file, complete in itself
+    copy_to(temporary, connection)
     failpoints.reached("migrate.copied")
-    fsync_file(temporary)
     os.replace(temporary, final)
     fsync_folder(journal.parent)
     failpoints.reached("migrate.copy_kept")

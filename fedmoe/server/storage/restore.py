@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmoe.runtime import failpoints
-from fedmoe.runtime.files import FolderInUseError, fsync_folder, lock_folder, write_atomic
+from fedmoe.runtime.files import fsync_folder, write_atomic
 from fedmoe.server.storage.acknowledged import AcknowledgedFile
 from fedmoe.server.storage.audit import AUDIT_HEAD
 from fedmoe.server.storage.backup import BLOBS, JOURNAL, check_backup, place_all, remove
 from fedmoe.server.storage.migration import migrate
 from fedmoe.server.storage.sqlite import connect, other_schema
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
-from fedmoe.server.storage.state_dir import StateDirError
+from fedmoe.server.storage.state_dir import StateDirError, lock_state
 from fedmoe.server.storage.tables import SCHEMA_VERSION
 
 _MARK = "restoring"
@@ -52,11 +52,7 @@ def restore(backup: Path, state: Path, replace: bool = False) -> RestoreReport:
         raise other_schema(str(backup / JOURNAL), str(kept.schema))
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = lock_folder(state)
-    except FolderInUseError as error:
-        raise StateDirError(
-            f"{state} is in use by the coordinator with process id {error.holder}; stop it first"
-        ) from None
+        lock = lock_state(state)
     except OSError as error:
         raise StateDirError(f"{state} cannot be used: {error.strerror}; choose another --state-dir") from error
     try:
