@@ -15,7 +15,7 @@ from support import EagerHistory, make_body
 from fedmoe.coordinator import Aggregation, CentralCoordinator
 from fedmoe.federation.events import UpdateAccepted, UpdateLost
 from fedmoe.lora.codec import decode
-from fedmoe.server.history.damage import DamagedUpdateError, with_progress
+from fedmoe.server.history.replay import DamagedUpdateError, with_progress
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
 
@@ -147,7 +147,7 @@ def test_a_long_replay_says_how_long_it_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr("fedmoe.server.history.damage.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("fedmoe.server.history.replay.time.monotonic", lambda: float(next(clock)))
     house = House.open()
     house.register()
     house.train(["w1"] * 10)

@@ -43,9 +43,7 @@ def judge(
     complete = [(score, gateways) for score, gateways in losses if gateways.keys() >= set(names)]
     kept = _kept(complete, names, published)
     if not kept[names[0]]:
-        reason = (
-            f"no own expert gains {SMALLEST_GAIN:g} nats per token or more, so there is nothing a gateway could keep"
-        )
+        reason = f"no own expert gains {SMALLEST_GAIN:g} nats per token or more, so nothing could be kept of a gain"
         if not complete:
             measured = f"nobody measured all of {', '.join(names)} on the same tokens"
             reason = f"{measured}; {len(scores)} scores were given"

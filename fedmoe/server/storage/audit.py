@@ -13,7 +13,8 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,7 +68,7 @@ def line_of(before: AuditHead, facts: Mapping[str, Fact]) -> tuple[bytes, AuditH
     return line.encode() + b"\n", AuditHead(before.n + 1, chain)
 
 
-def check_lines(lines: Iterator[bytes], known: AuditHead) -> AuditCheck:
+def check_lines(lines: Iterable[bytes], known: AuditHead) -> AuditCheck:
     """Follow the chain of a file; `known` is a head that was noted before, and that it must hold or come after."""
     breaks: list[str] = []
     head: AuditHead | None = None
@@ -97,13 +98,11 @@ def check_file(folder: Path, known: AuditHead) -> AuditCheck:
 
     What is no file, as a pipe that would be waited for, is not read.
     """
-    if not (folder / AUDIT_FILE).is_file():
-        return check_lines(iter(()), known)
-    try:
-        with (folder / AUDIT_FILE).open("rb") as file:
-            return check_lines(iter(file.readlines()), known)
-    except FileNotFoundError:
-        return check_lines(iter(()), known)
+    lines: list[bytes] = []
+    if (folder / AUDIT_FILE).is_file():
+        with suppress(FileNotFoundError), (folder / AUDIT_FILE).open("rb") as file:
+            lines = file.readlines()
+    return check_lines(lines, known)
 
 
 class AuditLog:
@@ -214,20 +213,15 @@ class AuditLog:
         return "it was cut" if there.st_size < self._size else None
 
     def _set_aside(self) -> None:
-        first = _first_number(self._path)
-        os.rename(self._path, self._folder / f"audit-{first:012d}.jsonl")
+        with self._path.open("rb") as file:
+            entry = _entry(file.readline())
+        os.rename(self._path, self._folder / f"audit-{entry[0] if entry is not None else 0:012d}.jsonl")
         older = sorted(self._folder.glob("audit-*.jsonl"))
-        for file in older[: max(0, len(older) - self._most_files)]:
-            file.unlink(missing_ok=True)
+        for oldest in older[: max(0, len(older) - self._most_files)]:
+            oldest.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = -1
         self._follow_the_file()
-
-
-def _first_number(path: Path) -> int:
-    with path.open("rb") as file:
-        entry = _entry(file.readline())
-    return entry[0] if entry is not None else 0
 
 
 def _entry(line: bytes) -> tuple[int, str, dict[str, object]] | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from fedmoe import __version__
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.files import FolderInUseError, fsync_file, fsync_folder, lock_folder, write_atomic
 from fedmoe.server.storage.acknowledged import Head, read_acknowledged
-from fedmoe.server.storage.blobs import NO_ROOM, CorruptBlobError, MissingBlobError, StorageFailedError
+from fedmoe.server.storage.blobs import NO_ROOM, CorruptBlobError, MissingBlobError, StorageFailedError, blob_names
 from fedmoe.server.storage.migration import migrate
 from fedmoe.server.storage.sqlite import complete_in_itself, connect, copy_to, error_code
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
@@ -35,7 +34,6 @@ JOURNAL, BLOBS = "journal.sqlite", "blobs"
 #: The file by which a folder is known as a whole backup.
 NOTE = "backup.json"
 _LOCK = "lock"
-_DIGEST = re.compile("[0-9a-f]{64}")
 _TRIES = 5
 
 
@@ -85,7 +83,7 @@ def make_backup(state: Path, target: Path, at: float, check: Callable[[Path], No
         if earlier is not None:
             os.replace(earlier.copy, unfinished / JOURNAL)
         remove(unfinished, keep={JOURNAL, BLOBS, _LOCK})
-        names = _names(unfinished / BLOBS)
+        names = blob_names(unfinished / BLOBS)
         backup = Backup(
             __version__,
             at,
@@ -139,7 +137,7 @@ def check_backup(folder: Path) -> Backup:
     """The backup in a folder, if every byte is as it was made; raises StateDirError or StorageFailedError."""
     backup = read_backup(folder)
     try:
-        names, sha256 = _names(folder / BLOBS), _sha256(folder / JOURNAL)
+        names, sha256 = blob_names(folder / BLOBS), _sha256(folder / JOURNAL)
     except OSError as error:
         raise StorageFailedError(f"the backup {folder} is not whole: {error}; take another one") from error
     if sha256 != backup.journal_sha256:
@@ -153,7 +151,7 @@ def check_backup(folder: Path) -> Backup:
 
 def _damaged(folder: Path) -> set[str]:
     """The blobs in a folder that are not what their names say."""
-    return {name for name in _names(folder) if (folder / name).is_symlink() or _sha256(folder / name) != name}
+    return {name for name in blob_names(folder) if (folder / name).is_symlink() or _sha256(folder / name) != name}
 
 
 def place_all(source: Path, target: Path) -> set[str]:
@@ -162,7 +160,7 @@ def place_all(source: Path, target: Path) -> set[str]:
     By hard links where that can be, whose names are returned, else by copies.
     """
     linked = set()
-    for name in _names(source) - _names(target):
+    for name in blob_names(source) - blob_names(target):
         file, second = source / name, target / name
         try:
             try:
@@ -185,7 +183,7 @@ def _copy(state: Path, unfinished: Path) -> tuple[set[str], int]:
     for _ in range(_TRIES):
         with closing(connect(state / JOURNAL, "ro", 30.0)) as live:
             named = _named(live)
-        missing = named - _names(state / BLOBS)
+        missing = named - blob_names(state / BLOBS)
         linked |= place_all(state / BLOBS, unfinished / BLOBS)
         failpoints.reached("backup.blobs_placed")
         with closing(connect(state / JOURNAL, "ro", 30.0)) as live:
@@ -193,7 +191,7 @@ def _copy(state: Path, unfinished: Path) -> tuple[set[str], int]:
         failpoints.reached("backup.journal_copied")
         linked |= place_all(state / BLOBS, unfinished / BLOBS)
         with closing(connect(unfinished / JOURNAL, "ro", 30.0)) as copied:
-            absent = _named(copied) - _names(unfinished / BLOBS)
+            absent = _named(copied) - blob_names(unfinished / BLOBS)
         if absent <= missing:
             return linked, len(absent)
     raise StateDirError(
@@ -213,11 +211,6 @@ def _named(journal: sqlite3.Connection) -> set[str]:
         rows = journal.execute(f'SELECT DISTINCT digest FROM "{table}" WHERE digest IS NOT NULL')  # noqa: S608
         digests.update(str(digest) for (digest,) in rows)
     return digests
-
-
-def _names(folder: Path) -> set[str]:
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries if _DIGEST.fullmatch(entry.name)}
 
 
 def _of_names(names: set[str]) -> str:

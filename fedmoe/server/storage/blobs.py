@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.files import fsync_folder
@@ -115,6 +115,12 @@ def put(store: BlobStore, data: bytes) -> str:
         writer.abort()
 
 
+def blob_names(folder: Path) -> set[str]:
+    """The digests of the blobs in a folder."""
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if _DIGEST.fullmatch(entry.name)}
+
+
 class Pins:
     """Digests that must not be deleted: committed by a writer that is still open, so perhaps not yet journalled."""
 
@@ -196,18 +202,15 @@ class FolderBlobStore:
         self.pins.unless_pinned(digest, lambda: path.unlink(missing_ok=True))
 
     def digests(self) -> Iterator[str]:
-        with os.scandir(self.folder) as entries:
-            yield from [entry.name for entry in entries if _DIGEST.fullmatch(entry.name)]
+        return iter(blob_names(self.folder))
 
     def sizes(self) -> dict[str, int]:
         """The bytes of every blob."""
-        found = {}
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                if _DIGEST.fullmatch(entry.name):
-                    with contextlib.suppress(FileNotFoundError):
-                        found[entry.name] = entry.stat(follow_symlinks=False).st_size
-        return found
+        sizes = {}
+        for name in blob_names(self.folder):
+            with contextlib.suppress(FileNotFoundError):
+                sizes[name] = (self.folder / name).lstat().st_size
+        return sizes
 
     def size(self, digest: str) -> int:
         """The bytes of a blob, 0 for one that is not there."""
@@ -253,12 +256,6 @@ class FileBlobWriter:
         except OSError as error:
             raise store.problem(error, temporary) from error
         self._open = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.abort()
 
     @property
     def size(self) -> int:

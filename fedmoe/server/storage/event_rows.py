@@ -55,15 +55,15 @@ def row_of(event: Event) -> dict[str, object]:
     payload = asdict(event)
     if isinstance(event, ExpertRegistered):
         payload["manifest"] = event.manifest.to_json()
-    update = event if isinstance(event, UpdateAccepted) else None
     expert, version = _place(event)
+    worker, epoch, sequence = event.identity if isinstance(event, UpdateAccepted) else (None, None, None)
     return {
         "kind": _NAMES[type(event)],
         "expert": expert,
         "version": version,
-        "worker": update.worker if update else None,
-        "epoch": update.epoch if update else None,
-        "sequence": update.sequence if update else None,
+        "worker": worker,
+        "epoch": epoch,
+        "sequence": sequence,
         "digest": blob_of(event) if isinstance(event, (UpdateAccepted, GatewayMerged)) else None,
         "payload": json.dumps(payload, allow_nan=False),
     }

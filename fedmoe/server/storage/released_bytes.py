@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -115,8 +114,3 @@ def newest_updates(journal: Journal, most: int) -> list[UpdateAccepted]:
     query = sa.select(EVENTS.c.payload).where(EVENTS.c.kind == "update").order_by(EVENTS.c.id.desc()).limit(most)
     events = [event_of("update", row["payload"]) for row in journal.query(query)]
     return [event for event in reversed(events) if isinstance(event, UpdateAccepted)]
-
-
-def named_by_others(updates: Iterable[StoredUpdate], worker: str) -> set[str]:
-    """The blobs that updates of other workers name: equal bytes are one blob, whoever sent them."""
-    return {update.digest for update in updates if update.worker != worker}
