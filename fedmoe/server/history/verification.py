@@ -77,34 +77,24 @@ def _verify(path: Path) -> VerificationReport:
     try:
         damage = problems(path / "journal.sqlite")
         report.findings += damage
-        _check_blobs(blobs, report)
+        for name in sorted(blobs.digests()):
+            report.blobs += 1
+            try:
+                blobs.read(name)
+            except (CorruptBlobError, MissingBlobError, OSError) as error:
+                report.findings.append(str(error))
         if damage:
             return report  # a journal that is not as it was written says nothing about the rest
         with closing(SqliteJournal(path / "journal.sqlite")) as journal:
-            _check_count(path, journal, report)
+            report.events, report.incarnation = journal.head.events, journal.head.incarnation
+            gap = journal.gap_since(read_acknowledged(path / "acknowledged"))
+            report.findings += [f"the journal is not the newest: {gap.reason}"] if gap is not None else []
             audit = check_file(path, AuditHead.of_text(journal.meta(AUDIT_HEAD)))
             report.findings += [f"{AUDIT_FILE}: {what}" for what in audit.breaks]
             _Verifier(journal, blobs, report).run()
     except (StorageFailedError, sqlite3.Error) as error:
         report.findings.append(str(error))
     return report
-
-
-def _check_blobs(blobs: FolderBlobStore, report: VerificationReport) -> None:
-    """Read every blob."""
-    for name in sorted(blobs.digests()):
-        report.blobs += 1
-        try:
-            blobs.read(name)
-        except (CorruptBlobError, MissingBlobError, OSError) as error:
-            report.findings.append(str(error))
-
-
-def _check_count(path: Path, journal: SqliteJournal, report: VerificationReport) -> None:
-    report.events, report.incarnation = journal.head.events, journal.head.incarnation
-    lacking = journal.gap_since(read_acknowledged(path / "acknowledged"))
-    if lacking is not None:
-        report.findings.append(f"the journal is not the newest: {lacking.reason}")
 
 
 class _Verifier(History):

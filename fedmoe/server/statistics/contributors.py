@@ -16,7 +16,17 @@ from fedmoe.wire.contract.messages import HELD_OUT
 #: A worker of which so many updates in a row changed nothing is shown as not learning.
 NOT_LEARNING = 5
 # Workers whose newest held-out loss is shown; names cost their inventor nothing.
-_MOST_TOLD = 10_000
+_MOST_LOSSES = 10_000
+
+
+def held_out_of(statistic: Statistic) -> HeldOutInfo | None:
+    """The held-out loss that a statistic reports; None for one of another kind, or that lacks a number."""
+    if statistic.kind != HELD_OUT:
+        return None
+    try:
+        return HeldOutInfo.model_validate(dict(statistic.payload))
+    except ValidationError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +53,14 @@ class Contributors:
 
     def hear(self, statistic: Statistic) -> None:
         """Note a held-out loss; statistics of other kinds, or that lack a number, are ignored."""
-        if statistic.kind != HELD_OUT:
-            return
-        try:
-            held_out = HeldOutInfo.model_validate(dict(statistic.payload))
-        except ValidationError:
+        held_out = held_out_of(statistic)
+        if held_out is None:
             return
         key = (statistic.expert, statistic.worker)
         self._held_out.pop(key, None)
         self._held_out[key] = held_out
         self._changes[statistic.expert] += 1
-        if len(self._held_out) > _MOST_TOLD:
+        if len(self._held_out) > _MOST_LOSSES:
             del self._held_out[next(iter(self._held_out))]
 
     def forget(self, expert: str, worker: str) -> None:

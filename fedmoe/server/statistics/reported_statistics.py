@@ -12,14 +12,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal
+from fedmoe.server.statistics.contributors import held_out_of
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.records import Statistic, StoredStatistic, to_row
-from fedmoe.wire.contract.experts import HeldOutInfo
-from fedmoe.wire.contract.messages import HELD_OUT
 
 #: A page has so many rows, and so many bytes, at most; the first row is always in it.
 PAGE_ROWS = 1000
@@ -137,7 +134,7 @@ class ReportedStatistics:
 
     def _aged(self, statistic: Statistic, size: int) -> set[int]:
         """The worker's rows that make room for a new one; held-out losses are thinned out instead."""
-        if _loss(statistic) is not None:
+        if held_out_of(statistic) is not None:
             return set()
         limits, now = self._limits, statistic.at
         own = [row for row in self._of.get((statistic.expert, statistic.worker), {}).values() if row.loss is None]
@@ -199,18 +196,9 @@ class ReportedStatistics:
 
 
 def _row(stored: StoredStatistic) -> _Row:
-    fact = stored.statistic
-    return _Row(stored.id, fact.expert, fact.worker, fact.kind, stored.size + _OVERHEAD, fact.at, _loss(fact))
-
-
-def _loss(statistic: Statistic) -> float | None:
-    """The held-out loss that a statistic tells; None for one of another kind, or that lacks a number."""
-    if statistic.kind != HELD_OUT:
-        return None
-    try:
-        return HeldOutInfo.model_validate(dict(statistic.payload)).loss
-    except ValidationError:
-        return None
+    fact, held_out = stored.statistic, held_out_of(stored.statistic)
+    loss = held_out.loss if held_out is not None else None
+    return _Row(stored.id, fact.expert, fact.worker, fact.kind, stored.size + _OVERHEAD, fact.at, loss)
 
 
 def _first(rows: Sequence[_Row], limit: int) -> Iterator[int]:

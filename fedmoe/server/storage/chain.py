@@ -55,11 +55,10 @@ class BrokenChainError(ValueError):
         self.event = event
 
 
-def check(rows: Iterable[Sequence[object]], start: ChainEnd = ChainEnd()) -> ChainEnd:
+def check(rows: Iterable[Sequence[object]]) -> ChainEnd:
     """Follow rows of `COLUMNS` and their chain value to the end; BrokenChainError at the first that breaks it."""
-    chain, last, number = start.chain, start.row, start.rows
-    for row in rows:
-        number += 1
+    chain, last, number = GENESIS, 0, 0
+    for number, row in enumerate(rows, 1):
         try:
             chain = link(chain, row[:-1])
         except ValueError:

@@ -103,12 +103,10 @@ class Journal(ABC):
         return rows[0]["version_digest"] if rows else None
 
     def count(self) -> int:
-        """How many events there are."""
         query = sa.select(sa.func.count().label("events")).select_from(EVENTS)
         return int(self.query(query)[0]["events"])
 
     def find_update(self, worker: str, epoch: str, sequence: int) -> UpdateAccepted | None:
-        """The update with this identity."""
         query = sa.select(EVENTS.c.payload).where(
             EVENTS.c.worker == worker, EVENTS.c.epoch == epoch, EVENTS.c.sequence == sequence
         )
@@ -119,7 +117,6 @@ class Journal(ABC):
         return None
 
     def add_snapshot(self, expert: str, version: int, digest: str) -> None:
-        """Name the blob of a version's snapshot."""
         self.put(SNAPSHOTS, [{"expert": expert, "version": version, "digest": digest}])
 
     def snapshots(self, expert: str) -> dict[int, str]:
@@ -150,7 +147,6 @@ class Journal(ABC):
             yield from (row["digest"] for row in rows)
 
     def add_statistic(self, statistic: Statistic) -> StoredStatistic:
-        """Keep a reported statistic."""
         row = to_row(statistic)
         return StoredStatistic(self.insert(STATISTICS, row), statistic, len(row["payload"]))
 
@@ -165,13 +161,11 @@ class Journal(ABC):
         return [stored.statistic for stored in self.stored_statistics()]
 
     def drop_statistics(self, ids: Collection[int]) -> None:
-        """Delete the reported statistics with these numbers."""
         ordered = sorted(ids)
         for start in range(0, len(ordered), _MOST_NAMED):
             self.delete(STATISTICS.delete().where(STATISTICS.c.id.in_(ordered[start : start + _MOST_NAMED])))
 
     def add_data_statistic(self, statistic: DataStatistic) -> None:
-        """Name the blob of a worker's data statistics."""
         self.insert(DATA_STATISTICS, to_row(statistic))
 
     def data_statistics(self) -> list[DataStatistic]:
@@ -180,7 +174,6 @@ class Journal(ABC):
         return [of_row(DataStatistic, row) for row in rows]
 
     def add_verdict(self, verdict: GatewayVerdict) -> None:
-        """Keep a verdict of the evaluation gate."""
         self.insert(VERDICTS, to_row(verdict))
 
     def verdicts(self, limit: int, published_only: bool = False) -> list[GatewayVerdict]:
@@ -194,7 +187,6 @@ class Journal(ABC):
         self.put(TOKENS, [to_row(token)])
 
     def tokens(self) -> list[TokenRecord]:
-        """Every token there ever was."""
         return [of_row(TokenRecord, row) for row in self.query(sa.select(TOKENS))]
 
     def put_token_facts(self, facts: Sequence[TokenFacts]) -> None:
@@ -203,16 +195,13 @@ class Journal(ABC):
             self.put(TOKEN_FACTS, [to_row(token) for token in facts])
 
     def token_facts(self) -> list[TokenFacts]:
-        """The facts of every token."""
         return [of_row(TokenFacts, row) for row in self.query(sa.select(TOKEN_FACTS))]
 
     def meta(self, key: str) -> str | None:
-        """The value of a key of the table `meta`."""
         rows = self.query(sa.select(META.c.value).where(META.c.key == key))
         return rows[0]["value"] if rows else None
 
     def set_meta(self, key: str, value: str) -> None:
-        """Keep a value under a key of the table `meta`."""
         self.put(META, [{"key": key, "value": value}])
 
     def former_incarnations(self) -> list[FormerIncarnation]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +45,8 @@ def migrate(journal: Path) -> Migration | None:
         return None
     with closing(_connect(journal)) as connection:
         copy = _copied(connection, journal, schema_before)
-        with _transaction(connection):
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
             for schema in range(schema_before, SCHEMA_VERSION):
                 _STEPS[schema](connection)
             connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", [str(SCHEMA_VERSION)])
@@ -107,17 +107,6 @@ def _copied(connection: sqlite3.Connection, journal: Path, schema: int) -> Path:
     fsync_folder(journal.parent)
     failpoints.reached("migrate.copy_kept")
     return final
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
-    connection.execute("COMMIT")
 
 
 def _chained(connection: sqlite3.Connection) -> None:
