@@ -57,7 +57,7 @@ def test_too_much_within_an_hour_is_refused_and_later_the_oldest_make_room_57(jo
     told = ReportedStatistics(journal, StatisticLimits(rows=5, own=10_000, seconds=60.0))
     for number in range(5):
         told.add(note(number, at=float(number)))
-    with pytest.raises(RefusedError, match="told 5 statistics of python") as refused:
+    with pytest.raises(RefusedError, match="sent 5 statistics of python") as refused:
         told.add(note(5, at=59.0))
     assert refused.value.code == "too_many_statistics"
     told.add(held_out(1, 2.0, at=59.0))

@@ -48,7 +48,7 @@ class GatePolicy:
 
 
 class EvaluationGate:
-    """Offers candidates, takes scores, publishes; `fail` is told when storage can no longer be trusted."""
+    """Offers candidates, takes scores, publishes; `fail` is called when storage can no longer be trusted."""
 
     def __init__(
         self,

@@ -236,8 +236,8 @@ class History(Replay):
                 f"A fold cannot be undone for one expert; choose version {left.version} or a later one.",
             )
         updates = Lineage.updates(chains[version])
-        kept = {update.identity for update in updates}
-        removed = [update for update in Lineage.updates(chains[expert.version]) if update.identity not in kept]
+        staying = {update.identity for update in updates}
+        removed = [update for update in Lineage.updates(chains[expert.version]) if update.identity not in staying]
         with self._refusing_pruned():
             state = self._rebuild(registered, chains, chains[version])
         return RebuiltState(state, len(removed), count_steps(events, updates), "", expert.version, erasures)
@@ -274,10 +274,10 @@ class History(Replay):
         updates = [event for event in newer if isinstance(event, UpdateAccepted)]
         if self._aggregation.merge_after is not None or len(updates) < len(newer):
             return None
-        kept = [] if worker is None else [update for update in updates if update.worker != worker]
+        landed = [] if worker is None else [update for update in updates if update.worker != worker]
         with self._refusing_pruned():
-            state = self._land(rebuilt.state, kept, expert.manifest)
-        removed = rebuilt.removed + len(updates) - len(kept)
+            state = self._land(rebuilt.state, landed, expert.manifest)
+        removed = rebuilt.removed + len(updates) - len(landed)
         return replace(rebuilt, state=state, removed=removed, version=expert.version)
 
     @contextmanager
@@ -301,8 +301,7 @@ class History(Replay):
 
     def snapshot_if_due(self, expert: ExpertModel, every: int = SNAPSHOT_EVERY) -> None:
         """Keep the expert's state every so many versions, so that recovery reads few updates; then prune."""
-        kept = self._journal.snapshots(expert.name)
-        if expert.version - max(kept, default=0) < every:
+        if expert.version - max(self._journal.snapshots(expert.name), default=0) < every:
             return
         self.snapshot(expert)
         if self._keep_updates is not None:

@@ -168,7 +168,7 @@ class DataStatisticsStore:
     def keep(
         self, transaction: Transaction, header: DataStatisticsHeader, digest: str, size: int, at: float
     ) -> DataStatisticsResult:
-        """Journal statistics whose blob is stored and tell the transaction; for the committer, in a group of its own.
+        """Journal statistics whose blob is stored and change the transaction; for the committer, in a group of its own.
 
         The same bytes again change nothing.
         """

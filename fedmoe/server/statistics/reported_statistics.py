@@ -146,7 +146,7 @@ class ReportedStatistics:
             if now - row.at < limits.seconds:
                 raise RefusedError(
                     "too_many_statistics",
-                    f"worker {statistic.worker!r} told {rows - 1} statistics of {statistic.expert}, {total - size} B; "
+                    f"worker {statistic.worker!r} sent {rows - 1} statistics of {statistic.expert}, {total - size} B; "
                     f"at most {limits.rows} and {limits.own} bytes are kept within {limits.seconds:g} seconds.",
                     "Send fewer, or smaller ones.",
                 )
@@ -163,7 +163,7 @@ class ReportedStatistics:
         return [row for row in losses[-2::-2] if row is not best]
 
     def _overfull(self, newest: int) -> Iterator[int]:
-        """Rows that go because an expert, or all, have too many bytes: the oldest of whoever told the most."""
+        """Rows that go because an expert, or all, have too many bytes: the oldest of whoever sent the most."""
         while over := self._over():
             of_most = max((key for key in self._of if key[0] in over), key=lambda key: (self._own[key], key))
             oldest = next(iter(self._of[of_most]))

@@ -1,7 +1,7 @@
 """The newest acknowledged journal position, in a small file beside the journal.
 
 An older journal put in the place of a newer one, or one whose write-ahead log is gone, is whole in itself; only what
-is known outside of it tells. The file is written after each commit and before anybody is told of it. It is not synced
+is known outside of it tells. The file is written after each commit and before anybody hears of it. It is not synced
 then: the fault it is there for is a file exchanged or lost, not a power cut, after which a count that lags behind the
 journal, by seconds, is as good as the crash between commit and count that may happen anyway.
 

@@ -31,7 +31,7 @@ _NOTHING = {"lock", "lost+found"}
 
 @dataclass(frozen=True, slots=True)
 class RestoreReport:
-    """A state made of a backup: the incarnation that begins, the one it goes on from, the events there are.
+    """A state made of a backup: the incarnation that begins, the one before it, the events there are.
 
     `moved` is where what was in the folder before lies now.
     """
@@ -47,16 +47,16 @@ def restore(backup: Path, state: Path, replace: bool = False) -> RestoreReport:
 
     Raises StateDirError or StorageFailedError.
     """
-    kept = check_backup(backup)
-    if kept.schema > SCHEMA_VERSION:
-        raise other_schema(str(backup / JOURNAL), str(kept.schema))
+    content = check_backup(backup)
+    if content.schema > SCHEMA_VERSION:
+        raise other_schema(str(backup / JOURNAL), str(content.schema))
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = lock_state(state)
     except OSError as error:
         raise StateDirError(f"{state} cannot be used: {error.strerror}; choose another --state-dir") from error
     try:
-        moved = _make_room(state, replace, kept.incarnation)
+        moved = _make_room(state, replace, content.incarnation)
         incarnation = _fill(backup, state)
     except OSError as error:
         raise StateDirError(
@@ -65,7 +65,7 @@ def restore(backup: Path, state: Path, replace: bool = False) -> RestoreReport:
         ) from error
     finally:
         os.close(lock)
-    return RestoreReport(incarnation, kept.incarnation, kept.events, moved)
+    return RestoreReport(incarnation, content.incarnation, content.events, moved)
 
 
 def _make_room(state: Path, replace: bool, name: str) -> Path | None:

@@ -80,16 +80,16 @@ def unusable(where: str, reason: str) -> StorageFailedError:
     )
 
 
-def other_schema(where: str, found: str) -> StorageFailedError:
+def other_schema(where: str, schema: str) -> StorageFailedError:
     """The error for a journal of another version of this program."""
-    older = found.isdecimal() and int(found) < SCHEMA_VERSION
+    older = schema.isdecimal() and int(schema) < SCHEMA_VERSION
     what_to_do = (
         "start 'fedmoe coordinator' on its state directory, which brings it to this schema and keeps a copy"
         if older
         else "run the FedMoE version that wrote it, or a newer one"
     )
     return StorageFailedError(
-        f"the journal {where} has schema {found}, this program reads {SCHEMA_VERSION}; {what_to_do}."
+        f"the journal {where} has schema {schema}, this program reads {SCHEMA_VERSION}; {what_to_do}."
     )
 
 
@@ -99,13 +99,6 @@ def changed_outside(where: str, what: str) -> StorageFailedError:
         f"the journal {where} was damaged or changed: {what}. Restore the state directory from a backup with "
         "'fedmoe state restore BACKUP --state-dir DIR'; 'fedmoe state verify --state-dir DIR' lists what is wrong."
     )
-
-
-def damaged_rows_problem(where: str, damage: list[str], tables: list[str]) -> StorageFailedError:
-    """The error for rows beside the events that are not as they were written."""
-    others = f", and {len(damage) - 1} more" if len(damage) > 1 else ""
-    hint = "" if "meta" in tables else " To go on without such rows, start once with --skip-damaged."
-    return StorageFailedError(f"{changed_outside(where, damage[0] + others)}{hint}")
 
 
 def journal_problem(error: DatabaseError | sqlite3.Error, where: str) -> Exception:

@@ -32,7 +32,6 @@ from fedmoe.server.storage.seals import damaged_rows, drop_damaged, keep_seals, 
 from fedmoe.server.storage.sqlite import (
     changed_outside,
     connect,
-    damaged_rows_problem,
     journal_problem,
     opening_problem,
     other_schema,
@@ -125,7 +124,10 @@ class SqliteJournal(Journal):
         optional = {row.table for row in damage} - {META.name} if skip_damaged else {SNAPSHOTS.name}
         fatal = [row for row in damage if row.table not in optional]
         if fatal:
-            raise damaged_rows_problem(self._where, [str(row) for row in fatal], [row.table for row in fatal])
+            others = f", and {len(fatal) - 1} more" if len(fatal) > 1 else ""
+            hint = " To go on without such rows, start once with --skip-damaged."
+            problem = changed_outside(self._where, f"{fatal[0]}{others}")
+            raise StorageFailedError(f"{problem}{'' if META.name in {row.table for row in fatal} else hint}")
         drop_damaged(self._raw, damage)
         note_sealed(self._raw)
         self._raw.commit()
@@ -143,7 +145,9 @@ class SqliteJournal(Journal):
             return None
         rows = self.query(sa.select(EVENTS.c.chain).order_by(EVENTS.c.id).limit(1).offset(max(0, noted.events - 1)))
         chain_there = GENESIS if noted.events == 0 else rows[0]["chain"] if rows else None
-        return journal_gap(noted, self.head, chain_there, [one.incarnation for one in self.former_incarnations()])
+        return journal_gap(
+            noted, self.head, chain_there, [earlier.incarnation for earlier in self.former_incarnations()]
+        )
 
     def append(self, events: Sequence[Event], version_digests: Sequence[str | None] | None = None) -> None:
         if not events:
@@ -180,7 +184,7 @@ class SqliteJournal(Journal):
         former, current, name = self.former_incarnations(), self.meta(INCARNATION), secrets.token_hex(16)
         if current is not None:
             former.append(FormerIncarnation(current, self.count()))
-        changed = {INCARNATION: name, INCARNATIONS_BEFORE: json.dumps([asdict(one) for one in former])}
+        changed = {INCARNATION: name, INCARNATIONS_BEFORE: json.dumps([asdict(earlier) for earlier in former])}
         rows: list[dict[str, object]] = [{"key": key, "value": value} for key, value in changed.items()]
         with self._lock:
             self._write_locked(_put(META), rows, replace(self._head, incarnation=name))
