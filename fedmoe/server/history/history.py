@@ -16,13 +16,7 @@ import structlog
 
 from fedmoe.coordinator import Aggregation, CentralCoordinator, Transaction
 from fedmoe.experts import ExpertModel, InitialWeights, Registrant
-from fedmoe.federation.events import (
-    CountedUpdate,
-    Event,
-    EventInputs,
-    UpdateAccepted,
-    UpdateLost,
-)
+from fedmoe.federation.events import CountedUpdate, Event, EventInputs, UpdateAccepted, UpdateLost
 from fedmoe.federation.expert_changes import binding_manifest
 from fedmoe.federation.lineage import Lineage, length, start, without_worker
 from fedmoe.federation.online_gateway import BranchPoint, OnlineGateway, count_steps, step_counters

@@ -148,11 +148,7 @@ class _Verifier(History):
             )
 
     def _next(
-        self,
-        before: RuleState | None,
-        registered: ExpertRegistered,
-        chains: Mapping[int, Lineage | None],
-        version: int,
+        self, before: RuleState | None, registered: ExpertRegistered, chains: Mapping[int, Lineage | None], version: int
     ) -> RuleState:
         """The state of a version, from that of the version before where it is an update more."""
         chain = chains[version]

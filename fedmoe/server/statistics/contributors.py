@@ -91,11 +91,7 @@ class Contributors:
         return tuple(warning(expert, worker) for worker in sorted(self._seen.get(expert, {})))
 
     def workers(
-        self,
-        expert: str,
-        now: float,
-        held_out: bool = False,
-        warning: Callable[[str, str], str] | None = None,
+        self, expert: str, now: float, held_out: bool = False, warning: Callable[[str, str], str] | None = None
     ) -> list[WorkerInfo]:
         """The workers of one expert in name order; `now` is seconds since 1970.
 

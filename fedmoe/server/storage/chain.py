@@ -14,10 +14,7 @@ from dataclasses import dataclass
 #: What stands before the first row.
 GENESIS = "0" * 64
 #: The columns of a row that are hashed, in this order.
-COLUMNS = (
-    *("id", "kind", "expert", "version", "worker", "epoch", "sequence", "digest", "payload"),
-    "version_digest",
-)
+COLUMNS = ("id", "kind", "expert", "version", "worker", "epoch", "sequence", "digest", "payload", "version_digest")
 _canonical = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 

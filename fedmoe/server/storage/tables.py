@@ -58,11 +58,7 @@ EVENTS = sa.Table(
     sa.UniqueConstraint("expert", "version"),
 )
 SNAPSHOTS = sa.Table(
-    "snapshots",
-    TABLES,
-    *_keys("expert"),
-    sa.Column("version", sa.Integer, primary_key=True),
-    *_texts("digest"),
+    "snapshots", TABLES, *_keys("expert"), sa.Column("version", sa.Integer, primary_key=True), *_texts("digest")
 )
 STATISTICS = sa.Table("statistics", TABLES, _id(), *_texts("expert", "worker", "kind", "payload"), _time())
 TOKENS = sa.Table(
