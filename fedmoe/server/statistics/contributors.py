@@ -73,7 +73,9 @@ class Contributors:
             if isinstance(event, UpdateAccepted):
                 seen = self._seen.get(event.expert, {})
                 before = seen.get(event.worker)
-                newest = _WorkerRecord((before.updates if before else 0) + 1, event, _idle(before, event))
+                updates, idle = (before.updates, before.idle) if before else (0, 0)
+                unchanged = event.info.get("norm") == 0 or (before is not None and before.last.digest == event.digest)
+                newest = _WorkerRecord(updates + 1, event, idle + 1 if unchanged else 0)
                 # A new mapping each time: readers in other threads go through the one that they have.
                 self._seen[event.expert] = {**seen, event.worker: newest}
                 self._changes[event.expert] += 1
@@ -97,35 +99,23 @@ class Contributors:
 
         With a `warning`, that of an expert's worker is among its flags, beside those that follow from its updates.
         """
-        losses = self._held_out if held_out else {}
-        mine = sorted(self._seen.get(expert, {}).items())
-        return [
-            _info(seen, now, losses.get((expert, name)), _flags(seen, warning(expert, name)) if warning else [])
-            for name, seen in mine
-        ]
-
-
-def _idle(before: _WorkerRecord | None, update: UpdateAccepted) -> int:
-    """How many updates in a row changed nothing or repeated the one before, with this one."""
-    repeated = before is not None and before.last.digest == update.digest
-    return (before.idle if before else 0) + 1 if repeated or update.info.get("norm") == 0 else 0
-
-
-def _flags(seen: _WorkerRecord, warning: str) -> list[str]:
-    idle = f"not learning: its last {seen.idle} updates changed nothing or were the same again"
-    return [text for text in (idle if seen.idle >= NOT_LEARNING else "", warning) if text]
-
-
-def _info(seen: _WorkerRecord, now: float, held_out: HeldOutInfo | None, flags: list[str]) -> WorkerInfo:
-    info = seen.last.info
-    return WorkerInfo(
-        worker=seen.last.worker,
-        updates=seen.updates,
-        staleness=seen.last.staleness,
-        loss=info.get("loss"),
-        steps=int(info["steps"]) if "steps" in info else None,
-        tokens=int(info["tokens"]) if "tokens" in info else None,
-        seconds_ago=max(0.0, now - seen.last.at),
-        held_out=held_out,
-        flags=flags,
-    )
+        workers = []
+        for name, record in sorted(self._seen.get(expert, {}).items()):
+            last, flags = record.last, []
+            if warning is not None and record.idle >= NOT_LEARNING:
+                flags.append(f"not learning: its last {record.idle} updates changed nothing or were the same again")
+            if warning is not None and (text := warning(expert, name)):
+                flags.append(text)
+            info = WorkerInfo(
+                worker=last.worker,
+                updates=record.updates,
+                staleness=last.staleness,
+                loss=last.info.get("loss"),
+                steps=int(last.info["steps"]) if "steps" in last.info else None,
+                tokens=int(last.info["tokens"]) if "tokens" in last.info else None,
+                seconds_ago=max(0.0, now - last.at),
+                held_out=self._held_out.get((expert, name)) if held_out else None,
+                flags=flags,
+            )
+            workers.append(info)
+        return workers

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fedmoe.runtime.errors import RefusedError
@@ -128,7 +128,13 @@ class ReportedStatistics:
 
         with self._lock:
             matching = [row for row in self._rows.values() if row.id > after and readable(row)]
-        ids = list(_first(matching, limit))
+        ids: list[int] = []
+        size = 0
+        for row in matching[:limit]:
+            size += row.size
+            if ids and size > PAGE_BYTES:
+                break
+            ids.append(row.id)
         rows = self._journal.stored_statistics(ids) if ids else []
         return rows, ids[-1] if len(ids) < len(matching) else None
 
@@ -199,12 +205,3 @@ def _row(stored: StoredStatistic) -> _Row:
     fact, held_out = stored.statistic, held_out_of(stored.statistic)
     loss = held_out.loss if held_out is not None else None
     return _Row(stored.id, fact.expert, fact.worker, fact.kind, stored.size + _OVERHEAD, fact.at, loss)
-
-
-def _first(rows: Sequence[_Row], limit: int) -> Iterator[int]:
-    size = 0
-    for count, row in enumerate(rows):
-        size += row.size
-        if count >= limit or (count and size > PAGE_BYTES):
-            return
-        yield row.id
