@@ -148,11 +148,9 @@ class EvaluationGate:
         """The adapter of this digest in the open set, and the name of the expert if it is one."""
         with self._lock:
             offer = self._the_open(set_id)
-        for candidate in offer.candidates:
-            if candidate.model.digest == digest:
-                return offer, candidate.model.adapter, None
-        if offer.published is not None and offer.published.digest == digest:
-            return offer, offer.published.adapter, None
+        for model in (*(candidate.model for candidate in offer.candidates), offer.published):
+            if model is not None and model.digest == digest:
+                return offer, model.adapter, None
         for name, expert in offer.experts.items():
             if expert.digest == digest:
                 return offer, expert.adapter, name
