@@ -38,10 +38,6 @@ class ChainEnd:
     chain: str = GENESIS
     rows: int = 0
 
-    def then(self, row: int, content: Sequence[object]) -> ChainEnd:
-        """The end with one row more; see `link`."""
-        return ChainEnd(row, link(self.chain, content), self.rows + 1)
-
 
 class BrokenChainError(ValueError):
     """A row is not the one that was written; `row` is its id, `event` counts from 1."""

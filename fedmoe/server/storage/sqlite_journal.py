@@ -24,7 +24,7 @@ from fedmoe.federation.events import Event
 from fedmoe.runtime import failpoints
 from fedmoe.server.storage.acknowledged import AcknowledgedFile, Head, JournalGap, journal_gap
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.chain import COLUMNS, GENESIS, ChainEnd, check
+from fedmoe.server.storage.chain import COLUMNS, GENESIS, check, link
 from fedmoe.server.storage.event_rows import chained_event_of, event_of, row_of
 from fedmoe.server.storage.journal import DuplicateEventError, FormerIncarnation, Journal
 from fedmoe.server.storage.migration import schema_of
@@ -82,9 +82,11 @@ class SqliteJournal(Journal):
             self._make_tables()
             self._check_rows(skip_damaged)
             try:
-                self._end, self._head = _checked_end(self._raw)
+                last_row, self._head = _checked_end(self._raw)
             except ValueError as error:
                 raise changed_outside(self._where, str(error)) from error
+            # By so much a row's number is more than that of its event.
+            self._row_offset = last_row - self._head.events
         except BaseException as error:
             self._engine.dispose()
             if isinstance(error, (DatabaseError, sqlite3.DatabaseError)):
@@ -155,13 +157,14 @@ class SqliteJournal(Journal):
         digests = version_digests if version_digests is not None else [None] * len(events)
         rows = [row_of(event) | {"version_digest": digest} for event, digest in zip(events, digests, strict=True)]
         with self._lock:
-            end = self._end
+            number, chain = self._head.events, self._head.chain
             for row in rows:
-                row["id"] = end.row + 1
-                end = end.then(end.row + 1, [row[name] for name in COLUMNS])
-                row["chain"] = end.chain
+                number += 1
+                row["id"] = number + self._row_offset
+                chain = link(chain, [row[name] for name in COLUMNS])
+                row["chain"] = chain
             try:
-                self._write_locked(EVENTS.insert(), rows, replace(self._head, events=end.rows, chain=end.chain), end)
+                self._write_locked(EVENTS.insert(), rows, replace(self._head, events=number, chain=chain))
             except IntegrityError as error:
                 raise DuplicateEventError(str(error.orig)) from error
 
@@ -191,11 +194,7 @@ class SqliteJournal(Journal):
         return name
 
     def _write_locked(
-        self,
-        statement: sa.Executable,
-        rows: list[dict[str, object]] | None = None,
-        head: Head | None = None,
-        end: ChainEnd | None = None,
+        self, statement: sa.Executable, rows: list[dict[str, object]] | None = None, head: Head | None = None
     ) -> sa.CursorResult[Any]:
         head = replace(head or self._head, changes=self._head.changes + 1)
         try:
@@ -208,7 +207,7 @@ class SqliteJournal(Journal):
         except DatabaseError as error:
             self._connection.rollback()
             raise journal_problem(error, self._where) from error
-        self._head, self._end = head, end or self._end
+        self._head = head
         failpoints.reached("journal.committed")
         if self._acknowledged is not None:
             self._acknowledged.write(head)
@@ -280,8 +279,8 @@ def _without_seals(tables: list[str]) -> str:
     return f"the seals of {', '.join(tables)} are gone, so that nobody can say what was written there"
 
 
-def _checked_end(connection: sqlite3.Connection) -> tuple[ChainEnd, Head]:
-    """Where the rows end, and the same as the last transaction noted it; raises ValueError for any other rows."""
+def _checked_end(connection: sqlite3.Connection) -> tuple[int, Head]:
+    """The number of the last row, and where the rows end as noted; raises ValueError if they end elsewhere."""
     end = check(connection.execute(_EVENTS))
     meta = dict(connection.execute("SELECT key, value FROM meta WHERE key IN (?, ?)", [_HEAD, INCARNATION]).fetchall())
     noted = meta.get(_HEAD)
@@ -291,4 +290,4 @@ def _checked_end(connection: sqlite3.Connection) -> tuple[ChainEnd, Head]:
         raise ValueError(f"the note of the journal's end cannot be read: {error}") from error
     if (head.events, head.chain) != (end.rows, end.chain):
         raise ValueError(f"the journal ends after {end.rows} events, written were {head.events}")
-    return end, replace(head, incarnation=meta.get(INCARNATION) or "")
+    return end.row, replace(head, incarnation=meta.get(INCARNATION) or "")
