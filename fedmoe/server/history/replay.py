@@ -212,7 +212,7 @@ class Replay:
         return ExpertModel.initial(registered.expert, registered.manifest, registered.seed, rule).state
 
     def _land(self, state: RuleState, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
-        for update in _with_progress(updates):
+        for update in with_progress(updates):
             try:
                 body = self._blobs.read(update.digest)
             except (MissingBlobError, CorruptBlobError) as error:
@@ -221,7 +221,7 @@ class Replay:
         return state
 
 
-def _with_progress(updates: Sequence[UpdateAccepted]) -> Iterator[UpdateAccepted]:
+def with_progress(updates: Sequence[UpdateAccepted]) -> Iterator[UpdateAccepted]:
     """The same updates; says every few seconds how far whoever lands them has come, and how long it will take."""
     began = said = time.monotonic()
     for done, update in enumerate(updates):

@@ -86,6 +86,10 @@ class Journal(ABC):
         """Remove rows of a small table."""
 
     @abstractmethod
+    def begin_incarnation(self) -> str:
+        """The history goes on as another one, whose name is returned; the one before is kept with its events' count."""
+
+    @abstractmethod
     def forget_log(self) -> None:
         """Empty what the back end keeps beside the tables, so that nothing is left of rows that were removed."""
 

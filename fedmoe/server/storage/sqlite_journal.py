@@ -183,7 +183,6 @@ class SqliteJournal(Journal):
             self._write_locked(statement)
 
     def begin_incarnation(self) -> str:
-        """The history goes on as another one; the name of the one before is kept with its count of events."""
         former, current, name = self.former_incarnations(), self.meta(INCARNATION), secrets.token_hex(16)
         if current is not None:
             former.append(FormerIncarnation(current, self.count()))
