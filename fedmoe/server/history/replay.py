@@ -21,7 +21,7 @@ from fedmoe.federation.events import (
     UpdateLost,
     VersionEvent,
 )
-from fedmoe.federation.lineage import Lineage, length, start
+from fedmoe.federation.lineage import Chains, Lineage, length, start
 from fedmoe.federation.online_gateway import BranchPoint
 from fedmoe.federation.quarantine import Quarantine
 from fedmoe.federation.transitions import lineages
@@ -104,9 +104,7 @@ def registration(events: Iterable[Event]) -> ExpertRegistered:
     return registered
 
 
-def left_in_the_gateway(
-    chains: Mapping[int, Lineage | None], merges: Iterable[GatewayMerged], expert: str, worker: str
-) -> str:
+def left_in_the_gateway(chains: Chains, merges: Iterable[GatewayMerged], expert: str, worker: str) -> str:
     """What of a worker's updates cannot be taken out of ONE expert, in words; nothing where all can.
 
     It is what the expert held when it was merged into the gateway, by its newest version in `chains` or before.
@@ -140,9 +138,7 @@ class ReplayStart:
     rest: list[UpdateAccepted]
 
 
-def best_snapshot(
-    snapshots: Mapping[int, str], chains: Mapping[int, Lineage | None], chain: Lineage | None
-) -> ReplayStart | None:
+def best_snapshot(snapshots: Mapping[int, str], chains: Chains, chain: Lineage | None) -> ReplayStart | None:
     """The longest beginning of `chain` that a snapshot holds."""
     snapshot_of = {id(chains[version]): version for version in snapshots if version in chains}
     rest: list[UpdateAccepted] = []
@@ -186,9 +182,7 @@ class Replay:
         events = [event for event in self._journal.events(expert.name) if made_version(event) <= expert.version]
         return events, lineages(events)
 
-    def _rebuild(
-        self, registered: ExpertRegistered, chains: Mapping[int, Lineage | None], chain: Lineage | None
-    ) -> RuleState:
+    def _rebuild(self, registered: ExpertRegistered, chains: Chains, chain: Lineage | None) -> RuleState:
         """The state after the updates `chain`, from the newest readable snapshot of a beginning of them, if any."""
         snapshots = self._journal.snapshots(registered.expert)
         while beginning := best_snapshot(snapshots, chains, chain):

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedmoe.coordinator import Aggregation
 from fedmoe.federation.events import Event, ExpertRegistered, GatewayMerged
-from fedmoe.federation.lineage import Lineage
+from fedmoe.federation.lineage import Chains
 from fedmoe.federation.transitions import lineages
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import digest
@@ -147,9 +146,7 @@ class _Verifier(History):
                 f"{registered.expert} cannot be rebuilt at its newest version {max(chains)}: {problem}"
             )
 
-    def _next(
-        self, before: RuleState | None, registered: ExpertRegistered, chains: Mapping[int, Lineage | None], version: int
-    ) -> RuleState:
+    def _next(self, before: RuleState | None, registered: ExpertRegistered, chains: Chains, version: int) -> RuleState:
         """The state of a version, from that of the version before where it is an update more."""
         chain = chains[version]
         update = chain.update if chain is not None else None
