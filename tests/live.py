@@ -32,7 +32,7 @@ from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.routes.routes import create_app
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.audit import AuditLog
-from fedmoe.server.storage.blobs import FolderBlobStore
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.wire.contract.messages import SAFETENSORS, ManifestMessage, RegisterRequest
 from fedmoe.wire.http.serving import GuardedProtocol

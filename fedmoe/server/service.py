@@ -28,7 +28,8 @@ from fedmoe.server.registrations import RegistrationLimits, checked_manifest
 from fedmoe.server.statistics.contributors import Contributors
 from fedmoe.server.statistics.data_statistics import DataStatisticsStore
 from fedmoe.server.statistics.reported_statistics import ReportedStatistics
-from fedmoe.server.storage.blobs import BlobStore, FolderBlobStore
+from fedmoe.server.storage.blobs import BlobStore
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.records import Statistic
 from fedmoe.server.updates.committer import Committer

@@ -20,7 +20,8 @@ from fedmoe.lora.update_rules import RULES, RuleState
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.history import History
 from fedmoe.server.history.replay import DamagedUpdateError, read_snapshot, snapshot_bytes
-from fedmoe.server.storage.blobs import BlobStore, FolderBlobStore, put
+from fedmoe.server.storage.blobs import BlobStore, put
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.journal import Journal
 
 

@@ -35,7 +35,8 @@ from fedmoe.lora.codec import encode
 from fedmoe.lora.update_rules import USUAL_LEAST
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.service import CoordinatorService
-from fedmoe.server.storage.blobs import BlobStore, FolderBlobStore, put
+from fedmoe.server.storage.blobs import BlobStore, put
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.wire.contract.messages import (

@@ -208,7 +208,7 @@ def test_last_uses_cost_no_write_and_are_kept_from_time_to_time(
     gate.add(JOIN, "join", label="site A")
     gate.keep()
     writes: list[object] = []
-    monkeypatch.setattr(gate._journal, "change", lambda *given: writes.append(given))
+    monkeypatch.setattr(gate._journal, "_write_locked", lambda *given: writes.append(given))
     for _ in range(100):
         gate.admit(f"Bearer {JOIN}", "10.0.0.7")
     assert writes == []

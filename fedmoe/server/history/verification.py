@@ -25,8 +25,9 @@ from fedmoe.server.history.history import History
 from fedmoe.server.history.replay import past_of, registration
 from fedmoe.server.storage.acknowledged import read_acknowledged
 from fedmoe.server.storage.audit import AUDIT_FILE, AUDIT_HEAD, AuditHead, check_file
-from fedmoe.server.storage.blobs import CorruptBlobError, FolderBlobStore, MissingBlobError, StorageFailedError
+from fedmoe.server.storage.blobs import CorruptBlobError, MissingBlobError, StorageFailedError
 from fedmoe.server.storage.event_rows import GATEWAY, blob_of
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.sqlite_journal import SqliteJournal, problems
 from fedmoe.server.storage.state_dir import StateDirError, lock_state, odd_files
 from fedmoe.server.storage.tables import UPDATE_RULE

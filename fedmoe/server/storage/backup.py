@@ -23,7 +23,8 @@ from fedmoe import __version__
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.files import FolderInUseError, fsync_file, fsync_folder, lock_folder, write_atomic
 from fedmoe.server.storage.acknowledged import Head, read_acknowledged
-from fedmoe.server.storage.blobs import NO_ROOM, CorruptBlobError, MissingBlobError, StorageFailedError, blob_names
+from fedmoe.server.storage.blobs import NO_ROOM, CorruptBlobError, MissingBlobError, StorageFailedError
+from fedmoe.server.storage.folder_blobs import blob_names
 from fedmoe.server.storage.migration import migrate
 from fedmoe.server.storage.sqlite import complete_in_itself, connect, copy_to, error_code
 from fedmoe.server.storage.sqlite_journal import SqliteJournal

@@ -15,7 +15,8 @@ from fedmoe.runtime.files import FolderInUseError, lock_folder
 from fedmoe.runtime.placement import mount_of, read_mounts
 from fedmoe.server.storage.acknowledged import AcknowledgedFile, JournalGap
 from fedmoe.server.storage.audit import AUDIT_FILE
-from fedmoe.server.storage.blobs import NO_ROOM, FolderBlobStore, StorageFailedError, no_room_to_start
+from fedmoe.server.storage.blobs import NO_ROOM, StorageFailedError, no_room_to_start
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.migration import migrate
 from fedmoe.server.storage.sqlite import opening_problem
 from fedmoe.server.storage.sqlite_journal import SqliteJournal

@@ -1,4 +1,4 @@
-"""Daily sweep of a running coordinator: moves unnamed blobs to the trash, removes old trash (`storage.trash`).
+"""Daily sweep of a running coordinator: moves unnamed blobs to the trash, removes old trash (`storage.folder_blobs`).
 
 A blob goes to the trash when two sweeps, a day apart by a clock that nobody sets, find it with no name in the journal.
 The journal is read in pages, so that no push waits for all of it.
@@ -13,10 +13,10 @@ import structlog
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.history import History
-from fedmoe.server.storage.blobs import FolderBlobStore, StorageFailedError, SweepReport
+from fedmoe.server.storage.blobs import StorageFailedError, SweepReport
+from fedmoe.server.storage.folder_blobs import UNNAMED_SECONDS, FolderBlobStore, Trash
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.released_bytes import newest_updates
-from fedmoe.server.storage.trash import UNNAMED_SECONDS, Trash
 
 _log = structlog.get_logger("fedmoe.disk")
 
