@@ -24,7 +24,7 @@ from pathlib import Path
 
 from lib.harness import pin_threads, write_result
 
-from fedmoe.server.history.snapshots import snapshot_bytes
+from fedmoe.server.history.replay import snapshot_bytes
 
 pin_threads(1)
 

@@ -8,6 +8,7 @@ import math
 import os
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -29,7 +30,7 @@ from fedmoe.server.routes.routes import create_app
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.audit import AUDIT_HEAD, AuditHead, AuditLog
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.choices import check_choices, read_choices
+from fedmoe.server.storage.start_options import check_file
 from fedmoe.server.storage.state_dir import StateDir
 from fedmoe.server.updates.in_flight import CrashMarkers
 from fedmoe.server.upkeep.disk import DiskReport
@@ -68,7 +69,7 @@ class DistributedCoordinator:
             config.accept_older_journal,
             config.skip_damaged,
             config.allow_network_fs,
-            lambda journal: check_choices(aggregation, read_choices(journal)),
+            partial(check_file, aggregation),
         )
         with contextlib.ExitStack() as opened:
             opened.callback(self._state.close)

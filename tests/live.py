@@ -32,8 +32,8 @@ from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.routes.routes import create_app
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.audit import AuditLog
-from fedmoe.server.storage.blobs import FolderBlobStore
-from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.wire.contract.messages import SAFETENSORS, ManifestMessage, RegisterRequest
 from fedmoe.wire.http.serving import GuardedProtocol
 
@@ -48,7 +48,7 @@ class House:
     app: FastAPI
     service: CoordinatorService
     gate: TokenGate
-    journal: SqlJournal
+    journal: SqliteJournal
     blobs: FolderBlobStore
     folder: Path
     admission: UploadAdmission
@@ -99,7 +99,7 @@ def open_house(
     audit: AuditLog | None = None,
 ) -> Iterator[House]:
     """A coordinator on a folder; with `tokens` it asks for one, and knows `JOIN` and `ADMIN`."""
-    journal, blobs = SqlJournal(folder / "journal.sqlite"), FolderBlobStore(folder / "blobs", reserve_bytes=0)
+    journal, blobs = SqliteJournal(folder / "journal.sqlite"), FolderBlobStore(folder / "blobs", reserve_bytes=0)
     history = History(journal, blobs, aggregation or Aggregation())
     service = CoordinatorService(history.recover(), journal, blobs, history, limits=limits)
     service.start()

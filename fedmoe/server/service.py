@@ -21,14 +21,15 @@ from fedmoe.server.access.security import Principal
 from fedmoe.server.expert_names import gateway_by_title
 from fedmoe.server.gate.gate import EvaluationGate, GatePolicy
 from fedmoe.server.gate.publication import Publications
-from fedmoe.server.history.base_history import current_history
+from fedmoe.server.history.base_history import CurrentHistory
 from fedmoe.server.history.history import History
 from fedmoe.server.listing import ExpertEntries
 from fedmoe.server.registrations import RegistrationLimits, checked_manifest
 from fedmoe.server.statistics.contributors import Contributors
 from fedmoe.server.statistics.data_statistics import DataStatisticsStore
 from fedmoe.server.statistics.reported_statistics import ReportedStatistics
-from fedmoe.server.storage.blobs import BlobStore, FolderBlobStore
+from fedmoe.server.storage.blobs import BlobStore
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.records import Statistic
 from fedmoe.server.updates.committer import Committer
@@ -93,7 +94,7 @@ class CoordinatorService:
         self.reported = ReportedStatistics(journal)
         self.statistics = DataStatisticsStore(journal, blobs)
         #: Which history this is, so that an update of another one is not taken for one of it.
-        self.current = current_history(journal)
+        self.current = CurrentHistory(journal)
         decider = UpdateDecider(journal, self.current)
         self._history = history
         self._min_sync_interval = min_sync_interval

@@ -18,7 +18,7 @@ from fedmoe.coordinator import seed_of
 from fedmoe.federation.events import ExpertRegistered, UpdateAccepted
 from fedmoe.lora.adapter import FloatVector, initial_adapter
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.contract.messages import UpdateHeader
 
@@ -185,7 +185,7 @@ def read_journal(state_dir: Path) -> list[ExpertRegistered | UpdateAccepted]:
     connection = sqlite3.connect(state_dir / "journal.sqlite")
     assert list(connection.execute("PRAGMA integrity_check")) == [("ok",)]
     connection.close()
-    journal = SqlJournal(state_dir / "journal.sqlite")
+    journal = SqliteJournal(state_dir / "journal.sqlite")
     events = [event for event in journal.events() if isinstance(event, ExpertRegistered | UpdateAccepted)]
     assert len(events) == journal.count()
     journal.close()

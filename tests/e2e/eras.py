@@ -13,8 +13,8 @@ from crash_load import Told, landed, read_journal
 from push_histories import Backup, Landed, client_faults, faults_of, restore_faults
 
 from fedmoe.server.storage.backup import make_backup
-from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.server.storage.restore import restore
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Eras:
     wrong: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        journal = SqlJournal(self.state_dir / "journal.sqlite")
+        journal = SqliteJournal(self.state_dir / "journal.sqlite")
         self.eras.append(Era(journal.meta("incarnation") or ""))
         journal.close()
 

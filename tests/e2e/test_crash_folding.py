@@ -22,7 +22,7 @@ from fedmoe.federation.events import (
 )
 from fedmoe.lora.adapter import FloatVector, initial_adapter
 from fedmoe.lora.codec import decode
-from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.contract.experts import GatewayInfo
 from fedmoe.wire.contract.messages import UpdateHeader
@@ -41,7 +41,7 @@ PLACES = [
 
 
 def events_of(coordinator: CoordinatorProcess) -> list[Event]:
-    journal = SqlJournal(coordinator.state_dir / "journal.sqlite")
+    journal = SqliteJournal(coordinator.state_dir / "journal.sqlite")
     events = list(journal.events())
     journal.close()
     return events

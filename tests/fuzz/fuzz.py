@@ -31,7 +31,6 @@ def fuzz(name: str, arguments: Sequence[str]) -> None:
         include=[
             "fedmoe.lora",
             "fedmoe.server.storage.event_rows",
-            "fedmoe.server.storage.row_values",
             "fedmoe.datasets",
         ]
     ):

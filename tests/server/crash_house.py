@@ -15,7 +15,8 @@ from fedmoe.experts import ExpertModel
 from fedmoe.lora.update_rules import RuleState
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.blobs import BlobStore
-from fedmoe.server.storage.journal import Journal, SqlJournal
+from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.wire.contract.messages import (
     ManifestMessage,
     RegisterRequest,
@@ -45,7 +46,7 @@ class House:
         folds_by_itself: bool = True,
     ) -> House:
         store, chosen = blobs or MemoryBlobStore(), aggregation or Aggregation()
-        return cls.on(SqlJournal(None), store, chosen, keep_updates, folds_by_itself)
+        return cls.on(SqliteJournal(None), store, chosen, keep_updates, folds_by_itself)
 
     @classmethod
     def on(

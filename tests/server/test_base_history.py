@@ -12,13 +12,13 @@ from starlette.testclient import TestClient
 from support import LAYOUT, MANIFEST, make_body
 
 from fedmoe.lora.codec import decode
-from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.wire.contract.messages import INCARNATION_HEADER, SAFETENSORS, ManifestMessage
 
 LOST = "0123456789abcdef"
 
 
-def incarnation_of(journal: SqlJournal) -> str:
+def incarnation_of(journal: SqliteJournal) -> str:
     name = journal.meta("incarnation")
     assert name is not None
     return name

@@ -11,7 +11,7 @@ from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.federation.events import Event, UpdateAccepted
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.updates.committer import Committer
 
 
@@ -19,7 +19,7 @@ class Gate:
     """A journal that waits to be let through, counts its batches, and fails when told to."""
 
     def __init__(self) -> None:
-        self.journal = SqlJournal(None)
+        self.journal = SqliteJournal(None)
         self.open = threading.Event()
         self.entered = threading.Semaphore(0)
         self.batches: list[int] = []

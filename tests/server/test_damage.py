@@ -15,9 +15,9 @@ from support import EagerHistory, make_body
 from fedmoe.coordinator import Aggregation, CentralCoordinator
 from fedmoe.federation.events import UpdateAccepted, UpdateLost
 from fedmoe.lora.codec import decode
-from fedmoe.server.history.damage import DamagedUpdateError, with_progress
+from fedmoe.server.history.replay import DamagedUpdateError, with_progress
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 
 
 @pytest.fixture(params=["sgd", "nesterov"])
@@ -108,12 +108,12 @@ def test_what_is_rebuilt_otherwise_than_journalled_is_refused(tmp_path: Path) ->
     house = House.open()
     house.register()
     house.train(["w1"] * 2)
-    journal = SqlJournal(tmp_path / "journal.sqlite")
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
     events, digests = list(house.journal.events()), [None, house.journal.version_digest("python", 1), "f" * 64]
     journal.append(events, digests)
     journal.close()
     with pytest.raises(StorageFailedError, match=rf"version 2 of python was rebuilt.*{'f' * 64}"):
-        EagerHistory(SqlJournal(tmp_path / "journal.sqlite"), house.blobs, house.aggregation).recover()
+        EagerHistory(SqliteJournal(tmp_path / "journal.sqlite"), house.blobs, house.aggregation).recover()
     house.service.close()
 
 
@@ -147,7 +147,7 @@ def test_a_long_replay_says_how_long_it_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr("fedmoe.server.history.damage.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("fedmoe.server.history.replay.time.monotonic", lambda: float(next(clock)))
     house = House.open()
     house.register()
     house.train(["w1"] * 10)

@@ -16,7 +16,7 @@ from support import LAYOUT, make_body, make_flat, make_push, sha256
 from fedmoe.lora.codec import encode
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.history.snapshots import snapshot_bytes
+from fedmoe.server.history.replay import snapshot_bytes
 from fedmoe.server.history.verification import check_start, verify_state
 from fedmoe.server.storage.backup import make_backup
 from fedmoe.server.storage.blobs import put

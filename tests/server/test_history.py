@@ -18,10 +18,10 @@ from fedmoe.lora.adapter import FloatVector
 from fedmoe.lora.codec import decode, encode
 from fedmoe.lora.update_rules import RULES, RuleState
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.history.damage import DamagedUpdateError
 from fedmoe.server.history.history import History
-from fedmoe.server.history.snapshots import read_snapshot, snapshot_bytes
-from fedmoe.server.storage.blobs import BlobStore, FolderBlobStore, put
+from fedmoe.server.history.replay import DamagedUpdateError, read_snapshot, snapshot_bytes
+from fedmoe.server.storage.blobs import BlobStore, put
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.journal import Journal
 
 

@@ -35,8 +35,10 @@ from fedmoe.lora.codec import encode
 from fedmoe.lora.update_rules import USUAL_LEAST
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.service import CoordinatorService
-from fedmoe.server.storage.blobs import BlobStore, FolderBlobStore, put
-from fedmoe.server.storage.journal import Journal, SqlJournal
+from fedmoe.server.storage.blobs import BlobStore, put
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
+from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.wire.contract.messages import (
     ManifestMessage,
     RegisterRequest,
@@ -145,9 +147,9 @@ class Machine(RuleBasedStateMachine):
 
     def open_storage(self) -> tuple[Journal, BlobStore]:
         if self.folder is None:
-            return SqlJournal(None), MemoryBlobStore()
+            return SqliteJournal(None), MemoryBlobStore()
         path = Path(self.folder.name)
-        return SqlJournal(path / "journal.sqlite"), FolderBlobStore(path / "blobs", 0)
+        return SqliteJournal(path / "journal.sqlite"), FolderBlobStore(path / "blobs", 0)
 
     def teardown(self) -> None:
         self.service.close()

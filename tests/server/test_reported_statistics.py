@@ -13,8 +13,8 @@ from starlette.testclient import TestClient
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal
 from fedmoe.server.statistics.reported_statistics import PAGE_BYTES, ReportedStatistics, StatisticLimits
-from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.server.storage.records import Statistic
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 
 ANYBODY = Principal("admin")
 
@@ -29,8 +29,8 @@ def note(value: float, worker: str = "w1", expert: str = "python", at: float = 0
 
 
 @pytest.fixture
-def journal() -> Iterator[SqlJournal]:
-    journal = SqlJournal(None)
+def journal() -> Iterator[SqliteJournal]:
+    journal = SqliteJournal(None)
     yield journal
     journal.close()
 
@@ -39,7 +39,7 @@ def steps(told: ReportedStatistics) -> list[Any]:
     return [row.statistic.payload["step"] for row in told.page(ANYBODY)[0]]
 
 
-def test_held_out_losses_thin_out_with_age_but_the_best_and_the_newest_stay_57(journal: SqlJournal) -> None:
+def test_held_out_losses_thin_out_with_age_but_the_best_and_the_newest_stay_57(journal: SqliteJournal) -> None:
     limits = StatisticLimits(held_out=16)
     told = ReportedStatistics(journal, limits)
     for step in range(500):
@@ -53,11 +53,11 @@ def test_held_out_losses_thin_out_with_age_but_the_best_and_the_newest_stay_57(j
     assert len(journal.statistics()) == len(kept)
 
 
-def test_too_much_within_an_hour_is_refused_and_later_the_oldest_make_room_57(journal: SqlJournal) -> None:
+def test_too_much_within_an_hour_is_refused_and_later_the_oldest_make_room_57(journal: SqliteJournal) -> None:
     told = ReportedStatistics(journal, StatisticLimits(rows=5, own=10_000, seconds=60.0))
     for number in range(5):
         told.add(note(number, at=float(number)))
-    with pytest.raises(RefusedError, match="told 5 statistics of python") as refused:
+    with pytest.raises(RefusedError, match="sent 5 statistics of python") as refused:
         told.add(note(5, at=59.0))
     assert refused.value.code == "too_many_statistics"
     told.add(held_out(1, 2.0, at=59.0))
@@ -76,14 +76,14 @@ def test_too_much_within_an_hour_is_refused_and_later_the_oldest_make_room_57(jo
     assert len(told.page(ANYBODY, worker="w3")[0]) == 1
 
 
-def test_a_statistic_that_is_too_large_is_refused(journal: SqlJournal) -> None:
+def test_a_statistic_that_is_too_large_is_refused(journal: SqliteJournal) -> None:
     with pytest.raises(RefusedError, match="at most 65536 are kept in one") as refused:
         ReportedStatistics(journal).add(note(1.0, keys=4000))
     assert refused.value.code == "too_large"
     assert journal.statistics() == []
 
 
-def test_whoever_told_the_most_makes_room_when_all_together_is_too_much(journal: SqlJournal) -> None:
+def test_whoever_told_the_most_makes_room_when_all_together_is_too_much(journal: SqliteJournal) -> None:
     limits = StatisticLimits(expert=20_000, whole=30_000)
     told = ReportedStatistics(journal, limits)
     told.add(note(0, worker="honest"))
@@ -103,14 +103,14 @@ def test_whoever_told_the_most_makes_room_when_all_together_is_too_much(journal:
     )
 
 
-def test_what_a_journal_of_before_has_too_much_of_goes_at_the_start(journal: SqlJournal) -> None:
+def test_what_a_journal_of_before_has_too_much_of_goes_at_the_start(journal: SqliteJournal) -> None:
     for step in range(300):
         journal.add_statistic(held_out(step, 2.0))
     told = ReportedStatistics(journal, StatisticLimits(whole=50_000))
     assert len(told.page(ANYBODY)[0]) == len(journal.statistics()) < 100
 
 
-def test_pages_are_stable_while_others_write_and_bounded_in_bytes(journal: SqlJournal) -> None:
+def test_pages_are_stable_while_others_write_and_bounded_in_bytes(journal: SqliteJournal) -> None:
     told = ReportedStatistics(journal, StatisticLimits(own=16 << 20))
     for number in range(40):
         told.add(note(number, keys=3000))

@@ -16,7 +16,7 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.history import History
 from fedmoe.server.history.pruning import first_to_go, made_of, prune_plan
 from fedmoe.server.service import CoordinatorService
-from fedmoe.server.storage.blobs import FolderBlobStore
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.released_bytes import ReleasedBytes, oldest_undoable, releases, stored_updates
 from fedmoe.server.upkeep.retention import Retention, retention_bound
 

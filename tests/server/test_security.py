@@ -15,7 +15,7 @@ from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.tokens import TokenGate
-from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.wire.contract.messages import ManifestMessage
 from fedmoe.wire.http.bearer import hash_token, new_token
 from fedmoe.wire.http.middleware import is_loopback
@@ -225,7 +225,7 @@ def test_a_token_is_kept_and_logged_as_a_hash_only(locked_house: House, capfd: p
 
 
 def test_tokens_survive_a_restart_and_a_revoked_one_stays_revoked(tmp_path: Path) -> None:
-    journal = SqlJournal(tmp_path / "journal.sqlite")
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
     gate = TokenGate(journal, True, time.time)
     good, bad = new_token(), new_token()
     gate.add(good, "worker", "w1", ["python"], expires_in=60)

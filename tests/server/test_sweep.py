@@ -96,7 +96,7 @@ def test_what_no_row_names_at_two_sweeps_goes_to_the_trash_and_what_one_names_st
 def test_pages_are_read_to_the_end(
     house: House, swept: DailySweep, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedmoe.server.storage.named_blobs._PAGE", 2)
+    monkeypatch.setattr("fedmoe.server.storage.journal._PAGE", 2)
     kept = {push(house, seed) for seed in range(1, 6)}
     for _ in range(3):
         clocks.pass_days(1)

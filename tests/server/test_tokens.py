@@ -14,8 +14,8 @@ from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.tokens import TokenGate
-from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.server.storage.records import TokenRecord
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.wire.http.bearer import hash_token, new_token
 
 DAY = 86_400.0
@@ -40,12 +40,12 @@ def clock() -> Clock:
 @pytest.fixture
 def gate_of(tmp_path: Path, clock: Clock) -> Iterator[Callable[[], TokenGate]]:
     """Opens the gate on one journal again and again, as starts of a coordinator do."""
-    opened: list[SqlJournal] = []
+    opened: list[SqliteJournal] = []
 
     def open_again() -> TokenGate:
         while opened:
             opened.pop().close()
-        opened.append(SqlJournal(tmp_path / "journal.sqlite"))
+        opened.append(SqliteJournal(tmp_path / "journal.sqlite"))
         return TokenGate(opened[0], True, lambda: clock.wall, lambda: clock.passed)
 
     yield open_again
@@ -82,7 +82,7 @@ def test_a_token_whose_row_was_left_out_stays_out_and_nobody_comes_in_without_on
     with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as connection:
         connection.execute("DELETE FROM tokens")
         connection.commit()
-    journal = SqlJournal(tmp_path / "journal.sqlite", skip_damaged=True)
+    journal = SqliteJournal(tmp_path / "journal.sqlite", skip_damaged=True)
     journal.close()
     gate = gate_of()
     assert gate.ever_had_tokens
@@ -208,7 +208,7 @@ def test_last_uses_cost_no_write_and_are_kept_from_time_to_time(
     gate.add(JOIN, "join", label="site A")
     gate.keep()
     writes: list[object] = []
-    monkeypatch.setattr(gate._journal, "change", lambda *given: writes.append(given))
+    monkeypatch.setattr(gate._journal, "_write_locked", lambda *given: writes.append(given))
     for _ in range(100):
         gate.admit(f"Bearer {JOIN}", "10.0.0.7")
     assert writes == []
@@ -249,7 +249,7 @@ def test_where_there_ever_were_tokens_loopback_asks_for_them_too(tmp_path: Path,
 
 def test_where_all_tokens_were_revoked_a_start_makes_new_ones_instead_of_opening(tmp_path: Path) -> None:
     first = started(tmp_path, host="0.0.0.0")
-    journal = SqlJournal(tmp_path / "state" / "journal.sqlite")
+    journal = SqliteJournal(tmp_path / "state" / "journal.sqlite")
     gate = TokenGate(journal, True, lambda: 0.0)
     for token in first.new_tokens.values():
         gate.revoke(hash_token(token))

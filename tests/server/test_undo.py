@@ -17,7 +17,7 @@ from fedmoe.lora.adapter import FloatVector, initial_adapter
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.history import History, RebuiltState
 from fedmoe.server.service import CoordinatorService
-from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.upkeep import undo
 from fedmoe.wire.contract.messages import (
     ChangeResult,
@@ -30,7 +30,7 @@ from fedmoe.wire.contract.messages import (
 
 @pytest.fixture
 def service() -> Iterator[CoordinatorService]:
-    journal = SqlJournal(None)
+    journal = SqliteJournal(None)
     service = open_service(journal, MemoryBlobStore(), Aggregation(0.5))
     wanted = RegisterRequest(expert="python", worker="w1", manifest=ManifestMessage.of(MANIFEST))
     asyncio.run(service.register(wanted))

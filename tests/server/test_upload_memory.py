@@ -19,7 +19,7 @@ from fedmoe.coordinator import Transaction
 from fedmoe.lora.adapter import FloatVector, Layout, ModuleShape
 from fedmoe.lora.codec import encode
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.storage.blobs import FileBlobWriter
+from fedmoe.server.storage.folder_blobs import FileBlobWriter
 from fedmoe.server.updates import upload
 from fedmoe.server.updates.memory_budget import MemoryBudget
 from fedmoe.server.updates.upload import opened_writer

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.server.gate.verdict import Scores, judge
+from fedmoe.server.gate.verdict import judge
+from fedmoe.wire.contract.experts import GatewayScores
 
 
 def scores(
     domain: str, kept: Mapping[str, float], evaluator: str = "w1", tokens: int = 1000, gain: float = 0.5
-) -> Scores:
-    """What an evaluator reports when gateways keep these shares of a gain on a base loss of 3."""
-    return Scores(
-        evaluator, domain, tokens, 3.0, 3.0 - gain, {name: 3.0 - gain * share for name, share in kept.items()}
+) -> GatewayScores:
+    """What an evaluator reports when gateways keep these shares of a gain on a base loss of 3; "old" is published."""
+    losses = {name: 3.0 - gain * share for name, share in kept.items()}
+    return of_losses(domain, losses, evaluator, tokens, 3.0 - gain)
+
+
+def of_losses(domain: str, losses: dict[str, float], evaluator: str, tokens: int, own: float) -> GatewayScores:
+    return GatewayScores(
+        set="0" * 16,
+        evaluator=evaluator,
+        expert=domain,
+        tokens=tokens,
+        base=3.0,
+        own=own,
+        published=losses.get("old"),
+        candidates={name: loss for name, loss in losses.items() if name != "old"},
     )
 
 
@@ -66,7 +78,7 @@ def test_scores_that_lack_a_gateway_are_not_compared() -> None:
     given_scores = [
         scores("sql", {"old": 0.8, "new": 0.9}),
         scores("sql", {"new": -5.0}, "w2"),
-        scores("docs", {"old": 0.9}, "w3"),
+        scores("docs", {"old": 0.9, "another": 0.9}, "w3"),
     ]
     verdict = judge(given_scores, ["new"], "old")
     assert verdict.serve == "new"
@@ -89,7 +101,7 @@ def test_an_own_expert_that_broke_does_not_excuse_its_domain() -> None:
     """The published gateway gains 0.4 there, the broken expert 0.001 or 0.02 and the new gateway as little."""
     fine = scores("sql", {"old": 0.9, "new": 1.0})
     for left in (0.001, 0.02):
-        broken = Scores("w2", "python", 1000, 3.0, 3.0 - left, {"old": 2.6, "new": 3.0 - left})
+        broken = of_losses("python", {"old": 2.6, "new": 3.0 - left}, "w2", 1000, 3.0 - left)
         verdict = judge([fine, broken], ["new"], "old")
         assert verdict.serve == "old"
         assert verdict.kept["old"]["python"] == 1.0
@@ -102,11 +114,11 @@ def test_without_candidates_all_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"tokens": 0}, {"base": math.nan}, {"expert": math.inf}, {"gateways": {"new": math.nan}}, {"base": -1.0}]
+    "wrong", [{"tokens": 0}, {"base": math.nan}, {"own": math.inf}, {"candidates": {"new": math.nan}}, {"base": -1.0}]
 )
-def test_numbers_that_are_none_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="w1 on sql"):
-        replace(scores("sql", {"new": 0.5}), **wrong)  # type: ignore[arg-type]
+def test_numbers_that_are_none_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        GatewayScores.model_validate(scores("sql", {"new": 0.5}).model_dump() | wrong)
 
 
 SHARES = st.lists(st.floats(-1, 2), min_size=3, max_size=3)

@@ -14,7 +14,7 @@ from fedmoe.lora.algebra import scaled
 from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import BaseModel
 from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS
-from fedmoe.server.gate.verdict import GateDecision, Scores, judge
+from fedmoe.server.gate.verdict import GateDecision, judge
 from fedmoe.wire.contract.experts import GatewayScores
 
 #: Scales that are tried, by strategy: multiples of the mean for the plain stack, around the measured best for regmean.
@@ -85,15 +85,10 @@ def make_candidates(
     moments: Mapping[str, ExpertMoments],
     online_gateway: OnlineGateway | None = None,
 ) -> tuple[Candidate, ...]:
-    """All candidates of one state: a merge for each strategy, shared by its scales; or the one gateway that lives."""
+    """All candidates of one state: a merge for each strategy, shared by its scales; or the online gateway alone."""
     if online_gateway is not None:
-        return (
-            Candidate(
-                ONLINE_STRATEGY,
-                replace(GatewayModel.of_online_gateway(online_gateway, version, moments), online_gateway=None),
-                1.0,
-            ),
-        )
+        model = replace(GatewayModel.of_online_gateway(online_gateway, version, moments), online_gateway=None)
+        return (Candidate(ONLINE_STRATEGY, model, 1.0),)
     made, trained = [], members(experts, aggregation.buffer_size)
     for strategy, scales in offered(aggregation, len(trained), moments.keys() >= trained.keys()):
         chosen = replace(aggregation, strategy=strategy)
@@ -132,8 +127,7 @@ def decide(
     """
     before = None if offer.published is None else f"version {offer.published.version}"
     compared = None if taken_back else before
-    measured, names = [_scores(score, before) for score in scores], [candidate.name for candidate in offer.candidates]
-    verdict = judge(measured, names, compared, tolerance)
+    verdict = judge(scores, [candidate.name for candidate in offer.candidates], compared, tolerance)
     reason = verdict.reason
     if taken_back and before is not None:
         reason += f"; {before} does not count: it holds what was taken back from {', '.join(sorted(taken_back))}"
@@ -141,10 +135,3 @@ def decide(
     if unheard:
         reason += f"; without an evaluator's scores: {', '.join(unheard)}"
     return GateDecision(verdict.serve or before, reason, verdict.kept)
-
-
-def _scores(score: GatewayScores, published: str | None) -> Scores:
-    gateways = dict(score.candidates)
-    if published is not None and score.published is not None:
-        gateways[published] = score.published
-    return Scores(score.evaluator, score.expert, score.tokens, score.base, score.own, gateways)

@@ -52,14 +52,18 @@ class Evaluators:
 
     def miss(self, evaluators: Iterable[Evaluator]) -> None:
         """Count a missed set for each of these evaluators."""
+        tokens = set[str]()
         for evaluator in evaluators:
             record = self._heard[evaluator]
             self._heard[evaluator] = replace(record, missed=record.missed + 1)
-        self._missed_by_token.update({self._heard[one].token for one in evaluators if not self._heard[one].proven})
+            if not record.proven:
+                tokens.add(record.token)
+        self._missed_by_token.update(tokens)
 
     def awaited(self, experts: Collection[str]) -> dict[Evaluator, float]:
         """When those were last heard of whose scores a set of these experts waits for."""
-        return {one: record.at for one, record in self._heard.items() if one[1] in experts and self._hopeful(record)}
+        named = [(evaluator, record) for evaluator, record in self._heard.items() if evaluator[1] in experts]
+        return {evaluator: record.at for evaluator, record in named if self._hopeful(record)}
 
     def active(self, now: float, seconds: float) -> list[Evaluator]:
         """Those heard of in the last `seconds`, in name order."""

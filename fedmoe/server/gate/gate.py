@@ -18,6 +18,7 @@ from fedmoe.coordinator import CentralCoordinator, GatewayModel
 from fedmoe.lora.adapter import Adapter
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.gate.candidates import (
+    Candidate,
     CandidateSet,
     Evaluator,
     decide,
@@ -46,24 +47,8 @@ class GatePolicy:
     seconds: float = 300.0
 
 
-@dataclass(frozen=True, slots=True)
-class _ClosedSet:
-    """A set that was closed with the scores that came; `late` if time was over before those of `missing` came."""
-
-    offer: CandidateSet
-    scores: list[GatewayScores]
-    late: bool
-    missing: list[Evaluator]
-
-    def reason(self, seconds: float) -> str:
-        """Why a late one is undecided, and what to do."""
-        who = f"{', '.join(_named(self.missing))} had scored" if self.missing else "anybody had scored"
-        advice = "raise --gate-seconds of the coordinator or lower --held-out-blocks of the evaluators"
-        return f"undecided: --gate-seconds ({seconds:g}) were over before {who}; {advice}"
-
-
 class EvaluationGate:
-    """Offers candidates, takes scores, publishes; `fail` is told when storage can no longer be trusted."""
+    """Offers candidates, takes scores, publishes; `fail` is called when storage can no longer be trusted."""
 
     def __init__(
         self,
@@ -163,11 +148,9 @@ class EvaluationGate:
         """The adapter of this digest in the open set, and the name of the expert if it is one."""
         with self._lock:
             offer = self._the_open(set_id)
-        for candidate in offer.candidates:
-            if candidate.model.digest == digest:
-                return offer, candidate.model.adapter, None
-        if offer.published is not None and offer.published.digest == digest:
-            return offer, offer.published.adapter, None
+        for model in (*(candidate.model for candidate in offer.candidates), offer.published):
+            if model is not None and model.digest == digest:
+                return offer, model.adapter, None
         for name, expert in offer.experts.items():
             if expert.digest == digest:
                 return offer, expert.adapter, name
@@ -190,13 +173,27 @@ class EvaluationGate:
 
     def step(self) -> None:
         """Do what is due now: judge the open set, leave it undecided, or make the next. For one thread at a time."""
-        closed = self._closed_if_due()
-        if closed is not None and closed.late:
-            self._leave_undecided(closed)
-        elif closed is not None:
-            self._judge(closed.offer, closed.scores)
-        elif self._set_is_due():
-            self._make()
+        now, seconds = self._clock(), self._policy.seconds
+        with self._lock:
+            offer, scores = self._open, self._scores
+            if offer is None:
+                requested, self._asked = self._asked, False
+            else:
+                missing = self._missing(offer)
+                state = outcome(offer.opened_at, now, seconds, scores, self._evaluators.awaited(offer.experts))
+                if state == "wait":
+                    self._asked = False
+                    return
+                self._evaluators.miss(missing)
+                self._open, self._scores = None, {}
+        if offer is None:
+            # Made when somebody asks and experts have changed, so that it is of the newest state.
+            if requested and self._coordinator.gateway_version > self._judged:
+                self._make()
+        elif state == "judge":
+            self._judge(offer, list(scores.values()))
+        else:
+            self._leave_undecided(offer, list(scores.values()), missing)
 
     def _run(self) -> None:
         while not self._closing:
@@ -226,27 +223,6 @@ class EvaluationGate:
             )
         return self._open
 
-    def _closed_if_due(self) -> _ClosedSet | None:
-        now, seconds = self._clock(), self._policy.seconds
-        with self._lock:
-            offer = self._open
-            if offer is None:
-                return None
-            missing = self._missing(offer)
-            state = outcome(offer.opened_at, now, seconds, self._scores, self._evaluators.awaited(offer.experts))
-            if state == "wait":
-                return None
-            self._evaluators.miss(missing)
-            closed = _ClosedSet(offer, list(self._scores.values()), state == "undecided", missing)
-            self._open, self._scores = None, {}
-        return closed
-
-    def _set_is_due(self) -> bool:
-        """Whether an evaluator asked for a set since the last one, and experts have changed."""
-        with self._lock:
-            requested, self._asked = self._asked and self._open is None, False
-        return requested and self._coordinator.gateway_version > self._judged
-
     def _make(self) -> None:
         view = self._coordinator.transaction()  # experts, version and moments of one moment
         experts = {name: expert for name, expert in view.experts.items() if not expert.retired}
@@ -256,16 +232,9 @@ class EvaluationGate:
         out = self._publications.current
         if out is not None and {candidate.model.digest for candidate in candidates} == {out.digest}:
             with self._lock:
-                self._judged = view.gateway_version  # experts learned, but nothing was folded since
+                self._judged = view.gateway_version  # experts learned, but nothing was merged since
             return
-        offer = CandidateSet(
-            secrets.token_hex(8),
-            self._clock(),
-            view.gateway_version,
-            experts,
-            candidates,
-            out,
-        )
+        offer = CandidateSet(secrets.token_hex(8), self._clock(), view.gateway_version, experts, candidates, out)
         for expert in offer.experts.values():
             _ = expert.digest  # made here once, not in a request
         with self._lock:
@@ -286,28 +255,44 @@ class EvaluationGate:
         withdrawn = {*self._publications.taken_back(), *(retired & out.sources.keys() if out is not None else ())}
         verdict = decide(offer, scores, self._policy.tolerance, withdrawn)
         chosen = next((candidate for candidate in offer.candidates if candidate.name == verdict.serve), None)
-        at, name = self._clock(), chosen.name if chosen else None
-        payload = _verdict_payload(offer, scores, verdict, name, undecided=False)
-        if chosen is not None:
-            self._publications.publish(chosen.gateway(), payload, at)
-        else:
-            self._publications.keep(payload, at)
-        with self._lock:
-            self._judged, self._reason, self._at, self._undecided = offer.version, verdict.reason, at, False
-        event = "gateway_published" if chosen is not None else "gateway_kept"
+        self._record(offer, scores, verdict, chosen, undecided=False)
+        event, name = ("gateway_published", chosen.name) if chosen is not None else ("gateway_kept", None)
         _log.info(event, version=offer.version, candidate=name, reason=verdict.reason)
 
-    def _leave_undecided(self, closed: _ClosedSet) -> None:
+    def _leave_undecided(self, offer: CandidateSet, scores: list[GatewayScores], missing: list[Evaluator]) -> None:
         """Journal that the set timed out: the published gateway stays, and the state is offered again on request."""
-        reason = closed.reason(self._policy.seconds)
-        at, offer = self._clock(), closed.offer
-        self._publications.keep(
-            _verdict_payload(offer, closed.scores, GateDecision(None, reason), None, undecided=True), at
-        )
-        with self._lock:
-            self._reason, self._at, self._undecided = reason, at, True
-            self._given_up = "the next set is made as soon as an evaluator asks"
+        who = f"{', '.join(_named(missing))} had scored" if missing else "anybody had scored"
+        advice = "raise --gate-seconds of the coordinator or lower --held-out-blocks of the evaluators"
+        reason = f"undecided: --gate-seconds ({self._policy.seconds:g}) were over before {who}; {advice}"
+        self._record(offer, scores, GateDecision(None, reason), None, undecided=True)
         _log.warning("gateway_undecided", set=offer.id, version=offer.version, reason=reason)
+
+    def _record(
+        self,
+        offer: CandidateSet,
+        scores: list[GatewayScores],
+        verdict: GateDecision,
+        chosen: Candidate | None,
+        *,
+        undecided: bool,
+    ) -> None:
+        """Journal a verdict and publish what it lets out; then say so to whoever asks."""
+        at = self._clock()
+        payload = {
+            "version": offer.version,
+            "candidate": chosen.name if chosen is not None else None,
+            "undecided": undecided,
+            "reason": verdict.reason,
+            "kept": {name: dict(kept) for name, kept in verdict.kept.items()},
+            "scores": [score.model_dump() for score in scores],
+        }
+        self._publications.decide(chosen.gateway() if chosen is not None else None, payload, at)
+        with self._lock:
+            self._reason, self._at, self._undecided = verdict.reason, at, undecided
+            if undecided:
+                self._given_up = "the next set is made as soon as an evaluator asks"
+            else:
+                self._judged = offer.version
 
     def _status(self, now: float) -> str:
         seconds = self._policy.seconds
@@ -343,17 +328,3 @@ def _check_complete(offer: CandidateSet, scores: GatewayScores) -> None:
             f"{scores.expert}, {'no' if scores.published is None else 'a'} published gateway.",
             "Score everything that the set names.",
         )
-
-
-def _verdict_payload(
-    offer: CandidateSet, scores: list[GatewayScores], verdict: GateDecision, published: str | None, *, undecided: bool
-) -> dict[str, object]:
-    """A verdict as the journal keeps it."""
-    return {
-        "version": offer.version,
-        "candidate": published,
-        "undecided": undecided,
-        "reason": verdict.reason,
-        "kept": {name: dict(kept) for name, kept in verdict.kept.items()},
-        "scores": [score.model_dump() for score in scores],
-    }

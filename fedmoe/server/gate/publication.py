@@ -59,7 +59,7 @@ class Publications:
         self._blob: str | None = None
 
     def recover(self, layout: Layout) -> None:
-        """Read what was published last, of experts with the modules of `layout`; what is lost or damaged is told."""
+        """Read what was published last, of experts with the modules of `layout`; what is lost or damaged is logged."""
         for verdict in self._journal.verdicts(1, published_only=True):
             assert verdict.digest is not None, "only verdicts that published were asked for"
             described = _described.validate_python(verdict.payload["published"])
@@ -72,11 +72,14 @@ class Publications:
                 return
             self._blob, self.current = verdict.digest, _gateway(described, adapter)
 
-    def publish(self, gateway: GatewayModel, payload: Mapping[str, object], at: float) -> None:
-        """Make a gateway the one that is served, with the verdict that lets it out; `at` is seconds since 1970.
+    def decide(self, gateway: GatewayModel | None, payload: Mapping[str, object], at: float) -> None:
+        """Keep a verdict, and make the gateway that it lets out, if any, the one that is served; `at` is since 1970.
 
-        Returns once it is on disk. The blob of the one before is let go of.
+        Returns once it is on disk. The blob of the gateway before is let go of.
         """
+        if gateway is None:
+            self._journal.add_verdict(GatewayVerdict(None, {**payload, "published": None}, at))
+            return
         layout, flat = gateway.adapter.layout, gateway.adapter.flat
         # The version makes these bytes unlike those of any update, which may be deleted on its own.
         blob = put(self._blobs, encode(layout, flat, "fp32", {"gateway": str(gateway.version)}))
@@ -86,10 +89,6 @@ class Publications:
         before, self._blob, self.current = self._blob, blob, gateway
         if before is not None and before != blob:
             self._blobs.delete(before)
-
-    def keep(self, payload: Mapping[str, object], at: float) -> None:
-        """Note a verdict that leaves all as it is."""
-        self._journal.add_verdict(GatewayVerdict(None, {**payload, "published": None}, at))
 
     def taken_back(self) -> list[str]:
         """Experts that were rolled back or retracted from after the published gateway was made of them."""
@@ -107,7 +106,7 @@ def taken_back(journal: Journal, expert: str, version: int) -> bool:
 def published_blobs(journal: Journal) -> BlobReferences:
     """The blob that must be kept, and those of the gateways that were published before."""
     published = journal.verdicts(sys.maxsize, published_only=True)
-    digests = [found.digest for found in published if found.digest is not None]
+    digests = [verdict.digest for verdict in published if verdict.digest is not None]
     return BlobReferences(set(digests[:1]), set(digests))
 
 

@@ -6,35 +6,26 @@ of the lost history would be taken for one of this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from fedmoe.experts import ExpertModel
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.storage.incarnation import INCARNATION
 from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.tables import INCARNATION
 from fedmoe.wire.contract.messages import RollbackRequest, UpdateHeader
 
-#: The content digest of a version of an expert, None where it is not known.
-DigestOf = Callable[[str, int], str | None]
 
-
-def current_history(journal: Journal) -> CurrentHistory:
-    """The history in a journal."""
-    return CurrentHistory(journal.meta(INCARNATION) or "", journal.version_digest)
-
-
-@dataclass(frozen=True, slots=True)
 class CurrentHistory:
-    """The history this coordinator goes on with: its incarnation, and the digest that each version has in it."""
+    """The history in a journal: its incarnation, and the content digest of each version, None where it is not known."""
 
-    incarnation: str
-    digest_of: DigestOf
+    def __init__(self, journal: Journal) -> None:
+        self.incarnation = journal.meta(INCARNATION) or ""
+        self.digest_of = journal.version_digest
 
     def digests(self, versions: Mapping[str, int]) -> dict[str, str]:
         """The content digests of versions of experts, of those that are known."""
-        known = {name: self.digest_of(name, version) for name, version in versions.items()}
-        return {name: digest for name, digest in known.items() if digest is not None}
+        digests = {name: self.digest_of(name, version) for name, version in versions.items()}
+        return {name: digest for name, digest in digests.items() if digest is not None}
 
     def check_update(self, header: UpdateHeader, expert: ExpertModel) -> None:
         """Refuse an update that says it was made in another history; one that says nothing is taken at its number."""

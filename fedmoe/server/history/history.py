@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
@@ -16,43 +16,34 @@ import structlog
 
 from fedmoe.coordinator import Aggregation, CentralCoordinator, Transaction
 from fedmoe.experts import ExpertModel, InitialWeights, Registrant
-from fedmoe.federation.events import (
-    CountedUpdate,
-    Event,
-    EventInputs,
-    ExpertRegistered,
-    GatewayMerged,
-    QuarantineEvent,
-    RollEvent,
-    UpdateAccepted,
-    UpdateLost,
-    VersionEvent,
-)
+from fedmoe.federation.events import CountedUpdate, Event, EventInputs, UpdateAccepted, UpdateLost
 from fedmoe.federation.lineage import Lineage, length, start, without_worker
 from fedmoe.federation.online_gateway import BranchPoint, OnlineGateway, count_steps, step_counters
-from fedmoe.federation.quarantine import Quarantine
 from fedmoe.federation.transitions import TRANSITIONS, binding_manifest, lineages
-from fedmoe.lora.adapter import Adapter, Layout
+from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.update_rules import USUAL_WINDOW, RuleState
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.gate.publication import published_blobs
-from fedmoe.server.history.damage import MOST_LEFT_OUT, DamagedUpdateError
-from fedmoe.server.history.event_queries import left_in_the_gateway, made_version, registration
 from fedmoe.server.history.pruning import prune_plan
-from fedmoe.server.history.replay import Replay
-from fedmoe.server.history.snapshots import snapshot_bytes
-from fedmoe.server.statistics.data_statistics import DataStatisticsStore
-from fedmoe.server.storage.blobs import (
-    BlobReferences,
-    BlobStore,
-    StorageFailedError,
-    put,
+from fedmoe.server.history.replay import (
+    MOST_LEFT_OUT,
+    DamagedUpdateError,
+    JournalledPast,
+    Replay,
+    left_in_the_gateway,
+    made_version,
+    past_of,
+    registration,
+    snapshot_bytes,
 )
-from fedmoe.server.storage.choices import UPDATE_RULE, StoredChoices, check_choices
+from fedmoe.server.statistics.data_statistics import DataStatisticsStore
+from fedmoe.server.storage.blobs import BlobReferences, BlobStore, StorageFailedError, put
 from fedmoe.server.storage.event_rows import GATEWAY, QUARANTINE, blob_of
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.released_bytes import why_released
+from fedmoe.server.storage.start_options import check_options
+from fedmoe.server.storage.tables import UPDATE_RULE
 
 SNAPSHOT_EVERY = 50
 
@@ -109,42 +100,29 @@ class History(Replay):
         Raises StorageFailedError where what is on disk does not give what was journalled.
         """
         self._read = list(self._journal.events())
-        past: dict[str, list[Event]] = {}
-        folds: list[GatewayMerged] = []
-        changes: list[RollEvent] = []
-        layouts: dict[Layout, Manifest] = {}
-        quarantine = Quarantine()
-        for event in self._read:
-            if quarantine.held or isinstance(event, QuarantineEvent):
-                quarantine = quarantine.after(event)
-            if isinstance(event, GatewayMerged):
-                folds.append(event)
-            elif isinstance(event, RollEvent):
-                changes.append(event)
-            elif isinstance(event, ExpertRegistered):
-                shared = layouts.setdefault(event.manifest.layout, event.manifest)
-                past[event.expert] = [replace(event, manifest=shared.shared_by(event.manifest))]
-            elif isinstance(event, VersionEvent):
-                past[event.expert].append(event)
-        self._check_choices(folds)
-        self._sweep(past, folds, quarantine.digests())
-        experts = {name: self._recover_whole(events) for name, events in past.items()}
+        past = past_of(self._read)
+        rule = self._journal.meta(UPDATE_RULE)
+        check_options(self._aggregation, rule, past.merges[-1].number if past.merges else None)
+        if rule is None:
+            self._journal.set_meta(UPDATE_RULE, self._aggregation.rule.name)
+        self._sweep(past)
+        experts = {name: self._recover_whole(events) for name, events in past.experts.items()}
         self._journal_lost(experts)
         coordinator = CentralCoordinator(self._aggregation)
-        for change in changes:
+        for change in past.roll:
             after = TRANSITIONS[type(change)].expert
             assert after is not None, "a change of the roll changes an expert"
             experts[change.expert] = after(experts, change, EventInputs(self._aggregation.rule))
         manifest = binding_manifest(experts)
-        online_gateway = self._recover_gateway(manifest, past, folds) if manifest else None
-        version = sum(map(len, past.values())) + len(folds) + len(changes) + self._statistics.moments_arrived()
-        uses_moments = self._aggregation.uses_moments
-        found = {name: self._statistics.moments(name) for name in experts} if uses_moments else {}
-        moments = {name: moments for name, moments in found.items() if moments is not None}
+        online_gateway = self._recover_gateway(manifest, past) if manifest else None
+        changes = sum(map(len, past.experts.values())) + len(past.merges) + len(past.roll)
+        version = changes + self._statistics.moments_arrived()
+        of_experts = {name: self._statistics.moments(name) for name in experts if self._aggregation.uses_moments}
+        moments = {name: merged for name, merged in of_experts.items() if merged is not None}
         transaction = Transaction(
-            self._aggregation, experts, manifest, version, [], moments, online_gateway, quarantine=quarantine
+            self._aggregation, experts, manifest, version, [], moments, online_gateway, quarantine=past.quarantine
         )
-        transaction.roll_changes = len(changes)
+        transaction.roll_changes = len(past.roll)
         coordinator.publish(transaction)
         self._recovered = coordinator
         return coordinator
@@ -159,42 +137,34 @@ class History(Replay):
         if digest not in needed | self._journal.named_elsewhere(QUARANTINE, {digest}):
             self._blobs.delete(digest)
 
-    def _recover_gateway(
-        self, manifest: Manifest, past: Mapping[str, list[Event]], folds: list[GatewayMerged]
-    ) -> OnlineGateway | None:
+    def _recover_gateway(self, manifest: Manifest, past: JournalledPast) -> OnlineGateway | None:
         """The online gateway, if there is one: the last merge's blob, and how far each expert is from it."""
         online_gateway = self._aggregation.first_gateway(manifest)
         if online_gateway is None:
             return None
-        for fold in folds:
-            online_gateway = online_gateway.merged(fold)
-        if folds:
-            weights = self._gateway_weights(folds[-1].digest, manifest)
+        for merge in past.merges:
+            online_gateway = online_gateway.merged(merge)
+        if past.merges:
+            weights = self._gateway_weights(past.merges[-1].digest, manifest)
             online_gateway = online_gateway.with_adapter(Adapter(manifest.layout, manifest.alpha, weights))
-        for name, events in past.items():
+        for name, events in past.experts.items():
             chains = lineages(events)
             newest = chains[max(chains)]
             branch_point = BranchPoint(start(newest), count_steps(events, Lineage.updates(newest)))
             online_gateway = online_gateway.recovered(name, branch_point, step_counters(events))
         return online_gateway
 
-    def _check_choices(self, folds: list[GatewayMerged]) -> None:
-        rule = self._journal.meta(UPDATE_RULE)
-        check_choices(self._aggregation, StoredChoices(rule, folds[-1].number if folds else None))
-        if rule is None:
-            self._journal.set_meta(UPDATE_RULE, self._aggregation.rule.name)
-
-    def _sweep(self, past: Mapping[str, Iterable[Event]], folds: Iterable[GatewayMerged], held: set[str]) -> None:
+    def _sweep(self, past: JournalledPast) -> None:
         """Remove unfinished uploads and what the journal needs no more; what it never named waits in the trash."""
-        blobs = (blob_of(event) for event in (*itertools.chain.from_iterable(past.values()), *folds))
-        needed = held | {digest for digest in blobs if digest is not None}
-        for name in past:
-            needed |= set(self._journal.snapshots(name).values())
+        versions = [event for events in past.experts.values() for event in events]
         others = (self._statistics.blobs(), published_blobs(self._journal))
-        needed = needed.union(*(named.needed for named in others))
-        once = {blob_of(event) for event in self._read or ()}
-        replaced = {digest for digest in once if digest is not None}.union(*(named.replaced for named in others))
-        newest = max((event.at for events in past.values() for event in events), default=0.0)
+        needed = past.quarantine.digests().union(*(named.needed for named in others))
+        needed |= {digest for event in (*versions, *past.merges) if (digest := blob_of(event)) is not None}
+        for name in past.experts:
+            needed |= set(self._journal.snapshots(name).values())
+        replaced = {digest for event in self._read or () if (digest := blob_of(event)) is not None}
+        replaced = replaced.union(*(named.replaced for named in others))
+        newest = max((event.at for event in versions), default=0.0)
         swept = self._blobs.sweep(BlobReferences(needed, replaced), self._clock(), newest)
         if swept.to_trash or swept.taken_back:
             _log.warning("unnamed_blobs", **asdict(swept))
@@ -259,8 +229,8 @@ class History(Replay):
                 f"A fold cannot be undone for one expert; choose version {left.version} or a later one.",
             )
         updates = Lineage.updates(chains[version])
-        kept = {update.identity for update in updates}
-        removed = [update for update in Lineage.updates(chains[expert.version]) if update.identity not in kept]
+        staying = {update.identity for update in updates}
+        removed = [update for update in Lineage.updates(chains[expert.version]) if update.identity not in staying]
         with self._refusing_pruned():
             state = self._rebuild(registered, chains, chains[version])
         return RebuiltState(state, len(removed), count_steps(events, updates), "", expert.version, erasures)
@@ -286,7 +256,7 @@ class History(Replay):
     def caught_up(self, rebuilt: RebuiltState, expert: ExpertModel, worker: str | None) -> RebuiltState | None:
         """`rebuilt` brought up to the newer `expert`: without `worker`, or at an earlier version (None).
 
-        None if more came since than updates. Where experts go on from the gateway any change counts as more.
+        None if more came since than updates. Where experts are rebased onto the gateway any change counts as more.
         """
         if rebuilt.erasures != self.erasures:
             return None
@@ -297,10 +267,10 @@ class History(Replay):
         updates = [event for event in newer if isinstance(event, UpdateAccepted)]
         if self._aggregation.merge_after is not None or len(updates) < len(newer):
             return None
-        kept = [] if worker is None else [update for update in updates if update.worker != worker]
+        landed = [] if worker is None else [update for update in updates if update.worker != worker]
         with self._refusing_pruned():
-            state = self._land(rebuilt.state, kept, expert.manifest)
-        removed = rebuilt.removed + len(updates) - len(kept)
+            state = self._land(rebuilt.state, landed, expert.manifest)
+        removed = rebuilt.removed + len(updates) - len(landed)
         return replace(rebuilt, state=state, removed=removed, version=expert.version)
 
     @contextmanager
@@ -324,8 +294,7 @@ class History(Replay):
 
     def snapshot_if_due(self, expert: ExpertModel, every: int = SNAPSHOT_EVERY) -> None:
         """Keep the expert's state every so many versions, so that recovery reads few updates; then prune."""
-        kept = self._journal.snapshots(expert.name)
-        if expert.version - max(kept, default=0) < every:
+        if expert.version - max(self._journal.snapshots(expert.name), default=0) < every:
             return
         self.snapshot(expert)
         if self._keep_updates is not None:
@@ -340,13 +309,10 @@ class History(Replay):
         """Delete gateways that no expert branches from any more, unless the whole past is kept."""
         if self._keep_updates is None:
             return
-        needed = {online_gateway.number} | {
-            branch_point.gateway for branch_point in online_gateway.branch_points.values()
-        }
-        folds = self._merges()
-        prune_plan = {fold.digest for fold in folds} - {fold.digest for fold in folds if fold.number in needed}
-        for digest in prune_plan - self.quarantined_blobs() - self._journal.named_elsewhere(GATEWAY, prune_plan):
-            self._blobs.delete(digest)
+        branched_from = {branch_point.gateway for branch_point in online_gateway.branch_points.values()}
+        needed, merges = branched_from | {online_gateway.number}, self._merges()
+        digests = {merge.digest for merge in merges} - {merge.digest for merge in merges if merge.number in needed}
+        self._delete_unneeded(GATEWAY, digests)
 
     def _prune(self, expert: ExpertModel, keep_updates: int) -> None:
         """Delete what undoing the last `keep_updates` changes does not need."""
@@ -358,6 +324,9 @@ class History(Replay):
             self._journal.drop_snapshot(name, version)
         digests = plan.updates | {snapshots[version] for version in plan.snapshots}
         digests -= {snapshots[version] for version in snapshots.keys() - plan.snapshots}
-        # Equal bytes are one blob, whoever sent them.
+        self._delete_unneeded(name, digests)
+
+    def _delete_unneeded(self, name: str, digests: Set[str]) -> None:
+        """Delete what an expert, or the gateway, needs no more: equal bytes are one blob, whoever sent them."""
         for digest in digests - self.quarantined_blobs() - self._journal.named_elsewhere(name, digests):
             self._blobs.delete(digest)

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from fedmoe.federation.events import Event, UpdateAccepted
 from fedmoe.federation.lineage import Lineage
 from fedmoe.federation.transitions import lineages
-from fedmoe.server.history.snapshots import best_snapshot
-
-Chains = Mapping[int, Lineage | None]
+from fedmoe.server.history.replay import best_snapshot
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.federation.events import Event, ExpertRegistered, GatewayMerged, QuarantineEvent
-from fedmoe.federation.lineage import Lineage
+from fedmoe.federation.events import Event, ExpertRegistered, GatewayMerged
+from fedmoe.federation.lineage import Chains
 from fedmoe.federation.transitions import lineages
 from fedmoe.lora.adapter import Adapter, FloatVector
 from fedmoe.lora.codec import digest
@@ -22,17 +21,16 @@ from fedmoe.lora.manifest import Manifest
 from fedmoe.lora.safetensors_bytes import CodecError
 from fedmoe.lora.update_rules import RuleState
 from fedmoe.server.gate.publication import published_blobs
-from fedmoe.server.history.event_queries import registration
 from fedmoe.server.history.history import History
+from fedmoe.server.history.replay import past_of, registration
 from fedmoe.server.storage.acknowledged import read_acknowledged
 from fedmoe.server.storage.audit import AUDIT_FILE, AUDIT_HEAD, AuditHead, check_file
-from fedmoe.server.storage.blobs import CorruptBlobError, FolderBlobStore, MissingBlobError, StorageFailedError
-from fedmoe.server.storage.choices import UPDATE_RULE
+from fedmoe.server.storage.blobs import CorruptBlobError, MissingBlobError, StorageFailedError
 from fedmoe.server.storage.event_rows import GATEWAY, blob_of
-from fedmoe.server.storage.journal import SqlJournal
-from fedmoe.server.storage.newest import lack_of
-from fedmoe.server.storage.opening import problems
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
+from fedmoe.server.storage.sqlite_journal import SqliteJournal, problems
 from fedmoe.server.storage.state_dir import StateDirError, lock_state, odd_files
+from fedmoe.server.storage.tables import UPDATE_RULE
 
 
 @dataclass
@@ -69,7 +67,7 @@ def check_start(path: Path) -> None:
 
     Raises StorageFailedError or CorruptBlobError.
     """
-    with closing(SqlJournal(path / "journal.sqlite")) as journal:
+    with closing(SqliteJournal(path / "journal.sqlite")) as journal:
         _Verifier(journal, FolderBlobStore(path / "blobs"), VerificationReport()).recover_newest()
 
 
@@ -79,11 +77,18 @@ def _verify(path: Path) -> VerificationReport:
     try:
         damage = problems(path / "journal.sqlite")
         report.findings += damage
-        _check_blobs(blobs, report)
+        for name in sorted(blobs.digests()):
+            report.blobs += 1
+            try:
+                blobs.read(name)
+            except (CorruptBlobError, MissingBlobError, OSError) as error:
+                report.findings.append(str(error))
         if damage:
             return report  # a journal that is not as it was written says nothing about the rest
-        with closing(SqlJournal(path / "journal.sqlite")) as journal:
-            _check_count(path, journal, report)
+        with closing(SqliteJournal(path / "journal.sqlite")) as journal:
+            report.events, report.incarnation = journal.head.events, journal.head.incarnation
+            gap = journal.gap_since(read_acknowledged(path / "acknowledged"))
+            report.findings += [f"the journal is not the newest: {gap.reason}"] if gap is not None else []
             audit = check_file(path, AuditHead.of_text(journal.meta(AUDIT_HEAD)))
             report.findings += [f"{AUDIT_FILE}: {what}" for what in audit.breaks]
             _Verifier(journal, blobs, report).run()
@@ -92,63 +97,40 @@ def _verify(path: Path) -> VerificationReport:
     return report
 
 
-def _check_blobs(blobs: FolderBlobStore, report: VerificationReport) -> None:
-    """Read every blob."""
-    for name in sorted(blobs.digests()):
-        report.blobs += 1
-        try:
-            blobs.read(name)
-        except (CorruptBlobError, MissingBlobError, OSError) as error:
-            report.findings.append(str(error))
-
-
-def _check_count(path: Path, journal: SqlJournal, report: VerificationReport) -> None:
-    report.events, report.incarnation = journal.head.events, journal.head.incarnation
-    lacking = lack_of(journal, read_acknowledged(path / "acknowledged"))
-    if lacking is not None:
-        report.findings.append(f"the journal is not the newest: {lacking.reason}")
-
-
 class _Verifier(History):
     """Rebuilds every version in order and holds it against the digest that was journalled with it."""
 
-    def __init__(self, journal: SqlJournal, blobs: FolderBlobStore, report: VerificationReport) -> None:
+    def __init__(self, journal: SqliteJournal, blobs: FolderBlobStore, report: VerificationReport) -> None:
         optimizer, _, size = (journal.meta(UPDATE_RULE) or "sgd").partition(", buffer of ")
         super().__init__(journal, blobs, Aggregation(server_optimizer=optimizer, buffer_size=int(size or 1)))
-        self._found = report
+        self._report = report
 
     def run(self) -> None:
-        past: dict[str, list[Event]] = {}
-        named: set[str | None] = set(self._statistics.blobs().replaced | published_blobs(self._journal).replaced)
-        for event in self._journal.events():
-            named.add(blob_of(event))
-            if isinstance(event, GatewayMerged):
-                self._check_fold(event, registration(next(iter(past.values()))).manifest)
-            elif not isinstance(event, QuarantineEvent):
-                past.setdefault(event.expert, []).append(event)
-        there = set(self._blobs.digests())
-        self._found.absent = len(named - {None} - there)
-        for name in past:
+        """Rebuild every version of every expert and gateway."""
+        events = list(self._journal.events())
+        past, there = past_of(events), set(self._blobs.digests())
+        named = {blob_of(event) for event in events} | self._statistics.blobs().replaced
+        named |= published_blobs(self._journal).replaced
+        self._report.absent = len(named - {None} - there)
+        for name in past.experts:
             named |= set(self._journal.snapshots(name).values())
-        self._found.unnamed = len(there - named)
-        for events in past.values():
-            self._check_expert(events)
+        self._report.unnamed = len(there - named)
+        for merge in past.merges:
+            self._check_merge(merge, registration(next(iter(past.experts.values()))).manifest)
+        for of_expert in past.experts.values():
+            self._check_expert(of_expert)
 
     def recover_newest(self) -> None:
         """Rebuild every expert as a start does."""
-        past: dict[str, list[Event]] = {}
-        for event in self._journal.events():
-            if not isinstance(event, GatewayMerged | QuarantineEvent):
-                past.setdefault(event.expert, []).append(event)
-        for events in past.values():
+        for events in past_of(self._journal.events()).experts.values():
             self._recover_whole(events)
 
-    def _check_fold(self, fold: GatewayMerged, manifest: Manifest) -> None:
+    def _check_merge(self, merge: GatewayMerged, manifest: Manifest) -> None:
         try:
-            weights: FloatVector | None = self._gateway_weights(fold.digest, manifest)
+            weights: FloatVector | None = self._gateway_weights(merge.digest, manifest)
         except (MissingBlobError, CorruptBlobError, CodecError):
-            weights = None  # one that no expert goes on from may be gone; a damaged one is told with the blobs
-        self._check_version(GATEWAY, fold.number, manifest, weights)
+            weights = None  # one that no expert branches from may be gone; a damaged one is reported with the blobs
+        self._check_version(GATEWAY, merge.number, manifest, weights)
 
     def _check_expert(self, events: list[Event]) -> None:
         registered, chains = registration(events), lineages(events)
@@ -161,17 +143,11 @@ class _Verifier(History):
                 state, problem = None, str(error)
             self._check_version(registered.expert, version, registered.manifest, state.weights if state else None)
         if state is None:
-            self._found.findings.append(
+            self._report.findings.append(
                 f"{registered.expert} cannot be rebuilt at its newest version {max(chains)}: {problem}"
             )
 
-    def _next(
-        self,
-        before: RuleState | None,
-        registered: ExpertRegistered,
-        chains: Mapping[int, Lineage | None],
-        version: int,
-    ) -> RuleState:
+    def _next(self, before: RuleState | None, registered: ExpertRegistered, chains: Chains, version: int) -> RuleState:
         """The state of a version, from that of the version before where it is an update more."""
         chain = chains[version]
         update = chain.update if chain is not None else None
@@ -180,12 +156,12 @@ class _Verifier(History):
         return self._rebuild(registered, chains, chain)
 
     def _check_version(self, name: str, version: int, manifest: Manifest, weights: FloatVector | None) -> None:
-        self._found.versions += 1
+        self._report.versions += 1
         expected = self._journal.version_digest(name, version)
         if weights is None or expected is None:
-            self._found.unproven += 1
+            self._report.unproven += 1
             return
         rebuilt = digest(Adapter(manifest.layout, manifest.alpha, weights))
         if rebuilt != expected:
             made = f"version {version} of {name}"
-            self._found.findings.append(f"{made} was rebuilt with the digest {rebuilt}, journalled is {expected}")
+            self._report.findings.append(f"{made} was rebuilt with the digest {rebuilt}, journalled is {expected}")

@@ -16,7 +16,17 @@ from fedmoe.wire.contract.messages import HELD_OUT
 #: A worker of which so many updates in a row changed nothing is shown as not learning.
 NOT_LEARNING = 5
 # Workers whose newest held-out loss is shown; names cost their inventor nothing.
-_MOST_TOLD = 10_000
+_MOST_LOSSES = 10_000
+
+
+def held_out_of(statistic: Statistic) -> HeldOutInfo | None:
+    """The held-out loss that a statistic reports; None for one of another kind, or that lacks a number."""
+    if statistic.kind != HELD_OUT:
+        return None
+    try:
+        return HeldOutInfo.model_validate(dict(statistic.payload))
+    except ValidationError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +53,14 @@ class Contributors:
 
     def hear(self, statistic: Statistic) -> None:
         """Note a held-out loss; statistics of other kinds, or that lack a number, are ignored."""
-        if statistic.kind != HELD_OUT:
-            return
-        try:
-            held_out = HeldOutInfo.model_validate(dict(statistic.payload))
-        except ValidationError:
+        held_out = held_out_of(statistic)
+        if held_out is None:
             return
         key = (statistic.expert, statistic.worker)
         self._held_out.pop(key, None)
         self._held_out[key] = held_out
         self._changes[statistic.expert] += 1
-        if len(self._held_out) > _MOST_TOLD:
+        if len(self._held_out) > _MOST_LOSSES:
             del self._held_out[next(iter(self._held_out))]
 
     def forget(self, expert: str, worker: str) -> None:
@@ -66,7 +73,9 @@ class Contributors:
             if isinstance(event, UpdateAccepted):
                 seen = self._seen.get(event.expert, {})
                 before = seen.get(event.worker)
-                newest = _WorkerRecord((before.updates if before else 0) + 1, event, _idle(before, event))
+                updates, idle = (before.updates, before.idle) if before else (0, 0)
+                unchanged = event.info.get("norm") == 0 or (before is not None and before.last.digest == event.digest)
+                newest = _WorkerRecord(updates + 1, event, idle + 1 if unchanged else 0)
                 # A new mapping each time: readers in other threads go through the one that they have.
                 self._seen[event.expert] = {**seen, event.worker: newest}
                 self._changes[event.expert] += 1
@@ -84,45 +93,29 @@ class Contributors:
         return tuple(warning(expert, worker) for worker in sorted(self._seen.get(expert, {})))
 
     def workers(
-        self,
-        expert: str,
-        now: float,
-        held_out: bool = False,
-        warning: Callable[[str, str], str] | None = None,
+        self, expert: str, now: float, held_out: bool = False, warning: Callable[[str, str], str] | None = None
     ) -> list[WorkerInfo]:
         """The workers of one expert in name order; `now` is seconds since 1970.
 
         With a `warning`, that of an expert's worker is among its flags, beside those that follow from its updates.
         """
-        losses = self._held_out if held_out else {}
-        mine = sorted(self._seen.get(expert, {}).items())
-        return [
-            _info(seen, now, losses.get((expert, name)), _flags(seen, warning(expert, name)) if warning else [])
-            for name, seen in mine
-        ]
-
-
-def _idle(before: _WorkerRecord | None, update: UpdateAccepted) -> int:
-    """How many updates in a row changed nothing or repeated the one before, with this one."""
-    repeated = before is not None and before.last.digest == update.digest
-    return (before.idle if before else 0) + 1 if repeated or update.info.get("norm") == 0 else 0
-
-
-def _flags(seen: _WorkerRecord, warning: str) -> list[str]:
-    idle = f"not learning: its last {seen.idle} updates changed nothing or were the same again"
-    return [text for text in (idle if seen.idle >= NOT_LEARNING else "", warning) if text]
-
-
-def _info(seen: _WorkerRecord, now: float, held_out: HeldOutInfo | None, flags: list[str]) -> WorkerInfo:
-    info = seen.last.info
-    return WorkerInfo(
-        worker=seen.last.worker,
-        updates=seen.updates,
-        staleness=seen.last.staleness,
-        loss=info.get("loss"),
-        steps=int(info["steps"]) if "steps" in info else None,
-        tokens=int(info["tokens"]) if "tokens" in info else None,
-        seconds_ago=max(0.0, now - seen.last.at),
-        held_out=held_out,
-        flags=flags,
-    )
+        workers = []
+        for name, record in sorted(self._seen.get(expert, {}).items()):
+            last, flags = record.last, []
+            if warning is not None and record.idle >= NOT_LEARNING:
+                flags.append(f"not learning: its last {record.idle} updates changed nothing or were the same again")
+            if warning is not None and (text := warning(expert, name)):
+                flags.append(text)
+            info = WorkerInfo(
+                worker=last.worker,
+                updates=record.updates,
+                staleness=last.staleness,
+                loss=last.info.get("loss"),
+                steps=int(last.info["steps"]) if "steps" in last.info else None,
+                tokens=int(last.info["tokens"]) if "tokens" in last.info else None,
+                seconds_ago=max(0.0, now - last.at),
+                held_out=self._held_out.get((expert, name)) if held_out else None,
+                flags=flags,
+            )
+            workers.append(info)
+        return workers

@@ -1,7 +1,7 @@
 """Statistics of workers' data: checked against the manifest, kept as blobs, merged per expert.
 
 Only the newest of each worker counts. Blobs that were replaced go with the next start's sweep, as all that the journal
-no longer needs; one that is missing or damaged is left out and said so, since its worker can send it again.
+no longer needs; one that is missing or damaged is left out and logged, since its worker can send it again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedmoe.coordinator import ExpertMoments, Transaction
 from fedmoe.lora.adapter import Layout
 from fedmoe.lora.moments import InputMoments, merge_moments
 from fedmoe.lora.prompt_statistics import PromptStatistics, add_statistics
-from fedmoe.lora.safetensors_bytes import Buffer, CodecError
+from fedmoe.lora.safetensors_bytes import CodecError
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import BlobReferences, BlobStore, CorruptBlobError, MissingBlobError
 from fedmoe.server.storage.journal import Journal
@@ -45,14 +45,8 @@ def body_limit(kind: StatisticsKind, layout: Layout) -> int:
     return 4 * max(2 * layout.size, numbers) + _HEADER_BYTES
 
 
-def read_moments(body: Buffer, layout: Layout) -> InputMoments:
-    """The moments in a body that are of exactly these modules; raises `CodecError` or `RefusedError`."""
-    try:
-        moments = InputMoments.from_bytes(body)
-    except CodecError:
-        raise
-    except ValueError as error:
-        raise _mismatch(str(error)) from error
+def _check_moments(moments: InputMoments, layout: Layout) -> None:
+    """Refuse moments that are not of exactly these modules, or of impossible size."""
     expected = {module.name: module.in_features for module in layout.modules}
     given = {name: module.features for name, module in moments.modules.items()}
     if given != expected:
@@ -63,17 +57,6 @@ def read_moments(body: Buffer, layout: Layout) -> InputMoments:
     largest = max(float(abs(part).max()) for m in moments.modules.values() for part in (m.diagonal, m.sketch))
     if largest > MAX_MOMENT:
         raise _mismatch(f"the largest number is {largest:.3g}; at most {MAX_MOMENT:g} is taken")
-    return moments
-
-
-def read_prompts(body: Buffer) -> PromptStatistics:
-    """The prompt statistics in a body; raises `CodecError` or `RefusedError`."""
-    try:
-        return PromptStatistics.from_bytes(body)
-    except CodecError:
-        raise
-    except ValueError as error:
-        raise _mismatch(str(error)) from error
 
 
 def refuse_suspect(suspicion: str) -> None:
@@ -154,12 +137,20 @@ class DataStatisticsStore:
         return _digested(merge_bodies("moments", bodies)) if bodies else None
 
     def check(self, header: DataStatisticsHeader, body: memoryview, layout: Layout) -> None:
-        """Refuse what is no statistics, is of another model, or cannot be merged with those of other workers."""
+        """Refuse what is no statistics, is of another model, or cannot be merged with those of other workers.
+
+        Raises `CodecError` or `RefusedError`.
+        """
         self._refuse_too_many(header, len(body))
-        if header.kind == "moments":
-            read_moments(body, layout)
-        else:
-            self._check_width(header, read_prompts(body))
+        try:
+            if header.kind == "moments":
+                _check_moments(InputMoments.from_bytes(body), layout)
+            else:
+                self._check_width(header, PromptStatistics.from_bytes(body))
+        except CodecError:
+            raise
+        except ValueError as error:
+            raise _mismatch(str(error)) from error
         merge_bodies(header.kind, self._bodies(header.expert, header.kind) | {header.worker: bytes(body)})
 
     def _refuse_too_many(self, header: DataStatisticsHeader, size: int) -> None:
@@ -177,7 +168,7 @@ class DataStatisticsStore:
     def keep(
         self, transaction: Transaction, header: DataStatisticsHeader, digest: str, size: int, at: float
     ) -> DataStatisticsResult:
-        """Journal statistics whose blob is stored and tell the transaction; for the committer, in a group of its own.
+        """Journal statistics whose blob is stored and change the transaction; for the committer, in a group of its own.
 
         The same bytes again change nothing.
         """
@@ -207,7 +198,7 @@ class DataStatisticsStore:
     def erase(self, transaction: Transaction, expert: str, worker: str, at: float) -> int:
         """Delete a worker's data statistics for good; how many bodies. For the committer, in a group of its own.
 
-        A row without a size takes the place of what was told, so that the gateway's version still counts all of them.
+        A row without a size takes the place of what was sent, so that the gateway's version still counts all of them.
         """
         arrived = self._journal.data_statistics()
         for row in newest_of_each(arrived):

@@ -9,17 +9,14 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-
-from pydantic import ValidationError
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal
+from fedmoe.server.statistics.contributors import held_out_of
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.records import Statistic, StoredStatistic
-from fedmoe.wire.contract.experts import HeldOutInfo
-from fedmoe.wire.contract.messages import HELD_OUT
+from fedmoe.server.storage.records import Statistic, StoredStatistic, to_row
 
 #: A page has so many rows, and so many bytes, at most; the first row is always in it.
 PAGE_ROWS = 1000
@@ -69,7 +66,7 @@ class ReportedStatistics:
         self._of: dict[tuple[str, str], dict[int, _Row]] = {}
         self._own: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[str] = Counter()
-        for stored in journal.kept_statistics():
+        for stored in journal.stored_statistics():
             self._add(_row(stored))
         surplus = {row.id for rows in self._of.values() for row in self._too_dense(rows.values())}
         self._drop(surplus)
@@ -79,7 +76,7 @@ class ReportedStatistics:
 
     def add(self, statistic: Statistic) -> None:
         """Store a statistic, in place of older ones where there are too many; refuses too many at once."""
-        size = len(str(statistic.to_row()["payload"])) + _OVERHEAD
+        size = len(to_row(statistic)["payload"]) + _OVERHEAD
         if size > self._limits.row:
             raise RefusedError(
                 "too_large",
@@ -131,13 +128,19 @@ class ReportedStatistics:
 
         with self._lock:
             matching = [row for row in self._rows.values() if row.id > after and readable(row)]
-        ids = list(_first(matching, limit))
-        rows = self._journal.kept_statistics(ids=ids) if ids else []
+        ids: list[int] = []
+        size = 0
+        for row in matching[:limit]:
+            size += row.size
+            if ids and size > PAGE_BYTES:
+                break
+            ids.append(row.id)
+        rows = self._journal.stored_statistics(ids) if ids else []
         return rows, ids[-1] if len(ids) < len(matching) else None
 
     def _aged(self, statistic: Statistic, size: int) -> set[int]:
         """The worker's rows that make room for a new one; held-out losses are thinned out instead."""
-        if _loss(statistic) is not None:
+        if held_out_of(statistic) is not None:
             return set()
         limits, now = self._limits, statistic.at
         own = [row for row in self._of.get((statistic.expert, statistic.worker), {}).values() if row.loss is None]
@@ -149,7 +152,7 @@ class ReportedStatistics:
             if now - row.at < limits.seconds:
                 raise RefusedError(
                     "too_many_statistics",
-                    f"worker {statistic.worker!r} told {rows - 1} statistics of {statistic.expert}, {total - size} B; "
+                    f"worker {statistic.worker!r} sent {rows - 1} statistics of {statistic.expert}, {total - size} B; "
                     f"at most {limits.rows} and {limits.own} bytes are kept within {limits.seconds:g} seconds.",
                     "Send fewer, or smaller ones.",
                 )
@@ -166,7 +169,7 @@ class ReportedStatistics:
         return [row for row in losses[-2::-2] if row is not best]
 
     def _overfull(self, newest: int) -> Iterator[int]:
-        """Rows that go because an expert, or all, have too many bytes: the oldest of whoever told the most."""
+        """Rows that go because an expert, or all, have too many bytes: the oldest of whoever sent the most."""
         while over := self._over():
             of_most = max((key for key in self._of if key[0] in over), key=lambda key: (self._own[key], key))
             oldest = next(iter(self._of[of_most]))
@@ -199,24 +202,6 @@ class ReportedStatistics:
 
 
 def _row(stored: StoredStatistic) -> _Row:
-    fact = stored.statistic
-    return _Row(stored.id, fact.expert, fact.worker, fact.kind, stored.size + _OVERHEAD, fact.at, _loss(fact))
-
-
-def _loss(statistic: Statistic) -> float | None:
-    """The held-out loss that a statistic tells; None for one of another kind, or that lacks a number."""
-    if statistic.kind != HELD_OUT:
-        return None
-    try:
-        return HeldOutInfo.model_validate(dict(statistic.payload)).loss
-    except ValidationError:
-        return None
-
-
-def _first(rows: Sequence[_Row], limit: int) -> Iterator[int]:
-    size = 0
-    for count, row in enumerate(rows):
-        size += row.size
-        if count >= limit or (count and size > PAGE_BYTES):
-            return
-        yield row.id
+    fact, held_out = stored.statistic, held_out_of(stored.statistic)
+    loss = held_out.loss if held_out is not None else None
+    return _Row(stored.id, fact.expert, fact.worker, fact.kind, stored.size + _OVERHEAD, fact.at, loss)

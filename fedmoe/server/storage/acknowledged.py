@@ -1,7 +1,7 @@
-"""The newest acknowledged journal position, in a small file beside the journal.
+"""The newest acknowledged journal position, in a small file beside the journal; what a journal lacks of it.
 
 An older journal put in the place of a newer one, or one whose write-ahead log is gone, is whole in itself; only what
-is known outside of it tells. The file is written after each commit and before anybody is told of it. It is not synced
+is known outside of it tells. The file is written after each commit and before anybody hears of it. It is not synced
 then: the fault it is there for is a file exchanged or lost, not a power cut, after which a count that lags behind the
 journal, by seconds, is as good as the crash between commit and count that may happen anyway.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -104,17 +105,34 @@ def _of_place(place: bytes) -> Head | None:
         return None
 
 
-def behind(noted: Head | None, head: Head, chain_there: str | None) -> str | None:
-    """What a journal lacks of what was noted, in words; None where it has all of it.
+@dataclass(frozen=True, slots=True)
+class JournalGap:
+    """What a journal lacks of what was acknowledged, in words, and how it came to that and what to put back."""
 
-    `chain_there` is the journal's chain value after as many events as were noted.
+    reason: str
+    advice: str = "An older journal.sqlite was put there, or its journal.sqlite-wal is gone. Put the right one back"
+
+
+def journal_gap(noted: Head, head: Head, chain_there: str | None, former: Collection[str] = ()) -> JournalGap | None:
+    """What a journal that ends at `head` lacks of what was noted; None where it has all of it.
+
+    `chain_there` is the journal's chain value after as many events as were noted, `former` are the incarnations before
+    its own.
     """
-    if noted is None:
-        return None
+    reason = ""
     if noted.events > head.events:
-        return f"it holds {head.events} events and {noted.events} were acknowledged"
-    if noted.chain != chain_there:
-        return f"its event {noted.events} is not the one that was acknowledged, so it is of another history"
-    if noted.changes > head.changes:
-        return f"it holds {head.changes} changes and {noted.changes} were acknowledged"
-    return None
+        reason = f"it holds {head.events} events and {noted.events} were acknowledged"
+    elif noted.chain != chain_there:
+        reason = f"its event {noted.events} is not the one that was acknowledged, so it is of another history"
+    elif noted.changes > head.changes:
+        reason = f"it holds {head.changes} changes and {noted.changes} were acknowledged"
+    # An empty journal is of no incarnation that another one could have taken the place of.
+    named = head.events and head.incarnation and noted.incarnation
+    if not named or noted.incarnation in {head.incarnation, *former}:
+        return JournalGap(reason) if reason else None
+    return JournalGap(
+        f"it is of the incarnation {head.incarnation}, and the one in use last was {noted.incarnation}, with "
+        f"{noted.events} events" + (f" ({reason})" if reason else ""),
+        "That other one began when this one was left, with --accept-older-journal or 'fedmoe state restore', and what "
+        "was acknowledged since is in its journal only. Put that one back",
+    )

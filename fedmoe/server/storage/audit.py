@@ -13,7 +13,8 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,8 +68,8 @@ def line_of(before: AuditHead, facts: Mapping[str, Fact]) -> tuple[bytes, AuditH
     return line.encode() + b"\n", AuditHead(before.n + 1, chain)
 
 
-def check_lines(lines: Iterator[bytes], known: AuditHead) -> AuditCheck:
-    """Follow the chain of a file; `known` is a head that was noted before, and that it must hold or come after."""
+def check_lines(lines: Iterable[bytes], noted: AuditHead) -> AuditCheck:
+    """Follow the chain of a file; `noted` is a head of before, which it must hold or come after."""
     breaks: list[str] = []
     head: AuditHead | None = None
     for place, line in enumerate(lines, 1):
@@ -81,35 +82,33 @@ def check_lines(lines: Iterator[bytes], known: AuditHead) -> AuditCheck:
             breaks.append(f"line {place} (n {number}) does not follow n {head.n}")
         elif head is None and number == 1 and chain != _chain(_BEGINNING, facts):
             breaks.append("line 1 was changed")
-        if number == known.n and chain != known.chain:
+        if number == noted.n and chain != noted.chain:
             breaks.append(f"line {place} (n {number}) is not the one that was noted")
         head = AuditHead(number, chain)
-    if known.n and (head is None or head.n < known.n):
+    if noted.n and (head is None or head.n < noted.n):
         breaks.append(
-            f"lines up to n {known.n} were written, those after n {head.n if head else 0} are not in the file"
+            f"lines up to n {noted.n} were written, those after n {head.n if head else 0} are not in the file"
         )
-        head = known
+        head = noted
     return AuditCheck(head or AuditHead(), tuple(breaks[:_MOST_BREAKS]))
 
 
-def check_file(folder: Path, known: AuditHead) -> AuditCheck:
+def check_file(folder: Path, noted: AuditHead) -> AuditCheck:
     """Check the file that is written to now; one that was never there is in order.
 
     What is no file, as a pipe that would be waited for, is not read.
     """
-    if not (folder / AUDIT_FILE).is_file():
-        return check_lines(iter(()), known)
-    try:
-        with (folder / AUDIT_FILE).open("rb") as file:
-            return check_lines(iter(file.readlines()), known)
-    except FileNotFoundError:
-        return check_lines(iter(()), known)
+    lines: list[bytes] = []
+    if (folder / AUDIT_FILE).is_file():
+        with suppress(FileNotFoundError), (folder / AUDIT_FILE).open("rb") as file:
+            lines = file.readlines()
+    return check_lines(lines, noted)
 
 
 class AuditLog:
     """Writes the audit log from a thread of its own, so that no request waits for the disk.
 
-    `known` is the head that was noted when it was last closed; what is wrong with the file at opening is logged, and
+    `noted` is the head that was noted when it was last closed; what is wrong with the file at opening is logged, and
     written as a line. `clock` gives seconds since 1970.
     """
 
@@ -117,7 +116,7 @@ class AuditLog:
         self,
         folder: Path,
         clock: Callable[[], float],
-        known: AuditHead,
+        noted: AuditHead,
         most_bytes: int = _MOST_BYTES,
         most_files: int = _MOST_FILES,
     ) -> None:
@@ -125,7 +124,7 @@ class AuditLog:
         self._path = folder / AUDIT_FILE
         self._clock = clock
         self._most_bytes, self._most_files = most_bytes, most_files
-        check = check_file(folder, known)
+        check = check_file(folder, noted)
         # The folder that was opened, whatever takes its name later: another coordinator's log is not to be written to.
         self._folder_descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self._head = check.head
@@ -214,20 +213,15 @@ class AuditLog:
         return "it was cut" if there.st_size < self._size else None
 
     def _set_aside(self) -> None:
-        first = _first_number(self._path)
-        os.rename(self._path, self._folder / f"audit-{first:012d}.jsonl")
+        with self._path.open("rb") as file:
+            entry = _entry(file.readline())
+        os.rename(self._path, self._folder / f"audit-{entry[0] if entry is not None else 0:012d}.jsonl")
         older = sorted(self._folder.glob("audit-*.jsonl"))
-        for file in older[: max(0, len(older) - self._most_files)]:
-            file.unlink(missing_ok=True)
+        for oldest in older[: max(0, len(older) - self._most_files)]:
+            oldest.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = -1
         self._follow_the_file()
-
-
-def _first_number(path: Path) -> int:
-    with path.open("rb") as file:
-        entry = _entry(file.readline())
-    return entry[0] if entry is not None else 0
 
 
 def _entry(line: bytes) -> tuple[int, str, dict[str, object]] | None:

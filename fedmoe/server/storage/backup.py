@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -25,19 +24,17 @@ from fedmoe.runtime import failpoints
 from fedmoe.runtime.files import FolderInUseError, fsync_file, fsync_folder, lock_folder, write_atomic
 from fedmoe.server.storage.acknowledged import Head, read_acknowledged
 from fedmoe.server.storage.blobs import NO_ROOM, CorruptBlobError, MissingBlobError, StorageFailedError
-from fedmoe.server.storage.incarnation import INCARNATION
-from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.folder_blobs import blob_names
 from fedmoe.server.storage.migration import migrate
-from fedmoe.server.storage.newest import lack_of
-from fedmoe.server.storage.sqlite import connect
+from fedmoe.server.storage.sqlite import complete_in_itself, connect, copy_to, error_code
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.storage.state_dir import StateDirError
-from fedmoe.server.storage.tables import SCHEMA_VERSION
+from fedmoe.server.storage.tables import INCARNATION, SCHEMA_VERSION
 
 JOURNAL, BLOBS = "journal.sqlite", "blobs"
 #: The file by which a folder is known as a whole backup.
 NOTE = "backup.json"
 _LOCK = "lock"
-_DIGEST = re.compile("[0-9a-f]{64}")
 _TRIES = 5
 
 
@@ -83,16 +80,25 @@ def make_backup(state: Path, target: Path, at: float, check: Callable[[Path], No
         earlier = migrate(unfinished / JOURNAL)  # what is checked is a journal of this schema
         incarnation, events = _checked_journal(state, unfinished / JOURNAL, noted)
         check(unfinished)
-        _complete_in_itself(unfinished / JOURNAL)
+        complete_in_itself(unfinished / JOURNAL)
         if earlier is not None:
             os.replace(earlier.copy, unfinished / JOURNAL)
         remove(unfinished, keep={JOURNAL, BLOBS, _LOCK})
-        names = _names(unfinished / BLOBS)
-        size = sum((unfinished / BLOBS / name).stat().st_size for name in names)
-        counts = (len(names), size, len(linked - damaged), absent, len(damaged))
-        hashes = (_sha256(unfinished / JOURNAL), _of_names(names))
-        history = ("", earlier.before) if earlier else (incarnation, SCHEMA_VERSION)
-        backup = Backup(__version__, at, history[0], events, *counts, *hashes, history[1])
+        names = blob_names(unfinished / BLOBS)
+        backup = Backup(
+            __version__,
+            at,
+            "" if earlier else incarnation,
+            events,
+            blobs=len(names),
+            size=sum((unfinished / BLOBS / name).stat().st_size for name in names),
+            linked=len(linked - damaged),
+            absent=absent,
+            damaged=len(damaged),
+            journal_sha256=_sha256(unfinished / JOURNAL),
+            names_sha256=_of_names(names),
+            schema=earlier.before if earlier else SCHEMA_VERSION,
+        )
         failpoints.reached("backup.before_note")
         write_atomic(unfinished / NOTE, json.dumps(asdict(backup), indent=1).encode())
         fsync_folder(unfinished / BLOBS)
@@ -105,8 +111,8 @@ def make_backup(state: Path, target: Path, at: float, check: Callable[[Path], No
 
 def _checked_journal(state: Path, copy: Path, noted: Head | None) -> tuple[str, int]:
     """Incarnation and events of the copied journal, if it holds all that was acknowledged before."""
-    with closing(SqlJournal(copy)) as journal:
-        lacking = lack_of(journal, noted)
+    with closing(SqliteJournal(copy)) as journal:
+        lacking = journal.gap_since(noted)
         if lacking is None:
             return journal.meta(INCARNATION) or "", journal.count()
     raise StorageFailedError(
@@ -132,7 +138,7 @@ def check_backup(folder: Path) -> Backup:
     """The backup in a folder, if every byte is as it was made; raises StateDirError or StorageFailedError."""
     backup = read_backup(folder)
     try:
-        names, sha256 = _names(folder / BLOBS), _sha256(folder / JOURNAL)
+        names, sha256 = blob_names(folder / BLOBS), _sha256(folder / JOURNAL)
     except OSError as error:
         raise StorageFailedError(f"the backup {folder} is not whole: {error}; take another one") from error
     if sha256 != backup.journal_sha256:
@@ -146,48 +152,30 @@ def check_backup(folder: Path) -> Backup:
 
 def _damaged(folder: Path) -> set[str]:
     """The blobs in a folder that are not what their names say."""
-    return {name for name in _names(folder) if (folder / name).is_symlink() or _sha256(folder / name) != name}
-
-
-def place(source: Path, target: Path) -> bool:
-    """Give a file that never changes a second place, by a hard link where that can be, else a copy; whether linked."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except FileNotFoundError:
-        raise
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(source, target, follow_symlinks=False)
-        target.chmod(0o600)
-        fsync_file(target)
-        return False
-    return True
+    return {name for name in blob_names(folder) if (folder / name).is_symlink() or _sha256(folder / name) != name}
 
 
 def place_all(source: Path, target: Path) -> set[str]:
-    """Place the blobs of one folder that another lacks; those that vanish meanwhile are left out. The names linked."""
+    """Give blobs that another folder lacks a second place there; those that vanish meanwhile are left out.
+
+    By hard links where that can be, whose names are returned, else by copies.
+    """
     linked = set()
-    for name in _names(source) - _names(target):
+    for name in blob_names(source) - blob_names(target):
+        file, second = source / name, target / name
         try:
-            if place(source / name, target / name):
+            try:
+                os.link(file, second, follow_symlinks=False)
                 linked.add(name)
+            except FileNotFoundError:
+                raise
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(file, second, follow_symlinks=False)
+                second.chmod(0o600)
+                fsync_file(second)
         except FileNotFoundError:
-            (target / name).unlink(missing_ok=True)
+            second.unlink(missing_ok=True)
     return linked
-
-
-def _copy_journal(source: Path, target: Path) -> None:
-    """Copy the journal of one moment, from whoever writes it, as one file that is complete in itself."""
-    os.close(os.open(target, os.O_RDWR | os.O_CREAT, 0o600))
-    with closing(connect(source, "ro", 30.0)) as live, closing(sqlite3.connect(target)) as copy:
-        live.backup(copy)
-    _complete_in_itself(target)
-
-
-def _complete_in_itself(journal: Path) -> None:
-    """Leave no log beside a journal, so that the one file is all of it, even where nothing can be written."""
-    with closing(sqlite3.connect(journal)) as connection:
-        connection.execute("PRAGMA journal_mode=DELETE")
-    fsync_file(journal)
 
 
 def _copy(state: Path, unfinished: Path) -> tuple[set[str], int]:
@@ -196,14 +184,15 @@ def _copy(state: Path, unfinished: Path) -> tuple[set[str], int]:
     for _ in range(_TRIES):
         with closing(connect(state / JOURNAL, "ro", 30.0)) as live:
             named = _named(live)
-        missing = named - _names(state / BLOBS)
+        missing = named - blob_names(state / BLOBS)
         linked |= place_all(state / BLOBS, unfinished / BLOBS)
         failpoints.reached("backup.blobs_placed")
-        _copy_journal(state / JOURNAL, unfinished / JOURNAL)
+        with closing(connect(state / JOURNAL, "ro", 30.0)) as live:
+            copy_to(unfinished / JOURNAL, live)
         failpoints.reached("backup.journal_copied")
         linked |= place_all(state / BLOBS, unfinished / BLOBS)
         with closing(connect(unfinished / JOURNAL, "ro", 30.0)) as copied:
-            absent = _named(copied) - _names(unfinished / BLOBS)
+            absent = _named(copied) - blob_names(unfinished / BLOBS)
         if absent <= missing:
             return linked, len(absent)
     raise StateDirError(
@@ -223,11 +212,6 @@ def _named(journal: sqlite3.Connection) -> set[str]:
         rows = journal.execute(f'SELECT DISTINCT digest FROM "{table}" WHERE digest IS NOT NULL')  # noqa: S608
         digests.update(str(digest) for (digest,) in rows)
     return digests
-
-
-def _names(folder: Path) -> set[str]:
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries if _DIGEST.fullmatch(entry.name)}
 
 
 def _of_names(names: set[str]) -> str:
@@ -282,7 +266,7 @@ def _said_in_words(state: Path, target: Path, unfinished: Path) -> Iterator[None
         # Found in the copy, which is gone by now; what it is a copy of is what somebody can look at.
         raise StorageFailedError(str(error).replace(str(unfinished), str(state))) from error
     except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+        if error_code(error) == sqlite3.SQLITE_FULL:
             raise _no_room(target) from error
         raise StorageFailedError(f"the journal cannot be copied: {error}; see 'fedmoe state verify'") from error
     except OSError as error:

@@ -14,10 +14,7 @@ from dataclasses import dataclass
 #: What stands before the first row.
 GENESIS = "0" * 64
 #: The columns of a row that are hashed, in this order.
-COLUMNS = (
-    *("id", "kind", "expert", "version", "worker", "epoch", "sequence", "digest", "payload"),
-    "version_digest",
-)
+COLUMNS = ("id", "kind", "expert", "version", "worker", "epoch", "sequence", "digest", "payload", "version_digest")
 _canonical = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
@@ -41,12 +38,8 @@ class ChainEnd:
     chain: str = GENESIS
     rows: int = 0
 
-    def then(self, row: int, content: Sequence[object]) -> ChainEnd:
-        """The end with one row more; see `link`."""
-        return ChainEnd(row, link(self.chain, content), self.rows + 1)
 
-
-class BrokenChainError(Exception):
+class BrokenChainError(ValueError):
     """A row is not the one that was written; `row` is its id, `event` counts from 1."""
 
     def __init__(self, row: object, event: int, expert: object, version: object) -> None:
@@ -55,11 +48,10 @@ class BrokenChainError(Exception):
         self.event = event
 
 
-def check(rows: Iterable[Sequence[object]], start: ChainEnd = ChainEnd()) -> ChainEnd:
+def check(rows: Iterable[Sequence[object]]) -> ChainEnd:
     """Follow rows of `COLUMNS` and their chain value to the end; BrokenChainError at the first that breaks it."""
-    chain, last, number = start.chain, start.row, start.rows
-    for row in rows:
-        number += 1
+    chain, last, number = GENESIS, 0, 0
+    for number, row in enumerate(rows, 1):
         try:
             chain = link(chain, row[:-1])
         except ValueError:

@@ -1,10 +1,13 @@
-"""Events as rows of the journal's table: indexed columns, and the whole event as JSON."""
+"""Events as rows of the journal's table: indexed columns, and the whole event as JSON, each field of its type."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, astuple
-from typing import cast
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, astuple, fields
+from functools import cache
+from typing import NoReturn, cast
 
 from fedmoe.federation.events import (
     Event,
@@ -23,7 +26,6 @@ from fedmoe.federation.events import (
 )
 from fedmoe.lora.manifest import Manifest
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.row_values import check_values, parse_payload
 
 _KINDS: dict[str, type[Event]] = {
     "register": ExpertRegistered,
@@ -53,15 +55,15 @@ def row_of(event: Event) -> dict[str, object]:
     payload = asdict(event)
     if isinstance(event, ExpertRegistered):
         payload["manifest"] = event.manifest.to_json()
-    update = event if isinstance(event, UpdateAccepted) else None
     expert, version = _place(event)
+    worker, epoch, sequence = event.identity if isinstance(event, UpdateAccepted) else (None, None, None)
     return {
         "kind": _NAMES[type(event)],
         "expert": expert,
         "version": version,
-        "worker": update.worker if update else None,
-        "epoch": update.epoch if update else None,
-        "sequence": update.sequence if update else None,
+        "worker": worker,
+        "epoch": epoch,
+        "sequence": sequence,
         "digest": blob_of(event) if isinstance(event, (UpdateAccepted, GatewayMerged)) else None,
         "payload": json.dumps(payload, allow_nan=False),
     }
@@ -93,13 +95,13 @@ def event_of(kind: str, payload: str) -> Event:
         event_type = _KINDS.get(kind)
         if event_type is None:
             raise ValueError(f"its kind is {kind!r}, which this version does not know")
-        values = parse_payload(payload)
-        check_values(event_type, values)
+        values = _parse_payload(payload)
+        _check_values(event_type, values)
         if kind == "register":
             values["manifest"] = _manifest(values["manifest"])
         if kind == "fold":
             values["notes"] = tuple(cast(list[str], values["notes"]))
-        return event_type(**values)  # type: ignore[arg-type]  # check_values has looked
+        return event_type(**values)  # type: ignore[arg-type]  # _check_values has looked
     except ValueError as error:
         raise StorageFailedError(
             f"a row of the journal cannot be read: {error}. "
@@ -129,3 +131,57 @@ def _manifest(value: object) -> Manifest:
     except (TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"its manifest is none: {error!r}") from error
     return manifest
+
+
+def _parse_payload(payload: object) -> dict[str, object]:
+    """The JSON object of a row; raises ValueError for anything else, and for numbers that are not finite."""
+    if not isinstance(payload, str):
+        raise ValueError(f"its payload is {type(payload).__name__}, not text")
+    try:
+        values = json.loads(payload, parse_constant=_not_a_number)
+    except RecursionError:
+        raise ValueError("its payload is nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError("its payload is no JSON object")
+    return values
+
+
+def _check_values(kind: type, values: Mapping[str, object]) -> None:
+    """Raise ValueError unless `values` are the fields of the dataclass `kind`, each of its type."""
+    checks, needed = _checks(kind)
+    if unknown := values.keys() - checks.keys():
+        raise ValueError(f"it has fields that this version does not know: {sorted(unknown)[:5]}")
+    if missing := needed - values.keys():
+        raise ValueError(f"it lacks {sorted(missing)[:5]}")
+    for name, value in values.items():
+        if not checks[name](value):
+            raise ValueError(f"its {name} is {repr(value)[:80]}")
+
+
+@cache
+def _checks(kind: type) -> tuple[dict[str, Callable[[object], bool]], frozenset[str]]:
+    checks = {field.name: _FITS.get(str(field.type), lambda value: True) for field in fields(kind)}
+    needed = frozenset(
+        field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING
+    )
+    return checks, needed
+
+
+def _not_a_number(constant: str) -> NoReturn:
+    raise ValueError(f"its payload holds {constant}")
+
+
+def _number(value: object) -> bool:
+    if type(value) is int:
+        return -(1 << 64) < value < 1 << 64
+    return type(value) is float and math.isfinite(value)
+
+
+_FITS: Mapping[str, Callable[[object], bool]] = {
+    "str": lambda value: type(value) is str,
+    "int": lambda value: type(value) is int and 0 <= value < 1 << 64,
+    "float": _number,
+    "tuple[str, ...]": lambda value: isinstance(value, list | tuple) and all(map(_FITS["str"], value)),
+    "dict[str, int]": lambda value: isinstance(value, dict) and all(map(_FITS["int"], value.values())),
+    "dict[str, float]": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
+}

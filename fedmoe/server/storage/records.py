@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import sqlalchemy as sa
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+R = TypeVar("R")
 
 #: Made by `fedmoe token create`, by a coordinator at its start, given to it in an environment variable, or older than
 #: the table of these facts.
@@ -27,14 +32,6 @@ class TokenRecord:
     experts: tuple[str, ...] | None = None
     expires_at: float | None = None
     revoked: bool = False
-
-    def to_row(self) -> dict[str, object]:
-        return asdict(self) | {"experts": json.dumps(self.experts) if self.experts is not None else None}
-
-    @classmethod
-    def of_row(cls, row: sa.RowMapping) -> Self:
-        experts = tuple(json.loads(row["experts"])) if row["experts"] is not None else None
-        return cls(**{**row, "experts": experts})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +71,6 @@ class Statistic:
     payload: Mapping[str, object]
     at: float
 
-    def to_row(self) -> dict[str, object]:
-        """The columns of a row; raises ValueError for numbers that JSON cannot hold."""
-        return asdict(self) | {"payload": json.dumps(dict(self.payload), allow_nan=False)}
-
 
 @dataclass(frozen=True, slots=True)
 class StoredStatistic:
@@ -86,11 +79,6 @@ class StoredStatistic:
     id: int
     statistic: Statistic
     size: int
-
-    @classmethod
-    def of_row(cls, row: sa.RowMapping) -> Self:
-        statistic = Statistic(row["expert"], row["worker"], row["kind"], json.loads(row["payload"]), row["at"])
-        return cls(row["id"], statistic, len(row["payload"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +92,23 @@ class GatewayVerdict:
     payload: Mapping[str, object]
     at: float
 
-    def to_row(self) -> dict[str, object]:
-        """The verdict as a row; raises ValueError for numbers that JSON cannot hold."""
-        return {"digest": self.digest, "payload": json.dumps(dict(self.payload), allow_nan=False), "at": self.at}
 
-    @classmethod
-    def of_row(cls, row: sa.RowMapping) -> Self:
-        """The verdict that `to_row` wrote."""
-        return cls(row["digest"], json.loads(row["payload"]), row["at"])
+# Columns that hold JSON.
+_JSON = ("experts", "payload")
+
+
+def to_row(record: DataclassInstance) -> dict[str, Any]:
+    """The columns of a record; raises ValueError for numbers that JSON cannot hold."""
+    row = asdict(record)
+    return row | {name: json.dumps(row[name], allow_nan=False) for name in _JSON if row.get(name) is not None}
+
+
+def of_row(kind: type[R], row: sa.RowMapping) -> R:
+    """The record that `to_row` wrote; a row's own number is left out."""
+    values: dict[str, Any] = {name: value for name, value in row.items() if name != "id"}
+    for name in _JSON:
+        if values.get(name) is not None:
+            values[name] = json.loads(values[name])
+    if isinstance(values.get("experts"), list):
+        values["experts"] = tuple(values["experts"])
+    return kind(**values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -11,9 +10,10 @@ import sqlalchemy as sa
 from fedmoe.federation.events import UpdateAccepted
 from fedmoe.server.storage.event_rows import event_of
 from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.records import of_row
 from fedmoe.server.storage.tables import ERASURE_REQUESTS, EVENTS, RELEASED_BYTES
 
-#: Bytes were bounded (`--keep-gb`), or a worker that withdrew was finish_erasure (`retract --erase`).
+#: Bytes were bounded (`--keep-gb`), or a worker that withdrew was erased (`retract --erase`).
 Reason = Literal["keep_gb", "erase"]
 
 
@@ -53,18 +53,18 @@ class StoredUpdate:
 
 def record_release(journal: Journal, release: ReleasedBytes) -> None:
     """Note what is about to be let go of; durable on return, so that a kill in the middle leaves no riddle."""
-    journal.change(RELEASED_BYTES.insert(), [asdict(release)])
+    journal.insert(RELEASED_BYTES, asdict(release))
 
 
 def releases(journal: Journal) -> list[ReleasedBytes]:
     """Everything that was let go of, in order."""
-    columns = [column for column in RELEASED_BYTES.c if column.name != "id"]
-    return [ReleasedBytes(**row) for row in journal.query(sa.select(*columns).order_by(RELEASED_BYTES.c.id))]
+    rows = journal.query(sa.select(RELEASED_BYTES).order_by(RELEASED_BYTES.c.id))
+    return [of_row(ReleasedBytes, row) for row in rows]
 
 
 def request_erasure(journal: Journal, request: ErasureRequest) -> None:
     """Note that an erasure was asked for; durable on return."""
-    journal.change(ERASURE_REQUESTS.insert().prefix_with("OR REPLACE"), [asdict(request)])
+    journal.put(ERASURE_REQUESTS, [asdict(request)])
 
 
 def pending_erasures(journal: Journal) -> list[ErasureRequest]:
@@ -75,9 +75,8 @@ def pending_erasures(journal: Journal) -> list[ErasureRequest]:
 def finish_erasure(journal: Journal, expert: str, worker: str) -> None:
     """Note that an erasure is finished, if it was asked for."""
     if any((request.expert, request.worker) == (expert, worker) for request in pending_erasures(journal)):
-        journal.change(
-            ERASURE_REQUESTS.delete().where(ERASURE_REQUESTS.c.expert == expert, ERASURE_REQUESTS.c.worker == worker)
-        )
+        columns = ERASURE_REQUESTS.c
+        journal.delete(ERASURE_REQUESTS.delete().where(columns.expert == expert, columns.worker == worker))
 
 
 def oldest_undoable(journal: Journal, expert: str) -> int:
@@ -115,13 +114,3 @@ def newest_updates(journal: Journal, most: int) -> list[UpdateAccepted]:
     query = sa.select(EVENTS.c.payload).where(EVENTS.c.kind == "update").order_by(EVENTS.c.id.desc()).limit(most)
     events = [event_of("update", row["payload"]) for row in journal.query(query)]
     return [event for event in reversed(events) if isinstance(event, UpdateAccepted)]
-
-
-def forget_log(journal: Journal) -> None:
-    """Empty the log beside a journal, so that it holds nothing any more of rows that were removed."""
-    journal.query(sa.text("PRAGMA wal_checkpoint(TRUNCATE)"))
-
-
-def named_by_others(updates: Iterable[StoredUpdate], worker: str) -> set[str]:
-    """The blobs that updates of other workers name: equal bytes are one blob, whoever sent them."""
-    return {update.digest for update in updates if update.worker != worker}

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmoe.runtime import failpoints
-from fedmoe.runtime.files import FolderInUseError, fsync_folder, lock_folder, write_atomic
+from fedmoe.runtime.files import fsync_folder, write_atomic
 from fedmoe.server.storage.acknowledged import AcknowledgedFile
 from fedmoe.server.storage.audit import AUDIT_HEAD
 from fedmoe.server.storage.backup import BLOBS, JOURNAL, check_backup, place_all, remove
-from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.server.storage.migration import migrate
 from fedmoe.server.storage.sqlite import connect, other_schema
-from fedmoe.server.storage.state_dir import StateDirError
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
+from fedmoe.server.storage.state_dir import StateDirError, lock_state
 from fedmoe.server.storage.tables import SCHEMA_VERSION
 
 _MARK = "restoring"
@@ -31,7 +31,7 @@ _NOTHING = {"lock", "lost+found"}
 
 @dataclass(frozen=True, slots=True)
 class RestoreReport:
-    """A state made of a backup: the incarnation that begins, the one it goes on from, the events there are.
+    """A state made of a backup: the incarnation that begins, the one before it, the events there are.
 
     `moved` is where what was in the folder before lies now.
     """
@@ -47,20 +47,16 @@ def restore(backup: Path, state: Path, replace: bool = False) -> RestoreReport:
 
     Raises StateDirError or StorageFailedError.
     """
-    kept = check_backup(backup)
-    if kept.schema > SCHEMA_VERSION:
-        raise other_schema(str(backup / JOURNAL), str(kept.schema))
+    content = check_backup(backup)
+    if content.schema > SCHEMA_VERSION:
+        raise other_schema(str(backup / JOURNAL), str(content.schema))
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = lock_folder(state)
-    except FolderInUseError as error:
-        raise StateDirError(
-            f"{state} is in use by the coordinator with process id {error.holder}; stop it first"
-        ) from None
+        lock = lock_state(state)
     except OSError as error:
         raise StateDirError(f"{state} cannot be used: {error.strerror}; choose another --state-dir") from error
     try:
-        moved = _make_room(state, replace, kept.incarnation)
+        moved = _make_room(state, replace, content.incarnation)
         incarnation = _fill(backup, state)
     except OSError as error:
         raise StateDirError(
@@ -69,7 +65,7 @@ def restore(backup: Path, state: Path, replace: bool = False) -> RestoreReport:
         ) from error
     finally:
         os.close(lock)
-    return RestoreReport(incarnation, kept.incarnation, kept.events, moved)
+    return RestoreReport(incarnation, content.incarnation, content.events, moved)
 
 
 def _make_room(state: Path, replace: bool, name: str) -> Path | None:
@@ -117,7 +113,7 @@ def _fill(backup: Path, state: Path) -> str:
     migrated = migrate(state / _NEW_JOURNAL)
     if migrated is not None:
         migrated.copy.unlink()  # the backup is one
-    with closing(SqlJournal(state / _NEW_JOURNAL)) as journal:
+    with closing(SqliteJournal(state / _NEW_JOURNAL)) as journal:
         journal.set_meta(AUDIT_HEAD, "")  # the audit log is no part of a backup: a new one begins
         incarnation, head = journal.begin_incarnation(), journal.head
     with closing(AcknowledgedFile(state / "acknowledged")) as acknowledged:

@@ -44,12 +44,13 @@ class _SealedTable:
     key: tuple[str, ...]
     columns: tuple[str, ...]
 
+    def key_of(self, row: str) -> str:
+        """SQL for the key of OLD or NEW."""
+        return f"fedmoe_key({_listed(row, self.key)})"
+
     def of(self, row: str) -> str:
         """SQL for the key and the seal of OLD or NEW."""
         return f"{self.key_of(row)}, fedmoe_seal({_listed(row, self.columns)})"
-
-    def key_of(self, row: str) -> str:
-        return f"fedmoe_key({_listed(row, self.key)})"
 
 
 def _listed(row: str, columns: Iterable[str]) -> str:
@@ -63,7 +64,7 @@ def keep_seals(connection: sqlite3.Connection) -> None:
     # REPLACE deletes a row first, and only with this its triggers run.
     connection.execute("PRAGMA recursive_triggers=ON")
     connection.execute(_CREATE)
-    sealed = _known(connection)
+    sealed = _sealed_names(connection)
     for table in _tables(connection):
         if table.name not in sealed:
             connection.execute("INSERT INTO seals VALUES (?, '', '')", [table.name])
@@ -74,7 +75,7 @@ def keep_seals(connection: sqlite3.Connection) -> None:
 
 def note_sealed(connection: sqlite3.Connection) -> None:
     """Note in `meta` which tables have seals, once that table is known to be as it was written."""
-    names = json.dumps(sorted(_known(connection)))
+    names = json.dumps(sorted(_sealed_names(connection)))
     if connection.execute("SELECT value FROM meta WHERE key = ?", [SEALED]).fetchone() != (names,):
         connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", [SEALED, names])
 
@@ -83,20 +84,20 @@ def lost_seals(connection: sqlite3.Connection) -> list[str]:
     """Tables that had seals and have none any more, in name order: what they hold cannot be checked."""
     noted = connection.execute("SELECT value FROM meta WHERE key = ?", [SEALED]).fetchone()
     there = connection.execute("SELECT 1 FROM main.sqlite_master WHERE name = 'seals'").fetchone()
-    sealed = _known(connection) if there else set()
+    sealed = _sealed_names(connection) if there else set()
     try:
         return sorted(set(json.loads(noted[0])) - sealed) if noted else []
     except (TypeError, ValueError):
         return []  # an edited note does not fit its own seal
 
 
-def _known(connection: sqlite3.Connection) -> set[str]:
+def _sealed_names(connection: sqlite3.Connection) -> set[str]:
     return {place for (place,) in connection.execute("SELECT place FROM seals WHERE row = ''")}
 
 
 def damaged_rows(connection: sqlite3.Connection) -> list[DamagedRow]:
     """Every row that is not as the journal wrote it; of tables that have seals."""
-    sealed = _known(connection)
+    sealed = _sealed_names(connection)
     tables = [table for table in _tables(connection) if table.name in sealed]
     lost = [DamagedRow(name, "", "is gone with its table") for name in sealed - {table.name for table in tables}]
     return lost + [damage for table in tables for damage in _damaged(connection, table)]
@@ -127,12 +128,11 @@ def _damaged(connection: sqlite3.Connection, table: _SealedTable) -> Iterator[Da
 
 
 def _tables(connection: sqlite3.Connection) -> list[_SealedTable]:
-    names = connection.execute("SELECT name FROM main.sqlite_master WHERE type = 'table' ORDER BY name").fetchall()
-    sealed = [
-        name for (name,) in names if name not in _UNSEALED and name.isidentifier() and not name.startswith("sqlite_")
-    ]
     tables = []
-    for name in sealed:
+    names = connection.execute("SELECT name FROM main.sqlite_master WHERE type = 'table' ORDER BY name").fetchall()
+    for (name,) in names:
+        if name in _UNSEALED or not name.isidentifier() or name.startswith("sqlite_"):
+            continue
         columns = connection.execute(f'PRAGMA main.table_info("{name}")').fetchall()
         key = tuple(column[1] for column in sorted(columns, key=lambda column: column[5]) if column[5])
         tables.append(_SealedTable(name, key, tuple(column[1] for column in columns)))
@@ -153,4 +153,4 @@ def _key(*values: object) -> str:
 
 
 def _seal(*values: object) -> str:
-    return hashlib.sha256(json.dumps(values, default=repr).encode()).hexdigest()
+    return hashlib.sha256(_key(*values).encode()).hexdigest()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
 from sqlalchemy.exc import DatabaseError
 
 from fedmoe.runtime.errors import RefusedError
+from fedmoe.runtime.files import fsync_file
 from fedmoe.server.storage.blobs import StorageFailedError, disk_full, no_room_to_start
 from fedmoe.server.storage.tables import SCHEMA_VERSION
 
@@ -26,22 +29,40 @@ def connect(
     return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None if autocommit else "DEFERRED")
 
 
+def copy_to(target: Path, source: sqlite3.Connection) -> None:
+    """Copy a database as of one moment, from whoever writes it, to one file that is complete in itself, synced."""
+    os.close(os.open(target, os.O_RDWR | os.O_CREAT, 0o600))
+    with closing(sqlite3.connect(target)) as copy:
+        source.backup(copy)
+    complete_in_itself(target)
+
+
+def complete_in_itself(path: Path) -> None:
+    """Leave no log beside a database, so that the one file is all of it, even where nothing can be written."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode=DELETE")
+    fsync_file(path)
+
+
 def set_pragmas(connection: sqlite3.Connection, _: object) -> None:
     """Prepare a connection for a journal."""
-    cursor = connection.cursor()
     # FULL makes every commit survive a power cut; WAL makes it one fsync. One connection only: no reader holds a lock.
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "trusted_schema=OFF", "secure_delete=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+        connection.execute(f"PRAGMA {pragma}")
 
 
 def opening_problem(error: Exception, path: Path | None) -> Exception:
     """What an error while opening a journal means: a full disk, or a journal that cannot be used."""
     # SQLite says "disk I/O error" or "unable to open" where the file it maps its log with cannot grow.
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    code = error_code(error)
     if path is not None and (code == sqlite3.SQLITE_FULL or (code in _PERHAPS_FULL and _is_full(path.parent))):
         return no_room_to_start(path.parent)
     return unusable(str(path) if path else "memory", str(error))
+
+
+def error_code(error: BaseException | None) -> int:
+    """SQLite's primary code of an error, the lowest byte of its extended one; see https://www.sqlite.org/rescode.html"""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _is_full(folder: Path) -> bool:
@@ -59,16 +80,16 @@ def unusable(where: str, reason: str) -> StorageFailedError:
     )
 
 
-def other_schema(where: str, found: str) -> StorageFailedError:
+def other_schema(where: str, schema: str) -> StorageFailedError:
     """The error for a journal of another version of this program."""
-    older = found.isdecimal() and int(found) < SCHEMA_VERSION
+    older = schema.isdecimal() and int(schema) < SCHEMA_VERSION
     what_to_do = (
         "start 'fedmoe coordinator' on its state directory, which brings it to this schema and keeps a copy"
         if older
         else "run the FedMoE version that wrote it, or a newer one"
     )
     return StorageFailedError(
-        f"the journal {where} has schema {found}, this program reads {SCHEMA_VERSION}; {what_to_do}."
+        f"the journal {where} has schema {schema}, this program reads {SCHEMA_VERSION}; {what_to_do}."
     )
 
 
@@ -80,18 +101,10 @@ def changed_outside(where: str, what: str) -> StorageFailedError:
     )
 
 
-def damaged_rows_problem(where: str, damage: list[str], tables: list[str]) -> StorageFailedError:
-    """The error for rows beside the events that are not as they were written."""
-    others = f", and {len(damage) - 1} more" if len(damage) > 1 else ""
-    hint = "" if "meta" in tables else " To go on without such rows, start once with --skip-damaged."
-    return StorageFailedError(f"{changed_outside(where, damage[0] + others)}{hint}")
-
-
 def journal_problem(error: DatabaseError | sqlite3.Error, where: str) -> Exception:
     """What an error of the database means: a refusal where waiting or room helps, else the end of this journal."""
-    # The extended codes carry the primary code in their lowest byte; see https://www.sqlite.org/rescode.html
     cause = error.orig if isinstance(error, DatabaseError) else error
-    code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+    code = error_code(cause)
     if code == sqlite3.SQLITE_FULL:
         return disk_full(where)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):

@@ -13,14 +13,13 @@ import structlog
 
 from fedmoe.runtime.files import FolderInUseError, lock_folder
 from fedmoe.runtime.placement import mount_of, read_mounts
-from fedmoe.server.storage.acknowledged import AcknowledgedFile
+from fedmoe.server.storage.acknowledged import AcknowledgedFile, JournalGap
 from fedmoe.server.storage.audit import AUDIT_FILE
-from fedmoe.server.storage.blobs import NO_ROOM, FolderBlobStore, StorageFailedError, no_room_to_start
-from fedmoe.server.storage.incarnation import INCARNATIONS_BEFORE
-from fedmoe.server.storage.journal import SqlJournal
+from fedmoe.server.storage.blobs import NO_ROOM, StorageFailedError, no_room_to_start
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.migration import migrate
-from fedmoe.server.storage.newest import JournalGap, lack_of
 from fedmoe.server.storage.sqlite import opening_problem
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.storage.tables import SCHEMA_VERSION
 
 _log = structlog.get_logger("fedmoe.journal")
@@ -35,7 +34,7 @@ class StateDir:
     """An open, locked state directory; the lock is held as long as the process lives or until `close`."""
 
     path: Path
-    journal: SqlJournal
+    journal: SqliteJournal
     blobs: FolderBlobStore
     acknowledged: AcknowledgedFile
     lock: int
@@ -79,7 +78,7 @@ class StateDir:
                 _log.warning("migrated", journal=str(file), **facts)
             acknowledged = AcknowledgedFile(path / "acknowledged")
             opened.callback(acknowledged.close)
-            journal, blobs = SqlJournal(file, acknowledged, skip_damaged), FolderBlobStore(path / "blobs")
+            journal, blobs = SqliteJournal(file, acknowledged, skip_damaged), FolderBlobStore(path / "blobs")
             opened.callback(journal.close)
             identities = {part: _identity(part) for part in (path, file, blobs.folder)}
             state = cls(path, journal, blobs, acknowledged, lock, identities)
@@ -119,7 +118,7 @@ class StateDir:
     def _check_whole(self, accept: bool) -> None:
         """Refuse a journal that lacks what was acknowledged, or let another incarnation begin with it."""
         noted, head = self.acknowledged.read(), self.journal.head
-        lacking = lack_of(self.journal, noted) or self._blobs_alone()
+        lacking = self.journal.gap_since(noted) or self._blobs_alone()
         if lacking is None:
             if noted is None and head.changes:
                 _log.warning("acknowledged_unknown", file=str(self.acknowledged.path), events=head.events)
@@ -139,7 +138,7 @@ class StateDir:
 
     def _blobs_alone(self) -> JournalGap | None:
         """A registration is journalled before the first blob can arrive: blobs without one are of another journal."""
-        if self.journal.head.events or self.journal.meta(INCARNATIONS_BEFORE) is not None:
+        if self.journal.head.events or self.journal.former_incarnations():
             return None
         alone = next(self.blobs.digests(), None) is not None
         return JournalGap("it is empty but there are blobs of updates") if alone else None

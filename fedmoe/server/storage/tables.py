@@ -6,6 +6,12 @@ import sqlalchemy as sa
 
 #: 2: rows of events are chained and know the digest of the version they make.
 SCHEMA_VERSION = 2
+#: Keys of the table `meta`: the identity of the history, and those before as JSON. A new one begins wherever
+#: acknowledged changes may have been lost.
+INCARNATION = "incarnation"
+INCARNATIONS_BEFORE = "incarnations_before"
+#: The update rule that every expert's past was made with.
+UPDATE_RULE = "update_rule"
 TABLES = sa.MetaData()
 #: Tables that were added within a schema: made where they are missing. An older program leaves them alone.
 LATER_TABLES = sa.MetaData()
@@ -52,11 +58,7 @@ EVENTS = sa.Table(
     sa.UniqueConstraint("expert", "version"),
 )
 SNAPSHOTS = sa.Table(
-    "snapshots",
-    TABLES,
-    *_keys("expert"),
-    sa.Column("version", sa.Integer, primary_key=True),
-    *_texts("digest"),
+    "snapshots", TABLES, *_keys("expert"), sa.Column("version", sa.Integer, primary_key=True), *_texts("digest")
 )
 STATISTICS = sa.Table("statistics", TABLES, _id(), *_texts("expert", "worker", "kind", "payload"), _time())
 TOKENS = sa.Table(

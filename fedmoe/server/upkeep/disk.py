@@ -12,7 +12,7 @@ import structlog
 
 from fedmoe.experts import ExpertModel
 from fedmoe.federation.events import UpdateAccepted
-from fedmoe.server.storage.blobs import FolderBlobStore
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.released_bytes import newest_updates
 from fedmoe.server.upkeep.retention import RetentionBound

@@ -23,8 +23,6 @@ from fedmoe.server.storage.blobs import BlobStore
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.released_bytes import (
     ReleasedBytes,
-    forget_log,
-    named_by_others,
     record_release,
     stored_updates,
 )
@@ -80,11 +78,9 @@ class Erasure:
         retract_held(transaction, name, worker, request.reason, at)
         expert, updates = transaction.expert(name), stored_updates(self.journal, name)
         mine = {update.digest for update in updates if update.worker == worker}
-        mine -= (
-            named_by_others(updates, worker)
-            | self.journal.named_elsewhere(name, mine)
-            | transaction.quarantine.digests()
-        )
+        # Equal bytes are one blob, whoever sent them.
+        mine -= {update.digest for update in updates if update.worker != worker}
+        mine -= self.journal.named_elsewhere(name, mine) | transaction.quarantine.digests()
         self.history.snapshot(expert)
         snapshots = self.journal.snapshots(name)
         holding = made_of(self.journal.events(name), snapshots, worker)
@@ -99,7 +95,7 @@ class Erasure:
         for version in holding:
             self.journal.drop_snapshot(name, version)
         statistics = self.reported.erase(name, worker) + self.statistics.erase(transaction, name, worker, at)
-        forget_log(self.journal)
+        self.journal.forget_log()
         self.roster.forget(name, worker)
         erased = ErasureReport(len(mine), len(holding), statistics, self.history.left_in_the_gateway(name, worker))
         _log.warning("erased", expert=name, worker=worker, reason=request.reason, **asdict(erased))

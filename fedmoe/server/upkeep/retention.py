@@ -19,7 +19,8 @@ from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.federation.events import Event, UpdateAccepted
 from fedmoe.server.history.history import History
 from fedmoe.server.history.pruning import first_to_go, prune_plan
-from fedmoe.server.storage.blobs import CorruptBlobError, FolderBlobStore, MissingBlobError, StorageFailedError
+from fedmoe.server.storage.blobs import CorruptBlobError, MissingBlobError, StorageFailedError
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.released_bytes import ReleasedBytes, record_release, stored_updates
 from fedmoe.server.updates.committer import Committer

@@ -1,4 +1,4 @@
-"""Daily sweep of a running coordinator: moves unnamed blobs to the trash, removes old trash (`storage.trash`).
+"""Daily sweep of a running coordinator: moves unnamed blobs to the trash, removes old trash (`storage.folder_blobs`).
 
 A blob goes to the trash when two sweeps, a day apart by a clock that nobody sets, find it with no name in the journal.
 The journal is read in pages, so that no push waits for all of it.
@@ -13,11 +13,10 @@ import structlog
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.history import History
-from fedmoe.server.storage.blobs import FolderBlobStore, StorageFailedError, SweepReport
+from fedmoe.server.storage.blobs import StorageFailedError, SweepReport
+from fedmoe.server.storage.folder_blobs import UNNAMED_SECONDS, FolderBlobStore, Trash
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.storage.named_blobs import named_blobs
 from fedmoe.server.storage.released_bytes import newest_updates
-from fedmoe.server.storage.trash import UNNAMED_SECONDS, Trash
 
 _log = structlog.get_logger("fedmoe.disk")
 
@@ -72,7 +71,7 @@ class DailySweep:
     def _unnamed(self) -> dict[str, Identity]:
         """Blobs that no row names. They are listed before the rows are read, so that new ones are not missed."""
         unnamed = {name: identity for name in self._blobs.digests() if (identity := self._identity(name))}
-        for digest in named_blobs(self._journal):
+        for digest in self._journal.named_blobs():
             unnamed.pop(digest, None)
         for digest in self._history.quarantined_blobs():
             unnamed.pop(digest, None)

@@ -17,12 +17,12 @@ from fedmoe.server.storage.blobs import (
     BlobReferences,
     BlobStore,
     CorruptBlobError,
-    FolderBlobStore,
     MissingBlobError,
     StorageFailedError,
     SweepReport,
     put,
 )
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
 
 DATA = bytes(range(256)) * 20
 NOW = 1e9
@@ -273,6 +273,7 @@ def test_a_file_size_limit_counts_as_a_full_disk(folder: Path) -> None:
     """A real limit in a real process, the nearest to a full disk that needs no privileges."""
     script = (
         "import sys; from pathlib import Path; from fedmoe.server.storage.blobs import *\n"
+        "from fedmoe.server.storage.folder_blobs import *\n"
         "store = FolderBlobStore(Path(sys.argv[1]), 0)\n"
         "try: put(store, bytes(50_000))\n"
         "except RefusedError as error: print(error.code)\n"

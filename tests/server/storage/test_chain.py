@@ -15,7 +15,8 @@ from support import accepted, registered, sha256
 from fedmoe.federation.events import Event, ExpertRolledBack, WorkerRetracted
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.chain import GENESIS, BrokenChainError, ChainEnd, check, link
-from fedmoe.server.storage.journal import DuplicateEventError, SqlJournal
+from fedmoe.server.storage.journal import DuplicateEventError
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 
 EVENTS: list[Event] = [
     registered(),
@@ -31,7 +32,7 @@ EVENTS: list[Event] = [
 def whole() -> bytes:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "journal.sqlite"
-        journal = SqlJournal(path)
+        journal = SqliteJournal(path)
         journal.append(EVENTS[:4], [None, None, sha256(b"1"), sha256(b"2")])
         journal.append(EVENTS[4:])
         journal.close()
@@ -54,7 +55,7 @@ def edit(path: Path, *statements: tuple[str, tuple[object, ...]]) -> None:
 
 def refused(path: Path) -> str:
     with pytest.raises(StorageFailedError, match=r"damaged or changed: .*fedmoe state restore") as error:
-        SqlJournal(path)
+        SqliteJournal(path)
     return str(error.value)
 
 
@@ -135,7 +136,7 @@ def test_any_changed_byte_of_a_payload_is_found(row: int, place: int, byte: int)
         changed = payload[:at] + bytes([payload[at] ^ byte]) + payload[at + 1 :]
         edit(path, ("UPDATE events SET payload = CAST(? AS TEXT) WHERE id = ?", (changed, row)))
         with pytest.raises(StorageFailedError):
-            SqlJournal(path)
+            SqliteJournal(path)
 
 
 def test_what_no_journal_wrote_breaks_the_chain() -> None:
@@ -146,22 +147,22 @@ def test_what_no_journal_wrote_breaks_the_chain() -> None:
 
 def test_a_journal_goes_on_where_it_ended(tmp_path: Path) -> None:
     path = written(tmp_path)
-    journal = SqlJournal(path)
+    journal = SqliteJournal(path)
     journal.append([accepted(8, sequence=77)])
     journal.close()
-    journal = SqlJournal(path)
+    journal = SqliteJournal(path)
     assert journal.count() == len(EVENTS) + 1
     journal.close()
 
 
 def test_a_batch_that_is_refused_leaves_no_gap_in_the_chain(tmp_path: Path) -> None:
     path = written(tmp_path)
-    journal = SqlJournal(path)
+    journal = SqliteJournal(path)
     with pytest.raises(DuplicateEventError):
         journal.append([accepted(8, sequence=77), registered()])
     journal.append([accepted(8, sequence=78)])
     journal.close()
-    SqlJournal(path).close()
+    SqliteJournal(path).close()
 
 
 WORKERS = st.sampled_from(["w1", "w2", "w3"])
@@ -193,7 +194,7 @@ def pasts(draw: st.DrawFn) -> list[list[Event]]:
 def test_whatever_is_done_to_the_rows_of_any_past_is_found(batches: list[list[Event]], data: st.DataObject) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "journal.sqlite"
-        journal = SqlJournal(path)
+        journal = SqliteJournal(path)
         for batch in batches:
             journal.append(batch, [sha256(repr(event).encode()) for event in batch])
         journal.close()

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from support import accepted, registered
 
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.journal import SqlJournal
 from fedmoe.server.storage.records import DataStatistic, GatewayVerdict, Statistic, TokenRecord
+from fedmoe.server.storage.sqlite_journal import SqliteJournal
 
 SEALED = ("meta", "snapshots", "statistics", "data_statistics", "tokens", "gateway_verdicts")
 
 
-def filled(path: Path | None) -> SqlJournal:
-    journal = SqlJournal(path)
+def filled(path: Path | None) -> SqliteJournal:
+    journal = SqliteJournal(path)
     journal.append([registered(), accepted(1)])
     for version in (50, 100):
         journal.add_snapshot("python", version, "a" * 64)
@@ -70,7 +70,7 @@ def read(path: Path, statement: str) -> list[tuple[object, ...]]:
 def test_what_the_journal_itself_wrote_fits(tmp_path: Path) -> None:
     path = written(tmp_path)
     for _ in range(2):
-        SqlJournal(path).close()
+        SqliteJournal(path).close()
     assert {place for (place,) in read(path, "SELECT place FROM seals WHERE row = ''")} >= set(SEALED)
 
 
@@ -96,7 +96,7 @@ def test_what_something_else_did_is_found_and_named(tmp_path: Path, statement: s
     edit(path, statement)
     pattern = named.replace("[", r"\[").replace("]", r"\]")
     with pytest.raises(StorageFailedError, match=rf"damaged or changed: .*{pattern}.*fedmoe state restore"):
-        SqlJournal(path)
+        SqliteJournal(path)
 
 
 def test_damaged_rows_are_left_out_when_told_and_what_meta_says_never_is(tmp_path: Path) -> None:
@@ -104,25 +104,25 @@ def test_damaged_rows_are_left_out_when_told_and_what_meta_says_never_is(tmp_pat
     edit(path, "UPDATE tokens SET revoked = 0")
     edit(path, "DELETE FROM statistics WHERE id = 1")
     with pytest.raises(StorageFailedError, match="--skip-damaged"):
-        SqlJournal(path)
-    journal = SqlJournal(path, skip_damaged=True)
+        SqliteJournal(path)
+    journal = SqliteJournal(path, skip_damaged=True)
     assert [token.hash[0] for token in journal.tokens()] == ["0"]
     assert len(journal.statistics()) == 1
     journal.close()
-    SqlJournal(path).close()
+    SqliteJournal(path).close()
     edit(path, "UPDATE meta SET value = 'adam' WHERE key = 'update_rule'")
     with pytest.raises(StorageFailedError, match="update_rule") as refused:
-        SqlJournal(path, skip_damaged=True)
+        SqliteJournal(path, skip_damaged=True)
     assert "--skip-damaged" not in str(refused.value)
 
 
 def test_a_snapshot_only_saves_time_and_goes_when_its_row_is_damaged(tmp_path: Path) -> None:
     path = written(tmp_path)
     edit(path, "UPDATE snapshots SET version = 51 WHERE version = 50")
-    journal = SqlJournal(path)
+    journal = SqliteJournal(path)
     assert journal.snapshots("python") == {100: "b" * 64}
     journal.close()
-    SqlJournal(path).close()
+    SqliteJournal(path).close()
 
 
 @given(data=st.data())
@@ -143,18 +143,18 @@ def test_any_other_value_in_any_field_is_found(data: st.DataObject) -> None:
         if read(path, f"SELECT {column} FROM {table} WHERE rowid = {rowid}") in ([(before,)], []):
             return  # the same value, perhaps in another type that the column turns into its own
         with pytest.raises(StorageFailedError):
-            SqlJournal(path)
+            SqliteJournal(path)
 
 
 def test_a_table_of_a_later_build_is_sealed_when_it_comes(tmp_path: Path) -> None:
     path = written(tmp_path)
     edit(path, "CREATE TABLE later (name TEXT PRIMARY KEY, number REAL)")
     edit(path, "INSERT INTO later VALUES ('a', 1.5)")
-    SqlJournal(path).close()
-    SqlJournal(path).close()
+    SqliteJournal(path).close()
+    SqliteJournal(path).close()
     edit(path, "UPDATE later SET number = 2.5")
     with pytest.raises(StorageFailedError, match="of later is not as it was written"):
-        SqlJournal(path)
+        SqliteJournal(path)
 
 
 def test_in_memory_it_works_the_same() -> None:
