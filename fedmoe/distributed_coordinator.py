@@ -18,9 +18,8 @@ from fedmoe.config import ADVISED_SYNC_INTERVAL, CoordinatorConfig
 from fedmoe.coordinator import Aggregation
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.memory import trim
-from fedmoe.server.access.quotas import Rate
 from fedmoe.server.access.tokens import KEEP_SECONDS, TokenGate
-from fedmoe.server.access.uploads import UploadAdmission
+from fedmoe.server.access.turns import Rate
 from fedmoe.server.descriptors import few_left, in_use, raise_limit
 from fedmoe.server.gate.gate import GatePolicy
 from fedmoe.server.history.history import History
@@ -33,8 +32,7 @@ from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.start_options import check_file
 from fedmoe.server.storage.state_dir import StateDir
 from fedmoe.server.updates.in_flight import CrashMarkers
-from fedmoe.server.upkeep.disk import DiskReport
-from fedmoe.server.upkeep.retention import retention_bound
+from fedmoe.server.upkeep.retention import report_disk, retention_bound
 from fedmoe.server.upkeep.sweep import DailySweep
 from fedmoe.wire.http.bearer import new_token
 from fedmoe.wire.http.middleware import is_loopback
@@ -109,9 +107,9 @@ class DistributedCoordinator:
             self.gate,
             is_loopback(config.host),
             JsonPolicy(config.json_limit),
-            UploadAdmission(config.min_sync_interval, self.service.intake.knows),
-            Rate(rate, math.ceil(2 * rate)) if rate else None,
-            self._audit,
+            config.min_sync_interval,
+            token_rate=Rate(rate, math.ceil(2 * rate)) if rate else None,
+            audit=self._audit,
         )
 
     def _prepare_tokens(self, config: CoordinatorConfig) -> dict[str, str]:
@@ -125,9 +123,9 @@ class DistributedCoordinator:
             _log.warning("token_replaced", role=record.role, hash=record.hash[:12], reason="another one was given")
             self._audit.write(what="token replaced at start", named=record.hash[:12], role=record.role)
         if config.insecure:
-            _log.warning("insecure", tokens_not_asked_for=len(self.gate.known()))
-        if self.gate.clock_behind > _CLOCK_BEHIND:
-            _log.warning("clock_behind", seconds=round(self.gate.clock_behind))
+            _log.warning("insecure", tokens_not_asked_for=len(self.gate.listed()))
+        if self.gate.clock.behind > _CLOCK_BEHIND:
+            _log.warning("clock_behind", seconds=round(self.gate.clock.behind))
         made = {role: new_token() for role in secrets if self.gate.required and not self.gate.has(role)}
         for role, token in made.items():
             self.gate.add(token, role, label=f"{role} token made at a start", origin="start")
@@ -138,7 +136,8 @@ class DistributedCoordinator:
         journal, blobs = self._state.journal, self._state.blobs
         bound = retention_bound(config.keep_gb, journal, blobs)
         self.service.keep_below(bound.most, blobs)
-        report = DiskReport(journal, blobs, config.min_sync_interval or ADVISED_SYNC_INTERVAL, bound)
+        interval = config.min_sync_interval or ADVISED_SYNC_INTERVAL
+        report = partial(report_disk, journal, blobs, interval, bound)
         if experts := self.service.coordinator.experts:
             report(experts.values())
         else:
@@ -170,8 +169,8 @@ class DistributedCoordinator:
                 runner.run(self._run(server, listener))
         finally:
             self.close()
-        if self.service.failed:
-            _log.error("stopped", reason=self.service.failed)
+        if self.service.committer.failed:
+            _log.error("stopped", reason=self.service.committer.failed)
             return EXIT_STORAGE_FAILED
         _log.info("stopped")
         return 0
@@ -223,15 +222,15 @@ class DistributedCoordinator:
             if used and not self.service.intake.uploads:
                 await asyncio.to_thread(trim)
             used = self.service.intake.uploads > 0
-            if self._sweeping.due() and not self.service.failed:
+            if self._sweeping.due() and not self.service.committer.failed:
                 await asyncio.to_thread(self._sweeping.sweep)
 
     async def _stop_when_failed(self, server: uvicorn.Server) -> None:
         """After a failed fsync, or without its folder, nothing can be promised: answer 503 for a moment, then leave."""
-        while not self.service.failed:
+        while not self.service.committer.failed:
             await asyncio.sleep(0.2)
             with contextlib.suppress(StorageFailedError):
-                await asyncio.to_thread(self.service.check_storage)
+                await asyncio.to_thread(self.service.committer.check_storage)
         await asyncio.sleep(_FAILED_SECONDS)
         server.should_exit = True
 

@@ -24,9 +24,9 @@ from support import MANIFEST
 
 from fedmoe.coordinator import Aggregation
 from fedmoe.lora.manifest import Manifest
-from fedmoe.server.access.quotas import Rate, UploadLimits
 from fedmoe.server.access.tokens import TokenGate
-from fedmoe.server.access.uploads import UploadAdmission
+from fedmoe.server.access.turns import Rate
+from fedmoe.server.access.uploads import UploadLimits
 from fedmoe.server.history.history import History
 from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.routes.routes import create_app
@@ -51,7 +51,6 @@ class House:
     journal: SqliteJournal
     blobs: FolderBlobStore
     folder: Path
-    admission: UploadAdmission
 
     def register(self, *names: str, manifest: Manifest = MANIFEST) -> None:
         """Make experts without the detour over HTTP."""
@@ -108,9 +107,15 @@ def open_house(
         gate.add(JOIN, "join")
         gate.add(ADMIN, "admin")
     try:
-        admission = UploadAdmission(min_sync_interval, service.intake.knows, uploads)
-        app = create_app(service, gate, admission=admission, token_rate=token_rate, audit=audit)
-        yield House(app, service, gate, journal, blobs, folder / "blobs", admission)
+        app = create_app(
+            service,
+            gate,
+            min_sync_interval=min_sync_interval,
+            upload_limits=uploads,
+            token_rate=token_rate,
+            audit=audit,
+        )
+        yield House(app, service, gate, journal, blobs, folder / "blobs")
     finally:
         service.close()
         journal.close()

@@ -27,7 +27,7 @@ from fedmoe.server.history.history import History
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.blobs import BlobStore
 from fedmoe.server.storage.journal import Journal
-from fedmoe.server.updates.intake import Body
+from fedmoe.server.updates.upload import Body
 from fedmoe.wire.contract.messages import UpdateHeader
 
 LAYOUT = Layout((ModuleShape("layers.0.q", 6, 4), ModuleShape("layers.0.v", 6, 3)), 2)
@@ -99,7 +99,7 @@ def open_service(
     if folds_by_itself:
         service.start()
     else:
-        service._committer.start()
+        service.committer.start()
     return service
 
 

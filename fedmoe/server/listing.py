@@ -5,9 +5,8 @@ Only how long ago a worker was heard of differs each time, and is put into its p
 
 from __future__ import annotations
 
-import threading
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from fedmoe.experts import ExpertModel
@@ -20,7 +19,7 @@ _FRESH_SECONDS = 1.0
 
 
 class _EntryKey(NamedTuple):
-    """What an entry was written of; the same things again give the same entry."""
+    """What an entry is written of, with the warnings of its workers in name order; the same again gives the same."""
 
     expert: ExpertModel
     heard: int
@@ -32,38 +31,35 @@ class _EntryKey(NamedTuple):
         return self[0] is other[0] and self[1:] == other[1:]
 
 
-@dataclass(frozen=True, slots=True)
 class _Entry:
     """An expert as JSON in parts, between which the times belong: seconds since 1970 when each worker was heard of."""
 
-    of: _EntryKey
-    parts: tuple[str, ...]
-    times: tuple[float, ...]
+    def __init__(self, key: _EntryKey, parts: list[str], times: list[float]) -> None:
+        self.key = key
+        self._parts = parts
+        self._times = times
+        # The text that was written last, and when; one value, since threads exchange it.
+        self._last = ("", -math.inf)
 
     def written(self, now: float) -> str:
-        pieces = [self.parts[0]]
-        for at, part in zip(self.times, self.parts[1:], strict=True):
-            pieces += [f'"seconds_ago":{max(0.0, now - at):.3f}', part]
-        return "".join(pieces)
-
-
-@dataclass(frozen=True, slots=True)
-class _Page:
-    """The list that was written last: of what, each entry, and when the oldest of them was."""
-
-    of: list[_EntryKey]
-    texts: list[str]
-    at: float
+        """The expert as JSON; what says how long ago something was is a second old at most."""
+        text, at = self._last
+        if not 0 <= now - at < _FRESH_SECONDS:
+            pieces = [self._parts[0]]
+            for heard_at, part in zip(self._times, self._parts[1:], strict=True):
+                pieces += [f'"seconds_ago":{max(0.0, now - heard_at):.3f}', part]
+            text = "".join(pieces)
+            self._last = (text, now)
+        return text
 
 
 class ExpertEntries:
-    """The newest entry of every expert; safe to use from any thread."""
+    """The newest entry of every expert; safe to use from any thread, since each entry is replaced whole."""
 
     def __init__(self, roster: Contributors) -> None:
         self._roster = roster
-        self._kept: dict[tuple[str, tuple[bool, bool]], _Entry] = {}
-        self._pages: dict[tuple[bool, bool], _Page] = {}
-        self._lock = threading.Lock()
+        # By whether held-out losses, and whether flags, are asked for; then by expert.
+        self._entries: dict[tuple[bool, bool], dict[str, _Entry]] = {}
 
     def written(
         self,
@@ -73,58 +69,34 @@ class ExpertEntries:
         held_out: bool = False,
         warning: Callable[[str, str], str] | None = None,
     ) -> str:
-        """The experts as a JSON array, in the order given; `prompts` are tags of prompt statistics by first name.
-
-        What says how long ago something was is a second old at most.
-        """
-        of = [self._of(one, prompts.get(one.name), held_out, warning) for one in experts]
-        form = (held_out, warning is not None)
-        with self._lock:
-            page = self._pages.get(form)
-        if page is None or len(page.of) != len(of) or not 0 <= now - page.at < _FRESH_SECONDS:
-            page = _Page(of, [self._entry(one).written(now) for one in of], now)
-        else:
-            texts = list(page.texts)
-            for place, (before, one) in enumerate(zip(page.of, of, strict=True)):
-                if not one.same(before):
-                    texts[place] = self._entry(one).written(now)
-            page = _Page(of, texts, page.at)
-        with self._lock:
-            self._pages[form] = page
-        return f"[{','.join(page.texts)}]"
-
-    def _of(
-        self, expert: ExpertModel, prompts: str | None, held_out: bool, warning: Callable[[str, str], str] | None
-    ) -> _EntryKey:
-        warnings = None if warning is None else self._roster.warnings(expert.name, warning)
-        return _EntryKey(expert, self._roster.changes(expert.name), prompts, held_out, warnings)
+        """The experts as a JSON array, in the order given; `prompts` are tags of prompt statistics by first name."""
+        entries = self._entries.setdefault((held_out, warning is not None), {})
+        texts: list[str] = []
+        for expert in experts:
+            name = expert.name
+            warnings = None if warning is None else self._roster.warnings(name, warning)
+            key = _EntryKey(expert, self._roster.changes(name), prompts.get(name), held_out, warnings)
+            entry = entries.get(name)
+            if entry is None or not entry.key.same(key):
+                entry = entries[name] = self._entry(key)
+            texts.append(entry.written(now))
+        return f"[{','.join(texts)}]"
 
     def _entry(self, key: _EntryKey) -> _Entry:
-        expert, form = key.expert, (key.held_out, key.warnings is not None)
-        with self._lock:
-            cached = self._kept.get((expert.name, form))
-        if cached is not None and cached.of.same(key):
-            return cached
-        info = self.info(expert, key.prompts, 0.0, key.held_out, key.warnings)
-        times = tuple(self._roster.heard_at(expert.name, worker.worker) for worker in info.workers)
+        expert = key.expert
+        info = self._info(key, 0.0)
+        times = [self._roster.heard_at(expert.name, worker.worker) for worker in info.workers]
         waiting = [worker.model_copy(update={"seconds_ago": -1.0}) for worker in info.workers]
         text = info.model_copy(update={"workers": waiting}).model_dump_json()
-        entry = _Entry(key, tuple(text.split(_PLACE)), times)
-        with self._lock:
-            self._kept[expert.name, form] = entry
-        return entry
+        return _Entry(key, text.split(_PLACE), times)
 
-    def info(
-        self,
-        expert: ExpertModel,
-        prompts: str | None,
-        now: float,
-        held_out: bool = False,
-        warnings: tuple[str, ...] | None = None,
-    ) -> ExpertInfo:
-        """One expert as a listing shows it; `warnings` are of its workers in name order, None for no flags at all."""
-        said = None if warnings is None else iter(warnings)
-        warning = None if said is None else lambda _expert, _worker: next(said, "")
+    def info(self, expert: ExpertModel, prompts: str | None, now: float) -> ExpertInfo:
+        """One expert as a listing shows it, without held-out losses and flags."""
+        return self._info(_EntryKey(expert, 0, prompts, False, None), now)
+
+    def _info(self, key: _EntryKey, now: float) -> ExpertInfo:
+        expert, in_order = key.expert, iter(key.warnings or ())
+        warning = None if key.warnings is None else lambda _expert, _worker: next(in_order, "")
         return ExpertInfo(
             name=expert.title,
             version=expert.version,
@@ -133,8 +105,8 @@ class ExpertEntries:
             parameters=expert.manifest.layout.size,
             base=expert.manifest.base.name,
             digest=expert.digest,
-            workers=self._roster.workers(expert.name, now, held_out, warning),
-            prompts=prompts,
+            workers=self._roster.workers(expert.name, now, key.held_out, warning),
+            prompts=key.prompts,
             formerly=[name for name in dict.fromkeys((expert.name, *expert.names)) if name != expert.title],
             retired=expert.retired,
         )

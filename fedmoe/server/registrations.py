@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmoe.experts import ExpertModel, Registrant, check_base
@@ -61,11 +61,9 @@ class RegistrationLimits:
                 f"there are {len(active)} experts; at most {self.experts} are kept here.",
                 f"{_RETIRE}, or start the coordinator with a larger --max-experts.",
             )
-        if not admin:
-            self._check_share(active, by)
-
-    def _check_share(self, experts: Sequence[ExpertModel], by: Registrant) -> None:
-        waiting = [expert.registrant for expert in experts if expert.untrained()]
+        if admin:
+            return
+        waiting = [expert.registrant for expert in active if expert.untrained()]
         with_token = sum(other.token == by.token for other in waiting)
         if with_token >= self.untrained_by_token:
             raise _too_many(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeVar
 
 import structlog
 
@@ -33,30 +31,15 @@ from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.records import Statistic
 from fedmoe.server.updates.committer import Committer
-from fedmoe.server.updates.held_updates import HeldUpdates
 from fedmoe.server.updates.in_flight import CrashMarkers
 from fedmoe.server.updates.intake import UpdateIntake
-from fedmoe.server.updates.landing import UpdateDecider
-from fedmoe.server.updates.upload import (
-    settled,
-)
+from fedmoe.server.updates.upload import in_thread
 from fedmoe.server.updates.worker_leases import WorkerLeases
 from fedmoe.server.upkeep.background_merge import BackgroundMerge
-from fedmoe.server.upkeep.erasure import Erasure
+from fedmoe.server.upkeep.erasure import Withdrawals
 from fedmoe.server.upkeep.retention import Retention
 from fedmoe.server.upkeep.undo import Undo
-from fedmoe.server.upkeep.withdrawal import Withdrawals
-from fedmoe.wire.contract.messages import (
-    ChangeResult,
-    FederationInfo,
-    ManifestMessage,
-    RegisterRequest,
-    RetractRequest,
-    RollbackRequest,
-    StatisticRequest,
-)
-
-Result = TypeVar("Result")
+from fedmoe.wire.contract.messages import FederationInfo, ManifestMessage, RegisterRequest, StatisticRequest
 
 _log = structlog.get_logger("fedmoe.coordinator")
 
@@ -84,68 +67,52 @@ class CoordinatorService:
         storage_problem: Callable[[], str | None] = lambda: None,
         limits: RegistrationLimits | None = None,
         in_flight: CrashMarkers | None = None,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.coordinator = coordinator
         self.journal = journal
         #: Who pushes under which worker's id.
-        self.leases = WorkerLeases(monotonic)
+        self.leases = WorkerLeases(time.monotonic)
         self.roster = Contributors(self.leases.following(history.events_at_start()), journal.statistics())
+        #: The experts as lists show them.
+        self.entries = ExpertEntries(self.roster)
         self.reported = ReportedStatistics(journal)
         self.statistics = DataStatisticsStore(journal, blobs)
         #: Which history this is, so that an update of another one is not taken for one of it.
         self.current = CurrentHistory(journal)
-        decider = UpdateDecider(journal, self.current)
+        self.committer = Committer(coordinator, journal, clock, self._after_commit, storage_problem)
         self._history = history
         self._min_sync_interval = min_sync_interval
         self._limits = limits or RegistrationLimits()
-        self._clock = clock
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
-        self._committer = Committer(coordinator, journal, self._after_commit, storage_problem)
         markers = in_flight or CrashMarkers(None)
-        self.held = HeldUpdates(coordinator, blobs, self._committer, decider, markers, clock)
         self.intake = UpdateIntake(
-            coordinator,
-            journal,
-            blobs,
-            self.statistics,
-            decider,
-            self._committer,
-            markers,
-            self.leases,
-            self._pool,
-            lambda: self.now,
+            self.committer, blobs, self.current, self.statistics, markers, self.leases, self._pool
         )
-        self._undo = Undo(coordinator, history, self._committer, self.current, clock)
-        erasure = Erasure(journal, blobs, history, self.statistics, self.reported, self.roster)
-        self._withdrawals = Withdrawals(coordinator, journal, self._committer, self._undo, erasure, clock)
-        self._background_merge = BackgroundMerge(coordinator, history, blobs, self._committer, clock)
+        self.undo = Undo(self.committer, history, self.current)
+        self.withdrawals = Withdrawals(
+            self.committer, self.undo, history, blobs, self.statistics, self.reported, self.roster
+        )
+        self._background_merge = BackgroundMerge(self.committer, history, blobs)
         #: Decides which gateway is published; None where every one is.
-        self.evaluation_gate = (
-            EvaluationGate(
-                coordinator, journal, Publications(journal, blobs), gate_policy or GatePolicy(), clock, self.fail
-            )
-            if coordinator.aggregation.evaluation_gate
-            else None
-        )
+        self.evaluation_gate: EvaluationGate | None = None
+        if coordinator.aggregation.evaluation_gate:
+            publications, policy = Publications(journal, blobs), gate_policy or GatePolicy()
+            fail = self.committer.fail
+            self.evaluation_gate = EvaluationGate(coordinator, journal, publications, policy, clock, fail)
         #: Bounds the bytes of updates; None where nothing does.
         self.retention: Retention | None = None
         #: Called with the first expert there is, once.
         self.on_first_expert: Callable[[ExpertModel], None] | None = None
         self._noted: tuple[str, ...] = ()
         self._build_again = 0.0
-        #: The experts as lists show them.
-        self.entries = ExpertEntries(self.roster)
 
     def keep_below(self, most: int, blobs: FolderBlobStore) -> None:
         """Keep at most so many bytes of updates, from `start` on: the oldest are deleted."""
-        self.retention = Retention(
-            self.coordinator, self.journal, blobs, self._history, self._committer, most, self._clock
-        )
+        self.retention = Retention(self.committer, self._history, blobs, most)
 
     def start(self) -> None:
-        self._committer.start()
-        self._withdrawals.finish()
+        self.committer.start()
+        self.withdrawals.finish()
         self._background_merge.start()
         if self.retention is not None:
             self.retention.start()
@@ -159,33 +126,20 @@ class CoordinatorService:
         self._background_merge.close()
         if self.retention is not None:
             self.retention.close()
-        self._undo.close()
-        self._committer.close()
+        self.undo.close()
+        self.committer.close()
         self._pool.shutdown()
-
-    @property
-    def failed(self) -> str | None:
-        """Why storage can no longer be trusted; None while all is well."""
-        return self._committer.failed
 
     @property
     def not_ready(self) -> str | None:
         """Why nothing can be pushed, in words without secrets; None while it can."""
-        if self.failed:
+        if self.committer.failed:
             return "storage failed; the coordinator's log says why"
-        return None if self._committer.running else "the coordinator is starting or stopping"
-
-    def check_storage(self) -> None:
-        """Raise `StorageFailedError`, now and from now on, if the state is no longer where it was opened."""
-        self._committer.check_storage()
-
-    def fail(self, reason: str) -> None:
-        """Accept nothing from now on."""
-        self._committer.fail(reason)
+        return None if self.committer.running else "the coordinator is starting or stopping"
 
     @property
     def now(self) -> float:
-        return self._clock()
+        return self.committer.clock()
 
     def federation(self) -> FederationInfo:
         """What a worker must know before it loads a model."""
@@ -205,17 +159,12 @@ class CoordinatorService:
 
         def decide(transaction: Transaction) -> ExpertModel:
             transaction.aggregation.check_start(request.start_from)
-            by = Registrant(request.worker, principal.token)
-            self._limits.check(
-                transaction.experts,
-                first_name(transaction.experts, request.expert),
-                manifest,
-                by,
-                principal.role == "admin",
-            )
+            experts, by = transaction.experts, Registrant(request.worker, principal.token)
+            first = first_name(experts, request.expert)
+            self._limits.check(experts, first, manifest, by, admin=principal.role == "admin")
             return transaction.register(request.expert, by.worker, manifest, request.seed, self.now, by.token)
 
-        expert = await self._committer.decided(decide)
+        expert = await self.committer.decided(decide)
         _log.info("registered", expert=expert.name, worker=request.worker, version=expert.version)
         callback, self.on_first_expert = self.on_first_expert, None
         if callback is not None:
@@ -262,42 +211,23 @@ class CoordinatorService:
             ended = time.monotonic()
             self._build_again = ended + _REST * (ended - began)
 
-    async def roll_back(self, request: RollbackRequest) -> ChangeResult:
-        """The expert's next version gets the content of an earlier one."""
-        return await self._undo.roll_back(request)
-
-    async def retract(self, request: RetractRequest) -> ChangeResult:
-        """The expert's next version is what it would be without one worker's updates."""
-        return await self._undo.retract(request)
-
-    async def withdraw(self, request: RetractRequest) -> ChangeResult:
-        """Retract a worker, if that is not done yet, and remove its bytes for good."""
-        return await self._withdrawals.withdraw(request)
-
     async def add_statistic(self, request: StatisticRequest) -> None:
         """Keep a statistic that a worker reports."""
         self.coordinator.expert(request.expert).require_active()
-        self.check_storage()
+        self.committer.check_storage()
         statistic = Statistic(request.expert, request.worker, request.kind, dict(request.values), self.now)
-        await self._in_thread(lambda: self.reported.add(statistic))
+        await in_thread(self._pool, lambda: self.reported.add(statistic))
         self.roster.hear(statistic)
-
-    async def change_experts(self, change: Callable[[Transaction], ExpertModel]) -> ExpertModel:
-        """Rename, retire or bring back an expert."""
-        return await self._committer.decided(change)
-
-    async def _in_thread(self, call: Callable[[], Result]) -> Result:
-        return await settled(asyncio.get_running_loop().run_in_executor(self._pool, call))
 
     def _after_commit(self, transaction: Transaction) -> None:
         self.roster.observe(transaction.events)
         if self.retention is not None:
             self.retention.observe(transaction.events)
-        for rejected in [event for event in transaction.events if isinstance(event, HeldUpdateRejected)]:
-            self._history.delete_rejected(rejected.digest)
-        for name in {
-            event.expert for event in transaction.events if not isinstance(event, GatewayMerged | QuarantineEvent)
-        }:
+        for event in transaction.events:
+            if isinstance(event, HeldUpdateRejected):
+                self._history.delete_rejected(event.digest)
+        of_experts = [event for event in transaction.events if not isinstance(event, GatewayMerged | QuarantineEvent)]
+        for name in {event.expert for event in of_experts}:
             self._history.snapshot_if_due(self.coordinator.experts[name])
         if transaction.online_gateway is not None:
             if any(isinstance(event, GatewayMerged) for event in transaction.events):

@@ -90,13 +90,13 @@ class House:
 
     def settle(self) -> None:
         """Wait until snapshots and pruning, which follow an answer, are done."""
-        self.service._committer.submit(lambda transaction: None).result(10)
+        self.service.committer.submit(lambda transaction: None).result(10)
 
     def roll_back(self, to_version: int, expert: str = "python") -> int:
-        return asyncio.run(self.service.roll_back(RollbackRequest(expert=expert, to_version=to_version))).removed
+        return asyncio.run(self.service.undo.roll_back(RollbackRequest(expert=expert, to_version=to_version))).removed
 
     def retract(self, worker: str, expert: str = "python") -> int:
-        return asyncio.run(self.service.retract(RetractRequest(expert=expert, worker=worker))).removed
+        return asyncio.run(self.service.undo.retract(RetractRequest(expert=expert, worker=worker))).removed
 
     def expert(self, name: str = "python") -> ExpertModel:
         return self.service.coordinator.expert(name)

@@ -34,4 +34,4 @@ def listed(client: TestClient, **parameters: str | float | None) -> dict[str, di
 
 
 def settle(house: House) -> None:
-    house.service._committer.submit(lambda transaction: None).result(10)
+    house.service.committer.submit(lambda transaction: None).result(10)

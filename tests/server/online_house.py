@@ -61,4 +61,4 @@ def learn(house: House, **told: ExpertMoments) -> None:
         for name, found in told.items():
             transaction.learn_moments(name, found)
 
-    house.service._committer.submit(decide).result(10)
+    house.service.committer.submit(decide).result(10)

@@ -151,7 +151,7 @@ def test_retracting_a_worker_says_what_stays_in_the_gateway(house: House) -> Non
     fold(house.service)
     house.train(["w2", "w1", "w3"])
     request = RetractRequest(expert="python", worker="w2")
-    result = asyncio.run(house.service.retract(request))
+    result = asyncio.run(house.service.undo.retract(request))
     assert (result.removed, result.note) == (
         1,
         "What 'w2' gave before the expert went on as version 4 stays in the gateway.",
@@ -161,7 +161,7 @@ def test_retracting_a_worker_says_what_stays_in_the_gateway(house: House) -> Non
     with pytest.raises(RefusedError, match="stays in the gateway") as refused:
         house.retract("w2")
     assert refused.value.code == "nothing_to_retract"
-    assert asyncio.run(house.service.retract(RetractRequest(expert="python", worker="w3"))).note == ""
+    assert asyncio.run(house.service.undo.retract(RetractRequest(expert="python", worker="w3"))).note == ""
 
 
 def test_steps_are_counted_as_the_workers_tell_them(house: House) -> None:

@@ -134,8 +134,8 @@ def test_the_last_steps_of_an_expert_are_folded_once_it_rests(house: House, monk
     house.train(["w1"] * 2)
     trained = house.expert().adapter
     assert fold(house.service) == 0
-    ended = house.service._background_merge._clock()
-    monkeypatch.setattr(house.service._background_merge, "_clock", lambda: ended + IDLE_SECONDS)
+    ended = house.service.committer.clock()
+    monkeypatch.setattr(house.service.committer, "clock", lambda: ended + IDLE_SECONDS)
     assert fold(house.service) == 1
     assert folds(house)[0].sources == {"python": 2}
     assert difference(trained, gateway(house).adapter) < 1e-5
@@ -146,7 +146,7 @@ def test_the_last_steps_of_an_expert_are_folded_once_it_rests(house: House, monk
 def test_nobody_is_at_rest_because_the_coordinator_was_away(house: House) -> None:
     house.train(["w1"] * 2)
     house.service.close()
-    now = house.service._background_merge._clock() + 10 * IDLE_SECONDS
+    now = house.service.committer.clock() + 10 * IDLE_SECONDS
     house.service = open_service(
         house.journal, house.blobs, house.aggregation, house.keep_updates, folds_by_itself=False, clock=lambda: now
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from live import ADMIN, JOIN, LiveServer, listening, open_house
 
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.access.buffered_bodies import BodyLimits, BufferedBodies, BufferedBody
+from fedmoe.server.access.authentication import BodyLimits, BufferedBodies, BufferedBody
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.messages import StatisticRequest
 

@@ -44,7 +44,12 @@ class House:
         self.coordinator.register_expert("python", MANIFEST)
         self.cleaned: list[list[Event]] = []
         self.clean_up: Callable[[Transaction], None] = lambda transaction: self.cleaned.append(list(transaction.events))
-        self.committer = Committer(self.coordinator, self.gate, lambda transaction: self.clean_up(transaction))  # type: ignore[arg-type]
+        self.committer = Committer(
+            self.coordinator,
+            self.gate,  # type: ignore[arg-type]
+            lambda: 1000.0,
+            lambda transaction: self.clean_up(transaction),
+        )
 
     def push(self, sequence: int, base_version: int = 0) -> Future[object]:
         def decide(transaction: Transaction) -> UpdateAccepted:

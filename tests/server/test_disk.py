@@ -11,8 +11,7 @@ from support import EPOCH, MANIFEST
 from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
 from fedmoe.federation.events import UpdateAccepted
-from fedmoe.server.upkeep.disk import disk_line, growth
-from fedmoe.server.upkeep.retention import RetentionBound
+from fedmoe.server.upkeep.retention import RetentionBound, disk_line, growth
 
 GB = 1_000_000_000
 

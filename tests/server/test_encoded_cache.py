@@ -5,6 +5,7 @@ from dataclasses import replace
 from support import MANIFEST
 
 from fedmoe.experts import ExpertModel
+from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.update_rules import RULES
 from fedmoe.server.routes.weight_responses import EncodedCache, Weights, expert_weights
 
@@ -13,11 +14,11 @@ def counted(name: str, made: list[str]) -> Weights:
     """An expert's weights that say when they are encoded; a body of theirs has some hundred bytes."""
     weights = expert_weights(ExpertModel.initial(name, MANIFEST, 1, RULES["sgd"]))
 
-    def encode(dtype, cache):  # type: ignore[no-untyped-def]
+    def adapter() -> Adapter:
         made.append(name)
-        return weights.encode(dtype, cache)
+        return weights.content()  # type: ignore[operator]
 
-    return replace(weights, encode=encode)
+    return replace(weights, content=adapter)
 
 
 def test_what_was_asked_for_last_is_kept_up_to_the_limit() -> None:

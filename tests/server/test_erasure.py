@@ -150,7 +150,7 @@ def test_updates_that_come_later_are_kept(house: House, client: TestClient) -> N
 
 
 def settle(house: House) -> None:
-    house.service._committer.submit(lambda transaction: None).result(10)
+    house.service.committer.submit(lambda transaction: None).result(10)
 
 
 def stopped_at(place: str, house: House) -> None:
@@ -164,7 +164,7 @@ def stopped_at(place: str, house: House) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(failpoints, "reached", reached)
         with pytest.raises(RuntimeError):
-            asyncio.run(house.service.withdraw(request))
+            asyncio.run(house.service.withdrawals.withdraw(request))
     house.service.close()
     house.journal.close()
 
@@ -252,7 +252,7 @@ def test_without_the_flag_all_bytes_stay(house: House, client: TestClient) -> No
     client.post("/retract", json={"expert": "python", "worker": "w1"})
     assert before <= set(house.blobs.digests())
     with pytest.raises(RefusedError, match="holds no update"):
-        asyncio.run(house.service.retract(RetractRequest(expert="python", worker="w1")))
+        asyncio.run(house.service.undo.retract(RetractRequest(expert="python", worker="w1")))
 
 
 def test_updates_of_it_that_are_held_go_too(house: House, client: TestClient) -> None:
@@ -265,7 +265,7 @@ def test_updates_of_it_that_are_held_go_too(house: House, client: TestClient) ->
     assert answer.status_code == 202, answer.text
     assert sha256(body) in set(house.blobs.digests())
     erase(client)
-    house.service._committer.submit(lambda transaction: None).result(10)
+    house.service.committer.submit(lambda transaction: None).result(10)
     assert sha256(body) not in set(house.blobs.digests())
 
 

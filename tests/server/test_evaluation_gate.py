@@ -423,7 +423,7 @@ def test_a_journal_that_fails_ends_the_coordinator_and_publishes_nothing(
             ask(client, expert)
         for expert in ("python", "sql"):
             client.post("/push_gateway_scores", json=scores(open_set(client, expert), expert))
-        eventually(lambda: house.service.failed, "the failure")
+        eventually(lambda: house.service.committer.failed, "the failure")
         assert client.get("/get_gateway_info").json()["code"] == "gateway_not_published"
         assert client.get("/healthz").status_code == 503
 

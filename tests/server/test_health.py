@@ -65,7 +65,7 @@ def test_health_and_readiness_need_no_token_and_nothing_else_does_without(locked
 def test_a_coordinator_is_ready_until_storage_fails(house: House) -> None:
     with house.client() as client:
         assert client.get("/readyz").json() == {"status": "ready"}
-        house.service.fail("writing /var/secret/place failed: Input/output error")
+        house.service.committer.fail("writing /var/secret/place failed: Input/output error")
         answer = client.get("/readyz")
         assert (answer.status_code, answer.json()["status"]) == (503, "not ready")
         assert "storage failed" in answer.json()["reason"]

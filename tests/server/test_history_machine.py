@@ -299,13 +299,13 @@ class Machine(RuleBasedStateMachine):
         push = self.held[number]
         if push.expert in self.retired:
             with pytest.raises(RefusedError, match="is retired"):
-                self.service.held.release(number)
+                self.service.intake.release(number)
             return
         if self.models[push.expert].version - push.base_version > 5:
             with pytest.raises(RefusedError, match="versions behind"):
-                self.service.held.release(number)
+                self.service.intake.release(number)
             return
-        answer = self.service.held.release(number)
+        answer = self.service.intake.release(number)
         del self.held[number]
         self.acknowledge(push, answer)
         self.check_refusals([push])
@@ -314,7 +314,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def reject(self, data: st.DataObject) -> None:
         number = data.draw(st.sampled_from(sorted(self.held)))
-        self.service.held.reject(number, "no")
+        self.service.intake.reject(number, "no")
         self.forget_rejected([number])
 
     def forget_rejected(self, numbers: list[int]) -> None:
@@ -335,7 +335,7 @@ class Machine(RuleBasedStateMachine):
         to_version = model.version - back
         if to_version < 0:
             return
-        answer = attempt(self.service.roll_back(RollbackRequest(expert=name, to_version=to_version)))
+        answer = attempt(self.service.undo.roll_back(RollbackRequest(expert=name, to_version=to_version)))
         if isinstance(answer, RefusedError):
             assert (answer.code, back > (self.keep or 99)) == ("history_pruned", True)
             return
@@ -350,7 +350,7 @@ class Machine(RuleBasedStateMachine):
         model = self.models[name]
         newest = model.versions[-1]
         kept = [landed for landed in newest if landed.worker != worker]
-        answer = attempt(self.service.retract(RetractRequest(expert=name, worker=worker)))
+        answer = attempt(self.service.undo.retract(RetractRequest(expert=name, worker=worker)))
         if isinstance(answer, RefusedError):
             horizon = model.version - (self.keep or 99)
             pruned = any(landed.worker == worker and landed.version <= horizon for landed in newest)
@@ -371,12 +371,12 @@ class Machine(RuleBasedStateMachine):
         for _ in range(times):
             if back:
                 asyncio.run(
-                    self.service.change_experts(
+                    self.service.committer.decided(
                         lambda transaction: transaction.unretire(self.titles.get(name, name), 1.0)
                     )
                 )
             else:
-                asyncio.run(self.service.change_experts(lambda transaction: transaction.retire(name, "", 1.0)))
+                asyncio.run(self.service.committer.decided(lambda transaction: transaction.retire(name, "", 1.0)))
         self.retired ^= {name}
         self.events += 1
         np.testing.assert_array_equal(self.weights(name), before)
@@ -386,7 +386,7 @@ class Machine(RuleBasedStateMachine):
         """Names are given once; the former ones go on meaning their expert."""
         name = data.draw(st.sampled_from(sorted(self.models)))
         holder = {title: first for first in self.models for title in (first, *self.given(first))}.get(to, name)
-        answer = attempt(self.service.change_experts(lambda transaction: transaction.rename(name, to, 1.0)))
+        answer = attempt(self.service.committer.decided(lambda transaction: transaction.rename(name, to, 1.0)))
         if isinstance(answer, RefusedError):
             assert (answer.code, holder != name) == ("name_taken", True)
             return
@@ -427,7 +427,7 @@ class Machine(RuleBasedStateMachine):
         self.crash(torn=False)
 
     def settle(self) -> None:
-        self.service._committer.submit(lambda transaction: None).result(10)
+        self.service.committer.submit(lambda transaction: None).result(10)
 
     def weights(self, name: str) -> FloatVector:
         return self.service.coordinator.expert(name).state.weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,18 @@ BODY = InFlightBody("a" * 64, "python", "w1", 7, 123)
 OTHER = InFlightBody("b" * 64, "python", "w2", 8, 456)
 
 
+NEVER_LEFT: list[AbstractContextManager[None]] = []
+
+
 class Killed(BaseException):
     """The end of the process in the middle of processing: nothing is cleaned up."""
 
 
 def crash(folder: Path, body: InFlightBody) -> None:
     """A process that ends while it processes a body."""
-    CrashMarkers(folder)._begin(folder, body)
+    entered = CrashMarkers(folder).processing(body)
+    entered.__enter__()
+    NEVER_LEFT.append(entered)
 
 
 def test_what_was_in_flight_is_named_and_after_some_ends_suspicious_16(tmp_path: Path) -> None:

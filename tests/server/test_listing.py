@@ -39,7 +39,7 @@ def test_what_changed_since_the_last_list_is_in_the_next_one(house: House) -> No
 
 def test_how_long_ago_a_worker_was_heard_of_goes_on_while_nothing_changes(house: House) -> None:
     clock = [1000.0]
-    house.service._clock = lambda: clock[0]
+    house.service.committer.clock = lambda: clock[0]
     house.register("law")
     with house.client() as http:
         push(http, "law", 0, 0)

@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from fedmoe.server.updates.memory_budget import MemoryBudget, SerialQueue
+from fedmoe.server.updates.intake import MemoryBudget, SerialQueue
 
 
 def test_who_fits_goes_at_once_and_the_others_wait_in_the_order_they_came() -> None:

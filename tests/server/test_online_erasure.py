@@ -35,7 +35,7 @@ def opened(state: StateDir) -> House:
 
 
 def erase(house: House, worker: str = "w1") -> ChangeResult:
-    return asyncio.run(house.service.withdraw(RetractRequest(expert="python", worker=worker, erase=True)))
+    return asyncio.run(house.service.withdrawals.withdraw(RetractRequest(expert="python", worker=worker, erase=True)))
 
 
 def push(house: House, seed: int, worker: str) -> str:
@@ -152,7 +152,7 @@ def test_killed_in_the_middle_the_next_start_does_the_rest(
         with contextlib.suppress(RuntimeError):  # without a retraction there is no commit before the bytes go
             erase(house)
     house.crash()
-    house.service._withdrawals.finish()
+    house.service.withdrawals.finish()
     house.settle()
     assert not set(mine) & set(house.blobs.digests())
     ended(house, state)

@@ -89,7 +89,7 @@ def test_a_rejected_update_never_lands_and_its_bytes_go_37(house: House, http: T
     push(http, HUGE, 5, 5)
     answer = http.post("/quarantine/reject", json={"number": 1, "reason": "learning rate 100"})
     assert answer.status_code == 204
-    house.service._committer.submit(lambda transaction: None).result(10)
+    house.service.committer.submit(lambda transaction: None).result(10)
     assert sha256(HUGE) not in set(house.blobs.digests())
     status, problem = push(http, HUGE, 5, 5)
     assert (status, problem["code"]) == (409, "update_rejected")

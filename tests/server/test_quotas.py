@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.server.access.quotas import ActiveUpload, Place, Rate, UploadLimits, find_place, seconds_early, spend
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.access.turns import Rate, spend
+from fedmoe.server.access.uploads import ActiveUpload, UploadLimits, find_place, seconds_early
 
 LIMITS = UploadLimits(total=8, of_token=5, of_worker=2, silent_seconds=2.0)
 NOW = 100.0
@@ -22,11 +25,12 @@ def taken_by(*senders: tuple[str, str], silent: float = 0.0) -> list[ActiveUploa
 def test_whoever_comes_no_limit_is_ever_passed(arrivals: list[tuple[tuple[str, str], float]]) -> None:
     taken: dict[int, ActiveUpload] = {}
     for number, ((token, worker), silent) in enumerate(arrivals):
-        place = find_place(token, worker, list(taken.values()), LIMITS, NOW)
-        if place.full:
+        try:
+            loser = find_place(token, worker, list(taken.values()), LIMITS, NOW)
+        except RefusedError:
             continue
-        if place.instead_of is not None:
-            taken.pop(place.instead_of)
+        if loser is not None:
+            taken.pop(loser.number)
         taken[number] = ActiveUpload(number, token, worker, NOW - silent, number)
         assert len(taken) <= LIMITS.total
         for name in ("t1", "t2", "t3"):
@@ -46,7 +50,7 @@ def test_nobody_is_refused_while_there_is_room_under_every_limit(
     ]
     mine = sum((one.token, one.worker) == ("t1", "w1") for one in taken)
     if mine < LIMITS.of_worker and sum(one.token == "t1" for one in taken) < LIMITS.of_token:
-        assert find_place("t1", "w1", taken, LIMITS, NOW) == Place()
+        assert find_place("t1", "w1", taken, LIMITS, NOW) is None
 
 
 @given(ARRIVALS, SENDERS)
@@ -54,9 +58,11 @@ def test_only_who_is_silent_or_has_most_gives_way(
     arrivals: list[tuple[tuple[str, str], float]], sender: tuple[str, str]
 ) -> None:
     taken = [ActiveUpload(n, token, worker, NOW - silent, n) for n, ((token, worker), silent) in enumerate(arrivals)]
-    place = find_place(*sender, taken, LIMITS, NOW)
-    if place.instead_of is not None:
-        victim = taken[place.instead_of]
+    try:
+        victim = find_place(*sender, taken, LIMITS, NOW)
+    except RefusedError:
+        return
+    if victim is not None:
         assert victim.heard_at != math.inf, "an upload that has arrived is never given up"
         most = max(sum(one.token == name for one in taken) for name in ("", "t1", "t2", "t3"))
         silent = NOW - victim.heard_at >= LIMITS.silent_seconds
@@ -65,25 +71,28 @@ def test_only_who_is_silent_or_has_most_gives_way(
 
 def test_one_token_leaves_places_for_others_whatever_its_workers_are_called_51() -> None:
     taken = taken_by(*[("greedy", f"new-name-{n}") for n in range(5)])
-    assert find_place("greedy", "another-name", taken, LIMITS, NOW) == Place(full="this token")
-    assert find_place("honest", "w1", taken, LIMITS, NOW) == Place()
+    with pytest.raises(RefusedError, match="this token has"):
+        find_place("greedy", "another-name", taken, LIMITS, NOW)
+    assert find_place("honest", "w1", taken, LIMITS, NOW) is None
 
 
 def test_one_worker_leaves_places_for_others_of_its_token() -> None:
     taken = taken_by(("", "greedy"), ("", "greedy"))
-    assert find_place("", "greedy", taken, LIMITS, NOW) == Place(full="worker 'greedy'")
-    assert find_place("", "w1", taken, LIMITS, NOW) == Place()
+    with pytest.raises(RefusedError, match="worker 'greedy' has"):
+        find_place("", "greedy", taken, LIMITS, NOW)
+    assert find_place("", "w1", taken, LIMITS, NOW) is None
 
 
 def test_where_all_places_are_taken_the_longest_silent_gives_way() -> None:
     taken = [ActiveUpload(n, "", f"w{n}", NOW - n, 0) for n in range(8)]
-    assert find_place("", "late", taken, LIMITS, NOW) == Place(instead_of=7)
+    assert find_place("", "late", taken, LIMITS, NOW) == taken[7]
 
 
 def test_two_greedy_tokens_together_do_not_shut_out_a_third() -> None:
     taken = taken_by(*[("t1", f"w{n}") for n in range(5)], *[("t2", f"w{n}") for n in range(3)])
-    assert find_place("t3", "w1", taken, LIMITS, NOW) == Place(instead_of=0)
-    assert find_place("t2", "w9", taken, LIMITS, NOW) == Place(full="the coordinator")
+    assert find_place("t3", "w1", taken, LIMITS, NOW) == taken[0]
+    with pytest.raises(RefusedError, match="8 updates are being received"):
+        find_place("t2", "w9", taken, LIMITS, NOW)
 
 
 RATES = st.builds(Rate, st.floats(0.5, 200), st.integers(1, 300))

@@ -41,8 +41,7 @@ def retention(house: House, updates: float) -> Retention:
     """What keeps so many updates' bytes, to be asked by the test."""
     blobs, service = house.blobs, house.service
     assert isinstance(blobs, FolderBlobStore)
-    parts = (service.coordinator, house.journal, blobs, service._history, service._committer)
-    return Retention(*parts, int(updates * SIZE), lambda: 77.0)
+    return Retention(service.committer, service._history, blobs, int(updates * SIZE))
 
 
 def bytes_of_updates(house: House) -> int:
@@ -63,7 +62,7 @@ def test_the_oldest_updates_go_and_every_version_that_is_said_to_stay_can_be_had
     (told,) = [line for line in lines if line["event"] == "undo_ends"]
     # 90 % of the bound hold seven updates, and the first snapshot from there on is that of version 15.
     assert (told["expert"], told["version"], told["updates"]) == ("python", 15, 15)
-    assert releases(house.journal) == [ReleasedBytes("python", None, 15, "keep_gb", 77.0)]
+    assert releases(house.journal) == [ReleasedBytes("python", None, 15, "keep_gb", 1000.0)]
     assert (house.journal.count(), house.journal.snapshots("python")) == (rows, snapshots)
     house.same_after_a_crash()
     history = History(house.journal, house.blobs, house.aggregation)

@@ -45,7 +45,7 @@ def clocks() -> Clocks:
 @pytest.fixture
 def house(tmp_path: Path, clocks: Clocks) -> Iterator[House]:
     with open_house(tmp_path) as opened:
-        opened.service._clock = lambda: clocks.now
+        opened.service.committer.clock = lambda: clocks.now
         opened.register("python")
         yield opened
 

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.access.quotas import Rate, WorkShare, charge, debt
-from fedmoe.server.access.turns import RequestTurns, refusal_at
+from fedmoe.server.access.turns import Rate, RequestTurns, WorkShare, charge, debt, refusal_at
 
 SHARE = WorkShare(share=0.1, credit=0.2, at_once=2, free=0)
 

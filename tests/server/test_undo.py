@@ -111,7 +111,7 @@ def test_what_lands_while_a_retraction_is_worked_out_is_in_it_or_taken_out_too(
         for seed in range(7, 7 + more):
             push(service, f"w{seed % 3}", seed)
 
-    call = lambda: asyncio.run(service.retract(RetractRequest(expert="python", worker="w1")))  # noqa: E731
+    call = lambda: asyncio.run(service.undo.retract(RetractRequest(expert="python", worker="w1")))  # noqa: E731
     result = meanwhile(call, gate, pushes)
     mine = sum(1 for e in service.journal.events("python") if isinstance(e, UpdateAccepted) and e.worker == "w1")
     assert (result.version, result.removed) == (7 + more + 1, mine)
@@ -126,7 +126,7 @@ def test_what_lands_while_a_rollback_is_worked_out_is_taken_back_with_it(
     for seed in range(5):
         push(service, "w1", seed)
     gate = Gate(monkeypatch, "at_version")
-    call = lambda: asyncio.run(service.roll_back(RollbackRequest(expert="python", to_version=2)))  # noqa: E731
+    call = lambda: asyncio.run(service.undo.roll_back(RollbackRequest(expert="python", to_version=2)))  # noqa: E731
     result = meanwhile(call, gate, lambda: push(service, "w2", 5))
     assert (result.version, result.removed) == (7, 4)
     np.testing.assert_array_equal(
@@ -146,12 +146,12 @@ def test_if_more_than_updates_came_between_it_begins_anew(
         # The other change has one thread with it: this one is decided as a second committer of the queue would.
         expert = service.coordinator.expert("python")
         state = service._history.at_version(expert, 3)
-        service._committer.submit(
+        service.committer.submit(
             lambda transaction: transaction.roll_back(rollback.expert, 3, state.state, "", 1.0, since=state.since),
             alone=True,
         ).result(20)
 
-    call = lambda: asyncio.run(service.retract(RetractRequest(expert="python", worker="w1")))  # noqa: E731
+    call = lambda: asyncio.run(service.undo.retract(RetractRequest(expert="python", worker="w1")))  # noqa: E731
     result = meanwhile(call, gate, roll_back)
     assert (result.version, result.removed, gate.times) == (8, 1, 2)
     np.testing.assert_array_equal(
@@ -168,7 +168,7 @@ def test_when_nothing_else_helps_the_committer_works_it_out(
     gate = Gate(monkeypatch, "without_worker")
     gate.go_on.set()
     monkeypatch.setattr(History, "caught_up", lambda *given: None)
-    result = asyncio.run(service.retract(RetractRequest(expert="python", worker="w1")))
+    result = asyncio.run(service.undo.retract(RetractRequest(expert="python", worker="w1")))
     assert (result.removed, gate.times) == (3, undo._TRIES // 2 + 2)
     assert gate.threads[-1] == "fedmoe-committer"
     np.testing.assert_array_equal(
@@ -179,8 +179,8 @@ def test_when_nothing_else_helps_the_committer_works_it_out(
 def test_what_cannot_be_taken_back_is_refused_at_once(service: CoordinatorService) -> None:
     push(service, "w1", 0)
     for call in (
-        service.retract(RetractRequest(expert="python", worker="nobody")),
-        service.roll_back(RollbackRequest(expert="python", to_version=5)),
+        service.undo.retract(RetractRequest(expert="python", worker="nobody")),
+        service.undo.roll_back(RollbackRequest(expert="python", to_version=5)),
     ):
         with pytest.raises(RefusedError):
             asyncio.run(call)

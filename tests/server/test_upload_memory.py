@@ -21,7 +21,7 @@ from fedmoe.lora.codec import encode
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.folder_blobs import FileBlobWriter
 from fedmoe.server.updates import upload
-from fedmoe.server.updates.memory_budget import MemoryBudget
+from fedmoe.server.updates.intake import MemoryBudget
 from fedmoe.server.updates.upload import opened_writer
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.messages import UpdateHeader
@@ -61,7 +61,7 @@ def test_updates_that_wait_for_their_decision_do_not_pile_up_decoded(
         reached.set()
         blocked.wait(30)
 
-    house.service._committer.submit(slow)
+    house.service.committer.submit(slow)
     reached.wait(30)
     with push_all(server.url, [make_body(seed) for seed in range(8)]):
         while house.service.intake.uploads < 8 or len(decoded) < 2:

@@ -11,7 +11,8 @@ from builders import wait_until
 from live import ADMIN, JOIN, House, LiveServer, content_digest, listening, open_house, push_headers, push_parameters
 from support import make_body
 
-from fedmoe.server.access.quotas import Rate, UploadLimits
+from fedmoe.server.access.turns import Rate
+from fedmoe.server.access.uploads import UploadLimits
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.contract.messages import UpdateHeader
 from fedmoe.wire.http.bearer import new_token
@@ -55,7 +56,7 @@ def test_more_uploads_than_fit_are_sent_away_with_a_time_to_come_back_65(tmp_pat
 
 
 def taken(house: House) -> int:
-    return len(house.admission.places)
+    return len(house.app.state.parts.places._taken)
 
 
 def test_heads_alone_take_no_place(tmp_path: Path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fedmoe.server.access.quotas import Rate, spend
+from fedmoe.server.access.authentication import address_of
 from fedmoe.server.access.security import Principal
-from fedmoe.server.access.token_gate import address_of
 from fedmoe.server.access.tokens import TokenGate
+from fedmoe.server.access.turns import Rate, spend
 from fedmoe.server.storage.audit import AuditLog, Fact
 from fedmoe.wire.contract.messages import PROBLEM
 
@@ -27,13 +27,10 @@ _SHOWN = 200
 class AuditMiddleware:
     """Notes who (role, worker, token's label, address) asked for what (route, expert), and the outcome's code."""
 
-    def __init__(
-        self, app: ASGIApp, log: AuditLog, gate: TokenGate, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, app: ASGIApp, log: AuditLog, gate: TokenGate) -> None:
         self._app = app
         self._log = log
         self._gate = gate
-        self._clock = clock
         self._full_at = 0.0
         self._skipped = 0
 
@@ -52,7 +49,7 @@ class AuditMiddleware:
     def _notes_refusal(self, changes: bool, status: int) -> bool:
         if status < 300 or not (changes or status in _PERMISSION):
             return False
-        full_at, wait = spend(REFUSAL_RATE, self._full_at, self._clock())
+        full_at, wait = spend(REFUSAL_RATE, self._full_at, time.monotonic())
         if wait:
             self._skipped += 1
             return False
@@ -87,12 +84,6 @@ class _Outcome:
             self._reads = (b"content-type", PROBLEM.encode()) in message.get("headers", [])
         elif self._reads and message["type"] == "http.response.body":
             self._reads = False
-            self.code = _code_of(message.get("body", b"")) or self.code
+            with suppress(ValueError, KeyError, TypeError):
+                self.code = str(json.loads(message.get("body", b""))["code"])[:_SHOWN] or self.code
         await self._send(message)
-
-
-def _code_of(body: bytes) -> str:
-    try:
-        return str(json.loads(body)["code"])[:_SHOWN]
-    except (ValueError, KeyError, TypeError):
-        return ""

@@ -83,13 +83,7 @@ STATUS: dict[str, int] = {
 }
 _MAX_DETAIL = 2000
 #: Seconds after which a refusal may have passed.
-RETRY_AFTER = {
-    "busy": "2",
-    "too_many_statistics": "600",
-    "json_busy": "5",
-    "quarantine_full": "60",
-    "disk_full": "30",
-}
+RETRY_AFTER = {"busy": "2", "too_many_statistics": "600", "json_busy": "5", "quarantine_full": "60", "disk_full": "30"}
 
 
 def problem(code: str, status: int, detail: str, fix: str = "", **facts: object) -> Response:
@@ -104,15 +98,10 @@ def problem(code: str, status: int, detail: str, fix: str = "", **facts: object)
 
 
 def _content(code: str, status: int, detail: str, fix: str, facts: Mapping[str, object]) -> dict[str, object]:
-    title = HTTPStatus(status).phrase
-    problem_details = Problem(title=title, status=status, code=code, detail=_inert(detail), fix=fix, **facts)  # type: ignore[arg-type]
-    return problem_details.model_dump()
-
-
-def _inert(text: str) -> str:
-    """What a sender wrote comes back in a detail: cut short, and without half surrogate pairs, which no UTF-8 holds."""
-    cut = text if len(text) <= _MAX_DETAIL else text[:_MAX_DETAIL] + "..."
-    return cut.encode("utf-8", "backslashreplace").decode()
+    # What a sender wrote comes back in it: cut short, and without half surrogate pairs, which no UTF-8 holds.
+    cut = detail if len(detail) <= _MAX_DETAIL else detail[:_MAX_DETAIL] + "..."
+    inert, title = cut.encode("utf-8", "backslashreplace").decode(), HTTPStatus(status).phrase
+    return Problem(title=title, status=status, code=code, detail=inert, fix=fix, **facts).model_dump()  # type: ignore[arg-type]
 
 
 def refusal(error: RefusedError) -> Response:
@@ -126,7 +115,7 @@ def as_json(error: RefusedError) -> dict[str, object]:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of the house as a problem; unknown ones are logged and say nothing of our insides."""
+    """Answer every error as a problem; unknown ones are logged and say nothing of our insides."""
 
     @app.exception_handler(RefusedError)
     async def _refused(request: Request, error: RefusedError) -> Response:

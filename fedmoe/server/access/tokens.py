@@ -6,28 +6,48 @@ import hmac
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal
-from fedmoe.server.access.steady_clock import SteadyClock
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.records import TokenFacts, TokenOrigin, TokenRecord
+from fedmoe.wire.contract.administration import TokenInfo
 from fedmoe.wire.http.bearer import bearer_of, hash_token
+
+
+class SteadyClock:
+    """Seconds since 1970 by the machine's clock `wall`, but never less than the latest time seen.
+
+    While the wall clock is behind, `monotonic` seconds are added to that time, so that what ends later still ends.
+    `latest` is what an earlier process had seen.
+    """
+
+    def __init__(self, wall: Callable[[], float], monotonic: Callable[[], float], latest: float = 0.0) -> None:
+        self._wall = wall
+        self._monotonic = monotonic
+        # One value, exchanged whole: threads ask too.
+        self._seen = (latest, monotonic())
+
+    def now(self) -> float:
+        wall, passed = self._wall(), self._monotonic()
+        latest, since = self._seen
+        steady = latest + (passed - since)
+        if wall <= steady:
+            return steady
+        self._seen = (wall, passed)
+        return wall
+
+    @property
+    def behind(self) -> float:
+        """Seconds by which the machine's clock is behind the latest time seen; 0 as a rule."""
+        return max(0.0, self.now() - self._wall())
+
 
 #: Under this key the journal holds the latest time that was seen.
 LATEST_TIME = "latest_time"
 #: Last uses and the latest time are kept so often, in seconds: none of it costs a request anything.
 KEEP_SECONDS = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEntry:
-    """A token as it may be shown."""
-
-    record: TokenRecord
-    facts: TokenFacts
-    usable: bool
 
 
 class TokenGate:
@@ -47,14 +67,14 @@ class TokenGate:
         self.required = required
         self._wall = clock
         self._kept_at = float(journal.meta(LATEST_TIME) or 0.0)
-        self._clock = SteadyClock(clock, monotonic, self._kept_at)
+        self.clock = SteadyClock(clock, monotonic, self._kept_at)
         self._records = {record.hash: record for record in journal.tokens()}
         # Tokens that an older program made have no facts yet.
         self._facts = {name: TokenFacts(name, "", "unknown", None) for name in self._records}
         self._facts |= {facts.hash: facts for facts in journal.token_facts()}
         self._used: dict[str, tuple[float, str | None]] = {}
         self._lock = threading.RLock()
-        #: Told the hash of every token that is revoked, in the thread that revokes it.
+        #: Called with the hash of every token that is revoked, in the thread that revokes it.
         self.on_revoked: list[Callable[[str], None]] = []
 
     @property
@@ -65,23 +85,23 @@ class TokenGate:
     @property
     def now(self) -> float:
         """The time by which tokens end; it never goes back."""
-        return self._clock.now()
-
-    @property
-    def clock_behind(self) -> float:
-        """Seconds by which the machine's clock is behind the latest time seen."""
-        return self._clock.behind
+        return self.clock.now()
 
     def has(self, role: str) -> bool:
         """Whether a usable token of this role exists."""
         return any(record.role == role and self._usable(record) for record in list(self._records.values()))
 
-    def known(self) -> list[TokenEntry]:
+    def listed(self) -> list[TokenInfo]:
         """All tokens, the oldest first."""
         with self._lock:
             self._note_uses()
-            entries = [TokenEntry(one, self._facts[one.hash], self._usable(one)) for one in self._records.values()]
-        return sorted(entries, key=lambda token: (token.facts.made_at or 0.0, token.record.hash))
+            tokens = [
+                TokenInfo.model_validate(
+                    {**asdict(record), **asdict(self._facts[record.hash]), "usable": self._usable(record)}
+                )
+                for record in self._records.values()
+            ]
+        return sorted(tokens, key=lambda token: (token.made_at or 0.0, token.hash))
 
     def label(self, token_hash: str) -> str:
         """What people call a token; empty for none."""
@@ -124,53 +144,40 @@ class TokenGate:
             self._require_same(TokenRecord(hash_token(token), role))
         revoked: list[TokenRecord] = []
         for role, token in given.items():
-            self._take(role, token)
-            replaced = [record for record in self._given(role) if record.hash != hash_token(token)]
-            for record in replaced:
-                self.revoke(record.hash)
-            revoked += replaced
+            label, facts = f"{role} token of the environment", self._facts.get(hash_token(token))
+            if facts is None:
+                self.add(token, role, label=label, origin="given")
+            elif facts.origin in ("start", "unknown"):
+                with self._lock:
+                    self._facts[facts.hash] = replace(facts, origin="given", label=facts.label or label)
+                    self._journal.put_token_facts([self._facts[facts.hash]])
+            current = [record for record in self._records.values() if record.role == role and not record.revoked]
+            for record in current:
+                if self._facts[record.hash].origin == "given" and record.hash != hash_token(token):
+                    self.revoke(record.hash)
+                    revoked.append(record)
         return revoked
-
-    def _take(self, role: str, token: str) -> None:
-        label = f"{role} token of the environment"
-        facts = self._facts.get(hash_token(token))
-        if facts is None:
-            self.add(token, role, label=label, origin="given")
-        elif facts.origin in ("start", "unknown"):
-            with self._lock:
-                self._facts[facts.hash] = replace(facts, origin="given", label=facts.label or label)
-                self._journal.put_token_facts([self._facts[facts.hash]])
-
-    def _given(self, role: str) -> list[TokenRecord]:
-        """The tokens of a role that the environment gave and that are not revoked."""
-        given = {facts.hash for facts in self._facts.values() if facts.origin == "given"}
-        return [one for one in self._records.values() if one.hash in given and one.role == role and not one.revoked]
 
     def _require_same(self, given: TokenRecord) -> None:
         """Refuse to give a token that is known already other rights, or new life."""
-        known = self._records.get(given.hash)
-        if known is None and given.hash in self._facts:
-            # It may have been revoked: nobody can know any more.
-            raise RefusedError(
-                "token_revoked",
-                f"what the given {given.role} token may do was damaged in the journal and left out.",
-                "Give another one, or unset the variable: the other tokens stay valid.",
-            )
-        if known is None:
+        before = self._records.get(given.hash)
+        if before is None and given.hash not in self._facts:
             return
-        if known.revoked:
+        if before is None or before.revoked:
+            # Of one that was damaged nobody can know any more whether it was revoked.
+            damaged = f"what the given {given.role} token may do was damaged in the journal and left out."
             raise RefusedError(
                 "token_revoked",
-                f"the given {given.role} token was revoked.",
+                damaged if before is None else f"the given {given.role} token was revoked.",
                 "Give another one, or unset the variable: the other tokens stay valid.",
             )
-        if (known.role, known.worker, known.experts) != (given.role, given.worker, given.experts):
+        if (before.role, before.worker, before.experts) != (given.role, given.worker, given.experts):
             raise RefusedError(
                 "token_mismatch",
-                f"the token given as {given.role} token is known here as a token with other rights ({known.role}).",
+                f"the token given as {given.role} token is known here as a token with other rights ({before.role}).",
                 "Give another one.",
             )
-        if not self._usable(known):
+        if not self._usable(before):
             raise RefusedError("token_mismatch", f"the given {given.role} token has expired.", "Give another one.")
 
     def revoke(self, token_hash: str) -> None:
@@ -182,8 +189,8 @@ class TokenGate:
             # Refused before it is durable: nothing gets in while the disk works.
             self._records[token_hash] = replace(record, revoked=True)
             self._journal.put_token(self._records[token_hash])
-        for tell in self.on_revoked:
-            tell(token_hash)
+        for callback in self.on_revoked:
+            callback(token_hash)
 
     def admit(self, authorization: str | None, address: str | None = None) -> Principal:
         """Who sent this `Authorization` header; raises unless a usable token is shown where one is required."""

@@ -1,4 +1,7 @@
-"""Fair scheduling: requests per second and share of work per token; requests above either wait or are refused."""
+"""Fair turns: requests per second and share of work per token; requests above either wait or are refused.
+
+What decides is pure: the account and the time come in as arguments.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,52 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.access.quotas import Rate, WorkShare, charge, debt, spend
 from fedmoe.wire.http.body_limits import BodyRefusedError
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Requests a second in the long run, and how many may come at once."""
+
+    per_second: float
+    burst: int
+
+
+def spend(rate: Rate, full_at: float, now: float) -> tuple[float, float]:
+    """One request more: when all of the burst is there again, and the seconds this request has to wait for its turn.
+
+    A token bucket with one number: https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm
+    """
+    full_at = max(full_at, now) + 1.0 / rate.per_second
+    return full_at, max(0.0, full_at - now - rate.burst / rate.per_second)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkShare:
+    """How much of the coordinator's time one token's requests may take while others ask too, and how many at once.
+
+    `share` of the time in the long run, `credit` seconds of work beforehand, and no more than `most_debt` seconds to
+    wait for it. Whoever has not more than `free` requests under way never waits. Others are there for `others_seconds`
+    after they asked. Uploads have places instead: whoever pushes on and on does what workers are for.
+    """
+
+    share: float = 0.05
+    credit: float = 0.2
+    most_debt: float = 10.0
+    free: int = 2
+    at_once: int = 4
+    others_seconds: float = 10.0
+
+
+def charge(share: WorkShare, paid_at: float, seconds: float, now: float) -> float:
+    """When the work of a token is paid for, after it took so many seconds more."""
+    return min(max(paid_at, now) + seconds / share.share, now + share.most_debt)
+
+
+def debt(share: WorkShare, paid_at: float, now: float) -> float:
+    """The seconds until a token may have more work done."""
+    return max(0.0, paid_at - now - share.credit / share.share)
+
 
 #: Requests a second of one token; those above wait for their turn, as far as there is one soon.
 TOKEN_RATE = Rate(100.0, 200)

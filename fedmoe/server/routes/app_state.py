@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -12,45 +12,36 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fedmoe.coordinator import GatewayModel
 from fedmoe.server.access.security import principal_of
 from fedmoe.server.access.tokens import TokenGate
-from fedmoe.server.access.uploads import UploadAdmission
+from fedmoe.server.access.uploads import PushPace, UploadPlaces
 from fedmoe.server.expert_names import resolve_expert
 from fedmoe.server.routes.weight_responses import WeightAnswers
 from fedmoe.server.service import CoordinatorService
-from fedmoe.wire.contract.experts import CandidatesRequest, ExpertInfo, GatewayScores
-from fedmoe.wire.contract.messages import (
-    INCARNATION_HEADER,
-    ChangeResult,
-    DataStatisticsHeader,
-    FederationInfo,
-    RetractRequest,
-    RollbackRequest,
-    StatisticRequest,
-    UpdateHeader,
-    UpdateResult,
-)
+from fedmoe.wire.contract.messages import INCARNATION_HEADER, Message
 from fedmoe.wire.http.middleware import with_header
 
-ExpertRequestT = TypeVar(
-    "ExpertRequestT",
-    UpdateHeader,
-    DataStatisticsHeader,
-    StatisticRequest,
-    RollbackRequest,
-    RetractRequest,
-    CandidatesRequest,
-    GatewayScores,
-)
-HistoryAnswerT = TypeVar("HistoryAnswerT", ExpertInfo, FederationInfo, UpdateResult, ChangeResult)
+
+class ExpertMessage(Protocol):
+    """A request about one expert."""
+
+    @property
+    def expert(self) -> str: ...
+
+    def model_copy(self, *, update: dict[str, str]) -> Self: ...
+
+
+ExpertMessageT = TypeVar("ExpertMessageT", bound=ExpertMessage)
+AnswerT = TypeVar("AnswerT", bound=Message)
 
 
 @dataclass
 class AppState:
-    """The service, its tokens, the writer of weights, the places for uploads; the gateway as lists last showed it."""
+    """The service, its tokens, the writer of weights, what uploads pass; the gateway as lists last showed it."""
 
     service: CoordinatorService
     tokens: TokenGate
     answers: WeightAnswers
-    admission: UploadAdmission
+    places: UploadPlaces
+    pace: PushPace
     listed_gateway: tuple[GatewayModel, str] | None = None
 
 
@@ -64,13 +55,13 @@ def service_of(request: Request) -> CoordinatorService:
     return parts_of(request).service
 
 
-def with_first_name(request: Request, message: ExpertRequestT) -> ExpertRequestT:
+def with_first_name(request: Request, message: ExpertMessageT) -> ExpertMessageT:
     """The request with the first name of its expert, which the token must be allowed to use."""
     first = resolve_expert(service_of(request).coordinator.experts, principal_of(request), message.expert)
     return message.model_copy(update={"expert": first})
 
 
-def with_incarnation(request: Request, answer: HistoryAnswerT) -> HistoryAnswerT:
+def with_incarnation(request: Request, answer: AnswerT) -> AnswerT:
     """The answer with the history it is of, where its caller takes that."""
     name = service_of(request).current.incarnation if answers_with_new_keys(request.headers) else None
     return answer.model_copy(update={"incarnation": name})

@@ -53,9 +53,7 @@ _WEIGHT_ANSWERS: dict[int, Json] = {
 }
 _PUSH_CONTENT: Json = {
     SAFETENSORS: _BINARY,
-    "application/json": {
-        "schema": {"anyOf": [{"$ref": "#/components/schemas/UpdateResult"}, _JSON_WEIGHTS["schema"]]},
-    },
+    "application/json": {"schema": {"anyOf": [{"$ref": "#/components/schemas/UpdateResult"}, _JSON_WEIGHTS["schema"]]}},
 }
 _STATE: Json = {"application/json": {"schema": {"type": "object", "required": ["status"]}}}
 _AS_JSON = ("json_busy",)
@@ -92,15 +90,9 @@ ANSWERS: Mapping[Route, Answers] = {
     ),
     ("POST", "/register_expert"): Answers(
         (
-            "forbidden",
-            "base_mismatch",
-            "lora_mismatch",
-            "start_mismatch",
-            "expert_too_large",
-            "too_many_experts",
-            "retired",
-            *_WRITES,
-        ),
+            *("forbidden", "base_mismatch", "lora_mismatch", "start_mismatch", "expert_too_large"),
+            *("too_many_experts", "retired", *_WRITES),
+        )
     ),
     ("POST", "/push_expert_update"): Answers(
         (
@@ -113,10 +105,7 @@ ANSWERS: Mapping[Route, Answers] = {
                 "description": "what became of it; with answer=weights the newest weights, the result in FedMoE-Result",
                 "content": _PUSH_CONTENT,
             },
-            202: {
-                "description": "held for an administrator; the expert has not changed",
-                "content": _PUSH_CONTENT,
-            },
+            202: {"description": "held for an administrator; the expert has not changed", "content": _PUSH_CONTENT},
             409: {"content": _WEIGHT_CONTENT},
         },
         (_DIGEST,),
@@ -177,14 +166,8 @@ PROBLEMS = Problems(
     answer=_answer,
     schemas={"Problem": Problem.model_json_schema(), "WeightsAsJson": _WEIGHTS},
     everywhere=(
-        "unauthorised",
-        "cross_site",
-        "host_not_allowed",
-        "too_many_requests",
-        "upgrade_required",
-        "internal_error",
-        "malformed",
-        "not_acceptable",
+        *("unauthorised", "cross_site", "host_not_allowed", "too_many_requests"),
+        *("upgrade_required", "internal_error", "malformed", "not_acceptable"),
     ),
     with_json=("quota_exceeded", "busy", "too_slow", "too_large", "unsupported_type", "invalid_request"),
     with_parameters=("invalid_request",),

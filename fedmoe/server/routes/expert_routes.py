@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import structlog
-from fastapi import FastAPI, Query, Request
+from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
@@ -17,6 +17,7 @@ from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.server.access.security import principal_of
 from fedmoe.server.expert_names import by_title, may_use
 from fedmoe.server.routes.app_state import AppState, parts_of, service_of
+from fedmoe.server.routes.weight_responses import gateway_facts
 from fedmoe.server.service import CoordinatorService
 from fedmoe.wire.contract.experts import (
     BranchPointInfo,
@@ -31,23 +32,18 @@ from fedmoe.wire.contract.experts import (
 )
 
 _log = structlog.get_logger("fedmoe.coordinator")
+router = APIRouter()
 
 
-def add_expert_routes(app: FastAPI) -> None:
-    app.get("/list_experts", response_model=ExpertListing)(list_experts)
-    app.post("/rename_expert")(rename_expert)
-    app.post("/retire_expert")(retire_expert)
-    app.post("/unretire_expert")(unretire_expert)
-
-
+@router.get("/list_experts", response_model=ExpertListing)
 def list_experts(request: Request, message: Annotated[ListingRequest, Query()]) -> Response:
     principal, service = principal_of(request), service_of(request)
     coordinator = service.coordinator
     enabled = coordinator.aggregation.enable_gateway
     gateway = _gateway_json(parts_of(request)) if enabled and coordinator.active and service.has_gateway else "null"
-    experts = [one for one in coordinator.experts.values() if message.retired or not one.retired]
-    ordered = sorted((one for one in experts if may_use(principal, one)), key=lambda one: one.title)
-    following = [one for one in ordered if one.title > message.after]
+    listed = [expert for expert in coordinator.experts.values() if message.retired or not expert.retired]
+    following = [expert for expert in listed if expert.title > message.after and may_use(principal, expert)]
+    following.sort(key=lambda expert: expert.title)
     warning = service.leases.warning if message.flags else None
     page, prompts = following[: message.limit], service.statistics.tags("prompts")
     entries = service.entries.written(page, prompts, service.now, message.held_out, warning)
@@ -66,6 +62,7 @@ def _gateway_json(parts: AppState) -> str:
     return text
 
 
+@router.post("/rename_expert")
 async def rename_expert(request: Request, message: RenameRequest) -> ExpertInfo:
     service = service_of(request)
     expert, info = await _change(
@@ -75,6 +72,7 @@ async def rename_expert(request: Request, message: RenameRequest) -> ExpertInfo:
     return info
 
 
+@router.post("/retire_expert")
 async def retire_expert(request: Request, message: RetireRequest) -> ExpertInfo:
     service = service_of(request)
     expert, info = await _change(
@@ -84,6 +82,7 @@ async def retire_expert(request: Request, message: RetireRequest) -> ExpertInfo:
     return info
 
 
+@router.post("/unretire_expert")
 async def unretire_expert(request: Request, message: UnretireRequest) -> ExpertInfo:
     service = service_of(request)
     expert, info = await _change(
@@ -98,7 +97,7 @@ async def _change(
 ) -> tuple[ExpertModel, ExpertInfo]:
     principal_of(request).require_admin(expert=name)
     service = service_of(request)
-    expert = await service.change_experts(change)
+    expert = await service.committer.decided(change)
     return expert, await run_in_threadpool(expert_info, expert, service)
 
 
@@ -110,29 +109,19 @@ def expert_info(expert: ExpertModel, service: CoordinatorService) -> ExpertInfo:
 
 def gateway_info(service: CoordinatorService, gateway: GatewayModel) -> GatewayInfo:
     """The gateway without its weights."""
-    layout = gateway.adapter.layout
-    return GatewayInfo(
-        version=gateway.version,
-        strategy=gateway.strategy,
-        rank=layout.rank,
-        parameters=layout.size,
-        modules=len(layout.modules),
-        lora_A_shape=(layout.rank, sum(module.in_features for module in layout.modules)),
-        lora_B_shape=(sum(module.out_features for module in layout.modules), layout.rank),
-        sources=dict(gateway.sources),
-        weights=dict(gateway.weights),
-        truncation_error=gateway.truncation_error,
-        digest=gateway.digest,
-        statistics=dict(gateway.statistics),
-        statistics_tokens=dict(gateway.statistics_tokens),
-        notes=list(gateway.notes),
-        scale=gateway.scale,
-        gate=service.evaluation_gate.info() if service.evaluation_gate is not None else None,
-        living=_online_info(gateway.online_gateway, service.coordinator.experts),
-        source_digests=dict(gateway.source_digests),
-        incarnation=service.current.incarnation,
-        left_out=dict(gateway.left_out),
-    )
+    layout, gate = gateway.adapter.layout, service.evaluation_gate
+    facts: dict[str, object] = {
+        "rank": layout.rank,
+        "parameters": layout.size,
+        "modules": len(layout.modules),
+        "lora_A_shape": (layout.rank, sum(module.in_features for module in layout.modules)),
+        "lora_B_shape": (sum(module.out_features for module in layout.modules), layout.rank),
+        "gate": gate.info() if gate is not None else None,
+        "living": _online_info(gateway.online_gateway, service.coordinator.experts),
+        "incarnation": service.current.incarnation,
+        "left_out": dict(gateway.left_out),
+    }
+    return GatewayInfo.model_validate(gateway_facts(gateway) | facts)
 
 
 def _online_info(online: OnlineGateway | None, experts: Mapping[str, ExpertModel]) -> OnlineGatewayInfo | None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from fastapi import FastAPI, Query, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from fedmoe.experts import ExpertModel
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import Principal, principal_of
 from fedmoe.server.expert_names import by_title, may_use, resolve_expert
-from fedmoe.server.gate.candidates import CandidateSet
 from fedmoe.server.gate.gate import EvaluationGate
 from fedmoe.server.routes.app_state import parts_of, service_of, with_first_name
 from fedmoe.server.routes.weight_responses import adapter_weights
@@ -30,20 +29,16 @@ from fedmoe.wire.contract.experts import (
     VerdictsRequest,
 )
 
-
-def add_gate_routes(app: FastAPI) -> None:
-    app.get("/gateway_candidates")(gateway_candidates)
-    app.post("/gateway_candidates")(announce_evaluator)
-    app.get("/gateway_candidate_weights")(gateway_candidate_weights)
-    app.post("/push_gateway_scores")(push_gateway_scores)
-    app.get("/gateway_verdicts")(gateway_verdicts)
+router = APIRouter()
 
 
+@router.get("/gateway_candidates")
 def gateway_candidates(request: Request, message: Annotated[CandidatesRequest, Query()]) -> CandidatesAnswer:
     principal_of(request).require_worker(message.evaluator)
     return _open_set(request, with_first_name(request, message))
 
 
+@router.post("/gateway_candidates")
 def announce_evaluator(request: Request, message: CandidatesRequest) -> CandidatesAnswer:
     principal_of(request).require_worker(message.evaluator)
     message = with_first_name(request, message)
@@ -51,6 +46,7 @@ def announce_evaluator(request: Request, message: CandidatesRequest) -> Candidat
     return _open_set(request, message)
 
 
+@router.get("/gateway_candidate_weights")
 def gateway_candidate_weights(request: Request, message: Annotated[CandidateWeightsRequest, Query()]) -> Response:
     offer, adapter, expert = _gate(request).adapter(message.set, message.digest)
     if expert is not None:
@@ -60,17 +56,21 @@ def gateway_candidate_weights(request: Request, message: Annotated[CandidateWeig
     return parts_of(request).answers.answer(request, weights, "fp32", keep=False)
 
 
+@router.post("/push_gateway_scores")
 def push_gateway_scores(request: Request, scores: GatewayScores) -> ScoresResult:
     principal_of(request).require_worker(scores.evaluator)
     scores = with_first_name(request, scores)
     return ScoresResult(waiting_for=_gate(request).take(scores, principal_of(request).token))
 
 
+@router.get("/gateway_verdicts")
 def gateway_verdicts(request: Request, message: Annotated[VerdictsRequest, Query()]) -> VerdictsAnswer:
     _gate(request)
     principal, service = principal_of(request), service_of(request)
     verdicts = service.journal.verdicts(message.limit)
-    return VerdictsAnswer(verdicts=[_verdict_info(one, principal, service.coordinator.experts) for one in verdicts])
+    return VerdictsAnswer(
+        verdicts=[_verdict_info(verdict, principal, service.coordinator.experts) for verdict in verdicts]
+    )
 
 
 def _gate(request: Request) -> EvaluationGate:
@@ -83,20 +83,14 @@ def _gate(request: Request) -> EvaluationGate:
 
 
 def _open_set(request: Request, message: CandidatesRequest) -> CandidatesAnswer:
-    offer, left, status = _gate(request).ask(message)
-    experts = service_of(request).coordinator.experts
-    info = None if offer is None else _set_info(offer, message.expert, left, experts)
-    return CandidatesAnswer(open=info, status=status)
-
-
-def _set_info(
-    offer: CandidateSet, expert: str, seconds_left: float, experts: Mapping[str, ExpertModel]
-) -> CandidateSetInfo:
-    return CandidateSetInfo(
+    offer, seconds_left, status = _gate(request).ask(message)
+    if offer is None:
+        return CandidatesAnswer(open=None, status=status)
+    info = CandidateSetInfo(
         id=offer.id,
         version=offer.version,
-        sources=by_title(offer.sources, experts),
-        own=offer.experts[expert].digest,
+        sources=by_title(offer.sources, service_of(request).coordinator.experts),
+        own=offer.experts[message.expert].digest,
         published=offer.published.digest if offer.published is not None else None,
         candidates=[
             CandidateInfo(name=c.name, strategy=c.model.strategy, scale=c.scale, digest=c.model.digest)
@@ -104,6 +98,7 @@ def _set_info(
         ],
         seconds_left=max(0.0, seconds_left),
     )
+    return CandidatesAnswer(open=info, status=status)
 
 
 def _verdict_info(verdict: GatewayVerdict, principal: Principal, experts: Mapping[str, ExpertModel]) -> VerdictInfo:
@@ -113,9 +108,9 @@ def _verdict_info(verdict: GatewayVerdict, principal: Principal, experts: Mappin
     facts |= {"at": verdict.at, "published": payload["candidate"], "undecided": payload.get("undecided", False)}
     info = VerdictInfo.model_validate(facts)
     scores = [
-        one.model_copy(update={"expert": experts[one.expert].title})
-        for one in info.scores
-        if one.expert in experts and may_use(principal, experts[one.expert])
+        score.model_copy(update={"expert": experts[score.expert].title})
+        for score in info.scores
+        if score.expert in experts and may_use(principal, experts[score.expert])
     ]
     kept = {candidate: by_title(domains, experts) for candidate, domains in info.kept.items()}
     return info.model_copy(update={"scores": scores, "kept": kept})

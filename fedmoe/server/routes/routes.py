@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated
 
-from fastapi import FastAPI, Query, Request
+from fastapi import APIRouter, FastAPI, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
@@ -16,13 +17,13 @@ from fedmoe.lora.codec import WireDtype
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access import problems
 from fedmoe.server.access.audited_requests import AuditMiddleware
-from fedmoe.server.access.quotas import Rate
+from fedmoe.server.access.authentication import AuthenticationMiddleware
 from fedmoe.server.access.security import principal_of
-from fedmoe.server.access.token_gate import AuthenticationMiddleware
 from fedmoe.server.access.tokens import TokenGate
-from fedmoe.server.access.turns import TOKEN_RATE
-from fedmoe.server.access.uploads import UploadAdmission
+from fedmoe.server.access.turns import TOKEN_RATE, UPLOADS, Rate
+from fedmoe.server.access.uploads import PushPace, UploadLimits, UploadPlaces
 from fedmoe.server.expert_names import may_use, resolve_expert, scope_by_first_names
+from fedmoe.server.routes import admin_routes, expert_routes, gate_routes
 from fedmoe.server.routes.app_state import (
     AppState,
     IncarnationHeader,
@@ -32,24 +33,20 @@ from fedmoe.server.routes.app_state import (
     with_incarnation,
 )
 from fedmoe.server.routes.documented_answers import ANSWERS, PROBLEMS
-from fedmoe.server.routes.expert_routes import add_expert_routes, expert_info, gateway_info
-from fedmoe.server.routes.gate_routes import add_gate_routes
+from fedmoe.server.routes.expert_routes import expert_info, gateway_info
 from fedmoe.server.routes.json_weights import JsonPolicy
-from fedmoe.server.routes.quarantine_routes import add_quarantine_routes
-from fedmoe.server.routes.token_routes import add_token_routes
 from fedmoe.server.routes.weight_responses import (
     WeightAnswers,
     all_weights,
-    answer_statistics,
     expert_weights,
     gateway_weights,
+    has_etag,
     refuse_without,
 )
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.audit import AuditLog
 from fedmoe.server.storage.records import StoredStatistic
-from fedmoe.server.updates.intake import Body
-from fedmoe.server.updates.upload import parse_content_digest
+from fedmoe.server.updates.upload import Body, content_digest, parse_content_digest
 from fedmoe.wire.contract.experts import ExpertInfo, GatewayInfo, StatisticsRequest
 from fedmoe.wire.contract.messages import (
     SAFETENSORS,
@@ -78,16 +75,16 @@ from fedmoe.wire.http.middleware import (
     readiness,
 )
 
-_PUSH = "/push_expert_update"
-_PUSH_STATISTICS = "/push_data_statistics"
 # Answered as safetensors too, or only.
 _WITH_TENSORS = frozenset(
     {
         *("/get_gateway_weights", "/get_all_expert_weights", "/get_expert_weights", "/gateway_candidate_weights"),
-        *("/data_statistics", _PUSH),
+        *("/data_statistics", "/push_expert_update"),
     }
 )
 _ANSWERED_WITH_WEIGHTS = ("too_stale", "other_history")
+
+router = APIRouter()
 
 
 def create_app(
@@ -95,20 +92,19 @@ def create_app(
     gate: TokenGate,
     loopback: bool = True,
     json: JsonPolicy | None = None,
-    admission: UploadAdmission | None = None,
+    min_sync_interval: float | None = None,
+    upload_limits: UploadLimits | None = None,
     token_rate: Rate | None = TOKEN_RATE,
     audit: AuditLog | None = None,
 ) -> FastAPI:
     """The coordinator's HTTP application; without tokens only requests addressed to this machine are taken."""
     app = FastAPI(title="FedMoE coordinator", version=__version__, docs_url=None, redoc_url=None)
-    uploads = admission or UploadAdmission(None, service.intake.knows)
-    app.state.parts = AppState(service, gate, WeightAnswers(json or JsonPolicy()), uploads)
+    places, pace = UploadPlaces(upload_limits), PushPace(min_sync_interval, service.intake.knows)
+    app.state.parts = AppState(service, gate, WeightAnswers(json or JsonPolicy()), places, pace)
     problems.install(app)
-    _add_routes(app)
-    add_expert_routes(app)
-    add_gate_routes(app)
-    add_quarantine_routes(app)
-    add_token_routes(app)
+    # Flat, so that whoever lists the routes sees each of them.
+    for part in (router, expert_routes.router, gate_routes.router, admin_routes.router):
+        app.router.routes.extend(part.routes)
     app.add_middleware(NegotiationMiddleware, others=_WITH_TENSORS, refuse=problems.refusal)
     app.add_middleware(RepeatedMiddleware, refuse=problems.refusal)
     app.add_middleware(IncarnationHeader, incarnation=service.current.incarnation)
@@ -124,58 +120,47 @@ def create_app(
     if audit is not None:
         app.add_middleware(AuditMiddleware, log=audit, gate=gate)
     # These caps follow from the expert, so the service sets them.
-    app.add_middleware(BodyGuard, caps={_PUSH: None, _PUSH_STATISTICS: None})
+    app.add_middleware(BodyGuard, caps=dict.fromkeys(UPLOADS))
     app.add_middleware(HeadMiddleware)
     openapi.install(app, ANSWERS, PROBLEMS, gate.required)
     return app
 
 
-def _add_routes(app: FastAPI) -> None:
-    app.get("/healthz")(healthz)
-    app.get("/readyz")(readyz)
-    app.get("/federation")(federation)
-    app.get("/get_gateway_weights")(get_gateway_weights)
-    app.get("/get_all_expert_weights")(get_all_expert_weights)
-    app.post("/get_expert_weights")(get_expert_weights)
-    app.get("/get_gateway_info")(get_gateway_info)
-    app.get("/statistics")(statistics)
-    app.get("/data_statistics")(data_statistics)
-    app.post("/register_expert")(register_expert)
-    app.post(_PUSH, response_model=UpdateResult)(push_expert_update)
-    app.post("/push_statistics", status_code=204)(push_statistics)
-    app.post(_PUSH_STATISTICS)(push_data_statistics)
-    app.post("/rollback")(rollback)
-    app.post("/retract")(retract)
-
-
+@router.get("/healthz")
 async def healthz(request: Request) -> JSONResponse:
-    failed = service_of(request).failed is not None
+    failed = service_of(request).committer.failed is not None
     return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
 
 
+@router.get("/readyz")
 async def readyz(request: Request) -> Response:
     return readiness(service_of(request).not_ready)
 
 
+@router.get("/federation")
 async def federation(request: Request) -> FederationInfo:
     return with_incarnation(request, service_of(request).federation())
 
 
+@router.get("/get_gateway_weights")
 def get_gateway_weights(request: Request, dtype: WireDtype = "fp32") -> Response:
     service = service_of(request)
     gateway, experts = service.gateway(), service.coordinator.active or service.coordinator.experts
     return parts_of(request).answers.answer(request, gateway_weights(gateway, experts), dtype)
 
 
+@router.get("/get_all_expert_weights")
 def get_all_expert_weights(request: Request, dtype: WireDtype = "fp32") -> Response:
     view = service_of(request).coordinator.transaction()  # experts and version of one moment
-    readable = [one for one in view.experts.values() if may_use(principal_of(request), one) and not one.retired]
+    principal = principal_of(request)
+    readable = [expert for expert in view.experts.values() if may_use(principal, expert) and not expert.retired]
     experts = {expert.title: expert for expert in readable}
     if not experts:
         raise RefusedError("unknown_expert", "there is no expert yet that you may read.", "Start a worker first.")
     return parts_of(request).answers.answer(request, all_weights(experts, view.gateway_version), dtype)
 
 
+@router.post("/get_expert_weights")
 def get_expert_weights(request: Request, message: ExpertRequest) -> Response:
     coordinator = service_of(request).coordinator
     first = resolve_expert(coordinator.experts, principal_of(request), message.expert)
@@ -183,11 +168,13 @@ def get_expert_weights(request: Request, message: ExpertRequest) -> Response:
     return parts_of(request).answers.answer(request, weights, message.dtype)
 
 
+@router.get("/get_gateway_info")
 def get_gateway_info(request: Request) -> GatewayInfo:
     service = service_of(request)
     return gateway_info(service, service.gateway())
 
 
+@router.get("/statistics")
 def statistics(request: Request, message: Annotated[StatisticsRequest, Query()]) -> Response:
     service, principal, facts = service_of(request), principal_of(request), message.model_dump()
     experts = service.coordinator.experts
@@ -199,20 +186,28 @@ def statistics(request: Request, message: Annotated[StatisticsRequest, Query()])
 
 
 def _statistic(row: StoredStatistic, experts: Mapping[str, ExpertModel]) -> dict[str, object]:
-    one = row.statistic
-    name = experts[one.expert].title if one.expert in experts else one.expert
-    facts = {"expert": name, "worker": one.worker, "kind": one.kind, "values": dict(one.payload)}
-    return {"id": row.id, **facts, "at": one.at}
+    statistic = row.statistic
+    name = experts[statistic.expert].title if statistic.expert in experts else statistic.expert
+    facts = {"expert": name, "worker": statistic.worker, "kind": statistic.kind, "values": dict(statistic.payload)}
+    return {"id": row.id, **facts, "at": statistic.at}
 
 
+@router.get("/data_statistics")
 def data_statistics(request: Request, message: Annotated[DataStatisticsRequest, Query()]) -> Response:
     service = service_of(request)
     first = resolve_expert(service.coordinator.experts, principal_of(request), message.expert)
     service.coordinator.expert(first)
     tag = service.statistics.tag(first, message.kind)
-    return answer_statistics(request, tag, lambda: service.statistics.merged(first, message.kind))
+    refuse_without(request, SAFETENSORS)
+    headers = {"ETag": f'"{tag}"'}
+    if has_etag(request, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    body = service.statistics.merged(first, message.kind)
+    headers["Content-Digest"] = content_digest(hashlib.sha256(body).digest())
+    return Response(body, 200, headers, SAFETENSORS)
 
 
+@router.post("/register_expert")
 async def register_expert(request: Request, message: RegisterRequest) -> ExpertInfo:
     principal, service = principal_of(request), service_of(request)
     resolve_expert(service.coordinator.experts, principal, message.expert)
@@ -222,6 +217,7 @@ async def register_expert(request: Request, message: RegisterRequest) -> ExpertI
     return with_incarnation(request, info.model_copy(update={"name": message.expert}))
 
 
+@router.post("/push_expert_update", response_model=UpdateResult)
 async def push_expert_update(request: Request, header: Annotated[UpdateHeader, Query()]) -> Response:
     principal, parts = principal_of(request), parts_of(request)
     principal.require_worker(header.worker)
@@ -232,16 +228,15 @@ async def push_expert_update(request: Request, header: Annotated[UpdateHeader, Q
     else:
         refuse_without(request, JSON)
     try:
-        async with parts.admission.push(principal.token, header, body.chunks) as chunks:
+        async with parts.pace.kept(header), parts.places.one(principal.token, header.worker, body.chunks) as chunks:
             landed = await parts.service.intake.push(header, replace(body, chunks=chunks), principal.token)
-        result = with_incarnation(request, landed)
+        status = 202 if landed.status == "quarantined" else 200
+        facts = with_incarnation(request, landed).model_copy(update={"expert": asked}).model_dump()
     except RefusedError as error:
         if error.code not in _ANSWERED_WITH_WEIGHTS or header.answer != "weights":
             raise
         # Whoever is too far behind, or of another history, gets the newest version in the same answer.
-        return await run_in_threadpool(_with_weights, request, asked, 409, problems.as_json(error))
-    status = 202 if result.status == "quarantined" else 200
-    facts = result.model_copy(update={"expert": asked}).model_dump()
+        status, facts = 409, problems.as_json(error)
     if header.answer == "weights":
         return await run_in_threadpool(_with_weights, request, asked, status, facts)
     return JSONResponse(facts, status)
@@ -252,34 +247,38 @@ def _with_weights(request: Request, name: str, status: int, facts: dict[str, obj
     return parts_of(request).answers.answer(request, weights, "fp32", status, facts)
 
 
+@router.post("/push_statistics", status_code=204)
 async def push_statistics(request: Request, message: StatisticRequest) -> None:
     principal_of(request).require_worker(message.worker)
     await service_of(request).add_statistic(with_first_name(request, message))
 
 
+@router.post("/push_data_statistics")
 async def push_data_statistics(
     request: Request, header: Annotated[DataStatisticsHeader, Query()]
 ) -> DataStatisticsResult:
     principal, parts = principal_of(request), parts_of(request)
     principal.require_worker(header.worker)
     internal, body = with_first_name(request, header), _tensor_body(request)
-    async with parts.admission.places.one(principal.token, header.worker, body.chunks) as chunks:
+    async with parts.places.one(principal.token, header.worker, body.chunks) as chunks:
         result = await parts.service.intake.push_data_statistics(
             internal, replace(body, chunks=chunks), principal.token
         )
     return result.model_copy(update={"expert": header.expert})
 
 
+@router.post("/rollback")
 async def rollback(request: Request, message: RollbackRequest) -> ChangeResult:
     principal_of(request).require_admin(expert=message.expert)
-    result = await service_of(request).roll_back(with_first_name(request, message))
+    result = await service_of(request).undo.roll_back(with_first_name(request, message))
     return with_incarnation(request, result.model_copy(update={"expert": message.expert}))
 
 
+@router.post("/retract")
 async def retract(request: Request, message: RetractRequest) -> ChangeResult:
     principal_of(request).require_admin(expert=message.expert, worker=message.worker)
     service, internal = service_of(request), with_first_name(request, message)
-    result = await (service.withdraw(internal) if message.erase else service.retract(internal))
+    result = await (service.withdrawals.withdraw(internal) if message.erase else service.undo.retract(internal))
     return with_incarnation(request, result.model_copy(update={"expert": message.expert}))
 
 

@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 
 from fedmoe.coordinator import GatewayModel
 from fedmoe.experts import ExpertModel
-from fedmoe.lora.adapter import Adapter, FloatMatrix, Layout
+from fedmoe.lora.adapter import Adapter, FloatMatrix
 from fedmoe.lora.codec import WireDtype, encode
 from fedmoe.lora.manifest import BaseModel
 from fedmoe.lora.safetensors_bytes import read_header
@@ -29,15 +29,34 @@ Part = bytes | memoryview
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Weights about to leave: what accompanies them, how many numbers they are, and how to make their two forms."""
+    """Weights about to leave: what accompanies them, and the adapter or the experts that they are.
+
+    An adapter is given by a function, called when its numbers are needed: an expert that nothing landed on keeps none.
+    """
 
     name: str
     version: int
     digest: str
     info: Info
+    #: How many numbers they are.
     size: int
-    encode: Callable[[WireDtype, EncodedCache], tuple[Part, ...]]
-    modules: Callable[[], Iterator[tuple[str, FloatMatrix, FloatMatrix]]]
+    content: Callable[[], Adapter] | tuple[Weights, ...]
+
+    def encode(self, dtype: WireDtype, cache: EncodedCache) -> tuple[Part, ...]:
+        """A safetensors body in parts that follow each other; of several experts, made of those in the cache."""
+        metadata = {"fedmoe": json.dumps(self.info, separators=(",", ":"))}
+        if isinstance(self.content, tuple):
+            return _joined([(expert.name, cache.get(expert, dtype).parts[0]) for expert in self.content], metadata)
+        adapter = self.content()
+        return (encode(adapter.layout, adapter.flat, dtype, metadata),)
+
+    def modules(self) -> Iterator[tuple[str, FloatMatrix, FloatMatrix]]:
+        """Name and both factors of each module; of several experts the names are `EXPERT/MODULE`."""
+        if isinstance(self.content, tuple):
+            for expert in self.content:
+                yield from ((f"{expert.name}/{module}", a, b) for module, a, b in expert.modules())
+        else:
+            yield from ((module.name, a, b) for module, a, b in self.content().factors())
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,52 +80,54 @@ class EncodedCache:
 
     def __init__(self, most_bytes: int = 64 << 20) -> None:
         self._most_bytes = most_bytes
-        self._kept: OrderedDict[tuple[str, WireDtype], EncodedBody] = OrderedDict()
+        self._bodies: OrderedDict[tuple[str, WireDtype], EncodedBody] = OrderedDict()
         self._locks: dict[tuple[str, WireDtype], threading.Lock] = {}
         self._guard = threading.Lock()
 
     def get(self, weights: Weights, dtype: WireDtype) -> EncodedBody:
         """The body of exactly these weights, encoded now unless it is the one kept."""
-        key, wanted = (weights.name, dtype), (weights.version, weights.digest)
+        key, content = (weights.name, dtype), (weights.version, weights.digest)
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
             with self._guard:
-                kept = self._kept.get(key)
-            if kept is None or kept.of != wanted:
+                body = self._bodies.get(key)
+            if body is None or body.of != content:
                 parts = weights.encode(dtype, self)
                 hasher = hashlib.sha256()
                 for part in parts:
                     hasher.update(part)
-                kept = EncodedBody(wanted, parts, hasher.digest())
-            self._keep(key, kept)
-            return kept
-
-    def _keep(self, key: tuple[str, WireDtype], encoded: EncodedBody) -> None:
-        with self._guard:
-            self._kept[key] = encoded
-            self._kept.move_to_end(key)
-            size = sum(kept.size for kept in self._kept.values())
-            while size > self._most_bytes and len(self._kept) > 1:
-                size -= self._kept.popitem(last=False)[1].size
+                body = EncodedBody(content, parts, hasher.digest())
+            with self._guard:
+                self._bodies[key] = body
+                self._bodies.move_to_end(key)
+                size = sum(encoded.size for encoded in self._bodies.values())
+                while size > self._most_bytes and len(self._bodies) > 1:
+                    size -= self._bodies.popitem(last=False)[1].size
+            return body
 
 
 def expert_weights(expert: ExpertModel, name: str = "") -> Weights:
     """An expert's weights with its manifest, under the name that it was asked for by."""
-    shown = name or expert.title
-    info = {
-        "expert": shown,
-        "version": expert.version,
-        "digest": expert.digest,
-        "manifest": expert.manifest.to_json(),
-    }
-    return _of_one(shown, expert.version, expert.manifest.layout, lambda: expert.adapter, expert.digest, info)
+    shown, manifest = name or expert.title, expert.manifest
+    info = {"expert": shown, "version": expert.version, "digest": expert.digest, "manifest": manifest.to_json()}
+    return Weights(shown, expert.version, expert.digest, info, manifest.layout.size, lambda: expert.adapter)
 
 
-def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -> Weights:
-    """The gateway's weights with the experts and versions it is made of."""
-    manifest = next(iter(experts.values())).manifest
-    info = {
+def all_weights(experts: Mapping[str, ExpertModel], version: int) -> Weights:
+    """All experts as one set of tensors, each module's name prefixed with `EXPERT/`."""
+    ordered = [experts[name] for name in sorted(experts)]
+    listed = {expert.title: {"version": expert.version, "digest": expert.digest} for expert in ordered}
+    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    info = {"version": version, "digest": digest, "manifest": ordered[0].manifest.to_json(), "experts": listed}
+    members = tuple(expert_weights(expert) for expert in ordered)
+    # Neither all experts nor a gateway has an expert's name: "@" keeps them apart in the cache.
+    return Weights("@all", version, digest, info, sum(expert.size for expert in members), members)
+
+
+def gateway_facts(gateway: GatewayModel) -> dict[str, object]:
+    """What a gateway is made of, as it stands beside its weights and in `/get_gateway_info`."""
+    return {
         "version": gateway.version,
         "digest": gateway.digest,
         "strategy": gateway.strategy,
@@ -118,60 +139,26 @@ def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -
         "statistics_tokens": dict(gateway.statistics_tokens),
         "notes": list(gateway.notes),
         "scale": gateway.scale,
-        "alpha": gateway.adapter.alpha,
-        "rank": gateway.adapter.rank,
-        "base": manifest.to_json()["base"],
     }
-    # A gateway has no expert's name: "@" keeps the two apart in the cache.
-    return _of_one("@gateway", gateway.version, gateway.adapter.layout, lambda: gateway.adapter, gateway.digest, info)
+
+
+def gateway_weights(gateway: GatewayModel, experts: Mapping[str, ExpertModel]) -> Weights:
+    """The gateway's weights with the experts and versions it is made of."""
+    base = next(iter(experts.values())).manifest.base
+    return _of_adapter("@gateway", gateway.version, gateway.digest, gateway.adapter, base, gateway_facts(gateway))
 
 
 def adapter_weights(
     version: int, adapter: Adapter, digest: str, sources: Mapping[str, int], base: BaseModel
 ) -> Weights:
     """Any adapter's weights in the form of a gateway's: an adapter to be scored."""
-    info = {
-        "version": version,
-        "digest": digest,
-        "sources": dict(sources),
-        "alpha": adapter.alpha,
-        "rank": adapter.rank,
-        "base": asdict(base),
-    }
-    return _of_one("@candidate", version, adapter.layout, lambda: adapter, digest, info)
+    facts: Info = {"version": version, "digest": digest, "sources": dict(sources)}
+    return _of_adapter("@candidate", version, digest, adapter, base, facts)
 
 
-def _of_one(name: str, version: int, layout: Layout, made: Callable[[], Adapter], digest: str, info: Info) -> Weights:
-    """`made` gives the adapter, when its numbers are needed: an expert that nothing landed on keeps none."""
-
-    def encoded(dtype: WireDtype, cache: EncodedCache) -> tuple[Part, ...]:
-        adapter = made()
-        return (encode(adapter.layout, adapter.flat, dtype, {"fedmoe": json.dumps(info, separators=(",", ":"))}),)
-
-    def modules() -> Iterator[tuple[str, FloatMatrix, FloatMatrix]]:
-        return ((module.name, a, b) for module, a, b in made().factors())
-
-    return Weights(name, version, digest, info, layout.size, encoded, modules)
-
-
-def all_weights(experts: Mapping[str, ExpertModel], version: int) -> Weights:
-    """All experts as one set of tensors, each module's name prefixed with `EXPERT/`."""
-    ordered = [experts[name] for name in sorted(experts)]
-    listed = {expert.title: {"version": expert.version, "digest": expert.digest} for expert in ordered}
-    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-    info = {"version": version, "digest": digest, "manifest": ordered[0].manifest.to_json(), "experts": listed}
-
-    def encoded(dtype: WireDtype, cache: EncodedCache) -> tuple[Part, ...]:
-        bodies = [(expert.title, cache.get(expert_weights(expert), dtype).parts[0]) for expert in ordered]
-        return _joined(bodies, {"fedmoe": json.dumps(info, separators=(",", ":"))})
-
-    def modules() -> Iterator[tuple[str, FloatMatrix, FloatMatrix]]:
-        return (
-            (f"{expert.title}/{module.name}", a, b) for expert in ordered for module, a, b in expert.adapter.factors()
-        )
-
-    size = sum(expert.manifest.layout.size for expert in ordered)
-    return Weights("@all", version, digest, info, size, encoded, modules)
+def _of_adapter(name: str, version: int, digest: str, adapter: Adapter, base: BaseModel, facts: Info) -> Weights:
+    info = {**facts, "alpha": adapter.alpha, "rank": adapter.rank, "base": asdict(base)}
+    return Weights(name, version, digest, info, adapter.layout.size, lambda: adapter)
 
 
 def _joined(bodies: list[tuple[str, Part]], metadata: dict[str, str]) -> tuple[Part, ...]:
@@ -270,17 +257,6 @@ def has_etag(request: Request, tag: str) -> bool:
     """Whether the caller says it has what this ETag names."""
     header = ",".join(request.headers.getlist("if-none-match"))
     return tag in [item.strip().removeprefix("W/") for item in header.split(",")]
-
-
-def answer_statistics(request: Request, tag: str, read: Callable[[], bytes]) -> Response:
-    """Data statistics as safetensors; 304, and nothing read, if the caller has what `tag` names."""
-    refuse_without(request, SAFETENSORS)
-    headers = {"ETag": f'"{tag}"'}
-    if has_etag(request, headers["ETag"]):
-        return Response(status_code=304, headers=headers)
-    body = read()
-    headers["Content-Digest"] = content_digest(hashlib.sha256(body).digest())
-    return Response(body, 200, headers, SAFETENSORS)
 
 
 async def _pieces(encoded: EncodedBody) -> AsyncIterator[Part]:

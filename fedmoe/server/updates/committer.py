@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -39,17 +39,22 @@ class _Job:
 
 
 class Committer:
-    """Takes decisions in order, durably; `failed` holds the reason once storage can no longer be trusted."""
+    """Takes decisions in order, durably; `failed` holds the reason once storage can no longer be trusted.
+
+    `clock` gives the time of decisions, in seconds since 1970.
+    """
 
     def __init__(
         self,
         coordinator: CentralCoordinator,
         journal: Journal,
+        clock: Callable[[], float],
         after_commit: Callable[[Transaction], None],
         storage_problem: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self._coordinator = coordinator
-        self._journal = journal
+        self.coordinator = coordinator
+        self.journal = journal
+        self.clock = clock
         self._after_commit = after_commit
         self._storage_problem = storage_problem
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -97,38 +102,36 @@ class Committer:
             self._thread.join()
 
     def _run(self) -> None:
-        held: _Job | None = None
-        while True:
-            first = held or self._queue.get()
-            if first is None:
-                return
-            group, held, stop = self._gather(first)
+        for group in self._groups():
             self._commit(group)
-            if stop:
-                return
 
-    def _gather(self, first: _Job) -> tuple[list[_Job], _Job | None, bool]:
-        """A group to commit together, a job that must wait for the next group, and whether to stop after this one."""
-        group = [first]
-        while not first.alone and len(group) < _MAX_GROUP:
+    def _groups(self) -> Iterator[list[_Job]]:
+        """What waits in the queue, as groups to commit together, until `close`."""
+        group: list[_Job] = []
+        while True:
             try:
-                job = self._queue.get_nowait()
+                job = self._queue.get(block=not group)
             except queue.Empty:
-                break
+                yield group
+                group = []
+                continue
+            if group and (job is None or job.alone):
+                yield group
+                group = []
             if job is None:
-                return group, None, True
-            if job.alone:
-                return group, job, False
+                return
             group.append(job)
-        return group, None, False
+            if job.alone or len(group) == _MAX_GROUP:
+                yield group
+                group = []
 
     def _commit(self, group: list[_Job]) -> None:
-        transaction = self._coordinator.transaction()
+        transaction = self.coordinator.transaction()
         decided = self._decide(transaction, group)
         try:
             if transaction.events:
                 failpoints.reached("commit.before")
-                self._journal.append(transaction.events, transaction.version_digests)
+                self.journal.append(transaction.events, transaction.version_digests)
                 failpoints.reached("commit.after")
                 self._refuse_if_lost()  # what went into a folder that is gone meanwhile is not acknowledged
         except Exception as error:
@@ -137,11 +140,17 @@ class Committer:
             for job, _ in decided:
                 job.answer.set_exception(error)
             return
-        self._coordinator.publish(transaction)
+        self.coordinator.publish(transaction)
         failpoints.reached("commit.published")
         for job, result in decided:
             job.answer.set_result(result)
-        self._clean_up(transaction)
+        # Snapshots and pruning are useful, but what was acknowledged does not depend on them.
+        try:
+            self._after_commit(transaction)
+        except StorageFailedError as error:
+            self.fail(str(error))
+        except Exception as error:
+            _log.warning("snapshot_failed", error=str(error))
 
     def _decide(self, transaction: Transaction, group: list[_Job]) -> list[tuple[_Job, object]]:
         """Work the group out in one transaction; a decision that fails is answered at once and changes nothing."""
@@ -158,12 +167,3 @@ class Committer:
                 transaction.rollback_to(before)
                 job.answer.set_exception(error)
         return decided
-
-    def _clean_up(self, transaction: Transaction) -> None:
-        """Snapshots and pruning: useful, but what was acknowledged does not depend on them."""
-        try:
-            self._after_commit(transaction)
-        except StorageFailedError as error:
-            self.fail(str(error))
-        except Exception as error:
-            _log.warning("snapshot_failed", error=str(error))

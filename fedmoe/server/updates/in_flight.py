@@ -54,7 +54,11 @@ class CrashMarkers:
         for path in sorted(folder.iterdir()):
             if not _NAME.fullmatch(path.name):
                 continue
-            marker = _read_marker(path)
+            try:
+                marker = json.loads(path.read_bytes())
+            except ValueError:
+                marker = None
+            marker = marker if isinstance(marker, dict) else {}
             crashes, running = int(marker.get("crashes", 0)), bool(marker.get("running", True))
             if not running and time.time() - path.stat().st_mtime > _KEPT_SECONDS:
                 path.unlink()
@@ -79,40 +83,26 @@ class CrashMarkers:
         if self._folder is None or self.suspicion(body.digest):
             yield
             return
-        self._begin(self._folder, body)
+        path = self._folder / body.digest
+        with self._lock:
+            self._running[body.digest] += 1
+            marker = asdict(body) | {"crashes": self._crashes.get(body.digest, 0), "running": True}
+            try:
+                path.write_text(json.dumps(marker))
+            except OSError as error:
+                # Whether the disk is full is for those to say who need it; without a marker a crash is not counted.
+                _log.warning("not_marked", digest=body.digest[:12], reason=error.strerror)
         try:
             yield
-        finally:
-            self._end(self._folder, body.digest)
+        finally:  # the body was answered, whatever the answer
+            with self._lock:
+                self._running[body.digest] -= 1
+                self._running = +self._running
+                if body.digest not in self._running:
+                    self._crashes.pop(body.digest, None)
+                    path.unlink(missing_ok=True)
 
     def forget(self, digest: str) -> None:
         """Drop the crash count of bytes that were processed after all."""
         if self._folder is not None and self._crashes.pop(digest, 0):
             (self._folder / digest).unlink(missing_ok=True)
-
-    def _begin(self, folder: Path, body: InFlightBody) -> None:
-        with self._lock:
-            self._running[body.digest] += 1
-            marker = asdict(body) | {"crashes": self._crashes.get(body.digest, 0), "running": True}
-            try:
-                (folder / body.digest).write_text(json.dumps(marker))
-            except OSError as error:
-                # Whether the disk is full is for those to say who need it; without a marker a crash is not counted.
-                _log.warning("not_marked", digest=body.digest[:12], reason=error.strerror)
-
-    def _end(self, folder: Path, digest: str) -> None:
-        """A body was answered, whatever the answer."""
-        with self._lock:
-            self._running[digest] -= 1
-            self._running = +self._running
-            if digest not in self._running:
-                self._crashes.pop(digest, None)
-                (folder / digest).unlink(missing_ok=True)
-
-
-def _read_marker(path: Path) -> dict[str, int | str | bool]:
-    try:
-        marker = json.loads(path.read_bytes())
-    except ValueError:
-        return {}
-    return marker if isinstance(marker, dict) else {}

@@ -7,14 +7,13 @@ answer. Each step either finishes or leaves nothing behind.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import TypeVar
+from contextlib import asynccontextmanager
 
 import structlog
 
-from fedmoe.coordinator import CentralCoordinator
+from fedmoe.coordinator import Submission
 from fedmoe.lora.adapter import Layout
 from fedmoe.lora.codec import decode
 from fedmoe.lora.safetensors_bytes import CodecError, MalformedError
@@ -22,25 +21,13 @@ from fedmoe.runtime import failpoints
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.base_history import CurrentHistory
 from fedmoe.server.statistics.data_statistics import DataStatisticsStore, body_limit, refuse_suspect
-from fedmoe.server.storage.blobs import BlobStore, BlobWriter, StorageFailedError
-from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.blobs import BlobStore, BlobWriter, CorruptBlobError, MissingBlobError, StorageFailedError
 from fedmoe.server.updates.committer import Committer
 from fedmoe.server.updates.in_flight import CrashMarkers, InFlightBody
-from fedmoe.server.updates.landing import ReceivedUpdate, UpdateDecider
-from fedmoe.server.updates.memory_budget import MemoryBudget, SerialQueue
-from fedmoe.server.updates.upload import (
-    ExpectedBody,
-    log_update,
-    opened_writer,
-    receive,
-    settled,
-    submission_of,
-    usable_norm,
-)
+from fedmoe.server.updates.update_decisions import ReceivedUpdate, UpdateDecider
+from fedmoe.server.updates.upload import Body, in_thread, opened_writer, receive, usable_norm
 from fedmoe.server.updates.worker_leases import WorkerLeases
 from fedmoe.wire.contract.messages import DataStatisticsHeader, DataStatisticsResult, UpdateHeader, UpdateResult
-
-Result = TypeVar("Result")
 
 _log = structlog.get_logger("fedmoe.coordinator")
 
@@ -51,55 +38,38 @@ _CAP_BYTES = 1 << 20
 _CHECKED_BYTES = 80 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
-    """An update's body on its way in: the chunks, the declared length if any, and the promised sha256 (hex)."""
-
-    chunks: AsyncIterator[bytes]
-    length: int | None
-    sha256: str
-
-
 class UpdateIntake:
-    """Takes updates and data statistics in; `pool` runs what blocks, `clock` gives seconds since 1970."""
+    """Takes in updates, pushed or released from quarantine, and data statistics; `pool` runs what blocks."""
 
     def __init__(
         self,
-        coordinator: CentralCoordinator,
-        journal: Journal,
-        blobs: BlobStore,
-        statistics: DataStatisticsStore,
-        decider: UpdateDecider,
         committer: Committer,
+        blobs: BlobStore,
+        current: CurrentHistory,
+        statistics: DataStatisticsStore,
         in_flight: CrashMarkers,
         leases: WorkerLeases,
         pool: Executor,
-        clock: Callable[[], float],
     ) -> None:
-        self._coordinator = coordinator
-        self._journal = journal
-        self._blobs = blobs
-        self._statistics = statistics
-        self._decider = decider
         self._committer = committer
+        self._coordinator = committer.coordinator
+        self._blobs = blobs
+        self._current = current
+        self._statistics = statistics
+        self._decider = UpdateDecider(committer.journal, current)
         self._in_flight = in_flight
         self._leases = leases
         self._pool = pool
-        self._clock = clock
         #: Updates on their way in.
         self.uploads = 0
         self._memory = MemoryBudget(_CHECKED_BYTES)
         # Statistics are merged with all others of their expert, by the threads that uploads need too.
         self._merging = SerialQueue()
 
-    @property
-    def _current(self) -> CurrentHistory:
-        return self._decider.current
-
     def knows(self, header: UpdateHeader) -> bool:
         """Whether this very update has been taken in before."""
         identity = (header.worker, header.epoch, header.sequence)
-        return self._coordinator.quarantine.knows(identity) or self._journal.find_update(*identity) is not None
+        return self._coordinator.quarantine.knows(identity) or bool(self._committer.journal.find_update(*identity))
 
     async def push(self, header: UpdateHeader, body: Body, token: str = "") -> UpdateResult:
         """Take one update in; answers the same to the same update however often it is sent.
@@ -107,13 +77,13 @@ class UpdateIntake:
         `token` is the hash of the sender's token: what is held of the updates that came with one is bounded.
         """
         expert = self._coordinator.expert(header.expert)
-        if expert.retired and not await self._in_thread(lambda: self.knows(header)):
+        if expert.retired and not await in_thread(self._pool, lambda: self.knows(header)):
             expert.require_active()
         self._leases.check(header, token)
+        layout = expert.manifest.layout
         try:
-            result = await self._received(
-                header, lambda layout, writer: self._take(header, body, layout, writer, token)
-            )
+            async with self._received(header, body, int(layout.size * 4 * _CAP_SHARE) + _CAP_BYTES) as writer:
+                result = await self._landed(header, layout, writer, token)
         except RefusedError as error:
             if error.code == "sequence_reused":
                 self._leases.cloned(header)
@@ -121,30 +91,114 @@ class UpdateIntake:
         note = self._leases.warning(header.expert, header.worker)
         return result.model_copy(update={"note": f"{result.note} {note}".strip()}) if note else result
 
+    async def _landed(self, header: UpdateHeader, layout: Layout, writer: BlobWriter, token: str) -> UpdateResult:
+        failpoints.reached("push.received")
+        marked = InFlightBody(writer.digest, header.expert, header.worker, header.sequence, writer.size)
+        # From here to the end the update's numbers are in memory.
+        async with self._memory.of(layout.size * 4):
+            with self._in_flight.processing(marked):
+                update = await in_thread(self._pool, lambda: self._check(header, writer, layout, token))
+                failpoints.reached("push.checked")
+                if update.delta is not None or update.suspicion:
+                    await in_thread(self._pool, writer.commit)
+                    failpoints.reached("push.stored")
+                result = await self._committer.decided(
+                    lambda transaction: self._decider.land(transaction, update, self._committer.clock())
+                )
+        failpoints.reached("push.answered")
+        self._leases.pushed(header, token)
+        _log_update(header, result)
+        return result
+
+    def _check(self, header: UpdateHeader, writer: BlobWriter, layout: Layout, token: str) -> ReceivedUpdate:
+        """The update and its delta, if the body is one that could land; no delta if its number is taken.
+
+        What cannot land is refused before it costs a write; the binding decision comes later, in order.
+        """
+        if self.knows(header):
+            return ReceivedUpdate(header, _submission(header, writer.digest), None, writer.size, token)
+        if writer.size == 0:
+            raise MalformedError("the body is empty")
+        self._current.check_update(header, self._coordinator.expert(header.expert))
+        suspicion = self._in_flight.suspicion(writer.digest)
+        if suspicion:
+            submission, flat = _submission(header, writer.digest), None
+        else:
+            failpoints.reached("push.checking")
+            flat = decode(writer.view(), layout).flat
+            submission = _submission(header, writer.digest, usable_norm(layout, flat))
+        transaction = self._coordinator.transaction()
+        transaction.hold(transaction.admit(submission, self._committer.clock()), writer.size, token, suspicion)
+        return ReceivedUpdate(header, submission, flat, writer.size, token, suspicion)
+
+    def release(self, number: int) -> UpdateResult:
+        """Let a held update land, as if it had arrived now."""
+        held = self._coordinator.quarantine.numbered(number)
+        layout = self._coordinator.expert(held.expert).manifest.layout
+        with self._in_flight.processing(InFlightBody(held.digest, held.expert, held.worker, held.sequence, held.size)):
+            try:
+                delta = decode(self._blobs.read(held.digest), layout).flat
+            except (MissingBlobError, CorruptBlobError) as error:
+                raise RefusedError(
+                    "held_lost",
+                    f"what update {number} holds cannot be read: {error}.",
+                    "Restore a backup, or reject it.",
+                ) from error
+            usable_norm(layout, delta)
+            result = self._committer.submit(
+                lambda transaction: self._decider.release(transaction, number, delta, self._committer.clock())
+            ).result()
+        self._in_flight.forget(held.digest)
+        _log.warning("released", held=number, expert=result.expert, version=result.version)
+        return result
+
+    def reject(self, number: int, reason: str) -> None:
+        """Reject a held update: it never lands, its sender is informed, its bytes are deleted."""
+        event = self._committer.submit(
+            lambda transaction: transaction.reject(number, reason, self._committer.clock())
+        ).result()
+        _log.warning("rejected", held=event.held, expert=event.expert, worker=event.worker, sequence=event.sequence)
+
     async def push_data_statistics(
         self, header: DataStatisticsHeader, body: Body, token: str = ""
     ) -> DataStatisticsResult:
         """Take in statistics of a worker's data; the same bytes again change nothing."""
-        self._coordinator.expert(header.expert).require_active()
-        return await self._received(
-            header, lambda layout, writer: self._take_statistics(header, body, layout, writer, token)
-        )
-
-    async def _received(
-        self,
-        header: UpdateHeader | DataStatisticsHeader,
-        take: Callable[[Layout, BlobWriter], Awaitable[Result]],
-    ) -> Result:
-        """What `take` makes of a body that arrives for an expert; nothing is left of one that is refused."""
-        self._committer.check_storage()
         expert = self._coordinator.expert(header.expert)
+        expert.require_active()
+        layout = expert.manifest.layout
+        async with self._received(header, body, body_limit(header.kind, layout)) as writer:
+            if writer.size == 0:
+                raise MalformedError("the body is empty")
+            refuse_suspect(self._in_flight.suspicion(writer.digest))
+            marked = InFlightBody(writer.digest, header.expert, header.worker, 0, writer.size)
+            async with self._merging.turn(token):
+                with self._in_flight.processing(marked):
+                    failpoints.reached("statistics.checking")
+                    await in_thread(self._pool, lambda: self._statistics.check(header, writer.view(), layout))
+                    digest = await in_thread(self._pool, writer.commit)
+                    result = await self._committer.decided(
+                        lambda transaction: self._statistics.keep(
+                            transaction, header, digest, writer.size, self._committer.clock()
+                        ),
+                        alone=True,
+                    )
+            _log.info("statistics", worker=header.worker, **result.model_dump(exclude={"gateway_version"}))
+        return result
+
+    @asynccontextmanager
+    async def _received(
+        self, header: UpdateHeader | DataStatisticsHeader, body: Body, cap: int
+    ) -> AsyncIterator[BlobWriter]:
+        """A body of at most `cap` bytes that has arrived whole; nothing is left of one that is refused."""
+        self._committer.check_storage()
         self.uploads += 1
         try:
             writer = await opened_writer(self._blobs, self._pool)
             try:
-                return await take(expert.manifest.layout, writer)
+                await receive(body, cap, writer, self._pool)
+                yield writer
             finally:
-                await self._in_thread(writer.abort)
+                await in_thread(self._pool, writer.abort)
         except (RefusedError, CodecError) as error:
             code = getattr(error, "code", "refused")
             _log.warning("refused", expert=header.expert, worker=header.worker, code=code, reason=str(error))
@@ -155,70 +209,62 @@ class UpdateIntake:
         finally:
             self.uploads -= 1
 
-    async def _take(
-        self, header: UpdateHeader, body: Body, layout: Layout, writer: BlobWriter, token: str
-    ) -> UpdateResult:
-        expected = ExpectedBody(int(layout.size * 4 * _CAP_SHARE) + _CAP_BYTES, body.length, body.sha256)
-        await receive(body.chunks, expected, writer, self._pool)
-        failpoints.reached("push.received")
-        marked = InFlightBody(writer.digest, header.expert, header.worker, header.sequence, writer.size)
-        # From here to the end the update's numbers are in memory.
-        async with self._memory.of(layout.size * 4):
-            with self._in_flight.processing(marked):
-                update = await self._in_thread(lambda: self._check(header, writer, layout, token))
-                failpoints.reached("push.checked")
-                if update.delta is not None or update.suspicion:
-                    await self._in_thread(writer.commit)
-                    failpoints.reached("push.stored")
-                result = await self._committer.decided(
-                    lambda transaction: self._decider.land(transaction, update, self._clock())
-                )
-        failpoints.reached("push.answered")
-        self._leases.pushed(header, token)
-        log_update(header, result)
-        return result
 
-    def _check(self, header: UpdateHeader, writer: BlobWriter, layout: Layout, token: str) -> ReceivedUpdate:
-        """The update and its delta, if the body is one that could land; no delta if its number is taken.
+def _submission(header: UpdateHeader, digest: str, norm: float | None = None) -> Submission:
+    numbers = {"loss": header.loss, "steps": header.steps, "tokens": header.tokens}
+    info = {name: float(value) for name, value in numbers.items() if value is not None}
+    identity = (header.expert, header.worker, header.epoch, header.sequence)
+    return Submission(*identity, header.base_version, digest, info, norm)
 
-        What cannot land is refused before it costs a write; the binding decision comes later, in order.
-        """
-        if self.knows(header):
-            return ReceivedUpdate(header, submission_of(header, writer.digest), None, writer.size, token)
-        if writer.size == 0:
-            raise MalformedError("the body is empty")
-        self._current.check_update(header, self._coordinator.expert(header.expert))
-        suspicion = self._in_flight.suspicion(writer.digest)
-        if suspicion:
-            submission, flat = submission_of(header, writer.digest), None
-        else:
-            failpoints.reached("push.checking")
-            flat = decode(writer.view(), layout).flat
-            submission = submission_of(header, writer.digest, usable_norm(layout, flat))
-        transaction = self._coordinator.transaction()
-        transaction.hold(transaction.admit(submission, self._clock()), writer.size, token, suspicion)
-        return ReceivedUpdate(header, submission, flat, writer.size, token, suspicion)
 
-    async def _take_statistics(
-        self, header: DataStatisticsHeader, body: Body, layout: Layout, writer: BlobWriter, token: str
-    ) -> DataStatisticsResult:
-        expected = ExpectedBody(body_limit(header.kind, layout), body.length, body.sha256)
-        await receive(body.chunks, expected, writer, self._pool)
-        if writer.size == 0:
-            raise MalformedError("the body is empty")
-        refuse_suspect(self._in_flight.suspicion(writer.digest))
-        marked = InFlightBody(writer.digest, header.expert, header.worker, 0, writer.size)
-        async with self._merging.turn(token):
-            with self._in_flight.processing(marked):
-                failpoints.reached("statistics.checking")
-                await self._in_thread(lambda: self._statistics.check(header, writer.view(), layout))
-                digest = await self._in_thread(writer.commit)
-                result = await self._committer.decided(
-                    lambda transaction: self._statistics.keep(transaction, header, digest, writer.size, self._clock()),
-                    alone=True,
-                )
-        _log.info("statistics", worker=header.worker, **result.model_dump(exclude={"gateway_version"}))
-        return result
+def _log_update(header: UpdateHeader, result: UpdateResult) -> None:
+    named = {"expert": result.expert, "worker": header.worker, "sequence": header.sequence}
+    if result.status != "landed":
+        _log.warning(result.status, **named, held=result.held, reason=result.note, duplicate=result.duplicate)
+        return
+    _log.info(
+        "update",
+        **named,
+        version=result.version,
+        staleness=result.staleness,
+        coefficient=round(result.coefficient, 6),
+        digest=result.digest[:12],
+        duplicate=result.duplicate,
+    )
 
-    async def _in_thread(self, call: Callable[[], Result]) -> Result:
-        return await settled(asyncio.get_running_loop().run_in_executor(self._pool, call))
+
+class MemoryBudget:
+    """Bytes that are shared out in the order of asking; whoever asks for more than all of them gets them alone."""
+
+    def __init__(self, total: int) -> None:
+        self._total = self._left = total
+        self._line = asyncio.Lock()
+        self._given_back = asyncio.Event()
+
+    @asynccontextmanager
+    async def of(self, size: int) -> AsyncIterator[None]:
+        """Have `size` bytes for as long as the context lasts."""
+        taken = min(size, self._total)
+        async with self._line:  # whoever is first waits here for room, the others for the lock: nobody is overtaken
+            while self._left < taken:
+                self._given_back.clear()
+                await self._given_back.wait()
+            self._left -= taken
+        try:
+            yield
+        finally:
+            self._left += taken
+            self._given_back.set()
+
+
+class SerialQueue:
+    """Work that takes much memory, done one at a time; of each token one request stands in line, whatever it sends."""
+
+    def __init__(self) -> None:
+        self._all = asyncio.Lock()
+        self._of: dict[str, asyncio.Lock] = {}
+
+    @asynccontextmanager
+    async def turn(self, token: str) -> AsyncIterator[None]:
+        async with self._of.setdefault(token, asyncio.Lock()), self._all:
+            yield

@@ -1,4 +1,4 @@
-"""Receiving an update: body written to disk with cap and hash, norm checked, outcome logged."""
+"""Upload of a body: written to disk with cap and hash, the norm of its numbers checked."""
 
 from __future__ import annotations
 
@@ -6,34 +6,35 @@ import asyncio
 import base64
 import binascii
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
-import structlog
 from starlette.requests import ClientDisconnect
 
-from fedmoe.coordinator import Submission
-from fedmoe.federation.events import HeldUpdateRejected, UpdateAccepted, UpdateHeld
 from fedmoe.lora.adapter import FloatVector, Layout
 from fedmoe.lora.update_rules import first_not_finite
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import BlobStore, BlobWriter
-from fedmoe.wire.contract.messages import UpdateHeader, UpdateResult
 
 Result = TypeVar("Result")
 
-#: What a request gathers before it is written.
-_PIECE = 128 << 10
+#: The largest norm of an update. Far above any real one, and so small that no number of updates overflows an expert.
+MAX_NORM = 1e9
+# What a request gathers before it is written.
+_WRITTEN_BYTES = 128 << 10
+# Numbers that are squared in double precision at once.
+_SQUARED = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class ExpectedBody:
-    """What a body must be: at most `cap` bytes, `length` bytes if declared, with this sha256."""
+class Body:
+    """A body on its way in: the chunks, the declared length if any, and the promised sha256 (hex)."""
 
-    cap: int
+    chunks: AsyncIterator[bytes]
     length: int | None
     sha256: str
 
@@ -41,8 +42,8 @@ class ExpectedBody:
 def parse_content_digest(values: Sequence[str]) -> str:
     """The one sha256 in all `Content-Digest: sha-256=:BASE64:` headers of a request (RFC 9530), as hex."""
     parts = [part.strip().partition("=") for value in values for part in value.split(",")]
-    found = [encoded.strip() for name, _, encoded in parts if name.strip().lower() == "sha-256"]
-    digest = _decoded(found[0]) if len(found) == 1 else None
+    hashes = [encoded.strip() for name, _, encoded in parts if name.strip().lower() == "sha-256"]
+    digest = _decoded(hashes[0]) if len(hashes) == 1 else None
     if digest is not None:
         return digest.hex()
     raise RefusedError(
@@ -76,47 +77,47 @@ async def opened_writer(blobs: BlobStore, pool: Executor) -> BlobWriter:
         raise
 
 
-async def receive(chunks: AsyncIterator[bytes], expected: ExpectedBody, writer: BlobWriter, pool: Executor) -> None:
-    """Write the body into `writer` piece by piece, and check its size and hash."""
-    if expected.length is not None and expected.length > expected.cap:
-        raise _too_large(expected.length, expected.cap)
-    await _copy(chunks, expected.cap, writer, pool)
-    if expected.length is not None and writer.size != expected.length:
-        raise RefusedError("truncated", f"Content-Length was {expected.length}, {writer.size} bytes arrived.")
-    if writer.digest != expected.sha256:
-        raise RefusedError(
-            "digest_mismatch",
-            f"the body's sha256 is {writer.digest}, Content-Digest promised {expected.sha256}.",
-            "The body was damaged on its way; push again.",
-        )
+async def receive(body: Body, cap: int, writer: BlobWriter, pool: Executor) -> None:
+    """Write a body of at most `cap` bytes into `writer` piece by piece, and check its size and hash.
 
-
-async def _copy(chunks: AsyncIterator[bytes], cap: int, writer: BlobWriter, pool: Executor) -> None:
-    """Nothing more is taken while a piece is written: what arrives meanwhile waits in the connection's own buffer."""
+    Nothing more is taken while a piece is written: what arrives meanwhile waits in the connection's own buffer.
+    """
+    if body.length is not None and body.length > cap:
+        raise _too_large(body.length, cap)
     total, gathered = 0, 0
     piece: list[bytes] = []
     try:
-        async for chunk in chunks:
+        async for chunk in body.chunks:
             total += len(chunk)
             if total > cap:
                 raise _too_large(total, cap)
             piece.append(chunk)
             gathered += len(chunk)
-            if gathered >= _PIECE:
-                await settled(_start(pool, writer, piece))
+            if gathered >= _WRITTEN_BYTES:
+                await in_thread(pool, partial(_write, writer, piece))
                 piece, gathered = [], 0
     except ClientDisconnect:
         raise RefusedError("truncated", f"the connection closed after {total} bytes of the body.") from None
     if piece:
-        await settled(_start(pool, writer, piece))
+        await in_thread(pool, partial(_write, writer, piece))
+    if body.length is not None and writer.size != body.length:
+        raise RefusedError("truncated", f"Content-Length was {body.length}, {writer.size} bytes arrived.")
+    if writer.digest != body.sha256:
+        raise RefusedError(
+            "digest_mismatch",
+            f"the body's sha256 is {writer.digest}, Content-Digest promised {body.sha256}.",
+            "The body was damaged on its way; push again.",
+        )
 
 
-def _start(pool: Executor, writer: BlobWriter, piece: list[bytes]) -> asyncio.Future[None]:
-    def write() -> None:
-        for chunk in piece:
-            writer.write(chunk)
+def _write(writer: BlobWriter, piece: list[bytes]) -> None:
+    for chunk in piece:
+        writer.write(chunk)
 
-    return asyncio.get_running_loop().run_in_executor(pool, write)
+
+async def in_thread(pool: Executor, call: Callable[[], Result]) -> Result:
+    """The result of a call in a thread of the pool; see `settled`."""
+    return await settled(asyncio.get_running_loop().run_in_executor(pool, call))
 
 
 async def settled(work: asyncio.Future[Result]) -> Result:
@@ -142,24 +143,6 @@ def _too_large(size: int, cap: int) -> RefusedError:
     )
 
 
-_log = structlog.get_logger("fedmoe.coordinator")
-
-#: The largest norm of an update. Far above any real one, and so small that no number of updates overflows an expert.
-MAX_NORM = 1e9
-_PIECE = 1 << 16
-
-
-def refuse_other_bytes(earlier: UpdateAccepted | UpdateHeld | HeldUpdateRejected, submission: Submission) -> None:
-    """The same update again is fine; another one under its number is not."""
-    if (earlier.digest, earlier.expert) != (submission.digest, submission.expert):
-        raise RefusedError(
-            "sequence_reused",
-            f"worker {submission.worker!r} already sent another update as number {submission.sequence}.",
-            "Every update needs its own number; a restored worker state needs a new epoch.",
-            accepted_digest=earlier.digest,
-        )
-
-
 def usable_norm(layout: Layout, flat: FloatVector) -> float:
     """The L2 norm; refuses numbers that would break an expert: not finite, or a sum that could overflow float32."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -172,42 +155,11 @@ def usable_norm(layout: Layout, flat: FloatVector) -> float:
             "not_finite", f"{bad} holds a NaN or an infinity.", "Lower the learning rate; never push such weights."
         )
     norm = math.sqrt(
-        sum(float(np.square(flat[at : at + _PIECE], dtype=np.float64).sum()) for at in range(0, len(flat), _PIECE))
+        sum(float(np.square(flat[at : at + _SQUARED], dtype=np.float64).sum()) for at in range(0, len(flat), _SQUARED))
     )
     raise RefusedError(
         "norm_too_large",
         f"the update's norm is {norm:.3g}; at most {MAX_NORM:g} is taken, real ones are near 1.",
         "Lower the learning rate or clip the gradients; never push such weights.",
         norm=norm,
-    )
-
-
-def submission_of(header: UpdateHeader, digest: str, norm: float | None = None) -> Submission:
-    info = {"loss": header.loss, "steps": header.steps, "tokens": header.tokens}
-    return Submission(
-        header.expert,
-        header.worker,
-        header.epoch,
-        header.sequence,
-        header.base_version,
-        digest,
-        {key: float(value) for key, value in info.items() if value is not None},
-        norm,
-    )
-
-
-def log_update(header: UpdateHeader, result: UpdateResult) -> None:
-    """Say what became of an update."""
-    named = {"expert": result.expert, "worker": header.worker, "sequence": header.sequence}
-    if result.status != "landed":
-        _log.warning(result.status, **named, held=result.held, reason=result.note, duplicate=result.duplicate)
-        return
-    _log.info(
-        "update",
-        **named,
-        version=result.version,
-        staleness=result.staleness,
-        coefficient=round(result.coefficient, 6),
-        digest=result.digest[:12],
-        duplicate=result.duplicate,
     )

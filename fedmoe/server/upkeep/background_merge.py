@@ -11,13 +11,11 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import structlog
 
-from fedmoe.coordinator import CentralCoordinator, Transaction
+from fedmoe.coordinator import Transaction
 from fedmoe.federation.events import ExpertRebased, GatewayMerged
 from fedmoe.federation.online_gateway import MergePlan, plan_merge
 from fedmoe.lora.algebra import TruncatedAdapter
@@ -49,20 +47,12 @@ class MergeOvertakenError(Exception):
 class BackgroundMerge:
     """The thread that merges, after `wake` and when experts become idle; not started without `merge_after`."""
 
-    def __init__(
-        self,
-        coordinator: CentralCoordinator,
-        history: History,
-        blobs: BlobStore,
-        committer: Committer,
-        clock: Callable[[], float],
-    ) -> None:
-        self._coordinator = coordinator
+    def __init__(self, committer: Committer, history: History, blobs: BlobStore) -> None:
+        self._committer = committer
+        self._coordinator = committer.coordinator
         self._history = history
         self._blobs = blobs
-        self._committer = committer
-        self._clock = clock
-        self._heard_since = clock()
+        self._heard_since = committer.clock()
         self._due = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fedmoe-folding", daemon=True)
@@ -118,22 +108,17 @@ class BackgroundMerge:
         aggregation = view.aggregation
         if view.online_gateway is None or aggregation.merge_after is None:
             return None
-        moments = {name: expert_moments.moments for name, expert_moments in view.moments.items()}
-        weight = STALENESS[aggregation.fold_staleness]
+        # Experts whose last update is older than this are idle; downtime of the coordinator is excluded.
+        now = self._committer.clock()
         return plan_merge(
             view.online_gateway,
             view.experts,
-            moments,
+            {name: expert_moments.moments for name, expert_moments in view.moments.items()},
             aggregation.merge_after,
-            weight,
+            STALENESS[aggregation.fold_staleness],
             least_updates=aggregation.buffer_size,
-            idle_since=self._idle_since(),
+            idle_since=now - IDLE_SECONDS if now - self._heard_since >= IDLE_SECONDS else -math.inf,
         )
-
-    def _idle_since(self) -> float:
-        """Experts whose last update is older than this are idle; downtime of the coordinator is excluded."""
-        now = self._clock()
-        return now - IDLE_SECONDS if now - self._heard_since >= IDLE_SECONDS else -math.inf
 
     def _compute(self, plan: MergePlan) -> TruncatedAdapter:
         left = plan.gateway.branch_points
@@ -143,7 +128,7 @@ class BackgroundMerge:
             raise MergeFailedError(f"where an expert left the gateway cannot be read: {error}") from error
         merged = plan.compute(starts)
         if not np.isfinite(merged.adapter.flat).all():
-            raise MergeFailedError(f"the fold of {', '.join(plan.experts)} is not finite; roll the broken one back")
+            raise MergeFailedError(f"the merge of {', '.join(plan.experts)} is not finite; roll the broken one back")
         failpoints.reached("fold.computed")
         return merged
 
@@ -154,8 +139,9 @@ class BackgroundMerge:
             writer.write(encode(merged.adapter.layout, merged.adapter.flat))
             digest = writer.commit()
             failpoints.reached("fold.stored")
-            seen = _MergeResult(plan, merged, digest, seconds)
-            event = self._committer.submit(lambda transaction: self._decide(transaction, seen)).result()
+            event = self._committer.submit(
+                lambda transaction: self._decide(transaction, plan, merged, digest, seconds)
+            ).result()
         finally:
             writer.abort()
         failpoints.reached("fold.published")
@@ -171,51 +157,36 @@ class BackgroundMerge:
             notes=list(event.notes),
         )
 
-    def _decide(self, transaction: Transaction, computed: _MergeResult) -> GatewayMerged:
+    def _decide(
+        self, transaction: Transaction, plan: MergePlan, merged: TruncatedAdapter, digest: str, seconds: float
+    ) -> GatewayMerged:
         """Apply the merge and rebase its experts, in the journal's order; raises if one did more than train."""
-        event = computed.event(transaction.gateway_version + 1, self._clock())
+        event = GatewayMerged(
+            plan.gateway.number + 1,
+            transaction.gateway_version + 1,
+            digest,
+            {name: expert.version for name, expert in plan.experts.items()},
+            dict(plan.staleness),
+            dict(plan.weights),
+            merged.truncation_error,
+            round(seconds, 3),
+            plan.notes,
+            self._committer.clock(),
+        )
         assert transaction.online_gateway is not None, "only an online gateway is merged into"
         branch_points = transaction.online_gateway.branch_points
-        transaction.apply(event, gateway=computed.merged.adapter)
+        transaction.apply(event, gateway=merged.adapter)
         for name, version in event.sources.items():
             expert = transaction.expert(name)
             if expert.retired:
                 raise MergeOvertakenError(f"{name} was retired meanwhile.")
-            rest = branch_points[name].unseen(
-                computed.plan.gateway.branch_points[name], transaction.aggregation.buffer_size
-            )
+            rest = branch_points[name].unseen(plan.gateway.branch_points[name], transaction.aggregation.buffer_size)
             if rest is None:
                 raise MergeOvertakenError(
-                    f"{name} changed from version {version} to {expert.version} by more than updates.",
+                    f"{name} changed from version {version} to {expert.version} by more than updates."
                 )
-            updates = [one.update for one in rest]
-            state = self._history.rebased_state(computed.merged.adapter.flat, updates, expert.manifest)
+            updates = [counted.update for counted in rest]
+            state = self._history.rebased_state(merged.adapter.flat, updates, expert.manifest)
             rebased = ExpertRebased(name, event.number, event.digest, len(rest), expert.version + 1, event.at)
             transaction.apply(rebased, rebuilt=state, since=rest)
         return event
-
-
-@dataclass(frozen=True)
-class _MergeResult:
-    """A merge that was computed, in so many seconds, and stored as the blob `digest`."""
-
-    plan: MergePlan
-    merged: TruncatedAdapter
-    digest: str
-    seconds: float
-
-    def event(self, version: int, at: float) -> GatewayMerged:
-        plan = self.plan
-        sources = {name: expert.version for name, expert in plan.experts.items()}
-        return GatewayMerged(
-            plan.gateway.number + 1,
-            version,
-            self.digest,
-            sources,
-            dict(plan.staleness),
-            dict(plan.weights),
-            self.merged.truncation_error,
-            round(self.seconds, 3),
-            plan.notes,
-            at,
-        )

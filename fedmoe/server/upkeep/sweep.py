@@ -51,22 +51,19 @@ class DailySweep:
         """Move blobs that were unnamed at the last sweep too to the trash, and delete old trash."""
         self._next = self._monotonic() + UNNAMED_SECONDS
         try:
-            swept = self._swept()
+            now, trash = self._clock(), Trash(self._blobs.folder / "trash")
+            unnamed = self._unnamed()
+            old = [name for name, identity in unnamed.items() if self._seen.get(name) == identity]
+            moved = sum(self._moved(name, unnamed[name], trash, now) for name in old)
+            self._seen = unnamed
+            newest = max((update.at for update in newest_updates(self._journal, 1)), default=0.0)
+            report = SweepReport(trash.empty(min(now, newest)), moved)
         except (OSError, RefusedError, StorageFailedError) as error:
             _log.error("sweep_failed", reason=str(error), again="in a day, and at the next start")
             return SweepReport()
-        if swept != SweepReport():
-            _log.warning("swept", removed=swept.removed, to_trash=swept.to_trash)
-        return swept
-
-    def _swept(self) -> SweepReport:
-        now, trash = self._clock(), Trash(self._blobs.folder / "trash")
-        unnamed = self._unnamed()
-        old = [name for name, identity in unnamed.items() if self._seen.get(name) == identity]
-        moved = sum(self._moved(name, unnamed[name], trash, now) for name in old)
-        self._seen = unnamed
-        newest = max((update.at for update in newest_updates(self._journal, 1)), default=0.0)
-        return SweepReport(trash.empty(min(now, newest)), moved)
+        if report != SweepReport():
+            _log.warning("swept", removed=report.removed, to_trash=report.to_trash)
+        return report
 
     def _unnamed(self) -> dict[str, Identity]:
         """Blobs that no row names. They are listed before the rows are read, so that new ones are not missed."""
@@ -79,10 +76,10 @@ class DailySweep:
 
     def _identity(self, name: str) -> Identity | None:
         try:
-            found = self._blobs.path(name).lstat()
+            status = self._blobs.path(name).lstat()
         except FileNotFoundError:
             return None
-        return found.st_ino, found.st_mtime_ns
+        return status.st_ino, status.st_mtime_ns
 
     def _moved(self, name: str, identity: Identity, trash: Trash, now: float) -> bool:
         """Move a blob, unless somebody has just stored the same bytes."""

@@ -7,21 +7,21 @@ thread starts over; after a few tries the committer rebuilds alone. The bits are
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import structlog
 
-from fedmoe.coordinator import CentralCoordinator, Transaction
+from fedmoe.coordinator import Transaction
 from fedmoe.experts import ExpertModel
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.base_history import CurrentHistory
 from fedmoe.server.history.history import History, RebuiltState
 from fedmoe.server.updates.committer import Committer
-from fedmoe.server.updates.landing import retract_held
-from fedmoe.server.updates.upload import settled
+from fedmoe.server.updates.update_decisions import retract_held
+from fedmoe.server.updates.upload import in_thread
 from fedmoe.wire.contract.messages import ChangeResult, RetractRequest, RollbackRequest
 
 _log = structlog.get_logger("fedmoe.coordinator")
@@ -31,25 +31,17 @@ _FEW = 8
 _TRIES = 5
 
 Rebuild = Callable[[ExpertModel], RebuiltState]
-Decide = Callable[[Transaction, ExpertModel, RebuiltState], ChangeResult]
+Decide = Callable[[Transaction, RebuiltState], ChangeResult]
 
 
 class Undo:
     """Rollbacks and retractions of one coordinator, one rebuilt at a time."""
 
-    def __init__(
-        self,
-        coordinator: CentralCoordinator,
-        history: History,
-        committer: Committer,
-        current: CurrentHistory,
-        clock: Callable[[], float],
-    ) -> None:
-        self._coordinator = coordinator
-        self._history = history
+    def __init__(self, committer: Committer, history: History, current: CurrentHistory) -> None:
         self._committer = committer
+        self._coordinator = committer.coordinator
+        self._history = history
         self._current = current
-        self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fedmoe-undo")
 
     def close(self) -> None:
@@ -59,67 +51,69 @@ class Undo:
     async def roll_back(self, request: RollbackRequest) -> ChangeResult:
         """The expert's next version gets the content of an earlier one."""
 
-        def decide(transaction: Transaction, expert: ExpertModel, rebuilt: RebuiltState) -> ChangeResult:
+        def decide(transaction: Transaction, rebuilt: RebuiltState) -> ChangeResult:
+            expert = transaction.expert(request.expert)
             self._current.check_rollback(request, expert, expert.with_state(rebuilt.state).digest)
-            named = (request.expert, request.to_version, rebuilt.state, request.reason, self._clock())
+            named = (request.expert, request.to_version, rebuilt.state, request.reason, self._committer.clock())
             transaction.roll_back(*named, since=rebuilt.since)
             return change_result(transaction, request.expert, rebuilt.removed, rebuilt.note)
 
-        def rebuild(expert: ExpertModel) -> RebuiltState:
-            return self._history.at_version(expert, request.to_version)
-
-        return await self._done("rolled_back", request.expert, None, rebuild, decide)
+        return await self._done(
+            "rolled_back",
+            request.expert,
+            None,
+            lambda expert: self._history.at_version(expert, request.to_version),
+            decide,
+        )
 
     async def retract(self, request: RetractRequest) -> ChangeResult:
         """The expert's next version is what it would be without one worker's updates."""
-
-        def rebuild(expert: ExpertModel) -> RebuiltState:
-            return self._history.without_worker(expert, request.worker)
-
-        def decide(transaction: Transaction, expert: ExpertModel, rebuilt: RebuiltState) -> ChangeResult:
-            return self._retracted(request, transaction, rebuilt)
-
-        return await self._done("retracted", request.expert, request.worker, rebuild, decide)
+        return await self._done(
+            "retracted",
+            request.expert,
+            request.worker,
+            lambda expert: self._history.without_worker(expert, request.worker),
+            partial(self._retracted, request),
+        )
 
     def retract_now(self, transaction: Transaction, request: RetractRequest) -> ChangeResult:
         """`retract` for the committer, in a group of its own: rebuilt and decided at once."""
-        return self._retracted(
-            request, transaction, self._history.without_worker(transaction.expert(request.expert), request.worker)
-        )
+        rebuilt = self._history.without_worker(transaction.expert(request.expert), request.worker)
+        return self._retracted(request, transaction, rebuilt)
 
     def _retracted(self, request: RetractRequest, transaction: Transaction, rebuilt: RebuiltState) -> ChangeResult:
-        at = self._clock()
+        at = self._committer.clock()
         named = (request.expert, request.worker, rebuilt.removed, rebuilt.state, request.reason, at)
         transaction.retract(*named, since=rebuilt.since)
         rejected = retract_held(transaction, request.expert, request.worker, request.reason, at)
         return change_result(transaction, request.expert, rebuilt.removed, f"{rebuilt.note} {rejected}".strip())
 
     async def _done(self, what: str, name: str, worker: str | None, rebuild: Rebuild, decide: Decide) -> ChangeResult:
-        def whole(transaction: Transaction) -> ChangeResult:
-            expert = transaction.expert(name)
-            return decide(transaction, expert, rebuild(expert))
-
-        result, rebuilt, tries = None, None, 0
-        while result is None and tries < _TRIES:
-            rebuilt, tries = await self._beside(name, worker, rebuild, rebuilt), tries + 1
+        result, rebuilt = None, None
+        for _ in range(_TRIES):
+            rebuilt = await self._beside(name, worker, rebuild, rebuilt)
             result = await self._decided(name, worker, rebuilt, decide) if rebuilt is not None else None
-        if result is None:
-            result = await self._committer.decided(whole, alone=True)
+            if result is not None:
+                break
+        else:
+            result = await self._committer.decided(
+                lambda transaction: decide(transaction, rebuild(transaction.expert(name))), alone=True
+            )
         _log.warning(what, expert=result.expert, version=result.version, removed=result.removed)
         return result
 
     async def _beside(
-        self, name: str, worker: str | None, rebuild: Rebuild, known: RebuiltState | None
+        self, name: str, worker: str | None, rebuild: Rebuild, earlier: RebuiltState | None
     ) -> RebuiltState | None:
-        """The newest expert, rebuilt (or `known` brought up to it); None if it changed by more than updates."""
+        """The newest expert, rebuilt (or `earlier` brought up to it); None if it changed by more than updates."""
         expert = self._coordinator.expert(name)
 
         def work() -> RebuiltState | None:
             failpoints.reached("undo.rebuild")
-            return rebuild(expert) if known is None else self._history.caught_up(known, expert, worker)
+            return rebuild(expert) if earlier is None else self._history.caught_up(earlier, expert, worker)
 
         try:
-            return await settled(asyncio.get_running_loop().run_in_executor(self._thread, work))
+            return await in_thread(self._thread, work)
         except RefusedError:
             if self._coordinator.expert(name).version == expert.version:
                 raise
@@ -135,7 +129,7 @@ class Undo:
             if expert.version - rebuilt.version > _FEW:
                 return None
             newest = self._history.caught_up(rebuilt, expert, worker)
-            return None if newest is None else decide(transaction, expert, newest)
+            return None if newest is None else decide(transaction, newest)
 
         return await self._committer.decided(attempt, alone=True)
 

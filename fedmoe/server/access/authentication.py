@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access import problems
-from fedmoe.server.access.buffered_bodies import BufferedBodies, BufferedBody
-from fedmoe.server.access.quotas import Rate
 from fedmoe.server.access.security import Principal
 from fedmoe.server.access.tokens import TokenGate
-from fedmoe.server.access.turns import TOKEN_RATE, UPLOADS, RequestTurn, RequestTurns
+from fedmoe.server.access.turns import UPLOADS, Rate, RequestTurn, RequestTurns
+from fedmoe.wire.http.body_limits import BodyRefusedError
 from fedmoe.wire.http.middleware import is_open
 
 
@@ -27,16 +26,10 @@ class AuthenticationMiddleware:
     `token_rate` None lets tokens ask as fast as they like; where none is asked for, everybody may.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        gate: TokenGate,
-        token_rate: Rate | None = TOKEN_RATE,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, app: ASGIApp, gate: TokenGate, token_rate: Rate | None) -> None:
         self._app = app
         self._gate = gate
-        self._turns = RequestTurns(token_rate, clock)
+        self._turns = RequestTurns(token_rate, time.monotonic)
         self.bodies = BufferedBodies()
         self._under_way: dict[str, set[asyncio.Timeout]] = {}
         gate.on_revoked.append(self._end_later)
@@ -74,11 +67,17 @@ class AuthenticationMiddleware:
             await self._answer(scope, exchange)
             return
         try:
-            async with asyncio.timeout(self._gate.seconds_left(principal.token)) as leash:
-                with self._leashed(principal.token, leash):
+            async with asyncio.timeout(self._gate.seconds_left(principal.token)) as timeout:
+                timeouts = self._under_way.setdefault(principal.token, set())
+                timeouts.add(timeout)
+                try:
                     await self._answer(scope, exchange)
+                finally:
+                    timeouts.discard(timeout)
+                    if not timeouts:
+                        self._under_way.pop(principal.token, None)
         except TimeoutError:
-            if not leash.expired():
+            if not timeout.expired():
                 raise
             if not exchange.answered:
                 raise self._gate.ended(principal.token) from None
@@ -89,17 +88,6 @@ class AuthenticationMiddleware:
             await exchange.turn.begin()  # nobody will read a body that is not there
         await self._app(scope, exchange.receive, exchange.send)
 
-    @contextmanager
-    def _leashed(self, token: str, leash: asyncio.Timeout) -> Iterator[None]:
-        mine = self._under_way.setdefault(token, set())
-        mine.add(leash)
-        try:
-            yield
-        finally:
-            mine.discard(leash)
-            if not mine:
-                self._under_way.pop(token, None)
-
     def _end_later(self, token: str) -> None:
         """Called in the thread that revokes."""
         if self._loop is not None and not self._loop.is_closed():
@@ -107,8 +95,8 @@ class AuthenticationMiddleware:
 
     def _end(self, token: str) -> None:
         now = asyncio.get_running_loop().time()
-        for leash in self._under_way.get(token, ()):
-            leash.reschedule(now)
+        for timeout in self._under_way.get(token, ()):
+            timeout.reschedule(now)
 
 
 class _Exchange:
@@ -139,3 +127,61 @@ def address_of(scope: Scope) -> str | None:
     """The address a request comes from: the peer's, which may be a proxy."""
     client = scope.get("client")
     return str(client[0]) if client else None
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Bytes held of one token, and in all; the first `free` bytes of a body count for neither, and always find room."""
+
+    of_token: int = 16 << 20
+    total: int = 64 << 20
+    free: int = 64 << 10
+
+
+class BufferedBodies:
+    """The JSON bodies in memory that are not answered yet; for one event loop."""
+
+    def __init__(self, limits: BodyLimits | None = None) -> None:
+        self.limits = limits or BodyLimits()
+        self.by_token: Counter[str] = Counter()
+        self.total = 0
+
+    def of(self, token: str) -> BufferedBody:
+        """A new body of this token; an empty token stands for all callers and is limited by the total only."""
+        return BufferedBody(self, token)
+
+
+class BufferedBody:
+    """One body, as much of it as has come; what it holds is given back with `release`."""
+
+    def __init__(self, bodies: BufferedBodies, token: str) -> None:
+        self._bodies = bodies
+        self._token = token
+        self._size = self._counted = 0
+
+    def add(self, size: int) -> None:
+        """More of it comes; raises `RefusedError` where there is no room for that."""
+        self._size += size
+        more = max(0, self._size - self._bodies.limits.free) - self._counted
+        limits, held_by_token = self._bodies.limits, self._bodies.by_token[self._token]
+        if more and self._token and held_by_token + more > limits.of_token:
+            raise BodyRefusedError("quota_exceeded", *_no_room("this token's", limits.of_token), retry_after=2)
+        if more and self._bodies.total + more > limits.total:
+            raise BodyRefusedError("busy", *_no_room("all", limits.total), retry_after=2)
+        self._count(more)
+
+    def release(self) -> None:
+        self._count(-self._counted)
+
+    def _count(self, more: int) -> None:
+        self._counted += more
+        self._bodies.total += more
+        self._bodies.by_token[self._token] += more
+        if not self._bodies.by_token[self._token]:
+            del self._bodies.by_token[self._token]
+
+
+def _no_room(whose: str, most: int) -> tuple[str, str]:
+    """What is wrong, and what to do."""
+    detail = f"{whose} requests under way hold {most} bytes of JSON, which is all they may."
+    return detail, "Retry after the time given, with fewer or smaller bodies at once."
