@@ -148,9 +148,15 @@ def _budget(name: str, kind: str, title: str) -> str:
     rows = []
     for model in models:
         shares = [[row["kept"][model]["value"] for row in test["retained"].values()] for test in tests]
-        cells = [f"{percent(mean(own))} ({percent(min(own))}-{percent(max(own))})" for own in zip(*shares, strict=True)]
+        cells = [_mean_of_seeds(own) for own in zip(*shares, strict=True)]
         rows.append([_tokens(model), *cells, percent(min(map(min, shares)))])
     return table([title, *_domains(by_seed), "worst"], rows)
+
+
+def _mean_of_seeds(shares: Sequence[float]) -> str:
+    """`92 (88-96)`: mean, least and most; one seed has no spread."""
+    ends = f" ({percent(min(shares))}-{percent(max(shares))})" if len(shares) > 1 else ""
+    return percent(mean(shares)) + ends
 
 
 def _tokens(model: str) -> str:
