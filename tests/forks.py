@@ -122,6 +122,7 @@ def enter(streams: tuple[str, str], environment: Mapping[str, str]) -> None:
         os.close(descriptor)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # of another TMPDIR
     import torch
 
     from fedmoe.runtime import failpoints

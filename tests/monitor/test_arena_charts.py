@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import pytest
@@ -23,6 +24,11 @@ from fedmoe.monitor.sample_records import sample_records
 from fedmoe.runtime.records import Record
 
 NAMES = sorted(CHARTS)
+
+
+@cache
+def sample(policies: int, iterations: int) -> ArenaSeries:
+    return arena_series(sample_records(policies, iterations))
 
 
 def words(figure: Figure) -> list[Text]:
@@ -91,7 +97,7 @@ def test_sample_data_is_marked_and_real_data_is_not(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("policies", "iterations"), [(1, 1), (3, 5), (8, 500)])
 def test_few_and_many_fit_and_no_text_covers_another(name: str, policies: int, iterations: int) -> None:
-    series = arena_series(sample_records(policies, iterations))
+    series = sample(policies, iterations)
     figure = CHARTS[name](series)
     assert overlaps(figure) == []
     assert all(policy in said(figure) for policy in series.policies)

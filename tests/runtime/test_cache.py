@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 from structlog.testing import capture_logs
 
@@ -84,7 +83,7 @@ def test_a_base_model_is_made_where_there_is_no_cache_and_leaves_nothing(closed:
     temporary = closed / "temporary"
     temporary.mkdir()
     environment = os.environ | {"TMPDIR": str(temporary)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = forks.run("-c", code, environment=environment, folder=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("cache_not_writable") == 1
     folder = Path(done.stdout.splitlines()[-1])
