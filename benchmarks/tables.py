@@ -51,7 +51,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "statistics_budget_demo": partial(tables_merge.statistics_budget, "demo"),
     "statistics_budget_demo_all": partial(tables_merge.statistics_budget_all, "demo"),
     "statistics_budget_unseen": partial(tables_merge.statistics_budget, "unseen"),
-    "statistics_budget_unseen_all": partial(tables_merge.statistics_budget_all, "unseen"),
     "online_gateway": tables_merge.online_gateway,
     "online_gateway_shares": tables_merge.online_gateway_shares,
 }
