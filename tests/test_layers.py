@@ -195,7 +195,7 @@ LAYERS: dict[str, set[str]] = {
         "wire.contract",
     },
     "distributed_worker": {"lora", "qwen_finetune", "qwen_worker", "runtime", "wire", "wire.contract", "worker"},
-    "distributed_coordinator": {
+    "federation_app": {
         "config",
         "coordinator",
         "runtime",
@@ -209,6 +209,7 @@ LAYERS: dict[str, set[str]] = {
         "server.upkeep",
         "wire.http",
     },
+    "distributed_coordinator": {"config", "federation_app", "runtime", "server", "server.storage", "wire.http"},
     "cli.demo_run": {
         "datasets.demo",
         "datasets.tokens",

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from live import House, open_house, push_headers, push_parameters
 from support import LAYOUT, make_body, make_flat, sha256
 
-from fedmoe import distributed_coordinator
+from fedmoe import federation_app
 from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
 from fedmoe.lora.codec import encode
@@ -178,7 +178,7 @@ def test_a_sweep_that_fails_is_said_and_tried_again_a_day_later(
 def test_a_running_coordinator_sweeps_when_it_is_due_and_not_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed_coordinator, "_TIDY_SECONDS", 0.001)
+    monkeypatch.setattr(federation_app, "_TIDY_SECONDS", 0.001)
     running = DistributedCoordinator(CoordinatorConfig(state_dir=str(tmp_path / "state")))
     clocks, sweeps = Clocks(), list[float]()
     blobs, history = running._state.blobs, running.service._history
@@ -190,10 +190,10 @@ def test_a_running_coordinator_sweeps_when_it_is_due_and_not_before(
         return sweep()
 
     monkeypatch.setattr(sweeper, "sweep", counted)
-    running._sweeping = sweeper
+    running._federation._sweeping = sweeper
 
     async def watch() -> None:
-        tidying = asyncio.create_task(running._tidy())
+        tidying = asyncio.create_task(running._federation._tidy())
         for days in (1.0, 2.0):
             for _ in range(20):
                 await asyncio.sleep(0.001)

@@ -18,6 +18,7 @@ from types import FrameType
 
 import structlog
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _log = structlog.get_logger("fedmoe.http")
@@ -25,6 +26,8 @@ _log = structlog.get_logger("fedmoe.http")
 HEAD_SECONDS = 10.0
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEAD_FIELDS = 128
+#: How long requests under way may take to end after a stop.
+DRAIN_SECONDS = 30
 #: How often the progress of a receiver is measured, and what it must read in between.
 WRITE_SECONDS = 20.0
 MIN_READ_BYTES_PER_SECOND = 16 << 10
@@ -158,6 +161,24 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
+
+
+def server_of(app: ASGIApp, tls_cert: str | None = None, tls_key: str | None = None) -> uvicorn.Server:
+    """uvicorn with our protocol; at a stop it gives requests under way `DRAIN_SECONDS`."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=GuardedProtocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+            ssl_certfile=tls_cert,
+            ssl_keyfile=tls_key,
+        )
+    )
 
 
 class PortInUseError(Exception):
