@@ -97,7 +97,7 @@ class Bench:
     def shares(self, adapter: Adapter, half: str) -> dict[str, float]:
         """The share that the adapter keeps on each domain."""
         found = kept(self.matrix({"x": adapter}, half))
-        return {one.domain: round(one.kept["x"].value, 4) for one in found.domains}
+        return {one.domain: round(one.retained["x"].value, 4) for one in found.domains}
 
 
 def kept(matrix: LossMatrix) -> RetainedGains:

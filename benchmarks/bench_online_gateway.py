@@ -150,7 +150,7 @@ def compared(matrix: LossMatrix, time: int, machine: str) -> dict[str, object]:
     """
     ours, theirs = online_name(time), pooled_name(steps_of(machine, time))
     found = retained_gains(matrix, dict.fromkeys(DOMAINS, theirs), [ours])
-    shares = {one.domain: None if one.warning else rounded(one.kept[ours]) for one in found.domains}
+    shares = {one.domain: None if one.warning else rounded(one.retained[ours]) for one in found.domains}
     mean = gains(matrix, ours)["mean"] / gains(matrix, theirs)["mean"]
     return {"pooled_steps": steps_of(machine, time), "share": shares, "share_of_mean_gain": round(mean, 4)}
 

@@ -140,7 +140,7 @@ def _results(bench: Bench, rows: Mapping[str, Mapping[str, Sequence[float]]]) ->
     tokens = {domain: [count_targets(collate([block])) for block in blocks] for domain, blocks in held_out.items()}
     matrix = LossMatrix.of_blocks(rows, tokens)
     for name in (one for one in matrix.models if one not in (BASE, OWN)):
-        shares = {one.domain: round(100 * one.kept[name].value, 1) for one in kept(matrix).domains}
+        shares = {one.domain: round(100 * one.retained[name].value, 1) for one in kept(matrix).domains}
         print(f"seed {bench.work.seed} {name:28} {shares}", flush=True)
     return {"test": report_json(matrix, kept(matrix))}
 

@@ -160,19 +160,19 @@ class CoordinatorConfig(_ProcessConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> CoordinatorConfig:
-        given, from_gateway = self.model_fields_set, self.start_from == "gateway"
+        named, from_gateway = self.model_fields_set, self.start_from == "gateway"
         if self.evaluation_gate and not self.enable_gateway:
             raise ValueError("--evaluation-gate decides on the gateway, which --no-enable-gateway switches off")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("TLS needs both --tls-cert and --tls-key")
         if from_gateway and not self.enable_gateway:
             raise ValueError("--start-from gateway needs the gateway; drop --no-enable-gateway")
-        if from_gateway and given & {"strategy", "gateway_rank"}:
+        if from_gateway and named & {"strategy", "gateway_rank"}:
             raise ValueError(
                 "with --start-from gateway the gateway is merged at the experts' rank; "
                 "drop --strategy and --gateway-rank"
             )
-        if not from_gateway and given & {"merge_after", "fold_staleness"}:
+        if not from_gateway and named & {"merge_after", "fold_staleness"}:
             raise ValueError(
                 "--merge-after and --fold-staleness are for experts that are rebased onto the gateway; "
                 "add --start-from gateway"
@@ -274,10 +274,10 @@ class WorkerConfig(_CallerConfig):
 
     @model_validator(mode="after")
     def _held_out_data(self) -> WorkerConfig:
-        given = self.model_fields_set
+        named = self.model_fields_set
         if self.eval_dataset is not None and self.eval_split is not None:
             raise ValueError("--eval-dataset and --eval-split both say what is held out; give one of them")
-        if self.early_stopping_patience is None and "early_stopping_threshold" in given:
+        if self.early_stopping_patience is None and "early_stopping_threshold" in named:
             raise ValueError("--early-stopping-threshold needs --early-stopping-patience")
         if self.eval_dataset is not None and os.path.realpath(self.eval_dataset) == os.path.realpath(self.dataset):
             raise ValueError(
@@ -286,7 +286,7 @@ class WorkerConfig(_CallerConfig):
             )
         held_out = self.eval_dataset is not None or self.eval_split is not None
         for name in ("early_stopping_patience", "eval_steps"):
-            if not held_out and name in given and getattr(self, name) is not None:
+            if not held_out and name in named and getattr(self, name) is not None:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} needs held-out data: --eval-dataset FILE or --eval-split FRACTION")
         return self

@@ -311,7 +311,7 @@ def test_data_that_grew_keep_weights_moments_and_step_and_begin_a_new_epoch(tmp_
     worker.save(tmp_path)
     grown = worker_with(data=pack(samples(37), 32, 0))
     assert grown.restore(tmp_path) == CheckpointExtras()
-    assert (grown.step, grown.new_order, grown.data_change) == (3, True, DataChange(kept=30, gone=0, new=7))
+    assert (grown.step, grown.new_order, grown.data_change) == (3, True, DataChange(unchanged=30, missing=0, new=7))
     np.testing.assert_array_equal(grown.weights(), worker.weights())
     before, after = worker.expert.optimizer_state(), grown.expert.optimizer_state()
     np.testing.assert_array_equal(after["exp_avg_sq"], before["exp_avg_sq"])
@@ -333,7 +333,7 @@ def test_the_same_data_in_another_order_are_the_same_data(tmp_path: Path, seed: 
     other = worker_with(data=pack(samples()[::-1], 32, seed))
     other.restore(tmp_path)
     assert other.new_order
-    assert other.data_change == DataChange(kept=30, gone=0, new=0)
+    assert other.data_change == DataChange(unchanged=30, missing=0, new=0)
 
 
 def test_changed_data_go_on_likewise_if_that_is_allowed(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_changed_data_go_on_likewise_if_that_is_allowed(tmp_path: Path) -> None:
         fewer.restore(tmp_path)
     assert fewer.step == 0
     fewer.restore(tmp_path, allow_changed_data=True)
-    assert (fewer.step, fewer.data_change) == (2, DataChange(kept=25, gone=5, new=0))
+    assert (fewer.step, fewer.data_change) == (2, DataChange(unchanged=25, missing=5, new=0))
 
 
 def test_a_crash_before_the_checkpoint_names_them_leaves_the_old_list_of_samples(
@@ -363,7 +363,7 @@ def test_a_crash_before_the_checkpoint_names_them_leaves_the_old_list_of_samples
     assert len(data_files(tmp_path)) == 2
     later = worker_with(data=pack(samples(35), 32, 0))
     later.restore(tmp_path)
-    assert later.data_change == DataChange(kept=30, gone=0, new=5)
+    assert later.data_change == DataChange(unchanged=30, missing=0, new=5)
     later.save(tmp_path)
     assert len(data_files(tmp_path)) == 1
 

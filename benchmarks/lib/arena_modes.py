@@ -127,7 +127,7 @@ class Examination:
 
     def of(self, checkpoint: Path | None) -> dict[str, object]:
         """The scores of the four policies of a run folder, or of four draws of the base model."""
-        chat = ChatTemplate.given(self.config.chat_template, self.config.chat_template_kwargs)
+        chat = ChatTemplate.from_options(self.config.chat_template, self.config.chat_template_kwargs)
         base = load_base(self.config.base_model, chat=chat)
         engine = TransformersEngine(base, MultiLora(base.model), SamplingLimits(rows=self.config.engine.rows))
         self._engine, self._codec = engine, ChatCodec(base.tokenizer, self.config.learning.max_prompt_tokens)

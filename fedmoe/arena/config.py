@@ -181,12 +181,12 @@ def read_config(path: Path) -> ArenaConfig:
         raise ArenaConfigError(f"{path}: " + "; ".join(problems)) from error
 
 
-def _problem(place: tuple[int | str, ...], kind: str, message: str, given: object) -> str:
+def _problem(place: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
     where = ".".join(map(str, place))
     if kind not in ("extra_forbidden", "unexpected_keyword_argument"):
-        shown = repr(given)
+        shown = repr(value)
         # A whole section is too long to be shown, and some messages have what was given already.
-        is_shown = isinstance(given, str | int | float) and len(shown) <= 80 and str(given) not in message
+        is_shown = isinstance(value, str | int | float) and len(shown) <= 80 and str(value) not in message
         return f"{where}: {message}" + (f", got {shown}" if is_shown else "")
     close = difflib.get_close_matches(str(place[-1]), _section_keys(place[:-1]), 1)
     return f"{where}: there is no such key" + (f"; did you mean {close[0]}?" if close else "")

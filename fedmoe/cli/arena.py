@@ -12,7 +12,7 @@ import typer
 
 from fedmoe.cli.arena_episodes import episodes
 from fedmoe.cli.arena_tournament import tournament
-from fedmoe.cli.options import Token, given_template
+from fedmoe.cli.options import Token, template_of
 from fedmoe.cli.output import CommandError, importing
 from fedmoe.runtime.logs import configure
 
@@ -85,7 +85,7 @@ def check(config: Config) -> None:
     from fedmoe.arena.tasks.registry import make_task
 
     run = _configured(config, None)
-    given_template(run.chat_template, run.chat_template_kwargs)
+    template_of(run.chat_template, run.chat_template_kwargs)
     task = make_task(run.task.name, run.task.options)
     for phase in run.phases:
         make_mode(phase.mode).check(task, run.policies.count)

@@ -34,15 +34,15 @@ def write_sample(path: Path, policies: int, iterations: int, seed: int) -> int:
     return len(records)
 
 
-def choose_records(given: Path | None) -> Path:
+def choose_records(named: Path | None) -> Path:
     """The file to draw from: the one that was given, else the latest real run's, else the sample data.
 
     Raises CommandError when there is none.
     """
-    if given is not None and not given.is_file():
-        raise CommandError(f"{given} is not there; pass the metrics.jsonl of a run with --records")
+    if named is not None and not named.is_file():
+        raise CommandError(f"{named} is not there; pass the metrics.jsonl of a run with --records")
     runs = sorted((path for path in RUN_RECORDS if path.is_file()), key=lambda path: -path.stat().st_mtime)
-    for path in (given, *runs, SAMPLE_RECORDS):
+    for path in (named, *runs, SAMPLE_RECORDS):
         if path is not None and path.is_file():
             return path
     raise CommandError(

@@ -65,7 +65,9 @@ def _play(runs: list[Path], pools: list[Path], deals: int, seed: int) -> tuple[E
     rules = [Player(SCRIPTED, None)] if isinstance(task, ScriptedTask) and task.scripted else []
     players = [*(Player(entrant.shown, entrant.key) for entrant in field.entrants), BASE, CHANCE, *rules]
     check_players(task, players)
-    base = load_base(config.base_model, chat=ChatTemplate.given(config.chat_template, config.chat_template_kwargs))
+    base = load_base(
+        config.base_model, chat=ChatTemplate.from_options(config.chat_template, config.chat_template_kwargs)
+    )
     field.check_base([config.base_model, base.identity.name])
     engine = TransformersEngine(base, MultiLora(base.model))
     try:

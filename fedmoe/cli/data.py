@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmoe.cli.options import AsJson, ChatTemplateFile, ChatTemplateKwargs, DataMap, LongRows, given_template
+from fedmoe.cli.options import AsJson, ChatTemplateFile, ChatTemplateKwargs, DataMap, LongRows, template_of
 from fedmoe.cli.output import CommandError, show_json, show_table
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def check(
             raise CommandError(f"{flag} needs --base-model: without one there are no tokens to count")
         report = check_file(file, rows)
     else:
-        chat = given_template(chat_template, chat_template_kwargs)
+        chat = template_of(chat_template, chat_template_kwargs)
         from fedmoe.models.prepare_data import DataOptions
 
         report = _report_for(base_model, file, max_length, DataOptions.of(rows, long_rows), chat)

@@ -34,13 +34,13 @@ class Finding:
 
     what: str
     state: str
-    found: str
+    result: str
     fix: str = ""
 
     @classmethod
-    def judged(cls, what: str, found: str, good: bool, fix: str, state: str = "note") -> Finding:
+    def judged(cls, what: str, result: str, good: bool, fix: str, state: str = "note") -> Finding:
         """All is well, or `state` and what to do."""
-        return cls(what, "ok", found) if good else cls(what, state, found, fix)
+        return cls(what, "ok", result) if good else cls(what, state, result, fix)
 
 
 def coordinator_findings(url: str, token: str | None) -> Iterator[Finding]:
@@ -139,9 +139,9 @@ def _certificate(host: str, port: int) -> Finding:
         return Finding("TLS", "problem", f"not trusted ({inert(error.verify_message)}), {shown}", fix)
     except (OSError, KeyError, ValueError) as error:
         return Finding("TLS", "problem", f"{inert(str(error))}, {shown}", "see the line `coordinator`")
-    left = end - time.time()
+    seconds = end - time.time()
     fix = "make a new certificate, and restart the coordinator with it"
-    return Finding.judged("TLS", f"{shown}, valid for {left / 86400:.0f} days", left >= _EXPIRES_SOON, fix)
+    return Finding.judged("TLS", f"{shown}, valid for {seconds / 86400:.0f} days", seconds >= _EXPIRES_SOON, fix)
 
 
 def fingerprint(host: str, port: int) -> str:

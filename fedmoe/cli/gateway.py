@@ -20,8 +20,8 @@ from fedmoe.cli.options import (
     CoordinatorUrl,
     Token,
     client,
-    given_template,
     loaded,
+    template_of,
     with_client,
 )
 from fedmoe.cli.output import CommandError, say, show_json, show_table
@@ -58,9 +58,9 @@ def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
         say(f"  input moments of so many tokens: {moments}")
     if (online := gateway.living) is not None:
         last = ", ".join(f"{name} (staleness {tau})" for name, tau in online.staleness.items())
-        say(f"  {online.folds} folds" + (f", the last of {last} in {online.seconds:.1f} s" if last else ""))
-        for name, left in online.departures.items():
-            say(f"  {name} left after fold {left.gateway} as v{left.version}, {left.steps} steps since")
+        say(f"  {online.folds} merges" + (f", the last of {last} in {online.seconds:.1f} s" if last else ""))
+        for name, at in online.departures.items():
+            say(f"  {name} branched after merge {at.gateway} as v{at.version}, {at.steps} steps since")
     for note in gateway.notes:
         say(f"  note: {note}")
     for name, reason in gateway.left_out.items():
@@ -135,7 +135,7 @@ def generate(
     from fedmoe.models.training_config import LoraConfig
     from fedmoe.qwen_finetune import QwenLoRAExpert
 
-    chat = given_template(chat_template, chat_template_kwargs)
+    chat = template_of(chat_template, chat_template_kwargs)
     adapter = pull(api, expert).adapter
     targets = tuple(sorted({module.name for module in adapter.layout.modules}))
     config = LoraConfig(adapter.rank, adapter.alpha, target_modules=targets)

@@ -15,8 +15,8 @@ from fedmoe.cli.options import (
     ChatTemplateFile,
     ChatTemplateKwargs,
     DataMap,
-    given_template,
     loaded,
+    template_of,
     with_client,
 )
 from fedmoe.cli.output import CommandError, importing, show_json, show_table
@@ -79,7 +79,7 @@ def evaluate(
 
     rows = RowOptions.mapping(map or ())
     files = _files(domains, rows)
-    chat = given_template(chat_template, chat_template_kwargs)
+    chat = template_of(chat_template, chat_template_kwargs)
     adapters, identity = _models(api)
     prompts = _prompt_statistics(api, adapters.keys())
     base = loaded(base_model, device, chat)
@@ -187,14 +187,14 @@ def _draw(file: Path, matrix: LossMatrix, gains: RetainedGains | None, base: str
     from fedmoe.monitor.arena_series import Estimate
 
     domains = gains.domains if gains is not None else ()
-    kept = {
-        domain.domain: {name: Estimate(share.value, share.low, share.high) for name, share in domain.kept.items()}
+    retained = {
+        domain.domain: {name: Estimate(share.value, share.low, share.high) for name, share in domain.retained.items()}
         for domain in domains
     }
     results = GatewayResults(
         matrix.losses,
         {domain.domain: domain.expert for domain in domains},
-        kept,
+        retained,
         [domain.domain for domain in domains if domain.warning],
         f"{base}  ·  held-out tokens: " + ", ".join(f"{name} {count:,}" for name, count in matrix.tokens.items()),
     )

@@ -77,11 +77,11 @@ def client(url: str, token: str | None) -> CoordinatorClient:
     return CoordinatorClient(url, token, attempts=2)
 
 
-def given_template(file: str | None, kwargs: str | Mapping[str, object] | None) -> ChatTemplate:
+def template_of(file: str | None, kwargs: str | Mapping[str, object] | None) -> ChatTemplate:
     """What --chat-template and --chat-template-kwargs say; raises BaseModelError for what cannot be used."""
     with importing("worker"):
         from fedmoe.models.base import ChatTemplate
-    return ChatTemplate.given(file, kwargs)
+    return ChatTemplate.from_options(file, kwargs)
 
 
 def loaded(base_model: str, device: str, chat: ChatTemplate, dtype: str = "auto") -> LoadedBase:
@@ -126,8 +126,8 @@ def configured(
 
     def decorate(command: Callable[[ConfigT], None]) -> Callable[..., None]:
         @wraps(command)
-        def decorated(**given: object) -> None:
-            options = {name: value for name, value in given.items() if value is not None}
+        def decorated(**values: object) -> None:
+            options = {name: value for name, value in values.items() if value is not None}
             command(kind(**options))  # type: ignore[arg-type]
 
         prefix = str(kind.model_config["env_prefix"])

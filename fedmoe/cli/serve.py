@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fedmoe.cli.coordinator import check_tls
-from fedmoe.cli.options import ChatTemplateFile, ChatTemplateKwargs, given_template, loaded, with_client
+from fedmoe.cli.options import ChatTemplateFile, ChatTemplateKwargs, loaded, template_of, with_client
 from fedmoe.cli.output import CommandError, importing
 from fedmoe.runtime.logs import configure, log_uncaught
 from fedmoe.wire.client import CoordinatorClient
@@ -59,7 +59,7 @@ def serve(
     check_tls(tls_cert, tls_key)
     configure()
     log_uncaught()
-    chat = given_template(chat_template, chat_template_kwargs)
+    chat = template_of(chat_template, chat_template_kwargs)
     keys, loopback = _keys(host, api_keys, insecure)
     with importing("worker"):
         from fedmoe.gateway.serve import app as process

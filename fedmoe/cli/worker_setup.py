@@ -42,7 +42,7 @@ def run_worker(config: WorkerConfig) -> None:
     """Run a worker until its schedule ends or it is told to stop (SIGTERM, SIGINT)."""
     processes = pin_threads()
     check_processes(config)
-    chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
+    chat = ChatTemplate.from_options(config.chat_template, config.chat_template_kwargs)
     check_sources(config)
     device = choose_device(config.device, local_rank())
     state_dir = Path(config.state_dir or f"runs/workers/{config.worker_id}")

@@ -75,8 +75,8 @@ class RowOptions:
                 f"--map gives a column the name {unknown[0]!r}, which no format has; names are "
                 f"{', '.join(sorted(KNOWN_COLUMNS))}"
             )
-        for what, given in (("column", columns), ("name", names)):
-            if repeated := sorted({word for word in given if given.count(word) > 1}):
+        for what, words in (("column", columns), ("name", names)):
+            if repeated := sorted({word for word in words if words.count(word) > 1}):
                 raise DataError(f"--map has the {what} {repeated[0]!r} twice; map each once")
 
 

@@ -37,14 +37,14 @@ class Lease:
     former: tuple[str, ...] = ()
     doubled: float | None = None
 
-    def left(self, now: float) -> float:
+    def seconds_left(self, now: float) -> float:
         """Seconds until it can be taken over; 0 or less once it is over."""
         return self.seen + self.seconds - now
 
     def excludes(self, epoch: str, token: str, now: float) -> bool:
         """Whether a push of this epoch must wait. Another token is another person, no second copy of this worker."""
         mine = self.token is None or self.token == token
-        return epoch != self.epoch and mine and self.left(now) > 0
+        return epoch != self.epoch and mine and self.seconds_left(now) > 0
 
     def tried(self, now: float) -> Lease:
         """After a push from another place."""
@@ -54,7 +54,7 @@ class Lease:
         """After a push of this epoch that was let through."""
         if epoch == self.epoch:
             return replace(self, token=token, seen=now, seconds=_lasting(now - self.seen))
-        if self.left(now) > 0:
+        if self.seconds_left(now) > 0:
             return self.tried(now)
         former = (*(name for name in self.former if name != epoch), self.epoch)[-_MOST_FORMER:]
         doubled = now if epoch in self.former else self.doubled
@@ -62,8 +62,8 @@ class Lease:
 
     def refusal(self, worker: str, epoch: str, now: float) -> RefusedError:
         """The refusal of an epoch that the lease excludes: to wait, or to stop if it had the lease before."""
-        left = max(1, round(self.left(now)))
-        facts = {"seconds_left": left, "holder": self.epoch}
+        seconds = max(1, round(self.seconds_left(now)))
+        facts = {"seconds_left": seconds, "holder": self.epoch}
         if epoch in self.former:
             return RefusedError(
                 "lease_lost",
@@ -75,7 +75,7 @@ class Lease:
         return RefusedError(
             "lease_held",
             f"worker {worker!r} pushes from another place (epoch {self.epoch}); this one (epoch {epoch}) takes over "
-            f"when that has been silent for {left} seconds more.",
+            f"when that has been silent for {seconds} seconds more.",
             "Wait, if the other one was stopped; else stop it, or give this one another --worker-id and --state-dir.",
             **facts,
         )

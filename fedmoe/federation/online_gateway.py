@@ -33,18 +33,18 @@ from fedmoe.lora.online_merge import ExpertDelta, add_into_gateway, merge_into_g
 class BranchPoint:
     """Where an expert branched from the gateway, None before any merge, and what landed on it since, in order."""
 
-    left: ExpertRebased | None = None
+    rebased: ExpertRebased | None = None
     since: tuple[CountedUpdate, ...] = ()
 
     @property
     def gateway(self) -> int:
         """Number of the merge that made the gateway it branched from."""
-        return self.left.gateway if self.left is not None else 0
+        return self.rebased.gateway if self.rebased is not None else 0
 
     @property
     def version(self) -> int:
         """The expert's version when it branched."""
-        return self.left.version if self.left is not None else 0
+        return self.rebased.version if self.rebased is not None else 0
 
     @property
     def steps(self) -> int:
@@ -62,7 +62,7 @@ class BranchPoint:
         None if the expert has not only trained on: it was rolled back, or a worker retracted from it.
         """
         seen = len(merged.since)
-        if self.left != merged.left or self.since[:seen] != merged.since:
+        if self.rebased != merged.rebased or self.since[:seen] != merged.since:
             return None
         return self.since[seen - seen % buffer_size :]
 

@@ -34,12 +34,14 @@ def loss_table(matrix: LossMatrix) -> Table:
 
 def retained_table(gains: RetainedGains) -> Table:
     """Gain kept by every model on every domain that has an own expert, then its worst and its mean."""
-    models = list(gains.domains[0].kept)
+    models = list(gains.domains[0].retained)
     rows: list[Sequence[str]] = []
     for domain in gains.domains:
         gain = f"{domain.own_gain.value:.3f} ({domain.own_gain.low:.3f} to {domain.own_gain.high:.3f})"
         mark = "" if domain.warning is None else " ?"
-        rows.append((domain.domain + mark, domain.expert, gain, *(_percent(domain.kept[model]) for model in models)))
+        rows.append(
+            (domain.domain + mark, domain.expert, gain, *(_percent(domain.retained[model]) for model in models))
+        )
     if gains.summaries:
         summaries = [gains.summaries[model] for model in models]
         rows.append(("worst", "", "", *(f"{_percent(entry.worst)}, {entry.worst_domain}" for entry in summaries)))
@@ -67,7 +69,7 @@ def report_json(matrix: LossMatrix, gains: RetainedGains | None) -> dict[str, ob
             domain.domain: {
                 "expert": domain.expert,
                 "own_gain": _interval(domain.own_gain),
-                "kept": {model: _interval(share) for model, share in domain.kept.items()},
+                "kept": {model: _interval(share) for model, share in domain.retained.items()},
                 "warning": domain.warning,
             }
             for domain in gains.domains

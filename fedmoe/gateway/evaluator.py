@@ -210,7 +210,7 @@ class GatewayEvaluator:
 def run_evaluator(config: EvaluatorConfig) -> None:
     """Run an evaluator until SIGTERM or SIGINT."""
     pin_threads()
-    chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
+    chat = ChatTemplate.from_options(config.chat_template, config.chat_template_kwargs)
     rows = RowOptions.mapping(config.map)
     check_file(config.held_out, rows).raise_problem()  # before a base model is loaded
     token = config.token.get_secret_value() if config.token else None

@@ -35,7 +35,7 @@ class DomainGain:
     domain: str
     expert: str
     own_gain: BootstrapInterval
-    kept: Mapping[str, BootstrapInterval]
+    retained: Mapping[str, BootstrapInterval]
 
     @property
     def warning(self) -> str | None:
@@ -112,11 +112,11 @@ def _domain(
     exact = _losses(sums, tokens, np.ones((1, len(tokens))))[:, 0]
     own_gain = float(exact[0] - exact[-1])
     shares = np.divide(gains, own, out=np.full_like(gains, np.nan), where=own != 0)
-    kept = {}
+    retained = {}
     for place, model in enumerate(models):
         gain = float(exact[0] - exact[1 + place])
-        kept[model] = _interval(gain / own_gain if own_gain != 0 else math.nan, shares[place])
-    return DomainGain(domain, expert, _interval(own_gain, own), kept), shares
+        retained[model] = _interval(gain / own_gain if own_gain != 0 else math.nan, shares[place])
+    return DomainGain(domain, expert, _interval(own_gain, own), retained), shares
 
 
 def _losses(sums: Float64Array, tokens: Float64Array, counts: Float64Array) -> Float64Array:
@@ -143,7 +143,7 @@ def _summaries(
     drawn = np.stack([draws[domain.domain][:, :length] for domain in certain])
     summaries = {}
     for place, model in enumerate(models):
-        values = [domain.kept[model].value for domain in certain]
+        values = [domain.retained[model].value for domain in certain]
         worst = int(np.argmin(values))
         summaries[model] = ModelSummary(
             certain[worst].domain,

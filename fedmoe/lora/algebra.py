@@ -95,9 +95,9 @@ def recompress(adapter: Adapter, rank: int | None = None, energy: float | None =
     flat = np.zeros(layout.size, np.float32)
     factors = zip(adapter.factors(), layout.factors(flat), cores, strict=True)
     for (_, a, b), (_, new_a, new_b), core in factors:
-        kept = min(layout.rank, len(core.into_a))
-        new_a[:kept] = core.into_a[:kept] @ a.astype(np.float64)
-        new_b[:, :kept] = b.astype(np.float64) @ core.into_b[:, :kept]
+        directions = min(layout.rank, len(core.into_a))
+        new_a[:directions] = core.into_a[:directions] @ a.astype(np.float64)
+        new_b[:, :directions] = b.astype(np.float64) @ core.into_b[:, :directions]
     total = sum(float(core.energies.sum()) for core in cores)
     lost = sum(float(core.energies[layout.rank :].sum()) for core in cores)
     return TruncatedAdapter(

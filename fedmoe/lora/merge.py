@@ -124,15 +124,15 @@ def _strategy_in_reach(
     )
 
 
-def _scale(strategy: str, given: float | None, count: int) -> float:
+def _scale(strategy: str, scale: float | None, count: int) -> float:
     default = _strategy(strategy).scale
-    if given is None:
+    if scale is None:
         return 1.0 if default is None else default(count)
     if default is None:
-        raise ValueError(f"{strategy} has no scale; use the strategy 'scaled' for {given:g} times the sum")
-    if not 0 < given < math.inf:
-        raise ValueError(f"a scale is a positive number, got {given}")
-    return given
+        raise ValueError(f"{strategy} has no scale; use the strategy 'scaled' for {scale:g} times the sum")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"a scale is a positive number, got {scale}")
+    return scale
 
 
 def _cut(exact: Adapter, rank: int | None, energy: float | None) -> TruncatedAdapter:

@@ -49,7 +49,7 @@ def merge_into_gateway(
     prior = regmean.PRIOR if len(moments) > 1 else 1.0
     flat = gateway.flat.copy()
     views = {module.name: (a, b) for module, a, b in gateway.layout.factors(flat)}
-    kept = lost = 0.0
+    energy = lost = 0.0
     experts = sorted(moments)
     for names, grams in regmean.grams_by_input([moments[expert] for expert in experts], gateway.layout.modules):
         for name in names:
@@ -64,9 +64,9 @@ def merge_into_gateway(
             a_new, b_new = nearest_factors(cut.a, cut.b, a_target)
             a, b = views[name]
             a[...], b[...] = a_new, b_new / gateway.scale
-            kept += float(cut.energies[: gateway.rank].sum())
+            energy += float(cut.energies[: gateway.rank].sum())
             lost += float(cut.energies[gateway.rank :].sum())
-    error = float(np.sqrt(lost / (kept + lost))) if lost > 0 else 0.0
+    error = float(np.sqrt(lost / (energy + lost))) if lost > 0 else 0.0
     return TruncatedAdapter(Adapter(gateway.layout, gateway.alpha, flat), error)
 
 

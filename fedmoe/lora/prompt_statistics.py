@@ -97,9 +97,9 @@ class FeatureMoments:
     @classmethod
     def _made(cls, count: int, mean: Float64Array, rows: Float64Array, rest: Float64Array) -> FeatureMoments:
         directions = orthogonal_rows(rows)
-        kept, left = directions[:DIRECTIONS], directions[DIRECTIONS:]
-        rest = rest + np.square(left).sum(axis=0)
-        return cls(count, mean.astype(np.float32), kept.astype(np.float32), rest.astype(np.float32))
+        main, minor = directions[:DIRECTIONS], directions[DIRECTIONS:]
+        rest = rest + np.square(minor).sum(axis=0)
+        return cls(count, mean.astype(np.float32), main.astype(np.float32), rest.astype(np.float32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +192,7 @@ def orthogonal_rows(rows: Float64Array) -> Float64Array:
     wide = rows.shape[0] <= rows.shape[1]
     values, vectors = np.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
     values, vectors = np.clip(values[::-1], 0.0, None), vectors[:, ::-1]
-    kept = max(1, int(np.count_nonzero(values > _RELATIVE_FLOOR * values[0])))
+    directions = max(1, int(np.count_nonzero(values > _RELATIVE_FLOOR * values[0])))
     if wide:
-        return np.asarray(vectors[:, :kept].T @ rows, np.float64)
-    return np.asarray(np.sqrt(values[:kept])[:, None] * vectors[:, :kept].T, np.float64)
+        return np.asarray(vectors[:, :directions].T @ rows, np.float64)
+    return np.asarray(np.sqrt(values[:directions])[:, None] * vectors[:, :directions].T, np.float64)

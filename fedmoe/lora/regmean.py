@@ -239,10 +239,10 @@ def _cut_to(plan: _Plan, limit: int, energy: float | None) -> TruncatedAdapter:
     flat = np.zeros(layout.size, np.float32)
     for module, a, b in layout.factors(flat):
         cut = cuts.pop(module.name)  # let go of, so that both never lie in memory whole
-        kept = min(rank, len(cut.a))
-        basis, mix = np.linalg.qr(cut.a[:kept].T.astype(np.float64))
+        directions = min(rank, len(cut.a))
+        basis, mix = np.linalg.qr(cut.a[:directions].T.astype(np.float64))
         width = basis.shape[1]
-        a[:width], b[:, :width] = basis.T, cut.b[:, :kept] @ mix.T
+        a[:width], b[:, :width] = basis.T, cut.b[:, :directions] @ mix.T
     return TruncatedAdapter(Adapter(layout, float(rank), flat), float(np.sqrt(lost / total)) if total > 0 else 0.0)
 
 

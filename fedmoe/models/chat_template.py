@@ -46,7 +46,7 @@ class ChatTemplate:
     kwargs: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
-    def given(cls, file: str | Path | None, kwargs: str | Mapping[str, object] | None) -> ChatTemplate:
+    def from_options(cls, file: str | Path | None, kwargs: str | Mapping[str, object] | None) -> ChatTemplate:
         """From the options: a Jinja file, and a JSON object as text or as it is; BaseModelError for what is neither."""
         values = _arguments(kwargs) if isinstance(kwargs, str) else dict(kwargs or {})
         for name in values:

@@ -33,14 +33,14 @@ SampleHashes = NDArray[np.uint64]
 class DataChange:
     """How many samples of the earlier data are still there, are gone or changed, and how many are new."""
 
-    kept: int
-    gone: int
+    unchanged: int
+    missing: int
     new: int
 
     @property
     def grown(self) -> bool:
         """Whether nothing that was there is missing: the same data in another order, or more of them."""
-        return self.gone == 0
+        return self.missing == 0
 
 
 def sample_hashes(blocks: Sequence[Block]) -> SampleHashes:
@@ -67,8 +67,8 @@ def change_between(before: SampleHashes, now: SampleHashes) -> DataChange:
     old, old_counts = np.unique(before, return_counts=True)
     new, new_counts = np.unique(now, return_counts=True)
     _, in_old, in_new = np.intersect1d(old, new, assume_unique=True, return_indices=True)
-    kept = int(np.minimum(old_counts[in_old], new_counts[in_new]).sum())
-    return DataChange(kept, before.size - kept, now.size - kept)
+    unchanged = int(np.minimum(old_counts[in_old], new_counts[in_new]).sum())
+    return DataChange(unchanged, before.size - unchanged, now.size - unchanged)
 
 
 def write_hashes(folder: Path, hashes: SampleHashes) -> str:
@@ -110,7 +110,7 @@ def check_data_change(
     if allow_changed or (change is not None and change.grown):
         return change
     what = (
-        f"{change.gone} of {change.gone + change.kept} samples are gone or changed, {change.new} are new"
+        f"{change.missing} of {change.missing + change.unchanged} samples are gone or changed, {change.new} are new"
         if change is not None
         else f"it has no list of their samples, so whether the {now.size} of now only grew cannot be told"
     )

@@ -110,8 +110,8 @@ class _ChosenLogprobs(torch.autograd.Function):  # type: ignore[misc]
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor, _: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         weight, places, targets, means = ctx.saved_tensors
-        given = (gradient / ctx.temperature)[:, None]
-        towards = given * (weight[targets].float() - means[places])
+        upstream = (gradient / ctx.temperature)[:, None]
+        towards = upstream * (weight[targets].float() - means[places])
         back = torch.zeros_like(means)
         # Several tokens may follow one node. Each way is the one that adds in a fixed order on its device.
         if back.is_cuda:

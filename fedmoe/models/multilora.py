@@ -98,13 +98,13 @@ class _LinearWithTerms(torch.autograd.Function):  # type: ignore[misc]
         gradients: list[torch.Tensor | None] = []
         for index, (start, stop, scale) in enumerate(ctx.spans):
             a, b, inner = rest[2 * index], rest[2 * index + 1], rest[2 * count + index]
-            given = _matrix(gradient, start, stop)
-            given_inner = (given @ b).mul_(scale)
+            upstream = _matrix(gradient, start, stop)
+            upstream_inner = (upstream @ b).mul_(scale)
             if back is not None:
-                _matrix(back, start, stop).addmm_(given_inner, a)
+                _matrix(back, start, stop).addmm_(upstream_inner, a)
             wants_a, wants_b = ctx.needs_input_grad[4 + 2 * index : 6 + 2 * index]
-            gradients.append(given_inner.t() @ _matrix(x, start, stop) if wants_a else None)
-            gradients.append((given.t() @ inner).mul_(scale) if wants_b else None)
+            gradients.append(upstream_inner.t() @ _matrix(x, start, stop) if wants_a else None)
+            gradients.append((upstream.t() @ inner).mul_(scale) if wants_b else None)
         return back, None, None, None, *gradients
 
 
@@ -161,7 +161,7 @@ class AdapterSlot:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _RowRange:
     """Neighbouring rows [start, stop) with the same adapter."""
 
     start: int
@@ -174,7 +174,7 @@ class _Run:
 class _Runs:
     """Multiplies each run of rows with its own adapter: no work is wasted, whatever the ranks."""
 
-    runs: Sequence[_Run]
+    runs: Sequence[_RowRange]
     rows: int
 
     def keep(self, indices: torch.Tensor) -> None:
@@ -194,7 +194,7 @@ class _Stack:
     Wasteful for long inputs, but for one token a row the number of small operations is what counts.
     """
 
-    def __init__(self, runs: Sequence[_Run], rows: int) -> None:
+    def __init__(self, runs: Sequence[_RowRange], rows: int) -> None:
         self.rows = rows
         distinct = {id(run.factors): run for run in runs}
         ranks = {key: next(iter(run.factors.values()))[0].shape[0] for key, run in distinct.items()}
@@ -376,13 +376,13 @@ class MultiLora:
         with torch.no_grad(), _active(_Mixture([self.slot(name) for name in names], self.dtype, weights, rows)):
             yield
 
-    def _runs(self, names: Sequence[str | None]) -> list[_Run]:
+    def _runs(self, names: Sequence[str | None]) -> list[_RowRange]:
         cast = {name: self.slot(name).factors(self.dtype) for name in dict.fromkeys(names) if name is not None}
         runs, start = [], 0
         for name, group in groupby(names):
             stop = start + len(list(group))
             if name is not None:
-                runs.append(_Run(start, stop, self.slot(name).scale, cast[name]))
+                runs.append(_RowRange(start, stop, self.slot(name).scale, cast[name]))
             start = stop
         return runs
 

@@ -57,13 +57,13 @@ class DataOptions:
 class PreparedData:
     """Samples to train on; `row_hashes[i]` is of the row of sample `i`, so that a row stays on one side of a split.
 
-    `kept`: they were tokenised at an earlier start.
+    `from_cache`: they were tokenised at an earlier start.
     """
 
     samples: tuple[TokenizedSample, ...]
     row_hashes: RowHashes
     report: DataReport
-    kept: bool = False
+    from_cache: bool = False
 
 
 def prepare_samples(
@@ -159,7 +159,7 @@ def _read_cache(path: Path) -> PreparedData | None:
     except (OSError, SafetensorError, ValidationError, ValueError, KeyError) as error:
         _log.warning("kept tokens cannot be used and are made anew: %s: %s", path, error)
         return None
-    return PreparedData(tuple(samples), row_hashes, report, kept=True)
+    return PreparedData(tuple(samples), row_hashes, report, from_cache=True)
 
 
 def _write_cache(file: Path, data: PreparedData) -> None:

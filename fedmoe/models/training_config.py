@@ -74,8 +74,8 @@ def learning_rate_at(config: TrainingConfig, step: int) -> float:
     if config.lr_scheduler_type == "constant":
         return config.learning_rate
     done = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
-    left = 1.0 - done if config.lr_scheduler_type == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return config.learning_rate * left
+    share = 1.0 - done if config.lr_scheduler_type == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.learning_rate * share
 
 
 def _require(holds: bool, rule: str, got: object) -> None:

@@ -86,12 +86,12 @@ class _TreeAttention(torch.autograd.Function):  # type: ignore[misc]
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         queries, keys, values, mask, out = ctx.saved_tensors
-        (rows, heads, size, width), given = gradient.shape, gradient.reshape(out.shape)
+        (rows, heads, size, width), upstream = gradient.shape, gradient.reshape(out.shape)
         shares = _shares(queries, keys, mask, ctx.scale)
-        to_values = torch.bmm(shares.transpose(1, 2), given)
+        to_values = torch.bmm(shares.transpose(1, 2), upstream)
         # Softmax backwards: share * (its gradient - the mean gradient), the mean being given . out.
-        mean = (given * out).sum(dim=-1, keepdim=True)
-        to_scores = torch.bmm(given, values.transpose(1, 2)).sub_(mean).mul_(shares).mul_(ctx.scale)
+        mean = (upstream * out).sum(dim=-1, keepdim=True)
+        to_scores = torch.bmm(upstream, values.transpose(1, 2)).sub_(mean).mul_(shares).mul_(ctx.scale)
         to_queries = torch.bmm(to_scores, keys).view(rows, heads, size, width)
         to_keys = torch.bmm(to_scores.transpose(1, 2), queries)
         return to_queries, to_keys.view(rows, -1, size, width), to_values.view(rows, -1, size, width), None, None

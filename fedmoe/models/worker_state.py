@@ -52,8 +52,8 @@ def save_state(folder: Path, state: WorkerState, group: ProcessGroup) -> Path:
     serial = group.number(_newest(folder)[0] + 1 if (folder / LATEST).exists() else 1)
     tensors = {name: np.ascontiguousarray(array) for name, array in state.arrays.items()}
     data = save(tensors, {_KEY: json.dumps(dict(state.values))})
-    for left in _files(folder, serial, group.rank):
-        left.unlink()  # of a save that was killed before it counted
+    for leftover in _files(folder, serial, group.rank):
+        leftover.unlink()  # of a save that was killed before it counted
     file = folder / f"checkpoint-{serial:08d}-rank-{group.rank}-{_hash(data)}.safetensors"
     write_atomic(file, data)
     group.barrier()

@@ -69,12 +69,12 @@ def show_all_characters(figure: Figure) -> None:
         lacking = characters - shown_by(own, characters)
         if not lacking:
             continue
-        families, left = stand_ins(lacking, installed_fonts(), shown_by)
-        if left:
+        families, missing = stand_ins(lacking, installed_fonts(), shown_by)
+        if missing:
             _find_new_fonts()
-            families, left = stand_ins(lacking, installed_fonts(), shown_by)
+            families, missing = stand_ins(lacking, installed_fonts(), shown_by)
         text.set_fontfamily([*text.get_fontfamily(), *families])
-        if left:
+        if missing:
             _advise()
 
 
@@ -88,14 +88,14 @@ def stand_ins(
     `shown(file, characters)` says which of them a font has.
     """
     order = {family: place for place, family in enumerate(CHINESE_FONTS)}
-    left, families = frozenset(characters), list[str]()
+    missing, families = frozenset(characters), list[str]()
     for font in sorted(fonts, key=lambda font: (order.get(font.family, len(order)), font.family, font.file)):
-        if not left:
+        if not missing:
             break
-        if covered := shown(font.file, left):
+        if covered := shown(font.file, missing):
             families.append(font.family)
-            left -= covered
-    return families, left
+            missing -= covered
+    return families, missing
 
 
 @cache

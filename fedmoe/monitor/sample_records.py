@@ -170,8 +170,8 @@ def _evaluation(player: _Policy, share: float, rng: np.random.Generator) -> dict
     win = _measured(_share(0.5 + 0.75 * (player.skill(share) - player.start)), rng)
     names = ("score", "low", "high", "base_score", "base_low", "base_high", "win_rate", "win_low", "win_high")
     values: dict[str, RecordValue] = dict(zip(names, (*score, *base, *win), strict=True))
-    known = {"episodes": _EPISODES, "questions": _EPISODES, "few": False}
-    return {"policy": player.name, "opponent": "base model"} | known | values
+    counts = {"episodes": _EPISODES, "questions": _EPISODES, "few": False}
+    return {"policy": player.name, "opponent": "base model"} | counts | values
 
 
 def _leader(players: list[_Policy], share: float) -> dict[str, RecordValue]:

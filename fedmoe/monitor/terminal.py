@@ -117,12 +117,12 @@ class TerminalView:
     def _progress(self) -> RenderableType:
         done = max(map(_done, self._of_kind("policy", "timing")), default=0)
         timing = self._newest.get(("timing", ""), {})
-        text, left = f"{done} of {self._iterations} iterations", self._iterations - done
+        text, remaining = f"{done} of {self._iterations} iterations", self._iterations - done
         if timing:
             seconds = _show(timing, "iteration_seconds", 1)
             text += f", {seconds} s each, {_show(timing, 'tokens_per_second', 0)} tokens/s"
-        if timing and left > 0:
-            text += f", about {left * _number(timing, 'iteration_seconds') / 60:.0f} min left"
+        if timing and remaining > 0:
+            text += f", about {remaining * _number(timing, 'iteration_seconds') / 60:.0f} min left"
         grid = Table.grid(padding=(0, 1))
         grid.add_row(ProgressBar(total=self._iterations, completed=done, width=40), text)
         return grid
@@ -169,15 +169,15 @@ def _skipped(record: Record) -> str:
 
 def _evaluation(record: Record) -> str:
     """A held-out comparison with what it rests on, and a warning where that is little."""
-    said = (
+    text = (
         f"{record.get('policy')} held out {_show(record, 'score')} [{_show(record, 'low')}, {_show(record, 'high')}], "
         f"base {_show(record, 'base_score')}"
     )
     questions = _number(record, "questions")
     if not math.isfinite(questions):
-        return said
+        return text
     few = " only: too few to say much of others" if record.get("few") is True else ""
-    return f"{said}, {questions:.0f} different questions{few}"
+    return f"{text}, {questions:.0f} different questions{few}"
 
 
 def _leader(record: Record) -> str:

@@ -86,8 +86,8 @@ def asked_for(environment: Mapping[str, str]) -> ThreadCount | None:
 
 def own_threads(environment: Mapping[str, str], teams: int = 1) -> ThreadCount:
     """The number of threads for this process, by what the user has set or by what is free in the next moment."""
-    if (given := asked_for(environment)) is not None:
-        return given
+    if (threads := asked_for(environment)) is not None:
+        return threads
     text = environment.get("LOCAL_WORLD_SIZE", "1")
     ranks = max(1, int(text)) if text.isdecimal() else 1
     others = other_processes(in_a_group=ranks > 1)

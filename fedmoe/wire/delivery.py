@@ -164,8 +164,8 @@ class Delivery:
         except RefusedError as error:
             if error.code != _HELD_ELSEWHERE:
                 raise
-            left = error.facts.get("seconds_left")
-            seconds = float(left) if isinstance(left, int | float) else None
+            seconds_left = error.facts.get("seconds_left")
+            seconds = float(seconds_left) if isinstance(seconds_left, int | float) else None
             raise CoordinatorUnavailableError(f"{error.code}: {error}", seconds) from error
 
     def _pull(self, least_version: int) -> PulledExpert:

@@ -155,7 +155,7 @@ def worker_data(
     if group.rank == 0:
         # Of a process, padding included.
         tokens = length * _blocks_per_step(config)
-        _log.info("dataset", **data.report.summary, kept=data.kept, tokens_per_step=tokens)
+        _log.info("dataset", **data.report.summary, kept=data.from_cache, tokens_per_step=tokens)
         print(data.report.text, *data.report.previews, sep="\n", flush=True)
     train, held_out = _sides(config, data, base, length, processes)
     blocks = pack(train, length, config.seed, pad_token(base))
@@ -170,7 +170,7 @@ def worker_data(
         if group.rank == 0:
             sizes = {"samples": len(held_out), "measured": len(their_hashes), "blocks": len(measured)}
             _log.info("held_out_data", **sizes, eval_steps=config.eval_steps)
-            if trained := change_between(their_hashes, hashes).kept:
+            if trained := change_between(their_hashes, hashes).unchanged:
                 _log.warning("held_out_is_trained_on", samples=trained, of=len(their_hashes))
     return WorkerData(blocks, hashes, sampler, plan, training_config(config, sampler.shard))
 

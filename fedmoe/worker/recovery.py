@@ -104,8 +104,8 @@ class WorkerSyncPoint:
         steps, tokens, nats = self.progress.steps, self.progress.tokens, self.progress.nats.hex()
         texts = {"next_sequence": self.next_sequence, "steps": steps, "tokens": tokens, "nats": nats}
         texts |= {"absorbed": self.absorbed, "incarnation": self.incarnation}
-        given = {name: str(value) for name, value in texts.items() if value is not None}
-        return CheckpointExtras(given, {_REFERENCE: self.reference})
+        entries = {name: str(value) for name, value in texts.items() if value is not None}
+        return CheckpointExtras(entries, {_REFERENCE: self.reference})
 
     @classmethod
     def of(cls, extras: CheckpointExtras | None) -> Self | None:
@@ -152,8 +152,8 @@ def resume_worker(worker: QwenWorker, checkpoints: Path, allow_changed_data: boo
     if worker.new_order and worker.expert.group.rank == 0:
         change, counts, what = worker.data_change, {}, "they cannot be compared with those of the checkpoint"
         if change is not None:
-            counts = {"kept": change.kept, "new": change.new, "gone": change.gone}
-            what = "samples are gone or changed" if change.gone else "they grew" if change.new else "another order"
+            counts = {"kept": change.unchanged, "new": change.new, "gone": change.missing}
+            what = "samples are gone or changed" if change.missing else "they grew" if change.new else "another order"
         note = "weights, moments and step are kept; a new epoch"
         _log.warning("data_changed", what=what, **counts, step=worker.step, note=note)
     if worker.measured_anew and worker.expert.group.rank == 0:

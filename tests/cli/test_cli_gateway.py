@@ -76,14 +76,14 @@ def test_info_tells_the_folds_of_a_gateway_that_lives(tmp_path: Path, fedmoe: Ru
             before = fedmoe("gateway", "info", "--coordinator-url", running.url).out
             asyncio.run(house.service.intake.push(*make_push(make_body(1), 0, 0, expert="docs", steps=3)))
             deadline = time.monotonic() + 20
-            while " 1 folds" not in (said := fedmoe("gateway", "info", "--coordinator-url", running.url).out):
+            while " 1 merges" not in (said := fedmoe("gateway", "info", "--coordinator-url", running.url).out):
                 assert time.monotonic() < deadline, said
     assert "gateway version 2, living of no expert yet" in before
-    assert "  0 folds\n" in before
+    assert "  0 merges\n" in before
     assert "gateway version 4, living of docs v1 (weight 1)" in said
-    assert "1 folds, the last of docs (staleness 0) in 0." in said
-    assert "docs left after fold 1 as v2, 0 steps since" in said
-    assert "sql left after fold 0 as v0, 0 steps since" in said
+    assert "1 merges, the last of docs (staleness 0) in 0." in said
+    assert "docs branched after merge 1 as v2, 0 steps since" in said
+    assert "sql branched after merge 0 as v0, 0 steps since" in said
     assert "note: without input moments of docs the deltas were added as they are, scaled" in said
 
 

@@ -38,13 +38,13 @@ def test_the_share_is_base_minus_model_over_base_minus_own_expert() -> None:
     }
     found = retained_gains(LossMatrix.of_blocks(blocks, {"sql": [30, 10]}), {"sql": "sql_expert"}, ["gateway"])
     assert found.domains[0].own_gain.value == pytest.approx(1.0)
-    assert found.domains[0].kept["gateway"].value == pytest.approx((0.5 * 30 + 1.0 * 10) / 40)
+    assert found.domains[0].retained["gateway"].value == pytest.approx((0.5 * 30 + 1.0 * 10) / 40)
 
 
 def test_pairing_makes_intervals_far_narrower_than_blocks_differ() -> None:
     found = retained_gains(matrix(), OWN, ["gateway"])
     for domain in found.domains:
-        share = domain.kept["gateway"]
+        share = domain.retained["gateway"]
         assert share.low < share.value < share.high
         assert share.high - share.low < 0.05
         assert share.value == pytest.approx(0.8, abs=0.02)
@@ -53,7 +53,7 @@ def test_pairing_makes_intervals_far_narrower_than_blocks_differ() -> None:
 
 def test_the_own_expert_keeps_all_and_the_base_nothing() -> None:
     found = retained_gains(matrix(), {"sql": "sql_expert"}, ["sql_expert", BASE])
-    own, base = found.domains[0].kept["sql_expert"], found.domains[0].kept[BASE]
+    own, base = found.domains[0].retained["sql_expert"], found.domains[0].retained[BASE]
     assert (own.value, own.low, own.high) == pytest.approx((1.0, 1.0, 1.0))
     assert (base.value, base.low, base.high) == (0.0, 0.0, 0.0)
 
@@ -65,7 +65,7 @@ def test_worst_and_mean_are_over_domains() -> None:
     assert abs(summary.worst.value) < 0.05
     assert summary.mean.value == pytest.approx((1 + summary.worst.value) / 2)
     assert summary.mean.low < summary.mean.value < summary.mean.high
-    values = [domain.kept["gateway"].value for domain in found.domains]
+    values = [domain.retained["gateway"].value for domain in found.domains]
     assert found.summaries["gateway"].worst.value == min(values)
 
 
@@ -126,6 +126,8 @@ def test_a_model_between_base_and_expert_keeps_its_place(share: float, seed: int
     blocks = {BASE: {"d": base.tolist()}, "d": {"d": own.tolist()}, "x": {"d": mixed.tolist()}}
     tokens = random.integers(1, 100, 8).tolist()
     kept = (
-        retained_gains(LossMatrix.of_blocks(blocks, {"d": tokens}), {"d": "d"}, ["x"], samples=50).domains[0].kept["x"]
+        retained_gains(LossMatrix.of_blocks(blocks, {"d": tokens}), {"d": "d"}, ["x"], samples=50)
+        .domains[0]
+        .retained["x"]
     )
     assert (kept.value, kept.low, kept.high) == pytest.approx((share, share, share), abs=1e-9)

@@ -203,7 +203,7 @@ def test_a_template_that_does_not_compile_is_refused_and_the_advice_works(folder
     assert "--chat-template FILE" in said
     good = tmp_path / "good.jinja"
     good.write_text(CHATML)
-    assert load(folder, ChatTemplate.given(good, None)).tokenizer.chat_template == CHATML
+    assert load(folder, ChatTemplate.from_options(good, None)).tokenizer.chat_template == CHATML
 
 
 def test_a_template_that_shows_nothing_of_what_was_said_is_refused(folder: Path) -> None:
@@ -243,7 +243,7 @@ def test_two_templates_that_differ_are_refused_with_both(folder: Path) -> None:
     assert "<|im_start|>user" in said
     assert "<|endoftext|>user" in said
     assert str(folder / "chat_template.jinja") in said
-    load(folder, ChatTemplate.given(folder / "chat_template.jinja", None))
+    load(folder, ChatTemplate.from_options(folder / "chat_template.jinja", None))
 
 
 def test_two_templates_that_read_alike_are_fine(folder: Path) -> None:

@@ -154,7 +154,7 @@ def test_retracting_a_worker_says_what_stays_in_the_gateway(house: House) -> Non
     result = asyncio.run(house.service.undo.retract(request))
     assert (result.removed, result.note) == (
         1,
-        "What 'w2' gave before the expert went on as version 4 stays in the gateway.",
+        "What 'w2' gave before the expert was rebased as version 4 stays in the gateway.",
     )
     assert living(house).branch_points["python"].steps == 2
     house.same_after_a_crash()

@@ -19,7 +19,7 @@ from fedmoe.server.storage.state_dir import StateDir
 from fedmoe.server.upkeep.background_merge import MergeOvertakenError
 from fedmoe.wire.contract.messages import ChangeResult, RetractRequest
 
-STAYS = "What 'w1' gave before the expert went on as version {} stays in the gateway."
+STAYS = "What 'w1' gave before the expert was rebased as version {} stays in the gateway."
 
 
 @pytest.fixture

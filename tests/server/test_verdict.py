@@ -43,7 +43,7 @@ def test_the_candidate_with_the_best_worst_domain_goes_out() -> None:
     assert verdict.serve == "even"
     assert "even keeps 85.0 %" in verdict.reason
     assert "old keeps 80.0 %" in verdict.reason
-    assert verdict.kept["uneven"] == pytest.approx({"sql": 0.7, "docs": 1.2})
+    assert verdict.retained["uneven"] == pytest.approx({"sql": 0.7, "docs": 1.2})
 
 
 def test_a_worst_domain_may_fall_by_the_tolerance_and_no_more() -> None:
@@ -65,7 +65,7 @@ def test_evaluators_of_a_domain_count_by_their_tokens() -> None:
         scores("sql", {"old": 0.5, "new": 1.0}, "w1", 300),
         scores("sql", {"old": 0.5, "new": 0.2}, "w2", 100),
     ]
-    assert judge(given_scores, ["new"], "old").kept["new"]["sql"] == pytest.approx(0.8)
+    assert judge(given_scores, ["new"], "old").retained["new"]["sql"] == pytest.approx(0.8)
 
 
 def test_a_claim_of_endless_tokens_does_not_decide_alone() -> None:
@@ -91,7 +91,7 @@ def test_scores_that_lack_a_gateway_are_not_compared() -> None:
 def test_a_gain_of_nothing_is_not_divided_by() -> None:
     given_scores = [scores("sql", {"old": 0.8, "new": 0.9}), scores("docs", {"old": 9.0, "new": -9.0}, gain=0.001)]
     verdict = judge(given_scores, ["new"], "old")
-    assert (verdict.serve, set(verdict.kept["new"])) == ("new", {"sql"})
+    assert (verdict.serve, set(verdict.retained["new"])) == ("new", {"sql"})
     nothing = judge(given_scores[1:], ["new"], "old")
     assert nothing.serve == "old"
     assert "no own expert gains" in nothing.reason
@@ -104,7 +104,7 @@ def test_an_own_expert_that_broke_does_not_excuse_its_domain() -> None:
         broken = of_losses("python", {"old": 2.6, "new": 3.0 - left}, "w2", 1000, 3.0 - left)
         verdict = judge([fine, broken], ["new"], "old")
         assert verdict.serve == "old"
-        assert verdict.kept["old"]["python"] == 1.0
+        assert verdict.retained["old"]["python"] == 1.0
         assert "on its worst domain, python" in verdict.reason
 
 
@@ -133,7 +133,7 @@ def test_what_is_served_is_never_worse_than_the_tolerance_allows(
     given_scores = [scores(domain, {"old": o, "one": x, "two": y}) for domain, o, x, y in rows]
     verdict = judge(given_scores, ["one", "two"], "old", tolerance)
     assert verdict.serve is not None
-    worst = {name: min(kept.values()) for name, kept in verdict.kept.items()}
+    worst = {name: min(kept.values()) for name, kept in verdict.retained.items()}
     assert worst[verdict.serve] >= worst["old"] - tolerance - 1e-9
     if max(worst["one"], worst["two"]) > worst["old"] + 1e-9:
         assert worst[verdict.serve] == max(worst["one"], worst["two"])

@@ -228,9 +228,9 @@ class League:
         """Give folders and connections back; an update that was not answered goes at the next start."""
         if self._leaving:
             self._await_answers()
-        left = [name for name, link in self._links.items() if link.close()]
-        if left:
-            _log.warning("left_with_updates", policies=", ".join(left), then="resume the run to deliver them")
+        pending = [name for name, link in self._links.items() if link.close()]
+        if pending:
+            _log.warning("left_with_updates", policies=", ".join(pending), then="resume the run to deliver them")
         self._client.close()
 
 

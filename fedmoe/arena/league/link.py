@@ -112,8 +112,8 @@ class ExpertLink:
         self._etag: str | None = None
         try:
             self._point = self._read()
-            for left in folder.glob(f".{_POINT}-*"):
-                left.unlink()
+            for leftover in folder.glob(f".{_POINT}-*"):
+                leftover.unlink()
             pending = self._outbox.pending
             if pending is not None and self._point is not None and pending.header.sequence <= self._point.answered:
                 # Answered and taken in just before the process was killed.
@@ -278,11 +278,11 @@ class ExpertLink:
 
     def close(self) -> bool:
         """Give the folder back; whether an update was left that the coordinator has not answered."""
-        left = self._outbox.pending is not None and (self._delivery is None or not self._delivery.over)
+        pending = self._outbox.pending is not None and (self._delivery is None or not self._delivery.over)
         if self._delivery is not None:
             self._delivery.close()
         self._outbox.close()
-        return left
+        return pending
 
 
 #: Called with the error of every try that was not answered, in the delivery's own thread.

@@ -35,11 +35,11 @@ def _shares(total: int, deviations: Mapping[str, float], floor: int) -> dict[str
     shares: dict[str, float] = {}
     open_keys = dict(deviations)
     while open_keys:
-        left = total - floor * len(shares)
+        spare = total - floor * len(shares)
         largest = max(open_keys.values())
         # Relative to the largest: sums of denormal or huge deviations neither vanish nor overflow.
         relative = {key: value / largest if largest > 0 else 1.0 for key, value in open_keys.items()}
-        scale = left / sum(relative.values())
+        scale = spare / sum(relative.values())
         below = [key for key, value in relative.items() if value * scale < floor]
         if not below:
             return shares | {key: value * scale for key, value in relative.items()}

@@ -155,8 +155,8 @@ class ModeSwitch:
         modes = list(self.modes)
         for holds, cures in ((self.dominated, _AGAINST_DOMINANCE), (self.alike, _AGAINST_SAMENESS)):
             # With modes of which none is a cure there is nothing to bar.
-            if holds and (left := [mode for mode in modes if mode in cures]):
-                modes = left
+            if holds and (curing := [mode for mode in modes if mode in cures]):
+                modes = curing
         return modes
 
     def _cured(self, measured: Measurement, allowed: Sequence[str]) -> tuple[str, Trigger, str]:

@@ -57,8 +57,8 @@ def _splits(names: Sequence[str], size: int) -> Iterator[Split]:
         return
     first, rest = names[0], names[1:]
     for mates in combinations(rest, size - 1):
-        left = [name for name in rest if name not in mates]
-        for others in _splits(left, size):
+        unplaced = [name for name in rest if name not in mates]
+        for others in _splits(unplaced, size):
             yield ((first, *mates), *others)
 
 
@@ -86,12 +86,12 @@ def _exchanged(split: Split, strength: Mapping[str, float], rng: np.random.Gener
     current = [list(team) for team in split]
     best = spread(split, strength)
     for _ in range(_EXCHANGES * len(strength)):
-        left, right = (current[int(team)] for team in rng.choice(len(current), 2, replace=False))
-        i, j = rng.integers(len(left), size=2)
-        left[i], right[j] = right[j], left[i]
+        first, second = (current[int(team)] for team in rng.choice(len(current), 2, replace=False))
+        i, j = rng.integers(len(first), size=2)
+        first[i], second[j] = second[j], first[i]
         difference = spread(tuple(tuple(team) for team in current), strength)
         if difference <= best + slack:
             best = min(best, difference)
         else:
-            left[i], right[j] = right[j], left[i]
+            first[i], second[j] = second[j], first[i]
     return tuple(tuple(team) for team in current)

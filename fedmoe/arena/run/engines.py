@@ -40,7 +40,7 @@ def _transformers(
     multi: MultiLora, device: torch.device, config: ArenaConfig, folder: Path, base: LoadedBase
 ) -> Iterator[Engine]:
     if device != base.device:
-        chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
+        chat = ChatTemplate.from_options(config.chat_template, config.chat_template_kwargs)
         base = load_base(config.base_model, device, base.dtype, chat)
         multi = MultiLora(base.model)
     engine = TransformersEngine(base, multi, SamplingLimits(rows=config.engine.rows))

@@ -71,8 +71,8 @@ class EpisodeLog:
         """`iteration`: the one that comes next; rows of it and of later ones are forgotten."""
         self._path, self._per_iteration, self._seed = path, section.per_iteration, seed
         self._most = int(section.megabytes * (1 << 20))
-        for left in path.parent.glob(f".{path.name}-*"):
-            left.unlink()
+        for leftover in path.parent.glob(f".{path.name}-*"):
+            leftover.unlink()
         if path.exists():
             earlier = [line for line, row in _lines(path) if row["iteration"] < iteration]
             write_atomic(path, b"".join(_newest(earlier, self._most)))

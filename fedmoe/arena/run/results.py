@@ -197,18 +197,18 @@ def _work(records: RunRecords) -> dict[str, object]:
 
 def _warnings(records: RunRecords) -> list[str]:
     """What a reader of the results must know: episodes that were left out, and comparisons over few questions."""
-    said = []
+    warnings = []
     for where in ("training", "evaluation"):
         skipped = [record for record in records.skipped if record.get("where") == where]
         if skipped:
             count = sum(int(number(record.get("episodes"))) for record in skipped)
             reason = skipped[-1].get("reason")
-            said.append(f"{count} episodes of {where} failed and were left out, the last by {reason}")
+            warnings.append(f"{count} episodes of {where} failed and were left out, the last by {reason}")
     newest = [list(policy.evaluations.values())[-1] for policy in records.policies.values() if policy.evaluations]
     questions = [asked for record in newest if isinstance(asked := record.get("questions"), int)]
     if questions and min(questions) < FEW_QUESTIONS:
-        said.append(few_questions(min(questions)))
-    return said
+        warnings.append(few_questions(min(questions)))
+    return warnings
 
 
 def _iso(seconds: float) -> str:

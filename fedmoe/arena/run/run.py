@@ -157,7 +157,7 @@ def _assemble(
 ) -> _Run:
     started = time.time()
     folder, learning = options.folder, config.learning
-    chat = ChatTemplate.given(config.chat_template, config.chat_template_kwargs)
+    chat = ChatTemplate.from_options(config.chat_template, config.chat_template_kwargs)
     rollout, learner_device, plan = place(options.rollout_device, options.learner_device)
     limit, sentence = choose_limit(options.memory_limit_gb, memory().total)
     if options.gpu_memory_limit_gb is not None:

@@ -71,8 +71,10 @@ class CommitteeEpisode:
             self._drafts, self._drafting = answers, False
             return
         finals = [answers[seat] for seat in range(self._lineup.seats)]
-        given = ([final, *([self._drafts[seat]] if seat in self._drafts else [])] for seat, final in enumerate(finals))
-        valid = tuple(sum(map(bool, texts)) / len(texts) for texts in given)
+        texts_of_seats = (
+            [final, *([self._drafts[seat]] if seat in self._drafts else [])] for seat, final in enumerate(finals)
+        )
+        valid = tuple(sum(map(bool, texts)) / len(texts) for texts in texts_of_seats)
         outcome = Ballot.of(self._problem, finals).outcome(self._lineup, valid)
         drafted = {
             seat: (self._problem.score(draft), outcome.seat_scores[seat]) for seat, draft in self._drafts.items()

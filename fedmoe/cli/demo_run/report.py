@@ -58,9 +58,9 @@ def results(matrix: LossMatrix) -> tuple[dict[str, DomainResult], GeneralResult]
     for worker in WORKERS:
         base, gateway, others = _losses(matrix, worker.domain)
         own = others.pop(worker.expert)
-        kept = (base - gateway) / (base - own) if base != own else None
+        retained = (base - gateway) / (base - own) if base != own else None
         tokens = matrix.tokens[worker.domain]
-        domains[worker.domain] = DomainResult(base, own, others, gateway, (base - own) / base, kept, tokens)
+        domains[worker.domain] = DomainResult(base, own, others, gateway, (base - own) / base, retained, tokens)
     base, gateway, experts = _losses(matrix, GENERAL)
     return domains, GeneralResult(base, experts, gateway, (gateway - base) / base, matrix.tokens[GENERAL])
 
@@ -80,9 +80,9 @@ def report_json(domains: Mapping[str, DomainResult], general: GeneralResult, fac
 def _rows(domains: Mapping[str, DomainResult], general: GeneralResult) -> list[tuple[str, ...]]:
     rows = []
     for name, result in domains.items():
-        change, kept = f"{-100 * result.improvement:.1f} %", result.gain_kept
+        change, retained = f"{-100 * result.improvement:.1f} %", result.gain_kept
         losses = (f"{result.base:.3f}", f"{result.expert:.3f}", change, _named(result.others), f"{result.gateway:.3f}")
-        rows.append((name, *losses, "-" if kept is None else f"{100 * kept:.0f} %"))
+        rows.append((name, *losses, "-" if retained is None else f"{100 * retained:.0f} %"))
     changed = f"({100 * general.change:+.1f} %)"
     last = (GENERAL, f"{general.base:.3f}", "", "", _named(general.experts), f"{general.gateway:.3f}", changed)
     return [*rows, last]

@@ -160,12 +160,12 @@ def _chat(row: DataRow, messages: list[Message]) -> Chat:
 def _system(row: DataRow, messages: list[Message]) -> tuple[list[Message], list[Message]]:
     """The system prompt, of the row or of its first turn, and the other turns; two different ones are an error."""
     own = [turn for turn in messages[:1] if turn.role in ("system", "developer")]
-    said = [Message("system", string(row.fields, key)) for key in _SYSTEM_KEYS if _is_said(row.fields.get(key))]
-    prompts = {turn.content.strip() for turn in (*own, *said)} - {""}
+    systems = [Message("system", string(row.fields, key)) for key in _SYSTEM_KEYS if _is_said(row.fields.get(key))]
+    prompts = {turn.content.strip() for turn in (*own, *systems)} - {""}
     if len(prompts) > 1:
         raise RowError("the row has two different system prompts, in columns or a column and its turns; keep one")
     spoken = [turn for turn in own if turn.content.strip()]
-    return spoken or said[:1] or own, messages[len(own) :]
+    return spoken or systems[:1] or own, messages[len(own) :]
 
 
 def _is_said(value: object) -> bool:
@@ -238,13 +238,13 @@ def _joined(context: list[Message], answer: list[Message]) -> list[Message]:
 
 def _transcript(text: str) -> list[Message]:
     parts = _SPEAKER.split(text)[1:]
-    speakers, said = parts[::2], [part.strip() for part in parts[1::2]]
-    if speakers[-1] != "Assistant" or not said[-1]:
+    speakers, texts = parts[::2], [part.strip() for part in parts[1::2]]
+    if speakers[-1] != "Assistant" or not texts[-1]:
         raise RowError("'chosen' does not end with an answer of the assistant")
     # Only the last answer was chosen; earlier ones are what both continuations share.
     return [
-        Message("user" if speaker == "Human" else "assistant", words, learned=place == len(said) - 1)
-        for place, (speaker, words) in enumerate(zip(speakers, said, strict=True))
+        Message("user" if speaker == "Human" else "assistant", words, learned=place == len(texts) - 1)
+        for place, (speaker, words) in enumerate(zip(speakers, texts, strict=True))
     ]
 
 
@@ -262,8 +262,8 @@ def _pair_format(name: str, question: str, answer: str, shown: str = "", about: 
 
     def convert(row: DataRow) -> Sample:
         _refuse_unwanted(row)
-        said = [string(row.fields, key, may_be_empty=True) for key in about]
-        asked = "\n\n".join([string(row.fields, question), *(text for text in said if text.strip())])
+        contexts = [string(row.fields, key, may_be_empty=True) for key in about]
+        asked = "\n\n".join([string(row.fields, question), *(text for text in contexts if text.strip())])
         return _chat(row, [Message("user", asked), Message("assistant", string(row.fields, answer))])
 
     context = f'"{shown}": "may be empty", ' if shown else ""

@@ -243,9 +243,9 @@ def pair_messages(item: Mapping[str, object]) -> list[Message]:
         raise RowError(f"a turn must have 'role' and 'content', got the keys {some_keys(item)}")
     _refuse(item)
     system = string(item, "system", may_be_empty=True)
-    said = [Message("system", system)] if system.strip() else []
+    instructions = [Message("system", system)] if system.strip() else []
     learned = _learned(item, "assistant")
-    return [*said, Message("user", string(item, pair[0])), Message("assistant", string(item, pair[1]), learned)]
+    return [*instructions, Message("user", string(item, pair[0])), Message("assistant", string(item, pair[1]), learned)]
 
 
 def with_decoded_turns(fields: Mapping[str, object]) -> Mapping[str, object]:
@@ -263,6 +263,6 @@ def _turns_in(cell: object) -> list[object] | None:
     except ValueError:
         return None
     turns = value if isinstance(value, list) else [value]
-    said = {*_CONTENT_KEYS, "tool_calls", "function_call"}
-    are_turns = (isinstance(turn, Mapping) and turn.keys() & _ROLE_KEYS and turn.keys() & said for turn in turns)
+    keys = {*_CONTENT_KEYS, "tool_calls", "function_call"}
+    are_turns = (isinstance(turn, Mapping) and turn.keys() & _ROLE_KEYS and turn.keys() & keys for turn in turns)
     return turns if turns and all(are_turns) else None

@@ -160,16 +160,16 @@ def _variants(chat: Chat) -> Iterator[Chat]:
 
 
 def _thought_apart(message: Message) -> Message:
-    thought, said = _reasoning(message)
+    thought, answer = _reasoning(message)
     if not thought or "reasoning_content" in message.extras:
         return message
-    return replace(message, content=said, extras={**message.extras, "reasoning_content": thought})
+    return replace(message, content=answer, extras={**message.extras, "reasoning_content": thought})
 
 
 def _without_thought(message: Message) -> Message:
     extras = {key: value for key, value in message.extras.items() if key != "reasoning_content"}
-    thought, said = _reasoning(message)
-    return replace(message, content=said if thought else message.content, extras=extras)
+    thought, answer = _reasoning(message)
+    return replace(message, content=answer if thought else message.content, extras=extras)
 
 
 def _arguments_as_text(message: Message) -> Message:
@@ -246,8 +246,8 @@ class _Turns:
         Some drop the thoughts of earlier turns only once the last is answered, some have the system prompt only
         before an answer to come. The answer then begins after the last words of the prompt.
         """
-        said = str(self._dicts[index - 1]["content"]).strip()
-        begin = asked[_alike(asked, self.text(index)) :] or (asked.rpartition(said)[2] if said else "")
+        question = str(self._dicts[index - 1]["content"]).strip()
+        begin = asked[_alike(asked, self.text(index)) :] or (asked.rpartition(question)[2] if question else "")
         place = upto.rfind(begin, 0, _alike(marked, upto)) if begin.strip() else -1
         if place < _alike(asked, upto):
             return None
@@ -260,8 +260,8 @@ class _Turns:
         if not reasoning or _THINK not in opened:
             return None
         body = upto[len(header) :].rstrip()
-        _, ended, said = body.partition(_END_THINK)
-        return _Answer(asked, f"{asked}{reasoning}\n{_END_THINK}\n\n{(said if ended else body).lstrip()}")
+        _, ended, answer = body.partition(_END_THINK)
+        return _Answer(asked, f"{asked}{reasoning}\n{_END_THINK}\n\n{(answer if ended else body).lstrip()}")
 
 
 def _alike(text: str, other: str) -> int:
@@ -286,8 +286,8 @@ def _reasoning(message: Message) -> tuple[str, str]:
     own = message.extras.get("reasoning_content")
     if isinstance(own, str):
         return own.strip(), message.content.strip()
-    thought, ended, said = message.content.partition(_END_THINK)
-    return (thought.strip().removeprefix(_THINK).strip(), said.strip()) if ended else ("", message.content)
+    thought, ended, answer = message.content.partition(_END_THINK)
+    return (thought.strip().removeprefix(_THINK).strip(), answer.strip()) if ended else ("", message.content)
 
 
 def _check_rendered(message: Message, rendered: str) -> None:
@@ -309,8 +309,8 @@ def _check_rendered(message: Message, rendered: str) -> None:
             forms = (value, _json(value)[1:-1], json.dumps(value)[1:-1], repr(value)[1:-1])
             if not any(form in rendered for form in forms):
                 raise TemplateRefusalError(f"the chat template does not render the argument {value[:40]!r} of a call")
-    _, said = _reasoning(message)
-    if said.strip() and said.strip() not in rendered:
+    _, answer = _reasoning(message)
+    if answer.strip() and answer.strip() not in rendered:
         raise TemplateRefusalError("the chat template does not render the answer as it stands in the row")
 
 
@@ -340,16 +340,16 @@ def _notes(chat: Chat, turns: _Turns, answers: list[_Answer]) -> tuple[str, ...]
     whole, notes = turns.text(len(chat.messages)), []
     texts = [whole, *(answer.upto for answer in answers)]
     for message in chat.messages:
-        said = message.content.strip()
-        if message.role != "assistant" and said and not any(said in text for text in texts):
+        content = message.content.strip()
+        if message.role != "assistant" and content and not any(content in text for text in texts):
             notes.append(f"the chat template leaves out or changes what {message.role} says")
     if chat.tools and whole == turns.without_tools():
         notes.append("the chat template does not render tools")
     for message, answer in zip((chat.messages[index] for index in _answers(chat)), answers, strict=True):
-        reasoning, said = _reasoning(message)
+        reasoning, content = _reasoning(message)
         if reasoning and reasoning not in answer.text:
             notes.append(_NO_REASONING)
-        if said[:1].isspace() and said.rstrip() not in answer.text:
+        if content[:1].isspace() and content.rstrip() not in answer.text:
             notes.append("the chat template cuts the white space before an answer")
         notes += [answer.note] if answer.note else []
     return tuple(dict.fromkeys(notes))

@@ -34,7 +34,7 @@ _OVERLAP = 8
 
 @dataclass(eq=False)
 class TokenData:
-    """The samples fit to train on, and what became of the others; numbers count the samples given, from 0.
+    """The samples fit to train on, and what became of the others; numbers count the samples read, from 0.
 
     `row_of[i]` is the number of the sample that tokens `i` are of; `lengths` are the full lengths in tokens of all
     that can be rendered. `refused` are those that the chat template refuses, and why. `too_long` are left out since
@@ -51,19 +51,19 @@ class TokenData:
     too_long: list[int] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
-    given: int = 0
+    sample_count: int = 0
 
     def extend(self, later: TokenData) -> None:
         """Append what later samples became."""
         self.samples += later.samples
-        self.row_of += [self.given + number for number in later.row_of]
+        self.row_of += [self.sample_count + number for number in later.row_of]
         self.lengths += later.lengths
-        self.refused += [(self.given + number, reason) for number, reason in later.refused]
-        self.empty += [self.given + number for number in later.empty]
-        self.too_long += [self.given + number for number in later.too_long]
+        self.refused += [(self.sample_count + number, reason) for number, reason in later.refused]
+        self.empty += [self.sample_count + number for number in later.empty]
+        self.too_long += [self.sample_count + number for number in later.too_long]
         self.counts.update(later.counts)
         self.notes.update(later.notes)
-        self.given += later.given
+        self.sample_count += later.sample_count
 
 
 def tokenize_samples(
@@ -91,12 +91,12 @@ def tokenize_samples(
     total = TokenData()
     for part in parts:
         total.extend(part)
-        progress(total.given)
+        progress(total.sample_count)
     return total
 
 
 def _tokenize_chunk(tokenizer: Tokenizer, max_length: int, long_rows: LongRowPolicy, chunk: list[Sample]) -> TokenData:
-    data = TokenData(given=len(chunk))
+    data = TokenData(sample_count=len(chunk))
     # Tokens that can end an answer: those that no plain text is made of.
     special, added = attrgetter("all_special_ids", "added_tokens_decoder")(tokenizer)
     end_marks = {*special, *added}

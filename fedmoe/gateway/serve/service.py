@@ -279,13 +279,13 @@ async def _interleave(streams: Sequence[AsyncGenerator[Chunk, None]]) -> AsyncGe
 
     tasks = [asyncio.create_task(pump(index)) for index in range(len(streams))]
     try:
-        left = len(tasks)
-        while left:
+        running = len(tasks)
+        while running:
             index, item = await queue.get()
             if isinstance(item, BaseException):
                 raise item
             if item is None:
-                left -= 1
+                running -= 1
             else:
                 yield index, item
     finally:

@@ -43,8 +43,8 @@ class _SlotLayer(DynamicLayer):  # type: ignore[misc]
     def put(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fill slots from `first` on with prompts (rows, heads, longest, width), zeros behind them."""
         rows, longest = keys.shape[0], keys.shape[2]
-        for ours, given in ((self.keys, keys), (self.values, values)):
-            ours[first : first + rows, :, :longest] = given
+        for ours, rows_in in ((self.keys, keys), (self.values, values)):
+            ours[first : first + rows, :, :longest] = rows_in
             ours[first : first + rows, :, longest:] = 0
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, stop: int) -> None:

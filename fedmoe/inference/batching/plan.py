@@ -56,17 +56,17 @@ class BatchPlan(Generic[Row]):
 
     def leave(self, places: frozenset[int]) -> tuple[list[Row], list[int]]:
         """Take the rows at `places` out; returns them, and for each place that stays which row moves there."""
-        left = [self.rows[place] for place in sorted(places)]
+        leaving = [self.rows[place] for place in sorted(places)]
         staying = compaction(len(self.rows), places)
         self.rows = [self.rows[place] for place in staying]
-        return left, staying
+        return leaving, staying
 
     def clear(self) -> list[Row]:
         """Take out all rows, those that wait too."""
-        left = [*self.rows, *self.waiting]
+        dropped = [*self.rows, *self.waiting]
         self.rows = []
         self.waiting.clear()
-        return left
+        return dropped
 
 
 def ended_rows(rows: Sequence[BatchRow], broken: Collection[int]) -> frozenset[int]:
@@ -74,8 +74,8 @@ def ended_rows(rows: Sequence[BatchRow], broken: Collection[int]) -> frozenset[i
     return frozenset(place for place, row in enumerate(rows) if place in broken or row.finish is not None)
 
 
-def compaction(count: int, left: frozenset[int]) -> list[int]:
+def compaction(count: int, leaving: frozenset[int]) -> list[int]:
     """Which row stands in which place after the rows `left` are gone: the last ones fill the holes, others stay."""
-    staying = [row for row in range(count) if row not in left]
+    staying = [row for row in range(count) if row not in leaving]
     fill = [row for row in staying if row >= len(staying)]
-    return [fill.pop() if place in left else place for place in range(len(staying))]
+    return [fill.pop() if place in leaving else place for place in range(len(staying))]

@@ -165,10 +165,10 @@ class TransformersBackend:
 
     def _fail_all(self, why: str) -> None:
         with self._changed:
-            left = self._plan.clear()
+            dropped = self._plan.clear()
         self._slots.keep([])
-        _send((row, BackendError(why)) for row in left)
-        self._release(left)
+        _send((row, BackendError(why)) for row in dropped)
+        self._release(dropped)
 
     def _admit(self) -> None:
         """Read the prompts of the rows that join, and draw their first tokens."""
@@ -226,11 +226,11 @@ class TransformersBackend:
     def _drop(self, places: frozenset[int], decoding: DecodingRows) -> None:
         if not places:
             return
-        left, staying = self._plan.leave(places)
+        leaving, staying = self._plan.leave(places)
         self._slots.keep(staying)
         if staying:
             decoding.keep(torch.tensor(staying, device=self._multi.device))
-        self._release(left)
+        self._release(leaving)
 
 
 def _deliver(rows: Sequence[_StreamedRow], broken: frozenset[int]) -> frozenset[int]:

@@ -31,30 +31,30 @@ class GatewayResults:
 
     losses: Mapping[str, Mapping[str, float]]
     own: Mapping[str, str]
-    kept: Mapping[str, Mapping[str, Estimate]]
+    retained: Mapping[str, Mapping[str, Estimate]]
     uncertain: Sequence[str] = ()
     note: str = ""
 
     @property
     def colours(self) -> dict[str, str]:
         """The models that bars are drawn for, each with its colour."""
-        models = dict.fromkeys(model for shares in self.kept.values() for model in shares)
+        models = dict.fromkeys(model for shares in self.retained.values() for model in shares)
         return dict(zip(models, cycle(POLICY_COLOURS), strict=False))
 
 
 def gateway_figure(results: GatewayResults) -> Figure:
     """Left: change of held-out loss against the base model. Right: gain kept, with 95 % intervals."""
-    bars = len(results.kept) * (len(results.colours) + 0.8)
+    bars = len(results.retained) * (len(results.colours) + 0.8)
     height = 2.2 + max(_ROW_INCHES * len(results.losses), _BAR_INCHES * bars, 1.6)
-    left = 2.4 + 1.25 * len(next(iter(results.losses.values())))
+    heat_width = 2.4 + 1.25 * len(next(iter(results.losses.values())))
     foot = (
         "Left: nats per token; blue is better than the base model, boxed the domain's own expert.\n"
         "Right: (base − model) / (base − own expert), 95 % intervals from a paired bootstrap over held-out blocks."
     )
     foot += "  ?: the own gain may be none." if results.uncertain else ""
     title = "What the gateway keeps of its experts"
-    figure = blank_figure(title, plain(results.note, 110), left + 6.4, height, foot)
-    heat, shares = figure.subplots(1, 2, width_ratios=(left, 6.0))
+    figure = blank_figure(title, plain(results.note, 110), heat_width + 6.4, height, foot)
+    heat, shares = figure.subplots(1, 2, width_ratios=(heat_width, 6.0))
     _heat_map(heat, results)
     _bars(shares, results)
     if len(results.colours) > 1:
@@ -87,14 +87,14 @@ def _heat_map(axes: Axes, results: GatewayResults) -> None:
 
 def _bars(axes: Axes, results: GatewayResults) -> None:
     title = "Share of the own expert's gain that is kept"
-    if not results.kept:
+    if not results.retained:
         say_empty(axes, title, "no domain has an expert of its own")
         return
     dress(axes, title, grid="x")
     colours, (low, high) = results.colours, _limits(results)
     reach = high - low
     centres = []
-    for group, (domain, shares) in enumerate(results.kept.items()):
+    for group, (domain, shares) in enumerate(results.retained.items()):
         top = group * (len(colours) + 0.8)
         centres.append(top + (len(colours) - 1) / 2)
         for place, (model, share) in enumerate(shares.items()):
@@ -110,7 +110,7 @@ def _bars(axes: Axes, results: GatewayResults) -> None:
     axes.set_xticks([tick for tick in axes.get_xticks() if low - 1e-9 <= tick <= high + 1e-9])
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %".replace("-", "−"))
     axes.set_xlim(low, high + 0.3 * reach)
-    names = [plain(domain, 14) + (" ?" if domain in results.uncertain else "") for domain in results.kept]
+    names = [plain(domain, 14) + (" ?" if domain in results.uncertain else "") for domain in results.retained]
     axes.set_yticks(centres, names, size=9.5, color=INK)
     axes.set_ylim(centres[-1] + (len(colours) - 1) / 2 + 0.8, -0.8)
 
@@ -118,7 +118,7 @@ def _bars(axes: Axes, results: GatewayResults) -> None:
 def _limits(results: GatewayResults) -> tuple[float, float]:
     """The axis: from 0 (or below) to all of the gain (or above); whiskers of uncertain domains may leave it."""
     ends = [1.0, 0.0]
-    for domain, shares in results.kept.items():
+    for domain, shares in results.retained.items():
         for share in shares.values():
             ends += [share.value] if domain in results.uncertain else [share.value, share.low, share.high]
     finite = [min(max(end, -1.0), 2.0) for end in ends if math.isfinite(end)]

@@ -134,16 +134,16 @@ class TokenGate:
                 self._keep_time()
         return record
 
-    def adopt(self, given: Mapping[str, str]) -> list[TokenRecord]:
+    def adopt(self, tokens: Mapping[str, str]) -> list[TokenRecord]:
         """Take the tokens that the environment gives, by role; those it gave before for these roles are revoked.
 
         Those are returned. Raises `RefusedError` for one that is revoked, expired or known with other rights, and
         changes nothing then.
         """
-        for role, token in given.items():
+        for role, token in tokens.items():
             self._require_same(TokenRecord(hash_token(token), role))
         revoked: list[TokenRecord] = []
-        for role, token in given.items():
+        for role, token in tokens.items():
             label, facts = f"{role} token of the environment", self._facts.get(hash_token(token))
             if facts is None:
                 self.add(token, role, label=label, origin="given")
@@ -158,27 +158,27 @@ class TokenGate:
                     revoked.append(record)
         return revoked
 
-    def _require_same(self, given: TokenRecord) -> None:
+    def _require_same(self, record: TokenRecord) -> None:
         """Refuse to give a token that is known already other rights, or new life."""
-        before = self._records.get(given.hash)
-        if before is None and given.hash not in self._facts:
+        before = self._records.get(record.hash)
+        if before is None and record.hash not in self._facts:
             return
         if before is None or before.revoked:
             # Of one that was damaged nobody can know any more whether it was revoked.
-            damaged = f"what the given {given.role} token may do was damaged in the journal and left out."
+            damaged = f"what the given {record.role} token may do was damaged in the journal and left out."
             raise RefusedError(
                 "token_revoked",
-                damaged if before is None else f"the given {given.role} token was revoked.",
+                damaged if before is None else f"the given {record.role} token was revoked.",
                 "Give another one, or unset the variable: the other tokens stay valid.",
             )
-        if (before.role, before.worker, before.experts) != (given.role, given.worker, given.experts):
+        if (before.role, before.worker, before.experts) != (record.role, record.worker, record.experts):
             raise RefusedError(
                 "token_mismatch",
-                f"the token given as {given.role} token is known here as a token with other rights ({before.role}).",
+                f"the token given as {record.role} token is known here as a token with other rights ({before.role}).",
                 "Give another one.",
             )
         if not self._usable(before):
-            raise RefusedError("token_mismatch", f"the given {given.role} token has expired.", "Give another one.")
+            raise RefusedError("token_mismatch", f"the given {record.role} token has expired.", "Give another one.")
 
     def revoke(self, token_hash: str) -> None:
         """Refuse a token from now on, and stop what is under way with it."""

@@ -106,7 +106,7 @@ class UploadPlaces:
         self._next = 0
 
     @asynccontextmanager
-    async def one(self, token: str, worker: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def place(self, token: str, worker: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[AsyncIterator[bytes]]:
         """The chunks of a body that takes a place with its first bytes and gives it back at the end.
 
         Raises `RefusedError`: from the chunks, if there is no place; from here, if this upload had to give way.
@@ -163,7 +163,7 @@ class PushPace:
         self._pushes: dict[tuple[str, str], tuple[tuple[str, int], float]] = {}
 
     @asynccontextmanager
-    async def kept(self, header: UpdateHeader) -> AsyncIterator[None]:
+    async def enforced(self, header: UpdateHeader) -> AsyncIterator[None]:
         """Raises `RefusedError` for a push that is early; one that does not succeed does not count."""
         key, identity, now = (header.expert, header.worker), (header.epoch, header.sequence), time.monotonic()
         before = self._pushes.get(key)

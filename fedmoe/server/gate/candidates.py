@@ -134,4 +134,4 @@ def decide(
     unheard = sorted(offer.experts.keys() - {score.expert for score in scores})
     if unheard:
         reason += f"; without an evaluator's scores: {', '.join(unheard)}"
-    return GateDecision(verdict.serve or before, reason, verdict.kept)
+    return GateDecision(verdict.serve or before, reason, verdict.retained)

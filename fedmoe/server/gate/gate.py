@@ -138,11 +138,11 @@ class EvaluationGate:
             offer = self._open if asker not in self._scores else None
             if offer is not None and request.expert not in offer.experts:
                 offer = None  # an expert that came later; the next set has it
-            left = offer.opened_at + self._policy.seconds - now if offer is not None else 0.0
+            seconds_left = offer.opened_at + self._policy.seconds - now if offer is not None else 0.0
             status = self._status(now)
             self._asked = self._asked or self._open is None
         self._wake.set()
-        return offer, left, status
+        return offer, seconds_left, status
 
     def adapter(self, set_id: str, digest: str) -> tuple[CandidateSet, Adapter, str | None]:
         """The adapter of this digest in the open set, and the name of the expert if it is one."""
@@ -283,7 +283,7 @@ class EvaluationGate:
             "candidate": chosen.name if chosen is not None else None,
             "undecided": undecided,
             "reason": verdict.reason,
-            "kept": {name: dict(kept) for name, kept in verdict.kept.items()},
+            "kept": {name: dict(shares) for name, shares in verdict.retained.items()},
             "scores": [score.model_dump() for score in scores],
         }
         self._publications.decide(chosen.gateway() if chosen is not None else None, payload, at)
@@ -298,11 +298,11 @@ class EvaluationGate:
         seconds = self._policy.seconds
         if self._open is not None:
             missing = self._missing(self._open)
-            left = max(0.0, self._open.opened_at + seconds - now)
+            seconds_left = max(0.0, self._open.opened_at + seconds - now)
             if missing:
-                return f"waiting up to {left:.0f} s for scores from {', '.join(_named(missing))}"
+                return f"waiting up to {seconds_left:.0f} s for scores from {', '.join(_named(missing))}"
             if not self._scores:
-                return f"a set is open for {left:.0f} s more and no evaluator is active"
+                return f"a set is open for {seconds_left:.0f} s more and no evaluator is active"
         if self._given_up:
             return self._given_up
         if not self._evaluators.active(now, seconds):

@@ -24,7 +24,7 @@ class GateDecision:
 
     serve: str | None
     reason: str
-    kept: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    retained: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def judge(
@@ -41,24 +41,25 @@ def judge(
     names = [*dict.fromkeys([*([published] if published else []), *candidates])]
     losses = [(score, _losses(score, published)) for score in scores]
     complete = [(score, gateways) for score, gateways in losses if gateways.keys() >= set(names)]
-    kept = _kept(complete, names, published)
-    if not kept[names[0]]:
+    retained = _retained(complete, names, published)
+    if not retained[names[0]]:
         reason = f"no own expert gains {SMALLEST_GAIN:g} nats per token or more, so nothing could be kept of a gain"
         if not complete:
             measured = f"nobody measured all of {', '.join(names)} on the same tokens"
             reason = f"{measured}; {len(scores)} scores were given"
         return GateDecision(published, reason)
-    worst = {name: min(shares.items(), key=lambda item: item[1]) for name, shares in kept.items()}
+    worst = {name: min(shares.items(), key=lambda item: item[1]) for name, shares in retained.items()}
     best = max(candidates, key=lambda name: worst[name][1])
     text = f"{best} keeps {_percent(worst[best][1])} of the gain on its worst domain, {worst[best][0]}"
-    rest = sorted({score.expert for score in scores} - kept[best].keys())
+    rest = sorted({score.expert for score in scores} - retained[best].keys())
     unjudged = f"; not judged: {', '.join(rest)}" if rest else ""
     if published is None:
-        return GateDecision(best, f"{text}; there is none to compare with{unjudged}", kept)
+        return GateDecision(best, f"{text}; there is none to compare with{unjudged}", retained)
     before = f"{published} keeps {_percent(worst[published][1])} on its worst, {worst[published][0]}"
     if worst[best][1] < worst[published][1] - tolerance:
-        return GateDecision(published, f"{text}, but {before}: more than {_percent(tolerance)} lower{unjudged}", kept)
-    return GateDecision(best, f"{text}; {before}{unjudged}", kept)
+        lower = f"{text}, but {before}: more than {_percent(tolerance)} lower{unjudged}"
+        return GateDecision(published, lower, retained)
+    return GateDecision(best, f"{text}; {before}{unjudged}", retained)
 
 
 def _losses(score: GatewayScores, published: str | None) -> dict[str, float]:
@@ -68,11 +69,11 @@ def _losses(score: GatewayScores, published: str | None) -> dict[str, float]:
     return score.candidates | {published: score.published}
 
 
-def _kept(
+def _retained(
     complete: Sequence[tuple[GatewayScores, Mapping[str, float]]], names: Sequence[str], published: str | None
 ) -> dict[str, dict[str, float]]:
     """Gateway -> domain -> share of the domain's gain, over all evaluators that measured every gateway."""
-    kept: dict[str, dict[str, float]] = {name: {} for name in names}
+    retained: dict[str, dict[str, float]] = {name: {} for name in names}
     for domain in dict.fromkeys(score.expert for score, _ in complete):
         here = [(score, gateways) for score, gateways in complete if score.expert == domain]
         weights = _weights([score.tokens for score, _ in here])
@@ -82,8 +83,8 @@ def _kept(
         gain = own if published is None else max(own, gains[published])
         if gain >= SMALLEST_GAIN:
             for name in names:
-                kept[name][domain] = gains[name] / gain
-    return kept
+                retained[name][domain] = gains[name] / gain
+    return retained
 
 
 def _weights(tokens: Sequence[int]) -> list[float]:

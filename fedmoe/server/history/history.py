@@ -220,13 +220,13 @@ class History(Replay):
                 f"{expert.title} is at version {expert.version}; there is no earlier version {version}.",
                 f"Choose a version from 0 to {expert.version - 1}.",
             )
-        left = start(chains[expert.version])
-        if left is not None and start(chains[version]) is not left:
+        rebased = start(chains[expert.version])
+        if rebased is not None and start(chains[version]) is not rebased:
             raise RefusedError(
                 "folded",
-                f"what {expert.title} was at version {version} is part of the gateway since, and it went on from there "
-                f"as version {left.version}.",
-                f"A fold cannot be undone for one expert; choose version {left.version} or a later one.",
+                f"what {expert.title} was at version {version} is merged into the gateway, onto which it was rebased "
+                f"as version {rebased.version}.",
+                f"A merge cannot be undone for one expert; choose version {rebased.version} or a later one.",
             )
         updates = Lineage.updates(chains[version])
         staying = {update.identity for update in updates}

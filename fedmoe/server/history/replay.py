@@ -109,12 +109,12 @@ def left_in_the_gateway(chains: Chains, merges: Iterable[GatewayMerged], expert:
 
     It is what the expert held when it was merged into the gateway, by its newest version in `chains` or before.
     """
-    left, newest = start(chains[max(chains)]), max(chains)
+    rebased, newest = start(chains[max(chains)]), max(chains)
     versions = (merge.sources[expert] for merge in merges if merge.sources.get(expert, newest) < newest)
     merged = any(update.worker == worker for version in versions for update in Lineage.updates(chains[version]))
-    if left is None or not merged:
+    if rebased is None or not merged:
         return ""
-    return f"What {worker!r} gave before the expert went on as version {left.version} stays in the gateway."
+    return f"What {worker!r} gave before the expert was rebased as version {rebased.version} stays in the gateway."
 
 
 def snapshot_bytes(state: RuleState) -> bytes:
@@ -166,8 +166,8 @@ class Replay:
 
     def branch_weights(self, expert: ExpertModel, branch_point: BranchPoint) -> Adapter:
         """The weights the expert branched from: the gateway's, or its first ones."""
-        if branch_point.left is not None:
-            weights = self._gateway_weights(branch_point.left.digest, expert.manifest)
+        if branch_point.rebased is not None:
+            weights = self._gateway_weights(branch_point.rebased.digest, expert.manifest)
         else:
             weights = self._beginning(registration(self._journal.events(expert.name)), None).weights
         return Adapter(expert.manifest.layout, expert.manifest.alpha, weights)
@@ -198,11 +198,11 @@ class Replay:
         state = self._beginning(registered, start(chain))
         return self._land(state, Lineage.updates(chain), registered.manifest)
 
-    def _beginning(self, registered: ExpertRegistered, left: ExpertRebased | None) -> RuleState:
+    def _beginning(self, registered: ExpertRegistered, rebased: ExpertRebased | None) -> RuleState:
         """The state before any update: the gateway that the expert was rebased onto, or its first weights."""
         rule = self._aggregation.rule
-        if left is not None:
-            return rule.init(self._gateway_weights(left.digest, registered.manifest))
+        if rebased is not None:
+            return rule.init(self._gateway_weights(rebased.digest, registered.manifest))
         return ExpertModel.initial(registered.expert, registered.manifest, registered.seed, rule).state
 
     def _land(self, state: RuleState, updates: list[UpdateAccepted], manifest: Manifest) -> RuleState:
@@ -217,11 +217,11 @@ class Replay:
 
 def with_progress(updates: Sequence[UpdateAccepted]) -> Iterator[UpdateAccepted]:
     """The same updates; says every few seconds how far whoever lands them has come, and how long it will take."""
-    began = said = time.monotonic()
+    began = logged_at = time.monotonic()
     for done, update in enumerate(updates):
         now = time.monotonic()
-        if now - said >= _TELL_SECONDS:
-            said = now
-            left = round((now - began) / done * (len(updates) - done), 1)
-            _log.info("replaying", expert=update.expert, updates=done, of=len(updates), seconds_left=left)
+        if now - logged_at >= _TELL_SECONDS:
+            logged_at = now
+            seconds_left = round((now - began) / done * (len(updates) - done), 1)
+            _log.info("replaying", expert=update.expert, updates=done, of=len(updates), seconds_left=seconds_left)
         yield update

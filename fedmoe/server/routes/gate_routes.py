@@ -112,5 +112,5 @@ def _verdict_info(verdict: GatewayVerdict, principal: Principal, experts: Mappin
         for score in info.scores
         if score.expert in experts and may_use(principal, experts[score.expert])
     ]
-    kept = {candidate: by_title(domains, experts) for candidate, domains in info.kept.items()}
-    return info.model_copy(update={"scores": scores, "kept": kept})
+    retained = {candidate: by_title(domains, experts) for candidate, domains in info.kept.items()}
+    return info.model_copy(update={"scores": scores, "kept": retained})

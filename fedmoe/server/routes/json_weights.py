@@ -92,16 +92,16 @@ class JsonWeights(StreamingResponse):
 
     async def stream_response(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        loop, left = asyncio.get_running_loop(), self._policy.receiver_seconds
+        loop, seconds = asyncio.get_running_loop(), self._policy.receiver_seconds
         async for piece in self.body_iterator:
             started = loop.time()
             try:
-                async with asyncio.timeout(left):
+                async with asyncio.timeout(seconds):
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             except TimeoutError:
                 _log.warning("receiver_too_slow", seconds=self._policy.receiver_seconds, fix=f"Accept: {SAFETENSORS}")
                 return  # an answer that is not complete ends its connection
-            left -= loop.time() - started
+            seconds -= loop.time() - started
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

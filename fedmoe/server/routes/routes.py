@@ -228,7 +228,10 @@ async def push_expert_update(request: Request, header: Annotated[UpdateHeader, Q
     else:
         refuse_without(request, JSON)
     try:
-        async with parts.pace.kept(header), parts.places.one(principal.token, header.worker, body.chunks) as chunks:
+        async with (
+            parts.pace.enforced(header),
+            parts.places.place(principal.token, header.worker, body.chunks) as chunks,
+        ):
             landed = await parts.service.intake.push(header, replace(body, chunks=chunks), principal.token)
         status = 202 if landed.status == "quarantined" else 200
         facts = with_incarnation(request, landed).model_copy(update={"expert": asked}).model_dump()
@@ -260,7 +263,7 @@ async def push_data_statistics(
     principal, parts = principal_of(request), parts_of(request)
     principal.require_worker(header.worker)
     internal, body = with_first_name(request, header), _tensor_body(request)
-    async with parts.places.one(principal.token, header.worker, body.chunks) as chunks:
+    async with parts.places.place(principal.token, header.worker, body.chunks) as chunks:
         result = await parts.service.intake.push_data_statistics(
             internal, replace(body, chunks=chunks), principal.token
         )

@@ -48,11 +48,11 @@ def body_limit(kind: StatisticsKind, layout: Layout) -> int:
 def _check_moments(moments: InputMoments, layout: Layout) -> None:
     """Refuse moments that are not of exactly these modules, or of impossible size."""
     expected = {module.name: module.in_features for module in layout.modules}
-    given = {name: module.features for name, module in moments.modules.items()}
-    if given != expected:
-        odd = min(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
+    sizes = {name: module.features for name, module in moments.modules.items()}
+    if sizes != expected:
+        odd = min(name for name in expected.keys() | sizes.keys() if expected.get(name) != sizes.get(name))
         raise _mismatch(
-            f"module {odd[:200]!r}: expected {expected.get(odd)} input features, got {given.get(odd)} (None: not there)"
+            f"module {odd[:200]!r}: expected {expected.get(odd)} input features, got {sizes.get(odd)} (None: not there)"
         )
     largest = max(float(abs(part).max()) for m in moments.modules.values() for part in (m.diagonal, m.sketch))
     if largest > MAX_MOMENT:

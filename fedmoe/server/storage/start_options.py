@@ -42,6 +42,6 @@ def check_options(aggregation: Aggregation, update_rule: str | None, last_merge:
         # Merged anew, experts that were rebased onto one gateway would count it once each.
         raise RefusedError(
             "start_mismatch",
-            f"the experts of this state directory went on from their gateway, last after fold {last_merge}.",
+            f"the experts of this state directory were rebased onto their gateway, last after merge {last_merge}.",
             "Start with --start-from gateway, or choose another --state-dir.",
         )

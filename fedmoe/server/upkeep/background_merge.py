@@ -26,7 +26,7 @@ from fedmoe.server.history.history import History
 from fedmoe.server.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, StorageFailedError
 from fedmoe.server.updates.committer import Committer
 
-_log = structlog.get_logger("fedmoe.folding")
+_log = structlog.get_logger("fedmoe.background_merge")
 
 #: An expert without updates for so long is idle, and merged with the few steps that it has: more may never come. Far
 #: above the recommended sync intervals, so that an expert in training is not merged update by update.
@@ -55,7 +55,7 @@ class BackgroundMerge:
         self._heard_since = committer.clock()
         self._due = threading.Event()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fedmoe-folding", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="fedmoe-merging", daemon=True)
 
     def start(self) -> None:
         """Start if experts are rebased onto the gateway; what was ready before a restart is merged now."""
@@ -121,9 +121,9 @@ class BackgroundMerge:
         )
 
     def _compute(self, plan: MergePlan) -> TruncatedAdapter:
-        left = plan.gateway.branch_points
+        points = plan.gateway.branch_points
         try:
-            starts = {name: self._history.branch_weights(expert, left[name]) for name, expert in plan.experts.items()}
+            starts = {name: self._history.branch_weights(expert, points[name]) for name, expert in plan.experts.items()}
         except (MissingBlobError, CorruptBlobError) as error:
             raise MergeFailedError(f"where an expert left the gateway cannot be read: {error}") from error
         merged = plan.compute(starts)

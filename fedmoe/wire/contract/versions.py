@@ -24,13 +24,13 @@ def mismatch(header: str | None, here: str, there: str, version: str) -> Refused
     if number is not None and abs(number - PROTOCOL) <= 1:
         return None
     old = there if number is None or number < PROTOCOL else here
-    said = shortened(header or "", 40)
+    number_text = shortened(header or "", 40)
     return RefusedError(
         "upgrade_required",
         f"{here} (fedmoe {version}) speaks protocol {PROTOCOL}, and {PROTOCOL - 1} and {PROTOCOL + 1}; "
-        f"{there} speaks {said if number is not None else repr(said)}.",
+        f"{there} speaks {number_text if number is not None else repr(number_text)}.",
         f"Upgrade {old} (pip install --upgrade fedmoe), or install a version nearer to it at the other end.",
         protocol=PROTOCOL,
         fedmoe=version,
-        got=said,
+        got=number_text,
     )

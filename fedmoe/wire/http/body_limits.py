@@ -71,10 +71,10 @@ class _Body:
     async def _in_time(self) -> Message:
         loop = asyncio.get_running_loop()
         # Only the time spent waiting for the sender counts: a slow disk here must not cut off anybody.
-        left = IDLE_SECONDS + self._size / MIN_BYTES_PER_SECOND - self._waited
+        seconds = IDLE_SECONDS + self._size / MIN_BYTES_PER_SECOND - self._waited
         started = loop.time()
         try:
-            async with asyncio.timeout(min(IDLE_SECONDS, left)):
+            async with asyncio.timeout(min(IDLE_SECONDS, seconds)):
                 message = await self._receive()
         except TimeoutError:
             self._given_up = True

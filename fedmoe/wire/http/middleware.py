@@ -238,10 +238,10 @@ def _ranges(accept: Sequence[str]) -> dict[str, float]:
     return ranges
 
 
-def _number(given: str) -> float:
+def _number(text: str) -> float:
     """A weight from 0 to 1; what is none counts as 1, as if it were not there."""
     try:
-        return min(max(float(given), 0.0), 1.0) if given.isascii() and not given.strip("0123456789.") else 1.0
+        return min(max(float(text), 0.0), 1.0) if text.isascii() and not text.strip("0123456789.") else 1.0
     except ValueError:
         return 1.0
 

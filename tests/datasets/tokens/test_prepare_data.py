@@ -118,10 +118,10 @@ def test_several_processes_give_the_same(tmp_path: Path, monkeypatch: pytest.Mon
 def test_tokens_are_kept_for_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_rows(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * i) for i in range(1, 60)])
     first = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
-    assert not first.kept
+    assert not first.from_cache
     monkeypatch.setattr("fedmoe.models.prepare_data.tokenize_samples", None)  # not called again
     again = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
-    assert again.kept
+    assert again.from_cache
     assert same(first, again)
     moved = file.rename(tmp_path / "b.jsonl")
     assert prepare_samples(moved, TOKENIZER, 64, cache=tmp_path / "kept").report.source == str(moved)
@@ -130,15 +130,15 @@ def test_tokens_are_kept_for_the_next_start(tmp_path: Path, monkeypatch: pytest.
 def test_other_data_options_lengths_and_templates_are_tokenised_anew(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     file = write_rows(tmp_path / "a.jsonl", *[chat(f"q {i}", "a" * 99) for i in range(9)])
-    assert not prepare_samples(file, TOKENIZER, 64, cache=kept, refuse=False).kept
-    assert not prepare_samples(file, TOKENIZER, 65, cache=kept, refuse=False).kept
-    assert not prepare_samples(file, TOKENIZER, 64, DataOptions(long_rows="split"), cache=kept, refuse=False).kept
+    assert not prepare_samples(file, TOKENIZER, 64, cache=kept, refuse=False).from_cache
+    assert not prepare_samples(file, TOKENIZER, 65, cache=kept, refuse=False).from_cache
+    assert not prepare_samples(file, TOKENIZER, 64, DataOptions(long_rows="split"), cache=kept, refuse=False).from_cache
     assert not prepare_samples(
         file, TOKENIZER, 64, DataOptions(RowOptions(max_bad_fraction=0.5)), cache=kept, refuse=False
-    ).kept
-    assert not prepare_samples(file, STRICT, 64, cache=kept, refuse=False).kept
+    ).from_cache
+    assert not prepare_samples(file, STRICT, 64, cache=kept, refuse=False).from_cache
     write_rows(file, chat("q", "other"))
-    assert not prepare_samples(file, TOKENIZER, 64, cache=kept, refuse=False).kept
+    assert not prepare_samples(file, TOKENIZER, 64, cache=kept, refuse=False).from_cache
 
 
 def test_the_same_bytes_under_another_suffix_are_read_anew(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_what_of_a_folder_is_not_read_is_said_beside_kept_tokens_too(tmp_path: P
     first = prepare_samples(folder, TOKENIZER, 128, cache=tmp_path / "kept", refuse=False)
     write_rows(folder / "test.jsonl", {"text": "twice"})
     again = prepare_samples(folder, TOKENIZER, 128, cache=tmp_path / "kept", refuse=False)
-    assert (first.report.notes, again.kept) == ((), True)
+    assert (first.report.notes, again.from_cache) == ((), True)
     assert "test: not trained on" in again.report.text
 
 
@@ -168,7 +168,7 @@ def test_a_template_that_looks_at_the_clock_is_never_kept(tmp_path: Path) -> Non
     clock = make_tokenizer("{{ strftime_now('%Y') }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
     file = write_rows(tmp_path / "a.jsonl", *[chat("q", "a")] * 3)
     prepare_samples(file, clock, 64, cache=tmp_path / "kept", refuse=False)
-    assert not prepare_samples(file, clock, 64, cache=tmp_path / "kept", refuse=False).kept
+    assert not prepare_samples(file, clock, 64, cache=tmp_path / "kept", refuse=False).from_cache
 
 
 def test_damaged_kept_tokens_are_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -179,7 +179,7 @@ def test_damaged_kept_tokens_are_made_anew(tmp_path: Path, caplog: pytest.LogCap
     for damaged in (whole[: len(whole) // 2], b"", whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
         kept.write_bytes(damaged)
         found = prepare_samples(file, TOKENIZER, 64, cache=tmp_path / "kept")
-        assert not found.kept
+        assert not found.from_cache
         assert same(first, found)
         assert "made anew" in caplog.text
         caplog.clear()
