@@ -59,8 +59,8 @@ def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
     if (online := gateway.living) is not None:
         last = ", ".join(f"{name} (staleness {tau})" for name, tau in online.staleness.items())
         say(f"  {online.folds} merges" + (f", the last of {last} in {online.seconds:.1f} s" if last else ""))
-        for name, at in online.departures.items():
-            say(f"  {name} branched after merge {at.gateway} as v{at.version}, {at.steps} steps since")
+        for name, point in online.departures.items():
+            say(f"  {name} branched after merge {point.gateway} as v{point.version}, {point.steps} steps since")
     for note in gateway.notes:
         say(f"  note: {note}")
     for name, reason in gateway.left_out.items():
