@@ -48,7 +48,7 @@ def doctor(
     else:
         for finding in findings:
             fix = f"  -> {finding.fix}" if finding.fix else ""
-            print(f"[{finding.state:7}] {finding.what}: {inert(finding.result)}{fix}")
+            print(f"[{finding.state:7}] {finding.what}: {inert(finding.found)}{fix}")
     if any(finding.state == "problem" for finding in findings):
         raise typer.Exit(1)
 

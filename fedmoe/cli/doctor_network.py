@@ -34,7 +34,7 @@ class Finding:
 
     what: str
     state: str
-    result: str
+    found: str
     fix: str = ""
 
     @classmethod

@@ -295,7 +295,7 @@ def test_a_container_with_little_memory_is_noted(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(doctor, "memory", lambda: little)
     said = doctor._memory()
     assert said.state == "note"
-    assert "to this container" in said.result
+    assert "to this container" in said.found
     assert "docker run --memory" in said.fix
     monkeypatch.setattr(doctor, "memory", lambda: replace(little, total=4 << 30, available=3 << 30))
     assert doctor._memory().state == "ok"
@@ -303,7 +303,7 @@ def test_a_container_with_little_memory_is_noted(monkeypatch: pytest.MonkeyPatch
 
 def test_a_gpu_shows_its_free_memory_and_a_full_one_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedmoe.runtime.device.free_and_total", lambda device: (40 << 30, 80 << 30))
-    assert "40.0 of 80.0 GiB free" in doctor._device().result
+    assert "40.0 of 80.0 GiB free" in doctor._device().found
     monkeypatch.setattr("fedmoe.runtime.device.free_and_total", lambda device: (100 << 20, 80 << 30))
     assert (doctor._device().state, "nvidia-smi" in doctor._device().fix) == ("note", True)
 
@@ -312,7 +312,7 @@ def test_a_gpu_shows_its_free_memory_and_a_full_one_is_noted(monkeypatch: pytest
 
     monkeypatch.setattr("fedmoe.runtime.device.free_and_total", broken)
     assert doctor._device().state == "problem"
-    assert "nvidia-smi" in doctor._device().result
+    assert "nvidia-smi" in doctor._device().found
 
 
 def test_a_wrong_number_of_threads_is_a_problem_until_it_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
