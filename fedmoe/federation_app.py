@@ -101,11 +101,11 @@ class FederationApp:
     def _prepare_tokens(self, config: CoordinatorConfig) -> dict[str, str]:
         """Open the gate; on an address others can reach, and where there ever were tokens, make those missing."""
         secrets = {"join": config.token, "admin": config.admin_token}
-        given = {role: secret.get_secret_value() for role, secret in secrets.items() if secret is not None}
+        tokens = {role: secret.get_secret_value() for role, secret in secrets.items() if secret is not None}
         self.gate = TokenGate(self._journal, False, time.time)
-        needed = not is_loopback(config.host) or bool(given) or self.gate.ever_had_tokens
+        needed = not is_loopback(config.host) or bool(tokens) or self.gate.ever_had_tokens
         self.gate.required = needed and not config.insecure
-        for record in self.gate.adopt(given):
+        for record in self.gate.adopt(tokens):
             _log.warning("token_replaced", role=record.role, hash=record.hash[:12], reason="another one was given")
             self._audit.write(what="token replaced at start", named=record.hash[:12], role=record.role)
         if config.insecure:

@@ -46,13 +46,13 @@ _TRIES = 5
 class ErasureReport:
     """How many updates, snapshots and statistics were erased.
 
-    `remaining` says in words what stays in the gateway, if anything.
+    `left` says in words what stays in the gateway, if anything.
     """
 
     updates: int
     snapshots: int
     statistics: int
-    remaining: str = ""
+    left: str = ""
 
     def in_words(self) -> str:
         return (
@@ -93,7 +93,7 @@ class Withdrawals:
             report = await self._committer.decided(lambda transaction: self._erase(transaction, request), alone=True)
             if report is not None:
                 await self._done(request)
-                notes = (result.note, "" if report.remaining in result.note else report.remaining, report.in_words())
+                notes = (result.note, "" if report.left in result.note else report.left, report.in_words())
                 return result.model_copy(update={"note": " ".join(filter(None, notes))})
         await self._done(request)
         raise RefusedError(
