@@ -1,4 +1,4 @@
-"""Options that several commands share, those made from a configuration, and what they name: client, base model."""
+"""Options shared by commands, options made from a configuration class; opens the client and base model that they name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks that the parts of a base model fit together: settings, weights, tokenizer, chat template, context.
+"""Checks that a base model's parts fit together: settings, weights, tokenizer, end tokens, chat template, context.
 
 Every problem names the files, both values and what to do, and all are reported at once. Oddities of published models
 that work nevertheless are notes.

@@ -1,4 +1,4 @@
-"""Sample records of an arena run: made-up learning curves, to see the charts before anything was trained.
+"""Sample records of an arena run: made-up learning curves, to see the charts before anything is trained.
 
 Every record is marked `sample`; whatever is drawn from them says so.
 """

@@ -1,4 +1,4 @@
-"""Placement of a run: refuses network file systems and full disks; temporary files, devices."""
+"""Where a run writes and computes: refuses network file systems and full disks; temporary folder, CUDA devices."""
 
 from __future__ import annotations
 

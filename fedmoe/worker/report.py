@@ -1,4 +1,4 @@
-"""A worker's reports: log lines for its operator, phases before the first step, records for programs."""
+"""A worker's reports: log lines, phases before the first step, records, and the held-out losses that it sends."""
 
 from __future__ import annotations
 

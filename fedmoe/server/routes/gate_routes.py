@@ -1,4 +1,4 @@
-"""HTTP routes of the evaluation gate; without a gate they refuse."""
+"""HTTP routes of the evaluation gate: candidates, scores, and verdicts as far as a token may see them."""
 
 from __future__ import annotations
 
