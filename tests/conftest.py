@@ -12,6 +12,7 @@ from support import CoordinatorProcess
 
 if TYPE_CHECKING:
     from live import House
+    from postgres_server import PostgresServer
 
     from fedmoe.models.base import LoadedBase
 
@@ -49,6 +50,16 @@ def house(tmp_path: Path) -> Iterator[House]:
 
     with open_house(tmp_path) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server for all tests of a process; each asks it for databases of its own."""
+    from postgres_server import PostgresServer
+
+    server = PostgresServer.make()
+    yield server
+    server.remove()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.federation.events import Event, UpdateAccepted
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import StorageFailedError
+from fedmoe.server.storage.journal import UnstorableError
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.updates.committer import Committer
 
@@ -24,6 +25,7 @@ class Gate:
         self.entered = threading.Semaphore(0)
         self.batches: list[int] = []
         self.failure: Exception | None = None
+        self.unstorable: int | None = None
         self.open.set()
 
     def append(self, events: Sequence[Event], version_digests: Sequence[str | None] | None = None) -> None:
@@ -31,6 +33,8 @@ class Gate:
         assert self.open.wait(10)
         if self.failure is not None:
             raise self.failure
+        if any(isinstance(event, UpdateAccepted) and event.sequence == self.unstorable for event in events):
+            raise UnstorableError("it is odd")
         self.journal.append(events, version_digests)
         self.batches.append(len(events))
 
@@ -157,6 +161,17 @@ def test_a_caller_that_goes_away_neither_lands_nor_stops_the_committer(house: Ho
     assert version_of(first) == 1
     assert version_of(house.push(2)) == 2
     assert house.gate.journal.count() == 2
+
+
+def test_one_value_that_the_journal_cannot_hold_spoils_nothing_for_the_others(house: House) -> None:
+    first = house.block()
+    answers = [house.push(1), house.push(2), house.push(3)]
+    house.gate.unstorable = 2
+    house.gate.open.set()
+    with pytest.raises(UnstorableError, match="cannot hold"):
+        answers[1].result(10)
+    assert [version_of(answer) for answer in (first, answers[0], answers[2])] == [1, 2, 3]
+    assert house.committer.failed is None
 
 
 def test_a_full_disk_refuses_the_group_and_the_next_one_is_tried(house: House) -> None:

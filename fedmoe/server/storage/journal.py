@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from fedmoe.federation.events import Event, UpdateAccepted
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.event_rows import event_of
 from fedmoe.server.storage.records import (
     DataStatistic,
@@ -41,6 +42,17 @@ _PAGE = 10_000
 
 class DuplicateEventError(Exception):
     """An event whose identity is already in the journal; the whole batch was refused."""
+
+
+class UnstorableError(RefusedError):
+    """A value that the back end cannot hold; the whole batch was refused, and it is not known whose value it was."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("invalid_request", f"the journal cannot hold a value: {reason}.", "Nothing was stored.")
+
+
+class NotOwnerError(Exception):
+    """This process is no longer the one that may write; nothing was written, and what it has in memory may be old."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+from fedmoe.server.storage.tables import META, SNAPSHOTS
 
 #: Under this key of `meta` stand the tables that have seals, as JSON.
 SEALED = "sealed"
@@ -59,8 +61,8 @@ def _listed(row: str, columns: Iterable[str]) -> str:
 
 def keep_seals(connection: sqlite3.Connection) -> None:
     """Make the seals of tables that have none yet, and keep all of them from now on; leaves a transaction open."""
-    connection.create_function("fedmoe_key", -1, _key, deterministic=True)
-    connection.create_function("fedmoe_seal", -1, _seal, deterministic=True)
+    connection.create_function("fedmoe_key", -1, row_key, deterministic=True)
+    connection.create_function("fedmoe_seal", -1, row_seal, deterministic=True)
     # REPLACE deletes a row first, and only with this its triggers run.
     connection.execute("PRAGMA recursive_triggers=ON")
     connection.execute(_CREATE)
@@ -103,6 +105,28 @@ def damaged_rows(connection: sqlite3.Connection) -> list[DamagedRow]:
     return lost + [damage for table in tables for damage in _damaged(connection, table)]
 
 
+@dataclass(frozen=True, slots=True)
+class FatalDamage:
+    """Damage that a journal cannot be opened with: its rows in words, and what else can be done about it."""
+
+    rows: str
+    hint: str
+
+
+def fatal_damage(damage: Sequence[DamagedRow], skip_damaged: bool) -> FatalDamage | None:
+    """What of the damage cannot be left out; None where all of it can.
+
+    Snapshots only save time and are left out in any case, other rows with `skip_damaged`, what `meta` says never.
+    """
+    optional = {row.table for row in damage} - {META.name} if skip_damaged else {SNAPSHOTS.name}
+    fatal = [row for row in damage if row.table not in optional]
+    if not fatal:
+        return None
+    others = f", and {len(fatal) - 1} more" if len(fatal) > 1 else ""
+    hint = " To go on without such rows, start once with --skip-damaged."
+    return FatalDamage(f"{fatal[0]}{others}", "" if META.name in {row.table for row in fatal} else hint)
+
+
 def drop_damaged(connection: sqlite3.Connection, damage: Iterable[DamagedRow]) -> None:
     """Take rows that are not as they were written out of their tables; leaves a transaction open."""
     tables = {table.name: table for table in _tables(connection)}
@@ -118,7 +142,7 @@ def _damaged(connection: sqlite3.Connection, table: _SealedTable) -> Iterator[Da
     seals = dict(connection.execute(query, [table.name]).fetchall())
     columns = _listed("t", (*table.key, *table.columns))
     for row in connection.execute(f'SELECT {columns} FROM "{table.name}" AS t'):
-        key, seal = _key(*row[: len(table.key)]), _seal(*row[len(table.key) :])
+        key, seal = row_key(*row[: len(table.key)]), row_seal(*row[len(table.key) :])
         expected = seals.pop(key, None)
         if expected is None:
             yield DamagedRow(table.name, key, "was not written by the journal")
@@ -148,9 +172,11 @@ def _triggers(table: _SealedTable) -> Iterator[str]:
         yield f'CREATE TEMP TRIGGER IF NOT EXISTS {trigger} AFTER {event} ON main."{name}" BEGIN {actions} END'
 
 
-def _key(*values: object) -> str:
+def row_key(*values: object) -> str:
+    """The primary key of a row, as JSON."""
     return json.dumps(values, default=repr)
 
 
-def _seal(*values: object) -> str:
-    return hashlib.sha256(_key(*values).encode()).hexdigest()
+def row_seal(*values: object) -> str:
+    """The hash of a row's columns in the order of its table."""
+    return hashlib.sha256(row_key(*values).encode()).hexdigest()

@@ -17,8 +17,12 @@ TABLES = sa.MetaData()
 LATER_TABLES = sa.MetaData()
 
 
+# SQLite's INTEGER has 64 bits, and alone numbers rows by itself.
+_INTEGER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
+
 def _id() -> sa.Column[int]:
-    return sa.Column("id", sa.Integer, primary_key=True, autoincrement=True)
+    return sa.Column("id", _INTEGER, primary_key=True, autoincrement=True)
 
 
 def _keys(*names: str) -> list[sa.Column[str]]:
@@ -30,7 +34,7 @@ def _texts(*names: str, nullable: bool = False) -> list[sa.Column[str]]:
 
 
 def _integer(name: str) -> sa.Column[int]:
-    return sa.Column(name, sa.Integer, nullable=False)
+    return sa.Column(name, _INTEGER, nullable=False)
 
 
 def _time(name: str = "at", nullable: bool = False) -> sa.Column[float]:
@@ -45,7 +49,7 @@ EVENTS = sa.Table(
     *_texts("kind", "expert"),
     _integer("version"),
     *_texts("worker", "epoch", nullable=True),
-    sa.Column("sequence", sa.Integer),
+    sa.Column("sequence", _INTEGER),
     *_texts("digest", nullable=True),
     *_texts("payload"),
     # The content hash of the weights that the event leaves behind; none where it leaves the first ones of an expert,
@@ -58,7 +62,7 @@ EVENTS = sa.Table(
     sa.UniqueConstraint("expert", "version"),
 )
 SNAPSHOTS = sa.Table(
-    "snapshots", TABLES, *_keys("expert"), sa.Column("version", sa.Integer, primary_key=True), *_texts("digest")
+    "snapshots", TABLES, *_keys("expert"), sa.Column("version", _INTEGER, primary_key=True), *_texts("digest")
 )
 STATISTICS = sa.Table("statistics", TABLES, _id(), *_texts("expert", "worker", "kind", "payload"), _time())
 TOKENS = sa.Table(

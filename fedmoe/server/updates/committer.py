@@ -20,7 +20,7 @@ import structlog
 from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.runtime import failpoints
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.journal import Journal, UnstorableError
 from fedmoe.server.updates.upload import settled
 
 _log = structlog.get_logger("fedmoe.committer")
@@ -126,8 +126,12 @@ class Committer:
                 group = []
 
     def _commit(self, group: list[_Job]) -> None:
+        # From here on a future cannot be cancelled, so that answering it cannot fail.
+        self._commit_running([job for job in group if job.answer.set_running_or_notify_cancel()])
+
+    def _commit_running(self, jobs: list[_Job]) -> None:
         transaction = self.coordinator.transaction()
-        decided = self._decide(transaction, group)
+        decided = self._decide(transaction, jobs)
         try:
             if transaction.events:
                 failpoints.reached("commit.before")
@@ -137,6 +141,11 @@ class Committer:
         except Exception as error:
             if isinstance(error, StorageFailedError):
                 self.fail(str(error))
+            if isinstance(error, UnstorableError) and len(decided) > 1:
+                # It is one of them whose values are at fault: the others land.
+                for job, _ in decided:
+                    self._commit_running([job])
+                return
             for job, _ in decided:
                 job.answer.set_exception(error)
             return
@@ -152,13 +161,10 @@ class Committer:
         except Exception as error:
             _log.warning("snapshot_failed", error=str(error))
 
-    def _decide(self, transaction: Transaction, group: list[_Job]) -> list[tuple[_Job, object]]:
-        """Work the group out in one transaction; a decision that fails is answered at once and changes nothing."""
+    def _decide(self, transaction: Transaction, jobs: list[_Job]) -> list[tuple[_Job, object]]:
+        """Work the decisions out in one transaction; a decision that fails is answered at once and changes nothing."""
         decided: list[tuple[_Job, object]] = []
-        for job in group:
-            # From here on the future cannot be cancelled, so that answering it cannot fail.
-            if not job.answer.set_running_or_notify_cancel():
-                continue
+        for job in jobs:
             before = transaction.savepoint()
             try:
                 self.check_storage()

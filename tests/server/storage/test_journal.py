@@ -14,6 +14,7 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.event_rows import GATEWAY
 from fedmoe.server.storage.journal import DuplicateEventError, FormerIncarnation, Journal
+from fedmoe.server.storage.postgres_journal import PostgresJournal
 from fedmoe.server.storage.records import DataStatistic, Statistic, TokenRecord
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
 
@@ -32,9 +33,13 @@ FOLD = GatewayMerged(1, 9, "a" * 64, {"python": 4}, {"python": 0}, {"python": 1.
 WENT_ON = ExpertRebased("python", 1, "a" * 64, 2, 5, 3.5)
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", pytest.param("postgres", marks=pytest.mark.scale)])
 def journal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Journal]:
-    opened = SqliteJournal(tmp_path / "journal.sqlite" if request.param == "file" else None)
+    opened: Journal
+    if request.param == "postgres":
+        opened = PostgresJournal(request.getfixturevalue("postgres").schema())
+    else:
+        opened = SqliteJournal(tmp_path / "journal.sqlite" if request.param == "file" else None)
     yield opened
     opened.close()
 
