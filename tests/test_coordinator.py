@@ -13,7 +13,7 @@ from support import LAYOUT, MANIFEST, make_adapter, make_flat, make_submission
 
 from fedmoe.coordinator import Aggregation, CentralCoordinator, GatewayModel, seed_of
 from fedmoe.experts import ExpertModel, check_manifest
-from fedmoe.federation.events import ExpertRegistered, UpdateAccepted, UpdateHeld
+from fedmoe.federation.events import ExpertRegistered, ExpertRolledBack, UpdateAccepted, UpdateHeld, WorkerRetracted
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
 from fedmoe.lora.codec import digest
 from fedmoe.lora.manifest import Manifest
@@ -393,11 +393,11 @@ def test_rollback_and_retraction_are_versions_of_their_own() -> None:
     transaction = with_experts("python").transaction()
     start = transaction.expert("python").state
     transaction.apply(transaction.admit(make_submission(), 0.0), make_flat(1))
-    back = transaction.roll_back("python", 0, start, "bad data", 7.0)
-    assert (back.to_version, back.version, back.reason) == (0, 2, "bad data")
+    transaction.apply(ExpertRolledBack("python", 0, 2, "bad data", 7.0), rebuilt=start)
     assert transaction.expert("python").state is start
-    retracted = transaction.retract("python", "w1", 1, start, "", 8.0)
-    assert (retracted.removed, retracted.version, transaction.expert("python").version) == (1, 3, 3)
+    assert transaction.expert("python").version == 2
+    transaction.apply(WorkerRetracted("python", "w1", 1, 3, "", 8.0), rebuilt=start)
+    assert transaction.expert("python").version == 3
     assert transaction.gateway_version == 4
 
 

@@ -172,9 +172,10 @@ class ArealLearner:
     def _gone(self, request: Frame, why: str) -> ArealProcessError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_SECONDS)
+        log = (self._work_dir / _LOG).read_text(errors="replace")
         return ArealProcessError(
             f"{self._name} is gone ({_ending(self._process.returncode)}; {why}); {request.kind!r} was not done and the "
-            f"adapter since the last checkpoint is lost. Its log ends with:\n{_tail(self._work_dir / _LOG)}"
+            f"adapter since the last checkpoint is lost. Its log ends with:\n{log[-_LOG_SHOWN:]}"
         )
 
 
@@ -202,9 +203,3 @@ def _ending(status: int | None) -> str:
     if status is None:
         return "still ending"
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-
-
-def _tail(log: Path) -> str:
-    with log.open("rb") as stream:
-        stream.seek(max(0, log.stat().st_size - _LOG_SHOWN))
-        return stream.read().decode("utf-8", "replace")

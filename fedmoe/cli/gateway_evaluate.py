@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmoe.cli.gateway_export import GATEWAY, base_of, check_weights, pull
-from fedmoe.cli.options import (
-    AsJson,
-    ChatTemplateFile,
-    ChatTemplateKwargs,
-    DataMap,
-    loaded,
-    template_of,
-    with_client,
-)
+from fedmoe.cli.options import AsJson, ChatTemplateFile, ChatTemplateKwargs, DataMap, loaded, template_of, with_client
 from fedmoe.cli.output import CommandError, importing, show_json, show_table
 from fedmoe.gateway.routers import SequenceRouter
 from fedmoe.lora.adapter import Adapter

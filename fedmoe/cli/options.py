@@ -1,4 +1,4 @@
-"""Options shared by commands, options made from a configuration class; opens the client and base model that they name."""
+"""Options shared by commands or made from a configuration class; opens the client and base model that they name."""
 
 from __future__ import annotations
 

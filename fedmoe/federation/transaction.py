@@ -14,7 +14,6 @@ from fedmoe.federation.events import (
     ExpertRegistered,
     ExpertRenamed,
     ExpertRetired,
-    ExpertRolledBack,
     ExpertUnretired,
     GatewayMerged,
     HeldUpdateRejected,
@@ -23,7 +22,6 @@ from fedmoe.federation.events import (
     UpdateAccepted,
     UpdateHeld,
     VersionEvent,
-    WorkerRetracted,
 )
 from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.federation.quarantine import Quarantine
@@ -232,37 +230,6 @@ class Transaction:
         named = (held.expert, held.worker, held.epoch, held.sequence, held.digest)
         event = HeldUpdateRejected(self.quarantine.number + 1, number, *named, reason, at)
         self.apply(event)
-        return event
-
-    def roll_back(
-        self,
-        name: str,
-        to_version: int,
-        state: RuleState,
-        reason: str,
-        at: float,
-        since: tuple[CountedUpdate, ...] = (),
-    ) -> ExpertRolledBack:
-        """The expert's next version gets `state`, rebuilt by the caller from version `to_version`; see `apply`."""
-        expert = self.expert(name)
-        event = ExpertRolledBack(expert.name, to_version, expert.version + 1, reason, at)
-        self.apply(event, rebuilt=state, since=since)
-        return event
-
-    def retract(
-        self,
-        name: str,
-        worker: str,
-        removed: int,
-        state: RuleState,
-        reason: str,
-        at: float,
-        since: tuple[CountedUpdate, ...] = (),
-    ) -> WorkerRetracted:
-        """The expert's next version gets `state`, rebuilt by the caller without the worker's updates; see `apply`."""
-        expert = self.expert(name)
-        event = WorkerRetracted(expert.name, worker, removed, expert.version + 1, reason, at)
-        self.apply(event, rebuilt=state, since=since)
         return event
 
     def apply(

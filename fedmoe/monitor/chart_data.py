@@ -162,16 +162,15 @@ def capabilities(series: ArenaSeries) -> dict[str, dict[str, float]]:
         }
         for policy in series.policies
     }
-    return {policy: {name: _clipped(value) for name, value in row.items()} for policy, row in values.items()}
+    return {
+        policy: {name: min(1.0, max(0.0, value)) if math.isfinite(value) else math.nan for name, value in row.items()}
+        for policy, row in values.items()
+    }
 
 
 def recorded_abilities(values: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The abilities that at least one policy has a value for."""
     return [name for name in ABILITIES if any(math.isfinite(abilities[name]) for abilities in values.values())]
-
-
-def _clipped(value: float) -> float:
-    return min(1.0, max(0.0, value)) if math.isfinite(value) else math.nan
 
 
 def _around_half(values: Mapping[str, float], policy: str) -> float:

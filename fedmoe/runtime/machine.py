@@ -164,17 +164,17 @@ def environment() -> dict[str, object]:
         "fedmoe": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES if _is_installed(name)},
+        "packages": {
+            name: package.version
+            for name in _PACKAGES
+            for package in [*importlib.metadata.distributions(name=name)][:1]
+        },
         "processor": processor_name(_CPU_INFORMATION.read_text("utf-8") if _CPU_INFORMATION.is_file() else ""),
         "cores": max(1, int(usable_cores())),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "memory_bytes": memory().total,
         "gpus": _gpus(),
     }
-
-
-def _is_installed(package: str) -> bool:
-    return next(iter(importlib.metadata.distributions(name=package)), None) is not None
 
 
 def processor_name(information: str) -> str:

@@ -1,4 +1,4 @@
-"""Memory limit of a run: choice of the limit, use, the guard that keeps use below it, and the control file that changes it.
+"""Memory limit of a run: its choice, the guard that keeps use below it, and the control file that changes it.
 
 All sizes are in bytes; GiB and the `_gb` of options are 2^30 of them.
 """

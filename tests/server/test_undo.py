@@ -12,7 +12,7 @@ from memory_blobs import MemoryBlobStore
 from support import LAYOUT, MANIFEST, make_body, make_flat, make_push, open_service
 
 from fedmoe.coordinator import Aggregation
-from fedmoe.federation.events import ExpertRegistered, UpdateAccepted
+from fedmoe.federation.events import ExpertRegistered, ExpertRolledBack, UpdateAccepted
 from fedmoe.lora.adapter import FloatVector, initial_adapter
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.history import History, RebuiltState
@@ -146,9 +146,9 @@ def test_if_more_than_updates_came_between_it_begins_anew(
         # The other change has one thread with it: this one is decided as a second committer of the queue would.
         expert = service.coordinator.expert("python")
         state = service._history.at_version(expert, 3)
+        event = ExpertRolledBack(rollback.expert, 3, expert.version + 1, "", 1.0)
         service.committer.submit(
-            lambda transaction: transaction.roll_back(rollback.expert, 3, state.state, "", 1.0, since=state.since),
-            alone=True,
+            lambda transaction: transaction.apply(event, rebuilt=state.state, since=state.since), alone=True
         ).result(20)
 
     call = lambda: asyncio.run(service.undo.retract(RetractRequest(expert="python", worker="w1")))  # noqa: E731

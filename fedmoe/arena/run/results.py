@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -108,13 +109,8 @@ def _newest_wins(policy: PolicyRecords) -> list[dict[str, RecordValue]]:
 
 def _stretches(records: RunRecords) -> list[dict[str, RecordValue]]:
     """Which mode ran from which iteration to which, both included."""
-    stretches: list[dict[str, RecordValue]] = []
-    for iteration, mode in records.steps:
-        if stretches and stretches[-1]["mode"] == mode:
-            stretches[-1]["last"] = iteration
-        else:
-            stretches.append({"mode": mode, "first": iteration, "last": iteration})
-    return stretches
+    by_mode = [[*steps] for _, steps in groupby(records.steps, key=lambda step: step[1])]
+    return [{"mode": steps[0][1], "first": steps[0][0], "last": steps[-1][0]} for steps in by_mode]
 
 
 def _curve(records: Mapping[Step, Record], fields: Sequence[str]) -> dict[str, list[RecordValue]]:

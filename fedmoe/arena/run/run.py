@@ -62,13 +62,6 @@ LearnerMaker = Callable[[ArenaConfig, Path, LoadedBase, MultiLora], AbstractCont
 _NO_LEARNERS: Mapping[str, LearnerMaker] = {}
 
 
-def _multilora(
-    config: ArenaConfig, folder: Path, base: LoadedBase, multi: MultiLora
-) -> AbstractContextManager[Learner]:
-    """The learner in this process, which trains all policies in one batch."""
-    return nullcontext(Learner(base, multi, config.learning))
-
-
 @dataclass
 class _Run:
     """What a run consists of once everything is loaded."""
@@ -100,7 +93,10 @@ def run_arena(
     `learners` are kinds of learners beside our own and those that installed packages offer as `fedmoe.learners`.
     Raises RunError for a folder that cannot be used, and what tasks, modes, models and the coordinator raise.
     """
-    makers: dict[str, LearnerMaker] = {"multilora": _multilora, **learners}
+    makers: dict[str, LearnerMaker] = {
+        "multilora": lambda config, folder, base, multi: nullcontext(Learner(base, multi, config.learning)),
+        **learners,
+    }
     make_learner = PluginGroup("fedmoe.learners", "learner", RunError, makers).get(config.learning.kind)
     check_file_system(options.folder, options.allow_network_fs)
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -216,7 +216,8 @@ class ReasoningProblems:
             dataset, entry = self._entry(int(np.random.SeedSequence([seed, attempt]).generate_state(1)[0]))
             question = str(entry["question"])
             content = self._rule.key(question)
-            if _is_held_out(content) == (seed >= HELD_OUT):
+            held_out = hashlib.sha256(content.encode()).digest()[0] % _HELD_OUT_SHARE == 0
+            if held_out == (seed >= HELD_OUT):
                 return ReasoningProblem(question, _answer(entry), content, dataset, entry)
         raise TaskError(
             f"{self.name} with {self._options or 'its defaults'} has too few different problems to hold some out;"
@@ -251,10 +252,6 @@ def _whole(option: str, value: Option, least: int, most: int) -> int:
 def _answer(entry: Mapping[str, object]) -> str:
     answer = entry["answer"]
     return "" if answer is None else str(answer)
-
-
-def _is_held_out(content: str) -> bool:
-    return hashlib.sha256(content.encode()).digest()[0] % _HELD_OUT_SHARE == 0
 
 
 class ReasoningTask(CommitteeTask):

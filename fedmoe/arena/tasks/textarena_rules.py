@@ -31,18 +31,15 @@ class Game:
     lenient: bool = False
 
     def readable(self, state: GameState, text: str) -> bool:
-        """Whether an action is legal as far as its text goes."""
-        return bool(text.strip()) if self.free(state) else names_action(text, self.legal(state))
+        """Whether an action is legal as far as its text goes: it has a legal one in it, whatever its case."""
+        if self.free(state):
+            return bool(text.strip())
+        return any(action.casefold() in text.casefold() for action in self.legal(state))
 
 
 def family(env_id: str) -> str:
     """`KuhnPoker` of `KuhnPoker-v0-short`."""
     return env_id.partition("-v0")[0]
-
-
-def names_action(text: str, legal: tuple[str, ...]) -> bool:
-    """Whether one of the legal actions stands in the text, whatever its case."""
-    return any(action.casefold() in text.casefold() for action in legal)
 
 
 def _cells(state: GameState) -> list[str]:

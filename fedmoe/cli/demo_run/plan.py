@@ -50,10 +50,6 @@ class DemoPlan:
     def worker_dir(self, worker: DemoWorker) -> Path:
         return self.folder / "workers" / worker.name
 
-    def test_file(self, domain: str) -> Path:
-        """Held-out text of a domain; that of `GENERAL` is text that nobody trained on."""
-        return self.data / domain / "test.jsonl"
-
     def log(self, worker: DemoWorker) -> Path:
         return self.folder / "logs" / f"{worker.name}.log"
 

@@ -112,7 +112,7 @@ def _measure(plan: DemoPlan, console: Console) -> tuple[LossMatrix, dict[str, An
     adapters = {name: read_peft({path.name: path.read_bytes() for path in files}) for name, files in folders.items()}
     # The first blocks of each file in a fixed, shuffled order, the same in every run.
     held_out = {
-        domain: held_out_blocks(plan.test_file(domain), base, plan.max_length, plan.held_out_blocks)
+        domain: held_out_blocks(plan.data / domain / "test.jsonl", base, plan.max_length, plan.held_out_blocks)
         for domain in (*(worker.domain for worker in WORKERS), GENERAL)
     }
     with console.status("") as status:

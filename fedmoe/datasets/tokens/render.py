@@ -197,14 +197,10 @@ class _Turns:
         """The first `turns` turns, perhaps with the beginning of the answer to come."""
         key = (turns, ask)
         if key not in self._rendered:  # the last answer's end is the whole
-            self._rendered[key] = self._render(turns, ask)
+            self._rendered[key] = self.render(turns, ask)
         return self._rendered[key]
 
-    def without_tools(self) -> str:
-        """All turns, as they are without definitions of tools."""
-        return self._render(len(self._dicts), tools=False)
-
-    def _render(
+    def render(
         self, turns: int, ask: bool = False, last: Mapping[str, object] | None = None, tools: bool = True
     ) -> str:
         dicts = [*self._dicts[:turns], *([dict(last)] if last else [])]
@@ -226,7 +222,7 @@ class _Turns:
         if upto.startswith(asked):
             return _Answer(asked, asked + upto[len(asked) :].rstrip())
         # Without the turn's own thought and calls: only the mark tells what of the text is the answer.
-        marked = self._render(index, last={"role": "assistant", "content": _MARK})
+        marked = self.render(index, last={"role": "assistant", "content": _MARK})
         if moved := self._after_prompt(index, asked, upto, marked):
             return moved
         header, marks, _ = marked.partition(_MARK)
@@ -343,7 +339,7 @@ def _notes(chat: Chat, turns: _Turns, answers: list[_Answer]) -> tuple[str, ...]
         content = message.content.strip()
         if message.role != "assistant" and content and not any(content in text for text in texts):
             notes.append(f"the chat template leaves out or changes what {message.role} says")
-    if chat.tools and whole == turns.without_tools():
+    if chat.tools and whole == turns.render(len(chat.messages), tools=False):
         notes.append("the chat template does not render tools")
     for message, answer in zip((chat.messages[index] for index in _answers(chat)), answers, strict=True):
         reasoning, content = _reasoning(message)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-import uvicorn
 from starlette.types import ASGIApp
 
 from fedmoe.gateway.serve.auto_model import PromptRouter
@@ -32,13 +31,11 @@ from fedmoe.lora.manifest import Manifest
 from fedmoe.models.base import LoadedBase, context_length, stop_tokens
 from fedmoe.models.multilora import MultiLora
 from fedmoe.wire.client import CoordinatorClient
-from fedmoe.wire.http.serving import GuardedProtocol, own_signals
 from fedmoe.wire.http.serving import listen as listen_on
+from fedmoe.wire.http.serving import own_signals, server_of
 
 _log = structlog.get_logger("fedmoe.serve")
 
-#: What is under way when the server is told to stop gets this long.
-_DRAIN_SECONDS = 30
 # What vLLM continues for us to compare.
 _PROMPTS = ("The capital of France is", "def add(a, b):\n", "Dear Sir or Madam,", "SELECT name FROM")
 
@@ -151,21 +148,7 @@ def _vllm(base: LoadedBase, modules: Sequence[str], rows: int, address: VllmAddr
 def listen(running: GatewayServer, gate: Endpoint) -> None:
     """Answer requests until SIGTERM or SIGINT; what is under way then is finished."""
     listener = listen_on(gate.host, gate.port)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            running.app,
-            http=GuardedProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=_DRAIN_SECONDS,
-            ssl_certfile=gate.tls_cert,
-            ssl_keyfile=gate.tls_key,
-        )
-    )
+    server = server_of(running.app, gate.tls_cert, gate.tls_key)
     with own_signals(server), asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         models = running.service.names()
         _log.info("listening", host=gate.host, port=listener.getsockname()[1], pid=os.getpid(), models=models)

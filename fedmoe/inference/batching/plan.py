@@ -75,7 +75,7 @@ def ended_rows(rows: Sequence[BatchRow], broken: Collection[int]) -> frozenset[i
 
 
 def compaction(count: int, leaving: frozenset[int]) -> list[int]:
-    """Which row stands in which place after the rows `left` are gone: the last ones fill the holes, others stay."""
+    """Which row stands in which place after the rows `leaving` are gone: the last ones fill the holes, others stay."""
     staying = [row for row in range(count) if row not in leaving]
     fill = [row for row in staying if row >= len(staying)]
     return [fill.pop() if place in leaving else place for place in range(len(staying))]

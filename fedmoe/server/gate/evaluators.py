@@ -62,16 +62,17 @@ class Evaluators:
 
     def awaited(self, experts: Collection[str]) -> dict[Evaluator, float]:
         """When those were last heard of whose scores a set of these experts waits for."""
-        named = [(evaluator, record) for evaluator, record in self._heard.items() if evaluator[1] in experts]
-        return {evaluator: record.at for evaluator, record in named if self._hopeful(record)}
+        return {
+            evaluator: record.at
+            for evaluator, record in self._heard.items()
+            if evaluator[1] in experts and record.missed < PATIENCE
+            # A new name does not help a token whose names did not score.
+            if record.proven or self._missed_by_token[record.token] < PATIENCE
+        }
 
     def active(self, now: float, seconds: float) -> list[Evaluator]:
         """Those heard of in the last `seconds`, in name order."""
         return sorted(evaluator for evaluator, record in self._heard.items() if now - record.at < seconds)
-
-    def _hopeful(self, record: _EvaluatorRecord) -> bool:
-        trusted = record.proven or self._missed_by_token[record.token] < PATIENCE
-        return trusted and record.missed < PATIENCE
 
     def _make_room(self, token: str, now: float, seconds: float) -> None:
         unproven = [evaluator for evaluator, record in self._heard.items() if not record.proven]

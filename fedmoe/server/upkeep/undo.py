@@ -15,6 +15,7 @@ import structlog
 
 from fedmoe.coordinator import Transaction
 from fedmoe.experts import ExpertModel
+from fedmoe.federation.events import ExpertRolledBack, WorkerRetracted
 from fedmoe.runtime import failpoints
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.base_history import CurrentHistory
@@ -54,8 +55,9 @@ class Undo:
         def decide(transaction: Transaction, rebuilt: RebuiltState) -> ChangeResult:
             expert = transaction.expert(request.expert)
             self._current.check_rollback(request, expert, expert.with_state(rebuilt.state).digest)
-            named = (request.expert, request.to_version, rebuilt.state, request.reason, self._committer.clock())
-            transaction.roll_back(*named, since=rebuilt.since)
+            version, at = expert.version + 1, self._committer.clock()
+            event = ExpertRolledBack(expert.name, request.to_version, version, request.reason, at)
+            transaction.apply(event, rebuilt=rebuilt.state, since=rebuilt.since)
             return change_result(transaction, request.expert, rebuilt.removed, rebuilt.note)
 
         return await self._done(
@@ -82,9 +84,10 @@ class Undo:
         return self._retracted(request, transaction, rebuilt)
 
     def _retracted(self, request: RetractRequest, transaction: Transaction, rebuilt: RebuiltState) -> ChangeResult:
-        at = self._committer.clock()
-        named = (request.expert, request.worker, rebuilt.removed, rebuilt.state, request.reason, at)
-        transaction.retract(*named, since=rebuilt.since)
+        expert, at = transaction.expert(request.expert), self._committer.clock()
+        version = expert.version + 1
+        event = WorkerRetracted(expert.name, request.worker, rebuilt.removed, version, request.reason, at)
+        transaction.apply(event, rebuilt=rebuilt.state, since=rebuilt.since)
         rejected = retract_held(transaction, request.expert, request.worker, request.reason, at)
         return change_result(transaction, request.expert, rebuilt.removed, f"{rebuilt.note} {rejected}".strip())
 
