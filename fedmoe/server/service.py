@@ -103,6 +103,8 @@ class CoordinatorService:
         self.retention: Retention | None = None
         #: Called with the first expert there is, once.
         self.on_first_expert: Callable[[ExpertModel], None] | None = None
+        #: How long the newest gateway took; None before the first one.
+        self.gateway_build_seconds: float | None = None
         self._noted: tuple[str, ...] = ()
         self._build_again = 0.0
 
@@ -178,12 +180,19 @@ class CoordinatorService:
 
     def gateway(self) -> GatewayModel:
         """The published gateway, or without a gate the newest; logs where it was not made as the options say."""
-        gateway = self.coordinator.gateway() if self.evaluation_gate is None else self.evaluation_gate.published()
+        gateway = self._newest_gateway() if self.evaluation_gate is None else self.evaluation_gate.published()
         gateway = self._shown(gateway)
         if gateway.notes != self._noted:
             for note in gateway.notes:
                 _log.warning("gateway", version=gateway.version, strategy=gateway.strategy, note=note)
             self._noted = gateway.notes
+        return gateway
+
+    def _newest_gateway(self) -> GatewayModel:
+        before, began = self.coordinator.built, time.monotonic()
+        gateway = self.coordinator.gateway()
+        if gateway is not before:
+            self.gateway_build_seconds = time.monotonic() - began
         return gateway
 
     def _shown(self, gateway: GatewayModel) -> GatewayModel:

@@ -1,45 +1,54 @@
-"""Counters of the gateway server in the text format of Prometheus."""
+"""Metrics of the gateway server: what was counted since the start, and the state at the scrape."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+
+from prometheus_client.core import Metric
 
 from fedmoe.gateway.serve.catalogue import CatalogueSnapshot
 from fedmoe.gateway.serve.version_watcher import WatchHealth
+from fedmoe.wire.http.metrics import Series, histogram
+
+_PREFIX = "fedmoe_serve_"
 
 
-@dataclass
 class Counters:
     """Counts since the start; written from the event loop only."""
 
-    requests: Counter[tuple[str, str]] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    def __init__(self) -> None:
+        self.requests: Counter[tuple[str, str]] = Counter()
+        self.refused: Counter[str] = Counter()
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.seconds = histogram(_PREFIX + "request_duration_seconds", "From a request's admission to its end.")
+        self.first_token = histogram(_PREFIX + "first_token_seconds", "From a request's admission to its first token.")
 
-    def page(self, snapshot: CatalogueSnapshot, health: WatchHealth, running: int, waiting: int) -> str:
-        """All counts and the present state in the text format of Prometheus."""
-        by_ending = {
-            f'{{model="{model}",ended="{ended}"}}': count for (model, ended), count in sorted(self.requests.items())
-        }
-        by_code = {f'{{code="{code}"}}': count for code, count in sorted(self.refused.items())}
-        versions = {f'{{model="{name}"}}': model.version for name, model in snapshot.models.items()}
-        families: tuple[tuple[str, str, Mapping[str, float]], ...] = (
-            ("requests_total", "Requests answered, by the model that answered and how they ended.", by_ending),
-            ("refused_total", "Requests that were not begun, by code.", by_code),
-            ("prompt_tokens_total", "Prompt tokens of requests answered.", {"": self.prompt_tokens}),
-            ("completion_tokens_total", "Tokens generated.", {"": self.completion_tokens}),
-            ("model_version", "The version that is served.", versions),
-            ("generations_running", "Generations in the batch.", {"": running}),
-            ("generations_waiting", "Generations that wait for a place.", {"": waiting}),
-            ("models_behind", "Names that are not up to date.", {"": len(health.behind)}),
-            ("coordinator_silence_seconds", "Since the coordinator last answered.", {"": health.seconds_since_answer}),
-        )
-        lines = []
-        for name, about, values in families:
-            kind = "counter" if name.endswith("_total") else "gauge"
-            lines += [f"# HELP fedmoe_serve_{name} {about}", f"# TYPE fedmoe_serve_{name} {kind}"]
-            lines += [f"fedmoe_serve_{name}{labels} {value:g}" for labels, value in values.items()]
-        return "\n".join(lines) + "\n"
+    def collect(self) -> Iterator[Metric]:
+        """All of them as they are now."""
+        yield from (series.family() for series in self._series())
+        for times in (self.seconds, self.first_token):
+            yield from times.collect()
+
+    def _series(self) -> Iterator[Series]:
+        by_ending, by_code = self.requests.items(), [((code,), count) for code, count in self.refused.items()]
+        about = "Requests answered, by the model that answered and how they ended."
+        yield Series(_PREFIX + "requests_total", about, ("model", "ended"), by_ending)
+        yield Series(_PREFIX + "refused_total", "Requests that were not begun, by code.", ("code",), by_code)
+        about = "Prompt tokens of requests answered."
+        yield Series.single(_PREFIX + "prompt_tokens_total", about, self.prompt_tokens)
+        yield Series.single(_PREFIX + "completion_tokens_total", "Tokens generated.", self.completion_tokens)
+
+
+def state_metrics(snapshot: CatalogueSnapshot, health: WatchHealth, running: int, waiting: int) -> Iterator[Metric]:
+    """What is served, how well the coordinator is followed, and generations that run and wait."""
+    versions = [((name,), model.version) for name, model in snapshot.models.items()]
+    yield Series(_PREFIX + "model_version", "The version that is served.", ("model",), versions).family()
+    for name, about, value in (
+        ("generations_running", "Generations in the batch.", running),
+        ("generations_waiting", "Generations that wait for a place.", waiting),
+        ("models_behind", "Names that are not up to date.", len(health.behind)),
+        ("coordinator_silence_seconds", "Since the coordinator last answered.", health.seconds_since_answer),
+    ):
+        yield Series.single(_PREFIX + name, about, value).family()

@@ -12,13 +12,14 @@ from typing import Annotated, TypeVar, cast
 
 from fastapi import Depends, FastAPI, Request
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from fedmoe import __version__
 from fedmoe.gateway.serve import problems
 from fedmoe.gateway.serve.api_keys import ApiKeyMiddleware
 from fedmoe.gateway.serve.catalogue import AUTO, BASE
+from fedmoe.gateway.serve.counters import state_metrics
 from fedmoe.gateway.serve.problems import ApiError, of_backend
 from fedmoe.gateway.serve.requests import MOST_CHOICES, ChatRequest, CompletionRequest
 from fedmoe.gateway.serve.responses import EndpointKind, JsonObject, ResponseBuilder, model_card
@@ -28,6 +29,7 @@ from fedmoe.gateway.serve.version_watcher import WatchHealth
 from fedmoe.inference.backend import BackendError
 from fedmoe.wire.http import openapi
 from fedmoe.wire.http.body_limits import BodyGuard
+from fedmoe.wire.http.metrics import metrics_page
 from fedmoe.wire.http.middleware import (
     JSON,
     CrossSiteMiddleware,
@@ -119,8 +121,8 @@ async def readyz(service: UsedService, health: CurrentHealth) -> Response:
 
 async def metrics(service: UsedService, health: CurrentHealth) -> Response:
     """Counters and the present state for Prometheus."""
-    page = service.counters.page(service.catalogue.snapshot, health, *service.backend.busy())
-    return PlainTextResponse(page, media_type="text/plain; version=0.0.4")
+    state = state_metrics(service.catalogue.snapshot, health, *service.backend.busy())
+    return metrics_page([*service.counters.collect(), *state])
 
 
 async def models(service: UsedService) -> JSONResponse:

@@ -6,6 +6,7 @@ Everything here runs in the event loop, so nothing needs a lock; only prompts to
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager
@@ -156,6 +157,7 @@ class Service:
 
         A request that is cancelled while others are routed before it is not routed any more.
         """
+        began = time.monotonic()
         async with AsyncExitStack() as stack:
             stack.enter_context(self._admission(request.choices))
             name = request.model
@@ -174,7 +176,7 @@ class Service:
             base = self.base.weights_hash
             version, digest = (model.version, model.digest) if model else (0, base)
             origin = Origin(name, version, digest, base, snapshot.gateway_version)
-            active = ActiveRequest(self, request, origin, model, stack.pop_all())
+            active = ActiveRequest(self, request, origin, model, stack.pop_all(), began)
         self.counters.prompt_tokens += active.usage.prompt
         return active
 
@@ -208,13 +210,17 @@ class Service:
 
 @dataclass
 class ActiveRequest:
-    """An admitted request; leaving the context stops its generations and releases the version and the admission."""
+    """An admitted request; leaving the context stops its generations and releases the version and the admission.
+
+    `began` is when it was admitted, by a clock that is never set.
+    """
 
     service: Service
     request: GenerationRequest
     origin: Origin
     model: ServedModel | None
     resources: AsyncExitStack
+    began: float
     usage: Usage = field(init=False)
     ended: str = "broken_off"
 
@@ -230,6 +236,7 @@ class ActiveRequest:
         counters = self.service.counters
         counters.requests[self.origin.model, self.ended] += 1
         counters.completion_tokens += self.usage.completion
+        counters.seconds.observe(time.monotonic() - self.began)
         await self.resources.aclose()
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
@@ -237,6 +244,8 @@ class ActiveRequest:
         streams = [self._choice(index) for index in range(self.request.choices)]
         async with aclosing(_interleave(streams)) as interleaved:
             async for index, chunk in interleaved:
+                if chunk.steps and not self.usage.completion:
+                    self.service.counters.first_token.observe(time.monotonic() - self.began)
                 self.usage.completion += len(chunk.steps)
                 yield index, chunk
         self.ended = "complete"

@@ -14,6 +14,7 @@ from fedmoe.server.access.security import principal_of
 from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.uploads import PushPace, UploadPlaces
 from fedmoe.server.expert_names import resolve_expert
+from fedmoe.server.routes.coordinator_metrics import CoordinatorMetrics
 from fedmoe.server.routes.weight_responses import WeightAnswers
 from fedmoe.server.service import CoordinatorService
 from fedmoe.wire.contract.messages import INCARNATION_HEADER, Message
@@ -35,13 +36,14 @@ AnswerT = TypeVar("AnswerT", bound=Message)
 
 @dataclass
 class AppState:
-    """The service, its tokens, the writer of weights, what uploads pass; the gateway as lists last showed it."""
+    """The service, its tokens, the writer of weights, what uploads pass, metrics; the gateway as last listed."""
 
     service: CoordinatorService
     tokens: TokenGate
     answers: WeightAnswers
     places: UploadPlaces
     pace: PushPace
+    metrics: CoordinatorMetrics
     listed_gateway: tuple[GatewayModel, str] | None = None
 
 

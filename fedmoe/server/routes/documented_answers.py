@@ -74,6 +74,10 @@ _SAFETENSORS_BODY: Json = {"required": True, "content": {SAFETENSORS: _BINARY}}
 ANSWERS: Mapping[Route, Answers] = {
     ("GET", "/healthz"): Answers(others={503: {"description": "storage has failed", "content": _STATE}}),
     ("GET", "/readyz"): Answers(others={503: {"description": "not ready, with the reason", "content": _STATE}}),
+    ("GET", "/metrics"): Answers(
+        ("forbidden",),
+        {200: {"description": "the state in the text format of Prometheus", "content": {"text/plain": _TEXT}}},
+    ),
     ("GET", "/federation"): Answers(),
     ("GET", "/list_experts"): Answers(),
     ("GET", "/get_gateway_weights"): Answers((*_GATEWAY, *_AS_JSON), _WEIGHT_ANSWERS),

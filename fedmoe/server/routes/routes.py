@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, FastAPI, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from fedmoe import __version__
 from fedmoe.experts import ExpertModel
@@ -32,9 +33,11 @@ from fedmoe.server.routes.app_state import (
     with_first_name,
     with_incarnation,
 )
+from fedmoe.server.routes.coordinator_metrics import CoordinatorMetrics
 from fedmoe.server.routes.documented_answers import ANSWERS, PROBLEMS
 from fedmoe.server.routes.expert_routes import expert_info, gateway_info
 from fedmoe.server.routes.json_weights import JsonPolicy
+from fedmoe.server.routes.request_counts import CountingMiddleware, RequestCounts
 from fedmoe.server.routes.weight_responses import (
     WeightAnswers,
     all_weights,
@@ -65,6 +68,7 @@ from fedmoe.wire.contract.messages import (
 )
 from fedmoe.wire.http import openapi
 from fedmoe.wire.http.body_limits import BodyGuard
+from fedmoe.wire.http.metrics import metrics_page
 from fedmoe.wire.http.middleware import (
     JSON,
     CrossSiteMiddleware,
@@ -75,11 +79,11 @@ from fedmoe.wire.http.middleware import (
     readiness,
 )
 
-# Answered as safetensors too, or only.
-_WITH_TENSORS = frozenset(
+# Answered in another form than JSON too, or only.
+_OTHER_FORMS = frozenset(
     {
         *("/get_gateway_weights", "/get_all_expert_weights", "/get_expert_weights", "/gateway_candidate_weights"),
-        *("/data_statistics", "/push_expert_update"),
+        *("/data_statistics", "/push_expert_update", "/metrics"),
     }
 )
 _ANSWERED_WITH_WEIGHTS = ("too_stale", "other_history")
@@ -100,12 +104,14 @@ def create_app(
     """The coordinator's HTTP application; without tokens only requests addressed to this machine are taken."""
     app = FastAPI(title="FedMoE coordinator", version=__version__, docs_url=None, redoc_url=None)
     places, pace = UploadPlaces(upload_limits), PushPace(min_sync_interval, service.intake.knows)
-    app.state.parts = AppState(service, gate, WeightAnswers(json or JsonPolicy()), places, pace)
     problems.install(app)
     # Flat, so that whoever lists the routes sees each of them.
     for part in (router, expert_routes.router, gate_routes.router, admin_routes.router):
         app.router.routes.extend(part.routes)
-    app.add_middleware(NegotiationMiddleware, others=_WITH_TENSORS, refuse=problems.refusal)
+    requests = RequestCounts(route.path for route in app.routes if isinstance(route, Route))
+    metrics = CoordinatorMetrics(service, requests)
+    app.state.parts = AppState(service, gate, WeightAnswers(json or JsonPolicy()), places, pace, metrics)
+    app.add_middleware(NegotiationMiddleware, others=_OTHER_FORMS, refuse=problems.refusal)
     app.add_middleware(RepeatedMiddleware, refuse=problems.refusal)
     app.add_middleware(IncarnationHeader, incarnation=service.current.incarnation)
     app.add_middleware(AuthenticationMiddleware, gate=gate, token_rate=token_rate)
@@ -121,6 +127,7 @@ def create_app(
         app.add_middleware(AuditMiddleware, log=audit, gate=gate)
     # These caps follow from the expert, so the service sets them.
     app.add_middleware(BodyGuard, caps=dict.fromkeys(UPLOADS))
+    app.add_middleware(CountingMiddleware, counts=requests)
     app.add_middleware(HeadMiddleware)
     openapi.install(app, ANSWERS, PROBLEMS, gate.required)
     return app
@@ -135,6 +142,13 @@ async def healthz(request: Request) -> JSONResponse:
 @router.get("/readyz")
 async def readyz(request: Request) -> Response:
     return readiness(service_of(request).not_ready)
+
+
+@router.get("/metrics")
+def metrics(request: Request) -> Response:
+    """For administrators: who trains what, and how much, is not for every worker to see."""
+    principal_of(request).require_admin()
+    return metrics_page(parts_of(request).metrics.collect())
 
 
 @router.get("/federation")
@@ -222,17 +236,9 @@ async def push_expert_update(request: Request, header: Annotated[UpdateHeader, Q
     principal, parts = principal_of(request), parts_of(request)
     principal.require_worker(header.worker)
     asked, header = header.expert, with_first_name(request, header)
-    body = _tensor_body(request)
-    if header.answer == "weights":  # refused before the push changes anything
-        parts.answers.check(request, parts.service.coordinator.expert(header.expert).manifest.layout.size)
-    else:
-        refuse_without(request, JSON)
     try:
-        async with (
-            parts.pace.enforced(header),
-            parts.places.place(principal.token, header.worker, body.chunks) as chunks,
-        ):
-            landed = await parts.service.intake.push(header, replace(body, chunks=chunks), principal.token)
+        with parts.metrics.pushes.outcome(header.expert, parts.service.coordinator.experts) as outcome:
+            outcome.result = landed = await _take_in(request, header)
         status = 202 if landed.status == "quarantined" else 200
         facts = with_incarnation(request, landed).model_copy(update={"expert": asked}).model_dump()
     except RefusedError as error:
@@ -243,6 +249,16 @@ async def push_expert_update(request: Request, header: Annotated[UpdateHeader, Q
     if header.answer == "weights":
         return await run_in_threadpool(_with_weights, request, asked, status, facts)
     return JSONResponse(facts, status)
+
+
+async def _take_in(request: Request, header: UpdateHeader) -> UpdateResult:
+    token, parts, body = principal_of(request).token, parts_of(request), _tensor_body(request)
+    if header.answer == "weights":  # refused before the push changes anything
+        parts.answers.check(request, parts.service.coordinator.expert(header.expert).manifest.layout.size)
+    else:
+        refuse_without(request, JSON)
+    async with parts.pace.enforced(header), parts.places.place(token, header.worker, body.chunks) as chunks:
+        return await parts.service.intake.push(header, replace(body, chunks=chunks), token)
 
 
 def _with_weights(request: Request, name: str, status: int, facts: dict[str, object]) -> Response:

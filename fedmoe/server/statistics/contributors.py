@@ -88,6 +88,11 @@ class Contributors:
         """When the last update of a worker landed, seconds since 1970."""
         return self._seen[expert][worker].last.at
 
+    def newest(self) -> dict[str, float]:
+        """When the newest update of each expert landed, seconds since 1970."""
+        seen = list(self._seen.items())
+        return {expert: max(record.last.at for record in records.values()) for expert, records in seen}
+
     def warnings(self, expert: str, warning: Callable[[str, str], str]) -> tuple[str, ...]:
         """What a `warning` says of each worker of an expert, in name order."""
         return tuple(warning(expert, worker) for worker in sorted(self._seen.get(expert, {})))

@@ -69,6 +69,11 @@ class Committer:
         """Whether decisions are taken."""
         return self._thread.is_alive()
 
+    @property
+    def waiting(self) -> int:
+        """How many decisions are queued, about."""
+        return self._queue.qsize()
+
     def submit(self, decide: Callable[[Transaction], Result], alone: bool = False) -> Future[Result]:
         """Queue a decision; its future holds the result once it is durable and published."""
         answer: Future[object] = Future()

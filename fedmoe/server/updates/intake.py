@@ -62,6 +62,8 @@ class UpdateIntake:
         self._pool = pool
         #: Updates on their way in.
         self.uploads = 0
+        #: Bytes of updates that landed or were held since the start.
+        self.stored_bytes = 0
         self._memory = MemoryBudget(_CHECKED_BYTES)
         # Statistics are merged with all others of their expert, by the threads that uploads need too.
         self._merging = SerialQueue()
@@ -107,6 +109,8 @@ class UpdateIntake:
                 )
         failpoints.reached("push.answered")
         self._leases.pushed(header, token)
+        if not result.duplicate:
+            self.stored_bytes += writer.size
         _log_update(header, result)
         return result
 

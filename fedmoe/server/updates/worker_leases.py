@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -27,7 +28,8 @@ class _PushHistory:
 class WorkerLeases:
     """Leases by expert and worker, since a worker of several experts has a state directory for each.
 
-    `clock` is in seconds and never set. Used by the event loop alone, but for `warning`.
+    `clock` is in seconds and never set. Used by the event loop alone, but for `warning` and
+    `active`.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -75,6 +77,12 @@ class WorkerLeases:
         key, now = (header.expert, header.worker), self._clock()
         if key in self._leases:
             self._leases[key] = self._leases[key].tried(now)
+
+    def active(self) -> Counter[str]:
+        """Workers by expert whose lease is not over; those that have not pushed since a restart do not count."""
+        now = self._clock()
+        leases = list(self._leases.items())
+        return Counter(expert for (expert, _), lease in leases if lease.token is not None and lease.seconds_left(now) > 0)
 
     def warning(self, expert: str, worker: str) -> str:
         """That the worker's id is used in two places, in words; empty if there is no sign of it."""

@@ -56,6 +56,14 @@ class RetentionBound:
         return round(self.most / 1e9, 3)
 
 
+@dataclass(frozen=True, slots=True)
+class DiskUsage:
+    """Bytes of updates that are stored, and bytes that are free there."""
+
+    stored: int
+    free: int
+
+
 def retention_bound(keep_gb: float | None, journal: Journal, blobs: FolderBlobStore) -> RetentionBound:
     """The bound asked for, in GB of 10^9 bytes; else half of the disk that was free at the first start without one."""
     if keep_gb is not None:
@@ -97,6 +105,10 @@ class Retention:
         self._due.set()
         if self._thread.is_alive():
             self._thread.join()
+
+    def usage(self) -> DiskUsage:
+        """What updates take now; about, while old ones are being deleted."""
+        return DiskUsage(self._bytes, shutil.disk_usage(self._blobs.folder).free)
 
     def observe(self, events: Iterable[Event]) -> None:
         """Events that were journalled; for the committer."""

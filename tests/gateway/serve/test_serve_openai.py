@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx2
 import numpy as np
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 from serve_house import EXPERTS, Alone, Client, Served, serving, tiny_layout
 
@@ -371,9 +374,16 @@ def test_health_and_counters(served: Served, client: Client) -> None:
         assert http.get("/readyz").json() == {"status": "ready"}
         page = http.get("/metrics").text
     lines = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
-    assert float(lines['fedmoe_serve_requests_total{model="sql",ended="complete"}']) >= 1
+    assert float(lines['fedmoe_serve_requests_total{ended="complete",model="sql"}']) >= 1
     assert float(lines["fedmoe_serve_completion_tokens_total"]) >= 3
     assert float(lines['fedmoe_serve_model_version{model="sql"}']) == 1
+    requests = sum(float(value) for name, value in lines.items() if name.startswith("fedmoe_serve_requests_total"))
+    assert float(lines["fedmoe_serve_request_duration_seconds_count"]) == requests
+    assert 1 <= float(lines["fedmoe_serve_first_token_seconds_count"]) <= requests
+    families = {family.name: family.type for family in text_string_to_metric_families(page)}
+    text = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
+    listed = re.findall(r"^\| `(fedmoe_serve_\w+?)(?:_total)?` \| (\w+)", text, re.MULTILINE)
+    assert dict(listed) == families
     assert all(math.isfinite(float(value)) for value in lines.values())
 
 
