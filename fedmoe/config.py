@@ -73,6 +73,19 @@ def _usable_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _usable_blobs(value: str) -> str:
+    """The URL of a bucket without a slash at its end; credentials are never in it."""
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("s3", "gs", "az") and bool(parts.netloc) and parts.netloc == parts.hostname
+    except ValueError:
+        usable = False
+    if not usable or "?" in value or "#" in value or not value.isprintable() or " " in value:
+        # What was given is not repeated: somebody may have put a secret into it.
+        raise ValueError("expected s3://bucket/prefix, gs://bucket/prefix or az://container/prefix, no credentials")
+    return value.rstrip("/")
+
+
 def _usable_token(value: SecretStr) -> SecretStr:
     """Never shows the value: the message ends up in logs and terminals."""
     if not _TOKEN.fullmatch(value.get_secret_value()):
@@ -114,6 +127,7 @@ class CoordinatorConfig(_ProcessConfig):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
     state_dir: str = "runs/coordinator"
+    blobs: Annotated[str, AfterValidator(_usable_blobs)] | None = None
     enable_gateway: bool = True
     strategy: str = "weighted_average"
     gateway_rank: Annotated[int, Field(ge=1, le=4096)] | None = None

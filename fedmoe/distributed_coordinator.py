@@ -45,6 +45,7 @@ class DistributedCoordinator:
             config.skip_damaged,
             config.allow_network_fs,
             partial(check_file, aggregation_of(config)),
+            config.blobs,
         )
         state = self._state
         with contextlib.ExitStack() as opened:

@@ -25,8 +25,7 @@ from fedmoe.server.routes.json_weights import JsonPolicy
 from fedmoe.server.routes.routes import create_app
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.audit import AUDIT_HEAD, AuditHead, AuditLog
-from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.folder_blobs import FolderBlobStore
+from fedmoe.server.storage.blobs import BlobStore, StorageFailedError
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.updates.in_flight import CrashMarkers
 from fedmoe.server.upkeep.retention import report_disk, retention_bound
@@ -52,7 +51,7 @@ class FederationApp:
         self,
         config: CoordinatorConfig,
         journal: Journal,
-        blobs: FolderBlobStore,
+        blobs: BlobStore,
         folder: Path,
         storage_problem: Callable[[], str | None] = lambda: None,
         audit_head: str = AUDIT_HEAD,
@@ -117,10 +116,11 @@ class FederationApp:
             self.gate.add(token, role, label=f"{role} token made at a start", origin="start")
         return made
 
-    def _bound_bytes(self, config: CoordinatorConfig, blobs: FolderBlobStore) -> None:
+    def _bound_bytes(self, config: CoordinatorConfig, blobs: BlobStore) -> None:
         """Bound the bytes of updates, and say how fast they grow: now, or once there is an expert."""
         bound = retention_bound(config.keep_gb, self._journal, blobs)
-        self.service.keep_below(bound.most, blobs)
+        if bound.most is not None:
+            self.service.keep_below(bound.most, blobs)
         interval = config.min_sync_interval or ADVISED_SYNC_INTERVAL
         report = partial(report_disk, self._journal, blobs, interval, bound)
         if experts := self.service.coordinator.experts:

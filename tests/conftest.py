@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import structlog
 from hypothesis import settings
+from s3_server import Way, environment, make_bucket, moto_server
 from support import CoordinatorProcess
 
 if TYPE_CHECKING:
@@ -41,6 +43,31 @@ def coordinator_process(tmp_path: Path) -> Iterator[Callable[..., CoordinatorPro
     for process in made:
         if process.process is not None:
             process.kill()
+
+
+@pytest.fixture(scope="session")
+def moto_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a real S3 server."""
+    with moto_server(tmp_path_factory.mktemp("moto") / "log") as port:
+        yield port
+
+
+@pytest.fixture
+def way(moto_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Way]:
+    """The way to the S3 server that this process and its children take."""
+    opened = Way(moto_port)
+    for name, value in environment(opened.url).items():
+        monkeypatch.setenv(name, value)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def bucket_url(moto_port: int, way: Way) -> str:
+    """A prefix in a bucket of its own."""
+    name = f"bucket-{secrets.token_hex(8)}"
+    make_bucket(moto_port, name)
+    return f"s3://{name}/of/fedmoe"
 
 
 @pytest.fixture

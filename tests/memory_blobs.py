@@ -11,6 +11,8 @@ from fedmoe.server.storage.blobs import BlobReferences, CorruptBlobError, Missin
 class MemoryBlobStore:
     """Blobs in memory."""
 
+    shared = False
+
     def __init__(self) -> None:
         self._blobs: dict[str, bytes] = {}
         self._pins = Pins()
@@ -32,6 +34,15 @@ class MemoryBlobStore:
 
     def digests(self) -> Iterator[str]:
         yield from list(self._blobs)
+
+    def sizes(self) -> dict[str, int]:
+        return {digest: len(data) for digest, data in self._blobs.items()}
+
+    def size(self, digest: str) -> int:
+        return len(self._blobs.get(digest, b""))
+
+    def free(self) -> None:
+        return None
 
     def sweep(self, named: BlobReferences, now: float, newest: float) -> SweepReport:
         replaced = self._blobs.keys() & named.replaced - named.needed

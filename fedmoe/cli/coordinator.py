@@ -24,6 +24,7 @@ _OPTIONS: Mapping[str, OptionText] = {
     "host": "Address to listen on. [default: 127.0.0.1]",
     "port": f"Port. [default: {DEFAULT_PORT}]",
     "state_dir": "Journal and blobs. [default: runs/coordinator]",
+    "blobs": "Object store for blobs: s3://bucket/prefix, gs://... or az://... [default: the state directory]",
     "enable_gateway": "Make a gateway of all experts. [default: on]",
     "strategy": "How experts are merged: weighted_average (default), sum, concat, scaled, regmean.",
     "gateway_rank": "Cut the gateway to this rank. [default: exact; regmean: by energy, up to 64]",

@@ -27,7 +27,6 @@ from fedmoe.server.statistics.contributors import Contributors
 from fedmoe.server.statistics.data_statistics import DataStatisticsStore
 from fedmoe.server.statistics.reported_statistics import ReportedStatistics
 from fedmoe.server.storage.blobs import BlobStore
-from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.records import Statistic
 from fedmoe.server.updates.committer import Committer
@@ -108,7 +107,7 @@ class CoordinatorService:
         self._noted: tuple[str, ...] = ()
         self._build_again = 0.0
 
-    def keep_below(self, most: int, blobs: FolderBlobStore) -> None:
+    def keep_below(self, most: int, blobs: BlobStore) -> None:
         """Keep at most so many bytes of updates, from `start` on: the oldest are deleted."""
         self.retention = Retention(self.committer, self._history, blobs, most)
 

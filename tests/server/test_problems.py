@@ -41,7 +41,7 @@ def test_every_code_that_is_raised_has_a_status_and_the_other_way_round() -> Non
 
 def test_no_status_is_a_success_and_only_storage_is_a_server_error() -> None:
     assert all(400 <= status < 600 for status in STATUS.values())
-    assert {code for code, status in STATUS.items() if status >= 500} == {"busy", "disk_full"}
+    assert {code for code, status in STATUS.items() if status >= 500} == {"blobs_unavailable", "busy", "disk_full"}
 
 
 def test_a_refusal_says_what_is_wrong_what_to_do_and_the_facts() -> None:
@@ -61,7 +61,7 @@ def test_a_refusal_says_what_is_wrong_what_to_do_and_the_facts() -> None:
 
 def test_only_what_passes_by_itself_has_a_retry_after() -> None:
     later = {code for code in STATUS if "retry-after" in refusal(RefusedError(code, "x")).headers}
-    assert later == {"busy", "disk_full", "json_busy", "quarantine_full", "too_many_statistics"}
+    assert later == {"blobs_unavailable", "busy", "disk_full", "json_busy", "quarantine_full", "too_many_statistics"}
 
 
 def test_what_a_sender_wrote_comes_back_inert_and_short() -> None:

@@ -79,11 +79,19 @@ STATUS: dict[str, int] = {
     "too_soon": 429,
     "quarantine_full": 429,
     "busy": 503,
+    "blobs_unavailable": 503,
     "disk_full": 507,
 }
 _MAX_DETAIL = 2000
 #: Seconds after which a refusal may have passed.
-RETRY_AFTER = {"busy": "2", "too_many_statistics": "600", "json_busy": "5", "quarantine_full": "60", "disk_full": "30"}
+RETRY_AFTER = {
+    "busy": "2",
+    "blobs_unavailable": "5",
+    "too_many_statistics": "600",
+    "json_busy": "5",
+    "quarantine_full": "60",
+    "disk_full": "30",
+}
 
 
 def problem(code: str, status: int, detail: str, fix: str = "", **facts: object) -> Response:

@@ -105,7 +105,8 @@ class History(Replay):
         check_options(self._aggregation, rule, past.merges[-1].number if past.merges else None)
         if rule is None:
             self._journal.set_meta(UPDATE_RULE, self._aggregation.rule.name)
-        self._sweep(past)
+        if not self._blobs.shared:
+            self._sweep(past)
         experts = {name: self._recover_whole(events) for name, events in past.experts.items()}
         self._journal_lost(experts)
         coordinator = CentralCoordinator(self._aggregation)
@@ -156,18 +157,25 @@ class History(Replay):
 
     def _sweep(self, past: JournalledPast) -> None:
         """Remove unfinished uploads and what the journal needs no more; what it never named waits in the trash."""
+        newest = max((event.at for events in past.experts.values() for event in events), default=0.0)
+        swept = self._blobs.sweep(self._references(past, self._read or ()), self._clock(), newest)
+        if swept.to_trash or swept.taken_back:
+            _log.warning("unnamed_blobs", **asdict(swept))
+
+    def references(self) -> BlobReferences:
+        """The blobs that the journal needs now, and those it named before."""
+        events = list(self._journal.events())
+        return self._references(past_of(events), events)
+
+    def _references(self, past: JournalledPast, journalled: Iterable[Event]) -> BlobReferences:
         versions = [event for events in past.experts.values() for event in events]
         others = (self._statistics.blobs(), published_blobs(self._journal))
         needed = past.quarantine.digests().union(*(named.needed for named in others))
         needed |= {digest for event in (*versions, *past.merges) if (digest := blob_of(event)) is not None}
         for name in past.experts:
             needed |= set(self._journal.snapshots(name).values())
-        replaced = {digest for event in self._read or () if (digest := blob_of(event)) is not None}
-        replaced = replaced.union(*(named.replaced for named in others))
-        newest = max((event.at for event in versions), default=0.0)
-        swept = self._blobs.sweep(BlobReferences(needed, replaced), self._clock(), newest)
-        if swept.to_trash or swept.taken_back:
-            _log.warning("unnamed_blobs", **asdict(swept))
+        replaced = {digest for event in journalled if (digest := blob_of(event)) is not None}
+        return BlobReferences(needed, replaced.union(*(named.replaced for named in others)))
 
     def _recover_expert(self, events: list[Event]) -> ExpertModel:
         registered, chains = registration(events), lineages(events)

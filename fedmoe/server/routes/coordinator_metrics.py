@@ -86,7 +86,8 @@ class CoordinatorMetrics:
             with suppress(OSError):
                 disk = service.retention.usage()
                 yield Series.single(_PREFIX + "stored_bytes", "Bytes of updates that are stored.", disk.stored)
-                yield Series.single(_PREFIX + "disk_free_bytes", "Bytes free where updates are stored.", disk.free)
+                if disk.free is not None:
+                    yield Series.single(_PREFIX + "disk_free_bytes", "Bytes free where updates are stored.", disk.free)
 
 
 def _by_expert(name: str, about: str, values: Mapping[str, float], titles: Mapping[str, str]) -> Series:

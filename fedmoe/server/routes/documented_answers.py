@@ -58,7 +58,7 @@ _PUSH_CONTENT: Json = {
 _STATE: Json = {"application/json": {"schema": {"type": "object", "required": ["status"]}}}
 _AS_JSON = ("json_busy",)
 _GATEWAY = ("gateway_disabled", "gateway_not_initialised", "gateway_not_published")
-_WRITES = ("storage_failed", "disk_full")
+_WRITES = ("storage_failed", "disk_full", "blobs_unavailable")
 _BODY = ("digest_mismatch", "truncated", "too_slow", "too_large", "unsupported_type", "duplicate_key")
 _TENSORS = ("shape_mismatch", "rank_mismatch", "tensor_mismatch", "dtype_not_accepted", "format", "not_finite")
 _OWN = ("forbidden", "unknown_expert")
@@ -86,7 +86,7 @@ ANSWERS: Mapping[Route, Answers] = {
     ("GET", "/get_gateway_info"): Answers(_GATEWAY),
     ("GET", "/statistics"): Answers(_OWN),
     ("GET", "/data_statistics"): Answers(
-        (*_OWN, "no_statistics"),
+        (*_OWN, "no_statistics", "blobs_unavailable"),
         {
             200: {"description": "the statistics of all workers, merged", "content": {SAFETENSORS: _BINARY}},
             304: {"description": "the caller has these statistics", "headers": {"ETag": _TEXT}},

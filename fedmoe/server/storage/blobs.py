@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
@@ -14,6 +15,22 @@ from fedmoe.runtime.errors import RefusedError
 
 #: Errors of a disk, or a quota, that is full.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: So long a blob is unnamed before it is moved to the trash, and so long it stays there.
+UNNAMED_SECONDS = 86_400.0
+KEPT_DAYS = 30
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def is_digest(name: str) -> bool:
+    """Whether a name is a sha256 in hex; only such names become paths or keys, never one from outside."""
+    return _DIGEST.fullmatch(name) is not None
+
+
+def checked_digest(digest: str) -> str:
+    """The digest; raises ValueError for what is none."""
+    if not is_digest(digest):
+        raise ValueError(f"not a sha256 digest: {digest!r}")
+    return digest
 
 
 class BlobWriter(Protocol):
@@ -43,7 +60,13 @@ class BlobWriter(Protocol):
 
 
 class BlobStore(Protocol):
-    """Where blobs live."""
+    """Where blobs live.
+
+    `shared`: other processes may store blobs here that this one's journal does not name, so a start sweeps nothing.
+    """
+
+    @property
+    def shared(self) -> bool: ...
 
     def writer(self) -> BlobWriter: ...
 
@@ -56,6 +79,18 @@ class BlobStore(Protocol):
         ...
 
     def digests(self) -> Iterator[str]: ...
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every blob."""
+        ...
+
+    def size(self, digest: str) -> int:
+        """The bytes of a blob, 0 for one that is not there."""
+        ...
+
+    def free(self) -> int | None:
+        """The bytes for which there is room; None where there is no bound."""
+        ...
 
     def sweep(self, named: BlobReferences, now: float, newest: float) -> SweepReport:
         """Remove unfinished writes and what was named once; what no journal ever named goes to the trash after a day.
@@ -106,22 +141,32 @@ class Pins:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._going: set[str] = set()
+        self._changed = threading.Condition()
 
     def add(self, digest: str) -> None:
-        with self._lock:
+        with self._changed:
+            self._changed.wait_for(lambda: digest not in self._going)
             self._counts[digest] += 1
 
     def remove(self, digest: str) -> None:
-        with self._lock:
+        with self._changed:
             self._counts[digest] -= 1
             self._counts = +self._counts
 
     def unless_pinned(self, digest: str, act: Callable[[], object]) -> None:
-        """Act, unless the digest is pinned; nobody can pin it meanwhile."""
-        with self._lock:
-            if digest not in self._counts:
-                act()
+        """Act, unless the digest is pinned; who wants to pin it meanwhile waits, others do not."""
+        with self._changed:
+            self._changed.wait_for(lambda: digest not in self._going)
+            if digest in self._counts:
+                return
+            self._going.add(digest)
+        try:
+            act()
+        finally:
+            with self._changed:
+                self._going.remove(digest)
+                self._changed.notify_all()
 
 
 class StorageFailedError(Exception):

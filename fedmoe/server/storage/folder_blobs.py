@@ -18,30 +18,30 @@ from pathlib import Path
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.files import fsync_folder
 from fedmoe.server.storage.blobs import (
+    KEPT_DAYS,
     NO_ROOM,
+    UNNAMED_SECONDS,
     BlobReferences,
     CorruptBlobError,
     MissingBlobError,
     Pins,
     StorageFailedError,
     SweepReport,
+    checked_digest,
     disk_full,
+    is_digest,
 )
 
-#: So long a blob is unnamed before it is moved to the trash, and so long it stays there.
-UNNAMED_SECONDS = 86_400.0
-KEPT_DAYS = 30
 # Never fill the disk to the last byte: the journal must still be able to say that the disk is full.
 _RESERVE_SHARE = 0.02
 _RESERVE_BYTES = 256 << 20
-_DIGEST = re.compile("[0-9a-f]{64}")
 _DAY_NAME = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def blob_names(folder: Path) -> set[str]:
     """The digests of the blobs in a folder."""
     with os.scandir(folder) as entries:
-        return {entry.name for entry in entries if _DIGEST.fullmatch(entry.name)}
+        return {entry.name for entry in entries if is_digest(entry.name)}
 
 
 class FolderBlobStore:
@@ -49,6 +49,8 @@ class FolderBlobStore:
 
     After an I/O error it takes no more blobs: what the disk holds then is unknown, and a second fsync may lie.
     """
+
+    shared = False
 
     def __init__(self, folder: Path, reserve_bytes: int | None = None) -> None:
         self.folder = folder
@@ -74,10 +76,8 @@ class FolderBlobStore:
         return FileBlobWriter(self._incoming / secrets.token_hex(16), self)
 
     def path(self, digest: str) -> Path:
-        """Where a blob lies; only hex digests become paths, never a name from outside."""
-        if not _DIGEST.fullmatch(digest):
-            raise ValueError(f"not a sha256 digest: {digest!r}")
-        return self.folder / digest
+        """Where a blob lies; raises ValueError for what is no digest."""
+        return self.folder / checked_digest(digest)
 
     def read(self, digest: str) -> bytes:
         try:
@@ -105,7 +105,6 @@ class FolderBlobStore:
         return iter(blob_names(self.folder))
 
     def sizes(self) -> dict[str, int]:
-        """The bytes of every blob."""
         sizes = {}
         for name in blob_names(self.folder):
             with contextlib.suppress(FileNotFoundError):
@@ -113,23 +112,32 @@ class FolderBlobStore:
         return sizes
 
     def size(self, digest: str) -> int:
-        """The bytes of a blob, 0 for one that is not there."""
         try:
             return self.path(digest).lstat().st_size
         except FileNotFoundError:
             return 0
 
+    def free(self) -> int:
+        return shutil.disk_usage(self.folder).free
+
+    def remove_unfinished(self) -> int:
+        """Remove what writers that are gone have left; returns how many files."""
+        unfinished = list(self._incoming.iterdir())
+        for path in unfinished:
+            path.unlink()
+        return len(unfinished)
+
     def sweep(self, named: BlobReferences, now: float, newest: float) -> SweepReport:
         trash, there = Trash(self.folder / "trash"), set(self.digests())
-        unfinished, replaced = list(self._incoming.iterdir()), there & named.replaced - named.needed
-        for path in (*unfinished, *map(self.path, replaced)):
-            path.unlink()
+        unfinished, replaced = self.remove_unfinished(), there & named.replaced - named.needed
+        for digest in replaced:
+            self.path(digest).unlink()
         taken_back = [name for name in trash.names() & named.needed - there if trash.take_back(name, self.path(name))]
         unnamed = [self.path(digest) for digest in there - named.needed - named.replaced]
         old = [path for path in unnamed if path.lstat().st_mtime < now - UNNAMED_SECONDS]
         for path in old:
             trash.add(path, now)
-        removed = len(unfinished) + len(replaced) + trash.empty(min(now, newest))
+        removed = unfinished + len(replaced) + trash.empty(min(now, newest))
         return SweepReport(removed, len(old), len(taken_back))
 
     def problem(self, error: OSError, where: Path) -> Exception:

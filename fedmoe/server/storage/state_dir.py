@@ -15,9 +15,10 @@ from fedmoe.runtime.files import FolderInUseError, lock_folder
 from fedmoe.runtime.placement import mount_of, read_mounts
 from fedmoe.server.storage.acknowledged import AcknowledgedFile, JournalGap
 from fedmoe.server.storage.audit import AUDIT_FILE
-from fedmoe.server.storage.blobs import NO_ROOM, StorageFailedError, no_room_to_start
+from fedmoe.server.storage.blobs import NO_ROOM, BlobStore, StorageFailedError, no_room_to_start
 from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.migration import migrate
+from fedmoe.server.storage.object_store import open_blobs, refuse_without_url
 from fedmoe.server.storage.sqlite import opening_problem
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.storage.tables import SCHEMA_VERSION
@@ -35,7 +36,7 @@ class StateDir:
 
     path: Path
     journal: SqliteJournal
-    blobs: FolderBlobStore
+    blobs: BlobStore
     acknowledged: AcknowledgedFile
     lock: int
     opened: Mapping[Path, tuple[int, int]]
@@ -48,9 +49,11 @@ class StateDir:
         skip_damaged: bool = False,
         allow_network_fs: bool = False,
         check: Callable[[Path], None] = lambda journal: None,
+        blobs_url: str | None = None,
     ) -> StateDir:
         """Create or open the folder and lock it; refuses one that another coordinator uses.
 
+        Blobs lie in its folder, or in the object store at `blobs_url`; the folder is the spool then.
         `check` looks at the journal before anything in the folder is changed, and raises for one it will not have.
         A journal that lacks what was acknowledged is refused with StorageFailedError, or accepted as a new incarnation.
         """
@@ -78,9 +81,12 @@ class StateDir:
                 _log.warning("migrated", journal=str(file), **facts)
             acknowledged = AcknowledgedFile(path / "acknowledged")
             opened.callback(acknowledged.close)
-            journal, blobs = SqliteJournal(file, acknowledged, skip_damaged), FolderBlobStore(path / "blobs")
+            journal, folder = SqliteJournal(file, acknowledged, skip_damaged), FolderBlobStore(path / "blobs")
             opened.callback(journal.close)
-            identities = {part: _identity(part) for part in (path, file, blobs.folder)}
+            identities = {part: _identity(part) for part in (path, file, folder.folder)}
+            if blobs_url is None:
+                refuse_without_url(journal)
+            blobs = folder if blobs_url is None else open_blobs(blobs_url, folder, journal)
             state = cls(path, journal, blobs, acknowledged, lock, identities)
             state._check_whole(accept_older_journal)
             opened.pop_all()

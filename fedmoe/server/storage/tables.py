@@ -12,6 +12,8 @@ INCARNATION = "incarnation"
 INCARNATIONS_BEFORE = "incarnations_before"
 #: The update rule that every expert's past was made with.
 UPDATE_RULE = "update_rule"
+#: Where the blobs lie, as JSON: the URL of an object store, and the mark that is in it too. None for the folder.
+BLOB_STORE = "blob_store"
 TABLES = sa.MetaData()
 #: Tables that were added within a schema: made where they are missing. An older program leaves them alone.
 LATER_TABLES = sa.MetaData()

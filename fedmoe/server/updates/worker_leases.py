@@ -82,7 +82,9 @@ class WorkerLeases:
         """Workers by expert whose lease is not over; those that have not pushed since a restart do not count."""
         now = self._clock()
         leases = list(self._leases.items())
-        return Counter(expert for (expert, _), lease in leases if lease.token is not None and lease.seconds_left(now) > 0)
+        return Counter(
+            expert for (expert, _), lease in leases if lease.token is not None and lease.seconds_left(now) > 0
+        )
 
     def warning(self, expert: str, worker: str) -> str:
         """That the worker's id is used in two places, in words; empty if there is no sign of it."""

@@ -7,7 +7,6 @@ order, so that nothing that has just arrived is taken for old.
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import threading
 from collections.abc import Iterable, Mapping
@@ -23,8 +22,7 @@ from fedmoe.experts import ExpertModel
 from fedmoe.federation.events import Event, UpdateAccepted
 from fedmoe.server.history.history import History
 from fedmoe.server.history.pruning import first_to_go, prune_plan
-from fedmoe.server.storage.blobs import CorruptBlobError, MissingBlobError, StorageFailedError
-from fedmoe.server.storage.folder_blobs import FolderBlobStore
+from fedmoe.server.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, StorageFailedError
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.released_bytes import ReleasedBytes, newest_updates, record_release, stored_updates
 from fedmoe.server.updates.committer import Committer
@@ -45,33 +43,36 @@ _LOOKED_AT = 64
 
 @dataclass(frozen=True, slots=True)
 class RetentionBound:
-    """The most bytes of updates that are kept, and where the number is from, in words."""
+    """The most bytes of updates that are kept, None for all, and where the number is from, in words."""
 
-    most: int
+    most: int | None
     basis: str
 
     @property
-    def gb(self) -> float:
+    def gb(self) -> float | None:
         """In GB of 10^9 bytes."""
-        return round(self.most / 1e9, 3)
+        return None if self.most is None else round(self.most / 1e9, 3)
 
 
 @dataclass(frozen=True, slots=True)
 class DiskUsage:
-    """Bytes of updates that are stored, and bytes that are free there."""
+    """Bytes of updates that are stored, and bytes that are free there; None where there is no bound."""
 
     stored: int
-    free: int
+    free: int | None
 
 
-def retention_bound(keep_gb: float | None, journal: Journal, blobs: FolderBlobStore) -> RetentionBound:
+def retention_bound(keep_gb: float | None, journal: Journal, blobs: BlobStore) -> RetentionBound:
     """The bound asked for, in GB of 10^9 bytes; else half of the disk that was free at the first start without one."""
     if keep_gb is not None:
         return RetentionBound(int(keep_gb * 1e9), "--keep-gb")
+    free = blobs.free()
+    if free is None:
+        return RetentionBound(None, "an object store has no end; --keep-gb sets one")
     most = journal.meta(_KEEP_BYTES)
     if most is None:
         # What is there already stays: a state that was made before there was a bound does not shrink at once.
-        most = str(sum(blobs.sizes().values()) + shutil.disk_usage(blobs.folder).free // 2)
+        most = str(sum(blobs.sizes().values()) + free // 2)
         journal.set_meta(_KEEP_BYTES, most)
     return RetentionBound(int(most), "half of the disk that was free at the first start; --keep-gb sets another")
 
@@ -79,7 +80,7 @@ def retention_bound(keep_gb: float | None, journal: Journal, blobs: FolderBlobSt
 class Retention:
     """Keeps the bytes of updates below `most`, in a thread of its own."""
 
-    def __init__(self, committer: Committer, history: History, blobs: FolderBlobStore, most: int) -> None:
+    def __init__(self, committer: Committer, history: History, blobs: BlobStore, most: int) -> None:
         self._committer = committer
         self._journal = committer.journal
         self._history = history
@@ -108,7 +109,7 @@ class Retention:
 
     def usage(self) -> DiskUsage:
         """What updates take now; about, while old ones are being deleted."""
-        return DiskUsage(self._bytes, shutil.disk_usage(self._blobs.folder).free)
+        return DiskUsage(self._bytes, self._blobs.free())
 
     def observe(self, events: Iterable[Event]) -> None:
         """Events that were journalled; for the committer."""
@@ -237,7 +238,7 @@ def _gaps(updates: list[UpdateAccepted]) -> list[float]:
 
 def report_disk(
     journal: Journal,
-    blobs: FolderBlobStore,
+    blobs: BlobStore,
     min_sync_interval: float,
     bound: RetentionBound,
     experts: Iterable[ExpertModel],
@@ -247,20 +248,25 @@ def report_disk(
     sizes = {update.digest: blobs.size(update.digest) for update in newest}
     largest = max(expert.manifest.layout.size for expert in experts)
     estimate = growth(largest, min_sync_interval, newest, {digest: size for digest, size in sizes.items() if size})
-    line = disk_line(estimate, shutil.disk_usage(blobs.folder).free, bound.most)
+    line = disk_line(estimate, blobs.free(), bound.most)
     _log.info("disk", says=line, kept_gb=bound.gb, kept_by=bound.basis)
 
 
-def disk_line(estimate: Growth, free: int, most: int) -> str:
-    """The line: bytes an update, an hour and worker, and the hours until the disk, or the bytes to keep, are full."""
-    hours = free / (estimate.an_hour * estimate.workers)
+def disk_line(estimate: Growth, free: int | None, most: int | None) -> str:
+    """The line: bytes an update, an hour and worker, and the hours until the disk, or the bytes to keep, are full.
+
+    `free` and `most` are None where there is no bound.
+    """
     workers = "one worker" if estimate.workers == 1 else f"{estimate.workers} workers"
-    covered = most / (estimate.an_hour * estimate.workers)
-    return (
-        f"{_size(estimate.update)} an update, {_size(estimate.an_hour)} an hour and worker, {_size(free)} free = "
-        f"{_long(hours)} of {workers} ({estimate.basis}); the newest {_size(most)} of updates are kept, "
-        f"{_long(covered)} of {workers}"
-    )
+
+    def lasts(room: int) -> str:
+        return f"{_long(room / (estimate.an_hour * estimate.workers))} of {workers}"
+
+    rate = f"{_size(estimate.update)} an update, {_size(estimate.an_hour)} an hour and worker"
+    rate += f" ({estimate.basis})" if free is None else f", {_size(free)} free = {lasts(free)} ({estimate.basis})"
+    if most is None:
+        return f"{rate}; all updates are kept"
+    return f"{rate}; the newest {_size(most)} of updates are kept, {lasts(most)}"
 
 
 def _size(count: float) -> str:

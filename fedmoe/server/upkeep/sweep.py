@@ -1,7 +1,8 @@
-"""Daily sweep of a running coordinator: moves unnamed blobs to the trash, removes old trash (`storage.folder_blobs`).
+"""Daily sweep of a running coordinator: moves unnamed blobs to the trash, removes old trash.
 
-A blob goes to the trash when two sweeps, a day apart by a clock that nobody sets, find it with no name in the journal.
-The journal is read in pages, so that no push waits for all of it.
+In a folder a blob goes to the trash when two sweeps, a day apart by a clock that nobody sets, find it with no name in
+the journal, which is read in pages, so that no push waits for all of it. A shared store sweeps itself, by the age of
+what it holds, and only here: at a start a journal may be an older one.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import structlog
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.history.history import History
-from fedmoe.server.storage.blobs import StorageFailedError, SweepReport
-from fedmoe.server.storage.folder_blobs import UNNAMED_SECONDS, FolderBlobStore, Trash
+from fedmoe.server.storage.blobs import UNNAMED_SECONDS, BlobStore, StorageFailedError, SweepReport
+from fedmoe.server.storage.folder_blobs import FolderBlobStore, Trash
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.released_bytes import newest_updates
 
@@ -30,7 +31,7 @@ class DailySweep:
     def __init__(
         self,
         journal: Journal,
-        blobs: FolderBlobStore,
+        blobs: BlobStore,
         history: History,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -48,16 +49,14 @@ class DailySweep:
         return self._monotonic() >= self._next
 
     def sweep(self) -> SweepReport:
-        """Move blobs that were unnamed at the last sweep too to the trash, and delete old trash."""
+        """Move blobs that have been unnamed for a day to the trash, and delete old trash."""
         self._next = self._monotonic() + UNNAMED_SECONDS
         try:
-            now, trash = self._clock(), Trash(self._blobs.folder / "trash")
-            unnamed = self._unnamed()
-            old = [name for name, identity in unnamed.items() if self._seen.get(name) == identity]
-            moved = sum(self._moved(name, unnamed[name], trash, now) for name in old)
-            self._seen = unnamed
-            newest = max((update.at for update in newest_updates(self._journal, 1)), default=0.0)
-            report = SweepReport(trash.empty(min(now, newest)), moved)
+            now, newest = self._clock(), max((update.at for update in newest_updates(self._journal, 1)), default=0.0)
+            if isinstance(self._blobs, FolderBlobStore):
+                report = self._sweep_folder(self._blobs, now, newest)
+            else:
+                report = self._blobs.sweep(self._history.references(), now, newest)
         except (OSError, RefusedError, StorageFailedError) as error:
             _log.error("sweep_failed", reason=str(error), again="in a day, and at the next start")
             return SweepReport()
@@ -65,30 +64,40 @@ class DailySweep:
             _log.warning("swept", removed=report.removed, to_trash=report.to_trash)
         return report
 
-    def _unnamed(self) -> dict[str, Identity]:
+    def _sweep_folder(self, blobs: FolderBlobStore, now: float, newest: float) -> SweepReport:
+        """Move blobs that were unnamed at the last sweep too."""
+        trash, unnamed = Trash(blobs.folder / "trash"), self._unnamed(blobs)
+        old = [name for name, identity in unnamed.items() if self._seen.get(name) == identity]
+        moved = sum(_moved(blobs, name, unnamed[name], trash, now) for name in old)
+        self._seen = unnamed
+        return SweepReport(trash.empty(min(now, newest)), moved)
+
+    def _unnamed(self, blobs: FolderBlobStore) -> dict[str, Identity]:
         """Blobs that no row names. They are listed before the rows are read, so that new ones are not missed."""
-        unnamed = {name: identity for name in self._blobs.digests() if (identity := self._identity(name))}
+        unnamed = {name: identity for name in blobs.digests() if (identity := _identity(blobs, name))}
         for digest in self._journal.named_blobs():
             unnamed.pop(digest, None)
         for digest in self._history.quarantined_blobs():
             unnamed.pop(digest, None)
         return unnamed
 
-    def _identity(self, name: str) -> Identity | None:
-        try:
-            status = self._blobs.path(name).lstat()
-        except FileNotFoundError:
-            return None
-        return status.st_ino, status.st_mtime_ns
 
-    def _moved(self, name: str, identity: Identity, trash: Trash, now: float) -> bool:
-        """Move a blob, unless somebody has just stored the same bytes."""
-        moved = []
+def _identity(blobs: FolderBlobStore, name: str) -> Identity | None:
+    try:
+        status = blobs.path(name).lstat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
-        def move() -> None:
-            if self._identity(name) == identity:
-                trash.add(self._blobs.path(name), now)
-                moved.append(name)
 
-        self._blobs.pins.unless_pinned(name, move)
-        return bool(moved)
+def _moved(blobs: FolderBlobStore, name: str, identity: Identity, trash: Trash, now: float) -> bool:
+    """Move a blob, unless somebody has just stored the same bytes."""
+    moved = []
+
+    def move() -> None:
+        if _identity(blobs, name) == identity:
+            trash.add(blobs.path(name), now)
+            moved.append(name)
+
+    blobs.pins.unless_pinned(name, move)
+    return bool(moved)

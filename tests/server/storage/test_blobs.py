@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from fedmoe.server.storage.blobs import (
     SweepReport,
     put,
 )
+from fedmoe.server.storage.bucket import Bucket
 from fedmoe.server.storage.folder_blobs import FolderBlobStore
+from fedmoe.server.storage.object_store import ObjectBlobStore
 
 DATA = bytes(range(256)) * 20
 NOW = 1e9
@@ -30,9 +33,14 @@ NOTHING = BlobReferences(set())
 Store = BlobStore
 
 
-@pytest.fixture(params=["folder", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
-    return FolderBlobStore(tmp_path / "blobs", reserve_bytes=0) if request.param == "folder" else MemoryBlobStore()
+@pytest.fixture(params=["folder", "memory", pytest.param("object", marks=pytest.mark.scale)])
+def store(request: pytest.FixtureRequest, folder: Path) -> BlobStore:
+    if request.param == "memory":
+        return MemoryBlobStore()
+    in_folder = FolderBlobStore(folder, reserve_bytes=0)
+    if request.param == "folder":
+        return in_folder
+    return ObjectBlobStore(Bucket(request.getfixturevalue("bucket_url")), in_folder)
 
 
 @pytest.fixture
@@ -117,12 +125,21 @@ def test_a_blob_just_stored_again_outlives_the_deletion_of_its_twin(store: Store
     assert list(store.digests()) == []
 
 
+def test_sizes_are_those_of_the_bytes(store: Store) -> None:
+    large, empty = put(store, DATA), put(store, b"")
+    assert (store.size(large), store.size(empty), store.size("f" * 64)) == (len(DATA), 0, 0)
+    assert store.sizes() == {large: len(DATA), empty: 0}
+    store.delete(large)
+    assert (store.size(large), store.sizes()) == (0, {empty: 0})
+
+
 def test_a_sweep_removes_what_was_replaced_and_nothing_else(store: Store) -> None:
+    """In two hours: a shared store lets be what is young."""
     kept, again, replaced, orphan = (put(store, data) for data in (b"kept", b"again", b"replaced", b"orphan"))
-    named = BlobReferences({kept, again, "f" * 64}, {again, replaced, "e" * 64})
-    assert store.sweep(named, NOW, NOW) == SweepReport(removed=1)
+    named, later = BlobReferences({kept, again, "f" * 64}, {again, replaced, "e" * 64}), time.time() + 7200
+    assert store.sweep(named, later, later) == SweepReport(removed=1)
     assert set(store.digests()) == {kept, again, orphan}
-    assert store.sweep(named, NOW, NOW) == SweepReport()
+    assert store.sweep(named, later, later) == SweepReport()
 
 
 # What a folder of files must do beyond that.
