@@ -162,7 +162,7 @@ class CoordinatorConfig(_ProcessConfig):
 
     @field_validator("strategy", "server_optimizer", "staleness", "fold_staleness")
     @classmethod
-    def _known(cls, value: str, info: ValidationInfo) -> str:
+    def _check_choice(cls, value: str, info: ValidationInfo) -> str:
         tables: dict[str | None, Mapping[str, object]] = {
             "strategy": STRATEGIES | STRATEGIES_WITH_MOMENTS,
             "server_optimizer": RULES,

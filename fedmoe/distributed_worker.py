@@ -336,16 +336,16 @@ class DistributedWorker:
         began, sends = self._clock(), True
         while sends:
             if self._delivery is not None:
-                self._await_answer(self._left(began))
+                self._await_answer(self._seconds_left(began))
             self._absorb_answer()
             answered = self._delivery is None
-            sends = self._group.flag(answered and self._progress.steps > 0 and self._left(began) > 0)
+            sends = self._group.flag(answered and self._progress.steps > 0 and self._seconds_left(began) > 0)
             if sends:
                 on_rank_zero(self._group, self._send)
         self._save()
         on_rank_zero(self._group, self._report_undelivered)
 
-    def _left(self, began: float) -> float:
+    def _seconds_left(self, began: float) -> float:
         patience = _LAST_WAIT_SECONDS if self._stop.is_set() else self._settings.max_unsynced
         return began + patience - self._clock()
 

@@ -155,21 +155,21 @@ class ArealLearner:
                 f"{self._name} did not answer {request.kind!r} within {self._channel.gettimeout():g} s and was ended"
             ) from None
         except OSError as error:
-            raise self._gone(request, f"{error}") from error
+            raise self._process_error(request, f"{error}") from error
         if answer is None:
-            raise self._gone(request, "it closed its end")
+            raise self._process_error(request, "it closed its end")
         if answer.kind == "refused":
             kind = LeakError if answer.values.get("type") == "LeakError" else ArealError
             raise kind(str(answer.values["error"]))
         if answer.kind == "failed":
-            raise self._gone(request, str(answer.values["error"]))
+            raise self._process_error(request, str(answer.values["error"]))
         return answer
 
     @property
     def _name(self) -> str:
         return f"the AReaL process {self._process.pid} of {self._work_dir}"
 
-    def _gone(self, request: Frame, why: str) -> ArealProcessError:
+    def _process_error(self, request: Frame, why: str) -> ArealProcessError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_SECONDS)
         log = (self._work_dir / _LOG).read_text(errors="replace")

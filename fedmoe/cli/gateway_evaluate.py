@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmoe.cli.gateway_export import GATEWAY, base_of, check_weights, pull
+from fedmoe.cli.gateway_export import GATEWAY, base_of, pull
 from fedmoe.cli.options import AsJson, ChatTemplateFile, ChatTemplateKwargs, DataMap, loaded, template_of, with_client
 from fedmoe.cli.output import CommandError, importing, show_json, show_table
 from fedmoe.gateway.routers import SequenceRouter
@@ -66,6 +66,7 @@ def evaluate(
     from fedmoe.datasets.row_scan import RowOptions
     from fedmoe.gateway.evaluate import held_out_blocks
     from fedmoe.gateway.evaluation_report import own_experts
+    from fedmoe.gateway.export import check_base
     from fedmoe.gateway.retained_gain import retained_gains
     from fedmoe.models.prepare_data import DataOptions
 
@@ -75,7 +76,7 @@ def evaluate(
     adapters, identity = _models(api)
     prompts = _prompt_statistics(api, adapters.keys())
     base = loaded(base_model, device, chat)
-    check_weights("the experts were", identity, base.identity.name, base.identity.weights_hash)
+    check_base("the experts were", identity, base.identity.name, base.identity.weights_hash)
     held_out = {
         name: held_out_blocks(file, base, max_length, blocks, DataOptions(rows), lambda report: _note(report.text))
         for name, file in files.items()

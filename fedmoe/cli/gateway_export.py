@@ -77,20 +77,13 @@ def _own_folder(source: ExportSource, base_model: str) -> Path | None:
     folder = Path(base_model).expanduser()
     if not folder.is_dir():
         return None
+    from fedmoe.gateway.export import check_base
+
     with importing("worker"):
         from fedmoe.models.base import prepare_base
         from fedmoe.models.identity import weights_hash
-    check_weights(f"{source.name} was", source.base, base_model, weights_hash(prepare_base(base_model)))
+    check_base(f"{source.name} was", source.base, base_model, weights_hash(prepare_base(base_model)))
     return folder
-
-
-def check_weights(trained: str, base: BaseModel, name: str, weights_hash: str) -> None:
-    """Raise CommandError where the base model `name` has other weights than what was trained on."""
-    if weights_hash != base.weights_hash:
-        raise CommandError(
-            f"{trained} trained on {base.name} (weights {base.weights_hash[:12]}), but {name} has weights "
-            f"{weights_hash[:12]}; name the federation's base model with --base-model"
-        )
 
 
 def _source(api: CoordinatorClient, name: str) -> ExportSource:

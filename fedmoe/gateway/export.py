@@ -93,12 +93,12 @@ def export_file(
     write_atomic(target.with_name(f"{target.name}.{MANIFEST_NAME}"), manifest, 0o644)
 
 
-def check_base(source: ExportSource, weights_hash: str, shown: str) -> None:
-    """Refuse a base model that is not the one the adapter was trained on, by the hash of its weights."""
-    if weights_hash != source.base.weights_hash:
+def check_base(trained: str, base: BaseModel, shown: str, weights_hash: str) -> None:
+    """Refuse the base model `shown` where its weights are not those that `trained` ("docs was") was trained on."""
+    if weights_hash != base.weights_hash:
         raise ExportError(
-            f"{source.name} was trained on {source.base.name} (weights {source.base.weights_hash[:12]}), but {shown} "
-            f"has weights {weights_hash[:12]}; name the federation's base model with --base-model"
+            f"{trained} trained on {base.name} (weights {base.weights_hash[:12]}), but {shown} has weights "
+            f"{weights_hash[:12]}; name the federation's base model with --base-model"
         )
 
 

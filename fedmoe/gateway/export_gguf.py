@@ -33,7 +33,7 @@ def export_gguf_lora(source: ExportSource, base_folder: Path, target: Path, forc
 
     Raises ExportError for another base model, an architecture that is not in the table, or a module without a place.
     """
-    check_base(source, weights_hash(base_folder), str(base_folder))
+    check_base(f"{source.name} was", source.base, str(base_folder), weights_hash(base_folder))
     data = gguf_lora_bytes(source, read_config(base_folder))
     export_file(source, "gguf-lora", data, ("numpy", "gguf"), target, force)
 

@@ -67,7 +67,7 @@ def export_merged(source: ExportSource, base_folder: Path, target: Path, force: 
         raise FileExistsError(f"{target} exists; choose another place or pass --force to replace it")
     if target.resolve() == base_folder.resolve():
         raise ExportError(f"{target} is the base model itself; choose another place")
-    check_base(source, weights_hash(base_folder), str(base_folder))
+    check_base(f"{source.name} was", source.base, str(base_folder), weights_hash(base_folder))
     check_untied(source, read_config(base_folder))
     places = _places(source, base_folder)
     with whole_folder(target) as folder:

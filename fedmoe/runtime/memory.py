@@ -118,16 +118,16 @@ class MemoryLimitError(ExpectedError, RuntimeError):
     """The memory limit is reached and nothing is left to give up; the run stops in order, with a checkpoint."""
 
 
-def choose_limit(wanted_gb: float | None, available: int) -> tuple[int, str]:
-    """The limit in bytes and a sentence that says how it came about; `wanted_gb` None takes the default of 32.
+def choose_limit(limit_gb: float | None, available: int) -> tuple[int, str]:
+    """The limit in bytes and a sentence that says how it came about; `limit_gb` None takes the default of 32.
 
     Never more than 95 % of what is there.
     """
-    asked = DEFAULT_LIMIT_GB if wanted_gb is None else wanted_gb
+    asked = DEFAULT_LIMIT_GB if limit_gb is None else limit_gb
     if not 0 < asked < 1 << 20:
         raise ValueError(f"the memory limit must be a positive number of GiB, got {asked}")
     usable = int(USABLE * available)
-    origin = "the default" if wanted_gb is None else "as asked for"
+    origin = "the default" if limit_gb is None else "as asked for"
     if int(asked * GIB) <= usable:
         return int(asked * GIB), f"memory limit {asked:g} GiB, {origin}"
     return usable, (

@@ -91,7 +91,7 @@ def test_what_is_there_is_replaced_with_force_only(source: ExportSource, tmp_pat
 
 def test_another_base_model_is_refused_by_its_hash(source: ExportSource) -> None:
     with pytest.raises(ExportError, match=r"trained on small/base \(weights 000000000000\), but here has weights"):
-        check_base(other_base(source), source.base.weights_hash, "here")
+        check_base(f"{source.name} was", other_base(source).base, "here", source.base.weights_hash)
 
 
 def test_an_adapted_head_that_is_the_embedding_too_is_refused(tmp_path: Path) -> None:

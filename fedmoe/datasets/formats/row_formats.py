@@ -78,7 +78,7 @@ def convert(shape: RowFormat, row: DataRow) -> Sample:
 
 def keys_not_used(shape: RowFormat, row: DataRow) -> frozenset[str]:
     """Keys of the row, and of its turns as `messages[].key`, that hold something and are not used."""
-    no_marks = {key for key in _WANTED_KEYS if _wanted(row.fields.get(key)) is None}
+    no_marks = {key for key in _WANTED_KEYS if _read_mark(row.fields.get(key)) is None}
     used = {*shape.keys, *shape.optional, *_ROW_KEYS} - no_marks
     row_keys = {key for key, value in row.fields.items() if value is not None} - used
     return frozenset(row_keys | _in_turns(row, unused_keys))
@@ -129,11 +129,11 @@ def _plain_or_chat(row: DataRow, plain: Completion) -> Sample:
 
 def _refuse_unwanted(row: DataRow) -> None:
     for key in _WANTED_KEYS:
-        if _wanted(row.fields.get(key)) is False:
+        if _read_mark(row.fields.get(key)) is False:
             raise RowLeftOutError(f"{key!r} false marks an answer that is not wanted")
 
 
-def _wanted(value: object) -> bool | None:
+def _read_mark(value: object) -> bool | None:
     """Whether a mark says that an answer is wanted; None for what is no such mark (a class, a category)."""
     if isinstance(value, str):
         return _WANTED_WORDS.get(value.strip().casefold())

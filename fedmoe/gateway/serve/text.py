@@ -85,7 +85,7 @@ class TextStream:
     prompter: PromptEncoder
     _tokens: list[int] = field(default_factory=list)
     _again: int = 0
-    _given: int = 0
+    _delivered: int = 0
 
     def add(self, token: int) -> str:
         """The text that is certain now and was not before."""
@@ -93,12 +93,12 @@ class TextStream:
         piece = self.end()
         if not piece or piece.endswith("\ufffd"):
             return ""
-        self._again, self._given = self._given, len(self._tokens)
+        self._again, self._delivered = self._delivered, len(self._tokens)
         return piece
 
     def end(self) -> str:
         """What is left."""
-        shown = self.prompter.text(self._tokens[self._again : self._given])
+        shown = self.prompter.text(self._tokens[self._again : self._delivered])
         return self.prompter.text(self._tokens[self._again :])[len(shown) :]
 
 

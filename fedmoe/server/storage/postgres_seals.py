@@ -44,8 +44,8 @@ def write_sealed(
     if not keys:
         return changed
     if isinstance(statement, sa.Delete):
-        gone = SEALS.delete().where(SEALS.c.place == sa.bindparam("place_"), SEALS.c.row == sa.bindparam("row_"))
-        connection.execute(gone, [{f"{name}_": value for name, value in key.items()} for key in keys])
+        removal = SEALS.delete().where(SEALS.c.place == sa.bindparam("place_"), SEALS.c.row == sa.bindparam("row_"))
+        connection.execute(removal, [{f"{name}_": value for name, value in key.items()} for key in keys])
     else:
         seals = [key | {"seal": row_seal(*row.values())} for key, row in zip(keys, changed, strict=True)]
         connection.execute(put_statement(SEALS), seals)

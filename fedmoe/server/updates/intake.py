@@ -241,7 +241,7 @@ class MemoryBudget:
     """Bytes that are shared out in the order of asking; whoever asks for more than all of them gets them alone."""
 
     def __init__(self, total: int) -> None:
-        self._total = self._left = total
+        self._total = self._free = total
         self._line = asyncio.Lock()
         self._given_back = asyncio.Event()
 
@@ -250,14 +250,14 @@ class MemoryBudget:
         """Have `size` bytes for as long as the context lasts."""
         taken = min(size, self._total)
         async with self._line:  # whoever is first waits here for room, the others for the lock: nobody is overtaken
-            while self._left < taken:
+            while self._free < taken:
                 self._given_back.clear()
                 await self._given_back.wait()
-            self._left -= taken
+            self._free -= taken
         try:
             yield
         finally:
-            self._left += taken
+            self._free += taken
             self._given_back.set()
 
 
