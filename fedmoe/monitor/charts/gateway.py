@@ -24,9 +24,10 @@ _BAR_INCHES = 0.34
 
 @dataclass(frozen=True)
 class GatewayResults:
-    """What is drawn: `losses[model][domain]` in nats per token, the first model being the base; `own[domain]` names
-    the domain's own expert, `retained[domain][model]` the share of its gain that others keep (1 is all of it), `uncertain`
-    domains where that gain may be none.
+    """What is drawn: `losses[model][domain]` in nats per token, the first model being the base.
+
+    `own[domain]` names the domain's own expert, `retained[domain][model]` the share of its gain that others keep (1 is
+    all of it), `uncertain` the domains where that gain may be none.
     """
 
     losses: Mapping[str, Mapping[str, float]]
