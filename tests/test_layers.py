@@ -194,6 +194,18 @@ LAYERS: dict[str, set[str]] = {
         "wire",
         "wire.contract",
     },
+    "simulation": {
+        "coordinator",
+        "datasets.tokens",
+        "experts",
+        "federation",
+        "lora",
+        "models",
+        "qwen_finetune",
+        "qwen_worker",
+        "runtime",
+        "server.history",
+    },
     "distributed_worker": {"lora", "qwen_finetune", "qwen_worker", "runtime", "wire", "wire.contract", "worker"},
     "federation_app": {
         "config",
@@ -249,6 +261,7 @@ LAYERS: dict[str, set[str]] = {
         "runtime",
         "server.history",
         "server.storage",
+        "simulation",
         "wire",
         "wire.contract",
         "wire.http",
@@ -261,6 +274,8 @@ LAYERS: dict[str, set[str]] = {
 PURE = (
     *("coordinator", "experts", "federation", "lora"),
     *("gateway.losses", "gateway.retained_gain", "gateway.routers", "server.gate.verdict"),
+    *("simulation.clock", "simulation.fleet", "simulation.presence", "simulation.tally", "simulation.texts"),
+    *("simulation.asynchronous", "simulation.rounds", "simulation.simulated_coordinator", "simulation.report"),
 )
 INPUT_AND_OUTPUT = {
     *("asyncio", "datetime", "fastapi", "http", "httpx2", "logging", "multiprocessing", "os", "pathlib", "random"),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import tomllib
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from fedmoe.arena.learning.config import LearningConfig, PositiveFloat, PositiveInt
 from fedmoe.runtime.errors import ExpectedError
+from fedmoe.runtime.toml_file import read_toml
 from fedmoe.wire.contract.messages import ExpertName, WorkerName
 
 Option = int | float | str | bool
@@ -164,46 +162,4 @@ class ArenaConfig(_Section):
 
 def read_config(path: Path) -> ArenaConfig:
     """The configuration in a TOML file; raises ArenaConfigError naming the file, the key and what is allowed."""
-    try:
-        values = tomllib.loads(path.read_text("utf-8-sig"))  # editors of some systems begin a file with a mark
-    except OSError as error:
-        raise ArenaConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ArenaConfigError(f"{path} is not TOML: {error}") from error
-    if not values:
-        raise ArenaConfigError(f"{path} sets nothing; begin with a copy of demo/arena.toml")
-    try:
-        return ArenaConfig.model_validate(values)
-    except ValidationError as error:
-        problems = [
-            _problem(each["loc"], each["type"], each["msg"], each["input"]) for each in error.errors(include_url=False)
-        ]
-        raise ArenaConfigError(f"{path}: " + "; ".join(problems)) from error
-
-
-def _problem(place: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
-    where = ".".join(map(str, place))
-    if kind not in ("extra_forbidden", "unexpected_keyword_argument"):
-        shown = repr(value)
-        # A whole section is too long to be shown, and some messages have what was given already.
-        is_shown = isinstance(value, str | int | float) and len(shown) <= 80 and str(value) not in message
-        return f"{where}: {message}" + (f", got {shown}" if is_shown else "")
-    close = difflib.get_close_matches(str(place[-1]), _section_keys(place[:-1]), 1)
-    return f"{where}: there is no such key" + (f"; did you mean {close[0]}?" if close else "")
-
-
-def _section_keys(section: tuple[int | str, ...]) -> list[str]:
-    """The keys of a section of the file, by its place."""
-    keys: dict[str, object] = _keys_of(ArenaConfig)
-    for name in section:
-        # A section is a model, perhaps one of several or none: tuple[Phase, ...], FederationSection | None.
-        annotation = keys.get(str(name))
-        keys = next((inner for part in (annotation, *get_args(annotation)) if (inner := _keys_of(part))), keys)
-    return list(keys)
-
-
-def _keys_of(model: object) -> dict[str, object]:
-    """The keys of a section with their types; none for anything else."""
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        return {name: field.annotation for name, field in model.model_fields.items()}
-    return {each.name: each.type for each in fields(model)} if is_dataclass(model) else {}
+    return read_toml(path, ArenaConfig, ArenaConfigError, "demo/arena.toml")

@@ -17,6 +17,7 @@ from fedmoe.cli import (
     experts,
     gateway,
     quarantine,
+    simulate,
     state,
     tokens,
     worker,
@@ -42,6 +43,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(tokens.app, name="token")
 app.add_typer(state.app, name="state")
 app.add_typer(arena.app, name="arena")
+app.command("simulate")(simulate.simulate)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

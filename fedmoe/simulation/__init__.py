@@ -1,0 +1,1 @@
+"""Simulation of a federation: the real coordinator and real update bytes, many workers, a virtual clock."""
