@@ -115,9 +115,10 @@ class ExpertRounds:
     def _average(self, round_: _Round) -> None:
         """Land the mean of what came, in the order of the workers' numbers."""
         layout, numbers = self._coordinator.manifest.layout, sorted(round_.deltas)
-        total = np.sum([round_.deltas[number] for number in numbers], axis=0, dtype=np.float64)
-        mean: FloatVector = (total / len(numbers)).astype(np.float32)
-        body = encode(layout, mean)
+        total = np.zeros(layout.size)
+        for number in numbers:
+            total += round_.deltas[number]
+        body = encode(layout, (total / len(numbers)).astype(np.float32))
         self._coordinator.push(SentUpdate(self._server, body, round_.number, round_.newest.version, round_.learned))
         self._coordinator.tally.rounds += 1
         for number in numbers:
