@@ -37,6 +37,7 @@ from fedmoe.lora.codec import encode  # noqa: E402
 from fedmoe.lora.manifest import BaseModel, Manifest  # noqa: E402
 from fedmoe.lora.update_rules import RULES  # noqa: E402
 from fedmoe.server.history.history import SNAPSHOT_EVERY  # noqa: E402
+from fedmoe.server.storage.sqlite_journal import SqliteJournal  # noqa: E402
 from fedmoe.server.storage.state_dir import StateDir  # noqa: E402
 
 LAYOUT = Layout((ModuleShape("layers.0.q", 12, 8), ModuleShape("layers.0.v", 12, 10)), 2)
@@ -67,6 +68,7 @@ def fill(folder: Path, rows: int) -> None:
     for body in bodies:
         (folder / "blobs" / hashlib.sha256(body).hexdigest()).write_bytes(body)
     digests = [hashlib.sha256(body).hexdigest() for body in bodies]
+    assert isinstance(state.journal, SqliteJournal)
     state.journal._connection.exec_driver_sql("PRAGMA synchronous=OFF")
     state.journal._connection.rollback()
     events: list[ExpertRegistered | UpdateAccepted] = []

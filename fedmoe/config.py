@@ -86,6 +86,14 @@ def _usable_blobs(value: str) -> str:
     return value.rstrip("/")
 
 
+def _usable_database(value: SecretStr) -> SecretStr:
+    """Never shows the value, in which there may be a password."""
+    url = value.get_secret_value()
+    if not re.match(r"postgresql(\+psycopg)?://", url) or not url.isprintable() or " " in url:
+        raise ValueError("expected postgresql+psycopg://user@host/database; a password belongs into PGPASSFILE")
+    return value
+
+
 def _usable_token(value: SecretStr) -> SecretStr:
     """Never shows the value: the message ends up in logs and terminals."""
     if not _TOKEN.fullmatch(value.get_secret_value()):
@@ -98,6 +106,7 @@ def _usable_token(value: SecretStr) -> SecretStr:
 
 SyncInterval = Annotated[float, BeforeValidator(_seconds)]
 Token = Annotated[SecretStr, AfterValidator(_usable_token)]
+DatabaseUrl = Annotated[SecretStr, AfterValidator(_usable_database)]
 
 
 class _ProcessConfig(BaseSettings):
@@ -120,7 +129,10 @@ class _ProcessConfig(BaseSettings):
 
 
 class CoordinatorConfig(_ProcessConfig):
-    """Parameters of a coordinator; environment variables are `FEDMOE_COORDINATOR_...`, and `FEDMOE_TOKEN`."""
+    """Parameters of a coordinator; environment variables are `FEDMOE_COORDINATOR_...`, and `FEDMOE_TOKEN`.
+
+    Also `FEDMOE_ADMIN_TOKEN` and `FEDMOE_DATABASE_URL`, which may be secrets too.
+    """
 
     model_config = SettingsConfigDict(env_prefix="FEDMOE_COORDINATOR_")
 
@@ -128,6 +140,9 @@ class CoordinatorConfig(_ProcessConfig):
     port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
     state_dir: str = "runs/coordinator"
     blobs: Annotated[str, AfterValidator(_usable_blobs)] | None = None
+    database_url: DatabaseUrl | None = Field(
+        default=None, validation_alias=AliasChoices("database_url", "FEDMOE_DATABASE_URL")
+    )
     enable_gateway: bool = True
     strategy: str = "weighted_average"
     gateway_rank: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -157,6 +172,7 @@ class CoordinatorConfig(_ProcessConfig):
     accept_older_journal: bool = False
     skip_damaged: bool = False
     allow_network_fs: bool = False
+    accept_database_loss: bool = False
     tls_cert: str | None = None
     tls_key: str | None = None
 
@@ -191,6 +207,8 @@ class CoordinatorConfig(_ProcessConfig):
                 "--merge-after and --fold-staleness are for experts that are rebased onto the gateway; "
                 "add --start-from gateway"
             )
+        if self.accept_database_loss and self.database_url is None:
+            raise ValueError("--accept-database-loss is for a journal in PostgreSQL; add --database-url")
         if self.token is not None and self.token == self.admin_token:
             raise ValueError("the join token and the admin token are the same: every worker would be an administrator")
         return self

@@ -17,7 +17,7 @@ from fedmoe.federation_app import FederationApp, aggregation_of
 from fedmoe.server.descriptors import few_left, in_use, raise_limit
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.start_options import check_file
-from fedmoe.server.storage.state_dir import StateDir
+from fedmoe.server.storage.state_dir import Database, StateDir
 from fedmoe.wire.http.serving import listen, own_signals, server_of
 
 _log = structlog.get_logger("fedmoe.coordinator")
@@ -39,6 +39,7 @@ class DistributedCoordinator:
         self.config = config
         self._descriptors = raise_limit()
         self._few_descriptors = False
+        url = config.database_url
         self._state = StateDir.open(
             Path(config.state_dir),
             config.accept_older_journal,
@@ -46,6 +47,7 @@ class DistributedCoordinator:
             config.allow_network_fs,
             partial(check_file, aggregation_of(config)),
             config.blobs,
+            database=Database(url.get_secret_value(), config.accept_database_loss) if url is not None else None,
         )
         state = self._state
         with contextlib.ExitStack() as opened:

@@ -175,12 +175,13 @@ class CoordinatorProcess:
         """Start it and wait until it answers."""
         self.process = self.launch(failpoints)
         deadline = time.monotonic() + 120  # a busy machine takes its time
-        while not self._answers():
+        while not self.answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"the coordinator did not start: {self.log.read_text()[-2000:]}")
             time.sleep(0.01)
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Whether it says that it is well."""
         try:
             with urllib.request.urlopen(f"{self.url}/healthz", timeout=5) as response:
                 return bool(response.status == 200)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import ssl
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import typer
+from pydantic import SecretStr
 
 from fedmoe.cli.options import JOIN_TOKEN, OptionText, configured
 from fedmoe.cli.output import CommandError
@@ -25,6 +27,10 @@ _OPTIONS: Mapping[str, OptionText] = {
     "port": f"Port. [default: {DEFAULT_PORT}]",
     "state_dir": "Journal and blobs. [default: runs/coordinator]",
     "blobs": "Object store for blobs: s3://bucket/prefix, gs://... or az://... [default: the state directory]",
+    "database_url": typer.Option(
+        help="Keep the journal in PostgreSQL: postgresql+psycopg://user@host/db; better as FEDMOE_DATABASE_URL.",
+        show_default=False,
+    ),
     "enable_gateway": "Make a gateway of all experts. [default: on]",
     "strategy": "How experts are merged: weighted_average (default), sum, concat, scaled, regmean.",
     "gateway_rank": "Cut the gateway to this rank. [default: exact; regmean: by energy, up to 64]",
@@ -54,6 +60,9 @@ _OPTIONS: Mapping[str, OptionText] = {
     "admin_token": typer.Option(help="Admin token; better as FEDMOE_ADMIN_TOKEN.", show_default=False),
     "insecure": typer.Option("--insecure", help="Ask for no token, even off loopback."),
     "allow_network_fs": typer.Option("--allow-network-fs", help="Accept a state directory on a network file system."),
+    "accept_database_loss": typer.Option(
+        "--accept-database-loss", help="Accept a database whose crash loses what was acknowledged a moment before."
+    ),
     "skip_damaged": typer.Option(
         "--skip-damaged", help="Start, this once, without updates and rows whose bytes are damaged."
     ),
@@ -70,6 +79,7 @@ def coordinator(config: CoordinatorConfig) -> None:
     """Start a coordinator: keeps the experts, lands updates on them, makes the gateway."""
     check_tls(config.tls_cert, config.tls_key)
     configure()
+    _check_password(config.database_url)
     log_uncaught()
     give_back_freed_memory()
     from fedmoe.distributed_coordinator import DistributedCoordinator
@@ -79,6 +89,13 @@ def coordinator(config: CoordinatorConfig) -> None:
     status = running.serve()
     if status:
         raise typer.Exit(status)
+
+
+def _check_password(database_url: SecretStr | None) -> None:
+    """Say that every user of this machine can read a password of the command line."""
+    url = database_url.get_secret_value() if database_url is not None else ""
+    if re.search(r"//[^/]*:[^/@]+@|password=", url) and os.environ.get("FEDMOE_DATABASE_URL") != url:
+        warn("password_on_the_command_line", fix="give it in the file that PGPASSFILE names, or in FEDMOE_DATABASE_URL")
 
 
 def check_tls(certificate: str | None, key: str | None) -> None:

@@ -29,7 +29,19 @@ if __name__ == "__main__":
     sys.path[1:1] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402  # found beside this file
-from crash_load import EXPERTS, Told, fold, gather, pull, read_journal, register, start_pushers  # noqa: E402
+from crash_load import (  # noqa: E402
+    EXPERTS,
+    IN_FOLDER,
+    Storage,
+    Told,
+    fold,
+    gather,
+    incarnation_at,
+    pull,
+    read_journal,
+    register,
+    start_pushers,
+)
 from eras import Eras  # noqa: E402
 from forked_coordinator import ForkedCoordinator  # noqa: E402
 
@@ -45,6 +57,7 @@ class Plan:
     kills: int
     arguments: Sequence[str] = ()
     restores: float = 0.1
+    storage: Storage = IN_FOLDER
 
 
 @dataclass
@@ -95,7 +108,7 @@ class Campaign:
         self.moments = random.Random(self.plan.seed)
         self.coordinator.start()
         register(self.coordinator.url, *EXPERTS)
-        self.eras = Eras(self.coordinator.state_dir)
+        self.eras = Eras(self.coordinator.state_dir, incarnation_at(self.coordinator.url), self.plan.storage)
         stop = threading.Event()
         pushers = self.pushers = start_pushers(self.coordinator.url, stop, timeout=CLIENT_TIMEOUT)
         try:
@@ -178,7 +191,7 @@ class Campaign:
         faults = self.outcome.faults
         if (status := coordinator.stop()) != 0:
             faults.append(f"the coordinator ended with status {status}")
-        events = read_journal(coordinator.state_dir)
+        events = read_journal(coordinator.state_dir, self.plan.storage)
         faults += self.eras.faults(told)
         expected = fold(events, told.seeds)
         for name in EXPERTS:
@@ -189,7 +202,8 @@ class Campaign:
 
 def run(plan: Plan, folder: Path) -> Outcome:
     """Everything in `folder`, which is empty."""
-    coordinator = ForkedCoordinator(folder / "state", arguments=plan.arguments)
+    arguments = (*plan.storage.arguments, *plan.arguments)
+    coordinator = ForkedCoordinator(folder / "state", arguments=arguments)
     try:
         return Campaign(plan, coordinator).run()
     finally:

@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,11 +19,33 @@ from fedmoe.coordinator import seed_of
 from fedmoe.federation.events import ExpertRegistered, UpdateAccepted
 from fedmoe.lora.adapter import FloatVector, initial_adapter
 from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.storage.chained_journal import ChainedJournal
+from fedmoe.server.storage.postgres_journal import PostgresJournal
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.contract.messages import UpdateHeader
 
 EXPERTS = ["python", "sql"]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where a coordinator has its journal: in its folder, or in the database of a URL."""
+
+    url: str | None = None
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return ("--database-url", self.url) if self.url is not None else ()
+
+    def journal(self, state_dir: Path) -> ChainedJournal:
+        """The journal of a stopped coordinator, checked while it is opened."""
+        if self.url is not None:
+            return PostgresJournal(self.url)
+        return SqliteJournal(state_dir / "journal.sqlite")
+
+
+IN_FOLDER = Storage()
 
 
 @dataclass(frozen=True)
@@ -180,15 +203,15 @@ def kill_under_load(coordinator: CoordinatorProcess, kills: int, seed: int) -> T
     return gather(pushers)
 
 
-def read_journal(state_dir: Path) -> list[ExpertRegistered | UpdateAccepted]:
-    """The events of a stopped coordinator; its database is checked whole."""
-    connection = sqlite3.connect(state_dir / "journal.sqlite")
-    assert list(connection.execute("PRAGMA integrity_check")) == [("ok",)]
-    connection.close()
-    journal = SqliteJournal(state_dir / "journal.sqlite")
-    events = [event for event in journal.events() if isinstance(event, ExpertRegistered | UpdateAccepted)]
-    assert len(events) == journal.count()
-    journal.close()
+def read_journal(state_dir: Path, storage: Storage = IN_FOLDER) -> list[ExpertRegistered | UpdateAccepted]:
+    """The events of a stopped coordinator; its journal is checked whole."""
+    if storage.url is None:
+        connection = sqlite3.connect(state_dir / "journal.sqlite")
+        assert list(connection.execute("PRAGMA integrity_check")) == [("ok",)]
+        connection.close()
+    with closing(storage.journal(state_dir)) as journal:
+        events = [event for event in journal.events() if isinstance(event, ExpertRegistered | UpdateAccepted)]
+        assert len(events) == journal.count()
     return events
 
 
@@ -228,16 +251,21 @@ def pull(url: str, names: Sequence[str]) -> Mapping[str, FloatVector]:
     return {name: answer.weights for name, answer in pulled.items() if answer is not None}
 
 
+def incarnation_at(url: str) -> str:
+    """Which history a coordinator with the expert `python` is in."""
+    with CoordinatorClient(url) as client:
+        pulled = client.pull_expert("python")
+    assert pulled is not None
+    return pulled.incarnation or ""
+
+
 def blob_files(state_dir: Path) -> set[str]:
     """Every file below the blob folder."""
     folder = state_dir / "blobs"
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def named_blobs(state_dir: Path) -> set[str]:
+def named_blobs(state_dir: Path, storage: Storage = IN_FOLDER) -> set[str]:
     """The blobs that the journal of a stopped coordinator names: updates and snapshots."""
-    connection = sqlite3.connect(state_dir / "journal.sqlite")
-    rows = connection.execute("SELECT digest FROM events WHERE digest IS NOT NULL UNION SELECT digest FROM snapshots")
-    named = {str(digest) for (digest,) in rows}
-    connection.close()
-    return named
+    with closing(storage.journal(state_dir)) as journal:
+        return set(journal.named_blobs())

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crash_load import Told, landed, read_journal
+from crash_load import IN_FOLDER, Storage, Told, landed, read_journal
 from push_histories import Backup, Landed, client_faults, faults_of, restore_faults
 
 from fedmoe.server.storage.backup import make_backup
 from fedmoe.server.storage.restore import restore
-from fedmoe.server.storage.sqlite_journal import SqliteJournal
 
 
 @dataclass
@@ -42,18 +41,21 @@ class Copy:
 
 @dataclass
 class Eras:
-    """Takes backups of a running coordinator, restores one of a killed coordinator, and remembers all of it."""
+    """Takes backups of a running coordinator, restores one of a killed coordinator, and remembers all of it.
+
+    `incarnation` is the first one's name. Of a journal in a database nothing here takes backups.
+    """
 
     state_dir: Path
+    incarnation: str
+    storage: Storage = IN_FOLDER
     eras: list[Era] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
     restored: list[tuple[Copy, Backup]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        journal = SqliteJournal(self.state_dir / "journal.sqlite")
-        self.eras.append(Era(journal.meta("incarnation") or ""))
-        journal.close()
+        self.eras.append(Era(self.incarnation))
 
     def back_up(self) -> int:
         """Take a backup; how many were taken."""
@@ -81,7 +83,7 @@ class Eras:
 
     def faults(self, told: Told) -> list[str]:
         """Everything that is wrong, once the last era has ended."""
-        self.eras[-1].ended = landed(read_journal(self.state_dir))
+        self.eras[-1].ended = landed(read_journal(self.state_dir, self.storage))
         known = [era.incarnation for era in self.eras]
         found = [*self.wrong]
         if len(set(known)) < len(known):

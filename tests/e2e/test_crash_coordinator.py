@@ -11,7 +11,8 @@ import forks
 import numpy as np
 import pytest
 from crash_campaign import Plan, run
-from crash_load import blob_files, fold, landed, named_blobs, pull, read_journal, register
+from crash_load import IN_FOLDER, Storage, blob_files, fold, landed, named_blobs, pull, read_journal, register
+from postgres_server import PostgresServer
 from push_histories import landed_faults
 from support import EPOCH, MANIFEST, CoordinatorProcess, make_body, sha256
 
@@ -19,6 +20,11 @@ from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.contract.messages import UpdateHeader, UpdateResult
 
 Start = Callable[..., CoordinatorProcess]
+
+
+@pytest.fixture(params=["folder", pytest.param("postgres", marks=pytest.mark.scale)])
+def storage(request: pytest.FixtureRequest) -> Storage:
+    return Storage(request.getfixturevalue("postgres").schema()) if request.param == "postgres" else IN_FOLDER
 
 
 @pytest.mark.parametrize("keep_updates", [(), ("--keep-updates", "20")])
@@ -34,15 +40,21 @@ def test_two_hundred_kills_under_load_lose_and_repeat_nothing(tmp_path: Path, ke
     check_kills(tmp_path, 100, keep_updates)
 
 
-def check_kills(folder: Path, kills: int, keep_updates: Sequence[str]) -> None:
-    outcome = run(Plan(seed=kills, kills=kills, arguments=keep_updates), folder)
+@pytest.mark.scale
+def test_kill_9_over_postgresql_loses_and_repeats_nothing(tmp_path: Path, postgres: PostgresServer) -> None:
+    check_kills(tmp_path, 6, ("--keep-updates", "20"), Storage(postgres.schema()))
+
+
+def check_kills(folder: Path, kills: int, keep_updates: Sequence[str], storage: Storage = IN_FOLDER) -> None:
+    restores = 0.1 if storage.url is None else 0.0  # backups of a database are made by its own programs
+    outcome = run(Plan(kills, kills, keep_updates, restores, storage), folder)
     assert outcome.faults == []
     assert len(outcome.told.pushes) > 3 * kills, "hardly any load: the kills prove nothing"
     assert any(one.attempts > 1 for one in outcome.told.pushes), "no push was interrupted: the kills prove nothing"
     state_dir = folder / "state"
     kept = blob_files(state_dir)  # also what kills left unnamed, which waits for a day or lies in the trash
     assert not [file for file in kept if file.startswith("incoming")]
-    assert keep_updates or named_blobs(state_dir) <= kept
+    assert keep_updates or named_blobs(state_dir, storage) <= kept
 
 
 @dataclass(frozen=True)
@@ -72,9 +84,11 @@ def push(url: str, sequence: int, base_version: int) -> UpdateResult:
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.failpoint)
-def test_killed_at_each_step_of_a_push_the_retry_is_accepted_once(coordinator_process: Start, place: Place) -> None:
+def test_killed_at_each_step_of_a_push_the_retry_is_accepted_once(
+    coordinator_process: Start, place: Place, storage: Storage
+) -> None:
     """Faults 1, 2, 3."""
-    coordinator: CoordinatorProcess = coordinator_process()
+    coordinator: CoordinatorProcess = coordinator_process(storage.arguments)
     state_dir, digest = coordinator.state_dir, sha256(make_body(1))
     coordinator.start(place.failpoint)
     register(coordinator.url, "python")
@@ -92,7 +106,7 @@ def test_killed_at_each_step_of_a_push_the_retry_is_accepted_once(coordinator_pr
     assert push(coordinator.url, 2, 1).version == 2
     weights = pull(coordinator.url, ["python"])
     assert coordinator.stop() == 0
-    events = read_journal(state_dir)
+    events = read_journal(state_dir, storage)
     assert [(one.identity[2], one.version) for one in landed(events)] == [(1, 1), (2, 2)]
     assert landed_faults(landed(events)) == []
     seeds = {one.identity: one.identity[2] for one in landed(events)}

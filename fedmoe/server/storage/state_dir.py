@@ -16,13 +16,16 @@ from fedmoe.runtime.placement import mount_of, read_mounts
 from fedmoe.server.storage.acknowledged import AcknowledgedFile, JournalGap
 from fedmoe.server.storage.audit import AUDIT_FILE
 from fedmoe.server.storage.blobs import NO_ROOM, BlobStore, StorageFailedError, no_room_to_start
+from fedmoe.server.storage.chained_journal import ChainedJournal
 from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.migration import migrate
 from fedmoe.server.storage.object_store import open_blobs, refuse_without_url
+from fedmoe.server.storage.postgres_journal import PostgresJournal
 from fedmoe.server.storage.sqlite import opening_problem
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.storage.tables import SCHEMA_VERSION
 
+_FILE = "journal.sqlite"
 _log = structlog.get_logger("fedmoe.journal")
 
 
@@ -30,12 +33,23 @@ class StateDirError(Exception):
     """The state directory cannot be used; the message says why and what to do."""
 
 
+@dataclass(frozen=True, slots=True)
+class Database:
+    """Where the journal is in the place of a file: a URL for `postgres_engine`; whether losing commits is accepted."""
+
+    url: str
+    accept_loss: bool = False
+
+
 @dataclass(frozen=True)
 class StateDir:
-    """An open, locked state directory; the lock is held as long as the process lives or until `close`."""
+    """An open, locked state directory; the lock is held as long as the process lives or until `close`.
+
+    The journal is in it, or in a database: then the rest of it is this machine's own.
+    """
 
     path: Path
-    journal: SqliteJournal
+    journal: ChainedJournal
     blobs: BlobStore
     acknowledged: AcknowledgedFile
     lock: int
@@ -50,6 +64,7 @@ class StateDir:
         allow_network_fs: bool = False,
         check: Callable[[Path], None] = lambda journal: None,
         blobs_url: str | None = None,
+        database: Database | None = None,
     ) -> StateDir:
         """Create or open the folder and lock it; refuses one that another coordinator uses.
 
@@ -72,22 +87,18 @@ class StateDir:
         opened = ExitStack()
         opened.callback(os.close, lock)
         try:
-            file = path / "journal.sqlite"
-            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite itself would make it readable to others
-            check(file)
-            migrated = migrate(file)
-            if migrated is not None:
-                facts = {"schema": SCHEMA_VERSION, "before": migrated.before, "copy": str(migrated.copy)}
-                _log.warning("migrated", journal=str(file), **facts)
+            if database is None:
+                _prepare(path / _FILE, check)
             acknowledged = AcknowledgedFile(path / "acknowledged")
             opened.callback(acknowledged.close)
-            journal, folder = SqliteJournal(file, acknowledged, skip_damaged), FolderBlobStore(path / "blobs")
+            journal = _open_journal(path / _FILE, database, acknowledged, skip_damaged)
             opened.callback(journal.close)
-            identities = {part: _identity(part) for part in (path, file, folder.folder)}
+            folder = FolderBlobStore(path / "blobs")
+            parts = [path, folder.folder] if database is not None else [path, path / _FILE, folder.folder]
             if blobs_url is None:
                 refuse_without_url(journal)
             blobs = folder if blobs_url is None else open_blobs(blobs_url, folder, journal)
-            state = cls(path, journal, blobs, acknowledged, lock, identities)
+            state = cls(path, journal, blobs, acknowledged, lock, {part: _identity(part) for part in parts})
             state._check_whole(accept_older_journal)
             opened.pop_all()
             return state
@@ -98,7 +109,7 @@ class StateDir:
                     raise no_room_to_start(path) from error
                 raise StateDirError(f"{path} cannot be used: {error}; fix it or choose another --state-dir") from error
             if isinstance(error, sqlite3.Error):
-                raise opening_problem(error, path / "journal.sqlite") from error
+                raise opening_problem(error, path / _FILE) from error
             raise
 
     def problem(self) -> str | None:
@@ -134,9 +145,15 @@ class StateDir:
             self.journal.begin_incarnation()
             _log.warning("older_journal_accepted", reason=lacking.reason, incarnation=self.journal.head.incarnation)
         else:
+            of_file = isinstance(self.journal, SqliteJournal)
+            advice = f"{lacking.advice}, or 'fedmoe state restore BACKUP --state-dir {self.path}'"
+            in_database = (
+                "The database was put back to an older state, a standby that lagged behind took over, or it is another "
+                "one: name the right one with --database-url"
+            )
             raise StorageFailedError(
-                f"the journal in {self.path} is not the newest: {lacking.reason}. {lacking.advice}, or 'fedmoe state "
-                f"restore BACKUP --state-dir {self.path}'. To go on without what it lacks, start once with "
+                f"the journal of {self.path} is not the newest: {lacking.reason}. "
+                f"{advice if of_file else in_database}. To go on without what it lacks, start once with "
                 "--accept-older-journal: a new incarnation begins, and blobs that it does not name are moved to "
                 "blobs/trash after a day."
             )
@@ -148,6 +165,24 @@ class StateDir:
             return None
         alone = next(self.blobs.digests(), None) is not None
         return JournalGap("it is empty but there are blobs of updates") if alone else None
+
+
+def _prepare(file: Path, check: Callable[[Path], None]) -> None:
+    """Have a file for the journal, of this schema."""
+    os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite itself would make it readable to others
+    check(file)
+    migrated = migrate(file)
+    if migrated is not None:
+        facts = {"schema": SCHEMA_VERSION, "before": migrated.before, "copy": str(migrated.copy)}
+        _log.warning("migrated", journal=str(file), **facts)
+
+
+def _open_journal(
+    file: Path, database: Database | None, acknowledged: AcknowledgedFile, skip_damaged: bool
+) -> ChainedJournal:
+    if database is None:
+        return SqliteJournal(file, acknowledged, skip_damaged)
+    return PostgresJournal(database.url, acknowledged, skip_damaged, accept_loss=database.accept_loss)
 
 
 def odd_files(path: Path) -> list[str]:
