@@ -34,8 +34,8 @@ class RequestCounts:
 
     def note(self, method: str, path: str, status: int) -> None:
         """Count a request; paths and methods that no route has are one, since callers may invent any number of them."""
-        known = path if path in self._routes else _OTHER
-        self.by_answer[method if method in _METHODS else _OTHER, known, str(status)] += 1
+        route = path if path in self._routes else _OTHER
+        self.by_answer[method if method in _METHODS else _OTHER, route, str(status)] += 1
 
 
 class CountingMiddleware:
