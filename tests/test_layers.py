@@ -301,6 +301,7 @@ HEAVY: dict[str, set[str]] = {
     },
     "uvicorn": {"distributed_coordinator", "gateway.serve", "wire.http"},
     "sqlalchemy": {"server.storage"},
+    "ray": {"arena.run"},
 }
 
 #: What runs code that comes with data.

@@ -92,13 +92,31 @@ class EpisodesSection(_Section):
 class EngineSection(_Section):
     """Where rollouts are computed: `transformers`, or vLLM (a server's `url`, or `python` of its environment).
 
-    Installed packages can offer further kinds, see `fedmoe.arena.run.engines`.
+    Installed packages can offer further kinds, see `fedmoe.arena.run.engines`. With `actors` an engine of this kind
+    runs in each of so many Ray actors, with `gpus_per_actor` (a share of one, or whole ones).
     """
 
     kind: str = "transformers"
     url: str | None = None
     python: Path | None = None
     rows: PositiveInt = 128
+    actors: Annotated[int, Field(ge=0, le=1024)] = 0
+    gpus_per_actor: Annotated[float, Field(ge=0, le=64)] = 0.0
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether other processes have copies of the weights, which have to be compared with the learner's."""
+        return self.kind != "transformers" or self.actors > 0
+
+    @model_validator(mode="after")
+    def _actors_fit(self) -> EngineSection:
+        if self.gpus_per_actor and not self.actors:
+            raise ValueError("gpus_per_actor is for Ray actors; set actors too")
+        if self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
+            raise ValueError(f"gpus_per_actor is a share of one GPU or a whole number, got {self.gpus_per_actor:g}")
+        if self.actors and self.kind == "vllm" and self.python is None:
+            raise ValueError("each actor starts a vLLM server of its own: give python instead of url")
+        return self
 
     @model_validator(mode="after")
     def _vllm_is_named(self) -> EngineSection:

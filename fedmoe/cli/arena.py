@@ -53,6 +53,10 @@ def train(
     rollout_device: Annotated[str, typer.Option(help="Where text is sampled: auto, cpu, cuda:N.")] = "auto",
     learner_device: Annotated[str, typer.Option(help="Where weights are trained: auto, cpu, cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Precision of computing: auto, bf16, fp16, fp32.")] = "auto",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster for \\[engine] actors: HOST:PORT, or auto. \\[default: one of its own, here]"),
+    ] = None,
     prometheus_port: Annotated[int | None, typer.Option(help="Serve metrics on this port of 127.0.0.1.")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard files to OUT/tensorboard.")] = True,
     charts: Annotated[bool, typer.Option(help="Draw the charts at the end, to OUT/visualization_outputs.")] = True,
@@ -62,13 +66,15 @@ def train(
         raise CommandError("--resume goes on with a run and --fresh begins anew; pass one of them")
     configure()
     run = _configured(config, coordinator_url)
+    if ray_address is not None and not run.engine.actors:
+        raise CommandError(f"--ray-address is for rollouts by Ray actors, and {config} has none: set [engine] actors")
     with importing("arena"):
         from fedmoe.arena.run.options import RunOptions
         from fedmoe.monitor.exporters import all_monitors
     if fresh:
         _move_aside(out)
     limits = (memory_limit_gb, gpu_memory_limit_gb, allow_network_fs)
-    options = RunOptions(out, resume, *limits, rollout_device, learner_device, dtype, token)
+    options = RunOptions(out, resume, *limits, rollout_device, learner_device, dtype, token, ray_address)
     monitors = partial(
         all_monitors, iterations=run.iterations, prometheus_port=prometheus_port, tensorboard=tensorboard
     )
@@ -95,7 +101,9 @@ def check(config: Config) -> None:
     for phase in run.phases:
         print(f"phase      {phase.mode}: {phase.iterations} iterations")
     print(f"iteration  {learning.groups} groups of {learning.samples} episodes, at most {learning.max_staleness} stale")
-    print(f"engine     {run.engine.kind}")
+    actors, gpus = run.engine.actors, run.engine.gpus_per_actor
+    where = f" in {actors} Ray actors with {gpus:g} GPUs each" if actors else ""
+    print(f"engine     {run.engine.kind}{where}")
 
 
 @app.command("charts")

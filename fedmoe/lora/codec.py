@@ -18,9 +18,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ShapeError
+from fedmoe.lora.adapter import Adapter, FloatVector, Layout, ModuleShape, ShapeError
 from fedmoe.lora.safetensors_bytes import (
     Buffer,
+    MalformedError,
     MismatchError,
     TensorEntry,
     header_bytes,
@@ -147,6 +148,24 @@ def decode(body: Buffer, layout: Layout) -> DecodedBody:
         flat = _gather(entries, data, names, _FLOAT32).astype(np.float32, copy=False)
     flat.flags.writeable = False
     return DecodedBody(flat, wire_dtype, metadata)
+
+
+def encode_adapter(adapter: Adapter) -> bytes:
+    """A whole adapter as float32 safetensors bytes that say its shape and alpha, for `decode_adapter`."""
+    return encode(adapter.layout, adapter.flat, metadata={"alpha": repr(adapter.alpha)})
+
+
+def decode_adapter(body: Buffer) -> Adapter:
+    """The adapter of `encode_adapter`, bit for bit; raises `MalformedError` or `MismatchError` for anything else."""
+    entries, metadata, _ = read_header(body)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    firsts = {name.removesuffix(".lora_A"): shape for name, shape in shapes.items() if name.endswith(".lora_A")}
+    try:
+        modules = [ModuleShape(name, firsts[name][1], shapes[f"{name}.lora_B"][0]) for name in firsts]
+        layout, alpha = Layout(tuple(modules), min(shape[0] for shape in firsts.values())), float(metadata["alpha"])
+    except (KeyError, IndexError, ValueError) as error:
+        raise MalformedError(f"no whole adapter: lora_A, lora_B and alpha are needed, got {shown(shapes)}") from error
+    return Adapter(layout, alpha, decode(body, layout).flat)
 
 
 def _wire_dtype(entries: Mapping[str, TensorEntry]) -> WireDtype:

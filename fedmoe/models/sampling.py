@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from fedmoe.models.final_logits import UnsupportedModelError, logits_of
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.prefix_tree import Forest, batch_forests, grow_forests
+from fedmoe.models.sample_batches import cut_batches, in_order
 
 #: Nodes of a forest of prompts, which is a row of the batch that reads them.
 _FOREST_TOKENS = 1024
@@ -106,14 +107,9 @@ def sample(
     """
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise UnsupportedModelError("a model that trains with gradient checkpointing has no key-value cache; eval() it")
-    order = sorted(range(len(specs)), key=lambda index: (specs[index].adapter or "", len(specs[index].prompt)))
-    results: dict[int, SampleResult] = {}
-    for start in range(0, len(order), limits.rows):
-        part = order[start : start + limits.rows]
-        results.update(
-            zip(part, _sample_part(model, multi, [specs[i] for i in part], stop_tokens, limits), strict=True)
-        )
-    return [results[index] for index in range(len(specs))]
+    batches = cut_batches([(spec.adapter or "", len(spec.prompt)) for spec in specs], limits.rows)
+    parts = [_sample_part(model, multi, [specs[index] for index in batch], stop_tokens, limits) for batch in batches]
+    return in_order(batches, parts)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -80,6 +80,12 @@ def test_check_prints_the_plan_of_the_demo(fedmoe: Run) -> None:
     assert lines[-1] == "engine     transformers"
 
 
+def test_check_says_how_many_actors_there_would_be(fedmoe: Run, config: Path) -> None:
+    config.write_text(config.read_text() + "[engine]\nactors = 4\ngpus_per_actor = 0.5\n")
+    outcome = fedmoe("arena", "check", str(config))
+    assert outcome.out.splitlines()[-1] == "engine     transformers in 4 Ray actors with 0.5 GPUs each"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -91,6 +97,12 @@ def test_check_prints_the_plan_of_the_demo(fedmoe: Run) -> None:
         ("policies = { count = 2, names = ['a', 'b', 'b'] }", ["policies", "count is 2", "different names"]),
         ("policies = { count = 2, names = ['base', 'b'] }", ["policies", "base"]),
         ("policies = { rank = 8, max_rank = 4 }", ["policies", "max_rank 4 is below rank 8"]),
+        ("[engine]\ngpus_per_actor = 1", ["engine", "gpus_per_actor is for Ray actors; set actors too"]),
+        ("[engine]\nactors = 2\ngpus_per_actor = 1.5", ["engine", "gpus_per_actor is a share of one GPU", "got 1.5"]),
+        (
+            "[engine]\nactors = 2\nkind = 'vllm'\nurl = 'http://x'",
+            ["engine", "each actor starts a vLLM server of its own"],
+        ),
         ("phases = []", ["phases", "at least one phase"]),
         ("phases = [{ mode = 'solo', iterations = 1 }]", ["mode 'solo' is not known", "cooperative", "mixed"]),
         ("task = { name = 'chess:gcd' }", ["task kind 'chess' is not known", "committee"]),
@@ -132,6 +144,7 @@ def test_options_that_contradict_each_other_are_refused(fedmoe: Run, config: Pat
         (["--memory-limit-gb", "0.1"], ["--memory-limit-gb", "0.5"]),
         (["--dtype", "int4"], ["unknown dtype 'int4'"]),
         (["--learner-device", "abacus"], ["unknown device 'abacus'"]),
+        (["--ray-address", "auto"], ["--ray-address is for rollouts by Ray actors", "set [engine] actors"]),
     ],
 )
 @pytest.mark.usefixtures("quiet")

@@ -65,14 +65,23 @@ def transformers_bench() -> Bench:
     return Bench(TransformersEngine(base, multi), lambda seed: random_adapter(layout, seed, 0.1), prompts, 1e-4)
 
 
-@pytest.fixture(params=["fake", pytest.param("vllm", marks=pytest.mark.vllm), "transformers"])
+def fleet_bench() -> Bench:
+    from fleets import LocalLauncher
+
+    from fedmoe.inference.fleet import FleetEngine
+
+    one = transformers_bench()
+    return replace(one, engine=FleetEngine(LocalLauncher(lambda: transformers_bench().engine), 2, 3))
+
+
+@pytest.fixture(params=["fake", pytest.param("vllm", marks=pytest.mark.vllm), "transformers", "fleet"])
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     if request.param == "fake":
         made = fake_bench(tmp_path)
     elif request.param == "vllm":
         made = vllm_bench(tmp_path, request.getfixturevalue("vllm_server"))
     else:
-        made = transformers_bench()
+        made = transformers_bench() if request.param == "transformers" else fleet_bench()
     yield made
     made.engine.close()
 

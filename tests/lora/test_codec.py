@@ -16,7 +16,18 @@ from hypothesis.extra import numpy as arrays
 from lora_cases import entry, laws, layouts, random_adapter, random_flat, raw_body
 
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape, ShapeError
-from fedmoe.lora.codec import WIRE_DTYPES, WireDtype, decode, dequantise, digest, encode, quantise, tensor_names
+from fedmoe.lora.codec import (
+    WIRE_DTYPES,
+    WireDtype,
+    decode,
+    decode_adapter,
+    dequantise,
+    digest,
+    encode,
+    encode_adapter,
+    quantise,
+    tensor_names,
+)
 from fedmoe.lora.safetensors_bytes import CodecError, MalformedError, MismatchError, read_header
 from fedmoe.lora.update_rules import first_not_finite
 
@@ -251,6 +262,25 @@ def test_dtypes_are_not_mixed() -> None:
     assert refused(safetensors.numpy.save(scaled))[0] == "dtype_not_accepted"
     del scaled["model.q.lora_A.scale"]
     assert refused(safetensors.numpy.save(scaled))[0] == "tensor_mismatch"
+
+
+@laws
+@given(layouts(), st.integers(0, 1 << 32), st.floats(0.01, 1000))
+def test_a_whole_adapter_travels_bit_for_bit_with_its_shape_and_alpha(layout: Layout, seed: int, alpha: float) -> None:
+    adapter = Adapter(layout, alpha, random_flat(layout, seed))
+    received = decode_adapter(encode_adapter(adapter))
+    assert (received.layout, received.alpha) == (layout, alpha)
+    assert digest(received) == digest(adapter)
+    np.testing.assert_array_equal(received.flat.view(np.uint32), adapter.flat.view(np.uint32))
+
+
+@pytest.mark.parametrize("left_out", ["lora_A", "lora_B", "alpha"])
+def test_bytes_that_are_no_whole_adapter_are_refused(left_out: str) -> None:
+    layout = Layout((ModuleShape("q", 3, 2),), 1)
+    tensors = {name: np.zeros(shape, np.float32) for name, shape, _, _ in tensor_names(layout) if left_out not in name}
+    metadata = {"alpha": "2.0"} if left_out != "alpha" else {}
+    with pytest.raises(MalformedError, match="no whole adapter: lora_A, lora_B and alpha are needed"):
+        decode_adapter(safetensors.numpy.save(tensors, metadata))
 
 
 def test_a_body_without_tensors_is_refused() -> None:

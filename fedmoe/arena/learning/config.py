@@ -28,11 +28,12 @@ class LearningConfig(LossConfig):
     `epochs`: steps made from the same examples; from the second on the ratio is clipped. `warmup_steps`: the learning
     rate rises over the first steps of a policy. `micro_batch_tokens` bounds what is computed at once (gradients
     accumulate over micro-batches). `kind`: the learner, `multilora` in this process or `areal` in processes of
-    `python`, the interpreter of AReaL's environment.
+    `python`, the interpreter of AReaL's environment. `device`: where it trains, unless the command says so.
     """
 
     kind: str = "multilora"
     python: str | None = None
+    device: str = "auto"
     clip_high: PositiveFloat = 0.28
     groups: PositiveInt = 8
     samples: Annotated[int, Field(ge=2)] = 8

@@ -11,6 +11,7 @@ import structlog
 import torch
 
 from fedmoe.arena.config import ArenaConfig
+from fedmoe.arena.run.options import RunError, RunOptions
 from fedmoe.inference.engine import Engine, EngineError
 from fedmoe.inference.transformers_engine import TransformersEngine
 from fedmoe.inference.vllm.engine import VllmEngine
@@ -18,6 +19,7 @@ from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer, VllmSettings, 
 from fedmoe.models.base import ChatTemplate, LoadedBase, load_base, prepare_base, stop_tokens
 from fedmoe.models.multilora import MultiLora
 from fedmoe.models.sampling import SamplingLimits
+from fedmoe.runtime.placement import place
 from fedmoe.runtime.plugins import PluginGroup
 
 _log = structlog.get_logger("fedmoe.arena")
@@ -25,6 +27,25 @@ _log = structlog.get_logger("fedmoe.arena")
 #: From configuration, run folder and base model to an engine that is closed at the end. Installed packages offer theirs
 #: in the entry-point group `fedmoe.engines`.
 EngineMaker = Callable[[ArenaConfig, Path, LoadedBase], AbstractContextManager[Engine]]
+
+
+def place_run(config: ArenaConfig, options: RunOptions) -> tuple[torch.device, torch.device, str]:
+    """The devices of rollouts in this process and of the learner, and the plan in words.
+
+    Raises DeviceError for one that is not there, RunError for a rollout device beside actors that Ray places.
+    """
+    learner = config.learning.device if options.learner_device == "auto" else options.learner_device
+    engine = config.engine
+    if not engine.actors:
+        return place(options.rollout_device, learner)
+    if options.rollout_device != "auto" and (engine.gpus_per_actor or options.rollout_device != "cpu"):
+        raise RunError(
+            f"--rollout-device {options.rollout_device} is for rollouts in this process, and Ray places those of "
+            "[engine] actors: leave it out and set gpus_per_actor"
+        )
+    _, device, _ = place("auto", learner)
+    plan = f"rollouts by {engine.actors} Ray actors with {engine.gpus_per_actor:g} GPUs each, learning on {device}"
+    return torch.device("cpu"), device, plan
 
 
 def make_engine(

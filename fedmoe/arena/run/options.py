@@ -25,6 +25,7 @@ class RunOptions:
     """Where and on what a run computes; nothing of it changes what is computed, but for the last bits.
 
     `memory_limit_gb` None is the default of 32 GiB, or what there is. `resume` goes on from the newest checkpoint.
+    `ray_address` None starts a Ray cluster of the run's own, where it has actors.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class RunOptions:
     learner_device: str = "auto"
     dtype: str = "auto"
     token: str | None = None
+    ray_address: str | None = None
 
 
 class Stop:

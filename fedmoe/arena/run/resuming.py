@@ -16,7 +16,8 @@ _MAY_CHANGE = frozenset(
     {
         *("evaluation.episodes", "evaluation.every", "checkpoint.every", "checkpoint.keep"),
         *("engine.url", "engine.python", "engine.rows", "federation.url", "policies.max_rank"),
-        *("learning.micro_batch_tokens", "learning.max_prompt_tokens", "learning.python"),
+        *("learning.micro_batch_tokens", "learning.max_prompt_tokens", "learning.python", "learning.device"),
+        *("engine.actors", "engine.gpus_per_actor"),
         *("episodes.per_iteration", "episodes.megabytes"),
     }
 )

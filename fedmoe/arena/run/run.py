@@ -29,9 +29,10 @@ from fedmoe.arena.rollout.interval import few_questions
 from fedmoe.arena.run import checkpoint, results
 from fedmoe.arena.run.batched_records import BatchedRecords, truncate_records
 from fedmoe.arena.run.checkpoint import ArenaState, Checkpoint
-from fedmoe.arena.run.engines import make_engine
+from fedmoe.arena.run.engines import place_run
 from fedmoe.arena.run.episode_log import EPISODES, EpisodeLog
 from fedmoe.arena.run.options import RunError, RunOptions, Stop, Watch
+from fedmoe.arena.run.ray_rollouts import rollout_engine
 from fedmoe.arena.run.results import REPORT, RESULTS, RunOutcome, sort_records
 from fedmoe.arena.run.resuming import accepted_changes
 from fedmoe.arena.run.weight_check import WeightCheck, make_probes
@@ -46,7 +47,7 @@ from fedmoe.runtime.files import lock_folder
 from fedmoe.runtime.logs import RunLogs, log_files, run_logs
 from fedmoe.runtime.machine import environment, memory
 from fedmoe.runtime.memory import ControlFile, MemoryGuard, MemoryLimitError, choose_limit, limit_gpu, watched
-from fedmoe.runtime.placement import check_file_system, make_temporary, place, remove_temporary
+from fedmoe.runtime.placement import check_file_system, make_temporary, remove_temporary
 from fedmoe.runtime.plugins import PluginGroup
 from fedmoe.runtime.records import Recorder, RecordWriter, read_records
 from fedmoe.wire.client import CoordinatorClient
@@ -154,7 +155,7 @@ def _assemble(
     started = time.time()
     folder, learning = options.folder, config.learning
     chat = ChatTemplate.from_options(config.chat_template, config.chat_template_kwargs)
-    rollout, learner_device, plan = place(options.rollout_device, options.learner_device)
+    rollout, learner_device, plan = place_run(config, options)
     limit, sentence = choose_limit(options.memory_limit_gb, memory().total)
     if options.gpu_memory_limit_gb is not None:
         for device in dict.fromkeys((str(rollout), str(learner_device))):
@@ -166,11 +167,11 @@ def _assemble(
     for note in base.notes:
         logs.runner.warning("base_model_note", note=note)
     multi = MultiLora(base.model)
-    engine = stack.enter_context(make_engine(config, folder, base, multi, rollout))
+    engine = stack.enter_context(rollout_engine(config, folder, base, multi, rollout, options.ray_address))
     learner = stack.enter_context(make_learner(config, folder, base, multi))
     policies = Policies(learner, engine, learning.max_staleness, _adapt_rules(config))
     codec = ChatCodec(base.tokenizer, learning.max_prompt_tokens)
-    if config.engine.kind != "transformers":
+    if config.engine.elsewhere:
         # Another process has its own copy of the weights: what it computes with is checked, never assumed.
         policies.after_publish = WeightCheck(learner, engine, make_probes(task, engine, codec))
     guard = MemoryGuard(limit, learner.micro_batch_tokens, min(_LEAST_TOKENS, learner.micro_batch_tokens))

@@ -69,12 +69,14 @@ def test_evaluation_checkpoint_and_limits_may_change() -> None:
         *(("competitive", 4), ("mixed", 6)),
         evaluation={"episodes": 200, "every": 2},
         checkpoint={"every": 2, "keep": 9},
-        learning={"max_prompt_tokens": 2048, "micro_batch_tokens": 512},
+        learning={"max_prompt_tokens": 2048, "micro_batch_tokens": 512, "device": "cpu"},
+        engine={"actors": 4, "gpus_per_actor": 0.5},
     )
     changed = [words.split(":")[0] for words in accepted_changes(SAVED, other, 5, "it")]
     assert changed == [
-        *("checkpoint.every", "checkpoint.keep", "evaluation.episodes", "evaluation.every"),
-        *("learning.max_prompt_tokens", "learning.micro_batch_tokens"),
+        *("checkpoint.every", "checkpoint.keep", "engine.actors", "engine.gpus_per_actor"),
+        *("evaluation.episodes", "evaluation.every"),
+        *("learning.device", "learning.max_prompt_tokens", "learning.micro_batch_tokens"),
     ]
 
 
