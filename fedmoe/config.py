@@ -143,6 +143,10 @@ class CoordinatorConfig(_ProcessConfig):
     database_url: DatabaseUrl | None = Field(
         default=None, validation_alias=AliasChoices("database_url", "FEDMOE_DATABASE_URL")
     )
+    replica: WorkerName | None = None
+    advertise: Annotated[str, AfterValidator(_usable_url)] | None = None
+    replica_secret_file: str | None = None
+    lease_seconds: Annotated[float, Field(ge=0.5, le=60, allow_inf_nan=False)] = 3.0
     enable_gateway: bool = True
     strategy: str = "weighted_average"
     gateway_rank: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -211,7 +215,30 @@ class CoordinatorConfig(_ProcessConfig):
             raise ValueError("--accept-database-loss is for a journal in PostgreSQL; add --database-url")
         if self.token is not None and self.token == self.admin_token:
             raise ValueError("the join token and the admin token are the same: every worker would be an administrator")
+        self._check_replica()
         return self
+
+    def _check_replica(self) -> None:
+        needed = {
+            "--advertise": self.advertise,
+            "--replica-secret-file": self.replica_secret_file,
+            "--database-url": self.database_url,
+            "--blobs": self.blobs,
+        }
+        if self.replica is None:
+            alone = [name for name in ("--advertise", "--replica-secret-file") if needed[name] is not None]
+            if alone or "lease_seconds" in self.model_fields_set:
+                raise ValueError(
+                    f"{(alone or ['--lease-seconds'])[0]} is for one of several coordinators; add --replica"
+                )
+            return
+        missing = [name for name, value in needed.items() if value is None]
+        if missing:
+            raise ValueError(f"--replica needs {', '.join(missing)}: what the coordinators of a federation share")
+        if self.accept_older_journal:
+            raise ValueError(
+                "--accept-older-journal is for a state directory; with --replica the database has the journal"
+            )
 
 
 class _CallerConfig(_ProcessConfig):

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import structlog
 
@@ -26,10 +27,11 @@ from fedmoe.server.routes.routes import create_app
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.audit import AUDIT_HEAD, AuditHead, AuditLog
 from fedmoe.server.storage.blobs import BlobStore, StorageFailedError
-from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.journal import Journal, NotOwnerError
 from fedmoe.server.updates.in_flight import CrashMarkers
 from fedmoe.server.upkeep.retention import report_disk, retention_bound
 from fedmoe.server.upkeep.sweep import DailySweep
+from fedmoe.wire.contract.replicas import OwnerInfo
 from fedmoe.wire.http.bearer import new_token
 from fedmoe.wire.http.middleware import is_loopback
 
@@ -55,6 +57,7 @@ class FederationApp:
         folder: Path,
         storage_problem: Callable[[], str | None] = lambda: None,
         audit_head: str = AUDIT_HEAD,
+        owners: Callable[[], Sequence[OwnerInfo]] = lambda: (),
     ) -> None:
         self._journal = journal
         aggregation = aggregation_of(config)
@@ -89,11 +92,12 @@ class FederationApp:
             self.app = create_app(
                 self.service,
                 self.gate,
-                is_loopback(config.host),
+                _on_loopback(config),
                 JsonPolicy(config.json_limit),
                 config.min_sync_interval,
                 token_rate=Rate(rate, math.ceil(2 * rate)) if rate else None,
                 audit=self._audit,
+                owners=owners,
             )
             opened.pop_all()
 
@@ -102,7 +106,7 @@ class FederationApp:
         secrets = {"join": config.token, "admin": config.admin_token}
         tokens = {role: secret.get_secret_value() for role, secret in secrets.items() if secret is not None}
         self.gate = TokenGate(self._journal, False, time.time)
-        needed = not is_loopback(config.host) or bool(tokens) or self.gate.ever_had_tokens
+        needed = not _on_loopback(config) or bool(tokens) or self.gate.ever_had_tokens
         self.gate.required = needed and not config.insecure
         for record in self.gate.adopt(tokens):
             _log.warning("token_replaced", role=record.role, hash=record.hash[:12], reason="another one was given")
@@ -152,7 +156,7 @@ class FederationApp:
             if self._audit.head != self._noted:
                 self._noted = self._audit.head
                 self._journal.set_meta(self._audit_head, str(self._noted))
-        except (RefusedError, StorageFailedError) as error:
+        except (RefusedError, StorageFailedError, NotOwnerError) as error:
             _log.warning("notes_not_kept", reason=str(error))
 
     async def _tidy(self) -> None:
@@ -166,12 +170,22 @@ class FederationApp:
             if self._sweeping.due() and not self.service.committer.failed:
                 await asyncio.to_thread(self._sweeping.sweep)
 
-    def close(self) -> None:
-        """Finish what was accepted, and note where the audit log ends; journal and blobs stay open."""
+    def close(self, abandoned: bool = False) -> None:
+        """Finish what was accepted, and note where the audit log ends; journal and blobs stay open.
+
+        Where it is `abandoned`, nothing can be written any more.
+        """
         self.service.close()
-        self._audit.write(what="stop")
+        self._audit.write(what="owner lost" if abandoned else "stop")
         self._audit.close()
-        self._keep(at_the_end=True)
+        if not abandoned:
+            self._keep(at_the_end=True)
+
+
+def _on_loopback(config: CoordinatorConfig) -> bool:
+    """Whether only this machine can reach the coordinator, or any of its replicas."""
+    advertised = urlsplit(config.advertise).hostname if config.advertise is not None else None
+    return is_loopback(config.host) and (advertised is None or is_loopback(advertised))
 
 
 def aggregation_of(config: CoordinatorConfig) -> Aggregation:

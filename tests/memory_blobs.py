@@ -15,10 +15,10 @@ class MemoryBlobStore:
 
     def __init__(self) -> None:
         self._blobs: dict[str, bytes] = {}
-        self._pins = Pins()
+        self.pins = Pins()
 
     def writer(self) -> MemoryBlobWriter:
-        return MemoryBlobWriter(self._blobs, self._pins)
+        return MemoryBlobWriter(self._blobs, self.pins)
 
     def read(self, digest: str) -> bytes:
         if digest not in self._blobs:
@@ -30,7 +30,7 @@ class MemoryBlobStore:
         return data
 
     def delete(self, digest: str) -> None:
-        self._pins.unless_pinned(digest, lambda: self._blobs.pop(digest, None))
+        self.pins.unless_pinned(digest, lambda: self._blobs.pop(digest, None))
 
     def digests(self) -> Iterator[str]:
         yield from list(self._blobs)

@@ -17,6 +17,7 @@ from fedmoe.cli import (
     experts,
     gateway,
     quarantine,
+    replicas,
     simulate,
     state,
     tokens,
@@ -39,6 +40,7 @@ for group in (app, experts.app):
     group.command("rollback")(experts.rollback)
     group.command("retract")(experts.retract)
 app.add_typer(quarantine.app, name="quarantine")
+app.command("replicas")(replicas.replicas)
 app.add_typer(data.app, name="data")
 app.add_typer(tokens.app, name="token")
 app.add_typer(state.app, name="state")

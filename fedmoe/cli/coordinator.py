@@ -20,6 +20,7 @@ from fedmoe.runtime.memory import give_back_freed_memory
 
 if TYPE_CHECKING:
     from fedmoe.distributed_coordinator import DistributedCoordinator
+    from fedmoe.federation_app import FederationApp
 
 
 _OPTIONS: Mapping[str, OptionText] = {
@@ -31,6 +32,10 @@ _OPTIONS: Mapping[str, OptionText] = {
         help="Keep the journal in PostgreSQL: postgresql+psycopg://user@host/db; better as FEDMOE_DATABASE_URL.",
         show_default=False,
     ),
+    "replica": "Name of this one of several coordinators of a federation.",
+    "advertise": "URL at which the other replicas reach this one.",
+    "replica_secret_file": "File with the secret that all replicas share.",
+    "lease_seconds": "Seconds after which another replica takes over from one that is gone. [default: 3]",
     "enable_gateway": "Make a gateway of all experts. [default: on]",
     "strategy": "How experts are merged: weighted_average (default), sum, concat, scaled, regmean.",
     "gateway_rank": "Cut the gateway to this rank. [default: exact; regmean: by energy, up to 64]",
@@ -82,11 +87,16 @@ def coordinator(config: CoordinatorConfig) -> None:
     _check_password(config.database_url)
     log_uncaught()
     give_back_freed_memory()
-    from fedmoe.distributed_coordinator import DistributedCoordinator
+    if config.replica is not None:
+        from fedmoe.distributed_replica import DistributedReplica
 
-    running = DistributedCoordinator(config)
-    _announce(config, running)
-    status = running.serve()
+        status = DistributedReplica(config, lambda federation: _announce(config, federation)).serve()
+    else:
+        from fedmoe.distributed_coordinator import DistributedCoordinator
+
+        running = DistributedCoordinator(config)
+        _announce(config, running)
+        status = running.serve()
     if status:
         raise typer.Exit(status)
 
@@ -113,7 +123,7 @@ def check_tls(certificate: str | None, key: str | None) -> None:
         warn("key_readable_by_others", file=key, fix=f"chmod 600 {key}")
 
 
-def _announce(config: CoordinatorConfig, running: DistributedCoordinator) -> None:
+def _announce(config: CoordinatorConfig, running: DistributedCoordinator | FederationApp) -> None:
     """Tokens in clear, once, on standard output; they are kept only as hashes."""
     tokens = running.new_tokens
     if config.insecure:

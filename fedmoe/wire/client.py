@@ -29,6 +29,7 @@ from fedmoe.wire.answers import (
 )
 from fedmoe.wire.contract import administration, experts, messages
 from fedmoe.wire.contract.messages import PROBLEM, SAFETENSORS
+from fedmoe.wire.contract.replicas import ReplicaListing
 from fedmoe.wire.contract.versions import PROTOCOL, PROTOCOL_HEADER, mismatch
 from fedmoe.wire.pulled_weights import (
     ANY,
@@ -296,6 +297,10 @@ class CoordinatorClient:
     def tokens(self) -> administration.TokenListing:
         """All tokens, without what they are."""
         return parsed(self._retried("GET", "/tokens"), administration.TokenListing)
+
+    def replicas(self) -> ReplicaListing:
+        """Who owns what, where the federation has several coordinators."""
+        return parsed(self._retried("GET", "/replicas"), ReplicaListing)
 
     def revoke_token(self, token_hash: str) -> None:
         """Refuse a token from now on."""

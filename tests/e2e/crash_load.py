@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol, Self
 
 import numpy as np
 from push_histories import Answer, Identity, Landed, Push, Read
@@ -22,10 +23,23 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.chained_journal import ChainedJournal
 from fedmoe.server.storage.postgres_journal import PostgresJournal
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
-from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
+from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError, PushResult
 from fedmoe.wire.contract.messages import UpdateHeader
+from fedmoe.wire.pulled_weights import PulledExpert
 
 EXPERTS = ["python", "sql"]
+
+
+class Client(Protocol):
+    """What is used of a client of the coordinator."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def push(self, header: UpdateHeader, body: bytes) -> PushResult: ...
+
+    def pull_expert(self, expert: str) -> PulledExpert | None: ...
 
 
 @dataclass(frozen=True)
@@ -84,9 +98,13 @@ class Pusher:
         self.thread = threading.Thread(target=self._run, name=self.worker)
         self.thread.start()
 
+    def connect(self) -> Client:
+        """Whoever it talks to."""
+        return CoordinatorClient(self.url, timeout=self.timeout, attempts=1)
+
     def _run(self) -> None:
         try:
-            with CoordinatorClient(self.url, timeout=self.timeout, attempts=1) as client:
+            with self.connect() as client:
                 sequence = 0
                 while not self.stop.is_set():
                     if not self.incarnation and not self._look(client):
@@ -111,7 +129,7 @@ class Pusher:
         body = sha256(make_body(seed))
         return Push(self.expert, identity, base, body, time.monotonic(), attempts=0, incarnation=self.incarnation)
 
-    def _deliver(self, client: CoordinatorClient, one: Push) -> Push:
+    def _deliver(self, client: Client, one: Push) -> Push:
         answers = 1 if self.steady or self.moods.random() < 0.95 else 2
         gives_up = not self.steady and self.moods.random() < 0.05
         for _ in range(3 if gives_up else 5000):
@@ -123,7 +141,7 @@ class Pusher:
         assert gives_up, f"{one} could not be delivered"
         return one
 
-    def _try(self, client: CoordinatorClient, one: Push) -> Push:
+    def _try(self, client: Client, one: Push) -> Push:
         worker, epoch, sequence = one.identity
         header = UpdateHeader(
             expert=one.expert,
@@ -148,7 +166,7 @@ class Pusher:
         answer = Answer(time.monotonic(), *known)
         return replace(one, answers=(*one.answers, answer))
 
-    def _look(self, client: CoordinatorClient) -> bool:
+    def _look(self, client: Client) -> bool:
         """Pull the expert; a client that knows no history goes on with what it sees."""
         invoked = time.monotonic()
         try:
@@ -178,7 +196,9 @@ def gather(pushers: Sequence[Pusher]) -> Told:
     """Wait for clients that were told to stop; what went wrong in one is raised here."""
     for pusher in pushers:
         pusher.thread.join()
-    assert [pusher.problem for pusher in pushers] == [None] * len(pushers)
+    for pusher in pushers:
+        if pusher.problem is not None:
+            raise AssertionError(f"the client {pusher.worker} gave up") from pusher.problem
     return Told(
         [one for pusher in pushers for one in pusher.pushes],
         [one for pusher in pushers for one in pusher.reads],

@@ -11,7 +11,7 @@ from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.federation.events import Event, UpdateAccepted
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.journal import UnstorableError
+from fedmoe.server.storage.journal import NotOwnerError, UnstorableError
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.updates.committer import Committer
 
@@ -239,3 +239,13 @@ def test_closing_twice_or_before_the_start_is_fine() -> None:
     house.committer.start()
     house.committer.close()
     house.committer.close()
+
+
+def test_what_comes_after_the_end_is_refused_and_nobody_waits_for_ever() -> None:
+    house = House()
+    house.committer.start()
+    house.push(0).result(10)
+    house.committer.close()
+    with pytest.raises(NotOwnerError):
+        house.push(1).result(10)
+    assert house.gate.journal.count() == 1

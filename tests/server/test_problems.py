@@ -46,7 +46,12 @@ def test_every_code_that_is_raised_has_a_status_and_the_other_way_round() -> Non
 
 def test_no_status_is_a_success_and_only_storage_is_a_server_error() -> None:
     assert all(400 <= status < 600 for status in STATUS.values())
-    assert {code for code, status in STATUS.items() if status >= 500} == {"blobs_unavailable", "busy", "disk_full"}
+    assert {code for code, status in STATUS.items() if status >= 500} == {
+        "blobs_unavailable",
+        "busy",
+        "disk_full",
+        "no_owner",
+    }
 
 
 def test_a_refusal_says_what_is_wrong_what_to_do_and_the_facts() -> None:

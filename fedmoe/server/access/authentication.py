@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access import problems
-from fedmoe.server.access.security import Principal
+from fedmoe.server.access.security import STORED_BYTES, Principal
 from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.turns import UPLOADS, Rate, RequestTurn, RequestTurns
 from fedmoe.wire.http.body_limits import BodyRefusedError
@@ -49,7 +49,8 @@ class AuthenticationMiddleware:
             return
         scope.setdefault("state", {})["principal"] = principal
         try:
-            turn = await self._turns.of(principal.token, scope["path"])
+            # Whoever stored the body asked before it came.
+            turn = await self._turns.of(principal.token, scope["path"], counted=STORED_BYTES in scope["state"])
             # What is uploaded goes to the disk while it comes.
             body = None if scope["path"] in UPLOADS else self.bodies.of(principal.token)
             try:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from fedmoe.lora.safetensors_bytes import CodecError, MalformedError
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import StorageFailedError
+from fedmoe.server.storage.journal import NotOwnerError
 from fedmoe.wire.contract.messages import PROBLEM, VISIBLE, Problem
 from fedmoe.wire.http.middleware import allowed
 
@@ -80,6 +81,7 @@ STATUS: dict[str, int] = {
     "quarantine_full": 429,
     "busy": 503,
     "blobs_unavailable": 503,
+    "no_owner": 503,
     "disk_full": 507,
 }
 _MAX_DETAIL = 2000
@@ -122,6 +124,23 @@ def as_json(error: RefusedError) -> dict[str, object]:
     return _content(error.code, STATUS[error.code], error.detail, error.fix, error.facts)
 
 
+def not_decoded(error: CodecError) -> Response:
+    """The problem that a body is which cannot be read."""
+    status = 400 if isinstance(error, MalformedError) else 422
+    return problem(error.code, status, str(error), "Nothing was stored.")
+
+
+def storage_failed(error: StorageFailedError) -> Response:
+    """The problem of a disk or database on which nothing can be promised; it is logged."""
+    _log.error("storage_failed", reason=str(error))
+    return problem("storage_failed", 503, f"{error}.", "The coordinator stops; its operator has to look.")
+
+
+def no_owner(reason: str) -> RefusedError:
+    """The refusal while no replica owns the federation, or the owner has just changed."""
+    return RefusedError("no_owner", f"{reason}.", "Send it again after the time given.", retry_after=1)
+
+
 def install(app: FastAPI) -> None:
     """Answer every error as a problem; unknown ones are logged and say nothing of our insides."""
 
@@ -131,13 +150,15 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(CodecError)
     async def _codec(request: Request, error: CodecError) -> Response:
-        status = 400 if isinstance(error, MalformedError) else 422
-        return problem(error.code, status, str(error), "Nothing was stored.")
+        return not_decoded(error)
 
     @app.exception_handler(StorageFailedError)
     async def _storage(request: Request, error: StorageFailedError) -> Response:
-        _log.error("storage_failed", reason=str(error))
-        return problem("storage_failed", 503, f"{error}.", "The coordinator stops; its operator has to look.")
+        return storage_failed(error)
+
+    @app.exception_handler(NotOwnerError)
+    async def _not_owner(request: Request, error: NotOwnerError) -> Response:
+        return refusal(no_owner(str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:

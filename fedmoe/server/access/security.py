@@ -9,6 +9,9 @@ from starlette.requests import Request
 from fedmoe.runtime.errors import RefusedError
 
 ROLES = ("worker", "join", "admin")
+#: In the state of a request that another replica passed on: that it did, and how many bytes of a body it has stored.
+OF_PEER = "of_peer"
+STORED_BYTES = "stored_bytes"
 
 
 @dataclass(frozen=True, slots=True)

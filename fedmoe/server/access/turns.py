@@ -64,6 +64,8 @@ TOKEN_RATE = Rate(100.0, 200)
 STRANGER_RATE = Rate(20.0, 500)
 #: Uploads, which have places of their own.
 UPLOADS = frozenset({"/push_expert_update", "/push_data_statistics"})
+#: What replicas ask before they receive an upload: counted in its place.
+UPLOAD_LIMITS = frozenset({"/update_limit", "/data_statistics_limit"})
 _LONGEST_TURN = 2.0
 # Whoever is refused for haste is answered this late, or at once if so many wait for that already.
 _HASTE_SECONDS = 1.0
@@ -121,12 +123,12 @@ class RequestTurns:
         self._addresses: dict[str | None, float] = {}
         self._waiting = 0
 
-    async def of(self, token: str, path: str) -> RequestTurn:
+    async def of(self, token: str, path: str, counted: bool = False) -> RequestTurn:
         """A request's turn, once it may come by the token's rate; raises `RefusedError`, late, if that is not soon.
 
-        An empty token never waits.
+        An empty token never waits, nor what was `counted` before.
         """
-        if self._rate is None or not token:
+        if self._rate is None or not token or counted:
             return RequestTurn(self, None)
         account = self._accounts.setdefault(token, _Account(asyncio.Semaphore(self._share.at_once)))
         account.asked_at = self._clock()
@@ -136,7 +138,7 @@ class RequestTurns:
         account.full_at = full_at
         if wait:
             await asyncio.sleep(wait)
-        return RequestTurn(self, None if path in UPLOADS else account)
+        return RequestTurn(self, None if path in UPLOADS | UPLOAD_LIMITS else account)
 
     async def begin(self, account: _Account) -> float | None:
         """Wait for one of the token's places, and until its earlier work is paid for; when the work began.

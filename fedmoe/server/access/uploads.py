@@ -162,13 +162,11 @@ class PushPace:
         # By expert and worker: the epoch and number of the newest push, and when it came.
         self._pushes: dict[tuple[str, str], tuple[tuple[str, int], float]] = {}
 
-    @asynccontextmanager
-    async def enforced(self, header: UpdateHeader) -> AsyncIterator[None]:
-        """Raises `RefusedError` for a push that is early; one that does not succeed does not count."""
-        key, identity, now = (header.expert, header.worker), (header.epoch, header.sequence), time.monotonic()
-        before = self._pushes.get(key)
-        repeated = before is not None and before[0] == identity
-        early = seconds_early(before[1] if before else None, now, self._interval)
+    async def check(self, header: UpdateHeader) -> bool:
+        """Whether a push counts for the interval; raises `RefusedError` for one that is early."""
+        before = self._pushes.get((header.expert, header.worker))
+        repeated = before is not None and before[0] == (header.epoch, header.sequence)
+        early = seconds_early(before[1] if before else None, time.monotonic(), self._interval)
         if early and not repeated and not await asyncio.to_thread(self._knows, header):
             raise RefusedError(
                 "too_soon",
@@ -177,7 +175,14 @@ class PushPace:
                 retry_after=math.ceil(early),
                 seconds_left=round(early, 3),
             )
-        if early or repeated or not self._interval:
+        return not (early or repeated or not self._interval)
+
+    @asynccontextmanager
+    async def enforced(self, header: UpdateHeader) -> AsyncIterator[None]:
+        """Raises `RefusedError` for a push that is early; one that does not succeed does not count."""
+        key, identity, now = (header.expert, header.worker), (header.epoch, header.sequence), time.monotonic()
+        before = self._pushes.get(key)
+        if not await self.check(header):
             yield
             return
         if len(self._pushes) >= _REMEMBERED:

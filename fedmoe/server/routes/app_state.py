@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
@@ -18,6 +18,7 @@ from fedmoe.server.routes.coordinator_metrics import CoordinatorMetrics
 from fedmoe.server.routes.weight_responses import WeightAnswers
 from fedmoe.server.service import CoordinatorService
 from fedmoe.wire.contract.messages import INCARNATION_HEADER, Message
+from fedmoe.wire.contract.replicas import OwnerInfo
 from fedmoe.wire.http.middleware import with_header
 
 
@@ -36,7 +37,10 @@ AnswerT = TypeVar("AnswerT", bound=Message)
 
 @dataclass
 class AppState:
-    """The service, its tokens, the writer of weights, what uploads pass, metrics; the gateway as last listed."""
+    """The service, its tokens, the writer of weights, what uploads pass, metrics; the gateway as last listed.
+
+    `owners` reads who owns what, where there are several coordinators.
+    """
 
     service: CoordinatorService
     tokens: TokenGate
@@ -44,6 +48,7 @@ class AppState:
     places: UploadPlaces
     pace: PushPace
     metrics: CoordinatorMetrics
+    owners: Callable[[], Sequence[OwnerInfo]]
     listed_gateway: tuple[GatewayModel, str] | None = None
 
 

@@ -151,6 +151,9 @@ ANSWERS: Mapping[Route, Answers] = {
     ("GET", "/tokens"): Answers(("forbidden",)),
     ("POST", "/tokens"): Answers(("forbidden", "token_revoked", "token_mismatch", *_WRITES)),
     ("POST", "/tokens/revoke"): Answers(("forbidden", "unknown_token", *_WRITES)),
+    ("GET", "/replicas"): Answers(("forbidden",)),
+    ("GET", "/update_limit"): Answers((*_OWN, "too_soon", "lease_held", "lease_lost", "retired")),
+    ("GET", "/data_statistics_limit"): Answers((*_OWN, "retired")),
 }
 
 
@@ -171,7 +174,7 @@ PROBLEMS = Problems(
     schemas={"Problem": Problem.model_json_schema(), "WeightsAsJson": _WEIGHTS},
     everywhere=(
         *("unauthorised", "cross_site", "host_not_allowed", "too_many_requests"),
-        *("upgrade_required", "internal_error", "malformed", "not_acceptable"),
+        *("upgrade_required", "internal_error", "malformed", "not_acceptable", "no_owner"),
     ),
     with_json=("quota_exceeded", "busy", "too_slow", "too_large", "unsupported_type", "invalid_request"),
     with_parameters=("invalid_request",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated
 
@@ -24,7 +24,7 @@ from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.turns import TOKEN_RATE, UPLOADS, Rate
 from fedmoe.server.access.uploads import PushPace, UploadLimits, UploadPlaces
 from fedmoe.server.expert_names import may_use, resolve_expert, scope_by_first_names
-from fedmoe.server.routes import admin_routes, expert_routes, gate_routes
+from fedmoe.server.routes import admin_routes, expert_routes, gate_routes, replica_routes
 from fedmoe.server.routes.app_state import (
     AppState,
     IncarnationHeader,
@@ -49,7 +49,7 @@ from fedmoe.server.routes.weight_responses import (
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.audit import AuditLog
 from fedmoe.server.storage.records import StoredStatistic
-from fedmoe.server.updates.upload import Body, content_digest, parse_content_digest
+from fedmoe.server.updates.upload import content_digest, tensor_body
 from fedmoe.wire.contract.experts import ExpertInfo, GatewayInfo, StatisticsRequest
 from fedmoe.wire.contract.messages import (
     SAFETENSORS,
@@ -66,6 +66,7 @@ from fedmoe.wire.contract.messages import (
     UpdateHeader,
     UpdateResult,
 )
+from fedmoe.wire.contract.replicas import OwnerInfo
 from fedmoe.wire.http import openapi
 from fedmoe.wire.http.body_limits import BodyGuard
 from fedmoe.wire.http.metrics import metrics_page
@@ -100,17 +101,18 @@ def create_app(
     upload_limits: UploadLimits | None = None,
     token_rate: Rate | None = TOKEN_RATE,
     audit: AuditLog | None = None,
+    owners: Callable[[], Sequence[OwnerInfo]] = lambda: (),
 ) -> FastAPI:
     """The coordinator's HTTP application; without tokens only requests addressed to this machine are taken."""
     app = FastAPI(title="FedMoE coordinator", version=__version__, docs_url=None, redoc_url=None)
     places, pace = UploadPlaces(upload_limits), PushPace(min_sync_interval, service.intake.knows)
     problems.install(app)
     # Flat, so that whoever lists the routes sees each of them.
-    for part in (router, expert_routes.router, gate_routes.router, admin_routes.router):
+    for part in (router, expert_routes.router, gate_routes.router, admin_routes.router, replica_routes.router):
         app.router.routes.extend(part.routes)
     requests = RequestCounts(route.path for route in app.routes if isinstance(route, Route))
     metrics = CoordinatorMetrics(service, requests)
-    app.state.parts = AppState(service, gate, WeightAnswers(json or JsonPolicy()), places, pace, metrics)
+    app.state.parts = AppState(service, gate, WeightAnswers(json or JsonPolicy()), places, pace, metrics, owners)
     app.add_middleware(NegotiationMiddleware, others=_OTHER_FORMS, refuse=problems.refusal)
     app.add_middleware(RepeatedMiddleware, refuse=problems.refusal)
     app.add_middleware(IncarnationHeader, incarnation=service.current.incarnation)
@@ -252,7 +254,7 @@ async def push_expert_update(request: Request, header: Annotated[UpdateHeader, Q
 
 
 async def _take_in(request: Request, header: UpdateHeader) -> UpdateResult:
-    token, parts, body = principal_of(request).token, parts_of(request), _tensor_body(request)
+    token, parts, body = principal_of(request).token, parts_of(request), tensor_body(request)
     if header.answer == "weights":  # refused before the push changes anything
         parts.answers.check(request, parts.service.coordinator.expert(header.expert).manifest.layout.size)
     else:
@@ -278,7 +280,7 @@ async def push_data_statistics(
 ) -> DataStatisticsResult:
     principal, parts = principal_of(request), parts_of(request)
     principal.require_worker(header.worker)
-    internal, body = with_first_name(request, header), _tensor_body(request)
+    internal, body = with_first_name(request, header), tensor_body(request)
     async with parts.places.place(principal.token, header.worker, body.chunks) as chunks:
         result = await parts.service.intake.push_data_statistics(
             internal, replace(body, chunks=chunks), principal.token
@@ -299,21 +301,3 @@ async def retract(request: Request, message: RetractRequest) -> ChangeResult:
     service, internal = service_of(request), with_first_name(request, message)
     result = await (service.withdrawals.withdraw(internal) if message.erase else service.undo.retract(internal))
     return with_incarnation(request, result.model_copy(update={"expert": message.expert}))
-
-
-def _tensor_body(request: Request) -> Body:
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != SAFETENSORS:
-        raise RefusedError(
-            "unsupported_type",
-            f"numbers are sent as {SAFETENSORS}, got {content_type or 'no Content-Type'}.",
-            "Pickle, .pt and .bin files are never read; convert to safetensors.",
-        )
-    encoding = ", ".join(request.headers.getlist("content-encoding")) or "identity"
-    if encoding.lower() != "identity":
-        raise RefusedError(
-            "unsupported_type", f"Content-Encoding {encoding!r} is not taken.", "Send the bytes as they are."
-        )
-    length = request.headers.get("content-length", "")
-    digest = parse_content_digest(request.headers.getlist("content-digest"))
-    return Body(request.stream(), int(length) if length.isdecimal() else None, digest)

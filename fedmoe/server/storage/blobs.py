@@ -68,6 +68,11 @@ class BlobStore(Protocol):
     @property
     def shared(self) -> bool: ...
 
+    @property
+    def pins(self) -> Pins:
+        """The blobs that this process does not delete now."""
+        ...
+
     def writer(self) -> BlobWriter: ...
 
     def read(self, digest: str) -> bytes:

@@ -214,9 +214,15 @@ def open_blobs(url: str, spool: FolderBlobStore, journal: Journal) -> ObjectBlob
 
     Only a store is taken that keeps what is there when asked to, and only blobs that belong to this journal.
     """
+    blobs = shared_blobs(url, spool)
+    claim(blobs.bucket, journal)
+    return blobs
+
+
+def shared_blobs(url: str, spool: FolderBlobStore) -> ObjectBlobStore:
+    """The same before anybody knows whose they are: whoever owns the journal calls `claim`."""
     bucket = Bucket(url)
     _probe(bucket)
-    _claim(bucket, journal)
     spool.remove_unfinished()
     return ObjectBlobStore(bucket, spool)
 
@@ -248,7 +254,7 @@ def _probe(bucket: Bucket) -> None:
             bucket.delete(key)
 
 
-def _claim(bucket: Bucket, journal: Journal) -> None:
+def claim(bucket: Bucket, journal: Journal) -> None:
     """Note in journal and bucket that they belong together, or refuse a bucket that belongs to another journal."""
     noted, mark = journal.meta(BLOB_STORE), bucket.get(_MARK)
     ours = json.loads(noted)["federation"] if noted is not None else None

@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -20,7 +21,7 @@ import structlog
 from fedmoe.coordinator import CentralCoordinator, Transaction
 from fedmoe.runtime import failpoints
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.journal import Journal, UnstorableError
+from fedmoe.server.storage.journal import Journal, NotOwnerError, UnstorableError
 from fedmoe.server.updates.upload import settled
 
 _log = structlog.get_logger("fedmoe.committer")
@@ -59,6 +60,7 @@ class Committer:
         self._storage_problem = storage_problem
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="fedmoe-committer", daemon=True)
+        self._ended = False
         self.failed: str | None = None
 
     def start(self) -> None:
@@ -78,6 +80,8 @@ class Committer:
         """Queue a decision; its future holds the result once it is durable and published."""
         answer: Future[object] = Future()
         self._queue.put(_Job(decide, alone, answer))
+        if self._ended:
+            self._refuse_waiting()
         return cast("Future[Result]", answer)
 
     async def decided(self, decide: Callable[[Transaction], Result], alone: bool = False) -> Result:
@@ -109,6 +113,16 @@ class Committer:
     def _run(self) -> None:
         for group in self._groups():
             self._commit(group)
+        self._ended = True
+        self._refuse_waiting()
+
+    def _refuse_waiting(self) -> None:
+        """Refuse what came after the end: nobody would ever answer it."""
+        with suppress(queue.Empty):
+            while True:
+                job = self._queue.get_nowait()
+                if job is not None and job.answer.set_running_or_notify_cancel():
+                    job.answer.set_exception(NotOwnerError("this coordinator decides no more"))
 
     def _groups(self) -> Iterator[list[_Job]]:
         """What waits in the queue, as groups to commit together, until `close`."""

@@ -25,7 +25,15 @@ from fedmoe.server.storage.blobs import BlobStore, BlobWriter, CorruptBlobError,
 from fedmoe.server.updates.committer import Committer
 from fedmoe.server.updates.in_flight import CrashMarkers, InFlightBody
 from fedmoe.server.updates.update_decisions import ReceivedUpdate, UpdateDecider
-from fedmoe.server.updates.upload import Body, in_thread, opened_writer, receive, usable_norm
+from fedmoe.server.updates.upload import (
+    Body,
+    StoredBody,
+    check_size,
+    in_thread,
+    opened_writer,
+    receive,
+    usable_norm,
+)
 from fedmoe.server.updates.worker_leases import WorkerLeases
 from fedmoe.wire.contract.messages import DataStatisticsHeader, DataStatisticsResult, UpdateHeader, UpdateResult
 
@@ -78,13 +86,9 @@ class UpdateIntake:
 
         `token` is the hash of the sender's token: what is held of the updates that came with one is bounded.
         """
-        expert = self._coordinator.expert(header.expert)
-        if expert.retired and not await in_thread(self._pool, lambda: self.knows(header)):
-            expert.require_active()
-        self._leases.check(header, token)
-        layout = expert.manifest.layout
+        layout = await self.admit(header, token)
         try:
-            async with self._received(header, body, int(layout.size * 4 * _CAP_SHARE) + _CAP_BYTES) as writer:
+            async with self._received(header, body, update_limit(layout)) as writer:
                 result = await self._landed(header, layout, writer, token)
         except RefusedError as error:
             if error.code == "sequence_reused":
@@ -92,6 +96,14 @@ class UpdateIntake:
             raise
         note = self._leases.warning(header.expert, header.worker)
         return result.model_copy(update={"note": f"{result.note} {note}".strip()}) if note else result
+
+    async def admit(self, header: UpdateHeader, token: str = "") -> Layout:
+        """What an update of this header must look like; refuses what can be refused before its body is read."""
+        expert = self._coordinator.expert(header.expert)
+        if expert.retired and not await in_thread(self._pool, lambda: self.knows(header)):
+            expert.require_active()
+        self._leases.check(header, token)
+        return expert.manifest.layout
 
     async def _landed(self, header: UpdateHeader, layout: Layout, writer: BlobWriter, token: str) -> UpdateResult:
         failpoints.reached("push.received")
@@ -197,9 +209,12 @@ class UpdateIntake:
         self._committer.check_storage()
         self.uploads += 1
         try:
-            writer = await opened_writer(self._blobs, self._pool)
+            writer = StoredBody(self._blobs, body) if body.stored else await opened_writer(self._blobs, self._pool)
             try:
-                await receive(body, cap, writer, self._pool)
+                if body.stored:
+                    check_size(body.length, cap)
+                else:
+                    await receive(body, cap, writer, self._pool)
                 yield writer
             finally:
                 await in_thread(self._pool, writer.abort)
@@ -212,6 +227,11 @@ class UpdateIntake:
             raise
         finally:
             self.uploads -= 1
+
+
+def update_limit(layout: Layout) -> int:
+    """The most bytes that an update's body may have."""
+    return int(layout.size * 4 * _CAP_SHARE) + _CAP_BYTES
 
 
 def _submission(header: UpdateHeader, digest: str, norm: float | None = None) -> Submission:

@@ -13,12 +13,14 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
 from fedmoe.lora.adapter import FloatVector, Layout
 from fedmoe.lora.update_rules import first_not_finite
 from fedmoe.runtime.errors import RefusedError
-from fedmoe.server.storage.blobs import BlobStore, BlobWriter
+from fedmoe.server.access.security import STORED_BYTES
+from fedmoe.server.storage.blobs import BlobStore, BlobWriter, CorruptBlobError, MissingBlobError
+from fedmoe.wire.contract.messages import SAFETENSORS
 
 Result = TypeVar("Result")
 
@@ -32,11 +34,37 @@ _SQUARED = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A body on its way in: the chunks, the declared length if any, and the promised sha256 (hex)."""
+    """A body on its way in: the chunks, the declared length if any, and the promised sha256 (hex).
+
+    A `stored` one lies in the blob store already, under that sha256, and has no chunks.
+    """
 
     chunks: AsyncIterator[bytes]
     length: int | None
     sha256: str
+    stored: bool = False
+
+
+def tensor_body(request: Request) -> Body:
+    """The body of a request that sends numbers; refuses other forms, and one without a digest."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != SAFETENSORS:
+        raise RefusedError(
+            "unsupported_type",
+            f"numbers are sent as {SAFETENSORS}, got {content_type or 'no Content-Type'}.",
+            "Pickle, .pt and .bin files are never read; convert to safetensors.",
+        )
+    encoding = ", ".join(request.headers.getlist("content-encoding")) or "identity"
+    if encoding.lower() != "identity":
+        raise RefusedError(
+            "unsupported_type", f"Content-Encoding {encoding!r} is not taken.", "Send the bytes as they are."
+        )
+    length = request.headers.get("content-length", "")
+    digest = parse_content_digest(request.headers.getlist("content-digest"))
+    stored = request.scope.get("state", {}).get(STORED_BYTES)
+    if stored is not None:
+        return Body(request.stream(), stored, digest, stored=True)
+    return Body(request.stream(), int(length) if length.isdecimal() else None, digest)
 
 
 def parse_content_digest(values: Sequence[str]) -> str:
@@ -77,20 +105,56 @@ async def opened_writer(blobs: BlobStore, pool: Executor) -> BlobWriter:
         raise
 
 
+class StoredBody:
+    """A body that another coordinator has put into the blob store, as if it had just been written here.
+
+    It is not deleted before `abort`: not even by who finds that nothing else needs these bytes.
+    """
+
+    def __init__(self, blobs: BlobStore, body: Body) -> None:
+        self._blobs = blobs
+        self.size = body.length or 0
+        self.digest = body.sha256
+        self._data: bytes | None = None
+        self._pinned = True
+        blobs.pins.add(self.digest)
+
+    def write(self, data: bytes | memoryview) -> None:
+        raise AssertionError("what is stored is not written to")
+
+    def view(self) -> memoryview:
+        """The bytes; raises `RefusedError` where they are gone, so that they are sent again."""
+        if self._data is None:
+            try:
+                self._data = self._blobs.read(self.digest)
+            except (MissingBlobError, CorruptBlobError) as error:
+                raise RefusedError(
+                    "busy", f"the body was not kept: {error}.", "Send it again.", retry_after=1
+                ) from None
+        return memoryview(self._data)
+
+    def commit(self) -> str:
+        return self.digest
+
+    def abort(self) -> None:
+        self._data = None
+        if self._pinned:
+            self._pinned = False
+            self._blobs.pins.remove(self.digest)
+
+
 async def receive(body: Body, cap: int, writer: BlobWriter, pool: Executor) -> None:
     """Write a body of at most `cap` bytes into `writer` piece by piece, and check its size and hash.
 
     Nothing more is taken while a piece is written: what arrives meanwhile waits in the connection's own buffer.
     """
-    if body.length is not None and body.length > cap:
-        raise _too_large(body.length, cap)
+    check_size(body.length, cap)
     total, gathered = 0, 0
     piece: list[bytes] = []
     try:
         async for chunk in body.chunks:
             total += len(chunk)
-            if total > cap:
-                raise _too_large(total, cap)
+            check_size(total, cap)
             piece.append(chunk)
             gathered += len(chunk)
             if gathered >= _WRITTEN_BYTES:
@@ -135,12 +199,14 @@ async def settled(work: asyncio.Future[Result]) -> Result:
     return work.result()
 
 
-def _too_large(size: int, cap: int) -> RefusedError:
-    return RefusedError(
-        "too_large",
-        f"the body has {size} bytes or more; at most {cap} are read here for this expert.",
-        "Check that the worker's LoRA configuration is the federation's.",
-    )
+def check_size(size: int | None, cap: int) -> None:
+    """Refuse a body that is larger than the expert's updates can be; None is not known yet."""
+    if size is not None and size > cap:
+        raise RefusedError(
+            "too_large",
+            f"the body has {size} bytes or more; at most {cap} are read here for this expert.",
+            "Check that the worker's LoRA configuration is the federation's.",
+        )
 
 
 def usable_norm(layout: Layout, flat: FloatVector) -> float:

@@ -1,0 +1,169 @@
+"""One of several coordinators of a federation, as a process: takes every request, decides while it is the owner."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import structlog
+import uvicorn
+from starlette.types import ASGIApp
+
+from fedmoe.config import CoordinatorConfig
+from fedmoe.federation_app import FederationApp
+from fedmoe.server.access import problems
+from fedmoe.server.descriptors import raise_limit
+from fedmoe.server.replicas.ownership import Owners
+from fedmoe.server.replicas.peers import PeerSecret, check_address
+from fedmoe.server.replicas.replica_app import ReplicaApp
+from fedmoe.server.replicas.tenure import Candidate, Tenure
+from fedmoe.server.storage.audit import AUDIT_HEAD
+from fedmoe.server.storage.folder_blobs import FolderBlobStore
+from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.object_store import claim, shared_blobs
+from fedmoe.server.storage.postgres import postgres_engine
+from fedmoe.server.storage.postgres_journal import PostgresJournal
+from fedmoe.server.storage.state_dir import lock_state
+from fedmoe.wire.contract.replicas import OwnerInfo
+from fedmoe.wire.http.middleware import ProtocolMiddleware
+from fedmoe.wire.http.serving import listen, own_signals, server_of
+
+_log = structlog.get_logger("fedmoe.replica")
+
+_THREADS = 4
+# A request waits for an owner through a lease and a takeover.
+_PATIENCE_LEASES, _PATIENCE_SECONDS = 1.5, 2.0
+
+
+class DistributedReplica:
+    """A replica: its own folder and socket, and what it shares with the others: PostgreSQL and the object store.
+
+    `announce` is called with the tokens that were made at the federation's first start.
+    """
+
+    def __init__(self, config: CoordinatorConfig, announce: Callable[[FederationApp], None]) -> None:
+        assert config.replica is not None, "the configuration asks for the others then"
+        assert config.advertise is not None
+        assert config.database_url is not None
+        assert config.blobs is not None
+        assert config.replica_secret_file is not None
+        self.config = config
+        check_address(config.advertise)
+        secret = PeerSecret.read(Path(config.replica_secret_file))
+        raise_limit()
+        self._announce = announce
+        self._lease = config.lease_seconds
+        self._folder = Path(config.state_dir)
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = lock_state(self._folder)
+        self._url = config.database_url.get_secret_value()
+        # Of its own connection: what the journal waits for keeps no lease from being renewed.
+        self._owners = Owners(postgres_engine(self._url), 2 * self._lease / 3)
+        self._blobs = shared_blobs(config.blobs, FolderBlobStore(self._folder / "spool"))
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
+        patience = _PATIENCE_LEASES * self._lease + _PATIENCE_SECONDS
+        self._replica_app = ReplicaApp(secret, self._blobs, self._pool, patience)
+        self._candidate = Candidate(
+            self._owners, config.replica, config.advertise, self._lease, self._open, self._replica_app.wake
+        )
+        self.app: ASGIApp = ProtocolMiddleware(self._replica_app, "this coordinator", problems.refusal)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def serve(self) -> int:
+        """Listen until SIGTERM or SIGINT; the duty is given back, requests under way end, then it returns."""
+        listener = listen(self.config.host, self.config.port)
+        server = server_of(self.app, self.config.tls_cert, self.config.tls_key)
+        try:
+            with own_signals(server), asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+                port = listener.getsockname()[1]
+                _log.info("listening", replica=self.config.replica, host=self.config.host, port=port, pid=os.getpid())
+                runner.run(self._run(server, listener))
+        finally:
+            self._candidate.stop()
+            self._pool.shutdown()
+            self._owners.close()
+            os.close(self._lock)
+        _log.info("stopped")
+        return 0
+
+    async def _run(self, server: uvicorn.Server, listener: socket.socket) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._replica_app.attach(self._candidate)
+        self._candidate.start()
+        leaving = asyncio.create_task(self._hand_over(server))
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            await leaving
+            await self._replica_app.client.close()
+
+    async def _hand_over(self, server: uvicorn.Server) -> None:
+        """Once the process is to stop: finish what was taken, give the duty back, pass on what still comes."""
+        while not server.should_exit:
+            await asyncio.sleep(0.05)
+        self._replica_app.leaving = True
+        await self._replica_app.finished(self._lease)
+        await asyncio.to_thread(self._candidate.leave)
+
+    def _open(self, tenure: Tenure) -> OwnedFederation:
+        """Recover the federation for a term; called in a thread."""
+        with ExitStack() as opened:
+            journal = PostgresJournal(
+                self._url,
+                skip_damaged=self.config.skip_damaged,
+                accept_loss=self.config.accept_database_loss,
+                fence=tenure.fence(self._lease),
+                patience=self._lease,
+                patience_in_doubt=self._lease,
+            )
+            opened.callback(journal.close)
+            claim(self._blobs.bucket, journal)
+            head = f"{AUDIT_HEAD}:{self.config.replica}"
+            federation = FederationApp(
+                self.config, journal, self._blobs, self._folder, lambda: tenure.lost, head, self._owner_infos
+            )
+            assert self._loop is not None, "the candidate starts in the loop"
+            owned = OwnedFederation(federation, journal, self._loop)
+            opened.pop_all()
+        self._announce(federation)
+        return owned
+
+    def _owner_infos(self) -> Sequence[OwnerInfo]:
+        return [
+            OwnerInfo(
+                duty=row.duty,
+                replica=row.replica,
+                url=row.url,
+                term=row.term,
+                seconds_left=max(0.0, round(row.left, 3)),
+            )
+            for row in self._owners.all()
+        ]
+
+
+class OwnedFederation:
+    """The federation in the memory of its owner, and the journal that it writes under the term's fence."""
+
+    def __init__(self, federation: FederationApp, journal: Journal, loop: asyncio.AbstractEventLoop) -> None:
+        self._federation = federation
+        self._journal = journal
+        self.app: ASGIApp = federation.app
+        federation.service.start()
+        self._beside = asyncio.run_coroutine_threadsafe(federation.look_after(), loop)
+
+    def problem(self) -> str | None:
+        return self._federation.service.committer.failed
+
+    def close(self, abandoned: bool) -> None:
+        self._beside.cancel()
+        if abandoned:
+            self._journal.close()
+        try:
+            self._federation.close(abandoned)
+        finally:
+            self._journal.close()
