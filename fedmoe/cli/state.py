@@ -35,6 +35,8 @@ def backup(
         show_json(asdict(made))
         return
     print(f"{dest} holds {made.events} events and {made.blobs} blobs, {made.size / 1e6:.1f} MB, every one checked.")
+    if made.blobs_at:
+        print(f"The blobs stay in {made.blobs_at}; those that a start needs were read. Guard them there (versioning).")
     if not made.incarnation:
         print(f"Its journal is kept as it is, of schema {made.schema}: the FedMoE that wrote it opens it too.")
     if made.linked:
@@ -57,6 +59,8 @@ def restore(
     as_json: AsJson = False,
 ) -> None:
     """Make a state directory of a backup; its history goes on as another incarnation."""
+    from fedmoe.server.storage.backup import JOURNAL
+    from fedmoe.server.storage.object_store import noted_url
     from fedmoe.server.storage.restore import restore as restore_backup
 
     made = restore_backup(backup, state_dir, replace)
@@ -66,6 +70,8 @@ def restore(
     print(f"{state_dir} holds the {made.events} events of {backup}, as incarnation {made.incarnation}.")
     if made.moved:
         print(f"What was there lies in {made.moved}; delete it when nobody needs it.")
+    if url := noted_url(state_dir / JOURNAL):
+        print(f"Its blobs lie in {url}: start it with --blobs {url}.")
     print("Updates made from the history before are refused by name, and their workers send again what they can.")
     print("Tokens are those of the backup: revoke again what was revoked since ('fedmoe token revoke').")
 

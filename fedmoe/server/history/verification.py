@@ -25,9 +25,9 @@ from fedmoe.server.history.history import History
 from fedmoe.server.history.replay import past_of, registration
 from fedmoe.server.storage.acknowledged import read_acknowledged
 from fedmoe.server.storage.audit import AUDIT_FILE, AUDIT_HEAD, AuditHead, check_file
-from fedmoe.server.storage.blobs import CorruptBlobError, MissingBlobError, StorageFailedError
+from fedmoe.server.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, StorageFailedError
 from fedmoe.server.storage.event_rows import GATEWAY, blob_of
-from fedmoe.server.storage.folder_blobs import FolderBlobStore
+from fedmoe.server.storage.object_store import blobs_beside
 from fedmoe.server.storage.sqlite_journal import SqliteJournal, problems
 from fedmoe.server.storage.state_dir import StateDirError, lock_state, odd_files
 from fedmoe.server.storage.tables import UPDATE_RULE
@@ -67,13 +67,14 @@ def check_start(path: Path) -> None:
 
     Raises StorageFailedError or CorruptBlobError.
     """
-    with closing(SqliteJournal(path / "journal.sqlite")) as journal:
-        _Verifier(journal, FolderBlobStore(path / "blobs"), VerificationReport()).recover_newest()
+    file = path / "journal.sqlite"
+    with closing(SqliteJournal(file)) as journal:
+        _Verifier(journal, blobs_beside(file), VerificationReport()).recover_newest()
 
 
 def _verify(path: Path) -> VerificationReport:
     report = VerificationReport(findings=odd_files(path))
-    blobs = FolderBlobStore(path / "blobs")
+    blobs = blobs_beside(path / "journal.sqlite")
     try:
         damage = problems(path / "journal.sqlite")
         report.findings += damage
@@ -100,7 +101,7 @@ def _verify(path: Path) -> VerificationReport:
 class _Verifier(History):
     """Rebuilds every version in order and holds it against the digest that was journalled with it."""
 
-    def __init__(self, journal: SqliteJournal, blobs: FolderBlobStore, report: VerificationReport) -> None:
+    def __init__(self, journal: SqliteJournal, blobs: BlobStore, report: VerificationReport) -> None:
         optimizer, _, size = (journal.meta(UPDATE_RULE) or "sgd").partition(", buffer of ")
         super().__init__(journal, blobs, Aggregation(server_optimizer=optimizer, buffer_size=int(size or 1)))
         self._report = report

@@ -26,6 +26,7 @@ from fedmoe.server.storage.acknowledged import Head, read_acknowledged
 from fedmoe.server.storage.blobs import NO_ROOM, CorruptBlobError, MissingBlobError, StorageFailedError
 from fedmoe.server.storage.folder_blobs import blob_names
 from fedmoe.server.storage.migration import migrate
+from fedmoe.server.storage.object_store import noted_url
 from fedmoe.server.storage.sqlite import complete_in_itself, connect, copy_to, error_code
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.storage.state_dir import StateDirError
@@ -44,7 +45,7 @@ class Backup:
 
     `at` is seconds since 1970. `absent` blobs are named by the journal and were let go of before; `damaged` ones were
     left out, since no start needs them. The two hashes are of the journal's file and of the blobs' names. A journal of
-    schema 1 has no incarnation.
+    schema 1 has no incarnation. Blobs in an object store stay there: `blobs_at` is its URL.
     """
 
     fedmoe: str
@@ -60,6 +61,7 @@ class Backup:
     names_sha256: str
     # That of backups from before it was noted.
     schema: int = 2
+    blobs_at: str | None = None
 
 
 def make_backup(state: Path, target: Path, at: float, check: Callable[[Path], None] = lambda folder: None) -> Backup:
@@ -98,6 +100,7 @@ def make_backup(state: Path, target: Path, at: float, check: Callable[[Path], No
             journal_sha256=_sha256(unfinished / JOURNAL),
             names_sha256=_of_names(names),
             schema=earlier.before if earlier else SCHEMA_VERSION,
+            blobs_at=noted_url(unfinished / JOURNAL),
         )
         failpoints.reached("backup.before_note")
         write_atomic(unfinished / NOTE, json.dumps(asdict(backup), indent=1).encode())
@@ -181,6 +184,10 @@ def place_all(source: Path, target: Path) -> set[str]:
 def _copy(state: Path, unfinished: Path) -> tuple[set[str], int]:
     """Blobs and journal so that the journal needs no blob that was let go of meanwhile; links made, blobs absent."""
     linked: set[str] = set()
+    if noted_url(state / JOURNAL) is not None:
+        with closing(connect(state / JOURNAL, "ro", 30.0)) as live:
+            copy_to(unfinished / JOURNAL, live)
+        return linked, 0
     for _ in range(_TRIES):
         with closing(connect(state / JOURNAL, "ro", 30.0)) as live:
             named = _named(live)

@@ -14,16 +14,19 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import sqlite3
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
+from pathlib import Path
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import (
     KEPT_DAYS,
     UNNAMED_SECONDS,
     BlobReferences,
+    BlobStore,
     CorruptBlobError,
     MissingBlobError,
     Pins,
@@ -34,6 +37,7 @@ from fedmoe.server.storage.blobs import (
 from fedmoe.server.storage.bucket import BlobUrlError, Bucket, ObjectFacts
 from fedmoe.server.storage.folder_blobs import FileBlobWriter, FolderBlobStore
 from fedmoe.server.storage.journal import Journal
+from fedmoe.server.storage.sqlite import connect
 from fedmoe.server.storage.tables import BLOB_STORE
 
 # Larger bodies are sent in parts, which are repeated one by one.
@@ -227,13 +231,36 @@ def shared_blobs(url: str, spool: FolderBlobStore) -> ObjectBlobStore:
     return ObjectBlobStore(bucket, spool)
 
 
+def url_of(noted: str | None) -> str | None:
+    """The URL of the object store that a journal has noted in its table `meta`; None for the state's folder."""
+    return None if noted is None else str(json.loads(noted)["url"])
+
+
 def refuse_without_url(journal: Journal) -> None:
     """Raise BlobUrlError for a journal whose blobs lie in an object store."""
-    noted = journal.meta(BLOB_STORE)
-    if noted is not None:
-        raise BlobUrlError(
-            f"the blobs of this state lie in an object store; start with --blobs {json.loads(noted)['url']}"
-        )
+    url = url_of(journal.meta(BLOB_STORE))
+    if url is not None:
+        raise BlobUrlError(f"the blobs of this state lie in an object store; start with --blobs {url}")
+
+
+def blobs_beside(journal: Path) -> BlobStore:
+    """The blobs of a journal's file, to look at: in the object store that it has noted, else in the folder beside it.
+
+    A journal that cannot be read is left for whoever opens it to refuse.
+    """
+    folder = FolderBlobStore(journal.parent / "blobs")
+    url = noted_url(journal)
+    return folder if url is None else ObjectBlobStore(Bucket(url), folder)
+
+
+def noted_url(journal: Path) -> str | None:
+    """The URL of the object store where the blobs of a journal's file lie, if it is not the folder beside it."""
+    try:
+        with closing(connect(journal, "ro")) as connection:
+            row = connection.execute("SELECT value FROM meta WHERE key = ?", [BLOB_STORE]).fetchone()
+    except sqlite3.Error:
+        return None
+    return url_of(row[0] if row else None)
 
 
 def _probe(bucket: Bucket) -> None:
@@ -272,7 +299,8 @@ def claim(bucket: Bucket, journal: Journal) -> None:
         ours = json.loads(journal.meta(BLOB_STORE) or "{}").get("federation")
     if mark is None or mark.decode("ascii", "replace") != ours:
         raise BlobUrlError(f"{bucket.url} belongs to another federation; choose another prefix for --blobs")
-    journal.set_meta(BLOB_STORE, json.dumps({"federation": ours, "url": bucket.url}))
+    if url_of(journal.meta(BLOB_STORE)) != bucket.url:  # the same blobs under another name
+        journal.set_meta(BLOB_STORE, json.dumps({"federation": ours, "url": bucket.url}))
 
 
 def _blob(digest: str) -> str:

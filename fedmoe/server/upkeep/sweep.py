@@ -55,6 +55,10 @@ class DailySweep:
             now, newest = self._clock(), max((update.at for update in newest_updates(self._journal, 1)), default=0.0)
             if isinstance(self._blobs, FolderBlobStore):
                 report = self._sweep_folder(self._blobs, now, newest)
+            elif self._journal.former_incarnations():
+                # What the history before has stored is in no row of this one, and may be all that is left of it.
+                _log.info("not_swept", reason="another history has stored blobs here before")
+                report = SweepReport()
             else:
                 report = self._blobs.sweep(self._history.references(), now, newest)
         except (OSError, RefusedError, StorageFailedError) as error:
