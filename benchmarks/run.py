@@ -55,6 +55,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "rerank": Benchmark(needs=_EXPERTS),
     "routing": Benchmark(needs="the data of `fedmoe data build`: --data FOLDER"),
     "serve_swap": Benchmark("--poll 0.1"),
+    "simulation": Benchmark("--parts scale"),
     "statistics_budget": Benchmark(needs=_EXPERTS),
     "threads": Benchmark("--steps 4 --repeats 1 --max-length 256"),
     "token_routing": Benchmark(needs=_EXPERTS),

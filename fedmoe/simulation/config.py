@@ -187,14 +187,14 @@ class ReportSection(_Section):
 
     The target is the loss that keeps the share `target` of the gain that the scheme `baseline` (by default the first)
     makes in the whole run. Budgets default to a third of the run, and to the traffic of the scheme that has least.
-    With `robustness` every scheme also runs on workers of equal speed that are always there.
+    The schemes that `robustness` names also run on workers of equal speed that are always there.
     """
 
     baseline: str | None = None
     target: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.95
     budget_seconds: Seconds | None = None
     budget_megabytes: Positive | None = None
-    robustness: bool = False
+    robustness: tuple[str, ...] = ()
 
 
 class SimulationConfig(_Section):
@@ -216,8 +216,10 @@ class SimulationConfig(_Section):
         names = [scheme.name for scheme in self.schemes]
         if len(set(names)) != len(names):
             raise ValueError(f"every scheme needs a name of its own, got {names}")
-        if self.report.baseline is not None and self.report.baseline not in names:
-            raise ValueError(f"report.baseline names no scheme: {self.report.baseline!r}; there are {names}")
+        baseline = () if self.report.baseline is None else (self.report.baseline,)
+        for key, chosen in (("baseline", baseline), ("robustness", self.report.robustness)):
+            if unknown := [name for name in chosen if name not in names]:
+                raise ValueError(f"report.{key} names no scheme: {unknown[0]!r}; there are {names}")
         if self.work.kind == "training" and self.fleet.workers > MAX_TRAINING_WORKERS:
             raise ValueError(
                 f"fleet.workers is {self.fleet.workers}, but at most {MAX_TRAINING_WORKERS} can train; "

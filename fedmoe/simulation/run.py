@@ -42,11 +42,12 @@ class SchemeRun:
 def run_simulation(
     config: SimulationConfig, work: FleetWork, on_run: Callable[[SchemeRun], None] = lambda _: None
 ) -> list[SchemeRun]:
-    """Run every scheme on the configured fleet, and with `report.robustness` on an ideal one; `on_run` after each."""
+    """Run every scheme on the configured fleet, those of `report.robustness` on an ideal one too; `on_run` after each."""
     runs: list[SchemeRun] = []
-    for ideal in (False, True) if config.report.robustness else (False,):
-        fleet = config.fleet.ideal if ideal else config.fleet
+    for ideal, fleet in ((False, config.fleet), (True, config.fleet.ideal)):
         for scheme in config.schemes:
+            if ideal and scheme.name not in config.report.robustness:
+                continue
             run = replace(run_scheme(config, scheme, fleet, work), ideal=ideal)
             runs.append(run)
             on_run(run)

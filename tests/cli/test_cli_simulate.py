@@ -36,7 +36,7 @@ rank = 1
 [fleet]
 workers = 2
 [report]
-robustness = true
+robustness = ["asynchronous"]
 """
 
 

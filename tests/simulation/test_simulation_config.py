@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[2]
             "every scheme needs a name of its own",
         ),
         ('[report]\nbaseline = "b"\n', "report.baseline names no scheme: 'b'"),
+        ('[report]\nrobustness = ["b"]\n', "report.robustness names no scheme: 'b'"),
         ("[fleet]\nup_mbit = [10, 1]\n", "the lower bound comes first"),
         ("[fleet]\nworkers = 2\nexperts = 3\n", "3 experts need at least as many workers, got 2"),
         ("[fleet]\nslowness = []\n", "fleet.slowness"),

@@ -21,7 +21,7 @@ CONFIG = SimulationConfig.model_validate(
         "work": {"kind": "training"},
         "fleet": {"workers": 4},
         "schemes": [{"name": "rounds", "kind": "rounds"}, {"name": "own", "kind": "asynchronous"}],
-        "report": {"target": 0.9, "budget_megabytes": 5.0, "robustness": True},
+        "report": {"target": 0.9, "budget_megabytes": 5.0, "robustness": ["rounds", "own"]},
     }
 )
 
