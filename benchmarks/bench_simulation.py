@@ -1,6 +1,6 @@
 """Ten thousand workers on one machine, and fifty that train: what `fedmoe simulate` takes, and what it says.
 
-    python benchmarks/bench_simulation.py [--parts scale training]
+    python benchmarks/bench_simulation.py [--parts scale training outages]
 
 Each part is the command in a process of its own, with one thread; its wall-clock and processor seconds and its peak
 memory are recorded with the report.
@@ -8,9 +8,9 @@ memory are recorded with the report.
 - `scale`: 10,000 workers of 20 experts, speeds 1/1/2/4/8, send int8 updates every 16 s of the virtual clock, each
   recorded from a worker that trained the tiny model at rank 4 (8,192 numbers); that recording is made first, and not
   measured.
-- `training`: 50 workers of 2 experts really train the tiny model at speeds 1/1/2/4/8, with outages, and a few that
-  leave: rounds, and FedMoE with and without a buffer, a bound on staleness, int8 and fewer pushes. Half an hour on a
-  busy core.
+- `training`: 50 workers of 2 experts really train the tiny model at speeds 1/1/2/4/8: rounds, and FedMoE with and
+  without a buffer, a bound on staleness, int8 and fewer pushes. Half an hour on a busy core.
+- `outages`: the same with outages and workers that leave, one way each.
 """
 
 from __future__ import annotations
@@ -68,23 +68,29 @@ slowness = [1, 1, 2, 4, 8]
 start_within = 10.0
 up_mbit = [2, 50]
 down_mbit = [10, 100]
-outages = { every = 1200, length = 30 }
-churn = { leaving = 0.05 }
+{troubles}
 [[schemes]]
 name = "rounds of 5 steps"
 kind = "rounds"
 local_steps = 5
 [[schemes]]
+name = "buffer of 5"
+kind = "asynchronous"
+buffer_size = 5
+{more}
+[report]
+baseline = "rounds of 5 steps"
+target = 0.98
+robustness = {robustness}
+"""
+MORE = """
+[[schemes]]
 name = "rounds of 2 steps"
 kind = "rounds"
 local_steps = 2
 [[schemes]]
-name = "asynchronous"
+name = "no buffer"
 kind = "asynchronous"
-[[schemes]]
-name = "buffer of 5"
-kind = "asynchronous"
-buffer_size = 5
 [[schemes]]
 name = "buffer of 5, staleness at most 20"
 kind = "asynchronous"
@@ -101,12 +107,16 @@ kind = "asynchronous"
 buffer_size = 5
 wire_dtype = "int8"
 sync_interval = 20.0
-[report]
-baseline = "rounds of 5 steps"
-target = 0.98
-robustness = ["rounds of 5 steps", "buffer of 5"]
 """
-PARTS = ("scale", "training")
+TROUBLES = """
+outages = { every = 600, length = 30 }
+churn = { leaving = 0.1 }
+"""
+CONFIGS = {
+    "training": TRAINING.format(troubles="", more=MORE, robustness='["rounds of 5 steps", "buffer of 5"]'),
+    "outages": TRAINING.format(troubles=TROUBLES, more="", robustness="[]"),
+}
+PARTS = ("scale", *CONFIGS)
 
 
 def simulated(config: str, folder: Path) -> dict[str, object]:
@@ -151,7 +161,7 @@ def main() -> None:
                 simulated(RECORD, folder / "record")
                 config = SCALE.format(recording=folder / "record" / "deltas.safetensors")
             else:
-                config = TRAINING
+                config = CONFIGS[part]
             results = simulated(config, folder / part)
             print(write_result(f"simulation_{part}", results, {"part": part}, seeds=[0]))
 

@@ -1,4 +1,4 @@
-"""Writes the result tables of benchmarks/README.md from benchmarks/results.
+"""Writes the result tables of benchmarks/README.md and docs/scale.md from benchmarks/results.
 
     python benchmarks/tables.py             # all tables anew
     python benchmarks/tables.py --check     # says which are not those of the results, status 1
@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from lib import tables_arena, tables_merge, tables_server
+from lib import tables_arena, tables_merge, tables_server, tables_simulation
 from lib.harness import RESULTS, ROOT
 from lib.table_text import results
 
-README = ROOT / "benchmarks" / "README.md"
+DOCUMENTS = (ROOT / "benchmarks" / "README.md", ROOT / "docs" / "scale.md")
 #: What is not measured yet is here too: as soon as its result is there, a mark in the text shows it.
 TABLES: Mapping[str, Callable[[], str]] = {
     "coordinator": tables_server.coordinator,
@@ -53,6 +53,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "statistics_budget_unseen": partial(tables_merge.statistics_budget, "unseen"),
     "online_gateway": tables_merge.online_gateway,
     "online_gateway_shares": tables_merge.online_gateway_shares,
+    "simulation_scale": tables_simulation.scale,
+    "simulation_training": tables_simulation.training,
+    "simulation_training_traffic": tables_simulation.training_traffic,
+    "simulation_robustness": tables_simulation.robustness,
 }
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
@@ -63,7 +67,7 @@ def written(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
         begin, name, _, end = match.groups()
         if name not in TABLES:
-            raise SystemExit(f"{README.name} marks a table {name}, which {Path(__file__).name} does not make")
+            raise SystemExit(f"the text marks a table {name}, which {Path(__file__).name} does not make")
         return f"{begin}{TABLES[name]()}\n{end}"
 
     return _TABLE.sub(replace, text)
@@ -89,13 +93,14 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a table is out of date")
     parser.add_argument("--charts", action="store_true", help="draw the charts as well (needs matplotlib)")
     options = parser.parse_args()
-    text = README.read_text("utf-8")
+    texts = {document: document.read_text("utf-8") for document in DOCUMENTS}
     if options.check:
-        names = outdated(text)
+        names = [name for text in texts.values() for name in outdated(text)]
         if names:
             print(f"not as the results have it: {', '.join(names)}; write them with: python benchmarks/tables.py")
         sys.exit(1 if names else 0)
-    README.write_text(written(text), "utf-8")
+    for document, text in texts.items():
+        document.write_text(written(text), "utf-8")
     if options.charts:
         draw_charts()
 

@@ -52,9 +52,9 @@ class ExpertRounds:
         self._random = np.random.default_rng([seed, self._expert, 3])
         self._count = 0
 
-    def start(self) -> None:
-        """Plan the first round, for when the first worker comes."""
-        self._clock.at(min(profile.presence.joins for profile, _ in self._members), self._begin)
+    def start(self, moment: float) -> None:
+        """Plan the first round, for a moment or for when the first worker comes after it."""
+        self._clock.at(moment, self._begin)
 
     def _begin(self) -> None:
         now = self._clock.now

@@ -10,8 +10,8 @@ from fedmoe.server.history.history import SNAPSHOT_EVERY
 from fedmoe.server.history.replay import snapshot_bytes
 from fedmoe.simulation.asynchronous import AsynchronousWorker
 from fedmoe.simulation.clock import VirtualClock
-from fedmoe.simulation.config import AsynchronousScheme, Fleet, RoundScheme, Scheme, SimulationConfig
-from fedmoe.simulation.fleet import WorkerProfile, draw_fleet
+from fedmoe.simulation.config import AsynchronousScheme, Fleet, Scheme, SimulationConfig
+from fedmoe.simulation.fleet import draw_fleet
 from fedmoe.simulation.rounds import ExpertRounds
 from fedmoe.simulation.simulated_coordinator import SimulatedCoordinator
 from fedmoe.simulation.tally import CurvePoint, Tally
@@ -42,7 +42,7 @@ class SchemeRun:
 def run_simulation(
     config: SimulationConfig, work: FleetWork, on_run: Callable[[SchemeRun], None] = lambda _: None
 ) -> list[SchemeRun]:
-    """Run every scheme on the configured fleet, those of `report.robustness` on an ideal one too; `on_run` after each."""
+    """Run all schemes on the configured fleet, those of `report.robustness` on an ideal one too; then `on_run`."""
     runs: list[SchemeRun] = []
     for ideal, fleet in ((False, config.fleet), (True, config.fleet.ideal)):
         for scheme in config.schemes:
@@ -66,7 +66,9 @@ def run_scheme(config: SimulationConfig, scheme: Scheme, fleet: Fleet, work: Fle
         for profile in profiles:
             AsynchronousWorker(profile, work.worker(profile), scheme, coordinator, clock).start()
     else:
-        _start_rounds(profiles, scheme, coordinator, clock, work, config.seed)
+        for expert in range(fleet.experts):
+            members = [(profile, work.worker(profile)) for profile in profiles if profile.expert == expert]
+            ExpertRounds(members, scheme, coordinator, clock, config.seed).start(fleet.start_within)
     if config.work.kind == "training":
         _plan_evaluations(clock, coordinator, work, fleet.experts, config.work.evaluate_every)
     clock.run(config.seconds)
@@ -87,19 +89,6 @@ def _snapshots(coordinator: SimulatedCoordinator, experts: int) -> int:
     """The bytes of the snapshots that a coordinator keeps."""
     models = [coordinator.expert(number) for number in range(experts)]
     return sum(model.version // SNAPSHOT_EVERY * len(snapshot_bytes(model.state)) for model in models)
-
-
-def _start_rounds(
-    profiles: list[WorkerProfile],
-    scheme: RoundScheme,
-    coordinator: SimulatedCoordinator,
-    clock: VirtualClock,
-    work: FleetWork,
-    seed: int,
-) -> None:
-    for expert in sorted({profile.expert for profile in profiles}):
-        members = [(profile, work.worker(profile)) for profile in profiles if profile.expert == expert]
-        ExpertRounds(members, scheme, coordinator, clock, seed).start()
 
 
 def _plan_evaluations(
