@@ -1,6 +1,6 @@
 """Ten thousand workers on one machine, and fifty that train: what `fedmoe simulate` takes, and what it says.
 
-    python benchmarks/bench_simulation.py [--parts scale training outages]
+    python benchmarks/bench_simulation.py [--parts scale training deadline outages]
 
 Each part is the command in a process of its own, with one thread; its wall-clock and processor seconds and its peak
 memory are recorded with the report.
@@ -10,6 +10,7 @@ memory are recorded with the report.
   measured.
 - `training`: 50 workers of 2 experts really train the tiny model at speeds 1/1/2/4/8: rounds, and FedMoE with and
   without a buffer, a bound on staleness, int8 and fewer pushes. Half an hour on a busy core.
+- `deadline`: the same workers in rounds that go on without those who are late.
 - `outages`: the same with outages and workers that leave, one way each.
 """
 
@@ -108,12 +109,20 @@ buffer_size = 5
 wire_dtype = "int8"
 sync_interval = 20.0
 """
+DEADLINE = """
+[[schemes]]
+name = "rounds of 5 steps, deadline 22 s"
+kind = "rounds"
+local_steps = 5
+deadline = 22.0
+"""
 TROUBLES = """
 outages = { every = 600, length = 30 }
 churn = { leaving = 0.1 }
 """
 CONFIGS = {
     "training": TRAINING.format(troubles="", more=MORE, robustness='["rounds of 5 steps", "buffer of 5"]'),
+    "deadline": TRAINING.format(troubles="", more=DEADLINE, robustness="[]"),
     "outages": TRAINING.format(troubles=TROUBLES, more="", robustness="[]"),
 }
 PARTS = ("scale", *CONFIGS)

@@ -81,8 +81,9 @@ class AsynchronousWorker:
         layout, dtype = self._coordinator.manifest.layout, self._scheme.wire_dtype
         local = self._local.weights()
         body = encode(layout, local - self._base.weights, dtype)
-        self._reference = local if dtype == "fp32" else self._base.weights + decode(body, layout).flat
-        sent = SentUpdate(self._profile, body, self._sequence, self._base.version, self._learned)
+        delta = decode(body, layout).flat
+        self._reference = local if dtype == "fp32" else self._base.weights + delta
+        sent = SentUpdate(self._profile, body, delta, self._sequence, self._base.version, self._learned)
         self._sequence += 1
         self._under_way, self._learned = self._learned, Learned()
         self._cut_at = self._clock.now

@@ -159,12 +159,14 @@ class AsynchronousScheme(_Scheme):
 class RoundScheme(_Scheme):
     """Synchronous federated averaging: a cohort of an expert's workers trains, all of it is waited for, and averaged.
 
-    `cohort` is the share of the workers that are there, `local_steps` how many steps each takes in a round.
+    `cohort` is the share of the workers that are there, `local_steps` how many steps each takes in a round. After
+    `deadline` seconds, or with the first update after that, a round ends without those who are late.
     """
 
     kind: Literal["rounds"]
     cohort: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     local_steps: Annotated[int, Field(ge=1, le=100_000)] = 10
+    deadline: Seconds | None = None
 
     @model_validator(mode="after")
     def _aggregates(self) -> RoundScheme:

@@ -1,7 +1,8 @@
 """Synchronous rounds on the same clock: a cohort pulls, trains and pushes, and is waited for before it is averaged.
 
 Each expert has rounds of its own. A worker that is off is waited for; one that leaves for good is not, and one that
-comes takes part from the next round on. The mean lands as one fresh update of the real coordinator.
+comes takes part from the next round on. With a deadline a round ends then, and whoever is late begins anew in the next
+one. The mean lands as one fresh update of the real coordinator.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ Member = tuple[WorkerProfile, LocalWorker]
 
 @dataclass
 class _Round:
-    """A round: what its members start from, which of them it waits for, and what has come, by their numbers."""
+    """A round: what its members start from, until when it waits for whom, and what has come, by their numbers."""
 
     number: int
     newest: PulledWeights
+    deadline: float
     waiting: set[int]
     deltas: dict[int, FloatVector] = field(default_factory=dict)
     learned: Learned = Learned()
@@ -66,7 +68,9 @@ class ExpertRounds:
         size = max(1, round(self._scheme.cohort * len(present)))
         chosen = sorted(self._random.choice(len(present), size, replace=False).tolist())
         newest = self._coordinator.pull(self._expert, self._scheme.wire_dtype)
-        round_ = _Round(self._count, newest, {present[place][0].number for place in chosen})
+        deadline = now + self._scheme.deadline if self._scheme.deadline is not None else math.inf
+        round_ = _Round(self._count, newest, deadline, {present[place][0].number for place in chosen})
+        self._clock.at(deadline, lambda: self._end_if_over(round_))
         for place in chosen:
             self._send_out(present[place], round_)
 
@@ -79,13 +83,17 @@ class ExpertRounds:
         self._clock.at(downloaded, lambda: self._downloaded(member, round_))
 
     def _downloaded(self, member: Member, round_: _Round) -> None:
-        self._coordinator.tally.bytes_down += round_.newest.size
         profile, _ = member
+        if profile.number not in round_.waiting:
+            return
+        self._coordinator.tally.bytes_down += round_.newest.size
         trained = profile.presence.after(self._clock.now, self._scheme.local_steps * profile.step_seconds)
         self._clock.at(trained, lambda: self._trained(member, round_))
 
     def _trained(self, member: Member, round_: _Round) -> None:
         profile, local = member
+        if profile.number not in round_.waiting:
+            return
         local.load(round_.newest.weights)
         learned = local.train(self._scheme.local_steps)
         self._coordinator.tally.steps += learned.steps
@@ -102,15 +110,21 @@ class ExpertRounds:
         self._coordinator.queue(lambda: self._finished(profile, round_))
 
     def _finished(self, profile: WorkerProfile, round_: _Round) -> None:
-        """A round no longer waits for this member; without anybody to wait for it ends."""
-        if profile.number not in round_.waiting:
+        """A round no longer waits for this member."""
+        if profile.number in round_.waiting:
+            round_.waiting.discard(profile.number)
+            self._end_if_over(round_)
+
+    def _end_if_over(self, round_: _Round) -> None:
+        """End a round that waits for nobody, or whose deadline is over once it has something to average."""
+        in_time = self._clock.now < round_.deadline or not round_.deltas
+        if round_.number != self._count or (round_.waiting and in_time):
             return
-        round_.waiting.discard(profile.number)
-        if not round_.waiting:
-            if round_.deltas:
-                self._average(round_)
-            self._count += 1
-            self._begin()
+        round_.waiting.clear()
+        if round_.deltas:
+            self._average(round_)
+        self._count += 1
+        self._begin()
 
     def _average(self, round_: _Round) -> None:
         """Land the mean of what came, in the order of the workers' numbers."""
@@ -119,7 +133,10 @@ class ExpertRounds:
         for number in numbers:
             total += round_.deltas[number]
         body = encode(layout, (total / len(numbers)).astype(np.float32))
-        self._coordinator.push(SentUpdate(self._server, body, round_.number, round_.newest.version, round_.learned))
+        delta = decode(body, layout).flat
+        self._coordinator.push(
+            SentUpdate(self._server, body, delta, round_.number, round_.newest.version, round_.learned)
+        )
         self._coordinator.tally.rounds += 1
         for number in numbers:
             self._coordinator.tally.landed(number, 0)

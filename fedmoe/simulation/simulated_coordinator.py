@@ -34,10 +34,14 @@ class PulledWeights:
 
 @dataclass(frozen=True, slots=True)
 class SentUpdate:
-    """An update under way: its bytes, its number among its worker's, what it was made from and what it tells."""
+    """An update under way: its bytes, what they decode to, its number among its worker's, its base, what it tells.
+
+    Both ends decode the same bytes, so it is done once.
+    """
 
     worker: WorkerProfile
     body: bytes
+    delta: FloatVector
     sequence: int
     base_version: int
     learned: Learned
@@ -107,9 +111,8 @@ class SimulatedCoordinator:
         self._clock.at(self._free, decide)
 
     def push(self, sent: SentUpdate) -> PushAnswer:
-        """Decode an update and let the coordinator decide on it, as its committer does."""
-        tally, worker = self.tally, sent.worker
-        delta = decode(sent.body, self.manifest.layout).flat
+        """Let the coordinator decide on an update, as its committer does."""
+        tally, worker, delta = self.tally, sent.worker, sent.delta
         identity = (self._names[worker.expert], worker.name, "simulated", sent.sequence, sent.base_version)
         norm = math.sqrt(float(np.square(delta, dtype=np.float64).sum()))
         submission = Submission(*identity, hashlib.sha256(sent.body).hexdigest(), sent.learned.info, norm)

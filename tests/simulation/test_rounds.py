@@ -76,3 +76,19 @@ def test_bytes_are_those_of_all_members(log: Log) -> None:
     bodies = {len(sent.body) for _, sent, _ in log.pushes}
     assert plain.tally.bytes_up == pytest.approx(25 * bodies.pop())
     assert coded.tally.bytes_up < plain.tally.bytes_up
+
+
+def test_a_deadline_goes_on_without_those_who_are_late() -> None:
+    fleet = {"workers": 4, "slowness": [1, 8], "latency_ms": 1}
+    simulated = run(configured({**ROUNDS, "deadline": 15.0}, fleet=fleet, seconds=100.0))
+    assert simulated.tally.rounds == 6
+    assert simulated.tally.accepted == {0: 6, 2: 6}
+    # Who is late stops in the middle: none of its steps was worth anything.
+    assert simulated.tally.steps == 120
+
+
+def test_a_deadline_that_nobody_keeps_waits_for_the_first() -> None:
+    fleet = {"workers": 4, "slowness": [1, 8], "latency_ms": 1}
+    simulated = run(configured({**ROUNDS, "deadline": 1.0}, fleet=fleet, seconds=52.0))
+    assert simulated.tally.rounds == 5
+    assert set(simulated.tally.accepted) <= {0, 2}

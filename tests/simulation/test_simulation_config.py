@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from fedmoe.simulation.config import SimulationConfigError, read_config
+from fedmoe.simulation.config import (
+    AsynchronousScheme,
+    Fleet,
+    RecordedWork,
+    ReportSection,
+    RoundScheme,
+    SimulationConfig,
+    SimulationConfigError,
+    TrainingWork,
+    read_config,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,3 +76,10 @@ def test_the_defaults_make_a_simulation(tmp_path: Path) -> None:
     file.write_text("seed = 3\n")
     config = read_config(file)
     assert (config.work.kind, config.fleet.workers, config.baseline) == ("recorded", 100, "asynchronous")
+
+
+def test_every_key_stands_in_the_document() -> None:
+    text = (ROOT / "docs" / "scale.md").read_text().partition("## Simulation")[2]
+    sections = (RecordedWork, TrainingWork, Fleet, AsynchronousScheme, RoundScheme, ReportSection, SimulationConfig)
+    keys = {key for section in sections for key in section.model_fields} - {"work", "fleet", "schemes", "report"}
+    assert [key for key in sorted(keys) if not re.search(rf"`(\w+ = \{{ )?{key}\b", text)] == []
