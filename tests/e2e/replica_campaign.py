@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -166,9 +167,14 @@ class Campaign:
 
     def _restart_all(self) -> None:
         for replica in self.house.replicas.values():
-            status = replica.stop() if replica.lives else 0
-            if status != 0:
-                self.outcome.faults.append(f"{replica.name} ended with status {status}")
+            try:
+                status = replica.stop() if replica.lives else 0
+            except subprocess.TimeoutExpired:
+                self.outcome.faults.append(f"{replica.name} did not stop: {replica.log.read_text()[-3000:]}")
+                replica.kill()
+            else:
+                if status != 0:
+                    self.outcome.faults.append(f"{replica.name} ended with status {status}")
             replica.start()
         self.outcome.done["rolling restarts"] += 1
 
