@@ -235,10 +235,6 @@ class CoordinatorConfig(_ProcessConfig):
         missing = [name for name, value in needed.items() if value is None]
         if missing:
             raise ValueError(f"--replica needs {', '.join(missing)}: what the coordinators of a federation share")
-        if self.accept_older_journal:
-            raise ValueError(
-                "--accept-older-journal is for a state directory; with --replica the database has the journal"
-            )
 
 
 class _CallerConfig(_ProcessConfig):

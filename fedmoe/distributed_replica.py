@@ -22,9 +22,11 @@ from fedmoe.server.replicas.ownership import Owners
 from fedmoe.server.replicas.peers import PeerSecret, check_address
 from fedmoe.server.replicas.replica_app import ReplicaApp
 from fedmoe.server.replicas.tenure import Candidate, Tenure
+from fedmoe.server.storage.acknowledged import AcknowledgedFile
 from fedmoe.server.storage.audit import AUDIT_HEAD
+from fedmoe.server.storage.blobs import StorageFailedError
+from fedmoe.server.storage.chained_journal import ChainedJournal
 from fedmoe.server.storage.folder_blobs import FolderBlobStore
-from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.object_store import claim, shared_blobs
 from fedmoe.server.storage.postgres import postgres_engine
 from fedmoe.server.storage.postgres_journal import PostgresJournal
@@ -99,6 +101,7 @@ class DistributedReplica:
         try:
             await server.serve(sockets=[listener])
         finally:
+            server.should_exit = True
             await leaving
             await self._replica_app.client.close()
 
@@ -113,8 +116,11 @@ class DistributedReplica:
     def _open(self, tenure: Tenure) -> OwnedFederation:
         """Recover the federation for a term; called in a thread."""
         with ExitStack() as opened:
+            acknowledged = AcknowledgedFile(self._folder / "acknowledged")
+            opened.callback(acknowledged.close)
             journal = PostgresJournal(
                 self._url,
+                acknowledged,
                 skip_damaged=self.config.skip_damaged,
                 accept_loss=self.config.accept_database_loss,
                 fence=tenure.fence(self._lease),
@@ -122,16 +128,32 @@ class DistributedReplica:
                 patience_in_doubt=self._lease,
             )
             opened.callback(journal.close)
+            self._check_newest(journal, acknowledged)
             claim(self._blobs.bucket, journal)
             head = f"{AUDIT_HEAD}:{self.config.replica}"
             federation = FederationApp(
                 self.config, journal, self._blobs, self._folder, lambda: tenure.lost, head, self._owner_infos
             )
             assert self._loop is not None, "the candidate starts in the loop"
-            owned = OwnedFederation(federation, journal, self._loop)
+            owned = OwnedFederation(federation, journal, acknowledged, self._loop)
             opened.pop_all()
         self._announce(federation)
         return owned
+
+    def _check_newest(self, journal: ChainedJournal, acknowledged: AcknowledgedFile) -> None:
+        """Refuse a journal that lacks what this replica acknowledged, or let another incarnation begin with it."""
+        lacking = journal.gap_since(acknowledged.read())
+        if lacking is not None and not self.config.accept_older_journal:
+            raise StorageFailedError(
+                f"the database does not hold the newest journal: {lacking.reason}. It was put back to an older state, "
+                "a standby that lagged behind took over, or it is another one: bring the newest one back. To go on "
+                "without what it lacks, start this replica once with --accept-older-journal: a new incarnation begins"
+            )
+        if lacking is not None:
+            journal.begin_incarnation()
+            incarnation = journal.head.incarnation
+            _log.warning("older_journal_accepted", reason=lacking.reason, incarnation=incarnation)
+        acknowledged.start_anew(journal.head)
 
     def _owner_infos(self) -> Sequence[OwnerInfo]:
         return [
@@ -149,9 +171,16 @@ class DistributedReplica:
 class OwnedFederation:
     """The federation in the memory of its owner, and the journal that it writes under the term's fence."""
 
-    def __init__(self, federation: FederationApp, journal: Journal, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        federation: FederationApp,
+        journal: ChainedJournal,
+        acknowledged: AcknowledgedFile,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
         self._federation = federation
         self._journal = journal
+        self._acknowledged = acknowledged
         self.app: ASGIApp = federation.app
         federation.service.start()
         self._beside = asyncio.run_coroutine_threadsafe(federation.look_after(), loop)
@@ -167,3 +196,4 @@ class OwnedFederation:
             self._federation.close(abandoned)
         finally:
             self._journal.close()
+            self._acknowledged.close()

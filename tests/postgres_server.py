@@ -105,6 +105,18 @@ class PostgresServer:
     def _url(self, database: str) -> str:
         return f"postgresql+psycopg://fedmoe@127.0.0.1:{self.port}/{database}"
 
+    def copy_of(self, url: str) -> str:
+        """The name of a copy of a database that nobody uses now."""
+        name = f"copy_{next(_NAMES)}"
+        self._make(f"CREATE DATABASE {name} TEMPLATE {url.rpartition('/')[2]}")
+        return name
+
+    def replace(self, url: str, copy: str) -> None:
+        """Put a copy in a database's place."""
+        name = url.rpartition("/")[2]
+        self._make(f"DROP DATABASE {name} WITH (FORCE)")
+        self._make(f"ALTER DATABASE {copy} RENAME TO {name}")
+
     def _run(self, program: str, *arguments: str) -> None:
         command = [str(self.bin / program), "-D", str(self.data), *arguments]
         user = self._user if os.geteuid() == 0 else None

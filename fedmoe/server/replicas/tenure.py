@@ -166,6 +166,10 @@ class Candidate:
                 if self._reachable:
                     _log.warning("owners_unknown", reason=str(error))
                 self._reachable = False
+                tenure = self.tenure
+                if tenure is not None and not tenure.valid:
+                    # What waits for the database would wait as long as it is away.
+                    tenure.connections.cut()
             except Exception as error:
                 _log.error("replica_turn_failed", reason=repr(error))
             chance = random.random()  # noqa: S311
