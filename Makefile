@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 TORCH ?= cpu
 
 .PHONY: help arena arena-install demo test lint types unit test-slow test-vllm test-areal test-scale bench bench-list install clean \
-	fuzz install-locked lock sbom diagrams
+	fuzz install-locked lock sbom diagrams manifests
 
 help:
 	@echo "make demo       three experts of a real model trained in a federation, one gateway, measured (runs/demo)"
@@ -21,7 +21,8 @@ help:
 	@echo "make test-slow  the long tests: crashes by the hundred, real base model, real downloads"
 	@echo "make test-vllm  the vLLM engine against a live server (.venv-vllm)"
 	@echo "make test-areal the AReaL learner and workflow (.venv-areal)"
-	@echo "make test-scale PostgreSQL as the journal, blobs in S3, rollouts on Ray: it starts the servers (.venv-moto)"
+	@echo "make test-scale PostgreSQL as the journal, blobs in S3, rollouts on Ray: it starts the servers (.venv-moto);"
+	@echo "                and the programs that check deploy/ (.venv-tools)"
 	@echo "make bench      the benchmarks that need no peer and no long training, results in benchmarks/results;"
 	@echo "                NAME=update_norms runs one, BENCH_FLAGS gives it options, make bench-list names all"
 	@echo "make install    the environment alone (.venv)"
@@ -29,6 +30,7 @@ help:
 	@echo "make sbom       what that environment is made of: CycloneDX and licences (dist)"
 	@echo "make lock       write the lock files anew"
 	@echo "make diagrams   render docs/diagrams into docs/images (needs Graphviz)"
+	@echo "make manifests  render the Helm chart into deploy/kubernetes"
 	@echo "make fuzz       fuzz every reader of bytes from outside, 10 CPU minutes each"
 
 $(VENV)/.python:
@@ -92,7 +94,16 @@ $(VENV)/.scale: $(VENV)/.dev
 	.venv-moto/bin/python -m pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5'
 	@touch $@
 
-test-scale: $(VENV)/.scale .venv-moto/.moto
+.venv-tools/.deploy: scripts/deploy_tools.sh requirements-tools.txt
+	PYTHON=$(PYTHON) scripts/deploy_tools.sh
+	@touch $@
+
+# What the chart renders, for those who have no helm.
+manifests: .venv-tools/.deploy
+	for name in single replicas; do .venv-tools/bin/helm template fedmoe deploy/helm/fedmoe --namespace fedmoe \
+		--values deploy/kubernetes/$$name.values.yaml >deploy/kubernetes/$$name.yaml || exit 1; done
+
+test-scale: $(VENV)/.scale .venv-moto/.moto .venv-tools/.deploy
 	FEDMOE_MOTO_PYTHON=$(CURDIR)/.venv-moto/bin/python $(PYTEST) --timeout 1800 -m scale
 
 test-slow: $(VENV)/.dev

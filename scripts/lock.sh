@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Write the lock files anew: every package of an installation, at the versions of constraints.txt, with its hashes.
 #   requirements.lock              all but torch, for Linux, macOS and Windows
+#   requirements-coordinator.lock  the part of it that a coordinator needs
 #   requirements-torch-cuda.lock   torch and the CUDA libraries it needs
 #   requirements-torch-cpu.lock    torch without CUDA, the build for this machine's platform and Python
 set -euo pipefail
@@ -9,8 +10,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/tools.sh"
 
 if [[ ${1-} == --help || ${1-} == -h ]]; then
     echo "Usage: lock.sh"
-    echo "Writes requirements.lock, requirements-torch-cuda.lock and requirements-torch-cpu.lock. Not every registry has the"
-    echo "CPU build of torch: PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS names one that has; without it, its lock stays as it was."
+    echo "Writes requirements.lock, and those of the coordinator and of both builds of torch. Not every registry has the CPU"
+    echo "build: PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS names one that has; without it, its lock stays as it was."
     exit 0
 fi
 (($# == 0)) || { echo "error: lock.sh takes no arguments, got: $*" >&2; exit 2; }
@@ -29,6 +30,10 @@ awk -v work="$work" '
     /^[a-z]/ { cuda = /^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==/ && !/^nvidia-ml-py==/ }
     { print >> (work "/requirements" (cuda ? "-torch-cuda" : "") ".lock") }' "$work/all"
 mv -- "$work/requirements.lock" "$work/requirements-torch-cuda.lock" .
+echo "hatchling>=1.27" | "${compile[@]}" --universal --extra postgres --extra s3 --constraint requirements.lock \
+    --output-file "$work/coordinator" pyproject.toml - >/dev/null
+{ echo "# requirements-coordinator.lock: made by scripts/lock.sh; deploy/docker/Dockerfile installs it"; cat "$work/coordinator"; } \
+    >requirements-coordinator.lock
 torch=$(sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements-torch-cuda.lock)
 if "$tools/python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest "$work" "$torch+cpu"
 then

