@@ -18,7 +18,7 @@ from fedmoe.config import CoordinatorConfig
 from fedmoe.federation_app import FederationApp
 from fedmoe.server.access import problems
 from fedmoe.server.descriptors import raise_limit
-from fedmoe.server.replicas.ownership import Owners
+from fedmoe.server.replicas.ownership import Owners, OwnersUnknownError
 from fedmoe.server.replicas.peers import PeerSecret, check_address
 from fedmoe.server.replicas.replica_app import ReplicaApp
 from fedmoe.server.replicas.tenure import Candidate, Tenure
@@ -156,6 +156,10 @@ class DistributedReplica:
         acknowledged.start_anew(journal.head)
 
     def _owner_infos(self) -> Sequence[OwnerInfo]:
+        try:
+            rows = self._owners.all()
+        except OwnersUnknownError as error:
+            raise problems.no_owner(f"the database does not say who is the owner: {error}") from error
         return [
             OwnerInfo(
                 duty=row.duty,
@@ -164,7 +168,7 @@ class DistributedReplica:
                 term=row.term,
                 seconds_left=max(0.0, round(row.left, 3)),
             )
-            for row in self._owners.all()
+            for row in rows
         ]
 
 

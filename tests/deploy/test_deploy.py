@@ -28,8 +28,6 @@ DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "helm" / "fedmoe"
 TEMPLATES = "\n".join(path.read_text() for path in sorted((CHART / "templates").iterdir()))
 MANIFESTS = ("single", "replicas")
-#: Options of parts of the project that are not there yet.
-TO_COME = {"--replica", "--advertise", "--replica-secret-file"}
 
 
 def documents(path: Path) -> list[Any]:
@@ -90,7 +88,7 @@ def test_every_option_of_a_command_in_deploy_exists() -> None:
     for words in command_lines():
         command = " ".join(words[:2]) if words[0] == "gateway" else words[0]
         used = {word.partition("=")[0] for word in words if word.startswith("--")}
-        assert used - by_command[command] <= TO_COME, words
+        assert used <= by_command[command], words
         all_used |= used
     assert {"--state-dir", "--replica", "--worker-id", "--base-model", "--coordinator-url"} <= all_used
 
@@ -103,11 +101,7 @@ def test_every_environment_variable_of_ours_in_deploy_exists() -> None:
     for name in variables - of_deploy:
         of = re.fullmatch(r"FEDMOE_(COORDINATOR|WORKER)_(\w+)", name)
         option = f"--{of[2].lower().replace('_', '-')}" if of else ""
-        assert name in sources or option in TO_COME or (of and option in options()[of[1].lower()]), name
-
-
-def test_what_is_still_to_come_is_not_there_yet() -> None:
-    assert not TO_COME & options()["coordinator"], "take it out of TO_COME"
+        assert name in sources or (of and option in options()[of[1].lower()]), name
 
 
 def documented_metrics() -> dict[str, str]:

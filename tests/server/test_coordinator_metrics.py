@@ -13,12 +13,17 @@ from starlette.testclient import TestClient
 from support import LAYOUT, MANIFEST, CoordinatorProcess, make_body, make_flat
 
 from fedmoe.lora.codec import encode
+from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.routes.coordinator_metrics import CoordinatorMetrics
+from fedmoe.server.routes.request_counts import RequestCounts
 from fedmoe.wire.client import CoordinatorClient
+from fedmoe.wire.contract.replicas import OwnerInfo
+from fedmoe.wire.http.metrics import metrics_page
 
 ROOT = Path(__file__).parents[2]
 PREFIX = "fedmoe_coordinator_"
 #: Every label there is. Experts are bounded by --max-experts, the others by the coordinator's source.
-LABELS = {"version", "method", "route", "status", "code", "expert", "result", "state", "le"}
+LABELS = {"version", "method", "route", "status", "code", "expert", "result", "state", "le", "duty", "replica"}
 
 
 class Scraped:
@@ -136,6 +141,18 @@ def test_failed_storage_is_seen(tmp_path: Path) -> None:
     with open_house(tmp_path) as house, house.client() as client:
         house.service.committer.fail("the disk is gone")
         assert scraped(client)("storage_failed") == 1
+
+
+def test_the_owner_of_several_replicas_has_a_term_and_none_is_no_reason_to_show_nothing(house: House) -> None:
+    owner = OwnerInfo(duty="federation", replica="a", url="https://a", term=4, seconds_left=2.0)
+
+    def away() -> list[OwnerInfo]:
+        raise RefusedError("no_owner", "the database is away.")
+
+    page = metrics_page(CoordinatorMetrics(house.service, RequestCounts(()), lambda: [owner]).collect())
+    assert Scraped(bytes(page.body).decode())("owner_term", duty="federation", replica="a") == 4
+    page = metrics_page(CoordinatorMetrics(house.service, RequestCounts(()), away).collect())
+    assert Scraped(bytes(page.body).decode())("storage_failed") == 0
 
 
 def test_workers_of_before_a_restart_count_once_they_push_again(tmp_path: Path) -> None:

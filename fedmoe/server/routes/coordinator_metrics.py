@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from prometheus_client.core import Metric
 
 from fedmoe import __version__
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.routes.request_counts import PushCounts, RequestCounts
 from fedmoe.server.service import CoordinatorService
 from fedmoe.server.storage.blobs import StorageFailedError
+from fedmoe.wire.contract.replicas import OwnerInfo
 from fedmoe.wire.http.metrics import Series
 
 _PREFIX = "fedmoe_coordinator_"
 
 
 class CoordinatorMetrics:
-    """Everything that `/metrics` shows; labels are experts that are not retired, routes, statuses and codes."""
+    """Everything that `/metrics` shows; labels are experts that are not retired, routes, statuses, codes, owners."""
 
-    def __init__(self, service: CoordinatorService, requests: RequestCounts) -> None:
+    def __init__(
+        self, service: CoordinatorService, requests: RequestCounts, owners: Callable[[], Sequence[OwnerInfo]]
+    ) -> None:
         self.pushes = PushCounts()
         self._service = service
         self._requests = requests
+        self._owners = owners
 
     def collect(self) -> Iterator[Metric]:
         """All of them as they are now."""
@@ -80,7 +85,10 @@ class CoordinatorMetrics:
         about = "1 once storage failed; nothing is accepted then."
         yield Series.single(_PREFIX + "storage_failed", about, service.committer.failed is not None)
         # What cannot be read any more is left out: that storage failed must still be seen.
-        with suppress(StorageFailedError):
+        with suppress(StorageFailedError, RefusedError):
+            terms = [((owner.duty, owner.replica), owner.term) for owner in self._owners()]
+            about = "Which replica owns a duty, and the term, which rises with every change of owner."
+            yield Series(_PREFIX + "owner_term", about, ("duty", "replica"), terms)
             yield Series.single(_PREFIX + "journal_events", "Events in the journal.", service.journal.count())
         if service.retention is not None:
             with suppress(OSError):

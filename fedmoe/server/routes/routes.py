@@ -111,7 +111,7 @@ def create_app(
     for part in (router, expert_routes.router, gate_routes.router, admin_routes.router, replica_routes.router):
         app.router.routes.extend(part.routes)
     requests = RequestCounts(route.path for route in app.routes if isinstance(route, Route))
-    metrics = CoordinatorMetrics(service, requests)
+    metrics = CoordinatorMetrics(service, requests, owners)
     app.state.parts = AppState(service, gate, WeightAnswers(json or JsonPolicy()), places, pace, metrics, owners)
     app.add_middleware(NegotiationMiddleware, others=_OTHER_FORMS, refuse=problems.refusal)
     app.add_middleware(RepeatedMiddleware, refuse=problems.refusal)
