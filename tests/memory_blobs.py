@@ -29,8 +29,10 @@ class MemoryBlobStore:
             raise CorruptBlobError(f"blob {digest} holds bytes with digest {found}")
         return data
 
-    def delete(self, digest: str) -> None:
-        self.pins.unless_pinned(digest, lambda: self._blobs.pop(digest, None))
+    def delete(self, *digests: str) -> None:
+        with self.pins.unpinned(*digests) as free:
+            for digest in free:
+                self._blobs.pop(digest, None)
 
     def digests(self) -> Iterator[str]:
         yield from list(self._blobs)

@@ -105,6 +105,7 @@ def test_kill_9_under_load_loses_and_repeats_nothing(tmp_path: Path, bucket_url:
 def test_while_its_store_is_gone_pushes_wait_and_pulls_go_on(
     coordinator_process: Start, bucket_url: str, way: Way
 ) -> None:
+    """Fault 9 of an object store: it may be well again, so the process lives."""
     coordinator = coordinator_process(["--blobs", bucket_url])
     coordinator.start()
     register(coordinator.url, "python")

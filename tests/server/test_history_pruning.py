@@ -101,7 +101,7 @@ def test_a_crash_while_pruning_is_repaired_by_the_next_start(monkeypatch: pytest
     house.register()
     house.train(["w1"] * 11)
 
-    def die(digest: str) -> None:
+    def die(*digests: str) -> None:
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patched:

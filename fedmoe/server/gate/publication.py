@@ -20,6 +20,7 @@ from fedmoe.lora.adapter import Adapter, Layout
 from fedmoe.lora.codec import decode, encode
 from fedmoe.lora.safetensors_bytes import CodecError
 from fedmoe.runtime import failpoints
+from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.storage.blobs import BlobReferences, BlobStore, CorruptBlobError, MissingBlobError, put
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.records import GatewayVerdict
@@ -88,7 +89,10 @@ class Publications:
         failpoints.reached("gateway.journalled")
         before, self._blob, self.current = self._blob, blob, gateway
         if before is not None and before != blob:
-            self._blobs.delete(before)
+            try:
+                self._blobs.delete(before)
+            except RefusedError as error:  # what is published is published; a sweep removes what was
+                _log.warning("gateway_not_deleted", blob=before, reason=str(error))
 
     def taken_back(self) -> list[str]:
         """Experts that were rolled back or retracted from after the published gateway was made of them."""

@@ -336,5 +336,4 @@ class History(Replay):
 
     def _delete_unneeded(self, name: str, digests: Set[str]) -> None:
         """Delete what an expert, or the gateway, needs no more: equal bytes are one blob, whoever sent them."""
-        for digest in digests - self.quarantined_blobs() - self._journal.named_elsewhere(name, digests):
-            self._blobs.delete(digest)
+        self._blobs.delete(*(digests - self.quarantined_blobs() - self._journal.named_elsewhere(name, digests)))

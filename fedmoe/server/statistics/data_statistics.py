@@ -212,8 +212,7 @@ class DataStatisticsStore:
         mine = {row.digest for row in arrived if (row.expert, row.worker) == (expert, worker)}
         unneeded = mine - {row.digest for row in newest_of_each(self._journal.data_statistics())}
         self._tags.clear()
-        for digest in unneeded:
-            self._blobs.delete(digest)
+        self._blobs.delete(*unneeded)
         return len(unneeded)
 
     def _of(self, expert: str, kind: StatisticsKind) -> list[DataStatistic]:

@@ -6,7 +6,8 @@ import errno
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -79,8 +80,8 @@ class BlobStore(Protocol):
         """The bytes, checked against the digest; raises `CorruptBlobError` or `MissingBlobError`."""
         ...
 
-    def delete(self, digest: str) -> None:
-        """Remove a blob, unless it is missing or somebody who has just stored the same bytes still needs it."""
+    def delete(self, *digests: str) -> None:
+        """Remove blobs; one that is missing, or that somebody who has just stored the same bytes needs, is let be."""
         ...
 
     def digests(self) -> Iterator[str]: ...
@@ -159,18 +160,18 @@ class Pins:
             self._counts[digest] -= 1
             self._counts = +self._counts
 
-    def unless_pinned(self, digest: str, act: Callable[[], object]) -> None:
-        """Act, unless the digest is pinned; who wants to pin it meanwhile waits, others do not."""
+    @contextmanager
+    def unpinned(self, *digests: str) -> Iterator[list[str]]:
+        """Those that nobody has pinned; who wants to pin one of them waits until the context ends, others do not."""
         with self._changed:
-            self._changed.wait_for(lambda: digest not in self._going)
-            if digest in self._counts:
-                return
-            self._going.add(digest)
+            self._changed.wait_for(lambda: self._going.isdisjoint(digests))
+            free = [digest for digest in digests if digest not in self._counts]
+            self._going.update(free)
         try:
-            act()
+            yield free
         finally:
             with self._changed:
-                self._going.remove(digest)
+                self._going.difference_update(free)
                 self._changed.notify_all()
 
 

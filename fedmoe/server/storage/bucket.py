@@ -106,9 +106,14 @@ class Bucket:
         return self._unless_missing(lambda: self._obstore.copy(self._store, key, to) or True) is not None
 
     def delete(self, *keys: str) -> None:
-        """Delete objects; those that are missing already are fine."""
-        for key in keys:
-            self._unless_missing(lambda: self._obstore.delete(self._store, key))  # noqa: B023  called at once
+        """Delete objects, many at once; those that are missing already are fine."""
+        if not keys:
+            return
+        try:
+            self._call(lambda: self._obstore.delete(self._store, list(keys)))
+        except FileNotFoundError:  # only S3 lets them be, and the rest may still be there
+            for key in keys if len(keys) > 1 else ():
+                self.delete(key)
 
     def list(self, prefix: str) -> Iterator[ObjectFacts]:
         """Everything below a part of the path, a page at a time."""

@@ -97,9 +97,11 @@ class FolderBlobStore:
             raise CorruptBlobError(f"blob {digest} holds bytes with digest {actual}; restore it from a backup")
         return data
 
-    def delete(self, digest: str) -> None:
-        path = self.path(digest)
-        self.pins.unless_pinned(digest, lambda: path.unlink(missing_ok=True))
+    def delete(self, *digests: str) -> None:
+        paths = {digest: self.path(digest) for digest in digests}
+        with self.pins.unpinned(*digests) as free:
+            for digest in free:
+                paths[digest].unlink(missing_ok=True)
 
     def digests(self) -> Iterator[str]:
         return iter(blob_names(self.folder))

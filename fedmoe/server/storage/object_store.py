@@ -5,8 +5,9 @@ names; `federation`, which says whose blobs these are.
 
 Within a process a deletion never meets somebody who has just stored the same bytes (`Pins`). Across processes a sweep
 is safe: it only takes what is a day old, who stores the same bytes anew makes them young again, and what went to the
-trash all the same is taken back by the next read. A deletion (pruning, `--keep-gb`, an erasure) is not: were the very
-same bytes stored by another process in that moment, they would be gone.
+trash all the same is taken back by the next read. A deletion (pruning, `--keep-gb`, an erasure) is not by itself: were
+the very same bytes stored by another process in that moment, they would be gone. So one process deletes, the owner of
+the journal, and pins what another one has stored before it reads it.
 """
 
 from __future__ import annotations
@@ -76,10 +77,12 @@ class ObjectBlobStore:
             raise CorruptBlobError(f"blob {digest} holds bytes with digest {actual}; restore it from a backup")
         return data
 
-    def delete(self, digest: str) -> None:
-        keys = (_blob(digest), _trashed(digest))
-        self._sizes.pop(digest, None)
-        self.pins.unless_pinned(digest, lambda: self.bucket.delete(*keys))
+    def delete(self, *digests: str) -> None:
+        keys = {digest: (_blob(digest), _trashed(digest)) for digest in digests}
+        with self.pins.unpinned(*digests) as free:
+            for digest in free:
+                self._sizes.pop(digest, None)
+            self.bucket.delete(*(key for digest in free for key in keys[digest]))
 
     def digests(self) -> Iterator[str]:
         return (digest for digest, _ in self._listed(_BLOBS))
@@ -156,18 +159,13 @@ class ObjectBlobStore:
 
     def _removed(self, digest: str, listed: ObjectFacts, keep: bool) -> bool:
         """Remove a blob, or move it to the trash, unless somebody has just stored the same bytes."""
-        done = []
-
-        def remove() -> None:
-            if self.bucket.facts(listed.key) != listed:
-                return
+        with self.pins.unpinned(digest) as free:
+            if not free or self.bucket.facts(listed.key) != listed:
+                return False
             if keep:
                 self.bucket.copy(listed.key, _trashed(digest))
             self.bucket.delete(listed.key)
-            done.append(digest)
-
-        self.pins.unless_pinned(digest, remove)
-        return bool(done)
+        return True
 
     def _take_back(self, digest: str) -> bool:
         """Fetch a blob back from the trash, if it is missing and lies there."""
@@ -285,7 +283,7 @@ def claim(bucket: Bucket, journal: Journal) -> None:
     """Note in journal and bucket that they belong together, or refuse a bucket that belongs to another journal."""
     noted, mark = journal.meta(BLOB_STORE), bucket.get(_MARK)
     ours = json.loads(noted)["federation"] if noted is not None else None
-    events = next(journal.events(), None) is not None
+    events = journal.count() > 0
     if mark is None and events:
         raise BlobUrlError(
             f"{bucket.url} holds no blobs of this state"

@@ -191,9 +191,7 @@ class Retention:
         """For the committer: updates since may have the same bytes, and a rollback may need old ones again."""
         if expert in self._changed:
             return
-        for digest in digests:
-            if digest not in self._arrived:
-                self._blobs.delete(digest)
+        self._blobs.delete(*(digest for digest in digests if digest not in self._arrived))
 
 
 @dataclass(frozen=True, slots=True)

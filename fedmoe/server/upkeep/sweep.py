@@ -96,12 +96,8 @@ def _identity(blobs: FolderBlobStore, name: str) -> Identity | None:
 
 def _moved(blobs: FolderBlobStore, name: str, identity: Identity, trash: Trash, now: float) -> bool:
     """Move a blob, unless somebody has just stored the same bytes."""
-    moved = []
-
-    def move() -> None:
-        if _identity(blobs, name) == identity:
-            trash.add(blobs.path(name), now)
-            moved.append(name)
-
-    blobs.pins.unless_pinned(name, move)
-    return bool(moved)
+    with blobs.pins.unpinned(name) as free:
+        if not free or _identity(blobs, name) != identity:
+            return False
+        trash.add(blobs.path(name), now)
+    return True

@@ -112,6 +112,13 @@ def test_a_deleted_blob_is_missing_and_deleting_twice_is_fine(store: Store) -> N
         store.read(digest)
 
 
+def test_many_are_deleted_at_once(store: Store) -> None:
+    digests = [put(store, bytes([number])) for number in range(5)]
+    store.delete(*digests[1:], "f" * 64)
+    store.delete()
+    assert list(store.digests()) == digests[:1]
+
+
 def test_a_blob_just_stored_again_outlives_the_deletion_of_its_twin(store: Store) -> None:
     """Pruning meets an upload of the same bytes that is on disk and not yet in the journal."""
     put(store, DATA)

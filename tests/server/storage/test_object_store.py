@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from s3_server import ACCESS_KEY, SECRET_KEY, Answer, Asked, CutError, Way
-from support import free_port, registered, sha256
+from support import accepted, free_port, registered, sha256
 
 from fedmoe.config import CoordinatorConfig
+from fedmoe.coordinator import Aggregation
 from fedmoe.runtime.errors import RefusedError
+from fedmoe.server.history.history import History
 from fedmoe.server.storage import bucket as bucket_module
 from fedmoe.server.storage import object_store
 from fedmoe.server.storage.blobs import BlobReferences, CorruptBlobError, MissingBlobError, SweepReport, put
@@ -21,6 +23,8 @@ from fedmoe.server.storage.folder_blobs import FolderBlobStore
 from fedmoe.server.storage.object_store import ObjectBlobStore, open_blobs
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.storage.state_dir import StateDir
+from fedmoe.server.storage.tables import INCARNATIONS_BEFORE
+from fedmoe.server.upkeep.sweep import DailySweep
 
 pytestmark = pytest.mark.scale
 
@@ -250,6 +254,18 @@ def test_the_trash_gives_back_what_a_journal_needs_and_is_emptied_by_the_federat
     assert keys(store.bucket) == [f"blobs/{DIGEST}"]
 
 
+def test_many_blobs_are_deleted_in_one_request_but_for_those_just_stored(store: ObjectBlobStore, way: Way) -> None:
+    digests = [put(store, bytes([number])) for number in range(20)]
+    writer = store.writer()
+    writer.write(bytes([7]))
+    writer.commit()
+    way.asked.clear()
+    store.delete(*digests, "f" * 64)
+    assert [asked.split()[0] for asked in way.asked] == ["POST"]
+    assert list(store.digests()) == [digests[7]]
+    writer.abort()
+
+
 def test_a_deletion_leaves_nothing_in_the_trash_either(store: ObjectBlobStore, bucket: Bucket) -> None:
     """An erasure is one for good."""
     put(store, DATA)
@@ -288,6 +304,27 @@ def test_a_sweep_removes_what_a_large_upload_has_left(store: ObjectBlobStore, bu
     now = time.time()
     assert store.sweep(BlobReferences(set()), now + 3600, now) == SweepReport()
     assert store.sweep(BlobReferences(set()), now + 2 * DAY, now) == SweepReport(removed=1)
+
+
+def test_the_daily_sweep_of_a_coordinator_keeps_what_its_journal_names_and_a_restored_one_sweeps_nothing(
+    store: ObjectBlobStore, journal: SqliteJournal
+) -> None:
+    named, unnamed = put(store, DATA), put(store, b"of no row")
+    journal.append([registered(), accepted(1, digest=named)])
+    history = History(journal, store, Aggregation())
+    sweep = DailySweep(journal, store, history, lambda: time.time() + 2 * DAY).sweep
+    journal.begin_incarnation()
+    assert sweep() == SweepReport()
+    journal.set_meta(INCARNATIONS_BEFORE, "[]")
+    assert sweep() == SweepReport(to_trash=1)
+    assert keys(store.bucket) == [f"blobs/{named}", f"trash/{unnamed}"]
+
+
+def test_a_start_sweeps_nothing(store: ObjectBlobStore, journal: SqliteJournal, way: Way) -> None:
+    put(store, b"of another replica")
+    way.asked.clear()
+    History(journal, store, Aggregation(), clock=lambda: time.time() + 100 * DAY).recover()
+    assert way.asked == []
 
 
 # Opening.
