@@ -108,6 +108,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "areal": {"arena", "arena.learning", "arena.rollout", "arena.tasks", "inference", "lora", "models", "runtime"},
     "server.storage": {"federation", "lora", "runtime"},
+    "server.storage.revisions": set(),
     "server.access": {"lora", "runtime", "server.storage", "wire.contract", "wire.http"},
     "server.gate": {"coordinator", "experts", "federation", "lora", "runtime", "server.storage", "wire.contract"},
     "server.statistics": {
@@ -326,7 +327,7 @@ HEAVY: dict[str, set[str]] = {
         *("server.updates", "wire.http"),
     },
     "uvicorn": {"distributed_coordinator", "distributed_replica", "gateway.serve", "wire.http"},
-    "sqlalchemy": {"server.replicas", "server.storage"},
+    "sqlalchemy": {"server.replicas", "server.storage", "server.storage.revisions"},
     "ray": {"arena.run"},
 }
 

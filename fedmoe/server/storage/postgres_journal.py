@@ -9,8 +9,9 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TypeVar
 
 import sqlalchemy as sa
@@ -27,7 +28,7 @@ from fedmoe.server.storage.chain import COLUMNS, check
 from fedmoe.server.storage.chained_journal import HEAD, ChainedJournal, checked_head
 from fedmoe.server.storage.event_rows import chained_event_of, event_of
 from fedmoe.server.storage.journal import NotOwnerError
-from fedmoe.server.storage.postgres_schema import make_tables
+from fedmoe.server.storage.postgres_schema import REVISIONS, prepare_schema
 from fedmoe.server.storage.seals import fatal_damage
 from fedmoe.server.storage.tables import EVENTS, INCARNATION, META
 
@@ -63,6 +64,7 @@ class PostgresJournal(ChainedJournal):
         accept_loss: bool = False,
         patience: float = 10.0,
         patience_in_doubt: float = 120.0,
+        revisions: Iterable[Path] = REVISIONS,
     ) -> None:
         super().__init__(acknowledged)
         self._engine = postgres.postgres_engine(url)
@@ -75,7 +77,7 @@ class PostgresJournal(ChainedJournal):
         try:
             connection = self._connected(_KILLED_SECONDS)
             self._check_server(connection, accept_loss)
-            make_tables(connection, self._where)
+            prepare_schema(connection, self._where, self._check_owner, revisions)
             self._claim(connection)
             last_row, self._head = self._checked_end(connection)
             self._row_offset = last_row - self._head.events
@@ -146,8 +148,7 @@ class PostgresJournal(ChainedJournal):
     def _claim(self, connection: sa.Connection) -> None:
         """Become the writer: whoever was it finds so at its next transaction."""
         with connection.begin():
-            if self._fence is not None:
-                self._fence(connection)
+            self._check_owner(connection)
             connection.execute(sa.select(META.c.key).where(META.c.key == WRITER).with_for_update())
             postgres_seals.write_sealed(connection, self._put(META), [{"key": WRITER, "value": self._writer}])
 
@@ -177,6 +178,10 @@ class PostgresJournal(ChainedJournal):
             _log.error("row_left_out", table=row.table, row=row.row, problem=row.problem)
 
     # Writing.
+
+    def _check_owner(self, connection: sa.Connection) -> None:
+        if self._fence is not None:
+            self._fence(connection)
 
     def _write_locked(
         self, statement: sa.Insert | sa.Delete, rows: list[dict[str, object]] | None = None, head: Head | None = None
@@ -231,8 +236,7 @@ class PostgresJournal(ChainedJournal):
 
     def _lock_end(self, connection: sa.Connection, in_doubt: Head | None) -> bool:
         """Make this the only transaction that writes; whether the one in doubt came about."""
-        if self._fence is not None:
-            self._fence(connection)
+        self._check_owner(connection)
         query = sa.select(META.c.key, META.c.value).where(META.c.key.in_([HEAD, WRITER])).order_by(META.c.key)
         noted = dict(connection.execute(query.with_for_update()).all())
         if noted.get(WRITER) != self._writer:

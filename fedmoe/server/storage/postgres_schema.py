@@ -1,36 +1,80 @@
-"""The journal's tables in PostgreSQL: made under a lock, so that of several processes one does it."""
+"""The journal's schema in PostgreSQL: revisions run under a lock, so that of several processes one does it."""
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import sqlalchemy as sa
+import structlog
 
 from fedmoe.server.storage.acknowledged import Head
+from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.chained_journal import HEAD
-from fedmoe.server.storage.postgres import changed_outside
-from fedmoe.server.storage.postgres_seals import SEALS, put_statement, write_sealed
+from fedmoe.server.storage.postgres import DatabaseUrlError, changed_outside
+from fedmoe.server.storage.postgres_seals import put_statement, write_sealed
 from fedmoe.server.storage.sqlite import other_schema
-from fedmoe.server.storage.tables import EVENTS, INCARNATION, LATER_TABLES, META, SCHEMA_VERSION, TABLES
+from fedmoe.server.storage.tables import EVENTS, INCARNATION, META, SCHEMA_VERSION
 
+#: Where Alembic finds the revisions.
+REVISIONS = (Path(__file__).parent / "revisions",)
 _SCHEMA = "schema_version"
+_LOCK = sa.text("SELECT pg_advisory_xact_lock(hashtext('fedmoe.schema'), hashtext(current_schema()))")
+_log = structlog.get_logger("fedmoe.journal")
 
 
-def make_tables(connection: sa.Connection, where: str) -> None:
-    """Make what is missing, and an empty journal where there is none; raises StorageFailedError for another schema."""
+def prepare_schema(
+    connection: sa.Connection, where: str, fence: Callable[[sa.Connection], None], revisions: Iterable[Path]
+) -> None:
+    """Bring the tables to the newest revision, and begin an empty journal where there is none; all of it or nothing.
+
+    Raises StorageFailedError for a revision that a later version of this program made.
+    """
     with connection.begin():
-        connection.execute(
-            sa.text("SELECT pg_advisory_xact_lock(hashtext('fedmoe.schema'), hashtext(current_schema()))")
-        )
-        for metadata in (TABLES, LATER_TABLES, SEALS.metadata):
-            metadata.create_all(connection)
+        fence(connection)
+        connection.execute(_LOCK)
+        _upgrade(connection, where, revisions)
         meta = dict(connection.execute(sa.select(META.c.key, META.c.value)).all())
         if not meta:
-            if connection.execute(sa.select(EVENTS.c.id).limit(1)).first() is not None:
-                raise changed_outside(where, "the row of meta that says which schema it has is gone")
-            name = secrets.token_hex(16)
-            made = {_SCHEMA: str(SCHEMA_VERSION), INCARNATION: name, HEAD: Head(incarnation=name).to_text()}
-            rows: list[dict[str, object]] = [{"key": key, "value": value} for key, value in made.items()]
-            write_sealed(connection, put_statement(META), rows)
+            _begin(connection, where)
         elif meta.get(_SCHEMA) != str(SCHEMA_VERSION):
             raise other_schema(where, str(meta.get(_SCHEMA)))
+
+
+def _upgrade(connection: sa.Connection, where: str, revisions: Iterable[Path]) -> None:
+    try:
+        from alembic.config import Config
+        from alembic.runtime.environment import EnvironmentContext
+        from alembic.runtime.migration import MigrationContext
+        from alembic.script import ScriptDirectory
+    except ModuleNotFoundError as error:
+        raise DatabaseUrlError(f"PostgreSQL needs the package {error.name}: pip install 'fedmoe[postgres]'") from error
+    script = ScriptDirectory(str(REVISIONS[0].parent), version_locations=[str(folder) for folder in revisions])
+    before, newest = MigrationContext.configure(connection).get_current_revision(), script.get_current_head()
+    if before == newest:
+        return
+    known = [revision.revision for revision in script.walk_revisions()]
+    if before is not None and before not in known:
+        raise StorageFailedError(
+            f"the journal {where} has the schema's revision {before!r}, this program knows {', '.join(known)}; run the "
+            "FedMoE version that wrote it, or a newer one."
+        )
+
+    def steps(current: object, context: object) -> object:
+        return script._upgrade_revs("head", current)  # as its documentation does
+
+    with EnvironmentContext(Config(), script, fn=steps) as environment:
+        environment.configure(connection=connection)
+        environment.run_migrations()
+    if before is not None:
+        _log.warning("migrated", journal=where, schema=newest, before=before)
+
+
+def _begin(connection: sa.Connection, where: str) -> None:
+    if connection.execute(sa.select(EVENTS.c.id).limit(1)).first() is not None:
+        raise changed_outside(where, "the row of meta that says which schema it has is gone")
+    name = secrets.token_hex(16)
+    made = {_SCHEMA: str(SCHEMA_VERSION), INCARNATION: name, HEAD: Head(incarnation=name).to_text()}
+    rows: list[dict[str, object]] = [{"key": key, "value": value} for key, value in made.items()]
+    write_sealed(connection, put_statement(META), rows)

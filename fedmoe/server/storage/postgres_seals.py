@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
+from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.seals import DamagedRow, row_key, row_seal
 from fedmoe.server.storage.tables import EVENTS, LATER_TABLES, TABLES
 
@@ -50,6 +51,20 @@ def write_sealed(
         seals = [key | {"seal": row_seal(*row.values())} for key, row in zip(keys, changed, strict=True)]
         connection.execute(put_statement(SEALS), seals)
     return changed
+
+
+def reseal(connection: sa.Connection, before: sa.Table, after: sa.Table) -> None:
+    """Seal the rows of a table whose columns a revision has changed, if they were as they had been written.
+
+    Called in that revision, with the table's definitions before and after it. Raises StorageFailedError.
+    """
+    damage = list(_damaged(connection, before))
+    if damage:
+        raise StorageFailedError(f"the schema was not changed: {damage[0]}. Restore the database from a backup.")
+    rows = connection.execute(sa.select(*after.columns)).mappings().all()
+    seals = [{"place": after.name, "row": _key(after, row), "seal": row_seal(*row.values())} for row in rows]
+    if seals:
+        connection.execute(put_statement(SEALS), seals)
 
 
 def damaged_rows(connection: sa.Connection) -> list[DamagedRow]:
