@@ -1,4 +1,4 @@
-"""`fedmoe state`: backup, restore, verify."""
+"""`fedmoe state`: backup, restore, migrate, verify."""
 
 from __future__ import annotations
 
@@ -17,6 +17,17 @@ app = typer.Typer(help="Look after a coordinator's state directory.", no_args_is
 StateDirectory = Annotated[
     Path, typer.Option("--state-dir", envvar="FEDMOE_COORDINATOR_STATE_DIR", help="The coordinator's state directory.")
 ]
+FromDatabase = Annotated[
+    str | None,
+    typer.Option(
+        envvar="FEDMOE_FROM_DATABASE_URL", help="The database with the journal, if it is in one.", show_envvar=False
+    ),
+]
+ToDatabase = Annotated[
+    str | None,
+    typer.Option(envvar="FEDMOE_TO_DATABASE_URL", help="The empty database to move the journal to.", show_envvar=False),
+]
+ToBlobs = Annotated[str | None, typer.Option(help="The object store to move the blobs to: s3://bucket/prefix.")]
 DEFAULT_STATE_DIR = Path("runs/coordinator")
 
 
@@ -74,6 +85,36 @@ def restore(
         print(f"Its blobs lie in {url}: start it with --blobs {url}.")
     print("Updates made from the history before are refused by name, and their workers send again what they can.")
     print("Tokens are those of the backup: revoke again what was revoked since ('fedmoe token revoke').")
+
+
+@app.command()
+def migrate(
+    source: Annotated[Path, typer.Argument(help="The state directory to move from; its coordinator is stopped.")],
+    target: Annotated[Path, typer.Argument(help="The new folder to move to.")],
+    from_database_url: FromDatabase = None,
+    to_database_url: ToDatabase = None,
+    to_blobs: ToBlobs = None,
+    accept_database_loss: Annotated[
+        bool, typer.Option("--accept-database-loss", help="Accept a database whose crash loses what was written last.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Move a stopped federation between SQLite and PostgreSQL, folder and object store; everything is compared."""
+    from fedmoe.server.history.state_move import FederationPlace, move_state
+    from fedmoe.server.storage.state_dir import Database
+
+    databases = [
+        Database(url, accept_database_loss) if url is not None else None for url in (from_database_url, to_database_url)
+    ]
+    made = move_state(FederationPlace(source, databases[0]), FederationPlace(target, databases[1], to_blobs))
+    if as_json:
+        show_json(asdict(made))
+        return
+    print(f"{made.events} events and {made.blobs} blobs, {made.size / 1e6:.1f} MB, were moved and compared; ", end="")
+    print(f"{made.experts} experts were rebuilt.")
+    print(
+        f"Start the coordinator on {target} from now on. {source} is as it was: never start it again, delete it later."
+    )
 
 
 @app.command()

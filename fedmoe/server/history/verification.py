@@ -27,6 +27,7 @@ from fedmoe.server.storage.acknowledged import read_acknowledged
 from fedmoe.server.storage.audit import AUDIT_FILE, AUDIT_HEAD, AuditHead, check_file
 from fedmoe.server.storage.blobs import BlobStore, CorruptBlobError, MissingBlobError, StorageFailedError
 from fedmoe.server.storage.event_rows import GATEWAY, blob_of
+from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.object_store import blobs_beside
 from fedmoe.server.storage.sqlite_journal import SqliteJournal, problems
 from fedmoe.server.storage.state_dir import StateDirError, lock_state, odd_files
@@ -72,6 +73,14 @@ def check_start(path: Path) -> None:
         _Verifier(journal, blobs_beside(file), VerificationReport()).recover_newest()
 
 
+def count_rebuilt(journal: Journal, blobs: BlobStore) -> int:
+    """Rebuild every expert as a start does, held against its journalled digest; how many there are.
+
+    Raises StorageFailedError or CorruptBlobError.
+    """
+    return _Verifier(journal, blobs, VerificationReport()).recover_newest()
+
+
 def _verify(path: Path) -> VerificationReport:
     report = VerificationReport(findings=odd_files(path))
     blobs = blobs_beside(path / "journal.sqlite")
@@ -101,7 +110,7 @@ def _verify(path: Path) -> VerificationReport:
 class _Verifier(History):
     """Rebuilds every version in order and holds it against the digest that was journalled with it."""
 
-    def __init__(self, journal: SqliteJournal, blobs: BlobStore, report: VerificationReport) -> None:
+    def __init__(self, journal: Journal, blobs: BlobStore, report: VerificationReport) -> None:
         optimizer, _, size = (journal.meta(UPDATE_RULE) or "sgd").partition(", buffer of ")
         super().__init__(journal, blobs, Aggregation(server_optimizer=optimizer, buffer_size=int(size or 1)))
         self._report = report
@@ -121,10 +130,12 @@ class _Verifier(History):
         for of_expert in past.experts.values():
             self._check_expert(of_expert)
 
-    def recover_newest(self) -> None:
-        """Rebuild every expert as a start does."""
-        for events in past_of(self._journal.events()).experts.values():
+    def recover_newest(self) -> int:
+        """Rebuild every expert as a start does; how many there are."""
+        experts = past_of(self._journal.events()).experts
+        for events in experts.values():
             self._recover_whole(events)
+        return len(experts)
 
     def _check_merge(self, merge: GatewayMerged, manifest: Manifest) -> None:
         try:

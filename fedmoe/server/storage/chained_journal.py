@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import threading
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,10 +20,17 @@ from fedmoe.server.storage.acknowledged import AcknowledgedFile, Head, JournalGa
 from fedmoe.server.storage.chain import COLUMNS, GENESIS, ChainEnd, link
 from fedmoe.server.storage.event_rows import row_of
 from fedmoe.server.storage.journal import DuplicateEventError, FormerIncarnation, Journal
-from fedmoe.server.storage.tables import EVENTS, INCARNATION, INCARNATIONS_BEFORE, META
+from fedmoe.server.storage.seals import SEALED, row_key
+from fedmoe.server.storage.tables import BLOB_STORE, EVENTS, INCARNATION, INCARNATIONS_BEFORE, META, MOVED_FROM
 
-#: The key in `meta` of the journal's own note of where it ends.
-HEAD = "head"
+#: The keys in `meta` of the journal's own note of where it ends, of its schema, and of the opening that writes: each
+#: takes the place of the one before.
+HEAD, SCHEMA, WRITER = "head", "schema_version", "writer"
+# What `meta` says of the journal's place and not of the federation.
+_OF_PLACE = frozenset({HEAD, SCHEMA, WRITER, SEALED, BLOB_STORE, MOVED_FROM})
+_PAGE = 5_000
+#: The rows of a table, by pages.
+Pages = Callable[[sa.Table], Iterator[list[dict[str, object]]]]
 
 
 class ChainedJournal(Journal):
@@ -43,6 +51,10 @@ class ChainedJournal(Journal):
         self, statement: sa.Insert | sa.Delete, rows: list[dict[str, object]] | None = None, head: Head | None = None
     ) -> Any:
         """Run a statement in a transaction that ends at `head` with one more change; the caller holds the lock."""
+
+    @abstractmethod
+    def _replace_locked(self, pages: Pages, head: Head) -> None:
+        """Put these rows in the place of all there are, of `meta` those of the federation, in one transaction."""
 
     @staticmethod
     @abstractmethod
@@ -99,6 +111,13 @@ class ChainedJournal(Journal):
             self._write_locked(self._put(META), rows, replace(self._head, incarnation=name))
         return name
 
+    def take_over(self, source: ChainedJournal) -> None:
+        """Take every row of another journal in the place of all there are; the history goes on as the same."""
+        with self._lock:
+            head = replace(source.head, changes=max(self._head.changes, source.head.changes) + 1)
+            self._replace_locked(lambda table: federation_rows(source, table), head)
+            self._row_offset = source._row_offset
+
     def _committed(self, head: Head) -> None:
         """Note that a transaction is durable, before anybody hears of it."""
         self._head = head
@@ -106,6 +125,35 @@ class ChainedJournal(Journal):
         if self._acknowledged is not None:
             self._acknowledged.write(head)
             failpoints.reached("journal.counted")
+
+
+def federation_rows(journal: Journal, table: sa.Table) -> Iterator[list[dict[str, object]]]:
+    """The rows of a table by pages, in an order that every back end keeps; of `meta` those of the federation alone."""
+    if "id" not in table.columns:
+        rows = [dict(row) for row in journal.query(sa.select(table))]
+        rows = [row for row in rows if table is not META or row["key"] not in _OF_PLACE]
+        yield sorted(rows, key=lambda row: [row[column.name] for column in table.primary_key])
+        return
+    last: int | None = 0
+    while last is not None:
+        query = sa.select(table).where(table.c.id > last).order_by(table.c.id).limit(_PAGE)
+        page = [dict(row) for row in journal.query(query)]
+        yield page
+        last = page[-1]["id"] if len(page) == _PAGE else None
+
+
+def rows_digest(journal: Journal, table: sa.Table) -> str:
+    """A hash of what `federation_rows` gives, the same in every back end."""
+    content = hashlib.sha256()
+    for page in federation_rows(journal, table):
+        for row in page:
+            content.update(row_key(*(row[column.name] for column in table.columns)).encode() + b"\n")
+    return content.hexdigest()
+
+
+def federation_rows_of(table: sa.Table) -> sa.Delete:
+    """A statement that removes what `federation_rows` gives."""
+    return table.delete() if table is not META else table.delete().where(META.c.key.not_in(_OF_PLACE))
 
 
 def checked_head(end: ChainEnd, noted: str | None, incarnation: str | None) -> Head:

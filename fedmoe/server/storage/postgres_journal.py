@@ -25,15 +25,13 @@ from fedmoe.server.storage import postgres, postgres_seals
 from fedmoe.server.storage.acknowledged import AcknowledgedFile, Head
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.chain import COLUMNS, check
-from fedmoe.server.storage.chained_journal import HEAD, ChainedJournal, checked_head
+from fedmoe.server.storage.chained_journal import HEAD, WRITER, ChainedJournal, Pages, checked_head, federation_rows_of
 from fedmoe.server.storage.event_rows import chained_event_of, event_of
 from fedmoe.server.storage.journal import NotOwnerError
 from fedmoe.server.storage.postgres_schema import REVISIONS, prepare_schema
 from fedmoe.server.storage.seals import fatal_damage
-from fedmoe.server.storage.tables import EVENTS, INCARNATION, META
+from fedmoe.server.storage.tables import ALL_TABLES, EVENTS, INCARNATION, META
 
-#: The key in `meta` of the opening that writes: each takes the place of the one before.
-WRITER = "writer"
 #: Raises `NotOwnerError` where another process owns what is to be written; called first in every transaction.
 Fence = Callable[[sa.Connection], None]
 # So long whoever was killed may still hold the lock; so long the server may keep a connection that broke unseen.
@@ -50,7 +48,8 @@ class PostgresJournal(ChainedJournal):
     """The journal in a database that `postgres_engine` knows by `url`, for its one writer.
 
     Without a `fence` the writer is whoever holds a lock of the session, and a second one is refused. With one, whoever
-    opens the journal is the writer until the next one opens it. While the database is away, reads and writes wait for
+    opens the journal is the writer until the next one opens it with one too. One that is being moved here is refused
+    unless `moved_from` is the place that it is moved from. While the database is away, reads and writes wait for
     `patience` seconds and are then refused as busy; a commit whose end is not known waits for `patience_in_doubt`
     seconds before the storage counts as failed.
     """
@@ -65,6 +64,7 @@ class PostgresJournal(ChainedJournal):
         patience: float = 10.0,
         patience_in_doubt: float = 120.0,
         revisions: Iterable[Path] = REVISIONS,
+        moved_from: str | None = None,
     ) -> None:
         super().__init__(acknowledged)
         self._engine = postgres.postgres_engine(url)
@@ -77,7 +77,7 @@ class PostgresJournal(ChainedJournal):
         try:
             connection = self._connected(_KILLED_SECONDS)
             self._check_server(connection, accept_loss)
-            prepare_schema(connection, self._where, self._check_owner, revisions)
+            prepare_schema(connection, self._where, self._check_owner, revisions, moved_from)
             self._claim(connection)
             last_row, self._head = self._checked_end(connection)
             self._row_offset = last_row - self._head.events
@@ -198,6 +198,26 @@ class PostgresJournal(ChainedJournal):
         self._committed(head)
         return written
 
+    def _replace_locked(self, pages: Pages, head: Head) -> None:
+        def change(connection: sa.Connection) -> None:
+            _unhurried(connection)
+            for table in ALL_TABLES:
+                if table is EVENTS:
+                    connection.execute(table.delete())
+                else:
+                    postgres_seals.write_sealed(connection, federation_rows_of(table))
+                for rows in filter(None, pages(table)):
+                    if table is EVENTS:
+                        connection.execute(table.insert(), rows)
+                    else:
+                        postgres_seals.write_sealed(connection, table.insert(), rows)
+                if "id" in table.columns and table is not EVENTS:
+                    number = f"setval(pg_get_serial_sequence('{table.name}', 'id'), max(id))"
+                    connection.execute(sa.text(f"SELECT {number} FROM {table.name} HAVING max(id) > 0"))  # noqa: S608
+
+        self._transact(change, head)
+        self._committed(head)
+
     def _transact(self, change: Callable[[sa.Connection], Result], after: Head) -> Result:
         """Run `change` in one transaction after which the journal ends at `after`, exactly once.
 
@@ -254,12 +274,11 @@ class PostgresJournal(ChainedJournal):
         return False
 
     def _connected(self, lock_seconds: float = _UNSEEN_SECONDS) -> sa.Connection:
-        """The writing connection, opened and, without a fence, locked where there is none."""
+        """The writing connection, opened where there is none, and with it the lock."""
         if self._connection is None:
             connection = self._engine.connect()
             try:
-                if self._fence is None:
-                    self._lock_session(connection, lock_seconds)
+                self._lock_session(connection, lock_seconds)
             except BaseException:
                 connection.invalidate()
                 connection.close()
@@ -268,9 +287,11 @@ class PostgresJournal(ChainedJournal):
         return self._connection
 
     def _lock_session(self, connection: sa.Connection, seconds: float) -> None:
+        """Keep others away: without a fence all, with one those without."""
         deadline = time.monotonic() + seconds
+        lock = "pg_try_advisory_lock" if self._fence is None else "pg_try_advisory_lock_shared"
         names = "hashtext('fedmoe.journal'), hashtext(current_schema())"
-        while not connection.execute(sa.text(f"SELECT pg_try_advisory_lock({names})")).scalar_one():
+        while not connection.execute(sa.text(f"SELECT {lock}({names})")).scalar_one():
             connection.rollback()
             if time.monotonic() > deadline or self._closing.wait(0.1):
                 raise StorageFailedError(

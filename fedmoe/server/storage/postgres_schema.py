@@ -11,25 +11,29 @@ import structlog
 
 from fedmoe.server.storage.acknowledged import Head
 from fedmoe.server.storage.blobs import StorageFailedError
-from fedmoe.server.storage.chained_journal import HEAD
+from fedmoe.server.storage.chained_journal import HEAD, SCHEMA
 from fedmoe.server.storage.postgres import DatabaseUrlError, changed_outside
 from fedmoe.server.storage.postgres_seals import put_statement, write_sealed
 from fedmoe.server.storage.sqlite import other_schema
-from fedmoe.server.storage.tables import EVENTS, INCARNATION, META, SCHEMA_VERSION
+from fedmoe.server.storage.tables import EVENTS, INCARNATION, META, MOVED_FROM, SCHEMA_VERSION
 
 #: Where Alembic finds the revisions.
 REVISIONS = (Path(__file__).parent / "revisions",)
-_SCHEMA = "schema_version"
 _LOCK = sa.text("SELECT pg_advisory_xact_lock(hashtext('fedmoe.schema'), hashtext(current_schema()))")
 _log = structlog.get_logger("fedmoe.journal")
 
 
 def prepare_schema(
-    connection: sa.Connection, where: str, fence: Callable[[sa.Connection], None], revisions: Iterable[Path]
+    connection: sa.Connection,
+    where: str,
+    fence: Callable[[sa.Connection], None],
+    revisions: Iterable[Path],
+    moved_from: str | None = None,
 ) -> None:
     """Bring the tables to the newest revision, and begin an empty journal where there is none; all of it or nothing.
 
-    Raises StorageFailedError for a revision that a later version of this program made.
+    With `moved_from` an empty one is marked as what is being moved here. Raises StorageFailedError for one with another
+    mark, and for a revision that a later version of this program made.
     """
     with connection.begin():
         fence(connection)
@@ -37,9 +41,14 @@ def prepare_schema(
         _upgrade(connection, where, revisions)
         meta = dict(connection.execute(sa.select(META.c.key, META.c.value)).all())
         if not meta:
-            _begin(connection, where)
-        elif meta.get(_SCHEMA) != str(SCHEMA_VERSION):
-            raise other_schema(where, str(meta.get(_SCHEMA)))
+            _begin(connection, where, moved_from)
+        elif meta.get(SCHEMA) != str(SCHEMA_VERSION):
+            raise other_schema(where, str(meta.get(SCHEMA)))
+        elif meta.get(MOVED_FROM) not in (None, moved_from):
+            raise StorageFailedError(
+                f"{where} holds half of the federation of {meta[MOVED_FROM]}: 'fedmoe state migrate' was ended before "
+                "all of it was moved. Give that command again; the source is as it was."
+            )
 
 
 def _upgrade(connection: sa.Connection, where: str, revisions: Iterable[Path]) -> None:
@@ -71,10 +80,11 @@ def _upgrade(connection: sa.Connection, where: str, revisions: Iterable[Path]) -
         _log.warning("migrated", journal=where, schema=newest, before=before)
 
 
-def _begin(connection: sa.Connection, where: str) -> None:
+def _begin(connection: sa.Connection, where: str, moved_from: str | None) -> None:
     if connection.execute(sa.select(EVENTS.c.id).limit(1)).first() is not None:
         raise changed_outside(where, "the row of meta that says which schema it has is gone")
     name = secrets.token_hex(16)
-    made = {_SCHEMA: str(SCHEMA_VERSION), INCARNATION: name, HEAD: Head(incarnation=name).to_text()}
+    made = {SCHEMA: str(SCHEMA_VERSION), INCARNATION: name, HEAD: Head(incarnation=name).to_text()}
+    made |= {MOVED_FROM: moved_from} if moved_from is not None else {}
     rows: list[dict[str, object]] = [{"key": key, "value": value} for key, value in made.items()]
     write_sealed(connection, put_statement(META), rows)

@@ -22,7 +22,7 @@ from fedmoe.federation.events import Event
 from fedmoe.server.storage.acknowledged import AcknowledgedFile, Head
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.chain import COLUMNS, check
-from fedmoe.server.storage.chained_journal import HEAD, ChainedJournal, checked_head
+from fedmoe.server.storage.chained_journal import HEAD, ChainedJournal, Pages, checked_head, federation_rows_of
 from fedmoe.server.storage.event_rows import chained_event_of, event_of
 from fedmoe.server.storage.migration import schema_of
 from fedmoe.server.storage.seals import damaged_rows, drop_damaged, fatal_damage, keep_seals, lost_seals, note_sealed
@@ -36,6 +36,7 @@ from fedmoe.server.storage.sqlite import (
     unusable,
 )
 from fedmoe.server.storage.tables import (
+    ALL_TABLES,
     INCARNATION,
     LATER_TABLES,
     META,
@@ -144,6 +145,19 @@ class SqliteJournal(ChainedJournal):
             raise journal_problem(error, self._where) from error
         self._committed(head)
         return written
+
+    def _replace_locked(self, pages: Pages, head: Head) -> None:
+        try:
+            for table in ALL_TABLES:
+                self._connection.execute(federation_rows_of(table))
+                for rows in filter(None, pages(table)):
+                    self._connection.execute(table.insert(), rows)
+            self._connection.execute(self._put(META), [{"key": HEAD, "value": head.to_text()}])
+            self._connection.commit()
+        except BaseException as error:
+            self._connection.rollback()
+            raise journal_problem(error, self._where) if isinstance(error, DatabaseError) else error from error
+        self._committed(head)
 
     @staticmethod
     def _put(table: sa.Table) -> sa.Insert:

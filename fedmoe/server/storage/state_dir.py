@@ -26,6 +26,8 @@ from fedmoe.server.storage.sqlite_journal import SqliteJournal
 from fedmoe.server.storage.tables import SCHEMA_VERSION
 
 _FILE = "journal.sqlite"
+#: In a folder that a federation is being moved to; says where it comes from.
+MOVING_MARK = "moving"
 _log = structlog.get_logger("fedmoe.journal")
 
 
@@ -83,6 +85,11 @@ class StateDir:
             raise StateDirError(f"anybody may write to {path}; run 'chmod 700 {path}' first")
         for problem in odd_files(path):
             raise StateDirError(problem)
+        if (path / MOVING_MARK).exists():
+            raise StateDirError(
+                f"{path} holds half of a federation: 'fedmoe state migrate' was ended before all of it was moved. Give "
+                "that command again; the source is as it was"
+            )
         lock = lock_state(path)
         opened = ExitStack()
         opened.callback(os.close, lock)

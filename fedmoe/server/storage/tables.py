@@ -14,6 +14,8 @@ INCARNATIONS_BEFORE = "incarnations_before"
 UPDATE_RULE = "update_rule"
 #: Where the blobs lie, as JSON: the URL of an object store, and the mark that is in it too. None for the folder.
 BLOB_STORE = "blob_store"
+#: Where a federation comes from that is being moved here; gone once all of it is here.
+MOVED_FROM = "moved_from"
 TABLES = sa.MetaData()
 #: Tables that were added within a schema: made where they are missing. An older program leaves them alone.
 LATER_TABLES = sa.MetaData()
@@ -102,3 +104,4 @@ RELEASED_BYTES = sa.Table(
 )
 #: Erasures that were asked for and are not finished.
 ERASURE_REQUESTS = sa.Table("to_erase", LATER_TABLES, *_keys("expert", "worker"), *_texts("reason"), _time())
+ALL_TABLES = (*TABLES.sorted_tables, *LATER_TABLES.sorted_tables)
