@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from crash_campaign import Plan, run
-from crash_load import fold, landed, pull, read_journal, register
+from crash_load import IN_FOLDER, Storage, fold, landed, pull, read_journal, register
 from push_histories import landed_faults
 from s3_server import Way
 from support import EPOCH, LAYOUT, MANIFEST, CoordinatorProcess, make_body, sha256
@@ -94,9 +94,15 @@ def test_killed_at_each_step_of_a_push_the_retry_is_accepted_once(
         )
 
 
-def test_kill_9_under_load_loses_and_repeats_nothing(tmp_path: Path, bucket_url: str) -> None:
-    """Faults 7, 54 with an object store: snapshots and pruning in it too."""
-    outcome = run(Plan(seed=6, kills=6, arguments=("--blobs", bucket_url, "--keep-updates", "20")), tmp_path)
+@pytest.mark.parametrize("journal", ["sqlite", "postgres"])
+def test_kill_9_under_load_loses_and_repeats_nothing(
+    tmp_path: Path, bucket_url: str, journal: str, request: pytest.FixtureRequest
+) -> None:
+    """Faults 7, 54 with an object store: snapshots, pruning, and with SQLite backups and restores too."""
+    sqlite = journal == "sqlite"
+    storage = IN_FOLDER if sqlite else Storage(request.getfixturevalue("postgres").schema())
+    arguments = ("--blobs", bucket_url, "--keep-updates", "20")
+    outcome = run(Plan(6, 6, arguments, 0.1 if sqlite else 0.0, storage), tmp_path)
     assert outcome.faults == []
     assert len(outcome.told.pushes) > 18, "hardly any load: the kills prove nothing"
     assert any(one.attempts > 1 for one in outcome.told.pushes), "no push was interrupted: the kills prove nothing"

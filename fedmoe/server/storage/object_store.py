@@ -45,7 +45,7 @@ from fedmoe.server.storage.tables import BLOB_STORE
 _ONE_REQUEST_BYTES = 64 << 20
 # An object that is older is stored anew by whoever stores the same bytes: no sweep takes it for old then.
 _YOUNG_SECONDS = 3600.0
-# Sizes that are remembered of what was stored last, so that nobody asks the store for them.
+# Sizes that are remembered of what was stored or read last, so that nobody asks the store for them.
 _REMEMBERED = 10_000
 _BLOBS, _INCOMING, _TRASH, _MARK = "blobs", "incoming", "trash", "federation"
 
@@ -75,6 +75,7 @@ class ObjectBlobStore:
         actual = hashlib.sha256(data).hexdigest()
         if actual != digest:
             raise CorruptBlobError(f"blob {digest} holds bytes with digest {actual}; restore it from a backup")
+        self._remember(digest, len(data))
         return data
 
     def delete(self, *digests: str) -> None:
@@ -130,9 +131,13 @@ class ObjectBlobStore:
             there = self.bucket.facts(key)
             if there is None or there.size != len(data) or there.changed < self._clock() - _YOUNG_SECONDS:
                 self._replace(key, data)
-        self._sizes[digest] = len(data)
-        while len(self._sizes) > _REMEMBERED:
-            self._sizes.popitem(last=False)
+        self._remember(digest, len(data))
+
+    def _remember(self, digest: str, size: int) -> None:
+        self._sizes[digest] = size
+        if len(self._sizes) > _REMEMBERED:
+            with suppress(KeyError):  # other threads do the same
+                self._sizes.popitem(last=False)
 
     def _replace(self, key: str, data: memoryview) -> None:
         """Store whatever is there: the same key means the same bytes, so nobody can lose anything by it."""
