@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -162,7 +162,9 @@ class ReplicaHouse:
             if replica.lives and (status := replica.stop()) != 0
         ]
         events = self.events()
-        faults += faults_of(told.pushes, told.reads, landed(events)) + client_faults(told.pushes)
+        # A replica sends what it passed on to the next owner as well: what a client sent once may be a repetition.
+        pushes = [replace(push, attempts=push.attempts + 1) for push in told.pushes]
+        faults += faults_of(pushes, told.reads, landed(events)) + client_faults(pushes)
         expected = fold(events, told.seeds)
         # Replayed by a process that knows nothing but the database and the object store.
         self.start(next(iter(self.replicas)))
