@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from fedmoe.server.access.problems import no_owner
 from fedmoe.server.replicas.ownership import Ownership, steady_seconds
-from fedmoe.server.replicas.peers import NOT_OWNER, PeerSecret, RawHeaders, claims, end_to_end
+from fedmoe.server.replicas.peers import NOT_OWNER, NOTHING_DONE, PeerSecret, RawHeaders, claims, end_to_end
 from fedmoe.wire.transport import trusted_certificates
 
 # Bodies up to this size are read first, so that they can be sent to another owner as well.
@@ -125,7 +125,7 @@ class OwnerClient:
             raise OwnerAwayError(f"{url} did not answer ({type(error).__name__})", nothing_done=False) from error
         if NOT_OWNER in answer.headers:
             await answer.aclose()
-            raise OwnerAwayError(f"{url} is not the owner", nothing_done=True)
+            raise OwnerAwayError(f"{url} is not the owner", nothing_done=answer.headers[NOT_OWNER] == NOTHING_DONE)
         return answer
 
     def _client(self) -> httpx2.AsyncClient:
@@ -142,9 +142,10 @@ class OwnerClient:
 
 
 def target_of(scope: Scope) -> bytes:
-    """Path and query of a request, as they came."""
+    """Path and query of a request, as they came; bytes that no URL may have are escaped."""
     path: bytes = scope.get("raw_path") or scope["path"].encode()
-    return path + b"?" + scope["query_string"] if scope["query_string"] else path
+    target = path + b"?" + scope["query_string"] if scope["query_string"] else path
+    return b"".join(bytes([byte]) if 0x20 < byte < 0x7F else b"%%%02X" % byte for byte in target)
 
 
 async def forward(client: OwnerClient, scope: Scope, receive: Receive, send: Send) -> None:

@@ -21,8 +21,9 @@ from fedmoe.wire.http.middleware import is_loopback
 SECRET = "fedmoe-replica-secret"  # noqa: S105  # a header's name
 CALLER = "fedmoe-replica-caller"
 STORED = "fedmoe-replica-stored"
-#: On the answer of a replica that is not the owner: nothing was done.
+#: On the answer of a replica that is not the owner: whether anything may have been done.
 NOT_OWNER = "fedmoe-replica-not-owner"
+NOTHING_DONE, UNKNOWN = "nothing done", "unknown"
 _OURS = frozenset(name.encode() for name in (SECRET, CALLER, STORED))
 # RFC 9110, 7.6.1: of one connection only. `Expect` is answered by whoever reads the body.
 _HOP_BY_HOP = frozenset(
@@ -63,9 +64,9 @@ class PeerSecret:
             )
         return cls(text)
 
-    def admits(self, shown: str) -> bool:
+    def admits(self, secret: str) -> bool:
         """Whether a request with this secret is of a replica."""
-        return hmac.compare_digest(hash_token(shown), hash_token(self.secret))
+        return hmac.compare_digest(hash_token(secret), hash_token(self.secret))
 
 
 def check_address(url: str) -> None:

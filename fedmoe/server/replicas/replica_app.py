@@ -18,7 +18,16 @@ from fedmoe.server.access.problems import no_owner
 from fedmoe.server.access.turns import UPLOADS
 from fedmoe.server.replicas.forwarding import OwnerClient, forward
 from fedmoe.server.replicas.ownership import Ownership, steady_seconds
-from fedmoe.server.replicas.peers import NOT_OWNER, SECRET, PeerSecret, caller_of, is_of_peer, without_claims
+from fedmoe.server.replicas.peers import (
+    NOT_OWNER,
+    NOTHING_DONE,
+    SECRET,
+    UNKNOWN,
+    PeerSecret,
+    caller_of,
+    is_of_peer,
+    without_claims,
+)
 from fedmoe.server.replicas.submission import LIMITS, Uploads
 from fedmoe.server.replicas.tenure import Candidate, Tenure
 from fedmoe.server.storage.blobs import BlobStore, StorageFailedError
@@ -84,15 +93,15 @@ class ReplicaApp:
         return None if self._tenure() is not None or self._owner() is not None else "no replica is the owner"
 
     async def _for_peer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        shown = next(value for name, value in scope["headers"] if name.lower() == SECRET.encode())
+        secret = next(value for name, value in scope["headers"] if name.lower() == SECRET.encode())
         tenure = self._tenure()
-        if not self._secret.admits(shown.decode("latin-1")):
+        if not self._secret.admits(secret.decode("latin-1")):
             refused = RefusedError("forbidden", "the replicas' secret is another one.", "Give all replicas the same.")
             await problems.refusal(refused)(scope, receive, send)
         elif tenure is None:
-            await _not_owner()(scope, receive, send)
+            await _not_owner(NOTHING_DONE)(scope, receive, send)
         else:
-            await self._answer(tenure, caller_of(scope), receive, send, _not_owner)
+            await self._answer(tenure, caller_of(scope), receive, send, lambda: _not_owner(UNKNOWN))
 
     async def _for_client(self, scope: Scope, receive: Receive, send: Send) -> None:
         tenure = self._tenure()
@@ -198,9 +207,9 @@ class _Outcome:
             await self._send(message)
 
 
-def _not_owner() -> Response:
+def _not_owner(done: str) -> Response:
     answer = problems.refusal(no_owner("this replica is not the owner"))
-    answer.headers[NOT_OWNER] = "1"
+    answer.headers[NOT_OWNER] = done
     return answer
 
 

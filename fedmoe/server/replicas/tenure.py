@@ -112,7 +112,7 @@ class Candidate:
         # One step at a time: a lease that was given back is not renewed.
         self._step = threading.Lock()
         self._table_made = False
-        self._stopping = False
+        self._stopped = threading.Event()
         self._leaving = False
         self._rest_until = 0.0
         self._closing: threading.Thread | None = None
@@ -148,7 +148,7 @@ class Candidate:
 
     def stop(self) -> None:
         """`leave`, and end the thread."""
-        self._stopping = True
+        self._stopped.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -157,7 +157,7 @@ class Candidate:
             self._closing.join()
 
     def _run(self) -> None:
-        while not self._stopping:
+        while not self._stopped.is_set():
             try:
                 with self._step:
                     self._turn()
@@ -173,9 +173,11 @@ class Candidate:
             except Exception as error:
                 _log.error("replica_turn_failed", reason=repr(error))
             chance = random.random()  # noqa: S311
-            held = self.tenure is not None
-            self._wake.wait(self._lease / 3 if held else pause_before(self.seen, self._lease, chance))
+            owner = self.tenure is not None
+            self._wake.wait(self._lease / 3 if owner else pause_before(self.seen, self._lease, chance))
             self._wake.clear()
+            # However often somebody asks to look, the database is left alone for a moment.
+            self._stopped.wait(self._lease / 30)
 
     def _turn(self) -> None:
         if not self._table_made:
@@ -217,10 +219,10 @@ class Candidate:
         try:
             tenure.federation = self._open_federation(tenure)
         except Exception as error:
-            shown = str(error) if isinstance(error, ExpectedError) else repr(error)
-            _log.error("owner_failed", term=term, reason=shown)
+            reason = str(error) if isinstance(error, ExpectedError) else repr(error)
+            _log.error("owner_failed", term=term, reason=reason)
             self._rest_until = steady_seconds() + _REST_LEASES * self._lease
-            tenure.lost = f"the federation could not be opened: {shown}"
+            tenure.lost = f"the federation could not be opened: {reason}"
             self._wake.set()
             return
         _log.info("owner_changed", owner=self._name, term=term, seconds=round(steady_seconds() - began, 3))

@@ -178,6 +178,33 @@ def test_what_landed_in_a_term_that_is_over_is_not_called_landed(pair: Pair) -> 
     assert push(pair.a.server.url, make_body(1)).json()["duplicate"] is True
 
 
+def test_what_may_have_been_done_is_sent_to_the_next_owner_only_if_it_can_be_done_twice(pair: Pair) -> None:
+    coordinator = pair.house.service.coordinator
+    publish = coordinator.publish
+
+    def change_owners(transaction: object) -> None:
+        coordinator.publish = publish  # type: ignore[method-assign]
+        publish(transaction)  # type: ignore[arg-type]
+        tenure = pair.a.seat.tenure
+        assert tenure is not None
+        tenure.lost = "another replica took over"
+        pair.own(term=tenure.ownership.term + 1)
+
+    coordinator.publish = change_owners  # type: ignore[method-assign]
+    renamed = httpx2.post(f"{pair.b.server.url}/rename_expert", json={"expert": "python", "name": "snake"}, timeout=20)
+    coordinator.publish = change_owners  # type: ignore[method-assign]
+    landed = push(pair.b.server.url, make_body(1))
+    assert (renamed.status_code, renamed.json()["code"]) == (503, "no_owner")
+    assert (landed.status_code, landed.json()["version"], landed.json()["duplicate"]) == (200, 1, True)
+    assert pair.house.journal.count() == 3
+
+
+def test_bytes_that_no_url_may_have_reach_the_owner_escaped(pair: Pair) -> None:
+    with pair.b.server.connect() as caller:
+        caller.sendall(b"GET /no\xff\x80 HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        assert caller.recv(1 << 16).split()[1] in (b"400", b"404")
+
+
 def test_an_owner_that_hangs_is_waited_for_until_another_one_is_there(pair: Pair) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         hanging = Ownership(FEDERATION, "c", f"http://127.0.0.1:{silent.getsockname()[1]}", 5, math.inf)
