@@ -54,7 +54,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "online_gateway": tables_merge.online_gateway,
     "online_gateway_shares": tables_merge.online_gateway_shares,
     "simulation_scale": tables_simulation.scale,
-    "simulation_training": tables_simulation.training,
+    "simulation_training": partial(tables_simulation.training, "training"),
+    "simulation_deadline": partial(tables_simulation.training, "deadline"),
+    "simulation_outages": partial(tables_simulation.training, "outages"),
     "simulation_training_traffic": tables_simulation.training_traffic,
     "simulation_robustness": tables_simulation.robustness,
 }

@@ -11,22 +11,27 @@ _NEVER = "never"
 
 def scale() -> str:
     """What it took, and what the report says."""
-    measured = results("simulation_scale")
+    rows = [_scale_cells(name) for name in ("simulation_scale", "simulation_scale_int8")]
+    return table(list(rows[0]), [list(cells.values()) for cells in rows])
+
+
+def _scale_cells(name: str) -> dict[str, str]:
+    measured = results(name)
     (scheme,) = measured["report"]["schemes"]
     staleness, each = scheme["staleness"], scheme["accepted_by_worker"]
-    cells = {
-        "workers": f"{measured['report']['config']['fleet']['workers']:,}",
+    return {
+        "updates": scheme["name"],
         "accepted": f"{scheme['updates']['accepted']:,}",
-        "by worker, least / most": f"{each['least']} / {each['most']}",
+        "least by a worker": str(each["least"]),
         "staleness p50 / p99": f"{staleness['median']} / {staleness['p99']}",
-        "updates a second, mean / most": "{mean:.0f} / {most}".format(**scheme["arrivals_per_second"]),
-        "GB up / down": f"{scheme['bytes']['up'] / 1e9:.2f} / {scheme['bytes']['down'] / 1e9:.2f}",
+        "a second, p50 / most": "{median} / {most}".format(**scheme["arrivals_per_second"]),
+        "GB up": f"{scheme['bytes']['up'] / 1e9:.2f}",
+        "GB down": f"{scheme['bytes']['down'] / 1e9:.2f}",
         "GB disk": f"{sum(scheme['disk_bytes'].values()) / 1e9:.2f}",
         "wall s": f"{measured['seconds']:.0f}",
         "CPU s": f"{measured['cpu_seconds']:.0f}",
         "peak GiB": f"{measured['peak_mib'] / 1024:.2f}",
     }
-    return table(list(cells), [list(cells.values())])
 
 
 def training_traffic() -> str:
@@ -52,10 +57,10 @@ def training_traffic() -> str:
     )
 
 
-def training() -> str:
-    """*Cost to Target* and *Quality under Budget*."""
+def training(part: str) -> str:
+    """*Cost to Target* and *Quality under Budget* of a part of the benchmark."""
     rows: list[Row] = []
-    for each in results("simulation_training")["report"]["comparison"]:
+    for each in results(f"simulation_{part}")["report"]["comparison"]:
         cost, quality = each["cost_to_target"], each["quality_under_budget"]
         rows.append(
             [
