@@ -57,7 +57,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "simulation_training": partial(tables_simulation.training, "training"),
     "simulation_deadline": partial(tables_simulation.training, "deadline"),
     "simulation_outages": partial(tables_simulation.training, "outages"),
-    "simulation_training_traffic": tables_simulation.training_traffic,
+    "simulation_training_traffic": partial(tables_simulation.traffic, "training"),
+    "simulation_int8": partial(tables_simulation.training, "int8"),
+    "simulation_int8_traffic": partial(tables_simulation.traffic, "int8"),
     "simulation_robustness": tables_simulation.robustness,
 }
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)

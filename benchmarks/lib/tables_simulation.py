@@ -11,20 +11,15 @@ _NEVER = "never"
 
 def scale() -> str:
     """What it took, and what the report says."""
-    rows = [_scale_cells(name) for name in ("simulation_scale", "simulation_scale_int8")]
-    return table(list(rows[0]), [list(cells.values()) for cells in rows])
-
-
-def _scale_cells(name: str) -> dict[str, str]:
-    measured = results(name)
+    measured = results("simulation_scale")
     (scheme,) = measured["report"]["schemes"]
     staleness, each = scheme["staleness"], scheme["accepted_by_worker"]
-    return {
+    cells = {
         "updates": scheme["name"],
         "accepted": f"{scheme['updates']['accepted']:,}",
         "least by a worker": str(each["least"]),
         "staleness p50 / p99": f"{staleness['median']} / {staleness['p99']}",
-        "a second, p50 / most": "{median} / {most}".format(**scheme["arrivals_per_second"]),
+        "a second, mean / most": "{mean:.0f} / {most:,}".format(**scheme["arrivals_per_second"]),
         "GB up": f"{scheme['bytes']['up'] / 1e9:.2f}",
         "GB down": f"{scheme['bytes']['down'] / 1e9:.2f}",
         "GB disk": f"{sum(scheme['disk_bytes'].values()) / 1e9:.2f}",
@@ -32,12 +27,13 @@ def _scale_cells(name: str) -> dict[str, str]:
         "CPU s": f"{measured['cpu_seconds']:.0f}",
         "peak GiB": f"{measured['peak_mib'] / 1024:.2f}",
     }
+    return table(list(cells), [list(cells.values())])
 
 
-def training_traffic() -> str:
-    """What travelled and became of it, on the configured fleet."""
+def traffic(part: str) -> str:
+    """What travelled and became of it, on the configured fleet of a part of the benchmark."""
     rows: list[Row] = []
-    for scheme in results("simulation_training")["report"]["schemes"]:
+    for scheme in results(f"simulation_{part}")["report"]["schemes"]:
         if scheme["fleet"] == "configured":
             staleness = scheme["staleness"]
             rows.append(
