@@ -22,6 +22,7 @@ from builders import wait_until
 from support import CoordinatorProcess, free_port
 
 from fedmoe import __version__
+from fedmoe.config import CoordinatorConfig
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -91,6 +92,30 @@ def test_every_option_of_a_command_in_deploy_exists() -> None:
         assert used <= by_command[command], words
         all_used |= used
     assert {"--state-dir", "--replica", "--worker-id", "--base-model", "--coordinator-url"} <= all_used
+
+
+def coordinators() -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Command line and environment of every coordinator in deploy/; what a Secret holds is made up."""
+    for name, service in compose()["services"].items():
+        if name.startswith("coordinator"):
+            yield service["command"], service["environment"]
+    secret = {"FEDMOE_DATABASE_URL": "postgresql+psycopg://user:password@host/name"}
+    for name in MANIFESTS:
+        container = pod_specs(name)["coordinator"]["containers"][0]
+        names = [entry["name"] for entry in container["env"]]
+        values = {entry: secret.get(entry, f"secret-of-32-characters-{entry}") for entry in names}
+        yield [word.replace("$(POD_NAME)", "pod-0") for word in container["args"]], values
+
+
+@pytest.mark.parametrize(("words", "environment"), list(coordinators()))
+def test_what_a_coordinator_is_told_fits_together(
+    words: list[str], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    options = [word.removeprefix("--").partition("=") for word in words[1:]]
+    config = CoordinatorConfig.model_validate({name.replace("-", "_"): value for name, _, value in options})
+    assert (config.replica is None) == (config.database_url is None)
 
 
 def test_every_environment_variable_of_ours_in_deploy_exists() -> None:
@@ -178,6 +203,7 @@ def test_pods_are_hardened_and_write_to_volumes_only(name: str) -> None:
     for spec in pod_specs(name).values():
         assert spec["securityContext"]["runAsNonRoot"]
         assert not spec["automountServiceAccountToken"]
+        assert not spec["enableServiceLinks"], "they would be taken for options: FEDMOE_COORDINATOR_PORT"
         for container in spec["containers"] + spec.get("initContainers", []):
             security = container["securityContext"]
             assert (security["readOnlyRootFilesystem"], security["allowPrivilegeEscalation"]) == (True, False)
