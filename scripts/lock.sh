@@ -22,8 +22,8 @@ compile=("$tools/uv" pip compile --quiet --generate-hashes --no-header --no-anno
 work=$(mktemp -d)
 trap 'rm -rf -- "$work"' EXIT
 # hatchling builds the project itself, which is then installed without reaching for anything that is not in the lock.
-echo "hatchling>=1.27" | "${compile[@]}" --universal --extra arena --extra hub --extra postgres --extra s3 --constraint constraints.txt \
-    --output-file "$work/all" pyproject.toml - >/dev/null
+echo "hatchling>=1.27" | "${compile[@]}" --universal --extra arena --extra hub --extra postgres --extra ray --extra s3 \
+    --constraint constraints.txt --output-file "$work/all" pyproject.toml - >/dev/null
 what="made by scripts/lock.sh; install it with scripts/install_locked.sh"
 for name in requirements requirements-torch-cuda; do echo "# $name.lock: $what" >"$work/$name.lock"; done
 awk -v work="$work" '
