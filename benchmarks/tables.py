@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from lib import tables_arena, tables_merge, tables_server, tables_simulation
+from lib import tables_arena, tables_merge, tables_replicas, tables_server, tables_simulation
 from lib.harness import RESULTS, ROOT
 from lib.table_text import results
 
@@ -26,6 +26,8 @@ DOCUMENTS = (ROOT / "benchmarks" / "README.md", ROOT / "docs" / "scale.md")
 TABLES: Mapping[str, Callable[[], str]] = {
     "coordinator": tables_server.coordinator,
     "crashes": tables_server.crashes,
+    "replicas": tables_replicas.disturbances,
+    "replicas_takeovers": tables_replicas.takeovers,
     "fuzzing": tables_server.fuzzing,
     "recovery": tables_server.recovery,
     "fairness": tables_server.fairness,

@@ -184,7 +184,8 @@ class Campaign:
         while acknowledged(self.pushers) < enough:
             if time.monotonic() > until:
                 if seconds > 30:
-                    self.outcome.faults.append(f"nothing landed for {seconds:g} s: {self.house.logs()}")
+                    self.outcome.faults.append(f"nothing landed for {seconds:g} s")
+                    print(self.house.logs(), flush=True)
                 return
             time.sleep(0.01)
 

@@ -1,0 +1,41 @@
+"""Tables of several coordinators of one federation: disturbances with what clients saw, and takeovers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from lib.table_text import document, percent, table
+
+_DONE = ("kills", "of them at a named place", "pauses", "partitions", "rolling restarts")
+
+
+def disturbances() -> str:
+    """All runs that disturb, added up."""
+    runs = [run for run in document("replicas")["runs"] if "done" in run]
+    done: Counter[str] = Counter()
+    for run in runs:
+        done.update(run["done"])
+    keys = ("terms", "pushes", "acknowledged", "sent_again", "never_answered", "reads")
+    counts = {"runs": len(runs), **{name: done[name] for name in _DONE}}
+    counts |= {key.replace("_", " "): sum(run[key] for run in runs) for key in keys}
+    counts["faults"] = sum(len(run["faults"]) for run in runs)
+    return table(list(counts), [[f"{count:,}" for count in counts.values()]])
+
+
+def takeovers() -> str:
+    """One row a run that measures, with the default lease."""
+    runs = [run for run in document("replicas")["runs"] if "takeovers" in run]
+    header = ["owners killed", "every", "nobody answered for: p50 / p99 / longest", "updates/s undisturbed / disturbed"]
+    rows = [
+        [
+            f"{run['takeovers']}",
+            f"{run['every_seconds']:g} s",
+            " / ".join(f"{run['silence_seconds'][name]:.1f} s" for name in ("p50", "p99", "max")),
+            f"{run['updates_per_second']['undisturbed']:.1f} / {run['updates_per_second']['disturbed']:.1f}",
+            percent(run["goodput"]),
+            f"{run['hardware']['load_average']:.0f}",
+            f"{len(run['faults'])}",
+        ]
+        for run in runs
+    ]
+    return table([*header, "goodput, %", "load of the machine", "faults"], rows)
