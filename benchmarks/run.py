@@ -43,6 +43,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "coordinator": Benchmark(),
     "evaluation_gate": Benchmark(needs=_EXPERTS),
     "fairness": Benchmark("--seconds 2 --windows 5"),
+    "journals": Benchmark(needs="--database-url URL, a PostgreSQL database that schemas may be made in"),
     "lora_init": Benchmark(needs=_EXPERTS),
     "many_experts": Benchmark("--repeats 60"),
     "merge": Benchmark("--model all --layers 2 --repeats 1"),

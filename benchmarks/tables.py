@@ -30,6 +30,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "replicas_takeovers": tables_replicas.takeovers,
     "fuzzing": tables_server.fuzzing,
     "recovery": tables_server.recovery,
+    "journals": tables_server.journals,
     "fairness": tables_server.fairness,
     "attacks": tables_server.attacks,
     "many_experts": tables_server.many_experts,

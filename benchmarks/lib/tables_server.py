@@ -48,6 +48,27 @@ def coordinator() -> str:
     return table([*header, "push ms median / p99", "pull ms median / p99", "304 ms"], rows)
 
 
+def journals() -> str:
+    """PostgreSQL beside SQLite, in turns."""
+    rows: list[Row] = []
+    for dtype, measured in results("journals").items():
+        for name in ("sqlite", "postgresql"):
+            row = measured[name]
+            rate = row["updates_per_second"]
+            rows.append(
+                [
+                    dtype,
+                    name,
+                    spread(rate["median"], rate["min"], rate["max"]),
+                    "" if name == "sqlite" else f"{percent(measured['share_of_sqlite'])} %",
+                    f"{row['median_ms']:.0f} / {row['p99_ms']:.0f}",
+                    f"{1e3 * row['cpu_seconds']:.0f}",
+                ]
+            )
+    header = ["wire", "journal", "updates/s median (min-max)", "share of SQLite's", "push ms median / p99"]
+    return table([*header, "coordinator's CPU ms an update"], rows)
+
+
 def crashes() -> str:
     """All runs of the campaign added up."""
     runs = document("crashes")["runs"]

@@ -33,8 +33,8 @@ _SESSION = (
     "SET tcp_keepalives_interval = 5",
     "SET tcp_keepalives_count = 3",
 )
-#: For a transaction that reads all there is.
-NO_TIMEOUTS = (
+# For a transaction that reads all there is, or changes tables.
+_NO_TIMEOUTS = (
     "SET LOCAL statement_timeout = 0",
     "SET LOCAL idle_in_transaction_session_timeout = 0",
 )
@@ -85,6 +85,13 @@ def _prepare(connection: DBAPIConnection, _: object) -> None:
         cursor.execute(statement)
     cursor.close()
     connection.commit()
+
+
+def unhurried(connection: sa.Connection) -> sa.Connection:
+    """The connection, whose transaction may take its time."""
+    for statement in _NO_TIMEOUTS:
+        connection.execute(sa.text(statement))
+    return connection
 
 
 def name_of(engine: sa.Engine) -> str:

@@ -36,7 +36,7 @@ from fedmoe.server.storage.tables import ALL_TABLES, EVENTS, INCARNATION, META
 Fence = Callable[[sa.Connection], None]
 # So long whoever was killed may still hold the lock; so long the server may keep a connection that broke unseen.
 _KILLED_SECONDS, _UNSEEN_SECONDS = 3.0, 40.0
-_MOST_CONFLICTS = 5
+_MOST_CONFLICTS, _OPENINGS = 5, 3
 _FIRST_WAIT, _LONGEST_WAIT = 0.05, 1.0
 _PAGE = 5_000
 _log = structlog.get_logger("fedmoe.journal")
@@ -75,19 +75,31 @@ class PostgresJournal(ChainedJournal):
         self._connection: sa.Connection | None = None
         self._closing = threading.Event()
         try:
-            connection = self._connected(_KILLED_SECONDS)
-            self._check_server(connection, accept_loss)
-            prepare_schema(connection, self._where, self._check_owner, revisions, moved_from)
-            self._claim(connection)
-            last_row, self._head = self._checked_end(connection)
-            self._row_offset = last_row - self._head.events
-            self._check_rows(connection, skip_damaged)
+            self._open(accept_loss, skip_damaged, revisions, moved_from)
         except BaseException as error:
             self._drop_connection()
             self._engine.dispose()
             if isinstance(error, DBAPIError):
                 raise postgres.opening_problem(error, self._where) from error
             raise
+
+    def _open(self, accept_loss: bool, skip_damaged: bool, revisions: Iterable[Path], moved_from: str | None) -> None:
+        self._check_server(self._connected(_KILLED_SECONDS), accept_loss)
+        folders = tuple(revisions)
+        for left in reversed(range(_OPENINGS)):
+            try:
+                connection = self._connected()
+                prepare_schema(connection, self._where, self._check_owner, folders, moved_from)
+                self._claim(connection)
+                last_row, self._head = self._checked_end(connection)
+                self._row_offset = last_row - self._head.events
+                self._check_rows(connection, skip_damaged)
+                return
+            except DBAPIError as error:
+                # On a busy machine a transaction may stand still for longer than the server takes.
+                if not left or not postgres.is_lost(error):
+                    raise
+                self._drop_connection()
 
     def insert(self, table: sa.Table, row: dict[str, object]) -> int:
         with self._lock:
@@ -103,7 +115,7 @@ class PostgresJournal(ChainedJournal):
             query = query.order_by(EVENTS.c.id)
         else:
             query = query.where(EVENTS.c.expert == expert, EVENTS.c.version > after_version).order_by(EVENTS.c.version)
-        rows = self._read(lambda connection: _unhurried(connection).execute(query).all())
+        rows = self._read(lambda connection: postgres.unhurried(connection).execute(query).all())
         read = chained_event_of if expert is None else event_of
         for kind, payload in rows:
             yield read(kind, payload)
@@ -157,7 +169,7 @@ class PostgresJournal(ChainedJournal):
         query = sa.select(*columns, EVENTS.c.chain).order_by(EVENTS.c.id).execution_options(yield_per=_PAGE)
         with connection.begin():
             try:
-                with _unhurried(connection).execute(query) as rows:
+                with postgres.unhurried(connection).execute(query) as rows:
                     end = check(rows)
                 meta = dict(connection.execute(sa.select(META.c.key, META.c.value)).all())
                 return end.row, checked_head(end, meta.get(HEAD), meta.get(INCARNATION))
@@ -167,7 +179,7 @@ class PostgresJournal(ChainedJournal):
     def _check_rows(self, connection: sa.Connection, skip_damaged: bool) -> None:
         """Refuse rows beside the events that are not as they were written, or leave them out."""
         with connection.begin():
-            damage = postgres_seals.damaged_rows(connection)
+            damage = postgres_seals.damaged_rows(postgres.unhurried(connection))
         fatal = fatal_damage(damage, skip_damaged)
         if fatal:
             raise StorageFailedError(f"{postgres.changed_outside(self._where, fatal.rows)}{fatal.hint}")
@@ -200,7 +212,7 @@ class PostgresJournal(ChainedJournal):
 
     def _replace_locked(self, pages: Pages, head: Head) -> None:
         def change(connection: sa.Connection) -> None:
-            _unhurried(connection)
+            postgres.unhurried(connection)
             for table in ALL_TABLES:
                 if table is EVENTS:
                     connection.execute(table.delete())
@@ -354,9 +366,3 @@ class _Patience:
 
 def _place(head: Head) -> tuple[int, str, int]:
     return head.events, head.chain, head.changes
-
-
-def _unhurried(connection: sa.Connection) -> sa.Connection:
-    for statement in postgres.NO_TIMEOUTS:
-        connection.execute(sa.text(statement))
-    return connection

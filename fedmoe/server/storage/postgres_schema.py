@@ -12,7 +12,7 @@ import structlog
 from fedmoe.server.storage.acknowledged import Head
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.chained_journal import HEAD, SCHEMA
-from fedmoe.server.storage.postgres import DatabaseUrlError, changed_outside
+from fedmoe.server.storage.postgres import DatabaseUrlError, changed_outside, unhurried
 from fedmoe.server.storage.postgres_seals import put_statement, write_sealed
 from fedmoe.server.storage.sqlite import other_schema
 from fedmoe.server.storage.tables import EVENTS, INCARNATION, META, MOVED_FROM, SCHEMA_VERSION
@@ -37,7 +37,7 @@ def prepare_schema(
     """
     with connection.begin():
         fence(connection)
-        connection.execute(_LOCK)
+        unhurried(connection).execute(_LOCK)
         _upgrade(connection, where, revisions)
         meta = dict(connection.execute(sa.select(META.c.key, META.c.value)).all())
         if not meta:

@@ -132,7 +132,7 @@ class Fence:
         self.calls += 1
         assert (
             connection.execute(
-                sa.text("SELECT count(*) FROM pg_locks WHERE relation = 'meta'::regclass AND pid = pg_backend_pid()")
+                sa.text("SELECT count(*) FROM pg_locks WHERE relation = to_regclass('meta') AND pid = pg_backend_pid()")
             ).scalar_one()
             == 0
         ), "it comes first"
