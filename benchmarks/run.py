@@ -50,6 +50,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "merge_peers": Benchmark(needs="PEFT and the folder of merge_quality: --work FOLDER"),
     "merge_quality": Benchmark(needs=_EXPERTS),
     "online_gateway": Benchmark(needs=_EXPERTS),
+    "ray_rollouts": Benchmark(needs="Ray: pip install 'fedmoe[ray]'"),
     "recompress": Benchmark(),
     "recovery": Benchmark(),
     "repeated_merges": Benchmark(needs=_EXPERTS),

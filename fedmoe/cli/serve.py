@@ -41,6 +41,10 @@ def serve(
     chat_template_kwargs: ChatTemplateKwargs = None,
     backend: Annotated[BackendKind, typer.Option(help="Where tokens are computed.")] = BackendKind.transformers,
     vllm_url: Annotated[str | None, typer.Option(help="The vLLM server, for --backend vllm.")] = None,
+    replicas: Annotated[
+        list[str] | None,
+        typer.Option(help="Another vLLM server like it, which shares the work; repeat for more."),
+    ] = None,
     vllm_model: Annotated[str, typer.Option(help="The base model's name on the vLLM server.")] = "base",
     vllm_adapters: Annotated[
         Path, typer.Option(help="Our folder of adapters, which the vLLM server sees under the same path.")
@@ -54,6 +58,9 @@ def serve(
     """Serve the gateway and every expert over an OpenAI-compatible interface; newer versions come by themselves."""
     if (backend is BackendKind.vllm) != (vllm_url is not None):
         raise CommandError("--backend vllm and --vllm-url URL belong together")
+    servers = (*([vllm_url] if vllm_url else []), *(replicas or []))
+    if len(set(servers)) < len(servers) or (replicas and vllm_url is None):
+        raise CommandError(f"--replicas names servers beside that of --vllm-url, each once; got {', '.join(servers)}")
     if (tls_cert is None) != (tls_key is None):
         raise CommandError("TLS needs both --tls-cert and --tls-key")
     check_tls(tls_cert, tls_key)
@@ -68,7 +75,11 @@ def serve(
     pin_threads()
     gate = process.Endpoint(host, port, keys, loopback, tls_cert, tls_key)
     limits = Limits(max_prompt_tokens, max_output_tokens, max_batch + max_queue)
-    address = process.VllmAddress(vllm_url, vllm_model, vllm_adapters, vllm_token) if vllm_url is not None else None
+    address = (
+        process.VllmAddress(vllm_url, vllm_model, vllm_adapters, vllm_token, tuple(replicas or ()))
+        if vllm_url is not None
+        else None
+    )
     manifest = api.federation().manifest
     if manifest is None:
         raise CommandError(

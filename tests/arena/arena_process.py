@@ -51,16 +51,16 @@ class ArenaProcess:
         self.process.start()
         return self.process
 
-    def finish(self) -> None:
+    def finish(self, seconds: float = 300) -> None:
         """Go on to the end."""
         process = self.start()
-        process.join(300)
+        process.join(seconds)
         assert process.exitcode == 0, self.told()
 
-    def wait_for_iteration(self, number: int, told_before: int) -> None:
+    def wait_for_iteration(self, number: int, told_before: int, seconds: float = 120) -> None:
         """Until this start has done an iteration of at least this number; `told_before` is the log's size before."""
         assert self.process is not None
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + seconds
         while max(self.iterations(told_before), default=0) < number:
             assert self.process.is_alive() or self.iterations(told_before), self.told()
             if not self.process.is_alive():

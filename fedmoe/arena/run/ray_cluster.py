@@ -8,7 +8,7 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,8 @@ from fedmoe.inference.engine import EngineError
 _CONNECT_SECONDS = 60.0
 #: Until other work of the cluster makes room; the actors are placed all or none.
 _PLACE_SECONDS = 60.0
+_STARTS = 3
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
 #: Ray's public interface, in a process that can be ended: it does not listen to signals while it connects.
 _PROBE = """
 import json, sys
@@ -80,7 +82,7 @@ def ray_cluster(address: str | None, needs: ActorNeeds, gpus: Sequence[str]) -> 
         if address is None:
             _start_local(ray, needs, gpus)
         else:
-            ray.init(address=address, log_to_driver=False, logging_level="warning")
+            ray.init(address, **_QUIET)
     finally:
         # Ray takes over SIGTERM; a run ends in order at it.
         for number, handler in handlers.items():
@@ -99,6 +101,8 @@ def _imported(local: bool) -> Any:
         # Read when Ray is imported: without it a node takes the machine's outer address, whatever it is told, and its
         # servers listen on all addresses.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # Ray's default of 15 leaves actors nothing where anything else computes, the learner for example.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         if "RAY_AUTH_MODE" not in os.environ:
             # A token of this process and its children; Ray would write one into the home folder.
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
@@ -119,19 +123,28 @@ def _start_local(ray: Any, needs: ActorNeeds, gpus: Sequence[str]) -> None:
     _check_room(needs, {"CPU": threads, "GPU": len(gpus)})
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    resources = {"num_cpus": max(cores, threads), "num_gpus": len(gpus)}
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(cores, threads),
-            num_gpus=len(gpus),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="warning",
-        )
+        _started(lambda: ray.init("local", **resources, include_dashboard=False, **_QUIET))
     finally:
         del os.environ["CUDA_VISIBLE_DEVICES"]
         if visible is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
+
+
+def _started(start: Callable[[], object]) -> None:
+    """Start a cluster; again if need be, since Ray gives its processes no more than half a minute."""
+    for attempt in range(1, _STARTS + 1):
+        try:
+            start()
+            return
+        except Exception as error:  # Ray raises nothing more special
+            _log.warning("ray_start_failed", attempt=attempt, reason=str(error)[:300])
+            reason = error
+    raise EngineError(
+        f"no Ray cluster could be started here, the last time by: {str(reason)[:300]}; see Ray's logs "
+        "(session_latest in its temporary folder), and try again when the machine is less busy"
+    ) from reason
 
 
 def _check_room(needs: ActorNeeds, resources: Mapping[str, float]) -> None:

@@ -20,6 +20,7 @@ from fedmoe.gateway.serve.service import Limits, Service
 from fedmoe.gateway.serve.text import PromptEncoder
 from fedmoe.gateway.serve.version_watcher import VersionWatcher
 from fedmoe.inference.backend import Backend
+from fedmoe.inference.backend_fleet import BackendFleet
 from fedmoe.inference.batching.scheduler import TransformersBackend
 from fedmoe.inference.engine import AdapterKey
 from fedmoe.inference.transformers_engine import TransformersEngine
@@ -46,12 +47,16 @@ class ServeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class VllmAddress:
-    """A running vLLM server: `model` is the name of the base model there, `folder` is ours and readable by it."""
+    """A running vLLM server: `model` is the name of the base model there, `folder` is ours and readable by it.
+
+    `replicas` are further servers like it, which share the work.
+    """
 
     url: str
     model: str
     folder: Path
     token: str | None
+    replicas: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +132,7 @@ def backend_maker(rows: int, address: VllmAddress | None) -> Callable[[LoadedBas
 
 
 def _vllm(base: LoadedBase, modules: Sequence[str], rows: int, address: VllmAddress) -> Backend:
-    """A running vLLM server, every version of which is compared with our own model here."""
-    engine = VllmEngine(address.url, address.model, address.folder, stop_tokens(base), address.token)
+    """Running vLLM servers, every version of which is compared with our own model here, on each of them."""
     own = TransformersEngine(base, MultiLora(base.model, modules))
     prompts = [tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in _PROMPTS]
 
@@ -142,7 +146,19 @@ def _vllm(base: LoadedBase, modules: Sequence[str], rows: int, address: VllmAddr
         finally:
             own.unload(key)
 
-    return VllmBackend(engine, reference, prompts, rows)
+    def backend(url: str, folder: Path) -> VllmBackend:
+        engine = VllmEngine(url, address.model, folder, stop_tokens(base), address.token)
+        return VllmBackend(engine, reference, prompts, rows)
+
+    if not address.replicas:
+        return backend(address.url, address.folder)
+    with ExitStack() as opened:
+        backends: list[Backend] = []
+        for number, url in enumerate((address.url, *address.replicas), 1):
+            backends.append(backend(url, address.folder / f"replica_{number}"))
+            opened.callback(backends[-1].close)
+        opened.pop_all()
+    return BackendFleet(backends)
 
 
 def listen(running: GatewayServer, gate: Endpoint) -> None:

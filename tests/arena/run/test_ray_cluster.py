@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import fedmoe.arena.run.ray_cluster as ray_cluster_module
 from fedmoe.arena.config import ArenaConfig
 from fedmoe.arena.run.engines import place_run
 from fedmoe.arena.run.options import RunError, RunOptions
@@ -44,13 +45,34 @@ def test_actors_get_the_gpus_beside_the_learner(learner: int | None, visible: li
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+    switches = ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_worker_niceness")
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", *switches):
         monkeypatch.setenv(name, "")
     with (
         pytest.raises(EngineError, match=r"not installed; run: pip install 'fedmoe\[ray\]'"),
         ray_cluster(None, ActorNeeds(1, 1, 0.0), []),
     ):
         pass
+
+
+class SlowStart:
+    """Starts at the given attempt."""
+
+    def __init__(self, starts_at: int) -> None:
+        self.starts_at, self.attempts = starts_at, 0
+
+    def __call__(self) -> None:
+        self.attempts += 1
+        if self.attempts < self.starts_at:
+            raise Exception("The current node timed out during startup.")  # as Ray does
+
+
+def test_a_cluster_that_starts_slowly_is_started_again_and_at_last_given_up_in_words() -> None:
+    slow, slower = SlowStart(3), SlowStart(4)
+    ray_cluster_module._started(slow)
+    assert slow.attempts == 3
+    with pytest.raises(EngineError, match=r"no Ray cluster could be started here, .*timed out during startup"):
+        ray_cluster_module._started(slower)
 
 
 def config(**engine: object) -> ArenaConfig:

@@ -26,6 +26,7 @@ from fedmoe.inference.backend import (
     SamplingOptions,
     ServedModel,
 )
+from fedmoe.inference.backend_fleet import BackendFleet
 from fedmoe.inference.batching.scheduler import TransformersBackend
 from fedmoe.inference.vllm.server import SERVED_NAME, VllmServer
 from fedmoe.lora.adapter import Adapter, Layout, ModuleShape
@@ -76,7 +77,7 @@ def fake_bench(folder: Path) -> Bench:
     return Bench(backend, fake_vllm.make_adapter, ((3, 1, 4, 1, 5), (9, 2, 6, 5, 3, 5), (8, 9, 7)), 1e-4, misfit)
 
 
-def transformers_bench() -> Bench:
+def transformers_bench(_: Path) -> Bench:
     base = tiny()
     modules = [module.name for module in tiny_adapter(0).layout.modules]
     prompts = (tuple(range(60, 70)), tuple(range(90, 118)), tuple(range(97, 102)))
@@ -102,12 +103,17 @@ def vllm_bench(folder: Path, server: VllmServer) -> Bench:
     return Bench(backend, adapter, prompts, 1e-3, adapter(1, rank=9), own_likelihoods=False)
 
 
-@pytest.fixture(params=["fake", "transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def fleet_bench(folder: Path) -> Bench:
+    one = fake_bench(folder / "1")
+    return replace(one, backend=BackendFleet([one.backend, fake_bench(folder / "2").backend]))
+
+
+@pytest.fixture(params=["fake", "fleet", "transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     if request.param == "vllm":
         made = vllm_bench(tmp_path, request.getfixturevalue("live_vllm"))
     else:
-        made = fake_bench(tmp_path) if request.param == "fake" else transformers_bench()
+        made = {"fake": fake_bench, "fleet": fleet_bench, "transformers": transformers_bench}[request.param](tmp_path)
     yield made
     made.backend.close()
 
