@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from structlog.testing import capture_logs
 from workers import Federation, Setup, federation, local, wait_for_answer
 
@@ -62,7 +63,9 @@ def test_a_worker_that_starts_again_says_that_the_history_is_another_one(tmp_pat
 
         setup.after_step = leave
         setup.max_unsynced = 0.1
-        setup.run(lambda worker: setattr(worker, "_left", lambda began: -1.0))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(DistributedWorker, "_seconds_left", lambda worker, began: -1.0)
+            setup.run()
         back = Federation(tmp_path / "second", port=house.port)
         make_backup(house.folder, tmp_path / "backup", 0.0)
         restore(tmp_path / "backup", back.folder)
