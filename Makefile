@@ -103,8 +103,9 @@ manifests: .venv-tools/.deploy
 	for name in single replicas; do .venv-tools/bin/helm template fedmoe deploy/helm/fedmoe --namespace fedmoe \
 		--values deploy/kubernetes/$$name.values.yaml >deploy/kubernetes/$$name.yaml || exit 1; done
 
-test-scale: $(VENV)/.scale .venv-moto/.moto .venv-tools/.deploy
-	FEDMOE_MOTO_PYTHON=$(CURDIR)/.venv-moto/bin/python $(PYTEST) --timeout 1800 -m scale
+SCALE_TESTS ?= tests
+test-scale: $(VENV)/.scale .venv-moto/.moto $(if $(filter tests,$(SCALE_TESTS)),.venv-tools/.deploy)
+	FEDMOE_MOTO_PYTHON=$(CURDIR)/.venv-moto/bin/python $(PYTEST) --timeout 1800 -m scale $(SCALE_TESTS)
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) --timeout 3600 -m slow

@@ -15,7 +15,7 @@ from fedmoe.server.storage.chained_journal import HEAD, SCHEMA
 from fedmoe.server.storage.postgres import DatabaseUrlError, changed_outside, unhurried
 from fedmoe.server.storage.postgres_seals import put_statement, write_sealed
 from fedmoe.server.storage.sqlite import other_schema
-from fedmoe.server.storage.tables import EVENTS, INCARNATION, META, MOVED_FROM, SCHEMA_VERSION
+from fedmoe.server.storage.tables import EVENTS, INCARNATION, LATER_TABLES, META, MOVED_FROM, SCHEMA_VERSION, TABLES
 
 #: Where Alembic finds the revisions.
 REVISIONS = (Path(__file__).parent / "revisions",)
@@ -39,6 +39,7 @@ def prepare_schema(
         fence(connection)
         unhurried(connection).execute(_LOCK)
         _upgrade(connection, where, revisions)
+        _check_tables(connection, where)
         meta = dict(connection.execute(sa.select(META.c.key, META.c.value)).all())
         if not meta:
             _begin(connection, where, moved_from)
@@ -78,6 +79,14 @@ def _upgrade(connection: sa.Connection, where: str, revisions: Iterable[Path]) -
         environment.run_migrations()
     if before is not None:
         _log.warning("migrated", journal=where, schema=newest, before=before)
+
+
+def _check_tables(connection: sa.Connection, where: str) -> None:
+    """Refuse a journal that lacks a table: what was in it is gone."""
+    there = set(sa.inspect(connection).get_table_names())
+    missing = sorted({*TABLES.tables, *LATER_TABLES.tables} - there)
+    if missing:
+        raise changed_outside(where, f"the table {missing[0]} is gone")
 
 
 def _begin(connection: sa.Connection, where: str, moved_from: str | None) -> None:
