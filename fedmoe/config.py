@@ -73,8 +73,8 @@ def _usable_url(value: str) -> str:
     return value.rstrip("/")
 
 
-def _usable_blobs(value: str) -> str:
-    """The URL of a bucket without a slash at its end; credentials are never in it."""
+def usable_blobs(value: str) -> str:
+    """The URL of a bucket without a slash at its end; raises ValueError, with credentials in it too."""
     try:
         parts = urlsplit(value)
         usable = parts.scheme in ("s3", "gs", "az") and bool(parts.netloc) and parts.netloc == parts.hostname
@@ -139,7 +139,7 @@ class CoordinatorConfig(_ProcessConfig):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
     state_dir: str = "runs/coordinator"
-    blobs: Annotated[str, AfterValidator(_usable_blobs)] | None = None
+    blobs: Annotated[str, AfterValidator(usable_blobs)] | None = None
     database_url: DatabaseUrl | None = Field(
         default=None, validation_alias=AliasChoices("database_url", "FEDMOE_DATABASE_URL")
     )

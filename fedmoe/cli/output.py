@@ -99,15 +99,19 @@ def _fail(message: str, status: int) -> NoReturn:
     raise SystemExit(status)
 
 
+_MAY_HOLD_SECRETS = ("--database-url", "--blobs")
+
+
 def _option_problem(problem: Mapping[str, object]) -> str:
-    """One line on one value; never the value of a token, and none that the message shows already."""
+    """One line on one value; never one that may have a secret in it, and none that the message shows already."""
     place, message = problem["loc"], str(problem["msg"]).removeprefix("Value error, ")
     if not isinstance(place, tuple) or not place:
         return message
     field = str(place[0]).removeprefix("FEDMOE_").lower()
     name = "--" + {"experts": "expert"}.get(field, field).replace("_", "-")
     value = problem.get("input")
-    hidden = isinstance(value, dict) or "token" in name or repr(value) in message
+    secret = "token" in name or name in _MAY_HOLD_SECRETS
+    hidden = isinstance(value, dict) or secret or repr(value) in message
     return f"{name}: {message}" + ("" if hidden else f", got {value!r}")
 
 

@@ -100,9 +100,14 @@ def migrate(
     as_json: AsJson = False,
 ) -> None:
     """Move a stopped federation between SQLite and PostgreSQL, folder and object store; everything is compared."""
+    from fedmoe.config import usable_blobs
     from fedmoe.server.history.state_move import FederationPlace, move_state
     from fedmoe.server.storage.state_dir import Database
 
+    try:
+        to_blobs = to_blobs and usable_blobs(to_blobs)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--to-blobs") from None
     databases = [
         Database(url, accept_database_loss) if url is not None else None for url in (from_database_url, to_database_url)
     ]

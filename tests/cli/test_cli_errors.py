@@ -58,6 +58,21 @@ def test_a_wrong_option_is_named_with_what_would_be_right(arguments: list[str], 
 
 
 @pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["coordinator", "--database-url", "fedmoe:hush-hush@127.0.0.1/db"], "--database-url"),
+        (["coordinator", "--database-url", "mysql://fedmoe:hush-hush@127.0.0.1/db"], "--database-url"),
+        (["coordinator", "--blobs", "s3://key:hush-hush@bucket/prefix"], "--blobs"),
+        (["state", "migrate", "from", "to", "--to-blobs", "s3://key:hush-hush@bucket/prefix"], "--to-blobs"),
+    ],
+)
+def test_a_url_that_may_hold_a_secret_is_not_repeated(arguments: list[str], option: str, fedmoe: Run) -> None:
+    refused = fedmoe(*arguments)
+    assert_refused(refused, 2, option, "expected")
+    assert "hush" not in refused.err
+
+
+@pytest.mark.parametrize(
     "command",
     [
         [*WORKER, "--dataset", "d"],

@@ -110,7 +110,10 @@ class JournalGap:
     """What a journal lacks of what was acknowledged, in words, and how it came to that and what to put back."""
 
     reason: str
-    advice: str = "An older journal.sqlite was put there, or its journal.sqlite-wal is gone. Put the right one back"
+    advice: str = (
+        "An older journal.sqlite was put there, or its journal.sqlite-wal is gone. Put the right one back; if the "
+        "journal is in PostgreSQL, name its database"
+    )
 
 
 def journal_gap(noted: Head, head: Head, chain_there: str | None, former: Collection[str] = ()) -> JournalGap | None:

@@ -48,6 +48,12 @@ _WAITED = {"55P03", "57014"}
 _DUPLICATE = "23505"
 
 
+_EXPECTED = (
+    "expected postgresql+psycopg://user@host:port/db; in a password write @ as %40, / as %2F, : as %3A, "
+    "or give it in the file that PGPASSFILE names"
+)
+
+
 class DatabaseUrlError(ExpectedError):
     """A database that cannot be used as given; the message never shows a password."""
 
@@ -59,8 +65,10 @@ def postgres_engine(url: str) -> sa.Engine:
     """
     try:
         parsed = sa.make_url(url)
-    except ArgumentError:
-        raise DatabaseUrlError("the database URL cannot be read; expected postgresql+psycopg://user@host/db") from None
+    except (ArgumentError, ValueError):  # ValueError: what stands where the port belongs, maybe half a password
+        raise DatabaseUrlError(f"the database URL cannot be read; {_EXPECTED}") from None
+    if "@" in f"{parsed.host} {parsed.database}":
+        raise DatabaseUrlError(f"the database URL has more than one @; {_EXPECTED}")
     if parsed.drivername not in ("postgresql", "postgresql+psycopg"):
         raise DatabaseUrlError(f"expected a database URL postgresql+psycopg://user@host/db, got {parsed.drivername}://")
     defaults = {name: value for name, value in _CONNECT.items() if name not in parsed.query}

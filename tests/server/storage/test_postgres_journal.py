@@ -394,6 +394,9 @@ def test_a_password_is_in_no_message(postgres: PostgresServer) -> None:
         f"mysql://fedmoe:{secret}@127.0.0.1/none",
         f"{secret}",
         f"postgresql+psycopg://fedmoe:{secret}@[127.0.0.1/none",
+        f"postgresql+psycopg://fedmoe:a@{secret}@127.0.0.1/none",
+        f"postgresql+psycopg://fedmoe:a@b/{secret}@127.0.0.1/none",
+        f"postgresql+psycopg://fedmoe:a@b:{secret}@127.0.0.1/none",
     ):
         with pytest.raises((StorageFailedError, DatabaseUrlError)) as refused:
             PostgresJournal(url)
