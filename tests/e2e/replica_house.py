@@ -155,7 +155,7 @@ class ReplicaHouse:
 
     def faults(self, told: Told) -> list[str]:
         """What is wrong with what clients saw, once nobody sends any more; ends with all replicas stopped."""
-        seen = pull(self.urls[0], EXPERTS)
+        seen = pull(self.owner_after(0).url, EXPERTS)  # another one may still be starting
         faults = [
             f"{name} ended with status {status}"
             for name, replica in self.replicas.items()

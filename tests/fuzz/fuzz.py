@@ -55,7 +55,9 @@ def piece(name: str, folder: Path, seed: int) -> tuple[int, str]:
     """Executions of one piece, and what went wrong in it."""
     limits = [f"-max_total_time={_PIECE_SECONDS}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=4096"]
     command = [sys.executable, __file__, name, "--", *limits, f"-seed={seed}", "-print_final_stats=1"]
-    command += [f"-artifact_prefix={folder.parent}/{name}-", str(folder), str(ROOT / "tests/fuzz/corpus" / name)]
+    # Not every reader has inputs of its own in the repository.
+    folders = [path for path in (folder, ROOT / "tests/fuzz/corpus" / name) if path.is_dir()]
+    command += [f"-artifact_prefix={folder.parent}/{name}-", *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     executed = re.search(r"stat::number_of_executed_units:\s*(\d+)", done.stderr)
     return int(executed[1]) if executed else 0, "" if done.returncode == 0 else done.stderr[-3000:]
