@@ -69,7 +69,9 @@ def _usable_url(value: str) -> str:
     except ValueError:
         usable = False
     if not usable or "@" in value or "?" in value or "#" in value or not value.isprintable() or " " in value:
-        raise ValueError(f"expected a URL like http://192.168.1.100:5000, got {value!r}")
+        # What may hold a password or a token is not repeated.
+        got = "one with more than host, port and path in it" if set("@?#") & set(value) else repr(value)
+        raise ValueError(f"expected a URL like http://192.168.1.100:5000, got {got}")
     return value.rstrip("/")
 
 

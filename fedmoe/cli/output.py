@@ -99,7 +99,7 @@ def _fail(message: str, status: int) -> NoReturn:
     raise SystemExit(status)
 
 
-_MAY_HOLD_SECRETS = ("--database-url", "--blobs")
+_MAY_HOLD_SECRETS = ("--database-url", "--blobs", "--coordinator-url", "--advertise")
 
 
 def _option_problem(problem: Mapping[str, object]) -> str:

@@ -63,6 +63,8 @@ def test_a_wrong_option_is_named_with_what_would_be_right(arguments: list[str], 
         (["coordinator", "--database-url", "fedmoe:hush-hush@127.0.0.1/db"], "--database-url"),
         (["coordinator", "--database-url", "mysql://fedmoe:hush-hush@127.0.0.1/db"], "--database-url"),
         (["coordinator", "--blobs", "s3://key:hush-hush@bucket/prefix"], "--blobs"),
+        (["coordinator", "--replica", "a", "--advertise", "http://key:hush-hush@127.0.0.1:5000"], "--advertise"),
+        ([*WORKER, "--dataset", "d", "--coordinator-url", "http://key:hush-hush@127.0.0.1:5000"], "--coordinator-url"),
         (["state", "migrate", "from", "to", "--to-blobs", "s3://key:hush-hush@bucket/prefix"], "--to-blobs"),
     ],
 )
