@@ -18,6 +18,7 @@ from fedmoe.wire.transport import ProxyChoice
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 _PROBE_SECONDS = 2.0
+_PROBE_READS = 64
 # What OpenSSL says of bytes that are no TLS.
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
 _TRUST = "set SSL_CERT_FILE to a PEM file with the certificate of its authority, or of the coordinator itself"
@@ -100,15 +101,30 @@ def _wrong_protocol(url: str, error: httpx2.HTTPError, proxy: ProxyChoice | None
 
 
 def speaks_tls(host: str, port: int) -> bool:
-    """Whether somebody shakes hands in TLS there, whatever the certificate; nothing is sent."""
+    """Whether somebody shakes hands in TLS there, whatever the certificate; nothing is sent.
+
+    The handshake goes through memory: Python 3.11's `SSLSocket` is left unclosed where the peer resets the connection
+    before it begins.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     with (
         contextlib.suppress(OSError, ValueError),
-        socket.create_connection((host, port), _PROBE_SECONDS) as plain,
-        context.wrap_socket(plain, server_hostname=host),
+        socket.create_connection((host, port), _PROBE_SECONDS) as peer,
     ):
-        return True
+        handshake = context.wrap_bio(incoming, outgoing, server_hostname=host)
+        for _ in range(_PROBE_READS):
+            try:
+                handshake.do_handshake()
+            except ssl.SSLWantReadError:
+                peer.sendall(outgoing.read())
+                answer = peer.recv(1 << 16)
+                if not answer:
+                    return False
+                incoming.write(answer)
+            else:
+                return True
     return False
 
 

@@ -5,9 +5,11 @@ The certificates in tests/fixtures/certificates are of an authority of their own
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import pytest
 from live import LiveServer
 
 from fedmoe.wire.client import ConnectionSettingError, CoordinatorClient, CoordinatorUnavailableError
+from fedmoe.wire.unreachable import speaks_tls
 
 CERTIFICATES = Path(__file__).parents[1] / "fixtures" / "certificates"
 FEDERATION = {"fedmoe": "1", "manifest": None, "min_sync_interval": 1.0, "wire_dtypes": ["fp32"]}
@@ -160,3 +163,20 @@ def test_a_port_that_hangs_up_is_not_called_https() -> None:
             pytest.raises(CoordinatorUnavailableError, match="does not answer"),
         ):
             client.federation()
+
+
+def test_a_port_that_resets_leaves_no_socket_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is reset before the handshake begins: Python 3.11 leaves its own TLS socket unclosed there."""
+    connect = socket.create_connection
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def reset(address: tuple[str, int], timeout: float) -> socket.socket:
+            connection = connect(address, timeout)
+            peer, _ = listener.accept()
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            peer.close()
+            return connection
+
+        monkeypatch.setattr(socket, "create_connection", reset)
+        assert not speaks_tls(*listener.getsockname())
+        gc.collect()
