@@ -1,4 +1,4 @@
-"""`fedmoe arena episodes`: show prompts, answers and rewards of a run's episodes."""
+"""`fedmoe arena episodes`: print the episodes that the run's episode log selects."""
 
 from __future__ import annotations
 

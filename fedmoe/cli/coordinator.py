@@ -1,4 +1,4 @@
-"""`fedmoe coordinator`: start a coordinator; options, TLS files, tokens shown once."""
+"""`fedmoe coordinator`: check the TLS certificate and key, start a coordinator, show new tokens once."""
 
 from __future__ import annotations
 

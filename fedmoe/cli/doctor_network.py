@@ -1,4 +1,4 @@
-"""Network checks of `fedmoe doctor`: proxy, certificate, port, clock and answer of a coordinator; the model hub."""
+"""Network checks of `fedmoe doctor`, of a running coordinator: proxy, certificate, port, clock; the model hub."""
 
 from __future__ import annotations
 

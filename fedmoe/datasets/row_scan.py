@@ -1,4 +1,4 @@
-"""Converts rows to samples, counts rows by format or by reason for leaving them out, and holds rows out of training."""
+"""Converts rows to samples, counts those left out by reason, and chooses the held-out rows that are not trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports a gateway or an expert in formats of other tools, with a manifest of what it was made of."""
+"""Exports a gateway or an expert as PEFT or npz, with a manifest of what it was made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A readers-writer lock in which neither readers nor writers starve."""
+"""A fair readers-writer lock: with vLLM, loading an adapter is the writer and generating the reader."""
 
 from __future__ import annotations
 

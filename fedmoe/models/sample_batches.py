@@ -1,4 +1,4 @@
-"""Which continuations are computed together: batches that depend on what is asked for alone, not on who computes them.
+"""Which continuations are sampled in one batch: decided by the requests alone, the same on every machine.
 
 The other rows of a batch can change the last bits of a row's logits. So whoever deals batches out to several engines
 cuts them as a single engine does, and gets the same numbers.

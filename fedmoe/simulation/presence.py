@@ -1,4 +1,4 @@
-"""When a worker is there: between its coming and its leaving, but for its outages; pure functions of times."""
+"""When a worker is online: from joining to leaving, except during outages."""
 
 from __future__ import annotations
 

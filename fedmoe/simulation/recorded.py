@@ -1,4 +1,4 @@
-"""Recorded work: deltas of an earlier simulation that trained, or of a seeded process; no model and no loss."""
+"""Workers that do not train: they replay deltas of an earlier simulation, or draw them from a seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Link of one policy to its expert: the downloaded weights, the update in flight, and the change not yet sent.
+"""Link of a policy to its expert: weights downloaded, update under way, change not yet sent.
 
     policy                        RUN/federation/NAME/             coordinator
     local - base = delta  ------> update-N, identity.json  ------> base + delta -> newest version

@@ -1,4 +1,4 @@
-"""Policy-gradient losses on flat token tensors, normalised by a constant known before the first backward pass.
+"""Policy-gradient losses (REINFORCE, PPO's clip, decoupled PPO) on flat token tensors, with a constant normaliser.
 
 A constant denominator makes accumulated micro-batches equal the whole batch, and training beside other policies equal
 training alone: no token changes what another one weighs.

@@ -1,4 +1,4 @@
-"""Checkpoints of an arena run: folders written atomically, from which a run resumes bit for bit.
+"""Checkpoints of an arena run: written atomically, resumed bit for bit; all but the newest few are deleted.
 
     checkpoints/checkpoint_20260131_120000/      named by the time in UTC, always later than the one before
         manifest.json                            sha256 and size of every other file

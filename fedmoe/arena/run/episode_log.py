@@ -1,4 +1,4 @@
-"""Episode log for people: some episodes of each iteration, with prompts, answers, scores and rewards.
+"""Episode log for people: which episodes of an iteration are kept, how their texts are cut, which are shown first.
 
 RUN/episodes.jsonl holds one line an episode, the newest ones within a number of bytes. A run that is resumed repeats
 iterations, so what an earlier start wrote of them goes first, and so does half a line of a process that was killed.

@@ -1,4 +1,4 @@
-"""Compares log-probabilities of a remote engine with the trainer's after every published version."""
+"""Checks a remote engine after every published version: its log-probabilities against the trainer's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Request life cycle: admission, version lease, generation, release.
+"""Request life cycle: admitted or refused as busy, version lease, generation, release.
 
 Everything here runs in the event loop, so nothing needs a lock; only prompts to `auto` are routed in a thread.
 """

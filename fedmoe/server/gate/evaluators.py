@@ -1,4 +1,4 @@
-"""Evaluators that a candidate set waits for: limited per token, dropped after three sets without scores.
+"""Which evaluators a verdict waits for: a few per token; one that sends no scores for three sets is dropped.
 
 An invented name costs its inventor's token a place, and nobody else; a set waits for it a few times at most.
 """

@@ -1,4 +1,4 @@
-"""Refuses updates and rollbacks that are based on another history (before a restore), whatever their version.
+"""Refuses updates and rollbacks made from weights that a restore has undone, even if the version number fits.
 
 After a restore, the versions that were lost are numbered once more, with other weights. By its number alone an update
 of the lost history would be taken for one of this.

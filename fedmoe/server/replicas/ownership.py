@@ -1,4 +1,4 @@
-"""Ownership of a duty: a row with a rising term in PostgreSQL, by the database's clock, and the fence of its writes."""
+"""Which replica may decide: a lease in a PostgreSQL row, by the database's clock; later writes are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests between replicas: the secret that they know each other by, and what they say of the original caller."""
+"""Requests between replicas: the secret that authenticates them, and how the original caller is passed on."""
 
 from __future__ import annotations
 

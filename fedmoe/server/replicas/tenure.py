@@ -1,4 +1,4 @@
-"""A replica's tenure: takes the duty when it is free, keeps it, drops everything in memory once it is lost."""
+"""A replica's time as the owner: takes the lease when it is free, renews it, drops its memory once it is lost."""
 
 from __future__ import annotations
 

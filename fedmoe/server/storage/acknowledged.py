@@ -1,4 +1,4 @@
-"""The newest acknowledged journal position, in a small file beside the journal: a start finds what the journal lacks.
+"""The newest acknowledged journal position, in a small file: a start notices an older journal in its place.
 
 An older journal put in the place of a newer one, or one whose write-ahead log is gone, is whole in itself; only what
 is known outside of it tells. The file is written after each commit and before anybody hears of it. It is not synced

@@ -1,4 +1,4 @@
-"""The schema of a journal's file, and migration of earlier ones: a copy is kept, then one transaction.
+"""The schema of a SQLite journal, and migration of earlier ones: a copy is kept, then one transaction.
 
 Killed before the copy is complete, nothing has happened; killed later, SQLite takes the transaction back and the next
 start does it again. The copy stays.

@@ -1,4 +1,4 @@
-"""Updates whose bytes were removed on purpose, and pending requests for erasure."""
+"""Records of updates whose bytes were deleted on purpose, and of erasures still to be done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Start options that a journal of any schema was made with; a start with incompatible ones is refused."""
+"""Options that a journal was first started with; a start with incompatible ones is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Crash markers: name the body being processed when the process died; refused after three crashes.
+"""Crash markers: which body was being processed when the process died; one that was in three crashes is refused.
 
 A small file is written before a body is decoded and removed once it was answered. Files that a start finds are of
 bodies that were in flight when the process ended; the count of such ends is kept in them. It need not survive a power

@@ -1,4 +1,4 @@
-"""Leases of worker ids: refuses a second place that pushes under the same id."""
+"""Leases of worker ids of a running coordinator: asked before a push, restored from the journal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serving with uvicorn: sockets, graceful shutdown; deadlines and size limits on request heads, a pace for receivers.
+"""Serving with uvicorn: sockets, graceful shutdown, deadlines and size limits on heads; slow readers are cut off.
 
 uvicorn waits for ever for a head that trickles in, takes heads of any size, and keeps an answer in memory for as long
 as its receiver does not read. `GuardedProtocol` closes a connection that has not delivered a complete head within
