@@ -169,10 +169,13 @@ def _skipped(record: Record) -> str:
 
 def _evaluation(record: Record) -> str:
     """A held-out comparison with what it rests on, and a warning where that is little."""
-    text = (
-        f"{record.get('policy')} held out {_show(record, 'score')} [{_show(record, 'low')}, {_show(record, 'high')}], "
-        f"base {_show(record, 'base_score')}"
-    )
+    policy, opponent = record.get("policy"), record.get("opponent", "base")
+    if opponent == "base":
+        score = f"{_show(record, 'score')} [{_show(record, 'low')}, {_show(record, 'high')}]"
+        text = f"{policy} held out {score}, base {_show(record, 'base_score')}"
+    else:
+        wins = f"{_show(record, 'win_rate')} [{_show(record, 'win_low')}, {_show(record, 'win_high')}]"
+        text = f"{policy} held out wins {wins} of its games against {opponent}"
     questions = _number(record, "questions")
     if not math.isfinite(questions):
         return text
