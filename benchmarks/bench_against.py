@@ -8,9 +8,9 @@ turns, pair by pair and in alternating order, so that a change of the machine me
 - `update`: a coordinator process of each build takes `--updates` durable fp32 updates of SmolLM2-135M at rank 16 (19.5
   MB) over loopback, from this build's client, and answers with the newest weights: its processor seconds an update.
 - `step`: a whole arena step (sample 8 x 32 tokens a policy, learn, publish) of `--policies` policies in process.
-- `merge`: ten adapters of rank 16 with the shapes of SmolLM2-135M merged by default (the weighted average) and by
-  `regmean`, exactly; `--layers` of its 30 layers.
-- `help`: `fedmoe --help`, from start to end.
+- `merge`: ten adapters of rank 16 with the shapes of SmolLM2-135M merged by default (the weighted average, 20 times) and
+  by `regmean` (once), exactly; `--layers` of its 30 layers.
+- `help`: `fedmoe --help`, from start to end, 5 times.
 
 Steps and merges are those of each revision's own benchmarks, which know its modules; that both gave the same bits is
 reported as `same_result`. Ratios are of pairs: below 1 this build takes less.
@@ -46,7 +46,9 @@ from bench_coordinator import Prepared, prepare, running_coordinator  # noqa: E4
 from fedmoe.wire.contract.messages import SAFETENSORS  # noqa: E402
 
 PARTS = ("update", "step", "merge", "help")
-WAYS = {"merge, default": "weighted_average, exact", "merge, regmean": "regmean, exact"}
+#: Name -> way, and how often one measurement does it: a second of work at least, or page faults decide.
+WAYS = {"merge, default": ("weighted_average, exact", 20), "merge, regmean": ("regmean, exact", 1)}
+HELPS = 5
 WORK = Path(__file__).parent / "lib" / "against_work.py"
 #: A micro-batch holds the samples of one policy, as in `bench_arena_throughput.py`.
 MICRO_BATCH_TOKENS = 320
@@ -148,7 +150,8 @@ def help_text(source: Path) -> Iterator[Side]:
     def once() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-P", "-m", "fedmoe", "--help"]
-        subprocess.run(command, env=environment(source), stdout=subprocess.DEVNULL, check=True)
+        for _ in range(HELPS):
+            subprocess.run(command, env=environment(source), stdout=subprocess.DEVNULL, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -185,8 +188,9 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[Path], A
         step = {"base": options.base, "policies": options.policies, "micro_batch_tokens": MICRO_BATCH_TOKENS}
         yield f"arena step, {options.policies} policies", partial(work, kind="step", options=step)
     if "merge" in options.parts:
-        for name, way in WAYS.items():
-            merge = {"model": "smollm2-135m", "layers": options.layers, "count": options.experts, "way": way}
+        for name, (way, times) in WAYS.items():
+            merge = {"model": "smollm2-135m", "layers": options.layers, "count": options.experts}
+            merge |= {"way": way, "times": times}
             yield name, partial(work, kind="merge", options=merge)
     if "help" in options.parts:
         yield "fedmoe --help", help_text

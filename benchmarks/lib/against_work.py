@@ -47,7 +47,7 @@ def step(source: Path, options: Mapping[str, Any]) -> Work:
 
 
 def merge(source: Path, options: Mapping[str, Any]) -> Work:
-    """One merge of adapters of rank 16 by the way that is named."""
+    """Merges of adapters of rank 16 by the way that is named, as often as is asked for."""
     experts, bench = module(source, "bench_recompress"), module(source, "bench_merge")
     model = experts.MODELS[options["model"]]
     model = type(model)(options["layers"], model.shapes, model.dense_within)
@@ -55,7 +55,7 @@ def merge(source: Path, options: Mapping[str, Any]) -> Work:
     adapters = {f"expert_{number}": adapter for number, (_, adapter) in enumerate(terms)}
     moments = {name: bench.second_moments(model, number) for number, name in enumerate(adapters)}
     call = bench.strategies(adapters, moments)[options["way"]]
-    return lambda number: call(), lambda: hashlib.sha256(call().adapter.flat.tobytes()).hexdigest()
+    return lambda number: [call() for _ in range(options["times"])], lambda: hashlib.sha256(call().adapter.flat.tobytes()).hexdigest()
 
 
 def serve(work: Work, commands: TextIO, answers: TextIO) -> None:
