@@ -132,7 +132,7 @@ def _target(place: FederationPlace, source: str, moved: ChainedJournal) -> Itera
         journal = _journal(folder / _NEW_JOURNAL, place.database, source)
         opened.callback(journal.close)
         if journal.meta(MOVED_FROM) is None:
-            _refuse_another(journal, moved)
+            _refuse_another(journal, moved, resumed=mark.exists())
             journal.set_meta(MOVED_FROM, source)
         write_atomic(mark, source.encode())
         spool = FolderBlobStore(folder / _BLOBS)
@@ -145,10 +145,17 @@ def _journal(file: Path, database: Database | None, moved_from: str | None) -> C
     return PostgresJournal(database.url, accept_loss=database.accept_loss, moved_from=moved_from)
 
 
-def _refuse_another(journal: ChainedJournal, moved: ChainedJournal) -> None:
-    """Refuse a journal that holds anything but the very federation that is moved."""
-    filled = any(journal.query(table.select().limit(1)) for table in ALL_TABLES if table is not META)
-    if filled and _digests(journal) != _digests(moved):
+def _refuse_another(journal: ChainedJournal, moved: ChainedJournal, resumed: bool) -> None:
+    """Refuse a journal that holds anything, but for the very federation of a move into this folder that was cut off."""
+    if not any(journal.query(table.select().limit(1)) for table in ALL_TABLES if table is not META):
+        return
+    same = _digests(journal) == _digests(moved)
+    if same and not resumed:
+        raise StateDirError(
+            "the target's journal holds this very federation: it was moved there before. Start the coordinator on the "
+            "folder of that move; for a second copy name an empty database"
+        )
+    if not same:
         raise StateDirError(
             f"the target's journal holds {journal.head.events} events of a federation already; name an empty database, "
             "or a schema of its own with ?options=-csearch_path%3DNAME"
