@@ -193,6 +193,8 @@ def test_what_cannot_be_moved_is_refused_and_nothing_is_made(
         move_state(FederationPlace(source.folder, filled.database), FederationPlace(tmp_path / "new"))
     running.close()
     move_state(source, target)
+    with pytest.raises(StateDirError, match="holds this very federation"):
+        move_state(source, FederationPlace(tmp_path / "second", target.database))
 
 
 def test_a_source_that_lacks_what_was_acknowledged_or_has_a_damaged_blob_is_not_moved(
