@@ -83,6 +83,7 @@ def test_a_folder_and_a_database_that_do_not_belong_together_are_refused(
     assert "it holds 0 events and 1 were acknowledged" in told
     assert "--database-url" in told
     assert "1 were acknowledged" in refusal(coordinator.state_dir)
+    assert not list(coordinator.state_dir.glob("journal.sqlite*")), "a start that is refused leaves no journal"
     coordinator.start()
 
 

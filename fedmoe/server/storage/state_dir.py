@@ -93,6 +93,8 @@ class StateDir:
         lock = lock_state(path)
         opened = ExitStack()
         opened.callback(os.close, lock)
+        if database is None and not (path / _FILE).exists():
+            opened.callback(_remove_journal, path / _FILE)
         try:
             if database is None:
                 _prepare(path / _FILE, check)
@@ -182,6 +184,12 @@ def _prepare(file: Path, check: Callable[[Path], None]) -> None:
     if migrated is not None:
         facts = {"schema": SCHEMA_VERSION, "before": migrated.before, "copy": str(migrated.copy)}
         _log.warning("migrated", journal=str(file), **facts)
+
+
+def _remove_journal(file: Path) -> None:
+    """A start that is refused leaves no journal that it made."""
+    for part in (file, file.with_name(f"{file.name}-wal"), file.with_name(f"{file.name}-shm")):
+        part.unlink(missing_ok=True)
 
 
 def _open_journal(
