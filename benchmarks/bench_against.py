@@ -8,8 +8,8 @@ turns, pair by pair and in alternating order, so that a change of the machine me
 - `update`: a coordinator process of each build takes `--updates` durable fp32 updates of SmolLM2-135M at rank 16 (19.5
   MB) over loopback, from this build's client, and answers with the newest weights: its processor seconds an update.
 - `step`: a whole arena step (sample 8 x 32 tokens a policy, learn, publish) of `--policies` policies in process.
-- `merge`: ten adapters of rank 16 with the shapes of SmolLM2-135M merged by default (the weighted average, 20 times) and
-  by `regmean` (once), exactly; `--layers` of its 30 layers.
+- `merge`: ten adapters of rank 16 with the shapes of SmolLM2-135M merged by default (weighted average, 20 times) and by
+  `regmean` (once), exactly; `--layers` of its 30 layers.
 - `help`: `fedmoe --help`, from start to end, 5 times.
 
 Steps and merges are those of each revision's own benchmarks, which know its modules; that both gave the same bits is

@@ -120,6 +120,7 @@ LAYERS: dict[str, set[str]] = {
         "server.storage",
         "wire.contract",
     },
+    "server.status": {"federation", "wire.contract"},
     "server.history": {
         "coordinator",
         "experts",
@@ -164,6 +165,7 @@ LAYERS: dict[str, set[str]] = {
         "server.gate",
         "server.history",
         "server.statistics",
+        "server.status",
         "server.storage",
         "server.updates",
         "server.upkeep",

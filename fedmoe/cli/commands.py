@@ -20,6 +20,7 @@ from fedmoe.cli import (
     replicas,
     simulate,
     state,
+    status,
     tokens,
     worker,
 )
@@ -41,6 +42,8 @@ for group in (app, experts.app):
     group.command("retract")(experts.retract)
 app.add_typer(quarantine.app, name="quarantine")
 app.command("replicas")(replicas.replicas)
+app.command("status")(status.status)
+app.command("logs")(status.logs)
 app.add_typer(data.app, name="data")
 app.add_typer(tokens.app, name="token")
 app.add_typer(state.app, name="state")

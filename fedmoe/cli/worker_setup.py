@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import structlog
@@ -19,10 +20,12 @@ from fedmoe.models.training_config import LoraConfig
 from fedmoe.qwen_finetune import QwenLoRAExpert
 from fedmoe.qwen_worker import QwenWorker
 from fedmoe.runtime.device import choose_device, pin_threads
+from fedmoe.runtime.logs import log_tail
 from fedmoe.runtime.stop_signals import StopOnSignal
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.messages import StatisticsKind
 from fedmoe.wire.outbox import Outbox
+from fedmoe.worker.heartbeat import HeartbeatSender
 from fedmoe.worker.preparation import (
     WorkerData,
     adapter_layout,
@@ -32,7 +35,7 @@ from fedmoe.worker.preparation import (
     worker_data,
 )
 from fedmoe.worker.recovery import check_data, on_rank_zero
-from fedmoe.worker.report import PhaseLog, log_phase
+from fedmoe.worker.report import Phase, PhaseLog, log_phase
 from fedmoe.worker.statistics import StatisticsSender, data_statistics, read_cached, statistics_key, write_cached
 
 _log = structlog.get_logger("fedmoe.worker")
@@ -50,12 +53,12 @@ def run_worker(config: WorkerConfig) -> None:
     group = join_group(device)
     outbox: Outbox | None = None
     try:
-        with CoordinatorClient(config.coordinator_url, token) as client:
+        with CoordinatorClient(config.coordinator_url, token) as client, ExitStack() as opened:
             outbox = on_rank_zero(group, lambda: Outbox(state_dir, config.worker_id, config.specialty))
             # A wrong URL or token is told before a base model is loaded.
             federation = on_rank_zero(group, client.federation)
-            if group.rank == 0:
-                log_phase("loading the base model")
+            heartbeat = _heartbeat(config, client, opened) if group.rank == 0 else None
+            _begin("loading the base model", heartbeat)
             base = load_base(config.base_model, group.device, config.dtype, chat)
             _log.info("base_model", **base.report)
             for note in base.notes:
@@ -64,12 +67,29 @@ def run_worker(config: WorkerConfig) -> None:
             message = federation.manifest if federation is not None else None
             manifest = message.manifest() if message is not None else None
             on_rank_zero(group, lambda: check_federation(config, base, layout, manifest))
+            if heartbeat is not None:
+                heartbeat.loading("preparing data")
             data = worker_data(config, base, layout, group, processes)
-            _train(config, base, data, group, client, state_dir, outbox)
+            _train(config, base, data, group, client, state_dir, outbox, heartbeat)
     finally:
         if outbox is not None:
             outbox.close()
         group.close()
+
+
+def _heartbeat(config: WorkerConfig, client: CoordinatorClient, opened: ExitStack) -> HeartbeatSender:
+    """Heartbeats until `opened` is closed."""
+    tail = opened.enter_context(log_tail())
+    sender = HeartbeatSender(client, config.specialty, config.worker_id, config.sync_interval, tail)
+    opened.callback(sender.close)
+    return sender
+
+
+def _begin(phase: Phase, heartbeat: HeartbeatSender | None) -> None:
+    """Say on rank 0 that a phase of unknown length begins."""
+    if heartbeat is not None:
+        heartbeat.loading(phase)
+        log_phase(phase)
 
 
 def _train(
@@ -80,6 +100,7 @@ def _train(
     client: CoordinatorClient,
     state_dir: Path,
     outbox: Outbox | None,
+    heartbeat: HeartbeatSender | None,
 ) -> None:
     checkpoints, allowed = state_dir / "checkpoint", config.allow_changed_data
     on_rank_zero(group, lambda: check_data(checkpoints, data.sampler, data.hashes, allowed, group))
@@ -88,6 +109,8 @@ def _train(
         statistics = statistics_to_send(config, base, data.blocks, state_dir / "statistics")
         return StatisticsSender(client, config.specialty, config.worker_id, statistics) if statistics else None
 
+    if heartbeat is not None:
+        heartbeat.loading("statistics of the data")
     # On the bare base model, so before an adapter is attached.
     disclosure = on_rank_zero(group, disclose)
     seed = seed_of(config.specialty) % 2**63
@@ -104,6 +127,7 @@ def _train(
             settings,
             state_dir,
             outbox,
+            on_step=heartbeat.stepped if heartbeat is not None else lambda _: None,
             on_registered=disclosure.start if disclosure is not None else lambda: None,
         )
         stopped = threading.Event()
@@ -113,8 +137,9 @@ def _train(
             worker.stop()
 
         StopOnSignal(stop).install()
-        if group.rank == 0:
+        if heartbeat is not None:
             log_phase("training")
+            heartbeat.training(str(group.device), data.training.max_steps or None)
         worker.run()
         if disclosure is not None:
             disclosure.finish(config.max_unsynced, stopped.is_set)

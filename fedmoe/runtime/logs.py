@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -177,6 +178,41 @@ def run_logs(run_folder: Path) -> Iterator[RunLogs]:
             logging.getLogger(library).removeHandler(runner_file)
         runner_file.close()
         training_file.close()
+
+
+class LogTail:
+    """The newest lines of this process's log, numbered from 0: a structlog processor; safe to use from any thread."""
+
+    def __init__(self, most: int = 200) -> None:
+        self._lines: deque[str] = deque(maxlen=most)
+        self._following = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, logger: object, method: str, event: EventDict) -> EventDict:
+        line = inert(line_of({"level": method, **event}))
+        with self._lock:
+            self._lines.append(line)
+            self._following += 1
+        return event
+
+    def since(self, number: int, most: int) -> tuple[int, list[str]]:
+        """At most so many lines from this number on, as far as they are kept, and the number of the first of them."""
+        with self._lock:
+            first = max(number, self._following - len(self._lines))
+            start = len(self._lines) - (self._following - first)
+            return first, list(self._lines)[start : start + most]
+
+
+@contextmanager
+def log_tail() -> Iterator[LogTail]:
+    """The lines that are logged while inside; call `configure` before."""
+    tail = LogTail()
+    processors = structlog.get_config()["processors"]
+    processors.insert(max(len(processors) - 1, 0), tail)
+    try:
+        yield tail
+    finally:
+        processors.remove(tail)
 
 
 class _LogFile(RotatingFileHandler):

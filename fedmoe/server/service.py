@@ -23,9 +23,11 @@ from fedmoe.server.history.base_history import CurrentHistory
 from fedmoe.server.history.history import History
 from fedmoe.server.listing import ExpertEntries
 from fedmoe.server.registrations import RegistrationLimits, checked_manifest
-from fedmoe.server.statistics.contributors import Contributors
+from fedmoe.server.statistics.contributors import Contributors, held_out_of
 from fedmoe.server.statistics.data_statistics import DataStatisticsStore
 from fedmoe.server.statistics.reported_statistics import ReportedStatistics
+from fedmoe.server.status.activity import Activity
+from fedmoe.server.status.heartbeats import Heartbeats
 from fedmoe.server.storage.blobs import BlobStore
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.records import Statistic
@@ -71,7 +73,11 @@ class CoordinatorService:
         self.journal = journal
         #: Who pushes under which worker's id.
         self.leases = WorkerLeases(time.monotonic)
-        self.roster = Contributors(self.leases.following(history.events_at_start()), journal.statistics())
+        #: What happened lately, and what workers say of themselves.
+        self.activity = Activity(lambda: self.intake.stored_bytes)
+        self.heartbeats = Heartbeats()
+        events = self.activity.following(self.leases.following(history.events_at_start()))
+        self.roster = Contributors(events, journal.statistics())
         #: The experts as lists show them.
         self.entries = ExpertEntries(self.roster)
         self.reported = ReportedStatistics(journal)
@@ -226,9 +232,13 @@ class CoordinatorService:
         statistic = Statistic(request.expert, request.worker, request.kind, dict(request.values), self.now)
         await in_thread(self._pool, lambda: self.reported.add(statistic))
         self.roster.hear(statistic)
+        if (held_out := held_out_of(statistic)) is not None:
+            version = self.coordinator.experts[request.expert].version
+            self.activity.measured(request.expert, statistic.at, version, held_out)
 
     def _after_commit(self, transaction: Transaction) -> None:
         self.roster.observe(transaction.events)
+        self.activity.observe(transaction.events)
         if self.retention is not None:
             self.retention.observe(transaction.events)
         for event in transaction.events:

@@ -30,6 +30,7 @@ from fedmoe.wire.answers import (
 from fedmoe.wire.contract import administration, experts, messages
 from fedmoe.wire.contract.messages import PROBLEM, SAFETENSORS
 from fedmoe.wire.contract.replicas import ReplicaListing
+from fedmoe.wire.contract.status import Heartbeat, StatusInfo, WorkerLog
 from fedmoe.wire.contract.versions import PROTOCOL, PROTOCOL_HEADER, mismatch
 from fedmoe.wire.pulled_weights import (
     ANY,
@@ -301,6 +302,19 @@ class CoordinatorClient:
     def replicas(self) -> ReplicaListing:
         """Who owns what, where the federation has several coordinators."""
         return parsed(self._retried("GET", "/replicas"), ReplicaListing)
+
+    def heartbeat(self, heartbeat: Heartbeat) -> None:
+        """Say what a worker does now; tried once, since the next one says more."""
+        expect_nothing(self._once("POST", "/heartbeat", json=heartbeat.model_dump(mode="json")))
+
+    def status(self) -> StatusInfo:
+        """What goes on in the federation, as far as the token may see it."""
+        return parsed(self._retried("GET", "/status", _LISTING), StatusInfo)
+
+    def worker_log(self, worker: str, expert: str | None = None, after: int = 0) -> WorkerLog:
+        """The newest lines of a worker's log, from number `after` on."""
+        params = {"worker": worker, "after": str(after), **({} if expert is None else {"expert": expert})}
+        return parsed(self._retried("GET", "/worker_log", params=params), WorkerLog)
 
     def revoke_token(self, token_hash: str) -> None:
         """Refuse a token from now on."""

@@ -2,13 +2,15 @@
 
     python tests/e2e/replica_campaign.py --seed 1 --kills 50 --pauses 10 --partitions 10 --results FILE.json
     python tests/e2e/replica_campaign.py --takeovers 20 --every 30 --results FILE.json
+    python tests/e2e/replica_campaign.py --rates 4 --every 10 --results FILE.json
 
 Three replicas on a real PostgreSQL and a real S3 server (moto). The first form counts disturbances with a lease of one
 second: replicas are killed at random moments and named places, owners stopped (SIGSTOP) and cut off from the database
 by a proxy that holds every byte, each for less or more than a lease, replicas restarted one after the other. Four
 clients record every push and pull; `push_histories` checks the records against the model and the journal, and a fresh
 process replays all of it. The second form measures with the default lease: how long nobody is answered after an owner
-was killed, and how much lands while one is killed again and again, beside an undisturbed time.
+was killed, and how much lands while one is killed again and again, beside an undisturbed time. The third compares one
+replica with three, without disturbance: updates a second and CPU seconds an update.
 The seed fixes what is done and in which order; how far the load has come by then depends on the machine.
 """
 
@@ -17,13 +19,14 @@ from __future__ import annotations
 import argparse
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +36,7 @@ if __name__ == "__main__":
     sys.path[1:1] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402  # found beside this file
+import psutil  # noqa: E402
 from crash_load import EXPERTS, Told, gather, register  # noqa: E402
 from postgres_server import PostgresServer  # noqa: E402
 from replica_house import Replica, ReplicaHouse, RotatingPusher, open_house  # noqa: E402
@@ -226,6 +230,52 @@ def measure(house: ReplicaHouse, takeovers: int, every: float) -> dict[str, obje
     }
 
 
+def compare_rates(server: PostgresServer, rounds: int, seconds: float) -> dict[str, object]:
+    """Tiny updates of eight clients to one replica and to three, in turns: updates a second, CPU seconds an update."""
+    measured: dict[int, list[tuple[float, float]]] = {1: [], 3: []}
+    for number in range(rounds):
+        for count in sorted(measured, reverse=bool(number % 2)):
+            with tempfile.TemporaryDirectory() as folder, open_house(Path(folder), server, count, lease=3.0) as house:
+                measured[count].append(_rate_of(house, seconds))
+    rates, costs = (
+        {count: statistics.median(row[place] for row in rows) for count, rows in measured.items()} for place in (0, 1)
+    )
+    ratios = [three[1] / one[1] for one, three in zip(measured[1], measured[3], strict=True)]
+    return {
+        "rounds": rounds,
+        "clients": 8,
+        "updates_per_second": {f"{count} replicas": round(rate, 1) for count, rate in rates.items()},
+        "cpu_seconds_an_update": {f"{count} replicas": round(cost, 4) for count, cost in costs.items()},
+        "cpu_ratio": {
+            "median": round(statistics.median(ratios), 2),
+            "min": round(min(ratios), 2),
+            "max": round(max(ratios), 2),
+        },
+        "faults": [],
+    }
+
+
+def _rate_of(house: ReplicaHouse, seconds: float) -> tuple[float, float]:
+    """Updates a second, and CPU seconds of all replicas an update."""
+    house.start()
+    register(house.urls[0], *EXPERTS)
+    stop = threading.Event()
+    pushers = house.start_pushers(stop, 8)
+    try:
+        _until(lambda: acknowledged(pushers) > 50)
+        processes = [psutil.Process(replica.process.pid) for replica in house.replicas.values() if replica.process]
+        before, count = _cpu_seconds(processes), acknowledged(pushers)
+        rate = _landed_in(pushers, seconds)
+        return rate, (_cpu_seconds(processes) - before) / (acknowledged(pushers) - count)
+    finally:
+        stop.set()
+        gather(pushers)
+
+
+def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
+    return sum(float(times.user + times.system) for times in (process.cpu_times() for process in processes))
+
+
 _PERCENTILES = (("p50", 50), ("p90", 90), ("p99", 99), ("max", 100))
 
 
@@ -267,14 +317,17 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=0)
     parser.add_argument("--restarts", type=int, default=0, help="rolling restarts of all replicas")
     parser.add_argument("--takeovers", type=int, default=0, help="measure so many takeovers with the default lease")
-    parser.add_argument("--every", type=float, default=30.0, help="seconds between two of them")
+    parser.add_argument("--rates", type=int, default=0, help="compare one replica with three in so many rounds")
+    parser.add_argument("--every", type=float, default=30.0, help="seconds between two of them, or of one round")
     parser.add_argument("--results", type=Path, help="a JSON file to add this run to")
     given = parser.parse_args()
     begun, server = time.monotonic(), PostgresServer.make()
     report: dict[str, object]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            if given.takeovers:
+            if given.rates:
+                report = {"measured": "rates", **compare_rates(server, given.rates, given.every)}
+            elif given.takeovers:
                 with open_house(Path(folder), server, lease=3.0) as house:
                     report = {"measured": "takeovers", **measure(house, given.takeovers, given.every)}
             else:

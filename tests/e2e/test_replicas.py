@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx2
 import pytest
 from crash_load import register
 from forks import run
@@ -77,6 +78,31 @@ def test_an_owner_that_was_stopped_finds_its_term_over_and_passes_requests_on(
         assert shown.returncode == 0
         assert other.name in shown.stdout
         assert [replica.stop() for replica in house.replicas.values()] == [0, 0]
+
+
+def test_an_owner_cut_off_from_its_database_says_so_and_goes_on_with_its_term(
+    tmp_path: Path, postgres: PostgresServer
+) -> None:
+    with open_house(tmp_path, postgres, 1) as house:
+        (replica,) = house.replicas.values()
+        house.start()
+        register(replica.url, "python")
+        term = house.owner_after(0).term
+        assert push(replica.url, 0) == 1
+
+        replica.database.hold()
+        until(lambda: replica.logged("owner_suspended"), house)
+        ready = httpx2.get(f"{replica.url}/readyz", trust_env=False)
+        assert ready.status_code == 503
+        assert "the database does not answer" in ready.json()["reason"]
+        refused = httpx2.get(f"{replica.url}/federation", trust_env=False, timeout=60)
+        assert refused.json()["code"] == "no_owner"
+        assert "the database does not answer" in refused.json()["detail"]
+
+        replica.database.release(lose=False)
+        assert push(replica.url, 1) == 2
+        assert house.owner_after(0).term == term
+        assert replica.stop() == 0
 
 
 def test_a_database_that_lacks_what_was_acknowledged_makes_no_owner_unless_that_is_accepted(

@@ -104,7 +104,7 @@ SKIPPED: Record = {"kind": "skipped", "at": 1.0, "iteration": 3, "where": "train
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_comparisons_say_what_they_rest_on_and_skipped_episodes_why(terminal: bool) -> None:
-    rival: Record = HELD_OUT | {"opponent": "b@3", "win_rate": 0.55, "win_low": 0.45, "win_high": 0.65}
+    rival: Record = {**HELD_OUT, "opponent": "b@3", "win_rate": 0.55, "win_low": 0.45, "win_high": 0.65}
     assert "a held out wins 0.55 [0.45, 0.65] of its games against b@3, 18" in shown([rival], terminal)
     text = shown([HELD_OUT, LEADER, SKIPPED], terminal)
     assert "a held out 0.50 [0.40, 0.60], base 0.30, 18 different questions only: too few" in text

@@ -30,6 +30,7 @@ STATUS: dict[str, int] = {
     "host_not_allowed": 421,
     "unknown_expert": 404,
     "unknown_token": 404,
+    "unknown_worker": 404,
     "no_statistics": 404,
     "gateway_disabled": 404,
     "gateway_not_initialised": 404,

@@ -90,7 +90,7 @@ class ReplicaApp:
             return "the replica is stopping"
         if self._failed:
             return "this replica's own disk failed; its log says why"
-        return None if self._tenure() is not None or self._owner() is not None else "no replica is the owner"
+        return None if self._tenure() is not None or self._owner() is not None else self._no_owner
 
     async def _for_peer(self, scope: Scope, receive: Receive, send: Send) -> None:
         secret = next(value for name, value in scope["headers"] if name.lower() == SECRET.encode())
@@ -155,7 +155,7 @@ class ReplicaApp:
         deadline = steady_seconds() + self._patience
         while (owner := self._owner()) is None:
             if steady_seconds() >= deadline:
-                raise no_owner("no replica is the owner now")
+                raise no_owner(self._no_owner)
             await self._change(min(1.0, deadline - steady_seconds()))
         return owner
 
@@ -166,6 +166,12 @@ class ReplicaApp:
     def look(self) -> None:
         if self._candidate is not None:
             self._candidate.look()
+
+    @property
+    def _no_owner(self) -> str:
+        """Why nobody decides, as far as this replica knows."""
+        unreachable = self._candidate.unreachable if self._candidate is not None else None
+        return f"the database does not answer: {unreachable}" if unreachable else "no replica is the owner now"
 
     async def _change(self, seconds: float) -> None:
         with suppress(TimeoutError):

@@ -58,6 +58,8 @@ class Tenure:
     valid_until: float
     federation: OpenFederation | None = None
     lost: str | None = None
+    #: The lease ended, and it is not known whether another term has begun.
+    suspended: bool = False
     #: Those of the journal.
     connections: Connections = field(default_factory=Connections)
     opening: threading.Thread | None = None
@@ -116,8 +118,9 @@ class Candidate:
         self._leaving = False
         self._rest_until = 0.0
         self._closing: threading.Thread | None = None
-        self._reachable = True
         self._thread = threading.Thread(target=self._run, name="fedmoe-replica", daemon=True)
+        #: Why the database does not say who the owner is; None while it does.
+        self.unreachable: str | None = None
         #: This replica's term, None without one.
         self.tenure: Tenure | None = None
         #: The newest row that was read, and until when it was valid, in `steady_seconds`.
@@ -161,15 +164,12 @@ class Candidate:
             try:
                 with self._step:
                     self._turn()
-                self._reachable = True
+                self.unreachable = None
             except OwnersUnknownError as error:
-                if self._reachable:
+                if self.unreachable is None:
                     _log.warning("owners_unknown", reason=str(error))
-                self._reachable = False
-                tenure = self.tenure
-                if tenure is not None and not tenure.valid:
-                    # What waits for the database would wait as long as it is away.
-                    tenure.connections.cut()
+                self.unreachable = str(error)
+                self._suspend()
             except Exception as error:
                 _log.error("replica_turn_failed", reason=repr(error))
             chance = random.random()  # noqa: S311
@@ -203,7 +203,7 @@ class Candidate:
         reason = tenure.problem
         if reason is None:
             if self._owners.renew(tenure.ownership, self._lease):
-                tenure.valid_until = began + self._lease
+                tenure.valid_until, tenure.suspended = began + self._lease, False
                 self._note(tenure.ownership, began)
                 return
             reason = "another replica took over"
@@ -213,6 +213,17 @@ class Candidate:
         self._closing = threading.Thread(target=self._close, args=[tenure, True], name="fedmoe-drop", daemon=True)
         self._closing.start()
         self._changed()
+
+    def _suspend(self) -> None:
+        """Answer nothing more once the lease has ended while the database is away; a renewal goes on with the term."""
+        tenure = self.tenure
+        if tenure is None or tenure.valid:
+            return
+        if not tenure.suspended:
+            _log.warning("owner_suspended", term=tenure.ownership.term, reason="the database does not answer")
+        tenure.suspended = True
+        # What waits for the database would wait as long as it is away.
+        tenure.connections.cut()
 
     def _open(self, tenure: Tenure) -> None:
         term, began = tenure.ownership.term, steady_seconds()

@@ -15,6 +15,7 @@ from starlette.routing import Route
 from fedmoe import __version__
 from fedmoe.experts import ExpertModel
 from fedmoe.lora.codec import WireDtype
+from fedmoe.lora.safetensors_bytes import CodecError
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access import problems
 from fedmoe.server.access.audited_requests import AuditMiddleware
@@ -24,7 +25,7 @@ from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.turns import TOKEN_RATE, UPLOADS, Rate
 from fedmoe.server.access.uploads import PushPace, UploadLimits, UploadPlaces
 from fedmoe.server.expert_names import may_use, resolve_expert, scope_by_first_names
-from fedmoe.server.routes import admin_routes, expert_routes, gate_routes, replica_routes
+from fedmoe.server.routes import admin_routes, expert_routes, gate_routes, replica_routes, status_routes
 from fedmoe.server.routes.app_state import (
     AppState,
     IncarnationHeader,
@@ -108,7 +109,8 @@ def create_app(
     places, pace = UploadPlaces(upload_limits), PushPace(min_sync_interval, service.intake.knows)
     problems.install(app)
     # Flat, so that whoever lists the routes sees each of them.
-    for part in (router, expert_routes.router, gate_routes.router, admin_routes.router, replica_routes.router):
+    others = (expert_routes, gate_routes, admin_routes, replica_routes, status_routes)
+    for part in (router, *(module.router for module in others)):
         app.router.routes.extend(part.routes)
     requests = RequestCounts(route.path for route in app.routes if isinstance(route, Route))
     metrics = CoordinatorMetrics(service, requests, owners)
@@ -243,8 +245,9 @@ async def push_expert_update(request: Request, header: Annotated[UpdateHeader, Q
             outcome.result = landed = await _take_in(request, header)
         status = 202 if landed.status == "quarantined" else 200
         facts = with_incarnation(request, landed).model_copy(update={"expert": asked}).model_dump()
-    except RefusedError as error:
-        if error.code not in _ANSWERED_WITH_WEIGHTS or header.answer != "weights":
+    except (RefusedError, CodecError) as error:
+        parts.service.activity.refused(header.expert, header.worker, f"{error} [{error.code}]")
+        if isinstance(error, CodecError) or error.code not in _ANSWERED_WITH_WEIGHTS or header.answer != "weights":
             raise
         # Whoever is too far behind, or of another history, gets the newest version in the same answer.
         status, facts = 409, problems.as_json(error)

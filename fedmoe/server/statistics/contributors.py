@@ -93,6 +93,10 @@ class Contributors:
         seen = list(self._seen.items())
         return {expert: max(record.last.at for record in records.values()) for expert, records in seen}
 
+    def count(self, expert: str) -> int:
+        """How many workers have ever contributed to an expert."""
+        return len(self._seen.get(expert, {}))
+
     def warnings(self, expert: str, warning: Callable[[str, str], str]) -> tuple[str, ...]:
         """What a `warning` says of each worker of an expert, in name order."""
         return tuple(warning(expert, worker) for worker in sorted(self._seen.get(expert, {})))

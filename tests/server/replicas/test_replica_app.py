@@ -141,9 +141,12 @@ def test_without_an_owner_requests_wait_and_then_are_told_when_to_come_again(tmp
         answers = [push(replica.server.url, make_body(1)) for replica in (pair.a, pair.b)]
         ready = [httpx2.get(f"{replica.server.url}/readyz").status_code for replica in (pair.a, pair.b)]
         alive = httpx2.get(f"{pair.b.server.url}/healthz").status_code
+        pair.b.seat.unreachable = "connection refused"
+        said = httpx2.get(f"{pair.b.server.url}/readyz").json()["reason"]
     assert [(answer.status_code, answer.json()["code"]) for answer in answers] == [(503, "no_owner")] * 2
     assert [answer.headers["retry-after"] for answer in answers] == ["1", "1"]
     assert (ready, alive) == ([503, 503], 200)
+    assert said == "the database does not answer: connection refused"
 
 
 def test_a_request_that_waits_is_answered_by_the_next_owner(pair: Pair) -> None:
