@@ -25,7 +25,7 @@ from fedmoe.runtime.stop_signals import StopOnSignal
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.messages import StatisticsKind
 from fedmoe.wire.outbox import Outbox
-from fedmoe.worker.heartbeat import HeartbeatSender
+from fedmoe.worker.heartbeat import LOGGED_EVENTS, HeartbeatSender
 from fedmoe.worker.preparation import (
     WorkerData,
     adapter_layout,
@@ -79,7 +79,7 @@ def run_worker(config: WorkerConfig) -> None:
 
 def _heartbeat(config: WorkerConfig, client: CoordinatorClient, opened: ExitStack) -> HeartbeatSender:
     """Heartbeats until `opened` is closed."""
-    tail = opened.enter_context(log_tail())
+    tail = opened.enter_context(log_tail(LOGGED_EVENTS))
     sender = HeartbeatSender(client, config.specialty, config.worker_id, config.sync_interval, tail)
     opened.callback(sender.close)
     return sender

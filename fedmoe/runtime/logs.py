@@ -181,18 +181,23 @@ def run_logs(run_folder: Path) -> Iterator[RunLogs]:
 
 
 class LogTail:
-    """The newest lines of this process's log, numbered from 0: a structlog processor; safe to use from any thread."""
+    """The newest lines of this process's log about some events, numbered from 0; safe to use from any thread.
 
-    def __init__(self, most: int = 200) -> None:
+    A structlog processor.
+    """
+
+    def __init__(self, events: frozenset[str], most: int = 200) -> None:
+        self._events = events
         self._lines: deque[str] = deque(maxlen=most)
         self._following = 0
         self._lock = threading.Lock()
 
     def __call__(self, logger: object, method: str, event: EventDict) -> EventDict:
-        line = inert(line_of({"level": method, **event}))
-        with self._lock:
-            self._lines.append(line)
-            self._following += 1
+        if event.get("event") in self._events:
+            line = inert(line_of({"level": method, **event}))
+            with self._lock:
+                self._lines.append(line)
+                self._following += 1
         return event
 
     def since(self, number: int, most: int) -> tuple[int, list[str]]:
@@ -204,9 +209,9 @@ class LogTail:
 
 
 @contextmanager
-def log_tail() -> Iterator[LogTail]:
-    """The lines that are logged while inside; call `configure` before."""
-    tail = LogTail()
+def log_tail(events: frozenset[str]) -> Iterator[LogTail]:
+    """The lines that are logged about these events while inside; call `configure` before."""
+    tail = LogTail(events)
     processors = structlog.get_config()["processors"]
     processors.insert(max(len(processors) - 1, 0), tail)
     try:

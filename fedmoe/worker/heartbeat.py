@@ -15,6 +15,15 @@ from fedmoe.wire.contract.status import LONGEST_LINE, MOST_LINES, Heartbeat, Own
 
 _log = structlog.get_logger("fedmoe.worker")
 
+#: What of a worker's log leaves its machine: events without a word of its data, its files or its folders.
+LOGGED_EVENTS = frozenset(
+    {
+        *("base_model", "phase", "epochs", "held_out_data", "registered", "pulled", "pushed", "delivering", "refused"),
+        *("held_out", "stopped_early", "quarantined", "held_update_released", "held_update_rejected", "left"),
+        *("coordinator_away", "coordinator_warns", "other_history", "sync_interval_raised", "not_finite"),
+        *("smaller_micro_batches", "statistics", "statistics_sent", "statistics_refused", "thin_statistics"),
+    }
+)
 # However long a sync interval is, silence is noticed soon; and no coordinator is asked more often than this.
 _LEAST_SECONDS, _MOST_SECONDS = 1.0, 10.0
 # Refusals that pass by themselves: the expert is registered after the base model is loaded, haste is over soon.
