@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from typing import Annotated
@@ -33,8 +34,8 @@ def status(
         elif as_json:
             show_json(info)
         else:
-            if watch:
-                typer.clear()
+            if watch and sys.stdout.isatty():
+                print("\x1b[H\x1b[2J", end="")
             _show(info)
         if not watch:
             return
