@@ -75,6 +75,14 @@ def _usable_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _usable_coordinator(value: str) -> str:
+    """A URL that may have the fingerprint of a key behind it."""
+    url, mark, fingerprint = value.partition("#")
+    if mark and not (re.fullmatch("[0-9a-f]{64}", fingerprint.lower()) and url.lower().startswith("https://")):
+        raise ValueError("expected https://HOST:PORT#FINGERPRINT, a fingerprint of 64 digits 0-9 and a-f")
+    return _usable_url(url) + mark + fingerprint.lower()
+
+
 def usable_blobs(value: str) -> str:
     """The URL of a bucket without a slash at its end; raises ValueError, with credentials in it too."""
     try:
@@ -179,6 +187,7 @@ class CoordinatorConfig(_ProcessConfig):
     skip_damaged: bool = False
     allow_network_fs: bool = False
     accept_database_loss: bool = False
+    tls: Literal["auto"] | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
 
@@ -201,6 +210,8 @@ class CoordinatorConfig(_ProcessConfig):
             raise ValueError("--evaluation-gate decides on the gateway, which --no-enable-gateway switches off")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("TLS needs both --tls-cert and --tls-key")
+        if self.tls is not None and self.tls_cert is not None:
+            raise ValueError("--tls auto makes a certificate, --tls-cert names one; give one of them")
         if from_gateway and not self.enable_gateway:
             raise ValueError("--start-from gateway needs the gateway; drop --no-enable-gateway")
         if from_gateway and named & {"strategy", "gateway_rank"}:
@@ -234,6 +245,11 @@ class CoordinatorConfig(_ProcessConfig):
                     f"{(alone or ['--lease-seconds'])[0]} is for one of several coordinators; add --replica"
                 )
             return
+        if self.tls is not None:
+            raise ValueError(
+                "--tls auto is for one coordinator: each replica would have a key of its own, and a join line pins "
+                "one. Give the replicas certificates of one authority with --tls-cert and --tls-key"
+            )
         missing = [name for name, value in needed.items() if value is None]
         if missing:
             raise ValueError(f"--replica needs {', '.join(missing)}: what the coordinators of a federation share")
@@ -242,7 +258,7 @@ class CoordinatorConfig(_ProcessConfig):
 class _CallerConfig(_ProcessConfig):
     """What processes that call a coordinator have in common."""
 
-    coordinator_url: Annotated[str, AfterValidator(_usable_url)]
+    coordinator_url: Annotated[str, AfterValidator(_usable_coordinator)]
     token: Token | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))
 
 

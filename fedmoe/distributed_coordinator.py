@@ -14,6 +14,7 @@ import uvicorn
 
 from fedmoe.config import CoordinatorConfig
 from fedmoe.federation_app import FederationApp, aggregation_of
+from fedmoe.server.access.own_certificate import OwnCertificate, certificate_now
 from fedmoe.server.descriptors import few_left, in_use, raise_limit
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.start_options import check_file
@@ -26,13 +27,15 @@ EXIT_PORT_IN_USE = 98
 EXIT_STORAGE_FAILED = 74
 # So long it says that its storage failed before it leaves, so that whoever watches /healthz sees why.
 _FAILED_SECONDS = 3.0
+_TLS_FOLDER = "tls"
+_DAY = 86_400.0
 
 
 class DistributedCoordinator:
     """Owns the state directory and the federation in it; `app` is the HTTP application, `serve` runs it until a stop.
 
     Opening recovers everything that was acknowledged before; tokens made at the first start are in `new_tokens`, and
-    nowhere else.
+    nowhere else. `certificate` is the one that it made for itself (`--tls auto`).
     """
 
     def __init__(self, config: CoordinatorConfig) -> None:
@@ -52,15 +55,24 @@ class DistributedCoordinator:
         state = self._state
         with contextlib.ExitStack() as opened:
             opened.callback(state.close)
+            self.certificate = self._own_certificate()
             self._federation = FederationApp(config, state.journal, state.blobs, state.path, state.problem)
             opened.pop_all()
         self.service, self.gate, self.app = self._federation.service, self._federation.gate, self._federation.app
         self.new_tokens = self._federation.new_tokens
 
+    def _own_certificate(self) -> OwnCertificate | None:
+        if self.config.tls is None:
+            return None
+        return certificate_now(self._state.path / _TLS_FOLDER, self.config.host)
+
     def serve(self) -> int:
         """Listen until SIGTERM or SIGINT; finishes requests under way, then returns the exit status."""
         listener = listen(self.config.host, self.config.port)
-        server = server_of(self.app, self.config.tls_cert, self.config.tls_key)
+        files = (self.config.tls_cert, self.config.tls_key)
+        if self.certificate is not None:
+            files = (str(self.certificate.certificate), str(self.certificate.key))
+        server = server_of(self.app, *files)
         self.service.start()
         try:
             # uvicorn's own choice of loop: uvloop where there is one, which halves the time of a push.
@@ -77,13 +89,22 @@ class DistributedCoordinator:
         return 0
 
     async def _run(self, server: uvicorn.Server, listener: socket.socket) -> None:
-        beside = (self._stop_when_failed(server), self._watch_descriptors(), self._federation.look_after())
+        beside = [self._stop_when_failed(server), self._watch_descriptors(), self._federation.look_after()]
+        beside += [self._renew_certificate(server)] if self.certificate is not None else []
         watches = [asyncio.create_task(watch) for watch in beside]
         try:
             await server.serve(sockets=[listener])
         finally:
             for watch in watches:
                 watch.cancel()
+
+    async def _renew_certificate(self, server: uvicorn.Server) -> None:
+        """Look once a day whether the certificate is to be renewed; handshakes from then on show the new one."""
+        while True:
+            await asyncio.sleep(_DAY)
+            certificate = await asyncio.to_thread(self._own_certificate)
+            if certificate is not None and server.config.ssl is not None:
+                server.config.ssl.load_cert_chain(certificate.certificate, certificate.key)
 
     async def _watch_descriptors(self) -> None:
         """Say that descriptors run out, once each time: new connections are closed at once then."""

@@ -31,6 +31,7 @@ from fedmoe.server.storage.journal import Journal, NotOwnerError
 from fedmoe.server.updates.in_flight import CrashMarkers
 from fedmoe.server.upkeep.retention import report_disk, retention_bound
 from fedmoe.server.upkeep.sweep import DailySweep
+from fedmoe.wire.contract.administration import INVITE, JOIN_LINE_SECONDS
 from fedmoe.wire.contract.replicas import OwnerInfo
 from fedmoe.wire.http.bearer import new_token
 from fedmoe.wire.http.middleware import is_loopback
@@ -106,7 +107,7 @@ class FederationApp:
         secrets = {"join": config.token, "admin": config.admin_token}
         tokens = {role: secret.get_secret_value() for role, secret in secrets.items() if secret is not None}
         self.gate = TokenGate(self._journal, False, time.time)
-        needed = not _on_loopback(config) or bool(tokens) or self.gate.ever_had_tokens
+        needed = not _on_loopback(config) or bool(tokens) or self.gate.ever_had_tokens or config.tls is not None
         self.gate.required = needed and not config.insecure
         for record in self.gate.adopt(tokens):
             _log.warning("token_replaced", role=record.role, hash=record.hash[:12], reason="another one was given")
@@ -115,10 +116,19 @@ class FederationApp:
             _log.warning("insecure", tokens_not_asked_for=len(self.gate.listed()))
         if self.gate.clock.behind > _CLOCK_BEHIND:
             _log.warning("clock_behind", seconds=round(self.gate.clock.behind))
-        made = {role: new_token() for role in secrets if self.gate.required and not self.gate.has(role)}
+        roles = [role for role in self._roles_at_start(config) if self.gate.required and not self.gate.has(role)]
+        made = {role: new_token("fmj" if role == INVITE else "fmt") for role in roles}
         for role, token in made.items():
-            self.gate.add(token, role, label=f"{role} token made at a start", origin="start")
+            expires_in = JOIN_LINE_SECONDS if role == INVITE else None
+            label = f"{'join line' if role == INVITE else f'{role} token'} made at a start"
+            self.gate.add(token, role, label=label, origin="start", expires_in=expires_in)
         return made
+
+    def _roles_at_start(self, config: CoordinatorConfig) -> tuple[str, ...]:
+        """Which tokens a federation cannot begin without; a join line can only be of use where it pins a key."""
+        if config.tls is None:
+            return ("join", "admin")
+        return ("admin",) if self.gate.any_joined else ("admin", INVITE)
 
     def _bound_bytes(self, config: CoordinatorConfig, blobs: BlobStore) -> None:
         """Bound the bytes of updates, and say how fast they grow: now, or once there is an expert."""

@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -152,7 +153,7 @@ class CoordinatorProcess:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if '--tls' in self.arguments else 'http'}://127.0.0.1:{self.port}"
 
     @property
     def log(self) -> Path:
@@ -183,7 +184,8 @@ class CoordinatorProcess:
     def answers(self) -> bool:
         """Whether it says that it is well."""
         try:
-            with urllib.request.urlopen(f"{self.url}/healthz", timeout=5) as response:
+            anybody = ssl._create_unverified_context()
+            with urllib.request.urlopen(f"{self.url}/healthz", timeout=5, context=anybody) as response:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):
             return False

@@ -237,7 +237,15 @@ LAYERS: dict[str, set[str]] = {
         "wire.contract",
         "wire.http",
     },
-    "distributed_coordinator": {"config", "federation_app", "runtime", "server", "server.storage", "wire.http"},
+    "distributed_coordinator": {
+        "config",
+        "federation_app",
+        "runtime",
+        "server",
+        "server.access",
+        "server.storage",
+        "wire.http",
+    },
     "distributed_replica": {
         "config",
         "federation_app",

@@ -16,6 +16,7 @@ from fedmoe.cli import (
     evaluator,
     experts,
     gateway,
+    join,
     quarantine,
     replicas,
     simulate,
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command("coordinator")(coordinator.coordinator)
 app.command("worker")(worker.worker)
+app.command("join")(join.join)
 app.command("evaluator")(evaluator.evaluator)
 app.add_typer(gateway.app, name="gateway")
 app.add_typer(experts.app, name="experts")

@@ -15,8 +15,10 @@ from pydantic import SecretStr
 from fedmoe.cli.options import JOIN_TOKEN, OptionText, configured
 from fedmoe.cli.output import CommandError
 from fedmoe.config import DEFAULT_PORT, CoordinatorConfig
+from fedmoe.runtime.addresses import reachable_host
 from fedmoe.runtime.logs import configure, log_uncaught, warn
 from fedmoe.runtime.memory import give_back_freed_memory
+from fedmoe.wire.contract.administration import INVITE, JOIN_LINE_SECONDS
 
 if TYPE_CHECKING:
     from fedmoe.distributed_coordinator import DistributedCoordinator
@@ -74,6 +76,9 @@ _OPTIONS: Mapping[str, OptionText] = {
     "accept_older_journal": typer.Option(
         "--accept-older-journal", help="Start, this once, from a journal that lacks acknowledged updates."
     ),
+    "tls": typer.Option(
+        metavar="auto", help="auto: make a key and certificate of its own, and print a line for `fedmoe join`."
+    ),
     "tls_cert": "TLS certificate chain (PEM).",
     "tls_key": "TLS private key (PEM).",
 }
@@ -125,23 +130,40 @@ def check_tls(certificate: str | None, key: str | None) -> None:
 
 def _announce(config: CoordinatorConfig, running: DistributedCoordinator | FederationApp) -> None:
     """Tokens in clear, once, on standard output; they are kept only as hashes."""
+    from fedmoe.wire.http.middleware import is_loopback
+
     tokens = running.new_tokens
     if config.insecure:
         print("WARNING: --insecure: anybody who reaches this address can read and change every expert.", flush=True)
         if running.gate.ever_had_tokens:
             print(f"WARNING: --insecure: none of the tokens of {config.state_dir} is asked for.", flush=True)
-    if not tokens:
-        return
-    scheme = "https" if config.tls_cert else "http"
-    print("These tokens are shown once; only their hashes are kept.")
+    own = getattr(running, "certificate", None)
+    scheme = "https" if config.tls_cert or own is not None else "http"
+    if tokens:
+        print("These tokens are shown once; only their hashes are kept.")
     for role, token in tokens.items():
-        print(f"  {role:5}  {token}")
+        if role != INVITE:
+            print(f"  {role:5}  {token}")
     if "join" in tokens:
         print("Start a worker with:")
         print(
             f"  FEDMOE_TOKEN={tokens['join']} fedmoe worker --coordinator-url {scheme}://THIS-HOST:{config.port} "
             "--worker-id NAME --specialty EXPERT --dataset FILE.jsonl"
         )
-    if scheme == "http":
-        print("Tokens and weights travel in clear over http; use --tls-cert and --tls-key on a network you do not own.")
+    if own is not None:
+        _announce_join(f"{reachable_host(config.host)}:{config.port}#{own.fingerprint}", tokens.get(INVITE))
+    if scheme == "http" and (tokens or not is_loopback(config.host)):
+        print(
+            "Tokens and weights travel in clear over http; on a network you do not own start with --tls auto, or with "
+            "a certificate of your own (--tls-cert and --tls-key)."
+        )
     sys.stdout.flush()
+
+
+def _announce_join(address: str, invite: str | None) -> None:
+    """The line with which another machine joins, where one was made; and how to make further ones."""
+    if invite is not None:
+        print(f"Join from another machine, once, within {JOIN_LINE_SECONDS / 86_400:.0f} days:")
+        print(f"  fedmoe join {invite}@{address} --specialty EXPERT --dataset FILE.jsonl")
+    print(f"The coordinator's URL, with the fingerprint of its key: https://{address}")
+    print("Further join lines: fedmoe token create --join --coordinator-url URL (with FEDMOE_ADMIN_TOKEN)")

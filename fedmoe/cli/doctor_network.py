@@ -17,6 +17,7 @@ import psutil
 
 from fedmoe.cli.options import client
 from fedmoe.runtime.errors import RefusedError
+from fedmoe.runtime.fingerprint import key_fingerprint
 from fedmoe.runtime.safe_text import inert
 from fedmoe.wire.client import ConnectionSettingError, CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.transport import names_this_machine, proxy_for, transport_for, trusted_certificates
@@ -45,10 +46,11 @@ class Finding:
 
 def coordinator_findings(url: str, token: str | None) -> Iterator[Finding]:
     """The way to a coordinator, from the proxy to the answer; what stands in the way of the rest ends it."""
-    parts = urlsplit(url)
-    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     try:
         api = client(url, token)
+        url = api.url
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
         proxy = proxy_for(url, getproxies())
     except ConnectionSettingError as error:
         yield Finding("connection", "problem", str(error))
@@ -56,9 +58,9 @@ def coordinator_findings(url: str, token: str | None) -> Iterator[Finding]:
     with api:
         yield Finding("connection", "ok", f"through the proxy {proxy.shown}" if proxy else "direct, no proxy")
         if parts.scheme == "https" and proxy is None:
-            yield _certificate(host, port)
+            yield _pinned(host, port, api.fingerprint) if api.fingerprint else _certificate(host, port)
         elif token and not names_this_machine(host):
-            fix = "start the coordinator with --tls-cert and --tls-key, and use https://"
+            fix = "start the coordinator with --tls auto, or with --tls-cert and --tls-key, and use https://"
             yield Finding("TLS", "note", "none: the token and all weights travel in clear", fix)
         yield from _answers(api, url, host, port)
 
@@ -134,7 +136,8 @@ def _certificate(host: str, port: int) -> Finding:
     except ssl.SSLCertVerificationError as error:
         fix = (
             "see the line `coordinator`; if the fingerprint is the one that `openssl x509 -noout -fingerprint -sha256 "
-            "-in CERTIFICATE` shows there, set SSL_CERT_FILE to a copy of that file"
+            "-in CERTIFICATE` shows there, set SSL_CERT_FILE to a copy of that file; or use the URL with "
+            "#FINGERPRINT that the coordinator shows at its start"
         )
         return Finding("TLS", "problem", f"not trusted ({inert(error.verify_message)}), {shown}", fix)
     except (OSError, KeyError, ValueError) as error:
@@ -144,10 +147,25 @@ def _certificate(host: str, port: int) -> Finding:
     return Finding.judged("TLS", f"{shown}, valid for {seconds / 86400:.0f} days", seconds >= _EXPIRES_SOON, fix)
 
 
+def _pinned(host: str, port: int, expected: str) -> Finding:
+    """Whether a server has the key that the URL pins."""
+    try:
+        found = key_fingerprint(_der(host, port))
+    except (OSError, ValueError) as error:
+        return Finding("TLS", "problem", f"no handshake: {inert(str(error))}", "see the line `coordinator`")
+    if found == expected:
+        return Finding("TLS", "ok", f"the key is the pinned one, {found}")
+    fix = "see the line `coordinator`; if the coordinator was set up anew, use the URL that it shows now"
+    return Finding("TLS", "problem", f"the key is {found}, pinned is {expected}", fix)
+
+
+def _der(host: str, port: int) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate((host, port), timeout=_SECONDS))
+
+
 def fingerprint(host: str, port: int) -> str:
     """The SHA-256 of a server's certificate as openssl writes it; nothing is checked. Raises OSError or ValueError."""
-    der = ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate((host, port), timeout=_SECONDS))
-    digest = hashlib.sha256(der).hexdigest().upper()
+    digest = hashlib.sha256(_der(host, port)).hexdigest().upper()
     return ":".join(digest[place : place + 2] for place in range(0, len(digest), 2))
 
 

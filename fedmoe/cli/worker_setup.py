@@ -9,6 +9,7 @@ from pathlib import Path
 
 import structlog
 
+from fedmoe.cli.joined import connection
 from fedmoe.config import WorkerConfig
 from fedmoe.coordinator import seed_of
 from fedmoe.datasets.tokens.packing import Block
@@ -49,11 +50,11 @@ def run_worker(config: WorkerConfig) -> None:
     check_sources(config)
     device = choose_device(config.device, local_rank())
     state_dir = Path(config.state_dir or f"runs/workers/{config.worker_id}")
-    token = config.token.get_secret_value() if config.token else None
+    url, token = connection(config, state_dir)
     group = join_group(device)
     outbox: Outbox | None = None
     try:
-        with CoordinatorClient(config.coordinator_url, token) as client, ExitStack() as opened:
+        with CoordinatorClient(url, token) as client, ExitStack() as opened:
             outbox = on_rank_zero(group, lambda: Outbox(state_dir, config.worker_id, config.specialty))
             # A wrong URL or token is told before a base model is loaded.
             federation = on_rank_zero(group, client.federation)

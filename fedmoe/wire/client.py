@@ -42,7 +42,7 @@ from fedmoe.wire.pulled_weights import (
     pulled_expert,
     pulled_gateway,
 )
-from fedmoe.wire.transport import ConnectionSettingError, check_url, proxy_of, transport_for
+from fedmoe.wire.transport import ConnectionSettingError, address_of, check_url, proxy_of, transport_for
 from fedmoe.wire.unreachable import clock_difference, unreachable
 
 __all__ = [
@@ -87,6 +87,8 @@ class PushResult:
 class CoordinatorClient:
     """Calls one coordinator; every call raises `RefusedError` or `CoordinatorUnavailableError`, nothing else from HTTP.
 
+    `url` may end with `#FINGERPRINT`: then only who has that key is the coordinator.
+
     `attempts` tries of reads and idempotent writes are made, with exponential, jittered pauses; pushes are tried once:
     whoever pushes keeps the update and decides when to send it again.
     """
@@ -102,6 +104,7 @@ class CoordinatorClient:
         headers = {"Accept-Encoding": "identity", PROTOCOL_HEADER: str(PROTOCOL)}
         headers |= {"Authorization": f"Bearer {token}"} if token else {}
         check_url(url)
+        url, fingerprint = address_of(url)
         self._proxy = proxy_of(url, token) if transport is None else None
         # No redirects: a token must not follow one to another host.
         self._http = httpx2.Client(
@@ -109,11 +112,13 @@ class CoordinatorClient:
             headers=headers,
             timeout=httpx2.Timeout(timeout, connect=10.0),
             follow_redirects=False,
-            transport=transport or transport_for(url, self._proxy),
+            transport=transport or transport_for(url, self._proxy, fingerprint),
         )
         self._attempts = attempts
         self._answered = False
+        #: Without the fingerprint, which is beside it.
         self.url = url
+        self.fingerprint = fingerprint
 
     def __enter__(self) -> Self:
         return self
@@ -294,6 +299,16 @@ class CoordinatorClient:
     def make_token(self, request: administration.TokenRequest) -> administration.TokenAnswer:
         """A new token; shown once."""
         return parsed(self._once("POST", "/tokens", json=request.model_dump()), administration.TokenAnswer)
+
+    def join(self, token_hash: str, worker: str) -> administration.JoinAnswer:
+        """Exchange the token of a join line, this client's own, for the worker token with this hash.
+
+        The same hash again gets the same answer.
+        """
+        return parsed(
+            self._post("/join", administration.JoinRequest(token_hash=token_hash, worker=worker)),
+            administration.JoinAnswer,
+        )
 
     def tokens(self) -> administration.TokenListing:
         """All tokens, without what they are."""

@@ -25,6 +25,7 @@ import httpcore2
 import httpx2
 
 from fedmoe.runtime.logs import warn
+from fedmoe.wire.pin import FingerprintError, OtherKeyError, PinnedContext, split_pin
 
 _PORTS = {"http": 80, "https": 443}
 _SCHEMES = ("http", "https", "socks5", "socks5h")
@@ -140,8 +141,17 @@ def _check(proxy: ProxyChoice, host: str) -> None:
     raise ConnectionSettingError(f"{proxy.variable} {problem}")
 
 
+def address_of(url: str) -> tuple[str, str | None]:
+    """A coordinator's URL without its fingerprint, and the fingerprint; raises `ConnectionSettingError`."""
+    try:
+        return split_pin(url)
+    except FingerprintError as error:
+        raise ConnectionSettingError(str(error)) from error
+
+
 def check_url(url: str) -> None:
-    """Raise `ConnectionSettingError` unless the URL names a host, by http or https."""
+    """Raise `ConnectionSettingError` unless the URL names a host, by http or https, and perhaps a fingerprint."""
+    url, _ = address_of(url)
     try:
         parts = httpx2.URL(url)
         reason = "" if parts.scheme in ("http", "https") and parts.host else "it names no host"
@@ -164,8 +174,11 @@ def proxy_of(url: str, token: str | None) -> ProxyChoice | None:
     return proxy
 
 
-def transport_for(url: str, proxy: ProxyChoice | None) -> httpx2.HTTPTransport:
-    """Connections to `url`; raises `ConnectionSettingError` for a proxy or certificates that cannot be used."""
+def transport_for(url: str, proxy: ProxyChoice | None, fingerprint: str | None = None) -> httpx2.HTTPTransport:
+    """Connections to `url`, with a `fingerprint` only to who has that key.
+
+    Raises `ConnectionSettingError` for a proxy or certificates that cannot be used.
+    """
     proxied = None
     if proxy is not None:
         tls = urlsplit(proxy.url).scheme == "https"
@@ -175,7 +188,9 @@ def transport_for(url: str, proxy: ProxyChoice | None) -> httpx2.HTTPTransport:
             raise ConnectionSettingError(f"the proxy {proxy.variable} cannot be used: {error}") from error
     # Plain http needs no certificates, and must not fail over a variable that names them wrongly.
     encrypted = urlsplit(url).scheme == "https"
-    context = trusted_certificates() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = trusted_certificates() if encrypted and not fingerprint else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if fingerprint:
+        context = PinnedContext.of(fingerprint)
     transport = httpx2.HTTPTransport(verify=context, proxy=proxied)
     transport._pool._network_backend = _PacedBackend()
     return transport
@@ -241,7 +256,14 @@ class _PacedStream(httpcore2.NetworkStream):
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore2.NetworkStream:
-        return _PacedStream(self._stream.start_tls(ssl_context, server_hostname, timeout))
+        spoken = self._stream.start_tls(ssl_context, server_hostname, timeout)
+        if isinstance(ssl_context, PinnedContext):
+            try:
+                ssl_context.check(spoken.get_extra_info("ssl_object").getpeercert(True))
+            except OtherKeyError as error:
+                spoken.close()
+                raise httpcore2.ConnectError(str(error)) from error
+        return _PacedStream(spoken)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)

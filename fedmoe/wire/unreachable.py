@@ -14,6 +14,7 @@ import httpx2
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.runtime.safe_text import shortened
 from fedmoe.wire.answers import CoordinatorUnavailableError
+from fedmoe.wire.pin import OtherKeyError
 from fedmoe.wire.transport import ProxyChoice
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
@@ -21,7 +22,10 @@ _PROBE_SECONDS = 2.0
 _PROBE_READS = 64
 # What OpenSSL says of bytes that are no TLS.
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
-_TRUST = "set SSL_CERT_FILE to a PEM file with the certificate of its authority, or of the coordinator itself"
+_TRUST = (
+    "set SSL_CERT_FILE to a PEM file with the certificate of its authority, or of the coordinator itself, or write the "
+    "fingerprint of its key, which its operator knows, behind the URL: https://HOST:PORT#FINGERPRINT"
+)
 _OTHER_NAME = "use a name or address that is in it, or make one that has this one"
 #: X509_V_ERR_* of OpenSSL (https://docs.openssl.org/3.0/man3/X509_STORE_CTX_get_error/) -> what is wrong, what to do.
 _CERTIFICATE = {
@@ -79,6 +83,8 @@ def _cause(error: BaseException, kind: type[ErrorT]) -> ErrorT | None:
 
 
 def _certificate(url: str, error: httpx2.HTTPError) -> str | None:
+    if (other := _cause(error, OtherKeyError)) is not None:
+        return str(other)
     failure = _cause(error, ssl.SSLCertVerificationError)
     if failure is None:
         return None

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access import problems
-from fedmoe.server.access.security import STORED_BYTES, Principal
+from fedmoe.server.access.security import JOIN_PATH, STORED_BYTES, Principal
 from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.turns import UPLOADS, Rate, RequestTurn, RequestTurns
 from fedmoe.wire.http.body_limits import BodyRefusedError
@@ -43,6 +43,7 @@ class AuthenticationMiddleware:
         address = address_of(scope)
         try:
             principal = self._gate.admit(Headers(scope=scope).get("authorization"), address)
+            principal.require_path(scope["path"])
         except RefusedError as error:
             await self._turns.stranger(address)
             await problems.refusal(error)(scope, receive, send)
@@ -63,8 +64,8 @@ class AuthenticationMiddleware:
             await problems.refusal(error)(scope, receive, send)
 
     async def _while_usable(self, principal: Principal, scope: Scope, exchange: _Exchange) -> None:
-        # What revokes a token is not stopped by it.
-        if not principal.token or scope["path"] == "/tokens/revoke":
+        # What revokes a token is not stopped by it, nor an exchange that had begun by the end of the line.
+        if not principal.token or scope["path"] in ("/tokens/revoke", JOIN_PATH):
             await self._answer(scope, exchange)
             return
         try:

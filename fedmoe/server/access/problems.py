@@ -65,6 +65,7 @@ STATUS: dict[str, int] = {
     "rule_mismatch": 409,
     "token_revoked": 409,
     "token_mismatch": 409,
+    "join_line_used": 409,
     "norm_too_large": 422,
     "statistics_mismatch": 422,
     "scores_mismatch": 422,

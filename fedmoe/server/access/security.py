@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from fedmoe.runtime.errors import RefusedError
+from fedmoe.wire.contract.administration import INVITE
 
-ROLES = ("worker", "join", "admin")
+#: The one route on which the token of a join line is taken.
+JOIN_PATH = "/join"
 #: In the state of a request that another replica passed on: that it did, and how many bytes of a body it has stored.
 OF_PEER = "of_peer"
 STORED_BYTES = "stored_bytes"
@@ -27,6 +29,24 @@ class Principal:
     experts: tuple[str, ...] | None = None
     token: str = ""
     named: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def require_path(self, path: str) -> None:
+        """Refuse the token of a join line everywhere but where it is exchanged."""
+        if self.role == INVITE and path != JOIN_PATH:
+            raise RefusedError(
+                "forbidden",
+                "this is the token of a join line, which is good for nothing else.",
+                "Run `fedmoe join` with the line: it gets the worker a token of its own.",
+            )
+
+    def require_invite(self, worker: str) -> None:
+        if self.role != INVITE:
+            raise RefusedError(
+                "forbidden",
+                f"only the token of a join line can be exchanged, got one with role {self.role!r}.",
+                "An administrator makes such a line with: fedmoe token create --join",
+            )
+        self.require_worker(worker)
 
     def require_admin(self, **named: str) -> None:
         self.named.update(named)

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from fedmoe.runtime.errors import RefusedError
+from fedmoe.runtime.failpoints import reached
 from fedmoe.server.access.security import Principal
 from fedmoe.server.storage.journal import Journal
 from fedmoe.server.storage.records import TokenFacts, TokenOrigin, TokenRecord
-from fedmoe.wire.contract.administration import TokenInfo
+from fedmoe.wire.contract.administration import INVITE, TokenInfo
 from fedmoe.wire.http.bearer import bearer_of, hash_token
 
 
@@ -46,8 +47,12 @@ class SteadyClock:
 
 #: Under this key the journal holds the latest time that was seen.
 LATEST_TIME = "latest_time"
+#: Under this and the hash of a join line's token the journal holds the hash of the token it was exchanged for.
+JOINED = "joined:"
 #: Last uses and the latest time are kept so often, in seconds: none of it costs a request anything.
 KEEP_SECONDS = 60.0
+_HOW_TO_SEND = "Send 'Authorization: Bearer TOKEN' (--token or FEDMOE_TOKEN)."
+_ANOTHER_LINE = "Ask the coordinator's operator for another one (fedmoe token create --join)"
 
 
 class TokenGate:
@@ -72,6 +77,7 @@ class TokenGate:
         # Tokens that an older program made have no facts yet.
         self._facts = {name: TokenFacts(name, "", "unknown", None) for name in self._records}
         self._facts |= {facts.hash: facts for facts in journal.token_facts()}
+        self._joined = journal.metas(JOINED)
         self._used: dict[str, tuple[float, str | None]] = {}
         self._lock = threading.RLock()
         #: Called with the hash of every token that is revoked, in the thread that revokes it.
@@ -86,6 +92,11 @@ class TokenGate:
     def now(self) -> float:
         """The time by which tokens end; it never goes back."""
         return self.clock.now()
+
+    @property
+    def any_joined(self) -> bool:
+        """Whether a join line was ever used here."""
+        return bool(self._joined)
 
     def has(self, role: str) -> bool:
         """Whether a usable token of this role exists."""
@@ -132,6 +143,43 @@ class TokenGate:
             self._records[record.hash] = record
             if expires_at is not None:
                 self._keep_time()
+        return record
+
+    def exchange(self, invite: str, token_hash: str, worker: str, address: str | None = None) -> TokenRecord:
+        """The token with this hash, made for the join line whose token has the hash `invite`; works once.
+
+        The same exchange again gives the same record, so an answer that was lost can be asked for again. Raises
+        `RefusedError` for a line that was used for another token.
+        """
+        with self._lock:
+            line, earlier = self._records[invite], self._joined.get(invite)
+            if earlier not in (None, token_hash):
+                raise _used(self._facts[earlier].used_from if earlier in self._facts else None)
+            if earlier is None:
+                if token_hash in self._records or token_hash in self._facts:
+                    raise RefusedError(
+                        "token_mismatch", "a token with this hash is known here already.", "Make another one."
+                    )
+                # The one step that uses the line up: after a crash only the same token can finish what follows.
+                self._journal.set_meta(JOINED + invite, token_hash)
+                self._joined[invite] = token_hash
+                reached("join.after_use")
+            record = self._records.get(token_hash)
+            if record is None:
+                record = self._add_joined(line, token_hash, worker, address)
+            if record.revoked:
+                raise self.ended(token_hash)
+            Principal(record.role, record.worker).require_worker(worker)
+            return record
+
+    def _add_joined(self, line: TokenRecord, token_hash: str, worker: str, address: str | None) -> TokenRecord:
+        record = TokenRecord(token_hash, "worker", worker, line.experts)
+        facts = TokenFacts(token_hash, self._facts[line.hash].label, "joined", self.now, self._wall(), address)
+        used = replace(self._facts[line.hash], used_at=self._wall(), used_from=address)
+        self._journal.put_token_facts([facts, used])
+        self._facts |= {token_hash: facts, line.hash: used}
+        self._journal.put_token(record)
+        self._records[token_hash] = record
         return record
 
     def adopt(self, tokens: Mapping[str, str]) -> list[TokenRecord]:
@@ -204,14 +252,20 @@ class TokenGate:
         record = self._records.get(presented)
         if record is None or not hmac.compare_digest(record.hash, presented):
             raise self._unauthorised("this token is not known here.")
-        if not self._usable(record):
+        # An exchange may be asked for again whose answer was lost.
+        if not self._usable(record) and (record.revoked or presented not in self._joined):
             raise self.ended(presented)
-        self._used[presented] = (self._wall(), address)
+        if record.role != INVITE:  # which is used when it is exchanged
+            self._used[presented] = (self._wall(), address)
         return Principal(record.role, record.worker, record.experts, presented)
 
     def ended(self, token_hash: str) -> RefusedError:
         """The refusal of a token that was revoked or has expired."""
-        revoked = self._records[token_hash].revoked
+        record = self._records[token_hash]
+        revoked = record.revoked
+        if record.role == INVITE:
+            state = "was revoked" if revoked else "has expired"
+            return self._unauthorised(f"this join line {state}.", f"{_ANOTHER_LINE}.")
         return self._unauthorised("this token was revoked." if revoked else "this token has expired.")
 
     def seconds_left(self, token_hash: str) -> float | None:
@@ -220,16 +274,12 @@ class TokenGate:
         return None if expires_at is None else max(0.0, expires_at - self.now)
 
     def _usable(self, record: TokenRecord) -> bool:
-        return not record.revoked and (record.expires_at is None or record.expires_at > self.now)
+        unused = not record.revoked and record.hash not in self._joined
+        return unused and (record.expires_at is None or record.expires_at > self.now)
 
-    def _unauthorised(self, detail: str) -> RefusedError:
+    def _unauthorised(self, detail: str, fix: str = _HOW_TO_SEND) -> RefusedError:
         # With the time, so that a worker can say how far its own clock is off.
-        return RefusedError(
-            "unauthorised",
-            detail,
-            "Send 'Authorization: Bearer TOKEN' (--token or FEDMOE_TOKEN).",
-            coordinator_time=round(self._wall(), 3),
-        )
+        return RefusedError("unauthorised", detail, fix, coordinator_time=round(self._wall(), 3))
 
     @property
     def keeping_is_due(self) -> bool:
@@ -257,3 +307,11 @@ class TokenGate:
         used, self._used = self._used, {}
         for token_hash, (at, address) in list(used.items()):
             self._facts[token_hash] = replace(self._facts[token_hash], used_at=at, used_from=address)
+
+
+def _used(address: str | None) -> RefusedError:
+    return RefusedError(
+        "join_line_used",
+        f"this join line was used before{f', from {address}' if address else ''}; each works once.",
+        f"{_ANOTHER_LINE}. If none of yours used it, tell them: the token it was exchanged for has to be revoked.",
+    )

@@ -8,6 +8,7 @@ from starlette.concurrency import run_in_threadpool
 from fedmoe.server.access.security import principal_of
 from fedmoe.server.routes.app_state import parts_of, service_of
 from fedmoe.wire.contract.administration import (
+    INVITE,
     HeldUpdateInfo,
     QuarantineListing,
     RejectRequest,
@@ -33,7 +34,7 @@ def list_tokens(request: Request) -> TokenListing:
 async def make_token(request: Request, message: TokenRequest) -> TokenAnswer:
     principal = principal_of(request)
     principal.require_admin(named_label=message.label, worker=message.worker or "")
-    token = new_token()
+    token = new_token("fmj" if message.role == INVITE else "fmt")
     scope = (message.role, message.worker, message.experts, message.expires_in, message.label)
     record = await run_in_threadpool(parts_of(request).tokens.add, token, *scope)
     principal.named["named"] = record.hash[:12]

@@ -154,6 +154,7 @@ ANSWERS: Mapping[Route, Answers] = {
     ("POST", "/heartbeat"): Answers(_OWN),
     ("GET", "/status"): Answers(),
     ("GET", "/worker_log"): Answers((*_OWN, "unknown_worker")),
+    ("POST", "/join"): Answers(("forbidden", "join_line_used", "token_mismatch", *_WRITES)),
     ("GET", "/replicas"): Answers(("forbidden",)),
     ("GET", "/update_limit"): Answers((*_OWN, "too_soon", "lease_held", "lease_lost", "retired")),
     ("GET", "/data_statistics_limit"): Answers((*_OWN, "retired")),
@@ -176,7 +177,7 @@ PROBLEMS = Problems(
     answer=_answer,
     schemas={"Problem": Problem.model_json_schema(), "WeightsAsJson": _WEIGHTS},
     everywhere=(
-        *("unauthorised", "cross_site", "host_not_allowed", "too_many_requests"),
+        *("unauthorised", "forbidden", "cross_site", "host_not_allowed", "too_many_requests"),
         *("upgrade_required", "internal_error", "malformed", "not_acceptable", "no_owner"),
     ),
     with_json=("quota_exceeded", "busy", "too_slow", "too_large", "unsupported_type", "invalid_request"),

@@ -25,7 +25,7 @@ from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.turns import TOKEN_RATE, UPLOADS, Rate
 from fedmoe.server.access.uploads import PushPace, UploadLimits, UploadPlaces
 from fedmoe.server.expert_names import may_use, resolve_expert, scope_by_first_names
-from fedmoe.server.routes import admin_routes, expert_routes, gate_routes, replica_routes, status_routes
+from fedmoe.server.routes import admin_routes, expert_routes, gate_routes, join_routes, replica_routes, status_routes
 from fedmoe.server.routes.app_state import (
     AppState,
     IncarnationHeader,
@@ -109,7 +109,7 @@ def create_app(
     places, pace = UploadPlaces(upload_limits), PushPace(min_sync_interval, service.intake.knows)
     problems.install(app)
     # Flat, so that whoever lists the routes sees each of them.
-    others = (expert_routes, gate_routes, admin_routes, replica_routes, status_routes)
+    others = (expert_routes, gate_routes, admin_routes, join_routes, replica_routes, status_routes)
     for part in (router, *(module.router for module in others)):
         app.router.routes.extend(part.routes)
     requests = RequestCounts(route.path for route in app.routes if isinstance(route, Route))

@@ -220,6 +220,11 @@ class Journal(ABC):
     def set_meta(self, key: str, value: str) -> None:
         self.put(META, [{"key": key, "value": value}])
 
+    def metas(self, beginning: str) -> dict[str, str]:
+        """The values of all keys that begin so, by the rest of the key."""
+        rows = self.query(sa.select(META).where(META.c.key.startswith(beginning, autoescape=True)))
+        return {row["key"].removeprefix(beginning): row["value"] for row in rows}
+
     def former_incarnations(self) -> list[FormerIncarnation]:
         """The incarnations before this one, the oldest first."""
         return [FormerIncarnation(**former) for former in json.loads(self.meta(INCARNATIONS_BEFORE) or "[]")]

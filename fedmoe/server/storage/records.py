@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-#: Made by `fedmoe token create`, by a coordinator at its start, given to it in an environment variable, or older than
-#: the table of these facts.
-TokenOrigin = Literal["created", "start", "given", "unknown"]
+#: Made by `fedmoe token create`, by a coordinator at its start, given to it in an environment variable, exchanged for
+#: the token of a join line, or older than the table of these facts.
+TokenOrigin = Literal["created", "start", "given", "joined", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
