@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -62,7 +61,7 @@ def do(work: Path, config: ArenaConfig, measures: Measures, setting: str, seed: 
         beside.replace(done)
         print(f"{setting} {seed}: done {cost}", flush=True)
     finally:
-        os.close(lock)
+        lock.close()
 
 
 def finished(work: Path, seeds: Sequence[int]) -> dict[tuple[str, int], Run]:

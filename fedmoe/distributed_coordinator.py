@@ -110,7 +110,7 @@ class DistributedCoordinator:
         """Say that descriptors run out, once each time: new connections are closed at once then."""
         while True:
             await asyncio.sleep(1.0)
-            used = in_use()
+            used = in_use(self._descriptors)
             few = few_left(used, self._descriptors)
             if few and not self._few_descriptors:
                 _log.error("few_file_descriptors", used=used, limit=self._descriptors, fix="raise 'ulimit -n'")

@@ -89,7 +89,7 @@ class DistributedReplica:
             self._candidate.stop()
             self._pool.shutdown()
             self._owners.close()
-            os.close(self._lock)
+            self._lock.close()
         _log.info("stopped")
         return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -166,5 +165,5 @@ def _move_aside(out: Path) -> None:
         for path in files:
             path.rename(aside / path.name)
     finally:
-        os.close(lock)
+        lock.close()
     print(f"moved the earlier run to {aside}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import resource
 import shutil
 import sqlite3
 import sys
@@ -75,8 +74,13 @@ def _memory() -> Finding:
 
 def _limits() -> Finding:
     """What this process may use of the machine, by its container and its shell."""
+    shown = f"{usable_cores():g} of {os.cpu_count() or 1} cores"
+    try:
+        import resource
+    except ModuleNotFoundError:  # of POSIX only
+        return Finding("limits", "ok", shown)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    shown = f"{usable_cores():g} of {os.cpu_count() or 1} cores, {files} open files"
+    shown += f", {files} open files"
     fix = f"raise it before the start: ulimit -n {_LEAST_FILES}; each connection of a coordinator takes one"
     return Finding.judged("limits", shown, files == resource.RLIM_INFINITY or files >= _LEAST_FILES, fix)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedmoe.runtime.errors import ExpectedError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 
 class FolderInUseError(ExpectedError):
@@ -81,7 +84,8 @@ def _replace_folder(new: Path, folder: Path) -> None:
 
 def fsync_folder(folder: Path) -> None:
     """Make renames and new names inside a folder durable."""
-    fsync_file(folder, os.O_DIRECTORY)
+    if hasattr(os, "O_DIRECTORY"):  # elsewhere folders cannot be synced
+        fsync_file(folder, os.O_DIRECTORY)
 
 
 def fsync_files(folder: Path) -> None:
@@ -100,18 +104,41 @@ def fsync_file(path: Path, flags: int = 0) -> None:
         os.close(descriptor)
 
 
-def lock_folder(folder: Path) -> int:
-    """Own a folder as long as this process lives or until the returned descriptor is closed.
+class FolderLock:
+    """A folder that this process owns until `close`, or until it ends."""
+
+    def __init__(self, lock: BaseFileLock) -> None:
+        self._lock = lock
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self._lock.release()
+
+
+def lock_folder(folder: Path) -> FolderLock:
+    """Own a folder as long as this process lives or until the returned lock is closed.
 
     Raises FolderInUseError when another process, or another part of this one, owns it.
     """
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    # Here, so that commands without a folder do not pay for it.
+    from filelock import FileLock, SoftFileLock, Timeout
+
+    file = folder / "lock"
+    # Not of one thread: whoever closes it may be another one.
+    lock = FileLock(file, mode=0o600, thread_local=False)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-        os.close(descriptor)
-        raise FolderInUseError(folder, holder) from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()}\n".encode())
-    return descriptor
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise FolderInUseError(folder, _holder(file)) from None
+    if not isinstance(lock, SoftFileLock):  # which writes it by itself
+        with suppress(PermissionError):  # Windows lets nobody write into what is locked
+            file.write_text(f"{os.getpid()}\n")
+    return FolderLock(lock)
+
+
+def _holder(file: Path) -> str:
+    """The process id that the holder of a lock has written, as far as it can be read."""
+    try:
+        return file.read_text(errors="replace")[:32].partition("\n")[0].strip() or "unknown"
+    except OSError:
+        return "unknown"

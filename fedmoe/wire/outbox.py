@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import secrets
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedmoe.runtime import failpoints
-from fedmoe.runtime.files import FolderInUseError, lock_folder, write_atomic
+from fedmoe.runtime.files import FolderInUseError, FolderLock, lock_folder, write_atomic
 from fedmoe.wire.contract.messages import UpdateHeader
 
 _IDENTITY = "identity.json"
@@ -88,7 +87,7 @@ class Outbox:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
         try:
-            self._lock: int | None = lock_folder(folder)
+            self._lock: FolderLock | None = lock_folder(folder)
         except FolderInUseError as error:
             raise OutboxError(
                 f"{folder} is in use by the worker with process id {error.holder}; "
@@ -150,7 +149,7 @@ class Outbox:
         """Give the folder back; a second time does nothing."""
         lock, self._lock = self._lock, None
         if lock is not None:
-            os.close(lock)
+            lock.close()
 
     def _body_path(self, sequence: int) -> Path:
         return self._folder / f"update-{sequence}.safetensors"

@@ -219,7 +219,7 @@ def test_a_run_that_is_going_on_is_not_moved_aside(fedmoe: Run, config: Path, tm
     try:
         outcome = fedmoe("arena", "train", str(config), "--out", str(out), "--fresh")
     finally:
-        os.close(lock)
+        lock.close()
     assert_one_line(outcome, f"{out} is in use by the process with id {os.getpid()}")
     assert (out / "metrics.jsonl").exists()
     assert not (out / "earlier").exists()

@@ -117,5 +117,5 @@ def test_a_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(FolderInUseError, match=f"process with id {os.getpid()}") as caught:
         lock_folder(tmp_path)
     assert caught.value.holder == str(os.getpid())
-    os.close(lock)
-    os.close(lock_folder(tmp_path))
+    lock.close()
+    lock_folder(tmp_path).close()

@@ -83,5 +83,5 @@ def test_a_tenth_is_few() -> None:
     assert not few_left(None, 100)
     assert not few_left(89, 100)
     assert few_left(90, 100)
-    used = in_use()
+    used = in_use(100)
     assert used is None or used > 2

@@ -10,7 +10,6 @@ RUN/control.json                               what may be changed while it runs
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -102,7 +101,7 @@ def run_arena(
     check_file_system(options.folder, options.allow_network_fs)
     options.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        stack.callback(os.close, lock_folder(options.folder))
+        stack.callback(lock_folder(options.folder).close)
         logs = stack.enter_context(run_logs(options.folder))
         earlier, changes = _earlier(config, options, logs)
         make_temporary(options.folder)

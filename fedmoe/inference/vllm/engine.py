@@ -11,7 +11,6 @@ for as an adapter of zeros, which takes one slot and gives exactly the base mode
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import shutil
@@ -209,7 +208,7 @@ class VllmEngine:
         self._pool.shutdown(cancel_futures=True)
         self.client.close()
         self._sweep_folders()
-        os.close(self._lock)
+        self._lock.close()
 
     def _sweep_folders(self) -> None:
         for folder in self._folder.iterdir():

@@ -102,7 +102,7 @@ def _source(place: FederationPlace) -> Iterator[tuple[ChainedJournal, BlobStore]
     if (folder / MOVING_MARK).exists():
         raise StateDirError(f"{folder} holds half of {(folder / MOVING_MARK).read_text()}; move that there again first")
     with ExitStack() as opened:
-        opened.callback(os.close, lock_state(folder))
+        opened.callback(lock_state(folder).close)
         journal = _journal(folder / _JOURNAL, place.database, None)
         opened.callback(journal.close)
         gap = journal.gap_since(read_acknowledged(folder / "acknowledged"))
@@ -121,7 +121,7 @@ def _target(place: FederationPlace, source: str, moved: ChainedJournal) -> Itera
     except OSError as error:
         raise StateDirError(f"cannot create {folder}: {error.strerror}; choose another folder") from error
     with ExitStack() as opened:
-        opened.callback(os.close, lock_state(folder))
+        opened.callback(lock_state(folder).close)
         there = {entry.name for entry in folder.iterdir()} - _NOTHING
         if there and not mark.exists():
             raise StateDirError(f"{folder} is not empty; name an empty or new folder to move into")

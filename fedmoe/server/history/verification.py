@@ -5,7 +5,6 @@ Nothing is changed. The coordinator must not run on it meanwhile.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -60,7 +59,7 @@ def verify_state(path: Path) -> VerificationReport:
     try:
         return _verify(path)
     finally:
-        os.close(lock)
+        lock.close()
 
 
 def check_start(path: Path) -> None:

@@ -255,7 +255,7 @@ def _own(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
-        os.close(lock)
+        lock.close()
 
 
 def remove(folder: Path, keep: set[str]) -> None:

@@ -64,7 +64,7 @@ def restore(backup: Path, state: Path, replace: bool = False) -> RestoreReport:
             "Mend it and give the same command again"
         ) from error
     finally:
-        os.close(lock)
+        lock.close()
     return RestoreReport(incarnation, content.incarnation, content.events, moved)
 
 

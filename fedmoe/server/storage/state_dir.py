@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from fedmoe.runtime.files import FolderInUseError, lock_folder
+from fedmoe.runtime.files import FolderInUseError, FolderLock, lock_folder
 from fedmoe.runtime.placement import mount_of, read_mounts
 from fedmoe.server.storage.acknowledged import AcknowledgedFile, JournalGap
 from fedmoe.server.storage.audit import AUDIT_FILE
@@ -54,7 +54,7 @@ class StateDir:
     journal: ChainedJournal
     blobs: BlobStore
     acknowledged: AcknowledgedFile
-    lock: int
+    lock: FolderLock
     opened: Mapping[Path, tuple[int, int]]
 
     @classmethod
@@ -92,7 +92,7 @@ class StateDir:
             )
         lock = lock_state(path)
         opened = ExitStack()
-        opened.callback(os.close, lock)
+        opened.callback(lock.close)
         if database is None and not (path / _FILE).exists():
             opened.callback(_remove_journal, path / _FILE)
         try:
@@ -139,7 +139,7 @@ class StateDir:
         """Close the journal and give the lock back."""
         self.journal.close()
         self.acknowledged.close()
-        os.close(self.lock)
+        self.lock.close()
 
     def _check_whole(self, accept: bool) -> None:
         """Refuse a journal that lacks what was acknowledged, or let another incarnation begin with it."""
@@ -215,8 +215,8 @@ def odd_files(path: Path) -> list[str]:
     return problems
 
 
-def lock_state(path: Path) -> int:
-    """Own a state directory until the returned descriptor is closed; raises StateDirError while a coordinator does."""
+def lock_state(path: Path) -> FolderLock:
+    """Own a state directory until the returned lock is closed; raises StateDirError while a coordinator does."""
     try:
         return lock_folder(path)
     except FolderInUseError as error:

@@ -36,7 +36,8 @@ _LINGER_SECONDS = 2.0
 _SLICE = 16 << 10
 _TLS_HANDSHAKE = b"\x16\x03"
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Windows has no SIGHUP.
+_STOPS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 class _TooManyFieldsError(Exception):

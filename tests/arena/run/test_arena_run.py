@@ -375,10 +375,11 @@ def test_to_resume_what_never_began_is_to_begin(tmp_path: Path, finished: Path) 
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
-    lock_folder(tmp_path)
+    held = lock_folder(tmp_path)
     with pytest.raises(FolderInUseError, match="is in use by the process"):
         run(tmp_path)
     assert not (tmp_path / METRICS).exists()
+    held.close()
 
 
 def test_a_memory_limit_that_is_too_low_ends_the_run_in_order_e16(tmp_path: Path, finished: Path) -> None:
