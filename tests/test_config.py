@@ -92,6 +92,8 @@ def test_a_gateway_that_lives_excludes_what_is_for_one_that_is_merged(parameters
         ({"coordinator_url": "http://host:99999"}, "http://192.168.1.100:5000"),
         ({"coordinator_url": "http://user:pass@host"}, "http://192.168.1.100:5000"),
         ({"coordinator_url": "http://ho st"}, "http://192.168.1.100:5000"),
+        ({"coordinator_url": f"http://host:1#{'a' * 64}"}, "https://HOST:PORT#FINGERPRINT"),
+        ({"coordinator_url": "https://host:1#abc"}, "https://HOST:PORT#FINGERPRINT"),
         ({"specialty": "../x"}, "pattern"),
         ({"worker_id": "a b"}, "pattern"),
         ({"wire_dtype": "fp8"}, "'fp32', 'bf16' or 'int8'"),
@@ -123,6 +125,35 @@ def test_a_gateway_that_lives_excludes_what_is_for_one_that_is_merged(parameters
 def test_a_workers_parameters_are_checked_too(parameters: dict[str, object], word: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(word)):
         worker(**parameters)
+
+
+def test_a_fingerprint_may_stand_behind_the_coordinators_url() -> None:
+    pinned = f"https://host:1#{'AB' * 32}"
+    assert worker(coordinator_url=pinned).coordinator_url == pinned.lower()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "word"),
+    [
+        ({"tls": "yes"}, "'auto'"),
+        ({"tls_cert": "c.pem", "tls_key": "k.pem"}, "give one of them"),
+        (
+            {
+                "replica": "a",
+                "advertise": "https://h:1",
+                "replica_secret_file": "s",
+                "database_url": "postgresql://h/d",
+                "blobs": "s3://b/p",
+            },
+            "each replica would have a key of its own",
+        ),
+    ],
+)
+def test_a_certificate_of_its_own_is_for_one_coordinator_without_another(
+    parameters: dict[str, object], word: str
+) -> None:
+    with pytest.raises(ValidationError, match=re.escape(word)):
+        coordinator(**({"tls": "auto"} | parameters))
 
 
 def test_what_is_refused_together_goes_once_the_advice_is_followed() -> None:

@@ -121,6 +121,33 @@ def test_another_key_is_refused_before_anything_is_sent(coordinator_process: Sta
     assert join(line, tmp_path / "a").status == 0, "the line was not used up"
 
 
+def test_without_a_certificate_every_start_off_loopback_says_so_and_names_the_way(
+    coordinator_process: Start, tmp_path: Path
+) -> None:
+    running = coordinator_process(("--host", "0.0.0.0"))
+    for _ in range(2):
+        running.start()
+        assert "start with --tls auto" in running.log.read_text()
+        assert "fmj_" not in running.log.read_text()
+        running.stop()
+        running.log.unlink()
+    alone = coordinator_process(("--host", "127.0.0.1"))
+    alone.state_dir = tmp_path / "alone" / "state"
+    alone.state_dir.parent.mkdir()
+    alone.start()
+    assert "--tls auto" not in alone.log.read_text()
+
+
+def test_a_line_over_plain_http_joins_on_this_machine(coordinator_process: Start, tmp_path: Path) -> None:
+    running = coordinator_process(("--host", "0.0.0.0"))
+    running.start()
+    create = ("-m", "fedmoe", "token", "create", "--join", "--json", "--coordinator-url", running.url)
+    made = json.loads(run_script(*create, environment=admin_of(running)).out)
+    assert made["line"].partition("@")[2] == running.url
+    outcome = join(made["line"], tmp_path / "a")
+    assert outcome.status == 0, outcome.err[-2000:]
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [

@@ -12,6 +12,7 @@ from live import ADMIN, JOIN, House, open_house
 
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.tokens import JOINED, TokenGate
+from fedmoe.server.access.turns import RequestTurns
 from fedmoe.wire.http.bearer import hash_token, new_token
 
 OWN = new_token()
@@ -107,6 +108,25 @@ def test_what_was_used_before_a_crash_is_used_after_it(tmp_path: Path) -> None:
             gate.exchange(hash_token(line), hash_token(new_token()), "w1")
         assert gate.exchange(hash_token(line), hash_token(OWN), "w1").hash == hash_token(OWN)
         assert TokenGate(house.journal, True, time.time).admit(f"Bearer {OWN}").worker == "w1"
+
+
+def test_whoever_guesses_lines_is_slowed_down_as_every_stranger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowed: list[str | None] = []
+
+    async def stranger(turns: RequestTurns, address: str | None) -> None:
+        slowed.append(address)
+
+    monkeypatch.setattr(RequestTurns, "stranger", stranger)
+    with open_house(tmp_path, tokens=True) as house:
+        used = line_of(house)
+        assert exchanged(house, used).status_code == 200
+        for _ in range(3):
+            assert exchanged(house, new_token("fmj")).status_code == 401
+        assert len(slowed) == 3
+        assert house.client(used).get("/federation").status_code == 403
+        assert len(slowed) == 4
 
 
 def test_where_no_token_is_asked_for_nothing_is_exchanged(tmp_path: Path) -> None:
