@@ -16,6 +16,7 @@ from fedmoe.config import CoordinatorConfig
 from fedmoe.federation_app import FederationApp, aggregation_of
 from fedmoe.server.access.own_certificate import OwnCertificate, certificate_now
 from fedmoe.server.descriptors import few_left, in_use, raise_limit
+from fedmoe.server.storage.backup import TLS
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.start_options import check_file
 from fedmoe.server.storage.state_dir import Database, StateDir
@@ -27,7 +28,6 @@ EXIT_PORT_IN_USE = 98
 EXIT_STORAGE_FAILED = 74
 # So long it says that its storage failed before it leaves, so that whoever watches /healthz sees why.
 _FAILED_SECONDS = 3.0
-_TLS_FOLDER = "tls"
 _DAY = 86_400.0
 
 
@@ -64,7 +64,7 @@ class DistributedCoordinator:
     def _own_certificate(self) -> OwnCertificate | None:
         if self.config.tls is None:
             return None
-        return certificate_now(self._state.path / _TLS_FOLDER, self.config.host)
+        return certificate_now(self._state.path / TLS, self.config.host)
 
     def serve(self) -> int:
         """Listen until SIGTERM or SIGINT; finishes requests under way, then returns the exit status."""

@@ -62,6 +62,8 @@ def fill(place: FederationPlace) -> None:
     journal.insert(RELEASED_BYTES, {"expert": "sql", "worker": None, "through": 0, "reason": "none", "at": 3.0})
     house.service.close()
     (place.folder / AUDIT_FILE).write_text("a line of the audit log\n")
+    (place.folder / "tls").mkdir()
+    (place.folder / "tls" / "key.pem").write_text("pinned by workers")
     state.close()
 
 
@@ -122,6 +124,7 @@ def test_there_and_back_again_everything_is_the_same_to_the_bit(
     made = move_state(source, there)
     assert (made.experts, made.blobs) == (2, len(before["blobs"]))  # type: ignore[arg-type]
     assert (there.folder / AUDIT_FILE).read_text() == "a line of the audit log\n"
+    assert (there.folder / "tls" / "key.pem").read_text() == "pinned by workers"
     back = FederationPlace(tmp_path / "back")
     assert move_state(there, back).events == made.events
     assert rows(back) == rows(there) == before["rows"]

@@ -17,6 +17,7 @@ from fedmoe.runtime import failpoints
 from fedmoe.runtime.files import fsync_folder, write_atomic
 from fedmoe.server.history.verification import count_rebuilt
 from fedmoe.server.storage.acknowledged import AcknowledgedFile, read_acknowledged
+from fedmoe.server.storage.backup import TLS
 from fedmoe.server.storage.blob_copies import check_blobs, copy_blobs
 from fedmoe.server.storage.blobs import BlobStore, StorageFailedError
 from fedmoe.server.storage.bucket import Bucket
@@ -29,8 +30,9 @@ from fedmoe.server.storage.state_dir import MOVING_MARK, Database, StateDirError
 from fedmoe.server.storage.tables import ALL_TABLES, BLOB_STORE, META, MOVED_FROM
 
 _JOURNAL, _NEW_JOURNAL, _BLOBS = "journal.sqlite", ".journal.sqlite-moving", "blobs"
-# What each machine has of its own beside journal and blobs: the audit log, and marks of bodies that crashed it.
-_LOCAL = ("audit*.jsonl", "in_flight/*")
+# What a coordinator has of its own beside journal and blobs: the audit log, marks of bodies that crashed it, and the
+# key that workers pinned.
+_LOCAL = ("audit*.jsonl", "in_flight/*", f"{TLS}/*")
 # A folder with nothing but these is empty: the lock is ours, a disk of its own has the other.
 _NOTHING = {"lock", "lost+found"}
 

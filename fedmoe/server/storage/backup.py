@@ -33,6 +33,9 @@ from fedmoe.server.storage.state_dir import StateDirError
 from fedmoe.server.storage.tables import INCARNATION, SCHEMA_VERSION
 
 JOURNAL, BLOBS = "journal.sqlite", "blobs"
+#: The coordinator's own key and certificate: of this machine, not of the journal. No backup has them, no restore moves
+#: them away.
+TLS = "tls"
 #: The file by which a folder is known as a whole backup.
 NOTE = "backup.json"
 _LOCK = "lock"

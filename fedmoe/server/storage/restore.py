@@ -16,7 +16,7 @@ from fedmoe.runtime import failpoints
 from fedmoe.runtime.files import fsync_folder, write_atomic
 from fedmoe.server.storage.acknowledged import AcknowledgedFile
 from fedmoe.server.storage.audit import AUDIT_HEAD
-from fedmoe.server.storage.backup import BLOBS, JOURNAL, check_backup, place_all, remove
+from fedmoe.server.storage.backup import BLOBS, JOURNAL, TLS, check_backup, place_all, remove
 from fedmoe.server.storage.migration import migrate
 from fedmoe.server.storage.sqlite import connect, other_schema
 from fedmoe.server.storage.sqlite_journal import SqliteJournal
@@ -26,7 +26,7 @@ from fedmoe.server.storage.tables import SCHEMA_VERSION
 _MARK = "restoring"
 _NEW_JOURNAL = ".journal.sqlite-restoring"
 # A folder with nothing but these is empty: the lock is ours, a disk of its own has the other.
-_NOTHING = {"lock", "lost+found"}
+_NOTHING = {"lock", "lost+found", TLS}
 
 
 @dataclass(frozen=True, slots=True)

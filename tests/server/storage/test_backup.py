@@ -275,7 +275,10 @@ def test_a_folder_with_something_in_it_is_only_restored_into_when_told_so(state:
     with pytest.raises(StateDirError, match=r"is not empty; .* --replace"):
         restore(tmp_path / "backup", state.path)
     assert files(state.path) == before
+    (state.path / "tls").mkdir()
+    (state.path / "tls" / "key.pem").write_text("pinned by workers")
     restored = restore(tmp_path / "backup", state.path, replace=True)
+    assert (state.path / "tls" / "key.pem").read_text() == "pinned by workers"
     assert contents(state.path)[:2] == (4, set(BODIES[:3]))
     assert restored.moved is not None
     assert contents(restored.moved)[:2] == (5, set(BODIES[:4]))
