@@ -59,7 +59,7 @@ class DistributedCoordinator:
             self._federation = FederationApp(config, state.journal, state.blobs, state.path, state.problem)
             opened.pop_all()
         self.service, self.gate, self.app = self._federation.service, self._federation.gate, self._federation.app
-        self.new_tokens = self._federation.new_tokens
+        self.new_tokens, self.links = self._federation.new_tokens, self._federation.links
 
     def _own_certificate(self) -> OwnCertificate | None:
         if self.config.tls is None:
@@ -90,6 +90,7 @@ class DistributedCoordinator:
 
     async def _run(self, server: uvicorn.Server, listener: socket.socket) -> None:
         beside = [self._stop_when_failed(server), self._watch_descriptors(), self._federation.look_after()]
+        beside.append(self._end_streams(server))
         beside += [self._renew_certificate(server)] if self.certificate is not None else []
         watches = [asyncio.create_task(watch) for watch in beside]
         try:
@@ -115,6 +116,12 @@ class DistributedCoordinator:
             if few and not self._few_descriptors:
                 _log.error("few_file_descriptors", used=used, limit=self._descriptors, fix="raise 'ulimit -n'")
             self._few_descriptors = few
+
+    async def _end_streams(self, server: uvicorn.Server) -> None:
+        """Pages listen for as long as they are open: a stop does not wait for them."""
+        while not server.should_exit:
+            await asyncio.sleep(0.1)
+        self._federation.end_streams()
 
     async def _stop_when_failed(self, server: uvicorn.Server) -> None:
         """After a failed fsync, or without its folder, nothing can be promised: answer 503 for a moment, then leave."""

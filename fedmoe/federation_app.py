@@ -21,6 +21,7 @@ from fedmoe.server.access.tokens import KEEP_SECONDS, TokenGate
 from fedmoe.server.access.turns import Rate
 from fedmoe.server.gate.gate import GatePolicy
 from fedmoe.server.history.history import History
+from fedmoe.server.page.login import LoginLinks
 from fedmoe.server.registrations import RegistrationLimits
 from fedmoe.server.routes.json_weights import JsonPolicy
 from fedmoe.server.routes.routes import create_app
@@ -89,6 +90,7 @@ class FederationApp:
             self.new_tokens = self._prepare_tokens(config)
             made = ", ".join(self.new_tokens)
             self._audit.write(what="start", asks_for_tokens=self.gate.required, address=config.host, tokens_made=made)
+            self.links = LoginLinks(self.gate)
             rate = config.requests_per_second
             self.app = create_app(
                 self.service,
@@ -99,6 +101,7 @@ class FederationApp:
                 token_rate=Rate(rate, math.ceil(2 * rate)) if rate else None,
                 audit=self._audit,
                 owners=owners,
+                links=self.links,
             )
             opened.pop_all()
 
@@ -180,11 +183,16 @@ class FederationApp:
             if self._sweeping.due() and not self.service.committer.failed:
                 await asyncio.to_thread(self._sweeping.sweep)
 
+    def end_streams(self) -> None:
+        """End what pages listen to; a stop would wait for it else."""
+        self.app.state.parts.live.close()
+
     def close(self, abandoned: bool = False) -> None:
         """Finish what was accepted, and note where the audit log ends; journal and blobs stay open.
 
         Where it is `abandoned`, nothing can be written any more.
         """
+        self.end_streams()
         self.service.close()
         self._audit.write(what="owner lost" if abandoned else "stop")
         self._audit.close()

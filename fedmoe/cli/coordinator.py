@@ -139,6 +139,7 @@ def _announce(config: CoordinatorConfig, running: DistributedCoordinator | Feder
             print(f"WARNING: --insecure: none of the tokens of {config.state_dir} is asked for.", flush=True)
     own = getattr(running, "certificate", None)
     scheme = "https" if config.tls_cert or own is not None else "http"
+    _announce_page(config, running, scheme)
     if tokens:
         print("These tokens are shown once; only their hashes are kept.")
     for role, token in tokens.items():
@@ -167,3 +168,18 @@ def _announce_join(address: str, invite: str | None) -> None:
         print(f"  fedmoe join {invite}@{address} --specialty EXPERT --dataset FILE.jsonl")
     print(f"The coordinator's URL, with the fingerprint of its key: https://{address}")
     print("Further join lines: fedmoe token create --join --coordinator-url URL (with FEDMOE_ADMIN_TOKEN)")
+
+
+def _announce_page(config: CoordinatorConfig, running: DistributedCoordinator | FederationApp, scheme: str) -> None:
+    """Where the federation can be looked at; with tokens by a link that works once."""
+    from fedmoe.wire.http.middleware import is_loopback
+
+    if not config.port:
+        return
+    host = "127.0.0.1" if is_loopback(config.host) else reachable_host(config.host)
+    page = f"{scheme}://{host}:{config.port}"
+    if not running.gate.required:
+        print(f"The federation's page: {page}/", flush=True)
+    elif config.replica is None:
+        print(f"The federation's page, as administrator, once within 15 minutes: {page}/login#{running.links.new()}")
+        print("Later: /login with a token; 'fedmoe token create --role viewer' makes one that only looks.")

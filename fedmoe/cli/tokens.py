@@ -29,7 +29,7 @@ def create(
     worker: Annotated[str | None, typer.Option(help="Only for this worker.")] = None,
     expert: Annotated[list[str] | None, typer.Option(help="Only for these experts, repeatable.")] = None,
     join: Annotated[bool, typer.Option("--join", help="Make a line for `fedmoe join`; it works once.")] = False,
-    role: Annotated[str, typer.Option(help="worker, join or admin.")] = "worker",
+    role: Annotated[str, typer.Option(help="worker, join, viewer or admin.")] = "worker",
     expires_in: Annotated[
         float | None, typer.Option(help="Seconds until it expires. \\[default: never; a join line: 7 days]")
     ] = None,

@@ -30,9 +30,10 @@ def federation_status(service: CoordinatorService, principal: Principal) -> Stat
         (expert for expert in experts.values() if may_use(principal, expert)), key=lambda expert: expert.title
     )
     workers = [status for expert in readable for status in _workers(service, expert, now) if _own(principal, status)]
-    whole = principal.role == "admin"
+    whole = principal.sees_all
     return StatusInfo(
         at=now,
+        role=principal.role,
         revision=service.activity.revision + service.heartbeats.count,
         fedmoe=__version__,
         incarnation=service.current.incarnation,
@@ -47,7 +48,7 @@ def federation_status(service: CoordinatorService, principal: Principal) -> Stat
 
 
 def _own(principal: Principal, status: WorkerStatus) -> bool:
-    return principal.role == "admin" or principal.worker in (None, status.worker)
+    return principal.sees_all or principal.worker in (None, status.worker)
 
 
 def _workers(service: CoordinatorService, expert: ExpertModel, now: float) -> list[WorkerStatus]:
@@ -140,7 +141,7 @@ def _disk(service: CoordinatorService, now: float) -> DiskStatus | None:
 def _events(service: CoordinatorService, readable: Iterable[ExpertModel], principal: Principal) -> list[EventInfo]:
     """Events of experts that may be seen, under their newest names, and of a worker's own updates only."""
     titles = {expert.name: expert.title for expert in readable}
-    whole = principal.role == "admin"
+    whole = principal.sees_all
     shown = []
     for event in service.activity.events():
         other = event.worker and principal.worker not in (None, event.worker)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from expert_requests import settle
 from live import ADMIN, House, open_house, push_headers, push_parameters
 from starlette.testclient import TestClient
@@ -66,7 +65,7 @@ def test_pushes_and_refusals_are_told_of_each_worker_and_the_revision_rises(hous
         row = worker(http)
         assert (row.state, row.pushes.landed, row.pushes.refused, row.loss) == (None, 1, 0, 1.5)
         assert landed.experts[0].losses[-1].training == 1.5
-        assert landed.experts[0].updates_per_minute == pytest.approx(0.2)
+        assert landed.experts[0].updates_per_minute == 1.0
         assert [(event.kind, event.expert) for event in landed.events] == [("landed", "law"), ("registered", "law")]
         assert push(http, 1, 99) == 409  # a version that there is not
         refused = worker(http)

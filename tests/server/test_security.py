@@ -52,8 +52,10 @@ def test_every_route_and_method_but_the_open_ones_asks_for_a_token(locked_house:
             "/healthz/../list_experts",
         ]:
             for method in METHODS:
-                answer = client.request(method, path)
-                if answer.status_code != 401:
+                answer = client.request(method, path, follow_redirects=False)
+                if answer.headers.get("location") == "/login":
+                    assert path == "//healthz", "the page itself, of a host with this name"
+                elif answer.status_code != 401:
                     open_to_all.append((method, path, answer.status_code))
                 else:
                     assert answer.headers["www-authenticate"] == "Bearer"

@@ -11,6 +11,13 @@ from fedmoe.wire.contract.administration import INVITE
 
 #: The one route on which the token of a join line is taken.
 JOIN_PATH = "/join"
+#: All that a viewer may ask for.
+VIEWER_PATHS = frozenset(
+    {
+        *("/", "/page.js", "/plotly.js", "/live", "/status", "/metrics", "/list_experts", "/get_gateway_info"),
+        *("/gateway_verdicts", "/federation", "/worker_log", "/openapi.json", "/session", "/session/end"),
+    }
+)
 #: In the state of a request that another replica passed on: that it did, and how many bytes of a body it has stored.
 OF_PEER = "of_peer"
 STORED_BYTES = "stored_bytes"
@@ -52,6 +59,21 @@ class Principal:
         self.named.update(named)
         if self.role != "admin":
             raise _forbidden(f"this needs an admin token, got one with role {self.role!r}.")
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether everything of the federation may be shown."""
+        return self.role in ("admin", "viewer")
+
+    def require_sight(self) -> None:
+        """For what administrators and viewers may see, and no worker."""
+        if not self.sees_all:
+            raise _forbidden(f"this needs an admin or viewer token, got one with role {self.role!r}.")
+
+    def require_path(self, path: str) -> None:
+        """A viewer changes nothing and downloads no weights."""
+        if self.role == "viewer" and path not in VIEWER_PATHS:
+            raise _forbidden(f"a viewer's token does not open {path[:100]}.")
 
     def require_worker(self, worker: str) -> None:
         self.named["worker"] = worker

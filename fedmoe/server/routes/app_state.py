@@ -14,6 +14,7 @@ from fedmoe.server.access.security import principal_of
 from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.uploads import PushPace, UploadPlaces
 from fedmoe.server.expert_names import resolve_expert
+from fedmoe.server.page.live import LiveStatus
 from fedmoe.server.routes.coordinator_metrics import CoordinatorMetrics
 from fedmoe.server.routes.weight_responses import WeightAnswers
 from fedmoe.server.service import CoordinatorService
@@ -49,6 +50,7 @@ class AppState:
     pace: PushPace
     metrics: CoordinatorMetrics
     owners: Callable[[], Sequence[OwnerInfo]]
+    live: LiveStatus
     listed_gateway: tuple[GatewayModel, str] | None = None
 
 

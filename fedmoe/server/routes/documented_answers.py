@@ -55,6 +55,7 @@ _PUSH_CONTENT: Json = {
     SAFETENSORS: _BINARY,
     "application/json": {"schema": {"anyOf": [{"$ref": "#/components/schemas/UpdateResult"}, _JSON_WEIGHTS["schema"]]}},
 }
+_EVENTS: Json = {"text/event-stream": {"schema": {"type": "string"}}}
 _STATE: Json = {"application/json": {"schema": {"type": "object", "required": ["status"]}}}
 _AS_JSON = ("json_busy",)
 _GATEWAY = ("gateway_disabled", "gateway_not_initialised", "gateway_not_published")
@@ -151,6 +152,12 @@ ANSWERS: Mapping[Route, Answers] = {
     ("GET", "/tokens"): Answers(("forbidden",)),
     ("POST", "/tokens"): Answers(("forbidden", "token_revoked", "token_mismatch", *_WRITES)),
     ("POST", "/tokens/revoke"): Answers(("forbidden", "unknown_token", *_WRITES)),
+    ("GET", "/live"): Answers(
+        (),
+        {200: {"description": "the status as server-sent events, whenever it changes", "content": _EVENTS}},
+    ),
+    ("POST", "/session"): Answers(("forbidden",)),
+    ("POST", "/session/end"): Answers(),
     ("POST", "/heartbeat"): Answers(_OWN),
     ("GET", "/status"): Answers(),
     ("GET", "/worker_log"): Answers((*_OWN, "unknown_worker")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -25,7 +26,19 @@ from fedmoe.server.access.tokens import TokenGate
 from fedmoe.server.access.turns import TOKEN_RATE, UPLOADS, Rate
 from fedmoe.server.access.uploads import PushPace, UploadLimits, UploadPlaces
 from fedmoe.server.expert_names import may_use, resolve_expert, scope_by_first_names
-from fedmoe.server.routes import admin_routes, expert_routes, gate_routes, join_routes, replica_routes, status_routes
+from fedmoe.server.federation_status import federation_status
+from fedmoe.server.page.files import PageFiles
+from fedmoe.server.page.live import LiveStatus
+from fedmoe.server.page.login import LoginLinks, LoginMiddleware
+from fedmoe.server.routes import (
+    admin_routes,
+    expert_routes,
+    gate_routes,
+    join_routes,
+    page_routes,
+    replica_routes,
+    status_routes,
+)
 from fedmoe.server.routes.app_state import (
     AppState,
     IncarnationHeader,
@@ -85,7 +98,7 @@ from fedmoe.wire.http.middleware import (
 _OTHER_FORMS = frozenset(
     {
         *("/get_gateway_weights", "/get_all_expert_weights", "/get_expert_weights", "/gateway_candidate_weights"),
-        *("/data_statistics", "/push_expert_update", "/metrics"),
+        *("/data_statistics", "/push_expert_update", "/metrics", "/live"),
     }
 )
 _ANSWERED_WITH_WEIGHTS = ("too_stale", "other_history")
@@ -103,22 +116,26 @@ def create_app(
     token_rate: Rate | None = TOKEN_RATE,
     audit: AuditLog | None = None,
     owners: Callable[[], Sequence[OwnerInfo]] = lambda: (),
+    links: LoginLinks | None = None,
 ) -> FastAPI:
     """The coordinator's HTTP application; without tokens only requests addressed to this machine are taken."""
     app = FastAPI(title="FedMoE coordinator", version=__version__, docs_url=None, redoc_url=None)
     places, pace = UploadPlaces(upload_limits), PushPace(min_sync_interval, service.intake.knows)
     problems.install(app)
     # Flat, so that whoever lists the routes sees each of them.
-    others = (expert_routes, gate_routes, admin_routes, join_routes, replica_routes, status_routes)
+    others = (expert_routes, gate_routes, admin_routes, join_routes, replica_routes, status_routes, page_routes)
     for part in (router, *(module.router for module in others)):
         app.router.routes.extend(part.routes)
     requests = RequestCounts(route.path for route in app.routes if isinstance(route, Route))
     metrics = CoordinatorMetrics(service, requests, owners)
-    app.state.parts = AppState(service, gate, WeightAnswers(json or JsonPolicy()), places, pace, metrics, owners)
+    live = LiveStatus(partial(federation_status, service), lambda: service.activity.revision + service.heartbeats.count)
+    app.state.parts = AppState(service, gate, WeightAnswers(json or JsonPolicy()), places, pace, metrics, owners, live)
     app.add_middleware(NegotiationMiddleware, others=_OTHER_FORMS, refuse=problems.refusal)
     app.add_middleware(RepeatedMiddleware, refuse=problems.refusal)
     app.add_middleware(IncarnationHeader, incarnation=service.current.incarnation)
+    app.add_middleware(PageFiles)
     app.add_middleware(AuthenticationMiddleware, gate=gate, token_rate=token_rate)
+    app.add_middleware(LoginMiddleware, gate=gate, links=links or LoginLinks(gate))
     if not gate.required:
         app.add_middleware(
             CrossSiteMiddleware,
@@ -150,8 +167,8 @@ async def readyz(request: Request) -> Response:
 
 @router.get("/metrics")
 def metrics(request: Request) -> Response:
-    """For administrators: who trains what, and how much, is not for every worker to see."""
-    principal_of(request).require_admin()
+    """For administrators and viewers: who trains what, and how much, is not for every worker to see."""
+    principal_of(request).require_sight()
     return metrics_page(parts_of(request).metrics.collect())
 
 

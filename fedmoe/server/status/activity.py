@@ -13,6 +13,7 @@ from fedmoe.wire.contract.status import EventInfo, LossPoint
 
 #: Rates and mean staleness are of so many seconds.
 WINDOW_SECONDS = 300.0
+_LEAST_SPAN = 60.0
 _MOST_EVENTS = 100
 _MOST_POINTS = 240
 _MOST_RECENT = 2_000
@@ -27,6 +28,8 @@ _Loss = tuple[float, int, float | None, float | None]
 
 @dataclass(slots=True)
 class _ExpertActivity:
+    #: When the first event of the expert was.
+    began: float | None = None
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_MOST_RECENT))
     losses: list[_Loss] = field(default_factory=list)
 
@@ -93,10 +96,11 @@ class Activity:
     def rate(self, expert: str, now: float) -> tuple[float, float | None]:
         """Updates a minute and their mean staleness in the last `WINDOW_SECONDS`; None without an update."""
         with self._lock:
-            recent = [row for row in self._of(expert).recent if row[0] > now - WINDOW_SECONDS]
+            activity = self._of(expert)
+            recent = [row for row in activity.recent if row[0] > now - WINDOW_SECONDS]
         if not recent:
             return 0.0, None
-        return 60.0 * len(recent) / WINDOW_SECONDS, sum(staleness for _, staleness in recent) / len(recent)
+        return 60.0 * len(recent) / _span(activity.began, now), sum(staleness for _, staleness in recent) / len(recent)
 
     def losses(self, expert: str) -> list[LossPoint]:
         """Losses over the whole time, the oldest first."""
@@ -109,7 +113,7 @@ class Activity:
         """What updates add to the store now."""
         with self._lock:
             recent = [row for row in self._stored if row[0] > now - WINDOW_SECONDS]
-        return 3600.0 * (recent[-1][1] - recent[0][1]) / WINDOW_SECONDS if len(recent) > 1 else 0.0
+        return 3600.0 * (recent[-1][1] - recent[0][1]) / _span(recent[0][0], now) if len(recent) > 1 else 0.0
 
     def events(self) -> list[EventInfo]:
         """The newest events, the newest first."""
@@ -125,13 +129,20 @@ class Activity:
             self._id += 1
             self.revision += 1
             self._events.append((self._id, event))
-            if isinstance(event, UpdateAccepted):
+            if isinstance(event, ExpertRegistered):
+                self._of(event.expert).began = event.at
+            elif isinstance(event, UpdateAccepted):
                 activity = self._of(event.expert)
                 activity.recent.append((event.at, event.staleness))
                 if (loss := event.info.get("loss")) is not None:
                     activity.add((event.at, event.version, loss, None))
             elif isinstance(event, UpdateHeld):
                 self._held[event.expert, event.worker] += 1
+
+
+def _span(began: float | None, now: float) -> float:
+    """Seconds that a rate is of: fewer than the window where less has passed, but never a few moments alone."""
+    return min(WINDOW_SECONDS, max(_LEAST_SPAN, now - (now if began is None else began)))
 
 
 _KINDS = {"ExpertRegistered": "registered", "UpdateAccepted": "landed", "UpdateHeld": "held"}

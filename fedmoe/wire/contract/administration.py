@@ -22,7 +22,7 @@ class TokenRequest(Message):
     With the role `invite` it is the token of a join line: it can only be exchanged, once, for one of a worker.
     """
 
-    role: Literal["worker", "join", "admin", "invite"] = "worker"
+    role: Literal["worker", "join", "admin", "viewer", "invite"] = "worker"
     worker: WorkerName | None = None
     experts: list[ExpertName] | None = None
     expires_in: Annotated[float, Field(gt=0, le=10 * 365 * 86400, allow_inf_nan=False), NUMBER] | None = None

@@ -125,12 +125,13 @@ class EventInfo(Message):
 
 
 class StatusInfo(Message):
-    """A federation at the moment `at`, as far as the token may see it; `revision` rises with every change.
+    """A federation at the moment `at`, as far as the token, of this `role`, may see it; `revision` rises by change.
 
     `gateway` is null while there is none, `disk` for all but administrators and viewers.
     """
 
     at: float
+    role: str
     revision: int
     fedmoe: str
     incarnation: str
