@@ -38,7 +38,9 @@ class Principal:
     named: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def require_path(self, path: str) -> None:
-        """Refuse the token of a join line everywhere but where it is exchanged."""
+        """Refuse the token of a join line everywhere but where it is exchanged, a viewer's where more is done than look."""
+        if self.role == "viewer" and path not in VIEWER_PATHS:
+            raise _forbidden(f"a viewer's token does not open {path[:100]}.")
         if self.role == INVITE and path != JOIN_PATH:
             raise RefusedError(
                 "forbidden",
@@ -69,11 +71,6 @@ class Principal:
         """For what administrators and viewers may see, and no worker."""
         if not self.sees_all:
             raise _forbidden(f"this needs an admin or viewer token, got one with role {self.role!r}.")
-
-    def require_path(self, path: str) -> None:
-        """A viewer changes nothing and downloads no weights."""
-        if self.role == "viewer" and path not in VIEWER_PATHS:
-            raise _forbidden(f"a viewer's token does not open {path[:100]}.")
 
     def require_worker(self, worker: str) -> None:
         self.named["worker"] = worker
