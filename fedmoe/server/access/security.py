@@ -38,7 +38,7 @@ class Principal:
     named: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def require_path(self, path: str) -> None:
-        """Refuse the token of a join line everywhere but where it is exchanged, a viewer's where more is done than look."""
+        """Refuse the token of a join line but where it is exchanged, a viewer's where more is done than look."""
         if self.role == "viewer" and path not in VIEWER_PATHS:
             raise _forbidden(f"a viewer's token does not open {path[:100]}.")
         if self.role == INVITE and path != JOIN_PATH:
