@@ -32,7 +32,7 @@ class LoginLinks:
 
     def new(self) -> str:
         """A code that makes its first user an administrator."""
-        code = new_token()
+        code = new_token("fml")
         self._codes[hash_token(code)] = self._clock() + LINK_SECONDS
         return code
 
