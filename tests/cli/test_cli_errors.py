@@ -47,7 +47,7 @@ def assert_refused(outcome: Outcome, status: int, *words: str) -> None:
         (["gateway", "info", "--coordinator-url", "localhost"], ["--coordinator-url", "http://10.0.0.1:5000"]),
         (["gateway", "export"], ["target"]),
         (["gateway", "export", "x", "--format", "onnx"], ["peft", "npz"]),
-        (["token", "create", "--role", "king"], ["--role", "'worker', 'join' or 'admin'"]),
+        (["token", "create", "--role", "king"], ["--role", "'worker', 'join', 'admin', 'viewer'"]),
         (["token", "create", "--expert", "Bad Name"], ["--expert", "Bad Name"]),
         (["token", "create", "--expires-in", "-1"], ["--expires-in"]),
         (["rollback", "python", "newest"], ["integer"]),
