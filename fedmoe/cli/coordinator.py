@@ -152,7 +152,10 @@ def _announce(config: CoordinatorConfig, running: DistributedCoordinator | Feder
             "--worker-id NAME --specialty EXPERT --dataset FILE.jsonl"
         )
     if own is not None:
-        _announce_join(f"{reachable_host(config.host)}:{config.port}#{own.fingerprint}", tokens.get(INVITE))
+        address = f"{reachable_host(config.host)}:{config.port}#{own.fingerprint}"
+        print(f"The coordinator's URL, with the fingerprint of its key: https://{address}")
+        if running.gate.required:
+            _announce_join(address, tokens.get(INVITE))
     if scheme == "http" and (tokens or not is_loopback(config.host)):
         print(
             "Tokens and weights travel in clear over http; on a network you do not own start with --tls auto, or with "
@@ -166,7 +169,6 @@ def _announce_join(address: str, invite: str | None) -> None:
     if invite is not None:
         print(f"Join from another machine, once, within {JOIN_LINE_SECONDS / 86_400:.0f} days:")
         print(f"  fedmoe join {invite}@{address} --specialty EXPERT --dataset FILE.jsonl")
-    print(f"The coordinator's URL, with the fingerprint of its key: https://{address}")
     print("Further join lines: fedmoe token create --join --coordinator-url URL (with FEDMOE_ADMIN_TOKEN)")
 
 

@@ -48,7 +48,7 @@ def join(line: str, allow_http: bool, worker_id: str | None, **values: object) -
 def default_name(host: str, specialty: str) -> str:
     """A worker's name from its machine's name and its specialty."""
     machine = re.sub(r"[^A-Za-z0-9_-]+", "-", host.partition(".")[0]).strip("-_") or "worker"
-    return f"{machine[: _LONGEST_NAME - 1 - len(specialty)]}-{specialty}"[:_LONGEST_NAME].strip("-_")
+    return f"{machine}-{specialty}"[:_LONGEST_NAME].strip("-_")
 
 
 def _parameters() -> list[Parameter]:

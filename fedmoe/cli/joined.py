@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from fedmoe.cli.output import CommandError
 from fedmoe.config import WorkerConfig
-from fedmoe.runtime.files import write_atomic
+from fedmoe.runtime.files import FolderInUseError, lock_folder, write_atomic
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.http.bearer import hash_token, new_token
 from fedmoe.wire.transport import ConnectionSettingError, address_of, check_url, names_this_machine
@@ -89,6 +89,17 @@ def exchange(line: JoinLine, folder: Path, worker: str) -> tuple[Joined, bool]:
     if joined is not None and joined.line == known:
         return Joined(line.url, joined.token, known), False
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        lock = lock_folder(folder)
+    except FolderInUseError as error:
+        raise CommandError(f"{error}; the line was not used: give this worker another --worker-id") from error
+    try:
+        return _exchange(line, known, folder, worker), True
+    finally:
+        lock.close()
+
+
+def _exchange(line: JoinLine, known: str, folder: Path, worker: str) -> Joined:
     offer = read_joined(folder, _OFFER_FILE)
     if offer is None or offer.line != known:
         offer = Joined(line.url, new_token(), known)
@@ -98,7 +109,7 @@ def exchange(line: JoinLine, folder: Path, worker: str) -> tuple[Joined, bool]:
     joined = Joined(line.url, offer.token, known)
     write_atomic(folder / JOIN_FILE, json.dumps(asdict(joined)).encode())
     os.unlink(folder / _OFFER_FILE)
-    return joined, True
+    return joined
 
 
 def connection(config: WorkerConfig, folder: Path) -> tuple[str, str | None]:

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 from command import Outcome, run_script
+from pydantic import TypeAdapter
 from support import CoordinatorProcess
+
+from fedmoe.cli.join import default_name
+from fedmoe.cli.joined import JoinLine, exchange
+from fedmoe.cli.output import CommandError
+from fedmoe.runtime.files import lock_folder
+from fedmoe.wire.contract.messages import WorkerName
 
 TLS = ("--host", "127.0.0.1", "--tls", "auto")
 LINES = [{"text": f"def number_{i}(): return {i} * {i}  # the square of {i}"} for i in range(60)]
@@ -172,6 +179,21 @@ def test_a_wrong_option_is_told_before_the_line_is_used(tmp_path: Path) -> None:
         assert join(line, tmp_path / "a", 2, "--lora-r", "0").status == 2
         with pytest.raises(BlockingIOError):
             silent.accept()
+
+
+def test_in_the_folder_of_a_worker_that_runs_no_line_is_used(tmp_path: Path) -> None:
+    lock = lock_folder(tmp_path)
+    line = JoinLine.parse(f"fmj_{'a' * 43}@127.0.0.1:1#{'a' * 64}")
+    with pytest.raises(CommandError, match="the line was not used: give this worker another --worker-id"):
+        exchange(line, tmp_path, "w1")
+    lock.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("host", ["", "a.example.org", "-odd_ name-", "\N{SNOWMAN}", "x" * 200])
+def test_a_worker_is_named_after_its_machine_and_specialty(host: str) -> None:
+    TypeAdapter(WorkerName).validate_python(default_name(host, "python_expert"))
+    assert default_name("a.example.org", "python_expert") == "a-python_expert"
 
 
 def test_an_administrator_makes_further_lines_for_an_expert_and_with_an_end(
