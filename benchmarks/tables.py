@@ -28,6 +28,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "crashes": tables_server.crashes,
     "replicas": tables_replicas.disturbances,
     "replicas_takeovers": tables_replicas.takeovers,
+    "replicas_rates": tables_replicas.rates,
+    "ray_rollouts": tables_replicas.ray_rollouts,
     "fuzzing": tables_server.fuzzing,
     "recovery": tables_server.recovery,
     "journals": tables_server.journals,

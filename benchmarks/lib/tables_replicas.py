@@ -1,10 +1,10 @@
-"""Tables of several coordinators of one federation: disturbances with what clients saw, and takeovers."""
+"""Tables of several machines: disturbances of replicas with what clients saw, takeovers, rates; rollouts on Ray."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from lib.table_text import document, percent, table
+from lib.table_text import document, percent, results, spread, table
 
 _DONE = ("kills", "of them at a named place", "pauses", "partitions", "rolling restarts")
 
@@ -39,3 +39,32 @@ def takeovers() -> str:
         for run in runs
     ]
     return table([*header, "goodput, %", "load of the machine", "faults"], rows)
+
+
+def rates() -> str:
+    """One replica beside three, in turns."""
+    runs = [run for run in document("replicas")["runs"] if run.get("measured") == "rates"]
+    rows = []
+    for run in runs:
+        rate, cost, ratio = run["updates_per_second"], run["cpu_seconds_an_update"], run["cpu_ratio"]
+        names = ("1 replicas", "3 replicas")
+        rows.append(
+            [
+                f"{run['rounds']}",
+                " / ".join(f"{rate[name]:.1f}" for name in names),
+                " / ".join(f"{1e3 * cost[name]:.1f}" for name in names),
+                f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})",
+            ]
+        )
+    header = ["rounds", "updates/s with one / three", "CPU ms an update with one / three", "ratio of a round's two"]
+    return table(header, rows)
+
+
+def ray_rollouts() -> str:
+    """Actors of Ray beside the engine in this process."""
+    measured = results("ray_rollouts")
+    rows = [
+        [name, spread(rate["median"], rate["minimum"], rate["maximum"])]
+        for name, rate in measured["tokens_per_second"].items()
+    ]
+    return table(["rollouts by", "tokens/s median (min-max)"], rows)
