@@ -301,14 +301,9 @@ class CoordinatorClient:
         return parsed(self._once("POST", "/tokens", json=request.model_dump()), administration.TokenAnswer)
 
     def join(self, token_hash: str, worker: str) -> administration.JoinAnswer:
-        """Exchange the token of a join line, this client's own, for the worker token with this hash.
-
-        The same hash again gets the same answer.
-        """
-        return parsed(
-            self._post("/join", administration.JoinRequest(token_hash=token_hash, worker=worker)),
-            administration.JoinAnswer,
-        )
+        """Exchange a join line's token, this client's, for the token with this hash; the same again is safe."""
+        request = administration.JoinRequest(token_hash=token_hash, worker=worker)
+        return parsed(self._post("/join", request), administration.JoinAnswer)
 
     def tokens(self) -> administration.TokenListing:
         """All tokens, without what they are."""
