@@ -27,6 +27,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "coordinator": tables_server.coordinator,
     "crashes": tables_server.crashes,
     "replicas": tables_replicas.disturbances,
+    "page": tables_server.page,
     "replicas_takeovers": tables_replicas.takeovers,
     "replicas_rates": tables_replicas.rates,
     "ray_rollouts": tables_replicas.ray_rollouts,

@@ -257,3 +257,19 @@ def against() -> str:
         same = {True: "yes", False: "no", None: ""}[row["same_result"]]
         rows.append([name, *cells, same])
     return table(["", "before, CPU s", "now, CPU s", "now / before", "same bits"], rows)
+
+
+def page() -> str:
+    """What open pages cost the coordinator, and what one costs its browser."""
+    measured = results("page")
+    pages, browser = measured["pages"], measured["browser"]
+    rows: list[Row] = [
+        [f"{pages['pages']} pages, one update a second", f"{100 * pages['cost_of_a_core']:.1f} %", "", ""],
+        [
+            f"one page in Chromium, {browser['workers']:,} workers, {browser['events_a_minute']:,} heartbeats a minute",
+            f"{100 * browser['coordinator_share_of_a_core']:.0f} %, the heartbeats included",
+            f"{100 * browser['chromium_share_of_a_core']:.0f} %",
+            f"{browser['healthz_p50_ms']:.1f} / {browser['healthz_p99_ms']:.1f}",
+        ],
+    ]
+    return table(["", "coordinator, of a core", "Chromium, of a core", "`/healthz` ms p50 / p99"], rows)
