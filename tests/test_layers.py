@@ -34,6 +34,7 @@ LAYERS: dict[str, set[str]] = {
     "wire.contract": {"lora", "runtime"},
     "wire": {"lora", "runtime", "wire.contract"},
     "wire.http": {"runtime", "wire.contract"},
+    "monitor.web": {"monitor", "monitor.interactive", "runtime", "wire.http"},
     "config": {"lora", "wire.contract"},
     "models": {"datasets", "datasets.readers", "datasets.tokens", "lora", "runtime"},
     "federation": {"experts", "lora", "runtime"},
@@ -295,6 +296,7 @@ LAYERS: dict[str, set[str]] = {
         "monitor",
         "monitor.charts",
         "monitor.interactive",
+        "monitor.web",
         "qwen_finetune",
         "qwen_worker",
         "runtime",
@@ -336,7 +338,7 @@ HEAVY: dict[str, set[str]] = {
     "matplotlib": {"monitor", "monitor.charts"},
     "fastapi": {"gateway.serve", "server.access", "server.routes", "wire.http"},
     "starlette": {
-        *("distributed_replica", "gateway.serve", "server.access", "server.page", "server.replicas"),
+        *("distributed_replica", "gateway.serve", "monitor.web", "server.access", "server.page", "server.replicas"),
         *("server.routes", "server.updates", "wire.http"),
     },
     "uvicorn": {"distributed_coordinator", "distributed_replica", "gateway.serve", "wire.http"},
@@ -450,7 +452,7 @@ def test_only_the_command_line_and_the_demonstration_show() -> None:
     importers = {
         part_of(name) for name in OURS if any(part_of(target).startswith("monitor") for target in imports_of(name))
     }
-    assert importers - {"monitor", "monitor.charts", "monitor.interactive"} <= {"cli", "cli.demo_run"}
+    assert importers - {"monitor", "monitor.charts", "monitor.interactive", "monitor.web"} <= {"cli", "cli.demo_run"}
 
 
 def test_only_the_entry_points_import_the_command_line() -> None:

@@ -10,6 +10,7 @@ from fedmoe import __version__
 from fedmoe.cli import (
     arena,
     coordinator,
+    dashboard,
     data,
     demo,
     doctor,
@@ -50,6 +51,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(tokens.app, name="token")
 app.add_typer(state.app, name="state")
 app.add_typer(arena.app, name="arena")
+app.command("dashboard")(dashboard.dashboard)
 app.command("simulate")(simulate.simulate)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

@@ -1,0 +1,1 @@
+"""Runs of the arena in a browser, live, on this machine."""
