@@ -24,8 +24,6 @@ from pathlib import Path
 
 from lib.harness import pin_threads, write_result
 
-from fedmoe.server.history.replay import snapshot_bytes
-
 pin_threads(1)
 
 import numpy as np  # noqa: E402  # threads are pinned first
@@ -37,6 +35,7 @@ from fedmoe.lora.codec import encode  # noqa: E402
 from fedmoe.lora.manifest import BaseModel, Manifest  # noqa: E402
 from fedmoe.lora.update_rules import RULES  # noqa: E402
 from fedmoe.server.history.history import SNAPSHOT_EVERY  # noqa: E402
+from fedmoe.server.history.replay import snapshot_bytes  # noqa: E402
 from fedmoe.server.storage.sqlite_journal import SqliteJournal  # noqa: E402
 from fedmoe.server.storage.state_dir import StateDir  # noqa: E402
 

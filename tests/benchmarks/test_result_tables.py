@@ -84,3 +84,14 @@ def test_a_wrong_call_says_what_to_do(words: list[str], advice: str) -> None:
     done = subprocess.run([sys.executable, BENCHMARKS / "run.py", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert advice in done.stderr
+
+
+def test_threads_are_pinned_before_anything_that_computes_is_imported() -> None:
+    """`pin_threads` refuses to start a program that has loaded numpy already."""
+    programs = [path for path in BENCHMARKS.glob("bench_*.py") if "\npin_threads(" in path.read_text()]
+    assert len(programs) > 10
+    for path in programs:
+        before = path.read_text().partition("\npin_threads(")[0]
+        imported = re.findall(r"^(?:from|import) (\w+)", before, re.MULTILINE)
+        ours = [name for name in imported if name not in sys.stdlib_module_names and name != "lib"]
+        assert ours == [], f"{path.name} imports {ours} before pin_threads"
