@@ -23,7 +23,7 @@ help:
 	@echo "make test-areal the AReaL learner and workflow (.venv-areal)"
 	@echo "make test-scale PostgreSQL as the journal, blobs in S3, rollouts on Ray: it starts the servers (.venv-moto);"
 	@echo "                and the programs that check deploy/ (.venv-tools)"
-	@echo "make test-web   the coordinator's page in a real browser (Chromium, Playwright)"
+	@echo "make test-web   the pages of a federation and of arena runs in a real browser (Chromium, Playwright)"
 	@echo "make bench      the benchmarks that need no peer and no long training, results in benchmarks/results;"
 	@echo "                NAME=update_norms runs one, BENCH_FLAGS gives it options, make bench-list names all"
 	@echo "make install    the environment alone (.venv)"
