@@ -1,4 +1,4 @@
-"""Configuration of every process: flag, else environment variable, else default; unknown variables are errors."""
+"""Configuration of every process: flag, else environment variable, else `fedmoe.toml`, else default."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from fedmoe.config_file import FileSource
 from fedmoe.lora.codec import WireDtype
 from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS
 from fedmoe.lora.update_rules import RULES, STALENESS
@@ -124,6 +125,13 @@ class _ProcessConfig(BaseSettings):
 
     # Errors do not show inputs: one of them could be a token.
     model_config = SettingsConfigDict(extra="forbid", frozen=True, populate_by_name=True, hide_input_in_errors=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], *sources: PydanticBaseSettingsSource, **named: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, else environment, else the file's section."""
+        return named["init_settings"], named["env_settings"], FileSource(settings_cls, PROCESSES)
 
     @model_validator(mode="before")
     @classmethod
@@ -363,3 +371,11 @@ class WorkerConfig(_CallerConfig):
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} needs held-out data: --eval-dataset FILE or --eval-split FRACTION")
         return self
+
+
+#: The processes that have a section in the configuration file.
+PROCESSES: Mapping[str, type[BaseSettings]] = {
+    "coordinator": CoordinatorConfig,
+    "worker": WorkerConfig,
+    "evaluator": EvaluatorConfig,
+}

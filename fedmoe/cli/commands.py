@@ -9,6 +9,7 @@ import typer
 from fedmoe import __version__
 from fedmoe.cli import (
     arena,
+    config,
     coordinator,
     dashboard,
     data,
@@ -54,6 +55,7 @@ app.add_typer(arena.app, name="arena")
 app.command("dashboard")(dashboard.dashboard)
 app.command("simulate")(simulate.simulate)
 app.command("doctor")(doctor.doctor)
+app.add_typer(config.app, name="config")
 app.command("demo")(demo.demo)
 
 

@@ -14,7 +14,8 @@ import typer
 from fedmoe.cli.joined import JoinLine, exchange
 from fedmoe.cli.output import say
 from fedmoe.cli.worker import worker
-from fedmoe.config import WorkerConfig
+from fedmoe.config import PROCESSES, WorkerConfig
+from fedmoe.config_file import made, using_file
 
 _LONGEST_NAME = 63
 _LINE = Annotated[
@@ -28,7 +29,14 @@ _WORKER_ID = Annotated[
 ]
 
 
-def join(line: str, allow_http: bool, worker_id: str | None, **values: object) -> None:
+def join(
+    line: str,
+    allow_http: bool,
+    worker_id: str | None,
+    context: typer.Context,
+    config: Path | None,
+    **values: object,
+) -> None:
     """Join a federation with the line that its coordinator showed, and train; the line works once, on one machine.
 
     It is exchanged for a token of this worker's own, kept in its --state-dir: the same command goes on later.
@@ -37,12 +45,14 @@ def join(line: str, allow_http: bool, worker_id: str | None, **values: object) -
     given = {name: value for name, value in values.items() if value is not None}
     name = worker_id or default_name(socket.gethostname(), str(values["specialty"]))
     # All that can be wrong with the options is told before the line is used.
-    config = WorkerConfig(coordinator_url=parsed.url, worker_id=name, **given)  # type: ignore[arg-type]
-    folder = Path(config.state_dir or f"runs/workers/{name}")
+    given |= {"coordinator_url": parsed.url, "worker_id": name}
+    with using_file(config):
+        configuration = made(WorkerConfig, given, PROCESSES)
+    folder = Path(configuration.state_dir or f"runs/workers/{name}")
     joined, new = exchange(parsed, folder, name)
     if new:
         say(f"joined {joined.url.partition('#')[0]} as {name}; its own token is in {folder}, this line is used now")
-    worker(coordinator_url=joined.url, token=joined.token, worker_id=name, **values)
+    worker(context=context, config=config, coordinator_url=joined.url, token=joined.token, worker_id=name, **values)
 
 
 def default_name(host: str, specialty: str) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from inspect import Parameter, Signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Concatenate, ParamSpec, TypeVar, get_args, get_origin
 
 import typer
@@ -16,7 +17,8 @@ from pydantic_settings import BaseSettings
 from typer.models import OptionInfo
 
 from fedmoe.cli.output import importing
-from fedmoe.config import DEFAULT_PORT
+from fedmoe.config import DEFAULT_PORT, PROCESSES
+from fedmoe.config_file import VARIABLE, FileSource, made, using_file
 from fedmoe.runtime.logs import quiet_retries
 from fedmoe.wire.client import ConnectionSettingError, CoordinatorClient
 from fedmoe.wire.transport import check_url
@@ -29,6 +31,7 @@ ConfigT = TypeVar("ConfigT", bound=BaseSettings)
 #: The help of an option, or everything about it.
 OptionText = str | OptionInfo
 
+_CONFIG_HELP = "File of options, a section a process. \\[default: ./fedmoe.toml if there is one]"
 DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
 CoordinatorUrl = Annotated[
     str, typer.Option("--coordinator-url", envvar="FEDMOE_COORDINATOR_URL", help="Where the coordinator listens.")
@@ -121,21 +124,49 @@ def configured(
 ) -> Callable[[Callable[[ConfigT], None]], Callable[..., None]]:
     """Give a command an option for each entry of `options`, named and typed as the field of the configuration `kind`.
 
-    The command is called with the configuration: options that were given, else environment variables, else defaults.
+    The command is called with the configuration: options that were given, else environment variables, else the file
+    of --config, else defaults.
     """
+
+    def from_file(context: typer.Context, file: Path | None) -> Path | None:
+        # What is required may stand in the file.
+        with using_file(file):
+            values = FileSource(kind, PROCESSES).toml_data
+        context.default_map = {name: value for name, value in values.items() if kind.model_fields[name].is_required()}
+        return file
 
     def decorate(command: Callable[[ConfigT], None]) -> Callable[..., None]:
         @wraps(command)
-        def decorated(**values: object) -> None:
-            options = {name: value for name, value in values.items() if value is not None}
-            command(kind(**options))  # type: ignore[arg-type]
+        def decorated(context: typer.Context, config: Path | None, **values: object) -> None:
+            given = {
+                name: value
+                for name, value in values.items()
+                if value is not None and _source_of(context, name) != "DEFAULT_MAP"
+            }
+            with using_file(config):
+                configuration = made(kind, given, PROCESSES)
+            command(configuration)
 
         prefix = str(kind.model_config["env_prefix"])
         fields = kind.model_fields
-        _set_options(decorated, [_option_of(name, fields[name], text, prefix) for name, text in options.items()])
+        file = typer.Option(
+            "--config", metavar="FILE", envvar=VARIABLE, callback=from_file, is_eager=True, help=_CONFIG_HELP
+        )
+        parameters = [_option_of(name, fields[name], text, prefix) for name, text in options.items()]
+        parameters += [
+            _option("context", typer.Context, Parameter.empty),
+            _option("config", Annotated[Path | None, file]),
+        ]
+        _set_options(decorated, parameters)
         return decorated
 
     return decorate
+
+
+def _source_of(context: typer.Context, name: str) -> str:
+    """COMMANDLINE, ENVIRONMENT, DEFAULT_MAP (the file) or DEFAULT."""
+    source = context.get_parameter_source(name)
+    return source.name if source is not None else ""
 
 
 def _option_of(name: str, field: FieldInfo, text: OptionText, prefix: str) -> Parameter:
