@@ -18,8 +18,10 @@ from fedmoe.cli.options import (
     ChatTemplateFile,
     ChatTemplateKwargs,
     CoordinatorUrl,
+    FederationBase,
     Token,
     client,
+    federation_base,
     loaded,
     template_of,
     with_client,
@@ -124,7 +126,7 @@ for command in (export, evaluate, serve):
 def generate(
     api: CoordinatorClient,
     prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
-    base_model: Annotated[str, typer.Option(help="The federation's base model: smollm2, a folder or a hub id.")],
+    base_model: FederationBase = None,
     expert: Annotated[str, typer.Option(help="An expert's name, or 'gateway'.")] = GATEWAY,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer, in tokens.")] = 64,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
@@ -132,6 +134,7 @@ def generate(
     chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Load the gateway (or an expert) on its base model and let it answer."""
+    from fedmoe.gateway.export import check_base
     from fedmoe.models.training_config import LoraConfig
     from fedmoe.qwen_finetune import QwenLoRAExpert
 
@@ -139,7 +142,11 @@ def generate(
     adapter = pull(api, expert).adapter
     targets = tuple(sorted({module.name for module in adapter.layout.modules}))
     config = LoraConfig(adapter.rank, adapter.alpha, target_modules=targets)
-    model = QwenLoRAExpert(loaded(base_model, device, chat), config)
+    base = loaded(federation_base(api, base_model), device, chat)
+    if (manifest := api.federation().manifest) is not None:
+        trained_on = manifest.manifest().base
+        check_base("the experts were", trained_on, base.identity.name, base.identity.weights_hash)
+    model = QwenLoRAExpert(base, config)
     model.load_adapter(adapter)
     print(model.generate(prompt, max_new_tokens))
 

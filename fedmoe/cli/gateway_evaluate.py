@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmoe.cli.gateway_export import GATEWAY, base_of, pull
-from fedmoe.cli.options import AsJson, ChatTemplateFile, ChatTemplateKwargs, DataMap, loaded, template_of, with_client
+from fedmoe.cli.options import (
+    AsJson,
+    ChatTemplateFile,
+    ChatTemplateKwargs,
+    DataMap,
+    FederationBase,
+    federation_base,
+    loaded,
+    template_of,
+    with_client,
+)
 from fedmoe.cli.output import CommandError, importing, show_json, show_table
 from fedmoe.gateway.routers import SequenceRouter
 from fedmoe.lora.adapter import Adapter
@@ -37,7 +47,6 @@ _RESERVED = frozenset({"base", GATEWAY, ROUTED})
 @with_client()
 def evaluate(
     api: CoordinatorClient,
-    base_model: Annotated[str, typer.Option(help="The federation's base model: smollm2, a folder or a hub id.")],
     domains: Annotated[
         list[str],
         typer.Option(
@@ -46,6 +55,7 @@ def evaluate(
             help="Held-out data; the expert NAME or NAME_expert is the domain's own. Repeat it for each domain.",
         ),
     ],
+    base_model: FederationBase = None,
     map: DataMap = None,
     blocks: Annotated[int, typer.Option(min=2, help="At most so many blocks of each domain are scored.")] = 32,
     max_length: Annotated[
@@ -75,7 +85,7 @@ def evaluate(
     chat = template_of(chat_template, chat_template_kwargs)
     adapters, identity = _models(api)
     prompts = _prompt_statistics(api, adapters.keys())
-    base = loaded(base_model, device, chat)
+    base = loaded(federation_base(api, base_model), device, chat)
     check_base("the experts were", identity, base.identity.name, base.identity.weights_hash)
     held_out = {
         name: held_out_blocks(file, base, max_length, blocks, DataOptions(rows), lambda report: _note(report.text))

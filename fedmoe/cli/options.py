@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 from typer.models import OptionInfo
 
-from fedmoe.cli.output import importing
+from fedmoe.cli.output import CommandError, importing
 from fedmoe.config import DEFAULT_PORT, PROCESSES
 from fedmoe.config_file import VARIABLE, FileSource, made, using_file
 from fedmoe.runtime.logs import quiet_retries
@@ -56,6 +56,11 @@ MAP = typer.Option(
 LONG_ROWS = typer.Option(help="Answers beyond --max-length: truncate (default), split into samples, or drop the row.")
 ChatTemplateFile = Annotated[str | None, CHAT_TEMPLATE]
 ChatTemplateKwargs = Annotated[str | None, CHAT_TEMPLATE_KWARGS]
+#: None: the name that the federation has for it.
+FederationBase = Annotated[
+    str | None,
+    typer.Option(help="Base model: smollm2, a folder or a hub id. \\[default: the federation's, by its name]"),
+]
 DataMap = Annotated[list[str] | None, MAP]
 LongRows = Annotated[str | None, LONG_ROWS]
 #: Of processes that load a base model.
@@ -78,6 +83,18 @@ def client(url: str, token: str | None) -> CoordinatorClient:
         raise typer.BadParameter(str(error), param_hint="--coordinator-url") from error
     quiet_retries()
     return CoordinatorClient(url, token, attempts=2)
+
+
+def federation_base(api: CoordinatorClient, given: str | None) -> str:
+    """The base model to load: `given`, else by the federation's name; raises `CommandError` where it has none yet."""
+    if given is not None:
+        return given
+    manifest = api.federation().manifest
+    if manifest is None:
+        raise CommandError("the coordinator has no experts yet, so it names no base model; start a worker first")
+    name = manifest.base.name
+    print(f"note: the federation's base model is {name}; --base-model names another place of it", file=sys.stderr)
+    return name
 
 
 def template_of(file: str | None, kwargs: str | Mapping[str, object] | None) -> ChatTemplate:

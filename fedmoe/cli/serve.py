@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from fedmoe.cli.coordinator import check_tls
-from fedmoe.cli.options import ChatTemplateFile, ChatTemplateKwargs, loaded, template_of, with_client
+from fedmoe.cli.options import (
+    ChatTemplateFile,
+    ChatTemplateKwargs,
+    FederationBase,
+    federation_base,
+    loaded,
+    template_of,
+    with_client,
+)
 from fedmoe.cli.output import CommandError, importing
 from fedmoe.runtime.logs import configure, log_uncaught
 from fedmoe.wire.client import CoordinatorClient
@@ -22,7 +30,7 @@ BackendKind = StrEnum("BackendKind", ["transformers", "vllm"])
 @with_client()
 def serve(
     api: CoordinatorClient,
-    base_model: Annotated[str, typer.Option(help="The federation's base model: smollm2, a folder or a hub id.")],
+    base_model: FederationBase = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port.")] = 8080,
     api_keys: Annotated[
@@ -86,7 +94,7 @@ def serve(
             "the coordinator has no experts yet, so nobody knows what to serve; start a worker, or register an "
             "expert with 'fedmoe experts create'"
         )
-    base = loaded(base_model, device, chat, dtype)
+    base = loaded(federation_base(api, base_model), device, chat, dtype)
     maker = process.backend_maker(max_batch, address)
     with process.open_server(api, manifest.manifest(), base, maker, limits, gate, poll_interval) as running:
         process.listen(running, gate)

@@ -228,6 +228,17 @@ def test_generate_and_evaluate_speak_by_the_template_that_is_given(
     assert (refused.status, "cannot be read" in refused.err) == (1, True)
 
 
+def test_the_base_model_is_the_federations_unless_it_is_given(
+    tiny_server: LiveServer, fedmoe: Run, held_out: list[str], tmp_path: Path
+) -> None:
+    url = ("--coordinator-url", tiny_server.url)
+    answered = fedmoe("gateway", "generate", "hi", "--max-new-tokens", "2", "--device", "cpu", *url)
+    assert (answered.status, "the federation's base model is tiny" in answered.err) == (0, True)
+    small = ("--device", "cpu", "--blocks", "2", "--max-length", "96", "--json")
+    outcome = fedmoe("gateway", "evaluate", *small, *held_out, *url)
+    assert list(json.loads(outcome.out)["losses"]) == ["base", "docs", "sql_expert", "gateway"]
+
+
 def test_an_evaluation_routes_where_two_experts_have_prompt_statistics(
     tiny_server: LiveServer, fedmoe: Run, held_out: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
