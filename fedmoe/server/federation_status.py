@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from fedmoe import __version__
 from fedmoe.experts import ExpertModel
@@ -29,7 +29,9 @@ def federation_status(service: CoordinatorService, principal: Principal) -> Stat
     readable = sorted(
         (expert for expert in experts.values() if may_use(principal, expert)), key=lambda expert: expert.title
     )
-    workers = [status for expert in readable for status in _workers(service, expert, now) if _own(principal, status)]
+    heard = service.heartbeats.by_expert()
+    statuses = (_workers(service, expert, heard.get(expert.name, {}), now) for expert in readable)
+    workers = [status for of_expert in statuses for status in of_expert if _own(principal, status)]
     whole = principal.sees_all
     return StatusInfo(
         at=now,
@@ -51,10 +53,11 @@ def _own(principal: Principal, status: WorkerStatus) -> bool:
     return principal.sees_all or principal.worker in (None, status.worker)
 
 
-def _workers(service: CoordinatorService, expert: ExpertModel, now: float) -> list[WorkerStatus]:
+def _workers(
+    service: CoordinatorService, expert: ExpertModel, heard: Mapping[str, tuple[Heartbeat, float]], now: float
+) -> list[WorkerStatus]:
     """Everybody who pushed to an expert or said that it trains it, in name order."""
     pushed = {info.worker: info for info in service.roster.workers(expert.name, now, held_out=True)}
-    heard = service.heartbeats.of(expert.name)
     return [
         _worker(service, expert, name, pushed.get(name), heard.get(name), now) for name in sorted({*pushed, *heard})
     ]

@@ -103,6 +103,19 @@ def test_a_token_sees_its_own_experts_and_worker(tmp_path: Path) -> None:
         assert [row.worker for row in everything.workers] == ["w1", "w2", "w3"]
 
 
+def test_a_thousand_workers_are_all_there_and_more_than_ten_thousand_are_not_kept(house: House) -> None:
+    house.register("law")
+    heartbeats = Heartbeats()
+    with house.client() as http:
+        for number in range(1000):
+            assert beat(http, worker=f"w{number}") == 204
+        assert len(status(http).workers) == 1000
+    for number in range(10_001):
+        heartbeats.hear(Heartbeat(expert="law", worker=f"w{number}", state="training", interval=1), 0.0)
+    kept = heartbeats.by_expert()["law"]
+    assert (len(kept), "w0" in kept, "w10000" in kept) == (10_000, False, True)
+
+
 def test_heartbeats_of_experts_and_lines_that_are_not_as_agreed_are_refused(house: House) -> None:
     house.register("law")
     with house.client() as http:

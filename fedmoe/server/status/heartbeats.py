@@ -53,10 +53,12 @@ class Heartbeats:
         """Drop a worker that was withdrawn."""
         self._records.pop((expert, worker), None)
 
-    def of(self, expert: str) -> dict[str, tuple[Heartbeat, float]]:
-        """By worker of an expert: the newest heartbeat, and when it came."""
-        records = list(self._records.items())
-        return {worker: (record.heartbeat, record.at) for (name, worker), record in records if name == expert}
+    def by_expert(self) -> dict[str, dict[str, tuple[Heartbeat, float]]]:
+        """By expert and worker: the newest heartbeat, and when it came."""
+        grouped: dict[str, dict[str, tuple[Heartbeat, float]]] = {}
+        for (expert, worker), record in list(self._records.items()):
+            grouped.setdefault(expert, {})[worker] = (record.heartbeat, record.at)
+        return grouped
 
     def state(self, expert: str, worker: str, now: float) -> WorkerState | None:
         """What a worker is doing; None for one that has sent no heartbeat."""
