@@ -51,13 +51,17 @@ def comprehensive_dashboard(series: ArenaSeries) -> Figure:
     return figure
 
 
+_FIRST_TILE = 1.6
+
+
 def _tiles(axes: Axes, series: ArenaSeries) -> None:
     """Key numbers in a row: the label small, the number large, a remark below."""
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(0, 1))
     numbers = tiles(series)
     for place, (label, number, remark, colour) in enumerate(numbers):
-        x = place / len(numbers)
+        # The first remark compares two policies, and takes more room than a number.
+        x = (place + (_FIRST_TILE - 1 if place else 0)) / (len(numbers) + _FIRST_TILE - 1)
         axes.text(x, 0.98, label, va="top", size=9, color=MUTED)
         axes.text(x, 0.42, number, va="center", size=17, weight="bold", color=colour)
         axes.text(x, -0.02, remark, va="bottom", size=8.5, color=MUTED)
