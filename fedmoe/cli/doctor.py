@@ -65,9 +65,9 @@ def _disk() -> Finding:
 def _memory() -> Finding:
     limit = memory()
     shown = f"{limit.available / 2**30:.1f} of {limit.total / 2**30:.1f} GiB available"
-    machine = machine_memory()
-    if limit.total < machine:
-        shown += f" to this container, of a machine with {machine / 2**30:.1f} GiB"
+    if limit.total < machine_memory():
+        # The machine's size is not said: nobody in here can use it.
+        shown += " to this container"
     fix = "end other programs, or give the container more (docker run --memory); a coordinator needs about 0.5 GiB"
     return Finding.judged("memory", shown, limit.available >= _LEAST_MEMORY, fix)
 
