@@ -9,17 +9,20 @@ from fedmoe.runtime.errors import RefusedError
 from fedmoe.server.access.security import principal_of
 from fedmoe.server.page.login import own_page, with_cookie, without_cookie
 from fedmoe.server.routes.app_state import parts_of
+from fedmoe.server.routes.weight_responses import refuse_without
 from fedmoe.wire.http.bearer import bearer_of
 
+_EVENTS = "text/event-stream"
 router = APIRouter()
 
 
 @router.get("/live", response_class=Response)
 async def live(request: Request) -> StreamingResponse:
+    refuse_without(request, _EVENTS)
     stream = parts_of(request).live.stream(principal_of(request), request.headers.get("last-event-id"))
     # Proxies that gather answers would keep each event until there are many.
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
+    return StreamingResponse(stream, headers=headers, media_type=_EVENTS)
 
 
 @router.post("/session", status_code=204, response_class=Response)
