@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedmoe.cli.output import CommandError, importing
+
+_SERVE_PORT = 8080
 
 
 def demo(
@@ -21,6 +24,10 @@ def demo(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew; an earlier run is moved aside, not deleted.")
     ] = False,
+    serve: Annotated[
+        bool,
+        typer.Option("--serve", help="Serve the gateway afterwards to OpenAI clients, on port 8080, until Ctrl-C."),
+    ] = False,
 ) -> None:
     """Run a whole federation on this machine: three experts of a real model, one gateway, measured.
 
@@ -30,7 +37,7 @@ def demo(
         from rich.console import Console
 
         from fedmoe.cli.demo_run.plan import DemoPlan
-        from fedmoe.cli.demo_run.run import run_demo
+        from fedmoe.cli.demo_run.run import run_demo, serve_demo
     plan = DemoPlan(out, data, base_model, steps, sync_interval)
     if fresh and out.exists():
         aside = out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -47,3 +54,6 @@ def demo(
         run_demo(plan, Console())
     except KeyboardInterrupt:
         raise CommandError("stopped; run the same command again to continue") from None
+    if serve:
+        with suppress(KeyboardInterrupt):
+            serve_demo(plan, Console(), _SERVE_PORT)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
+
+from fedmoe.config import DEFAULT_PORT
 
 #: The row of text that nobody trains on.
 GENERAL = "general"
@@ -64,6 +67,15 @@ class DemoPlan:
             "--strategy",
             "regmean",
         ]
+
+    def serve_command(self, url: str, port: int) -> list[str]:
+        """The options of `fedmoe` that serve the gateway and the experts of the coordinator at `url`."""
+        return ["gateway", "serve", "--coordinator-url", url, "--base-model", self.base_model, "--port", str(port)]
+
+    def commands_to_talk(self) -> list[str]:
+        """The commands that bring the federation back and talk to its gateway, each in a terminal of its own."""
+        talk = ["gateway", "generate", "Write a function that adds two numbers.", "--base-model", self.base_model]
+        return [shlex.join(["fedmoe", *words]) for words in (self.coordinator_command(DEFAULT_PORT), talk)]
 
     def worker_command(self, worker: DemoWorker, url: str) -> list[str]:
         """The options of `fedmoe` that start a worker."""

@@ -80,11 +80,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until_healthy(coordinator: DemoProcess, url: str, seconds: float = 600.0) -> None:
-    """Return once the coordinator answers; raise if it ends or stays silent, far longer than a busy machine takes."""
+def wait_until_healthy(process: DemoProcess, url: str, seconds: float = 600.0) -> None:
+    """Return once a server answers; raise if it ends or stays silent, far longer than a busy machine takes."""
     deadline = time.monotonic() + seconds
     with CoordinatorClient(url) as api:
         while not api.healthy():
-            if not coordinator.check() or time.monotonic() > deadline:
-                raise DemoProcessError(f"the coordinator did not answer within {seconds:.0f} s; see {coordinator.log}")
+            if not process.check() or time.monotonic() > deadline:
+                raise DemoProcessError(f"the {process.name} did not answer within {seconds:.0f} s; see {process.log}")
             time.sleep(0.2)

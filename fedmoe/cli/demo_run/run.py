@@ -55,6 +55,28 @@ def run_demo(plan: DemoPlan, console: Console) -> None:
         console.print(line, highlight=False)
     took = time.monotonic() - started
     console.print(f"{plan.folder}/ holds the adapters, gateway_model.npz, metrics.jsonl and report.md ({took:.0f} s)")
+    console.print("talk to what was trained, in two terminals (or run 'fedmoe demo --serve'):")
+    for command in plan.commands_to_talk():
+        console.print(f"  {command}", highlight=False, soft_wrap=True)
+
+
+def serve_demo(plan: DemoPlan, console: Console, port: int) -> None:
+    """Serve the gateway and the experts that were trained, until Ctrl-C or until a process ends."""
+    coordinator_port = free_port()
+    url = f"http://127.0.0.1:{coordinator_port}"
+    logs = plan.folder / "logs"
+    with ExitStack() as started:
+        coordinator = start("coordinator", plan.coordinator_command(coordinator_port), logs / "coordinator.log")
+        started.callback(coordinator.stop)
+        wait_until_healthy(coordinator, url)
+        server = start("gateway server", plan.serve_command(url, port), logs / "gateway.log")
+        started.callback(server.stop)
+        console.print("loading the base model ...")
+        wait_until_healthy(server, f"http://127.0.0.1:{port}")
+        console.print(f"OpenAI clients: http://127.0.0.1:{port}/v1 (models: gateway, auto and the experts)")
+        console.print(f"the federation's page: {url}/   Ctrl-C ends both")
+        while server.check() and coordinator.check():
+            time.sleep(_POLL_SECONDS)
 
 
 def _train(plan: DemoPlan, console: Console) -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import forks
+import httpx2
 import numpy as np
 import pytest
 from forks import Fork
@@ -16,7 +21,7 @@ from rich.console import Console
 
 from fedmoe.cli.demo_run import run
 from fedmoe.cli.demo_run.plan import GENERAL, WORKERS, DemoPlan
-from fedmoe.cli.demo_run.processes import DemoProcess
+from fedmoe.cli.demo_run.processes import DemoProcess, free_port
 from fedmoe.cli.demo_run.report import GATEWAY
 from fedmoe.lora.formats import read_peft
 from fedmoe.lora.moments import LEAST_TOKENS
@@ -65,7 +70,9 @@ def run_quietly(plan: DemoPlan) -> str:
     return out.getvalue()
 
 
-def test_the_demonstration_trains_merges_measures_and_can_be_run_again(plan: DemoPlan) -> None:
+def test_the_demonstration_trains_merges_measures_can_be_run_again_and_served(
+    plan: DemoPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = run_quietly(plan)
     for part in ("gain kept", "general", "phase starting", "input moments of so many tokens: docs_expert"):
         assert part in said
@@ -76,6 +83,39 @@ def test_the_demonstration_trains_merges_measures_and_can_be_run_again(plan: Dem
     assert again["sources"] == first["sources"]
     assert again["domains"] == first["domains"]
     check_adapters(plan)
+    check_served(plan, said, monkeypatch)
+
+
+def check_served(plan: DemoPlan, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are there for clients, and the command that was advised talks to the gateway."""
+    begun, out, answers, port = list[DemoProcess](), io.StringIO(), list[Any](), free_port()
+
+    def noted(*arguments: Any) -> DemoProcess:
+        begun.append(forked(*arguments))
+        return begun[-1]
+
+    def talk() -> None:
+        try:
+            while "OpenAI clients" not in out.getvalue():
+                time.sleep(0.1)
+            answers.append(httpx2.get(f"http://127.0.0.1:{port}/v1/models", trust_env=False).json())
+            url = out.getvalue().partition("page: ")[2].split("/   ")[0]
+            advised = plan.commands_to_talk()[1]
+            assert advised in said
+            environment = os.environ | {"FEDMOE_COORDINATOR_URL": url}
+            answers.append(forks.run("-m", *shlex.split(advised), environment=environment, timeout=100))
+        finally:
+            begun[-1].stop()
+
+    monkeypatch.setattr(run, "start", noted)
+    talker = threading.Thread(target=talk, daemon=True)
+    talker.start()
+    run.serve_demo(plan, Console(file=out, force_terminal=False, width=160), port)
+    talker.join(30)
+    models, generated = answers
+    assert {model["id"] for model in models["data"]} >= {"gateway", *(worker.expert for worker in WORKERS)}
+    assert generated.returncode == 0, generated.stderr
+    assert not any(process.check() for process in begun), "what was started is ended"
 
 
 def check_run(plan: DemoPlan) -> dict[str, object]:
