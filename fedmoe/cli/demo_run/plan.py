@@ -6,8 +6,6 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmoe.config import DEFAULT_PORT
-
 #: The row of text that nobody trains on.
 GENERAL = "general"
 
@@ -28,6 +26,8 @@ WORKERS = (
     DemoWorker("Worker-2-SQL", "sql_expert", "sql", 3),
     DemoWorker("Worker-3-Docs", "docs_expert", "docs", 6),
 )
+# Where commands look for a coordinator that is not named.
+_PORT = 5000
 #: Steps in which the learning rate rises, where a run has more than that.
 WARMUP_STEPS = 5
 
@@ -75,7 +75,7 @@ class DemoPlan:
     def commands_to_talk(self) -> list[str]:
         """The commands that bring the federation back and talk to its gateway, each in a terminal of its own."""
         talk = ["gateway", "generate", "Write a function that adds two numbers.", "--base-model", self.base_model]
-        return [shlex.join(["fedmoe", *words]) for words in (self.coordinator_command(DEFAULT_PORT), talk)]
+        return [shlex.join(["fedmoe", *words]) for words in (self.coordinator_command(_PORT), talk)]
 
     def worker_command(self, worker: DemoWorker, url: str) -> list[str]:
         """The options of `fedmoe` that start a worker."""
