@@ -133,10 +133,11 @@ class Pusher:
         answers = 1 if self.steady or self.moods.random() < 0.95 else 2
         gives_up = not self.steady and self.moods.random() < 0.05
         for _ in range(3 if gives_up else 5000):
+            answered = len(one.answers)
             one = self._try(client, one)
             if one.refused or one.turned_away or len(one.answers) == answers:
                 return one
-            if not one.answers:
+            if len(one.answers) == answered:
                 time.sleep(0.02)
         assert gives_up, f"{one} could not be delivered"
         return one

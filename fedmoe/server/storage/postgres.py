@@ -102,6 +102,11 @@ def unhurried(connection: sa.Connection) -> sa.Connection:
     return connection
 
 
+def read_of_one_moment(connection: sa.Connection) -> None:
+    """Make all reads of the transaction that begins here see one state, whatever another writer commits meanwhile."""
+    connection.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+
+
 def name_of(engine: sa.Engine) -> str:
     """What a database is called in messages, without user, password and options."""
     url = engine.url

@@ -168,6 +168,7 @@ class PostgresJournal(ChainedJournal):
         columns = [EVENTS.c[name] for name in COLUMNS]
         query = sa.select(*columns, EVENTS.c.chain).order_by(EVENTS.c.id).execution_options(yield_per=_PAGE)
         with connection.begin():
+            postgres.read_of_one_moment(connection)
             try:
                 with postgres.unhurried(connection).execute(query) as rows:
                     end = check(rows)
@@ -179,6 +180,7 @@ class PostgresJournal(ChainedJournal):
     def _check_rows(self, connection: sa.Connection, skip_damaged: bool) -> None:
         """Refuse rows beside the events that are not as they were written, or leave them out."""
         with connection.begin():
+            postgres.read_of_one_moment(connection)
             damage = postgres_seals.damaged_rows(postgres.unhurried(connection))
         fatal = fatal_damage(damage, skip_damaged)
         if fatal:

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from postgres_server import PostgresServer
 from support import accepted, registered
 
+from fedmoe.server.storage import postgres_seals
 from fedmoe.server.storage.blobs import StorageFailedError
 from fedmoe.server.storage.journal import NotOwnerError
 from fedmoe.server.storage.postgres import postgres_engine
@@ -99,6 +100,31 @@ def test_of_many_processes_that_open_an_empty_database_one_begins_the_journal(ur
     assert len({journal.meta("incarnation") for journal in journals}) == 1
     for journal in journals:
         journal.close()
+
+
+def test_rows_are_checked_as_of_one_moment_whatever_another_writer_does(
+    url: str, engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PostgresJournal(url).close()
+    check = postgres_seals.damaged_rows
+    others: list[PostgresJournal] = []
+
+    def checked_late(connection: sa.Connection) -> object:
+        """Another process becomes the writer between the first read of this transaction and the check."""
+        connection.execute(sa.text("SELECT count(*) FROM meta"))
+        if not others:
+            monkeypatch.setattr(postgres_seals, "damaged_rows", check)
+            others.append(PostgresJournal(url, fence=lambda connection: None))
+        row = connection.execute(sa.text("SELECT value FROM meta WHERE key = 'writer'")).scalar_one()
+        assert row != others[0]._writer, "what it did is not seen yet"
+        return check(connection)
+
+    monkeypatch.setattr(postgres_seals, "damaged_rows", checked_late)
+    journal = PostgresJournal(url, fence=lambda connection: None)
+    with pytest.raises(NotOwnerError):
+        journal.append([registered()])
+    for opened in (journal, *others):
+        opened.close()
 
 
 def test_whoever_does_not_own_the_federation_makes_no_table(url: str, engine: sa.Engine) -> None:
