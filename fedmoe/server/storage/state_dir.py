@@ -75,16 +75,7 @@ class StateDir:
         A journal that lacks what was acknowledged is refused with StorageFailedError, or accepted as a new incarnation.
         """
         _check_file_system(path, allow_network_fs)
-        try:
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise StateDirError(f"cannot create {path}: {error.strerror}; choose another --state-dir") from error
-        if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-            raise StateDirError(f"{path} is not writable for this user; fix its owner or choose another --state-dir")
-        if path.stat().st_mode & 0o002:
-            raise StateDirError(f"anybody may write to {path}; run 'chmod 700 {path}' first")
-        for problem in odd_files(path):
-            raise StateDirError(problem)
+        _make_usable(path)
         if (path / MOVING_MARK).exists():
             raise StateDirError(
                 f"{path} holds half of a federation: 'fedmoe state migrate' was ended before all of it was moved. Give "
@@ -174,6 +165,20 @@ class StateDir:
             return None
         alone = next(self.blobs.digests(), None) is not None
         return JournalGap("it is empty but there are blobs of updates") if alone else None
+
+
+def _make_usable(path: Path) -> None:
+    """Have the folder, writable for this user alone, with nothing odd in the place of a file."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StateDirError(f"cannot create {path}: {error.strerror}; choose another --state-dir") from error
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise StateDirError(f"{path} is not writable for this user; fix its owner or choose another --state-dir")
+    if path.stat().st_mode & 0o002:
+        raise StateDirError(f"anybody may write to {path}; run 'chmod 700 {path}' first")
+    for problem in odd_files(path):
+        raise StateDirError(problem)
 
 
 def _prepare(file: Path, check: Callable[[Path], None]) -> None:
