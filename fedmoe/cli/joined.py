@@ -53,11 +53,6 @@ class JoinLine:
         return cls(match["token"], plain.rstrip("/") + (f"#{fingerprint}" if fingerprint else ""))
 
 
-def join_line(token: str, url: str, fingerprint: str | None) -> str:
-    """The line for a token and a coordinator's URL."""
-    return f"{token}@{url.removeprefix('https://')}" + (f"#{fingerprint}" if fingerprint else "")
-
-
 @dataclass(frozen=True, slots=True)
 class Joined:
     """A worker's own token, and where it is good; `line` is the hash of the join line's token it was exchanged for."""

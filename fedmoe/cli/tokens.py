@@ -9,16 +9,16 @@ from urllib.parse import urlsplit
 
 import typer
 
-from fedmoe.cli.joined import join_line
 from fedmoe.cli.options import AdminToken, AsJson, with_client
 from fedmoe.cli.output import CommandError, say, show, show_json, show_table
+from fedmoe.python_client import whole_hash
 from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.administration import INVITE, JOIN_LINE_SECONDS, TokenAnswer, TokenInfo, TokenRequest
+from fedmoe.wire.pin import join_line
 from fedmoe.wire.transport import names_this_machine
 
 app = typer.Typer(help="Make, list and revoke tokens (needs an admin token).", no_args_is_help=True)
 
-_WHOLE_HASH = 64
 _SHOWN_HASH = 8
 
 
@@ -88,19 +88,8 @@ def revoke(
     token_hash: Annotated[str, typer.Argument(help="The token's hash, or its beginning, as 'token list' shows it.")],
 ) -> None:
     """Refuse a token from now on, and stop what is under way with it."""
-    api.revoke_token(token_hash if len(token_hash) >= _WHOLE_HASH else _completed(api, token_hash))
+    api.revoke_token(whole_hash(token_hash, lambda: api.tokens().tokens))
     print("revoked")
-
-
-def _completed(api: CoordinatorClient, beginning: str) -> str:
-    """The one hash that begins so."""
-    if not set(beginning) <= set("0123456789abcdef"):
-        # What was given may be a token: it is not shown.
-        raise CommandError("that is no hash, of which every digit is 0-9 or a-f; 'fedmoe token list' shows the hashes")
-    hashes = [info.hash for info in api.tokens().tokens if info.hash.startswith(beginning)]
-    if len(hashes) != 1 or not beginning:
-        raise CommandError(f"{len(hashes)} tokens have a hash that begins with {beginning!r}; see 'fedmoe token list'")
-    return hashes[0]
 
 
 def _row(token: TokenInfo) -> tuple[str, ...]:

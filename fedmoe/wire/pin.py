@@ -58,3 +58,8 @@ def split_pin(url: str) -> tuple[str, str | None]:
             "from the coordinator's join line, or leave it out"
         )
     return address.rstrip("/"), fingerprint.lower()
+
+
+def join_line(token: str, url: str, fingerprint: str | None) -> str:
+    """The line for `fedmoe join`, TOKEN@HOST:PORT#FINGERPRINT, for a token and a coordinator's URL."""
+    return f"{token}@{url.removeprefix('https://')}" + (f"#{fingerprint}" if fingerprint else "")
