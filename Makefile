@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Which build of torch `make install-locked` takes: cpu or cuda.
 TORCH ?= cpu
 
-.PHONY: help arena arena-install demo test lint types unit test-slow test-vllm test-areal test-scale test-web bench bench-list install clean \
+.PHONY: help arena arena-install demo test lint types unit test-slow test-vllm test-areal test-scale test-web bench bench-list install clean docs \
 	fuzz install-locked lock sbom diagrams manifests
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test-scale PostgreSQL as the journal, blobs in S3, rollouts on Ray: it starts the servers (.venv-moto);"
 	@echo "                and the programs that check deploy/ (.venv-tools)"
 	@echo "make test-web   the pages of a federation and of arena runs in a real browser (Chromium, Playwright)"
+	@echo "make docs       the documents as a site with search (dist/site), the reference written from the commands"
 	@echo "make bench      the benchmarks that need no peer and no long training, results in benchmarks/results;"
 	@echo "                NAME=update_norms runs one, BENCH_FLAGS gives it options, make bench-list names all"
 	@echo "make install    the environment alone (.venv)"
@@ -108,8 +109,16 @@ SCALE_TESTS ?= tests
 test-scale: $(VENV)/.scale .venv-moto/.moto $(if $(filter tests,$(SCALE_TESTS)),.venv-tools/.deploy)
 	FEDMOE_MOTO_PYTHON=$(CURDIR)/.venv-moto/bin/python $(PYTEST) --timeout 1800 -m scale $(SCALE_TESTS)
 
+$(VENV)/.docs: $(VENV)/.python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python scripts/gather_pages.py
+	$(BIN)/zensical build --strict
+
 # A real browser: Debian's Chromium where it can be installed, else the one that FEDMOE_CHROMIUM names.
-$(VENV)/.web: $(VENV)/.dev requirements-tools.txt
+$(VENV)/.web: $(VENV)/.dev $(VENV)/.docs requirements-tools.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements-tools.txt playwright
 	scripts/chromium.sh
 	@touch $@

@@ -1,0 +1,69 @@
+"""The site of the documents: all pages are in its navigation, links lead to pages, the reference is complete."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedmoe.cli.config import file_schema
+
+ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages that `make docs` builds the site of."""
+    folder = tmp_path_factory.mktemp("pages")
+    subprocess.run([sys.executable, "scripts/gather_pages.py", str(folder)], cwd=ROOT, check=True, timeout=120)
+    return folder
+
+
+def named_in(navigation: object) -> Iterator[str]:
+    """The pages that a navigation names, in its order."""
+    if isinstance(navigation, str):
+        yield navigation
+    elif isinstance(navigation, list | dict):
+        for inner in navigation.values() if isinstance(navigation, dict) else navigation:
+            yield from named_in(inner)
+
+
+def test_every_page_is_in_the_navigation_once(pages: Path) -> None:
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert sorted(named_in(navigation)) == sorted(str(page.relative_to(pages)) for page in pages.rglob("*.md"))
+
+
+def test_every_link_of_the_site_leads_to_a_page_of_it(pages: Path) -> None:
+    followed = 0
+    for page in pages.rglob("*.md"):
+        for target in LINK.findall(page.read_text()):
+            if not target.startswith(("http://", "https://", "mailto:")):
+                assert (page.parent / target).is_file(), f"{page.relative_to(pages)}: {target}"
+                followed += 1
+    assert followed > 50
+
+
+def test_the_reference_has_every_command_and_option(pages: Path) -> None:
+    text = (pages / "docs" / "reference" / "cli.md").read_text()
+    sections = dict(re.findall(r"^## (fedmoe[^\n]*)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    lines = [line.split(": ") for line in (ROOT / "tests" / "cli" / "options.txt").read_text().splitlines()]
+    for command, options in lines:
+        if command.startswith("fedmoe"):
+            assert all(re.search(rf"(?<![\w-]){option}(?![\w-])", sections[command]) for option in options.split()), (
+                command
+            )
+
+
+def test_the_reference_has_every_key_of_the_configuration(pages: Path) -> None:
+    text = (pages / "docs" / "reference" / "configuration.md").read_text()
+    sections = file_schema()["properties"]
+    assert isinstance(sections, dict)
+    for name, section in sections.items():
+        part = text.partition(f"## [{name}]")[2].partition("\n## ")[0]
+        assert re.findall(r"^\| `(\w+)`", part, re.MULTILINE) == list(section["properties"])
