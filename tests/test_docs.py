@@ -86,6 +86,14 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
             assert (document.parent / target.partition("#")[0]).exists(), target
 
 
+def test_every_document_is_in_the_navigation_of_the_site_once() -> None:
+    """mkdocs.yml; the pages of the reference are written when the site is built."""
+    named = [
+        name for name in re.findall(r"[\w./-]+\.md", (ROOT / "mkdocs.yml").read_text()) if "/reference/" not in name
+    ]
+    assert sorted(named) == sorted(["benchmarks/README.md", *(str(path.relative_to(ROOT)) for path in DOCUMENTS)])
+
+
 def test_every_file_named_in_the_architecture_exists() -> None:
     paths = re.findall(
         r"`((?:fedmoe|tests|docs|scripts|benchmarks|lora)/[\w./]*)`", (ROOT / "ARCHITECTURE.md").read_text()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from fedmoe.cli.config import file_schema
 
@@ -25,18 +23,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def named_in(navigation: object) -> Iterator[str]:
-    """The pages that a navigation names, in its order."""
-    if isinstance(navigation, str):
-        yield navigation
-    elif isinstance(navigation, list | dict):
-        for inner in navigation.values() if isinstance(navigation, dict) else navigation:
-            yield from named_in(inner)
-
-
-def test_every_page_is_in_the_navigation_once(pages: Path) -> None:
-    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    assert sorted(named_in(navigation)) == sorted(str(page.relative_to(pages)) for page in pages.rglob("*.md"))
+def test_every_page_of_the_navigation_is_there(pages: Path) -> None:
+    """That every document is in it, tests/test_docs.py says."""
+    named = re.findall(r"[\w./-]+\.md", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(named) == sorted(str(page.relative_to(pages)) for page in pages.rglob("*.md"))
 
 
 def test_every_link_of_the_site_leads_to_a_page_of_it(pages: Path) -> None:
