@@ -19,6 +19,7 @@ from fedmoe.cli import (
     experts,
     gateway,
     join,
+    plot,
     quarantine,
     replicas,
     simulate,
@@ -53,6 +54,7 @@ app.add_typer(tokens.app, name="token")
 app.add_typer(state.app, name="state")
 app.add_typer(arena.app, name="arena")
 app.command("dashboard")(dashboard.dashboard)
+app.command("plot")(plot.plot)
 app.command("simulate")(simulate.simulate)
 app.command("doctor")(doctor.doctor)
 app.add_typer(config.app, name="config")

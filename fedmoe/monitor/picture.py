@@ -1,4 +1,4 @@
-"""PNG files of matplotlib figures, with fonts that have the characters of their text.
+"""PNG, SVG and PDF files of matplotlib figures, with fonts that have the characters of their text.
 
 Names of models, modes and tasks come from users. matplotlib draws boxes for what its font lacks; here installed fonts
 stand in for such characters, and where none can, one line says what to install.
@@ -13,9 +13,9 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
-from matplotlib import font_manager
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
@@ -46,13 +46,20 @@ class Font:
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file at its own resolution."""
+    return picture(figure, "png")
+
+
+def picture(figure: Figure, kind: Literal["png", "svg", "pdf"]) -> bytes:
+    """The figure as a file, the same for the same figure; text stays text in SVG, and fonts are embedded in PDF."""
     buffer = io.BytesIO()
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "fedmoe", "pdf.fonttype": 42}
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     # That a stand-in has no bold is of no use to anybody.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, rc_context(settings):
         warnings.simplefilter("always")
         show_all_characters(figure)
-        FigureCanvasAgg(figure).print_png(buffer)
+        figure.savefig(buffer, format=kind, metadata=undated.get(kind))
     for warning in caught:
         # One for each character of each chart; what to do about them has been said once.
         if not _MISSING.match(str(warning.message)):

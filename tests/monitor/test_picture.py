@@ -116,7 +116,7 @@ def test_a_font_installed_after_matplotlib_looked_is_found(
 
 
 def test_other_warnings_of_drawing_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw(self: object, buffer: object) -> None:
+    def draw(self: object, buffer: object, **settings: object) -> None:
         warnings.warn("something else", UserWarning, stacklevel=1)
 
     monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", draw)
