@@ -186,6 +186,7 @@ class CoordinatorConfig(_ProcessConfig):
     max_experts: Annotated[int, Field(ge=1, le=100_000)] = 1024
     keep_gb: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
     min_sync_interval: Annotated[float, Field(ge=0, le=MAX_SYNC_INTERVAL, allow_inf_nan=False)] | None = None
+    max_length: Annotated[int, Field(ge=8, le=1 << 20)] | None = None
     requests_per_second: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 100.0
     json_limit: Annotated[int, Field(ge=0)] = 8_000_000
     token: Token | None = Field(default=None, validation_alias=AliasChoices("token", "FEDMOE_TOKEN"))

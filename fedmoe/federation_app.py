@@ -79,6 +79,7 @@ class FederationApp:
             storage_problem=storage_problem,
             limits=RegistrationLimits(config.max_parameters, config.max_experts),
             in_flight=CrashMarkers(folder / "in_flight"),
+            max_length=config.max_length,
         )
         self._sweeping = DailySweep(journal, blobs, history)
         self._bound_bytes(config, blobs)

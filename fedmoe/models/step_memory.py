@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, replace
-from typing import Self
-
-import torch
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, Self
 
 from fedmoe.runtime.machine import available_memory
+
+if TYPE_CHECKING:
+    import torch
 
 #: Tokens in a row if nobody says otherwise and the model can take so many; the same on every machine.
 DEFAULT_MAX_LENGTH = 1024
@@ -60,27 +60,45 @@ class StepShape:
     checkpointing: bool = False
 
     @classmethod
-    def of(cls, model: PreTrainedModel, adapter: int, rank: int, length: int, batch: int, checkpointing: bool) -> Self:
-        """From a transformers model's configuration; raises AttributeError for one that does not name its sizes."""
-        config = model.config.get_text_config()
+    def of(
+        cls, config: Any, adapter: int, rank: int, length: int, batch: int, checkpointing: bool, item: int = 4
+    ) -> Self:
+        """From a text model's settings, named as in config.json; raises AttributeError where a size is missing."""
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
         inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         inner *= getattr(config, "num_experts_per_tok", None) or 1
-        item = 4 if model.dtype == torch.float32 else 2
         sizes = (config.num_hidden_layers, config.hidden_size, heads * head, inner, config.vocab_size)
         return cls(*sizes, adapter, rank, length, batch, item, checkpointing)
 
 
-def step_bytes(shape: StepShape) -> int:
-    """The peak of a training step in bytes, beside the base model's weights; meant to be at most a third too much.
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """What a training step takes beside the base model's weights, in bytes.
+
+    `adapter` are its factors in float32, `optimizer` their gradient and two moments; `activations` are what the layers
+    keep for the backward pass, and `logits` those of all tokens with their gradients.
+    """
+
+    adapter: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """The peak, with a fixed part for runtime and allocator."""
+        return self.adapter + self.optimizer + self.activations + self.logits + _FIXED_BYTES
+
+
+def step_memory(shape: StepShape) -> StepMemory:
+    """The peak of a training step by its parts; meant to be at most a third too much.
 
     Measured on a CPU in float32 (tiny, SmolLM2; 256 to 1024 tokens; one and two rows) it was 3 to 27 % too much; for
     one row of 1024 tokens of SmolLM2, which took 2,015 MiB, half too much. Never compared on a GPU.
 
-    Adapter, gradient and two moments in float32; for every token what the layers keep for the backward pass, or only
-    each layer's input with checkpointing; a float mask of length x length a row, which attention keeps for each layer;
-    logits as if every token were learned.
+    For every token what the layers keep for the backward pass, or only each layer's input with checkpointing; a float
+    mask of length x length a row, which attention keeps for each layer; logits as if every token were learned.
     """
     tokens = shape.length * shape.batch
     layer = (6 * shape.hidden + 6 * shape.width + 6 * shape.inner + 7 * shape.rank) * shape.item
@@ -90,7 +108,12 @@ def step_bytes(shape: StepShape) -> int:
         # One layer is computed again, with gradients of about its own size.
         activations = shape.layers * tokens * shape.hidden * shape.item + 2 * (tokens * layer + mask)
     logits = _LOGIT_COPIES * tokens * shape.vocabulary * 4
-    return 16 * shape.adapter + activations + logits + _FIXED_BYTES
+    return StepMemory(4 * shape.adapter, 12 * shape.adapter, activations, logits)
+
+
+def step_bytes(shape: StepShape) -> int:
+    """The peak of a training step in bytes, beside the base model's weights; see `step_memory`."""
+    return step_memory(shape).total
 
 
 def largest_length(shape: StepShape, available: int) -> int | None:
@@ -126,6 +149,8 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
     CUDA: what the driver says is free, and what PyTorch holds unused. Elsewhere the machine's available memory.
     """
     if device.type == "cuda":
+        import torch
+
         free = int(torch.cuda.mem_get_info(device)[0])
         return free + int(torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     return available_memory() // processes

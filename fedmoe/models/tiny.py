@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from fedmoe.models.identity import canonical_tokenizer_hash, hash_tensors
+from fedmoe.models.known_bases import TINY_CONFIG
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD, START, END)
@@ -32,20 +33,7 @@ _SPREAD = 0.25
 
 def tiny_model() -> PreTrainedModel:
     """A float32 Qwen2 of 2 layers and hidden size 64; PyTorch's random state is left as it was."""
-    config = Qwen2Config(
-        vocab_size=256 + len(SPECIAL_TOKENS),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=258,
-        pad_token_id=256,
-        dtype="float32",
-    )
+    config = Qwen2Config(**TINY_CONFIG, bos_token_id=None, eos_token_id=258, pad_token_id=256, dtype="float32")
     with torch.random.fork_rng(devices=[]):
         model = Qwen2ForCausalLM(config).float()
     with torch.no_grad():

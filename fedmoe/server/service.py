@@ -68,6 +68,7 @@ class CoordinatorService:
         storage_problem: Callable[[], str | None] = lambda: None,
         limits: RegistrationLimits | None = None,
         in_flight: CrashMarkers | None = None,
+        max_length: int | None = None,
     ) -> None:
         self.coordinator = coordinator
         self.journal = journal
@@ -86,7 +87,7 @@ class CoordinatorService:
         self.current = CurrentHistory(journal)
         self.committer = Committer(coordinator, journal, clock, self._after_commit, storage_problem)
         self._history = history
-        self._min_sync_interval = min_sync_interval
+        self._min_sync_interval, self._max_length = min_sync_interval, max_length
         self._limits = limits or RegistrationLimits()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
         markers = in_flight or CrashMarkers(None)
@@ -158,6 +159,7 @@ class CoordinatorService:
             wire_dtypes=list(WIRE_DTYPES),
             start_from=self.coordinator.aggregation.start_from,
             merge_after=self.coordinator.aggregation.merge_after,
+            max_length=self._max_length,
         )
 
     async def register(self, request: RegisterRequest, principal: Principal = _OPERATOR) -> ExpertModel:

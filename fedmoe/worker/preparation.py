@@ -11,7 +11,7 @@ import structlog
 
 from fedmoe.config import WorkerConfig
 from fedmoe.datasets.readers.common import DataError
-from fedmoe.datasets.row_scan import RowOptions, check_beginning, held_out_rows
+from fedmoe.datasets.row_scan import RowOptions, held_out_rows
 from fedmoe.datasets.tokens.packing import Block, BlockSampler, pack
 from fedmoe.datasets.tokens.tokenized_sample import TokenizedSample
 from fedmoe.lora.adapter import Layout, ModuleShape
@@ -26,26 +26,12 @@ from fedmoe.models.step_memory import StepShape, check_memory, free_memory, reso
 from fedmoe.models.training_config import TrainingConfig
 from fedmoe.runtime.cache import cache_folder
 from fedmoe.wire.contract.messages import MAX_PARAMETERS
+from fedmoe.worker.options import OptionError
 from fedmoe.worker.report import log_phase
 
 _log = structlog.get_logger("fedmoe.worker")
 # Samples until the first line about the progress of tokenising, and between two lines at most; first they double.
 _LOGGED_FIRST, _LOGGED_EVERY = 500, 20_000
-
-
-class OptionError(ValueError):
-    """An option that cannot be used here; the message names its flag."""
-
-
-def check_processes(config: WorkerConfig) -> None:
-    """Refuse a device that only one of several processes (torchrun) can have."""
-    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
-        return
-    if ":" in config.device or config.device == "mps":
-        raise OptionError(
-            f"--device {config.device} names one device, but WORLD_SIZE is {os.environ['WORLD_SIZE']}: "
-            "give --device cuda, of which each process takes its own, or start one process"
-        )
 
 
 def adapter_layout(config: WorkerConfig, base: LoadedBase, targets: str | tuple[str, ...]) -> Layout:
@@ -69,8 +55,8 @@ def check_federation(config: WorkerConfig, base: LoadedBase, layout: Layout, the
     differences = theirs.differences(Manifest(base.identity, layout, config.lora_alpha)) if theirs else []
     if differences:
         raise OptionError(
-            f"all experts share one LoRA configuration; {'; '.join(differences[:5])}. Give --base-model, --lora-r, "
-            "--lora-alpha and --target-modules as the federation's first worker did"
+            f"all experts share one LoRA configuration; {'; '.join(differences[:5])}. To join, give --base-model, "
+            "--lora-r, --lora-alpha and --target-modules as the federation's first worker did"
         )
 
 
@@ -78,7 +64,8 @@ def check_memory_of_step(config: WorkerConfig, base: LoadedBase, layout: Layout,
     """Refuse a step that does not fit into memory; raises LengthError with what fits."""
     batch, checkpointing = config.per_device_train_batch_size, config.gradient_checkpointing
     try:
-        shape = StepShape.of(base.model, layout.size, config.lora_r, length, batch, checkpointing)
+        text, item = base.model.config.get_text_config(), base.model.dtype.itemsize
+        shape = StepShape.of(text, layout.size, config.lora_r, length, batch, checkpointing, item)
     except AttributeError as error:
         _log.warning("memory_not_checked", reason=f"the model's configuration does not say its sizes: {error}")
         return
@@ -134,13 +121,6 @@ class WorkerData:
 def _data_options(config: WorkerConfig) -> DataOptions:
     """Raises `DataError` for columns that cannot be mapped so."""
     return DataOptions(RowOptions.mapping(config.map), config.long_rows)
-
-
-def check_sources(config: WorkerConfig) -> None:
-    """Look at the first rows of every file, before any model is loaded; raises `DataError`."""
-    for name in (config.dataset, config.eval_dataset):
-        if name is not None:
-            check_beginning(name, _data_options(config).rows)
 
 
 def worker_data(

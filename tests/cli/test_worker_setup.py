@@ -18,6 +18,7 @@ from fedmoe.config import WorkerConfig
 from fedmoe.models.base import LoadedBase, load_base
 from fedmoe.runtime.stop_signals import StopOnSignal
 from fedmoe.worker import preparation as worker_options
+from fedmoe.worker.options import OptionError
 
 Told = Callable[..., str]
 NEEDED = {"coordinator_url": "http://127.0.0.1:5000", "worker_id": "w1", "specialty": "python", "dataset": "a.jsonl"}
@@ -203,7 +204,10 @@ def test_an_adapter_unlike_the_federations_is_refused_before_the_long_work(
     Setup(house.url, tmp_path / "w2", name="w2", steps=1).run()
     monkeypatch.setattr(setup, "worker_data", None)
     said = told(1, write_rows(tmp_path / "d.jsonl", *GOOD), "--lora-r", "8", "--lora-alpha", "8", url=house.url)
-    assert "all experts share one LoRA configuration; rank: expected 4, got 8. Give --base-model, --lora-r" in said
+    assert (
+        "all experts share one LoRA configuration; rank: expected 4, got 8. To join, leave out --lora-r (the flag, its"
+        in said
+    )
 
 
 def test_changed_data_are_refused_before_the_long_work(
@@ -234,7 +238,7 @@ def test_one_device_for_several_processes_is_refused(
 
 def test_fewer_blocks_than_processes_is_refused_by_the_flag() -> None:
     config = WorkerConfig(**NEEDED)  # type: ignore[arg-type]
-    with pytest.raises(worker_options.OptionError, match=r"--dataset makes 3 blocks, which 4 processes .*--max-length"):
+    with pytest.raises(OptionError, match=r"--dataset makes 3 blocks, which 4 processes .*--max-length"):
         worker_options.block_sampler(blocks(count=3), config, 0, 4)
     assert worker_options.block_sampler(blocks(count=3), config, 0, 3).shard == 1
 

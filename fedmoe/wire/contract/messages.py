@@ -228,15 +228,18 @@ class UpdateResult(SparseMessage):
 class FederationInfo(HistoryMessage):
     """What a worker must know before it loads a model; `manifest` is null until the first expert is registered.
 
-    Where experts start from the gateway, each is rebased onto its next version after `merge_after` steps.
+    Where experts start from the gateway, each is rebased onto its next version after `merge_after` steps. `max_length`
+    are the tokens of a packed row of every worker, null where each has its own.
     """
 
+    sparse: ClassVar[frozenset[str]] = frozenset({"incarnation", "max_length"})
     fedmoe: str
     manifest: ManifestMessage | None
     min_sync_interval: float
     wire_dtypes: list[str]
     start_from: StartFrom = "initial"
     merge_after: int | None = None
+    max_length: int | None = None
 
 
 class DataStatisticsHeader(Message):

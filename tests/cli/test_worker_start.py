@@ -1,0 +1,146 @@
+"""A worker asks the federation before it imports torch: what is not set is taken over, what differs is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from builders import write_rows
+from command import ROOT
+from live import House, listening, open_house
+from structlog.testing import capture_logs
+
+from fedmoe.cli import main
+from fedmoe.lora.adapter import Layout, ModuleShape
+from fedmoe.lora.manifest import BaseModel, Manifest
+from fedmoe.models.base import LoadedBase, load_base
+from fedmoe.models.lora_layers import find_targets
+from fedmoe.models.tiny import save_tiny
+from fedmoe.runtime.stop_signals import StopOnSignal
+
+Start = Callable[..., tuple[int, str, bool]]
+ROWS = [{"prompt": f"{n} and one is ", "completion": f"{n + 1}"} for n in range(20)]
+
+
+@pytest.fixture(scope="module")
+def manifest(base: LoadedBase) -> Manifest:
+    """Of rank 4 on two modules of every layer."""
+    modules = find_targets(base.model, ("q_proj", "v_proj"))
+    shapes = tuple(ModuleShape(name, module.in_features, module.out_features) for name, module in modules)
+    return Manifest(base.identity, Layout(shapes, 4), 8.0)
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[House]:
+    (tmp_path / "house").mkdir()
+    with capture_logs(), open_house(tmp_path / "house", min_sync_interval=0.0) as house:
+        yield house
+
+
+@pytest.fixture
+def start(tmp_path: Path, opened: House) -> Iterator[Start]:
+    """Starts a worker in a process that has loaded nothing; exit status, what it said, and whether torch was there."""
+    data = write_rows(tmp_path / "d.jsonl", *ROWS)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FEDMOE_")}
+    with listening(opened.app) as server:
+
+        def run(*options: str) -> tuple[int, str, bool]:
+            fixed = ["worker", "--coordinator-url", server.url, "--worker-id", "w1", "--specialty", "python"]
+            fixed += ["--dataset", str(data), "--state-dir", str(tmp_path / "w1"), *options]
+            code = f"""
+import sys
+from fedmoe.cli import main
+try:
+    main({fixed!r})
+finally:
+    print("torch" in sys.modules, flush=True)
+"""
+            environment = kept | {"FEDMOE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+            done = subprocess.run(
+                [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+            )
+            return done.returncode, done.stderr.strip(), done.stdout.splitlines()[-1] == "True"
+
+        yield run
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--lora-r", "8"], ["rank: expected 4, got 8", "leave out --lora-r ("]),
+        (["--lora-alpha", "32"], ["lora_alpha: expected 8, got 32", "leave out --lora-alpha ("]),
+        (["--target-modules", "q_proj"], ["module missing: model.layers.0.self_attn.v_proj", "--target-modules"]),
+        (["--target-modules", "all-linear"], ["module not expected: model.layers.0.mlp.down_proj"]),
+    ],
+)
+def test_a_difference_is_refused_before_torch_is_imported(
+    options: list[str], words: list[str], start: Start, opened: House, manifest: Manifest
+) -> None:
+    opened.register("sql", manifest=manifest)
+    status, said, torch = start(*options)
+    assert (status, torch) == (1, False)
+    assert said.startswith("error: all experts share one LoRA configuration; ")
+    for word in words:
+        assert word in said
+
+
+def test_another_base_model_is_refused_by_its_hash_before_torch_is_imported(
+    start: Start, opened: House, manifest: Manifest, tmp_path: Path
+) -> None:
+    """The same settings, and other weights."""
+    save_tiny(tmp_path / "other")
+    weights = tmp_path / "other" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    opened.register("sql", manifest=manifest)
+    status, said, torch = start("--base-model", str(tmp_path / "other"))
+    assert (status, torch) == (1, False)
+    assert f"base weights_hash: expected {manifest.base.weights_hash} (tiny), got " in said
+    assert "give --base-model as the federation's first worker did" in said
+    (kept,) = (tmp_path / "cache" / "hashes").iterdir()
+    record = json.loads(kept.read_text())
+    assert record["weights_hash"] in said
+    # What is kept is used while size and time of the file are the same, and no longer.
+    kept.write_text(json.dumps(record | {"weights_hash": "f" * 64}))
+    assert f"got {'f' * 64}" in start("--base-model", str(tmp_path / "other"))[1]
+    os.utime(weights, ns=(0, 0))
+    assert f"got {record['weights_hash']}" in start("--base-model", str(tmp_path / "other"))[1]
+
+
+def test_a_base_model_that_only_others_have_is_asked_for(start: Start, opened: House, manifest: Manifest) -> None:
+    opened.register("sql", manifest=replace(manifest, base=BaseModel("ours", "local", "a" * 64, "b" * 64)))
+    status, said, torch = start()
+    assert (status, torch) == (1, False)
+    assert "a folder called ours on another machine (weights aaaaaaaaaaaa); give its place here with --base" in said
+
+
+def test_what_is_not_set_is_the_federations(
+    opened: House, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedmoe.cli.worker.configure", lambda: None)
+    monkeypatch.setattr(StopOnSignal, "install", lambda self: None)
+    monkeypatch.delenv("FEDMOE_TOKEN", raising=False)
+    opened.register("sql", manifest=manifest)
+    data = write_rows(tmp_path / "d.jsonl", *ROWS)
+    with listening(opened.app) as server:
+        fixed = ["--coordinator-url", server.url, "--worker-id", "w1", "--specialty", "python", "--dtype", "fp32"]
+        main(["worker", *fixed, "--dataset", str(data), "--state-dir", str(tmp_path / "w1"), "--max-steps", "1"])
+    expert = opened.service.coordinator.expert("python")
+    assert expert.version == 1
+    assert expert.manifest == manifest
+
+
+def test_the_kept_hash_of_the_tiny_model_is_its_own(base: LoadedBase) -> None:
+    from fedmoe.models.stored_base import stored_base
+
+    tiny = stored_base("tiny")
+    assert tiny is not None
+    assert tiny.hashes() == {"weights_hash": base.identity.weights_hash}
+    assert tiny.parameters() == sum(parameter.numel() for parameter in load_base("tiny", "cpu").model.parameters())
