@@ -122,14 +122,14 @@ def test_sigterm_to_torchrun_ends_both_processes_in_order(worker: WorkerProcess)
     assert assert_stopped_in_order(worker) > 0
 
 
-def assert_both_end(ranks: list[BaseProcess], worker: WorkerProcess, because: str) -> None:
-    """Rank 0 alone hears of it; the other must not wait for it."""
+def assert_both_end(ranks: list[BaseProcess], worker: WorkerProcess, because: str, alone: bool = True) -> None:
+    """Rank 0 hears of it, `alone` or as the other does; the other must not wait for it."""
     for rank in ranks:
         rank.join(30)
     assert [rank.exitcode for rank in ranks] == [1, 1], worker.log.read_text()[-3000:]
     told = worker.log.read_text()
     assert because in told
-    assert "error: process 0 of this group cannot go on; its message says why" in told
+    assert ("error: process 0 of this group cannot go on; its message says why" in told) == alone
     assert told.count("error: ") == 2
     assert "Traceback" not in told
 
@@ -140,7 +140,8 @@ def test_a_refusal_at_the_start_ends_both_processes(worker: WorkerProcess) -> No
     done.join(60)
     assert done.exitcode == 0
     worker.options = ["--lora-r", "2"]
-    assert_both_end(two_ranks(worker), worker, "all experts share one LoRA configuration; rank: expected 4, got 2")
+    refusal = "all experts share one LoRA configuration; rank: expected 4, got 2"
+    assert_both_end(two_ranks(worker), worker, refusal, alone=False)
 
 
 def test_a_refusal_in_the_middle_ends_both_processes_with_their_state_saved(worker: WorkerProcess) -> None:
