@@ -22,10 +22,10 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from fedmoe.config_file import FileSource
 from fedmoe.lora.codec import WireDtype
 from fedmoe.lora.merge import STRATEGIES, STRATEGIES_WITH_MOMENTS
 from fedmoe.lora.update_rules import RULES, STALENESS
+from fedmoe.runtime.config_file import FileSource
 from fedmoe.wire.contract.messages import MAX_PARAMETERS, ExpertName, StartFrom, WorkerName
 
 _TOKEN = re.compile(r"[\x21-\x7e]{16,4096}")

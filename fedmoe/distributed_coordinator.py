@@ -13,8 +13,8 @@ import structlog
 import uvicorn
 
 from fedmoe.config import CoordinatorConfig
-from fedmoe.federation_app import FederationApp, aggregation_of
 from fedmoe.server.access.own_certificate import OwnCertificate, certificate_now
+from fedmoe.server.app.federation_app import FederationApp, aggregation_of
 from fedmoe.server.descriptors import few_left, in_use, raise_limit
 from fedmoe.server.storage.backup import TLS
 from fedmoe.server.storage.blobs import StorageFailedError

@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings
 from fedmoe.cli.options import AsJson
 from fedmoe.cli.output import CommandError, show_json, show_table
 from fedmoe.config import PROCESSES
-from fedmoe.config_file import FileSource, configuration_file, is_secret, made, using_file, variables_of
+from fedmoe.runtime.config_file import FileSource, configuration_file, is_secret, made, using_file, variables_of
 
 app = typer.Typer(help="Look at the configuration, and where its values come from.", no_args_is_help=True)
 _MASK = "********"

@@ -22,7 +22,7 @@ from fedmoe.wire.contract.administration import INVITE, JOIN_LINE_SECONDS
 
 if TYPE_CHECKING:
     from fedmoe.distributed_coordinator import DistributedCoordinator
-    from fedmoe.federation_app import FederationApp
+    from fedmoe.server.app.federation_app import FederationApp
 
 
 _OPTIONS: Mapping[str, OptionText] = {
@@ -94,7 +94,7 @@ def coordinator(config: CoordinatorConfig) -> None:
     log_uncaught()
     give_back_freed_memory()
     if config.replica is not None:
-        from fedmoe.distributed_replica import DistributedReplica
+        from fedmoe.server.app.distributed_replica import DistributedReplica
 
         status = DistributedReplica(config, lambda federation: _announce(config, federation)).serve()
     else:

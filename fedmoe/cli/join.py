@@ -15,7 +15,7 @@ from fedmoe.cli.joined import JoinLine, exchange
 from fedmoe.cli.output import say
 from fedmoe.cli.worker import worker
 from fedmoe.config import PROCESSES, WorkerConfig
-from fedmoe.config_file import made, using_file
+from fedmoe.runtime.config_file import made, using_file
 
 _LONGEST_NAME = 63
 _LINE = Annotated[

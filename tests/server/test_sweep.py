@@ -13,10 +13,10 @@ import sqlalchemy as sa
 from live import House, open_house, push_headers, push_parameters
 from support import LAYOUT, make_body, make_flat, sha256
 
-from fedmoe import federation_app
 from fedmoe.config import CoordinatorConfig
 from fedmoe.distributed_coordinator import DistributedCoordinator
 from fedmoe.lora.codec import encode
+from fedmoe.server.app import federation_app
 from fedmoe.server.storage.blobs import SweepReport, put
 from fedmoe.server.upkeep.sweep import DailySweep
 

@@ -15,8 +15,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fedmoe.config import CoordinatorConfig
-from fedmoe.federation_app import FederationApp
 from fedmoe.server.access import problems
+from fedmoe.server.app.federation_app import FederationApp
 from fedmoe.server.descriptors import raise_limit
 from fedmoe.server.replicas.ownership import Owners, OwnersUnknownError
 from fedmoe.server.replicas.peers import PeerSecret, check_address

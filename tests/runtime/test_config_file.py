@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings
 from fedmoe.cli import coordinator, evaluator, main, worker
 from fedmoe.cli.options import OptionText, configured
 from fedmoe.config import PROCESSES
-from fedmoe.config_file import ConfigFileError, toml_kind, variables_of
+from fedmoe.runtime.config_file import ConfigFileError, toml_kind, variables_of
 
 OPTIONS: Mapping[str, Mapping[str, OptionText]] = {
     "coordinator": coordinator._OPTIONS,
