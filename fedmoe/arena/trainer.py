@@ -46,7 +46,7 @@ _PACE = 10
 
 
 @dataclass(frozen=True)
-class _Batch:
+class _EpisodeBatch:
     """One iteration's episodes, on their way or there."""
 
     iteration: int
@@ -76,7 +76,7 @@ class Trainer:
         self._metrics = installed_metrics()
         self._evaluator = HeldOutEvaluator(task, engine, codec, config.evaluation.episodes, config.seed, self._settings)
         self._sampler = ThreadPoolExecutor(1, "sampler", initializer=pin_threads)
-        self._pending: _Batch | None = None
+        self._pending: _EpisodeBatch | None = None
         self._pace: deque[tuple[int, float]] = deque(maxlen=_PACE)
         self.playing = ""
         self.may_sample_ahead: Callable[[int], bool] = lambda iteration: True
@@ -124,7 +124,7 @@ class Trainer:
         self._watch(updates, staleness)
         self.iteration += 1
 
-    def _judged(self, batch: _Batch, played: Sequence[PlayedEpisode]) -> Judgement:
+    def _judged(self, batch: _EpisodeBatch, played: Sequence[PlayedEpisode]) -> Judgement:
         mode = self._mode_of(batch.iteration)
         self.playing = mode.playing if mode.name == mode.playing else f"{mode.name}: {mode.playing}"
         judged = mode.judge(self.memory, batch.planning, played)
@@ -146,7 +146,7 @@ class Trainer:
         if ahead and self.policies.may_start():
             self._pending = self._start(following)
 
-    def _start(self, iteration: int, players: tuple[Player, ...] | None = None) -> _Batch:
+    def _start(self, iteration: int, players: tuple[Player, ...] | None = None) -> _EpisodeBatch:
         learning = self.config.learning
         planning = PlanInputs(
             iteration,
@@ -165,7 +165,7 @@ class Trainer:
             rollout = attempt(self._task, plans, self._engine, self._codec, seed, self._settings)
             return rollout, time.perf_counter() - began
 
-        return _Batch(iteration, planning, self._sampler.submit(work))
+        return _EpisodeBatch(iteration, planning, self._sampler.submit(work))
 
     def let_go(self) -> None:
         """Unload what neither is played with nor is an opponent."""

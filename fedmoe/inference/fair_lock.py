@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, eq=False)
-class _Block:
+class _LockBlock:
     exclusive: bool
 
 
@@ -22,18 +22,18 @@ class FairLock:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         #: Those that run and those that wait, in the order they came.
-        self._blocks: list[_Block] = []
+        self._blocks: list[_LockBlock] = []
 
     def shared(self) -> AbstractContextManager[None]:
         """Waits while an exclusive block runs, or waits since before."""
-        return self._turn(_Block(exclusive=False))
+        return self._turn(_LockBlock(exclusive=False))
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Waits until all blocks that came before have ended."""
-        return self._turn(_Block(exclusive=True))
+        return self._turn(_LockBlock(exclusive=True))
 
     @contextmanager
-    def _turn(self, block: _Block) -> Iterator[None]:
+    def _turn(self, block: _LockBlock) -> Iterator[None]:
         with self._changed:
             self._blocks.append(block)
         try:
@@ -45,6 +45,6 @@ class FairLock:
                 self._blocks.remove(block)
                 self._changed.notify_all()
 
-    def _may_run(self, block: _Block) -> bool:
+    def _may_run(self, block: _LockBlock) -> bool:
         before = self._blocks[: self._blocks.index(block)]
         return not (before if block.exclusive else any(other.exclusive for other in before))

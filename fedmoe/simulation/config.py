@@ -28,11 +28,11 @@ class SimulationConfigError(ExpectedError, ValueError):
     """A configuration that cannot be used; every problem is named with its key."""
 
 
-class _Section(BaseModel):
+class _SimulationSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class RecordedWork(_Section):
+class RecordedWork(_SimulationSection):
     """Deltas without training: of a `recording` that a training simulation left, or of a seeded process.
 
     The process: every expert has an optimum, every worker one of its own `drift` away from it, and each step goes the
@@ -46,7 +46,7 @@ class RecordedWork(_Section):
     rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.02
 
 
-class TrainingWork(_Section):
+class TrainingWork(_SimulationSection):
     """Workers that really train the tiny model on texts of their own, and a held-out loss.
 
     Every expert has its own topics; `concentration` is the parameter of the Dirichlet distribution from which a
@@ -65,7 +65,7 @@ class TrainingWork(_Section):
     held_out_texts: Annotated[int, Field(ge=4, le=10_000)] = 48
 
 
-class Outages(_Section):
+class Outages(_SimulationSection):
     """Times when a worker is off: it neither trains nor sends, and what it was sending begins anew afterwards.
 
     `every` is the mean time from one's end to the next one's start, `length` the mean length, both exponential.
@@ -75,14 +75,14 @@ class Outages(_Section):
     length: Seconds
 
 
-class Churn(_Section):
+class Churn(_SimulationSection):
     """Shares of the workers that come late or leave for good, each at a moment drawn from the whole run."""
 
     joining: Share = 0.0
     leaving: Share = 0.0
 
 
-class Fleet(_Section):
+class Fleet(_SimulationSection):
     """The workers: how many, how fast, on which links, and when they are there.
 
     A step takes `step_seconds` times the worker's slowness; the workers of an expert take those of `slowness` in turn.
@@ -120,7 +120,7 @@ class Fleet(_Section):
         return self.model_copy(update={"slowness": (min(self.slowness),), "outages": None, "churn": Churn()})
 
 
-class _Scheme(_Section):
+class _Scheme(_SimulationSection):
     name: Annotated[str, Field(min_length=1, max_length=60)]
     wire_dtype: WireDtype = "fp32"
     server_learning_rate: Positive = 1.0
@@ -184,7 +184,7 @@ Work = Annotated[RecordedWork | TrainingWork, Field(discriminator="kind")]
 Scheme = Annotated[AsynchronousScheme | RoundScheme, Field(discriminator="kind")]
 
 
-class ReportSection(_Section):
+class ReportSection(_SimulationSection):
     """What schemes are compared by.
 
     The target is the loss that keeps the share `target` of the gain that the scheme `baseline` (by default the first)
@@ -199,7 +199,7 @@ class ReportSection(_Section):
     robustness: tuple[str, ...] = ()
 
 
-class SimulationConfig(_Section):
+class SimulationConfig(_SimulationSection):
     """Everything that decides what a simulation gives; `seconds` are those of the virtual clock.
 
     `updates_per_second` is what the coordinator can take, one after another; none sets no limit.

@@ -58,11 +58,11 @@ class Presence:
 
     def after(self, since: float, seconds: float) -> float:
         """The moment at which so many seconds of being on have passed since; infinite if the worker leaves before."""
-        left = seconds
+        remaining = seconds
         for start, end in self.windows(since):
-            if left <= end - start:
-                return start + left
-            left -= end - start
+            if remaining <= end - start:
+                return start + remaining
+            remaining -= end - start
         return math.inf
 
     def transfer(self, since: float, seconds: float) -> Transfer:

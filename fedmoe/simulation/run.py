@@ -14,7 +14,7 @@ from fedmoe.simulation.config import AsynchronousScheme, Fleet, Scheme, Simulati
 from fedmoe.simulation.fleet import draw_fleet
 from fedmoe.simulation.rounds import ExpertRounds
 from fedmoe.simulation.simulated_coordinator import SimulatedCoordinator
-from fedmoe.simulation.tally import CurvePoint, Tally
+from fedmoe.simulation.tally import CurvePoint, FleetTally
 from fedmoe.simulation.work import FleetWork
 
 #: Deltas of a training simulation that are kept for later ones without a model.
@@ -32,7 +32,7 @@ class SchemeRun:
     scheme: Scheme
     ideal: bool
     workers: int
-    tally: Tally
+    tally: FleetTally
     versions: dict[str, int]
     digests: dict[str, str]
     snapshot_bytes: int

@@ -19,7 +19,7 @@ from fedmoe.lora.manifest import Manifest
 from fedmoe.runtime.errors import RefusedError
 from fedmoe.simulation.clock import VirtualClock
 from fedmoe.simulation.fleet import WorkerProfile, expert_name
-from fedmoe.simulation.tally import Tally
+from fedmoe.simulation.tally import FleetTally
 from fedmoe.simulation.work import Learned
 
 
@@ -76,7 +76,7 @@ class SimulatedCoordinator:
     ) -> None:
         self.central = CentralCoordinator(aggregation)
         self.manifest = manifest
-        self.tally = Tally()
+        self.tally = FleetTally()
         self.recorded: list[FloatVector] = []
         self._record = record
         self._clock = clock

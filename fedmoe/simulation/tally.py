@@ -17,7 +17,7 @@ class CurvePoint:
 
 
 @dataclass
-class Tally:
+class FleetTally:
     """Counts of one run. Bytes count once they have arrived; what an outage cut off counts as `cut_off` alone.
 
     `accepted` by the worker's number, `arrivals` by the second, `stored` are updates that went to the journal.

@@ -13,7 +13,7 @@ from fedmoe.simulation.config import SimulationConfig
 from fedmoe.simulation.report import make_report
 from fedmoe.simulation.report_text import markdown
 from fedmoe.simulation.run import SchemeRun
-from fedmoe.simulation.tally import CurvePoint, Tally
+from fedmoe.simulation.tally import CurvePoint, FleetTally
 
 CONFIG = SimulationConfig.model_validate(
     {
@@ -29,7 +29,7 @@ CONFIG = SimulationConfig.model_validate(
 def made(place: int, losses: list[float], ideal: bool = False) -> SchemeRun:
     """A run whose loss was measured every 30 s, with 2 MB up and 1 MB down between."""
     points = [CurvePoint(30.0 * at, loss, 2_000_000 * at, 1_000_000 * at) for at, loss in enumerate(losses)]
-    tally = Tally(accepted=Counter({0: 3, 1: 1}), staleness=Counter({0: 1, 2: 2, 9: 1}), curve=points)
+    tally = FleetTally(accepted=Counter({0: 3, 1: 1}), staleness=Counter({0: 1, 2: 2, 9: 1}), curve=points)
     tally.bytes_up, tally.bytes_down = points[-1].bytes_up, points[-1].bytes_down
     return SchemeRun(CONFIG.schemes[place], ideal, 4, tally, {"expert-0": 4}, {"expert-0": "d"}, 0)
 

@@ -16,7 +16,7 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from fedmoe.datasets.formats.samples import Chat, Completion, Message, Sample, Text
+from fedmoe.datasets.formats.samples import Chat, ChatTurn, Completion, Sample, Text
 from fedmoe.datasets.readers.common import DataError
 from fedmoe.datasets.tokens.tokenized_sample import MASKED, RenderResult, TokenizedSample, Tokenizer
 
@@ -79,7 +79,7 @@ class ChatTokenizer(Tokenizer, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class _AnswerText:
     """One answer: the text before it, and that with the answer and its end mark (without the blank after it).
 
     `note` says where `before` is not the prompt that the template makes for an answer to come.
@@ -96,7 +96,7 @@ class _Answer:
 
 
 #: The whole conversation as text, its answers, and notes.
-_RenderedChat = tuple[str, list[_Answer], tuple[str, ...]]
+_RenderedChat = tuple[str, list[_AnswerText], tuple[str, ...]]
 
 
 def render_chat(chat: Chat, tokenizer: Tokenizer) -> RenderResult:
@@ -159,20 +159,20 @@ def _variants(chat: Chat) -> Iterator[Chat]:
                 yield variant
 
 
-def _thought_apart(message: Message) -> Message:
+def _thought_apart(message: ChatTurn) -> ChatTurn:
     thought, answer = _reasoning(message)
     if not thought or "reasoning_content" in message.extras:
         return message
     return replace(message, content=answer, extras={**message.extras, "reasoning_content": thought})
 
 
-def _without_thought(message: Message) -> Message:
+def _without_thought(message: ChatTurn) -> ChatTurn:
     extras = {key: value for key, value in message.extras.items() if key != "reasoning_content"}
     thought, answer = _reasoning(message)
     return replace(message, content=answer if thought else message.content, extras=extras)
 
 
-def _arguments_as_text(message: Message) -> Message:
+def _arguments_as_text(message: ChatTurn) -> ChatTurn:
     calls = _calls(message)
     texts = [{**call, "function": {**call["function"], "arguments": _json(_arguments(call))}} for call in calls]
     return replace(message, extras={**message.extras, "tool_calls": texts}) if calls else message
@@ -216,11 +216,11 @@ class _Turns:
             roles = [message.role for message in self._chat.messages]
             raise TemplateRefusalError(f"the chat template refuses the turns {roles}: {error}") from error
 
-    def answer(self, index: int) -> _Answer:
+    def answer(self, index: int) -> _AnswerText:
         """The answer in turn `index`, where the template puts it."""
         asked, upto = self.text(index, ask=True), self.text(index + 1)
         if upto.startswith(asked):
-            return _Answer(asked, asked + upto[len(asked) :].rstrip())
+            return _AnswerText(asked, asked + upto[len(asked) :].rstrip())
         # Without the turn's own thought and calls: only the mark tells what of the text is the answer.
         marked = self.render(index, last={"role": "assistant", "content": _MARK})
         if moved := self._after_prompt(index, asked, upto, marked):
@@ -233,10 +233,10 @@ class _Turns:
                 f"{header[-60:]!r} but renders the answered conversation as {got!r}; give another one by "
                 "--chat-template FILE, in which the prompt is a prefix of the answered conversation"
             )
-        plain = _Answer(header, header + upto[len(header) :].rstrip(), _unlike(asked, header))
+        plain = _AnswerText(header, header + upto[len(header) :].rstrip(), _unlike(asked, header))
         return self._thought(index, asked, header, upto) or plain
 
-    def _after_prompt(self, index: int, asked: str, upto: str, marked: str) -> _Answer | None:
+    def _after_prompt(self, index: int, asked: str, upto: str, marked: str) -> _AnswerText | None:
         """The answer after the prompt that the model really sees, where the template changes the turns before it.
 
         Some drop the thoughts of earlier turns only once the last is answered, some have the system prompt only
@@ -247,9 +247,9 @@ class _Turns:
         place = upto.rfind(begin, 0, _alike(marked, upto)) if begin.strip() else -1
         if place < _alike(asked, upto):
             return None
-        return _Answer(asked, asked + upto[place + len(begin) :].rstrip())
+        return _AnswerText(asked, asked + upto[place + len(begin) :].rstrip())
 
-    def _thought(self, index: int, asked: str, header: str, upto: str) -> _Answer | None:
+    def _thought(self, index: int, asked: str, header: str, upto: str) -> _AnswerText | None:
         """The answer with its reasoning, where the template opens a thought that it leaves out of answered turns."""
         opened = asked[len(header) :] if asked.startswith(header) else ""
         reasoning, _ = _reasoning(self._chat.messages[index])
@@ -257,7 +257,7 @@ class _Turns:
             return None
         body = upto[len(header) :].rstrip()
         _, ended, answer = body.partition(_END_THINK)
-        return _Answer(asked, f"{asked}{reasoning}\n{_END_THINK}\n\n{(answer if ended else body).lstrip()}")
+        return _AnswerText(asked, f"{asked}{reasoning}\n{_END_THINK}\n\n{(answer if ended else body).lstrip()}")
 
 
 def _alike(text: str, other: str) -> int:
@@ -277,7 +277,7 @@ def _unlike(asked: str, header: str) -> str:
     return f"the chat template puts {instead!r} before an answer, which its prompt does not have" if instead else ""
 
 
-def _reasoning(message: Message) -> tuple[str, str]:
+def _reasoning(message: ChatTurn) -> tuple[str, str]:
     """Reasoning and answer of a turn; the reasoning may stand in a key of its own or in the content."""
     own = message.extras.get("reasoning_content")
     if isinstance(own, str):
@@ -286,7 +286,7 @@ def _reasoning(message: Message) -> tuple[str, str]:
     return (thought.strip().removeprefix(_THINK).strip(), answer.strip()) if ended else ("", message.content)
 
 
-def _check_rendered(message: Message, rendered: str) -> None:
+def _check_rendered(message: ChatTurn, rendered: str) -> None:
     """Calls and answers that the template leaves out would teach an empty answer."""
     calls = _calls(message)
     for name, count in Counter(str(call["function"]["name"]) for call in calls).items():
@@ -318,7 +318,7 @@ def _strings(value: object) -> list[str]:
     return [text for part in parts for text in _strings(part)]
 
 
-def _calls(message: Message) -> list[dict[str, Mapping[str, object]]]:
+def _calls(message: ChatTurn) -> list[dict[str, Mapping[str, object]]]:
     calls = message.extras.get("tool_calls")
     return cast(list[dict[str, Mapping[str, object]]], calls) if isinstance(calls, list) else []
 
@@ -331,7 +331,7 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _notes(chat: Chat, turns: _Turns, answers: list[_Answer]) -> tuple[str, ...]:
+def _notes(chat: Chat, turns: _Turns, answers: list[_AnswerText]) -> tuple[str, ...]:
     """What of the row the template leaves out without changing what an answer means."""
     whole, notes = turns.text(len(chat.messages)), []
     texts = [whole, *(answer.upto for answer in answers)]
@@ -351,7 +351,7 @@ def _notes(chat: Chat, turns: _Turns, answers: list[_Answer]) -> tuple[str, ...]
     return tuple(dict.fromkeys(notes))
 
 
-def _learn(text: str, answers: Sequence[_Answer], tokenizer: Tokenizer) -> TokenizedSample:
+def _learn(text: str, answers: Sequence[_AnswerText], tokenizer: Tokenizer) -> TokenizedSample:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = np.array(encoded["input_ids"], dtype=np.int64)
     offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)

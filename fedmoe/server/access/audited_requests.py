@@ -38,7 +38,7 @@ class AuditMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        outcome = _Outcome(send)
+        outcome = _AuditedAnswer(send)
         try:
             await self._app(scope, receive, outcome.send)
         finally:
@@ -56,7 +56,7 @@ class AuditMiddleware:
         self._full_at = full_at
         return True
 
-    def _note(self, scope: Scope, outcome: _Outcome) -> None:
+    def _note(self, scope: Scope, outcome: _AuditedAnswer) -> None:
         principal = scope.get("state", {}).get("principal")
         facts: dict[str, Fact] = {"what": f"{scope['method']} {scope['path'][:_SHOWN]}", "outcome": outcome.code}
         facts |= {"status": outcome.status, "from": address_of(scope)}
@@ -68,7 +68,7 @@ class AuditMiddleware:
         self._log.write(**facts)
 
 
-class _Outcome:
+class _AuditedAnswer:
     """The status of an answer on its way out, and the code of its problem if it is one."""
 
     def __init__(self, send: Send) -> None:

@@ -21,7 +21,7 @@ from fedmoe.server.descriptors import raise_limit
 from fedmoe.server.replicas.ownership import Owners, OwnersUnknownError
 from fedmoe.server.replicas.peers import PeerSecret, check_address
 from fedmoe.server.replicas.replica_app import ReplicaApp
-from fedmoe.server.replicas.tenure import Candidate, Tenure
+from fedmoe.server.replicas.tenure import OwnerCandidate, Tenure
 from fedmoe.server.storage.acknowledged import AcknowledgedFile
 from fedmoe.server.storage.audit import AUDIT_HEAD
 from fedmoe.server.storage.blobs import StorageFailedError
@@ -70,7 +70,7 @@ class DistributedReplica:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedmoe-upload")
         patience = _PATIENCE_LEASES * self._lease + _PATIENCE_SECONDS
         self._replica_app = ReplicaApp(secret, self._blobs, self._pool, patience)
-        self._candidate = Candidate(
+        self._candidate = OwnerCandidate(
             self._owners, config.replica, config.advertise, self._lease, self._open, self._replica_app.wake
         )
         self.app: ASGIApp = ProtocolMiddleware(self._replica_app, "this coordinator", problems.refusal)

@@ -29,7 +29,7 @@ from fedmoe.server.replicas.peers import (
     without_claims,
 )
 from fedmoe.server.replicas.submission import LIMITS, Uploads
-from fedmoe.server.replicas.tenure import Candidate, Tenure
+from fedmoe.server.replicas.tenure import OwnerCandidate, Tenure
 from fedmoe.server.storage.blobs import BlobStore, StorageFailedError
 from fedmoe.wire.http.body_limits import BodyGuard
 from fedmoe.wire.http.middleware import readiness
@@ -44,7 +44,7 @@ class ReplicaApp:
     def __init__(self, secret: PeerSecret, blobs: BlobStore, pool: Executor, patience: float) -> None:
         self._secret = secret
         self._patience = patience
-        self._candidate: Candidate | None = None
+        self._candidate: OwnerCandidate | None = None
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._under_way = 0
@@ -55,7 +55,7 @@ class ReplicaApp:
         #: Set once the process is to stop: what comes from then on is for the next owner.
         self.leaving = False
 
-    def attach(self, candidate: Candidate) -> None:
+    def attach(self, candidate: OwnerCandidate) -> None:
         """Serve what this replica owns; called before the first request."""
         self._candidate = candidate
 
@@ -116,7 +116,7 @@ class ReplicaApp:
     ) -> None:
         """Answer from memory; `otherwise` if the term is over before the answer begins."""
         assert tenure.federation is not None, "only an open one is given"
-        outcome = _Outcome(tenure, send)
+        outcome = _TermBoundAnswer(tenure, send)
         self._under_way += 1
         try:
             await tenure.federation.app(scope, receive, outcome.send)
@@ -197,7 +197,7 @@ class ReplicaApp:
         changed.set()
 
 
-class _Outcome:
+class _TermBoundAnswer:
     """An answer on its way out, withheld if the term is over by then: what is in memory may be old."""
 
     def __init__(self, tenure: Tenure, send: Send) -> None:

@@ -91,7 +91,7 @@ class Tenure:
         return checked
 
 
-class Candidate:
+class OwnerCandidate:
     """Looks at the owners from a thread of its own; opens the federation when this replica becomes the owner.
 
     `changed` is called, in that thread, whenever requests that wait should look again.

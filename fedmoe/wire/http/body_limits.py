@@ -34,7 +34,7 @@ class BodyGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(Headers(scope=scope), self._caps.get(scope["path"], MAX_JSON_BYTES), receive, send)
+        body = _BoundedBody(Headers(scope=scope), self._caps.get(scope["path"], MAX_JSON_BYTES), receive, send)
         await self._app(scope, body.receive, body.send)
 
 
@@ -42,7 +42,7 @@ class BodyRefusedError(RefusedError, HTTPException):
     """A refusal that FastAPI lets out of its reading of a body; any other error there becomes a plain 400."""
 
 
-class _Body:
+class _BoundedBody:
     """One request's body on its way in and the answer on its way out."""
 
     def __init__(self, headers: Headers, cap: int | None, receive: Receive, send: Send) -> None:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from fedmoe.server.replicas.ownership import FEDERATION, Owners, Ownership, steady_seconds
 from fedmoe.server.replicas.peers import PeerSecret
 from fedmoe.server.replicas.replica_app import ReplicaApp
-from fedmoe.server.replicas.tenure import Candidate, Tenure
+from fedmoe.server.replicas.tenure import OwnerCandidate, Tenure
 from fedmoe.server.storage.audit import AuditHead, AuditLog
 from fedmoe.server.storage.folder_blobs import FolderBlobStore
 
@@ -41,7 +41,7 @@ def _open_nothing(tenure: Tenure) -> FederationInMemory:
     raise AssertionError("it is told what it owns")
 
 
-class Seat(Candidate):
+class Seat(OwnerCandidate):
     """A candidate that is told who the owner is, instead of asking a database."""
 
     def __init__(self, name: str, app: ReplicaApp) -> None:
