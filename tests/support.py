@@ -88,7 +88,7 @@ def open_service(
     blobs: BlobStore,
     aggregation: Aggregation | None = None,
     keep_updates: int | None = None,
-    folds_by_itself: bool = True,
+    merges_by_itself: bool = True,
     clock: Callable[[], float] = lambda: 1000.0,
 ) -> CoordinatorService:
     """A started service on what the journal and the blobs hold, with a snapshot every three versions.
@@ -97,7 +97,7 @@ def open_service(
     """
     history = EagerHistory(journal, blobs, aggregation or Aggregation(), keep_updates)
     service = CoordinatorService(history.recover(), journal, blobs, history, clock=clock)
-    if folds_by_itself:
+    if merges_by_itself:
         service.start()
     else:
         service.committer.start()
@@ -105,7 +105,7 @@ def open_service(
 
 
 def fold(service: CoordinatorService) -> int:
-    """Fold until nobody is ready; how many folds there are then."""
+    """Fold until nobody is ready; how many merges there are then."""
     while service._background_merge.merge_ready():
         pass
     living = service.coordinator.transaction().online_gateway

@@ -68,7 +68,7 @@ def test_info_says_where_the_gateway_is_not_the_one_asked_for(tmp_path: Path, fe
     assert "note: regmean was asked for; without input moments of docs it became scaled" in said
 
 
-def test_info_tells_the_folds_of_a_gateway_that_lives(tmp_path: Path, fedmoe: Run) -> None:
+def test_info_tells_the_merges_of_a_gateway_that_lives(tmp_path: Path, fedmoe: Run) -> None:
     (tmp_path / "house").mkdir()
     with capture_logs(), open_house(tmp_path / "house", Aggregation(merge_after=2)) as house:
         house.register("docs", "sql")

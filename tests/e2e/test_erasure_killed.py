@@ -13,10 +13,10 @@ from fedmoe.server.history.verification import verify_state
 from fedmoe.wire.client import CoordinatorClient, CoordinatorUnavailableError
 from fedmoe.wire.contract.messages import UpdateHeader
 
-LIVING = ("--start-from", "gateway", "--merge-after", "1000")
+ONLINE = ("--start-from", "gateway", "--merge-after", "1000")
 
 
-@pytest.mark.parametrize("arguments", [(), LIVING])
+@pytest.mark.parametrize("arguments", [(), ONLINE])
 @pytest.mark.parametrize("place", ["erase.wanted", "erase.noted", "erase.blobs_gone"])
 def test_the_next_start_ends_an_erasure_that_was_killed(
     coordinator_process: Callable[..., CoordinatorProcess], place: str, arguments: tuple[str, ...]

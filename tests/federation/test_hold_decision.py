@@ -79,7 +79,7 @@ def test_every_identity_is_held_released_or_rejected_and_never_two_of_them_37(st
 
 
 def test_the_steps_of_a_released_update_are_told_by_the_next_one_of_its_worker() -> None:
-    """With experts that go on from the gateway, steps say when one is folded: none may count twice."""
+    """With experts that go on from the gateway, steps say when one is merged: none may count twice."""
     told = [10.0, 30.0, 20.0, 40.0]
     updates = [replace(accepted(n + 1), info={"steps": steps}) for n, steps in enumerate(told)]
     updates[2] = replace(updates[2], info={"steps": 20.0, "held": 1.0})

@@ -1,4 +1,4 @@
-"""Where experts left a gateway that lives, who is ready to be folded, and what a fold would be made of."""
+"""Where experts left an online gateway, who is ready to be merged, and what a background merge would be made of."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedmoe.lora.moments import InputMoments, ModuleMoments
 from fedmoe.lora.update_rules import polynomial
 from fedmoe.runtime.errors import RefusedError
 
-LIVING = Aggregation(merge_after=5)
+ONLINE = Aggregation(merge_after=5)
 
 
 def told(version: int, steps: int | None, worker: str = "w1", expert: str = "python") -> UpdateAccepted:
@@ -36,7 +36,7 @@ def told(version: int, steps: int | None, worker: str = "w1", expert: str = "pyt
 
 def drafted(**steps: int) -> Transaction:
     """Experts by name, each with one update of so many steps (none for 0)."""
-    transaction = CentralCoordinator(LIVING).transaction()
+    transaction = CentralCoordinator(ONLINE).transaction()
     for name, count in steps.items():
         transaction.register(name, "w1", MANIFEST, None, 0.0)
         if count:
@@ -45,7 +45,7 @@ def drafted(**steps: int) -> Transaction:
     return transaction
 
 
-def living(transaction: Transaction) -> OnlineGateway:
+def online_gateway_of(transaction: Transaction) -> OnlineGateway:
     assert transaction.online_gateway is not None
     return transaction.online_gateway
 
@@ -75,7 +75,7 @@ def test_each_workers_counter_counts_for_itself_and_over_what_was_taken_back() -
 
 
 @given(st.lists(st.integers(0, 5), max_size=8), st.integers(0, 8), st.integers(1, 4))
-def test_what_a_fold_has_not_seen_is_what_landed_later_or_waited_in_the_buffer(
+def test_what_a_merge_has_not_seen_is_what_landed_later_or_waited_in_the_buffer(
     steps: list[int], seen: int, buffer_size: int
 ) -> None:
     since = tuple(CountedUpdate(told(version + 1, None), count) for version, count in enumerate(steps))
@@ -86,7 +86,7 @@ def test_what_a_fold_has_not_seen_is_what_landed_later_or_waited_in_the_buffer(
     assert len(since) - len(rest) == seen // buffer_size * buffer_size
 
 
-def test_an_expert_that_did_not_only_train_on_cannot_be_folded_as_it_was() -> None:
+def test_an_expert_that_did_not_only_train_on_cannot_be_merged_as_it_was() -> None:
     one, two, three = (CountedUpdate(told(version, None), 1) for version in (1, 2, 3))
     folded = BranchPoint(since=(one, two))
     for changed in (BranchPoint(since=(one,)), BranchPoint(since=(one, three)), BranchPoint(since=(two,))):
@@ -96,21 +96,24 @@ def test_an_expert_that_did_not_only_train_on_cannot_be_folded_as_it_was() -> No
     assert BranchPoint(since=(one, two, three)).unseen(folded, 1) == (three,)
 
 
-def test_only_who_trained_enough_is_folded() -> None:
+def test_only_who_trained_enough_is_merged() -> None:
     transaction = drafted(docs=4, python=5, sql=9)
-    plan = plan_merge(living(transaction), transaction.experts, {}, 5, polynomial)
+    plan = plan_merge(online_gateway_of(transaction), transaction.experts, {}, 5, polynomial)
     assert plan is not None
     assert plan.experts.keys() == {"python", "sql"}
     assert (plan.staleness, plan.weights) == ({"python": 0, "sql": 0}, {"python": 1.0, "sql": 1.0})
-    assert plan_merge(living(transaction), transaction.experts, {}, 10, polynomial) is None
-    assert plan_merge(living(transaction), transaction.experts, {}, 5, polynomial, least_updates=2) is None
+    assert plan_merge(online_gateway_of(transaction), transaction.experts, {}, 10, polynomial) is None
+    assert plan_merge(online_gateway_of(transaction), transaction.experts, {}, 5, polynomial, least_updates=2) is None
 
 
-def test_an_expert_that_nobody_trains_any_more_is_folded_with_what_it_has() -> None:
+def test_an_expert_that_nobody_trains_any_more_is_merged_with_what_it_has() -> None:
     transaction = drafted(docs=4, python=0, sql=9)
-    ended = living(transaction).branch_points["docs"].since[-1].update.at
-    assert plan_merge(living(transaction), transaction.experts, {}, 10, polynomial, idle_since=ended - 1) is None
-    plan = plan_merge(living(transaction), transaction.experts, {}, 10, polynomial, idle_since=ended)
+    ended = online_gateway_of(transaction).branch_points["docs"].since[-1].update.at
+    assert (
+        plan_merge(online_gateway_of(transaction), transaction.experts, {}, 10, polynomial, idle_since=ended - 1)
+        is None
+    )
+    plan = plan_merge(online_gateway_of(transaction), transaction.experts, {}, 10, polynomial, idle_since=ended)
     assert plan is not None
     assert "docs" in plan.experts
     assert "python" not in plan.experts  # it did no step, so there is nothing of it to fold
@@ -120,40 +123,42 @@ def test_an_expert_that_nobody_trains_any_more_is_folded_with_what_it_has() -> N
 def test_moments_are_needed_and_used_of_all_that_have_trained() -> None:
     transaction = drafted(docs=1, python=5, sql=0)
     known = {"python": moments(1), "sql": moments(2)}
-    without = plan_merge(living(transaction), transaction.experts, known, 5, polynomial)
+    without = plan_merge(online_gateway_of(transaction), transaction.experts, known, 5, polynomial)
     assert without is not None
     assert without.moments is None
     assert without.notes == ("without input moments of docs the deltas were added as they are, scaled",)
-    whole = plan_merge(living(transaction), transaction.experts, known | {"docs": moments(3)}, 5, polynomial)
+    whole = plan_merge(online_gateway_of(transaction), transaction.experts, known | {"docs": moments(3)}, 5, polynomial)
     assert whole is not None
     assert whole.moments is not None
     assert (set(whole.moments), whole.notes) == ({"docs", "python"}, ())
 
 
-def test_a_fold_with_thin_moments_says_so() -> None:
+def test_a_merge_with_thin_moments_says_so() -> None:
     transaction = drafted(docs=5, python=5)
     few = InputMoments(moments(1).modules, 417, 0)
-    plan = plan_merge(living(transaction), transaction.experts, {"docs": few, "python": moments(2)}, 5, polynomial)
+    plan = plan_merge(
+        online_gateway_of(transaction), transaction.experts, {"docs": few, "python": moments(2)}, 5, polynomial
+    )
     assert plan is not None
     assert [note.partition(" only")[0] for note in plan.notes] == ["docs has input moments of 417 tokens"]
 
 
-def test_staleness_is_the_folds_since_an_expert_left() -> None:
+def test_staleness_is_the_merges_since_an_expert_left() -> None:
     transaction = drafted(docs=5, python=5)
     for number in (1, 2, 3):
         event = GatewayMerged(number, number, "0" * 64, {"docs": number}, {}, {"docs": 1.0}, 0.0, 0.0, (), 0.0)
-        transaction.apply(event, gateway=living(transaction).adapter)
+        transaction.apply(event, gateway=online_gateway_of(transaction).adapter)
     went_on = ExpertRebased("docs", 2, "0" * 64, 0, 2, 0.0)
-    transaction.apply(went_on, rebuilt=LIVING.rule.init(living(transaction).adapter.flat))
+    transaction.apply(went_on, rebuilt=ONLINE.rule.init(online_gateway_of(transaction).adapter.flat))
     transaction.apply(told(3, 14, expert="docs"), make_flat(3))
-    plan = plan_merge(living(transaction), transaction.experts, {}, 5, polynomial)
+    plan = plan_merge(online_gateway_of(transaction), transaction.experts, {}, 5, polynomial)
     assert plan is not None
     assert plan.staleness == {"docs": 1, "python": 3}
     assert plan.weights == {"docs": 2**-0.5, "python": 0.5}
 
 
 def test_the_first_gateway_does_nothing_and_its_version_follows_the_federation() -> None:
-    coordinator = CentralCoordinator(LIVING)
+    coordinator = CentralCoordinator(ONLINE)
     coordinator.register_expert("python", MANIFEST)
     assert coordinator.gateway().version == 1
     coordinator.push_update(make_submission(), make_flat(1))
@@ -164,11 +169,11 @@ def test_the_first_gateway_does_nothing_and_its_version_follows_the_federation()
 
 def test_a_mark_brings_the_distances_back() -> None:
     transaction = drafted(python=3)
-    before, mark = living(transaction), transaction.savepoint()
+    before, mark = online_gateway_of(transaction), transaction.savepoint()
     transaction.apply(told(2, 8), make_flat(2))
-    assert living(transaction).branch_points["python"].steps == 8
+    assert online_gateway_of(transaction).branch_points["python"].steps == 8
     transaction.rollback_to(mark)
-    assert living(transaction) is before
+    assert online_gateway_of(transaction) is before
 
 
 def test_without_the_mode_nothing_of_it_is_kept() -> None:
@@ -187,7 +192,7 @@ def test_a_gateway_to_go_on_from_needs_a_gateway_and_a_step(options: Mapping[str
 
 def test_which_start_a_worker_may_count_on() -> None:
     starts: list[tuple[Aggregation, Literal["initial", "gateway"], Literal["initial", "gateway"]]] = [
-        (LIVING, "gateway", "initial"),
+        (ONLINE, "gateway", "initial"),
         (Aggregation(), "initial", "gateway"),
     ]
     for aggregation, own, other in starts:
@@ -202,7 +207,7 @@ def test_all_experts_share_the_first_a() -> None:
     transaction = drafted(python=0, sql=0)
     one, other = transaction.experts["python"], transaction.experts["sql"]
     np.testing.assert_array_equal(one.state.weights, other.state.weights)
-    np.testing.assert_array_equal(one.state.weights, living(transaction).adapter.flat)
+    np.testing.assert_array_equal(one.state.weights, online_gateway_of(transaction).adapter.flat)
     ordinary = CentralCoordinator()
     python, sql = (ordinary.register_expert(name, MANIFEST).state.weights for name in ("python", "sql"))
     assert not np.array_equal(python, sql)

@@ -71,7 +71,7 @@ def dense_fold(
     return products, metrics
 
 
-def test_a_fold_is_the_dense_formula_cut_in_the_metric_of_all_inputs() -> None:
+def test_a_merge_is_the_dense_formula_cut_in_the_metric_of_all_inputs() -> None:
     gateway, moments = random_adapter(LAYOUT, 1), moments_of_all(LAYOUT)
     ready = departed(gateway, 0.5)
     folded = merge_into_gateway(gateway, ready, moments)
@@ -88,7 +88,7 @@ def test_a_fold_is_the_dense_formula_cut_in_the_metric_of_all_inputs() -> None:
 
 @laws
 @given(seeds, st.permutations(NAMES), st.floats(0.1, 2.0))
-def test_folds_one_by_one_come_to_the_fold_of_all(seed: int, order: list[str], scale: float) -> None:
+def test_merges_one_by_one_come_to_the_merge_of_all(seed: int, order: list[str], scale: float) -> None:
     gateway, moments = random_adapter(ROOMY, seed), moments_of_all(ROOMY)
     ready = departed(gateway)
     expected, _ = dense_fold(gateway, ready, moments, scale)
@@ -116,7 +116,7 @@ def test_even_the_factors_of_an_expert_alone_come_back() -> None:
     np.testing.assert_allclose(folded.adapter.flat, now.flat, atol=1e-5)
 
 
-def test_the_first_fold_starts_from_a_gateway_that_does_nothing() -> None:
+def test_the_first_merge_starts_from_a_gateway_that_does_nothing() -> None:
     flat = random_flat(LAYOUT, 1)
     for _, _, b in LAYOUT.factors(flat):
         b[:] = 0
@@ -168,7 +168,7 @@ def test_a_small_step_moves_the_factors_little() -> None:
 
 
 def test_inputs_of_one_expert_alone_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where only one expert has inputs its delta is folded whole, and others' deltas do not disturb it."""
+    """Where only one expert has inputs its delta is merged whole, and others' deltas do not disturb it."""
     monkeypatch.setattr("fedmoe.lora.regmean.RIDGE", 1e-6)
     layout = Layout((ModuleShape("q", 4, 6),), 4)
     gateway = random_adapter(layout, 1)
@@ -250,7 +250,7 @@ def gateway_of(seed: int) -> Adapter:
 
 @laws
 @given(seeds)
-def test_a_fold_by_sum_is_the_dense_formula(seed: int) -> None:
+def test_a_merge_by_sum_is_the_dense_formula(seed: int) -> None:
     """Where the rank has room for all of it."""
     gateway = gateway_of(seed)
     ready = departed(gateway)

@@ -35,7 +35,7 @@ class House:
     aggregation: Aggregation
     keep_updates: int | None
     service: CoordinatorService
-    folds_by_itself: bool = True
+    merges_by_itself: bool = True
 
     @classmethod
     def open(
@@ -43,10 +43,10 @@ class House:
         aggregation: Aggregation | None = None,
         keep_updates: int | None = None,
         blobs: BlobStore | None = None,
-        folds_by_itself: bool = True,
+        merges_by_itself: bool = True,
     ) -> House:
         store, chosen = blobs or MemoryBlobStore(), aggregation or Aggregation()
-        return cls.on(SqliteJournal(None), store, chosen, keep_updates, folds_by_itself)
+        return cls.on(SqliteJournal(None), store, chosen, keep_updates, merges_by_itself)
 
     @classmethod
     def on(
@@ -55,16 +55,18 @@ class House:
         store: BlobStore,
         chosen: Aggregation,
         keep_updates: int | None = None,
-        folds_by_itself: bool = True,
+        merges_by_itself: bool = True,
     ) -> House:
         """On a journal and blobs there are."""
-        service = open_service(journal, store, chosen, keep_updates, folds_by_itself)
-        return cls(journal, store, chosen, keep_updates, service, folds_by_itself)
+        service = open_service(journal, store, chosen, keep_updates, merges_by_itself)
+        return cls(journal, store, chosen, keep_updates, service, merges_by_itself)
 
     def crash(self) -> None:
         """Drop everything that is in memory and recover."""
         self.service.close()
-        self.service = open_service(self.journal, self.blobs, self.aggregation, self.keep_updates, self.folds_by_itself)
+        self.service = open_service(
+            self.journal, self.blobs, self.aggregation, self.keep_updates, self.merges_by_itself
+        )
 
     def register(self, name: str = "python", seed: int | None = None) -> None:
         request = RegisterRequest(expert=name, worker="w1", manifest=ManifestMessage.of(MANIFEST), seed=seed)

@@ -13,17 +13,17 @@ from fedmoe.federation.online_gateway import OnlineGateway
 from fedmoe.lora.adapter import Adapter
 from fedmoe.lora.algebra import product_norm, stack
 
-LIVING = Aggregation(merge_after=3, fold_staleness="polynomial")
+ONLINE = Aggregation(merge_after=3, fold_staleness="polynomial")
 
 
-def open_living(aggregation: Aggregation = LIVING, **options: object) -> House:
-    opened = House.open(aggregation, folds_by_itself=False, **options)  # type: ignore[arg-type]
+def open_online(aggregation: Aggregation = ONLINE, **options: object) -> House:
+    opened = House.open(aggregation, merges_by_itself=False, **options)  # type: ignore[arg-type]
     opened.register("python")
     opened.register("sql")
     return opened
 
 
-def living(house: House) -> OnlineGateway:
+def online_gateway_of(house: House) -> OnlineGateway:
     found = house.service.coordinator.transaction().online_gateway
     assert found is not None
     return found
@@ -37,7 +37,7 @@ def moments(seed: int) -> ExpertMoments:
     return ExpertMoments(input_moments(seed), str(seed))
 
 
-def folds(house: House) -> list[GatewayMerged]:
+def gateway_merges(house: House) -> list[GatewayMerged]:
     return [event for event in house.journal.events() if isinstance(event, GatewayMerged)]
 
 
@@ -46,14 +46,14 @@ def difference(left: Adapter, right: Adapter) -> float:
     return product_norm(stack([(1.0, left), (-1.0, right)])) / product_norm(left)
 
 
-def interrupted_fold(house: House, meanwhile: Callable[[], object]) -> None:
+def interrupted_merge(house: House, meanwhile: Callable[[], object]) -> None:
     """A fold during which something happens between the computing and the decision."""
-    folding = house.service._background_merge
-    plan = folding._plan()
+    background_merge = house.service._background_merge
+    plan = background_merge._plan()
     assert plan is not None
-    folded = folding._compute(plan)
+    folded = background_merge._compute(plan)
     meanwhile()
-    folding._publish(plan, folded, 0.5)
+    background_merge._publish(plan, folded, 0.5)
 
 
 def learn(house: House, **told: ExpertMoments) -> None:

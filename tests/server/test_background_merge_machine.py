@@ -12,7 +12,7 @@ from crash_house import House
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from online_house import gateway, living
+from online_house import gateway, online_gateway_of
 from support import LAYOUT, MANIFEST, make_body, make_flat
 
 from fedmoe.coordinator import Aggregation
@@ -62,12 +62,12 @@ class Version:
 
 @dataclass
 class Model:
-    """The federation as lists; folds with the same algebra, asked with what the lists say."""
+    """The federation as lists; merges with the same algebra, asked with what the lists say."""
 
     rule: UpdateRule
     buffer: int
     gateway: FloatVector
-    folds: int = 0
+    gateway_merges: int = 0
     experts: dict[str, list[Version]] = field(default_factory=dict)
     counters: dict[tuple[str, str], int] = field(default_factory=dict)
     folded: set[str] = field(default_factory=set)
@@ -75,11 +75,11 @@ class Model:
     def register(self, name: str) -> None:
         first = initial_adapter(LAYOUT, MANIFEST.alpha, GATEWAY_SEED).flat
         self.experts[name] = [Version(first, 0, 0)]
-        if self.folds:
-            self.experts[name].append(Version(self.gateway, self.folds, 1))
+        if self.gateway_merges:
+            self.experts[name].append(Version(self.gateway, self.gateway_merges, 1))
 
     def ready(self) -> dict[str, tuple[int, Version]]:
-        """By name the version that would be folded now."""
+        """By name the version that would be merged now."""
         newest = {name: (len(versions) - 1, versions[-1]) for name, versions in sorted(self.experts.items())}
         return {
             name: (number, one)
@@ -91,19 +91,19 @@ class Model:
         return len({name for name, versions in self.experts.items() if versions[-1].steps > 0} | self.folded)
 
     def fold(self, ready: dict[str, tuple[int, Version]], several: bool) -> None:
-        weights = {name: (1 + self.folds - one.fold) ** -0.5 for name, (_, one) in ready.items()}
+        weights = {name: (1 + self.gateway_merges - one.fold) ** -0.5 for name, (_, one) in ready.items()}
         departed = {
             name: ExpertDelta(adapter(one.start), adapter(one.state(self.rule).weights), weights[name])
             for name, (_, one) in ready.items()
         }
         self.gateway = add_into_gateway(adapter(self.gateway), departed, several).adapter.flat
-        self.folds += 1
+        self.gateway_merges += 1
         self.folded |= ready.keys()
         for name, (_, seen) in ready.items():
             versions = self.experts[name]
             begun = len(seen.updates) - len(seen.updates) % self.buffer
             rest = versions[-1].updates[begun:]
-            versions.append(Version(self.gateway, self.folds, len(versions), rest))
+            versions.append(Version(self.gateway, self.gateway_merges, len(versions), rest))
 
 
 def refusal_of(call: Callable[[], object]) -> str:
@@ -120,7 +120,7 @@ def adapter(flat: FloatVector) -> Adapter:
 
 
 class FoldingMachine(RuleBasedStateMachine):
-    """Commands go to a real service, which folds when told to; a crash forgets all but the journal and the blobs."""
+    """Commands go to a real service, which merges when told to; a crash forgets all but the journal and the blobs."""
 
     optimizer = "sgd"
     buffer = 1
@@ -134,7 +134,7 @@ class FoldingMachine(RuleBasedStateMachine):
             merge_after=MERGE_AFTER,
             fold_staleness="polynomial",
         )
-        self.house = House.open(aggregation, self.keep, folds_by_itself=False)
+        self.house = House.open(aggregation, self.keep, merges_by_itself=False)
         first = initial_adapter(LAYOUT, MANIFEST.alpha, GATEWAY_SEED).flat
         self.model = Model(buffered(RULES[self.optimizer], self.buffer), self.buffer, first)
         self.numbers = itertools.count()
@@ -260,23 +260,23 @@ class FoldingMachine(RuleBasedStateMachine):
     @invariant()
     def the_gateway_is_the_last_fold(self) -> None:
         np.testing.assert_array_equal(gateway(self.house).adapter.flat, self.model.gateway)
-        assert living(self.house).number == self.model.folds
-        assert living(self.house).sources.keys() == self.model.folded
+        assert online_gateway_of(self.house).number == self.model.gateway_merges
+        assert online_gateway_of(self.house).sources.keys() == self.model.folded
 
     @invariant()
     def it_is_known_how_far_each_expert_is_from_the_gateway(self) -> None:
         expected = {n: (v[-1].fold, v[-1].since, v[-1].steps) for n, v in self.model.experts.items()}
-        found = living(self.house).branch_points
+        found = online_gateway_of(self.house).branch_points
         assert {name: (left.gateway, left.version, left.steps) for name, left in found.items()} == expected
-        assert living(self.house).reported == self.model.counters
+        assert online_gateway_of(self.house).reported == self.model.counters
 
     @invariant()
     def nothing_is_in_the_journal_twice_and_versions_only_rise(self) -> None:
         events = list(self.house.journal.events())
         assert self.house.service.coordinator.gateway_version == len(events)
-        folds = [event for event in events if isinstance(event, GatewayMerged)]
-        assert [event.number for event in folds] == list(range(1, self.model.folds + 1))
-        assert sorted(event.version for event in folds) == [event.version for event in folds]
+        gateway_merges = [event for event in events if isinstance(event, GatewayMerged)]
+        assert [event.number for event in gateway_merges] == list(range(1, self.model.gateway_merges + 1))
+        assert sorted(event.version for event in gateway_merges) == [event.version for event in gateway_merges]
         numbers = [event.sequence for event in events if isinstance(event, UpdateAccepted)]
         assert len(numbers) == len(set(numbers))
 
@@ -303,11 +303,11 @@ def walk(machine: type[FoldingMachine], examples: int, steps: int) -> None:
 
 
 @pytest.mark.parametrize("machine", KINDS)
-def test_whatever_happens_nothing_is_lost_and_nothing_is_folded_twice(machine: type[FoldingMachine]) -> None:
+def test_whatever_happens_nothing_is_lost_and_nothing_is_merged_twice(machine: type[FoldingMachine]) -> None:
     walk(machine, 12, 30)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", KINDS)
-def test_whatever_happens_for_long_nothing_is_lost_and_nothing_is_folded_twice(machine: type[FoldingMachine]) -> None:
+def test_whatever_happens_for_long_nothing_is_lost_and_nothing_is_merged_twice(machine: type[FoldingMachine]) -> None:
     walk(machine, 200, 60)

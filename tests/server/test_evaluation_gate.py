@@ -456,7 +456,7 @@ def push_steps(client: TestClient, expert: str, sequence: int, steps: int) -> No
     assert answer.is_success, answer.text
 
 
-def folds(client: TestClient, house: House) -> int:
+def gateway_merges(client: TestClient, house: House) -> int:
     found = house.service.coordinator.transaction().online_gateway
     return found.number if found is not None else 0
 
@@ -464,13 +464,13 @@ def folds(client: TestClient, house: House) -> int:
 def test_of_a_gateway_that_lives_a_copy_goes_out_and_experts_go_on_all_the_same(tmp_path: Path) -> None:
     with trained(tmp_path, Aggregation(evaluation_gate=True, merge_after=3)) as (house, client):
         push_steps(client, "python", 1, 3)
-        eventually(lambda: folds(client, house) == 1, "the first fold")
+        eventually(lambda: gateway_merges(client, house) == 1, "the first fold")
         assert [c["name"] for c in open_set(client, "python")["candidates"]] == ["living"]
         assert judge_all(client)["published"] == "living"
         out, info = gateway_bytes(client), client.get("/get_gateway_info").json()
         assert (info["strategy"], info["sources"]) == ("living", {"python": 2})
         push_steps(client, "sql", 1, 3)
-        eventually(lambda: folds(client, house) == 2, "the second fold")
+        eventually(lambda: gateway_merges(client, house) == 2, "the second fold")
         newer = house.service.coordinator.gateway()
         assert house.service.coordinator.experts["sql"].digest == newer.digest
         assert judge_all(client, 1, kept=0.3, published=0.5)["published"] is None
@@ -480,10 +480,10 @@ def test_of_a_gateway_that_lives_a_copy_goes_out_and_experts_go_on_all_the_same(
         assert house.service.coordinator.gateway().digest == newer.digest
 
 
-def test_without_a_fold_a_gateway_that_lives_is_not_scored_again(tmp_path: Path) -> None:
+def test_without_a_merge_a_gateway_that_lives_is_not_scored_again(tmp_path: Path) -> None:
     with trained(tmp_path, Aggregation(evaluation_gate=True, merge_after=3)) as (house, client):
         push_steps(client, "python", 1, 3)
-        eventually(lambda: folds(client, house) == 1, "the first fold")
+        eventually(lambda: gateway_merges(client, house) == 1, "the first fold")
         judge_all(client)
         push_steps(client, "python", 2, 4)
         ask(client, "python")

@@ -175,18 +175,18 @@ def test_only_administrators_change_the_roll(tmp_path: Path) -> None:
                 assert push(client, "sql", 1, 0, status=403)["code"] == "forbidden"
 
 
-def test_a_retired_expert_is_not_folded_and_one_that_comes_back_goes_on(tmp_path: Path) -> None:
+def test_a_retired_expert_is_not_merged_and_one_that_comes_back_goes_on(tmp_path: Path) -> None:
     with open_house(tmp_path, Aggregation(merge_after=1000)) as house, house.client() as client:
         house.register("law", "sql")
         push(client, "law", 0, 0)
         change(client, "retire", expert="law")
-        living = house.service.coordinator.transaction().online_gateway
-        assert living is not None
+        online = house.service.coordinator.transaction().online_gateway
+        assert online is not None
         assert client.get("/get_gateway_info").json()["left_out"]["law"] == "it is retired"
-        assert living.branch_points["law"].steps == 1
+        assert online.branch_points["law"].steps == 1
         change(client, "unretire", expert="law")
         assert push(client, "law", 1, 1)["version"] == 2
     with open_house(tmp_path, Aggregation(merge_after=1000)) as house:
-        living = house.service.coordinator.transaction().online_gateway
-        assert living is not None
-        assert living.branch_points["law"].steps == 2
+        online = house.service.coordinator.transaction().online_gateway
+        assert online is not None
+        assert online.branch_points["law"].steps == 2

@@ -52,7 +52,7 @@ def test_snapshots_are_taken_every_so_many_versions(house: House) -> None:
     assert sorted(house.journal.snapshots("python")) == [3, 6, 9]
 
 
-def test_recovery_folds_only_what_follows_the_newest_snapshot(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recovery_merges_only_what_follows_the_newest_snapshot(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     house.train(["w1"] * 8)
     read: list[str] = []
     original = house.blobs.read
@@ -66,7 +66,7 @@ def test_recovery_folds_only_what_follows_the_newest_snapshot(house: House, monk
     assert len(read) == 3  # the snapshot of version 6, updates 7 and 8
 
 
-def test_a_lost_or_damaged_snapshot_is_folded_again_from_the_updates(house: House) -> None:
+def test_a_lost_or_damaged_snapshot_is_merged_again_from_the_updates(house: House) -> None:
     house.train(["w1"] * 8)
     before = house.expert()
     snapshots = house.journal.snapshots("python")
@@ -270,7 +270,7 @@ def test_a_gateway_is_reproducible_by_hash_from_names_and_versions(house: House)
         assert (again.digest, dict(again.sources)) == (gateway.digest, dict(gateway.sources))
 
 
-def test_flat_vectors_are_what_a_journal_folds(house: House) -> None:
+def test_flat_vectors_are_what_a_journal_merges(house: House) -> None:
     """The naive fold: initial weights, then every update of the journal in order, gives the expert's very bits."""
     house.train(["w1", "w2", "w1", "w1"])
     assert_same_state(house.expert().state, fold(house.journal, house.blobs, house.aggregation))

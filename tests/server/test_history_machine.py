@@ -76,7 +76,7 @@ class Landed:
 
 
 class Model:
-    """One expert as lists: for every version, which updates it is made of; folded anew each time it is asked."""
+    """One expert as lists: for every version, which updates it is made of; merged anew each time it is asked."""
 
     def __init__(self, seed: int, momentum: bool) -> None:
         self.start = initial_adapter(LAYOUT, MANIFEST.alpha, seed).flat

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from crash_house import House
-from online_house import LIVING, folds, gateway, interrupted_fold
+from online_house import ONLINE, gateway, gateway_merges, interrupted_merge
 from support import fold, make_body, sha256
 
 from fedmoe.runtime import failpoints
@@ -28,7 +28,7 @@ def state(tmp_path: Path) -> StateDir:
 
 
 def opened(state: StateDir) -> House:
-    house = House.on(state.journal, state.blobs, LIVING, folds_by_itself=False)
+    house = House.on(state.journal, state.blobs, ONLINE, merges_by_itself=False)
     house.register("python")
     house.register("sql")
     return house
@@ -55,7 +55,7 @@ def ended(house: House, state: StateDir) -> None:
     assert verify_state(state.path).findings == []
 
 
-def test_before_any_fold_all_of_it_goes(state: StateDir) -> None:
+def test_before_any_merge_all_of_it_goes(state: StateDir) -> None:
     house = opened(state)
     mine, other = push(house, 1, "w1"), push(house, 2, "w2")
     result = erase(house)
@@ -63,11 +63,11 @@ def test_before_any_fold_all_of_it_goes(state: StateDir) -> None:
     assert (result.version, mine in set(house.blobs.digests()), other in set(house.blobs.digests())) == (3, False, True)
     house.train(["w2"] * 2)
     assert fold(house.service) == 1
-    assert folds(house)[0].sources == {"python": 5}
+    assert gateway_merges(house)[0].sources == {"python": 5}
     ended(house, state)
 
 
-def test_what_was_folded_stays_in_the_gateway_and_is_said(state: StateDir) -> None:
+def test_what_was_merged_stays_in_the_gateway_and_is_said(state: StateDir) -> None:
     house = opened(state)
     mine = [push(house, seed, worker) for seed, worker in ((1, "w1"), (2, "w2"), (3, "w1"))]
     assert fold(house.service) == 1
@@ -81,7 +81,7 @@ def test_what_was_folded_stays_in_the_gateway_and_is_said(state: StateDir) -> No
     ended(house, state)
 
 
-def test_of_what_it_gave_before_and_after_a_fold_only_the_rest_is_taken_out(state: StateDir) -> None:
+def test_of_what_it_gave_before_and_after_a_merge_only_the_rest_is_taken_out(state: StateDir) -> None:
     house = opened(state)
     mine = [push(house, seed, "w1") for seed in (1, 2, 3)]
     assert fold(house.service) == 1
@@ -97,8 +97,8 @@ def test_of_what_it_gave_before_and_after_a_fold_only_the_rest_is_taken_out(stat
     ended(house, state)
 
 
-def test_what_came_after_a_fold_alone_goes_whole(state: StateDir) -> None:
-    """Nothing of the worker was in the expert when it was folded, so nothing is said to stay."""
+def test_what_came_after_a_merge_alone_goes_whole(state: StateDir) -> None:
+    """Nothing of the worker was in the expert when it was merged, so nothing is said to stay."""
     house = opened(state)
     for seed in (1, 2, 3):
         push(house, seed, "w2")
@@ -110,22 +110,22 @@ def test_what_came_after_a_fold_alone_goes_whole(state: StateDir) -> None:
     ended(house, state)
 
 
-def test_a_fold_that_was_computed_with_it_is_dropped(state: StateDir) -> None:
+def test_a_merge_that_was_computed_with_it_is_dropped(state: StateDir) -> None:
     house = opened(state)
     mine = [push(house, seed, worker) for seed, worker in ((1, "w1"), (2, "w2"), (3, "w2"))]
     with pytest.raises(MergeOvertakenError):
-        interrupted_fold(house, lambda: erase(house))
-    assert folds(house) == []
+        interrupted_merge(house, lambda: erase(house))
+    assert gateway_merges(house) == []
     assert mine[0] not in set(house.blobs.digests())
     ended(house, state)
 
 
-def test_what_a_fold_had_not_seen_and_landed_once_more_is_taken_out_too(state: StateDir) -> None:
+def test_what_a_merge_had_not_seen_and_landed_once_more_is_taken_out_too(state: StateDir) -> None:
     house = opened(state)
     for seed in (1, 2, 3):
         push(house, seed, "w2")
     late: list[str] = []
-    interrupted_fold(house, lambda: late.append(push(house, 4, "w1")))
+    interrupted_merge(house, lambda: late.append(push(house, 4, "w1")))
     assert house.expert().version == 5
     result = erase(house)
     assert (result.removed, result.version, late[0] in set(house.blobs.digests())) == (1, 6, False)

@@ -339,7 +339,7 @@ def test_another_base_or_lora_configuration_is_refused_with_both_values_35_d7(
 
 
 def test_a_worker_learns_where_experts_start_from(tmp_path: Path) -> None:
-    with open_house(tmp_path, Aggregation(merge_after=7)) as living, living.client() as client:
+    with open_house(tmp_path, Aggregation(merge_after=7)) as online, online.client() as client:
         told = client.get("/federation").json()
     assert (told["start_from"], told["merge_after"]) == ("gateway", 7)
 

@@ -41,7 +41,7 @@ def opened(place: FederationPlace) -> StateDir:
 def fill(place: FederationPlace) -> None:
     """Experts with updates, merges, a held update, snapshots, and rows in every small table."""
     state = opened(place)
-    house = House.on(state.journal, state.blobs, RULES, folds_by_itself=False)
+    house = House.on(state.journal, state.blobs, RULES, merges_by_itself=False)
     house.register("python")
     house.register("sql")
     for name, worker in (("python", "w1"), ("sql", "w2")):
@@ -90,7 +90,7 @@ def rows(place: FederationPlace) -> dict[str, str]:
 def content(place: FederationPlace) -> dict[str, object]:
     """All that a coordinator on it has: rows, blobs, the states of experts and gateway, what is held."""
     state = opened(place)
-    house = House.on(state.journal, state.blobs, RULES, folds_by_itself=False)
+    house = House.on(state.journal, state.blobs, RULES, merges_by_itself=False)
     seen: dict[str, object] = {"blobs": {name: sha256(state.blobs.read(name)) for name in state.blobs.digests()}}
     for name in ("python", "sql"):
         expert = house.expert(name)
@@ -132,7 +132,7 @@ def test_there_and_back_again_everything_is_the_same_to_the_bit(
     # Both go on by themselves: rows get new numbers, chains go on.
     for place in (there, back):
         state = opened(place)
-        house = House.on(state.journal, state.blobs, RULES, folds_by_itself=False)
+        house = House.on(state.journal, state.blobs, RULES, merges_by_itself=False)
         house.train(["w1"])
         assert state.journal.add_statistic(Statistic("python", "w1", "held_out", {}, 9.0)).id == 4
         house.service.close()

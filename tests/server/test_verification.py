@@ -208,7 +208,7 @@ def test_versions_whose_bytes_were_let_go_of_are_unproven_and_no_finding(tmp_pat
 def test_gateways_that_experts_went_on_from_are_held_against_their_digests(tmp_path: Path) -> None:
     path = tmp_path / "state"
     state = StateDir.open(path)
-    house = House.on(state.journal, state.blobs, Aggregation(merge_after=20), folds_by_itself=False)
+    house = House.on(state.journal, state.blobs, Aggregation(merge_after=20), merges_by_itself=False)
     house.register()
     for number in range(4):
         house.push(make_body(number), number, steps=10 * (number + 1))

@@ -106,7 +106,7 @@ def test_an_update_is_found_by_its_identity(journal: Journal) -> None:
     assert journal.find_update("w2", "e2", 2**53) is None
 
 
-def test_a_fold_and_the_experts_that_go_on_come_back_as_they_were_and_only_once(journal: Journal) -> None:
+def test_a_merge_and_the_experts_that_go_on_come_back_as_they_were_and_only_once(journal: Journal) -> None:
     journal.append([*EVENTS, FOLD, WENT_ON])
     assert list(journal.events()) == [*EVENTS, FOLD, WENT_ON]
     assert list(journal.events("python"))[-1] == WENT_ON

@@ -29,7 +29,7 @@ DOMAINS = {"ones": 1, "threes": 3}
 
 
 @pytest.fixture
-def living(tmp_path: Path) -> Iterator[Federation]:
+def online(tmp_path: Path) -> Iterator[Federation]:
     with federation(tmp_path / "coordinator", start_from="gateway", merge_after=MERGE_AFTER) as running:
         yield running
 
@@ -75,7 +75,7 @@ def run_together(*setups: Setup) -> None:
 
 
 def quiet_gateway(house: Federation) -> tuple[GatewayInfo, Adapter]:
-    """The gateway once no expert is ready to be folded."""
+    """The gateway once no expert is ready to be merged."""
     deadline = time.monotonic() + 30
     with CoordinatorClient(house.url) as client:
         while True:
@@ -95,10 +95,10 @@ def events(house: Federation, kind: type[Event]) -> list[Event]:
 
 
 def test_two_experts_of_unlike_speed_make_a_gateway_that_knows_what_either_alone_does_not(
-    living: Federation, tmp_path: Path
+    online: Federation, tmp_path: Path
 ) -> None:
-    run_together(setup_of(living, tmp_path, "ones", 64), setup_of(living, tmp_path, "threes", 48, pause=0.03))
-    info, gateway = quiet_gateway(living)
+    run_together(setup_of(online, tmp_path, "ones", 64), setup_of(online, tmp_path, "threes", 48, pause=0.03))
+    info, gateway = quiet_gateway(online)
     with federation(tmp_path / "apart") as apart:
         run_together(setup_of(apart, tmp_path / "alone", "ones", 64), setup_of(apart, tmp_path / "alone", "threes", 48))
         assert apart.house is not None
@@ -107,35 +107,35 @@ def test_two_experts_of_unlike_speed_make_a_gateway_that_knows_what_either_alone
     losses = evaluate(tiny_base(), {"gateway": gateway, **alone}, held_out).losses
     assert losses["gateway"]["threes"] < losses["ones"]["threes"] - 0.2
     assert losses["gateway"]["ones"] < losses["threes"]["ones"] - 0.2
-    folds = [event for event in events(living, GatewayMerged) if isinstance(event, GatewayMerged)]
-    assert {name for fold in folds for name in fold.sources} == {"ones", "threes"}
-    assert all(fold.notes == () for fold in folds), "all had told their input moments"
-    assert info.version == folds[-1].version
+    gateway_merges = [event for event in events(online, GatewayMerged) if isinstance(event, GatewayMerged)]
+    assert {name for fold in gateway_merges for name in fold.sources} == {"ones", "threes"}
+    assert all(fold.notes == () for fold in gateway_merges), "all had told their input moments"
+    assert info.version == gateway_merges[-1].version
 
 
-def test_a_worker_is_its_expert_bit_for_bit_across_folds(living: Federation, tmp_path: Path) -> None:
-    setup = setup_of(living, tmp_path, "ones", 30)
+def test_a_worker_is_its_expert_bit_for_bit_across_merges(online: Federation, tmp_path: Path) -> None:
+    setup = setup_of(online, tmp_path, "ones", 30)
     worker = setup.run()
-    assert living.house is not None
-    expert = living.house.service.coordinator.expert("ones")
-    assert len(events(living, ExpertRebased)) >= 2
+    assert online.house is not None
+    expert = online.house.service.coordinator.expert("ones")
+    assert len(events(online, ExpertRebased)) >= 2
     np.testing.assert_array_equal(expert.state.weights, local(worker))
 
 
-def test_a_worker_goes_on_after_coordinator_and_worker_were_restarted(living: Federation, tmp_path: Path) -> None:
-    setup_of(living, tmp_path, "ones", 12).run()
-    before, _ = quiet_gateway(living)
-    living.stop()
-    living.start()
-    assert quiet_gateway(living)[0] == before
-    worker = setup_of(living, tmp_path, "ones", 24).run()
-    after, _ = quiet_gateway(living)
+def test_a_worker_goes_on_after_coordinator_and_worker_were_restarted(online: Federation, tmp_path: Path) -> None:
+    setup_of(online, tmp_path, "ones", 12).run()
+    before, _ = quiet_gateway(online)
+    online.stop()
+    online.start()
+    assert quiet_gateway(online)[0] == before
+    worker = setup_of(online, tmp_path, "ones", 24).run()
+    after, _ = quiet_gateway(online)
     assert (worker.worker.step, after.version > before.version) == (24, True)
-    sequences = [event.sequence for event in events(living, UpdateAccepted) if isinstance(event, UpdateAccepted)]
+    sequences = [event.sequence for event in events(online, UpdateAccepted) if isinstance(event, UpdateAccepted)]
     assert sequences == list(range(len(sequences)))
 
 
-def test_a_worker_that_counts_on_a_living_gateway_is_refused_before_it_trains(
+def test_a_worker_that_counts_on_a_online_gateway_is_refused_before_it_trains(
     house: Federation, tmp_path: Path
 ) -> None:
     setup = Setup(house.url, tmp_path / "w1", steps=3, start_from="gateway")

@@ -28,7 +28,7 @@ from fedmoe.wire.contract.experts import GatewayInfo
 from fedmoe.wire.contract.messages import UpdateHeader
 
 Start = Callable[..., CoordinatorProcess]
-LIVING = ("--start-from", "gateway", "--merge-after", "3")
+ONLINE = ("--start-from", "gateway", "--merge-after", "3")
 #: Registering and three updates are four commits, the fold is the fifth.
 PLACES = [
     "fold.computed=1",
@@ -58,23 +58,23 @@ def push_three(url: str) -> None:
                 client.push(header, make_body(number))
 
 
-def gateway_after(url: str, folds: int) -> GatewayInfo:
-    """The gateway once so many folds are done."""
+def gateway_after(url: str, gateway_merges: int) -> GatewayInfo:
+    """The gateway once so many merges are done."""
     deadline = time.monotonic() + 30
     with CoordinatorClient(url) as client:
         while True:
             info = client.gateway_info()
             assert info.living is not None
-            if info.living.folds >= folds:
+            if info.living.folds >= gateway_merges:
                 return info
-            assert time.monotonic() < deadline, f"no fold {folds} came: {info}"
+            assert time.monotonic() < deadline, f"no background merge {gateway_merges} came: {info}"
             time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[GatewayInfo, FloatVector]:
     """Gateway and expert of a run without a kill."""
-    coordinator = CoordinatorProcess(tmp_path_factory.mktemp("undisturbed") / "state", arguments=LIVING)
+    coordinator = CoordinatorProcess(tmp_path_factory.mktemp("undisturbed") / "state", arguments=ONLINE)
     coordinator.start()
     try:
         register(coordinator.url, "python")
@@ -85,10 +85,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[GatewayInfo, 
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_killed_at_each_step_of_a_fold_it_is_there_once_and_the_same(
+def test_killed_at_each_step_of_a_merge_it_is_there_once_and_the_same(
     coordinator_process: Start, place: str, undisturbed: tuple[GatewayInfo, FloatVector]
 ) -> None:
-    coordinator = coordinator_process(LIVING)
+    coordinator = coordinator_process(ONLINE)
     coordinator.start(place)
     register(coordinator.url, "python")
     push_three(coordinator.url)
@@ -104,17 +104,17 @@ def test_killed_at_each_step_of_a_fold_it_is_there_once_and_the_same(
 
 
 @pytest.mark.parametrize("keep_updates", [(), ("--keep-updates", "20")])
-def test_kill_9_under_load_while_experts_are_folded(coordinator_process: Start, keep_updates: Sequence[str]) -> None:
+def test_kill_9_under_load_while_experts_are_merged(coordinator_process: Start, keep_updates: Sequence[str]) -> None:
     check_kills(coordinator_process, 4, keep_updates)
 
 
 @pytest.mark.slow
-def test_a_hundred_kills_under_load_while_experts_are_folded(coordinator_process: Start) -> None:
+def test_a_hundred_kills_under_load_while_experts_are_merged(coordinator_process: Start) -> None:
     check_kills(coordinator_process, 100, ())
 
 
 def check_kills(start: Start, kills: int, keep_updates: Sequence[str]) -> None:
-    coordinator = start([*LIVING, *keep_updates])
+    coordinator = start([*ONLINE, *keep_updates])
     told = kill_under_load(coordinator, kills, seed=kills)
     gateway, before = quiet(coordinator.url), pull(coordinator.url, EXPERTS)
     coordinator.kill()
@@ -125,7 +125,7 @@ def check_kills(start: Start, kills: int, keep_updates: Sequence[str]) -> None:
     events = events_of(coordinator)
     check_events(events, told)
     assert gateway.living is not None
-    assert gateway.living.folds > 1, "hardly any folds: the kills prove nothing"
+    assert gateway.living.folds > 1, "hardly any merges: the kills prove nothing"
     expected = rebuilt(coordinator, events, told)
     for name in EXPERTS:
         np.testing.assert_array_equal(before[name], expected[name])
@@ -133,7 +133,7 @@ def check_kills(start: Start, kills: int, keep_updates: Sequence[str]) -> None:
 
 
 def quiet(url: str) -> GatewayInfo:
-    """The gateway once nobody is ready to be folded."""
+    """The gateway once nobody is ready to be merged."""
     deadline = time.monotonic() + 60
     with CoordinatorClient(url) as client:
         while True:
@@ -155,9 +155,9 @@ def check_events(events: Sequence[Event], told: Told) -> None:
     for name in EXPERTS:
         versions = [e.version for e in events if isinstance(e, UpdateAccepted | ExpertRebased) and e.expert == name]
         assert versions == list(range(1, len(versions) + 1))
-    folds = [event for event in events if isinstance(event, GatewayMerged)]
-    assert [fold.number for fold in folds] == list(range(1, len(folds) + 1))
-    for fold in folds:
+    gateway_merges = [event for event in events if isinstance(event, GatewayMerged)]
+    assert [fold.number for fold in gateway_merges] == list(range(1, len(gateway_merges) + 1))
+    for fold in gateway_merges:
         moved = [e for e in events if isinstance(e, ExpertRebased) and e.gateway == fold.number]
         assert {(e.expert, e.digest) for e in moved} == {(name, fold.digest) for name in fold.sources}
 
