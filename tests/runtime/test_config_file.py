@@ -193,7 +193,7 @@ def test_the_file_is_that_of_the_flag_else_of_the_variable_else_of_the_folder(
 
 
 def test_the_file_in_the_documents_can_be_used(folder: Path) -> None:
-    document = Path(__file__).parents[1] / "docs" / "configuration.md"
+    document = Path(__file__).parents[2] / "docs" / "configuration.md"
     block = document.read_text().split("```toml\n")[1].split("```")[0]
     (folder / "fedmoe.toml").write_text(block)
     for process in PROCESSES:
