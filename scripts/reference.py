@@ -13,7 +13,7 @@ from fedmoe.arena.config import ArenaConfig
 from fedmoe.cli.commands import app
 from fedmoe.cli.config import file_schema
 from fedmoe.config import PROCESSES
-from fedmoe.config_file import is_secret, variables_of
+from fedmoe.runtime.config_file import is_secret, variables_of
 from fedmoe.simulation.config import SimulationConfig
 
 _WORDS = {"bool": "", "int": "NUMBER", "float": "NUMBER", "str": "TEXT", "Path": "PATH", "list": "TEXT..."}
