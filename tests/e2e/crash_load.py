@@ -6,7 +6,7 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -207,8 +207,11 @@ def gather(pushers: Sequence[Pusher]) -> Told:
     )
 
 
-def kill_under_load(coordinator: CoordinatorProcess, kills: int, seed: int) -> Told:
-    """Four steady clients push while the process is killed at random moments; ends with it running, nobody waiting."""
+def kill_under_load(coordinator: CoordinatorProcess, kills: int, seed: int, wait: Callable[[], object]) -> Told:
+    """Four steady clients push while the process is killed at random moments; ends with it running, nobody waiting.
+
+    After the last kill the load goes on until `wait` returns.
+    """
     moments = random.Random(seed)
     coordinator.start()
     register(coordinator.url, *EXPERTS)
@@ -219,6 +222,7 @@ def kill_under_load(coordinator: CoordinatorProcess, kills: int, seed: int) -> T
             time.sleep(moments.uniform(0.05, 0.5))
             coordinator.kill()
             coordinator.start()
+        wait()
     finally:
         stop.set()
     return gather(pushers)
