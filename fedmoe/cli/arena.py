@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,8 +12,8 @@ import typer
 
 from fedmoe.cli.arena_episodes import episodes
 from fedmoe.cli.arena_tournament import tournament
-from fedmoe.cli.options import Token, template_of
-from fedmoe.cli.output import CommandError, importing
+from fedmoe.cli.options import AsJson, Token, template_of
+from fedmoe.cli.output import CommandError, importing, reserved_output, show_json
 from fedmoe.runtime.logs import configure
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fedmoe.arena.run.options import RunOptions, Watch
     from fedmoe.arena.run.results import RunOutcome
     from fedmoe.arena.run.run import LearnerMaker
+    from fedmoe.arena.tasks.task import Task
 
 app = typer.Typer(help="Train several LoRA policies with and against each other in one task.", no_args_is_help=True)
 
@@ -59,6 +61,7 @@ def train(
     prometheus_port: Annotated[int | None, typer.Option(help="Serve metrics on this port of 127.0.0.1.")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard files to OUT/tensorboard.")] = True,
     charts: Annotated[bool, typer.Option(help="Draw the charts at the end, to OUT/visualization_outputs.")] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Train, evaluate on held-out episodes, checkpoint and report; SIGTERM and Ctrl-C end it in order."""
     if resume and fresh:
@@ -70,21 +73,24 @@ def train(
     with importing("arena"):
         from fedmoe.arena.run.options import RunOptions
         from fedmoe.monitor.exporters import all_monitors
-    if fresh:
-        _move_aside(out)
     limits = (memory_limit_gb, gpu_memory_limit_gb, allow_network_fs)
     options = RunOptions(out, resume, *limits, rollout_device, learner_device, dtype, token, ray_address)
     monitors = partial(
         all_monitors, iterations=run.iterations, prometheus_port=prometheus_port, tensorboard=tensorboard
     )
-    ending = _run(run, options, monitors)
-    if charts:
-        draw(out)
-    print(f"{ending.status}{f' ({ending.reason})' if ending.reason else ''}; everything is in {out}")
+    with reserved_output(as_json):
+        if fresh:
+            _move_aside(out)
+        ending = _run(run, options, monitors)
+        drawn = list(_drawn(out)) if charts else []
+        print(f"{ending.status}{f' ({ending.reason})' if ending.reason else ''}; everything is in {out}")
+    if as_json:
+        files = [str(path) for path in drawn]
+        show_json({"status": ending.status, "reason": ending.reason, "folder": str(out), "charts": files})
 
 
 @app.command()
-def check(config: Config) -> None:
+def check(config: Config, as_json: AsJson = False) -> None:
     """Read a configuration, try its task and modes, and say what a run would do; loads no model."""
     from fedmoe.arena.modes.registry import make_mode
     from fedmoe.arena.tasks.registry import make_task
@@ -94,6 +100,14 @@ def check(config: Config) -> None:
     task = make_task(run.task.name, run.task.options)
     for phase in run.phases:
         make_mode(phase.mode).check(task, run.policies.count)
+    if as_json:
+        facts = run.model_dump(mode="json", include={"base_model", "policies", "phases", "learning", "engine"})
+        show_json({"task": task.name, "seats": list(task.seats), **facts})
+    else:
+        _show_plan(run, task)
+
+
+def _show_plan(run: ArenaConfig, task: Task) -> None:
     learning = run.learning
     print(f"task       {task.name}, {task.seats[0]} to {task.seats[1]} seats")
     print(f"policies   {', '.join(run.policies.all_names)} (rank {run.policies.rank}) over {run.base_model}")
@@ -106,12 +120,23 @@ def check(config: Config) -> None:
 
 
 @app.command("charts")
-def draw(out: Annotated[Path, typer.Argument(help="Folder of a run.")] = Path("runs/arena")) -> None:
+def draw(
+    out: Annotated[Path, typer.Argument(help="Folder of a run.")] = Path("runs/arena"), as_json: AsJson = False
+) -> None:
     """Draw the charts of a run as it stands."""
+    with reserved_output(as_json):
+        drawn = list(_drawn(out))
+    if as_json:
+        show_json({"folder": str(out), "charts": [str(path) for path in drawn]})
+
+
+def _drawn(out: Path) -> Iterator[Path]:
+    """The charts of a run, each said once it is there."""
     from fedmoe.cli.arena_charts import draw_charts, load_series
 
     for path in draw_charts(load_series(out / "metrics.jsonl"), out / "visualization_outputs"):
         print(f"drew {path}")
+        yield path
 
 
 def _configured(path: Path, coordinator_url: str | None) -> ArenaConfig:

@@ -66,7 +66,7 @@ def values_of(kind: type[BaseSettings]) -> dict[str, dict[str, object]]:
 
 
 @app.command()
-def schema() -> None:
+def schema(as_json: Annotated[bool, typer.Option("--json", help="JSON, as without it.")] = True) -> None:
     """Print a JSON Schema of the file, for editors that check and complete TOML."""
     show_json(file_schema())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from fedmoe.cli.output import CommandError, importing
+from fedmoe.cli.options import AsJson
+from fedmoe.cli.output import CommandError, importing, reserved_output, show_json
 
 _SERVE_PORT = 8080
 
@@ -28,6 +30,7 @@ def demo(
         bool,
         typer.Option("--serve", help="Serve the gateway afterwards to OpenAI clients, on port 8080, until Ctrl-C."),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a whole federation on this machine: three experts of a real model, one gateway, measured.
 
@@ -42,7 +45,7 @@ def demo(
     if fresh and out.exists():
         aside = out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         out.rename(aside)
-        print(f"moved the earlier run to {aside}")
+        print(f"moved the earlier run to {aside}", file=sys.stderr if as_json else sys.stdout)
     # A run continues only with the plan it began with.
     out.mkdir(parents=True, exist_ok=True)
     file, chosen = out / "plan.json", {"base_model": base_model, "steps": steps}
@@ -51,9 +54,12 @@ def demo(
         raise CommandError(f"{out} was begun with {before}, not {chosen}; pass --fresh or choose another --out")
     file.write_text(json.dumps(chosen))
     try:
-        run_demo(plan, Console())
+        with reserved_output(as_json):
+            run_demo(plan, Console())
     except KeyboardInterrupt:
         raise CommandError("stopped; run the same command again to continue") from None
+    if as_json:
+        show_json({"folder": str(out), "report": json.loads((out / "report.json").read_bytes())})
     if serve:
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt), reserved_output(as_json):
             serve_demo(plan, Console(), _SERVE_PORT)

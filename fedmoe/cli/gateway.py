@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import typer
 
@@ -26,13 +25,13 @@ from fedmoe.cli.options import (
     template_of,
     with_client,
 )
-from fedmoe.cli.output import CommandError, say, show_json, show_table
+from fedmoe.cli.output import CommandError, reserved_output, say, show_json, show_table
 from fedmoe.cli.serve import serve
 from fedmoe.lora.diagnostics import MergeAudit, Overlap
 from fedmoe.lora.diagnostics import audit as merge_audit
 from fedmoe.lora.formats import npz_bytes
 from fedmoe.runtime.files import write_atomic
-from fedmoe.wire.client import CoordinatorClient
+from fedmoe.wire.client import CoordinatorClient, PulledGateway
 from fedmoe.wire.contract.experts import GatewayInfo
 
 app = typer.Typer(help="Look at the gateway, save it, export it, try it.", no_args_is_help=True)
@@ -77,16 +76,21 @@ def _show_info(gateway: GatewayInfo, as_json: bool) -> None:
 def save(
     api: CoordinatorClient,
     file: Annotated[Path, typer.Argument(help="The npz file to write.")] = Path("gateway_model.npz"),
+    as_json: AsJson = False,
 ) -> None:
     """Save the gateway as npz: lora_A, lora_B, version, module names and offsets."""
-    _save(api, file, sys.stdout)
+    with reserved_output(as_json):
+        saved = _save(api, file)
+    if as_json:
+        show_json({"file": str(file), "version": saved.version, "digest": saved.digest, "sources": saved.sources})
 
 
-def _save(api: CoordinatorClient, file: Path, out: TextIO) -> None:
+def _save(api: CoordinatorClient, file: Path) -> PulledGateway:
     pulled = api.pull_gateway()
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, npz_bytes(pulled.adapter, pulled.version, pulled.sources), 0o644)
-    print(f"saved gateway version {pulled.version} ({pulled.digest[:12]}) to {file}", file=out)
+    print(f"saved gateway version {pulled.version} ({pulled.digest[:12]}) to {file}")
+    return pulled
 
 
 @app.command()
@@ -132,6 +136,7 @@ def generate(
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda.")] = "auto",
     chat_template: ChatTemplateFile = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
+    as_json: AsJson = False,
 ) -> None:
     """Load the gateway (or an expert) on its base model and let it answer."""
     from fedmoe.gateway.export import check_base
@@ -139,7 +144,8 @@ def generate(
     from fedmoe.qwen_finetune import QwenLoRAExpert
 
     chat = template_of(chat_template, chat_template_kwargs)
-    adapter = pull(api, expert).adapter
+    pulled = pull(api, expert)
+    adapter = pulled.adapter
     targets = tuple(sorted({module.name for module in adapter.layout.modules}))
     config = LoraConfig(adapter.rank, adapter.alpha, target_modules=targets)
     base = loaded(federation_base(api, base_model), device, chat)
@@ -148,7 +154,11 @@ def generate(
         check_base("the experts were", trained_on, base.identity.name, base.identity.weights_hash)
     model = QwenLoRAExpert(base, config)
     model.load_adapter(adapter)
-    print(model.generate(prompt, max_new_tokens))
+    answer = model.generate(prompt, max_new_tokens)
+    if as_json:
+        show_json({"model": expert, "version": pulled.version, "prompt": prompt, "answer": answer})
+    else:
+        print(answer)
 
 
 def get_gateway_model(
@@ -163,7 +173,7 @@ def get_gateway_model(
         if list_experts:
             show_listing(api.list_experts(), as_json)
         if save_gateway is not None:
-            # Standard output belongs to the JSON document, if there is one.
-            _save(api, save_gateway, sys.stderr if as_json else sys.stdout)
+            with reserved_output(as_json):
+                _save(api, save_gateway)
         if not list_experts and save_gateway is None:
             _show_info(api.gateway_info(), as_json)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedmoe.cli.options import with_client
-from fedmoe.cli.output import CommandError, importing
+from fedmoe.cli.options import AsJson, with_client
+from fedmoe.cli.output import CommandError, importing, reserved_output, show_json
 from fedmoe.lora.manifest import BaseModel
 from fedmoe.wire.client import CoordinatorClient, PulledExpert, PulledGateway
 
@@ -41,25 +41,39 @@ def export(
         typer.Option(help="The federation's base model, for merged and gguf-lora; for peft a folder to name."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Export the gateway or one expert for other tools, with a manifest of what it was made of."""
     source = _source(api, expert)
     if format in (Format.merged, Format.gguf_lora) and base_model is None:
         raise CommandError(f"--format {format} needs --base-model; {expert} belongs on {source.base.name}")
-    facts = _write(source, format, target, base_model or "", force)
-    print(f"exported {expert} version {source.version} to {target}{facts}")
+    with reserved_output(as_json):
+        rounding = _write(source, format, target, base_model or "", force)
+    if as_json:
+        facts = {"model": expert, "version": source.version, "format": str(format), "target": str(target)}
+        show_json(
+            {**facts, "sources": {name: part.version for name, part in source.sources.items()}}
+            | ({} if rounding is None else {"rounding": rounding})
+        )
+        return
+    loss = (
+        ""
+        if rounding is None
+        else f" (rounding to the base model's dtype changed the products by {100 * rounding:.2g} %)"
+    )
+    print(f"exported {expert} version {source.version} to {target}{loss}")
 
 
-def _write(source: ExportSource, format: Format, target: Path, base_model: str, force: bool) -> str:
-    """Write one format; what there is to say about it."""
+def _write(source: ExportSource, format: Format, target: Path, base_model: str, force: bool) -> float | None:
+    """Write one format; of merged weights the share that rounding changed."""
     from fedmoe.gateway.export import export_npz, export_peft
 
     if format is Format.npz:
         export_npz(source, target, force)
-        return ""
+        return None
     if format is Format.peft:
         export_peft(source, target, force, _own_folder(source, base_model) if base_model else None)
-        return ""
+        return None
     with importing("worker"):
         from fedmoe.gateway.export_gguf import export_gguf_lora
         from fedmoe.gateway.export_merged import export_merged
@@ -67,9 +81,8 @@ def _write(source: ExportSource, format: Format, target: Path, base_model: str, 
     folder = prepare_base(base_model)
     if format is Format.gguf_lora:
         export_gguf_lora(source, folder, target, force)
-        return ""
-    rounding = export_merged(source, folder, target, force)
-    return f" (rounding to the base model's dtype changed the products by {100 * rounding:.2g} %)"
+        return None
+    return export_merged(source, folder, target, force)
 
 
 def _own_folder(source: ExportSource, base_model: str) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import NoReturn
 
 import typer
@@ -120,6 +120,16 @@ def show_json(value: BaseModel | Mapping[str, object] | Sequence[object]) -> Non
     content = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     # JSON escapes all other control characters; this one stands in texts only.
     print(json.dumps(content, indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
+
+
+@contextmanager
+def reserved_output(as_json: bool) -> Iterator[None]:
+    """Where JSON was asked for, send what is printed meanwhile to standard error: the document stands alone."""
+    if not as_json:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def show(answer: BaseModel, as_json: bool, *lines: str) -> None:

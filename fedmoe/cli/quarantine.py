@@ -58,7 +58,11 @@ def reject(
     api: CoordinatorClient,
     number: HeldNumber,
     reason: Annotated[str, typer.Option(help="Kept in the journal, and told to the worker.")] = "",
+    as_json: AsJson = False,
 ) -> None:
     """Never let a held update land, and delete its bytes; its worker is told."""
     api.reject_held(number, reason)
-    print(f"held update {number} was rejected")
+    if as_json:
+        show_json({"number": number, "status": "rejected", "reason": reason})
+    else:
+        print(f"held update {number} was rejected")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedmoe.cli.output import importing, show_table
+from fedmoe.cli.options import AsJson
+from fedmoe.cli.output import importing, reserved_output, show_json, show_table
 
 if TYPE_CHECKING:
     from fedmoe.simulation.config import SimulationConfig
@@ -20,18 +21,32 @@ if TYPE_CHECKING:
 def simulate(
     config: Annotated[Path, typer.Argument(help="The simulation's configuration, a TOML file; see docs/scale.md.")],
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("runs/simulation"),
+    as_json: AsJson = False,
 ) -> None:
     """Simulate a federation: the real coordinator and bytes, up to 100,000 workers on a virtual clock.
 
     The same configuration gives the same report.
     """
     from fedmoe.simulation.config import read_config
+
+    with reserved_output(as_json):
+        report = _simulated(read_config(config), out)
+    if as_json:
+        schemes = [
+            {key: row[key] for key in ("name", "kind", "fleet", "updates", "bytes")} for row in report["schemes"]
+        ]
+        show_json({"folder": str(out), "work": report["work"], "note": report["note"], "schemes": schemes})
+    else:
+        _show(report, out)
+
+
+def _simulated(chosen: SimulationConfig, out: Path) -> dict[str, Any]:
+    """Run a simulation and write its report; returns it."""
     from fedmoe.simulation.recorded import Recording, write_recording
     from fedmoe.simulation.report import make_report
-    from fedmoe.simulation.report_text import COSTS, COUNTS, cost_rows, count_rows, markdown
+    from fedmoe.simulation.report_text import markdown
     from fedmoe.simulation.run import run_simulation
 
-    chosen = read_config(config)
     work = _work(chosen)
     out.mkdir(parents=True, exist_ok=True)
     runs = run_simulation(chosen, work, _tell)
@@ -46,9 +61,15 @@ def simulate(
         from fedmoe.monitor.picture import png
 
         (out / "report.png").write_bytes(png(simulation_chart(report)))
+    return report
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    from fedmoe.simulation.report_text import COSTS, COUNTS, cost_rows, count_rows
+
     print(report["note"])
     show_table("Traffic", COUNTS, count_rows(report))
-    if chosen.work.kind == "training":
+    if report["work"] == "training":
         show_table("Cost to Target", COSTS, cost_rows(report))
     print(f"everything is in {out}")
 

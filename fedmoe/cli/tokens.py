@@ -86,10 +86,15 @@ def list_tokens(api: CoordinatorClient, as_json: AsJson = False) -> None:
 def revoke(
     api: CoordinatorClient,
     token_hash: Annotated[str, typer.Argument(help="The token's hash, or its beginning, as 'token list' shows it.")],
+    as_json: AsJson = False,
 ) -> None:
     """Refuse a token from now on, and stop what is under way with it."""
-    api.revoke_token(whole_hash(token_hash, lambda: api.tokens().tokens))
-    print("revoked")
+    revoked = whole_hash(token_hash, lambda: api.tokens().tokens)
+    api.revoke_token(revoked)
+    if as_json:
+        show_json({"hash": revoked, "revoked": True})
+    else:
+        print("revoked")
 
 
 def _row(token: TokenInfo) -> tuple[str, ...]:

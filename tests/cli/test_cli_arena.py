@@ -80,6 +80,13 @@ def test_check_prints_the_plan_of_the_demo(fedmoe: Run) -> None:
     assert lines[-1] == "engine     transformers"
 
 
+def test_check_as_json_has_the_configuration_that_a_run_would_have(fedmoe: Run, config: Path) -> None:
+    said = json.loads(fedmoe("arena", "check", str(config), "--json").out)
+    assert said.keys() == {"task", "seats", "base_model", "policies", "phases", "learning", "engine"}
+    assert (said["task"], said["policies"]["count"]) == ("committee:chain_sum", 4)
+    assert [phase["mode"] for phase in said["phases"]] == ["competitive", "team_battle"]
+
+
 def test_check_says_how_many_actors_there_would_be(fedmoe: Run, config: Path) -> None:
     config.write_text(config.read_text() + "[engine]\nactors = 4\ngpus_per_actor = 0.5\n")
     outcome = fedmoe("arena", "check", str(config))
@@ -197,10 +204,12 @@ def test_a_tiny_run_from_end_to_end_with_charts_and_then_a_fresh_one_e15(
         f"error: {out} holds a run already: pass --resume, --fresh or another --out\n",
     )
     (out / "notes.txt").write_text("mine")
-    fresh = fedmoe(*train, "--fresh", "--no-charts", "--no-tensorboard")
+    fresh = fedmoe(*train, "--fresh", "--no-charts", "--no-tensorboard", "--json")
     assert fresh.status == 0, fresh.err
     (aside,) = (out / "earlier").iterdir()
-    assert f"moved the earlier run to {aside}" in fresh.out.replace("\n", "")
+    assert f"moved the earlier run to {aside}" in fresh.err.replace("\n", "")
+    # Lines of progress are no part of the document.
+    assert json.loads(fresh.out) == {"status": "finished", "reason": "", "folder": str(out), "charts": []}
     assert (aside / "metrics.jsonl").read_bytes() == before
     assert (aside / "visualization_outputs" / f"{CHARTS[0]}.png").is_file()
     assert (out / "notes.txt").read_text() == "mine", "what does not belong to a run stays"
@@ -208,6 +217,9 @@ def test_a_tiny_run_from_end_to_end_with_charts_and_then_a_fresh_one_e15(
     kinds = [record["kind"] for record in read_records(out / "metrics.jsonl")]
     assert kinds.count("run") == 1
     assert kinds.count("policy") == 3 * 4
+    drawn = json.loads(fedmoe("arena", "charts", str(out), "--json").out)
+    assert drawn["folder"] == str(out)
+    assert {f"{name}.png" for name in CHARTS} <= {Path(file).name for file in drawn["charts"]}
 
 
 @pytest.mark.usefixtures("quiet")

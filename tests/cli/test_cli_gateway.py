@@ -234,6 +234,9 @@ def test_the_base_model_is_the_federations_unless_it_is_given(
     url = ("--coordinator-url", tiny_server.url)
     answered = fedmoe("gateway", "generate", "hi", "--max-new-tokens", "2", "--device", "cpu", *url)
     assert (answered.status, "the federation's base model is tiny" in answered.err) == (0, True)
+    again = fedmoe("gateway", "generate", "hi", "--max-new-tokens", "2", "--device", "cpu", "--json", *url)
+    said = json.loads(again.out)
+    assert said == {"model": "gateway", "version": 3, "prompt": "hi", "answer": answered.out.removesuffix("\n")}
     small = ("--device", "cpu", "--blocks", "2", "--max-length", "96", "--json")
     outcome = fedmoe("gateway", "evaluate", *small, *held_out, *url)
     assert list(json.loads(outcome.out)["losses"]) == ["base", "docs", "sql_expert", "gateway"]

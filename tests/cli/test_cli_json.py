@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import Outcome
+from command import Outcome, commands
 from live import ADMIN, JOIN, House, LiveServer
+from rich.console import Console
 from support import LAYOUT, make_flat
 
+from fedmoe.cli.demo_run.plan import DemoPlan
 from fedmoe.lora.codec import encode
 from fedmoe.lora.formats import read_npz
 from fedmoe.wire.client import CoordinatorClient
@@ -84,7 +86,8 @@ def test_quarantine_lists_releases_and_rejects(server: LiveServer, fedmoe: Run) 
     assert "held above 50" in fedmoe("quarantine", *url).out
     released = json.loads(fedmoe("quarantine", "release", "1", "--json", *url).out)
     assert (released["expert"], released["version"]) == ("python", 9)
-    assert "held update 2 was rejected" in fedmoe("quarantine", "reject", "2", "--reason", "no", *url).out
+    rejected = json.loads(fedmoe("quarantine", "reject", "2", "--reason", "no", "--json", *url).out)
+    assert rejected == {"number": 2, "status": "rejected", "reason": "no"}
     assert fedmoe("quarantine", "list", *url).out == "No update is held.\n"
 
 
@@ -97,8 +100,62 @@ def test_token_create_and_revoke(locked_server: LiveServer, fedmoe: Run, monkeyp
     assert made.keys() == {"token", "hash"}
     monkeypatch.setenv("FEDMOE_TOKEN", made["token"])
     assert fedmoe("experts", "list", *url).status == 0
-    assert fedmoe("token", "revoke", made["hash"], *url).out == "revoked\n"
+    revoked = fedmoe("token", "revoke", made["hash"][:12], "--json", *url)
+    assert json.loads(revoked.out) == {"hash": made["hash"], "revoked": True}
     assert fedmoe("experts", "list", *url).status == 1
+
+
+#: Commands that go on until they are stopped, as do `logs -f` and `status --watch`, whose JSON is a document a line.
+LONG = {"coordinator", "worker", "join", "evaluator", "dashboard", "gateway serve"}
+
+
+def test_every_command_that_ends_has_json() -> None:
+    plain = set()
+    for name, command in commands():
+        options = {option for parameter in command.params for option in parameter.opts}
+        if not getattr(command, "commands", None) and "--json" not in options:
+            plain.add(name.removeprefix("fedmoe "))
+    assert plain == LONG
+
+
+def test_the_gateway_as_a_file(server: LiveServer, fedmoe: Run, tmp_path: Path) -> None:
+    url = ("--coordinator-url", server.url)
+    saved = json.loads(fedmoe("gateway", "save", str(tmp_path / "a.npz"), "--json", *url).out)
+    assert saved.keys() == {"file", "version", "digest", "sources"}
+    assert (saved["version"], saved["sources"]) == (5, {"python": 3})
+    target = str(tmp_path / "b.npz")
+    made = json.loads(fedmoe("gateway", "export", target, "--format", "npz", "--json", *url).out)
+    assert made == {"model": "gateway", "version": 5, "format": "npz", "target": target, "sources": {"python": 3}}
+
+
+def test_a_simulation(fedmoe: Run, tmp_path: Path) -> None:
+    config = tmp_path / "simulation.toml"
+    config.write_text(
+        'seconds = 20.0\n[work]\nkind = "recorded"\nparameters = 256\n[fleet]\nworkers = 3\n'
+        '[[schemes]]\nname = "every ten seconds"\nkind = "asynchronous"\n'
+    )
+    outcome = fedmoe("simulate", str(config), "--out", str(tmp_path / "out"), "--json")
+    said = json.loads(outcome.out)
+    assert said.keys() == {"folder", "work", "note", "schemes"}
+    assert said["schemes"][0].keys() == {"name", "kind", "fleet", "updates", "bytes"}
+    assert "updates accepted" in outcome.err
+
+
+def test_a_demonstration(fedmoe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that has ended: what it shows meanwhile goes to standard error."""
+
+    def ended(plan: DemoPlan, console: Console) -> None:
+        console.print("4/4 report")
+        (plan.folder / "report.json").write_text('{"steps_per_worker": 60}')
+
+    monkeypatch.setattr("fedmoe.cli.demo_run.run.run_demo", ended)
+    outcome = fedmoe("demo", "--out", str(tmp_path / "demo"), "--json")
+    assert json.loads(outcome.out) == {"folder": str(tmp_path / "demo"), "report": {"steps_per_worker": 60}}
+    assert outcome.err == "4/4 report\n"
+
+
+def test_the_schema_of_the_file_with_and_without(fedmoe: Run) -> None:
+    assert json.loads(fedmoe("config", "schema", "--json").out) == json.loads(fedmoe("config", "schema").out)
 
 
 def test_data_check(fedmoe: Run, tmp_path: Path) -> None:
