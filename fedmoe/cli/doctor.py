@@ -16,6 +16,7 @@ import typer
 from fedmoe.cli.doctor_network import Finding, coordinator_findings, hub_finding
 from fedmoe.cli.options import DEFAULT_URL, AsJson, CoordinatorUrl, Token
 from fedmoe.cli.output import show_json
+from fedmoe.runtime.hardware import nvidia_gpus, torch_cuda, unused_gpu
 from fedmoe.runtime.machine import machine_memory, memory, usable_cores
 from fedmoe.runtime.safe_text import inert
 from fedmoe.runtime.threads import own_threads
@@ -37,7 +38,13 @@ def doctor(
 ) -> None:
     """Check machine, packages, GPU, and the way to the coordinator; every problem comes with its fix."""
     findings = [Finding("Python", "ok", sys.version.split()[0]), _sqlite(), _disk(), _memory(), _limits(), _threads()]
-    findings += [_package("torch"), _package("transformers"), _device(), *coordinator_findings(coordinator_url, token)]
+    findings += [
+        _package("torch"),
+        _package("transformers"),
+        *_unused_gpu(),
+        _device(),
+        *coordinator_findings(coordinator_url, token),
+    ]
     if hub:
         findings.append(hub_finding())
     if dataset is not None:
@@ -99,6 +106,15 @@ def _package(name: str) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         fix = "for a worker: pip install 'fedmoe[worker]'"
         return Finding(name, "note", "not installed; a coordinator does not need it", fix)
+
+
+def _unused_gpu() -> list[Finding]:
+    """A GPU that the installed build of PyTorch cannot use."""
+    problem = unused_gpu(nvidia_gpus(), torch_cuda())
+    if problem is None:
+        return []
+    found, _, fix = problem.partition(". ")
+    return [Finding("GPU", "note", found, fix)]
 
 
 def _device() -> Finding:

@@ -18,6 +18,8 @@ from fedmoe.config import PROCESSES, WorkerConfig
 from fedmoe.runtime.config_file import made, using_file
 
 _LONGEST_NAME = 63
+# What the line says, and what would use the line up without training.
+_NOT_HERE = ("coordinator_url", "token", "worker_id", "dry_run", "as_json")
 _LINE = Annotated[
     str, typer.Argument(metavar="LINE", help="What the coordinator showed, fmj_...@HOST:PORT#FINGERPRINT.")
 ]
@@ -69,7 +71,7 @@ def _parameters() -> list[Parameter]:
         "allow_http": Parameter("allow_http", Parameter.KEYWORD_ONLY, annotation=_ALLOW_HTTP, default=False),
     }
     theirs = inspect.signature(worker).parameters
-    kept = {name: option for name, option in theirs.items() if name not in ("coordinator_url", "token", "worker_id")}
+    kept = {name: option for name, option in theirs.items() if name not in _NOT_HERE}
     return [own["line"], own["worker_id"], *kept.values(), own["allow_http"]]
 
 

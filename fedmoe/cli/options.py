@@ -138,11 +138,11 @@ def with_client(
 
 def configured(
     kind: type[ConfigT], options: Mapping[str, OptionText]
-) -> Callable[[Callable[[ConfigT], None]], Callable[..., None]]:
+) -> Callable[[Callable[Concatenate[ConfigT, P], None]], Callable[..., None]]:
     """Give a command an option for each entry of `options`, named and typed as the field of the configuration `kind`.
 
     The command is called with the configuration: options that were given, else environment variables, else the file
-    of --config, else defaults.
+    of --config, else defaults. Further parameters are options of the command alone.
     """
 
     def from_file(context: typer.Context, file: Path | None) -> Path | None:
@@ -152,9 +152,12 @@ def configured(
         context.default_map = {name: value for name, value in values.items() if kind.model_fields[name].is_required()}
         return file
 
-    def decorate(command: Callable[[ConfigT], None]) -> Callable[..., None]:
+    def decorate(command: Callable[Concatenate[ConfigT, P], None]) -> Callable[..., None]:
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+
         @wraps(command)
         def decorated(context: typer.Context, config: Path | None, **values: object) -> None:
+            further = {option.name: values.pop(option.name, option.default) for option in own}
             given = {
                 name: value
                 for name, value in values.items()
@@ -162,7 +165,7 @@ def configured(
             }
             with using_file(config):
                 configuration = made(kind, given, PROCESSES)
-            command(configuration)
+            command(configuration, **further)  # type: ignore[call-arg, arg-type]
 
         prefix = str(kind.model_config["env_prefix"])
         fields = kind.model_fields
@@ -173,6 +176,7 @@ def configured(
         parameters += [
             _option("context", typer.Context, Parameter.empty),
             _option("config", Annotated[Path | None, file]),
+            *own,
         ]
         _set_options(decorated, parameters)
         return decorated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import typer
 
@@ -12,13 +13,17 @@ from fedmoe.cli.options import (
     JOIN_TOKEN,
     LONG_ROWS,
     MAP,
+    AsJson,
     OptionText,
     configured,
 )
-from fedmoe.cli.output import importing
+from fedmoe.cli.output import CommandError, importing
 from fedmoe.config import DEFAULT_SYNC_INTERVAL, WorkerConfig
 from fedmoe.runtime.logs import configure
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan (memory, traffic), and end before anything is loaded.")
+]
 _OPTIONS: Mapping[str, OptionText] = {
     "coordinator_url": typer.Option(
         envvar=["FEDMOE_WORKER_COORDINATOR_URL", "FEDMOE_COORDINATOR_URL"],
@@ -66,9 +71,11 @@ _OPTIONS: Mapping[str, OptionText] = {
 
 
 @configured(WorkerConfig, _OPTIONS)
-def worker(config: WorkerConfig) -> None:
+def worker(config: WorkerConfig, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Train one expert on local data; the data stay on this machine, updates and statistics of them go."""
+    if as_json and not dry_run:
+        raise CommandError("--json prints the plan of --dry-run; add --dry-run, or drop --json")
     configure()
     with importing("worker"):
         from fedmoe.cli.worker_start import start_worker
-    start_worker(config)
+    start_worker(config, dry_run, as_json)

@@ -69,14 +69,26 @@ def encode(
     """
     if flat.shape != (layout.size,) or flat.dtype != np.float32:
         raise ShapeError(f"expected {layout.size} float32 numbers, got {flat.dtype} of shape {flat.shape}")
-    factors = [(name, shape) for name, shape, _, _ in tensor_names(layout)]
-    tensors = [(name, _FORMAT_NAMES[wire_dtype], shape) for name, shape in factors]
+    header = header_bytes(tensor_entries(_tensors(layout, wire_dtype)), metadata)
     if wire_dtype == "int8":
         numbers, scales = quantise(layout, flat)
-        header = tensor_entries([*((f"{name}.scale", "F32", (layout.rank,)) for name, _ in factors), *tensors])
-        return b"".join((header_bytes(header, metadata), scales.astype(_FLOAT32, copy=False).data, numbers.data))
+        return b"".join((header, scales.astype(_FLOAT32, copy=False).data, numbers.data))
     data = np.ascontiguousarray(flat, _FLOAT32) if wire_dtype == "fp32" else _narrowed(flat)
-    return b"".join((header_bytes(tensor_entries(tensors), metadata), data.view(np.uint8).data))
+    return b"".join((header, data.view(np.uint8).data))
+
+
+def encoded_size(layout: Layout, wire_dtype: WireDtype) -> int:
+    """The bytes that `encode` makes of any vector of this layout, without metadata."""
+    scales = 2 * len(layout.modules) * layout.rank * _FLOAT32.itemsize if wire_dtype == "int8" else 0
+    item = {"fp32": 4, "bf16": 2, "int8": 1}[wire_dtype]
+    return len(header_bytes(tensor_entries(_tensors(layout, wire_dtype)))) + scales + layout.size * item
+
+
+def _tensors(layout: Layout, wire_dtype: WireDtype) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of every tensor of a body, in order: int8's scales come first."""
+    factors = [(name, shape) for name, shape, _, _ in tensor_names(layout)]
+    scales = [(f"{name}.scale", "F32", (layout.rank,)) for name, _ in factors] if wire_dtype == "int8" else []
+    return [*scales, *((name, _FORMAT_NAMES[wire_dtype], shape) for name, shape in factors)]
 
 
 def _narrowed(flat: FloatVector) -> NDArray[np.generic]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from builders import write_rows
-from command import ROOT
+from command import ROOT, Outcome
 from live import House, listening, open_house
 from structlog.testing import capture_logs
 
@@ -144,3 +144,49 @@ def test_the_kept_hash_of_the_tiny_model_is_its_own(base: LoadedBase) -> None:
     assert tiny is not None
     assert tiny.hashes() == {"weights_hash": base.identity.weights_hash}
     assert tiny.parameters() == sum(parameter.numel() for parameter in load_base("tiny", "cpu").model.parameters())
+
+
+def test_a_dry_run_ends_with_the_plan_before_torch_is_imported(start: Start, opened: House, manifest: Manifest) -> None:
+    opened.register("sql", manifest=manifest)
+    status, said, torch = start("--dry-run", "--dtype", "fp32", "--device", "cpu")
+    assert (status, said, torch) == (0, "", False)
+    assert [expert.name for expert in opened.service.coordinator.experts.values()] == ["sql"]
+
+
+def test_the_plan_as_json_is_one_document(
+    opened: House, manifest: Manifest, tmp_path: Path, fedmoe: Callable[..., Outcome]
+) -> None:
+    opened.register("sql", manifest=manifest)
+    data = write_rows(tmp_path / "d.jsonl", *ROWS)
+    with listening(opened.app) as server:
+        fixed = ["worker", "--coordinator-url", server.url, "--worker-id", "w1", "--specialty", "python"]
+        fixed += ["--dataset", str(data), "--state-dir", str(tmp_path / "w1")]
+        plan = json.loads(fedmoe(*fixed, "--dry-run", "--json", "--wire-dtype", "bf16").out)
+        refused = fedmoe(*fixed, "--json")
+        text = fedmoe(*fixed, "--dry-run").out
+    assert (plan["base_model"], plan["lora_r"], plan["trainable_parameters"]) == ("tiny", 4, manifest.layout.size)
+    assert 2 * manifest.layout.size < plan["traffic"]["push_bytes"] < 2 * manifest.layout.size + 4096
+    assert plan["fits"]
+    assert text.startswith("plan: expert python on tiny (90,880 parameters, ")
+    assert refused.status == 1
+    assert "add --dry-run" in refused.err
+
+
+def test_a_gpu_that_the_build_of_torch_cannot_use_is_told(
+    opened: House, tmp_path: Path, fedmoe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771, 143000, 9.0'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("fedmoe.cli.worker_start.torch_cuda", lambda: "")
+    monkeypatch.setattr("fedmoe.cli.doctor.torch_cuda", lambda: "")
+    data = write_rows(tmp_path / "d.jsonl", *ROWS)
+    said = "torch is a CPU build but this machine has an NVIDIA GPU: NVIDIA H200"
+    with listening(opened.app) as server:
+        fixed = ["worker", "--coordinator-url", server.url, "--worker-id", "w1", "--specialty", "python"]
+        fixed += ["--dataset", str(data), "--state-dir", str(tmp_path / "w1"), "--dry-run"]
+        assert said in fedmoe(*fixed).err
+        assert said not in fedmoe(*fixed, "--device", "cpu").err
+        assert f"[note   ] GPU: {said}" in fedmoe("doctor", "--coordinator-url", server.url).out
